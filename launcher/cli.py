@@ -1,0 +1,489 @@
+"""The commands and their exit codes. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.options import RunOptions, run_argument, run_options, runs_dir_option
+
+if TYPE_CHECKING:
+    from launcher.cluster.state import JobState
+    from launcher.runs import Run
+    from launcher.spec import RunSpec
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def launcher() -> None:
+    """Run torchtitan's Llama-3 training on a Slurm cluster, or here, and read the result.
+
+    \b
+    launcher submit --image titan.sqsh --nodes 9     submit to Slurm
+    launcher submit --local --recipe debug           try it on this machine
+    launcher watch                                   follow the newest run
+    launcher results                                 its results row
+
+    Exit codes: 0 done, 1 error, 2 usage, 3 invalid value or image, 4 not found, 5 run exists, 6 Slurm,
+    7 file system, 8 job failed, 9 job's end unknown, 10 no data yet, 130 interrupted.
+
+    \b
+    Shell completion: eval "$(_LAUNCHER_COMPLETE=bash_source launcher)"     (or zsh_source, fish_source)
+    """
+
+
+@launcher.command()
+@run_options
+@click.option("--dry-run", is_flag=True, help="Print the script and the torchrun command; touch nothing.")
+@click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
+@as_json
+def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json: bool) -> None:
+    """Submit a run to Slurm, or with --local start it here.
+
+    RUN.toml repeats an earlier run from its directory; options given beside it win.
+
+    \b
+    launcher submit --image titan.sqsh --nodes 9
+    launcher submit --image titan.sqsh --nodes 2 --gpu h200 --recipe llama3-8b-fast --follow
+    launcher submit --local --recipe debug
+    launcher submit runs/my-run/run.toml --name my-run-again
+    """
+    from launcher import control, resolve
+
+    spec = _spec(options)
+    secrets = resolve.secrets_of(spec, options.secrets, os.environ)
+    resolve.check_image(spec)
+    for text in resolve.warnings(spec):
+        _warn(text)
+    if dry_run:
+        return _print_plan(spec, as_json)
+    asking = sys.stdin.isatty() and sys.stdout.isatty() and not (yes or as_json or spec.job.scheduler == "local")
+    if asking and not click.confirm(f"Submit {_describe(spec)}?", default=True):
+        raise click.Abort
+    run = control.submit(spec, secrets)
+    job_id = (run.job or {}).get("job_id", "")
+    if as_json:
+        _json({"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler})
+    else:
+        where = "process" if spec.job.scheduler == "local" else "Slurm job"
+        click.echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
+        click.echo(f"  follow it:  launcher watch {_reference(run)}")
+    if follow:
+        _follow(run, as_json=False)
+
+
+@launcher.command()
+@run_options
+def render(options: RunOptions) -> None:
+    """Print the job script, and nothing else. Image and data need not exist.
+
+    \b
+    launcher render --gpu gb200 --nodes 9 --image /data/titan.sqsh > job.sbatch
+    """
+    from launcher.render import render as render_script
+
+    click.echo(render_script(_spec(options)), nl=False)
+
+
+@launcher.group()
+def config() -> None:
+    """Settings and where they come from."""
+
+
+@config.command("show")
+@run_options
+@as_json
+def config_show(options: RunOptions, as_json: bool) -> None:
+    """Print every setting with its value and its origin.
+
+    \b
+    launcher config show --gpu b200 --recipe llama3-8b --image titan.sqsh
+    """
+    spec = _spec(options)
+    rows = [(key, value, spec.origin.get(key, "default")) for key, value in spec.values().items()]
+    if as_json:
+        _json({key: {"value": value, "origin": origin} for key, value, origin in rows})
+        return
+    width = max(len(key) for key, _, _ in rows)
+    for key, value, origin in rows:
+        text = str(list(value) if isinstance(value, tuple) else value if value != "" else '""')
+        click.echo(f"{key:{width}}  {text}  {click.style(f'({origin})', dim=True)}", color=_colour())
+
+
+@launcher.command("list")
+@runs_dir_option
+@as_json
+def list_(runs_dir: Path, as_json: bool) -> None:
+    """List the runs, newest first."""
+    from launcher import control, runs
+
+    found = runs.all_runs(runs_dir)
+    states = control.states(found)
+    rows = [_summary(run, states[run.name]) for run in found]
+    if as_json:
+        _json(rows)
+    elif not rows:
+        click.echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
+    else:
+        width = max(len(row["run"]) for row in rows)
+        for row in rows:
+            size = f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}"
+            state = click.style(f"{row['state']:<13}", fg=_STATE_COLOURS.get(row["state"]))
+            click.echo(
+                f"{row['run']:{width}}  {state}  {row['job_id']:>9}  {size:<14}  {row['recipe']:<14}  "
+                f"{_age(row['age_s'])}",
+                color=_colour(),
+            )
+
+
+@launcher.command()
+@run_argument(required=False)
+@runs_dir_option
+@as_json
+def status(run: str, runs_dir: Path, as_json: bool) -> None:
+    """Tell the state of a run (default: the newest) and how that is known.
+
+    Exit code 0: going, waiting or completed; 8: failed; 9: unknown.
+    """
+    from launcher import control, runs
+
+    found = runs.open_run(run, runs_dir)
+    state = control.state(found)
+    row = _summary(found, state)
+    if as_json:
+        _json(row | {"source": state.source, "reason": state.reason, "exit_code": state.exit_code})
+    else:
+        detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
+        click.echo(f"{found.name}: {state.name}" + (f" ({detail})" if detail else ""))
+        click.echo(f"  job {row['job_id'] or 'none'}, submitted {_age(row['age_s'])} ago, {found.path}")
+        if state.failed:
+            _explain_failure(found)
+        elif not state.known:
+            click.echo(f"  look: launcher logs {_reference(found)}")
+            click.echo(f"  again: launcher cancel {_reference(found)}; launcher submit {found.path}/run.toml")
+    _exit_for(state)
+
+
+@launcher.command()
+@run_argument(required=False)
+@runs_dir_option
+@as_json
+def watch(run: str, runs_dir: Path, as_json: bool) -> None:
+    """Follow a run (default: the newest) to its end. Ctrl-C detaches; the run goes on.
+
+    With --json, one object per logged step.
+    """
+    from launcher import runs
+
+    _follow(runs.open_run(run, runs_dir), as_json)
+
+
+@launcher.command()
+@run_argument(required=False)
+@runs_dir_option
+@click.option("--follow", "-f", is_flag=True, help="Go on until the run ends; Ctrl-C stops reading.")
+@as_json
+def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
+    """Print the logs of all nodes as one, each line with its node.
+
+    The files themselves are RUN/logs/NNNN-<node>.log and RUN/logs/job.log.
+    """
+    import time
+
+    from launcher import control, runs
+    from launcher.follow import merged_lines
+
+    found = runs.open_run(run, runs_dir)
+    finished = _finished(found, control)
+    for node, line in merged_lines(found.logs, follow=follow, is_finished=finished, sleep=time.sleep):
+        if as_json:
+            _json_line({"node": node, "line": line})
+        else:
+            click.echo(f"{click.style(node, fg='cyan')}: {line}", color=_colour())
+
+
+@launcher.command()
+@run_argument(required=True)
+@runs_dir_option
+@as_json
+def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
+    """Cancel a run. One whose submission was cut off can never start afterwards."""
+    from launcher import control, runs
+
+    found = runs.open_run(run, runs_dir)
+    before = control.cancel(found)
+    if as_json:
+        _json({"run": found.name, "was": before.name, "cancelled": before.active or not before.known})
+    elif before.known and not before.active:
+        click.echo(f"{found.name}: already ended: {before.name}")
+    else:
+        click.echo(f"{found.name}: cancelled (was {before.name})")
+
+
+@launcher.command()
+@run_argument(required=False)
+@runs_dir_option
+@as_json
+def results(run: str, runs_dir: Path, as_json: bool) -> None:
+    """Print a run's results row (default: the newest run's), as the published table has it.
+
+    \b
+    launcher results
+    launcher results my-run --json
+    """
+    from launcher import control, runs
+    from launcher.results.run import row_of
+    from launcher.results.rows import markdown_row, median_line, row_as_dict, table_header
+
+    found = runs.open_run(run, runs_dir)
+    state = control.states([found])[found.name]
+    row = row_of(found, state)
+    if row is None:
+        raise LauncherError(
+            f"{found.name} ({state.name}) has logged no step yet",
+            f"launcher watch {_reference(found)}" if state.active else f"launcher logs {_reference(found)}",
+            status=ExitStatus.NO_DATA,
+        )
+    if as_json:
+        _json({"run": found.name, "state": state.name} | row_as_dict(row))
+    else:
+        click.echo("\n".join([*table_header(), markdown_row(row), "", median_line(row)]))
+
+
+@launcher.command()
+@as_json
+def version(as_json: bool) -> None:
+    """Print the versions of the launcher and of what it uses."""
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as version_of
+
+    from launcher import __version__
+
+    found = {"launcher": __version__, "python": platform.python_version()}
+    for package in ("click", "jinja2", "huggingface_hub", "rich", "torch", "torchtitan"):
+        try:
+            found[package] = version_of(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    if as_json:
+        _json(found)
+    else:
+        click.echo("\n".join(f"{name} {number}" for name, number in found.items()))
+
+
+_STATE_COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "FAILED": "red", "UNKNOWN": "yellow", "TIMEOUT": "red"}
+
+
+def _spec(options: RunOptions) -> RunSpec:
+    from launcher.layers import Layer
+    from launcher.resolve import resolve
+
+    layer = Layer(options.values, options.origin, secret_env=options.secret_env)
+    return resolve(layer, options.config, options.run_file, os.environ)
+
+
+def _describe(spec: RunSpec) -> str:
+    nodes = f"{spec.job.nodes} node{'s' if spec.job.nodes > 1 else ''}"
+    return f"{spec.job.recipe} on {nodes} x {spec.profile.gpus_per_node} {spec.profile.gpu}"
+
+
+def _print_plan(spec: RunSpec, as_json: bool) -> None:
+    from launcher.render import render as render_script
+    from launcher.spec import node_config
+    from launcher.titan.command import preview
+
+    script, commands = render_script(spec), preview(node_config(spec))
+    if as_json:
+        _json({"run_dir": spec.run_dir, "script": script, "torchrun": commands})
+        return
+    click.echo(script, nl=False)
+    for era, command in commands.items():
+        click.echo(f"\n# On each node, where the image has torchtitan {era}:\n# {command}")
+
+
+def _follow(run: Run, as_json: bool) -> None:
+    """Shows the run's progress until it ends, then its results row. Exits with the run's own status."""
+    import time
+
+    from launcher import control
+    from launcher.follow import follow
+    from launcher.results.rows import markdown_row, median_line, row_as_dict
+    from launcher.results.run import row_of
+    from launcher.watch import watch as show
+
+    finished = _finished(run, control)
+    steps = int(run.spec.get("recipe", {}).get("steps", 0))
+    try:
+        _wait_for_start(run, as_json)
+        progress = follow(run.logs, steps_total=steps, is_finished=finished, sleep=time.sleep, clock=time.time)
+        if as_json:
+            import dataclasses
+
+            for snapshot in progress:
+                _json_line(dataclasses.asdict(snapshot))
+        else:
+            show(progress, sys.stdout, is_terminal=sys.stdout.isatty())
+    except KeyboardInterrupt:
+        click.echo(f"\ndetached; {run.name} goes on: launcher watch {_reference(run)}", err=True)
+        sys.exit(ExitStatus.INTERRUPTED)
+    state = control.state(run)
+    row = row_of(run, state)
+    if as_json:
+        _json_line({"run": run.name, "state": state.name, "result": row_as_dict(row) if row else None})
+    else:
+        click.echo(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else ""))
+        if row:
+            click.echo(f"\n{markdown_row(row)}\n{median_line(row)}")
+        if state.failed:
+            _explain_failure(run)
+    _exit_for(state)
+
+
+def _wait_for_start(run: Run, as_json: bool) -> None:
+    import time
+
+    from launcher import control
+    from launcher.cluster.state import WAITING
+
+    said = ""
+    while (state := _state_or_none(run, control)) is None or state.name in (*WAITING, "SUBMITTING"):
+        text = f"{state.name} {state.reason}".strip() if state else "Slurm does not answer; trying again"
+        if text != said and not as_json:
+            click.echo(f"{run.name}: {text}", err=True)
+            said = text
+        time.sleep(2)
+
+
+def _state_or_none(run: Run, control: Any) -> JobState | None:
+    """None while Slurm does not answer: a controller that restarts is no reason to stop watching."""
+    try:
+        state: JobState = control.state(run)
+        return state
+    except LauncherError as error:
+        if error.status is not ExitStatus.CLUSTER:
+            raise
+        return None
+
+
+def _finished(run: Run, control: Any) -> Any:
+    """A function that tells whether the run has ended, asking Slurm at most every five seconds."""
+    import time
+
+    asked_at = -1e9
+
+    def finished() -> bool:
+        nonlocal asked_at
+        if run.end is not None:
+            return True
+        if time.monotonic() - asked_at < 5:
+            return False
+        asked_at = time.monotonic()
+        state = _state_or_none(run, control)
+        return state is not None and not state.active
+
+    return finished
+
+
+def _explain_failure(run: Run) -> None:
+    from launcher.titan.log import first_error
+
+    found = first_error(sorted(run.logs.glob("*.log")))
+    if found:
+        path, lines = found
+        click.echo(f"  first error, in {path}:", err=True)
+        click.echo("\n".join(f"  | {line}" for line in lines), err=True)
+    click.echo(f"  everything: launcher logs {_reference(run)}", err=True)
+
+
+def _summary(run: Run, state: JobState) -> dict[str, Any]:
+    from launcher import runs
+
+    spec = run.spec
+    return {
+        "run": run.name,
+        "state": state.name,
+        "job_id": str((run.job or {}).get("job_id", "")),
+        "gpu": spec.get("gpu", "?"),
+        "nodes": spec.get("nodes", 0),
+        "gpus_per_node": spec.get("gpus_per_node", 0),
+        "recipe": spec.get("recipe", {}).get("name", "?"),
+        "run_dir": str(run.path),
+        "age_s": round(runs.age_s(run)),
+    }
+
+
+def _reference(run: Run) -> str:
+    """How to name the run in a command typed here: its name where runs/ is below, else its path."""
+    default = os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
+    return run.name if run.path.parent == Path(default).resolve() else str(run.path)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def _exit_for(state: JobState) -> None:
+    if state.failed:
+        sys.exit(ExitStatus.JOB_FAILED)
+    if not state.known:
+        sys.exit(ExitStatus.JOB_UNKNOWN)
+
+
+def _colour() -> bool | None:
+    """None lets click decide by the terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def _json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _json_line(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def _warn(text: str) -> None:
+    click.echo(f"{click.style('warning:', fg='yellow')} {text}", err=True, color=_colour())
+
+
+def _print_error(error: LauncherError) -> None:
+    click.echo(f"{click.style('error:', fg='red')} {error.what}", err=True, color=_colour())
+    if error.original:
+        click.echo("\n".join(f"  | {line}" for line in error.original.splitlines()), err=True)
+    if error.fix:
+        click.echo(f"  {click.style('try:', fg='green')} {error.fix}", err=True, color=_colour())
+
+
+def main() -> None:
+    """Entry point of the console script: errors become messages and exit codes."""
+    try:
+        launcher.main(prog_name="launcher", standalone_mode=False)
+    except LauncherError as error:
+        _print_error(error)
+        sys.exit(error.status)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(ExitStatus.INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(ExitStatus.INTERRUPTED)
+    except BrokenPipeError:  # `launcher logs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitStatus.OK)

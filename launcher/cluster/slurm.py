@@ -1,0 +1,192 @@
+"""The one module that talks to Slurm: sbatch, squeue, sacct, scancel, sinfo. Bounded, in plain text formats.
+
+The formats used are the same from Slurm 22.05 to 25.11 and need no JSON support and no accounting database.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from launcher.cluster.state import JobState, from_slurm
+from launcher.errors import ExitStatus, LauncherError
+
+ANSWER_S = 30  # bound on commands that only ask
+SUBMIT_S = 90  # bound on sbatch: above Slurm's own MessageTimeout of 10 s and its retries
+UNSURE = ("timed out", "unable to contact", "zero bytes", "connection refused", "try again")
+
+# What sbatch says, what it means, what to type. The first that matches is shown above the original words.
+SBATCH_ERRORS = (
+    (r"invalid partition", "Slurm has no such partition", "list them: sinfo -s"),
+    (r"invalid account or account/partition", "the account may not use this partition", "--account NAME; sacctmgr show assoc user=$USER"),
+    (r"invalid qos", "there is no such QOS, or this account may not use it", "--qos NAME; sacctmgr show qos"),
+    (r"reservation.*(invalid|not found)|invalid reservation", "there is no such reservation, or it is not yours", "scontrol show reservation"),
+    (r"invalid node name|invalid hostname", "a node of --nodelist or --exclude does not exist", "list them: sinfo -N -h -o %N"),
+    (r"requested topology configuration is not available", "no block of the topology has that many free nodes", "--segment a smaller divisor of --nodes; scontrol show topology"),
+    (r"requested node configuration is not available|node count specification invalid|more processors requested", "no node set of this partition fits: more nodes, GPUs per node or CPUs than it has", "compare with: sinfo -o '%P %D %c %m %G %t'"),
+    (r"invalid generic resource|invalid gres", "the nodes have no GPUs under that name", "sinfo -o '%N %G'; set [profile] gres in a file for --config"),
+    (r"requested time limit|time limit exceeds|invalid time", "the time limit is above the partition's", "--time; sinfo -o '%P %l'"),
+    (r"job violates accounting/qos policy|assocmax|qosmax", "a limit of your account or QOS is reached", "squeue --me; sacctmgr show assoc user=$USER"),
+    (r"access/permission denied|user's group not permitted|invalid user", "you may not submit there", "--partition or --account; ask your administrator"),
+    (r"unable to contact slurm controller|connection refused", "the Slurm controller does not answer", "scontrol ping"),
+)  # fmt: skip
+
+
+def submit(script: Path, lock_fd: int) -> str:
+    """Submits `script` from its own directory and returns the job id.
+
+    `lock_fd` is inherited by sbatch, so that its lock lasts as long as sbatch may still reach Slurm, even when
+    this program is killed. Raises Unsure when it cannot be told whether Slurm took the job, LauncherError when
+    Slurm refused it.
+    """
+    # Slurm lets SBATCH_* of the submitter's shell overrule the script: the script is to be the whole truth.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"}
+    command = [_find("sbatch"), "--parsable", str(script)]
+    process = subprocess.Popen(
+        command, cwd=script.parent, env=env | {"LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, pass_fds=(lock_fd,),
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=SUBMIT_S)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        process.wait()
+        raise Unsure(f"sbatch did not answer within {SUBMIT_S} s", "") from error
+    lines = [line for line in out.splitlines() if line.strip()]
+    job_id = re.fullmatch(r"(\d+)(;\S*)?", lines[-1].strip()) if lines else None
+    if process.returncode == 0 and job_id:
+        return job_id[1]
+    if process.returncode == 0:
+        raise Unsure("sbatch answered without a job id", out + err)
+    if any(words in err.lower() for words in UNSURE):
+        raise Unsure(f"sbatch failed (exit code {process.returncode})", err)
+    raise _refused(err or out, process.returncode)
+
+
+class Unsure(Exception):
+    """sbatch ended in a way that leaves open whether Slurm has the job."""
+
+    def __init__(self, what: str, original: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.original = original
+
+
+def _refused(text: str, code: int) -> LauncherError:
+    for pattern, what, fix in SBATCH_ERRORS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return LauncherError(f"sbatch refused the job: {what}", fix, status=ExitStatus.CLUSTER, original=text)
+    return LauncherError(
+        f"sbatch refused the job (exit code {code})",
+        "look at the script: launcher submit --dry-run ...",
+        status=ExitStatus.CLUSTER,
+        original=text,
+    )
+
+
+def queue() -> dict[str, tuple[str, JobState]]:
+    """All of the user's jobs that Slurm still remembers: id -> (job name, state).
+
+    Raises LauncherError when squeue is missing, hangs or fails.
+    """
+    out = _ask("squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%r|%j")
+    jobs = {}
+    for line in out.splitlines():
+        parts = line.strip().split("|", 3)
+        if len(parts) == 4 and parts[0].isdigit():  # anything else is a warning, or not for us
+            jobs[parts[0]] = (parts[3], from_slurm(parts[1], "squeue", parts[2]))
+    return jobs
+
+
+def accounting(job_ids: Iterable[str]) -> dict[str, JobState]:
+    """What the accounting database says of `job_ids`; empty where there is none, which is usual."""
+    try:
+        out = _ask("sacct", "-n", "-X", "-P", "-j", ",".join(job_ids), "-o", "JobIDRaw,State,ExitCode")
+    except LauncherError:
+        return {}
+    states = {}
+    for line in out.splitlines():
+        parts = line.strip().split("|")
+        if len(parts) == 3 and parts[0].isdigit():
+            code = parts[2].split(":")[0]
+            states[parts[0]] = from_slurm(parts[1], "sacct", "", int(code) if code.isdigit() else None)
+    return states
+
+
+def cancel(job_id: str) -> None:
+    """scancel; a job that is already gone is no error."""
+    try:
+        _ask("scancel", job_id)
+    except LauncherError as error:
+        if "Invalid job id" not in error.original:
+            raise
+
+
+def partition_nodes(partition: str) -> list[tuple[str, str, str]]:
+    """(GRES, features, node names) per kind of node in `partition`, or in the default one for "".
+
+    Raises LauncherError naming the partitions there are when this one is missing.
+    """
+    out = _ask("sinfo", "--noheader", "--format=%P|%G|%f|%N")
+    rows = [line.strip().split("|") for line in out.splitlines() if line.count("|") == 3]
+    names = list(dict.fromkeys(row[0] for row in rows))
+    wanted = partition or next((name[:-1] for name in names if name.endswith("*")), "")
+    plain = [name.rstrip("*") for name in names]
+    if any(name not in plain for name in wanted.split(",") if name):
+        raise LauncherError(
+            f"Slurm has no partition {wanted!r}; it has {', '.join(plain) or 'none'}",
+            f"--partition {plain[0]}" if plain else "sinfo -s",
+            status=ExitStatus.NOT_FOUND,
+        )
+    keep = set(wanted.split(",")) if wanted else set(plain)
+    return [(row[1], row[2], row[3]) for row in rows if row[0].rstrip("*") in keep]
+
+
+def architectures() -> set[str]:
+    """Architectures of all nodes, in uname's words, as far as slurmd has reported them."""
+    return set(re.findall(r" Arch=(\S+)", _ask("scontrol", "-o", "show", "node")))
+
+
+def bin_dir() -> str:
+    """The folder of sbatch, or "" where Slurm is not installed."""
+    found = shutil.which("sbatch")
+    return os.path.dirname(os.path.abspath(found)) if found else ""
+
+
+def _find(command: str) -> str:
+    path = shutil.which(command)
+    if path is None:
+        raise LauncherError(
+            f"{command} is not installed here, or not in PATH",
+            "go to the cluster's login node; without Slurm: launcher submit --local",
+            status=ExitStatus.CLUSTER,
+        )
+    return path
+
+
+def _ask(command: str, *arguments: str) -> str:
+    """Runs a Slurm command that changes nothing or can be repeated, and returns its standard output."""
+    path = _find(command)
+    try:
+        done = subprocess.run(
+            [path, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=ANSWER_S, env=os.environ | {"LC_ALL": "C"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise LauncherError(
+            f"{command} did not answer within {ANSWER_S} s", "scontrol ping", status=ExitStatus.CLUSTER
+        ) from error
+    except OSError as error:
+        raise LauncherError(f"cannot run {path}: {error.strerror}", status=ExitStatus.CLUSTER) from error
+    if done.returncode != 0:
+        raise LauncherError(
+            f"{command} failed (exit code {done.returncode})",
+            "scontrol ping",
+            status=ExitStatus.CLUSTER,
+            original=done.stderr or done.stdout,
+        )
+    return done.stdout

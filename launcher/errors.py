@@ -1,0 +1,39 @@
+"""Exit codes and the one exception that becomes an error message."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """What a command's exit code means; docs/exit-codes.md is checked against this list."""
+
+    OK = 0  # done; for `watch` and `status`: the job completed, or is still going
+    ERROR = 1  # something not listed below
+    USAGE = 2  # an option or argument that the command does not take
+    INVALID = 3  # a value, file or image that cannot work; nothing was submitted
+    NOT_FOUND = 4  # no such run, profile, recipe or partition
+    EXISTS = 5  # a run of that name exists
+    CLUSTER = 6  # a Slurm command is missing, failed, hung or answered nonsense
+    FILESYSTEM = 7  # a directory or file could not be read or written
+    JOB_FAILED = 8  # the job ended in failure
+    JOB_UNKNOWN = 9  # nothing knows how the job ended
+    NO_DATA = 10  # the run has not logged a step yet
+    INTERRUPTED = 130  # Ctrl-C before anything was submitted, or while following (the job goes on)
+
+
+class LauncherError(Exception):
+    """An error for the user: the thing, the cause, and what to type next.
+
+    `what` names the thing and the cause in one or two lines; `fix` is a command or an action; `original`
+    holds the words of another program, printed unchanged below.
+    """
+
+    def __init__(
+        self, what: str, fix: str = "", *, status: ExitStatus = ExitStatus.INVALID, original: str = ""
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+        self.status = status
+        self.original = original.strip()

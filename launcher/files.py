@@ -1,0 +1,68 @@
+"""Writing files so that nobody ever sees half of one, and finding the files that travel with the package."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ExitStatus, LauncherError
+
+
+def data_dir(name: str) -> Path:
+    """The folder `slurm` or `containers`: inside an installed wheel, else at the top of the checkout."""
+    packaged = Path(__file__).parent / "_data" / name
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / name
+
+
+def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """Writes through a temporary name beside the target, then renames; `mode` holds from the first byte on.
+
+    Raises LauncherError when the directory cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise filesystem_error(path, error) from error
+
+
+def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, or None where there is none or it is not a JSON object (copied half, edited)."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def filesystem_error(path: Path, error: OSError) -> LauncherError:
+    """The operating system's refusal, with what to do about the common ones."""
+    fixes = {
+        errno.EACCES: f"choose a directory you can write: --runs-dir DIR, or: ls -ld '{path.parent}'",
+        errno.EROFS: "choose a directory you can write: --runs-dir DIR",
+        errno.ENOSPC: f"free space on it (df -h '{path.parent}'), or choose another: --runs-dir DIR",
+        errno.EDQUOT: f"free space on it (quota -s; du -sh '{path.parent}'), or choose another: --runs-dir DIR",
+        errno.ENOTDIR: "choose a directory: --runs-dir DIR",
+        errno.ENAMETOOLONG: "choose a shorter path: --runs-dir DIR",
+    }
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return LauncherError(
+        f"cannot write {path}: {reason}", fixes.get(error.errno or 0, ""), status=ExitStatus.FILESYSTEM
+    )

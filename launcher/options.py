@@ -1,0 +1,166 @@
+"""The options that decide a run, shared by submit, render and `config show`, and what they become."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Option -> the key of the spec that it sets. One line here is all that an option needs.
+KEYS = {
+    "image": "job.image",
+    "nodes": "job.nodes",
+    "gpu": "job.gpu",
+    "gpus_per_node": "profile.gpus_per_node",
+    "recipe": "job.recipe",
+    "batch_size": "recipe.local_batch_size",
+    "seq_len": "recipe.seq_len",
+    "steps": "recipe.steps",
+    "data": "job.data",
+    "tokenizer": "job.tokenizer",
+    "partition": "job.partition",
+    "account": "job.account",
+    "qos": "job.qos",
+    "time": "job.time",
+    "reservation": "job.reservation",
+    "nodelist": "job.nodelist",
+    "exclude": "job.exclude",
+    "segment": "job.segment",
+    "mount": "job.mounts",
+    "name": "job.name",
+    "runs_dir": "job.runs_dir",
+    "runtime": "job.runtime",
+    "python": "job.python",
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The command line of a run: its layer, the files it names, and the values of secret variables."""
+
+    values: Mapping[str, Any]
+    origin: Mapping[str, str]
+    secret_env: tuple[str, ...]
+    secrets: Mapping[str, str]
+    config: Path | None
+    run_file: Path | None
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds every option that decides a run; the command receives them as `options: RunOptions`."""
+    from functools import wraps
+
+    @wraps(command)
+    def with_options(**parameters: Any) -> Any:
+        mine = {name: parameters.pop(name) for name in (*KEYS, "env", "settings", "local", "config", "run_file")}
+        return command(options=collect(mine), **parameters)
+
+    for decorate in reversed(OPTIONS):
+        with_options = decorate(with_options)
+    return with_options
+
+
+def collect(given: Mapping[str, Any]) -> RunOptions:
+    """Click's parameters as a layer; what was not given (None, empty) is not in it.
+
+    Raises click.BadParameter for an --env or --set of the wrong form.
+    """
+    from launcher.layers import absolute
+    from launcher.spec import SECRET_NAME
+
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, key in KEYS.items():
+        if given[name] not in (None, (), ""):
+            values[key] = absolute(key, given[name], Path.cwd())
+            origin[key] = f"option --{name.replace('_', '-')}"
+        elif given[name] == "":
+            raise click.BadParameter("must not be empty", param_hint=f"--{name.replace('_', '-')}")
+    if given["local"]:
+        values["job.scheduler"], origin["job.scheduler"] = "local", "option --local"
+    secrets: dict[str, str] = {}
+    secret_names = []
+    for text in given["env"]:
+        name, equals, value = text.partition("=")
+        if not equals or SECRET_NAME.search(name):
+            secret_names.append(name)
+            if equals:
+                secrets[name] = value
+            origin[f"secret_env.{name}"] = "option --env"
+        else:
+            values[f"env.{name}"], origin[f"env.{name}"] = value, "option --env"
+    for text in given["settings"]:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{text[:80]!r} is not KEY=VALUE", param_hint="--set")
+        values[f"titan.{key}"], origin[f"titan.{key}"] = value, "option --set"
+    return RunOptions(values, origin, tuple(secret_names), secrets, given["config"], given["run_file"])
+
+
+def _names(kind: str) -> Callable[..., list[str]]:
+    def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+        from launcher.layers import names_of
+
+        return [name for name in names_of(kind) if name.startswith(incomplete)]
+
+    return complete
+
+
+def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--runs-dir", type=click.Path(path_type=Path), envvar="LAUNCHER_RUNS_DIR", default="runs",
+        show_default=True, show_envvar=True, help="Where run directories are.",
+    )(command)  # fmt: skip
+
+
+def run_argument(required: bool) -> Callable[..., Any]:
+    def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+        runs = context.params.get("runs_dir") or os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
+        try:
+            return sorted(name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] != ".")
+        except OSError:
+            return []
+
+    return click.argument("run", required=required, default=None if required else "", shell_complete=complete)
+
+
+OPTIONS = (
+    click.argument("run_file", required=False, type=click.Path(path_type=Path), metavar="[RUN.toml]"),
+    click.option("--image", metavar="FILE", help="Image that the job runs in: a .sqsh (Pyxis) or .sif (Apptainer)."),
+    click.option("--nodes", type=int, help="Number of nodes.  [default: 1]"),
+    click.option("--gpu", metavar="PROFILE", shell_complete=_names("profiles"),
+                 help="GPU profile: gb200, gb300, b200, b300, h200, h100, a100, cpu, or a TOML file.  [default: detected]"),
+    click.option("--gpus-per-node", type=int, help="GPUs used on each node; with the cpu profile, ranks."),
+    click.option("--recipe", metavar="NAME", shell_complete=_names("recipes"),
+                 help="llama3-8b, llama3-8b-fast, llama3-70b, debug, or a TOML file.  [default: llama3-8b]"),
+    click.option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
+    click.option("--seq-len", type=int, help="Tokens in a sequence."),
+    click.option("--steps", type=int, help="Training steps."),
+    click.option("--data", metavar="DIR",
+                 help="C4: a directory with README.md and en/, 'hub' to stream, or 'sample'.  [default: /data/c4]"),
+    click.option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),
+    click.option("--partition", "-p", help="Slurm partition."),
+    click.option("--account", "-A", help="Slurm account."),
+    click.option("--qos", "-q", help="Slurm QOS."),
+    click.option("--time", "-t", help="Slurm time limit.  [default: 01:00:00]"),
+    click.option("--reservation", help="Slurm reservation."),
+    click.option("--nodelist", "-w", help="Run on these nodes."),
+    click.option("--exclude", "-x", help="Never run on these nodes."),
+    click.option("--segment", type=int, help="Nodes per topology block that must stay together."),
+    click.option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
+    click.option("--env", multiple=True, metavar="NAME[=VALUE]",
+                 help="Environment of the job; without a value, or with a secret's name, kept out of every script."),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of torchtitan's."),
+    click.option("--name", metavar="NAME", help="Name of the run.  [default: recipe, profile, nodes, time]"),
+    click.option("--runs-dir", metavar="DIR", envvar="LAUNCHER_RUNS_DIR", show_envvar=True,
+                 help="Where the run directory is made; every node must see it.  [default: runs]"),
+    click.option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="How the job enters its image."),
+    click.option("--python", metavar="PATH", help="Python inside the image; with --runtime bare, on the node."),
+    click.option("--local", is_flag=True, help="Run on this machine, without Slurm."),
+    click.option("--config", "-c", type=click.Path(path_type=Path), metavar="FILE",
+                 help="TOML file with your own values.  [default: ~/.config/titan-launcher/config.toml]"),
+)  # fmt: skip

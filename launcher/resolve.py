@@ -1,0 +1,225 @@
+"""From options and files to a RunSpec: the only place that looks at the machine before a run exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+from launcher.cluster import slurm
+from launcher.errors import ExitStatus, LauncherError
+from launcher.layers import Layer, find, merge, names_of, read_layer
+from launcher.spec import RunSpec, validate
+
+SQUASHFS_MAGIC = b"hsqs"  # little-endian superblock, squashfs 4.0
+# Defaults that Slurm's own commands take from the environment; the script says them instead.
+ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
+
+
+def resolve(options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]) -> RunSpec:
+    """Merges every layer, fills in what only this machine knows, and validates.
+
+    `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together.
+    """
+    if run_file is not None:
+        user = _repeated(run_file, options)
+    else:
+        user = _user_layer(config, environ)
+    chosen = {**_environment(environ).values, **user.values, **options.values}
+    if user.complete:
+        layers = [user, options]
+    else:
+        gpu, gpu_origin = _chosen_gpu(chosen, options, user)
+        recipe = str(chosen.get("job.recipe", "llama3-8b"))
+        layers = [
+            _machine(chosen, gpu, gpu_origin),
+            read_layer(find("profiles", gpu), f"profile {gpu}"),
+            read_layer(find("recipes", recipe), f"recipe {recipe}", gpu),
+            _environment(environ),
+            user,
+            options,
+        ]
+    spec = merge(layers)
+    if not spec.job.name:
+        spec = merge([*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")])
+    sources = {path: os.path.realpath(path) for path in (spec.data_path, spec.tokenizer_path) if path.startswith("/")}
+    spec = RunSpec(**{**vars(spec), "resolved": sources})
+    validate(spec)
+    return spec
+
+
+def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Values of the secret variables, from --env NAME=VALUE or the environment; never written into the spec."""
+    missing = [name for name in spec.secret_env if name not in options and name not in environ]
+    if missing:
+        raise LauncherError(
+            f"--env {missing[0]}: no such variable in your environment", f"export {missing[0]}=..., then again"
+        )
+    return {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
+
+
+def check_image(spec: RunSpec) -> None:
+    """Refuses an image that no container can start from: missing, empty, cut off, or not of the right kind."""
+    path = spec.job.image
+    if spec.job.runtime == "bare":
+        return
+    try:
+        with open(path, "rb") as stream:
+            head, size = stream.read(96), os.fstat(stream.fileno()).st_size
+    except FileNotFoundError:
+        near = sorted(Path(path).parent.glob("*.sqsh"))[:3] if Path(path).parent.is_dir() else []
+        hint = f"there is: {', '.join(str(p) for p in near)}" if near else f"ls -l '{Path(path).parent}'"
+        raise LauncherError(f"--image {path}: no such file", hint) from None
+    except IsADirectoryError:
+        raise LauncherError(f"--image {path}: a directory, not an image file") from None
+    except OSError as error:
+        raise LauncherError(f"--image {path}: {error.strerror}", f"ls -l '{path}'") from None
+    if size == 0:
+        raise LauncherError(f"--image {path}: the file is empty", "copy or build it again")
+    if spec.job.runtime == "apptainer":
+        if b"SIF_MAGIC" not in head:
+            raise LauncherError(f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file")
+        return
+    if not head.startswith(SQUASHFS_MAGIC):
+        raise LauncherError(
+            f"--image {path}: not a squashfs file (it begins with {head[:4]!r})", f"file '{path}'"
+        )
+    used = int.from_bytes(head[40:48], "little")  # superblock field bytes_used
+    if len(head) < 96 or size < used:
+        raise LauncherError(
+            f"--image {path}: cut off: {size:,} of {used:,} bytes", "copy it again, then compare: sha256sum"
+        )
+
+
+def warnings(spec: RunSpec) -> list[str]:
+    """Paths that this machine does not have. The nodes may: the job's own check decides there."""
+    paths = [p for p in (spec.data_path, spec.tokenizer_path) if p.startswith("/") and not p.startswith(spec.run_dir)]
+    found = [f"{path}: not on this machine; if the nodes do not have it either, the job stops at once" for path in
+             paths if not os.path.exists(path)]  # fmt: skip
+    if spec.job.runtime == "bare" and spec.job.scheduler == "local" and not shutil.which(spec.job.python):
+        found.append(f"{spec.job.python}: no such program")
+    return found
+
+
+def _layer(values: Mapping[str, object], origin: str) -> Layer:
+    return Layer(values, dict.fromkeys(values, origin))
+
+
+def _environment(environ: Mapping[str, str]) -> Layer:
+    names = {name: key for name, key in ENVIRONMENT.items() if environ.get(name)}
+    return Layer(
+        {key: environ[name] for name, key in names.items()},
+        {key: f"environment {name}" for name, key in names.items()},
+    )
+
+
+def user_file(config: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """--config, else LAUNCHER_CONFIG, else ~/.config/titan-launcher/config.toml where that exists."""
+    if config is not None:
+        return config
+    if environ.get("LAUNCHER_CONFIG"):
+        return Path(environ["LAUNCHER_CONFIG"])
+    base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
+    path = base / "titan-launcher" / "config.toml"
+    return path if path.is_file() else None
+
+
+def _user_layer(config: Path | None, environ: Mapping[str, str]) -> Layer:
+    path = user_file(config, environ)
+    return read_layer(path, f"file {path}") if path else Layer({}, {})
+
+
+def _repeated(run_file: Path, options: Layer) -> Layer:
+    for key, option in (("job.gpu", "--gpu"), ("job.recipe", "--recipe")):
+        if key in options.values:
+            raise LauncherError(
+                f"{option} with {run_file}: that file already holds every value of its profile and recipe",
+                f"leave out {option}, or start from the recipe: launcher submit --recipe ...",
+            )
+    run_file = run_file / "run.toml" if run_file.is_dir() else run_file
+    layer = read_layer(run_file, f"file {run_file}")
+    if not layer.complete:
+        raise LauncherError(f"{run_file}: not a run.toml", f"launcher submit --config {run_file}")
+    kept = {k: v for k, v in layer.values.items() if k not in ("job.name", "job.runs_dir", "job.slurm_bin")}
+    kept |= {"job.runs_dir": os.path.abspath("runs"), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
+    return Layer(kept, {k: layer.origin.get(k, "detected") for k in kept}, True, layer.secret_env)
+
+
+def _chosen_gpu(chosen: Mapping[str, object], options: Layer, user: Layer) -> tuple[str, str]:
+    if gpu := str(chosen.get("job.gpu", "")):
+        return gpu, options.origin.get("job.gpu", user.origin.get("job.gpu", ""))
+    if chosen.get("job.scheduler") == "local":
+        return _local_gpu()
+    return _cluster_gpu(str(chosen.get("job.partition", "")))
+
+
+def _machine(chosen: Mapping[str, object], gpu: str, gpu_origin: str) -> Layer:
+    """What follows from where this runs: absolute runs_dir, the local scheduler's runtime, Slurm's folder."""
+    values: dict[str, object] = {"job.gpu": gpu, "job.runs_dir": os.path.abspath("runs")}
+    origin = {"job.gpu": gpu_origin, "job.runs_dir": "default"}
+    if chosen.get("job.scheduler") == "local":
+        values |= {"job.runtime": "bare"}
+        origin |= {"job.runtime": "default with --local"}
+        if chosen.get("job.runtime", "bare") == "bare":
+            values |= {"job.python": sys.executable}
+            origin |= {"job.python": "the launcher's own Python"}
+    elif found := slurm.bin_dir():
+        values |= {"job.slurm_bin": found}
+        origin |= {"job.slurm_bin": "detected: which sbatch"}
+    return Layer(values, origin)
+
+
+def _free_name(spec: RunSpec) -> str:
+    recipe, gpu = (re.sub(r"[^A-Za-z0-9._-]", "-", Path(n).stem) for n in (spec.job.recipe, spec.job.gpu))
+    base = f"{recipe}-{gpu}-{spec.job.nodes}n"[:40].lstrip("._-") + f"-{datetime.now():%Y%m%d-%H%M%S}"
+    names = [base, *(f"{base}-{n}" for n in range(2, 100))]
+    return next((name for name in names if not os.path.lexists(f"{spec.job.runs_dir}/{name}")), base)
+
+
+def _local_gpu() -> tuple[str, str]:
+    """The profile of this machine's GPUs as nvidia-smi names them; "cpu" where there are none."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        out = ""
+    lines = [line.strip() for line in out.splitlines() if line.strip()]
+    if not lines:
+        return "cpu", "detected: no GPU on this machine"
+    for name in sorted(names_of("profiles"), key=len, reverse=True):
+        if re.search(rf"\b{name}\b", lines[0], re.IGNORECASE):
+            return name, f"detected: {lines[0]}"
+    raise _which_gpu(f"this machine has {lines[0]}, and no profile is called that")
+
+
+def _cluster_gpu(partition: str) -> tuple[str, str]:
+    """The profile of a partition's nodes: named in the GRES, the features or the node names, and not contradicted
+    by the GPU count or the architecture. Where several could be meant, the user is asked."""
+    rows = slurm.partition_nodes(partition)
+    arches = slurm.architectures()
+    words = " ".join(" ".join(row) for row in rows).lower()
+    counts = {int(count) for count in re.findall(r"gpu(?::[a-z0-9_.-]+)?:(\d+)", words)}
+    fitting = []
+    for name in names_of("profiles"):
+        profile = read_layer(find("profiles", name), "").values
+        if profile.get("profile.device") == "cpu":
+            continue
+        named = re.search(rf"(?<![a-z0-9]){name}(?![0-9])", words)
+        arch_fits = not arches or profile["profile.arch"] in arches
+        if named and arch_fits and (not counts or profile["profile.gpus_per_node"] in counts):
+            fitting.append(name)
+    where = f"partition {partition}" if partition else "the default partition"
+    seen = f"{'; '.join(sorted({row[0] for row in rows}))}, {'/'.join(sorted(arches)) or 'architecture unknown'}"
+    if len(fitting) == 1:
+        return fitting[0], f"detected: {where}: {seen}"
+    raise _which_gpu(f"{where} ({seen}) does not say clearly which GPU it has")
+
+
+def _which_gpu(what: str) -> LauncherError:
+    return LauncherError(what, f"say it: --gpu {'|'.join(names_of('profiles'))}", status=ExitStatus.NOT_FOUND)

@@ -1,0 +1,180 @@
+"""The run directory: made whole or not at all, read by every other command.
+
+    run.toml  job.sbatch  job/ (node.json, node.py, titan/)  logs/  intent.json  job.json  claim/  end.json
+
+`intent.json` is there before anything is submitted, `job.json` after; a directory with the first alone was cut
+off in between, and the job is looked for by its name (launcher/control.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import data_dir, filesystem_error, read_json, write_json, write_text
+from launcher.layers import run_toml
+from launcher.render import render
+from launcher.spec import SAMPLE, RunSpec, node_config
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory on disk; its small files are read when asked for."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """`job/node.json`: what was asked of the nodes; empty where the file is missing or damaged."""
+        return read_json(self.path / "job" / "node.json") or {}
+
+    @property
+    def intent(self) -> dict[str, Any] | None:
+        return read_json(self.path / "intent.json")
+
+    @property
+    def job(self) -> dict[str, Any] | None:
+        return read_json(self.path / "job.json")
+
+    @property
+    def end(self) -> dict[str, Any] | None:
+        return read_json(self.path / "end.json")
+
+    @property
+    def claimed_by(self) -> str:
+        """The job id that the script itself wrote when it began; empty before that."""
+        try:
+            return (self.path / "claim" / "job_id").read_text(encoding="utf-8").strip()
+        except OSError:
+            return ""
+
+
+def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> Run:
+    """Writes the whole run directory under a temporary name, then renames it: all of it or nothing.
+
+    Raises LauncherError when the name is taken or the directory cannot be written.
+    """
+    final = Path(spec.run_dir)
+    if final.exists() or final.is_symlink():
+        raise LauncherError(
+            f"a run named {spec.job.name} exists: {final}",
+            "choose another with --name, or leave --name out for one with the time in it",
+            status=ExitStatus.EXISTS,
+        )
+    temporary = final.parent / f".{spec.job.name}.{os.getpid()}.tmp"
+    try:
+        try:
+            temporary.mkdir(parents=True)
+            (temporary / "logs").mkdir()
+            _fill(temporary, spec, secrets, now_s)
+            os.rename(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise filesystem_error(final, error) from error
+    return Run(final)
+
+
+def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> None:
+    job = directory / "job"
+    job.mkdir()
+    shutil.copyfile(data_dir("slurm") / "node.py", job / "node.py")
+    titan = Path(__file__).parent / "titan"
+    shutil.copytree(titan, job / "titan", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in job.rglob("*"):  # an installed launcher may be read-only, a run directory must be deletable
+        path.chmod(path.stat().st_mode | stat.S_IWUSR)
+    write_json(job / "node.json", node_config(spec))
+    write_text(directory / "run.toml", run_toml(spec))
+    write_text(directory / "job.sbatch", render(spec), 0o755)
+    if secrets:
+        import shlex
+
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in sorted(secrets.items())]
+        write_text(directory / "secret.env", "".join(lines), 0o600)
+    if SAMPLE in (spec.job.data, spec.job.tokenizer):
+        from launcher import sample
+
+        sample.write_c4_sample(directory / "sample" / "c4")
+        sample.write_tokenizer(directory / "sample" / "tokenizer")
+    write_json(
+        directory / "intent.json",
+        {"scheduler": spec.job.scheduler, "job_name": spec.job_name, "at": now_s, "runtime": spec.job.runtime},
+    )
+
+
+def discard(run: Run) -> None:
+    """Removes a run directory whose submission was refused: nothing of it ever ran."""
+    doomed = run.path.with_name(f".{run.name}.{os.getpid()}.refused")
+    try:
+        os.rename(run.path, doomed)
+    except OSError:
+        doomed = run.path
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def record_job(run: Run, job: Mapping[str, Any]) -> None:
+    write_json(run.path / "job.json", dict(job))
+
+
+def all_runs(runs_dir: Path) -> list[Run]:
+    """Every run below `runs_dir`, newest first; directories that are no runs are passed over."""
+    try:
+        found = [Run(Path(e.path)) for e in os.scandir(runs_dir) if not e.name.startswith(".") and e.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise LauncherError(
+            f"cannot read {runs_dir}: {error.strerror}", "--runs-dir DIR", status=ExitStatus.FILESYSTEM
+        ) from error
+    runs = [(intent["at"], run) for run in found if isinstance((intent := run.intent or {}).get("at"), (int, float))]
+    return [run for _, run in sorted(runs, key=lambda pair: (pair[0], pair[1].name), reverse=True)]
+
+
+def open_run(reference: str, runs_dir: Path) -> Run:
+    """The run that `reference` names: a name below `runs_dir`, a path to a run directory, or "" for the newest."""
+    if not reference:
+        if runs := all_runs(runs_dir):
+            return runs[0]
+        raise LauncherError(
+            f"there are no runs in {runs_dir}",
+            "launcher submit --local --recipe debug, or name another folder: --runs-dir DIR",
+            status=ExitStatus.NOT_FOUND,
+        )
+    paths = [Path(reference)] if "/" in reference else [runs_dir / reference, Path(reference)]
+    for path in paths:
+        try:
+            path = path.parent if path.name == "run.toml" else path
+            if Run(path).intent is not None:
+                return Run(path.resolve())
+        except OSError:  # a name too long for the file system
+            continue
+    import difflib
+
+    near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
+    raise LauncherError(
+        f"there is no run {reference[:80]!r} in {runs_dir}",
+        f"did you mean {near[0]}?" if near else f"launcher list --runs-dir {runs_dir}",
+        status=ExitStatus.NOT_FOUND,
+    )
+
+
+def age_s(run: Run) -> float:
+    """Seconds since the run was submitted; 0 where its intent is damaged."""
+    at = (run.intent or {}).get("at")
+    return max(0.0, time.time() - at) if isinstance(at, (int, float)) else 0.0

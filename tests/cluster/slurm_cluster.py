@@ -1,0 +1,294 @@
+"""A real Slurm on one machine, for tests: one slurmctld and several slurmd, started as root.
+
+Each slurmd runs in network, PID, UTS and mount namespaces of its own, so nodes have different names
+and addresses, talk to each other over TCP, and see only their own processes. slurmctld and the
+commands run on the host, which one more cable joins to the nodes' network; so ordinary users need
+no privilege to use sbatch, squeue, srun, scancel and scontrol.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+import subprocess
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from daemons import (
+    OWN_NAMESPACES,
+    claim_subnet,
+    has_own_network,
+    output,
+    plug_in,
+    remove_leftovers,
+    spawn,
+    start_bridge,
+    stop_recorded,
+    wait_for,
+)
+
+CONTROLLER = "slurm-head-node-1"
+PLUGIN_SOURCE = Path(__file__).with_name("spank_container.c")
+COMPILE = ("gcc", "-shared", "-fPIC", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-Werror")
+
+DEBIAN_PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+    "gcc": "gcc",
+    "mksquashfs": "squashfs-tools",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Slurm that can be used: with `env`, any Slurm command talks to it."""
+
+    directory: Path
+    slurm_conf: Path
+    env: dict[str, str]
+    nodes: tuple[str, ...]
+    partitions: tuple[str, ...]
+    gpus_per_node: int
+    record: Path | None = field(default=None)  # None: not started here, so never stopped here
+
+
+@dataclass(frozen=True)
+class User:
+    """An account of the machine that commands can be run as."""
+
+    name: str
+    uid: int
+    gid: int
+    home: Path
+
+
+def missing_packages() -> list[str]:
+    """Debian packages without which no cluster can be started, found by what they install."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = {package for tool, package in DEBIAN_PACKAGES.items() if not shutil.which(tool, path=path)}
+    if not Path("/usr/include/slurm/spank.h").exists():
+        missing.add("libslurm-dev")
+    return sorted(missing)
+
+
+def slurm_run(
+    cluster: Cluster,
+    command: Sequence[str | Path],
+    user: User | None = None,
+    cwd: Path | None = None,
+    timeout: float = 60,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with the cluster's environment, as root or as `user`, and return what it printed."""
+    account: dict[str, object] = {}
+    variables = dict(cluster.env)
+    if user:
+        account = {"user": user.uid, "group": user.gid, "extra_groups": []}
+        variables |= {"HOME": str(user.home), "USER": user.name, "LOGNAME": user.name}
+        cwd = cwd or user.home
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [str(word) for word in command],
+        env=variables | env,
+        cwd=cwd or cluster.directory,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **account,
+    )
+
+
+def start_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4) -> Cluster:
+    """Start a Slurm whose files all lie in `directory`, and wait until every node is idle.
+
+    Ordinary users must be able to enter `directory`. Whatever goes wrong on the way, nothing that was
+    started is left running, and the error holds the ends of the daemons' logs.
+    """
+    directory = directory.resolve()
+    _check_others_can_enter(directory)
+    remove_leftovers()
+    record, subnet = claim_subnet(directory)
+    names = tuple(f"gpu-compute-node-{number:03d}" for number in range(1, nodes + 1))
+    addresses = {CONTROLLER: f"{subnet}.1"} | {name: f"{subnet}.{11 + i}" for i, name in enumerate(names)}
+    path = os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin")
+    cluster = Cluster(
+        directory=directory,
+        slurm_conf=directory / "slurm.conf",
+        env={"SLURM_CONF": str(directory / "slurm.conf"), "PATH": path, "LANG": "C.UTF-8"},
+        nodes=names,
+        partitions=("batch", "small"),
+        gpus_per_node=gpus_per_node,
+        record=record,
+    )
+    try:
+        _write_files(cluster, addresses)
+        _start_daemons(cluster, record, addresses)
+        _wait_until_idle(cluster)
+    except Exception as error:
+        logs = _log_tails(directory)
+        stop_cluster(cluster)
+        raise RuntimeError(f"Slurm did not start in {directory}: {error}\n{logs}") from error
+    except BaseException:  # Ctrl-C
+        stop_cluster(cluster)
+        raise
+    return cluster
+
+
+def stop_cluster(cluster: Cluster) -> None:
+    """End what `start_cluster` started, jobs included. The directory stays, for its logs."""
+    if cluster.record is not None:
+        stop_recorded(cluster.record)
+
+
+@contextlib.contextmanager
+def running_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4) -> Iterator[Cluster]:
+    """`start_cluster` and `stop_cluster` around a block."""
+    cluster = start_cluster(directory, nodes, gpus_per_node)
+    try:
+        yield cluster
+    finally:
+        stop_cluster(cluster)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def _check_others_can_enter(directory: Path) -> None:
+    directory.chmod(0o755)
+    for parent in directory.parents:
+        if not parent.stat().st_mode & 0o001:
+            raise RuntimeError(f"ordinary users cannot enter {parent}, so they could not use a Slurm in it")
+
+
+def _write_files(cluster: Cluster, addresses: dict[str, str]) -> None:
+    root = cluster.directory
+    for name in ("munge", "state", "spool", "log", "run", "gpu", "containers"):
+        (root / name).mkdir(mode=0o755, exist_ok=True)
+    key = root / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    for number in range(cluster.gpus_per_node):  # a GPU here is one more /dev/null
+        os.mknod(root / "gpu" / f"nvidia{number}", 0o020666, os.makedev(1, 3))
+    hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
+    (root / "hosts").write_text("\n".join(hosts) + "\n")
+    (root / "node.sh").write_text(NODE_SCRIPT)
+    (root / "head.sh").write_text(HEAD_SCRIPT)
+    gpus = f"{root}/gpu/nvidia[0-{cluster.gpus_per_node - 1}]"
+    (root / "gres.conf").write_text(f"Name=gpu Type=gb200 File={gpus}\n")
+    plugin = root / "spank_container.so"
+    output(*COMPILE, "-o", str(plugin), str(PLUGIN_SOURCE))
+    (root / "plugstack.conf").write_text(f"required {plugin} staging={root}/containers\n")
+    cluster.slurm_conf.write_text(_slurm_conf(cluster, addresses))
+
+
+NODE_SCRIPT = """\
+#!/bin/sh
+# usage: node.sh NAME DIRECTORY: a compute node; runs as process 1 of the node's own namespaces.
+hostname "$1"
+mount --bind "$2/hosts" /etc/hosts
+ip link set lo up
+until ip -4 -o address show dev eth0 2>/dev/null | grep -q inet; do sleep 0.02; done
+slurmd -D -N "$1" -f "$2/slurm.conf" &
+wait $!
+"""
+
+HEAD_SCRIPT = """\
+#!/bin/sh
+# usage: head.sh NAME DIRECTORY: slurmctld, under a name of its own but in the host's network.
+hostname "$1"
+mount --bind "$2/hosts" /etc/hosts
+exec slurmctld -D -f "$2/slurm.conf"
+"""
+
+
+def _slurm_conf(cluster: Cluster, addresses: dict[str, str]) -> str:
+    """Accounting is off and finished jobs are kept for 300 s, as on Crusoe's Terraform clusters."""
+    root = cluster.directory
+    general = f"""\
+        ClusterName=launchertest
+        SlurmctldHost={CONTROLLER}({addresses[CONTROLLER]})
+        SlurmctldPort=16817
+        SlurmdPort=16818
+        CommunicationParameters=NoCtldInAddrAny
+        SlurmUser=root
+        SlurmdUser=root
+        AuthType=auth/munge
+        AuthInfo=socket={root}/munge/socket
+        CredType=cred/munge
+        StateSaveLocation={root}/state
+        SlurmdSpoolDir={root}/spool/%n
+        SlurmctldPidFile={root}/run/slurmctld.pid
+        SlurmdPidFile={root}/run/%n.pid
+        SlurmctldLogFile={root}/log/slurmctld.log
+        SlurmdLogFile={root}/log/%n.log
+        SlurmdParameters=config_overrides
+        PlugStackConfig={root}/plugstack.conf
+        ProctrackType=proctrack/linuxproc
+        TaskPlugin=task/none
+        JobAcctGatherType=jobacct_gather/none
+        AccountingStorageType=accounting_storage/none
+        JobCompType=jobcomp/none
+        MpiDefault=none
+        SelectType=select/cons_tres
+        SelectTypeParameters=CR_Core
+        GresTypes=gpu
+        ReturnToService=2
+        MinJobAge=300
+        KillWait=5
+        """
+    lines = [textwrap.dedent(general).strip()]
+    for name in cluster.nodes:
+        lines.append(
+            f"NodeName={name} NodeAddr={addresses[name]} Sockets=2 CoresPerSocket=8 ThreadsPerCore=1 "
+            f"RealMemory=16000 Gres=gpu:gb200:{cluster.gpus_per_node} State=UNKNOWN"
+        )
+    lines.append(f"PartitionName=batch Nodes={','.join(cluster.nodes)} Default=YES MaxTime=INFINITE State=UP")
+    lines.append(f"PartitionName=small Nodes={cluster.nodes[0]} MaxTime=5 State=UP")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------- daemons
+
+
+def _start_daemons(cluster: Cluster, record: Path, addresses: dict[str, str]) -> None:
+    root = str(cluster.directory)
+    logs = cluster.directory / "log"
+    munge = f"{root}/munge"
+    spawn(  # --force: munged dislikes directories that others may write in, such as /tmp
+        *(record, logs / "munged.out", "munged", "--foreground", "--force"),
+        *(f"--key-file={munge}/key", f"--socket={munge}/socket", f"--pid-file={munge}/pid"),
+        *(f"--log-file={munge}/log", f"--seed-file={munge}/seed"),
+    )
+    bridge = start_bridge(record, logs / "bridge.out")
+    address = addresses[CONTROLLER]
+    plug_in(bridge, os.getpid(), f"ltest{address.split('.')[2]}", address)
+    wait_for(lambda: os.path.exists(f"{munge}/socket"), "munged's socket")
+    own = (*OWN_NAMESPACES, "--uts")
+    spawn(record, logs / "slurmctld.out", *own, "sh", f"{root}/head.sh", CONTROLLER, root)
+    for name in cluster.nodes:
+        pid = spawn(record, logs / f"{name}.out", *own, "--net", "sh", f"{root}/node.sh", name, root)
+        wait_for(functools.partial(has_own_network, pid), f"the network namespace of {name}")
+        plug_in(bridge, pid, "eth0", addresses[name])
+
+
+def _wait_until_idle(cluster: Cluster) -> None:
+    def all_idle() -> bool:
+        seen = slurm_run(cluster, ["sinfo", "-h", "-N", "-p", "batch", "-o", "%N %T"])
+        return seen.stdout.splitlines() == [f"{name} idle" for name in cluster.nodes]
+
+    wait_for(all_idle, f"{len(cluster.nodes)} idle nodes")
+
+
+def _log_tails(directory: Path) -> str:
+    """The last lines of each daemon's log: what a failed start has to say."""
+    texts: list[str] = []
+    for log in sorted((directory / "log").glob("*.out")):
+        lines = log.read_text(errors="replace").splitlines()[-8:]
+        texts += [f"--- {log.name}", *lines]
+    return "\n".join(texts)
