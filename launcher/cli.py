@@ -55,7 +55,7 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json:
     launcher submit --local --recipe debug
     launcher submit runs/my-run/run.toml --name my-run-again
     """
-    from launcher import control, resolve
+    from launcher import resolve
 
     spec = _spec(options)
     secrets = resolve.secrets_of(spec, options.secrets, os.environ)
@@ -64,9 +64,14 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json:
         _warn(text)
     if dry_run:
         return _print_plan(spec, as_json)
-    asking = sys.stdin.isatty() and sys.stdout.isatty() and not (yes or as_json or spec.job.scheduler == "local")
+    asking = (
+        sys.stdin.isatty() and sys.stdout.isatty() and not (yes or as_json or spec.job.scheduler == "local")
+    )
     if asking and not click.confirm(f"Submit {_describe(spec)}?", default=True):
         raise click.Abort
+
+    from launcher import control
+
     run = control.submit(spec, secrets)
     job_id = (run.job or {}).get("job_id", "")
     if as_json:
@@ -195,14 +200,10 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
 
     The files themselves are RUN/logs/NNNN-<node>.log and RUN/logs/job.log.
     """
-    import time
-
-    from launcher import control, runs
-    from launcher.follow import merged_lines
+    from launcher import attach, runs
 
     found = runs.open_run(run, runs_dir)
-    finished = _finished(found, control)
-    for node, line in merged_lines(found.logs, follow=follow, is_finished=finished, sleep=time.sleep):
+    for node, line in attach.log_lines(found, follow):
         if as_json:
             _json_line({"node": node, "line": line})
         else:
@@ -240,7 +241,7 @@ def results(run: str, runs_dir: Path, as_json: bool) -> None:
     """
     from launcher import control, runs
     from launcher.results.run import row_of
-    from launcher.results.rows import markdown_row, median_line, row_as_dict, table_header
+    from launcher.results.rows import markdown_header, markdown_row, row_as_dict, summary_line
 
     found = runs.open_run(run, runs_dir)
     state = control.states([found])[found.name]
@@ -254,7 +255,7 @@ def results(run: str, runs_dir: Path, as_json: bool) -> None:
     if as_json:
         _json({"run": found.name, "state": state.name} | row_as_dict(row))
     else:
-        click.echo("\n".join([*table_header(), markdown_row(row), "", median_line(row)]))
+        click.echo(f"{markdown_header()}\n{markdown_row(row)}\n\n{summary_line(row)}")
 
 
 @launcher.command()
@@ -279,7 +280,13 @@ def version(as_json: bool) -> None:
         click.echo("\n".join(f"{name} {number}" for name, number in found.items()))
 
 
-_STATE_COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "FAILED": "red", "UNKNOWN": "yellow", "TIMEOUT": "red"}
+_STATE_COLOURS = {
+    "COMPLETED": "green",
+    "RUNNING": "cyan",
+    "FAILED": "red",
+    "UNKNOWN": "yellow",
+    "TIMEOUT": "red",
+}
 
 
 def _spec(options: RunOptions) -> RunSpec:
@@ -300,37 +307,31 @@ def _print_plan(spec: RunSpec, as_json: bool) -> None:
     from launcher.spec import node_config
     from launcher.titan.command import preview
 
-    script, commands = render_script(spec), preview(node_config(spec))
+    script, commands = render_script(spec), preview(node_config(spec), spec.job.python)
     if as_json:
         _json({"run_dir": spec.run_dir, "script": script, "torchrun": commands})
         return
     click.echo(script, nl=False)
     for era, command in commands.items():
-        click.echo(f"\n# On each node, where the image has torchtitan {era}:\n# {command}")
+        text = "\n".join(f"# {line}".rstrip() for line in command.splitlines())
+        click.echo(f"\n# On each node, where the image has torchtitan {era}:\n{text}")
 
 
 def _follow(run: Run, as_json: bool) -> None:
     """Shows the run's progress until it ends, then its results row. Exits with the run's own status."""
-    import time
-
-    from launcher import control
-    from launcher.follow import follow
-    from launcher.results.rows import markdown_row, median_line, row_as_dict
+    from launcher import attach, control
+    from launcher.results.rows import markdown_row, row_as_dict, summary_line
     from launcher.results.run import row_of
-    from launcher.watch import watch as show
 
-    finished = _finished(run, control)
-    steps = int(run.spec.get("recipe", {}).get("steps", 0))
     try:
-        _wait_for_start(run, as_json)
-        progress = follow(run.logs, steps_total=steps, is_finished=finished, sleep=time.sleep, clock=time.time)
+        attach.wait_for_start(
+            run, None if as_json else lambda text: click.echo(f"{run.name}: {text}", err=True)
+        )
         if as_json:
-            import dataclasses
-
-            for snapshot in progress:
-                _json_line(dataclasses.asdict(snapshot))
+            for snapshot in attach.progress_of(run):
+                _json_line(attach.as_dict(snapshot))
         else:
-            show(progress, sys.stdout, is_terminal=sys.stdout.isatty())
+            attach.show(run, sys.stdout)
     except KeyboardInterrupt:
         click.echo(f"\ndetached; {run.name} goes on: launcher watch {_reference(run)}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
@@ -341,55 +342,10 @@ def _follow(run: Run, as_json: bool) -> None:
     else:
         click.echo(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else ""))
         if row:
-            click.echo(f"\n{markdown_row(row)}\n{median_line(row)}")
+            click.echo(f"\n{markdown_row(row)}\n{summary_line(row)}")
         if state.failed:
             _explain_failure(run)
     _exit_for(state)
-
-
-def _wait_for_start(run: Run, as_json: bool) -> None:
-    import time
-
-    from launcher import control
-    from launcher.cluster.state import WAITING
-
-    said = ""
-    while (state := _state_or_none(run, control)) is None or state.name in (*WAITING, "SUBMITTING"):
-        text = f"{state.name} {state.reason}".strip() if state else "Slurm does not answer; trying again"
-        if text != said and not as_json:
-            click.echo(f"{run.name}: {text}", err=True)
-            said = text
-        time.sleep(2)
-
-
-def _state_or_none(run: Run, control: Any) -> JobState | None:
-    """None while Slurm does not answer: a controller that restarts is no reason to stop watching."""
-    try:
-        state: JobState = control.state(run)
-        return state
-    except LauncherError as error:
-        if error.status is not ExitStatus.CLUSTER:
-            raise
-        return None
-
-
-def _finished(run: Run, control: Any) -> Any:
-    """A function that tells whether the run has ended, asking Slurm at most every five seconds."""
-    import time
-
-    asked_at = -1e9
-
-    def finished() -> bool:
-        nonlocal asked_at
-        if run.end is not None:
-            return True
-        if time.monotonic() - asked_at < 5:
-            return False
-        asked_at = time.monotonic()
-        state = _state_or_none(run, control)
-        return state is not None and not state.active
-
-    return finished
 
 
 def _explain_failure(run: Run) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from launcher import runs
@@ -207,14 +205,3 @@ def _signals_deferred() -> Iterator[None]:
             signal.signal(number, handler)
         for number in waiting[:1]:
             signal.raise_signal(signal.Signals(number))
-
-
-def end_words(path: Path) -> str:
-    """The last lines of a run's batch log, for an error message; control characters removed."""
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4096))
-            text = stream.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return "\n".join(re.sub(r"[^\x20-\x7e\u00a0-\uffff]", "", line)[:200] for line in text.splitlines()[-6:])

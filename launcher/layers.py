@@ -70,7 +70,9 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     tables = _parse(path)
     run_format = tables.pop("run", None)
     if run_format is not None and run_format != RUN_FILE_FORMAT:
-        raise LauncherError(f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}")
+        raise LauncherError(
+            f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}"
+        )
     tables.pop("origin", None)
     secrets = tables.pop("secret_env", [])
     if not (isinstance(secrets, list) and all(isinstance(name, str) for name in secrets)):
@@ -118,7 +120,9 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
             if key.startswith("env."):
                 secrets.pop(key[4:], None)
     parts = {
-        section: cls(**{k.split(".", 1)[1]: v for k, v in values.items() if k in FIELDS and k.startswith(section)})
+        section: cls(
+            **{k.split(".", 1)[1]: v for k, v in values.items() if k in FIELDS and k.startswith(section)}
+        )
         for section, cls in SECTIONS.items()
     }
     free = {
@@ -167,7 +171,9 @@ def _parse(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except OSError as error:
         status = ExitStatus.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitStatus.FILESYSTEM
-        raise LauncherError(f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=status) from error
+        raise LauncherError(
+            f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=status
+        ) from error
     except UnicodeDecodeError as error:
         raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:

@@ -21,15 +21,14 @@ SQUASHFS_MAGIC = b"hsqs"  # little-endian superblock, squashfs 4.0
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
 
 
-def resolve(options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]) -> RunSpec:
+def resolve(
+    options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]
+) -> RunSpec:
     """Merges every layer, fills in what only this machine knows, and validates.
 
     `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together.
     """
-    if run_file is not None:
-        user = _repeated(run_file, options)
-    else:
-        user = _user_layer(config, environ)
+    user = _user_layer(config, environ) if run_file is None else _repeated(run_file, options)
     chosen = {**_environment(environ).values, **user.values, **options.values}
     if user.complete:
         layers = [user, options]
@@ -46,8 +45,12 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
         ]
     spec = merge(layers)
     if not spec.job.name:
-        spec = merge([*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")])
-    sources = {path: os.path.realpath(path) for path in (spec.data_path, spec.tokenizer_path) if path.startswith("/")}
+        spec = merge(
+            [*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")]
+        )
+    sources = {
+        path: os.path.realpath(path) for path in (spec.data_path, spec.tokenizer_path) if path.startswith("/")
+    }
     spec = RunSpec(**{**vars(spec), "resolved": sources})
     validate(spec)
     return spec
@@ -58,7 +61,8 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
     missing = [name for name in spec.secret_env if name not in options and name not in environ]
     if missing:
         raise LauncherError(
-            f"--env {missing[0]}: no such variable in your environment", f"export {missing[0]}=..., then again"
+            f"--env {missing[0]}: no such variable in your environment",
+            f"export {missing[0]}=..., then again",
         )
     return {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
 
@@ -83,7 +87,9 @@ def check_image(spec: RunSpec) -> None:
         raise LauncherError(f"--image {path}: the file is empty", "copy or build it again")
     if spec.job.runtime == "apptainer":
         if b"SIF_MAGIC" not in head:
-            raise LauncherError(f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file")
+            raise LauncherError(
+                f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file"
+            )
         return
     if not head.startswith(SQUASHFS_MAGIC):
         raise LauncherError(
@@ -98,7 +104,11 @@ def check_image(spec: RunSpec) -> None:
 
 def warnings(spec: RunSpec) -> list[str]:
     """Paths that this machine does not have. The nodes may: the job's own check decides there."""
-    paths = [p for p in (spec.data_path, spec.tokenizer_path) if p.startswith("/") and not p.startswith(spec.run_dir)]
+    paths = [
+        p
+        for p in (spec.data_path, spec.tokenizer_path)
+        if p.startswith("/") and not p.startswith(spec.run_dir)
+    ]
     found = [f"{path}: not on this machine; if the nodes do not have it either, the job stops at once" for path in
              paths if not os.path.exists(path)]  # fmt: skip
     if spec.job.runtime == "bare" and spec.job.scheduler == "local" and not shutil.which(spec.job.python):
@@ -135,16 +145,16 @@ def _user_layer(config: Path | None, environ: Mapping[str, str]) -> Layer:
 
 
 def _repeated(run_file: Path, options: Layer) -> Layer:
+    run_file = run_file / "run.toml" if run_file.is_dir() else run_file
+    layer = read_layer(run_file, f"file {run_file}")
+    if not layer.complete:
+        raise LauncherError(f"{run_file}: not a run.toml", f"launcher submit --config {run_file}")
     for key, option in (("job.gpu", "--gpu"), ("job.recipe", "--recipe")):
         if key in options.values:
             raise LauncherError(
                 f"{option} with {run_file}: that file already holds every value of its profile and recipe",
                 f"leave out {option}, or start from the recipe: launcher submit --recipe ...",
             )
-    run_file = run_file / "run.toml" if run_file.is_dir() else run_file
-    layer = read_layer(run_file, f"file {run_file}")
-    if not layer.complete:
-        raise LauncherError(f"{run_file}: not a run.toml", f"launcher submit --config {run_file}")
     kept = {k: v for k, v in layer.values.items() if k not in ("job.name", "job.runs_dir", "job.slurm_bin")}
     kept |= {"job.runs_dir": os.path.abspath("runs"), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
     return Layer(kept, {k: layer.origin.get(k, "detected") for k in kept}, True, layer.secret_env)
@@ -185,7 +195,10 @@ def _local_gpu() -> tuple[str, str]:
     """The profile of this machine's GPUs as nvidia-smi names them; "cpu" where there are none."""
     try:
         out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         out = ""
@@ -201,8 +214,12 @@ def _local_gpu() -> tuple[str, str]:
 def _cluster_gpu(partition: str) -> tuple[str, str]:
     """The profile of a partition's nodes: named in the GRES, the features or the node names, and not contradicted
     by the GPU count or the architecture. Where several could be meant, the user is asked."""
-    rows = slurm.partition_nodes(partition)
-    arches = slurm.architectures()
+    try:
+        rows, arches = slurm.partition_nodes(partition), slurm.architectures()
+    except LauncherError as error:
+        if error.status is not ExitStatus.CLUSTER:
+            raise
+        raise _which_gpu(f"the nodes' GPU cannot be detected: {error.what}", error.original) from error
     words = " ".join(" ".join(row) for row in rows).lower()
     counts = {int(count) for count in re.findall(r"gpu(?::[a-z0-9_.-]+)?:(\d+)", words)}
     fitting = []
@@ -215,11 +232,14 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
         if named and arch_fits and (not counts or profile["profile.gpus_per_node"] in counts):
             fitting.append(name)
     where = f"partition {partition}" if partition else "the default partition"
-    seen = f"{'; '.join(sorted({row[0] for row in rows}))}, {'/'.join(sorted(arches)) or 'architecture unknown'}"
+    seen = (
+        f"{'; '.join(sorted({row[0] for row in rows}))}, {'/'.join(sorted(arches)) or 'architecture unknown'}"
+    )
     if len(fitting) == 1:
         return fitting[0], f"detected: {where}: {seen}"
     raise _which_gpu(f"{where} ({seen}) does not say clearly which GPU it has")
 
 
-def _which_gpu(what: str) -> LauncherError:
-    return LauncherError(what, f"say it: --gpu {'|'.join(names_of('profiles'))}", status=ExitStatus.NOT_FOUND)
+def _which_gpu(what: str, original: str = "") -> LauncherError:
+    fix = f"say it: --gpu {'|'.join(names_of('profiles'))}"
+    return LauncherError(what, fix, status=ExitStatus.NOT_FOUND, original=original)

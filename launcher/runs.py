@@ -114,7 +114,12 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
         sample.write_tokenizer(directory / "sample" / "tokenizer")
     write_json(
         directory / "intent.json",
-        {"scheduler": spec.job.scheduler, "job_name": spec.job_name, "at": now_s, "runtime": spec.job.runtime},
+        {
+            "scheduler": spec.job.scheduler,
+            "job_name": spec.job_name,
+            "at": now_s,
+            "runtime": spec.job.runtime,
+        },
     )
 
 
@@ -135,14 +140,18 @@ def record_job(run: Run, job: Mapping[str, Any]) -> None:
 def all_runs(runs_dir: Path) -> list[Run]:
     """Every run below `runs_dir`, newest first; directories that are no runs are passed over."""
     try:
-        found = [Run(Path(e.path)) for e in os.scandir(runs_dir) if not e.name.startswith(".") and e.is_dir()]
+        found = [Run(Path(e.path)) for e in os.scandir(runs_dir.resolve()) if not e.name.startswith(".") and e.is_dir()]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise LauncherError(
             f"cannot read {runs_dir}: {error.strerror}", "--runs-dir DIR", status=ExitStatus.FILESYSTEM
         ) from error
-    runs = [(intent["at"], run) for run in found if isinstance((intent := run.intent or {}).get("at"), (int, float))]
+    runs = [
+        (intent["at"], run)
+        for run in found
+        if isinstance((intent := run.intent or {}).get("at"), (int, float))
+    ]
     return [run for _, run in sorted(runs, key=lambda pair: (pair[0], pair[1].name), reverse=True)]
 
 

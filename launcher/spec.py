@@ -203,7 +203,9 @@ def validate(spec: RunSpec) -> None:
             raise LauncherError(f"--env {name}: set by the job script itself")
     for name, value in spec.env.items():
         if CONTROL.search(value):
-            raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")
+            raise bad(
+                f"env.{name}", "a control character (a newline, say) would not reach the container intact"
+            )
 
 
 def _validate_words(spec: RunSpec, bad: Any) -> None:
@@ -250,13 +252,22 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
         raise bad("job.tokenizer", "the tokenizer is not fetched during a job", "--tokenizer DIR")
     if job.runtime == "bare":
         if job.image:
-            raise bad("job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis")
+            raise bad(
+                "job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis"
+            )
     elif "://" in job.image:
-        raise bad("job.image", "a registry's image would be fetched and unpacked by every node", "--image titan.sqsh")
+        raise bad(
+            "job.image",
+            "a registry's image would be fetched and unpacked by every node",
+            "--image titan.sqsh",
+        )
     elif not job.image.startswith("/"):
         raise bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
-    if CONTROL.search(job.image + job.python + job.slurm_bin):
-        raise LauncherError("the image's or an interpreter's path holds a control character")
+    for key in ("image", "python", "slurm_bin"):
+        if CONTROL.search(getattr(job, key)):
+            raise bad(f"job.{key}", "holds a control character")
+    if not job.python or job.python.startswith("-"):
+        raise bad("job.python", "not a program", "--python python3")
     if job.scheduler == "local" and job.nodes != 1:
         raise bad("job.nodes", "the local scheduler has one node: this machine", "--nodes 1")
     if job.scheduler == "local" and job.runtime == "pyxis":
@@ -264,7 +275,9 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
     for key, mounts in (("profile.mounts", spec.profile.mounts), ("job.mounts", job.mounts)):
         for mount in mounts:
             if problem := mount_problem(mount):
-                raise refuse(key, mount, problem, "--mount /host/dir:/container/dir[:ro]", spec.origin.get(key, ""))
+                raise refuse(
+                    key, mount, problem, "--mount /host/dir:/container/dir[:ro]", spec.origin.get(key, "")
+                )
 
 
 def mount_problem(mount: str) -> str:
@@ -289,7 +302,10 @@ def _validate_parallelism(spec: RunSpec, bad: Any) -> None:
     if recipe.dp_shard == 0 or recipe.dp_shard < -1:
         raise bad("recipe.dp_shard", "must be -1 (all that are left) or at least 1")
     if recipe.dp_shard > 0 and other * recipe.dp_shard != spec.gpus:
-        raise bad("recipe.dp_shard", f"the degrees multiply to {other * recipe.dp_shard}, the run has {spec.gpus} GPUs")
+        raise bad(
+            "recipe.dp_shard",
+            f"the degrees multiply to {other * recipe.dp_shard}, the run has {spec.gpus} GPUs",
+        )
     if spec.gpus % other:
         raise bad(
             "recipe.dp_replicate",

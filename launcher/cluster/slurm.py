@@ -44,7 +44,9 @@ def submit(script: Path, lock_fd: int) -> str:
     Slurm refused it.
     """
     # Slurm lets SBATCH_* of the submitter's shell overrule the script: the script is to be the whole truth.
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"}
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"
+    }
     command = [_find("sbatch"), "--parsable", str(script)]
     process = subprocess.Popen(
         command, cwd=script.parent, env=env | {"LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -79,7 +81,9 @@ class Unsure(Exception):
 def _refused(text: str, code: int) -> LauncherError:
     for pattern, what, fix in SBATCH_ERRORS:
         if re.search(pattern, text, re.IGNORECASE):
-            return LauncherError(f"sbatch refused the job: {what}", fix, status=ExitStatus.CLUSTER, original=text)
+            return LauncherError(
+                f"sbatch refused the job: {what}", fix, status=ExitStatus.CLUSTER, original=text
+            )
     return LauncherError(
         f"sbatch refused the job (exit code {code})",
         "look at the script: launcher submit --dry-run ...",

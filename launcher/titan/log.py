@@ -27,10 +27,10 @@ PREFIX_BYTES = 256  # what stands before `step:`: srun's label, torchrun's rank,
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One training step as a rank logged it; tokens/s and TFLOP/s are per device, averaged since its last line.
+    """One training step as a rank logged it; tokens/s and TFLOP/s are per device, since its last such line.
 
     `time` is seconds since 1970 if the log's clock were UTC. Logs carry no time zone, so only differences
-    between times of one run mean anything. `rank` is the local rank that torchrun printed: every node has a 0.
+    between times of one run mean anything. `rank` is the local rank that torchrun printed: each node has a 0.
     """
 
     step: int
@@ -44,10 +44,15 @@ class StepRecord:
     time: float | None = None
     rank: int | None = None
 
+    @property
+    def knows_loss(self) -> bool:
+        """False for a pipeline stage that isn't the last: torchtitan has it print a sum of -1."""
+        return not self.loss < 0
 
-# Every repetition has a bound, and no gap may hold words: a line that was cut and glued to the next one must not
-# make a record out of two, and the longest match must be known to carry it from one block to the next. Numbers
-# are matched loosely and left to float(), which is several times faster than spelling them out.
+
+# Every repetition has a bound, and no gap may hold words: a line that was cut and glued to the next one must
+# not make a record out of two, and the longest match must be known to carry it from one block to the next.
+# Numbers are matched loosely and left to float(), which is faster than spelling them out.
 _GAP = rb"[ \t\x1b][ \t\x1b\[0-9;m]{0,60}"  # blanks and colours
 _NUMBER = rb"[ \t]{0,12}([-+]?[0-9][0-9,.]{0,60}|[-+]?(?:[nN]a[nN]|[iI]nf))"
 _STEP = re.compile(
@@ -78,7 +83,7 @@ def line_time(text: bytes) -> float | None:
 
 
 def plain_text(line: bytes) -> str:
-    """A log line as text that cannot drive a terminal: no escape sequences, no control or direction characters.
+    """A log line as text that cannot drive a terminal: without escape sequences, control and direction marks.
 
     After a carriage return only the last text is kept, as a terminal would show it.
     """
@@ -89,10 +94,20 @@ def plain_text(line: bytes) -> str:
 
 _ESCAPES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, cursor movements
-    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # titles, clipboard, links
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # titles, clipboard
     r"|\x1b[ -/]*[0-~]?"
 )
 _CONTROLS = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def open_log(path: str | os.PathLike[str]) -> BinaryIO | None:
+    """The file, or None where it doesn't exist (yet, or any more on NFS)."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return None
+        raise
 
 
 def bounded_lines(handle: BinaryIO, limit: int = LINE_BYTES) -> Iterator[bytes]:
@@ -120,13 +135,9 @@ class LogReader:
         self._start = 0  # where in the carry a record may still begin
 
     def read(self) -> Iterator[StepRecord]:
-        """What was appended since the last call; take it to the end, a block's records are handed out once."""
-        try:
-            handle = open(self.path, "rb", buffering=0)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE):
-                return
-            raise
+        """What was appended since the last call; take all of it, a block's records are handed out once."""
+        if (handle := open_log(self.path)) is None:
+            return
         with handle:
             status = os.fstat(handle.fileno())
             identity = (status.st_dev, status.st_ino)
@@ -139,7 +150,7 @@ class LogReader:
                 yield from self.feed(block)
 
     def feed(self, block: bytes) -> list[StepRecord]:
-        """The records that the next bytes complete; how a log is cut into blocks never changes what is found."""
+        """The records that the next bytes complete; how a log is cut into blocks never changes the result."""
         data = self._carry + block
         records, floor = _scan(data, self._start, 0)
         # A record that begins before this point has been seen whole: matches are shorter than RECORD_BYTES.
@@ -150,13 +161,12 @@ class LogReader:
 
 
 def _scan(data: bytes, start: int, floor: int, first_only: bool = False) -> tuple[list[StepRecord], int]:
-    """Records that begin at or after `start`, and where the last of them ends (`floor` where there is none)."""
+    """Records that begin at or after `start`, and where the last of them ends (`floor` if there is none)."""
     records = []
     hit = data.find(b"step:", start)
     while hit >= 0:
         match = _STEP.match(data, hit)
-        prefix = data[max(floor, hit - PREFIX_BYTES) : hit]
-        record = None if match is None or prefix.endswith(b"validate ") else _record(match, prefix)
+        record = _record(match, data[max(floor, hit - PREFIX_BYTES) : hit]) if match else None
         if match is None or record is None:
             hit = data.find(b"step:", hit + 5)
             continue
@@ -169,6 +179,8 @@ def _scan(data: bytes, start: int, floor: int, first_only: bool = False) -> tupl
 
 
 def _record(match: re.Match[bytes], prefix: bytes) -> StepRecord | None:
+    if prefix.endswith(b"validate "):
+        return None
     step, loss, grad_norm, memory_gib, memory_pct, tps, tflops, mfu = match.groups()
     moment: float | None
     if usual := _USUAL.search(prefix):
@@ -181,22 +193,18 @@ def _record(match: re.Match[bytes], prefix: bytes) -> StepRecord | None:
     try:
         return StepRecord(
             int(step),
-            _number(loss),
-            _number(grad_norm) if grad_norm else None,
-            _number(memory_gib),
-            _number(memory_pct),
-            _number(tps),
-            _number(tflops) if tflops else None,
-            _number(mfu) if mfu else None,
+            float(loss),
+            float(grad_norm) if grad_norm else None,
+            float(memory_gib),
+            float(memory_pct),
+            float(tps.replace(b",", b"")),
+            float(tflops.replace(b",", b"")) if tflops else None,
+            float(mfu) if mfu else None,
             moment,
             int(rank) if rank else None,
         )
-    except ValueError:  # a number with two points
+    except ValueError:  # a number with two points, or a comma where torchtitan writes none
         return None
-
-
-def _number(text: bytes) -> float:
-    return float(text.replace(b",", b"")) if b"," in text else float(text)
 
 
 def _seconds(minute: bytes, seconds: bytes) -> float | None:
@@ -213,29 +221,41 @@ def _minute_start(text: bytes) -> float | None:
     return moment.replace(tzinfo=timezone.utc).timestamp()
 
 
-# --- the first error of a failed run -------------------------------------------------------------------------
+# --- the first error of a failed run ----------------------------------------------------------------------
 
 _CAUSE, _PEER, _AFTERMATH, _GOODBYE = range(4)
-# A rank that dies takes its peers with it: NCCL or gloo complains there, torchrun and srun report the exit, and
-# whoever outlives the head node finds its rendezvous gone. What stands further down is a cause only when
-# nothing above it was printed anywhere.
-_HINTS = (b"rror", b"ERROR", b"FAIL", b"Traceback", b"CANCELLED", b"nrecognized", b" fault", b"oom_kill", b"NCCL")
+# A rank that dies takes its peers with it: NCCL or gloo complains there, torchrun and srun report the exit,
+# and whoever outlives the head node finds its rendezvous gone. A later grade is a cause only when nothing of
+# an earlier one was printed anywhere.
+_HINTS = (
+    b"rror",
+    b"ERROR",
+    b"FAIL",
+    b"Traceback",
+    b"CANCELLED",
+    b"nrecognized",
+    b" fault",
+    b"oom_kill",
+    b"NCCL",
+    b"pyxis:",
+)
 _LABELS = re.compile(r"(?:[0-9]{1,5}: ?)?(?:\[[A-Za-z_]{1,24}[0-9]{1,6}\]: ?)*")
 _EXCEPTION = re.compile(
     r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Unsupported|Timeout)(?:: |:?$)"
 )
 _ENDS_TRACEBACK = re.compile(r"[A-Za-z_][\w.]*(?:: |:?$)")
 _CAUSES = re.compile(
-    r"titan-node: FAIL|CUDA out of memory|oom_kill|DUE TO [A-Z]|error: pyxis:|pyxis: .*(?:fail|not exist|must be)"
-    r"|^\[ERROR\]|^enroot[\w-]*: |nrecognized (?:option|argument)|error: execve|FATAL ERROR|Exec format error"
+    r"titan-node: FAIL|CUDA out of memory|oom_kill|DUE TO [A-Z]|error: pyxis:"
+    r"|pyxis: .*(?:fail|not exist|must be)|^\[ERROR\]|^enroot[\w-]*: |nrecognized (?:option|argument)|error: execve|FATAL ERROR|Exec format error"
     r"|Segmentation fault|Bus error|Illegal instruction|CUDA error"
 )
 _PEERS = re.compile(
-    r"NCCL (?:error|failure)|nccl\w*Error|Watchdog caught collective|DistBackendError|DistNetworkError|DistStoreError"
+    r"NCCL (?:error|failure)|nccl\w*Error|Watchdog caught collective|Dist(?:Backend|Network|Store)Error"
     r"|Connection (?:closed|reset|refused)|Broken pipe|[Tt]imed out"
 )
 _AFTERMATHS = re.compile(
-    r"srun: error|slurmstepd: error|\(exitcode: |ChildFailedError|SignalException|NCCL WARN|KeyboardInterrupt|SystemExit"
+    r"srun: error|slurmstepd: error|\(exitcode: |ChildFailedError|SignalException|NCCL WARN"
+    r"|KeyboardInterrupt|SystemExit"
 )
 _GOODBYES = re.compile(r"Rendezvous\w*(?:Error|Exception)|rendezvous\b.*\bclosed|TCPStore")
 
@@ -250,7 +270,7 @@ class _Found:
 
 @dataclass
 class _Search:
-    """What is remembered while one file is read: open tracebacks by their labels, and the best error so far."""
+    """What is remembered while one file is read: open tracebacks by their labels, and the best error."""
 
     tracebacks: dict[str, deque[str]] = field(default_factory=dict)
     best: _Found | None = None
@@ -260,16 +280,17 @@ class _Search:
 def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
     """Where a failed run went wrong: the file, and the error's line followed by what was printed with it.
 
-    Among files the most telling error wins (an exception or a container's failure before a lost connection, that
-    before what srun and torchrun report of it, a closed rendezvous last), then the earliest, then the order of
-    `paths`. Within a file the first of its kind wins. For failed runs only: a good one also ends with warnings.
+    Among files the most telling error wins (an exception or a container's failure before a lost connection,
+    that before what srun and torchrun report of it, a closed rendezvous last), then the earliest, then the
+    order of `paths`. Within a file the first of its kind wins. For failed runs only: a good one also ends with
+    warnings.
     """
     found: list[tuple[int, float, int, Path, list[str]]] = []
     for index, path in enumerate(paths):
         search = _Search()
         try:
             with open(path, "rb") as handle:
-                for line in bounded_lines(handle, 8192):
+                for line in bounded_lines(handle, 4096):
                     _look(search, line)
         except OSError:
             continue
@@ -330,7 +351,12 @@ def _grade(text: str) -> int | None:
     # Frames of a C++ backtrace name exception classes without being one.
     if text.startswith(("frame #", "Exception raised from")):
         return None
-    for grade, pattern in ((_CAUSE, _CAUSES), (_GOODBYE, _GOODBYES), (_PEER, _PEERS), (_AFTERMATH, _AFTERMATHS)):
+    for grade, pattern in (
+        (_CAUSE, _CAUSES),
+        (_GOODBYE, _GOODBYES),
+        (_PEER, _PEERS),
+        (_AFTERMATH, _AFTERMATHS),
+    ):
         if pattern.search(text):
             return grade
     return None

@@ -106,11 +106,10 @@ def _end(pid: int, started_at: int) -> None:
     for target in (*_children(pid), pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(target, signal.SIGKILL)
-        deadline = time.monotonic() + 5
-        while _alive(pid, started_at) and time.monotonic() < deadline:
-            with contextlib.suppress(ChildProcessError):  # started by an earlier run, not by us
-                os.waitpid(pid, os.WNOHANG)
-            time.sleep(0.01)
+        with contextlib.suppress(TimeoutError):
+            wait_for(lambda: not _alive(pid, started_at), "", timeout=5)
+    with contextlib.suppress(ChildProcessError):  # started by an earlier run, so not our child
+        os.waitpid(pid, os.WNOHANG)
 
 
 def _children(pid: int) -> list[int]:
@@ -120,11 +119,15 @@ def _children(pid: int) -> list[int]:
 
 
 def _started_at(pid: int) -> int:
-    """Clock ticks since boot at which a process started, 0 if there is none; unique with the pid."""
+    """Clock ticks since boot at which a process started; with the pid it names a process uniquely.
+
+    0 if there is no such process, or if it has ended and only waits to be collected by its parent.
+    """
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
 
 
 def _alive(pid: int, started_at: int) -> bool:
@@ -182,7 +185,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 40) -> N
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout:.0f} s for {what}")
-        time.sleep(0.03)
+        time.sleep(0.01)
 
 
 def output(*command: str) -> str:

@@ -1,0 +1,75 @@
+"""Attaching to a run: waiting for its start, following it to its end, reading its logs. Nothing here changes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from launcher import control
+from launcher.cluster.state import WAITING, JobState
+from launcher.errors import ExitStatus, LauncherError
+from launcher.follow import Progress, follow, merged_lines
+from launcher.runs import Run
+
+ASK_EVERY_S = 5.0  # of the scheduler; the run directory is looked at more often
+
+
+def wait_for_start(run: Run, say: Callable[[str], None] | None) -> None:
+    """Returns when the run is no longer waiting; tells `say` each new reason for which it does."""
+    said = ""
+    while (state := _state(run)) is None or state.name in (*WAITING, "SUBMITTING"):
+        text = f"{state.name} {state.reason}".strip() if state else "Slurm does not answer; trying again"
+        if say and text != said:
+            say(text)
+            said = text
+        time.sleep(2)
+
+
+def progress_of(run: Run) -> Iterator[Progress]:
+    """A snapshot for every newly logged step, until the run has ended."""
+    steps = run.spec.get("recipe", {}).get("steps", 0)
+    return follow(run.logs, steps_total=steps, is_finished=_finished(run), sleep=time.sleep, clock=time.time)
+
+
+def show(run: Run, stream: TextIO) -> None:
+    """`progress_of` on a terminal or as plain lines."""
+    from launcher.watch import watch
+
+    watch(progress_of(run), stream, is_terminal=stream.isatty())
+
+
+def log_lines(run: Run, until_end: bool) -> Iterator[tuple[str, str]]:
+    """(node, line) of all the run's logs; with `until_end` goes on reading until the run has ended."""
+    return merged_lines(run.logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
+
+
+def as_dict(progress: Progress) -> dict[str, Any]:
+    return dataclasses.asdict(progress)
+
+
+def _state(run: Run) -> JobState | None:
+    """None while Slurm does not answer: a controller that restarts is no reason to stop watching."""
+    try:
+        return control.state(run)
+    except LauncherError as error:
+        if error.status is not ExitStatus.CLUSTER:
+            raise
+        return None
+
+
+def _finished(run: Run) -> Callable[[], bool]:
+    asked_at = -ASK_EVERY_S
+
+    def finished() -> bool:
+        nonlocal asked_at
+        if run.end is not None:
+            return True
+        if time.monotonic() - asked_at < ASK_EVERY_S:
+            return False
+        asked_at = time.monotonic()
+        state = _state(run)
+        return state is not None and not state.active
+
+    return finished

@@ -1,0 +1,1 @@
+"""What a run reached, in a form that can be compared with published rows."""

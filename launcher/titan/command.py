@@ -1,0 +1,272 @@
+"""From what was asked for (`job/node.json`) to the torchrun command line of one node. Values in, values out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from . import Refused, registry_era, toml_era
+
+SUPPORTED = "0.2.1 to 0.2.2 and 0.3.x"
+PREVIEWED = ("0.2.2", "0.3.0")  # the newest release of each era
+FLAVORS = ("debugmodel", "8B", "70B")
+
+# Containers reach this point minutes apart where the image is unpacked on every node. torchrun's own 60 s for
+# the first contact with the head node would then end the job.
+RENDEZVOUS_TIMEOUT_S = 900
+
+_RECIPE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "flavor": str,
+    "dataset": str,
+    "seq_len": int,
+    "local_batch_size": int,
+    "global_batch_size": int,
+    "steps": int,
+    "log_freq": int,
+    "lr": (int, float),
+    "warmup_steps": int,
+    "seed": int,
+    "activation_checkpoint": str,
+    "compile": bool,
+    "quantize": str,
+    "param_dtype": str,
+    "dp_replicate": int,
+    "dp_shard": int,
+    "tensor_parallel": int,
+    "context_parallel": int,
+    "pipeline_parallel": int,
+    "checkpoint_interval": int,
+    "tensorboard": bool,
+}
+_NODE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "run_dir": str,
+    "device": str,
+    "nodes": int,
+    "gpus_per_node": int,
+    "recipe": dict,
+    "data": str,
+    "tokenizer": str,
+    "titan": dict,
+}
+_CHOICES = {
+    "activation_checkpoint": ("none", "selective", "full"),
+    "quantize": ("none", "float8", "mxfp8"),
+    "param_dtype": ("bfloat16", "float32"),
+}
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the nodes of one job meet, as one of them sees it."""
+
+    job_id: str
+    node_id: int = 0  # Slurm's index of this node in the step; node 0 hosts the meeting point
+    node_name: str = "node"
+    head_addr: str = "127.0.0.1"  # an address of node 0
+    head_port: int = 0  # 0: any free port, with one node only
+    local_addr: str = ""  # the address that the other nodes reach this one by; empty: its host name
+
+
+def check_node(value: Any) -> dict[str, Any]:
+    """`value` itself once every key that the translation reads is there with the right type.
+
+    Raises Refused naming the first key that is not.
+    """
+    if not isinstance(value, dict) or value.get("schema") != 1:
+        raise Refused(
+            "node.json is not an object of schema 1", "submit again with the launcher that wrote it"
+        )
+    for name, keys in (("", _NODE_TYPES), ("recipe.", _RECIPE_TYPES)):
+        table = value["recipe"] if name else value
+        for key, kind in keys.items():
+            found = table.get(key)
+            if (
+                key not in table
+                or not isinstance(found, kind)
+                or (isinstance(found, bool) and kind is not bool)
+            ):
+                raise Refused(
+                    f"node.json: {name}{key} is {'missing' if key not in table else repr(found)}",
+                    "submit again: launcher submit <run_dir>/run.toml",
+                )
+    if value["device"] not in ("cuda", "cpu"):
+        raise Refused(f"node.json: device is {value['device']!r}", 'one of "cuda", "cpu"')
+    if value["nodes"] < 1 or value["gpus_per_node"] < 1:
+        raise Refused("node.json: nodes and gpus_per_node must be at least 1", "submit again")
+    for key, allowed in _CHOICES.items():
+        if value["recipe"][key] not in allowed:
+            raise Refused(f"recipe.{key} is {value['recipe'][key]!r}", f"one of {', '.join(allowed)}")
+    return value
+
+
+def era(version: str) -> ModuleType:
+    """The module that speaks to torchtitan `version` (a release, a nightly, or a fork's local version).
+
+    Raises Refused for a release whose options this project has not read.
+    """
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    numbers = tuple(int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    if (0, 2, 1) <= numbers <= (0, 2, 2):
+        return toml_era
+    if numbers[:2] == (0, 3):
+        return registry_era
+    raise Refused(
+        f"torchtitan {version} is installed; this launcher speaks {SUPPORTED}",
+        "an image with another torchtitan: pip install torchtitan==0.3.0 (or 0.2.2)",
+    )
+
+
+def common_settings(node: dict[str, Any]) -> dict[str, Any]:
+    """Settings that every supported release spells the same, by dotted name. None means: no value."""
+    recipe = node["recipe"]
+    return {
+        "training.local_batch_size": recipe["local_batch_size"],
+        "training.global_batch_size": recipe["global_batch_size"],
+        "training.seq_len": recipe["seq_len"],
+        "training.steps": recipe["steps"],
+        "training.mixed_precision_param": recipe["param_dtype"],
+        "lr_scheduler.warmup_steps": recipe["warmup_steps"],
+        "lr_scheduler.decay_ratio": None,
+        "lr_scheduler.decay_type": "linear",
+        "lr_scheduler.min_lr_factor": 0.0,
+        "parallelism.data_parallel_replicate_degree": recipe["dp_replicate"],
+        "parallelism.data_parallel_shard_degree": recipe["dp_shard"],
+        "parallelism.tensor_parallel_degree": recipe["tensor_parallel"],
+        "parallelism.context_parallel_degree": recipe["context_parallel"],
+        "parallelism.pipeline_parallel_degree": recipe["pipeline_parallel"],
+        "parallelism.pipeline_parallel_schedule": "1F1B",
+        "compile.enable": recipe["compile"],
+        "compile.components": ["model", "loss"],
+        "checkpoint.enable": recipe["checkpoint_interval"] > 0,
+        "checkpoint.interval": recipe["checkpoint_interval"] or 500,
+        # A last checkpoint with weights alone could not be resumed with more steps.
+        "checkpoint.last_save_model_only": False,
+        "metrics.log_freq": recipe["log_freq"],
+        "metrics.disable_color_printing": True,
+        "metrics.enable_tensorboard": recipe["tensorboard"],
+        "metrics.save_tb_folder": "tb",
+        "debug.seed": recipe["seed"] or None,
+    }
+
+
+def user_flags(settings: dict[str, Any]) -> list[str]:
+    """`--set` pairs as options. The trainer's parser takes no value after a switch, so true and false become one."""
+    flags = []
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        prefix = f"--{section}." if section else "--"
+        if str(value).lower() in ("true", "false"):
+            flags.append(f"{prefix}{'' if str(value).lower() == 'true' else 'no_'}{name}")
+        else:
+            flags.append(f"{prefix}{name}={value}")
+    return flags
+
+
+def trainer_arguments(node: dict[str, Any], titan_version: str, torch_version: str = "") -> list[str]:
+    """What follows `-m torchtitan.train`. `torch_version` decides what a release needs of its torch.
+
+    Raises Refused for what the installed release cannot do.
+    """
+    chosen = era(titan_version)
+    recipe = node["recipe"]
+    if recipe["model"] != "llama3" or recipe["flavor"] not in FLAVORS:
+        raise Refused(
+            f"there is no translation for the model {recipe['model']} {recipe['flavor']}",
+            f'model = "llama3" with flavor = {", ".join(FLAVORS)}',
+        )
+    if node["device"] == "cpu" and (
+        recipe["compile"] or node["titan"].get("compile.enable", "").lower() == "true"
+    ):
+        raise Refused("torch.compile is switched off on a CPU", "compile = false")
+    if node["device"] == "cpu" and recipe["quantize"] != "none":
+        raise Refused(f"{recipe['quantize']} needs a GPU", 'quantize = "none"')
+    arguments: list[str] = chosen.arguments(
+        node, common_settings(node), user_flags(node["titan"]), torch_version
+    )
+    return arguments
+
+
+def config_files(node: dict[str, Any], titan_version: str) -> dict[str, str]:
+    """Files that must exist before the command runs: absolute path -> text. Every node writes the same ones."""
+    files: dict[str, str] = era(titan_version).config_files(node, common_settings(node))
+    return files
+
+
+def shown_local_rank(node: dict[str, Any]) -> int:
+    """The local rank whose lines go to the node's log: 0, or with pipeline stages the one that knows the loss."""
+    world = node["nodes"] * node["gpus_per_node"]
+    stages = node["recipe"]["pipeline_parallel"]
+    return int(world // stages * (stages - 1) % node["gpus_per_node"]) if stages > 1 else 0
+
+
+def torchrun_command(
+    node: dict[str, Any],
+    titan_version: str,
+    rendezvous: Rendezvous,
+    *,
+    torch_version: str = "",
+    python: str = "python3",
+) -> list[str]:
+    """The whole command line of one node, as `os.execvp` takes it.
+
+    Raises Refused for what the installed release cannot do, and for a meeting point that cannot work.
+    """
+    arguments = trainer_arguments(node, titan_version, torch_version)
+    if node["nodes"] > 1 and not 0 < rendezvous.head_port < 65536:
+        raise Refused(
+            f"{node['nodes']} nodes cannot meet at port {rendezvous.head_port}",
+            "the job script exports TITAN_HEAD_PORT from the job id: submit again",
+        )
+    alone = node["nodes"] == 1 and rendezvous.head_port == 0
+    head = "127.0.0.1" if alone else rendezvous.head_addr
+    local = "127.0.0.1" if alone else rendezvous.local_addr
+    settings = (
+        # Said, not guessed: torchrun guesses from the host name, which a container may not resolve.
+        f"is_host={1 if rendezvous.node_id == 0 else 0}",
+        f"join_timeout={RENDEZVOUS_TIMEOUT_S}",
+        f"read_timeout={RENDEZVOUS_TIMEOUT_S}",
+    )
+    return [
+        python,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={node['nodes']}",
+        f"--nproc-per-node={node['gpus_per_node']}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-id={rendezvous.job_id}",
+        f"--rdzv-endpoint={f'[{head}]' if ':' in head else head}:{rendezvous.head_port}",
+        f"--rdzv-conf={','.join(settings)}",
+        # Otherwise the first rank is announced by its full host name, which the other containers may not resolve.
+        *([f"--local-addr={local}"] if local else []),
+        "--max-restarts=0",
+        "--role=rank",
+        "--tee=3",
+        f"--local-ranks-filter={shown_local_rank(node)}",
+        f"--log-dir={node['run_dir']}/logs/ranks/{rendezvous.node_id:04d}-{rendezvous.node_name}",
+        "-m",
+        "titan.cpu" if node["device"] == "cpu" else "torchtitan.train",
+        *arguments,
+    ]
+
+
+def preview(node: dict[str, Any], python: str = "python3") -> dict[str, str]:
+    """For each era, the command of a node as shell text, and the configuration file that it reads.
+
+    What only the running job knows stands in capitals: HEAD_ADDR, HEAD_PORT, JOB_ID.
+    """
+    shown = {}
+    for version in PREVIEWED:
+        rendezvous = Rendezvous("JOB_ID", 0, "NODE", "HEAD_ADDR", 1, "NODE_ADDR")
+        try:
+            command = torchrun_command(node, version, rendezvous, python=python)
+        except Refused as refused:
+            shown[version] = f"refused: {refused.why} ({refused.fix})"
+            continue
+        text = shlex.join(command).replace("HEAD_ADDR:1", "HEAD_ADDR:HEAD_PORT")
+        files = config_files(node, version)
+        shown[version] = "\n".join([text, *(f"\n{path}:\n{content}" for path, content in files.items())])
+    return shown

@@ -1,0 +1,123 @@
+"""Squashfs images for the tests: a small Debian, with or without torch and torchtitan in it.
+
+Built once and kept in a cache directory under a name that says what is in them, so that the second
+test run starts at once. Needs root, mmdebstrap, squashfs-tools and a Debian mirror.
+"""
+
+import fcntl
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+SUITE = "bookworm"
+PYTHON = "python3.11"  # bookworm's; site-packages with compiled modules must be for the same version
+MIRROR = "http://deb.debian.org/debian"
+PACKAGES = ("python3", "ca-certificates")
+ENVIRONMENT = "PATH=/usr/local/bin:/usr/bin:/bin\nLANG=C.UTF-8\nTEST_IMAGE=from the image\n"
+"""The image's /etc/environment. A variable named here wins over the job's, as with a real image."""
+
+COMPRESSION = ("-comp", "zstd", "-Xcompression-level", "3", "-b", "128K")
+NOT_NEEDED = (  # below the root of the image; device nodes would break unprivileged users
+    *("dev/*", "proc/*", "sys/*", "tmp/*", "run/*", "var/cache/*", "var/lib/apt/lists/*", "var/log/*"),
+    *("usr/share/doc/*", "usr/share/man/*", "usr/share/locale/*", "usr/share/info/*"),
+)
+NOT_NEEDED_PACKAGES = (  # below the site-packages; torchtitan imports triton, but a CPU never compiles with it
+    *("wandb", "pip", "setuptools", "torch/include", "torch/test", "torch/bin", "pyarrow/include"),
+    *("triton/backends/*/bin", "triton/backends/*/lib", "triton/backends/*/include"),
+)
+NOT_NEEDED_ANYWHERE = ("tests", "*.a")
+
+
+def missing_image_packages() -> list[str]:
+    """Debian packages without which no image can be built."""
+    tools = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools", "unshare": "util-linux"}
+    return [package for tool, package in tools.items() if not shutil.which(tool)]
+
+
+def build_small_image(cache: Path) -> Path:
+    """Debian with sh, the core utilities and Python: about 50 MB, and 40 s if it is not in the cache."""
+
+    def build(image: Path, scratch: Path) -> None:
+        rootfs = scratch / "rootfs"
+        packages = f"--include={','.join(PACKAGES)}"
+        _run("mmdebstrap", "--mode=root", "--variant=minbase", packages, SUITE, rootfs, MIRROR)
+        (rootfs / "etc" / "environment").write_text(ENVIRONMENT)
+        _run(
+            "mksquashfs",
+            rootfs,
+            image,
+            *COMPRESSION,
+            "-quiet",
+            "-no-progress",
+            "-wildcards",
+            "-e",
+            *NOT_NEEDED,
+        )
+
+    key = _key([SUITE, ENVIRONMENT, *PACKAGES, *COMPRESSION, *NOT_NEEDED])
+    return _cached(cache, f"small-{SUITE}-{key}.sqsh", build)
+
+
+def build_test_image(site_packages: Path, cache: Path) -> Path:
+    """The small image with the packages of a virtual environment in it, torch and torchtitan among them.
+
+    They end up in /usr/local/lib/python3.11/dist-packages, where Debian's own Python finds them.
+    """
+    if site_packages.parent.name != PYTHON:
+        raise ValueError(f"{site_packages} is not for {PYTHON}, the Python of the image's Debian {SUITE}")
+    versions = sorted(path.name for path in site_packages.glob("*.dist-info"))
+    titan = next(
+        (name.removesuffix(".dist-info") for name in versions if re.match(r"torchtitan-\d", name)), ""
+    )
+    if not titan:
+        raise ValueError(f"no torchtitan in {site_packages}")
+    small = build_small_image(cache)
+    target = f"usr/local/lib/{PYTHON}/dist-packages"
+    skipped = [f"{target}/{pattern}" for pattern in NOT_NEEDED_PACKAGES]
+    skipped += [f"... {pattern}" for pattern in NOT_NEEDED_ANYWHERE]
+
+    def build(image: Path, scratch: Path) -> None:
+        rootfs = scratch / "rootfs"
+        _run("unsquashfs", "-quiet", "-no-progress", "-d", rootfs, small)
+        # A bind mount in a mount namespace of its own instead of a copy of two gigabytes.
+        script = 'mount --bind "$1" "$2" && shift 2 && exec mksquashfs "$@"'
+        inside = ("unshare", "--mount", "sh", "-c", script, "sh", site_packages, rootfs / target)
+        _run(*inside, rootfs, image, *COMPRESSION, "-quiet", "-no-progress", "-wildcards", "-e", *skipped)
+
+    return _cached(
+        cache, f"{titan}-{_key([small.name, str(site_packages), *skipped, *versions])}.sqsh", build
+    )
+
+
+def _cached(cache: Path, name: str, build: Callable[[Path, Path], None]) -> Path:
+    """The image of that name in the cache; built, once, if it is not there."""
+    cache.mkdir(parents=True, exist_ok=True)
+    image = cache / name
+    with (cache / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not image.exists():
+            scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
+            try:
+                build(scratch / name, scratch)
+                (scratch / name).rename(image)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return image
+
+
+def _key(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+
+
+def _run(*command: str | Path) -> None:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+        raise RuntimeError(
+            f"{words[0]} failed with code {done.returncode} while building a test image:\n{last}"
+        )

@@ -1,0 +1,75 @@
+"""What all tests share: the launcher as a user calls it, with an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory and home, without any configuration of the person who runs the tests."""
+    for name in list(os.environ):
+        if name.startswith(("LAUNCHER_", "SBATCH_", "SLURM_", "XDG_")) and name != "LAUNCHER_TRAIN_PYTHON":
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+@pytest.fixture
+def launch(workplace: Path) -> Launch:
+    """Runs `launcher ...` as a process and returns what it did; never leaves a traceback unnoticed."""
+
+    def run(*arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher", *arguments],
+            capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=os.environ | env,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
+        return done
+
+    return run
+
+
+@pytest.fixture
+def image(workplace: Path) -> Path:
+    """A file that begins like a squashfs and is as long as it says: enough until a container starts."""
+    path = workplace / "titan.sqsh"
+    path.write_bytes(squashfs_head(4096).ljust(4096, b"\0"))
+    return path
+
+
+def squashfs_head(bytes_used: int) -> bytes:
+    """A squashfs 4.0 superblock of 96 bytes; bytes_used is its field at offset 40."""
+    return b"hsqs" + bytes(36) + bytes_used.to_bytes(8, "little") + bytes(48)
+
+
+@pytest.fixture
+def fake_slurm(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Puts a shell script in the place of a Slurm command: `fake_slurm("sbatch", "echo 42")`."""
+    folder = workplace / "slurm-bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def add(command: str, script: str) -> Path:
+        path = folder / command
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    for command in ("sbatch", "squeue", "sacct", "scancel", "sinfo", "scontrol"):
+        add(command, "exit 1")
+    add("squeue", ":")
+    return add

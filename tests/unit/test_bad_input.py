@@ -1,0 +1,213 @@
+"""Bad input gets the thing, the cause and the next command, a documented exit code, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ExitStatus
+from tests.conftest import Launch, squashfs_head
+
+GOOD = ("submit", "--gpu", "b200", "--image", "titan.sqsh")
+
+
+def nothing_left(workplace: Path) -> bool:
+    return not (workplace / "runs").exists() or not list((workplace / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("--image", "none.sqsh"), ExitStatus.INVALID, "no such file"),
+        (("--image", "."), ExitStatus.INVALID, "a directory"),
+        (("--image", "empty.sqsh"), ExitStatus.INVALID, "the file is empty"),
+        (("--image", "text.sqsh"), ExitStatus.INVALID, "not a squashfs file"),
+        (("--image", "short.sqsh"), ExitStatus.INVALID, "cut off: 2,000 of 4,096 bytes"),
+        (("--image", "stub.sqsh"), ExitStatus.INVALID, "cut off"),
+        (("--image", ""), ExitStatus.USAGE, "must not be empty"),
+        (("--image", "docker://ubuntu"), ExitStatus.INVALID, "registry"),
+        (("--image", "titan.sqsh", "--runtime", "apptainer"), ExitStatus.INVALID, "not an Apptainer image"),
+        (("--image", "titan.sqsh", "--runtime", "bare"), ExitStatus.INVALID, "starts no container"),
+        (("--image", "titan.sqsh", "--local"), ExitStatus.INVALID, "starts no container"),
+        (("--runtime", "pyxis"), ExitStatus.INVALID, "an image is needed"),
+        (("--nodes", "0"), ExitStatus.INVALID, "must be from 1 to 10,000"),
+        (("--nodes", "-3"), ExitStatus.INVALID, "must be from 1 to 10,000"),
+        (("--nodes", "1000000"), ExitStatus.INVALID, "must be from 1 to 10,000"),
+        (("--nodes", "many"), ExitStatus.USAGE, "not a valid integer"),
+        (("--gpus-per-node", "0"), ExitStatus.INVALID, "at least 1"),
+        (("--gpus-per-node", "100000"), ExitStatus.INVALID, "no node has more than"),
+        (("--batch-size", "0"), ExitStatus.INVALID, "recipe.local_batch_size"),
+        (("--steps", "-1"), ExitStatus.INVALID, "recipe.steps"),
+        (("--gpu", "b20"), ExitStatus.NOT_FOUND, "there is no profile 'b20'"),
+        (("--gpu", "./none.toml"), ExitStatus.NOT_FOUND, "No such file"),
+        (("--recipe", "lama3-8b"), ExitStatus.NOT_FOUND, "there is no recipe 'lama3-8b'"),
+        (("--mount", "/a,b:/c"), ExitStatus.INVALID, "Pyxis separates mounts at commas"),
+        (("--mount", "/a\nb:/c"), ExitStatus.INVALID, "newline"),
+        (("--mount", "/a"), ExitStatus.INVALID, "SRC:DST"),
+        (("--mount", "a:/b"), ExitStatus.INVALID, "absolute"),
+        (("--mount", "/a:/b:ro:x"), ExitStatus.INVALID, "SRC:DST"),
+        (("--mount", "/a:/b:RO!"), ExitStatus.INVALID, "flags"),
+        (("--name", "a b"), ExitStatus.INVALID, "job.name"),
+        (("--name", "a'b"), ExitStatus.INVALID, "job.name"),
+        (("--name", "$(touch pwned)"), ExitStatus.INVALID, "job.name"),
+        (("--name", "größe"), ExitStatus.INVALID, "job.name"),
+        (("--name", "../up"), ExitStatus.INVALID, "job.name"),
+        (("--name", "x" * 300), ExitStatus.INVALID, "job.name"),
+        (("--env", "A-B=3"), ExitStatus.INVALID, "not a variable's name"),
+        (("--env", "NOT_SET_ANYWHERE"), ExitStatus.INVALID, "no such variable in your environment"),
+        (("--env", "A=x\ny"), ExitStatus.INVALID, "control character"),
+        (("--set", "steps"), ExitStatus.USAGE, "not KEY=VALUE"),
+        (("--set", "a b=3"), ExitStatus.INVALID, "not a torchtitan setting"),
+        (("--partition", "a b"), ExitStatus.INVALID, "job.partition"),
+        (("--time", "soon"), ExitStatus.INVALID, "time limit"),
+        (("--nodelist", "a;b"), ExitStatus.INVALID, "job.nodelist"),
+        (("--segment", "-1"), ExitStatus.INVALID, "must not be negative"),
+        (("--data", "s3://bucket"), ExitStatus.INVALID, "absolute path"),
+        (("--tokenizer", "hub"), ExitStatus.INVALID, "not fetched during a job"),
+        (("--runs-dir", "a b"), ExitStatus.INVALID, "job.runs_dir"),
+        (("--runs-dir", "titan.sqsh/runs"), ExitStatus.FILESYSTEM, "Not a directory"),
+        (("--config", "none.toml"), ExitStatus.NOT_FOUND, "No such file"),
+        (("none/run.toml",), ExitStatus.NOT_FOUND, "No such file"),
+        (("mine.toml",), ExitStatus.INVALID, "not a run.toml"),
+        (("--local", "--nodes", "2"), ExitStatus.INVALID, "one node"),
+        (("--config", "mine.toml", "--gpus-per-node", "7"), ExitStatus.INVALID, "not a multiple"),
+        (("--nonsense",), ExitStatus.USAGE, "No such option"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_refused(
+    arguments: tuple[str, ...], status: ExitStatus, said: str, launch: Launch, image: Path, fake_slurm: object
+) -> None:
+    workplace = image.parent
+    (workplace / "empty.sqsh").touch()
+    (workplace / "text.sqsh").write_text("hello, I am not an image at all\n" * 9)
+    (workplace / "short.sqsh").write_bytes(squashfs_head(4096).ljust(2000, b"\0"))
+    (workplace / "stub.sqsh").write_bytes(b"hsqs")
+    (workplace / "mine.toml").write_text("[recipe]\ntensor_parallel = 2\n")
+    no_image = "--local" in arguments or arguments == ("--runtime", "pyxis") or "--runtime" in arguments
+    done = launch(*(GOOD[:3] if no_image else GOOD), *arguments)
+    assert (done.returncode, said in done.stderr) == (status, True), done.stderr
+    assert nothing_left(workplace) and not (workplace / "pwned").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_an_image_that_cannot_be_read_and_a_directory_that_cannot_be_written(
+    image: Path, fake_slurm: object
+) -> None:
+    folder = image.parent / "theirs"
+    folder.mkdir()
+    (folder / "titan.sqsh").write_bytes(image.read_bytes())
+    (folder / "titan.sqsh").chmod(0o600)
+    for path in (folder, folder / "titan.sqsh"):
+        os.chown(path, 65534, 65534)
+
+    def without_roots_rights(*arguments: str) -> subprocess.CompletedProcess[str]:
+        setpriv = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+        return subprocess.run(
+            [*setpriv, sys.executable, "-m", "launcher", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    unreadable = without_roots_rights("submit", "--gpu", "b200", "--image", "theirs/titan.sqsh")
+    assert (unreadable.returncode, "Permission denied" in unreadable.stderr) == (ExitStatus.INVALID, True), (
+        unreadable
+    )
+    unwritable = without_roots_rights(*GOOD, "--runs-dir", "theirs")
+    assert unwritable.returncode == ExitStatus.FILESYSTEM, unwritable
+    assert "Permission denied" in unwritable.stderr and "--runs-dir" in unwritable.stderr
+    assert os.listdir(folder) == ["titan.sqsh"]
+
+
+def test_a_full_disk(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from launcher import files
+    from launcher.errors import LauncherError
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(LauncherError, match="No space left on device") as caught:
+        files.write_text(workplace / "x", "text")
+    assert caught.value.status is ExitStatus.FILESYSTEM and "df -h" in caught.value.fix
+    assert os.listdir(workplace) == ["home"]
+
+
+def test_a_run_name_that_exists(launch: Launch, image: Path, fake_slurm) -> None:  # type: ignore[no-untyped-def]
+    fake_slurm("sbatch", "echo 42")
+    assert launch(*GOOD, "--name", "one").returncode == ExitStatus.OK
+    before = (image.parent / "runs" / "one" / "run.toml").read_text()
+    again = launch(*GOOD, "--name", "one", "--nodes", "3")
+    assert again.returncode == ExitStatus.EXISTS and "--name" in again.stderr
+    assert (image.parent / "runs" / "one" / "run.toml").read_text() == before
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "logs", "cancel", "results"])
+def test_runs_that_do_not_exist(command: str, launch: Launch, workplace: Path) -> None:
+    for name in ("none", "x" * 300, "../..", "a b", "/", ""):
+        done = launch(command, name, "--runs-dir", "nowhere")
+        assert (done.returncode, "no run" in done.stderr) == (ExitStatus.NOT_FOUND, True), done.stderr
+
+
+def test_a_misspelt_run_is_guessed(launch: Launch, image: Path, fake_slurm) -> None:  # type: ignore[no-untyped-def]
+    fake_slurm("sbatch", "echo 42")
+    launch(*GOOD, "--name", "acceptance")
+    assert "did you mean acceptance?" in launch("status", "aceptance").stderr
+
+
+def test_damaged_run_directories_do_not_stop_the_list(launch: Launch, image: Path, fake_slurm) -> None:  # type: ignore[no-untyped-def]
+    fake_slurm("sbatch", "echo 42")
+    launch(*GOOD, "--name", "good")
+    runs = image.parent / "runs"
+    (runs / "empty").mkdir()
+    (runs / "file").touch()
+    for name, text in (
+        ("half", '{"sched'),
+        ("list", "[]"),
+        ("binary", "\xff\0"),
+        ("words", '{"at": "soon"}'),
+    ):
+        (runs / name).mkdir()
+        (runs / name / "intent.json").write_text(text, encoding="latin-1")
+    (runs / "bare-intent").mkdir()
+    (runs / "bare-intent" / "intent.json").write_text('{"at": 1, "scheduler": "slurm"}')
+    listed = launch("list", "--json")
+    assert [row["run"] for row in json.loads(listed.stdout)] == ["good", "bare-intent"], listed.stderr
+
+
+def test_dry_run_and_render_touch_nothing(launch: Launch, image: Path) -> None:
+    before = sorted(p for p in image.parent.rglob("*"))
+    dry = launch(*GOOD, "--nodes", "2", "--dry-run")
+    assert dry.returncode == 0 and dry.stdout.startswith("#!/bin/bash\n")
+    assert "torch.distributed.run" in dry.stdout and "--container-image=" in dry.stdout
+    shown = json.loads(launch(*GOOD, "--dry-run", "--json").stdout)
+    assert shown["script"].startswith("#!/bin/bash\n") and len(shown["torchrun"]) == 2
+    rendered = launch("render", "--gpu", "gb200", "--image", "/not/here.sqsh", "--name", "x")
+    assert rendered.returncode == 0 and "--container-image=/not/here.sqsh" in rendered.stdout
+    assert sorted(p for p in image.parent.rglob("*")) == before
+
+
+def test_a_secret_stays_out_of_everything_but_its_file(launch: Launch, image: Path, fake_slurm) -> None:  # type: ignore[no-untyped-def]
+    fake_slurm("sbatch", "echo 42")
+    done = launch(
+        *GOOD, "--name", "s", "--env", "HF_TOKEN", "--env", "MY_API_KEY=se'cret2", HF_TOKEN="secret1"
+    )
+    assert done.returncode == 0, done.stderr
+    run = image.parent / "runs" / "s"
+    assert (run / "secret.env").stat().st_mode & 0o777 == 0o600
+    assert (run / "secret.env").read_text() == "export HF_TOKEN=secret1\nexport MY_API_KEY='se'\"'\"'cret2'\n"
+    for path in run.rglob("*"):
+        if path.is_file() and path.name != "secret.env":
+            assert b"secret1" not in path.read_bytes() and b"cret2" not in path.read_bytes(), path
+    assert "cret" not in done.stdout + done.stderr
+    shown = launch("config", "show", *GOOD[1:], "--env", "MY_API_KEY=hidden").stdout
+    assert "MY_API_KEY" in shown and "hidden" not in shown

@@ -1,0 +1,397 @@
+"""The parser of torchtitan's logs: formats of each release, broken logs, growing files, first errors."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.titan import log
+from launcher.titan.log import LogReader, StepRecord, first_error, parse_line, plain_text
+
+PLAIN = (
+    b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - step: 100  loss:  6.4277  grad_norm:  2.9062  "
+    b"memory: 158.61GiB(86.20%)  tps: 17,581  tflops: 1,018.20  mfu: 45.25%"
+)
+COLOURED = (
+    b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - \x1b[31mstep: 100  \x1b[32mloss:  6.4277  "
+    b"\x1b[38;2;180;60;0mgrad_norm:  2.9062  \x1b[38;2;54;234;195mmemory: 158.61GiB(86.20%)  "
+    b"\x1b[34mtps: 17,581  \x1b[36mtflops: 1,018.20  \x1b[35mmfu: 45.25%\x1b[39m"
+)
+TIME = 1795331431.413  # 2026-11-22 07:10:31,413 read as UTC
+EXPECTED = StepRecord(100, 6.4277, 2.9062, 158.61, 86.2, 17581.0, 1018.2, 45.25, TIME, 0)
+
+
+def render(record: StepRecord, colour: bool = False, loss_digits: int = 5) -> bytes:
+    """A record as torchtitan 0.2.2 (5 digits), 0.2.1 (4 digits) and 0.3.0 (mfu: N/A) print it."""
+    codes = ("31", "32", "38;2;180;60;0", "38;2;54;234;195", "34", "36", "35", "39")
+    c = [f"\x1b[{code}m" if colour else "" for code in codes]
+    mfu = "N/A" if record.mfu_pct is None else f"{record.mfu_pct:.2f}%"
+    return (
+        f"[rank{record.rank}]:[titan] 2026-11-22 07:10:31,413 - root - INFO - "
+        f"{c[0]}step: {record.step:2}  {c[1]}loss: {record.loss:8.{loss_digits}f}  "
+        f"{c[2]}grad_norm: {record.grad_norm:7.4f}  "
+        f"{c[3]}memory: {record.memory_gib:5.2f}GiB({record.memory_pct:.2f}%)  "
+        f"{c[4]}tps: {round(record.tps):,}  {c[5]}tflops: {record.tflops:,.2f}  {c[6]}mfu: {mfu}{c[7]}"
+    ).encode()
+
+
+@pytest.mark.parametrize("line", [PLAIN, COLOURED, PLAIN + b"\n", COLOURED + b"\r\n"])
+def test_a_step_line(line: bytes) -> None:
+    assert parse_line(line) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("prefix", "rank", "time"),
+    [
+        (b"", None, None),
+        (b"[titan] 2026-11-22 07:10:31,413 - root - INFO - ", None, TIME),
+        (b"0: [rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - ", 0, TIME),
+        (b"17: [rank3]:[titan] 2026-11-22 07:10:31,413 - root - INFO - ", 3, TIME),
+        (b"[default0]:[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - ", 0, TIME),
+        (b"\r 50%|#####     | 5/10[rank1]:[titan] 2026-11-22 07:10:31,413 - root - INFO - ", 1, TIME),
+        (b"\xff\xfe\x00[rank2]: [titan] 2026-11-22 07:10:31 - ", 2, 1795331431.0),
+        (b"[rank2]:[titan] 2026-13-45 07:10:31,413 - root - INFO - ", 2, None),
+        (b"[rank5]: 2026-11-22 06:00:00,000 saving\r[rank0]: ", 0, None),
+    ],
+)
+def test_what_stands_before_the_step(prefix: bytes, rank: int | None, time: float | None) -> None:
+    record = parse_line(prefix + PLAIN[PLAIN.index(b"step:") :])
+    assert record is not None
+    assert (record.step, record.rank, record.time) == (100, rank, time)
+
+
+def test_earlier_releases_and_quantised_runs() -> None:
+    old = b"step: 10  loss:  7.9794  memory: 33.40GiB(35.15%)  wps: 5,762  mfu: 33.57%"
+    assert parse_line(old) == StepRecord(10, 7.9794, None, 33.40, 35.15, 5762.0, None, 33.57, None, None)
+    quantised = parse_line(PLAIN.replace(b"45.25%", b"N/A"))
+    assert quantised is not None and quantised.mfu_pct is None and quantised.tflops == 1018.2
+
+
+@pytest.mark.parametrize("text", [b"nan", b"NaN", b"inf", b"-inf"])
+def test_losses_that_are_no_numbers(text: bytes) -> None:
+    record = parse_line(PLAIN.replace(b" 6.4277", text.rjust(7)).replace(b" 2.9062", b"    nan"))
+    assert record is not None
+    assert not math.isfinite(record.loss) and record.grad_norm is not None and math.isnan(record.grad_norm)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"step: 5",
+        PLAIN.replace(b"step:", b"validate step:"),
+        COLOURED.replace(b"step:", b"validate step:"),
+        b"[titan] validate step:  1  loss:  7.9794  memory:  0.67GiB(2.84%)  tps: 528",
+        PLAIN.replace(b"6.4277", b"6.42.77"),
+        PLAIN.replace(b"  grad_norm:", b"  surprise  grad_norm:"),
+        b"Training starts at step: 1",
+    ],
+)
+def test_lines_that_report_no_training_step(line: bytes) -> None:
+    assert parse_line(line) is None
+
+
+@pytest.mark.parametrize(
+    "line", [PLAIN, COLOURED.removesuffix(b"\x1b[39m"), PLAIN.replace(b"45.25%", b"N/A")]
+)
+def test_a_line_cut_short_is_no_record(line: bytes) -> None:
+    assert [end for end in range(len(line)) if parse_line(line[:end])] == []
+
+
+def test_a_cut_line_glued_to_the_next_gives_only_the_whole_one() -> None:
+    later = PLAIN.replace(b"step: 100", b"step: 110")
+    for end in range(len(PLAIN)):
+        assert [record.step for record in LogReader("x").feed(PLAIN[:end] + later + b"\n")] == [110]
+
+
+def test_very_long_lines() -> None:
+    noise = b"x" * 100_000
+    assert parse_line(noise) is None
+    assert parse_line(noise + PLAIN) == EXPECTED
+    assert parse_line(b"step:" * 20_000) is None
+
+
+def test_lines_of_several_nodes_interleaved() -> None:
+    lines = [
+        str(node).encode() + b": " + PLAIN.replace(b"step: 100", b"step: %d" % step)
+        for step in (10, 20)
+        for node in range(3)
+    ]
+    records = LogReader("x").feed(b"\n".join(lines))
+    assert [record.step for record in records] == [10, 10, 10, 20, 20, 20]
+
+
+def test_the_longest_match_fits_what_is_carried_between_blocks() -> None:
+    parser = inspect.getattr_static(re, "_parser")
+    assert parser.parse(log._STEP.pattern).getwidth()[1] < log.RECORD_BYTES
+
+
+records = st.builds(
+    StepRecord,
+    step=st.integers(1, 10**9),
+    loss=st.floats(0, 1e6) | st.sampled_from([math.nan, math.inf]),
+    grad_norm=st.floats(0, 1e6) | st.sampled_from([math.nan, math.inf]),
+    memory_gib=st.floats(0, 999),
+    memory_pct=st.floats(0, 100),
+    tps=st.floats(0, 1e7),
+    tflops=st.floats(0, 1e5),
+    mfu_pct=st.none() | st.floats(0, 100),
+    time=st.just(TIME),
+    rank=st.integers(0, 7),
+)
+# Bytes that a log may hold between records, biased towards what could confuse the parser.
+noise = st.lists(
+    st.binary(max_size=40)
+    | st.sampled_from([b"\n", b"\r", b"step:", b"validate ", PLAIN[:80], COLOURED[:150], PLAIN, b"x" * 3000]),
+    max_size=4,
+).map(b"".join)
+
+
+@given(record=records, colour=st.booleans(), digits=st.sampled_from([4, 5]))
+def test_what_torchtitan_prints_is_read_back(record: StepRecord, colour: bool, digits: int) -> None:
+    found = parse_line(render(record, colour, digits))
+    assert found is not None and record.grad_norm is not None and record.tflops is not None
+    assert (found.step, found.rank, found.time) == (record.step, record.rank, TIME)
+    assert f"{found.loss:.{digits}f}" == f"{record.loss:.{digits}f}"
+    assert f"{found.grad_norm:.4f}" == f"{record.grad_norm:.4f}"
+    assert (found.memory_gib, found.memory_pct) == (
+        float(f"{record.memory_gib:.2f}"),
+        float(f"{record.memory_pct:.2f}"),
+    )
+    assert (found.tps, found.tflops) == (round(record.tps), float(f"{record.tflops:.2f}"))
+    assert found.mfu_pct == (None if record.mfu_pct is None else float(f"{record.mfu_pct:.2f}"))
+
+
+@given(st.binary(max_size=400) | noise)
+def test_arbitrary_bytes_never_raise(data: bytes) -> None:
+    parse_line(data)
+    plain_text(data)
+    LogReader("x").feed(data)
+
+
+@given(
+    parts=st.lists(st.tuples(noise, records.map(render), st.sampled_from([b"\n", b"\r\n", b""])), max_size=4),
+    cuts=st.lists(st.integers(0, 20_000), max_size=12),
+    step=st.sampled_from([None, 1, 7, 300]),
+)
+def test_how_a_log_is_cut_into_blocks_changes_nothing(
+    parts: list[tuple[bytes, bytes, bytes]], cuts: list[int], step: int | None
+) -> None:
+    data = b"".join(b"".join(part) for part in parts)
+    edges = range(0, len(data), step) if step else sorted({cut for cut in cuts if cut < len(data)})
+    bounds = [0, *edges, len(data)]
+    reader = LogReader("x")
+    pieces = [
+        record
+        for start, end in zip(bounds, bounds[1:], strict=False)
+        for record in reader.feed(data[start:end])
+    ]
+    assert repr(pieces) == repr(LogReader("x").feed(data))  # repr: NaN differs from itself
+
+
+def test_a_growing_file_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "0000-gpu001.log"
+    reader = LogReader(path, block_bytes=64)
+    assert list(reader.read()) == []
+    path.write_bytes(b"starting\n" + PLAIN[:100])
+    assert list(reader.read()) == []
+    with path.open("ab") as handle:
+        handle.write(PLAIN[100:])  # no end of line yet, but the record is whole
+    assert list(reader.read()) == [EXPECTED]
+    assert list(reader.read()) == []
+    with path.open("ab") as handle:
+        handle.write(b"\n" + COLOURED + b"\n")
+    assert list(reader.read()) == [EXPECTED]
+    assert reader.offset == path.stat().st_size
+
+
+def test_a_truncated_or_replaced_file_is_read_from_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "0000-gpu001.log"
+    path.write_bytes(PLAIN + b"\n" + PLAIN[:60])
+    reader = LogReader(path)
+    assert len(list(reader.read())) == 1
+    path.write_bytes(PLAIN + b"\n")
+    assert len(list(reader.read())) == 1
+    other = tmp_path / "other"
+    other.write_bytes(PLAIN + b"\n" + PLAIN + b"\n")
+    other.rename(path)
+    assert len(list(reader.read())) == 2
+    path.unlink()
+    assert list(reader.read()) == []
+
+
+def test_memory_is_bounded_whatever_the_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "0000-gpu001.log"
+    path.write_bytes(b"x" * (24 << 20))  # one line
+    tracemalloc.start()
+    try:
+        assert list(LogReader(path).read()) == []
+        assert first_error([path]) is None
+        assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b"\x1b[31mred\x1b[39m and \x1b[38;2;1;2;3mmore\n", "red and more"),
+        (b"\x1b]0;title\x07text", "text"),
+        (b"\x1b]52;c;ZXZpbA==\x1b\\text", "text"),
+        (b"\x1bc\x1b[2J\x1b[Hclear", "clear"),
+        (b" 10%|#\r 20%|##\r 30%|###\n", " 30%|###"),
+        (b"text\r\n", "text"),
+        (b"a\tb\x00\x07\x08\x7f", "a\tb"),
+        ("left\u202eright\u2066".encode(), "leftright"),
+        (b"\xc2\x9b31mcsi", "csi"),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+        ("Größe 模型".encode(), "Größe 模型"),
+    ],
+)
+def test_plain_text_cannot_drive_a_terminal(line: bytes, text: str) -> None:
+    assert plain_text(line) == text
+
+
+@given(
+    st.binary(max_size=300) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
+def test_plain_text_has_no_control_characters_left(line: bytes) -> None:
+    assert not re.search("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e]", plain_text(line))
+
+
+# --- the first error ----------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = """\
+[rank0]:[titan] 2026-11-22 14:50:40,000 - root - INFO - Training starts at step 1
+[rank0]:[rank2]: Traceback (most recent call last):
+[rank0]:[rank2]:   File "/opt/train.py", line 9, in <module>
+[rank0]:[rank2]:     inner()
+[rank0]:[rank2]:     ^^^^^^^
+[rank0]:[rank2]:   File "/opt/train.py", line 8, in inner
+[rank0]:[rank2]:     allocate()
+[rank0]:[rank2]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
+E1122 14:50:52.655000 5553 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 0
+Traceback (most recent call last):
+  File "/usr/local/bin/torchrun", line 8, in <module>
+    sys.exit(main())
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: 
+============================================================
+train.py FAILED
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_14:50:52
+  host      : gpu002
+  exitcode  : 1 (pid: 5685) 
+"""
+LOST_PEER = """\
+[rank0]:[titan] 2026-11-22 14:50:40,000 - root - INFO - Training starts at step 1
+[rank0]:[rank0]: Traceback (most recent call last):
+[rank0]:[rank0]:   File "/opt/train.py", line 10, in <module>
+[rank0]:[rank0]:     dist.all_reduce(t)
+[rank0]:[rank0]: RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18345.
+[W1122 14:50:52.347814757 TCPStore.cpp:115] [c10d] recvVector failed on SocketImpl(fd=3): Failed to recv
+Exception raised from recvBytes at Utils.hpp:787 (most recent call first):
+frame #2: c10::DistNetworkError::DistNetworkError(c10::SourceLocation, std::string) + 0x72 (0x7f in libc10.so)
+W1122 14:50:52.945000 5552 dynamic_rendezvous.py:1346] The node 'gpu001_0' has failed to send a keep-alive \
+heartbeat to the rendezvous 'x' due to an error of type RendezvousConnectionError.
+E1122 14:50:52.956000 5552 api.py:1002] failed (exitcode: 1) local_rank: 1 (pid: 5686) of binary: python3
+  time      : 2026-11-22_14:50:50
+"""
+GOODBYE = """\
+W1122 14:50:52.945000 5552 dynamic_rendezvous.py:1346] The node 'gpu003_0' has failed to send a keep-alive \
+heartbeat to the rendezvous 'x' due to an error of type RendezvousConnectionError.
+"""
+
+
+def logs(tmp_path: Path, **texts: str) -> list[Path]:
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    return [tmp_path / name for name in texts]
+
+
+def test_the_rank_that_failed_is_named_before_those_it_took_along(tmp_path: Path) -> None:
+    found = first_error(logs(tmp_path, node0=LOST_PEER, node1=OUT_OF_MEMORY, node2=GOODBYE))
+    assert found is not None
+    path, lines = found
+    assert path.name == "node1"
+    assert lines == [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        'File "/opt/train.py", line 8, in inner',
+        "allocate()",
+    ]
+
+
+def test_a_lost_peer_counts_when_it_is_all_there_is(tmp_path: Path) -> None:
+    found = first_error(logs(tmp_path, node0=GOODBYE, node1=LOST_PEER))
+    assert found is not None and found[0].name == "node1"
+    assert found[1][0].startswith("RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+def test_a_closed_rendezvous_is_a_cause_only_when_alone(tmp_path: Path) -> None:
+    found = first_error(logs(tmp_path, node0=GOODBYE, node1="all is well\n"))
+    assert found is not None and "RendezvousConnectionError" in found[1][0]
+    srun = "srun: error: gpu001: task 0: Exited with exit code 1\n"
+    found = first_error(logs(tmp_path, node0=GOODBYE, job=srun))
+    assert found is not None and found[1] == [srun.strip()]
+
+
+def test_of_two_causes_the_earlier_wins(tmp_path: Path) -> None:
+    late = OUT_OF_MEMORY.replace("14:50:52", "14:51:52").replace("2.00", "9.00")
+    found = first_error(logs(tmp_path, node0=late, node1=OUT_OF_MEMORY))
+    assert found is not None and found[0].name == "node1"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "titan-node: FAIL gpu count: 3 of 4 GPUs are visible",
+        "slurmstepd: error: pyxis: failed to create container filesystem for image: /nope/x.sqsh",
+        "pyxis: --container-mounts: source path does not exist: /nope/dir",
+        "[ERROR] Command not found: nvidia-container-cli",
+        "enroot-switchroot: failed to execute: /bin/sh: Exec format error",
+        "srun: unrecognized option '--container-image=x'",
+        "slurmstepd-gpu001: error: execve(): python3: No such file or directory",
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.",
+        "slurmstepd: error: *** JOB 5 ON gpu001 CANCELLED AT 2026-11-22T14:50:52 DUE TO TIME LIMIT ***",
+        "ValueError: Config function 'nope' not found in torchtitan.models.llama3.config_registry.",
+        "Unrecognized options: --bogus.option, 3",
+    ],
+)
+def test_causes_that_are_no_traceback(tmp_path: Path, line: str) -> None:
+    found = first_error(logs(tmp_path, node0=LOST_PEER, node1=f"0: {line}\n"))
+    assert found is not None and (found[0].name, found[1][0]) == ("node1", line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, unhandled system error",
+        "[rank0]:[E1122 14:50:52.1 ProcessGroupNCCL.cpp:629] Watchdog caught collective operation timeout: WorkNCCL",
+    ],
+)
+def test_nccl_errors_stand_before_what_srun_says(tmp_path: Path, line: str) -> None:
+    srun = "srun: error: gpu001: task 0: Exited with exit code 1\n"
+    found = first_error(logs(tmp_path, job=srun, node0=line + "\n"))
+    assert found is not None and found[0].name == "node0"
+
+
+def test_missing_files_and_good_logs_have_no_error(tmp_path: Path) -> None:
+    good = PLAIN.decode() + "\n[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - Training completed\n"
+    assert first_error([*logs(tmp_path, node0=good), tmp_path / "absent"]) is None
+
+
+@given(st.binary(max_size=600))
+def test_the_search_for_errors_never_raises(data: bytes) -> None:
+    search = log._Search()
+    for line in (b"RuntimeError: " + data + b"\n[rank1]: Traceback (most recent call last)\n" + data).split(
+        b"\n"
+    ):
+        log._look(search, line)

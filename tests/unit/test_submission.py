@@ -1,0 +1,263 @@
+"""Nothing is submitted twice and nothing is lost, whatever sbatch does and whenever the launcher dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ExitStatus
+from tests.conftest import Launch
+
+Fake = Callable[[str, str], Path]
+SUBMIT = ("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r")
+
+# A Slurm of two files: sbatch appends "ID NAME STATE", squeue prints it in the format that the launcher asks for.
+SBATCH = """
+script=${@: -1}
+name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
+echo "$(( $(cat jobs.txt "$JOBS" 2>/dev/null | wc -l) + 100 )) $name PENDING" >>"$JOBS"
+tail -n1 "$JOBS" | cut -d' ' -f1
+"""
+SQUEUE = (
+    """while read -r id name state; do echo "$id|$state|Priority|$name"; done <"$JOBS" 2>/dev/null; exit 0"""
+)
+
+
+@pytest.fixture
+def slurm(fake_slurm: Fake, image: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    monkeypatch.setenv("JOBS", str(image.parent / "jobs.txt"))
+    (image.parent / "jobs.txt").touch()
+    fake_slurm("sbatch", SBATCH)
+    fake_slurm("squeue", SQUEUE)
+    fake_slurm("scancel", 'sed -i "s/^$1 \\(.*\\) .*/$1 \\1 CANCELLED/" "$JOBS"')
+    return fake_slurm
+
+
+def jobs(image: Path) -> list[str]:
+    return (image.parent / "jobs.txt").read_text().splitlines()
+
+
+def test_submitted_once(launch: Launch, slurm: Fake, image: Path) -> None:
+    done = launch(*SUBMIT, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["job_id"] == "100"
+    assert len(jobs(image)) == 1
+    status = json.loads(launch("status", "r", "--json").stdout)
+    assert (status["state"], status["job_id"], status["reason"]) == ("PENDING", "100", "Priority")
+
+
+def test_the_submitters_shell_does_not_overrule_the_script(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("sbatch", f"env >{image.parent}/env.txt; echo 7")
+    launch(*SUBMIT, SBATCH_EXPORT="ALL", SBATCH_NODES="99", SLURM_CONF="/etc/x", SLURM_JOB_ID="1")
+    seen = (image.parent / "env.txt").read_text()
+    assert "SBATCH_" not in seen and "SLURM_JOB_ID" not in seen and "SLURM_CONF=/etc/x" in seen
+
+
+@pytest.mark.parametrize(
+    ("script", "said", "fix"),
+    [
+        ("echo 'sbatch: error: invalid partition specified: x' >&2; exit 1", "no such partition", "sinfo -s"),
+        ("echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1", "no node set", "sinfo"),
+        ("echo 'sbatch: error: Batch job submission failed: Requested topology configuration is not available' >&2; exit 1", "block", "--segment"),
+        ("echo 'sbatch: error: Invalid account or account/partition combination specified' >&2; exit 1", "account", "--account"),
+        ("echo 'something new' >&2; exit 77", "exit code 77", "--dry-run"),
+        ("exit 1", "exit code 1", "--dry-run"),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_translated_and_leaves_nothing(
+    script: str, said: str, fix: str, launch: Launch, slurm: Fake, image: Path
+) -> None:
+    slurm("sbatch", script)
+    done = launch(*SUBMIT)
+    assert done.returncode == ExitStatus.CLUSTER
+    assert said in done.stderr and fix in done.stderr
+    assert os.listdir(image.parent / "runs") == []
+
+
+def test_sbatch_missing(launch: Launch, slurm: Fake, image: Path) -> None:
+    (image.parent / "slurm-bin" / "sbatch").unlink()
+    done = launch(*SUBMIT, PATH=f"{image.parent}/slurm-bin:/bin-without-slurm")
+    assert (done.returncode, "not installed here" in done.stderr) == (ExitStatus.CLUSTER, True)
+    assert os.listdir(image.parent / "runs") == []
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo nonsense",
+        "echo",
+        "head -c 100000 /dev/zero",
+        "printf '\\xff\\xfe 12'",
+        "echo 'slurm_load: Unable to contact slurm controller' >&2; exit 1",
+        "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1",
+    ],
+)
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "not-taken"])
+def test_an_answer_that_says_nothing(
+    script: str, taken: bool, launch: Launch, slurm: Fake, image: Path
+) -> None:
+    """The job may be there: it is looked for by name, and otherwise the run stays, marked as unknown."""
+    slurm("sbatch", f"({SBATCH}) >/dev/null\n{script}" if taken else script)
+    done = launch(*SUBMIT)
+    if taken:
+        assert done.returncode == 0, done.stderr
+        assert json.loads(launch("status", "r", "--json").stdout)["job_id"] == "100"
+        return
+    assert done.returncode == ExitStatus.CLUSTER and "launcher cancel r" in done.stderr
+    status = launch("status", "r")
+    assert (status.returncode, "UNKNOWN" in status.stdout) == (ExitStatus.JOB_UNKNOWN, True)
+    assert launch("cancel", "r").returncode == 0
+    assert "CANCELLED" in launch("status", "r").stdout
+    late = subprocess.run(
+        ["bash", "runs/r/job.sbatch"], env=os.environ | {"SLURM_JOB_ID": "9"}, capture_output=True
+    )
+    assert late.returncode == 75  # should Slurm have it after all, it stops at the claim
+
+
+def test_a_hanging_sbatch_is_bounded(
+    launch: Launch, slurm: Fake, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.cluster import slurm as module
+
+    slurm("sbatch", "sleep 600")
+    monkeypatch.setattr(module, "SUBMIT_S", 0.3)
+    with open(image.parent / "lock", "w") as lock, pytest.raises(module.Unsure, match="did not answer"):
+        module.submit(image.parent / "job.sbatch", lock.fileno())
+
+
+def test_a_hanging_squeue_is_bounded(slurm: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.cluster import slurm as module
+    from launcher.errors import LauncherError
+
+    slurm("squeue", "exec sleep 600")
+    monkeypatch.setattr(module, "ANSWER_S", 0.3)
+    with pytest.raises(LauncherError, match="did not answer"):
+        module.queue()
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launcher", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_killed_around_sbatch(moment: str, launch: Launch, slurm: Fake, image: Path) -> None:
+    """SIGKILL before Slurm has the job, while sbatch is at work, and after its answer was sent."""
+    here, go = image.parent / "here", image.parent / "go"
+    gate = f"touch {here}; until [ -e {go} ]; do sleep 0.02; done"
+    scripts = {"before": f"echo $$ >{here}.new; mv {here}.new {here}; exec sleep 600", "during": f"{gate}\n{SBATCH}", "after": f"{SBATCH}\n{gate}"}  # fmt: skip
+    slurm("sbatch", scripts[moment])
+    process = start(*SUBMIT)
+    wait_for(here.exists)
+    process.kill()
+    process.communicate()
+    if moment == "before":
+        os.kill(int(here.read_text()), signal.SIGKILL)
+        wait_for(lambda: "SUBMITTING" not in launch("status", "r").stdout)
+        status = launch("status", "r")
+        assert (status.returncode, "UNKNOWN" in status.stdout) == (ExitStatus.JOB_UNKNOWN, True)
+        assert launch(*SUBMIT).returncode == ExitStatus.EXISTS
+        assert jobs(image) == []
+        return
+    assert "SUBMITTING" in launch("status", "r").stdout  # sbatch lives on and holds the lock
+    assert launch(*SUBMIT).returncode == ExitStatus.EXISTS
+    go.touch()
+    wait_for(lambda: "SUBMITTING" not in launch("status", "r").stdout)
+    status = json.loads(launch("status", "r", "--json").stdout)
+    assert (status["state"], status["job_id"]) == ("PENDING", "100")
+    assert len(jobs(image)) == 1
+    assert launch("cancel", "r").returncode == 0
+    assert jobs(image)[0].endswith("CANCELLED")
+
+
+def test_ctrl_c_waits_until_the_job_id_is_safe(launch: Launch, slurm: Fake, image: Path) -> None:
+    here, go = image.parent / "here", image.parent / "go"
+    slurm("sbatch", f"touch {here}; until [ -e {go} ]; do sleep 0.02; done\n{SBATCH}")
+    process = start(*SUBMIT)
+    wait_for(here.exists)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    go.touch()
+    process.communicate(timeout=30)
+    assert process.returncode == ExitStatus.INTERRUPTED
+    assert json.loads((image.parent / "runs" / "r" / "job.json").read_text()) == {"job_id": "100"}
+
+
+@pytest.mark.parametrize("at", range(0, 60, 3))
+def test_killed_at_any_moment(at: int, launch: Launch, slurm: Fake, image: Path) -> None:
+    """Whenever it dies, there is no run, or one run whose job can be found, or one without a job."""
+    process = start(*SUBMIT)
+    time.sleep(at / 60)
+    process.kill()
+    process.communicate()
+    time.sleep(0.3)  # an sbatch that was started goes on by itself
+    submitted = jobs(image)
+    assert len(submitted) <= 1
+    status = launch("status", "r", "--json")
+    if submitted:
+        assert json.loads(status.stdout)["job_id"] == "100"
+    elif (image.parent / "runs" / "r").exists():
+        assert json.loads(status.stdout)["state"] == "UNKNOWN"
+    else:
+        assert status.returncode == ExitStatus.NOT_FOUND
+        assert launch(*SUBMIT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "state", "code"),
+    [
+        ("RUNNING", "RUNNING", 0), ("COMPLETING", "COMPLETING", 0), ("COMPLETED", "COMPLETED", 0),
+        ("NODE_FAIL", "NODE_FAIL", 8), ("PREEMPTED", "PREEMPTED", 8), ("OUT_OF_MEMORY", "OUT_OF_MEMORY", 8),
+        ("BOOT_FAIL", "BOOT_FAIL", 8), ("DEADLINE", "DEADLINE", 8), ("TIMEOUT", "TIMEOUT", 8), ("FAILED", "FAILED", 8),
+        ("CANCELLED", "CANCELLED", 8), ("SOMETHING_NEW", "UNKNOWN", 9),
+    ],
+)  # fmt: skip
+def test_slurms_states(word: str, state: str, code: int, launch: Launch, slurm: Fake, image: Path) -> None:
+    launch(*SUBMIT)
+    line = jobs(image)[0].rsplit(" ", 1)[0]
+    (image.parent / "jobs.txt").write_text(f"{line} {word}\n")
+    done = launch("status", "r", "--json")
+    assert (json.loads(done.stdout)["state"], done.returncode) == (state, code)
+
+
+def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(
+    launch: Launch, slurm: Fake, image: Path
+) -> None:
+    launch(*SUBMIT)
+    (image.parent / "jobs.txt").write_text("")
+    slurm("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert json.loads(launch("status", "r", "--json").stdout)["state"] == "UNKNOWN"
+    slurm("sacct", "echo '100|CANCELLED by 0|0:15'")
+    assert json.loads(launch("status", "r", "--json").stdout)["state"] == "CANCELLED"
+    (image.parent / "runs" / "r" / "end.json").write_text('{"exit_code": 0}')
+    assert json.loads(launch("status", "r", "--json").stdout)["state"] == "COMPLETED"
+    (image.parent / "runs" / "r" / "end.json").write_text(
+        '{"exit_code": 143, "slurm_state": "TIMEOUT", "signal": "TERM"}'
+    )
+    assert json.loads(launch("status", "r", "--json").stdout)["state"] == "TIMEOUT"
+
+
+def test_the_controller_is_down(launch: Launch, slurm: Fake, image: Path) -> None:
+    launch(*SUBMIT)
+    slurm("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    done = launch("status", "r")
+    assert (done.returncode, "Unable to contact" in done.stderr) == (ExitStatus.CLUSTER, True)
+    assert json.loads(launch("list", "--json").stdout)[0]["state"] == "UNKNOWN"
