@@ -101,8 +101,8 @@ def state(run: Run, queue: Mapping[str, tuple[str, JobState]] | None = None) -> 
         return _ended(run, end)
     if listed and listed[1].known:  # COMPLETED; the marker may be late on a network file system
         return listed[1]
-    if found := slurm.accounting([job_id]).get(job_id):
-        return found
+    if recorded := slurm.accounting([job_id]).get(job_id):
+        return recorded
     return JobState(UNKNOWN, "", f"Slurm no longer knows job {job_id}, and it wrote no end")
 
 
@@ -203,5 +203,5 @@ def _signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in waiting[:1]:
-            signal.raise_signal(signal.Signals(number))
+        for late in waiting[:1]:
+            signal.raise_signal(signal.Signals(late))

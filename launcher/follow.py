@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import BinaryIO
 
 from launcher.results.rows import peak_of
 from launcher.titan.log import (
     LINE_BYTES,
     LogReader,
     StepRecord,
-    bounded_lines,
     line_time,
     open_log,
     plain_text,
@@ -215,6 +215,14 @@ def merged_lines(
         sleep(poll_seconds)
 
 
+def _bounded_lines(handle: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file without their ends, each cut after LINE_BYTES, so that memory stays bounded."""
+    while line := handle.readline(LINE_BYTES):
+        yield line.rstrip(b"\n")
+        while len(line) == LINE_BYTES and not line.endswith(b"\n"):
+            line = handle.readline(LINE_BYTES)
+
+
 def _all_logs(log_dir: Path) -> list[tuple[str, Path]]:
     job = log_dir / JOB_LOG
     return [("job", job)] * job.exists() + list(node_logs(log_dir).items())
@@ -225,7 +233,7 @@ def _timed(index: int, name: str, path: Path) -> Iterator[tuple[float, int, int,
     if (handle := open_log(path)) is None:
         return
     with handle:
-        for number, line in enumerate(bounded_lines(handle)):
+        for number, line in enumerate(_bounded_lines(handle)):
             # Never backwards: a merge needs sorted streams, and a file's own order is the truth about it.
             moment = max(moment, line_time(line[:512]) or -math.inf)
             yield moment, index, number, name, plain_text(line)

@@ -119,7 +119,7 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
             origin[key] = layer.origin[key]
             if key.startswith("env."):
                 secrets.pop(key[4:], None)
-    parts = {
+    parts: dict[str, Any] = {
         section: cls(
             **{k.split(".", 1)[1]: v for k, v in values.items() if k in FIELDS and k.startswith(section)}
         )
@@ -130,7 +130,10 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
         for section in FREE_SECTIONS
     }
     origin |= {f"secret_env.{name}": where for name, where in secrets.items()}
-    return RunSpec(**parts, **free, secret_env=tuple(sorted(secrets)), origin=origin)
+    return RunSpec(
+        profile=parts["profile"], recipe=parts["recipe"], job=parts["job"], env=free["env"], titan=free["titan"],
+        secret_env=tuple(sorted(secrets)), origin=origin,
+    )  # fmt: skip
 
 
 def convert(key: str, value: Any, origin: str) -> Any:

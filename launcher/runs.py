@@ -140,7 +140,11 @@ def record_job(run: Run, job: Mapping[str, Any]) -> None:
 def all_runs(runs_dir: Path) -> list[Run]:
     """Every run below `runs_dir`, newest first; directories that are no runs are passed over."""
     try:
-        found = [Run(Path(e.path)) for e in os.scandir(runs_dir.resolve()) if not e.name.startswith(".") and e.is_dir()]
+        found = [
+            Run(Path(e.path))
+            for e in os.scandir(runs_dir.resolve())
+            if not e.name.startswith(".") and e.is_dir()
+        ]
     except FileNotFoundError:
         return []
     except OSError as error:

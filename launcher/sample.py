@@ -120,7 +120,7 @@ def _tokenizer_files() -> dict[str, object]:
     special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {256: {"content": BEGIN, **special}, 257: {"content": END, **special}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {
+    model: dict[str, object] = {
         "type": "BPE",
         "dropout": None,
         "unk_token": None,

@@ -8,6 +8,7 @@ with 20, and without having started anything, when a check fails. Standard libra
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -27,8 +28,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `titan` is copied beside this file
 
-from titan import Refused  # noqa: E402
-from titan.command import Rendezvous, check_node, config_files, torchrun_command  # noqa: E402
+from titan import Refused  # type: ignore[import-not-found]
+from titan.command import (  # type: ignore[import-not-found]
+    Rendezvous,
+    check_node,
+    config_files,
+    torchrun_command,
+)
 
 CHECK_FAILED = 20  # this process's exit code when the node cannot train; docs/exit-codes.md names it
 
@@ -70,25 +76,20 @@ def main(argv: list[str]) -> int:
             node, facts["torchtitan"], rendezvous, torch_version=facts["torch"], python=sys.executable
         )
         if any(argument.startswith(("titan.", "--module=titan.")) for argument in command):
-            added["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [str(run_dir / "job"), os.environ.get("PYTHONPATH", "")])
-            )
-            os.environ["PYTHONPATH"] = added["PYTHONPATH"]
-        for path, text in config_files(node, facts["torchtitan"]).items():
-            write(Path(path), text)
+            path = [str(run_dir / "job"), os.environ.get("PYTHONPATH", "")]
+            added["PYTHONPATH"] = os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        for file, text in config_files(node, facts["torchtitan"]).items():
+            write(Path(file), text)
         facts.update(ok=True, command=command, environment=added)
         write(record(run_dir, facts), json.dumps(facts, indent=2) + "\n")
         say(ok_line(facts))
         if facts.get("data_pointers") and node_id == 0:
-            say(
-                f"titan-node: warn {facts['data_pointers']} of {facts['data_files']} shards are Git LFS pointers"
+            pointers = (
+                f"{facts['data_pointers']} of {facts['data_files']} shards are Git LFS pointers, not data"
             )
-        say(
-            "titan-command: "
-            + " ".join(f"{k}={shlex.quote(v)}" for k, v in added.items())
-            + " "
-            + shlex.join(command)
-        )
+            say(f"titan-node: warn node=0 host={host} why={_quoted(pointers)}")
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
+        say(f"titan-command: {' '.join(assignments)} {shlex.join(command)}")
         os.chdir(run_dir)
         os.execvp(command[0], command)
     except Refused as refused:
@@ -106,10 +107,8 @@ def fail(facts: Facts, run_dir: Path | None, why: str, fix: str) -> int:
     facts.update(ok=False, why=why, fix=fix)
     say(f"titan-node: FAIL node={facts['node']} host={facts['host']} why={_quoted(why)} fix={_quoted(fix)}")
     if run_dir is not None:
-        try:
+        with contextlib.suppress(OSError):  # the line above has said it
             write(record(run_dir, facts), json.dumps(facts, indent=2) + "\n")
-        except OSError:
-            pass  # the line above has said it
     return CHECK_FAILED
 
 
@@ -151,7 +150,8 @@ def read_node(argv: list[str]) -> dict[str, Any]:
         raise Refused(
             f"{argv[1]} is not JSON: {error}", "submit again: launcher submit <run_dir>/run.toml"
         ) from error
-    return check_node(value)
+    node: dict[str, Any] = check_node(value)
+    return node
 
 
 def check_run_dir(run_dir: Path) -> None:

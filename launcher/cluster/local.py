@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,16 @@ def cancel(job: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> 
     """SIGTERM to the script, which ends torchrun and writes the end; SIGKILL to all that is left after GRACE_S."""
     if not is_alive(job):
         return
-    family = _descendants(int(job["job_id"]))
-    _signal(family[:1], signal.SIGTERM)
+    family = [identity(pid) for pid in _descendants(int(job["job_id"]))]
+    _signal(job, signal.SIGTERM)
     waited = 0.0
     while is_alive(job) and waited < GRACE_S:
         sleep(0.2)
         waited += 0.2
     if is_alive(job):
-        _signal(_descendants(int(job["job_id"])), signal.SIGKILL)
+        family = [identity(pid) for pid in _descendants(int(job["job_id"]))]
+    for member in family:
+        _signal(member, signal.SIGKILL)
 
 
 def find(script: Path, claimed_pid: str) -> dict[str, Any] | None:
@@ -70,12 +73,11 @@ def find(script: Path, claimed_pid: str) -> dict[str, Any] | None:
     return identity(int(claimed_pid)) if os.fsencode(script) in command_line else None
 
 
-def _signal(pids: list[int], number: int) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except (ProcessLookupError, PermissionError):
-            continue
+def _signal(process: dict[str, Any], number: int) -> None:
+    """To this very process: a process id that was given away again is left alone."""
+    if is_alive(process):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(int(process["job_id"]), number)
 
 
 def _descendants(root: int) -> list[int]:

@@ -64,15 +64,15 @@ def summarise(
 ) -> Row:
     """The row of a run, from each node's records in the order of its log.
 
-    `last` comes from the first node (by name) that got furthest and knows the loss. A run is incomplete when its last logged step
-    is not the last that torchtitan logs (step 1 and multiples of `log_freq`), or when the caller knows that it
-    did not end well and says `finished=False`.
+    `last` comes from the first node (as the mapping orders them) that got furthest and knows the loss. A run is
+    incomplete when its last logged step is not the last that torchtitan logs (step 1 and multiples of
+    `log_freq`), or when the caller knows that it did not end well and says `finished=False`.
     """
     kept: dict[str, list[StepRecord]] = {}
     medians: dict[str, float] = {}
     restarted, used = False, 0
-    for node in sorted(records_by_node):
-        unique, again = deduplicate(records_by_node[node])
+    for node, records in records_by_node.items():
+        unique, again = deduplicate(records)
         restarted |= bool(again)
         if not unique:
             continue

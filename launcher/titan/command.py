@@ -178,16 +178,22 @@ def trainer_arguments(node: dict[str, Any], titan_version: str, torch_version: s
             f"there is no translation for the model {recipe['model']} {recipe['flavor']}",
             f'model = "llama3" with flavor = {", ".join(FLAVORS)}',
         )
-    if node["device"] == "cpu" and (
-        recipe["compile"] or node["titan"].get("compile.enable", "").lower() == "true"
-    ):
-        raise Refused("torch.compile is switched off on a CPU", "compile = false")
-    if node["device"] == "cpu" and recipe["quantize"] != "none":
-        raise Refused(f"{recipe['quantize']} needs a GPU", 'quantize = "none"')
+    if node["device"] == "cpu":
+        _refuse_on_cpu(node)
     arguments: list[str] = chosen.arguments(
         node, common_settings(node), user_flags(node["titan"]), torch_version
     )
     return arguments
+
+
+def _refuse_on_cpu(node: dict[str, Any]) -> None:
+    recipe = node["recipe"]
+    if recipe["compile"] or str(node["titan"].get("compile.enable", "")).lower() == "true":
+        raise Refused("torch.compile is switched off on a CPU", "compile = false")
+    if recipe["quantize"] != "none":
+        raise Refused(f"{recipe['quantize']} needs a GPU", 'quantize = "none"')
+    if recipe["context_parallel"] > 1:
+        raise Refused("context parallelism needs a GPU", "context_parallel = 1")
 
 
 def config_files(node: dict[str, Any], titan_version: str) -> dict[str, str]:

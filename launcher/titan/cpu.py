@@ -67,7 +67,7 @@ def _patch_collectives() -> None:
         set_factor(self, factor)
         self.set_force_sum_reduction_for_comms(True)
 
-    FSDPModule.set_gradient_divide_factor = set_factor_and_sum  # type: ignore[method-assign]
+    FSDPModule.set_gradient_divide_factor = set_factor_and_sum
     if not hasattr(dist, "set_timeout"):
         dist.set_timeout = lambda timeout, group=None: dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_BYTES = 1 << 20
-LINE_BYTES = 1 << 16  # longer lines are cut where lines are wanted; no line of the trainer comes near it
+LINE_BYTES = 1 << 16  # where whole lines are wanted, longer ones are cut; the trainer writes none
 RECORD_BYTES = 2048  # no match of _STEP is longer (a test asks the regex engine)
 PREFIX_BYTES = 256  # what stands before `step:`: srun's label, torchrun's rank, the time, the logger's name
 
@@ -67,7 +67,10 @@ _STEP = re.compile(
 _MOMENT = rb"([0-9]{4}-[0-9]{2}-[0-9]{2}[ _][0-9]{2}:[0-9]{2}):([0-9]{2}(?:[,.][0-9]{1,6})?)"
 _TIME = re.compile(_MOMENT)
 _RANK = re.compile(rb"\[[A-Za-z_]{1,24}([0-9]{1,6})\]:")
-_USUAL = re.compile(_RANK.pattern + rb"\[titan\] " + _MOMENT)
+# The whole line as torchrun prints it, for speed; any other beginning takes the longer way round _STEP.
+_USUAL = re.compile(
+    (_RANK.pattern + rb"\[titan\] " + _MOMENT + rb" - root - INFO - (?:\x1b\[[0-9;]{0,24}m)?") + _STEP.pattern
+)
 
 
 def parse_line(line: bytes) -> StepRecord | None:
@@ -108,14 +111,6 @@ def open_log(path: str | os.PathLike[str]) -> BinaryIO | None:
         if error.errno in (errno.ENOENT, errno.ESTALE):
             return None
         raise
-
-
-def bounded_lines(handle: BinaryIO, limit: int = LINE_BYTES) -> Iterator[bytes]:
-    """The lines of a file without their ends, each cut after `limit` bytes, so that memory stays bounded."""
-    while line := handle.readline(limit):
-        yield line.rstrip(b"\n")
-        while len(line) == limit and not line.endswith(b"\n"):
-            line = handle.readline(limit)
 
 
 class LogReader:
@@ -165,8 +160,11 @@ def _scan(data: bytes, start: int, floor: int, first_only: bool = False) -> tupl
     records = []
     hit = data.find(b"step:", start)
     while hit >= 0:
-        match = _STEP.match(data, hit)
-        record = _record(match, data[max(floor, hit - PREFIX_BYTES) : hit]) if match else None
+        begin = max(floor, hit - PREFIX_BYTES)
+        begin = max(begin, data.rfind(b"\n", begin, hit) + 1)
+        begin = max(begin, data.rfind(b"\r", begin, hit) + 1)
+        match = _USUAL.match(data, begin) or _STEP.match(data, hit)
+        record = _record(match, data[begin:hit]) if match else None
         if match is None or record is None:
             hit = data.find(b"step:", hit + 5)
             continue
@@ -179,15 +177,12 @@ def _scan(data: bytes, start: int, floor: int, first_only: bool = False) -> tupl
 
 
 def _record(match: re.Match[bytes], prefix: bytes) -> StepRecord | None:
-    if prefix.endswith(b"validate "):
+    *usual, step, loss, grad_norm, memory_gib, memory_pct, tps, tflops, mfu = match.groups()
+    if usual:
+        rank, moment = usual[0], _seconds(usual[1], usual[2])
+    elif prefix.endswith(b"validate "):
         return None
-    step, loss, grad_norm, memory_gib, memory_pct, tps, tflops, mfu = match.groups()
-    moment: float | None
-    if usual := _USUAL.search(prefix):
-        rank, minute, seconds = usual.groups()
-        moment = _seconds(minute, seconds)
     else:
-        prefix = prefix[max(prefix.rfind(b"\n"), prefix.rfind(b"\r")) + 1 :]
         rank = found[-1] if (found := _RANK.findall(prefix)) else None
         moment = line_time(prefix)
     try:
@@ -236,7 +231,9 @@ _HINTS = (
     b"nrecognized",
     b" fault",
     b"oom_kill",
-    b"NCCL",
+    b"NCCL WARN",
+    b"NCCL failure",
+    b"Watchdog",
     b"pyxis:",
 )
 _LABELS = re.compile(r"(?:[0-9]{1,5}: ?)?(?:\[[A-Za-z_]{1,24}[0-9]{1,6}\]: ?)*")
@@ -276,6 +273,15 @@ class _Search:
     best: _Found | None = None
     following: int = 0  # how many more lines may belong to the best error
 
+    @property
+    def undated(self) -> bool:
+        return self.best is not None and self.best.time == math.inf
+
+    @property
+    def quiet(self) -> bool:
+        """Whether only a line with a hint can matter."""
+        return not (self.tracebacks or self.following or self.undated)
+
 
 def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
     """Where a failed run went wrong: the file, and the error's line followed by what was printed with it.
@@ -290,8 +296,12 @@ def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
         search = _Search()
         try:
             with open(path, "rb") as handle:
-                for line in bounded_lines(handle, 4096):
-                    _look(search, line)
+                while block := handle.read(LINE_BYTES):
+                    block += handle.readline(LINE_BYTES)
+                    # Most blocks have nothing to say, and asking that of a block is quick.
+                    if not search.quiet or any(hint in block for hint in _HINTS):
+                        for line in block.split(b"\n"):
+                            _look(search, line[:4096])
         except OSError:
             continue
         if best := search.best:
@@ -303,16 +313,15 @@ def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
 
 
 def _look(search: _Search, line: bytes) -> None:
-    best = search.best
-    undated = best is not None and best.time == math.inf
-    if not (search.tracebacks or search.following or undated or any(hint in line for hint in _HINTS)):
+    if search.quiet and not any(hint in line for hint in _HINTS):
         return
+    best = search.best
     text = plain_text(line)
     labels = _LABELS.match(text)
     label = labels.group() if labels else ""
     text = text[len(label) :]
     moment = line_time(line)
-    if best is not None and undated and moment is not None:
+    if best is not None and search.undated and moment is not None:
         best.time = moment  # torchrun's report says when; it comes after the traceback that it speaks of
     if text.startswith("Traceback (most recent call last)"):
         search.following = 0

@@ -9,10 +9,11 @@ no privilege to use sbatch, squeue, srun, scancel and scontrol.
 import contextlib
 import functools
 import os
+import re
 import shutil
 import subprocess
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +30,9 @@ from daemons import (
     wait_for,
 )
 
+START_TIMEOUT_S = 40.0
 CONTROLLER = "slurm-head-node-1"
-PLUGIN_SOURCE = Path(__file__).with_name("spank_container.c")
+PLUGIN_SOURCES = [str(Path(__file__).with_name(name)) for name in ("spank_container.c", "container.c")]
 COMPILE = ("gcc", "-shared", "-fPIC", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-Werror")
 
 DEBIAN_PACKAGES = {
@@ -50,7 +52,7 @@ class Cluster:
     """A Slurm that can be used: with `env`, any Slurm command talks to it."""
 
     directory: Path
-    slurm_conf: Path
+    slurm_conf: Path | None  # None: where Slurm looks by itself
     env: dict[str, str]
     nodes: tuple[str, ...]
     partitions: tuple[str, ...]
@@ -83,18 +85,19 @@ def slurm_run(
     user: User | None = None,
     cwd: Path | None = None,
     timeout: float = 60,
-    **env: str,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with the cluster's environment, as root or as `user`, and return what it printed."""
     account: dict[str, object] = {}
-    variables = dict(cluster.env)
+    variables = {"HOME": "/root", "USER": "root", "LOGNAME": "root"} | cluster.env
     if user:
-        account = {"user": user.uid, "group": user.gid, "extra_groups": []}
         variables |= {"HOME": str(user.home), "USER": user.name, "LOGNAME": user.name}
         cwd = cwd or user.home
+    if user and user.uid != os.getuid():
+        account = {"user": user.uid, "group": user.gid, "extra_groups": []}
     return subprocess.run(  # type: ignore[call-overload,no-any-return]
         [str(word) for word in command],
-        env=variables | env,
+        env={**variables, **(env or {})},
         cwd=cwd or cluster.directory,
         capture_output=True,
         text=True,
@@ -102,6 +105,21 @@ def slurm_run(
         check=False,
         **account,
     )
+
+
+def job_fields(cluster: Cluster, job: str) -> dict[str, str]:
+    """What `scontrol show job` says about a job: JobState, Reason, ExitCode, and so on."""
+    shown = slurm_run(cluster, ["scontrol", "-o", "show", "job", job])
+    if shown.returncode:
+        raise RuntimeError(shown.stderr.strip())
+    return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+
+
+def finished_job(cluster: Cluster, job: str, timeout: float = 60) -> dict[str, str]:
+    """`job_fields` of a job, once it has left its nodes; TimeoutError if it does not do so in time."""
+    running = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED")
+    wait_for(lambda: job_fields(cluster, job)["JobState"] not in running, f"the end of job {job}", timeout)
+    return job_fields(cluster, job)
 
 
 def start_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4) -> Cluster:
@@ -146,6 +164,23 @@ def stop_cluster(cluster: Cluster) -> None:
         stop_recorded(cluster.record)
 
 
+def existing_cluster(directory: Path) -> Cluster:
+    """The Slurm that this machine already belongs to, described by sinfo; `directory` is for the tests."""
+    listed = output("sinfo", "-h", "-N", "-o", "%N|%R|%G").split()
+    rows = [line.split("|") for line in listed]
+    gpus = [int(count) for count in re.findall(r"gpu:(?:\w+:)?(\d+)", "".join(row[2] for row in rows))]
+    conf = os.environ.get("SLURM_CONF")
+    env = {name: os.environ[name] for name in ("PATH", "SLURM_CONF", "LANG") if name in os.environ}
+    return Cluster(
+        directory=directory,
+        slurm_conf=Path(conf) if conf else None,
+        env=env,
+        nodes=tuple(sorted({row[0] for row in rows})),
+        partitions=tuple(dict.fromkeys(row[1] for row in rows)),
+        gpus_per_node=max(gpus, default=0),
+    )
+
+
 @contextlib.contextmanager
 def running_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4) -> Iterator[Cluster]:
     """`start_cluster` and `stop_cluster` around a block."""
@@ -182,9 +217,9 @@ def _write_files(cluster: Cluster, addresses: dict[str, str]) -> None:
     gpus = f"{root}/gpu/nvidia[0-{cluster.gpus_per_node - 1}]"
     (root / "gres.conf").write_text(f"Name=gpu Type=gb200 File={gpus}\n")
     plugin = root / "spank_container.so"
-    output(*COMPILE, "-o", str(plugin), str(PLUGIN_SOURCE))
+    output(*COMPILE, "-o", str(plugin), *PLUGIN_SOURCES)
     (root / "plugstack.conf").write_text(f"required {plugin} staging={root}/containers\n")
-    cluster.slurm_conf.write_text(_slurm_conf(cluster, addresses))
+    (root / "slurm.conf").write_text(_slurm_conf(cluster, addresses))
 
 
 NODE_SCRIPT = """\
@@ -241,6 +276,7 @@ def _slurm_conf(cluster: Cluster, addresses: dict[str, str]) -> str:
         ReturnToService=2
         MinJobAge=300
         KillWait=5
+        SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
         """
     lines = [textwrap.dedent(general).strip()]
     for name in cluster.nodes:
@@ -282,7 +318,7 @@ def _wait_until_idle(cluster: Cluster) -> None:
         seen = slurm_run(cluster, ["sinfo", "-h", "-N", "-p", "batch", "-o", "%N %T"])
         return seen.stdout.splitlines() == [f"{name} idle" for name in cluster.nodes]
 
-    wait_for(all_idle, f"{len(cluster.nodes)} idle nodes")
+    wait_for(all_idle, f"{len(cluster.nodes)} idle nodes", START_TIMEOUT_S)
 
 
 def _log_tails(directory: Path) -> str:

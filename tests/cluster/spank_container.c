@@ -4,92 +4,51 @@
  * behaviour that job scripts meet, and the error messages that users see.
  *
  * What differs from Pyxis with enroot: every task gets a container of its own (one task per node is
- * assumed); the image is mounted by the kernel under an overlay in memory, not unpacked; there is no
- * user namespace unless --container-remap-root is given; nothing is pulled from a registry; named
- * containers are not kept; --container-save and --container-unshare are refused.
+ * assumed); the image is mounted by the kernel under an overlay in memory, not unpacked; files of the
+ * image keep their owners, and there is no user namespace unless --container-remap-root is given;
+ * nothing is pulled from a registry; named containers are not kept; --container-save and
+ * --container-unshare are refused.
  *
  * plugstack.conf:  required /path/spank_container.so staging=DIR
  * DIR is an empty directory that the plugin mounts on, in each task's private mount namespace.
  */
 
 #define _GNU_SOURCE
+#include "container.h"
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
-#include <linux/loop.h>
 #include <pwd.h>
 #include <sched.h>
+#include <slurm/slurm.h>
 #include <slurm/spank.h>
-#include <stdarg.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mount.h>
 #include <sys/prctl.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 SPANK_PLUGIN(pyxis, 1);
 
-#define MAX_MOUNTS 64
-
-enum option { IMAGE, MOUNTS, WORKDIR, NAME, SAVE, ENV, UNSHARE, TEXT_OPTIONS, /* then the switches: */
-              MOUNT_HOME, REMAP_ROOT, ENTRYPOINT, WRITABLE, SWITCHES };
+enum text_option { IMAGE, MOUNTS, WORKDIR, NAME, SAVE, ENV, UNSHARE, TEXT_OPTIONS };
+enum switch_option { MOUNT_HOME = TEXT_OPTIONS, REMAP_ROOT, ENTRYPOINT, WRITABLE, SWITCHES };
 #define NOT 100 /* added to a switch's value: its --no- form */
-
-struct bind {
-	char *source, *target;
-	bool read_only, recursive, optional;
-	int tree; /* a detached copy of the source's mount, attached once we are in the container */
-};
 
 static char *text[TEXT_OPTIONS];
 static bool on[SWITCHES] = {[WRITABLE] = true};
-static struct bind binds[MAX_MOUNTS];
-static int bind_count;
-
-/* ---------------------------------------------------------------- messages, as Pyxis words them */
-
-__attribute__((format(printf, 1, 2))) static int failed(const char *format, ...)
-{
-	char message[2048];
-	va_list args;
-
-	va_start(args, format);
-	vsnprintf(message, sizeof message, format, args);
-	va_end(args);
-	slurm_error("pyxis: %s", message);
-	return -1;
-}
-
-/* A failure that real Pyxis only knows from enroot's output, which it prints line by line. */
-__attribute__((format(printf, 2, 3))) static int enroot_failed(const char *stage, const char *format, ...)
-{
-	char message[2048];
-	va_list args;
-
-	va_start(args, format);
-	vsnprintf(message, sizeof message, format, args);
-	va_end(args);
-	slurm_error("pyxis: container %s failed with error code: 1", stage);
-	slurm_error("pyxis: printing enroot log file:");
-	slurm_error("pyxis:     %s", message);
-	return -1;
-}
+static struct container container;
+static bool hook_sees_gpus; /* whether NVIDIA_VISIBLE_DEVICES reaches enroot's hooks */
 
 /* ------------------------------------------------------------------------------------- options */
 
 /* SRC[:DST[:FLAGS]]; FLAGS are joined by '+'. Checked by srun, before anything runs on a node. */
 static int parse_mount(char *entry)
 {
-	struct bind *mount = &binds[bind_count];
+	struct bind *mount = &container.binds[container.bind_count];
 	char *flags, *flag, *source = strsep(&entry, ":");
 
-	if (bind_count == MAX_MOUNTS)
+	if (container.bind_count == MAX_MOUNTS)
 		return failed("--container-mounts: more than %d mounts", MAX_MOUNTS);
 	*mount = (struct bind){.recursive = true, .tree = -1};
 	mount->target = strdup(entry ? strsep(&entry, ":") : source);
@@ -110,7 +69,7 @@ static int parse_mount(char *entry)
 			 !strstr(flag, "slave") && strncmp(flag, "x-create=", 9))
 			return failed("--container-mounts: the stand-in does not know the flag: %s", flag);
 	}
-	bind_count++;
+	container.bind_count++;
 	return 0;
 }
 
@@ -131,7 +90,7 @@ static int take_option(int value, const char *word, int remote)
 	free(text[value]);
 	text[value] = strdup(word);
 	if (value == MOUNTS) {
-		bind_count = 0;
+		container.bind_count = 0;
 		for (list = strdup(word); (entry = strsep(&list, ","));)
 			if (parse_mount(entry))
 				return -1;
@@ -168,197 +127,10 @@ int slurm_spank_init(spank_t spank, int argc, char **argv)
 	for (struct spank_option *option = options; option->name; option++)
 		if (spank_option_register(spank, option) != ESPANK_SUCCESS)
 			return failed("couldn't register --%s", option->name);
-	return 0;
-}
-
-/* ---------------------------------------------------------------------------------- filesystem */
-
-/* Makes a directory, or an empty file when `file`, with the directories above it. */
-static int create(const char *path, bool file)
-{
-	char partial[4096];
-
-	for (const char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
-		snprintf(partial, sizeof partial, "%.*s", (int)(slash - path), path);
-		if (mkdir(partial, 0755) && errno != EEXIST)
-			return -1;
-	}
-	if (!file)
-		return mkdir(path, 0755) && errno != EEXIST ? -1 : 0;
-	int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
-	return fd < 0 ? -1 : close(fd);
-}
-
-/* Mounts a squashfs file through a loop device that the kernel frees together with the mount. */
-static int mount_squashfs(int image, const char *where)
-{
-	struct loop_config config = {.fd = image, .info.lo_flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR};
-	int control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
-	int rc = -1;
-
-	for (int attempt = 0; control >= 0 && attempt < 100; attempt++) {
-		char device[64];
-		snprintf(device, sizeof device, "/dev/loop%d", ioctl(control, LOOP_CTL_GET_FREE));
-		int loop = open(device, O_RDONLY | O_CLOEXEC);
-		if (loop >= 0 && ioctl(loop, LOOP_CONFIGURE, &config) == 0) {
-			rc = mount(device, where, "squashfs", MS_RDONLY | MS_NODEV, NULL);
-			close(loop);
-			break;
-		}
-		if (loop >= 0)
-			close(loop);
-		usleep(10000); /* another task took this device: ask for the next */
-	}
-	if (control >= 0)
-		close(control);
-	return rc;
-}
-
-static int copy_tree(const char *path, bool recursive)
-{
-	return open_tree(AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (recursive ? AT_RECURSIVE : 0));
-}
-
-/* Attaches a copied mount in the container; the target is made if it is missing. */
-static int attach(int tree, const char *target, bool read_only)
-{
-	struct mount_attr attributes = {.attr_set = MOUNT_ATTR_RDONLY};
-	struct stat status;
-
-	if (fstat(tree, &status) || create(target, !S_ISDIR(status.st_mode)))
-		return -1;
-	if (read_only && mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, &attributes, sizeof attributes))
-		return -1;
-	return move_mount(tree, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH);
-}
-
-static char *read_file(const char *path)
-{
-	FILE *file = fopen(path, "re");
-	char *content = NULL;
-	size_t size = 0;
-
-	if (!file)
-		return strdup("");
-	if (getdelim(&content, &size, '\0', file) < 0 && content)
-		content[0] = '\0';
-	fclose(file);
-	return content ? content : strdup("");
-}
-
-static void write_file(const char *path, const char *mode, const char *content)
-{
-	FILE *file = fopen(path, mode);
-
-	if (file) {
-		fputs(content, file);
-		fclose(file);
-	}
-}
-
-/* ----------------------------------------------------------------------------------- container */
-
-struct account {
-	uid_t uid;
-	gid_t gid;
-	char name[64], home[1024], entry[2048];
-};
-
-static void find_account(struct account *user)
-{
-	struct passwd *entry = getpwuid(user->uid);
-
-	snprintf(user->name, sizeof user->name, "%s", entry ? entry->pw_name : "user");
-	snprintf(user->home, sizeof user->home, "%s", entry ? entry->pw_dir : "/");
-	snprintf(user->entry, sizeof user->entry, "%s:x:%u:%u::%s:/bin/sh\n", user->name, user->uid, user->gid,
-		 user->home);
-}
-
-/* What the job's user may see is decided as that user, before any privilege is taken back. */
-static int open_sources(const struct account *user)
-{
-	if (on[MOUNT_HOME] && bind_count < MAX_MOUNTS)
-		binds[bind_count++] = (struct bind){strdup(user->home), strdup(user->home), false, true, false, -1};
-	for (int i = 0; i < bind_count; i++)
-		if (access(binds[i].source, F_OK) && !binds[i].optional)
-			return failed("--container-mounts: source path does not exist: %s", binds[i].source);
-	return 0;
-}
-
-static int open_image(void)
-{
-	const char *path = text[IMAGE];
-	char magic[4] = "";
-
-	if (path[0] != '/' && path[0] != '.') {
-		enroot_failed("import", "[ERROR] Could not resolve host: registry-1.docker.io");
-		return failed("failed to import docker image");
-	}
-	int image = open(path, O_RDONLY | O_CLOEXEC);
-	if (image < 0) {
-		enroot_failed("creation", "[ERROR] %s: %s", strerror(errno), path);
-		return failed("failed to create container filesystem for image: %s", path);
-	}
-	if (read(image, magic, sizeof magic) != sizeof magic || memcmp(magic, "hsqs", sizeof magic)) {
-		enroot_failed("creation", "[ERROR] Invalid image format: %s", path);
-		return failed("failed to create container filesystem for image: %s", path);
-	}
-	return image;
-}
-
-/* Leaves the process in the container's root, with the mounts in place. Needs root. */
-static int enter(int image, const char *staging, const struct account *user)
-{
-	char *hosts = read_file("/etc/hosts"), *resolver = read_file("/etc/resolv.conf");
-	int proc, sys, dev;
-
-	if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL))
-		return failed("couldn't unshare the mount namespace: %m");
-	if ((proc = copy_tree("/proc", true)) < 0 || (sys = copy_tree("/sys", true)) < 0 ||
-	    (dev = copy_tree("/dev", true)) < 0)
-		return failed("couldn't copy a system mount: %m");
-	for (int i = 0; i < bind_count; i++) {
-		binds[i].tree = copy_tree(binds[i].source, binds[i].recursive);
-		if (binds[i].tree < 0 && !binds[i].optional)
-			return enroot_failed("start", "enroot-mount: failed to mount: %s: %m", binds[i].source);
-	}
-
-	if (mount("tmpfs", staging, "tmpfs", 0, "mode=755") || chdir(staging) || mkdir("lower", 0755) ||
-	    mkdir("upper", 0755) || mkdir("work", 0755) || mkdir("root", 0755))
-		return failed("couldn't prepare %s: %m", staging);
-	if (mount_squashfs(image, "lower")) {
-		enroot_failed("creation", "FATAL ERROR: File system corruption detected");
-		return failed("failed to create container filesystem for image: %s", text[IMAGE]);
-	}
-	if (mount("overlay", "root", "overlay", 0, "lowerdir=lower,upperdir=upper,workdir=work"))
-		return failed("couldn't mount the overlay: %m");
-	if (chdir("root") || syscall(SYS_pivot_root, ".", ".") || umount2(".", MNT_DETACH) || chdir("/"))
-		return failed("couldn't enter the container: %m");
-
-	create("/tmp", false);
-	if (attach(proc, "/proc", false) || attach(sys, "/sys", false) || attach(dev, "/dev", false) ||
-	    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"))
-		return failed("couldn't mount a system directory: %m");
-	create("/etc", false);
-	write_file("/etc/hosts", "we", hosts);
-	write_file("/etc/resolv.conf", "we", resolver);
-	char *known = read_file("/etc/passwd"), number[32];
-	snprintf(number, sizeof number, ":%u:%u:", user->uid, user->gid);
-	if (!strstr(known, number))
-		write_file("/etc/passwd", "ae", user->entry);
-	free(known);
-	free(hosts);
-	free(resolver);
-
-	for (int i = 0; i < bind_count; i++)
-		if (binds[i].tree >= 0 && attach(binds[i].tree, binds[i].target, binds[i].read_only))
-			return enroot_failed("start", "enroot-mount: failed to mount: %s at %s: %m", binds[i].source,
-					     binds[i].target);
-	if (!on[WRITABLE]) {
-		struct mount_attr attributes = {.attr_set = MOUNT_ATTR_RDONLY};
-		if (mount_setattr(AT_FDCWD, "/", 0, &attributes, sizeof attributes))
-			return failed("couldn't make the container read-only: %m");
-	}
+	/* proctrack/linuxproc finds a step's processes by their parents. Orphans must therefore stay
+	 * below slurmstepd to be ended with the job, as they are where cgroups track them. */
+	if (spank_remote(spank) == 1 && prctl(PR_SET_CHILD_SUBREAPER, 1))
+		return failed("couldn't become the parent of orphans: %m");
 	return 0;
 }
 
@@ -399,17 +171,15 @@ static int shell(const char *script, char *const environment[], char *line, size
 		return failed("couldn't run a shell in the container: %m");
 	if (WIFEXITED(status) && WEXITSTATUS(status) == 126)
 		return enroot_failed("start", "enroot-switchroot: failed to execute: /bin/sh: %s", line);
+	if (status != 0) /* the step may be cancelled at this very moment */
+		return failed("the container's shell was ended by signal %d", WTERMSIG(status));
 	return 0;
 }
 
-/*
- * The image's /etc/environment wins over the job's variables; then enroot's login shell lets the
- * distribution's /etc/profile set PATH, unless the job says ENROOT_LOGIN_SHELL=no.
- */
-static int set_environment(spank_t spank, const char *home)
+/* Sets what the image's /etc/environment has; it wins over the job, unless --container-env says no. */
+static void take_image_environment(spank_t spank)
 {
-	char *image = read_file("/etc/environment"), *rest = image, *line, value[4096], login[16] = "";
-	char path[4096 + 5] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+	char *image = read_file("/etc/environment"), *rest = image, *line;
 
 	while ((line = strsep(&rest, "\n"))) {
 		char *equals = strchr(line, '=');
@@ -418,28 +188,50 @@ static int set_environment(spank_t spank, const char *home)
 		*equals = '\0';
 		if (!job_wins(line))
 			spank_setenv(spank, line, equals + 1, 1);
+		if (!strcmp(line, "NVIDIA_VISIBLE_DEVICES"))
+			hook_sees_gpus = true;
 	}
 	free(image);
-	spank_setenv(spank, "HOME", home, 1);
+}
 
-	if (spank_getenv(spank, "NVIDIA_VISIBLE_DEVICES", value, sizeof value) == ESPANK_SUCCESS && value[0] &&
-	    strcmp(value, "void")) {
-		enroot_failed("start", "[ERROR] Command not found: nvidia-container-cli, see https://github.com/"
-				       "NVIDIA/libnvidia-container");
+/*
+ * enroot's login shell lets the distribution's /etc/profile set PATH, unless the job's environment has
+ * ENROOT_LOGIN_SHELL=no; its hook for GPUs fails where the machine has no NVIDIA tools.
+ */
+static int set_environment(spank_t spank, const char *home)
+{
+	static const char *const plain = "printf %s \"$PATH\"";
+	static const char *const login = "[ ! -r /etc/profile ] || . /etc/profile >/dev/null 2>&1; "
+					 "printf %s \"$PATH\"";
+	char value[4096] = "", shell_wanted[16] = "", path[5 + sizeof value] = "PATH=/usr/local/bin:/usr/bin:/bin";
+	char *const environment[] = {path, NULL};
+
+	hook_sees_gpus = job_wins("NVIDIA_VISIBLE_DEVICES");
+	take_image_environment(spank);
+	spank_setenv(spank, "HOME", home, 1);
+	spank_getenv(spank, "NVIDIA_VISIBLE_DEVICES", value, sizeof value);
+	if (hook_sees_gpus && value[0] && strcmp(value, "void")) {
+		enroot_failed("start", "[ERROR] Command not found: nvidia-container-cli");
 		return failed("    [ERROR] /etc/enroot/hooks.d/98-nvidia.sh exited with return code 1");
 	}
-
 	if (spank_getenv(spank, "PATH", value, sizeof value) == ESPANK_SUCCESS)
 		snprintf(path, sizeof path, "PATH=%s", value);
-	spank_getenv(spank, "ENROOT_LOGIN_SHELL", login, sizeof login);
-	bool profile = !job_wins("PATH") && strcmp(login, "no") && strcmp(login, "n");
-	char *const environment[] = {path, NULL};
-	if (shell(profile ? "[ ! -r /etc/profile ] || . /etc/profile >/dev/null 2>&1; printf %s \"$PATH\""
-			  : "printf %s \"$PATH\"",
-		  environment, value, sizeof value))
+	spank_getenv(spank, "ENROOT_LOGIN_SHELL", shell_wanted, sizeof shell_wanted);
+	bool keep = job_wins("PATH") || !strcmp(shell_wanted, "no") || !strcmp(shell_wanted, "n");
+	if (shell(keep ? plain : login, environment, value, sizeof value))
 		return -1;
 	spank_setenv(spank, "PATH", value, 1);
 	return 0;
+}
+
+static void find_account(struct account *user)
+{
+	struct passwd *entry = getpwuid(user->uid);
+
+	snprintf(user->name, sizeof user->name, "%s", entry ? entry->pw_name : "user");
+	snprintf(user->home, sizeof user->home, "%s", entry ? entry->pw_dir : "/");
+	snprintf(user->entry, sizeof user->entry, "%s:x:%u:%u::%s:/bin/sh\n", user->name, user->uid, user->gid,
+		 user->home);
 }
 
 /* Makes the user root of a user namespace in which nobody else exists. */
@@ -447,6 +239,7 @@ static int become_root(const struct account *user)
 {
 	char map[64];
 
+	prctl(PR_SET_DUMPABLE, 1); /* after a change of user /proc/self belongs to root */
 	if (unshare(CLONE_NEWUSER))
 		return failed("couldn't unshare the user namespace: %m");
 	write_file("/proc/self/setgroups", "we", "deny");
@@ -470,28 +263,50 @@ int slurm_spank_task_init_privileged(spank_t spank, int argc, char **argv)
 	return 0;
 }
 
+/* Goes back and forth between the job's user and root; going back clears every capability for good. */
+static int become(uid_t uid, gid_t gid)
+{
+	struct { unsigned version; int pid; } header = {0x20080522, 0}; /* version 3 */
+	struct { unsigned effective, permitted, inheritable; } sets[2];
+
+	if (uid == 0) {
+		if (syscall(SYS_capget, &header, sets))
+			return -1;
+		sets[0].effective = sets[0].permitted;
+		sets[1].effective = sets[1].permitted;
+		return syscall(SYS_capset, &header, sets) || setresuid(0, 0, 0) || setresgid(0, 0, 0) ? -1 : 0;
+	}
+	return prctl(PR_SET_KEEPCAPS, 0) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid) ? -1 : 0;
+}
+
+static void add_mount(char *path)
+{
+	if (container.bind_count < MAX_MOUNTS)
+		container.binds[container.bind_count++] =
+			(struct bind){.source = path, .target = path, .recursive = true, .tree = -1};
+}
+
 static int start_container(spank_t spank, const char *staging)
 {
 	struct account user = {.uid = geteuid(), .gid = getegid()};
-	struct { unsigned version; int pid; } header = {0x20080522, 0}; /* capabilities, version 3 */
-	struct { unsigned effective, permitted, inheritable; } sets[2] = {{0}, {0}};
-	int image, entered;
+	uint32_t step = 0;
+	char **argv = NULL;
+	int argc = 0, image;
 
 	find_account(&user);
-	if ((image = open_image()) < 0 || open_sources(&user))
+	if (on[MOUNT_HOME])
+		add_mount(user.home);
+	spank_get_item(spank, S_JOB_STEPID, &step);
+	if (step == SLURM_BATCH_SCRIPT && spank_get_item(spank, S_JOB_ARGV, &argc, &argv) == ESPANK_SUCCESS && argc)
+		add_mount(argv[0]); /* sbatch --container-image: slurmd's copy of the script */
+	container.image = text[IMAGE];
+	container.writable = on[WRITABLE];
+	if ((image = open_image(text[IMAGE])) < 0 || check_sources(&container))
 		return -1;
-	/* Root for the mounts only: going back to the user clears every capability for good. */
-	if (user.uid != 0) {
-		if (syscall(SYS_capget, &header, sets))
-			return failed("couldn't read the capabilities: %m");
-		sets[0].effective = sets[0].permitted;
-		sets[1].effective = sets[1].permitted;
-		if (syscall(SYS_capset, &header, sets) || setresuid(0, 0, 0))
-			return failed("couldn't take privileges: %m");
-	}
-	entered = enter(image, staging, &user);
-	prctl(PR_SET_KEEPCAPS, 0);
-	if (user.uid != 0 && setresuid(user.uid, user.uid, user.uid))
+	if (user.uid != 0 && become(0, 0))
+		return failed("couldn't take privileges: %m");
+	int entered = enter_container(&container, image, staging, &user);
+	if (user.uid != 0 && become(user.uid, user.gid))
 		_exit(1);
 	if (entered)
 		return -1;

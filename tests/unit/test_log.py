@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -188,11 +189,7 @@ def test_how_a_log_is_cut_into_blocks_changes_nothing(
     edges = range(0, len(data), step) if step else sorted({cut for cut in cuts if cut < len(data)})
     bounds = [0, *edges, len(data)]
     reader = LogReader("x")
-    pieces = [
-        record
-        for start, end in zip(bounds, bounds[1:], strict=False)
-        for record in reader.feed(data[start:end])
-    ]
+    pieces = [record for start, end in pairwise(bounds) for record in reader.feed(data[start:end])]
     assert repr(pieces) == repr(LogReader("x").feed(data))  # repr: NaN differs from itself
 
 

@@ -1,0 +1,60 @@
+# make            lists the targets
+# PYTHON=...      the Python that virtual environments are made from (3.11 or newer)
+PYTHON ?= python3
+VENV ?= .venv
+VENV_02 ?= .venv-titan-0.2
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+# A machine without NVIDIA's driver gets torch without CUDA packages.
+CPU_ONLY := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo yes)
+CPU_TORCH := torch==2.13.0+cpu
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.train ## train a tiny Llama 3 here with torchtitan, up to its results row
+	$(BIN)/launcher submit --local --recipe debug --follow
+
+test: $(VENV)/.dev $(VENV_02)/.train ## install what the tests need and run all of them
+	tests/system-packages.sh
+	LAUNCHER_TRAIN_PYTHON="$(abspath $(BIN)/python):$(abspath $(VENV_02)/bin/python)" $(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.dev ## check format, style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## measure what docs/performance.md claims
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/parse_log.py
+
+clean: ## remove virtual environments and caches; run directories stay
+	rm -rf $(VENV) $(VENV_02) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.made $(VENV_02)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(@D)
+	@touch $@
+
+# torch first and alone: the packages after it would otherwise choose a build of it, with gigabytes of CUDA.
+%/.torch: %/.made
+ifeq ($(CPU_ONLY),yes)
+	$*/bin/pip install $(PIP_FLAGS) '$(CPU_TORCH)' || $*/bin/pip install $(PIP_FLAGS) --extra-index-url $(CPU_INDEX) '$(CPU_TORCH)'
+endif
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml containers/constraints-train.txt
+	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train]' 'torchtitan>=0.3'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,dev]'
+	@touch $@
+
+$(VENV_02)/.train: $(VENV_02)/.torch pyproject.toml containers/constraints-train.txt
+	$(VENV_02)/bin/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train]' 'torchtitan==0.2.2'
+	@touch $@

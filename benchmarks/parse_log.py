@@ -1,0 +1,126 @@
+"""How fast step records are read from a large log, and whether memory stays constant.
+
+    python benchmarks/parse_log.py --mib 1024
+
+For each share of step lines, a log of that size is written to a temporary folder and read three times: in plain
+blocks without looking at them, by LogReader, and for the first error. Each reading runs in a process of its own,
+at a quarter of the size and at the full size, so that its peak memory is its own. The files are removed at the
+end. Speeds of this machine only mean something beside the plain reading in the same line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that isn't installed
+
+from launcher.titan.log import BLOCK_BYTES, LogReader, first_error
+
+MIB = 1 << 20
+STEP = (
+    b"[rank0]:[titan] 2026-11-22 07:%02d:%02d,413 - root - INFO - \x1b[31mstep: %2d  \x1b[32mloss:  6.42771  "
+    b"\x1b[38;2;180;60;0mgrad_norm:  2.9062  \x1b[38;2;54;234;195mmemory: 158.61GiB(86.20%%)  "
+    b"\x1b[34mtps: 17,581  \x1b[36mtflops: 1,018.20  \x1b[35mmfu: 45.25%%\x1b[39m\n"
+)
+OTHER = (
+    b"[rank0]:gpu001:4711:4750 [0] NCCL INFO Channel 03/0 : 0[0] -> 1[1] via P2P/CUMEM/read comm 0x7f5c8c0d nRanks 36\n",
+    b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - Saving the checkpoint (or staging if async is enabled).\n",
+    b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - \x1b[33mvalidate step:  1  \x1b[32mloss:  7.9794\x1b[39m\n",
+)
+
+
+def write_log(path: Path, size: int, share: float) -> int:
+    """Writes about `size` bytes of which `share` are step lines; returns how many of these."""
+    written, steps, of_steps, others = 0, 0, 0, 0
+    chunk: list[bytes] = []
+    with path.open("wb") as handle:
+        while written < size:
+            if of_steps <= share * written:
+                line = STEP % (steps // 60 % 60, steps % 60, steps + 1)
+                steps += 1
+                of_steps += len(line)
+            else:
+                others += 1
+                line = OTHER[0 if others % 100 else others // 100 % len(OTHER)]
+            written += len(line)
+            chunk.append(line)
+            if len(chunk) == 10_000:
+                handle.write(b"".join(chunk))
+                chunk.clear()
+        handle.write(b"".join(chunk))
+    return steps
+
+
+def read_plain(path: Path) -> int:
+    """Blocks as LogReader asks for them, thrown away."""
+    with path.open("rb") as handle:
+        return sum(1 for _ in iter(lambda: handle.read(BLOCK_BYTES), b""))
+
+
+def read_records(path: Path) -> int:
+    return sum(1 for _ in LogReader(path).read())
+
+
+def find_error(path: Path) -> int:
+    return len(first_error([path]) or ())
+
+
+def measured(work: Callable[[Path], int], path: Path) -> tuple[float, float, int]:
+    """Seconds, peak resident MiB and the result of one reading in a fresh process."""
+    parent, child = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_measure, args=(work, path, child))
+    process.start()
+    child.close()
+    try:
+        seconds, peak, result = parent.recv()
+    finally:
+        process.join()
+    return seconds, peak, result
+
+
+def _measure(work: Callable[[Path], int], path: Path, pipe: Connection) -> None:
+    began = time.perf_counter()
+    result = work(path)
+    seconds = time.perf_counter() - began
+    pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--mib", type=int, default=1024, help="size of the full log (default 1024)")
+    parser.add_argument(
+        "--share", type=float, action="append", help="share of step lines by bytes (default 0.1, 0.5 and 1)"
+    )
+    options = parser.parse_args()
+    print(f"{os.cpu_count()} CPUs; MiB/s, peak RSS in MiB, and time as a multiple of plain block reads")
+    print(f"{'step lines':>10} {'size':>6} {'plain':>7} {'records':>17} {'first error':>19} {'count':>9}")
+    with tempfile.TemporaryDirectory(prefix="parse-log-") as folder:
+        path = Path(folder) / "0000-gpu001.log"
+        for share in options.share or (0.1, 0.5, 1.0):
+            for mib in (max(1, options.mib // 4), options.mib):
+                written = write_log(path, mib * MIB, share)
+                read_plain(path)  # so that every reading finds the file in the page cache
+                plain, _, _ = measured(read_plain, path)
+                seconds, peak, count = measured(read_records, path)
+                if count != written:
+                    raise SystemExit(f"{written} step lines were written, {count} were read")
+                error_seconds, error_peak, _ = measured(find_error, path)
+                print(
+                    f"{share:>10.0%} {mib:>6} {mib / plain:>7.0f}"
+                    f" {mib / seconds:>4.0f} {peak:>4.0f} {seconds / plain:>6.0f}x"
+                    f" {mib / error_seconds:>6.0f} {error_peak:>4.0f} {error_seconds / plain:>6.0f}x {count:>9}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Fixtures of the tests that need a real Slurm, and images that it can run."""
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster, User, existing_cluster, missing_packages, running_cluster
+from squashfs import build_small_image, build_test_image, missing_image_packages
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("LAUNCHER_TEST_CACHE", "/var/tmp/launcher-test-cache"))
+USER = "launcher-test"
+FIND_TORCHTITAN = "import sysconfig, torch, torchtitan; print(sysconfig.get_paths()['purelib'])"
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A Slurm of four nodes with four made-up GPUs each; with LAUNCHER_TEST_SLURM=1 the one that is there."""
+    # Not pytest's tmp_path: that is closed to the ordinary users who submit jobs here.
+    with tempfile.TemporaryDirectory(
+        prefix="launcher-slurm-", dir="/tmp", ignore_cleanup_errors=True
+    ) as name:
+        if os.environ.get("LAUNCHER_TEST_SLURM") == "1":
+            yield existing_cluster(Path(name))
+            return
+        _need_root()
+        _need_packages(missing_packages())
+        with running_cluster(Path(name)) as cluster:
+            yield cluster
+
+
+@pytest.fixture(scope="session")
+def small_image() -> Path:
+    """A squashfs image with sh, the core utilities and Python."""
+    _need_root()
+    _need_packages(missing_image_packages())
+    return build_small_image(CACHE)
+
+
+@pytest.fixture(scope="session")
+def train_image() -> Path:
+    """A squashfs image with torch and torchtitan, from the Python that LAUNCHER_TRAIN_PYTHON names."""
+    _need_root()
+    _need_packages(missing_image_packages())
+    python = os.environ.get("LAUNCHER_TRAIN_PYTHON", sys.executable)
+    found = subprocess.run([python, "-c", FIND_TORCHTITAN], capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"{python} has no torchtitan: set LAUNCHER_TRAIN_PYTHON to a Python that has")
+    try:
+        return build_test_image(Path(found.stdout.strip()), CACHE)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def ordinary_user() -> User:
+    """An account without privileges, made for these tests and kept for the next; else whoever runs them."""
+    if os.geteuid() != 0:
+        return _account(pwd.getpwuid(os.getuid()).pw_name)
+    try:
+        return _account(USER)
+    except KeyError:
+        _need_packages([] if shutil.which("useradd") else ["passwd"])
+        subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", USER], check=True)
+        return _account(USER)
+
+
+@pytest.fixture
+def user_dir(ordinary_user: User) -> Iterator[Path]:
+    """An empty directory of the ordinary user, the same on every node."""
+    with tempfile.TemporaryDirectory(prefix="test-", dir=ordinary_user.home) as name:
+        os.chown(name, ordinary_user.uid, ordinary_user.gid)
+        yield Path(name)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many of these tests really ran: a suite that skips them all is green, too."""
+    ran: set[str] = set()
+    skipped: set[str] = set()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if (terminalreporter.config.rootpath / report.nodeid.split("::")[0]).is_relative_to(HERE):
+                (skipped if outcome == "skipped" else ran).add(report.nodeid)
+    terminalreporter.write_line(f"cluster tests: {len(ran)} ran, {len(skipped)} skipped")
+
+
+def _account(name: str) -> User:
+    entry = pwd.getpwnam(name)
+    return User(entry.pw_name, entry.pw_uid, entry.pw_gid, Path(entry.pw_dir))
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip(
+            "starting a Slurm and building images need root; LAUNCHER_TEST_SLURM=1 uses an existing Slurm"
+        )
+
+
+def _need_packages(packages: list[str]) -> None:
+    if packages:
+        pytest.skip(f"missing Debian packages: apt install {' '.join(packages)}")

@@ -1,0 +1,345 @@
+"""The test cluster behaves as Slurm with Pyxis does: what other tests rely on is shown here first."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from daemons import REGISTRY, remove_leftovers, wait_for
+from slurm_cluster import Cluster, User, finished_job, job_fields, running_cluster, slurm_run
+
+
+@pytest.fixture(autouse=True)
+def only_the_stand_in(slurm: Cluster) -> None:
+    if slurm.record is None:
+        pytest.skip("these test the cluster that the tests start, not the one that is there")
+
+
+def submit(slurm: Cluster, user: User | None, directory: Path, script: str, *options: str) -> str:
+    """sbatch a script whose output goes to `directory`/out; the job's id."""
+    (directory / "job.sh").write_text(f"#!/bin/bash\n#SBATCH --output={directory}/out\n{script}\n")
+    done = slurm_run(slurm, ["sbatch", "--parsable", *options, directory / "job.sh"], user, directory)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def run_in(slurm: Cluster, image: Path | str, user: User, *words: str, **env: str) -> tuple[int, str]:
+    """Exit code and combined output of one `srun` in a container."""
+    done = slurm_run(slurm, ["srun", f"--container-image={image}", *words], user, env=env)
+    return done.returncode, done.stdout + done.stderr
+
+
+def processes_with(text: str) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    return [line for line in listed.stdout.splitlines() if text in line]
+
+
+# ------------------------------------------------------------------------------------------ Slurm
+
+
+def test_four_idle_nodes_with_gpus(slurm: Cluster) -> None:
+    seen = slurm_run(slurm, ["sinfo", "-h", "-N", "-p", "batch", "-o", "%N %T %G"]).stdout.splitlines()
+    assert seen == [f"gpu-compute-node-00{n} idle gpu:gb200:4" for n in (1, 2, 3, 4)]
+
+
+def test_partitions(slurm: Cluster) -> None:
+    seen = slurm_run(slurm, ["sinfo", "-h", "-o", "%P %D %l"]).stdout.splitlines()
+    assert seen == ["batch* 4 infinite", "small 1 5:00"]
+
+
+def test_no_accounting(slurm: Cluster) -> None:
+    done = slurm_run(slurm, ["sacct"])
+    assert (done.returncode, done.stderr.strip()) == (1, "Slurm accounting storage is disabled")
+
+
+TALK = """
+import os, socket, sys
+first, port = os.environ["FIRST"], 23456
+if os.environ["SLURM_NODEID"] == "0":
+    server = socket.create_server((first, port))
+    open("/shared/ready", "w").close()
+    print(socket.gethostname(), "heard", server.accept()[0].recv(100).decode())
+else:
+    while not os.path.exists("/shared/ready"): pass
+    with socket.create_connection((first, port)) as client:
+        client.sendall(socket.gethostname().encode())
+"""
+
+
+@pytest.mark.parametrize("who", ["root", "user"])
+def test_containers_on_two_nodes_talk(
+    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path, who: str
+) -> None:
+    (user_dir / "talk.py").write_text(TALK)
+    script = f"""
+        export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+        getent ahostsv4 "$FIRST"
+        srun --export=ALL --container-image={small_image} --container-mounts={user_dir}:/shared python3 /shared/talk.py
+    """
+    options = ("--nodes=2", "--ntasks-per-node=1", "--exclusive", "--mem=0", "--gres=gpu:4", "--export=NIL")
+    job = submit(slurm, ordinary_user if who == "user" else None, user_dir, script, *options)
+    assert finished_job(slurm, job)["JobState"] == "COMPLETED", (user_dir / "out").read_text()
+    address, *_, last = (user_dir / "out").read_text().splitlines()
+    assert address.startswith("10.213.")
+    assert last == "gpu-compute-node-001 heard gpu-compute-node-002"
+
+
+def test_gpus_are_allocated(slurm: Cluster, ordinary_user: User, small_image: Path) -> None:
+    code, text = run_in(slurm, small_image, ordinary_user, "--gres=gpu:2", "printenv", "CUDA_VISIBLE_DEVICES")
+    assert (code, text.strip()) == (0, "0,1")
+
+
+VALUES = {
+    "COMMAS": "a,b,,c",
+    "QUOTES": 'it\'s "quoted" `x` $HOME \\',
+    "SPACES": " two  words ",
+    "LINES": "one\ntwo\n\nfour",
+    "EMPTY": "",
+}
+
+
+def test_exported_values_reach_the_container(
+    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
+) -> None:
+    """Nothing comes from the submitting shell (--export=NIL), everything from the script (--export=ALL)."""
+    exports = "\n".join(
+        f"export {name}='{value.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}'"
+        for name, value in VALUES.items()
+    )
+    names = (*VALUES, "SUBMITTED")
+    script = f"""
+        {exports}
+        srun --export=ALL --container-image={small_image} \\
+            python3 -c 'import os; print([os.environ.get(name) for name in {str(names).replace("'", '"')}])'
+    """
+    (user_dir / "job.sh").write_text(
+        f"#!/bin/bash\n#SBATCH --export=NIL\n#SBATCH --output={user_dir}/out\n{script}"
+    )
+    done = slurm_run(
+        slurm, ["sbatch", "--parsable", user_dir / "job.sh"], ordinary_user, env={"SUBMITTED": "secret"}
+    )
+    finished_job(slurm, done.stdout.strip())
+    assert (user_dir / "out").read_text().strip() == str([*VALUES.values(), None])
+
+
+def test_one_log_per_node(slurm: Cluster, ordinary_user: User, user_dir: Path) -> None:
+    (user_dir / "logs").mkdir()
+    os.chown(user_dir / "logs", ordinary_user.uid, ordinary_user.gid)
+    script = f"srun --output={user_dir}/logs/%4n-%N.log --kill-on-bad-exit=1 --propagate=NONE --cpu-bind=none hostname"
+    finished_job(slurm, submit(slurm, ordinary_user, user_dir, script, "--nodes=2", "--ntasks-per-node=1"))
+    logs = {path.name: path.read_text().strip() for path in (user_dir / "logs").iterdir()}
+    assert logs == {
+        "0000-gpu-compute-node-001.log": "gpu-compute-node-001",
+        "0001-gpu-compute-node-002.log": "gpu-compute-node-002",
+    }
+
+
+def test_finished_job_is_found_by_name(slurm: Cluster, ordinary_user: User, user_dir: Path) -> None:
+    job = submit(slurm, ordinary_user, user_dir, "exit 3", "--job-name=once-only")
+    assert finished_job(slurm, job)["ExitCode"] == "3:0"
+    found = slurm_run(
+        slurm, ["squeue", "-h", "--name", "once-only", "-t", "all", "-o", "%i|%T"], ordinary_user
+    )
+    assert found.stdout.strip() == f"{job}|FAILED"
+
+
+# -------------------------------------------------------------------------------- the end of a job
+
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.setsid()
+    time.sleep(600)
+open(f"/shared/up-{os.environ['SLURM_NODEID']}", "w").close()
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+time.sleep(600)
+"""
+
+TRAP = """
+    state() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\\n' | grep -E '^(JobState|Reason)=' | paste -sd ' '; }
+    trap 'echo "at the end: $(state)"' EXIT
+    trap 'exit 143' TERM
+"""
+
+
+def test_scancel_ends_every_process(
+    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
+) -> None:
+    """Also those that ignore SIGTERM and have left the task's session, as torchrun's workers have."""
+    (user_dir / "stubborn.py").write_text(STUBBORN)
+    mount = f"--container-mounts={user_dir}:/shared"
+    script = (
+        f"{TRAP}\nsrun --container-image={small_image} {mount} python3 /shared/stubborn.py {user_dir} & wait"
+    )
+    job = submit(slurm, ordinary_user, user_dir, script, "--nodes=2", "--ntasks-per-node=1")
+    wait_for(lambda: len(list(user_dir.glob("up-*"))) == 2, "both tasks")
+    wait_for(lambda: len(processes_with(f"stubborn.py {user_dir}")) >= 6, "their children", 10)
+    assert slurm_run(slurm, ["scancel", job], ordinary_user).returncode == 0
+    assert finished_job(slurm, job)["JobState"] == "CANCELLED"
+    assert "at the end: JobState=COMPLETING Reason=None" in (user_dir / "out").read_text()
+    wait_for(lambda: not processes_with(f"stubborn.py {user_dir}"), "the end of the job's processes", 10)
+
+
+def test_time_limit(slurm: Cluster, ordinary_user: User, user_dir: Path) -> None:
+    job = submit(slurm, ordinary_user, user_dir, f"{TRAP}\nsrun sleep 300 & wait", "--time=5")
+    wait_for(lambda: job_fields(slurm, job)["JobState"] == "RUNNING", "the job's start")
+    # Limits are whole minutes; an earlier end, which only an operator may set, spares the wait.
+    assert slurm_run(slurm, ["scontrol", "update", f"jobid={job}", "endtime=now+2seconds"]).returncode == 0
+    assert finished_job(slurm, job)["JobState"] == "TIMEOUT"
+    text = (user_dir / "out").read_text()
+    assert "CANCELLED AT" in text
+    assert "DUE TO TIME LIMIT" in text
+    assert "at the end: JobState=COMPLETING Reason=TimeLimit" in text
+
+
+# -------------------------------------------------------------------------------------- containers
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "code", "message"),
+    [
+        ("/nope/x.sqsh", "", 1, "pyxis: failed to create container filesystem for image: /nope/x.sqsh"),
+        ("/nope/x.sqsh", "", 1, "[ERROR] No such file or directory: /nope/x.sqsh"),
+        ("/etc/passwd", "", 1, "[ERROR] Invalid image format: /etc/passwd"),
+        ("TRUNCATED", "", 1, "FATAL ERROR: File system corruption detected"),
+        ("ubuntu:24.04", "", 1, "pyxis: failed to import docker image"),
+        ("IMAGE", "--container-mounts=/nope/dir:/x", 1, "pyxis: --container-mounts: source path does not exist: /nope/dir"),
+        ("IMAGE", "--container-mounts=/tmp:x", 255, "srun: error: pyxis: mount target must be a relative path or an absolute path"),
+        ("IMAGE", "--container-workdir=/nope", 1, "pyxis: couldn't chdir to /nope: No such file or directory"),
+        ("IMAGE", "--container-env=NVIDIA_VISIBLE_DEVICES", 1, "98-nvidia.sh exited with return code 1"),
+        ("IMAGE", "--no-such-option", 255, "srun: unrecognized option '--no-such-option'"),
+        ("IMAGE", "--chdir=/", 2, "error: execve(): no-such-program: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_error_messages(
+    slurm: Cluster,
+    ordinary_user: User,
+    user_dir: Path,
+    small_image: Path,
+    image: str,
+    options: str,
+    code: int,
+    message: str,
+) -> None:
+    if image == "TRUNCATED":
+        image = str(user_dir / "truncated.sqsh")
+        with small_image.open("rb") as whole:
+            Path(image).write_bytes(whole.read(100_000))
+    image = image.replace("IMAGE", str(small_image))
+    words = [*options.split(), "no-such-program"]
+    seen, text = run_in(slurm, image, ordinary_user, *words, NVIDIA_VISIBLE_DEVICES="all")
+    assert message in text
+    assert seen == code
+
+
+def test_mounts_without_image_are_ignored(slurm: Cluster, ordinary_user: User) -> None:
+    done = slurm_run(slurm, ["srun", "--container-mounts=/nope:/nope", "echo", "on the host"], ordinary_user)
+    assert (done.returncode, done.stdout) == (0, "on the host\n")
+
+
+def test_what_a_container_sees(
+    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
+) -> None:
+    (user_dir / "file").write_text("from the host")
+    home = str(ordinary_user.home)
+    look = f"id -un; pwd; ls /tmp | wc -l; cat /a/b; test -e {home} || echo no home; touch /ro/x; cat /run/z/file"
+    mounts = f"{user_dir}/file:/a/b,{user_dir}:/ro:ro,{user_dir}:/var/run/z"
+    code, text = run_in(slurm, small_image, ordinary_user, f"--container-mounts={mounts}", "sh", "-c", look)
+    assert code == 0, text
+    assert text.splitlines() == [
+        ordinary_user.name,
+        "/",
+        "0",
+        "from the hostno home",
+        "touch: cannot touch '/ro/x': Read-only file system",
+        "from the host",
+    ]
+    assert not Path("/run/z").exists()  # the image's link /var/run did not lead out of it
+
+
+def test_working_directory(slurm: Cluster, ordinary_user: User, small_image: Path) -> None:
+    home = str(ordinary_user.home)
+    assert run_in(slurm, small_image, ordinary_user, "pwd") == (0, "/\n")
+    assert run_in(slurm, small_image, ordinary_user, "--container-mount-home", "pwd") == (0, f"{home}\n")
+    assert run_in(slurm, small_image, ordinary_user, "--container-workdir=/usr/lib", "pwd") == (
+        0,
+        "/usr/lib\n",
+    )
+
+
+def test_root_file_system(slurm: Cluster, ordinary_user: User, small_image: Path) -> None:
+    assert run_in(slurm, small_image, ordinary_user, "--container-remap-root", "id", "-u") == (0, "0\n")
+    as_root = slurm_run(slurm, ["srun", f"--container-image={small_image}", "touch", "/new"])
+    assert as_root.returncode == 0, as_root.stderr
+    read_only = ["srun", f"--container-image={small_image}", "--container-readonly", "touch", "/new"]
+    assert "Read-only file system" in slurm_run(slurm, read_only).stderr
+
+
+def test_who_sets_a_variable(slurm: Cluster, ordinary_user: User, small_image: Path) -> None:
+    def seen(*options: str, **env: str) -> str:
+        show = 'echo "$TEST_IMAGE|$ONLY_JOB|$PATH"'
+        variables = {"TEST_IMAGE": "from the job", "ONLY_JOB": "1", "PATH": "/job:/usr/bin:/bin"} | env
+        return run_in(slurm, small_image, ordinary_user, *options, "sh", "-c", show, **variables)[1].strip()
+
+    profile = "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games"
+    assert seen() == f"from the image|1|{profile}"
+    assert seen(ENROOT_LOGIN_SHELL="no") == "from the image|1|/usr/local/bin:/usr/bin:/bin"
+    assert seen("--container-env=TEST_IMAGE") == f"from the job|1|{profile}"
+    assert seen("--container-env=PATH,TEST_IMAGE") == "from the job|1|/job:/usr/bin:/bin"
+
+
+def test_container_leaves_nothing(slurm: Cluster, ordinary_user: User, small_image: Path) -> None:
+    def mounted() -> bool:
+        loops = [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
+        return str(slurm.directory / "containers") in Path("/proc/mounts").read_text() or any(
+            str(small_image) in loop for loop in loops
+        )
+
+    assert run_in(slurm, small_image, ordinary_user, "true") == (0, "")
+    wait_for(lambda: not mounted(), "the loop device to be freed", 5)
+
+
+# ------------------------------------------------------------------------------- start and stop
+
+
+def running_below(directory: Path) -> list[str]:
+    return processes_with(f"{directory}/")
+
+
+@pytest.fixture
+def open_dir(ordinary_user: User, user_dir: Path) -> Path:
+    ordinary_user.home.chmod(0o755)
+    user_dir.chmod(0o755)
+    return user_dir
+
+
+def test_two_clusters_side_by_side(slurm: Cluster, open_dir: Path) -> None:
+    with running_cluster(open_dir, nodes=1, gpus_per_node=8) as second:
+        assert second.record != slurm.record
+        assert slurm_run(second, ["srun", "printenv", "SLURMD_NODENAME"]).stdout == "gpu-compute-node-001\n"
+        assert running_below(open_dir)
+    assert not running_below(open_dir)
+    assert slurm_run(slurm, ["srun", "true"]).returncode == 0
+
+
+def test_failed_start_leaves_nothing(slurm: Cluster, open_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_cluster, "HEAD_SCRIPT", "#!/bin/sh\necho broken on purpose\n")
+    monkeypatch.setattr(slurm_cluster, "START_TIMEOUT_S", 1.0)
+    with pytest.raises(RuntimeError, match=r"(?s)waited 1 s for 1 idle nodes.*broken on purpose"):
+        slurm_cluster.start_cluster(open_dir, nodes=1)
+    assert not running_below(open_dir)
+    assert len(list(REGISTRY.glob("*.json"))) == 1
+
+
+def test_killed_starter_is_cleaned_up_after(slurm: Cluster, open_dir: Path) -> None:
+    code = "import os, pathlib, slurm_cluster as s; s.start_cluster(pathlib.Path(os.environ['D']), nodes=1); os._exit(1)"
+    environment = dict(os.environ) | {"D": str(open_dir), "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert running_below(open_dir)
+    remove_leftovers()
+    wait_for(lambda: not running_below(open_dir), "the end of the leftovers", 5)

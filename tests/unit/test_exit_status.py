@@ -1,0 +1,33 @@
+"""The documented exit codes are the ones in the code."""
+
+from __future__ import annotations
+
+import re
+
+from launcher.errors import ExitStatus
+from tests.conftest import ROOT, Launch
+
+
+def test_the_page_lists_every_code() -> None:
+    page = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    listed = {int(code): name for code, name in re.findall(r"^\| (\d+) \| (\w+) \|", page, re.MULTILINE)}
+    assert listed == {status.value: status.name for status in ExitStatus}
+
+
+def test_help_lists_them_too(launch: Launch) -> None:
+    words = " ".join(launch("--help").stdout.split())
+    for status in ExitStatus:
+        assert re.search(rf"[ ,]{status.value} ", words), status
+
+
+def test_every_command_has_help_and_json(launch: Launch) -> None:
+    commands = ["submit", "list", "status", "watch", "logs", "cancel", "results", "config show", "version"]
+    for command in commands:
+        done = launch(*command.split(), "--help")
+        assert done.returncode == 0 and "--json" in done.stdout, command
+    assert launch("render", "--help").returncode == 0
+
+
+def test_colour_only_on_terminals(launch: Launch) -> None:
+    assert "\x1b" not in launch("status", "none").stderr
+    assert "\x1b" not in launch("config", "show", "--gpu", "cpu", "--local").stdout

@@ -1,0 +1,252 @@
+"""Following a run by files that appear, grow, come late and start again. No test sleeps."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.follow import Progress, follow, merged_lines, node_logs, read_records
+
+
+def step(number: int, tps: int = 17581, second: int | None = None, loss: float = 6.4277) -> str:
+    second = number if second is None else second
+    return (
+        f"[rank0]:[titan] 2026-11-22 07:{second // 60:02}:{second % 60:02},000 - root - INFO - "
+        f"step: {number:2}  loss: {loss:8.5f}  grad_norm:  2.9062  memory: 158.61GiB(86.20%)  tps: {tps:,}  "
+        f"tflops: 1,018.20  mfu: 45.25%\n"
+    )
+
+
+class Run:
+    """A run that writes something at every poll, then ends; follow's sleep is what makes time pass."""
+
+    def __init__(self, folder: Path, *polls: Callable[[], None]) -> None:
+        self.folder = folder
+        self.polls = list(polls)
+        self.slept = 0
+
+    def write(self, name: str, text: str) -> None:
+        with (self.folder / name).open("a") as handle:
+            handle.write(text)
+
+    def replace(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += 1
+        if self.polls:
+            self.polls.pop(0)()
+
+    def is_finished(self) -> bool:
+        return not self.polls
+
+    def follow(self, steps_total: int = 100) -> list[Progress]:
+        return list(
+            follow(
+                self.folder,
+                steps_total=steps_total,
+                is_finished=self.is_finished,
+                sleep=self.sleep,
+                clock=lambda: 0.0,
+            )
+        )
+
+
+def test_nodes_are_named_by_their_files(tmp_path: Path) -> None:
+    for name in ("0001-gpu-a.log", "0000-gpu-b.log", "job.log", "0002-gpu-c.txt", "events.jsonl", "x-y.log"):
+        (tmp_path / name).touch()
+    (tmp_path / "0003-bad\x1b[2J.log").touch()
+    assert list(node_logs(tmp_path)) == ["gpu-b", "gpu-a"]
+    (tmp_path / "0005-gpu-a.log").touch()
+    assert list(node_logs(tmp_path)) == ["gpu-b", "0001-gpu-a", "0005-gpu-a"]
+    assert node_logs(tmp_path / "absent") == {}
+
+
+def test_files_appear_and_grow(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    run = Run(folder)
+    run.polls = [
+        lambda: folder.mkdir(),
+        lambda: run.write("0000-a.log", "starting\n" + step(1, 900)),
+        lambda: run.write("0001-b.log", step(1, 800)),
+        lambda: run.write("0000-a.log", step(10, 17000)),
+        lambda: run.write("0001-b.log", step(10, 17200)[:90]),
+        lambda: run.write("0001-b.log", step(10, 17200)[90:]),
+        lambda: None,
+    ]
+    seen = run.follow()
+    assert [(p.step, p.tps_min, p.tps_max, p.slowest_node) for p in seen] == [
+        (1, 900, 900, "a"),
+        (1, 800, 900, "b"),
+        (10, 800, 17000, "b"),
+        (10, 17000, 17200, "a"),
+    ]
+    assert seen[-1].records == {"a": 2, "b": 2}
+    last = seen[-1]
+    assert (last.tps, last.loss, last.tflops, last.mfu_pct, last.peak_tflops) == (
+        17100, 6.4277, 1018.2, 45.25, 2250,
+    )  # fmt: skip
+    assert (last.memory_gib, last.memory_pct, last.steps_total) == (158.61, 86.2, 100)
+
+
+def test_what_is_written_before_the_end_is_never_missed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.polls = [lambda: run.write("0000-a.log", step(1)), lambda: run.write("0000-a.log", step(10))]
+    assert [p.step for p in run.follow()] == [1, 10]
+    assert run.slept == 2
+
+
+def test_a_run_that_is_over_is_read_in_one_go(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write("0000-a.log", "".join(step(n) for n in (1, 10, 20, 30)))
+    run.write("0001-b.log", "".join(step(n, 17000 + n) for n in (1, 10, 20, 30)))
+    seen = run.follow()
+    assert [p.step for p in seen] == [1, 10, 20, 30]
+    assert [p.tps_min for p in seen] == [17001, 17010, 17020, 17030]  # each step beside itself
+    assert run.slept == 0
+
+
+def test_a_run_without_logs_gives_nothing(tmp_path: Path) -> None:
+    assert Run(tmp_path / "absent").follow() == []
+
+
+def test_time_left_comes_from_the_steps_after_the_first(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    # One minute of start-up before step 10 must not count; ten steps then take 20 seconds.
+    run.write(
+        "0000-a.log",
+        "".join(step(n, second=s) for n, s in ((1, 0), (10, 60), (20, 80), (30, 100), (100, 240))),
+    )
+    assert [p.seconds_left for p in run.follow()] == [None, None, 160.0, 140.0, 0.0]
+
+
+def test_lines_without_a_time_use_our_clock(tmp_path: Path) -> None:
+    times = iter([0.0, 100.0, 110.0, 120.0])
+    (tmp_path / "0000-a.log").write_text("".join(step(n).partition("INFO - ")[2] for n in (1, 10, 20)))
+    seen = list(
+        follow(tmp_path, steps_total=40, is_finished=lambda: True, clock=lambda: next(times), sleep=print)
+    )
+    assert [p.seconds_left for p in seen] == [None, None, 20.0]
+
+
+def test_a_restart_goes_back_and_estimates_anew(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for name in ("0000-a.log", "0001-b.log"):
+        run.write(name, "".join(step(n) for n in (1, 10, 20, 30)))
+        run.write(name, "".join(step(n, 18000, second=900 + n) for n in (20, 30, 40)))
+    seen = run.follow()
+    assert [p.step for p in seen] == [1, 10, 20, 30, 20, 30, 40]
+    assert [p.seconds_left is None for p in seen] == [True, True, False, False, True, False, False]
+    assert seen[-1].tps_min == 18000
+
+
+def test_a_file_that_comes_late_does_not_set_the_run_back(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.polls = [
+        lambda: run.write("0000-a.log", step(1) + step(10) + step(20)),
+        lambda: run.write("0001-b.log", step(1, 100) + step(10, 17000)),
+        lambda: run.write("0001-b.log", step(20, 17200) + step(30, 17300)),
+    ]
+    seen = run.follow()
+    assert [p.step for p in seen] == [1, 10, 20, 20, 20, 20, 30]
+    assert (seen[-1].tps_min, seen[-1].tps_max) == (17300, 17581)
+
+
+def test_a_stage_that_does_not_know_the_loss_does_not_lead(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.write("0000-a.log", step(10, loss=-1.0))
+    run.write("0001-b.log", step(10, loss=6.1))
+    assert [p.loss for p in run.follow()] == [6.1]
+
+
+def test_attaching_to_a_long_run_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "0000-a.log"
+    with path.open("w") as handle:
+        for n in range(20_000):
+            handle.write(step(n + 1, second=n % 3600))
+    tracemalloc.start()
+    try:
+        steps = [p.step for p in follow(tmp_path, steps_total=20_000, is_finished=lambda: True, sleep=print)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert steps[-1] == 20_000 and 1 < len(steps) <= 256
+    assert peak < 12 << 20, f"{peak} bytes for a log of {path.stat().st_size}"
+
+
+def test_all_records_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "0000-a.log").write_text(step(1) + step(10))
+    (tmp_path / "0001-b.log").write_text("nothing\n")
+    assert {name: [r.step for r in records] for name, records in read_records(tmp_path).items()} == {
+        "a": [1, 10],
+        "b": [],
+    }
+
+
+# --- all logs as one ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_merged_by_time(tmp_path: Path) -> None:
+    (tmp_path / "job.log").write_text("job starts\n")
+    (tmp_path / "0000-a.log").write_text("titan-node: ok a\n" + step(1) + "  detail of 1\n" + step(20))
+    (tmp_path / "0001-b.log").write_text("titan-node: ok b\n" + step(10) + step(5) + step(30))
+    lines = list(merged_lines(tmp_path))
+    assert [(name, text.partition("step:")[2][:4].strip() or text) for name, text in lines] == [
+        ("job", "job starts"),
+        ("a", "titan-node: ok a"),
+        ("b", "titan-node: ok b"),
+        ("a", "1"),
+        ("a", "  detail of 1"),
+        ("b", "10"),
+        ("b", "5"),  # a file's own order is never changed
+        ("a", "20"),
+        ("b", "30"),
+    ]
+
+
+def test_merged_lines_cannot_drive_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "0000-a.log").write_bytes(b"\x1b[2J\x1b]0;owned\x07red\x1b[0m \xff\n")
+    for following in (False, True):
+        assert list(merged_lines(tmp_path, follow=following)) == [("a", "red \ufffd")]
+
+
+def test_following_all_logs_gives_whole_lines_as_they_come(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.polls = [
+        lambda: run.write("job.log", "job starts\n"),
+        lambda: run.write("0000-a.log", "one\ntw"),
+        lambda: run.write("0001-b.log", "first\n"),
+        lambda: run.write("0000-a.log", "o\nthree"),
+        lambda: None,
+    ]
+    lines = list(merged_lines(tmp_path, follow=True, is_finished=run.is_finished, sleep=run.sleep))
+    assert lines == [
+        ("job", "job starts"), ("a", "one"), ("b", "first"), ("a", "two"), ("a", "three"),
+    ]  # fmt: skip
+
+
+def test_following_a_log_that_starts_again(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.polls = [
+        lambda: run.write("0000-a.log", "a long first line\n"),
+        lambda: run.replace("0000-a.log", "new\n"),
+        lambda: None,
+    ]
+    lines = list(merged_lines(tmp_path, follow=True, is_finished=run.is_finished, sleep=run.sleep))
+    assert [text for _, text in lines] == ["a long first line", "new"]
+
+
+@pytest.mark.parametrize("following", [False, True])
+def test_merging_huge_lines_is_bounded(tmp_path: Path, following: bool) -> None:
+    (tmp_path / "0000-a.log").write_bytes(b"x" * (16 << 20) + b"\nlast\n")
+    tracemalloc.start()
+    try:
+        lengths = [len(text) for _, text in merged_lines(tmp_path, follow=following)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert lengths[-1] == 4 and max(lengths) <= 1 << 16
+    assert peak < 2 << 20

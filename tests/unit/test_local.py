@@ -1,0 +1,174 @@
+"""Runs on this machine: started, watched, listed, cancelled, and told apart when they die.
+
+A shell script stands in for the trainer's Python, so that these tests take no minutes; tests/train/ has the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ExitStatus
+from tests.conftest import Launch
+
+STEP = "[rank0]:[titan] 2026-11-22 07:10:{s:02d},413 - root - INFO - step: {n:2d}  loss:  5.53478  grad_norm:  2.5933  memory:  0.70GiB(2.98%)  tps: 137  tflops: 0.01  mfu: 0.00%"
+STEPS = "\n".join(f"echo '{STEP.format(s=n, n=n)}'" for n in (1, *range(2, 21, 2)))
+
+
+@pytest.fixture
+def start(launch: Launch, workplace: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Submits a local debug run whose trainer is the given shell script."""
+
+    def submit(script: str, *arguments: str, name: str = "r") -> subprocess.CompletedProcess[str]:
+        trainer = workplace / f"trainer-{name}"
+        trainer.write_text(f"#!/bin/bash\n{script}\n")
+        trainer.chmod(0o755)
+        return launch(
+            "submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--name", name, "--python", str(trainer), *arguments
+        )  # fmt: skip
+
+    return submit
+
+
+def state(launch: Launch, name: str = "r") -> tuple[str, int]:
+    done = launch("status", name, "--json")
+    return json.loads(done.stdout)["state"], done.returncode
+
+
+def wait_until(launch: Launch, wanted: str, name: str = "r") -> None:
+    end = time.monotonic() + 60
+    while (found := state(launch, name)[0]) != wanted:
+        assert time.monotonic() < end, f"still {found}"
+        time.sleep(0.1)
+
+
+def test_a_run_from_start_to_row(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+    done = start(STEPS, "--follow")
+    assert done.returncode == 0, done.stderr
+    assert "step 20/20" in done.stdout and "r: COMPLETED" in done.stdout
+    assert "|CPU     |1 (2 GPU)                    |4         |step: 20  loss:  5.5348" in done.stdout
+    row = json.loads(launch("results", "r", "--json").stdout)
+    assert (row["state"], row["median_tps"], row["incomplete"], row["gpus"]) == ("COMPLETED", 137, False, 2)
+    run = workplace / "runs" / "r"
+    assert sorted(p.name for p in (run / "logs").iterdir()) == [f"0000-{os.uname().nodename}.log", "job.log"]
+    assert (run / "sample" / "c4" / "README.md").is_file() and (
+        run / "sample" / "tokenizer" / "tokenizer.json"
+    ).is_file()
+    assert launch("watch", "r").stdout.count("step ") >= 10
+    assert "loss:  5.53478" in launch("logs", "r").stdout
+    objects = [json.loads(line) for line in launch("watch", "r", "--json").stdout.splitlines()]
+    assert objects[0]["step"] == 1 and objects[-1]["state"] == "COMPLETED"
+
+
+def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+    start(f"echo $$ >{workplace}/pid; trap 'echo gone; exit 3' TERM; sleep 300 & wait")
+    wait_until(launch, "RUNNING")
+    job = json.loads((workplace / "runs" / "r" / "job.json").read_text())
+    assert os.getsid(int(job["job_id"])) == int(job["job_id"]) != os.getsid(0)
+    assert [row["state"] for row in json.loads(launch("list", "--json").stdout)] == ["RUNNING"]
+    assert "cancelled (was RUNNING)" in launch("cancel", "r").stdout
+    assert state(launch) == ("CANCELLED", ExitStatus.JOB_FAILED)
+    assert "already ended: CANCELLED" in launch("cancel", "r").stdout
+    end = json.loads((workplace / "runs" / "r" / "end.json").read_text())
+    assert (end["signal"], end["exit_code"]) == ("TERM", 143)
+
+
+def test_a_trainer_that_ignores_sigterm_is_killed(
+    start, launch: Launch, workplace: Path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    from launcher.cluster import local
+
+    start(f"trap '' TERM; echo $$ >{workplace}/pid; while :; do sleep 0.1; done")
+    while not (workplace / "pid").exists():
+        time.sleep(0.05)
+    trainer = local.identity(int((workplace / "pid").read_text()))
+    monkeypatch.setattr(local, "GRACE_S", 0.4)
+    local.cancel(json.loads((workplace / "runs" / "r" / "job.json").read_text()))
+    end = time.monotonic() + 10
+    while local.is_alive(trainer):
+        assert time.monotonic() < end, "it was not killed"
+        time.sleep(0.05)
+
+
+def test_failure_shows_the_first_error(start, launch: Launch) -> None:  # type: ignore[no-untyped-def]
+    start("echo 'Traceback (most recent call last):'; echo 'RuntimeError: the cause'; exit 42")
+    wait_until(launch, "FAILED")
+    done = launch("status", "r")
+    assert done.returncode == ExitStatus.JOB_FAILED and "RuntimeError: the cause" in done.stderr
+    assert json.loads(launch("status", "r", "--json").stdout)["exit_code"] == 42
+    no_data = launch("results", "r")
+    assert (no_data.returncode, "no step" in no_data.stderr) == (ExitStatus.NO_DATA, True)
+
+
+def test_killed_without_a_word_is_unknown(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+    start("exec sleep 300")
+    wait_until(launch, "RUNNING")
+    pid = int(json.loads((workplace / "runs" / "r" / "job.json").read_text())["job_id"])
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for victim in (pid, *map(int, children)):
+        os.kill(victim, signal.SIGKILL)
+    wait_until(launch, "UNKNOWN")
+    assert state(launch) == ("UNKNOWN", ExitStatus.JOB_UNKNOWN)
+
+
+def test_an_incomplete_run_never_looks_complete(start, launch: Launch) -> None:  # type: ignore[no-untyped-def]
+    start("\n".join(STEPS.splitlines()[:6]) + "\nexit 1")
+    wait_until(launch, "FAILED")
+    shown = launch("results", "r").stdout
+    assert "step 10 of 20" in shown and "step: 10" not in shown
+    assert json.loads(launch("results", "r", "--json").stdout)["incomplete"] is True
+
+
+def test_the_same_script_by_hand_does_not_run_twice(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+    start("echo once")
+    wait_until(launch, "COMPLETED")
+    again = subprocess.run(["bash", "runs/r/job.sbatch"], capture_output=True, text=True)
+    assert again.returncode == 75 and "nothing is run twice" in again.stderr
+    assert state(launch)[0] == "COMPLETED"
+
+
+def test_a_lost_job_file_is_found_again(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+    """As if the launcher had been killed between starting the process and writing job.json."""
+    start("sleep 300")
+    wait_until(launch, "RUNNING")
+    job = workplace / "runs" / "r" / "job.json"
+    before = json.loads(job.read_text())
+    while not (workplace / "runs" / "r" / "claim" / "job_id").exists():
+        time.sleep(0.05)
+    job.unlink()
+    assert state(launch)[0] == "RUNNING"
+    assert json.loads(job.read_text()) == before
+    launch("cancel", "r")
+
+
+def test_ctrl_c_detaches(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+    start(f"{STEPS.splitlines()[0]}; sleep 300")
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "watch", "r"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout and "step 1/20" in watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    _, said = watching.communicate(timeout=30)
+    assert watching.returncode == ExitStatus.INTERRUPTED
+    assert "detached; r goes on: launcher watch r" in said
+    assert state(launch)[0] == "RUNNING"
+    launch("cancel", "r")
+
+
+def test_another_machines_run_is_not_guessed(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+    start("sleep 5")
+    job = workplace / "runs" / "r" / "job.json"
+    job.write_text(job.read_text().replace(os.uname().nodename, "elsewhere"))
+    shown = launch("status", "r")
+    assert "UNKNOWN" in shown.stdout and "elsewhere" in shown.stdout

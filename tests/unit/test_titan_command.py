@@ -1,0 +1,334 @@
+"""node.json -> torchrun's command line, for both eras of torchtitan. The command lines are written out in full."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from typing import Any
+
+import pytest
+
+from launcher.titan import Refused, toml_era
+from launcher.titan.command import (
+    Rendezvous,
+    check_node,
+    config_files,
+    era,
+    shown_local_rank,
+    torchrun_command,
+    trainer_arguments,
+)
+
+LLAMA3_8B: dict[str, Any] = {
+    "schema": 1,
+    "run_dir": "/runs/one",
+    "device": "cuda",
+    "nodes": 9,
+    "gpus_per_node": 4,
+    "profile": "gb200",
+    "gpu": "GB200",
+    "recipe": {
+        "name": "llama3-8b", "model": "llama3", "flavor": "8B", "dataset": "c4", "seq_len": 8192,
+        "local_batch_size": 5, "global_batch_size": -1, "steps": 100, "log_freq": 10, "lr": 3e-4,
+        "warmup_steps": 200, "seed": 0, "activation_checkpoint": "selective", "compile": False,
+        "quantize": "none", "param_dtype": "bfloat16", "dp_replicate": 1, "dp_shard": -1, "tensor_parallel": 1,
+        "context_parallel": 1, "pipeline_parallel": 1, "checkpoint_interval": 0, "tensorboard": True,
+    },
+    "data": "/data/c4",
+    "tokenizer": "/data/tokenizers/Llama-3.1-8B",
+    "titan": {},
+}  # fmt: skip
+NINE_NODES = Rendezvous("4711", 2, "gpu-003", "10.0.0.1", 24711, "10.0.0.3")
+TORCHRUN_NINE = [
+    "python3", "-m", "torch.distributed.run",
+    "--nnodes=9", "--nproc-per-node=4",
+    "--rdzv-backend=c10d", "--rdzv-id=4711", "--rdzv-endpoint=10.0.0.1:24711",
+    "--rdzv-conf=is_host=0,join_timeout=900,read_timeout=900", "--local-addr=10.0.0.3",
+    "--max-restarts=0", "--role=rank", "--tee=3", "--local-ranks-filter=0",
+    "--log-dir=/runs/one/logs/ranks/0002-gpu-003",
+    "-m", "torchtitan.train",
+]  # fmt: skip
+
+
+def a_node(recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    node = copy.deepcopy(LLAMA3_8B)
+    node.update(changes)
+    node["recipe"].update(recipe or {})
+    return node
+
+
+def debug_node(**changes: Any) -> dict[str, Any]:
+    recipe = {
+        "name": "debug", "flavor": "debugmodel", "seq_len": 256, "local_batch_size": 4, "steps": 20, "log_freq": 2,
+        "lr": 8e-4, "warmup_steps": 2, "seed": 1, "activation_checkpoint": "none", "param_dtype": "float32",
+    }  # fmt: skip
+    return a_node(recipe, **{"device": "cpu", "nodes": 1, "gpus_per_node": 2, **changes})
+
+
+def test_8b_in_the_registry_era_is_one_line() -> None:
+    assert torchrun_command(LLAMA3_8B, "0.3.0", NINE_NODES, torch_version="2.14.1+cu130") == [
+        *TORCHRUN_NINE,
+        "--module=llama3", "--config=llama3_8b",
+        "--dump_folder=/runs/one/titan",
+        "--hf_assets_path=/data/tokenizers/Llama-3.1-8B",
+        "--dataloader.dataset=c4", "--dataloader.dataset_path=/data/c4",
+        "--optimizer.param_groups.0.optimizer_kwargs.lr=0.0003",
+        "--training.local_batch_size=5", "--training.global_batch_size=-1", "--training.seq_len=8192",
+        "--training.steps=100", "--training.mixed_precision_param=bfloat16",
+        "--lr_scheduler.warmup_steps=200", "--lr_scheduler.decay_ratio=None",
+        "--lr_scheduler.decay_type=linear", "--lr_scheduler.min_lr_factor=0.0",
+        "--parallelism.data_parallel_replicate_degree=1", "--parallelism.data_parallel_shard_degree=-1",
+        "--parallelism.tensor_parallel_degree=1", "--parallelism.context_parallel_degree=1",
+        "--parallelism.pipeline_parallel_degree=1", "--parallelism.pipeline_parallel_schedule=1F1B",
+        "--compile.no_enable", "--compile.components=model,loss",
+        "--checkpoint.no_enable", "--checkpoint.interval=500", "--checkpoint.no_last_save_model_only",
+        "--metrics.log_freq=10", "--metrics.disable_color_printing", "--metrics.enable_tensorboard",
+        "--metrics.save_tb_folder=tb", "--debug.seed=None",
+        "--training.disable_cuda_graphs", "--loss.num_chunks=1", "--profiler.no_enable_profiling",
+        "--debug.no_enable_structured_logging",
+        "--validator.no_enable", "--validator.dataloader.dataset_path=/data/c4",
+        "activation-checkpoint:selective",
+    ]  # fmt: skip
+    assert config_files(LLAMA3_8B, "0.3.0") == {}
+
+
+def test_8b_in_the_toml_era_is_a_file() -> None:
+    command = torchrun_command(LLAMA3_8B, "0.2.2", NINE_NODES, torch_version="2.14.1+cu130")
+    assert command == [*TORCHRUN_NINE, "--job.config_file=/runs/one/job/titan.toml"]
+    ((path, text),) = config_files(LLAMA3_8B, "0.2.2").items()
+    assert path == "/runs/one/job/titan.toml"
+    assert tomllib.loads(text) == {
+        "job": {"dump_folder": "/runs/one/titan", "description": "llama3 8B"},
+        "model": {
+            "name": "llama3", "flavor": "8B", "hf_assets_path": "/data/tokenizers/Llama-3.1-8B", "converters": [],
+        },
+        "optimizer": {"name": "AdamW", "lr": 3e-4},
+        "training": {
+            "dataset": "c4", "dataset_path": "/data/c4", "local_batch_size": 5, "global_batch_size": -1,
+            "seq_len": 8192, "steps": 100, "mixed_precision_param": "bfloat16",
+        },
+        "lr_scheduler": {"warmup_steps": 200, "decay_type": "linear", "min_lr_factor": 0.0},
+        "parallelism": {
+            "data_parallel_replicate_degree": 1, "data_parallel_shard_degree": -1, "tensor_parallel_degree": 1,
+            "context_parallel_degree": 1, "pipeline_parallel_degree": 1, "pipeline_parallel_schedule": "1F1B",
+        },
+        "compile": {"enable": False, "components": ["model", "loss"]},
+        "checkpoint": {"enable": False, "interval": 500, "last_save_model_only": False},
+        "metrics": {
+            "log_freq": 10, "disable_color_printing": True, "enable_tensorboard": True, "save_tb_folder": "tb",
+        },
+        "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
+        "profiling": {"enable_profiling": False},
+        "validation": {"enable": False, "dataset_path": "/data/c4", "local_batch_size": 5, "seq_len": 8192},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["0.2.2", "0.3.0"])
+def test_the_debug_recipe_on_a_cpu_starts_behind_the_patches(version: str) -> None:
+    command = torchrun_command(
+        debug_node(),
+        version,
+        Rendezvous("7", 0, "here"),
+        torch_version="2.13.0+cpu",
+        python="/venv/bin/python",
+    )
+    assert command[:17] == [
+        "/venv/bin/python", "-m", "torch.distributed.run",
+        "--nnodes=1", "--nproc-per-node=2",
+        "--rdzv-backend=c10d", "--rdzv-id=7", "--rdzv-endpoint=127.0.0.1:0",
+        "--rdzv-conf=is_host=1,join_timeout=900,read_timeout=900", "--local-addr=127.0.0.1",
+        "--max-restarts=0", "--role=rank", "--tee=3", "--local-ranks-filter=0",
+        "--log-dir=/runs/one/logs/ranks/0000-here",
+        "-m", "titan.cpu",
+    ]  # fmt: skip
+    text = " ".join(command) + "".join(config_files(debug_node(), version).values())
+    assert ("activation-checkpoint:none" if version == "0.3.0" else 'mode = "none"') in text
+    assert ("--debug.seed=1" if version == "0.3.0" else "seed = 1") in text
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "expected"),
+    [
+        ("2.13.0+cpu", True),
+        ("2.14.1+cu130", False),
+        ("2.15.0.dev20261101", False),
+        ("", False),
+        ("built by me", False),
+    ],
+)
+def test_an_older_torch_gets_the_older_backend_of_03(torch_version: str, expected: bool) -> None:
+    arguments = trainer_arguments(LLAMA3_8B, "0.3.0", torch_version)
+    assert ("--parallelism.spmd_backend=partial_dtensor" in arguments) is expected
+
+
+@pytest.mark.parametrize("version", ["0.2.1", "0.2.2", "0.2.2+crusoe", "0.2.2.dev20260101"])
+def test_the_toml_era(version: str) -> None:
+    assert era(version) is toml_era
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.2.3", "0.4.0", "1.0", "nonsense", ""])
+def test_other_releases_are_refused_with_the_range(version: str) -> None:
+    with pytest.raises(Refused, match=r"0\.2\.1 to 0\.2\.2 and 0\.3\.x") as refused:
+        torchrun_command(LLAMA3_8B, version, NINE_NODES)
+    assert "pip install torchtitan==" in refused.value.fix
+
+
+def test_streaming_from_the_hub_gives_no_path() -> None:
+    node = a_node(data="hub")
+    assert "--dataloader.dataset_path=None" in trainer_arguments(node, "0.3.0")
+    assert "dataset_path" not in next(iter(config_files(node, "0.2.2").values()))
+
+
+def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> None:
+    pairs = {
+        "training.max_norm": "2.0",
+        "training.disable_cuda_graphs": "false",
+        "compile.enable": "True",
+        "activation_checkpoint.debug": "true",
+        "comm.init_timeout_seconds": "1500",
+    }
+    node = a_node(titan=pairs)
+    plain = [
+        "--training.max_norm=2.0", "--training.no_disable_cuda_graphs", "--compile.enable",
+        "--comm.init_timeout_seconds=1500",
+    ]  # fmt: skip
+    assert trainer_arguments(node, "0.3.0")[-6:] == [
+        *plain,
+        "activation-checkpoint:selective",
+        "--activation_checkpoint.debug",
+    ]
+    assert trainer_arguments(node, "0.2.2")[1:] == [*plain[:3], "--activation_checkpoint.debug", plain[3]]
+
+
+def test_a_pair_with_spaces_and_quotes_stays_one_argument() -> None:
+    node = a_node(titan={"metrics.save_tb_folder": "a b'c\"$(x)"})
+    assert "--metrics.save_tb_folder=a b'c\"$(x)" in trainer_arguments(node, "0.3.0")
+
+
+def test_a_second_configuration_file_is_refused_in_02() -> None:
+    with pytest.raises(Refused, match="writes the configuration file itself"):
+        trainer_arguments(a_node(titan={"job.config_file": "/x.toml"}), "0.2.2")
+
+
+def test_02s_name_for_activation_checkpointing_is_refused_in_03() -> None:
+    with pytest.raises(Refused) as refused:
+        trainer_arguments(a_node(titan={"activation_checkpoint.mode": "full"}), "0.3.0")
+    assert "recipe.activation_checkpoint" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("flavor", "quantize", "module", "function"),
+    [
+        ("8B", "none", "llama3", "llama3_8b"),
+        ("70B", "none", "llama3", "llama3_70b"),
+        ("8B", "mxfp8", "llama3", "llama3_8b_mxfp8"),
+        ("8B", "float8", "titan.registry_era", "llama3_8b_float8"),
+        ("70B", "float8", "titan.registry_era", "llama3_70b_float8"),
+    ],
+)
+def test_quantised_models_start_elsewhere_in_03(
+    flavor: str, quantize: str, module: str, function: str
+) -> None:
+    node = a_node({"flavor": flavor, "quantize": quantize, "compile": True})
+    assert trainer_arguments(node, "0.3.0")[:2] == [f"--module={module}", f"--config={function}"]
+    assert "--compile.enable" in trainer_arguments(node, "0.3.0")
+
+
+@pytest.mark.parametrize(("quantize", "converter"), [("float8", "float8"), ("mxfp8", "mx")])
+def test_quantised_models_have_a_converter_in_02(quantize: str, converter: str) -> None:
+    settings = tomllib.loads(next(iter(config_files(a_node({"quantize": quantize}), "0.2.2").values())))
+    assert settings["model"]["converters"] == [f"quantize.linear.{converter}"]
+    assert settings["quantize"]["linear"][converter]["filter_fqns"] == ["output"]
+
+
+@pytest.mark.parametrize(
+    ("version", "recipe", "changes", "why"),
+    [
+        ("0.3.0", {"flavor": "70B", "quantize": "mxfp8"}, {}, "no mxfp8 configuration for 70B"),
+        ("0.3.0", {"pipeline_parallel": 2}, {}, "needs torch 2.14"),
+        ("0.2.2", {"quantize": "mxfp8", "compile": True, "tensor_parallel": 2}, {}, "tensor parallelism"),
+        ("0.2.2", {"flavor": "405B"}, {}, "no translation for the model llama3 405B"),
+        ("0.2.2", {"compile": True}, {"device": "cpu"}, "torch.compile"),
+        ("0.3.0", {}, {"device": "cpu", "titan": {"compile.enable": "true"}}, "torch.compile"),
+        ("0.2.2", {"quantize": "float8"}, {"device": "cpu"}, "float8 needs a GPU"),
+        ("0.3.0", {"context_parallel": 2}, {"device": "cpu"}, "context parallelism needs a GPU"),
+    ],
+)
+def test_what_an_era_cannot_do_is_refused(
+    version: str, recipe: dict[str, Any], changes: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(Refused, match=why) as refused:
+        torchrun_command(a_node(recipe, **changes), version, NINE_NODES, torch_version="2.13.0")
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize("port", [0, -1, 70000])
+def test_several_nodes_need_a_port(port: int) -> None:
+    with pytest.raises(Refused, match=f"9 nodes cannot meet at port {port}"):
+        torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "10.0.0.1", port))
+
+
+def test_only_node_0_is_the_host_of_the_meeting_point() -> None:
+    for node_id, expected in ((0, "is_host=1,"), (1, "is_host=0,"), (8, "is_host=0,")):
+        command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", node_id, "a", "10.0.0.1", 20001))
+        assert any(argument.startswith(f"--rdzv-conf={expected}") for argument in command)
+
+
+def test_an_ipv6_head_node_is_bracketed_and_a_missing_local_address_is_left_out() -> None:
+    command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "fd00::1", 20001))
+    assert "--rdzv-endpoint=[fd00::1]:20001" in command
+    assert not [argument for argument in command if argument.startswith("--local-addr")]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "stages", "shown"),
+    [(1, 4, 1, 0), (1, 4, 2, 2), (1, 4, 4, 3), (2, 4, 2, 0), (2, 4, 4, 2)],
+)
+def test_with_pipeline_stages_the_rank_that_knows_the_loss_is_shown(
+    nodes: int, gpus: int, stages: int, shown: int
+) -> None:
+    assert shown_local_rank(a_node({"pipeline_parallel": stages}, nodes=nodes, gpus_per_node=gpus)) == shown
+
+
+def test_toml_survives_every_character() -> None:
+    values = {
+        "a.b": 'q"\\ \n\t\x7f\u00e9\U0001f600',
+        "a.c": ["x,y", ""],
+        "d.e": 1e-05,
+        "d.f": None,
+        "g.h": True,
+    }
+    parsed = tomllib.loads(toml_era.to_toml(values))
+    assert parsed == {"a": {"b": values["a.b"], "c": ["x,y", ""]}, "d": {"e": 1e-05}, "g": {"h": True}}
+
+
+def test_a_whole_node_json_passes() -> None:
+    assert check_node(LLAMA3_8B) is LLAMA3_8B
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda n: n.pop("data"), "data is missing"),
+        (lambda n: n.update(schema=2), "schema 1"),
+        (lambda n: n.update(nodes="9"), "nodes is '9'"),
+        (lambda n: n.update(nodes=True), "nodes is True"),
+        (lambda n: n.update(nodes=0), "at least 1"),
+        (lambda n: n.update(device="tpu"), "device is 'tpu'"),
+        (lambda n: n.update(recipe=[]), "recipe is"),
+        (lambda n: n["recipe"].pop("steps"), "recipe.steps is missing"),
+        (lambda n: n["recipe"].update(compile="no"), "recipe.compile is 'no'"),
+        (lambda n: n["recipe"].update(quantize="int4"), "recipe.quantize is 'int4'"),
+    ],
+)
+def test_a_damaged_node_json_is_refused_by_name(change: Any, words: str) -> None:
+    node = a_node()
+    change(node)
+    with pytest.raises(Refused, match=words):
+        check_node(node)
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 3])
+def test_something_else_than_an_object_is_refused(value: Any) -> None:
+    with pytest.raises(Refused, match="schema 1"):
+        check_node(value)
