@@ -66,6 +66,15 @@ def node_logs(log_dir: Path) -> dict[str, Path]:
     return {found[path] if names.count(found[path]) == 1 else path.stem: path for path in ordered}
 
 
+def error_logs(log_dir: Path) -> list[Path]:
+    """Where the cause of a failure may stand, for `launcher.titan.log.first_error`.
+
+    A node's log shows one of its ranks. What the others wrote is in the files that torchrun keeps per rank.
+    """
+    ranks = sorted(log_dir.glob("ranks/**/stderr.log"))
+    return [*node_logs(log_dir).values(), *ranks, log_dir / JOB_LOG]
+
+
 def read_records(log_dir: Path) -> dict[str, list[StepRecord]]:
     """Every step record of a run by node, for `launcher.results.rows.summarise`."""
     return {node: list(LogReader(path).read()) for node, path in node_logs(log_dir).items()}

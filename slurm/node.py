@@ -44,6 +44,8 @@ SMALLEST_SHARD = 200  # bytes; an LFS pointer is about 130
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of a network interface
 
 Facts = dict[str, Any]
+FETCH_C4 = "hf download allenai/c4 --repo-type dataset --include README.md --include 'en/*' --local-dir {}"
+FETCH_TOKENIZER = "hf download meta-llama/Llama-3.1-8B --include 'tokenizer*' --local-dir {}"
 
 
 def main(argv: list[str]) -> int:
@@ -176,18 +178,16 @@ def check_data(data: str) -> Facts:
         raise Refused("no data directory was given", "--data /data/c4")
     folder = Path(data)
     if not folder.is_dir():
-        raise Refused(
-            f"{folder} is not a directory on this node", f"mount it, or: launcher stage c4 {folder}"
-        )
+        raise Refused(f"{folder} is not a directory on this node", f"mount it, or: {FETCH_C4.format(folder)}")
     header = _header(folder / "README.md")
     if not re.search(r"""^\s*-?\s*config_name:\s*["']?en["']?\s*$""", header, re.MULTILINE):
         raise Refused(
             f"{folder}/README.md does not describe the configuration `en`",
-            f"fetch the Hub's README.md of allenai/c4 into {folder}: launcher stage c4 {folder}",
+            f"fetch the Hub's README.md of allenai/c4 into {folder}: {FETCH_C4.format(folder)}",
         )
     shards = sorted((folder / "en").glob("*train*.json.gz")) or sorted((folder / "en").glob("*.json.gz"))
     if not shards:
-        raise Refused(f"{folder}/en holds no *.json.gz", f"launcher stage c4 {folder}")
+        raise Refused(f"{folder}/en holds no *.json.gz", f"{FETCH_C4.format(folder)}")
     small = [shard for shard in shards if shard.stat().st_size < SMALLEST_SHARD]
     usable = [shard for shard in shards if shard not in small]
     with open((usable or small)[0], "rb") as stream:
@@ -195,10 +195,10 @@ def check_data(data: str) -> Facts:
     if not usable and start == LFS_POINTER:
         raise Refused(
             f"all {len(shards)} shards in {folder}/en are Git LFS pointers, not data",
-            f"launcher stage c4 {folder}",
+            f"{FETCH_C4.format(folder)}",
         )
     if not start.startswith(GZIP_MAGIC):
-        raise Refused(f"{(usable or small)[0]} is not a gzip file", f"launcher stage c4 {folder}")
+        raise Refused(f"{(usable or small)[0]} is not a gzip file", f"{FETCH_C4.format(folder)}")
     return {"data": data, "data_files": len(shards), "data_pointers": len(small) if usable else 0}
 
 
@@ -220,12 +220,12 @@ def check_tokenizer(folder: Path) -> None:
             value = json.loads((folder / name).read_text(encoding="utf-8"))
         except OSError as error:
             raise Refused(
-                f"{folder / name}: {error.strerror}", f"launcher stage tokenizer {folder}"
+                f"{folder / name}: {error.strerror}", f"{FETCH_TOKENIZER.format(folder)}"
             ) from error
         except ValueError as error:
-            raise Refused(f"{folder / name} is not JSON", f"launcher stage tokenizer {folder}") from error
+            raise Refused(f"{folder / name} is not JSON", f"{FETCH_TOKENIZER.format(folder)}") from error
         if not isinstance(value, dict):
-            raise Refused(f"{folder / name} is not a tokenizer's file", f"launcher stage tokenizer {folder}")
+            raise Refused(f"{folder / name} is not a tokenizer's file", f"{FETCH_TOKENIZER.format(folder)}")
 
 
 def find_network(node: dict[str, Any], env: Any) -> Facts:

@@ -148,7 +148,7 @@ class LogReader:
         """The records that the next bytes complete; how a log is cut into blocks never changes the result."""
         data = self._carry + block
         records, floor = _scan(data, self._start, 0)
-        # A record that begins before this point has been seen whole: matches are shorter than RECORD_BYTES.
+        # What begins before this point has been seen whole and decided: matches are shorter than RECORD_BYTES.
         undecided = max(floor, len(data) - RECORD_BYTES)
         keep = max(floor, undecided - PREFIX_BYTES)
         self._carry, self._start = data[keep:], undecided - keep
@@ -243,8 +243,8 @@ _EXCEPTION = re.compile(
 _ENDS_TRACEBACK = re.compile(r"[A-Za-z_][\w.]*(?:: |:?$)")
 _CAUSES = re.compile(
     r"titan-node: FAIL|CUDA out of memory|oom_kill|DUE TO [A-Z]|error: pyxis:"
-    r"|pyxis: .*(?:fail|not exist|must be)|^\[ERROR\]|^enroot[\w-]*: |nrecognized (?:option|argument)|error: execve|FATAL ERROR|Exec format error"
-    r"|Segmentation fault|Bus error|Illegal instruction|CUDA error"
+    r"|pyxis: .*(?:fail|not exist|must be)|^\[ERROR\]|^enroot[\w-]*: |FATAL ERROR|Exec format error"
+    r"|nrecognized (?:option|argument)|error: execve|Segmentation fault|Bus error|Illegal instruction|CUDA error"
 )
 _PEERS = re.compile(
     r"NCCL (?:error|failure)|nccl\w*Error|Watchdog caught collective|Dist(?:Backend|Network|Store)Error"

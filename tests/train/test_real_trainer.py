@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -64,6 +65,29 @@ ids = tokenizer.encode(text, add_bos=True, add_eos=True)
 answer = {"ends": [tokenizer.bos_id, tokenizer.eos_id, ids[0], ids[-1]], "same": tokenizer.decode(ids[1:-1]) == text}
 answer["parsed"] = [plain(ConfigManager().parse_args(arguments)) for arguments in task["arguments"]]
 print("ANSWER" + json.dumps(answer))
+"""
+
+# The attention that stands in on a CPU against torch's own, which has a forward pass there: packed documents, and
+# fewer key than query heads.
+ATTENTION = """
+import sys, torch
+from torch.nn.attention import flex_attention as flex
+from titan import cpu
+torch.manual_seed(0)
+query, key, value = torch.randn(2, 8, 64, 16), torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 16)
+document = torch.tensor([[0] * 20 + [1] * 44, [0] * 50 + [1] * 14])
+mask = flex.create_block_mask(
+    lambda b, h, q, k: (q >= k) & (document[b, q] == document[b, k]), 2, None, 64, 64, device="cpu"
+)
+own = flex.flex_attention
+expected = own(query, key, value, block_mask=mask, enable_gqa=True)
+assert cpu.patch() and flex.flex_attention is not own
+query.requires_grad_()
+found = flex.flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+found.sum().backward()
+torch.testing.assert_close(found, expected)
+assert query.grad is not None
+print("SAME")
 """
 
 
@@ -133,6 +157,17 @@ def started() -> Iterator[Started]:
         if process.poll() is None:
             process.kill()
             process.wait()
+    for folder in Path(tempfile.gettempdir()).glob(f"titan-{os.getuid()}-?{os.getpid()}"):
+        shutil.rmtree(folder)
+
+
+def test_the_attention_that_stands_in_is_the_same_attention(python: str) -> None:
+    done = subprocess.run(
+        [python, "-c", ATTENTION],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}/launcher"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.endswith("SAME\n"), done.stderr
 
 
 def losses(output: str) -> dict[int, float]:

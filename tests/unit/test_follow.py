@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.follow import Progress, follow, merged_lines, node_logs, read_records
+from launcher.follow import Progress, error_logs, follow, merged_lines, node_logs, read_records
+from launcher.titan.log import first_error
 
 
 def step(number: int, tps: int = 17581, second: int | None = None, loss: float = 6.4277) -> str:
@@ -63,6 +64,15 @@ def test_nodes_are_named_by_their_files(tmp_path: Path) -> None:
     (tmp_path / "0005-gpu-a.log").touch()
     assert list(node_logs(tmp_path)) == ["gpu-b", "0001-gpu-a", "0005-gpu-a"]
     assert node_logs(tmp_path / "absent") == {}
+
+
+def test_the_cause_may_stand_in_the_log_of_a_rank_that_is_not_shown(tmp_path: Path) -> None:
+    hidden = tmp_path / "ranks/0001-b/42_x1/attempt_0/3/stderr.log"
+    hidden.parent.mkdir(parents=True)
+    hidden.write_text("torch.OutOfMemoryError: CUDA out of memory.\n")
+    (tmp_path / "0000-a.log").write_text("[rank0]: RuntimeError: Connection closed by peer\n")
+    (tmp_path / "job.log").write_text("srun: error: b: task 1: Exited with exit code 1\n")
+    assert first_error(error_logs(tmp_path)) == (hidden, ["torch.OutOfMemoryError: CUDA out of memory."])
 
 
 def test_files_appear_and_grow(tmp_path: Path) -> None:

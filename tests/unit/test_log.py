@@ -193,6 +193,17 @@ def test_how_a_log_is_cut_into_blocks_changes_nothing(
     assert repr(pieces) == repr(LogReader("x").feed(data))  # repr: NaN differs from itself
 
 
+def test_a_record_keeps_its_time_and_rank_wherever_a_block_ends() -> None:
+    data = b"x" * 3000 + b"\n" + COLOURED + b"\n" + b"y" * 3000
+    for cut in range(2900, len(data)):
+        reader = LogReader("x")
+        assert reader.feed(data[:cut]) + reader.feed(data[cut:]) == [EXPECTED], cut
+    validated = data.replace(b"step:", b"validate step:")
+    for cut in range(2900, len(validated)):
+        reader = LogReader("x")
+        assert reader.feed(validated[:cut]) + reader.feed(validated[cut:]) == [], cut
+
+
 def test_a_growing_file_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "0000-gpu001.log"
     reader = LogReader(path, block_bytes=64)
@@ -324,6 +335,11 @@ def test_the_rank_that_failed_is_named_before_those_it_took_along(tmp_path: Path
         'File "/opt/train.py", line 8, in inner',
         "allocate()",
     ]
+
+
+def test_within_a_file_the_first_cause_wins(tmp_path: Path) -> None:
+    found = first_error(logs(tmp_path, node0="ValueError: one\nKeyError: two\n" + OUT_OF_MEMORY))
+    assert found is not None and found[1][0] == "ValueError: one"
 
 
 def test_a_lost_peer_counts_when_it_is_all_there_is(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_the_peak_behind_a_published_mfu(row: Published, peak: float) -> None:
         (1018.20, 45.25, "45.25% of 2250 TFLOP/s"),
         (1018.20, 40.73, "40.73% of 2500 TFLOP/s"),
         (1018.20, 41.56, "41.56% of 2450 TFLOP/s"),
+        (50.0, 2.01, "2.01% of about 2488 TFLOP/s"),  # near 2500, but not within what rounding allows
         (50.0, 12.0, "12.00% of about 417 TFLOP/s"),
         (0.03, 0.01, "0.01% of an unknown peak"),  # anything from 166 to 700 rounds to these
         (0.01, 0.0, "0.00% of an unknown peak"),

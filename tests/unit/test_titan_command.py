@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 import tomllib
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launcher.titan import Refused, toml_era
+from launcher.titan import Refused, cpu, toml_era
 from launcher.titan.command import (
     Rendezvous,
     check_node,
@@ -332,3 +334,23 @@ def test_a_damaged_node_json_is_refused_by_name(change: Any, words: str) -> None
 def test_something_else_than_an_object_is_refused(value: Any) -> None:
     with pytest.raises(Refused, match="schema 1"):
         check_node(value)
+
+
+def test_nothing_is_patched_where_an_accelerator_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Untouchable(ModuleType):
+        _utils = SimpleNamespace(_get_available_device_type=lambda: "cuda")
+
+        def __setattr__(self, name: str, value: object) -> None:
+            raise AssertionError(f"torch.{name} was changed")
+
+        def __getattr__(self, name: str) -> object:
+            if name.startswith("__"):  # the import system asks
+                raise AttributeError(name)
+            raise AssertionError(f"torch.{name} was looked at")
+
+    fake = Untouchable.__new__(Untouchable)
+    ModuleType.__init__(fake, "torch")
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    asked = fake._utils._get_available_device_type
+    assert cpu.patch() is False
+    assert fake._utils._get_available_device_type is asked

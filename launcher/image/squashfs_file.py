@@ -1,0 +1,146 @@
+"""What can be told about a squashfs file from its first 96 bytes and from the JSON file beside it.
+
+Cheap enough for every `submit`: standard library only, and nothing but the superblock is read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import read_json
+
+COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
+# ELF's e_machine -> uname's word
+MACHINES = {3: "i686", 21: "ppc64le", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+METADATA = "etc/titan-image.json"  # inside the image
+# magic, inodes, mkfs_time, block_size, fragments, compressor, block_log, flags, ids, major, minor, root inode,
+# bytes_used, then the starts of the tables: ids, xattrs, inodes, directories, fragments, exports
+_SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQQQQQQQ")
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """The head of a squashfs 4.0 file, checked for sense."""
+
+    compressor: str
+    block_size: int  # bytes
+    inodes: int  # names that are hard links of one file count once
+    mkfs_time: int  # seconds since 1970
+    bytes_used: int
+    file_size: int  # bytes_used, padded to a multiple of 4096
+
+
+def superblock(path: Path) -> Superblock:
+    """Reads and checks the superblock; raises LauncherError for anything that no node could mount or unpack."""
+    try:
+        # A pipe or a device would block, or never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise LauncherError(f"{path}: not a file", f"ls -ld '{path}'")
+        with open(path, "rb") as stream:
+            head, size = stream.read(_SUPERBLOCK.size), os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        status = ExitStatus.INVALID if missing else ExitStatus.FILESYSTEM
+        fix = f"ls -l '{Path(path).parent}'" if missing else f"ls -l '{path}'"
+        raise LauncherError(f"{path}: {error.strerror}", fix, status=status) from None
+    if size == 0:
+        raise LauncherError(f"{path}: the file is empty", "copy or build it again")
+    if not head.startswith(b"hsqs"):
+        raise LauncherError(f"{path}: not a squashfs file (it begins with {head[:4]!r})", f"file '{path}'")
+    if len(head) < _SUPERBLOCK.size:
+        raise LauncherError(f"{path}: cut off: {size} bytes", "copy it again, then compare: sha256sum")
+    fields = _SUPERBLOCK.unpack(head)
+    inodes, mkfs_time, block_size = fields[1:4]
+    compressor, block_log, _, _, major, minor, _, used, ids, _, inode_table, directories = fields[5:17]
+    if (major, minor) != (4, 0):
+        raise LauncherError(
+            f"{path}: squashfs {major}.{minor}, which no current kernel reads", "convert it again"
+        )
+    sane = (
+        compressor in COMPRESSORS and 12 <= block_log <= 20 and block_size == 1 << block_log and inodes > 0
+        and _SUPERBLOCK.size <= inode_table < directories < used and ids < used
+    )  # fmt: skip
+    if not sane:
+        raise LauncherError(
+            f"{path}: damaged: its superblock makes no sense", "copy it again, then compare: sha256sum"
+        )
+    if size < used:
+        raise LauncherError(
+            f"{path}: cut off: {size:,} of {used:,} bytes", "copy it again, then compare: sha256sum"
+        )
+    return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, used, size)
+
+
+def sidecar_path(path: Path) -> Path:
+    """titan-stable-arm64.sqsh -> titan-stable-arm64.sqsh.json"""
+    return path.with_name(path.name + ".json")
+
+
+def read_sidecar(path: Path, block: Superblock) -> dict[str, Any] | None:
+    """The JSON file beside `path`, if there is one and it describes this very file; else None.
+
+    An image copied without it, or over another one, must not be taken for what it was.
+    """
+    value = read_json(sidecar_path(path))
+    recorded = value.get("squashfs") if value else None
+    if not value or not isinstance(recorded, dict) or not is_metadata(value):
+        return None
+    # mksquashfs counts the root directory among the inodes, and so does the sidecar.
+    seen = (block.file_size, block.inodes, block.compressor, block.block_size // 1024)
+    said = tuple(recorded.get(key) for key in ("bytes", "entries", "compressor", "block_kib"))
+    return value if seen == said else None
+
+
+def is_metadata(value: Mapping[str, Any]) -> bool:
+    """Whether this is a description that this launcher understands and that says what is in the image."""
+    versions = value.get("versions")
+    return (
+        value.get("schema") == 1
+        and isinstance(value.get("arch"), str)
+        and isinstance(versions, dict)
+        and bool(versions)
+        and all(isinstance(v, str) or v is None for v in versions.values())
+    )
+
+
+def elf_machine(head: bytes) -> str:
+    """uname's word for the architecture of a program that begins with `head`; "" for a script or anything else."""
+    if len(head) < 20 or not head.startswith(b"\x7fELF"):
+        return ""
+    number = int.from_bytes(head[18:20], "big" if head[5] == 2 else "little")
+    return MACHINES.get(number, f"ELF machine {number}")
+
+
+def follow(path: str, links: Mapping[str, str]) -> str | None:
+    """`path` with every symbolic link on its way resolved inside the image; None for a loop.
+
+    Paths have no leading slash; `links` maps a path to its target. Readers of squashfs leave this to the caller.
+    """
+    done: list[str] = []
+    todo = path.split("/")[::-1]
+    hops = 0
+    while todo:
+        part = todo.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            del done[-1:]
+            continue
+        target = links.get("/".join([*done, part]))
+        if target is None:
+            done.append(part)
+            continue
+        hops += 1
+        if hops > 40:  # the kernel's limit
+            return None
+        if target.startswith("/"):
+            done = []
+        todo += target.split("/")[::-1]
+    return "/".join(done)

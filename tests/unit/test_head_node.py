@@ -1,0 +1,91 @@
+"""The head node's address: found on the host, never loopback. The rendered script runs; Slurm's commands are scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher.layers import Layer, merge
+from launcher.render import render
+
+GETENT = """case "$1 $2" in
+"passwd "*) echo "u:x:0:0::/root:/bin/bash" ;;
+"ahostsv4 "*) cat "$ADDRESSES/$2" 2>/dev/null || exit 2 ;;
+esac"""
+SCONTROL = """case "$*" in
+"show hostnames "*) printf '%s\\n' node-1 node-2 ;;
+"-o show node node-1") echo "NodeName=node-1 Arch=x86_64 NodeAddr=$HEAD_NODE_ADDR NodeHostName=node-1 State=IDLE" ;;
+"-o show node "*) echo "NodeName=$5 NodeAddr=$5 NodeHostName=$5" ;;
+*) exit 1 ;;
+esac"""
+
+
+@pytest.fixture
+def job(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """Runs a two-node job script; returns what srun's environment held, or the failed process."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (tmp_path / "addresses").mkdir()
+    srun = 'printf \'{"addr": "%s", "port": "%s", "id": "%s"}\' "$TITAN_HEAD_ADDR" "$TITAN_HEAD_PORT" "$TITAN_JOB_ID" >"$SEEN"'
+    for name, text in (("getent", GETENT), ("scontrol", SCONTROL), ("srun", srun), ("ip", 'echo "$ROUTE"')):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    values = {"job.name": "r", "job.runs_dir": str(tmp_path), "job.image": "/x.sqsh", "job.nodes": 2, "job.slurm_bin": str(folder)}  # fmt: skip
+    script = render(merge([Layer(values, dict.fromkeys(values, "test"))]))
+
+    def run(addresses: dict[str, str], node_addr: str = "node-1", route: str = "", job_id: str = "41234"):  # type: ignore[no-untyped-def]
+        shutil.rmtree(tmp_path / "r", ignore_errors=True)
+        (tmp_path / "r").mkdir()
+        for name, text in addresses.items():
+            (tmp_path / "addresses" / name).write_text(text)
+        env = {
+            "SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "node-[1-2]", "SEEN": f"{tmp_path}/seen.json", "ROUTE": route,
+            "ADDRESSES": f"{tmp_path}/addresses", "HEAD_NODE_ADDR": node_addr, "PATH": os.environ["PATH"],
+        }  # fmt: skip
+        done = subprocess.run(["bash"], input=script, env=env, capture_output=True, text=True)
+        return json.loads((tmp_path / "seen.json").read_text()) if done.returncode == 0 else done
+
+    return run
+
+
+def hosts(*addresses: str) -> str:
+    return "".join(f"{a} STREAM node\n{a} DGRAM\n{a} RAW\n" for a in addresses)
+
+
+def test_the_first_address(job) -> None:  # type: ignore[no-untyped-def]
+    assert job({"node-1": hosts("10.0.0.7")}) == {"addr": "10.0.0.7", "port": "21234", "id": "41234"}
+
+
+def test_loopback_among_several_is_passed_over(job) -> None:  # type: ignore[no-untyped-def]
+    assert job({"node-1": hosts("127.0.1.1", "10.0.0.7", "10.0.0.8")})["addr"] == "10.0.0.7"
+
+
+def test_slurms_own_address_of_the_node(job) -> None:  # type: ignore[no-untyped-def]
+    assert job({"10.1.1.1": hosts("10.1.1.1")}, node_addr="10.1.1.1")["addr"] == "10.1.1.1"
+
+
+def test_debians_127_0_1_1_is_replaced_by_the_address_towards_a_peer(job) -> None:  # type: ignore[no-untyped-def]
+    route = "10.0.0.9 dev eth0 src 10.0.0.7 uid 0\n    cache"
+    assert job({"node-1": hosts("127.0.1.1"), "node-2": hosts("10.0.0.9")}, route=route)["addr"] == "10.0.0.7"
+
+
+@pytest.mark.parametrize("route", ["", "local 127.0.1.1 dev lo src 127.0.0.1 uid 0"])
+def test_nothing_but_loopback_is_refused(job, route: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = job({"node-1": hosts("127.0.1.1"), "node-2": hosts("127.0.1.1")}, route=route)
+    assert (
+        done.returncode == 76
+        and "no address but loopback" in done.stderr
+        and "getent ahostsv4 node-1" in done.stderr
+    )
+    assert not (tmp_path / "seen.json").exists()
+    assert json.loads((tmp_path / "r" / "end.json").read_text())["exit_code"] == 76
+
+
+def test_port_and_id_come_from_the_job(job) -> None:  # type: ignore[no-untyped-def]
+    ports = {job({"node-1": hosts("10.0.0.7")}, job_id=str(n))["port"] for n in (1, 9999, 10000, 123456789)}
+    assert ports == {"20001", "29999", "20000", "26789"}
