@@ -349,9 +349,10 @@ def _follow(run: Run, as_json: bool) -> None:
 
 
 def _explain_failure(run: Run) -> None:
+    from launcher.follow import error_logs
     from launcher.titan.log import first_error
 
-    found = first_error(sorted(run.logs.glob("*.log")))
+    found = first_error(error_logs(run.logs))
     if found:
         path, lines = found
         click.echo(f"  first error, in {path}:", err=True)

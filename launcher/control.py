@@ -113,14 +113,22 @@ def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
         return JobState(UNKNOWN, "end.json", "end.json is damaged")
     if code == 0:
         return JobState("COMPLETED", "end.json", exit_code=0)
-    word = str(end.get("slurm_state", ""))
-    if word in FAILED - {"FAILED"}:
+    if end.get("signal") == "TERM" and (word := _why_terminated(run, str(end.get("slurm", "")))):
         return JobState(word, "end.json", exit_code=code)
     if end.get("signal"):
-        if (run.path / "cancelled").exists():
-            return JobState("CANCELLED", "end.json", exit_code=code)
         return JobState("FAILED", "end.json", f"ended by SIG{end['signal']}", code)
     return JobState("FAILED", "end.json", exit_code=code)
+
+
+def _why_terminated(run: Run, slurm_said: str) -> str:
+    """Slurm's final state, from what scontrol said while the job was being ended ("JobState=... Reason=...")."""
+    said = dict(part.split("=", 1) for part in slurm_said.split() if "=" in part)
+    if said.get("JobState") in FAILED - {"FAILED"}:
+        return said["JobState"]
+    reasons = {"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL", "None": "CANCELLED"}
+    if said.get("JobState") == "COMPLETING" and said.get("Reason") in reasons:
+        return reasons[said["Reason"]]
+    return "CANCELLED" if (run.path / "cancelled").exists() else ""
 
 
 def cancel(run: Run) -> JobState:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, User, existing_cluster, missing_packages, running_cluster
-from squashfs import build_small_image, build_test_image, missing_image_packages
+
+from tests.cluster.slurm_cluster import Cluster, User, existing_cluster, missing_packages, running_cluster
+from tests.cluster.squashfs import build_small_image, build_test_image, missing_image_packages
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("LAUNCHER_TEST_CACHE", "/var/tmp/launcher-test-cache"))
@@ -45,17 +46,25 @@ def small_image() -> Path:
 
 @pytest.fixture(scope="session")
 def train_image() -> Path:
-    """A squashfs image with torch and torchtitan, from the Python that LAUNCHER_TRAIN_PYTHON names."""
+    """A squashfs image with torch and torchtitan, of the first usable Python in LAUNCHER_TRAIN_PYTHON.
+
+    That variable holds paths of Python programs, joined by colons.
+    """
     _need_root()
     _need_packages(missing_image_packages())
-    python = os.environ.get("LAUNCHER_TRAIN_PYTHON", sys.executable)
-    found = subprocess.run([python, "-c", FIND_TORCHTITAN], capture_output=True, text=True, check=False)
-    if found.returncode:
-        pytest.skip(f"{python} has no torchtitan: set LAUNCHER_TRAIN_PYTHON to a Python that has")
-    try:
-        return build_test_image(Path(found.stdout.strip()), CACHE)
-    except ValueError as error:
-        pytest.skip(str(error))
+    reasons = []
+    for python in os.environ.get("LAUNCHER_TRAIN_PYTHON", sys.executable).split(":"):
+        if not shutil.which(python):
+            reasons.append(f"there is no {python}")
+            continue
+        found = subprocess.run([python, "-c", FIND_TORCHTITAN], capture_output=True, text=True, check=False)
+        try:
+            if found.returncode == 0:
+                return build_test_image(Path(found.stdout.strip()), CACHE)
+            reasons.append(f"{python} has no torchtitan")
+        except ValueError as error:
+            reasons.append(str(error))
+    pytest.skip(f"{'; '.join(reasons)}: set LAUNCHER_TRAIN_PYTHON to a Python 3.11 that has torchtitan")
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +83,9 @@ def ordinary_user() -> User:
 @pytest.fixture
 def user_dir(ordinary_user: User) -> Iterator[Path]:
     """An empty directory of the ordinary user, the same on every node."""
-    with tempfile.TemporaryDirectory(prefix="test-", dir=ordinary_user.home) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="test-", dir=ordinary_user.home, ignore_cleanup_errors=True
+    ) as name:
         os.chown(name, ordinary_user.uid, ordinary_user.gid)
         yield Path(name)
 

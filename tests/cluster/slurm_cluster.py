@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from daemons import (
+from tests.cluster.daemons import (
     OWN_NAMESPACES,
     claim_subnet,
     has_own_network,

@@ -338,6 +338,7 @@ int slurm_spank_task_init(spank_t spank, int argc, char **argv)
 		return failed("plugstack.conf does not say staging=DIR");
 	if (start_container(spank, staging)) {
 		failed("couldn't start container");
+		usleep(200000); /* slurmstepd sends messages on by a thread, which loses some if we end at once */
 		return -1;
 	}
 	return 0;

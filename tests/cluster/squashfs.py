@@ -26,7 +26,8 @@ NOT_NEEDED = (  # below the root of the image; device nodes would break unprivil
     *("usr/share/doc/*", "usr/share/man/*", "usr/share/locale/*", "usr/share/info/*"),
 )
 NOT_NEEDED_PACKAGES = (  # below the site-packages; torchtitan imports triton, but a CPU never compiles with it
-    *("wandb", "pip", "setuptools", "torch/include", "torch/test", "torch/bin", "pyarrow/include"),
+    *("wandb", "pip", "setuptools", "pyarrow/include"),
+    *("torch/include", "torch/test", "torch/bin/test_*", "torch/bin/protoc*"),
     *("triton/backends/*/bin", "triton/backends/*/lib", "triton/backends/*/include"),
 )
 NOT_NEEDED_ANYWHERE = ("tests", "*.a")

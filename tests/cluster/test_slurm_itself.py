@@ -1,14 +1,17 @@
 """The test cluster behaves as Slurm with Pyxis does: what other tests rely on is shown here first."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import slurm_cluster
-from daemons import REGISTRY, remove_leftovers, wait_for
-from slurm_cluster import Cluster, User, finished_job, job_fields, running_cluster, slurm_run
+
+from tests.cluster import slurm_cluster
+from tests.cluster.daemons import REGISTRY, remove_leftovers, wait_for
+from tests.cluster.slurm_cluster import Cluster, User, finished_job, job_fields, running_cluster, slurm_run
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -160,10 +163,11 @@ signal.signal(signal.SIGTERM, signal.SIG_DFL)
 time.sleep(600)
 """
 
+# Slurm sends SIGTERM more than once, and to the commands that a trap runs, too: so they must ignore it.
 TRAP = """
     state() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\\n' | grep -E '^(JobState|Reason)=' | paste -sd ' '; }
-    trap 'echo "at the end: $(state)"' EXIT
-    trap 'exit 143' TERM
+    trap 'trap "" TERM; echo "at the end: $(state)"' EXIT
+    trap 'trap "" TERM; exit 143' TERM
 """
 
 
@@ -245,20 +249,21 @@ def test_mounts_without_image_are_ignored(slurm: Cluster, ordinary_user: User) -
 def test_what_a_container_sees(
     slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
 ) -> None:
-    (user_dir / "file").write_text("from the host")
+    (user_dir / "file").write_text("from the host\n")
     home = str(ordinary_user.home)
-    look = f"id -un; pwd; ls /tmp | wc -l; cat /a/b; test -e {home} || echo no home; touch /ro/x; cat /run/z/file"
+    look = f"id -un; pwd; ls /tmp | wc -l; cat /a/b; test -e {home} || echo no home; cat /run/z/file; touch /ro/x"
     mounts = f"{user_dir}/file:/a/b,{user_dir}:/ro:ro,{user_dir}:/var/run/z"
-    code, text = run_in(slurm, small_image, ordinary_user, f"--container-mounts={mounts}", "sh", "-c", look)
-    assert code == 0, text
-    assert text.splitlines() == [
+    command = ["srun", f"--container-image={small_image}", f"--container-mounts={mounts}", "sh", "-c", look]
+    done = slurm_run(slurm, command, ordinary_user)
+    assert done.stdout.splitlines() == [
         ordinary_user.name,
         "/",
         "0",
-        "from the hostno home",
-        "touch: cannot touch '/ro/x': Read-only file system",
+        "from the host",
+        "no home",
         "from the host",
     ]
+    assert "touch: cannot touch '/ro/x': Read-only file system" in done.stderr
     assert not Path("/run/z").exists()  # the image's link /var/run did not lead out of it
 
 
@@ -293,15 +298,31 @@ def test_who_sets_a_variable(slurm: Cluster, ordinary_user: User, small_image: P
     assert seen("--container-env=PATH,TEST_IMAGE") == "from the job|1|/job:/usr/bin:/bin"
 
 
-def test_container_leaves_nothing(slurm: Cluster, ordinary_user: User, small_image: Path) -> None:
-    def mounted() -> bool:
-        loops = [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
-        return str(slurm.directory / "containers") in Path("/proc/mounts").read_text() or any(
-            str(small_image) in loop for loop in loops
-        )
+def test_train_image(slurm: Cluster, ordinary_user: User, train_image: Path) -> None:
+    look = "import torch, torchtitan.train; print(torch.__file__)"
+    code, text = run_in(slurm, train_image, ordinary_user, "python3", "-c", look)
+    assert (code, text.splitlines()[-1]) == (0, "/usr/local/lib/python3.11/dist-packages/torch/__init__.py")
 
-    assert run_in(slurm, small_image, ordinary_user, "true") == (0, "")
-    wait_for(lambda: not mounted(), "the loop device to be freed", 5)
+
+def test_container_leaves_nothing(
+    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
+) -> None:
+    image = user_dir / "mine.sqsh"  # of its own, because the other image may be in use by another test run
+    shutil.copy(small_image, image)
+
+    def devices() -> list[str]:
+        files = [
+            (path, path.read_text().strip()) for path in Path("/sys/block").glob("loop*/loop/backing_file")
+        ]
+        return [str(path) for path, file in files if file == str(image)]
+
+    job = slurm_run(
+        slurm, ["sbatch", "--parsable", f"--container-image={image}", "--wrap", "sleep 60"]
+    ).stdout
+    wait_for(lambda: len(devices()) == 1, "the image's loop device", 20)
+    slurm_run(slurm, ["scancel", job.strip()])
+    wait_for(lambda: not devices(), "the end of the loop device", 20)
+    assert str(slurm.directory / "containers") not in Path("/proc/mounts").read_text()
 
 
 # ------------------------------------------------------------------------------- start and stop
@@ -328,17 +349,17 @@ def test_two_clusters_side_by_side(slurm: Cluster, open_dir: Path) -> None:
 
 
 def test_failed_start_leaves_nothing(slurm: Cluster, open_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm_cluster, "HEAD_SCRIPT", "#!/bin/sh\necho broken on purpose\n")
+    monkeypatch.setattr(slurm_cluster, "NODE_SCRIPT", "#!/bin/sh\necho broken on purpose\nsleep 60\n")
     monkeypatch.setattr(slurm_cluster, "START_TIMEOUT_S", 1.0)
     with pytest.raises(RuntimeError, match=r"(?s)waited 1 s for 1 idle nodes.*broken on purpose"):
         slurm_cluster.start_cluster(open_dir, nodes=1)
     assert not running_below(open_dir)
-    assert len(list(REGISTRY.glob("*.json"))) == 1
+    assert not [record for record in REGISTRY.glob("*.json") if str(open_dir) in record.read_text()]
 
 
 def test_killed_starter_is_cleaned_up_after(slurm: Cluster, open_dir: Path) -> None:
-    code = "import os, pathlib, slurm_cluster as s; s.start_cluster(pathlib.Path(os.environ['D']), nodes=1); os._exit(1)"
-    environment = dict(os.environ) | {"D": str(open_dir), "PYTHONPATH": str(Path(__file__).parent)}
+    code = "import os, pathlib; from tests.cluster import slurm_cluster as s; s.start_cluster(pathlib.Path(os.environ['D']), nodes=1); os._exit(1)"
+    environment = dict(os.environ) | {"D": str(open_dir), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=False)
     assert running_below(open_dir)
     remove_leftovers()

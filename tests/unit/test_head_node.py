@@ -15,11 +15,11 @@ from launcher.render import render
 
 GETENT = """case "$1 $2" in
 "passwd "*) echo "u:x:0:0::/root:/bin/bash" ;;
-"ahostsv4 "*) cat "$ADDRESSES/$2" 2>/dev/null || exit 2 ;;
+"ahostsv4 "*) cat "HERE/addresses/$2" 2>/dev/null || exit 2 ;;
 esac"""
 SCONTROL = """case "$*" in
 "show hostnames "*) printf '%s\\n' node-1 node-2 ;;
-"-o show node node-1") echo "NodeName=node-1 Arch=x86_64 NodeAddr=$HEAD_NODE_ADDR NodeHostName=node-1 State=IDLE" ;;
+"-o show node node-1") echo "NodeName=node-1 Arch=x86_64 NodeAddr=$(cat HERE/node_addr) NodeHostName=node-1 State=IDLE" ;;
 "-o show node "*) echo "NodeName=$5 NodeAddr=$5 NodeHostName=$5" ;;
 *) exit 1 ;;
 esac"""
@@ -31,9 +31,9 @@ def job(tmp_path: Path):  # type: ignore[no-untyped-def]
     folder = tmp_path / "bin"
     folder.mkdir()
     (tmp_path / "addresses").mkdir()
-    srun = 'printf \'{"addr": "%s", "port": "%s", "id": "%s"}\' "$TITAN_HEAD_ADDR" "$TITAN_HEAD_PORT" "$TITAN_JOB_ID" >"$SEEN"'
-    for name, text in (("getent", GETENT), ("scontrol", SCONTROL), ("srun", srun), ("ip", 'echo "$ROUTE"')):
-        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    srun = 'printf \'{"addr": "%s", "port": "%s", "id": "%s"}\' "$TITAN_HEAD_ADDR" "$TITAN_HEAD_PORT" "$TITAN_JOB_ID" >HERE/seen.json'
+    for name, text in (("getent", GETENT), ("scontrol", SCONTROL), ("srun", srun), ("ip", "cat HERE/route")):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n".replace("HERE", str(tmp_path)))
         (folder / name).chmod(0o755)
     values = {"job.name": "r", "job.runs_dir": str(tmp_path), "job.image": "/x.sqsh", "job.nodes": 2, "job.slurm_bin": str(folder)}  # fmt: skip
     script = render(merge([Layer(values, dict.fromkeys(values, "test"))]))
@@ -43,10 +43,9 @@ def job(tmp_path: Path):  # type: ignore[no-untyped-def]
         (tmp_path / "r").mkdir()
         for name, text in addresses.items():
             (tmp_path / "addresses" / name).write_text(text)
-        env = {
-            "SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "node-[1-2]", "SEEN": f"{tmp_path}/seen.json", "ROUTE": route,
-            "ADDRESSES": f"{tmp_path}/addresses", "HEAD_NODE_ADDR": node_addr, "PATH": os.environ["PATH"],
-        }  # fmt: skip
+        (tmp_path / "node_addr").write_text(node_addr)
+        (tmp_path / "route").write_text(route)
+        env = {"SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "node-[1-2]", "PATH": os.environ["PATH"]}
         done = subprocess.run(["bash"], input=script, env=env, capture_output=True, text=True)
         return json.loads((tmp_path / "seen.json").read_text()) if done.returncode == 0 else done
 

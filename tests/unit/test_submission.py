@@ -250,7 +250,7 @@ def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(
     (image.parent / "runs" / "r" / "end.json").write_text('{"exit_code": 0}')
     assert json.loads(launch("status", "r", "--json").stdout)["state"] == "COMPLETED"
     (image.parent / "runs" / "r" / "end.json").write_text(
-        '{"exit_code": 143, "slurm_state": "TIMEOUT", "signal": "TERM"}'
+        '{"exit_code": 143, "slurm": "JobState=COMPLETING Reason=TimeLimit", "signal": "TERM"}'
     )
     assert json.loads(launch("status", "r", "--json").stdout)["state"] == "TIMEOUT"
 
