@@ -240,8 +240,8 @@ def results(run: str, runs_dir: Path, as_json: bool) -> None:
     launcher results my-run --json
     """
     from launcher import control, runs
-    from launcher.results.run import row_of
     from launcher.results.rows import markdown_header, markdown_row, row_as_dict, summary_line
+    from launcher.results.run import row_of
 
     found = runs.open_run(run, runs_dir)
     state = control.states([found])[found.name]

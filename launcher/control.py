@@ -14,7 +14,7 @@ from launcher import runs
 from launcher.cluster import local, slurm
 from launcher.cluster.state import FAILED, UNKNOWN, JobState
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import filesystem_error, write_json
+from launcher.files import filesystem_error, read_json, write_json
 from launcher.runs import Run
 from launcher.spec import RunSpec
 
@@ -103,6 +103,9 @@ def state(run: Run, queue: Mapping[str, tuple[str, JobState]] | None = None) -> 
         return listed[1]
     if recorded := slurm.accounting([job_id]).get(job_id):
         return recorded
+    if (read_json(run.path / "cancelled") or {}).get("job_id") == job_id:
+        # scancel took it; a script that had come as far as its first lines would have written an end.
+        return JobState("CANCELLED", "launcher cancel")
     return JobState(UNKNOWN, "", f"Slurm no longer knows job {job_id}, and it wrote no end")
 
 
@@ -151,6 +154,7 @@ def cancel(run: Run) -> JobState:
         local.cancel(job)
     else:
         slurm.cancel(str(job["job_id"]))
+        write_json(run.path / "cancelled", {"at": time.time(), "job_id": str(job["job_id"])})
         if before.name == "PENDING":  # its script never runs, so nothing else would remove them
             (run.path / "secret.env").unlink(missing_ok=True)
     return before

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ExitStatus
+from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, User, slurm_run
 from tests.conftest import ROOT
 
@@ -44,6 +45,9 @@ class Launch:
 
     def state(self, run: str) -> str:
         return str(json.loads(self("status", run, "--json").stdout)["state"])
+
+    def job_id(self, run: str) -> str:
+        return str(json.loads(self("status", run, "--json").stdout)["job_id"])
 
     def wait_for(self, run: str, *states: str, seconds: float = 120) -> str:
         end = time.monotonic() + seconds
@@ -136,13 +140,30 @@ def test_the_script_on_disk_is_the_rendered_one(launch: Launch, idle_job: tuple[
 
 def test_cancelled_while_running(launch: Launch, idle_job: tuple[str, ...]) -> None:
     launch(*idle_job, "--name", "long")
-    launch.wait_for("long", "RUNNING")
+    run = launch.directory / "runs" / "long"
+    wait_for(
+        lambda: any("started" in path.read_text() for path in (run / "logs").glob("0000-*.log")), "its step"
+    )
     assert launch("cancel", "long").returncode == 0
     launch.wait_for("long", "CANCELLED")
-    end = json.loads((launch.directory / "runs" / "long" / "end.json").read_text())
-    assert end["exit_code"] != 0
-    (launch.directory / "runs" / "long" / "job.json").write_text('{"job_id": "999999"}')
-    assert launch.state("long") == "CANCELLED"  # from the run directory alone
+    wait_for(
+        (run / "end.json").exists, "end.json"
+    )  # Slurm may say CANCELLED before the script has written it
+    assert json.loads((run / "end.json").read_text())["signal"] == "TERM"
+    (run / "job.json").write_text('{"job_id": "999999"}')
+    (run / "cancelled").unlink()
+    assert launch.state("long") == "CANCELLED"  # known from end.json alone
+
+
+def test_cancelled_before_its_script_began(launch: Launch, idle_job: tuple[str, ...]) -> None:
+    launch(*idle_job, "--name", "short")
+    launch("cancel", "short")
+    launch.wait_for("short", "CANCELLED")
+    run, job_id = launch.directory / "runs" / "short", launch.job_id("short")
+    if not (run / "end.json").exists():
+        for name in ("job.json", "cancelled"):  # as if Slurm had forgotten the job
+            (run / name).write_text((run / name).read_text().replace(job_id, "999999"))
+    assert launch.state("short") == "CANCELLED"
 
 
 def test_waiting_for_nodes_and_cancelled_while_waiting(launch: Launch, idle_job: tuple[str, ...]) -> None:
@@ -166,9 +187,14 @@ def test_a_time_limit(launch: Launch, idle_job: tuple[str, ...]) -> None:
         pytest.skip("an operator shortens the limit, to spare the test a minute")
     launch(*idle_job, "--name", "late", "--time", "10")
     launch.wait_for("late", "RUNNING")
+    logs = launch.directory / "runs" / "late" / "logs"
+    wait_for(lambda: any("started" in path.read_text() for path in logs.glob("0000-*.log")), "its step")
     job = json.loads(launch("status", "late", "--json").stdout)["job_id"]
-    slurm_run(launch.slurm, ["scontrol", "update", f"JobId={job}", "TimeLimit=1"])
+    slurm_run(launch.slurm, ["scontrol", "update", f"JobId={job}", "EndTime=now+2seconds"])
     launch.wait_for("late", "TIMEOUT", seconds=180)
+    wait_for((logs.parent / "end.json").exists, "end.json")
+    (logs.parent / "job.json").write_text('{"job_id": "999999"}')
+    assert launch.state("late") == "TIMEOUT"  # known from end.json alone
 
 
 def test_a_node_that_fails(launch: Launch, idle_job: tuple[str, ...]) -> None:
@@ -190,7 +216,6 @@ def test_refusals_of_slurm_are_translated(launch: Launch, idle_job: tuple[str, .
         pytest.skip("another cluster has other limits")
     for arguments, said in (
         (("--partition", "nonsense"), "no such partition"),
-        (("--nodes", "9"), "no node set of this partition fits"),
         (("--gpus-per-node", "5"), "no node set of this partition fits"),
         (("--nodelist", "no-such-node"), "does not exist"),
         (("--reservation", "none"), "no such reservation"),
@@ -211,7 +236,6 @@ def test_a_container_that_cannot_start_shows_why(launch: Launch, idle_job: tuple
 
 def test_a_node_that_is_not_fit_shows_why(launch: Launch, train_image: Path) -> None:
     """The published recipe on nodes without GPUs: it stops at the check and never trains on a CPU."""
-    (launch.directory / "x").mkdir()
     launch(
         "submit", "--gpu", "gb200", "--image", train_image, "--name", "unfit", "--recipe", "debug", "--yes"
     )
@@ -219,7 +243,7 @@ def test_a_node_that_is_not_fit_shows_why(launch: Launch, train_image: Path) -> 
         pytest.skip("the nodes of this cluster may have GPUs")
     launch.wait_for("unfit", "FAILED")
     done = launch("status", "unfit")
-    assert "titan-node: FAIL" in done.stderr and "GPU" in done.stderr, done.stderr
+    assert "titan-node: FAIL" in done.stderr and "built without CUDA" in done.stderr, done.stderr
 
 
 PROBE = """#!/usr/bin/python3
