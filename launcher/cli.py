@@ -349,13 +349,13 @@ def _follow(run: Run, as_json: bool) -> None:
 
 
 def _explain_failure(run: Run) -> None:
-    from launcher.follow import error_logs
+    from launcher.follow import error_logs, last_lines
     from launcher.titan.log import first_error
 
     found = first_error(error_logs(run.logs))
-    if found:
-        path, lines = found
-        click.echo(f"  first error, in {path}:", err=True)
+    path, lines = found or last_lines(error_logs(run.logs), 5)
+    if lines:
+        click.echo(f"  {'first error' if found else 'no known error; the last lines'}, in {path}:", err=True)
         click.echo("\n".join(f"  | {line}" for line in lines), err=True)
     click.echo(f"  everything: launcher logs {_reference(run)}", err=True)
 

@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -73,6 +73,20 @@ def error_logs(log_dir: Path) -> list[Path]:
     """
     ranks = sorted(log_dir.glob("ranks/**/stderr.log"))
     return [*node_logs(log_dir).values(), *ranks, log_dir / JOB_LOG]
+
+
+def last_lines(paths: Sequence[Path], count: int) -> tuple[Path, list[str]]:
+    """The end of the first of `paths` that holds anything, for a failure whose error is not known."""
+    for path in paths:
+        try:
+            with open(path, "rb") as handle:
+                handle.seek(max(0, handle.seek(0, 2) - 8192))
+                lines = [plain_text(line)[:200] for line in handle.read().splitlines() if line.strip()]
+        except OSError:
+            continue
+        if lines:
+            return path, lines[-count:]
+    return Path(), []
 
 
 def read_records(log_dir: Path) -> dict[str, list[StepRecord]]:

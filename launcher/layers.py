@@ -100,6 +100,8 @@ def absolute(key: str, value: Any, base: Path) -> Any:
         return value
     if key in PATH_KEYS and value not in (SAMPLE, HUB):
         return os.path.normpath(base / os.path.expanduser(value))
+    if key == "job.python" and "/" in value:
+        return os.path.normpath(base / os.path.expanduser(value))
     if key in ("job.gpu", "job.recipe") and ("/" in value or value.endswith(".toml")):
         return os.path.normpath(base / os.path.expanduser(value))
     return value

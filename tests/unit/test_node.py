@@ -75,7 +75,8 @@ class Place:
 
     def start(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, str(self.run_dir / "job" / "node.py"), *(arguments or [f"{self.run_dir}/job/node.json"])],
+            # -S: without the packages of the environment that runs these tests
+            [sys.executable, "-S", str(self.run_dir / "job" / "node.py"), *(arguments or [f"{self.run_dir}/job/node.json"])],
             env={
                 "PATH": os.environ["PATH"], "PYTHONPATH": str(self.site), "HOME": str(self.run_dir),
                 "SLURMD_NODENAME": "gpu001", "TITAN_JOB_ID": f"t{os.getpid()}", "TMPDIR": str(self.run_dir.parent),
