@@ -11,26 +11,31 @@ from launcher import control
 from launcher.cluster.state import WAITING, JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.follow import Progress, follow, merged_lines
+from launcher.results.rows import json_values
+from launcher.results.run import steps_of
 from launcher.runs import Run
 
 ASK_EVERY_S = 5.0  # of the scheduler; the run directory is looked at more often
+SILENCE_S = 600.0  # a controller that restarts is back by then
 
 
 def wait_for_start(run: Run, say: Callable[[str], None] | None) -> None:
     """Returns when the run is no longer waiting; tells `say` each new reason for which it does."""
     said = ""
-    while (state := _state(run)) is None or state.name in (*WAITING, "SUBMITTING"):
+    ask = _asking(run)
+    while (state := ask()) is None or state.name in (*WAITING, "SUBMITTING"):
         text = f"{state.name} {state.reason}".strip() if state else "Slurm does not answer; trying again"
         if say and text != said:
             say(text)
             said = text
-        time.sleep(2)
+        time.sleep(ASK_EVERY_S)
 
 
 def progress_of(run: Run) -> Iterator[Progress]:
     """A snapshot for every newly logged step, until the run has ended."""
-    steps = run.spec.get("recipe", {}).get("steps", 0)
-    return follow(run.logs, steps_total=steps, is_finished=_finished(run), sleep=time.sleep, clock=time.time)
+    return follow(
+        run.logs, steps_total=steps_of(run), is_finished=_finished(run), sleep=time.sleep, clock=time.time
+    )
 
 
 def show(run: Run, stream: TextIO) -> None:
@@ -46,21 +51,40 @@ def log_lines(run: Run, until_end: bool) -> Iterator[tuple[str, str]]:
 
 
 def as_dict(progress: Progress) -> dict[str, Any]:
-    return dataclasses.asdict(progress)
+    """A snapshot as JSON values; NaN and infinity become null."""
+    return json_values(dataclasses.asdict(progress))
 
 
-def _state(run: Run) -> JobState | None:
-    """None while Slurm does not answer: a controller that restarts is no reason to stop watching."""
-    try:
-        return control.state(run)
-    except LauncherError as error:
-        if error.status is not ExitStatus.CLUSTER:
-            raise
-        return None
+def _asking(run: Run) -> Callable[[], JobState | None]:
+    """The run's state when called, or None while Slurm does not answer: a restart is no reason to stop watching.
+
+    The error is raised after SILENCE_S without an answer, and at once where waiting cannot help.
+    """
+    silent_since: float | None = None
+
+    def ask() -> JobState | None:
+        nonlocal silent_since
+        try:
+            state = control.state(run)
+        except LauncherError as error:
+            now = time.monotonic()
+            silent_since = now if silent_since is None else silent_since
+            if (
+                error.status is not ExitStatus.CLUSTER
+                or "is not installed here" in error.what
+                or now - silent_since > SILENCE_S
+            ):
+                raise
+            return None
+        silent_since = None
+        return state
+
+    return ask
 
 
 def _finished(run: Run) -> Callable[[], bool]:
     asked_at = -ASK_EVERY_S
+    ask = _asking(run)
 
     def finished() -> bool:
         nonlocal asked_at
@@ -69,7 +93,7 @@ def _finished(run: Run) -> Callable[[], bool]:
         if time.monotonic() - asked_at < ASK_EVERY_S:
             return False
         asked_at = time.monotonic()
-        state = _state(run)
+        state = ask()
         return state is not None and not state.active
 
     return finished

@@ -11,6 +11,7 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import RunOptions, run_argument, run_options, runs_dir_option
+from launcher.output import age, colour, json_line, plain, print_error, print_json, warn
 
 if TYPE_CHECKING:
     from launcher.cluster.state import JobState
@@ -61,32 +62,35 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json:
     secrets = resolve.secrets_of(spec, options.secrets, os.environ)
     resolve.check_image(spec)
     for text in resolve.warnings(spec):
-        _warn(text)
+        warn(text)
     if dry_run:
         return _print_plan(spec, as_json)
-    asking = (
-        sys.stdin.isatty() and sys.stdout.isatty() and not (yes or as_json or spec.job.scheduler == "local")
-    )
+    quiet = yes or as_json or spec.job.scheduler == "local"
+    asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if asking and not click.confirm(f"Submit {_describe(spec)}?", default=True):
         raise click.Abort
 
     from launcher import control
 
-    run = control.submit(spec, secrets)
-    job_id = (run.job or {}).get("job_id", "")
-    if as_json:
-        _json({"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler})
-    else:
-        where = "process" if spec.job.scheduler == "local" else "Slurm job"
-        click.echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
-        click.echo(f"  follow it:  launcher watch {_reference(run)}")
+    def submitted(run: Run, job_id: str) -> None:
+        if as_json:
+            json_line(
+                {"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler}
+            )
+        else:
+            where = "process" if spec.job.scheduler == "local" else "Slurm job"
+            click.echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
+            click.echo(f"  follow it:  launcher watch {_reference(run)}")
+
+    run = control.submit(spec, secrets, submitted)
     if follow:
-        _follow(run, as_json=False)
+        _follow(run, as_json)
 
 
 @launcher.command()
 @run_options
-def render(options: RunOptions) -> None:
+@as_json
+def render(options: RunOptions, as_json: bool) -> None:
     """Print the job script, and nothing else. Image and data need not exist.
 
     \b
@@ -94,7 +98,11 @@ def render(options: RunOptions) -> None:
     """
     from launcher.render import render as render_script
 
-    click.echo(render_script(_spec(options)), nl=False)
+    script = render_script(_spec(options))
+    if as_json:
+        print_json({"script": script})
+    else:
+        click.echo(script, nl=False)
 
 
 @launcher.group()
@@ -114,12 +122,12 @@ def config_show(options: RunOptions, as_json: bool) -> None:
     spec = _spec(options)
     rows = [(key, value, spec.origin.get(key, "default")) for key, value in spec.values().items()]
     if as_json:
-        _json({key: {"value": value, "origin": origin} for key, value, origin in rows})
+        print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
         return
     width = max(len(key) for key, _, _ in rows)
     for key, value, origin in rows:
         text = str(list(value) if isinstance(value, tuple) else value if value != "" else '""')
-        click.echo(f"{key:{width}}  {text}  {click.style(f'({origin})', dim=True)}", color=_colour())
+        click.echo(f"{key:{width}}  {text}  {click.style(f'({origin})', dim=True)}", color=colour())
 
 
 @launcher.command("list")
@@ -131,21 +139,23 @@ def list_(runs_dir: Path, as_json: bool) -> None:
 
     found = runs.all_runs(runs_dir)
     states = control.states(found)
-    rows = [_summary(run, states[run.name]) for run in found]
+    rows = [_summary(run, states[run.name]) | {"reason": states[run.name].reason} for run in found]
     if as_json:
-        _json(rows)
+        print_json(rows)
     elif not rows:
         click.echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
     else:
         width = max(len(row["run"]) for row in rows)
         for row in rows:
-            size = f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}"
+            size = plain(f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}")
             state = click.style(f"{row['state']:<13}", fg=_STATE_COLOURS.get(row["state"]))
             click.echo(
-                f"{row['run']:{width}}  {state}  {row['job_id']:>9}  {size:<14}  {row['recipe']:<14}  "
-                f"{_age(row['age_s'])}",
-                color=_colour(),
+                f"{plain(row['run']):{width}}  {state}  {row['job_id']:>9}  {size:<14}  {plain(row['recipe']):<14}  "
+                f"{age(row['age_s'])}",
+                color=colour(),
             )
+        for reason in sorted({row["reason"] for row in rows if row["state"] == "UNKNOWN" and row["reason"]}):
+            click.echo(f"UNKNOWN: {plain(reason)}", err=True)
 
 
 @launcher.command()
@@ -163,11 +173,11 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
     state = control.state(found)
     row = _summary(found, state)
     if as_json:
-        _json(row | {"source": state.source, "reason": state.reason, "exit_code": state.exit_code})
+        print_json(row | {"source": state.source, "reason": state.reason, "exit_code": state.exit_code})
     else:
         detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
-        click.echo(f"{found.name}: {state.name}" + (f" ({detail})" if detail else ""))
-        click.echo(f"  job {row['job_id'] or 'none'}, submitted {_age(row['age_s'])} ago, {found.path}")
+        click.echo(plain(f"{found.name}: {state.name}" + (f" ({detail})" if detail else "")))
+        click.echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
         if state.failed:
             _explain_failure(found)
         elif not state.known:
@@ -205,9 +215,9 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
     found = runs.open_run(run, runs_dir)
     for node, line in attach.log_lines(found, follow):
         if as_json:
-            _json_line({"node": node, "line": line})
+            json_line({"node": node, "line": line})
         else:
-            click.echo(f"{click.style(node, fg='cyan')}: {line}", color=_colour())
+            click.echo(f"{click.style(node, fg='cyan')}: {line}", color=colour())
 
 
 @launcher.command()
@@ -219,13 +229,15 @@ def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
     from launcher import control, runs
 
     found = runs.open_run(run, runs_dir)
-    before = control.cancel(found)
+    before, cancelled = control.cancel(found)
     if as_json:
-        _json({"run": found.name, "was": before.name, "cancelled": before.active or not before.known})
-    elif before.known and not before.active:
+        print_json({"run": found.name, "was": before.name, "cancelled": cancelled})
+    elif cancelled:
+        click.echo(f"{found.name}: cancelled (was {before.name})")
+    elif before.known:
         click.echo(f"{found.name}: already ended: {before.name}")
     else:
-        click.echo(f"{found.name}: cancelled (was {before.name})")
+        click.echo(f"{found.name}: nothing to cancel: {before.reason}")
 
 
 @launcher.command()
@@ -253,7 +265,7 @@ def results(run: str, runs_dir: Path, as_json: bool) -> None:
             status=ExitStatus.NO_DATA,
         )
     if as_json:
-        _json({"run": found.name, "state": state.name} | row_as_dict(row))
+        print_json({"run": found.name, "state": state.name} | row_as_dict(row))
     else:
         click.echo(f"{markdown_header()}\n{markdown_row(row)}\n\n{summary_line(row)}")
 
@@ -275,7 +287,7 @@ def version(as_json: bool) -> None:
         except PackageNotFoundError:
             found[package] = "not installed"
     if as_json:
-        _json(found)
+        print_json(found)
     else:
         click.echo("\n".join(f"{name} {number}" for name, number in found.items()))
 
@@ -309,7 +321,7 @@ def _print_plan(spec: RunSpec, as_json: bool) -> None:
 
     script, commands = render_script(spec), preview(node_config(spec), spec.job.python)
     if as_json:
-        _json({"run_dir": spec.run_dir, "script": script, "torchrun": commands})
+        print_json({"run_dir": spec.run_dir, "script": script, "torchrun": commands})
         return
     click.echo(script, nl=False)
     for era, command in commands.items():
@@ -329,7 +341,7 @@ def _follow(run: Run, as_json: bool) -> None:
         )
         if as_json:
             for snapshot in attach.progress_of(run):
-                _json_line(attach.as_dict(snapshot))
+                json_line(attach.as_dict(snapshot))
         else:
             attach.show(run, sys.stdout)
     except KeyboardInterrupt:
@@ -338,9 +350,9 @@ def _follow(run: Run, as_json: bool) -> None:
     state = control.state(run)
     row = row_of(run, state)
     if as_json:
-        _json_line({"run": run.name, "state": state.name, "result": row_as_dict(row) if row else None})
+        json_line({"run": run.name, "state": state.name, "result": row_as_dict(row) if row else None})
     else:
-        click.echo(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else ""))
+        click.echo(plain(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else "")))
         if row:
             click.echo(f"\n{markdown_row(row)}\n{summary_line(row)}")
         if state.failed:
@@ -368,10 +380,10 @@ def _summary(run: Run, state: JobState) -> dict[str, Any]:
         "run": run.name,
         "state": state.name,
         "job_id": str((run.job or {}).get("job_id", "")),
-        "gpu": spec.get("gpu", "?"),
+        "gpu": str(spec.get("gpu", "?")),
         "nodes": spec.get("nodes", 0),
         "gpus_per_node": spec.get("gpus_per_node", 0),
-        "recipe": spec.get("recipe", {}).get("name", "?"),
+        "recipe": str(spec.get("recipe", {}).get("name", "?")),
         "run_dir": str(run.path),
         "age_s": round(runs.age_s(run)),
     }
@@ -383,13 +395,6 @@ def _reference(run: Run) -> str:
     return run.name if run.path.parent == Path(default).resolve() else str(run.path)
 
 
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{int(seconds)} s"
-
-
 def _exit_for(state: JobState) -> None:
     if state.failed:
         sys.exit(ExitStatus.JOB_FAILED)
@@ -397,41 +402,12 @@ def _exit_for(state: JobState) -> None:
         sys.exit(ExitStatus.JOB_UNKNOWN)
 
 
-def _colour() -> bool | None:
-    """None lets click decide by the terminal."""
-    return False if os.environ.get("NO_COLOR") else None
-
-
-def _json(value: Any) -> None:
-    import json
-
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _json_line(value: Any) -> None:
-    import json
-
-    click.echo(json.dumps(value, ensure_ascii=False))
-
-
-def _warn(text: str) -> None:
-    click.echo(f"{click.style('warning:', fg='yellow')} {text}", err=True, color=_colour())
-
-
-def _print_error(error: LauncherError) -> None:
-    click.echo(f"{click.style('error:', fg='red')} {error.what}", err=True, color=_colour())
-    if error.original:
-        click.echo("\n".join(f"  | {line}" for line in error.original.splitlines()), err=True)
-    if error.fix:
-        click.echo(f"  {click.style('try:', fg='green')} {error.fix}", err=True, color=_colour())
-
-
 def main() -> None:
     """Entry point of the console script: errors become messages and exit codes."""
     try:
         launcher.main(prog_name="launcher", standalone_mode=False)
     except LauncherError as error:
-        _print_error(error)
+        print_error(error)
         sys.exit(error.status)
     except click.Abort:
         click.echo("interrupted", err=True)
@@ -442,5 +418,15 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
     except BrokenPipeError:  # `launcher logs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         sys.exit(ExitStatus.OK)
+    except OSError as error:  # the output's own device, or a directory that went away under our feet
+        _discard_stdout()
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        sys.exit(ExitStatus.FILESYSTEM)
+
+
+def _discard_stdout() -> None:
+    """Otherwise Python complains once more, at its end, about what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,60 +6,84 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from launcher import runs
 from launcher.cluster import local, slurm
-from launcher.cluster.state import FAILED, UNKNOWN, JobState
+from launcher.cluster.state import FAILED, UNKNOWN, WAITING, JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.files import filesystem_error, read_json, write_json
 from launcher.runs import Run
 from launcher.spec import RunSpec
 
 
-def submit(spec: RunSpec, secrets: Mapping[str, str]) -> Run:
+def submit(spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, str], None]) -> Run:
     """Creates the run directory and submits it; afterwards either both exist or, when refused, neither.
 
-    Ctrl-C waits until the job's id is on disk. If this program is killed in between, the directory stays with
-    intent.json alone, and `job_of` finds the job again by its name.
+    `submitted` is called with the run and its job id as soon as that is on disk; Ctrl-C waits until then. If this
+    program is killed before, the directory stays with intent.json alone, and `job_of` finds the job by its name.
     """
     with _signals_deferred():
-        run = runs.create(spec, secrets, time.time())
-        script = run.path / "job.sbatch"
-        with _submission_lock(run, wait=True) as lock_fd:
-            try:
-                local_job = spec.job.scheduler == "local"
-                job = local.submit(script) if local_job else {"job_id": slurm.submit(script, lock_fd)}
-            except slurm.Unsure as error:
-                job = _after_doubt(run, error)
-            except BaseException:
-                runs.discard(run)
-                raise
-            runs.record_job(run, job)
+        run, lock_fd = runs.create(spec, secrets, time.time())
+        try:
+            job = _start(run, lock_fd)
+        except InDoubt:
+            raise
+        except BaseException:
+            runs.discard(run)
+            raise
+        finally:
+            os.close(lock_fd)  # not LOCK_UN: that would release sbatch's share of the lock too
+        submitted(run, str(job["job_id"]))
     return run
 
 
-def _after_doubt(run: Run, error: slurm.Unsure) -> dict[str, Any]:
+class InDoubt(LauncherError):
+    """There may be a job: the run directory stays."""
+
+
+def _start(run: Run, lock_fd: int) -> dict[str, Any]:
+    """Hands the script over and notes the job. Raises InDoubt, or whatever says that nothing was submitted."""
+    script = run.path / "job.sbatch"
     try:
-        if job_id := _find_in_slurm(run):
-            return {"job_id": job_id}
-    except LauncherError:
-        pass  # the controller is still silent: what the user needs to read is the first error
-    raise LauncherError(
-        f"{error.what}: Slurm may or may not have the job of {run.name}",
-        f"launcher status {run.name} looks for it; launcher cancel {run.name} makes sure that it never runs",
-        status=ExitStatus.CLUSTER,
-        original=error.original,
-    )
+        job = local.submit(script) if run.is_local else {"job_id": slurm.submit(script, lock_fd)}
+    except (slurm.Unsure, slurm.Refused) as error:
+        if isinstance(error, slurm.Refused) and error.is_certain:
+            raise
+        try:
+            job_id = _find_in_slurm(run)
+        except LauncherError:
+            job_id = None  # the controller is still silent: what the user needs to read is the first error
+        else:
+            if job_id is None and isinstance(error, slurm.Refused):
+                raise
+        if job_id is None:
+            raise InDoubt(
+                f"{error.what}: Slurm may or may not have the job of {run.name}",
+                f"launcher status {run.name} looks for it; launcher cancel {run.name} makes sure that it never runs",
+                status=ExitStatus.CLUSTER,
+                original=error.original,
+            ) from error
+        job = {"job_id": job_id}
+    try:
+        runs.record_job(run, job)
+    except LauncherError as error:
+        raise InDoubt(
+            f"submitted as job {job['job_id']}, but {error.what}",
+            f"launcher status {run.name}; do not submit it again",
+            status=error.status,
+        ) from error
+    return job
 
 
 def job_of(run: Run) -> dict[str, Any] | None:
     """The run's job: from job.json, else found again by the claim in the run directory or by its name in Slurm."""
     if job := run.job:
         return job
-    if (run.intent or {}).get("scheduler") == "local":
+    if run.is_local:
         job = local.find(run.path / "job.sbatch", run.claimed_by)
     elif job_id := (run.claimed_by if run.claimed_by.isdigit() else _find_in_slurm(run)):
         job = {"job_id": job_id}
@@ -74,34 +98,65 @@ def _find_in_slurm(run: Run) -> str | None:
     return str(max(ids)) if ids else None
 
 
-def state(run: Run, queue: Mapping[str, tuple[str, JobState]] | None = None) -> JobState:
+def _ours(run: Run, listed: slurm.Listed, job_id: str) -> JobState | None:
+    """The state of the run's job; None when Slurm has no such job or has given its number to another one."""
+    name, found = listed.get(job_id, ("", None))
+    return found if name == (run.intent or {}).get("job_name") else None
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What Slurm said of many jobs at once, so that a list of runs costs two commands and not two per run."""
+
+    queue: slurm.Listed
+    accounting: slurm.Listed
+
+
+def state(run: Run, known: Slurm | None = None) -> JobState:
     """How the run stands: the end that its script wrote, then squeue, then sacct; nothing found is UNKNOWN.
 
-    `queue` spares a call of squeue where many runs are asked for. Raises LauncherError when Slurm is needed and
-    does not answer.
+    Raises LauncherError when Slurm is needed and does not answer.
     """
+    found = _state(run, known)
+    if found.known and not found.active:
+        with suppress(OSError):  # a script that was killed could not remove it
+            (run.path / "secret.env").unlink(missing_ok=True)
+    return found
+
+
+def _state(run: Run, known: Slurm | None) -> JobState:
     if end := run.end:
         return _ended(run, end)
-    if (run.path / "cancelled").exists() and not run.job and not run.claimed_by:
+    if run.is_copy:
+        return JobState(
+            UNKNOWN, "", "a copy of another run directory, or moved: its job is told where it was made"
+        )
+    cancelled = (run.path / "cancelled").exists()
+    if cancelled and not run.job and not run.claimed_by and (run.path / "claim").is_dir():
         return JobState("CANCELLED", "run directory", "before it was submitted")
     if _is_submitting(run):
         return JobState("SUBMITTING", "run directory")
     job = job_of(run)
     if job is None:
         return JobState(UNKNOWN, "", "its submission was cut off, and no job of its name is known")
-    if (run.intent or {}).get("scheduler") == "local":
+    if run.is_local:
         found = local.state(job)
-        # The script may have ended between the two looks.
-        return _ended(run, end) if not found.known and (end := run.end) else found
-    job_id = str(job.get("job_id", ""))
-    listed = (slurm.queue() if queue is None else queue).get(job_id)
-    if listed and listed[1].known and listed[1].name != "COMPLETED":
-        return listed[1]
+        if not found.known and (end := run.end):  # the script may have ended between the two looks
+            return _ended(run, end)
+        if found.reason == local.GONE and cancelled:
+            return JobState("CANCELLED", "launcher cancel")
+        return found
+    job_id = str(job["job_id"])
+    listed = _ours(run, slurm.queue() if known is None else known.queue, job_id)
+    if known is None and listed is None:
+        listed = _ours(run, slurm.job(job_id), job_id)  # somebody else's run
+    if listed and listed.name != "COMPLETED":
+        return listed
     if end := run.end:
         return _ended(run, end)
-    if listed and listed[1].known:  # COMPLETED; the marker may be late on a network file system
-        return listed[1]
-    if recorded := slurm.accounting([job_id]).get(job_id):
+    if listed:  # COMPLETED; the marker may be late on a network file system
+        return listed
+    if recorded := _ours(run, slurm.accounting([job_id]) if known is None else known.accounting, job_id):
         return recorded
     if (read_json(run.path / "cancelled") or {}).get("job_id") == job_id:
         # scancel took it; a script that had come as far as its first lines would have written an end.
@@ -112,7 +167,7 @@ def state(run: Run, queue: Mapping[str, tuple[str, JobState]] | None = None) -> 
 def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
     """The state that the script's EXIT trap wrote."""
     code = end.get("exit_code")
-    if not isinstance(code, int):
+    if type(code) is not int:
         return JobState(UNKNOWN, "end.json", "end.json is damaged")
     if code == 0:
         return JobState("COMPLETED", "end.json", exit_code=0)
@@ -134,74 +189,86 @@ def _why_terminated(run: Run, slurm_said: str) -> str:
     return "CANCELLED" if (run.path / "cancelled").exists() else ""
 
 
-def cancel(run: Run) -> JobState:
-    """Cancels the run and returns the state it had. One that was cut off before Slurm answered can never start."""
+def cancel(run: Run) -> tuple[JobState, bool]:
+    """The state that the run had, and whether it was cancelled: a job that Slurm does not know cannot be.
+
+    A run that was cut off before Slurm answered can never start afterwards.
+    """
     before = state(run)
-    if before.known and not before.active:
-        return before
-    write_json(run.path / "cancelled", {"at": time.time()})
-    with _submission_lock(run, wait=True):
+    if (before.known and not before.active) or run.is_copy:
+        return before, False
+    with _submission_lock(run):
         job = job_of(run)
     if job is None:
-        if (run.intent or {}).get("scheduler") == "slurm":
+        if not run.is_local:
             try:  # the script gives up where the claim is taken, should Slurm still have it
                 (run.path / "claim").mkdir()
             except FileExistsError:
-                return cancel(run) if job_of(run) else before
+                return cancel(run) if job_of(run) else (before, False)
+        write_json(run.path / "cancelled", {"at": time.time()})
         (run.path / "secret.env").unlink(missing_ok=True)
-        return before
-    if (run.intent or {}).get("scheduler") == "local":
+        return before, True
+    if run.is_local:
+        write_json(run.path / "cancelled", {"at": time.time()})
         local.cancel(job)
-    else:
-        slurm.cancel(str(job["job_id"]))
-        write_json(run.path / "cancelled", {"at": time.time(), "job_id": str(job["job_id"])})
-        if before.name == "PENDING":  # its script never runs, so nothing else would remove them
-            (run.path / "secret.env").unlink(missing_ok=True)
-    return before
+        return before, before.active
+    job_id = str(job["job_id"])
+    if not _ours(run, slurm.job(job_id), job_id):
+        return before, False
+    slurm.cancel(job_id)
+    write_json(run.path / "cancelled", {"at": time.time(), "job_id": job_id})
+    if before.name in WAITING:  # its script never runs, so nothing else would remove them
+        (run.path / "secret.env").unlink(missing_ok=True)
+    return before, True
 
 
 def states(all_runs: Sequence[Run]) -> dict[str, JobState]:
-    """State by run name, with one squeue call for all; without Slurm's answer, those that need it are UNKNOWN."""
-    queue: Mapping[str, tuple[str, JobState]] | None = None
-    found = {}
-    silent = ""
-    for run in all_runs:
-        needs_slurm = run.end is None and (run.intent or {}).get("scheduler") == "slurm"
-        if needs_slurm and queue is None and not silent:
-            try:
-                queue = slurm.queue()
-            except LauncherError as error:
-                silent = error.what
-        if needs_slurm and silent:
-            found[run.name] = JobState(UNKNOWN, "", silent)
-        else:
-            found[run.name] = state(run, queue)
-    return found
+    """State by run name, at the price of one squeue and one sacct; without an answer of Slurm's, UNKNOWN."""
+    asking = {run.name for run in all_runs if run.end is None and not run.is_local}
+    known, silent = Slurm({}, {}), ""
+    if asking:
+        try:
+            queue = slurm.queue()
+            gone = [str(job["job_id"]) for run in all_runs if run.name in asking and (job := run.job)]
+            gone = [job_id for job_id in gone if job_id not in queue]
+            known = Slurm(queue, slurm.accounting(gone) if gone else {})
+        except LauncherError as error:
+            silent = error.what
+    return {
+        run.name: JobState(UNKNOWN, "", silent) if silent and run.name in asking else state(run, known)
+        for run in all_runs
+    }
 
 
 @contextmanager
-def _submission_lock(run: Run, wait: bool) -> Iterator[int]:
-    """Held from the intention to the job's id, and by sbatch itself for as long as it lives."""
-    path = run.path / "submit.lock"
+def _submission_lock(run: Run) -> Iterator[None]:
+    """Waits until nobody, not even a left-over sbatch, is submitting the run, and keeps it so."""
+    path = run.path / runs.LOCK
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise filesystem_error(path, error) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        os.close(descriptor)  # not LOCK_UN: that would release sbatch's share of the lock too
+        os.close(descriptor)
 
 
 def _is_submitting(run: Run) -> bool:
-    if run.job or not os.access(run.path, os.W_OK):
+    if run.job:
         return False
     try:
-        with _submission_lock(run, wait=False):
-            return False
+        descriptor = os.open(run.path / runs.LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
     except BlockingIOError:
         return True
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class ExitStatus(IntEnum):
     JOB_FAILED = 8  # the job ended in failure
     JOB_UNKNOWN = 9  # nothing knows how the job ended
     NO_DATA = 10  # the run has not logged a step yet
-    INTERRUPTED = 130  # Ctrl-C before anything was submitted, or while following (the job goes on)
+    INTERRUPTED = 130  # Ctrl-C; what was submitted before is printed, and goes on
 
 
 class LauncherError(Exception):

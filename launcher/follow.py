@@ -6,9 +6,14 @@ Time and sleeping are the caller's, and no state is kept beside what one run of 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import heapq
 import math
+import os
 import re
+import resource
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import BinaryIO
 
+from launcher.errors import ExitStatus, LauncherError
 from launcher.results.rows import peak_of
 from launcher.titan.log import (
     LINE_BYTES,
@@ -32,6 +38,8 @@ _NODE_LOG = re.compile(r"[0-9]{4,}-([\w.-]+)\.log")
 # A poll that finds more than this many new steps (attaching to a long run) skips the oldest of them.
 _CATCH_UP = 256
 _RECENT = 8
+_SPARE_FILES = 64  # descriptors beside the logs': the terminal, Python's own, Slurm's commands
+_HELD_BYTES = 1 << 14  # of one log, while more logs are merged than may be open
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +67,44 @@ class Progress:
 
 
 def node_logs(log_dir: Path) -> dict[str, Path]:
-    """The log of each node by its name, in the job's order; a name that occurs twice keeps its number."""
-    found = {path: match[1] for path in log_dir.glob("*-*.log") if (match := _NODE_LOG.fullmatch(path.name))}
+    """The log of each node by its name, in the job's order; a name that occurs twice keeps its number.
+
+    Raises LauncherError when the directory cannot be read; one that doesn't exist yet has no logs.
+    """
+    found = {path: match[1] for path in _files(log_dir) if (match := _NODE_LOG.fullmatch(path.name))}
     names = list(found.values())
     ordered = sorted(found, key=lambda path: (int(path.name.split("-")[0]), path.name))
     return {found[path] if names.count(found[path]) == 1 else path.stem: path for path in ordered}
+
+
+def _files(log_dir: Path) -> list[Path]:
+    """The regular files in a directory: nothing else is a log, and opening a FIFO would wait for a writer."""
+    with _reading(log_dir):
+        try:
+            with os.scandir(log_dir) as entries:
+                return [log_dir / entry.name for entry in entries if _is_file(entry)]
+        except FileNotFoundError:
+            return []
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        return error.errno != errno.ELOOP  # anything else is told by the attempt to open it
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what the operating system says of `path` into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise LauncherError(
+            f"cannot read {path}: {error.strerror or error}",
+            f"ls -ld {shlex.quote(str(path))}",
+            status=ExitStatus.FILESYSTEM,
+        ) from error
 
 
 def error_logs(log_dir: Path) -> list[Path]:
@@ -71,7 +112,8 @@ def error_logs(log_dir: Path) -> list[Path]:
 
     A node's log shows one of its ranks. What the others wrote is in the files that torchrun keeps per rank.
     """
-    ranks = sorted(log_dir.glob("ranks/**/stderr.log"))
+    with _reading(log_dir):
+        ranks = sorted(log_dir.glob("ranks/**/stderr.log"))
     return [*node_logs(log_dir).values(), *ranks, log_dir / JOB_LOG]
 
 
@@ -79,7 +121,9 @@ def last_lines(paths: Sequence[Path], count: int) -> tuple[Path, list[str]]:
     """The end of the first of `paths` that holds anything, for a failure whose error is not known."""
     for path in paths:
         try:
-            with open(path, "rb") as handle:
+            if (handle := open_log(path)) is None:
+                continue
+            with handle:
                 handle.seek(max(0, handle.seek(0, 2) - 8192))
                 lines = [plain_text(line)[:200] for line in handle.read().splitlines() if line.strip()]
         except OSError:
@@ -91,7 +135,11 @@ def last_lines(paths: Sequence[Path], count: int) -> tuple[Path, list[str]]:
 
 def read_records(log_dir: Path) -> dict[str, list[StepRecord]]:
     """Every step record of a run by node, for `launcher.results.rows.summarise`."""
-    return {node: list(LogReader(path).read()) for node, path in node_logs(log_dir).items()}
+    found = {}
+    for node, path in node_logs(log_dir).items():
+        with _reading(path):
+            found[node] = list(LogReader(path).read())
+    return found
 
 
 @dataclass
@@ -148,9 +196,10 @@ def follow(
         logs = node_logs(log_dir)
         for path in logs.values():
             node = nodes.setdefault(path, _Node(LogReader(path)))
-            for record in node.reader.read():
-                node.count += 1
-                node.fresh.append(record)
+            with _reading(path):
+                for record in node.reader.read():
+                    node.count += 1
+                    node.fresh.append(record)
         named = {name: nodes[path] for name, path in logs.items()}
         for record in _advance(list(named.values()), lead):
             lead = record
@@ -223,7 +272,9 @@ def merged_lines(
     lines come as they are seen to arrive, until `is_finished`. Memory doesn't grow with the logs.
     """
     if not follow:
-        streams = [_timed(index, *log) for index, log in enumerate(_all_logs(log_dir))]
+        logs = _all_logs(log_dir)
+        hold = _may_open(len(logs))
+        streams = [_timed(index, *log, hold=hold) for index, log in enumerate(logs)]
         for _, _, _, name, text in heapq.merge(*streams):
             yield name, text
         return
@@ -241,39 +292,72 @@ def merged_lines(
 def _bounded_lines(handle: BinaryIO) -> Iterator[bytes]:
     """The lines of a file without their ends, each cut after LINE_BYTES, so that memory stays bounded."""
     while line := handle.readline(LINE_BYTES):
+        rest = line
+        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
+            rest = handle.readline(LINE_BYTES)
         yield line.rstrip(b"\n")
-        while len(line) == LINE_BYTES and not line.endswith(b"\n"):
-            line = handle.readline(LINE_BYTES)
 
 
 def _all_logs(log_dir: Path) -> list[tuple[str, Path]]:
-    job = log_dir / JOB_LOG
-    return [("job", job)] * job.exists() + list(node_logs(log_dir).items())
+    job = [("job", path) for path in _files(log_dir) if path.name == JOB_LOG]
+    return job + list(node_logs(log_dir).items())
 
 
-def _timed(index: int, name: str, path: Path) -> Iterator[tuple[float, int, int, str, str]]:
+def _may_open(count: int) -> bool:
+    """Whether so many files can be open at once, after asking for all that the system grants this process."""
+    wanted = count + _SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # then it stays as it is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft == resource.RLIM_INFINITY or soft >= wanted
+
+
+def _lines_of(path: Path, hold: bool) -> Iterator[bytes]:
+    """The lines of a log. Without `hold` the file is open only while a handful of them is read."""
+    offset = 0
+    while True:
+        lines: list[bytes] = []
+        with _reading(path):
+            if (handle := open_log(path)) is None:
+                return
+            with handle:
+                handle.seek(offset)
+                for line in _bounded_lines(handle):
+                    if hold:
+                        yield line
+                        continue
+                    lines.append(line)
+                    if handle.tell() - offset >= _HELD_BYTES:
+                        break
+                offset = handle.tell()
+        if not lines:
+            return
+        yield from lines
+
+
+def _timed(index: int, name: str, path: Path, hold: bool) -> Iterator[tuple[float, int, int, str, str]]:
     moment = -math.inf
-    if (handle := open_log(path)) is None:
-        return
-    with handle:
-        for number, line in enumerate(_bounded_lines(handle)):
-            # Never backwards: a merge needs sorted streams, and a file's own order is the truth about it.
-            moment = max(moment, line_time(line[:512]) or -math.inf)
-            yield moment, index, number, name, plain_text(line)
+    for number, line in enumerate(_lines_of(path, hold)):
+        # Never backwards: a merge needs sorted streams, and a file's own order is the truth about it.
+        moment = max(moment, line_time(line[:512]) or -math.inf)
+        yield moment, index, number, name, plain_text(line)
 
 
 def _new_lines(path: Path, offsets: dict[Path, int], *, to_the_end: bool) -> Iterator[str]:
     """Whole lines past the remembered offset; an unfinished last line waits, unless nothing can follow it."""
-    if (handle := open_log(path)) is None:
-        return
-    with handle:
-        offset = offsets.get(path, 0)
-        if handle.seek(0, 2) < offset:
-            offset = 0
-        handle.seek(offset)
-        while line := handle.readline(LINE_BYTES):
-            if not (line.endswith(b"\n") or len(line) == LINE_BYTES or to_the_end):
-                return
-            offset += len(line)
-            offsets[path] = offset
-            yield plain_text(line)
+    with _reading(path):
+        if (handle := open_log(path)) is None:
+            return
+        with handle:
+            offset = offsets.get(path, 0)
+            if handle.seek(0, 2) < offset:
+                offset = 0
+            handle.seek(offset)
+            while line := handle.readline(LINE_BYTES):
+                if not (line.endswith(b"\n") or len(line) == LINE_BYTES or to_the_end):
+                    return
+                offset += len(line)
+                offsets[path] = offset
+                yield plain_text(line)

@@ -1,8 +1,7 @@
-"""Reading TOML layers and merging them: defaults < profile < recipe < user file < options.
+"""Reading TOML layers and merging them: defaults < profile < recipe < SBATCH_* < user file < options.
 
 A layer is a flat mapping of dotted keys ("job.nodes") to values. Every layer may set any key of `[job]`,
-`[profile]`, `[recipe]`, `[env]` and `[titan]`; a recipe may also hold `[gpu.NAME.SECTION]` tables, which apply
-to that profile alone. A run directory's run.toml is a complete layer: it says `run = 1` and replaces the first
+`[profile]`, `[recipe]`, `[env]` and `[titan]`, and hold `[gpu.NAME.SECTION]` tables, which apply to that GPU alone. A run directory's run.toml is a complete layer: it says `run = 1` and replaces the first
 three.
 """
 
@@ -83,6 +82,11 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     if not isinstance(per_gpu, dict):
         raise LauncherError(f"{path}: gpu must be tables", "[gpu.gb200.recipe]")
     for name, sections in per_gpu.items():
+        if name not in (known := {*names_of("profiles"), gpu}):
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            raise LauncherError(
+                f"{path}: there is no profile {name[:80]!r}", f"[gpu.{(near or ['gb200'])[0]}.recipe]"
+            )
         if not isinstance(sections, dict):
             raise LauncherError(f"{path}: gpu.{name} must be a table", f"[gpu.{name}.recipe]")
         extra = _flatten(path, sections)
@@ -179,6 +183,8 @@ def _parse(path: Path) -> dict[str, Any]:
         raise LauncherError(
             f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=status
         ) from error
+    except RecursionError as error:
+        raise LauncherError(f"{path}: TOML nested too deeply") from error
     except UnicodeDecodeError as error:
         raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:
@@ -188,6 +194,8 @@ def _parse(path: Path) -> dict[str, Any]:
         lines = text.splitlines()
         shown = lines[int(at[1]) - 1][:200] if at and int(at[1]) <= len(lines) else ""
         raise LauncherError(f"{place}: TOML syntax: {reason}", "correct that line", original=shown) from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise LauncherError(f"{path}: {error}") from error
 
 
 def _flatten(path: Path, tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,4 +245,6 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(_toml(item) for item in value)}]"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value, ensure_ascii=False)  # JSON strings, numbers and booleans are TOML too
+    return json.dumps(value, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # JSON strings, numbers and booleans are TOML too

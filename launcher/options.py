@@ -71,14 +71,19 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
 
     Raises click.BadParameter for an --env or --set of the wrong form.
     """
-    from launcher.layers import absolute
+    from launcher.errors import LauncherError
+    from launcher.layers import FIELDS, absolute, unknown_key
     from launcher.spec import SECRET_NAME
 
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        raise LauncherError("the working directory no longer exists", "cd to one that does") from None
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, key in KEYS.items():
         if given[name] not in (None, (), ""):
-            values[key] = absolute(key, given[name], Path.cwd())
+            values[key] = absolute(key, given[name], here)
             origin[key] = f"option --{name.replace('_', '-')}"
         elif given[name] == "":
             raise click.BadParameter("must not be empty", param_hint=f"--{name.replace('_', '-')}")
@@ -99,8 +104,25 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise click.BadParameter(f"{text[:80]!r} is not KEY=VALUE", param_hint="--set")
-        values[f"titan.{key}"], origin[f"titan.{key}"] = value, "option --set"
+        if key.startswith(("recipe.", "profile.")):
+            if key not in FIELDS:
+                raise unknown_key(key, "--set")
+            values[key] = _toml_value(value)
+        else:
+            key = f"titan.{key}"
+            values[key] = value
+        origin[key] = "option --set"
     return RunOptions(values, origin, tuple(secret_names), secrets, given["config"], given["run_file"])
+
+
+def _toml_value(text: str) -> Any:
+    """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def _names(kind: str) -> Callable[..., list[str]]:
@@ -156,7 +178,8 @@ OPTIONS = (
     click.option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
     click.option("--env", multiple=True, metavar="NAME[=VALUE]",
                  help="Environment of the job; without a value, or with a secret's name, kept out of every script."),
-    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting of torchtitan's."),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", 
+                 help="Any setting of torchtitan's, or a key of ours that begins with recipe. or profile."),
     click.option("--name", metavar="NAME", help="Name of the run.  [default: recipe, profile, nodes, time]"),
     click.option("--runs-dir", metavar="DIR", envvar="LAUNCHER_RUNS_DIR", show_envvar=True,
                  help="Where the run directory is made; every node must see it.  [default: runs]"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.cluster import slurm
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, find, merge, names_of, read_layer
-from launcher.spec import RunSpec, validate
+from launcher.spec import CONTROL, RunSpec, validate
 
 SQUASHFS_MAGIC = b"hsqs"  # little-endian superblock, squashfs 4.0
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
@@ -35,14 +35,23 @@ def resolve(
     else:
         gpu, gpu_origin = _chosen_gpu(chosen, options, user)
         recipe = str(chosen.get("job.recipe", "llama3-8b"))
+        profile = read_layer(find("profiles", gpu), f"profile {gpu}")
+        kind = str(profile.values.get("profile.gpu", gpu)).lower()
         layers = [
             _machine(chosen, gpu, gpu_origin),
-            read_layer(find("profiles", gpu), f"profile {gpu}"),
-            read_layer(find("recipes", recipe), f"recipe {recipe}", gpu),
+            profile,
+            read_layer(find("recipes", recipe), f"recipe {recipe}", kind),
             _environment(environ),
-            user,
+            _user_layer(config, environ, kind),
             options,
         ]
+        if (
+            chosen.get("job.scheduler") == "local"
+        ):  # a file of defaults for the cluster does not speak of this machine
+            layers = [_without(layer, ("job.image", "job.nodes", "job.runtime")) for layer in layers[:-1]] + [
+                options
+            ]
+            layers.insert(0, _layer({"job.runtime": "bare"}, "default with --local"))
     spec = merge(layers)
     if not spec.job.name:
         spec = merge(
@@ -64,7 +73,11 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
             f"--env {missing[0]}: no such variable in your environment",
             f"export {missing[0]}=..., then again",
         )
-    return {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
+    values = {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
+    for name, value in values.items():
+        if CONTROL.search(value):
+            raise LauncherError(f"--env {name}: its value holds a newline or another control character")
+    return values
 
 
 def check_image(spec: RunSpec) -> None:
@@ -73,6 +86,8 @@ def check_image(spec: RunSpec) -> None:
     if spec.job.runtime == "bare":
         return
     try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise LauncherError(f"--image {path}: not a regular file", f"ls -l '{path}'")
         with open(path, "rb") as stream:
             head, size = stream.read(96), os.fstat(stream.fileno()).st_size
     except FileNotFoundError:
@@ -116,6 +131,12 @@ def warnings(spec: RunSpec) -> list[str]:
     return found
 
 
+def _without(layer: Layer, keys: tuple[str, ...]) -> Layer:
+    return Layer(
+        {k: v for k, v in layer.values.items() if k not in keys}, layer.origin, secret_env=layer.secret_env
+    )
+
+
 def _layer(values: Mapping[str, object], origin: str) -> Layer:
     return Layer(values, dict.fromkeys(values, origin))
 
@@ -136,16 +157,16 @@ def user_file(config: Path | None, environ: Mapping[str, str]) -> Path | None:
         return Path(environ["LAUNCHER_CONFIG"])
     base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
     path = base / "titan-launcher" / "config.toml"
-    return path if path.is_file() else None
+    return path if os.path.isfile(path) else None
 
 
-def _user_layer(config: Path | None, environ: Mapping[str, str]) -> Layer:
+def _user_layer(config: Path | None, environ: Mapping[str, str], gpu: str = "") -> Layer:
     path = user_file(config, environ)
-    return read_layer(path, f"file {path}") if path else Layer({}, {})
+    return read_layer(path, f"file {path}", gpu) if path else Layer({}, {})
 
 
 def _repeated(run_file: Path, options: Layer) -> Layer:
-    run_file = run_file / "run.toml" if run_file.is_dir() else run_file
+    run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
     layer = read_layer(run_file, f"file {run_file}")
     if not layer.complete:
         raise LauncherError(f"{run_file}: not a run.toml", f"launcher submit --config {run_file}")
@@ -173,9 +194,7 @@ def _machine(chosen: Mapping[str, object], gpu: str, gpu_origin: str) -> Layer:
     values: dict[str, object] = {"job.gpu": gpu, "job.runs_dir": os.path.abspath("runs")}
     origin = {"job.gpu": gpu_origin, "job.runs_dir": "default"}
     if chosen.get("job.scheduler") == "local":
-        values |= {"job.runtime": "bare"}
-        origin |= {"job.runtime": "default with --local"}
-        if chosen.get("job.runtime", "bare") == "bare":
+        if chosen.get("job.runtime") != "apptainer":
             values |= {"job.python": sys.executable}
             origin |= {"job.python": "the launcher's own Python"}
     elif found := slurm.bin_dir():

@@ -8,6 +8,9 @@ off in between, and the job is looked for by its name (launcher/control.py).
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import math
 import os
 import shutil
 import stat
@@ -22,6 +25,8 @@ from launcher.files import data_dir, filesystem_error, read_json, write_json, wr
 from launcher.layers import run_toml
 from launcher.render import render
 from launcher.spec import SAMPLE, RunSpec, node_config
+
+LOCK = "submit.lock"
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,31 @@ class Run:
     @property
     def spec(self) -> dict[str, Any]:
         """`job/node.json`: what was asked of the nodes; empty where the file is missing or damaged."""
-        return read_json(self.path / "job" / "node.json") or {}
+        found = read_json(self.path / "job" / "node.json") or {}
+        return found if isinstance(found.get("recipe"), dict) else {}
 
     @property
     def intent(self) -> dict[str, Any] | None:
-        return read_json(self.path / "intent.json")
+        found = read_json(self.path / "intent.json")
+        at = (found or {}).get("at")
+        return found if isinstance(at, (int, float)) and math.isfinite(at) else None
+
+    @property
+    def is_local(self) -> bool:
+        return (self.intent or {}).get("scheduler") == "local"
 
     @property
     def job(self) -> dict[str, Any] | None:
-        return read_json(self.path / "job.json")
+        found = read_json(self.path / "job.json")
+        return found if str((found or {}).get("job_id", "")).isdigit() else None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a copy of a run directory, or one that was moved: its job is not this directory's."""
+        try:
+            return not self.path.samefile(str(self.spec.get("run_dir") or self.path))
+        except (OSError, ValueError):
+            return True
 
     @property
     def end(self) -> dict[str, Any] | None:
@@ -59,36 +80,42 @@ class Run:
     def claimed_by(self) -> str:
         """The job id that the script itself wrote when it began; empty before that."""
         try:
-            return (self.path / "claim" / "job_id").read_text(encoding="utf-8").strip()
+            return (self.path / "claim" / "job_id").read_text(encoding="utf-8", errors="replace").strip()
         except OSError:
             return ""
 
 
-def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> Run:
+def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> tuple[Run, int]:
     """Writes the whole run directory under a temporary name, then renames it: all of it or nothing.
 
-    Raises LauncherError when the name is taken or the directory cannot be written.
+    Returns the run and a file descriptor that holds its submission lock: nobody ever sees the directory unlocked
+    before the caller closes it. Raises LauncherError when the name is taken or nothing can be written there.
     """
     final = Path(spec.run_dir)
-    if final.exists() or final.is_symlink():
-        raise LauncherError(
-            f"a run named {spec.job.name} exists: {final}",
-            "choose another with --name, or leave --name out for one with the time in it",
-            status=ExitStatus.EXISTS,
-        )
+    taken = LauncherError(
+        f"a run named {spec.job.name} exists: {final}",
+        "choose another with --name, or leave --name out for one with the time in it",
+        status=ExitStatus.EXISTS,
+    )
+    if os.path.lexists(final):
+        raise taken
     temporary = final.parent / f".{spec.job.name}.{os.getpid()}.tmp"
     try:
         try:
             temporary.mkdir(parents=True)
             (temporary / "logs").mkdir()
             _fill(temporary, spec, secrets, now_s)
+            lock_fd = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX)
             os.rename(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made by somebody else in the same moment
+            raise taken from error
         raise filesystem_error(final, error) from error
-    return Run(final)
+    return Run(final), lock_fd
 
 
 def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> None:
@@ -102,6 +129,8 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
     write_json(job / "node.json", node_config(spec))
     write_text(directory / "run.toml", run_toml(spec))
     write_text(directory / "job.sbatch", render(spec), 0o755)
+    # A run directory may be committed: the secrets that it holds until the job ends may not.
+    write_text(directory / ".gitignore", "secret.env\n")
     if secrets:
         import shlex
 
@@ -172,10 +201,10 @@ def open_run(reference: str, runs_dir: Path) -> Run:
     paths = [Path(reference)] if "/" in reference else [runs_dir / reference, Path(reference)]
     for path in paths:
         try:
-            path = path.parent if path.name == "run.toml" else path
+            path = path.parent if path.name == "run.toml" and path.is_file() else path
             if Run(path).intent is not None:
                 return Run(path.resolve())
-        except OSError:  # a name too long for the file system
+        except (OSError, ValueError, RuntimeError):  # too long, not a name at all, a link to itself
             continue
     import difflib
 
@@ -189,5 +218,4 @@ def open_run(reference: str, runs_dir: Path) -> Run:
 
 def age_s(run: Run) -> float:
     """Seconds since the run was submitted; 0 where its intent is damaged."""
-    at = (run.intent or {}).get("at")
-    return max(0.0, time.time() - at) if isinstance(at, (int, float)) else 0.0
+    return max(0.0, time.time() - intent["at"]) if (intent := run.intent) else 0.0

@@ -11,8 +11,10 @@ def mounts(spec: RunSpec) -> list[str]:
     Sources have their links resolved (`spec.resolved`): the target of a link lies outside the container.
     """
     wanted = [f"{spec.run_dir}:{spec.run_dir}"]
+    theirs = [mount.split(":")[1].rstrip("/") for mount in spec.job.mounts]
     for path in (spec.data_path, spec.tokenizer_path):
-        if path != HUB and not path.startswith(f"{spec.run_dir}/"):
+        covered = any(path == target or path.startswith(f"{target}/") for target in (spec.run_dir, *theirs))
+        if path != HUB and not covered:
             wanted.append(f"{spec.resolved.get(path, path)}:{path}:ro")
     return list(dict.fromkeys([*wanted, *spec.profile.mounts, *spec.job.mounts]))
 

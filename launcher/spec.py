@@ -29,7 +29,6 @@ class Profile:
     gpus_per_node: int = 8
     arch: str = "x86_64"  # of the compute nodes, in uname's words
     gres: str = "gpu"  # generic resource to ask Slurm for; empty asks for none
-    peak_tflops: float = 0.0  # dense bf16, TFLOP/s per GPU, the vendor's figure; 0 where there is none
     mounts: tuple[str, ...] = ()  # SRC:DST[:FLAGS] that this kind of node needs
 
 
@@ -147,9 +146,26 @@ AT_LEAST_ONE = (
     "profile.gpus_per_node", "recipe.seq_len", "recipe.local_batch_size", "recipe.steps", "recipe.log_freq",
     "recipe.dp_replicate", "recipe.tensor_parallel", "recipe.context_parallel", "recipe.pipeline_parallel",
 )  # fmt: skip
+# Settings of torchtitan's that the launcher reports as the run's own: changed behind its back, a row would be false.
+OWNED = {
+    "training.local_batch_size": "--batch-size N",
+    "training.seq_len": "--seq-len N",
+    "training.steps": "--steps N",
+    "training.global_batch_size": "--set recipe.global_batch_size=N",
+    "metrics.log_freq": "--set recipe.log_freq=N",
+    "compile.enable": "--set recipe.compile=true",
+    "parallelism.data_parallel_replicate_degree": "--set recipe.dp_replicate=N",
+    "parallelism.data_parallel_shard_degree": "--set recipe.dp_shard=N",
+    "parallelism.tensor_parallel_degree": "--set recipe.tensor_parallel=N",
+    "parallelism.context_parallel_degree": "--set recipe.context_parallel=N",
+    "parallelism.pipeline_parallel_degree": "--set recipe.pipeline_parallel=N",
+    "activation_checkpoint.mode": "--set recipe.activation_checkpoint=full",
+}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE
+)
 TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 SLURM_WORD = re.compile(r"[A-Za-z0-9_.,@+/:-]+")
 SLURM_NODES = re.compile(r"[A-Za-z0-9_.,\[\]-]+")
@@ -196,12 +212,19 @@ def validate(spec: RunSpec) -> None:
             raise bad(f"titan.{key}", "the key is not a torchtitan setting", "--set training.max_norm=2.0")
         if CONTROL.search(value):
             raise bad(f"titan.{key}", "the value holds a control character")
+        if owned := OWNED.get(key.replace("-", "_")):
+            raise bad(f"titan.{key}", "a setting that the launcher reports as the run's own", owned)
     for name in (*spec.env, *spec.secret_env):
         if not ENV_NAME.fullmatch(name):
             raise LauncherError(f"--env {name[:80]!r}: not a variable's name", "--env NAME=VALUE")
         if name.startswith(("SLURM_", "TITAN_")) or name == "PATH":
             raise LauncherError(f"--env {name}: set by the job script itself")
     for name, value in spec.env.items():
+        if SECRET_NAME.search(name):
+            raise LauncherError(
+                f"{spec.origin.get(f'env.{name}', 'env')}: {name} looks like a secret, which must not be in a file",
+                f'--env {name}, or at the top of the file: secret_env = ["{name}"]; and export it',
+            )
         if CONTROL.search(value):
             raise bad(
                 f"env.{name}", "a control character (a newline, say) would not reach the container intact"
@@ -225,7 +248,7 @@ def _validate_words(spec: RunSpec, bad: Any) -> None:
         raise bad("job.time", "not a time limit of Slurm's", "--time 01:30:00 (or 90, or 1-12:00:00)")
     if spec.profile.gres and not SLURM_WORD.fullmatch(spec.profile.gres):
         raise bad("profile.gres", "not a generic resource's name", 'gres = "gpu"')
-    for key in ("profile.gpu", "recipe.model", "recipe.flavor", "recipe.dataset"):
+    for key in ("job.gpu", "job.recipe", "profile.gpu", "recipe.model", "recipe.flavor", "recipe.dataset"):
         if CONTROL.search(spec.values()[key]):
             raise bad(key, "holds a control character")
 

@@ -23,6 +23,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ FETCH_TOKENIZER = "hf download meta-llama/Llama-3.1-8B --include 'tokenizer*' --
 
 def main(argv: list[str]) -> int:
     """Does not return when all is well: the process is torchrun from then on."""
-    node_id = _number(os.environ.get("SLURM_NODEID", "0"))
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    facts: Facts = {"schema": 1, "ok": False, "node": node_id, "host": host, "time": int(time.time())}
+    facts: Facts = {"schema": 1, "ok": False, "node": 0, "host": "?", "time": int(time.time())}
     run_dir: Path | None = None
     try:
+        node_id = _number(os.environ.get("SLURM_NODEID", "0"))
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        facts.update(node=node_id, host=host)
         node = read_node(argv)
         run_dir = Path(node["run_dir"])
         check_run_dir(run_dir)
@@ -101,6 +103,11 @@ def main(argv: list[str]) -> int:
         return fail(
             facts, run_dir, f"{where}{error.strerror or error}", "the mounts and permissions on this node"
         )
+    except Exception as error:  # nobody foresaw it: the log must hold what a report needs
+        why = f"unexpected: {type(error).__name__}: {error}"
+        status = fail(facts, run_dir, why, "report this with the traceback that follows in this log")
+        say(traceback.format_exc())
+        return status
 
 
 def fail(facts: Facts, run_dir: Path | None, why: str, fix: str) -> int:
@@ -109,7 +116,7 @@ def fail(facts: Facts, run_dir: Path | None, why: str, fix: str) -> int:
     facts.update(ok=False, why=why, fix=fix)
     say(f"titan-node: FAIL node={facts['node']} host={facts['host']} why={_quoted(why)} fix={_quoted(fix)}")
     if run_dir is not None:
-        with contextlib.suppress(OSError):  # the line above has said it
+        with contextlib.suppress(Exception):  # the line above has said it
             write(record(run_dir, facts), json.dumps(facts, indent=2) + "\n")
     return CHECK_FAILED
 
@@ -122,7 +129,9 @@ def ok_line(facts: Facts) -> str:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)  # exec throws away what is still buffered
+    encoding = sys.stdout.encoding or "utf-8"
+    printable = line.encode(encoding, "backslashreplace").decode(encoding)  # half a character, from node.json
+    print(printable, flush=True)  # exec throws away what is still buffered
 
 
 def record(run_dir: Path, facts: Facts) -> Path:
@@ -148,7 +157,7 @@ def read_node(argv: list[str]) -> dict[str, Any]:
         value = json.loads(Path(argv[1]).read_text(encoding="utf-8"))
     except OSError as error:
         raise Refused(f"{argv[1]}: {error.strerror}", "mount the run directory at its own path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(
             f"{argv[1]} is not JSON: {error}", "submit again: launcher submit <run_dir>/run.toml"
         ) from error
@@ -222,7 +231,7 @@ def check_tokenizer(folder: Path) -> None:
             raise Refused(
                 f"{folder / name}: {error.strerror}", f"{FETCH_TOKENIZER.format(folder)}"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{folder / name} is not JSON", f"{FETCH_TOKENIZER.format(folder)}") from error
         if not isinstance(value, dict):
             raise Refused(f"{folder / name} is not a tokenizer's file", f"{FETCH_TOKENIZER.format(folder)}")
@@ -286,7 +295,14 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
 
 
 def scratch_dir(env: Any) -> Path:
-    """A directory of this job's own on this node; caches inside it are code that will be run."""
+    """A directory of this job's own on this node; caches inside it are code that will be run.
+
+    TITAN_SCRATCH names one that the job script made up and removes when the job ends.
+    """
+    if given := env.get("TITAN_SCRATCH"):
+        scratch = Path(given).absolute()  # torchrun starts in another directory
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return scratch
     wanted = Path(tempfile.gettempdir()) / f"titan-{os.getuid()}-{env.get('TITAN_JOB_ID') or os.getpid()}"
     wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
     if wanted.is_symlink() or wanted.stat().st_uid != os.getuid():  # somebody else was there first

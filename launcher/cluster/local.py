@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.cluster.state import UNKNOWN, JobState
 
+GONE = "its process is gone and wrote no end: killed, or the machine was restarted"
 GRACE_S = 20.0  # from SIGTERM to SIGKILL: torchrun takes up to 15 s to end its ranks
 
 
@@ -37,7 +38,7 @@ def state(job: dict[str, Any]) -> JobState:
         return JobState(UNKNOWN, "", f"it was started on {job.get('host')}: ask there")
     if is_alive(job):
         return JobState("RUNNING", "process")
-    return JobState(UNKNOWN, "", "its process is gone and wrote no end: killed, or the machine was restarted")
+    return JobState(UNKNOWN, "", GONE)
 
 
 def is_alive(job: dict[str, Any]) -> bool:
@@ -58,8 +59,13 @@ def cancel(job: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> 
         waited += 0.2
     if is_alive(job):
         family = [identity(pid) for pid in _descendants(int(job["job_id"]))]
-    for member in family:
+    for member in reversed(family[1:]):
         _signal(member, signal.SIGKILL)
+    waited = 0.0
+    while is_alive(job) and waited < 2:  # the script writes the end, once its step is gone
+        sleep(0.1)
+        waited += 0.1
+    _signal(job, signal.SIGKILL)
 
 
 def find(script: Path, claimed_pid: str) -> dict[str, Any] | None:
@@ -70,7 +76,8 @@ def find(script: Path, claimed_pid: str) -> dict[str, Any] | None:
         command_line = Path(f"/proc/{claimed_pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
-    return identity(int(claimed_pid)) if os.fsencode(script) in command_line else None
+    named = [os.path.realpath(os.fsdecode(word)) for word in command_line if word.endswith(b"/job.sbatch")]
+    return identity(int(claimed_pid)) if os.path.realpath(script) in named else None
 
 
 def _signal(process: dict[str, Any], number: int) -> None:

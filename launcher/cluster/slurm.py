@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from launcher.cluster.state import JobState, from_slurm
@@ -19,9 +19,10 @@ ANSWER_S = 30  # bound on commands that only ask
 SUBMIT_S = 90  # bound on sbatch: above Slurm's own MessageTimeout of 10 s and its retries
 UNSURE = ("timed out", "unable to contact", "zero bytes", "connection refused", "try again")
 
+NO_PARTITION = "Slurm has no such partition"
 # What sbatch says, what it means, what to type. The first that matches is shown above the original words.
 SBATCH_ERRORS = (
-    (r"invalid partition", "Slurm has no such partition", "list them: sinfo -s"),
+    (r"invalid partition", NO_PARTITION, "list them: sinfo -s"),
     (r"invalid account or account/partition", "the account may not use this partition", "--account NAME; sacctmgr show assoc user=$USER"),
     (r"invalid qos", "there is no such QOS, or this account may not use it", "--qos NAME; sacctmgr show qos"),
     (r"reservation.*(invalid|not found)|invalid reservation", "there is no such reservation, or it is not yours", "scontrol show reservation"),
@@ -32,7 +33,6 @@ SBATCH_ERRORS = (
     (r"requested time limit|time limit exceeds|invalid time", "the time limit is above the partition's", "--time; sinfo -o '%P %l'"),
     (r"job violates accounting/qos policy|assocmax|qosmax", "a limit of your account or QOS is reached", "squeue --me; sacctmgr show assoc user=$USER"),
     (r"access/permission denied|user's group not permitted|invalid user", "you may not submit there", "--partition or --account; ask your administrator"),
-    (r"unable to contact slurm controller|connection refused", "the Slurm controller does not answer", "scontrol ping"),
 )  # fmt: skip
 
 
@@ -48,10 +48,15 @@ def submit(script: Path, lock_fd: int) -> str:
         k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"
     }
     command = [_find("sbatch"), "--parsable", str(script)]
-    process = subprocess.Popen(
-        command, cwd=script.parent, env=env | {"LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, pass_fds=(lock_fd,),
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            command, cwd=script.parent, env=env | {"LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, pass_fds=(lock_fd,),
+        )  # fmt: skip
+    except OSError as error:
+        raise LauncherError(
+            f"cannot run {command[0]}: {error.strerror}", status=ExitStatus.CLUSTER
+        ) from error
     try:
         out, err = process.communicate(timeout=SUBMIT_S)
     except subprocess.TimeoutExpired as error:
@@ -62,11 +67,16 @@ def submit(script: Path, lock_fd: int) -> str:
     job_id = re.fullmatch(r"(\d+)(;\S*)?", lines[-1].strip()) if lines else None
     if process.returncode == 0 and job_id:
         return job_id[1]
-    if process.returncode == 0:
-        raise Unsure("sbatch answered without a job id", out + err)
-    if any(words in err.lower() for words in UNSURE):
-        raise Unsure(f"sbatch failed (exit code {process.returncode})", err)
-    raise _refused(err or out, process.returncode)
+    if process.returncode <= 0:
+        how = (
+            "answered without a job id"
+            if process.returncode == 0
+            else f"was killed (signal {-process.returncode})"
+        )
+        raise Unsure(f"sbatch {how}", out + err)
+    if any(words in err.lower() for words in UNSURE) or re.search(r"^\d+(;\S*)?$", out, re.MULTILINE):
+        raise Unsure(f"sbatch failed (exit code {process.returncode})", out + err)
+    raise Refused(err or out, process.returncode)
 
 
 class Unsure(Exception):
@@ -78,47 +88,73 @@ class Unsure(Exception):
         self.original = original
 
 
-def _refused(text: str, code: int) -> LauncherError:
-    for pattern, what, fix in SBATCH_ERRORS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return LauncherError(
-                f"sbatch refused the job: {what}", fix, status=ExitStatus.CLUSTER, original=text
-            )
-    return LauncherError(
-        f"sbatch refused the job (exit code {code})",
-        "look at the script: launcher submit --dry-run ...",
-        status=ExitStatus.CLUSTER,
-        original=text,
-    )
+class Refused(LauncherError):
+    """sbatch said no. `is_certain` is False where its words are not known: then the queue is asked, too."""
+
+    def __init__(self, text: str, code: int) -> None:
+        known = [
+            (what, fix) for pattern, what, fix in SBATCH_ERRORS if re.search(pattern, text, re.IGNORECASE)
+        ]
+        self.is_certain = bool(known)
+        unknown = (f"exit code {code}", "look at the script: launcher submit --dry-run ...")
+        what, fix = known[0] if known else unknown
+        status = ExitStatus.NOT_FOUND if what == NO_PARTITION else ExitStatus.CLUSTER
+        super().__init__(f"sbatch refused the job: {what}", fix, status=status, original=text)
 
 
-def queue() -> dict[str, tuple[str, JobState]]:
-    """All of the user's jobs that Slurm still remembers: id -> (job name, state).
+Listed = Mapping[str, tuple[str, JobState]]  # job id -> (job name, state)
+FORMAT = "--format=%i|%T|%r|%j"
 
-    Raises LauncherError when squeue is missing, hangs or fails.
+
+def queue() -> Listed:
+    """All of the user's jobs that Slurm still remembers.
+
+    Raises LauncherError when squeue is missing, hangs, fails or answers nonsense.
     """
-    out = _ask("squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--format=%i|%T|%r|%j")
+    return _listed(_ask("squeue", "--noheader", f"--user={os.getuid()}", "--states=all", FORMAT))
+
+
+def job(job_id: str) -> Listed:
+    """One job, anybody's; empty when Slurm does not remember it."""
+    try:
+        return _listed(_ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", FORMAT))
+    except LauncherError as error:
+        if "invalid job id" in error.original.lower():
+            return {}
+        raise
+
+
+def _listed(out: str) -> Listed:
     jobs = {}
     for line in out.splitlines():
         parts = line.strip().split("|", 3)
-        if len(parts) == 4 and parts[0].isdigit():  # anything else is a warning, or not for us
+        if len(parts) == 4 and parts[0].isdigit():  # anything else is a warning, or an array's line
             jobs[parts[0]] = (parts[3], from_slurm(parts[1], "squeue", parts[2]))
+    if out.strip() and not jobs and "|" not in out:
+        raise LauncherError(
+            "squeue answered nonsense", "squeue --me", status=ExitStatus.CLUSTER, original=out[:500]
+        )
     return jobs
 
 
-def accounting(job_ids: Iterable[str]) -> dict[str, JobState]:
+def accounting(job_ids: Iterable[str]) -> Listed:
     """What the accounting database says of `job_ids`; empty where there is none, which is usual."""
     try:
-        out = _ask("sacct", "-n", "-X", "-P", "-j", ",".join(job_ids), "-o", "JobIDRaw,State,ExitCode")
+        out = _ask(
+            "sacct", "-n", "-X", "-P", "-j", ",".join(job_ids), "-o", "JobIDRaw,State,ExitCode,JobName"
+        )
     except LauncherError:
         return {}
-    states = {}
+    jobs = {}
     for line in out.splitlines():
-        parts = line.strip().split("|")
-        if len(parts) == 3 and parts[0].isdigit():
+        parts = line.strip().split("|", 3)
+        if len(parts) == 4 and parts[0].isdigit():
             code = parts[2].split(":")[0]
-            states[parts[0]] = from_slurm(parts[1], "sacct", "", int(code) if code.isdigit() else None)
-    return states
+            jobs[parts[0]] = (
+                parts[3],
+                from_slurm(parts[1], "sacct", "", int(code) if code.isdigit() else None),
+            )
+    return jobs
 
 
 def cancel(job_id: str) -> None:

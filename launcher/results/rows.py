@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from launcher.titan.log import StepRecord
 
@@ -249,6 +250,11 @@ def row_as_dict(row: Row) -> dict[str, object]:
         "restarted": row.restarted,
         "non_finite": row.non_finite,
     }
+    return json_values(values)
+
+
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for NaN and infinity, which JSON lacks and many of its readers refuse."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()

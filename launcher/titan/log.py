@@ -11,6 +11,7 @@ import errno
 import math
 import os
 import re
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -104,13 +105,21 @@ _CONTROLS = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def open_log(path: str | os.PathLike[str]) -> BinaryIO | None:
-    """The file, or None where it doesn't exist (yet, or any more on NFS)."""
+    """The file, or None where there is no regular one (yet, or any more on NFS). Never waits for a pipe's writer."""
     try:
-        return open(path, "rb")
+        handle = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 the caller closes it
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):
+        if error.errno in (errno.ENOENT, errno.ESTALE, errno.EISDIR, errno.ENXIO):  # ENXIO: a socket
             return None
         raise
+    if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        return handle
+    handle.close()
+    return None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class LogReader:
@@ -295,7 +304,9 @@ def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
     for index, path in enumerate(paths):
         search = _Search()
         try:
-            with open(path, "rb") as handle:
+            if (handle := open_log(path)) is None:
+                continue
+            with handle:
                 while block := handle.read(LINE_BYTES):
                     block += handle.readline(LINE_BYTES)
                     # Most blocks have nothing to say, and asking that of a block is quick.

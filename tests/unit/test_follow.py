@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import resource
+import subprocess
+import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from launcher.follow import Progress, error_logs, follow, merged_lines, node_logs, read_records
+from launcher.errors import ExitStatus, LauncherError
+from launcher.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs, read_records
+from launcher.titan import log
 from launcher.titan.log import first_error
 
 
@@ -260,3 +268,119 @@ def test_merging_huge_lines_is_bounded(tmp_path: Path, following: bool) -> None:
         tracemalloc.stop()
     assert lengths[-1] == 4 and max(lengths) <= 1 << 16
     assert peak < 2 << 20
+
+
+# --- logs that cannot be read, and more of them than may be open ---------------------------------------------
+
+
+READERS: list[Callable[[Path], Iterable[object]]] = [
+    read_records,
+    lambda folder: list(follow(folder, steps_total=9, is_finished=lambda: True, sleep=print)),
+    lambda folder: list(merged_lines(folder)),
+    lambda folder: list(merged_lines(folder, follow=True)),
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_only_regular_files_are_logs(tmp_path: Path, read: Callable[[Path], Iterable[object]]) -> None:
+    (tmp_path / "0000-a.log").write_text(step(1))
+    (tmp_path / "0001-b.log").mkdir()
+    (tmp_path / "0002-c.log").symlink_to("0002-c.log")
+    (tmp_path / "0003-d.log").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "0004-e.log")
+    (tmp_path / "0005-f.log").symlink_to("0000-a.log")
+    os.mkfifo(tmp_path / "job.log")
+    (tmp_path / "ranks/0000-a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "ranks/0000-a/stderr.log")
+    assert list(node_logs(tmp_path)) == ["a", "f"]
+    assert read(tmp_path)
+    assert first_error(error_logs(tmp_path)) is None
+    assert last_lines(error_logs(tmp_path)[::-1], 1)[0].name == "0005-f.log"
+
+
+def test_a_log_that_turns_into_something_else_while_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    assert [log.open_log(tmp_path / name) for name in ("directory", "fifo", "absent")] == [None] * 3
+    assert first_error([tmp_path / "directory", tmp_path / "fifo"]) is None
+
+
+class _Damaged(io.BytesIO):
+    """A file whose disk fails, or whose server forgot it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def fileno(self) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def seek(self, *_: int) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], Iterable[object]], number: int
+) -> None:
+    (tmp_path / "0000-a.log").write_text(step(1))
+
+    def refuse(_: object) -> io.BytesIO:
+        if number == errno.EACCES:
+            raise OSError(number, os.strerror(number))
+        return _Damaged(number)
+
+    monkeypatch.setattr("launcher.follow.open_log", refuse)
+    monkeypatch.setattr("launcher.titan.log.open_log", refuse)
+    with pytest.raises(LauncherError) as caught:
+        read(tmp_path)
+    assert caught.value.what == f"cannot read {tmp_path}/0000-a.log: {os.strerror(number)}"
+    assert caught.value.fix.startswith("ls -l") and caught.value.status is ExitStatus.FILESYSTEM
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_log_directory_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], Iterable[object]]
+) -> None:
+    def refuse(_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(LauncherError, match="Not a directory"):
+        read(tmp_path / "file")
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(LauncherError) as caught:
+        read(tmp_path)
+    assert caught.value.what == f"cannot read {tmp_path}: Permission denied"
+    assert caught.value.status is ExitStatus.FILESYSTEM
+
+
+MERGE = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+from launcher.follow import merged_lines
+for name, text in merged_lines(Path(sys.argv[1])):
+    print(name, text[:1000])
+"""
+
+
+@pytest.mark.parametrize("hard", [40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]])
+def test_more_nodes_than_files_may_be_open(tmp_path: Path, hard: int) -> None:
+    for node in range(100):
+        with (tmp_path / f"{node:04}-n{node}.log").open("w") as handle:
+            handle.write("early\n" + step(1, second=node) + "x" * 200_000 + "\n" + "detail\n" * 5000)
+            handle.write(step(2, second=200 + node))
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE, str(tmp_path), "40", str(hard)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 100 * (4 + 5000)
+    nodes = [f"n{node}" for node in range(100)]
+    for number in (1, 2):
+        assert [line.split()[0] for line in lines if f"step:  {number}" in line] == nodes

@@ -74,6 +74,11 @@ class Place:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torchtitan\nVersion: {version}\n")
 
     def start(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        done = self.start_unchecked(*arguments, **env)
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        return done
+
+    def start_unchecked(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             # -S: without the packages of the environment that runs these tests
             [sys.executable, "-S", str(self.run_dir / "job" / "node.py"), *(arguments or [f"{self.run_dir}/job/node.json"])],
@@ -84,7 +89,6 @@ class Place:
             },
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
-        assert "Traceback" not in done.stdout + done.stderr, done.stderr
         return done
 
     def refused(self, *arguments: str, **env: str) -> str:
@@ -294,7 +298,9 @@ def test_a_link_whose_target_is_not_mounted(cpu: Place) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "No such file"), ("{", "is not JSON"), ("[]", "tokenizer's")]
+    ("content", "words"),
+    [(None, "No such file"), ("{", "is not JSON"), ("[]", "tokenizer's"), ("[" * 200_000, "is not JSON")],
+    ids=["missing", "broken", "list", "nested"],
 )
 def test_the_tokenizer_is_incomplete(cpu: Place, name: str, content: str | None, words: str) -> None:
     (cpu.tokenizer / name).unlink() if content is None else (cpu.tokenizer / name).write_text(content)
@@ -308,7 +314,14 @@ def test_the_run_directory_cannot_be_written(cpu: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("{", "is not JSON"), ("[1]", "schema 1"), ('{"schema": 1}', "run_dir is missing")]
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "schema 1"),
+        ('{"schema": 1}', "run_dir is missing"),
+        ("[" * 200_000, "is not JSON"),
+    ],
+    ids=["broken", "list", "empty", "nested"],
 )
 def test_a_damaged_node_json(cpu: Place, text: str, words: str) -> None:
     (cpu.run_dir / "job" / "node.json").write_text(text)
@@ -381,3 +394,11 @@ def test_a_scratch_directory_that_is_not_ours_is_not_used(
     (tmp_path / "trap").mkdir()
     ours.symlink_to(tmp_path / "trap")
     assert node_module.scratch_dir(env) not in (ours, tmp_path / "trap")
+
+
+def test_caches_go_where_the_job_script_said(cpu: Place) -> None:
+    scratch = cpu.run_dir.parent / "job" / "scratch"
+    for _ in range(2):  # it may be there already
+        _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_SCRATCH=str(scratch)))
+        assert env["HF_HOME"] == f"{scratch}/huggingface" and scratch.stat().st_mode & 0o777 == 0o700
+    assert not list(cpu.run_dir.parent.glob("titan-*"))

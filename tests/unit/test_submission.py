@@ -64,7 +64,7 @@ def test_the_submitters_shell_does_not_overrule_the_script(launch: Launch, slurm
 @pytest.mark.parametrize(
     ("script", "said", "fix"),
     [
-        ("echo 'sbatch: error: invalid partition specified: x' >&2; exit 1", "no such partition", "sinfo -s"),
+        ("echo 'sbatch: error: invalid partition: x' >&2; exit 1", "no such partition", "sinfo -s"),
         ("echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1", "no node set", "sinfo"),
         ("echo 'sbatch: error: Batch job submission failed: Requested topology configuration is not available' >&2; exit 1", "block", "--segment"),
         ("echo 'sbatch: error: Invalid account or account/partition combination specified' >&2; exit 1", "account", "--account"),
@@ -77,7 +77,7 @@ def test_a_refusal_is_translated_and_leaves_nothing(
 ) -> None:
     slurm("sbatch", script)
     done = launch(*SUBMIT)
-    assert done.returncode == ExitStatus.CLUSTER
+    assert done.returncode == (ExitStatus.NOT_FOUND if "partition: " in script else ExitStatus.CLUSTER)
     assert said in done.stderr and fix in done.stderr
     assert os.listdir(image.parent / "runs") == []
 
@@ -97,6 +97,8 @@ def test_sbatch_missing(launch: Launch, slurm: Fake, image: Path) -> None:
         "head -c 100000 /dev/zero",
         "printf '\\xff\\xfe 12'",
         "echo 'slurm_load: Unable to contact slurm controller' >&2; exit 1",
+        "kill -9 $$",
+        "echo 123x; kill $$",
         "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1",
     ],
 )

@@ -1,0 +1,55 @@
+"""What is printed, and how: colour only on terminals, nothing that drives one, JSON, errors."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from launcher.errors import LauncherError
+
+
+def age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def colour() -> bool | None:
+    """None lets click decide by the terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()  # None: closed by the caller, as in `launcher ... <&-`
+
+
+def plain(text: str) -> str:
+    """Words of other programs and of files, without what could drive a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def json_line(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def warn(text: str) -> None:
+    click.echo(f"{click.style('warning:', fg='yellow')} {text}", err=True, color=colour())
+
+
+def print_error(error: LauncherError) -> None:
+    click.echo(f"{click.style('error:', fg='red')} {plain(error.what)}", err=True, color=colour())
+    if error.original:
+        click.echo("\n".join(f"  | {plain(line)}" for line in error.original.splitlines()[:20]), err=True)
+    if error.fix:
+        click.echo(f"  {click.style('try:', fg='green')} {plain(error.fix)}", err=True, color=colour())

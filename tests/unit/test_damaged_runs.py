@@ -1,0 +1,171 @@
+"""Run directories that somebody edited or copied half, and a Slurm that falls silent while a run is watched."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import attach, control
+from launcher.cluster.state import JobState
+from launcher.errors import ExitStatus, LauncherError
+from launcher.results.run import row_of, steps_of
+from launcher.runs import Run
+from tests.unit.test_follow import step
+from tests.unit.test_node import FAILED, Place
+from tests.unit.test_titan_command import debug_node
+
+RECIPE = {"local_batch_size": 5, "steps": 10, "log_freq": 10}
+NODE = {"gpu": "GB200", "nodes": 1, "gpus_per_node": 4, "recipe": RECIPE}
+RUNNING = JobState("RUNNING")
+ODD: list[Any] = [None, "x", "2", [], {}, True, 1.5, math.nan, -1, 10**4000]
+
+
+def run_with(folder: Path, node: Any) -> Run:
+    (folder / "job").mkdir(exist_ok=True)
+    (folder / "logs").mkdir(exist_ok=True)
+    (folder / "job" / "node.json").write_text(json.dumps(node))
+    (folder / "logs" / "0000-a.log").write_text(step(1) + step(10))
+    (folder / "end.json").write_text('{"exit_code": 0}')
+    return Run(folder)
+
+
+def test_a_whole_run_has_a_row(tmp_path: Path) -> None:
+    row = row_of(run_with(tmp_path, NODE), JobState("COMPLETED"))
+    assert row is not None and (row.gpus, row.steps, row.incomplete) == (4, 10, False)
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("key", ["recipe", "nodes", "gpus_per_node", *(f"recipe.{key}" for key in RECIPE)])
+def test_a_damaged_node_json_gives_no_row(tmp_path: Path, key: str, value: Any) -> None:
+    node = {**NODE, key: value}
+    if key.startswith("recipe."):
+        node = {**NODE, "recipe": {**RECIPE, key.removeprefix("recipe."): value}}
+    run = run_with(tmp_path, node)
+    assert row_of(run, RUNNING) is None
+    assert [progress.step for progress in attach.progress_of(run)] == [1, 10]
+    assert steps_of(run) == (0 if key in ("recipe", "recipe.steps") else 10)
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_a_damaged_gpu_name_and_a_whole_file_of_nonsense(tmp_path: Path, value: Any) -> None:
+    row = row_of(run_with(tmp_path, {**NODE, "gpu": value}), RUNNING)
+    assert row is not None and row.gpu == (value if isinstance(value, str) else "?")
+    run = run_with(tmp_path, value)
+    assert row_of(run, RUNNING) is None and len(list(attach.progress_of(run))) == 2
+
+
+def test_a_run_of_no_steps(tmp_path: Path) -> None:
+    row = row_of(run_with(tmp_path, {**NODE, "recipe": {**RECIPE, "steps": 0, "log_freq": 0}}), RUNNING)
+    assert row is not None and row.steps == 0
+
+
+def test_a_snapshot_is_json(tmp_path: Path) -> None:
+    run = run_with(tmp_path, NODE)
+    text = step(10).replace(" 6.42770", "     nan").replace("17,581", "inf").replace("1,018.20", "inf")
+    (run.logs / "0000-a.log").write_text(text)
+    (snapshot,) = attach.progress_of(run)
+    assert math.isnan(snapshot.loss) and math.isinf(snapshot.tps)
+    values = json.loads(json.dumps(attach.as_dict(snapshot), allow_nan=False))
+    assert (values["loss"], values["tps"], values["tflops"], values["step"]) == (None, None, None, 10)
+    assert values["records"] == {"a": 1}
+
+
+class Clock:
+    """time.monotonic and time.sleep, without time."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.naps: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.naps.append(seconds)
+        self.now += seconds
+        assert len(self.naps) < 1000, "waits for ever"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    return clock
+
+
+def silent(*_: object) -> JobState:
+    raise LauncherError("squeue did not answer within 20 s", status=ExitStatus.CLUSTER)
+
+
+def wait(run: Run) -> None:
+    attach.wait_for_start(run, None)
+
+
+def read_logs(run: Run) -> None:
+    list(attach.log_lines(run, until_end=True))
+
+
+@pytest.mark.parametrize("use", [wait, read_logs])
+def test_a_controller_that_stays_silent_ends_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, use: Callable[[Run], None]
+) -> None:
+    monkeypatch.setattr(control, "state", silent)
+    with pytest.raises(LauncherError, match="did not answer"):
+        use(Run(tmp_path))
+    assert 600 < clock.now - 1000 < 620
+
+
+def test_a_controller_that_restarts_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    def state(_: Run) -> JobState:
+        if clock.now >= 3000:
+            return RUNNING
+        return JobState("PENDING") if clock.now % 500 < 10 else silent()
+
+    monkeypatch.setattr(control, "state", state)
+    said: list[str] = []
+    attach.wait_for_start(Run(tmp_path), said.append)
+    assert said[:3] == ["PENDING", "Slurm does not answer; trying again", "PENDING"]
+    assert set(clock.naps) == {attach.ASK_EVERY_S}
+
+
+@pytest.mark.parametrize("use", [wait, read_logs])
+def test_without_slurm_there_is_nothing_to_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, use: Callable[[Run], None]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "intent.json").write_text('{"scheduler": "slurm", "job_name": "x", "at": 1}')
+    (tmp_path / "job.json").write_text('{"job_id": "7"}')
+    with pytest.raises(LauncherError, match="squeue is not installed here"):
+        use(Run(tmp_path))
+    assert clock.naps == []
+
+
+# --- on the node ------------------------------------------------------------------------------------------
+
+
+def test_what_nobody_foresaw_is_a_failed_check_with_its_traceback(tmp_path: Path) -> None:
+    cpu = Place(tmp_path, debug_node())
+    done = cpu.start_unchecked(FAKE_TORCH="2.13.0+cpu", SLURM_NODEID="9" * 5000)
+    lines = done.stdout.splitlines()
+    assert done.returncode == FAILED and done.stderr == ""
+    assert (
+        lines[0].startswith("titan-node: FAIL node=0 host=")
+        and 'why="unexpected: ValueError: Exceeds' in lines[0]
+    )
+    assert lines[1] == "Traceback (most recent call last):" and "in main" in done.stdout
+    (cpu.site / "torchtitan-0.3.0.dist-info" / "METADATA").write_text("Name: torchtitan\n")
+    done = cpu.start_unchecked(FAKE_TORCH="2.13.0+cpu")
+    assert done.returncode == FAILED and 'why="unexpected: ' in done.stdout.splitlines()[0]
+    assert cpu.record()["ok"] is False and cpu.record()["why"].startswith("unexpected: ")
+
+
+def test_a_name_that_no_terminal_can_show(tmp_path: Path) -> None:
+    cpu = Place(tmp_path, debug_node())
+    cpu.write_node({**cpu.node, "data": "/data/\udc80"})
+    assert "/data/\\udc80 is not a directory" in cpu.refused()

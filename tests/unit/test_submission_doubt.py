@@ -1,0 +1,245 @@
+"""What may be guessed wrong about a job: numbers that Slurm gave away again, answers in doubt, copies, secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ExitStatus
+from tests.conftest import Launch
+from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, start, wait_for
+
+__all__ = ["slurm"]  # a fixture
+
+
+def state(launch: Launch, run: str = "r") -> dict[str, object]:
+    found: dict[str, object] = json.loads(launch("status", run, "--json").stdout)
+    return found
+
+
+def test_a_job_number_that_belongs_to_somebody_else_now(launch: Launch, slurm: Fake, image: Path) -> None:
+    launch(*SUBMIT)
+    (image.parent / "jobs.txt").write_text("100 somebody-elses-training RUNNING\n")
+    assert state(launch)["state"] == "UNKNOWN"
+    cancel = launch("cancel", "r")
+    assert "nothing to cancel" in cancel.stdout
+    assert jobs(image) == ["100 somebody-elses-training RUNNING"]
+    assert state(launch)["state"] == "UNKNOWN"  # and cancelling what is not there tells nothing about the end
+
+
+def test_a_job_of_another_user_is_seen(launch: Launch, slurm: Fake, image: Path) -> None:
+    launch(*SUBMIT)
+    name = jobs(image)[0].split()[1]
+    slurm("squeue", f'case "$*" in *--jobs=100*) echo "100|RUNNING|None|{name}" ;; esac')
+    assert state(launch)["state"] == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    "script", ["echo 123; exit 1", "kill -9 $$", "echo 'Message receive failure' >&2; exit 1"]
+)
+def test_a_failure_with_the_job_taken_loses_nothing(
+    script: str, launch: Launch, slurm: Fake, image: Path
+) -> None:
+    slurm("sbatch", f"({SBATCH}) >/dev/null\n{script}")
+    assert launch(*SUBMIT).returncode == 0
+    assert (state(launch)["state"], state(launch)["job_id"]) == ("PENDING", "100")
+
+
+def test_a_doubtful_answer_and_a_silent_controller_keep_the_run(
+    launch: Launch, slurm: Fake, image: Path
+) -> None:
+    slurm("sbatch", "exit 55")
+    slurm("squeue", "exit 1")
+    done = launch(*SUBMIT)
+    assert done.returncode == ExitStatus.CLUSTER and "may or may not" in done.stderr
+    assert launch("cancel", "r").returncode == ExitStatus.CLUSTER  # nobody to ask: it is not called cancelled
+    slurm("squeue", ":")
+    assert state(launch)["state"] == "UNKNOWN"
+
+
+def test_a_job_number_that_cannot_be_written_down_is_said(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("sbatch", "mkdir job.json; echo 77")
+    done = launch(*SUBMIT)
+    assert done.returncode == ExitStatus.FILESYSTEM
+    assert "submitted as job 77" in done.stderr and "do not submit it again" in done.stderr
+
+
+def test_ctrl_c_during_sbatch_says_what_was_submitted(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("sbatch", f"touch {image.parent}/here; sleep 1; echo 99")
+    process = start(*SUBMIT)
+    wait_for((image.parent / "here").exists)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == ExitStatus.INTERRUPTED and "r: Slurm job 99" in out
+
+
+def test_squeue_that_answers_nonsense_is_an_error(launch: Launch, slurm: Fake, image: Path) -> None:
+    launch(*SUBMIT)
+    slurm("squeue", "echo welcome to the cluster")
+    done = launch("status", "r")
+    assert (done.returncode, "squeue answered nonsense" in done.stderr) == (ExitStatus.CLUSTER, True)
+
+
+@pytest.mark.parametrize("code", ["false", "true", "null", '"0"', "0.0", "[]"])
+def test_an_exit_code_that_is_no_number(code: str, launch: Launch, slurm: Fake, image: Path) -> None:
+    launch(*SUBMIT)
+    (image.parent / "runs" / "r" / "end.json").write_text(f'{{"exit_code": {code}}}')
+    assert state(launch)["state"] == "UNKNOWN"
+
+
+def test_a_copy_is_not_the_run(launch: Launch, slurm: Fake, image: Path) -> None:
+    launch(*SUBMIT)
+    runs = image.parent / "runs"
+    shutil.copytree(runs / "r", runs / "copy")
+    assert state(launch, "copy")["state"] == "UNKNOWN" and "copy" in str(state(launch, "copy")["reason"])
+    assert "nothing to cancel" in launch("cancel", "copy").stdout
+    assert state(launch)["state"] == "PENDING"
+    (runs / "copy" / "end.json").write_text('{"exit_code": 0}')
+    assert state(launch, "copy")["state"] == "COMPLETED"
+
+
+def test_secrets_go_when_slurm_says_that_it_is_over(launch: Launch, slurm: Fake, image: Path) -> None:
+    launch(*SUBMIT, "--env", "A_TOKEN=x")
+    secret = image.parent / "runs" / "r" / "secret.env"
+    assert secret.exists() and (secret.parent / ".gitignore").read_text() == "secret.env\n"
+    line = jobs(image)[0].rsplit(" ", 1)[0]
+    (image.parent / "jobs.txt").write_text(f"{line} NODE_FAIL\n")
+    assert state(launch)["state"] == "NODE_FAIL"
+    assert not secret.exists()
+
+
+def test_a_secret_in_a_file_is_refused_unseen(launch: Launch, image: Path) -> None:
+    (image.parent / "mine.toml").write_text(
+        '[env]\nHF_TOKEN = "hf_secret123"\nTOKENIZERS_PARALLELISM = "false"\n'
+    )
+    done = launch("render", "--gpu", "b200", "--image", "titan.sqsh", "-c", "mine.toml")
+    assert done.returncode == ExitStatus.INVALID and "secret_env" in done.stderr
+    assert "hf_secret123" not in done.stdout + done.stderr
+    (image.parent / "mine.toml").write_text(
+        'secret_env = ["HF_TOKEN"]\n[env]\nTOKENIZERS_PARALLELISM = "false"\n'
+    )
+    assert launch("render", "--gpu", "b200", "--image", "titan.sqsh", "-c", "mine.toml").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("training.local_batch_size=1", "--batch-size"),
+        ("training.steps=10", "--steps"),
+        ("compile.enable=true", "recipe.compile"),
+    ],
+)
+def test_a_setting_that_would_make_the_row_false(
+    setting: str, said: str, launch: Launch, image: Path
+) -> None:
+    done = launch("render", "--gpu", "b200", "--image", "titan.sqsh", "--set", setting)
+    assert (done.returncode, said in done.stderr) == (ExitStatus.INVALID, True)
+
+
+def test_set_reaches_the_recipe_too(launch: Launch, image: Path) -> None:
+    shown = launch("config", "show", "--gpu", "b200", "--image", "titan.sqsh", "--set", "recipe.activation_checkpoint=full", "--set", "recipe.lr=0.1", "--set", "training.max_norm=2.0", "--json")  # fmt: skip
+    values = json.loads(shown.stdout)
+    assert values["recipe.activation_checkpoint"] == {"value": "full", "origin": "option --set"}
+    assert (values["recipe.lr"]["value"], values["titan.training.max_norm"]["value"]) == (0.1, "2.0")
+    assert (
+        launch("render", "--gpu", "b200", "--image", "x", "--set", "recipe.lrr=1").returncode
+        == ExitStatus.INVALID
+    )
+
+
+def test_a_file_for_the_cluster_does_not_stop_a_local_run(launch: Launch, workplace: Path) -> None:
+    (workplace / "site.toml").write_text(
+        '[job]\nimage = "/data/titan.sqsh"\nnodes = 9\nruntime = "pyxis"\npartition = "batch"\n'
+    )
+    done = launch("render", "--local", "--gpu", "cpu", "--recipe", "debug", "-c", "site.toml")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_profile_of_ones_own_keeps_the_gpus_settings(launch: Launch, workplace: Path) -> None:
+    (workplace / "mine.toml").write_text('[profile]\ngpu = "H200"\ngpus_per_node = 4\n')
+    shown = json.loads(launch("config", "show", "--gpu", "./mine.toml", "--image", "x", "--json").stdout)
+    assert shown["recipe.local_batch_size"]["value"] == 4
+    (workplace / "r.toml").write_text("[gpu.h20.recipe]\nsteps = 3\n")
+    done = launch("render", "--gpu", "h200", "--image", "x", "-c", "r.toml")
+    assert "there is no profile 'h20'" in done.stderr
+
+
+def test_a_mount_that_holds_the_data_is_not_mounted_over(launch: Launch, workplace: Path) -> None:
+    script = launch("render", "--gpu", "gb200", "--image", "x", "--mount", "/mnt/store:/data").stdout
+    assert "/mnt/store:/data" in script and "/data/c4:/data/c4" not in script
+
+
+def test_escape_sequences_of_others_do_not_reach_the_terminal(
+    launch: Launch, slurm: Fake, image: Path
+) -> None:
+    slurm("sbatch", r"printf 'sbatch: error: invalid partition: \033]0;pwned\007x\n' >&2; exit 1")
+    assert "\x1b" not in launch(*SUBMIT).stderr
+    (image.parent / "bad.toml").write_text('[job]\nname = "\x1b[31m\n', encoding="utf-8")
+    assert "\x1b" not in launch(*SUBMIT, "-c", "bad.toml").stderr
+
+
+def test_output_that_cannot_be_written(launch: Launch, workplace: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher", "version"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (
+        done.returncode == ExitStatus.FILESYSTEM
+        and "No space left" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+    closed = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m launcher version <&- | head -c1"], capture_output=True, text=True
+    )
+    assert "Traceback" not in closed.stderr
+
+
+def test_a_directory_that_went_away(launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = workplace / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    done = launch("render", "--gpu", "b200", "--image", "/x")
+    assert done.returncode == ExitStatus.INVALID and "no longer exists" in done.stderr
+
+
+def test_one_sacct_for_a_list(launch: Launch, slurm: Fake, image: Path) -> None:
+    for name in ("a", "b", "c"):
+        launch(*SUBMIT[:-1], name)
+    (image.parent / "jobs.txt").write_text("")
+    slurm("sacct", f"echo x >>{image.parent}/asked; exit 1")
+    assert {row["state"] for row in json.loads(launch("list", "--json").stdout)} == {"UNKNOWN"}
+    assert (image.parent / "asked").read_text() == "x\n"
+
+
+def test_a_node_that_cannot_write_the_run_directory(workplace: Path) -> None:
+    if os.getuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("needs root and setpriv")
+    script = subprocess.run(
+        [sys.executable, "-m", "launcher", "render", "--gpu", "b200", "--image", "/x", "--name", "r"],
+        capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    (workplace / "runs" / "r").mkdir(parents=True)
+    os.chown(workplace / "runs" / "r", 65534, 65534)
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "bash"], input=script, capture_output=True,
+        text=True, env={"SLURM_JOB_ID": "1", "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert (done.returncode, "cannot write the run directory" in done.stderr) == (77, True), done.stderr
+
+
+def test_a_killed_local_run_that_was_cancelled(launch: Launch, workplace: Path) -> None:
+    (workplace / "t").write_text("#!/bin/bash\ntrap '' TERM\nwhile :; do sleep 0.1; done\n")
+    (workplace / "t").chmod(0o755)
+    launch("submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--name", "k", "--python", "./t")
+    time.sleep(0.5)
+    launch("cancel", "k", timeout=60)
+    assert state(launch, "k")["state"] == "CANCELLED"
