@@ -11,7 +11,7 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import RunOptions, run_argument, run_options, runs_dir_option
-from launcher.output import age, colour, json_line, plain, print_error, print_json, warn
+from launcher.output import age, colour, is_terminal, json_line, plain, print_error, print_json, warn
 
 if TYPE_CHECKING:
     from launcher.cluster.state import JobState

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -20,12 +19,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import filesystem_error, write_json
 from launcher.image import ARCHES
-from launcher.image.squashfs_file import METADATA, elf_machine, follow, is_metadata, sidecar_path, superblock
+from launcher.image.squashfs_file import (
+    METADATA,
+    SquashfsFormat,
+    beside,
+    elf_machine,
+    follow,
+    gnu_header,
+    mksquashfs_path,
+    publish,
+    write_squashfs,
+)
 
 Say = Callable[[str], None]
 
@@ -34,7 +42,13 @@ BLOCK = tarfile.BLOCKSIZE
 NAME_MAX = 255  # mksquashfs truncates longer ones with no more than a warning
 # `docker create` makes these anew for every container; their times would make every conversion different.
 MADE_BY_ENGINE = ("dev", "etc", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf", "proc", "sys")
-INSTALL = "apt-get install squashfs-tools (4.5 or newer: Debian 12, Ubuntu 22.04)"
+
+# The header of a file, directory or link as Docker writes it: ustar, with plain octal numbers.
+_PLAIN = re.compile(
+    rb"(?P<name>.{100})(?P<mode>[0-7]{7})\0.{16}(?P<size>[0-7]{11})\0(?P<mtime>[0-7]{11})\0"
+    rb"(?P<sum>[0-7]{6})\0 (?P<type>[0125])(?P<link>.{100})ustar\0.{82}(?P<prefix>.{155})",
+    re.S,
+)
 
 
 @dataclass(frozen=True)
@@ -52,20 +66,6 @@ class ImageConfig:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class SquashfsFormat:
-    """How mksquashfs compresses."""
-
-    compressor: str
-    block_kib: int
-    level: int | None = None  # for compressors that have one
-
-    def options(self) -> list[str]:
-        """As mksquashfs takes them (sqfstar misreads the level)."""
-        level = [] if self.level is None else ["-Xcompression-level", str(self.level)]
-        return ["-comp", self.compressor, *level, "-b", f"{self.block_kib}K"]
-
-
 # What the cluster does with the file -> the format.
 FORMATS = {
     "unpack": SquashfsFormat("zstd", 128, 3),
@@ -77,7 +77,9 @@ FORMATS = {
 class Report:
     """What `rewrite` met on its way; complete when its iterator is."""
 
-    entries: int = 0
+    arch: str = (
+        ""  # uname's word, from the header of /bin/sh: `docker import` labels every image as the host's
+    )
     unpacked_bytes: int = 0
     cleared: int = 0  # setuid and setgid bits, file capabilities
     devices: int = 0  # outside /dev
@@ -92,9 +94,9 @@ def image_config(attrs: Mapping[str, Any], environ: Mapping[str, str]) -> ImageC
     """From what `docker image inspect` says (docker-py: image.attrs), and SOURCE_DATE_EPOCH."""
     config = attrs.get("Config") or {}
     epoch = environ.get("SOURCE_DATE_EPOCH", "")
-    if epoch and not epoch.isdecimal():
+    if epoch and not (epoch.isdecimal() and int(epoch) < 2**32):
         raise LauncherError(
-            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds",
+            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds that a squashfs can hold",
             "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
         )
     return ImageConfig(
@@ -169,78 +171,84 @@ class _Stream:
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """The next `size` bytes, at most PIECE of them at a time."""
-        while size:
+        while size > 0:
             while not self._rest:
-                chunk = next(self._chunks, None)
+                try:
+                    chunk = next(self._chunks, None)
+                except Exception as error:  # of the engine, its client or the network
+                    raise _damaged(f"{type(error).__name__}: {error}") from error
                 if chunk is None:
-                    raise LauncherError(
-                        "the image's export broke off in the middle", "launcher image convert ..., again",
-                        status=ExitStatus.ERROR,
-                    )  # fmt: skip
+                    raise _damaged("it broke off in the middle")
                 self._rest = memoryview(chunk)
             piece = self._rest[: min(size, PIECE)]
             self._rest = self._rest[len(piece) :]
             size -= len(piece)
             yield piece
 
-    def read(self, size: int) -> bytes:
-        return b"".join(self.pieces(size))
-
-    def extension(self, info: tarfile.TarInfo) -> bytes:
-        """The data of a header that only continues another one."""
+    def data(self, info: tarfile.TarInfo) -> bytes:
+        """All the data of a small entry: a header that continues another one, or our own metadata."""
         if info.size > 1 << 20:
-            raise LauncherError(f"the export has a header of {info.size:,} bytes")
-        return self.read(_padded(info.size))[: info.size]
+            raise _damaged(f"{info.name} has {info.size:,} bytes")
+        return b"".join(self.pieces(_padded(info.size)))[: info.size]
 
-    def drain(self) -> None:
-        """To the end, so that the engine's connection can be used again."""
-        for _ in self._chunks:
+    def members(self) -> Iterator[tuple[tarfile.TarInfo, dict[str, bytes]]]:
+        """Each file's header and PAX records; the caller reads the file's data before it asks for the next."""
+        before: dict[str, bytes] = {}
+        while any(block := b"".join(self.pieces(BLOCK))):
+            try:
+                info = _plain(block) or tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                if info.type == tarfile.XHDTYPE:
+                    before |= _pax(self.data(info))
+                elif info.type == tarfile.XGLTYPE:
+                    self.data(info)
+                elif info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+                    key = "path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
+                    before[key] = self.data(info).rstrip(b"\0")
+                else:
+                    info.name = _text(before["path"]) if "path" in before else info.name
+                    info.linkname = _text(before["linkpath"]) if "linkpath" in before else info.linkname
+                    info.size = int(before.get("size", info.size))
+                    info.mtime = int(float(before.get("mtime", info.mtime)))
+                    yield info, before
+                    before = {}
+            except (tarfile.HeaderError, ValueError, OverflowError) as error:
+                raise _damaged(f"a header without sense: {error}") from None
+        for _ in self._chunks:  # to the end, so that the engine's connection can be used again
             pass
+
+
+def _plain(block: bytes) -> tarfile.TarInfo | None:
+    """An ordinary header in a fifth of tarfile's time; None for one that it had better read."""
+    found = _PLAIN.match(block)
+    if not found or sum(block) - sum(block[148:156]) + 8 * 32 != int(found["sum"], 8):
+        return None
+    name, link, prefix = (_text(found[field].partition(b"\0")[0]) for field in ("name", "link", "prefix"))
+    info = tarfile.TarInfo(f"{prefix}/{name}" if prefix else name)
+    info.mode, info.size, info.mtime = (int(found[field], 8) for field in ("mode", "size", "mtime"))
+    info.linkname, info.type = link, found["type"]
+    return info
+
+
+def _damaged(how: str) -> LauncherError:
+    what = f"the image's export is incomplete or damaged: {how}"
+    return LauncherError(
+        what, "is the engine up? docker info; then the same command again", status=ExitStatus.ERROR
+    )
 
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _members(stream: _Stream) -> Iterator[tuple[tarfile.TarInfo, dict[str, bytes]]]:
-    """Each file's header, with its PAX records; the caller reads the data before it asks for the next one."""
-    name = link = None
-    pax: dict[str, bytes] = {}
-    while any(block := stream.read(BLOCK)):
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise LauncherError(
-                "the image's export is damaged: not a tar header where one must be", original=str(error)
-            ) from None
-        if info.type in (tarfile.XGLTYPE, tarfile.XHDTYPE):
-            records = _pax(stream.extension(info))
-            pax |= records if info.type == tarfile.XHDTYPE else {}
-        elif info.type == tarfile.GNUTYPE_LONGNAME:
-            name = _text(stream.extension(info).rstrip(b"\0"))
-        elif info.type == tarfile.GNUTYPE_LONGLINK:
-            link = _text(stream.extension(info).rstrip(b"\0"))
-        else:
-            info.name = _text(pax["path"]) if "path" in pax else name or info.name
-            info.linkname = _text(pax["linkpath"]) if "linkpath" in pax else link or info.linkname
-            with suppress(ValueError):
-                info.size = int(pax.get("size", info.size))
-                info.mtime = float(pax.get("mtime", info.mtime))
-            yield info, pax
-            name, link, pax = None, None, {}
-    stream.drain()
-
-
 def _pax(data: bytes) -> dict[str, bytes]:
-    """Records `LENGTH KEY=VALUE\\n`."""
+    """Records of the form `LENGTH KEY=VALUE\\n`; their lengths count themselves."""
     records = {}
     while data:
-        digits, _, _ = data.partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
-        key, equals, value = data[len(digits) + 1 : length - 1].partition(b"=")
-        if not equals or length > len(data):
-            raise LauncherError("the image's export is damaged: a PAX header without sense")
-        records[_text(key)], data = value, data[length:]
+        digits, _, rest = data.partition(b" ")
+        key, equals, value = rest[: int(digits) - len(digits) - 2].partition(b"=")
+        if not equals or not len(digits) + 2 < int(digits) <= len(data):
+            raise ValueError("PAX record")
+        records[_text(key)], data = value, data[int(digits) :]
     return records
 
 
@@ -253,68 +261,241 @@ def _path(name: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise LauncherError(f"the image's export has a name that leads out of it: {name!r}")
-    if long := next((part for part in parts if len(part.encode("utf-8", "surrogateescape")) > NAME_MAX), ""):
-        raise LauncherError(f"a file name longer than {NAME_MAX} bytes: {long!r}", "rename it in the image")
+    if long := [part for part in parts if len(part.encode("utf-8", "surrogateescape")) > NAME_MAX]:
+        raise LauncherError(
+            f"a file name longer than {NAME_MAX} bytes: {long[0]!r}", "rename it in the image"
+        )
     return "/".join(parts)
 
 
 def rewrite(
     export: Iterable[bytes], config: ImageConfig, metadata: Mapping[str, Any], report: Report
 ) -> Iterator[bytes | memoryview]:
-    """The tar for mksquashfs: GNU headers, everything root's, without devices, with enroot's files at the end.
+    """The tar for mksquashfs: GNU headers, everything root's, without devices, enroot's files at the end.
 
     GNU, because mksquashfs 4.5 strips the leading slash of a link's target that comes in a PAX header. Setuid bits
-    and file capabilities go: enroot unpacks as an ordinary user, and every setuid program would become one that
-    lets anybody on the node act as that user. Each file keeps its time, so that no .pyc becomes stale.
+    and file capabilities go: enroot unpacks as an ordinary user, which would turn every setuid program into one
+    by which anybody on the node acts as that user. Each file keeps its time: a new one makes its .pyc stale.
     """
     stream = _Stream(export)
     own, report.left_out = enroot_files(config)
     replaced = {*own, ".dockerenv", *([METADATA] if metadata else [])}
-    workdir = _path(config.working_dir)
-    fixed_time = {*MADE_BY_ENGINE, *(workdir[:n] for n in range(1, len(workdir) + 1))}
+    parts = _path(config.working_dir).split("/")
+    fixed_time = {*MADE_BY_ENGINE, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}
     directories = {""}
     devices: set[str] = set()
+    names: set[str] = set()  # memory grows with the number of files, not with their size
 
-    def entry(info: tarfile.TarInfo, name: str) -> Iterator[bytes]:
-        """The header, after those of directories that the export left out: mksquashfs would give them the time of day."""
-        for depth in range(name.count("/")):
-            parent = "/".join(name.split("/")[: depth + 1])
-            if parent in report.links:
-                raise LauncherError(f"the image has a file below the link /{parent}: /{name}")
-            if parent not in directories:
-                made = tarfile.TarInfo(parent)
-                made.type, made.mode = tarfile.DIRTYPE, 0o755
-                yield from entry(made, parent)
-        info.name, info.uid, info.gid, info.uname, info.gname = name, 0, 0, "", ""
-        info.mtime = config.created if name in fixed_time else min(max(int(info.mtime), 0), 2**32 - 1)
+    def header(info: tarfile.TarInfo, name: str) -> Iterator[bytes]:
+        """After those of directories that the export does not list: mksquashfs would give them the time of day."""
+        parent = name.rpartition("/")[0]
+        if parent in report.links:
+            raise LauncherError(f"/{name} is below the link /{parent}")
+        if parent not in directories:
+            made = tarfile.TarInfo()
+            made.type, made.mode, made.mtime = tarfile.DIRTYPE, 0o755, config.created
+            yield from header(made, parent)
         if info.isdir():
-            if name in directories:
-                return
             directories.add(name)
-        report.entries += 1
-        yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+        info.name = name
+        info.mtime = config.created if name in fixed_time else min(max(info.mtime, 0), 2**32 - 1)
+        yield gnu_header(info)
 
-    for info, pax in _members(stream):
-        name = _path(info.name)
-        if info.issparse() or any(key.startswith("GNU.sparse") for key in pax):
-            raise LauncherError(
-                f"/{name}: stored as a sparse file; no engine exports those", "docker export, not tar --sparse"
-            )
+    for info, pax in stream.members():
+        name, target = _path(info.name), _path(info.linkname) if info.islnk() else info.linkname
+        _refuse_strange(info, pax, name)
         if info.isreg():
             info.type = tarfile.REGTYPE
-        elif not (info.isdir() or info.issym() or info.islnk() or info.isfifo() or info.isdev()):
-            raise LauncherError(f"/{name}: an entry of unknown type {info.type!r} in the image's export")
         else:
             info.size = 0
-        if info.islnk():
-            info.linkname = _path(info.linkname)
-            if info.linkname in replaced:
-                raise LauncherError(f"/{name} is a hard link to /{info.linkname}, which the conversion replaces")
-        if info.ischr() or info.isblk() or name.startswith("dev/") or (info.islnk() and info.linkname in devices):
+        if info.islnk() and target in replaced:
+            raise LauncherError(f"/{name} is a hard link to /{target}, which the conversion replaces")
+        # With these mksquashfs 4.5 crashes, or leaves a file out without a word.
+        if info.islnk() and (target not in names or target in directories):
+            raise _damaged(f"/{name} is a hard link to /{target}, and no file of that name came before it")
+        if name in names and not info.isdir():
+            raise _damaged(f"/{name} comes twice")
+        if info.isdir() and name in replaced:
+            raise LauncherError(f"/{name} is a directory; enroot needs a file of that name")
+        names.add(name)
+        if name.startswith("dev/") or info.ischr() or info.isblk() or (info.islnk() and target in devices):
             report.devices += not name.startswith("dev/")
             devices.add(name)
-        if name in devices or name in replaced or not name:
-            if name in replaced and info.isdir():
-                raise LauncherError(f"/{name} is a directory; enroot needs a file of that name")
-            data = stream.read(_padded(info.size)) if name == METADATA else b""
-            ...
+        if name in devices or name in replaced or name in directories:
+            for _ in stream.pieces(_padded(info.size)):
+                pass
+            continue
+        info.linkname = target
+        _note(report, info, name, pax)
+        yield from header(info, name)
+        data = stream.data(info) if name == METADATA else None
+        if data is not None:
+            report.metadata = _metadata(data)
+            yield data.ljust(_padded(info.size), b"\0")
+        elif info.isreg() and info.size:
+            first = b"".join(stream.pieces(BLOCK))
+            if info.mode & 0o111:
+                report.programs[name] = elf_machine(first)
+            yield first
+            yield from stream.pieces(_padded(info.size) - BLOCK)
+
+    shell = follow("bin/sh", report.links)
+    if shell not in report.programs:
+        raise LauncherError(
+            "the image has no /bin/sh, and Pyxis starts every container by it",
+            "add a shell, or a base image with one",
+        )
+    report.arch = report.programs[shell] or ARCHES.get(config.arch, config.arch)
+    if metadata:
+        report.metadata = {**metadata, "arch": docker_arch(report.arch)}
+        own[METADATA] = json.dumps(report.metadata, indent=2, ensure_ascii=False) + "\n"
+    for name, text in own.items():
+        data = text.encode("utf-8", "surrogateescape")
+        made = tarfile.TarInfo()
+        report.unpacked_bytes += len(data)
+        made.size, made.mtime, made.mode = len(data), config.created, 0o755 if name == "etc/rc" else 0o644
+        yield from header(made, name)
+        yield data.ljust(_padded(len(data)), b"\0")
+    yield bytes(2 * BLOCK)
+
+
+def _refuse_strange(info: tarfile.TarInfo, pax: Mapping[str, bytes], name: str) -> None:
+    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
+        raise LauncherError(f"/{name}: stored as a sparse file", "use the engine's export, not tar --sparse")
+    known = info.isreg() or info.isdir() or info.issym() or info.islnk() or info.isfifo() or info.isdev()
+    if not known:
+        raise LauncherError(f"/{name}: an entry of unknown type {info.type!r} in the image's export")
+
+
+def _note(report: Report, info: tarfile.TarInfo, name: str, pax: Mapping[str, bytes]) -> None:
+    """Takes away what must not travel, and remembers what is said or checked at the end."""
+    if info.issym():
+        report.links[name] = info.linkname
+        return
+    if info.islnk():
+        if info.linkname in report.programs:
+            report.programs[name] = report.programs[info.linkname]
+        elif info.linkname in report.links:
+            report.links[name] = report.links[info.linkname]
+        return
+    report.unpacked_bytes += info.size
+    if info.isdir():
+        info.mode |= 0o700  # otherwise enroot's unpacking stops halfway, or its removal does
+    elif info.mode & 0o6000 or "SCHILY.xattr.security.capability" in pax:
+        report.cleared += 1
+        info.mode &= ~0o6000
+    readable = 0o005 if info.isdir() else 0o004
+    if info.mode & readable != readable:
+        report.root_only.append(name)
+
+
+def docker_arch(machine: str) -> str:
+    """Docker's word for uname's; the same word for architectures that this launcher does not build."""
+    return {uname: docker for docker, uname in ARCHES.items()}.get(machine, machine)
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# --- from the engine to the file ---------------------------------------------------------------------------------
+
+
+def convert(
+    export: Iterable[bytes], config: ImageConfig, output: Path, *, fmt: SquashfsFormat = FORMATS["unpack"],
+    metadata: Mapping[str, Any], say: Say = lambda line: None,
+) -> Path:  # fmt: skip
+    """Writes `output` and its sidecar from the chunks of a `docker export`; the same image gives the same bytes.
+
+    `metadata` becomes /etc/titan-image.json in the image; where it is empty, that file is taken as it is. Nothing
+    stands under the final name before it is complete.
+    """
+    program = mksquashfs_path()
+    report = Report()
+    with beside(output) as target:
+        tar = rewrite(export, config, metadata, report)
+        write_squashfs(program, _progress(tar, say), target, fmt, config.created)
+        for line in remarks(report, config):
+            say(line)
+        about = {"schema": 1, **report.metadata, "arch": docker_arch(report.arch)}
+        about.setdefault(
+            "created", datetime.fromtimestamp(config.created, UTC).isoformat().replace("+00:00", "Z")
+        )
+        publish(target, output, about, config.image_id, fmt, report.unpacked_bytes, say)
+    return output
+
+
+def convert_with_enroot(
+    image: str, output: Path, *, fmt: SquashfsFormat = FORMATS["unpack"], image_id: str = "",
+    say: Say = lambda line: None,
+) -> Path:  # fmt: skip
+    """The same by `enroot import`, from the same engine, for whoever wants enroot's own conversion."""
+    from launcher.image.inspect import embedded_metadata
+
+    program = shutil.which("enroot")
+    if program is None:
+        raise LauncherError(
+            "enroot: no such program",
+            "leave out --with enroot: the conversion does not need it",
+            status=ExitStatus.ERROR,
+        )
+    # Its -all-time, which comes with this variable, makes every timestamp-checked .pyc stale.
+    environment = {k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"}
+    environment.setdefault("ENROOT_SQUASH_OPTIONS", " ".join([*fmt.options(), "-exit-on-error"]))
+    with beside(output) as target, tempfile.TemporaryFile() as log:
+        target.unlink()  # enroot refuses a file that exists
+        say(f"enroot import dockerd://{image}")
+        process = subprocess.Popen(
+            [program, "import", "-o", str(target), f"dockerd://{image}"],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait()
+        except BaseException:
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGTERM)  # its own trap removes the unpacked image
+                process.wait(30)
+            process.kill()
+            process.wait()
+            raise
+        if code:
+            log.seek(0)
+            last = log.read().decode(errors="replace").strip().splitlines()[-5:]
+            raise LauncherError(
+                f"enroot import failed with code {code}", "launcher image convert without --with enroot",
+                status=ExitStatus.ERROR, original="\n".join(last),
+            )  # fmt: skip
+        publish(target, output, embedded_metadata(target) or {"schema": 1}, image_id, fmt, None, say)
+    return output
+
+
+def _progress(chunks: Iterable[bytes | memoryview], say: Say) -> Iterator[bytes | memoryview]:
+    done = 0
+    for chunk in chunks:
+        before, done = done >> 30, done + len(chunk)
+        if done >> 30 > before:
+            say(f"{done >> 30} GiB read")
+        yield chunk
+
+
+def remarks(report: Report, config: ImageConfig) -> list[str]:
+    """What a user may want to know about the image that was converted."""
+    lines = []
+    if report.arch != ARCHES.get(config.arch, config.arch):
+        lines.append(
+            f"the engine calls this image {config.arch or 'nothing'}, its /bin/sh is for {report.arch}"
+        )
+    if report.cleared:
+        lines.append(f"setuid, setgid or capabilities taken from {report.cleared} files")
+    if report.devices:
+        lines.append(f"{report.devices} device nodes outside /dev left out")
+    if report.root_only:
+        some = ", ".join(f"/{name}" for name in report.root_only[:3])
+        lines.append(f"{len(report.root_only)} entries that only root may read, such as {some}")
+    if report.left_out:
+        lines.append(f"variables with a line break left out: {', '.join(report.left_out)}")
+    return lines

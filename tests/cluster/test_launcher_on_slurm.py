@@ -221,7 +221,8 @@ def test_refusals_of_slurm_are_translated(launch: Launch, idle_job: tuple[str, .
         (("--reservation", "none"), "no such reservation"),
     ):
         done = launch(*idle_job, "--name", "refused", *arguments)
-        assert (done.returncode, said in done.stderr) == (ExitStatus.CLUSTER, True), (arguments, done.stderr)
+        status = ExitStatus.NOT_FOUND if "nonsense" in arguments else ExitStatus.CLUSTER
+        assert (done.returncode, said in done.stderr) == (status, True), (arguments, done.stderr)
         assert "sbatch: error" in done.stderr
         assert not (launch.directory / "runs" / "refused").exists()
 

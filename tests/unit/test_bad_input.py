@@ -135,14 +135,14 @@ def test_a_full_disk(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(LauncherError, match="No space left on device") as caught:
         files.write_text(workplace / "x", "text")
     assert caught.value.status is ExitStatus.FILESYSTEM and "df -h" in caught.value.fix
     assert os.listdir(workplace) == ["home"]
 
 
-def test_a_run_name_that_exists(launch: Launch, image: Path, fake_slurm) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_name_that_exists(launch: Launch, image: Path, fake_slurm) -> None:
     fake_slurm("sbatch", "echo 42")
     assert launch(*GOOD, "--name", "one").returncode == ExitStatus.OK
     before = (image.parent / "runs" / "one" / "run.toml").read_text()
@@ -158,13 +158,13 @@ def test_runs_that_do_not_exist(command: str, launch: Launch, workplace: Path) -
         assert (done.returncode, "no run" in done.stderr) == (ExitStatus.NOT_FOUND, True), done.stderr
 
 
-def test_a_misspelt_run_is_guessed(launch: Launch, image: Path, fake_slurm) -> None:  # type: ignore[no-untyped-def]
+def test_a_misspelt_run_is_guessed(launch: Launch, image: Path, fake_slurm) -> None:
     fake_slurm("sbatch", "echo 42")
     launch(*GOOD, "--name", "acceptance")
     assert "did you mean acceptance?" in launch("status", "aceptance").stderr
 
 
-def test_damaged_run_directories_do_not_stop_the_list(launch: Launch, image: Path, fake_slurm) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_run_directories_do_not_stop_the_list(launch: Launch, image: Path, fake_slurm) -> None:
     fake_slurm("sbatch", "echo 42")
     launch(*GOOD, "--name", "good")
     runs = image.parent / "runs"
@@ -196,7 +196,7 @@ def test_dry_run_and_render_touch_nothing(launch: Launch, image: Path) -> None:
     assert sorted(p for p in image.parent.rglob("*")) == before
 
 
-def test_a_secret_stays_out_of_everything_but_its_file(launch: Launch, image: Path, fake_slurm) -> None:  # type: ignore[no-untyped-def]
+def test_a_secret_stays_out_of_everything_but_its_file(launch: Launch, image: Path, fake_slurm) -> None:
     fake_slurm("sbatch", "echo 42")
     done = launch(
         *GOOD, "--name", "s", "--env", "HF_TOKEN", "--env", "MY_API_KEY=se'cret2", HF_TOKEN="secret1"

@@ -26,7 +26,7 @@ esac"""
 
 
 @pytest.fixture
-def job(tmp_path: Path):  # type: ignore[no-untyped-def]
+def job(tmp_path: Path):
     """Runs a two-node job script; returns what srun's environment held, or the failed process."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -38,7 +38,7 @@ def job(tmp_path: Path):  # type: ignore[no-untyped-def]
     values = {"job.name": "r", "job.runs_dir": str(tmp_path), "job.image": "/x.sqsh", "job.nodes": 2, "job.slurm_bin": str(folder)}  # fmt: skip
     script = render(merge([Layer(values, dict.fromkeys(values, "test"))]))
 
-    def run(addresses: dict[str, str], node_addr: str = "node-1", route: str = "", job_id: str = "41234"):  # type: ignore[no-untyped-def]
+    def run(addresses: dict[str, str], node_addr: str = "node-1", route: str = "", job_id: str = "41234"):
         shutil.rmtree(tmp_path / "r", ignore_errors=True)
         (tmp_path / "r").mkdir()
         for name, text in addresses.items():
@@ -56,25 +56,25 @@ def hosts(*addresses: str) -> str:
     return "".join(f"{a} STREAM node\n{a} DGRAM\n{a} RAW\n" for a in addresses)
 
 
-def test_the_first_address(job) -> None:  # type: ignore[no-untyped-def]
+def test_the_first_address(job) -> None:
     assert job({"node-1": hosts("10.0.0.7")}) == {"addr": "10.0.0.7", "port": "21234", "id": "41234"}
 
 
-def test_loopback_among_several_is_passed_over(job) -> None:  # type: ignore[no-untyped-def]
+def test_loopback_among_several_is_passed_over(job) -> None:
     assert job({"node-1": hosts("127.0.1.1", "10.0.0.7", "10.0.0.8")})["addr"] == "10.0.0.7"
 
 
-def test_slurms_own_address_of_the_node(job) -> None:  # type: ignore[no-untyped-def]
+def test_slurms_own_address_of_the_node(job) -> None:
     assert job({"10.1.1.1": hosts("10.1.1.1")}, node_addr="10.1.1.1")["addr"] == "10.1.1.1"
 
 
-def test_debians_127_0_1_1_is_replaced_by_the_address_towards_a_peer(job) -> None:  # type: ignore[no-untyped-def]
+def test_debians_127_0_1_1_is_replaced_by_the_address_towards_a_peer(job) -> None:
     route = "10.0.0.9 dev eth0 src 10.0.0.7 uid 0\n    cache"
     assert job({"node-1": hosts("127.0.1.1"), "node-2": hosts("10.0.0.9")}, route=route)["addr"] == "10.0.0.7"
 
 
 @pytest.mark.parametrize("route", ["", "local 127.0.1.1 dev lo src 127.0.0.1 uid 0"])
-def test_nothing_but_loopback_is_refused(job, route: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_but_loopback_is_refused(job, route: str, tmp_path: Path) -> None:
     done = job({"node-1": hosts("127.0.1.1"), "node-2": hosts("127.0.1.1")}, route=route)
     assert (
         done.returncode == 76
@@ -85,6 +85,6 @@ def test_nothing_but_loopback_is_refused(job, route: str, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "r" / "end.json").read_text())["exit_code"] == 76
 
 
-def test_port_and_id_come_from_the_job(job) -> None:  # type: ignore[no-untyped-def]
+def test_port_and_id_come_from_the_job(job) -> None:
     ports = {job({"node-1": hosts("10.0.0.7")}, job_id=str(n))["port"] for n in (1, 9999, 10000, 123456789)}
     assert ports == {"20001", "29999", "20000", "26789"}

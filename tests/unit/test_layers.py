@@ -184,7 +184,7 @@ def test_an_unknown_profile_and_recipe() -> None:
         find("recipes", "llama")
 
 
-def test_config_show_gives_value_and_origin(launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+def test_config_show_gives_value_and_origin(launch, workplace: Path) -> None:
     done = launch("config", "show", "--gpu", "gb200", "--nodes", "9", "--image", "x.sqsh", "--json")
     shown = json.loads(done.stdout)
     assert shown["job.nodes"] == {"value": 9, "origin": "option --nodes"}

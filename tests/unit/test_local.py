@@ -50,7 +50,7 @@ def wait_until(launch: Launch, wanted: str, name: str = "r") -> None:
         time.sleep(0.1)
 
 
-def test_a_run_from_start_to_row(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_from_start_to_row(start, launch: Launch, workplace: Path) -> None:
     done = start(STEPS, "--follow")
     assert done.returncode == 0, done.stderr
     assert "step 20/20" in done.stdout and "r: COMPLETED" in done.stdout
@@ -68,7 +68,7 @@ def test_a_run_from_start_to_row(start, launch: Launch, workplace: Path) -> None
     assert objects[0]["step"] == 1 and objects[-1]["state"] == "COMPLETED"
 
 
-def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workplace: Path) -> None:
     start(f"echo $$ >{workplace}/pid; trap 'echo gone; exit 3' TERM; sleep 300 & wait")
     wait_until(launch, "RUNNING")
     job = json.loads((workplace / "runs" / "r" / "job.json").read_text())
@@ -83,7 +83,7 @@ def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workpl
 
 def test_a_trainer_that_ignores_sigterm_is_killed(
     start, launch: Launch, workplace: Path, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     from launcher.cluster import local
 
     start(f"trap '' TERM; echo $$ >{workplace}/pid; while :; do sleep 0.1; done")
@@ -98,7 +98,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed(
         time.sleep(0.05)
 
 
-def test_failure_shows_the_first_error(start, launch: Launch) -> None:  # type: ignore[no-untyped-def]
+def test_failure_shows_the_first_error(start, launch: Launch) -> None:
     start("echo 'Traceback (most recent call last):'; echo 'RuntimeError: the cause'; exit 42")
     wait_until(launch, "FAILED")
     done = launch("status", "r")
@@ -108,7 +108,7 @@ def test_failure_shows_the_first_error(start, launch: Launch) -> None:  # type: 
     assert (no_data.returncode, "no step" in no_data.stderr) == (ExitStatus.NO_DATA, True)
 
 
-def test_killed_without_a_word_is_unknown(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+def test_killed_without_a_word_is_unknown(start, launch: Launch, workplace: Path) -> None:
     start("exec sleep 300")
     wait_until(launch, "RUNNING")
     pid = int(json.loads((workplace / "runs" / "r" / "job.json").read_text())["job_id"])
@@ -119,7 +119,7 @@ def test_killed_without_a_word_is_unknown(start, launch: Launch, workplace: Path
     assert state(launch) == ("UNKNOWN", ExitStatus.JOB_UNKNOWN)
 
 
-def test_an_incomplete_run_never_looks_complete(start, launch: Launch) -> None:  # type: ignore[no-untyped-def]
+def test_an_incomplete_run_never_looks_complete(start, launch: Launch) -> None:
     start("\n".join(STEPS.splitlines()[:6]) + "\nexit 1")
     wait_until(launch, "FAILED")
     shown = launch("results", "r").stdout
@@ -127,7 +127,7 @@ def test_an_incomplete_run_never_looks_complete(start, launch: Launch) -> None: 
     assert json.loads(launch("results", "r", "--json").stdout)["incomplete"] is True
 
 
-def test_the_same_script_by_hand_does_not_run_twice(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_same_script_by_hand_does_not_run_twice(start, launch: Launch, workplace: Path) -> None:
     start("echo once")
     wait_until(launch, "COMPLETED")
     again = subprocess.run(["bash", "runs/r/job.sbatch"], capture_output=True, text=True)
@@ -135,7 +135,7 @@ def test_the_same_script_by_hand_does_not_run_twice(start, launch: Launch, workp
     assert state(launch)[0] == "COMPLETED"
 
 
-def test_a_lost_job_file_is_found_again(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_lost_job_file_is_found_again(start, launch: Launch, workplace: Path) -> None:
     """As if the launcher had been killed between starting the process and writing job.json."""
     start("sleep 300")
     wait_until(launch, "RUNNING")
@@ -149,7 +149,7 @@ def test_a_lost_job_file_is_found_again(start, launch: Launch, workplace: Path) 
     launch("cancel", "r")
 
 
-def test_ctrl_c_detaches(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+def test_ctrl_c_detaches(start, launch: Launch, workplace: Path) -> None:
     start(f"{STEPS.splitlines()[0]}; sleep 300")
     watching = subprocess.Popen(
         [sys.executable, "-m", "launcher", "watch", "r"],
@@ -166,7 +166,7 @@ def test_ctrl_c_detaches(start, launch: Launch, workplace: Path) -> None:  # typ
     launch("cancel", "r")
 
 
-def test_another_machines_run_is_not_guessed(start, launch: Launch, workplace: Path) -> None:  # type: ignore[no-untyped-def]
+def test_another_machines_run_is_not_guessed(start, launch: Launch, workplace: Path) -> None:
     start("sleep 5")
     job = workplace / "runs" / "r" / "job.json"
     job.write_text(job.read_text().replace(os.uname().nodename, "elsewhere"))

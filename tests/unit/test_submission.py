@@ -247,7 +247,8 @@ def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(
     (image.parent / "jobs.txt").write_text("")
     slurm("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     assert json.loads(launch("status", "r", "--json").stdout)["state"] == "UNKNOWN"
-    slurm("sacct", "echo '100|CANCELLED by 0|0:15'")
+    name = json.loads((image.parent / "runs" / "r" / "intent.json").read_text())["job_name"]
+    slurm("sacct", f"echo '100|CANCELLED by 0|0:15|{name}'")
     assert json.loads(launch("status", "r", "--json").stdout)["state"] == "CANCELLED"
     (image.parent / "runs" / "r" / "end.json").write_text('{"exit_code": 0}')
     assert json.loads(launch("status", "r", "--json").stdout)["state"] == "COMPLETED"

@@ -1,0 +1,83 @@
+"""Writes /etc/titan-image.json: what is in this image. Runs once, in the last step of the Dockerfile.
+
+Standard library only. What is not installed is null; nothing is guessed.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+LOCK = Path("/usr/local/share/titan/lock.txt")
+DESCRIPTION = Path("/etc/titan-image.json")
+
+# The oldest driver branch that runs a CUDA major version (CUDA Toolkit release notes, table of driver versions).
+DRIVER_MIN = {"12": "525", "13": "580"}
+
+# A process of its own: torch writes caches, and may not be there at all.
+ASK_TORCH = """
+import json, torch
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "sm": torch.cuda.get_arch_list()}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for option in ("channel", "source-revision", "sbom", "created"):
+        parser.add_argument(f"--{option}", default="")
+    arguments = parser.parse_args()
+    architecture = subprocess.run(
+        ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
+    )
+    torch = ask_torch()
+    cuda = torch["cuda"]
+    description = {
+        "schema": 1,
+        "channel": arguments.channel,
+        "arch": architecture.stdout.strip(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch["version"],
+            "cuda": cuda,
+            "nccl": installed("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
+            "torchtitan": installed("torchtitan", "torchtitan-nightly"),
+            "triton": installed("triton", "pytorch-triton"),
+        },
+        "driver_min": DRIVER_MIN.get(cuda.split(".")[0]) if cuda else None,
+        "sm": torch["sm"],
+        "source_revision": arguments.source_revision,
+        "lock_sha256": hashlib.sha256(LOCK.read_bytes()).hexdigest(),
+        "sbom": arguments.sbom,
+        "created": arguments.created,
+    }
+    DESCRIPTION.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    DESCRIPTION.chmod(0o644)
+    print(DESCRIPTION.read_text(encoding="utf-8"))
+
+
+def installed(*names: str) -> "str | None":
+    """The version of the first of these packages that is there."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def ask_torch() -> "dict[str, object]":
+    """torch's own words. An image whose torch cannot be imported must not be built."""
+    if installed("torch") is None:
+        return {"version": None, "cuda": None, "sm": []}
+    asked = subprocess.run([sys.executable, "-B", "-c", ASK_TORCH], capture_output=True, text=True)
+    if asked.returncode:
+        sys.exit(f"torch is installed but cannot be imported:\n{asked.stderr.strip()}")
+    return json.loads(asked.stdout)
+
+
+if __name__ == "__main__":
+    main()

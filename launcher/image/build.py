@@ -1,0 +1,260 @@
+"""`launcher image build`: one image of a channel for one architecture, from the Dockerfile at the top of the checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import data_dir
+from launcher.image import ARCHES
+from launcher.image import engine as docker_engine
+from launcher.image.channels import Channel, channel, docker_arch, lock_path
+from launcher.image.engine import BuildRequest, Engine
+from launcher.image.lock import lock, pinned
+
+_IN_IMAGE = ("check.py", "describe.py", "channels.toml")
+
+# What a failed build says -> what it means and what to do. The first that matches is reported.
+_CAUSES: tuple[tuple[str, str, str], ...] = (
+    (
+        r"THESE PACKAGES DO NOT MATCH THE HASHES|\[sha256:[0-9a-f]+\] do not match|Hashes are required",
+        "a file is not the one that the lock {lock} names: {package}",
+        "if the lock was edited by hand, or the file was replaced on purpose: launcher image lock {channel} --arch {arch}; "
+        "otherwise do not use that index",
+    ),
+    (
+        r"No matching distribution found for (?P<package>\S+)|HTTP error 404 .*?(?P<address>https?://\S+)",
+        "{package} of the lock {lock} is not to be had any more, or not for the base image's Python",
+        "launcher image lock {channel} --arch {arch}",
+    ),
+    (
+        r"no space left on device",
+        "the disk of the Docker engine is full",
+        "docker system df; docker system prune",
+    ),
+    (
+        r"exec format error",
+        "the engine cannot run {arch} programs",
+        "sudo apt-get install qemu-user-static, or build on a machine with {arch}",
+    ),
+    (
+        r"CERTIFICATE_VERIFY_FAILED",
+        "a server's certificate is not trusted inside the build",
+        "a base image that holds your site's certificates: --base IMAGE",
+    ),
+    (
+        r"pull access denied|manifest unknown|manifest for \S+ not found|not found: manifest|repository \S+ not found",
+        "there is no base image {base} to be had",
+        "choose another: --base IMAGE",
+    ),
+    (
+        r"does not match the specified platform|no match for platform",
+        "the base image {base} is not for {arch}",
+        "choose another: --base IMAGE",
+    ),
+    (
+        r"Temporary failure (?:in name resolution|resolving)|Could not resolve|lookup \S+|i/o timeout|"
+        r"connection refused|Network is unreachable|Client\.Timeout",
+        "the build cannot reach the network",
+        "docker run --rm {base} cat /etc/resolv.conf; with the host's network: --network host",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An image that the engine now has."""
+
+    channel: str
+    arch: str  # Docker's word
+    tag: str  # titan:stable-amd64
+    image_id: str
+    bytes: int  # all layers, unpacked
+    seconds: float
+
+
+def arches(value: str, engine: Engine) -> list[str]:
+    """The architectures that `--arch` asks for: "all", one of them, or empty for the engine's own.
+
+    Raises LauncherError where the engine cannot run one of them, before anything is built.
+    """
+    chosen = list(ARCHES) if value == "all" else [docker_arch(value or engine.arch)]
+    for arch in chosen:
+        docker_engine.need_arch(engine, arch)
+    return chosen
+
+
+def image_tag(name: str, arch: str) -> str:
+    """What the image is called in the engine."""
+    return f"titan:{name}-{arch}"
+
+
+def build(
+    name: str,
+    arch: str = "",
+    *,
+    engine: Engine | None = None,
+    tag: str = "",
+    base: str = "",
+    lock_file: Path | None = None,
+    torch_index: str | None = None,
+    index_url: str = "",
+    network: str = "",
+    sbom: str = "",
+    no_cache: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Built:
+    """Builds channel `name` for `arch` (the engine's own where empty) and returns what came out.
+
+    `base` replaces the channel's base image, `lock_file` its lock, `torch_index` (empty: none) and `index_url`
+    the places that packages come from, `network` is Docker's word for the network of the build's steps.
+    Where there is no lock yet, it is made first. `say` gets what will be done, then every line of the build.
+    Raises LauncherError with the cause, when it is a known one, and the last lines of the build.
+    """
+    chosen = channel(name)
+    engine = engine or docker_engine.connect()
+    (arch,) = arches(arch or engine.arch, engine)
+    tag = tag or image_tag(name, arch)
+    base = base or chosen.base
+    index = chosen.torch_index if torch_index is None else torch_index
+    locked = lock_file or lock_path(name, arch)
+    if not locked.is_file():
+        if lock_file:
+            raise LauncherError(f"there is no lock {lock_file}", f"launcher image lock {name} --arch {arch}")
+        say(f"channel {name} has no lock for {arch} yet")
+        locked = lock(name, arch, torch_index=torch_index, say=say)
+    buildx = docker_engine.has_buildx(engine)
+    build_args = _build_args(chosen, base, index, index_url, sbom)
+    labels = {
+        "org.opencontainers.image.base.name": base,
+        "org.opencontainers.image.version": _version(locked),
+    }
+    say(
+        f"building {tag} for {arch}{'' if arch == engine.arch else ' (emulated: 6 to 13 times slower)'} on {base}, "
+        f"{len(pinned(locked.read_text(encoding='utf-8')))} packages of {locked}"
+    )
+    say(f"Docker engine {engine.version} at {engine.host}, {'buildx' if buildx else 'its classic builder'}")
+    started = time.monotonic()
+    last: deque[str] = deque(maxlen=60)
+
+    def line(text: str) -> None:
+        last.append(text)
+        say(text)
+
+    with tempfile.TemporaryDirectory(prefix="titan-build-") as folder:
+        context = _context(Path(folder), name, arch, locked)
+        request = BuildRequest(context, tag, arch, build_args, labels, network, no_cache)
+        builder = docker_engine.build_with_buildx if buildx else docker_engine.build_classic
+        failed = builder(engine, request, line)
+    if failed:
+        text = "\n".join([*last, failed])
+        raise _explain(text, channel=name, arch=arch, base=base, lock=str(locked))
+    found = docker_engine.inspect(engine, tag)
+    built = Built(name, arch, tag, str(found["Id"]), int(found["Size"]), time.monotonic() - started)
+    say(f"built {tag}, {built.bytes / 1e9:.1f} GB, {built.seconds:.0f} s: {built.image_id}")
+    return built
+
+
+def _build_args(chosen: Channel, base: str, index: str, index_url: str, sbom: str) -> dict[str, str]:
+    return {
+        "BASE_IMAGE": base,
+        "CHANNEL": chosen.name,
+        "EXTRA_INDEX_URL": index,
+        "INDEX_URL": index_url,
+        "VISIBLE_DEVICES": "all" if chosen.cuda else "void",
+        "SOURCE_REVISION": _git("rev-parse", "HEAD"),
+        "SBOM": sbom,
+        "CREATED": created(),
+    }
+
+
+def created() -> str:
+    """The time that the image carries, as RFC 3339: SOURCE_DATE_EPOCH, else the commit's; empty without both."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "") or _git("log", "-1", "--format=%ct")
+    if not epoch:
+        return ""
+    if not epoch.isdecimal():
+        raise LauncherError(
+            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds",
+            "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
+        )
+    return datetime.fromtimestamp(int(epoch), UTC).isoformat().replace("+00:00", "Z")
+
+
+def _git(*arguments: str) -> str:
+    """What git says about the checkout that the Dockerfile is in; empty outside one."""
+    folder = dockerfile().parent
+    if not (folder / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def dockerfile() -> Path:
+    """The Dockerfile: beside `containers`, in a checkout and in an installed wheel."""
+    return data_dir("containers").parent / "Dockerfile"
+
+
+def _version(locked: Path) -> str:
+    """What the image is a version of: 0.3.0-torch2.14.1."""
+    found = pinned(locked.read_text(encoding="utf-8"))
+    return f"{found.get('torchtitan', 'none')}-torch{found.get('torch', 'none')}".replace("+", "_")
+
+
+def _context(folder: Path, name: str, arch: str, locked: Path) -> Path:
+    """Only what the Dockerfile copies, so that nothing else of the checkout is sent or spoils the cache."""
+    try:
+        (folder / "containers" / "locks").mkdir(parents=True)
+        shutil.copyfile(dockerfile(), folder / "Dockerfile")
+        shutil.copyfile(locked, folder / "containers" / "locks" / f"{name}-{arch}.txt")
+        for file in _IN_IMAGE:
+            shutil.copyfile(data_dir("containers") / file, folder / "containers" / file)
+    except OSError as error:
+        raise LauncherError(
+            f"cannot put together what the build needs: {error}",
+            "check TMPDIR and the checkout",
+            status=ExitStatus.FILESYSTEM,
+        ) from error
+    return folder
+
+
+def _explain(text: str, **values: str) -> LauncherError:
+    """The error of a failed build: the first known cause in its last lines, and those lines."""
+    tail = "\n".join(text.splitlines()[-25:])
+    for pattern, what, fix in _CAUSES:
+        match = re.search(pattern, text, re.IGNORECASE)
+        if match:
+            package = next(filter(None, match.groupdict().values()), "") or _package(text)
+            return LauncherError(
+                what.format(package=package, **values),
+                fix.format(**values),
+                status=ExitStatus.ERROR,
+                original=tail,
+            )
+    return LauncherError(
+        f"the build of channel {values['channel']} for {values['arch']} failed",
+        "read the last lines below",
+        status=ExitStatus.ERROR,
+        original=tail,
+    )
+
+
+def _package(text: str) -> str:
+    """The package whose hash pip did not find: the first requirement that it prints with the expected hash."""
+    match = re.search(r"^\s*(\S+==\S+|\S+) from \S+:?\s*(?:\(from .*\))?:?\s*$", text, re.MULTILINE)
+    return match[1] if match else "see below"

@@ -1,0 +1,151 @@
+"""`launcher image check`: runs containers/check.py inside an image of the Docker engine, or inside a squashfs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import data_dir
+from launcher.image import engine as docker_engine
+from launcher.image.engine import Engine
+
+# The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
+# namespaces of its own: nothing stays mounted, whatever happens, and there is no network.
+_MOUNT = 'mount -t squashfs -o loop,ro,nosuid,nodev "$2" "$1" || exit 125\n'
+_ENTER = r"""
+mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && mount -t tmpfs tmpfs "$1/tmp" || exit 126
+exec chroot "$1" /usr/bin/env -i /bin/sh -c '
+while IFS= read -r line; do
+  case $line in [A-Za-z_]*=*) export "$line" ;; esac
+done </etc/environment
+export HOME=/tmp
+exec python3 -B - --json'
+"""
+_NAMESPACES = ("unshare", "--mount", "--pid", "--net", "--fork", "--kill-child")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One thing that was looked at inside the image."""
+
+    name: str
+    status: str  # "ok", "failed", "skipped"
+    found: str
+
+
+def check(
+    image: str,
+    *,
+    engine: Engine | None = None,
+    timeout_s: float = 900,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Checked]:
+    """Every check, in the order of containers/check.py; `say` gets one line each.
+
+    `image` is the path of a squashfs (it holds a slash, ends in .sqsh, or exists) or an image of the engine.
+    Raises LauncherError where the checks could not be run at all; a failed check is no error here.
+    """
+    program = (data_dir("containers") / "check.py").read_bytes()
+    if is_file(image):
+        code, stdout, stderr = _in_squashfs(Path(image), program, timeout_s)
+    else:
+        command = ["python3", "-B", "/tmp/titan-check.py", "--json"]
+        code, stdout, stderr = docker_engine.run(
+            engine or docker_engine.connect(),
+            image,
+            command,
+            files={"titan-check.py": program},
+            timeout_s=timeout_s,
+        )
+    results = _read(stdout)
+    if results is None:
+        raise LauncherError(
+            f"the checks did not run in {image} (code {code})",
+            "an image that `launcher image build` made has Python 3.11 or newer",
+            original=(stderr or stdout)[-2000:],
+        )
+    for result in results:
+        say(f"{result.status:8} {result.name:18} {result.found}")
+    return results
+
+
+def is_file(image: str) -> bool:
+    """Whether a squashfs is meant, as opposed to an image of the engine (which may hold slashes, too)."""
+    return (
+        image.endswith((".sqsh", ".squashfs"))
+        or image.startswith(("/", "./", "../"))
+        or Path(image).is_file()
+    )
+
+
+def _read(stdout: str) -> list[Checked] | None:
+    try:
+        value = json.loads(stdout.strip().splitlines()[-1])
+        return [Checked(item["name"], item["status"], item["found"]) for item in value["checks"]]
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> tuple[int, str, str]:
+    """As root the file is mounted, otherwise it is unpacked into TMPDIR: an ordinary user may not mount it."""
+    if not path.is_file():
+        raise LauncherError(
+            f"there is no file {path}", "launcher image convert IMAGE -o FILE", status=ExitStatus.NOT_FOUND
+        )
+    path = path.resolve()
+    with tempfile.TemporaryDirectory(prefix="titan-check-") as folder:
+        root = Path(folder) / "root"
+        root.mkdir()
+        try:
+            if os.geteuid() == 0:
+                done = _run([*_NAMESPACES, "sh", "-c", _MOUNT + _ENTER, "sh", root, path], program, timeout_s)
+                if done.returncode != 125:  # no loop device is free, or there is none in this container
+                    return done.returncode, done.stdout.decode(errors="replace"), _text(done.stderr)
+            _unpack(path, root)
+            namespaces = _NAMESPACES if os.geteuid() == 0 else (*_NAMESPACES, "--map-root-user")
+            done = _run([*namespaces, "sh", "-c", _ENTER, "sh", root], program, timeout_s)
+            return done.returncode, done.stdout.decode(errors="replace"), _text(done.stderr)
+        finally:
+            subprocess.run(["chmod", "-R", "u+rwX", str(root)], capture_output=True)
+
+
+def _run(command: list[str | Path], program: bytes, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(
+            [str(word) for word in command], input=program, capture_output=True, timeout=timeout_s
+        )
+    except FileNotFoundError as error:
+        raise LauncherError(
+            f"{error.filename} is missing", "sudo apt-get install util-linux", status=ExitStatus.ERROR
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise LauncherError(
+            f"the checks did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR
+        ) from error
+
+
+def _unpack(path: Path, root: Path) -> None:
+    unsquashfs = shutil.which("unsquashfs")
+    if not unsquashfs:
+        raise LauncherError(
+            "unsquashfs is missing", "sudo apt-get install squashfs-tools", status=ExitStatus.ERROR
+        )
+    command = [unsquashfs, "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise LauncherError(
+            f"{path} cannot be unpacked into {root.parent}",
+            "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR",
+            original=done.stderr + done.stdout,
+        )
+
+
+def _text(stderr: bytes) -> str:
+    return stderr.decode(errors="replace")

@@ -1,0 +1,359 @@
+"""The one place that talks to a Docker engine, through docker-py. Needs the extra `image`; nothing is imported before use."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.image import ARCHES
+
+DEFAULT_HOST = "unix:///var/run/docker.sock"
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CHATTER = re.compile(r" ---> |Removing intermediate container ")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that answered. `client` is docker-py's."""
+
+    client: Any
+    host: str  # unix:///var/run/docker.sock
+    version: str
+    arch: str  # Docker's word; what it runs without emulation
+    system: str  # "Docker Desktop", "Ubuntu 24.04.3 LTS"
+
+
+def connect() -> Engine:
+    """The engine that DOCKER_HOST names, else the current docker context's, else the one of this machine.
+
+    Raises LauncherError that says whether docker-py, the engine or the permission is missing.
+    """
+    try:
+        import docker
+        import requests
+    except ImportError as error:
+        raise LauncherError(
+            "images are built through docker-py, which is not installed",
+            "pip install 'titan-launcher[image]'",
+            status=ExitStatus.ERROR,
+        ) from error
+    host = os.environ.get("DOCKER_HOST") or _context_host() or DEFAULT_HOST
+    try:
+        # No answer to a question takes long; a build has no limit of its own.
+        client = docker.DockerClient.from_env(timeout=60, environment=os.environ | {"DOCKER_HOST": host})
+        version = client.version()
+        system = str(client.info().get("OperatingSystem", ""))
+    except (docker.errors.DockerException, requests.exceptions.RequestException, ValueError) as error:
+        raise _unreachable(host, str(error)) from error
+    return Engine(client, host, version["Version"], version["Arch"], system)
+
+
+def _context_host() -> str:
+    """The address in the current docker context: where rootless Docker and Docker Desktop are found."""
+    from docker.context import ContextAPI
+
+    try:
+        current = ContextAPI.get_current_context()
+        return str(current.Host or "").removeprefix("http+") if current else ""
+    except Exception:
+        return ""  # an unreadable ~/.docker says nothing about an engine
+
+
+def _unreachable(host: str, reason: str) -> LauncherError:
+    if "Permission denied" in reason or "PermissionError" in reason:
+        return LauncherError(
+            f"this user may not use the Docker engine at {host}",
+            'sudo usermod -aG docker "$USER" && newgrp docker',
+            status=ExitStatus.ERROR,
+            original=reason,
+        )
+    fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
+    if os.environ.get("DOCKER_HOST"):
+        fix = (
+            "check DOCKER_HOST (unix:///path, ssh://user@machine, tcp://machine:port), or: unset DOCKER_HOST"
+        )
+    return LauncherError(f"no Docker engine answers at {host}", fix, status=ExitStatus.ERROR, original=reason)
+
+
+# ------------------------------------------------------------------------------------ architectures
+
+
+def need_arch(engine: Engine, arch: str) -> None:
+    """Raises LauncherError unless the engine can run programs of `arch`, itself or emulated."""
+    if engine.arch == arch or engine.system == "Docker Desktop" or not engine.host.startswith("unix://"):
+        return  # another machine's engine is asked by trying
+    found = emulator(arch)
+    if found == "ready":
+        return
+    raise cannot_run(engine, arch, found)
+
+
+def emulator(arch: str) -> str:
+    """ "ready" when this machine's kernel runs foreign programs of `arch` in containers, else what is in the way."""
+    name = ARCHES[arch]
+    entries = [path for path in _listdir(BINFMT) if path.name not in ("register", "status")]
+    for path in entries:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError:
+            continue
+        # qemu-aarch64-static, or Debian's /usr/libexec/qemu-binfmt/aarch64-binfmt-P; not aarch64_be.
+        if re.search(rf"^interpreter \S*qemu\S*{name}(?!_be)", text, re.MULTILINE):
+            if not text.startswith("enabled"):
+                return f"{path} is disabled"
+            flags = re.search(r"^flags: (\S*)", text, re.MULTILINE)
+            if not flags or "F" not in flags[1]:
+                return f"{path} lacks the flag F, so containers do not find the emulator"
+            return "ready"
+    return f"no emulator for {name} is registered in {BINFMT}"
+
+
+def cannot_run(engine: Engine, arch: str, reason: str) -> LauncherError:
+    """The refusal, with the command that would enable the architecture."""
+    return LauncherError(
+        f"this machine is {engine.arch} and cannot run {arch} programs: {reason}",
+        "sudo apt-get install qemu-user-static   (or: docker run --privileged --rm tonistiigi/binfmt "
+        f"--install {arch}); emulation is 6 to 13 times slower, so better: build on a machine with {arch}",
+        status=ExitStatus.ERROR,
+    )
+
+
+def _listdir(path: Path) -> list[Path]:
+    try:
+        return sorted(path.iterdir())
+    except OSError:
+        return []
+
+
+# ------------------------------------------------------------------------------------------ building
+
+
+def has_buildx(engine: Engine) -> bool:
+    """Whether the docker command is here with its buildx plugin."""
+    if not shutil.which("docker"):
+        return False
+    done = subprocess.run(
+        ["docker", "buildx", "version"], capture_output=True, text=True, env=_environment(engine)
+    )
+    return done.returncode == 0
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What both builders are told."""
+
+    context: Path  # a folder with the Dockerfile and what it copies
+    tag: str
+    arch: str  # Docker's word
+    build_args: dict[str, str]
+    labels: dict[str, str]
+    network: str = ""  # Docker's word for the network of the build's steps; empty: the engine's own choice
+    no_cache: bool = False
+
+
+def build_with_buildx(engine: Engine, request: BuildRequest, line: Callable[[str], None]) -> str:
+    """`docker buildx build --load`; every line of its progress goes to `line`. Returns "" or the error."""
+    command = ["docker", "buildx", "build", "--progress=plain", "--load", "--provenance=false"]
+    command += [f"--platform=linux/{request.arch}", f"--tag={request.tag}"]
+    command += [f"--build-arg={key}={value}" for key, value in request.build_args.items()]
+    command += [f"--label={key}={value}" for key, value in request.labels.items()]
+    command += [f"--network={request.network}"] if request.network else []
+    command += ["--no-cache"] if request.no_cache else []
+    with subprocess.Popen(
+        [*command, str(request.context)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env=_environment(engine),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for text in process.stdout:
+            line(_ANSI.sub("", text).rstrip())
+        code = process.wait()
+    return f"docker buildx build ended with code {code}" if code else ""
+
+
+def build_classic(engine: Engine, request: BuildRequest, line: Callable[[str], None]) -> str:
+    """A build by the engine's classic builder; every line of its progress goes to `line`. Returns "" or the error."""
+    import docker
+    import requests
+
+    try:
+        answers = engine.client.api.build(
+            fileobj=io.BytesIO(_tar(request.context)),
+            custom_context=True,
+            decode=True,
+            rm=True,
+            forcerm=True,
+            nocache=request.no_cache,
+            tag=request.tag,
+            buildargs=request.build_args,
+            labels=request.labels,
+            network_mode=request.network or None,
+            # Not said where it goes without saying: `docker import` may have written the wrong architecture.
+            platform=None if request.arch == engine.arch else f"linux/{request.arch}",
+            timeout=24 * 3600,
+        )
+        return _follow(answers, line)
+    except docker.errors.APIError as error:
+        return str(error.explanation or error)
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        return f"the Docker engine stopped answering: {error}"
+
+
+def _follow(answers: Iterator[dict[str, Any]], line: Callable[[str], None]) -> str:
+    pending = ""
+    error = ""
+    layer = ""
+    for answer in answers:
+        if "error" in answer:
+            error = str(answer["error"])
+        elif "status" in answer and not answer.get("progressDetail"):  # of a pull; not each of its percents
+            text = f"{answer.get('id', '')} {answer['status']}".strip()
+            if text != layer:
+                line(text)
+            layer = text
+        pending += _ANSI.sub("", str(answer.get("stream", ""))).replace("\r", "\n")
+        *complete, pending = pending.split("\n")
+        for text in filter(None, map(str.rstrip, complete)):
+            if not _CHATTER.match(text):
+                line(text)
+    if pending.strip():
+        line(pending.rstrip())
+    return error
+
+
+def _tar(context: Path) -> bytes:
+    """The build context; a few hundred kB. Times and owners are zero, so that the same files hit the cache."""
+    buffer = io.BytesIO()
+
+    def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.mtime = entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ""
+        return entry
+
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.add(context, arcname=".", filter=plain)
+    return buffer.getvalue()
+
+
+def _environment(engine: Engine) -> dict[str, str]:
+    return os.environ | {"DOCKER_HOST": engine.host}
+
+
+# --------------------------------------------------------------------------------------- using images
+
+
+def inspect(engine: Engine, image: str) -> dict[str, Any]:
+    """What the engine knows of an image: Id, Architecture, Config, Size, … LauncherError where there is none."""
+    import docker
+
+    try:
+        found: dict[str, Any] = engine.client.api.inspect_image(image)
+    except docker.errors.ImageNotFound as error:
+        raise LauncherError(
+            f"the Docker engine at {engine.host} has no image {image!r}",
+            "docker images; or build it: launcher image build stable",
+            status=ExitStatus.NOT_FOUND,
+        ) from error
+    except docker.errors.APIError as error:
+        raise LauncherError(
+            f"the Docker engine does not show {image!r}", status=ExitStatus.ERROR, original=str(error)
+        ) from error
+    return found
+
+
+def export(engine: Engine, image: str, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+    """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
+    container = _create(engine, image, ["/nothing"])  # an image without a command needs one to be made
+    try:
+        yield from engine.client.api.export(container, chunk_size=chunk_bytes)
+    finally:
+        engine.client.api.remove_container(container, force=True)
+
+
+def run(
+    engine: Engine,
+    image: str,
+    command: list[str],
+    *,
+    files: dict[str, bytes] | None = None,
+    timeout_s: float = 900,
+) -> tuple[int, str, str]:
+    """Runs a command in a new container without a network; returns exit code, stdout, stderr.
+
+    `files` are put into its /tmp first: that works with an engine on another machine too. The image's
+    entrypoint is left out. Raises LauncherError where the command cannot start or does not end.
+    """
+    import docker
+    import requests
+
+    api = engine.client.api
+    container = _create(engine, image, command)
+    try:
+        if files:
+            api.put_archive(container, "/tmp", _archive(files))
+        try:
+            api.start(container)
+        except docker.errors.APIError as error:
+            raise _start_error(engine, image, command, str(error.explanation)) from error
+        try:
+            code = int(api.wait(container, timeout=timeout_s)["StatusCode"])
+        except requests.exceptions.RequestException as error:
+            raise LauncherError(
+                f"{command[0]} in {image} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR
+            ) from error
+        stdout = api.logs(container, stdout=True, stderr=False).decode(errors="replace")
+        stderr = api.logs(container, stdout=False, stderr=True).decode(errors="replace")
+    finally:
+        api.remove_container(container, force=True, v=True)
+    if "exec format error" in stderr.lower():
+        raise _start_error(engine, image, command, stderr)
+    return code, stdout, stderr
+
+
+def _create(engine: Engine, image: str, command: list[str]) -> str:
+    import docker
+
+    inspect(engine, image)
+    try:
+        made = engine.client.api.create_container(
+            image,
+            command,
+            entrypoint=[],
+            host_config=engine.client.api.create_host_config(network_mode="none"),
+        )
+    except docker.errors.APIError as error:
+        raise LauncherError(
+            f"the Docker engine makes no container of {image!r}",
+            status=ExitStatus.ERROR,
+            original=str(error.explanation or error),
+        ) from error
+    return str(made["Id"])
+
+
+def _start_error(engine: Engine, image: str, command: list[str], reason: str) -> LauncherError:
+    if "exec format error" in reason.lower():
+        arch = inspect(engine, image)["Architecture"]
+        other = arch if arch != engine.arch else next(name for name in ARCHES if name != engine.arch)
+        return cannot_run(engine, other, emulator(other))
+    return LauncherError(f"{command[0]} does not start in {image}", original=reason)
+
+
+def _archive(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            entry.mode = 0o644
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()

@@ -1,0 +1,166 @@
+"""`launcher image lock`: pins every package of a channel with its hashes. uv does the resolving."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import filesystem_error, write_text
+from launcher.image import ARCHES
+from launcher.image.channels import Channel, channel, docker_arch, lock_path
+
+# glibc 2.28: what torch's own wheels ask for, and older than that of every base image.
+_PLATFORM = "{}-manylinux_2_28"
+_UNREACHABLE = re.compile(
+    r"(?:Failed to fetch|error sending request for url|Request failed)[^\n]*?(https?://[^\s`)]+)"
+)
+
+
+def lock(
+    name: str,
+    arch: str,
+    *,
+    torch_index: str | None = None,
+    output: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Writes the newest set of packages that channel `name` allows, and returns the file.
+
+    `torch_index` replaces the channel's own (a mirror); empty: torch comes from where everything else does.
+    Mirrors of PyPI are uv's business (UV_DEFAULT_INDEX, UV_FIND_LINKS). No address of an index and no path of
+    this machine gets into the file, except the files' addresses of a channel that records them.
+    Raises LauncherError when an index cannot be reached or nothing satisfies the channel.
+    """
+    chosen = channel(name)
+    arch = docker_arch(arch)
+    index = chosen.torch_index if torch_index is None else torch_index
+    target = output or lock_path(name, arch)
+    say(f"resolving channel {name} for {arch}, Python {chosen.python}: {', '.join(chosen.packages)}")
+    with tempfile.TemporaryDirectory(prefix="titan-lock-") as folder:
+        project = Path(folder) / "pyproject.toml"
+        project.write_text(_project(chosen, index), encoding="utf-8")
+        text = _compile(chosen, arch, index, project, "requirements.txt")
+        if chosen.record_urls and index:
+            pins = Path(folder) / "pins.txt"
+            pins.write_text(text, encoding="utf-8")
+            text = _with_urls(text, _compile(chosen, arch, index, project, "pylock.toml", pins), index, arch)
+    header = f"# Channel {name}, {arch}, Python {chosen.python}. Made by: launcher image lock {name} --arch {arch}\n"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise filesystem_error(target, error) from error
+    write_text(target, header + text)
+    say(f"{target}: {len(pinned(header + text))} packages")
+    return target
+
+
+def pinned(text: str) -> dict[str, str]:
+    """Name -> version of every package in a lock, whether it is pinned by version or by address."""
+    found = {}
+    for line in text.splitlines():
+        if match := re.match(r"([A-Za-z0-9._-]+)==([^\s;\\]+)", line):
+            found[match[1]] = match[2]
+        elif match := re.match(r"([A-Za-z0-9._-]+) @ \S*/[^/\s-]+-([^/\s-]+)-[^/\s]+\.whl", line):
+            found[match[1]] = match[2].replace("%2B", "+")
+    return found
+
+
+def _project(chosen: Channel, index: str) -> str:
+    """A project file for uv: torch from its own index only, everything else from PyPI only."""
+    lines = ["[project]", 'name = "titan-image"', 'version = "0"']
+    lines += [f'requires-python = ">={chosen.python}"', f"dependencies = {json.dumps(list(chosen.packages))}"]
+    if index:
+        lines += [
+            "[tool.uv.sources]",
+            *(f'{name} = {{ index = "torch" }}' for name in chosen.from_torch_index),
+        ]
+        lines += ["[[tool.uv.index]]", 'name = "torch"', f"url = {json.dumps(index)}", "explicit = true"]
+    return "\n".join(lines) + "\n"
+
+
+def _compile(
+    chosen: Channel, arch: str, index: str, project: Path, form: str, constraints: Path | None = None
+) -> str:
+    """What `uv pip compile` answers, as requirements.txt or as pylock.toml."""
+    output = project.with_name("compiled.txt" if form == "requirements.txt" else "pylock.toml")
+    command = [
+        _uv(), "pip", "compile", str(project), "--quiet", "--no-header", "--no-annotate", "--generate-hashes",
+        "--only-binary=:all:", "--python-version", chosen.python,
+        "--python-platform", _PLATFORM.format(ARCHES[arch]),
+        "--format", form, "--output-file", str(output),
+        *(["--constraints", str(constraints)] if constraints else []),
+    ]  # fmt: skip
+    # Its own project file decides, not one above the working directory.
+    done = subprocess.run(
+        command, cwd=project.parent, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}
+    )
+    if done.returncode:
+        raise _explain(chosen, index, done.stderr)
+    return output.read_text(encoding="utf-8")
+
+
+def _uv() -> str:
+    """The uv beside this Python (`pip install uv`), else the one on PATH."""
+    try:
+        import uv
+
+        return str(uv.find_uv_bin())
+    except (ImportError, FileNotFoundError):
+        found = shutil.which("uv")
+    if not found:
+        raise LauncherError(
+            "locks are made with uv, which is not installed",
+            "pip install 'titan-launcher[image]'",
+            status=ExitStatus.ERROR,
+        )
+    return found
+
+
+def _explain(chosen: Channel, index: str, stderr: str) -> LauncherError:
+    match = _UNREACHABLE.search(stderr)
+    if match:
+        fix = "check the network and the proxy, or give a mirror that is reachable: --torch-index URL"
+        if index and match[1].startswith(index) and chosen.cuda:
+            fix = f"a channel that needs PyPI alone: CHANNEL=stable; or a mirror of the index: --torch-index URL (now {index})"
+        return LauncherError(
+            f"channel {chosen.name}: the package index {match[1]} cannot be reached",
+            fix,
+            status=ExitStatus.ERROR,
+            original=stderr,
+        )
+    return LauncherError(
+        f"channel {chosen.name}: no set of packages satisfies {', '.join(chosen.packages)}",
+        "change `packages` of the channel in containers/channels.toml",
+        original=stderr,
+    )
+
+
+def _with_urls(text: str, pylock: str, index: str, arch: str) -> str:
+    """`torch==X` becomes `torch @ https://…/torch-X-….whl` for every file that the torch index serves."""
+    host = index.split("/")[2] if "://" in index else index
+    addresses: dict[str, dict[str, Any]] = {}
+    for package in tomllib.loads(pylock).get("packages", []):
+        for wheel in package.get("wheels", []):
+            if f"//{host}/" in wheel["url"] and wheel["url"].endswith((f"_{ARCHES[arch]}.whl", "-any.whl")):
+                addresses[package["name"]] = wheel
+    lines: list[str] = []
+    replaced = False
+    for line in text.splitlines():
+        name = line.split("==")[0] if not line.startswith((" ", "#")) else ""
+        if name:
+            replaced = name in addresses
+            if replaced:
+                wheel = addresses[name]
+                lines += [f"{name} @ {wheel['url']} \\", f"    --hash=sha256:{wheel['hashes']['sha256']}"]
+        if not replaced:
+            lines.append(line)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,91 @@
+"""The image for arm64, built by this machine under emulation from the product's Dockerfile; with a lock of two small packages.
+
+Everything but the packages is as in a real image: the same Dockerfile, stages, steps and description. torch for arm64
+is 900 MB and slow to import under emulation, and shows nothing about this project that amd64 does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.image import engine as docker_engine
+from launcher.image.build import Built, build
+from launcher.image.check import check
+from launcher.image.convert import convert, image_config
+from launcher.image.engine import Engine
+from launcher.image.inspect import inspect
+from tests.image.conftest import built, make_base, rootfs
+
+QEMU = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")  # Debian's qemu-user-static: what is to be registered
+ENTRY = docker_engine.BINFMT / "qemu-aarch64"
+
+
+@pytest.fixture(scope="module")
+def emulation() -> Iterator[None]:
+    """Registers the emulator with the kernel unless it is, and takes away afterwards what was put there."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("arm64 is not foreign here")
+    with ExitStack() as stack:
+        if not (docker_engine.BINFMT / "register").exists():
+            mount = ["mount", "-t", "binfmt_misc", "binfmt_misc", str(docker_engine.BINFMT)]
+            if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+                pytest.skip("emulation needs root and a kernel with binfmt_misc")
+            stack.callback(subprocess.run, ["umount", str(docker_engine.BINFMT)], check=True)
+        if docker_engine.emulator("arm64") != "ready":
+            if not QEMU.exists():
+                pytest.skip("missing Debian package: apt install qemu-user-static")
+            (docker_engine.BINFMT / "register").write_text(QEMU.read_text().strip())
+            stack.callback(lambda: ENTRY.write_text("-1"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def arm64_image(engine: Engine, emulation: None, tiny_lock: Path) -> Iterator[Built]:
+    """About 2 minutes, most of it Python compiling its library under emulation."""
+    with ExitStack() as stack:
+        base = make_base(engine, "arm64", rootfs("arm64"), stack)
+        yield built("cpu", "arm64", engine, base, lock_file=tiny_lock)
+
+
+def test_the_arm64_image_is_for_arm64(engine: Engine, arm64_image: Built) -> None:
+    assert docker_engine.inspect(engine, arm64_image.tag)["Architecture"] == "arm64"
+    code, stdout, stderr = docker_engine.run(engine, arm64_image.tag, ["cat", "/etc/titan-image.json"])
+    assert code == 0 and json.loads(stdout)["arch"] == "arm64", stderr
+
+
+def test_the_arm64_image_passes_the_checks_that_do_not_need_torch(engine: Engine, arm64_image: Built) -> None:
+    results = {result.name: result for result in check(arm64_image.tag, engine=engine)}
+    failed = {name for name, result in results.items() if result.status == "failed"}
+    assert failed == {"torch", "blackwell", "triton", "nccl", "login shell", "model"}, results
+
+
+def test_the_arm64_squashfs_is_known_as_aarch64(engine: Engine, arm64_image: Built, tmp_path: Path) -> None:
+    path = tmp_path / "titan-cpu-arm64.sqsh"
+    attributes = docker_engine.inspect(engine, arm64_image.tag)
+    said: list[str] = []
+    convert(docker_engine.export(engine, arm64_image.tag), image_config(attributes, os.environ), path, metadata={},
+            say=said.append)  # fmt: skip
+    assert not any("the engine calls this image" in line for line in said), said
+    assert inspect(path).arch in ("arm64", "aarch64")
+
+
+def test_without_emulation_the_refusal_comes_before_the_build(engine: Engine, arm64_image: Built) -> None:
+    if not ENTRY.exists():
+        pytest.skip("the emulator is registered under another name")
+    ENTRY.write_text("0")
+    try:
+        with pytest.raises(LauncherError, match="cannot run arm64 programs") as error:
+            build("cpu", "arm64", engine=engine)
+        assert "qemu-aarch64 is disabled" in error.value.what
+        with pytest.raises(LauncherError, match="this machine is amd64 and cannot run arm64 programs"):
+            docker_engine.run(engine, arm64_image.tag, ["true"])
+    finally:
+        ENTRY.write_text("1")

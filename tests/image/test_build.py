@@ -1,0 +1,343 @@
+"""Building images of the channel cpu from the product's Dockerfile with a real engine, and every refusal before and in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.image import build as building
+from launcher.image import engine as docker_engine
+from launcher.image.build import Built, arches, build, created
+from launcher.image.check import check
+from launcher.image.convert import convert, image_config
+from launcher.image.engine import BuildRequest, Engine
+from tests.image.conftest import TINY_LOCK, Base
+from tests.image.dockerd import running_engine
+
+EMULATED = "enabled\ninterpreter /usr/bin/qemu-aarch64-static\nflags: OCF\noffset 0\nmagic 7f454c46\n"
+
+
+def somewhere(host: str = "unix:///run/docker.sock", arch: str = "amd64", system: str = "Debian") -> Engine:
+    """An engine that is only asked what it is."""
+    return Engine(None, host, "28.0", arch, system)
+
+
+# ------------------------------------------------------------------------------------------ what is built
+
+
+def test_the_cpu_image_passes_its_checks(engine: Engine, cpu_image: Built) -> None:
+    said: list[str] = []
+    results = {result.name: result for result in check(cpu_image.tag, engine=engine, say=said.append)}
+    assert len(said) == len(results) == 14
+    assert {name for name, result in results.items() if result.status != "ok"} == {"blackwell"}, "\n".join(
+        said
+    )
+    assert results["blackwell"].status == "skipped"
+    assert "8,030,261,248 parameters, 57,914,449,920 FLOPs" in results["model"].found
+
+
+def test_the_cpu_image_says_what_it_is(engine: Engine, cpu_image: Built) -> None:
+    found = docker_engine.inspect(engine, cpu_image.tag)
+    assert found["Id"] == cpu_image.image_id and found["Architecture"] == "amd64"
+    config = found["Config"]
+    environment = dict(entry.split("=", 1) for entry in config["Env"])
+    assert environment["NVIDIA_VISIBLE_DEVICES"] == "void" and "DEBIAN_FRONTEND" not in environment
+    assert environment["PATH"].startswith("/usr/local/sbin:/usr/local/bin:")
+    assert not config["Entrypoint"] and config["Cmd"] == ["/bin/bash"] and not config["User"]
+    labels = {key.rpartition(".")[2]: value for key, value in config["Labels"].items()}
+    assert labels["title"] == "titan-cpu" and labels["version"] == "0.3.0-torch2.13.0_cpu"
+    assert labels["created"] == created()
+    code, stdout, stderr = docker_engine.run(engine, cpu_image.tag, ["cat", "/etc/titan-image.json"])
+    assert code == 0, stderr
+    about = json.loads(stdout)
+    assert (about["schema"], about["channel"], about["arch"]) == (1, "cpu", "amd64")
+    assert about["versions"]["torch"] == "2.13.0+cpu" and about["versions"]["cuda"] is None
+    assert about["created"] == created() and about["driver_min"] is None and about["sm"] == []
+
+
+def test_an_image_that_lacks_things_fails_the_checks_of_them_alone(engine: Engine, tiny_image: Built) -> None:
+    results = {result.name: result for result in check(tiny_image.tag, engine=engine)}
+    failed = {name for name, result in results.items() if result.status == "failed"}
+    assert failed == {"torch", "blackwell", "triton", "nccl", "login shell", "model"}
+    assert results["lock"].found.startswith("2 packages")
+    assert "ModuleNotFoundError: No module named 'torch'" in results["torch"].found
+
+
+@pytest.mark.parametrize("root", [True, False], ids=["mounted", "unpacked"])
+def test_a_squashfs_is_checked_like_the_image_that_it_is_from(
+    engine: Engine, tiny_image: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: bool
+) -> None:
+    path = tmp_path / "tiny.sqsh"
+    attributes = docker_engine.inspect(engine, tiny_image.tag)
+    convert(
+        docker_engine.export(engine, tiny_image.tag), image_config(attributes, os.environ), path, metadata={}
+    )
+    mounts = Path("/proc/mounts").read_text()
+    if not root:
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    in_file = [(result.name, result.status) for result in check(str(path))]
+    assert in_file == [(result.name, result.status) for result in check(tiny_image.tag, engine=engine)]
+    assert Path("/proc/mounts").read_text() == mounts
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("titan-check-")] == []
+
+
+def test_exported_files_leave_no_container_behind(engine: Engine, tiny_image: Built) -> None:
+    stream = docker_engine.export(engine, tiny_image.tag)
+    assert next(stream)[257:262] == b"ustar"
+    stream.close()  # type: ignore[attr-defined]
+    assert engine.client.api.containers(all=True) == []
+
+
+def test_a_command_that_is_not_there_or_does_not_end(engine: Engine, tiny_image: Built) -> None:
+    with pytest.raises(LauncherError, match="nvidia-smi does not start in titan:tiny-amd64"):
+        docker_engine.run(engine, tiny_image.tag, ["nvidia-smi"])
+    with pytest.raises(LauncherError, match="did not end within 1 s"):
+        docker_engine.run(engine, tiny_image.tag, ["sleep", "60"], timeout_s=1)
+    code, stdout, stderr = docker_engine.run(
+        engine, tiny_image.tag, ["sh", "-c", "cat /tmp/x; echo no >&2; exit 3"], files={"x": b"yes"}
+    )
+    assert (code, stdout, stderr) == (3, "yes", "no\n")
+    assert engine.client.api.containers(all=True) == []
+
+
+# ------------------------------------------------------------------------------------- builds that fail
+
+
+def failed_build(engine: Engine, base: Base, lock: Path, text: str) -> LauncherError:
+    lock.write_text(text)
+    with pytest.raises(LauncherError) as error:
+        build("cpu", "amd64", engine=engine, base=base.tag, torch_index="", network="host", lock_file=lock,
+              tag="titan:broken-amd64")  # fmt: skip
+    with pytest.raises(LauncherError):
+        docker_engine.inspect(engine, "titan:broken-amd64")
+    return error.value
+
+
+def test_a_lock_whose_hash_does_not_match(
+    engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path
+) -> None:
+    text = TINY_LOCK.replace("sha256:946d", "sha256:0000")
+    error = failed_build(engine, base_image, tmp_path / "bad.txt", text)
+    assert "a file is not the one that the lock" in error.what and "idna==3.10" in error.what
+    assert "launcher image lock cpu --arch amd64" in error.fix
+    assert "Expected sha256 0000195a0d" in error.original
+
+
+def test_a_lock_with_a_version_that_is_gone(
+    engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path
+) -> None:
+    text = TINY_LOCK.replace("idna==3.10", "idna==3.10.99")
+    error = failed_build(engine, base_image, tmp_path / "bad.txt", text)
+    assert "idna==3.10.99 of the lock" in error.what and "launcher image lock" in error.fix
+
+
+def test_a_base_image_that_is_nowhere(engine: Engine, tiny_lock: Path) -> None:
+    with pytest.raises(LauncherError) as error:
+        build("cpu", "amd64", engine=engine, base="titan-test/no-such-base:1", lock_file=tiny_lock)
+    assert "no base image titan-test/no-such-base:1" in error.value.what + error.value.original or (
+        "cannot reach the network" in error.value.what
+    )
+
+
+def test_a_lock_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(LauncherError, match=r"there is no lock .*none\.txt"):
+        build("cpu", "amd64", engine=somewhere(), lock_file=tmp_path / "none.txt")
+
+
+def test_a_channel_without_a_lock_makes_it_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(building, "lock_path", lambda name, arch: tmp_path / f"{name}-{arch}.txt")
+
+    def refuse(name: str, arch: str, **options: object) -> Path:
+        raise LauncherError(f"index of {name} for {arch} cannot be reached", "CHANNEL=stable")
+
+    monkeypatch.setattr(building, "lock", refuse)
+    with pytest.raises(LauncherError, match="index of nightly for amd64") as error:
+        build("nightly", "amd64", engine=somewhere())
+    assert error.value.fix == "CHANNEL=stable"
+
+
+# ------------------------------------------------------------------------------------ engines that are not
+
+
+def test_docker_py_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "docker", None)
+    with pytest.raises(LauncherError, match="docker-py, which is not installed") as error:
+        docker_engine.connect()
+    assert error.value.fix == "pip install 'titan-launcher[image]'"
+
+
+@pytest.mark.parametrize(
+    "host", ["unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9", "http:/x", "nonsense"]
+)
+def test_no_engine_answers(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    pytest.importorskip("docker")
+    monkeypatch.setenv("DOCKER_HOST", host)
+    with pytest.raises(LauncherError, match=f"no Docker engine answers at {host}") as error:
+        docker_engine.connect()
+    assert "unset DOCKER_HOST" in error.value.fix and error.value.original
+
+
+def test_no_engine_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("docker")
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setattr(docker_engine, "DEFAULT_HOST", f"unix://{tmp_path}/docker.sock")
+    with pytest.raises(LauncherError, match="no Docker engine answers") as error:
+        docker_engine.connect()
+    assert "sudo systemctl start docker" in error.value.fix
+
+
+def test_the_current_docker_context_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rootless Docker and Docker Desktop are only found there."""
+    pytest.importorskip("docker")
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"currentContext": "mine"}')
+    folder = tmp_path / "contexts" / "meta" / hashlib.sha256(b"mine").hexdigest()
+    folder.mkdir(parents=True)
+    endpoint = {"Host": "unix:///nonexistent/mine.sock", "SkipTLSVerify": False}
+    (folder / "meta.json").write_text(
+        json.dumps({"Name": "mine", "Metadata": {}, "Endpoints": {"docker": endpoint}})
+    )
+    with pytest.raises(LauncherError, match="answers at unix:///nonexistent/mine"):
+        docker_engine.connect()
+
+
+def test_an_engine_that_this_user_may_not_use(engine: Engine) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    try:
+        os.seteuid(65534)
+        with pytest.raises(LauncherError, match="this user may not use the Docker engine") as error:
+            docker_engine.connect()
+    finally:
+        os.seteuid(0)
+    assert error.value.fix == 'sudo usermod -aG docker "$USER" && newgrp docker'
+
+
+def test_the_engine_dies_during_a_build(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine of its own, as the others are still needed."""
+    if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
+        pytest.skip("this engine is not ours to stop")
+    (tmp_path / "x").write_text("x")
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY x /\nRUN []\n")
+    request = BuildRequest(tmp_path, "titan:x", "amd64", {}, {})
+    with running_engine(tmp_path / "data") as host:
+        monkeypatch.setenv("DOCKER_HOST", host)
+        other = docker_engine.connect()
+        assert docker_engine.build_classic(other, request, lambda line: None)  # there is nothing to run
+    assert "stopped answering" in docker_engine.build_classic(other, request, lambda line: None)
+
+
+# ---------------------------------------------------------------------------------------- architectures
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        (None, "no emulator for aarch64 is registered"),
+        (EMULATED.replace("enabled", "disabled"), "qemu-aarch64 is disabled"),
+        (EMULATED.replace("OCF", "OC"), "lacks the flag F"),
+        (EMULATED.replace("qemu-aarch64", "qemu-aarch64_be"), "no emulator for aarch64 is registered"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["arm64", "aarch64", "all"])
+def test_an_architecture_that_the_machine_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str | None, why: str, asked: str
+) -> None:
+    monkeypatch.setattr(docker_engine, "BINFMT", tmp_path)
+    (tmp_path / "status").write_text("enabled\n")
+    if entry:
+        (tmp_path / "qemu-aarch64").write_text(entry)
+    with pytest.raises(LauncherError, match="this machine is amd64 and cannot run arm64 programs") as error:
+        arches(asked, somewhere())
+    assert why in error.value.what
+    assert "sudo apt-get install qemu-user-static" in error.value.fix
+
+
+def test_architectures_that_the_machine_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(docker_engine, "BINFMT", tmp_path)
+    assert arches("", somewhere(arch="arm64")) == ["arm64"]
+    assert arches("x86_64", somewhere()) == ["amd64"]
+    assert arches("all", somewhere(system="Docker Desktop")) == ["amd64", "arm64"]
+    assert arches("arm64", somewhere("ssh://user@machine")) == ["arm64"]
+    debian = EMULATED.replace("/usr/bin/qemu-aarch64-static", "/usr/libexec/qemu-binfmt/aarch64-binfmt-P")
+    for text in (EMULATED, debian):
+        (tmp_path / "qemu-aarch64").write_text(text)
+        assert arches("all", somewhere()) == ["amd64", "arm64"]
+    with pytest.raises(LauncherError, match="no architecture 'riscv64'"):
+        arches("riscv64", somewhere())
+
+
+# ------------------------------------------------------------------------------------------------ buildx
+
+
+def test_buildx_is_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path) -> None:
+    """Where the plugin is there, it builds; here a shell script stands in and writes down what it is asked."""
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f'#!/bin/sh\n[ "$2" = version ] && exit 0\nprintf "%s\\n" "$DOCKER_HOST" "$@" >{tmp_path}/asked\n'
+        f'for last in "$@"; do :; done\ntar -cf {tmp_path}/context.tar -C "$last" .\n'
+        "echo '#5 ERROR: no space left on device'; exit 1\n"
+    )
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    lines: list[str] = []
+    with pytest.raises(LauncherError, match="the disk of the Docker engine is full"):
+        build("cpu", "amd64", engine=somewhere(), lock_file=tiny_lock, network="host", say=lines.append)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[:4] == ["unix:///run/docker.sock", "buildx", "build", "--progress=plain"]
+    for option in (
+        "--load", "--platform=linux/amd64", "--tag=titan:cpu-amd64", "--network=host",
+        "--build-arg=BASE_IMAGE=debian:12-slim", "--build-arg=CHANNEL=cpu", "--build-arg=VISIBLE_DEVICES=void",
+        "--build-arg=EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu",
+        "--build-arg=CREATED=2023-11-14T22:13:20Z", "--label=org.opencontainers.image.base.name=debian:12-slim",
+    ):  # fmt: skip
+        assert option in asked, option
+    with tarfile.open(tmp_path / "context.tar") as context:
+        names = sorted(entry.name for entry in context if entry.isfile())
+    assert names == [
+        "./Dockerfile", "./containers/channels.toml", "./containers/check.py", "./containers/describe.py",
+        "./containers/locks/cpu-amd64.txt",
+    ]  # fmt: skip
+    assert any("buildx" in line for line in lines) and "#5 ERROR: no space left on device" in lines
+
+
+def test_a_wrong_source_date_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(LauncherError, match="SOURCE_DATE_EPOCH=yesterday: not a number"):
+        created()
+
+
+def test_progress_is_lines() -> None:
+    answers: list[dict[str, Any]] = [
+        {"status": "Pulling from library/debian", "id": "12-slim"},
+        {"status": "Downloading", "id": "abc", "progressDetail": {"current": 1}},
+        {"stream": "Step 1/2 : FROM x\n ---> 0123\n"},
+        {"stream": "one\rtwo\nhalf"},
+        {"stream": " a line\x1b[0m\n"},
+        {"stream": "Removing intermediate container 1\nlast"},
+        {"errorDetail": {}, "error": "it failed"},
+    ]
+    lines: list[str] = []
+    assert docker_engine._follow(iter(answers), lines.append) == "it failed"
+    assert lines == [
+        "12-slim Pulling from library/debian",
+        "Step 1/2 : FROM x",
+        "one",
+        "two",
+        "half a line",
+        "last",
+    ]
