@@ -153,17 +153,17 @@ def make_base(engine: Engine, arch: str, tar: Path, stack: ExitStack) -> Base:
             config.append(f"find-links = {stack.enter_context(served(Path(place)))}")
             # The channel's own index cannot be reached where its wheels lie on the machine.
             torch_index = "" if list(Path(place).glob("torch-*.whl")) else None
-    steps = (
-        "FROM scratch\nADD rootfs.tar /\nCOPY ca.crt /etc/titan-test-ca.crt\nCOPY pip.conf /etc/pip.conf\n"
-    )
-    tag = f"titan-test-base:{arch}"
+    files = {
+        "Dockerfile": b"FROM scratch\nADD rootfs.tar /\nCOPY ca.crt /etc/titan-test-ca.crt\nCOPY pip.conf /etc/\n",
+        "pip.conf": "\n".join([*config, ""]).encode(),
+        "ca.crt": CERTIFICATES.read_bytes(),
+    }
+    tag = f"titan-test-base:{tar.stem}-{hashlib.sha256(b''.join(files.values())).hexdigest()[:10]}"
+    if engine.client.api.images(tag):
+        return Base(tag, torch_index)  # in a data root that was kept
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as archive:
-        for name, content in (
-            ("Dockerfile", steps.encode()),
-            ("pip.conf", "\n".join([*config, ""]).encode()),
-            ("ca.crt", CERTIFICATES.read_bytes()),
-        ):
+        for name, content in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
