@@ -18,6 +18,7 @@ from launcher.image.engine import Engine
 
 # The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
 # namespaces of its own: nothing stays mounted, whatever happens, and there is no network.
+_PATH = "PATH=$PATH:/usr/sbin:/sbin\n"  # an ordinary user's may lack chroot and mount
 _MOUNT = 'mount -t squashfs -o loop,ro,nosuid,nodev "$2" "$1" || exit 125\n'
 _ENTER = r"""
 mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && mount -t tmpfs tmpfs "$1/tmp" || exit 126
@@ -105,12 +106,14 @@ def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> tuple[int, str
         root.mkdir()
         try:
             if os.geteuid() == 0:
-                done = _run([*_NAMESPACES, "sh", "-c", _MOUNT + _ENTER, "sh", root, path], program, timeout_s)
+                done = _run(
+                    [*_NAMESPACES, "sh", "-c", _PATH + _MOUNT + _ENTER, "sh", root, path], program, timeout_s
+                )
                 if done.returncode != 125:  # no loop device is free, or there is none in this container
                     return done.returncode, done.stdout.decode(errors="replace"), _text(done.stderr)
             _unpack(path, root)
             namespaces = _NAMESPACES if os.geteuid() == 0 else (*_NAMESPACES, "--map-root-user")
-            done = _run([*namespaces, "sh", "-c", _ENTER, "sh", root], program, timeout_s)
+            done = _run([*namespaces, "sh", "-c", _PATH + _ENTER, "sh", root], program, timeout_s)
             return done.returncode, done.stdout.decode(errors="replace"), _text(done.stderr)
         finally:
             subprocess.run(["chmod", "-R", "u+rwX", str(root)], capture_output=True)

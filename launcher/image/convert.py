@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import tarfile
 import tempfile
@@ -29,7 +30,6 @@ from launcher.image.squashfs_file import (
     beside,
     elf_machine,
     follow,
-    gnu_header,
     mksquashfs_path,
     publish,
     write_squashfs,
@@ -49,6 +49,9 @@ _PLAIN = re.compile(
     rb"(?P<sum>[0-7]{6})\0 (?P<type>[0125])(?P<link>.{100})ustar\0.{82}(?P<prefix>.{155})",
     re.S,
 )
+
+# name, numbers, checksum, type, link, magic
+_GNU = struct.Struct("100s48s8sc100s8s247x")
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ FORMATS = {
     # enroot reads all of it on every node, from a shared disk: bytes count. A third of the size of enroot's own
     # default and a quarter of its CPU; smaller blocks gain nothing, 1M blocks read too much for each small file.
     "unpack": SquashfsFormat("zstd", 128, 3),
-    # squashfuse decompresses in one thread whatever is touched: the cheapest decompression counts. `import torch`
-    # is a quarter faster from cold caches than with zstd, for a file that is 45% larger, still half of enroot's.
+    # squashfuse decompresses in one thread whatever is touched: the cheapest decompression counts. From cold caches
+    # `import torch` takes 10 to 30% less than with zstd, for a file that is 45% larger, still half of enroot's.
     "mount": SquashfsFormat("lz4", 128),
 }
 
@@ -303,7 +306,7 @@ def rewrite(
             directories.add(name)
         info.name = name
         info.mtime = config.created if name in fixed_time else min(max(info.mtime, 0), 2**32 - 1)
-        yield gnu_header(info)
+        yield _gnu_header(info)
 
     for info, pax in stream.members():
         name, target = _path(info.name), _path(info.linkname) if info.islnk() else info.linkname
@@ -361,6 +364,21 @@ def rewrite(
         yield from header(made, name)
         yield data.ljust(_padded(len(data)), b"\0")
     yield bytes(2 * BLOCK)
+
+
+def _gnu_header(info: tarfile.TarInfo) -> bytes:
+    """The entry as root's, as mksquashfs reads it best: from a PAX header, 4.5 takes a link's target without its slash.
+
+    The plain case is written here: tarfile needs 26 microseconds, and an image has 50,000 entries.
+    """
+    name = info.name.encode("utf-8", "surrogateescape") + (b"/" if info.isdir() else b"")
+    link = info.linkname.encode("utf-8", "surrogateescape")
+    if len(name) > tarfile.LENGTH_NAME or len(link) > tarfile.LENGTH_LINK or info.size >= 8**11:
+        info.uid, info.gid, info.uname, info.gname = 0, 0, "", ""
+        return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    numbers = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (info.mode & 0o7777, 0, 0, info.size, int(info.mtime))
+    head = _GNU.pack(name, numbers, b" " * 8, info.type, link, tarfile.GNU_MAGIC)
+    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
 
 
 def _refuse_strange(info: tarfile.TarInfo, pax: Mapping[str, bytes], name: str) -> None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 import shutil
 import stat
 import struct
 import subprocess
-import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,9 +29,6 @@ INSTALL = "apt-get install squashfs-tools    # 4.5 or newer: Debian 12, Ubuntu 2
 # magic, inodes, mkfs_time, block_size, fragments, compressor, block_log, flags, ids, major, minor, root inode,
 # bytes_used, then the starts of the tables: ids, xattrs, inodes, directories, fragments, exports
 _SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQQQQQQQ")
-
-# name, numbers, checksum, type, link, magic
-_TAR = struct.Struct("100s48s8sc100s8s247x")
 
 
 @dataclass(frozen=True)
@@ -173,21 +167,6 @@ def follow(path: str, links: Mapping[str, str]) -> str | None:
     return "/".join(done)
 
 
-def gnu_header(info: tarfile.TarInfo) -> bytes:
-    """The entry as root's, as mksquashfs reads it best: from a PAX header, 4.5 takes a link's target without its slash.
-
-    The plain case is written here: tarfile needs 26 microseconds, and an image has 50,000 entries.
-    """
-    name = info.name.encode("utf-8", "surrogateescape") + (b"/" if info.isdir() else b"")
-    link = info.linkname.encode("utf-8", "surrogateescape")
-    if len(name) > tarfile.LENGTH_NAME or len(link) > tarfile.LENGTH_LINK or info.size >= 8**11:
-        info.uid, info.gid, info.uname, info.gname = 0, 0, "", ""
-        return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-    numbers = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (info.mode & 0o7777, 0, 0, info.size, int(info.mtime))
-    head = _TAR.pack(name, numbers, b" " * 8, info.type, link, tarfile.GNU_MAGIC)
-    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
-
-
 def mksquashfs_path() -> str:
     """mksquashfs, if it is there and reads tar streams; otherwise a LauncherError with the package's name."""
     path = shutil.which("mksquashfs")
@@ -221,10 +200,13 @@ def write_squashfs(
 
     `created`, in seconds, becomes the time of the file system and of its root directory.
     """
+    import tempfile  # here, because every `submit` imports this module
+
     command = [
         *(program, "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
-        # Without these the root directory is writable for everybody and its owner is whoever converts.
-        *("-no-xattrs", "-root-mode", "755", "-root-uid", "0", "-root-gid", "0"),
+        # Without these the root directory is writable for everybody and belongs to whoever converts: with a tar,
+        # 4.5 ignores -root-uid.
+        *("-no-xattrs", "-root-mode", "755", "-all-root"),
         # -noI leaves the inodes, 0.5% of a torch image, uncompressed: see _set_root_time.
         *("-mkfs-time", str(created), "-noI", *fmt.options()),
     ]
@@ -306,7 +288,7 @@ def beside(output: Path) -> Iterator[Path]:
         raise LauncherError(
             f"{output}: a directory", f"-o '{output}/titan-stable-amd64.sqsh'", status=ExitStatus.USAGE
         )
-    target = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
+    target = output.with_name(f".{output.name}.{os.urandom(4).hex()}.tmp")
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
     except OSError as error:

@@ -125,7 +125,7 @@ class Converter:
         shutil.rmtree(target, ignore_errors=True)
         subprocess.run(
             ["unsquashfs", "-quiet", "-no-progress", "-d", str(target), str(self.output)],
-            check=True, capture_output=True,
+            check=True, capture_output=True, umask=0,
         )  # fmt: skip
         return target
 
@@ -714,6 +714,26 @@ def test_the_stream_is_not_kept_in_memory() -> None:
         tracemalloc.stop()
     assert total > 200_000_000
     assert peak < 2_000_000
+
+
+def test_a_size_beyond_8_gib_comes_in_the_pax_header() -> None:
+    data = bytearray(tar_of(File("big", b"x" * 5000, pax=(("size", "5000"),))))
+    at = data.rindex(b"big\0")
+    data[at + 124 : at + 136] = b"00000000000\0"
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    report = Report()
+    out = b"".join(rewrite(chunks(bytes(data)), CONFIG, {}, report))
+    assert b"x" * 5000 in out
+    assert report.unpacked_bytes > 5000
+
+
+def test_a_header_that_does_not_add_up_is_damage() -> None:
+    data = bytearray(tar_of(File("a", b"x")))
+    at = data.rindex(b"a\0")
+    data[at + 103] ^= 1  # one bit of the mode
+    with pytest.raises(LauncherError, match="incomplete or damaged: a header without sense"):
+        list(rewrite(chunks(bytes(data)), CONFIG, {}, Report()))
 
 
 SAMPLE = tar_of(

@@ -172,6 +172,13 @@ def test_foreign_image(make: Make, reader: str) -> None:
 
 
 @needs_mksquashfs
+def test_a_name_is_no_pattern(make: Make, reader: str) -> None:
+    files = {name.replace("opt/venv", "opt/[v]e*v"): value for name, value in FOREIGN.items()}
+    version = next(name for name in files if name.endswith("version.py"))
+    assert inspect(make({**files, version: "cuda = '12.6'\n"})).versions["cuda"] == "12.6"
+
+
+@needs_mksquashfs
 @pytest.mark.parametrize(
     ("line", "cuda"),
     [
