@@ -15,7 +15,6 @@ from pathlib import Path
 
 SUITE = "bookworm"
 PYTHON = "python3.11"  # bookworm's; site-packages with compiled modules must be for the same version
-MIRROR = "http://deb.debian.org/debian"
 PACKAGES = ("python3", "ca-certificates")
 ENVIRONMENT = "PATH=/usr/local/bin:/usr/bin:/bin\nLANG=C.UTF-8\nTEST_IMAGE=from the image\n"
 """The image's /etc/environment. A variable named here wins over the job's, as with a real image."""
@@ -48,7 +47,7 @@ def build_small_image(cache: Path, environment: str = ENVIRONMENT) -> Path:
     def build(image: Path, scratch: Path) -> None:
         rootfs = scratch / "rootfs"
         packages = f"--include={','.join(PACKAGES)}"
-        _run("mmdebstrap", "--mode=root", "--variant=minbase", packages, SUITE, rootfs, MIRROR)
+        _run("mmdebstrap", "--mode=root", "--variant=minbase", packages, SUITE, rootfs)
         (rootfs / "etc" / "environment").write_text(environment)
         _run(
             "mksquashfs",

@@ -26,7 +26,6 @@ from tests.image.dockerd import missing_packages, pip_setting, running_engine, s
 
 ROOT = Path(__file__).parent.parent.parent
 CACHE = Path(os.environ.get("LAUNCHER_TEST_CACHE") or ROOT / ".cache")
-MIRROR = "http://deb.debian.org/debian"
 SUITE = "bookworm"  # Python 3.11, as the channel cpu wants
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 FOREIGN_PACKAGES = (  # what the Dockerfile installs, so that little of it has to be done under emulation
@@ -111,7 +110,7 @@ def rootfs(arch: str) -> Path:
         recipe = hook.read_text()
         options = ["--variant=extract", "--include=?essential", f"--include={','.join(FOREIGN_PACKAGES)}"]
         options.append(f'--extract-hook=python3 {shlex.quote(str(hook))} "$1"')
-    key = hashlib.sha256("\0".join([SUITE, arch, MIRROR, *options, recipe]).encode()).hexdigest()[:10]
+    key = hashlib.sha256("\0".join([SUITE, arch, *options, recipe]).encode()).hexdigest()[:10]
     target = CACHE / f"rootfs-{SUITE}-{arch}-{key}.tar"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -125,7 +124,6 @@ def rootfs(arch: str) -> Path:
                 *options,
                 SUITE,
                 str(made),
-                MIRROR,
             ]
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
             assert done.returncode == 0, done.stderr[-2000:]
