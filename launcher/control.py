@@ -169,24 +169,25 @@ def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
     code = end.get("exit_code")
     if type(code) is not int:
         return JobState(UNKNOWN, "end.json", "end.json is damaged")
+    # srun answers 0 when a lost node ends its step before any task has ended: Slurm's word comes first.
+    if word := _slurm_ended(str(end.get("slurm", ""))):
+        return JobState(word, "end.json", exit_code=code)
     if code == 0:
         return JobState("COMPLETED", "end.json", exit_code=0)
-    if end.get("signal") == "TERM" and (word := _why_terminated(run, str(end.get("slurm", "")))):
-        return JobState(word, "end.json", exit_code=code)
+    if end.get("signal") == "TERM" and (run.path / "cancelled").exists():
+        return JobState("CANCELLED", "end.json", exit_code=code)
     if end.get("signal"):
         return JobState("FAILED", "end.json", f"ended by SIG{end['signal']}", code)
     return JobState("FAILED", "end.json", exit_code=code)
 
 
-def _why_terminated(run: Run, slurm_said: str) -> str:
-    """Slurm's final state, from what scontrol said while the job was being ended ("JobState=... Reason=...")."""
+def _slurm_ended(slurm_said: str) -> str:
+    """Why Slurm was ending the job while its script ended ("JobState=... Reason=..."); "" when it was not."""
     said = dict(part.split("=", 1) for part in slurm_said.split() if "=" in part)
     if said.get("JobState") in FAILED - {"FAILED"}:
         return said["JobState"]
     reasons = {"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL", "None": "CANCELLED"}
-    if said.get("JobState") == "COMPLETING" and said.get("Reason") in reasons:
-        return reasons[said["Reason"]]
-    return "CANCELLED" if (run.path / "cancelled").exists() else ""
+    return reasons.get(said.get("Reason", ""), "") if said.get("JobState") == "COMPLETING" else ""
 
 
 def cancel(run: Run) -> tuple[JobState, bool]:

@@ -134,10 +134,12 @@ def rootfs(arch: str) -> Path:
 def built(name: str, arch: str, engine: Engine, base: Base, **options: Any) -> Built:
     """`build` for these base images; when it fails, the test's report shows the last lines of the build."""
     options.setdefault("torch_index", base.torch_index)
-    try:
-        return build(name, arch, engine=engine, base=base.tag, network="host", **options)
-    except LauncherError as error:
-        pytest.fail(f"{error.what}\n{error.original}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        try:
+            return build(name, arch, engine=engine, base=base.tag, network="host", **options)
+        except LauncherError as error:
+            pytest.fail(f"{error.what}\n{error.original}")
 
 
 def make_base(engine: Engine, arch: str, tar: Path, stack: ExitStack) -> Base:

@@ -258,6 +258,26 @@ def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(
     assert json.loads(launch("status", "r", "--json").stdout)["state"] == "TIMEOUT"
 
 
+@pytest.mark.parametrize(
+    ("slurm_said", "code", "state"),
+    [
+        ("JobState=NODE_FAIL Reason=NodeDown", 0, "NODE_FAIL"),  # srun answered 0
+        ("JobState=COMPLETING Reason=NodeDown", 1, "NODE_FAIL"),  # srun failed before the script's signal came
+        ("JobState=COMPLETING Reason=None", 0, "CANCELLED"),
+        ("JobState=RUNNING Reason=None", 0, "COMPLETED"),
+        ("JobState=RUNNING Reason=None", 1, "FAILED"),
+        ("", 0, "COMPLETED"),
+    ],
+)
+def test_what_slurm_says_at_the_end_wins_over_the_exit_code_of_srun(
+    launch: Launch, slurm: Fake, image: Path, slurm_said: str, code: int, state: str
+) -> None:
+    launch(*SUBMIT)
+    end = {"exit_code": code, "signal": "", "slurm": slurm_said}
+    (image.parent / "runs" / "r" / "end.json").write_text(json.dumps(end))
+    assert json.loads(launch("status", "r", "--json").stdout)["state"] == state
+
+
 def test_the_controller_is_down(launch: Launch, slurm: Fake, image: Path) -> None:
     launch(*SUBMIT)
     slurm("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
