@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.conftest import say_it_trains, squashfs_head  # noqa: E402
+
 HEAVY = ("torch", "docker", "rich", "huggingface_hub", "spython", "matplotlib")
 
 
@@ -28,7 +31,8 @@ def main() -> None:
     runs = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "titan.sqsh"
-        image.write_bytes((b"hsqs" + bytes(36) + (4096).to_bytes(8, "little")).ljust(4096, b"\0"))
+        image.write_bytes(squashfs_head(4096).ljust(4096, b"\0"))
+        say_it_trains(image)
         dry_run = ["submit", "--gpu", "gb200", "--nodes", "9", "--image", str(image), "--dry-run"]
         call = "from launcher.cli import main; main()"
         commands = {

@@ -16,7 +16,6 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, find, merge, names_of, read_layer
 from launcher.spec import CONTROL, RunSpec, validate
 
-SQUASHFS_MAGIC = b"hsqs"  # little-endian superblock, squashfs 4.0
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
 
@@ -81,39 +80,38 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
 
 
 def check_image(spec: RunSpec) -> None:
-    """Refuses an image that no container can start from: missing, empty, cut off, or not of the right kind."""
+    """Refuses an image that no container can start from, or that cannot train on the profile's nodes."""
     path = spec.job.image
     if spec.job.runtime == "bare":
         return
-    try:
-        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-            raise LauncherError(f"--image {path}: not a regular file", f"ls -l '{path}'")
-        with open(path, "rb") as stream:
-            head, size = stream.read(96), os.fstat(stream.fileno()).st_size
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         near = sorted(Path(path).parent.glob("*.sqsh"))[:3] if Path(path).parent.is_dir() else []
         hint = f"there is: {', '.join(str(p) for p in near)}" if near else f"ls -l '{Path(path).parent}'"
-        raise LauncherError(f"--image {path}: no such file", hint) from None
-    except IsADirectoryError:
-        raise LauncherError(f"--image {path}: a directory, not an image file") from None
-    except OSError as error:
-        raise LauncherError(f"--image {path}: {error.strerror}", f"ls -l '{path}'") from None
-    if size == 0:
-        raise LauncherError(f"--image {path}: the file is empty", "copy or build it again")
+        raise LauncherError(f"--image {path}: no such file", hint)
     if spec.job.runtime == "apptainer":
-        if b"SIF_MAGIC" not in head:
-            raise LauncherError(
-                f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file"
-            )
+        _check_sif(path)
         return
-    if not head.startswith(SQUASHFS_MAGIC):
+    from launcher.image.inspect import inspect, problems
+
+    facts = inspect(Path(path), required=False)
+    found = problems(facts, spec.profile.arch, spec.profile.device, spec.profile.driver)
+    if found:
         raise LauncherError(
-            f"--image {path}: not a squashfs file (it begins with {head[:4]!r})", f"file '{path}'"
+            f"--image {path}: {'; '.join(what for what, _ in found)}",
+            found[0][1],
+            original="\n".join(facts.notes),
         )
-    used = int.from_bytes(head[40:48], "little")  # superblock field bytes_used
-    if len(head) < 96 or size < used:
+
+
+def _check_sif(path: str) -> None:
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        raise LauncherError(f"--image {path}: {error.strerror}", f"ls -ld '{path}'") from None
+    if b"SIF_MAGIC" not in head:
         raise LauncherError(
-            f"--image {path}: cut off: {size:,} of {used:,} bytes", "copy it again, then compare: sha256sum"
+            f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file"
         )
 
 

@@ -28,6 +28,7 @@ class Profile:
     device: str = "cuda"  # "cuda", or "cpu" with gloo: never chosen silently
     gpus_per_node: int = 8
     arch: str = "x86_64"  # of the compute nodes, in uname's words
+    driver: str = ""  # NVIDIA's driver on the nodes, such as 580.95.05; empty: not known
     gres: str = "gpu"  # generic resource to ask Slurm for; empty asks for none
     mounts: tuple[str, ...] = ()  # SRC:DST[:FLAGS] that this kind of node needs
 

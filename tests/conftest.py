@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from launcher.image.squashfs_file import sidecar_path, superblock
 
 ROOT = Path(__file__).parent.parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -48,12 +52,28 @@ def image(workplace: Path) -> Path:
     """A file that begins like a squashfs and is as long as it says: enough until a container starts."""
     path = workplace / "titan.sqsh"
     path.write_bytes(squashfs_head(4096).ljust(4096, b"\0"))
+    say_it_trains(path)
     return path
 
 
 def squashfs_head(bytes_used: int) -> bytes:
-    """A squashfs 4.0 superblock of 96 bytes; bytes_used is its field at offset 40."""
-    return b"hsqs" + bytes(36) + bytes_used.to_bytes(8, "little") + bytes(48)
+    """A squashfs 4.0 superblock of 96 bytes: zstd, blocks of 128 KiB, one inode, four tables."""
+    tables = (bytes_used - 8, 2**64 - 1, 96, 100, 104, 2**64 - 1)
+    return struct.pack(
+        "<4sIIIIHHHHHHQQQQQQQQ", b"hsqs", 1, 0, 1 << 17, 0, 6, 17, 0, 1, 4, 0, 0, bytes_used, *tables
+    )
+
+
+def say_it_trains(path: Path, arch: str = "") -> None:
+    """A sidecar by which `submit` takes a stand-in for an image that can train, for any architecture by default."""
+    block = superblock(path)
+    recorded = {
+        "bytes": block.file_size, "entries": block.inodes, "compressor": block.compressor,
+        "block_kib": block.block_size // 1024,
+    }  # fmt: skip
+    versions = {"torch": "2.14.1", "torchtitan": "0.3.0"}
+    about = {"schema": 1, "arch": arch, "versions": versions, "squashfs": recorded}
+    sidecar_path(path).write_text(json.dumps(about))
 
 
 @pytest.fixture

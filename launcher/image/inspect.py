@@ -31,11 +31,10 @@ from launcher.image.squashfs_file import (
 TIMEOUT = 120  # seconds for one unsquashfs; listing 50,000 files takes less than one
 HEAD = 4096  # bytes of a program that are read for its ELF header
 PROGRAMS = ("bin/sh", "usr/bin/env", "bin/bash", "usr/bin/python3", "usr/local/bin/python3")
-# The driver that came with each CUDA toolkit. Source: CUDA release notes, table "toolkit driver versions".
-DRIVERS = {
-    "11.8": "520", "12.0": "525", "12.1": "530", "12.2": "535", "12.3": "545", "12.4": "550", "12.5": "555",
-    "12.6": "560", "12.8": "570", "12.9": "575", "13.0": "580",
-}  # fmt: skip
+# The oldest driver branch that runs programs of a CUDA major version, by minor-version compatibility.
+# Source: CUDA Toolkit release notes, table "CUDA Toolkit and Minimum Required Driver Version for CUDA Minor Version
+# Compatibility"; containers/describe.py has it, too, for images that are made here.
+DRIVERS = {"11": "450", "12": "525", "13": "580"}
 # Distribution name -> key in `versions`; the CUDA 12 and 13 packages differ in their suffix.
 DISTRIBUTIONS = {
     r"torch": "torch", r"torchtitan": "torchtitan", r"triton|pytorch_triton": "triton",
@@ -106,11 +105,12 @@ def embedded_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def problems(
-    facts: ImageFacts, profile_arch: str, profile_device: str, driver: str | None
+    facts: ImageFacts, profile_arch: str, profile_device: str, driver: str
 ) -> list[tuple[str, str]]:
     """(what, fix) for everything that would fail on the nodes; what is not known is not held against the image.
 
-    `profile_arch` is uname's word, `profile_device` cuda or cpu, `driver` the nodes' NVIDIA driver such as 580.95.05.
+    `profile_arch` is uname's word, `profile_device` cuda or cpu, `driver` the nodes' NVIDIA driver
+    such as 580.95.05, empty where it is not known.
     """
     found = []
     if facts.arch and profile_arch and facts.arch != profile_arch:
@@ -132,7 +132,7 @@ def problems(
         found.append(
             (
                 f"torch {facts.versions['torch']} in the image is built without CUDA",
-                "launcher image build --channel stable, or --gpu cpu",
+                "launcher image build stable, or --gpu cpu",
             )
         )
     if driver and facts.driver_min and _numbers(driver) < _numbers(facts.driver_min):
@@ -183,7 +183,7 @@ def _guess(path: Path, block: Superblock, tree: _Tree) -> ImageFacts:
     cuda = versions.get("cuda")
     return ImageFacts(
         str(path), arch, "guessed", block.compressor, block.file_size,
-        versions=versions, driver_min=DRIVERS.get(cuda) if cuda else None, notes=tuple(notes),
+        versions=versions, driver_min=DRIVERS.get(cuda.split(".")[0]) if cuda else None, notes=tuple(notes),
     )  # fmt: skip
 
 
