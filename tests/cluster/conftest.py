@@ -13,6 +13,7 @@ import pytest
 
 from tests.cluster.slurm_cluster import Cluster, User, existing_cluster, missing_packages, running_cluster
 from tests.cluster.squashfs import build_small_image, build_test_image, missing_image_packages
+from tests.conftest import say_it_trains
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("LAUNCHER_TEST_CACHE", "/var/tmp/launcher-test-cache"))
@@ -41,7 +42,9 @@ def small_image() -> Path:
     """A squashfs image with sh, the core utilities and Python."""
     _need_root()
     _need_packages(missing_image_packages())
-    return build_small_image(CACHE)
+    image = build_small_image(CACHE)
+    say_it_trains(image)  # the jobs in it run programs of the tests, not torchtitan
+    return image
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import pytest
 from launcher.errors import ExitStatus
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, User, slurm_run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, say_it_trains
 
 CPU_ON_GPU_NODES = '[profile]\ngres = "gpu"\n'  # CPU ranks, but the made-up GPUs are asked for
 
@@ -235,11 +235,26 @@ def test_a_container_that_cannot_start_shows_why(launch: Launch, idle_job: tuple
     assert "source path does not exist: /nowhere/at/all" in done.stderr
 
 
+def stand_in(image: Path, path: Path) -> None:
+    """The image under another name, with a sidecar that says that it can train on any node."""
+    if image.stat().st_dev == path.parent.stat().st_dev:
+        os.link(image, path)
+    else:
+        shutil.copy(image, path)
+    path.chmod(0o644)
+    say_it_trains(path)
+
+
+def test_an_image_for_cpus_is_refused_on_gpu_nodes(launch: Launch, train_image: Path) -> None:
+    done = launch("submit", "--gpu", "b200", "--image", train_image, "--recipe", "debug", "--yes")
+    assert done.returncode == ExitStatus.INVALID and "is built without CUDA" in done.stderr, done.stderr
+
+
 def test_a_node_that_is_not_fit_shows_why(launch: Launch, train_image: Path) -> None:
     """The published recipe on nodes without GPUs: it stops at the check and never trains on a CPU."""
-    launch(
-        "submit", "--gpu", "gb200", "--image", train_image, "--name", "unfit", "--recipe", "debug", "--yes"
-    )
+    image = launch.directory / "lies.sqsh"
+    stand_in(train_image, image)
+    launch("submit", "--gpu", "gb200", "--image", image, "--name", "unfit", "--recipe", "debug", "--yes")
     if launch.slurm.record is None:
         pytest.skip("the nodes of this cluster may have GPUs")
     launch.wait_for("unfit", "FAILED")
@@ -262,8 +277,7 @@ def test_values_reach_the_container_unchanged(launch: Launch, small_image: Path)
     probe.write_text(PROBE)
     probe.chmod(0o755)
     image = launch.directory / 'my "titan\'s" $image.sqsh'
-    os.link(small_image, image) if small_image.stat().st_dev == launch.directory.stat().st_dev else shutil.copy(small_image, image)  # fmt: skip
-    image.chmod(0o644)
+    stand_in(small_image, image)
     done = launch(
         *DEBUG, "--image", image, "--name", "values", "--mount", f"{strange}:{strange}", "--python", str(probe),
         "--env", f"NASTY={NASTY}", "--env", f"NASTY_TOKEN={NASTY}", "--env", "TEST_IMAGE=mine",

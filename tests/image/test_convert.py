@@ -24,16 +24,8 @@ from hypothesis import strategies as st
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.image import squashfs_file
-from launcher.image.convert import (
-    FORMATS,
-    ImageConfig,
-    Report,
-    convert,
-    convert_with_enroot,
-    enroot_files,
-    image_config,
-    rewrite,
-)
+from launcher.image.convert import FORMATS, convert, convert_with_enroot, image_config
+from launcher.image.export import ImageConfig, Report, enroot_files, rewrite
 from launcher.image.squashfs_file import SquashfsFormat, superblock
 from tests.conftest import ROOT
 
@@ -578,7 +570,8 @@ def test_ctrl_c_ends_mksquashfs_and_removes_its_file(
 ENDLESS = """
 import sys, time
 from pathlib import Path
-from launcher.image.convert import ImageConfig, convert
+from launcher.image.convert import convert
+from launcher.image.export import ImageConfig
 
 def export(head):
     yield head
