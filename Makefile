@@ -1,6 +1,8 @@
 # make            lists the targets
 # PYTHON=...      the Python that virtual environments are made from (3.11 or newer)
+# make image CHANNEL=stable ARCH=arm64      and more options of `launcher image build`: BUILD_FLAGS='--base IMAGE'
 PYTHON ?= python3
+CHANNEL ?= nightly
 VENV ?= .venv
 VENV_02 ?= .venv-titan-0.2
 BIN := $(VENV)/bin
@@ -11,13 +13,16 @@ CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo image test lint bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.train ## train a tiny Llama 3 here with torchtitan, up to its results row
 	$(BIN)/launcher submit --local --recipe debug --follow
+
+image: $(VENV)/.image ## build the container image of CHANNEL and write titan-CHANNEL-ARCH.sqsh
+	$(BIN)/launcher image build '$(CHANNEL)' $(if $(ARCH),--arch '$(ARCH)') --output . --force $(BUILD_FLAGS)
 
 test: $(VENV)/.dev $(VENV_02)/.train ## install what the tests need and run all of them
 	tests/system-packages.sh
@@ -45,6 +50,11 @@ $(VENV)/.made $(VENV_02)/.made:
 ifeq ($(CPU_ONLY),yes)
 	$*/bin/pip install $(PIP_FLAGS) '$(CPU_TORCH)' || $*/bin/pip install $(PIP_FLAGS) --extra-index-url $(CPU_INDEX) '$(CPU_TORCH)'
 endif
+	@touch $@
+
+# Without torch: an image is built by the Docker engine, from what it downloads itself.
+$(VENV)/.image: $(VENV)/.made pyproject.toml
+	$(BIN)/pip install $(PIP_FLAGS) --editable '.[image]'
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml containers/constraints-train.txt

@@ -270,6 +270,47 @@ def results(run: str, runs_dir: Path, as_json: bool) -> None:
         click.echo(f"{markdown_header()}\n{markdown_row(row)}\n\n{summary_line(row)}")
 
 
+class _LaterGroup(click.Group):
+    """Its commands, COMMANDS in `module`, are imported when one is asked for: the others start faster without."""
+
+    def __init__(self, *arguments: Any, module: str, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.module = module
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(self._commands())
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        return self._commands().get(name)
+
+    def _commands(self) -> dict[str, click.Command]:
+        from importlib import import_module
+
+        commands: dict[str, click.Command] = import_module(self.module).COMMANDS
+        return commands
+
+
+@launcher.group(cls=_LaterGroup, module="launcher.image.commands")
+def image() -> None:
+    """Build, convert, inspect and check the image that jobs run in.
+
+    \b
+    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
+    launcher image inspect titan-cpu-amd64.sqsh         what is in it
+    """
+
+
+@launcher.group(cls=_LaterGroup, module="launcher.stage.commands")
+def stage() -> None:
+    """Bring tokenizer, training data and weights to the cluster's shared file system, verified.
+
+    \b
+    launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
+    launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
+    launcher stage verify /data/c4
+    """
+
+
 @launcher.command()
 @as_json
 def version(as_json: bool) -> None:

@@ -4,7 +4,6 @@ import os
 import pwd
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm_cluster import Cluster, User, existing_cluster, missing_packages, running_cluster
-from tests.cluster.squashfs import build_small_image, build_test_image, missing_image_packages
+from tests.cluster.squashfs import build_small_image, missing_image_packages
 from tests.conftest import say_it_trains
+from tests.image.images import CACHE, cpu_squashfs
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("LAUNCHER_TEST_CACHE", "/var/tmp/launcher-test-cache"))
 USER = "launcher-test"
-FIND_TORCHTITAN = "import sysconfig, torch, torchtitan; print(sysconfig.get_paths()['purelib'])"
 
 
 @pytest.fixture(scope="session")
@@ -49,25 +47,9 @@ def small_image() -> Path:
 
 @pytest.fixture(scope="session")
 def train_image() -> Path:
-    """A squashfs image with torch and torchtitan, of the first usable Python in LAUNCHER_TRAIN_PYTHON.
-
-    That variable holds paths of Python programs, joined by colons.
-    """
+    """The channel cpu, built by a real Docker engine from the Dockerfile and converted: what users run."""
     _need_root()
-    _need_packages(missing_image_packages())
-    reasons = []
-    for python in os.environ.get("LAUNCHER_TRAIN_PYTHON", sys.executable).split(":"):
-        if not shutil.which(python):
-            reasons.append(f"there is no {python}")
-            continue
-        found = subprocess.run([python, "-c", FIND_TORCHTITAN], capture_output=True, text=True, check=False)
-        try:
-            if found.returncode == 0:
-                return build_test_image(Path(found.stdout.strip()), CACHE)
-            reasons.append(f"{python} has no torchtitan")
-        except ValueError as error:
-            reasons.append(str(error))
-    pytest.skip(f"{'; '.join(reasons)}: set LAUNCHER_TRAIN_PYTHON to a Python 3.11 that has torchtitan")
+    return cpu_squashfs()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
-"""Squashfs images for the tests: a small Debian, with or without torch and torchtitan in it.
+"""A squashfs image for the tests: a small Debian without torch, for jobs that train nothing.
 
-Built once and kept in a cache directory under a name that says what is in them, so that the second
+Built once and kept in a cache directory under a name that says what is in it, so that the second
 test run starts at once. Needs root, mmdebstrap, squashfs-tools and a Debian mirror.
 """
 
 import fcntl
 import hashlib
-import re
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SUITE = "bookworm"
-PYTHON = "python3.11"  # bookworm's; site-packages with compiled modules must be for the same version
 PACKAGES = ("python3", "ca-certificates")
 ENVIRONMENT = "PATH=/usr/local/bin:/usr/bin:/bin\nLANG=C.UTF-8\nTEST_IMAGE=from the image\n"
 """The image's /etc/environment. A variable named here wins over the job's, as with a real image."""
@@ -24,12 +22,6 @@ NOT_NEEDED = (  # below the root of the image; device nodes would break unprivil
     *("dev/*", "proc/*", "sys/*", "tmp/*", "run/*", "var/cache/*", "var/lib/apt/lists/*", "var/log/*"),
     *("usr/share/doc/*", "usr/share/man/*", "usr/share/locale/*", "usr/share/info/*"),
 )
-NOT_NEEDED_PACKAGES = (  # below the site-packages; torchtitan imports triton, but a CPU never compiles with it
-    *("wandb", "pip", "setuptools", "pyarrow/include"),
-    *("torch/include", "torch/test", "torch/bin/test_*", "torch/bin/protoc*"),
-    *("triton/backends/*/bin", "triton/backends/*/lib", "triton/backends/*/include"),
-)
-NOT_NEEDED_ANYWHERE = ("tests", "*.a")
 
 
 def missing_image_packages() -> list[str]:
@@ -63,37 +55,6 @@ def build_small_image(cache: Path, environment: str = ENVIRONMENT) -> Path:
 
     key = _key([SUITE, environment, *PACKAGES, *COMPRESSION, *NOT_NEEDED])
     return _cached(cache, f"small-{SUITE}-{key}.sqsh", build)
-
-
-def build_test_image(site_packages: Path, cache: Path, environment: str = ENVIRONMENT) -> Path:
-    """The small image with the packages of a virtual environment in it, torch and torchtitan among them.
-
-    They end up in /usr/local/lib/python3.11/dist-packages, where Debian's own Python finds them.
-    """
-    if site_packages.parent.name != PYTHON:
-        raise ValueError(f"{site_packages} is not for {PYTHON}, the Python of the image's Debian {SUITE}")
-    versions = sorted(path.name for path in site_packages.glob("*.dist-info"))
-    titan = next(
-        (name.removesuffix(".dist-info") for name in versions if re.match(r"torchtitan-\d", name)), ""
-    )
-    if not titan:
-        raise ValueError(f"no torchtitan in {site_packages}")
-    small = build_small_image(cache, environment)
-    target = f"usr/local/lib/{PYTHON}/dist-packages"
-    skipped = [f"{target}/{pattern}" for pattern in NOT_NEEDED_PACKAGES]
-    skipped += [f"... {pattern}" for pattern in NOT_NEEDED_ANYWHERE]
-
-    def build(image: Path, scratch: Path) -> None:
-        rootfs = scratch / "rootfs"
-        _run("unsquashfs", "-quiet", "-no-progress", "-d", rootfs, small)
-        # A bind mount in a mount namespace of its own instead of a copy of two gigabytes.
-        script = 'mount --bind "$1" "$2" && shift 2 && exec mksquashfs "$@"'
-        inside = ("unshare", "--mount", "sh", "-c", script, "sh", site_packages, rootfs / target)
-        _run(*inside, rootfs, image, *COMPRESSION, "-quiet", "-no-progress", "-wildcards", "-e", *skipped)
-
-    return _cached(
-        cache, f"{titan}-{_key([small.name, str(site_packages), *skipped, *versions])}.sqsh", build
-    )
 
 
 def _cached(cache: Path, name: str, build: Callable[[Path, Path], None]) -> Path:

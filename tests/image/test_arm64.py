@@ -22,7 +22,7 @@ from launcher.image.check import check
 from launcher.image.convert import convert, image_config
 from launcher.image.engine import Engine
 from launcher.image.inspect import inspect
-from tests.image.conftest import built, make_base, rootfs
+from tests.image.images import built, make_base, rootfs
 
 QEMU = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")  # Debian's qemu-user-static: what is to be registered
 ENTRY = docker_engine.BINFMT / "qemu-aarch64"
@@ -48,11 +48,9 @@ def emulation() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def arm64_image(engine: Engine, emulation: None, tiny_lock: Path) -> Iterator[Built]:
+def arm64_image(engine: Engine, emulation: None, tiny_lock: Path) -> Built:
     """About 2 minutes, most of it Python compiling its library under emulation."""
-    with ExitStack() as stack:
-        base = make_base(engine, "arm64", rootfs("arm64"), stack)
-        yield built("cpu", "arm64", engine, base, lock_file=tiny_lock)
+    return built("cpu", "arm64", engine, make_base(engine, "arm64", rootfs("arm64")), lock_file=tiny_lock)
 
 
 def test_the_arm64_image_is_for_arm64(engine: Engine, arm64_image: Built) -> None:

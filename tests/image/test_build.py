@@ -19,8 +19,9 @@ from launcher.image.build import Built, arches, build, created
 from launcher.image.check import check
 from launcher.image.convert import convert, image_config
 from launcher.image.engine import BuildRequest, Engine
-from tests.image.conftest import TINY_LOCK, Base
+from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
+from tests.image.images import Base
 
 EMULATED = "enabled\ninterpreter /usr/bin/qemu-aarch64-static\nflags: OCF\noffset 0\nmagic 7f454c46\n"
 

@@ -1,0 +1,203 @@
+"""Real images for tests of every folder: a Docker engine, base images, and the channel cpu as a squashfs.
+
+    from tests.image.images import cpu_squashfs
+
+`cpu_squashfs()` costs three minutes the first time and nothing afterwards. Whatever a machine lacks skips the test.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.image import engine as docker_engine
+from launcher.image.build import Built, build, dockerfile
+from launcher.image.channels import lock_path
+from launcher.image.convert import convert_image
+from launcher.image.engine import Engine
+from launcher.image.squashfs_file import sidecar_path
+from tests.image.dockerd import missing_packages, pip_setting, running_engine, served
+
+ROOT = Path(__file__).parent.parent.parent
+CACHE = Path(os.environ.get("LAUNCHER_TEST_CACHE") or "/var/tmp/launcher-test-cache")  # ordinary users read it, too
+SUITE = "bookworm"  # Python 3.11, as the channel cpu wants
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+FOREIGN_PACKAGES = (  # what the Dockerfile installs, so that little of it has to be done under emulation
+    *("apt", "bash", "ca-certificates", "debian-archive-keyring", "gpgv", "g++", "gcc", "ibverbs-providers"),
+    *("libc6-dev", "libibverbs1", "libpython3-dev", "librdmacm1", "pciutils", "python3"),
+)
+# What decides the bytes of the squashfs besides the Dockerfile and the lock.
+SOURCES = (
+    *("containers/check.py", "containers/describe.py", "containers/channels.toml", "launcher/image/build.py"),
+    *("launcher/image/convert.py", "launcher/image/export.py", "launcher/image/squashfs_file.py"),
+)
+
+_running: Engine | None = None
+_served: dict[
+    str, str
+] = {}  # pip's find-links of this machine -> address for the builds, while an engine runs
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base image for builds on this machine, with what its network asks for; the Dockerfile knows nothing of it."""
+
+    tag: str
+    torch_index: str | None  # None: the channel's own
+
+
+def cpu_squashfs() -> Path:
+    """The channel cpu of this checkout, built from the Dockerfile and its lock, and converted. Kept in the cache."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the channel cpu has a lock for amd64 only")
+    digest = hashlib.sha256(SUITE.encode())
+    for path in (dockerfile(), lock_path("cpu", "amd64"), *(ROOT / name for name in SOURCES)):
+        digest.update(path.read_bytes())
+    target = CACHE / f"titan-cpu-amd64-{digest.hexdigest()[:12]}.sqsh"
+    if complete(target):
+        return target
+    with kept_engine() as engine:
+        if not complete(target):  # another process may have been faster
+            image = built("cpu", "amd64", engine, cpu_base(engine))
+            convert_image(image.image_id, target, engine=engine)
+            for old in set(CACHE.glob("titan-cpu-amd64-*.sqsh*")) - {target, sidecar_path(target)}:
+                old.unlink(missing_ok=True)
+    return target
+
+
+def complete(path: Path) -> bool:
+    return path.exists() and sidecar_path(path).exists()
+
+
+@contextmanager
+def kept_engine() -> Iterator[Engine]:
+    """An engine of the tests' own whose images stay in the cache; with LAUNCHER_TEST_DOCKER=1 the one that is there.
+
+    Used again within: the same one. Another process waits until this one is done with it.
+    """
+    global _running
+    if _running:
+        yield _running
+        return
+    pytest.importorskip("docker")
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        if os.environ.get("LAUNCHER_TEST_DOCKER") != "1" and os.geteuid() != 0:
+            pytest.skip("starting a Docker engine needs root; LAUNCHER_TEST_DOCKER=1 uses an existing one")
+        CACHE.mkdir(parents=True, exist_ok=True)
+        only = stack.enter_context((CACHE / "docker.lock").open("w"))
+        fcntl.flock(only, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
+        if os.environ.get("LAUNCHER_TEST_DOCKER") != "1":
+            if missing_packages():
+                pytest.skip(f"missing Debian packages: apt install {' '.join(missing_packages())}")
+            patch.setenv("DOCKER_HOST", stack.enter_context(running_engine(CACHE / "docker")))
+        for place in pip_setting("find-links").split():
+            if Path(place).is_dir():
+                _served[place] = stack.enter_context(served(Path(place)))
+        _running = docker_engine.connect()
+        stack.callback(_forget)
+        yield _running
+
+
+def _forget() -> None:
+    global _running
+    _running = None
+    _served.clear()
+
+
+def cpu_base(engine: Engine) -> Base:
+    """Debian as mmdebstrap makes it, in the place of the registry's."""
+    return make_base(engine, "amd64", rootfs("amd64"))
+
+
+def built(name: str, arch: str, engine: Engine, base: Base, **options: Any) -> Built:
+    """`build` for these base images; when it fails, the test's report shows the last lines of the build."""
+    options.setdefault("torch_index", base.torch_index)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        try:
+            return build(name, arch, engine=engine, base=base.tag, network="host", **options)
+        except LauncherError as error:
+            pytest.fail(f"{error.what}\n{error.original}")
+
+
+def rootfs(arch: str) -> Path:
+    """A tar file of a small Debian for `arch`: made once (native 1 minute, foreign half), kept in the cache."""
+    if not shutil.which("mmdebstrap"):
+        pytest.skip("missing Debian package: apt install mmdebstrap")
+    # apt's lists of descriptions would be half of what every `apt-get update` in a build reads.
+    languages = '--aptopt=Acquire::Languages "none"'
+    options = [languages, "--variant=minbase", "--include=ca-certificates"]
+    recipe = ""
+    if arch != "amd64":
+        hook = Path(__file__).with_name("foreign_rootfs.py")
+        recipe = hook.read_text()
+        options = [
+            languages,
+            "--variant=extract",
+            "--include=?essential",
+            f"--include={','.join(FOREIGN_PACKAGES)}",
+        ]
+        options.append(f'--extract-hook=python3 {shlex.quote(str(hook))} "$1"')
+    key = hashlib.sha256("\0".join([SUITE, arch, *options, recipe]).encode()).hexdigest()[:10]
+    target = CACHE / f"rootfs-{SUITE}-{arch}-{key}.tar"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="rootfs-", dir=CACHE) as folder:
+            made = Path(folder) / "rootfs.tar"
+            command = ["mmdebstrap", "--quiet", "--mode=root", f"--arch={arch}", *options, SUITE, str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            assert done.returncode == 0, done.stderr[-2000:]
+            made.replace(target)
+    return target
+
+
+def make_base(engine: Engine, arch: str, tar: Path) -> Base:
+    """The image of a root directory plus this machine's pip settings: certificates, index, wheels that lie here."""
+    config = ["[global]", "cert = /etc/titan-test-ca.crt"]
+    if index := pip_setting("index-url"):
+        config.append(f"index-url = {index}")
+    torch_index = None
+    for place, address in _served.items():
+        config.append(f"find-links = {address}")
+        # The channel's own index cannot be reached where its wheels lie on the machine.
+        torch_index = "" if list(Path(place).glob("torch-*.whl")) else torch_index
+    files = {
+        "Dockerfile": b"FROM scratch\nADD rootfs.tar /\nCOPY ca.crt /etc/titan-test-ca.crt\nCOPY pip.conf /etc/\n",
+        "pip.conf": "\n".join([*config, ""]).encode(),
+        "ca.crt": CERTIFICATES.read_bytes(),
+    }
+    tag = f"titan-test-base:{tar.stem}-{hashlib.sha256(b''.join(files.values())).hexdigest()[:10]}"
+    if engine.client.api.images(tag):
+        return Base(tag, torch_index)  # of an earlier run
+    context = io.BytesIO()
+    with tarfile.open(fileobj=context, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        archive.add(tar, "rootfs.tar")
+    context.seek(0)
+    # FROM scratch with a platform: `docker import` would mark every root directory as this machine's.
+    answers = engine.client.api.build(
+        fileobj=context, custom_context=True, decode=True, rm=True, forcerm=True, tag=tag, platform=f"linux/{arch}"
+    )  # fmt: skip
+    errors = [answer["error"] for answer in answers if "error" in answer]
+    assert not errors, errors
+    return Base(tag, torch_index)

@@ -1,0 +1,273 @@
+"""Images of both architectures in a real registry (Debian's docker-registry, on the loopback interface), and one list of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.image import engine as docker_engine
+from launcher.image import registry
+from launcher.image.build import Built
+from launcher.image.engine import Engine
+from launcher.image.registry import Pushed, manifest_list, push
+
+LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+PASSWORD = "correct horse"
+# user `titan`, in bcrypt: what docker-registry reads
+HTPASSWD = "titan:$2b$05$Am5lRSQqPPyENCnTRDPh6ev9P9FFwldhV2QbagkWmc59xUbv7jKU6\n"
+NOWHERE = Engine(None, "unix:///run/docker.sock", "28.0", "amd64", "Debian")
+BOTH = ("amd64", "arm64")
+START_TIMEOUT_S = 20
+
+
+@contextmanager
+def running_registry(folder: Path, htpasswd: str = "") -> Iterator[str]:
+    """host:port of a registry whose files are in `folder`."""
+    if not shutil.which("docker-registry"):
+        pytest.skip("missing Debian package: apt install docker-registry")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        host = f"127.0.0.1:{probe.getsockname()[1]}"
+    config: dict[str, Any] = {
+        "version": 0.1, "log": {"level": "error"}, "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "http": {"addr": host},
+    }  # fmt: skip
+    if htpasswd:
+        (folder / "htpasswd").write_text(htpasswd)
+        config["auth"] = {"htpasswd": {"realm": "titan", "path": str(folder / "htpasswd")}}
+    (folder / "config.yml").write_text(json.dumps(config))  # YAML, too
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["docker-registry", "serve", str(folder / "config.yml")], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(host.rpartition(":")[2]))) == 0:
+                    break
+            time.sleep(0.05)
+        yield host
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def no_logins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Whoever runs the tests may be logged in somewhere; docker-py and the docker command both look here."""
+    folder = tmp_path / "docker-config"
+    folder.mkdir()
+    monkeypatch.setenv("DOCKER_CONFIG", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_registry(tmp_path_factory.mktemp("registry")) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def images(engine: Engine, tiny_image: Built) -> Iterator[dict[str, str]]:
+    """Architecture -> tag: the tiny image of test_build, and the least that can be called an image for arm64."""
+    tags = {"amd64": tiny_image.tag, "arm64": "titan-test:registry-arm64"}
+    yield tags | {"arm64": scratch_image(engine, tags["arm64"], "arm64")}
+    engine.client.api.remove_image(tags["arm64"], force=True)
+
+
+def scratch_image(engine: Engine, tag: str, arch: str) -> str:
+    recipe = io.BytesIO(b'FROM scratch\nLABEL of=test\nCMD ["/none"]\n')
+    answers = list(engine.client.api.build(fileobj=recipe, decode=True, tag=tag, platform=f"linux/{arch}"))
+    assert not [answer for answer in answers if "error" in answer], answers
+    return tag
+
+
+def manifest(host: str, path: str, tag: str) -> dict[str, Any] | None:
+    """What the registry itself says; None where it has no such tag."""
+    request = urllib.request.Request(f"http://{host}/v2/{path}/manifests/{tag}", headers={"Accept": LIST})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return dict(json.load(answer)) | {"digest": answer.headers["Docker-Content-Digest"]}
+    except urllib.error.HTTPError as error:
+        assert error.code == 404
+        return None
+
+
+# ------------------------------------------------------------------------------------------ what works
+
+
+def test_both_architectures_are_pushed_and_one_name_serves_them(
+    engine: Engine, images: dict[str, str], host: str
+) -> None:
+    said: list[str] = []
+    reference = f"{host}/team/titan:tiny"
+    pushed = [push(images[arch], reference, engine=engine, say=said.append) for arch in BOTH]
+    assert [(image.arch, image.reference) for image in pushed] == [(a, f"{reference}-{a}") for a in BOTH]
+    assert any("Pushed" in line for line in said) and manifest(host, "team/titan", "tiny") is None
+    digest = manifest_list(reference, pushed, arches=BOTH, engine=engine, say=said.append)
+    there = manifest(host, "team/titan", "tiny")
+    assert there and there["digest"] == digest and there["mediaType"] == LIST
+    assert {(entry["platform"]["architecture"], entry["digest"]) for entry in there["manifests"]} == {
+        (image.arch, image.digest) for image in pushed
+    }
+    ids = {arch: docker_engine.inspect(engine, images[arch])["Id"] for arch in BOTH}
+    for arch in BOTH:
+        pulled = engine.client.images.pull(f"{host}/team/titan", tag="tiny", platform=f"linux/{arch}")
+        assert (pulled.attrs["Architecture"], pulled.id) == (arch, ids[arch])
+
+
+def test_a_second_list_holds_nothing_of_the_first(engine: Engine, images: dict[str, str], host: str) -> None:
+    reference = f"{host}/titan:again"
+    both = [push(images[arch], reference, engine=engine, say=print) for arch in BOTH]
+    first = manifest_list(reference, both, arches=BOTH, engine=engine, say=print)
+    assert manifest_list(reference, both[::-1], arches=BOTH, engine=engine, say=print)
+    one = manifest_list(reference, both[:1], arches=["amd64"], engine=engine, say=print)
+    there = manifest(host, "titan", "again")
+    assert there and one == there["digest"] != first and len(there["manifests"]) == 1
+
+
+def test_the_login_of_the_docker_command_is_used(
+    engine: Engine, images: dict[str, str], tmp_path: Path, no_logins: Path
+) -> None:
+    with running_registry(tmp_path, HTPASSWD) as host:
+        reference = f"{host}/titan:tiny"
+        for wrong in ({}, {"auths": {host: {"auth": base64.b64encode(b"titan:wrong").decode()}}}):
+            (no_logins / "config.json").write_text(json.dumps(wrong))
+            with pytest.raises(LauncherError, match=f"the registry {host} does not let this user") as error:
+                push(images["arm64"], reference, engine=docker_engine.connect(), say=print)
+            assert error.value.fix == f"docker login {host}" and error.value.original
+            with pytest.raises(LauncherError, match="does not let this user write") as error:
+                manifest_list(reference, [Pushed("arm64", f"sha256:{'0' * 64}", "")], arches=["arm64"],
+                              engine=engine, say=print)  # fmt: skip
+            assert error.value.fix == f"docker login {host}"
+        right = base64.b64encode(f"titan:{PASSWORD}".encode()).decode()
+        (no_logins / "config.json").write_text(json.dumps({"auths": {host: {"auth": right}}}))
+        said: list[str] = []
+        pushed = push(images["arm64"], reference, engine=docker_engine.connect(), say=said.append)
+        assert manifest_list(reference, [pushed], arches=["arm64"], engine=engine, say=said.append)
+        assert not any(PASSWORD in line or right in line for line in said)
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_missing_architecture_is_refused_before_anything_is_written(
+    engine: Engine, images: dict[str, str], host: str
+) -> None:
+    reference = f"{host}/titan:half"
+    pushed = push(images["amd64"], reference, engine=engine, say=print)
+    with pytest.raises(LauncherError, match="there is no image for arm64") as error:
+        manifest_list(reference, [pushed], arches=BOTH, engine=engine, say=print)
+    assert "amd64, arm64" in error.value.fix
+    assert manifest(host, "titan", "half") is None
+
+
+@pytest.mark.parametrize(
+    ("arches", "asked", "words"),
+    [
+        (["amd64", "amd64"], ["amd64"], "images for amd64, amd64"),
+        (["amd64", "arm64"], ["amd64"], "images for amd64, arm64"),
+        ([], ["amd64", "arm64"], "no image for amd64, arm64"),
+    ],
+)
+def test_one_image_for_each_architecture(arches: list[str], asked: list[str], words: str) -> None:
+    pytest.importorskip("docker")
+    with pytest.raises(LauncherError, match=words):
+        manifest_list("127.0.0.1:9/titan", [Pushed(arch, "sha256:0", "") for arch in arches], arches=asked,
+                      engine=NOWHERE, say=print)  # fmt: skip
+
+
+def test_an_image_that_left_the_registry_fails_the_list(
+    engine: Engine, images: dict[str, str], host: str
+) -> None:
+    reference = f"{host}/titan:gone"
+    here = push(images["amd64"], reference, engine=engine, say=print)
+    gone = Pushed("arm64", f"sha256:{'0' * 64}", f"{reference}-arm64")
+    with pytest.raises(LauncherError, match="is not in the registry any more"):
+        manifest_list(reference, [here, gone], arches=BOTH, engine=engine, say=print)
+    assert manifest(host, "titan", "gone") is None
+
+
+def test_a_registry_that_is_down(engine: Engine, images: dict[str, str], tmp_path: Path) -> None:
+    with running_registry(tmp_path) as host:
+        reference = f"{host}/titan:tiny"
+        pushed = push(images["arm64"], reference, engine=engine, say=print)
+    with pytest.raises(LauncherError, match=f"the registry {host} does not answer") as error:
+        push(images["arm64"], reference, engine=engine, say=print)
+    assert "connection refused" in error.value.original
+    with pytest.raises(LauncherError, match=f"the registry {host} does not answer"):
+        manifest_list(reference, [pushed], arches=["arm64"], engine=engine, say=print)
+
+
+def test_a_registry_that_breaks_down(engine: Engine, images: dict[str, str]) -> None:
+    class Broken(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(500 if self.path != "/v2/" else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_POST = do_PUT = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(LauncherError, match=f"the registry {host} did not take") as error:
+            push(images["arm64"], f"{host}/titan:x", engine=engine, say=print)
+        server.shutdown()
+    assert "500" in error.value.original
+
+
+def test_an_image_that_is_not_there(engine: Engine, host: str) -> None:
+    with pytest.raises(LauncherError, match="has no image 'titan:nothing'") as error:
+        push("titan:nothing", f"{host}/titan", engine=engine, say=print)
+    assert error.value.status is ExitStatus.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["https://registry.example/titan:x", "registry.example/Titan", "registry.example/titan:a b", "/titan", "", "a//b",
+     "registry.example/titan@sha256:0", "--insecure", "registry.example/titan:", "x/y:" + "t" * 123],
+)  # fmt: skip
+def test_names_that_are_none(reference: str) -> None:
+    pytest.importorskip("docker")
+    with pytest.raises(LauncherError, match="not the name of an image in a registry") as error:
+        push("titan:x", reference, engine=NOWHERE, say=print)
+    assert error.value.status is ExitStatus.USAGE
+
+
+def test_there_is_no_docker_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("docker")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LauncherError, match="docker: no such command") as error:
+        manifest_list("127.0.0.1:9/titan", [Pushed("amd64", "sha256:0", "")], arches=["amd64"], engine=NOWHERE,
+                      say=print)  # fmt: skip
+    assert "docker-cli" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("host", "plain"),
+    [("localhost:5000", True), ("localhost", True), ("127.0.0.1:5000", True), ("127.9.9.9", True),
+     ("docker.io", False), ("localhost.example:5000", False), ("10.0.0.1:5000", False)],
+)  # fmt: skip
+def test_plain_http_is_for_the_loopback_interface_alone(host: str, plain: bool) -> None:
+    assert registry._is_loopback(host) is plain
