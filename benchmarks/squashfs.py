@@ -26,7 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from launcher.image.convert import FORMATS, ImageConfig, convert
+from launcher.image.convert import FORMATS, convert
+from launcher.image.export import ImageConfig
 from launcher.image.squashfs_file import SquashfsFormat
 
 ENROOT = "enroot (lzo -noD 128K)"

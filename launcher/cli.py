@@ -57,11 +57,13 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json:
     launcher submit runs/my-run/run.toml --name my-run-again
     """
     from launcher import resolve
+    from launcher.stage import view
 
     spec = _spec(options)
     secrets = resolve.secrets_of(spec, options.secrets, os.environ)
     resolve.check_image(spec)
-    for text in resolve.warnings(spec):
+    spec, notes = view.plan(spec)
+    for text in (*resolve.warnings(spec), *notes):
         warn(text)
     if dry_run:
         return _print_plan(spec, as_json)
@@ -358,13 +360,15 @@ def _describe(spec: RunSpec) -> str:
 def _print_plan(spec: RunSpec, as_json: bool) -> None:
     from launcher.render import render as render_script
     from launcher.spec import node_config
+    from launcher.stage.view import describe
     from launcher.titan.command import preview
 
     script, commands = render_script(spec), preview(node_config(spec), spec.job.python)
     if as_json:
-        print_json({"run_dir": spec.run_dir, "script": script, "torchrun": commands})
+        print_json({"run_dir": spec.run_dir, "data": describe(spec), "script": script, "torchrun": commands})
         return
     click.echo(script, nl=False)
+    click.echo(plain(f"\n# Data: {describe(spec)}"))
     for era, command in commands.items():
         text = "\n".join(f"# {line}".rstrip() for line in command.splitlines())
         click.echo(f"\n# On each node, where the image has torchtitan {era}:\n{text}")

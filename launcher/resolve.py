@@ -57,7 +57,9 @@ def resolve(
             [*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")]
         )
     sources = {
-        path: os.path.realpath(path) for path in (spec.data_path, spec.tokenizer_path) if path.startswith("/")
+        path: os.path.realpath(path)
+        for path in (spec.data_path, spec.tokenizer_path, spec.job.init_from)
+        if path.startswith("/")
     }
     spec = RunSpec(**{**vars(spec), "resolved": sources})
     validate(spec)
@@ -103,6 +105,38 @@ def check_image(spec: RunSpec) -> None:
         )
 
 
+def check_weights(spec: RunSpec) -> None:
+    """Refuses an --init-from that this machine sees and that the model cannot start from.
+
+    A directory that is not here may still be on the nodes, which check it too: `warnings` says so.
+    """
+    if not spec.job.init_from:
+        return
+    from launcher.runtime import host_path, mounts
+    from launcher.titan import Refused
+    from launcher.titan.weights import check_weights as check
+
+    path = host_path(spec, spec.job.init_from)
+    if not os.path.exists(path):
+        return
+    try:
+        check(Path(path), spec.recipe.flavor)
+    except Refused as refused:
+        raise LauncherError(f"--init-from {refused.why}", refused.fix) from None
+    if spec.job.runtime == "bare":
+        return
+    # A snapshot in the Hub's cache is all links: the container would see them and nothing behind them.
+    seen = [mount.split(":")[1].rstrip("/") for mount in mounts(spec)]
+    for name in sorted(os.listdir(path)):
+        target = os.path.realpath(f"{path}/{name}")
+        if not any(target.startswith(f"{place}/") for place in (os.path.realpath(path), *seen)):
+            folder = os.path.dirname(target)
+            raise LauncherError(
+                f"--init-from {path}/{name}: a link to {target}, which the container does not see",
+                f"launcher stage model --to DIR, or --mount {folder}:{folder}:ro",
+            )
+
+
 def _check_sif(path: str) -> None:
     try:
         with open(path, "rb") as stream:
@@ -119,7 +153,7 @@ def warnings(spec: RunSpec) -> list[str]:
     """Paths that this machine does not have. The nodes may: the job's own check decides there."""
     paths = [
         p
-        for p in (spec.data_path, spec.tokenizer_path)
+        for p in (spec.tokenizer_path, spec.job.init_from)  # for the data see launcher/stage/view.py
         if p.startswith("/") and not p.startswith(spec.run_dir)
     ]
     found = [f"{path}: not on this machine; if the nodes do not have it either, the job stops at once" for path in

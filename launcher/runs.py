@@ -1,6 +1,6 @@
 """The run directory: made whole or not at all, read by every other command.
 
-    run.toml  job.sbatch  job/ (node.json, node.py, titan/)  logs/  intent.json  job.json  claim/  end.json
+    run.toml  job.sbatch  job/ (node.json, node.py, titan/)  data/ (the view)  logs/  intent.json  job.json  claim/  end.json
 
 `intent.json` is there before anything is submitted, `job.json` after; a directory with the first alone was cut
 off in between, and the job is looked for by its name (launcher/control.py).
@@ -141,6 +141,10 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
 
         sample.write_c4_sample(directory / "sample" / "c4")
         sample.write_tokenizer(directory / "sample" / "tokenizer")
+    if spec.view:
+        from launcher.stage import view
+
+        view.write(directory / "data", spec.view)
     write_json(
         directory / "intent.json",
         {

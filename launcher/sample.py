@@ -9,6 +9,7 @@ import os
 import random
 from pathlib import Path
 
+TRAIN_FILES = 4
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # Llama 3's names
 
 README = """\
@@ -45,7 +46,7 @@ _SITES = ("example.com", "example.org", "example.net")
 
 
 def write_c4_sample(
-    directory: Path, train_files: int = 4, documents_per_file: int = 200, seed: int = 1
+    directory: Path, train_files: int = TRAIN_FILES, documents_per_file: int = 200, seed: int = 1
 ) -> None:
     """Writes README.md, `en/c4-train.*.json.gz` (`train_files` of them) and one validation file below `directory`.
 
@@ -55,12 +56,16 @@ def write_c4_sample(
         raise ValueError("a sample has at least one file with one document")
     (directory / "en").mkdir(parents=True, exist_ok=True)
     for split, files in (("train", train_files), ("validation", 1)):
-        for index in range(files):
-            name = f"c4-{split}.{index:05d}-of-{files:05d}.json.gz"
+        for index, name in enumerate(file_names(split, files)):
             _write(
                 directory / "en" / name, _shard(random.Random(f"{seed} {split} {index}"), documents_per_file)
             )
     _write(directory / "README.md", README.encode())
+
+
+def file_names(split: str, files: int) -> list[str]:
+    """C4's names of the files of a split that has so many."""
+    return [f"c4-{split}.{index:05d}-of-{files:05d}.json.gz" for index in range(files)]
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -31,6 +31,7 @@ class Profile:
     driver: str = ""  # NVIDIA's driver on the nodes, such as 580.95.05; empty: not known
     gres: str = "gpu"  # generic resource to ask Slurm for; empty asks for none
     mounts: tuple[str, ...] = ()  # SRC:DST[:FLAGS] that this kind of node needs
+    scratch: str = ""  # directory on each node's own disk, for caches; empty: TMPDIR or /tmp of the container
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Job:
     segment: int = 0  # nodes per block with topology/block; 0: not asked for
     mounts: tuple[str, ...] = ()  # SRC:DST[:FLAGS], beside those of the profile
     data: str = "/data/c4"
+    data_part: str = ""  # I/N: the I-th of N parts of the files that share none; for restarts
     tokenizer: str = "/data/tokenizers/Llama-3.1-8B"
+    init_from: str = ""  # directory of safetensors in the Hub's format; empty: a random start
     runs_dir: str = "runs"
     python: str = "python3"  # inside the container; with "bare" on the node
     slurm_bin: str = "/usr/bin"  # where sbatch was found: the job starts with an empty environment
@@ -99,6 +102,7 @@ class RunSpec:
     secret_env: tuple[str, ...] = ()  # names only: their values travel in a 0600 file
     titan: Mapping[str, str] = field(default_factory=dict)
     resolved: Mapping[str, str] = field(default_factory=dict)  # path -> where its links lead, for mounts
+    view: Mapping[str, str] = field(default_factory=dict)  # files of run_dir/data/en -> where each link leads
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -110,7 +114,14 @@ class RunSpec:
         return self.job.nodes * self.profile.gpus_per_node
 
     @property
+    def data_parallel(self) -> int:
+        """The data-parallel degree: how many ranks read data of their own."""
+        recipe = self.recipe
+        return self.gpus // (recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel)
+
+    @property
     def data_path(self) -> str:
+        """The data as the job's user names it; what the trainer reads may be a view of it (launcher/stage/view.py)."""
         return f"{self.run_dir}/sample/c4" if self.job.data == SAMPLE else self.job.data
 
     @property
@@ -161,7 +172,14 @@ OWNED = {
     "parallelism.context_parallel_degree": "--set recipe.context_parallel=N",
     "parallelism.pipeline_parallel_degree": "--set recipe.pipeline_parallel=N",
     "activation_checkpoint.mode": "--set recipe.activation_checkpoint=full",
+    "checkpoint.enable": "--set recipe.checkpoint_interval=N",
+    "checkpoint.interval": "--set recipe.checkpoint_interval=N",
+    "checkpoint.load_only": "--set recipe.checkpoint_interval=0",
+    "checkpoint.initial_load_path": "--init-from DIR",
+    "checkpoint.initial_load_in_hf": "--init-from DIR",
+    "checkpoint.initial_load_model_only": "--init-from DIR",
 }
+DATA_PART = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET_NAME = re.compile(
@@ -262,16 +280,23 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
             "Slurm's own file name patterns need a path of letters, digits and ._-+@=~ with at most 200 characters",
             "--runs-dir ~/runs",
         )
-    for key in ("data", "tokenizer"):
-        value = getattr(job, key)
-        if not value:
-            raise bad(f"job.{key}", "is empty", f"--{key} /data/...")
-        if value in (SAMPLE, HUB):
+    for key in ("data", "tokenizer", "init_from"):
+        value, option = getattr(job, key), f"--{key.replace('_', '-')}"
+        if not value and key != "init_from":
+            raise bad(f"job.{key}", "is empty", f"{option} /data/...")
+        if not value or (value in (SAMPLE, HUB) and key != "init_from"):
             continue
         if not value.startswith("/"):
-            raise bad(f"job.{key}", "must be an absolute path", f"--{key} /data/...")
+            raise bad(f"job.{key}", "must be an absolute path", f"{option} /data/...")
         if CONTROL.search(value) or any(mark in value for mark in ",:"):
             raise bad(f"job.{key}", "a comma, colon or control character cannot be written in a Pyxis mount")
+    if job.data_part and (not (part := DATA_PART.fullmatch(job.data_part)) or int(part[1]) > int(part[2])):
+        raise bad("job.data_part", "must be I/N with I from 1 to N", "--data-part 1/2")
+    if job.data_part and job.data == HUB:
+        raise bad("job.data_part", "what the Hub streams has no parts", "launcher stage c4 --to DIR, then --data DIR")
+    scratch = spec.profile.scratch
+    if scratch and (not SAFE_DIR.fullmatch(scratch) or scratch == "/"):
+        raise bad("profile.scratch", "must be an absolute path of letters, digits and ._-+@=~", 'scratch = "/scratch/local"')
     if job.tokenizer == HUB:
         raise bad("job.tokenizer", "the tokenizer is not fetched during a job", "--tokenizer DIR")
     if job.runtime == "bare":
@@ -349,7 +374,10 @@ def node_config(spec: RunSpec) -> dict[str, Any]:
         "profile": spec.job.gpu,
         "gpu": spec.profile.gpu,
         "recipe": {"name": spec.job.recipe, **dataclasses.asdict(spec.recipe)},
-        "data": spec.data_path,
+        "data": f"{spec.run_dir}/data" if spec.view else spec.data_path,
+        "data_source": spec.data_path,
         "tokenizer": spec.tokenizer_path,
+        "init_from": spec.job.init_from,
+        "scratch": spec.profile.scratch,
         "titan": dict(spec.titan),
     }

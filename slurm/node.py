@@ -21,7 +21,6 @@ import shlex
 import socket
 import struct
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -30,23 +29,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `titan` is copied beside this file
 
 from titan import Refused  # type: ignore[import-not-found]
+from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
     Rendezvous,
     check_node,
     config_files,
     torchrun_command,
 )
+from titan.data import check_data, check_tokenizer  # type: ignore[import-not-found]
+from titan.weights import starting_weights  # type: ignore[import-not-found]
 
 CHECK_FAILED = 20  # this process's exit code when the node cannot train; docs/exit-codes.md names it
 
-LFS_POINTER = b"version https://git-lfs"
-GZIP_MAGIC = b"\x1f\x8b"
-SMALLEST_SHARD = 200  # bytes; an LFS pointer is about 130
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of a network interface
 
 Facts = dict[str, Any]
-FETCH_C4 = "hf download allenai/c4 --repo-type dataset --include README.md --include 'en/*' --local-dir {}"
-FETCH_TOKENIZER = "hf download meta-llama/Llama-3.1-8B --include 'tokenizer*' --local-dir {}"
 
 
 def main(argv: list[str]) -> int:
@@ -61,12 +58,15 @@ def main(argv: list[str]) -> int:
         run_dir = Path(node["run_dir"])
         check_run_dir(run_dir)
         facts.update(device=node["device"], profile=node.get("profile", ""), hostname=socket.gethostname())
-        facts.update(check_data(node["data"]))
+        facts.update(check_data(node))
         check_tokenizer(Path(node["tokenizer"]))
         facts.update(find_network(node, os.environ))
-        added = environment(node, facts["iface"], scratch_dir(os.environ), os.environ)
+        scratch = scratch_dir(os.environ, node["scratch"])
+        facts.update(scratch=f"{scratch} ({filesystem_of(scratch)})")
+        added = environment(node, facts["iface"], scratch, os.environ)
         os.environ.update(added)  # the caches must be in place before torch is imported
-        facts.update(software())
+        facts.update(software(("safetensors",) if node["init_from"] else ()))
+        facts.update(starting_weights(node, facts["torchtitan"]))
         facts.update(check_device(node))
         rendezvous = Rendezvous(
             job_id=os.environ.get("TITAN_JOB_ID") or "0",
@@ -179,64 +179,6 @@ def check_run_dir(run_dir: Path) -> None:
         ) from error
 
 
-def check_data(data: str) -> Facts:
-    """The training data can be read as C4: a header that names `en`, and shards that are not LFS pointers."""
-    if data == "hub":
-        return {"data": data, "data_files": 0}
-    if not data:
-        raise Refused("no data directory was given", "--data /data/c4")
-    folder = Path(data)
-    if not folder.is_dir():
-        raise Refused(f"{folder} is not a directory on this node", f"mount it, or: {FETCH_C4.format(folder)}")
-    header = _header(folder / "README.md")
-    if not re.search(r"""^\s*-?\s*config_name:\s*["']?en["']?\s*$""", header, re.MULTILINE):
-        raise Refused(
-            f"{folder}/README.md does not describe the configuration `en`",
-            f"fetch the Hub's README.md of allenai/c4 into {folder}: {FETCH_C4.format(folder)}",
-        )
-    shards = sorted((folder / "en").glob("*train*.json.gz")) or sorted((folder / "en").glob("*.json.gz"))
-    if not shards:
-        raise Refused(f"{folder}/en holds no *.json.gz", f"{FETCH_C4.format(folder)}")
-    small = [shard for shard in shards if shard.stat().st_size < SMALLEST_SHARD]
-    usable = [shard for shard in shards if shard not in small]
-    with open((usable or small)[0], "rb") as stream:
-        start = stream.read(len(LFS_POINTER))
-    if not usable and start == LFS_POINTER:
-        raise Refused(
-            f"all {len(shards)} shards in {folder}/en are Git LFS pointers, not data",
-            f"{FETCH_C4.format(folder)}",
-        )
-    if not start.startswith(GZIP_MAGIC):
-        raise Refused(f"{(usable or small)[0]} is not a gzip file", f"{FETCH_C4.format(folder)}")
-    return {"data": data, "data_files": len(shards), "data_pointers": len(small) if usable else 0}
-
-
-def _header(readme: Path) -> str:
-    """The YAML between the two `---` lines at the top; empty where there is none."""
-    try:
-        text = readme.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise Refused(
-            f"{readme}: {error.strerror}", "fetch the Hub's README.md of allenai/c4 beside en/"
-        ) from error
-    match = re.match(r"---\n(.*?)\n---\s*$", text, re.DOTALL | re.MULTILINE)
-    return match.group(1) if match else ""
-
-
-def check_tokenizer(folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        try:
-            value = json.loads((folder / name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise Refused(
-                f"{folder / name}: {error.strerror}", f"{FETCH_TOKENIZER.format(folder)}"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"{folder / name} is not JSON", f"{FETCH_TOKENIZER.format(folder)}") from error
-        if not isinstance(value, dict):
-            raise Refused(f"{folder / name} is not a tokenizer's file", f"{FETCH_TOKENIZER.format(folder)}")
-
-
 def find_network(node: dict[str, Any], env: Any) -> Facts:
     """The interface that carries the route to the head node, and this node's address on it.
 
@@ -284,8 +226,8 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
     }
     if iface:
         wanted.update(dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), iface))
-    if node["data"] != "hub":
-        wanted["HF_HUB_OFFLINE"] = "1"
+    if node["data"] != "hub" and not env.get("HF_HUB_OFFLINE"):
+        wanted.update(dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1"))
     added = {name: value for name, value in wanted.items() if not env.get(name)}
     if not os.access(env.get("HOME") or "/nonexistent", os.W_OK):
         added["HOME"] = str(scratch)
@@ -294,28 +236,12 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
     return added
 
 
-def scratch_dir(env: Any) -> Path:
-    """A directory of this job's own on this node; caches inside it are code that will be run.
-
-    TITAN_SCRATCH names one that the job script made up and removes when the job ends.
-    """
-    if given := env.get("TITAN_SCRATCH"):
-        scratch = Path(given).absolute()  # torchrun starts in another directory
-        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return scratch
-    wanted = Path(tempfile.gettempdir()) / f"titan-{os.getuid()}-{env.get('TITAN_JOB_ID') or os.getpid()}"
-    wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if wanted.is_symlink() or wanted.stat().st_uid != os.getuid():  # somebody else was there first
-        return Path(tempfile.mkdtemp(prefix=f"{wanted.name}-"))
-    return wanted
-
-
-def software() -> Facts:
-    """Versions that decide a run's numbers. Raises Refused where torch or torchtitan is missing."""
+def software(more: tuple[str, ...] = ()) -> Facts:
+    """Versions that decide a run's numbers. Raises Refused where torch, torchtitan or one of `more` is missing."""
     image = (
         "an image that holds it (containers/ builds one), or with --runtime bare: --python PATH/TO/python3"
     )
-    for package in ("torch", "torchtitan"):
+    for package in ("torch", "torchtitan", *more):
         if importlib.util.find_spec(package) is None:
             raise Refused(f"{package} is not installed for {sys.executable}", image)
     try:

@@ -44,8 +44,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"exec format error",
-        "the engine cannot run {arch} programs",
-        "sudo apt-get install qemu-user-static, or build on a machine with {arch}",
+        "the engine cannot run the programs of {base}: it is not for {arch}, or nothing there emulates {arch}",
+        "another base image: --base IMAGE; an emulator where the engine runs: sudo apt-get install qemu-user-static",
     ),
     (
         r"CERTIFICATE_VERIFY_FAILED",
@@ -58,7 +58,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "choose another: --base IMAGE",
     ),
     (
-        r"does not match the specified platform|no match for platform",
+        # The last is the Dockerfile's: the lock is chosen by the architecture that the base image is made of.
+        r"does not match the specified platform|no match(?:ing manifest)? for (?:platform|linux/)|no lock: containers/",
         "the base image {base} is not for {arch}",
         "choose another: --base IMAGE",
     ),
@@ -134,10 +135,10 @@ def build(
         say(f"channel {name} has no lock for {arch} yet")
         locked = lock(name, arch, torch_index=torch_index, say=say)
     buildx = docker_engine.has_buildx(engine)
-    build_args = _build_args(chosen, base, index, index_url, sbom)
+    build_args = build_arguments(chosen, base=base, index=index, index_url=index_url, sbom=sbom)
     labels = {
         "org.opencontainers.image.base.name": base,
-        "org.opencontainers.image.version": _version(locked),
+        "org.opencontainers.image.version": version(locked),
     }
     say(
         f"building {tag} for {arch}{'' if arch == engine.arch else ' (emulated: 6 to 13 times slower)'} on {base}, "
@@ -165,11 +166,14 @@ def build(
     return built
 
 
-def _build_args(chosen: Channel, base: str, index: str, index_url: str, sbom: str) -> dict[str, str]:
+def build_arguments(
+    chosen: Channel, *, base: str = "", index: str | None = None, index_url: str = "", sbom: str = ""
+) -> dict[str, str]:
+    """What the Dockerfile is told by --build-arg; `build` and .github/workflows/image.yml say the same."""
     return {
-        "BASE_IMAGE": base,
+        "BASE_IMAGE": base or chosen.base,
         "CHANNEL": chosen.name,
-        "EXTRA_INDEX_URL": index,
+        "EXTRA_INDEX_URL": chosen.torch_index if index is None else index,
         "INDEX_URL": index_url,
         "VISIBLE_DEVICES": "all" if chosen.cuda else "void",
         "SOURCE_REVISION": _git("rev-parse", "HEAD"),
@@ -210,7 +214,7 @@ def dockerfile() -> Path:
     return data_dir("containers").parent / "Dockerfile"
 
 
-def _version(locked: Path) -> str:
+def version(locked: Path) -> str:
     """What the image is a version of: 0.3.0-torch2.14.1."""
     found = pinned(locked.read_text(encoding="utf-8"))
     return f"{found.get('torchtitan', 'none')}-torch{found.get('torch', 'none')}".replace("+", "_")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,22 +253,40 @@ def _environment(engine: Engine) -> dict[str, str]:
 # --------------------------------------------------------------------------------------- using images
 
 
+@contextmanager
+def _answering(engine: Engine) -> Iterator[None]:
+    """An engine that stops in the middle is an error with a next step, too."""
+    import docker
+    import requests
+
+    try:
+        yield
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        raise LauncherError(
+            f"the Docker engine at {engine.host} stopped answering",
+            "sudo systemctl status docker; df -h /var/lib/docker",
+            status=ExitStatus.ERROR,
+            original=str(error),
+        ) from error
+
+
 def inspect(engine: Engine, image: str) -> dict[str, Any]:
     """What the engine knows of an image: Id, Architecture, Config, Size, … LauncherError where there is none."""
     import docker
 
-    try:
-        found: dict[str, Any] = engine.client.api.inspect_image(image)
-    except docker.errors.ImageNotFound as error:
-        raise LauncherError(
-            f"the Docker engine at {engine.host} has no image {image!r}",
-            "docker images; or build it: launcher image build stable",
-            status=ExitStatus.NOT_FOUND,
-        ) from error
-    except docker.errors.APIError as error:
-        raise LauncherError(
-            f"the Docker engine does not show {image!r}", status=ExitStatus.ERROR, original=str(error)
-        ) from error
+    with _answering(engine):
+        try:
+            found: dict[str, Any] = engine.client.api.inspect_image(image)
+        except docker.errors.ImageNotFound as error:
+            raise LauncherError(
+                f"the Docker engine at {engine.host} has no image {image!r}",
+                "docker images; or build it: launcher image build stable",
+                status=ExitStatus.NOT_FOUND,
+            ) from error
+        except docker.errors.APIError as error:
+            raise LauncherError(
+                f"the Docker engine does not show {image!r}", status=ExitStatus.ERROR, original=str(error)
+            ) from error
     return found
 
 
@@ -275,9 +294,10 @@ def export(engine: Engine, image: str, chunk_bytes: int = 1 << 20) -> Iterator[b
     """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
     container = _create(engine, image, ["/nothing"])  # an image without a command needs one to be made
     try:
-        yield from engine.client.api.export(container, chunk_size=chunk_bytes)
+        with _answering(engine):
+            yield from engine.client.api.export(container, chunk_size=chunk_bytes)
     finally:
-        engine.client.api.remove_container(container, force=True)
+        _remove(engine, container)
 
 
 def run(
@@ -299,44 +319,53 @@ def run(
     api = engine.client.api
     container = _create(engine, image, command)
     try:
-        if files:
-            api.put_archive(container, "/tmp", _archive(files))
-        try:
-            api.start(container)
-        except docker.errors.APIError as error:
-            raise _start_error(engine, image, command, str(error.explanation)) from error
-        try:
-            code = int(api.wait(container, timeout=timeout_s)["StatusCode"])
-        except requests.exceptions.RequestException as error:
-            raise LauncherError(
-                f"{command[0]} in {image} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR
-            ) from error
-        stdout = api.logs(container, stdout=True, stderr=False).decode(errors="replace")
-        stderr = api.logs(container, stdout=False, stderr=True).decode(errors="replace")
+        with _answering(engine):
+            if files:
+                api.put_archive(container, "/tmp", _archive(files))
+            try:
+                api.start(container)
+            except docker.errors.APIError as error:
+                raise _start_error(engine, image, command, str(error.explanation)) from error
+            try:
+                code = int(api.wait(container, timeout=timeout_s)["StatusCode"])
+            except requests.exceptions.RequestException as error:
+                if not re.search("timed? ?out", str(error), re.IGNORECASE):
+                    raise
+                raise LauncherError(
+                    f"{command[0]} in {image} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR
+                ) from error
+            stdout = api.logs(container, stdout=True, stderr=False).decode(errors="replace")
+            stderr = api.logs(container, stdout=False, stderr=True).decode(errors="replace")
     finally:
-        api.remove_container(container, force=True, v=True)
+        _remove(engine, container)
     if "exec format error" in stderr.lower():
         raise _start_error(engine, image, command, stderr)
     return code, stdout, stderr
+
+
+def _remove(engine: Engine, container: str) -> None:
+    """An engine that is gone, or a container that is, must not hide why."""
+    import docker
+    import requests
+
+    with suppress(docker.errors.DockerException, requests.exceptions.RequestException):
+        engine.client.api.remove_container(container, force=True, v=True)
 
 
 def _create(engine: Engine, image: str, command: list[str]) -> str:
     import docker
 
     inspect(engine, image)
-    try:
-        made = engine.client.api.create_container(
-            image,
-            command,
-            entrypoint=[],
-            host_config=engine.client.api.create_host_config(network_mode="none"),
-        )
-    except docker.errors.APIError as error:
-        raise LauncherError(
-            f"the Docker engine makes no container of {image!r}",
-            status=ExitStatus.ERROR,
-            original=str(error.explanation or error),
-        ) from error
+    with _answering(engine):
+        try:
+            settings = engine.client.api.create_host_config(network_mode="none")
+            made = engine.client.api.create_container(image, command, entrypoint=[], host_config=settings)
+        except docker.errors.APIError as error:
+            raise LauncherError(
+                f"the Docker engine makes no container of {image!r}",
+                status=ExitStatus.ERROR,
+                original=str(error.explanation or error),
+            ) from error
     return str(made["Id"])
 
 

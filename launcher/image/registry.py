@@ -47,8 +47,9 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"no such manifest|manifest unknown|not found",
-        "an image of the list {reference} is not in the registry any more",
-        "push it again: launcher image build CHANNEL --arch all --push {reference}",
+        # `docker manifest` says the same where this user may not read.
+        "an image of the list {reference} is not in the registry {host}, or not for this user",
+        "push it again: launcher image build CHANNEL --arch all --push {reference}; or: {login}",
     ),
 )
 
@@ -133,8 +134,13 @@ def _parse(reference: str) -> tuple[str, str]:
     from docker.utils import parse_repository_tag
 
     repository, tag = parse_repository_tag(reference)
-    wrong = "://" in reference or "@" in reference or not re.fullmatch(r"[\w.-]{1,122}", tag or "latest")
-    if wrong or not re.fullmatch(r"[\w.-]+(?::\d+)?(?:/[a-z0-9._-]+)+|[a-z0-9._-]+", repository):
+    wrong = (
+        "://" in reference
+        or "@" in reference
+        or reference[-1:] in ("", ":")
+        or not re.fullmatch(r"[\w.-]{1,122}", tag or "latest")
+    )
+    if wrong or not re.fullmatch(r"\w[\w.-]*(?::\d+)?(?:/[a-z0-9._-]+)+|[a-z0-9][a-z0-9._-]*", repository):
         raise LauncherError(
             f"{reference}: not the name of an image in a registry",
             "registry.example.com/team/titan:stable, in small letters, without https:// and without a digest",

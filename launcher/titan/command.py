@@ -49,7 +49,10 @@ _NODE_TYPES: dict[str, type | tuple[type, ...]] = {
     "gpus_per_node": int,
     "recipe": dict,
     "data": str,
+    "data_source": str,
     "tokenizer": str,
+    "init_from": str,
+    "scratch": str,
     "titan": dict,
 }
 _CHOICES = {
@@ -122,7 +125,7 @@ def era(version: str) -> ModuleType:
 
 def common_settings(node: dict[str, Any]) -> dict[str, Any]:
     """Settings that every supported release spells the same, by dotted name. None means: no value."""
-    recipe = node["recipe"]
+    recipe, saves = node["recipe"], node["recipe"]["checkpoint_interval"] > 0
     return {
         "training.local_batch_size": recipe["local_batch_size"],
         "training.global_batch_size": recipe["global_batch_size"],
@@ -141,15 +144,27 @@ def common_settings(node: dict[str, Any]) -> dict[str, Any]:
         "parallelism.pipeline_parallel_schedule": "1F1B",
         "compile.enable": recipe["compile"],
         "compile.components": ["model", "loss"],
-        "checkpoint.enable": recipe["checkpoint_interval"] > 0,
+        "checkpoint.enable": saves or bool(node["init_from"]),
         "checkpoint.interval": recipe["checkpoint_interval"] or 500,
         # A last checkpoint with weights alone could not be resumed with more steps.
         "checkpoint.last_save_model_only": False,
+        **(_initial_weights(node["init_from"], saves) if node["init_from"] else {}),
         "metrics.log_freq": recipe["log_freq"],
         "metrics.disable_color_printing": True,
         "metrics.enable_tensorboard": recipe["tensorboard"],
         "metrics.save_tb_folder": "tb",
         "debug.seed": recipe["seed"] or None,
+    }
+
+
+def _initial_weights(folder: str, saves: bool) -> dict[str, Any]:
+    """Weights in the Hub's format to start from. Once the run has a checkpoint of its own, that one wins."""
+    return {
+        "checkpoint.initial_load_path": folder,
+        "checkpoint.initial_load_in_hf": True,
+        "checkpoint.initial_load_model_only": True,
+        # Without it, loading means saving too, at the latest after the last step: 96 GB for 8B.
+        "checkpoint.load_only": not saves,
     }
 
 

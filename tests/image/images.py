@@ -35,12 +35,15 @@ from launcher.image.squashfs_file import sidecar_path
 from tests.image.dockerd import missing_packages, pip_setting, running_engine, served
 
 ROOT = Path(__file__).parent.parent.parent
-CACHE = Path(os.environ.get("LAUNCHER_TEST_CACHE") or "/var/tmp/launcher-test-cache")  # ordinary users read it, too
+CACHE = Path(
+    os.environ.get("LAUNCHER_TEST_CACHE") or "/var/tmp/launcher-test-cache"
+)  # ordinary users read it, too
 SUITE = "bookworm"  # Python 3.11, as the channel cpu wants
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-FOREIGN_PACKAGES = (  # what the Dockerfile installs, so that little of it has to be done under emulation
+FOREIGN_PACKAGES = (  # what the Dockerfile installs, so that none of it has to be done under emulation
     *("apt", "bash", "ca-certificates", "debian-archive-keyring", "gpgv", "g++", "gcc", "ibverbs-providers"),
     *("libc6-dev", "libibverbs1", "libpython3-dev", "librdmacm1", "pciutils", "python3"),
+    "python3-pip-whl",
 )
 # What decides the bytes of the squashfs besides the Dockerfile and the lock.
 SOURCES = (

@@ -22,7 +22,7 @@ from launcher.image.check import check
 from launcher.image.convert import convert, image_config
 from launcher.image.engine import Engine
 from launcher.image.inspect import inspect
-from tests.image.images import built, make_base, rootfs
+from tests.image.images import Base, built, make_base, rootfs
 
 QEMU = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")  # Debian's qemu-user-static: what is to be registered
 ENTRY = docker_engine.BINFMT / "qemu-aarch64"
@@ -48,9 +48,14 @@ def emulation() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def arm64_image(engine: Engine, emulation: None, tiny_lock: Path) -> Built:
+def base_arm64(engine: Engine, emulation: None) -> Base:
+    return make_base(engine, "arm64", rootfs("arm64"))
+
+
+@pytest.fixture(scope="module")
+def arm64_image(engine: Engine, base_arm64: Base, tiny_lock: Path) -> Built:
     """About 2 minutes, most of it Python compiling its library under emulation."""
-    return built("cpu", "arm64", engine, make_base(engine, "arm64", rootfs("arm64")), lock_file=tiny_lock)
+    return built("cpu", "arm64", engine, base_arm64, lock_file=tiny_lock)
 
 
 def test_the_arm64_image_is_for_arm64(engine: Engine, arm64_image: Built) -> None:
@@ -73,6 +78,22 @@ def test_the_arm64_squashfs_is_known_as_aarch64(engine: Engine, arm64_image: Bui
             say=said.append)  # fmt: skip
     assert not any("the engine calls this image" in line for line in said), said
     assert inspect(path).arch in ("arm64", "aarch64")
+
+
+def test_a_base_image_of_another_architecture(
+    engine: Engine, arm64_image: Built, base_arm64: Base, tiny_lock: Path
+) -> None:
+    with pytest.raises(LauncherError, match="is not for amd64") as error:
+        build(
+            "cpu",
+            "amd64",
+            engine=engine,
+            base=base_arm64.tag,
+            lock_file=tiny_lock,
+            network="host",
+            tag="titan:x",
+        )
+    assert "--base IMAGE" in error.value.fix
 
 
 def test_without_emulation_the_refusal_comes_before_the_build(engine: Engine, arm64_image: Built) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from launcher.image.build import Built, arches, build, created
 from launcher.image.check import check
 from launcher.image.convert import convert, image_config
 from launcher.image.engine import BuildRequest, Engine
+from launcher.image.registry import push
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
 from tests.image.images import Base
@@ -241,6 +245,84 @@ def test_the_engine_dies_during_a_build(
         other = docker_engine.connect()
         assert docker_engine.build_classic(other, request, lambda line: None)  # there is nothing to run
     assert "stopped answering" in docker_engine.build_classic(other, request, lambda line: None)
+
+
+def test_the_engine_dies_while_an_image_is_used(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
+        pytest.skip("this engine is not ours to stop")
+    with running_engine(tmp_path / "data") as host:
+        monkeypatch.setenv("DOCKER_HOST", host)
+        other = docker_engine.connect()
+        recipe = io.BytesIO(b"FROM scratch\nLABEL of=test\n")
+        assert list(other.client.api.build(fileobj=recipe, decode=True, tag="titan:x"))
+        stream = docker_engine.export(other, "titan:x")
+        next(stream)
+    for use in (
+        lambda: docker_engine.inspect(other, "titan:x"),
+        lambda: docker_engine.run(other, "titan:x", ["true"]),
+        lambda: list(docker_engine.export(other, "titan:x")),
+        lambda: push("titan:x", "127.0.0.1:9/x", engine=other, say=print),
+    ):
+        with pytest.raises(LauncherError, match=r"the Docker engine at .* stopped answering"):
+            use()
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_the_disk_of_the_engine_is_full(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
+        pytest.skip("this engine has room")
+    data = tmp_path / "data"
+    data.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(data)], check=True)
+    try:
+        with running_engine(data) as host:
+            monkeypatch.setenv("DOCKER_HOST", host)
+            (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY containers /\n")
+            (tmp_path / "lock.txt").write_text("#" * 40_000_000)
+            monkeypatch.setattr(building, "dockerfile", lambda: tmp_path / "Dockerfile")
+            with pytest.raises(LauncherError, match="the disk of the Docker engine is full") as error:
+                build("cpu", "amd64", lock_file=tmp_path / "lock.txt", tag="titan:x")
+            assert "docker system prune" in error.value.fix
+    finally:
+        subprocess.run(["umount", str(data)], check=True)
+
+
+def test_ctrl_c_stops_the_build(
+    engine: Engine, base_image: Base, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the container of the step nor a tag stays; the steps before are used by the next build."""
+    recipe = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN echo begun $(cat /proc/uptime); sleep 300\n"
+    (tmp_path / "Dockerfile").write_text(recipe)
+    monkeypatch.setattr(building, "dockerfile", lambda: tmp_path / "Dockerfile")
+
+    def say(line: str) -> None:
+        if line.startswith("begun"):
+            raise KeyboardInterrupt
+
+    before = engine.client.api.containers(all=True)
+    try:
+        build(
+            "cpu",
+            "amd64",
+            engine=engine,
+            base=base_image.tag,
+            lock_file=tiny_lock,
+            tag="titan:stopped",
+            say=say,
+        )
+    except KeyboardInterrupt:
+        stopped = True
+    assert stopped
+    deadline = time.monotonic() + 30
+    while engine.client.api.containers(all=True) != before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert engine.client.api.containers(all=True) == before
+    with pytest.raises(LauncherError, match="has no image"):
+        docker_engine.inspect(engine, "titan:stopped")
 
 
 # ---------------------------------------------------------------------------------------- architectures

@@ -381,25 +381,23 @@ GOOD = ImageFacts(
     ("changes", "arch", "device", "driver", "words"),
     [
         ({}, "aarch64", "cuda", "580.95.05", []),
-        ({}, "aarch64", "cuda", None, []),
+        ({}, "aarch64", "cuda", "", []),
         ({}, "aarch64", "cuda", "590.1", []),
-        ({}, "", "cuda", None, []),
-        ({"arch": ""}, "x86_64", "cuda", None, []),
-        ({}, "x86_64", "cuda", None, ["the image is for aarch64, the nodes are x86_64"]),
+        ({}, "", "cuda", "", []),
+        ({"arch": ""}, "x86_64", "cuda", "", []),
+        ({}, "x86_64", "cuda", "", ["the image is for aarch64, the nodes are x86_64"]),
         ({}, "aarch64", "cuda", "570.172.08", ["needs driver 580, the nodes have 570.172.08"]),
         ({"driver_min": "580.65.06"}, "aarch64", "cuda", "580.9", ["needs driver 580.65.06"]),
         ({}, "aarch64", "cpu", "570", []),
         ({"driver_min": None}, "aarch64", "cuda", "470", []),
-        ({"versions": {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}}, "aarch64", "cuda", None, ["without CUDA"]),
-        ({"versions": {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}}, "aarch64", "cpu", None, []),
-        ({"versions": {"torch": "2.13.0", "torchtitan": "unknown"}}, "aarch64", "cuda", None, []),
-        ({"versions": {"torch": "2.14.1", "cuda": "13.0"}}, "aarch64", "cuda", None, ["no torchtitan in"]),
-        ({"versions": {}}, "x86_64", "cuda", None, ["the nodes are x86_64", "no torch and no torchtitan in"]),
+        ({"versions": {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}}, "aarch64", "cuda", "", ["without CUDA"]),
+        ({"versions": {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}}, "aarch64", "cpu", "", []),
+        ({"versions": {"torch": "2.13.0", "torchtitan": "unknown"}}, "aarch64", "cuda", "", []),
+        ({"versions": {"torch": "2.14.1", "cuda": "13.0"}}, "aarch64", "cuda", "", ["no torchtitan in"]),
+        ({"versions": {}}, "x86_64", "cuda", "", ["the nodes are x86_64", "no torch and no torchtitan in"]),
     ],
 )  # fmt: skip
-def test_problems(
-    changes: dict[str, Any], arch: str, device: str, driver: str | None, words: list[str]
-) -> None:
+def test_problems(changes: dict[str, Any], arch: str, device: str, driver: str, words: list[str]) -> None:
     found = problems(replace(GOOD, **changes), arch, device, driver)
     assert len(found) == len(words)
     for (what, fix), expected in zip(found, words, strict=True):
@@ -408,7 +406,7 @@ def test_problems(
 
 
 def test_wrong_architecture_names_the_build() -> None:
-    assert "--arch amd64" in problems(GOOD, "x86_64", "cuda", None)[0][1]
+    assert "--arch amd64" in problems(GOOD, "x86_64", "cuda", "")[0][1]
 
 
 # --- small parts ---------------------------------------------------------------------------------------------------

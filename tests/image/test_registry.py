@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 import subprocess
+import tarfile
 import threading
 import time
 import urllib.error
@@ -23,7 +24,6 @@ import pytest
 from launcher.errors import ExitStatus, LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image import registry
-from launcher.image.build import Built
 from launcher.image.engine import Engine
 from launcher.image.registry import Pushed, manifest_list, push
 
@@ -85,18 +85,21 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def images(engine: Engine, tiny_image: Built) -> Iterator[dict[str, str]]:
-    """Architecture -> tag: the tiny image of test_build, and the least that can be called an image for arm64."""
-    tags = {"amd64": tiny_image.tag, "arm64": "titan-test:registry-arm64"}
-    yield tags | {"arm64": scratch_image(engine, tags["arm64"], "arm64")}
-    engine.client.api.remove_image(tags["arm64"], force=True)
-
-
-def scratch_image(engine: Engine, tag: str, arch: str) -> str:
-    recipe = io.BytesIO(b'FROM scratch\nLABEL of=test\nCMD ["/none"]\n')
-    answers = list(engine.client.api.build(fileobj=recipe, decode=True, tag=tag, platform=f"linux/{arch}"))
-    assert not [answer for answer in answers if "error" in answer], answers
-    return tag
+def images(engine: Engine) -> dict[str, str]:
+    """Architecture -> tag of an image: as small as can be, as the engine compresses what it pushes, at 20 MB/s."""
+    tags = {arch: f"titan-test:registry-{arch}" for arch in BOTH}
+    for arch, tag in tags.items():
+        recipe, context = f'FROM scratch\nCOPY arch /\nCMD ["/{arch}"]\n'.encode(), io.BytesIO()
+        with tarfile.open(fileobj=context, mode="w") as archive:
+            for name, content in (("Dockerfile", recipe), ("arch", arch.encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+        answers = engine.client.api.build(
+            fileobj=io.BytesIO(context.getvalue()), custom_context=True, decode=True, tag=tag, platform=f"linux/{arch}"
+        )  # fmt: skip
+        assert not [answer for answer in answers if "error" in answer]
+    return tags
 
 
 def manifest(host: str, path: str, tag: str) -> dict[str, Any] | None:
@@ -127,6 +130,8 @@ def test_both_architectures_are_pushed_and_one_name_serves_them(
     assert {(entry["platform"]["architecture"], entry["digest"]) for entry in there["manifests"]} == {
         (image.arch, image.digest) for image in pushed
     }
+    # By digest: the tags of the single images may belong to another push meanwhile.
+    assert manifest_list(f"{host}/team/titan", pushed, arches=BOTH, engine=engine, say=said.append) == digest
     ids = {arch: docker_engine.inspect(engine, images[arch])["Id"] for arch in BOTH}
     for arch in BOTH:
         pulled = engine.client.images.pull(f"{host}/team/titan", tag="tiny", platform=f"linux/{arch}")
@@ -153,10 +158,10 @@ def test_the_login_of_the_docker_command_is_used(
             with pytest.raises(LauncherError, match=f"the registry {host} does not let this user") as error:
                 push(images["arm64"], reference, engine=docker_engine.connect(), say=print)
             assert error.value.fix == f"docker login {host}" and error.value.original
-            with pytest.raises(LauncherError, match="does not let this user write") as error:
+            with pytest.raises(LauncherError, match="this user") as error:
                 manifest_list(reference, [Pushed("arm64", f"sha256:{'0' * 64}", "")], arches=["arm64"],
                               engine=engine, say=print)  # fmt: skip
-            assert error.value.fix == f"docker login {host}"
+            assert f"docker login {host}" in error.value.fix
         right = base64.b64encode(f"titan:{PASSWORD}".encode()).decode()
         (no_logins / "config.json").write_text(json.dumps({"auths": {host: {"auth": right}}}))
         said: list[str] = []
@@ -200,7 +205,7 @@ def test_an_image_that_left_the_registry_fails_the_list(
     reference = f"{host}/titan:gone"
     here = push(images["amd64"], reference, engine=engine, say=print)
     gone = Pushed("arm64", f"sha256:{'0' * 64}", f"{reference}-arm64")
-    with pytest.raises(LauncherError, match="is not in the registry any more"):
+    with pytest.raises(LauncherError, match=f"is not in the registry {host}"):
         manifest_list(reference, [here, gone], arches=BOTH, engine=engine, say=print)
     assert manifest(host, "titan", "gone") is None
 
@@ -216,10 +221,10 @@ def test_a_registry_that_is_down(engine: Engine, images: dict[str, str], tmp_pat
         manifest_list(reference, [pushed], arches=["arm64"], engine=engine, say=print)
 
 
-def test_a_registry_that_breaks_down(engine: Engine, images: dict[str, str]) -> None:
+def test_a_registry_that_answers_nonsense(engine: Engine, images: dict[str, str]) -> None:
     class Broken(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(500 if self.path != "/v2/" else 200)
+            self.send_response(400 if self.path != "/v2/" else 200)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -234,7 +239,7 @@ def test_a_registry_that_breaks_down(engine: Engine, images: dict[str, str]) -> 
         with pytest.raises(LauncherError, match=f"the registry {host} did not take") as error:
             push(images["arm64"], f"{host}/titan:x", engine=engine, say=print)
         server.shutdown()
-    assert "500" in error.value.original
+    assert "400" in error.value.original
 
 
 def test_an_image_that_is_not_there(engine: Engine, host: str) -> None:

@@ -16,7 +16,7 @@ from launcher.resolve import resolve
 from launcher.spec import RunSpec, validate
 
 PROFILES = ["a100", "b200", "b300", "cpu", "gb200", "gb300", "h100", "h200"]
-RECIPES = ["debug", "llama3-70b", "llama3-8b", "llama3-8b-fast"]
+RECIPES = ["debug", "llama3-70b", "llama3-8b", "llama3-8b-fast", "llama3-8b-finetune"]
 
 
 def options(**values: object) -> Layer:

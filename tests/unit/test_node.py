@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from launcher import sample
+from launcher.stage import view
 from tests.unit.test_titan_command import LLAMA3_8B, debug_node
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,7 +56,7 @@ class Place:
         self.data, self.tokenizer = folder / "c4", folder / "tokenizer"
         sample.write_c4_sample(self.data, train_files=2, documents_per_file=3)
         sample.write_tokenizer(self.tokenizer)
-        self.write_node({**node, "data": str(self.data), "tokenizer": str(self.tokenizer)})
+        self.write_node({**node, "data": str(self.data), "data_source": str(self.data), "tokenizer": str(self.tokenizer)})
         (self.site / "torch" / "distributed").mkdir(parents=True)
         (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH)
         (self.site / "torch" / "distributed" / "__init__.py").touch()
@@ -175,7 +177,7 @@ def test_caches_interfaces_and_offline_mode_are_set(cpu: Place) -> None:
     _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
     for name in ("HF_HOME", "HF_DATASETS_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert env[name].startswith(f"{cpu.run_dir.parent}/titan-{os.getuid()}-")
-    assert env["HF_HUB_OFFLINE"] == "1"
+    assert env["HF_HUB_OFFLINE"] == env["HF_DATASETS_OFFLINE"] == "1"
     assert {env[f"{library}_SOCKET_IFNAME"] for library in ("NCCL", "GLOO", "TP")} == {"lo"}
 
 
@@ -184,6 +186,7 @@ def test_what_is_set_already_wins(cpu: Place) -> None:
         cpu.start(FAKE_TORCH="2.13.0+cpu", NCCL_SOCKET_IFNAME="ib0", HF_HOME="/my/hf", HF_HUB_OFFLINE="0")
     )
     assert (env["NCCL_SOCKET_IFNAME"], env["HF_HOME"], env["HF_HUB_OFFLINE"]) == ("ib0", "/my/hf", "0")
+    assert "HF_DATASETS_OFFLINE" not in env  # it would win over the other in `datasets`
     assert env["GLOO_SOCKET_IFNAME"] == "lo"
 
 
@@ -196,7 +199,7 @@ def test_a_home_that_is_missing_is_replaced(cpu: Place, home: str) -> None:
 def test_streaming_from_the_hub_stays_online(cpu: Place) -> None:
     cpu.write_node({**cpu.node, "data": "hub"})
     _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
-    assert "HF_HUB_OFFLINE" not in env
+    assert not {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"} & env.keys()
 
 
 def test_a_secret_in_the_environment_is_neither_printed_nor_recorded(cpu: Place) -> None:
@@ -243,7 +246,9 @@ def test_what_the_release_cannot_do_is_told_by_the_node(cpu: Place) -> None:
 
 def test_the_data_directory_is_missing(cpu: Place) -> None:
     shutil.rmtree(cpu.data)
-    assert f"{cpu.data} is not a directory on this node" in cpu.refused()
+    line = cpu.refused()
+    assert f"{cpu.data} is not a directory on this node" in line
+    assert f"launcher stage c4 --to {cpu.data} --for {cpu.run_dir}/run.toml" in line
 
 
 def test_no_data_was_named(cpu: Place) -> None:
@@ -293,7 +298,8 @@ def test_a_shard_that_is_not_gzip(cpu: Place) -> None:
 def test_a_link_whose_target_is_not_mounted(cpu: Place) -> None:
     (cpu.data / "en" / "c4-train.00000-of-00002.json.gz").unlink()
     (cpu.data / "en" / "c4-train.00000-of-00002.json.gz").symlink_to("/elsewhere/c4-train.json.gz")
-    assert "c4-train.00000-of-00002.json.gz: No such file or directory" in cpu.refused()
+    line = cpu.refused()
+    assert "c4-train.00000-of-00002.json.gz leads to /elsewhere/c4-train.json.gz, which is not on this" in line
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -306,6 +312,7 @@ def test_the_tokenizer_is_incomplete(cpu: Place, name: str, content: str | None,
     (cpu.tokenizer / name).unlink() if content is None else (cpu.tokenizer / name).write_text(content)
     line = cpu.refused()
     assert f"{cpu.tokenizer}/{name}" in line and words in line
+    assert f"launcher stage tokenizer --to {cpu.tokenizer}" in line
 
 
 def test_the_run_directory_cannot_be_written(cpu: Place) -> None:
@@ -386,11 +393,11 @@ def test_the_interface_towards_a_head_node(node_module: ModuleType) -> None:
 def test_a_scratch_directory_that_is_not_ours_is_not_used(
     node_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     env = {"TITAN_JOB_ID": "9"}
     ours = node_module.scratch_dir(env)
     assert ours.name == f"titan-{os.getuid()}-9" and ours.stat().st_mode & 0o077 == 0
-    ours.rmdir()
+    shutil.rmtree(ours)
     (tmp_path / "trap").mkdir()
     ours.symlink_to(tmp_path / "trap")
     assert node_module.scratch_dir(env) not in (ours, tmp_path / "trap")
@@ -402,3 +409,76 @@ def test_caches_go_where_the_job_script_said(cpu: Place) -> None:
         _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_SCRATCH=str(scratch)))
         assert env["HF_HOME"] == f"{scratch}/huggingface" and scratch.stat().st_mode & 0o777 == 0o700
     assert not list(cpu.run_dir.parent.glob("titan-*"))
+
+
+def test_caches_go_to_the_nodes_own_disk_where_the_profile_names_it(cpu: Place) -> None:
+    nvme = cpu.run_dir.parent / "nvme"
+    cpu.write_node({**cpu.node, "scratch": str(nvme)})
+    _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="7"))
+    assert env["HF_HOME"] == f"{nvme}/titan-{os.getuid()}-7/huggingface"
+    assert cpu.record()["scratch"].startswith(f"{nvme}/titan-")
+    cpu.write_node({**cpu.node, "scratch": "/proc/no-such-place"})
+    assert "/proc/no-such-place, for caches, cannot be written" in cpu.refused()
+
+
+def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place) -> None:
+    nvme = cpu.run_dir.parent / "nvme"
+    cpu.write_node({**cpu.node, "scratch": str(nvme)})
+    fake_run = cpu.site / "torch" / "distributed" / "run.py"
+    fake_run.write_text(FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n")
+    started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="1"))
+    going = subprocess.Popen(
+        [sys.executable, "-S", str(cpu.run_dir / "job" / "node.py"), f"{cpu.run_dir}/job/node.json"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(cpu.site), "HOME": str(cpu.run_dir), "HOLD": "1",
+             "TITAN_JOB_ID": "2", "FAKE_TORCH": "2.13.0+cpu", "SLURMD_NODENAME": "gpu001"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert going.stdout is not None and any("READY" in line for line in going.stdout)
+        (nvme / f"titan-{os.getuid()}-9").mkdir()  # without a lock: not known to be ours
+        for folder in nvme.iterdir():
+            os.utime(folder, (1, 1))
+        started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="3"))
+        assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-2", "-3", "-9"]
+    finally:
+        going.communicate("", timeout=60)
+    os.utime(nvme / f"titan-{os.getuid()}-2", (1, 1))
+    started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="4"))
+    assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-3", "-4", "-9"]
+
+
+def test_a_shared_file_system_holds_no_caches(
+    node_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import titan.caches  # type: ignore[import-not-found]  # as a run directory has it
+
+    def filesystem_of(path: Path) -> str:
+        return "nfs4" if "run" in path.parts else "xfs"
+
+    monkeypatch.setattr(titan.caches, "filesystem_of", filesystem_of)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    env = {"TITAN_JOB_ID": "9", "TITAN_SCRATCH": str(tmp_path / "run" / "scratch")}
+    assert node_module.scratch_dir(env).parent == tmp_path / "tmp"
+    assert node_module.scratch_dir(env, str(tmp_path / "nvme")).parent == tmp_path / "nvme"
+
+
+def test_the_kernel_says_which_file_system_a_path_is_on(node_module: ModuleType, tmp_path: Path) -> None:
+    assert node_module.filesystem_of(Path("/proc/self")) == "proc"
+    assert node_module.filesystem_of(tmp_path / "not" / "there") not in ("", "proc")
+
+
+def test_a_readme_that_names_a_split_that_is_not_there(cpu: Place) -> None:
+    for path in (cpu.data / "en").glob("c4-validation*"):
+        path.unlink()
+    line = cpu.refused()
+    assert "names a validation split" in line and f"launcher stage c4 --to {cpu.data} --for " in line
+
+
+def test_a_view_whose_data_is_not_on_the_node(cpu: Place) -> None:
+    view.write(cpu.run_dir / "data", {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"})
+    cpu.write_node({**cpu.node, "data": f"{cpu.run_dir}/data"})
+    arguments, _, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
+    assert f"--dataloader.dataset_path={cpu.run_dir}/data" in arguments
+    assert cpu.record()["data_files"] == 1 and cpu.record()["data_source"] == str(cpu.data)
+    cpu.data.rename(cpu.data.with_name("moved"))
+    assert f"{cpu.data} is not a directory on this node" in cpu.refused()

@@ -37,7 +37,10 @@ LLAMA3_8B: dict[str, Any] = {
         "context_parallel": 1, "pipeline_parallel": 1, "checkpoint_interval": 0, "tensorboard": True,
     },
     "data": "/data/c4",
+    "data_source": "/data/c4",
     "tokenizer": "/data/tokenizers/Llama-3.1-8B",
+    "init_from": "",
+    "scratch": "",
     "titan": {},
 }  # fmt: skip
 NINE_NODES = Rendezvous("4711", 2, "gpu-003", "10.0.0.1", 24711, "10.0.0.3")
