@@ -62,6 +62,7 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json:
     spec = _spec(options)
     secrets = resolve.secrets_of(spec, options.secrets, os.environ)
     resolve.check_image(spec)
+    resolve.check_weights(spec)
     spec, notes = view.plan(spec)
     for text in (*resolve.warnings(spec), *notes):
         warn(text)

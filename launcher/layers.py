@@ -24,7 +24,7 @@ from launcher.spec import HUB, SAMPLE, Job, Profile, Recipe, RunSpec, refuse
 
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
 FREE_SECTIONS = ("env", "titan")  # any key, values become strings
-PATH_KEYS = ("job.image", "job.data", "job.tokenizer", "job.runs_dir")
+PATH_KEYS = ("job.image", "job.data", "job.tokenizer", "job.init_from", "job.runs_dir")
 FIELDS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 RUN_FILE_FORMAT = 1
 

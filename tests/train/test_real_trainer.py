@@ -120,7 +120,8 @@ def make_run(folder: Path, node: dict[str, Any]) -> Path:
     shutil.copytree(ROOT / "launcher" / "titan", job / "titan", ignore=shutil.ignore_patterns("__pycache__"))
     sample.write_c4_sample(folder / "sample" / "c4")
     sample.write_tokenizer(folder / "sample" / "tokenizer")
-    places = {"data": str(folder / "sample" / "c4"), "tokenizer": str(folder / "sample" / "tokenizer")}
+    data = str(folder / "sample" / "c4")
+    places = {"data": data, "data_source": data, "tokenizer": str(folder / "sample" / "tokenizer")}
     (job / "node.json").write_text(json.dumps({**node, **places, "run_dir": str(folder)}))
     return job / "node.json"
 

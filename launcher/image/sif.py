@@ -1,0 +1,213 @@
+"""A .sif for clusters that have Apptainer and no Pyxis, through spython; and a recipe for people without Docker.
+
+Needs the extra `apptainer` and Apptainer 1.4 (`--mksquashfs-args`); neither root nor an entry in /etc/subuid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import data_dir, filesystem_error
+from launcher.image.build import dockerfile
+from launcher.image.channels import Channel, channel
+from launcher.image.check import is_file
+from launcher.image.convert import FORMATS, convert_image
+from launcher.image.engine import Engine
+from launcher.image.inspect import _open, inspect
+from launcher.image.squashfs_file import beside, superblock
+
+INSTALL = "https://apptainer.org/docs/admin/latest/installation.html, or: sudo apt-get install apptainer"
+# Where the recipe's files lie while it is built: Apptainer mounts the host's /tmp over the image's.
+_STAGING = "/.titan-build"
+
+
+def sif(
+    image: str,
+    output: Path,
+    *,
+    engine: Engine | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Writes `output`, a SIF, from a squashfs of `launcher image convert` (a path) or an image of the engine.
+
+    The image's environment, which the squashfs keeps in /etc/environment, becomes the SIF's; its versions become
+    labels. Nothing stands under the final name before Apptainer has built it, shown its labels and run `true` in it.
+    Raises LauncherError for no spython, no Apptainer, no such image, and for what Apptainer refuses, in its words.
+    """
+    with _spython() as client, tempfile.TemporaryDirectory(prefix="titan-sif-") as folder:
+        squashfs = Path(image).absolute()
+        if not is_file(image):
+            # By way of the squashfs: owners, setuid bits and devices are then such that no root is needed.
+            squashfs = Path(folder) / "image.sqsh"
+            convert_image(image, squashfs, engine=engine, say=say)
+        definition = Path(folder) / "titan.def"
+        definition.write_text(_definition(squashfs), encoding="utf-8", errors="surrogateescape")
+        with beside(output) as target:
+            say(f"apptainer build {output}")
+            _build(client, definition, target)
+            _verify(client, target)
+            try:
+                os.replace(target, output)
+            except OSError as error:
+                raise filesystem_error(output, error) from error
+    say(f"{output}: {output.stat().st_size / 1e6:,.0f} MB")
+    return output
+
+
+def _definition(squashfs: Path) -> str:
+    """Apptainer's definition of the same image. A plain squashfs brings neither environment nor labels."""
+    facts = inspect(squashfs)
+    lines = ["Bootstrap: localimage", f"From: {squashfs}", "", "%environment"]
+    for line in _environment(squashfs).splitlines():
+        name, equals, value = line.partition("=")
+        if equals and re.fullmatch(r"[A-Za-z_]\w*", name):
+            lines.append(f"export {name}={shlex.quote(value)}")
+    labels = {"arch": facts.arch, "channel": facts.channel, **facts.versions}
+    lines += ["", "%labels", *(f"titan.{name} {value}" for name, value in labels.items() if value)]
+    return "\n".join(lines) + "\n"
+
+
+def _environment(squashfs: Path) -> str:
+    """The image's /etc/environment; "" where it has none, LauncherError where nothing here can read it."""
+    with _open(squashfs, superblock(squashfs).compressor) as tree:
+        if tree is None:
+            raise LauncherError(
+                f"{squashfs}: nothing here can look into it",
+                "sudo apt-get install squashfs-tools, or: pip install 'titan-launcher[image]'",
+                status=ExitStatus.ERROR,
+            )
+        return (tree.read("etc/environment", 1 << 20) or b"").decode("utf-8", "surrogateescape")
+
+
+# ------------------------------------------------------------------------------------------------- spython
+
+
+@contextlib.contextmanager
+def _spython() -> Iterator[Any]:
+    """spython's client, which calls Apptainer by its old name `singularity`, whatever it is called here."""
+    try:
+        from spython.main import Client
+    except ImportError as error:
+        raise LauncherError(
+            "Apptainer is driven through spython, which is not installed",
+            "pip install 'titan-launcher[apptainer]'",
+            status=ExitStatus.ERROR,
+        ) from error
+    program = shutil.which("apptainer")
+    if not program:
+        raise LauncherError("apptainer: no such program", INSTALL, status=ExitStatus.ERROR)
+    path = os.environ["PATH"]
+    with tempfile.TemporaryDirectory(prefix="titan-apptainer-") as folder:
+        (Path(folder) / "singularity").symlink_to(program)
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+        try:
+            yield Client
+        finally:
+            os.environ["PATH"] = path
+
+
+def _build(client: Any, definition: Path, target: Path) -> None:
+    options = ["--mksquashfs-args", shlex.join(FORMATS["unpack"].options())]
+    words = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(words):  # where spython prints what Apptainer said, and nowhere else
+            _, lines = client.build(
+                recipe=str(definition), image=str(target), options=options, force=True, sudo=False, stream=True,
+                quiet=True,
+            )  # fmt: skip
+            for _ in lines:
+                pass
+    except subprocess.CalledProcessError as error:
+        raise _refused("apptainer build", error.returncode, words.getvalue()) from None
+
+
+def _refused(what: str, code: int, words: str) -> LauncherError:
+    fix = "apptainer --version: 1.4 or newer; then: unshare --user true"
+    if "no space left" in words.lower() or "disk quota" in words.lower():
+        fix = "it unpacks the image into a directory of its own; one with room: export APPTAINER_TMPDIR=DIR"
+    return LauncherError(
+        f"{what} failed with code {code}", fix, status=ExitStatus.ERROR, original=words[-2000:]
+    )
+
+
+def _verify(client: Any, target: Path) -> None:
+    """The file that was made tells what is in it, and a program starts in it."""
+    found = client.inspect(str(target), quiet=True)
+    if not isinstance(found.get("attributes"), Mapping):  # otherwise spython's record of what failed
+        raise _refused("apptainer inspect", found["return_code"], "".join(found["message"]))
+    arch = found["attributes"]["labels"].get("titan.arch", os.uname().machine)
+    if arch != os.uname().machine:
+        return  # nothing of it runs here
+    done = client.execute(str(target), ["true"], return_result=True, quiet=True)
+    if done["return_code"]:
+        raise _refused("apptainer exec", done["return_code"], "".join(done["message"]))
+
+
+# ------------------------------------------------------------------------------------------------- recipe
+
+
+def recipe(name: str, *, base: str = "") -> str:
+    """An Apptainer definition of channel `name` that spython derives from the Dockerfile.
+
+    It builds what the Dockerfile builds, as one stage (Apptainer starts no stage from another), from `base` or the
+    channel's own, with this machine's containers/ and the lock of the architecture that it is built on. Unlike `sif`
+    it runs apt-get, which needs root or `apptainer build --fakeroot` with an entry in /etc/subuid.
+    """
+    try:
+        from spython.logger import bot
+        from spython.logger.message import ERROR
+        from spython.main.parse.parsers import DockerParser
+        from spython.main.parse.writers import SingularityWriter
+    except ImportError as error:
+        raise LauncherError(
+            "the recipe is derived by spython, which is not installed",
+            "pip install 'titan-launcher[apptainer]'",
+            status=ExitStatus.ERROR,
+        ) from error
+    text = _single_stage(dockerfile().read_text(encoding="utf-8"), _arguments(channel(name), base))
+    with tempfile.TemporaryDirectory(prefix="titan-recipe-") as folder:
+        path = Path(folder) / "Dockerfile"
+        path.write_text(text, encoding="utf-8")
+        level, bot.level = bot.level, ERROR  # it warns of the lock's pattern, which Apptainer does expand
+        try:
+            parsed = DockerParser(str(path)).recipe
+        finally:
+            bot.level = level
+        (stage,) = parsed.values()
+        # A Dockerfile's label is name="value", Apptainer's is: name value.
+        words = [word for pair in stage.labels for word in shlex.split(" ".join(pair).rstrip("\\ "))]
+        stage.labels = [label for word in words if (label := word.split("=", 1))[-1]]
+        return re.sub(r" +$", "", SingularityWriter(parsed).convert(), flags=re.M) + "\n"
+
+
+def _arguments(chosen: Channel, base: str) -> dict[str, str]:
+    return {
+        "BASE_IMAGE": base or chosen.base,
+        "CHANNEL": chosen.name,
+        "EXTRA_INDEX_URL": chosen.torch_index,
+        "VISIBLE_DEVICES": "all" if chosen.cuda else "void",
+    }
+
+
+def _single_stage(text: str, arguments: Mapping[str, str]) -> str:
+    """The Dockerfile as spython can read it: one FROM, the ARGs' values in their places, files not below /tmp."""
+    for name, value in arguments.items():
+        text = re.sub(rf"^ARG {name}=.*$", f"ARG {name}={shlex.quote(value)}", text, flags=re.M)
+        text = text.replace(f"${{{name}}}", value)
+    first, *later = re.split(r"^(?=FROM )", text.replace("/tmp/", f"{_STAGING}/"), flags=re.M)[1:]
+    body = first + "".join(re.sub(r"^FROM .*\n", "", stage) for stage in later)
+    body = re.sub(r"^COPY --from=\w+ (\S+) (\S+)$", r"RUN mkdir -p \2 && cp \1 \2", body, flags=re.M)
+    here = f"{data_dir('containers')}/"
+    body = re.sub(r"^COPY .*$", lambda copy: copy[0].replace("containers/", here), body, flags=re.M)
+    return re.sub(r'"?\$\{(SOURCE_REVISION|CREATED)\}"?', '""', body)

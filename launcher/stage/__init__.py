@@ -1,0 +1,1 @@
+"""Bringing tokenizer, training data and weights to a cluster's shared file system, verified."""

@@ -1,0 +1,243 @@
+"""C4: which of its files a run needs, and bringing them. A staged directory is what `--data` takes.
+
+Facts about allenai/c4's `en`: 1,024 training files of about 356,000 documents each and 8 validation files. torchtitan
+reads them in parallel only when their number is a multiple of the data-parallel degree, and reads and throws away
+nearly everything otherwise; so the least is one file per rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import LauncherError
+from launcher.stage.fetch import JOBS, Outcome, fetch, open_repo
+from launcher.stage.hub import find_token, list_files
+from launcher.stage.source import RemoteFile, Source
+from launcher.stage.target import gigabytes
+
+REPO = "allenai/c4"
+README = "README.md"
+TOKENS_PER_FILE = 356_000 * 480  # documents, and tokens in one with Llama 3's tokenizer, on average
+SHARD = re.compile(r"c4-(train|validation)\.(\d{5})-of-(\d{5})\.json\.gz")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run reads: from its ranks, the files it needs; from its steps, the tokens."""
+
+    ranks: int  # data-parallel degree
+    tokens: int
+    words: str  # how the user named the run
+
+    def files(self, in_all: int) -> int:
+        """The least number that has the tokens and is a multiple of the ranks; all that divide, where C4 ends."""
+        least = -(-self.tokens // TOKENS_PER_FILE)
+        rounded = self.ranks * max(-(-least // self.ranks), 1)
+        if rounded <= in_all:
+            return rounded
+        return in_all - in_all % self.ranks if self.ranks <= in_all else in_all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files to be brought, and why so many."""
+
+    repo: Source
+    files: Sequence[RemoteFile]  # README.md among them
+    train_files: int
+    train_files_in_all: int
+    notes: Sequence[str]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def tokens(self) -> int:
+        return self.train_files * TOKENS_PER_FILE
+
+    def line(self) -> str:
+        return (
+            f"{self.train_files} of {self.train_files_in_all} train files, {gigabytes(self.bytes)}, about "
+            f"{billions(self.tokens)} tokens, revision {self.repo.revision[:12]}"
+        )
+
+
+def billions(count: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{int(count)}"
+
+
+def demand_from(text: str) -> Demand:
+    """`nodes=17,gpus=4,steps=1000,batch=5`, or the run.toml of a run.
+
+    Tokens are steps x batch x sequence length x ranks. Raises LauncherError naming the part that is wrong.
+    """
+    if "=" not in text or text.endswith(".toml"):
+        return _demand_of_run(Path(text).expanduser())
+    defaults = {"nodes": 1, "gpus": 8, "steps": 100, "batch": 5, "seq": 8192, "tp": 1, "cp": 1, "pp": 1}
+    values = dict(defaults)
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name not in values or not number.isdecimal() or int(number) < 1 or int(number) > 10**9:
+            raise LauncherError(
+                f"--for {text[:80]}: {part.strip()[:40]!r} is not one of {', '.join(f'{n}=N' for n in defaults)}",
+                "--for nodes=17,gpus=4,steps=1000,batch=5",
+            )
+        values[name] = int(number)
+    ranks = degree(
+        values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], f"--for {text[:80]}"
+    )
+    tokens = values["steps"] * values["batch"] * values["seq"] * ranks
+    return Demand(ranks, tokens, f"{values['nodes']} x {values['gpus']} GPUs, {values['steps']:,} steps")
+
+
+def _demand_of_run(path: Path) -> Demand:
+    from launcher.layers import merge, read_layer
+
+    layer = read_layer(path, str(path))
+    if not layer.complete:
+        raise LauncherError(f"--for {path}: not the run.toml of a run", "--for runs/NAME/run.toml")
+    spec = merge([layer])
+    recipe = spec.recipe
+    ways = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel
+    ranks = degree(spec.gpus, ways, f"--for {path}")
+    batch = recipe.global_batch_size if recipe.global_batch_size > 0 else recipe.local_batch_size * ranks
+    return Demand(ranks, recipe.steps * batch * recipe.seq_len, f"{path}, {recipe.steps:,} steps")
+
+
+def degree(gpus: int, ways: int, where: str) -> int:
+    """The data-parallel degree: groups of `ways` GPUs that read the same data."""
+    if ways < 1 or gpus < 1 or gpus % ways:
+        raise LauncherError(f"{where}: {gpus} GPUs cannot be divided into groups of {ways} (tp x cp x pp)")
+    return gpus // ways
+
+
+def stage_c4(
+    target: Path,
+    *,
+    files: int | None = None,
+    demands: Sequence[Demand] = (),
+    everything: bool = False,
+    validation: bool = False,
+    revision: str | None = None,
+    token_file: Path | None = None,
+    jobs: int = JOBS,
+) -> Outcome:
+    """Plans and stages in one call: for other parts of the launcher."""
+    plan = plan_c4(
+        target, files=files, demands=demands, everything=everything, validation=validation, revision=revision,
+        token_file=token_file,
+    )  # fmt: skip
+    return bring(target, plan, jobs)
+
+
+def plan_c4(
+    target: Path,
+    *,
+    files: int | None = None,
+    demands: Sequence[Demand] = (),
+    everything: bool = False,
+    validation: bool = False,
+    revision: str | None = None,
+    token_file: Path | None = None,
+    source: str = "",
+) -> Plan:
+    """Asks the Hub, or the object storage that `source` names (s3://bucket/prefix), what there is, and chooses.
+
+    Files that `target` holds already come first, then the lowest numbers.
+    """
+    repo: Source
+    top: Sequence[RemoteFile]
+    inside: Sequence[RemoteFile]
+    if source:
+        from launcher.stage.s3 import open_bucket
+
+        repo, top, inside = open_bucket(source)
+    else:
+        repo = hub = open_repo(target, REPO, "dataset", "c4", revision, find_token(token_file))
+        top, inside = list_files(hub), list_files(hub, "en")
+    split: dict[str, list[RemoteFile]] = {"train": [], "validation": []}
+    for file in inside:
+        if match := SHARD.fullmatch(file.path.removeprefix("en/")):
+            split[match[1]].append(file)
+    readme = [file for file in top if file.path == README]
+    in_all = len(split["train"])
+    if not readme or not in_all:
+        raise LauncherError(
+            f"{repo.source} at {repo.revision[:12]} has no {README} or no en/c4-train files",
+            f"copy them there, {README} with its header, too: aws s3 sync DIR {source}"
+            if source
+            else "--revision main",
+        )
+    _refuse_another_c4(target, split["train"])
+    count, notes = _count(files, demands, everything, in_all)
+    chosen = sorted(split["train"], key=lambda file: not (target / file.path).exists())[:count]
+    chosen.sort(key=lambda file: file.path)
+    also = split["validation"] if validation else []
+    return Plan(repo, (*readme, *chosen, *also), count, in_all, notes)
+
+
+def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:
+    """A sample, or a C4 that was split anew: a run would read its files and ours together."""
+    ours = {file.path[-13:] for file in train}  # "01024.json.gz": files in all
+    for name in shard_names(target):
+        if name.startswith("c4-train") and name[-13:] not in ours:
+            raise LauncherError(
+                f"--to {target}: holds another C4 (en/{name}; to come are {Path(train[0].path).name}, …)",
+                "name another directory",
+            )
+
+
+def shard_names(target: Path) -> list[str]:
+    """What `en/` has of C4, verified or not."""
+    try:
+        return sorted(path.name for path in (target / "en").iterdir() if SHARD.fullmatch(path.name))
+    except OSError:
+        return []
+
+
+def _count(
+    files: int | None, demands: Sequence[Demand], everything: bool, in_all: int
+) -> tuple[int, list[str]]:
+    """How many train files, and a line about each run that decided it."""
+    if everything:
+        return in_all, ["all"]
+    if files is not None:
+        if not 1 <= files <= in_all:
+            raise LauncherError(
+                f"--files {files}: C4 has {in_all} train files", f"--files {in_all}, or --all"
+            )
+        return files, []
+    notes, count = [], 0
+    for demand in demands:
+        needed = demand.files(in_all)
+        count = max(count, needed)
+        least = max(-(-demand.tokens // TOKENS_PER_FILE), 1)
+        note = f"{demand.words}: {billions(demand.tokens)} tokens are {least:,} files"
+        if demand.ranks > in_all:
+            note += f"; {demand.ranks} ranks are more than C4 has files, so all of them"
+        elif least > needed:
+            note += (
+                f"; the run reads {needed} more than once (the most that {demand.ranks} ranks divide evenly)"
+            )
+        elif needed > least:
+            note += f", rounded up to {needed}: a multiple of its {demand.ranks} data-parallel ranks"
+        else:
+            note += f", a multiple of its {demand.ranks} data-parallel ranks"
+        notes.append(note)
+    return count, notes
+
+
+def bring(target: Path, plan: Plan, jobs: int) -> Outcome:
+    return fetch(target, plan.repo, plan.files, "c4", looks_like_c4, jobs, plan.train_files_in_all)
+
+
+def looks_like_c4(target: Path) -> bool:
+    """A copy or clone of C4 that another program made: then its files are checked and kept."""
+    return bool(shard_names(target))

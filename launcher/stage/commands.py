@@ -1,0 +1,238 @@
+"""The commands `launcher stage ...`: what they take and what they print. Progress goes to standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.errors import ExitStatus
+from launcher.output import plain, print_json
+
+if TYPE_CHECKING:
+    from launcher.stage.hub import HubFile, Repo
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_path = click.Path(path_type=Path)
+_to = click.option(
+    "--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into."
+)
+_revision = click.option(
+    "--revision", metavar="REV", help="Branch, tag or commit.  [default: what DIR has, else main]"
+)
+_token_file = click.option(
+    "--token-file",
+    type=_path,
+    metavar="FILE",
+    help="File with the Hub's token.  [default: HF_TOKEN, `hf auth login`]",
+)
+_jobs = click.option(
+    "--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Files at once."
+)
+_dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there; write nothing.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@_to
+@click.option("--files", type=int, metavar="N", help="Train files.")
+@click.option("--for", "runs", multiple=True, metavar="RUN",
+              help="As many as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
+              "repeatable.")  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="All 1,024 train files, 305 GB.")
+@click.option("--validation", is_flag=True, help="The validation files, too.")
+@click.option("--from", "source", default="", metavar="S3", help="s3://bucket/prefix in place of the Hub; credentials "
+              "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.")  # fmt: skip
+@_revision
+@_token_file
+@_jobs
+@_dry_run
+@_json
+def c4(
+    target: Path, files: int | None, runs: tuple[str, ...], everything: bool, validation: bool, source: str,
+    revision: str | None, token_file: Path | None, jobs: int, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Stage the files of C4 that a run needs, verified. Again continues, adds and repairs.
+
+    \b
+    launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
+    launcher stage c4 --to /data/c4 --files 68 --validation
+    """
+    from launcher.stage import c4 as work
+    from launcher.stage import fetch
+
+    if sum((files is not None, bool(runs), everything)) != 1:
+        raise click.UsageError("one of --files N, --for RUN and --all is needed")
+    if source and (revision or token_file):
+        raise click.UsageError("--revision and --token-file are the Hub's: not with --from")
+    demands = [work.demand_from(text) for text in runs]
+    plan = work.plan_c4(
+        target, files=files, demands=demands, everything=everything, validation=validation, revision=revision,
+        token_file=token_file, source=source,
+    )  # fmt: skip
+    for line in (*plan.notes, plan.line()):
+        fetch.say(plain(line))
+    facts = {
+        "train_files": plan.train_files, "train_files_in_all": plan.train_files_in_all, "tokens": plan.tokens,
+        "revision": plan.repo.revision, "notes": list(plan.notes),
+    }  # fmt: skip
+    if dry_run:
+        _print_dry_run(target, plan.files, facts, as_json)
+        return
+    outcome = work.bring(target, plan, jobs)
+    if as_json:
+        print_json(facts | outcome.as_dict(target))
+    else:
+        click.echo(plain(fetch.summary(outcome, target)))
+
+
+@click.command()
+@click.argument("model", default="Llama-3.1-8B")
+@_to
+@_revision
+@_token_file
+@_jobs
+@_dry_run
+@_json
+def tokenizer(model: str, **options: Any) -> None:
+    """Stage the tokenizer of Llama-3.1-8B, Llama-3.1-70B or OWNER/NAME on the Hub.
+
+    The models are gated: accept the licence on the Hub, then give a token by HF_TOKEN, `hf auth login` or --token-file.
+
+    \b
+    launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
+    """
+    from launcher.stage import tokenizer as work
+
+    _stage_model(work.plan_tokenizer, work.bring, model, **options)
+
+
+@click.command()
+@click.argument("model", default="Llama-3.1-8B")
+@_to
+@_revision
+@_token_file
+@_jobs
+@_dry_run
+@_json
+def model(model: str, **options: Any) -> None:
+    """Stage a model's weights (safetensors), configuration and tokenizer, to start a training from.
+
+    \b
+    launcher stage model --to /data/models/Llama-3.1-8B
+    """
+    from launcher.stage import model as work
+
+    _stage_model(work.plan_model, work.bring, model, **options)
+
+
+def _stage_model(
+    plan: Callable[..., tuple[Repo, list[HubFile]]], bring: Callable[..., Any], name: str, *, target: Path,
+    revision: str | None, token_file: Path | None, jobs: int, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    from launcher.stage import fetch
+    from launcher.stage.target import gigabytes
+
+    repo, files = plan(target, name, revision, token_file)
+    size = gigabytes(sum(file.bytes for file in files))
+    fetch.say(plain(f"{repo.name}: {len(files)} files, {size}, revision {repo.revision[:12]}"))
+    if dry_run:
+        _print_dry_run(target, files, {"source": repo.source, "revision": repo.revision}, as_json)
+        return
+    outcome = bring(target, repo, files, jobs)
+    if as_json:
+        print_json(outcome.as_dict(target))
+    else:
+        click.echo(plain(fetch.summary(outcome, target)))
+
+
+def _print_dry_run(target: Path, files: Any, facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        sizes = {file.path: file.bytes for file in files}
+        print_json(facts | {"directory": str(target), "bytes": sum(sizes.values()), "files": sizes})
+    else:
+        click.echo("\n".join(plain(file.path) for file in files))
+
+
+@click.command()
+@click.argument("directory", type=_path)
+@click.option("--deep", is_flag=True, help="Read and hash every file, not only those that were touched.")
+@_json
+def verify(directory: Path, deep: bool, as_json: bool) -> None:
+    """Check a staged directory against its manifest. Exit code 3 when something is missing or wrong.
+
+    \b
+    launcher stage verify /data/c4
+    """
+    from launcher.stage.inventory import verify as check
+
+    report = check(directory, deep)
+    if as_json:
+        print_json(report.as_dict() | {"deep": deep})
+    else:
+        click.echo("\n".join(plain(line) for line in report.lines()))
+        if report.problems:
+            click.echo(plain(f"  repair: {report.repair}"), err=True)
+    if report.problems:
+        sys.exit(ExitStatus.INVALID)
+
+
+@click.command("list")
+@click.argument("directories", nargs=-1, type=_path)
+@_json
+def list_(directories: tuple[Path, ...], as_json: bool) -> None:
+    """List staged directories, and for which runs they suffice (default: below /data).
+
+    \b
+    launcher stage list /data/c4 /data/tokenizers
+    """
+    from launcher.errors import LauncherError
+    from launcher.stage.inventory import PLACES, staged_below
+    from launcher.stage.inventory import verify as check
+
+    places = list(directories) or [Path(place) for place in PLACES]
+    reports, failures = [], []
+    for directory in staged_below(places):
+        try:
+            reports.append(check(directory))
+        except LauncherError as error:
+            failures.append(error)
+    if as_json:
+        rows = [report.as_dict() for report in reports]
+        print_json(rows + [{"error": failure.what} for failure in failures])
+        return
+    for report in reports:
+        click.echo("\n".join(plain(line) for line in report.lines()))
+        if report.problems:
+            click.echo(plain(f"  repair: {report.repair}"))
+    for failure in failures:
+        click.echo(plain(failure.what))
+    if not reports and not failures:
+        where = ", ".join(str(place) for place in places)
+        click.echo(
+            plain(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8"), err=True
+        )
+
+
+@click.command()
+@click.argument("source", metavar="SOURCE")
+@_to
+def image(source: str, target: Path) -> None:
+    """Put an image on the shared file system once, under a name that holds its checksum.
+
+    SOURCE is a .sqsh file, the address of one in a release, or an image of the Docker engine.
+
+    \b
+    launcher stage image titan-stable-arm64.sqsh --to /shared/images
+    """
+    from launcher.stage import fetch
+    from launcher.stage.image import stage_image
+
+    click.echo(plain(str(stage_image(source, target, say=lambda line: fetch.say(plain(line))))))
+
+
+COMMANDS = {"c4": c4, "tokenizer": tokenizer, "model": model, "image": image, "verify": verify, "list": list_}

@@ -1,0 +1,375 @@
+"""An image on the shared file system once, under a name that holds its checksum: what `submit --image` is given.
+
+A job that waits in the queue then starts the very bytes it was submitted with: a newer image gets another name. The
+bytes arrive below .staged/partial and are renamed when their checksum is right, so whatever ends this process, nothing
+half-written has a final name, and the next call goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import read_json, write_json
+from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
+from launcher.stage.manifest import BLOCK, sha256_of
+from launcher.stage.progress import Progress
+from launcher.stage.target import STATE, check_space, gigabytes, locked, write_error
+from launcher.stage.web import Reader, read_small, stream_from
+
+Say = Callable[[str], None]
+MODE = 0o644  # readable for the group, whatever the umask: jobs of others start from it, too
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The image that is to be there. `about` is its sidecar's content; None where nothing describes it."""
+
+    name: str  # of the source, without .sqsh
+    sha256: str
+    bytes: int
+    about: Mapping[str, Any] | None
+
+    def path(self, directory: Path) -> Path:
+        return directory / f"{self.sha256[:12]}-{self.name}.sqsh"
+
+
+def stage_image(source: str, to: Path, *, say: Say) -> Path:
+    """Puts an image below `to` unless it is there, and returns its path, which holds the first 12 digits of its sha256.
+
+    `source` is a .sqsh file, the http(s) address of one with its .json beside it, or the name of an image that the
+    Docker engine has or can pull. Raises LauncherError; an interrupted call is continued by the next one.
+    """
+    to = to.expanduser().absolute()
+    if re.match(r"https?://", source):
+        _check_address(source)
+        wanted, reader = _of_address(source), stream_from(source)
+    elif _is_file_name(source):
+        wanted, reader = _of_file(Path(source).expanduser(), say)
+    else:
+        return _from_engine(source, to, say)
+    final = wanted.path(to)
+    if _is_known(wanted, final):  # also for whoever may only read there
+        say(f"{final}: already there")
+    else:
+        with _at_work(to, keep=_partial(to, wanted), say=say):
+            if _is_staged(wanted, final):
+                say(f"{final}: already there")
+            else:
+                _bring(wanted, reader, to, say)
+    _advise(final, say)
+    return final
+
+
+def _is_file_name(source: str) -> bool:
+    return source.endswith(".sqsh") or source.startswith(("/", "./", "../", "~")) or os.path.exists(source)
+
+
+def _advise(final: Path, say: Say) -> None:
+    say(f"launcher submit --image {shlex.quote(str(final))}")
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+def _of_file(path: Path, say: Say) -> tuple[Wanted, Reader]:
+    """A file, which the sidecar beside it must describe where there is one."""
+    block = superblock(path)
+    sidecar = sidecar_path(path)
+    about = read_sidecar(path, block)
+    if about is not None:
+        digest = _digest_in(about, str(sidecar))
+    elif os.path.lexists(sidecar):
+        raise LauncherError(
+            f"{sidecar} does not describe the file beside it ({block.file_size:,} bytes)",
+            f"copy the two again, together; or without a description: mv '{sidecar}' '{sidecar}.old'",
+        )
+    else:
+        say(f"{path}: no {sidecar.name} beside it; reading it for its checksum")
+        digest = _sha256(path)
+        about = _described(path, block, digest)
+    return Wanted(_clean(path.name, digest), digest, block.file_size, about), _file_reader(path)
+
+
+def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | None:
+    """A sidecar from what the image says of itself; None where it says nothing, or nothing here can read it."""
+    from launcher.image.inspect import embedded_metadata
+
+    about = embedded_metadata(path)
+    if about is None:
+        return None
+    facts = {
+        "sha256": digest, "bytes": block.file_size, "compressor": block.compressor,
+        "block_kib": block.block_size // 1024, "entries": block.inodes,
+    }  # fmt: skip
+    return {**about, "squashfs": facts}
+
+
+def _of_address(url: str) -> Wanted:
+    """A release's asset: its sidecar, the asset of the same name with .json, says checksum and size."""
+    where = f"{url}.json"
+    about = read_small(where)
+    digest = _digest_in(about, where)
+    size = about["squashfs"].get("bytes")
+    if type(size) is not int or size < 1 or not is_metadata(about):
+        raise LauncherError(
+            f"{where}: not the description of an image", "the address of a .sqsh file of a release"
+        )
+    return Wanted(_clean(urlsplit(url).path.rsplit("/", 1)[-1], digest), digest, size, about)
+
+
+def _check_address(url: str) -> None:
+    """A password in an address would be in the process list, and in every message."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment or not parts.path.endswith(".sqsh"):
+        raise LauncherError(
+            "the image's address must end with .sqsh, without user, password or parameters",
+            "download it together with its .json, then: launcher stage image FILE --to DIR",
+        )
+
+
+def _digest_in(about: Mapping[str, Any] | None, where: str) -> str:
+    facts = about.get("squashfs") if about else None
+    digest = facts.get("sha256") if isinstance(facts, dict) else None
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise LauncherError(
+            f"{where}: has no sha256 of an image", "convert it again: launcher image convert IMAGE"
+        )
+    return digest
+
+
+def _clean(name: str, digest: str) -> str:
+    """A part of a file's name from the source's own: without .sqsh, and without the checksum of an earlier staging."""
+    name = name.removesuffix(".sqsh").removeprefix(f"{digest[:12]}-")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "image"
+
+
+# ------------------------------------------------------------------------------------------------------ bringing it
+
+
+def _is_known(wanted: Wanted, final: Path) -> bool:
+    """Whether the image is there, as far as its head, its size and the description beside it tell."""
+    if not os.path.lexists(final):
+        return False
+    try:
+        size = superblock(final).file_size
+    except LauncherError:
+        return False
+    recorded = (read_json(sidecar_path(final)) or {}).get("squashfs")
+    return size == wanted.bytes and isinstance(recorded, dict) and recorded.get("sha256") == wanted.sha256
+
+
+def _is_staged(wanted: Wanted, final: Path) -> bool:
+    """The same, for one without its description, too: an earlier call was ended before its last step. Reads that."""
+    if _is_known(wanted, final):
+        return True
+    if not final.is_file() or final.stat().st_size != wanted.bytes or _sha256(final) != wanted.sha256:
+        return False
+    _write_sidecar(wanted, final)
+    return True
+
+
+def _bring(wanted: Wanted, reader: Reader, to: Path, say: Say) -> None:
+    """Under the lock. A continued file with a wrong checksum is brought again from its beginning, once."""
+    partial, final = _partial(to, wanted), wanted.path(to)
+    begun = partial.exists()
+    digest = _receive(wanted, reader, partial)
+    if digest != wanted.sha256 and begun:
+        say(f"{wanted.name}: what an earlier call had left does not fit; from the beginning")
+        partial.unlink(missing_ok=True)
+        digest = _receive(wanted, reader, partial)
+    if digest != wanted.sha256:
+        partial.unlink(missing_ok=True)
+        raise LauncherError(
+            f"{wanted.name}: wrong bytes: its description says sha256 {wanted.sha256[:16]}…, read was {digest[:16]}…",
+            "copy or download the image and its .json again; nothing of it was kept",
+        )
+    try:
+        superblock(partial)
+    except LauncherError as error:
+        partial.unlink(missing_ok=True)
+        raise LauncherError(f"{wanted.name}: {error.what.removeprefix(f'{partial}: ')}", error.fix) from None
+    _publish(wanted, partial, final)
+    say(f"{final}: {gigabytes(wanted.bytes)}, verified")
+
+
+def _receive(wanted: Wanted, reader: Reader, partial: Path) -> str:
+    """Fills `partial` up to the image's size, from where it ends. Returns the sha256 of all of it."""
+    try:
+        with open(partial, "a+b", buffering=0) as stream:
+            if stream.seek(0, os.SEEK_END) > wanted.bytes:
+                stream.truncate(0)
+            have = stream.seek(0, os.SEEK_END)
+            check_space(partial.parent, wanted.bytes - have)
+            digest = hashlib.sha256()
+            stream.seek(0)
+            while chunk := stream.read(BLOCK):
+                digest.update(chunk)
+            with Progress(f"staging {wanted.name},", 1, wanted.bytes, have, sys.stderr) as progress:
+                for chunk in reader(have, wanted.bytes):
+                    _write_all(stream, chunk)
+                    digest.update(chunk)
+                    progress.add(len(chunk))
+                    progress.refresh()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise write_error(partial, error) from error
+    return digest.hexdigest()
+
+
+def _write_all(stream: Any, chunk: bytes) -> None:
+    """An unbuffered file may take less than it is given, just before the disk is full."""
+    view = memoryview(chunk)
+    while view:
+        view = view[stream.write(view) :]
+
+
+def _file_reader(path: Path) -> Reader:
+    def read(offset: int, size: int) -> Iterator[bytes]:
+        try:
+            with open(path, "rb", buffering=0) as stream:
+                stream.seek(offset)
+                while offset < size and (chunk := stream.read(min(BLOCK, size - offset))):
+                    offset += len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    return read
+
+
+def _publish(wanted: Wanted, partial: Path, final: Path) -> None:
+    """The description comes last: an image without one is read again by the next call, and then gets it."""
+    try:
+        partial.chmod(MODE)
+        sidecar_path(final).unlink(missing_ok=True)
+        os.replace(partial, final)
+    except OSError as error:
+        raise write_error(final, error) from error
+    _write_sidecar(wanted, final)
+
+
+def _write_sidecar(wanted: Wanted, final: Path) -> None:
+    if wanted.about is None:
+        return
+    sidecar = sidecar_path(final)
+    write_json(sidecar, wanted.about)
+    try:
+        sidecar.chmod(MODE)
+    except OSError as error:
+        raise write_error(sidecar, error) from error
+
+
+# ------------------------------------------------------------------------------------------------------- the engine
+
+
+def _from_engine(image: str, to: Path, say: Say) -> Path:
+    """From the Docker engine, which pulls what it does not have. The conversion's result decides about the name."""
+    from launcher.image import engine as docker_engine
+    from launcher.image.convert import convert_image
+
+    name = _clean(image.removeprefix("docker://"), "")
+    with _at_work(to, keep=None, say=say):
+        engine = docker_engine.connect()
+        reference = image.removeprefix("docker://")
+        try:
+            docker_engine.inspect(engine, reference)
+        except LauncherError as error:
+            if error.status != ExitStatus.NOT_FOUND or "/" not in reference:
+                raise
+            _pull(engine, reference, say)
+        made = to / STATE / "partial" / f"{name}.sqsh"
+        convert_image(reference, made, engine=engine, say=say)
+        about = read_json(sidecar_path(made)) or {}
+        wanted = Wanted(name, _digest_in(about, str(sidecar_path(made))), made.stat().st_size, about)
+        final = wanted.path(to)
+        if _is_staged(wanted, final):
+            say(f"{final}: already there")
+        else:
+            _publish(wanted, made, final)
+        _remove_leftovers(to, None)
+    _advise(final, say)
+    return final
+
+
+def _pull(engine: Any, reference: str, say: Say) -> None:
+    """By the engine, with the logins that it knows (`docker login`)."""
+    import docker
+    import requests
+
+    say(f"pulling {reference}")
+    try:
+        engine.client.images.pull(reference, None if re.search(r"[:@][^/]*$", reference) else "latest")
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        raise LauncherError(
+            f"the Docker engine cannot pull {reference}", "check the name; for a private registry: docker login",
+            status=ExitStatus.NOT_FOUND, original=str(getattr(error, "explanation", None) or error),
+        ) from error  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- the directory
+
+
+def _partial(to: Path, wanted: Wanted) -> Path:
+    """By content: what was left of another image is never continued."""
+    return to / STATE / "partial" / f"{wanted.sha256[:24]}.sqsh"
+
+
+@contextlib.contextmanager
+def _at_work(to: Path, keep: Path | None, say: Say) -> Iterator[None]:
+    """Makes the directory where it is new, holds its lock, and begins without what others have left unfinished."""
+    if to.exists() and not to.is_dir():
+        raise LauncherError(f"--to {to}: a file, not a directory", f"--to '{to.parent}'")
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        (to / STATE / "partial").mkdir(parents=True, exist_ok=True)
+        _share(to)
+    except OSError as error:
+        raise write_error(Path(error.filename or to), error) from error
+    with locked(to, say):
+        _remove_leftovers(to, keep)
+        yield
+
+
+def _share(to: Path) -> None:
+    """Whoever may write into the directory may stage into it: our own part of it gets its mode, where we own it."""
+    mode = stat.S_IMODE(to.stat().st_mode)
+    lock = to / STATE / "lock"
+    if not lock.exists():
+        lock.touch()
+    for path, bits in ((to / STATE, mode), (to / STATE / "partial", mode), (lock, mode & 0o666)):
+        if path.stat().st_uid == os.geteuid():
+            path.chmod(bits)
+
+
+def _remove_leftovers(to: Path, keep: Path | None) -> None:
+    """Under the lock: nobody is writing them."""
+    for path in (to / STATE / "partial").iterdir():
+        if path != keep:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> LauncherError:
+    return LauncherError(
+        f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
+    )

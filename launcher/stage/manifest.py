@@ -1,0 +1,195 @@
+"""What is in a staged directory and how that is known: DIR/.staged/manifest.json, and the directory held against it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher import __version__
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import write_text
+from launcher.stage.target import STATE, safe_path
+
+SCHEMA = 1
+KINDS = ("c4", "tokenizer", "model")
+LFS_POINTER = b"version https://git-lfs"
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file whose bytes were compared with the source. The same size and time mean: not touched since."""
+
+    bytes: int
+    sha256: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A staged directory. `wanted` are the paths that the last call was to bring; all in `files` when it is complete."""
+
+    kind: str
+    source: str  # "hf://datasets/allenai/c4", "s3://bucket/prefix"
+    revision: str  # the commit, 40 hexadecimal digits
+    files: Mapping[str, StagedFile]
+    wanted: tuple[str, ...] = ()
+    train_files_in_all: int = 0  # C4 only
+    made_by: str = f"launcher {__version__}"
+
+    def with_file(self, path: str, file: StagedFile) -> Manifest:
+        return replace(self, files={**self.files, path: file})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not as the manifest has it."""
+
+    path: str
+    what: str
+
+
+def manifest_path(directory: Path) -> Path:
+    return directory / STATE / "manifest.json"
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest, or None where there is none. Raises LauncherError for one that nobody can trust any more."""
+    path = manifest_path(directory)
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise LauncherError(
+            f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
+        ) from error
+    manifest = parse_manifest(data)
+    if manifest is None:
+        raise LauncherError(
+            f"{path}: damaged or edited",
+            "the `launcher stage` command that filled it reads every file again and writes a new one",
+        )
+    return manifest
+
+
+def parse_manifest(data: bytes) -> Manifest | None:
+    """A manifest from its JSON; None for anything that we would not have written."""
+    try:
+        value: Any = json.loads(data)
+        files = {
+            path: StagedFile(entry["bytes"], entry["sha256"], entry["mtime_ns"])
+            for path, entry in value["files"].items()
+        }
+        manifest = Manifest(
+            value["kind"], value["source"], value["revision"], files, tuple(value.get("wanted", files)),
+            value.get("train_files_in_all", 0), value["made_by"],
+        )  # fmt: skip
+        numbers = [n for file in files.values() for n in (file.bytes, file.mtime_ns)]
+        sound = (
+            value["schema"] == SCHEMA
+            and manifest.kind in KINDS
+            and all(isinstance(text, str) for text in (manifest.source, manifest.revision, manifest.made_by))
+            and all(type(n) is int and n >= 0 for n in (*numbers, manifest.train_files_in_all))
+            and all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in files.values())
+            and all(safe_path(path) for path in (*files, *manifest.wanted))
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return manifest if sound else None
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Replaces the manifest as a whole; a reader sees the old or the new one."""
+    value = {
+        "schema": SCHEMA,
+        "kind": manifest.kind,
+        "source": manifest.source,
+        "revision": manifest.revision,
+        "files": {path: vars(file) for path, file in sorted(manifest.files.items())},
+        "wanted": sorted(manifest.wanted),
+        "train_files_in_all": manifest.train_files_in_all,
+        "made_by": manifest.made_by,
+    }
+    if manifest.kind != "c4":
+        del value["train_files_in_all"]
+    write_text(manifest_path(directory), json.dumps(value, indent=1) + "\n")
+
+
+def is_verified(directory: Path, path: str, file: StagedFile) -> bool:
+    """Whether the file is still the one that was verified, as far as size and time tell. Reads no data."""
+    try:
+        found = (directory / path).stat()
+    except OSError:
+        return False
+    return (found.st_size, found.st_mtime_ns) == (file.bytes, file.mtime_ns)
+
+
+def check(
+    directory: Path,
+    manifest: Manifest,
+    deep: bool = False,
+    on_bytes: Callable[[int], None] = lambda _count: None,
+) -> list[Problem]:
+    """Holds the directory against its manifest. Files whose time has changed are read; with `deep`, all are."""
+    problems = [
+        Problem(path, "not downloaded yet") for path in sorted(set(manifest.wanted) - manifest.files.keys())
+    ]
+    for path, file in sorted(manifest.files.items()):
+        problem = _size_problem(directory, path, file)
+        if problem is None and (deep or not is_verified(directory, path, file)):
+            try:
+                if sha256_of(directory / path, on_bytes) != file.sha256:
+                    problem = Problem(path, "other bytes than were verified")
+            except OSError as error:
+                problem = Problem(path, error.strerror or str(error))
+        if problem is not None:
+            problems.append(problem)
+    return problems
+
+
+def _size_problem(directory: Path, path: str, file: StagedFile) -> Problem | None:
+    try:
+        size = (directory / path).stat().st_size
+    except OSError as error:
+        return Problem(
+            path, "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        )
+    if size == file.bytes:
+        return None
+    return Problem(path, describe_wrong(directory / path, size, file.bytes))
+
+
+def describe_wrong(path: Path, size: int, expected: int) -> str:
+    """What a file of the wrong size is."""
+    if size == 0:
+        return "empty"
+    if is_lfs_pointer(path):
+        return "a Git LFS pointer, not the data"
+    if size < expected:
+        return f"truncated: {size:,} of {expected:,} bytes"
+    return f"{size:,} bytes instead of {expected:,}"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
+    """Reads the whole file. Raises OSError."""
+    digest = hashlib.sha256()
+    buffer = bytearray(BLOCK)
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            on_bytes(count)
+    return digest.hexdigest()

@@ -1,0 +1,284 @@
+"""Shard views: which of the staged files a run reads, as a directory of links in the run directory.
+
+    <run_dir>/data/README.md                  the header by which `datasets` finds the two splits
+    <run_dir>/data/en/c4-train.*.json.gz      links; their number is a multiple of the data-parallel degree
+    <run_dir>/data/en/c4-validation.*.json.gz
+
+`datasets` gives every rank files of its own when their number is a multiple of the ranks
+(datasets.distributed.split_dataset_by_node). Otherwise each rank reads, inflates and parses all of them and throws
+away what belongs to the others: benchmarks/loader.py measures it, docs/data.md has the table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.runtime import host_path, mounts
+from launcher.sample import TRAIN_FILES, file_names
+from launcher.spec import SAMPLE, RunSpec
+from launcher.stage.manifest import LFS_POINTER, read_manifest
+
+DATASETS = ("c4", "c4_validation")  # torchtitan's names of what such a directory holds
+SHARD = re.compile(r"c4-(train|validation)\.(\d+)-of-(\d+)\.json\.gz")
+FILES_OF_C4 = 1024
+GZIP_MAGIC = b"\x1f\x8b"
+SMALL = 1024  # bytes; Git LFS pointers are smaller, by their specification, so only such files are opened
+
+# C4's `en` is 305 GiB in 1,024 train files of about 356,000 documents and 171 M tokens (Llama 3's tokenizer).
+# An estimate: files differ by a percent, text of another kind by more.
+TOKENS_PER_BYTE = 356_000 * 480 * FILES_OF_C4 / (305 * 2**30)
+ESTIMATE_IS_GOOD_TO = 0.02
+
+# Not the data's own README: it may name a split that was not staged, and `datasets` then refuses all splits.
+README = """\
+---
+configs:
+- config_name: en
+  data_files:
+{splits}
+---
+
+Links to the files that this run reads, made by the launcher.
+"""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What a directory in C4's form holds that can be trained on, in numerical order."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)  # file -> why
+    train_files_in_all: int = FILES_OF_C4
+
+
+def choose(files: Sequence[T], degree: int, part: int = 1, parts: int = 1) -> Sequence[T]:
+    """The longest beginning of `files` whose length is a multiple of `degree`, or one of `parts` disjoint pieces of it.
+
+    The pieces are multiples too, differ by at most `degree`, and have that beginning as their sum. Where not even
+    `degree` files are there, no choice helps: all of them, and none for a piece. Pieces may also be empty.
+    """
+    groups = len(files) // degree
+    if not groups and parts == 1:
+        return files
+    each, rest = divmod(groups, parts)
+    first = (part - 1) * each + min(part - 1, rest)
+    return files[first * degree : (first + each + (part <= rest)) * degree]
+
+
+def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
+    """The run with its view, where there can be one, and what the user should know. Looks at the data, writes nothing.
+
+    Raises LauncherError where a part was asked for (`--data-part`) that cannot be given.
+    """
+    if not (spec.job.data == SAMPLE or spec.job.data.startswith("/")) or spec.recipe.dataset not in DATASETS:
+        if spec.job.data_part:
+            what = f"--data {spec.job.data} with the dataset {spec.recipe.dataset}"
+            raise LauncherError(f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4")
+        return spec, []
+    if spec.job.data == SAMPLE:
+        staged = Staged(tuple(file_names("train", TRAIN_FILES)), tuple(file_names("validation", 1)))
+        return _with_view(spec, staged), []
+    directory = Path(host_path(spec, spec.data_path))
+    stage = f"launcher stage c4 --to {shlex.quote(str(directory))} --files"
+    try:
+        staged, notes = look(directory, _seen_in_container(spec, directory))
+    except OSError as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        why = "not on this machine" if missing else f"cannot be read here ({error.strerror})"
+        fix = f"{stage} {_files_needed(spec, FILES_OF_C4)}"
+        if spec.job.data_part:
+            what = f"--data-part {spec.job.data_part}: {error.filename or directory}: {why}"
+            raise LauncherError(what, fix, status=ExitStatus.NOT_FOUND) from error
+        return spec, [
+            f"{error.filename or directory}: {why}, so the run gets no view of it; if the nodes do not have it either, "
+            f"the job stops at once: {fix}, or --data hub"
+        ]
+    stage += f" {max(_files_needed(spec, staged.train_files_in_all), len(staged.train))}"
+    if staged.left_out:
+        name, why = next(iter(staged.left_out.items()))
+        more = f", and {len(staged.left_out) - 1} more" if len(staged.left_out) > 1 else ""
+        notes.append(f"{directory}/en: {name} is {why}{more}: left out; {stage} repairs it")
+    if not staged.train:
+        if spec.job.data_part:
+            raise LauncherError(f"--data-part {spec.job.data_part}: {directory}/en holds no train file", stage)
+        return spec, [*notes, f"{directory}/en holds no train file of C4, so the run gets no view of it: {stage}"]
+    spec = _with_view(spec, staged)
+    return spec, [*notes, *_shortages(spec, staged, stage)]
+
+
+def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[str]]:
+    """The usable files in DIR/en, and what is wrong with the manifest. With one, only what it lists counts.
+
+    `seen`: the places whose files the job can open; a link that leads elsewhere is not usable. Raises OSError.
+    """
+    notes: list[str] = []
+    listed: Mapping[str, int] | None = None
+    in_all = 0
+    try:
+        if manifest := read_manifest(directory):
+            listed = {path.removeprefix("en/"): file.bytes for path, file in manifest.files.items()}
+            in_all = manifest.train_files_in_all
+    except LauncherError as error:
+        notes.append(f"{error.what}: its files are taken as they are; {error.fix}")
+    numbered: dict[str, dict[tuple[int, int], str]] = {"train": {}, "validation": {}}
+    sizes: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    with os.scandir(directory / "en") as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if match := SHARD.fullmatch(entry.name):
+            size, problem = _problem(entry, listed, seen)
+            if problem:
+                left_out[entry.name] = problem
+            else:
+                sizes[entry.name] = size
+                numbered[match[1]][int(match[3]), int(match[2])] = entry.name
+    train, validation = (tuple(names for _, names in sorted(numbered[split].items())) for split in numbered)
+    in_all = in_all or max((total for total, _ in numbered["train"]), default=0) or FILES_OF_C4
+    return Staged(train, validation, sizes, left_out, in_all), notes
+
+
+def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Sequence[str]) -> tuple[int, str]:
+    """Size, and why the file cannot be read as training data; empty when it can."""
+    try:
+        size = entry.stat().st_size
+        if entry.is_symlink():
+            target = os.path.realpath(entry.path)
+            if not any(f"{target}/".startswith(f"{place.rstrip('/')}/") for place in seen):
+                return size, f"a link to {target}, which the container does not see (--mount)"
+        if not entry.is_file():
+            return size, "not a file"
+        if listed is not None and listed.get(entry.name) != size:
+            expected = listed.get(entry.name)
+            return size, "not in the manifest" if expected is None else f"{size:,} bytes instead of {expected:,}"
+        if size == 0:
+            return size, "empty"
+        if size < SMALL:
+            with open(entry.path, "rb") as stream:
+                head = stream.read(len(LFS_POINTER))
+            if head == LFS_POINTER:
+                return size, "a Git LFS pointer, not the data"
+            if not head.startswith(GZIP_MAGIC):
+                return size, "not a gzip file"
+    except OSError as error:
+        return 0, f"unreadable ({error.strerror})"
+    return size, ""
+
+
+def write(directory: Path, links: Mapping[str, str]) -> None:
+    """Makes `directory` (<run_dir>/data) from RunSpec.view. Raises OSError; the caller makes run directories whole."""
+    (directory / "en").mkdir(parents=True)
+    for name, target in links.items():
+        os.symlink(target, directory / "en" / name)
+    splits = [split for split in ("train", "validation") if any(f"c4-{split}." in name for name in links)]
+    lines = [f"  - split: {split}\n    path: en/c4-{split}.*.json.gz" for split in splits]
+    (directory / "README.md").write_text(README.format(splits="\n".join(lines)), encoding="utf-8")
+
+
+def train_files(spec: RunSpec) -> list[str]:
+    """The train files in the run's view."""
+    return [name for name in spec.view if name.startswith("c4-train.")]
+
+
+def describe(spec: RunSpec) -> str:
+    """One line about what the trainer reads."""
+    if not spec.view:
+        return spec.data_path
+    train = train_files(spec)
+    return (
+        f"{len(train)} train and {len(spec.view) - len(train)} validation files of {spec.data_path}, "
+        f"for {spec.data_parallel} data-parallel ranks"
+    )
+
+
+def _with_view(spec: RunSpec, staged: Staged) -> RunSpec:
+    part, parts = _part(spec)
+    chosen = choose(staged.train, spec.data_parallel, part, parts)
+    needed = spec.data_parallel * parts
+    if parts > 1 and len(staged.train) < needed:
+        fix = f"launcher stage c4 --to {shlex.quote(host_path(spec, spec.data_path))} --files {needed}"
+        raise LauncherError(
+            f"--data-part {spec.job.data_part}: {parts} parts for {spec.data_parallel} data-parallel ranks need "
+            f"{needed} train files, there are {len(staged.train)}",
+            "fewer parts, or another --data" if spec.job.data == SAMPLE or needed > staged.train_files_in_all else fix,
+        )
+    return replace(spec, view={name: f"{_way_to_data(spec)}/en/{name}" for name in (*chosen, *staged.validation)})
+
+
+def _way_to_data(spec: RunSpec) -> str:
+    """From <run_dir>/data/en to the data, as the job walks it.
+
+    Inside a container both are mounted under the names that they have here, so there are no links on the way. Outside,
+    `..` leads up from where a linked directory really is.
+    """
+    data, run_dir = spec.data_path, spec.run_dir
+    if spec.job.runtime == "bare" and spec.job.data != SAMPLE:
+        data, run_dir = os.path.realpath(data), f"{os.path.realpath(spec.job.runs_dir)}/{spec.job.name}"
+    return os.path.relpath(data, f"{run_dir}/data/en")
+
+
+def _seen_in_container(spec: RunSpec, directory: Path) -> list[str]:
+    if spec.job.runtime == "bare":
+        return ["/"]
+    targets = [mount.split(":")[1] for mount in mounts(spec)]
+    return [os.path.realpath(directory), *(target for target in targets if target != spec.data_path)]
+
+
+def _part(spec: RunSpec) -> tuple[int, int]:
+    part, _, parts = (spec.job.data_part or "1/1").partition("/")
+    return int(part), int(parts)
+
+
+def _tokens(spec: RunSpec) -> int:
+    """What the run reads in all its steps."""
+    recipe = spec.recipe
+    batch = recipe.global_batch_size
+    if batch < 1:
+        batch = recipe.local_batch_size * spec.data_parallel
+    return recipe.steps * batch * recipe.seq_len
+
+
+def _files_needed(spec: RunSpec, in_all: int) -> int:
+    """How many full C4 files the run, or all parts of it, needs."""
+    from launcher.stage.c4 import Demand
+
+    _, parts = _part(spec)
+    return Demand(spec.data_parallel * parts, _tokens(spec) * parts, "").files(in_all)
+
+
+def _shortages(spec: RunSpec, staged: Staged, stage: str) -> list[str]:
+    """Warnings about too few files, with the command that stages enough where C4 has enough."""
+    from launcher.stage.c4 import billions
+
+    notes, train, degree = [], train_files(spec), spec.data_parallel
+    more = f"; {stage}" if _files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
+    if len(train) % degree:
+        help_ = more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
+        notes.append(
+            f"{spec.data_path}: {len(train)} train files for {degree} data-parallel ranks: every rank reads all of them "
+            f"and keeps one document in {degree}{help_}"
+        )
+    needed = _tokens(spec)
+    there = sum(staged.bytes[name] for name in train) * TOKENS_PER_BYTE
+    # The estimate is for Llama 3's tokenizer: the sample's makes three times as many tokens.
+    if needed > there * (1 + ESTIMATE_IS_GOOD_TO) and spec.job.tokenizer != SAMPLE:
+        notes.append(
+            f"{spec.data_path}: the run reads {billions(needed)} tokens, its {len(train)} files have about "
+            f"{billions(there)} (estimated from their size): it reads them more than once{more}"
+        )
+    if not staged.validation and any(
+        spec.titan.get(key, "").lower() == "true" for key in ("validation.enable", "validator.enable")
+    ):
+        notes.append(f"{spec.data_path} holds no validation file, and the run validates; {stage} --validation")
+    return notes

@@ -1,0 +1,105 @@
+"""A file from a web server, such as a release's asset: continued after interruptions, by the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.stage.manifest import BLOCK
+
+# (offset, size) -> the bytes from `offset` up to `size`
+Reader = Callable[[int, int], Iterator[bytes]]
+TIMEOUT_S = 60  # for a connection, and for each piece
+ATTEMPTS = 6  # without a byte in between
+BACKOFF_S = 1.0  # the first wait; doubles up to LONGEST_WAIT_S
+LONGEST_WAIT_S = 60.0
+SMALL = 1 << 20
+
+_BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError)
+
+
+def read_small(url: str) -> dict[str, Any]:
+    """The JSON object at `url`. Raises LauncherError where there is none."""
+    data = b"".join(_read(url, 0, None))
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise LauncherError(f"{url}: not a JSON object", "the address of a .sqsh file of a release")
+    return value
+
+
+def stream_from(url: str) -> Reader:
+    """A reader of the file at `url`. After a cut it asks for the rest; a server that knows no ranges sends all again."""
+    return lambda offset, size: _read(url, offset, size)
+
+
+def _read(url: str, offset: int, size: int | None) -> Iterator[bytes]:
+    failures, wait = 0, BACKOFF_S
+    while size is None or offset < size:
+        try:
+            # Identity: of a compressed answer no range could be trusted.
+            headers = {"Accept-Encoding": "identity", "User-Agent": "titan-launcher"}
+            if offset:
+                headers["Range"] = f"bytes={offset}-"
+            request = urllib.request.Request(url, headers=headers)
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                if offset and answer.status != 206:
+                    _skip(answer, offset)
+                if size is None:
+                    yield answer.read(SMALL)
+                    return
+                while offset < size and (chunk := answer.read(min(BLOCK, size - offset))):
+                    failures, wait = 0, BACKOFF_S
+                    offset += len(chunk)
+                    yield chunk
+            if offset < size:
+                raise http.client.IncompleteRead(b"", size - offset)
+        except _BROKEN as error:
+            failures += 1
+            if failures >= ATTEMPTS or not _may_pass(error):
+                raise _refused(url, error) from error
+            time.sleep(max(wait, _retry_after(error)))
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+
+def _skip(answer: http.client.HTTPResponse, count: int) -> None:
+    while count and (chunk := answer.read(min(BLOCK, count))):
+        count -= len(chunk)
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in (408, 429) or error.code >= 500
+    return True
+
+
+def _retry_after(error: Exception) -> float:
+    text = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
+    return min(float(text), 900.0) if text.isdecimal() else 0.0
+
+
+def _refused(url: str, error: Exception) -> LauncherError:
+    if isinstance(error, urllib.error.HTTPError):
+        if error.code in (401, 403):
+            fix = "the server asks who you are: download it with its own tools, then stage the file"
+        elif error.code == 404 and url.endswith(".sqsh.json"):
+            fix = "every image of a release has its .json beside it; check the address"
+        else:
+            fix = "check the address" if error.code < 500 else "the same command later continues"
+        return LauncherError(f"{url}: HTTP {error.code}", fix, status=ExitStatus.NOT_FOUND)
+    reason = getattr(error, "reason", None) or error
+    words = os.strerror(reason.errno) if isinstance(reason, OSError) and reason.errno else str(reason)
+    return LauncherError(
+        f"{url}: {words or type(error).__name__}",
+        "the same command continues; check the network and HTTPS_PROXY",
+        status=ExitStatus.ERROR,
+    )

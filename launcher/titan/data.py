@@ -1,0 +1,90 @@
+"""Can this node read the training data and the tokenizer? Looks at names, sizes and the first bytes of one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from . import Refused
+
+LFS_POINTER = b"version https://git-lfs"
+GZIP_MAGIC = b"\x1f\x8b"
+SMALLEST_SHARD = 200  # bytes; an LFS pointer is about 130
+STAGE_C4 = "launcher stage c4 --to {} --for {}/run.toml"
+STAGE_TOKENIZER = "launcher stage tokenizer --to {}"
+
+
+def check_data(node: dict[str, Any]) -> dict[str, Any]:
+    """The training data can be read as C4: a header that names `en`, and shards that are not LFS pointers.
+
+    `data` is what the trainer reads, in most runs a folder of links to `data_source`.
+    """
+    data, source = node["data"], node["data_source"]
+    facts = {"data": data, "data_source": source, "data_files": 0}
+    if data == "hub":
+        return facts
+    if not data or not source:
+        raise Refused("no data directory was given", "--data /data/c4")
+    stage = STAGE_C4.format(shlex.quote(source), node["run_dir"])
+    for folder in map(Path, (source, data)):
+        if not folder.is_dir():
+            raise Refused(f"{folder} is not a directory on this node", f"mount it, or: {stage}")
+    header = _header(folder / "README.md", stage)
+    if not re.search(r"""^\s*-?\s*config_name:\s*["']?en["']?\s*$""", header, re.MULTILINE):
+        raise Refused(
+            f"{folder}/README.md does not describe the configuration `en`",
+            f"the Hub's README.md of allenai/c4 must stand beside en/: {stage}",
+        )
+    shards = sorted((folder / "en").glob("*train*.json.gz")) or sorted((folder / "en").glob("*.json.gz"))
+    if not shards:
+        raise Refused(f"{folder}/en holds no *.json.gz", stage)
+    if re.search(r"en/c4-validation", header) and not any((folder / "en").glob("c4-validation.*")):
+        raise Refused(
+            f"{folder}/README.md names a validation split, {folder}/en has no file of it: `datasets` then reads neither",
+            f"submit where {folder} can be seen, which makes a view of it, or: {stage} --validation",
+        )
+    if broken := [shard for shard in shards if not shard.exists()]:
+        raise Refused(
+            f"{broken[0]} leads to {os.path.realpath(broken[0])}, which is not on this node",
+            f"mount {source} where it was when the job was submitted, or submit again: launcher submit"
+            f" {node['run_dir']}/run.toml",
+        )
+    small = [shard for shard in shards if shard.stat().st_size < SMALLEST_SHARD]
+    usable = [shard for shard in shards if shard not in small]
+    with open((usable or small)[0], "rb") as stream:
+        start = stream.read(len(LFS_POINTER))
+    if not usable and start == LFS_POINTER:
+        raise Refused(
+            f"all {len(shards)} shards in {folder}/en are Git LFS pointers, not data",
+            stage,
+        )
+    if not start.startswith(GZIP_MAGIC):
+        raise Refused(f"{(usable or small)[0]} is not a gzip file", stage)
+    return {**facts, "data_files": len(shards), "data_pointers": len(small) if usable else 0}
+
+
+def _header(readme: Path, fix: str) -> str:
+    """The YAML between the two `---` lines at the top; empty where there is none."""
+    try:
+        text = readme.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise Refused(f"{readme}: {error.strerror}", fix) from error
+    match = re.match(r"---\n(.*?)\n---\s*$", text, re.DOTALL | re.MULTILINE)
+    return match.group(1) if match else ""
+
+
+def check_tokenizer(folder: Path) -> None:
+    stage = STAGE_TOKENIZER.format(shlex.quote(str(folder)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        try:
+            value = json.loads((folder / name).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise Refused(f"{folder / name}: {error.strerror}", stage) from error
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{folder / name} is not JSON", stage) from error
+        if not isinstance(value, dict):
+            raise Refused(f"{folder / name} is not a tokenizer's file", stage)

@@ -1,0 +1,244 @@
+"""Apptainer for real: a SIF is made from a squashfs, looked at, and runs the unmodified local job.
+
+Apptainer comes from a root directory of Debian sid, made once with mmdebstrap (about a minute) and kept in the cache.
+The training run is for LAUNCHER_TEST_APPTAINER=1 alone: packing the channel cpu takes more than a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import pwd
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.image.sif import recipe, sif
+from tests.conftest import Launch
+from tests.image.images import CACHE, cpu_squashfs
+
+PACKAGES = "apptainer,squashfuse"
+# In namespaces of its own nothing stays mounted. pivot_root, as the kernel lets no user namespace begin in a chroot;
+# a user namespace, as Apptainer asks for every capability when root calls it, and root in a container lacks some.
+WRAPPER = r"""#!/bin/sh
+exec unshare --mount --propagation private sh -ec '
+root=$1 cwd=$PWD && shift && PATH=$PATH:/usr/sbin:/sbin
+mount --bind "$root" "$root"
+for dir in /* /var/tmp; do
+  case $dir in /bin | /etc | /lib* | /lost+found | /sbin | /usr | /var) continue ;; esac
+  if [ -d "$dir" ] && [ ! -L "$dir" ]; then mkdir -p "$root$dir" && mount --rbind "$dir" "$root$dir"; fi
+done
+cd "$root" && pivot_root . mnt && umount -l /mnt && cd "$cwd"
+exec unshare --user --map-root-user /usr/bin/apptainer "$@"
+' sh {root} "$@"
+"""
+ENVIRONMENT = 'PATH=/usr/bin:/bin\nGREETING=it\'s "from" $HOME\nWHO=the image\n'
+
+
+@pytest.fixture(scope="session")
+def apptainer() -> Iterator[Path]:
+    """A directory for PATH with the program `apptainer` in it."""
+    if missing := [tool for tool in ("mmdebstrap", "mksquashfs", "unsquashfs") if not shutil.which(tool)]:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install mmdebstrap squashfs-tools")
+    if os.geteuid() != 0:
+        pytest.skip("mmdebstrap and its root directory want root")
+    pytest.importorskip("spython")
+    tar = _sid()
+    # Not pytest's own directory, whose name is long and which stays.
+    with tempfile.TemporaryDirectory(prefix="sid-", dir="/var/tmp") as folder:
+        root = Path(folder) / "root"
+        root.mkdir()
+        subprocess.run(["tar", "-xf", str(tar), "-C", str(root)], check=True)
+        for name in ("hosts", "passwd", "group", "resolv.conf", "localtime"):
+            if Path("/etc", name).exists():
+                (root / "etc" / name).unlink(missing_ok=True)
+                shutil.copy(f"/etc/{name}", root / "etc" / name)
+        program = Path(folder) / "bin" / "apptainer"
+        program.parent.mkdir()
+        program.write_text(WRAPPER.replace("{root}", shlex.quote(str(root))))
+        program.chmod(0o755)
+        done = subprocess.run(
+            ["unshare", "--user", "--map-root-user", "--mount", "true"], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"no user namespaces here: {done.stderr}")
+        yield program.parent
+
+
+def _sid() -> Path:
+    # Mirrors that are kept at a date have indexes that are past theirs: as this machine's own apt has it.
+    done = subprocess.run(
+        ["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True
+    )
+    options = [
+        f"--include={PACKAGES}",
+        *(f"--aptopt={line}" for line in done.stdout.split("\n") if '"' in line),
+    ]
+    key = hashlib.sha256("\0".join(options).encode()).hexdigest()[:10]
+    target = CACHE / f"apptainer-sid-{platform.machine()}-{key}.tar"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="sid-", dir=CACHE) as folder:
+            made = Path(folder) / "sid.tar"
+            command = [
+                "mmdebstrap",
+                "--quiet",
+                "--mode=root",
+                "--variant=minbase",
+                *options,
+                "sid",
+                str(made),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            if done.returncode:
+                pytest.skip(f"Debian sid cannot be had here: {done.stderr[-500:]}")
+            made.replace(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def squashfs(apptainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image as `launcher image convert` makes them, with no more than a shell in it."""
+    folder = tmp_path_factory.mktemp("squashfs")
+    root = folder / "root"
+    for name in ("etc", "bin", "dev", "proc", "sys", "tmp", "var/tmp", "root"):
+        (root / name).mkdir(parents=True)
+    (root / "etc" / "environment").write_text(ENVIRONMENT)
+    programs = [shutil.which(name) or "" for name in ("sh", "env", "ls", "true", "touch", "cat")]
+    libraries = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=True).stdout
+    for path in {
+        *programs,
+        *(word for word in libraries.split() if word.startswith("/") and word[-1] != ":"),
+    }:
+        copy = root / ("bin/" + Path(path).name if path in programs else path.lstrip("/"))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    image = folder / "small.sqsh"
+    subprocess.run(["mksquashfs", root, image, "-all-root", "-quiet", "-no-progress"], check=True)
+    return image
+
+
+@pytest.fixture(scope="session")
+def small_sif(apptainer: Path, squashfs: Path) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
+        yield sif(str(squashfs), squashfs.with_suffix(".sif"), say=print)
+
+
+def test_a_squashfs_becomes_a_sif_with_its_environment(small_sif: Path) -> None:
+    done = subprocess.run(
+        ["apptainer", "exec", "--cleanenv", str(small_sif), "env"], capture_output=True, text=True
+    )
+    assert {'GREETING=it\'s "from" $HOME', "WHO=the image"} <= set(done.stdout.splitlines()), done.stderr
+    labels = subprocess.run(["apptainer", "inspect", str(small_sif)], capture_output=True, text=True).stdout
+    assert f"titan.arch: {platform.machine()}" in labels
+    assert b"SIF_MAGIC" in small_sif.read_bytes()[:64]  # what `submit` looks for
+    assert list(small_sif.parent.glob(".*")) == []
+
+
+def test_the_job_in_it(
+    small_sif: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job's variables win over the image's and arrive as they are; nothing of the home does, though it was
+    submitted from there; the run directory can be written and its mounts be read."""
+    home = pwd.getpwuid(os.geteuid()).pw_dir  # Apptainer asks for that, not for $HOME
+    (workplace / "shared dir").mkdir()
+    (workplace / "shared dir" / "here").touch()
+    probe = workplace / "shared dir" / "probe"
+    script = f'env; pwd; [ -z "$(ls -A {home})" ] && echo empty home; ls "/mnt point"; touch "/mnt point/x" written; exit 7'
+    probe.write_text(f"#!/bin/sh\n{script}\n")
+    probe.chmod(0o755)
+    assert os.listdir(home), "no test without something that the container must not see"
+    monkeypatch.chdir(home)
+    done = launch(
+        "submit", "--local", "--runtime", "apptainer", "--image", str(small_sif), "--gpu", "cpu", "--recipe", "debug",
+        "--name", "r", "--env", "WHO=the job", "--env", "AGAIN=$(id) \"q\" it's a,b", "--follow",
+        "--mount", f"{workplace}/shared dir:/mnt point:ro", "--python", "/mnt point/probe", "--runs-dir", str(workplace / "runs"),
+    )  # fmt: skip
+    log = "\n".join(path.read_text() for path in (workplace / "runs" / "r" / "logs").glob("0000-*"))
+    lines = log.splitlines()
+    assert "WHO=the job" in lines and 'AGAIN=$(id) "q" it\'s a,b' in lines, log
+    assert 'GREETING=it\'s "from" $HOME' in lines and str(workplace / "runs" / "r") in lines
+    assert "here" in lines and "empty home" in lines and "Read-only file system" in log
+    assert (workplace / "runs" / "r" / "written").exists()
+    end = json.loads((workplace / "runs" / "r" / "end.json").read_text())
+    assert end["exit_code"] == 7, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(
+    os.environ.get("LAUNCHER_TEST_APPTAINER") != "1", reason="minutes: LAUNCHER_TEST_APPTAINER=1"
+)
+def test_training_in_it(
+    apptainer: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
+    image = sif(str(cpu_squashfs()), workplace / "titan-cpu.sif")
+    done = launch(
+        "submit", "--local", "--runtime", "apptainer", "--image", str(image), "--gpu", "cpu", "--recipe", "debug",
+        "--name", "r", "--follow", timeout=900,
+    )  # fmt: skip
+    assert "r: COMPLETED" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_apptainer_refuses_is_told_in_its_words(apptainer: Path, squashfs: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("APPTAINER_TMPDIR", "/nowhere")
+    output = squashfs.with_name("refused.sif")
+    with pytest.raises(LauncherError, match="apptainer build failed with code 255") as caught:
+        sif(str(squashfs), output)
+    assert "/nowhere" in caught.value.original
+    assert not output.exists() and not list(output.parent.glob(".*"))
+
+
+def test_no_apptainer(squashfs_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("spython")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LauncherError, match="apptainer: no such program") as caught:
+        sif(squashfs_name, tmp_path / "x.sif")
+    assert "apt-get install apptainer" in caught.value.fix
+
+
+def test_no_spython(squashfs_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("spython", "spython.main", "spython.main.parse.parsers"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    for make in (lambda: sif(squashfs_name, tmp_path / "x.sif"), lambda: recipe("stable")):
+        with pytest.raises(LauncherError) as caught:
+            make()
+        assert caught.value.fix == "pip install 'titan-launcher[apptainer]'"
+
+
+@pytest.fixture
+def squashfs_name(tmp_path: Path) -> str:
+    return str(tmp_path / "x.sqsh")
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "devices"),
+    [("cpu", "debian:12-slim", "void"), ("stable", "nvidia/cuda:13.0.3-base-ubuntu24.04", "all")],
+)
+def test_the_recipe(name: str, base: str, devices: str, tmp_path: Path) -> None:
+    """One stage with the channel's values, nothing left that only Docker understands, and a script that sh can read."""
+    pytest.importorskip("spython")
+    text = recipe(name)
+    assert text.count("Bootstrap: docker") == 1 and f"From: {base}\n" in text
+    assert f"export NVIDIA_VISIBLE_DEVICES={devices}\n" in text
+    assert f"org.opencontainers.image.title titan-{name}\n" in text
+    assert not [word for word in ("COPY", "--from", "${CHANNEL}", "${VISIBLE", "\nRUN") if word in text]
+    files, script = (
+        text.split("%files\n")[1].split("%labels")[0],
+        text.split("%post\n")[1].split("%environment")[0],
+    )
+    assert " /tmp/" not in files and "/tmp/" not in script  # Apptainer mounts the host's over it
+    sources = [Path(line.split()[0]) for line in files.splitlines() if line]
+    assert len(sources) == 4 and all(list(path.parent.glob(path.name)) for path in sources)
+    assert f"CHANNEL={name}\n" in script and "python3-pip-whl" in script and "--require-hashes" in script
+    assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
+    assert recipe(name, base="localhost/mine").count("From: localhost/mine\n") == 1

@@ -1,0 +1,354 @@
+"""C4 from object storage: a real S3 server (moto's), read by s3fs; what it vouches for, and what `datasets` streams."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.stage import s3
+from launcher.stage.c4 import bring, plan_c4
+from launcher.stage.fetch import Outcome
+from launcher.stage.inventory import verify
+from tests.conftest import ROOT, Launch
+
+pytest.importorskip("s3fs")
+moto_server = pytest.importorskip("moto.server")
+
+BUCKET, PREFIX = "corpora", "text/c4"
+ADDRESS = f"s3://{BUCKET}/{PREFIX}"
+FIRST = "en/c4-train.00000-of-00012.json.gz"
+PART = 5 << 20  # the least that S3 allows
+
+
+@dataclass
+class Store:
+    """The server, with an administrator's client."""
+
+    endpoint: str
+    client: Any
+
+    def put(self, path: str, data: bytes, **options: Any) -> None:
+        self.client.put_object(Bucket=BUCKET, Key=f"{PREFIX}/{path}", Body=data, **options)
+
+    def put_in_parts(self, path: str, data: bytes) -> None:
+        """As the AWS command line does with every large file."""
+        where = {"Bucket": BUCKET, "Key": f"{PREFIX}/{path}"}
+        upload = self.client.create_multipart_upload(**where)["UploadId"]
+        parts = []
+        for number, start in enumerate(range(0, len(data), PART), 1):
+            done = self.client.upload_part(
+                **where, UploadId=upload, PartNumber=number, Body=data[start : start + PART]
+            )
+            parts.append({"PartNumber": number, "ETag": done["ETag"]})
+        self.client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    running = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def store(
+    server: str, workplace: Path, c4_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    import boto3
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    store = Store(server, boto3.client("s3"))
+    store.client.create_bucket(Bucket=BUCKET)
+    for path, data in c4_files.items():
+        store.put(path, data)
+    yield store
+    found = store.client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
+    for entry in found:
+        store.client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    store.client.delete_bucket(Bucket=BUCKET)
+
+
+def staged(target: Path, files: int = 3, **options: Any) -> Outcome:
+    return bring(target, plan_c4(target, source=ADDRESS, files=files, **options), 4)
+
+
+def documents(megabytes: int) -> bytes:
+    """Bytes that gzip takes for its own and cannot make smaller."""
+    return gzip.compress(random.Random(0).randbytes(megabytes << 20), 1, mtime=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- staging
+
+
+def test_what_is_asked_for_arrives_verified(store: Store, c4_files: dict[str, bytes], tmp_path: Path) -> None:
+    target = tmp_path / "c4"
+    outcome = staged(target, 3, validation=True)
+    expected = {path for path in c4_files if path == "README.md" or "validation" in path} | {
+        f"en/c4-train.{index:05d}-of-00012.json.gz" for index in range(3)
+    }
+    assert {str(p.relative_to(target)) for p in target.rglob("*.*") if ".staged" not in p.parts} == expected
+    assert all((target / path).read_bytes() == c4_files[path] for path in expected)
+    report = verify(target, deep=True)
+    assert not report.problems
+    assert (report.manifest.source, report.manifest.train_files_in_all) == (ADDRESS, 12)
+    assert f"--from {ADDRESS}" in report.repair
+    assert outcome.downloaded == 5
+    again = staged(target, 4, validation=True)
+    assert (again.present, again.downloaded) == (5, 1)
+
+
+def test_by_the_command(store: Store, launch: Launch, tmp_path: Path) -> None:
+    done = launch("stage", "c4", "--from", ADDRESS, "--files", "2", "--to", str(tmp_path / "c4"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["source"] == ADDRESS
+    assert "very-secret" not in done.stdout + done.stderr
+    assert launch("stage", "verify", str(tmp_path / "c4"), "--deep").returncode == 0
+
+
+def test_a_staged_directory_in_a_bucket_brings_its_checksums(
+    store: Store, tmp_path: Path, c4_files: dict[str, bytes]
+) -> None:
+    """`aws s3 sync` of a staged directory takes its manifest along: revision and sha256 are the Hub's then."""
+    staged(tmp_path / "first", 2)
+    manifest = json.loads((tmp_path / "first/.staged/manifest.json").read_text())
+    manifest["revision"] = "a" * 40
+    store.put(".staged/manifest.json", json.dumps(manifest).encode())
+    assert staged(tmp_path / "c4", 2).manifest.revision == "a" * 40
+    # Replaced by whoever may write there: of the same size, so only the manifest knows.
+    data = bytearray(c4_files[FIRST])
+    data[-1] ^= 1
+    store.put(FIRST, bytes(data))
+    with pytest.raises(LauncherError, match="wrong bytes twice"):
+        staged(tmp_path / "other", 2)
+    assert not (tmp_path / "other" / FIRST).exists()
+    store.put(FIRST, b"short")
+    with pytest.raises(LauncherError, match=r"5 bytes, and .* in the bucket's own"):
+        staged(tmp_path / "third", 2)
+
+
+@pytest.mark.parametrize("upload", ["whole", "parts", "encrypted"])
+def test_a_change_on_the_way_is_found_however_it_was_uploaded(
+    upload: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = documents(11)
+    if upload == "parts":
+        store.put_in_parts(FIRST, data)
+    else:
+        encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "key"} if upload == "encrypted" else {}
+        store.put(FIRST, data, **encrypted)
+    piece = s3.Bucket._piece
+
+    def damaged(self: s3.Bucket, file: s3.S3File, start: int, end: int) -> bytes:
+        chunk = bytearray(piece(self, file, start, end))
+        chunk[len(chunk) // 2] ^= 1
+        return bytes(chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3.Bucket, "_piece", damaged)
+        with pytest.raises(LauncherError, match="wrong bytes twice"):
+            staged(tmp_path / "c4", 1)
+    assert not (tmp_path / "c4" / FIRST).exists()
+    staged(tmp_path / "c4", 1)
+    assert (tmp_path / "c4" / FIRST).read_bytes() == data
+
+
+def test_an_interrupted_download_goes_on_where_it_ended(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = documents(2)
+    store.put(FIRST, data)
+    monkeypatch.setattr(s3, "PIECE", 1 << 19)
+    piece = s3.Bucket._piece
+    asked: list[int] = []
+
+    def until(limit: int) -> Callable[..., bytes]:
+        def call(self: s3.Bucket, file: s3.S3File, start: int, end: int) -> bytes:
+            if start >= limit:
+                raise LauncherError("the network is gone")
+            if file.path == FIRST:
+                asked.append(start)
+            return piece(self, file, start, end)
+
+        return call
+
+    monkeypatch.setattr(s3.Bucket, "_piece", until(1 << 20))
+    with pytest.raises(LauncherError, match="the network is gone"):
+        staged(tmp_path / "c4", 1)
+    assert not (tmp_path / "c4" / FIRST).exists()
+    monkeypatch.setattr(s3.Bucket, "_piece", until(1 << 30))
+    staged(tmp_path / "c4", 1)
+    assert asked == [0, 1 << 19, 1 << 20, 3 << 19, 2 << 20]
+    assert (tmp_path / "c4" / FIRST).read_bytes() == data
+
+
+def test_an_object_replaced_meanwhile_is_not_mixed_with_the_old_one(store: Store, tmp_path: Path) -> None:
+    target = tmp_path / "c4"
+    plan = plan_c4(target, source=ADDRESS, files=1)
+    old = next(file for file in plan.files if file.path == FIRST)
+    store.put(FIRST, bytes(old.bytes))
+    with pytest.raises(LauncherError, match="wrong bytes twice"):
+        bring(target, plan, 1)
+    staged(target, 1)
+    assert (target / FIRST).read_bytes() == bytes(old.bytes)
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def refusal(address: str = ADDRESS) -> LauncherError:
+    with pytest.raises(LauncherError) as caught:
+        s3.open_bucket(address)
+    assert caught.value.fix
+    assert "very-secret" not in f"{caught.value.what} {caught.value.original}"
+    return caught.value
+
+
+def test_no_credentials(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "no credentials" in refusal().what
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    assert "nobody" in refusal().original
+
+
+def test_credentials_and_endpoint_come_from_the_profile(
+    store: Store, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    (workplace / "home/.aws").mkdir()
+    (workplace / "home/.aws/config").write_text(
+        f"[profile site]\nendpoint_url = {store.endpoint}\nregion = us-east-1\n"
+        "aws_access_key_id = reader\naws_secret_access_key = very-secret\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "site")
+    assert len(s3.open_bucket(ADDRESS)[2]) == 13
+
+
+def test_access_denied(store: Store) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0
+        )  # from now on the server wants to know users
+        assert "access denied" in refusal().what
+
+
+def test_nobody_at_the_endpoint(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    error = refusal()
+    assert "no connection to the store" in error.what and "AWS_ENDPOINT_URL" in error.fix
+
+
+@pytest.mark.parametrize("address", ["s3://nothing-here/c4", f"s3://{BUCKET}/text/c5"])
+def test_no_such_place(address: str, store: Store) -> None:
+    assert refusal(address).status == ExitStatus.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["s3://", "s3:///c4", "s3://UPPER/c4", "s3://key:secret@corpora/c4", "s3://corpora/../c4", "s3://corpora/c 4",
+     "https://corpora/c4"],
+)  # fmt: skip
+def test_not_an_address(address: str) -> None:
+    assert "not an address" in refusal(address).what
+
+
+def test_no_c4_there(store: Store) -> None:
+    store.client.delete_object(Bucket=BUCKET, Key=f"{PREFIX}/README.md")
+    with pytest.raises(LauncherError, match=r"has no README\.md") as caught:
+        plan_c4(Path("c4"), source=ADDRESS, files=1)
+    assert "aws s3 sync" in caught.value.fix
+
+
+def test_a_name_that_leads_out_of_the_target(store: Store, tmp_path: Path) -> None:
+    store.put("en/..", b"evil")
+    with pytest.raises(LauncherError, match="outside the target"):
+        staged(tmp_path / "c4", 1)
+
+
+def test_without_s3fs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert "titan-launcher[s3]" in refusal().fix
+
+
+# --------------------------------------------------------------------------------------------------------- streaming
+
+READ = """
+import json, sys
+from datasets import load_dataset
+from datasets.distributed import split_dataset_by_node
+out = {}
+for split in ("train", "validation"):
+    data = load_dataset(sys.argv[1], name="en", split=split, streaming=True)
+    ranks = int(sys.argv[2]) if split == "train" else 1
+    out[split] = [[row["text"] for row in split_dataset_by_node(data, rank, ranks)] for rank in range(ranks)]
+json.dump(out, sys.stdout)
+"""
+
+
+def test_datasets_streams_the_named_objects_without_the_hub(
+    store: Store, c4_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As torchtitan's loader asks for C4. titan.s3 comes in by the entry point that fsspec looks for."""
+    python = os.environ.get("LAUNCHER_TRAIN_PYTHON", sys.executable).split(":")[0]
+    if subprocess.run([python, "-c", "import datasets, s3fs"], capture_output=True).returncode:
+        pytest.skip("no interpreter has datasets and s3fs: set LAUNCHER_TRAIN_PYTHON")
+    _, _, en = s3.open_bucket(ADDRESS)
+    train = [file.path for file in en if "train" in file.path][:4]
+    validation = [file.path for file in en if "validation" in file.path]
+    view, job = tmp_path / "view", tmp_path / "job"
+    view.mkdir()
+    (view / "README.md").write_text(s3.readme(ADDRESS, train, validation))
+    (job / "titan_s3-1.dist-info").mkdir(parents=True)
+    (job / "titan_s3-1.dist-info/entry_points.txt").write_text("[fsspec.specs]\ns3 = titan.s3:S3FileSystem\n")
+    (job / "titan").symlink_to(ROOT / "launcher/titan")
+    done = subprocess.run(
+        [python, "-c", READ, str(view), "2"], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(job), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+
+    def texts(path: str) -> list[str]:
+        return [json.loads(line)["text"] for line in gzip.decompress(c4_files[path]).splitlines()]
+
+    assert found["train"] == [texts(train[0]) + texts(train[2]), texts(train[1]) + texts(train[3])]
+    assert found["validation"] == [[text for path in validation for text in texts(path)]]
+
+
+def test_the_checksum_of_an_upload_in_parts() -> None:
+    """The md5 of the parts' md5s, whatever the pieces in which the bytes come."""
+    data = random.Random(1).randbytes(1000)
+    parts = [hashlib.md5(data[start : start + 300]).digest() for start in range(0, 1000, 300)]
+    etag = f"{hashlib.md5(b''.join(parts)).hexdigest()}-4"
+    file = s3.S3File("a.json.gz", 1000, etag, s3.Bucket("s3://b", "b", None))
+    for step in (1, 300, 299, 1000):
+        digests = s3.ObjectChecksums("md5", 300)
+        for start in range(0, 1000, step):
+            digests.update(data[start : start + step])
+        assert digests.match(file)

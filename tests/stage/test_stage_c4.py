@@ -1,0 +1,151 @@
+"""`launcher stage c4` from a Hub that behaves: what is planned, what comes, what a second call does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.stage.c4 import TOKENS_PER_FILE, Demand, demand_from, stage_c4
+from tests.conftest import Launch
+from tests.stage.hub_server import Hub
+
+
+def staged(target: Path) -> list[str]:
+    """Paths of everything that has a final name."""
+    return sorted(
+        str(p.relative_to(target)) for p in target.rglob("*") if p.is_file() and ".staged" not in p.parts
+    )
+
+
+def train(*numbers: int) -> list[str]:
+    return [f"en/c4-train.{n:05d}-of-00012.json.gz" for n in numbers]
+
+
+def test_files_come_verified_with_readme_and_manifest(launch: Launch, hub: Hub, workplace: Path, c4_files):
+    done = launch("stage", "c4", "--to", "c4", "--files", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    target = workplace / "c4"
+    assert staged(target) == ["README.md", *train(0, 1, 2)]
+    assert all((target / name).read_bytes() == c4_files[name] for name in staged(target))
+    manifest = json.loads((target / ".staged/manifest.json").read_text())
+    assert manifest["revision"] == "a" * 40 and manifest["train_files_in_all"] == 12
+    assert manifest["source"] == "hf://datasets/allenai/c4"
+    assert sorted(manifest["files"]) == staged(target)
+    assert json.loads(done.stdout)["downloaded"] == 4
+    assert not list((target / ".staged/partial").iterdir())
+
+
+def test_content_servers_never_see_the_token(launch: Launch, hub: Hub):
+    hub.tokens.add("hf_mine")
+    assert launch("stage", "c4", "--to", "c4", "--files", "1", HF_TOKEN="hf_mine").returncode == 0
+    seen = {
+        where: {r.authorization for r in hub.requests if r.where == where} for where in ("api", "hub", "cdn")
+    }
+    assert seen == {"api": {"Bearer hf_mine"}, "hub": {"Bearer hf_mine"}, "cdn": {""}}
+
+
+def test_a_second_call_asks_for_no_content(hub: Hub, tmp_path: Path):
+    stage_c4(tmp_path / "c4", files=2)
+    hub.requests.clear()
+    outcome = stage_c4(tmp_path / "c4", files=2)
+    assert (outcome.present, outcome.downloaded) == (3, 0)
+    assert {request.where for request in hub.requests} == {"api"}
+
+
+def test_more_files_keep_the_revision_and_what_is_there(hub: Hub, tmp_path: Path):
+    stage_c4(tmp_path / "c4", files=2)
+    hub.commits["dataset", "allenai/c4"] = "c" * 40
+    hub.requests.clear()
+    with pytest.raises(LauncherError, match="no revision"):  # this Hub knows only the newest commit
+        stage_c4(tmp_path / "c4", files=3)
+    hub.commits["dataset", "allenai/c4"] = "a" * 40
+    outcome = stage_c4(tmp_path / "c4", files=3, validation=True)
+    assert (outcome.present, outcome.downloaded) == (3, 2)
+    assert "en/c4-validation.00000-of-00001.json.gz" in staged(tmp_path / "c4")
+
+
+def test_two_revisions_do_not_mix(hub: Hub, tmp_path: Path):
+    stage_c4(tmp_path / "c4", files=1)
+    hub.commits["dataset", "allenai/c4"] = "c" * 40
+    with pytest.raises(LauncherError, match="holds revision a"):
+        stage_c4(tmp_path / "c4", files=1, revision="main")
+
+
+def test_files_that_another_program_brought_are_checked_and_kept(hub: Hub, tmp_path: Path, c4_files):
+    target = tmp_path / "c4"
+    (target / "en").mkdir(parents=True)
+    good, bad = train(4, 7)
+    (target / good).write_bytes(c4_files[good])
+    (target / bad).write_bytes(c4_files[bad][:-1] + b"?")
+    outcome = stage_c4(target, files=2)
+    assert (outcome.present, outcome.downloaded) == (1, 2)  # README.md, and the one with other bytes
+    assert staged(target) == ["README.md", good, bad]
+    assert (target / bad).read_bytes() == c4_files[bad]
+    assert not hub.asked(good)
+
+
+def test_dry_run_writes_nothing(launch: Launch, hub: Hub, workplace: Path):
+    done = launch("stage", "c4", "--to", "c4", "--for", "nodes=3,gpus=4,steps=10,batch=5", "--dry-run")
+    assert done.returncode == 0 and not (workplace / "c4").exists()
+    assert done.stdout.splitlines() == ["README.md", *train(*range(12))]
+    assert "rounded up to 12: a multiple of its 12 data-parallel ranks" in done.stderr
+    assert "12 of 12 train files" in done.stderr and "2.05 G tokens" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "files"),
+    [
+        ("nodes=17,gpus=4,steps=100,batch=5", 68, 68),  # two files have the tokens; 68 ranks want one each
+        ("nodes=17,gpus=4,steps=10000,batch=5", 68, 204),  # 163 files' tokens, rounded up
+        ("nodes=9,gpus=4,steps=1000,batch=5", 36, 36),
+        ("nodes=9,gpus=4,steps=1000,batch=5,tp=4", 9, 9),
+        ("nodes=18,gpus=4,steps=100000,batch=5", 72, 1008),  # more than all of C4: what divides evenly
+        ("nodes=464,gpus=4,steps=100,batch=1", 1856, 1024),
+    ],
+)
+def test_files_for_a_run(text: str, ranks: int, files: int):
+    demand = demand_from(text)
+    assert (demand.ranks, demand.files(1024)) == (ranks, files)
+
+
+def test_a_run_that_needs_exactly_the_files_it_has_ranks(hub: Hub):
+    assert Demand(8, 8 * TOKENS_PER_FILE, "").files(1024) == 8
+    assert Demand(8, 8 * TOKENS_PER_FILE + 1, "").files(1024) == 16
+
+
+def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path):
+    (workplace / "run.toml").write_text(
+        "run = 1\n[profile]\ngpus_per_node = 4\n[recipe]\nsteps = 10\ntensor_parallel = 2\n[job]\nnodes = 3\n"
+    )
+    done = launch("stage", "c4", "--to", "c4", "--for", "run.toml", "--dry-run", "--json")
+    assert json.loads(done.stdout)["train_files"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ((), 2, "one of --files N, --for RUN and --all"),
+        (("--files", "2", "--all"), 2, "one of --files N, --for RUN and --all"),
+        (("--files", "13"), 3, "C4 has 12 train files"),
+        (("--files", "0"), 3, "C4 has 12 train files"),
+        (("--for", "nodes=3,gpu=4"), 3, "'gpu=4' is not one of nodes=N"),
+        (("--for", "nodes=0"), 3, "'nodes=0'"),
+        (("--for", "nodes=1,gpus=4,tp=3"), 3, "4 GPUs cannot be divided into groups of 3"),
+        (("--for", "no-such.toml"), 4, "cannot read"),
+        (("--files", "1", "--revision", "v9"), 4, "no revision 'v9'"),
+        (("--files", "1", "--jobs", "0"), 2, "--jobs"),
+    ],
+)
+def test_wrong_requests(launch: Launch, hub: Hub, workplace: Path, arguments, status: int, words: str):
+    done = launch("stage", "c4", "--to", "c4", *arguments)
+    assert (done.returncode, words in done.stderr) == (status, True), done.stderr
+    assert not (workplace / "c4").exists()
+
+
+def test_a_listing_of_several_pages_is_read_to_its_end(hub: Hub, tmp_path: Path):
+    names = {f"en/c4-train.{n:05d}-of-01024.json.gz": b"" for n in range(1024)}
+    hub.add("dataset", "allenai/c4", {"README.md": b"words", **names})
+    assert len(stage_c4(tmp_path / "c4", everything=True).manifest.files) == 1025

@@ -1,0 +1,256 @@
+"""Servers and networks that misbehave, against the real client: what arrives is right, or nothing arrives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.stage import hub as hub_module
+from launcher.stage import hub_errors
+from launcher.stage.c4 import stage_c4
+from launcher.stage.inventory import verify
+from tests.conftest import Launch
+from tests.stage import faults
+from tests.stage.hub_server import Content, Handler, Hub
+from tests.stage.test_stage_c4 import staged, train
+
+FILE = train(0)[0]
+
+
+@pytest.mark.parametrize(
+    ("answers", "requests"),
+    [
+        ([faults.status(500), faults.status(503)], 3),
+        ([faults.cut(1500), faults.cut(1000)], 3),
+        ([faults.cut(0)], 2),
+        ([faults.slow(0.01, 2000)], 1),
+        ([faults.wrong], 2),
+        ([faults.longer], 2),
+        ([faults.cut(1500), faults.whole], 2),
+        ([faults.cut(1500), faults.wrong], 3),
+    ],
+    ids=["5xx", "cut-twice", "cut-at-once", "slow", "wrong", "longer", "range-ignored", "wrong-rest"],
+)
+def test_what_may_pass_is_overcome(hub: Hub, tmp_path: Path, c4_files, answers, requests: int):
+    hub.faults[FILE] = list(answers)
+    stage_c4(tmp_path / "c4", files=1)
+    assert (tmp_path / "c4" / FILE).read_bytes() == c4_files[FILE]
+    assert len(hub.asked(FILE, "cdn")) == requests
+    assert verify(tmp_path / "c4", deep=True).problems == ()
+
+
+def test_a_cut_download_continues_where_it_was(hub: Hub, tmp_path: Path):
+    hub.faults[FILE] = [faults.cut(3000)]
+    stage_c4(tmp_path / "c4", files=1)
+    assert [request.range for request in hub.asked(FILE, "cdn")] == ["", "bytes=3000-"]
+
+
+def test_a_429_is_waited_for_as_long_as_it_asks(hub: Hub, tmp_path: Path, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(hub_errors, "_sleep", lambda seconds, _stop: waits.append(seconds))
+    later = formatdate(time.time() + 60, usegmt=True)
+    hub.api_faults = [faults.status(429, Retry_After="7"), faults.status(503)]
+    hub.faults[FILE] = [faults.status(429, Retry_After="30"), faults.status(503, Retry_After=later)]
+    assert stage_c4(tmp_path / "c4", files=1).downloaded == 2
+    assert waits[:3] == [7, 0.02, 30]
+    assert 30 < waits[3] <= 61  # a date, against the clock of the server
+
+
+def test_a_hub_that_asks_to_wait_for_hours_is_not_waited_for(hub: Hub, tmp_path: Path):
+    hub.api_faults = [faults.status(429, Retry_After="7200")]
+    with pytest.raises(LauncherError, match="too many requests"):
+        stage_c4(tmp_path / "c4", files=1)
+
+
+def test_errors_that_stay_end_with_a_message(hub: Hub, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hub_errors, "ATTEMPTS", 2)
+    hub.always = faults.status(503)
+    with pytest.raises(LauncherError, match="HTTP 503") as caught:
+        stage_c4(tmp_path / "c4", files=1)
+    assert "continues" in caught.value.fix
+    assert staged(tmp_path / "c4") == []
+
+
+def test_wrong_bytes_twice_are_refused_and_not_kept(hub: Hub, tmp_path: Path):
+    hub.faults[FILE] = [faults.wrong, faults.wrong]
+    with pytest.raises(LauncherError, match="wrong bytes twice"):
+        stage_c4(tmp_path / "c4", files=1)
+    assert FILE not in staged(tmp_path / "c4")
+    assert not list((tmp_path / "c4/.staged/partial").glob("*train*"))
+    assert len(hub.asked(FILE, "cdn")) == 2
+    assert stage_c4(tmp_path / "c4", files=1).manifest.files[FILE]
+
+
+def test_a_small_file_with_wrong_bytes_is_noticed_too(hub: Hub, tmp_path: Path):
+    hub.faults["README.md"] = [faults.wrong]
+    stage_c4(tmp_path / "c4", files=1)
+    assert len(hub.asked("README.md", "hub")) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "en/../../evil", "/etc/evil", "en/./x", ".staged/manifest.json", "en/a\nb"]
+)
+def test_names_that_lead_outside_are_refused(hub: Hub, tmp_path: Path, name: str):
+    hub.extra_names = [name]
+    with pytest.raises(LauncherError, match="outside the target"):
+        stage_c4(tmp_path / "c4", files=1)
+    assert not (tmp_path / "c4").exists() and not (tmp_path / "evil").exists()
+
+
+def test_no_hub_at_all(launch: Launch, hub: Hub, workplace: Path):
+    hub.close()
+    done = launch("stage", "c4", "--to", "c4", "--files", "1")
+    assert done.returncode == 1 and "no connection" in done.stderr and "HF_ENDPOINT" in done.stderr
+
+
+def test_offline_mode_is_said(launch: Launch, hub: Hub):
+    done = launch("stage", "c4", "--to", "c4", "--files", "1", HF_HUB_OFFLINE="1")
+    assert done.returncode == 3 and "unset HF_HUB_OFFLINE" in done.stderr
+
+
+# ------------------------------------------------------------------------------------- killed, interrupted, two at once
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launcher", "stage", "c4", *arguments], text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def big_c4(hub: Hub) -> dict[str, bytes]:
+    """Files of 12 MB: more than one piece."""
+    files = {name: os.urandom(12 << 20) for name in train(0, 1)}
+    hub.add("dataset", "allenai/c4", {"README.md": b"words", **files})
+    return files
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_killed_call_loses_nothing_and_the_next_continues(
+    hub: Hub, workplace: Path, big_c4, how: signal.Signals
+):
+    target, event = workplace / "c4", threading.Event()
+    second = train(1)[0]
+    hub.faults[second] = [faults.stall(event, 11 << 20)]
+    process = start("--to", "c4", "--files", "2")
+    partial = target / ".staged/partial"
+    wait_for(lambda: staged(target) == ["README.md", train(0)[0]])
+    wait_for(lambda: any(path.stat().st_size >= 11 << 20 for path in partial.iterdir()))
+    process.send_signal(how)
+    event.set()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -how), errors
+    assert "Traceback" not in errors
+    assert staged(target) == ["README.md", train(0)[0]]
+
+    hub.requests.clear()
+    outcome = stage_c4(target, files=2)
+    assert outcome.present == 2 and outcome.downloaded == 1
+    assert [request.range for request in hub.asked(second, "cdn")] == [f"bytes={11 << 20}-"]
+    assert (target / second).read_bytes() == big_c4[second]
+    assert verify(target, deep=True).problems == ()
+
+
+def test_killed_before_any_line_of_the_manifest(hub: Hub, workplace: Path, c4_files):
+    """Files that were renamed but not recorded yet are read, not downloaded."""
+    target = workplace / "c4"
+    stage_c4(target, files=3)
+    (target / ".staged/manifest.json").unlink()
+    hub.requests.clear()
+    outcome = stage_c4(target, files=3)
+    assert (outcome.present, outcome.downloaded) == (4, 0)
+    assert not hub.asked(FILE)
+
+
+def test_two_at_once_take_turns(hub: Hub, workplace: Path, big_c4):
+    event = threading.Event()
+    hub.faults[train(0)[0]] = [faults.stall(event, 1000)]
+    first = start("--to", "c4", "--files", "1")
+    wait_for(lambda: hub.asked(train(0)[0], "cdn"))
+    second = start("--to", "c4", "--files", "2")
+    line = second.stderr.readline() + second.stderr.readline() if second.stderr else ""
+    assert f"waiting: process {first.pid} on" in line
+    event.set()
+    assert first.wait(60) == 0 and second.wait(60) == 0
+    for process in (first, second):
+        process.communicate()
+    assert verify(workplace / "c4", deep=True).problems == ()
+    assert len(staged(workplace / "c4")) == 3
+
+
+def test_the_lock_of_a_killed_stager_is_free(hub: Hub, workplace: Path, big_c4):
+    event = threading.Event()
+    hub.faults[train(0)[0]] = [faults.stall(event, 1000)]
+    first = start("--to", "c4", "--files", "1")
+    wait_for(lambda: hub.asked(train(0)[0], "cdn"))
+    first.kill()
+    first.communicate()
+    event.set()
+    assert stage_c4(workplace / "c4", files=1).downloaded >= 1
+
+
+def test_a_server_that_lies_about_sizes_fills_no_disk(hub: Hub, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hub_errors, "ATTEMPTS", 2)
+    hub.always = faults.longer
+    with pytest.raises(LauncherError, match="more than"):
+        stage_c4(tmp_path / "c4", files=1)
+    sizes = [path.stat().st_size for path in (tmp_path / "c4/.staged/partial").iterdir()]
+    assert sum(sizes) == 0
+
+
+def test_files_are_downloaded_at_the_same_time(hub: Hub, tmp_path: Path):
+    """All are under way before any has ended: otherwise the barrier breaks."""
+    barrier = threading.Barrier(3, timeout=5)
+
+    def together(_handler: Handler, _content: Content, _start: int) -> bool:
+        barrier.wait()
+        return False
+
+    for name in train(0, 1, 2):
+        hub.faults[name] = [together]
+    assert stage_c4(tmp_path / "c4", files=3, jobs=3).downloaded == 4
+    assert not barrier.broken
+
+
+def test_files_of_xet_come_by_xet_or_else_by_http(hub: Hub, tmp_path: Path, c4_files, monkeypatch):
+    """Xet's own servers are replaced at the library's border: by its function that talks to them."""
+    from huggingface_hub import file_download
+
+    if not hub_module.xet_wanted():
+        pytest.skip("this huggingface_hub has no hf_xet")
+    for name in train(0, 1):
+        hub.content("allenai/c4", name).announced = {"xetHash": "f" * 64}
+        hub.xet.add(name)
+    taken = []
+
+    def xet_get(*, incomplete_path: Path, xet_file_data, expected_size: int, **_rest: object) -> None:
+        taken.append(incomplete_path)
+        if len(taken) == 2:
+            incomplete_path.write_bytes(b"half")
+            raise RuntimeError("the chunk server is not to be reached")
+        incomplete_path.write_bytes(next(data for data in c4_files.values() if len(data) == expected_size))
+
+    monkeypatch.setattr(file_download, "xet_get", xet_get)
+    stage_c4(tmp_path / "c4", files=2, jobs=1)
+    assert len(taken) == 2
+    assert [len(hub.asked(name, "cdn")) for name in train(0, 1)] == [0, 1]
+    assert verify(tmp_path / "c4", deep=True).problems == ()
+    assert staged(tmp_path / "c4") == ["README.md", *train(0, 1)]
+    assert not list((tmp_path / "c4/.staged/partial").iterdir())

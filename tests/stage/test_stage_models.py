@@ -1,0 +1,120 @@
+"""`launcher stage tokenizer` and `model`: exactly the needed files, and the answers of a gated repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Launch
+from tests.stage.conftest import GOOD_TOKEN
+from tests.stage.hub_server import Hub
+from tests.stage.test_stage_c4 import staged
+
+MODEL = "meta-llama/Llama-3.1-8B"
+TOKENIZER = ["original/tokenizer.model", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_exactly_the_tokenizers_files(launch: Launch, hub: Hub, workplace: Path, model_files):
+    done = launch("stage", "tokenizer", "--to", "tokenizer", HF_TOKEN=GOOD_TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert staged(workplace / "tokenizer") == TOKENIZER
+    assert all((workplace / "tokenizer" / name).read_bytes() == model_files[name] for name in TOKENIZER)
+    assert launch("stage", "verify", "tokenizer").returncode == 0
+
+
+def test_the_larger_models_and_any_other(launch: Launch, hub: Hub, workplace: Path, model_files):
+    hub.add("model", "meta-llama/Llama-3.1-70B", model_files)
+    hub.add("model", "me/mine", model_files)
+    for name in ("Llama-3.1-70B", "me/mine"):
+        assert launch("stage", "tokenizer", name, "--to", name).returncode == 0
+        manifest = json.loads((workplace / name / ".staged/manifest.json").read_text())
+        assert manifest["source"].endswith(name) and manifest["kind"] == "tokenizer"
+    done = launch("stage", "tokenizer", "Llama-9", "--to", "x")
+    assert done.returncode == 3 and "known: Llama-3.1-8B, Llama-3.1-70B" in done.stderr
+
+
+def test_a_repository_without_tokenizer_config(launch: Launch, hub: Hub, model_files):
+    """With tokenizer.json alone, beginning and end of text would silently be missing."""
+    hub.add("model", "me/mine", {k: v for k, v in model_files.items() if k != "tokenizer_config.json"})
+    done = launch("stage", "tokenizer", "me/mine", "--to", "x")
+    assert done.returncode == 3 and "has no tokenizer_config.json" in done.stderr
+
+
+def test_weights_config_and_tokenizer(launch: Launch, hub: Hub, workplace: Path):
+    done = launch("stage", "model", "--to", "model", HF_TOKEN=GOOD_TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert staged(workplace / "model") == sorted(
+        [*TOKENIZER, "config.json", "generation_config.json", "model.safetensors.index.json",
+         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    )  # fmt: skip
+
+
+def test_a_tokenizers_directory_grows_into_a_models(launch: Launch, hub: Hub, workplace: Path):
+    assert launch("stage", "tokenizer", "--to", "it", HF_TOKEN=GOOD_TOKEN).returncode == 0
+    done = launch("stage", "model", "--to", "it", "--json", HF_TOKEN=GOOD_TOKEN)
+    assert json.loads(done.stdout)["present"] == 4
+    assert launch("stage", "tokenizer", "--to", "it", HF_TOKEN=GOOD_TOKEN).returncode == 0
+    assert json.loads(launch("stage", "verify", "it", "--json").stdout) | {
+        "kind": "model",
+        "files": 9,
+    } == json.loads(launch("stage", "verify", "it", "--json").stdout)
+
+
+def test_weights_that_are_not_all_there(launch: Launch, hub: Hub, model_files):
+    hub.add("model", "me/mine", {k: v for k, v in model_files.items() if "00002-of" not in k})
+    done = launch("stage", "model", "me/mine", "--to", "x")
+    assert done.returncode == 3 and "some of its weights are missing" in done.stderr
+
+
+def test_four_answers_of_a_gated_repository(launch: Launch, hub: Hub, workplace: Path):
+    states = {
+        "none": "hf_stranger",
+        "pending": "hf_waiting",
+        "rejected": "hf_rejected",
+        "fine": "hf_finegrained",
+    }
+    hub.gated[MODEL] |= {token: state for state, token in states.items()}
+    hub.tokens |= set(states.values())
+    tokens = {"missing": "", "invalid": "hf_invalid", **states}
+    messages = {}
+    for state, token in tokens.items():
+        environment = {"HF_TOKEN": token} if token else {}
+        done = launch("stage", "tokenizer", "--to", "x", **environment)
+        assert done.returncode == 3
+        assert "try:" in done.stderr and not (token and token in done.stderr + done.stdout)
+        messages[state] = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
+        assert staged(workplace / "x") == []
+    assert len(set(messages.values())) == len(messages)
+    for state, words in {
+        "missing": "needs a token, and there is none",
+        "invalid": "invalid or has expired",
+        "none": "is gated, and your account has no access",
+        "pending": "request for access is pending",
+        "rejected": "was rejected",
+        "fine": "fine-grained token may not",
+    }.items():
+        assert words in messages[state]
+
+
+def test_the_token_from_a_file_and_from_the_login(launch: Launch, hub: Hub, workplace: Path):
+    (workplace / "token").write_text(f"{GOOD_TOKEN}\n")
+    assert launch("stage", "tokenizer", "--to", "a", "--token-file", "token").returncode == 0
+    (workplace / "huggingface").mkdir(exist_ok=True)
+    (workplace / "huggingface/token").write_text(GOOD_TOKEN)
+    assert launch("stage", "tokenizer", "--to", "b").returncode == 0
+
+
+@pytest.mark.parametrize("content", ["", "two tokens", b"\xff\xfe".decode("latin-1")])
+def test_a_token_file_that_holds_none(launch: Launch, hub: Hub, workplace: Path, content: str):
+    (workplace / "token").write_bytes(content.encode("latin-1"))
+    done = launch("stage", "tokenizer", "--to", "x", "--token-file", "token")
+    assert done.returncode == 3 and "must hold one token" in done.stderr
+    assert launch("stage", "tokenizer", "--to", "x", "--token-file", "none").returncode == 7
+
+
+def test_the_token_is_in_no_file(launch: Launch, hub: Hub, workplace: Path):
+    assert launch("stage", "model", "--to", "it", HF_TOKEN=GOOD_TOKEN).returncode == 0
+    for path in workplace.rglob("*"):
+        assert not path.is_file() or GOOD_TOKEN.encode() not in path.read_bytes(), path

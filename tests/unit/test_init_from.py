@@ -1,0 +1,364 @@
+"""`--init-from`: what is accepted as a checkpoint in the Hub's format, where it is checked, and what the job is told."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import struct
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.layers import find, merge, read_layer
+from launcher.resolve import check_weights as check_at_submit
+from launcher.resolve import warnings
+from launcher.runtime import mounts
+from launcher.spec import Job, Recipe, RunSpec
+from launcher.titan import Refused
+from launcher.titan.command import config_files, trainer_arguments
+from launcher.titan.weights import INDEX, SHAPES, check_weights, starting_weights, wanted_tensors
+from tests.conftest import Launch
+from tests.unit.test_node import Place
+from tests.unit.test_titan_command import a_node, debug_node
+
+SCALING = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[int, ...]], dtype: str = "BF16") -> None:
+    """A file of the right length with a hole in the place of the numbers: 70B takes no room."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors.items():
+        size = 2
+        for length in shape:
+            size *= length
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(table).encode()
+    with open(path, "wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + end)
+
+
+def write_checkpoint(folder: Path, flavor: str = "debugmodel", shards: int = 2) -> Path:
+    folder.mkdir()
+    shape = SHAPES[flavor]
+    names = list(wanted := wanted_tensors(shape))
+    files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    for index, file in enumerate(files):
+        write_safetensors(folder / file, {name: wanted[name] for name in names[index::shards]})
+    weight_map = {name: files[index % shards] for index, name in enumerate(names)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {"model_type": "llama", **vars(shape), "rope_theta": 500000.0, "rope_scaling": SCALING}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "weights")
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(("flavor", "files"), [("debugmodel", 1), ("8B", 4), ("70B", 30)])
+def test_a_whole_checkpoint_fits_its_flavor(tmp_path: Path, flavor: str, files: int) -> None:
+    assert check_weights(write_checkpoint(tmp_path / "w", flavor, files), flavor) == files
+
+
+def test_the_published_8b_has_the_size_that_the_hub_tells() -> None:
+    count = 0
+    for shape in wanted_tensors(SHAPES["8B"]).values():
+        count += shape[0] * (shape[1] if len(shape) == 2 else 1)
+    assert count == 8_030_261_248
+
+
+def test_one_file_needs_no_index_and_5s_config_has_another_table(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "w", shards=1)
+    (folder / INDEX).unlink()
+    edit_config(
+        folder, rope_scaling=None, rope_theta=None, rope_parameters={**SCALING, "rope_theta": 500000.0}
+    )
+    assert check_weights(folder, "debugmodel") == 1
+
+
+def without_weights(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+
+
+FIRST = "model-00001-of-00002.safetensors"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no directory": (lambda f: shutil.rmtree(f), "weights is not a directory"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+    "another model": (lambda f: edit_config(f, model_type="mistral"), "model_type is 'mistral', not 'llama'"),
+    "another size": (
+        lambda f: edit_config(f, hidden_size=4096, vocab_size=128256),
+        "not that of debugmodel: hidden_size is 4096, not 256, vocab_size is 128256, not 2048",
+    ),
+    "other key heads": (lambda f: edit_config(f, num_key_value_heads=8), "num_key_value_heads is 8, not 16"),
+    "Llama 3 before 3.1": (lambda f: edit_config(f, rope_scaling=None), "is not Llama 3.1's"),
+    "other positions": (lambda f: edit_config(f, rope_theta=10000.0), "rope_theta 10000.0"),
+    "no shard": (lambda f: (f / FIRST).unlink(), f"1 of 2 shards are missing: {FIRST}"),
+    "no weights": (without_weights, "holds no *.safetensors"),
+    "a pointer": (
+        lambda f: (f / FIRST).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
+        f"{FIRST} is a Git LFS pointer, not data",
+    ),
+    "empty": (lambda f: (f / FIRST).write_bytes(b""), f"{FIRST} is empty"),
+    "cut in its length": (lambda f: (f / FIRST).write_bytes(b"abc"), f"{FIRST} is cut off"),
+    "cut in its header": (
+        lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:99]),
+        f"{FIRST} is cut off",
+    ),
+    "cut in its data": (
+        lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:-1]),
+        "bytes, its header says",
+    ),
+    "something else": (
+        lambda f: (f / FIRST).write_bytes(b"<!DOCTYPE html>" * 9),
+        "is not a safetensors file",
+    ),
+    "a header of nonsense": (
+        lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 12) + b'{"a": [1, 2]'),
+        "is not a safetensors file",
+    ),
+    "endless numbers": (
+        lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 26) + b'{"a":{"shape":[Infinity]}}'),
+        "is not a safetensors file",
+    ),
+    "quantised": (
+        lambda f: write_safetensors(f / FIRST, {"model.norm.weight": (256,)}, "F8_E4M3"),
+        "model.norm.weight is F8_E4M3",
+    ),
+    "twice": (lambda f: shutil.copy(f / FIRST, f / "old.safetensors"), "is also in another file"),
+    "weights left out": (
+        lambda f: write_safetensors(f / FIRST, {}),
+        "29 of the 57 weights of debugmodel are missing: model.embed_tokens.weight",
+    ),
+    "index without files": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_everything_else_is_refused_with_the_command_that_repairs_it(weights: Path, damage: str) -> None:
+    break_it, words = DAMAGE[damage]
+    break_it(weights)
+    with pytest.raises(Refused) as refused:
+        check_weights(weights, "debugmodel")
+    assert words in refused.value.why
+    other = ("another", "Llama 3 before", "other ")  # not repaired by fetching it again
+    assert f"launcher stage model --to {'DIR' if damage.startswith(other) else weights}" in refused.value.fix
+
+
+def test_the_command_names_the_model_and_survives_a_shell(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "it's 70B", "70B")
+    (folder / FIRST).unlink()
+    with pytest.raises(Refused) as refused:
+        check_weights(folder, "70B")
+    assert shlex.split(refused.value.fix) == [
+        "launcher",
+        "stage",
+        "model",
+        "Llama-3.1-70B",
+        "--to",
+        str(folder),
+    ]
+
+
+def test_a_weight_of_another_shape_is_refused(weights: Path) -> None:
+    wanted = wanted_tensors(SHAPES["debugmodel"])
+    names = list(wanted)[0::2]
+    write_safetensors(
+        weights / FIRST, {**{n: wanted[n] for n in names}, "model.embed_tokens.weight": (2000, 256)}
+    )
+    with pytest.raises(
+        Refused, match=r"embed_tokens.weight has the shape \[2000, 256\], debugmodel needs \[2048, 256\]"
+    ):
+        check_weights(weights, "debugmodel")
+
+
+def own(run_dir: Path, *names: str) -> None:
+    for name in names:
+        path = run_dir / "titan" / "checkpoint" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.mark.parametrize("version", ["0.2.2", "0.3.0"])
+def test_a_runs_own_checkpoint_wins_even_when_the_weights_are_gone(tmp_path: Path, version: str) -> None:
+    own(tmp_path, "step-9/.metadata", "step-10/.metadata", "step-20/__0_0.distcp")
+    node = debug_node(init_from="/gone", run_dir=str(tmp_path))
+    assert starting_weights(node, version) == {"init_from": f"{tmp_path}/titan/checkpoint/step-10"}
+
+
+def test_an_unfinished_checkpoint_is_no_random_start(tmp_path: Path, weights: Path) -> None:
+    own(tmp_path, "step-20/__0_0.distcp")
+    node = debug_node(init_from=str(weights), run_dir=str(tmp_path))
+    assert starting_weights(node, "0.3.0") == {"init_from": str(weights), "init_from_files": 2}
+    with pytest.raises(Refused, match="would start from random weights") as refused:
+        starting_weights(node, "0.2.2")
+    assert refused.value.fix.endswith(f"rm -r {tmp_path}/titan/checkpoint")
+    elsewhere = {**node, "titan": {"checkpoint.folder": "mine"}}
+    assert starting_weights(elsewhere, "0.2.2")["init_from"] == str(weights)
+
+
+def test_without_the_option_nothing_is_looked_at() -> None:
+    assert starting_weights(debug_node(), "nonsense") == {}
+
+
+@pytest.mark.parametrize(("interval", "load_only"), [(0, True), (50, False)])
+def test_both_eras_load_the_hubs_format_and_save_only_when_asked(interval: int, load_only: bool) -> None:
+    node = a_node({"checkpoint_interval": interval}, init_from="/data/models/it's")
+    arguments = trainer_arguments(node, "0.3.0")
+    assert [argument for argument in arguments if argument.startswith("--checkpoint.")] == [
+        "--checkpoint.enable",
+        f"--checkpoint.interval={interval or 500}",
+        "--checkpoint.no_last_save_model_only",
+        "--checkpoint.initial_load_path=/data/models/it's",
+        "--checkpoint.initial_load_in_hf",
+        "--checkpoint.initial_load_model_only",
+        "--checkpoint.load_only" if load_only else "--checkpoint.no_load_only",
+    ]
+    (text,) = config_files(node, "0.2.2").values()
+    assert tomllib.loads(text)["checkpoint"] == {
+        "enable": True, "interval": interval or 500, "last_save_model_only": False,
+        "initial_load_path": "/data/models/it's", "initial_load_in_hf": True, "initial_load_model_only": True,
+        "load_only": load_only,
+    }  # fmt: skip
+
+
+def spec(init_from: Path | str, flavor: str = "debugmodel", **job: Any) -> RunSpec:
+    return RunSpec(
+        job=Job(name="a", runs_dir="/runs", init_from=str(init_from), **job), recipe=Recipe(flavor=flavor)
+    )
+
+
+def test_submit_refuses_what_it_can_see(weights: Path) -> None:
+    check_at_submit(spec(weights))
+    with pytest.raises(
+        LauncherError, match=r"--init-from .*config.json is not that of 8B: hidden_size is 256"
+    ) as error:
+        check_at_submit(spec(weights, "8B"))
+    assert error.value.status == ExitStatus.INVALID and "launcher stage model" in error.value.fix
+
+
+def test_submit_looks_where_a_mount_takes_it_from(tmp_path: Path, weights: Path) -> None:
+    moved = spec("/data/weights", mounts=(f"{tmp_path}:/data",))
+    check_at_submit(moved)
+    (weights / FIRST).unlink()
+    with pytest.raises(LauncherError, match="shards are missing"):
+        check_at_submit(moved)
+
+
+def test_what_only_the_nodes_have_is_a_warning() -> None:
+    check_at_submit(spec("/nowhere/weights"))
+    assert any(
+        text.startswith("/nowhere/weights: not on this machine")
+        for text in warnings(spec("/nowhere/weights"))
+    )
+    assert not any(text.startswith(":") for text in warnings(spec("")))
+
+
+def test_links_that_lead_out_of_the_container_are_refused(tmp_path: Path, weights: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    weights.rename(blobs)
+    snapshot.mkdir()
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    with pytest.raises(
+        LauncherError, match=r"a link to .*/blobs/.*, which the container does not see"
+    ) as error:
+        check_at_submit(spec(snapshot))
+    assert f"--mount {blobs}:{blobs}:ro" in error.value.fix
+    check_at_submit(spec(snapshot, mounts=(f"{blobs}:{blobs}:ro",)))
+    check_at_submit(spec(snapshot, runtime="bare"))
+
+
+def test_the_directory_is_mounted_read_only_at_its_own_path(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "link").symlink_to(weights)
+    given = str(tmp_path / "link")
+    resolved = RunSpec(job=spec(given).job, resolved={given: str(weights)})
+    assert f"{weights}:{given}:ro" in mounts(resolved)
+    assert not [mount for mount in mounts(spec("")) if mount.startswith(":")]
+
+
+def test_render_mounts_it(launch: Launch, weights: Path) -> None:
+    done = launch("render", "--gpu", "b200", "--image", "/x.sqsh", "--init-from", str(weights))
+    assert done.returncode == 0 and f"{weights}:{weights}:ro" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("checkpoint.initial_load_path=/x", "--init-from DIR"),
+        ("checkpoint.initial-load-in-hf=true", "--init-from DIR"),
+        ("checkpoint.load_only=true", "recipe.checkpoint_interval"),
+        ("checkpoint.enable=true", "recipe.checkpoint_interval"),
+        ("checkpoint.interval=5", "recipe.checkpoint_interval"),
+    ],
+)
+def test_settings_that_would_contradict_it_are_refused(launch: Launch, setting: str, fix: str) -> None:
+    done = launch("render", "--gpu", "b200", "--image", "/x.sqsh", "--set", setting)
+    assert done.returncode == ExitStatus.INVALID and fix in done.stderr
+
+
+@pytest.mark.parametrize("value", ["s3://bucket/weights", "hub", "/a,b", "/a:b"])
+def test_a_place_that_cannot_be_mounted_is_refused(launch: Launch, value: str) -> None:
+    run_toml = Path("mine.toml")
+    run_toml.write_text(f"[job]\ninit_from = {json.dumps(value)}\n")
+    done = launch("render", "--gpu", "b200", "--image", "/x.sqsh", "--config", str(run_toml))
+    assert done.returncode == ExitStatus.INVALID and "job.init_from" in done.stderr
+
+
+def test_the_recipe_for_fine_tuning_is_llama3_8b_from_its_weights() -> None:
+    for gpu in ("gb200", "b200", "h200", "h100"):
+        tuned, plain = (
+            merge([read_layer(find("recipes", name), "", gpu)])
+            for name in ("llama3-8b-finetune", "llama3-8b")
+        )
+        assert tuned.job.init_from == "/data/models/Llama-3.1-8B" and plain.job.init_from == ""
+        assert tuned.recipe.lr == 1e-5 and tuned.recipe.warmup_steps == 10 < tuned.recipe.steps
+        assert tuned.recipe == Recipe(**{**vars(plain.recipe), "lr": 1e-5, "warmup_steps": 10})
+
+
+def place(tmp_path: Path, weights: Path, titan: str = "0.3.0") -> Place:
+    made = Place(tmp_path, debug_node(init_from=str(weights)), titan)
+    (made.site / "safetensors").mkdir()
+    (made.site / "safetensors" / "__init__.py").touch()
+    return made
+
+
+def test_a_node_says_where_its_weights_come_from(tmp_path: Path, weights: Path) -> None:
+    node = place(tmp_path, weights)
+    done = node.start(FAKE_TORCH="2.14.0+cpu")
+    assert f"--checkpoint.initial_load_path={weights}" in done.stdout
+    assert (node.record()["init_from"], node.record()["init_from_files"]) == (str(weights), 2)
+
+
+def test_a_node_refuses_before_anything_is_started(tmp_path: Path, weights: Path) -> None:
+    node = place(tmp_path, weights)
+    (weights / FIRST).unlink()
+    line = node.refused(FAKE_TORCH="2.14.0+cpu")
+    assert "1 of 2 shards are missing" in line and f"launcher stage model --to {weights}" in line
+
+
+def test_a_node_without_the_reader_of_the_format_says_so(tmp_path: Path, weights: Path) -> None:
+    node = place(tmp_path, weights)
+    shutil.rmtree(node.site / "safetensors")
+    assert "safetensors is not installed for" in node.refused(FAKE_TORCH="2.14.0+cpu")
