@@ -42,7 +42,7 @@ RUN lock="/tmp/locks/${CHANNEL}-$(dpkg --print-architecture).txt" \
  && umask 022 \
  && PYTHONPATH="$(echo /tmp/pip/pip-*.whl)" PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -B -m pip install \
       --ignore-installed --no-deps --require-hashes --only-binary :all: --no-compile --no-cache-dir \
-      --disable-pip-version-check --progress-bar off \
+      --disable-pip-version-check --progress-bar off --retries 2 \
       ${INDEX_URL:+--index-url "$INDEX_URL"} ${EXTRA_INDEX_URL:+--extra-index-url "$EXTRA_INDEX_URL"} \
       --requirement "$lock" \
  && install -D -m 644 "$lock" /usr/local/share/titan/lock.txt \

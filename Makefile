@@ -32,13 +32,14 @@ lint: $(VENV)/.dev ## check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/.dev ## measure what docs/performance.md claims
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/parse_log.py
 
 clean: ## remove virtual environments and caches; run directories stay
-	rm -rf $(VENV) $(VENV_02) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_02) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.made $(VENV_02)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12") if sys.version_info < (3, 11) else None'

@@ -62,7 +62,9 @@ def documents_per_second(path: Path, files: int, degree: int) -> float:
     """Kept by one rank, per CPU second, after its first file."""
     from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 
-    tokenizer: Any = Counting()  # three tokens are one sequence of length 2 in both eras: one `next`, one document
+    tokenizer: Any = (
+        Counting()
+    )  # three tokens are one sequence of length 2 in both eras: one `next`, one document
     dataset = HuggingFaceTextDataset("c4", str(path), tokenizer, 2, degree // 2, degree, infinite=True)
     documents = iter(dataset)
     own_files = files % degree == 0

@@ -142,9 +142,9 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
         sample.write_c4_sample(directory / "sample" / "c4")
         sample.write_tokenizer(directory / "sample" / "tokenizer")
     if spec.view:
-        from launcher.stage import view
+        from launcher.stage.view import write
 
-        view.write(directory / "data", spec.view)
+        write(directory / "data", spec.view)
     write_json(
         directory / "intent.json",
         {

@@ -293,10 +293,18 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
     if job.data_part and (not (part := DATA_PART.fullmatch(job.data_part)) or int(part[1]) > int(part[2])):
         raise bad("job.data_part", "must be I/N with I from 1 to N", "--data-part 1/2")
     if job.data_part and job.data == HUB:
-        raise bad("job.data_part", "what the Hub streams has no parts", "launcher stage c4 --to DIR, then --data DIR")
+        raise bad(
+            "job.data_part",
+            "what the Hub streams has no parts",
+            "launcher stage c4 --to DIR, then --data DIR",
+        )
     scratch = spec.profile.scratch
     if scratch and (not SAFE_DIR.fullmatch(scratch) or scratch == "/"):
-        raise bad("profile.scratch", "must be an absolute path of letters, digits and ._-+@=~", 'scratch = "/scratch/local"')
+        raise bad(
+            "profile.scratch",
+            "must be an absolute path of letters, digits and ._-+@=~",
+            'scratch = "/scratch/local"',
+        )
     if job.tokenizer == HUB:
         raise bad("job.tokenizer", "the tokenizer is not fetched during a job", "--tokenizer DIR")
     if job.runtime == "bare":

@@ -67,7 +67,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         r"Temporary failure (?:in name resolution|resolving)|Could not resolve|lookup \S+|i/o timeout|"
         r"connection refused|Network is unreachable|Client\.Timeout",
         "the build cannot reach the network",
-        "docker run --rm {base} cat /etc/resolv.conf; with the host's network: --network host",
+        "docker run --rm {base} cat /etc/resolv.conf; with the host's network: --network host; where torch's own index "
+        "is out of reach, a channel that needs PyPI alone: make image CHANNEL=stable",
     ),
 )
 

@@ -156,7 +156,7 @@ def build_command(
         built.append(image)
         if arch in files:
             convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=_say)
-    pushed = _push(built, reference, engine) if reference else None
+    pushed = _push(built, arches, reference, engine) if reference else None
     if as_json:
         names = {arch: click.format_filename(path) for arch, path in files.items()}
         images = [asdict(image) | {"squashfs": names.get(image.arch)} for image in built]
@@ -169,11 +169,10 @@ def build_command(
         _say(f"  next: launcher submit --image {shlex.quote(str(path))}")
 
 
-def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
+def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
     from launcher.image.registry import manifest_list, push
 
     pushed = [push(image.tag, reference, engine=engine, say=_say) for image in built]
-    arches = [image.arch for image in built]
     digest = manifest_list(reference, pushed, arches=arches, engine=engine, say=_say)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
 

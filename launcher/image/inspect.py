@@ -104,9 +104,7 @@ def embedded_metadata(path: Path) -> dict[str, Any] | None:
         return _json(tree.read(METADATA, 1 << 20)) if tree else None
 
 
-def problems(
-    facts: ImageFacts, profile_arch: str, profile_device: str, driver: str
-) -> list[tuple[str, str]]:
+def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: str) -> list[tuple[str, str]]:
     """(what, fix) for everything that would fail on the nodes; what is not known is not held against the image.
 
     `profile_arch` is uname's word, `profile_device` cuda or cpu, `driver` the nodes' NVIDIA driver

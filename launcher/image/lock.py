@@ -130,7 +130,10 @@ def _explain(chosen: Channel, index: str, stderr: str) -> LauncherError:
     if match:
         fix = "check the network and the proxy, or give a mirror that is reachable: --torch-index URL"
         if index and match[1].startswith(index) and chosen.cuda:
-            fix = f"a channel that needs PyPI alone: CHANNEL=stable; or a mirror of the index: --torch-index URL (now {index})"
+            fix = (
+                "a channel that needs PyPI alone: make image CHANNEL=stable, or launcher image build stable; or a "
+                f"mirror of the index: --torch-index URL (now {index})"
+            )
         return LauncherError(
             f"channel {chosen.name}: the package index {match[1]} cannot be reached",
             fix,

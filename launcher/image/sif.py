@@ -201,13 +201,15 @@ def _arguments(chosen: Channel, base: str) -> dict[str, str]:
 
 
 def _single_stage(text: str, arguments: Mapping[str, str]) -> str:
-    """The Dockerfile as spython can read it: one FROM, the ARGs' values in their places, files not below /tmp."""
+    """The Dockerfile as spython can read it: one FROM, the ARGs' values in their places, nothing in or from /tmp."""
     for name, value in arguments.items():
         text = re.sub(rf"^ARG {name}=.*$", f"ARG {name}={shlex.quote(value)}", text, flags=re.M)
         text = text.replace(f"${{{name}}}", value)
     first, *later = re.split(r"^(?=FROM )", text.replace("/tmp/", f"{_STAGING}/"), flags=re.M)[1:]
     body = first + "".join(re.sub(r"^FROM .*\n", "", stage) for stage in later)
     body = re.sub(r"^COPY --from=\w+ (\S+) (\S+)$", r"RUN mkdir -p \2 && cp \1 \2", body, flags=re.M)
+    # While it is built, Apptainer mounts the builder's own /tmp, /var/tmp and more: a chmod must never get there.
+    body = body.replace("find / -xdev ", "find /usr /bin /sbin /lib /opt -xdev ")
     here = f"{data_dir('containers')}/"
     body = re.sub(r"^COPY .*$", lambda copy: copy[0].replace("containers/", here), body, flags=re.M)
     return re.sub(r'"?\$\{(SOURCE_REVISION|CREATED)\}"?', '""', body)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.stage import c4, tokenizer
-from launcher.stage.manifest import Manifest, Problem, check, read_manifest
+from launcher.stage.manifest import Manifest, Problem, look, read, read_manifest
+from launcher.stage.progress import Progress
 from launcher.stage.target import gigabytes
 
 PLACES = ("/data/c4", "/data/tokenizers", "/data/models")  # where the defaults of `submit` look
@@ -124,9 +125,7 @@ def steps_of(train_files: int, gpu: str, ranks: int) -> int:
     return used * c4.TOKENS_PER_FILE // (recipe.local_batch_size * recipe.seq_len * ranks)
 
 
-def verify(
-    directory: Path, deep: bool = False, on_bytes: Callable[[int], None] = lambda _count: None
-) -> Report:
+def verify(directory: Path, deep: bool = False) -> Report:
     """Raises LauncherError for a directory that has no manifest, with what gives it one."""
     if not directory.is_dir():
         raise LauncherError(f"{directory}: no such directory", f"launcher stage c4 --to {directory} --files 8",
@@ -142,7 +141,16 @@ def verify(
             fix = "launcher stage list DIR, with a directory that was staged"
         raise LauncherError(f"{directory}: not staged by the launcher: nothing is known about its files", fix,
                             status=ExitStatus.NOT_FOUND)  # fmt: skip
-    return Report(directory, manifest, tuple(check(directory, manifest, deep, on_bytes)))
+    problems, unread = look(directory, manifest, deep)
+    size = sum(manifest.files[path].bytes for path in unread)
+    with Progress("reading", len(unread), size, 0, sys.stderr) as progress:
+
+        def on_bytes(count: int) -> None:
+            progress.add(count)
+            progress.refresh()
+
+        problems += read(directory, manifest, unread, on_bytes) if unread else []
+    return Report(directory, manifest, tuple(problems))
 
 
 def staged_below(places: list[Path]) -> list[Path]:

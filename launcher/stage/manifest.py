@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ SCHEMA = 1
 KINDS = ("c4", "tokenizer", "model")
 LFS_POINTER = b"version https://git-lfs"
 BLOCK = 1 << 20
+READERS = 8  # files at once: a parallel file system is slow with one
 
 
 @dataclass(frozen=True)
@@ -130,27 +132,36 @@ def is_verified(directory: Path, path: str, file: StagedFile) -> bool:
     return (found.st_size, found.st_mtime_ns) == (file.bytes, file.mtime_ns)
 
 
-def check(
-    directory: Path,
-    manifest: Manifest,
-    deep: bool = False,
-    on_bytes: Callable[[int], None] = lambda _count: None,
-) -> list[Problem]:
-    """Holds the directory against its manifest. Files whose time has changed are read; with `deep`, all are."""
+def look(directory: Path, manifest: Manifest, deep: bool = False) -> tuple[list[Problem], list[str]]:
+    """What is wrong as far as names and sizes tell, and the files to be read: the touched ones; with `deep`, all."""
     problems = [
         Problem(path, "not downloaded yet") for path in sorted(set(manifest.wanted) - manifest.files.keys())
     ]
+    unread = []
     for path, file in sorted(manifest.files.items()):
         problem = _size_problem(directory, path, file)
-        if problem is None and (deep or not is_verified(directory, path, file)):
-            try:
-                if sha256_of(directory / path, on_bytes) != file.sha256:
-                    problem = Problem(path, "other bytes than were verified")
-            except OSError as error:
-                problem = Problem(path, error.strerror or str(error))
         if problem is not None:
             problems.append(problem)
-    return problems
+        elif deep or not is_verified(directory, path, file):
+            unread.append(path)
+    return problems, unread
+
+
+def read(
+    directory: Path, manifest: Manifest, paths: Sequence[str], on_bytes: Callable[[int], None]
+) -> list[Problem]:
+    """What is wrong with the bytes of `paths`; several files at once."""
+
+    def problem_of(path: str) -> Problem | None:
+        try:
+            if sha256_of(directory / path, on_bytes) == manifest.files[path].sha256:
+                return None
+        except OSError as error:
+            return Problem(path, error.strerror or str(error))
+        return Problem(path, "other bytes than were verified")
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return [problem for problem in pool.map(problem_of, paths) if problem is not None]
 
 
 def _size_problem(directory: Path, path: str, file: StagedFile) -> Problem | None:

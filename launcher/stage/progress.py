@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts bytes from any thread; the thread that calls `refresh` draws."""
+    """Counts bytes from any thread, and draws when `refresh` is called."""
 
     def __init__(self, title: str, files: int, size: int, present: int, stream: TextIO) -> None:
         self.title, self.files, self.size, self.stream = title, files, size, stream
@@ -67,4 +67,5 @@ class Progress:
             print(plain(text), file=self.stream, flush=True)
 
     def _title(self) -> str:
-        return f"{self.title} {self.done_files}/{self.files} files"
+        done = f"{self.done_files}/" if self.done_files else ""
+        return f"{self.title} {done}{self.files} files"

@@ -84,7 +84,9 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     if not (spec.job.data == SAMPLE or spec.job.data.startswith("/")) or spec.recipe.dataset not in DATASETS:
         if spec.job.data_part:
             what = f"--data {spec.job.data} with the dataset {spec.recipe.dataset}"
-            raise LauncherError(f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4")
+            raise LauncherError(
+                f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4"
+            )
         return spec, []
     if spec.job.data == SAMPLE:
         staged = Staged(tuple(file_names("train", TRAIN_FILES)), tuple(file_names("validation", 1)))
@@ -111,8 +113,13 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
         notes.append(f"{directory}/en: {name} is {why}{more}: left out; {stage} repairs it")
     if not staged.train:
         if spec.job.data_part:
-            raise LauncherError(f"--data-part {spec.job.data_part}: {directory}/en holds no train file", stage)
-        return spec, [*notes, f"{directory}/en holds no train file of C4, so the run gets no view of it: {stage}"]
+            raise LauncherError(
+                f"--data-part {spec.job.data_part}: {directory}/en holds no train file", stage
+            )
+        return spec, [
+            *notes,
+            f"{directory}/en holds no train file of C4, so the run gets no view of it: {stage}",
+        ]
     spec = _with_view(spec, staged)
     return spec, [*notes, *_shortages(spec, staged, stage)]
 
@@ -149,7 +156,9 @@ def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[st
     return Staged(train, validation, sizes, left_out, in_all), notes
 
 
-def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Sequence[str]) -> tuple[int, str]:
+def _problem(
+    entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Sequence[str]
+) -> tuple[int, str]:
     """Size, and why the file cannot be read as training data; empty when it can."""
     try:
         size = entry.stat().st_size
@@ -161,7 +170,10 @@ def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Se
             return size, "not a file"
         if listed is not None and listed.get(entry.name) != size:
             expected = listed.get(entry.name)
-            return size, "not in the manifest" if expected is None else f"{size:,} bytes instead of {expected:,}"
+            return (
+                size,
+                "not in the manifest" if expected is None else f"{size:,} bytes instead of {expected:,}",
+            )
         if size == 0:
             return size, "empty"
         if size < SMALL:
@@ -211,9 +223,13 @@ def _with_view(spec: RunSpec, staged: Staged) -> RunSpec:
         raise LauncherError(
             f"--data-part {spec.job.data_part}: {parts} parts for {spec.data_parallel} data-parallel ranks need "
             f"{needed} train files, there are {len(staged.train)}",
-            "fewer parts, or another --data" if spec.job.data == SAMPLE or needed > staged.train_files_in_all else fix,
+            "fewer parts, or another --data"
+            if spec.job.data == SAMPLE or needed > staged.train_files_in_all
+            else fix,
         )
-    return replace(spec, view={name: f"{_way_to_data(spec)}/en/{name}" for name in (*chosen, *staged.validation)})
+    return replace(
+        spec, view={name: f"{_way_to_data(spec)}/en/{name}" for name in (*chosen, *staged.validation)}
+    )
 
 
 def _way_to_data(spec: RunSpec) -> str:
@@ -264,7 +280,9 @@ def _shortages(spec: RunSpec, staged: Staged, stage: str) -> list[str]:
     notes, train, degree = [], train_files(spec), spec.data_parallel
     more = f"; {stage}" if _files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
     if len(train) % degree:
-        help_ = more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
+        help_ = (
+            more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
+        )
         notes.append(
             f"{spec.data_path}: {len(train)} train files for {degree} data-parallel ranks: every rank reads all of them "
             f"and keeps one document in {degree}{help_}"
@@ -280,5 +298,7 @@ def _shortages(spec: RunSpec, staged: Staged, stage: str) -> list[str]:
     if not staged.validation and any(
         spec.titan.get(key, "").lower() == "true" for key in ("validation.enable", "validator.enable")
     ):
-        notes.append(f"{spec.data_path} holds no validation file, and the run validates; {stage} --validation")
+        notes.append(
+            f"{spec.data_path} holds no validation file, and the run validates; {stage} --validation"
+        )
     return notes

@@ -15,6 +15,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +30,6 @@ from launcher.errors import LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built, build, dockerfile
 from launcher.image.channels import lock_path
-from launcher.image.convert import convert_image
 from launcher.image.engine import Engine
 from launcher.image.squashfs_file import sidecar_path
 from tests.image.dockerd import missing_packages, pip_setting, running_engine, served
@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent.parent
 CACHE = Path(
     os.environ.get("LAUNCHER_TEST_CACHE") or "/var/tmp/launcher-test-cache"
 )  # ordinary users read it, too
+EPOCH = "1700000000"  # what the images of the tests are dated
 SUITE = "bookworm"  # Python 3.11, as the channel cpu wants
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 FOREIGN_PACKAGES = (  # what the Dockerfile installs, so that none of it has to be done under emulation
@@ -77,8 +78,28 @@ def cpu_squashfs() -> Path:
         return target
     with kept_engine() as engine:
         if not complete(target):  # another process may have been faster
-            image = built("cpu", "amd64", engine, cpu_base(engine))
-            convert_image(image.image_id, target, engine=engine)
+            base = cpu_base(engine)
+            index = [] if base.torch_index is None else ["--torch-index", base.torch_index]
+            command = [
+                "image",
+                "build",
+                "cpu",
+                "--base",
+                base.tag,
+                "--network",
+                "host",
+                *index,
+                "--output",
+                target,
+            ]
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "SOURCE_DATE_EPOCH": EPOCH}
+            done = subprocess.run(
+                [sys.executable, "-m", "launcher", *map(str, command)],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
             for old in set(CACHE.glob("titan-cpu-amd64-*.sqsh*")) - {target, sidecar_path(target)}:
                 old.unlink(missing_ok=True)
     return target
@@ -133,7 +154,7 @@ def built(name: str, arch: str, engine: Engine, base: Base, **options: Any) -> B
     """`build` for these base images; when it fails, the test's report shows the last lines of the build."""
     options.setdefault("torch_index", base.torch_index)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        patch.setenv("SOURCE_DATE_EPOCH", EPOCH)
         try:
             return build(name, arch, engine=engine, base=base.tag, network="host", **options)
         except LauncherError as error:

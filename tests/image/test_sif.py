@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import pwd
+import re
 import shlex
 import shutil
 import subprocess
@@ -144,11 +145,9 @@ def test_a_squashfs_becomes_a_sif_with_its_environment(small_sif: Path) -> None:
     assert list(small_sif.parent.glob(".*")) == []
 
 
-def test_the_job_in_it(
-    small_sif: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The job's variables win over the image's and arrive as they are; nothing of the home does, though it was
-    submitted from there; the run directory can be written and its mounts be read."""
+def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None:
+    """The job's variables win over the image's and arrive as they are; nothing of the home does, even where it
+    is the working directory, as with sbatch; the run directory can be written and its mounts be read."""
     home = pwd.getpwuid(os.geteuid()).pw_dir  # Apptainer asks for that, not for $HOME
     (workplace / "shared dir").mkdir()
     (workplace / "shared dir" / "here").touch()
@@ -157,7 +156,6 @@ def test_the_job_in_it(
     probe.write_text(f"#!/bin/sh\n{script}\n")
     probe.chmod(0o755)
     assert os.listdir(home), "no test without something that the container must not see"
-    monkeypatch.chdir(home)
     done = launch(
         "submit", "--local", "--runtime", "apptainer", "--image", str(small_sif), "--gpu", "cpu", "--recipe", "debug",
         "--name", "r", "--env", "WHO=the job", "--env", "AGAIN=$(id) \"q\" it's a,b", "--follow",
@@ -167,7 +165,11 @@ def test_the_job_in_it(
     lines = log.splitlines()
     assert "WHO=the job" in lines and 'AGAIN=$(id) "q" it\'s a,b' in lines, log
     assert 'GREETING=it\'s "from" $HOME' in lines and str(workplace / "runs" / "r") in lines
-    assert "here" in lines and "empty home" in lines and "Read-only file system" in log
+    script = (workplace / "runs" / "r" / "job.sbatch").read_text()
+    command = next(line for line in script.splitlines() if "apptainer exec" in line).split(' >"$run_dir')[0]
+    by_hand = subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True)
+    assert "empty home" in by_hand.stdout.splitlines(), by_hand.stderr
+    assert "here" in lines and "Read-only file system" in log
     assert (workplace / "runs" / "r" / "written").exists()
     end = json.loads((workplace / "runs" / "r" / "end.json").read_text())
     assert end["exit_code"] == 7, done.stdout + done.stderr
@@ -237,6 +239,8 @@ def test_the_recipe(name: str, base: str, devices: str, tmp_path: Path) -> None:
         text.split("%post\n")[1].split("%environment")[0],
     )
     assert " /tmp/" not in files and "/tmp/" not in script  # Apptainer mounts the host's over it
+    # It mounts more of the host's, too: no command may walk there, least of all one that changes what it finds.
+    assert not re.search(r"find /(tmp|var|home|root|work)? ", script) and "find /usr /bin" in script
     sources = [Path(line.split()[0]) for line in files.splitlines() if line]
     assert len(sources) == 4 and all(list(path.parent.glob(path.name)) for path in sources)
     assert f"CHANNEL={name}\n" in script and "python3-pip-whl" in script and "--require-hashes" in script

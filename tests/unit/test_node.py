@@ -56,7 +56,9 @@ class Place:
         self.data, self.tokenizer = folder / "c4", folder / "tokenizer"
         sample.write_c4_sample(self.data, train_files=2, documents_per_file=3)
         sample.write_tokenizer(self.tokenizer)
-        self.write_node({**node, "data": str(self.data), "data_source": str(self.data), "tokenizer": str(self.tokenizer)})
+        self.write_node(
+            {**node, "data": str(self.data), "data_source": str(self.data), "tokenizer": str(self.tokenizer)}
+        )
         (self.site / "torch" / "distributed").mkdir(parents=True)
         (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH)
         (self.site / "torch" / "distributed" / "__init__.py").touch()
@@ -299,7 +301,9 @@ def test_a_link_whose_target_is_not_mounted(cpu: Place) -> None:
     (cpu.data / "en" / "c4-train.00000-of-00002.json.gz").unlink()
     (cpu.data / "en" / "c4-train.00000-of-00002.json.gz").symlink_to("/elsewhere/c4-train.json.gz")
     line = cpu.refused()
-    assert "c4-train.00000-of-00002.json.gz leads to /elsewhere/c4-train.json.gz, which is not on this" in line
+    assert (
+        "c4-train.00000-of-00002.json.gz leads to /elsewhere/c4-train.json.gz, which is not on this" in line
+    )
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -425,7 +429,9 @@ def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place)
     nvme = cpu.run_dir.parent / "nvme"
     cpu.write_node({**cpu.node, "scratch": str(nvme)})
     fake_run = cpu.site / "torch" / "distributed" / "run.py"
-    fake_run.write_text(FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n")
+    fake_run.write_text(
+        FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n"
+    )
     started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="1"))
     going = subprocess.Popen(
         [sys.executable, "-S", str(cpu.run_dir / "job" / "node.py"), f"{cpu.run_dir}/job/node.json"],
@@ -475,7 +481,10 @@ def test_a_readme_that_names_a_split_that_is_not_there(cpu: Place) -> None:
 
 
 def test_a_view_whose_data_is_not_on_the_node(cpu: Place) -> None:
-    view.write(cpu.run_dir / "data", {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"})
+    view.write(
+        cpu.run_dir / "data",
+        {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"},
+    )
     cpu.write_node({**cpu.node, "data": f"{cpu.run_dir}/data"})
     arguments, _, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
     assert f"--dataloader.dataset_path={cpu.run_dir}/data" in arguments
