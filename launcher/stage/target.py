@@ -109,7 +109,7 @@ def check_space(target: Path, needed: int) -> None:
     if needed and needed + RESERVE > free:
         raise LauncherError(
             f"{target}: {gigabytes(needed)} are still needed, {gigabytes(free)} are free",
-            f"free space (df -h '{target}'), ask for fewer files (--files N), or --to another file system",
+            f"free space (df -h '{target}'), ask for fewer files (--files N), or another place, or --to another file system",
             status=ExitStatus.FILESYSTEM,
         )
 
