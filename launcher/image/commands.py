@@ -334,24 +334,37 @@ def lock_command(
 
 
 @click.command("sif")
-@click.argument("image")
+@click.argument("image", metavar="IMAGE|FILE.sqsh")
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sif]")
 @_force
+@click.option(
+    "--recipe",
+    is_flag=True,
+    help="Print the Apptainer definition of the channel IMAGE instead, made from the Dockerfile.",
+)
 @_as_json
-def sif_command(image: str, output: Path | None, force: bool, as_json: bool) -> None:
-    """Turn an IMAGE of the engine into a file for Apptainer.
+def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_json: bool) -> None:
+    """Turn an IMAGE of the engine, or a squashfs, into a file for Apptainer.
 
     For clusters without Pyxis.
 
     \b
     launcher image sif titan:stable-amd64
+    launcher image sif ./titan-stable-amd64.sqsh
+    launcher image sif stable --recipe >titan.def
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
     from launcher.image import engine as docker_engine
+    from launcher.image.check import is_file
+    from launcher.image.sif import recipe as apptainer_recipe
     from launcher.image.sif import sif
 
-    engine = docker_engine.connect()
-    path = _target(output, _file_name(docker_engine.inspect(engine, image), ".sif"), force)
+    if recipe:
+        click.echo(apptainer_recipe(image), nl=False)
+        return
+    engine = None if is_file(image) else docker_engine.connect()
+    name = _file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
+    path = _target(output, name, force)
     made = sif(image, path, engine=engine, say=_say)
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})

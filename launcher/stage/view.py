@@ -21,19 +21,19 @@ from typing import TypeVar
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.runtime import host_path, mounts
-from launcher.sample import TRAIN_FILES, file_names
 from launcher.spec import SAMPLE, RunSpec
-from launcher.stage.manifest import LFS_POINTER, read_manifest
 
 DATASETS = ("c4", "c4_validation")  # torchtitan's names of what such a directory holds
 SHARD = re.compile(r"c4-(train|validation)\.(\d+)-of-(\d+)\.json\.gz")
 FILES_OF_C4 = 1024
+LFS_POINTER = b"version https://git-lfs"
 GZIP_MAGIC = b"\x1f\x8b"
 SMALL = 1024  # bytes; Git LFS pointers are smaller, by their specification, so only such files are opened
 
 # C4's `en` is 305 GiB in 1,024 train files of about 356,000 documents and 171 M tokens (Llama 3's tokenizer).
 # An estimate: files differ by a percent, text of another kind by more.
-TOKENS_PER_BYTE = 356_000 * 480 * FILES_OF_C4 / (305 * 2**30)
+TOKENS_PER_FILE = 356_000 * 480
+TOKENS_PER_BYTE = TOKENS_PER_FILE * FILES_OF_C4 / (305 * 2**30)
 ESTIMATE_IS_GOOD_TO = 0.02
 
 # Not the data's own README: it may name a split that was not staged, and `datasets` then refuses all splits.
@@ -89,6 +89,8 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
             )
         return spec, []
     if spec.job.data == SAMPLE:
+        from launcher.sample import TRAIN_FILES, file_names
+
         staged = Staged(tuple(file_names("train", TRAIN_FILES)), tuple(file_names("validation", 1)))
         return _with_view(spec, staged), []
     directory = Path(host_path(spec, spec.data_path))
@@ -97,14 +99,15 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
         staged, notes = look(directory, _seen_in_container(spec, directory))
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        why = "not on this machine" if missing else f"cannot be read here ({error.strerror})"
+        where = directory / "en" if directory.is_dir() else directory
+        why = f"{where}: " + ("not on this machine" if missing else f"cannot be read here ({error.strerror})")
         fix = f"{stage} {_files_needed(spec, FILES_OF_C4)}"
         if spec.job.data_part:
-            what = f"--data-part {spec.job.data_part}: {error.filename or directory}: {why}"
+            what = f"--data-part {spec.job.data_part}: {why}"
             raise LauncherError(what, fix, status=ExitStatus.NOT_FOUND) from error
         return spec, [
-            f"{error.filename or directory}: {why}, so the run gets no view of it; if the nodes do not have it either, "
-            f"the job stops at once: {fix}, or --data hub"
+            f"{why}, so the run gets no view of it; if the nodes do not have it either, the job stops at once: {fix}, "
+            "or --data hub"
         ]
     stage += f" {max(_files_needed(spec, staged.train_files_in_all), len(staged.train))}"
     if staged.left_out:
@@ -132,12 +135,15 @@ def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[st
     notes: list[str] = []
     listed: Mapping[str, int] | None = None
     in_all = 0
-    try:
-        if manifest := read_manifest(directory):
-            listed = {path.removeprefix("en/"): file.bytes for path, file in manifest.files.items()}
-            in_all = manifest.train_files_in_all
-    except LauncherError as error:
-        notes.append(f"{error.what}: its files are taken as they are; {error.fix}")
+    if (directory / ".staged" / "manifest.json").exists():
+        from launcher.stage.manifest import read_manifest
+
+        try:
+            if manifest := read_manifest(directory):
+                listed = {path.removeprefix("en/"): file.bytes for path, file in manifest.files.items()}
+                in_all = manifest.train_files_in_all
+        except LauncherError as error:
+            notes.append(f"{error.what}: its files are taken as they are; {error.fix}")
     numbered: dict[str, dict[tuple[int, int], str]] = {"train": {}, "validation": {}}
     sizes: dict[str, int] = {}
     left_out: dict[str, str] = {}
@@ -266,17 +272,21 @@ def _tokens(spec: RunSpec) -> int:
 
 
 def _files_needed(spec: RunSpec, in_all: int) -> int:
-    """How many full C4 files the run, or all parts of it, needs."""
-    from launcher.stage.c4 import Demand
-
+    """How many full C4 files the run, or all parts of it, needs: what `launcher stage c4 --for` would say."""
     _, parts = _part(spec)
-    return Demand(spec.data_parallel * parts, _tokens(spec) * parts, "").files(in_all)
+    ranks, tokens = spec.data_parallel * parts, _tokens(spec) * parts
+    rounded = ranks * max(-(-tokens // (TOKENS_PER_FILE * ranks)), 1)
+    if rounded > in_all:
+        return in_all - in_all % ranks if ranks <= in_all else in_all
+    return rounded
+
+
+def _millions(tokens: float) -> str:
+    return f"{tokens / 1e6:,.0f} M"
 
 
 def _shortages(spec: RunSpec, staged: Staged, stage: str) -> list[str]:
     """Warnings about too few files, with the command that stages enough where C4 has enough."""
-    from launcher.stage.c4 import billions
-
     notes, train, degree = [], train_files(spec), spec.data_parallel
     more = f"; {stage}" if _files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
     if len(train) % degree:
@@ -292,8 +302,8 @@ def _shortages(spec: RunSpec, staged: Staged, stage: str) -> list[str]:
     # The estimate is for Llama 3's tokenizer: the sample's makes three times as many tokens.
     if needed > there * (1 + ESTIMATE_IS_GOOD_TO) and spec.job.tokenizer != SAMPLE:
         notes.append(
-            f"{spec.data_path}: the run reads {billions(needed)} tokens, its {len(train)} files have about "
-            f"{billions(there)} (estimated from their size): it reads them more than once{more}"
+            f"{spec.data_path}: the run reads {_millions(needed)} tokens, its {len(train)} files have about "
+            f"{_millions(there)} (estimated from their size): it reads them more than once{more}"
         )
     if not staged.validation and any(
         spec.titan.get(key, "").lower() == "true" for key in ("validation.enable", "validator.enable")

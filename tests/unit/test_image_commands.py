@@ -540,11 +540,18 @@ def test_sif(run: Run, api: Api, monkeypatch: pytest.MonkeyPatch, workplace: Pat
         output.write_bytes(b"SIF")
         return output
 
-    monkeypatch.setitem(sys.modules, "launcher.image.sif", SimpleNamespace(sif=sif))
+    monkeypatch.setitem(
+        sys.modules,
+        "launcher.image.sif",
+        SimpleNamespace(sif=sif, recipe=lambda name: f"Bootstrap: docker {name}\n"),
+    )
     assert run("sif", "titan:cpu-amd64").stdout == "titan-cpu-amd64.sif\n"
     assert run("sif", "titan:cpu-amd64").code == ExitStatus.INVALID
     value = json.loads(run("sif", "titan:cpu-arm64", "-o", "x.sif", "--json").stdout)
     assert value == {"path": "x.sif", "bytes": 3}
+    assert run("sif", "stable", "--recipe").stdout == "Bootstrap: docker stable\n"
+    api.images.clear()  # a squashfs needs no engine
+    assert run("sif", "./titan-cpu-arm64.sqsh").stdout == "titan-cpu-arm64.sif\n"
 
 
 def test_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import shlex
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, merge
 from launcher.runtime import host_path, mounts
 from launcher.spec import RunSpec, node_config, validate
+from launcher.stage.c4 import Demand
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
-from launcher.stage.view import choose, look, plan, train_files, write
-from tests.conftest import Launch
+from launcher.stage.view import _files_needed, choose, look, plan, train_files, write
 
 DEGREES = st.integers(1, 40)
 FILES = st.integers(0, 200).map(range)
@@ -200,6 +198,18 @@ def test_links_hold_inside_the_container_alone_where_a_mount_moves_the_data(tmp_
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_inside_a_container_there_are_no_links_on_the_way(tmp_path: Path) -> None:
+    c4(tmp_path / "disk" / "deep" / "c4")
+    (tmp_path / "data").symlink_to("disk/deep")
+    run: dict[str, Any] = {
+        "job__runtime": "apptainer",
+        "job__image": "/i.sif",
+        "job__runs_dir": str(tmp_path / "runs"),
+    }
+    spec, _ = plan(a_spec(tmp_path / "data" / "c4", **run))
+    assert spec.view[shard(0)] == f"../../../../data/c4/en/{shard(0)}"
+
+
 def test_a_link_out_of_what_the_container_sees_is_left_out(tmp_path: Path) -> None:
     """As in the Hub's own cache, whose snapshots are links to another folder."""
     folder = c4(tmp_path / "c4", 8)
@@ -217,10 +227,19 @@ def test_a_link_out_of_what_the_container_sees_is_left_out(tmp_path: Path) -> No
 # What the user is told
 
 
+@given(st.integers(1, 300), st.sampled_from([1, 2, 8]), st.integers(1, 10**6), st.integers(1, 1024))
+def test_the_command_names_as_many_files_as_staging_would(
+    nodes: int, tensor: int, steps: int, in_all: int
+) -> None:
+    spec = a_spec("/c4", nodes, 8, recipe__tensor_parallel=tensor, recipe__steps=steps)
+    demand = Demand(nodes * 8 // tensor, steps * 8192 * nodes * 8 // tensor, "")
+    assert _files_needed(spec, in_all) == demand.files(in_all)
+
+
 def test_data_that_only_the_nodes_have(tmp_path: Path) -> None:
     spec, (note,) = plan(a_spec(tmp_path / "c4", 17, recipe__local_batch_size=5, recipe__steps=1000))
     assert not spec.view and node_config(spec)["data"] == str(tmp_path / "c4")
-    assert "not on this machine, so the run gets no view of it" in note
+    assert note.startswith(f"{tmp_path}/c4: not on this machine, so the run gets no view of it")
     assert f"launcher stage c4 --to {tmp_path}/c4 --files 68, or --data hub" in note
 
 
@@ -279,110 +298,3 @@ def test_what_cannot_be_a_part(tmp_path: Path) -> None:
             a_spec(folder, job__data_part=part)
     with pytest.raises(LauncherError, match="no parts"):
         a_spec("hub", job__data_part="1/2")
-
-
-# The commands
-
-
-SUBMIT = (
-    "submit",
-    "--gpu",
-    "h200",
-    "--image",
-    "titan.sqsh",
-    "--runtime",
-    "bare",
-    "--gpus-per-node",
-    "3",
-    "--yes",
-)
-
-
-@pytest.fixture
-def submit(launch: Launch, workplace: Path, fake_slurm: Callable[[str, str], Path]) -> Launch:
-    fake_slurm("sbatch", "echo 7")
-    c4(workplace / "c4", 8)
-
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        arguments = [word for word in SUBMIT if word not in ("--image", "titan.sqsh")]
-        return launch(*arguments, "--data", "c4", "--tokenizer", "sample", *options)
-
-    return run
-
-
-def view_in(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "data" / "en").iterdir())
-
-
-def test_submit_makes_the_view(submit: Launch, workplace: Path) -> None:
-    done = submit("--name", "one")
-    assert done.returncode == 0, done.stderr
-    run = workplace / "runs" / "one"
-    assert view_in(run) == [*(shard(index) for index in range(6)), shard(0, "validation")]
-    assert all((run / "data" / "en" / name).samefile(workplace / "c4" / "en" / name) for name in view_in(run))
-    assert json.loads((run / "job" / "node.json").read_text())["data"] == f"{run}/data"
-    header = (run / "data" / "README.md").read_text()
-    assert "- config_name: en\n" in header and "split: validation" in header
-
-
-def test_a_split_that_is_not_there_is_not_named(submit: Launch, workplace: Path) -> None:
-    (workplace / "c4" / "en" / shard(0, "validation")).unlink()
-    assert submit("--name", "one").returncode == 0
-    assert "validation" not in (workplace / "runs" / "one" / "data" / "README.md").read_text()
-
-
-def test_a_dry_run_names_the_view_and_writes_nothing(submit: Launch, workplace: Path) -> None:
-    before = sorted(workplace.rglob("*"))
-    done = submit("--dry-run", "--name", "one")
-    assert (
-        f"# Data: 6 train and 1 validation files of {workplace}/c4, for 3 data-parallel ranks\n"
-        in done.stdout
-    )
-    assert f"--dataloader.dataset_path={workplace}/runs/one/data" in done.stdout
-    assert f'dataset_path = "{workplace}/runs/one/data"' in done.stdout
-    assert sorted(workplace.rglob("*")) == before
-
-
-def test_a_run_toml_submitted_again_gets_a_view_of_what_is_there_now(
-    submit: Launch, launch: Launch, workplace: Path
-) -> None:
-    assert submit("--name", "one", "--data-part", "2/2").returncode == 0
-    assert view_in(workplace / "runs" / "one")[:-1] == [shard(index) for index in (3, 4, 5)]
-    for index in range(8, 13):
-        (workplace / "c4" / "en" / shard(index)).write_bytes(SHARD)
-    done = launch("submit", "runs/one/run.toml", "--name", "again", "--yes")
-    assert done.returncode == 0, done.stderr
-    assert view_in(workplace / "runs" / "again")[:-1] == [shard(index) for index in range(6, 12)]
-
-
-def test_streaming_from_the_hub_has_no_view(submit: Launch, workplace: Path) -> None:
-    assert submit("--name", "one", "--data", "hub").returncode == 0
-    run = workplace / "runs" / "one"
-    assert not (run / "data").exists()
-    assert json.loads((run / "job" / "node.json").read_text())["data"] == "hub"
-
-
-def test_missing_data_is_told_with_the_command_that_brings_it(submit: Launch, workplace: Path) -> None:
-    done = submit("--name", "one", "--data", "nowhere")
-    assert done.returncode == 0
-    assert f"launcher stage c4 --to {workplace}/nowhere --files 3, or --data hub" in " ".join(
-        done.stderr.split()
-    )
-
-
-def test_the_sample_is_read_through_a_view(launch: Launch, workplace: Path) -> None:
-    done = launch(
-        "submit",
-        "--gpu",
-        "cpu",
-        "--recipe",
-        "debug",
-        "--gpus-per-node",
-        "3",
-        "--local",
-        "--dry-run",
-        "--json",
-    )
-    answer = json.loads(done.stdout)
-    assert answer["data"].startswith("3 train and 1 validation files of ")
-    assert all(f"{answer['run_dir']}/data" in command for command in answer["torchrun"].values())
