@@ -221,7 +221,8 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("source", metavar="SOURCE")
 @_to
-def image(source: str, target: Path) -> None:
+@_json
+def image(source: str, target: Path, as_json: bool) -> None:
     """Put an image on the shared file system once, under a name that holds its checksum.
 
     SOURCE is a .sqsh file, the address of one in a release, or an image of the Docker engine.
@@ -232,7 +233,11 @@ def image(source: str, target: Path) -> None:
     from launcher.stage import fetch
     from launcher.stage.image import stage_image
 
-    click.echo(plain(str(stage_image(source, target, say=lambda line: fetch.say(plain(line))))))
+    path = stage_image(source, target, say=lambda line: fetch.say(plain(line)))
+    if as_json:
+        print_json({"path": click.format_filename(path), "bytes": path.stat().st_size})
+    else:
+        click.echo(plain(str(path)))
 
 
 COMMANDS = {"c4": c4, "tokenizer": tokenizer, "model": model, "image": image, "verify": verify, "list": list_}

@@ -47,8 +47,16 @@ def test_make_demo() -> None:
 
 def test_every_other_command_is_tested_somewhere() -> None:
     known = {"make demo", "make test", *block_with("pip install ."), *block_with("config show")}
+    # Built by tests/image/images.py, trained in by test_launcher_on_slurm.py; staged in tests/stage.
+    known |= {*block_with("make image"), *block_with("launcher stage c4")}
     assert [command for command in COMMANDS if command not in known] == []
     assert re.search(r"^test:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_image_is_one_command_of_the_launcher() -> None:
+    (make, _) = block_with("make image")
+    shown = subprocess.run([*make.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"launcher image build 'stable' +--output \. --force", shown.stdout), shown.stdout
 
 
 def test_the_quick_start(slurm: Cluster, train_image: Path, user_dir: Path) -> None:

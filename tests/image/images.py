@@ -80,18 +80,8 @@ def cpu_squashfs() -> Path:
         if not complete(target):  # another process may have been faster
             base = cpu_base(engine)
             index = [] if base.torch_index is None else ["--torch-index", base.torch_index]
-            command = [
-                "image",
-                "build",
-                "cpu",
-                "--base",
-                base.tag,
-                "--network",
-                "host",
-                *index,
-                "--output",
-                target,
-            ]
+            places = ["--base", base.tag, "--network", "host", *index, "--output", target]
+            command = ["image", "build", "cpu", *places]  # what `make image CHANNEL=cpu` runs
             environment = os.environ | {"PYTHONPATH": str(ROOT), "SOURCE_DATE_EPOCH": EPOCH}
             done = subprocess.run(
                 [sys.executable, "-m", "launcher", *map(str, command)],

@@ -28,7 +28,7 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.image.squashfs_file import read_sidecar, sidecar_path, superblock
 from launcher.stage import target, web
 from launcher.stage.image import stage_image
-from tests.conftest import ROOT, squashfs_head
+from tests.conftest import ROOT, Launch, squashfs_head
 from tests.image.images import kept_engine
 from tests.image.test_convert import program
 from tests.image.test_registry import running_registry
@@ -505,3 +505,11 @@ def test_an_image_of_the_engine_is_converted_and_pulled_where_it_is_not_there(
             stage_image(f"{registry}/group/other:1", tmp_path / "images", say=said.append)
         with pytest.raises(LauncherError, match="has no image"):
             stage_image("titan:not-built", tmp_path / "images", say=said.append)
+
+
+def test_the_command_prints_the_path_that_jobs_refer_to(launch: Launch, source: Path, tmp_path: Path) -> None:
+    done = launch("stage", "image", str(source), "--to", str(tmp_path / "images"))
+    assert done.returncode == 0 and done.stdout == f"{expected(tmp_path / 'images')}\n", done.stderr
+    again = launch("stage", "image", str(source), "--to", str(tmp_path / "images"), "--json")
+    assert json.loads(again.stdout)["path"] == done.stdout.strip()
+    assert f"launcher submit --image {done.stdout.strip()}" in again.stderr
