@@ -262,7 +262,7 @@ def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(
     ("slurm_said", "code", "state"),
     [
         ("JobState=NODE_FAIL Reason=NodeDown", 0, "NODE_FAIL"),  # srun answered 0
-        ("JobState=COMPLETING Reason=NodeDown", 1, "NODE_FAIL"),  # srun failed before the script's signal came
+        ("JobState=COMPLETING Reason=NodeDown", 1, "NODE_FAIL"),  # srun was faster than the signal
         ("JobState=COMPLETING Reason=None", 0, "CANCELLED"),
         ("JobState=RUNNING Reason=None", 0, "COMPLETED"),
         ("JobState=RUNNING Reason=None", 1, "FAILED"),
