@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.errors import ExitStatus, LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built, build
 from launcher.image.check import check
-from launcher.image.convert import convert, image_config
+from launcher.image.convert import convert_image
 from launcher.image.engine import Engine
 from launcher.image.inspect import inspect
+from launcher.image.squashfs_file import sidecar_path
+from tests.conftest import Launch
 from tests.image.images import Base, built, make_base, rootfs
 
 QEMU = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")  # Debian's qemu-user-static: what is to be registered
@@ -70,14 +72,19 @@ def test_the_arm64_image_passes_the_checks_that_do_not_need_torch(engine: Engine
     assert failed == {"torch", "blackwell", "triton", "nccl", "login shell", "model"}, results
 
 
-def test_the_arm64_squashfs_is_known_as_aarch64(engine: Engine, arm64_image: Built, tmp_path: Path) -> None:
+def test_the_arm64_squashfs_is_known_as_aarch64_and_refused_on_x86_64_nodes(
+    engine: Engine, arm64_image: Built, launch: Launch, tmp_path: Path
+) -> None:
     path = tmp_path / "titan-cpu-arm64.sqsh"
-    attributes = docker_engine.inspect(engine, arm64_image.tag)
     said: list[str] = []
-    convert(docker_engine.export(engine, arm64_image.tag), image_config(attributes, os.environ), path, metadata={},
-            say=said.append)  # fmt: skip
+    convert_image(arm64_image.tag, path, engine=engine, say=said.append)
     assert not any("the engine calls this image" in line for line in said), said
-    assert inspect(path).arch in ("arm64", "aarch64")
+    assert inspect(path).arch == "aarch64"
+    done = launch("submit", "--gpu", "b200", "--image", str(path), "--dry-run")
+    assert done.returncode == ExitStatus.INVALID, done.stderr
+    assert "the image is for aarch64, the nodes are x86_64" in done.stderr
+    sidecar_path(path).unlink()  # copied without it: from what the file holds itself
+    assert (inspect(path).source, inspect(path).arch) == ("image", "aarch64")
 
 
 def test_a_base_image_of_another_architecture(
