@@ -26,7 +26,7 @@ image: $(VENV)/.image ## build the container image of CHANNEL and write titan-CH
 
 test: $(VENV)/.dev $(VENV_02)/.train ## install what the tests need and run all of them
 	tests/system-packages.sh
-	LAUNCHER_TRAIN_PYTHON="$(abspath $(BIN)/python):$(abspath $(VENV_02)/bin/python)" $(BIN)/python -m pytest $(TESTS)
+	LAUNCHER_TRAIN_PYTHON="$(abspath $(BIN)/python):$(abspath $(VENV_02)/bin/python)" $(BIN)/python -m pytest -n auto --dist loadgroup $(TESTS)
 
 lint: $(VENV)/.dev ## check format, style and types
 	$(BIN)/ruff check .

@@ -17,6 +17,26 @@ from launcher.image.squashfs_file import sidecar_path, superblock
 ROOT = Path(__file__).parent.parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
+# These share one Docker engine, which one process at a time has, and one Slurm.
+WITH_DAEMONS = ("tests/cluster/", "tests/image/", "tests/stage/test_image.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(WITH_DAEMONS):
+            item.add_marker(pytest.mark.xdist_group("daemons"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many of the tests on a real Slurm really ran: a suite that skips them all is green, too."""
+    ran: set[str] = set()
+    skipped: set[str] = set()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if report.nodeid.startswith("tests/cluster/"):
+                (skipped if outcome == "skipped" else ran).add(report.nodeid)
+    terminalreporter.write_line(f"cluster tests: {len(ran)} ran, {len(skipped)} skipped")
+
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
