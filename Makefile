@@ -37,6 +37,8 @@ lint: $(VENV)/.dev ## check format, style and types
 bench: $(VENV)/.dev ## measure what docs/performance.md claims
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/parse_log.py
+	$(BIN)/python benchmarks/download.py
+	$(BIN)/python benchmarks/loader.py
 
 clean: ## remove virtual environments and caches; run directories stay
 	rm -rf $(VENV) $(VENV_02) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -167,7 +167,8 @@ OPTIONS = (
     click.option("--seq-len", type=int, help="Tokens in a sequence."),
     click.option("--steps", type=int, help="Training steps."),
     click.option("--data", metavar="DIR",
-                 help="C4: a directory with README.md and en/, 'hub' to stream, or 'sample'.  [default: /data/c4]"),
+                 help="C4: a directory with README.md and en/, 'hub' or s3://bucket/prefix to stream, or 'sample'.  "
+                      "[default: /data/c4]"),
     click.option("--data-part", metavar="I/N",
                  help="Read the I-th of N parts of the data, which share no file: for runs that go on from one another."),
     click.option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),

@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.cluster import slurm
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, find, merge, names_of, read_layer
-from launcher.spec import CONTROL, RunSpec, validate
+from launcher.spec import CONTROL, S3, RunSpec, validate
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
@@ -158,6 +158,13 @@ def warnings(spec: RunSpec) -> list[str]:
     ]
     found = [f"{path}: not on this machine; if the nodes do not have it either, the job stops at once" for path in
              paths if not os.path.exists(path)]  # fmt: skip
+    if spec.job.data.startswith(S3) and not any(
+        name.startswith("AWS_") for name in (*spec.env, *spec.secret_env)
+    ):
+        found.append(
+            f"--data {spec.job.data}: the job gets no credentials for it, which is right where the nodes have their own "
+            "or none are needed; otherwise: --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY --env AWS_ENDPOINT_URL"
+        )
     if spec.job.runtime == "bare" and spec.job.scheduler == "local" and not shutil.which(spec.job.python):
         found.append(f"{spec.job.python}: no such program")
     return found

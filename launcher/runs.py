@@ -24,9 +24,14 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.files import data_dir, filesystem_error, read_json, write_json, write_text
 from launcher.layers import run_toml
 from launcher.render import render
-from launcher.spec import SAMPLE, RunSpec, node_config
+from launcher.spec import S3, SAMPLE, RunSpec, node_config
 
 LOCK = "submit.lock"
+# Installed, as far as Python can see: how fsspec finds a file system that is not its own.
+S3_PACKAGE = {
+    "METADATA": "Metadata-Version: 2.1\nName: titan-s3\nVersion: 1\n",
+    "entry_points.txt": "[fsspec.specs]\ns3 = titan.s3:S3FileSystem\n",
+}
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,11 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
     shutil.copytree(titan, job / "titan", ignore=shutil.ignore_patterns("__pycache__"))
     for path in job.rglob("*"):  # an installed launcher may be read-only, a run directory must be deletable
         path.chmod(path.stat().st_mode | stat.S_IWUSR)
+    if spec.job.data.startswith(S3):
+        package = job / "titan_s3-1.dist-info"
+        package.mkdir()
+        for name, text in S3_PACKAGE.items():
+            write_text(package / name, text)
     write_json(job / "node.json", node_config(spec))
     write_text(directory / "run.toml", run_toml(spec))
     write_text(directory / "job.sbatch", render(spec), 0o755)

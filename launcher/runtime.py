@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.spec import HUB, RunSpec
+from launcher.spec import RunSpec
 
 
 def mounts(spec: RunSpec) -> list[str]:
@@ -15,7 +15,7 @@ def mounts(spec: RunSpec) -> list[str]:
     theirs = [mount.split(":")[1].rstrip("/") for mount in (*spec.profile.mounts, *spec.job.mounts)]
     for path in (spec.data_path, spec.tokenizer_path, spec.job.init_from):
         covered = any(path == target or path.startswith(f"{target}/") for target in (spec.run_dir, *theirs))
-        if path not in (HUB, "") and not covered:
+        if path.startswith("/") and not covered:  # not "hub", not s3://
             wanted.append(f"{spec.resolved.get(path, path)}:{path}:ro")
     return list(dict.fromkeys([*wanted, *own, *spec.profile.mounts, *spec.job.mounts]))
 

@@ -18,6 +18,7 @@ from launcher.errors import LauncherError
 MAX_NODES = 10_000  # more than any Slurm cluster this was written for; a typing slip otherwise waits for ever
 SAMPLE = "sample"  # `data` and `tokenizer`: small ones, written into the run directory
 HUB = "hub"  # `data`: streamed from the Hugging Face Hub while training
+S3 = "s3://"  # `data` that begins so: streamed from object storage while training
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ class RunSpec:
     secret_env: tuple[str, ...] = ()  # names only: their values travel in a 0600 file
     titan: Mapping[str, str] = field(default_factory=dict)
     resolved: Mapping[str, str] = field(default_factory=dict)  # path -> where its links lead, for mounts
-    view: Mapping[str, str] = field(default_factory=dict)  # files of run_dir/data/en -> where each link leads
+    view: Mapping[str, str] = field(
+        default_factory=dict
+    )  # files of run_dir/data/en -> link's target, or s3://
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -180,6 +183,7 @@ OWNED = {
     "checkpoint.initial_load_model_only": "--init-from DIR",
 }
 DATA_PART = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})")
+S3_ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[\w.=+@-]+)*)/?", re.ASCII)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET_NAME = re.compile(
@@ -285,6 +289,10 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
         if not value and key != "init_from":
             raise bad(f"job.{key}", "is empty", f"{option} /data/...")
         if not value or (value in (SAMPLE, HUB) and key != "init_from"):
+            continue
+        if value.startswith(S3) and key == "data":
+            if not S3_ADDRESS.fullmatch(value) or ".." in value:
+                raise bad("job.data", "not an address of object storage", "--data s3://bucket/prefix")
             continue
         if not value.startswith("/"):
             raise bad(f"job.{key}", "must be an absolute path", f"{option} /data/...")

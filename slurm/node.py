@@ -79,7 +79,8 @@ def main(argv: list[str]) -> int:
         command = torchrun_command(
             node, facts["torchtitan"], rendezvous, torch_version=facts["torch"], python=sys.executable
         )
-        if any(argument.startswith(("titan.", "--module=titan.")) for argument in command):
+        ours = any(argument.startswith(("titan.", "--module=titan.")) for argument in command)
+        if ours or node["data_source"].startswith("s3://"):
             path = [str(run_dir / "job"), os.environ.get("PYTHONPATH", "")]
             added["PYTHONPATH"] = os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         for file, text in config_files(node, facts["torchtitan"]).items():

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
+from launcher.spec import S3_ADDRESS
 from launcher.stage.manifest import Manifest, parse_manifest
 from launcher.stage.receive import Sink
 from launcher.stage.source import Checksums
 from launcher.stage.target import STATE, safe_path, write_error
 
 PIECE = 8 << 20  # bytes of one request; each of the files at once holds one in memory
-ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[\w.=+@-]+)*)/?", re.ASCII)
 MD5 = re.compile(r"([0-9a-f]{32})(?:-(\d+))?")
 
 
@@ -147,6 +147,10 @@ class Bucket:
             raise write_error(partial, error) from error
         return sink.digests
 
+    def head(self, file: S3File, count: int) -> bytes:
+        """The first `count` bytes of an object, or all of a shorter one."""
+        return self._piece(file, 0, min(count, file.bytes)) if file.bytes else b""
+
     def _piece(self, file: S3File, start: int, end: int) -> bytes:
         chunk: bytes = self._asked(
             lambda: self.store.cat_file(f"{self.root}/{file.path}", start=start, end=end), file.path
@@ -208,7 +212,7 @@ class Bucket:
 
 def open_bucket(address: str) -> tuple[Bucket, list[S3File], list[S3File]]:
     """The bucket, the objects at its prefix, and those in its folder `en`. Raises LauncherError."""
-    match = ADDRESS.fullmatch(address)
+    match = S3_ADDRESS.fullmatch(address)
     if match is None or ".." in address:
         raise LauncherError(
             f"{address[:120]!r}: not an address of object storage",

@@ -4,6 +4,8 @@
     <run_dir>/data/en/c4-train.*.json.gz      links; their number is a multiple of the data-parallel degree
     <run_dir>/data/en/c4-validation.*.json.gz
 
+Of data in object storage there is README.md alone, and it names the objects.
+
 `datasets` gives every rank files of its own when their number is a multiple of the ranks
 (datasets.distributed.split_dataset_by_node). Otherwise each rank reads, inflates and parses all of them and throws
 away what belongs to the others: benchmarks/loader.py measures it, docs/data.md has the table.
@@ -21,7 +23,7 @@ from typing import TypeVar
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.runtime import host_path, mounts
-from launcher.spec import SAMPLE, RunSpec
+from launcher.spec import S3, SAMPLE, RunSpec
 
 DATASETS = ("c4", "c4_validation")  # torchtitan's names of what such a directory holds
 SHARD = re.compile(r"c4-(train|validation)\.(\d+)-of-(\d+)\.json\.gz")
@@ -81,11 +83,17 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
 
     Raises LauncherError where a part was asked for (`--data-part`) that cannot be given.
     """
-    if not (spec.job.data == SAMPLE or spec.job.data.startswith("/")) or spec.recipe.dataset not in DATASETS:
+    there = spec.job.data == SAMPLE or spec.job.data.startswith(("/", S3))
+    if not there or spec.recipe.dataset not in DATASETS:
         if spec.job.data_part:
             what = f"--data {spec.job.data} with the dataset {spec.recipe.dataset}"
             raise LauncherError(
                 f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4"
+            )
+        if spec.job.data.startswith(S3):
+            raise LauncherError(
+                f"--data {spec.job.data}: only C4 is streamed from object storage, not {spec.recipe.dataset}",
+                f"--set recipe.dataset={DATASETS[0]}",
             )
         return spec, []
     if spec.job.data == SAMPLE:
@@ -93,6 +101,8 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
 
         staged = Staged(tuple(file_names("train", TRAIN_FILES)), tuple(file_names("validation", 1)))
         return _with_view(spec, staged), []
+    if spec.job.data.startswith(S3):
+        return _plan_streamed(spec)
     directory = Path(host_path(spec, spec.data_path))
     stage = f"launcher stage c4 --to {shlex.quote(str(directory))} --files"
     try:
@@ -125,6 +135,56 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
         ]
     spec = _with_view(spec, staged)
     return spec, [*notes, *_shortages(spec, staged, stage)]
+
+
+def _plan_streamed(spec: RunSpec) -> tuple[RunSpec, list[str]]:
+    """The run with the objects that it will stream, which are listed now. Raises LauncherError where they cannot be."""
+    bucket, staged = _look_in_bucket(spec.data_path, _files_needed(spec, FILES_OF_C4))
+    count = max(_files_needed(spec, staged.train_files_in_all), len(staged.train))
+    stage, then = f"launcher stage c4 --to DIR --files {count}", f", then: aws s3 sync DIR {bucket}"
+    notes = []
+    if staged.left_out:
+        name, why = next(iter(staged.left_out.items()))
+        more = f", and {len(staged.left_out) - 1} more" if len(staged.left_out) > 1 else ""
+        notes.append(
+            f"{bucket}/en: {name} is {why}{more}: left out; copy again from a staged directory: aws s3 sync DIR {bucket}"
+        )
+    if not staged.train:
+        raise LauncherError(
+            f"{bucket}/en holds no train file of C4", f"{stage}{then}", original="\n".join(notes)
+        )
+    spec = _with_view(spec, staged)
+    return spec, [*notes, *_shortages(spec, staged, stage, then)]
+
+
+def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
+    """The address as it is written in the view, and what can be trained on there. `needed` files: for the error."""
+    from launcher.stage.s3 import open_bucket
+
+    try:
+        bucket, _, objects = open_bucket(address)
+    except LauncherError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise LauncherError(
+            f"--data {address}: {error.what}; submit lists the files with it",
+            f"{error.fix}; or where it is installed: launcher stage c4 --from {address} --to DIR --files {needed}, "
+            "then --data DIR",
+            status=error.status,
+        ) from error
+    numbered: dict[str, dict[tuple[int, int], str]] = {"train": {}, "validation": {}}
+    left_out: dict[str, str] = {}
+    sizes = {file.path.removeprefix("en/"): file.bytes for file in objects}
+    for file in objects:
+        name = file.path.removeprefix("en/")
+        if match := SHARD.fullmatch(name):
+            if file.bytes < SMALL and (problem := _wrong_start(bucket.head(file, len(LFS_POINTER)))):
+                left_out[name] = problem
+            else:
+                numbered[match[1]][int(match[3]), int(match[2])] = name
+    train, validation = (tuple(names for _, names in sorted(numbered[split].items())) for split in numbered)
+    in_all = max((total for total, _ in numbered["train"]), default=0) or FILES_OF_C4
+    return bucket.source, Staged(train, validation, sizes, left_out, in_all)
 
 
 def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[str]]:
@@ -180,22 +240,39 @@ def _problem(
                 size,
                 "not in the manifest" if expected is None else f"{size:,} bytes instead of {expected:,}",
             )
-        if size == 0:
-            return size, "empty"
         if size < SMALL:
             with open(entry.path, "rb") as stream:
-                head = stream.read(len(LFS_POINTER))
-            if head == LFS_POINTER:
-                return size, "a Git LFS pointer, not the data"
-            if not head.startswith(GZIP_MAGIC):
-                return size, "not a gzip file"
+                return size, _wrong_start(stream.read(len(LFS_POINTER)))
     except OSError as error:
         return 0, f"unreadable ({error.strerror})"
     return size, ""
 
 
+def _wrong_start(head: bytes) -> str:
+    """Why a file that begins so is no data; empty when it may be."""
+    if not head:
+        return "empty"
+    if head == LFS_POINTER:
+        return "a Git LFS pointer, not the data"
+    return "" if head.startswith(GZIP_MAGIC) else "not a gzip file"
+
+
 def write(directory: Path, links: Mapping[str, str]) -> None:
-    """Makes `directory` (<run_dir>/data) from RunSpec.view. Raises OSError; the caller makes run directories whole."""
+    """Makes `directory` (<run_dir>/data) from RunSpec.view; of objects in a bucket, only a README.md that names them.
+
+    Raises OSError; the caller makes run directories whole.
+    """
+    if streamed := [name for name, target in links.items() if target.startswith(S3)]:
+        from launcher.stage.s3 import readme
+
+        source = links[streamed[0]].removesuffix(f"/en/{streamed[0]}")
+        train, validation = (
+            [f"en/{name}" for name in streamed if name.startswith(f"c4-{split}.")]
+            for split in ("train", "validation")
+        )
+        directory.mkdir(parents=True)
+        (directory / "README.md").write_text(readme(source, train, validation), encoding="utf-8")
+        return
     (directory / "en").mkdir(parents=True)
     for name, target in links.items():
         os.symlink(target, directory / "en" / name)
@@ -230,7 +307,7 @@ def _with_view(spec: RunSpec, staged: Staged) -> RunSpec:
             f"--data-part {spec.job.data_part}: {parts} parts for {spec.data_parallel} data-parallel ranks need "
             f"{needed} train files, there are {len(staged.train)}",
             "fewer parts, or another --data"
-            if spec.job.data == SAMPLE or needed > staged.train_files_in_all
+            if spec.job.data == SAMPLE or spec.job.data.startswith(S3) or needed > staged.train_files_in_all
             else fix,
         )
     return replace(
@@ -245,6 +322,8 @@ def _way_to_data(spec: RunSpec) -> str:
     `..` leads up from where a linked directory really is.
     """
     data, run_dir = spec.data_path, spec.run_dir
+    if data.startswith(S3):
+        return data.rstrip("/")
     if spec.job.runtime == "bare" and spec.job.data != SAMPLE:
         data, run_dir = os.path.realpath(data), f"{os.path.realpath(spec.job.runs_dir)}/{spec.job.name}"
     return os.path.relpath(data, f"{run_dir}/data/en")
@@ -285,10 +364,10 @@ def _millions(tokens: float) -> str:
     return f"{tokens / 1e6:,.0f} M"
 
 
-def _shortages(spec: RunSpec, staged: Staged, stage: str) -> list[str]:
-    """Warnings about too few files, with the command that stages enough where C4 has enough."""
+def _shortages(spec: RunSpec, staged: Staged, stage: str, then: str = "") -> list[str]:
+    """Warnings about too few files, with the command that stages enough where C4 has enough, and the one after it."""
     notes, train, degree = [], train_files(spec), spec.data_parallel
-    more = f"; {stage}" if _files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
+    more = f"; {stage}{then}" if _files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
     if len(train) % degree:
         help_ = (
             more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
@@ -309,6 +388,6 @@ def _shortages(spec: RunSpec, staged: Staged, stage: str) -> list[str]:
         spec.titan.get(key, "").lower() == "true" for key in ("validation.enable", "validator.enable")
     ):
         notes.append(
-            f"{spec.data_path} holds no validation file, and the run validates; {stage} --validation"
+            f"{spec.data_path} holds no validation file, and the run validates; {stage} --validation{then}"
         )
     return notes

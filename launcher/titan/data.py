@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ LFS_POINTER = b"version https://git-lfs"
 GZIP_MAGIC = b"\x1f\x8b"
 SMALLEST_SHARD = 200  # bytes; an LFS pointer is about 130
 STAGE_C4 = "launcher stage c4 --to {} --for {}/run.toml"
+CREDENTIALS = "--env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY --env AWS_ENDPOINT_URL"
 STAGE_TOKENIZER = "launcher stage tokenizer --to {}"
 
 
@@ -29,6 +32,8 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
         return facts
     if not data or not source:
         raise Refused("no data directory was given", "--data /data/c4")
+    if source.startswith("s3://"):
+        return {**facts, "data_files": check_streamed(Path(data), source)}
     stage = STAGE_C4.format(shlex.quote(source), node["run_dir"])
     for folder in map(Path, (source, data)):
         if not folder.is_dir():
@@ -65,6 +70,33 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
     if not start.startswith(GZIP_MAGIC):
         raise Refused(f"{(usable or small)[0]} is not a gzip file", stage)
     return {**facts, "data_files": len(shards), "data_pointers": len(small) if usable else 0}
+
+
+def check_streamed(folder: Path, source: str) -> int:
+    """How many objects the run streams. The first one's beginning is read, as the trainer will read it."""
+    header = _header(folder / "README.md", "submit again: launcher submit RUN/run.toml")
+    objects = re.findall(r"^\s*- (s3://\S+)$", header, re.MULTILINE)
+    if not objects:
+        raise Refused(f"{folder}/README.md names no object of {source}", "submit again")
+    count = sum("/c4-train." in name for name in objects)
+    stage = f"launcher stage c4 --from {source} --to DIR --files {count}, then --data DIR"
+    if importlib.util.find_spec("s3fs") is None:
+        raise Refused(
+            f"object storage is read through s3fs, which is not installed for {sys.executable}",
+            f"an image that holds it (launcher image build); with --runtime bare: pip install s3fs; or {stage}",
+        )
+    from .s3 import first_bytes
+
+    try:
+        start = first_bytes(objects[0], len(LFS_POINTER))
+    except Exception as error:  # of s3fs, botocore and aiohttp, which have no common root
+        raise Refused(
+            f"{objects[0]}: {type(error).__name__}: {str(error)[:300]}",
+            f"credentials and endpoint reach the job by {CREDENTIALS}; or {stage}",
+        ) from error
+    if not start.startswith(GZIP_MAGIC):
+        raise Refused(f"{objects[0]} is not a gzip file", stage)
+    return len(objects)
 
 
 def _header(readme: Path, fix: str) -> str:

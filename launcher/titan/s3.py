@@ -15,3 +15,9 @@ class S3FileSystem(_S3FileSystem):  # type: ignore[misc]  # s3fs has no types
     def __init__(self, *args: Any, client_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         kept = {key: value for key, value in (client_kwargs or {}).items() if key not in _OF_AIOHTTP}
         super().__init__(*args, client_kwargs=kept, **kwargs)
+
+
+def first_bytes(url: str, count: int) -> bytes:
+    """The beginning of an object. Raises whatever s3fs, botocore or aiohttp raise."""
+    data: bytes = S3FileSystem(skip_instance_cache=True).cat_file(url, start=0, end=count)
+    return data
