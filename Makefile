@@ -69,5 +69,5 @@ $(VENV)/.dev: $(VENV)/.train
 	@touch $@
 
 $(VENV_02)/.train: $(VENV_02)/.torch pyproject.toml containers/constraints-train.txt
-	$(VENV_02)/bin/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train]' 'torchtitan==0.2.2'
+	$(VENV_02)/bin/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,s3]' 'torchtitan==0.2.2'
 	@touch $@
