@@ -21,6 +21,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 WITH_DAEMONS = ("tests/cluster/", "tests/image/", "tests/stage/test_image.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(WITH_DAEMONS):
