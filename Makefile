@@ -13,7 +13,7 @@ CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image test lint bench clean
+.PHONY: help demo image test test-daemons test-others test-some lint bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -26,7 +26,17 @@ image: $(VENV)/.image ## build the container image of CHANNEL and write titan-CH
 
 test: $(VENV)/.dev $(VENV_02)/.train ## install what the tests need and run all of them
 	tests/system-packages.sh
-	LAUNCHER_TRAIN_PYTHON="$(abspath $(BIN)/python):$(abspath $(VENV_02)/bin/python)" $(BIN)/python -m pytest -n auto --dist loadgroup $(TESTS)
+	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(if $(TESTS),test-some,test-daemons test-others)
+
+# Two halves side by side: one has the Docker engine and the Slurm, and waits for them much of the time.
+WITH_DAEMONS := tests/cluster tests/image tests/stage/test_image.py
+PYTEST = LAUNCHER_TRAIN_PYTHON="$(abspath $(BIN)/python):$(abspath $(VENV_02)/bin/python)" $(BIN)/python -m pytest
+test-daemons:
+	$(PYTEST) $(WITH_DAEMONS)
+test-others:
+	$(PYTEST) tests $(WITH_DAEMONS:%=--ignore=%)
+test-some:
+	$(PYTEST) $(TESTS)
 
 lint: $(VENV)/.dev ## check format, style and types
 	$(BIN)/ruff check .

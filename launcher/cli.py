@@ -11,17 +11,31 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import RunOptions, run_argument, run_options, runs_dir_option
-from launcher.output import age, colour, is_terminal, json_line, plain, print_error, print_json, warn
+from launcher.output import (
+    PipedGroup,
+    ReaderGone,
+    age,
+    colour,
+    is_terminal,
+    json_line,
+    plain,
+    print_error,
+    print_json,
+    warn,
+)
 
 if TYPE_CHECKING:
     from launcher.cluster.state import JobState
+    from launcher.known_errors import Failure
     from launcher.runs import Run
     from launcher.spec import RunSpec
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=PipedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 def launcher() -> None:
     """Run torchtitan's Llama-3 training on a Slurm cluster, or here, and read the result.
 
@@ -44,11 +58,15 @@ def launcher() -> None:
 @click.option("--dry-run", is_flag=True, help="Print the script and the torchrun command; touch nothing.")
 @click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
+@click.option(
+    "--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask."
+)
 @as_json
-def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json: bool) -> None:
+def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, force: bool, as_json: bool) -> None:
     """Submit a run to Slurm, or with --local start it here.
 
-    RUN.toml repeats an earlier run from its directory; options given beside it win.
+    RUN.toml repeats an earlier run from its directory; options given beside it win. What `launcher preflight` checks
+    is checked first.
 
     \b
     launcher submit --image titan.sqsh --nodes 9
@@ -61,14 +79,15 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json:
 
     spec = _spec(options)
     secrets = resolve.secrets_of(spec, options.secrets, os.environ)
-    resolve.check_image(spec)
+    of_image = resolve.check_image(spec)
     resolve.check_weights(spec)
     spec, notes = view.plan(spec)
-    for text in (*resolve.warnings(spec), *notes):
+    for text in (*of_image, *resolve.warnings(spec), *notes):
         warn(text)
     if dry_run:
         return _print_plan(spec, as_json)
-    quiet = yes or as_json or spec.job.scheduler == "local"
+    spec = _checked(spec, force)
+    quiet = yes or force or as_json or spec.job.scheduler == "local"
     asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if asking and not click.confirm(f"Submit {_describe(spec)}?", default=True):
         raise click.Abort
@@ -88,6 +107,37 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, as_json:
     run = control.submit(spec, secrets, submitted)
     if follow:
         _follow(run, as_json)
+
+
+@launcher.command()
+@run_options
+@as_json
+def preflight(options: RunOptions, as_json: bool) -> None:
+    """Check everything that can be known before a run queues, and submit nothing.
+
+    The same checks come before every `submit`. Exit code 0: nothing stops the run; 3 or 4: `submit` would refuse it.
+
+    \b
+    launcher preflight --image titan.sqsh --nodes 9
+    """
+    from launcher import readiness
+
+    spec, here = readiness.look_here(_spec(options))
+    spec, cluster = readiness.look(spec)
+    checks = [*here, *cluster]
+    refused = readiness.refusal(checks, force=False)
+    if as_json:
+        rows = [{k: v for k, v in vars(check).items() if k != "not_found"} for check in checks]
+        print_json({"ok": refused is None, "segment": spec.job.segment, "checks": rows})
+    else:
+        for check in checks:
+            mark = click.style(f"{check.status:<7}", fg=_CHECK_COLOURS[check.status])
+            click.echo(f"{mark}  {plain(check.name)}: {plain(check.what)}", color=colour())
+            for text in filter(None, (check.why, check.fix and f"try: {check.fix}")):
+                click.echo("\n".join(f"           {plain(line)}" for line in text.splitlines()))
+        click.echo(f"{_describe(spec)}: " + ("submit would refuse it" if refused else "nothing stops it"))
+    if refused:
+        sys.exit(refused.status)
 
 
 @launcher.command()
@@ -175,14 +225,25 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
     found = runs.open_run(run, runs_dir)
     state = control.state(found)
     row = _summary(found, state)
+    waiting = _why_waiting(found, state)
+    failure = _failure(found, state)
     if as_json:
-        print_json(row | {"source": state.source, "reason": state.reason, "exit_code": state.exit_code})
+        more = {
+            "source": state.source,
+            "reason": state.reason,
+            "exit_code": state.exit_code,
+            "waiting": waiting,
+            "failure": failure.as_json() if failure else None,
+        }
+        print_json(row | more)
     else:
         detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
         click.echo(plain(f"{found.name}: {state.name}" + (f" ({detail})" if detail else "")))
         click.echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
-        if state.failed:
-            _explain_failure(found)
+        for line in waiting:
+            click.echo(f"  {line}")
+        if failure:
+            _print_failure(found, failure)
         elif not state.known:
             click.echo(f"  look: launcher logs {_reference(found)}")
             click.echo(f"  again: launcher cancel {_reference(found)}; launcher submit {found.path}/run.toml")
@@ -314,6 +375,16 @@ def stage() -> None:
     """
 
 
+@launcher.group(cls=_LaterGroup, module="launcher.cluster.commands")
+def cluster() -> None:
+    """Show what this Slurm cluster is, and save the GPU profile that fits it.
+
+    \b
+    launcher cluster show                       Slurm, nodes, blocks, and the profile with its evidence
+    launcher cluster use gb200                  from now on the default of submit
+    """
+
+
 @launcher.command()
 @as_json
 def version(as_json: bool) -> None:
@@ -353,6 +424,27 @@ def _spec(options: RunOptions) -> RunSpec:
     return resolve(layer, options.config, options.run_file, os.environ)
 
 
+_CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+def _checked(spec: RunSpec, force: bool) -> RunSpec:
+    """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
+    if spec.job.scheduler != "slurm":
+        return spec
+    from launcher import readiness
+
+    spec, checks = readiness.look(spec)
+    refused = readiness.refusal(checks, force)
+    for check in checks:
+        if check.status == "warning" or (check.status == "error" and not refused):
+            warn(plain(readiness.sentence(check)))
+        elif check.name == "placement" and not refused:
+            click.echo(plain(f"placement: {check.what}"), err=True)
+    if refused:
+        raise refused
+    return spec
+
+
 def _describe(spec: RunSpec) -> str:
     nodes = f"{spec.job.nodes} node{'s' if spec.job.nodes > 1 else ''}"
     return f"{spec.job.recipe} on {nodes} x {spec.profile.gpus_per_node} {spec.profile.gpu}"
@@ -382,9 +474,7 @@ def _follow(run: Run, as_json: bool) -> None:
     from launcher.results.run import row_of
 
     try:
-        attach.wait_for_start(
-            run, None if as_json else lambda text: click.echo(f"{run.name}: {text}", err=True)
-        )
+        attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
         if as_json:
             for snapshot in attach.progress_of(run):
                 json_line(attach.as_dict(snapshot))
@@ -394,27 +484,52 @@ def _follow(run: Run, as_json: bool) -> None:
         click.echo(f"\ndetached; {run.name} goes on: launcher watch {_reference(run)}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     state = control.state(run)
-    row = row_of(run, state)
+    row, failure = row_of(run, state), _failure(run, state)
     if as_json:
-        json_line({"run": run.name, "state": state.name, "result": row_as_dict(row) if row else None})
+        result = row_as_dict(row) if row else None
+        ended = {"run": run.name, "state": state.name, "result": result}
+        json_line(ended | {"failure": failure.as_json() if failure else None})
     else:
         click.echo(plain(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else "")))
         if row:
             click.echo(f"\n{markdown_row(row)}\n{summary_line(row)}")
-        if state.failed:
-            _explain_failure(run)
+        if failure:
+            _print_failure(run, failure)
     _exit_for(state)
 
 
-def _explain_failure(run: Run) -> None:
-    from launcher.follow import error_logs, last_lines
-    from launcher.titan.log import first_error
+def _why_waiting(run: Run, state: JobState) -> list[str]:
+    from launcher.cluster.state import WAITING
 
-    found = first_error(error_logs(run.logs))
-    path, lines = found or last_lines(error_logs(run.logs), 5)
-    if lines:
-        click.echo(f"  {'first error' if found else 'no known error; the last lines'}, in {path}:", err=True)
-        click.echo("\n".join(f"  | {line}" for line in lines), err=True)
+    if run.is_local or state.name not in WAITING:
+        return []
+    from launcher.readiness import why_waiting
+
+    return [plain(line) for line in why_waiting(run, state)]
+
+
+def _say_waiting(run: Run, text: str) -> None:
+    """`watch` tells each new reason, and what it means."""
+    from launcher.cluster.state import JobState
+
+    click.echo(plain(f"{run.name}: {text}"), err=True)
+    name, _, reason = text.partition(" ")
+    for line in _why_waiting(run, JobState(name, "squeue", reason)):
+        click.echo(f"  {line}", err=True)
+
+
+def _failure(run: Run, state: JobState) -> Failure | None:
+    if not state.failed:
+        return None
+    from launcher.known_errors import explain, how_it_ended
+
+    ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
+    return explain(run.logs, ended, _reference(run), run.path)
+
+
+def _print_failure(run: Run, failure: Failure) -> None:
+    for line in failure.as_text():
+        click.echo(f"  {plain(line.expandtabs())}", err=True)
     click.echo(f"  everything: launcher logs {_reference(run)}", err=True)
 
 
@@ -463,7 +578,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
-    except BrokenPipeError:  # `launcher logs | head`
+    except ReaderGone:  # `launcher logs | head`
         _discard_stdout()
         sys.exit(ExitStatus.OK)
     except OSError as error:  # the output's own device, or a directory that went away under our feet

@@ -181,7 +181,7 @@ OPTIONS = (
     click.option("--reservation", help="Slurm reservation."),
     click.option("--nodelist", "-w", help="Run on these nodes."),
     click.option("--exclude", "-x", help="Never run on these nodes."),
-    click.option("--segment", type=int, help="Nodes per topology block that must stay together."),
+    click.option("--segment", type=int, help="Nodes that must stay together in a topology block; 0: chosen where NVLink crosses nodes."),
     click.option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
     click.option("--env", multiple=True, metavar="NAME[=VALUE]",
                  help="Environment of the job; without a value, or with a secret's name, kept out of every script."),

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from launcher.errors import LauncherError
+
+
+class ReaderGone(Exception):
+    """Whoever read what is printed has gone, as in `launcher logs | head`."""
+
+
+class PipedGroup(click.Group):
+    """A group out of which a broken pipe comes as ReaderGone: click itself makes exit code 1 of it."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _pipe_may_break():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _pipe_may_break():
+            return super().invoke(context)
+
+
+@contextmanager
+def _pipe_may_break() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderGone from error
 
 
 def age(seconds: float) -> str:

@@ -81,18 +81,27 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
     return values
 
 
-def check_image(spec: RunSpec) -> None:
-    """Refuses an image that no container can start from, or that cannot train on the profile's nodes."""
+def check_image(spec: RunSpec) -> list[str]:
+    """Refuses an image that no container can start from, or that cannot train on the profile's nodes.
+
+    Returns what could not be looked at, for the caller to warn of.
+    """
     path = spec.job.image
     if spec.job.runtime == "bare":
-        return
-    if not os.path.lexists(path):
+        return []
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
         near = sorted(Path(path).parent.glob("*.sqsh"))[:3] if Path(path).parent.is_dir() else []
         hint = f"there is: {', '.join(str(p) for p in near)}" if near else f"ls -l '{Path(path).parent}'"
-        raise LauncherError(f"--image {path}: no such file", hint)
+        raise LauncherError(f"--image {path}: no such file", hint) from None
+    except OSError as error:
+        raise LauncherError(
+            f"--image {path}: {error.strerror}", f"ls -ld '{Path(path).parent}'", status=ExitStatus.FILESYSTEM
+        ) from None
     if spec.job.runtime == "apptainer":
         _check_sif(path)
-        return
+        return []
     from launcher.image.inspect import inspect, problems
 
     facts = inspect(Path(path), required=False)
@@ -103,6 +112,7 @@ def check_image(spec: RunSpec) -> None:
             found[0][1],
             original="\n".join(facts.notes),
         )
+    return [f"--image {path}: {note}" for note in facts.notes]
 
 
 def check_weights(spec: RunSpec) -> None:
@@ -270,32 +280,26 @@ def _local_gpu() -> tuple[str, str]:
 
 
 def _cluster_gpu(partition: str) -> tuple[str, str]:
-    """The profile of a partition's nodes: named in the GRES, the features or the node names, and not contradicted
-    by the GPU count or the architecture. Where several could be meant, the user is asked."""
+    """The profile of a partition's nodes, where something names it, something else agrees and nothing contradicts it.
+
+    Otherwise the user is asked.
+    """
+    from launcher.cluster.facts import detect
+    from launcher.cluster.profile import known_kinds, propose
+
     try:
-        rows, arches = slurm.partition_nodes(partition), slurm.architectures()
+        nodes = detect().require(partition).nodes_of(partition)
     except LauncherError as error:
         if error.status is not ExitStatus.CLUSTER:
             raise
         raise _which_gpu(f"the nodes' GPU cannot be detected: {error.what}", error.original) from error
-    words = " ".join(" ".join(row) for row in rows).lower()
-    counts = {int(count) for count in re.findall(r"gpu(?::[a-z0-9_.-]+)?:(\d+)", words)}
-    fitting = []
-    for name in names_of("profiles"):
-        profile = read_layer(find("profiles", name), "").values
-        if profile.get("profile.device") == "cpu":
-            continue
-        named = re.search(rf"(?<![a-z0-9]){name}(?![0-9])", words)
-        arch_fits = not arches or profile["profile.arch"] in arches
-        if named and arch_fits and (not counts or profile["profile.gpus_per_node"] in counts):
-            fitting.append(name)
+    proposal = propose(nodes, known_kinds())
     where = f"partition {partition}" if partition else "the default partition"
-    seen = (
-        f"{'; '.join(sorted({row[0] for row in rows}))}, {'/'.join(sorted(arches)) or 'architecture unknown'}"
-    )
-    if len(fitting) == 1:
-        return fitting[0], f"detected: {where}: {seen}"
-    raise _which_gpu(f"{where} ({seen}) does not say clearly which GPU it has")
+    seen = ", ".join(evidence.what for evidence in proposal.evidence)
+    if proposal.profile and not proposal.contradictions:
+        return proposal.profile, f"detected: {where}: {seen}"
+    why = "; ".join(proposal.contradictions) or "none of this names one profile for sure"
+    raise _which_gpu(f"{where} does not say clearly which GPU it has ({seen or 'no GPUs'}): {why}")
 
 
 def _which_gpu(what: str, original: str = "") -> LauncherError:

@@ -299,7 +299,7 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
         if CONTROL.search(value) or any(mark in value for mark in ",:"):
             raise bad(f"job.{key}", "a comma, colon or control character cannot be written in a Pyxis mount")
     if job.data_part and (not (part := DATA_PART.fullmatch(job.data_part)) or int(part[1]) > int(part[2])):
-        raise bad("job.data_part", "must be I/N with I from 1 to N", "--data-part 1/2")
+        raise bad("job.data_part", "must be I/N with I from 1 to N, and N at most 9999", "--data-part 1/2")
     if job.data_part and job.data == HUB:
         raise bad(
             "job.data_part",

@@ -17,16 +17,6 @@ from launcher.image.squashfs_file import sidecar_path, superblock
 ROOT = Path(__file__).parent.parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-# These share one Docker engine, which one process at a time has, and one Slurm.
-WITH_DAEMONS = ("tests/cluster/", "tests/image/", "tests/stage/test_image.py")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid.startswith(WITH_DAEMONS):
-            item.add_marker(pytest.mark.xdist_group("daemons"))
-
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many of the tests on a real Slurm really ran: a suite that skips them all is green, too."""

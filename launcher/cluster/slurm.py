@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from launcher.cluster.state import JobState, from_slurm
@@ -17,6 +17,11 @@ from launcher.errors import ExitStatus, LauncherError
 
 ANSWER_S = 30  # bound on commands that only ask
 SUBMIT_S = 90  # bound on sbatch: above Slurm's own MessageTimeout of 10 s and its retries
+SHAPES = (
+    "SLURM_TOPO_LEN",
+    "SLURM_TIME_FORMAT",
+    "SLURM_BITSTR_LEN",
+)  # of a user's shell: they change what is printed
 UNSURE = ("timed out", "unable to contact", "zero bytes", "connection refused", "try again")
 
 NO_PARTITION = "Slurm has no such partition"
@@ -166,29 +171,33 @@ def cancel(job_id: str) -> None:
             raise
 
 
-def partition_nodes(partition: str) -> list[tuple[str, str, str]]:
-    """(GRES, features, node names) per kind of node in `partition`, or in the default one for "".
-
-    Raises LauncherError naming the partitions there are when this one is missing.
-    """
-    out = _ask("sinfo", "--noheader", "--format=%P|%G|%f|%N")
-    rows = [line.strip().split("|") for line in out.splitlines() if line.count("|") == 3]
-    names = list(dict.fromkeys(row[0] for row in rows))
-    wanted = partition or next((name[:-1] for name in names if name.endswith("*")), "")
-    plain = [name.rstrip("*") for name in names]
-    if any(name not in plain for name in wanted.split(",") if name):
-        raise LauncherError(
-            f"Slurm has no partition {wanted!r}; it has {', '.join(plain) or 'none'}",
-            f"--partition {plain[0]}" if plain else "sinfo -s",
-            status=ExitStatus.NOT_FOUND,
-        )
-    keep = set(wanted.split(",")) if wanted else set(plain)
-    return [(row[1], row[2], row[3]) for row in rows if row[0].rstrip("*") in keep]
+def ask(words: Sequence[str]) -> str:
+    """Standard output of a Slurm command that only asks. Raises LauncherError when it is missing, hangs or fails."""
+    return _ask(*words)
 
 
-def architectures() -> set[str]:
-    """Architectures of all nodes, in uname's words, as far as slurmd has reported them."""
-    return set(re.findall(r" Arch=(\S+)", _ask("scontrol", "-o", "show", "node")))
+def plugstack(path: str) -> str:
+    """plugstack.conf with the files that it includes (one level, as is usual); "" where this user cannot read it."""
+    texts = []
+    for name in [path, *_included(path)]:
+        try:
+            texts.append(Path(name).read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            continue
+    return "\n".join(texts)
+
+
+def _included(path: str) -> list[str]:
+    from glob import glob
+
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    patterns = [
+        words[1] for words in map(str.split, lines) if len(words) == 2 and words[0].lower() == "include"
+    ]
+    return [name for p in patterns for name in sorted(glob(os.path.join(os.path.dirname(path), p)))]
 
 
 def bin_dir() -> str:
@@ -214,7 +223,7 @@ def _ask(command: str, *arguments: str) -> str:
     try:
         done = subprocess.run(
             [path, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=ANSWER_S, env=os.environ | {"LC_ALL": "C"},
+            timeout=ANSWER_S, env={k: v for k, v in os.environ.items() if k not in SHAPES} | {"LC_ALL": "C"},
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise LauncherError(

@@ -20,7 +20,7 @@ from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
 from launcher.image.channels import Channel, channel, docker_arch, lock_path
 from launcher.image.engine import BuildRequest, Engine
-from launcher.image.lock import lock, pinned
+from launcher.image.lock import lock, need_lock, pinned
 
 _IN_IMAGE = ("check.py", "describe.py", "channels.toml")
 
@@ -130,9 +130,9 @@ def build(
     base = base or chosen.base
     index = chosen.torch_index if torch_index is None else torch_index
     locked = lock_file or lock_path(name, arch)
-    if not locked.is_file():
-        if lock_file:
-            raise LauncherError(f"there is no lock {lock_file}", f"launcher image lock {name} --arch {arch}")
+    if lock_file:
+        need_lock(lock_file, f"launcher image lock {name} --arch {arch}")
+    elif not locked.is_file():
         say(f"channel {name} has no lock for {arch} yet")
         locked = lock(name, arch, torch_index=torch_index, say=say)
     buildx = docker_engine.has_buildx(engine)

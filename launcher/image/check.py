@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.files import data_dir
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
+from launcher.image.squashfs_file import superblock
 
 # The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
 # namespaces of its own: nothing stays mounted, whatever happens, and there is no network.
@@ -46,9 +47,8 @@ def check(
     *,
     engine: Engine | None = None,
     timeout_s: float = 900,
-    say: Callable[[str], None] = lambda line: None,
 ) -> list[Checked]:
-    """Every check, in the order of containers/check.py; `say` gets one line each.
+    """Every check, in the order of containers/check.py.
 
     `image` is the path of a squashfs (it holds a slash, ends in .sqsh, or exists) or an image of the engine.
     Raises LauncherError where the checks could not be run at all; a failed check is no error here.
@@ -72,8 +72,6 @@ def check(
             "an image that `launcher image build` made has Python 3.11 or newer",
             original=(stderr or stdout)[-2000:],
         )
-    for result in results:
-        say(f"{result.status:8} {result.name:18} {result.found}")
     return results
 
 
@@ -82,7 +80,7 @@ def is_file(image: str) -> bool:
     return (
         image.endswith((".sqsh", ".squashfs"))
         or image.startswith(("/", "./", "../"))
-        or Path(image).is_file()
+        or os.path.isfile(image)
     )
 
 
@@ -96,10 +94,7 @@ def _read(stdout: str) -> list[Checked] | None:
 
 def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> tuple[int, str, str]:
     """As root the file is mounted, otherwise it is unpacked into TMPDIR: an ordinary user may not mount it."""
-    if not path.is_file():
-        raise LauncherError(
-            f"there is no file {path}", "launcher image convert IMAGE -o FILE", status=ExitStatus.NOT_FOUND
-        )
+    superblock(path)  # says it better than mount and unsquashfs where the file is missing, empty or cut off
     path = path.resolve()
     with tempfile.TemporaryDirectory(prefix="titan-check-") as folder:
         root = Path(folder) / "root"
@@ -116,7 +111,8 @@ def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> tuple[int, str
             done = _run([*namespaces, "sh", "-c", _PATH + _ENTER, "sh", root], program, timeout_s)
             return done.returncode, done.stdout.decode(errors="replace"), _text(done.stderr)
         finally:
-            subprocess.run(["chmod", "-R", "u+rwX", str(root)], capture_output=True)
+            with suppress(OSError):  # no chmod must not hide what went wrong before
+                subprocess.run(["chmod", "-R", "u+rwX", str(root)], capture_output=True)
 
 
 def _run(command: list[str | Path], program: bytes, timeout_s: float) -> subprocess.CompletedProcess[bytes]:

@@ -18,6 +18,16 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.image import ARCHES
+from launcher.image.parameters import (
+    FilePath,
+    ImageName,
+    TargetPath,
+    file_name,
+    image_reference,
+    is_reference,
+    no_password,
+    target_path,
+)
 from launcher.output import colour, plain, print_json
 
 if TYPE_CHECKING:
@@ -59,26 +69,16 @@ def _profile_names(_context: click.Context, _parameter: click.Parameter, incompl
     return [name for name in names_of("profiles") if name.startswith(incomplete)]
 
 
-def _no_password(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Build arguments stay readable in the image's history, and in the process list while it is built."""
-    if value and re.match(r"[^/]*//[^/]*@", value):
-        raise click.BadParameter(
-            "an address with a user or password would stay in the image; put it into the base image's pip.conf",
-            param=parameter,
-        )
-    return value
-
-
 _channel = click.argument("channel", default="nightly", shell_complete=_channel_names)
 _torch_index = click.option(
-    "--torch-index", metavar="URL", callback=_no_password,
+    "--torch-index", metavar="URL", callback=no_password,
     help="Where torch comes from, in place of the channel's own index; '': from where all other packages do.",
 )  # fmt: skip
 _purpose = click.option(
     "--for", "purpose", type=click.Choice(["unpack", "mount"]), default="unpack", show_default=True,
     help="What nodes do with the file. unpack: it is small (zstd); mount, by squashfuse: it is cheap to read (lz4).",
 )  # fmt: skip
-_lock_file = click.Path(path_type=Path, dir_okay=False)
+_lock_file = FilePath(path_type=Path, dir_okay=False)
 _force = click.option("--force", is_flag=True, help="Replace a file that exists.")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -89,7 +89,7 @@ def _arch(default: str | None, about: str) -> Decorator:
 
 
 def _output(about: str, *, directory: bool = True) -> Decorator:
-    kind = click.Path(path_type=Path, dir_okay=directory)
+    kind = TargetPath(path_type=Path, dir_okay=directory)
     return click.option("--output", "-o", type=kind, metavar="PATH", help=about)
 
 
@@ -103,13 +103,17 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
 @_purpose
 @_force
 @click.option(
-    "--tag", default="", metavar="NAME:TAG", help="Its name in the engine.  [default: titan:CHANNEL-ARCH]"
-)
-@click.option("--base", default="", metavar="IMAGE", help="Base image in place of the channel's own.")
+    "--tag", default="", metavar="NAME:TAG", callback=image_reference,
+    help="Its name in the engine.  [default: titan:CHANNEL-ARCH]",
+)  # fmt: skip
+@click.option(
+    "--base", default="", metavar="IMAGE", callback=image_reference,
+    help="Base image in place of the channel's own.",
+)  # fmt: skip
 @click.option("--lock", type=_lock_file, metavar="FILE", help="Lock file in place of the channel's own.")
 @_torch_index
 @click.option(
-    "--index-url", default="", metavar="URL", callback=_no_password, help="A mirror of PyPI for the build."
+    "--index-url", default="", metavar="URL", callback=no_password, help="A mirror of PyPI for the build."
 )
 @click.option("--network", default="", metavar="NAME", help="Network of the build's steps, such as 'host'.")
 @click.option("--no-cache", is_flag=True, help="Build every layer anew.")
@@ -136,9 +140,12 @@ def build_command(
     from launcher.image import channels
     from launcher.image import engine as docker_engine
     from launcher.image.convert import FORMATS, convert_image
+    from launcher.image.registry import check_push
     from launcher.image.squashfs_file import mksquashfs_path
 
     channels.channel(channel)
+    if reference is not None:
+        check_push(reference)
     engine = docker_engine.connect()
     arches = building.arches(arch or "", engine)
     if len(arches) > 1 and (tag or lock or (output and not output.is_dir())):
@@ -146,7 +153,7 @@ def build_command(
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
         mksquashfs_path()
-        files = {arch: _target(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
+        files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
     built = []
     for arch in arches:
         image = building.build(
@@ -178,7 +185,7 @@ def _push(built: list[Built], arches: list[str], reference: str, engine: Engine)
 
 
 @click.command("convert")
-@click.argument("image")
+@click.argument("image", type=ImageName(file=False))
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sqsh]")
 @_purpose
 @click.option("--with", "tool", type=click.Choice(["enroot"]), help="Let `enroot import` do it.")
@@ -202,7 +209,7 @@ def convert_command(
 
     engine = docker_engine.connect()
     about = docker_engine.inspect(engine, image)
-    path = _target(output, _file_name(about, ".sqsh"), force)
+    path = target_path(output, file_name(about, ".sqsh"), force)
     if tool == "enroot":
         convert_with_enroot(image, path, fmt=FORMATS[purpose], image_id=str(about["Id"]), say=_say)
     else:
@@ -214,7 +221,7 @@ def convert_command(
 
 
 @click.command("inspect")
-@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.sqsh")
+@click.argument("file", type=FilePath(path_type=Path), metavar="FILE.sqsh")
 @click.option("--gpu", metavar="PROFILE", shell_complete=_profile_names, help="Would it run on these nodes?")
 @click.option("--driver", metavar="VERSION", help="Would it run with this NVIDIA driver, such as 580.95.05?")
 @_as_json
@@ -227,6 +234,7 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     launcher image inspect titan-stable-arm64.sqsh
     launcher image inspect titan-stable-arm64.sqsh --gpu gb200 --driver 570.124.06
     """
+    from launcher.image.check import is_file
     from launcher.image.inspect import inspect, problems
     from launcher.layers import find, read_layer
 
@@ -235,6 +243,12 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     profile: Mapping[str, Any] = {}
     if gpu:
         profile = read_layer(find("profiles", gpu), f"profile {gpu}").values
+    if not os.path.lexists(file) and not is_file(str(file)) and is_reference(str(file)):
+        name = shlex.quote(str(file))
+        raise LauncherError(
+            f"{file}: no such file; an image of the Docker engine is no file yet",
+            f"launcher image check {name}, or: launcher image convert {name}",
+        )
     facts = inspect(file)
     found = []
     if gpu or driver:
@@ -269,7 +283,7 @@ def _print_facts(facts: ImageFacts) -> None:
 
 
 @click.command("check")
-@click.argument("image", metavar="IMAGE|FILE.sqsh", type=click.Path())
+@click.argument("image", metavar="IMAGE|FILE.sqsh", type=ImageName(file=True))
 @click.option("--timeout", type=click.IntRange(min=1), default=900, metavar="SECONDS", show_default=True)
 @_as_json
 def check_command(image: str, timeout: int, as_json: bool) -> None:
@@ -334,7 +348,7 @@ def lock_command(
 
 
 @click.command("sif")
-@click.argument("image", metavar="IMAGE|FILE.sqsh")
+@click.argument("image", metavar="IMAGE|FILE.sqsh", type=ImageName(file=True))
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sif]")
 @_force
 @click.option(
@@ -354,17 +368,24 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
     launcher image sif stable --recipe >titan.def
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
+    from launcher.files import write_text
     from launcher.image import engine as docker_engine
     from launcher.image.check import is_file
     from launcher.image.sif import recipe as apptainer_recipe
     from launcher.image.sif import sif
 
     if recipe:
-        click.echo(apptainer_recipe(image), nl=False)
-        return
+        if as_json:
+            raise click.UsageError("--recipe is text: it takes no --json.")
+        text = apptainer_recipe(image)
+        if output is None:
+            return click.echo(text, nl=False)
+        path = target_path(output, f"titan-{image}.def", force)
+        write_text(path, text)
+        return click.echo(plain(str(path)))
     engine = None if is_file(image) else docker_engine.connect()
-    name = _file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
-    path = _target(output, name, force)
+    name = file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
+    path = target_path(output, name, force)
     made = sif(image, path, engine=engine, say=_say)
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
@@ -374,38 +395,3 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
 
 _ALL = (build_command, convert_command, inspect_command, check_command, lock_command, sif_command)
 COMMANDS: dict[str, click.Command] = {str(command.name): command for command in _ALL}
-
-
-# ------------------------------------------------------------------------------------------- where files go
-
-
-def _file_name(about: Mapping[str, Any], suffix: str) -> str:
-    """titan-stable-arm64.sqsh for an image that `build` made; "" for any other."""
-    labels = (about.get("Config") or {}).get("Labels") or {}
-    title = str(labels.get("org.opencontainers.image.title", ""))
-    known = re.fullmatch(r"titan-[A-Za-z0-9][A-Za-z0-9._-]*", title) and about.get("Architecture") in ARCHES
-    return f"{title}-{about['Architecture']}{suffix}" if known else ""
-
-
-def _target(output: Path | None, name: str, force: bool) -> Path:
-    """`output`, or in it `name` where it is a directory; the working directory by default.
-
-    Raises LauncherError where nothing could be written, and for a file that exists unless `force`.
-    """
-    path = output or Path()
-    if path.is_dir():
-        if not name:
-            raise click.UsageError("The image does not say which channel it is: name the file with -o FILE.")
-        path /= name
-    folder = path.parent
-    if not folder.is_dir():
-        fix = f"mkdir -p {shlex.quote(str(folder))}"
-        raise LauncherError(f"{folder}: no such directory", fix, status=ExitStatus.FILESYSTEM)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        what = f"{folder}: this user cannot write there"
-        raise LauncherError(what, "another place: -o PATH", status=ExitStatus.FILESYSTEM)
-    if os.path.lexists(path) and not (path.is_file() or path.is_symlink()):
-        raise LauncherError(f"{path} is not a file", "another name: -o FILE")
-    if os.path.lexists(path) and not force:
-        raise LauncherError(f"{path} exists", "replace it: --force; or another name: -o FILE")
-    return path

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.image import ARCHES
+from launcher.image.interrupt import ctrl_c_waits
+from launcher.image.tars import tar_of_files, tar_of_folder
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
@@ -51,10 +52,20 @@ def connect() -> Engine:
     host = os.environ.get("DOCKER_HOST") or _context_host() or DEFAULT_HOST
     try:
         # No answer to a question takes long; a build has no limit of its own.
-        client = docker.DockerClient.from_env(timeout=60, environment=os.environ | {"DOCKER_HOST": host})
+        # ssh:// by the program ssh, which knows the user's keys, agent and jump hosts; docker-py itself knows few of them.
+        client = docker.DockerClient.from_env(
+            timeout=60,
+            environment=os.environ | {"DOCKER_HOST": host},
+            use_ssh_client=host.startswith("ssh://"),
+        )
         version = client.version()
         system = str(client.info().get("OperatingSystem", ""))
-    except (docker.errors.DockerException, requests.exceptions.RequestException, ValueError) as error:
+    except (
+        docker.errors.DockerException,
+        requests.exceptions.RequestException,
+        ValueError,
+        OSError,
+    ) as error:
         raise _unreachable(host, str(error)) from error
     return Engine(client, host, version["Version"], version["Arch"], system)
 
@@ -77,6 +88,12 @@ def _unreachable(host: str, reason: str) -> LauncherError:
             'sudo usermod -aG docker "$USER" && newgrp docker',
             status=ExitStatus.ERROR,
             original=reason,
+        )
+    if "paramiko" in reason:  # docker-py imports it for every ssh:// address, also where it calls ssh
+        return LauncherError(
+            f"the Docker engine at {host} is reached through docker-py's ssh part, which is not installed",
+            "pip install 'docker[ssh]'",
+            status=ExitStatus.ERROR,
         )
     fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
     if os.environ.get("DOCKER_HOST"):
@@ -189,7 +206,7 @@ def build_classic(engine: Engine, request: BuildRequest, line: Callable[[str], N
 
     try:
         answers = engine.client.api.build(
-            fileobj=io.BytesIO(_tar(request.context)),
+            fileobj=io.BytesIO(tar_of_folder(request.context)),
             custom_context=True,
             decode=True,
             rm=True,
@@ -230,20 +247,6 @@ def _follow(answers: Iterator[dict[str, Any]], line: Callable[[str], None]) -> s
     if pending.strip():
         line(pending.rstrip())
     return error
-
-
-def _tar(context: Path) -> bytes:
-    """The build context; a few hundred kB. Times and owners are zero, so that the same files hit the cache."""
-    buffer = io.BytesIO()
-
-    def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-        entry.mtime = entry.uid = entry.gid = 0
-        entry.uname = entry.gname = ""
-        return entry
-
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        archive.add(context, arcname=".", filter=plain)
-    return buffer.getvalue()
 
 
 def _environment(engine: Engine) -> dict[str, str]:
@@ -292,12 +295,9 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
 
 def export(engine: Engine, image: str, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
     """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
-    container = _create(engine, image, ["/nothing"])  # an image without a command needs one to be made
-    try:
-        with _answering(engine):
-            yield from engine.client.api.export(container, chunk_size=chunk_bytes)
-    finally:
-        _remove(engine, container)
+    # An image without a command needs one to be made.
+    with _container(engine, image, ["/nothing"]) as container, _answering(engine):
+        yield from engine.client.api.export(container, chunk_size=chunk_bytes)
 
 
 def run(
@@ -317,30 +317,39 @@ def run(
     import requests
 
     api = engine.client.api
-    container = _create(engine, image, command)
-    try:
-        with _answering(engine):
-            if files:
-                api.put_archive(container, "/tmp", _archive(files))
-            try:
-                api.start(container)
-            except docker.errors.APIError as error:
-                raise _start_error(engine, image, command, str(error.explanation)) from error
-            try:
-                code = int(api.wait(container, timeout=timeout_s)["StatusCode"])
-            except requests.exceptions.RequestException as error:
-                if not re.search("timed? ?out", str(error), re.IGNORECASE):
-                    raise
-                raise LauncherError(
-                    f"{command[0]} in {image} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR
-                ) from error
-            stdout = api.logs(container, stdout=True, stderr=False).decode(errors="replace")
-            stderr = api.logs(container, stdout=False, stderr=True).decode(errors="replace")
-    finally:
-        _remove(engine, container)
+    with _container(engine, image, command) as container, _answering(engine):
+        if files:
+            api.put_archive(container, "/tmp", tar_of_files(files))
+        try:
+            api.start(container)
+        except docker.errors.APIError as error:
+            raise _start_error(engine, image, command, str(error.explanation)) from error
+        try:
+            code = int(api.wait(container, timeout=timeout_s)["StatusCode"])
+        except requests.exceptions.RequestException as error:
+            if not re.search("timed? ?out", str(error), re.IGNORECASE):
+                raise
+            raise LauncherError(
+                f"{command[0]} in {image} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR
+            ) from error
+        stdout = api.logs(container, stdout=True, stderr=False).decode(errors="replace")
+        stderr = api.logs(container, stdout=False, stderr=True).decode(errors="replace")
     if "exec format error" in stderr.lower():
         raise _start_error(engine, image, command, stderr)
     return code, stdout, stderr
+
+
+@contextmanager
+def _container(engine: Engine, image: str, command: list[str]) -> Iterator[str]:
+    """A container, by a name that is known before the engine makes it: whatever comes between, it is removed."""
+    inspect(engine, image)
+    name = f"titan-launcher-{os.urandom(8).hex()}"
+    try:
+        with ctrl_c_waits():
+            _create(engine, image, command, name)
+        yield name
+    finally:
+        _remove(engine, name)
 
 
 def _remove(engine: Engine, container: str) -> None:
@@ -348,25 +357,23 @@ def _remove(engine: Engine, container: str) -> None:
     import docker
     import requests
 
-    with suppress(docker.errors.DockerException, requests.exceptions.RequestException):
+    with suppress(docker.errors.DockerException, requests.exceptions.RequestException), ctrl_c_waits():
         engine.client.api.remove_container(container, force=True, v=True)
 
 
-def _create(engine: Engine, image: str, command: list[str]) -> str:
+def _create(engine: Engine, image: str, command: list[str], name: str) -> None:
     import docker
 
-    inspect(engine, image)
     with _answering(engine):
         try:
             settings = engine.client.api.create_host_config(network_mode="none")
-            made = engine.client.api.create_container(image, command, entrypoint=[], host_config=settings)
+            engine.client.api.create_container(image, command, name=name, entrypoint=[], host_config=settings)
         except docker.errors.APIError as error:
             raise LauncherError(
                 f"the Docker engine makes no container of {image!r}",
                 status=ExitStatus.ERROR,
                 original=str(error.explanation or error),
             ) from error
-    return str(made["Id"])
 
 
 def _start_error(engine: Engine, image: str, command: list[str], reason: str) -> LauncherError:
@@ -375,14 +382,3 @@ def _start_error(engine: Engine, image: str, command: list[str], reason: str) ->
         other = arch if arch != engine.arch else next(name for name in ARCHES if name != engine.arch)
         return cannot_run(engine, other, emulator(other))
     return LauncherError(f"{command[0]} does not start in {image}", original=reason)
-
-
-def _archive(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            entry.mode = 0o644
-            archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()

@@ -29,6 +29,7 @@ from launcher.image.squashfs_file import (
 )
 
 TIMEOUT = 120  # seconds for one unsquashfs; listing 50,000 files takes less than one
+HINT = "apt-get install squashfs-tools, or: pip install 'titan-launcher[image]'"
 HEAD = 4096  # bytes of a program that are read for its ELF header
 PROGRAMS = ("bin/sh", "usr/bin/env", "bin/bash", "usr/bin/python3", "usr/local/bin/python3")
 # The oldest driver branch that runs programs of a CUDA major version, by minor-version compatibility.
@@ -88,13 +89,9 @@ def inspect(path: Path, *, required: bool = True) -> ImageFacts:
             if about := _json(tree.read(METADATA, 1 << 20)):
                 return _facts(path, block, about, "image")
             return _guess(path, block, tree)
-    hint = "apt-get install squashfs-tools, or: pip install 'titan-launcher[image]'"
     if required:
-        raise LauncherError(
-            f"{path}: nothing here can look into a squashfs compressed with {block.compressor}",
-            hint, status=ExitStatus.ERROR,
-        )  # fmt: skip
-    note = f"nothing here can look into it: {hint}"
+        raise _unreadable(path, block.compressor)
+    note = f"nothing here can look into it: {HINT}"
     return ImageFacts(str(path), "", "superblock", block.compressor, block.file_size, notes=(note,))
 
 
@@ -102,6 +99,18 @@ def embedded_metadata(path: Path) -> dict[str, Any] | None:
     """/etc/titan-image.json of the image, if it has one and something here can read it."""
     with _open(path, superblock(path).compressor) as tree:
         return _json(tree.read(METADATA, 1 << 20)) if tree else None
+
+
+def read_inside(path: Path, name: str) -> bytes | None:
+    """The first MiB of the file `name` (no leading slash) in the image, None where it has no such file.
+
+    Raises LauncherError for a file that is no complete squashfs, and where nothing here can look into it.
+    """
+    compressor = superblock(path).compressor
+    with _open(path, compressor) as tree:
+        if tree is None:
+            raise _unreadable(path, compressor)
+        return tree.read(name, 1 << 20)
 
 
 def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: str) -> list[tuple[str, str]]:
@@ -249,7 +258,8 @@ class _Unsquashfs:
     """By the program of squashfs-tools: a fraction of a second for any image."""
 
     def __init__(self, program: str, path: Path) -> None:
-        self._program, self._path = program, path
+        # Absolute: a name may begin with a dash.
+        self._program, self._path = program, path.absolute()
 
     def entries(self) -> tuple[set[str], dict[str, str]]:
         code, out, err = _run([self._program, "-lln", str(self._path)])
@@ -308,6 +318,14 @@ def _run(command: list[str]) -> tuple[int, bytes, bytes]:
             status=ExitStatus.ERROR,
         ) from None  # fmt: skip
     return done.returncode, done.stdout, done.stderr
+
+
+def _unreadable(path: Path, compressor: str) -> LauncherError:
+    return LauncherError(
+        f"{path}: nothing here can look into a squashfs compressed with {compressor}",
+        HINT,
+        status=ExitStatus.ERROR,
+    )
 
 
 def _damaged(path: Path, original: str) -> LauncherError:

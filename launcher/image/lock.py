@@ -74,6 +74,25 @@ def pinned(text: str) -> dict[str, str]:
     return found
 
 
+def need_lock(path: Path, fix: str) -> None:
+    """Raises LauncherError with `fix` unless `path` is a lock: packages that are pinned, each with its hashes."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LauncherError(f"there is no lock {path}", fix) from None
+    except OSError as error:
+        raise LauncherError(f"{path}: {error.strerror}", fix, status=ExitStatus.FILESYSTEM) from None
+    except UnicodeDecodeError:
+        raise LauncherError(f"{path} is no lock: it is not text", fix) from None
+    # A requirement goes on where a line ends with a backslash.
+    requirements = re.sub(r"\\\n", " ", text).splitlines()
+    if not pinned(text):
+        raise LauncherError(f"{path} is no lock: it pins no package", fix)
+    for line in requirements:
+        if pinned(line) and "--hash=sha256:" not in line:
+            raise LauncherError(f"{path} is no lock: {next(iter(pinned(line)))} has no hash", fix)
+
+
 def _project(chosen: Channel, index: str) -> str:
     """A project file for uv: torch from its own index only, everything else from PyPI only."""
     lines = ["[project]", 'name = "titan-image"', 'version = "0"']
@@ -137,6 +156,13 @@ def _explain(chosen: Channel, index: str, stderr: str) -> LauncherError:
         return LauncherError(
             f"channel {chosen.name}: the package index {match[1]} cannot be reached",
             fix,
+            status=ExitStatus.ERROR,
+            original=stderr,
+        )
+    if "No solution found" not in stderr:
+        return LauncherError(
+            f"channel {chosen.name}: uv made no lock, for the reason below",
+            "uv --version: a current one is pip install --upgrade uv; its settings: env | grep ^UV_; df -h ~/.cache/uv",
             status=ExitStatus.ERROR,
             original=stderr,
         )

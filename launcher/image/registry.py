@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -61,6 +62,13 @@ class Pushed:
     arch: str  # Docker's word
     digest: str  # of its manifest, sha256:…
     reference: str  # registry.example.com/titan:stable-arm64
+
+
+def check_push(reference: str) -> None:
+    """Raises LauncherError for what would stop a push after minutes of building: a wrong name, no docker command."""
+    _parse(reference)
+    if not shutil.which("docker"):
+        raise _no_docker()
 
 
 def push(tag: str, reference: str, *, engine: Engine, say: Callable[[str], None]) -> Pushed:
@@ -187,16 +195,20 @@ def _docker(arguments: list[str], reference: str, environment: dict[str, str]) -
             timeout=TIMEOUT_S, env=environment,
         )  # fmt: skip
     except FileNotFoundError:
-        raise LauncherError(
-            "docker: no such command; a manifest list is made by it",
-            "sudo apt-get install docker-cli    # or docker.io, docker-ce-cli",
-            status=ExitStatus.ERROR,
-        ) from None
+        raise _no_docker() from None
     except subprocess.TimeoutExpired:
         raise _explain(f"i/o timeout: no answer within {TIMEOUT_S} s", reference) from None
     if done.returncode:
         raise _explain(done.stderr or done.stdout, reference)
     return done.stdout
+
+
+def _no_docker() -> LauncherError:
+    return LauncherError(
+        "docker: no such command; a manifest list is made by it",
+        "sudo apt-get install docker-cli    # or docker.io, docker-ce-cli",
+        status=ExitStatus.ERROR,
+    )
 
 
 def _explain(text: str, reference: str) -> LauncherError:

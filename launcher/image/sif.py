@@ -24,8 +24,8 @@ from launcher.image.channels import Channel, channel
 from launcher.image.check import is_file
 from launcher.image.convert import FORMATS, convert_image
 from launcher.image.engine import Engine
-from launcher.image.inspect import _open, inspect
-from launcher.image.squashfs_file import beside, superblock
+from launcher.image.inspect import inspect, read_inside
+from launcher.image.squashfs_file import beside
 
 INSTALL = "https://apptainer.org/docs/admin/latest/installation.html, or: sudo apt-get install apptainer"
 # Where the recipe's files lie while it is built: Apptainer mounts the host's /tmp over the image's.
@@ -80,14 +80,7 @@ def _definition(squashfs: Path) -> str:
 
 def _environment(squashfs: Path) -> str:
     """The image's /etc/environment; "" where it has none, LauncherError where nothing here can read it."""
-    with _open(squashfs, superblock(squashfs).compressor) as tree:
-        if tree is None:
-            raise LauncherError(
-                f"{squashfs}: nothing here can look into it",
-                "sudo apt-get install squashfs-tools, or: pip install 'titan-launcher[image]'",
-                status=ExitStatus.ERROR,
-            )
-        return (tree.read("etc/environment", 1 << 20) or b"").decode("utf-8", "surrogateescape")
+    return (read_inside(squashfs, "etc/environment") or b"").decode("utf-8", "surrogateescape")
 
 
 # ------------------------------------------------------------------------------------------------- spython
@@ -157,11 +150,11 @@ def _verify(client: Any, target: Path) -> None:
 # ------------------------------------------------------------------------------------------------- recipe
 
 
-def recipe(name: str, *, base: str = "") -> str:
+def recipe(name: str) -> str:
     """An Apptainer definition of channel `name` that spython derives from the Dockerfile.
 
-    It builds what the Dockerfile builds, as one stage (Apptainer starts no stage from another), from `base` or the
-    channel's own, with this machine's containers/ and the lock of the architecture that it is built on. Unlike `sif`
+    It builds what the Dockerfile builds, as one stage (Apptainer starts no stage from another), from the channel's
+    base image, with this machine's containers/ and the lock of the architecture that it is built on. Unlike `sif`
     it runs apt-get, which needs root or `apptainer build --fakeroot` with an entry in /etc/subuid.
     """
     try:
@@ -175,7 +168,7 @@ def recipe(name: str, *, base: str = "") -> str:
             "pip install 'titan-launcher[apptainer]'",
             status=ExitStatus.ERROR,
         ) from error
-    text = _single_stage(dockerfile().read_text(encoding="utf-8"), _arguments(channel(name), base))
+    text = _single_stage(dockerfile().read_text(encoding="utf-8"), _arguments(channel(name)))
     with tempfile.TemporaryDirectory(prefix="titan-recipe-") as folder:
         path = Path(folder) / "Dockerfile"
         path.write_text(text, encoding="utf-8")
@@ -191,9 +184,9 @@ def recipe(name: str, *, base: str = "") -> str:
         return re.sub(r" +$", "", SingularityWriter(parsed).convert(), flags=re.M) + "\n"
 
 
-def _arguments(chosen: Channel, base: str) -> dict[str, str]:
+def _arguments(chosen: Channel) -> dict[str, str]:
     return {
-        "BASE_IMAGE": base or chosen.base,
+        "BASE_IMAGE": chosen.base,
         "CHANNEL": chosen.name,
         "EXTRA_INDEX_URL": chosen.torch_index,
         "VISIBLE_DEVICES": "all" if chosen.cuda else "void",

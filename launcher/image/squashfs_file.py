@@ -116,7 +116,8 @@ def read_sidecar(path: Path, block: Superblock) -> dict[str, Any] | None:
     # mksquashfs counts the root directory among the inodes, and so does the sidecar.
     seen = (block.file_size, block.inodes, block.compressor, block.block_size // 1024)
     said = tuple(recorded.get(key) for key in ("bytes", "entries", "compressor", "block_kib"))
-    return value if seen == said else None
+    # Two builds of one image may agree in all of these, not in their time; older sidecars do not have it.
+    return value if seen == said and recorded.get("mkfs_time", block.mkfs_time) == block.mkfs_time else None
 
 
 def is_metadata(value: Mapping[str, Any]) -> bool:
@@ -325,6 +326,7 @@ def publish(
     facts = {
         "sha256": digest, "bytes": block.file_size, "compressor": block.compressor, "level": level,
         "block_kib": block.block_size // 1024, "unpacked_bytes": unpacked, "entries": block.inodes,
+        "mkfs_time": block.mkfs_time,
     }  # fmt: skip
     write_json(sidecar_path(output), {**about, "image_id": image_id, "squashfs": facts})
     say(f"{output}: {block.file_size / 1e6:,.0f} MB, sha256 {digest}")

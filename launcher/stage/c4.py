@@ -1,13 +1,13 @@
 """C4: which of its files a run needs, and bringing them. A staged directory is what `--data` takes.
 
-Facts about allenai/c4's `en`: 1,024 training files of about 356,000 documents each and 8 validation files. torchtitan
-reads them in parallel only when their number is a multiple of the data-parallel degree, and reads and throws away
-nearly everything otherwise; so the least is one file per rank.
+torchtitan reads C4's files (launcher/stage/shards.py) in parallel only when their number is a multiple of the
+data-parallel degree, and reads and throws away nearly everything otherwise; so the least is one file per rank.
 """
 
 from __future__ import annotations
 
-import re
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from pathlib import Path
 from launcher.errors import LauncherError
 from launcher.stage.fetch import JOBS, Outcome, fetch, open_repo
 from launcher.stage.hub import find_token, list_files
+from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import gigabytes
 
 REPO = "allenai/c4"
 README = "README.md"
-TOKENS_PER_FILE = 356_000 * 480  # documents, and tokens in one with Llama 3's tokenizer, on average
-SHARD = re.compile(r"c4-(train|validation)\.(\d{5})-of-(\d{5})\.json\.gz")
+EXAMPLE = "--for nodes=17,gpus=4,steps=1000,batch=5"
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,7 @@ class Demand:
 
     def files(self, in_all: int) -> int:
         """The least number that has the tokens and is a multiple of the ranks; all that divide, where C4 ends."""
-        least = -(-self.tokens // TOKENS_PER_FILE)
-        rounded = self.ranks * max(-(-least // self.ranks), 1)
-        if rounded <= in_all:
-            return rounded
-        return in_all - in_all % self.ranks if self.ranks <= in_all else in_all
+        return files_for(self.tokens, self.ranks, in_all)
 
 
 @dataclass(frozen=True)
@@ -78,17 +74,25 @@ def demand_from(text: str) -> Demand:
 
     Tokens are steps x batch x sequence length x ranks. Raises LauncherError naming the part that is wrong.
     """
+    if not text.strip():
+        raise LauncherError("--for: names no run", EXAMPLE)
     if "=" not in text or text.endswith(".toml"):
-        return _demand_of_run(Path(text).expanduser())
+        return _demand_of_run(Path(os.path.expanduser(text)))
     defaults = {"nodes": 1, "gpus": 8, "steps": 100, "batch": 5, "seq": 8192, "tp": 1, "cp": 1, "pp": 1}
     values = dict(defaults)
+    named: set[str] = set()
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
         if name not in values or not number.isdecimal() or int(number) < 1 or int(number) > 10**9:
             raise LauncherError(
                 f"--for {text[:80]}: {part.strip()[:40]!r} is not one of {', '.join(f'{n}=N' for n in defaults)}",
-                "--for nodes=17,gpus=4,steps=1000,batch=5",
+                EXAMPLE,
             )
+        if name in named:
+            raise LauncherError(
+                f"--for {text[:80]}: {name} is named twice", f"{EXAMPLE}; one --for for each run"
+            )
+        named.add(name)
         values[name] = int(number)
     ranks = degree(
         values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], f"--for {text[:80]}"
@@ -100,9 +104,15 @@ def demand_from(text: str) -> Demand:
 def _demand_of_run(path: Path) -> Demand:
     from launcher.layers import merge, read_layer
 
-    layer = read_layer(path, str(path))
+    fix = f"--for runs/NAME/run.toml, or {EXAMPLE}"
+    try:
+        layer = read_layer(path, str(path))
+    except LauncherError as error:
+        raise LauncherError(
+            f"--for {path}: not the run.toml of a run: {error.what}", fix, status=error.status
+        ) from error
     if not layer.complete:
-        raise LauncherError(f"--for {path}: not the run.toml of a run", "--for runs/NAME/run.toml")
+        raise LauncherError(f"--for {path}: not the run.toml of a run", fix)
     spec = merge([layer])
     recipe = spec.recipe
     ways = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel
@@ -135,6 +145,14 @@ def stage_c4(
         token_file=token_file,
     )  # fmt: skip
     return bring(target, plan, jobs)
+
+
+def check_count(count: int | None, in_all: int = TRAIN_FILES) -> None:
+    """Raises LauncherError for a number of train files that C4 cannot have."""
+    if count is not None and not 1 <= count <= in_all:
+        raise LauncherError(
+            f"--files {count}: C4 has {in_all} train files", f"--files N, from 1 to {in_all}, or --all"
+        )
 
 
 def plan_c4(
@@ -171,13 +189,13 @@ def plan_c4(
     if not readme or not in_all:
         raise LauncherError(
             f"{repo.source} at {repo.revision[:12]} has no {README} or no en/c4-train files",
-            f"copy them there, {README} with its header, too: aws s3 sync DIR {source}"
+            f"copy them there, {README} with its header, too: aws s3 sync DIR {shlex.quote(source)}"
             if source
             else "--revision main",
         )
     _refuse_another_c4(target, split["train"])
     count, notes = _count(files, demands, everything, in_all)
-    chosen = sorted(split["train"], key=lambda file: not (target / file.path).exists())[:count]
+    chosen = sorted(split["train"], key=lambda file: not os.path.lexists(target / file.path))[:count]
     chosen.sort(key=lambda file: file.path)
     also = split["validation"] if validation else []
     return Plan(repo, (*readme, *chosen, *also), count, in_all, notes)
@@ -209,17 +227,14 @@ def _count(
     if everything:
         return in_all, ["all"]
     if files is not None:
-        if not 1 <= files <= in_all:
-            raise LauncherError(
-                f"--files {files}: C4 has {in_all} train files", f"--files {in_all}, or --all"
-            )
+        check_count(files, in_all)
         return files, []
     notes, count = [], 0
     for demand in demands:
         needed = demand.files(in_all)
         count = max(count, needed)
         least = max(-(-demand.tokens // TOKENS_PER_FILE), 1)
-        note = f"{demand.words}: {billions(demand.tokens)} tokens are {least:,} files"
+        note = f"{demand.words}: {billions(demand.tokens)} tokens are {in_files(least)}"
         if demand.ranks > in_all:
             note += f"; {demand.ranks} ranks are more than C4 has files, so all of them"
         elif least > needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,31 @@ import click
 
 from launcher.errors import ExitStatus
 from launcher.output import plain, print_json
+from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
 
 if TYPE_CHECKING:
     from launcher.stage.hub import HubFile, Repo
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-_path = click.Path(path_type=Path)
+
+class _Path(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """A path as the shell would take it: `--to=~/c4` reaches us unexpanded. None may be empty."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        text = os.path.expanduser(str(value))
+        if not text.strip() or "\0" in text:
+            self.fail("the path is empty", param, ctx)
+        if text.startswith("~"):
+            self.fail(
+                f"{plain(text)}: no such user's home; ./{plain(text)} for a name that begins so", param, ctx
+            )
+        return Path(text)
+
+
+_path = _Path()
 _to = click.option(
     "--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into."
 )
@@ -43,7 +62,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--for", "runs", multiple=True, metavar="RUN",
               help="As many as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
               "repeatable.")  # fmt: skip
-@click.option("--all", "everything", is_flag=True, help="All 1,024 train files, 305 GB.")
+@click.option(
+    "--all", "everything", is_flag=True, help=f"All {TRAIN_FILES:,} train files, {TRAIN_BYTES / 1e9:.0f} GB."
+)
 @click.option("--validation", is_flag=True, help="The validation files, too.")
 @click.option("--from", "source", default="", metavar="S3", help="s3://bucket/prefix in place of the Hub; credentials "
               "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.")  # fmt: skip
@@ -64,11 +85,15 @@ def c4(
     """
     from launcher.stage import c4 as work
     from launcher.stage import fetch
+    from launcher.stage.target import refuse_unusable
 
     if sum((files is not None, bool(runs), everything)) != 1:
         raise click.UsageError("one of --files N, --for RUN and --all is needed")
     if source and (revision or token_file):
         raise click.UsageError("--revision and --token-file are the Hub's: not with --from")
+    refuse_unusable(target)  # what needs no network comes first
+    if files is not None and (files < 1 or not source):
+        work.check_count(files)
     demands = [work.demand_from(text) for text in runs]
     plan = work.plan_c4(
         target, files=files, demands=demands, everything=everything, validation=validation, revision=revision,
@@ -135,11 +160,12 @@ def _stage_model(
     revision: str | None, token_file: Path | None, jobs: int, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from launcher.stage import fetch
-    from launcher.stage.target import gigabytes
+    from launcher.stage.target import gigabytes, refuse_unusable
 
+    refuse_unusable(target)
     repo, files = plan(target, name, revision, token_file)
     size = gigabytes(sum(file.bytes for file in files))
-    fetch.say(plain(f"{repo.name}: {len(files)} files, {size}, revision {repo.revision[:12]}"))
+    fetch.say(plain(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}"))
     if dry_run:
         _print_dry_run(target, files, {"source": repo.source, "revision": repo.revision}, as_json)
         return
@@ -165,19 +191,22 @@ def _print_dry_run(target: Path, files: Any, facts: dict[str, Any], as_json: boo
 def verify(directory: Path, deep: bool, as_json: bool) -> None:
     """Check a staged directory against its manifest. Exit code 3 when something is missing or wrong.
 
+    Images, which `stage image` names by their checksum, are always read and hashed.
+
     \b
     launcher stage verify /data/c4
     """
-    from launcher.stage.inventory import verify as check
+    from launcher.stage.inventory import reports
 
-    report = check(directory, deep)
+    found = reports(directory, deep, read_images=True)
     if as_json:
-        print_json(report.as_dict() | {"deep": deep})
-    else:
+        first, *more = [report.as_dict() for report in found]
+        print_json(first | {"deep": deep} | ({"images": more[0]} if more else {}))
+    for report in () if as_json else found:
         click.echo("\n".join(plain(line) for line in report.lines()))
         if report.problems:
             click.echo(plain(f"  repair: {report.repair}"), err=True)
-    if report.problems:
+    if any(report.problems for report in found):
         sys.exit(ExitStatus.INVALID)
 
 
@@ -185,37 +214,51 @@ def verify(directory: Path, deep: bool, as_json: bool) -> None:
 @click.argument("directories", nargs=-1, type=_path)
 @_json
 def list_(directories: tuple[Path, ...], as_json: bool) -> None:
-    """List staged directories, and for which runs they suffice (default: below /data).
+    """List staged directories and images, and for which runs they suffice (default: below /data).
+
+    Names and sizes alone are looked at. The exit code is 0 also where something is INCOMPLETE or DAMAGED (`verify` has
+    3 for that), and 4 when a named directory does not exist.
 
     \b
     launcher stage list /data/c4 /data/tokenizers
     """
     from launcher.errors import LauncherError
-    from launcher.stage.inventory import PLACES, staged_below
-    from launcher.stage.inventory import verify as check
+    from launcher.stage import inventory
 
-    places = list(directories) or [Path(place) for place in PLACES]
-    reports, failures = [], []
-    for directory in staged_below(places):
+    places = list(directories) or [Path(place) for place in inventory.PLACES]
+    reports: list[Any] = []
+    failures: list[LauncherError] = []
+    unusable: list[LauncherError] = []
+    for directory in directories:
         try:
-            reports.append(check(directory))
+            inventory.refuse_no_directory(directory)
+        except LauncherError as error:
+            unusable.append(error)
+    status = max((error.status for error in unusable), default=ExitStatus.OK)
+    for directory in inventory.staged_below(places):
+        try:
+            reports += inventory.reports(directory)
         except LauncherError as error:
             failures.append(error)
     if as_json:
         rows = [report.as_dict() for report in reports]
-        print_json(rows + [{"error": failure.what} for failure in failures])
-        return
+        print_json(rows + [{"error": failure.what} for failure in (*failures, *unusable)])
+        sys.exit(status)
     for report in reports:
         click.echo("\n".join(plain(line) for line in report.lines()))
         if report.problems:
             click.echo(plain(f"  repair: {report.repair}"))
     for failure in failures:
         click.echo(plain(failure.what))
-    if not reports and not failures:
+    for failure in unusable:
+        click.echo(plain(f"error: {failure.what}"), err=True)
+        click.echo(plain(f"  try: {failure.fix}"), err=True)
+    if not reports and not failures and not unusable:
         where = ", ".join(str(place) for place in places)
         click.echo(
             plain(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8"), err=True
         )
+    sys.exit(status)
 
 
 @click.command()

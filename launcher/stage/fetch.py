@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -31,6 +33,7 @@ from launcher.stage.manifest import (
     write_manifest,
 )
 from launcher.stage.progress import Progress
+from launcher.stage.shards import in_files
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import STATE, Stopped, check_space, gigabytes, locked, prepare, write_error
 
@@ -165,10 +168,17 @@ def _sorted(
             continue
         files.pop(file.path, None)
         try:
-            size = (target / file.path).stat().st_size
+            there = (target / file.path).stat()
+        except NotADirectoryError:
+            raise _in_the_way(target, Path(file.path).parts[0], "a file, not a directory") from None
         except OSError:
             missing.append(file)
             continue
+        if not stat.S_ISREG(there.st_mode):
+            raise _in_the_way(
+                target, file.path, "a directory, not a file" if stat.S_ISDIR(there.st_mode) else "no file"
+            )
+        size = there.st_size
         if size == file.bytes:
             unread.append(file)
         else:
@@ -177,6 +187,12 @@ def _sorted(
             )
             missing.append(file)
     return missing, unread
+
+
+def _in_the_way(target: Path, name: str, what: str) -> LauncherError:
+    """Before anything is downloaded: the file could not be put there afterwards."""
+    path = shlex.quote(str(target / name))
+    return LauncherError(f"--to {target}: {name} is {what}", f"mv {path} {path}.old, then the same command")
 
 
 class _State:
@@ -231,7 +247,7 @@ class _State:
                 with contextlib.suppress(LauncherError):  # the disk may be what went wrong
                     self.save()
                 progress.say(
-                    f"stopped: {len(self.manifest.files)} of {len(self.manifest.wanted)} files are complete in "
+                    f"stopped: {len(self.manifest.files)} of {in_files(len(self.manifest.wanted))} are complete in "
                     f"{self.target}; the same command continues"
                 )
                 raise
@@ -311,7 +327,7 @@ def _remove_leftovers(target: Path, missing: Sequence[RemoteFile]) -> None:
 def summary(outcome: Outcome, target: Path) -> str:
     """One line for people about what a call did."""
     size = sum(outcome.manifest.files[path].bytes for path in outcome.manifest.wanted)
-    line = f"{target}: {len(outcome.manifest.wanted)} files, {gigabytes(size)}, verified"
+    line = f"{target}: {in_files(len(outcome.manifest.wanted))}, {gigabytes(size)}, verified"
     if outcome.downloaded:
         rate = outcome.bytes_downloaded / max(outcome.seconds, 1e-3)
         return f"{line}; {outcome.downloaded} downloaded in {outcome.seconds:,.0f} s ({gigabytes(rate)}/s)"

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import ssl
 import threading
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.stage.hub_errors import status_of, translate, with_retries
@@ -95,7 +97,19 @@ class Digests:
 
 
 def endpoint() -> str:
-    return (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+    """The Hub's address: HF_ENDPOINT, where it is set. Raises LauncherError for one that is no address."""
+    address = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+    try:
+        parts = urlsplit(address)
+        _ = parts.port  # raises where it is no number
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return address
+    except ValueError:
+        pass
+    shown = "" if "@" in address else f"={address[:80]}"  # what stands before an @ may be a password
+    raise LauncherError(
+        f"HF_ENDPOINT{shown}: not a valid address", f"unset HF_ENDPOINT, or: export HF_ENDPOINT={ENDPOINT}"
+    )
 
 
 def find_token(token_file: Path | None = None) -> str | None:
@@ -104,16 +118,24 @@ def find_token(token_file: Path | None = None) -> str | None:
     Raises LauncherError for a token file that cannot be read or does not hold exactly one line.
     """
     if token_file is None:
-        from huggingface_hub import get_token
+        from huggingface_hub import constants, get_token
 
-        found: str | None = get_token()
+        try:
+            found: str | None = get_token()
+        except (OSError, UnicodeDecodeError) as error:
+            place = str(constants.HF_TOKEN_PATH)
+            raise LauncherError(
+                f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
+                f"ls -l {shlex.quote(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
+                status=ExitStatus.FILESYSTEM,
+            ) from None
         return found
     try:
         lines = token_file.read_text(encoding="utf-8").split()
     except OSError as error:
         raise LauncherError(
             f"--token-file {token_file}: {error.strerror}",
-            f"ls -l '{token_file}'",
+            f"ls -l {shlex.quote(str(token_file))}",
             status=ExitStatus.FILESYSTEM,
         ) from None
     except UnicodeDecodeError:

@@ -24,11 +24,13 @@ from urllib.parse import urlsplit
 from launcher.errors import ExitStatus, LauncherError
 from launcher.files import read_json, write_json
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
+from launcher.stage.images import unreadable
 from launcher.stage.manifest import BLOCK, sha256_of
 from launcher.stage.progress import Progress
-from launcher.stage.target import STATE, check_space, gigabytes, locked, write_error
+from launcher.stage.target import STATE, check_space, gigabytes, locked, refuse_unusable, write_error
 from launcher.stage.web import Reader, read_small, stream_from
 
+KINDS = "a .sqsh file, the http(s) address of one, or an image of the Docker engine; download others first, with their .json"
 Say = Callable[[str], None]
 MODE = 0o644  # readable for the group, whatever the umask: jobs of others start from it, too
 
@@ -52,33 +54,49 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     `source` is a .sqsh file, the http(s) address of one with its .json beside it, or the name of an image that the
     Docker engine has or can pull. Raises LauncherError; an interrupted call is continued by the next one.
     """
-    to = to.expanduser().absolute()
+    to = Path(os.path.expanduser(to)).absolute()
+    if not source.strip():
+        raise LauncherError("SOURCE is empty", KINDS)
+    refuse_unusable(to)
+    try:
+        return _stage_image(source, to, say)
+    except KeyboardInterrupt:
+        say(f"stopped: {shlex.quote(source)} is not in {to} yet; the same command goes on")
+        raise
+
+
+def _stage_image(source: str, to: Path, say: Say) -> Path:
     if re.match(r"https?://", source):
         _check_address(source)
         wanted, reader = _of_address(source), stream_from(source)
+    elif "://" in source and not source.startswith("docker://"):
+        raise LauncherError(f"{source.partition('://')[0][:20]}://: images are not staged from there", KINDS)
     elif _is_file_name(source):
-        wanted, reader = _of_file(Path(source).expanduser(), say)
+        wanted, reader = _of_file(Path(os.path.expanduser(source)), say)
     else:
         return _from_engine(source, to, say)
     final = wanted.path(to)
     if _is_known(wanted, final):  # also for whoever may only read there
-        say(f"{final}: already there")
+        _already(final, say)
     else:
         with _at_work(to, keep=_partial(to, wanted), say=say):
             if _is_staged(wanted, final):
-                say(f"{final}: already there")
+                _already(final, say)
             else:
                 _bring(wanted, reader, to, say)
-    _advise(final, say)
+    say(f"launcher submit --image {shlex.quote(str(final))}")
     return final
 
 
 def _is_file_name(source: str) -> bool:
-    return source.endswith(".sqsh") or source.startswith(("/", "./", "../", "~")) or os.path.exists(source)
+    return source.endswith(".sqsh") or source.startswith(("/", "./", "../", "~")) or os.path.isfile(source)
 
 
-def _advise(final: Path, say: Say) -> None:
-    say(f"launcher submit --image {shlex.quote(str(final))}")
+def _already(final: Path, say: Say) -> None:
+    say(f"{final}: already there")
+    say(
+        f"its size was looked at; to read and hash it: launcher stage verify {shlex.quote(str(final.parent))}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
@@ -94,7 +112,7 @@ def _of_file(path: Path, say: Say) -> tuple[Wanted, Reader]:
     elif os.path.lexists(sidecar):
         raise LauncherError(
             f"{sidecar} does not describe the file beside it ({block.file_size:,} bytes)",
-            f"copy the two again, together; or without a description: mv '{sidecar}' '{sidecar}.old'",
+            f"copy the two again, together; or without a description: mv {shlex.quote(str(sidecar))} {shlex.quote(f'{sidecar}.old')}",
         )
     else:
         say(f"{path}: no {sidecar.name} beside it; reading it for its checksum")
@@ -245,7 +263,7 @@ def _file_reader(path: Path) -> Reader:
                     offset += len(chunk)
                     yield chunk
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
 
     return read
 
@@ -280,27 +298,37 @@ def _from_engine(image: str, to: Path, say: Say) -> Path:
     from launcher.image import engine as docker_engine
     from launcher.image.convert import convert_image
 
-    name = _clean(image.removeprefix("docker://"), "")
-    with _at_work(to, keep=None, say=say):
+    reference = image.removeprefix("docker://")
+    name = _clean(reference, "")
+    try:
         engine = docker_engine.connect()
-        reference = image.removeprefix("docker://")
         try:
             docker_engine.inspect(engine, reference)
         except LauncherError as error:
             if error.status != ExitStatus.NOT_FOUND or "/" not in reference:
                 raise
             _pull(engine, reference, say)
+    except LauncherError as error:
+        if image.startswith("docker://"):
+            raise
+        what = "a directory, not a file" if os.path.isdir(image) else "no such file"
+        raise LauncherError(
+            f"{image}: {what}, and as the name of an image: {error.what}",
+            f"the path of a .sqsh file; or {error.fix}",
+            status=error.status, original=error.original,
+        ) from error  # fmt: skip
+    with _at_work(to, keep=None, say=say):
         made = to / STATE / "partial" / f"{name}.sqsh"
         convert_image(reference, made, engine=engine, say=say)
         about = read_json(sidecar_path(made)) or {}
         wanted = Wanted(name, _digest_in(about, str(sidecar_path(made))), made.stat().st_size, about)
         final = wanted.path(to)
         if _is_staged(wanted, final):
-            say(f"{final}: already there")
+            _already(final, say)
         else:
             _publish(wanted, made, final)
         _remove_leftovers(to, None)
-    _advise(final, say)
+    say(f"launcher submit --image {shlex.quote(str(final))}")
     return final
 
 
@@ -330,8 +358,7 @@ def _partial(to: Path, wanted: Wanted) -> Path:
 @contextlib.contextmanager
 def _at_work(to: Path, keep: Path | None, say: Say) -> Iterator[None]:
     """Makes the directory where it is new, holds its lock, and begins without what others have left unfinished."""
-    if to.exists() and not to.is_dir():
-        raise LauncherError(f"--to {to}: a file, not a directory", f"--to '{to.parent}'")
+    refuse_unusable(to)
     try:
         to.mkdir(parents=True, exist_ok=True)
         (to / STATE / "partial").mkdir(parents=True, exist_ok=True)
@@ -366,10 +393,4 @@ def _sha256(path: Path) -> str:
     try:
         return sha256_of(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> LauncherError:
-    return LauncherError(
-        f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
-    )
+        raise unreadable(path, error) from error

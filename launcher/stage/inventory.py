@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import stat
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.stage import c4, tokenizer
-from launcher.stage.manifest import Manifest, Problem, look, read, read_manifest
+from launcher.stage.images import NAME, Images, check_images, staged_images, unreadable
+from launcher.stage.manifest import Manifest, Problem, look, manifest_path, read, read_manifest
 from launcher.stage.progress import Progress
+from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files
 from launcher.stage.target import gigabytes
 
-PLACES = ("/data/c4", "/data/tokenizers", "/data/models")  # where the defaults of `submit` look
+PLACES = (
+    "/data/c4",
+    "/data/tokenizers",
+    "/data/models",
+    "/data/images",
+)  # where the defaults of `submit` look
 # Shapes of the published rows: GPU type, nodes, GPUs of each.
 SHAPES = (("h200", 1, 8), ("gb200", 3, 4), ("gb200", 9, 4), ("gb200", 17, 4))
 
@@ -30,7 +41,7 @@ class Report:
     def train_files(self) -> int:
         bad = {problem.path for problem in self.problems}
         names = (path.removeprefix("en/") for path in self.manifest.files if path not in bad)
-        return sum(1 for name in names if (match := c4.SHARD.fullmatch(name)) and match[1] == "train")
+        return sum(1 for name in names if (match := SHARD.fullmatch(name)) and match[1] == "train")
 
     @property
     def unknown(self) -> list[str]:
@@ -45,9 +56,9 @@ class Report:
         if any("c4-validation" in path for path in self.manifest.wanted):
             words["c4"] += " --validation"
         if self.manifest.source.startswith("s3://"):
-            words["c4"] += f" --from {self.manifest.source}"
+            words["c4"] += f" --from {shlex.quote(self.manifest.source)}"
         repo = self.manifest.source.removeprefix("hf://")
-        return f"launcher stage {words.get(self.manifest.kind, f'{self.manifest.kind} {repo}')} --to {self.directory}"
+        return f"launcher stage {words.get(self.manifest.kind, f'{self.manifest.kind} {shlex.quote(repo)}')} --to {shlex.quote(str(self.directory))}"
 
     def _wanted_train_files(self) -> int:
         paths = {*self.manifest.wanted, *self.manifest.files}
@@ -56,17 +67,17 @@ class Report:
     def lines(self) -> list[str]:
         """For people: what it is, its state, what it is good for."""
         size = sum(file.bytes for file in self.manifest.files.values())
-        state = "complete" if not self.problems else f"INCOMPLETE, {len(self.problems)} files"
+        state = "complete" if not self.problems else f"INCOMPLETE, {in_files(len(self.problems))}"
         first = (
             f"{self.directory}: {self.manifest.kind} from {self.manifest.source} at {self.manifest.revision[:12]}, "
-            f"{len(self.manifest.files)} files, {gigabytes(size)}, {state}"
+            f"{in_files(len(self.manifest.files))}, {gigabytes(size)}, {state}"
         )
         rows = [f"{problem.path}: {problem.what}" for problem in self.problems[:10]]
         if len(self.problems) > 10:
             rows.append(f"… and {len(self.problems) - 10} more")
         if self.unknown:
             rows.append(
-                f"{len(self.unknown)} files in en/ are not verified ({self.unknown[0]}, …): stage or remove them"
+                f"not verified: {in_files(len(self.unknown))} in en/ ({self.unknown[0]}, …): stage or remove"
             )
         return [first, *(f"  {row}" for row in (*rows, *self.suffices()))]
 
@@ -76,7 +87,11 @@ class Report:
             if self.problems:
                 return []
             use = {"tokenizer": "--tokenizer", "model": "--tokenizer, and its weights"}[self.manifest.kind]
-            return [f"for: launcher submit {use} {self.directory}" if use == "--tokenizer" else f"for: {use}"]
+            return [
+                f"for: launcher submit {use} {shlex.quote(str(self.directory))}"
+                if use == "--tokenizer"
+                else f"for: {use}"
+            ]
         train = self.train_files
         if not train:
             return ["no train file: for no run"]
@@ -84,7 +99,7 @@ class Report:
         shown = ", ".join(even if len(even) <= 12 else [*even[:5], "…", *even[-5:]])
         rows = [
             f"{train} of {self.manifest.train_files_in_all} train files, about "
-            f"{c4.billions(train * c4.TOKENS_PER_FILE)} tokens",
+            f"{c4.billions(train * TOKENS_PER_FILE)} tokens",
             f"for up to {train} data-parallel ranks; all files are used by {shown}",
         ]
         return rows + [
@@ -105,7 +120,7 @@ class Report:
             "problems": [{"path": problem.path, "what": problem.what} for problem in self.problems],
         }
         if self.manifest.kind == "c4":
-            tokens = self.train_files * c4.TOKENS_PER_FILE
+            tokens = self.train_files * TOKENS_PER_FILE
             value |= {
                 "unknown_files": self.unknown,
                 "train_files": self.train_files,
@@ -122,21 +137,58 @@ def steps_of(train_files: int, gpu: str, ranks: int) -> int:
 
     recipe = merge([read_layer(find("recipes", "llama3-8b"), "recipe", gpu)]).recipe
     used = train_files - train_files % ranks
-    return used * c4.TOKENS_PER_FILE // (recipe.local_batch_size * recipe.seq_len * ranks)
+    return used * TOKENS_PER_FILE // (recipe.local_batch_size * recipe.seq_len * ranks)
+
+
+def reports(directory: Path, deep: bool = False, read_images: bool = False) -> list[Report | Images]:
+    """What the manifest lists, and the images, which have none: of both, what is there. Raises LauncherError."""
+    refuse_no_directory(directory)
+    try:
+        images = staged_images(directory)
+    except OSError as error:
+        raise unreadable(directory, error) from error
+    found: list[Report | Images] = []
+    if manifest_path(directory).exists() or not images:
+        found.append(verify(directory, deep))
+    if images:
+        found.append(check_images(directory, read_images))
+    return found
+
+
+def refuse_no_directory(directory: Path) -> None:
+    """Raises LauncherError for a file, for nothing, and for a place where this user may not look."""
+    place = shlex.quote(str(directory))
+    try:
+        mode = os.stat(directory).st_mode
+        if stat.S_ISDIR(mode):
+            os.stat(manifest_path(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.isdir(directory):
+            raise LauncherError(f"{directory}: no such directory", f"launcher stage c4 --to {place} --files 8",
+                                status=ExitStatus.NOT_FOUND) from None  # fmt: skip
+    except OSError as error:
+        raise unreadable(directory, error) from error
+    else:
+        if not stat.S_ISDIR(mode):
+            fix = "name the directory that was staged"
+            if NAME.fullmatch(directory.name):
+                fix = f"launcher stage verify {shlex.quote(str(directory.parent))}"
+            elif directory.suffix == ".sqsh":
+                fix = f"launcher image inspect {place}"
+            raise LauncherError(f"{directory}: a file, not a directory", fix)
 
 
 def verify(directory: Path, deep: bool = False) -> Report:
     """Raises LauncherError for a directory that has no manifest, with what gives it one."""
-    if not directory.is_dir():
-        raise LauncherError(f"{directory}: no such directory", f"launcher stage c4 --to {directory} --files 8",
-                            status=ExitStatus.NOT_FOUND)  # fmt: skip
+    refuse_no_directory(directory)
     manifest = read_manifest(directory)
     if manifest is None:
+        place = shlex.quote(str(directory))
         if c4.looks_like_c4(directory):
             count = len(list((directory / "en").glob("c4-train.*.json.gz")))
-            fix = f"launcher stage c4 --to {directory} --files {max(count, 1)}    checks what is there, and keeps it"
+            fix = f"launcher stage c4 --to {place} --files {max(count, 1)}    checks what is there, and keeps it"
         elif tokenizer.looks_like_tokenizer(directory):
-            fix = f"launcher stage tokenizer --to {directory}    checks what is there, and keeps it"
+            fix = f"launcher stage tokenizer --to {place}    checks what is there, and keeps it"
         else:
             fix = "launcher stage list DIR, with a directory that was staged"
         raise LauncherError(f"{directory}: not staged by the launcher: nothing is known about its files", fix,
@@ -153,15 +205,22 @@ def verify(directory: Path, deep: bool = False) -> Report:
     return Report(directory, manifest, tuple(problems))
 
 
-def staged_below(places: list[Path]) -> list[Path]:
-    """Staged directories: the places themselves, and those directly inside them."""
-    found = []
+def staged_below(places: Sequence[Path]) -> list[Path]:
+    """Staged directories, each once: the places themselves, and those directly inside them."""
+    found: dict[str, Path] = {}
     for place in places:
         try:
-            inside = sorted(
-                path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")
-            )
+            inside = [path for path in sorted(place.iterdir()) if not path.name.startswith(".")]
         except OSError:
             continue
-        found += [path for path in (place, *inside) if (path / ".staged" / "manifest.json").exists()]
-    return found
+        for path in (place, *inside):
+            if os.path.isdir(path) and _is_staged(path):
+                found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def _is_staged(directory: Path) -> bool:
+    try:
+        return os.path.exists(manifest_path(directory)) or bool(staged_images(directory))
+    except OSError:
+        return False

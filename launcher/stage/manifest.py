@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -69,7 +70,9 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
     except OSError as error:
         raise LauncherError(
-            f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
+            f"cannot read {path}: {error.strerror}",
+            f"ls -l {shlex.quote(str(path))}",
+            status=ExitStatus.FILESYSTEM,
         ) from error
     manifest = parse_manifest(data)
     if manifest is None:
@@ -178,6 +181,8 @@ def _size_problem(directory: Path, path: str, file: StagedFile) -> Problem | Non
 
 def describe_wrong(path: Path, size: int, expected: int) -> str:
     """What a file of the wrong size is."""
+    if path.is_dir():
+        return "a directory, not a file"
     if size == 0:
         return "empty"
     if is_lfs_pointer(path):

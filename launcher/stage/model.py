@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.errors import LauncherError
 from launcher.stage import tokenizer
-from launcher.stage.fetch import JOBS, Outcome, fetch, open_repo
+from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import HubFile, Repo, find_token, list_files
 
 INDEX = "model.safetensors.index.json"
@@ -37,14 +37,6 @@ def plan_model(
         )
     small = [there[path] for path in (*CONFIG, INDEX) if path in there]
     return repo, [*small, *tokenizer.choose(repo, files), *weights]
-
-
-def stage_model(
-    target: Path, model: str, *, revision: str | None = None, token_file: Path | None = None, jobs: int = JOBS
-) -> Outcome:
-    """Brings weights, configuration and tokenizer into one directory."""
-    repo, files = plan_model(target, model, revision, token_file)
-    return bring(target, repo, files, jobs)
 
 
 def bring(target: Path, repo: Repo, files: list[HubFile], jobs: int) -> Outcome:

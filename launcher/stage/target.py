@@ -7,7 +7,9 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -33,19 +35,40 @@ def safe_path(path: object) -> bool:
 
 def write_error(path: Path, error: OSError) -> LauncherError:
     """The operating system's refusal to write below the target, with what to do about it."""
+    place = shlex.quote(str(path.parent))
     fixes = {
-        errno.EACCES: f"--to a directory that you can write, or: ls -ld '{path.parent}'",
-        errno.EPERM: f"--to a directory that you can write, or: ls -ld '{path.parent}'",
+        errno.EACCES: f"--to a directory that you can write, or: ls -ld {place}",
+        errno.EPERM: f"--to a directory that you can write, or: ls -ld {place}",
         errno.EROFS: "--to a directory on a file system that is not mounted read-only",
-        errno.ENOSPC: f"free space (df -h '{path.parent}'), then the same command continues",
-        errno.EDQUOT: f"free space (quota -s; du -sh '{path.parent}'), then the same command continues",
+        errno.ENOSPC: f"free space (df -h {place}), then the same command continues",
+        errno.EDQUOT: f"free space (quota -s; du -sh {place}), then the same command continues",
         errno.EFBIG: "the file system, or ulimit -f, does not allow files of this size",
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     return LauncherError(
         f"cannot write {path}: {reason}",
-        fixes.get(error.errno or 0, f"ls -ld '{path.parent}'"),
+        fixes.get(error.errno or 0, f"ls -ld {place}"),
         status=ExitStatus.FILESYSTEM,
+    )
+
+
+def refuse_unusable(target: Path) -> None:
+    """Raises LauncherError for a file, and for a place where this user may not even look. Writes nothing."""
+    try:
+        if stat.S_ISDIR(os.stat(target).st_mode):
+            os.stat(target / STATE / "manifest.json")
+            return
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        above = next(parent for parent in target.parents if os.path.exists(parent))
+        raise LauncherError(
+            f"--to {target}: {above} is a file, not a directory", "name a directory that is not below a file"
+        ) from None
+    except OSError as error:
+        raise write_error(target, error) from error
+    raise LauncherError(
+        f"--to {target}: a file, not a directory", "name a new directory, or one to continue in"
     )
 
 
@@ -54,10 +77,7 @@ def prepare(target: Path, ours: Callable[[Path], bool]) -> None:
 
     `ours` says whether a directory without a manifest holds what would be staged here.
     """
-    if target.exists() and not target.is_dir():
-        raise LauncherError(
-            f"--to {target}: a file, not a directory", "name a new directory, or one to continue in"
-        )
+    refuse_unusable(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         found = sorted(set(os.listdir(target)) - IGNORED)
@@ -109,7 +129,7 @@ def check_space(target: Path, needed: int) -> None:
     if needed and needed + RESERVE > free:
         raise LauncherError(
             f"{target}: {gigabytes(needed)} are still needed, {gigabytes(free)} are free",
-            f"free space (df -h '{target}'), ask for fewer files (--files N), or another place, or --to another file system",
+            f"free space (df -h {shlex.quote(str(target))}), ask for fewer files (--files N), or another place, or --to another file system",
             status=ExitStatus.FILESYSTEM,
         )
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from launcher.errors import LauncherError
-from launcher.stage.fetch import JOBS, Outcome, fetch, open_repo
+from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import HubFile, Repo, find_token, list_files
 
 MODELS = {
@@ -56,14 +56,6 @@ def choose(repo: Repo, files: list[HubFile]) -> list[HubFile]:
             "another repository: launcher stage tokenizer OWNER/NAME --to DIR",
         )
     return [there[path] for path in (*REQUIRED, *OPTIONAL) if path in there]
-
-
-def stage_tokenizer(
-    target: Path, model: str, *, revision: str | None = None, token_file: Path | None = None, jobs: int = JOBS
-) -> Outcome:
-    """Brings a tokenizer. Raises LauncherError, also when a required file arrives that is no JSON object."""
-    repo, files = plan_tokenizer(target, model, revision, token_file)
-    return bring(target, repo, files, jobs)
 
 
 def bring(target: Path, repo: Repo, files: list[HubFile], jobs: int) -> Outcome:

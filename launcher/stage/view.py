@@ -14,7 +14,6 @@ away what belongs to the others: benchmarks/loader.py measures it, docs/data.md 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,19 +23,20 @@ from typing import TypeVar
 from launcher.errors import ExitStatus, LauncherError
 from launcher.runtime import host_path, mounts
 from launcher.spec import S3, SAMPLE, RunSpec
+from launcher.stage.shards import (
+    LFS_POINTER,
+    SHARD,
+    SMALL,
+    TOKENS_PER_BYTE,
+    TRAIN_FILES,
+    and_more,
+    files_for,
+    in_millions,
+    wrong_start,
+)  # fmt: skip
 
 DATASETS = ("c4", "c4_validation")  # torchtitan's names of what such a directory holds
-SHARD = re.compile(r"c4-(train|validation)\.(\d+)-of-(\d+)\.json\.gz")
-FILES_OF_C4 = 1024
-LFS_POINTER = b"version https://git-lfs"
-GZIP_MAGIC = b"\x1f\x8b"
-SMALL = 1024  # bytes; Git LFS pointers are smaller, by their specification, so only such files are opened
-
-# C4's `en` is 305 GiB in 1,024 train files of about 356,000 documents and 171 M tokens (Llama 3's tokenizer).
-# An estimate: files differ by a percent, text of another kind by more.
-TOKENS_PER_FILE = 356_000 * 480
-TOKENS_PER_BYTE = TOKENS_PER_FILE * FILES_OF_C4 / (305 * 2**30)
-ESTIMATE_IS_GOOD_TO = 0.02
+ESTIMATE_IS_GOOD_TO = 0.02  # tokens from bytes: C4's files differ by a percent, text of another kind by more
 
 # Not the data's own README: it may name a split that was not staged, and `datasets` then refuses all splits.
 README = """\
@@ -50,6 +50,7 @@ configs:
 Links to the files that this run reads, made by the launcher.
 """
 
+UNSEEN = "does not see (--mount)"
 T = TypeVar("T")
 
 
@@ -61,7 +62,8 @@ class Staged:
     validation: tuple[str, ...] = ()
     bytes: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # file -> why
-    train_files_in_all: int = FILES_OF_C4
+    train_files_in_all: int = TRAIN_FILES
+    staged_from: str = ""  # by its manifest
 
 
 def choose(files: Sequence[T], degree: int, part: int = 1, parts: int = 1) -> Sequence[T]:
@@ -97,21 +99,26 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
             )
         return spec, []
     if spec.job.data == SAMPLE:
-        from launcher.sample import TRAIN_FILES, file_names
+        from launcher import sample
 
-        staged = Staged(tuple(file_names("train", TRAIN_FILES)), tuple(file_names("validation", 1)))
-        return _with_view(spec, staged), []
+        train = tuple(sample.file_names("train", sample.TRAIN_FILES))
+        return _with_view(spec, Staged(train, tuple(sample.file_names("validation", 1)))), []
     if spec.job.data.startswith(S3):
         return _plan_streamed(spec)
     directory = Path(host_path(spec, spec.data_path))
     stage = f"launcher stage c4 --to {shlex.quote(str(directory))} --files"
+    if os.path.isfile(directory):
+        raise LauncherError(
+            f"--data {directory}: a file, not a directory",
+            "launcher stage c4 --to DIR --files N, then --data DIR",
+        )
     try:
         staged, notes = look(directory, _seen_in_container(spec, directory))
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        where = directory / "en" if directory.is_dir() else directory
+        where = directory / "en" if os.path.isdir(directory) else directory
         why = f"{where}: " + ("not on this machine" if missing else f"cannot be read here ({error.strerror})")
-        fix = f"{stage} {_files_needed(spec, FILES_OF_C4)}"
+        fix = f"{stage} {_files_needed(spec, TRAIN_FILES)}"
         if spec.job.data_part:
             what = f"--data-part {spec.job.data_part}: {why}"
             raise LauncherError(what, fix, status=ExitStatus.NOT_FOUND) from error
@@ -119,11 +126,12 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
             f"{why}, so the run gets no view of it; if the nodes do not have it either, the job stops at once: {fix}, "
             "or --data hub"
         ]
-    stage += f" {max(_files_needed(spec, staged.train_files_in_all), len(staged.train))}"
+    stage += _as_many_and(spec, staged)
     if staged.left_out:
-        name, why = next(iter(staged.left_out.items()))
-        more = f", and {len(staged.left_out) - 1} more" if len(staged.left_out) > 1 else ""
-        notes.append(f"{directory}/en: {name} is {why}{more}: left out; {stage} repairs it")
+        # Staging keeps a link whose file is right: what it lacks is a mount.
+        name, why = min(staged.left_out.items(), key=lambda item: item[1].endswith(UNSEEN))
+        repair = "" if why.endswith(UNSEEN) else f"; {stage} repairs it"
+        notes.append(f"{directory}/en: {name} is {why}{and_more(staged.left_out)}: left out{repair}")
     if not staged.train:
         if spec.job.data_part:
             raise LauncherError(
@@ -139,15 +147,15 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
 
 def _plan_streamed(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     """The run with the objects that it will stream, which are listed now. Raises LauncherError where they cannot be."""
-    bucket, staged = _look_in_bucket(spec.data_path, _files_needed(spec, FILES_OF_C4))
+    bucket, staged = _look_in_bucket(spec.data_path, _files_needed(spec, TRAIN_FILES))
     count = max(_files_needed(spec, staged.train_files_in_all), len(staged.train))
     stage, then = f"launcher stage c4 --to DIR --files {count}", f", then: aws s3 sync DIR {bucket}"
     notes = []
     if staged.left_out:
         name, why = next(iter(staged.left_out.items()))
-        more = f", and {len(staged.left_out) - 1} more" if len(staged.left_out) > 1 else ""
         notes.append(
-            f"{bucket}/en: {name} is {why}{more}: left out; copy again from a staged directory: aws s3 sync DIR {bucket}"
+            f"{bucket}/en: {name} is {why}{and_more(staged.left_out)}: left out; copy again from a staged "
+            f"directory: aws s3 sync DIR {bucket}"
         )
     if not staged.train:
         raise LauncherError(
@@ -178,12 +186,12 @@ def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
     for file in objects:
         name = file.path.removeprefix("en/")
         if match := SHARD.fullmatch(name):
-            if file.bytes < SMALL and (problem := _wrong_start(bucket.head(file, len(LFS_POINTER)))):
+            if file.bytes < SMALL and (problem := wrong_start(bucket.head(file, len(LFS_POINTER)))):
                 left_out[name] = problem
             else:
                 numbered[match[1]][int(match[3]), int(match[2])] = name
     train, validation = (tuple(names for _, names in sorted(numbered[split].items())) for split in numbered)
-    in_all = max((total for total, _ in numbered["train"]), default=0) or FILES_OF_C4
+    in_all = max((total for total, _ in numbered["train"]), default=0) or TRAIN_FILES
     return bucket.source, Staged(train, validation, sizes, left_out, in_all)
 
 
@@ -194,14 +202,14 @@ def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[st
     """
     notes: list[str] = []
     listed: Mapping[str, int] | None = None
-    in_all = 0
+    in_all, staged_from = 0, ""
     if (directory / ".staged" / "manifest.json").exists():
         from launcher.stage.manifest import read_manifest
 
         try:
             if manifest := read_manifest(directory):
                 listed = {path.removeprefix("en/"): file.bytes for path, file in manifest.files.items()}
-                in_all = manifest.train_files_in_all
+                in_all, staged_from = manifest.train_files_in_all, manifest.source
         except LauncherError as error:
             notes.append(f"{error.what}: its files are taken as they are; {error.fix}")
     numbered: dict[str, dict[tuple[int, int], str]] = {"train": {}, "validation": {}}
@@ -218,8 +226,8 @@ def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[st
                 sizes[entry.name] = size
                 numbered[match[1]][int(match[3]), int(match[2])] = entry.name
     train, validation = (tuple(names for _, names in sorted(numbered[split].items())) for split in numbered)
-    in_all = in_all or max((total for total, _ in numbered["train"]), default=0) or FILES_OF_C4
-    return Staged(train, validation, sizes, left_out, in_all), notes
+    in_all = in_all or max((total for total, _ in numbered["train"]), default=0) or TRAIN_FILES
+    return Staged(train, validation, sizes, left_out, in_all, staged_from), notes
 
 
 def _problem(
@@ -231,9 +239,9 @@ def _problem(
         if entry.is_symlink():
             target = os.path.realpath(entry.path)
             if not any(f"{target}/".startswith(f"{place.rstrip('/')}/") for place in seen):
-                return size, f"a link to {target}, which the container does not see (--mount)"
+                return size, f"a link to {target}, which the container {UNSEEN}"
         if not entry.is_file():
-            return size, "not a file"
+            return size, "a directory, not a file" if entry.is_dir() else "not a file"
         if listed is not None and listed.get(entry.name) != size:
             expected = listed.get(entry.name)
             return (
@@ -242,19 +250,10 @@ def _problem(
             )
         if size < SMALL:
             with open(entry.path, "rb") as stream:
-                return size, _wrong_start(stream.read(len(LFS_POINTER)))
+                return size, wrong_start(stream.read(len(LFS_POINTER)))
     except OSError as error:
         return 0, f"unreadable ({error.strerror})"
     return size, ""
-
-
-def _wrong_start(head: bytes) -> str:
-    """Why a file that begins so is no data; empty when it may be."""
-    if not head:
-        return "empty"
-    if head == LFS_POINTER:
-        return "a Git LFS pointer, not the data"
-    return "" if head.startswith(GZIP_MAGIC) else "not a gzip file"
 
 
 def write(directory: Path, links: Mapping[str, str]) -> None:
@@ -353,15 +352,21 @@ def _tokens(spec: RunSpec) -> int:
 def _files_needed(spec: RunSpec, in_all: int) -> int:
     """How many full C4 files the run, or all parts of it, needs: what `launcher stage c4 --for` would say."""
     _, parts = _part(spec)
-    ranks, tokens = spec.data_parallel * parts, _tokens(spec) * parts
-    rounded = ranks * max(-(-tokens // (TOKENS_PER_FILE * ranks)), 1)
-    if rounded > in_all:
-        return in_all - in_all % ranks if ranks <= in_all else in_all
-    return rounded
+    return files_for(_tokens(spec) * parts, spec.data_parallel * parts, in_all)
 
 
-def _millions(tokens: float) -> str:
-    return f"{tokens / 1e6:,.0f} M"
+def _as_many_and(spec: RunSpec, staged: Staged) -> str:
+    """What follows `launcher stage c4 --files` so that the run has enough, and what is left out now is repaired.
+
+    Staging takes the files that are there first, the damaged ones among them: as many as there are cover them all.
+    """
+    bad = [match[1] for name in staged.left_out if (match := SHARD.fullmatch(name))]
+    count = max(
+        _files_needed(spec, staged.train_files_in_all),
+        min(len(staged.train) + bad.count("train"), staged.train_files_in_all),
+    )
+    source = f" --from {shlex.quote(staged.staged_from)}" if staged.staged_from.startswith(S3) else ""
+    return f" {count}{source}{' --validation' if 'validation' in bad else ''}"
 
 
 def _shortages(spec: RunSpec, staged: Staged, stage: str, then: str = "") -> list[str]:
@@ -381,13 +386,14 @@ def _shortages(spec: RunSpec, staged: Staged, stage: str, then: str = "") -> lis
     # The estimate is for Llama 3's tokenizer: the sample's makes three times as many tokens.
     if needed > there * (1 + ESTIMATE_IS_GOOD_TO) and spec.job.tokenizer != SAMPLE:
         notes.append(
-            f"{spec.data_path}: the run reads {_millions(needed)} tokens, its {len(train)} files have about "
-            f"{_millions(there)} (estimated from their size): it reads them more than once{more}"
+            f"{spec.data_path}: the run reads {in_millions(needed)} tokens, its {len(train)} files have about "
+            f"{in_millions(there)} (estimated from their size): it reads them more than once{more}"
         )
     if not staged.validation and any(
         spec.titan.get(key, "").lower() == "true" for key in ("validation.enable", "validator.enable")
     ):
         notes.append(
-            f"{spec.data_path} holds no validation file, and the run validates; {stage} --validation{then}"
+            f"{spec.data_path} holds no validation file, and the run validates; "
+            f"{stage.removesuffix(' --validation')} --validation{then}"
         )
     return notes

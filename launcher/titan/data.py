@@ -34,7 +34,7 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
         raise Refused("no data directory was given", "--data /data/c4")
     if source.startswith("s3://"):
         return {**facts, "data_files": check_streamed(Path(data), source)}
-    stage = STAGE_C4.format(shlex.quote(source), node["run_dir"])
+    stage = STAGE_C4.format(shlex.quote(source), shlex.quote(node["run_dir"]))
     for folder in map(Path, (source, data)):
         if not folder.is_dir():
             raise Refused(f"{folder} is not a directory on this node", f"mount it, or: {stage}")

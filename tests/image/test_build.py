@@ -39,12 +39,9 @@ def somewhere(host: str = "unix:///run/docker.sock", arch: str = "amd64", system
 
 
 def test_the_cpu_image_passes_its_checks(engine: Engine, cpu_image: Built) -> None:
-    said: list[str] = []
-    results = {result.name: result for result in check(cpu_image.tag, engine=engine, say=said.append)}
-    assert len(said) == len(results) == 14
-    assert {name for name, result in results.items() if result.status != "ok"} == {"blackwell"}, "\n".join(
-        said
-    )
+    results = {result.name: result for result in check(cpu_image.tag, engine=engine)}
+    assert len(results) == 14
+    assert {name for name, result in results.items() if result.status != "ok"} == {"blackwell"}, results
     assert results["blackwell"].status == "skipped"
     assert "8,030,261,248 parameters, 57,914,449,920 FLOPs" in results["model"].found
 
@@ -195,6 +192,24 @@ def test_no_engine_answers(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     with pytest.raises(LauncherError, match=f"no Docker engine answers at {host}") as error:
         docker_engine.connect()
     assert "unset DOCKER_HOST" in error.value.fix and error.value.original
+
+
+def test_an_engine_behind_ssh_is_reached_by_the_program_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows the user's agent and jump hosts."""
+    import docker
+
+    asked = {}
+
+    def from_env(**options: Any) -> None:
+        asked.update(options)
+        raise docker.errors.DockerException("Install paramiko package to enable ssh:// support")
+
+    monkeypatch.setattr(docker.DockerClient, "from_env", from_env)
+    monkeypatch.setenv("DOCKER_HOST", "ssh://user@machine")
+    with pytest.raises(LauncherError, match="ssh part, which is not installed") as error:
+        docker_engine.connect()
+    assert asked["use_ssh_client"] is True
+    assert "docker[ssh]" in error.value.fix
 
 
 def test_no_engine_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -420,6 +420,7 @@ def test_metadata_stands_inside_and_beside(converter: Converter) -> None:
     assert beside.pop("squashfs") == {
         "sha256": sha256(converter.output), "bytes": size, "compressor": "gzip", "level": 1, "block_kib": 128,
         "unpacked_bytes": total, "entries": superblock(converter.output).inodes,
+        "mkfs_time": superblock(converter.output).mkfs_time,
     }  # fmt: skip
     assert beside == {**ABOUT, "image_id": "sha256:abc", "created": "2023-11-14T22:13:20Z"}
 

@@ -19,7 +19,7 @@ import pytest
 from launcher.errors import ExitStatus, LauncherError
 from launcher.image import inspect as module
 from launcher.image.inspect import ImageFacts, inspect, problems
-from launcher.image.squashfs_file import elf_machine, follow, superblock
+from launcher.image.squashfs_file import elf_machine, follow, read_sidecar, sidecar_path, superblock
 
 needs_mksquashfs = pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
 ABOUT = {
@@ -434,3 +434,23 @@ def test_elf_machine() -> None:
     assert elf_machine(b"\x7fELF\x02\x02" + bytes(12) + b"\x00\xb7") == "aarch64"
     assert elf_machine(b"#!/bin/sh") == ""
     assert elf_machine(b"\x7fELF") == ""
+
+
+@needs_mksquashfs
+def test_a_name_that_begins_with_a_dash(make: Make, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make({"bin/sh": elf(), "etc/titan-image.json": json.dumps(ABOUT)})
+    path = path.rename(path.with_name("-dash.sqsh"))
+    monkeypatch.chdir(path.parent)
+    assert inspect(Path("./-dash.sqsh")).source == "image"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "taken"), [({}, True), ({"mkfs_time": 0}, True), ({"mkfs_time": 1}, False)]
+)
+def test_a_sidecar_of_a_build_at_another_time_is_not_believed(
+    image: Path, recorded: dict[str, int], taken: bool
+) -> None:
+    about = json.loads(sidecar_path(image).read_text())
+    about["squashfs"] |= recorded
+    sidecar_path(image).write_text(json.dumps(about))
+    assert (read_sidecar(image, superblock(image)) is not None) == taken

@@ -151,6 +151,12 @@ def test_nothing_satisfies_the_channel(index: str, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "new.txt").exists()
 
 
+def test_what_else_uv_says_is_not_called_unsatisfiable() -> None:
+    error = locking._explain(MADE_UP, "", "error: Failed to write to the cache\n  No space left on device")
+    assert "uv made no lock" in error.what and "packages" not in error.what
+    assert "df -h" in error.fix and "No space left" in error.original
+
+
 def test_an_index_that_cannot_be_reached_names_the_channel_that_needs_none(
     index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import LauncherError
-from launcher.stage.c4 import TOKENS_PER_FILE, Demand, demand_from, stage_c4
+from launcher.stage.c4 import Demand, demand_from, stage_c4
+from launcher.stage.shards import TOKENS_PER_FILE
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
 
@@ -130,7 +131,7 @@ def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path
         ((), 2, "one of --files N, --for RUN and --all"),
         (("--files", "2", "--all"), 2, "one of --files N, --for RUN and --all"),
         (("--files", "13"), 3, "C4 has 12 train files"),
-        (("--files", "0"), 3, "C4 has 12 train files"),
+        (("--files", "0"), 3, "C4 has 1024 train files"),
         (("--for", "nodes=3,gpu=4"), 3, "'gpu=4' is not one of nodes=N"),
         (("--for", "nodes=0"), 3, "'nodes=0'"),
         (("--for", "nodes=1,gpus=4,tp=3"), 3, "4 GPUs cannot be divided into groups of 3"),

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -24,10 +25,12 @@ from launcher.image import build as building
 from launcher.image import check as checking
 from launcher.image import engine as docker_engine
 from launcher.image import lock as locking
+from launcher.image import registry
 from launcher.image.build import Built
 from launcher.image.channels import channel
 from launcher.image.check import Checked
 from launcher.image.commands import COMMANDS
+from launcher.image.parameters import is_reference
 from launcher.image.squashfs_file import sidecar_path, superblock
 from tests.conftest import ROOT, Launch
 
@@ -98,15 +101,19 @@ class Api:
     def create_host_config(self, **_: Any) -> dict[str, Any]:
         return {}
 
-    def create_container(self, image: str, *_: Any, **__: Any) -> dict[str, str]:
-        self.containers.append(image)
-        return {"Id": image}
+    def create_container(self, image: str, *_: Any, name: str, **__: Any) -> dict[str, str]:
+        self.containers.append(name)
+        return {"Id": f"id of {name}"}
 
     def export(self, _: str, chunk_size: int) -> Iterator[bytes]:
         for at in range(0, len(self.stream), chunk_size):
             yield self.stream[at : at + chunk_size]
 
     def remove_container(self, container: str, **_: Any) -> None:
+        import docker
+
+        if container not in self.containers:
+            raise docker.errors.NotFound(container)
         self.containers.remove(container)
 
 
@@ -327,6 +334,69 @@ def test_ctrl_c_leaves_neither_a_file_nor_a_container(
     assert api.containers == []
 
 
+def test_ctrl_c_while_the_engine_makes_the_container(
+    run: Run, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = api.create_container
+    answered = []
+
+    def create_container(*arguments: Any, **options: Any) -> dict[str, str]:
+        signal.raise_signal(signal.SIGINT)
+        answered.append(made(*arguments, **options))  # the engine makes it, whatever happens to its caller
+        return answered[0]
+
+    monkeypatch.setattr(api, "create_container", create_container, raising=False)
+    assert run("convert", "titan:cpu-amd64").code == ExitStatus.INTERRUPTED
+    assert (len(answered), api.containers) == (1, [])
+
+
+@needs_tools
+@pytest.mark.parametrize("name", ["--output=~/x.sqsh", "--output=~/folder/"])
+def test_the_home_directory_in_a_path_that_no_shell_expanded(
+    run: Run, api: Api, workplace: Path, name: str
+) -> None:
+    home = workplace / "home"
+    (home / "folder").mkdir()
+    path = Path(run("convert", "titan:cpu-amd64", name).stdout.strip())
+    assert path.is_file() and home in path.parents
+    assert "x86_64" in run("inspect", str(path).replace(str(home), "~")).stdout
+
+
+@pytest.mark.parametrize(
+    "image", ["", "../../containers/json", "titan:", "Titan:x", "titan cpu", "titan:x?all=1"]
+)
+def test_what_cannot_be_an_image_is_refused_before_the_engine_is_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch, image: str
+) -> None:
+    monkeypatch.setattr(docker_engine, "connect", None)
+    for command in ("convert", "check", "sif"):
+        if image.startswith("../") and command != "convert":
+            continue  # there it is the path of a file
+        done = run(command, image)
+        assert (done.code, done.stdout) == (ExitStatus.USAGE, "")
+        assert "is not the name of an image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "titan:cpu-amd64", "localhost:5000/team/titan", "Registry.example.com/a_b/c--d:X.1", "0123456789ab",
+        f"titan@sha256:{'a' * 64}", f"sha256:{'a' * 64}", "[::1]:5000/titan:x",
+    ],
+)  # fmt: skip
+def test_names_that_an_engine_takes(name: str) -> None:
+    assert is_reference(name)
+
+
+@pytest.mark.parametrize("name", ["x.txt/", "nowhere/"])
+def test_a_slash_at_the_end_means_a_directory(run: Run, api: Api, workplace: Path, name: str) -> None:
+    (workplace / "x.txt").write_text("mine")
+    done = run("convert", "titan:cpu-amd64", "--force", "-o", name)
+    assert (done.code, done.stdout) == (ExitStatus.FILESYSTEM, "")
+    assert f"{name}: " in done.stderr and "directory" in done.stderr
+    assert (workplace / "x.txt").read_text() == "mine"
+
+
 @needs_tools
 def test_convert_by_enroot_which_is_not_here(run: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
@@ -385,6 +455,11 @@ def test_build_both_architectures_and_convert_them(
         (["cpu", "--arch", "all", "-o", "x.sqsh"], "-o has to be a directory", ExitStatus.USAGE),
         (["cpu", "-o", "no/where/"], "mkdir -p no", ExitStatus.FILESYSTEM),
         (["cpu", "--arch", "sparc"], "is not one of", ExitStatus.USAGE),
+        (["cpu", "--push", "https://x/titan"], "not the name of an image in a registry", ExitStatus.USAGE),
+        (["cpu", "--push", ""], "not the name of an image in a registry", ExitStatus.USAGE),
+        (["cpu", "--tag", "Titan Mine"], "is not the name of an image", ExitStatus.USAGE),
+        (["cpu", "--tag", f"titan@sha256:{'a' * 64}"], "is not the name of an image", ExitStatus.USAGE),
+        (["cpu", "--base", "debian:"], "is not the name of an image", ExitStatus.USAGE),
         (
             ["cpu", "--index-url", "https://me:s3cret@mirror.example/"],
             "would stay in the image",
@@ -404,6 +479,35 @@ def test_build_refuses_before_it_builds(
     assert words in done.stderr
     assert "s3cret" not in done.stderr
     assert (done.code, done.stdout, builds) == (code, "", [])
+
+
+def test_push_without_the_docker_command_learns_it_first(
+    run: Run, builds: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = run("build", "cpu", "--push", "localhost:5000/titan:cpu")
+    assert "docker: no such command" in done.stderr and builds == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"hello\n", "it pins no package"),
+        (b"torch==2.14.1\n", "torch has no hash"),
+        (b"a==1 --hash=sha256:0\nb==2\n", "b has no hash"),
+        (b"\xff\xfe", "it is not text"),
+        (None, "there is no lock mine.txt"),
+    ],
+)
+def test_build_refuses_a_lock_that_is_none(
+    run: Run, api: Api, workplace: Path, monkeypatch: pytest.MonkeyPatch, text: bytes | None, words: str
+) -> None:
+    monkeypatch.setattr(docker_engine, "has_buildx", None)  # it does not come so far
+    if text is not None:
+        (workplace / "mine.txt").write_bytes(text)
+    done = run("build", "cpu", "--lock", "mine.txt")
+    assert done.code == ExitStatus.INVALID
+    assert words in done.stderr and "try: launcher image lock cpu --arch amd64" in done.stderr
 
 
 def test_build_without_mksquashfs_learns_it_first(
@@ -443,8 +547,9 @@ def test_push_makes_one_list_of_what_was_built(
         listed.append((reference, [one.arch for one in pushed], arches))
         return "sha256:list"
 
-    module = SimpleNamespace(push=push, manifest_list=manifest_list)
-    monkeypatch.setitem(sys.modules, "launcher.image.registry", module)
+    monkeypatch.setattr(registry, "push", push)
+    monkeypatch.setattr(registry, "manifest_list", manifest_list)
+    monkeypatch.setattr(registry, "check_push", lambda reference: None)  # needs the docker command
     done = run("build", "cpu", "--arch", "all", "--push", "localhost:5000/titan:cpu")
     assert done.stdout.splitlines()[-1] == "localhost:5000/titan:cpu@sha256:list"
     assert listed == [("localhost:5000/titan:cpu", ["amd64", "arm64"], ["amd64", "arm64"])]
@@ -459,6 +564,40 @@ def test_inspect_refuses(run: Run, workplace: Path) -> None:
     assert "no such file" in run("inspect", "missing.sqsh").stderr.lower()
     assert run("inspect", "x.sqsh", "--driver", "new").code == ExitStatus.USAGE
     assert run("inspect", "x.sqsh", "--gpu", "h800").code == ExitStatus.NOT_FOUND
+
+
+def test_inspect_of_an_engines_image_names_the_commands_for_it(run: Run, workplace: Path) -> None:
+    done = run("inspect", "my:one")
+    assert done.code == ExitStatus.INVALID
+    assert "launcher image check my:one, or: launcher image convert my:one" in done.stderr
+    assert "image convert" not in run("inspect", "./missing.sqsh").stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"", "the file is empty"),
+        (b"hsqs", "cut off: 4 bytes"),
+        (b"hello", "not a squashfs"),
+    ],
+)
+def test_check_of_a_file_that_is_no_image(
+    run: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, words: str
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # no chmod either
+    if content is not None:
+        (workplace / "x.sqsh").write_bytes(content)
+    done = run("check", "x.sqsh")
+    assert (done.code, words in done.stderr) == (ExitStatus.INVALID, True), done.stderr
+
+
+def test_check_where_a_program_is_missing_says_which(
+    run: Run, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "unsquashfs is missing" in run("check", str(image)).stderr
 
 
 @pytest.mark.parametrize(
@@ -550,6 +689,10 @@ def test_sif(run: Run, api: Api, monkeypatch: pytest.MonkeyPatch, workplace: Pat
     value = json.loads(run("sif", "titan:cpu-arm64", "-o", "x.sif", "--json").stdout)
     assert value == {"path": "x.sif", "bytes": 3}
     assert run("sif", "stable", "--recipe").stdout == "Bootstrap: docker stable\n"
+    assert run("sif", "stable", "--recipe", "-o", "x.def").stdout == "x.def\n"
+    assert (workplace / "x.def").read_text() == "Bootstrap: docker stable\n"
+    assert run("sif", "stable", "--recipe", "-o", "x.def").code == ExitStatus.INVALID
+    assert run("sif", "stable", "--recipe", "--json").code == ExitStatus.USAGE
     api.images.clear()  # a squashfs needs no engine
     assert run("sif", "./titan-cpu-arm64.sqsh").stdout == "titan-cpu-arm64.sif\n"
 

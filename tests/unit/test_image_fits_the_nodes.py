@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher import resolve
+from launcher.errors import ExitStatus, LauncherError
+from launcher.layers import Layer
 from tests.conftest import Launch
 
 SUBMIT = ("submit", "--image", "titan.sqsh", "--yes", "--dry-run")
@@ -59,3 +66,57 @@ def test_an_image_that_fits_is_taken(
     done = launch(*SUBMIT, *arguments)
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=1" in done.stdout
+
+
+def test_an_image_that_nothing_here_can_look_into_is_taken_with_a_warning(
+    launch: Launch, image: Path
+) -> None:
+    image.with_name(image.name + ".json").unlink()
+    head = bytearray(image.read_bytes())
+    head[20] = 5  # lz4, which no library here reads
+    image.write_bytes(head)
+    done = launch(*SUBMIT, "--gpu", "b200", PATH="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"warning: --image {image}: nothing here can look into it: apt-get install squashfs-tools"
+        in done.stderr
+    )
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[None]:
+    """Root may look everywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+def test_an_image_where_this_user_may_not_look(image: Path, request: pytest.FixtureRequest) -> None:
+    chosen = {"job.image": str(image), "job.gpu": "b200"}
+    spec = resolve.resolve(Layer(chosen, dict.fromkeys(chosen, "test")), None, None, {})
+    closed = image.parent / "closed"
+    closed.mkdir()
+    closed.chmod(0)
+    spec = replace(spec, job=replace(spec.job, image=str(closed / "x.sqsh")))
+    request.getfixturevalue("ordinary_user")
+    with pytest.raises(LauncherError) as error:
+        resolve.check_image(spec)
+    assert (error.value.status, "x.sqsh: Permission denied" in error.value.what) == (
+        ExitStatus.FILESYSTEM,
+        True,
+    )
+    assert "no such file" not in error.value.what
+
+
+def test_a_reader_that_goes_away_is_no_error(launch: Launch, image: Path) -> None:
+    """`launcher submit --dry-run | head -1` under pipefail; here the reader is gone before the first line."""
+    for arguments in ((*SUBMIT, "--gpu", "b200"), ("--help",)):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher", *arguments], stdout=write, stderr=subprocess.PIPE, text=True
+        )
+        os.close(write)
+        assert done.returncode == 0 and "Error" not in done.stderr, done.stderr

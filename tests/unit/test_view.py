@@ -21,6 +21,7 @@ from launcher.spec import RunSpec, node_config, validate
 from launcher.stage.c4 import Demand
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
 from launcher.stage.view import _files_needed, choose, look, plan, train_files, write
+from tests.stage.test_stage_refusals import closed
 
 DEGREES = st.integers(1, 40)
 FILES = st.integers(0, 200).map(range)
@@ -127,18 +128,18 @@ def test_only_files_that_can_be_trained_on(tmp_path: Path) -> None:
     assert why[0].startswith("a Git LFS pointer") and why[1:3] == ["empty", "not a gzip file"]
     spec, notes = plan(a_spec(tmp_path / "c4", job__tokenizer="sample"))
     assert len(train_files(spec)) == 4
-    stage = f"launcher stage c4 --to {tmp_path}/c4 --files 4"
+    stage = (
+        f"launcher stage c4 --to {tmp_path}/c4 --files 9"  # all nine that are there, the bad ones among them
+    )
     assert notes == [
         f"{tmp_path}/c4/en: {shard(0)} is a Git LFS pointer, not the data, and 4 more: left out; {stage} repairs it"
     ]
 
 
-def a_manifest(folder: Path, sizes: dict[str, int]) -> None:
+def a_manifest(folder: Path, sizes: dict[str, int], source: str = "hf://datasets/allenai/c4") -> None:
     files = {f"en/{name}": StagedFile(size, "0" * 64, 1) for name, size in sizes.items()}
     (folder / ".staged").mkdir()
-    write_manifest(
-        folder, Manifest("c4", "hf://datasets/allenai/c4", "0" * 40, files, train_files_in_all=1024)
-    )
+    write_manifest(folder, Manifest("c4", source, "0" * 40, files, train_files_in_all=1024))
 
 
 def test_a_manifest_decides(tmp_path: Path) -> None:
@@ -243,6 +244,27 @@ def test_data_that_only_the_nodes_have(tmp_path: Path) -> None:
     assert f"launcher stage c4 --to {tmp_path}/c4 --files 68, or --data hub" in note
 
 
+def test_the_hint_repairs_what_it_names(tmp_path: Path) -> None:
+    folder = c4(tmp_path / "c4", 8)
+    (folder / "en" / shard(7)).write_bytes(POINTER)
+    (folder / "en" / shard(0, "validation")).write_bytes(b"")
+    _, notes = plan(a_spec(folder, job__tokenizer="sample"))
+    assert f"launcher stage c4 --to {folder} --files 8 --validation repairs it" in notes[0]
+    a_manifest(folder, {shard(0): 1}, "s3://bucket/c4")
+    note = plan(a_spec(folder, job__tokenizer="sample"))[1][0]
+    assert f"--to {folder} --files 8 --from s3://bucket/c4 --validation" in note
+
+
+def test_data_that_is_a_file_or_may_not_be_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LauncherError, match="a file, not a directory"):
+        plan(a_spec(tmp_path / "file"))
+    plan(a_spec(tmp_path / "none"))  # what is imported inside is imported
+    with closed(tmp_path / "closed") as folder:
+        spec, (note,) = plan(a_spec(folder / "c4"))
+    assert not spec.view and "cannot be read here (Permission denied), so the run gets no view of it" in note
+
+
 def test_fewer_files_than_ranks(tmp_path: Path) -> None:
     spec, notes = plan(a_spec(c4(tmp_path / "c4", 8, bytes_each=320 * MB), 17))
     assert len(train_files(spec)) == 8
@@ -263,7 +285,7 @@ def test_too_few_tokens(tmp_path: Path) -> None:
     enough, notes = plan(a_spec(c4(tmp_path / "enough", 4, bytes_each=320 * MB), **run))
     assert enough.view and not notes
     _, (note,) = plan(a_spec(tmp_path / "enough", **{**run, "recipe__steps": 5000}))
-    assert "the run reads 819 M tokens, its 4 files have about 684 M (estimated" in note
+    assert "the run reads 819 M tokens, its 4 files have about 686 M (estimated" in note
     assert note.endswith(f"it reads them more than once; launcher stage c4 --to {tmp_path}/enough --files 8")
     _, (note,) = plan(a_spec(c4(tmp_path / "small", 4, bytes_each=20 * MB), **run))
     assert note.endswith("it reads them more than once"), "more files of this size are not to be had"

@@ -1,0 +1,95 @@
+"""Which nodes of the cluster a run may get: pure, from (spec, facts)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from launcher.cluster.facts import ClusterFacts, Node, Partition
+from launcher.cluster.parse import expand
+from launcher.spec import RunSpec
+
+# Node states out of which only an operator, or a node that comes back, leads.
+OUT = {"DOWN", "DRAIN", "ERROR", "FAIL", "FUTURE", "INVAL", "INVALID_REG", "NOT_RESPONDING", "UNKNOWN"}
+HELD = {"RESERVED", "MAINT", "MAINTENANCE"}  # kept for a reservation
+SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the run may go: the partitions asked for, and their nodes without those of --exclude."""
+
+    partitions: tuple[Partition, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def name(self) -> str:
+        return "partition " + ",".join(partition.name for partition in self.partitions)
+
+    @property
+    def grows(self) -> bool:
+        """Dynamic nodes: others may register at any time, so that what is missing now is not missing for ever."""
+        return any(state.startswith("DYNAMIC") for node in self.nodes for state in node.states)
+
+    def most(self, nodes: Collection[Node]) -> int:
+        """The most of these nodes that one of the partitions has: a job runs in one of them."""
+        count = Counter(name for node in nodes for name in node.partitions)
+        return max((count[partition.name] for partition in self.partitions), default=len(nodes))
+
+
+def place_of(spec: RunSpec, facts: ClusterFacts) -> Place:
+    names = [name for name in spec.job.partition.split(",") if name]
+    default = facts.partition()
+    chosen = [p for p in facts.partitions if p.name in names] if names else [default] if default else []
+    excluded = set(expand(spec.job.exclude))
+    nodes = facts.nodes_of(spec.job.partition)
+    return Place(tuple(chosen), tuple(node for node in nodes if node.name not in excluded))
+
+
+def usable(node: Node, reservation: str = "") -> bool:
+    """The node runs jobs, now or after others: neither out of service nor kept for somebody else."""
+    return not node.states & (OUT if reservation else OUT | HELD)
+
+
+def gpus_of(node: Node, gres: str) -> int:
+    """How many of the generic resource `gres` ("gpu", "gpu:gb200") a node has."""
+    return _count(node.gres, gres) or (node.gpus if gres == "gpu" else 0)
+
+
+@cache
+def _count(text: str, gres: str) -> int:
+    """Nodes by the thousand have the same few texts."""
+    found = 0
+    for entry in re.sub(r"\([^)]*\)", "", text).split(","):
+        kind, _, count = entry.rpartition(":")
+        if kind and count.isdecimal() and (kind == gres or kind.startswith(f"{gres}:")):
+            found += int(count)
+    return found
+
+
+def fitting(spec: RunSpec, place: Place) -> tuple[Node, ...]:
+    """The nodes that have what each node of the run asks for."""
+    gres = spec.profile.gres
+    if not gres:
+        return place.nodes
+    return tuple(node for node in place.nodes if gpus_of(node, gres) >= spec.profile.gpus_per_node)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def number_of(count: int) -> str:
+    return f"{count} node" if count == 1 else f"{count} nodes"
+
+
+def reasons(nodes: Sequence[Node]) -> str:
+    """Which nodes are in which state, with what the administrator wrote."""
+    texts = [f"{node.name} is {node.state}" + (f" ({node.reason})" if node.reason else "") for node in nodes]
+    more = f"; and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return "; ".join(texts[:SHOWN]) + more

@@ -1,0 +1,219 @@
+"""The commands `launcher cluster ...`: what they take and what they print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.output import colour, plain, print_json, warn
+
+if TYPE_CHECKING:
+    from launcher.cluster.facts import ClusterFacts, Node
+    from launcher.cluster.profile import Proposal
+
+MOST_LINES = 20  # of reasons and of blocks; --json has them all
+_partition = click.option("--partition", "-p", default="", help="Slurm partition.  [default: Slurm's own]")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@_partition
+@_json
+def show(partition: str, as_json: bool) -> None:
+    """Show what this cluster is: Slurm and its features, nodes, blocks, and the GPU profile that fits, with why.
+
+    \b
+    launcher cluster show
+    launcher cluster show --partition batch --json
+    """
+    from launcher.cluster.facts import detect
+    from launcher.cluster.profile import known_kinds, propose
+
+    facts = detect().require(partition)
+    nodes = facts.nodes_of(partition)
+    proposal = propose(nodes, known_kinds())
+    if as_json:
+        print_json(_as_dict(facts, nodes, proposal))
+        return
+    for line in (*_slurm_lines(facts), *_node_lines(facts, nodes, partition), *_profile_lines(proposal)):
+        click.echo(line, color=colour())
+    for note in facts.notes:
+        warn(plain(note))
+
+
+@click.command()
+@click.argument("name", required=False, default="", metavar="[PROFILE]")
+@_partition
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", envvar="LAUNCHER_CONFIG", show_envvar=True,
+              help="File to save it in.  [default: ~/.config/titan-launcher/config.toml]")  # fmt: skip
+@_json
+def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
+    """Save the GPU profile, and the partition if given, as defaults of `submit`. Without a name: the one that fits.
+
+    \b
+    launcher cluster use gb200
+    launcher cluster use h200 --partition batch
+    """
+    from launcher.cluster.facts import detect
+    from launcher.cluster.profile import contradictions, known_kinds, propose
+    from launcher.layers import absolute, find, read_layer
+    from launcher.user_file import default_path, save
+
+    if name:
+        name = str(absolute("job.gpu", name, Path.cwd()))
+        read_layer(find("profiles", name), "")
+    kinds, against = known_kinds(), []
+    try:
+        nodes = detect().require(partition).nodes_of(partition)
+    except LauncherError as error:
+        if not name or error.status is not ExitStatus.CLUSTER:
+            raise
+        warn(plain(f"not compared with the nodes: {error.what}"))
+        nodes = ()
+    if not name:
+        proposal = propose(nodes, kinds)
+        if not proposal.profile:
+            raise LauncherError(
+                "no profile fits for sure: "
+                + ("; ".join(proposal.contradictions) or "nothing names the GPU"),
+                f"say which: launcher cluster use {'|'.join(proposal.candidates or kinds)}",
+                status=ExitStatus.NOT_FOUND,
+            )
+        name, against = proposal.profile, list(proposal.contradictions)
+    elif nodes:
+        against = contradictions(name, nodes, kinds)
+    for text in against:
+        warn(plain(text))
+    path = config or default_path()
+    values = {"gpu": name} | ({"partition": partition} if partition else {})
+    save(path, "job", values)
+    if as_json:
+        print_json({"file": str(path), "job": values, "contradictions": against})
+    else:
+        said = ", ".join(f"{key} = {value}" for key, value in values.items())
+        click.echo(plain(f"{said}: saved in {path}"))
+
+
+def _slurm_lines(facts: ClusterFacts) -> list[str]:
+    version = ".".join(f"{number:02d}" for number in facts.slurm) if facts.slurm else "of unknown version"
+    segment = "--segment works" if facts.segment else "no --segment"
+    accounting = {True: "on", False: "off: Slurm forgets a job minutes after its end", None: "unknown"}
+    images = {
+        True: ", images are mounted with squashfuse",
+        False: ", images are unpacked on every node",
+        None: "",
+    }
+    pyxis = (
+        f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
+    )
+    if facts.pyxis is None and any(note.startswith("srun") for note in facts.notes):
+        pyxis = "unknown"
+    rows = [
+        ("cluster", f"{facts.name or '(name unknown)'}, Slurm {version}"),
+        ("topology", f"{facts.topology or 'unknown'}, {segment}"),
+        ("accounting", accounting[facts.accounting]),
+        ("Pyxis", pyxis),
+    ]
+    if facts.pyxis_options:
+        rows.append(("", " ".join(facts.pyxis_options)))
+    by_name = {node.name: node for node in facts.nodes}
+    for partition in facts.partitions:
+        members = [by_name[name] for name in partition.nodes if name in by_name]
+        limit = _hours(partition.max_time_s)
+        most = f", at most {partition.max_nodes} nodes a job" if partition.max_nodes else ""
+        star = "*" if partition.default else ""
+        rows.append(
+            (
+                "partition",
+                f"{partition.name}{star} {partition.state.lower()}, {limit}{most}: {_states(members)}",
+            )
+        )
+    return [_row(*row) for row in rows]
+
+
+def _node_lines(facts: ClusterFacts, nodes: tuple[Node, ...], partition: str) -> list[str]:
+    from launcher.cluster.parse import compress
+
+    default = facts.partition()
+    where = partition or (default.name if default else "all partitions")
+    lines = ["", f"Nodes of {plain(where)}"]
+    sorts: dict[tuple[Any, ...], list[str]] = {}
+    for node in nodes:
+        key = (node.gpus, node.gpu_type, node.arch, node.cpus, node.memory_mib, node.features)
+        sorts.setdefault(key, []).append(node.name)
+    for (gpus, kind, arch, cpus, memory, features), names in sorts.items():
+        has = f"{gpus} GPUs{f' ({kind})' if kind else ''}" if gpus else "no GPUs"
+        text = f"{len(names)} x {has}, {arch or 'architecture unknown'}, {cpus} CPUs, {memory / 1024:.0f} GiB"
+        text += f", features {','.join(features)}" if features else ""
+        lines.append(_row("", f"{text}: {_clip(compress(names))}"))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for node in nodes:
+        if node.reason or not ({"IDLE", "ALLOCATED", "MIXED"} & node.states):
+            reasons.setdefault((node.state, node.reason), []).append(node.name)
+    shown = [(state, f"{_clip(compress(names))}: {reason or 'no reason given'}") for (state, reason), names in reasons.items()]  # fmt: skip
+    lines += _most(shown)
+    here = {node.name for node in nodes}
+    blocks = [b for b in facts.blocks if not b.nodes or here.intersection(b.nodes)]
+    free = {node.name for node in nodes if node.free}
+    lines += _most(
+        [("block", f"{b.name}: {len(b.nodes)} nodes, {len(free & set(b.nodes))} idle") for b in blocks]
+    )
+    return lines
+
+
+def _profile_lines(proposal: Proposal) -> list[str]:
+    lines = ["", f"Profile: {proposal.profile or 'none fits for sure'}"]
+    lines += [_row("for" if e.names else "fits", f"{e.what}: {', '.join(e.profiles) or 'no profile'}") for e in proposal.evidence]  # fmt: skip
+    lines += [_row("against", text) for text in proposal.contradictions]
+    choice = proposal.profile or "|".join(proposal.candidates) or "PROFILE"
+    return [*lines, f"Save it: launcher cluster use {choice}"]
+
+
+def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -> dict[str, Any]:
+    """The facts as JSON takes them; `nodes` in place of all, each with its state in one word."""
+    free = {node.name for node in facts.nodes if node.free}
+    values = {
+        key: value for key, value in vars(facts).items() if key not in ("nodes", "partitions", "blocks")
+    }
+    return values | {
+        "partitions": [vars(p) for p in facts.partitions],
+        "nodes": [vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free} for n in nodes],
+        "blocks": [vars(b) | {"idle": len(free & set(b.nodes))} for b in facts.blocks],
+        "proposal": asdict(proposal),
+    }
+
+
+def _states(nodes: list[Node]) -> str:
+    counts = Counter(node.state for node in nodes)
+    return f"{len(nodes)} nodes" + (
+        f" ({', '.join(f'{n} {s}' for s, n in counts.most_common())})" if nodes else ""
+    )
+
+
+def _hours(seconds: int | None) -> str:
+    if seconds is None:
+        return "no time limit"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.4g} h"
+
+
+def _most(rows: list[tuple[str, str]]) -> list[str]:
+    lines = [_row(*row) for row in rows[:MOST_LINES]]
+    return lines + (
+        [_row("", f"... {len(rows) - MOST_LINES} more: --json")] if len(rows) > MOST_LINES else []
+    )
+
+
+def _row(title: str, text: str) -> str:
+    return f"  {title:<14} {plain(text)}".rstrip()
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+COMMANDS = {"show": show, "use": use}

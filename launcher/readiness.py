@@ -1,0 +1,114 @@
+"""The edge of launcher/preflight.py: asks Slurm and looks at the files here, and says what stops a submission."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from launcher import placement, resolve
+from launcher.candidates import fitting, place_of, usable
+from launcher.cluster import slurm
+from launcher.cluster.facts import ClusterFacts, detect
+from launcher.errors import ExitStatus, LauncherError
+from launcher.layers import merge, names_of, read_layer
+from launcher.preflight import ERROR, OK, WARNING, Check, preflight
+from launcher.spec import RunSpec
+
+if TYPE_CHECKING:
+    from launcher.cluster.state import JobState
+    from launcher.runs import Run
+
+
+def look(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
+    """The run with its placement, and every check. One round of questions to Slurm; no error when it is silent."""
+    if spec.job.scheduler != "slurm" or not slurm.bin_dir():
+        return spec, []  # without sbatch, the submission itself says so
+    try:
+        facts = detect(_ask)
+    except LauncherError as error:
+        facts = ClusterFacts(notes=(error.what, *error.original.splitlines()[:1]))
+    spec = placed(spec, facts)
+    missing = [source for mount in spec.job.mounts if not os.path.exists(source := mount.split(":")[0])]
+    return spec, preflight(spec, facts, missing, names_of("profiles"))
+
+
+def _ask(words: Sequence[str]) -> str:
+    if (
+        words[0] == "sbatch"
+    ):  # a site's own sbatch may submit whatever it is given: it runs once, with the script
+        raise LauncherError("sbatch is not asked")
+    return slurm.ask(words)
+
+
+def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
+    """The run with the segment that its partition's blocks allow."""
+    able = fitting(spec, place_of(spec, facts))
+    out = {node.name for node in able if not usable(node, spec.job.reservation)}
+    return placement.with_segment(spec, facts, {node.name for node in able}, out)
+
+
+def why_waiting(run: Run, state: JobState) -> list[str]:
+    """Why Slurm has not started the run's job yet, and what would start sooner. Never raises: it is a help only."""
+    from launcher.waiting import explain
+
+    job_id = str((run.job or {}).get("job_id", ""))
+    start, spec, facts = "", None, None
+    with suppress(LauncherError):
+        spec = merge([read_layer(run.path / "run.toml", "run.toml")])
+    with suppress(LauncherError):
+        start = slurm.ask(("squeue", "--noheader", "--start", f"--jobs={job_id}", "--format=%S")).strip()
+    with suppress(LauncherError):
+        facts = detect(_ask)
+    return explain(state.reason, spec, facts, start, datetime.now())
+
+
+def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
+    """What `submit` looks at without Slurm, as checks: image, weights, data, tokenizer."""
+    from launcher.stage import view
+
+    found: list[Check] = []
+    for name, check in (("image", resolve.check_image), ("weights", resolve.check_weights)):
+        try:
+            check(spec)
+        except LauncherError as error:
+            found.append(Check(name, ERROR, error.what, error.original, error.fix, certain=True))
+        else:
+            if name == "image" and spec.job.image:
+                found.append(Check(name, OK, spec.job.image))
+    notes = list(resolve.warnings(spec))
+    try:
+        spec, of_the_data = view.plan(spec)
+    except LauncherError as error:
+        found.append(Check("data", ERROR, error.what, error.original, error.fix, certain=True))
+    else:
+        notes += of_the_data
+        if not of_the_data:
+            found.append(Check("data", OK, view.describe(spec)))
+    return spec, [*found, *(Check("files", WARNING, note) for note in notes)]
+
+
+def sentence(check: Check) -> str:
+    """A check in one line: what, why, fix."""
+    text = check.what + (f": {check.why}" if check.why else "")
+    return text + (f"; {check.fix}" if check.fix else "")
+
+
+def refusal(checks: Sequence[Check], force: bool) -> LauncherError | None:
+    """Why the run is not submitted; None where nothing stops it. `force` passes errors that are not certain."""
+    errors = [check for check in checks if check.status == ERROR and (check.certain or not force)]
+    if not errors:
+        return None
+    first = next((check for check in errors if check.certain), errors[0])
+    others = [f"{check.name}: {sentence(check)}" for check in errors if check is not first]
+    fix = first.fix
+    if not any(check.certain for check in errors):
+        fix = f"{fix}; --force submits it all the same" if fix else "--force submits it all the same"
+    return LauncherError(
+        first.what + (f": {first.why}" if first.why else ""),
+        fix,
+        status=ExitStatus.NOT_FOUND if first.not_found else ExitStatus.INVALID,
+        original="\n".join(others),
+    )

@@ -1,0 +1,148 @@
+"""Preflight and the words for a waiting job against a real Slurm: what it says is what Slurm does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import ExitStatus
+from tests.cluster.daemons import wait_for
+from tests.cluster.slurm_cluster import Cluster, slurm_run
+from tests.conftest import ROOT
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+BARE = ("--gpu", "cpu", "--config", "cpu.toml", "--runtime", "bare", "--recipe", "debug")
+DRAINED = "GPU 3 [fell off] the bus"
+
+
+@pytest.fixture
+def command(slurm: Cluster, user_dir: Path) -> Iterator[Command]:
+    """`launcher ...` as root, in an empty directory; what it submitted is cancelled at the end."""
+    if slurm.record is None:
+        pytest.skip("another cluster has other nodes and limits")
+    arch = f'arch = "{os.uname().machine}"'
+    (user_dir / "cpu.toml").write_text(f'[profile]\ngres = "gpu"\n{arch}\n')
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "launcher", *arguments]
+        done = slurm_run(slurm, words, None, user_dir, 120, {"PYTHONPATH": str(ROOT), "HOME": str(user_dir)})
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        return done
+
+    yield run
+    slurm_run(slurm, ["scancel", "--user=root"])
+
+
+def queued(slurm: Cluster) -> list[str]:
+    return slurm_run(slurm, ["squeue", "-h", "-o", "%j"]).stdout.split()
+
+
+def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (("--nodes", "9"), "partition batch has 4: the job would wait for ever", ExitStatus.INVALID),
+        (("--partition", "small", "--nodes", "2", "--time", "4"), "partition small has 1", ExitStatus.INVALID),
+        (("--partition", "small", "--time", "10"), "the limit of partition small, 00:05:00", ExitStatus.INVALID),
+        (("--gpus-per-node", "5"), "4 with 4 of gpu", ExitStatus.INVALID),
+        (("--segment", "1"), "Slurm places no segments here", ExitStatus.INVALID),
+        (("--nodelist", "no-such-node"), "no node no-such-node", ExitStatus.NOT_FOUND),
+        (("--partition", "nonsense"), "it has batch, small", ExitStatus.NOT_FOUND),
+    ],
+)  # fmt: skip
+def test_refused_before_queueing(
+    arguments: tuple[str, ...], said: str, code: ExitStatus, command: Command, slurm: Cluster, user_dir: Path
+) -> None:
+    done = command("submit", *BARE, "--yes", "--name", "refused", *arguments)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert not (user_dir / "runs").exists()
+    assert not [name for name in queued(slurm) if name.startswith("refused")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (("--partition", "nonsense"), "no such partition", ExitStatus.NOT_FOUND),
+        (("--nodelist", "no-such-node"), "does not exist", ExitStatus.CLUSTER),
+    ],
+)
+def test_forced_slurm_refuses_it_itself(
+    arguments: tuple[str, ...], said: str, code: ExitStatus, command: Command, user_dir: Path
+) -> None:
+    done = command("submit", *BARE, "--force", "--name", "refused", *arguments)
+    assert (done.returncode, said in done.stderr, "sbatch: error" in done.stderr) == (code, True, True), (
+        done.stderr
+    )
+    assert list((user_dir / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason", "said"),
+    [
+        (("--nodes", "9"), "PartitionNodeLimit", "9 nodes asked; partition batch has 4: 4 free"),
+        (("--partition", "small", "--time", "10"), "PartitionTimeLimit", "above the partition's limit"),
+    ],
+)
+def test_forced_it_waits_and_status_says_why(
+    arguments: tuple[str, ...], reason: str, said: str, command: Command
+) -> None:
+    done = command("submit", *BARE, "--force", "--name", "forced", *arguments)
+    assert done.returncode == 0 and "warning: " in done.stderr, done.stderr
+    wait_for(lambda: json.loads(command("status", "forced", "--json").stdout)["reason"] == reason, reason)
+    status = command("status", "forced").stdout
+    assert "never starts as it is" in status and said in status, status
+
+
+def test_a_run_that_fits(command: Command) -> None:
+    done = command("preflight", *BARE, "--nodes", "4", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = checks(done)
+    assert {check["status"] for check in found.values()} == {"ok"}, found
+    assert found["GPUs"]["what"] == "gpu:2 on 4 nodes of partition batch"
+    in_image = command("preflight", *BARE[:4], "--recipe", "debug", "--image", "none.sqsh", "--json")
+    assert (checks(in_image)["Pyxis"]["status"], checks(in_image)["image"]["status"]) == ("ok", "error")
+
+
+def test_drained_nodes_and_an_estimate(command: Command, slurm: Cluster, user_dir: Path) -> None:
+    nodes = ",".join(slurm.nodes[2:])
+    drain = ["scontrol", "update", f"NodeName={nodes}", "State=DRAIN", f"Reason={DRAINED}"]
+    assert slurm_run(slurm, drain).returncode == 0
+    try:
+        done = command("submit", *BARE, "--yes", "--name", "three", "--nodes", "3")
+        assert done.returncode == 0 and "3 nodes asked, 2 in service" in done.stderr, done.stderr
+        assert f"{slurm.nodes[2]} is drained ({DRAINED}" in done.stderr
+        wait_for(lambda: "2 free, 2 out of service" in command("status", "three").stdout, "the reason")
+        status = command("status", "three").stdout
+        assert DRAINED in status and "sooner: --nodes 2: 2 nodes free now" in status, status
+    finally:
+        slurm_run(slurm, ["scontrol", "update", f"NodeName={nodes}", "State=RESUME"])
+    command("cancel", "three")
+    holding = [
+        "sbatch",
+        "--parsable",
+        "--nodes=4",
+        "--exclusive",
+        "--time=30",
+        "--output=/dev/null",
+        "--wrap=sleep 100",
+    ]
+    job = slurm_run(slurm, holding, cwd=user_dir).stdout.strip()
+    wait_for(
+        lambda: job in slurm_run(slurm, ["squeue", "-h", "-t", "R", "-o", "%i"]).stdout.split(),
+        "the first job",
+    )
+    assert "waits for others to end" in checks(command("preflight", *BARE, "--json"))["nodes"]["what"]
+    assert command("submit", *BARE, "--yes", "--name", "next", "--nodes", "2").returncode == 0
+    wait_for(lambda: "estimated start: " in command("status", "next").stdout, "Slurm's estimate", 60)
+    status = command("status", "next").stdout
+    assert "4 in use" in status and " min" in status and "sooner" not in status, status

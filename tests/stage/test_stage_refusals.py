@@ -1,0 +1,192 @@
+"""What a user types wrong, may not see or has lying in the way: said at once, with the next command, without a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.files import read_json
+from launcher.image.squashfs_file import sidecar_path
+from launcher.stage import hub as hub_module
+from launcher.stage import image as image_module
+from launcher.stage import inventory
+from launcher.stage.c4 import stage_c4
+from launcher.stage.image import stage_image
+from launcher.stage.target import refuse_unusable
+from tests.conftest import Launch
+from tests.stage.hub_server import Hub
+from tests.stage.test_image import image_bytes, source
+from tests.stage.test_stage_c4 import train
+
+assert source  # the fixture
+NO_HUB = "http://127.0.0.1:9"  # nobody answers
+
+
+@contextmanager
+def closed(folder: Path) -> Iterator[Path]:
+    """`folder` where this user may not look."""
+    folder.mkdir()
+    root = os.geteuid() == 0
+    folder.chmod(0)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("c4", "--to", "d", "--files", "0"), "C4 has 1024 train files"),
+        (("c4", "--to", "d", "--files", "-3"), "--files N, from 1 to 1024"),
+        (("c4", "--to", "d", "--files", "5000"), "--files N, from 1 to 1024"),
+        (("c4", "--to", "file", "--files", "1"), "file: a file, not a directory"),
+        (("c4", "--to", "file/c4", "--files", "1"), "file is a file, not a directory"),
+        (("c4", "--to", "d", "--for", ""), "--for nodes=17,gpus=4"),
+        (("c4", "--to", "d", "--for", "nodes=17,nodes=18"), "nodes is named twice"),
+        (("c4", "--to", "d", "--for", "file"), "run.toml"),
+        (("tokenizer", "--to", "file"), "file: a file, not a directory"),
+        (("c4", "--to", "", "--files", "1"), "the path is empty"),
+        (("verify", "file"), "file: a file, not a directory"),
+        (("verify", "titan.sqsh"), "launcher image inspect titan.sqsh"),
+        (("list", "nothere"), "nothere: no such directory"),
+        (("image", "s3://bucket/x.sqsh", "--to", "d"), "a .sqsh file, the http(s) address"),
+        (("image", "", "--to", "d"), "SOURCE is empty"),
+        (("image", "nosuchfile", "--to", "d"), "nosuchfile: no such file, and as the name of an image"),
+        (("image", "folder", "--to", "d"), "folder: a directory, not a file, and as the name of an image"),
+    ],
+)
+def test_refused_before_any_connection(
+    launch: Launch, workplace: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    for name in ("file", "titan.sqsh"):
+        (workplace / name).write_text("mine")
+    (workplace / "folder").mkdir()
+    done = launch("stage", *arguments, HF_ENDPOINT=NO_HUB, DOCKER_HOST="unix:///nobody/here")
+    said = " ".join(done.stderr.split())
+    assert done.returncode in (1, 2, 3, 4) and words in said and "no connection" not in said
+    assert not (workplace / "d").exists()
+
+
+@pytest.mark.parametrize("address", ["nothing", "ftp://hub", "https://", "http://hub:port"])
+def test_an_address_of_the_hub_that_is_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(LauncherError, match="not a valid address") as caught:
+        hub_module.endpoint()
+    assert "unset HF_ENDPOINT" in caught.value.fix
+
+
+def test_home_is_home(launch: Launch, hub: Hub, workplace: Path) -> None:
+    done = launch("stage", "c4", "--to=~/c4", "--files", "1", HOME=str(workplace / "home"))
+    assert done.returncode == 0 and (workplace / "home/c4/en").is_dir() and not (workplace / "~").exists()
+    assert launch("stage", "verify", "~nobody-here/c4").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        inventory.refuse_no_directory,
+        inventory.reports,
+        refuse_unusable,  # every `stage ... --to`
+        lambda place: stage_image(__file__, place, say=print),
+    ],
+)
+def test_a_place_where_the_user_may_not_look(work: Callable[[Path], object], tmp_path: Path) -> None:
+    with closed(tmp_path / "closed") as place, pytest.raises(LauncherError) as caught:
+        work(place / "x")
+    assert "Permission denied" in caught.value.what and "ls -l" in caught.value.fix
+    assert caught.value.status == ExitStatus.FILESYSTEM
+
+
+def test_a_token_of_the_hub_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "closed/token"))
+    hub_module.find_token()  # what is imported inside is imported
+    with closed(tmp_path / "closed"), pytest.raises(LauncherError, match="cannot be read") as caught:
+        hub_module.find_token()
+    assert "--token-file" in caught.value.fix
+
+
+def test_what_lies_under_a_files_name_is_found_before_downloading(hub: Hub, tmp_path: Path) -> None:
+    target = tmp_path / "c4"
+    stage_c4(target, files=1)
+    (target / train(2)[0]).mkdir()
+    hub.requests.clear()
+    with pytest.raises(LauncherError, match="a directory, not a file") as caught:
+        stage_c4(target, files=3)
+    assert f"mv {target}/{train(2)[0]} " in caught.value.fix
+    assert {request.where for request in hub.requests} == {"api"}
+    (target / train(2)[0]).rmdir()
+    (target / "en").rename(target / "moved")
+    (target / "en").write_text("mine")
+    with pytest.raises(LauncherError, match="en is a file, not a directory"):
+        stage_c4(target, files=3)
+
+
+def test_hints_can_be_pasted(hub: Hub, launch: Launch, workplace: Path) -> None:
+    target = workplace / "my c4"
+    stage_c4(target, files=1)
+    (target / train(0)[0]).unlink()
+    found = launch("stage", "verify", "my c4")
+    assert found.stderr.strip() == "repair: launcher stage c4 --files 1 --to 'my c4'"
+    assert "INCOMPLETE, 1 file\n" in found.stdout
+
+
+def test_list_names_each_directory_once(hub: Hub, launch: Launch, workplace: Path) -> None:
+    stage_c4(workplace / "data/c4", files=1)
+    done = launch("stage", "list", "data", "data/c4", "data", "nothere")
+    assert done.stdout.count("data/c4: c4 from") == 1
+    assert done.returncode == 4 and "nothere: no such directory" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ staged images
+
+
+def test_damage_in_a_staged_image_is_found_by_verify(source: Path, launch: Launch, workplace: Path) -> None:
+    said: list[str] = []
+    path = stage_image(str(source), workplace / "my images", say=said.append)
+    assert launch("stage", "verify", "my images").returncode == 0
+    data = bytearray(image_bytes())
+    data[-5000] ^= 1
+    path.write_bytes(data)
+    stage_image(str(source), workplace / "my images", say=said.append)
+    assert f"launcher stage verify '{workplace}/my images'" in said[-2]
+    done = launch("stage", "verify", "my images")
+    assert done.returncode == 3 and f"{path.name}: other bytes than its checksum says" in done.stdout
+    assert f"rm 'my images/{path.name}'" in done.stderr
+    sidecar_path(path).unlink()
+    assert launch("stage", "verify", "my images").returncode == 3, "the name holds the checksum, too"
+
+
+def test_list_knows_images(source: Path, launch: Launch, workplace: Path) -> None:
+    path = stage_image(str(source), workplace / "images", say=print)
+    done = launch("stage", "list", "images")
+    assert done.returncode == 0 and "images: 1 image, 3.15 MB, not read" in done.stdout
+    os.truncate(path, 1 << 20)
+    assert "DAMAGED: 1" in launch("stage", "list", ".").stdout
+    assert read_json(sidecar_path(path)) is not None
+
+
+def test_an_interrupted_image_says_how_to_continue(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_module, "_bring", interrupted)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        stage_image(str(source), tmp_path / "images", say=said.append)
+    assert "the same command goes on" in said[-1]

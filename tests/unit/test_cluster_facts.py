@@ -1,0 +1,381 @@
+"""What is read from Slurm's commands: every version's text, odd reasons, half answers, and the profile that follows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from launcher.cluster import parse, slurm
+from launcher.cluster.facts import Block, ClusterFacts, Node, Partition, detect
+from launcher.cluster.profile import contradictions, known_kinds, propose
+from launcher.errors import ExitStatus, LauncherError
+from tests.cluster_fixtures import CLUSTERS, STAMP, FakeNode, answering, cluster, node_line, partition_line
+
+KINDS = known_kinds()
+NAME = st.from_regex(r"[a-z][a-z0-9-]{0,12}[0-9]{1,4}", fullmatch=True)
+# Free text as an administrator may type it: brackets, quotes, spaces, key=value, newlines.
+TEXT = st.text(
+    st.characters(codec="utf-8", exclude_characters="\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\0"), max_size=60
+)
+
+
+def facts_of(answers: dict[str, str], plugstack: str = "") -> ClusterFacts:
+    return detect(answering(answers), lambda path: plugstack)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_every_version_gives_the_same_kind_of_facts(name: str) -> None:
+    facts = facts_of(dict(CLUSTERS[name]))
+    flavour, number = name.split("-")
+    year, month = number.split(".")
+    assert facts.slurm == (int(year), int(month))
+    assert facts.notes == ()
+    assert facts.pyxis == "" and "--container-mounts" in facts.pyxis_options
+    assert facts.accounting is (flavour == "managed")
+    partition = facts.partition()
+    assert partition and partition.default and partition.state == "UP"
+    assert {node.name for node in facts.nodes} == set(partition.nodes)
+    assert all(node.cpus and node.memory_mib and node.gpus for node in facts.nodes)
+    assert propose(facts.nodes_of(), KINDS).profile == ("h200" if flavour == "managed" else "gb200")
+
+
+def test_the_nodes_of_a_terraform_cluster() -> None:
+    facts = facts_of(dict(CLUSTERS["terraform-24.11"]))
+    nodes = {int(node.name[-3:]): node for node in facts.nodes}
+    assert nodes[1] == Node(
+        "batch-compute-node-001", frozenset({"IDLE"}), "", ("batch", "short"), ("nvl72",), "gpu:gb200:4(S:0-1)", 4,
+        "gb200", 144, 870000, "aarch64", "rack1",
+    )  # fmt: skip
+    assert [nodes[n].state for n in (1, 3, 5, 6, 7, 8)] == [
+        "idle",
+        "drained",
+        "down",
+        "mixed",
+        "reserved",
+        "allocated",
+    ]
+    assert [n for n in range(1, 10) if nodes[n].free] == [1, 2, 4, 9]
+    assert nodes[3].reason == f"NVLink [GPU 2] State=IDLE: xid 145 (see #7) [{STAMP}]"
+    assert [n.name for n in facts.nodes_of("short")] == ["batch-compute-node-001", "batch-compute-node-002"]
+    assert facts.partition("short") == Partition(
+        "short", False, "UP", 1800, None, ("batch-compute-node-001", "batch-compute-node-002")
+    )
+
+
+def test_blocks_with_empty_ones_and_without_aggregated_ones() -> None:
+    facts = facts_of(dict(CLUSTERS["terraform-24.11"]))
+    assert [(b.name, len(b.nodes)) for b in facts.blocks] == [("rack1", 18), ("rack2", 18), ("rack3", 0)]
+    assert facts.segment and facts.topology == "block"
+    older = facts_of(dict(CLUSTERS["terraform-23.11"]))
+    assert [(b.name, len(b.nodes)) for b in older.blocks] == [("rack1", 18), ("rack2", 18)]
+
+
+def test_segment_needs_blocks_and_an_sbatch_that_knows_it() -> None:
+    blocks = dict(CLUSTERS["terraform-24.11"])
+    assert not facts_of(blocks | {"sbatch": "Usage: sbatch\n"}).segment
+    assert not facts_of(blocks | {"topology": "", "config": CLUSTERS["managed-25.11"]["config"]}).segment
+    del blocks["sbatch"]
+    assert facts_of(blocks).segment, "the version says it where sbatch --help cannot be read"
+    assert facts_of(dict(CLUSTERS["tree-23.02"])).topology == "tree"
+
+
+def test_dynamic_and_sleeping_nodes() -> None:
+    awake, busy, asleep, drained = facts_of(dict(CLUSTERS["managed-25.11"])).nodes
+    assert (awake.free, busy.free, asleep.free, drained.free) == (True, False, True, False)
+    assert (asleep.state, asleep.arch) == ("powered down", "")
+    assert drained.reason == f"Kubernetes: pod [slurm/h200-3] evicted [{STAMP}]"
+    assert drained.states == {"IDLE", "DRAIN", "DYNAMIC_NORM"}
+
+
+@pytest.mark.parametrize(
+    ("word", "states", "free"),
+    [
+        ("IDLE", {"IDLE"}, True),
+        ("IDLE+DRAIN", {"IDLE", "DRAIN"}, False),
+        ("MIXED+PLANNED", {"MIXED", "PLANNED"}, False),
+        ("IDLE+PLANNED", {"IDLE", "PLANNED"}, False),
+        ("DOWN*", {"DOWN", "NOT_RESPONDING"}, False),
+        ("DOWN*+DRAIN+CLOUD", {"DOWN", "NOT_RESPONDING", "DRAIN", "CLOUD"}, False),
+        ("IDLE+CLOUD+POWERED_DOWN", {"IDLE", "CLOUD", "POWERED_DOWN"}, True),
+        ("idle~", {"IDLE", "POWERED_DOWN"}, True),
+        ("idle*", {"IDLE", "NOT_RESPONDING"}, False),
+        ("drained", {"IDLE", "DRAIN"}, False),
+        ("draining@", {"MIXED", "DRAIN", "REBOOT_REQUESTED"}, False),
+        ("mixed-", {"MIXED", "PLANNED"}, False),
+        ("planned", {"IDLE", "PLANNED"}, False),
+        ("IDLE+A_FLAG_OF_SLURM_30", {"IDLE", "A_FLAG_OF_SLURM_30"}, False),
+    ],
+)
+def test_states(word: str, states: set[str], free: bool) -> None:
+    node = Node("n", parse.states(word))
+    assert (set(node.states), node.free) == (states, free)
+
+
+@pytest.mark.parametrize(
+    ("gres", "expected"),
+    [
+        ("gpu:4", (4, "")), ("gpu:gb200:4", (4, "gb200")), ("gpu:H100:8(S:0-1)", (8, "h100")), ("gpu", (1, "")),
+        ("gpu:a100", (1, "a100")), ("nvme:2,gpu:b200:8(S:0,2),ib:8", (8, "b200")), ("(null)", (0, "")), ("", (0, "")),
+        ("gpu:a100:4,gpu:a100_1g.5gb:14", (18, "")), ("gpumem:80", (0, "")), ("gpu:nvidia_b200:8", (8, "nvidia_b200")),
+    ],
+)  # fmt: skip
+def test_gpus_of_a_gres(gres: str, expected: tuple[int, str]) -> None:
+    assert parse.gpus(gres) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("UNLIMITED", None), ("INFINITE", None), ("00:30:00", 1800), ("7-00:00:00", 604800), ("1-12", 129600), ("90", 5400),
+     ("nonsense", None), ("", None)],
+)  # fmt: skip
+def test_times(text: str, expected: int | None) -> None:
+    assert parse.seconds(text) == expected
+
+
+@given(reason=TEXT, comment=TEXT, state=st.sampled_from(["IDLE+DRAIN", "DOWN*", "MIXED+DRAIN"]))
+@example(reason="x State=IDLE Gres=gpu:99 Partitions=evil", comment="", state="DOWN*")
+@example(reason="first\nsecond line", comment="", state="DOWN*")
+@example(reason="[a b] (c) 'd' \"e\" [root]", comment="Reason=no [x@y]", state="IDLE+DRAIN")
+def test_no_free_text_changes_the_rest_of_a_node(reason: str, comment: str, state: str) -> None:
+    if any(line.startswith("NodeName=") for line in f"{reason}\n{comment}".split("\n")):
+        return  # only an administrator who means it
+    node = FakeNode("gpu-1", state, "gpu:gb200:4", "aarch64", 144, 870000, "a,b", "p,q", reason)
+    text = node_line(replace(node, free_text=f"Comment={comment}" if comment else "")) + "\n"
+    (read,), broken = parse.nodes(text + node_line(FakeNode("gpu-2")) + "\n")[0][:1], parse.nodes(text)[1]
+    assert (read.name, read.states, read.gpus, read.partitions, read.features, read.arch, broken) == (
+        "gpu-1", parse.states(state), 4, ("p", "q"), ("a", "b"), "aarch64", 0,
+    )  # fmt: skip
+
+
+@given(
+    reason=st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF), min_size=1).map(
+        lambda t: t.replace("\x85", "")
+    )
+)
+def test_a_reason_of_one_word_is_kept_as_it_is(reason: str) -> None:
+    if "@" in reason or not reason.strip():
+        return  # this could be Slurm's own stamp
+    text = node_line(FakeNode("n", "DOWN", reason=f"{reason} and more"))
+    assert parse.nodes(text)[0][0].reason == f"{reason} and more [{STAMP}]"
+
+
+@given(st.text())
+def test_no_text_breaks_a_parser(text: str) -> None:
+    parse.nodes(f"NodeName={text}\n{text}")
+    parse.partitions(f"PartitionName={text}\n{text}")
+    parse.topology(f"BlockName=b Nodes={text}\n{text}")
+    parse.sinfo_nodes(text)
+    parse.config(text)
+    parse.version(text)
+    parse.seconds(text)
+    parse.gpus(text)
+    parse.expand(text)
+    parse.container_options(text)
+    parse.squashfuse(text)
+
+
+@given(st.lists(NAME, max_size=30, unique=True))
+@example(["n9", "n10", "n010", "n009", "n1"])
+def test_a_compressed_host_list_means_the_same_names(names: list[str]) -> None:
+    assert sorted(parse.expand(parse.compress(names))) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "names"),
+    [
+        ("n[1-2,07]x,login", ["n1x", "n2x", "n07x", "login"]),
+        ("r[1-2]n[08-09]", ["r1n08", "r1n09", "r2n08", "r2n09"]),
+        ("(null)", []), ("", []), ("ALL", []), ("n[1-999999999]", []), ("n[3-1]", []), ("n[", ["n"]),
+    ],
+)  # fmt: skip
+def test_host_lists(hosts: str, names: list[str]) -> None:
+    assert list(parse.expand(hosts)) == names
+
+
+def test_warnings_among_the_answer_are_not_nodes() -> None:
+    lines = CLUSTERS["managed-25.11"]["nodes"].splitlines()
+    said = [
+        "slurm: warning: config changed",
+        *lines[:3],
+        "scontrol: error: no Arch=riscv64",
+        *lines[3:],
+        "bye",
+    ]
+    noisy = "\n".join(said)
+    calm = facts_of(dict(CLUSTERS["managed-25.11"]))
+    facts = facts_of(dict(CLUSTERS["managed-25.11"]) | {"nodes": noisy})
+    assert facts.nodes == calm.nodes and facts.nodes[2].arch == ""
+
+
+def test_a_cut_off_answer_is_noted_and_only_whole_nodes_count() -> None:
+    answers = dict(CLUSTERS["managed-25.11"])
+    facts = facts_of(answers | {"nodes": answers["nodes"][: answers["nodes"].rindex("State=IDLE")]})
+    assert len(facts.nodes) == 3
+    cut_off, gone = facts.notes
+    assert "1 records are cut off" in cut_off
+    assert "test-cluster-h200-3" in gone
+
+
+def test_a_node_that_disappears_between_two_answers_is_noted() -> None:
+    answers = dict(CLUSTERS["managed-25.11"])
+    facts = facts_of(answers | {"nodes": "\n".join(answers["nodes"].splitlines()[1:]) + "\n"})
+    (note,) = facts.notes
+    assert "test-cluster-h200-0" in note and "came or went" in note
+
+
+@pytest.mark.parametrize("missing", ["config", "partitions", "topology", "srun", "sbatch"])
+def test_one_question_without_an_answer_leaves_the_others(missing: str) -> None:
+    answers = dict(CLUSTERS["terraform-24.11"])
+    whole = facts_of(answers)
+    facts = facts_of({key: text for key, text in answers.items() if key != missing})
+    assert facts.nodes if missing == "topology" else facts.nodes == whole.nodes
+    assert len(facts.notes) == 1 and "exit code 1" in facts.notes[0]
+    unknown = {"config": facts.accounting, "srun": facts.pyxis, "topology": facts.blocks or None}
+    assert unknown.get(missing) is None
+    assert {p.name for p in facts.partitions} == {"batch", "short"}
+
+
+def test_sinfo_is_the_second_source_of_nodes() -> None:
+    answers = dict(CLUSTERS["terraform-22.05"])
+    del answers["nodes"], answers["partitions"]
+    rows = ["n1|batch|idle|gpu:gb200:4(S:0-1)|nvl72|144|870000|none", "n1|all|idle|gpu:gb200:4|nvl72|144|870000|none",
+            "n2|batch|drained*|(null)|(null)|8+|1000+|bad | odd [x]"]  # fmt: skip
+    facts = facts_of(answers | {"sinfo": "sinfo: warning\n" + "\n".join(rows) + "\n"})
+    one, two = facts.nodes
+    assert (one.partitions, one.gpus, one.features, one.state) == (("batch", "all"), 4, ("nvl72",), "idle")
+    assert (two.gpus, two.features, two.cpus, two.reason) == (0, (), 8, "bad | odd [x]")
+    assert [(p.name, p.nodes) for p in facts.partitions] == [("batch", ("n1", "n2")), ("all", ("n1",))]
+    assert "architecture" in facts.notes[-1]
+
+
+def test_nothing_at_all_is_an_error_and_an_empty_cluster_is_not() -> None:
+    with pytest.raises(LauncherError) as raised:
+        facts_of({})
+    assert raised.value.status is ExitStatus.CLUSTER
+    with pytest.raises(LauncherError, match="nonsense"):
+        facts_of({"nodes": "what?", "sinfo": "what?"})
+    facts = facts_of(cluster("25.11.2", [], [partition_line("all", "", default=True)]))
+    assert facts.nodes == () and "dynamic ones may register" in facts.notes[0]
+
+
+def test_commands_that_hang_are_given_up(fake_slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "ANSWER_S", 0.3)
+    for command in ("scontrol", "sinfo", "srun", "sbatch"):
+        fake_slurm(command, "exec sleep 60")
+    with pytest.raises(LauncherError, match="did not answer"):
+        detect()
+
+
+def test_images_are_mounted_or_unpacked_as_plugstack_says(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "plugstack.conf").write_text("# pyxis.so\ninclude d/*.conf\n")
+    (tmp_path / "d" / "a.conf").write_text("optional /x/spank_other.so use_squashfuse=1\n")
+    line = tmp_path / "d" / "pyxis.conf"
+    path = str(tmp_path / "plugstack.conf")
+    for text, expected in (
+        ("", None), ("required /x/spank_pyxis.so\n", False), ("required /x/spank_pyxis.so use_squashfuse=1\n", True),
+        ("required spank_pyxis.so runtime_path=/r use_squashfuse=true\n", True), ("#required spank_pyxis.so\n", None),
+    ):  # fmt: skip
+        line.write_text(text)
+        assert parse.squashfuse(slurm.plugstack(path)) is expected
+    assert slurm.plugstack(str(tmp_path / "none.conf")) == ""
+
+
+def test_a_shell_that_shapes_the_output_does_not_reach_slurm(
+    fake_slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_TOPO_LEN", "10")
+    fake_slurm("scontrol", 'echo "$SLURM_TOPO_LEN|$LC_ALL"')
+    assert slurm.ask(("scontrol", "show", "topology")) == "|C\n"
+    assert os.environ["SLURM_TOPO_LEN"] == "10"
+
+
+# ------------------------------------------------------------------------------------------ the profile
+
+
+def node(
+    name: str = "batch-compute-node-001", gres: str = "gpu:8", arch: str = "x86_64", **values: object
+) -> Node:
+    count, kind = parse.gpus(gres)
+    return Node(name, gres=gres, gpus=count, gpu_type=kind, arch=arch, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "profile"),
+    [
+        ([node(gres="gpu:gb200:4", arch="aarch64")], "gb200"),
+        ([node(gres="gpu:gb300:4", arch="aarch64")], "gb300"),
+        ([node(gres="gpu:B200:4", arch="aarch64")], "gb200"),  # as one cloud types its GB200
+        ([node(gres="gpu:b200:8")], "b200"),
+        ([node(features=("h100", "ib"))], "h100"),
+        ([node("slurm-h200-0")], "h200"),
+        ([node("slurm-h200-0"), node("slurm-h200-1", arch="")], "h200"),
+        ([node("login-1", gres=""), node("slurm-h200-0")], "h200"),
+        ([node(gres="gpu:nvidia_a100:8", cpus=96, arch="")], "a100"),  # the CPUs agree
+        ([node(gres="gpu:h100:8", arch="")], ""),  # the GRES alone
+        ([node(gres="gpu:8")], ""),
+        ([node(gres="gpu:4", arch="aarch64")], ""),  # GB200 or GB300
+        ([node(gres="gpu:gb200:4", arch="x86_64")], ""),
+        ([node(gres="gpu:h200:4")], ""),
+        ([node(gres="gpu:h200:8", features=("h100",))], ""),
+        ([node(gres="gpu:h200:8", features=("gb200",))], ""),
+        ([node("b200-1", gres="gpu:h200:8")], ""),
+        ([node("slurm-h200-0"), node("slurm-b200-0")], ""),
+        ([node(gres="gpu:h200:8"), node(gres="gpu:h100:8")], ""),
+        ([node(gres="")], ""),
+        ([], ""),
+    ],
+)
+def test_the_profile_needs_a_name_and_something_that_agrees(nodes: list[Node], profile: str) -> None:
+    assert propose(nodes, KINDS).profile == profile
+
+
+def test_contradictions_say_what_both_sides_say() -> None:
+    proposal = propose([node(gres="gpu:gb200:4", memory_mib=16000)], KINDS)
+    assert proposal.contradictions == ("gb200 is aarch64; the nodes are x86_64",)
+    (text,) = propose([node("b200-1", gres="gpu:h200:8")], KINDS).contradictions
+    assert "GRES gpu:h200:8 says h200" in text and "node names b200-1 says b200" in text
+    small = propose([node("slurm-h200-0", memory_mib=64 * 1024)], KINDS)
+    assert small.contradictions == (
+        "h200 has 8 x 140 GiB on its GPUs; 64 GiB of memory a node is less than half of that",
+    )
+    (none,) = propose([node(gres="")], KINDS).contradictions
+    assert "has GPUs in its GRES" in none
+    mixed = propose([node(gres="gpu:h200:8"), node(gres="gpu:h100:8")], KINDS)
+    assert (
+        mixed.candidates == ("h200", "h100")
+        and "2 sorts: 8 GPUs (h200), 8 GPUs (h100)" in mixed.contradictions[0]
+    )
+
+
+def test_an_alias_is_explained() -> None:
+    (gres, *_) = propose([node(gres="gpu:B200:4", arch="aarch64")], KINDS).evidence
+    assert gres.what == "GRES gpu:B200:4 (some clouds write B200 for GB200)"
+
+
+def test_a_chosen_profile_is_compared_with_the_nodes() -> None:
+    nodes = [node("slurm-h200-0", memory_mib=2_000_000)]
+    assert contradictions("h200", nodes, KINDS) == []
+    assert contradictions("gb200", nodes, KINDS) == [
+        "node names slurm-h200-0 says h200, not gb200",
+        "gb200 has 4 GPUs a node; the nodes have 8",
+        "gb200 is aarch64; the nodes are x86_64",
+    ]
+    assert contradictions("h200", [node(gres="")], KINDS) == [
+        "h200 has 8 GPUs a node; none of the 1 nodes has one in its GRES"
+    ]
+    assert contradictions("./mine.toml", nodes, KINDS) == []
+
+
+def test_blocks_and_nodes_are_matched_by_name() -> None:
+    answers = cluster(
+        "25.05.3", [FakeNode("a1"), FakeNode("a2")], [], topology="BlockName=x BlockIndex=0 Nodes=a2,a9\n"
+    )
+    facts = facts_of(answers)
+    assert facts.blocks == (Block("x", ("a2", "a9")),)
+    assert [n.block for n in facts.nodes] == ["", "x"]

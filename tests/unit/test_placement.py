@@ -1,0 +1,138 @@
+"""Which segment a job gets, and what the user is told where no segment keeps it in few NVLink domains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from launcher import placement
+from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
+from launcher.layers import find, merge, read_layer
+from launcher.preflight import OK, WARNING, preflight
+from launcher.readiness import placed
+from launcher.render import render
+from launcher.spec import RunSpec
+
+RACKS = tuple(Block(f"rack-{r}", tuple(f"r{r}n{i:02d}" for i in range(18))) for r in range(1, 4))
+
+
+def cluster(*busy: str, blocks: tuple[Block, ...] = RACKS, **values: object) -> ClusterFacts:
+    nodes = tuple(
+        Node(name, frozenset({"DRAIN", "IDLE"} if name in busy else {"IDLE"}), partitions=("batch",), gres="gpu:4",
+             gpus=4, arch="aarch64", block=block.name)
+        for block in RACKS for name in block.nodes
+    )  # fmt: skip
+    known: dict[str, object] = {"slurm": (25, 11), "topology": "block", "segment": True, "pyxis": ""} | values
+    return ClusterFacts(nodes=nodes, partitions=(Partition("batch", True, "UP"),), blocks=blocks, **known)  # type: ignore[arg-type]
+
+
+def run(nodes: int, gpu: str = "gb200", segment: int = 0, origin: str = "option --segment") -> RunSpec:
+    spec = merge([read_layer(find("profiles", gpu), "profile")])
+    job = replace(spec.job, name="r", gpu=gpu, image="/i.sqsh", nodes=nodes, segment=segment)
+    return replace(spec, job=job, origin={**spec.origin, **({"job.segment": origin} if segment else {})})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [(1, 1), (2, 2), (9, 9), (17, 17), (18, 18), (19, 1), (20, 10), (22, 11), (34, 17), (36, 18), (37, 1), (38, 2),
+     (54, 18), (53, 1)],
+)  # fmt: skip
+def test_the_largest_divisor_within_a_block(nodes: int, expected: int) -> None:
+    assert placement.segment(nodes, [18, 18, 18]) == expected
+
+
+def test_pieces_need_blocks_enough() -> None:
+    assert placement.segment(36, [18, 17, 17]) == 12  # two pieces of 18 would need two whole racks
+    assert placement.segment(36, [18]) == 1
+    assert placement.segment(4, []) == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "near"), [(19, [18, 20]), (37, [36, 39]), (38, [36, 39]), (53, [51, 54]), (2, [1, 3])]
+)
+def test_the_counts_that_would_not_straddle(nodes: int, near: list[int]) -> None:
+    assert placement.whole_counts(nodes, RACKS) == near
+
+
+def test_what_is_drained_is_not_counted_on_unless_nothing_else_is_left() -> None:
+    facts = cluster("r1n00", "r2n00")
+    assert placed(run(36), facts).job.segment == 12
+    assert placed(run(34), facts).job.segment == 17
+    assert placed(run(18), facts).job.segment == 18  # the third rack is whole
+    every = cluster("r1n00", "r2n00", "r3n00")
+    assert placed(run(17), every).job.segment == 17
+    assert placed(run(18), every).job.segment == 9
+
+
+def test_it_is_in_the_script_and_in_the_origin() -> None:
+    spec = placed(run(36), cluster())
+    assert "#SBATCH --segment=18\n" in render(spec)
+    assert spec.origin["job.segment"].startswith("chosen from the topology, blocks of 18")
+
+
+@pytest.mark.parametrize(
+    ("spec", "facts"),
+    [
+        (run(36), cluster(segment=False)),
+        (run(36), cluster(blocks=())),
+        (run(36), cluster(blocks=(Block("rack-1"), Block("rack-2")))),
+        (run(2, gpu="h200"), cluster()),
+        (run(1), cluster()),
+        (run(36, segment=18, origin="file /runs/a/run.toml"), cluster(segment=False)),
+    ],
+    ids=["Slurm does not know it", "no blocks", "empty blocks", "no NVLink over nodes", "one node", "repeated on another cluster"],
+)  # fmt: skip
+def test_never_where_it_means_nothing(spec: RunSpec, facts: ClusterFacts) -> None:
+    assert "--segment" not in render(placed(spec, facts))
+
+
+def test_the_users_own_wins() -> None:
+    assert placed(run(36, segment=6), cluster()).job.segment == 6
+    assert placed(run(36, segment=7), cluster()).job.segment == 7  # refused by preflight, not changed
+    assert placed(run(36, "h200", segment=6), cluster(segment=False)).job.segment == 6
+
+
+def test_a_repeated_run_keeps_its_segment_while_it_fits() -> None:
+    origin = "file /runs/a/run.toml"
+    assert placed(run(36, segment=9, origin=origin), cluster()).job.segment == 9
+    assert placed(run(20, segment=9, origin=origin), cluster()).job.segment == 10
+
+
+def test_only_the_blocks_of_the_partition_count() -> None:
+    facts = cluster()
+    few = tuple(
+        replace(n, partitions=("few",)) if n.block == "rack-1" and n.name < "r1n04" else n
+        for n in facts.nodes
+    )
+    facts = replace(facts, nodes=few, partitions=(Partition("few", True, "UP"),))
+    assert placed(run(4), facts).job.segment == 4
+    assert placed(run(5), facts).job.segment == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "status", "said"),
+    [
+        (17, OK, "1 x 17 nodes, each in one block of up to 18; room now: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)"),
+        (36, OK, "2 x 18 nodes"),
+        (19, WARNING, "--nodes 18 or 20"),
+        (37, WARNING, "--nodes 36 or 39"),
+    ],
+)  # fmt: skip
+def test_what_the_user_is_told(nodes: int, status: str, said: str) -> None:
+    facts = cluster()
+    (check,) = [c for c in preflight(placed(run(nodes), facts), facts) if c.name == "placement"]
+    assert (check.status, said in f"{check.what}; {check.fix}") == (status, True), check
+
+
+def test_room_now() -> None:
+    found = placement.describe(36, 18, RACKS, {*RACKS[0].nodes, *RACKS[1].nodes[:17]})
+    assert placement.room_text(found) == "room now, but not for all: rack-1 (18 free)"
+    assert not found.starts_now
+    assert placement.room_text(placement.describe(36, 18, RACKS)) == "no block has room for one now"
+
+
+def test_large_clusters() -> None:
+    blocks = [Block(str(b), tuple(f"{b}-{i}" for i in range(18))) for b in range(556)]
+    assert placement.place(9_990, blocks).segment == 18
+    assert placement.whole_counts(9_973, blocks) == [9_972, 9_990]

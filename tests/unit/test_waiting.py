@@ -1,0 +1,158 @@
+"""Why a job is waiting, in plain words, and what would start sooner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from launcher.cluster.facts import Block, ClusterFacts, Partition
+from launcher.waiting import REASONS, explain, fewer, meaning
+from tests.conftest import Launch
+from tests.unit.test_preflight import cluster, node, run
+from tests.unit.test_preflight import slurm as slurm
+
+Fake = Callable[[str, str], Path]
+NOW = datetime(2026, 11, 22, 18, 0)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("Priority", "higher priority"),
+        ("Resources", "its turn"),
+        ("ReqNodeNotAvail, UnavailableNodes:gpu-[1-2]", "down, drained, or reserved"),
+        ("ReqNodeNotAvail, Reserved for maintenance", "shorter --time"),
+        ("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions", "higher priority"),
+        ("PartitionNodeLimit", "never starts"),
+        ("PartitionTimeLimit", "--time"),
+        ("PartitionDown", "closed"),
+        ("BadConstraints", "GPUs per node"),
+        ("QOSMaxNodePerUserLimit", "limit of its QOS"),
+        ("QOSNotAllowed", "may not be used"),
+        ("AssocGrpGRES", "limit of your account"),
+        ("MaxJobsPerAccount", "limit of your account"),
+        ("JobHeldUser", "scontrol release"),
+        ("JobHeldAdmin", "administrator"),
+        ("DependencyNeverSatisfied", "never starts"),
+        ("Dependency", "another job"),
+        ("Reservation", "has not begun"),
+        ("ReservationDeleted", "no longer exists"),
+        ("launch failed requeued held", "could not start it"),
+        ("", "not looked at it"),
+        ("None", "not looked at it"),
+    ],
+)  # fmt: skip
+def test_reasons(reason: str, said: str) -> None:
+    assert said in meaning(reason)[0]
+
+
+def test_an_unknown_reason_is_not_explained_away() -> None:
+    assert meaning("SomethingNew") == ("", False)
+    assert explain("SomethingNew", None, None) == ["Slurm has no estimate of its start"]
+
+
+def test_every_line_of_the_table_can_be_reached() -> None:
+    """An earlier pattern that matches the same beginning would hide a later one."""
+    examples = {
+        "Priority", "Resources", "ReqNodeNotAvail, Reserved for maintenance", "ReqNodeNotAvail",
+        "Nodes required for job are DOWN", "BadConstraints", "NodeDown", "PartitionNodeLimit", "PartitionTimeLimit",
+        "PartitionDown", "Reservation", "ReservationDeleted", "BeginTime", "DependencyNeverSatisfied", "Dependency",
+        "JobHeldUser", "JobHeldAdmin", "JobLaunchFailure", "Licenses", "InvalidAccount", "InvalidQOS", "QOSGrpNodeLimit",
+        "AssocGrpNodeLimit", "Cleaning", "",
+    }  # fmt: skip
+    assert {meaning(example)[0] for example in examples} == {text for _, text, _ in REASONS}
+
+
+def facts() -> ClusterFacts:
+    nodes = [node(f"n{i}") for i in range(3)]
+    nodes += [node(f"b{i}", "ALLOCATED") for i in range(4)]
+    nodes += [node("d1", "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]"), node("d2", "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]")]  # fmt: skip
+    nodes += [node("k", "IDLE+RESERVED"), node("o0", partitions=("other",)), *(node(f"o{i}", partitions=("other",)) for i in range(1, 9))]  # fmt: skip
+    both = (Partition("batch", True, "UP"), Partition("other", False, "UP", 7200))
+    return cluster(*nodes, partitions=both)
+
+
+def test_nodes_estimate_and_what_would_start_sooner() -> None:
+    lines = explain("Resources", run(nodes=9), facts(), "2026-11-22T19:20:00", NOW)
+    assert lines == [
+        "enough nodes are not free yet; it is its turn",
+        "9 nodes asked; partition batch has 10: 3 free, 4 in use, 2 out of service, 1 reserved",
+        "out of service: d1, d2: 2 drained (Xid [79] [root@2026-01-02])",
+        "estimated start: 2026-11-22 19:20, in 80 min",
+        "sooner: --nodes 3: 3 nodes free now",
+        "sooner: --partition other: it has that many free now",
+    ]
+
+
+def test_no_advice_that_would_not_help() -> None:
+    held = explain("JobHeldUser", run(nodes=9), facts(), "N/A", NOW)
+    assert not [line for line in held if line.startswith("sooner")]
+    assert "Slurm has no estimate of its start" in held
+    too_long = explain("Resources", run(nodes=9, time="3:00:00"), facts(), "", NOW)
+    assert not [line for line in too_long if "--partition" in line]
+    busy = cluster(node("n0", "ALLOCATED"), node("n1", "ALLOCATED"))
+    assert not [line for line in explain("Resources", run(nodes=2), busy) if line.startswith("sooner")]
+    free = cluster(node("n0"), node("n1"))
+    assert not [line for line in explain("Priority", run(nodes=2), free) if line.startswith("sooner")]
+
+
+def test_fewer_nodes_fit_the_parallel_degrees() -> None:
+    spec = run(nodes=9)
+    assert fewer(spec, 5) == 5
+    assert fewer(replace(spec, recipe=replace(spec.recipe, tensor_parallel=16)), 5) == 4
+    assert fewer(replace(spec, recipe=replace(spec.recipe, dp_shard=72)), 5) == 0
+    assert fewer(spec, 0) == 0
+
+
+def test_a_start_that_is_past_is_due() -> None:
+    assert "estimated start: 2026-11-22 17:00, which is now" in explain(
+        "Resources", None, None, "2026-11-22T17:00:00", NOW
+    )
+
+
+def test_blocks_without_room_are_named() -> None:
+    racks = (Block("rack-1", ("a0", "a1")), Block("rack-2", ("a2", "a3")))
+    nodes = [
+        node(f"a{i}", "ALLOCATED" if i in (1, 3) else "IDLE", gres="gpu:4", gpus=4, arch="aarch64")
+        for i in range(4)
+    ]
+    waits = cluster(*nodes, blocks=racks, segment=True, topology="block")
+    lines = explain("Resources", run("gb200", 2, segment=2), waits, "", NOW)
+    assert "1 x 2 nodes, each in one block; no block has room for one now" in lines
+
+
+def test_status_tells_it(launch: Launch, slurm: Fake, image: Path) -> None:
+    script = image.parent / "runs" / "r" / "job.sbatch"
+    slurm("squeue", f"""
+name=$(sed -n 's/^#SBATCH --job-name=//p' {script} 2>/dev/null)
+case "$*" in
+*--start*) echo 2036-01-01T10:00:00;;
+*) [ -z "$name" ] || echo "42|PENDING|PartitionNodeLimit|$name";;
+esac""")  # fmt: skip
+    launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9", "--force")
+    said = launch("status", "r").stdout
+    assert "PENDING (PartitionNodeLimit" in said and "never starts as it is" in said
+    assert "9 nodes asked; partition batch has 4: 4 free" in said
+    assert "estimated start: 2036-01-01 10:00, in " in said and "sooner: --nodes 4: 4 nodes free now" in said
+    waiting = json.loads(launch("status", "r", "--json").stdout)["waiting"]
+    assert waiting[0].startswith("it asks for more nodes")
+
+
+def test_status_without_an_answer_says_what_it_has(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("scontrol", "exit 1")
+    script = image.parent / "runs" / "r" / "job.sbatch"
+    slurm(
+        "squeue",
+        f"""name=$(sed -n 's/^#SBATCH --job-name=//p' {script} 2>/dev/null)
+case "$*" in *--start*) exit 1;; esac; [ -z "$name" ] || echo "42|PENDING|Priority|$name" """,
+    )
+    launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9")
+    done = launch("status", "r")
+    assert done.returncode == 0 and "jobs with a higher priority are to start first" in done.stdout, (
+        done.stderr
+    )
