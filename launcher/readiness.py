@@ -70,15 +70,16 @@ def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
     from launcher.stage import view
 
     found: list[Check] = []
+    of_image: list[str] = []
     for name, check in (("image", resolve.check_image), ("weights", resolve.check_weights)):
         try:
-            check(spec)
+            of_image += check(spec) or []
         except LauncherError as error:
             found.append(Check(name, ERROR, error.what, error.original, error.fix, certain=True))
         else:
             if name == "image" and spec.job.image:
                 found.append(Check(name, OK, spec.job.image))
-    notes = list(resolve.warnings(spec))
+    notes = [*of_image, *resolve.warnings(spec)]
     try:
         spec, of_the_data = view.plan(spec)
     except LauncherError as error:
