@@ -27,20 +27,12 @@ def look(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
     if spec.job.scheduler != "slurm" or not slurm.bin_dir():
         return spec, []  # without sbatch, the submission itself says so
     try:
-        facts = detect(_ask)
+        facts = detect()
     except LauncherError as error:
         facts = ClusterFacts(notes=(error.what, *error.original.splitlines()[:1]))
     spec = placed(spec, facts)
     missing = [source for mount in spec.job.mounts if not os.path.exists(source := mount.split(":")[0])]
     return spec, preflight(spec, facts, missing, names_of("profiles"))
-
-
-def _ask(words: Sequence[str]) -> str:
-    if (
-        words[0] == "sbatch"
-    ):  # a site's own sbatch may submit whatever it is given: it runs once, with the script
-        raise LauncherError("sbatch is not asked")
-    return slurm.ask(words)
 
 
 def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
@@ -61,7 +53,7 @@ def why_waiting(run: Run, state: JobState) -> list[str]:
     with suppress(LauncherError):
         start = slurm.ask(("squeue", "--noheader", "--start", f"--jobs={job_id}", "--format=%S")).strip()
     with suppress(LauncherError):
-        facts = detect(_ask)
+        facts = detect()
     return explain(state.reason, spec, facts, start, datetime.now())
 
 

@@ -89,7 +89,7 @@ class ClusterFacts:
     name: str = ""
     slurm: tuple[int, int] | None = None  # (25, 11)
     topology: str = ""  # the plugin without "topology/": block, tree, flat
-    segment: bool = False  # sbatch takes --segment and the topology is made of blocks
+    segment: bool = False  # Slurm takes --segment and the topology is made of blocks
     accounting: bool | None = None
     pyxis: str | None = None  # "" present, of unknown version; None absent, or unknown: then a note says so
     partitions: tuple[Partition, ...] = ()
@@ -128,15 +128,16 @@ class ClusterFacts:
 
 Run = Callable[[Sequence[str]], str]
 
-# Asked at the same time, so that a controller that hangs costs one bound and not seven.
+# Asked at the same time, so that a controller that hangs costs one bound and not five.
 QUESTIONS = {
     "config": ("scontrol", "show", "config"),
     "nodes": ("scontrol", "-o", "show", "node"),
     "partitions": ("scontrol", "-o", "show", "partition"),
     "topology": ("scontrol", "-o", "show", "topology"),
     "srun": ("srun", "--help"),
-    "sbatch": ("sbatch", "--help"),
 }
+# By the version: a site's own sbatch may submit whatever it is given, so it is not asked for its --help.
+SEGMENT_SINCE = (23, 11)
 SINFO = ("sinfo", "--noheader", "--Node", "--format=%N|%R|%T|%G|%f|%c|%m|%E")
 
 
@@ -164,9 +165,6 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
     plugin = config.get("TopologyPlugin", "").removeprefix("topology/")
     topology = kind or {"none": "flat", "default": "flat"}.get(plugin, plugin)
     version = parse.version(config.get("SLURM_VERSION", ""))
-    knows_segment = (
-        "--segment" in answers["sbatch"] if "sbatch" in answers else (version or (0, 0)) >= (23, 11)
-    )
     options = parse.container_options(answers.get("srun", ""))
     storage = config.get("AccountingStorageType", "").removeprefix("accounting_storage/")
     path = config.get("PlugStackConfig", "")
@@ -174,7 +172,7 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
         name=config.get("ClusterName", ""),
         slurm=version,
         topology=topology,
-        segment=knows_segment and topology == "block",
+        segment=(version or (0, 0)) >= SEGMENT_SINCE and topology == "block",
         accounting=storage not in ("", "none") if config else None,
         pyxis="" if "--container-image" in options else None,
         partitions=partitions,

@@ -215,9 +215,8 @@ def test_refusals_of_slurm_are_translated(launch: Launch, idle_job: tuple[str, .
     if launch.slurm.record is None:
         pytest.skip("another cluster has other limits")
     for arguments, said in (
-        (("--partition", "nonsense"), "no such partition"),
-        (("--gpus-per-node", "5"), "no node set of this partition fits"),
-        (("--nodelist", "no-such-node"), "does not exist"),
+        (("--partition", "nonsense", "--force"), "no such partition"),
+        (("--nodelist", "no-such-node", "--force"), "does not exist"),
         (("--reservation", "none"), "no such reservation"),
     ):
         done = launch(*idle_job, "--name", "refused", *arguments)
@@ -254,7 +253,8 @@ def test_a_node_that_is_not_fit_shows_why(launch: Launch, train_image: Path) -> 
     """The published recipe on nodes without GPUs: it stops at the check and never trains on a CPU."""
     image = launch.directory / "lies.sqsh"
     stand_in(train_image, image)
-    launch("submit", "--gpu", "gb200", "--image", image, "--name", "unfit", "--recipe", "debug", "--yes")
+    launch("submit", "--gpu", "gb200", "--image", image, "--name", "unfit", "--recipe", "debug", "--yes",
+           "--set", f"profile.arch={os.uname().machine}")  # fmt: skip
     if launch.slurm.record is None:
         pytest.skip("the nodes of this cluster may have GPUs")
     launch.wait_for("unfit", "FAILED")

@@ -101,14 +101,12 @@ def cluster(
 ) -> dict[str, str]:  # fmt: skip
     """The answers of one cluster by the question that `detect` asks."""
     number = (int(version[:2]), int(version[3:5]))
-    segment = "      --segment=size          number of nodes in each segment\n" if number >= (23, 11) else ""
     return {
         "config": config_text(version, name, plugin, accounting),
         "nodes": "".join(f"{node_line(node, number)}\n" for node in nodes),
         "partitions": "".join(f"{line}\n" for line in partitions),
         "topology": topology,
         "srun": "Usage: srun [OPTIONS(0)... [executable(0) [args(0)...]]]\n\n" + (PYXIS if pyxis else ""),
-        "sbatch": "Usage: sbatch [OPTIONS(0)...]\n" + segment,
     }
 
 
@@ -193,7 +191,7 @@ def answering(answers: Mapping[str, str]) -> Callable[[Sequence[str]], str]:
 
 def install(answers: Mapping[str, str], fake_slurm: Callable[[str, str], Path]) -> None:
     """The same as commands in PATH: `fake_slurm` is the fixture of that name."""
-    cases: dict[str, list[str]] = {"scontrol": [], "srun": [], "sbatch": []}
+    cases: dict[str, list[str]] = {"scontrol": [], "srun": []}
     for name, text in answers.items():
         command, *words = QUESTIONS.get(name, (name,))
         folder = fake_slurm("answers", ":").parent

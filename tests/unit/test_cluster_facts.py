@@ -75,12 +75,11 @@ def test_blocks_with_empty_ones_and_without_aggregated_ones() -> None:
     assert [(b.name, len(b.nodes)) for b in older.blocks] == [("rack1", 18), ("rack2", 18)]
 
 
-def test_segment_needs_blocks_and_an_sbatch_that_knows_it() -> None:
+def test_segment_needs_blocks_and_a_slurm_that_knows_it() -> None:
     blocks = dict(CLUSTERS["terraform-24.11"])
-    assert not facts_of(blocks | {"sbatch": "Usage: sbatch\n"}).segment
+    assert facts_of(blocks).segment
+    assert not facts_of(blocks | {"config": blocks["config"].replace("24.11", "23.02")}).segment
     assert not facts_of(blocks | {"topology": "", "config": CLUSTERS["managed-25.11"]["config"]}).segment
-    del blocks["sbatch"]
-    assert facts_of(blocks).segment, "the version says it where sbatch --help cannot be read"
     assert facts_of(dict(CLUSTERS["tree-23.02"])).topology == "tree"
 
 
@@ -228,7 +227,7 @@ def test_a_node_that_disappears_between_two_answers_is_noted() -> None:
     assert "test-cluster-h200-0" in note and "came or went" in note
 
 
-@pytest.mark.parametrize("missing", ["config", "partitions", "topology", "srun", "sbatch"])
+@pytest.mark.parametrize("missing", ["config", "partitions", "topology", "srun"])
 def test_one_question_without_an_answer_leaves_the_others(missing: str) -> None:
     answers = dict(CLUSTERS["terraform-24.11"])
     whole = facts_of(answers)
@@ -265,7 +264,7 @@ def test_nothing_at_all_is_an_error_and_an_empty_cluster_is_not() -> None:
 
 def test_commands_that_hang_are_given_up(fake_slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "ANSWER_S", 0.3)
-    for command in ("scontrol", "sinfo", "srun", "sbatch"):
+    for command in ("scontrol", "sinfo", "srun"):
         fake_slurm(command, "exec sleep 60")
     with pytest.raises(LauncherError, match="did not answer"):
         detect()
