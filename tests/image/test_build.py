@@ -290,7 +290,7 @@ def test_the_engine_dies_while_an_image_is_used(
 
 
 def test_the_disk_of_the_engine_is_full(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
         pytest.skip("this engine has room")
@@ -301,7 +301,7 @@ def test_the_disk_of_the_engine_is_full(
         with running_engine(data) as host:
             monkeypatch.setenv("DOCKER_HOST", host)
             (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY containers /\n")
-            (tmp_path / "lock.txt").write_text("#" * 40_000_000)
+            (tmp_path / "lock.txt").write_text(tiny_lock.read_text() + "#" * 40_000_000)
             monkeypatch.setattr(building, "dockerfile", lambda: tmp_path / "Dockerfile")
             with pytest.raises(LauncherError, match="the disk of the Docker engine is full") as error:
                 build("cpu", "amd64", lock_file=tmp_path / "lock.txt", tag="titan:x")
