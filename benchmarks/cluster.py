@@ -17,12 +17,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from launcher.cluster.facts import detect
+from tests.cluster_fixtures import FakeNode, answering, cluster, install, partition_line
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from launcher.cluster.facts import detect  # noqa: E402
-from tests.cluster_fixtures import FakeNode, answering, cluster, install, partition_line  # noqa: E402
-
 NODES = 10_000
 RUNS = 5
 

@@ -20,11 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from launcher import sample
-from launcher.stage.c4 import plan_c4, stage_c4
+from launcher.stage.c4 import bring, plan_c4
 from launcher.stage.inventory import verify
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
 
@@ -143,11 +144,16 @@ def stage(target: Path, files: int, jobs: int) -> tuple[float, float]:
     return result["seconds"], result["memory_mb"]
 
 
-def child(target: Path, files: int, jobs: int) -> None:
-    from huggingface_hub import HfApi, get_hf_file_metadata  # noqa: F401
+def import_hub() -> None:
+    """Its import is part of every command's start, not of the work. It resolves names when they are asked for."""
+    hub = import_module("huggingface_hub")
+    assert hub.HfApi and hub.get_hf_file_metadata
 
+
+def child(target: Path, files: int, jobs: int) -> None:
+    import_hub()
     began = time.monotonic()
-    stage_c4(target, files=files, jobs=jobs)
+    bring(target, plan_c4(target, files=files), jobs)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     print(json.dumps({"seconds": seconds, "memory_mb": peak}))
@@ -155,7 +161,7 @@ def child(target: Path, files: int, jobs: int) -> None:
 
 def plan_seconds(target: Path) -> float:
     """A complete directory of 1,024 files: choose among them for a run, and hold all against the manifest."""
-    from huggingface_hub import HfApi  # noqa: F401  # its import is part of every command's start
+    import_hub()
 
     (target / "en").mkdir(parents=True)
     files = {}

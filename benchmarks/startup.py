@@ -18,9 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from tests.conftest import say_it_trains, squashfs_head  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.conftest import ROOT, say_it_trains, squashfs_head
 
 HEAVY = ("torch", "docker", "rich", "huggingface_hub", "spython", "matplotlib")
 

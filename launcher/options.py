@@ -10,6 +10,25 @@ from typing import Any
 
 import click
 
+from launcher.output import plain
+
+
+class FilePath(click.Path):
+    """A path in which ~ is the home directory, too: no shell expands it in --to=~/x, nor in quotes. Never empty."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        path = os.path.expanduser(value)
+        if not str(path).strip() or "\0" in str(path):
+            self.fail("the path is empty", parameter, context)
+        if str(path).startswith("~"):
+            self.fail(
+                f"{plain(path)}: no such user's home; ./{plain(path)} for a name that begins so",
+                parameter,
+                context,
+            )
+        return super().convert(path, parameter, context)
+
+
 # Option -> the key of the spec that it sets. One line here is all that an option needs.
 KEYS = {
     "image": "job.image",

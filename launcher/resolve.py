@@ -15,6 +15,7 @@ from launcher.cluster import slurm
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, find, merge, names_of, read_layer
 from launcher.spec import CONTROL, S3, RunSpec, validate
+from launcher.user_file import default_path
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
@@ -204,8 +205,7 @@ def user_file(config: Path | None, environ: Mapping[str, str]) -> Path | None:
         return config
     if environ.get("LAUNCHER_CONFIG"):
         return Path(environ["LAUNCHER_CONFIG"])
-    base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
-    path = base / "titan-launcher" / "config.toml"
+    path = default_path(environ)
     return path if os.path.isfile(path) else None
 
 

@@ -13,8 +13,8 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.files import write_text
 
 
-def default_path() -> Path:
-    base = Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
+def default_path(environ: Mapping[str, str] = os.environ) -> Path:
+    base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
     return base / "titan-launcher" / "config.toml"
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.errors import ExitStatus, LauncherError
+from launcher.options import FilePath
 from launcher.output import colour, plain, print_json, warn
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def show(partition: str, as_json: bool) -> None:
 @click.command()
 @click.argument("name", required=False, default="", metavar="[PROFILE]")
 @_partition
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", envvar="LAUNCHER_CONFIG", show_envvar=True,
+@click.option("--config", type=FilePath(path_type=Path), metavar="FILE", envvar="LAUNCHER_CONFIG", show_envvar=True,
               help="File to save it in.  [default: ~/.config/titan-launcher/config.toml]")  # fmt: skip
 @_json
 def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:

@@ -19,7 +19,6 @@ import click
 from launcher.errors import ExitStatus, LauncherError
 from launcher.image import ARCHES
 from launcher.image.parameters import (
-    FilePath,
     ImageName,
     TargetPath,
     file_name,
@@ -28,6 +27,7 @@ from launcher.image.parameters import (
     no_password,
     target_path,
 )
+from launcher.options import FilePath
 from launcher.output import colour, plain, print_json
 
 if TYPE_CHECKING:

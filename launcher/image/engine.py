@@ -77,7 +77,7 @@ def _context_host() -> str:
     try:
         current = ContextAPI.get_current_context()
         return str(current.Host or "").removeprefix("http+") if current else ""
-    except Exception:
+    except Exception:  # docker-py raises no narrower one for a damaged file there
         return ""  # an unreadable ~/.docker says nothing about an engine
 
 

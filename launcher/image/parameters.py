@@ -13,6 +13,7 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.image import ARCHES
+from launcher.options import FilePath
 
 _WORD = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
 _REFERENCE = re.compile(
@@ -24,13 +25,6 @@ _REFERENCE = re.compile(
 def is_reference(name: str) -> bool:
     """Whether an engine's image can be called so: registry/path:tag@digest, in Docker's grammar, or an id."""
     return _REFERENCE.fullmatch(name) is not None
-
-
-class FilePath(click.Path):
-    """A path in which ~ is the home directory, too: no shell expands it in --output=~/x, nor in quotes."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        return super().convert(os.path.expanduser(value), parameter, context)
 
 
 class TargetPath(FilePath):

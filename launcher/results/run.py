@@ -58,5 +58,6 @@ def _recipe(spec: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _count(value: object) -> int | None:
-    usable = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
-    return value if usable else None  # type: ignore[return-value]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST:
+        return value
+    return None

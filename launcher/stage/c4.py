@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import LauncherError
-from launcher.stage.fetch import JOBS, Outcome, fetch, open_repo
+from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import find_token, list_files
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
@@ -126,25 +126,6 @@ def degree(gpus: int, ways: int, where: str) -> int:
     if ways < 1 or gpus < 1 or gpus % ways:
         raise LauncherError(f"{where}: {gpus} GPUs cannot be divided into groups of {ways} (tp x cp x pp)")
     return gpus // ways
-
-
-def stage_c4(
-    target: Path,
-    *,
-    files: int | None = None,
-    demands: Sequence[Demand] = (),
-    everything: bool = False,
-    validation: bool = False,
-    revision: str | None = None,
-    token_file: Path | None = None,
-    jobs: int = JOBS,
-) -> Outcome:
-    """Plans and stages in one call: for other parts of the launcher."""
-    plan = plan_c4(
-        target, files=files, demands=demands, everything=everything, validation=validation, revision=revision,
-        token_file=token_file,
-    )  # fmt: skip
-    return bring(target, plan, jobs)
 
 
 def check_count(count: int | None, in_all: int = TRAIN_FILES) -> None:

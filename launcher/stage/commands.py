@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.errors import ExitStatus
+from launcher.options import FilePath
 from launcher.output import plain, print_json
 from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
 
@@ -20,23 +20,7 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class _Path(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
-    """A path as the shell would take it: `--to=~/c4` reaches us unexpanded. None may be empty."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        text = os.path.expanduser(str(value))
-        if not text.strip() or "\0" in text:
-            self.fail("the path is empty", param, ctx)
-        if text.startswith("~"):
-            self.fail(
-                f"{plain(text)}: no such user's home; ./{plain(text)} for a name that begins so", param, ctx
-            )
-        return Path(text)
-
-
-_path = _Path()
+_path = FilePath(path_type=Path)
 _to = click.option(
     "--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into."
 )

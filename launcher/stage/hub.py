@@ -17,6 +17,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -214,11 +215,7 @@ def download(
             return digests
 
     def once() -> Checksums:
-        try:
-            stream = open(partial, "r+b" if partial.exists() else "x+b", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise write_error(partial, error) from error
-        with stream:
+        with _opened(partial) as stream:
             if os.fstat(stream.fileno()).st_size > file.bytes:
                 stream.truncate(0)
             sink = Sink(stream, partial, file, on_bytes, stop)
@@ -295,6 +292,13 @@ def xet_wanted() -> bool:
     return importlib.util.find_spec("hf_xet") is not None
 
 
+def _opened(partial: Path) -> FileIO:
+    try:
+        return open(partial, "r+b" if partial.exists() else "x+b", buffering=0)
+    except OSError as error:
+        raise write_error(partial, error) from error
+
+
 def _download_by_xet(
     repo: Repo, file: HubFile, partial: Path, on_bytes: Callable[[int], None], stop: threading.Event
 ) -> Checksums | None:
@@ -317,7 +321,7 @@ def _download_by_xet(
             sink.take_existing()
         on_bytes(sink.size)
         return sink.digests
-    except Exception as error:
+    except Exception as error:  # hf_xet is compiled, and its errors have no common root
         if stop.is_set():
             raise Stopped from error
         if status_of(error) in (401, 403):

@@ -38,7 +38,7 @@ def with_retries(
             return call()
         except (LauncherError, Stopped):
             raise
-        except Exception as error:
+        except Exception as error:  # of httpx, requests or urllib, by the version: no common root
             if not _may_pass(error):
                 raise translate(error, repo, path) from error
             if progress() > reached:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.errors import LauncherError
-from launcher.stage.c4 import Demand, demand_from, stage_c4
+from launcher.stage.c4 import Demand, bring, demand_from, plan_c4
+from launcher.stage.fetch import JOBS
 from launcher.stage.shards import TOKENS_PER_FILE
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
+
+
+def stage_c4(target: Path, jobs: int = JOBS, **wanted: Any) -> Any:
+    """What the command does, without a process."""
+    return bring(target, plan_c4(target, **wanted), jobs)
 
 
 def staged(target: Path) -> list[str]:

@@ -16,12 +16,11 @@ import pytest
 from launcher.errors import LauncherError
 from launcher.stage import hub as hub_module
 from launcher.stage import hub_errors
-from launcher.stage.c4 import stage_c4
 from launcher.stage.inventory import verify
 from tests.conftest import Launch
 from tests.stage import faults
 from tests.stage.hub_server import Content, Handler, Hub
-from tests.stage.test_stage_c4 import staged, train
+from tests.stage.test_stage_c4 import stage_c4, staged, train
 
 FILE = train(0)[0]
 

@@ -15,13 +15,12 @@ from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import hub as hub_module
 from launcher.stage import image as image_module
 from launcher.stage import inventory
-from launcher.stage.c4 import stage_c4
 from launcher.stage.image import stage_image
 from launcher.stage.target import refuse_unusable
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
 from tests.stage.test_image import image_bytes, source
-from tests.stage.test_stage_c4 import train
+from tests.stage.test_stage_c4 import stage_c4, train
 
 assert source  # the fixture
 NO_HUB = "http://127.0.0.1:9"  # nobody answers
