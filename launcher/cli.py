@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.options import RunOptions, run_argument, run_options, runs_dir_option
+from launcher.options import RunOptions, run_options
 from launcher.output import (
     PipedGroup,
     ReaderGone,
-    age,
+    as_json,
     colour,
     is_terminal,
     json_line,
@@ -23,14 +22,11 @@ from launcher.output import (
     print_json,
     warn,
 )
+from launcher.run_commands import COMMANDS, follow_run, reference
 
 if TYPE_CHECKING:
-    from launcher.cluster.state import JobState
-    from launcher.known_errors import Failure
     from launcher.runs import Run
     from launcher.spec import RunSpec
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(
@@ -102,11 +98,11 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, force: b
         else:
             where = "process" if spec.job.scheduler == "local" else "Slurm job"
             click.echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
-            click.echo(f"  follow it:  launcher watch {_reference(run)}")
+            click.echo(f"  follow it:  launcher watch {reference(run)}")
 
     run = control.submit(spec, secrets, submitted)
     if follow:
-        _follow(run, as_json)
+        follow_run(run, as_json)
 
 
 @launcher.command()
@@ -183,155 +179,8 @@ def config_show(options: RunOptions, as_json: bool) -> None:
         click.echo(f"{key:{width}}  {text}  {click.style(f'({origin})', dim=True)}", color=colour())
 
 
-@launcher.command("list")
-@runs_dir_option
-@as_json
-def list_(runs_dir: Path, as_json: bool) -> None:
-    """List the runs, newest first."""
-    from launcher import control, runs
-
-    found = runs.all_runs(runs_dir)
-    states = control.states(found)
-    rows = [_summary(run, states[run.name]) | {"reason": states[run.name].reason} for run in found]
-    if as_json:
-        print_json(rows)
-    elif not rows:
-        click.echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
-    else:
-        width = max(len(row["run"]) for row in rows)
-        for row in rows:
-            size = plain(f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}")
-            state = click.style(f"{row['state']:<13}", fg=_STATE_COLOURS.get(row["state"]))
-            click.echo(
-                f"{plain(row['run']):{width}}  {state}  {row['job_id']:>9}  {size:<14}  {plain(row['recipe']):<14}  "
-                f"{age(row['age_s'])}",
-                color=colour(),
-            )
-        for reason in sorted({row["reason"] for row in rows if row["state"] == "UNKNOWN" and row["reason"]}):
-            click.echo(f"UNKNOWN: {plain(reason)}", err=True)
-
-
-@launcher.command()
-@run_argument(required=False)
-@runs_dir_option
-@as_json
-def status(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Tell the state of a run (default: the newest) and how that is known.
-
-    Exit code 0: going, waiting or completed; 8: failed; 9: unknown.
-    """
-    from launcher import control, runs
-
-    found = runs.open_run(run, runs_dir)
-    state = control.state(found)
-    row = _summary(found, state)
-    waiting = _why_waiting(found, state)
-    failure = _failure(found, state)
-    if as_json:
-        more = {
-            "source": state.source,
-            "reason": state.reason,
-            "exit_code": state.exit_code,
-            "waiting": waiting,
-            "failure": failure.as_json() if failure else None,
-        }
-        print_json(row | more)
-    else:
-        detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
-        click.echo(plain(f"{found.name}: {state.name}" + (f" ({detail})" if detail else "")))
-        click.echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
-        for line in waiting:
-            click.echo(f"  {line}")
-        if failure:
-            _print_failure(found, failure)
-        elif not state.known:
-            click.echo(f"  look: launcher logs {_reference(found)}")
-            click.echo(f"  again: launcher cancel {_reference(found)}; launcher submit {found.path}/run.toml")
-    _exit_for(state)
-
-
-@launcher.command()
-@run_argument(required=False)
-@runs_dir_option
-@as_json
-def watch(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Follow a run (default: the newest) to its end. Ctrl-C detaches; the run goes on.
-
-    With --json, one object per logged step.
-    """
-    from launcher import runs
-
-    _follow(runs.open_run(run, runs_dir), as_json)
-
-
-@launcher.command()
-@run_argument(required=False)
-@runs_dir_option
-@click.option("--follow", "-f", is_flag=True, help="Go on until the run ends; Ctrl-C stops reading.")
-@as_json
-def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
-    """Print the logs of all nodes as one, each line with its node.
-
-    The files themselves are RUN/logs/NNNN-<node>.log and RUN/logs/job.log.
-    """
-    from launcher import attach, runs
-
-    found = runs.open_run(run, runs_dir)
-    for node, line in attach.log_lines(found, follow):
-        if as_json:
-            json_line({"node": node, "line": line})
-        else:
-            click.echo(f"{click.style(node, fg='cyan')}: {line}", color=colour())
-
-
-@launcher.command()
-@run_argument(required=True)
-@runs_dir_option
-@as_json
-def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Cancel a run. One whose submission was cut off can never start afterwards."""
-    from launcher import control, runs
-
-    found = runs.open_run(run, runs_dir)
-    before, cancelled = control.cancel(found)
-    if as_json:
-        print_json({"run": found.name, "was": before.name, "cancelled": cancelled})
-    elif cancelled:
-        click.echo(f"{found.name}: cancelled (was {before.name})")
-    elif before.known:
-        click.echo(f"{found.name}: already ended: {before.name}")
-    else:
-        click.echo(f"{found.name}: nothing to cancel: {before.reason}")
-
-
-@launcher.command()
-@run_argument(required=False)
-@runs_dir_option
-@as_json
-def results(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Print a run's results row (default: the newest run's), as the published table has it.
-
-    \b
-    launcher results
-    launcher results my-run --json
-    """
-    from launcher import control, runs
-    from launcher.results.rows import markdown_header, markdown_row, row_as_dict, summary_line
-    from launcher.results.run import row_of
-
-    found = runs.open_run(run, runs_dir)
-    state = control.states([found])[found.name]
-    row = row_of(found, state)
-    if row is None:
-        raise LauncherError(
-            f"{found.name} ({state.name}) has logged no step yet",
-            f"launcher watch {_reference(found)}" if state.active else f"launcher logs {_reference(found)}",
-            status=ExitStatus.NO_DATA,
-        )
-    if as_json:
-        print_json({"run": found.name, "state": state.name} | row_as_dict(row))
-    else:
-        click.echo(f"{markdown_header()}\n{markdown_row(row)}\n\n{summary_line(row)}")
+for _command in COMMANDS:
+    launcher.add_command(_command)
 
 
 class _LaterGroup(click.Group):
@@ -407,15 +256,6 @@ def version(as_json: bool) -> None:
         click.echo("\n".join(f"{name} {number}" for name, number in found.items()))
 
 
-_STATE_COLOURS = {
-    "COMPLETED": "green",
-    "RUNNING": "cyan",
-    "FAILED": "red",
-    "UNKNOWN": "yellow",
-    "TIMEOUT": "red",
-}
-
-
 def _spec(options: RunOptions) -> RunSpec:
     from launcher.layers import Layer
     from launcher.resolve import resolve
@@ -465,102 +305,6 @@ def _print_plan(spec: RunSpec, as_json: bool) -> None:
     for era, command in commands.items():
         text = "\n".join(f"# {line}".rstrip() for line in command.splitlines())
         click.echo(f"\n# On each node, where the image has torchtitan {era}:\n{text}")
-
-
-def _follow(run: Run, as_json: bool) -> None:
-    """Shows the run's progress until it ends, then its results row. Exits with the run's own status."""
-    from launcher import attach, control
-    from launcher.results.rows import markdown_row, row_as_dict, summary_line
-    from launcher.results.run import row_of
-
-    try:
-        attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
-        if as_json:
-            for snapshot in attach.progress_of(run):
-                json_line(attach.as_dict(snapshot))
-        else:
-            attach.show(run, sys.stdout)
-    except KeyboardInterrupt:
-        click.echo(f"\ndetached; {run.name} goes on: launcher watch {_reference(run)}", err=True)
-        sys.exit(ExitStatus.INTERRUPTED)
-    state = control.state(run)
-    row, failure = row_of(run, state), _failure(run, state)
-    if as_json:
-        result = row_as_dict(row) if row else None
-        ended = {"run": run.name, "state": state.name, "result": result}
-        json_line(ended | {"failure": failure.as_json() if failure else None})
-    else:
-        click.echo(plain(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else "")))
-        if row:
-            click.echo(f"\n{markdown_row(row)}\n{summary_line(row)}")
-        if failure:
-            _print_failure(run, failure)
-    _exit_for(state)
-
-
-def _why_waiting(run: Run, state: JobState) -> list[str]:
-    from launcher.cluster.state import WAITING
-
-    if run.is_local or state.name not in WAITING:
-        return []
-    from launcher.readiness import why_waiting
-
-    return [plain(line) for line in why_waiting(run, state)]
-
-
-def _say_waiting(run: Run, text: str) -> None:
-    """`watch` tells each new reason, and what it means."""
-    from launcher.cluster.state import JobState
-
-    click.echo(plain(f"{run.name}: {text}"), err=True)
-    name, _, reason = text.partition(" ")
-    for line in _why_waiting(run, JobState(name, "squeue", reason)):
-        click.echo(f"  {line}", err=True)
-
-
-def _failure(run: Run, state: JobState) -> Failure | None:
-    if not state.failed:
-        return None
-    from launcher.known_errors import explain, how_it_ended
-
-    ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
-    return explain(run.logs, ended, _reference(run), run.path)
-
-
-def _print_failure(run: Run, failure: Failure) -> None:
-    for line in failure.as_text():
-        click.echo(f"  {plain(line.expandtabs())}", err=True)
-    click.echo(f"  everything: launcher logs {_reference(run)}", err=True)
-
-
-def _summary(run: Run, state: JobState) -> dict[str, Any]:
-    from launcher import runs
-
-    spec = run.spec
-    return {
-        "run": run.name,
-        "state": state.name,
-        "job_id": str((run.job or {}).get("job_id", "")),
-        "gpu": str(spec.get("gpu", "?")),
-        "nodes": spec.get("nodes", 0),
-        "gpus_per_node": spec.get("gpus_per_node", 0),
-        "recipe": str(spec.get("recipe", {}).get("name", "?")),
-        "run_dir": str(run.path),
-        "age_s": round(runs.age_s(run)),
-    }
-
-
-def _reference(run: Run) -> str:
-    """How to name the run in a command typed here: its name where runs/ is below, else its path."""
-    default = os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
-    return run.name if run.path.parent == Path(default).resolve() else str(run.path)
-
-
-def _exit_for(state: JobState) -> None:
-    if state.failed:
-        sys.exit(ExitStatus.JOB_FAILED)
-    if not state.known:
-        sys.exit(ExitStatus.JOB_UNKNOWN)
 
 
 def main() -> None:

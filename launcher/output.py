@@ -11,6 +11,8 @@ import click
 
 from launcher.errors import LauncherError
 
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
 
 class ReaderGone(Exception):
     """Whoever read what is printed has gone, as in `launcher logs | head`."""

@@ -11,7 +11,7 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import FilePath
-from launcher.output import colour, plain, print_json, warn
+from launcher.output import as_json, colour, plain, print_json, warn
 
 if TYPE_CHECKING:
     from launcher.cluster.facts import ClusterFacts, Node
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
 MOST_LINES = 20  # of reasons and of blocks; --json has them all
 _partition = click.option("--partition", "-p", default="", help="Slurm partition.  [default: Slurm's own]")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
 @_partition
-@_json
+@as_json
 def show(partition: str, as_json: bool) -> None:
     """Show what this cluster is: Slurm and its features, nodes, blocks, and the GPU profile that fits, with why.
 
@@ -52,7 +51,7 @@ def show(partition: str, as_json: bool) -> None:
 @_partition
 @click.option("--config", type=FilePath(path_type=Path), metavar="FILE", envvar="LAUNCHER_CONFIG", show_envvar=True,
               help="File to save it in.  [default: ~/.config/titan-launcher/config.toml]")  # fmt: skip
-@_json
+@as_json
 def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
     """Save the GPU profile, and the partition if given, as defaults of `submit`. Without a name: the one that fits.
 

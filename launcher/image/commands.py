@@ -28,7 +28,7 @@ from launcher.image.parameters import (
     target_path,
 )
 from launcher.options import FilePath
-from launcher.output import colour, plain, print_json
+from launcher.output import as_json, colour, plain, print_json
 
 if TYPE_CHECKING:
     from launcher.image.build import Built
@@ -80,7 +80,6 @@ _purpose = click.option(
 )  # fmt: skip
 _lock_file = FilePath(path_type=Path, dir_okay=False)
 _force = click.option("--force", is_flag=True, help="Replace a file that exists.")
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _arch(default: str | None, about: str) -> Decorator:
@@ -121,7 +120,7 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
     "--push", "reference", metavar="REFERENCE",
     help="Push what was built, as one manifest list of its architectures: registry/path:tag.",
 )  # fmt: skip
-@_as_json
+@as_json
 def build_command(
     channel: str, arch: str | None, output: Path | None, purpose: str, force: bool, tag: str, base: str,
     lock: Path | None, torch_index: str | None, index_url: str, network: str, no_cache: bool, reference: str | None,
@@ -190,7 +189,7 @@ def _push(built: list[Built], arches: list[str], reference: str, engine: Engine)
 @_purpose
 @click.option("--with", "tool", type=click.Choice(["enroot"]), help="Let `enroot import` do it.")
 @_force
-@_as_json
+@as_json
 def convert_command(
     image: str, output: Path | None, purpose: str, tool: str | None, force: bool, as_json: bool
 ) -> None:
@@ -224,7 +223,7 @@ def convert_command(
 @click.argument("file", type=FilePath(path_type=Path), metavar="FILE.sqsh")
 @click.option("--gpu", metavar="PROFILE", shell_complete=_profile_names, help="Would it run on these nodes?")
 @click.option("--driver", metavar="VERSION", help="Would it run with this NVIDIA driver, such as 580.95.05?")
-@_as_json
+@as_json
 def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bool) -> None:
     """Tell what is in a squashfs, whoever made it.
 
@@ -285,7 +284,7 @@ def _print_facts(facts: ImageFacts) -> None:
 @click.command("check")
 @click.argument("image", metavar="IMAGE|FILE.sqsh", type=ImageName(file=True))
 @click.option("--timeout", type=click.IntRange(min=1), default=900, metavar="SECONDS", show_default=True)
-@_as_json
+@as_json
 def check_command(image: str, timeout: int, as_json: bool) -> None:
     """Test an image from inside, without a GPU.
 
@@ -317,7 +316,7 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
 @_arch("all", "all")
 @_torch_index
 @_output("Lock file.  [default: containers/locks/CHANNEL-ARCH.txt]", directory=False)
-@_as_json
+@as_json
 def lock_command(
     channel: str, arch: str, torch_index: str | None, output: Path | None, as_json: bool
 ) -> None:
@@ -356,7 +355,7 @@ def lock_command(
     is_flag=True,
     help="Print the Apptainer definition of the channel IMAGE instead, made from the Dockerfile.",
 )
-@_as_json
+@as_json
 def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_json: bool) -> None:
     """Turn an IMAGE of the engine, or a squashfs, into a file for Apptainer.
 

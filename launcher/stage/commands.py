@@ -11,7 +11,7 @@ import click
 
 from launcher.errors import ExitStatus
 from launcher.options import FilePath
-from launcher.output import plain, print_json
+from launcher.output import as_json, plain, print_json
 from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ _jobs = click.option(
     "--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Files at once."
 )
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there; write nothing.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
@@ -56,7 +55,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_token_file
 @_jobs
 @_dry_run
-@_json
+@as_json
 def c4(
     target: Path, files: int | None, runs: tuple[str, ...], everything: bool, validation: bool, source: str,
     revision: str | None, token_file: Path | None, jobs: int, dry_run: bool, as_json: bool,
@@ -106,7 +105,7 @@ def c4(
 @_token_file
 @_jobs
 @_dry_run
-@_json
+@as_json
 def tokenizer(model: str, **options: Any) -> None:
     """Stage the tokenizer of Llama-3.1-8B, Llama-3.1-70B or OWNER/NAME on the Hub.
 
@@ -127,7 +126,7 @@ def tokenizer(model: str, **options: Any) -> None:
 @_token_file
 @_jobs
 @_dry_run
-@_json
+@as_json
 def model(model: str, **options: Any) -> None:
     """Stage a model's weights (safetensors), configuration and tokenizer, to start a training from.
 
@@ -171,7 +170,7 @@ def _print_dry_run(target: Path, files: Any, facts: dict[str, Any], as_json: boo
 @click.command()
 @click.argument("directory", type=_path)
 @click.option("--deep", is_flag=True, help="Read and hash every file, not only those that were touched.")
-@_json
+@as_json
 def verify(directory: Path, deep: bool, as_json: bool) -> None:
     """Check a staged directory against its manifest. Exit code 3 when something is missing or wrong.
 
@@ -196,7 +195,7 @@ def verify(directory: Path, deep: bool, as_json: bool) -> None:
 
 @click.command("list")
 @click.argument("directories", nargs=-1, type=_path)
-@_json
+@as_json
 def list_(directories: tuple[Path, ...], as_json: bool) -> None:
     """List staged directories and images, and for which runs they suffice (default: below /data).
 
@@ -248,7 +247,7 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("source", metavar="SOURCE")
 @_to
-@_json
+@as_json
 def image(source: str, target: Path, as_json: bool) -> None:
     """Put an image on the shared file system once, under a name that holds its checksum.
 
