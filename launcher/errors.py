@@ -19,6 +19,9 @@ class ExitStatus(IntEnum):
     JOB_FAILED = 8  # the job ended in failure
     JOB_UNKNOWN = 9  # nothing knows how the job ended
     NO_DATA = 10  # the run has not logged a step yet
+    NODES_UNFIT = 11  # a node failed its check, and the job stopped before training
+    BELOW = 12  # `accept`: FAIL, the run is slower than it should be or not sane
+    CANNOT_SAY = 13  # `accept`: CANNOT SAY, there is nothing to judge or nothing to judge it by
     INTERRUPTED = 130  # Ctrl-C; what was submitted before is printed, and goes on
 
 

@@ -1,0 +1,108 @@
+"""What a run was and what it reached: the one value that tables, comparisons, acceptance and pages are made from.
+
+launcher/results/read.py makes an Outcome from a run directory. Nothing here reads files or clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure over logged steps after warm-up: median, quartiles, ends, and how many values there were."""
+
+    median: float
+    q1: float
+    q3: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One logged step of the leading node. Throughput is per GPU; None where the log does not say."""
+
+    step: int
+    loss: float  # may be NaN or infinite
+    grad_norm: float | None
+    tps: float
+    memory_gib: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResult:
+    """One node: its host, its median tokens/s per GPU after warm-up (None: it logged none), and each step's."""
+
+    host: str
+    tps: float | None
+    steps: tuple[tuple[int, float], ...] = ()  # (step, tokens/s)
+
+
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """Where the time before the first step went, in seconds; None where a moment is not known."""
+
+    queue_s: float | None = None  # from submission to the start of the job's script
+    container_s: float | None = None  # to the first line of the last node's check
+    check_s: float | None = None  # the node check, the slowest node's
+    first_step_s: float | None = None  # from there to the first logged step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`problems` make a result less than one ("step 40 of 100", "restarted", "NaN in the loss"): with any of them the
+    figures must never be shown as complete. `notes` do not.
+    """
+
+    run: str  # its name
+    run_dir: str
+    state: str  # JobState's name
+    date: str  # of submission, ISO 8601 in UTC, to the second; "" where it is not known
+    cluster: str  # Slurm's ClusterName, "local", or ""
+    gpu: str  # as the results table writes it
+    nodes: int
+    gpus: int
+    recipe: str  # its name
+    local_batch_size: int  # sequences per GPU and step
+    global_batch_size: int  # sequences per step
+    seq_len: int  # tokens
+    precision: str  # "bfloat16", "float32", "bfloat16 + float8", "bfloat16 + mxfp8"
+    compile: bool
+    steps: int  # asked for
+    step: int | None  # last logged
+    loss: float | None  # at that step; may be NaN
+    grad_norm: float | None
+    memory_pct: float | None
+    tps: Spread | None  # tokens/s per GPU, over the nodes' steps
+    tflops: Spread | None  # per GPU
+    memory_gib: Spread | None
+    mfu_pct: float | None  # at the last step, as the trainer printed it
+    peak_tflops: float | None  # what it divided by
+    data_share: float | None  # of a step's time spent waiting for data, 0 to 1
+    startup: Startup = field(default_factory=Startup)
+    series: tuple[Point, ...] = ()
+    by_node: tuple[NodeResult, ...] = ()
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(
+        default_factory=dict
+    )  # torch, torchtitan, cuda, nccl, driver, python, image, digest
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # dotted key of run.toml -> value; no name of the run
+    prediction: Mapping[str, Any] = field(default_factory=dict)  # what `launcher plan` said before it ran
+
+    @property
+    def complete(self) -> bool:
+        """Whether the figures may stand beside published ones."""
+        return not self.problems and self.tps is not None
+
+    @property
+    def slowest(self) -> NodeResult | None:
+        """The node with the lowest median, None where fewer than two have one."""
+        known = [node for node in self.by_node if node.tps is not None]
+        return min(known, key=lambda node: node.tps or 0.0) if len(known) > 1 else None
