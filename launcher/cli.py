@@ -42,7 +42,8 @@ def launcher() -> None:
     launcher results                                 its results row
 
     Exit codes: 0 done, 1 error, 2 usage, 3 invalid value or image, 4 not found, 5 run exists, 6 Slurm,
-    7 file system, 8 job failed, 9 job's end unknown, 10 no data yet, 130 interrupted.
+    7 file system, 8 job failed, 9 job's end unknown, 10 no data yet, 11 unfit nodes, 12 accept: FAIL,
+    13 accept: CANNOT SAY, 130 interrupted.
 
     \b
     Shell completion: eval "$(_LAUNCHER_COMPLETE=bash_source launcher)"     (or zsh_source, fish_source)
