@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import textwrap
@@ -58,6 +59,15 @@ class Cluster:
     partitions: tuple[str, ...]
     gpus_per_node: int
     record: Path | None = field(default=None)  # None: not started here, so never stopped here
+
+
+@dataclass(frozen=True)
+class Release:
+    """Another Slurm release: a root directory that holds it, what to add to slurm.conf, and topology.conf."""
+
+    root: Path
+    conf: str
+    topology: str
 
 
 @dataclass(frozen=True)
@@ -122,9 +132,12 @@ def finished_job(cluster: Cluster, job: str, timeout: float = 60) -> dict[str, s
     return job_fields(cluster, job)
 
 
-def start_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4) -> Cluster:
+def start_cluster(
+    directory: Path, nodes: int = 4, gpus_per_node: int = 4, release: Release | None = None
+) -> Cluster:
     """Start a Slurm whose files all lie in `directory`, and wait until every node is idle.
 
+    It is the machine's own, or that of `release`, whose jobs then see that release's files and /tmp only.
     Ordinary users must be able to enter `directory`. Whatever goes wrong on the way, nothing that was
     started is left running, and the error holds the ends of the daemons' logs.
     """
@@ -135,6 +148,8 @@ def start_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4) -> Cl
     names = tuple(f"gpu-compute-node-{number:03d}" for number in range(1, nodes + 1))
     addresses = {CONTROLLER: f"{subnet}.1"} | {name: f"{subnet}.{11 + i}" for i, name in enumerate(names)}
     path = os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin")
+    if release:
+        path = f"{directory}/bin:{path}"
     cluster = Cluster(
         directory=directory,
         slurm_conf=directory / "slurm.conf",
@@ -145,7 +160,7 @@ def start_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4) -> Cl
         record=record,
     )
     try:
-        _write_files(cluster, addresses)
+        _write_files(cluster, addresses, release)
         _start_daemons(cluster, record, addresses)
         _wait_until_idle(cluster)
     except Exception as error:
@@ -182,9 +197,9 @@ def existing_cluster(directory: Path) -> Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4) -> Iterator[Cluster]:
+def running_cluster(directory: Path, release: Release | None = None) -> Iterator[Cluster]:
     """`start_cluster` and `stop_cluster` around a block."""
-    cluster = start_cluster(directory, nodes, gpus_per_node)
+    cluster = start_cluster(directory, release=release)
     try:
         yield cluster
     finally:
@@ -201,7 +216,7 @@ def _check_others_can_enter(directory: Path) -> None:
             raise RuntimeError(f"ordinary users cannot enter {parent}, so they could not use a Slurm in it")
 
 
-def _write_files(cluster: Cluster, addresses: dict[str, str]) -> None:
+def _write_files(cluster: Cluster, addresses: dict[str, str], release: Release | None) -> None:
     root = cluster.directory
     for name in ("munge", "state", "spool", "log", "run", "gpu", "containers"):
         (root / name).mkdir(mode=0o755, exist_ok=True)
@@ -212,15 +227,38 @@ def _write_files(cluster: Cluster, addresses: dict[str, str]) -> None:
         os.mknod(root / "gpu" / f"nvidia{number}", 0o020666, os.makedev(1, 3))
     hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
     (root / "hosts").write_text("\n".join(hosts) + "\n")
-    (root / "node.sh").write_text(NODE_SCRIPT)
-    (root / "head.sh").write_text(HEAD_SCRIPT)
+    enter = ENTER.format(root=shlex.quote(str(release.root))) if release else ""
+    (root / "node.sh").write_text(NODE_SCRIPT.format(enter=enter))
+    (root / "head.sh").write_text(HEAD_SCRIPT.format(enter=enter))
     gpus = f"{root}/gpu/nvidia[0-{cluster.gpus_per_node - 1}]"
     (root / "gres.conf").write_text(f"Name=gpu Type=gb200 File={gpus}\n")
+    conf = _slurm_conf(cluster, addresses)
+    if release:  # without containers: the plug-in is built against the machine's own Slurm
+        (root / "topology.conf").write_text(release.topology)
+        (root / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        (root / "bin").mkdir()
+        for name in ("sbatch", "srun", "squeue", "scancel", "sinfo", "scontrol", "sacct"):
+            program = root / "bin" / name
+            program.write_text(COMMAND.format(name=name, root=shlex.quote(str(release.root))))
+            program.chmod(0o755)
+        (root / "slurm.conf").write_text(conf + release.conf)
+        return
     plugin = root / "spank_container.so"
     output(*COMPILE, "-o", str(plugin), *PLUGIN_SOURCES)
     (root / "plugstack.conf").write_text(f"required {plugin} staging={root}/containers\n")
-    (root / "slurm.conf").write_text(_slurm_conf(cluster, addresses))
+    (root / "slurm.conf").write_text(f"{conf}PlugStackConfig={root}/plugstack.conf\n")
 
+
+# What a process does to see another release's files, and of this machine's only /tmp and the kernel's.
+ENTER = "for d in /tmp /dev /proc /sys; do mount --rbind $d {root}$d; done; mount --bind /etc/hosts {root}/etc/hosts; exec chroot {root}"
+
+COMMAND = """\
+#!/bin/sh
+# A Slurm command of another release; inside a job that release's own.
+[ -d {root} ] || exec /usr/bin/{name} "$@"
+exec unshare --mount --propagation slave sh -c 'for d in /tmp /dev /proc; do mount --rbind $d {root}$d; done
+exec chroot {root} /usr/bin/{name} "$@"' {name} "$@"
+"""
 
 NODE_SCRIPT = """\
 #!/bin/sh
@@ -229,7 +267,7 @@ hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 ip link set lo up
 until ip -4 -o address show dev eth0 2>/dev/null | grep -q inet; do sleep 0.02; done
-slurmd -D -N "$1" -f "$2/slurm.conf" &
+({enter} slurmd -D -N "$1" -f "$2/slurm.conf") &
 wait $!
 """
 
@@ -238,7 +276,7 @@ HEAD_SCRIPT = """\
 # usage: head.sh NAME DIRECTORY: slurmctld, under a name of its own but in the host's network.
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
-exec slurmctld -D -f "$2/slurm.conf"
+{enter} slurmctld -D -f "$2/slurm.conf"
 """
 
 
@@ -263,7 +301,6 @@ def _slurm_conf(cluster: Cluster, addresses: dict[str, str]) -> str:
         SlurmctldLogFile={root}/log/slurmctld.log
         SlurmdLogFile={root}/log/%n.log
         SlurmdParameters=config_overrides
-        PlugStackConfig={root}/plugstack.conf
         ProctrackType=proctrack/linuxproc
         TaskPlugin=task/none
         JobAcctGatherType=jobacct_gather/none

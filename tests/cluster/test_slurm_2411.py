@@ -1,0 +1,143 @@
+"""Detection, placement, waiting and exclusion on Slurm 24.11 of Debian 13, with blocks of NVLink domains.
+
+Its Slurm lives in a root directory of its own. Jobs there are shell scripts: no Python, no image, no Pyxis.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.daemons import wait_for
+from tests.cluster.slurm_cluster import Cluster, Release, missing_packages, running_cluster, slurm_run
+from tests.conftest import ROOT
+from tests.image.images import CACHE
+
+PACKAGES = "slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,iproute2"
+NODES = tuple(f"gpu-compute-node-{number:03d}" for number in range(1, 5))
+BARE = ("--gpu", "gb200", "--runtime", "bare", "--recipe", "debug", "--config", "own.toml")
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def debian_13() -> Path:
+    """A root directory with Slurm 24.11, made once and kept beside the tests' images. Skips where it cannot be had."""
+    root = CACHE / "debian-13-slurm"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "debian-13-slurm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.is_dir():
+            making = Path(tempfile.mkdtemp(dir=CACHE, prefix="debian-13-"))
+            command = [
+                "mmdebstrap",
+                "--quiet",
+                "--variant=essential",
+                f"--include={PACKAGES}",
+                "trixie",
+                str(making),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                shutil.rmtree(making, ignore_errors=True)
+                pytest.skip(f"Debian 13's packages cannot be had: {done.stderr.strip()[-200:]}")
+            (making / "etc" / "hosts").touch()  # the nodes' own is mounted over it
+            making.rename(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    if os.geteuid() != 0 or not shutil.which("mmdebstrap") or missing_packages():
+        pytest.skip("needs root, mmdebstrap and the packages of the other Slurm tests")
+    topology = f"BlockName=rack1 Nodes={NODES[0]},{NODES[1]}\nBlockName=rack2 Nodes={NODES[2]},{NODES[3]}\nBlockSizes=2\n"
+    release = Release(debian_13(), "TopologyPlugin=topology/block\n", topology)
+    with (
+        tempfile.TemporaryDirectory(prefix="launcher-slurm-", dir="/tmp", ignore_cleanup_errors=True) as name,
+        running_cluster(Path(name), release) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture
+def command(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """`launcher ...` as root in an empty directory that the other release sees; its jobs are cancelled at the end."""
+    here = Path(tempfile.mkdtemp(dir=slurm.directory))
+    (here / "own.toml").write_text(f'[profile]\narch = "{os.uname().machine}"\n')
+    program = here / "sleeper"
+    program.write_text("#!/bin/sh\necho started; exec sleep 300\n")
+    program.chmod(0o755)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "launcher", *arguments]
+        done = slurm_run(slurm, words, None, here, 120, {"PYTHONPATH": str(ROOT), "HOME": str(here)})
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        return done
+
+    run.here = here  # type: ignore[attr-defined]
+    yield run
+    slurm_run(slurm, ["scancel", "--user=root"])
+    wait_for(lambda: not slurm_run(slurm, ["squeue", "-h"]).stdout.strip(), "an empty queue")
+
+
+def submit(command: Command, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+    program = str(command.here / "sleeper")  # type: ignore[attr-defined]
+    return command("submit", *BARE, "--python", program, "--yes", "--name", name, *more)
+
+
+def nodes_of(slurm: Cluster, name: str) -> list[str]:
+    shown = slurm_run(slurm, ["squeue", "-h", "-o", "%j|%T|%N"]).stdout.splitlines()
+    jobs = [line.split("|") for line in shown]
+    held = next(
+        (nodes for job, state, nodes in jobs if job.startswith(f"{name}.") and state == "RUNNING"), ""
+    )
+    return slurm_run(slurm, ["scontrol", "show", "hostnames", held]).stdout.split() if held else []
+
+
+def test_what_the_cluster_is(command: Command) -> None:
+    shown: dict[str, Any] = json.loads(command("cluster", "show", "--json").stdout)
+    assert (shown["slurm"], shown["topology"], shown["segment"]) == ([24, 11], "block", True)
+    assert [(block["name"], block["nodes"]) for block in shown["blocks"]] == [
+        ("rack1", list(NODES[:2])), ("rack2", list(NODES[2:])),
+    ]  # fmt: skip
+    assert shown["pyxis"] is None and shown["accounting"] is False and shown["notes"] == []
+    assert {node["gpus"] for node in shown["nodes"]} == {4}
+
+
+def test_a_job_stays_in_one_block(command: Command, slurm: Cluster) -> None:
+    held = submit(command, "one", "--nodelist", NODES[0])
+    assert held.returncode == 0, held.stderr
+    wait_for(lambda: nodes_of(slurm, "one") == [NODES[0]], "the first job")
+    two = submit(command, "two", "--nodes", "2")
+    assert two.returncode == 0, two.stderr
+    script = (command.here / "runs" / "two" / "job.sbatch").read_text()  # type: ignore[attr-defined]
+    assert "#SBATCH --segment=2\n" in script
+    wait_for(lambda: nodes_of(slurm, "two") == list(NODES[2:]), "the second job, in the block that is free")
+
+
+def test_a_job_that_must_straddle_blocks_is_warned_of_and_runs(command: Command, slurm: Cluster) -> None:
+    done = submit(command, "three", "--nodes", "3")
+    assert done.returncode == 0 and "NVLink domains" in done.stderr and "--nodes" in done.stderr, done.stderr
+    wait_for(lambda: len(nodes_of(slurm, "three")) == 3, "three nodes of two blocks")
+
+
+def test_a_segment_that_no_block_has(command: Command, slurm: Cluster) -> None:
+    refused = submit(command, "far", "--nodes", "4", "--segment", "4")
+    assert refused.returncode == 3 and "the largest block has 2 nodes" in refused.stderr, refused.stderr
+
+
+def test_excluded_nodes_and_why_a_job_waits(command: Command, slurm: Cluster) -> None:
+    assert submit(command, "else", "--nodes", "2", "--exclude", NODES[0]).returncode == 0
+    wait_for(lambda: nodes_of(slurm, "else") == list(NODES[2:]), "the block without the excluded node")
+    assert submit(command, "next", "--nodes", "2").returncode == 0
+    wait_for(lambda: nodes_of(slurm, "next") == list(NODES[:2]), "the other block")
+    assert submit(command, "waits", "--nodes", "2").returncode == 0
+    wait_for(lambda: "4 in use" in command("status", "waits").stdout, "the reason")
