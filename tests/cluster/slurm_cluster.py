@@ -197,9 +197,11 @@ def existing_cluster(directory: Path) -> Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(directory: Path, release: Release | None = None) -> Iterator[Cluster]:
+def running_cluster(
+    directory: Path, nodes: int = 4, gpus_per_node: int = 4, release: Release | None = None
+) -> Iterator[Cluster]:
     """`start_cluster` and `stop_cluster` around a block."""
-    cluster = start_cluster(directory, release=release)
+    cluster = start_cluster(directory, nodes, gpus_per_node, release)
     try:
         yield cluster
     finally:

@@ -62,7 +62,7 @@ def slurm() -> Iterator[Cluster]:
     release = Release(debian_13(), "TopologyPlugin=topology/block\n", topology)
     with (
         tempfile.TemporaryDirectory(prefix="launcher-slurm-", dir="/tmp", ignore_cleanup_errors=True) as name,
-        running_cluster(Path(name), release) as cluster,
+        running_cluster(Path(name), release=release) as cluster,
     ):
         yield cluster
 
