@@ -12,7 +12,7 @@ from launcher.cluster.state import WAITING, JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.follow import Progress, follow, merged_lines
 from launcher.results.rows import json_values
-from launcher.results.run import steps_of
+from launcher.results.settings import steps_of
 from launcher.runs import Run
 
 ASK_EVERY_S = 5.0  # of the scheduler; the run directory is looked at more often

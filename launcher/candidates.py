@@ -20,7 +20,7 @@ SHOWN = 3  # names in a message
 
 @dataclass(frozen=True)
 class Place:
-    """Where the run may go: the partitions asked for, and their nodes without those of --exclude."""
+    """Where the run may go: the partitions asked for, and their nodes without those that are left out."""
 
     partitions: tuple[Partition, ...]
     nodes: tuple[Node, ...]
@@ -44,9 +44,21 @@ def place_of(spec: RunSpec, facts: ClusterFacts) -> Place:
     names = [name for name in spec.job.partition.split(",") if name]
     default = facts.partition()
     chosen = [p for p in facts.partitions if p.name in names] if names else [default] if default else []
-    excluded = set(expand(spec.job.exclude))
+    excluded = {*expand(spec.job.exclude), *spec.avoid}
     nodes = facts.nodes_of(spec.job.partition)
     return Place(tuple(chosen), tuple(node for node in nodes if node.name not in excluded))
+
+
+def left_out(spec: RunSpec) -> str:
+    """What says which nodes the run may not have; "" where it may have all."""
+    return " and ".join(
+        text
+        for text, named in (
+            ("those of --exclude", spec.job.exclude),
+            ("those that failed their check (launcher cluster nodes)", spec.avoid),
+        )
+        if named
+    )
 
 
 def usable(node: Node, reservation: str = "") -> bool:

@@ -22,9 +22,15 @@ from launcher.output import (
     print_json,
     warn,
 )
+from launcher.plan_commands import COMMANDS as PLAN_COMMANDS
+from launcher.results.commands import COMMANDS as RESULTS_COMMANDS
+from launcher.results.judge_commands import COMMANDS as JUDGE_COMMANDS
 from launcher.run_commands import COMMANDS, follow_run, reference
+from launcher.sweep_commands import COMMANDS as SWEEP_COMMANDS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from launcher.runs import Run
     from launcher.spec import RunSpec
 
@@ -58,8 +64,20 @@ def launcher() -> None:
 @click.option(
     "--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask."
 )
+@click.option(
+    "--retry-bad-nodes", "retries", type=click.IntRange(1, 9), metavar="N",
+    help="Follow the run; where nodes fail their check, submit it again without them, at most N times.",
+)  # fmt: skip
 @as_json
-def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, force: bool, as_json: bool) -> None:
+def submit(
+    options: RunOptions,
+    dry_run: bool,
+    follow: bool,
+    yes: bool,
+    force: bool,
+    retries: int | None,
+    as_json: bool,
+) -> None:
     """Submit a run to Slurm, or with --local start it here.
 
     RUN.toml repeats an earlier run from its directory; options given beside it win. What `launcher preflight` checks
@@ -68,19 +86,17 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, force: b
     \b
     launcher submit --image titan.sqsh --nodes 9
     launcher submit --image titan.sqsh --nodes 2 --gpu h200 --recipe llama3-8b-fast --follow
+    launcher submit --image titan.sqsh --nodes 9 --retry-bad-nodes 2
     launcher submit --local --recipe debug
     launcher submit runs/my-run/run.toml --name my-run-again
     """
     from launcher import resolve
-    from launcher.stage import view
 
-    spec = _spec(options)
-    secrets = resolve.secrets_of(spec, options.secrets, os.environ)
-    of_image = resolve.check_image(spec)
-    resolve.check_weights(spec)
-    spec, notes = view.plan(spec)
-    for text in (*of_image, *resolve.warnings(spec), *notes):
-        warn(text)
+    asked = _spec(options)
+    if retries and (dry_run or asked.job.scheduler == "local"):
+        raise click.UsageError(f"--retry-bad-nodes: not with {'--dry-run' if dry_run else '--local'}")
+    secrets = resolve.secrets_of(asked, options.secrets, os.environ)
+    spec = _looked_at(asked, force)
     if dry_run:
         return _print_plan(spec, as_json)
     spec = _checked(spec, force)
@@ -89,6 +105,28 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, force: b
     if asking and not click.confirm(f"Submit {_describe(spec)}?", default=True):
         raise click.Abort
 
+    run = _start(spec, secrets, as_json)
+    if retries:
+        from launcher import retry
+        from launcher.cluster.facts import detected
+        from launcher.cluster.parse import expand
+
+        def again(name: str, origin: str, without: set[str]) -> Run:
+            detected.cache_clear()
+            spec = _checked(_looked_at(resolve.renamed(asked, name, origin), force), force)
+            if kept := sorted(without.difference(spec.avoid, expand(spec.job.exclude))):
+                raise LauncherError(
+                    f"{kept[0]} stays in the run", "leave it out of --nodelist; launcher cluster nodes"
+                )
+            return _start(spec, secrets, as_json)
+
+        retry.follow(run, retries, again, as_json)
+    elif follow:
+        follow_run(run, as_json)
+
+
+def _start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
+    """Submits the run, and says where it is."""
     from launcher import control
 
     def submitted(run: Run, job_id: str) -> None:
@@ -101,9 +139,7 @@ def submit(options: RunOptions, dry_run: bool, follow: bool, yes: bool, force: b
             click.echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
             click.echo(f"  follow it:  launcher watch {reference(run)}")
 
-    run = control.submit(spec, secrets, submitted)
-    if follow:
-        follow_run(run, as_json)
+    return control.submit(spec, secrets, submitted)
 
 
 @launcher.command()
@@ -124,7 +160,8 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     checks = [*here, *cluster]
     refused = readiness.refusal(checks, force=False)
     if as_json:
-        rows = [{k: v for k, v in vars(check).items() if k != "not_found"} for check in checks]
+        hidden = ("not_found", "error")
+        rows = [{k: v for k, v in vars(check).items() if k not in hidden} for check in checks]
         print_json({"ok": refused is None, "segment": spec.job.segment, "checks": rows})
     else:
         for check in checks:
@@ -180,7 +217,7 @@ def config_show(options: RunOptions, as_json: bool) -> None:
         click.echo(f"{key:{width}}  {text}  {click.style(f'({origin})', dim=True)}", color=colour())
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, *RESULTS_COMMANDS, *JUDGE_COMMANDS, *SWEEP_COMMANDS, *PLAN_COMMANDS):
     launcher.add_command(_command)
 
 
@@ -232,6 +269,7 @@ def cluster() -> None:
     \b
     launcher cluster show                       Slurm, nodes, blocks, and the profile with its evidence
     launcher cluster use gb200                  from now on the default of submit
+    launcher cluster nodes                      which nodes are left out, and why
     """
 
 
@@ -268,6 +306,19 @@ def _spec(options: RunOptions) -> RunSpec:
 _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
+def _looked_at(spec: RunSpec, force: bool) -> RunSpec:
+    """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
+    from launcher import readiness
+
+    spec, checks = readiness.look_here(spec)
+    if refused := readiness.refusal(checks, force):
+        raise refused
+    for check in checks:
+        if check.status == "warning":
+            warn(check.what)
+    return spec
+
+
 def _checked(spec: RunSpec, force: bool) -> RunSpec:
     """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
     if spec.job.scheduler != "slurm":
@@ -279,11 +330,20 @@ def _checked(spec: RunSpec, force: bool) -> RunSpec:
     for check in checks:
         if check.status == "warning" or (check.status == "error" and not refused):
             warn(plain(readiness.sentence(check)))
-        elif check.name == "placement" and not refused:
-            click.echo(plain(f"placement: {check.what}"), err=True)
+        elif check.name in ("placement", "excluded") and not refused:
+            click.echo(plain(f"{check.name}: {check.what}"), err=True)
     if refused:
         raise refused
     return spec
+
+
+def prepared(options: RunOptions, force: bool) -> tuple[RunSpec, dict[str, str]]:
+    """A run as `submit` would submit it, and its secrets. Warns, and raises LauncherError where it could not start."""
+    from launcher import resolve
+
+    spec = _spec(options)
+    secrets = resolve.secrets_of(spec, options.secrets, os.environ)
+    return _checked(_looked_at(spec, force), force), secrets
 
 
 def _describe(spec: RunSpec) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from launcher import runs
+from launcher import runs, unfit
 from launcher.cluster import local, slurm
 from launcher.cluster.state import FAILED, UNKNOWN, WAITING, JobState
 from launcher.errors import ExitStatus, LauncherError
@@ -20,16 +20,19 @@ from launcher.runs import Run
 from launcher.spec import RunSpec
 
 
-def submit(spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, str], None]) -> Run:
+def submit(
+    spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, str], None], after: str = ""
+) -> Run:
     """Creates the run directory and submits it; afterwards either both exist or, when refused, neither.
 
     `submitted` is called with the run and its job id as soon as that is on disk; Ctrl-C waits until then. If this
     program is killed before, the directory stays with intent.json alone, and `job_of` finds the job by its name.
+    `after`: number of the Slurm job whose end, however it ends, the new one waits for.
     """
     with _signals_deferred():
         run, lock_fd = runs.create(spec, secrets, time.time())
         try:
-            job = _start(run, lock_fd)
+            job = _start(run, lock_fd, after)
         except InDoubt:
             raise
         except BaseException:
@@ -45,11 +48,11 @@ class InDoubt(LauncherError):
     """There may be a job: the run directory stays."""
 
 
-def _start(run: Run, lock_fd: int) -> dict[str, Any]:
+def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
     """Hands the script over and notes the job. Raises InDoubt, or whatever says that nothing was submitted."""
     script = run.path / "job.sbatch"
     try:
-        job = local.submit(script) if run.is_local else {"job_id": slurm.submit(script, lock_fd)}
+        job = local.submit(script) if run.is_local else {"job_id": slurm.submit(script, lock_fd, after)}
     except (slurm.Unsure, slurm.Refused) as error:
         if isinstance(error, slurm.Refused) and error.is_certain:
             raise
@@ -176,6 +179,8 @@ def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
         return JobState("COMPLETED", "end.json", exit_code=0)
     if end.get("signal") == "TERM" and (run.path / "cancelled").exists():
         return JobState("CANCELLED", "end.json", exit_code=code)
+    if unfit.ended_unfit(code, run.path):
+        return JobState("FAILED", "end.json", unfit.REASON, code, unfit=True)
     if end.get("signal"):
         return JobState("FAILED", "end.json", f"ended by SIG{end['signal']}", code)
     return JobState("FAILED", "end.json", exit_code=code)

@@ -56,6 +56,7 @@ KEYS = {
     "runs_dir": "job.runs_dir",
     "runtime": "job.runtime",
     "python": "job.python",
+    "check": "job.check",
 }
 
 
@@ -162,7 +163,7 @@ def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
-def run_argument(required: bool) -> Callable[..., Any]:
+def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
     def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
         runs = context.params.get("runs_dir") or os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
         try:
@@ -170,6 +171,8 @@ def run_argument(required: bool) -> Callable[..., Any]:
         except OSError:
             return []
 
+    if several:
+        return click.argument("names", metavar="[RUN]...", nargs=-1, shell_complete=complete)
     return click.argument("run", required=required, default=None if required else "", shell_complete=complete)
 
 
@@ -211,6 +214,8 @@ OPTIONS = (
                  help="Where the run directory is made; every node must see it.  [default: runs]"),
     click.option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="How the job enters its image."),
     click.option("--python", metavar="PATH", help="Python inside the image; with --runtime bare, on the node."),
+    click.option("--check", type=click.Choice(["off", "quick", "full"]),
+                 help="What each node is checked for before training; quick: no products, no collectives.  [default: full]"),
     click.option("--local", is_flag=True, help="Run on this machine, without Slurm."),
     click.option("--config", "-c", type=click.Path(path_type=Path), metavar="FILE",
                  help="TOML file with your own values.  [default: ~/.config/titan-launcher/config.toml]"),

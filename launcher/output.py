@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,11 @@ def age(seconds: float) -> str:
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"
     return f"{int(seconds)} s"
+
+
+def clock(at_s: float) -> str:
+    """Seconds since 1970 as this machine's date and time of day."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
 
 
 def colour() -> bool | None:

@@ -5,40 +5,41 @@ docs/preflight.md has a paragraph for each name. What only the files here can te
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from datetime import datetime
 
+from launcher import hardware_checks as hardware
 from launcher import placement
-from launcher.candidates import SHOWN, Place, fitting, gpus_of, number_of, place_of, reasons, some, usable
+from launcher.candidates import (
+    Place,
+    fitting,
+    left_out,
+    number_of,
+    place_of,
+    reasons,
+    some,
+    usable,
+)
+from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster.facts import ClusterFacts
-from launcher.cluster.parse import expand, seconds
+from launcher.cluster.parse import expand, seconds, time_text
 from launcher.spec import RunSpec
 
-OK, WARNING, ERROR = "ok", "warning", "error"
 SEGMENT_SINCE = (23, 11)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at before anything was submitted. `what` is in the cluster's own words."""
-
-    name: str
-    status: str  # OK, WARNING or ERROR
-    what: str
-    why: str = ""
-    fix: str = ""
-    certain: bool = False  # of an error: it cannot work, so --force does not go past it
-    not_found: bool = False  # of an error: something that was named does not exist
+__all__ = ["ERROR", "OK", "WARNING", "Check", "preflight"]
 
 
 def preflight(
-    spec: RunSpec, facts: ClusterFacts | None, missing: Sequence[str] = (), profiles: Sequence[str] = ()
+    spec: RunSpec,
+    facts: ClusterFacts | None,
+    missing: Sequence[str] = (),
+    profiles: Sequence[str] = (),
+    now: datetime | None = None,
 ) -> list[Check]:
     """Every check that applies, in the order in which a reader wants them. Pure.
 
     `missing`: sources of mounts that are not on this machine. `profiles`: names of the GPU profiles there are.
+    `now`: this machine's time, by which nodes that run for long are told.
     """
     found = [_preload(spec), *_mounts(missing)]
     if facts is None or not (facts.nodes or facts.partitions):
@@ -52,20 +53,15 @@ def preflight(
         return [check for check in (missing_partition, *found) if check]
     place = place_of(spec, facts)
     checks: tuple[Callable[[RunSpec, ClusterFacts, Place], Check | None], ...] = (
-        _partition_state, _time, _most_nodes, _lists, _gpus, _node_count, _out_of_service, _arch, _gpus_per_node,
+        _partition_state, _time, _most_nodes, _lists, hardware.gpus, _node_count, _out_of_service, hardware.architecture, hardware.gpus_per_node,
         _pyxis, _segment, _blocks,
     )  # fmt: skip
     found += [check(spec, facts, place) for check in checks]
     if profiles:
-        found.append(_named(spec, place, profiles))
+        found.append(hardware.gpu_named(spec, place, profiles))
+    if now:
+        found.append(hardware.up_for_long(spec, place, now))
     return [check for check in found if check]
-
-
-def time_text(limit_s: int) -> str:
-    """Seconds as Slurm writes a limit."""
-    days, rest = divmod(limit_s, 86400)
-    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days}-{clock}" if days else clock
 
 
 def _preload(spec: RunSpec) -> Check | None:
@@ -176,34 +172,18 @@ def _lists(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
     return Check("nodelist", OK, f"{number_of(len(wanted))} named, all of them in service")
 
 
-def _gpus(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
-    gres, count = spec.profile.gres, spec.profile.gpus_per_node
-    if not gres or not place.nodes:
-        return None
-    if fitting(spec, place):
-        return Check("GPUs", OK, f"{gres}:{count} on {number_of(len(fitting(spec, place)))} of {place.name}")
-    have = Counter(f"{gpus_of(node, gres)} of {gres}" if node.gres else "no GPUs" for node in place.nodes)
-    words = sorted({node.gres for node in place.nodes if node.gres})
-    text = ", ".join(f"{number} with {what}" for what, number in have.most_common(SHOWN))
-    most = max(gpus_of(node, gres) for node in place.nodes)
-    fix = (
-        f"--gpus-per-node {most}"
-        if most
-        else "--gpu NAME, another --partition, or [profile] gres in a file for --config"
-    )
-    return Check(
-        "GPUs", ERROR, f"the run asks for {gres}:{count} on a node, and no node of {place.name} has that: {text}",
-        f"Slurm says {some(words)}" if words else "Slurm lists no generic resources (GRES) there", fix,
-        certain=not place.grows,
-    )  # fmt: skip
-
-
-def _node_count(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
+def _node_count(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
     asked, able = spec.job.nodes, fitting(spec, place)
     if not place.nodes:
-        left = "no node is left without those of --exclude" if spec.job.exclude else "it has no nodes now"
+        if left_out(spec) and facts.nodes_of(spec.job.partition):
+            what = f"{place.name}: no node is left without {left_out(spec)}"
+            return Check(
+                "nodes", ERROR, what, "", "another --partition, or launcher cluster nodes release --all"
+            )
         why = "the job waits until one registers"
-        return Check("nodes", WARNING, f"{place.name}: {left}", why, "another --partition: sinfo -s")
+        return Check(
+            "nodes", WARNING, f"{place.name}: it has no nodes now", why, "another --partition: sinfo -s"
+        )
     if not able:
         return None
     there = place.most(able)
@@ -213,9 +193,11 @@ def _node_count(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | No
         return Check("nodes", OK, f"{asked} asked; {place.name} has {there}, {free} of them free now{wait}")
     kind = f" with {spec.profile.gres}:{spec.profile.gpus_per_node}" if len(able) < len(place.nodes) else ""
     what = f"--nodes {asked}: {place.name} has {there}{kind}"
-    if len(place.nodes) and spec.job.exclude:
-        what += ", without those of --exclude"
+    if left_out(spec):
+        what += f", without {left_out(spec)}"
     fix = f"--nodes {there}, or another --partition"
+    if spec.avoid:
+        fix += f", or launcher cluster nodes release {spec.avoid[0]}"
     if place.grows:
         return Check("nodes", WARNING, what, "the job waits until more nodes register", fix)
     return Check("nodes", ERROR, what, "the job would wait for ever", fix)
@@ -233,65 +215,6 @@ def _out_of_service(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check 
         "node states", WARNING, f"{number_of(spec.job.nodes)} asked, {left} in service: {reasons(out)}",
         "the job waits until enough of them are back",
         (f"--nodes {left}" if left else "another --partition") + "; sinfo -R has the reasons",
-    )  # fmt: skip
-
-
-def _arch(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
-    able = fitting(spec, place)
-    found = Counter(node.arch for node in able if node.arch)
-    wanted = spec.profile.arch
-    if not found:
-        return None
-    if set(found) == {wanted}:
-        return Check("architecture", OK, wanted)
-    text = " and ".join(f"{number_of(count)} of {arch}" for arch, count in found.most_common())
-    what = f"profile {spec.job.gpu} is for {wanted}; {place.name} has {text}"
-    other = found.most_common(1)[0][0]
-    if wanted in found:
-        strange = [node.name for node in able if node.arch not in ("", wanted)]
-        return Check(
-            "architecture", WARNING, what, "on the others the image does not start",
-            f"--exclude {','.join(strange)}" if len(strange) <= SHOWN else "another --partition",
-        )  # fmt: skip
-    if spec.job.runtime == "bare":
-        return Check("architecture", WARNING, what, "", "--gpu NAME")
-    return Check(
-        "architecture", ERROR, what, "an image for another architecture does not start",
-        f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}", certain=True,
-    )  # fmt: skip
-
-
-def _gpus_per_node(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
-    used, gres = spec.profile.gpus_per_node, spec.profile.gres
-    users = spec.origin.get("profile.gpus_per_node", "").startswith("option")
-    if spec.profile.device != "cuda" or not gres or users:
-        return None
-    more = [node for node in fitting(spec, place) if gpus_of(node, gres) > used]
-    if not more:
-        return None
-    there = gpus_of(more[0], gres)
-    return Check(
-        "GPUs per node", WARNING,
-        f"profile {spec.job.gpu} uses {used} GPUs of a node; {more[0].name} has {there} ({more[0].gres})",
-        "the rest would idle, held by this job; it may be the wrong profile", f"--gpu NAME, or --gpus-per-node {there}",
-    )  # fmt: skip
-
-
-def _named(spec: RunSpec, place: Place, profiles: Sequence[str]) -> Check | None:
-    """Another GPU's name in what Slurm says of the nodes. A hint only: some clouds name GB200 "B200"."""
-    able = fitting(spec, place)
-    if spec.profile.device != "cuda" or not able:
-        return None
-    words = " ".join({f"{node.gres} {' '.join(node.features)} {node.name}".lower() for node in able})
-    known = {name: re.search(rf"(?<![a-z0-9]){name}(?![0-9])", words) for name in profiles if name != "cpu"}
-    seen = sorted(name for name, hit in known.items() if hit)
-    mine = spec.profile.gpu.lower()
-    if not seen or mine in seen or any(name in mine for name in seen):
-        return None
-    return Check(
-        "GPU type", WARNING, f"the profile is for {spec.profile.gpu}; Slurm speaks of {', '.join(seen)} on {able[0].name} "
-        f"({', '.join(filter(None, (able[0].gres, *able[0].features)))})",
-        "settings and published figures of one GPU do not fit another", f"--gpu {seen[0]}",
     )  # fmt: skip
 
 

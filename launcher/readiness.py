@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import placement, resolve
 from launcher.candidates import fitting, place_of, usable
+from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster import slurm
-from launcher.cluster.facts import ClusterFacts, detect
+from launcher.cluster.facts import ClusterFacts, detect, detected
+from launcher.cluster.parse import expand
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import merge, names_of, read_layer
-from launcher.preflight import ERROR, OK, WARNING, Check, preflight
+from launcher.preflight import preflight
 from launcher.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -22,17 +28,45 @@ if TYPE_CHECKING:
     from launcher.runs import Run
 
 
-def look(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
-    """The run with its placement, and every check. One round of questions to Slurm; no error when it is silent."""
+def look(spec: RunSpec, facts: ClusterFacts | None = None) -> tuple[RunSpec, list[Check]]:
+    """The run with its placement, and every check. Asks Slurm, unless `facts` has its answers already."""
     if spec.job.scheduler != "slurm" or not slurm.bin_dir():
         return spec, []  # without sbatch, the submission itself says so
-    try:
-        facts = detect()
-    except LauncherError as error:
-        facts = ClusterFacts(notes=(error.what, *error.original.splitlines()[:1]))
+    facts = facts or facts_now()
+    spec, of_memory = _without_bad_nodes(spec, facts)
     spec = placed(spec, facts)
     missing = [source for mount in spec.job.mounts if not os.path.exists(source := mount.split(":")[0])]
-    return spec, preflight(spec, facts, missing, names_of("profiles"))
+    return spec, [*preflight(spec, facts, missing, names_of("profiles"), datetime.now()), *of_memory]
+
+
+def facts_now() -> ClusterFacts:
+    """Slurm's answers, asked for once. No error when it is silent: the facts then say so."""
+    try:
+        return detected()
+    except LauncherError as error:
+        return ClusterFacts(notes=(error.what, *error.original.splitlines()[:1]))
+
+
+def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, list[Check]]:
+    """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
+    from launcher import bad_nodes
+
+    now_s = time.time()
+    if not (facts.nodes and facts.name):  # a silent Slurm: whether it still has these nodes cannot be told
+        return spec, []
+    checks = []
+    try:
+        bad_nodes.remember_all(Path(spec.job.runs_dir), now_s, facts.name)
+    except LauncherError as error:
+        what = f"nodes that failed their check are not remembered: {error.what}"
+        checks = [Check("excluded", WARNING, what, "", error.fix)]
+    try:
+        nodes = bad_nodes.of_cluster(facts.name, now_s)
+    except LauncherError as error:
+        what = f"nodes that failed their check are not left out: {error.what}"
+        return spec, [Check("excluded", WARNING, what, "", error.fix)]
+    spec, more = bad_nodes.without(spec, facts, nodes, now_s)
+    return spec, [*checks, *more]
 
 
 def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
@@ -49,12 +83,23 @@ def why_waiting(run: Run, state: JobState) -> list[str]:
     job_id = str((run.job or {}).get("job_id", ""))
     start, spec, facts = "", None, None
     with suppress(LauncherError):
-        spec = merge([read_layer(run.path / "run.toml", "run.toml")])
+        spec = _as_submitted(run)
     with suppress(LauncherError):
         start = slurm.ask(("squeue", "--noheader", "--start", f"--jobs={job_id}", "--format=%S")).strip()
     with suppress(LauncherError):
         facts = detect()
     return explain(state.reason, spec, facts, start, datetime.now())
+
+
+def _as_submitted(run: Run) -> RunSpec:
+    """The run's spec, with every node that its job leaves out: run.toml has those that the user named."""
+    spec = merge([read_layer(run.path / "run.toml", "run.toml")])
+    try:
+        script = (run.path / "job.sbatch").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return spec
+    said = re.search(r"^#SBATCH --exclude=(\S+)$", script, re.MULTILINE)
+    return replace(spec, avoid=expand(said[1])) if said else spec
 
 
 def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
@@ -67,7 +112,7 @@ def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
         try:
             of_image += check(spec) or []
         except LauncherError as error:
-            found.append(Check(name, ERROR, error.what, error.original, error.fix, certain=True))
+            found.append(_stopped(name, error))
         else:
             if name == "image" and spec.job.image:
                 found.append(Check(name, OK, spec.job.image))
@@ -75,12 +120,16 @@ def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
     try:
         spec, of_the_data = view.plan(spec)
     except LauncherError as error:
-        found.append(Check("data", ERROR, error.what, error.original, error.fix, certain=True))
+        found.append(_stopped("data", error))
     else:
         notes += of_the_data
         if not of_the_data:
             found.append(Check("data", OK, view.describe(spec)))
     return spec, [*found, *(Check("files", WARNING, note) for note in notes)]
+
+
+def _stopped(name: str, error: LauncherError) -> Check:
+    return Check(name, ERROR, error.what, error.original, error.fix, certain=True, error=error)
 
 
 def sentence(check: Check) -> str:
@@ -95,6 +144,8 @@ def refusal(checks: Sequence[Check], force: bool) -> LauncherError | None:
     if not errors:
         return None
     first = next((check for check in errors if check.certain), errors[0])
+    if first.error:
+        return first.error
     others = [f"{check.name}: {sentence(check)}" for check in errors if check is not first]
     fix = first.fix
     if not any(check.certain for check in errors):

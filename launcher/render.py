@@ -7,6 +7,7 @@ from functools import cache
 
 import jinja2
 
+from launcher.cluster.parse import compress
 from launcher.files import data_dir
 from launcher.runtime import node_command, srun_flags
 from launcher.spec import RunSpec
@@ -30,11 +31,17 @@ def render(spec: RunSpec) -> str:
         gpus_per_node=profile.gpus_per_node,
         time=job.time,
         slurm_bin=job.slurm_bin,
-        placement=[(option, getattr(job, option)) for option in PLACEMENT if getattr(job, option)],
+        placement=[(option, value) for option in PLACEMENT if (value := _asked(spec, option))],
         env=sorted(spec.env.items()),
         srun_flags=srun_flags(spec),
         command=node_command(spec),
     )
+
+
+def _asked(spec: RunSpec, option: str) -> str | int:
+    """What Slurm is asked for; nodes that failed their check are left out beside those of --exclude."""
+    value: str | int = getattr(spec.job, option)
+    return ",".join(filter(None, (str(value), compress(spec.avoid)))) if option == "exclude" else value
 
 
 @cache

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from launcher.cluster import slurm
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, find, merge, names_of, read_layer
-from launcher.spec import CONTROL, S3, RunSpec, validate
+from launcher.spec import CONTROL, HUB, S3, RunSpec, validate
 from launcher.user_file import default_path
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
@@ -57,12 +58,22 @@ def resolve(
         spec = merge(
             [*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")]
         )
+    return _finished(spec)
+
+
+def renamed(spec: RunSpec, name: str, origin: str) -> RunSpec:
+    """The same run under another name, with what follows from its name. Raises LauncherError for no valid name."""
+    origins = {**spec.origin, "job.name": origin}
+    return _finished(replace(spec, job=replace(spec.job, name=name), origin=origins))
+
+
+def _finished(spec: RunSpec) -> RunSpec:
     sources = {
         path: os.path.realpath(path)
         for path in (spec.data_path, spec.tokenizer_path, spec.job.init_from)
         if path.startswith("/")
     }
-    spec = RunSpec(**{**vars(spec), "resolved": sources})
+    spec = replace(spec, resolved=sources)
     validate(spec)
     return spec
 
@@ -176,6 +187,15 @@ def warnings(spec: RunSpec) -> list[str]:
             f"--data {spec.job.data}: the job gets no credentials for it, which is right where the nodes have their own "
             "or none are needed; otherwise: --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY --env AWS_ENDPOINT_URL"
         )
+    if (
+        spec.job.data == HUB
+        and spec.job.scheduler == "slurm"
+        and "HF_TOKEN" not in (*spec.env, *spec.secret_env)
+    ):
+        found.append(
+            "--data hub: the ranks ask the Hub without a token, which it refuses sooner (429): --env HF_TOKEN; better, "
+            "launcher stage c4 before the job"
+        )
     if spec.job.runtime == "bare" and spec.job.scheduler == "local" and not shutil.which(spec.job.python):
         found.append(f"{spec.job.python}: no such program")
     return found
@@ -284,11 +304,11 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 
     Otherwise the user is asked.
     """
-    from launcher.cluster.facts import detect
+    from launcher.cluster.facts import detected
     from launcher.cluster.profile import known_kinds, propose
 
     try:
-        nodes = detect().require(partition).nodes_of(partition)
+        nodes = detected().require(partition).nodes_of(partition)
     except LauncherError as error:
         if error.status is not ExitStatus.CLUSTER:
             raise

@@ -11,9 +11,10 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import run_argument, runs_dir_option
-from launcher.output import age, as_json, colour, json_line, plain, print_json
+from launcher.output import age, as_json, clock, colour, json_line, plain, print_json, warn
 
 if TYPE_CHECKING:
+    from launcher.bad_nodes import BadNode
     from launcher.cluster.state import JobState
     from launcher.known_errors import Failure
     from launcher.runs import Run
@@ -62,7 +63,7 @@ def list_(runs_dir: Path, as_json: bool) -> None:
 def status(run: str, runs_dir: Path, as_json: bool) -> None:
     """Tell the state of a run (default: the newest) and how that is known.
 
-    Exit code 0: going, waiting or completed; 8: failed; 9: unknown.
+    Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training.
     """
     from launcher import control, runs
 
@@ -70,7 +71,7 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
     state = control.state(found)
     row = _summary(found, state)
     waiting = _why_waiting(found, state)
-    failure = _failure(found, state)
+    failure, left_out = _failure(found, state), remembered(found, state)
     if as_json:
         more = {
             "source": state.source,
@@ -78,6 +79,7 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
             "exit_code": state.exit_code,
             "waiting": waiting,
             "failure": failure.as_json() if failure else None,
+            "left_out": [node.host for node in left_out],
         }
         print_json(row | more)
     else:
@@ -87,11 +89,11 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
         for line in waiting:
             click.echo(f"  {line}")
         if failure:
-            _print_failure(found, failure)
+            _print_failure(found, failure, left_out)
         elif not state.known:
             click.echo(f"  look: launcher logs {reference(found)}")
             click.echo(f"  again: launcher cancel {reference(found)}; launcher submit {found.path}/run.toml")
-    _exit_for(state)
+    exit_for(state)
 
 
 @click.command()
@@ -148,44 +150,22 @@ def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
         click.echo(f"{found.name}: nothing to cancel: {before.reason}")
 
 
-@click.command()
-@run_argument(required=False)
-@runs_dir_option
-@as_json
-def results(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Print a run's results row (default: the newest run's), as the published table has it.
-
-    \b
-    launcher results
-    launcher results my-run --json
-    """
-    from launcher import control, runs
-    from launcher.results.rows import markdown_header, markdown_row, row_as_dict, summary_line
-    from launcher.results.run import row_of
-
-    found = runs.open_run(run, runs_dir)
-    state = control.states([found])[found.name]
-    row = row_of(found, state)
-    if row is None:
-        raise LauncherError(
-            f"{found.name} ({state.name}) has logged no step yet",
-            f"launcher watch {reference(found)}" if state.active else f"launcher logs {reference(found)}",
-            status=ExitStatus.NO_DATA,
-        )
-    if as_json:
-        print_json({"run": found.name, "state": state.name} | row_as_dict(row))
-    else:
-        click.echo(f"{markdown_header()}\n{markdown_row(row)}\n\n{summary_line(row)}")
-
-
-COMMANDS = (list_, status, watch, logs, cancel, results)
+COMMANDS = (list_, status, watch, logs, cancel)
 
 
 def follow_run(run: Run, as_json: bool) -> None:
     """Shows the run's progress until it ends, then its results row. Exits with the run's own status."""
+    exit_for(watch_to_end(run, as_json)[0])
+
+
+def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState, list[BadNode]]:
+    """Shows the run's progress and its end; returns its state and the nodes that are left out for it from now on.
+
+    Ctrl-C ends the program, not the run; `detached` is said then, too.
+    """
     from launcher import attach, control
-    from launcher.results.rows import markdown_row, row_as_dict, summary_line
-    from launcher.results.run import row_of
+    from launcher.results.read import outcome_of
+    from launcher.results.rows import as_dict, markdown_row, summary_line
 
     try:
         attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
@@ -195,21 +175,22 @@ def follow_run(run: Run, as_json: bool) -> None:
         else:
             attach.show(run, sys.stdout)
     except KeyboardInterrupt:
-        click.echo(f"\ndetached; {run.name} goes on: launcher watch {reference(run)}", err=True)
+        click.echo(f"\ndetached; {run.name} goes on: launcher watch {reference(run)}{detached}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     state = control.state(run)
-    row, failure = row_of(run, state), _failure(run, state)
+    outcome, failure, left_out = outcome_of(run, state), _failure(run, state), remembered(run, state)
     if as_json:
-        result = row_as_dict(row) if row else None
+        result = as_dict(outcome) if outcome and outcome.series else None
         ended = {"run": run.name, "state": state.name, "result": result}
-        json_line(ended | {"failure": failure.as_json() if failure else None})
+        ended["failure"] = failure.as_json() if failure else None
+        json_line(ended | {"left_out": [node.host for node in left_out]})
     else:
         click.echo(plain(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else "")))
-        if row:
-            click.echo(f"\n{markdown_row(row)}\n{summary_line(row)}")
+        if outcome and outcome.series:
+            click.echo(f"\n{markdown_row(outcome)}\n{summary_line(outcome)}")
         if failure:
-            _print_failure(run, failure)
-    _exit_for(state)
+            _print_failure(run, failure, left_out)
+    return state, left_out
 
 
 def _why_waiting(run: Run, state: JobState) -> list[str]:
@@ -237,13 +218,39 @@ def _failure(run: Run, state: JobState) -> Failure | None:
         return None
     from launcher.known_errors import explain, how_it_ended
 
+    if state.unfit:
+        from launcher import unfit
+
+        if said := unfit.explain(run, reference(run)):
+            return said
     ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
     return explain(run.logs, ended, reference(run), run.path)
 
 
-def _print_failure(run: Run, failure: Failure) -> None:
+def remembered(run: Run, state: JobState) -> list[BadNode]:
+    """The nodes that are left out from now on, because they failed their check in this run. Warns, and never raises."""
+    if not state.unfit:
+        return []
+    import time
+
+    from launcher.bad_nodes import remember
+
+    try:
+        return remember(run, state, time.time())
+    except LauncherError as error:
+        warn(plain(f"nodes that failed their check are not remembered: {error.what}; {error.fix}"))
+        return []
+
+
+def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
     for line in failure.as_text():
         click.echo(f"  {plain(line.expandtabs())}", err=True)
+    for node in left_out:
+        until = clock(node.until)
+        click.echo(
+            f"  left out of what is submitted next: {node.host}, until {until}: launcher cluster nodes",
+            err=True,
+        )
     click.echo(f"  everything: launcher logs {reference(run)}", err=True)
 
 
@@ -270,7 +277,10 @@ def reference(run: Run) -> str:
     return run.name if run.path.parent == Path(default).resolve() else str(run.path)
 
 
-def _exit_for(state: JobState) -> None:
+def exit_for(state: JobState) -> None:
+    """Ends the program with the status of a run's end, unless it completed or goes on."""
+    if state.unfit:
+        sys.exit(ExitStatus.NODES_UNFIT)
     if state.failed:
         sys.exit(ExitStatus.JOB_FAILED)
     if not state.known:

@@ -1,6 +1,6 @@
 """The run directory: made whole or not at all, read by every other command.
 
-    run.toml  job.sbatch  job/ (node.json, node.py, titan/)  data/ (the view)  logs/  intent.json  job.json  claim/  end.json
+    run.toml  job.sbatch  job/ (node.json, node.py, titan/, check/)  data/ (the view)  logs/  intent.json  job.json  claim/  end.json
 
 `intent.json` is there before anything is submitted, `job.json` after; a directory with the first alone was cut
 off in between, and the job is looked for by its name (launcher/control.py).
@@ -127,8 +127,8 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
     job = directory / "job"
     job.mkdir()
     shutil.copyfile(data_dir("slurm") / "node.py", job / "node.py")
-    titan = Path(__file__).parent / "titan"
-    shutil.copytree(titan, job / "titan", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (Path(__file__).parent / "titan", data_dir("slurm") / "check"):
+        shutil.copytree(folder, job / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in job.rglob("*"):  # an installed launcher may be read-only, a run directory must be deletable
         path.chmod(path.stat().st_mode | stat.S_IWUSR)
     if spec.job.data.startswith(S3):
@@ -138,6 +138,9 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
             write_text(package / name, text)
     write_json(job / "node.json", node_config(spec))
     write_text(directory / "run.toml", run_toml(spec))
+    from launcher.plan import prediction
+
+    write_json(directory / "plan.json", prediction(spec))
     write_text(directory / "job.sbatch", render(spec), 0o755)
     # A run directory may be committed: the secrets that it holds until the job ends may not.
     write_text(directory / ".gitignore", "secret.env\n")

@@ -89,6 +89,7 @@ class Job:
     init_from: str = ""  # directory of safetensors in the Hub's format; empty: a random start
     runs_dir: str = "runs"
     python: str = "python3"  # inside the container; with "bare" on the node
+    check: str = "full"  # of the nodes before training: "off", "quick" or "full"; docs/node-check.md
     slurm_bin: str = "/usr/bin"  # where sbatch was found: the job starts with an empty environment
 
 
@@ -103,10 +104,10 @@ class RunSpec:
     secret_env: tuple[str, ...] = ()  # names only: their values travel in a 0600 file
     titan: Mapping[str, str] = field(default_factory=dict)
     resolved: Mapping[str, str] = field(default_factory=dict)  # path -> where its links lead, for mounts
-    view: Mapping[str, str] = field(
-        default_factory=dict
-    )  # files of run_dir/data/en -> link's target, or s3://
+    # files of run_dir/data/en -> link's target, or s3://
+    view: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
+    avoid: tuple[str, ...] = ()  # nodes left out beside job.exclude; run.toml does not keep them
 
     @property
     def run_dir(self) -> str:
@@ -156,6 +157,7 @@ CHOICES = {
     "recipe.param_dtype": ("bfloat16", "float32"),
     "job.scheduler": ("slurm", "local"),
     "job.runtime": ("pyxis", "apptainer", "bare"),
+    "job.check": ("off", "quick", "full"),
 }
 AT_LEAST_ONE = (
     "profile.gpus_per_node", "recipe.seq_len", "recipe.local_batch_size", "recipe.steps", "recipe.log_freq",
@@ -301,11 +303,7 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
     if job.data_part and (not (part := DATA_PART.fullmatch(job.data_part)) or int(part[1]) > int(part[2])):
         raise bad("job.data_part", "must be I/N with I from 1 to N, and N at most 9999", "--data-part 1/2")
     if job.data_part and job.data == HUB:
-        raise bad(
-            "job.data_part",
-            "what the Hub streams has no parts",
-            "launcher stage c4 --to DIR, then --data DIR",
-        )
+        raise bad("job.data_part", "what the Hub streams has no parts", "launcher stage c4 --to DIR")
     scratch = spec.profile.scratch
     if scratch and (not SAFE_DIR.fullmatch(scratch) or scratch == "/"):
         raise bad(
@@ -389,6 +387,7 @@ def node_config(spec: RunSpec) -> dict[str, Any]:
         "gpus_per_node": spec.profile.gpus_per_node,
         "profile": spec.job.gpu,
         "gpu": spec.profile.gpu,
+        "check": spec.job.check,
         "recipe": {"name": spec.job.recipe, **dataclasses.asdict(spec.recipe)},
         "data": f"{spec.run_dir}/data" if spec.view else spec.data_path,
         "data_source": spec.data_path,

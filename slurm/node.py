@@ -2,32 +2,36 @@
 
     python3 RUN_DIR/job/node.py RUN_DIR/job/node.json
 
-Prints one line that begins with `titan-node:` and writes the same facts to RUN_DIR/nodes/<%4n>-<host>.json. Exits
-with 20, and without having started anything, when a check fails. Standard library only, until torch is looked at.
+Prints one line that begins with `titan-node:` and writes the same facts to RUN_DIR/nodes/<%4n>-<host>.json; the nodes
+agree on one verdict, which node 0 writes to RUN_DIR/nodes/check.json. Exits with 20, and without having started
+torchrun on any node, when a check fails. Standard library only: torch is looked at by processes of its own (check/).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import importlib.util
-import ipaddress
 import json
 import os
 import platform
 import re
 import shlex
 import socket
-import struct
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # `titan` is copied beside this file
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `titan` and `check` are copied beside this file
 
+from check import problem, warning, workers  # type: ignore[import-not-found]
+from check.agree import HELLO_S, agree, measure  # type: ignore[import-not-found]
+from check.health import driver_needed, look  # type: ignore[import-not-found]
+from check.meeting import Lost  # type: ignore[import-not-found]
+from check.network import find_network  # type: ignore[import-not-found]
+from check.notes import noting, unexpected, within  # type: ignore[import-not-found]
+from check.verdict import lines  # type: ignore[import-not-found]
 from titan import Refused  # type: ignore[import-not-found]
 from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
@@ -39,16 +43,26 @@ from titan.command import (  # type: ignore[import-not-found]
 from titan.data import check_data, check_tokenizer  # type: ignore[import-not-found]
 from titan.weights import starting_weights  # type: ignore[import-not-found]
 
-CHECK_FAILED = 20  # this process's exit code when the node cannot train; docs/exit-codes.md names it
-
-SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of a network interface
+CHECK_FAILED = 20  # this process's exit code when the job cannot train; docs/exit-codes.md names it
+READ_S = 120  # for data, tokenizer and weights: a network file system that is gone answers never
 
 Facts = dict[str, Any]
 
 
 def main(argv: list[str]) -> int:
     """Does not return when all is well: the process is torchrun from then on."""
-    facts: Facts = {"schema": 1, "ok": False, "node": 0, "host": "?", "time": int(time.time())}
+    now = time.time()
+    facts: Facts = {
+        "schema": 1,
+        "ok": False,
+        "node": 0,
+        "host": "?",
+        "time": now,
+        "problems": [],
+        "warnings": [],
+    }
+    facts["utc_offset_s"] = time.localtime(now).tm_gmtoff
+    crew: list[Any] = []
     run_dir: Path | None = None
     try:
         node_id = _number(os.environ.get("SLURM_NODEID", "0"))
@@ -56,77 +70,212 @@ def main(argv: list[str]) -> int:
         facts.update(node=node_id, host=host)
         node = read_node(argv)
         run_dir = Path(node["run_dir"])
-        check_run_dir(run_dir)
-        facts.update(device=node["device"], profile=node.get("profile", ""), hostname=socket.gethostname())
-        facts.update(check_data(node))
-        check_tokenizer(Path(node["tokenizer"]))
-        facts.update(find_network(node, os.environ))
-        scratch = scratch_dir(os.environ, node["scratch"])
-        facts.update(scratch=f"{scratch} ({filesystem_of(scratch)})")
-        added = environment(node, facts["iface"], scratch, os.environ)
-        os.environ.update(added)  # the caches must be in place before torch is imported
-        facts.update(software(("safetensors",) if node["init_from"] else ()))
-        facts.update(starting_weights(node, facts["torchtitan"]))
-        facts.update(check_device(node))
-        rendezvous = Rendezvous(
-            job_id=os.environ.get("TITAN_JOB_ID") or "0",
-            node_id=node_id,
-            node_name=host,
-            head_addr=os.environ.get("TITAN_HEAD_ADDR") or "127.0.0.1",
-            head_port=_number(os.environ.get("TITAN_HEAD_PORT", "0")),
-            local_addr=facts["address"],
-        )
-        command = torchrun_command(
-            node, facts["torchtitan"], rendezvous, torch_version=facts["torch"], python=sys.executable
-        )
-        ours = any(argument.startswith(("titan.", "--module=titan.")) for argument in command)
-        if ours or node["data_source"].startswith("s3://"):
-            path = [str(run_dir / "job"), os.environ.get("PYTHONPATH", "")]
-            added["PYTHONPATH"] = os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        for file, text in config_files(node, facts["torchtitan"]).items():
-            write(Path(file), text)
+        command, added = examine(node, run_dir, facts, crew)
+        status = conclude(node, run_dir, facts, crew)
+        if status:
+            return status
         facts.update(ok=True, command=command, environment=added)
+        facts["check_s"] = round(time.time() - now, 1)
         write(record(run_dir, facts), json.dumps(facts, indent=2) + "\n")
         say(ok_line(facts))
-        if facts.get("data_pointers") and node_id == 0:
-            pointers = (
-                f"{facts['data_pointers']} of {facts['data_files']} shards are Git LFS pointers, not data"
-            )
-            say(f"titan-node: warn node=0 host={host} why={_quoted(pointers)}")
+        for note in facts["warnings"]:
+            say(f"titan-node: warn node={node_id} host={host} why={_quoted(note['what'])}")
         assignments = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
         say(f"titan-command: {' '.join(assignments)} {shlex.join(command)}")
+        workers.stop(crew)
         os.chdir(run_dir)
         os.execvp(command[0], command)
     except Refused as refused:
-        return fail(facts, run_dir, refused.why, refused.fix)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return fail(
-            facts, run_dir, f"{where}{error.strerror or error}", "the mounts and permissions on this node"
-        )
+        facts["problems"].append(problem("node.json", refused.why, refused.fix, "run"))
+        return fail(facts, run_dir)
     except Exception as error:  # nobody foresaw it: the log must hold what a report needs
-        why = f"unexpected: {type(error).__name__}: {error}"
-        status = fail(facts, run_dir, why, "report this with the traceback that follows in this log")
-        say(traceback.format_exc())
-        return status
+        facts["problems"].append(unexpected(error))
+        return fail(facts, run_dir)
+    finally:
+        workers.stop(crew)
 
 
-def fail(facts: Facts, run_dir: Path | None, why: str, fix: str) -> int:
-    """Says why this node cannot train, in one line and, where that can be written, in its record."""
-    why, fix = " ".join(why.split()), " ".join(fix.split())
-    facts.update(ok=False, why=why, fix=fix)
-    say(f"titan-node: FAIL node={facts['node']} host={facts['host']} why={_quoted(why)} fix={_quoted(fix)}")
+def examine(
+    node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]
+) -> tuple[list[str], dict[str, str]]:
+    """Everything that this node finds out by itself, into `facts`; the workers that it starts, into `crew`.
+
+    Returns torchrun's command line and the variables that were added for it. What is wrong goes to
+    facts["problems"], all of it, so that one attempt shows everything that must be mended.
+    """
+    facts.update(check=node.get("check", "full"), device=node["device"], profile=node.get("profile", ""))
+    facts.update(hostname=socket.gethostname(), driver=driver_version())
+    env, added, scratch = os.environ, {}, None
+    with noting(facts, "run directory", "node"):
+        check_run_dir(run_dir)
+    with noting(facts, "network", "run"):
+        facts.update(find_network(node, env))
+    with noting(facts, "scratch", "node"):
+        scratch = scratch_dir(env, node["scratch"])
+        facts.update(scratch=f"{scratch} ({filesystem_of(scratch)})")
+        added = environment(node, facts.get("iface", ""), scratch, env)
+        env.update(added)  # the caches must be in place before torch is imported
+    with noting(facts, "software", "run"):
+        facts.update(software(("safetensors",) if node["init_from"] else ()))
+        if scratch is not None:  # torch takes seconds to import: meanwhile the rest is looked at
+            count = node["gpus_per_node"] if facts["check"] == "full" else 1
+            crew += workers.start(count, node["device"], scratch, env)
+    with noting(facts, "data", "run"):
+        facts.update(within(READ_S, node["data"], check_data, node))
+    with noting(facts, "tokenizer", "run"):
+        within(READ_S, node["tokenizer"], check_tokenizer, Path(node["tokenizer"]))
+    if facts["check"] != "off" and scratch is not None:
+        with noting(facts, "health", "node"):
+            found, problems, warnings = look(node, facts["host"], env, {"scratch": scratch, "run": run_dir})
+            facts.update(found)
+            facts["problems"] += problems
+            facts["warnings"] += warnings
+    if crew:
+        greet(node, facts, crew)
+    if "torchtitan" in facts:
+        with noting(facts, "weights", "run"):
+            facts.update(within(READ_S, node["init_from"], starting_weights, node, facts["torchtitan"]))
+    if facts.get("data_pointers"):
+        pointers = f"{facts['data_pointers']} of {facts['data_files']} shards are Git LFS pointers, not data"
+        facts["warnings"].append(warning("data", pointers))
+    command: list[str] = []
+    if {"torch", "torchtitan", "address"} <= facts.keys():
+        with noting(facts, "command", "run"):
+            command = prepare(node, run_dir, facts, added)
+    if crew and facts["check"] == "full" and not facts["problems"]:
+        found = measure(crew, node, scratch)
+        facts["problems"] += found.pop("problems")
+        facts.update(found)
+    return command, added
+
+
+def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
+    """What the workers say of torch and of the GPUs; a driver that is too old is told by its number."""
+    answers = workers.ask(crew, [{"do": "look", "gpus": node["gpus_per_node"]}] * len(crew), HELLO_S)
+    first = answers[0]
+    facts.update({key: value for key, value in first.items() if key not in ("problem", "fix", "fault")})
+    needed = driver_needed(facts["driver"], first.get("cuda", ""))
+    old = (
+        f"driver {facts['driver']} is older than CUDA {first.get('cuda')} needs ({needed})" if needed else ""
+    )
+    bad = next((answer for answer in answers if "problem" in answer), None)
+    if bad is not None:
+        why, fix = bad["problem"], bad.get("fix", "the log of this node; launcher image inspect FILE")
+        if old:
+            why = f"{why}; {old}"
+            fix = (
+                f"a newer driver, or an image with an older CUDA or with NVIDIA's cuda-compat package; {fix}"
+            )
+        facts["problems"].append(problem("gpus", why, fix, bad.get("fault", "node")))
+    elif old and node["device"] == "cuda":
+        facts["warnings"].append(
+            warning("driver", f"{old}: it runs through the image's forward compatibility")
+        )
+    wanted = str(node.get("gpu", ""))
+    if (
+        facts.get("gpu")
+        and node["device"] == "cuda"
+        and not re.search(rf"(?<![A-Z]){re.escape(wanted)}", facts["gpu"])
+    ):
+        facts["warnings"].append(warning("gpus", f"the profile is for {wanted}, the node has {facts['gpu']}"))
+
+
+def prepare(node: dict[str, Any], run_dir: Path, facts: Facts, added: dict[str, str]) -> list[str]:
+    """torchrun's command line; the files that it reads are written. Raises Refused for what cannot be run."""
+    rendezvous = Rendezvous(
+        job_id=os.environ.get("TITAN_JOB_ID") or "0",
+        node_id=facts["node"],
+        node_name=facts["host"],
+        head_addr=os.environ.get("TITAN_HEAD_ADDR") or "127.0.0.1",
+        head_port=_number(os.environ.get("TITAN_HEAD_PORT", "0")),
+        local_addr=facts["address"],
+    )
+    command: list[str] = torchrun_command(
+        node, facts["torchtitan"], rendezvous, torch_version=facts["torch"], python=sys.executable
+    )
+    ours = any(argument.startswith(("titan.", "--module=titan.")) for argument in command)
+    if ours or node["data_source"].startswith("s3://"):
+        path = [str(run_dir / "job"), os.environ.get("PYTHONPATH", "")]
+        added["PYTHONPATH"] = os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    for file, text in config_files(node, facts["torchtitan"]).items():
+        write(Path(file), text)
+    return command
+
+
+def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> int:
+    """0 where every node of the job is fit; else CHECK_FAILED, with what is wrong printed and recorded."""
+    port = _number(os.environ.get("TITAN_HEAD_PORT", "0"))
+    several = node["nodes"] > 1
+    if facts["check"] == "off" or (several and ("address" not in facts or not 0 < port < 65536)):
+        return fail(facts, run_dir) if facts["problems"] else 0
+    before = len(facts["problems"])
+    if before:
+        fail(facts, run_dir)
+
+    def settle(verdict: dict[str, Any]) -> None:
+        """What the verdict says of this node, printed and recorded before anybody's end can end this process."""
+        if mine := [one for one in verdict["unfit"] if one["node"] == facts["node"]]:
+            facts["problems"] = [problem(one["name"], one["why"], one["fix"], one["fault"]) for one in mine]
+            fail(facts, run_dir, before)
+        elif verdict["unfit"]:
+            other = verdict["unfit"][0]
+            facts["stopped"] = f"{other['host']} is unfit: {other['why']}"
+            facts["ok"] = True  # this node is
+            save(run_dir, facts)
+            say(f"titan-check: stop node={facts['node']} host={facts['host']} because {facts['stopped']}")
+
+    def publish(verdict: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a run directory that cannot be written is in the verdict
+            write(run_dir / "nodes" / "check.json", json.dumps(verdict, indent=2) + "\n")
+        for line in lines(verdict):
+            say(line)
+        settle(verdict)
+
+    head, job = os.environ.get("TITAN_HEAD_ADDR", ""), os.environ.get("TITAN_JOB_ID") or "0"
+    facts["check_s"] = round(time.time() - facts["time"], 1)
+    try:
+        verdict = agree(facts, node, crew, publish, address=head, port=port, job=job)
+    except Lost as lost:
+        facts["problems"].append(problem("meeting", str(lost), "the log of node 0", "run"))
+        return fail(facts, run_dir, before)
+    if several and facts["node"] != 0:
+        settle(verdict)
+    return 0 if verdict["ok"] else CHECK_FAILED
+
+
+def fail(facts: Facts, run_dir: Path | None, told: int = 0) -> int:
+    """Says why this node cannot train, a line for each problem, and in its record. The first `told` were said."""
+    first = facts["problems"][0]
+    facts.update(ok=False, why=first["what"], fix=first["fix"])
+    for one in facts["problems"][told:]:
+        say(
+            f"titan-node: FAIL node={facts['node']} host={facts['host']} why={_quoted(one['what'])} fix={_quoted(one['fix'])}"
+        )
+        if trace := one.pop("traceback", ""):
+            say(trace)
     if run_dir is not None:
-        with contextlib.suppress(Exception):  # the line above has said it
-            write(record(run_dir, facts), json.dumps(facts, indent=2) + "\n")
+        save(run_dir, facts)
     return CHECK_FAILED
 
 
+def save(run_dir: Path, facts: Facts) -> None:
+    facts["check_s"] = round(time.time() - facts["time"], 1)
+    with contextlib.suppress(Exception):  # what was printed has said it
+        write(record(run_dir, facts), json.dumps(facts, indent=2) + "\n")
+
+
 def ok_line(facts: Facts) -> str:
+    """One line; of several GPUs' figures, the slowest one's."""
     parts = [f"titan-node: ok node={facts['node']} host={facts['host']} device={facts['device']}"]
     parts += [f"gpus={facts['gpus']} gpu={_quoted(facts['gpu'])}"]
     parts += [f"{name}={facts[name] or 'none'}" for name in ("torch", "cuda", "torchtitan", "iface")]
-    return " ".join(parts)
+    for name in ("product_tflops", "copy_gbs"):
+        if facts.get("speed"):
+            parts.append(f"{name}={min(gpu[name] for gpu in facts['speed']):.4g}")
+    parts += [
+        f"{name}={facts[name]:.4g}" for name in ("allreduce_node_gbs", "allreduce_job_gbs") if name in facts
+    ]
+    return " ".join([*parts, *([f"check_s={facts['check_s']:.1f}"] if facts["check"] != "off" else [])])
 
 
 def say(line: str) -> None:
@@ -180,43 +329,6 @@ def check_run_dir(run_dir: Path) -> None:
         ) from error
 
 
-def find_network(node: dict[str, Any], env: Any) -> Facts:
-    """The interface that carries the route to the head node, and this node's address on it.
-
-    Raises Refused where several nodes would each meet only themselves.
-    """
-    head, several = env.get("TITAN_HEAD_ADDR", ""), node["nodes"] > 1
-    fix = "start it with the job script: sbatch <run_dir>/job.sbatch"
-    if not head:
-        if several:
-            raise Refused("TITAN_HEAD_ADDR is not set: the nodes cannot find each other", fix)
-        head = "127.0.0.1"
-    try:
-        family, _, _, _, address = socket.getaddrinfo(head, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing: it only asks the kernel for the route
-            local = str(probe.getsockname()[0])
-    except OSError as error:
-        raise Refused(f"there is no route to the head node {head}: {error.strerror or error}", fix) from error
-    if several and node["device"] == "cuda" and ipaddress.ip_address(local).is_loopback:
-        raise Refused(f"the head node's address {head} is loopback: every node would train alone", fix)
-    return {"address": local, "iface": interface_of(local)}
-
-
-def interface_of(address: str) -> str:
-    """The name of the interface whose IPv4 address this is; empty when none has it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
-            except OSError:  # an interface without an IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return ""
-
-
 def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> dict[str, str]:
     """Variables that training needs and that nobody has set: interfaces, caches, offline mode, a home."""
     wanted = {
@@ -238,7 +350,10 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
 
 
 def software(more: tuple[str, ...] = ()) -> Facts:
-    """Versions that decide a run's numbers. Raises Refused where torch, torchtitan or one of `more` is missing."""
+    """Versions that decide a run's numbers. Raises Refused where torch, torchtitan or one of `more` is missing.
+
+    torch itself is imported by the workers alone.
+    """
     image = (
         "an image that holds it (containers/ builds one), or with --runtime bare: --python PATH/TO/python3"
     )
@@ -251,19 +366,7 @@ def software(more: tuple[str, ...] = ()) -> Facts:
         raise Refused(
             "torchtitan can be imported but was not installed", "pip install --no-deps -e ."
         ) from error
-    try:
-        import torch
-    except Exception as error:  # a broken image breaks here in many ways
-        raise Refused(f"import torch fails: {type(error).__name__}: {error}", image) from error
-    return {
-        "python": platform.python_version(),
-        "arch": platform.machine(),
-        "torch": str(torch.__version__),
-        "torchtitan": titan,
-        "cuda": torch.version.cuda or "",
-        "nccl": "",
-        "driver": driver_version(),
-    }
+    return {"python": platform.python_version(), "arch": platform.machine(), "torchtitan": titan}
 
 
 def driver_version() -> str:
@@ -274,39 +377,6 @@ def driver_version() -> str:
         return ""
     match = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", text)
     return match.group(0) if match else ""
-
-
-def check_device(node: dict[str, Any]) -> Facts:
-    """As many usable GPUs as the profile says. A missing one is a failure, never a reason to train on the CPU."""
-    if node["device"] == "cpu":
-        return {"gpus": 0, "gpu": "CPU", "gpu_names": []}
-    import torch
-
-    expected = node["gpus_per_node"]
-    if not torch.version.cuda:
-        raise Refused(
-            f"torch {torch.__version__} was built without CUDA", "an image with a CUDA build of torch"
-        )
-    visible = torch.cuda.device_count()
-    try:
-        torch.cuda.init()
-        names = [torch.cuda.get_device_name(index) for index in range(visible)]
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    except (
-        Exception
-    ) as error:  # CUDA reports an old driver, a missing one and a broken GPU in different classes
-        raise Refused(
-            f"CUDA {torch.version.cuda} does not start: {error}",
-            "nvidia-smi in the container; the image needs NVIDIA_VISIBLE_DEVICES=all and"
-            " NVIDIA_DRIVER_CAPABILITIES=compute,utility, the node a driver for this CUDA",
-        ) from error
-    if visible != expected:
-        raise Refused(
-            f"{visible} GPUs are visible, the profile says {expected}",
-            f"nvidia-smi -L on this node; the job must ask for --gres=gpu:{expected}, and CUDA_VISIBLE_DEVICES"
-            f" ({os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}) must not hide any",
-        )
-    return {"gpus": visible, "gpu": names[0], "gpu_names": names, "nccl": nccl}
 
 
 def _number(text: str) -> int:

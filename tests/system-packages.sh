@@ -7,6 +7,7 @@ packages=(
   shellcheck:shellcheck squashfs-tools:mksquashfs iproute2:ip gcc:gcc munge:munged slurmctld:slurmctld slurmd:slurmd
   slurm-client:sbatch libslurm-dev: mmdebstrap:mmdebstrap arch-test:arch-test docker.io:dockerd
   qemu-user-static:qemu-aarch64-static docker-registry:docker-registry squashfuse:squashfuse
+  chromium:chromium
 )
 missing=()
 for entry in "${packages[@]}"; do

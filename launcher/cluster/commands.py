@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from launcher.cluster.node_commands import nodes
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import FilePath
 from launcher.output import as_json, colour, plain, print_json, warn
@@ -216,4 +217,4 @@ def _clip(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-COMMANDS = {"show": show, "use": use}
+COMMANDS = {"show": show, "use": use, "nodes": nodes}

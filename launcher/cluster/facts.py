@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 
 from launcher.errors import ExitStatus, LauncherError
 
@@ -32,6 +33,7 @@ class Node:
     memory_mib: int = 0
     arch: str = ""  # uname's word; "" until slurmd has registered once
     block: str = ""  # of topology/block; "" for none
+    booted: str = ""  # when, as Slurm writes local time: "2026-03-01T00:00:00"; "" where it does not know
 
     @property
     def free(self) -> bool:
@@ -182,6 +184,12 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
         pyxis_options=options,
         squashfuse=parse.squashfuse((plugstack or slurm.plugstack)(path)) if path and options else None,
     )
+
+
+@cache
+def detected() -> ClusterFacts:
+    """`detect` once for all that a submission looks at. What is asked later, or again, calls `detected.cache_clear()`."""
+    return detect()
 
 
 def _ask_all(ask: Run) -> tuple[dict[str, str], dict[str, LauncherError]]:

@@ -20,6 +20,9 @@ MAX_HOSTS = 200_000  # in one host list; Slurm itself stops at 65,533 nodes
 FREE_TEXT = re.compile(r" (Reason|Comment|Extra)=")
 STAMP = re.compile(r" \[[^\[\]@ ]+@[^\[\]]+\](?= [A-Z]\w*=|\s*$)")  # " [root@2026-01-02T03:04:05]"
 AFTER_REASON = re.compile(r" (?:Comment|Extra|ReservationName|InstanceId|InstanceType|Topology)=")
+DATE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
+)  # BootTime is "None" or "Unknown" of a node that never registered
 OTHER_WORDS = re.compile(r"^(?:s\w+): ")  # "scontrol: warning: ..." among the answer
 # sinfo's and scontrol's one-character marks behind a state.
 MARKS = {
@@ -102,6 +105,7 @@ def _node(record: str) -> Node | None:
         cpus=_int(fields.get("CPUTot", "")),
         memory_mib=_int(fields.get("RealMemory", "")),
         arch=fields.get("Arch", ""),
+        booted=fields["BootTime"] if DATE.fullmatch(fields.get("BootTime", "")) else "",
     )
 
 
@@ -202,6 +206,13 @@ def seconds(text: str) -> int | None:
     if c is not None:
         return (a or 0) * 3600 + (b or 0) * 60 + c
     return (a or 0) * 60 + (b or 0)
+
+
+def time_text(limit_s: int) -> str:
+    """Seconds as Slurm writes a limit."""
+    days, rest = divmod(limit_s, 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
 
 
 def topology(text: str) -> tuple[str, tuple[Block, ...]]:

@@ -28,9 +28,13 @@ NO_PARTITION = "Slurm has no such partition"
 # What sbatch says, what it means, what to type. The first that matches is shown above the original words.
 SBATCH_ERRORS = (
     (r"invalid partition", NO_PARTITION, "list them: sinfo -s"),
+    (r"required partition not available", "the partition takes no jobs now", "another --partition: sinfo -s"),
     (r"invalid account or account/partition", "the account may not use this partition", "--account NAME; sacctmgr show assoc user=$USER"),
     (r"invalid qos", "there is no such QOS, or this account may not use it", "--qos NAME; sacctmgr show qos"),
+    (r"access denied to requested reservation", "you may not use that reservation", "scontrol show reservation"),
     (r"reservation.*(invalid|not found)|invalid reservation", "there is no such reservation, or it is not yours", "scontrol show reservation"),
+    (r"invalid number of nodes|invalid node count|not a valid node count", "that number of nodes is none that Slurm takes", "--nodes N; compare with: sinfo -s"),
+    (r"requested nodes? not in this partition", "a node of --nodelist is not in the partition", "sinfo -N -o '%N %P'"),
     (r"invalid node name|invalid hostname", "a node of --nodelist or --exclude does not exist", "list them: sinfo -N -h -o %N"),
     (r"requested topology configuration is not available", "no block of the topology has that many free nodes", "--segment a smaller divisor of --nodes; scontrol show topology"),
     (r"requested node configuration is not available|node count specification invalid|more processors requested", "no node set of this partition fits: more nodes, GPUs per node or CPUs than it has", "compare with: sinfo -o '%P %D %c %m %G %t'"),
@@ -41,8 +45,8 @@ SBATCH_ERRORS = (
 )  # fmt: skip
 
 
-def submit(script: Path, lock_fd: int) -> str:
-    """Submits `script` from its own directory and returns the job id.
+def submit(script: Path, lock_fd: int, after: str = "") -> str:
+    """Submits `script` from its own directory and returns the job id. `after`: the job whose end it waits for.
 
     `lock_fd` is inherited by sbatch, so that its lock lasts as long as sbatch may still reach Slurm, even when
     this program is killed. Raises Unsure when it cannot be told whether Slurm took the job, LauncherError when
@@ -52,7 +56,8 @@ def submit(script: Path, lock_fd: int) -> str:
     env = {
         k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"
     }
-    command = [_find("sbatch"), "--parsable", str(script)]
+    wait = [f"--dependency=afterany:{after}"] if after else []
+    command = [_find("sbatch"), "--parsable", *wait, str(script)]
     try:
         process = subprocess.Popen(
             command, cwd=script.parent, env=env | {"LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -174,6 +179,22 @@ def cancel(job_id: str) -> None:
 def ask(words: Sequence[str]) -> str:
     """Standard output of a Slurm command that only asks. Raises LauncherError when it is missing, hangs or fails."""
     return _ask(*words)
+
+
+def cluster_name() -> str:
+    """Slurm's ClusterName. Raises LauncherError where it cannot be told."""
+    from launcher.cluster.parse import config
+
+    question = ("scontrol", "show", "config")
+    said = _ask(*question)
+    if name := config(said).get("ClusterName", ""):
+        return name
+    raise LauncherError(
+        "scontrol does not say the cluster's name",
+        " ".join(question),
+        status=ExitStatus.CLUSTER,
+        original=said[:500],
+    )
 
 
 def plugstack(path: str) -> str:

@@ -30,6 +30,7 @@ class JobState:
     source: str = ""  # "end.json", "squeue", "sacct", "process", "" for nothing
     reason: str = ""
     exit_code: int | None = None
+    unfit: bool = False  # a node failed its check, and nothing was trained
 
     @property
     def active(self) -> bool:

@@ -31,6 +31,7 @@ class Point:
     grad_norm: float | None
     tps: float
     memory_gib: float
+    tflops: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""From step records to a results row: pure functions, no files and no clock.
+"""One run's result in the published form, in one sentence, and as JSON: pure functions of an Outcome.
 
 Runs are compared on tokens/s. MFU depends on the peak that torchtitan divided by, which changed between its
 releases, so wherever a person reads MFU the peak stands beside it.
@@ -6,17 +6,28 @@ releases, so wherever a person reads MFU the peak stands beside it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from launcher.titan.log import StepRecord
+from launcher.output import plain
+from launcher.results.outcome import NodeResult, Outcome, Point
 
 # bf16 peaks in TFLOP/s that torchtitan 0.2 and 0.3 divide by, and 2450, the vendor's own figure for GB200.
 KNOWN_PEAKS = (148.0, 154.85, 191.5, 312.0, 362.0, 756.0, 835.0, 989.0, 1300.0, 2250.0, 2450.0, 2500.0)
-SAME_STEP_SECONDS = 2.0
+# What is usual for one GPU: torchtitan 0.2's, the vendor's, torchtitan 0.3's.
+USUAL_PEAKS = {
+    "A100": (312.0,),
+    "H100": (989.0,),
+    "H200": (989.0,),
+    "B200": (2250.0,),
+    "GB200": (2250.0, 2450.0, 2500.0),
+}
+RESTARTED = "restarted"
+NON_FINITE = "NaN or infinity in loss, grad_norm or tokens/s"
+NO_STEP_COUNTS = "no step after warm-up"
 COLUMNS = (
     "GPU Type",
     "Compute nodes in training job",
@@ -24,120 +35,6 @@ COLUMNS = (
     "Performance indicators at the last logged step",
 )
 _WIDTHS = (8, 29, 10)  # of the published table's first three columns
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One run's result. Throughput is per GPU; `last` is what the run's last logged step said.
-
-    `median_tps` is the median over nodes of each node's median after warm-up (see `after_warmup`), the other
-    node figures are the ends of the same list. `records_used` counts logged steps, not training steps.
-    """
-
-    gpu: str
-    nodes: int
-    gpus: int
-    local_batch_size: int
-    steps: int
-    last: StepRecord | None
-    peak_tflops: float | None
-    median_tps: float | None
-    records_used: int
-    nodes_logged: int
-    slowest_node: str
-    slowest_tps: float | None
-    fastest_tps: float | None
-    incomplete: bool
-    restarted: bool
-    non_finite: bool
-
-
-def summarise(
-    records_by_node: Mapping[str, Sequence[StepRecord]],
-    *,
-    gpu: str,
-    nodes: int,
-    gpus_per_node: int,
-    local_batch_size: int,
-    steps: int,
-    log_freq: int,
-    finished: bool = True,
-) -> Row:
-    """The row of a run, from each node's records in the order of its log.
-
-    `last` comes from the first node (as the mapping orders them) that got furthest and knows the loss. A run is
-    incomplete when its last logged step is not the last that torchtitan logs (step 1 and multiples of
-    `log_freq`), or when the caller knows that it did not end well and says `finished=False`.
-    """
-    kept: dict[str, list[StepRecord]] = {}
-    medians: dict[str, float] = {}
-    restarted, used = False, 0
-    for node, records in records_by_node.items():
-        unique, again = deduplicate(records)
-        restarted |= bool(again)
-        if not unique:
-            continue
-        kept[node] = unique
-        if warm := after_warmup(unique, log_freq, again):
-            medians[node] = median(record.tps for record in warm)
-            used = max(used, len(warm))
-    last = max(
-        (records[-1] for records in kept.values()),
-        key=lambda record: (record.step, record.knows_loss),
-        default=None,
-    )
-    expected = steps // log_freq * log_freq or min(steps, 1)
-    slowest = min(medians, key=lambda node: medians[node], default="")
-    return Row(
-        gpu=gpu,
-        nodes=nodes,
-        gpus=nodes * gpus_per_node,
-        local_batch_size=local_batch_size,
-        steps=steps,
-        last=last,
-        peak_tflops=peak_of(last.tflops, last.mfu_pct) if last else None,
-        median_tps=median(medians.values()) if medians else None,
-        records_used=used,
-        nodes_logged=len(kept),
-        slowest_node=slowest,
-        slowest_tps=medians.get(slowest),
-        fastest_tps=max(medians.values(), default=None),
-        incomplete=not finished or last is None or last.step < expected,
-        restarted=restarted,
-        non_finite=any(not _is_finite(record) for records in records_by_node.values() for record in records),
-    )
-
-
-def deduplicate(records: Sequence[StepRecord]) -> tuple[list[StepRecord], frozenset[int]]:
-    """One record per step in step order, and the steps that were the first to be logged after a restart.
-
-    A restart goes back to a checkpoint and logs steps again: the last record of a step counts. Equal steps
-    within two seconds are no restart but several ranks or nodes that share one log.
-    """
-    by_step: dict[int, StepRecord] = {}
-    again = set()
-    previous: StepRecord | None = None
-    for record in records:
-        if previous is not None and _went_back(previous, record):
-            again.add(record.step)
-        by_step[record.step] = record
-        previous = record
-    return [by_step[step] for step in sorted(by_step)], frozenset(again)
-
-
-def after_warmup(
-    records: Sequence[StepRecord], log_freq: int, restarts: frozenset[int] = frozenset()
-) -> list[StepRecord]:
-    """The records whose tokens/s count, of one node's records without repetitions.
-
-    Step 1 never counts: it pays for start-up, and torchtitan divides its time wrongly. Where at least three
-    records remain, those up to step `log_freq` don't either, since caches, allocator and clocks still settle
-    there, nor does the first after a restart, for the same reasons.
-    """
-    rest = [record for record in records if record.step > 1]
-    if len(rest) < 3:
-        return rest
-    return [record for record in rest if record.step > log_freq and record.step not in restarts] or rest
 
 
 def peak_of(tflops: float | None, mfu_pct: float | None) -> float | None:
@@ -165,16 +62,47 @@ def mfu_text(mfu_pct: float | None, peak_tflops: float | None) -> str:
     return f"{mfu_pct:.2f}% of {peak} TFLOP/s"
 
 
-def indicators(record: StepRecord) -> str:
-    """A record in the published table's form, without its step."""
-    parts = [f"loss: {record.loss:7.4f}"]
-    if record.grad_norm is not None:
-        parts.append(f"grad_norm: {record.grad_norm:7.4f}")
-    parts.append(f"memory: {record.memory_gib:5.2f}GiB({record.memory_pct:.2f}%)")
-    parts.append(f"tps: {record.tps:,.0f}")
-    if record.tflops is not None:
-        parts.append(f"tflops: {record.tflops:,.2f}")
-    parts.append("mfu: N/A" if record.mfu_pct is None else f"mfu: {record.mfu_pct:.2f}%")
+def mfu_at_other_peaks(outcome: Outcome) -> dict[float, float]:
+    """The last step's MFU in percent by the GPU's usual peaks in TFLOP/s, but for the one it was printed at.
+
+    Empty where the trainer printed none: a quantised run is not measured against a bf16 peak.
+    """
+    last = last_of(outcome)
+    if last is None or outcome.mfu_pct is None or last.tflops is None or not math.isfinite(last.tflops):
+        return {}
+    others = (peak for peak in USUAL_PEAKS.get(outcome.gpu, ()) if peak != outcome.peak_tflops)
+    return {peak: 100 * last.tflops / peak for peak in others}
+
+
+def last_of(outcome: Outcome) -> Point | None:
+    """The last logged step."""
+    return outcome.series[-1] if outcome.series else None
+
+
+def short_of(step: int | None, steps: int) -> str:
+    """What is said of a run that did not get to its last step, or past it."""
+    return f"no step of {steps} was logged" if step is None else f"step {step} of {steps}"
+
+
+def is_incomplete(outcome: Outcome) -> bool:
+    """Whether it did not end well or did not get to its last step, whatever else may be wrong with it."""
+    return outcome.state != "COMPLETED" or short_of(outcome.step, outcome.steps) in outcome.problems
+
+
+def indicators(outcome: Outcome) -> str:
+    """The last logged step in the published table's form, without its number; "" where there is none."""
+    last = last_of(outcome)
+    if last is None:
+        return ""
+    parts = [f"loss: {last.loss:7.4f}"]
+    if last.grad_norm is not None:
+        parts.append(f"grad_norm: {last.grad_norm:7.4f}")
+    share = "" if outcome.memory_pct is None else f"({outcome.memory_pct:.2f}%)"
+    parts.append(f"memory: {last.memory_gib:5.2f}GiB{share}")
+    parts.append(f"tps: {last.tps:,.0f}")
+    if last.tflops is not None:
+        parts.append(f"tflops: {last.tflops:,.2f}")
+    parts.append("mfu: N/A" if outcome.mfu_pct is None else f"mfu: {outcome.mfu_pct:.2f}%")
     return "  ".join(parts)
 
 
@@ -184,90 +112,139 @@ def markdown_header() -> str:
     return f"|{'|'.join(cells)}|\n|{'|'.join('-' * len(cell) for cell in cells)}|"
 
 
-def markdown_row(row: Row) -> str:
-    """The row in the published table's four columns; an incomplete run says how far it came, not `step:`."""
-    if row.last is None:
-        result = f"no step of {row.steps} was logged"
-    elif row.incomplete:
-        result = f"step {row.last.step} of {row.steps}  {indicators(row.last)}"
-    else:
-        result = f"step: {row.last.step}  {indicators(row.last)}"
-    cells = (row.gpu, f"{row.nodes} ({row.gpus} GPU)", str(row.local_batch_size))
+def markdown_row(outcome: Outcome) -> str:
+    """The row in the published table's four columns; what is not a whole result says so instead of `step:`."""
+    cells = (escape(outcome.gpu), f"{outcome.nodes} ({outcome.gpus} GPU)", str(outcome.local_batch_size))
     padded = [cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True)]
-    return f"|{'|'.join(padded)}|{result}|"
+    return f"|{'|'.join(padded)}|{last_step(outcome)}|"
 
 
-def summary_line(row: Row) -> str:
-    """One line: the median, its spread over nodes, MFU with its peak, and what makes it less than a result."""
-    if row.last is None:
-        return f"no step of {row.steps} was logged"
-    parts = []
-    if row.incomplete:
-        parts.append(f"incomplete: step {row.last.step} of {row.steps}")
-    if row.nodes_logged < row.nodes:
-        parts.append(f"only {row.nodes_logged} of {row.nodes} nodes logged")
-    if row.non_finite:
-        parts.append("NaN or infinity in loss or grad_norm")
-    if row.restarted:
-        parts.append("restarted")
-    if row.median_tps is None:
-        parts.append("no step after warm-up")
+def last_step(outcome: Outcome) -> str:
+    """The fourth column: `step: 100  loss: …`, or `step 40 of 100 (FAILED)  loss: …`."""
+    if last_of(outcome) is None:
+        return short_of(None, outcome.steps)
+    if outcome.complete:
+        return f"step: {outcome.step}  {indicators(outcome)}"
+    short = short_of(outcome.step, outcome.steps)
+    others = "; ".join(escape(problem) for problem in outcome.problems if problem != short)
+    return f"{short}{f' ({others})' if others else ''}  {indicators(outcome)}"
+
+
+_MARKDOWN = re.compile(r"[\\`*\[\]|]")
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def escape(text: str) -> str:
+    """Words of others in a cell of a Markdown table: no markup, no HTML, no end of the cell."""
+    return _MARKDOWN.sub(r"\\\g<0>", "".join(_HTML.get(c, c) for c in plain(text)))
+
+
+def summary_line(outcome: Outcome) -> str:
+    """One line: the median, its spread over nodes, MFU with its denominator, and what makes it less than a result."""
+    if outcome.step is None:
+        return plain(", ".join(outcome.problems) or short_of(None, outcome.steps))
+    parts = [", ".join(outcome.problems)] if outcome.problems else []
+    if parts and is_incomplete(outcome):
+        parts = [f"incomplete: {parts[0]}"]
+    if outcome.tps is None:
+        parts += [] if NO_STEP_COUNTS in outcome.problems else [NO_STEP_COUNTS]
     else:
-        steps = "1 logged step" if row.records_used == 1 else f"{row.records_used} logged steps"
-        spread = ""
-        if row.nodes_logged > 1:
-            spread = f" (nodes {row.slowest_tps:,.0f}..{row.fastest_tps:,.0f}, slowest {row.slowest_node})"
-        parts.append(f"median {row.median_tps:,.0f} tokens/s per GPU over {steps}{spread}")
-    parts.append(f"mfu {mfu_text(row.last.mfu_pct, row.peak_tflops)}")
-    return ", ".join(parts)
+        used = records_used(outcome)
+        steps = "1 logged step" if used == 1 else f"{used} logged steps"
+        spread, nodes = "", _measured(outcome)
+        if len(nodes) > 1:
+            spread = f" (nodes {nodes[0].tps:,.0f}..{nodes[-1].tps:,.0f}, slowest {nodes[0].host})"
+        parts.append(f"median {outcome.tps.median:,.0f} tokens/s per GPU over {steps}{spread}")
+    parts.append(f"mfu {mfu_text(outcome.mfu_pct, outcome.peak_tflops)}")
+    return plain(", ".join(parts))
 
 
-def row_as_dict(row: Row) -> dict[str, object]:
-    """The row as JSON values; NaN and infinity, which JSON lacks, become null beside `non_finite: true`."""
-    last = row.last
-    values: dict[str, object] = {
-        "gpu": row.gpu,
-        "nodes": row.nodes,
-        "gpus": row.gpus,
-        "local_batch_size": row.local_batch_size,
-        "steps": row.steps,
-        "step": last.step if last else None,
-        "loss": last.loss if last else None,
-        "grad_norm": last.grad_norm if last else None,
-        "memory_gib": last.memory_gib if last else None,
-        "memory_pct": last.memory_pct if last else None,
-        "tps": last.tps if last else None,
-        "tflops": last.tflops if last else None,
-        "mfu_pct": last.mfu_pct if last else None,
-        "peak_tflops": row.peak_tflops,
-        "median_tps": row.median_tps,
-        "records_used": row.records_used,
-        "nodes_logged": row.nodes_logged,
-        "slowest_node": row.slowest_node or None,
-        "slowest_tps": row.slowest_tps,
-        "fastest_tps": row.fastest_tps,
-        "incomplete": row.incomplete,
-        "restarted": row.restarted,
-        "non_finite": row.non_finite,
-    }
-    return json_values(values)
+def records_used(outcome: Outcome) -> int:
+    """How many logged steps stand behind the median: of the nodes that have one, the mean, rounded up."""
+    nodes = len(_measured(outcome)) or 1
+    return -(-outcome.tps.count // nodes) if outcome.tps else 0
+
+
+def _measured(outcome: Outcome) -> list[NodeResult]:
+    """The nodes that have a median, the slowest first."""
+    return sorted(
+        (node for node in outcome.by_node if node.tps is not None), key=lambda node: node.tps or 0.0
+    )
+
+
+def as_dict(outcome: Outcome) -> dict[str, Any]:
+    """The result as JSON values; NaN and infinity, which JSON lacks, become null beside `non_finite: true`.
+
+    `tps`, `tflops`, `memory_gib` and `loss` are the last logged step's; `spread` has those after warm-up.
+    """
+    last, nodes = last_of(outcome), _measured(outcome)
+    return json_values(
+        {
+            "run": outcome.run,
+            "run_dir": outcome.run_dir,
+            "state": outcome.state,
+            "complete": outcome.complete,
+            "problems": outcome.problems,
+            "notes": outcome.notes,
+            "date": outcome.date,
+            "cluster": outcome.cluster,
+            "gpu": outcome.gpu,
+            "nodes": outcome.nodes,
+            "gpus": outcome.gpus,
+            "recipe": outcome.recipe,
+            "local_batch_size": outcome.local_batch_size,
+            "global_batch_size": outcome.global_batch_size,
+            "seq_len": outcome.seq_len,
+            "precision": outcome.precision,
+            "compile": outcome.compile,
+            "steps": outcome.steps,
+            "step": outcome.step,
+            "loss": outcome.loss,
+            "grad_norm": outcome.grad_norm,
+            "memory_gib": last.memory_gib if last else None,
+            "memory_pct": outcome.memory_pct,
+            "tps": last.tps if last else None,
+            "tflops": last.tflops if last else None,
+            "mfu_pct": outcome.mfu_pct,
+            "peak_tflops": outcome.peak_tflops,
+            "mfu_pct_at": {f"{peak:g}": round(mfu, 2) for peak, mfu in mfu_at_other_peaks(outcome).items()},
+            "median_tps": outcome.tps.median if outcome.tps else None,
+            "records_used": records_used(outcome),
+            "spread": {
+                name: dataclasses.asdict(value) if value else None
+                for name, value in (
+                    ("tps", outcome.tps), ("tflops", outcome.tflops), ("memory_gib", outcome.memory_gib)
+                )
+            },
+            "data_share": outcome.data_share,
+            "startup": dataclasses.asdict(outcome.startup),
+            "nodes_logged": len(outcome.by_node),
+            "slowest_node": nodes[0].host if nodes else None,
+            "slowest_tps": nodes[0].tps if nodes else None,
+            "fastest_tps": nodes[-1].tps if nodes else None,
+            "by_node": [{"host": node.host, "tps": node.tps} for node in outcome.by_node],
+            "incomplete": is_incomplete(outcome),
+            "restarted": RESTARTED in outcome.problems,
+            "non_finite": NON_FINITE in outcome.problems,
+            "versions": outcome.versions,
+            "prediction": outcome.prediction,
+            "settings": outcome.settings,
+        }
+    )  # fmt: skip
 
 
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for NaN and infinity, which JSON lacks and many of its readers refuse."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
+    """The same with None for NaN and infinity, which JSON lacks and many of its readers refuse, at any depth."""
+    return {_json_value(str(key)): _json_value(value) for key, value in values.items()}
 
 
-def _is_finite(record: StepRecord) -> bool:
-    return math.isfinite(record.loss) and (record.grad_norm is None or math.isfinite(record.grad_norm))
-
-
-def _went_back(previous: StepRecord, record: StepRecord) -> bool:
-    if record.step != previous.step:
-        return record.step < previous.step
-    if record.time is None or previous.time is None:
-        return record.rank == previous.rank
-    return record.time - previous.time > SAME_STEP_SECONDS
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()  # half a character, of a file's name
+    if isinstance(value, Mapping):
+        return json_values(value)
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int)) else str(value)

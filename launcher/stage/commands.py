@@ -68,16 +68,18 @@ def c4(
     """
     from launcher.stage import c4 as work
     from launcher.stage import fetch
-    from launcher.stage.target import refuse_unusable
+    from launcher.stage.target import refuse_foreign, refuse_unwritable
 
     if sum((files is not None, bool(runs), everything)) != 1:
         raise click.UsageError("one of --files N, --for RUN and --all is needed")
     if source and (revision or token_file):
         raise click.UsageError("--revision and --token-file are the Hub's: not with --from")
-    refuse_unusable(target)  # what needs no network comes first
+    refuse_foreign(target, work.looks_like_c4)  # what needs no network comes first
     if files is not None and (files < 1 or not source):
         work.check_count(files)
     demands = [work.demand_from(text) for text in runs]
+    if not dry_run:
+        refuse_unwritable(target)
     plan = work.plan_c4(
         target, files=files, demands=demands, everything=everything, validation=validation, revision=revision,
         token_file=token_file, source=source,
@@ -116,7 +118,7 @@ def tokenizer(model: str, **options: Any) -> None:
     """
     from launcher.stage import tokenizer as work
 
-    _stage_model(work.plan_tokenizer, work.bring, model, **options)
+    _stage_model(work.plan_tokenizer, work.bring, work.looks_like_tokenizer, model, **options)
 
 
 @click.command()
@@ -135,17 +137,20 @@ def model(model: str, **options: Any) -> None:
     """
     from launcher.stage import model as work
 
-    _stage_model(work.plan_model, work.bring, model, **options)
+    _stage_model(work.plan_model, work.bring, work.looks_like_model, model, **options)
 
 
 def _stage_model(
-    plan: Callable[..., tuple[Repo, list[HubFile]]], bring: Callable[..., Any], name: str, *, target: Path,
+    plan: Callable[..., tuple[Repo, list[HubFile]]], bring: Callable[..., Any], ours: Callable[[Path], bool], name: str,
+    *, target: Path,
     revision: str | None, token_file: Path | None, jobs: int, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from launcher.stage import fetch
-    from launcher.stage.target import gigabytes, refuse_unusable
+    from launcher.stage.target import gigabytes, refuse_foreign, refuse_unwritable
 
-    refuse_unusable(target)
+    refuse_foreign(target, ours)
+    if not dry_run:
+        refuse_unwritable(target)
     repo, files = plan(target, name, revision, token_file)
     size = gigabytes(sum(file.bytes for file in files))
     fetch.say(plain(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}"))

@@ -10,6 +10,7 @@ import os
 import shlex
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -72,20 +73,39 @@ def refuse_unusable(target: Path) -> None:
     )
 
 
+def refuse_foreign(target: Path, ours: Callable[[Path], bool]) -> None:
+    """`refuse_unusable`, and others' data: no manifest, and nothing in it that `ours` knows. Writes nothing."""
+    refuse_unusable(target)
+    try:
+        found = sorted(set(os.listdir(target)) - IGNORED)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise write_error(target, error) from error
+    if found and not (target / STATE / "manifest.json").exists() and not ours(target):
+        raise LauncherError(
+            f"--to {target}: holds other data ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})",
+            "name a directory that is new or empty, or one that was staged before",
+        )
+
+
+def refuse_unwritable(target: Path) -> None:
+    """Raises LauncherError where no directory can be made: by making one, and removing it."""
+    above = next(place for place in (target, *target.absolute().parents) if os.path.isdir(place))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".launcher-probe-", dir=above))
+    except OSError as error:
+        raise write_error(target, error) from error
+
+
 def prepare(target: Path, ours: Callable[[Path], bool]) -> None:
     """Makes the directory and its own part; refuses a file, a place that cannot be written, and others' data.
 
     `ours` says whether a directory without a manifest holds what would be staged here.
     """
-    refuse_unusable(target)
+    refuse_foreign(target, ours)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        found = sorted(set(os.listdir(target)) - IGNORED)
-        if found and not (target / STATE / "manifest.json").exists() and not ours(target):
-            raise LauncherError(
-                f"--to {target}: holds other data ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})",
-                "name a directory that is new or empty, or one that was staged before",
-            )
         (target / STATE / "partial").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(Path(error.filename or target), error) from error

@@ -118,7 +118,7 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         where = directory / "en" if os.path.isdir(directory) else directory
         why = f"{where}: " + ("not on this machine" if missing else f"cannot be read here ({error.strerror})")
-        fix = f"{stage} {_files_needed(spec, TRAIN_FILES)}"
+        fix = f"{stage} {files_needed(spec, TRAIN_FILES)}"
         if spec.job.data_part:
             what = f"--data-part {spec.job.data_part}: {why}"
             raise LauncherError(what, fix, status=ExitStatus.NOT_FOUND) from error
@@ -147,8 +147,8 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
 
 def _plan_streamed(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     """The run with the objects that it will stream, which are listed now. Raises LauncherError where they cannot be."""
-    bucket, staged = _look_in_bucket(spec.data_path, _files_needed(spec, TRAIN_FILES))
-    count = max(_files_needed(spec, staged.train_files_in_all), len(staged.train))
+    bucket, staged = _look_in_bucket(spec.data_path, files_needed(spec, TRAIN_FILES))
+    count = max(files_needed(spec, staged.train_files_in_all), len(staged.train))
     stage, then = f"launcher stage c4 --to DIR --files {count}", f", then: aws s3 sync DIR {bucket}"
     notes = []
     if staged.left_out:
@@ -340,7 +340,7 @@ def _part(spec: RunSpec) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def _tokens(spec: RunSpec) -> int:
+def tokens_of(spec: RunSpec) -> int:
     """What the run reads in all its steps."""
     recipe = spec.recipe
     batch = recipe.global_batch_size
@@ -349,10 +349,10 @@ def _tokens(spec: RunSpec) -> int:
     return recipe.steps * batch * recipe.seq_len
 
 
-def _files_needed(spec: RunSpec, in_all: int) -> int:
+def files_needed(spec: RunSpec, in_all: int) -> int:
     """How many full C4 files the run, or all parts of it, needs: what `launcher stage c4 --for` would say."""
     _, parts = _part(spec)
-    return files_for(_tokens(spec) * parts, spec.data_parallel * parts, in_all)
+    return files_for(tokens_of(spec) * parts, spec.data_parallel * parts, in_all)
 
 
 def _as_many_and(spec: RunSpec, staged: Staged) -> str:
@@ -362,7 +362,7 @@ def _as_many_and(spec: RunSpec, staged: Staged) -> str:
     """
     bad = [match[1] for name in staged.left_out if (match := SHARD.fullmatch(name))]
     count = max(
-        _files_needed(spec, staged.train_files_in_all),
+        files_needed(spec, staged.train_files_in_all),
         min(len(staged.train) + bad.count("train"), staged.train_files_in_all),
     )
     source = f" --from {shlex.quote(staged.staged_from)}" if staged.staged_from.startswith(S3) else ""
@@ -372,7 +372,7 @@ def _as_many_and(spec: RunSpec, staged: Staged) -> str:
 def _shortages(spec: RunSpec, staged: Staged, stage: str, then: str = "") -> list[str]:
     """Warnings about too few files, with the command that stages enough where C4 has enough, and the one after it."""
     notes, train, degree = [], train_files(spec), spec.data_parallel
-    more = f"; {stage}{then}" if _files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
+    more = f"; {stage}{then}" if files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
     if len(train) % degree:
         help_ = (
             more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
@@ -381,7 +381,7 @@ def _shortages(spec: RunSpec, staged: Staged, stage: str, then: str = "") -> lis
             f"{spec.data_path}: {len(train)} train files for {degree} data-parallel ranks: every rank reads all of them "
             f"and keeps one document in {degree}{help_}"
         )
-    needed = _tokens(spec)
+    needed = tokens_of(spec)
     there = sum(staged.bytes[name] for name in train) * TOKENS_PER_BYTE
     # The estimate is for Llama 3's tokenizer: the sample's makes three times as many tokens.
     if needed > there * (1 + ESTIMATE_IS_GOOD_TO) and spec.job.tokenizer != SAMPLE:

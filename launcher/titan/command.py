@@ -13,6 +13,7 @@ from . import Refused, registry_era, toml_era
 SUPPORTED = "0.2.1 to 0.2.2 and 0.3.x"
 PREVIEWED = ("0.2.2", "0.3.0")  # the newest release of each era
 FLAVORS = ("debugmodel", "8B", "70B")
+CHECK_LEVELS = ("off", "quick", "full")  # of the node check, slurm/check; a node.json without one means full
 
 # Containers reach this point minutes apart where the image is unpacked on every node. torchrun's own 60 s for
 # the first contact with the head node would then end the job.
@@ -100,6 +101,8 @@ def check_node(value: Any) -> dict[str, Any]:
         raise Refused(f"node.json: device is {value['device']!r}", 'one of "cuda", "cpu"')
     if value["nodes"] < 1 or value["gpus_per_node"] < 1:
         raise Refused("node.json: nodes and gpus_per_node must be at least 1", "submit again")
+    if value.get("check", "full") not in CHECK_LEVELS:
+        raise Refused(f"node.json: check is {value['check']!r}", f"one of {', '.join(CHECK_LEVELS)}")
     for key, allowed in _CHOICES.items():
         if value["recipe"][key] not in allowed:
             raise Refused(f"recipe.{key} is {value['recipe'][key]!r}", f"one of {', '.join(allowed)}")

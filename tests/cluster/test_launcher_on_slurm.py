@@ -121,8 +121,14 @@ def test_debug_trains_in_a_squashfs_on_two_nodes(launch: Launch, train_image: Pa
     assert (result["incomplete"], result["non_finite"]) == (False, False)
     run = launch.directory / "runs" / "train"
     assert len([p for p in (run / "logs").glob("000*-*.log")]) == 2
-    assert len(list((run / "nodes").glob("*.json"))) == 2
-    facts = [json.loads(path.read_text()) for path in sorted((run / "nodes").glob("*.json"))]
+    facts = [json.loads(path.read_text()) for path in sorted((run / "nodes").glob("0*.json"))]
+    assert len(facts) == 2 and all(
+        fact["allreduce_job_gbs"] > 0 and len(fact["speed"]) == 2 for fact in facts
+    )
+    check = json.loads((run / "nodes" / "check.json").read_text())
+    assert (
+        check["ok"] and check["figures"]["product_tflops"]["min"] > 0 and "titan-check: 2 nodes, fit" in logs
+    )
     assert len({fact["host"] for fact in facts}) == 2 and all(fact["ok"] for fact in facts)
     assert logs.count("titan-node: ok") == 2
     end = json.loads((run / "end.json").read_text())
@@ -259,7 +265,8 @@ def test_a_node_that_is_not_fit_shows_why(launch: Launch, train_image: Path) -> 
         pytest.skip("the nodes of this cluster may have GPUs")
     launch.wait_for("unfit", "FAILED")
     done = launch("status", "unfit")
-    assert "titan-node: FAIL" in done.stderr and "built without CUDA" in done.stderr, done.stderr
+    assert done.returncode == ExitStatus.NODES_UNFIT
+    assert "is not fit to train: " in done.stderr and "built without CUDA" in done.stderr, done.stderr
 
 
 PROBE = """#!/usr/bin/python3

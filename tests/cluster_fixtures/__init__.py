@@ -39,6 +39,7 @@ class FakeNode:
     partitions: str = "batch"
     reason: str = ""
     free_text: str = ""
+    booted: str = "2026-03-01T00:00:00"  # "None" or "Unknown" of a node that never registered
 
 
 def node_line(node: FakeNode, version: tuple[int, int] = (25, 5)) -> str:
@@ -56,7 +57,7 @@ def node_line(node: FakeNode, version: tuple[int, int] = (25, 5)) -> str:
         f"RealMemory={node.memory_mib} AllocMem=0 FreeMem={node.memory_mib // 2} Sockets=2 Boards=1",
         f"State={node.state} ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A",
         f"Partitions={node.partitions}" if node.partitions else "",
-        "BootTime=2026-03-01T00:00:00 SlurmdStartTime=2026-03-01T00:01:00 LastBusyTime=2026-03-04T00:00:00",
+        f"BootTime={node.booted} " * bool(node.booted) + "SlurmdStartTime=2026-03-01T00:01:00 LastBusyTime=2026-03-04T00:00:00",
         "ResumeAfterTime=None" if version >= (23, 2) else "",
         f"CfgTRES=cpu={node.cpus},mem={node.memory_mib}M,billing={node.cpus}",
         "AllocTRES= ",

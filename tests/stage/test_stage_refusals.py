@@ -54,6 +54,12 @@ def closed(folder: Path) -> Iterator[Path]:
         (("c4", "--to", "d", "--for", "nodes=17,nodes=18"), "nodes is named twice"),
         (("c4", "--to", "d", "--for", "file"), "run.toml"),
         (("tokenizer", "--to", "file"), "file: a file, not a directory"),
+        (("c4", "--to", "theirs", "--files", "1"), "theirs: holds other data (thesis.tex)"),
+        (("c4", "--to", "theirs", "--files", "1", "--dry-run"), "theirs: holds other data"),
+        (("tokenizer", "--to", "theirs"), "theirs: holds other data"),
+        (("model", "--to", "theirs"), "theirs: holds other data"),
+        (("c4", "--to", "/proc/x", "--files", "1"), "cannot write /proc/x: No such file or directory"),
+        (("tokenizer", "--to", "/proc/x/y"), "cannot write /proc/x/y"),
         (("c4", "--to", "", "--files", "1"), "the path is empty"),
         (("verify", "file"), "file: a file, not a directory"),
         (("verify", "titan.sqsh"), "launcher image inspect titan.sqsh"),
@@ -70,10 +76,12 @@ def test_refused_before_any_connection(
     for name in ("file", "titan.sqsh"):
         (workplace / name).write_text("mine")
     (workplace / "folder").mkdir()
+    (workplace / "theirs").mkdir()
+    (workplace / "theirs" / "thesis.tex").write_text("mine")
     done = launch("stage", *arguments, HF_ENDPOINT=NO_HUB, DOCKER_HOST="unix:///nobody/here")
     said = " ".join(done.stderr.split())
-    assert done.returncode in (1, 2, 3, 4) and words in said and "no connection" not in said
-    assert not (workplace / "d").exists()
+    assert done.returncode in (1, 2, 3, 4, 7) and words in said and "no connection" not in said
+    assert not (workplace / "d").exists() and os.listdir(workplace / "theirs") == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("address", ["nothing", "ftp://hub", "https://", "http://hub:port"])

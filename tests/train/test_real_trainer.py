@@ -22,6 +22,9 @@ from typing import Any
 import pytest
 
 from launcher import sample
+from launcher.cluster.state import JobState
+from launcher.results.read import outcome_of
+from launcher.runs import Run
 from launcher.titan import Refused
 from launcher.titan.command import config_files, trainer_arguments
 from tests.unit.test_titan_command import a_node, debug_node
@@ -117,12 +120,13 @@ def make_run(folder: Path, node: dict[str, Any]) -> Path:
     job = folder / "job"
     job.mkdir(parents=True)
     shutil.copy(ROOT / "slurm" / "node.py", job)
-    shutil.copytree(ROOT / "launcher" / "titan", job / "titan", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in (ROOT / "launcher" / "titan", ROOT / "slurm" / "check"):
+        shutil.copytree(part, job / part.name, ignore=shutil.ignore_patterns("__pycache__"))
     sample.write_c4_sample(folder / "sample" / "c4")
     sample.write_tokenizer(folder / "sample" / "tokenizer")
     data = str(folder / "sample" / "c4")
     places = {"data": data, "data_source": data, "tokenizer": str(folder / "sample" / "tokenizer")}
-    (job / "node.json").write_text(json.dumps({**node, **places, "run_dir": str(folder)}))
+    (job / "node.json").write_text(json.dumps({"check": "off", **node, **places, "run_dir": str(folder)}))
     return job / "node.json"
 
 
@@ -315,25 +319,49 @@ def read_03(config: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_debug_recipe_learns(python: str, tmp_path: Path, started: Started) -> None:
     run = tmp_path / "run"
-    started.start(python, make_run(run, debug_node()), TITAN_JOB_ID=f"t{os.getpid()}", TITAN_HEAD_PORT="0")
+    began = time.time()
+    started.start(
+        python,
+        make_run(run, debug_node(check="full")),
+        TITAN_JOB_ID=f"t{os.getpid()}",
+        TITAN_HEAD_PORT="0",
+        TZ="XXX-5:30",
+    )
     (output,) = started.finish()
-    assert output.startswith("titan-node: ok node=0 "), output[:500]
+    assert "titan-node: ok node=0 " in output, output[:500]
+    outcome_is_whole(run, output, began)
     found = losses(output)
     assert list(found) == [1, *range(2, 21, 2)]
     assert 7 < found[1] < 9 and found[20] < 4, found
     assert "dp_shard=2" in output and "Traceback" not in output
     assert list((run / "titan" / "tb").rglob("events.out.tfevents.*"))
-    (record,) = (run / "nodes").glob("*.json")
+    (record,) = (run / "nodes").glob("0*.json")
     assert json.loads(record.read_text())["ok"] is True
     second_rank = list((run / "logs" / "ranks").rglob("1/std*.log"))
     assert any("step: 20" in path.read_text() for path in second_rank), "the other rank's log is kept"
+
+
+def outcome_is_whole(run: Path, output: str, began: float) -> None:
+    """What `launcher results` makes of the run, whose node has a time zone of its own."""
+    (record,) = (run / "nodes").glob("0*.json")
+    (run / "logs" / f"{record.stem}.log").write_text(output)
+    (run / "end.json").write_text(json.dumps({"exit_code": 0, "began_at": int(began)}))
+    found = outcome_of(Run(run), JobState("COMPLETED"))
+    assert found is not None and (found.problems, found.notes) == ((), ())
+    assert found.tps is not None and found.tps.count == 9 and found.tflops is not None
+    assert found.loss == losses(output)[20] and len(found.series) == 11
+    assert found.data_share is not None and 0 < found.data_share < 0.5
+    startup, took = found.startup, time.time() - began
+    seconds = (startup.container_s, startup.check_s, startup.first_step_s)
+    assert all(part is not None and 0 <= part < took for part in seconds), startup
+    assert startup.first_step_s, "importing torch alone takes longer"
 
 
 def test_two_nodes_train_one_model_and_leave_a_checkpoint(
     python: str, tmp_path: Path, started: Started
 ) -> None:
     run = tmp_path / "run"
-    node = debug_node(nodes=2, titan={"training.max_norm": "0.5"})
+    node = debug_node(nodes=2, check="full", titan={"training.max_norm": "0.5"})
     node["recipe"].update(steps=4, checkpoint_interval=2, activation_checkpoint="selective", log_freq=1)
     node_json = make_run(run, node)
     with socket.socket() as probe:
@@ -349,7 +377,12 @@ def test_two_nodes_train_one_model_and_leave_a_checkpoint(
     assert all("dp_shard=4" in output for output in outputs)
     assert sorted(path.name for path in (run / "titan" / "checkpoint").iterdir()) == ["step-2", "step-4"]
     assert all((run / "titan" / "checkpoint" / f"step-{step}" / ".metadata").is_file() for step in (2, 4))
-    assert len(list((run / "nodes").glob("*.json"))) == 2
+    records = [json.loads(path.read_text()) for path in sorted((run / "nodes").glob("0*.json"))]
+    assert len(records) == 2 and json.loads((run / "nodes" / "check.json").read_text())["ok"] is True
+    for record in records:  # measured by the real torch
+        figures = [*(gpu[key] for gpu in record["speed"] for key in ("product_tflops", "copy_gbs"))]
+        assert len(figures) == 4 and min(figures) > 0
+        assert record["allreduce_node_gbs"] > 0 and record["allreduce_job_gbs"] > 0
 
 
 def test_a_setting_that_torchtitan_does_not_know_ends_the_run_with_its_name(

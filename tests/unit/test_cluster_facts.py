@@ -49,7 +49,7 @@ def test_the_nodes_of_a_terraform_cluster() -> None:
     nodes = {int(node.name[-3:]): node for node in facts.nodes}
     assert nodes[1] == Node(
         "batch-compute-node-001", frozenset({"IDLE"}), "", ("batch", "short"), ("nvl72",), "gpu:gb200:4(S:0-1)", 4,
-        "gb200", 144, 870000, "aarch64", "rack1",
+        "gb200", 144, 870000, "aarch64", "rack1", "2026-03-01T00:00:00",
     )  # fmt: skip
     assert [nodes[n].state for n in (1, 3, 5, 6, 7, 8)] == [
         "idle",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 from launcher import attach, control
 from launcher.cluster.state import JobState
 from launcher.errors import ExitStatus, LauncherError
-from launcher.results.run import row_of, steps_of
+from launcher.results.read import outcome_of
+from launcher.results.settings import steps_of
 from launcher.runs import Run
 from tests.unit.test_follow import step
 from tests.unit.test_node import FAILED, Place
+from tests.unit.test_read import Made
 from tests.unit.test_titan_command import debug_node
 
 RECIPE = {"local_batch_size": 5, "steps": 10, "log_freq": 10}
@@ -36,8 +39,8 @@ def run_with(folder: Path, node: Any) -> Run:
 
 
 def test_a_whole_run_has_a_row(tmp_path: Path) -> None:
-    row = row_of(run_with(tmp_path, NODE), JobState("COMPLETED"))
-    assert row is not None and (row.gpus, row.steps, row.incomplete) == (4, 10, False)
+    row = outcome_of(run_with(tmp_path, NODE), JobState("COMPLETED"))
+    assert row is not None and (row.gpus, row.steps, row.complete) == (4, 10, True)
 
 
 @pytest.mark.parametrize("value", ODD)
@@ -47,21 +50,21 @@ def test_a_damaged_node_json_gives_no_row(tmp_path: Path, key: str, value: Any) 
     if key.startswith("recipe."):
         node = {**NODE, "recipe": {**RECIPE, key.removeprefix("recipe."): value}}
     run = run_with(tmp_path, node)
-    assert row_of(run, RUNNING) is None
+    assert outcome_of(run, RUNNING) is None
     assert [progress.step for progress in attach.progress_of(run)] == [1, 10]
     assert steps_of(run) == (0 if key in ("recipe", "recipe.steps") else 10)
 
 
 @pytest.mark.parametrize("value", ODD)
 def test_a_damaged_gpu_name_and_a_whole_file_of_nonsense(tmp_path: Path, value: Any) -> None:
-    row = row_of(run_with(tmp_path, {**NODE, "gpu": value}), RUNNING)
+    row = outcome_of(run_with(tmp_path, {**NODE, "gpu": value}), RUNNING)
     assert row is not None and row.gpu == (value if isinstance(value, str) else "?")
     run = run_with(tmp_path, value)
-    assert row_of(run, RUNNING) is None and len(list(attach.progress_of(run))) == 2
+    assert outcome_of(run, RUNNING) is None and len(list(attach.progress_of(run))) == 2
 
 
 def test_a_run_of_no_steps(tmp_path: Path) -> None:
-    row = row_of(run_with(tmp_path, {**NODE, "recipe": {**RECIPE, "steps": 0, "log_freq": 0}}), RUNNING)
+    row = outcome_of(run_with(tmp_path, {**NODE, "recipe": {**RECIPE, "steps": 0, "log_freq": 0}}), RUNNING)
     assert row is not None and row.steps == 0
 
 
@@ -74,6 +77,20 @@ def test_a_snapshot_is_json(tmp_path: Path) -> None:
     values = json.loads(json.dumps(attach.as_dict(snapshot), allow_nan=False))
     assert (values["loss"], values["tps"], values["tflops"], values["step"]) == (None, None, None, 10)
     assert values["records"] == {"a": 1}
+
+
+def test_memory_does_not_grow_with_the_logs(tmp_path: Path) -> None:
+    made = Made(tmp_path / "r")
+    noise = b"gpu001:4711:4750 [0] NCCL INFO Channel 03/0 : 0[0] -> 1[1] via P2P/CUMEM/read\n" * 10_000
+    with (made.path / "logs" / "0000-a.log").open("ab") as handle:
+        for _ in range(24):
+            handle.write(noise)
+    tracemalloc.start()
+    try:
+        assert made.outcome().complete
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 class Clock:

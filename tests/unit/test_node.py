@@ -53,6 +53,7 @@ class Place:
         (self.run_dir / "job").mkdir(parents=True)
         shutil.copy(ROOT / "slurm" / "node.py", self.run_dir / "job")
         shutil.copytree(ROOT / "launcher" / "titan", self.run_dir / "job" / "titan")
+        shutil.copytree(ROOT / "slurm" / "check", self.run_dir / "job" / "check")
         self.data, self.tokenizer = folder / "c4", folder / "tokenizer"
         sample.write_c4_sample(self.data, train_files=2, documents_per_file=3)
         sample.write_tokenizer(self.tokenizer)
@@ -67,7 +68,7 @@ class Place:
             self.install_titan(titan)
 
     def write_node(self, node: dict[str, Any]) -> None:
-        self.node = {**node, "run_dir": str(self.run_dir)}
+        self.node = {"check": "off", **node, "run_dir": str(self.run_dir)}  # its torch cannot multiply
         (self.run_dir / "job" / "node.json").write_text(json.dumps(self.node))
 
     def install_titan(self, version: str) -> None:
@@ -376,6 +377,7 @@ def test_each_node_has_a_record_and_a_log_folder_of_its_own(cpu: Place) -> None:
 def node_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """slurm/node.py as a module, with `titan` beside it as in a run directory."""
     monkeypatch.syspath_prepend(str(ROOT / "launcher"))
+    monkeypatch.syspath_prepend(str(ROOT / "slurm"))
     spec = importlib.util.spec_from_file_location("node_under_test", ROOT / "slurm" / "node.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -384,8 +386,10 @@ def node_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_interface_of_an_address(node_module: ModuleType) -> None:
-    assert node_module.interface_of("127.0.0.1") == "lo"
-    assert node_module.interface_of("203.0.113.77") == ""
+    from check.network import interface_of  # type: ignore[import-not-found]  # as a run directory has it
+
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.77") == ""
 
 
 def test_the_interface_towards_a_head_node(node_module: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Results rows: the published form, medians after warm-up, and what makes a run less than a result."""
+"""Results rows: the published form, and what makes a run less than a result."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.results.outcome import NodeResult, Outcome, Point, Spread
 from launcher.results.rows import (
-    Row,
-    after_warmup,
-    deduplicate,
+    NON_FINITE,
+    RESTARTED,
+    as_dict,
+    escape,
     indicators,
     markdown_header,
     markdown_row,
+    mfu_at_other_peaks,
     mfu_text,
     peak_of,
-    row_as_dict,
-    summarise,
     summary_line,
 )
 from launcher.titan.log import StepRecord, parse_line
+from tests.unit.outcomes import nodes, outcome, spread
 
 # Published rows: GPU, nodes, GPUs, batch size, step, loss, grad norm, memory GiB and %, tokens/s, TFLOP/s, MFU.
 PUBLISHED = [
@@ -55,30 +57,14 @@ unhurried = settings(deadline=None)  # a busy machine is no defect
 Published = tuple[str, int, int, int, int, float, float, float, float, int, float, float]
 
 
-def published_row(row: Published) -> Row:
-    gpu, nodes, gpus, batch = row[:4]
-    record = StepRecord(*row[4:])
-    return summarise(
-        {"n": [record]}, gpu=gpu, nodes=nodes, gpus_per_node=gpus // nodes, local_batch_size=batch, steps=record.step,
-        log_freq=10,
+def published_row(row: Published) -> Outcome:
+    gpu, nodes, gpus, batch, step, loss, grad_norm, memory_gib, memory_pct, tps, tflops, mfu_pct = row
+    return outcome(
+        gpu=gpu, nodes=nodes, gpus=gpus, local_batch_size=batch, steps=step, step=step, loss=loss, grad_norm=grad_norm,
+        memory_pct=memory_pct, mfu_pct=mfu_pct, peak_tflops=peak_of(tflops, mfu_pct),
+        series=(Point(step, loss, grad_norm, tps, memory_gib, tflops),), tps=Spread(tps, tps, tps, tps, tps, 1),
+        by_node=(NodeResult("n", tps),),
     )  # fmt: skip
-
-
-def record(step: int, tps: float = 17581.0, **changes: float | int | None) -> StepRecord:
-    usual = StepRecord(
-        step, 6.4277, 2.9062, 158.61, 86.2, tps, round(tps * 0.057914, 2), 45.25, 1000.0 + step, 0
-    )
-    return replace(usual, **changes)  # type: ignore[arg-type]
-
-
-def summary(nodes: dict[str, list[StepRecord]], steps: int = 100, finished: bool = True) -> Row:
-    return summarise(
-        nodes, gpu="GB200", nodes=len(nodes) or 1, gpus_per_node=4, local_batch_size=5, steps=steps, log_freq=10,
-        finished=finished,
-    )  # fmt: skip
-
-
-STEPS = [1, *range(10, 101, 10)]
 
 
 @pytest.mark.parametrize(("row", "line"), list(zip(PUBLISHED, ON_THE_PAGE, strict=False)))
@@ -133,33 +119,30 @@ def test_the_peak_is_found_from_rounded_figures(peak: float, mfu: float) -> None
     assert peak_of(round(mfu * peak / 100, 2), round(mfu, 2)) == peak
 
 
-def test_warm_up_is_left_out_of_the_median() -> None:
-    records = [record(1, 900.0), record(10, 9000.0), *(record(step, 17000.0 + step) for step in STEPS[2:])]
-    assert [r.step for r in after_warmup(records, 10)] == STEPS[2:]
-    row = summary({"n": records})
-    assert (row.median_tps, row.records_used) == (17060.0, 9)
-
-
-def test_short_runs_keep_what_they_have() -> None:
-    assert [r.step for r in after_warmup([record(1), record(10), record(20)], 10)] == [10, 20]
-    assert after_warmup([record(1)], 10) == []
-    row = summary({"n": [record(1)]}, steps=5)
-    assert not row.incomplete and row.median_tps is None
-    assert "no step after warm-up" in summary_line(row)
-
-
-def test_the_spread_over_nodes_names_the_slowest() -> None:
-    nodes = {f"gpu-{n:03}": [record(s, 17000.0 + 100 * n) for s in STEPS] for n in (3, 1, 2, 4)}
-    nodes["gpu-007"] = [record(s, 16000.0) for s in STEPS]
-    row = summary(nodes)
-    assert (row.slowest_node, row.slowest_tps, row.median_tps, row.fastest_tps) == (
-        "gpu-007", 16000.0, 17200.0, 17400.0,
-    )  # fmt: skip
-    assert summary_line(row) == (
-        "median 17,200 tokens/s per GPU over 9 logged steps (nodes 16,000..17,400, slowest gpu-007), "
-        "mfu 45.25% of about 2214 TFLOP/s"
+def test_mfu_at_the_other_usual_peaks() -> None:
+    first = published_row(PUBLISHED[0])
+    assert {peak: round(mfu, 2) for peak, mfu in mfu_at_other_peaks(first).items()} == {
+        2450: 41.56,
+        2500: 40.73,
+    }
+    assert mfu_at_other_peaks(published_row(PUBLISHED[-1])) == {}  # 989 is all there is for an H100
+    assert mfu_at_other_peaks(replace(first, mfu_pct=None)) == {}  # quantised: a bf16 peak is not its own
+    assert (
+        mfu_at_other_peaks(replace(first, gpu="TPU")) == mfu_at_other_peaks(replace(first, series=())) == {}
     )
-    assert row.last is nodes["gpu-003"][-1]  # the first of the job, not of the alphabet
+
+
+def test_the_summary_names_the_slowest_node() -> None:
+    medians = nodes(17000.0, 17400.0, 16000.0, 17200.0, 17300.0)
+    whole = outcome(by_node=medians, tps=spread(17200.0, count=45), mfu_pct=45.25)
+    assert summary_line(whole) == (
+        "median 17,200 tokens/s per GPU over 9 logged steps (nodes 16,000..17,400, slowest gb200-003), "
+        "mfu 45.25% of 2250 TFLOP/s"
+    )
+    found = as_dict(whole)
+    assert (found["slowest_node"], found["slowest_tps"], found["fastest_tps"], found["records_used"]) == (
+        "gb200-003", 16000.0, 17400.0, 9,
+    )  # fmt: skip
 
 
 def test_one_node_has_no_spread() -> None:
@@ -168,100 +151,75 @@ def test_one_node_has_no_spread() -> None:
 
 
 def test_an_incomplete_run_says_so_everywhere() -> None:
-    row = summary({"n": [record(step) for step in (1, 10, 20, 30, 40)]})
-    assert row.incomplete
-    assert "|step 40 of 100  loss:  6.4277" in markdown_row(row) and "step: 40" not in markdown_row(row)
-    assert summary_line(row).startswith("incomplete: step 40 of 100, ")
-    assert row_as_dict(row)["incomplete"] is True
+    whole = published_row(PUBLISHED[0])
+    short = replace(whole, steps=200, problems=("step 100 of 200",))
+    assert "|step 100 of 200  loss:  6.4277" in markdown_row(short) and "step: " not in markdown_row(short)
+    assert summary_line(short).startswith("incomplete: step 100 of 200, median ")
+    assert (as_dict(short)["incomplete"], as_dict(short)["complete"]) == (True, False)
+    failed = replace(whole, state="FAILED", steps=105, problems=("FAILED (ended by SIGKILL)",))
+    assert "|step 100 of 105 (FAILED (ended by SIGKILL))  loss:" in markdown_row(failed)
+    assert as_dict(failed)["incomplete"] is True
 
 
-def test_a_run_that_ended_badly_after_its_last_logged_step_is_incomplete() -> None:
-    records = {"n": [record(step) for step in STEPS]}
-    assert not summary(records, steps=105).incomplete  # step 105 is never logged
-    assert "|step 100 of 105  " in markdown_row(summary(records, steps=105, finished=False))
+@pytest.mark.parametrize("problem", [RESTARTED, NON_FINITE, "only 2 of 3 nodes logged", "mixed driver: 1, 2"])
+def test_any_other_problem_is_beside_the_figures(problem: str) -> None:
+    less = replace(published_row(PUBLISHED[0]), problems=(problem,))
+    assert f"|step 100 of 100 ({problem})  loss:" in markdown_row(less) and "step: " not in markdown_row(less)
+    assert summary_line(less).startswith(f"{problem}, median ")
+    found = as_dict(less)
+    assert (found["complete"], found["incomplete"], found["problems"]) == (False, False, [problem])
+    assert (found["restarted"], found["non_finite"]) == (problem == RESTARTED, problem == NON_FINITE)
 
 
 def test_a_run_without_a_step() -> None:
-    silent: list[dict[str, list[StepRecord]]] = [{}, {"n": []}]
-    for nodes in silent:
-        row = summary(nodes)
-        assert row.incomplete and row.last is None
-        assert markdown_row(row).endswith("|no step of 100 was logged|")
-        assert summary_line(row) == "no step of 100 was logged"
-        assert row_as_dict(row)["tps"] is None
+    silent = outcome(
+        series=(), step=None, tps=None, tflops=None, memory_gib=None, by_node=(), state="FAILED",
+        problems=("no step of 100 was logged", "FAILED"),
+    )  # fmt: skip
+    assert markdown_row(silent).endswith("|no step of 100 was logged|")
+    assert summary_line(silent) == "no step of 100 was logged, FAILED"
+    found = as_dict(silent)
+    assert found["tps"] is found["median_tps"] is found["slowest_node"] is None and found["records_used"] == 0
 
 
-def test_a_missing_node_is_counted() -> None:
-    row = replace(summary({"a": [record(s) for s in STEPS], "b": [record(s) for s in STEPS]}), nodes=3)
-    assert "only 2 of 3 nodes logged" in summary_line(row)
+def test_no_step_counts() -> None:
+    short = outcome(series=(Point(1, 9.0, None, 100.0, 1.0),), step=1, steps=1, tps=None)
+    assert summary_line(short).startswith("no step after warm-up, mfu ")
 
 
-def test_a_restart_repeats_steps_and_the_last_counts() -> None:
-    before = [record(step, 10000.0) for step in (1, 10, 20, 30)]
-    after = [record(step, 18000.0, time=9000.0 + step) for step in (20, 30, 40, 50, 60, 70, 80, 90, 100)]
-    after[0] = replace(after[0], tps=500.0)  # compiles and loads its checkpoint in this one
-    row = summary({"n": before + after})
-    assert row.restarted and "restarted" in summary_line(row)
-    assert (row.median_tps, row.records_used) == (18000.0, 8)
-    unique, again = deduplicate(before + after)
-    assert [r.step for r in unique] == STEPS and again == {20}
+def test_nan_is_null() -> None:
+    whole = published_row(PUBLISHED[0])
+    last = replace(whole.series[0], loss=math.nan)
+    less = replace(
+        whole, loss=math.nan, series=(last,), settings={"recipe.lr": math.inf}, problems=(NON_FINITE,)
+    )
+    assert "loss:     nan" in markdown_row(less)
+    found = json.loads(json.dumps(as_dict(less), allow_nan=False))
+    assert found["loss"] is None and found["settings"]["recipe.lr"] is None and found["non_finite"] is True
 
 
-def test_ranks_that_share_a_log_are_no_restart() -> None:
-    records = [record(s, 17000.0 + rank, rank=rank, time=s + rank / 10) for s in STEPS for rank in range(4)]
-    assert not summary({"n": records}).restarted
-    assert not summary({"n": [replace(r, time=None) for r in records]}).restarted
-    again = [record(10), record(10, time=2000.0)]
-    assert summary({"n": again}).restarted
-
-
-def test_nan_anywhere_is_seen() -> None:
-    for bad in (record(30, loss=math.nan), record(30, grad_norm=math.inf)):
-        records = [record(s) for s in STEPS]
-        records[3] = bad
-        row = summary({"n": records})
-        assert row.non_finite and "NaN or infinity" in summary_line(row)
-    row = summary({"n": [record(s, loss=math.nan) for s in STEPS]})
-    assert "loss:     nan" in markdown_row(row)
-    assert json.loads(json.dumps(row_as_dict(row), allow_nan=False))["loss"] is None
-
-
-def test_a_pipeline_stage_that_does_not_know_the_loss_is_not_the_result() -> None:
-    row = summary({"a": [record(100, loss=-1.0)], "b": [record(100, loss=6.1)]})
-    assert row.last is not None and row.last.loss == 6.1
+def test_the_old_keys_are_still_there() -> None:
+    assert set(as_dict(outcome())) >= {
+        "run", "state", "gpu", "nodes", "gpus", "local_batch_size", "steps", "step", "loss", "grad_norm", "memory_gib",
+        "memory_pct", "tps", "tflops", "mfu_pct", "peak_tflops", "median_tps", "records_used", "nodes_logged",
+        "slowest_node", "slowest_tps", "fastest_tps", "incomplete", "restarted", "non_finite",
+    }  # fmt: skip
 
 
 def test_earlier_and_quantised_forms() -> None:
-    old = record(10, grad_norm=None, tflops=None)
+    whole = published_row(PUBLISHED[0])
+    old = replace(whole, series=(replace(whole.series[0], grad_norm=None, tflops=None),))
     assert indicators(old) == "loss:  6.4277  memory: 158.61GiB(86.20%)  tps: 17,581  mfu: 45.25%"
-    assert indicators(record(10, mfu_pct=None)).endswith("  mfu: N/A")
+    assert indicators(replace(whole, mfu_pct=None)).endswith("  mfu: N/A")
 
 
 @unhurried
-@given(
-    st.dictionaries(
-        st.sampled_from(["a", "b", "gpu-007"]),
-        st.lists(
-            st.builds(
-                record,
-                step=st.integers(1, 120),
-                tps=st.floats(0, 1e6),
-                loss=st.floats(),
-                time=st.none() | st.floats(0, 1e9),
-                mfu_pct=st.none() | st.floats(),
-            ),
-            max_size=12,
-        ),
-        max_size=4,
-    )
-)
-def test_any_records_give_a_row(nodes: dict[str, list[StepRecord]]) -> None:
-    row = summary(nodes)
-    assert markdown_row(row).count("|") == 5
-    assert "\n" not in summary_line(row)
-    json.dumps(row_as_dict(row), allow_nan=False)
-    if row.median_tps is not None:
-        assert row.slowest_tps is not None and row.fastest_tps is not None
-        assert row.slowest_tps <= row.median_tps <= row.fastest_tps
-    furthest = max((r.step for records in nodes.values() for r in records), default=0)
-    assert row.incomplete == (furthest < 100)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_words_of_others_stay_in_their_cell(name: str, problem: str) -> None:
+    row = markdown_row(outcome(gpu=name, problems=(problem,)))
+    assert "\n" not in row and "<" not in row and row.replace("\\\\", "").replace("\\|", "").count("|") == 5
+    json.dumps(as_dict(outcome(gpu=name, run=name)), allow_nan=False).encode("utf-8")
+
+
+def test_markup_and_html_are_words() -> None:
+    assert escape("a|b <script>&`x` [l](u) *b*\n") == "a\\|b &lt;script&gt;&amp;\\`x\\` \\[l\\](u) \\*b\\*?"

@@ -20,7 +20,7 @@ from launcher.runtime import host_path, mounts
 from launcher.spec import RunSpec, node_config, validate
 from launcher.stage.c4 import Demand
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
-from launcher.stage.view import _files_needed, choose, look, plan, train_files, write
+from launcher.stage.view import choose, files_needed, look, plan, train_files, write
 from tests.stage.test_stage_refusals import closed
 
 DEGREES = st.integers(1, 40)
@@ -234,7 +234,7 @@ def test_the_command_names_as_many_files_as_staging_would(
 ) -> None:
     spec = a_spec("/c4", nodes, 8, recipe__tensor_parallel=tensor, recipe__steps=steps)
     demand = Demand(nodes * 8 // tensor, steps * 8192 * nodes * 8 // tensor, "")
-    assert _files_needed(spec, in_all) == demand.files(in_all)
+    assert files_needed(spec, in_all) == demand.files(in_all)
 
 
 def test_data_that_only_the_nodes_have(tmp_path: Path) -> None:

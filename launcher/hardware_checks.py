@@ -1,0 +1,113 @@
+"""Checks before a run queues of what its nodes are: GPUs, architecture, uptime. Pure; part of launcher/preflight.py."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+
+from launcher.candidates import SHOWN, Place, fitting, gpus_of, number_of, some
+from launcher.check import ERROR, OK, WARNING, Check
+from launcher.cluster.facts import ClusterFacts
+from launcher.cluster.parse import compress
+from launcher.spec import RunSpec
+
+UP_DAYS = 55  # five days to arrange a reboot in
+
+
+def gpus(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
+    gres, count = spec.profile.gres, spec.profile.gpus_per_node
+    if not gres or not place.nodes:
+        return None
+    if fitting(spec, place):
+        return Check("GPUs", OK, f"{gres}:{count} on {number_of(len(fitting(spec, place)))} of {place.name}")
+    have = Counter(f"{gpus_of(node, gres)} of {gres}" if node.gres else "no GPUs" for node in place.nodes)
+    words = sorted({node.gres for node in place.nodes if node.gres})
+    text = ", ".join(f"{number} with {what}" for what, number in have.most_common(SHOWN))
+    most = max(gpus_of(node, gres) for node in place.nodes)
+    fix = (
+        f"--gpus-per-node {most}"
+        if most
+        else "--gpu NAME, another --partition, or [profile] gres in a file for --config"
+    )
+    return Check(
+        "GPUs", ERROR, f"the run asks for {gres}:{count} on a node, and no node of {place.name} has that: {text}",
+        f"Slurm says {some(words)}" if words else "Slurm lists no generic resources (GRES) there", fix,
+        certain=not place.grows,
+    )  # fmt: skip
+
+
+def gpus_per_node(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
+    used, gres = spec.profile.gpus_per_node, spec.profile.gres
+    users = spec.origin.get("profile.gpus_per_node", "").startswith("option")
+    if spec.profile.device != "cuda" or not gres or users:
+        return None
+    more = [node for node in fitting(spec, place) if gpus_of(node, gres) > used]
+    if not more:
+        return None
+    there = gpus_of(more[0], gres)
+    return Check(
+        "GPUs per node", WARNING,
+        f"profile {spec.job.gpu} uses {used} GPUs of a node; {more[0].name} has {there} ({more[0].gres})",
+        "the rest would idle, held by this job; it may be the wrong profile", f"--gpu NAME, or --gpus-per-node {there}",
+    )  # fmt: skip
+
+
+def gpu_named(spec: RunSpec, place: Place, profiles: Sequence[str]) -> Check | None:
+    """Another GPU's name in what Slurm says of the nodes. A hint only: some clouds name GB200 "B200"."""
+    able = fitting(spec, place)
+    if spec.profile.device != "cuda" or not able:
+        return None
+    words = " ".join({f"{node.gres} {' '.join(node.features)} {node.name}".lower() for node in able})
+    known = {name: re.search(rf"(?<![a-z0-9]){name}(?![0-9])", words) for name in profiles if name != "cpu"}
+    seen = sorted(name for name, hit in known.items() if hit)
+    mine = spec.profile.gpu.lower()
+    if not seen or mine in seen or any(name in mine for name in seen):
+        return None
+    return Check(
+        "GPU type", WARNING, f"the profile is for {spec.profile.gpu}; Slurm speaks of {', '.join(seen)} on {able[0].name} "
+        f"({', '.join(filter(None, (able[0].gres, *able[0].features)))})",
+        "settings and published figures of one GPU do not fit another", f"--gpu {seen[0]}",
+    )  # fmt: skip
+
+
+def architecture(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
+    able = fitting(spec, place)
+    found = Counter(node.arch for node in able if node.arch)
+    wanted = spec.profile.arch
+    if not found:
+        return None
+    if set(found) == {wanted}:
+        return Check("architecture", OK, wanted)
+    text = " and ".join(f"{number_of(count)} of {arch}" for arch, count in found.most_common())
+    what = f"profile {spec.job.gpu} is for {wanted}; {place.name} has {text}"
+    other = found.most_common(1)[0][0]
+    if wanted in found:
+        strange = [node.name for node in able if node.arch not in ("", wanted)]
+        return Check(
+            "architecture", WARNING, what, "on the others the image does not start",
+            f"--exclude {','.join(strange)}" if len(strange) <= SHOWN else "another --partition",
+        )  # fmt: skip
+    if spec.job.runtime == "bare":
+        return Check("architecture", WARNING, what, "", "--gpu NAME")
+    return Check(
+        "architecture", ERROR, what, "an image for another architecture does not start",
+        f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}", certain=True,
+    )  # fmt: skip
+
+
+def up_for_long(spec: RunSpec, place: Place, now: datetime) -> Check | None:
+    """B200's NVLink firmware fails at 60 days of uptime, which is known and goes with a reboot."""
+    if spec.profile.gpu != "B200":
+        return None
+    booted = {node.name: datetime.fromisoformat(node.booted) for node in fitting(spec, place) if node.booted}
+    days = {name: (now - at).days for name, at in booted.items() if (now - at).days > UP_DAYS}
+    if not days:
+        return None
+    names = sorted(days, key=lambda name: -days[name])
+    return Check(
+        "uptime", WARNING, f"up for more than {UP_DAYS} days: {some([f'{name} ({days[name]})' for name in names])}",
+        "a firmware bug stops NVLink of B200 nodes at 60 days",
+        f"an administrator reboots them: scontrol reboot ASAP nextstate=RESUME {compress(names)}",
+    )  # fmt: skip

@@ -1,0 +1,259 @@
+"""What the page and the plots draw, from Outcomes and published rows: pure functions and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+from launcher.results.outcome import NodeResult, Outcome
+from launcher.results.published import ALIKE, described
+
+MOST_LINES = 16  # in one chart: more cannot be told apart
+MOST_POINTS = 400  # of a line: more than a chart has pixels to show
+MOST_NODES = 60  # in a heat strip
+LARGEST = 1e100  # a number beyond this is no measurement, and drawing it overflows
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A figure of one run over its steps. A NaN stands where the log has no finite number, and breaks the line.
+
+    `run` is the run's place on the page, `number` what the line is called in its chart.
+    """
+
+    run: int
+    number: int
+    name: str
+    complete: bool
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """One measurement in the scaling chart: tokens/s per GPU of a run, or of a published row (`run` None)."""
+
+    gpus: int
+    tps: float
+    name: str
+    run: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """Measurements with the same GPU type, settings and software, by GPU count; only these make one line."""
+
+    label: str
+    published: bool
+    dots: tuple[Dot, ...]
+
+    @property
+    def medians(self) -> tuple[tuple[int, float], ...]:
+        """Each GPU count with the median of its runs, ascending."""
+        by_count = groupby(self.dots, key=lambda dot: dot.gpus)
+        return tuple((gpus, median(dot.tps for dot in dots)) for gpus, dots in by_count)
+
+    @property
+    def ideal(self) -> float:
+        """The rate of the smallest count, which perfect scaling would hold."""
+        return self.medians[0][1]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCell:
+    host: str
+    tps: float | None
+    percent: float | None  # above (+) or below (-) the median of the run's nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """The nodes of a run against their median; with many nodes only the slowest, slowest first."""
+
+    median: float
+    cells: tuple[NodeCell, ...]
+    slowest: NodeCell
+    fastest: NodeCell
+    silent: int  # nodes without a figure
+    others: tuple[NodeCell, ...]  # not among the cells, slowest first
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Settings and versions: those in which runs differ, and those that all runs share. None: not said."""
+
+    differing: tuple[tuple[str, tuple[str | None, ...]], ...]
+    shared: tuple[tuple[str, str], ...]
+
+
+def drawable(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and abs(value) < LARGEST
+
+
+def gpu_types(outcomes: Iterable[Outcome]) -> list[str]:
+    """Each GPU type once, in the order of the runs: runs on different ones are never in one chart."""
+    return list(dict.fromkeys(outcome.gpu for outcome in outcomes))
+
+
+def lines(outcomes: Sequence[Outcome], gpu: str, figure: str) -> list[Line]:
+    """`figure` ("tps" or "loss") over the steps of the first MOST_LINES runs on `gpu` that logged any.
+
+    Step 1 has no throughput worth showing: it pays for start-up, and torchtitan divides its time wrongly.
+    """
+    found: list[Line] = []
+    for run, outcome in enumerate(outcomes):
+        points = [
+            (float(point.step), value if drawable(value := getattr(point, figure)) else math.nan)
+            for point in outcome.series
+            if figure != "tps" or point.step > 1
+        ]
+        if outcome.gpu == gpu and outcome.series and len(found) < MOST_LINES:
+            number = len(found) + 1
+            found.append(Line(run, number, outcome.run, outcome.complete, tuple(thin(points))))
+    return found
+
+
+def with_series(outcomes: Iterable[Outcome], gpu: str) -> int:
+    """How many runs on `gpu` logged steps, drawn or not."""
+    return sum(outcome.gpu == gpu and bool(outcome.series) for outcome in outcomes)
+
+
+def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """At most `most` points that look the same: of each stretch the first, lowest, highest, last, and one NaN."""
+    if len(points) <= most:
+        return list(points)
+    stretches = most // 5
+    kept: list[tuple[float, float]] = []
+    for index in range(stretches):
+        stretch = points[index * len(points) // stretches : (index + 1) * len(points) // stretches]
+        finite = [point for point in stretch if not math.isnan(point[1])]
+        chosen = {p for p in stretch if math.isnan(p[1])} and {next(p for p in stretch if math.isnan(p[1]))}
+        if finite:
+            chosen |= {finite[0], min(finite, key=_value), max(finite, key=_value), finite[-1]}
+        kept += sorted(chosen, key=lambda point: point[0])
+    return kept
+
+
+def _value(point: tuple[float, float]) -> float:
+    return point[1]
+
+
+def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str) -> list[Scaling]:
+    """The lines of the scaling chart of one GPU type: complete runs, like with like, then published rows.
+
+    No line where all of them have the same number of GPUs: there is no scaling to see.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[int, Outcome]]] = {}
+    for run, outcome in enumerate(outcomes):
+        if outcome.gpu == gpu and outcome.complete and outcome.tps and drawable(outcome.tps.median):
+            groups.setdefault(_alike(outcome), []).append((run, outcome))
+    labels = _labels([members[0][1] for members in groups.values()])
+    found = [
+        Scaling(
+            label, False, _ascending(Dot(o.gpus, o.tps.median, o.run, run) for run, o in members if o.tps)
+        )
+        for label, members in zip(labels, groups.values(), strict=True)
+    ]
+    rows: dict[str, dict[int, Outcome]] = {}
+    for row in sorted(published, key=lambda row: row.step or 0):  # of two steps of one run, the later stands
+        if row.gpu.casefold() == gpu.casefold() and row.tps and drawable(row.tps.median):
+            rows.setdefault(_published_label(row), {})[row.gpus] = row
+    for label, by_count in rows.items():
+        dots = (Dot(row.gpus, row.tps.median, row.run) for row in by_count.values() if row.tps)
+        found.append(Scaling(label, True, _ascending(dots)))
+    return found if len({dot.gpus for group in found for dot in group.dots}) > 1 else []
+
+
+def source_of(row: Outcome) -> str:
+    """Who published a row; its name has GPU, size and step behind that."""
+    return row.run.rpartition(" (")[0] or row.run
+
+
+def _published_label(row: Outcome) -> str:
+    parts = [f"published ({source_of(row)})", f"batch {row.local_batch_size}", row.precision]
+    return ", ".join([*filter(None, parts), *(["compiled"] if row.compile else [])])
+
+
+def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:
+    return tuple(sorted(dots, key=lambda dot: (dot.gpus, dot.run or 0)))
+
+
+def _alike(outcome: Outcome) -> tuple[Any, ...]:
+    """Equal for runs whose sizes may stand on one line: what a step does, in which environment, with what software."""
+    known = described(outcome)
+    own = sorted(key for key in outcome.settings if key.startswith(("env.", "titan.")))
+    accumulated = outcome.global_batch_size / max(1, outcome.local_batch_size * outcome.gpus)
+    return (
+        *(str(known.get(key)) for key in ALIKE),
+        *(f"{key}={outcome.settings[key]}" for key in own),
+        *(outcome.versions.get("torch"), outcome.versions.get("torchtitan")),
+        *(accumulated, outcome.gpus // max(1, outcome.nodes)),
+    )
+
+
+def _labels(firsts: Sequence[Outcome]) -> list[str]:
+    """A name for each group of like runs; what tells them apart is added only where it is needed."""
+
+    def name(outcome: Outcome, more: bool) -> str:
+        parts = [outcome.recipe, f"batch {outcome.local_batch_size}", outcome.precision]
+        parts += ["compiled"] if outcome.compile else []
+        parts += [f"{key} {outcome.versions.get(key, '?')}" for key in ("torch", "torchtitan") if more]
+        return ", ".join(parts)
+
+    short = [name(outcome, False) for outcome in firsts]
+    texts = [text if short.count(text) == 1 else name(o, True) for text, o in zip(short, firsts, strict=True)]
+    return [
+        text if texts.count(text) == 1 else f"{text} (settings {texts[: i + 1].count(text)})"
+        for i, text in enumerate(texts)
+    ]
+
+
+def heat(outcome: Outcome) -> Heat | None:
+    """None where fewer than two nodes have a figure: there is nothing to compare."""
+    known = [node for node in outcome.by_node if drawable(node.tps)]
+    if len(known) < 2:
+        return None
+    middle = median(node.tps or 0.0 for node in known)
+
+    def cell(node: NodeResult) -> NodeCell:
+        if node.tps is None or not drawable(node.tps):
+            return NodeCell(node.host, None, None)
+        return NodeCell(node.host, node.tps, 100 * (node.tps / middle - 1) if middle else None)
+
+    cells = [cell(node) for node in outcome.by_node]
+    by_rate = sorted((c for c in cells if c.tps is not None), key=lambda c: c.tps or 0.0)
+    silent = [c for c in cells if c.tps is None]
+    shown, others = cells, []
+    if len(cells) > MOST_NODES:
+        ranked = silent + by_rate
+        shown, others = ranked[:MOST_NODES], ranked[MOST_NODES:]
+    return Heat(middle, tuple(shown), by_rate[0], by_rate[-1], len(silent), tuple(others))
+
+
+def differences(outcomes: Sequence[Outcome]) -> Differences:
+    """Every setting and version, split by whether all runs say the same."""
+    columns = [_texts(outcome) for outcome in outcomes]
+    differing, shared = [], []
+    for key in dict.fromkeys(key for column in columns for key in column):
+        values = tuple(column.get(key) for column in columns)
+        first = values[0]
+        if first is not None and all(value == first for value in values):
+            shared.append((key, first))
+        else:
+            differing.append((key, values))
+    return Differences(tuple(differing), tuple(shared))
+
+
+def _texts(outcome: Outcome) -> dict[str, str]:
+    def text(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, (list, tuple)):
+            return ", ".join(map(str, value))
+        return str(value)
+
+    versions: Mapping[str, Any] = {f"version.{key}": value for key, value in outcome.versions.items()}
+    return {str(key): text(value) for key, value in {**outcome.settings, **versions}.items()}

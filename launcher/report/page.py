@@ -1,0 +1,261 @@
+"""One HTML page from runs: no server, no network, no file but itself. A pure function; nothing here reads a clock.
+
+All text passes through jinja2's escaping, and control characters are replaced before it. The page's own policy
+forbids every script and style but the two whose hashes it names, and everything from the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from launcher.output import plain
+from launcher.report import charts, svg
+from launcher.report.figures import Heat, NodeCell, differences, drawable, gpu_types, heat, source_of
+from launcher.results.outcome import Outcome, Startup
+from launcher.results.rows import mfu_text
+
+GENERATOR = "titan-launcher report"
+NEWEST_OPEN = 16  # runs whose node strips are unfolded
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: its text, the number it sorts by where that is not the text, and what stands below in small."""
+
+    text: str
+    value: float | None = None
+    more: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the runs' table; `run` is None for a published one."""
+
+    run: int | None
+    name: str
+    result: str  # "complete", "incomplete", "published"
+    why: str
+    notes: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+COLUMNS = (  # after "Run" and "Result"; True: numbers
+    ("Tokens/s per GPU", True), ("GPU", False), ("Nodes", True), ("GPUs", True), ("Batch", True),
+    ("Sequence", True), ("Precision", False), ("Loss", True), ("Memory", True), ("MFU", True), ("Recipe", False),
+    ("Date (UTC)", False), ("Cluster", False),
+)  # fmt: skip
+PHASES = (
+    ("queue_s", "Queue"),
+    ("container_s", "Container"),
+    ("check_s", "Node check"),
+    ("first_step_s", "First step"),
+)
+
+
+def page(
+    outcomes: Sequence[Outcome],
+    published: Sequence[Outcome],
+    *,
+    made: str,
+    version: str,
+    left_out: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The page as text, runs in the order given. `made` is when, for people; `left_out` are (run, why)."""
+    types = gpu_types(outcomes)
+    rows = [_row(run, outcome) for run, outcome in enumerate(outcomes)]
+    folded = {gpu.casefold() for gpu in types}
+    rows += [_row(None, row) for row in published if row.gpu.casefold() in folded]
+    style, script = _text("page.css"), _text("page.js")
+    return _template().render(
+        generator=GENERATOR,
+        made=made,
+        version=version,
+        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'",
+        style=Markup(style),
+        script=Markup(script),
+        outcomes=outcomes,
+        incomplete=sum(not outcome.complete for outcome in outcomes),
+        left_out=left_out,
+        columns=COLUMNS,
+        rows=rows,
+        by_gpu=[charts.of_gpu(outcomes, published, gpu, place) for place, gpu in enumerate(types)],
+        strips=[_strip(run, o, found) for run, o in enumerate(outcomes) if (found := heat(o))],
+        startups=_startups(outcomes),
+        phases=PHASES,
+        differences=differences(outcomes),
+    )
+
+
+def _row(run: int | None, outcome: Outcome) -> Row:
+    """A run's row, or with None a published one's: that says its step where a run has quartiles."""
+    tps = outcome.tps
+    spread = f"{tps.q1:,.0f} to {tps.q3:,.0f}" if tps and tps.count > 1 else ""
+    step = f"step {outcome.step}" if outcome.step is not None and not outcome.complete else ""
+    mfu = outcome.mfu_pct
+    percent, _, peak = mfu_text(mfu, outcome.peak_tflops).partition(" of ")
+    cells = (
+        _number(tps.median if tps else None, more=f"step {outcome.step}" if run is None else spread),
+        Cell(outcome.gpu),
+        _number(outcome.nodes),
+        _number(outcome.gpus),
+        _number(outcome.local_batch_size),
+        _number(outcome.seq_len or None),
+        Cell(outcome.precision + (", compiled" if outcome.compile else "")),
+        _number(outcome.loss, 4, more=step),
+        _number(outcome.memory_pct, 1, "%"),
+        Cell(percent, mfu, f"of {peak}" if outcome.peak_tflops else "peak unknown")
+        if drawable(mfu)
+        else Cell(""),
+        Cell(outcome.recipe),
+        Cell(outcome.date[:16].replace("T", " ")),
+        Cell(outcome.cluster),
+    )
+    if run is None:
+        return Row(None, source_of(outcome), "published", "", (), cells)
+    result = "complete" if outcome.complete else "incomplete"
+    why = "; ".join(outcome.problems) or ("" if outcome.complete else "no step after warm-up")
+    return Row(run, outcome.run, result, why, outcome.notes, cells)
+
+
+def _number(value: float | None, digits: int = 0, unit: str = "", more: str = "") -> Cell:
+    if value is None:
+        return Cell("")
+    if not drawable(value):  # NaN, infinite
+        return Cell(f"{value}".replace("nan", "NaN"), None, more)
+    return Cell(f"{value:,.{digits}f}{unit}", value, more)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A run's nodes: the sentence about them and the cells, each with its level 0 (slowest) to 6."""
+
+    run: int
+    name: str
+    complete: bool
+    opened: bool
+    summary: str
+    cells: tuple[tuple[NodeCell, str, str], ...]  # with its text and its class
+    rest: str
+
+
+def _strip(run: int, outcome: Outcome, found: Heat) -> Strip:
+    def at(cell: NodeCell) -> str:
+        return f"{cell.host} at {cell.tps:,.0f} ({percent(cell.percent)})"
+
+    summary = f"{len(outcome.by_node)} nodes, median {found.median:,.0f}, slowest {at(found.slowest)}, fastest {at(found.fastest)}"
+    if found.silent:
+        summary += f", {found.silent} without a figure"
+    rest = ""
+    if found.others:
+        low, high = percent(found.others[0].percent), percent(found.others[-1].percent)
+        rest = f"The {len(found.cells)} slowest nodes, slowest first. The other {len(found.others)} lie between {low} and {high}."
+    cells = tuple((cell, percent(cell.percent), f"h{_level(cell.percent)}") for cell in found.cells)
+    return Strip(run, outcome.run, outcome.complete, run < NEWEST_OPEN, summary, cells, rest)
+
+
+def percent(value: float | None) -> str:
+    """A difference: `+0.4%`, `-3.2%` with a minus sign, `0.0%`; `no data` for None."""
+    if value is None:
+        return "no data"
+    return f"{value:+.1f}%".replace("-", "−") if abs(value) >= 0.05 else "0.0%"
+
+
+def _level(value: float | None) -> str:
+    if value is None:
+        return "-none"
+    return str(sum(value > limit for limit in (-5, -2, -1, 1, 2, 5)))
+
+
+@dataclass(frozen=True)
+class Start:
+    run: int
+    name: str
+    complete: bool
+    numbers: tuple[Cell, ...]  # one per phase, then the sum
+    bar: Markup
+    cut: bool  # the queue's part is drawn shorter than it was
+
+
+def _startups(outcomes: Sequence[Outcome]) -> list[Start]:
+    """Bars share a scale. A queue of hours would leave nothing of the rest, so no bar's queue is longer than the
+    longest rest.
+    """
+    own = [_rest(outcome.startup) for outcome in outcomes]
+    longest = max(own, default=0.0) or max(
+        (_seconds_of(o.startup, "queue_s") or 0.0 for o in outcomes), default=0.0
+    )
+    scale = max(
+        (
+            min(_seconds_of(o.startup, "queue_s") or 0.0, longest) + rest
+            for o, rest in zip(outcomes, own, strict=True)
+        ),
+        default=0.0,
+    )
+    found = []
+    for run, outcome in enumerate(outcomes):
+        amounts = [_seconds_of(outcome.startup, name) for name, _ in PHASES]
+        if all(amount is None for amount in amounts):
+            continue
+        queue = amounts[0] or 0.0
+        parts = [
+            (name, min(amount or 0.0, longest)) for (name, _), amount in zip(PHASES, amounts, strict=True)
+        ]
+        cut = queue > longest
+        if cut:
+            parts[0] = ("queue_s cut", longest)
+        known = [amount for amount in amounts if amount is not None]
+        total = Cell(("" if len(known) == len(amounts) else "≥ ") + seconds(sum(known)), sum(known))
+        numbers = tuple(Cell("" if a is None else seconds(a), a) for a in amounts)
+        found.append(Start(run, outcome.run, outcome.complete, (*numbers, total), svg.bar(parts, scale), cut))
+    return found
+
+
+def _seconds_of(startup: Startup, name: str) -> float | None:
+    value: float | None = getattr(startup, name)
+    return max(0.0, value) if value is not None and drawable(value) else None
+
+
+def _rest(startup: Startup) -> float:
+    return sum(_seconds_of(startup, name) or 0.0 for name, _ in PHASES[1:])
+
+
+def seconds(value: float) -> str:
+    """A duration for people: `0.4 s`, `38 s`, `2 min 05 s`, `3 h 12 min`."""
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: plain(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(_text("page.html.j2"))

@@ -1,0 +1,240 @@
+"""Charts as SVG text: values in, markup out. Colours and fonts are classes of the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from launcher.output import plain
+
+WIDTH, HEIGHT = 520, 300
+LEFT, RIGHT, TOP, BOTTOM = 66, 44, 14, 46
+LABEL_GAP = 14  # between the numbers at the ends of lines
+COLOURS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One line and its dots. `points` with a NaN for y break the line; `css` names its classes.
+
+    `label` stands at its right end, moved where others are as near; `tip` is what a pointer that rests on it shows. `run`: hidden together with
+    that run's row.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    css: str
+    label: str = ""
+    tip: str = ""
+    joined: bool = True
+    dots: bool = False
+    run: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A scale from `low` to `high` with its ticks and their texts."""
+
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    name: str
+    logarithmic: bool = False
+
+    def share(self, value: float) -> float:
+        """Where `value` lies between the ends, 0 to 1."""
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def linear(values: Iterable[float], name: str, most: int = 5, whole: bool = False) -> Axis:
+    """An axis around the finite `values`, with at most about `most` ticks at 1, 2 or 5 times a power of ten.
+
+    It starts at 0 only where the values come near it: the differences between runs are a few percent.
+    """
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    least = max(max(abs(low), abs(high)) * 0.02 or 1.0, 1.0 if whole else 1e-9)
+    if high - low < least:
+        middle = (low + high) / 2
+        low, high = middle - least / 2, middle + least / 2
+    if 0 < low < 0.4 * high:
+        low = 0.0
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    step = max(step, 1.0) if whole else step
+    if not whole:  # the ends of steps are numbers of their own, rates are not
+        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return Axis(
+        low, high, tuple((i * step, tick_text(i * step, digits)) for i in range(first, last + 1)), name
+    )
+
+
+def tick_text(value: float, digits: int) -> str:
+    if abs(value) >= 1e7 or digits > 6:
+        return f"{value:.4g}"
+    return f"{value:,.{digits}f}"
+
+
+def counts(values: Iterable[int], name: str) -> Axis:
+    """A logarithmic axis whose ticks are the `values` themselves, without those too near to the one before."""
+    marks = sorted({value for value in values if value > 0}) or [1]
+    low, high = marks[0] / 1.15, marks[-1] * 1.15
+    axis = Axis(low, high, (), name, logarithmic=True)
+    width = WIDTH - LEFT - RIGHT
+    kept: list[int] = []
+    for mark in marks:
+        if not kept or (axis.share(mark) - axis.share(kept[-1])) * width >= 14 * (1 + len(str(mark)) / 2):
+            kept.append(mark)
+    return Axis(low, high, tuple((mark, f"{mark:,}") for mark in kept), name, logarithmic=True)
+
+
+def spread_out(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The positions, moved as little as a single pass can so that neighbours are `gap` apart within the ends."""
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    moved = list(positions)
+    floor = low
+    for index in order:
+        moved[index] = max(positions[index], floor)
+        floor = moved[index] + gap
+    ceiling = high
+    for index in reversed(order):
+        moved[index] = min(moved[index], ceiling)
+        ceiling = moved[index] - gap
+    return moved
+
+
+def chart(drawn: Sequence[Drawn], x: Axis, y: Axis, ident: str, title: str, about: str) -> Markup:
+    """A chart with axes, grid, lines and their numbers. `title` and `about` are what a screen reader says."""
+    parts = [
+        Markup(
+            '<svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t {}-d">'
+            '<title id="{}-t">{}</title><desc id="{}-d">{}</desc>'
+        ).format(WIDTH, HEIGHT, ident, ident, ident, plain(title), ident, plain(about)),
+        _axes(x, y),
+    ]
+    visible = [one for one in drawn if any(math.isfinite(value) for _, value in one.points)]
+    ends = [_end(one, x, y) for one in visible]
+    # Lines that reach the right edge share its margin; one that ends before it has its label right there.
+    sharing = [i for i, one in enumerate(visible) if one.label and ends[i][0] > WIDTH - RIGHT - 6]
+    places = spread_out([ends[i][1] for i in sharing], LABEL_GAP, TOP + 4, HEIGHT - BOTTOM)
+    place_of = dict(zip(sharing, places, strict=True))
+    for index, one in enumerate(visible):
+        parts.append(_line(one, x, y, _label(one, ends[index], place_of.get(index))))
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)
+
+
+def bar(parts: Sequence[tuple[str, float]], whole: float) -> Markup:
+    """A stacked bar of (class, amount), as wide as `whole`; its numbers stand in the table around it."""
+    rectangles, at = [], 0.0
+    for css, amount in parts:
+        width = 1000 * amount / whole if whole else 0.0
+        rectangles.append(
+            Markup('<rect class="{}" x="{:.1f}" y="0" width="{:.1f}" height="10"/>').format(css, at, width)
+        )
+        at += width
+    head = '<svg class="bar" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-hidden="true">'
+    return Markup(head) + Markup("").join(rectangles) + Markup("</svg>")
+
+
+def swatch(css: str, label: str) -> Markup:
+    """The sample of a line that stands before its name in a legend."""
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 34 14" aria-hidden="true"><path class="line {}" d="M1 7H{}"/>'
+        '<text class="mark {}" x="33" y="12" text-anchor="end">{}</text></svg>'
+    ).format(css, 18 if label else 33, css, label)
+
+
+def _x(axis: Axis, value: float) -> float:
+    return LEFT + axis.share(value) * (WIDTH - LEFT - RIGHT)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return HEIGHT - BOTTOM - axis.share(value) * (HEIGHT - TOP - BOTTOM)
+
+
+def _axes(x: Axis, y: Axis) -> Markup:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = [
+        Markup('<path class="grid" d="M{} {:.1f}H{}"/><text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
+            LEFT, _y(y, at), right, LEFT - 7, _y(y, at) + 4, text
+        )
+        for at, text in y.ticks
+    ]  # fmt: skip
+    parts += [
+        Markup(
+            '<path class="tick" d="M{:.1f} {}v5"/><text x="{:.1f}" y="{}" text-anchor="middle">{}</text>'
+        ).format(_x(x, at), bottom, _x(x, at), bottom + 19, text)
+        for at, text in x.ticks
+    ]
+    parts.append(Markup('<path class="tick" d="M{} {}H{}"/>').format(LEFT, bottom, right))
+    parts.append(
+        Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(
+            right, HEIGHT - 6, x.name
+        )
+    )
+    return Markup('<g class="axes">') + Markup("").join(parts) + Markup("</g>")
+
+
+def _end(one: Drawn, x: Axis, y: Axis) -> tuple[float, float]:
+    at, value = [point for point in one.points if math.isfinite(point[1])][-1]
+    return _x(x, at), _y(y, value)
+
+
+def _label(one: Drawn, end: tuple[float, float], moved_to: float | None) -> Markup:
+    if not one.label:
+        return Markup("")
+    text = Markup('<text class="mark {}" x="{:.1f}" y="{:.1f}">{}</text>')
+    if moved_to is None:
+        return text.format(one.css, end[0] + 6, end[1] - 5, one.label)
+    leader = Markup('<path class="leader {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(
+        one.css, end[0] + 4, end[1], end[0] + 17, moved_to
+    )
+    return leader + text.format(one.css, end[0] + 20, moved_to + 4, one.label)
+
+
+def _line(one: Drawn, x: Axis, y: Axis, label: Markup) -> Markup:
+    run = "" if one.run is None else Markup(' data-run="{}"').format(one.run)
+    parts = [Markup('<g class="{}"{}><title>{}</title>').format(one.css, run, plain(one.tip))]
+    stretches = _stretches(one.points)
+    if one.joined:
+        path = "".join(
+            "M" + "L".join(f"{_x(x, at):.1f} {_y(y, value):.1f}" for at, value in stretch)
+            for stretch in stretches
+            if len(stretch) > 1
+        )
+        parts.append(Markup('<path class="line {}" d="{}"/>').format(one.css, path))
+    for stretch in stretches:
+        if one.dots or len(stretch) == 1:  # a step between two NaNs has no line to be on
+            parts += [
+                Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(
+                    one.css, _x(x, at), _y(y, value)
+                )
+                for at, value in stretch
+            ]
+    for at, value in one.points:
+        if math.isnan(value):
+            parts.append(
+                Markup(
+                    '<path class="lost {}" d="M{:.1f} {}l7 7m0 -7l-7 7"><title>{}, step {:.0f}: not finite</title></path>'
+                ).format(one.css, _x(x, at) - 3.5, TOP, plain(one.tip), at)
+            )
+    return Markup("").join(parts) + label + Markup("</g>")
+
+
+def _stretches(points: Iterable[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The points between the breaks."""
+    found: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if math.isnan(point[1]):
+            found.append([])
+        else:
+            found[-1].append(point)
+    return [stretch for stretch in found if stretch]

@@ -1,0 +1,359 @@
+"""PASS, FAIL or CANNOT SAY: a run's result, measured by one that was published or accepted before. Pure functions.
+
+docs/accept.md has the rules in words; the numbers are here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import median
+from typing import Any
+
+from launcher.cluster.state import GOING, WAITING
+from launcher.errors import ExitStatus
+from launcher.results.compare import noise, same_version
+from launcher.results.outcome import NodeResult, Outcome
+from launcher.results.published import NEAR, PUBLISHED, Match, best_match, described
+from launcher.results.rows import NON_FINITE, json_values
+
+THRESHOLD = 0.95  # of the baseline's tokens/s
+MAX_SPREAD = 0.05  # a node's tokens/s below the median of the other nodes
+MIN_STEPS = 5  # logged steps after warm-up
+# Published runs of one recipe differ by 35% in their loss at step 100 (6.14 to 8.30): only more is a fault.
+LOSS_MARGIN = 1.35
+# A random start begins near ln(128256) = 11.8 and is at 9.9 after 10 steps, at 6.1 to 8.3 after 100.
+FALLS_BY, FALLS_AFTER = 0.10, 50  # share of the first logged loss, training steps
+LAST_LOSSES = 3  # logged steps whose median is the loss: a single step may be a spike
+# Ends that are the run's or its nodes' own doing. Of the others (cancelled, preempted) nothing can be said.
+OWN_FAULT = {
+    "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL",
+}  # fmt: skip
+
+
+class Word(StrEnum):
+    PASS = "PASS"
+    FAIL = "FAIL"
+    CANNOT_SAY = "CANNOT SAY"
+
+
+EXITS = {
+    Word.PASS: ExitStatus.OK,
+    Word.FAIL: ExitStatus.BELOW,
+    Word.CANNOT_SAY: ExitStatus.CANNOT_SAY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One thing that was looked at: what follows from it alone, and the numbers."""
+
+    word: Word
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """FAIL where any reason is, else CANNOT SAY where any is, else PASS. `share` is of the baseline's tokens/s."""
+
+    word: Word
+    reasons: tuple[Reason, ...]
+    notes: tuple[str, ...]
+    baseline: Outcome | None
+    share: float | None
+
+    @property
+    def exit(self) -> ExitStatus:
+        return EXITS[self.word]
+
+
+def judge(
+    outcome: Outcome | None,
+    rows: Sequence[Outcome],
+    *,
+    threshold: float = THRESHOLD,
+    max_spread: float = MAX_SPREAD,
+    losses: Sequence[Outcome] = (),
+    faults: Sequence[str] = (),
+    state: str = "",
+) -> Verdict:
+    """`rows`: what the run may be measured by; the one that matches best is taken. `losses`: results whose loss is a
+    reference beside theirs. `faults`: nodes that failed their check, why the job failed. `state`: the run's, needed
+    only where it has no outcome.
+    """
+    reasons = [Reason(Word.FAIL, fault) for fault in faults]
+    if outcome is None:
+        if not reasons:
+            reasons.append(_end(state, ("it has no result yet",)) or _cannot("it has no result"))
+        return _verdict(reasons, (), None, None)
+    if not_finite := _not_finite(outcome):
+        reasons.append(not_finite)
+    if end := _end(outcome.state, outcome.problems):
+        reasons.append(end)
+    elif not outcome.complete and not reasons:
+        reasons.append(
+            _cannot(
+                "; ".join(outcome.problems) or "no step after warm-up was logged, so nothing was measured"
+            )
+        )
+    if reasons:
+        return _verdict(reasons, outcome.notes, None, None)
+    match = best_match(outcome, rows)
+    speed, share = _speed(outcome, match, threshold)
+    steps = _steps(outcome)
+    # Too few steps say nothing for the run and nothing against it.
+    reasons = [*speed, steps, *_node_spread(outcome, max_spread)] if steps.word is Word.PASS else [steps]
+    reasons += _loss(outcome, [*([match.row] if match.row else []), *losses])
+    return _verdict(reasons, (*_notes(outcome, match, threshold, share), *outcome.notes), match.row, share)
+
+
+def _verdict(
+    reasons: Sequence[Reason], notes: tuple[str, ...], row: Outcome | None, share: float | None
+) -> Verdict:
+    words = {reason.word for reason in reasons}
+    word = next(word for word in (Word.FAIL, Word.CANNOT_SAY, Word.PASS) if word in words)
+    first = sorted(reasons, key=lambda reason: (Word.FAIL, Word.CANNOT_SAY, Word.PASS).index(reason.word))
+    return Verdict(word, tuple(first), notes, row, share)
+
+
+def _cannot(what: str) -> Reason:
+    return Reason(Word.CANNOT_SAY, what)
+
+
+def _end(state: str, problems: Sequence[str]) -> Reason | None:
+    """What the run's state alone says; None where it completed."""
+    said = "; ".join(problem for problem in problems if problem != state)
+    if state in OWN_FAULT:
+        return Reason(Word.FAIL, f"the run ended {state}" + (f": {said}" if said else ""))
+    if state in GOING | WAITING:
+        return _cannot(f"the run is still {state}")
+    if state and state != "COMPLETED":
+        return _cannot(f"the run ended {state}" + (f": {said}" if said else ""))
+    return None
+
+
+def _not_finite(outcome: Outcome) -> Reason | None:
+    """NaN or infinity in the loss or the gradient's norm, wherever it was logged."""
+    last = [("loss", outcome.step, outcome.loss), ("gradient norm", outcome.step, outcome.grad_norm)]
+    each = [("loss", p.step, p.loss) for p in outcome.series]
+    each += [("gradient norm", p.step, p.grad_norm) for p in outcome.series if p.grad_norm is not None]
+    for name, step, value in [*each, *last]:
+        if value is not None and not math.isfinite(value):
+            return Reason(Word.FAIL, f"{name}: {value:g} at step {step}")
+    return Reason(Word.FAIL, f"loss: {NON_FINITE}") if NON_FINITE in outcome.problems else None
+
+
+def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reason], float | None]:
+    row = match.row
+    if row is None:
+        return [_cannot(f"speed: {match.why_not}")], None
+    if not row.complete or row.tps is None or outcome.tps is None:
+        return [_cannot(f"the baseline {row.run} is not complete: {'; '.join(row.problems)}")], None
+    share = outcome.tps.median / row.tps.median
+    enough = share >= threshold
+    word = Word.PASS if enough else Word.FAIL
+    sign = "at least" if enough else "below"
+    what = (
+        f"speed: {outcome.tps.median:,.0f} tokens/s per GPU is {100 * share:.1f}% of {row.tps.median:,.0f}, "
+        f"{sign} the {100 * threshold:g}% asked for"
+    )
+    if match.factor > NEAR and enough == (outcome.gpus < row.gpus):
+        # More GPUs are a little slower each. So a fast run on more, and a slow one on fewer, are certain; not these.
+        word = Word.CANNOT_SAY
+        what += (
+            f"; but that is on {row.gpus} GPUs and this run had {outcome.gpus}, {match.factor:.1f} times "
+            f"{'fewer, where each should be faster' if enough else 'more, where each may be slower'}"
+        )
+    return [Reason(word, what)], share
+
+
+def _steps(outcome: Outcome) -> Reason:
+    logged = sum(1 for node in outcome.by_node if node.tps is not None) or 1
+    steps = outcome.tps.count // logged if outcome.tps else 0
+    if steps < MIN_STEPS:
+        return _cannot(
+            f"steps: {steps} logged after warm-up, {MIN_STEPS} are needed: more --steps, or a smaller recipe.log_freq"
+        )
+    return Reason(Word.PASS, f"steps: {steps} logged after warm-up, to step {outcome.step}")
+
+
+def _node_spread(outcome: Outcome, max_spread: float) -> list[Reason]:
+    """Every node against the median of the others; torchtitan's nodes wait for each other, so that one which is
+    slower by its own clock has more than a slow GPU: it started steps late or stood still in between.
+    """
+    known = [(node, node.tps) for node in outcome.by_node if node.tps is not None and math.isfinite(node.tps)]
+    if len(known) < 2:
+        return []
+    behind: list[tuple[float, NodeResult, float]] = []
+    ordered = sorted(tps for _, tps in known)
+    for node, tps in known:
+        others = _median_without(ordered, tps)
+        behind.append(((others - tps) / others if others > 0 else 0.0, node, others))
+    behind.sort(key=lambda found: found[0], reverse=True)
+    slow = [found for found in behind if found[0] > max_spread]
+    shown = slow[:10] or behind[:1]
+    each = ", ".join(
+        f"{node.host} {node.tps:,.0f} tokens/s, {100 * part:.1f}% below the others' {others:,.0f}"
+        for part, node, others in shown
+    )
+    more = f" and {len(slow) - 10} more" if len(slow) > 10 else ""
+    word = Word.FAIL if slow else Word.PASS
+    return [
+        Reason(
+            word, f"nodes: {'too slow:' if slow else 'slowest'} {each}{more} (limit {100 * max_spread:g}%)"
+        )
+    ]
+
+
+def _median_without(ordered: Sequence[float], value: float) -> float:
+    at = ordered.index(value)
+    rest = [*ordered[:at], *ordered[at + 1 :]]
+    return median(rest)
+
+
+def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
+    """Whether the loss fell, and whether it is where the same model's was at the same step."""
+    points = [point for point in outcome.series if math.isfinite(point.loss)]
+    if not points or len(points) < len(outcome.series):
+        return []  # none was logged; or not finite, which has been said
+    first, last = points[0].loss, median(point.loss for point in points[-LAST_LOSSES:])
+    step, fresh = points[-1].step, not outcome.settings.get("job.init_from")
+    limit = (
+        first * (1 - FALLS_BY) if fresh and step >= FALLS_AFTER else first * (1.0 if fresh else LOSS_MARGIN)
+    )
+    what = f"loss: {first:.2f} at step {points[0].step}, {last:.2f} at step {step} (median of the last {LAST_LOSSES})"
+    if last > limit:
+        return [Reason(Word.FAIL, f"{what}; it should be at most {limit:.2f} by then")]
+    known = [loss for row in references if (loss := _reference_loss(outcome, row, step)) is not None]
+    if not known:
+        return [Reason(Word.PASS, what)]
+    there = f"{min(known):.2f} to {max(known):.2f}" if min(known) < max(known) else f"{known[0]:.2f}"
+    if last > LOSS_MARGIN * max(known):
+        return [
+            Reason(
+                Word.FAIL,
+                f"{what}; at that step others had {there}, and more than {LOSS_MARGIN:g} times that is a fault",
+            )
+        ]
+    return [Reason(Word.PASS, f"{what}; others at that step: {there}")]
+
+
+def _reference_loss(outcome: Outcome, row: Outcome, step: int) -> float | None:
+    """The row's loss at the step, where both train the same model from the same kind of start."""
+    found, other = described(outcome), described(row)
+    same = ("recipe.model", "recipe.flavor", "recipe.seq_len", "recipe.dataset")
+    if any(found.get(key) != other.get(key) for key in same if key in other and key in found):
+        return None
+    if "recipe.flavor" not in other or (found.get("job.init_from") or "") != (
+        other.get("job.init_from") or ""
+    ):
+        return None
+    if row.step == step and row.loss is not None and math.isfinite(row.loss):
+        return row.loss
+    return next((p.loss for p in row.series if p.step == step and math.isfinite(p.loss)), None)
+
+
+def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None) -> tuple[str, ...]:
+    notes, row, settings = [], match.row, described(outcome)
+    if row is not None:
+        if match.factor > 1:
+            notes.append(
+                f"the nearest {'published ' if row.state == PUBLISHED else ''}result is of {_size(row)} "
+                f"({row.gpus} GPUs), this run had {_size(outcome)} ({outcome.gpus} GPUs)"
+            )
+        if row.state == PUBLISHED:
+            notes.append("one published value: how much it would differ in another run is not known")
+        of_row, mine = described(row).get("profile.gpus_per_node"), settings.get("profile.gpus_per_node")
+        if None not in (of_row, mine) and of_row != mine:
+            notes.append(f"{mine} GPUs a node, {of_row} in {row.run}")
+        for name in ("driver", "cuda"):
+            there, here = row.versions.get(name), outcome.versions.get(name)
+            if there and here and not same_version(there, here):
+                notes.append(f"{name} {here}, {there} in {row.run}")
+        if "recipe.activation_checkpoint" not in described(row):
+            notes.append(f"activation checkpointing of {row.run} is not known")
+        if outcome.run_dir and row.run_dir == outcome.run_dir:
+            notes.append("the baseline is this run itself")
+        if share is not None and row.tps and outcome.tps and share < threshold:
+            missing = threshold * row.tps.median - outcome.tps.median
+            of_nodes = sum(1 for node in outcome.by_node if node.tps is not None) or 1
+            if (size := noise(outcome.tps, of_nodes)) is not None and missing < size:
+                notes.append(
+                    f"{missing:,.0f} tokens/s are missing, less than this run's noise of {size:,.0f}: repeat it"
+                )
+    own = sorted(key for key in settings if key.startswith("titan."))
+    if own:
+        notes.append(f"settings beside the recipe's, which may change the speed: {', '.join(own)}")
+    if settings.get("recipe.checkpoint_interval"):
+        notes.append(f"checkpoints every {settings['recipe.checkpoint_interval']} steps, which take time")
+    return tuple(notes)
+
+
+def _size(outcome: Outcome) -> str:
+    return f"{outcome.nodes} node{'s' if outcome.nodes > 1 else ''}"
+
+
+def headline(name: str, outcome: Outcome | None, verdict: Verdict) -> str:
+    """`PASS  my-run: 17,930 tokens/s per GPU, 99.7% of the published 17,975 (GB200, 9 nodes)`"""
+    if outcome is None or outcome.tps is None or not outcome.complete:
+        return f"{verdict.word}  {name}: {verdict.reasons[0].what}"
+    text = f"{verdict.word}  {name}: {outcome.tps.median:,.0f} tokens/s per GPU"
+    row = verdict.baseline
+    if row is None or row.tps is None or verdict.share is None:
+        return f"{text} ({outcome.gpu}, {_size(outcome)})"
+    of = "the published " if row.state == PUBLISHED else f"{row.run}'s "
+    return f"{text}, {100 * verdict.share:.1f}% of {of}{row.tps.median:,.0f} ({row.gpu}, {_size(row)})"
+
+
+def as_dict(
+    name: str, outcome: Outcome | None, verdict: Verdict, inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The verdict as JSON values, with what it was reached from: what accept.json holds."""
+    row = verdict.baseline
+    figures: dict[str, Any] = {}
+    if outcome is not None:
+        figures = json_values(
+            {
+                "gpu": outcome.gpu,
+                "nodes": outcome.nodes,
+                "gpus": outcome.gpus,
+                "complete": outcome.complete,
+                "tps": outcome.tps.median if outcome.tps else None,
+                "tps_q1": outcome.tps.q1 if outcome.tps else None,
+                "tps_q3": outcome.tps.q3 if outcome.tps else None,
+                "slowest_node": outcome.slowest.host if outcome.slowest else None,
+                "slowest_tps": outcome.slowest.tps if outcome.slowest else None,
+                "step": outcome.step,
+                "loss": outcome.loss,
+                "mfu_pct": outcome.mfu_pct,
+                "peak_tflops": outcome.peak_tflops,
+                "versions": dict(outcome.versions),
+            }
+        )
+    return {
+        "schema": 1,
+        "run": name,
+        "verdict": str(verdict.word),
+        "exit_code": int(verdict.exit),
+        "headline": headline(name, outcome, verdict),
+        "share": verdict.share,
+        "reasons": [{"verdict": str(reason.word), "what": reason.what} for reason in verdict.reasons],
+        "notes": list(verdict.notes),
+        "figures": figures,
+        "baseline": None
+        if row is None
+        else json_values(
+            {
+                "run": row.run,
+                "published": row.state == PUBLISHED,
+                "gpu": row.gpu,
+                "nodes": row.nodes,
+                "gpus": row.gpus,
+                "step": row.step,
+                "tps": row.tps.median if row.tps else None,
+            }
+        ),
+        "inputs": dict(inputs),
+    }

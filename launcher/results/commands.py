@@ -1,0 +1,193 @@
+"""The command that prints and writes results."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.options import run_argument, runs_dir_option
+from launcher.output import as_json, plain, print_json, warn
+
+if TYPE_CHECKING:
+    from launcher.cluster.state import JobState
+    from launcher.results.outcome import Outcome
+    from launcher.runs import Run
+
+
+@click.command()
+@run_argument(required=False, several=True)
+@runs_dir_option
+@click.option("--all", "every", is_flag=True, help="Every run in the runs directory.")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]), default="text",
+    show_default=True, help="How; torchtitan: a file for its repository's benchmarks/ folder.",
+)  # fmt: skip
+@click.option(
+    "--update",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the table into a Markdown file, between its two marks.",
+)
+@click.option(
+    "--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan."
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write the submission there, under its name.",
+)
+@as_json
+def results(
+    names: tuple[str, ...], runs_dir: Path, every: bool, form: str, update: Path | None, entity: str,
+    output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print results (default: the newest run's), as the published table has them.
+
+    RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an object, and several are a list.
+
+    \b
+    launcher results
+    launcher results my-run --json
+    launcher results --all --format csv > results.csv
+    launcher results 'gb200-*' --update README.md
+    launcher results my-run --format torchtitan --entity my-team -o .
+    """
+    form = "json" if as_json else form
+    if output and form != "torchtitan":
+        raise click.UsageError("--output is for --format torchtitan; the others print, and > FILE keeps that")
+    if update and form not in ("text", "markdown"):
+        raise click.UsageError(f"--update writes Markdown, not {form}")
+    found = _runs(names, runs_dir, every)
+    several = every or len(names) > 1 or any(map(_is_pattern, names))
+    outcomes = _outcomes(found, several)
+    if update:
+        return _update(update, outcomes)
+    if form == "torchtitan":
+        return _submit(outcomes, entity, output)
+    from launcher.results import formats
+    from launcher.results.rows import as_dict
+
+    if form == "json":
+        values = [as_dict(outcome) for outcome in outcomes]
+        print_json(values if several else values[0])
+    elif form == "csv":
+        click.echo(formats.csv_text(outcomes), nl=False)
+    elif form == "markdown":
+        click.echo(formats.markdown(outcomes))
+    else:
+        click.echo(formats.table(outcomes) if several else formats.one_run(outcomes[0]))
+
+
+COMMANDS = (results,)
+
+
+def _is_pattern(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
+def _runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[Run]:
+    """The runs that are asked for, each once."""
+    from launcher import runs
+
+    if every and names:
+        raise click.UsageError("either RUN or --all")
+    if not names and not every:
+        return [runs.open_run("", runs_dir)]
+    found: dict[Path, Run] = {}
+    known = runs.all_runs(runs_dir) if every or any(map(_is_pattern, names)) else []
+    for name in ("*",) if every else names:
+        matching = [run for run in known if fnmatch.fnmatchcase(run.name, name)] if _is_pattern(name) else []
+        if not matching:
+            matching = [runs.open_run("" if every else name, runs_dir)]
+        found |= {run.path: run for run in matching}
+    return list(found.values())
+
+
+def _outcomes(found: Sequence[Run], several: bool) -> list[Outcome]:
+    """What there is to tell of the runs. Raises LauncherError where that is nothing; of several, warns."""
+    from launcher.results.read import outcome_of
+
+    outcomes, silent = [], []
+    for run, state in _states(found):
+        outcome = outcome_of(run, state)
+        if outcome is None or (not several and not outcome.series):
+            silent.append((run, state))
+        else:
+            outcomes.append(outcome)
+    if silent and outcomes:
+        shown = ", ".join(f"{run.name} ({state.name})" for run, state in silent[:3])
+        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+        warn(plain(f"nothing logged yet, or nothing known: {shown}{more}"))
+    if not outcomes:
+        from launcher.run_commands import reference
+
+        run, state = silent[0]
+        raise LauncherError(
+            f"{run.name} ({state.name}) has logged no step yet",
+            f"launcher watch {reference(run)}" if state.active else f"launcher logs {reference(run)}",
+            status=ExitStatus.NO_DATA,
+        )
+    return outcomes
+
+
+def _states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
+    """Each run with its state, for one question to Slurm per directory of runs: within one, names are unique."""
+    from launcher import control
+
+    by_place: dict[Path, list[Run]] = {}
+    for run in found:
+        by_place.setdefault(run.path.parent, []).append(run)
+    states = {place: control.states(runs) for place, runs in by_place.items()}
+    return [(run, states[run.path.parent][run.name]) for run in found]
+
+
+def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
+    from launcher.files import write_text
+    from launcher.results import formats
+
+    path = path.resolve()  # a link stays one
+    try:
+        old = path.read_bytes().decode("utf-8")
+        mode = path.stat().st_mode & 0o777
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 text (byte {error.start})"
+        raise LauncherError(
+            f"cannot read {path}: {why}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
+        ) from error
+    new = formats.with_table(old, formats.markdown(outcomes), path.name)
+    if new != old:
+        write_text(path, new, mode)
+    rows = f"{len(outcomes)} row{'s' if len(outcomes) > 1 else ''}"
+    click.echo(f"{click.format_filename(path)}: {rows}, {'written' if new != old else 'as it was'}")
+
+
+def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> None:
+    from launcher.files import filesystem_error, write_text
+    from launcher.results.submission import submissions
+
+    files = submissions(outcomes, entity)
+    for name, text in files.items():
+        if output is None:
+            click.echo(f"{name}:", err=True)
+            click.echo(text, nl=False)
+            continue
+        path = output / name
+        try:
+            if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+                raise LauncherError(
+                    f"{path} exists and says something else",
+                    f"mv '{path}' '{path}.old'",
+                    status=ExitStatus.EXISTS,
+                )
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise filesystem_error(path, error) from error
+        write_text(path, text)
+        click.echo(click.format_filename(path))

@@ -1,0 +1,266 @@
+"""Results as text for a terminal, Markdown and CSV: pure functions of Outcomes.
+
+A run that is not a whole result never shows bare figures: a table says what it lacks in their place or beside them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launcher.errors import LauncherError
+from launcher.output import plain
+from launcher.results.outcome import Outcome, Spread
+from launcher.results.rows import (
+    COLUMNS,
+    as_dict,
+    escape,
+    last_of,
+    last_step,
+    markdown_header,
+    markdown_row,
+    mfu_at_other_peaks,
+    mfu_text,
+    summary_line,
+)
+
+BEGIN, END = "<!-- titan-results -->", "<!-- /titan-results -->"
+_WIDTH = 100  # columns
+_NAMES = {"cuda": "CUDA", "nccl": "NCCL", "driver": "driver", "python": "Python"}
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def one_run(outcome: Outcome) -> str:
+    """A run's published row, its summary, and below them everything else that is known, a line each."""
+    lines = [markdown_header(), markdown_row(outcome), "", summary_line(outcome), ""]
+    for name, text in _details(outcome):
+        wrapped = textwrap.wrap(plain(text), _WIDTH - 14, break_long_words=False, break_on_hyphens=False)
+        lines += [f"  {name if n == 0 else '':<10}  {part}" for n, part in enumerate(wrapped)]
+    return "\n".join(lines)
+
+
+def _details(outcome: Outcome) -> list[tuple[str, str]]:
+    details = [("run", ", ".join(filter(None, (outcome.run, outcome.state, outcome.date, outcome.cluster))))]
+    details.append(("asked", _asked(outcome)))
+    for name, value, digits in (
+        ("tokens/s", outcome.tps, 0),
+        ("TFLOP/s", outcome.tflops, 2),
+        ("memory", outcome.memory_gib, 2),
+    ):
+        if value is not None:
+            details.append((name, _spread_text(value, digits, " GiB" if name == "memory" else " per GPU")))
+    if others := mfu_at_other_peaks(outcome):
+        at = ", ".join(mfu_text(mfu, peak).removesuffix(" TFLOP/s") for peak, mfu in others.items())
+        details.append(("MFU", f"{mfu_text(outcome.mfu_pct, outcome.peak_tflops)}; also {at}"))
+    if outcome.data_share is not None:
+        details.append(("data", f"{100 * outcome.data_share:.1f}% of a step is waiting for data"))
+    if startup := _startup_text(outcome):
+        details.append(("start-up", startup))
+    if (slowest := outcome.slowest) and slowest.tps is not None and outcome.tps is not None:
+        below = 100 * (1 - slowest.tps / outcome.tps.median) if outcome.tps.median else 0.0
+        text = f"{slowest.host}: {slowest.tps:,.0f} tokens/s per GPU, {below:.1f}% below the median"
+        details.append(("slowest", text))
+    if software := software_text(outcome):
+        details.append(("versions", software))
+    if image := outcome.versions.get("image"):
+        digest = outcome.versions.get("digest", "")
+        details.append(("image", f"{image} {f'sha256:{digest[:12]}' if digest else ''}".rstrip()))
+    details += [("predicted", text) for text in _predicted(outcome)]
+    details += [("problem", text) for text in outcome.problems]
+    details += [("note", text) for text in outcome.notes]
+    return details
+
+
+def _asked(outcome: Outcome) -> str:
+    per_node = outcome.gpus // outcome.nodes if outcome.nodes else 0
+    compiled = "compiled" if outcome.compile else "eager"
+    return (
+        f"{outcome.recipe}, {outcome.nodes} x {per_node} {outcome.gpu}, batch {outcome.local_batch_size} x "
+        f"{outcome.seq_len} tokens (global {outcome.global_batch_size}), {outcome.precision}, {compiled}"
+    )
+
+
+def _spread_text(value: Spread, digits: int, unit: str) -> str:
+    if value.count == 1:
+        return f"{value.median:,.{digits}f}{unit}, one value"
+    return (
+        f"{value.median:,.{digits}f}{unit}, quartiles {value.q1:,.{digits}f}..{value.q3:,.{digits}f}, "
+        f"all {value.low:,.{digits}f}..{value.high:,.{digits}f}, {value.count} values"
+    )
+
+
+def _startup_text(outcome: Outcome) -> str:
+    startup = outcome.startup
+    parts = (
+        ("queue", startup.queue_s), ("container", startup.container_s), ("node check", startup.check_s),
+        ("first step", startup.first_step_s),
+    )  # fmt: skip
+    known = [f"{name} {seconds:,.0f} s" for name, seconds in parts if seconds is not None]
+    unknown = [name for name, seconds in parts if seconds is None]
+    if not known:
+        return ""
+    return ", ".join(known) + (f" ({', '.join(unknown)} not known)" if unknown else "")
+
+
+def software_text(outcome: Outcome) -> str:
+    return ", ".join(
+        f"{_NAMES.get(name, name)} {version}"
+        for name, version in outcome.versions.items()
+        if name not in ("image", "digest")
+    )
+
+
+def _predicted(outcome: Outcome) -> list[str]:
+    """What `launcher plan` said before the run, each beside what came of it."""
+    reached = {
+        "tps": ("tokens/s per GPU", outcome.tps.median if outcome.tps else None, 0),
+        "memory_gib": ("GiB of memory", outcome.memory_gib.high if outcome.memory_gib else None, 1),
+    }
+    lines = []
+    for key, (unit, value, digits) in reached.items():
+        said = outcome.prediction.get(key)
+        if isinstance(said, bool) or not isinstance(said, (int, float)) or not 0 < said < 1e9:
+            continue
+        if value is None or not outcome.complete:
+            lines.append(f"{said:,.{digits}f} {unit}")
+        else:
+            lines.append(
+                f"{said:,.{digits}f} {unit}, reached {value:,.{digits}f} ({100 * (value / said - 1):+.1f}%)"
+            )
+    return lines
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Several runs, a line each, within 100 columns unless names need more than their share."""
+    rows: list[tuple[str, ...]] = [("run", "size", "batch", "tokens/s", "spread", "MFU", "of", "GiB", "loss")]
+    for outcome in outcomes:
+        size = f"{outcome.nodes} ({outcome.gpus} {outcome.gpu})"
+        head = (outcome.run, size, f"{outcome.local_batch_size} x {outcome.seq_len}")
+        rows.append((*head, *_figures(outcome)) if outcome.complete else (*head, _why(outcome)))
+    rows = [tuple(plain(cell) for cell in row) for row in rows]
+    widths = [
+        max(len(row[n]) for row in rows if len(row) == len(rows[0]) or n < 3) for n in range(len(rows[0]))
+    ]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2])]
+        if len(row) == len(rows[0]):
+            cells += [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+        else:
+            cells += row[3:]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _figures(outcome: Outcome) -> tuple[str, ...]:
+    last = last_of(outcome)
+    assert outcome.tps is not None and last is not None
+    around = 50 * (outcome.tps.q3 - outcome.tps.q1) / outcome.tps.median if outcome.tps.median else math.nan
+    mfu = "N/A" if outcome.mfu_pct is None else f"{outcome.mfu_pct:.2f}%"
+    peak = "?" if outcome.peak_tflops is None else f"{outcome.peak_tflops:.0f}"
+    memory = outcome.memory_gib.high if outcome.memory_gib else last.memory_gib
+    return (
+        f"{outcome.tps.median:,.0f}", f"±{around:.1f}%", mfu, peak if outcome.mfu_pct is not None else "", f"{memory:.2f}",
+        f"{last.loss:.4f}",
+    )  # fmt: skip
+
+
+def _why(outcome: Outcome) -> str:
+    return "; ".join(outcome.problems) or "no figures"
+
+
+def in_order(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """By GPU, recipe, size, batch and date: the same runs give the same table, whatever their order was."""
+    return sorted(
+        outcomes,
+        key=lambda o: (o.gpu, o.recipe, -o.nodes, o.local_batch_size, o.date, o.run, o.run_dir),
+    )
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """A Markdown table: the published four columns first, then the median, MFU with its denominator, and the run."""
+    more = ("Median tokens/s per GPU", "MFU", "Run")
+    lines = [f"|{'|'.join((*COLUMNS, *more))}|", f"|{'|'.join('---' for _ in (*COLUMNS, *more))}|"]
+    for outcome in in_order(outcomes):
+        if outcome.complete and outcome.tps is not None:
+            values = outcome.tps
+            median = f"{values.median:,.0f} ({values.q1:,.0f}..{values.q3:,.0f})"
+            mfu = mfu_text(outcome.mfu_pct, outcome.peak_tflops)
+        else:
+            median = mfu = "not a result"
+        about = "; ".join(filter(None, (outcome.date[:10], software_text(outcome))))
+        cells = (
+            escape(outcome.gpu),
+            f"{outcome.nodes} ({outcome.gpus} GPU)",
+            str(outcome.local_batch_size),
+            last_step(outcome) if last_of(outcome) else escape(_why(outcome)),
+            median,
+            mfu,
+            escape(outcome.run) + (f" ({escape(about)})" if about else ""),
+        )
+        lines.append(f"|{'|'.join(cells)}|")
+    return "\n".join(lines)
+
+
+def with_table(text: str, new_table: str, name: str) -> str:
+    """`text` with what stands between the two marks replaced by the table.
+
+    Raises LauncherError where there is not one mark of each, in their order; `name` is the file's, for the message.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise LauncherError(
+            f"{name}: it must have one line {BEGIN} and below it one line {END}; the table goes between them",
+            f"printf '\\n%s\\n%s\\n' '{BEGIN}' '{END}' >> {name}",
+        )
+    newline = "\r\n" if "\r\n" in text else "\n"
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    body = new_table.replace("\n", newline)
+    return f"{before}{BEGIN}{newline}{newline}{body}{newline}{newline}{END}{after}"
+
+
+def csv_text(outcomes: Sequence[Outcome]) -> str:
+    """One line a run with all figures, empty where unknown; text that a spreadsheet would run is led by a quote mark."""
+    rows = [_flat(outcome) for outcome in outcomes]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(rows[0] if rows else [])
+    writer.writerows([_cell(value) for value in row.values()] for row in rows)
+    return stream.getvalue()
+
+
+def _flat(outcome: Outcome) -> dict[str, Any]:
+    whole = as_dict(outcome)
+    flat: dict[str, Any] = {}
+    for key, value in whole.items():
+        if key in ("settings", "by_node", "versions", "mfu_pct_at", "prediction"):
+            continue
+        if key == "spread":
+            for figure, parts in value.items():
+                flat |= {
+                    f"{figure}_{name}": (parts or {}).get(name)
+                    for name in ("median", "q1", "q3", "low", "high", "count")
+                }
+        elif key == "startup":
+            flat |= value
+        else:
+            flat[key] = "; ".join(value) if isinstance(value, list) else value
+    others = whole["mfu_pct_at"]
+    flat["mfu_pct_at"] = "; ".join(f"{mfu} of {peak}" for peak, mfu in others.items())
+    versions: Mapping[str, str] = whole["versions"]
+    flat |= {name: versions.get(name) for name in ("torch", "torchtitan", *_NAMES, "image", "digest")}
+    flat["predicted_tps"] = whole["prediction"].get("tps")
+    return flat
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str):
+        return value if isinstance(value, (int, float)) else ""
+    value = plain(value)
+    return f"'{value}" if value.startswith(_FORMULA) else value

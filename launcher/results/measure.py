@@ -1,0 +1,161 @@
+"""From step records to figures: pure functions, no files and no clock. The one place where a median is computed.
+
+Step 1 and the steps up to the first regular log line are warm-up; the rest of every node's steps make a spread.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+from launcher.results.outcome import NodeResult, Point, Spread
+from launcher.titan.log import StepRecord
+
+SAME_STEP_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSteps:
+    """One node's records, each step once and in the order of steps."""
+
+    records: list[StepRecord]
+    restarts: frozenset[int]  # the steps that were the first to be logged after a restart
+    began: float | None  # when step 1 was first logged, in the log's own clock
+    is_finite: bool  # no NaN or infinity in any record, repeated ones included
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the logs of all nodes say. `last` and `series` are the leading node's: of those that got furthest and know
+    the loss, the first in the job's order.
+    """
+
+    last: StepRecord | None
+    series: tuple[Point, ...]
+    warm_steps: frozenset[int]  # the leading node's steps whose figures count
+    by_node: tuple[NodeResult, ...]  # those that logged a step
+    tps: Spread | None
+    tflops: Spread | None
+    memory_gib: Spread | None
+    began: dict[str, float]  # by node: when it first logged step 1, in its log's own clock
+    restarted: bool
+    is_finite: bool
+
+
+def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int) -> Measured:
+    """The figures of a run from each node's records in the order of its log; only one node's are held at a time."""
+    tps, tflops, memory = array("d"), array("d"), array("d")
+    lead: list[StepRecord] = []
+    warm_steps: frozenset[int] = frozenset()
+    by_node: list[NodeResult] = []
+    began: dict[str, float] = {}
+    restarted, is_finite = False, True
+    for host, records in logs:
+        node = deduplicate(records)
+        restarted |= bool(node.restarts)
+        is_finite &= node.is_finite
+        if not node.records:
+            continue
+        warm = [r for r in after_warmup(node.records, log_freq, node.restarts) if math.isfinite(r.tps)]
+        tps.extend(r.tps for r in warm)
+        tflops.extend(r.tflops for r in warm if r.tflops is not None and math.isfinite(r.tflops))
+        memory.extend(r.memory_gib for r in warm if math.isfinite(r.memory_gib))
+        by_node.append(
+            NodeResult(
+                host,
+                median(r.tps for r in warm) if warm else None,
+                tuple((r.step, r.tps) for r in node.records),
+            )
+        )
+        if node.began is not None:
+            began[host] = node.began
+        last = node.records[-1]
+        if not lead or (last.step, last.knows_loss) > (lead[-1].step, lead[-1].knows_loss):
+            lead, warm_steps = node.records, frozenset(r.step for r in warm)
+    return Measured(
+        last=lead[-1] if lead else None,
+        series=tuple(Point(r.step, r.loss, r.grad_norm, r.tps, r.memory_gib, r.tflops) for r in lead),
+        warm_steps=warm_steps,
+        by_node=tuple(by_node),
+        tps=spread(tps),
+        tflops=spread(tflops),
+        memory_gib=spread(memory),
+        began=began,
+        restarted=restarted,
+        is_finite=is_finite,
+    )
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Median, quartiles (interpolated between values, as numpy does) and ends; None of nothing."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], values[0], values[0], 1)
+    q1, _, q3 = quantiles(values, n=4, method="inclusive")
+    return Spread(median(values), q1, q3, min(values), max(values), len(values))
+
+
+def deduplicate(records: Iterable[StepRecord]) -> NodeSteps:
+    """One record per step. A restart goes back to a checkpoint and logs steps again: a step's last record counts.
+
+    Equal steps within two seconds are no restart but several ranks or nodes that share one log.
+    """
+    by_step: dict[int, StepRecord] = {}
+    again: set[int] = set()
+    began: float | None = None
+    is_finite = True
+    previous: StepRecord | None = None
+    for record in records:
+        if previous is not None and _went_back(previous, record):
+            again.add(record.step)
+        elif previous is None and record.step == 1:
+            began = record.time
+        is_finite &= _is_finite(record)
+        by_step[record.step] = record
+        previous = record
+    return NodeSteps([by_step[step] for step in sorted(by_step)], frozenset(again), began, is_finite)
+
+
+def after_warmup(
+    records: Sequence[StepRecord], log_freq: int, restarts: frozenset[int] = frozenset()
+) -> list[StepRecord]:
+    """The records whose tokens/s count, of one node's records without repetitions.
+
+    Step 1 never counts: it pays for start-up, and torchtitan divides its time wrongly. Where at least three
+    records remain, those up to step `log_freq` don't either, since caches, allocator and clocks still settle
+    there, nor does the first after a restart, for the same reasons.
+    """
+    rest = [record for record in records if record.step > 1]
+    if len(rest) < 3:
+        return rest
+    return [record for record in rest if record.step > log_freq and record.step not in restarts] or rest
+
+
+def logged_steps(steps: int, log_freq: int) -> int:
+    """How many steps torchtitan logs of so many: step 1 and the multiples of `log_freq`."""
+    return steps // log_freq + (log_freq > 1 and steps > 0)
+
+
+def last_logged(steps: int, log_freq: int) -> int:
+    """The last step that it logs; 0 where there is none."""
+    return steps // log_freq * log_freq or min(steps, 1)
+
+
+def _is_finite(record: StepRecord) -> bool:
+    return (
+        math.isfinite(record.loss)
+        and math.isfinite(record.tps)
+        and (record.grad_norm is None or math.isfinite(record.grad_norm))
+    )
+
+
+def _went_back(previous: StepRecord, record: StepRecord) -> bool:
+    if record.step != previous.step:
+        return record.step < previous.step
+    if record.time is None or previous.time is None:
+        return record.rank == previous.rank
+    return record.time - previous.time > SAME_STEP_SECONDS

@@ -1,0 +1,284 @@
+"""Published rows, and which of several results another one is measured by. Pure, but for reading the packaged file.
+
+A row becomes an Outcome as a run does, with one value where a run has a spread: whatever compares two runs compares
+a run with a row, too.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import LauncherError
+from launcher.files import data_dir
+from launcher.results.outcome import Outcome, Spread
+from launcher.results.rows import peak_of
+
+PUBLISHED, TABLE = "PUBLISHED", "TABLE"  # `state` of an Outcome made from a row: of our table, of somebody's
+NEAR = 2.0  # factor in the number of GPUs within which tokens/s per GPU are compared without more ado
+LONG = 100  # steps: rows of shorter runs come second
+_MOST = 10**9  # a count above it is damage, not a cluster
+_COUNTS = ("nodes", "gpus", "local_batch_size", "step", "seq_len")
+_NUMBERS = ("grad_norm", "memory_gib", "memory_pct", "tflops", "mfu_pct")
+_NEEDED = ("gpu", "nodes", "gpus", "local_batch_size", "step", "tps")
+# What changes the work of a step, with what it is called to people.
+ALIKE = {
+    "recipe.model": "model",
+    "recipe.flavor": "size of the model",
+    "recipe.seq_len": "sequence length",
+    "recipe.local_batch_size": "local batch size",
+    "recipe.param_dtype": "precision",
+    "recipe.quantize": "quantisation",
+    "recipe.compile": "compile",
+    "recipe.activation_checkpoint": "activation checkpointing",
+    "recipe.tensor_parallel": "tensor parallel degree",
+    "recipe.context_parallel": "context parallel degree",
+    "recipe.pipeline_parallel": "pipeline parallel degree",
+    "recipe.dp_replicate": "replicas of FSDP's shards",
+}
+# Without these nobody can say that two steps are the same work; the rest is passed over where a side does not know it.
+_MUST_BE_KNOWN = tuple(ALIKE)[:7]
+
+
+def published() -> list[Outcome]:
+    """The rows of slurm/reference-results.csv, which name their sources."""
+    path = data_dir("slurm") / "reference-results.csv"
+    return rows_of(path.read_text(encoding="utf-8"), str(path), PUBLISHED)
+
+
+def rows_of(text: str, where: str, state: str = TABLE) -> list[Outcome]:
+    """Every row of a CSV in the form of slurm/reference-results.csv; columns after `source` may be missing.
+
+    What `launcher results --format csv` writes is read, too: by its medians, without the runs that are not complete.
+
+    Raises LauncherError with file, line and column for anything that is not such a row: a formula is not a number.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
+        missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
+        if missing:
+            raise LauncherError(
+                f"{where}: not a table of results: no column {', '.join(missing)}",
+                "write it in the form of slurm/reference-results.csv, or as launcher results --format json",
+            )
+        rows = []
+        for row in reader:
+            if (row.get("complete") or "").strip().lower() != "false":
+                rows.append(_outcome(row, f"{where}:{reader.line_num}", state))
+    except csv.Error as error:
+        raise LauncherError(f"{where}: not a CSV file: {error}") from error
+    if not rows:
+        raise LauncherError(f"{where}: holds no result, or none that is complete")
+    return rows
+
+
+def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
+    """One row; `row` is what csv.DictReader makes of a line, None for a cell that is not there."""
+    cells = {
+        name: (value or "").strip() for name, value in row.items() if isinstance(value, (str, type(None)))
+    }
+    if median := cells.get("median_tps"):
+        cells["tps"] = median
+    if not cells["gpu"]:
+        raise LauncherError(f"{where}: column gpu is empty")
+    count = {name: _count(cells.get(name, ""), f"{where}: column {name}") for name in _COUNTS}
+    number = {name: _number(cells.get(name, ""), f"{where}: column {name}") for name in _NUMBERS}
+    loss = _number(cells.get("loss", ""), f"{where}: column loss")
+    tps = _number(cells["tps"], f"{where}: column tps")
+    if tps is None or tps <= 0:
+        raise LauncherError(f"{where}: column tps: {cells['tps'][:40]!r} is no speed")
+    for name in _NEEDED[1:-1]:
+        if not count[name]:
+            raise LauncherError(f"{where}: column {name} is empty or 0")
+    nodes, gpus, batch, step = (count[name] or 0 for name in _NEEDED[1:-1])
+    if gpus % nodes:
+        raise LauncherError(f"{where}: {gpus} GPUs on {nodes} nodes: not the same number on each")
+    precision, quantize = _precision(cells.get("precision", ""))
+    compiled = cells.get("compile", "").lower()
+    if compiled not in ("", "true", "false"):
+        raise LauncherError(f"{where}: column compile: {compiled[:40]!r} is neither true nor false")
+    settings: dict[str, Any] = {
+        "profile.gpu": cells["gpu"],
+        "profile.gpus_per_node": gpus // nodes,
+        "job.nodes": nodes,
+        "recipe.local_batch_size": batch,
+        "recipe.model": cells.get("model", ""),
+        "recipe.flavor": cells.get("flavor", ""),
+        "recipe.seq_len": count["seq_len"],
+        "recipe.param_dtype": precision,
+        "recipe.quantize": quantize,
+        "recipe.compile": compiled == "true" if compiled else None,
+        "recipe.activation_checkpoint": cells.get("activation_checkpoint", ""),
+    }
+    if settings["recipe.flavor"]:  # FSDP over all ranks is what a row of this table means
+        settings |= {key: 1 for key in ALIKE if key.endswith("_parallel") or key == "recipe.dp_replicate"}
+    return Outcome(
+        run=cells.get("run")
+        or f"{cells.get('source') or 'a row'} ({cells['gpu']}, {gpus} GPUs, step {step})",
+        run_dir="",
+        state=state,
+        date="",
+        cluster="",
+        gpu=cells["gpu"],
+        nodes=nodes,
+        gpus=gpus,
+        recipe="",
+        local_batch_size=batch,
+        global_batch_size=batch * gpus,
+        seq_len=count["seq_len"] or 0,
+        precision=cells.get("precision", ""),
+        compile=compiled == "true",
+        steps=step,
+        step=step,
+        loss=loss,
+        grad_norm=number["grad_norm"],
+        memory_pct=number["memory_pct"],
+        tps=_one(tps),
+        tflops=_one(number["tflops"]),
+        memory_gib=_one(number["memory_gib"]),
+        mfu_pct=number["mfu_pct"],
+        peak_tflops=peak_of(number["tflops"], number["mfu_pct"]),
+        data_share=None,
+        versions={name: cells[name] for name in ("driver", "cuda") if cells.get(name)},
+        settings={key: value for key, value in settings.items() if value not in ("", None)},
+    )
+
+
+def _one(value: float | None) -> Spread | None:
+    return None if value is None else Spread(value, value, value, value, value, 1)
+
+
+def _precision(text: str) -> tuple[str, str]:
+    """`bfloat16 + float8` as the recipe says it; ("", "") where it is not said."""
+    dtype, plus, quantized = (part.strip() for part in text.partition("+"))
+    return dtype, (quantized if plus else "none") if dtype else ""
+
+
+def _number(text: str, where: str) -> float | None:
+    """None for an empty cell; thousands' commas are read. Raises LauncherError for NaN, infinity and anything else."""
+    if not text:
+        return None
+    try:
+        value = float(text.replace(",", "").replace("_", "?"))  # Python would read 1_000
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise LauncherError(f"{where}: {text[:40]!r} is not a number that a result can have")
+    return value
+
+
+def _count(text: str, where: str) -> int | None:
+    value = _number(text, where)
+    if value is not None and (value != int(value) or value > _MOST):
+        raise LauncherError(f"{where}: {text[:40]!r} is not a whole number, or too large")
+    return None if value is None else int(value)
+
+
+def is_row(outcome: Outcome) -> bool:
+    """Whether it was one value in a table, and not a run."""
+    return outcome.state in (PUBLISHED, TABLE)
+
+
+def same_gpu(a: str, b: str) -> bool:
+    """GB200 is not B200, and H200 is not H100: a longer name that contains the other is another GPU."""
+    return a.strip().casefold() == b.strip().casefold()
+
+
+def described(outcome: Outcome) -> dict[str, Any]:
+    """Its settings; where its fields speak of the same keys they count, as they are what is shown."""
+    precision, quantize = _precision(outcome.precision)
+    of_fields = {
+        "profile.gpu": outcome.gpu,
+        "job.nodes": outcome.nodes,
+        "recipe.local_batch_size": outcome.local_batch_size,
+        "recipe.seq_len": outcome.seq_len,
+        "recipe.param_dtype": precision,
+        "recipe.quantize": quantize,
+    }
+    if not is_row(outcome):  # a row that does not say has False there, too
+        of_fields["recipe.compile"] = outcome.compile
+    known = {key: value for key, value in of_fields.items() if value not in ("", 0, None) or value is False}
+    return dict(outcome.settings) | known
+
+
+def unlike(a: Outcome, b: Outcome) -> list[str]:
+    """Why the work of a step differs between the two, one clause per setting; empty for like with like."""
+    found, other = described(a), described(b)
+    reasons = [
+        f"{word} {say(found[key])}, not {say(other[key])}"
+        for key, word in ALIKE.items()
+        if key in found and key in other and found[key] != other[key]
+    ]
+    for side, known in ((a, found), (b, other)):
+        if lost := [ALIKE[key] for key in _MUST_BE_KNOWN if key not in known]:
+            reasons.append(f"{side.run} does not say its {', '.join(lost)}")
+    parts = [_accumulation(side) for side in (a, b)]
+    if None not in parts and parts[0] != parts[1]:
+        reasons.append(f"{say(parts[0])} batches a step and GPU, not {say(parts[1])}")
+    return reasons
+
+
+def _accumulation(outcome: Outcome) -> float | None:
+    """Sequences per step and GPU in units of the local batch size: 1 without gradient accumulation."""
+    at_once = outcome.gpus * outcome.local_batch_size
+    return outcome.global_batch_size / at_once if at_once > 0 and outcome.global_batch_size > 0 else None
+
+
+def say(value: object) -> str:
+    """A setting's value for people: `true`, `5`, `"a, b"`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) or '""'
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a result is measured by, or why there is nothing."""
+
+    row: Outcome | None
+    why_not: str = ""
+    factor: float = 1.0  # the larger number of GPUs through the smaller
+
+
+def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
+    """The row of the same GPU and settings; of several a long run's, then the nearest number of GPUs.
+
+    Near is meant as a ratio: 36 GPUs are nearer to 68 than to 12. Of two as near, the larger; then the first.
+    """
+    same = [row for row in rows if same_gpu(outcome.gpu, row.gpu)]
+    if not same:
+        known = ", ".join(sorted({row.gpu for row in rows})) or "nothing"
+        return Match(None, f"there is no result of a {outcome.gpu} to measure it by, only of {known}")
+    row = min(same, key=lambda row: _distance(outcome, row))
+    if reasons := unlike(outcome, row):
+        return Match(None, f"not like with like, against {row.run}: {'; '.join(reasons)}")
+    return Match(row, factor=factor_between(outcome, row))
+
+
+def nearest(outcome: Outcome, rows: Sequence[Outcome]) -> Outcome | None:
+    """The row to show beside it: of the same GPU, with the fewest settings that differ; None where no GPU is the same."""
+    same = [row for row in rows if same_gpu(outcome.gpu, row.gpu)]
+    return min(same, key=lambda row: _distance(outcome, row), default=None)
+
+
+def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, float, int]:
+    # Rounded, so that 8 GPUs are exactly as far from 4 as from 16.
+    return (
+        len(unlike(outcome, row)),
+        (row.step or 0) < LONG <= outcome.steps,
+        round(math.log(factor_between(outcome, row)), 9),
+        -row.gpus,
+    )
+
+
+def factor_between(a: Outcome, b: Outcome) -> float:
+    few, many = sorted((a.gpus, b.gpus))
+    return many / few if few > 0 else math.inf

@@ -1,0 +1,366 @@
+"""A run directory as an Outcome. Whatever was edited, half copied, or is another user's becomes a problem or a gap,
+never a figure that looks whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from launcher.cluster.state import JobState
+from launcher.errors import LauncherError
+from launcher.files import read_json
+from launcher.follow import node_logs
+from launcher.results import measure
+from launcher.results.outcome import Outcome, Startup
+from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, peak_of, short_of
+from launcher.results.settings import count, settings_of, words
+from launcher.results.tensorboard import scalars
+from launcher.runs import Run
+from launcher.titan.log import LogReader, StepRecord
+
+VERSIONS = ("torch", "torchtitan", "cuda", "nccl", "driver", "python")
+_MIXED = ("gpu", "driver", "torch", "torchtitan", "cuda", "nccl")
+_RECORD = re.compile(r"([0-9]{4,})-.+\.json")
+_GPU_LABELS = ("A100", "B200", "B300", "GB200", "GB300", "H100", "H200")
+_LONGEST_QUEUE_S = 90 * 86400.0
+_LONGEST_START_S = 86400.0
+_CLOCKS_S = 2.0  # so far apart, rounding included, are moments that really are the same
+_SHARE, _STEP_TIME = "time_metrics/data_loading(%)", "time_metrics/end_to_end(s)"
+
+
+def outcome_of(run: Run, state: JobState) -> Outcome | None:
+    """What the run was and what it reached.
+
+    None where the run directory does not say what was asked for, and where a run that is still going has logged
+    nothing yet. Files that cannot be read are named in `problems`; nothing is raised for them.
+    """
+    settings, differ = settings_of(run)
+    nodes, gpus_per_node = count(settings, "job.nodes"), count(settings, "profile.gpus_per_node")
+    steps, batch = count(settings, "recipe.steps"), count(settings, "recipe.local_batch_size")
+    log_freq = count(settings, "recipe.log_freq", 1)
+    if None in (nodes, gpus_per_node, steps, batch, log_freq):
+        return None
+    assert nodes is not None and gpus_per_node is not None and steps is not None and batch is not None
+    log_freq = max(1, log_freq or 1)
+    unreadable: list[str] = []
+    found = measure.measure(_records(run.logs, unreadable), log_freq)
+    if found.last is None and state.active:
+        return None
+    records = _node_records(run.path / "nodes", unreadable)
+    gpus, last = nodes * gpus_per_node, found.last
+    gpu = words(settings, "profile.gpu", "?")
+    problems = [
+        *unreadable,
+        *_of_state(state),
+        *_of_steps(found, steps, log_freq),
+        *_of_nodes(found, nodes),
+        *([] if found.is_finite else [NON_FINITE]),
+        *([RESTARTED] if found.restarted else []),
+        *_of_hardware(records, gpu),
+        *_of_files(differ),
+    ]
+    intent = run.intent or {}
+    image = words(settings, "job.image")
+    return Outcome(
+        run=run.name,
+        run_dir=str(run.path),
+        state=state.name,
+        date=_date(intent.get("at")),
+        cluster=_cluster(intent, records),
+        gpu=gpu,
+        nodes=nodes,
+        gpus=gpus,
+        recipe=_stem(words(settings, "job.recipe", "?")),
+        local_batch_size=batch,
+        global_batch_size=_global_batch(settings, gpus, batch),
+        seq_len=count(settings, "recipe.seq_len") or 0,
+        precision=_precision(settings),
+        compile=settings.get("recipe.compile") is True,
+        steps=steps,
+        step=last.step if last else None,
+        loss=last.loss if last else None,
+        grad_norm=last.grad_norm if last else None,
+        memory_pct=last.memory_pct if last else None,
+        tps=found.tps,
+        tflops=found.tflops,
+        memory_gib=found.memory_gib,
+        mfu_pct=last.mfu_pct if last else None,
+        peak_tflops=peak_of(last.tflops, last.mfu_pct) if last else None,
+        data_share=_data_share(run.path / "titan" / "tb", found.warm_steps),
+        startup=_startup(run, records, nodes, found.began),
+        series=found.series,
+        by_node=found.by_node,
+        problems=tuple(problems),
+        notes=_notes(found, records, nodes, steps, log_freq),
+        versions=_versions(records, image, intent),
+        settings=settings,
+        prediction=read_json(run.path / "plan.json") or {},
+    )
+
+
+def _records(log_dir: Path, unreadable: list[str]) -> Iterator[tuple[str, Iterator[StepRecord]]]:
+    try:
+        logs = node_logs(log_dir)
+    except LauncherError as error:
+        unreadable.append(error.what)
+        return
+    for name, path in logs.items():
+        yield name, _readable(path, unreadable)
+
+
+def _readable(path: Path, unreadable: list[str]) -> Iterator[StepRecord]:
+    try:
+        yield from LogReader(path).read()
+    except OSError as error:
+        unreadable.append(f"cannot read {path}: {error.strerror}")
+
+
+def _node_records(folder: Path, unreadable: list[str]) -> dict[str, dict[str, Any]]:
+    """What the nodes wrote of themselves, by host, in the job's order. Older runs, and local ones cut short, lack it."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if _RECORD.fullmatch(entry.name))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        unreadable.append(f"cannot read {folder}: {error.strerror}")
+        return {}
+    found = {}
+    for name in names:
+        if (record := read_json(folder / name)) is None:
+            unreadable.append(f"cannot read nodes/{name}, or it is damaged")
+        else:
+            found[name.partition("-")[2].removesuffix(".json")] = record
+    return found
+
+
+# --- what makes it less than a result -----------------------------------------------------------------------
+
+
+def _of_state(state: JobState) -> list[str]:
+    if state.name == "COMPLETED":
+        return []
+    reason = f" ({state.reason})" if state.reason else ""
+    if state.active:
+        return [f"still {state.name}"]
+    return [f"{state.name}{reason}" if state.known else f"its end is {state.name}{reason}"]
+
+
+def _of_steps(found: measure.Measured, steps: int, log_freq: int) -> list[str]:
+    step = found.last.step if found.last else None
+    if step is None or step < measure.last_logged(steps, log_freq) or step > steps:
+        return [short_of(step, steps)]
+    problems = []
+    missing = measure.logged_steps(step, log_freq) - len(found.series)
+    if missing > 0:
+        problems.append(f"{missing} logged step{'s' if missing > 1 else ''} missing")
+    if found.tps is None:
+        problems.append(NO_STEP_COUNTS)
+    return problems
+
+
+def _of_nodes(found: measure.Measured, nodes: int) -> list[str]:
+    logged = len(found.by_node)
+    return (
+        [
+            f"only {logged} of {nodes} nodes logged"
+            if logged < nodes
+            else f"{logged} nodes logged, asked for {nodes}"
+        ]
+        if logged and logged != nodes
+        else []
+    )
+
+
+def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str]:
+    """Nodes that differ in what decides a figure, GPUs that are not the profile's, nodes that failed their check."""
+    problems = []
+    for key in _MIXED:
+        hosts: dict[str, list[str]] = {}
+        for host, record in records.items():
+            if isinstance(value := record.get(key), str) and record.get("ok") is not False:
+                hosts.setdefault(value, []).append(host)
+        if len(hosts) > 1:
+            kinds = (f"{value or 'none'} ({_some(names)})" for value, names in hosts.items())
+            problems.append(f"mixed {key}: {', '.join(kinds)}")
+    for host, record in records.items():
+        names = record.get("gpu_names")
+        kinds_here = {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+        if len(kinds_here) > 1:
+            problems.append(f"mixed gpu in {host}: {', '.join(sorted(kinds_here))}")
+        others = {
+            label
+            for label in _GPU_LABELS
+            if label != gpu and re.search(rf"\b{label}\b", str(record.get("gpu")))
+        }
+        if gpu in _GPU_LABELS and others:
+            problems.append(f"the profile says {gpu}, {host} has {record.get('gpu')}")
+        if record.get("ok") is False:
+            problems.append(f"{host} failed its check")
+    return problems
+
+
+def _of_files(differ: Sequence[str]) -> list[str]:
+    return [f"edited: run.toml and job/node.json differ in {_some(differ)}"] if differ else []
+
+
+def _notes(
+    found: measure.Measured, records: Mapping[str, Any], nodes: int, steps: int, log_freq: int
+) -> tuple[str, ...]:
+    notes = []
+    most = max((len(node.steps) for node in found.by_node), default=0)
+    if fewer := [node.host for node in found.by_node if len(node.steps) < most]:
+        notes.append(f"fewer logged steps than on other nodes: {_some(fewer)}")
+    if len(records) < nodes:
+        notes.append(f"{len(records) or 'none'} of {nodes} nodes left a record of their versions")
+    return tuple(notes)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# --- figures beside the logs' ------------------------------------------------------------------------------
+
+
+def _data_share(folder: Path, warm_steps: frozenset[int]) -> float | None:
+    """Of the time of the steps that count, the part that was spent waiting for data; None where nobody wrote it."""
+    found = scalars(folder, (_SHARE, _STEP_TIME))
+    share, seconds = found[_SHARE], found[_STEP_TIME]
+    both = [(share[step], seconds[step]) for step in warm_steps & share.keys() & seconds.keys()]
+    if any(not 0 <= part <= 100.001 or not 0 < time < math.inf for part, time in both) or not both:
+        return None
+    return min(1.0, sum(part * time for part, time in both) / 100 / sum(time for _, time in both))
+
+
+def _startup(
+    run: Run, records: Mapping[str, Mapping[str, Any]], nodes: int, began: Mapping[str, float]
+) -> Startup:
+    """Where the time before the first step went. Clocks of several machines are compared: what is negative by more
+    than their likely difference, or absurdly long, is not told.
+    """
+    submitted, script = _moment((run.intent or {}).get("at")), _script_began(run)
+    whole = len(records) == nodes
+    starts = [_moment(record.get("time")) for record in records.values()]
+    checks = [_seconds(record.get("check_s")) for record in records.values()]
+    in_container = max(filter(None, starts), default=None) if whole and None not in starts else None
+    check = max(filter(None, checks), default=0.0) if whole and checks and None not in checks else None
+    checked = max(
+        (a + b for a, b in zip(starts, checks, strict=True) if a is not None and b is not None), default=None
+    )
+    first = []
+    for host, moment in began.items():
+        offset = _number((records.get(host) or {}).get("utc_offset_s"))
+        if offset is not None and abs(offset) <= 86400:
+            first.append(moment - offset)
+    return Startup(
+        queue_s=_between(submitted, script, _LONGEST_QUEUE_S),
+        container_s=_between(script, in_container, _LONGEST_START_S),
+        check_s=check,
+        first_step_s=_between(
+            checked if check is not None else None, min(first, default=None), _LONGEST_START_S
+        ),
+    )
+
+
+def _script_began(run: Run) -> float | None:
+    if began := _moment((run.end or {}).get("began_at")):
+        return began
+    if run.end is not None or run.is_copy:  # copying changes the times of files
+        return None
+    with contextlib.suppress(OSError):
+        return (run.path / "claim" / "job_id").stat().st_mtime
+    return None
+
+
+def _between(start: float | None, end: float | None, longest: float) -> float | None:
+    if start is None or end is None or not -_CLOCKS_S <= end - start <= longest:
+        return None
+    return max(0.0, end - start)
+
+
+def _number(value: object) -> float | None:
+    """A finite number that is not absurd; Python refuses to turn the longest integers into one."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+    return float(value) if good else None  # type: ignore[arg-type]
+
+
+def _moment(value: object) -> float | None:
+    """Seconds since 1970 that can be a time of this launcher's: from 2017 to 2103."""
+    number = _number(value)
+    return number if number is not None and 1.5e9 < number < 4.2e9 else None
+
+
+def _seconds(value: object) -> float | None:
+    number = _number(value)
+    return number if number is not None and 0 <= number < _LONGEST_START_S else None
+
+
+def _date(at: object) -> str:
+    moment = _moment(at)
+    return "" if moment is None else datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _cluster(intent: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
+    if intent.get("scheduler") == "local":
+        return "local"
+    named = (source.get("cluster") for source in (intent, *records.values()))
+    return next((name for name in named if isinstance(name, str) and name), "")
+
+
+def _versions(
+    records: Mapping[str, Mapping[str, Any]], image: str, intent: Mapping[str, Any]
+) -> dict[str, str]:
+    found = {}
+    for key in VERSIONS:
+        values = (record.get(key) for record in records.values())
+        if value := next((value for value in values if isinstance(value, str) and value), ""):
+            found[key] = value
+    if image:
+        found["image"] = Path(image).name
+        recorded = intent.get("image_sha256")
+        if digest := recorded if isinstance(recorded, str) else _digest(image, _moment(intent.get("at"))):
+            found["digest"] = digest
+    return found
+
+
+@lru_cache(maxsize=64)
+def _digest(image: str, submitted: float | None) -> str:
+    """The image's checksum as the file beside it says; "" where there is none or the image is newer than the run."""
+    from launcher.image.squashfs_file import read_sidecar, superblock
+
+    path = Path(image)
+    try:
+        if submitted is None or path.stat().st_mtime > submitted:
+            return ""
+        squashfs = (read_sidecar(path, superblock(path)) or {}).get("squashfs", {})
+    except (OSError, ValueError, LauncherError):
+        return ""
+    digest = squashfs.get("sha256")
+    return digest if isinstance(digest, str) else ""
+
+
+def _global_batch(settings: dict[str, Any], gpus: int, batch: int) -> int:
+    if asked := count(settings, "recipe.global_batch_size"):
+        return asked
+    other = math.prod(
+        count(settings, f"recipe.{name}_parallel") or 1 for name in ("tensor", "context", "pipeline")
+    )
+    return batch * gpus // other
+
+
+def _precision(settings: dict[str, Any]) -> str:
+    quantize = words(settings, "recipe.quantize", "none")
+    param = words(settings, "recipe.param_dtype", "?")
+    return param if quantize == "none" else f"{param} + {quantize}"
+
+
+def _stem(recipe: str) -> str:
+    return Path(recipe).stem if "/" in recipe or recipe.endswith(".toml") else recipe

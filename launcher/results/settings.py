@@ -1,0 +1,78 @@
+"""What was asked of a run, from its directory: `run.toml` and `job/node.json`, either of which may be damaged."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from launcher.runs import Run
+
+_MOST = 10**9  # steps, nodes, sequences: more is damage, and Python refuses to print what is far longer
+_SECTIONS = ("job", "profile", "recipe", "env", "titan")
+
+
+def settings_of(run: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Every setting by its dotted key, without the run's own name, and the keys in which the two files differ.
+
+    The job reads `job/node.json`, so that one counts; `run.toml` knows more. Of an older launcher's, whatever is
+    there is taken, known or not.
+    """
+    written, told = _run_toml(run.path / "run.toml"), _node_json(run.spec)
+    differ = tuple(sorted(key for key in told.keys() & written.keys() if not _same(told[key], written[key])))
+    return {**written, **told}, differ
+
+
+def count(settings: dict[str, Any], key: str, default: int | None = None) -> int | None:
+    """A setting that counts something; None where it is no such number."""
+    value = settings.get(key, default)
+    return value if type(value) is int and 0 <= value <= _MOST else None
+
+
+def words(settings: dict[str, Any], key: str, default: str = "") -> str:
+    value = settings.get(key)
+    return value if isinstance(value, str) else default
+
+
+def steps_of(run: Run) -> int:
+    """How many training steps were asked for; 0 where the run directory does not say."""
+    return count(_node_json(run.spec), "recipe.steps") or 0
+
+
+def _run_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        head, _, origins = text.partition("\n[origin]\n")  # half of the file, and of no use here
+        tables = tomllib.loads(text if "\n[" in origins else head)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {
+        f"{section}.{key}": value if isinstance(value, (str, bool, int, float, list)) else str(value)
+        for section in _SECTIONS
+        if isinstance(table := tables.get(section), dict)
+        for key, value in table.items()
+        if (section, key) != ("job", "name")
+    }
+
+
+def _node_json(node: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "nodes": "job.nodes",
+        "profile": "job.gpu",
+        "gpu": "profile.gpu",
+        "device": "profile.device",
+        "gpus_per_node": "profile.gpus_per_node",
+        "scratch": "profile.scratch",
+        "init_from": "job.init_from",
+    }
+    found = {key: node[name] for name, key in names.items() if name in node}
+    recipe, titan = node.get("recipe"), node.get("titan")
+    if isinstance(recipe, dict):
+        found |= {"job.recipe" if key == "name" else f"recipe.{key}": value for key, value in recipe.items()}
+    if isinstance(titan, dict):
+        found |= {f"titan.{key}": value for key, value in titan.items()}
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

@@ -1,0 +1,17 @@
+"""Is this node fit to train? Facts about its GPUs, their speed, and what the nodes of a job find out together.
+
+This folder is copied to `<run_dir>/job/check`, beside node.py, and runs in whatever Python the image has: standard
+library only at import time, nothing newer than Python 3.10, relative imports only. torch is looked at by the workers
+(speed.py) alone, so that a torch or a GPU that hangs can be left behind.
+"""
+
+from __future__ import annotations
+
+
+def problem(name: str, what: str, fix: str, fault: str = "node") -> dict[str, str]:
+    """Why a node cannot train. `fault` is "node" (its own: GPU, disk, mount) or "run" (would fail anywhere)."""
+    return {"name": name, "what": " ".join(what.split()), "fix": " ".join(fix.split()), "fault": fault}
+
+
+def warning(name: str, what: str) -> dict[str, str]:
+    return {"name": name, "what": " ".join(what.split())}

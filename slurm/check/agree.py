@@ -1,0 +1,180 @@
+"""How the nodes of a job come to one verdict: records to node 0, an all-reduce over everybody, the verdict back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import problem
+from .meeting import Guest, Host, Lost, port_of
+from .verdict import judge
+from .workers import Worker, ask
+
+ARRIVE_S = 900  # containers that are unpacked on each node start minutes apart
+UNFIT_S = 60  # how long the others are waited for once one node is known to be unfit: so that all of those are named
+REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may still be measuring
+HELLO_S, MEASURE_S, COLLECTIVE_S = (
+    300,
+    90,
+    180,
+)  # torch from a cold network disk; products; NCCL's start and sums
+
+
+def measure(crew: Sequence[Worker], node: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
+    """Each GPU's figures and the all-reduce in this node: {"speed", "allreduce_node_gbs", "problems"}."""
+    what = "GPU" if node["device"] == "cuda" else "rank"
+    found: dict[str, Any] = {"speed": [], "problems": []}
+    fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
+    for gpu, answer in enumerate(ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)):
+        if "problem" in answer:
+            found["problems"].append(problem("product", f"{what} {gpu}: {answer['problem']}", fix))
+        else:
+            found["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
+    if len(crew) > 1 and not found["problems"]:
+        place = scratch / "check-store"
+        with contextlib.suppress(OSError):
+            place.unlink()
+        answers = ask(
+            crew, [_sum(rank, len(crew), file=str(place)) for rank in range(len(crew))], COLLECTIVE_S
+        )
+        value, why = _slowest(answers, what, 0)
+        if why:
+            found["problems"].append(problem("all-reduce-node", why, fix))
+        else:
+            found["allreduce_node_gbs"] = value
+    return found
+
+
+def agree(
+    facts: dict[str, Any],
+    node: Mapping[str, Any],
+    crew: Sequence[Worker],
+    publish: Callable[[dict[str, Any]], None],
+    *,
+    address: str,
+    port: int,
+    job: str,
+) -> dict[str, Any]:
+    """The verdict of all nodes, the same on each. On node 0 `publish` has it first, before anybody can act on it.
+
+    Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together.
+    """
+    if node["nodes"] == 1:
+        verdict = judge({0: facts}, 1, node["device"])
+        publish(verdict)
+        return verdict
+    if facts["node"] == 0:
+        return _lead(facts, node, crew, publish, address, port_of(port), job)
+    guest = Guest(address, port_of(port), job, facts["node"], REPORT_S if facts["problems"] else ARRIVE_S)
+    try:
+        guest.say(facts)
+        message = guest.hear(ARRIVE_S + UNFIT_S)
+        if message.get("do") == "allreduce":
+            result = _across(crew, node, facts["node"], address, message["port"])
+            _merge(facts, result)
+            guest.say(result)
+            message = guest.hear(COLLECTIVE_S + UNFIT_S)
+        verdict = message["verdict"]
+        return dict(verdict)
+    finally:
+        guest.close()
+
+
+def _lead(
+    facts: dict[str, Any],
+    node: Mapping[str, Any],
+    crew: Sequence[Worker],
+    publish: Callable[[dict[str, Any]], None],
+    address: str,
+    port: int,
+    job: str,
+) -> dict[str, Any]:
+    try:
+        host = Host(port, job, node["nodes"])
+    except OSError as error:
+        raise Lost(
+            f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}; submitted again, the job has another"
+        ) from error
+    try:
+        heard = host.gather(
+            UNFIT_S if facts["problems"] else ARRIVE_S,
+            lambda record: UNFIT_S if record.get("problems") else None,
+        )
+        records = {0: facts, **heard}
+        absent = set(range(node["nodes"])) - records.keys()
+        # Those who are late while an unfit node is known were not waited for: nothing can be said of them.
+        named = (
+            {} if any(r.get("problems") for r in records.values()) else _hosts(absent, Path(node["run_dir"]))
+        )
+        verdict = judge(_timed(records), node["nodes"], node["device"], named)
+        if verdict["ok"] and crew and facts["check"] == "full":
+            opened = ask(crew[:1], [{"do": "host"}], 60)[0]
+            if "port" in opened:
+                host.tell({"do": "allreduce", "port": opened["port"]})
+                _merge(facts, _across(crew, node, 0, "127.0.0.1", opened["port"]))
+                results = host.gather(COLLECTIVE_S + UNFIT_S)
+                for number, result in results.items():
+                    _merge(records[number], result)
+                lost = set(range(1, node["nodes"])) - results.keys()
+                verdict = judge(
+                    _timed(records), node["nodes"], node["device"], {n: records[n]["host"] for n in lost}
+                )
+            else:
+                facts["problems"].append(
+                    problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run")
+                )
+                verdict = judge(_timed(records), node["nodes"], node["device"])
+        publish(verdict)
+        host.tell({"verdict": verdict})
+        return verdict
+    finally:
+        host.close()
+
+
+def _across(
+    crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, port: int
+) -> dict[str, Any]:
+    """This node's part of the all-reduce over all ranks of the job."""
+    each = len(crew)
+    commands = [
+        _sum(node_id * each + rank, node["nodes"] * each, address=address, port=port) for rank in range(each)
+    ]
+    value, why = _slowest(ask(crew, commands, COLLECTIVE_S), "rank", node_id * each)
+    if why:
+        fix = "NCCL_DEBUG=INFO (--env NCCL_DEBUG=INFO) shows the network that was tried; the firewall between the nodes"
+        return {"problems": [problem("all-reduce", f"across nodes: {why}", fix, "run")]}
+    return {"allreduce_job_gbs": value}
+
+
+def _sum(rank: int, world: int, **place: Any) -> dict[str, Any]:
+    return {"do": "allreduce", "rank": rank, "world": world, **place}
+
+
+def _slowest(answers: Sequence[Mapping[str, Any]], what: str, first: int) -> tuple[float, str]:
+    wrong = [
+        f"{what} {first + i}: {answer['problem']}" for i, answer in enumerate(answers) if "problem" in answer
+    ]
+    return (0.0, wrong[0]) if wrong else (round(min(answer["allreduce_gbs"] for answer in answers), 4), "")
+
+
+def _merge(record: dict[str, Any], result: Mapping[str, Any]) -> None:
+    record["problems"] = [*record.get("problems", ()), *result.get("problems", ())]
+    if "allreduce_job_gbs" in result:
+        record["allreduce_job_gbs"] = result["allreduce_job_gbs"]
+
+
+def _timed(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    records[0]["check_s"] = round(time.time() - records[0]["time"], 1)
+    return records
+
+
+def _hosts(numbers: set[int], run_dir: Path) -> dict[int, str]:
+    """Names of nodes that have not come: srun has opened a log for each, called <%4n>-<host>.log."""
+    found = {}
+    for number in sorted(numbers):
+        logs = sorted((run_dir / "logs").glob(f"{number:04d}-*.log"))
+        found[number] = logs[0].stem[5:] if logs else f"node {number}"
+    return found

@@ -1,0 +1,159 @@
+"""The nodes of a job meet at node 0 before torchrun starts: each says what it found, all hear one verdict.
+
+JSON lines over TCP, with plain sockets: a node whose torch or GPU is broken must be able to say so, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import selectors
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+LONGEST = 8 << 20  # bytes of one message
+GOODBYE_S = 5
+
+
+class Lost(Exception):
+    """The other side did not answer, or went away; the message says which and when."""
+
+
+def port_of(rendezvous_port: int) -> int:
+    """The meeting's port. The job script's port for torchrun is 20000 + job id % 10000, so this is 10000 + the same:
+    below the range from which Linux takes ports for outgoing connections (32768 and up).
+    """
+    return rendezvous_port - 10000 if rendezvous_port >= 11024 else rendezvous_port + 10000
+
+
+class Host:
+    """Node 0's side. Messages that are not of this job are passed over, and their connections closed."""
+
+    def __init__(self, port: int, job: str, nodes: int) -> None:
+        self.job, self.nodes = job, nodes
+        self.guests: dict[int, socket.socket] = {}
+        self._buffers: dict[socket.socket, bytearray] = {}
+        self._listener = socket.create_server(("", port), backlog=1024)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def gather(
+        self, limit_s: float, hurry: Callable[[Mapping[str, Any]], float | None] = lambda _: None
+    ) -> dict[int, dict[str, Any]]:
+        """One message of each other node, by number; fewer where the time is over or a node has gone.
+
+        `hurry` may answer with the seconds to wait from now on at most, for what is known after a message.
+        """
+        deadline = time.monotonic() + limit_s
+        heard: dict[int, dict[str, Any]] = {}
+        gone: set[int] = set()
+        while len(heard.keys() | gone) < self.nodes - 1 and (left := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                if key.fileobj is self._listener:
+                    with contextlib.suppress(OSError):
+                        guest = self._listener.accept()[0]
+                        guest.settimeout(10)
+                        self._buffers[guest] = bytearray()
+                        self._selector.register(guest, selectors.EVENT_READ)
+                    continue
+                guest = key.fileobj  # type: ignore[assignment]
+                message = self._read(guest)
+                if message is not None:
+                    heard[message["node"]] = message["say"]
+                    gone.discard(message["node"])
+                    if (seconds := hurry(message["say"])) is not None:
+                        deadline = min(deadline, time.monotonic() + seconds)
+                elif guest not in self._buffers:
+                    gone |= {node for node, known in self.guests.items() if known is guest}
+        return heard
+
+    def _read(self, guest: socket.socket) -> dict[str, Any] | None:
+        """A whole message, if there is one now. A connection that ended or talks nonsense is dropped."""
+        buffer = self._buffers[guest]
+        block = b""
+        with contextlib.suppress(OSError):
+            block = guest.recv(1 << 16)
+        buffer += block
+        line, end, rest = bytes(buffer).partition(b"\n")
+        if end:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                message = json.loads(line)
+                node = message["node"]
+                ours = message["job"] == self.job and isinstance(node, int) and 0 < node < self.nodes
+                if ours and isinstance(message["say"], dict):
+                    message["say"]["clock_skew_s"] = round(float(message["now"]) - time.time(), 2)
+                    self.guests[node] = guest
+                    buffer[:] = rest
+                    return dict(message)
+        if end or not block or len(buffer) > LONGEST:
+            self._selector.unregister(guest)
+            del self._buffers[guest]
+            guest.close()
+        return None
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """The same message to every node that has come."""
+        data = json.dumps(message).encode() + b"\n"
+        for guest in self.guests.values():
+            with contextlib.suppress(OSError):  # it has gone: the next `gather` says so
+                guest.sendall(data)
+
+    def close(self) -> None:
+        """Waits a moment for the others to have written what they were told: this node's end may end theirs."""
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        deadline = time.monotonic() + GOODBYE_S
+        while self._buffers and (left := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                self._read(key.fileobj)  # type: ignore[arg-type]
+        for guest in list(self._buffers):
+            guest.close()
+        self._selector.close()
+
+
+class Guest:
+    """Another node's side. Raises Lost where node 0 does not answer or goes away."""
+
+    def __init__(self, address: str, port: int, job: str, node: int, limit_s: float) -> None:
+        self.job, self.node, self._buffer = job, node, bytearray()
+        deadline, pause = time.monotonic() + limit_s, 0.1
+        while True:
+            try:
+                self._socket = socket.create_connection((address, port), timeout=10)
+                return
+            except OSError as error:  # its container may start minutes after this one
+                if time.monotonic() + pause > deadline:
+                    why = error.strerror or str(error)
+                    raise Lost(
+                        f"node 0 at {address}:{port} did not answer within {limit_s:.0f} s: {why}"
+                    ) from error
+            time.sleep(pause)
+            pause = min(2.0, pause * 1.5)
+
+    def say(self, what: Mapping[str, Any]) -> None:
+        message = {"job": self.job, "node": self.node, "now": time.time(), "say": what}
+        try:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError as error:
+            raise Lost(f"node 0 has gone: {error.strerror or error}") from error
+
+    def hear(self, limit_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + limit_s
+        try:
+            while b"\n" not in self._buffer:
+                self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+                block = self._socket.recv(1 << 16)
+                if not block:
+                    raise Lost("node 0 has gone before it gave its verdict")
+                self._buffer += block
+        except OSError as error:
+            raise Lost(f"node 0 gave no verdict within {limit_s:.0f} s") from error
+        line, _, rest = bytes(self._buffer).partition(b"\n")
+        self._buffer = bytearray(rest)
+        value: dict[str, Any] = json.loads(line)
+        return value
+
+    def close(self) -> None:
+        self._socket.close()

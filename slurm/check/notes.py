@@ -1,0 +1,60 @@
+"""What goes wrong while a node is looked at becomes a problem in its facts, and the next thing is looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from titan import Refused  # type: ignore[import-not-found]
+
+from . import problem
+
+
+@contextlib.contextmanager
+def noting(facts: dict[str, Any], name: str, fault: str) -> Iterator[None]:
+    """Turns what goes wrong inside into a problem of this node; the next thing is looked at all the same."""
+    try:
+        yield
+    except Refused as refused:
+        facts["problems"].append(problem(name, refused.why, refused.fix, fault))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        why = f"{where}{error.strerror or error}"
+        facts["problems"].append(problem(name, why, "the mounts and permissions on this node", "node"))
+    except Exception as error:
+        facts["problems"].append(unexpected(error))
+
+
+def unexpected(error: Exception) -> dict[str, Any]:
+    why, fix = (
+        f"unexpected: {type(error).__name__}: {error}",
+        "report this with the traceback that follows in this log",
+    )
+    return {**problem("unexpected", why, fix, "run"), "traceback": traceback.format_exc()}
+
+
+def within(seconds: float, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result. Raises Refused where it takes longer: it is left behind, nothing else can be done."""
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append((function(*arguments), None))
+        except Exception as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not result:
+        raise Refused(
+            f"{what} does not answer within {seconds:.0f} s",
+            "the file system that it is on: df, mount, dmesg",
+        )
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value

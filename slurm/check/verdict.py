@@ -1,0 +1,228 @@
+"""From what every node found to the job's verdict: which nodes are unfit, which GPUs are outliers. Values in, values out.
+
+The threshold. A GPU is an outlier where its figure is below the median of all GPUs of the job by more than the larger of
+6 x 1.4826 x MAD and 10% of the median. The median and MAD (the median distance from it; x 1.4826 it estimates a standard
+deviation) do not move when a minority is sick, as a mean would; 6 of those deviations never happen by chance among
+thousands of GPUs; and 10% keeps GPUs out of it that agree so closely that a harmless 2% would be "6 deviations". On a
+CPU, whose cores others use too, only less than a quarter of the median counts, and the all-reduce not at all. Of an even
+number of figures the better middle one is the median, so that the slow half of two nodes is seen. On GPUs three figures
+are the fewest that say anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import problem, warning
+
+METRICS = {  # key of a record's `speed` -> what it is called, unit
+    "product_tflops": ("matrix product", "TFLOP/s"),
+    "copy_gbs": ("memory copy", "GB/s"),
+    "allreduce_node_gbs": ("all-reduce in the node", "GB/s"),
+}
+# Dense bf16 TFLOP/s of NVIDIA's data sheets, for a warning alone. Longer names first: GB200 holds B200.
+PEAKS = (
+    ("GB300", 2450),
+    ("GB200", 2450),
+    ("B300", 2250),
+    ("B200", 2250),
+    ("H200", 989),
+    ("H100", 989),
+    ("A100", 312),
+)
+SLOW = 0.40  # of the peak; a healthy GPU reaches 65 to 80% in this product
+SKEW_S = 2.0
+MIN_VALUES = 3
+
+
+def limit_of(values: Sequence[float], device: str) -> tuple[float, float]:
+    """Median, and the figure below which one is an outlier."""
+    middle = statistics.median_high(values)
+    if device == "cpu":
+        return middle, 0.25 * middle
+    deviation = 1.4826 * statistics.median_low([abs(value - middle) for value in values])
+    return middle, middle - max(6 * deviation, 0.10 * middle)
+
+
+def outliers(records: Mapping[int, Mapping[str, Any]], device: str) -> list[dict[str, Any]]:
+    """GPUs, and nodes for the all-reduce, that are slower than the others of the job by more than chance."""
+    found = []
+    for metric in METRICS:
+        figures = _figures(records, metric)
+        if not figures or (device == "cpu" and metric == "allreduce_node_gbs"):
+            continue
+        if len(figures) < MIN_VALUES and device != "cpu":
+            continue
+        middle, limit = limit_of([value for _, _, value in figures], device)
+        found += [
+            {"node": node, "host": records[node].get("host", "?"), "gpu": gpu, "metric": metric, "value": round(value, 3),
+             "median": round(middle, 3), "limit": round(limit, 3)}
+            for node, gpu, value in figures
+            if value < limit
+        ]  # fmt: skip
+    return found
+
+
+def _figures(records: Mapping[int, Mapping[str, Any]], metric: str) -> list[tuple[int, int | None, float]]:
+    if metric == "allreduce_node_gbs":
+        return [(n, None, r[metric]) for n, r in sorted(records.items()) if r.get(metric)]
+    return [
+        (node, int(speed["gpu"]), float(speed[metric]))
+        for node, record in sorted(records.items())
+        for speed in record.get("speed", ())
+        if speed.get(metric)
+    ]
+
+
+def judge(
+    records: Mapping[int, Mapping[str, Any]], nodes: int, device: str, absent: Mapping[int, str] | None = None
+) -> dict[str, Any]:
+    """The content of nodes/check.json. `absent`: nodes that were waited for in vain, with their host names."""
+    slow = outliers(records, device)
+    unfit = [
+        _named(records, node, p)
+        for node, record in sorted(records.items())
+        for p in record.get("problems", ())
+    ]
+    unfit = _whose_fault(unfit, records, nodes)
+    for one in slow:
+        name, unit = METRICS[one["metric"]]
+        gpu = "" if one["gpu"] is None else f"{'GPU' if device == 'cuda' else 'rank'} {one['gpu']}: "
+        what = f"{gpu}{name} at {one['value']:.4g} {unit}, the median of the job is {one['median']:.4g}"
+        unfit.append(
+            _named(
+                records, one["node"], problem("slow", what, f"leave the node out: --exclude {one['host']}")
+            )
+        )
+    unfit += [
+        {"node": node, "host": host, **problem("absent", "did not come to the meeting of the nodes", f"its log; or leave it out: --exclude {host}")}
+        for node, host in sorted((absent or {}).items())
+    ]  # fmt: skip
+    return {
+        "schema": 1,
+        "nodes": nodes,
+        "ok": not unfit,
+        "unfit": unfit,
+        "outliers": slow,
+        "warnings": [
+            *(_named(records, node, w) for node, record in sorted(records.items()) for w in record.get("warnings", ())),
+            *_disagreements(records, device),
+        ],
+        "figures": _summary(records),
+    }  # fmt: skip
+
+
+def _named(records: Mapping[int, Mapping[str, Any]], node: int, entry: Mapping[str, str]) -> dict[str, Any]:
+    renamed = {"why" if key == "what" and "fix" in entry else key: value for key, value in entry.items()}
+    return {"node": node, "host": records[node].get("host", "?"), **renamed}
+
+
+def _whose_fault(unfit: list[dict[str, Any]], records: Mapping[int, Any], nodes: int) -> list[dict[str, Any]]:
+    """What only some nodes have is theirs; what all of three or more have is the run's, whatever each thought."""
+    having = {
+        name: {one["node"] for one in unfit if one["name"] == name} for name in {u["name"] for u in unfit}
+    }
+    settled = []
+    for one in unfit:
+        who = having[one["name"]]
+        fault = one["fault"]
+        if one["name"] not in ("meeting", "all-reduce"):
+            if len(who) < len(records):
+                fault = "node"
+            elif nodes > 2:
+                fault = "run"
+        settled.append({**one, "fault": fault})
+    return settled
+
+
+def _disagreements(records: Mapping[int, Mapping[str, Any]], device: str) -> list[dict[str, Any]]:
+    found: list[dict[str, str]] = []
+    for key in ("torch", "torchtitan", "nccl", "driver", "gpu"):
+        by_value: dict[str, list[str]] = {}
+        for record in records.values():
+            by_value.setdefault(str(record.get(key, "")), []).append(str(record.get("host")))
+        if len(by_value) > 1:
+            few = min(by_value.items(), key=lambda item: len(item[1]))
+            found.append(
+                warning(
+                    key,
+                    f"the nodes differ in {key}: {few[0]!r} on {', '.join(sorted(few[1])[:8])}, else {', '.join(sorted(set(by_value) - {few[0]}))}",
+                )
+            )
+    domains: dict[tuple[Any, Any], set[str]] = {}
+    for record in records.values():
+        for gpu in record.get("gpu_health", ()):
+            if gpu.get("fabric_cluster") and gpu.get("fabric_clique") is not None:
+                domain = (gpu["fabric_cluster"], gpu["fabric_clique"])
+                domains.setdefault(domain, set()).add(str(record.get("host")))
+    # Eight-GPU boards are a domain each, with a cluster UUID of zeros: only shared domains can be straddled.
+    if len(domains) > 1 and any(len(hosts) > 1 for hosts in domains.values()):
+        sizes = " + ".join(str(len(hosts)) for hosts in domains.values())
+        found.append(
+            warning(
+                "fabric",
+                f"the job straddles {len(domains)} NVLink domains ({sizes} nodes): traffic between them is slower",
+            )
+        )
+    for record in records.values():
+        if abs(record.get("clock_skew_s") or 0) > SKEW_S:
+            found.append(
+                warning(
+                    "clock",
+                    f"{record.get('host')}'s clock is {record['clock_skew_s']:+.1f} s from node 0's: its log's times too",
+                )
+            )
+    products = [value for _, _, value in _figures(records, "product_tflops")]
+    name = next((str(record.get("gpu", "")) for record in records.values()), "")
+    peak = next((peak for part, peak in PEAKS if part in name), 0)
+    if device == "cuda" and products and peak and max(products) < SLOW * peak:
+        found.append(
+            warning(
+                "product",
+                f"no GPU reaches {SLOW:.0%} of the {peak} TFLOP/s of its data sheet: {max(products):.0f} at most",
+            )
+        )
+    return [{"node": None, "host": "", **entry} for entry in found]  # fmt: skip
+
+
+def _summary(records: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for metric in METRICS:
+        values = [value for _, _, value in _figures(records, metric)]
+        if values:
+            figures[metric] = {
+                "min": round(min(values), 3),
+                "median": round(statistics.median_high(values), 3),
+                "max": round(max(values), 3),
+            }
+    job = [record["allreduce_job_gbs"] for record in records.values() if record.get("allreduce_job_gbs")]
+    if job:
+        figures["allreduce_job_gbs"] = round(min(job), 3)
+    took = [record["check_s"] for record in records.values() if record.get("check_s") is not None]
+    if took:
+        figures["check_s"] = max(took)
+    return figures
+
+
+def lines(verdict: Mapping[str, Any]) -> list[str]:
+    """The summary that node 0 prints: one line for all, then one for each unfit node's problem and each warning."""
+    hosts = {one["host"] for one in verdict["unfit"]}
+    count = "1 node" if verdict["nodes"] == 1 else f"{verdict['nodes']} nodes"
+    figures, parts = verdict["figures"], []
+    for metric, (name, unit) in METRICS.items():
+        if metric in figures:
+            f = figures[metric]
+            parts.append(f"{name} {f['median']:.4g} {unit} ({f['min']:.4g} to {f['max']:.4g})")
+    if "allreduce_job_gbs" in figures:
+        parts.append(f"all-reduce across nodes {figures['allreduce_job_gbs']:.4g} GB/s")
+    state = "fit" if verdict["ok"] else f"unfit: {', '.join(sorted(hosts))}"
+    tail = [*parts, *([f"checked in {figures['check_s']:.1f} s"] if "check_s" in figures else [])]
+    shown = [f"titan-check: {count}, {state}; {', '.join(tail)}".rstrip("; ")]
+    shown += [f"titan-check: unfit {one['host']} ({one['fault']}): {one['why']}" for one in verdict["unfit"]]
+    shown += [
+        f"titan-check: warning{' ' + one['host'] if one['host'] else ''}: {one['what']}"
+        for one in verdict["warnings"]
+    ]
+    return shown

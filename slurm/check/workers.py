@@ -1,0 +1,132 @@
+"""The workers of one node (speed.py), as the process that starts them sees them: ask all, wait, never for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+END_S = 10  # a worker that reads the end of its input ends in milliseconds
+
+
+@dataclass
+class Worker:
+    """A process, and what it has said of a line that is not whole yet."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    errors: Path  # its standard error: what libraries print
+    said: bytearray = field(default_factory=bytearray)
+
+
+def start(count: int, device: str, scratch: Path, env: Mapping[str, str]) -> list[Worker]:
+    """Starts `count` workers, which begin to import torch at once. In a process group each, to be killed whole."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join(filter(None, [str(here.parent), env.get("PYTHONPATH", "")]))
+    more = {"PYTHONPATH": path} | ({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})
+    workers = []
+    for rank in range(count):
+        errors = scratch / f"check-{rank}.err"
+        with open(errors, "wb") as stream:
+            process = subprocess.Popen(
+                # The same Python with the same switches, such as -S or -I, that decide what it can import.
+                [sys.executable, *_switches(), "-m", f"{here.name}.speed", device, str(rank)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, env={**env, **more},
+                start_new_session=True,
+            )  # fmt: skip
+        workers.append(Worker(rank, process, errors))
+    return workers
+
+
+def ask(
+    workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], limit_s: float
+) -> list[dict[str, Any]]:
+    """Each worker's answer to its command, in order; {"problem": ...} from one that ended or said nothing in time.
+
+    One of those is killed, so that no later answer is taken for this one's.
+    """
+    what = commands[0]["do"] if commands else ""
+    answers: list[dict[str, Any] | None] = [None] * len(workers)
+    with selectors.DefaultSelector() as selector:
+        for index, (worker, command) in enumerate(zip(workers, commands, strict=True)):
+            assert worker.process.stdin is not None and worker.process.stdout is not None
+            with contextlib.suppress(OSError):  # it has ended: its output says so below
+                worker.process.stdin.write(json.dumps(command).encode() + b"\n")
+                worker.process.stdin.flush()
+            selector.register(worker.process.stdout, selectors.EVENT_READ, index)
+        deadline = time.monotonic() + limit_s
+        while None in answers and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                index = key.data
+                worker = workers[index]
+                block = os.read(key.fd, 1 << 16)
+                worker.said += block
+                if b"\n" in worker.said:
+                    line, _, rest = bytes(worker.said).partition(b"\n")
+                    worker.said[:] = rest
+                    answers[index] = json.loads(line)
+                elif not block:
+                    answers[index] = {
+                        "problem": f"{what}: the worker ended{_last_words(worker, _end_of(worker))}"
+                    }
+                else:
+                    continue
+                selector.unregister(key.fileobj)
+    for index, worker in enumerate(workers):
+        if answers[index] is None:
+            _kill(worker)
+            answers[index] = {"problem": f"{what}: no answer within {limit_s:.0f} s{_last_words(worker)}"}
+    return [answer or {} for answer in answers]
+
+
+def stop(workers: Sequence[Worker]) -> None:
+    """Ends them all: when this returns, their GPU memory is free, or the kernel does not let go of a process."""
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            if worker.process.stdin is not None:
+                worker.process.stdin.close()
+    for force in (False, True):
+        deadline = time.monotonic() + END_S
+        for worker in workers:
+            if force:
+                _kill(worker)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+    for worker in workers:
+        with contextlib.suppress(OSError):
+            worker.errors.unlink()
+
+
+def _kill(worker: Worker) -> None:
+    if worker.process.poll() is None:
+        with contextlib.suppress(OSError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
+
+
+def _last_words(worker: Worker, ended: str = "") -> str:
+    """The last line that it or its libraries printed, for a message."""
+    with contextlib.suppress(OSError):
+        text = worker.errors.read_text(encoding="utf-8", errors="replace").strip()
+        return ended + (f": {text.splitlines()[-1][:300]}" if text else "")
+    return ended
+
+
+def _end_of(worker: Worker) -> str:
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it has only closed its output
+        code = worker.process.wait(1)
+        return f" by signal {-code}" if code < 0 else f" with {code}"
+    return ""
+
+
+def _switches() -> list[str]:
+    flags = {"-S": sys.flags.no_site, "-s": sys.flags.no_user_site}
+    return [switch for switch, given in flags.items() if given]

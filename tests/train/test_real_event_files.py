@@ -1,0 +1,46 @@
+"""Event files that torch's own SummaryWriter wrote, read without TensorBoard. See test_real_trainer.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher.results.tensorboard import scalars
+from tests.train.test_real_trainer import PYTHONS, versions
+
+WRITE = """
+import json, sys
+from torch.utils.tensorboard import SummaryWriter
+folder, values = json.load(sys.stdin)
+writer = SummaryWriter(folder, max_queue=1000)
+for tag, step, value in values:
+    writer.add_scalar(tag, value, step)
+writer.close()
+"""
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_torch_wrote_is_read(python: str, tmp_path: Path) -> None:
+    if versions(python) is None:
+        pytest.skip(f"{python} has no torchtitan: set LAUNCHER_TRAIN_PYTHON to an interpreter that has")
+    chance = random.Random(7)
+    tags = ["mfu(%)", "time_metrics/data_loading(%)", "größe/模型", "x" * 300]
+    odd = [0.0, -0.0, 1e-40, 3.4e38, math.inf, -math.inf, math.nan]
+    values = [
+        (tag, chance.choice([step, step * 10**9]), chance.choice([*odd, chance.uniform(-1e6, 1e6)]))
+        for step in range(200)
+        for tag in tags
+    ]
+    subprocess.run(
+        [python, "-c", WRITE], input=json.dumps([str(tmp_path), values]), text=True, check=True, timeout=120
+    )
+    expected: dict[str, dict[int, float]] = {tag: {} for tag in tags}
+    for tag, step, value in values:
+        expected[tag][step] = struct.unpack("<f", struct.pack("<f", value))[0]
+    assert repr(scalars(tmp_path, tags)) == repr(expected)  # repr: NaN differs from itself

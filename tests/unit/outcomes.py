@@ -1,0 +1,154 @@
+"""Results made by hand: a plausible complete run of llama3-8b on nine GB200 nodes, and what a test changes in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher.results.outcome import NodeResult, Outcome, Point, Spread, Startup
+
+STEPS = (1, *range(10, 101, 10))
+LOSSES = (12.2512, 10.9034, 9.9821, 9.2456, 8.8213, 8.3127, 7.9014, 7.5233, 7.2018, 6.9127, 6.6542)
+PER_TOKEN = 57.914e9  # FLOP of Llama-3-8B at 8192 tokens, as torchtitan counts them
+
+
+def spread(median: float, relative: float = 0.004, count: int = 81) -> Spread:
+    """Quartiles `relative` of the median away on both sides, the ends thrice as far."""
+    q, end = median * relative, median * relative * 3
+    return Spread(median, median - q, median + q, median - end, median + end, count)
+
+
+def nodes(*tps: float | None, host: str = "gb200") -> tuple[NodeResult, ...]:
+    """Nodes gb200-001, … with these medians; every logged step has its node's."""
+    return tuple(
+        NodeResult(f"{host}-{number:03}", value, () if value is None else tuple((s, value) for s in STEPS))
+        for number, value in enumerate(tps, 1)
+    )
+
+
+def points(losses: tuple[float, ...] = LOSSES, tps: float = 17930.0) -> tuple[Point, ...]:
+    return tuple(
+        Point(step, loss, 2.5, tps / 4 if step == 1 else tps, 159.31)
+        for step, loss in zip(STEPS, losses, strict=False)
+    )
+
+
+def outcome(**changes: Any) -> Outcome:
+    """`changes` are fields of Outcome; a `settings` replaces single keys of the whole."""
+    base = Outcome(
+        run="titan-llama3-8b-0930",
+        run_dir="/home/user/runs/titan-llama3-8b-0930",
+        state="COMPLETED",
+        date="2026-11-20T09:30:00Z",
+        cluster="crusoe",
+        gpu="GB200",
+        nodes=9,
+        gpus=36,
+        recipe="llama3-8b",
+        local_batch_size=5,
+        global_batch_size=180,
+        seq_len=8192,
+        precision="bfloat16",
+        compile=False,
+        steps=100,
+        step=100,
+        loss=LOSSES[-1],
+        grad_norm=2.5,
+        memory_pct=86.58,
+        tps=spread(17930.0),
+        tflops=spread(17930.0 * PER_TOKEN / 1e12),
+        memory_gib=spread(159.31, 0.0),
+        mfu_pct=46.15,
+        peak_tflops=2250.0,
+        data_share=0.012,
+        startup=Startup(queue_s=12.0, container_s=38.0, check_s=9.5, first_step_s=95.0),
+        series=points(),
+        by_node=nodes(*(17930.0 + 10 * offset for offset in (-4, -3, -2, -1, 0, 1, 2, 3, 4))),
+        versions={
+            "torch": "2.14.1",
+            "torchtitan": "0.2.2",
+            "cuda": "13.0",
+            "nccl": "2.28.9",
+            "driver": "580.95.05",
+            "python": "3.12.3",
+            "image": "titan-stable-arm64.sqsh",
+        },
+        settings={
+            "job.gpu": "gb200",
+            "job.image": "/data/images/titan-stable-arm64.sqsh",
+            "job.nodes": 9,
+            "job.recipe": "llama3-8b",
+            "job.data": "/data/c4",
+            "job.runtime": "pyxis",
+            "job.segment": 9,
+            "profile.gpu": "GB200",
+            "profile.gpus_per_node": 4,
+            "recipe.model": "llama3",
+            "recipe.flavor": "8B",
+            "recipe.dataset": "c4",
+            "recipe.seq_len": 8192,
+            "recipe.local_batch_size": 5,
+            "recipe.global_batch_size": -1,
+            "recipe.steps": 100,
+            "recipe.log_freq": 10,
+            "recipe.lr": 3e-4,
+            "recipe.activation_checkpoint": "selective",
+            "recipe.compile": False,
+            "recipe.quantize": "none",
+            "recipe.param_dtype": "bfloat16",
+            "recipe.dp_replicate": 1,
+            "recipe.dp_shard": -1,
+            "recipe.tensor_parallel": 1,
+            "recipe.context_parallel": 1,
+            "recipe.pipeline_parallel": 1,
+            "recipe.checkpoint_interval": 0,
+            "env.NCCL_MNNVL_ENABLE": "1",
+        },
+    )
+    if "settings" in changes:
+        changes["settings"] = {**base.settings, **changes["settings"]}
+    return replace(base, **changes)
+
+
+def write_run(
+    folder: Path, tps: Sequence[float] = (17930.0, 17950.0), end: str = '{"exit_code": 0}', **changes: Any
+) -> Path:
+    """A run directory as a job of 100 steps leaves it, one log a node; `changes` are keys of the recipe.
+
+    `loss` among them is the last step's, and `steps_logged` cuts the logs off.
+    """
+    last = changes.pop("loss", LOSSES[-1])
+    logged = changes.pop("steps_logged", 100)
+    settings = {key.removeprefix("recipe."): v for key, v in outcome().settings.items() if "recipe." in key}
+    node = {
+        "schema": 1, "gpu": changes.pop("gpu", "GB200"), "nodes": len(tps), "gpus_per_node": 4, "profile": "gb200",
+        "run_dir": str(folder), "recipe": {"name": "llama3-8b", **settings, **changes},
+    }  # fmt: skip
+    for name in ("job", "logs", "nodes"):
+        (folder / name).mkdir(parents=True)
+    (folder / "job" / "node.json").write_text(json.dumps(node))
+    (folder / "intent.json").write_text('{"scheduler": "local", "job_name": "x", "at": 1763630000}')
+    if end:
+        (folder / "end.json").write_text(end)
+    for number, median in enumerate(tps):
+        lines = []
+        for at, (step, loss) in enumerate(zip(STEPS, (*LOSSES[:-1], last), strict=True)):
+            wobble = (-20, 20, 0, 10, -10)[at % 5]
+            lines.append(
+                f"[rank0]:[titan] 2026-11-22 07:{at:02}:00,000 - root - INFO - step: {step:2}  loss: {loss:8.5f}  "
+                f"grad_norm:  2.9062  memory: 158.61GiB(86.20%)  tps: {median + wobble:,.0f}  tflops: 1,018.20  "
+                "mfu: 45.25%\n"
+            )
+        host = f"gb200-{number + 1:03}"
+        record = {
+            "ok": True, "host": host, "gpu": f"NVIDIA {node['gpu']}", "driver": "580.95.05", "torch": "2.14.1",
+            "torchtitan": "0.2.2", "cuda": "13.0",
+        }  # fmt: skip
+        (folder / "nodes" / f"{number:04}-{host}.json").write_text(json.dumps(record))
+        (folder / "logs" / f"{number:04}-{host}.log").write_text(
+            "".join(line for line, step in zip(lines, STEPS, strict=True) if step <= logged)
+        )
+    return folder

@@ -1,0 +1,334 @@
+"""PASS, FAIL and CANNOT SAY: what provokes each, what can never happen, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.results.accept import Verdict, Word, as_dict, headline, judge
+from launcher.results.outcome import Outcome
+from launcher.results.published import published
+from launcher.results.rows import as_dict as result_as_dict
+from tests.conftest import ROOT, Launch
+from tests.unit.outcomes import LOSSES, nodes, outcome, points, spread, write_run
+
+PASS, FAIL, CANNOT_SAY = Word.PASS, Word.FAIL, Word.CANNOT_SAY
+ROWS = published()
+
+
+def verdict(result: Outcome | None, **options: Any) -> Verdict:
+    return judge(result, options.pop("rows", ROWS), losses=ROWS, **options)
+
+
+def sized(count: int, per_node: int = 4, **changes: Any) -> Outcome:
+    """A run of so many nodes; each GPU has its batch of five."""
+    gpus = count * per_node
+    return outcome(
+        nodes=count, gpus=gpus, global_batch_size=5 * gpus, settings={"job.nodes": count}, **changes
+    )
+
+
+def test_a_run_as_it_should_be() -> None:
+    found = verdict(outcome())
+    assert (found.word, int(found.exit)) == (PASS, 0)
+    assert headline("x", outcome(), found) == (
+        "PASS  x: 17,930 tokens/s per GPU, 99.7% of the published 17,975 (GB200, 9 nodes)"
+    )
+    assert [reason.what.split(":")[0] for reason in found.reasons] == ["speed", "steps", "nodes", "loss"]
+
+
+FAILS: dict[str, tuple[Outcome, str]] = {
+    "slow": (outcome(tps=spread(17000.0)), "17,000 tokens/s per GPU is 94.6% of 17,975, below the 95% asked for"),
+    "one slow node": (
+        outcome(by_node=nodes(17900.0, 17950.0, 16000.0), tps=spread(17930.0, count=27)),
+        "gb200-003 16,000 tokens/s, 10.7% below the others' 17,925 (limit 5%)",
+    ),
+    "NaN in the loss": (
+        outcome(series=points((*LOSSES[:5], math.nan)), problems=("NaN",)),
+        "loss: nan at step 50",
+    ),
+    "infinity in the gradients": (outcome(grad_norm=math.inf), "gradient norm: inf at step 100"),
+    "a loss that rises": (outcome(series=points((6.0, 7.0, 8.0, 9.0, 9.5))), "it should be at most 6.00 by then"),
+    "a loss that does not learn": (
+        outcome(series=points((12.25, 12.0, 11.9, *[11.8] * 8))), "it should be at most 11.03 by then",
+    ),
+    "failed by itself": (outcome(state="FAILED", problems=("FAILED", "step 40 of 100")), "ended FAILED: step 40 of 100"),
+    "out of time": (outcome(state="TIMEOUT", problems=("TIMEOUT",)), "the run ended TIMEOUT"),
+    "a node died": (outcome(state="NODE_FAIL", problems=("NODE_FAIL",)), "the run ended NODE_FAIL"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_what_fails(name: str) -> None:
+    result, why = FAILS[name]
+    found = verdict(result)
+    assert found.word is FAIL and int(found.exit) == 12
+    assert why in found.reasons[0].what
+
+
+UNSAID: dict[str, tuple[Outcome, str]] = {
+    "still going": (outcome(state="RUNNING", problems=("still RUNNING",), tps=None), "still RUNNING"),
+    "waiting": (outcome(state="PENDING", problems=("still PENDING",), tps=None), "still PENDING"),
+    "cancelled": (outcome(state="CANCELLED", problems=("CANCELLED",)), "the run ended CANCELLED"),
+    "preempted": (outcome(state="PREEMPTED", problems=("PREEMPTED",)), "the run ended PREEMPTED"),
+    "its end is not known": (outcome(state="UNKNOWN", problems=("its end is UNKNOWN",)), "its end is UNKNOWN"),
+    "restarted": (outcome(problems=("restarted",)), "restarted"),
+    "the wrong GPU": (outcome(problems=("the profile says GB200, a has B200",)), "the profile says GB200"),
+    "no step after warm-up": (outcome(tps=None), "no step after warm-up"),
+    "too few steps": (outcome(tps=spread(17930.0, count=36)), "4 logged after warm-up, 5 are needed"),
+    "no published row": (outcome(gpu="B300"), "no result of a B300 to measure it by, only of B200, GB200, H100, H200"),
+    "another model": (outcome(settings={"recipe.flavor": "70B"}), "size of the model 70B, not 8B"),
+    "another length": (outcome(seq_len=4096), "sequence length 4096, not 8192"),
+    "another batch": (
+        outcome(local_batch_size=4, global_batch_size=144),
+        "local batch size 4, not 5",
+    ),
+    "accumulated batches": (outcome(global_batch_size=360), "2 batches a step and GPU, not 1"),
+    "compiled": (outcome(compile=True), "compile true, not false"),
+    "fp32": (outcome(precision="float32"), "precision float32, not bfloat16"),
+    "quantised": (outcome(precision="bfloat16 + mxfp8"), "quantisation mxfp8, not none"),
+    "recomputing all": (outcome(settings={"recipe.activation_checkpoint": "full"}), "checkpointing full, not selective"),
+    "tensor parallel": (outcome(settings={"recipe.tensor_parallel": 2}), "tensor parallel degree 2, not 1"),
+    "a quarter of a GB200 rack's row": (sized(1), "on 12 GPUs and this run had 4, 3.0 times fewer"),
+    "slow on far more GPUs": (sized(72, tps=spread(16000.0, count=81)), "on 68 GPUs and this run had 288, 4.2 times more"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_what_cannot_be_said(name: str) -> None:
+    result, why = UNSAID[name]
+    found = verdict(result)
+    assert found.word is CANNOT_SAY and int(found.exit) == 13
+    assert why in found.reasons[0].what
+
+
+def test_data_of_an_older_launcher() -> None:
+    """Where the settings do not say what was trained, nobody knows whether it is like with like."""
+    found = verdict(replace(outcome(), settings={}))
+    assert found.word is CANNOT_SAY and "does not say its model, size of the model" in found.reasons[0].what
+
+
+def test_far_more_or_fewer_gpus_decide_one_way_only() -> None:
+    """Each of few GPUs is faster: few that are slow, and many that are fast, are certain."""
+    fast, slow = spread(17950.0, count=81), spread(16000.0, count=81)
+    assert verdict(sized(1, tps=fast)).word is CANNOT_SAY and verdict(sized(1, tps=slow)).word is FAIL
+    assert verdict(sized(72, tps=fast)).word is PASS and verdict(sized(72, tps=slow)).word is CANNOT_SAY
+    near = verdict(sized(12, tps=fast))
+    assert near.word is PASS
+    assert (
+        "the nearest published result is of 9 nodes (36 GPUs), this run had 12 nodes (48 GPUs)" in near.notes
+    )
+
+
+def test_unfit_nodes_fail_even_without_any_result() -> None:
+    fault = "node gb200-003 is not fit to train: 3 of 4 GPUs are there"
+    for result in (None, outcome(state="FAILED", problems=("FAILED", "no step of 100"), tps=None, step=None)):
+        found = verdict(result, faults=[fault], state="FAILED")
+        assert found.word is FAIL and found.reasons[0].what == fault
+    assert verdict(None, state="RUNNING").word is CANNOT_SAY
+    assert verdict(None, state="COMPLETED").word is CANNOT_SAY
+    assert verdict(None).word is CANNOT_SAY
+
+
+def test_weights_that_were_trained_before_are_not_asked_to_fall() -> None:
+    tuned = outcome(
+        settings={"job.init_from": "/data/models/x"}, series=points((2.1, *[2.15] * 10)), loss=2.15
+    )
+    assert verdict(tuned).word is PASS  # and the published losses are no reference for it
+    assert verdict(replace(tuned, series=points((2.1, *[3.0] * 10)))).word is FAIL
+
+
+def test_a_baseline_of_ones_own() -> None:
+    """For GPUs without a published row, and for a closer limit than another cluster's table gives."""
+    mine = outcome(gpu="B300", run="accepted", settings={"profile.gpu": "B300"}, loss=6.6)
+    again = replace(mine, tps=spread(17000.0), run="again")
+    assert verdict(mine).word is CANNOT_SAY
+    assert (
+        verdict(again, rows=[mine]).word is FAIL and verdict(again, rows=[mine], threshold=0.94).word is PASS
+    )
+    assert "94.8% of accepted's 17,930" in headline("again", again, verdict(again, rows=[mine]))
+    assert verdict(again, rows=[replace(mine, problems=("restarted",))]).word is CANNOT_SAY
+    assert verdict(again, rows=[]).word is CANNOT_SAY
+    bad = replace(
+        again, series=points((12.25, *[9.5] * 10)), settings={**again.settings, "recipe.flavor": "70B"}
+    )
+    other = replace(mine, settings=bad.settings)
+    assert "more than 1.35 times that" in verdict(bad, rows=[other], threshold=0.9).reasons[0].what
+
+
+def test_a_shortfall_within_the_noise_is_told() -> None:
+    short = outcome(tps=spread(17070.0, 0.004))
+    assert any("repeat it" in note for note in verdict(short).notes)
+    assert not any("repeat it" in note for note in verdict(outcome(tps=spread(15000.0))).notes)
+
+
+def test_what_may_have_changed_the_speed_is_told() -> None:
+    found = verdict(outcome(settings={"titan.training.max_norm": "2", "recipe.checkpoint_interval": 50}))
+    assert any("titan.training.max_norm" in note for note in found.notes)
+    assert any("checkpoints every 50 steps" in note for note in found.notes)
+    found = verdict(outcome(versions={"driver": "570.1", "cuda": "13.0"}))
+    assert "driver 570.1, 580 in source-page (GB200, 36 GPUs, step 100)" in found.notes
+    assert not any(note.startswith("cuda") for note in found.notes)
+
+
+# --- what can never happen ----------------------------------------------------------------------------------
+
+RESULTS = st.builds(
+    outcome,
+    state=st.sampled_from(["COMPLETED", "FAILED", "CANCELLED", "RUNNING", "UNKNOWN", "PENDING"]),
+    gpu=st.sampled_from(["GB200", "B200", "H100", "H200", "A100", "CPU", "?"]),
+    nodes=st.just(1),
+    gpus=st.integers(1, 300),
+    local_batch_size=st.sampled_from([2, 4, 5]),
+    global_batch_size=st.sampled_from([-1, 180]),
+    settings=st.fixed_dictionaries(
+        {}, optional={"recipe.local_batch_size": st.sampled_from([2, 4, 5]), "recipe.compile": st.booleans()}
+    ),
+    tps=st.none() | st.builds(spread, st.floats(1, 30000), st.floats(0, 0.5), st.integers(1, 200)),
+    loss=st.none() | st.floats(),
+    series=st.builds(lambda losses: points(tuple(losses)), st.lists(st.floats(0, 20) | st.just(math.nan), max_size=11)),
+    by_node=st.builds(lambda tps: nodes(*tps), st.lists(st.none() | st.floats(0, 30000), max_size=4)),
+    problems=st.lists(st.sampled_from(["restarted", "step 40 of 100"]), max_size=1).map(tuple),
+)  # fmt: skip
+RANK = {FAIL: 0, CANNOT_SAY: 1, PASS: 2}
+
+
+@settings(deadline=None, max_examples=200)
+@given(RESULTS, st.floats(0.01, 2), st.floats(0.01, 2), st.floats(0, 1))
+def test_the_rules_hold_for_any_result(result: Outcome, low: float, high: float, limit: float) -> None:
+    low, high = sorted((low, high))
+    easy, hard = (
+        verdict(result, threshold=low, max_spread=limit),
+        verdict(result, threshold=high, max_spread=limit),
+    )
+    assert RANK[easy.word] >= RANK[hard.word]  # asking for more never turns a verdict to the better
+    if easy.word is PASS:
+        assert result.complete and result.state == "COMPLETED" and easy.baseline is not None
+        assert result.tps is not None and easy.baseline.tps is not None
+        assert result.tps.median >= low * easy.baseline.tps.median
+        assert all(math.isfinite(point.loss) for point in result.series)
+    if easy.baseline is not None:
+        assert easy.baseline.gpu == result.gpu and easy.baseline.local_batch_size == result.local_batch_size
+    assert easy.reasons and "\n" not in headline("x", result, easy)
+    kept = json.dumps(as_dict("x", result, easy, {}), allow_nan=False)
+    assert json.loads(kept)["exit_code"] == {PASS: 0, FAIL: 12, CANNOT_SAY: 13}[easy.word]
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_and_keeps_its_verdict(launch: Launch, workplace: Path) -> None:
+    run = write_run(workplace / "runs" / "good", (17930.0,) * 3)
+    done = launch("accept", "good")
+    assert done.returncode == 0
+    first = done.stdout.splitlines()[0]
+    assert first == "PASS  good: 17,930 tokens/s per GPU, 98.1% of the published 18,284 (GB200, 3 nodes)"
+    kept = json.loads((run / "accept.json").read_text())
+    assert (kept["verdict"], kept["exit_code"], kept["inputs"]["threshold"]) == ("PASS", 0, 0.95)
+    assert kept["baseline"]["published"] and kept["inputs"]["date"] and kept["reasons"]
+    again = launch("accept", str(run / "run.toml"), "--threshold", "99%", "--json")  # the last verdict counts
+    assert again.returncode == 4  # that file is not there; the directory itself names the run
+    again = launch("accept", str(run), "--threshold", "99%", "--json")
+    assert again.returncode == 12 and json.loads(again.stdout) == json.loads(
+        (run / "accept.json").read_text()
+    )
+
+
+def test_every_verdict_has_its_exit_code(launch: Launch, workplace: Path) -> None:
+    runs = workplace / "runs"
+    write_run(runs / "slow", (15000.0,) * 3)
+    write_run(runs / "node", (17950.0, 17960.0, 15000.0))
+    write_run(runs / "nan", loss=math.nan)
+    write_run(runs / "fast", compile=True)
+    write_run(runs / "b300", gpu="B300")
+    write_run(runs / "failed", steps_logged=40, end='{"exit_code": 1}')
+    write_run(runs / "gone", steps_logged=40, end="")
+    found = {run.name: launch("accept", run.name).returncode for run in sorted(runs.iterdir())}
+    assert found == {"b300": 13, "failed": 12, "fast": 13, "gone": 13, "nan": 12, "node": 12, "slow": 12}
+
+
+def test_unfit_nodes_are_named(launch: Launch, workplace: Path) -> None:
+    run = write_run(workplace / "runs" / "unfit", steps_logged=0, end='{"exit_code": 20}')
+    for number, ok in enumerate((True, False)):
+        host = f"gb200-{number + 1:03}"
+        record = {"ok": ok, "host": host, "why": "" if ok else "3 of 4 GPUs are there", "fix": ""}
+        (run / "nodes" / f"{number:04}-{host}.json").write_text(json.dumps(record))
+    done = launch("accept", "unfit")
+    assert done.returncode == 12
+    assert "node gb200-002 is not fit to train: 3 of 4 GPUs are there" in done.stdout.splitlines()[0]
+
+
+def test_an_accepted_run_is_a_baseline(launch: Launch, workplace: Path) -> None:
+    runs = workplace / "runs"
+    write_run(runs / "before", gpu="B300")
+    write_run(runs / "after", (17000.0, 17000.0), gpu="B300")
+    file = workplace / "accepted.json"
+    file.write_text(json.dumps(result_as_dict(outcome(gpu="B300", nodes=2, gpus=8, global_batch_size=40))))
+    for baseline in ("before", str(file)):
+        assert launch("accept", "after", "--baseline", baseline).returncode == 12
+        assert launch("accept", "after", "--baseline", baseline, "--threshold", "0.9").returncode == 0
+    done = launch("accept", "before", "--baseline", "before")
+    assert done.returncode == 0 and "the baseline is this run itself" in done.stdout
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "95", "201%", "x", "", "-5%"])
+def test_thresholds_that_are_none(launch: Launch, workplace: Path, value: str) -> None:
+    write_run(workplace / "runs" / "a")
+    done = launch("accept", "a", "--threshold", value)
+    assert done.returncode == 2 and "0.95 or 95%" in done.stderr
+    assert not (workplace / "runs" / "a" / "accept.json").exists()
+
+
+def test_what_the_command_refuses(launch: Launch, workplace: Path) -> None:
+    write_run(workplace / "runs" / "a")
+    (workplace / "empty").write_text("")
+    assert launch("accept").returncode == 2
+    assert launch("accept", "none").returncode == 4
+    assert launch("accept", "a", "--baseline", "empty").returncode == 3
+    assert launch("accept", "a", "--baseline", "none").returncode == 4
+    # A baseline of no use is told before anything is submitted.
+    done = launch(
+        "accept", "--local", "--recipe", "debug", "--gpu", "cpu", "--baseline", "empty", "--name", "b"
+    )
+    assert done.returncode == 3 and not (workplace / "runs" / "b").exists()
+
+
+def test_a_verdict_that_cannot_be_kept_is_printed(launch: Launch, workplace: Path) -> None:
+    run = write_run(workplace / "runs" / "a")
+    (run / "accept.json").mkdir()
+    done = launch("accept", "a")
+    assert done.returncode == 0 and done.stdout.startswith("PASS") and "printed only" in done.stderr
+    assert not list(run.glob(".accept*"))
+
+
+def test_names_that_no_terminal_should_see(launch: Launch, workplace: Path) -> None:
+    run = write_run(workplace / "runs" / "a", gpu="<script>\x1b[31mGB200")
+    (run / "logs" / "0000-gb200-001.log").rename(run / "logs" / "0000-\x1b[31m<b>.log")
+    done = launch("accept", "a")
+    assert done.returncode == 13 and "\x1b" not in done.stdout + done.stderr
+
+
+def test_the_page_shows_what_is_printed(launch: Launch, workplace: Path) -> None:
+    page = (ROOT / "docs" / "accept.md").read_text(encoding="utf-8")
+    speeds = [17930.0 + 10 * n for n in range(-4, 5)]
+    write_run(workplace / "runs" / "nightly", speeds)
+    write_run(workplace / "runs" / "after-driver", (*speeds[:-1], 16100.0))
+    for command in ("accept nightly", "accept after-driver", "compare nightly after-driver"):
+        assert f"$ launcher {command}\n{launch(*command.split()).stdout}" in page
+
+
+def test_submitting_warns_where_nothing_compares(launch: Launch, workplace: Path) -> None:
+    """The submission itself: a local run with a Python that has no torch, so that it fails its check at once."""
+    done = launch(
+        "accept", "--local", "--recipe", "debug", "--gpu", "cpu", "--python", "/bin/false", "--name", "a"
+    )
+    assert "no result of a CPU to measure it by" in done.stderr and "a: job " in done.stderr
+    assert done.returncode == 12 and done.stdout.startswith("FAIL  a: ")
+    assert json.loads((workplace / "runs" / "a" / "accept.json").read_text())["verdict"] == "FAIL"

@@ -1,0 +1,253 @@
+"""What nvidia-smi, /sys and /proc say, in every form that it comes in, and what is made of it. The outputs are made up."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slurm.check import health
+
+UUIDS = [f"GPU-0000000{n}-1111-2222-3333-444444444444" for n in range(4)]
+GENERAL = health.GROUPS["general"][0][1]
+REASONS = health.GROUPS["clocks"][0][1]
+OLD_REASONS = health.GROUPS["clocks"][1][1]
+FABRIC = health.GROUPS["fabric"][0][1]
+
+
+def general(**values: str) -> str:
+    """nvidia-smi's lines for four idle GPUs; `values` for GPU 2."""
+    rows = []
+    for index, uuid in enumerate(UUIDS):
+        row = {
+            "index": str(index),
+            "name": "NVIDIA H100 80GB HBM3",
+            "driver": "570.124.06",
+            "used": "4",
+            "total": "81559",
+            "temp": "31",
+        }
+        row |= values if index == 2 else {}
+        rows.append(", ".join([uuid, *row.values()]))
+    return "\n".join(rows) + "\n"
+
+
+def judged(
+    *answers: tuple[Any, str | None], arch: str = "x86_64", alone: bool = False
+) -> tuple[list[str], list[str]]:
+    problems, warnings = health.judge_gpus(health.join(answers), "gpu001", alone=alone, arch=arch)
+    assert all(one["fault"] == "node" and one["fix"] for one in problems)
+    return [one["what"] for one in problems], [one["what"] for one in warnings]
+
+
+def of_gpu_2(good: str, bad: str) -> str:
+    return "".join(f"{uuid}, {bad if index == 2 else good}\n" for index, uuid in enumerate(UUIDS))
+
+
+def test_idle_gpus_are_fit() -> None:
+    gpus = health.join([(GENERAL, general())])
+    assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3]
+    assert gpus[0] == {
+        "uuid": UUIDS[0], "index": 0, "name": "NVIDIA H100 80GB HBM3", "driver": "570.124.06",
+        "memory_used_mib": 4, "memory_total_mib": 81559, "temperature_c": 31,
+    }  # fmt: skip
+    assert judged((GENERAL, general())) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "good", "bad", "said"),
+    [
+        (health.GROUPS["ecc"][0][1], "0", "3", "GPU 2: 3 uncorrected memory errors"),
+        (health.GROUPS["rows"][0][1], "No, No", "Yes, No", "GPU 2: the remapping of a bad memory row waits"),
+        (health.GROUPS["rows"][0][1], "0, 0", "0, 1", "GPU 2: the remapping of a bad memory row has failed"),
+        (REASONS, "Not Active, Not Active, Not Active, Not Active", "Active, Active, Not Active, Not Active", "GPU 2 is slowed down by its hardware at 31 C: hw_slowdown, hw_thermal"),
+        (OLD_REASONS, "Not Active, Not Active, Not Active, Not Active", "Active, Not Active, Active, Not Active", "hw_slowdown, hw_power_brake_slowdown"),
+        (FABRIC, "Completed, Success", "In Progress, N/A", "GPU 2 has not joined the NVLink fabric: state In Progress"),
+        (FABRIC, "Completed, Success", "Completed, Insufficient Resources", "status Insufficient Resources"),
+    ],
+    ids=["ecc", "remap pending", "remap failed", "throttled", "throttled, older driver", "fabric", "fabric status"],
+)  # fmt: skip
+def test_a_sick_gpu(fields: Any, good: str, bad: str, said: str) -> None:
+    sick = judged((GENERAL, general()), (fields, of_gpu_2(good, bad)))
+    assert len(sick[0]) == 1 and said in sick[0][0], sick
+    assert judged((GENERAL, general()), (fields, of_gpu_2(good, good))) == ([], [])
+
+
+def test_a_gpu_that_the_driver_keeps_cool_is_a_warning() -> None:
+    hot = of_gpu_2(
+        "Not Active, Not Active, Not Active, Not Active", "Not Active, Not Active, Not Active, Active"
+    )
+    problems, warnings = judged((GENERAL, general()), (REASONS, hot))
+    assert problems == [] and "GPU 2 is slowed down by the driver" in warnings[0]
+
+
+def test_memory_that_somebody_else_uses() -> None:
+    assert judged((GENERAL, general(used="1024"))) == ([], [])
+    assert "GPU 2: 1.0 GiB of its memory are in use" in judged((GENERAL, general(used="1025")))[0][0]
+    # Grace's kernel keeps its page cache there, too
+    assert judged((GENERAL, general(used="4000")), arch="aarch64") == ([], [])
+    assert judged((GENERAL, general(used="40000")), arch="aarch64")[0]
+
+
+def test_one_gpu_alone_needs_no_fabric() -> None:
+    waiting = (FABRIC, of_gpu_2("In Progress, N/A", "In Progress, N/A"))
+    assert judged((GENERAL, general()), waiting, alone=True) == ([], [])
+    assert len(judged((GENERAL, general()), waiting)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    "nothing", ["[N/A]", "N/A", "[Not Supported]", "Not Supported", "[Unknown Error]", "[GPU requires reset]", "", "¿qué?"]
+)  # fmt: skip
+def test_what_is_not_said_is_not_zero_and_not_a_fault(nothing: str) -> None:
+    row = of_gpu_2(nothing, nothing)
+    for group in ("ecc", "fabric", "clique"):
+        fields = health.GROUPS[group][0][1]
+        filled = "".join(f"{uuid}, {', '.join([nothing] * len(fields))}\n" for uuid in UUIDS)
+        assert judged((GENERAL, general()), (fields, filled)) == ([], []), group
+    assert health.parse_smi(row, health.GROUPS["ecc"][0][1])[UUIDS[0]] == {"ecc_uncorrected": None}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        'Field "fabric.state" is not a valid field to query.\n',
+        "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n",
+        general()[:90],
+        "\0\0\0",
+        '"' * 200_000,
+    ],
+    ids=["empty", "unknown field", "no driver", "cut off", "zeros", "quotes"],
+)
+def test_what_is_no_answer_is_passed_over(text: str) -> None:
+    assert len(health.parse_smi(text, GENERAL)) <= 1
+    assert len(health.join([(GENERAL, general()), (FABRIC, text), (REASONS, None)])) == 4
+
+
+@settings(deadline=None)
+@given(st.text(max_size=300), st.sampled_from(sorted(health.GROUPS)))
+def test_no_text_breaks_the_parser(text: str, group: str) -> None:
+    fields = health.GROUPS[group][0][1]
+    health.judge_gpus(
+        health.join([(fields, text), (fields, f"{UUIDS[0]}, {text}")]), "h", alone=False, arch="x86_64"
+    )
+
+
+def test_the_first_spelling_that_is_answered_counts() -> None:
+    active = of_gpu_2("Active, Active, Active, Active", "Active, Active, Active, Active")
+    gpus = health.join([(GENERAL, general()), (REASONS, None), (OLD_REASONS, active)])
+    assert all(gpu["hw_slowdown"] for gpu in gpus)
+
+
+def test_gpus_that_are_hidden_from_the_job_are_not_judged() -> None:
+    gpus = health.join([(GENERAL, general(used="50000"))])
+    assert [gpu["index"] for gpu in health.used(gpus, "0,1")] == [0, 1]
+    assert [gpu["index"] for gpu in health.used(gpus, UUIDS[3][:12])] == [3]
+    for unreadable in (None, "", "nonsense"):
+        assert len(health.used(gpus, unreadable)) == 4
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "needed"),
+    [
+        ("570.124.06", "13.0", 580), ("580.95.05", "13.0", 0), ("610.1", "13.1", 0), ("525.60", "12.8", 0),
+        ("470.1", "12.4", 525), ("", "13.0", 0), ("570.1", "", 0), ("570.1", "99.0", 0), ("garbage", "13.0", 0),
+    ],
+)  # fmt: skip
+def test_the_driver_against_cuda(driver: str, cuda: str, needed: int) -> None:
+    assert health.driver_needed(driver, cuda) == needed
+
+
+STATES = {f"mlx5_{n}": {1: "4: ACTIVE"} for n in (0, 1, 2, 10)} | {"mlx5_3": {1: "1: DOWN"}, "mlx5_4": {1: "2: INIT", 2: "4: ACTIVE"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"),
+    [
+        ("", []), ("mlx5_1,mlx5_2", []), ("=mlx5_1", []), ("mlx5_1:1", []), ("mlx5", []), ("mlx5_4", []),
+        ("^mlx5_9", []), ("^=mlx5_9", []), ("mlx5_1,,", []),
+        ("mlx5_1,mlx5_9", ["mlx5_9 is missing"]),
+        ("mlx5_3", ["mlx5_3 is not active (1: DOWN)"]),
+        ("mlx5_4:1", ["mlx5_4 is not active (2: INIT)"]),
+        ("mlx5_1:7", ["mlx5_1 is not active (no port 7)"]),
+        ("bnxt", ["bnxt is missing"]),
+    ],
+)  # fmt: skip
+def test_infiniband_devices_that_the_profile_names(value: str, wrong: list[str]) -> None:
+    assert health.infiniband(value, STATES) == wrong
+
+
+def test_a_missing_mlx5_1_is_not_hidden_by_mlx5_10() -> None:
+    assert health.infiniband("mlx5_1", {"mlx5_10": {1: "4: ACTIVE"}}) == ["mlx5_1 is missing"]
+
+
+def test_the_states_of_infiniband_ports(tmp_path: Path) -> None:
+    port = tmp_path / "mlx5_0" / "ports" / "1"
+    port.mkdir(parents=True)
+    (port / "state").write_text("4: ACTIVE\n")
+    assert health.infiniband_states(tmp_path) == {"mlx5_0": {1: "4: ACTIVE"}}
+    assert health.infiniband_states(tmp_path / "absent") == {}
+
+
+def test_commands_that_hang_or_are_missing_are_left_behind() -> None:
+    slow = [sys.executable, "-c", "import time; print('late', flush=True); time.sleep(60)"]
+    began = time.monotonic()
+    found = health.run_bounded([["echo", "one"], slow, ["false"], ["/no/such/program"]], 1.0)
+    assert found == ["one\n", None, None, None]
+    assert time.monotonic() - began < 30  # not the 60 that it would have taken
+
+
+SMI = """#!/bin/sh
+case "$1" in
+*name*) i=0; while [ $i -lt 4 ]; do echo "GPU-$i, $i, NVIDIA B200, 580.95.05, 3, 183359, 30"; i=$((i+1)); done ;;
+*ecc*) printf 'GPU-0, 0\\nGPU-1, 0\\nGPU-2, 7\\nGPU-3, 0\\n' ;;
+*) echo 'Field is not a valid field to query.'; exit 2 ;;
+esac
+"""
+
+
+def test_a_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(SMI)
+    smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    node = {"device": "cuda", "nodes": 2, "gpus_per_node": 4}
+    env = {"NCCL_IB_HCA": "no_such_0", "NCCL_MNNVL_ENABLE": "1"}
+    facts, problems, warnings = health.look(node, "gpu001", env, {"scratch": tmp_path})
+    assert facts["driver"] == "580.95.05" and len(facts["gpu_health"]) == 4
+    assert facts["free_gib"]["scratch"] > 0
+    names = [one["name"] for one in problems]
+    assert {"ecc", "infiniband", "imex"} <= set(names) and "GPU 2: 7 uncorrected" in problems[
+        names.index("ecc")
+    ]["what"]
+    assert "nvidia-smi does not say: rows, clocks, fabric, clique" in [one["what"] for one in warnings]
+    alone = health.look({**node, "nodes": 1}, "gpu001", env, {})
+    assert [one["name"] for one in alone[1]] == ["ecc"]  # neither InfiniBand nor IMEX is needed
+
+
+def test_without_nvidia_smi_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    facts, problems, warnings = health.look({"device": "cuda", "nodes": 1, "gpus_per_node": 8}, "h", {}, {})
+    assert facts["gpu_health"] == [] and problems == [] and "not in the image" in warnings[0]["what"]
+
+
+def test_little_space_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def space(gib: float) -> Any:
+        def statvfs(_: Path) -> os.statvfs_result:
+            return os.statvfs_result(
+                (4096, 4096, 10**9, 10**9, int(gib * health.GIB / 4096), 0, 0, 0, 0, 255)
+            )
+
+        monkeypatch.setattr(os, "statvfs", statvfs)
+        return health.look({"device": "cpu"}, "h", {}, {"scratch": tmp_path, "run": tmp_path})[1:]
+
+    assert space(50) == ([], [])
+    assert [one["name"] for one in space(5)[1]] == ["space", "space"] and space(5)[0] == []
+    assert [one["fault"] for one in space(0.5)[0]] == ["node", "run"]

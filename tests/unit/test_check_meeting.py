@@ -1,0 +1,189 @@
+"""The nodes' meeting over real sockets, and the workers as real processes that hang, die or speak."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm.check import meeting, workers
+from slurm.check.meeting import Guest, Host, Lost, port_of
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def short_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "GOODBYE_S", 0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def guest_says(port: int, node: int, heard: dict[int, Any], *, job: str = "7") -> threading.Thread:
+    def run() -> None:
+        guest = Guest("127.0.0.1", port, job, node, 30)
+        guest.say({"host": f"gpu{node}", "problems": []})
+        try:
+            heard[node] = guest.hear(30)
+        except Lost as lost:
+            heard[node] = str(lost)
+        guest.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_every_node_is_heard_and_told() -> None:
+    port, heard = free_port(), dict[int, Any]()
+    threads = [guest_says(port, node, heard) for node in (1, 2, 3)]  # they come before node 0 listens
+    host = Host(port, "7", 4)
+    records = host.gather(30)
+    assert {node: record["host"] for node, record in records.items()} == {1: "gpu1", 2: "gpu2", 3: "gpu3"}
+    assert all(abs(record["clock_skew_s"]) < 5 for record in records.values())
+    host.tell({"verdict": "x" * 1_000_000})
+    for thread in threads:
+        thread.join(30)
+    host.close()
+    assert all(len(heard[node]["verdict"]) == 1_000_000 for node in (1, 2, 3))
+
+
+def test_strangers_are_sent_away() -> None:
+    port, heard = free_port(), dict[int, Any]()
+    host = Host(port, "7", 2)
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(6)]
+    lines = [b"GET / HTTP/1.0\r\n", b"[1]\n", b'{"job": "7", "node": 5, "now": 1, "say": {}}\n', b'{"job": "7", "node": 1, "now": 1, "say": 3}\n', b"[" * 99_999 + b"\n"]  # fmt: skip
+    for stranger, line in zip(strangers, lines, strict=False):
+        stranger.sendall(line)
+    strangers[5].close()
+    other_job = guest_says(port, 1, {}, job="8")
+    ours = guest_says(port, 1, heard)
+    assert host.gather(30)[1]["host"] == "gpu1"
+    host.tell({"verdict": {}})
+    ours.join(30)
+    other_job.join(30)
+    assert heard[1] == {"verdict": {}}
+    for stranger in strangers:
+        stranger.close()
+    host.close()
+
+
+def test_who_does_not_come_is_not_waited_for_longer_than_the_limit() -> None:
+    port, heard = free_port(), dict[int, Any]()
+    host = Host(port, "7", 3)
+    thread = guest_says(port, 2, heard)
+    assert sorted(host.gather(1.0)) == [2]
+    host.close()
+    thread.join(30)
+    assert heard[2] == "node 0 has gone before it gave its verdict"
+
+
+def test_bad_news_shortens_the_waiting() -> None:
+    port = free_port()
+    host = Host(port, "7", 3)
+    thread = guest_says(port, 2, {})
+    began = time.monotonic()
+    assert sorted(host.gather(300, lambda record: 0.1)) == [2]
+    assert time.monotonic() - began < 200
+    host.close()
+    thread.join(30)
+
+
+def test_a_node_that_goes_away_is_not_waited_for() -> None:
+    port = free_port()
+    host = Host(port, "7", 2)
+    guest = Guest("127.0.0.1", port, "7", 1, 30)
+    guest.say({})
+    assert sorted(host.gather(30)) == [1]
+    guest.close()
+    began = time.monotonic()
+    assert host.gather(300) == {}
+    assert time.monotonic() - began < 200
+    host.close()
+
+
+def test_node_0_never_answers() -> None:
+    with pytest.raises(Lost, match=r"node 0 at 127\.0\.0\.1:1 did not answer within 0 s"):
+        Guest("127.0.0.1", 1, "7", 1, 0.3)
+
+
+def test_the_meeting_is_at_a_port_that_linux_gives_to_nobody_else() -> None:
+    assert {port_of(20000 + job) for job in (0, 9999)} == {10000, 19999}
+    assert all(1024 <= port_of(port) < 65536 for port in (1, 1024, 11023, 11024, 65535))
+
+
+# --- workers ----------------------------------------------------------------------------------------------
+
+FAKE = {
+    "answers": "version = type('V', (), {'cuda': None})\n__version__ = '2.0'\nprint('noise on standard output')\n",
+    "dies": "import os, sys\nsys.stderr.write('libcudart.so: broken\\n'); sys.stderr.flush(); os._exit(7)\n",
+    "hangs": "import time\ntime.sleep(600)\n",
+}
+
+
+def crew(folder: Path, torch: str, count: int = 2) -> list[workers.Worker]:
+    (folder / "torch.py").write_text(FAKE[torch])
+    return workers.start(count, "cpu", folder, {**os.environ, "PYTHONPATH": str(folder)})
+
+
+@pytest.mark.parametrize(
+    ("torch", "limit_s", "said"),
+    [("dies", 30, "look: the worker ended with 7: libcudart.so: broken"), ("hangs", 1.0, "look: no answer within 1 s")],
+)  # fmt: skip
+def test_a_worker_that_dies_or_hangs(tmp_path: Path, torch: str, limit_s: float, said: str) -> None:
+    made = crew(tmp_path, torch)
+    answers = workers.ask(made, [{"do": "look", "gpus": 2}] * 2, limit_s)
+    workers.stop(made)
+    assert [answer["problem"] for answer in answers] == [said] * 2
+    assert all(worker.process.poll() is not None for worker in made)
+
+
+def test_workers_answer_and_end_with_their_input(tmp_path: Path) -> None:
+    made = crew(tmp_path, "answers")
+    answers = workers.ask(made, [{"do": "look", "gpus": 2}] * 2, 30)
+    assert [answer["torch"] for answer in answers] == ["2.0", "2.0"]
+    assert "AttributeError" in workers.ask(made, [{"do": "measure"}] * 2, 30)[0]["problem"]
+    workers.stop(made)
+    assert [worker.process.returncode for worker in made] == [0, 0]
+    assert not list(tmp_path.glob("check-*"))
+
+
+def test_workers_never_outlive_who_started_them(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(FAKE["hangs"])
+    program = (
+        "import os, sys, time; from pathlib import Path; from slurm.check import workers\n"
+        "made = workers.start(2, 'cpu', Path(sys.argv[1]), dict(os.environ))\n"
+        "print(*(w.process.pid for w in made), flush=True); time.sleep(600)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    pids = [int(word) for word in parent.stdout.readline().split()]
+    time.sleep(1)  # until they have asked the kernel for it
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(running(pid) for pid in pids):
+        time.sleep(0.05)
+    assert len(pids) == 2 and not [pid for pid in pids if running(pid)]
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # whoever adopted it may not have asked for its end

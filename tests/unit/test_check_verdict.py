@@ -1,0 +1,197 @@
+"""Which nodes are unfit and which GPUs are outliers, from the records of all nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slurm.check import problem, verdict, warning
+
+
+def records(nodes: int = 4, gpus: int = 4, **changes: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Healthy H100 nodes whose GPUs differ by 1%; `changes`: n2={...} for node 2."""
+    made = {}
+    for node in range(nodes):
+        speed = [
+            {
+                "gpu": gpu,
+                "product_tflops": 650 + (7 * node + 3 * gpu) % 7,
+                "copy_gbs": 2400 + (node + gpu) % 5,
+            }
+            for gpu in range(gpus)
+        ]
+        made[node] = {
+            "node": node, "host": f"gpu{node:03d}", "gpu": "NVIDIA H100 80GB HBM3", "problems": [], "warnings": [],
+            "speed": speed, "allreduce_node_gbs": 450.0 + node, "torch": "2.14.1", "check_s": 20.0 + node,
+            **changes.get(f"n{node}", {}),
+        }  # fmt: skip
+    return made
+
+
+def judged(found: dict[int, dict[str, Any]], device: str = "cuda", **more: Any) -> dict[str, Any]:
+    return verdict.judge(found, len(found), device, **more)
+
+
+def slow(node: int, gpu: int, metric: str, value: float) -> dict[int, dict[str, Any]]:
+    made = records()
+    made[node]["speed"][gpu][metric] = value
+    return made
+
+
+def test_a_healthy_job() -> None:
+    found = judged(records())
+    assert found["ok"] and not found["unfit"] and not found["outliers"] and not found["warnings"]
+    assert found["figures"]["product_tflops"] == {"min": 650, "median": 653.0, "max": 656}
+    assert found["figures"]["check_s"] == 23.0
+    (line,) = verdict.lines(found)
+    assert line == (
+        "titan-check: 4 nodes, fit; matrix product 653 TFLOP/s (650 to 656), memory copy 2402 GB/s (2400 to 2404),"
+        " all-reduce in the node 452 GB/s (450 to 453), checked in 23.0 s"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [
+        ("product_tflops", 560.0, "GPU 3: matrix product at 560 TFLOP/s, the median of the job is 653"),
+        ("copy_gbs", 1200.0, "GPU 3: memory copy at 1200 GB/s, the median of the job is 2402"),
+    ],
+)
+def test_a_slow_gpu_is_named_and_its_node_unfit(metric: str, value: float, said: str) -> None:
+    found = judged(slow(2, 3, metric, value))
+    (one,) = found["unfit"]
+    assert (one["node"], one["host"], one["fault"], one["name"]) == (2, "gpu002", "node", "slow")
+    assert said in one["why"] and "--exclude gpu002" in one["fix"]
+    (outlier,) = found["outliers"]
+    assert (outlier["gpu"], outlier["metric"], outlier["value"]) == (3, metric, value)
+    assert any("titan-check: unfit gpu002 (node): " in line for line in verdict.lines(found))
+
+
+def test_within_a_tenth_of_the_median_nobody_is_an_outlier() -> None:
+    assert judged(slow(2, 3, "product_tflops", 600.0))["ok"]
+
+
+def test_the_all_reduce_is_compared_between_nodes() -> None:
+    found = judged(records(n1={"allreduce_node_gbs": 200.0}))
+    (one,) = found["outliers"]
+    assert (one["host"], one["gpu"], one["metric"]) == ("gpu001", None, "allreduce_node_gbs")
+    assert found["unfit"][0]["why"].startswith("all-reduce in the node at 200 GB/s")
+
+
+def test_the_slow_half_of_two_nodes_is_seen() -> None:
+    made = records(nodes=2)
+    for gpu in made[1]["speed"]:
+        gpu["product_tflops"] /= 2
+    assert {one["host"] for one in judged(made)["outliers"]} == {"gpu001"}
+
+
+def test_two_figures_say_nothing() -> None:
+    made = records(nodes=1, gpus=2)
+    made[0]["speed"][0]["product_tflops"] = 1.0
+    assert judged(made)["ok"]
+
+
+def test_on_a_cpu_only_less_than_a_quarter_counts() -> None:
+    for share, fit in ((0.3, True), (0.2, False)):
+        made = records(nodes=2, gpus=2, n1={"allreduce_node_gbs": 0.1})
+        made[1]["speed"][0]["product_tflops"] *= share
+        assert judged(made, "cpu")["ok"] is fit
+
+
+FIGURES = st.lists(st.floats(1.0, 1e4), min_size=3, max_size=200)
+
+
+@settings(deadline=None)
+@given(FIGURES)
+def test_whoever_is_near_the_median_or_above_is_never_an_outlier(values: list[float]) -> None:
+    middle, limit = verdict.limit_of(values, "cuda")
+    assert limit <= 0.9 * middle and sum(value < limit for value in values) <= len(values) // 2
+
+
+@settings(deadline=None)
+@given(FIGURES, st.floats(0.01, 100))
+def test_the_unit_does_not_matter(values: list[float], factor: float) -> None:
+    for device in ("cuda", "cpu"):
+        _, limit = verdict.limit_of(values, device)
+        _, scaled = verdict.limit_of([value * factor for value in values], device)
+        assert scaled == pytest.approx(limit * factor, rel=1e-6, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(99.0, 101.0), min_size=8, max_size=200), st.floats(0.0, 70.0), st.data())
+def test_one_sick_gpu_among_healthy_ones_is_always_found(
+    values: list[float], sick: float, data: st.DataObject
+) -> None:
+    place = data.draw(st.integers(0, len(values)))
+    _, limit = verdict.limit_of([*values[:place], sick, *values[place:]], "cuda")
+    assert sick < limit < min(values)
+
+
+def test_what_only_some_nodes_have_is_theirs() -> None:
+    data = problem("data", "/data/c4 is not a directory", "mount it", "run")
+    found = judged(records(n1={"problems": [data]}))
+    assert [(one["host"], one["fault"], one["why"]) for one in found["unfit"]] == [
+        ("gpu001", "node", data["what"])
+    ]
+
+
+@pytest.mark.parametrize(("nodes", "fault"), [(1, "node"), (2, "node"), (3, "run")])
+def test_what_all_of_three_nodes_have_is_the_runs(nodes: int, fault: str) -> None:
+    gpus = problem("gpus", "4 GPUs are visible, the profile says 8", "--gpu")
+    made = {number: {**record, "problems": [gpus]} for number, record in records(nodes).items()}
+    found = judged(made)
+    assert len(found["unfit"]) == nodes and {one["fault"] for one in found["unfit"]} == {fault}
+
+
+def test_a_collective_that_fails_is_nobodys_fault() -> None:
+    broken = problem("all-reduce", "across nodes: rank 0: no answer", "NCCL_DEBUG=INFO", "run")
+    assert judged(records(n0={"problems": [broken]}))["unfit"][0]["fault"] == "run"
+
+
+def test_nodes_that_never_came_are_named() -> None:
+    here = {number: record for number, record in records().items() if number != 2}
+    found = verdict.judge(here, 4, "cuda", {2: "gpu002"})
+    assert [(one["host"], one["name"]) for one in found["unfit"]] == [("gpu002", "absent")] and not found[
+        "ok"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"torch": "2.13.0"}, "the nodes differ in torch: '2.13.0' on gpu001, else 2.14.1"),
+        ({"clock_skew_s": -7.5}, "gpu001's clock is -7.5 s from node 0's"),
+        ({"warnings": [warning("space", "5.0 GiB are free")]}, "5.0 GiB are free"),
+    ],
+)
+def test_warnings_stop_nobody(change: dict[str, Any], said: str) -> None:
+    found = judged(records(n1=change))
+    assert found["ok"] and said in found["warnings"][0]["what"]
+    assert any(line.startswith("titan-check: warning") and said in line for line in verdict.lines(found))
+
+
+def domain(cluster: str, clique: str) -> dict[str, Any]:
+    return {"gpu_health": [{"fabric_cluster": cluster, "fabric_clique": clique}] * 4}
+
+
+def test_a_job_that_straddles_nvlink_domains() -> None:
+    rack: dict[str, Any] = {f"n{n}": domain("aaaa", "1" if n < 3 else "2") for n in range(4)}
+    assert "straddles 2 NVLink domains (3 + 1 nodes)" in judged(records(**rack))["warnings"][0]["what"]
+    whole: dict[str, Any] = {f"n{n}": domain("aaaa", "1") for n in range(4)}
+    boards: dict[str, Any] = {
+        f"n{n}": domain(f"board {n}", "0") for n in range(4)
+    }  # eight GPUs a node, each a domain of its own
+    for agreed in (whole, boards):
+        assert judged(records(**agreed))["warnings"] == []
+
+
+def test_a_job_whose_gpus_are_all_slow() -> None:
+    made = records()
+    for record in made.values():
+        for gpu in record["speed"]:
+            gpu["product_tflops"] /= 2
+    found = judged(made)
+    assert found["ok"] and "no GPU reaches 40% of the 989 TFLOP/s" in found["warnings"][0]["what"]

@@ -1,0 +1,250 @@
+"""slurm/node.py's check as processes on several "nodes" of this machine, with a torch that only pretends.
+
+The figures mean nothing here; the real torch is asked in tests/train, real nodes in tests/cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.test_node import FAILED, FAKE_TORCH, Place, started
+from tests.unit.test_titan_command import LLAMA3_8B, debug_node
+
+# What speed.py asks of torch, without numbers in it, on a clock that only these calls move: however busy the machine
+# is, a product takes as long as any other. FAKE_SLOW makes it take ten times as long.
+FAKE_TENSORS = """
+import time
+bfloat16 = float32 = uint8 = None
+class Tensor:
+    def __init__(self, *arguments, **_): pass
+    def to(self, _): return self
+    def item(self): return 0.001
+    def copy_(self, _): burn(0.0005)
+randn = zeros = empty = ones = empty_like = tensor = Tensor
+clock = 0.0
+def burn(seconds):
+    global clock
+    clock += seconds
+time.perf_counter = time.process_time = lambda: clock
+def mm(left, right, out): burn(0.01 if os.environ.get("FAKE_SLOW") else 0.001)
+def set_num_threads(_): pass
+cuda.set_device = lambda _: None
+cuda.synchronize = lambda: None
+from . import distributed
+"""
+FAKE_DISTRIBUTED = """
+import os, sys
+class ReduceOp: MAX = None
+class FileStore:
+    def __init__(self, path, world): pass
+class TCPStore:
+    port = 4711
+    def __init__(self, *arguments, **_): pass
+def init_process_group(backend, store, rank, world_size, timeout):
+    if world_size == int(os.environ.get("FAKE_HANG", "0")): raise RuntimeError("Connection closed by peer")
+def all_reduce(values, op=None): sys.modules["torch"].burn(0.001)
+def destroy_process_group(): pass
+"""
+
+
+class Nodes(Place):
+    """A run of several nodes, all of them on this machine."""
+
+    def __init__(self, folder: Path, node: dict[str, Any]) -> None:
+        super().__init__(folder, {"check": "full", **node})
+        (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH + FAKE_TENSORS)
+        (self.site / "torch" / "distributed" / "__init__.py").write_text(FAKE_DISTRIBUTED)
+
+    def run(
+        self, address: str = "127.0.0.1", **changes: dict[str, str]
+    ) -> list[subprocess.CompletedProcess[str]]:
+        """Every node's process; `changes`: n1={...} are node 1's own variables, or its node.json."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        running = []
+        for number in range(self.node["nodes"]):
+            own = dict(changes.get(f"n{number}", {}))
+            node_json = own.pop("node_json", f"{self.run_dir}/job/node.json")
+            env = {
+                "PATH": os.environ["PATH"], "PYTHONPATH": str(self.site), "HOME": str(self.run_dir),
+                "TITAN_HEAD_ADDR": address, "TITAN_HEAD_PORT": str(port + 10000 if port < 55000 else port), "TITAN_JOB_ID": "7",
+                "SLURM_NODEID": str(number), "SLURMD_NODENAME": f"gpu{number:03d}", "FAKE_TORCH": "2.13.0+cpu",
+                "TMPDIR": str(self.run_dir.parent / f"tmp{number}"), **own,
+            }  # fmt: skip
+            Path(env["TMPDIR"]).mkdir(exist_ok=True)
+            command = [sys.executable, "-S", str(self.run_dir / "job" / "node.py"), node_json]
+            running.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        done = []
+        for process in running:
+            out, err = process.communicate(timeout=120)
+            assert "Traceback" not in out + err, out + err
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        return done
+
+    def verdict(self) -> dict[str, Any]:
+        value = json.loads((self.run_dir / "nodes" / "check.json").read_text())
+        assert isinstance(value, dict)
+        return value
+
+    def record_of(self, number: int) -> dict[str, Any]:
+        return self.record(f"{number:04d}-gpu{number:03d}")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Nodes:
+    return Nodes(tmp_path, debug_node(nodes=2))
+
+
+def all_stopped(done: list[subprocess.CompletedProcess[str]]) -> None:
+    assert [one.returncode for one in done] == [FAILED] * len(done), done
+    assert not any("STARTED" in one.stdout or "titan-command" in one.stdout for one in done)
+
+
+def test_healthy_nodes_are_measured_and_train(two: Nodes) -> None:
+    done = two.run()
+    for number, one in enumerate(done):
+        started(one)
+        record = two.record_of(number)
+        assert record["ok"] and record["check"] == "full" and record["problems"] == []
+        assert [gpu["gpu"] for gpu in record["speed"]] == [0, 1]
+        assert min(gpu[key] for gpu in record["speed"] for key in ("product_tflops", "copy_gbs")) > 0
+        assert record["allreduce_node_gbs"] > 0 and record["allreduce_job_gbs"] > 0 and record["check_s"] > 0
+        assert record["time"] > 1e9 and isinstance(record["utc_offset_s"], int)
+        (ok,) = [line for line in one.stdout.splitlines() if line.startswith("titan-node: ok ")]
+        assert " product_tflops=" in ok and " allreduce_job_gbs=" in ok and " check_s=" in ok
+    assert two.verdict()["ok"] and two.verdict()["figures"]["allreduce_job_gbs"] > 0
+    assert done[0].stdout.startswith("titan-check: 2 nodes, fit; matrix product ")
+    assert "titan-check" not in done[1].stdout
+    assert not [path for folder in two.run_dir.parent.glob("tmp*") for path in folder.rglob("check-*")]
+
+
+def test_what_is_wrong_on_one_node_stops_all_and_names_it(two: Nodes) -> None:
+    own = {**two.node, "data": "/nowhere", "tokenizer": "/nowhere/else"}
+    (two.run_dir.parent / "own.json").write_text(json.dumps(own))
+    done = two.run(n1={"node_json": str(two.run_dir.parent / "own.json")})
+    all_stopped(done)
+    said = [line for line in done[1].stdout.splitlines() if line.startswith("titan-node: FAIL")]
+    assert (
+        len(said) == 2 and "/nowhere is not a directory" in said[0] and "/nowhere/else/tokenizer" in said[1]
+    )
+    assert "titan-node" not in done[0].stdout  # it is fit
+    assert "titan-check: stop node=0 host=gpu000 because gpu001 is unfit: /nowhere is not" in done[0].stdout
+    verdict = two.verdict()
+    assert {(one["host"], one["name"], one["fault"]) for one in verdict["unfit"]} == {
+        ("gpu001", "data", "node"), ("gpu001", "tokenizer", "node"),
+    }  # fmt: skip
+    assert two.record_of(0)["ok"] and two.record_of(0)["stopped"].startswith("gpu001 is unfit")
+    record = two.record_of(1)
+    assert not record["ok"] and "/nowhere is not" in record["why"]
+    assert [one["fault"] for one in record["problems"]] == ["node", "node"]
+
+
+def test_a_slow_rank_is_an_outlier(two: Nodes) -> None:
+    done = two.run(n1={"FAKE_SLOW": "1"})
+    all_stopped(done)
+    verdict = two.verdict()
+    assert {(one["host"], one["metric"]) for one in verdict["outliers"]} == {("gpu001", "product_tflops")}
+    assert 'host=gpu001 why="rank 0: matrix product at ' in done[1].stdout
+    assert two.record_of(1)["problems"][0]["name"] == "slow" and two.record_of(0)["ok"]
+
+
+def test_a_network_that_fails_stops_the_job(two: Nodes) -> None:
+    done = two.run(n0={"FAKE_HANG": "4"}, n1={"FAKE_HANG": "4"})
+    all_stopped(done)
+    assert {one["fault"] for one in two.verdict()["unfit"]} == {"run"}
+    assert "across nodes: rank 0: allreduce: RuntimeError: Connection closed" in done[0].stdout
+
+
+def test_a_torch_that_is_broken_on_one_node_can_say_so(two: Nodes) -> None:
+    done = two.run(n1={"FAKE_TORCH_BROKEN": "1"})
+    all_stopped(done)
+    assert [(one["host"], one["fault"]) for one in two.verdict()["unfit"]] == [("gpu001", "node")]
+    assert "import torch fails: ImportError: libcudart" in done[1].stdout
+
+
+def test_quick_multiplies_nothing(two: Nodes) -> None:
+    two.write_node({**two.node, "check": "quick"})
+    done = two.run(n1={"FAKE_SLOW": "1"})
+    for one in done:
+        started(one)
+    assert "speed" not in two.record_of(0) and two.record_of(0)["free_gib"] and two.verdict()["ok"]
+    assert done[0].stdout.startswith("titan-check: 2 nodes, fit; checked in ")
+
+
+def test_off_asks_nobody(two: Nodes) -> None:
+    two.write_node({**two.node, "check": "off"})
+    for one in two.run():
+        started(one)
+    assert not (two.run_dir / "nodes" / "check.json").exists() and "free_gib" not in two.record_of(0)
+
+
+def own_address() -> str:
+    """An address of this machine that is not loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no network")
+        return str(probe.getsockname()[0])
+
+
+SMI = """#!/bin/sh
+case "$1" in
+*name*) for i in 0 1 2 3; do echo "GPU-$i, $i, NVIDIA GB200, 580.95.05, 3, 189471, 30"; done ;;
+*ecc*) for i in 0 1 2 3; do echo "GPU-$i, ${FAKE_ECC:-0}"; done ;;
+*) exit 2 ;;
+esac
+"""
+
+
+@pytest.fixture
+def gpus(tmp_path: Path) -> Nodes:
+    place = Nodes(tmp_path, {**LLAMA3_8B, "nodes": 3})
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text(SMI)
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    return place
+
+
+def test_gpu_nodes(gpus: Nodes) -> None:
+    """One has lost a GPU, one has memory errors: both are named in one go, the third is not to blame."""
+    common = {"FAKE_TORCH": "2.14.1+cu130", "PATH": f"{gpus.run_dir.parent}/bin:{os.environ['PATH']}"}
+    done = gpus.run(own_address(), n0=common, n1={**common, "FAKE_GPUS": "3"}, n2={**common, "FAKE_ECC": "2"})
+    all_stopped(done)
+    unfit = {(one["host"], one["name"]) for one in gpus.verdict()["unfit"]}
+    assert unfit == {("gpu001", "gpus"), ("gpu002", "ecc")}
+    assert {one["fault"] for one in gpus.verdict()["unfit"]} == {"node"}
+    assert "3 GPUs are visible, the profile says 4" in done[1].stdout
+    assert gpus.record_of(2)["gpu_health"][0]["ecc_uncorrected"] == 2
+    assert "titan-node: FAIL" not in done[0].stdout
+    healthy = gpus.run(own_address(), n0=common, n1=common, n2=common)
+    for one in healthy:
+        started(one)
+    assert len(gpus.record_of(1)["speed"]) == 4 and gpus.record_of(1)["driver"] == "580.95.05"
+
+
+def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
+    place = Nodes(tmp_path, {**LLAMA3_8B, "nodes": 1})
+    (tmp_path / "nvidia-smi").write_text(SMI.replace("580.95.05", "570.86.15"))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    own = {"FAKE_TORCH": "2.14.1+cu130", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (done,) = place.run(n0={**own, "FAKE_CUDA_ERROR": "The driver is too old"})
+    assert done.returncode == FAILED
+    assert (
+        "does not start: The driver is too old; driver 570.86.15 is older than CUDA 13.0 needs (580)"
+        in done.stdout
+    )
+    (done,) = place.run(n0=own)  # it starts all the same: behind the image's compatibility package
+    started(done)
+    assert "titan-check: warning gpu000: driver 570.86.15 is older" in done.stdout

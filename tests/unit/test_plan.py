@@ -1,0 +1,231 @@
+"""What `launcher plan` predicts, held against the published rows, and what it must not claim."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launcher import plan
+from launcher.results.outcome import Outcome
+from launcher.results.published import published
+from launcher.spec import Job, Profile, Recipe, RunSpec
+from tests.conftest import Launch
+from tests.unit.test_submission import Fake, slurm
+
+__all__ = ["slurm"]  # a fixture
+
+GB200 = """\
+llama3-8b on 9 nodes x 4 GB200, batch 5, 100 steps of 1,474,560 tokens
+
+memory      159.3 GiB of 184 (87%): fits
+            states 2.5, saved 77.5, recomputed 7.0, logits 68.5, gathered 3.7
+tokens/s    17,975 per GPU, by source-page (GB200, 36 GPUs, step 100)
+wall time   6 min 48 s, of it 3 min 00 s assumed for the start; after the queue
+node-hours  1.02; --time 01:00:00 allows 9.00
+C4 files    36 of 1024: launcher stage c4 --to /data/c4 --files 36
+"""
+
+
+def a_spec(
+    gpu: str = "GB200", nodes: int = 9, gpus: int = 4, time: str = "01:00:00", **recipe: Any
+) -> RunSpec:
+    """llama3-8b in the published settings; `recipe` are fields of Recipe."""
+    return RunSpec(
+        profile=Profile(gpu=gpu, gpus_per_node=gpus),
+        recipe=Recipe(**{"local_batch_size": 5, **recipe}),
+        job=Job(nodes=nodes, recipe="llama3-8b", time=time),
+    )
+
+
+@pytest.mark.parametrize("row", published(), ids=lambda row: f"{row.gpu}-{row.gpus}-step{row.step}")
+def test_memory_and_speed_of_every_published_row(row: Outcome) -> None:
+    spec = a_spec(row.gpu, row.nodes, row.gpus // row.nodes, local_batch_size=row.local_batch_size)
+    found = plan.plan(spec)
+    assert row.memory_gib and row.tps and found.memory_gib
+    assert found.memory_gib == pytest.approx(row.memory_gib.median, rel=plan.MEMORY_IS_GOOD_TO)
+    assert found.verdict == "fits"  # it ran
+    if row.step == 100:
+        assert (found.tps, found.tps_high, found.differs) == (row.tps.median, row.tps.median, ())
+
+
+def test_the_table_of_the_docs_tells_the_errors() -> None:
+    errors = []
+    for row in published():
+        assert row.memory_gib
+        memory = plan.memory_of(
+            a_spec(row.gpu, row.nodes, row.gpus // row.nodes, local_batch_size=row.local_batch_size)
+        )
+        assert memory
+        errors.append(memory.total / row.memory_gib.median - 1)
+    assert f"{min(errors):+.1%} to {max(errors):+.1%}" == "-1.1% to +1.7%"  # as plan.py and docs/plan.md say
+
+
+@pytest.mark.parametrize(
+    ("flavor", "parameters"), [("debugmodel", 6_163_712), ("8B", 8_030_261_248), ("70B", 70_553_706_496)]
+)
+def test_parameters(flavor: str, parameters: int) -> None:
+    assert plan.MODELS[flavor].parameters == parameters  # tests/train counts torchtitan's own
+
+
+def test_what_does_not_fit_and_what_would() -> None:
+    found = plan.plan(a_spec("H100", 2, 8, local_batch_size=3))
+    assert found.verdict == "does not fit" and found.memory_gib and found.memory_gib > 79.2
+    assert found.advice == ("--batch-size 2", "--set recipe.activation_checkpoint=full")
+    changes: tuple[dict[str, Any], ...] = (
+        {"local_batch_size": 2},
+        {"local_batch_size": 3, "activation_checkpoint": "full"},
+    )
+    for change in changes:
+        assert plan.plan(a_spec("H100", 2, 8, **change)).verdict == "fits"
+    large = a_spec("H100", 2, 8, flavor="70B", local_batch_size=1, activation_checkpoint="full")
+    (advice,) = plan.plan(large).advice
+    nodes = int(advice.removeprefix("--nodes "))
+    assert plan.plan(replace(large, job=replace(large.job, nodes=nodes))).verdict == "fits"
+    assert plan.plan(replace(large, job=replace(large.job, nodes=nodes - 1))).verdict != "fits"
+
+
+def test_few_shards_need_whole_states_at_the_optimizer() -> None:
+    """One GPU: 16 bytes a parameter, 119.7 GiB, also where activations are small."""
+    memory = plan.memory_of(
+        a_spec("H200", 1, 1, local_batch_size=1, seq_len=512, activation_checkpoint="full")
+    )
+    assert memory and memory.total == memory.at_optimizer == pytest.approx(119.66, abs=0.01)
+
+
+def test_parallelism_divides() -> None:
+    one, replicated = plan.memory_of(a_spec()), plan.memory_of(a_spec(dp_replicate=9))
+    assert one and replicated and replicated.states == pytest.approx(9 * one.states)
+    tensor = plan.memory_of(a_spec(tensor_parallel=4))
+    assert (
+        tensor and tensor.saved == pytest.approx(one.saved / 4) and tensor.states == pytest.approx(one.states)
+    )
+    context = plan.memory_of(a_spec(context_parallel=2))
+    assert context and context.logits == pytest.approx(one.logits / 2)
+    assert context.states == pytest.approx(one.states)
+    assert plan.plan(a_spec(pipeline_parallel=2)).memory is None
+
+
+def test_activation_checkpointing_orders_memory() -> None:
+    full, selective, none = (
+        plan.memory_of(a_spec(activation_checkpoint=mode)) for mode in ("full", "selective", "none")
+    )
+    assert full and selective and none and full.total < selective.total < none.total
+
+
+def test_compile_is_about_and_never_surely_fits() -> None:
+    """Its saving is published as "about half the activation memory": no base for a verdict without a doubt."""
+    found = plan.plan(a_spec(local_batch_size=6, compile=True))
+    assert found.memory and found.memory_gib == found.memory.compiled < 184 < found.memory.total
+    assert found.verdict == "tight"
+
+
+@pytest.mark.parametrize(
+    ("spec", "low", "high", "said"),
+    [
+        (a_spec(compile=True), 17975 * 1.07, 17975 * 1.07, "torch.compile: +7% as published"),
+        (a_spec(compile=True, quantize="mxfp8"), 17975 * 1.16, 17975 * 1.07 * 1.28, "mxfp8: +16% to +28% as published"),
+        (a_spec("B200", 2, 8, compile=True), 17500, 17500, "torch.compile: no published figure on B200, not adjusted"),
+        (a_spec(activation_checkpoint="full"), 17975, 17975, "activation checkpointing full: no published figure on GB200, not adjusted"),
+        (a_spec(local_batch_size=4), 17975, 17975, "batch 4, the row 5: not adjusted"),
+        (a_spec(nodes=18), 17581, 17581, "72 GPUs, the row 68: not adjusted"),
+    ],
+)  # fmt: skip
+def test_what_is_adjusted_is_said(spec: RunSpec, low: float, high: float, said: str) -> None:
+    found = plan.plan(spec)
+    assert found.tps == pytest.approx(low) and found.tps_high == pytest.approx(high)
+    assert said in found.differs
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (a_spec("GB300"), "no published row of GB300"),
+        (a_spec("A100", 2, 8), "no published row of A100"),
+        (a_spec(flavor="70B"), "no published row of GB200 with this run's size of the model"),
+        (a_spec(seq_len=4096), "no published row of GB200 with this run's sequence length"),
+        (a_spec(tensor_parallel=4), "no published row of GB200 with this run's tensor parallel degree"),
+        (a_spec(param_dtype="float32"), "no published row of GB200 with this run's precision"),
+    ],
+)
+def test_no_row_no_speed(spec: RunSpec, said: str) -> None:
+    found = plan.plan(spec)
+    assert (found.tps, found.wall_s, found.node_hours, found.basis) == (None, None, None, "")
+    assert found.differs == (said,)
+    assert "null" in json.dumps(plan.as_dict(found))
+
+
+def test_the_wall_time_and_the_limit(launch: Launch) -> None:
+    found = plan.plan(a_spec(steps=10_000))
+    assert found.wall_s == pytest.approx(
+        10_000 * 5 * 8192 / 17975 + plan.START_S
+    )  # as every GPU has its batch
+    assert found.wall_s and found.node_hours == pytest.approx(9 * found.wall_s / 3600)
+    accumulated = plan.plan(a_spec(steps=100, global_batch_size=360))
+    assert accumulated.wall_s == pytest.approx(100 * 10 * 8192 / 17975 + plan.START_S)
+    done = launch("plan", "--gpu", "gb200", "--nodes", "9", "--steps", "10000", "--time", "90")
+    assert "--time 90 allows 13.50: TOO SHORT, try --time 07:40:00" in done.stdout
+
+
+def test_for_people(launch: Launch) -> None:
+    done = launch("plan", "--gpu", "gb200", "--nodes", "9")
+    assert (
+        done.returncode,
+        done.stderr,
+        done.stdout.replace("; parameters counted on torchtitan 0.3.0", ""),
+    ) == (0, "", GB200)
+
+
+def test_json(launch: Launch) -> None:
+    found = json.loads(launch("plan", "--gpu", "h100", "--nodes", "4", "--json").stdout)
+    assert (found["tps"], found["c4_files"], found["verdict"], found["parameters"]) == (
+        7582,
+        32,
+        "fits",
+        8030261248,
+    )
+    assert launch("plan", "--gpu", "h100", "--nodes", "0").returncode == 3
+
+
+def test_sample_data_needs_no_files_and_a_cpu_no_gpus_memory(launch: Launch) -> None:
+    done = launch("plan", "--gpu", "cpu", "--recipe", "debug")
+    assert "cannot say: no published row of CPU" in done.stdout and "C4" not in done.stdout
+    assert "memory      cannot say" in done.stdout and "the formula is for a GPU's memory" in done.stdout
+
+
+def test_a_gpu_of_unknown_memory_has_no_verdict() -> None:
+    found = plan.plan(a_spec("GB999"))
+    assert found.memory and (found.verdict, found.advice) == ("", ())
+    assert found.notes == ("how much memory a GB999 has is not known here",)
+
+
+def test_an_image_is_not_asked_for_in_any_runtime(launch: Launch) -> None:
+    for arguments in (("--local", "--recipe", "debug"), ("--runtime", "bare"), ("--image", "nowhere.sqsh")):
+        done = launch("plan", "--gpu", "cpu", *arguments)
+        assert done.returncode == 0, done.stderr
+    assert launch("plan", "--gpu", "cpu", "--runtime", "bare", "--image", "x.sqsh").returncode == 3
+
+
+def test_submit_writes_the_prediction(launch: Launch, slurm: Fake, image: Any) -> None:
+    assert (
+        launch("submit", "--gpu", "gb200", "--nodes", "9", "--image", "titan.sqsh", "--name", "r").returncode
+        == 0
+    )
+    found = json.loads((image.parent / "runs" / "r" / "plan.json").read_text())
+    assert (found["tps"], found["memory_gib"], found["wall_s"], found["node_hours"]) == (
+        17975,
+        159.27,
+        407.9,
+        1.0197,
+    )
+    assert (found["c4_files"], found["basis"]) == (36, "source-page (GB200, 36 GPUs, step 100)")
+
+
+def test_a_prediction_never_stops_a_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[Outcome]:
+        raise ValueError("the table is damaged")
+
+    monkeypatch.setattr(plan, "published", broken)
+    assert plan.prediction(a_spec()) == {"notes": ["no prediction: the table is damaged"]}

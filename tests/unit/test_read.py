@@ -1,0 +1,396 @@
+"""A run directory as an Outcome: every figure from where it stands, and what is missing, mixed or damaged said."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cluster.state import JobState
+from launcher.results.outcome import Outcome, Startup
+from launcher.results.read import outcome_of
+from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, as_dict
+from launcher.runs import Run
+from tests.unit.test_tensorboard import scalar
+
+DONE, RUNNING, FAILED = (
+    JobState("COMPLETED"),
+    JobState("RUNNING"),
+    JobState("FAILED", "end.json", "ended by SIGKILL"),
+)
+T0 = 1795331400.0  # 2026-11-22 07:10:00 UTC
+RECIPE = {
+    "name": "./mine/fast.toml", "model": "llama3", "flavor": "8B", "seq_len": 8192, "local_batch_size": 5,
+    "global_batch_size": -1, "steps": 100, "log_freq": 10, "param_dtype": "bfloat16", "quantize": "float8",
+    "compile": True, "tensor_parallel": 2, "context_parallel": 1, "pipeline_parallel": 1,
+}  # fmt: skip
+NODE = {
+    "gpu": "GB200",
+    "profile": "gb200",
+    "device": "cuda",
+    "nodes": 2,
+    "gpus_per_node": 4,
+    "recipe": RECIPE,
+}
+RUN_TOML = """run = 1
+secret_env = []
+[job]
+name = "r"
+gpu = "gb200"
+recipe = "./mine/fast.toml"
+nodes = 2
+image = "{image}"
+[profile]
+gpu = "GB200"
+gpus_per_node = 4
+left_behind = 0.0
+[recipe]
+model = "llama3"
+seq_len = 8192
+local_batch_size = 5
+steps = 100
+log_freq = 10
+param_dtype = "bfloat16"
+[titan]
+"training.max_norm" = "2.0"
+[origin]
+"job.name" = "option"
+"""
+RECORD = {
+    "ok": True, "gpu": "NVIDIA GB200", "gpu_names": ["NVIDIA GB200"] * 4, "torch": "2.14.1", "torchtitan": "0.3.0",
+    "cuda": "13.0", "nccl": "2.28.9", "driver": "580.95.05", "python": "3.12.3", "time": int(T0) + 50, "check_s": 10.0,
+    "utc_offset_s": 0,
+}  # fmt: skip
+
+
+def clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + ",000"
+
+
+def line(
+    step: int, tps: int = 17581, at: float | None = None, loss: str = "6.42771", prefix: str = ""
+) -> str:
+    moment = clock(T0 + 100 + step if at is None else at)
+    return (
+        f"{prefix}[rank0]:[titan] {moment} - root - INFO - step: {step:2}  loss: {loss:>8}  grad_norm:  2.9062  "
+        f"memory: 158.61GiB(86.20%)  tps: {tps:,}  tflops: 1,018.20  mfu: 45.25%\n"
+    )
+
+
+STEPS = (1, *range(10, 101, 10))
+
+
+def log(tps: int = 17581, steps: tuple[int, ...] = STEPS, **more: Any) -> str:
+    return "".join(line(step, 900 if step == 1 else tps, **more) for step in steps)
+
+
+class Made:
+    """A run directory of two nodes that ended well; a test changes one thing in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.run = path, Run(path)
+        for folder in ("job", "logs", "nodes", "claim"):
+            (path / folder).mkdir(parents=True)
+        self.write("job/node.json", {**NODE, "run_dir": str(path)})
+        self.write("run.toml", RUN_TOML.replace("{image}", ""))
+        self.write("intent.json", {"scheduler": "slurm", "job_name": "r", "at": T0})
+        self.write("end.json", {"exit_code": 0, "began_at": int(T0) + 30, "ended_at": int(T0) + 999})
+        self.write("logs/0000-a.log", log(17500))
+        self.write("logs/0001-b.log", log(17600))
+        self.write("nodes/0000-a.json", RECORD)
+        self.write("nodes/0001-b.json", {**RECORD, "time": int(T0) + 55, "check_s": 12.5})
+
+    def write(self, name: str, content: Any) -> None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (self.path / name).write_text(text)
+
+    def change(self, name: str, **changes: Any) -> None:
+        """Sets keys of a JSON file; None removes one."""
+        found = {**json.loads((self.path / name).read_text()), **changes}
+        self.write(name, {key: value for key, value in found.items() if value is not None})
+
+    def outcome(self, state: JobState = DONE) -> Outcome:
+        found = outcome_of(self.run, state)
+        assert found is not None
+        json.dumps(as_dict(found), allow_nan=False)
+        return found
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return Made(tmp_path / "r")
+
+
+def test_a_whole_run(made: Made) -> None:
+    found = made.outcome()
+    assert found.complete and (found.problems, found.notes) == ((), ())
+    assert (found.run, found.state, found.date) == ("r", "COMPLETED", "2026-11-22T07:10:00Z")
+    assert (found.gpu, found.nodes, found.gpus, found.recipe) == ("GB200", 2, 8, "fast")
+    assert (found.local_batch_size, found.global_batch_size, found.seq_len) == (
+        5,
+        20,
+        8192,
+    )  # tensor parallel 2
+    assert (found.precision, found.compile, found.steps, found.step) == ("bfloat16 + float8", True, 100, 100)
+    assert (found.loss, found.grad_norm, found.memory_pct) == (6.42771, 2.9062, 86.2)
+    assert found.tps is not None and found.tflops is not None and found.memory_gib is not None
+    assert (found.tps.median, found.tps.low, found.tps.high, found.tps.count) == (17550, 17500, 17600, 18)
+    assert (found.tflops.median, found.memory_gib.median) == (1018.2, 158.61)
+    assert (found.mfu_pct, found.peak_tflops) == (45.25, 2250)
+    assert [node.host for node in found.by_node] == ["a", "b"] and len(found.series) == 11
+    assert found.slowest is not None and found.slowest.host == "a"
+    assert found.startup == Startup(
+        queue_s=30, container_s=25, check_s=12.5, first_step_s=T0 + 101 - (T0 + 67.5)
+    )
+    assert found.versions == {
+        "torch": "2.14.1", "torchtitan": "0.3.0", "cuda": "13.0", "nccl": "2.28.9", "driver": "580.95.05",
+        "python": "3.12.3",
+    }  # fmt: skip
+    assert found.settings["titan.training.max_norm"] == "2.0" and found.settings["recipe.steps"] == 100
+    assert found.settings["profile.left_behind"] == 0.0  # of an older launcher, and still told
+    assert "job.name" not in found.settings and not any(key.startswith("origin") for key in found.settings)
+    assert (found.cluster, found.data_share, found.prediction) == ("", None, {})
+
+
+def test_a_run_that_cannot_be_told(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert outcome_of(Run(tmp_path / "empty"), DONE) is None
+    assert outcome_of(Run(tmp_path / "none"), DONE) is None
+    made.write("logs/0000-a.log", "starting\n")
+    made.write("logs/0001-b.log", "")
+    assert outcome_of(made.run, RUNNING) is None
+    found = made.outcome(FAILED)
+    assert found.problems == ("FAILED (ended by SIGKILL)", "no step of 100 was logged") and not found.complete
+    assert (found.tps, found.step, found.loss) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "state", "problems"),
+    [
+        ((1, 10, 20, 30, 40), FAILED, ("FAILED (ended by SIGKILL)", "step 40 of 100")),
+        ((1, 10, 20, 30, 40), RUNNING, ("still RUNNING", "step 40 of 100")),
+        ((1, 10, 20, 30, 40), DONE, ("step 40 of 100",)),
+        ((1,), DONE, ("step 1 of 100",)),
+        (STEPS, JobState("UNKNOWN", "", "nobody knows"), ("its end is UNKNOWN (nobody knows)",)),
+        (STEPS, JobState("TIMEOUT"), ("TIMEOUT",)),
+        (STEPS[5:], DONE, ("5 logged steps missing",)),
+        ((*STEPS[:3], *STEPS[4:]), DONE, ("1 logged step missing",)),
+        ((*STEPS, 110), DONE, ("step 110 of 100",)),  # a log of another run
+    ],
+)
+def test_what_is_missing_is_said(
+    made: Made, steps: tuple[int, ...], state: JobState, problems: tuple[str, ...]
+) -> None:
+    for node in ("0000-a", "0001-b"):
+        made.write(f"logs/{node}.log", log(steps=steps))
+    found = made.outcome(state)
+    assert found.problems == problems and not found.complete
+
+
+def test_a_run_of_one_step_has_no_figure(made: Made) -> None:
+    made.change("job/node.json", recipe={**RECIPE, "steps": 1})
+    made.write("run.toml", "")
+    for node in ("0000-a", "0001-b"):
+        made.write(f"logs/{node}.log", line(1))
+    assert made.outcome().problems == (NO_STEP_COUNTS,) and made.outcome().tps is None
+
+
+def test_nodes_that_are_missing_or_too_many(made: Made) -> None:
+    (made.path / "logs" / "0001-b.log").rename(made.path / "kept")
+    assert made.outcome().problems == ("only 1 of 2 nodes logged",)
+    (made.path / "kept").rename(made.path / "logs" / "0001-b.log")
+    made.write("logs/0002-c.log", log())
+    assert made.outcome().problems == ("3 nodes logged, asked for 2",)
+    (made.path / "logs" / "0002-c.log").unlink()
+    made.write("logs/0001-b.log", log(steps=STEPS[:5]))
+    found = made.outcome()
+    assert found.problems == () and found.notes == ("fewer logged steps than on other nodes: b",)
+
+
+def test_restarts_and_nan(made: Made) -> None:
+    made.write("logs/0001-b.log", log(steps=STEPS[:4]) + log(steps=STEPS[2:], at=T0 + 5000))
+    assert made.outcome().problems == (RESTARTED,)
+    made.write("logs/0001-b.log", log().replace(" 6.42771", "     nan", 3))
+    assert made.outcome().problems == (NON_FINITE,)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("gpu", "NVIDIA GB200 NVL4", "mixed gpu: NVIDIA GB200 (a), NVIDIA GB200 NVL4 (b)"),
+        ("driver", "570.1", "mixed driver: 580.95.05 (a), 570.1 (b)"),
+        ("torch", "2.13.0", "mixed torch: 2.14.1 (a), 2.13.0 (b)"),
+        ("torchtitan", "0.2.2", "mixed torchtitan: 0.3.0 (a), 0.2.2 (b)"),
+        ("gpu_names", ["A", "B"], "mixed gpu in b: A, B"),
+        ("ok", False, "b failed its check"),
+    ],
+)
+def test_mixed_nodes(made: Made, key: str, value: Any, problem: str) -> None:
+    made.change("nodes/0001-b.json", **{key: value})
+    assert made.outcome().problems == (problem,)
+
+
+def test_gpus_that_are_not_the_profiles(made: Made) -> None:
+    for node in ("nodes/0000-a.json", "nodes/0001-b.json"):
+        made.change(node, gpu="NVIDIA B200")
+    assert "the profile says GB200, a has NVIDIA B200" in made.outcome().problems
+    for node in ("nodes/0000-a.json", "nodes/0001-b.json"):
+        made.change(node, gpu="a name that nobody knows")
+    assert made.outcome().problems == ()
+
+
+def test_edited_settings(made: Made) -> None:
+    made.write("run.toml", RUN_TOML.replace("local_batch_size = 5", "local_batch_size = 6"))
+    found = made.outcome()
+    assert found.problems == ("edited: run.toml and job/node.json differ in recipe.local_batch_size",)
+    assert found.local_batch_size == found.settings["recipe.local_batch_size"] == 5  # what the job was told
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "run = ", "[job]\nname = 1979-05-27\n[recipe]\nsteps = 100\n[titan]\nx = 07:32:00\n", "\udc80"],
+)
+def test_either_file_of_settings_is_enough(made: Made, text: str) -> None:
+    made.path.joinpath("run.toml").write_text(text, errors="surrogateescape")
+    assert made.outcome().complete
+    made.write("run.toml", RUN_TOML)
+    (made.path / "job" / "node.json").unlink()
+    found = made.outcome()
+    assert (found.gpu, found.gpus, found.local_batch_size, found.complete) == ("GB200", 8, 5, True)
+
+
+def test_an_older_run(made: Made) -> None:
+    """Node records without times, then without records at all; nothing is made up."""
+    for node in ("nodes/0000-a.json", "nodes/0001-b.json"):
+        made.change(node, time=None, check_s=None, utc_offset_s=None)
+    found = made.outcome()
+    assert found.complete and found.startup == Startup(queue_s=30)
+    for node in ("nodes/0000-a.json", "nodes/0001-b.json"):
+        (made.path / node).unlink()
+    found = made.outcome()
+    assert found.complete and found.notes == ("none of 2 nodes left a record of their versions",)
+    (made.path / "nodes").rmdir()
+    assert made.outcome().versions == {}
+
+
+# --- beside the logs -----------------------------------------------------------------------------------------
+
+
+def test_the_share_of_waiting_for_data(made: Made) -> None:
+    folder = made.path / "titan" / "tb" / "20261122-0710"
+    folder.mkdir(parents=True)
+    share, seconds = "time_metrics/data_loading(%)", "time_metrics/end_to_end(s)"
+    values = {step: (50.0, 100.0) if step <= 10 else (2.0, 1.0) for step in STEPS}
+    values[100] = (10.0, 3.0)  # as long as three others
+    text = b"".join(
+        scalar(s, share, a) + scalar(s, seconds, b) + scalar(s, "mfu(%)", 1.0) for s, (a, b) in values.items()
+    )
+    path = folder / "events.out.tfevents.1.a.1.0"
+    path.write_bytes(text)
+    assert made.outcome().data_share == pytest.approx((8 * 2 + 3 * 10) / 11 / 100)
+    path.write_bytes(scalar(50, share, 200.0) + scalar(50, seconds, 1.0))
+    assert made.outcome().data_share is None
+    path.write_bytes(b"")
+    assert made.outcome().data_share is None
+
+
+def test_the_images_digest_is_the_sidecars(made: Made, image: Path) -> None:
+    made.write("run.toml", RUN_TOML.replace("{image}", str(image)))
+    sidecar = image.with_name(f"{image.name}.json")
+    about = json.loads(sidecar.read_text())
+    about["squashfs"]["sha256"] = "cd" * 32
+    sidecar.write_text(json.dumps(about))
+    assert made.outcome().versions["image"] == image.name
+    assert "digest" not in made.outcome().versions  # the image is newer than the run
+    made.change("intent.json", at=image.stat().st_mtime + 5)
+    assert made.outcome().versions["digest"] == "cd" * 32
+    made.change("intent.json", image_sha256="ab" * 32)  # noted when it was submitted
+    assert made.outcome().versions["digest"] == "ab" * 32
+
+
+def test_cluster_and_prediction(made: Made) -> None:
+    made.change("intent.json", cluster="crusoe")
+    assert made.outcome().cluster == "crusoe"
+    made.change("intent.json", cluster=None, scheduler="local")
+    assert made.outcome().cluster == "local"
+    made.change("intent.json", scheduler="slurm")
+    made.change("nodes/0001-b.json", cluster="of the node")
+    assert made.outcome().cluster == "of the node"
+    made.write("plan.json", {"tps": 17000.0})
+    assert made.outcome().prediction == {"tps": 17000.0}
+    made.write("plan.json", "[")
+    assert made.outcome().prediction == {}
+
+
+# --- logs as they come -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda text: "".join(f"17: {row}\n" for row in text.splitlines()),  # srun's label
+        lambda text: text.replace("step:", "\x1b[31mstep:").replace("  tps:", "  \x1b[34mtps:"),
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace("[rank0]:[titan]", "[default0]:[rank0]:[titan]"),
+        lambda text: (
+            f"half a line of step: 5  loss: 1{text}validate step:  100  loss:  7.9  memory:  0.67GiB(2.8%)  tps: 5\n"
+        ),
+        lambda text: text + text.splitlines()[-1][:-3],  # cut short
+    ],
+)
+def test_prefixes_colours_and_cuts_change_nothing(made: Made, shape: Any) -> None:
+    usual = made.outcome()
+    for name in ("0000-a", "0001-b"):
+        path = made.path / "logs" / f"{name}.log"
+        path.write_text(shape(path.read_text()), newline="")
+    assert made.outcome() == usual
+
+
+def test_old_and_quantised_lines(made: Made) -> None:
+    for name in ("0000-a", "0001-b"):
+        made.write(f"logs/{name}.log", log().replace("45.25%", "N/A"))
+    found = made.outcome()
+    assert found.complete and (found.mfu_pct, found.peak_tflops) == (None, None)
+    old = [f"step: {s}  loss:  7.9794  memory: 33.40GiB(35.15%)  wps: 5,762  mfu: 33.57%\n" for s in STEPS]
+    for name in ("0000-a", "0001-b"):
+        made.write(f"logs/{name}.log", "".join(old))
+    found = made.outcome()
+    assert found.complete and found.tps is not None
+    assert (found.tps.median, found.tflops, found.grad_norm, found.startup.first_step_s) == (
+        5762,
+        None,
+        None,
+        None,
+    )
+
+
+def test_what_another_user_may_not_show(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refusing(path: Any, *arguments: Any, **more: Any) -> int:
+        if str(path).endswith("0001-b.log"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    found = made.outcome()
+    assert found.problems[0].endswith("logs/0001-b.log: Permission denied") and not found.complete
+    assert found.problems[1] == "only 1 of 2 nodes logged"
+
+
+def test_files_that_are_none(made: Made) -> None:
+    (made.path / "logs" / "0002-c.log").mkdir()
+    os.mkfifo(made.path / "logs" / "0003-d.log")
+    (made.path / "nodes" / "0002-c.json").mkdir()
+    found = made.outcome()
+    assert found.problems == ("cannot read nodes/0002-c.json, or it is damaged",)
+    for name in ("0000-a.json", "0001-b.json"):
+        (made.path / "nodes" / name).unlink()
+    (made.path / "nodes" / "0002-c.json").rmdir()
+    (made.path / "nodes").rmdir()
+    made.write("nodes", "a file")
+    assert "Not a directory" in made.outcome().problems[0]

@@ -1,0 +1,131 @@
+"""What `submit` and `preflight` look at: the same, once, and every trap that can be known before a job queues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from launcher.check import WARNING
+from launcher.cluster import parse
+from launcher.errors import ExitStatus
+from launcher.preflight import preflight
+from tests.cluster_fixtures import CLUSTERS, FakeNode, cluster, install, node_line, partition_line
+from tests.conftest import Launch, say_it_trains, squashfs_head
+from tests.unit.test_preflight import FOUR, found, run
+from tests.unit.test_preflight import cluster as facts_of
+
+Fake = Callable[[str, str], Path]
+SUBMIT = ("--recipe", "debug", "--data", "sample", "--tokenizer", "sample")
+H200 = cluster(
+    "25.05.3", [FakeNode(f"n{i}") for i in range(4)], [partition_line("batch", "n[0-3]", default=True)]
+)
+
+
+def test_slurm_is_asked_once(launch: Launch, fake_slurm: Fake, image: Path, workplace: Path) -> None:
+    """Without --gpu, the profile is detected and the run compared with the nodes: from the same answers."""
+    install(CLUSTERS["terraform-25.05"], fake_slurm)
+    fake_slurm("sbatch", "echo 42")
+    scontrol = workplace / "slurm-bin" / "scontrol"
+    script = scontrol.read_text()
+    scontrol.write_text(script.replace("\n", f'\necho "$*" >>{workplace}/asked\n', 1))
+    done = launch("submit", "--image", str(image), *SUBMIT, "--name", "r", "--nodes", "2")
+    assert done.returncode == 0, done.stderr
+    assert 'gpu = "gb200"' in (workplace / "runs/r/run.toml").read_text()
+    asked = (workplace / "asked").read_text().splitlines()
+    assert sorted(asked) == ["-o show node", "-o show partition", "-o show topology", "show config"]
+
+
+WRONG = {
+    "no image": (("--image", "none.sqsh"), "--image {here}/none.sqsh: no such file", ExitStatus.INVALID),
+    "a damaged image": (("--image", "cut.sqsh"), "cut.sqsh", ExitStatus.INVALID),
+    "another architecture": (("--image", "arm.sqsh"), "aarch64", ExitStatus.INVALID),
+    "weights of another model": (("--image", "good.sqsh", "--init-from", "weights"), "--init-from", ExitStatus.INVALID),
+    "data that is a file": (("--image", "good.sqsh", "--data", "cut.sqsh"), "a file, not a directory", ExitStatus.INVALID),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "said", "status"), WRONG.values(), ids=WRONG.keys())
+def test_submit_and_preflight_refuse_the_same(
+    arguments: tuple[str, ...],
+    said: str,
+    status: ExitStatus,
+    launch: Launch,
+    fake_slurm: Fake,
+    workplace: Path,
+) -> None:
+    install(H200, fake_slurm)
+    for name in ("good", "arm", "cut"):
+        path = workplace / f"{name}.sqsh"
+        path.write_bytes(squashfs_head(4096).ljust(4096, b"\0"))
+        say_it_trains(path, "aarch64" if name == "arm" else "")
+    path.write_bytes(squashfs_head(4096))
+    (workplace / "weights").mkdir()
+    command = ("--gpu", "h200", *SUBMIT, *arguments)
+    looked = launch("preflight", *command, "--json")
+    submitted = launch("submit", *command)
+    assert (looked.returncode, submitted.returncode) == (status, status), looked.stdout + submitted.stderr
+    assert said.format(here=workplace) in submitted.stderr
+    first = next(check for check in json.loads(looked.stdout)["checks"] if check["status"] == "error")
+    assert f"error: {first['what']}" in submitted.stderr
+    assert first["fix"] in submitted.stderr and "--force" not in submitted.stderr
+    assert not (workplace / "runs").exists()
+
+
+# Traps of the clusters that need no question to Slurm: what is typed, and what the user reads before the job queues.
+TRAPS = {
+    "a library of the host": (("--env", "LD_PRELOAD=/usr/lib/libnccl.so"), "--env LD_PRELOAD=/usr/lib/libnccl.so: a library of the host's is not in the container"),
+    "a mount that is not here": (("--mount", "/nowhere/at/all:/x"), "--mount /nowhere/at/all: not on this machine"),
+    "no tokenizer": (("--tokenizer", "nothere"), "nothere: not on this machine"),
+    "the Hub without a token": (("--data", "hub"), "--data hub: the ranks ask the Hub without a token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "said"), TRAPS.values(), ids=TRAPS.keys())
+def test_a_trap_is_named_before_the_job_queues(
+    arguments: tuple[str, ...], said: str, launch: Launch, fake_slurm: Fake, image: Path
+) -> None:
+    install(H200, fake_slurm)
+    fake_slurm("sbatch", "echo 42")
+    done = launch("submit", "--gpu", "h200", "--image", str(image), *SUBMIT, *arguments)
+    assert done.returncode == 0 and f"warning: {said}" in done.stderr.replace(f"{image.parent}/", ""), (
+        done.stderr
+    )
+
+
+def test_a_token_is_not_missed(launch: Launch, fake_slurm: Fake, image: Path) -> None:
+    install(H200, fake_slurm)
+    fake_slurm("sbatch", "echo 42")
+    arguments = ("--gpu", "h200", "--image", str(image), *SUBMIT, "--data", "hub", "--env", "HF_TOKEN")
+    done = launch("submit", *arguments, HF_TOKEN="hf_x")
+    assert done.returncode == 0 and "without a token" not in done.stderr
+
+
+def test_pyxis_never_sees_a_relative_path(launch: Launch, fake_slurm: Fake, image: Path) -> None:
+    """It would take it for an image of a registry."""
+    script = launch("render", "--gpu", "h200", "--image", image.name).stdout
+    assert f"--container-image={image}" in script
+
+
+DAYS = {"n0": "2026-01-05T00:00:00", "n1": "2026-01-04T23:59:00", "n2": "2026-01-03T00:00:00", "n3": ""}
+
+
+def test_b200_nodes_that_run_for_too_long() -> None:
+    nodes = [replace(node, booted=DAYS[node.name]) for node in FOUR]
+    now = datetime(2026, 3, 1, 23, 59)
+    check = found(preflight(run("b200"), facts_of(*nodes), now=now), "uptime")
+    assert (check.status, check.what) == (WARNING, "up for more than 55 days: n2 (57), n1 (56)")
+    assert "60 days" in check.why and check.fix.endswith("scontrol reboot ASAP nextstate=RESUME n[1-2]")
+    for gpu, at in (("h200", now), ("b200", datetime(2026, 2, 1))):
+        assert "uptime" not in [check.name for check in preflight(run(gpu), facts_of(*nodes), now=at)]
+
+
+@pytest.mark.parametrize("booted", ["None", "Unknown", "", "N/A"])
+def test_a_node_that_never_registered(booted: str) -> None:
+    (node,), broken = parse.nodes(node_line(FakeNode("n1", booted=booted)))
+    assert (node.booted, broken) == ("", 0)
+    assert parse.nodes(node_line(FakeNode("n1")))[0][0].booted == "2026-03-01T00:00:00"

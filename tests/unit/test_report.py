@@ -1,0 +1,333 @@
+"""The page and the plots: what is drawn from which runs, what is never drawn as complete, and names that are markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from random import Random
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.output import plain
+from launcher.report import svg
+from launcher.report.charts import of_gpu
+from launcher.report.figures import (
+    MOST_LINES,
+    MOST_NODES,
+    MOST_POINTS,
+    differences,
+    heat,
+    lines,
+    scaling,
+    thin,
+)
+from launcher.report.page import page, percent, seconds
+from launcher.results.outcome import NodeResult, Outcome, Startup
+from launcher.results.published import published
+from tests.browser.sample_runs import MARKUP, run, sample
+from tests.unit.outcomes import nodes, outcome, points
+
+
+def rendered(*outcomes: Outcome, rows: list[Outcome] | None = None) -> str:
+    return page(outcomes, published() if rows is None else rows, made="2026-11-22 12:00 UTC", version="1")
+
+
+class Parsed(HTMLParser):
+    """The elements of a page with the names of their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, ...]] = []
+        self.values: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, *(name for name, _ in attrs)))
+        self.values += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+# --- axes and lines -----------------------------------------------------------------------------------------
+
+
+def texts(axis: svg.Axis) -> list[str]:
+    return [text for _, text in axis.ticks]
+
+
+def test_ticks_are_round_numbers_around_the_values() -> None:
+    assert texts(svg.linear([17510, 18290], "")) == [
+        "17,400",
+        "17,600",
+        "17,800",
+        "18,000",
+        "18,200",
+        "18,400",
+    ]
+    assert texts(svg.linear([0.5, 12.2], "")) == ["0", "5", "10", "15"]
+    assert texts(svg.linear([5.9, 6.05], "")) == ["5.90", "5.95", "6.00", "6.05"]
+    assert texts(svg.linear([10, 100], "", whole=True)) == ["0", "20", "40", "60", "80", "100"]
+    assert texts(svg.linear([3, 4], "", whole=True)) == ["3", "4"]
+    assert texts(svg.linear([math.nan], "")) == texts(svg.linear([0, 1], ""))
+
+
+@given(st.lists(st.floats(-1e99, 1e99), min_size=1, max_size=5), st.booleans())
+def test_every_axis_holds_its_values_and_has_a_few_different_ticks(values: list[float], whole: bool) -> None:
+    axis = svg.linear(values, "", whole=whole)
+    assert all(-1e-6 <= axis.share(value) <= 1 + 1e-6 for value in values)
+    assert 1 <= len(axis.ticks) <= 9 and len(set(texts(axis))) == len(axis.ticks)
+
+
+def test_gpu_counts_too_near_to_each_other_share_a_tick() -> None:
+    assert texts(svg.counts([12, 36, 68, 36], "")) == ["12", "36", "68"]
+    assert texts(svg.counts([1000, 1004, 4000], "")) == ["1,000", "4,000"]
+
+
+def test_labels_are_moved_apart_and_stay_within() -> None:
+    assert svg.spread_out([50, 10, 51], 14, 0, 100) == [50, 10, 64]
+    assert svg.spread_out([99, 98, 97], 14, 0, 100) == [100, 86, 72]
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.01, 0.9, 1.0])
+@pytest.mark.parametrize("length", [1, 401, 5000])
+def test_a_long_line_keeps_its_extremes_and_its_breaks(length: int, lost: float) -> None:
+    random = Random(length)
+    values = [math.nan if random.random() < lost else random.gauss(0, 1) for _ in range(length)]
+    line = [(float(step), value) for step, value in enumerate(values)]
+    kept = thin(line)
+    finite = [value for value in values if not math.isnan(value)]
+    left = [value for _, value in kept if not math.isnan(value)]
+    assert len(kept) <= MOST_POINTS and [step for step, _ in kept] == sorted(step for step, _ in kept)
+    assert bool(finite) == bool(left) and any(map(math.isnan, values)) == (len(left) < len(kept))
+    if finite:
+        assert (min(left), max(left), left[0], left[-1]) == (min(finite), max(finite), finite[0], finite[-1])
+
+
+def test_nan_breaks_the_line_and_is_marked() -> None:
+    line = svg.Drawn(
+        ((1, 5.0), (2, 4.0), (3, math.nan), (4, 3.0), (5, 2.0), (6, math.nan), (7, 1.0)), "c0", "1"
+    )
+    chart = svg.chart([line], svg.linear([1, 7], "step"), svg.linear([1, 5], ""), "x", "T", "D")
+    root = ElementTree.fromstring(chart)
+    by_class = {
+        kind: [e for e in root.iter() if f"{kind} " in e.get("class", "")] for kind in ("line", "lost", "dot")
+    }
+    assert by_class["line"][0].get("d", "").count("M") == 2
+    assert [e[0].text for e in by_class["lost"]] == [", step 3: not finite", ", step 6: not finite"]
+    assert len(by_class["dot"]) == 1, "the single value after the last NaN"
+    assert root.get("role") == "img" and root[0].text == "T" and root[1].text == "D"
+
+
+def test_a_diverged_loss_is_no_number_to_draw() -> None:
+    (line,) = lines([outcome(series=points((5.0, math.inf, 1e200, 4.0)))], "GB200", "loss")
+    assert [math.isnan(value) for _, value in line.points] == [False, True, True, False]
+
+
+def test_throughput_leaves_step_1_out_and_draws_the_newest_runs() -> None:
+    many = [outcome(run=f"r{number}") for number in range(MOST_LINES + 3)]
+    drawn = lines(many, "GB200", "tps")
+    assert [line.name for line in drawn] == [f"r{number}" for number in range(MOST_LINES)]
+    assert {line.points[0][0] for line in drawn} == {10}
+    notes = of_gpu(many, [], "GB200", 0).figures[0].notes
+    assert any("3 are not" in note for note in notes)
+
+
+# --- scaling ------------------------------------------------------------------------------------------------
+
+
+def test_only_complete_and_like_runs_make_a_scaling_line() -> None:
+    runs = sample()
+    ours = [group for group in scaling(runs, [], "GB200")]
+    assert [group.label for group in ours] == [
+        "llama3-8b, batch 5, bfloat16",
+        "llama3-8b, batch 5, bfloat16, compiled",
+    ]
+    names = {dot.name for group in ours for dot in group.dots}
+    assert names == {one.run for one in runs if one.gpu == "GB200" and one.complete}
+    assert list(ours[0].medians) == [(12, 18210), (36, (17960 + 16900) / 2), (68, 17590)]
+    assert ours[0].ideal == 18210
+    figure = of_gpu(runs, published(), "GB200", 0).figures[2]
+    assert any("Left out as incomplete: 3 runs" in note for note in figure.notes)
+    assert not [row for row in figure.rows if "cut-short" in row[-1]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"versions": {"torch": "2.13.0", "torchtitan": "0.2.2"}},
+        {"settings": {"recipe.activation_checkpoint": "none"}},
+        {"settings": {"env.NCCL_ALGO": "Ring"}},
+        {"settings": {"titan.training.x": "1"}},
+        {"global_batch_size": 360},
+    ],
+    ids=str,
+)
+def test_what_differs_in_a_step_is_not_joined(changes: dict[str, object]) -> None:
+    base = {"torch": "2.14.1", "torchtitan": "0.2.2"}
+    small = outcome(nodes=3, gpus=12, global_batch_size=60, versions=base)
+    assert len(scaling([small, outcome(versions=base)], [], "GB200")) == 1
+    groups = scaling([small, outcome(**{"versions": base, **changes})], [], "GB200")
+    assert len({group.label for group in groups}) == 2
+
+
+def test_steps_and_names_may_differ_on_one_line() -> None:
+    other = outcome(settings={"recipe.steps": 1000, "job.data": "/data/x", "recipe.seed": 2})
+    small = outcome(nodes=3, gpus=12, global_batch_size=60)
+    assert len(scaling([small, other], [], "GB200")) == 1
+
+
+def test_one_size_is_no_scaling_unless_published_rows_have_others() -> None:
+    assert scaling([outcome(), outcome()], [], "GB200") == []
+    assert [group.published for group in scaling([outcome()], published(), "GB200")] == [False, True]
+
+
+def test_published_rows_stand_apart_and_the_later_step_counts() -> None:
+    groups = scaling([], published(), "b200")
+    assert all(group.published for group in groups)
+    assert {dot.tps for group in groups for dot in group.dots if dot.gpus == 16} == {17441, 17500}
+    assert scaling([], published(), "GB300") == []
+
+
+# --- nodes, start-up, settings ------------------------------------------------------------------------------
+
+
+def test_nodes_are_measured_by_their_median_and_the_slowest_is_named() -> None:
+    found = heat(outcome(by_node=(*nodes(100.0, 90.0, 101.0), NodeResult("silent", None))))
+    assert found is not None and found.silent == 1 and found.slowest.host == "gb200-002"
+    assert [percent(cell.percent) for cell in found.cells] == ["0.0%", "−10.0%", "+1.0%", "no data"]
+    assert heat(outcome(by_node=nodes(100.0))) is None
+
+
+def test_of_a_thousand_nodes_the_slowest_are_shown() -> None:
+    many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000, 0, -1))), nodes=1000, gpus=4000)
+    found = heat(many)
+    assert found is not None and len(found.cells) == MOST_NODES and len(found.others) == 1000 - MOST_NODES
+    assert found.cells[0].host == "gb200-1000" == found.slowest.host
+    text = rendered(many)
+    assert text.count('<li class="h') == MOST_NODES and f"The other {1000 - MOST_NODES} lie between" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.44, "0.4 s"), (59.7, "1 min 00 s"), (38.2, "38 s"), (125, "2 min 05 s"), (11520, "3 h 12 min")]
+)  # fmt: skip
+def test_durations(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_a_long_queue_is_cut_and_an_unknown_phase_makes_the_sum_a_bound() -> None:
+    waited = outcome(startup=Startup(7200.0, 30.0, 10.0, 60.0))
+    text = rendered(waited, outcome(startup=Startup(None, 30.0, None, math.nan)))
+    assert "2 h 00 min (bar cut)" in text and 'class="queue_s cut"' in text and "≥ 30 s" in text
+    assert "(bar cut)" not in rendered(outcome())
+
+
+def test_settings_that_differ_stand_apart_from_those_that_do_not() -> None:
+    found = differences([outcome(), outcome(settings={"recipe.lr": 1e-3, "env.NEW": "1"})])
+    assert dict(found.differing) == {"recipe.lr": ("0.0003", "0.001"), "env.NEW": (None, "1")}
+    assert ("recipe.compile", "no") in found.shared and ("version.torch", "2.14.1") in found.shared
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+
+def test_incomplete_and_published_rows_say_so() -> None:
+    text = rendered(*sample())
+    rows = dict(
+        re.findall(r'<tr class="(\w+)"[^>]*><th scope="row"><span class="run">(gb200-\w+-cut[^<]*)', text)
+    )
+    assert rows == {"incomplete": "gb200-17n-cut-short"}
+    assert text.count('<tr class="published"') == sum(row.gpu in ("GB200", "H100") for row in published())
+    assert "TIMEOUT; step 40 of 100" in text and "12 runs, of which 3 incomplete" in text
+    assert len(re.findall(r"gb200-9n-nan \(incomplete\)</li>", text)) == 2
+
+
+def test_a_run_that_logged_nothing_after_warm_up_is_not_complete() -> None:
+    assert "no step after warm-up" in rendered(outcome(tps=None))
+
+
+def test_the_policy_names_the_one_script_and_the_one_style() -> None:
+    text = rendered(*sample())
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    (policy,) = (
+        value for tag, name, value in Parsed(text).values if name == "content" and "default-src" in value
+    )
+    for source in (script, style):
+        assert base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() in policy
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", text), "nothing is fetched"
+
+
+TREACHEROUS = st.one_of(
+    st.text(min_size=1, max_size=30),
+    st.sampled_from([MARKUP, "</title>", "--><script>", "{{ 7 * 7 }}", "]]>", "\x00\x1b[31m", "\u202e", "' onload='", "&lt;"]),
+)  # fmt: skip
+
+
+@given(TREACHEROUS, TREACHEROUS)
+@settings(max_examples=60, deadline=None)
+def test_no_name_is_ever_markup(name: str, value: str) -> None:
+    def named(name: str, value: str) -> Parsed:
+        first = replace(
+            outcome(problems=(value,), notes=(value,), settings={"env.A": value}, by_node=nodes(1.0, 2.0, host=name)),
+            run=name, cluster=value, gpu=name, recipe=name, precision=value, date=value, state=value,
+            versions={value: name},
+        )  # fmt: skip
+        rows = [replace(published()[0], run=f"{value} (x)", gpu=name)]
+        text = page([first, outcome(gpu=name)], rows, made="now", version="1", left_out=[(name, value)])
+        assert all(character.isprintable() or character == "\n" for character in text)
+        return Parsed(text)
+
+    found, harmless = named(name, value), named("NAME", "VALUE")
+    assert found.elements == harmless.elements
+    assert plain(name) in "".join(found.text)
+
+
+def test_two_hundred_long_runs_are_a_page_that_can_be_mailed() -> None:
+    runs = [
+        run(f"run-{number}", 9, 17900 + number, "2026-11-01T00:00:00Z", steps=4000) for number in range(200)
+    ]
+    assert len(rendered(*runs)) < 1_500_000
+
+
+def test_one_run_and_a_run_without_anything() -> None:
+    bare = outcome(series=(), by_node=(), tps=None, loss=None, step=None, mfu_pct=None, startup=Startup(),
+                   problems=("no step of 100 was logged",))  # fmt: skip
+    text = rendered(bare, rows=[])
+    assert "There is one run" in text and "<svg" not in text and 'id="nodes"' not in text
+
+
+# --- plots --------------------------------------------------------------------------------------------------
+
+
+def test_plots_are_png_and_svg_whatever_the_names(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'titan-launcher[report]'")
+    from launcher.report.plots import write_plots
+
+    runs = [replace(one, run=f"_{one.run} $x_{{$ \n 表") for one in sample()]
+    files = write_plots(runs, published(), tmp_path / "plots")
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(path.name for path in files)
+    assert {path.stem for path in files} == {"throughput", "loss", "scaling"}
+    for path in files:
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
+        else:
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_plots_of_runs_without_steps_are_not_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'titan-launcher[report]'")
+    from launcher.report.plots import write_plots
+
+    assert write_plots([outcome(series=(), tps=None)], [], tmp_path) == [] == list(tmp_path.iterdir())

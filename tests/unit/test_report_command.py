@@ -1,0 +1,111 @@
+"""`launcher report`: which runs it takes, what it says, and what it never overwrites."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from launcher.errors import ExitStatus, LauncherError
+from launcher.report.commands import report
+from tests.unit.test_follow import step
+
+NODE = {
+    "gpu": "GB200", "nodes": 1, "gpus_per_node": 4,
+    "recipe": {"name": "llama3-8b", "local_batch_size": 5, "steps": 30, "log_freq": 10, "seq_len": 8192},
+}  # fmt: skip
+
+
+def make_run(runs_dir: Path, name: str, at: float, steps: tuple[int, ...] = (1, 10, 20, 30)) -> Path:
+    folder = runs_dir / name
+    (folder / "job").mkdir(parents=True)
+    (folder / "logs").mkdir()
+    (folder / "intent.json").write_text(json.dumps({"scheduler": "local", "job_name": "x", "at": at}))
+    (folder / "job" / "node.json").write_text(json.dumps(NODE))
+    (folder / "end.json").write_text('{"exit_code": 0}')
+    if steps:
+        (folder / "logs" / "0000-a.log").write_text("".join(map(step, steps)))
+    return folder
+
+
+@pytest.fixture
+def runs_dir(workplace: Path) -> Path:
+    make_run(workplace / "runs", "first", 1000.0)
+    make_run(workplace / "runs", "second", 2000.0, steps=(1, 10))
+    return workplace / "runs"
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(report, arguments)
+
+
+def refused(*arguments: str) -> LauncherError:
+    error = call(*arguments).exception
+    assert isinstance(error, LauncherError), error
+    return error
+
+
+def test_all_runs_newest_first_and_again_over_its_own_page(runs_dir: Path) -> None:
+    done = call("-o", "page.html")
+    assert (done.exit_code, done.stdout) == (0, "page.html: 2 runs, 1 incomplete\n"), done.output
+    text = Path("page.html").read_text()
+    assert text.index('"run">second<') < text.index('"run">first<') and "step 10 of 30" in text
+    assert call("-o", "page.html").exit_code == 0
+    assert sorted(path.name for path in runs_dir.parent.iterdir()) == ["home", "page.html", "runs"]
+
+
+def test_named_runs_once_each_and_as_json(runs_dir: Path) -> None:
+    done = call("first", str(runs_dir / "first"), "--json")
+    assert json.loads(done.stdout) == {
+        "page": "report.html", "runs": 1, "incomplete": [], "left_out": [], "plots": [],
+    }  # fmt: skip
+
+
+def test_runs_of_the_same_name_in_other_folders(runs_dir: Path) -> None:
+    other = make_run(runs_dir.parent / "elsewhere", "first", 3000.0)
+    assert json.loads(call("first", str(other), "--json").stdout)["runs"] == 2
+
+
+def test_the_page_on_stdout_is_nothing_but_the_page(runs_dir: Path) -> None:
+    done = call("-o", "-")
+    assert done.stdout.startswith("<!doctype html>") and done.stdout.endswith("</html>\n")
+    assert "2 runs" in done.stderr and not Path("-").exists()
+    assert call("-o", "-", "--json").exit_code == ExitStatus.USAGE
+
+
+def test_other_files_are_left_as_they_are(runs_dir: Path) -> None:
+    Path("notes.html").write_text("<p>mine</p>")
+    assert refused("-o", "notes.html").status == ExitStatus.EXISTS
+    assert Path("notes.html").read_text() == "<p>mine</p>"
+    assert refused("-o", "runs").status == ExitStatus.EXISTS
+    assert refused("-o", "no/such/page.html").fix == "mkdir -p 'no/such'"
+
+
+def test_runs_without_a_step_are_named(runs_dir: Path) -> None:
+    make_run(runs_dir, "silent", 3000.0, steps=())
+    done = call()
+    assert "report.html: 2 runs" in done.stdout and "left out: silent: " in done.stderr
+    assert "silent" in Path("report.html").read_text()
+    assert refused("silent").status == ExitStatus.NO_DATA
+    assert refused("nobody").status == ExitStatus.NOT_FOUND
+    Path("empty").mkdir()
+    assert refused("--runs-dir", "empty").status == ExitStatus.NOT_FOUND
+
+
+def test_plots_without_matplotlib_say_what_to_install(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    error = refused("-o", "page.html", "--plots", "plots")
+    assert "titan-launcher[report]" in error.fix and not Path("page.html").exists()
+
+
+def test_plots_are_named(runs_dir: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'titan-launcher[report]'")
+    done = call("--plots", "plots")
+    assert done.stdout.splitlines()[1:] == [
+        f"plots/{name}.{kind}" for name in ("throughput", "loss") for kind in ("png", "svg")
+    ]

@@ -1,0 +1,336 @@
+"""Sweeps: the matrix before it starts, what is submitted and what is not, whatever came before, and the table."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher import sweep
+from launcher.cluster.state import JobState
+from launcher.errors import ExitStatus, LauncherError
+from launcher.spec import Job, Recipe, RunSpec
+from tests.conftest import Launch
+from tests.unit.outcomes import outcome, spread
+from tests.unit.test_submission import SBATCH, SQUEUE, Fake, jobs, slurm
+
+__all__ = ["slurm"]  # a fixture
+
+SWEEP = ("sweep", "--gpu", "gb200", "--image", "titan.sqsh", "--name", "s", "--yes")
+THREE = (*SWEEP, "--nodes", "1,2,4")
+RUNS = [f"s-llama3-8b-{n}n-b5" for n in (1, 2, 4)]
+
+DRY_RUN = """\
+run                      now  nodes  GPUs  batch  node-hours  at most
+s-llama3-8b-3n-b4        new      3    12      4        0.30     3.00
+s-llama3-8b-9n-b4        new      9    36      4        0.91     9.00
+s-llama3-8b-17n-b4       new     17    68      4        1.73    17.00
+s-llama3-8b-3n-b5        new      3    12      5        0.34     3.00
+s-llama3-8b-9n-b5        new      9    36      5        1.02     9.00
+s-llama3-8b-17n-b5       new     17    68      5        1.95    17.00
+s-llama3-8b-fast-3n-b4   new      3    12      4        0.28     3.00
+s-llama3-8b-fast-9n-b4   new      9    36      4        0.84     9.00
+s-llama3-8b-fast-17n-b4  new     17    68      4        1.61    17.00
+s-llama3-8b-fast-3n-b5   new      3    12      5        0.31     3.00
+s-llama3-8b-fast-9n-b5   new      9    36      5        0.94     9.00
+s-llama3-8b-fast-17n-b5  new     17    68      5        1.80    17.00
+s: 12 of 12 to submit, one after another: 12.02 node-hours expected, at most 116.00 by --time
+"""
+
+
+def args(image: Path) -> list[str]:
+    """The options of every sbatch, without those of `--parsable` and the script."""
+    lines = (image.parent / "args.txt").read_text().splitlines()
+    return [" ".join(word for word in line.split()[1:-1]) for line in lines]
+
+
+@pytest.fixture
+def recorded(slurm: Fake, image: Path) -> Fake:
+    slurm("sbatch", f'echo "$*" >>{image.parent}/args.txt\n{SBATCH}')
+    return slurm
+
+
+def end(image: Path, run: str, code: int = 0, hours: float = 0.5) -> None:
+    """As the job's script writes its end; Slurm has forgotten the job."""
+    ended = {"exit_code": code, "signal": "", "began_at": 1000, "ended_at": 1000 + int(hours * 3600)}
+    (image.parent / "runs" / run / "end.json").write_text(json.dumps(ended))
+    path = image.parent / "jobs.txt"
+    kept = [line for line in path.read_text().splitlines() if f" {run}." not in line]
+    path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def names(image: Path) -> list[str]:
+    """Runs of the jobs that Slurm has, in the order of submission."""
+    return [line.split()[1].rsplit(".", 1)[0] for line in jobs(image)]
+
+
+def test_the_matrix_before_it_starts(launch: Launch, image: Path) -> None:
+    lists = ("--nodes", "3,9,17", "--batch-size", "4,5", "--recipe", "llama3-8b,llama3-8b-fast")
+    done = launch(*SWEEP, *lists, "--dry-run")
+    assert (done.returncode, done.stdout) == (0, DRY_RUN), done.stderr
+    assert not (image.parent / "runs").exists()
+    rows = json.loads(launch(*SWEEP, *lists, "--dry-run", "--json").stdout)["cells"]
+    assert (len(rows), rows[0]["limit_node_hours"], rows[0]["submit"]) == (12, 3.0, True)
+
+
+def test_each_job_waits_for_the_one_before(launch: Launch, recorded: Fake, image: Path) -> None:
+    done = launch(*THREE)
+    assert done.returncode == 0, done.stderr
+    assert names(image) == RUNS
+    assert args(image) == ["", "--dependency=afterany:100", "--dependency=afterany:101"]
+    assert "s-llama3-8b-4n-b5: Slurm job 102, after job 101" in done.stdout
+    script = (image.parent / "runs" / RUNS[1] / "job.sbatch").read_text()
+    assert "dependency" not in script  # the script repeats the run, whatever ran before
+
+
+def test_side_by_side(launch: Launch, recorded: Fake, image: Path) -> None:
+    assert launch(*THREE, "--parallel").returncode == 0
+    assert args(image) == ["", "", ""]
+
+
+def test_the_same_command_again_goes_on(launch: Launch, recorded: Fake, image: Path) -> None:
+    """One complete, one failed, one waiting, one new: only the new one is submitted, behind the one that waits."""
+    launch(*THREE)
+    end(image, RUNS[0])
+    end(image, RUNS[1], code=1)
+    done = launch(*SWEEP, "--nodes", "1,2,4,8")
+    assert done.returncode == 0, done.stderr
+    assert names(image) == [RUNS[2], "s-llama3-8b-8n-b5"]
+    assert args(image)[3:] == ["--dependency=afterany:102"]
+    assert "1 of 4 to submit" in done.stdout and "COMPLETED" in done.stdout
+
+    done = launch(*THREE, "--retry")
+    assert names(image)[2:] == [f"{RUNS[1]}-2"]
+    assert "s-llama3-8b-2n-b5-2  again" in done.stdout
+    end(image, RUNS[2])
+    end(image, f"{RUNS[1]}-2", hours=1.0)
+    submitted = len(args(image))
+    table = launch(*THREE, "--retry", "--json")
+    assert (table.returncode, len(args(image))) == (0, submitted)
+    found = json.loads(table.stdout)
+    assert [row["state"] for row in found["cells"]] == ["COMPLETED"] * 3
+    assert [row["run"] for row in found["cells"]] == [RUNS[0], f"{RUNS[1]}-2", RUNS[2]]
+    assert found["node_hours"] == pytest.approx(1 * 0.5 + 2 * (0.5 + 1.0) + 4 * 0.5)  # failures cost, too
+
+
+def test_failed_cells_are_told_by_the_exit_code(launch: Launch, recorded: Fake, image: Path) -> None:
+    launch(*THREE)
+    for run, code in zip(RUNS, (0, 1, 0), strict=True):
+        end(image, run, code)
+    done = launch(*THREE)
+    assert done.returncode == ExitStatus.JOB_FAILED and "FAILED" in done.stdout
+    assert "3.50 node-hours used" in done.stdout and "--retry" in done.stderr
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["slurm-has-it", "slurm-has-it-not"])
+def test_a_launcher_that_is_killed_while_it_submits(
+    taken: bool, launch: Launch, recorded: Fake, image: Path
+) -> None:
+    """SIGKILL while sbatch has the second run: the same command submits what is missing, and nothing twice."""
+    kill = 'case "$*" in *-2n-*) kill -9 $PPID; exit 1 ;; esac'
+    recorded("sbatch", f"{SBATCH}\n{kill}" if taken else f"{kill}\n{SBATCH}")
+    assert launch(*THREE).returncode == -signal.SIGKILL
+    assert len(jobs(image)) == (2 if taken else 1)
+    recorded("sbatch", f'echo "$*" >>{image.parent}/args.txt\n{SBATCH}')
+    done = launch(*THREE)
+    assert done.returncode == 0, done.stderr
+    second = RUNS[1] if taken else f"{RUNS[1]}-2"
+    assert names(image) == [RUNS[0], second, RUNS[2]]
+    assert args(image)[-1] == "--dependency=afterany:101"  # behind the last of those that wait
+    if not taken:  # should Slurm have it after all, it stops at the claim
+        assert (image.parent / "runs" / RUNS[1] / "claim").is_dir()
+    assert launch(*THREE).returncode == 0
+    assert len(jobs(image)) == 3
+
+
+def test_ctrl_c_between_two_submissions(launch: Launch, recorded: Fake, image: Path) -> None:
+    recorded("sbatch", f"kill -INT $PPID\n{SBATCH}")
+    done = launch(*THREE)
+    assert done.returncode == ExitStatus.INTERRUPTED
+    assert "2 runs not submitted: the same command goes on" in done.stderr
+    assert (
+        names(image) == RUNS[:1] and json.loads(launch("status", RUNS[0], "--json").stdout)["job_id"] == "100"
+    )
+    recorded("sbatch", SBATCH)
+    assert launch(*THREE).returncode == 0 and names(image) == RUNS
+
+
+def test_a_cell_that_slurm_refuses_stops_the_rest(launch: Launch, recorded: Fake, image: Path) -> None:
+    recorded("sbatch", f'case "$*" in *-2n-*) echo "error: QOSMaxSubmitJob" >&2; exit 1 ;; esac\n{SBATCH}')
+    done = launch(*THREE)
+    assert done.returncode == ExitStatus.CLUSTER and "a limit of your account or QOS" in done.stderr
+    assert names(image) == RUNS[:1] and not (image.parent / "runs" / RUNS[1]).exists()
+
+
+def test_a_silent_slurm_submits_nothing(launch: Launch, recorded: Fake, image: Path) -> None:
+    launch(*SWEEP, "--nodes", "1")
+    recorded("squeue", "exit 1")
+    done = launch(*THREE)
+    assert done.returncode == ExitStatus.CLUSTER and len(jobs(image)) == 1
+    recorded("squeue", SQUEUE)
+    assert launch(*THREE).returncode == 0 and len(jobs(image)) == 3
+
+
+def test_followed_to_the_end_of_all(launch: Launch, recorded: Fake, image: Path) -> None:
+    """One job after another completes each time that Slurm is asked; the table comes when none is left."""
+    step = r"""sed -i '0,/ \(PENDING\|RUNNING\)$/s// COMPLETED/' "$JOBS" """
+    launch(*SWEEP, "--nodes", "1,2")
+    recorded("squeue", f"{step}\n{SQUEUE}")
+    done = launch(*SWEEP, "--nodes", "1,2", "--follow")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("COMPLETED") == 2 and f"{RUNS[1]}: COMPLETED" in done.stderr
+
+
+def test_other_settings_under_the_same_name(launch: Launch, recorded: Fake, image: Path) -> None:
+    launch(*THREE)
+    done = launch(*THREE, "--steps", "50")
+    assert done.returncode == ExitStatus.EXISTS
+    assert "recipe.steps was 100, is 50 now" in done.stderr and len(jobs(image)) == 3
+    assert (
+        launch(*THREE, "--time", "3:00:00", "--exclude", "n7").returncode == 0
+    )  # where and how long: the same cell
+
+
+def test_the_name_comes_from_the_settings(launch: Launch, recorded: Fake, image: Path) -> None:
+    unnamed = [word for word in SWEEP if word not in ("--name", "s")]
+    launch(*unnamed, "--nodes", "2,1")
+    assert launch(*unnamed, "--nodes", "1,2").returncode == 0 and len(jobs(image)) == 2
+    assert launch(*unnamed, "--nodes", "1,2", "--steps", "7").returncode == 0 and len(jobs(image)) == 4
+
+
+def test_cells_that_cannot_run_are_refused_together(launch: Launch, recorded: Fake, image: Path) -> None:
+    done = launch(*SWEEP, "--nodes", "1,20000", "--recipe", "llama3-8b,lama3-8b")
+    assert done.returncode == ExitStatus.INVALID
+    assert "3 of 4 cells cannot run, so nothing was submitted" in done.stderr
+    assert "job.nodes = '20000'" in done.stderr and "there is no recipe 'lama3-8b'" in done.stderr
+    (image.parent / "titan.sqsh").write_bytes(b"no squashfs")
+    done = launch(*THREE)
+    assert done.returncode == ExitStatus.INVALID and "all 3 cells cannot run" in done.stderr
+    assert not (image.parent / "runs").exists()
+
+
+def test_two_recipes_of_one_name(launch: Launch, image: Path) -> None:
+    for folder in ("a", "b"):
+        (image.parent / folder).mkdir()
+        (image.parent / folder / "mine.toml").write_text("[recipe]\nsteps = 7\n")
+    done = launch(*SWEEP, "--recipe", "a/mine.toml,b/mine.toml", "--dry-run")
+    assert done.returncode == ExitStatus.INVALID and "two cells would be named s-mine-1n-b1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("--nodes", "3,,x"), ExitStatus.USAGE, "an empty item"),
+        (("--nodes", ""), ExitStatus.USAGE, "an empty item"),
+        (("--nodes", "3,x"), ExitStatus.USAGE, "'x' is not a number from 1 on"),
+        (("--nodes", "0"), ExitStatus.USAGE, "'0' is not a number from 1 on"),
+        (("--nodes", "-3"), ExitStatus.USAGE, "'-3' is not a number from 1 on"),
+        (("--batch-size", "4,5,4"), ExitStatus.USAGE, "4 stands there twice"),
+        (("--nodes", ",".join(map(str, range(1, 1001))), "--batch-size", ",".join(map(str, range(1, 1001)))),
+         ExitStatus.INVALID, "1,000,000 combinations: a sweep has at most 100"),
+        (("--recipe", "nonsense"), ExitStatus.NOT_FOUND, "there is no recipe 'nonsense'"),
+        (("--name", "a" * 50), ExitStatus.INVALID, "a name of 66 characters"),
+        (("--name", "../elsewhere"), ExitStatus.INVALID, "letters, digits"),
+        (("--local", "--parallel"), ExitStatus.USAGE, "--parallel is for Slurm"),
+        (("--env", "A_TOKEN"), ExitStatus.INVALID, "no such variable"),
+    ],
+)  # fmt: skip
+def test_bad_input(
+    arguments: tuple[str, ...], status: ExitStatus, said: str, launch: Launch, recorded: Fake, image: Path
+) -> None:
+    done = launch(*SWEEP, *arguments)
+    assert (done.returncode, said in done.stderr) == (status, True), done.stderr
+    assert not (image.parent / "runs").exists()
+
+
+def test_on_this_machine_one_after_another(launch: Launch, workplace: Path) -> None:
+    python = workplace / "python"
+    python.write_text(f"#!/bin/sh\necho begin >>{workplace}/order\nsleep 0.3\necho end >>{workplace}/order\n")
+    python.chmod(0o755)
+    local = ("sweep", "--local", "--gpu", "cpu", "--recipe", "debug", "--python", str(python), "--name", "l")
+    done = launch(*local, "--batch-size", "2,4")
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "order").read_text().split() == ["begin", "end", "begin", "end"]
+    assert "l-debug-1n-b4  COMPLETED" in done.stdout
+    launch(*local, "--batch-size", "2,4")
+    assert len((workplace / "order").read_text().split()) == 4
+
+
+@pytest.mark.parametrize(
+    ("state", "cut_off", "retry", "expected"),
+    [
+        (None, False, False, True),
+        (JobState("COMPLETED"), False, True, False),
+        (JobState("RUNNING"), False, True, False),
+        (JobState("PENDING"), False, True, False),
+        (JobState("SUBMITTING"), False, True, False),
+        (JobState("FAILED"), False, False, False),
+        (JobState("TIMEOUT"), False, True, True),
+        (JobState("UNKNOWN"), False, False, False),
+        (JobState("UNKNOWN"), False, True, True),
+        (JobState("UNKNOWN"), True, False, True),
+    ],
+)
+def test_what_is_submitted(state: JobState | None, cut_off: bool, retry: bool, expected: bool) -> None:
+    assert sweep.has_next(state, cut_off, retry) is expected
+
+
+def cell(
+    nodes: int, tps: float | None, *problems: str, batch: int = 5, hours: float | None = 1.0
+) -> sweep.Result:
+    spec = RunSpec(job=Job(nodes=nodes, recipe="llama3-8b"), recipe=Recipe(local_batch_size=batch))
+    found = outcome(tps=spread(tps) if tps else None, problems=problems) if tps or problems else None
+    return sweep.Result(spec, f"s-{nodes}n-b{batch}", "COMPLETED" if tps else "PENDING", found, hours)
+
+
+def test_the_table_and_its_scaling() -> None:
+    """Against the fewest nodes of the same recipe and batch that are complete; never an incomplete run's figures."""
+    results = [
+        cell(3, 18284),
+        cell(9, 17975),
+        cell(17, 17581),
+        cell(3, 9000, "step 40 of 100", batch=4),
+        cell(9, 18000, batch=4),
+        cell(17, None, batch=4, hours=0.0),
+    ]
+    rows = sweep.table(results)
+    assert [row["scaling"] and round(row["scaling"], 3) for row in rows] == [1, 0.983, 0.962, None, 1, None]
+    assert [row["scaling_base_nodes"] for row in rows] == [3, 3, 3, None, 9, None]
+    assert sweep.table_lines(rows) == [
+        "run       state      GPUs  tokens/s/GPU       quartiles      scaling  node-hours",
+        "s-3n-b5   COMPLETED    24        18,284  18,211..18,357   100% of 3n        1.00",
+        "s-9n-b5   COMPLETED    72        17,975  17,903..18,047  98.3% of 3n        1.00",
+        "s-17n-b5  COMPLETED   136        17,581  17,511..17,651  96.2% of 3n        1.00",
+        "s-3n-b4   COMPLETED    24         9,000    8,964..9,036            -        1.00  INCOMPLETE: step 40 of 100",
+        "s-9n-b4   COMPLETED    72        18,000  17,928..18,072   100% of 9n        1.00",
+        "s-17n-b4  PENDING     136             -               -            -        0.00",
+        "5.00 node-hours used",
+    ]
+
+
+def test_a_run_that_ended_without_a_step_is_no_result() -> None:
+    empty = replace(cell(3, None), state="COMPLETED")
+    lines = sweep.table_lines(sweep.table([empty, cell(9, 18000)]))
+    assert lines[1].endswith("INCOMPLETE: no step was logged") and "100% of 9n" in lines[2]
+
+
+def test_hours_that_are_not_known_are_not_counted_as_none() -> None:
+    lines = sweep.table_lines(sweep.table([cell(3, 18284), cell(9, 17975, hours=None)]))
+    assert lines[-1] == "at least 1.00 node-hours used" and "?" in lines[2]
+
+
+def test_no_time_limit_is_said() -> None:
+    spec = RunSpec(job=Job(nodes=4, time="0"))
+    assert sweep.limit_node_hours(spec) is None
+    assert sweep.limit_node_hours(replace(spec, job=replace(spec.job, time="1-12:00:00"))) == 4 * 36
+
+
+def test_too_long_a_name_leaves_room_for_attempts() -> None:
+    spec = RunSpec(job=Job(nodes=1, recipe="llama3-8b"), recipe=Recipe(local_batch_size=5))
+    longest = sweep.cell_name("a" * 44, spec)
+    assert len(sweep.attempt_name(longest, sweep.MAX_ATTEMPTS)) == 63
+    with pytest.raises(LauncherError, match="a name of 61 characters"):
+        sweep.cell_name("a" * 45, spec)

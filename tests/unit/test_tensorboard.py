@@ -1,0 +1,120 @@
+"""Event files as TensorBoard's format has them, written here field by field; damaged ones; and the reader's limits.
+
+tests/train/test_real_outcome.py reads what torch's own SummaryWriter wrote.
+"""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.results.tensorboard import read_scalars, scalars
+
+# The first two records of a file that torch 2.13's SummaryWriter wrote: the version, and a loss at step 1.
+REAL = bytes.fromhex(
+    "4800000000000000fe92489d09452554edd4c0da411a0d627261696e2e4576656e743a32522e0a2c74656e736f72626f6172642e73756d6d"
+    "6172792e7772697465722e6576656e745f66696c655f7772697465721b402a3232000000000000002419"
+    "56ec092759b6edd4c0da4110012a250a230a1c6c6f73735f6d6574726963732f676c6f62616c5f6176675f6c6f737315b4ee0041b322cdd5"
+)
+unhurried = settings(deadline=None)  # a busy machine is no defect
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 0x7F:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def part(number: int, data: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def record(data: bytes) -> bytes:
+    return struct.pack("<Q", len(data)) + b"\0\0\0\0" + data + b"\0\0\0\0"
+
+
+def scalar(step: int, tag: str, value: float) -> bytes:
+    entry = part(1, tag.encode()) + b"\x15" + struct.pack("<f", value)
+    return record(b"\x09" + struct.pack("<d", 1.79e9) + b"\x10" + varint(step) + part(5, part(1, entry)))
+
+
+def test_a_real_file(tmp_path: Path) -> None:
+    path = tmp_path / "events.out.tfevents.1.vm"
+    path.write_bytes(REAL)
+    ((step, tag, value),) = read_scalars(path)
+    assert (step, tag, round(value, 4)) == (1, b"loss_metrics/global_avg_loss", 8.0583)
+
+
+@unhurried
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2**63 - 1), st.text(min_size=1, max_size=200), st.floats(width=32, allow_nan=False)
+        )
+    )
+)
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, values: list[tuple[int, str, float]]
+) -> None:
+    values = [(step, tag, value) for step, tag, value in values if tag.isprintable()]
+    path = tmp_path_factory.mktemp("tb") / "events.out.tfevents.1"
+    path.write_bytes(b"".join(scalar(*value) for value in values))
+    assert [(step, tag.decode(), value) for step, tag, value in read_scalars(path)] == values
+
+
+@unhurried
+@given(st.binary(max_size=300), st.integers(0, 400))
+def test_damage_ends_the_file_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, noise: bytes, cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("tb") / "events.out.tfevents.1"
+    good = b"".join(scalar(step, "loss", step / 2) for step in range(5))
+    path.write_bytes(good[:cut] + noise)
+    whole = cut // len(scalar(0, "loss", 0.0)) if cut < len(good) else 5
+    assert [value for _, _, value in read_scalars(path)][:whole] == [step / 2 for step in range(whole)]
+
+
+@pytest.mark.parametrize("hole", [b"\0" * 4096, b"\xff" * 64, struct.pack("<Q", 1 << 60) + b"x" * 64])
+def test_holes(tmp_path: Path, hole: bytes) -> None:
+    path = tmp_path / "events.out.tfevents.1"
+    path.write_bytes(scalar(1, "loss", 1.0) + hole + scalar(2, "loss", 2.0))
+    assert [step for step, _, _ in read_scalars(path)] == [1]
+
+
+def test_a_number_that_never_ends(tmp_path: Path) -> None:
+    path = tmp_path / "events.out.tfevents.1"
+    path.write_bytes(
+        scalar(1, "loss", 1.0) + record(b"\x10" + b"\x80" * 11 + b"\x01" + scalar(2, "loss", 2.0)[21:-4])
+    )
+    assert [step for step, _, _ in read_scalars(path)] == [1]
+
+
+def test_several_files_are_one_run_and_the_later_counts(tmp_path: Path) -> None:
+    for folder, number, values in (("a", 20, {10: 3.0, 20: 4.0}), ("b", 10, {1: 1.0, 10: 2.0})):
+        (tmp_path / folder).mkdir()
+        text = b"".join(scalar(step, "x", value) + scalar(step, "y", 0.0) for step, value in values.items())
+        (tmp_path / folder / f"events.out.tfevents.{number}.vm.1.0").write_bytes(text)
+    (tmp_path / "a" / "notes.txt").write_text("other")
+    assert scalars(tmp_path, ["x", "z"]) == {"x": {1: 1.0, 10: 3.0, 20: 4.0}, "z": {}}
+    assert scalars(tmp_path / "none", ["x"]) == {"x": {}}
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "events.out.tfevents.1"
+    with path.open("wb") as handle:
+        for step in range(50_000):
+            handle.write(scalar(step, "something else", 0.5))
+        handle.write(scalar(1, "x", 1.0))
+    tracemalloc.start()
+    try:
+        assert scalars(tmp_path, ["x"]) == {"x": {1: 1.0}}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
