@@ -18,8 +18,9 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.train ## train a tiny Llama 3 here with torchtitan, up to its results row
+demo: $(VENV)/.train ## train a tiny Llama 3 here with torchtitan, up to its results row and a page
 	$(BIN)/launcher submit --local --recipe debug --follow
+	$(BIN)/launcher report --output report.html
 
 image: $(VENV)/.image ## build the container image of CHANNEL and write titan-CHANNEL-ARCH.sqsh
 	$(BIN)/launcher image build '$(CHANNEL)' $(if $(ARCH),--arch '$(ARCH)') --output . --force $(BUILD_FLAGS)
@@ -75,7 +76,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml containers/constraints-train.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,dev]'
+	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,report,dev]'
 	@touch $@
 
 $(VENV_02)/.train: $(VENV_02)/.torch pyproject.toml containers/constraints-train.txt

@@ -23,6 +23,7 @@ from launcher.output import (
     warn,
 )
 from launcher.plan_commands import COMMANDS as PLAN_COMMANDS
+from launcher.report.commands import COMMANDS as REPORT_COMMANDS
 from launcher.results.commands import COMMANDS as RESULTS_COMMANDS
 from launcher.results.judge_commands import COMMANDS as JUDGE_COMMANDS
 from launcher.run_commands import COMMANDS, follow_run, reference
@@ -217,7 +218,14 @@ def config_show(options: RunOptions, as_json: bool) -> None:
         click.echo(f"{key:{width}}  {text}  {click.style(f'({origin})', dim=True)}", color=colour())
 
 
-for _command in (*COMMANDS, *RESULTS_COMMANDS, *JUDGE_COMMANDS, *SWEEP_COMMANDS, *PLAN_COMMANDS):
+for _command in (
+    *COMMANDS,
+    *RESULTS_COMMANDS,
+    *JUDGE_COMMANDS,
+    *SWEEP_COMMANDS,
+    *PLAN_COMMANDS,
+    *REPORT_COMMANDS,
+):
     launcher.add_command(_command)
 
 

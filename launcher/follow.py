@@ -133,15 +133,6 @@ def last_lines(paths: Sequence[Path], count: int) -> tuple[Path, list[str]]:
     return Path(), []
 
 
-def read_records(log_dir: Path) -> dict[str, list[StepRecord]]:
-    """Every step record of a run by node, for `launcher.results.rows.summarise`."""
-    found = {}
-    for node, path in node_logs(log_dir).items():
-        with _reading(path):
-            found[node] = list(LogReader(path).read())
-    return found
-
-
 @dataclass
 class _Node:
     reader: LogReader

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs, read_records
+from launcher.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs
 from launcher.titan import log
 from launcher.titan.log import first_error
 
@@ -195,15 +195,6 @@ def test_attaching_to_a_long_run_is_bounded(tmp_path: Path) -> None:
     assert peak < 12 << 20, f"{peak} bytes for a log of {path.stat().st_size}"
 
 
-def test_all_records_of_a_run(tmp_path: Path) -> None:
-    (tmp_path / "0000-a.log").write_text(step(1) + step(10))
-    (tmp_path / "0001-b.log").write_text("nothing\n")
-    assert {name: [r.step for r in records] for name, records in read_records(tmp_path).items()} == {
-        "a": [1, 10],
-        "b": [],
-    }
-
-
 # --- all logs as one ----------------------------------------------------------------------------------------
 
 
@@ -274,7 +265,6 @@ def test_merging_huge_lines_is_bounded(tmp_path: Path, following: bool) -> None:
 
 
 READERS: list[Callable[[Path], Iterable[object]]] = [
-    read_records,
     lambda folder: list(follow(folder, steps_total=9, is_finished=lambda: True, sleep=print)),
     lambda folder: list(merged_lines(folder)),
     lambda folder: list(merged_lines(folder, follow=True)),

@@ -107,5 +107,5 @@ def test_plots_are_named(runs_dir: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'titan-launcher[report]'")
     done = call("--plots", "plots")
     assert done.stdout.splitlines()[1:] == [
-        f"plots/{name}.{kind}" for name in ("throughput", "loss") for kind in ("png", "svg")
+        f"plots/{name}.{kind}" for name in ("throughput", "loss", "scaling") for kind in ("png", "svg")
     ]
