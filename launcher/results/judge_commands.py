@@ -169,10 +169,11 @@ def accept(
 
 def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool) -> Run:
     """As `launcher submit` does; what it says goes to stderr, since the verdict is this command's output."""
-    from launcher import cli, control
+    from launcher import control
     from launcher.results.published import same_gpu
+    from launcher.submit_commands import prepared
 
-    spec, secrets = cli.prepared(options, force)
+    spec, secrets = prepared(options, force)
     gpu = spec.profile.gpu
     if not any(same_gpu(gpu, row.gpu) for row in rows):
         warn(
