@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     try:
         node_id = _number(os.environ.get("SLURM_NODEID", "0"))
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        facts.update(node=node_id, host=host)
+        facts.update(node=node_id, host=host, cluster=os.environ.get("SLURM_CLUSTER_NAME", ""))
         node = read_node(argv)
         run_dir = Path(node["run_dir"])
         command, added = examine(node, run_dir, facts, crew)

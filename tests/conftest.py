@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from launcher.image.squashfs_file import sidecar_path, superblock
 
 ROOT = Path(__file__).parent.parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -42,7 +42,11 @@ def main(argv: list[str]) -> int:
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            answer = {"problem": failed, "fix": IMAGE} if torch is None else _do(torch, command, device, rank)
+            answer = (
+                {"problem": failed, "fix": IMAGE, "fault": "run"}
+                if torch is None
+                else _do(torch, command, device, rank)
+            )
         except Exception as error:  # CUDA, NCCL and gloo have no common root; what they say is the answer
             answer = {"problem": f"{command['do']}: {_said(error)}"}
         answers.write(json.dumps(answer) + "\n")

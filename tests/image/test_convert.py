@@ -738,7 +738,7 @@ SAMPLE = tar_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(SAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=6),
     cut=st.integers(0, len(SAMPLE)),

@@ -200,7 +200,7 @@ RESULTS = st.builds(
 RANK = {FAIL: 0, CANNOT_SAY: 1, PASS: 2}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(RESULTS, st.floats(0.01, 2), st.floats(0.01, 2), st.floats(0, 1))
 def test_the_rules_hold_for_any_result(result: Outcome, low: float, high: float, limit: float) -> None:
     low, high = sorted((low, high))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm.check import health
@@ -131,7 +131,6 @@ def test_what_is_no_answer_is_passed_over(text: str) -> None:
     assert len(health.join([(GENERAL, general()), (FABRIC, text), (REASONS, None)])) == 4
 
 
-@settings(deadline=None)
 @given(st.text(max_size=300), st.sampled_from(sorted(health.GROUPS)))
 def test_no_text_breaks_the_parser(text: str, group: str) -> None:
     fields = health.GROUPS[group][0][1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slurm.check import problem, verdict, warning
@@ -104,14 +104,12 @@ def test_on_a_cpu_only_less_than_a_quarter_counts() -> None:
 FIGURES = st.lists(st.floats(1.0, 1e4), min_size=3, max_size=200)
 
 
-@settings(deadline=None)
 @given(FIGURES)
 def test_whoever_is_near_the_median_or_above_is_never_an_outlier(values: list[float]) -> None:
     middle, limit = verdict.limit_of(values, "cuda")
     assert limit <= 0.9 * middle and sum(value < limit for value in values) <= len(values) // 2
 
 
-@settings(deadline=None)
 @given(FIGURES, st.floats(0.01, 100))
 def test_the_unit_does_not_matter(values: list[float], factor: float) -> None:
     for device in ("cuda", "cpu"):
@@ -120,7 +118,6 @@ def test_the_unit_does_not_matter(values: list[float], factor: float) -> None:
         assert scaled == pytest.approx(limit * factor, rel=1e-6, abs=1e-6)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(99.0, 101.0), min_size=8, max_size=200), st.floats(0.0, 70.0), st.data())
 def test_one_sick_gpu_among_healthy_ones_is_always_found(
     values: list[float], sick: float, data: st.DataObject

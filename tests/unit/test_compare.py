@@ -11,7 +11,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import LauncherError
@@ -126,7 +126,6 @@ def test_mfu_of_different_peaks_and_losses_of_different_steps_are_not_compared()
     assert figure(found, "tokens/s").why_not == ""
 
 
-@settings(deadline=None)
 @given(
     st.builds(outcome, tps=st.none() | st.builds(spread, st.floats(0.1, 1e6), st.floats(0, 1), st.integers(1, 99)),
               loss=st.none() | st.floats(), mfu_pct=st.none() | st.floats(), gpu=st.sampled_from(["GB200", "B200"]),
@@ -267,7 +266,6 @@ ANY_JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(result_as_dict(outcome()))), ANY_JSON)
 def test_a_damaged_result_is_refused_or_read(key: str, value: object) -> None:
     whole = json.loads(json.dumps(result_as_dict(outcome())))
@@ -280,7 +278,6 @@ def test_a_damaged_result_is_refused_or_read(key: str, value: object) -> None:
         as_text(compare(outcome(), found))
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60) | st.just(HEADER).flatmap(lambda h: st.text(max_size=40).map(lambda t: h + t)))
 def test_any_text_is_a_table_or_refused(text: str) -> None:
     try:

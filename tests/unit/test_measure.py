@@ -139,7 +139,7 @@ def test_which_steps_torchtitan_logs(steps: int, log_freq: int) -> None:
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.sampled_from(["a", "b", "gpu-007"]),

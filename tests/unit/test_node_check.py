@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from launcher.errors import ExitStatus
+from launcher.spec import Job, RunSpec, node_config
+from tests.conftest import Launch
 from tests.unit.test_node import FAILED, FAKE_TORCH, Place, started
 from tests.unit.test_titan_command import LLAMA3_8B, debug_node
 
@@ -248,3 +252,15 @@ def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
     (done,) = place.run(n0=own)  # it starts all the same: behind the image's compatibility package
     started(done)
     assert "titan-check: warning gpu000: driver 570.86.15 is older" in done.stdout
+
+
+def test_the_level_is_a_key_of_the_job(launch: Launch, two: Nodes) -> None:
+    spec = RunSpec(job=Job(name="r", check="quick"))
+    assert node_config(spec)["check"] == "quick" and node_config(RunSpec())["check"] == "full"
+    done = launch("config", "show", "--local", "--recipe", "debug", "--check", "off")
+    assert done.returncode == 0 and re.search(r"job\.check +off +\(option --check\)", done.stdout), (
+        done.stdout
+    )
+    assert launch("render", "--check", "sometimes").returncode == ExitStatus.USAGE
+    two.write_node({**two.node, "check": "sometimes", "nodes": 1})
+    assert "node.json: check is 'sometimes'" in two.refused()

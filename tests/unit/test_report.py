@@ -276,7 +276,7 @@ TREACHEROUS = st.one_of(
 
 
 @given(TREACHEROUS, TREACHEROUS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_name_is_ever_markup(name: str, value: str) -> None:
     def named(name: str, value: str) -> Parsed:
         first = replace(
