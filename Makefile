@@ -50,6 +50,8 @@ bench: $(VENV)/.dev ## measure what docs/performance.md claims
 	$(BIN)/python benchmarks/parse_log.py
 	$(BIN)/python benchmarks/download.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/cluster.py
+	$(BIN)/python benchmarks/results.py
 
 clean: ## remove virtual environments and caches; run directories stay
 	rm -rf $(VENV) $(VENV_02) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,12 +44,20 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None where there is none or it is not a JSON object (copied half, edited)."""
+    """The object in `path`, or None where there is none or it is not a JSON object (copied half, edited).
+
+    Run directories may be shared: a pipe of that name is not waited for.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8", opener=_at_once) as stream:
+            value = json.load(stream)
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def filesystem_error(path: Path, error: OSError) -> LauncherError:

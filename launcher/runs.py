@@ -186,11 +186,7 @@ def record_job(run: Run, job: Mapping[str, Any]) -> None:
 def all_runs(runs_dir: Path) -> list[Run]:
     """Every run below `runs_dir`, newest first; directories that are no runs are passed over."""
     try:
-        found = [
-            Run(Path(e.path))
-            for e in os.scandir(runs_dir.resolve())
-            if not e.name.startswith(".") and e.is_dir()
-        ]
+        entries = [e for e in os.scandir(runs_dir.resolve()) if not e.name.startswith(".")]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -199,10 +195,17 @@ def all_runs(runs_dir: Path) -> list[Run]:
         ) from error
     runs = [
         (intent["at"], run)
-        for run in found
+        for run in (Run(Path(entry.path)) for entry in entries if _is_dir(entry))
         if isinstance((intent := run.intent or {}).get("at"), (int, float))
     ]
     return [run for _, run in sorted(runs, key=lambda pair: (pair[0], pair[1].name), reverse=True)]
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def open_run(reference: str, runs_dir: Path) -> Run:

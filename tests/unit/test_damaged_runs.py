@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from launcher.cluster.state import JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.results.read import outcome_of
 from launcher.results.settings import steps_of
-from launcher.runs import Run
+from launcher.runs import Run, all_runs
 from tests.unit.test_follow import step
 from tests.unit.test_node import FAILED, Place
 from tests.unit.test_read import Made
@@ -61,6 +62,18 @@ def test_a_damaged_gpu_name_and_a_whole_file_of_nonsense(tmp_path: Path, value: 
     assert row is not None and row.gpu == (value if isinstance(value, str) else "?")
     run = run_with(tmp_path, value)
     assert outcome_of(run, RUNNING) is None and len(list(attach.progress_of(run))) == 2
+
+
+def test_one_bad_entry_hides_no_run(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped" / "intent.json")  # nobody ever writes to it
+    good = tmp_path / "good"
+    good.mkdir()
+    run_with(good, NODE)
+    (good / "intent.json").write_text('{"at": 1}')
+    assert [run.name for run in all_runs(tmp_path)] == ["good"]
 
 
 def test_a_run_of_no_steps(tmp_path: Path) -> None:
