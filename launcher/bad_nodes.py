@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import shlex
@@ -35,6 +34,7 @@ from launcher.user_file import default_path
 
 DAY_S = 86400
 KEEP_S = 7 * DAY_S
+LAST_S = 1e11  # the year 5138: what is later is no time
 NEWEST = 50  # runs that are looked through before a submission
 # It reaches sbatch's --exclude: letters, digits, dots, dashes. RFC 1123, and the underscore that Slurm takes.
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
@@ -77,7 +77,7 @@ def read() -> Memory:
         ) from error
     try:
         return parse(text)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise LauncherError(
             f"{file}: damaged: the nodes that failed their check cannot be told",
             f"mv {shlex.quote(str(file))} {shlex.quote(f'{file}.damaged')}   (they are then forgotten)",
@@ -85,7 +85,9 @@ def read() -> Memory:
 
 
 def parse(text: str) -> Memory:
-    """The file's text as values. Raises ValueError, TypeError, KeyError or AttributeError where it is not that."""
+    """The file's text as values. Raises ValueError, TypeError, KeyError, AttributeError or OverflowError where it is
+    not that.
+    """
     tables = json.loads(text)
     if tables["schema"] != 1:
         raise ValueError("another schema")
@@ -95,9 +97,10 @@ def parse(text: str) -> Memory:
 
 
 def _node(entry: Mapping[str, Any]) -> BadNode:
-    host, reason, run = (str(entry[key]) for key in ("host", "reason", "run"))
-    at, until, released = (float(entry[key]) for key in ("at", "until", "released"))
-    if not HOST.fullmatch(host) or not all(math.isfinite(time) for time in (at, until, released)):
+    host, reason, run = (unfit.writable(str(entry[key])) for key in ("host", "reason", "run"))
+    at, until = (float(entry[key]) for key in ("at", "until"))
+    released = float(entry.get("released", 0))
+    if not HOST.fullmatch(host) or not all(0 <= time < LAST_S for time in (at, until, released)):
         raise ValueError("not a node")
     return BadNode(host, reason, run, at, until, released)
 
@@ -169,22 +172,24 @@ def _locked(lock: Path) -> Iterator[None]:
 def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list[BadNode]:
     """Writes down the nodes to blame for a run that stopped at its check; returns those of them that are left out now.
 
-    `cluster`: Slurm's ClusterName, where it is known already. Raises LauncherError where Slurm does not say it, or the
-    file cannot be read or written.
+    `cluster`: Slurm's ClusterName here, where it is known already; for a job that did not name its own. Raises
+    LauncherError where Slurm does not say it, or the file cannot be read or written.
     """
     if not state.unfit or run.is_local or run.is_copy:
         return []
     ended = (run.end or {}).get("ended_at")
-    at = min(now_s, float(ended)) if isinstance(ended, (int, float)) and math.isfinite(ended) else now_s
+    at = float(ended) if isinstance(ended, (int, float)) and 0 <= ended <= now_s else now_s
+    folder = unfit.writable(str(run.path))
     found = [
-        BadNode(node.host, node.why, str(run.path), at, at + KEEP_S)
+        BadNode(node.host, node.why, folder, at, at + KEEP_S)
         for node in unfit.of_run(run)
         if node.own and HOST.fullmatch(node.host)
     ]
     known = {(node.host, node.run) for nodes in read().values() for node in nodes}
     new = [node for node in found if node.until > now_s and (node.host, node.run) not in known]
     if new:
-        change(cluster or slurm.cluster_name(), lambda old: added(old, new, now_s))
+        # Clusters may share a home: the nodes are those of the one that the job ran on.
+        change(unfit.cluster_of(run) or cluster or slurm.cluster_name(), lambda old: added(old, new, now_s))
     hosts = {node.host for node in found}
     return [node for nodes in read().values() for node in nodes if node.host in hosts and node.counts(now_s)]
 

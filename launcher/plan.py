@@ -18,6 +18,7 @@ checkpointing are published: the rest of the formula is reasoned, not measured.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 from launcher.cluster.parse import seconds
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, published
-from launcher.spec import HUB, SAMPLE, RunSpec
+from launcher.spec import HUB, MAX_NODES, SAMPLE, RunSpec
 
 GIB = 2**30
 MEMORY_IS_GOOD_TO = 0.02  # of the published rows
@@ -245,14 +246,16 @@ def _advice(spec: RunSpec, device: float, parameters: int | None) -> tuple[str, 
         return _verdict(other, memory_of(other, parameters), device) == "fits"
 
     found = []
-    batch = next((b for b in range(spec.recipe.local_batch_size - 1, 0, -1) if fits(local_batch_size=b)), 0)
-    if batch:
+    # A smaller batch and more nodes only ever need less: looked for by halves, as `submit` waits for this.
+    smaller = range(1, spec.recipe.local_batch_size)
+    if batch := bisect_left(smaller, True, key=lambda b: not fits(local_batch_size=b)):
         found.append(f"--batch-size {batch}")
     if spec.recipe.activation_checkpoint != "full" and fits(activation_checkpoint="full"):
         found.append("--set recipe.activation_checkpoint=full")
     if spec.recipe.dp_shard < 1:
-        more = next((n for n in range(spec.job.nodes + 1, 16 * spec.job.nodes + 1) if fits(nodes=n)), 0)
-        found += [f"--nodes {more}"] if more else []
+        more = range(spec.job.nodes + 1, min(16 * spec.job.nodes, MAX_NODES) + 1)
+        at = bisect_left(more, True, key=lambda n: fits(nodes=n))
+        found += [f"--nodes {more[at]}"] if at < len(more) else []
     return tuple(found)
 
 

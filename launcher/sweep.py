@@ -124,7 +124,9 @@ def refused_together(problems: Mapping[str, LauncherError], cells: int) -> Launc
         names = [name for name, error in problems.items() if (error.what, error.fix) == (what, fix)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"{'; '.join(names[:3])}{more}: {what}" + (f"; {fix}" if fix else ""))
-    count = f"all {cells} cells" if len(problems) == cells else f"{len(problems)} of {cells} cells"
+    count = f"{len(problems)} of {cells} cells"
+    if len(problems) == cells:
+        count = f"all {cells} cells" if cells > 1 else "the one cell"
     return LauncherError(
         f"{count} cannot run, so nothing was submitted: {first.what}{', and more' if len(lines) > 1 else ''}",
         first.fix,

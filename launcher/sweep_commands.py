@@ -256,7 +256,7 @@ def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> None:
                 cell.spec,
                 cell.runs[-1].name if cell.runs else cell.spec.job.name,
                 state.name,
-                outcome_of(cell.runs[-1], state) if cell.runs else None,
+                outcome_of(cell.runs[-1], state, with_data_share=False) if cell.runs else None,
                 None if None in hours else sum(hour for hour in hours if hour is not None),
             )
         )

@@ -56,6 +56,11 @@ def of_run(run: Run) -> list[Unfit]:
     return judge(_records(run.path), _read(run.path / "nodes" / "check.json"), nodes)
 
 
+def cluster_of(run: Run) -> str:
+    """Slurm's ClusterName as the run's job was told it; empty where no node wrote it down."""
+    return next((name for record in _records(run.path) if (name := _text(record.get("cluster")))), "")
+
+
 def judge(records: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any] | None, nodes: int) -> list[Unfit]:
     """Who failed, and who is to blame, of a run on so many nodes.
 
@@ -143,6 +148,11 @@ def _read(file: Path) -> dict[str, Any] | None:
     return read_json(file) if stat.S_ISREG(about.st_mode) and about.st_size <= MOST_BYTES else None
 
 
+def writable(text: str) -> str:
+    """Without halves of characters, as in paths that are not UTF-8: they cannot be written or printed."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _text(value: object) -> str:
     """One line of what a record says, at most MOST_CHARS of it."""
-    return re.sub(r"\s+", " ", value).strip()[:MOST_CHARS] if isinstance(value, str) else ""
+    return writable(re.sub(r"\s+", " ", value).strip()[:MOST_CHARS]) if isinstance(value, str) else ""

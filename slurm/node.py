@@ -44,6 +44,7 @@ from titan.data import check_data, check_tokenizer  # type: ignore[import-not-fo
 from titan.weights import starting_weights  # type: ignore[import-not-found]
 
 CHECK_FAILED = 20  # this process's exit code when the job cannot train; docs/exit-codes.md names it
+MEASURED = ("product", "all-reduce-node", "all-reduce")  # problems that the workers' libraries know more of
 READ_S = 120  # for data, tokenizer and weights: a network file system that is gone answers never
 
 Facts = dict[str, Any]
@@ -106,11 +107,11 @@ def examine(
     facts.update(check=node.get("check", "full"), device=node["device"], profile=node.get("profile", ""))
     facts.update(hostname=socket.gethostname(), driver=driver_version())
     env, added, scratch = os.environ, {}, None
-    with noting(facts, "run directory", "node"):
+    with noting(facts, "run directory", "run"):
         check_run_dir(run_dir)
     with noting(facts, "network", "run"):
         facts.update(find_network(node, env))
-    with noting(facts, "scratch", "node"):
+    with noting(facts, "scratch", "run"):
         scratch = scratch_dir(env, node["scratch"])
         facts.update(scratch=f"{scratch} ({filesystem_of(scratch)})")
         added = environment(node, facts.get("iface", ""), scratch, env)
@@ -125,7 +126,7 @@ def examine(
     with noting(facts, "tokenizer", "run"):
         within(READ_S, node["tokenizer"], check_tokenizer, Path(node["tokenizer"]))
     if facts["check"] != "off" and scratch is not None:
-        with noting(facts, "health", "node"):
+        with noting(facts, "health", "run"):
             found, problems, warnings = look(node, facts["host"], env, {"scratch": scratch, "run": run_dir})
             facts.update(found)
             facts["problems"] += problems
@@ -166,7 +167,7 @@ def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
             fix = (
                 f"a newer driver, or an image with an older CUDA or with NVIDIA's cuda-compat package; {fix}"
             )
-        facts["problems"].append(problem("gpus", why, fix, bad.get("fault", "node")))
+        facts["problems"].append(problem("gpus", why, fix, "run" if old else bad.get("fault", "node")))
     elif old and node["device"] == "cuda":
         facts["warnings"].append(
             warning("driver", f"{old}: it runs through the image's forward compatibility")
@@ -217,6 +218,8 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
         if mine := [one for one in verdict["unfit"] if one["node"] == facts["node"]]:
             facts["problems"] = [problem(one["name"], one["why"], one["fix"], one["fault"]) for one in mine]
             fail(facts, run_dir, before)
+            if any(one["name"] in MEASURED for one in mine) and (text := workers.printed(crew)):
+                say(text)  # it goes with the workers
         elif verdict["unfit"]:
             other = verdict["unfit"][0]
             facts["stopped"] = f"{other['host']} is unfit: {other['why']}"

@@ -129,7 +129,8 @@ def _names(hosts: tuple[str, ...]) -> list[str]:
     from launcher.bad_nodes import HOST
     from launcher.cluster.parse import expand
 
-    names = [name for text in hosts for name in expand(text) or (text,)]
+    whole = {text: expand(text) if text.count("[") == text.count("]") else () for text in hosts}
+    names = [name for text, expanded in whole.items() for name in expanded or (text,)]
     if wrong := [name for name in names if not HOST.fullmatch(name)]:
         raise LauncherError(f"{wrong[0][:80]!r}: not a node's name", "list them: sinfo -N -h -o %N")
     return list(dict.fromkeys(names))

@@ -13,9 +13,7 @@ from launcher.options import FilePath, runs_dir_option
 from launcher.output import as_json, plain, print_json
 
 if TYPE_CHECKING:
-    from launcher.cluster.state import JobState
     from launcher.results.outcome import Outcome
-    from launcher.runs import Run
 
 MOST_NAMED = 20  # of runs that are left out; --json and the page name all
 
@@ -88,13 +86,14 @@ COMMANDS = (report,)
 def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """The runs' results, newest first, and (run, why) of those that have none."""
     from launcher import runs
+    from launcher.results.commands import with_states
     from launcher.results.read import outcome_of
 
     found = [runs.open_run(name, runs_dir) for name in names] or runs.all_runs(runs_dir)
     found = list({run.path: run for run in found}.values()) or [runs.open_run("", runs_dir)]
     outcomes: list[Outcome] = []
     left_out: list[tuple[str, str]] = []
-    for run, state in zip(found, _states(found), strict=True):
+    for run, state in with_states(found):
         outcome = outcome_of(run, state)
         if outcome is None or (outcome.step is None and not outcome.series):
             left_out.append((run.name, f"{state.name}, has logged no step"))
@@ -108,18 +107,6 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
             status=ExitStatus.NO_DATA,
         )
     return outcomes, left_out
-
-
-def _states(found: Sequence[Run]) -> list[JobState]:
-    """Each run's state. Slurm is asked once, or again for runs in other folders that have the same name."""
-    from launcher import control
-
-    states: dict[Path, JobState] = {}
-    while rest := [run for run in found if run.path not in states]:
-        batch = {run.name: run for run in reversed(rest)}
-        by_name = control.states(list(batch.values()))
-        states |= {run.path: by_name[name] for name, run in batch.items()}
-    return [states[run.path] for run in found]
 
 
 def _refuse_to_overwrite(path: Path) -> None:

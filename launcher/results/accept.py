@@ -124,14 +124,15 @@ def _cannot(what: str) -> Reason:
 
 def _end(state: str, problems: Sequence[str]) -> Reason | None:
     """What the run's state alone says; None where it completed."""
-    said = "; ".join(problem for problem in problems if problem != state)
+    # "FAILED (ended by SIGKILL)", "its end is UNKNOWN (…)": what the outcome says of its state, with the reason.
+    own = next((problem for problem in problems if state in problem.split(" (")[0].split()), state)
+    said = "; ".join(problem for problem in problems if problem != own)
+    what = f"{own if own.startswith('its end') else f'the run ended {own}'}{f': {said}' if said else ''}"
     if state in OWN_FAULT:
-        return Reason(Word.FAIL, f"the run ended {state}" + (f": {said}" if said else ""))
+        return Reason(Word.FAIL, what)
     if state in GOING | WAITING:
         return _cannot(f"the run is still {state}")
-    if state and state != "COMPLETED":
-        return _cannot(f"the run ended {state}" + (f": {said}" if said else ""))
-    return None
+    return _cannot(what) if state and state != "COMPLETED" else None
 
 
 def _not_finite(outcome: Outcome) -> Reason | None:

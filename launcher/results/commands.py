@@ -66,7 +66,8 @@ def results(
         raise click.UsageError(f"--update writes Markdown, not {form}")
     found = _runs(names, runs_dir, every)
     several = every or len(names) > 1 or any(map(_is_pattern, names))
-    outcomes = _outcomes(found, several)
+    is_table = bool(update) or form == "markdown" or (form == "text" and several)
+    outcomes = _outcomes(found, several, with_data_share=not is_table)
     if update:
         return _update(update, outcomes)
     if form == "torchtitan":
@@ -110,13 +111,13 @@ def _runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[Run]:
     return list(found.values())
 
 
-def _outcomes(found: Sequence[Run], several: bool) -> list[Outcome]:
+def _outcomes(found: Sequence[Run], several: bool, with_data_share: bool) -> list[Outcome]:
     """What there is to tell of the runs. Raises LauncherError where that is nothing; of several, warns."""
     from launcher.results.read import outcome_of
 
     outcomes, silent = [], []
-    for run, state in _states(found):
-        outcome = outcome_of(run, state)
+    for run, state in with_states(found):
+        outcome = outcome_of(run, state, with_data_share)
         if outcome is None or (not several and not outcome.series):
             silent.append((run, state))
         else:
@@ -126,18 +127,13 @@ def _outcomes(found: Sequence[Run], several: bool) -> list[Outcome]:
         more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
         warn(plain(f"nothing logged yet, or nothing known: {shown}{more}"))
     if not outcomes:
-        from launcher.run_commands import reference
+        from launcher.results.sides import nothing_logged
 
-        run, state = silent[0]
-        raise LauncherError(
-            f"{run.name} ({state.name}) has logged no step yet",
-            f"launcher watch {reference(run)}" if state.active else f"launcher logs {reference(run)}",
-            status=ExitStatus.NO_DATA,
-        )
+        raise nothing_logged(*silent[0])
     return outcomes
 
 
-def _states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
+def with_states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
     """Each run with its state, for one question to Slurm per directory of runs: within one, names are unique."""
     from launcher import control
 

@@ -126,6 +126,8 @@ def _of_spreads(
     if not known:
         return dataclasses.replace(bare, remark="too few values to tell its noise")
     size = math.hypot(*known)
+    if size == 0:  # peak memory often is: nothing to hold a difference against
+        return dataclasses.replace(bare, remark="no noise: constant within a run" if bare.difference else "")
     remark = ""
     if len(known) == 1:
         one = of_a if sides[0] is None else of_b

@@ -35,8 +35,10 @@ def _share(at_most: float, zero: bool) -> Callable[[click.Context, click.Paramet
         except ValueError:
             share = math.nan
         if not 0 <= share <= at_most or (share == 0 and not zero):
-            least = "from 0" if zero else "above 0,"
-            raise click.BadParameter(f"{plain(text[:40])!r} is no share {least} to {at_most:g}: 0.95 or 95%")
+            least = "from 0" if zero else "above 0, up"
+            raise click.BadParameter(
+                f"{plain(text[:40])!r} is no share {least} to {100 * at_most:g}%; write 0.95 or 95%"
+            )
         return share
 
     return read

@@ -48,8 +48,8 @@ class Startup:
     """Where the time before the first step went, in seconds; None where a moment is not known."""
 
     queue_s: float | None = None  # from submission to the start of the job's script
-    container_s: float | None = None  # to the first line of the last node's check
-    check_s: float | None = None  # the node check, the slowest node's
+    container_s: float | None = None  # to the beginning of the last node's check
+    check_s: float | None = None  # from there to the end of the last node's check
     first_step_s: float | None = None  # from there to the first logged step
 
 

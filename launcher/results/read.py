@@ -36,8 +36,8 @@ _CLOCKS_S = 2.0  # so far apart, rounding included, are moments that really are 
 _SHARE, _STEP_TIME = "time_metrics/data_loading(%)", "time_metrics/end_to_end(s)"
 
 
-def outcome_of(run: Run, state: JobState) -> Outcome | None:
-    """What the run was and what it reached.
+def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outcome | None:
+    """What the run was and what it reached. `with_data_share` is for what shows it: it takes a third of the time.
 
     None where the run directory does not say what was asked for, and where a run that is still going has logged
     nothing yet. Files that cannot be read are named in `problems`; nothing is raised for them.
@@ -94,7 +94,7 @@ def outcome_of(run: Run, state: JobState) -> Outcome | None:
         memory_gib=found.memory_gib,
         mfu_pct=last.mfu_pct if last else None,
         peak_tflops=peak_of(last.tflops, last.mfu_pct) if last else None,
-        data_share=_data_share(run.path / "titan" / "tb", found.warm_steps),
+        data_share=_data_share(run.path / "titan" / "tb", found.warm_steps) if with_data_share else None,
         startup=_startup(run, records, nodes, found.began),
         series=found.series,
         by_node=found.by_node,
@@ -250,11 +250,9 @@ def _startup(
     whole = len(records) == nodes
     starts = [_moment(record.get("time")) for record in records.values()]
     checks = [_seconds(record.get("check_s")) for record in records.values()]
-    in_container = max(filter(None, starts), default=None) if whole and None not in starts else None
-    check = max(filter(None, checks), default=0.0) if whole and checks and None not in checks else None
-    checked = max(
-        (a + b for a, b in zip(starts, checks, strict=True) if a is not None and b is not None), default=None
-    )
+    ends = [None if a is None or b is None else a + b for a, b in zip(starts, checks, strict=True)]
+    # A node's check_s has its wait for the last node's container in it, which is told as the container's.
+    in_container, checked = (_last(moments) if whole else None for moments in (starts, ends))
     first = []
     for host, moment in began.items():
         offset = _number((records.get(host) or {}).get("utc_offset_s"))
@@ -263,10 +261,8 @@ def _startup(
     return Startup(
         queue_s=_between(submitted, script, _LONGEST_QUEUE_S),
         container_s=_between(script, in_container, _LONGEST_START_S),
-        check_s=check,
-        first_step_s=_between(
-            checked if check is not None else None, min(first, default=None), _LONGEST_START_S
-        ),
+        check_s=_between(in_container, checked, _LONGEST_START_S),
+        first_step_s=_between(checked, min(first, default=None), _LONGEST_START_S),
     )
 
 
@@ -278,6 +274,12 @@ def _script_began(run: Run) -> float | None:
     with contextlib.suppress(OSError):
         return (run.path / "claim" / "job_id").stat().st_mtime
     return None
+
+
+def _last(moments: Sequence[float | None]) -> float | None:
+    """None where one of them is not known: it could be the last."""
+    known = [moment for moment in moments if moment is not None]
+    return max(known) if known and len(known) == len(moments) else None
 
 
 def _between(start: float | None, end: float | None, longest: float) -> float | None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.runs import Run
+from launcher.titan.log import open_log
 
 _MOST = 10**9  # steps, nodes, sequences: more is damage, and Python refuses to print what is far longer
+_LONGEST = 1 << 20  # characters of run.toml, which has some 6,000; more takes seconds to parse, and is damage
 _SECTIONS = ("job", "profile", "recipe", "env", "titan")
 
 
@@ -41,7 +43,12 @@ def steps_of(run: Run) -> int:
 
 def _run_toml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        if (stream := open_log(path)) is None:
+            return {}
+        with stream:
+            text = stream.read(_LONGEST + 1).decode()
+        if len(text) > _LONGEST:
+            return {}
         head, _, origins = text.partition("\n[origin]\n")  # half of the file, and of no use here
         tables = tomllib.loads(text if "\n[" in origins else head)
     except (OSError, ValueError, RecursionError):

@@ -7,11 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.results.outcome import NodeResult, Outcome, Point, Spread, Startup
 from launcher.results.published import published, rows_of
+
+if TYPE_CHECKING:
+    from launcher.cluster.state import JobState
+    from launcher.runs import Run
 
 KEYWORD = "published"
 _LARGEST = 64 << 20  # bytes; a result of 1,000 nodes and 10,000 logged steps has fewer
@@ -44,12 +48,19 @@ def of_run(reference: str, runs_dir: Path) -> Outcome:
     state = control.states([run])[run.name]
     found = outcome_of(run, state)
     if found is None:
-        raise LauncherError(
-            f"{run.name} ({state.name}) has logged no step yet",
-            f"launcher watch {run.name}" if state.active else f"launcher logs {run.name}",
-            status=ExitStatus.NO_DATA,
-        )
+        raise nothing_logged(run, state)
     return found
+
+
+def nothing_logged(run: Run, state: JobState) -> LauncherError:
+    """The error where a result is asked for of a run that has none yet."""
+    from launcher.run_commands import reference
+
+    return LauncherError(
+        f"{run.name} ({state.name}) has logged no step yet",
+        f"launcher {'watch' if state.active else 'logs'} {reference(run)}",
+        status=ExitStatus.NO_DATA,
+    )
 
 
 def _of_file(path: Path) -> list[Outcome]:

@@ -12,6 +12,7 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.results.formats import in_order
 from launcher.results.outcome import Outcome
 from launcher.results.rows import escape, mfu_at_other_peaks, mfu_text
+from launcher.spec import SAMPLE
 
 # Where the submitter keeps things, and who pays, is nobody else's business.
 _PRIVATE = re.compile(
@@ -56,9 +57,9 @@ def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:
 def _document(outcomes: Sequence[Outcome], entity: str) -> str:
     first = outcomes[0]
     model = f"{first.settings.get('recipe.model', '?')} {first.settings.get('recipe.flavor', '')}".strip()
-    dates = sorted({outcome.date[:10] for outcome in outcomes if outcome.date})
+    dates = ", ".join(sorted({outcome.date[:10] for outcome in outcomes if outcome.date}))
     lines = [
-        f"This was run by {escape(entity)} with titan-launcher{f' on {dates[0]}' if dates else ''}.",
+        f"This was run by {escape(entity)} with titan-launcher{f' on {dates}' if dates else ''}.",
         *("", "### Models", "", escape(model)),
         *("", "### Hardware", ""),
         f"- {first.gpus} {escape(first.gpu)}, {first.gpus // first.nodes} in each of {first.nodes} node{'s' if first.nodes > 1 else ''}",
@@ -119,6 +120,8 @@ def _settings(settings: Mapping[str, object]) -> list[str]:
 
 def _notes(outcome: Outcome) -> list[str]:
     notes = list(outcome.notes)
+    if outcome.settings.get("job.data") == SAMPLE:
+        notes.append("the data was the launcher's own sample of text, not the data set that is named")
     if outcome.data_share is not None:
         notes.append(f"{100 * outcome.data_share:.1f}% of a step is waiting for data")
     if (slowest := outcome.slowest) and slowest.tps is not None:

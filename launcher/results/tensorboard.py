@@ -9,6 +9,7 @@ and framework/summary.proto). Checksums are not looked at: a file that was cut o
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def read_scalars(path: Path, tags: Collection[bytes] = (b"",)) -> Iterator[tuple
     """
     if (handle := open_log(path)) is None:
         return
+    wanted = re.compile(b"|".join(map(re.escape, tags))).search
     with handle:
         while len(header := handle.read(_HEADER.size)) == _HEADER.size:
             length, _ = _HEADER.unpack(header)
@@ -50,7 +52,7 @@ def read_scalars(path: Path, tags: Collection[bytes] = (b"",)) -> Iterator[tuple
             record = handle.read(length + 4)
             if len(record) < length + 4:
                 return
-            if not any(tag in record for tag in tags):
+            if not wanted(record):
                 continue
             try:
                 yield from _scalars_in(record[:length])

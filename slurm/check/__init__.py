@@ -9,7 +9,11 @@ from __future__ import annotations
 
 
 def problem(name: str, what: str, fix: str, fault: str = "node") -> dict[str, str]:
-    """Why a node cannot train. `fault` is "node" (its own: GPU, disk, mount) or "run" (would fail anywhere)."""
+    """Why a node cannot train. `fault` is "node" (its own: GPU, disk, mount) or "run" (would fail anywhere).
+
+    Only what a node can be sure of alone is "node" here: a healthy node that is blamed for a setting is left out of
+    what is submitted next. A comparison with the other nodes turns "run" into "node" where they are well (verdict.py).
+    """
     return {"name": name, "what": " ".join(what.split()), "fix": " ".join(fix.split()), "fault": fault}
 
 

@@ -16,11 +16,9 @@ from .workers import Worker, ask
 ARRIVE_S = 900  # containers that are unpacked on each node start minutes apart
 UNFIT_S = 60  # how long the others are waited for once one node is known to be unfit: so that all of those are named
 REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may still be measuring
-HELLO_S, MEASURE_S, COLLECTIVE_S = (
-    300,
-    90,
-    180,
-)  # torch from a cold network disk; products; NCCL's start and sums
+# torch from a cold network disk; products, with the libraries that they load; NCCL's start and sums. They end what
+# hangs, and are not what a healthy node takes.
+HELLO_S, MEASURE_S, COLLECTIVE_S = 600, 180, 300
 
 
 def measure(crew: Sequence[Worker], node: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
@@ -28,9 +26,12 @@ def measure(crew: Sequence[Worker], node: Mapping[str, Any], scratch: Path) -> d
     what = "GPU" if node["device"] == "cuda" else "rank"
     found: dict[str, Any] = {"speed": [], "problems": []}
     fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
-    for gpu, answer in enumerate(ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)):
+    measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
+    # A sick GPU fails by itself; all of several at once do for want of a library, say.
+    fault = "run" if len(crew) > 1 and all("problem" in answer for answer in measured) else "node"
+    for gpu, answer in enumerate(measured):
         if "problem" in answer:
-            found["problems"].append(problem("product", f"{what} {gpu}: {answer['problem']}", fix))
+            found["problems"].append(problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault))
         else:
             found["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
     if len(crew) > 1 and not found["problems"]:
@@ -42,7 +43,7 @@ def measure(crew: Sequence[Worker], node: Mapping[str, Any], scratch: Path) -> d
         )
         value, why = _slowest(answers, what, 0)
         if why:
-            found["problems"].append(problem("all-reduce-node", why, fix))
+            found["problems"].append(problem("all-reduce-node", why, fix, "run"))
         else:
             found["allreduce_node_gbs"] = value
     return found

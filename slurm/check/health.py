@@ -21,8 +21,12 @@ GIB = 1 << 30
 SMI_LIMIT_S = 20  # without persistence mode the driver wakes every GPU first
 DRIVERS = {"11": 450, "12": 525, "13": 580}  # first driver branch that runs a CUDA of that major version
 FREE_MIN, FREE_LOW = 1 * GIB, 10 * GIB
+IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
 UPTIME_DAYS = 55  # B200's NVLink firmware has a known fault at 60
-OTHERS_MAX = 1 * GIB  # a context of another program takes about half of that
+OTHERS_MAX = 2 * GIB  # a daemon that watches or shares the GPUs holds a quarter to a half of that
+# A GPU that the job before has just left: its memory is being freed, its clocks recover. What stays is a fault.
+LOOKS, BETWEEN_S = 3, 5
+PASSING = ("memory", "throttle")
 EXCLUDE = "leave the node out, --exclude {host}, and tell its operator"
 
 # Asked separately, because nvidia-smi answers nothing at all where it does not know one of the fields. Where a group
@@ -31,6 +35,7 @@ _REASONS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw
 GROUPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "general": (("gpu", ("index", "name", "driver_version", "memory.used", "memory.total", "temperature.gpu")),),
     "ecc": (("gpu", ("ecc.errors.uncorrected.volatile.total",)),),
+    "recovery": (("gpu", ("gpu_recovery_action",)),),
     "rows": (("remapped-rows", ("remapped_rows.pending", "remapped_rows.failure")),),
     "clocks": tuple(
         ("gpu", tuple(f"{prefix}.{reason}" for reason in _REASONS))
@@ -38,6 +43,7 @@ GROUPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
     "fabric": (("gpu", ("fabric.state", "fabric.status")),),
     "clique": (("gpu", ("fabric.clusterUuid", "fabric.cliqueId")),),
+    "processes": (("compute-apps", ("pid",)),),
 }  # fmt: skip
 KEYS = {
     "memory.used": "memory_used_mib",
@@ -45,12 +51,14 @@ KEYS = {
     "temperature.gpu": "temperature_c",
     "driver_version": "driver",
     "ecc.errors.uncorrected.volatile.total": "ecc_uncorrected",
+    "gpu_recovery_action": "recovery_action",
     "remapped_rows.pending": "row_remap_pending",
     "remapped_rows.failure": "row_remap_failure",
     "fabric.state": "fabric_state",
     "fabric.status": "fabric_status",
     "fabric.clusterUuid": "fabric_cluster",
     "fabric.cliqueId": "fabric_clique",
+    "pid": "used_by_pid",
     **{f"{prefix}.{reason}": reason for prefix in ("clocks_event_reasons", "clocks_throttle_reasons") for reason in _REASONS},
 }  # fmt: skip
 _NUMBERS = {"index", "memory_used_mib", "memory_total_mib", "temperature_c", "ecc_uncorrected"}
@@ -128,15 +136,23 @@ def judge_gpus(
     exclude = EXCLUDE.format(host=host)
     for number, gpu in enumerate(gpus):
         name = f"GPU {gpu.get('index', number)}"
+        action = gpu.get("recovery_action") or ""
+        if re.search("reset|reboot|drain", action, re.IGNORECASE):
+            what = f"{name} has a fault, for which the driver asks for: {action}"
+            problems.append(problem("recovery", what, f"nvidia-smi -q on {host}; {exclude}"))
         if gpu.get("ecc_uncorrected"):
             what = f"{name}: {gpu['ecc_uncorrected']} uncorrected memory errors since the driver was loaded"
-            problems.append(problem("ecc", what, f"nvidia-smi -q -d ECC; {exclude}"))
-        for key, state in (("pending", "waits for a reset"), ("failure", "has failed")):
-            if gpu.get(f"row_remap_{key}"):
-                fix = f"nvidia-smi -q -d ROW_REMAPPER; {exclude}"
-                problems.append(
-                    problem("row-remap", f"{name}: the remapping of a bad memory row {state}", fix)
-                )
+            if action == "None":  # contained: NVIDIA's guide says that the GPU may be used again at once
+                warnings.append(warning("ecc", what))
+            else:
+                problems.append(problem("ecc", what, f"nvidia-smi -q -d ECC; {exclude}"))
+        if gpu.get("row_remap_failure"):
+            what = f"{name}: the remapping of a bad memory row has failed"
+            problems.append(problem("row-remap", what, f"nvidia-smi -q -d ROW_REMAPPER; {exclude}"))
+        elif gpu.get("row_remap_pending"):  # new work may start with it: NVIDIA's guide to memory errors
+            warnings.append(
+                warning("row-remap", f"{name}: the remapping of a bad memory row waits for a reset")
+            )
         slow = [reason for reason in _REASONS[:3] if gpu.get(reason)]
         if slow:
             at = f" at {gpu['temperature_c']} C" if gpu.get("temperature_c") is not None else ""
@@ -145,13 +161,19 @@ def judge_gpus(
         elif gpu.get("sw_thermal_slowdown"):
             warnings.append(warning("throttle", f"{name} is slowed down by the driver to keep it cool"))
         busy, total = gpu.get("memory_used_mib"), gpu.get("memory_total_mib")
-        # Grace's kernel may keep its page cache in the GPU's memory: only much of it means another program.
+        # Grace's kernel may keep its page cache in the GPU's memory, however much: only a process is another program.
+        pid = gpu.get("used_by_pid")
         limit = max(OTHERS_MAX, (total or 0) * (1 << 20) // 20) if arch == "aarch64" else OTHERS_MAX
         if busy is not None and busy * (1 << 20) > limit:
-            what = f"{name}: {busy / 1024:.1f} GiB of its memory are in use by somebody else"
-            problems.append(
-                problem("memory", what, f"nvidia-smi on {host} shows the processes; end them, or {exclude}")
-            )
+            what = f"{name}: {busy / 1024:.1f} GiB of its memory are in use"
+            if arch == "aarch64" and not pid:
+                warnings.append(
+                    warning("memory", f"{what}, by no process that is seen: files that Grace's kernel keeps?")
+                )
+            else:
+                who = f" (process {pid})" if pid else ""
+                fix = f"nvidia-smi on {host} shows the processes; end them, or {exclude}"
+                problems.append(problem("memory", f"{what} by somebody else{who}", fix))
         state, status = gpu.get("fabric_state") or "", gpu.get("fabric_status") or ""
         broken = state in ("Not Started", "In Progress") or (
             state == "Completed" and status not in ("", "Success")
@@ -251,6 +273,15 @@ def run_bounded(commands: Sequence[Sequence[str]], limit_s: float) -> list[str |
     return found
 
 
+def ask_smi() -> tuple[list[dict[str, Any]], list[str]]:
+    """What nvidia-smi says of each GPU, and the groups of fields of which it says nothing."""
+    commands = smi_commands()
+    outputs = run_bounded([command for _, _, command in commands], SMI_LIMIT_S)
+    answered = {group for (group, _, _), text in zip(commands, outputs, strict=True) if text is not None}
+    gpus = join([(fields, text) for (_, fields, _), text in zip(commands, outputs, strict=True)])
+    return gpus, [group for group in GROUPS if group not in answered]
+
+
 def look(
     node: Mapping[str, Any], host: str, env: Mapping[str, str], folders: Mapping[str, Path]
 ) -> tuple[dict[str, Any], list[dict[str, str]], list[dict[str, str]]]:
@@ -277,35 +308,39 @@ def look(
             warning("nvidia-smi", "nvidia-smi is not in the image: the GPUs' health is not known")
         )
     else:
-        commands = smi_commands()
-        outputs = run_bounded([command for _, _, command in commands], SMI_LIMIT_S)
-        gpus = join([(fields, text) for (_, fields, _), text in zip(commands, outputs, strict=True)])
-        facts["gpu_health"] = gpus = used(gpus, env.get("CUDA_VISIBLE_DEVICES"))
-        answered = {group for (group, _, _), text in zip(commands, outputs, strict=True) if text is not None}
-        if silent := [group for group in GROUPS if group not in answered]:
-            warnings.append(warning("nvidia-smi", f"nvidia-smi does not say: {', '.join(silent)}"))
         several = node["nodes"] * node["gpus_per_node"] > 1
-        found = judge_gpus(gpus, host, alone=not several, arch=platform.machine())
+        for again in reversed(range(LOOKS)):
+            gpus, silent = ask_smi()
+            facts["gpu_health"] = gpus = used(gpus, env.get("CUDA_VISIBLE_DEVICES"))
+            found = judge_gpus(gpus, host, alone=not several, arch=platform.machine())
+            if not again or not any(one["name"] in PASSING for one in found[0]):
+                break
+            time.sleep(BETWEEN_S)
         problems += found[0]
         warnings += found[1]
+        if silent:
+            warnings.append(warning("nvidia-smi", f"nvidia-smi does not say: {', '.join(silent)}"))
         if gpus and gpus[0].get("driver"):
             facts["driver"] = gpus[0]["driver"]
     exclude = EXCLUDE.format(host=host)
-    if wrong := infiniband(env.get("NCCL_IB_HCA", ""), infiniband_states()):
+    named = "" if env.get("NCCL_IB_DISABLE") == "1" else env.get("NCCL_IB_HCA", "")
+    if wrong := infiniband(named, infiniband_states()):
         what = f"InfiniBand: {'; '.join(wrong)}"
         if node["nodes"] > 1:
             problems.append(
-                problem("infiniband", what, f"ibstat on {host}, NCCL_IB_HCA of the profile; {exclude}")
+                problem("infiniband", what, f"ibstat on {host}, NCCL_IB_HCA of the profile; {exclude}", "run")
             )
         else:  # one node has no use for it
             warnings.append(warning("infiniband", what))
-    channel = Path("/dev/nvidia-caps-imex-channels/channel0")
-    if env.get("NCCL_MNNVL_ENABLE") == "1" and node["nodes"] > 1 and not channel.exists():
+    # One channel for all is called channel0; Slurm's switch/nvidia_imex gives each job one with a number of its own.
+    mnnvl = env.get("NCCL_MNNVL_ENABLE") == "1" and node["nodes"] > 1
+    if mnnvl and not any(IMEX_CHANNELS.glob("channel[0-9]*")):
         problems.append(
             problem(
                 "imex",
-                f"{channel} is missing: NVLink cannot cross nodes",
+                f"no channel in {IMEX_CHANNELS}: NVLink cannot cross nodes",
                 f"systemctl status nvidia-imex on {host}; {exclude}",
+                "run",
             )
         )
     with contextlib.suppress(OSError, ValueError, IndexError):

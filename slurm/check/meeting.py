@@ -78,7 +78,7 @@ class Host:
         buffer += block
         line, end, rest = bytes(buffer).partition(b"\n")
         if end:
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 message = json.loads(line)
                 node = message["node"]
                 ours = message["job"] == self.job and isinstance(node, int) and 0 < node < self.nodes
@@ -152,8 +152,10 @@ class Guest:
             raise Lost(f"node 0 gave no verdict within {limit_s:.0f} s") from error
         line, _, rest = bytes(self._buffer).partition(b"\n")
         self._buffer = bytearray(rest)
-        value: dict[str, Any] = json.loads(line)
-        return value
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(value := json.loads(line), dict):
+                return value
+        raise Lost("another program answers at node 0's port; submitted again, the job has another")
 
     def close(self) -> None:
         self._socket.close()

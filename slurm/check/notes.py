@@ -23,7 +23,7 @@ def noting(facts: dict[str, Any], name: str, fault: str) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
-        facts["problems"].append(problem(name, why, "the mounts and permissions on this node", "node"))
+        facts["problems"].append(problem(name, why, "the mounts and permissions on this node", fault))
     except Exception as error:
         facts["problems"].append(unexpected(error))
 

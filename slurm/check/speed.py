@@ -21,7 +21,9 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 IMAGE = "an image that holds it (containers/ builds one), or with --runtime bare: --python PATH/TO/python3"
-COLLECTIVE_S = 120  # a process group that does not come up in this time has lost somebody
+COLLECTIVE_S = (
+    240  # a process group that does not come up in this time has lost somebody; torchtitan waits 300
+)
 # Per device: side of the square matrices, bytes copied, bytes summed over all ranks, seconds of measuring.
 SIZES = {
     "cuda": (8192, 1 << 30, 1 << 28, 1.0),
@@ -87,11 +89,12 @@ def look(torch: Any, device: str, expected: int) -> dict[str, Any]:
             "nvidia-smi in the container; the image needs NVIDIA_VISIBLE_DEVICES=all and"
             " NVIDIA_DRIVER_CAPABILITIES=compute,utility, the node a driver for this CUDA"
         )
-        return {**found, "problem": why, "fix": fix, "fault": "node"}
+        return {**found, "problem": why, "fix": fix, "fault": "node" if visible else "run"}  # none: the image
     found.update(gpus=visible, gpu=names[0] if names else "", gpu_names=names)
     if visible != expected:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
         found["problem"] = f"{visible} GPUs are visible, the profile says {expected}"
+        found["fault"] = "node" if 0 < visible < expected else "run"  # no node has lost all, or found one
         found["fix"] = (
             f"nvidia-smi -L on this node; the job must ask for --gres=gpu:{expected}, and CUDA_VISIBLE_DEVICES"
             f" ({hidden}) must not hide any"

@@ -1,12 +1,13 @@
 """From what every node found to the job's verdict: which nodes are unfit, which GPUs are outliers. Values in, values out.
 
-The threshold. A GPU is an outlier where its figure is below the median of all GPUs of the job by more than the larger of
-6 x 1.4826 x MAD and 10% of the median. The median and MAD (the median distance from it; x 1.4826 it estimates a standard
-deviation) do not move when a minority is sick, as a mean would; 6 of those deviations never happen by chance among
-thousands of GPUs; and 10% keeps GPUs out of it that agree so closely that a harmless 2% would be "6 deviations". On a
-CPU, whose cores others use too, only less than a quarter of the median counts, and the all-reduce not at all. Of an even
-number of figures the better middle one is the median, so that the slow half of two nodes is seen. On GPUs three figures
-are the fewest that say anything.
+The thresholds. A GPU is an outlier where its figure is below the median of all GPUs of the job by more than the larger of
+6 x 1.4826 x MAD and 10% of the median. It is named; its node is unfit where it is below UNFIT of the median, too: healthy
+GPUs of one kind differ by several percent in a product that their power limit slows, more in warm places.
+The median and MAD (the median distance from it; x 1.4826 it estimates a standard deviation) do not move when a minority
+is sick, as a mean would; 6 of those deviations never happen by chance among thousands of GPUs; and 10% keeps GPUs out of
+it that agree so closely that a harmless 2% would be "6 deviations". On a CPU, whose cores others use too, only less than
+a quarter of the median counts, and the all-reduce not at all. Of an even number of figures the better middle one is the
+median, so that the slow half of two nodes is seen. On GPUs three figures are the fewest that say anything.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ PEAKS = (
     ("H100", 989),
     ("A100", 312),
 )
+UNFIT = 0.80  # of the median: slower outliers stop the job. A sick GPU, or one whose hardware slows it, loses more.
 SLOW = 0.40  # of the peak; a healthy GPU reaches 65 to 80% in this product
 SKEW_S = 2.0
 MIN_VALUES = 3
@@ -58,7 +60,7 @@ def outliers(records: Mapping[int, Mapping[str, Any]], device: str) -> list[dict
         middle, limit = limit_of([value for _, _, value in figures], device)
         found += [
             {"node": node, "host": records[node].get("host", "?"), "gpu": gpu, "metric": metric, "value": round(value, 3),
-             "median": round(middle, 3), "limit": round(limit, 3)}
+             "median": round(middle, 3), "limit": round(limit, 3), "unfit": value < UNFIT * middle}
             for node, gpu, value in figures
             if value < limit
         ]  # fmt: skip
@@ -86,18 +88,21 @@ def judge(
         for node, record in sorted(records.items())
         for p in record.get("problems", ())
     ]
-    unfit = _whose_fault(unfit, records, nodes)
+    unfit = _whose_fault(unfit, records)
+    slower = []
     for one in slow:
         name, unit = METRICS[one["metric"]]
         gpu = "" if one["gpu"] is None else f"{'GPU' if device == 'cuda' else 'rank'} {one['gpu']}: "
         what = f"{gpu}{name} at {one['value']:.4g} {unit}, the median of the job is {one['median']:.4g}"
-        unfit.append(
-            _named(
-                records, one["node"], problem("slow", what, f"leave the node out: --exclude {one['host']}")
-            )
-        )
+        if one["unfit"]:
+            entry = problem("slow", what, f"leave the node out: --exclude {one['host']}")
+            unfit.append(_named(records, one["node"], entry))
+        else:
+            slower.append(_named(records, one["node"], warning("slow", what)))
+    # Where half of the nodes or more do not come, it is the network, or the node that all of them are to come to.
+    fault = "node" if 2 * len(absent or ()) < nodes else "run"
     unfit += [
-        {"node": node, "host": host, **problem("absent", "did not come to the meeting of the nodes", f"its log; or leave it out: --exclude {host}")}
+        {"node": node, "host": host, **problem("absent", "did not come to the meeting of the nodes", f"its log; or leave it out: --exclude {host}", fault)}
         for node, host in sorted((absent or {}).items())
     ]  # fmt: skip
     return {
@@ -108,6 +113,7 @@ def judge(
         "outliers": slow,
         "warnings": [
             *(_named(records, node, w) for node, record in sorted(records.items()) for w in record.get("warnings", ())),
+            *slower,
             *_disagreements(records, device),
         ],
         "figures": _summary(records),
@@ -119,8 +125,12 @@ def _named(records: Mapping[int, Mapping[str, Any]], node: int, entry: Mapping[s
     return {"node": node, "host": records[node].get("host", "?"), **renamed}
 
 
-def _whose_fault(unfit: list[dict[str, Any]], records: Mapping[int, Any], nodes: int) -> list[dict[str, Any]]:
-    """What only some nodes have is theirs; what all of three or more have is the run's, whatever each thought."""
+def _whose_fault(unfit: list[dict[str, Any]], records: Mapping[int, Any]) -> list[dict[str, Any]]:
+    """What only a few nodes have is theirs; what all of three or more have is the run's, whatever each thought.
+
+    In between, as with a file system that half of them cannot reach, and where there is nobody to be compared with, the
+    fault stays that was named where the problem was found. Nobody is blamed for what nobody foresaw.
+    """
     having = {
         name: {one["node"] for one in unfit if one["name"] == name} for name in {u["name"] for u in unfit}
     }
@@ -128,10 +138,10 @@ def _whose_fault(unfit: list[dict[str, Any]], records: Mapping[int, Any], nodes:
     for one in unfit:
         who = having[one["name"]]
         fault = one["fault"]
-        if one["name"] not in ("meeting", "all-reduce"):
-            if len(who) < len(records):
+        if one["name"] not in ("meeting", "all-reduce", "unexpected"):
+            if len(who) < len(records) and (len(who) == 1 or 2 * len(who) < len(records)):
                 fault = "node"
-            elif nodes > 2:
+            elif 2 < len(records) == len(who):
                 fault = "run"
         settled.append({**one, "fault": fault})
     return settled

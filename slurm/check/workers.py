@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+PRINTED_BYTES = 20_000
 END_S = 10  # a worker that reads the end of its input ends in milliseconds
 
 
@@ -104,6 +105,17 @@ def stop(workers: Sequence[Worker]) -> None:
     for worker in workers:
         with contextlib.suppress(OSError):
             worker.errors.unlink()
+
+
+def printed(workers: Sequence[Worker]) -> str:
+    """What they and their libraries printed, the end of it: with NCCL_DEBUG=INFO, why an all-reduce failed."""
+    found = []
+    for worker in workers:
+        with contextlib.suppress(OSError), open(worker.errors, "rb") as stream:
+            stream.seek(max(0, worker.errors.stat().st_size - PRINTED_BYTES))
+            if text := stream.read().decode("utf-8", "replace").strip():
+                found.append(f"titan-check: printed by worker {worker.rank}:\n{text}")
+    return "\n".join(found)
 
 
 def _kill(worker: Worker) -> None:

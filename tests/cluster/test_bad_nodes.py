@@ -1,4 +1,7 @@
-"""A node that fails its check on a real Slurm: the job stops, the node is left out, and a retry goes well without it."""
+"""A node that fails its check on a real Slurm: the job stops, the node is left out, and a retry goes well without it.
+
+Slurm, its nodes, the job and the full check are real; torch is a stand-in, whose product is slow on one node.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,42 @@ import pytest
 from launcher.errors import ExitStatus
 from tests.cluster.slurm_cluster import Cluster
 from tests.cluster.test_preflight_on_slurm import BARE, Command, command
+from tests.unit.test_node import FAKE_TORCH
+from tests.unit.test_node_check import FAKE_DISTRIBUTED, FAKE_TENSORS
 
 __all__ = ["command"]
 
-# In the place of Python: the node's check itself on the node that has no room for caches; on the others a program that
-# waits for Slurm to end it, and in a retry a training that is over at once.
+# In the place of Python: Python with the stand-ins. The nodes are one machine, and each has its own place for caches.
 PROGRAM = """\
 #!/bin/sh
-run=${1%/job/node.py}
-[ "$SLURMD_NODENAME" = BAD ] && TITAN_SCRATCH=/proc/none exec python3 "$@"
-echo "$SLURMD_NODENAME" >>"$run/ran-on"
-case $run in *-retry1) ;; *) exec sleep 60 ;; esac
+export PYTHONPATH=SITE FAKE_TORCH=2.13.0+cpu TITAN_SCRATCH="${1%/job/node.py}/scratch-$SLURMD_NODENAME"
+[ "$SLURMD_NODENAME" = BAD ] && export FAKE_SLOW=1
+exec python3 "$@"
 """
-WHY = "/proc/none: No such file or directory"
+TORCHRUN = """\
+import os
+with open("ran-on", "a") as file:
+    file.write(os.environ["SLURMD_NODENAME"] + "\\n")
+"""
+WHY = "rank 0: matrix product at "
 
 
 @pytest.fixture
 def submit(user_dir: Path, slurm: Cluster) -> tuple[str, ...]:
     """Arguments of a run on two nodes that Slurm starts on its first ones, of which the first is not fit."""
-    program = user_dir / "program"
-    program.write_text(PROGRAM.replace("BAD", slurm.nodes[0]))
+    site, program = user_dir / "site", user_dir / "program"
+    for file, text in {
+        "torch/__init__.py": FAKE_TORCH + FAKE_TENSORS,
+        "torch/distributed/__init__.py": FAKE_DISTRIBUTED,
+        "torch/distributed/run.py": TORCHRUN,
+        "torchtitan/__init__.py": "",
+        "torchtitan-0.3.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: torchtitan\nVersion: 0.3.0\n",
+    }.items():
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text(text)
+    program.write_text(PROGRAM.replace("BAD", slurm.nodes[0]).replace("SITE", str(site)))
     program.chmod(0o755)
-    check = ("--python", str(program), "--check", "off")
+    check = ("--python", str(program), "--check", "full")
     return ("submit", *BARE, "--nodes", "2", *check, "--yes", "--retry-bad-nodes", "2")
 
 
@@ -43,6 +60,7 @@ def test_left_out_and_retried(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"cause: node {bad} is not fit to train: {WHY}" in done.stderr
     assert f"r: retry 1 of 2 without {bad}: r-retry1" in done.stderr and "r-retry1: COMPLETED" in done.stdout
+    assert not (user_dir / "runs/r/ran-on").exists()  # torchrun
     assert sorted((user_dir / "runs/r-retry1/ran-on").read_text().split()) == list(slurm.nodes[1:3])
     status = command("status", "r", "--json")
     assert (status.returncode, json.loads(status.stdout)["left_out"]) == (ExitStatus.NODES_UNFIT, [bad])

@@ -60,6 +60,10 @@ FAILS: dict[str, tuple[Outcome, str]] = {
         outcome(series=points((12.25, 12.0, 11.9, *[11.8] * 8))), "it should be at most 11.03 by then",
     ),
     "failed by itself": (outcome(state="FAILED", problems=("FAILED", "step 40 of 100")), "ended FAILED: step 40 of 100"),
+    "killed": (
+        outcome(state="FAILED", problems=("mixed gpu: a, b", "FAILED (ended by SIGKILL)")),
+        "the run ended FAILED (ended by SIGKILL): mixed gpu: a, b",
+    ),
     "out of time": (outcome(state="TIMEOUT", problems=("TIMEOUT",)), "the run ended TIMEOUT"),
     "a node died": (outcome(state="NODE_FAIL", problems=("NODE_FAIL",)), "the run ended NODE_FAIL"),
 }  # fmt: skip
@@ -78,7 +82,7 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     "waiting": (outcome(state="PENDING", problems=("still PENDING",), tps=None), "still PENDING"),
     "cancelled": (outcome(state="CANCELLED", problems=("CANCELLED",)), "the run ended CANCELLED"),
     "preempted": (outcome(state="PREEMPTED", problems=("PREEMPTED",)), "the run ended PREEMPTED"),
-    "its end is not known": (outcome(state="UNKNOWN", problems=("its end is UNKNOWN",)), "its end is UNKNOWN"),
+    "its end is not known": (outcome(state="UNKNOWN", problems=("its end is UNKNOWN (why)",)), "its end is UNKNOWN (why)"),
     "restarted": (outcome(problems=("restarted",)), "restarted"),
     "the wrong GPU": (outcome(problems=("the profile says GB200, a has B200",)), "the profile says GB200"),
     "no step after warm-up": (outcome(tps=None), "no step after warm-up"),

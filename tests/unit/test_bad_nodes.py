@@ -306,6 +306,7 @@ def test_added_by_hand(launch: Launch, fake_slurm: Fake, workplace: Path) -> Non
     ("arguments", "code", "said"),
     [
         (("add", "a b", "--reason", "x"), ExitStatus.INVALID, "not a node's name"),
+        (("add", "n[1-2", "--reason", "x"), ExitStatus.INVALID, "'n[1-2': not a node's name"),
         (("add", "n0"), ExitStatus.USAGE, "--reason"),
         (("release", "n0"), ExitStatus.NOT_FOUND, "n0 is not left out on crusoe"),
         (("release",), ExitStatus.USAGE, "either hosts or --all"),
@@ -319,8 +320,10 @@ def test_refusals(
     assert (done.returncode, said in done.stderr) == (code, True), done.stderr
 
 
+AT = '{"schema": 1, "clusters": {"crusoe": [{"host": "n1", "reason": "", "run": "", "at": 0, "until": %s}]}}'
 DAMAGED = ("", "[]", "{", '{"schema": 2, "clusters": {}}', '{"schema": 1, "clusters": {"crusoe": [{"host": "a b"}]}}',
-           '{"schema": 1, "clusters": 3}', '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}')  # fmt: skip
+           '{"schema": 1, "clusters": 3}', AT % "1e300", AT % ("9" * 400), AT % "-1e18", AT % "NaN",
+           '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}')  # fmt: skip
 
 
 @pytest.mark.parametrize("text", DAMAGED)
@@ -346,6 +349,28 @@ def test_a_damaged_file_stops_no_look_at_a_run(
         and "warning: nodes that failed their check are not left out" in submitted.stderr
     )
     assert file.read_text() == text
+
+
+def test_what_cannot_be_printed_is_replaced(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    """A path that is not UTF-8 in a node's words; and a node that a person wrote into the file."""
+    install(PAIR, fake_slurm)
+    unfit_run(workplace, "bad", record("n0"), record("n1", {**ECC, "what": "/data/\udce9 is gone \x1b[31m"}))
+    assert json.loads(launch("status", "bad", "--json").stdout)["left_out"] == ["n1"]
+    assert listed(launch)["n1"]["reason"] == "/data/? is gone \x1b[31m"
+    assert "\x1b" not in launch("cluster", "nodes").stdout
+    file = workplace / "home/.config/titan-launcher/nodes.json"
+    by_hand = {"host": "n2", "reason": "\ud800", "run": "", "at": time.time(), "until": time.time() + DAY_S}
+    file.write_text(json.dumps({"schema": 1, "clusters": {"crusoe": [by_hand]}}))
+    assert listed(launch)["n2"]["reason"] == "?"
+
+
+def test_of_clusters_that_share_a_home_the_jobs_own_counts(
+    launch: Launch, fake_slurm: Fake, workplace: Path
+) -> None:
+    install(PAIR, fake_slurm)
+    unfit_run(workplace, "bad", record("n0", cluster="other"), record("n1", ECC, cluster="other"))
+    assert json.loads(launch("status", "bad", "--json").stdout)["left_out"] == ["n1"]
+    assert listed(launch) == {} and [node.host for node in bad_nodes.read()["other"]] == ["n1"]
 
 
 def test_several_at_once_lose_nothing(workplace: Path) -> None:

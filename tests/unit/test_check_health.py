@@ -65,19 +65,38 @@ def test_idle_gpus_are_fit() -> None:
     ("fields", "good", "bad", "said"),
     [
         (health.GROUPS["ecc"][0][1], "0", "3", "GPU 2: 3 uncorrected memory errors"),
-        (health.GROUPS["rows"][0][1], "No, No", "Yes, No", "GPU 2: the remapping of a bad memory row waits"),
         (health.GROUPS["rows"][0][1], "0, 0", "0, 1", "GPU 2: the remapping of a bad memory row has failed"),
         (REASONS, "Not Active, Not Active, Not Active, Not Active", "Active, Active, Not Active, Not Active", "GPU 2 is slowed down by its hardware at 31 C: hw_slowdown, hw_thermal"),
         (OLD_REASONS, "Not Active, Not Active, Not Active, Not Active", "Active, Not Active, Active, Not Active", "hw_slowdown, hw_power_brake_slowdown"),
         (FABRIC, "Completed, Success", "In Progress, N/A", "GPU 2 has not joined the NVLink fabric: state In Progress"),
         (FABRIC, "Completed, Success", "Completed, Insufficient Resources", "status Insufficient Resources"),
     ],
-    ids=["ecc", "remap pending", "remap failed", "throttled", "throttled, older driver", "fabric", "fabric status"],
+    ids=["ecc", "remap failed", "throttled", "throttled, older driver", "fabric", "fabric status"],
 )  # fmt: skip
 def test_a_sick_gpu(fields: Any, good: str, bad: str, said: str) -> None:
     sick = judged((GENERAL, general()), (fields, of_gpu_2(good, bad)))
     assert len(sick[0]) == 1 and said in sick[0][0], sick
     assert judged((GENERAL, general()), (fields, of_gpu_2(good, good))) == ([], [])
+
+
+RECOVERY = health.GROUPS["recovery"][0][1]
+
+
+def test_memory_errors_are_judged_by_what_the_driver_asks_for() -> None:
+    ecc = (health.GROUPS["ecc"][0][1], of_gpu_2("0", "3"))
+    problems, warnings = judged((GENERAL, general()), ecc, (RECOVERY, of_gpu_2("None", "None")))
+    assert problems == [] and "GPU 2: 3 uncorrected" in warnings[0]  # the driver has dealt with them
+    assert judged((GENERAL, general()), ecc, (RECOVERY, of_gpu_2("None", "[N/A]")))[0]  # it does not say
+    for action in ("Reset", "Reboot", "Drain P2P", "Drain and Reset"):
+        (problem,), _ = judged((GENERAL, general()), (RECOVERY, of_gpu_2("None", action)))
+        assert problem == f"GPU 2 has a fault, for which the driver asks for: {action}"
+
+
+def test_a_row_that_waits_for_a_reset_is_a_warning() -> None:
+    problems, warnings = judged(
+        (GENERAL, general()), (health.GROUPS["rows"][0][1], of_gpu_2("No, No", "Yes, No"))
+    )
+    assert problems == [] and "GPU 2: the remapping of a bad memory row waits" in warnings[0]
 
 
 def test_a_gpu_that_the_driver_keeps_cool_is_a_warning() -> None:
@@ -89,11 +108,17 @@ def test_a_gpu_that_the_driver_keeps_cool_is_a_warning() -> None:
 
 
 def test_memory_that_somebody_else_uses() -> None:
-    assert judged((GENERAL, general(used="1024"))) == ([], [])
-    assert "GPU 2: 1.0 GiB of its memory are in use" in judged((GENERAL, general(used="1025")))[0][0]
-    # Grace's kernel keeps its page cache there, too
-    assert judged((GENERAL, general(used="4000")), arch="aarch64") == ([], [])
-    assert judged((GENERAL, general(used="40000")), arch="aarch64")[0]
+    assert judged((GENERAL, general(used="2048"))) == ([], [])
+    assert "GPU 2: 2.0 GiB of its memory are in use" in judged((GENERAL, general(used="2049")))[0][0]
+    # Grace's kernel keeps its page cache there, too: only a process is somebody else
+    process = (health.GROUPS["processes"][0][1], f"{UUIDS[2]}, 4711\n")
+    assert judged((GENERAL, general(used="4000")), process, arch="aarch64") == ([], [])
+    problems, warnings = judged((GENERAL, general(used="40000")), arch="aarch64")
+    assert problems == [] and "by no process that is seen" in warnings[0]
+    assert (
+        "somebody else (process 4711)"
+        in judged((GENERAL, general(used="40000")), process, arch="aarch64")[0][0]
+    )
 
 
 def test_one_gpu_alone_needs_no_fabric() -> None:
@@ -226,9 +251,38 @@ def test_a_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"ecc", "infiniband", "imex"} <= set(names) and "GPU 2: 7 uncorrected" in problems[
         names.index("ecc")
     ]["what"]
-    assert "nvidia-smi does not say: rows, clocks, fabric, clique" in [one["what"] for one in warnings]
+    assert "nvidia-smi does not say: recovery, rows, clocks, fabric, clique, processes" in [
+        one["what"] for one in warnings
+    ]
+    assert {one["name"]: one["fault"] for one in problems} == {
+        "ecc": "node",
+        "infiniband": "run",
+        "imex": "run",
+    }
+    monkeypatch.setattr(health, "IMEX_CHANNELS", tmp_path)
+    (tmp_path / "channel17").touch()  # Slurm's own numbering
+    other = health.look(node, "gpu001", {**env, "NCCL_IB_DISABLE": "1"}, {})
+    assert [one["name"] for one in other[1]] == ["ecc"]
     alone = health.look({**node, "nodes": 1}, "gpu001", env, {})
     assert [one["name"] for one in alone[1]] == ["ecc"]  # neither InfiniBand nor IMEX is needed
+
+
+@pytest.mark.parametrize(("freed_at_look", "fit"), [(2, True), (9, False)])
+def test_memory_that_is_being_freed_is_no_fault(
+    freed_at_look: int, fit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job has just ended on this node: its process takes seconds to let go of the GPU."""
+    smi = tmp_path / "nvidia-smi"
+    busy = (
+        f"echo >>{tmp_path}/looks; [ $(wc -l <{tmp_path}/looks) -lt {freed_at_look} ] && used=90000 || used=3"
+    )
+    smi.write_text(f'#!/bin/sh\ncase "$1" in *name*) {busy}; echo "GPU-0, 0, NVIDIA H200, 580.95.05, $used, 143771, 30" ;; esac\n')  # fmt: skip
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(health, "BETWEEN_S", 0)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    _, problems, _ = health.look({"device": "cuda", "nodes": 1, "gpus_per_node": 1}, "h", {}, {})
+    assert [one["name"] for one in problems] == ([] if fit else ["memory"])
 
 
 def test_without_nvidia_smi_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,11 +62,11 @@ def test_every_node_is_heard_and_told() -> None:
 def test_strangers_are_sent_away() -> None:
     port, heard = free_port(), dict[int, Any]()
     host = Host(port, "7", 2)
-    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(6)]
-    lines = [b"GET / HTTP/1.0\r\n", b"[1]\n", b'{"job": "7", "node": 5, "now": 1, "say": {}}\n', b'{"job": "7", "node": 1, "now": 1, "say": 3}\n', b"[" * 99_999 + b"\n"]  # fmt: skip
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(7)]
+    lines = [b"GET / HTTP/1.0\r\n", b"[1]\n", b'{"job": "7", "node": 5, "now": 1, "say": {}}\n', b'{"job": "7", "node": 1, "now": 1, "say": 3}\n', b'{"job": "7", "node": 1, "now": 1%s, "say": {}}\n' % (b"0" * 400), b"[" * 99_999 + b"\n"]  # fmt: skip
     for stranger, line in zip(strangers, lines, strict=False):
         stranger.sendall(line)
-    strangers[5].close()
+    strangers[6].close()
     other_job = guest_says(port, 1, {}, job="8")
     ours = guest_says(port, 1, heard)
     assert host.gather(30)[1]["host"] == "gpu1"
@@ -116,6 +116,17 @@ def test_a_node_that_goes_away_is_not_waited_for() -> None:
 def test_node_0_never_answers() -> None:
     with pytest.raises(Lost, match=r"node 0 at 127\.0\.0\.1:1 did not answer within 0 s"):
         Guest("127.0.0.1", 1, "7", 1, 0.3)
+
+
+@pytest.mark.parametrize("line", [b"SSH-2.0-OpenSSH_9.2\r\n", b"[1]\n"])
+def test_another_program_at_node_0s_port(line: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        guest = Guest("127.0.0.1", other.getsockname()[1], "7", 1, 30)
+        with other.accept()[0] as connection:
+            connection.sendall(line)
+            with pytest.raises(Lost, match="another program answers"):
+                guest.hear(30)
+        guest.close()
 
 
 def test_the_meeting_is_at_a_port_that_linux_gives_to_nobody_else() -> None:

@@ -56,7 +56,7 @@ def test_a_healthy_job() -> None:
 @pytest.mark.parametrize(
     ("metric", "value", "said"),
     [
-        ("product_tflops", 560.0, "GPU 3: matrix product at 560 TFLOP/s, the median of the job is 653"),
+        ("product_tflops", 500.0, "GPU 3: matrix product at 500 TFLOP/s, the median of the job is 653"),
         ("copy_gbs", 1200.0, "GPU 3: memory copy at 1200 GB/s, the median of the job is 2402"),
     ],
 )
@@ -66,12 +66,19 @@ def test_a_slow_gpu_is_named_and_its_node_unfit(metric: str, value: float, said:
     assert (one["node"], one["host"], one["fault"], one["name"]) == (2, "gpu002", "node", "slow")
     assert said in one["why"] and "--exclude gpu002" in one["fix"]
     (outlier,) = found["outliers"]
-    assert (outlier["gpu"], outlier["metric"], outlier["value"]) == (3, metric, value)
+    assert (outlier["gpu"], outlier["metric"], outlier["value"], outlier["unfit"]) == (3, metric, value, True)
     assert any("titan-check: unfit gpu002 (node): " in line for line in verdict.lines(found))
 
 
+def test_a_gpu_that_is_a_little_slow_is_named_and_stops_nobody() -> None:
+    found = judged(slow(2, 3, "product_tflops", 560.0))  # 14% below: a warm place, a power limit
+    assert found["ok"] and [(one["host"], one["unfit"]) for one in found["outliers"]] == [("gpu002", False)]
+    assert verdict.lines(found)[1].startswith("titan-check: warning gpu002: GPU 3: matrix product at 560")
+
+
 def test_within_a_tenth_of_the_median_nobody_is_an_outlier() -> None:
-    assert judged(slow(2, 3, "product_tflops", 600.0))["ok"]
+    found = judged(slow(2, 3, "product_tflops", 600.0))
+    assert found["ok"] and not found["outliers"] and not found["warnings"]
 
 
 def test_the_all_reduce_is_compared_between_nodes() -> None:
@@ -135,12 +142,33 @@ def test_what_only_some_nodes_have_is_theirs() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "having", "fault"),
+    [("data", 1, "node"), ("data", 2, "run"), ("ecc", 2, "node"), ("unexpected", 1, "run")],
+)
+def test_what_half_of_the_nodes_share_is_not_blamed_on_each(name: str, having: int, fault: str) -> None:
+    """A file system that stalls costs nobody his nodes; what the hardware says itself stays true."""
+    one = problem(name, "x", "y", "node" if name == "ecc" else "run")
+    made = {n: {**record, "problems": [one] * (n < having)} for n, record in records(4).items()}
+    assert {entry["fault"] for entry in judged(made)["unfit"]} == {fault}
+
+
 @pytest.mark.parametrize(("nodes", "fault"), [(1, "node"), (2, "node"), (3, "run")])
 def test_what_all_of_three_nodes_have_is_the_runs(nodes: int, fault: str) -> None:
     gpus = problem("gpus", "4 GPUs are visible, the profile says 8", "--gpu")
     made = {number: {**record, "problems": [gpus]} for number, record in records(nodes).items()}
     found = judged(made)
     assert len(found["unfit"]) == nodes and {one["fault"] for one in found["unfit"]} == {fault}
+
+
+def test_a_node_that_nobody_else_was_compared_with_keeps_its_fault() -> None:
+    """The others of 36 came too late to be heard."""
+    ecc, disk = (
+        problem("ecc", "3 errors", "reset it"),
+        problem("scratch", "/x cannot be written", "--set", "run"),
+    )
+    alone = {0: {**records(1)[0], "problems": [ecc, disk]}}
+    assert [one["fault"] for one in verdict.judge(alone, 36, "cuda")["unfit"]] == ["node", "run"]
 
 
 def test_a_collective_that_fails_is_nobodys_fault() -> None:
@@ -151,9 +179,18 @@ def test_a_collective_that_fails_is_nobodys_fault() -> None:
 def test_nodes_that_never_came_are_named() -> None:
     here = {number: record for number, record in records().items() if number != 2}
     found = verdict.judge(here, 4, "cuda", {2: "gpu002"})
-    assert [(one["host"], one["name"]) for one in found["unfit"]] == [("gpu002", "absent")] and not found[
-        "ok"
+    assert [(one["host"], one["name"], one["fault"]) for one in found["unfit"]] == [
+        ("gpu002", "absent", "node")
     ]
+    assert not found["ok"]
+
+
+@pytest.mark.parametrize(("nodes", "absent"), [(2, 1), (4, 3), (4, 2)])
+def test_where_most_do_not_come_they_are_not_to_blame(nodes: int, absent: int) -> None:
+    """A firewall between the nodes, or node 0's own network: no healthy node is to be left out for it."""
+    here = {number: record for number, record in records(nodes).items() if number < nodes - absent}
+    found = verdict.judge(here, nodes, "cuda", {n: f"gpu{n:03d}" for n in range(nodes) if n not in here})
+    assert not found["ok"] and {one["fault"] for one in found["unfit"]} == {"run"}
 
 
 @pytest.mark.parametrize(

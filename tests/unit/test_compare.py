@@ -82,6 +82,11 @@ def test_a_difference_within_the_noise_and_one_beyond() -> None:
     assert "-930 (-5.2%)" in "\n".join(as_text(large)) and "beyond the noise of" in "\n".join(as_text(large))
 
 
+def test_what_is_the_same_in_every_step_has_no_noise() -> None:
+    found = figure(compare(outcome(), outcome(memory_gib=spread(150.0, 0.0))), "peak memory")
+    assert (found.noise, found.beyond, found.remark) == (None, None, "no noise: constant within a run")
+
+
 def test_a_published_row_has_one_value() -> None:
     found = compare(outcome(), published_beside(outcome()))
     tps = figure(found, "tokens/s")

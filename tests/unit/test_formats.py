@@ -200,8 +200,17 @@ def test_a_submission_says_what_its_readme_asks_for() -> None:
     assert "secret-project" not in text and "/home/u" not in text and "/data/" not in text
 
 
+def test_a_submission_says_that_the_data_was_a_sample() -> None:
+    (text,) = submissions([shape(settings={"job.data": "sample"})], "me").values()
+    assert "own sample of text" in text
+    (text,) = submissions([WHOLE], "me").values()
+    assert "own sample of text" not in text
+
+
 def test_runs_on_the_same_hardware_share_a_file() -> None:
-    files = submissions([WHOLE, shape(run="again"), shape(run="small", nodes=3, gpus=12)], "me")
+    again = shape(run="again", date="2026-11-30T09:30:00Z")
+    files = submissions([WHOLE, again, shape(run="small", nodes=3, gpus=12)], "me")
+    assert "on 2026-11-20, 2026-11-30." in files["llama3-8b_36xgb200_202611_me.md"]
     assert {name: text.count("```toml") for name, text in files.items()} == {
         "llama3-8b_36xgb200_202611_me.md": 2, "llama3-8b_12xgb200_202611_me.md": 1,
     }  # fmt: skip

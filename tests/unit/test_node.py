@@ -212,11 +212,16 @@ def test_a_secret_in_the_environment_is_neither_printed_nor_recorded(cpu: Place)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "words"), [("3", "3 GPUs are visible, the profile says 4"), ("0", "0 GPUs")]
+    ("gpus", "words", "fault"),
+    [("3", "3 GPUs are visible, the profile says 4", "node"), ("8", "8 GPUs", "run"), ("0", "0 GPUs", "run")],
 )
-def test_missing_gpus_are_a_failure_and_never_a_cpu_run(gpu: Place, gpus: str, words: str) -> None:
+def test_missing_gpus_are_a_failure_and_never_a_cpu_run(
+    gpu: Place, gpus: str, words: str, fault: str
+) -> None:
+    """A node that has lost one is to blame; with none, or too many, the image or the profile is wrong."""
     assert words in gpu.refused(FAKE_GPUS=gpus)
     assert gpu.record()["ok"] is False and words in gpu.record()["why"]
+    assert [one["fault"] for one in gpu.record()["problems"]] == [fault]
 
 
 def test_a_driver_that_is_too_old_is_told_in_cudas_words(gpu: Place) -> None:

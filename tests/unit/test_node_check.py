@@ -53,7 +53,9 @@ class TCPStore:
     port = 4711
     def __init__(self, *arguments, **_): pass
 def init_process_group(backend, store, rank, world_size, timeout):
-    if world_size == int(os.environ.get("FAKE_HANG", "0")): raise RuntimeError("Connection closed by peer")
+    if world_size == int(os.environ.get("FAKE_HANG", "0")):
+        print("NCCL INFO no route", flush=True)
+        raise RuntimeError("Connection closed by peer")
 def all_reduce(values, op=None): sys.modules["torch"].burn(0.001)
 def destroy_process_group(): pass
 """
@@ -168,6 +170,7 @@ def test_a_network_that_fails_stops_the_job(two: Nodes) -> None:
     all_stopped(done)
     assert {one["fault"] for one in two.verdict()["unfit"]} == {"run"}
     assert "across nodes: rank 0: allreduce: RuntimeError: Connection closed" in done[0].stdout
+    assert "titan-check: printed by worker 1:\nNCCL INFO no route" in done[0].stdout
 
 
 def test_a_torch_that_is_broken_on_one_node_can_say_so(two: Nodes) -> None:
@@ -175,6 +178,13 @@ def test_a_torch_that_is_broken_on_one_node_can_say_so(two: Nodes) -> None:
     all_stopped(done)
     assert [(one["host"], one["fault"]) for one in two.verdict()["unfit"]] == [("gpu001", "node")]
     assert "import torch fails: ImportError: libcudart" in done[1].stdout
+
+
+def test_a_wrong_setting_is_not_blamed_on_the_only_node(tmp_path: Path) -> None:
+    alone = Nodes(tmp_path, debug_node(nodes=1))
+    all_stopped(alone.run(n0={"TITAN_SCRATCH": "/proc/none"}))
+    all_stopped(alone.run(n0={"FAKE_HANG": "2"}))  # NCCL within the node
+    assert [(one["name"], one["fault"]) for one in alone.verdict()["unfit"]] == [("all-reduce-node", "run")]
 
 
 def test_quick_multiplies_nothing(two: Nodes) -> None:
@@ -249,6 +259,7 @@ def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
         "does not start: The driver is too old; driver 570.86.15 is older than CUDA 13.0 needs (580)"
         in done.stdout
     )
+    assert place.verdict()["unfit"][0]["fault"] == "run"  # the image's: a healthy node is not left out for it
     (done,) = place.run(n0=own)  # it starts all the same: behind the image's compatibility package
     started(done)
     assert "titan-check: warning gpu000: driver 570.86.15 is older" in done.stdout

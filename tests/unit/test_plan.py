@@ -11,7 +11,7 @@ import pytest
 from launcher import plan
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
-from launcher.spec import Job, Profile, Recipe, RunSpec
+from launcher.spec import MAX_NODES, Job, Profile, Recipe, RunSpec
 from tests.conftest import Launch
 from tests.unit.test_submission import Fake, slurm
 
@@ -85,6 +85,16 @@ def test_what_does_not_fit_and_what_would() -> None:
     nodes = int(advice.removeprefix("--nodes "))
     assert plan.plan(replace(large, job=replace(large.job, nodes=nodes))).verdict == "fits"
     assert plan.plan(replace(large, job=replace(large.job, nodes=nodes - 1))).verdict != "fits"
+
+
+def test_advice_keeps_to_what_a_run_may_have() -> None:
+    """10,000 nodes at most; many nodes or sequences are not tried one by one, which made `submit` slow."""
+    small = a_spec("A100", 1, 2, flavor="70B", local_batch_size=1, activation_checkpoint="full")
+    assert plan.plan(small).advice == ("--nodes 10",)
+    large = a_spec("H100", MAX_NODES, 8, flavor="70B", local_batch_size=10**9, activation_checkpoint="full")
+    assert plan.plan(large).advice == ("--batch-size 2",)
+    absurd = a_spec("A100", 5000, 1, flavor="70B", local_batch_size=1, activation_checkpoint="full")
+    assert plan.plan(absurd, parameters=7 * 10**13).advice == ()  # some 20,000 nodes
 
 
 def test_few_shards_need_whole_states_at_the_optimizer() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,14 @@ def test_edited_settings(made: Made) -> None:
     assert found.local_batch_size == found.settings["recipe.local_batch_size"] == 5  # what the job was told
 
 
+def test_what_is_no_run_toml_is_not_waited_for(made: Made) -> None:
+    made.write("run.toml", "[recipe]\nlocal_batch_size = 6\n#" + "x" * 2**20)
+    assert made.outcome().complete
+    (made.path / "run.toml").unlink()
+    os.mkfifo(made.path / "run.toml")
+    assert made.outcome().complete
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "run = ", "[job]\nname = 1979-05-27\n[recipe]\nsteps = 100\n[titan]\nx = 07:32:00\n", "\udc80"],
@@ -292,6 +301,7 @@ def test_the_share_of_waiting_for_data(made: Made) -> None:
     path = folder / "events.out.tfevents.1.a.1.0"
     path.write_bytes(text)
     assert made.outcome().data_share == pytest.approx((8 * 2 + 3 * 10) / 11 / 100)
+    assert outcome_of(made.run, DONE, with_data_share=False) == replace(made.outcome(), data_share=None)
     path.write_bytes(scalar(50, share, 200.0) + scalar(50, seconds, 1.0))
     assert made.outcome().data_share is None
     path.write_bytes(b"")

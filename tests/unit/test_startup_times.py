@@ -32,8 +32,8 @@ def test_the_log_is_in_the_nodes_own_time_zone(made: Made) -> None:
         ("intent.json", {"at": T0 - 1e8}, "queue_s"),
         ("intent.json", {"at": "x"}, "queue_s"),
         ("nodes/0001-b.json", {"time": int(T0) - 3600}, ""),  # the other node's is the last
-        ("nodes/0000-a.json", {"time": "x"}, "container_s"),
-        ("nodes/0000-a.json", {"time": 10**400}, "container_s"),
+        ("nodes/0000-a.json", {"time": "x"}, "container_s check_s first_step_s"),
+        ("nodes/0000-a.json", {"time": 10**400}, "container_s check_s first_step_s"),
         ("nodes/0000-a.json", {"time": int(T0) + 10**6}, "container_s first_step_s"),
         ("nodes/0000-a.json", {"check_s": -1}, "check_s first_step_s"),
         ("nodes/0000-a.json", {"check_s": None}, "check_s first_step_s"),
@@ -47,6 +47,12 @@ def test_absurd_times_are_not_told(made: Made, file: str, changes: dict[str, Any
     startup = made.outcome().startup
     known = {"queue_s", "container_s", "check_s", "first_step_s"} - set(lost.split())
     assert {name for name in Startup.__dataclass_fields__ if getattr(startup, name) is not None} == known
+
+
+def test_waiting_for_the_last_container_is_not_told_twice(made: Made) -> None:
+    """The nodes meet in their check: the first to come waits in it for the others."""
+    made.change("nodes/0000-a.json", time=T0 + 40, check_s=27.5)  # b comes at +55, and both end at +67.5
+    assert made.outcome().startup == Startup(queue_s=30, container_s=25, check_s=12.5, first_step_s=33.5)
 
 
 def test_clocks_that_differ_by_a_second_are_the_same(made: Made) -> None:
