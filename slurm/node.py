@@ -144,7 +144,7 @@ def examine(
         with noting(facts, "command", "run"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
-        found = measure(crew, node, scratch)
+        found = measure(crew, node)
         facts["problems"] += found.pop("problems")
         facts.update(found)
     return command, added

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from launcher.image.squashfs_file import sidecar_path, superblock
 
 ROOT = Path(__file__).parent.parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+# A shell that starts the suite in the background lets it ignore Ctrl-C, and so everything that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may st
 HELLO_S, MEASURE_S, COLLECTIVE_S = 600, 180, 300
 
 
-def measure(crew: Sequence[Worker], node: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
+def measure(crew: Sequence[Worker], node: Mapping[str, Any]) -> dict[str, Any]:
     """Each GPU's figures and the all-reduce in this node: {"speed", "allreduce_node_gbs", "problems"}."""
     what = "GPU" if node["device"] == "cuda" else "rank"
     found: dict[str, Any] = {"speed": [], "problems": []}
@@ -35,9 +34,7 @@ def measure(crew: Sequence[Worker], node: Mapping[str, Any], scratch: Path) -> d
         else:
             found["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
     if len(crew) > 1 and not found["problems"]:
-        place = scratch / "check-store"
-        with contextlib.suppress(OSError):
-            place.unlink()
+        place = crew[0].errors.with_name("store")
         answers = ask(
             crew, [_sum(rank, len(crew), file=str(place)) for rank in range(len(crew))], COLLECTIVE_S
         )

@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,13 +32,17 @@ class Worker:
 
 
 def start(count: int, device: str, scratch: Path, env: Mapping[str, str]) -> list[Worker]:
-    """Starts `count` workers, which begin to import torch at once. In a process group each, to be killed whole."""
+    """Starts `count` workers, which begin to import torch at once. In a process group each, to be killed whole.
+
+    Their files are in a directory of their own: nodes that are made up on one machine share `scratch`.
+    """
+    place = Path(tempfile.mkdtemp(prefix="check-", dir=scratch))
     here = Path(__file__).resolve().parent
     path = os.pathsep.join(filter(None, [str(here.parent), env.get("PYTHONPATH", "")]))
     more = {"PYTHONPATH": path} | ({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})
     workers = []
     for rank in range(count):
-        errors = scratch / f"check-{rank}.err"
+        errors = place / f"{rank}.err"
         with open(errors, "wb") as stream:
             process = subprocess.Popen(
                 # The same Python with the same switches, such as -S or -I, that decide what it can import.
@@ -103,8 +109,7 @@ def stop(workers: Sequence[Worker]) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
     for worker in workers:
-        with contextlib.suppress(OSError):
-            worker.errors.unlink()
+        shutil.rmtree(worker.errors.parent, ignore_errors=True)
 
 
 def printed(workers: Sequence[Worker]) -> str:
