@@ -43,12 +43,16 @@ def test_make_demo() -> None:
     assert re.search(r"^\|\S+ +\|1 \(\d+ GPU\) +\|4 +\|step: 20  loss: ", done.stdout, re.MULTILINE)
     shown = README.split("<!-- demo-output -->")[1]
     assert "COMPLETED" in shown and "step: 20  loss:" in shown, "the README shows what the demo prints"
+    assert re.search(r"^report\.html: \d+ runs?, 0 incomplete$", done.stdout, re.MULTILINE)
+    assert "report.html: " in shown and (ROOT / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_every_other_command_is_tested_somewhere() -> None:
     known = {"make demo", "make test", *block_with("pip install ."), *block_with("config show")}
     # Built by tests/image/images.py, trained in by test_launcher_on_slurm.py; staged in tests/stage.
     known |= {*block_with("make image"), *block_with("launcher stage c4")}
+    # Run by test_accept.py, test_sweep.py and tests/browser with other images and sizes.
+    known |= set(block_with("launcher accept"))
     assert [command for command in COMMANDS if command not in known] == []
     assert re.search(r"^test:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 

@@ -16,12 +16,7 @@ NAME = "debug-scaling"
 NODES = (1, 2)
 
 
-def sweep_runs(name: str = NAME) -> list[str]:
-    """Names of the runs of `sweep` below, for whoever wants a pair of real ones to compare."""
-    return [f"{name}-debug-{nodes}n-b4" for nodes in NODES]
-
-
-def sweep(image: Path, name: str = NAME) -> tuple[str | Path, ...]:
+def sweep(image: Path) -> tuple[str | Path, ...]:
     """The command: the debug recipe on one and on two nodes with one rank each, a few steps."""
     lists = ("--nodes", ",".join(map(str, NODES)), "--batch-size", "4", "--recipe", "debug")
     short = ("--gpus-per-node", "1", "--steps", "6", "--set", "recipe.log_freq=1")
@@ -36,7 +31,7 @@ def sweep(image: Path, name: str = NAME) -> tuple[str | Path, ...]:
         *lists,
         *short,
         "--name",
-        name,
+        NAME,
         "--yes",
     )
 
@@ -54,7 +49,7 @@ def launch(slurm: Cluster, ordinary_user: User, user_dir: Path) -> Iterator[Laun
 
 
 def test_a_sweep_of_one_and_two_nodes(launch: Launch, train_image: Path) -> None:
-    first, second = sweep_runs()
+    first, second = (f"{NAME}-debug-{nodes}n-b4" for nodes in NODES)
     done = launch(*sweep(train_image))
     assert done.returncode == 0, done.stderr
     assert f"{second}: Slurm job " in done.stdout and f", after job {launch.job_id(first)}" in done.stdout
@@ -82,6 +77,15 @@ def test_a_sweep_of_one_and_two_nodes(launch: Launch, train_image: Path) -> None
         json.loads((launch.directory / "runs" / run / "end.json").read_text()) for run in (first, second)
     ]
     assert began[0]["ended_at"] <= began[1]["began_at"]
+
+    compared = launch("compare", first, second)
+    assert compared.returncode == 0 and "job.nodes" in compared.stdout, compared.stdout + compared.stderr
+    assert "tokens/s per GPU" in compared.stdout and "not comparable" not in compared.stdout
+    page = launch("report", "-o", "page.html", "--json")
+    assert page.returncode == 0, page.stderr
+    assert json.loads(page.stdout)["runs"] == 2 and json.loads(page.stdout)["incomplete"] == []
+    text = (launch.directory / "page.html").read_text()
+    assert all(run in text for run in (first, second)) and "Scaling of CPU" in text
 
 
 def test_a_job_that_slurm_has_forgotten_holds_nothing_up(launch: Launch) -> None:
