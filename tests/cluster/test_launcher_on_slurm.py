@@ -41,7 +41,8 @@ class Launch:
         return done
 
     def variables(self) -> dict[str, str]:
-        return {"PYTHONPATH": f"{self.directory}/app"}
+        # Nodes that a test makes unfit are remembered for that test alone.
+        return {"PYTHONPATH": f"{self.directory}/app", "XDG_CONFIG_HOME": f"{self.directory}/config"}
 
     def state(self, run: str) -> str:
         return str(json.loads(self("status", run, "--json").stdout)["state"])
