@@ -1,24 +1,23 @@
-"""The edge of launcher/preflight.py: asks Slurm and looks at the files here, and says what stops a submission."""
+"""The edge of launcher/preflight.py: asks Slurm. What the files here can tell is in launcher/look_here.py."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import placement, resolve
+from launcher import placement
 from launcher.candidates import fitting, place_of, usable
-from launcher.check import ERROR, OK, WARNING, Check
+from launcher.check import WARNING, Check
 from launcher.cluster import slurm
 from launcher.cluster.facts import ClusterFacts, detect, detected
 from launcher.cluster.parse import expand
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import LauncherError
 from launcher.layers import merge, names_of, read_layer
 from launcher.preflight import preflight
 from launcher.spec import RunSpec
@@ -100,59 +99,3 @@ def _as_submitted(run: Run) -> RunSpec:
         return spec
     said = re.search(r"^#SBATCH --exclude=(\S+)$", script, re.MULTILINE)
     return replace(spec, avoid=expand(said[1])) if said else spec
-
-
-def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
-    """What `submit` looks at without Slurm, as checks: image, weights, data, tokenizer."""
-    from launcher.stage import view
-
-    found: list[Check] = []
-    of_image: list[str] = []
-    for name, check in (("image", resolve.check_image), ("weights", resolve.check_weights)):
-        try:
-            of_image += check(spec) or []
-        except LauncherError as error:
-            found.append(_stopped(name, error))
-        else:
-            if name == "image" and spec.job.image:
-                found.append(Check(name, OK, spec.job.image))
-    notes = [*of_image, *resolve.warnings(spec)]
-    try:
-        spec, of_the_data = view.plan(spec)
-    except LauncherError as error:
-        found.append(_stopped("data", error))
-    else:
-        notes += of_the_data
-        if not of_the_data:
-            found.append(Check("data", OK, view.describe(spec)))
-    return spec, [*found, *(Check("files", WARNING, note) for note in notes)]
-
-
-def _stopped(name: str, error: LauncherError) -> Check:
-    return Check(name, ERROR, error.what, error.original, error.fix, certain=True, error=error)
-
-
-def sentence(check: Check) -> str:
-    """A check in one line: what, why, fix."""
-    text = check.what + (f": {check.why}" if check.why else "")
-    return text + (f"; {check.fix}" if check.fix else "")
-
-
-def refusal(checks: Sequence[Check], force: bool) -> LauncherError | None:
-    """Why the run is not submitted; None where nothing stops it. `force` passes errors that are not certain."""
-    errors = [check for check in checks if check.status == ERROR and (check.certain or not force)]
-    if not errors:
-        return None
-    first = next((check for check in errors if check.certain), errors[0])
-    if first.error:
-        return first.error
-    others = [f"{check.name}: {sentence(check)}" for check in errors if check is not first]
-    fix = first.fix
-    if not any(check.certain for check in errors):
-        fix = f"{fix}; --force submits it all the same" if fix else "--force submits it all the same"
-    return LauncherError(
-        first.what + (f": {first.why}" if first.why else ""),
-        fix,
-        status=ExitStatus.NOT_FOUND if first.not_found else ExitStatus.INVALID,
-        original="\n".join(others),
-    )

@@ -100,12 +100,14 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-    from launcher import readiness
+    from launcher.check import refusal
+    from launcher.look_here import look_here
+    from launcher.readiness import look
 
-    spec, here = readiness.look_here(spec_of(options))
-    spec, cluster = readiness.look(spec)
+    spec, here = look_here(spec_of(options))
+    spec, cluster = look(spec)
     checks = [*here, *cluster]
-    refused = readiness.refusal(checks, force=False)
+    refused = refusal(checks, force=False)
     if as_json:
         hidden = ("not_found", "error")
         rows = [{k: v for k, v in vars(check).items() if k not in hidden} for check in checks]
@@ -155,10 +157,11 @@ _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 def _looked_at(spec: RunSpec, force: bool) -> RunSpec:
     """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
-    from launcher import readiness
+    from launcher.check import refusal
+    from launcher.look_here import look_here
 
-    spec, checks = readiness.look_here(spec)
-    if refused := readiness.refusal(checks, force):
+    spec, checks = look_here(spec)
+    if refused := refusal(checks, force):
         raise refused
     for check in checks:
         if check.status == "warning":
@@ -170,13 +173,14 @@ def _checked(spec: RunSpec, force: bool) -> RunSpec:
     """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
     if spec.job.scheduler != "slurm":
         return spec
-    from launcher import readiness
+    from launcher.check import refusal, sentence
+    from launcher.readiness import look
 
-    spec, checks = readiness.look(spec)
-    refused = readiness.refusal(checks, force)
+    spec, checks = look(spec)
+    refused = refusal(checks, force)
     for check in checks:
         if check.status == "warning" or (check.status == "error" and not refused):
-            warn(plain(readiness.sentence(check)))
+            warn(plain(sentence(check)))
         elif check.name in ("placement", "excluded") and not refused:
             click.echo(plain(f"{check.name}: {check.what}"), err=True)
     if refused:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from launcher import control, readiness, resolve
 from launcher import sweep as matrix
+from launcher.check import ERROR, OK, refusal, sentence
 from launcher.cluster.state import JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, absolute, merge, read_layer
+from launcher.look_here import look_here
 from launcher.options import RunOptions
 from launcher.output import plain, warn
-from launcher.preflight import ERROR, OK
 from launcher.runs import Run
 from launcher.spec import RunSpec
 
@@ -131,18 +132,18 @@ def ready_to_submit(
     for cell in wanted:
         spec = cell.next_spec
         try:
-            spec, checks = readiness.look_here(spec)
+            spec, checks = look_here(spec)
             if facts is not None:
                 spec, of_cluster = readiness.look(spec, facts)
                 checks += of_cluster
         except LauncherError as error:
             problems[spec.job.name] = error
             continue
-        refused = readiness.refusal(checks, force)
+        refused = refusal(checks, force)
         if refused:
             problems[spec.job.name] = refused
         said = [check for check in checks if check.status != OK and not (refused and check.status == ERROR)]
-        notes |= {plain(readiness.sentence(check)): None for check in said}
+        notes |= {plain(sentence(check)): None for check in said}
         ready.append((cell, spec))
     if problems:
         raise matrix.refused_together(problems, cells)
