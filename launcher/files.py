@@ -17,7 +17,7 @@ def data_dir(name: str) -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / name
 
 
-def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Writes through a temporary name beside the target, then renames; `mode` holds from the first byte on.
 
     Raises LauncherError when the directory cannot be written or the disk is full.
@@ -26,8 +26,8 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:
-                stream.write(text)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
@@ -36,6 +36,11 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
             raise
     except OSError as error:
         raise filesystem_error(path, error) from error
+
+
+def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """`write_bytes` of UTF-8; names of files that are not UTF-8 keep their bytes."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"), mode)
 
 
 def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
@@ -63,12 +68,13 @@ def _at_once(path: str, flags: int) -> int:
 def filesystem_error(path: Path, error: OSError) -> LauncherError:
     """The operating system's refusal, with what to do about the common ones."""
     fixes = {
-        errno.EACCES: f"choose a directory you can write: --runs-dir DIR, or: ls -ld '{path.parent}'",
-        errno.EROFS: "choose a directory you can write: --runs-dir DIR",
-        errno.ENOSPC: f"free space on it (df -h '{path.parent}'), or choose another: --runs-dir DIR",
-        errno.EDQUOT: f"free space on it (quota -s; du -sh '{path.parent}'), or choose another: --runs-dir DIR",
-        errno.ENOTDIR: "choose a directory: --runs-dir DIR",
-        errno.ENAMETOOLONG: "choose a shorter path: --runs-dir DIR",
+        errno.EACCES: f"choose a directory you can write, or: ls -ld '{path.parent}'",
+        errno.EROFS: "choose a directory you can write",
+        errno.ENOSPC: f"free space on it (df -h '{path.parent}'), or choose another place",
+        errno.EDQUOT: f"free space on it (quota -s; du -sh '{path.parent}'), or choose another place",
+        errno.ENOENT: f"choose another place, or: mkdir -p '{path.parent}'",
+        errno.ENOTDIR: "choose a directory",
+        errno.ENAMETOOLONG: "choose a shorter path",
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     return LauncherError(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import filesystem_error
+from launcher.files import filesystem_error, write_bytes
 from launcher.output import plain
 from launcher.report.figures import gpu_types, lines, scaling
 from launcher.results.outcome import Outcome
@@ -29,7 +29,7 @@ DPI = 150
 def require() -> None:
     """Raises LauncherError where matplotlib is not installed."""
     try:
-        import matplotlib  # noqa: F401
+        import_module("matplotlib")
     except ImportError as error:
         raise LauncherError(
             f"plots need matplotlib, which cannot be imported: {error}",
@@ -44,6 +44,10 @@ def write_plots(outcomes: Sequence[Outcome], published: Sequence[Outcome], folde
     Returns the files. Raises LauncherError when they cannot be written, or matplotlib is missing.
     """
     require()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise filesystem_error(folder, error) from error
     written = []
     for name in NAMES:
         figure = _figure(name, outcomes, published)
@@ -51,7 +55,7 @@ def write_plots(outcomes: Sequence[Outcome], published: Sequence[Outcome], folde
             continue
         for kind in ("png", "svg"):
             path = folder / f"{name}.{kind}"
-            _write(path, _rendered(figure, kind))
+            write_bytes(path, _rendered(figure, kind))
             written.append(path)
     return written
 
@@ -146,18 +150,3 @@ def _rendered(figure: Figure, kind: str) -> bytes:
         warnings.simplefilter("ignore")  # a name in a script that the font lacks
         figure.savefig(stream, format=kind, dpi=DPI, metadata=metadata)
     return stream.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Through a temporary name beside it: nobody ever sees half a picture."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise filesystem_error(path, error) from error

@@ -290,8 +290,9 @@ def _between(start: float | None, end: float | None, longest: float) -> float | 
 
 def _number(value: object) -> float | None:
     """A finite number that is not absurd; Python refuses to turn the longest integers into one."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
-    return float(value) if good else None  # type: ignore[arg-type]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12:
+        return float(value)
+    return None
 
 
 def _moment(value: object) -> float | None:

@@ -56,9 +56,9 @@ class Host:
                         guest = self._listener.accept()[0]
                         guest.settimeout(10)
                         self._buffers[guest] = bytearray()
-                        self._selector.register(guest, selectors.EVENT_READ)
+                        self._selector.register(guest, selectors.EVENT_READ, guest)
                     continue
-                guest = key.fileobj  # type: ignore[assignment]
+                guest = key.data
                 message = self._read(guest)
                 if message is not None:
                     heard[message["node"]] = message["say"]
@@ -107,7 +107,7 @@ class Host:
         deadline = time.monotonic() + GOODBYE_S
         while self._buffers and (left := deadline - time.monotonic()) > 0:
             for key, _ in self._selector.select(left):
-                self._read(key.fileobj)  # type: ignore[arg-type]
+                self._read(key.data)
         for guest in list(self._buffers):
             guest.close()
         self._selector.close()

@@ -24,7 +24,9 @@ def noting(facts: dict[str, Any], name: str, fault: str) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
         facts["problems"].append(problem(name, why, "the mounts and permissions on this node", fault))
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # nobody foresaw it: the other things are looked at, and the record has the traceback
         facts["problems"].append(unexpected(error))
 
 
@@ -43,7 +45,7 @@ def within(seconds: float, what: str, function: Callable[..., Any], *arguments: 
     def run() -> None:
         try:
             result.append((function(*arguments), None))
-        except Exception as error:
+        except Exception as error:  # of any kind: the caller's thread raises it again
             result.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
