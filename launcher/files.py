@@ -65,16 +65,17 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def filesystem_error(path: Path, error: OSError) -> LauncherError:
-    """The operating system's refusal, with what to do about the common ones."""
+def filesystem_error(path: Path, error: OSError, option: str = "") -> LauncherError:
+    """The operating system's refusal, with what to do about the common ones; `option` is what names another place."""
+    elsewhere = f": {option}" if option else ""
     fixes = {
-        errno.EACCES: f"choose a directory you can write, or: ls -ld '{path.parent}'",
-        errno.EROFS: "choose a directory you can write",
-        errno.ENOSPC: f"free space on it (df -h '{path.parent}'), or choose another place",
-        errno.EDQUOT: f"free space on it (quota -s; du -sh '{path.parent}'), or choose another place",
-        errno.ENOENT: f"choose another place, or: mkdir -p '{path.parent}'",
-        errno.ENOTDIR: "choose a directory",
-        errno.ENAMETOOLONG: "choose a shorter path",
+        errno.EACCES: f"choose a directory you can write{elsewhere}, or: ls -ld '{path.parent}'",
+        errno.EROFS: f"choose a directory you can write{elsewhere}",
+        errno.ENOSPC: f"free space on it (df -h '{path.parent}'), or choose another place{elsewhere}",
+        errno.EDQUOT: f"free space on it (quota -s; du -sh '{path.parent}'), or choose another place{elsewhere}",
+        errno.ENOENT: f"choose another place{elsewhere}, or: mkdir -p '{path.parent}'",
+        errno.ENOTDIR: f"choose a directory{elsewhere}",
+        errno.ENAMETOOLONG: f"choose a shorter path{elsewhere}",
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     return LauncherError(

@@ -116,10 +116,13 @@ def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> tuple[Run
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made by somebody else in the same moment
+    except (OSError, LauncherError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        if cause.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made by somebody else in the same moment
             raise taken from error
-        raise filesystem_error(final, error) from error
+        raise filesystem_error(final, cause, "--runs-dir DIR") from error
     return Run(final), lock_fd
 
 
