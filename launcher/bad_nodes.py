@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher import runs, unfit
-from launcher.candidates import SHOWN, some
 from launcher.check import OK, WARNING, Check
 from launcher.cluster import slurm
 from launcher.cluster.facts import ClusterFacts
@@ -27,7 +26,7 @@ from launcher.cluster.parse import compress, expand
 from launcher.cluster.state import JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.files import write_json
-from launcher.output import age
+from launcher.output import SHOWN, age, some
 from launcher.runs import Run
 from launcher.spec import RunSpec
 from launcher.user_file import default_path

@@ -10,12 +10,12 @@ from functools import cache
 
 from launcher.cluster.facts import ClusterFacts, Node, Partition
 from launcher.cluster.parse import expand
+from launcher.output import SHOWN
 from launcher.spec import RunSpec
 
 # Node states out of which only an operator, or a node that comes back, leads.
 OUT = {"DOWN", "DRAIN", "ERROR", "FAIL", "FUTURE", "INVAL", "INVALID_REG", "NOT_RESPONDING", "UNKNOWN"}
 HELD = {"RESERVED", "MAINT", "MAINTENANCE"}  # kept for a reservation
-SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,6 @@ def fitting(spec: RunSpec, place: Place) -> tuple[Node, ...]:
     if not gres:
         return place.nodes
     return tuple(node for node in place.nodes if gpus_of(node, gres) >= spec.profile.gpus_per_node)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def number_of(count: int) -> str:

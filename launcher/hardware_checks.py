@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
-from launcher.candidates import SHOWN, Place, fitting, gpus_of, number_of, some
+from launcher.candidates import Place, fitting, gpus_of, number_of
 from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import compress
+from launcher.output import SHOWN, some
 from launcher.spec import RunSpec
 
 UP_DAYS = 55  # five days to arrange a reboot in

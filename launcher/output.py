@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,3 +87,12 @@ def print_error(error: LauncherError) -> None:
         click.echo("\n".join(f"  | {plain(line)}" for line in error.original.splitlines()[:20]), err=True)
     if error.fix:
         click.echo(f"  {click.style('try:', fg='green')} {plain(error.fix)}", err=True, color=colour())
+
+
+SHOWN = 3  # names in a message
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

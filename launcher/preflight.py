@@ -17,12 +17,12 @@ from launcher.candidates import (
     number_of,
     place_of,
     reasons,
-    some,
     usable,
 )
 from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import expand, seconds, time_text
+from launcher.output import some
 from launcher.spec import RunSpec
 
 SEGMENT_SINCE = (23, 11)

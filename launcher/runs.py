@@ -12,6 +12,7 @@ import errno
 import fcntl
 import math
 import os
+import shlex
 import shutil
 import stat
 import time
@@ -23,6 +24,7 @@ from typing import Any
 from launcher.errors import ExitStatus, LauncherError
 from launcher.files import data_dir, filesystem_error, read_json, write_json, write_text
 from launcher.layers import run_toml
+from launcher.output import plain, warn
 from launcher.render import render
 from launcher.spec import S3, SAMPLE, RunSpec, node_config
 
@@ -148,8 +150,6 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
     # A run directory may be committed: the secrets that it holds until the job ends may not.
     write_text(directory / ".gitignore", "secret.env\n")
     if secrets:
-        import shlex
-
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in sorted(secrets.items())]
         write_text(directory / "secret.env", "".join(lines), 0o600)
     if SAMPLE in (spec.job.data, spec.job.tokenizer):
@@ -196,6 +196,9 @@ def all_runs(runs_dir: Path) -> list[Run]:
         raise LauncherError(
             f"cannot read {runs_dir}: {error.strerror}", "--runs-dir DIR", status=ExitStatus.FILESYSTEM
         ) from error
+    for entry in entries:
+        if _is_dir(entry) and not os.access(entry.path, os.R_OK | os.X_OK):
+            warn(f"{plain(entry.path)}: passed over, as it cannot be read: Permission denied")
     runs = [
         (intent["at"], run)
         for run in (Run(Path(entry.path)) for entry in entries if _is_dir(entry))
@@ -225,6 +228,12 @@ def open_run(reference: str, runs_dir: Path) -> Run:
     for path in paths:
         try:
             path = path.parent if path.name == "run.toml" and path.is_file() else path
+            if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+                raise LauncherError(
+                    f"cannot read {path}: Permission denied",
+                    f"ls -ld {shlex.quote(str(path))}",
+                    status=ExitStatus.FILESYSTEM,
+                )
             if Run(path).intent is not None:
                 return Run(path.resolve())
         except (OSError, ValueError, RuntimeError):  # too long, not a name at all, a link to itself

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster.parse import seconds
-from launcher.cluster.state import SUCCEEDED, UNKNOWN, JobState
+from launcher.cluster.state import FAILED, SUCCEEDED, UNKNOWN, JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.results.outcome import Outcome
 from launcher.spec import NAME, RunSpec
@@ -100,14 +100,16 @@ def differences(before: RunSpec, now: RunSpec) -> list[str]:
     ]
 
 
-def has_next(state: JobState | None, cut_off: bool, retry: bool) -> bool:
-    """Whether a cell is to be submitted: never tried, cut off before Slurm had it, or failed and to be tried again.
+def has_next(state: JobState | None, cut_off: bool, retry: bool, complete: bool) -> bool:
+    """Whether a cell is to be submitted: never tried, cut off before Slurm had it, or without a result and to be tried
+    again.
 
-    `state`: of its last run, None where there is none. What goes on or is complete is left alone.
+    `state`: of its last run, None where there is none; `complete`: that run's figures are a whole result. What goes on
+    or is complete is left alone.
     """
     if state is None or cut_off:
         return True
-    return retry and (state.failed or state.name == UNKNOWN)
+    return retry and not state.active and not complete
 
 
 def limit_node_hours(spec: RunSpec) -> float | None:
@@ -274,8 +276,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def exit_status(states: Sequence[JobState]) -> ExitStatus:
-    """Of the whole sweep, when nothing more is to be submitted."""
-    if any(state.failed for state in states):
+def exit_status(rows: Sequence[Mapping[str, Any]]) -> ExitStatus:
+    """Of the whole sweep, when nothing more is to be submitted: what `table` says of it."""
+    without = [str(row["state"]) for row in rows if not row["complete"]]
+    if any(word in FAILED | SUCCEEDED for word in without):  # ended, and no result
         return ExitStatus.JOB_FAILED
-    return ExitStatus.OK if all(state.known for state in states) else ExitStatus.JOB_UNKNOWN
+    return ExitStatus.JOB_UNKNOWN if UNKNOWN in without else ExitStatus.OK

@@ -16,6 +16,8 @@ from launcher.layers import Layer, absolute, merge, read_layer
 from launcher.look_here import look_here
 from launcher.options import RunOptions
 from launcher.output import plain, warn
+from launcher.results.outcome import Outcome
+from launcher.results.read import outcome_of
 from launcher.runs import Run
 from launcher.spec import RunSpec
 
@@ -35,6 +37,18 @@ class Cell:
         if run is None or self.state is None or self.state.known or run.is_local:
             return False
         return not run.job and not run.claimed_by and not run.is_copy
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The result of its last run, read from its logs at each call."""
+        return (
+            outcome_of(self.runs[-1], self.state, with_data_share=False) if self.runs and self.state else None
+        )
+
+    def has_next(self, retry: bool) -> bool:
+        """Whether it is to be submitted, as `sweep.has_next` has it."""
+        complete = bool(retry and (found := self.outcome) and found.complete)
+        return matrix.has_next(self.state, self.is_cut_off, retry, complete)
 
     @property
     def next_spec(self) -> RunSpec:

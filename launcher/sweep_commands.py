@@ -53,7 +53,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     "--dry-run", is_flag=True, help="Print the matrix with its node-hours; write and submit nothing."
 )
 @click.option("--parallel", is_flag=True, help="Let Slurm run cells side by side, as nodes are free.")
-@click.option("--retry", is_flag=True, help="Submit failed cells again, under the same name with -2, -3 ...")
+@click.option(
+    "--retry", is_flag=True, help="Submit cells without a result again, under the same name with -2, -3 ..."
+)
 @click.option(
     "--follow", "-f", is_flag=True, help="Wait for all of them, then print the table; Ctrl-C detaches."
 )
@@ -82,7 +84,7 @@ def sweep(
         raise click.UsageError("--parallel is for Slurm: with --local, runs would share this machine")
     name, specs = specs_of(options)
     cells = standings(specs)
-    wanted = [cell for cell in cells if matrix.has_next(cell.state, cell.is_cut_off, retry)]
+    wanted = [cell for cell in cells if cell.has_next(retry)]
     ready = ready_to_submit(wanted, force, dry_run, len(cells))
     if (wanted or dry_run) and not as_json:
         _show_plan(name, cells, ready, parallel)
@@ -98,11 +100,10 @@ def sweep(
     if follow:
         cells = _wait(specs)
     if as_json or not ready or follow or is_local:
-        _show_results(name, cells, as_json)
-        states = [cell.state for cell in cells if cell.state]
-        if any(matrix.has_next(state, cut_off=False, retry=True) for state in states):
-            click.echo("try: the same command with --retry submits what failed again", err=True)
-        sys.exit(matrix.exit_status(states))
+        status = matrix.exit_status(_show_results(name, cells, as_json))
+        if status:
+            click.echo("try: the same command with --retry submits again what has no result", err=True)
+        sys.exit(status)
     click.echo(f"  the same command shows the table; one of them: launcher watch {ready[0][1].job.name}")
 
 
@@ -238,10 +239,10 @@ def _show_plan(
     click.echo(f"{plain(name)}: {matrix.plan_summary(rows, order)}")
 
 
-def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> None:
+def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> list[dict[str, Any]]:
+    """Prints the table, and returns its rows."""
     from launcher import sweep as matrix
     from launcher.cluster.state import JobState
-    from launcher.results.read import outcome_of
 
     now_s = time.time()
     results = []
@@ -256,18 +257,18 @@ def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> None:
                 cell.spec,
                 cell.runs[-1].name if cell.runs else cell.spec.job.name,
                 state.name,
-                outcome_of(cell.runs[-1], state, with_data_share=False) if cell.runs else None,
+                cell.outcome,
                 None if None in hours else sum(hour for hour in hours if hour is not None),
             )
         )
     rows = matrix.table(results)
     if as_json:
         hours_used, all_known = matrix.used(rows)
-        return print_json(
-            {"sweep": name, "cells": rows, "node_hours": hours_used, "node_hours_complete": all_known}
-        )
+        print_json({"sweep": name, "cells": rows, "node_hours": hours_used, "node_hours_complete": all_known})
+        return rows
     for line in matrix.table_lines(rows):
         click.echo(plain(line))
+    return rows
 
 
 def _node_hours(run: Run, nodes: int, now_s: float, is_going: bool) -> float | None:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from launcher import placement
-from launcher.candidates import HELD, OUT, Place, fitting, number_of, place_of, some
+from launcher.candidates import HELD, OUT, Place, fitting, number_of, place_of
 from launcher.cluster.facts import ClusterFacts, Node
 from launcher.cluster.parse import seconds
+from launcher.output import some
 from launcher.spec import RunSpec
 from launcher.watch import duration
 

@@ -14,13 +14,16 @@ from typing import Any
 
 from launcher.cluster.state import GOING, WAITING
 from launcher.errors import ExitStatus
-from launcher.results.compare import noise, same_version
+from launcher.output import some
+from launcher.results.compare import noise
 from launcher.results.outcome import NodeResult, Outcome
-from launcher.results.published import NEAR, PUBLISHED, Match, best_match, described
+from launcher.results.published import NEAR, PUBLISHED, Match, best_match, described, same_version
 from launcher.results.rows import NON_FINITE, json_values
 
 THRESHOLD = 0.95  # of the baseline's tokens/s
 MAX_SPREAD = 0.05  # a node's tokens/s below the median of the other nodes
+MAX_LOST = 0.05  # of the time after warm-up, to steps that were slower than the median or stood still
+MAX_WAITING = 0.02  # of a step's time, for data: above it a note says so
 MIN_STEPS = 5  # logged steps after warm-up
 # Published runs of one recipe differ by 35% in their loss at step 100 (6.14 to 8.30): only more is a fault.
 LOSS_MARGIN = 1.35
@@ -104,7 +107,8 @@ def judge(
     speed, share = _speed(outcome, match, threshold)
     steps = _steps(outcome)
     # Too few steps say nothing for the run and nothing against it.
-    reasons = [*speed, steps, *_node_spread(outcome, max_spread)] if steps.word is Word.PASS else [steps]
+    measured = [*speed, steps, *_pace(outcome), *_node_spread(outcome, max_spread)]
+    reasons = measured if steps.word is Word.PASS else [steps]
     reasons += _loss(outcome, [*([match.row] if match.row else []), *losses])
     return _verdict(reasons, (*_notes(outcome, match, threshold, share), *outcome.notes), match.row, share)
 
@@ -143,7 +147,7 @@ def _not_finite(outcome: Outcome) -> Reason | None:
     for name, step, value in [*each, *last]:
         if value is not None and not math.isfinite(value):
             return Reason(Word.FAIL, f"{name}: {value:g} at step {step}")
-    return Reason(Word.FAIL, f"loss: {NON_FINITE}") if NON_FINITE in outcome.problems else None
+    return Reason(Word.FAIL, NON_FINITE) if NON_FINITE in outcome.problems else None
 
 
 def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reason], float | None]:
@@ -153,11 +157,13 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
     if not row.complete or row.tps is None or outcome.tps is None:
         return [_cannot(f"the baseline {row.run} is not complete: {'; '.join(row.problems)}")], None
     share = outcome.tps.median / row.tps.median
+    if outcome.run_dir and row.run_dir == outcome.run_dir:
+        return [_cannot("speed: the baseline is this run itself")], None
     enough = share >= threshold
     word = Word.PASS if enough else Word.FAIL
     sign = "at least" if enough else "below"
     what = (
-        f"speed: {outcome.tps.median:,.0f} tokens/s per GPU is {100 * share:.1f}% of {row.tps.median:,.0f}, "
+        f"speed: {outcome.tps.median:,.0f} tokens/s per GPU is {_percent(share)} of {row.tps.median:,.0f}, "
         f"{sign} the {100 * threshold:g}% asked for"
     )
     if match.factor > NEAR and enough == (outcome.gpus < row.gpus):
@@ -170,6 +176,11 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
     return [Reason(word, what)], share
 
 
+def _percent(share: float) -> str:
+    """Rounded down, so that what is below 95% never reads 95.0%."""
+    return f"{math.floor(1000 * share + 1e-6) / 10:.1f}%"
+
+
 def _steps(outcome: Outcome) -> Reason:
     logged = sum(1 for node in outcome.by_node if node.tps is not None) or 1
     steps = outcome.tps.count // logged if outcome.tps else 0
@@ -178,6 +189,20 @@ def _steps(outcome: Outcome) -> Reason:
             f"steps: {steps} logged after warm-up, {MIN_STEPS} are needed: more --steps, or a smaller recipe.log_freq"
         )
     return Reason(Word.PASS, f"steps: {steps} logged after warm-up, to step {outcome.step}")
+
+
+def _pace(outcome: Outcome) -> list[Reason]:
+    """Tokens over all the time, against the median: a run that stands still now and then has a good median."""
+    if outcome.tps is None or outcome.overall_tps is None or len(outcome.series) < 2:
+        return []
+    lost = 1 - outcome.overall_tps / outcome.tps.median
+    what = f"pace: {outcome.overall_tps:,.0f} tokens/s per GPU over all the time after warm-up"
+    if lost <= MAX_LOST:
+        below = f", {100 * lost:.1f}% below the median" if lost >= 0.0005 else ""
+        return [Reason(Word.PASS, f"{what}{below} (limit {100 * MAX_LOST:g}%)")]
+    slow = [p.step for p in outcome.series[1:] if p.tps < (1 - MAX_LOST) * outcome.tps.median]
+    at = f"; slow up to step {some([str(step) for step in slow])}" if slow else ""
+    return [Reason(Word.FAIL, f"{what}, {100 * lost:.1f}% below the median (limit {100 * MAX_LOST:g}%){at}")]
 
 
 def _node_spread(outcome: Outcome, max_spread: float) -> list[Reason]:
@@ -238,6 +263,14 @@ def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
                 f"{what}; at that step others had {there}, and more than {LOSS_MARGIN:g} times that is a fault",
             )
         ]
+    if fresh and last < min(known) / LOSS_MARGIN:
+        return [
+            Reason(
+                Word.FAIL,
+                f"{what}; at that step others had {there}: so low a loss is not training on this data, "
+                "but a fault of the data or of the sums",
+            )
+        ]
     return [Reason(Word.PASS, f"{what}; others at that step: {there}")]
 
 
@@ -275,8 +308,6 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
                 notes.append(f"{name} {here}, {there} in {row.run}")
         if "recipe.activation_checkpoint" not in described(row):
             notes.append(f"activation checkpointing of {row.run} is not known")
-        if outcome.run_dir and row.run_dir == outcome.run_dir:
-            notes.append("the baseline is this run itself")
         if share is not None and row.tps and outcome.tps and share < threshold:
             missing = threshold * row.tps.median - outcome.tps.median
             of_nodes = sum(1 for node in outcome.by_node if node.tps is not None) or 1
@@ -284,6 +315,10 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
                 notes.append(
                     f"{missing:,.0f} tokens/s are missing, less than this run's noise of {size:,.0f}: repeat it"
                 )
+    if outcome.data_share is not None and outcome.data_share > MAX_WAITING:
+        notes.append(
+            f"{100 * outcome.data_share:.1f}% of a step is waiting for data: the number of files, or their disk"
+        )
     own = sorted(key for key in settings if key.startswith("titan."))
     if own:
         notes.append(f"settings beside the recipe's, which may change the speed: {', '.join(own)}")
@@ -305,7 +340,7 @@ def headline(name: str, outcome: Outcome | None, verdict: Verdict) -> str:
     if row is None or row.tps is None or verdict.share is None:
         return f"{text} ({outcome.gpu}, {_size(outcome)})"
     of = "the published " if row.state == PUBLISHED else f"{row.run}'s "
-    return f"{text}, {100 * verdict.share:.1f}% of {of}{row.tps.median:,.0f} ({row.gpu}, {_size(row)})"
+    return f"{text}, {_percent(verdict.share)} of {of}{row.tps.median:,.0f} ({row.gpu}, {_size(row)})"
 
 
 def as_dict(

@@ -157,7 +157,7 @@ def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
         raise LauncherError(
             f"cannot read {path}: {why}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
         ) from error
-    new = formats.with_table(old, formats.markdown(outcomes), path.name)
+    new = formats.with_table(old, formats.markdown(outcomes), str(path))
     if new != old:
         write_text(path, new, mode)
     rows = f"{len(outcomes)} row{'s' if len(outcomes) > 1 else ''}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.results.outcome import Outcome, Spread
-from launcher.results.published import PUBLISHED, described, is_row, same_gpu, say, unlike
+from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
 from launcher.results.rows import json_values
 
 # Settings that differ between any two runs and change no figure.
@@ -125,14 +125,18 @@ def _of_spreads(
     known = [side for side in sides if side is not None]
     if not known:
         return dataclasses.replace(bare, remark="too few values to tell its noise")
+    if len(known) == 1:  # a single value scatters as the steps of the other side do, not as their median does
+        steps = b if sides[0] is None else a
+        assert steps is not None
+        known.append(1.96 * (steps.q3 - steps.q1) / 1.349)
     size = math.hypot(*known)
     if size == 0:  # peak memory often is: nothing to hold a difference against
         return dataclasses.replace(bare, remark="no noise: constant within a run" if bare.difference else "")
     remark = ""
-    if len(known) == 1:
+    if None in sides:
         one = of_a if sides[0] is None else of_b
         what = "one published value" if one.state == PUBLISHED else "one value, or too few"
-        remark = f"{what}: noise of one side only"
+        remark = f"{what}, taken to scatter as the other's steps"
     return dataclasses.replace(bare, noise=size, beyond=abs(bare.difference) > size, remark=remark)
 
 
@@ -182,12 +186,6 @@ def _versions(a: Outcome, b: Outcome) -> tuple[tuple[str, str | None, str | None
     return tuple(
         (k, a.versions[k], b.versions[k]) for k in both if not same_version(a.versions[k], b.versions[k])
     )
-
-
-def same_version(a: str, b: str) -> bool:
-    """580 and 580.95.05 are the same as far as 580 goes."""
-    short, long = sorted((a, b), key=len)
-    return long == short or (short.replace(".", "").isdigit() and long.startswith(f"{short}."))
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from launcher.results.rows import (
     last_step,
     markdown_header,
     markdown_row,
+    median_mfu_pct,
     mfu_at_other_peaks,
     mfu_text,
     summary_line,
@@ -31,7 +33,18 @@ from launcher.results.rows import (
 BEGIN, END = "<!-- titan-results -->", "<!-- /titan-results -->"
 _WIDTH = 100  # columns
 _NAMES = {"cuda": "CUDA", "nccl": "NCCL", "driver": "driver", "python": "Python"}
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "＝",
+    "＋",
+    "－",
+    "＠",
+)  # the wide ones are formulas, too, in some locales
 
 
 def one_run(outcome: Outcome) -> str:
@@ -55,7 +68,7 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
             details.append((name, _spread_text(value, digits, " GiB" if name == "memory" else " per GPU")))
     if others := mfu_at_other_peaks(outcome):
         at = ", ".join(mfu_text(mfu, peak).removesuffix(" TFLOP/s") for peak, mfu in others.items())
-        details.append(("MFU", f"{mfu_text(outcome.mfu_pct, outcome.peak_tflops)}; also {at}"))
+        details.append(("MFU", f"{mfu_text(median_mfu_pct(outcome), outcome.peak_tflops)}; also {at}"))
     if outcome.data_share is not None:
         details.append(("data", f"{100 * outcome.data_share:.1f}% of a step is waiting for data"))
     if startup := _startup_text(outcome):
@@ -116,9 +129,12 @@ def software_text(outcome: Outcome) -> str:
 
 def _predicted(outcome: Outcome) -> list[str]:
     """What `launcher plan` said before the run, each beside what came of it."""
+    wall_s = outcome.wall_s
     reached = {
         "tps": ("tokens/s per GPU", outcome.tps.median if outcome.tps else None, 0),
         "memory_gib": ("GiB of memory", outcome.memory_gib.high if outcome.memory_gib else None, 1),
+        "wall_s": ("s after the queue", wall_s, 0),
+        "node_hours": ("node-hours", None if wall_s is None else outcome.nodes * wall_s / 3600, 2),
     }
     lines = []
     for key, (unit, value, digits) in reached.items():
@@ -160,7 +176,8 @@ def _figures(outcome: Outcome) -> tuple[str, ...]:
     last = last_of(outcome)
     assert outcome.tps is not None and last is not None
     around = 50 * (outcome.tps.q3 - outcome.tps.q1) / outcome.tps.median if outcome.tps.median else math.nan
-    mfu = "N/A" if outcome.mfu_pct is None else f"{outcome.mfu_pct:.2f}%"
+    median_mfu = median_mfu_pct(outcome)
+    mfu = "N/A" if median_mfu is None else f"{median_mfu:.2f}%"
     peak = "?" if outcome.peak_tflops is None else f"{outcome.peak_tflops:.0f}"
     memory = outcome.memory_gib.high if outcome.memory_gib else last.memory_gib
     return (
@@ -189,7 +206,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         if outcome.complete and outcome.tps is not None:
             values = outcome.tps
             median = f"{values.median:,.0f} ({values.q1:,.0f}..{values.q3:,.0f})"
-            mfu = mfu_text(outcome.mfu_pct, outcome.peak_tflops)
+            mfu = mfu_text(median_mfu_pct(outcome), outcome.peak_tflops)
         else:
             median = mfu = "not a result"
         about = "; ".join(filter(None, (outcome.date[:10], software_text(outcome))))
@@ -206,15 +223,19 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, new_table: str, name: str) -> str:
+def with_table(text: str, new_table: str, path: str) -> str:
     """`text` with what stands between the two marks replaced by the table.
 
-    Raises LauncherError where there is not one mark of each, in their order; `name` is the file's, for the message.
+    Raises LauncherError where there is not one mark of each, in their order; `path` is the file's, for the message.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    begins, ends = text.count(BEGIN), text.count(END)
+    if begins != 1 or ends != 1 or text.index(BEGIN) > text.index(END):
+        quoted = shlex.quote(path)
         raise LauncherError(
-            f"{name}: it must have one line {BEGIN} and below it one line {END}; the table goes between them",
-            f"printf '\\n%s\\n%s\\n' '{BEGIN}' '{END}' >> {name}",
+            f"{path}: it must have one line {BEGIN} and below it one line {END}; the table goes between them",
+            f"grep -n titan-results {quoted}; leave one of each, in this order"
+            if begins or ends
+            else f"printf '\\n%s\\n%s\\n' '{BEGIN}' '{END}' >> {quoted}",
         )
     newline = "\r\n" if "\r\n" in text else "\n"
     before, _, rest = text.partition(BEGIN)
@@ -253,6 +274,10 @@ def _flat(outcome: Outcome) -> dict[str, Any]:
     flat["mfu_pct_at"] = "; ".join(f"{mfu} of {peak}" for peak, mfu in others.items())
     versions: Mapping[str, str] = whole["versions"]
     flat |= {name: versions.get(name) for name in ("torch", "torchtitan", *_NAMES, "image", "digest")}
+    # What says that two rows are the same work: with these a CSV of ours is a baseline (results/published.py).
+    flat |= {
+        name: outcome.settings.get(f"recipe.{name}") for name in ("model", "flavor", "activation_checkpoint")
+    }
     flat["predicted_tps"] = whole["prediction"].get("tps")
     return flat
 
@@ -263,4 +288,4 @@ def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value if isinstance(value, (int, float)) else ""
     value = plain(value)
-    return f"'{value}" if value.startswith(_FORMULA) else value
+    return f"'{value}" if value.startswith(("\t", "\r")) or value.lstrip().startswith(_FORMULA) else value

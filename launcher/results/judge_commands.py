@@ -157,6 +157,10 @@ def accept(
         raise click.UsageError(
             "name a run to judge, or submit one with the options of submit:  launcher accept --image FILE --nodes N"
         )
+    if asked and options.run_file is not None and not options.run_file.is_file():
+        raise click.UsageError(
+            f"{plain(str(options.run_file))}: a run is judged without options of submit; with them, name a RUN.toml to repeat"
+        )
     # Before hours are spent on a run that nothing could be compared with.
     rows = results_in(baseline, runs_dir)
     if asked:

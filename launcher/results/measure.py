@@ -9,7 +9,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import harmonic_mean, median, quantiles
 
 from launcher.results.outcome import NodeResult, Point, Spread
 from launcher.titan.log import StepRecord
@@ -31,6 +31,9 @@ class NodeSteps:
 class Measured:
     """What the logs of all nodes say. `last` and `series` are the leading node's: of those that got furthest and know
     the loss, the first in the job's order.
+
+    `overall_tps` is the harmonic mean of that node's steps after warm-up: each figure is of as many tokens, so that
+    this is tokens over time, and steps that were slow, or stood still, weigh as much as they lasted.
     """
 
     last: StepRecord | None
@@ -38,6 +41,7 @@ class Measured:
     warm_steps: frozenset[int]  # the leading node's steps whose figures count
     by_node: tuple[NodeResult, ...]  # those that logged a step
     tps: Spread | None
+    overall_tps: float | None
     tflops: Spread | None
     memory_gib: Spread | None
     began: dict[str, float]  # by node: when it first logged step 1, in its log's own clock
@@ -50,6 +54,7 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int) -> 
     tps, tflops, memory = array("d"), array("d"), array("d")
     lead: list[StepRecord] = []
     warm_steps: frozenset[int] = frozenset()
+    overall: float | None = None
     by_node: list[NodeResult] = []
     began: dict[str, float] = {}
     restarted, is_finite = False, True
@@ -75,12 +80,14 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int) -> 
         last = node.records[-1]
         if not lead or (last.step, last.knows_loss) > (lead[-1].step, lead[-1].knows_loss):
             lead, warm_steps = node.records, frozenset(r.step for r in warm)
+            overall = harmonic_mean(r.tps for r in warm) if warm and min(r.tps for r in warm) > 0 else None
     return Measured(
         last=lead[-1] if lead else None,
         series=tuple(Point(r.step, r.loss, r.grad_norm, r.tps, r.memory_gib, r.tflops) for r in lead),
         warm_steps=warm_steps,
         by_node=tuple(by_node),
         tps=spread(tps),
+        overall_tps=overall,
         tflops=spread(tflops),
         memory_gib=spread(memory),
         began=began,

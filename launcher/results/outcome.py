@@ -85,6 +85,8 @@ class Outcome:
     peak_tflops: float | None  # what it divided by
     data_share: float | None  # of a step's time spent waiting for data, 0 to 1
     startup: Startup = field(default_factory=Startup)
+    overall_tps: float | None = None  # tokens per second of all the time after warm-up, per GPU
+    wall_s: float | None = None  # from the start of the job's script to its end
     series: tuple[Point, ...] = ()
     by_node: tuple[NodeResult, ...] = ()
     problems: tuple[str, ...] = ()

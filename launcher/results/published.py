@@ -249,7 +249,8 @@ class Match:
 
 
 def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
-    """The row of the same GPU and settings; of several a long run's, then the nearest number of GPUs.
+    """The row of the same GPU and settings; of several a long run's, then the nearest number of GPUs, where rows
+    within a factor of two that were measured with the same driver come first.
 
     Near is meant as a ratio: 36 GPUs are nearer to 68 than to 12. Of two as near, the larger; then the first.
     """
@@ -269,14 +270,30 @@ def nearest(outcome: Outcome, rows: Sequence[Outcome]) -> Outcome | None:
     return min(same, key=lambda row: _distance(outcome, row), default=None)
 
 
-def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, float, int]:
+def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, bool, bool, float, int]:
+    factor = factor_between(outcome, row)
+    near = factor <= NEAR
     # Rounded, so that 8 GPUs are exactly as far from 4 as from 16.
     return (
         len(unlike(outcome, row)),
         (row.step or 0) < LONG <= outcome.steps,
-        round(math.log(factor_between(outcome, row)), 9),
+        not near,
+        near and _other_driver(outcome, row),
+        round(math.log(factor), 9),
         -row.gpus,
     )
+
+
+def _other_driver(a: Outcome, b: Outcome) -> bool:
+    """H100s were published with two drivers, 15% apart: more than their numbers of GPUs account for."""
+    both = a.versions.get("driver"), b.versions.get("driver")
+    return None not in both and not same_version(str(both[0]), str(both[1]))
+
+
+def same_version(a: str, b: str) -> bool:
+    """580 and 580.95.05 are the same as far as 580 goes."""
+    short, long = sorted((a, b), key=len)
+    return long == short or (short.replace(".", "").isdigit() and long.startswith(f"{short}."))
 
 
 def factor_between(a: Outcome, b: Outcome) -> float:

@@ -18,6 +18,7 @@ from launcher.cluster.state import JobState
 from launcher.errors import LauncherError
 from launcher.files import read_json
 from launcher.follow import node_logs
+from launcher.output import some
 from launcher.results import measure
 from launcher.results.outcome import Outcome, Startup
 from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, peak_of, short_of
@@ -42,7 +43,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     None where the run directory does not say what was asked for, and where a run that is still going has logged
     nothing yet. Files that cannot be read are named in `problems`; nothing is raised for them.
     """
-    settings, differ = settings_of(run)
+    settings, wrong = settings_of(run)
     nodes, gpus_per_node = count(settings, "job.nodes"), count(settings, "profile.gpus_per_node")
     steps, batch = count(settings, "recipe.steps"), count(settings, "recipe.local_batch_size")
     log_freq = count(settings, "recipe.log_freq", 1)
@@ -62,10 +63,11 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         *_of_state(state),
         *_of_steps(found, steps, log_freq),
         *_of_nodes(found, nodes),
+        *_of_logs(found),
         *([] if found.is_finite else [NON_FINITE]),
         *([RESTARTED] if found.restarted else []),
         *_of_hardware(records, gpu),
-        *_of_files(differ),
+        *wrong,
     ]
     intent = run.intent or {}
     image = words(settings, "job.image")
@@ -96,6 +98,8 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         peak_tflops=peak_of(last.tflops, last.mfu_pct) if last else None,
         data_share=_data_share(run.path / "titan" / "tb", found.warm_steps) if with_data_share else None,
         startup=_startup(run, records, nodes, found.began),
+        overall_tps=found.overall_tps,
+        wall_s=_between(_script_began(run), _moment((run.end or {}).get("ended_at")), _LONGEST_QUEUE_S),
         series=found.series,
         by_node=found.by_node,
         problems=tuple(problems),
@@ -179,6 +183,17 @@ def _of_nodes(found: measure.Measured, nodes: int) -> list[str]:
     )
 
 
+def _of_logs(found: measure.Measured) -> list[str]:
+    """Nodes whose logs end before the leading one's: they train in step, so a part of the log is missing."""
+    last = found.last.step if found.last else 0
+    short = [node for node in found.by_node if node.steps[-1][0] < last]
+    if not short:
+        return []
+    ends = sorted({node.steps[-1][0] for node in short})
+    at = f"step {ends[0]}" if len(ends) == 1 else f"steps {ends[0]} to {ends[-1]}"
+    return [f"the log of {some([node.host for node in short])} ends at {at} of {last}"]
+
+
 def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str]:
     """Nodes that differ in what decides a figure, GPUs that are not the profile's, nodes that failed their check."""
     problems = []
@@ -188,7 +203,7 @@ def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str
             if isinstance(value := record.get(key), str) and record.get("ok") is not False:
                 hosts.setdefault(value, []).append(host)
         if len(hosts) > 1:
-            kinds = (f"{value or 'none'} ({_some(names)})" for value, names in hosts.items())
+            kinds = (f"{value or 'none'} ({some(names)})" for value, names in hosts.items())
             problems.append(f"mixed {key}: {', '.join(kinds)}")
     for host, record in records.items():
         names = record.get("gpu_names")
@@ -207,24 +222,17 @@ def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str
     return problems
 
 
-def _of_files(differ: Sequence[str]) -> list[str]:
-    return [f"edited: run.toml and job/node.json differ in {_some(differ)}"] if differ else []
-
-
 def _notes(
     found: measure.Measured, records: Mapping[str, Any], nodes: int, steps: int, log_freq: int
 ) -> tuple[str, ...]:
     notes = []
     most = max((len(node.steps) for node in found.by_node), default=0)
-    if fewer := [node.host for node in found.by_node if len(node.steps) < most]:
-        notes.append(f"fewer logged steps than on other nodes: {_some(fewer)}")
+    last = found.last.step if found.last else 0
+    if fewer := [n.host for n in found.by_node if len(n.steps) < most and n.steps[-1][0] >= last]:
+        notes.append(f"fewer logged steps than on other nodes: {some(fewer)}")
     if len(records) < nodes:
         notes.append(f"{len(records) or 'none'} of {nodes} nodes left a record of their versions")
     return tuple(notes)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # --- figures beside the logs' ------------------------------------------------------------------------------

@@ -62,16 +62,25 @@ def mfu_text(mfu_pct: float | None, peak_tflops: float | None) -> str:
     return f"{mfu_pct:.2f}% of {peak} TFLOP/s"
 
 
+def median_mfu_pct(outcome: Outcome) -> float | None:
+    """The MFU in percent that stands beside the median of tokens/s: the median TFLOP/s through the trainer's peak.
+
+    Where that peak cannot be told, the last step's, as it was printed; None where the trainer printed none.
+    """
+    if outcome.mfu_pct is None or outcome.peak_tflops is None or outcome.tflops is None:
+        return outcome.mfu_pct
+    return 100 * outcome.tflops.median / outcome.peak_tflops
+
+
 def mfu_at_other_peaks(outcome: Outcome) -> dict[float, float]:
-    """The last step's MFU in percent by the GPU's usual peaks in TFLOP/s, but for the one it was printed at.
+    """`median_mfu_pct` by the GPU's usual peaks in TFLOP/s, but for the one that the trainer divided by.
 
     Empty where the trainer printed none: a quantised run is not measured against a bf16 peak.
     """
-    last = last_of(outcome)
-    if last is None or outcome.mfu_pct is None or last.tflops is None or not math.isfinite(last.tflops):
+    if outcome.mfu_pct is None or outcome.tflops is None:
         return {}
     others = (peak for peak in USUAL_PEAKS.get(outcome.gpu, ()) if peak != outcome.peak_tflops)
-    return {peak: 100 * last.tflops / peak for peak in others}
+    return {peak: 100 * outcome.tflops.median / peak for peak in others}
 
 
 def last_of(outcome: Outcome) -> Point | None:
@@ -155,7 +164,7 @@ def summary_line(outcome: Outcome) -> str:
         if len(nodes) > 1:
             spread = f" (nodes {nodes[0].tps:,.0f}..{nodes[-1].tps:,.0f}, slowest {nodes[0].host})"
         parts.append(f"median {outcome.tps.median:,.0f} tokens/s per GPU over {steps}{spread}")
-    parts.append(f"mfu {mfu_text(outcome.mfu_pct, outcome.peak_tflops)}")
+    parts.append(f"mfu {mfu_text(median_mfu_pct(outcome), outcome.peak_tflops)}")
     return plain(", ".join(parts))
 
 
@@ -175,7 +184,8 @@ def _measured(outcome: Outcome) -> list[NodeResult]:
 def as_dict(outcome: Outcome) -> dict[str, Any]:
     """The result as JSON values; NaN and infinity, which JSON lacks, become null beside `non_finite: true`.
 
-    `tps`, `tflops`, `memory_gib` and `loss` are the last logged step's; `spread` has those after warm-up.
+    `tps`, `tflops`, `memory_gib`, `mfu_pct` and `loss` are the last logged step's; `spread` and what is called median
+    are of the steps after warm-up, and so is `mfu_pct_at`.
     """
     last, nodes = last_of(outcome), _measured(outcome)
     return json_values(
@@ -209,6 +219,8 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
             "peak_tflops": outcome.peak_tflops,
             "mfu_pct_at": {f"{peak:g}": round(mfu, 2) for peak, mfu in mfu_at_other_peaks(outcome).items()},
             "median_tps": outcome.tps.median if outcome.tps else None,
+            "median_mfu_pct": median_mfu_pct(outcome),
+            "overall_tps": outcome.overall_tps,
             "records_used": records_used(outcome),
             "spread": {
                 name: dataclasses.asdict(value) if value else None
@@ -218,6 +230,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
             },
             "data_share": outcome.data_share,
             "startup": dataclasses.asdict(outcome.startup),
+            "wall_s": outcome.wall_s,
             "nodes_logged": len(outcome.by_node),
             "slowest_node": nodes[0].host if nodes else None,
             "slowest_tps": nodes[0].tps if nodes else None,

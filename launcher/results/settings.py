@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from launcher.output import some
 from launcher.runs import Run
 from launcher.titan.log import open_log
 
@@ -15,14 +17,20 @@ _SECTIONS = ("job", "profile", "recipe", "env", "titan")
 
 
 def settings_of(run: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Every setting by its dotted key, without the run's own name, and the keys in which the two files differ.
+    """Every setting by its dotted key, without the run's own name, and what is wrong with the two files.
 
     The job reads `job/node.json`, so that one counts; `run.toml` knows more. Of an older launcher's, whatever is
     there is taken, known or not.
     """
     written, told = _run_toml(run.path / "run.toml"), _node_json(run.spec)
-    differ = tuple(sorted(key for key in told.keys() & written.keys() if not _same(told[key], written[key])))
-    return {**written, **told}, differ
+    both = told.keys() & (written or {}).keys()
+    differ = sorted(key for key in both if not _same(told[key], (written or {})[key]))
+    problems = []
+    if written is None:
+        problems.append("run.toml is damaged: what was asked for is known in part")
+    if differ:
+        problems.append(f"edited: run.toml and job/node.json differ in {some(differ)}")
+    return {**(written or {}), **told}, tuple(problems)
 
 
 def count(settings: dict[str, Any], key: str, default: int | None = None) -> int | None:
@@ -41,18 +49,21 @@ def steps_of(run: Run) -> int:
     return count(_node_json(run.spec), "recipe.steps") or 0
 
 
-def _run_toml(path: Path) -> dict[str, Any]:
+def _run_toml(path: Path) -> dict[str, Any] | None:
+    """None where it is damaged; {} where there is none, as a copy without it is still a result by job/node.json."""
+    if not os.path.lexists(path):
+        return {}
     try:
         if (stream := open_log(path)) is None:
-            return {}
+            return None
         with stream:
             text = stream.read(_LONGEST + 1).decode()
         if len(text) > _LONGEST:
-            return {}
+            return None
         head, _, origins = text.partition("\n[origin]\n")  # half of the file, and of no use here
         tables = tomllib.loads(text if "\n[" in origins else head)
     except (OSError, ValueError, RecursionError):
-        return {}
+        return None
     return {
         f"{section}.{key}": value if isinstance(value, (str, bool, int, float, list)) else str(value)
         for section in _SECTIONS

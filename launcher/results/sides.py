@@ -30,6 +30,8 @@ def results_in(reference: str, runs_dir: Path) -> list[Outcome]:
     """
     if reference == KEYWORD:
         return published()
+    if not reference.strip():  # an unset variable in a script would otherwise mean the newest run
+        raise LauncherError("a result without a name", "name a run, a file, or: published")
     path = Path(reference).expanduser()
     try:
         if path.is_file() and path.name != "run.toml":

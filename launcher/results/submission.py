@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from launcher.errors import ExitStatus, LauncherError
 from launcher.results.formats import in_order
 from launcher.results.outcome import Outcome
-from launcher.results.rows import escape, mfu_at_other_peaks, mfu_text
+from launcher.results.rows import escape, median_mfu_pct, mfu_at_other_peaks, mfu_text
 from launcher.spec import SAMPLE
 
 # Where the submitter keeps things, and who pays, is nobody else's business.
@@ -103,7 +103,7 @@ def _result(outcome: Outcome) -> str:
         "on" if outcome.compile else "off",
         f"{tps.median:,.0f} ({tps.q1:,.0f} to {tps.q3:,.0f})",
         f"{tflops.median:,.2f}" if tflops else "",
-        "; ".join([mfu_text(outcome.mfu_pct, outcome.peak_tflops), *(mfu_text(mfu, peak) for peak, mfu in mfu_at_other_peaks(outcome).items())]),
+        "; ".join([mfu_text(median_mfu_pct(outcome), outcome.peak_tflops), *(mfu_text(mfu, peak) for peak, mfu in mfu_at_other_peaks(outcome).items())]),
         f"{memory.high:.2f}" if memory else "",
         "" if outcome.loss is None else f"{outcome.loss:.5f}",
     )  # fmt: skip

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from launcher.errors import ExitStatus, LauncherError
 from launcher.results.formats import BEGIN, END, csv_text, markdown, one_run, table, with_table
 from launcher.results.outcome import Outcome, Startup
+from launcher.results.published import rows_of, unlike
 from launcher.results.submission import file_name, submissions
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome
@@ -55,6 +56,12 @@ def test_what_is_not_known_is_not_there() -> None:
     assert names == {"run", "asked", "tokens/s", "memory"}
     some = one_run(outcome(startup=Startup(queue_s=3.0)))
     assert "queue 3 s (container, node check, first step not known)" in some
+
+
+def test_time_and_node_hours_are_held_against_the_prediction() -> None:
+    shown = one_run(replace(WHOLE, wall_s=480.0, prediction={"wall_s": 400.0, "node_hours": 1.0}))
+    assert "400 s after the queue, reached 480 (+20.0%)" in shown
+    assert "1.00 node-hours, reached 1.20 (+20.0%)" in shown
 
 
 def test_a_prediction_is_not_judged_by_half_a_run() -> None:
@@ -117,10 +124,18 @@ def test_names_cannot_break_a_table(name: str, problem: str) -> None:
         assert "\x1b" not in one_run(runs[0])
 
 
-@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", '=HYPERLINK("http://x","y")'])
+@pytest.mark.parametrize(
+    "name", ["=1+1", "+1", "-1", "@SUM(A1)", " =1+1", "\uff1d1+1", '=HYPERLINK("http://x","y")']
+)
 def test_a_spreadsheet_runs_nothing(name: str) -> None:
     (row,) = csv.DictReader(io.StringIO(csv_text([shape(run=name, versions={"driver": name})])))
     assert row["run"] == row["driver"] == f"'{name}"
+
+
+def test_a_csv_of_ours_is_a_baseline() -> None:
+    """It says what was trained, so that like can be told from unlike."""
+    (row,) = rows_of(csv_text([WHOLE]), "x.csv")
+    assert unlike(WHOLE, row) == [] and row.tps is not None and row.tps.median == 17930.0
 
 
 def test_csv_has_every_figure_as_a_number() -> None:
@@ -170,8 +185,13 @@ def test_ends_of_lines_stay_windows_own() -> None:
 )
 def test_marks_that_are_missing_or_double(text: str) -> None:
     with pytest.raises(LauncherError, match="must have one line") as caught:
-        with_table(text, "x", "README.md")
-    assert BEGIN in caught.value.fix and "README.md" in caught.value.fix
+        with_table(text, "x", "a b/README.md")
+    advice = caught.value.fix
+    assert (
+        advice.endswith(">> 'a b/README.md'")
+        if not text
+        else "grep -n titan-results 'a b/README.md'" in advice
+    )
 
 
 # --- torchtitan's benchmarks folder ------------------------------------------------------------------------------

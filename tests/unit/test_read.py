@@ -23,6 +23,7 @@ DONE, RUNNING, FAILED = (
     JobState("RUNNING"),
     JobState("FAILED", "end.json", "ended by SIGKILL"),
 )
+DAMAGED = "run.toml is damaged: what was asked for is known in part"
 T0 = 1795331400.0  # 2026-11-22 07:10:00 UTC
 RECIPE = {
     "name": "./mine/fast.toml", "model": "llama3", "flavor": "8B", "seq_len": 8192, "local_batch_size": 5,
@@ -208,8 +209,21 @@ def test_nodes_that_are_missing_or_too_many(made: Made) -> None:
     assert made.outcome().problems == ("3 nodes logged, asked for 2",)
     (made.path / "logs" / "0002-c.log").unlink()
     made.write("logs/0001-b.log", log(steps=STEPS[:5]))
+    assert made.outcome().problems == ("the log of b ends at step 40 of 100",)
+    made.write("logs/0001-b.log", log(steps=(*STEPS[:5], STEPS[-1])))
     found = made.outcome()
     assert found.problems == () and found.notes == ("fewer logged steps than on other nodes: b",)
+
+
+def test_all_the_time_after_warm_up(made: Made) -> None:
+    """Three of nine intervals at half speed: the median does not show it, tokens over time do."""
+    steps = [line(step, 17500 // (2 if step in (30, 60, 90) else 1)) for step in STEPS]
+    for name in ("0000-a", "0001-b"):
+        made.write(f"logs/{name}.log", "".join(steps))
+    found = made.outcome()
+    assert found.tps is not None and found.tps.median == 17500
+    assert found.overall_tps == pytest.approx(9 / (6 / 17500 + 3 / 8750))
+    assert found.wall_s == 999 - 30
 
 
 def test_restarts_and_nan(made: Made) -> None:
@@ -253,10 +267,10 @@ def test_edited_settings(made: Made) -> None:
 
 def test_what_is_no_run_toml_is_not_waited_for(made: Made) -> None:
     made.write("run.toml", "[recipe]\nlocal_batch_size = 6\n#" + "x" * 2**20)
-    assert made.outcome().complete
+    assert made.outcome().problems == (DAMAGED,)
     (made.path / "run.toml").unlink()
     os.mkfifo(made.path / "run.toml")
-    assert made.outcome().complete
+    assert made.outcome().problems == (DAMAGED,)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +279,10 @@ def test_what_is_no_run_toml_is_not_waited_for(made: Made) -> None:
 )
 def test_either_file_of_settings_is_enough(made: Made, text: str) -> None:
     made.path.joinpath("run.toml").write_text(text, errors="surrogateescape")
+    found = made.outcome()
+    damaged = text in ("run = ", "\udc80")
+    assert (found.gpu, found.problems) == ("GB200", (DAMAGED,) if damaged else ())
+    (made.path / "run.toml").unlink()
     assert made.outcome().complete
     made.write("run.toml", RUN_TOML)
     (made.path / "job" / "node.json").unlink()

@@ -19,6 +19,7 @@ from launcher.results.rows import (
     indicators,
     markdown_header,
     markdown_row,
+    median_mfu_pct,
     mfu_at_other_peaks,
     mfu_text,
     peak_of,
@@ -61,7 +62,7 @@ def published_row(row: Published) -> Outcome:
     gpu, nodes, gpus, batch, step, loss, grad_norm, memory_gib, memory_pct, tps, tflops, mfu_pct = row
     return outcome(
         gpu=gpu, nodes=nodes, gpus=gpus, local_batch_size=batch, steps=step, step=step, loss=loss, grad_norm=grad_norm,
-        memory_pct=memory_pct, mfu_pct=mfu_pct, peak_tflops=peak_of(tflops, mfu_pct),
+        memory_pct=memory_pct, mfu_pct=mfu_pct, peak_tflops=peak_of(tflops, mfu_pct), tflops=spread(tflops, 0.0),
         series=(Point(step, loss, grad_norm, tps, memory_gib, tflops),), tps=Spread(tps, tps, tps, tps, tps, 1),
         by_node=(NodeResult("n", tps),),
     )  # fmt: skip
@@ -128,13 +129,25 @@ def test_mfu_at_the_other_usual_peaks() -> None:
     assert mfu_at_other_peaks(published_row(PUBLISHED[-1])) == {}  # 989 is all there is for an H100
     assert mfu_at_other_peaks(replace(first, mfu_pct=None)) == {}  # quantised: a bf16 peak is not its own
     assert (
-        mfu_at_other_peaks(replace(first, gpu="TPU")) == mfu_at_other_peaks(replace(first, series=())) == {}
+        mfu_at_other_peaks(replace(first, gpu="TPU")) == mfu_at_other_peaks(replace(first, tflops=None)) == {}
     )
+
+
+def test_the_mfu_beside_a_median_is_not_the_last_steps() -> None:
+    """One slow step at the end would halve it."""
+    slow_end = outcome(mfu_pct=22.96, tflops=spread(1018.2))
+    assert median_mfu_pct(slow_end) == pytest.approx(45.25, abs=0.01)
+    assert "mfu 45.25% of 2250 TFLOP/s" in summary_line(slow_end) and "22.96" not in summary_line(slow_end)
+    assert (as_dict(slow_end)["mfu_pct"], round(as_dict(slow_end)["median_mfu_pct"], 2)) == (22.96, 45.25)
+    assert (
+        median_mfu_pct(replace(slow_end, peak_tflops=None)) == 22.96
+    )  # as printed, where the peak is not known
+    assert median_mfu_pct(replace(slow_end, mfu_pct=None)) is None  # quantised
 
 
 def test_the_summary_names_the_slowest_node() -> None:
     medians = nodes(17000.0, 17400.0, 16000.0, 17200.0, 17300.0)
-    whole = outcome(by_node=medians, tps=spread(17200.0, count=45), mfu_pct=45.25)
+    whole = outcome(by_node=medians, tps=spread(17200.0, count=45), tflops=spread(1018.2))
     assert summary_line(whole) == (
         "median 17,200 tokens/s per GPU over 9 logged steps (nodes 16,000..17,400, slowest gb200-003), "
         "mfu 45.25% of 2250 TFLOP/s"

@@ -15,6 +15,7 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.spec import Job, Recipe, RunSpec
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome, spread
+from tests.unit.test_read import STEPS, line
 from tests.unit.test_submission import SBATCH, SQUEUE, Fake, jobs, slurm
 
 __all__ = ["slurm"]  # a fixture
@@ -53,8 +54,15 @@ def recorded(slurm: Fake, image: Path) -> Fake:
     return slurm
 
 
-def end(image: Path, run: str, code: int = 0, hours: float = 0.5) -> None:
+def end(image: Path, run: str, code: int = 0, hours: float = 0.5, steps: int = 100) -> None:
     """As the job's script writes its end; Slurm has forgotten the job."""
+    folder = image.parent / "runs" / run
+    if code == 0:  # every node's log of 100 steps
+        lines = [line(step) for step in STEPS]
+        for node in range(int(run.split("n-b")[0].rpartition("-")[2])):
+            (folder / "logs" / f"{node:04}-n{node}.log").write_text(
+                "".join(lines[: 11 if steps >= 100 else 3])
+            )
     ended = {"exit_code": code, "signal": "", "began_at": 1000, "ended_at": 1000 + int(hours * 3600)}
     (image.parent / "runs" / run / "end.json").write_text(json.dumps(ended))
     path = image.parent / "jobs.txt"
@@ -114,6 +122,19 @@ def test_the_same_command_again_goes_on(launch: Launch, recorded: Fake, image: P
     assert [row["state"] for row in found["cells"]] == ["COMPLETED"] * 3
     assert [row["run"] for row in found["cells"]] == [RUNS[0], f"{RUNS[1]}-2", RUNS[2]]
     assert found["node_hours"] == pytest.approx(1 * 0.5 + 2 * (0.5 + 1.0) + 4 * 0.5)  # failures cost, too
+
+
+def test_a_cell_that_ended_without_a_result_is_tried_again(
+    launch: Launch, recorded: Fake, image: Path
+) -> None:
+    launch(*THREE)
+    for run in RUNS:
+        end(image, run, steps=20 if run == RUNS[1] else 100)
+    done = launch(*THREE)
+    assert done.returncode == ExitStatus.JOB_FAILED and "INCOMPLETE: step 20 of 100" in done.stdout
+    assert "--retry" in done.stderr
+    launch(*THREE, "--retry")
+    assert names(image) == [f"{RUNS[1]}-2"]
 
 
 def test_failed_cells_are_told_by_the_exit_code(launch: Launch, recorded: Fake, image: Path) -> None:
@@ -180,7 +201,7 @@ def test_followed_to_the_end_of_all(launch: Launch, recorded: Fake, image: Path)
     launch(*SWEEP, "--nodes", "1,2")
     recorded("squeue", f"{step}\n{SQUEUE}")
     done = launch(*SWEEP, "--nodes", "1,2", "--follow")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ExitStatus.JOB_FAILED, done.stderr  # these jobs have logged nothing
     assert done.stdout.count("COMPLETED") == 2 and f"{RUNS[1]}: COMPLETED" in done.stderr
 
 
@@ -252,7 +273,7 @@ def test_on_this_machine_one_after_another(launch: Launch, workplace: Path) -> N
     python.chmod(0o755)
     local = ("sweep", "--local", "--gpu", "cpu", "--recipe", "debug", "--python", str(python), "--name", "l")
     done = launch(*local, "--batch-size", "2,4")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == ExitStatus.JOB_FAILED, done.stderr  # that Python trains nothing
     assert (workplace / "order").read_text().split() == ["begin", "end", "begin", "end"]
     assert "l-debug-1n-b4  COMPLETED" in done.stdout
     launch(*local, "--batch-size", "2,4")
@@ -260,22 +281,26 @@ def test_on_this_machine_one_after_another(launch: Launch, workplace: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("state", "cut_off", "retry", "expected"),
+    ("state", "cut_off", "retry", "complete", "expected"),
     [
-        (None, False, False, True),
-        (JobState("COMPLETED"), False, True, False),
-        (JobState("RUNNING"), False, True, False),
-        (JobState("PENDING"), False, True, False),
-        (JobState("SUBMITTING"), False, True, False),
-        (JobState("FAILED"), False, False, False),
-        (JobState("TIMEOUT"), False, True, True),
-        (JobState("UNKNOWN"), False, False, False),
-        (JobState("UNKNOWN"), False, True, True),
-        (JobState("UNKNOWN"), True, False, True),
+        (None, False, False, False, True),
+        (JobState("COMPLETED"), False, True, True, False),
+        (JobState("COMPLETED"), False, True, False, True),  # NaN, steps missing: no result
+        (JobState("COMPLETED"), False, False, False, False),
+        (JobState("RUNNING"), False, True, False, False),
+        (JobState("PENDING"), False, True, False, False),
+        (JobState("SUBMITTING"), False, True, False, False),
+        (JobState("FAILED"), False, False, False, False),
+        (JobState("TIMEOUT"), False, True, False, True),
+        (JobState("UNKNOWN"), False, False, False, False),
+        (JobState("UNKNOWN"), False, True, False, True),
+        (JobState("UNKNOWN"), True, False, False, True),
     ],
 )
-def test_what_is_submitted(state: JobState | None, cut_off: bool, retry: bool, expected: bool) -> None:
-    assert sweep.has_next(state, cut_off, retry) is expected
+def test_what_is_submitted(
+    state: JobState | None, cut_off: bool, retry: bool, complete: bool, expected: bool
+) -> None:
+    assert sweep.has_next(state, cut_off, retry, complete) is expected
 
 
 def cell(
