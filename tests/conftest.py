@@ -108,7 +108,7 @@ def fake_slurm(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         path.chmod(0o755)
         return path
 
-    for command in ("sbatch", "squeue", "sacct", "scancel", "sinfo", "scontrol"):
+    for command in ("sbatch", "squeue", "sacct", "scancel", "sinfo", "scontrol", "srun"):
         add(command, "exit 1")
     add("squeue", ":")
     return add

@@ -13,6 +13,7 @@ import pytest
 
 from launcher.errors import ExitStatus
 from tests.conftest import Launch, squashfs_head
+from tests.unit.outcomes import write_run
 
 GOOD = ("submit", "--gpu", "b200", "--image", "titan.sqsh")
 
@@ -99,7 +100,37 @@ def test_refused(
     assert nothing_left(workplace) and not (workplace / "pwned").exists()
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
+def without_roots_rights(*arguments: str) -> subprocess.CompletedProcess[str]:
+    setpriv = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    return subprocess.run(
+        [*setpriv, sys.executable, "-m", "launcher", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+needs_setpriv = pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv"
+)
+
+
+@needs_setpriv
+def test_somebody_elses_run_is_named_and_hides_none(workplace: Path) -> None:
+    for name in ("mine", "theirs"):
+        write_run(workplace / "runs" / name)
+    theirs = workplace / "runs" / "theirs"
+    theirs.chmod(0)
+    os.chown(theirs, 65534, 65534)
+    for command in (("list",), ("results", "--all"), ("report", "-o", "page.html")):
+        done = without_roots_rights(*command)
+        assert done.returncode == 0, done.stderr
+        assert "theirs: passed over, as it cannot be read: Permission denied" in done.stderr
+    done = without_roots_rights("results", "theirs")
+    assert (done.returncode, "Permission denied" in done.stderr) == (ExitStatus.FILESYSTEM, True)
+
+
+@needs_setpriv
 def test_an_image_that_cannot_be_read_and_a_directory_that_cannot_be_written(
     image: Path, fake_slurm: object
 ) -> None:
@@ -109,15 +140,6 @@ def test_an_image_that_cannot_be_read_and_a_directory_that_cannot_be_written(
     (folder / "titan.sqsh").chmod(0o600)
     for path in (folder, folder / "titan.sqsh"):
         os.chown(path, 65534, 65534)
-
-    def without_roots_rights(*arguments: str) -> subprocess.CompletedProcess[str]:
-        setpriv = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
-        return subprocess.run(
-            [*setpriv, sys.executable, "-m", "launcher", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
 
     unreadable = without_roots_rights("submit", "--gpu", "b200", "--image", "theirs/titan.sqsh")
     assert unreadable.returncode == ExitStatus.FILESYSTEM, unreadable
