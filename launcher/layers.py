@@ -20,7 +20,8 @@ from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.files import data_dir
-from launcher.spec import HUB, SAMPLE, Job, Profile, Recipe, RunSpec, refuse
+from launcher.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse
+from launcher.titan.recipe import Recipe
 
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
 FREE_SECTIONS = ("env", "titan")  # any key, values become strings

@@ -27,6 +27,7 @@ from launcher.cluster.parse import seconds
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, published
 from launcher.spec import HUB, MAX_NODES, SAMPLE, RunSpec
+from launcher.titan.weights import SHAPES, Shape
 
 GIB = 2**30
 MEMORY_IS_GOOD_TO = 0.02  # of the published rows
@@ -54,37 +55,6 @@ QUANTIZE = {
 }
 NO_CHECKPOINTING = (1.05, 1.10)
 ADJUSTED = ("recipe.compile", "recipe.quantize", "recipe.activation_checkpoint", "recipe.local_batch_size")
-
-
-@dataclass(frozen=True)
-class Model:
-    """Dimensions of a Llama 3."""
-
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-
-    @property
-    def kv_dim(self) -> int:
-        return self.dim // self.heads * self.kv_heads
-
-    @property
-    def layer_parameters(self) -> int:
-        return 2 * self.dim * (self.dim + self.kv_dim) + 3 * self.dim * self.ffn + 2 * self.dim
-
-    @property
-    def parameters(self) -> int:
-        return 2 * self.vocab * self.dim + self.layers * self.layer_parameters + self.dim
-
-
-MODELS = {
-    "debugmodel": Model(256, 6, 16, 16, 768, 2048),
-    "8B": Model(4096, 32, 32, 8, 14336, 128256),
-    "70B": Model(8192, 80, 64, 8, 28672, 128256),
-}
 
 
 @dataclass(frozen=True)
@@ -168,7 +138,7 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
 
 def parameters_of(spec: RunSpec) -> int | None:
     """By the model's dimensions; None where they are not known."""
-    model = MODELS.get(spec.recipe.flavor) if spec.recipe.model == "llama3" else None
+    model = SHAPES.get(spec.recipe.flavor) if spec.recipe.model == "llama3" else None
     return model.parameters if model else None
 
 
@@ -179,7 +149,7 @@ def memory_of(spec: RunSpec, parameters: int | None = None) -> Memory | None:
 
 def _memory(spec: RunSpec, parameters: int | None) -> tuple[Memory | None, str]:
     recipe = spec.recipe
-    model = MODELS.get(recipe.flavor) if recipe.model == "llama3" else None
+    model = SHAPES.get(recipe.flavor) if recipe.model == "llama3" else None
     if spec.profile.device != "cuda":
         return None, "the formula is for a GPU's memory; on a CPU the trainer tells that of its process"
     if model is None:
@@ -194,20 +164,20 @@ def _memory(spec: RunSpec, parameters: int | None) -> tuple[Memory | None, str]:
     every_layer = tokens * width / tensor
     kept = {
         # Input, wq, attention and w2 (dim each), wv and w1: of the matrix products torchtitan keeps every second.
-        "selective": 4 * model.dim + model.kv_dim + model.ffn,
-        "full": model.dim,  # the input
+        "selective": 4 * model.hidden_size + model.kv_dim + model.intermediate_size,
+        "full": model.hidden_size,  # the input
         "none": _whole_layer(model),
     }[recipe.activation_checkpoint]
-    head = model.vocab * model.dim
+    head = model.vocab_size * model.hidden_size
     gathered = 3 * head + 2 * model.layer_parameters
     return (
         Memory(
             states=12 * count / shards / GIB,
-            saved=model.layers * every_layer * kept / GIB,
+            saved=model.num_hidden_layers * every_layer * kept / GIB,
             recomputed=every_layer * _whole_layer(model) / GIB
             if recipe.activation_checkpoint != "none"
             else 0.0,
-            logits=(width + 3 * 4) * tokens * model.vocab / tensor / GIB,
+            logits=(width + 3 * 4) * tokens * model.vocab_size / tensor / GIB,
             gathered=width * gathered / tensor / GIB,
             at_optimizer=16 * count / shards / GIB,
         ),
@@ -215,13 +185,13 @@ def _memory(spec: RunSpec, parameters: int | None) -> tuple[Memory | None, str]:
     )
 
 
-def _whole_layer(model: Model) -> int:
+def _whole_layer(model: Shape) -> int:
     """Numbers that a layer's backward pass needs, per token: nothing left out.
 
     Input, two norms, query, attention, residual, and key and value repeated for every head (8 x dim); key and value
     themselves; and w1, silu, w3 and their product.
     """
-    return 8 * model.dim + 2 * model.kv_dim + 4 * model.ffn
+    return 8 * model.hidden_size + 2 * model.kv_dim + 4 * model.intermediate_size
 
 
 def _needed(spec: RunSpec, memory: Memory) -> float:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.errors import LauncherError
+from launcher.titan.recipe import CHOICES as RECIPE_CHOICES
+from launcher.titan.recipe import Recipe
 
 MAX_NODES = 10_000  # more than any Slurm cluster this was written for; a typing slip otherwise waits for ever
 SAMPLE = "sample"  # `data` and `tokenizer`: small ones, written into the run directory
@@ -33,34 +35,6 @@ class Profile:
     gres: str = "gpu"  # generic resource to ask Slurm for; empty asks for none
     mounts: tuple[str, ...] = ()  # SRC:DST[:FLAGS] that this kind of node needs
     scratch: str = ""  # directory on each node's own disk, for caches; empty: TMPDIR or /tmp of the container
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained and how, in words that every torchtitan release can be told."""
-
-    model: str = "llama3"
-    flavor: str = "8B"  # "debugmodel", "8B", "70B"
-    dataset: str = "c4"
-    seq_len: int = 8192  # tokens
-    local_batch_size: int = 1  # sequences per GPU and step
-    global_batch_size: int = -1  # sequences per step; -1: local batch size x data-parallel degree
-    steps: int = 100
-    log_freq: int = 10  # steps between logged lines
-    lr: float = 3e-4
-    warmup_steps: int = 200
-    seed: int = 0  # 0: torchtitan's own choice
-    activation_checkpoint: str = "selective"
-    compile: bool = False
-    quantize: str = "none"
-    param_dtype: str = "bfloat16"
-    dp_replicate: int = 1
-    dp_shard: int = -1  # -1: all ranks that are left
-    tensor_parallel: int = 1
-    context_parallel: int = 1
-    pipeline_parallel: int = 1
-    checkpoint_interval: int = 0  # steps; 0: no checkpoints
-    tensorboard: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,9 +126,7 @@ class RunSpec:
 CHOICES = {
     "profile.device": ("cuda", "cpu"),
     "profile.arch": ("aarch64", "x86_64"),
-    "recipe.activation_checkpoint": ("none", "selective", "full"),
-    "recipe.quantize": ("none", "float8", "mxfp8"),
-    "recipe.param_dtype": ("bfloat16", "float32"),
+    **{f"recipe.{key}": allowed for key, allowed in RECIPE_CHOICES.items()},
     "job.scheduler": ("slurm", "local"),
     "job.runtime": ("pyxis", "apptainer", "bare"),
     "job.check": ("off", "quick", "full"),

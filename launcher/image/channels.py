@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.files import data_dir
@@ -32,22 +31,12 @@ def channels() -> dict[str, Channel]:
     """All of them, in the order of the file."""
     with (data_dir("containers") / "channels.toml").open("rb") as stream:
         tables = tomllib.load(stream)
-    return {name: _channel(name, table) for name, table in tables.items()}
-
-
-def _channel(name: str, table: dict[str, Any]) -> Channel:
-    return Channel(
-        name=name,
-        about=table["about"],
-        base=table["base"],
-        python=table["python"],
-        packages=tuple(table["packages"]),
-        max_gb=float(table["max_gb"]),
-        torch_index=table.get("torch_index", ""),
-        from_torch_index=tuple(table.get("from_torch_index", ())),
-        record_urls=bool(table.get("record_urls", False)),
-        cuda=table.get("cuda", ""),
-    )
+    return {
+        name: Channel(
+            name, **{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+        )
+        for name, table in tables.items()
+    }
 
 
 def channel(name: str) -> Channel:

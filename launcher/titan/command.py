@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
 from . import Refused, registry_era, toml_era
+from .recipe import CHOICES, Recipe
 
 SUPPORTED = "0.2.1 to 0.2.2 and 0.3.x"
 PREVIEWED = ("0.2.2", "0.3.0")  # the newest release of each era
@@ -19,30 +20,8 @@ CHECK_LEVELS = ("off", "quick", "full")  # of the node check, slurm/check; a nod
 # the first contact with the head node would then end the job.
 RENDEZVOUS_TIMEOUT_S = 900
 
-_RECIPE_TYPES: dict[str, type | tuple[type, ...]] = {
-    "model": str,
-    "flavor": str,
-    "dataset": str,
-    "seq_len": int,
-    "local_batch_size": int,
-    "global_batch_size": int,
-    "steps": int,
-    "log_freq": int,
-    "lr": (int, float),
-    "warmup_steps": int,
-    "seed": int,
-    "activation_checkpoint": str,
-    "compile": bool,
-    "quantize": str,
-    "param_dtype": str,
-    "dp_replicate": int,
-    "dp_shard": int,
-    "tensor_parallel": int,
-    "context_parallel": int,
-    "pipeline_parallel": int,
-    "checkpoint_interval": int,
-    "tensorboard": bool,
-}
+_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+_RECIPE_TYPES = {field.name: _TYPES[str(field.type)] for field in fields(Recipe)}
 _NODE_TYPES: dict[str, type | tuple[type, ...]] = {
     "run_dir": str,
     "device": str,
@@ -55,11 +34,6 @@ _NODE_TYPES: dict[str, type | tuple[type, ...]] = {
     "init_from": str,
     "scratch": str,
     "titan": dict,
-}
-_CHOICES = {
-    "activation_checkpoint": ("none", "selective", "full"),
-    "quantize": ("none", "float8", "mxfp8"),
-    "param_dtype": ("bfloat16", "float32"),
 }
 
 
@@ -103,7 +77,7 @@ def check_node(value: Any) -> dict[str, Any]:
         raise Refused("node.json: nodes and gpus_per_node must be at least 1", "submit again")
     if value.get("check", "full") not in CHECK_LEVELS:
         raise Refused(f"node.json: check is {value['check']!r}", f"one of {', '.join(CHECK_LEVELS)}")
-    for key, allowed in _CHOICES.items():
+    for key, allowed in CHOICES.items():
         if value["recipe"][key] not in allowed:
             raise Refused(f"recipe.{key} is {value['recipe'][key]!r}", f"one of {', '.join(allowed)}")
     return value

@@ -7,6 +7,7 @@ a missing shard only after all ranks have met, and two of the differences below 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -35,6 +36,19 @@ class Shape:
     num_key_value_heads: int
     intermediate_size: int
     vocab_size: int
+
+    @property
+    def kv_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+
+    @property
+    def layer_parameters(self) -> int:
+        hidden = self.hidden_size
+        return 2 * hidden * (hidden + self.kv_dim) + 3 * hidden * self.intermediate_size + 2 * hidden
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(size) for size in wanted_tensors(self).values())
 
 
 # As both eras of torchtitan build them (models/llama3/__init__.py).
@@ -89,11 +103,10 @@ def stage_command(flavor: str, folder: str) -> str:
 def wanted_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Llama checkpoint in the Hub's format."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    keys = hidden // shape.num_attention_heads * shape.num_key_value_heads
     layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
+        "self_attn.k_proj": (shape.kv_dim, hidden),
+        "self_attn.v_proj": (shape.kv_dim, hidden),
         "self_attn.o_proj": (hidden, hidden),
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),

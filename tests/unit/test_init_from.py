@@ -18,9 +18,10 @@ from launcher.layers import find, merge, read_layer
 from launcher.resolve import check_weights as check_at_submit
 from launcher.resolve import warnings
 from launcher.runtime import mounts
-from launcher.spec import Job, Recipe, RunSpec
+from launcher.spec import Job, RunSpec
 from launcher.titan import Refused
 from launcher.titan.command import config_files, trainer_arguments
+from launcher.titan.recipe import Recipe
 from launcher.titan.weights import INDEX, SHAPES, check_weights, starting_weights, wanted_tensors
 from tests.conftest import Launch
 from tests.unit.test_node import Place

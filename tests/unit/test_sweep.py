@@ -12,7 +12,8 @@ import pytest
 from launcher import sweep
 from launcher.cluster.state import JobState
 from launcher.errors import ExitStatus, LauncherError
-from launcher.spec import Job, Recipe, RunSpec
+from launcher.spec import Job, RunSpec
+from launcher.titan.recipe import Recipe
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome, spread
 from tests.unit.test_read import STEPS, line
