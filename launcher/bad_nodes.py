@@ -24,8 +24,8 @@ from launcher.cluster import slurm
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import compress, expand
 from launcher.cluster.state import JobState
-from launcher.errors import ExitStatus, LauncherError
-from launcher.files import write_json
+from launcher.errors import LauncherError
+from launcher.files import filesystem_error, unreadable, write_json
 from launcher.output import SHOWN, age, some
 from launcher.runs import Run
 from launcher.spec import RunSpec
@@ -38,6 +38,7 @@ NEWEST = 50  # runs that are looked through before a submission
 # It reaches sbatch's --exclude: letters, digits, dots, dashes. RFC 1123, and the underscore that Slurm takes.
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
 WHERE = "launcher cluster nodes"
+ELSEWHERE = "export XDG_CONFIG_HOME=DIR"
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ def read() -> Memory:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise LauncherError(
-            f"cannot read {file}: {why}", f"ls -l {shlex.quote(str(file))}", status=ExitStatus.FILESYSTEM
-        ) from error
+        raise unreadable(file, error) from error
     try:
         return parse(text)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -139,22 +137,9 @@ def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]
             memory[cluster] = tuple(how(before))
             if memory[cluster] != before:
                 tables = {name: [asdict(node) for node in nodes] for name, nodes in memory.items() if nodes}
-                write_json(file, {"schema": 1, "clusters": tables}, 0o600)
+                write_json(file, {"schema": 1, "clusters": tables}, 0o600, ELSEWHERE)
     except OSError as error:
-        raise _refused(file, error.strerror or str(error)) from error
-    except LauncherError as error:
-        if not error.what.startswith("cannot write"):
-            raise
-        raise _refused(file, error.what.rpartition(": ")[2]) from error
-
-
-def _refused(file: Path, why: str) -> LauncherError:
-    place = shlex.quote(str(file.parent))
-    return LauncherError(
-        f"cannot write {file}: {why}",
-        f"ls -ld {place}; or another place: export XDG_CONFIG_HOME=DIR",
-        status=ExitStatus.FILESYSTEM,
-    )
+        raise filesystem_error(file, error, ELSEWHERE) from error
 
 
 @contextlib.contextmanager

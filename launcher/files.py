@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def data_dir(name: str) -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / name
 
 
-def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_bytes(path: Path, data: bytes, mode: int = 0o644, option: str = "") -> None:
     """Writes through a temporary name beside the target, then renames; `mode` holds from the first byte on.
 
     Raises LauncherError when the directory cannot be written or the disk is full.
@@ -35,17 +36,17 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise filesystem_error(path, error) from error
+        raise filesystem_error(path, error, option) from error
 
 
-def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+def write_text(path: Path, text: str, mode: int = 0o644, option: str = "") -> None:
     """`write_bytes` of UTF-8; names of files that are not UTF-8 keep their bytes."""
-    write_bytes(path, text.encode("utf-8", "surrogateescape"), mode)
+    write_bytes(path, text.encode("utf-8", "surrogateescape"), mode, option)
 
 
-def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+def write_json(path: Path, value: Any, mode: int = 0o644, option: str = "") -> None:
     """`write_text` of indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode, option)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -63,6 +64,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def unreadable(path: Path, error: OSError | UnicodeDecodeError, fix: str = "") -> LauncherError:
+    """What the operating system says of a file or directory that is to be read."""
+    why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
+    fix = fix or f"ls -ld {shlex.quote(str(path))}"
+    return LauncherError(f"cannot read {path}: {why}", fix, status=ExitStatus.FILESYSTEM)
 
 
 def filesystem_error(path: Path, error: OSError, option: str = "") -> LauncherError:

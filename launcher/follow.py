@@ -13,7 +13,6 @@ import math
 import os
 import re
 import resource
-import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import BinaryIO
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.files import unreadable
 from launcher.results.rows import peak_of
 from launcher.titan.log import (
     LINE_BYTES,
@@ -100,11 +99,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LauncherError(
-            f"cannot read {path}: {error.strerror or error}",
-            f"ls -ld {shlex.quote(str(path))}",
-            status=ExitStatus.FILESYSTEM,
-        ) from error
+        raise unreadable(path, error) from error
 
 
 def error_logs(log_dir: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import data_dir, filesystem_error, read_json, write_json, write_text
+from launcher.files import data_dir, filesystem_error, read_json, unreadable, write_json, write_text
 from launcher.layers import run_toml
 from launcher.output import plain, warn
 from launcher.render import render
@@ -193,9 +193,7 @@ def all_runs(runs_dir: Path) -> list[Run]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise LauncherError(
-            f"cannot read {runs_dir}: {error.strerror}", "--runs-dir DIR", status=ExitStatus.FILESYSTEM
-        ) from error
+        raise unreadable(runs_dir, error, "--runs-dir DIR") from error
     for entry in entries:
         if _is_dir(entry) and not os.access(entry.path, os.R_OK | os.X_OK):
             warn(f"{plain(entry.path)}: passed over, as it cannot be read: Permission denied")
@@ -229,11 +227,7 @@ def open_run(reference: str, runs_dir: Path) -> Run:
         try:
             path = path.parent if path.name == "run.toml" and path.is_file() else path
             if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-                raise LauncherError(
-                    f"cannot read {path}: Permission denied",
-                    f"ls -ld {shlex.quote(str(path))}",
-                    status=ExitStatus.FILESYSTEM,
-                )
+                raise unreadable(path, PermissionError(errno.EACCES, "Permission denied"))
             if Run(path).intent is not None:
                 return Run(path.resolve())
         except (OSError, ValueError, RuntimeError):  # too long, not a name at all, a link to itself

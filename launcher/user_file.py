@@ -9,8 +9,10 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.files import write_text
+from launcher.errors import LauncherError
+from launcher.files import filesystem_error, unreadable, write_text
+
+OPTION = "--config FILE, and the same with submit"
 
 
 def default_path(environ: Mapping[str, str] = os.environ) -> Path:
@@ -28,9 +30,7 @@ def save(path: Path, section: str, values: Mapping[str, str]) -> None:
     try:
         text = path.read_bytes().decode("utf-8") if path.exists() else ""
     except OSError as error:
-        raise LauncherError(
-            f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
-        ) from error
+        raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
     lines = {key: f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()}
@@ -55,19 +55,9 @@ def save(path: Path, section: str, values: Mapping[str, str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-        write_text(path, new, mode)
     except OSError as error:
-        raise _refused(path, error.strerror or str(error)) from error
-    except LauncherError as error:
-        raise _refused(path, error.what.rpartition(": ")[2]) from error
-
-
-def _refused(path: Path, why: str) -> LauncherError:
-    return LauncherError(
-        f"cannot write {path}: {why}",
-        "another file: --config FILE, and the same with submit",
-        status=ExitStatus.FILESYSTEM,
-    )
+        raise filesystem_error(path, error, OPTION) from error
+    write_text(path, new, mode, OPTION)
 
 
 def _with(text: str, section: str, lines: Mapping[str, str]) -> str:

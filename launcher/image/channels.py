@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.files import data_dir
@@ -31,12 +32,11 @@ def channels() -> dict[str, Channel]:
     """All of them, in the order of the file."""
     with (data_dir("containers") / "channels.toml").open("rb") as stream:
         tables = tomllib.load(stream)
-    return {
-        name: Channel(
-            name, **{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-        )
-        for name, table in tables.items()
-    }
+    found = {}
+    for name, table in tables.items():
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        found[name] = Channel(name, **values)
+    return found
 
 
 def channel(name: str) -> Channel:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import read_json, write_json
+from launcher.files import filesystem_error, read_json, write_json
 
 COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 # ELF's e_machine -> uname's word
@@ -293,18 +293,11 @@ def beside(output: Path) -> Iterator[Path]:
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
     except OSError as error:
-        raise _refused(output, error) from None
+        raise filesystem_error(output, error, "-o FILE") from None
     try:
         yield target
     finally:
         target.unlink(missing_ok=True)
-
-
-def _refused(path: Path, error: OSError) -> LauncherError:
-    return LauncherError(
-        f"cannot write {path}: {error.strerror}", f"ls -ld '{path.parent}'; df -h '{path.parent}'",
-        status=ExitStatus.FILESYSTEM,
-    )  # fmt: skip
 
 
 def publish(
@@ -321,7 +314,7 @@ def publish(
         sidecar_path(output).unlink(missing_ok=True)
         os.replace(target, output)
     except OSError as error:
-        raise _refused(output, error) from None
+        raise filesystem_error(output, error, "-o FILE") from None
     level = fmt.level if fmt.compressor == block.compressor else None
     facts = {
         "sha256": digest, "bytes": block.file_size, "compressor": block.compressor, "level": level,

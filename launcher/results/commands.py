@@ -145,7 +145,7 @@ def with_states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
 
 
 def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
-    from launcher.files import write_text
+    from launcher.files import unreadable, write_text
     from launcher.results import formats
 
     path = path.resolve()  # a link stays one
@@ -153,10 +153,7 @@ def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
         old = path.read_bytes().decode("utf-8")
         mode = path.stat().st_mode & 0o777
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 text (byte {error.start})"
-        raise LauncherError(
-            f"cannot read {path}: {why}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
-        ) from error
+        raise unreadable(path, error) from error
     new = formats.with_table(old, formats.markdown(outcomes), str(path))
     if new != old:
         write_text(path, new, mode)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.errors import ExitStatus, LauncherError
+from launcher.files import unreadable
 from launcher.results.outcome import NodeResult, Outcome, Point, Spread, Startup
 from launcher.results.published import published, rows_of
 
@@ -70,9 +71,7 @@ def _of_file(path: Path) -> list[Outcome]:
         with path.open("rb") as stream:
             data = stream.read(_LARGEST + 1)
     except OSError as error:
-        raise LauncherError(
-            f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=ExitStatus.FILESYSTEM
-        ) from error
+        raise unreadable(path, error) from error
     if len(data) > _LARGEST:
         raise LauncherError(f"{path}: more than {_LARGEST >> 20} MiB: not a result")
     try:

@@ -22,9 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import read_json, write_json
+from launcher.files import read_json, unreadable, write_json
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
-from launcher.stage.images import unreadable
 from launcher.stage.manifest import BLOCK, sha256_of
 from launcher.stage.progress import Progress
 from launcher.stage.target import STATE, check_space, gigabytes, locked, refuse_unusable, write_error

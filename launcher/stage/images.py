@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import LauncherError
 from launcher.files import read_json
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.stage.manifest import Problem, sha256_of
@@ -92,12 +92,3 @@ def check_images(directory: Path, read: bool) -> Images:
                     problems.append(Problem(name, error.strerror or str(error)))
                 progress.done_files += 1
     return Images(directory, sizes, tuple(problems), read)
-
-
-def unreadable(directory: Path, error: OSError) -> LauncherError:
-    """A place where this user may not look."""
-    return LauncherError(
-        f"cannot read {directory}: {error.strerror}",
-        f"ls -ld {shlex.quote(str(directory))}; or ask its owner for permission to read",
-        status=ExitStatus.FILESYSTEM,
-    )

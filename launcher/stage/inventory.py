@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
+from launcher.files import unreadable
 from launcher.stage import c4, tokenizer
-from launcher.stage.images import NAME, Images, check_images, staged_images, unreadable
+from launcher.stage.images import NAME, Images, check_images, staged_images
 from launcher.stage.manifest import Manifest, Problem, look, manifest_path, read, read_manifest
 from launcher.stage.progress import Progress
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files

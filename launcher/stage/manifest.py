@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__
-from launcher.errors import ExitStatus, LauncherError
-from launcher.files import write_text
+from launcher.errors import LauncherError
+from launcher.files import unreadable, write_text
 from launcher.stage.target import STATE, safe_path
 
 SCHEMA = 1
@@ -69,11 +68,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise LauncherError(
-            f"cannot read {path}: {error.strerror}",
-            f"ls -l {shlex.quote(str(path))}",
-            status=ExitStatus.FILESYSTEM,
-        ) from error
+        raise unreadable(path, error) from error
     manifest = parse_manifest(data)
     if manifest is None:
         raise LauncherError(
