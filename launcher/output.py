@@ -60,6 +60,19 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()  # None: closed by the caller, as in `launcher ... <&-`
 
 
+def columns(rows: Sequence[Sequence[str]], left: int = 99) -> list[str]:
+    """Side by side, each as wide as it needs: `left` of them to the left, then figures to the right; the last as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[-1] = 0
+    return [
+        "  ".join(
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 def plain(text: str) -> str:
     """Words of other programs and of files, without what could drive a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -18,6 +18,7 @@ from typing import Any
 from launcher.cluster.parse import seconds
 from launcher.cluster.state import FAILED, SUCCEEDED, UNKNOWN, JobState
 from launcher.errors import ExitStatus, LauncherError
+from launcher.output import columns
 from launcher.results.outcome import Outcome
 from launcher.spec import NAME, RunSpec
 
@@ -216,7 +217,7 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             )
         )
     hours, all_known = used(rows)
-    return [*aligned(cells), f"{'' if all_known else 'at least '}{hours:.2f} node-hours used"]
+    return [*columns(cells, left=2), f"{'' if all_known else 'at least '}{hours:.2f} node-hours used"]
 
 
 def _scaling(row: Mapping[str, Any]) -> str:
@@ -242,7 +243,7 @@ def plan_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"memory: {row['memory']}" if row["memory"] in ("tight", "does not fit") else "",
             )
         )
-    return aligned(cells)
+    return columns(cells, left=2)
 
 
 def plan_summary(rows: Sequence[Mapping[str, Any]], order: str) -> str:
@@ -262,18 +263,6 @@ def plan_summary(rows: Sequence[Mapping[str, Any]], order: str) -> str:
 
 def _hours(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side: the first two to the left, figures to the right, the last as it is."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 or i == len(row) - 1 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def exit_status(rows: Sequence[Mapping[str, Any]]) -> ExitStatus:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.output import as_json, clock, plain, print_json, warn
+from launcher.output import as_json, clock, columns, plain, print_json, warn
 
 if TYPE_CHECKING:
     from launcher.bad_nodes import BadNode
@@ -54,10 +54,8 @@ def nodes(context: click.Context, as_json: bool) -> None:
     else:
         rows = [(node.host, clock(node.at), clock(node.until), node.reason, node.run) for node in found]
         rows.insert(0, ("node", "since", "until", "reason", "run"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        for row in rows:
-            cells = (f"{cell:{width}}" for cell, width in zip(row, (*widths, 0), strict=True))
-            click.echo(plain("  ".join(cells)).rstrip())
+        for line in columns(rows):
+            click.echo(plain(line))
 
 
 @nodes.command()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.output import columns
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
 from launcher.results.rows import json_values
@@ -217,11 +218,10 @@ def as_text(found: Comparison) -> list[str]:
     lines += [f"warning: {text}" for text in found.warnings]
     rows = [(key, _cell(a), _cell(b)) for key, a, b in (*found.settings, *found.versions)]
     lines += ["", "Settings and versions that differ:" if rows else "Settings and versions: none differ"]
-    lines += _table(("", "A", "B"), rows) if rows else []
+    lines += [f"  {line}" for line in columns([("", "A", "B"), *rows])] if rows else []
     lines += ["", "Figures, B against A:"]
-    lines += _table(
-        ("", "A", "B", "difference", ""), [(_named(f), _number(f.a), _number(f.b), *_change(f)) for f in found.figures]
-    )  # fmt: skip
+    figures = [(_named(f), _number(f.a), _number(f.b), *_change(f)) for f in found.figures]
+    lines += [f"  {line}" for line in columns([("", "A", "B", "difference", ""), *figures])]
     if any(figure.noise is not None for figure in found.figures):
         lines.append(
             "Noise: 95% interval of the difference of the medians, from the steps of these runs alone."
@@ -266,12 +266,3 @@ def _change(figure: Figure) -> tuple[str, str]:
         remark = f"{'beyond' if figure.beyond else 'within'} the noise of {figure.noise:,.{digits if figure.noise >= 1 else 2}f}"
         remark += f" ({figure.remark})" if figure.remark else ""
     return amount, remark
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as they need; the last one ends where its text ends."""
-    every = [head, *rows]
-    widths = [max(len(row[at]) for row in every) for at in range(len(head))]
-    return [
-        "  " + "  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in every
-    ]

@@ -15,10 +15,10 @@ from launcher import __version__
 from launcher.errors import LauncherError
 from launcher.files import unreadable, write_text
 from launcher.stage.target import STATE, safe_path
+from launcher.titan import LFS_POINTER
 
 SCHEMA = 1
 KINDS = ("c4", "tokenizer", "model")
-LFS_POINTER = b"version https://git-lfs"
 BLOCK = 1 << 20
 READERS = 8  # files at once: a parallel file system is slow with one
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sized
 
+from launcher.titan import GZIP_MAGIC, LFS_POINTER
+
 SHARD = re.compile(r"c4-(train|validation)\.(\d+)-of-(\d+)\.json\.gz")
 TRAIN_FILES = 1024
 
@@ -16,8 +18,6 @@ TRAIN_BYTES = BYTES_IN_ALL * 364_868_892 // (364_868_892 + 364_608)
 TOKENS_PER_FILE = 356_000 * 480
 TOKENS_PER_BYTE = TOKENS_PER_FILE * TRAIN_FILES / TRAIN_BYTES
 
-LFS_POINTER = b"version https://git-lfs"
-GZIP_MAGIC = b"\x1f\x8b"
 SMALL = 1024  # bytes; Git LFS pointers are smaller, by their specification, so only such files are opened
 
 

@@ -24,7 +24,6 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.runtime import host_path, mounts
 from launcher.spec import S3, SAMPLE, RunSpec
 from launcher.stage.shards import (
-    LFS_POINTER,
     SHARD,
     SMALL,
     TOKENS_PER_BYTE,
@@ -34,6 +33,7 @@ from launcher.stage.shards import (
     in_millions,
     wrong_start,
 )  # fmt: skip
+from launcher.titan import LFS_POINTER
 
 DATASETS = ("c4", "c4_validation")  # torchtitan's names of what such a directory holds
 ESTIMATE_IS_GOOD_TO = 0.02  # tokens from bytes: C4's files differ by a percent, text of another kind by more

@@ -6,6 +6,9 @@ has: standard library only at import time, nothing newer than Python 3.10, relat
 
 from __future__ import annotations
 
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
+GZIP_MAGIC = b"\x1f\x8b"
+
 
 class Refused(ValueError):
     """A run that the installed torchtitan cannot do, with what the user can change."""

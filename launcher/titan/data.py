@@ -11,10 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import Refused
+from . import GZIP_MAGIC, LFS_POINTER, Refused
 
-LFS_POINTER = b"version https://git-lfs"
-GZIP_MAGIC = b"\x1f\x8b"
 SMALLEST_SHARD = 200  # bytes; an LFS pointer is about 130
 STAGE_C4 = "launcher stage c4 --to {} --for {}/run.toml"
 CREDENTIALS = "--env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY --env AWS_ENDPOINT_URL"

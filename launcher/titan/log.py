@@ -76,7 +76,7 @@ _USUAL = re.compile(
 
 def parse_line(line: bytes) -> StepRecord | None:
     """The training step that a line reports, or None; a validation line and a line cut short report none."""
-    records, _ = _scan(line, 0, 0, first_only=True)
+    records, _ = _scan(line, 0, first_only=True)
     return records[0] if records else None
 
 
@@ -156,7 +156,7 @@ class LogReader:
     def feed(self, block: bytes) -> list[StepRecord]:
         """The records that the next bytes complete; how a log is cut into blocks never changes the result."""
         data = self._carry + block
-        records, floor = _scan(data, self._start, 0)
+        records, floor = _scan(data, self._start)
         # What begins before this point has been seen whole and decided: matches are shorter than RECORD_BYTES.
         undecided = max(floor, len(data) - RECORD_BYTES)
         keep = max(floor, undecided - PREFIX_BYTES)
@@ -164,9 +164,9 @@ class LogReader:
         return records
 
 
-def _scan(data: bytes, start: int, floor: int, first_only: bool = False) -> tuple[list[StepRecord], int]:
-    """Records that begin at or after `start`, and where the last of them ends (`floor` if there is none)."""
-    records = []
+def _scan(data: bytes, start: int, first_only: bool = False) -> tuple[list[StepRecord], int]:
+    """Records that begin at or after `start`, and where the last of them ends (0 if there is none)."""
+    records, floor = [], 0
     hit = data.find(b"step:", start)
     while hit >= 0:
         begin = max(floor, hit - PREFIX_BYTES)

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import Refused, toml_era
+from . import LFS_POINTER, Refused, toml_era
 from .command import era
 
 INDEX = "model.safetensors.index.json"
-_LFS_POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _DTYPES = ("BF16", "F16", "F32")
 
@@ -195,8 +194,8 @@ def _header(path: Path, fix: str) -> dict[str, tuple[int, ...]]:
     """
     size = path.stat().st_size
     with open(path, "rb") as stream:
-        start = stream.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
+        start = stream.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
             raise Refused(f"{path} is a Git LFS pointer, not data", fix)
         if size < 8:
             raise Refused(f"{path} is {'cut off' if size else 'empty'}", fix)
