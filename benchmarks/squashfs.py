@@ -76,7 +76,7 @@ def convert_one(name: str, tar: str, output: str) -> None:
             while chunk := stream.read(1 << 16):
                 yield chunk
 
-    convert(chunks(), ImageConfig("amd64", cmd=("sh",)), Path(output), fmt=CANDIDATES[name], metadata={})
+    convert(chunks(), ImageConfig("amd64", cmd=("sh",)), Path(output), fmt=CANDIDATES[name])
 
 
 def measure(tree: Path, folder: Path, formats: list[str], runs: int, conversions: int) -> None:

@@ -64,17 +64,17 @@ def _seconds(date: str) -> int:
 
 def convert(
     export: Iterable[bytes], config: ImageConfig, output: Path, *, fmt: SquashfsFormat = FORMATS["unpack"],
-    metadata: Mapping[str, Any], say: Say = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Path:  # fmt: skip
     """Writes `output` and its sidecar from the chunks of a `docker export`; the same image gives the same bytes.
 
-    `metadata` becomes /etc/titan-image.json in the image; where it is empty, that file is taken as it is. Nothing
-    stands under the final name before it is complete.
+    The sidecar repeats what the image says of itself in /etc/titan-image.json. Nothing stands under the final name
+    before it is complete.
     """
     program = mksquashfs_path()
     report = Report()
     with beside(output) as target:
-        tar = rewrite(export, config, metadata, report)
+        tar = rewrite(export, config, report)
         write_squashfs(program, _progress(tar, say), target, fmt, config.created)
         for line in remarks(report, config):
             say(line)
@@ -101,7 +101,7 @@ def convert_image(
     # no container behind.
     stream = cast("Generator[bytes]", docker_engine.export(engine, config.image_id))
     with closing(stream):
-        return convert(stream, config, output, fmt=fmt, metadata={}, say=say)
+        return convert(stream, config, output, fmt=fmt, say=say)
 
 
 def convert_with_enroot(

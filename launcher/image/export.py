@@ -64,7 +64,7 @@ class Report:
     left_out: list[str] = field(default_factory=list)  # variables that one line cannot hold
     links: dict[str, str] = field(default_factory=dict)
     programs: dict[str, str] = field(default_factory=dict)  # executable file -> architecture, "" for scripts
-    metadata: dict[str, Any] = field(default_factory=dict)  # as it stands in the image, and beside it
+    metadata: dict[str, Any] = field(default_factory=dict)  # what the image says of itself
 
 
 # --- enroot's files ---------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class _Stream:
             yield piece
 
     def data(self, info: tarfile.TarInfo) -> bytes:
-        """All the data of a small entry: a header that continues another one, or our own metadata."""
+        """All the data of a small entry: a header that continues another one, or the image's metadata."""
         if info.size > 1 << 20:
             raise _damaged(f"{info.name} has {info.size:,} bytes")
         return b"".join(self.pieces(_padded(info.size)))[: info.size]
@@ -219,9 +219,7 @@ def _path(name: str) -> str:
     return "/".join(parts)
 
 
-def rewrite(
-    export: Iterable[bytes], config: ImageConfig, metadata: Mapping[str, Any], report: Report
-) -> Iterator[bytes | memoryview]:
+def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Iterator[bytes | memoryview]:
     """The tar for mksquashfs: GNU headers, everything root's, without devices, enroot's files at the end.
 
     GNU, because mksquashfs 4.5 strips the leading slash of a link's target that comes in a PAX header. Setuid bits
@@ -230,7 +228,7 @@ def rewrite(
     """
     stream = _Stream(export)
     own, report.left_out = enroot_files(config)
-    replaced = {*own, ".dockerenv", *([METADATA] if metadata else [])}
+    replaced = {*own, ".dockerenv"}
     parts = _path(config.working_dir).split("/")
     fixed_time = {*MADE_BY_ENGINE, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}
     directories = {""}
@@ -297,9 +295,6 @@ def rewrite(
             "add a shell, or a base image with one",
         )
     report.arch = report.programs[shell] or ARCHES.get(config.arch, config.arch)
-    if metadata:
-        report.metadata = {**metadata, "arch": docker_arch(report.arch)}
-        own[METADATA] = json.dumps(report.metadata, indent=2, ensure_ascii=False) + "\n"
     for name, text in own.items():
         data = text.encode("utf-8", "surrogateescape")
         made = tarfile.TarInfo()
