@@ -9,10 +9,11 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
-from launcher.results.outcome import NodeResult, Outcome
-from launcher.results.published import ALIKE, described
+from launcher.results.accept import MAX_SPREAD
+from launcher.results.outcome import Outcome
+from launcher.results.published import ALIKE, best_match, described, say
 
-MOST_LINES = 16  # in one chart: more cannot be told apart
+MOST_LINES = 16  # of a GPU type: more cannot be told apart
 MOST_POINTS = 400  # of a line: more than a chart has pixels to show
 MOST_NODES = 60  # in a heat strip
 LARGEST = 1e100  # a number beyond this is no measurement, and drawing it overflows
@@ -63,15 +64,27 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """Runs whose steps are the same work, by their places on the page: their tokens/s can share an axis."""
+
+    label: str
+    runs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NodeCell:
     host: str
     tps: float | None
-    percent: float | None  # above (+) or below (-) the median of the run's nodes
+    percent: float | None  # above (+) or below (-) the median of the run's other nodes, as accept measures it
+
+    @property
+    def slow(self) -> bool:
+        return self.percent is not None and self.percent < -100 * MAX_SPREAD
 
 
 @dataclass(frozen=True, slots=True)
 class Heat:
-    """The nodes of a run against their median; with many nodes only the slowest, slowest first."""
+    """The nodes of a run, each against the others; with many nodes only the slowest, slowest first."""
 
     median: float
     cells: tuple[NodeCell, ...]
@@ -79,6 +92,7 @@ class Heat:
     fastest: NodeCell
     silent: int  # nodes without a figure
     others: tuple[NodeCell, ...]  # not among the cells, slowest first
+    slow: tuple[NodeCell, ...]  # further behind than accept allows, slowest first
 
 
 @dataclass(frozen=True)
@@ -181,30 +195,52 @@ def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:
     return tuple(sorted(dots, key=lambda dot: (dot.gpus, dot.run or 0)))
 
 
+def work(outcome: Outcome) -> tuple[str, ...]:
+    """Equal for runs whose steps are the same work, whatever the size, software and environment."""
+    known = described(outcome)
+    accumulated = outcome.global_batch_size / max(1, outcome.local_batch_size * outcome.gpus)
+    return (outcome.gpu, *(str(known.get(key)) for key in ALIKE), f"{accumulated:g}")
+
+
+def kinds(outcomes: Sequence[Outcome], gpu: str) -> list[Kind]:
+    """The runs on `gpu` by what a step of theirs does, in the order of the runs."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for run, outcome in enumerate(outcomes):
+        if outcome.gpu == gpu:
+            groups.setdefault(work(outcome), []).append(run)
+    labels = _labels([outcomes[runs[0]] for runs in groups.values()])
+    return [Kind(label, tuple(runs)) for label, runs in zip(labels, groups.values(), strict=True)]
+
+
 def _alike(outcome: Outcome) -> tuple[Any, ...]:
     """Equal for runs whose sizes may stand on one line: what a step does, in which environment, with what software."""
-    known = described(outcome)
     own = sorted(key for key in outcome.settings if key.startswith(("env.", "titan.")))
-    accumulated = outcome.global_batch_size / max(1, outcome.local_batch_size * outcome.gpus)
     return (
-        *(str(known.get(key)) for key in ALIKE),
+        *work(outcome),
         *(f"{key}={outcome.settings[key]}" for key in own),
         *(outcome.versions.get("torch"), outcome.versions.get("torchtitan")),
-        *(accumulated, outcome.gpus // max(1, outcome.nodes)),
+        outcome.gpus // max(1, outcome.nodes),
     )
 
 
 def _labels(firsts: Sequence[Outcome]) -> list[str]:
     """A name for each group of like runs; what tells them apart is added only where it is needed."""
 
-    def name(outcome: Outcome, more: bool) -> str:
+    def name(outcome: Outcome) -> str:
         parts = [outcome.recipe, f"batch {outcome.local_batch_size}", outcome.precision]
-        parts += ["compiled"] if outcome.compile else []
-        parts += [f"{key} {outcome.versions.get(key, '?')}" for key in ("torch", "torchtitan") if more]
-        return ", ".join(parts)
+        return ", ".join([*parts, *(["compiled"] if outcome.compile else [])])
 
-    short = [name(outcome, False) for outcome in firsts]
-    texts = [text if short.count(text) == 1 else name(o, True) for text, o in zip(short, firsts, strict=True)]
+    def details(outcome: Outcome) -> list[str]:
+        known = described(outcome)
+        settings = [f"{word} {say(known.get(key, '?'))}" for key, word in ALIKE.items()]
+        return [*settings, *(f"{key} {outcome.versions.get(key, '?')}" for key in ("torch", "torchtitan"))]
+
+    short = [name(outcome) for outcome in firsts]
+    texts = []
+    for text, outcome in zip(short, firsts, strict=True):
+        same = [details(other) for other, its in zip(firsts, short, strict=True) if its == text]
+        telling = [own for own, *all_ in zip(details(outcome), *same, strict=True) if len(set(all_)) > 1]
+        texts.append(", ".join([text, *telling]))
     return [
         text if texts.count(text) == 1 else f"{text} (settings {texts[: i + 1].count(text)})"
         for i, text in enumerate(texts)
@@ -213,24 +249,54 @@ def _labels(firsts: Sequence[Outcome]) -> list[str]:
 
 def heat(outcome: Outcome) -> Heat | None:
     """None where fewer than two nodes have a figure: there is nothing to compare."""
-    known = [node for node in outcome.by_node if drawable(node.tps)]
+    known = sorted(((node.tps or 0.0, at) for at, node in enumerate(outcome.by_node) if drawable(node.tps)))
     if len(known) < 2:
         return None
-    middle = median(node.tps or 0.0 for node in known)
-
-    def cell(node: NodeResult) -> NodeCell:
-        if node.tps is None or not drawable(node.tps):
-            return NodeCell(node.host, None, None)
-        return NodeCell(node.host, node.tps, 100 * (node.tps / middle - 1) if middle else None)
-
-    cells = [cell(node) for node in outcome.by_node]
-    by_rate = sorted((c for c in cells if c.tps is not None), key=lambda c: c.tps or 0.0)
+    rates = [rate for rate, _ in known]
+    cells = [NodeCell(node.host, None, None) for node in outcome.by_node]
+    by_rate = []
+    for place, (rate, at) in enumerate(known):
+        others = _median_without(rates, place)
+        cells[at] = NodeCell(cells[at].host, rate, 100 * (rate / others - 1) if others else None)
+        by_rate.append(cells[at])
     silent = [c for c in cells if c.tps is None]
-    shown, others = cells, []
+    shown, rest = cells, []
     if len(cells) > MOST_NODES:
         ranked = silent + by_rate
-        shown, others = ranked[:MOST_NODES], ranked[MOST_NODES:]
-    return Heat(middle, tuple(shown), by_rate[0], by_rate[-1], len(silent), tuple(others))
+        shown, rest = ranked[:MOST_NODES], ranked[MOST_NODES:]
+    slow = tuple(cell for cell in by_rate if cell.slow)
+    return Heat(median(rates), tuple(shown), by_rate[0], by_rate[-1], len(silent), tuple(rest), slow)
+
+
+def _median_without(ordered: Sequence[float], place: int) -> float:
+    """The median of the sorted values but for the one at `place`."""
+    count = len(ordered) - 1
+    low, high = ((k + (k >= place)) for k in ((count - 1) // 2, count // 2))
+    return (ordered[low] + ordered[high]) / 2
+
+
+def measured_by(outcomes: Iterable[Outcome], published: Sequence[Outcome]) -> list[Outcome]:
+    """The published rows that the runs are measured by, each once, the smallest first."""
+    rows = (best_match(outcome, published).row for outcome in outcomes)
+    found = {(row.gpus, row.run): row for row in rows if row and row.tps and drawable(row.tps.median)}
+    return [found[key] for key in sorted(found)]
+
+
+def percent(value: float | None) -> str:
+    """A difference: `+0.4%`, `-3.2%` with a minus sign, `0.0%`; `no data` for None."""
+    if value is None:
+        return "no data"
+    return f"{value:+.1f}%".replace("-", "−") if abs(value) >= 0.05 else "0.0%"
+
+
+def slow_node(outcome: Outcome) -> tuple[NodeCell, tuple[tuple[float, float], ...]] | None:
+    """The slowest node with its tokens/s over the steps, where it is further behind than accept allows."""
+    found = heat(outcome)
+    if found is None or not found.slow:
+        return None
+    node = next(node for node in outcome.by_node if node.host == found.slow[0].host)
+    points = [(float(step), tps if drawable(tps) else math.nan) for step, tps in node.steps if step > 1]
+    return found.slow[0], tuple(thin(points))
 
 
 def differences(outcomes: Sequence[Outcome]) -> Differences:

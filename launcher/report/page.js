@@ -6,6 +6,8 @@
   const count = document.getElementById("count");
   const input = document.getElementById("filter");
   const rows = [...body.rows];
+  // What all rows share stands above the table, and is found in each of them all the same.
+  const common = [...document.querySelectorAll("#common b")].map((one) => one.textContent.toLowerCase()).join(" ");
   let shown = rows.length;
 
   const key = (row, column) => {
@@ -53,7 +55,7 @@
     const hidden = new Set();
     shown = 0;
     for (const row of rows) {
-      const text = row.textContent.toLowerCase();
+      const text = `${row.textContent.toLowerCase()} ${common}`;
       row.hidden = !words.every((word) => text.includes(word));
       shown += !row.hidden;
       if (row.hidden && row.dataset.run) hidden.add(row.dataset.run);

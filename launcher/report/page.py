@@ -18,40 +18,15 @@ from markupsafe import Markup
 
 from launcher.output import plain
 from launcher.report import charts, svg
-from launcher.report.figures import Heat, NodeCell, differences, drawable, gpu_types, heat, source_of
+from launcher.report.figures import Heat, NodeCell, differences, drawable, gpu_types, percent
+from launcher.report.health import answers, health
+from launcher.report.table import TAGS, Cell, table
 from launcher.results.outcome import Outcome, Startup
-from launcher.results.rows import mfu_text
 
 GENERATOR = "titan-launcher report"
-NEWEST_OPEN = 16  # runs whose node strips are unfolded
+NEWEST_OPEN = 16  # runs whose node strips are unfolded, beside those with a slow node
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A table cell: its text, the number it sorts by where that is not the text, and what stands below in small."""
-
-    text: str
-    value: float | None = None
-    more: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the runs' table; `run` is None for a published one."""
-
-    run: int | None
-    name: str
-    result: str  # "complete", "incomplete", "published"
-    why: str
-    notes: tuple[str, ...]
-    cells: tuple[Cell, ...]
-
-
-COLUMNS = (  # after "Run" and "Result"; True: numbers
-    ("Tokens/s per GPU", True), ("GPU", False), ("Nodes", True), ("GPUs", True), ("Batch", True),
-    ("Sequence", True), ("Precision", False), ("Loss", True), ("Memory", True), ("MFU", True), ("Recipe", False),
-    ("Date (UTC)", False), ("Cluster", False),
-)  # fmt: skip
 PHASES = (
     ("queue_s", "Queue"),
     ("container_s", "Container"),
@@ -70,9 +45,7 @@ def page(
 ) -> str:
     """The page as text, runs in the order given. `made` is when, for people; `left_out` are (run, why)."""
     types = gpu_types(outcomes)
-    rows = [_row(run, outcome) for run, outcome in enumerate(outcomes)]
-    folded = {gpu.casefold() for gpu in types}
-    rows += [_row(None, row) for row in published if row.gpu.casefold() in folded]
+    runs = health(outcomes, published)
     style, script = _text("page.css"), _text("page.js")
     return _template().render(
         generator=GENERATOR,
@@ -85,53 +58,15 @@ def page(
         outcomes=outcomes,
         incomplete=sum(not outcome.complete for outcome in outcomes),
         left_out=left_out,
-        columns=COLUMNS,
-        rows=rows,
+        answers=answers(runs),
+        tags=TAGS,
+        table=table(runs, published),
         by_gpu=[charts.of_gpu(outcomes, published, gpu, place) for place, gpu in enumerate(types)],
-        strips=[_strip(run, o, found) for run, o in enumerate(outcomes) if (found := heat(o))],
+        strips=[_strip(run.place, run.outcome, run.nodes) for run in runs if run.nodes],
         startups=_startups(outcomes),
         phases=PHASES,
         differences=differences(outcomes),
     )
-
-
-def _row(run: int | None, outcome: Outcome) -> Row:
-    """A run's row, or with None a published one's: that says its step where a run has quartiles."""
-    tps = outcome.tps
-    spread = f"{tps.q1:,.0f} to {tps.q3:,.0f}" if tps and tps.count > 1 else ""
-    step = f"step {outcome.step}" if outcome.step is not None and not outcome.complete else ""
-    mfu = outcome.mfu_pct
-    percent, _, peak = mfu_text(mfu, outcome.peak_tflops).partition(" of ")
-    cells = (
-        _number(tps.median if tps else None, more=f"step {outcome.step}" if run is None else spread),
-        Cell(outcome.gpu),
-        _number(outcome.nodes),
-        _number(outcome.gpus),
-        _number(outcome.local_batch_size),
-        _number(outcome.seq_len or None),
-        Cell(outcome.precision + (", compiled" if outcome.compile else "")),
-        _number(outcome.loss, 4, more=step),
-        _number(outcome.memory_pct, 1, "%"),
-        Cell(percent, mfu, f"of {peak}" if outcome.peak_tflops else "peak unknown")
-        if drawable(mfu)
-        else Cell(""),
-        Cell(outcome.recipe),
-        Cell(outcome.date[:16].replace("T", " ")),
-        Cell(outcome.cluster),
-    )
-    if run is None:
-        return Row(None, source_of(outcome), "published", "", (), cells)
-    result = "complete" if outcome.complete else "incomplete"
-    why = "; ".join(outcome.problems) or ("" if outcome.complete else "no step after warm-up")
-    return Row(run, outcome.run, result, why, outcome.notes, cells)
-
-
-def _number(value: float | None, digits: int = 0, unit: str = "", more: str = "") -> Cell:
-    if value is None:
-        return Cell("")
-    if not drawable(value):  # NaN, infinite
-        return Cell(f"{value}".replace("nan", "NaN"), None, more)
-    return Cell(f"{value:,.{digits}f}{unit}", value, more)
 
 
 @dataclass(frozen=True)
@@ -142,6 +77,7 @@ class Strip:
     name: str
     complete: bool
     opened: bool
+    slow: str  # "slow node", where there is one
     summary: str
     cells: tuple[tuple[NodeCell, str, str], ...]  # with its text and its class
     rest: str
@@ -159,14 +95,9 @@ def _strip(run: int, outcome: Outcome, found: Heat) -> Strip:
         low, high = percent(found.others[0].percent), percent(found.others[-1].percent)
         rest = f"The {len(found.cells)} slowest nodes, slowest first. The other {len(found.others)} lie between {low} and {high}."
     cells = tuple((cell, percent(cell.percent), f"h{_level(cell.percent)}") for cell in found.cells)
-    return Strip(run, outcome.run, outcome.complete, run < NEWEST_OPEN, summary, cells, rest)
-
-
-def percent(value: float | None) -> str:
-    """A difference: `+0.4%`, `-3.2%` with a minus sign, `0.0%`; `no data` for None."""
-    if value is None:
-        return "no data"
-    return f"{value:+.1f}%".replace("-", "−") if abs(value) >= 0.05 else "0.0%"
+    slow = {0: "", 1: "slow node"}.get(len(found.slow), f"{len(found.slow):,} slow nodes")
+    opened = run < NEWEST_OPEN or bool(slow)
+    return Strip(run, outcome.run, outcome.complete, opened, slow, summary, cells, rest)
 
 
 def _level(value: float | None) -> str:

@@ -11,8 +11,9 @@ from markupsafe import Markup
 from launcher.output import plain
 
 WIDTH, HEIGHT = 520, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 44, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 66, 58, 14, 46
 LABEL_GAP = 14  # between the numbers at the ends of lines
+LABEL_WIDTH = 40  # of a number and its leader
 COLOURS = 8
 
 
@@ -76,6 +77,11 @@ def linear(values: Iterable[float], name: str, most: int = 5, whole: bool = Fals
     )
 
 
+def not_from_zero(y: Axis) -> str:
+    """What a chart says of a vertical axis that begins above 0: differences look larger there than they are."""
+    return f"The vertical axis starts at {y.ticks[0][1]}, not at 0." if y.low > 0 else ""
+
+
 def tick_text(value: float, digits: int) -> str:
     if abs(value) >= 1e7 or digits > 6:
         return f"{value:.4g}"
@@ -96,13 +102,25 @@ def counts(values: Iterable[int], name: str) -> Axis:
 
 
 def spread_out(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The positions, moved as little as a single pass can so that neighbours are `gap` apart within the ends."""
+    """The positions, moved so that neighbours are `gap` apart: as a block around their own middle, within the ends."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
+    blocks: list[tuple[float, int]] = []  # where each begins, how many it holds
+    at = 0
+    for index in order:
+        start, count = positions[index], 1
+        while blocks and start < blocks[-1][0] + gap * blocks[-1][1]:
+            before, more = blocks.pop()
+            # Both move to where the mean of what their members want is kept.
+            start = (before * more + (start - gap * more) * count) / (more + count)
+            count += more
+        blocks.append((start, count))
     moved = list(positions)
     floor = low
-    for index in order:
-        moved[index] = max(positions[index], floor)
-        floor = moved[index] + gap
+    for start, count in blocks:
+        for place in range(count):
+            moved[order[at]] = max(start + gap * place, floor)
+            floor = moved[order[at]] + gap
+            at += 1
     ceiling = high
     for index in reversed(order):
         moved[index] = min(moved[index], ceiling)
@@ -121,12 +139,16 @@ def chart(drawn: Sequence[Drawn], x: Axis, y: Axis, ident: str, title: str, abou
     ]
     visible = [one for one in drawn if any(math.isfinite(value) for _, value in one.points)]
     ends = [_end(one, x, y) for one in visible]
-    # Lines that reach the right edge share its margin; one that ends before it has its label right there.
-    sharing = [i for i, one in enumerate(visible) if one.label and ends[i][0] > WIDTH - RIGHT - 6]
-    places = spread_out([ends[i][1] for i in sharing], LABEL_GAP, TOP + 4, HEIGHT - BOTTOM)
-    place_of = dict(zip(sharing, places, strict=True))
+    # Lines that end at the same step share the room to the right of it.
+    labelled = sorted((i for i, one in enumerate(visible) if one.label), key=lambda i: ends[i][0])
+    place_of: dict[int, float] = {}
+    while labelled:
+        sharing = [i for i in labelled if ends[i][0] < ends[labelled[0]][0] + LABEL_WIDTH]
+        labelled = labelled[len(sharing) :]
+        places = spread_out([ends[i][1] for i in sharing], LABEL_GAP, TOP + 4, HEIGHT - BOTTOM)
+        place_of |= dict(zip(sharing, places, strict=True))
     for index, one in enumerate(visible):
-        parts.append(_line(one, x, y, _label(one, ends[index], place_of.get(index))))
+        parts.append(_line(one, x, y, _label(one, ends[index], place_of.get(index, 0.0))))
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
 
@@ -145,11 +167,11 @@ def bar(parts: Sequence[tuple[str, float]], whole: float) -> Markup:
 
 
 def swatch(css: str, label: str) -> Markup:
-    """The sample of a line that stands before its name in a legend."""
+    """The sample of a line that stands before its name in a legend, with room for a label of three characters."""
     return Markup(
-        '<svg class="swatch" viewBox="0 0 34 14" aria-hidden="true"><path class="line {}" d="M1 7H{}"/>'
-        '<text class="mark {}" x="33" y="12" text-anchor="end">{}</text></svg>'
-    ).format(css, 18 if label else 33, css, label)
+        '<svg class="swatch" viewBox="0 0 48 14" aria-hidden="true"><path class="line {}" d="M1 7H{}"/>'
+        '<text class="mark {}" x="21" y="12">{}</text></svg>'
+    ).format(css, 17 if label else 47, css, label)
 
 
 def _x(axis: Axis, value: float) -> float:
@@ -188,12 +210,10 @@ def _end(one: Drawn, x: Axis, y: Axis) -> tuple[float, float]:
     return _x(x, at), _y(y, value)
 
 
-def _label(one: Drawn, end: tuple[float, float], moved_to: float | None) -> Markup:
+def _label(one: Drawn, end: tuple[float, float], moved_to: float) -> Markup:
     if not one.label:
         return Markup("")
     text = Markup('<text class="mark {}" x="{:.1f}" y="{:.1f}">{}</text>')
-    if moved_to is None:
-        return text.format(one.css, end[0] + 6, end[1] - 5, one.label)
     leader = Markup('<path class="leader {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(
         one.css, end[0] + 4, end[1], end[0] + 17, moved_to
     )

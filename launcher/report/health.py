@@ -1,0 +1,241 @@
+"""Whether the cluster is good: each run's verdict, as `launcher accept` gives it, and one answer for all runs of a GPU
+type. Pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from launcher.report.figures import Heat, NodeCell, drawable, heat, work
+from launcher.results.accept import MAX_SPREAD, THRESHOLD, Verdict, Word, judge
+from launcher.results.outcome import Outcome
+
+MOST_DATA = 0.02  # of a step spent waiting for data: more is worth a look
+MOST_NAMED = 6  # runs, nodes or sizes in one line of the answer
+OK, LOOK = "ok", "look"
+
+
+@dataclass(frozen=True)
+class Health:
+    """A run with its verdict and its nodes. `place` is the run's on the page."""
+
+    place: int
+    outcome: Outcome
+    verdict: Verdict
+    nodes: Heat | None
+
+    @property
+    def waits_for_data(self) -> bool:
+        share = self.outcome.data_share
+        return share is not None and share > MOST_DATA
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the answer rests on. `word`: OK, LOOK, or a verdict's."""
+
+    name: str
+    word: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What there is to say of one GPU type on one cluster."""
+
+    name: str
+    word: Word
+    headline: str
+    findings: tuple[Finding, ...]
+
+
+def health(outcomes: Sequence[Outcome], published: Sequence[Outcome]) -> list[Health]:
+    return [
+        Health(place, outcome, judge(outcome, published, losses=published), heat(outcome))
+        for place, outcome in enumerate(outcomes)
+    ]
+
+
+def answers(runs: Sequence[Health]) -> list[Answer]:
+    """One for each GPU type and cluster, in the order of the runs."""
+    groups: dict[tuple[str, str], list[Health]] = {}
+    for run in runs:
+        groups.setdefault((run.outcome.gpu, run.outcome.cluster), []).append(run)
+    several = len({cluster for _, cluster in groups}) > 1
+    return [
+        _answer(f"{gpu} on {cluster or 'an unnamed cluster'}" if several else gpu, members)
+        for (gpu, cluster), members in groups.items()
+    ]
+
+
+def _answer(name: str, runs: Sequence[Health]) -> Answer:
+    newest = _newest_first(runs)
+    counted = _counted(newest)
+    nodes, slow = _nodes(newest)
+    if not slow and any(_too_slow(run) for run in counted):
+        hint = "nodes wait for each other in every step, so one slow GPU or link can slow all without showing here"
+        nodes = replace(nodes, texts=(*nodes.texts, hint))
+    speed, data, rest = _speed(counted), _data(counted), _rest(counted)
+    word = Word.PASS if any(run.verdict.word is Word.PASS for run in counted) else Word.CANNOT_SAY
+    if slow or any(run.verdict.word is Word.FAIL for run in counted):
+        word = Word.FAIL
+    return Answer(name, word, _headline(word, counted, slow), (speed, nodes, data, rest))
+
+
+def _newest_first(runs: Iterable[Health]) -> list[Health]:
+    return sorted(runs, key=lambda run: run.outcome.date, reverse=True)
+
+
+def _counted(newest: Sequence[Health]) -> list[Health]:
+    """Of each kind of work and number of nodes the newest run that could be judged, else the newest. What was wrong
+    before the last repair is history.
+    """
+    found: dict[tuple[object, ...], Health] = {}
+    for run in newest:
+        key = (work(run.outcome), run.outcome.nodes)
+        if key not in found or (_unjudged(found[key]) and not _unjudged(run)):
+            found[key] = run
+    return sorted(found.values(), key=lambda run: run.outcome.nodes)
+
+
+def _unjudged(run: Health) -> bool:
+    return run.verdict.word is Word.CANNOT_SAY
+
+
+def _headline(word: Word, counted: Sequence[Health], slow: Sequence[tuple[NodeCell, Health]]) -> str:
+    if word is Word.CANNOT_SAY:
+        first = _newest_first(counted)[0]
+        return f"no run here could be judged. {first.outcome.run}: {first.verdict.reasons[0].what}"
+    fast = [run for run in counted if run.verdict.word is Word.PASS and run.verdict.share is not None]
+    reached = f"{_shares(fast)} of the published tokens/s on {_sizes(fast)}" if fast else ""
+    if word is Word.PASS:
+        return f"as fast as published: {reached}"
+    parts = []
+    if below := [run for run in counted if _too_slow(run)]:
+        parts.append(f"only {_shares(below)} of the published tokens/s on {_sizes(below)}")
+    if slow:
+        parts.append(f"slow: {_some([cell.host for cell, _ in slow])}")
+    if broken := [run for run in counted if _other_faults(run)]:
+        parts.append(f"failed: {_some([run.outcome.run for run in broken])}")
+    return "; ".join([*parts, *([f"good: {reached}"] if fast else [])])
+
+
+def _too_slow(run: Health) -> bool:
+    return any(
+        reason.word is Word.FAIL and reason.what.startswith("speed: ") for reason in run.verdict.reasons
+    )
+
+
+def _other_faults(run: Health) -> list[str]:
+    """Why accept says FAIL, but for speed and nodes, which have lines of their own."""
+    told = ("speed: ", "nodes: ") if run.nodes and run.nodes.slow else ("speed: ",)
+    return [
+        reason.what
+        for reason in run.verdict.reasons
+        if reason.word is Word.FAIL and not reason.what.startswith(told)
+    ]
+
+
+def _speed(counted: Sequence[Health]) -> Finding:
+    below = [run for run in counted if _too_slow(run)]
+    fast = [run for run in counted if run.verdict.share is not None and run.verdict.share >= THRESHOLD]
+    unknown = [run for run in counted if _unjudged(run)]
+    texts = [
+        f"{_nodes_of(run)}: {100 * (run.verdict.share or 0):.1f}% of published, below the {100 * THRESHOLD:g}% "
+        f"asked for ({run.outcome.run})"
+        for run in below[:MOST_NAMED]
+    ]
+    texts += _more(below)
+    if below and fast and min(r.outcome.nodes for r in below) > max(r.outcome.nodes for r in fast):
+        texts.append("slow only on more nodes: look at the network between them first")
+    if below:
+        texts.append(
+            f"what differs from the published run: launcher compare {below[0].outcome.run} published"
+        )
+    if fast:
+        texts.append(f"{_shares(fast)} of published on {_sizes(fast)}")
+    for run in unknown[:MOST_NAMED]:
+        texts.append(f"not judged: {run.outcome.run}: {run.verdict.reasons[0].what.removeprefix('speed: ')}")
+    texts += _more(unknown, " not judged")
+    word = Word.FAIL if below else OK if fast else Word.CANNOT_SAY
+    return Finding("Speed", str(word), tuple(texts))
+
+
+def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[NodeCell, Health]]]:
+    """Every node by the newest run that measured it. One that was slow and has not run since is still slow."""
+    seen: set[str] = set()
+    slow: list[tuple[NodeCell, Health]] = []
+    for run in newest:
+        if run.nodes is None:
+            continue
+        slow += [(cell, run) for cell in run.nodes.slow if cell.host not in seen]
+        seen |= {node.host for node in run.outcome.by_node if drawable(node.tps)}
+    if not seen:
+        text = "no run has figures of two nodes or more to hold against each other"
+        return Finding("Nodes", str(Word.CANNOT_SAY), (text,)), []
+    slow.sort(key=lambda found: found[0].percent or 0.0)
+    texts = [
+        f"{cell.host}: {-(cell.percent or 0.0):.1f}% slower than the others ({run.outcome.run})"
+        for cell, run in slow[:MOST_NAMED]
+    ]
+    texts += _more(slow)
+    limit = f"more than {100 * MAX_SPREAD:g}% slower than the others"
+    texts.append(f"{'no other' if slow else 'none'} of {len(seen)} nodes is {limit}")
+    return Finding("Nodes", str(Word.FAIL) if slow else OK, tuple(texts)), slow
+
+
+def _data(counted: Sequence[Health]) -> Finding:
+    known = [(run.outcome.data_share, run) for run in counted if run.outcome.data_share is not None]
+    if not known:
+        return Finding("Data", str(Word.CANNOT_SAY), ("not known how long steps wait for data",))
+    most, run = max(known, key=lambda found: found[0])
+    text = f"at most {100 * most:.1f}% of a step is waiting for data"
+    if run.waits_for_data:
+        text = f"{100 * most:.1f}% of a step is waiting for data ({run.outcome.run}); up to {100 * MOST_DATA:g}% is usual"
+    return Finding("Data", LOOK if run.waits_for_data else OK, (text,))
+
+
+def _rest(counted: Sequence[Health]) -> Finding:
+    broken = [(run, faults) for run in counted if (faults := _other_faults(run))]
+    texts = [f"{run.outcome.run}: {'; '.join(faults)}" for run, faults in broken[:MOST_NAMED]]
+    texts += _more(broken)
+    judged = sum(not _unjudged(run) for run in counted)
+    if broken:
+        return Finding("Ends and loss", str(Word.FAIL), tuple(texts))
+    if judged:
+        return Finding("Ends and loss", OK, (f"nothing wrong in {_count(judged, 'judged run')}",))
+    return Finding("Ends and loss", str(Word.CANNOT_SAY), ("no run could be judged",))
+
+
+def _shares(runs: Sequence[Health]) -> str:
+    shares = sorted(f"{100 * (run.verdict.share or 0):5.1f}" for run in runs)
+    low, high = shares[0].strip(), shares[-1].strip()
+    return f"{low}%" if low == high else f"{low}% to {high}%"
+
+
+def _sizes(runs: Sequence[Health]) -> str:
+    """`3, 9 and 17 nodes`"""
+    sizes = sorted({run.outcome.nodes for run in runs})
+    if len(sizes) > MOST_NAMED:
+        return f"{sizes[0]:,} to {sizes[-1]:,} nodes"
+    *first, last = [f"{size:,}" for size in sizes]
+    before = ", ".join(first) + " and " if first else ""
+    return f"{before}{last} node{'s' if sizes[-1] > 1 else ''}"
+
+
+def _nodes_of(run: Health) -> str:
+    return _count(run.outcome.nodes, "node")
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + rest
+
+
+def _more(all_: Sequence[object], what: str = "") -> list[str]:
+    return [f"and {len(all_) - MOST_NAMED:,} more{what}"] if len(all_) > MOST_NAMED else []
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
