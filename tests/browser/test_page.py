@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_the_keyboard_reaches_everything(opened: Open) -> None:
 def test_what_a_screen_reader_hears(opened: Open) -> None:
     tab = opened()
     assert tab.locator("html").get_attribute("lang") == "en"
-    assert [tab.locator(f"h{level}").count() for level in (1, 2)] == [1, 6]
+    assert [tab.locator(f"h{level}").count() for level in (1, 2)] == [1, 7]
     assert tab.get_by_role("img", name="Scaling of GB200, tokens/s per GPU over GPUs").count() == 1
     unnamed = "all => all.filter(one => !one.labels?.length && !one.textContent.trim()).length"
     assert tab.locator("button, input, a, summary").evaluate_all(unnamed) == 0
@@ -167,14 +168,16 @@ def test_what_a_screen_reader_hears(opened: Open) -> None:
     named = "all => all.flatMap(one => one.getAttribute('aria-labelledby').split(' '))"
     assert set(tab.locator("[aria-labelledby]").evaluate_all(named)) <= set(ids)
     tab.locator("summary", has_text="As numbers").first.click()
-    assert tab.get_by_role("region", name="Throughput of GB200, tokens/s per GPU, as numbers").is_visible()
+    assert tab.get_by_role(
+        "region", name="Throughput of GB200, llama3-8b, batch 5, bfloat16, tokens/s per GPU, as numbers"
+    ).is_visible()
 
 
 def test_without_javascript_everything_is_there_and_nothing_is_dead(opened: Open) -> None:
     tab = opened(java_script_enabled=False)
     assert tab.locator("#table tbody tr").count() == 18
     assert tab.locator("button").count() == 0 and not tab.locator("input").is_visible()
-    assert tab.locator("figure svg[role=img]").count() == 6
+    assert tab.locator("figure svg[role=img]").count() == 7
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -204,6 +207,55 @@ def test_on_paper(opened: Open, folder: Path) -> None:
         "ink is not wasted"
     )
     assert not tab.locator("#filter").is_visible()
+
+
+def test_the_table_fits_a_usual_screen(opened: Open) -> None:
+    tab = opened()
+    of_scroll = "one => [one.scrollWidth, one.clientWidth]"
+    needed, there = tab.locator("#table").locator("..").evaluate(of_scroll)
+    assert needed <= there, "MFU, date and all else are seen at 1280 pixels"
+
+
+def test_what_all_rows_share_is_still_found_by_the_filter(opened: Open) -> None:
+    tab = opened()
+    assert "Cluster" not in tab.locator("#table thead").inner_text()
+    assert tab.locator("#common").inner_text() == "All rows: Cluster crusoe."
+    tab.get_by_label("Show rows that contain").fill("crusoe fail")
+    assert len(column(tab, "Run")) == 4
+
+
+def test_labels_of_swatches_stand_beside_their_lines(browser: Any, folder: Path, tmp_path: Path) -> None:
+    many = [replace(one, run=f"{one.run} {again}") for again in range(2) for one in sample()]
+    (tmp_path / "page.html").write_text(
+        make_page(many, published(), made="now", version="1"), encoding="utf-8"
+    )
+    for viewport in (DESK, PHONE):
+        tab = browser.new_page(viewport=viewport)
+        tab.goto((tmp_path / "page.html").as_uri())
+        boxes = tab.locator("svg.swatch:has(text:not(:empty))").evaluate_all(
+            "all => all.map((one) => [one.querySelector('text').textContent, one.querySelector('text').getBBox(),"
+            " one.querySelector('path').getBBox()].map((box) => box.x === undefined ? box : [box.x, box.x + box.width]))"
+        )
+        assert {len(label) for label, _, _ in boxes} == {1, 2, 3}
+        assert all(text[0] > line[1] and text[1] <= 48 for _, text, line in boxes), boxes
+        tab.close()
+
+
+def test_a_published_ideal_is_dotted_as_its_legend_says(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(
+        make_page(sample()[1:2], published(), made="now", version="1"), encoding="utf-8"
+    )
+    tab = browser.new_page(viewport=DESK)
+    tab.goto((tmp_path / "page.html").as_uri())
+    dashes = "all => all.map((one) => getComputedStyle(one).strokeDasharray)"
+    drawn = tab.locator("figure g .line.published.ideal").evaluate_all(dashes)
+    legend = tab.locator(".swatch .line.ideal").evaluate_all(dashes)
+    assert drawn and set(drawn) == set(legend)
+    assert (
+        tab.locator("figure g .line.published:not(.ideal)").first.evaluate(f"one => ({dashes})([one])")
+        != drawn
+    )
+    tab.close()
 
 
 def test_a_thousand_nodes_fit(browser: Any, tmp_path: Path) -> None:

@@ -1,0 +1,293 @@
+"""What the page says of the cluster, and what its charts and plots must show for that."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from launcher.report.charts import of_gpu
+from launcher.report.health import Answer, answers, health
+from launcher.report.page import NEWEST_OPEN, page
+from launcher.report.table import table
+from launcher.results.accept import Word, judge
+from launcher.results.outcome import Outcome
+from launcher.results.published import published
+from tests.browser.sample_runs import run, sample
+from tests.unit.outcomes import nodes, outcome
+
+GOOD = [
+    run("17n", 17, 17590, "2026-11-21T08:00:00Z"),
+    run("9n", 9, 17960, "2026-11-20T08:00:00Z"),
+    run("3n", 3, 18260, "2026-11-19T08:00:00Z"),
+]
+
+
+def answer(*outcomes: Outcome) -> Answer:
+    (found,) = answers(health(outcomes, published()))
+    return found
+
+
+def finding(found: Answer, name: str) -> tuple[str, str]:
+    (one,) = (one for one in found.findings if one.name == name)
+    return one.word, " | ".join(one.texts)
+
+
+def cells(*outcomes: Outcome, name: str) -> list[Any]:
+    made = table(health(outcomes, published()), published())
+    at = [column.name for column in made.columns].index(name)
+    return [row.cells[at] for row in made.rows if row.run is not None]
+
+
+def rendered(*outcomes: Outcome) -> str:
+    return page(outcomes, published(), made="now", version="1")
+
+
+# --- the answer on top --------------------------------------------------------------------------------------
+
+
+def test_a_good_cluster() -> None:
+    found = answer(*GOOD)
+    assert found.word is Word.PASS
+    assert (
+        found.headline
+        == "as fast as published: 99.9% to 100.1% of the published tokens/s on 3, 9 and 17 nodes"
+    )
+    assert {one.word for one in found.findings} == {"ok"}
+
+
+def test_a_slow_size_is_named_with_what_to_do() -> None:
+    found = answer(replace(GOOD[0], tps=replace(GOOD[0].tps, median=15800.0)), *GOOD[1:])
+    assert found.word is Word.FAIL and "only 89.9% of the published tokens/s on 17 nodes" in found.headline
+    word, text = finding(found, "Speed")
+    assert (
+        word == "FAIL" and "17 nodes: 89.9% of published" in text and "launcher compare 17n published" in text
+    )
+    assert "slow only on more nodes" in text and "99.9% of published on 3 and 9 nodes" in text
+    assert "one slow GPU or link can slow all" in finding(found, "Nodes")[1]
+
+
+def test_a_slow_node_is_named_until_a_newer_run_clears_it() -> None:
+    slow = run("slow", 9, 17960, "2026-11-20T08:00:00Z", slow=0.9)
+    found = answer(slow)
+    assert found.word is Word.FAIL and "slow: gb200-005" in found.headline
+    assert finding(found, "Nodes")[1].startswith("gb200-005: 9.6%")
+    others = replace(slow, run="others", date="2026-11-21T08:00:00Z", by_node=nodes(*[17960.0] * 9, host="b"))
+    assert answer(slow, others).word is Word.FAIL, "a newer run without that node says nothing of it"
+    cleared = replace(others, by_node=nodes(*[17960.0] * 9))
+    assert answer(slow, cleared).word is Word.PASS and answer(cleared, slow).word is Word.PASS
+
+
+def test_a_newer_run_that_cannot_be_judged_does_not_hide_an_older_fault() -> None:
+    slow = run("slow", 9, 15000, "2026-11-19T08:00:00Z")
+    going = run("going", 9, 17900, "2026-11-20T08:00:00Z", state="RUNNING", problems=("still RUNNING",))
+    assert answer(going, slow).word is Word.FAIL
+    assert answer(going, GOOD[1], slow).word is Word.PASS, "the newest that could be judged"
+
+
+def test_without_a_comparable_row_nothing_is_said() -> None:
+    other = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
+    found = answer(other)
+    assert found.word is Word.CANNOT_SAY and "there is no result of a B300" in found.headline
+    assert finding(found, "Speed")[0] == "CANNOT SAY"
+    assert not [text for one in found.findings for text in one.texts if "of published" in text]
+    compiled = run("compiled", 9, 25000, "2026-11-20T08:00:00Z", compile=True)
+    assert answer(compiled).word is Word.CANNOT_SAY
+    assert "not judged: compiled: not like with like" in finding(answer(*GOOD, compiled), "Speed")[1]
+
+
+def test_a_failed_run_and_waiting_for_data_are_told() -> None:
+    failed = run(
+        "failed", 9, 17900, "2026-11-21T08:00:00Z", state="FAILED", problems=("FAILED (exit code 1)",)
+    )
+    found = answer(failed, *GOOD[::2])
+    assert found.word is Word.FAIL and "failed: failed" in found.headline
+    assert finding(found, "Ends and loss") == ("FAIL", "failed: the run ended FAILED (exit code 1)")
+    hungry = replace(GOOD[1], data_share=0.063)
+    assert finding(answer(hungry), "Data")[0] == "look" and "6.3%" in finding(answer(hungry), "Data")[1]
+    assert finding(answer(replace(hungry, data_share=None)), "Data")[0] == "CANNOT SAY"
+
+
+def test_clusters_have_an_answer_each() -> None:
+    found = answers(
+        health(
+            [GOOD[0], replace(GOOD[1], cluster="other", state="FAILED", problems=("FAILED",))], published()
+        )
+    )
+    assert [(one.name, one.word) for one in found] == [
+        ("GB200 on crusoe", "PASS"),
+        ("GB200 on other", "FAIL"),
+    ]
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def test_every_run_has_accepts_verdict_and_its_reason() -> None:
+    runs = sample()
+    rows = [row for row in table(health(runs, published()), published()).rows if row.run is not None]
+    for row, one in zip(rows, runs, strict=True):
+        verdict = judge(one, published(), losses=published())
+        assert row.tags[0][1] == str(verdict.word)
+        assert verdict.word is Word.PASS or verdict.reasons[0].what in row.why
+    text = rendered(*runs)
+    assert text.count('class="tag fail">FAIL<') == 4 and 'class="tag cannot">CANNOT SAY<' in text
+    assert 'class="tag complete"' not in text
+
+
+def test_shares_slow_nodes_and_data_stand_in_columns() -> None:
+    slow = run("slow", 9, 16180, "2026-11-20T08:00:00Z", slow=0.9)
+    hungry = replace(slow, run="hungry", data_share=0.021, nodes=6, gpus=24, global_batch_size=120)
+    assert [(cell.text, cell.more) for cell in cells(slow, hungry, name="Of published")] == [
+        ("90.0%", "of 17,975"),
+        ("90.0%", "of 17,975 on 9 nodes"),
+    ]
+    assert (
+        cells(slow, name="Slowest node")[0].flag == "slow"
+        and cells(slow, name="Slowest node")[0].more == "gb200-005"
+    )
+    assert [cell.flag for cell in cells(slow, hungry, name="Data wait")] == ["", "high"]
+    assert 'class="tag flag">high<' in rendered(hungry)
+
+
+def test_what_all_rows_share_is_said_once() -> None:
+    made = table(health(GOOD, published()), published())
+    names = [column.name for column in made.columns]
+    assert "Recipe" not in names and "Cluster" not in names and "Nodes" in names
+    assert dict(made.common) == {"Recipe": "llama3-8b batch 5 × 8,192, bfloat16", "Cluster": "crusoe"}
+    other = table(
+        health([*GOOD, run("compiled", 9, 19000, "2026-11-18T08:00:00Z", compile=True)], published()),
+        published(),
+    )
+    assert "Recipe" in [column.name for column in other.columns] and dict(other.common) == {
+        "Cluster": "crusoe"
+    }
+    bare = [replace(one, mfu_pct=None, data_share=None) for one in GOOD]
+    assert "Data wait" not in [
+        column.name for column in table(health(bare, published()), published()).columns
+    ]
+
+
+def test_a_strip_with_a_slow_node_is_open_and_says_so_however_old() -> None:
+    newer = [run(f"good-{number}", 9, 17960, "2026-11-20T08:00:00Z") for number in range(NEWEST_OPEN + 1)]
+    text = rendered(*newer, run("old", 9, 17960, "2026-10-20T08:00:00Z", slow=0.9))
+    strips = re.findall(
+        r'<details class="strip"[^>]*?( open)?><summary><span class="run">([^<]*)</span>(.*?):', text
+    )
+    assert strips[-2] == ("", f"good-{NEWEST_OPEN}", "")
+    assert strips[-1][:2] == (" open", "old") and "slow node" in strips[-1][2]
+
+
+# --- charts -------------------------------------------------------------------------------------------------
+
+
+def with_steps(one: Outcome) -> Outcome:
+    steps = tuple(point.step for point in one.series)
+    return replace(
+        one, by_node=tuple(replace(n, steps=tuple((s, n.tps or 0.0) for s in steps)) for n in one.by_node)
+    )
+
+
+FAST = replace(run("fast", 9, 24000, "2026-11-18T08:00:00Z", compile=True), precision="bfloat16 + mxfp8")
+
+
+def test_each_kind_of_run_has_its_own_throughput_chart_with_what_it_is_measured_by() -> None:
+    slow = with_steps(run("slow", 9, 17960, "2026-11-20T08:00:00Z", slow=0.9))
+    figures = of_gpu([*GOOD, slow, FAST], published(), "GB200", 0).figures
+    usual, fast = (figure for figure in figures if figure.title.startswith("Throughput"))
+    assert "fast" not in " ".join(row[0] for row in usual.rows) and fast.rows[0][0] == "5 fast"
+    assert [entry.text for entry in usual.legend if "published" in entry.text] == [
+        "published on 3 nodes (source-page): 18,284",
+        "published on 9 nodes (source-page): 17,975",
+        "published on 17 nodes (source-page): 17,581",
+    ]
+    assert usual.chart.count('class="line published"') == 3 and "published" not in fast.chart
+    (thin,) = (entry for entry in usual.legend if entry.text.startswith("thin: gb200-005, −9.6%"))
+    assert thin.run == 3 and usual.chart.count('thin" d=') == 1
+    assert any("more than 5% below" in note for note in usual.notes)
+    assert not any("thin" in entry.text for entry in of_gpu(GOOD, published(), "GB200", 0).figures[0].legend)
+
+
+def test_kinds_of_the_same_name_say_what_tells_them_apart() -> None:
+    other = outcome(run="other", settings={"recipe.activation_checkpoint": "full"})
+    titles = [figure.title for figure in of_gpu([outcome(), other], [], "GB200", 0).figures]
+    assert "activation checkpointing selective" in titles[0] and "activation checkpointing full" in titles[1]
+
+
+def test_every_axis_that_does_not_start_at_0_says_so() -> None:
+    for gpu in ("GB200", "H100"):
+        for figure in of_gpu(sample(), published(), gpu, 0).figures:
+            lowest = re.search(r'<path class="grid"[^>]*/><text[^>]*>([^<]*)<', figure.chart)
+            assert lowest is not None and lowest[1] != "0"
+            assert f"The vertical axis starts at {lowest[1]}, not at 0." in figure.notes
+    from_0 = replace(
+        GOOD[0], series=tuple(replace(point, loss=12.0 / point.step) for point in GOOD[0].series)
+    )
+    (loss,) = (
+        figure for figure in of_gpu([from_0], [], "GB200", 0).figures if figure.title.startswith("Loss")
+    )
+    assert not [note for note in loss.notes if "axis" in note]
+
+
+def test_a_size_that_was_run_twice_has_two_dots() -> None:
+    twice = [FAST, replace(FAST, run="again", tps=replace(FAST.tps, median=23000.0))]
+    scaling = of_gpu([*GOOD, *twice], published(), "GB200", 0).figures[-1].chart
+    assert len(re.findall(r'<circle class="dot c1"', scaling)) == 2, "and none at their median"
+
+
+# --- plots --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn() -> Any:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'titan-launcher[report]'")
+    from launcher.report.plots import _figure
+
+    def draw(name: str, *outcomes: Outcome) -> list[Any]:
+        figure = _figure(name, outcomes, published())
+        assert figure is not None
+        return list(figure.axes)
+
+    return draw
+
+
+def test_the_median_of_two_runs_has_no_marker(drawn: Any) -> None:
+    again = replace(GOOD[1], run="again", tps=replace(GOOD[1].tps, median=17000.0))
+    (axes,) = drawn("scaling", *GOOD, again)
+    marked = [line for line in axes.lines if line.get_marker() not in ("None", "", None)]
+    assert sorted(line.get_linestyle() for line in marked) == ["--", "None"], (
+        "published rows, and the runs themselves"
+    )
+    (runs,) = (line for line in marked if line.get_linestyle() == "None")
+    assert sorted(runs.get_ydata()) == [17000, 17590, 17960, 18260]
+
+
+def test_lines_of_one_colour_are_told_apart_by_their_numbers(drawn: Any) -> None:
+    twelve = [replace(GOOD[0], run=f"r{number}") for number in range(1, 13)]
+    for name in ("throughput", "loss"):
+        (axes,) = drawn(name, *twelve)
+        written = [text for text in axes.texts if text.get_text().isdigit()]
+        assert {text.get_text() for text in written} == {str(number) for number in range(1, 13)}
+        heights = sorted(text.xyann[1] for text in written)
+        assert all(b - a > 0.03 for a, b in pairwise(heights)), "and apart from each other"
+        assert written[3].get_color() == written[11].get_color()
+
+
+def test_plots_have_the_charts_of_the_page(drawn: Any) -> None:
+    slow = with_steps(run("slow", 9, 17960, "2026-11-20T08:00:00Z", slow=0.9))
+    usual, fast = drawn("throughput", *GOOD, slow, FAST)
+    labels = [text.get_text() for text in usual.get_legend().get_texts()]
+    assert "P9 published on 9 nodes: 17,975" in labels and "5 fast" not in labels
+    assert any(label.startswith("4 thin: gb200-005, −9.6%") for label in labels)
+    assert [text.get_text() for text in fast.get_legend().get_texts()] == ["5 fast"]
+
+
+def test_plots_say_where_an_axis_does_not_start_at_0(drawn: Any) -> None:
+    for name in ("throughput", "loss", "scaling"):
+        for axes in drawn(name, *sample()):
+            assert axes.get_ylim()[0] > 0 and axes.get_ylabel() == "the axis does not start at 0"
+    from_0 = replace(GOOD[0], series=tuple(replace(p, loss=p.step - 1.0) for p in GOOD[0].series))
+    assert drawn("loss", from_0)[0].get_ylabel() == ""
