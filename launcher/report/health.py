@@ -110,7 +110,8 @@ def _headline(word: Word, counted: Sequence[Health], slow: Sequence[tuple[NodeCe
     fast = [run for run in counted if run.verdict.word is Word.PASS and run.verdict.share is not None]
     reached = f"{_shares(fast)} of the published tokens/s on {_sizes(fast)}" if fast else ""
     if word is Word.PASS:
-        return f"as fast as published: {reached}"
+        waiting = "; steps wait for data" if any(run.waits_for_data for run in counted) else ""
+        return f"good: {reached}{waiting}"
     parts = []
     if below := [run for run in counted if _too_slow(run)]:
         parts.append(f"only {_shares(below)} of the published tokens/s on {_sizes(below)}")
@@ -155,9 +156,12 @@ def _speed(counted: Sequence[Health]) -> Finding:
         )
     if fast:
         texts.append(f"{_shares(fast)} of published on {_sizes(fast)}")
-    for run in unknown[:MOST_NAMED]:
-        texts.append(f"not judged: {run.outcome.run}: {run.verdict.reasons[0].what.removeprefix('speed: ')}")
-    texts += _more(unknown, " not judged")
+    by_reason: dict[str, list[str]] = {}
+    for run in unknown:
+        why = run.verdict.reasons[0].what.removeprefix("speed: ")
+        by_reason.setdefault(why, []).append(run.outcome.run)
+    texts += [f"not judged: {_some(names)}: {why}" for why, names in list(by_reason.items())[:MOST_NAMED]]
+    texts += _more(list(by_reason), " reasons")
     word = Word.FAIL if below else OK if fast else Word.CANNOT_SAY
     return Finding("Speed", str(word), tuple(texts))
 
@@ -200,12 +204,12 @@ def _rest(counted: Sequence[Health]) -> Finding:
     broken = [(run, faults) for run in counted if (faults := _other_faults(run))]
     texts = [f"{run.outcome.run}: {'; '.join(faults)}" for run, faults in broken[:MOST_NAMED]]
     texts += _more(broken)
-    judged = sum(not _unjudged(run) for run in counted)
+    whole = sum(run.outcome.complete for run in counted)
     if broken:
         return Finding("Ends and loss", str(Word.FAIL), tuple(texts))
-    if judged:
-        return Finding("Ends and loss", OK, (f"nothing wrong in {_count(judged, 'judged run')}",))
-    return Finding("Ends and loss", str(Word.CANNOT_SAY), ("no run could be judged",))
+    if whole:
+        return Finding("Ends and loss", OK, (f"nothing wrong in {_count(whole, 'complete run')}",))
+    return Finding("Ends and loss", str(Word.CANNOT_SAY), ("no run is complete",))
 
 
 def _shares(runs: Sequence[Health]) -> str:

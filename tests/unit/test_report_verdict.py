@@ -52,10 +52,7 @@ def rendered(*outcomes: Outcome) -> str:
 def test_a_good_cluster() -> None:
     found = answer(*GOOD)
     assert found.word is Word.PASS
-    assert (
-        found.headline
-        == "as fast as published: 99.9% to 100.1% of the published tokens/s on 3, 9 and 17 nodes"
-    )
+    assert found.headline == "good: 99.9% to 100.1% of the published tokens/s on 3, 9 and 17 nodes"
     assert {one.word for one in found.findings} == {"ok"}
 
 
@@ -93,6 +90,9 @@ def test_without_a_comparable_row_nothing_is_said() -> None:
     found = answer(other)
     assert found.word is Word.CANNOT_SAY and "there is no result of a B300" in found.headline
     assert finding(found, "Speed")[0] == "CANNOT SAY"
+    again = answer(other, replace(other, run="3n", nodes=3))
+    assert finding(again, "Speed")[1].startswith("not judged: 3n, 9n: there is no result of a B300")
+    assert finding(again, "Ends and loss") == ("ok", "nothing wrong in 2 complete runs")
     assert not [text for one in found.findings for text in one.texts if "of published" in text]
     compiled = run("compiled", 9, 25000, "2026-11-20T08:00:00Z", compile=True)
     assert answer(compiled).word is Word.CANNOT_SAY
@@ -107,6 +107,7 @@ def test_a_failed_run_and_waiting_for_data_are_told() -> None:
     assert found.word is Word.FAIL and "failed: failed" in found.headline
     assert finding(found, "Ends and loss") == ("FAIL", "failed: the run ended FAILED (exit code 1)")
     hungry = replace(GOOD[1], data_share=0.063)
+    assert answer(hungry).headline.endswith("on 9 nodes; steps wait for data")
     assert finding(answer(hungry), "Data")[0] == "look" and "6.3%" in finding(answer(hungry), "Data")[1]
     assert finding(answer(replace(hungry, data_share=None)), "Data")[0] == "CANNOT SAY"
 
