@@ -4,14 +4,14 @@ type. Pure functions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.report.figures import Heat, NodeCell, drawable, heat, work
-from launcher.results.accept import MAX_SPREAD, THRESHOLD, Verdict, Word, judge
+from launcher.results.accept import MAX_SPREAD, MAX_WAITING, THRESHOLD, Verdict, Word, judge
 from launcher.results.outcome import Outcome
 
-MOST_DATA = 0.02  # of a step spent waiting for data: more is worth a look
 MOST_NAMED = 6  # runs, nodes or sizes in one line of the answer
 OK, LOOK = "ok", "look"
 
@@ -28,7 +28,7 @@ class Health:
     @property
     def waits_for_data(self) -> bool:
         share = self.outcome.data_share
-        return share is not None and share > MOST_DATA
+        return share is not None and share > MAX_WAITING
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def _headline(word: Word, counted: Sequence[Health], slow: Sequence[tuple[NodeCe
     parts = []
     if below := [run for run in counted if _too_slow(run)]:
         parts.append(f"only {_shares(below)} of the published tokens/s on {_sizes(below)}")
+    if halting := [run.outcome.run for run in counted if _faults(run, "pace: ")]:
+        parts.append(f"stood still now and then: {_some(halting)}")
     if slow:
         parts.append(f"slow: {_some([cell.host for cell, _ in slow])}")
     if broken := [run for run in counted if _other_faults(run)]:
@@ -123,19 +125,19 @@ def _headline(word: Word, counted: Sequence[Health], slow: Sequence[tuple[NodeCe
 
 
 def _too_slow(run: Health) -> bool:
-    return any(
-        reason.word is Word.FAIL and reason.what.startswith("speed: ") for reason in run.verdict.reasons
-    )
+    return bool(_faults(run, "speed: "))
+
+
+def _faults(run: Health, about: str) -> list[str]:
+    """Why accept says FAIL, of what it begins with `about`."""
+    failing = (reason.what for reason in run.verdict.reasons if reason.word is Word.FAIL)
+    return [what.removeprefix(about) for what in failing if what.startswith(about)]
 
 
 def _other_faults(run: Health) -> list[str]:
-    """Why accept says FAIL, but for speed and nodes, which have lines of their own."""
-    told = ("speed: ", "nodes: ") if run.nodes and run.nodes.slow else ("speed: ",)
-    return [
-        reason.what
-        for reason in run.verdict.reasons
-        if reason.word is Word.FAIL and not reason.what.startswith(told)
-    ]
+    """Why accept says FAIL, but for speed, pace and nodes, which have lines of their own."""
+    told = ("speed: ", "pace: ", *(("nodes: ",) if run.nodes and run.nodes.slow else ()))
+    return [what for what in _faults(run, "") if not what.startswith(told)]
 
 
 def _speed(counted: Sequence[Health]) -> Finding:
@@ -143,7 +145,7 @@ def _speed(counted: Sequence[Health]) -> Finding:
     fast = [run for run in counted if run.verdict.share is not None and run.verdict.share >= THRESHOLD]
     unknown = [run for run in counted if _unjudged(run)]
     texts = [
-        f"{_nodes_of(run)}: {100 * (run.verdict.share or 0):.1f}% of published, below the {100 * THRESHOLD:g}% "
+        f"{_nodes_of(run)}: {share_text(run.verdict.share or 0.0)} of published, below the {100 * THRESHOLD:g}% "
         f"asked for ({run.outcome.run})"
         for run in below[:MOST_NAMED]
     ]
@@ -154,6 +156,8 @@ def _speed(counted: Sequence[Health]) -> Finding:
         texts.append(
             f"what differs from the published run: launcher compare {below[0].outcome.run} published"
         )
+    halting = [(run, fault) for run in counted for fault in _faults(run, "pace: ")]
+    texts += [f"{run.outcome.run}: {fault}" for run, fault in halting[:MOST_NAMED]] + _more(halting)
     if fast:
         texts.append(f"{_shares(fast)} of published on {_sizes(fast)}")
     by_reason: dict[str, list[str]] = {}
@@ -162,7 +166,7 @@ def _speed(counted: Sequence[Health]) -> Finding:
         by_reason.setdefault(why, []).append(run.outcome.run)
     texts += [f"not judged: {_some(names)}: {why}" for why, names in list(by_reason.items())[:MOST_NAMED]]
     texts += _more(list(by_reason), " reasons")
-    word = Word.FAIL if below else OK if fast else Word.CANNOT_SAY
+    word = Word.FAIL if below or halting else OK if fast else Word.CANNOT_SAY
     return Finding("Speed", str(word), tuple(texts))
 
 
@@ -196,7 +200,7 @@ def _data(counted: Sequence[Health]) -> Finding:
     most, run = max(known, key=lambda found: found[0])
     text = f"at most {100 * most:.1f}% of a step is waiting for data"
     if run.waits_for_data:
-        text = f"{100 * most:.1f}% of a step is waiting for data ({run.outcome.run}); up to {100 * MOST_DATA:g}% is usual"
+        text = f"{100 * most:.1f}% of a step is waiting for data ({run.outcome.run}); up to {100 * MAX_WAITING:g}% is usual"
     return Finding("Data", LOOK if run.waits_for_data else OK, (text,))
 
 
@@ -213,9 +217,14 @@ def _rest(counted: Sequence[Health]) -> Finding:
 
 
 def _shares(runs: Sequence[Health]) -> str:
-    shares = sorted(f"{100 * (run.verdict.share or 0):5.1f}" for run in runs)
-    low, high = shares[0].strip(), shares[-1].strip()
-    return f"{low}%" if low == high else f"{low}% to {high}%"
+    shares = [run.verdict.share or 0.0 for run in runs]
+    low, high = share_text(min(shares)), share_text(max(shares))
+    return low if low == high else f"{low} to {high}"
+
+
+def share_text(share: float) -> str:
+    """Rounded down as accept does, so that what is below 95% never reads 95.0%."""
+    return f"{math.floor(1000 * share + 1e-6) / 10:.1f}%"
 
 
 def _sizes(runs: Sequence[Health]) -> str:

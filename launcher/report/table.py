@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.report.figures import drawable, percent, source_of
-from launcher.report.health import Health
+from launcher.report.health import Health, share_text
 from launcher.results.accept import Word
 from launcher.results.outcome import Outcome
-from launcher.results.rows import mfu_text
+from launcher.results.rows import median_mfu_pct, mfu_text
 
 TAGS = {Word.PASS: "pass", Word.FAIL: "fail", Word.CANNOT_SAY: "cannot"}  # classes of the style sheet
 
@@ -63,7 +63,7 @@ class Table:
 
 
 COLUMNS = (  # after "Run" and "Result"
-    Column("Of published", True),
+    Column("Of published", True, wide=True),
     Column("Tokens/s per GPU", True),
     Column("Slowest node", True, wide=True),
     Column("Data wait", True),
@@ -124,7 +124,7 @@ def _of_published(row: Outcome) -> Row:
 
 
 def _cells(outcome: Outcome, below_tps: str, below_loss: str, slowest: Cell, data: Cell) -> tuple[Cell, ...]:
-    mfu = outcome.mfu_pct
+    mfu = median_mfu_pct(outcome)
     percent, _, peak = mfu_text(mfu, outcome.peak_tflops).partition(" of ")
     work = [f"batch {outcome.local_batch_size:,}{f' × {outcome.seq_len:,}' if outcome.seq_len else ''}"]
     work += [*filter(None, [outcome.precision]), *(["compiled"] if outcome.compile else [])]
@@ -150,7 +150,7 @@ def _share(run: Health) -> Cell:
     if share is None or row is None or row.tps is None:
         return Cell("")
     size = "" if row.gpus == run.outcome.gpus else f" on {row.nodes} node{'s' if row.nodes > 1 else ''}"
-    return number(100 * share, 1, "%", f"of {row.tps.median:,.0f}{size}")
+    return Cell(share_text(share), 100 * share, f"of {row.tps.median:,.0f}{size}")
 
 
 def _slowest(run: Health) -> Cell:

@@ -26,10 +26,11 @@ from launcher.report.figures import (
     differences,
     heat,
     lines,
+    percent,
     scaling,
     thin,
 )
-from launcher.report.page import page, percent, seconds
+from launcher.report.page import page, seconds
 from launcher.results.outcome import NodeResult, Outcome, Startup
 from launcher.results.published import published
 from tests.browser.sample_runs import MARKUP, run, sample
@@ -286,7 +287,7 @@ def test_no_name_is_ever_markup(name: str, value: str) -> None:
         first = replace(
             outcome(problems=(value,), notes=(value,), settings={"env.A": value}, by_node=nodes(1.0, 2.0, host=name)),
             run=name, cluster=value, gpu=name, recipe=name, precision=f"p{value}", date=f"2026-11-20T{value}",
-            state=value, versions={value: name},
+            state=f"x{value}", versions={value: name},
         )  # fmt: skip
         rows = [replace(published()[0], run=f"{value} (x)", gpu=name)]
         text = page(

@@ -17,7 +17,7 @@ from launcher.results.accept import Word, judge
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
 from tests.browser.sample_runs import run, sample
-from tests.unit.outcomes import nodes, outcome
+from tests.unit.outcomes import nodes, outcome, spread
 
 GOOD = [
     run("17n", 17, 17590, "2026-11-21T08:00:00Z"),
@@ -52,18 +52,18 @@ def rendered(*outcomes: Outcome) -> str:
 def test_a_good_cluster() -> None:
     found = answer(*GOOD)
     assert found.word is Word.PASS
-    assert found.headline == "good: 99.9% to 100.1% of the published tokens/s on 3, 9 and 17 nodes"
+    assert found.headline == "good: 99.8% to 100.0% of the published tokens/s on 3, 9 and 17 nodes"
     assert {one.word for one in found.findings} == {"ok"}
 
 
 def test_a_slow_size_is_named_with_what_to_do() -> None:
-    found = answer(replace(GOOD[0], tps=replace(GOOD[0].tps, median=15800.0)), *GOOD[1:])
-    assert found.word is Word.FAIL and "only 89.9% of the published tokens/s on 17 nodes" in found.headline
+    found = answer(replace(GOOD[0], tps=spread(15800.0, count=153)), *GOOD[1:])
+    assert found.word is Word.FAIL and "only 89.8% of the published tokens/s on 17 nodes" in found.headline
     word, text = finding(found, "Speed")
     assert (
-        word == "FAIL" and "17 nodes: 89.9% of published" in text and "launcher compare 17n published" in text
+        word == "FAIL" and "17 nodes: 89.8% of published" in text and "launcher compare 17n published" in text
     )
-    assert "slow only on more nodes" in text and "99.9% of published on 3 and 9 nodes" in text
+    assert "slow only on more nodes" in text and "99.8% to 99.9% of published on 3 and 9 nodes" in text
     assert "one slow GPU or link can slow all" in finding(found, "Nodes")[1]
 
 
@@ -97,6 +97,20 @@ def test_without_a_comparable_row_nothing_is_said() -> None:
     compiled = run("compiled", 9, 25000, "2026-11-20T08:00:00Z", compile=True)
     assert answer(compiled).word is Word.CANNOT_SAY
     assert "not judged: compiled: not like with like" in finding(answer(*GOOD, compiled), "Speed")[1]
+
+
+def test_a_run_that_stood_still_is_slow_whatever_its_median() -> None:
+    found = answer(replace(GOOD[1], overall_tps=15000.0))
+    assert found.word is Word.FAIL and "stood still now and then: 9n" in found.headline
+    word, text = finding(found, "Speed")
+    assert word == "FAIL" and text.startswith("9n: 15,000 tokens/s per GPU over all the time after warm-up")
+    assert finding(found, "Ends and loss")[0] == "ok"
+
+
+def test_a_share_below_the_limit_never_reads_as_the_limit() -> None:
+    just = replace(GOOD[1], tps=spread(0.9499 * 17975))
+    assert "9 nodes: 94.9% of published, below the 95%" in finding(answer(just), "Speed")[1]
+    assert cells(just, name="Of published")[0].text == "94.9%"
 
 
 def test_a_failed_run_and_waiting_for_data_are_told() -> None:
@@ -234,7 +248,7 @@ def test_every_axis_that_does_not_start_at_0_says_so() -> None:
 
 
 def test_a_size_that_was_run_twice_has_two_dots() -> None:
-    twice = [FAST, replace(FAST, run="again", tps=replace(FAST.tps, median=23000.0))]
+    twice = [FAST, replace(FAST, run="again", tps=spread(23000.0))]
     scaling = of_gpu([*GOOD, *twice], published(), "GB200", 0).figures[-1].chart
     assert len(re.findall(r'<circle class="dot c1"', scaling)) == 2, "and none at their median"
 
@@ -256,7 +270,7 @@ def drawn() -> Any:
 
 
 def test_the_median_of_two_runs_has_no_marker(drawn: Any) -> None:
-    again = replace(GOOD[1], run="again", tps=replace(GOOD[1].tps, median=17000.0))
+    again = replace(GOOD[1], run="again", tps=spread(17000.0))
     (axes,) = drawn("scaling", *GOOD, again)
     marked = [line for line in axes.lines if line.get_marker() not in ("None", "", None)]
     assert sorted(line.get_linestyle() for line in marked) == ["--", "None"], (
