@@ -160,6 +160,8 @@ def _speed(counted: Sequence[Health]) -> Finding:
     texts += [f"{run.outcome.run}: {fault}" for run, fault in halting[:MOST_NAMED]] + _more(halting)
     if fast:
         texts.append(f"{_shares(fast)} of published on {_sizes(fast)}")
+    if others := list(filter(None, map(_other_size, (*below, *fast)))):
+        texts.append(f"measured by a row of another size: {_some(others)}")
     by_reason: dict[str, list[str]] = {}
     for run in unknown:
         why = run.verdict.reasons[0].what.removeprefix("speed: ")
@@ -168,6 +170,14 @@ def _speed(counted: Sequence[Health]) -> Finding:
     texts += _more(list(by_reason), " reasons")
     word = Word.FAIL if below or halting else OK if fast else Word.CANNOT_SAY
     return Finding("Speed", str(word), tuple(texts))
+
+
+def _other_size(run: Health) -> str:
+    """`9n by 3 nodes`, where the published row has another number of GPUs than the run."""
+    row = run.verdict.baseline
+    if row is None or row.gpus == run.outcome.gpus:
+        return ""
+    return f"{run.outcome.run} by {_count(row.nodes, 'node')}"
 
 
 def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[NodeCell, Health]]]:

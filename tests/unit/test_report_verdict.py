@@ -113,6 +113,12 @@ def test_a_share_below_the_limit_never_reads_as_the_limit() -> None:
     assert cells(just, name="Of published")[0].text == "94.9%"
 
 
+def test_a_row_of_another_size_is_named() -> None:
+    six = replace(GOOD[1], run="six", nodes=6, gpus=24, global_batch_size=120)
+    assert "measured by a row of another size: six by 9 nodes" in finding(answer(six), "Speed")[1]
+    assert "another size" not in finding(answer(*GOOD), "Speed")[1]
+
+
 def test_a_failed_run_and_waiting_for_data_are_told() -> None:
     failed = run(
         "failed", 9, 17900, "2026-11-21T08:00:00Z", state="FAILED", problems=("FAILED (exit code 1)",)
