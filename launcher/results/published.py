@@ -250,7 +250,7 @@ class Match:
 
 def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
     """The row of the same GPU and settings; of several a long run's, then the nearest number of GPUs, where rows
-    within a factor of two that were measured with the same driver come first.
+    within a factor of two that were measured with the same driver come before others; the same number comes before all.
 
     Near is meant as a ratio: 36 GPUs are nearer to 68 than to 12. Of two as near, the larger; then the first.
     """
@@ -272,13 +272,12 @@ def nearest(outcome: Outcome, rows: Sequence[Outcome]) -> Outcome | None:
 
 def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, bool, bool, float, int]:
     factor = factor_between(outcome, row)
-    near = factor <= NEAR
     # Rounded, so that 8 GPUs are exactly as far from 4 as from 16.
     return (
         len(unlike(outcome, row)),
         (row.step or 0) < LONG <= outcome.steps,
-        not near,
-        near and _other_driver(outcome, row),
+        factor > NEAR,
+        1 < factor <= NEAR and _other_driver(outcome, row),
         round(math.log(factor), 9),
         -row.gpus,
     )

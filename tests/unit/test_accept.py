@@ -174,6 +174,8 @@ def test_a_row_of_the_same_driver_comes_first() -> None:
     assert (new.word, new.baseline and new.baseline.gpus) == (FAIL, 16)
     assert (old.word, old.baseline and old.baseline.gpus) == (PASS, 32)
     assert verdict(replace(h100, versions={})).baseline == old.baseline  # unknown: the nearest number
+    same = replace(h100, nodes=2, gpus=16, global_batch_size=32, versions={"driver": "570.172.08"})
+    assert (row := verdict(same).baseline) and row.gpus == 16  # the same number, though of the other driver
 
 
 def test_weights_that_were_trained_before_are_not_asked_to_fall() -> None:
