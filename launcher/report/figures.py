@@ -188,7 +188,9 @@ def source_of(row: Outcome) -> str:
 
 def _published_label(row: Outcome) -> str:
     parts = [f"published ({source_of(row)})", f"batch {row.local_batch_size}", row.precision]
-    return ", ".join([*filter(None, parts), *(["compiled"] if row.compile else [])])
+    more = ["compiled"] if row.compile else []
+    more += [f"driver {row.versions['driver']}"] if "driver" in row.versions else []
+    return ", ".join([*filter(None, parts), *more])
 
 
 def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:

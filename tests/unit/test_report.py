@@ -203,6 +203,13 @@ def test_published_rows_stand_apart_and_the_later_step_counts() -> None:
     assert scaling([], published(), "GB300") == []
 
 
+def test_rows_of_two_drivers_are_no_scaling_line() -> None:
+    """H100s: 8,714 tokens/s on 16 GPUs with driver 580, 7,582 on 32 with 570: no loss by size."""
+    groups = scaling([], published(), "H100")
+    assert [[dot.gpus for dot in group.dots] for group in groups] == [[32, 128], [16]]
+    assert [group.label.rpartition(", ")[2] for group in groups] == ["driver 570", "driver 580"]
+
+
 # --- nodes, start-up, settings ------------------------------------------------------------------------------
 
 
