@@ -19,7 +19,7 @@ from launcher.stage.image import stage_image
 from launcher.stage.target import refuse_unusable
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
-from tests.stage.test_image import image_bytes, source
+from tests.stage.stage_image import image_bytes, source
 from tests.stage.test_stage_c4 import stage_c4, train
 
 assert source  # the fixture
