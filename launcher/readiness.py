@@ -15,7 +15,8 @@ from launcher import placement
 from launcher.candidates import fitting, place_of, usable
 from launcher.check import WARNING, Check
 from launcher.cluster import slurm
-from launcher.cluster.facts import ClusterFacts, detect, detected
+from launcher.cluster.detect import detect, detected
+from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import expand
 from launcher.errors import LauncherError
 from launcher.layers import merge, names_of, read_layer

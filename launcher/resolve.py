@@ -304,7 +304,7 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 
     Otherwise the user is asked.
     """
-    from launcher.cluster.facts import detected
+    from launcher.cluster.detect import detected
     from launcher.cluster.profile import known_kinds, propose
 
     try:

@@ -72,7 +72,7 @@ def submit(
     run = _start(spec, secrets, as_json)
     if retries:
         from launcher import retry
-        from launcher.cluster.facts import detected
+        from launcher.cluster.detect import detected
         from launcher.cluster.parse import expand
 
         def again(name: str, origin: str, without: set[str]) -> Run:

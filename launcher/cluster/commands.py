@@ -32,7 +32,7 @@ def show(partition: str, as_json: bool) -> None:
     launcher cluster show
     launcher cluster show --partition batch --json
     """
-    from launcher.cluster.facts import detect
+    from launcher.cluster.detect import detect
     from launcher.cluster.profile import known_kinds, propose
 
     facts = detect().require(partition)
@@ -60,7 +60,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
     launcher cluster use gb200
     launcher cluster use h200 --partition batch
     """
-    from launcher.cluster.facts import detect
+    from launcher.cluster.detect import detect
     from launcher.cluster.profile import contradictions, known_kinds, propose
     from launcher.layers import absolute, find, read_layer
     from launcher.user_file import default_path, save

@@ -73,7 +73,7 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     import time
 
     from launcher.bad_nodes import DAY_S, BadNode, change, left_out_by_hand
-    from launcher.cluster.facts import detect
+    from launcher.cluster.detect import detect
 
     facts, now_s = detect(), time.time()
     names, text = _names(hosts), " ".join(reason.split())

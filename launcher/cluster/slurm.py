@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from launcher.cluster.parse import config
 from launcher.cluster.state import JobState, from_slurm
 from launcher.errors import ExitStatus, LauncherError
 
@@ -183,8 +184,6 @@ def ask(words: Sequence[str]) -> str:
 
 def cluster_name() -> str:
     """Slurm's ClusterName. Raises LauncherError where it cannot be told."""
-    from launcher.cluster.parse import config
-
     question = ("scontrol", "show", "config")
     said = _ask(*question)
     if name := config(said).get("ClusterName", ""):

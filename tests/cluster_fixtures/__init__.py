@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.cluster.facts import QUESTIONS
+from launcher.cluster.detect import QUESTIONS
 from launcher.errors import ExitStatus, LauncherError
 
 STAMP = "root@2026-03-04T05:06:07"

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.cluster import parse, slurm
-from launcher.cluster.facts import Block, ClusterFacts, Node, Partition, detect
+from launcher.cluster.detect import detect
+from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
 from launcher.cluster.profile import contradictions, known_kinds, propose
 from launcher.errors import ExitStatus, LauncherError
 from tests.cluster_fixtures import CLUSTERS, STAMP, FakeNode, answering, cluster, node_line, partition_line
