@@ -13,7 +13,7 @@ from datetime import datetime
 from launcher import placement
 from launcher.candidates import HELD, OUT, Place, fitting, number_of, place_of
 from launcher.cluster.facts import ClusterFacts, Node
-from launcher.cluster.parse import seconds
+from launcher.cluster.parse import DATE, seconds
 from launcher.output import some
 from launcher.spec import RunSpec
 from launcher.watch import duration
@@ -30,11 +30,16 @@ REASONS = (
     (r"PartitionNodeLimit|PartitionConfig", "it asks for more nodes than its partition has or allows: it never starts as it is", True),
     (r"PartitionTimeLimit", "its --time is above the partition's limit: it never starts as it is; sinfo -o '%P %l'", False),
     (r"PartitionDown|PartitionInactive", "its partition is closed to new starts", True),
+    (r"Reservation ?invalid", "its reservation is not one that it may use: scontrol show reservation, then launcher cancel", False),
     (r"Reservation$", "its reservation has not begun yet: scontrol show reservation", False),
     (r"ReservationDeleted", "its reservation no longer exists: cancel it", False),
     (r"BeginTime", "the time at which it may begin has not come", False),
     (r"DependencyNeverSatisfied", "the job that it depends on failed: it never starts", False),
     (r"Dependency", "it waits for another job to end", False),
+    (r"DeadLine", "it can no longer end before its deadline: it never starts", False),
+    (r"JobHoldMaxRequeue", "it was requeued too often, and Slurm holds it: scontrol release lets it go; launcher logs says why it fails", False),
+    (r"job requeued in held state", "it was requeued to be held: scontrol release lets it go", False),
+    (r"user env retrieval failed", "Slurm could not read your login environment on the node, and holds it: scontrol release lets it go", False),
     (r"JobHeldUser", "you hold it: scontrol release lets it go", False),
     (r"JobHeldAdmin", "an administrator holds it: ask why", False),
     (r"launch failed|JobLaunchFailure|SystemFailure|Prolog", "a node could not start it, and Slurm holds it: scontrol release after the node is repaired", False),
@@ -63,7 +68,7 @@ def explain(
     start: str = "",
     now: datetime | None = None,
 ) -> list[str]:
-    """Lines that tell why a job waits. `start`: Slurm's estimate (local time, ISO), "" or "N/A" for none."""
+    """Lines that tell why a job waits. `start`: Slurm's estimate (local time), as squeue prints it."""
     words, is_nodes = meaning(reason)
     lines = [words] if words else []
     if spec is not None and facts is not None and facts.nodes:
@@ -116,9 +121,11 @@ def _blocks(spec: RunSpec, facts: ClusterFacts, place: Place) -> list[str]:
 
 
 def _estimate(start: str, now: datetime | None) -> list[str]:
+    """From squeue's words: a warning may stand before the time, and a time zone, which is this machine's, behind it."""
+    said = re.findall(rf"^\s*({DATE.pattern})", start, re.MULTILINE)
     try:
-        when = datetime.fromisoformat(start)
-    except ValueError:
+        when = datetime.fromisoformat(said[-1])
+    except (IndexError, ValueError):
         return ["Slurm has no estimate of its start"]
     left = (when - now).total_seconds() if now else 0.0
     # Slurm's plan is as old as its last round of planning: a start in the past is one that is due.

@@ -114,7 +114,7 @@ class Refused(LauncherError):
 
 
 Listed = Mapping[str, tuple[str, JobState]]  # job id -> (job name, state)
-FORMAT = "--format=%i|%T|%r|%j"
+FORMAT = "--format=%i|%T|%j|%r"  # the reason is the last: it may hold any character
 
 
 def queue() -> Listed:
@@ -139,13 +139,19 @@ def _listed(out: str) -> Listed:
     jobs = {}
     for line in out.splitlines():
         parts = line.strip().split("|", 3)
-        if len(parts) == 4 and parts[0].isdigit():  # anything else is a warning, or an array's line
-            jobs[parts[0]] = (parts[3], from_slurm(parts[1], "squeue", parts[2]))
+        if re.fullmatch(r"[0-9]+", parts[0]):  # anything else is a warning, or an array's line
+            if len(parts) < 4:  # cut off: the job is there, and must not be taken for one that is gone
+                raise _nonsense(line)
+            jobs[parts[0]] = (parts[2], from_slurm(parts[1], "squeue", parts[3]))
     if out.strip() and not jobs and "|" not in out:
-        raise LauncherError(
-            "squeue answered nonsense", "squeue --me", status=ExitStatus.CLUSTER, original=out[:500]
-        )
+        raise _nonsense(out)
     return jobs
+
+
+def _nonsense(said: str) -> LauncherError:
+    return LauncherError(
+        "squeue answered nonsense", "squeue --me", status=ExitStatus.CLUSTER, original=said[:500]
+    )
 
 
 def accounting(job_ids: Iterable[str]) -> Listed:

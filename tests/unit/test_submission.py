@@ -27,7 +27,7 @@ echo "$(( $(cat jobs.txt "$JOBS" 2>/dev/null | wc -l) + 100 )) $name PENDING" >>
 tail -n1 "$JOBS" | cut -d' ' -f1
 """
 SQUEUE = (
-    """while read -r id name state; do echo "$id|$state|Priority|$name"; done <"$JOBS" 2>/dev/null; exit 0"""
+    """while read -r id name state; do echo "$id|$state|$name|Priority"; done <"$JOBS" 2>/dev/null; exit 0"""
 )
 
 

@@ -38,7 +38,7 @@ def test_a_job_number_that_belongs_to_somebody_else_now(launch: Launch, slurm: F
 def test_a_job_of_another_user_is_seen(launch: Launch, slurm: Fake, image: Path) -> None:
     launch(*SUBMIT)
     name = jobs(image)[0].split()[1]
-    slurm("squeue", f'case "$*" in *--jobs=100*) echo "100|RUNNING|None|{name}" ;; esac')
+    slurm("squeue", f'case "$*" in *--jobs=100*) echo "100|RUNNING|{name}|None" ;; esac')
     assert state(launch)["state"] == "RUNNING"
 
 

@@ -43,6 +43,11 @@ NOW = datetime(2026, 11, 22, 18, 0)
         ("Reservation", "has not begun"),
         ("ReservationDeleted", "no longer exists"),
         ("launch failed requeued held", "could not start it"),
+        ("JobHoldMaxRequeue", "requeued too often"),
+        ("job requeued in held state", "scontrol release"),
+        ("user env retrieval failed requeued held", "login environment"),
+        ("Reservation invalid", "not one that it may use"),
+        ("DeadLine", "never starts"),
         ("", "not looked at it"),
         ("None", "not looked at it"),
     ],
@@ -63,7 +68,8 @@ def test_every_line_of_the_table_can_be_reached() -> None:
         "Nodes required for job are DOWN", "BadConstraints", "NodeDown", "PartitionNodeLimit", "PartitionTimeLimit",
         "PartitionDown", "Reservation", "ReservationDeleted", "BeginTime", "DependencyNeverSatisfied", "Dependency",
         "JobHeldUser", "JobHeldAdmin", "JobLaunchFailure", "Licenses", "InvalidAccount", "InvalidQOS", "QOSGrpNodeLimit",
-        "AssocGrpNodeLimit", "Cleaning", "",
+        "AssocGrpNodeLimit", "Cleaning", "", "ReservationInvalid", "DeadLine", "JobHoldMaxRequeue",
+        "job requeued in held state", "user env retrieval failed requeued held",
     }  # fmt: skip
     assert {meaning(example)[0] for example in examples} == {text for _, text, _ in REASONS}
 
@@ -115,6 +121,24 @@ def test_a_start_that_is_past_is_due() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "2026-11-22T19:20:00+0100",
+        "2026-11-22T19:20:00.5",
+        "slurm: warning: 2026-11-30T00:00:00 is maintenance\n2026-11-22T19:20:00",
+        "2026-11-22T19:20:00\n",
+    ],
+)
+def test_an_estimate_with_more_words(said: str) -> None:
+    assert explain("Resources", None, None, said, NOW)[-1] == "estimated start: 2026-11-22 19:20, in 80 min"
+
+
+@pytest.mark.parametrize("said", ["N/A", "", "slurm: error", "2026-13-45T99:99:99"])
+def test_no_estimate(said: str) -> None:
+    assert explain("Resources", None, None, said, NOW)[-1] == "Slurm has no estimate of its start"
+
+
 def test_blocks_without_room_are_named() -> None:
     racks = (Block("rack-1", ("a0", "a1")), Block("rack-2", ("a2", "a3")))
     nodes = [
@@ -132,7 +156,7 @@ def test_status_tells_it(launch: Launch, slurm: Fake, image: Path) -> None:
 name=$(sed -n 's/^#SBATCH --job-name=//p' {script} 2>/dev/null)
 case "$*" in
 *--start*) echo 2036-01-01T10:00:00;;
-*) [ -z "$name" ] || echo "42|PENDING|PartitionNodeLimit|$name";;
+*) [ -z "$name" ] || echo "42|PENDING|$name|PartitionNodeLimit";;
 esac""")  # fmt: skip
     launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9", "--force")
     said = launch("status", "r").stdout
@@ -149,7 +173,7 @@ def test_status_without_an_answer_says_what_it_has(launch: Launch, slurm: Fake, 
     slurm(
         "squeue",
         f"""name=$(sed -n 's/^#SBATCH --job-name=//p' {script} 2>/dev/null)
-case "$*" in *--start*) exit 1;; esac; [ -z "$name" ] || echo "42|PENDING|Priority|$name" """,
+case "$*" in *--start*) exit 1;; esac; [ -z "$name" ] || echo "42|PENDING|$name|Priority" """,
     )
     launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9")
     done = launch("status", "r")
