@@ -77,10 +77,10 @@ def filesystem_error(path: Path, error: OSError, option: str = "") -> LauncherEr
     """The operating system's refusal, with what to do about the common ones; `option` is what names another place."""
     elsewhere = f": {option}" if option else ""
     fixes = {
-        errno.EACCES: f"choose a directory you can write{elsewhere}, or: ls -ld '{path.parent}'",
+        errno.EACCES: f"choose a directory you can write{elsewhere}, or: ls -ld {shlex.quote(str(path.parent))}",
         errno.EROFS: f"choose a directory you can write{elsewhere}",
-        errno.ENOSPC: f"free space on it (df -h '{path.parent}'), or choose another place{elsewhere}",
-        errno.EDQUOT: f"free space on it (quota -s; du -sh '{path.parent}'), or choose another place{elsewhere}",
+        errno.ENOSPC: f"free space on it (df -h {shlex.quote(str(path.parent))}), or choose another place{elsewhere}",
+        errno.EDQUOT: f"free space on it (quota -s; du -sh {shlex.quote(str(path.parent))}), or choose another place{elsewhere}",
         errno.ENOENT: f"choose another place{elsewhere}, or: mkdir -p '{path.parent}'",
         errno.ENOTDIR: f"choose a directory{elsewhere}",
         errno.ENAMETOOLONG: f"choose a shorter path{elsewhere}",

@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,15 +46,18 @@ def names_of(kind: str) -> list[str]:
     return sorted(p.stem for p in (data_dir("slurm") / kind).glob("*.toml"))
 
 
-def find(kind: str, name: str) -> Path:
-    """The file of a profile or recipe: one that travels with the launcher, or a path to the user's own."""
+def find(kind: str, name: str, how: str = "") -> Path:
+    """The file of a profile or recipe: one that travels with the launcher, or a path to the user's own.
+
+    `how`: what to type before its name; the option of `submit` by default.
+    """
     if "/" in name or name.endswith(".toml"):
         return Path(name).expanduser()
     known = names_of(kind)
     if name in known:
         return data_dir("slurm") / kind / f"{name}.toml"
     near = difflib.get_close_matches(name, known, 1, 0.5)
-    option = {"profiles": "--gpu", "recipes": "--recipe"}[kind]
+    option = how or {"profiles": "--gpu", "recipes": "--recipe"}[kind]
     raise LauncherError(
         f"there is no {kind[:-1]} {name[:80]!r}; known: {', '.join(known)}",
         f"{option} {near[0]}" if near else f"{option} {known[0]}, or {option} ./my.toml",
@@ -160,7 +164,12 @@ def convert(key: str, value: Any, origin: str) -> Any:
         raise refuse(key, value, "must be a list of strings", origin=origin)
     if type(value).__name__ != kind:
         words = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
-        raise refuse(key, value, f"must be {words[kind]}", origin=origin)
+        fix = (
+            f'{key.rpartition(".")[2]} = "{value}"'
+            if kind == "str" and isinstance(value, (int, float))
+            else ""
+        )
+        raise refuse(key, value, f"must be {words[kind]}", fix, origin)
     return value
 
 
@@ -182,7 +191,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         status = ExitStatus.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitStatus.FILESYSTEM
         raise LauncherError(
-            f"cannot read {path}: {error.strerror}", f"ls -l '{path}'", status=status
+            f"cannot read {path}: {error.strerror}", f"ls -l {shlex.quote(str(path))}", status=status
         ) from error
     except RecursionError as error:
         raise LauncherError(f"{path}: TOML nested too deeply") from error

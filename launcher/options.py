@@ -129,7 +129,7 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
         if key.startswith(("recipe.", "profile.")):
             if key not in FIELDS:
                 raise unknown_key(key, "--set")
-            values[key] = _toml_value(value)
+            values[key] = _toml_value(key, value)
         else:
             key = f"titan.{key}"
             values[key] = value
@@ -137,14 +137,17 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
     return RunOptions(values, origin, tuple(secret_names), secrets, given["config"], given["run_file"])
 
 
-def _toml_value(text: str) -> Any:
-    """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string."""
+def _toml_value(key: str, text: str) -> Any:
+    """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string, and so is 570.1 where one is wanted."""
     import tomllib
 
+    from launcher.layers import FIELDS
+
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         return text
+    return text if FIELDS[key].type == "str" and not isinstance(value, str) else value
 
 
 def _names(kind: str) -> Callable[..., list[str]]:

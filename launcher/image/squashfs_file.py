@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import stat
 import struct
@@ -63,13 +64,13 @@ def superblock(path: Path) -> Superblock:
     try:
         # A pipe or a device would block, or never end.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise LauncherError(f"{path}: not a file", f"ls -ld '{path}'")
+            raise LauncherError(f"{path}: not a file", f"ls -ld {shlex.quote(str(path))}")
         with open(path, "rb") as stream:
             head, size = stream.read(_SUPERBLOCK.size), os.fstat(stream.fileno()).st_size
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         status = ExitStatus.INVALID if missing else ExitStatus.FILESYSTEM
-        fix = f"ls -l '{Path(path).parent}'" if missing else f"ls -l '{path}'"
+        fix = f"ls -l {shlex.quote(str(Path(path).parent))}" if missing else f"ls -l {shlex.quote(str(path))}"
         raise LauncherError(f"{path}: {error.strerror}", fix, status=status) from None
     if size == 0:
         raise LauncherError(f"{path}: the file is empty", "copy or build it again")
@@ -261,7 +262,7 @@ def _failure(code: int, log: str, target: Path) -> LauncherError:
     last = "\n".join(log.strip().splitlines()[-5:])
     if "No space left" in log or "quota exceeded" in log:
         return LauncherError(
-            f"{target.parent}: no space left for the squashfs", f"df -h '{target.parent}'",
+            f"{target.parent}: no space left for the squashfs", f"df -h {shlex.quote(str(target.parent))}",
             status=ExitStatus.FILESYSTEM, original=last,
         )  # fmt: skip
     if "is not supported" in log and "Compressor" in log:

@@ -159,6 +159,14 @@ def test_a_wrong_file_is_named_with_the_place(text: str, expected: str, workplac
     assert caught.value.status is ExitStatus.INVALID
 
 
+def test_a_version_is_a_string(workplace: Path) -> None:
+    """570.1 is a number in TOML; a file is told to quote it, and --set takes it as it is."""
+    file = write(workplace / "mine.toml", "[profile]\ndriver = 570.1\n")
+    with pytest.raises(LauncherError) as caught:
+        resolve(options(job__gpu="b200", job__image="/x"), file, None, {})
+    assert caught.value.fix == 'driver = "570.1"'
+
+
 def test_an_unknown_key_comes_with_the_nearest(workplace: Path) -> None:
     file = write(workplace / "mine.toml", "[recipe]\nlocal_batchsize = 3\n")
     with pytest.raises(LauncherError) as caught:
