@@ -13,7 +13,7 @@ def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
     from launcher.stage import view
 
     found: list[Check] = []
-    of_image: list[str] = []
+    of_image: list[Check] = []
     for name, check in (("image", resolve.check_image), ("weights", resolve.check_weights)):
         try:
             of_image += check(spec) or []
@@ -22,7 +22,7 @@ def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
         else:
             if name == "image" and spec.job.image:
                 found.append(Check(name, OK, spec.job.image))
-    notes = [*of_image, *resolve.warnings(spec)]
+    notes = resolve.warnings(spec)
     try:
         spec, of_the_data = view.plan(spec)
     except LauncherError as error:
@@ -31,7 +31,7 @@ def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
         notes += of_the_data
         if not of_the_data:
             found.append(Check("data", OK, view.describe(spec)))
-    return spec, [*found, *(Check("files", WARNING, note) for note in notes)]
+    return spec, [*found, *of_image, *(Check("files", WARNING, note) for note in notes)]
 
 
 def _stopped(name: str, error: LauncherError) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster import slurm
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, find, merge, names_of, read_layer
 from launcher.spec import CONTROL, HUB, S3, RunSpec, validate
 from launcher.user_file import default_path
+
+if TYPE_CHECKING:
+    from launcher.image.inspect import ImageFacts
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
@@ -93,10 +99,10 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
     return values
 
 
-def check_image(spec: RunSpec) -> list[str]:
+def check_image(spec: RunSpec) -> list[Check]:
     """Refuses an image that no container can start from, or that cannot train on the profile's nodes.
 
-    Returns what could not be looked at, for the caller to warn of.
+    Returns what could not be looked at, and what else there is to say of it.
     """
     path = spec.job.image
     if spec.job.runtime == "bare":
@@ -105,11 +111,17 @@ def check_image(spec: RunSpec) -> list[str]:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         near = sorted(Path(path).parent.glob("*.sqsh"))[:3] if Path(path).parent.is_dir() else []
-        hint = f"there is: {', '.join(str(p) for p in near)}" if near else f"ls -l '{Path(path).parent}'"
+        hint = (
+            f"there is: {', '.join(str(p) for p in near)}"
+            if near
+            else f"ls -l {shlex.quote(str(Path(path).parent))}"
+        )
         raise LauncherError(f"--image {path}: no such file", hint) from None
     except OSError as error:
         raise LauncherError(
-            f"--image {path}: {error.strerror}", f"ls -ld '{Path(path).parent}'", status=ExitStatus.FILESYSTEM
+            f"--image {path}: {error.strerror}",
+            f"ls -ld {shlex.quote(str(Path(path).parent))}",
+            status=ExitStatus.FILESYSTEM,
         ) from None
     if spec.job.runtime == "apptainer":
         _check_sif(path)
@@ -117,14 +129,39 @@ def check_image(spec: RunSpec) -> list[str]:
     from launcher.image.inspect import inspect, problems
 
     facts = inspect(Path(path), required=False)
-    found = problems(facts, spec.profile.arch, spec.profile.device, spec.profile.driver)
+    found = problems(facts, spec.profile.arch, spec.profile.device, driver="")
     if found:
         raise LauncherError(
             f"--image {path}: {'; '.join(what for what, _ in found)}",
             found[0][1],
             original="\n".join(facts.notes),
         )
-    return [f"--image {path}: {note}" for note in facts.notes]
+    notes = [Check("files", WARNING, f"--image {path}: {note}") for note in facts.notes]
+    return [*_driver(spec, facts), *notes]
+
+
+def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
+    """CUDA needs a driver of its time; with NVIDIA's forward compatibility, an older one may do."""
+    from launcher.image.inspect import is_too_old, needed_driver
+
+    needed, driver = needed_driver(facts), spec.profile.driver
+    if not needed or spec.profile.device != "cuda":
+        return []
+    if not driver:
+        where = f" -p {shlex.quote(spec.job.partition)}" if spec.job.partition else ""
+        gres = f" --gres={spec.profile.gres}:1" if spec.profile.gres else ""
+        ask = f"srun -N1{where}{gres} nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        what = f"{needed}; which one the nodes have is not known here"
+        return [Check("driver", WARNING, what, "", f"{ask}; then --set profile.driver=VERSION")]
+    if not is_too_old(driver, facts):
+        return [Check("driver", OK, f"{needed}, the nodes have {driver}")]
+    return [
+        Check(
+            "driver", ERROR, f"{needed}, the nodes have {driver}",
+            "only NVIDIA's forward compatibility (cuda-compat), in the image or on the nodes, makes it run there",
+            "an image with an older CUDA, or a newer driver: nvidia-smi on a node",
+        )
+    ]  # fmt: skip
 
 
 def check_weights(spec: RunSpec) -> None:
@@ -164,7 +201,7 @@ def _check_sif(path: str) -> None:
         with open(path, "rb") as stream:
             head = stream.read(64)
     except OSError as error:
-        raise LauncherError(f"--image {path}: {error.strerror}", f"ls -ld '{path}'") from None
+        raise LauncherError(f"--image {path}: {error.strerror}", f"ls -ld {shlex.quote(str(path))}") from None
     if b"SIF_MAGIC" not in head:
         raise LauncherError(
             f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file"

@@ -157,15 +157,15 @@ _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 def _looked_at(spec: RunSpec, force: bool) -> RunSpec:
     """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
-    from launcher.check import refusal
+    from launcher.check import OK, refusal, sentence
     from launcher.look_here import look_here
 
     spec, checks = look_here(spec)
     if refused := refusal(checks, force):
         raise refused
     for check in checks:
-        if check.status == "warning":
-            warn(check.what)
+        if check.status != OK:
+            warn(plain(sentence(check)))
     return spec
 
 
@@ -213,6 +213,8 @@ def _print_plan(spec: RunSpec, as_json: bool) -> None:
         print_json({"run_dir": spec.run_dir, "data": describe(spec), "script": script, "torchrun": commands})
         return
     click.echo(script, nl=False)
+    if spec.job.scheduler == "slurm":
+        click.echo("\n# submit adds --segment and --exclude as the cluster has them then")
     click.echo(plain(f"\n# Data: {describe(spec)}"))
     for era, command in commands.items():
         text = "\n".join(f"# {line}".rstrip() for line in command.splitlines())

@@ -142,14 +142,29 @@ def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: 
                 "launcher image build stable, or --gpu cpu",
             )
         )
-    if driver and facts.driver_min and _numbers(driver) < _numbers(facts.driver_min):
+    if is_too_old(driver, facts):
         found.append(
             (
-                f"CUDA {facts.versions.get('cuda')} in the image needs driver {facts.driver_min}, the nodes have {driver}",
-                "an image with an older CUDA, or a newer driver: nvidia-smi on a node",
+                f"{needed_driver(facts)}, the nodes have {driver}",
+                "an image with an older CUDA, or a newer driver: nvidia-smi on a node; or NVIDIA's cuda-compat",
             )
         )
     return found
+
+
+def is_too_old(driver: str, facts: ImageFacts) -> bool:
+    """By its own, this driver does not run the image's CUDA; NVIDIA's forward compatibility may make it."""
+    return bool(driver and facts.driver_min) and _numbers(driver) < _numbers(facts.driver_min or "")
+
+
+def needed_driver(facts: ImageFacts) -> str:
+    """Which driver the image needs, in words; "" where that is not known."""
+    cuda = facts.versions.get("cuda")
+    return (
+        f"{f'CUDA {cuda} in the' if cuda else 'the'} image needs driver {facts.driver_min}"
+        if facts.driver_min
+        else ""
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -55,7 +55,10 @@ def test_an_image_that_cannot_run_there_is_refused(
     [
         ({"arch": "arm64"}, ("--gpu", "gb200")),
         ({"arch": "amd64", "versions": {"cuda": None}}, ("--gpu", "cpu")),
-        ({"versions": {"cuda": "13.0"}, "driver_min": "580"}, ("--gpu", "b200")),  # the driver is not known
+        (
+            {"versions": {"cuda": "13.0"}, "driver_min": "580"},
+            ("--gpu", "b200", "--set", "profile.driver=570.1", "--force"),
+        ),  # by NVIDIA's forward compatibility
         ({"driver_min": "580"}, ("--gpu", "b200", "--set", "profile.driver=580.95.05")),
     ],
 )
@@ -66,6 +69,30 @@ def test_an_image_that_fits_is_taken(
     done = launch(*SUBMIT, *arguments)
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=1" in done.stdout
+
+
+def test_an_old_driver_is_passed_by_force_alone(launch: Launch, image: Path) -> None:
+    """NVIDIA's forward compatibility makes it run, where it is installed."""
+    describe(image, driver_min="580", versions={"cuda": "13.0"})
+    old = (*SUBMIT, "--gpu", "h200", "--set", "profile.driver=570.1")
+    refused = launch(*old)
+    assert refused.returncode == ExitStatus.INVALID
+    assert "needs driver 580, the nodes have 570.1: only NVIDIA's forward compatibility" in refused.stderr
+    assert "--force submits it all the same" in refused.stderr
+    forced = launch(*old, "--force")
+    assert forced.returncode == 0 and "warning: CUDA 13.0 in the image needs driver 580" in forced.stderr
+
+
+def test_a_driver_that_is_not_known_is_asked_for(launch: Launch, image: Path) -> None:
+    describe(image, driver_min="580", versions={"cuda": "13.0"})
+    done = launch(*SUBMIT, "--gpu", "h200", "--partition", "batch")
+    assert done.returncode == 0
+    assert (
+        "warning: CUDA 13.0 in the image needs driver 580; which one the nodes have is not known"
+        in done.stderr
+    )
+    assert "srun -N1 -p batch --gres=gpu:1 nvidia-smi --query-gpu=driver_version" in done.stderr
+    assert "driver" not in launch(*SUBMIT, "--gpu", "cpu").stderr
 
 
 def test_an_image_that_nothing_here_can_look_into_is_taken_with_a_warning(
