@@ -126,6 +126,27 @@ def of_cluster(name: str, now_s: float) -> list[BadNode]:
     return [node for node in read().get(name, ()) if node.counts(now_s)]
 
 
+def of_cluster_or_only(name: str, now_s: float) -> tuple[list[BadNode], list[Check]]:
+    """The same where Slurm does not say the cluster's name (""): those of the only cluster that has any. Or none."""
+    if name:
+        return of_cluster(name, now_s), []
+    counting = {
+        cluster: found
+        for cluster, nodes in read().items()
+        if (found := [node for node in nodes if node.counts(now_s)])
+    }
+    if not counting:
+        return [], []
+    what = "Slurm does not say its cluster's name: "
+    fix = "scontrol show config"
+    if len(counting) == 1:
+        ((cluster, nodes),) = counting.items()
+        what += f"the nodes that failed their check on {cluster} are taken for its own"
+        return nodes, [Check("excluded", WARNING, what, "", f"{fix}; {WHERE}")]
+    what += f"none is left out of those that failed their check on {some(sorted(counting))}"
+    return [], [Check("excluded", WARNING, what, "", f"{fix}; name them yourself: --exclude NODES")]
+
+
 def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]) -> None:
     """Replaces a cluster's nodes by what `how` makes of them, while no other launcher does the same."""
     file = path()
@@ -195,11 +216,19 @@ def without(
     Only nodes that Slurm has in the run's partition: it refuses a job that excludes one which it does not know. A node
     that the user asks for by name is not left out.
     """
-    here = {node.name for node in facts.nodes_of(spec.job.partition)}
+    here = facts.names_of(spec.job.partition)
     named, excluded = set(expand(spec.job.nodelist)), set(expand(spec.job.exclude))
     found = [node for node in nodes if node.host in here and node.host not in excluded]
     out = [node for node in found if node.host not in named]
     checks = []
+    known = {node.name for node in facts.nodes} | here | excluded
+    lost = [node for node in nodes if node.host not in known]
+    if lost and "nodes" in facts.unread:
+        names = some([node.host for node in lost])
+        checks.append(
+            Check("excluded", WARNING, f"{names} failed its check lately, and is not left out",
+                  "whether Slurm has it could not be read", f"sinfo -N -h -o %N; then --exclude {compress([n.host for n in lost])}")
+        )  # fmt: skip
     if asked := [node for node in found if node.host in named]:
         checks.append(
             Check("excluded", WARNING, f"--nodelist: {some([node.host for node in asked])} failed its check lately",

@@ -24,10 +24,26 @@ class Place:
 
     partitions: tuple[Partition, ...]
     nodes: tuple[Node, ...]
+    asked: str = ""  # the partitions by the name that the run gives them; "" for the default one
+    unread: frozenset[str] = (
+        frozenset()
+    )  # names of nodes that the partitions list and of which nothing is known
+    whole: bool = True  # every node there is was read
 
     @property
     def name(self) -> str:
-        return "partition " + ",".join(partition.name for partition in self.partitions)
+        names = ",".join(partition.name for partition in self.partitions) or self.asked
+        return f"partition {names}" if names else "the default partition"
+
+    @property
+    def guessed(self) -> bool:
+        """The partitions' own records could not be read: what they allow is not known."""
+        return not self.partitions or any(partition.guessed for partition in self.partitions)
+
+    @property
+    def sure(self) -> bool:
+        """What is not there now will not be there later, and what was not read does not exist."""
+        return self.whole and not self.grows and not self.guessed
 
     @property
     def grows(self) -> bool:
@@ -45,8 +61,10 @@ def place_of(spec: RunSpec, facts: ClusterFacts) -> Place:
     default = facts.partition()
     chosen = [p for p in facts.partitions if p.name in names] if names else [default] if default else []
     excluded = {*expand(spec.job.exclude), *spec.avoid}
-    nodes = facts.nodes_of(spec.job.partition)
-    return Place(tuple(chosen), tuple(node for node in nodes if node.name not in excluded))
+    nodes = tuple(node for node in facts.nodes_of(spec.job.partition) if node.name not in excluded)
+    unread = facts.names_of(spec.job.partition).difference(node.name for node in facts.nodes)
+    whole = not unread and "nodes" not in facts.unread
+    return Place(tuple(chosen), nodes, spec.job.partition, frozenset(unread - excluded), whole)
 
 
 def left_out(spec: RunSpec) -> str:
@@ -88,6 +106,11 @@ def fitting(spec: RunSpec, place: Place) -> tuple[Node, ...]:
     if not gres:
         return place.nodes
     return tuple(node for node in place.nodes if gpus_of(node, gres) >= spec.profile.gpus_per_node)
+
+
+def candidates(spec: RunSpec, place: Place) -> set[str]:
+    """Names of the nodes that the run may get; what could not be read is not held against it."""
+    return {node.name for node in fitting(spec, place)} | place.unread
 
 
 def number_of(count: int) -> str:

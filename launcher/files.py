@@ -81,7 +81,7 @@ def filesystem_error(path: Path, error: OSError, option: str = "") -> LauncherEr
         errno.EROFS: f"choose a directory you can write{elsewhere}",
         errno.ENOSPC: f"free space on it (df -h {shlex.quote(str(path.parent))}), or choose another place{elsewhere}",
         errno.EDQUOT: f"free space on it (quota -s; du -sh {shlex.quote(str(path.parent))}), or choose another place{elsewhere}",
-        errno.ENOENT: f"choose another place{elsewhere}, or: mkdir -p '{path.parent}'",
+        errno.ENOENT: f"choose another place{elsewhere}, or: mkdir -p {shlex.quote(str(path.parent))}",
         errno.ENOTDIR: f"choose a directory{elsewhere}",
         errno.ENAMETOOLONG: f"choose a shorter path{elsewhere}",
     }

@@ -35,7 +35,7 @@ def gpus(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
     return Check(
         "GPUs", ERROR, f"the run asks for {gres}:{count} on a node, and no node of {place.name} has that: {text}",
         f"Slurm says {some(words)}" if words else "Slurm lists no generic resources (GRES) there", fix,
-        certain=not place.grows,
+        certain=place.sure,
     )  # fmt: skip
 
 
@@ -94,7 +94,24 @@ def architecture(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | N
         return Check("architecture", WARNING, what, "", "--gpu NAME")
     return Check(
         "architecture", ERROR, what, "an image for another architecture does not start",
-        f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}", certain=True,
+        f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}",
+        certain=place.whole and not place.guessed,
+    )  # fmt: skip
+
+
+def room_to_unpack(spec: RunSpec, facts: ClusterFacts, place: Place, unpacked_bytes: int) -> Check | None:
+    """Without squashfuse, every node unpacks the image onto its own disk first."""
+    if spec.job.runtime != "pyxis" or facts.squashfuse:
+        return None
+    small = [node for node in fitting(spec, place) if 0 < node.tmp_mib << 20 < unpacked_bytes]
+    if not small:
+        return None
+    least = min(node.tmp_mib for node in small)
+    return Check(
+        "disk", WARNING, f"the image unpacks to {unpacked_bytes / 2**30:.1f} GiB; Slurm says TmpDisk={least} MiB of "
+        f"{some([node.name for node in small])}",
+        "where Pyxis has no squashfuse, each node unpacks the image onto its own disk before the run",
+        f"srun -N1 -w {small[0].name} df -h; launcher cluster show says whether images are mounted",
     )  # fmt: skip
 
 

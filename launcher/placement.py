@@ -7,8 +7,11 @@ and puts each piece into one block; S must divide the number of nodes. Source: S
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from launcher.cluster.facts import Block, ClusterFacts
 from launcher.spec import RunSpec
@@ -25,7 +28,7 @@ class Placement:
 
     segment: int
     pieces: int  # nodes / segment
-    fewest: int  # pieces that this many nodes need at least
+    fewest: int  # blocks that hold this many nodes at least
     room: tuple[
         tuple[str, int], ...
     ]  # (block, free nodes) of those with at least `segment` free nodes, most first
@@ -51,7 +54,16 @@ def segment(nodes: int, sizes: Sequence[int]) -> int:
 
     `sizes` are the numbers of nodes of the blocks. 9 of 18 gives 9, 36 gives 18, 19 and 37 give 1.
     """
-    return next((n for n in divisors(nodes) if sum(size // n for size in sizes) >= nodes // n), 1)
+    return _segment(nodes, Counter(sizes))
+
+
+def _segment(nodes: int, blocks_of: Mapping[int, int]) -> int:
+    """The same by the number of blocks of each size: racks by the hundred have few sizes."""
+    most = max(blocks_of, default=0)
+    for n in divisors(nodes):
+        if n <= most and sum(size // n * count for size, count in blocks_of.items()) >= nodes // n:
+            return n
+    return 1
 
 
 def place(
@@ -61,22 +73,37 @@ def place(
 
     What is out is not counted on, unless only the whole rack would do: then the job waits for the repair.
     """
-    sizes = [sum(node not in out for node in block.nodes) for block in blocks]
-    chosen = segment(nodes, sizes)
-    if chosen == 1:
-        sizes = [len(block.nodes) for block in blocks]
-        chosen = segment(nodes, sizes)
+    chosen = _chosen(nodes, Counter(_in_service(blocks, out)), Counter(_in_service(blocks, ())))
     return describe(nodes, chosen, blocks, free)
+
+
+def _chosen(nodes: int, in_service: Mapping[int, int], all_of_them: Mapping[int, int]) -> int:
+    chosen = _segment(nodes, in_service)
+    return chosen if chosen > 1 else _segment(nodes, all_of_them)
+
+
+def _in_service(blocks: Sequence[Block], out: Collection[str]) -> list[int]:
+    """The numbers of nodes of the blocks, without those that are out."""
+    return [sum(node not in out for node in block.nodes) for block in blocks]
 
 
 def describe(nodes: int, chosen: int, blocks: Sequence[Block], free: Collection[str] = ()) -> Placement:
     """What a segment means for a job, the user's own included; it must divide `nodes`."""
-    largest = max((len(block.nodes) for block in blocks), default=1) or 1
     counts = {block.name: sum(node in free for node in block.nodes) for block in blocks}
     room = sorted(
         ((name, n) for name, n in counts.items() if n >= chosen), key=lambda pair: (-pair[1], pair[0])
     )
-    return Placement(chosen, nodes // chosen, math.ceil(nodes / largest), tuple(room))
+    return Placement(chosen, nodes // chosen, _fewest(nodes, _sums(blocks)), tuple(room))
+
+
+def _sums(blocks: Sequence[Block]) -> list[int]:
+    """How many nodes the largest block has, the two largest, and so on."""
+    return list(accumulate(sorted((len(block.nodes) for block in blocks), reverse=True)))
+
+
+def _fewest(nodes: int, sums: Sequence[int]) -> int:
+    """The least number of blocks that hold so many nodes, by `_sums`; one more than there are where they do not."""
+    return bisect_left(sums, nodes) + 1
 
 
 def room_text(found: Placement) -> str:
@@ -88,15 +115,16 @@ def room_text(found: Placement) -> str:
     return f"room now{'' if found.starts_now else ', but not for all'}: {', '.join(texts)}{more}"
 
 
-def whole_counts(nodes: int, blocks: Sequence[Block]) -> list[int]:
+def whole_counts(nodes: int, blocks: Sequence[Block], out: Collection[str] = ()) -> list[int]:
     """The nearest numbers of nodes, one below and one above, that cross no more domains than they have to."""
-    total = sum(len(block.nodes) for block in blocks)
+    sizes = _in_service(blocks, out)
+    in_service, all_of_them, sums = Counter(sizes), Counter(_in_service(blocks, ())), _sums(blocks)
 
     def good(count: int) -> bool:
-        return place(count, blocks).whole
+        return count // _chosen(count, in_service, all_of_them) == _fewest(count, sums)
 
     below = next((n for n in range(nodes - 1, 0, -1) if good(n)), None)
-    above = next((n for n in range(nodes + 1, total + 1) if good(n)), None)
+    above = next((n for n in range(nodes + 1, sum(sizes) + 1) if good(n)), None)
     return [n for n in (below, above) if n is not None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 import time
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import placement
-from launcher.candidates import fitting, place_of, usable
+from launcher.candidates import candidates, fitting, place_of, usable
 from launcher.check import WARNING, Check
 from launcher.cluster import slurm
-from launcher.cluster.detect import detect, detected
+from launcher.cluster.detect import QUESTIONS, detect, detected
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import expand
 from launcher.errors import LauncherError
@@ -35,8 +36,10 @@ def look(spec: RunSpec, facts: ClusterFacts | None = None) -> tuple[RunSpec, lis
     facts = facts or facts_now()
     spec, of_memory = _without_bad_nodes(spec, facts)
     spec = placed(spec, facts)
-    missing = [source for mount in spec.job.mounts if not os.path.exists(source := mount.split(":")[0])]
-    return spec, [*preflight(spec, facts, missing, names_of("profiles"), datetime.now()), *of_memory]
+    found = preflight(
+        spec, facts, _missing(spec), names_of("profiles"), datetime.now(), _groups(), _unpacked_bytes(spec)
+    )
+    return spec, [*found, *of_memory]
 
 
 def facts_now() -> ClusterFacts:
@@ -44,7 +47,38 @@ def facts_now() -> ClusterFacts:
     try:
         return detected()
     except LauncherError as error:
-        return ClusterFacts(notes=(error.what, *error.original.splitlines()[:1]))
+        return ClusterFacts(notes=(error.what, *error.original.splitlines()[:1]), unread=tuple(QUESTIONS))
+
+
+def _missing(spec: RunSpec) -> list[str]:
+    """Sources of mounts that this machine does not have."""
+    mounts = () if spec.job.runtime == "bare" else (*spec.job.mounts, *spec.profile.mounts)
+    return [source for source in dict.fromkeys(m.split(":")[0] for m in mounts) if not os.path.exists(source)]
+
+
+def _groups() -> set[str] | None:
+    """Names of the user's groups; None for root, who may use every partition."""
+    if os.geteuid() == 0:
+        return None
+    names = set()
+    for number in {os.getegid(), *os.getgroups()}:
+        with suppress(KeyError):
+            names.add(grp.getgrgid(number).gr_name)
+    return names
+
+
+def _unpacked_bytes(spec: RunSpec) -> int:
+    """How large the image is unpacked, by the file beside it; 0 where that does not say it."""
+    from launcher.image.squashfs_file import read_sidecar, superblock
+
+    path = Path(spec.job.image)
+    if spec.job.runtime != "pyxis" or not path.is_file():
+        return 0
+    with suppress(LauncherError, OSError):
+        about = (read_sidecar(path, superblock(path)) or {}).get("squashfs", {})
+        size = about.get("unpacked_bytes", 0)
+        return size if type(size) is int else 0
+    return 0
 
 
 def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, list[Check]]:
@@ -52,8 +86,6 @@ def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, lis
     from launcher import bad_nodes
 
     now_s = time.time()
-    if not (facts.nodes and facts.name):  # a silent Slurm: whether it still has these nodes cannot be told
-        return spec, []
     checks = []
     try:
         bad_nodes.remember_all(Path(spec.job.runs_dir), now_s, facts.name)
@@ -61,19 +93,19 @@ def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, lis
         what = f"nodes that failed their check are not remembered: {error.what}"
         checks = [Check("excluded", WARNING, what, "", error.fix)]
     try:
-        nodes = bad_nodes.of_cluster(facts.name, now_s)
+        nodes, of_names = bad_nodes.of_cluster_or_only(facts.name, now_s)
     except LauncherError as error:
         what = f"nodes that failed their check are not left out: {error.what}"
-        return spec, [Check("excluded", WARNING, what, "", error.fix)]
+        return spec, [*checks, Check("excluded", WARNING, what, "", error.fix)]
     spec, more = bad_nodes.without(spec, facts, nodes, now_s)
-    return spec, [*checks, *more]
+    return spec, [*checks, *of_names, *more]
 
 
 def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
     """The run with the segment that its partition's blocks allow."""
-    able = fitting(spec, place_of(spec, facts))
-    out = {node.name for node in able if not usable(node, spec.job.reservation)}
-    return placement.with_segment(spec, facts, {node.name for node in able}, out)
+    place = place_of(spec, facts)
+    out = {node.name for node in fitting(spec, place) if not usable(node, spec.job.reservation)}
+    return placement.with_segment(spec, facts, candidates(spec, place), out)
 
 
 def why_waiting(run: Run, state: JobState) -> list[str]:

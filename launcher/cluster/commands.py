@@ -67,7 +67,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
 
     if name:
         name = str(absolute("job.gpu", name, Path.cwd()))
-        read_layer(find("profiles", name), "")
+        read_layer(find("profiles", name, "launcher cluster use"), "")
     kinds, against = known_kinds(), []
     try:
         nodes = detect().require(partition).nodes_of(partition)
@@ -103,6 +103,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
 def _slurm_lines(facts: ClusterFacts) -> list[str]:
     version = ".".join(f"{number:02d}" for number in facts.slurm) if facts.slurm else "of unknown version"
     segment = "--segment works" if facts.segment else "no --segment"
+    segment = "whether --segment works is unknown" if facts.segment_unknown else segment
     accounting = {True: "on", False: "off: Slurm forgets a job minutes after its end", None: "unknown"}
     images = {
         True: ", images are mounted with squashfuse",
@@ -112,7 +113,7 @@ def _slurm_lines(facts: ClusterFacts) -> list[str]:
     pyxis = (
         f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
     )
-    if facts.pyxis is None and any(note.startswith("srun") for note in facts.notes):
+    if facts.pyxis is None and "srun" in facts.unread:
         pyxis = "unknown"
     rows = [
         ("cluster", f"{facts.name or '(name unknown)'}, Slurm {version}"),
@@ -125,13 +126,13 @@ def _slurm_lines(facts: ClusterFacts) -> list[str]:
     by_name = {node.name: node for node in facts.nodes}
     for partition in facts.partitions:
         members = [by_name[name] for name in partition.nodes if name in by_name]
-        limit = _hours(partition.max_time_s)
+        limit = "limits unknown" if partition.guessed else _hours(partition.max_time_s)
         most = f", at most {partition.max_nodes} nodes a job" if partition.max_nodes else ""
         star = "*" if partition.default else ""
         rows.append(
             (
                 "partition",
-                f"{partition.name}{star} {partition.state.lower()}, {limit}{most}: {_states(members)}",
+                f"{partition.name}{star} {partition.state.lower() or 'state unknown'}, {limit}{most}: {_states(members)}",
             )
         )
     return [_row(*row) for row in rows]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from queue import SimpleQueue
+from threading import Thread
 
 from launcher.cluster import parse, slurm
 from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
@@ -34,18 +35,30 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
     """
     ask = run or slurm.ask
     answers, errors = _ask_all(ask)
-    notes = [f"{' '.join(QUESTIONS[name])}: {_why(error)}" for name, error in errors.items()]
+    notes = {name: f"{' '.join(QUESTIONS[name])}: {_why(error)}" for name, error in errors.items()}
     config = parse.config(answers.get("config", ""))
     nodes, broken = parse.nodes(answers.get("nodes", ""))
-    if broken:
-        notes.append(
-            f"scontrol -o show node: {broken} records are cut off or in another form; these are not counted"
-        )
-    if not nodes:
-        nodes = _from_sinfo(ask, errors, answers, notes)
-    partitions = parse.partitions(answers.get("partitions", "")) or parse.partitions_of(nodes)
+    partitions, cut_off = parse.partitions(answers.get("partitions", ""))
     kind, blocks = parse.topology(answers.get("topology", ""))
     plugin = config.get("TopologyPlugin", "").removeprefix("topology/")
+    halves = (
+        ("config", not config, "nothing of it can be read"),
+        ("nodes", broken > 0, f"{broken} records are cut off or in another form; these are not counted"),
+        ("partitions", cut_off > 0, f"{cut_off} records are cut off or in another form"),
+        ("partitions", bool(nodes) and not partitions, "nothing of it can be read"),
+        ("topology", plugin == "block" and not blocks, "no blocks, although the plugin is topology/block"),
+    )
+    for name, is_half, what in halves:
+        if is_half:
+            notes.setdefault(name, f"{' '.join(QUESTIONS[name])}: {what}")
+    unread = list(notes)
+    more: list[str] = []
+    if not nodes:
+        nodes = _from_sinfo(ask, errors, answers, more)
+        unread += ["nodes"] if nodes and "nodes" not in unread else []
+    known = {partition.name for partition in partitions}
+    if not known or "partitions" in unread:
+        partitions += tuple(p for p in parse.partitions_of(nodes) if p.name not in known)
     topology = kind or {"none": "flat", "default": "flat"}.get(plugin, plugin)
     version = parse.version(config.get("SLURM_VERSION", ""))
     options = parse.container_options(answers.get("srun", ""))
@@ -61,9 +74,10 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
         partitions=partitions,
         nodes=_with_blocks(nodes, blocks),
         blocks=blocks,
-        notes=(*notes, *_disagreements(partitions, nodes)),
+        notes=(*notes.values(), *more, *_disagreements(partitions, nodes)),
         pyxis_options=options,
         squashfuse=parse.squashfuse((plugstack or slurm.plugstack)(path)) if path and options else None,
+        unread=tuple(unread),
     )
 
 
@@ -74,15 +88,28 @@ def detected() -> ClusterFacts:
 
 
 def _ask_all(ask: Run) -> tuple[dict[str, str], dict[str, LauncherError]]:
-    answers: dict[str, str] = {}
-    errors: dict[str, LauncherError] = {}
-    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
-        asked = {name: pool.submit(ask, words) for name, words in QUESTIONS.items()}
-    for name, answer in asked.items():
+    """Every question's answer or error. Ctrl-C ends it at once: the threads, and what they wait for, are left behind."""
+    said: SimpleQueue[tuple[str, str | BaseException]] = SimpleQueue()
+
+    def one(name: str) -> None:
         try:
-            answers[name] = answer.result()
-        except LauncherError as error:
-            errors[name] = error
+            said.put((name, ask(QUESTIONS[name])))
+        except BaseException as error:  # the caller raises it, or notes it
+            said.put((name, error))
+
+    for name in QUESTIONS:
+        Thread(target=one, args=(name,), daemon=True).start()
+    found = dict(said.get() for _ in QUESTIONS)
+    errors: dict[str, LauncherError] = {}
+    answers: dict[str, str] = {}
+    for name in QUESTIONS:  # in a fixed order
+        match found[name]:
+            case LauncherError() as error:
+                errors[name] = error
+            case BaseException() as error:
+                raise error
+            case answer:
+                answers[name] = answer
     return answers, errors
 
 
@@ -121,7 +148,8 @@ def _disagreements(partitions: Sequence[Partition], nodes: Sequence[Node]) -> li
     if not gone:
         return []
     return [
-        f"{len(gone)} nodes of a partition are not among the nodes, such as {gone[0]}: they came or went meanwhile"
+        f"{len(gone)} nodes of a partition are not among the nodes, such as {gone[0]}: they came or went meanwhile, or "
+        "their records are cut off"
     ]
 
 

@@ -31,6 +31,7 @@ class Node:
     arch: str = ""  # uname's word; "" until slurmd has registered once
     block: str = ""  # of topology/block; "" for none
     booted: str = ""  # when, as Slurm writes local time: "2026-03-01T00:00:00"; "" where it does not know
+    tmp_mib: int = 0  # TmpDisk: its local disk for temporary files
 
     @property
     def free(self) -> bool:
@@ -63,7 +64,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition. `max_time_s` and `max_nodes` are None for no limit."""
+    """A partition. `max_time_s` and `max_nodes` are None for no limit; of a `guessed` one no limit is known."""
 
     name: str
     default: bool = False
@@ -71,6 +72,11 @@ class Partition:
     max_time_s: int | None = None
     max_nodes: int | None = None
     nodes: tuple[str, ...] = ()
+    guessed: bool = False  # its own record could not be read: all of it is what its nodes say
+    min_nodes: int = 0  # of a job
+    groups: tuple[str, ...] = ()  # Unix groups that may use it; empty: all
+    root_only: bool = False
+    needs_reservation: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,10 @@ class Block:
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """A cluster at one moment. None and "" mean that it could not be read; `notes` then says why."""
+    """A cluster at one moment. None and "" mean that it could not be read; `notes` then says why.
+
+    `unread` names the questions of launcher/cluster/detect.py that have no answer, or only a part of one.
+    """
 
     name: str = ""
     slurm: tuple[int, int] | None = None  # (25, 11)
@@ -97,6 +106,14 @@ class ClusterFacts:
     notes: tuple[str, ...] = ()
     pyxis_options: tuple[str, ...] = ()  # "--container-image", ... as srun --help lists them
     squashfuse: bool | None = None  # an image is mounted (True) or unpacked on every node (False)
+    unread: tuple[str, ...] = ()
+
+    @property
+    def segment_unknown(self) -> bool:
+        """Slurm may know blocks and --segment, and did not say so."""
+        if self.topology not in ("", "block"):
+            return False
+        return not self.topology or self.slurm is None or "topology" in self.unread
 
     def partition(self, name: str = "") -> Partition | None:
         """The partition `name`, or the default one for ""; where none is the default, the only one there is."""
@@ -107,6 +124,8 @@ class ClusterFacts:
 
     def require(self, partition: str) -> ClusterFacts:
         """These facts; raises LauncherError, naming the partitions that there are, where one of "a,b" is not."""
+        if "partitions" in self.unread:
+            return self
         known = [p.name for p in self.partitions]
         missing = [name for name in partition.split(",") if name and name not in known]
         if missing:
@@ -123,3 +142,10 @@ class ClusterFacts:
         if not wanted and (chosen := self.partition()):
             wanted = {chosen.name}
         return tuple(n for n in self.nodes if wanted & set(n.partitions)) if wanted else self.nodes
+
+    def names_of(self, partition: str = "") -> set[str]:
+        """Names of the nodes of `partition`: with those that its own record lists, and that could not be read."""
+        default = self.partition()
+        names = partition.split(",") if partition else [default.name] if default else []
+        listed = {node for p in self.partitions if p.name in names for node in p.nodes}
+        return listed | {node.name for node in self.nodes_of(partition)}

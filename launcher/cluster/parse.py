@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -20,9 +21,7 @@ MAX_HOSTS = 200_000  # in one host list; Slurm itself stops at 65,533 nodes
 FREE_TEXT = re.compile(r" (Reason|Comment|Extra)=")
 STAMP = re.compile(r" \[[^\[\]@ ]+@[^\[\]]+\](?= [A-Z]\w*=|\s*$)")  # " [root@2026-01-02T03:04:05]"
 AFTER_REASON = re.compile(r" (?:Comment|Extra|ReservationName|InstanceId|InstanceType|Topology)=")
-DATE = re.compile(
-    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
-)  # BootTime is "None" or "Unknown" of a node that never registered
+DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 OTHER_WORDS = re.compile(r"^(?:s\w+): ")  # "scontrol: warning: ..." among the answer
 # sinfo's and scontrol's one-character marks behind a state.
 MARKS = {
@@ -105,7 +104,8 @@ def _node(record: str) -> Node | None:
         cpus=_int(fields.get("CPUTot", "")),
         memory_mib=_int(fields.get("RealMemory", "")),
         arch=fields.get("Arch", ""),
-        booted=fields["BootTime"] if DATE.fullmatch(fields.get("BootTime", "")) else "",
+        booted=_date(fields.get("BootTime", "")),
+        tmp_mib=_int(fields.get("TmpDisk", "")),
     )
 
 
@@ -164,14 +164,15 @@ def sinfo_nodes(text: str) -> tuple[Node, ...]:
     return tuple(found.values())
 
 
-def partitions(text: str) -> tuple[Partition, ...]:
-    """`scontrol -o show partition`; its nodes expanded, and empty where Slurm lists none."""
-    found = []
+def partitions(text: str) -> tuple[tuple[Partition, ...], int]:
+    """`scontrol -o show partition`, and how many records could not be read. Nodes expanded; none where none are listed."""
+    found, broken = [], 0
     for record in _records(text, "PartitionName="):
         fields = dict(word.split("=", 1) for word in reversed(record.split(" ")) if "=" in word)
         if not fields.get("PartitionName") or "State" not in fields:
+            broken += 1
             continue
-        most = fields.get("MaxNodes", "")
+        most, groups = fields.get("MaxNodes", ""), fields.get("AllowGroups", "ALL")
         found.append(
             Partition(
                 name=fields["PartitionName"],
@@ -180,9 +181,13 @@ def partitions(text: str) -> tuple[Partition, ...]:
                 max_time_s=seconds(fields.get("MaxTime", "")),
                 max_nodes=int(most) if most.isdecimal() else None,
                 nodes=expand(fields.get("Nodes", "")),
+                min_nodes=_int(fields.get("MinNodes", "")),
+                groups=() if groups.upper() == "ALL" else _list(groups),
+                root_only=fields.get("RootOnly", "").upper() == "YES",
+                needs_reservation=fields.get("ReqResv", "").upper() == "YES",
             )
         )
-    return tuple(found)
+    return tuple(found), broken
 
 
 def partitions_of(nodes: Iterable[Node]) -> tuple[Partition, ...]:
@@ -191,7 +196,7 @@ def partitions_of(nodes: Iterable[Node]) -> tuple[Partition, ...]:
     for node in nodes:
         for name in node.partitions:
             members.setdefault(name, []).append(node.name)
-    return tuple(Partition(name, nodes=tuple(names)) for name, names in members.items())
+    return tuple(Partition(name, nodes=tuple(names), guessed=True) for name, names in members.items())
 
 
 def seconds(text: str) -> int | None:
@@ -303,6 +308,14 @@ def compress(names: Sequence[str]) -> str:
 @lru_cache(4096)
 def _list(text: str) -> tuple[str, ...]:
     return () if text in NOTHING else tuple(part for part in text.split(",") if part)
+
+
+def _date(text: str) -> str:
+    """A time as Slurm writes it; "" for "None" and "Unknown", of a node that never registered, and for nonsense."""
+    try:
+        return text if DATE.fullmatch(text) and datetime.fromisoformat(text) else ""
+    except ValueError:
+        return ""
 
 
 def _int(text: str) -> int:

@@ -167,7 +167,7 @@ def test_use_needs_a_profile_that_exists_and_no_slurm(
     launch: Launch, fake_slurm: Fake, workplace: Path
 ) -> None:
     done = launch("cluster", "use", "gb20")
-    assert (done.returncode, "--gpu gb200" in done.stderr) == (ExitStatus.NOT_FOUND, True)
+    assert (done.returncode, "launcher cluster use gb200" in done.stderr) == (ExitStatus.NOT_FOUND, True)
     (workplace / "own.toml").write_text("[profile]\ngpus_per_node = 2\n")
     done = launch("cluster", "use", "./own.toml", "--config", "mine.toml", "--json")
     assert "not compared with the nodes" in done.stderr

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from launcher import placement
+from launcher.check import Check
 from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
 from launcher.layers import find, merge, read_layer
 from launcher.preflight import OK, WARNING, preflight
@@ -130,6 +132,67 @@ def test_room_now() -> None:
     assert placement.room_text(found) == "room now, but not for all: rack-1 (18 free)"
     assert not found.starts_now
     assert placement.room_text(placement.describe(36, 18, RACKS)) == "no block has room for one now"
+
+
+UNEVEN = (Block("big", tuple(f"b{i}" for i in range(18))), *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(10)))  # fmt: skip
+
+
+def test_the_fewest_domains_of_uneven_blocks() -> None:
+    """160 nodes need ten of 18 + 10 x 16, and get ten."""
+    found = placement.place(160, UNEVEN)
+    assert (found.segment, found.pieces, found.fewest, found.whole) == (16, 10, 10, True)
+    assert placement.place(18, UNEVEN).whole and not placement.place(170, UNEVEN).whole
+    assert placement.whole_counts(17, UNEVEN) == [16, 18]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "why", "fix"),
+    [
+        (18, "r1n00, r2n00, r3n00 are out of service; with them, pieces of 18 would do", "--nodes 17 or 20, or --segment 18, which waits for them"),
+        (19, "19 nodes need 2 NVLink domains at least, but no larger piece divides them", "--nodes 17 or 20"),
+    ],
+)  # fmt: skip
+def test_a_drained_node_in_every_rack_is_named(nodes: int, why: str, fix: str) -> None:
+    facts = cluster("r1n00", "r2n00", "r3n00")
+    check = check_of(run(nodes), facts)
+    assert (check.status, why in check.why, check.fix) == (WARNING, True, fix), check
+    (below, above) = placement.whole_counts(nodes, RACKS, {"r1n00", "r2n00", "r3n00"})
+    assert all(check_of(run(count), facts).status == OK for count in (below, above))
+
+
+def test_a_smaller_segment_than_there_could_be() -> None:
+    check = check_of(run(36, segment=6), cluster())
+    assert (check.status, check.fix) == (WARNING, "--segment 18")
+
+
+def check_of(spec: RunSpec, facts: ClusterFacts) -> Check:
+    (check,) = [c for c in preflight(placed(spec, facts), facts) if c.name == "placement"]
+    return check
+
+
+@pytest.mark.parametrize(
+    ("nodes", "topology", "status", "said"),
+    [
+        (18, "flat", OK, "Slurm does not know the racks (topology flat)"),
+        (19, "flat", WARNING, "the job may straddle NVLink domains"),
+        (37, "tree", WARNING, "37 nodes need 3 at least"),
+    ],
+)
+def test_racks_that_slurm_does_not_know(nodes: int, topology: str, status: str, said: str) -> None:
+    facts = cluster(blocks=(), segment=False, topology=topology)
+    check = check_of(run(nodes), facts)
+    assert (check.status, said in f"{check.what}; {check.why}") == (status, True), check
+    assert status == OK or check.fix == "an administrator enables topology/block"
+    others = (run(1), run(nodes, "h200"))
+    assert not [c for spec in others for c in preflight(spec, facts) if c.name == "placement"]
+
+
+def test_thousands_of_uneven_blocks_are_quick() -> None:
+    blocks = [UNEVEN[0], *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(600))]
+    began = time.monotonic()
+    assert placement.whole_counts(9_601, blocks) == [9_600, 9_616]
+    assert placement.place(9_616, blocks).pieces == 601
+    assert time.monotonic() - began < 1
 
 
 def test_large_clusters() -> None:

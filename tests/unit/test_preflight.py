@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,9 @@ CASES = {
     "some have too few GPUs": (run(nodes=3), cluster(*FOUR[:2], *ARM), "nodes", ERROR, "has 2 with gpu:8", "--nodes 2"),
     "drained": (run(nodes=5), cluster(*FOUR, BROKEN), "node states", WARNING, "bad is drained (GPU 3 [fell off] the bus", "--nodes 4"),
     "not answering": (run(nodes=5), cluster(*FOUR, node("bad", "DOWN+NOT_RESPONDING")), "node states", WARNING, "bad is down", "sinfo -R"),
-    "kept for a reservation": (run(nodes=5), cluster(*FOUR, node("kept", "IDLE+RESERVED")), "node states", WARNING, "kept is reserved", "--nodes 4"),
+    "kept for a reservation": (run(nodes=5), cluster(*FOUR, node("kept", "IDLE+RESERVED")), "node states", WARNING, "kept is reserved", "--nodes 4; scontrol show reservation"),
+    "drained, so not all in service": (run(nodes=5), cluster(*FOUR, BROKEN), "nodes", OK, "5 asked; partition batch has 5, 4 of them in service", ""),
+    "in service, and one drained": (run(nodes=4), cluster(*FOUR, BROKEN), "nodes", OK, "4 asked; partition batch has 4 in service, 4 of them free now", ""),
     "drained, but not needed": (run(nodes=4), cluster(*FOUR, BROKEN), "node states", OK, "bad is drained", ""),
     "GPUs that no node has": (run(), cluster(*ARM), "GPUs", ERROR, "gpu:8 on a node, and no node of partition batch has that: 4 with 4 of gpu", "--gpus-per-node 4"),
     "no GPUs": (run(), cluster(node("c", gres="", gpus=0)), "GPUs", ERROR, "1 with no GPUs", "--partition"),
@@ -85,6 +88,8 @@ CASES = {
     "too long": (run(nodes=1, partition="small", time="10"), cluster(*FOUR), "time", ERROR, "above the limit of partition small, 00:05:00", "--time 00:05:00"),
     "days": (run(partition="small", time="1-12"), cluster(*FOUR, partitions=(Partition("small", False, "UP", 86400),)), "time", ERROR, "1-00:00:00", "--time 1-00:00:00"),
     "not too long for the other": (run(partition="small,batch", time="10"), cluster(*FOUR), "partition", OK, "small" , ""),
+    "too few for the partition": (run(nodes=2), cluster(*FOUR, partitions=(Partition("batch", True, "UP", min_nodes=3),)), "nodes per job", ERROR, "takes jobs of 3 nodes and more", "--nodes 3"),
+    "a reservation is a must": (run(), cluster(*FOUR, partitions=(Partition("batch", True, "UP", needs_reservation=True),)), "reservation", ERROR, "of a reservation alone", "scontrol show reservation"),
     "too many for one job": (run(partition="small"), cluster(*FOUR), "nodes per job", ERROR, "allows 1 node in a job", "--nodes 1"),
     "unknown in --nodelist": (run(nodelist="n[0-1],x7"), cluster(*FOUR), "nodelist", ERROR, "no node x7", "sinfo"),
     "unknown in --exclude": (run(exclude="x[1-3]"), cluster(*FOUR), "exclude", ERROR, "no node x1, x2, x3", "sinfo"),
@@ -93,7 +98,7 @@ CASES = {
     "named in another partition": (run(nodelist="o"), cluster(*FOUR, node("o", partitions=("small",))), "nodelist", ERROR, "o is not in partition batch", "sinfo"),
     "more named than asked": (run(nodes=1, nodelist="n[0-2]"), cluster(*FOUR), "nodelist", ERROR, "names 3 nodes", "--nodes 3"),
     "no Pyxis": (run(), cluster(*FOUR, pyxis=None), "Pyxis", ERROR, "no --container-image", "--runtime apptainer"),
-    "Pyxis not known": (run(), cluster(*FOUR, pyxis=None, notes=("srun --help: hangs",)), "Pyxis", WARNING, "cannot be told", "srun --help"),
+    "Pyxis not known": (run(), cluster(*FOUR, pyxis=None, unread=("srun",)), "Pyxis", WARNING, "cannot be told", "srun --help"),
     "segment, old Slurm": (run(segment=2), cluster(*FOUR, slurm=(22, 5)), "placement", ERROR, "Slurm 22.05, topology tree", "--segment 0"),
     "segment that does not divide": (run(nodes=3, segment=2), cluster(*FOUR, **BLOCKS), "placement", ERROR, "does not divide --nodes 3", "--segment 3"),
     "segment beyond a block": (run("gb200", 4, segment=4), cluster(*ARM, **BLOCKS, blocks=RACKS), "placement", ERROR, "largest block has 2 nodes", "--segment 2"),
@@ -140,6 +145,68 @@ def test_a_reservation_opens_its_nodes() -> None:
 def test_gpus_per_node_that_the_user_chose_is_no_contradiction() -> None:
     chosen = profile(run(origin={"profile.gpus_per_node": "option --gpus-per-node"}), gpus_per_node=2)
     assert "GPUs per node" not in [check.name for check in preflight(chosen, cluster(*FOUR))]
+
+
+@pytest.mark.parametrize(
+    ("partitions", "groups", "status", "said"),
+    [
+        ((Partition("p", True, "UP", groups=("ml", "ops")),), ("users",), WARNING, "is for the groups ml, ops; you are in users"),
+        ((Partition("p", True, "UP", groups=("ml", "ops")),), ("users", "ops"), "", ""),
+        ((Partition("p", True, "UP"),), ("users",), "", ""),
+        ((Partition("p", True, "UP", root_only=True),), ("users",), ERROR, "is for root alone"),
+    ],
+)  # fmt: skip
+def test_who_may_use_the_partition(
+    partitions: tuple[Partition, ...], groups: tuple[str, ...], status: str, said: str
+) -> None:
+    facts = cluster(*(replace(n, partitions=("p",)) for n in FOUR), partitions=partitions)
+    checks = preflight(run(), facts, groups=groups)
+    assert {check.status for check in checks if check.name == "access"} == ({status} if status else set())
+    assert not status or said in found(checks, "access").what
+    assert "access" not in [check.name for check in preflight(run(), facts, groups=None)]  # root
+
+
+@pytest.mark.parametrize(
+    ("tmp_mib", "squashfuse", "warned"),
+    [
+        (20_000, False, True),
+        (20_000, None, True),
+        (20_000, True, False),
+        (0, False, False),
+        (40_000, False, False),
+    ],
+)
+def test_an_image_that_does_not_fit_the_nodes_disk(
+    tmp_mib: int, squashfuse: bool | None, warned: bool
+) -> None:
+    facts = cluster(*(replace(n, tmp_mib=tmp_mib) for n in FOUR), squashfuse=squashfuse)
+    checks = preflight(run(), facts, unpacked_bytes=30 << 30)
+    assert ("disk" in [check.name for check in checks]) is warned
+    if warned:
+        said = found(checks, "disk")
+        assert (
+            said.status == WARNING
+            and "unpacks to 30.0 GiB; Slurm says TmpDisk=20000 MiB of n0, n1" in said.what
+        )
+
+
+def test_a_mount_of_the_profile_that_is_not_here() -> None:
+    """Its source may be on the compute nodes alone; and only the profile's own key takes it away."""
+    spec = run("h200")
+    (source,) = (mount.split(":")[0] for mount in spec.profile.mounts)
+    check = found(preflight(spec, cluster(*FOUR), [source]), "mounts")
+    assert (check.status, check.what) == (
+        WARNING,
+        f"{source}, which profile h200 mounts: not on this machine",
+    )
+    assert "compute nodes may have it" in check.why and "--set 'profile.mounts=[]'" in check.fix
+    own = run("h200", mounts=(f"{source}:/x",))
+    assert f"--mount {source}" in found(preflight(own, cluster(*FOUR), [source]), "mounts").what
+
+
+def test_hints_are_quoted() -> None:
+    check = found(preflight(run(), cluster(*FOUR), ["/a 'b'; rm"]), "mounts")
+    assert shlex.split(check.fix) == ["ls", "-ld", "/a 'b'; rm"]
 
 
 def test_mounts_that_are_not_here() -> None:
@@ -234,6 +301,9 @@ def test_a_dry_run_asks_slurm_nothing(launch: Launch, slurm: Fake, image: Path) 
     slurm("scontrol", f"touch {image.parent}/asked; exit 1")
     assert launch("submit", *SUBMIT, "--nodes", "9", "--dry-run").returncode == 0
     assert not (image.parent / "asked").exists()
+    script = launch("submit", *SUBMIT, "--dry-run").stdout
+    assert "\n# submit adds --segment and --exclude as the cluster has them then\n" in script
+    assert "# submit adds" not in launch("submit", "--local", "--recipe", "debug", "--dry-run").stdout
 
 
 def test_the_preflight_command(launch: Launch, slurm: Fake, image: Path) -> None:
