@@ -87,7 +87,7 @@ KNOWN = (
     Known("image-has-devices", "container", PRINTED, r"create_inode: could not create character device",
           "the image holds device nodes, which only root can unpack", "launcher image convert IMAGE   (it leaves them out)"),
     Known("mount-source", "container", PRINTED, r"--container-mounts: source path does not exist: (?P<path>.+?)\s*$", "the node has no {path} to mount into the container",
-          "srun -N1 ls -ld {path}; then launcher submit {again} --mount SRC:DST   (or --data, --tokenizer: what all nodes have)"),
+          "srun -N1 ls -ld {path}; then launcher submit {again} --mount SRC:DST   (or --data, --tokenizer: what all nodes have; without the mounts of the profile: --set 'profile.mounts=[]')"),
     Known("mount-target", "container", PRINTED, r"pyxis: mount target must be", "the second part of a --mount is not a path that Pyxis takes",
           "launcher submit {again} --mount SRC:/ABSOLUTE/DST"),
     Known("wrong-architecture", "container", PRINTED, r"Exec format error", "the image is of another architecture than the node",
