@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_a_node_that_nothing_lists() -> None:
 @pytest.mark.parametrize(
     "job", [{}, {"partition": "batch"}, {"partition": "other"}, {"nodelist": "gpu001"}, {"time": "9-0"}]
 )
-def test_unread_partitions_stop_nothing_for_sure(job: dict[str, str]) -> None:
+def test_unread_partitions_stop_nothing_for_sure(job: dict[str, Any]) -> None:
     facts = facts_of(RACKS, "partitions")
     checks = looked(run("gb200", 2, **job), facts)
     assert refusal(checks, force=False) is None, checks
