@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,8 @@ def test_ctrl_c_while_slurm_hangs(workplace: Path, fake_slurm: Fake) -> None:
         )
     finally:
         for pid in (workplace / "asked").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def test_limits_are_read() -> None:
