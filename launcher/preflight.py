@@ -91,8 +91,8 @@ def _mounts(spec: RunSpec, missing: Sequence[str]) -> list[Check]:
     own = {mount.split(":")[0] for mount in spec.job.mounts}
     return [
         Check(
-            "mounts", WARNING, f"{source}, which profile {spec.job.gpu} mounts: not on this machine",
-            "compute nodes may have it all the same; on one that does not, no container starts",
+            "mounts", OK, f"{source}, which profile {spec.job.gpu} mounts: not on this machine",
+            "compute nodes have it as a rule, login nodes need not; on a node that does not, no container starts",
             f"srun -N1 ls -ld {shlex.quote(source)}; without it: --set 'profile.mounts=[]'",
         )
         if source in of_profile - own

@@ -143,6 +143,7 @@ def check_image(spec: RunSpec) -> list[Check]:
 def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
     """CUDA needs a driver of its time; with NVIDIA's forward compatibility, an older one may do."""
     from launcher.image.inspect import is_too_old, needed_driver
+    from launcher.results.published import published, same_gpu
 
     needed, driver = needed_driver(facts), spec.profile.driver
     if not needed or spec.profile.device != "cuda":
@@ -152,7 +153,11 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
         gres = f" --gres={spec.profile.gres}:1" if spec.profile.gres else ""
         ask = f"srun -N1{where}{gres} nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         what = f"{needed}; which one the nodes have is not known here"
-        return [Check("driver", WARNING, what, "", f"{ask}; then --set profile.driver=VERSION")]
+        rows = [row for row in published() if same_gpu(row.gpu, spec.profile.gpu)]
+        old = [seen for row in rows if is_too_old(seen := row.versions.get("driver", ""), facts)]
+        # Said with every submission only where such nodes are known with an older one.
+        status, why = (WARNING, f"{spec.profile.gpu} clusters have run with {old[0]}") if old else (OK, "")
+        return [Check("driver", status, what, why, f"{ask}; then --set profile.driver=VERSION")]
     if not is_too_old(driver, facts):
         return [Check("driver", OK, f"{needed}, the nodes have {driver}")]
     return [

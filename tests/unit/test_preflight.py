@@ -196,10 +196,10 @@ def test_a_mount_of_the_profile_that_is_not_here() -> None:
     (source,) = (mount.split(":")[0] for mount in spec.profile.mounts)
     check = found(preflight(spec, cluster(*FOUR), [source]), "mounts")
     assert (check.status, check.what) == (
-        WARNING,
+        OK,  # as on most login nodes: no word with every submission
         f"{source}, which profile h200 mounts: not on this machine",
     )
-    assert "compute nodes may have it" in check.why and "--set 'profile.mounts=[]'" in check.fix
+    assert "compute nodes have it as a rule" in check.why and "--set 'profile.mounts=[]'" in check.fix
     own = run("h200", mounts=(f"{source}:/x",))
     assert f"--mount {source}" in found(preflight(own, cluster(*FOUR), [source]), "mounts").what
 
