@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher import runs, unfit
-from launcher.check import OK, WARNING, Check
 from launcher.cluster import slurm
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import compress, expand
@@ -27,6 +26,7 @@ from launcher.cluster.state import JobState
 from launcher.errors import LauncherError
 from launcher.files import filesystem_error, unreadable, write_json
 from launcher.output import SHOWN, age, some
+from launcher.preflight.check import OK, WARNING, Check
 from launcher.runs import Run
 from launcher.spec import RunSpec
 from launcher.user_file import default_path

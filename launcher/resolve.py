@@ -14,10 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster import slurm
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, find, merge, names_of, read_layer
+from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import CONTROL, HUB, S3, RunSpec, validate
 from launcher.user_file import default_path
 

@@ -198,7 +198,7 @@ def _why_waiting(run: Run, state: JobState) -> list[str]:
 
     if run.is_local or state.name not in WAITING:
         return []
-    from launcher.readiness import why_waiting
+    from launcher.preflight.readiness import why_waiting
 
     return [plain(line) for line in why_waiting(run, state)]
 

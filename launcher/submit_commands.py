@@ -100,9 +100,9 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-    from launcher.check import refusal
-    from launcher.look_here import look_here
-    from launcher.readiness import look
+    from launcher.preflight.check import refusal
+    from launcher.preflight.look_here import look_here
+    from launcher.preflight.readiness import look
 
     spec, here = look_here(spec_of(options))
     spec, cluster = look(spec)
@@ -157,8 +157,8 @@ _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 def _looked_at(spec: RunSpec, force: bool) -> RunSpec:
     """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
-    from launcher.check import OK, refusal, sentence
-    from launcher.look_here import look_here
+    from launcher.preflight.check import OK, refusal, sentence
+    from launcher.preflight.look_here import look_here
 
     spec, checks = look_here(spec)
     if refused := refusal(checks, force):
@@ -173,8 +173,8 @@ def _checked(spec: RunSpec, force: bool) -> RunSpec:
     """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
     if spec.job.scheduler != "slurm":
         return spec
-    from launcher.check import refusal, sentence
-    from launcher.readiness import look
+    from launcher.preflight.check import refusal, sentence
+    from launcher.preflight.readiness import look
 
     spec, checks = look(spec)
     refused = refusal(checks, force)

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import control, readiness, resolve
+from launcher import control, resolve
 from launcher import sweep as matrix
-from launcher.check import ERROR, OK, refusal, sentence
 from launcher.cluster.state import JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, absolute, merge, read_layer
-from launcher.look_here import look_here
 from launcher.options import RunOptions
 from launcher.output import plain, warn
+from launcher.preflight import readiness
+from launcher.preflight.check import ERROR, OK, refusal, sentence
+from launcher.preflight.look_here import look_here
 from launcher.results.outcome import Outcome
 from launcher.results.read import outcome_of
 from launcher.runs import Run

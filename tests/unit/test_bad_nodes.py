@@ -19,7 +19,7 @@ from launcher.bad_nodes import DAY_S, KEEP_S, BadNode
 from launcher.cluster.facts import ClusterFacts
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import run_toml
-from launcher.preflight import ERROR, WARNING, preflight
+from launcher.preflight.checks import ERROR, WARNING, preflight
 from launcher.render import render
 from launcher.runs import Run
 from launcher.unfit import judge

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from launcher.bad_nodes import BadNode, without
-from launcher.check import ERROR, OK, WARNING, Check, refusal
 from launcher.cluster.detect import detect
 from launcher.cluster.facts import ClusterFacts
-from launcher.preflight import preflight
-from launcher.readiness import placed
+from launcher.preflight.check import ERROR, OK, WARNING, Check, refusal
+from launcher.preflight.checks import preflight
+from launcher.preflight.readiness import placed
 from launcher.spec import RunSpec
 from tests.cluster_fixtures import CLUSTERS, FakeNode, answering, cluster, install, node_line, partition_line
 from tests.conftest import Launch

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from launcher import placement
-from launcher.check import Check
 from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
 from launcher.layers import find, merge, read_layer
-from launcher.preflight import OK, WARNING, preflight
-from launcher.readiness import placed
+from launcher.preflight import placement
+from launcher.preflight.check import Check
+from launcher.preflight.checks import OK, WARNING, preflight
+from launcher.preflight.readiness import placed
 from launcher.render import render
 from launcher.spec import RunSpec
 

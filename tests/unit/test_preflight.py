@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launcher.check import refusal
 from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
 from launcher.errors import ExitStatus
 from launcher.layers import find, merge, names_of, read_layer
-from launcher.preflight import ERROR, OK, WARNING, Check, preflight
+from launcher.preflight.check import refusal
+from launcher.preflight.checks import ERROR, OK, WARNING, Check, preflight
 from launcher.spec import RunSpec
 from tests.conftest import Launch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cluster.facts import Block, ClusterFacts, Partition
-from launcher.waiting import REASONS, explain, fewer, meaning
+from launcher.preflight.waiting import REASONS, explain, fewer, meaning
 from tests.conftest import Launch
 from tests.unit.test_preflight import cluster, node, run
 from tests.unit.test_preflight import slurm as slurm

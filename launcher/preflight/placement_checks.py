@@ -1,14 +1,14 @@
-"""Checks before a run queues of where its nodes stand: racks, segments, blocks. Pure; part of launcher/preflight.py."""
+"""Checks before a run queues of where its nodes stand: racks, segments, blocks. Pure; part of launcher/preflight/checks.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher import placement
-from launcher.candidates import Place, candidates, fitting, number_of, usable
-from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster.facts import Block, ClusterFacts
 from launcher.output import some
+from launcher.preflight import placement
+from launcher.preflight.candidates import Place, candidates, fitting, number_of, usable
+from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import RunSpec
 
 SEGMENT_SINCE = (23, 11)

@@ -1,14 +1,14 @@
-"""Checks before a run queues of what its partition lets it do. Pure; part of launcher/preflight.py."""
+"""Checks before a run queues of what its partition lets it do. Pure; part of launcher/preflight/checks.py."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from launcher.candidates import Place, number_of
-from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import seconds, time_text
 from launcher.output import some
+from launcher.preflight.candidates import Place, number_of
+from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import RunSpec
 
 UNLESS_QOS = "the job would wait for ever, unless its QOS lifts the limit"

@@ -1,4 +1,4 @@
-"""Why a job is still waiting, in plain words, and what would start sooner. Pure: launcher/readiness.py asks Slurm.
+"""Why a job is still waiting, in plain words, and what would start sooner. Pure: launcher/preflight/readiness.py asks Slurm.
 
 The reasons are those of squeue's manual (JOB REASON CODES) and of Slurm's source, 22.05 to 25.11.
 """
@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
-from launcher import placement
-from launcher.candidates import HELD, OUT, Place, fitting, number_of, place_of
 from launcher.cluster.facts import ClusterFacts, Node
 from launcher.cluster.parse import DATE, seconds
 from launcher.output import some
+from launcher.preflight import placement
+from launcher.preflight.candidates import HELD, OUT, Place, fitting, number_of, place_of
 from launcher.spec import RunSpec
 from launcher.watch import duration
 

@@ -1,6 +1,6 @@
 """What can be known before a run queues: pure checks over (spec, facts), each with what, why and the fix.
 
-docs/preflight.md has a paragraph for each name. What only the files here can tell is in launcher/look_here.py.
+docs/preflight.md has a paragraph for each name. What only the files here can tell is in launcher/preflight/look_here.py.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ import shlex
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 
-from launcher import hardware_checks as hardware
-from launcher import partition_checks as partition
-from launcher import placement_checks as placement
-from launcher.candidates import (
+from launcher.cluster.facts import ClusterFacts
+from launcher.cluster.parse import compress, expand
+from launcher.output import some
+from launcher.preflight import hardware_checks as hardware
+from launcher.preflight import partition_checks as partition
+from launcher.preflight import placement_checks as placement
+from launcher.preflight.candidates import (
     OUT,
     Place,
     fitting,
@@ -22,10 +25,7 @@ from launcher.candidates import (
     reasons,
     usable,
 )
-from launcher.check import ERROR, OK, WARNING, Check
-from launcher.cluster.facts import ClusterFacts
-from launcher.cluster.parse import compress, expand
-from launcher.output import some
+from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import RunSpec
 
 __all__ = ["ERROR", "OK", "WARNING", "Check", "preflight"]

@@ -1,4 +1,4 @@
-"""Checks before a run queues of what its nodes are: GPUs, architecture, uptime. Pure; part of launcher/preflight.py."""
+"""Checks before a run queues of what its nodes are: GPUs, architecture, uptime. Pure; part of launcher/preflight/checks.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
-from launcher.candidates import Place, fitting, gpus_of, number_of
-from launcher.check import ERROR, OK, WARNING, Check
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import compress
 from launcher.output import SHOWN, some
+from launcher.preflight.candidates import Place, fitting, gpus_of, number_of
+from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import RunSpec
 
 UP_DAYS = 55  # five days to arrange a reboot in

@@ -1,4 +1,4 @@
-"""The edge of launcher/preflight.py: asks Slurm. What the files here can tell is in launcher/look_here.py."""
+"""The edge of launcher/preflight/checks.py: asks Slurm. What the files here can tell is in launcher/preflight/look_here.py."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import placement
-from launcher.candidates import candidates, fitting, place_of, usable
-from launcher.check import WARNING, Check
 from launcher.cluster import slurm
 from launcher.cluster.detect import QUESTIONS, detect, detected
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import expand
 from launcher.errors import LauncherError
 from launcher.layers import merge, names_of, read_layer
-from launcher.preflight import preflight
+from launcher.preflight import placement
+from launcher.preflight.candidates import candidates, fitting, place_of, usable
+from launcher.preflight.check import WARNING, Check
+from launcher.preflight.checks import preflight
 from launcher.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
 
 def why_waiting(run: Run, state: JobState) -> list[str]:
     """Why Slurm has not started the run's job yet, and what would start sooner. Never raises: it is a help only."""
-    from launcher.waiting import explain
+    from launcher.preflight.waiting import explain
 
     job_id = str((run.job or {}).get("job_id", ""))
     start, spec, facts = "", None, None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from launcher import resolve
-from launcher.check import ERROR, OK, WARNING, Check
 from launcher.errors import LauncherError
+from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import RunSpec
 
 
