@@ -161,14 +161,8 @@ def _disagreements(records: Mapping[int, Mapping[str, Any]], device: str) -> lis
                     f"the nodes differ in {key}: {few[0]!r} on {', '.join(sorted(few[1])[:8])}, else {', '.join(sorted(set(by_value) - {few[0]}))}",
                 )
             )
-    domains: dict[tuple[Any, Any], set[str]] = {}
-    for record in records.values():
-        for gpu in record.get("gpu_health", ()):
-            if gpu.get("fabric_cluster") and gpu.get("fabric_clique") is not None:
-                domain = (gpu["fabric_cluster"], gpu["fabric_clique"])
-                domains.setdefault(domain, set()).add(str(record.get("host")))
-    # Eight-GPU boards are a domain each, with a cluster UUID of zeros: only shared domains can be straddled.
-    if len(domains) > 1 and any(len(hosts) > 1 for hosts in domains.values()):
+    domains = _domains(records)
+    if len(domains) > 1:
         sizes = " + ".join(str(len(hosts)) for hosts in domains.values())
         found.append(
             warning(
@@ -195,6 +189,20 @@ def _disagreements(records: Mapping[int, Mapping[str, Any]], device: str) -> lis
             )
         )
     return [{"node": None, "host": "", **entry} for entry in found]  # fmt: skip
+
+
+def _domains(records: Mapping[int, Mapping[str, Any]]) -> dict[tuple[str, str], set[str]]:
+    """NVLink domain, as cluster UUID and clique -> the hosts with a GPU in it.
+
+    Eight-GPU boards, each a domain of its own that nobody else can join, have a UUID of zeros: those are left out.
+    """
+    domains: dict[tuple[str, str], set[str]] = {}
+    for record in records.values():
+        for gpu in record.get("gpu_health", ()):
+            cluster, clique = str(gpu.get("fabric_cluster") or ""), gpu.get("fabric_clique")
+            if cluster.strip("0-") and clique is not None:
+                domains.setdefault((cluster, str(clique)), set()).add(str(record.get("host")))
+    return domains
 
 
 def _summary(records: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

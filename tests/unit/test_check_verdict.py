@@ -207,19 +207,30 @@ def test_warnings_stop_nobody(change: dict[str, Any], said: str) -> None:
     assert any(line.startswith("titan-check: warning") and said in line for line in verdict.lines(found))
 
 
-def domain(cluster: str, clique: str) -> dict[str, Any]:
-    return {"gpu_health": [{"fabric_cluster": cluster, "fabric_clique": clique}] * 4}
+RACK, BOARD = "4f1c2e9a-0000-4d00-8000-000000000001", "00000000-0000-0000-0000-000000000000"
 
 
-def test_a_job_that_straddles_nvlink_domains() -> None:
-    rack: dict[str, Any] = {f"n{n}": domain("aaaa", "1" if n < 3 else "2") for n in range(4)}
-    assert "straddles 2 NVLink domains (3 + 1 nodes)" in judged(records(**rack))["warnings"][0]["what"]
-    whole: dict[str, Any] = {f"n{n}": domain("aaaa", "1") for n in range(4)}
-    boards: dict[str, Any] = {
-        f"n{n}": domain(f"board {n}", "0") for n in range(4)
-    }  # eight GPUs a node, each a domain of its own
-    for agreed in (whole, boards):
-        assert judged(records(**agreed))["warnings"] == []
+def gpus_in(cluster: str | None, *cliques: str) -> dict[str, Any]:
+    return {"gpu_health": [{"fabric_cluster": cluster, "fabric_clique": clique} for clique in cliques]}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([gpus_in(RACK, *"1111"), gpus_in(RACK, *"2222")], "2 NVLink domains (1 + 1 nodes)"),
+        ([gpus_in(RACK, *"1111")] * 2 + [gpus_in(RACK, *"2222")], "2 NVLink domains (2 + 1 nodes)"),
+        ([gpus_in(RACK, *"1111")] * 3 + [gpus_in(RACK, *"2222")], "2 NVLink domains (3 + 1 nodes)"),
+        ([gpus_in(RACK, *"1122")], "2 NVLink domains (1 + 1 nodes)"),
+        ([gpus_in(RACK, *"1111"), gpus_in(RACK[::-1], *"1111"), {}], "2 NVLink domains (1 + 1 nodes)"),
+        ([gpus_in(RACK, *"1111")] * 4, ""),
+        ([gpus_in(BOARD, *"0" * 8), gpus_in(BOARD, *"1" * 8)], ""),
+        ([gpus_in(RACK, *"1111"), {}, gpus_in(None, "1"), {"gpu_health": []}], ""),
+    ],
+    ids=["1+1", "2+1", "3+1", "one node", "a node that does not say", "whole", "eight-GPU boards", "one says"],
+)  # fmt: skip
+def test_a_job_that_straddles_nvlink_domains(nodes: list[dict[str, Any]], said: str) -> None:
+    found = judged(records(len(nodes), **{f"n{number}": node for number, node in enumerate(nodes)}))
+    assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])
 
 
 def test_a_job_whose_gpus_are_all_slow() -> None:
