@@ -62,6 +62,10 @@ KNOWN = (
           "give it its network address in DNS, /etc/hosts or slurm.conf's NodeAddr; around it: launcher submit {again} --exclude NODE"),
     Known("node-unfit-exit", "launcher", PRINTED, r"^run FAILED .*exit=20\b", "a node is not fit to train, and its log does not say why", "launcher logs {run}"),
 
+    # The kernel's limit on user namespaces says "No space left on device", too.
+    Known("user-namespaces", "container", PRINTED, r"failed to create user namespace", "the node does not let users make user namespaces, which enroot needs",
+          "srun -N1 sysctl user.max_user_namespaces kernel.apparmor_restrict_unprivileged_userns   (the administrator's to change)"),
+
     # Disks. Before the container's errors, of which they are the cause.
     Known("shm-full", "disk", PRINTED, r"shared memory segment /dev/shm",
           "/dev/shm of a node, or of its container, is too small for NCCL", "srun -N1 df -h /dev/shm; around it: launcher submit {again} --env NCCL_SHM_DISABLE=1"),
@@ -90,17 +94,15 @@ KNOWN = (
           "srun -N1 ls -ld {path}; then launcher submit {again} --mount SRC:DST   (or --data, --tokenizer: what all nodes have; without the mounts of the profile: --set 'profile.mounts=[]')"),
     Known("mount-target", "container", PRINTED, r"pyxis: mount target must be", "the second part of a --mount is not a path that Pyxis takes",
           "launcher submit {again} --mount SRC:/ABSOLUTE/DST"),
-    Known("wrong-architecture", "container", PRINTED, r"Exec format error", "the image is of another architecture than the node",
+    Known("wrong-architecture", "container", PRINTED, r"(?:enroot-switchroot: |execve\(\): |srun: error: ).*Exec format error", "the image is of another architecture than the node",
           "launcher image inspect FILE.sqsh --gpu PROFILE; one for GB200 and GB300: launcher image build --arch arm64 -o ."),
     Known("command-missing", "container", PRINTED, r"error: execve\(\): (?P<path>.+?): No such file or directory|enroot-switchroot: failed to execute: (?P<path2>.+?): No such file",
           "the image has no {path}{path2}", "launcher image inspect FILE.sqsh; then launcher submit {again} --python PATH"),
     Known("dev-fuse", "container", PRINTED, r"fuse: failed to open /dev/fuse|/dev/fuse: Permission denied", "the node does not let users mount the image: /dev/fuse cannot be opened",
           "srun -N1 ls -l /dev/fuse   (the administrator makes it 0666, or sets Pyxis's use_squashfuse=0)"),
-    Known("user-namespaces", "container", PRINTED, r"failed to create user namespace", "the node does not let users make user namespaces, which enroot needs",
-          "srun -N1 sysctl user.max_user_namespaces kernel.apparmor_restrict_unprivileged_userns   (the administrator's to change)"),
     Known("mount-failed", "container", PRINTED, r"\[ERROR\] Failed to mount", "the node could not mount the image", "launcher image inspect FILE.sqsh; srun -N1 ls -l /dev/fuse"),
     Known("no-container-cli", "container", PRINTED, r"Command not found: nvidia-container-cli",
-          "an image for GPUs on a node without NVIDIA's container tools", "sinfo -o '%N %G'; then launcher submit {again} --partition NAME, or without GPUs --gpu cpu"),
+          "an image for GPUs on a node without NVIDIA's container tools", "sinfo -o '%N %G'; then launcher submit {again} --partition NAME; without GPUs: launcher submit --gpu cpu --recipe debug --image FILE.sqsh"),
     Known("driver-too-old-for-image", "container", PRINTED, r"nvidia-container-cli: requirement error: (?P<why>.+)", "the node's NVIDIA driver is too old for the image: {why}",
           "srun -N1 nvidia-smi; then launcher image inspect FILE.sqsh --driver VERSION"),
     Known("container-cli", "container", PRINTED, r"nvidia-container-cli: (?P<why>.+)", "NVIDIA's container tools cannot hand over the GPUs: {why}",

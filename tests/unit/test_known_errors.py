@@ -92,10 +92,12 @@ SAMPLES = (
     Sample("mount-target", MEASURED, "srun: error: pyxis: mount target must be a relative path or an absolute path\n", log="job.log"),
     pyxis("wrong-architecture", MEASURED, "enroot-switchroot: failed to execute: /bin/sh: Exec format error"),
     Sample("wrong-architecture", MEASURED, "enroot-switchroot: failed to execute: /bin/sh: Exec format error\n"),
+    Sample("wrong-architecture", "slurmstepd's execve, with errno 8", "slurmstepd-gpu001: error: execve(): /usr/bin/python3: Exec format error\n"),
     Sample("command-missing", MEASURED, "slurmstepd-gpu001: error: execve(): python3: No such file or directory\n"),
     pyxis("command-missing", "NVIDIA/pyxis issue 61", "enroot-switchroot: failed to execute: /bin/bash: No such file or directory"),
     pyxis("dev-fuse", MEASURED, "fuse: failed to open /dev/fuse: Permission denied", "[ERROR] Failed to mount: /data/x.sqsh"),
     pyxis("user-namespaces", "NVIDIA/pyxis issue 36", "enroot-nsenter: failed to create user namespace: Permission denied"),
+    pyxis("user-namespaces", "the kernel's ENOSPC above user.max_user_namespaces", "enroot-nsenter: failed to create user namespace: No space left on device"),
     pyxis("mount-failed", "NVIDIA/enroot issue 141", "[ERROR] Failed to mount: /mnt/alpine.sqsh"),
     pyxis("no-container-cli", MEASURED, "[ERROR] Command not found: nvidia-container-cli, see https://github.com/NVIDIA/libnvidia-container", "[ERROR] /etc/enroot/hooks.d/98-nvidia.sh exited with return code 1"),
     pyxis("driver-too-old-for-image", "NVIDIA/libnvidia-container", "nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0", "[ERROR] /etc/enroot/hooks.d/98-nvidia.sh exited with return code 1"),
@@ -249,6 +251,15 @@ def test_an_error_that_is_not_known_is_shown_and_nothing_else_is_blamed(tmp_path
     )
     assert (found.name, found.cause, found.fix, found.is_error) == ("", "", "", True)
     assert found.lines[0].startswith("ValueError: my own bug")
+
+
+def test_a_helper_program_of_another_architecture_says_nothing_of_the_image(tmp_path: Path) -> None:
+    error = MY_BUG.replace(
+        "ValueError: my own bug", "OSError: [Errno 8] Exec format error: '/data/bin/ptxas'"
+    )
+    assert failure(tmp_path, node0=error).name == ""
+    helper = "/data/bin/prepare: line 3: /data/bin/tool: cannot execute binary file: Exec format error\n"
+    assert failure(tmp_path, node0=helper + STEP, job=SRUN).name == ""
 
 
 def test_what_a_rank_may_survive_is_no_cause_where_it_is_not_the_error(tmp_path: Path) -> None:
@@ -460,7 +471,9 @@ def test_the_commands_that_are_proposed_exist(row: known_errors.Known) -> None:
             assert found is not None, text
             command = found
         options = {name for parameter in command.params for name in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= options, text
+        given = {word for word in words if word.startswith("--")}
+        assert given <= options, text
+        assert not ("{again}" in words and given & {"--gpu", "--recipe"}), f"submit refuses it: {text}"
 
 
 def in_docs(text: str) -> str:
