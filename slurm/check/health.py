@@ -1,24 +1,21 @@
-"""What a node says of itself: nvidia-smi, /sys and /proc. Parsers are pure; only `look` at the end asks anybody."""
+"""What a node says of itself: nvidia-smi (smi.py), /sys and /proc. Pure, but for `look` at the end, which asks."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import platform
 import re
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import problem, warning
+from .smi import ALARM, REASONS, ask_smi, used
 
 GIB = 1 << 30
-SMI_LIMIT_S = 20  # without persistence mode the driver wakes every GPU first
 DRIVERS = {"11": 450, "12": 525, "13": 580}  # first driver branch that runs a CUDA of that major version
 FREE_MIN, FREE_LOW = 1 * GIB, 10 * GIB
 IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
@@ -29,104 +26,6 @@ LOOKS, BETWEEN_S = 3, 5
 PASSING = ("memory", "throttle")
 EXCLUDE = "leave the node out, --exclude {host}, and tell its operator"
 
-# Asked separately, because nvidia-smi answers nothing at all where it does not know one of the fields. Where a group
-# has two spellings, the first that is answered counts.
-_REASONS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
-GROUPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "general": (("gpu", ("index", "name", "driver_version", "memory.used", "memory.total", "temperature.gpu")),),
-    "ecc": (("gpu", ("ecc.errors.uncorrected.volatile.total",)),),
-    "recovery": (("gpu", ("gpu_recovery_action",)),),
-    "rows": (("remapped-rows", ("remapped_rows.pending", "remapped_rows.failure")),),
-    "clocks": tuple(
-        ("gpu", tuple(f"{prefix}.{reason}" for reason in _REASONS))
-        for prefix in ("clocks_event_reasons", "clocks_throttle_reasons")
-    ),
-    "fabric": (("gpu", ("fabric.state", "fabric.status")),),
-    "clique": (("gpu", ("fabric.clusterUuid", "fabric.cliqueId")),),
-    "processes": (("compute-apps", ("pid",)),),
-}  # fmt: skip
-KEYS = {
-    "memory.used": "memory_used_mib",
-    "memory.total": "memory_total_mib",
-    "temperature.gpu": "temperature_c",
-    "driver_version": "driver",
-    "ecc.errors.uncorrected.volatile.total": "ecc_uncorrected",
-    "gpu_recovery_action": "recovery_action",
-    "remapped_rows.pending": "row_remap_pending",
-    "remapped_rows.failure": "row_remap_failure",
-    "fabric.state": "fabric_state",
-    "fabric.status": "fabric_status",
-    "fabric.clusterUuid": "fabric_cluster",
-    "fabric.cliqueId": "fabric_clique",
-    "pid": "used_by_pid",
-    **{f"{prefix}.{reason}": reason for prefix in ("clocks_event_reasons", "clocks_throttle_reasons") for reason in _REASONS},
-}  # fmt: skip
-_NUMBERS = {"index", "memory_used_mib", "memory_total_mib", "temperature_c", "ecc_uncorrected"}
-_FLAGS = {"row_remap_pending", "row_remap_failure", *_REASONS}
-_NO_VALUE = re.compile(
-    r"\[?\s*(n/?a|not supported|unknown error|requested functionality.*|gpu requires reset)?\s*\]?", re.I
-)
-
-
-def smi_commands() -> list[tuple[str, tuple[str, ...], list[str]]]:
-    """Group, its fields and the command that asks for them; each is led by the GPU's UUID, which joins them."""
-    return [
-        (group, fields, ["nvidia-smi", f"--query-{kind}={'gpu_uuid' if kind != 'gpu' else 'uuid'},{','.join(fields)}",
-                         "--format=csv,noheader,nounits"])
-        for group, spellings in GROUPS.items()
-        for kind, fields in spellings
-    ]  # fmt: skip
-
-
-def parse_smi(text: str, fields: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """UUID -> facts, from one command's output. Lines of another form (cut off, a message) are passed over.
-
-    A value that is not there ([N/A], [Not Supported]) or that cannot be read is None, never zero.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    with contextlib.suppress(csv.Error):
-        for row in csv.reader(text.splitlines(), skipinitialspace=True):
-            if len(row) == len(fields) + 1 and row[0].startswith(("GPU-", "MIG-")):
-                found[row[0].strip()] = {
-                    KEYS.get(name, name): _value(KEYS.get(name, name), value.strip())
-                    for name, value in zip(fields, row[1:], strict=True)
-                }
-    return found
-
-
-def _value(key: str, text: str) -> Any:
-    if _NO_VALUE.fullmatch(text):
-        return None
-    if key in _NUMBERS:
-        return int(float(text)) if re.fullmatch(r"\d+(\.\d+)?", text) else None
-    if key in _FLAGS:
-        words = {"active": True, "yes": True, "1": True, "not active": False, "no": False, "0": False}
-        return words.get(text.lower())
-    return text
-
-
-def join(answers: Sequence[tuple[Sequence[str], str | None]]) -> list[dict[str, Any]]:
-    """One dict a GPU, in nvidia-smi's order, from (fields, output) of each command; None: no answer."""
-    gpus: dict[str, dict[str, Any]] = {}
-    for fields, text in answers:
-        for uuid, facts in parse_smi(text or "", fields).items():
-            gpu = gpus.setdefault(uuid, {"uuid": uuid})
-            gpu.update({key: value for key, value in facts.items() if gpu.get(key) is None})
-    return list(gpus.values())
-
-
-def used(gpus: list[dict[str, Any]], visible: str | None) -> list[dict[str, Any]]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves: another's GPU on a shared machine is none of this job's business."""
-    if not visible:
-        return gpus
-    names = [name.strip() for name in visible.split(",")]
-    chosen = [
-        gpu
-        for gpu in gpus
-        if any(name == str(gpu.get("index")) or (name[:4] == "GPU-" and gpu["uuid"].startswith(name)) for name in names)
-    ]  # fmt: skip
-    return chosen or gpus
-
 
 def judge_gpus(
     gpus: Sequence[Mapping[str, Any]], host: str, *, alone: bool, arch: str
@@ -135,9 +34,12 @@ def judge_gpus(
     problems, warnings = [], []
     exclude = EXCLUDE.format(host=host)
     for number, gpu in enumerate(gpus):
-        name = f"GPU {gpu.get('index', number)}"
+        name = f"GPU {number if gpu.get('index') is None else gpu['index']}"
         action = gpu.get("recovery_action") or ""
-        if re.search("reset|reboot|drain", action, re.IGNORECASE):
+        if gpu.get("alarm"):
+            what = f"{name} has a fault, nvidia-smi says in the place of its values: {gpu['alarm']}"
+            problems.append(problem("recovery", what, f"nvidia-smi -q and dmesg on {host}; {exclude}"))
+        elif re.search("reset|reboot|drain", action, re.IGNORECASE):
             what = f"{name} has a fault, for which the driver asks for: {action}"
             problems.append(problem("recovery", what, f"nvidia-smi -q on {host}; {exclude}"))
         if gpu.get("ecc_uncorrected"):
@@ -153,7 +55,7 @@ def judge_gpus(
             warnings.append(
                 warning("row-remap", f"{name}: the remapping of a bad memory row waits for a reset")
             )
-        slow = [reason for reason in _REASONS[:3] if gpu.get(reason)]
+        slow = [reason for reason in REASONS[:3] if gpu.get(reason)]
         if slow:
             at = f" at {gpu['temperature_c']} C" if gpu.get("temperature_c") is not None else ""
             what = f"{name} is slowed down by its hardware{at}: {', '.join(slow)}"
@@ -184,6 +86,17 @@ def judge_gpus(
                 problem("fabric", what, f"systemctl status nvidia-fabricmanager (or nvidia-imex); {exclude}")
             )
     return problems, warnings
+
+
+def judge_silence(silent: Mapping[str, str], host: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Problems and warnings from what nvidia-smi did not say. `silent`: group of fields -> why, in its own words."""
+    lost = next((why for why in silent.values() if ALARM.search(why)), "")
+    if lost:
+        fix = f"nvidia-smi and dmesg on {host}; {EXCLUDE.format(host=host)}"
+        return [problem("recovery", f"a GPU does not answer any more: nvidia-smi {lost}", fix)], []
+    reasons = {why: ", ".join(group for group in silent if silent[group] == why) for why in silent.values()}
+    text = "; ".join(f"{groups} ({why})" for why, groups in reasons.items())
+    return [], [warning("nvidia-smi", f"nvidia-smi does not say: {text}")] if silent else []
 
 
 def driver_needed(driver: str, cuda: str) -> int:
@@ -243,45 +156,6 @@ def infiniband_states(root: Path = Path("/sys/class/infiniband")) -> dict[str, d
     return states
 
 
-def run_bounded(commands: Sequence[Sequence[str]], limit_s: float) -> list[str | None]:
-    """Standard output of each command that ends well in time, all at once; None for the others.
-
-    What hangs is killed and not waited for: a process that waits for a dead GPU cannot be killed either.
-    """
-    started: list[subprocess.Popen[str] | None] = []
-    for command in commands:
-        with contextlib.suppress(OSError):
-            started.append(
-                subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                    errors="replace", env={**os.environ, "LC_ALL": "C"}, start_new_session=True,
-                )
-            )  # fmt: skip
-            continue
-        started.append(None)
-    deadline, found = time.monotonic() + limit_s, []
-    for process in started:
-        text = None
-        if process is not None:
-            try:
-                text = process.communicate(timeout=max(0.0, deadline - time.monotonic()))[0]
-                text = text if process.returncode == 0 else None
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(OSError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        found.append(text)
-    return found
-
-
-def ask_smi() -> tuple[list[dict[str, Any]], list[str]]:
-    """What nvidia-smi says of each GPU, and the groups of fields of which it says nothing."""
-    commands = smi_commands()
-    outputs = run_bounded([command for _, _, command in commands], SMI_LIMIT_S)
-    answered = {group for (group, _, _), text in zip(commands, outputs, strict=True) if text is not None}
-    gpus = join([(fields, text) for (_, fields, _), text in zip(commands, outputs, strict=True)])
-    return gpus, [group for group in GROUPS if group not in answered]
-
-
 def look(
     node: Mapping[str, Any], host: str, env: Mapping[str, str], folders: Mapping[str, Path]
 ) -> tuple[dict[str, Any], list[dict[str, str]], list[dict[str, str]]]:
@@ -316,10 +190,9 @@ def look(
             if not again or not any(one["name"] in PASSING for one in found[0]):
                 break
             time.sleep(BETWEEN_S)
-        problems += found[0]
-        warnings += found[1]
-        if silent:
-            warnings.append(warning("nvidia-smi", f"nvidia-smi does not say: {', '.join(silent)}"))
+        unsaid = judge_silence(silent, host)
+        problems += found[0] + unsaid[0]
+        warnings += found[1] + unsaid[1]
         if gpus and gpus[0].get("driver"):
             facts["driver"] = gpus[0]["driver"]
     exclude = EXCLUDE.format(host=host)

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.check import health
+from slurm.check import health, smi
 
 UUIDS = [f"GPU-0000000{n}-1111-2222-3333-444444444444" for n in range(4)]
-GENERAL = health.GROUPS["general"][0][1]
-REASONS = health.GROUPS["clocks"][0][1]
-OLD_REASONS = health.GROUPS["clocks"][1][1]
-FABRIC = health.GROUPS["fabric"][0][1]
+GENERAL = smi.GROUPS["general"][0][1]
+REASONS = smi.GROUPS["clocks"][0][1]
+OLD_REASONS = smi.GROUPS["clocks"][1][1]
+FABRIC = smi.GROUPS["fabric"][0][1]
 
 
 def general(**values: str) -> str:
@@ -42,7 +42,7 @@ def general(**values: str) -> str:
 def judged(
     *answers: tuple[Any, str | None], arch: str = "x86_64", alone: bool = False
 ) -> tuple[list[str], list[str]]:
-    problems, warnings = health.judge_gpus(health.join(answers), "gpu001", alone=alone, arch=arch)
+    problems, warnings = health.judge_gpus(smi.join(answers), "gpu001", alone=alone, arch=arch)
     assert all(one["fault"] == "node" and one["fix"] for one in problems)
     return [one["what"] for one in problems], [one["what"] for one in warnings]
 
@@ -52,7 +52,7 @@ def of_gpu_2(good: str, bad: str) -> str:
 
 
 def test_idle_gpus_are_fit() -> None:
-    gpus = health.join([(GENERAL, general())])
+    gpus = smi.join([(GENERAL, general())])
     assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3]
     assert gpus[0] == {
         "uuid": UUIDS[0], "index": 0, "name": "NVIDIA H100 80GB HBM3", "driver": "570.124.06",
@@ -64,8 +64,8 @@ def test_idle_gpus_are_fit() -> None:
 @pytest.mark.parametrize(
     ("fields", "good", "bad", "said"),
     [
-        (health.GROUPS["ecc"][0][1], "0", "3", "GPU 2: 3 uncorrected memory errors"),
-        (health.GROUPS["rows"][0][1], "0, 0", "0, 1", "GPU 2: the remapping of a bad memory row has failed"),
+        (smi.GROUPS["ecc"][0][1], "0", "3", "GPU 2: 3 uncorrected memory errors"),
+        (smi.GROUPS["rows"][0][1], "0, 0", "0, 1", "GPU 2: the remapping of a bad memory row has failed"),
         (REASONS, "Not Active, Not Active, Not Active, Not Active", "Active, Active, Not Active, Not Active", "GPU 2 is slowed down by its hardware at 31 C: hw_slowdown, hw_thermal"),
         (OLD_REASONS, "Not Active, Not Active, Not Active, Not Active", "Active, Not Active, Active, Not Active", "hw_slowdown, hw_power_brake_slowdown"),
         (FABRIC, "Completed, Success", "In Progress, N/A", "GPU 2 has not joined the NVLink fabric: state In Progress"),
@@ -79,11 +79,11 @@ def test_a_sick_gpu(fields: Any, good: str, bad: str, said: str) -> None:
     assert judged((GENERAL, general()), (fields, of_gpu_2(good, good))) == ([], [])
 
 
-RECOVERY = health.GROUPS["recovery"][0][1]
+RECOVERY = smi.GROUPS["recovery"][0][1]
 
 
 def test_memory_errors_are_judged_by_what_the_driver_asks_for() -> None:
-    ecc = (health.GROUPS["ecc"][0][1], of_gpu_2("0", "3"))
+    ecc = (smi.GROUPS["ecc"][0][1], of_gpu_2("0", "3"))
     problems, warnings = judged((GENERAL, general()), ecc, (RECOVERY, of_gpu_2("None", "None")))
     assert problems == [] and "GPU 2: 3 uncorrected" in warnings[0]  # the driver has dealt with them
     assert judged((GENERAL, general()), ecc, (RECOVERY, of_gpu_2("None", "[N/A]")))[0]  # it does not say
@@ -94,7 +94,7 @@ def test_memory_errors_are_judged_by_what_the_driver_asks_for() -> None:
 
 def test_a_row_that_waits_for_a_reset_is_a_warning() -> None:
     problems, warnings = judged(
-        (GENERAL, general()), (health.GROUPS["rows"][0][1], of_gpu_2("No, No", "Yes, No"))
+        (GENERAL, general()), (smi.GROUPS["rows"][0][1], of_gpu_2("No, No", "Yes, No"))
     )
     assert problems == [] and "GPU 2: the remapping of a bad memory row waits" in warnings[0]
 
@@ -111,7 +111,7 @@ def test_memory_that_somebody_else_uses() -> None:
     assert judged((GENERAL, general(used="2048"))) == ([], [])
     assert "GPU 2: 2.0 GiB of its memory are in use" in judged((GENERAL, general(used="2049")))[0][0]
     # Grace's kernel keeps its page cache there, too: only a process is somebody else
-    process = (health.GROUPS["processes"][0][1], f"{UUIDS[2]}, 4711\n")
+    process = (smi.GROUPS["processes"][0][1], f"{UUIDS[2]}, 4711\n")
     assert judged((GENERAL, general(used="4000")), process, arch="aarch64") == ([], [])
     problems, warnings = judged((GENERAL, general(used="40000")), arch="aarch64")
     assert problems == [] and "by no process that is seen" in warnings[0]
@@ -128,15 +128,15 @@ def test_one_gpu_alone_needs_no_fabric() -> None:
 
 
 @pytest.mark.parametrize(
-    "nothing", ["[N/A]", "N/A", "[Not Supported]", "Not Supported", "[Unknown Error]", "[GPU requires reset]", "", "¿qué?"]
+    "nothing", ["[N/A]", "N/A", "[Not Supported]", "Not Supported", "[Unknown Error]", "", "¿qué?"]
 )  # fmt: skip
 def test_what_is_not_said_is_not_zero_and_not_a_fault(nothing: str) -> None:
     row = of_gpu_2(nothing, nothing)
     for group in ("ecc", "fabric", "clique"):
-        fields = health.GROUPS[group][0][1]
+        fields = smi.GROUPS[group][0][1]
         filled = "".join(f"{uuid}, {', '.join([nothing] * len(fields))}\n" for uuid in UUIDS)
         assert judged((GENERAL, general()), (fields, filled)) == ([], []), group
-    assert health.parse_smi(row, health.GROUPS["ecc"][0][1])[UUIDS[0]] == {"ecc_uncorrected": None}
+    assert smi.parse_smi(row, smi.GROUPS["ecc"][0][1])[UUIDS[0]] == {"ecc_uncorrected": None}
 
 
 @pytest.mark.parametrize(
@@ -152,30 +152,69 @@ def test_what_is_not_said_is_not_zero_and_not_a_fault(nothing: str) -> None:
     ids=["empty", "unknown field", "no driver", "cut off", "zeros", "quotes"],
 )
 def test_what_is_no_answer_is_passed_over(text: str) -> None:
-    assert len(health.parse_smi(text, GENERAL)) <= 1
-    assert len(health.join([(GENERAL, general()), (FABRIC, text), (REASONS, None)])) == 4
+    assert len(smi.parse_smi(text, GENERAL)) <= 1
+    assert len(smi.join([(GENERAL, general()), (FABRIC, text), (REASONS, None)])) == 4
 
 
-@given(st.text(max_size=300), st.sampled_from(sorted(health.GROUPS)))
+@given(st.text(max_size=300), st.sampled_from(sorted(smi.GROUPS)))
 def test_no_text_breaks_the_parser(text: str, group: str) -> None:
-    fields = health.GROUPS[group][0][1]
+    fields = smi.GROUPS[group][0][1]
     health.judge_gpus(
-        health.join([(fields, text), (fields, f"{UUIDS[0]}, {text}")]), "h", alone=False, arch="x86_64"
+        smi.join([(fields, text), (fields, f"{UUIDS[0]}, {text}")]), "h", alone=False, arch="x86_64"
     )
+
+
+@pytest.mark.parametrize("alarm", ["[GPU requires reset]", "[GPU is lost]"])
+def test_a_broken_gpu_whose_values_are_an_alarm(alarm: str) -> None:
+    said = f"GPU 2 has a fault, nvidia-smi says in the place of its values: {alarm[1:-1]}"
+    assert judged((GENERAL, general(used=alarm, temp=alarm))) == ([said], [])
+    for group in ("ecc", "recovery", "fabric", "clocks"):
+        fields = smi.GROUPS[group][0][1]
+        row = (", ".join(["[N/A]"] * len(fields)), ", ".join([alarm] * len(fields)))
+        assert judged((GENERAL, general()), (fields, of_gpu_2(*row))) == ([said], []), group
+    lost = general().replace(UUIDS[2], alarm)  # even its name
+    assert judged((GENERAL, lost)) == ([said], [])
+
+
+LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.  Reboot the system to recover this GPU"
+
+
+@pytest.mark.parametrize(
+    ("script", "problems", "warnings"),
+    [
+        (f"echo 'GPU-0, 0'; echo '{LOST}'; exit 15", ["a GPU does not answer any more: nvidia-smi ended with 15: Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost. Reboot the system to recover this GPU"], []),
+        ("sleep 60", [], [f"nvidia-smi does not say: {', '.join(smi.GROUPS)} (did not answer within 3 s)"]),
+        ("head -c 300 /dev/urandom", [], [f"nvidia-smi does not say: {', '.join(list(smi.GROUPS)[:-1])} (no GPU is in its answer)"]),
+        ("printf 'half\\033 a line' >&2; exit 9", [], [f"nvidia-smi does not say: {', '.join(smi.GROUPS)} (ended with 9: half? a line)"]),
+        ('case "$1" in *name*) sleep 60;; *) echo no such field; exit 2;; esac', [], [f"nvidia-smi does not say: general (did not answer within 3 s); {', '.join(list(smi.GROUPS)[1:])} (ended with 2: no such field)"]),
+    ],
+    ids=["lost", "hangs", "garbage", "fails", "one hangs, the others fail"],
+)  # fmt: skip
+def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
+    script: str, problems: list[str], warnings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(smi, "SMI_LIMIT_S", 3)
+    _, wrong, said = health.look({"device": "cuda", "nodes": 1, "gpus_per_node": 4}, "gpu001", {}, {})
+    assert [one["what"] for one in wrong] == problems and [one["what"] for one in said] == warnings
+    assert {(one["name"], one["fault"]) for one in wrong} <= {("recovery", "node")}
 
 
 def test_the_first_spelling_that_is_answered_counts() -> None:
     active = of_gpu_2("Active, Active, Active, Active", "Active, Active, Active, Active")
-    gpus = health.join([(GENERAL, general()), (REASONS, None), (OLD_REASONS, active)])
+    gpus = smi.join([(GENERAL, general()), (REASONS, None), (OLD_REASONS, active)])
     assert all(gpu["hw_slowdown"] for gpu in gpus)
 
 
 def test_gpus_that_are_hidden_from_the_job_are_not_judged() -> None:
-    gpus = health.join([(GENERAL, general(used="50000"))])
-    assert [gpu["index"] for gpu in health.used(gpus, "0,1")] == [0, 1]
-    assert [gpu["index"] for gpu in health.used(gpus, UUIDS[3][:12])] == [3]
+    gpus = smi.join([(GENERAL, general(used="50000"))])
+    assert [gpu["index"] for gpu in smi.used(gpus, "0,1")] == [0, 1]
+    assert [gpu["index"] for gpu in smi.used(gpus, UUIDS[3][:12])] == [3]
     for unreadable in (None, "", "nonsense"):
-        assert len(health.used(gpus, unreadable)) == 4
+        assert len(smi.used(gpus, unreadable)) == 4
 
 
 @pytest.mark.parametrize(
@@ -223,8 +262,13 @@ def test_the_states_of_infiniband_ports(tmp_path: Path) -> None:
 def test_commands_that_hang_or_are_missing_are_left_behind() -> None:
     slow = [sys.executable, "-c", "import time; print('late', flush=True); time.sleep(60)"]
     began = time.monotonic()
-    found = health.run_bounded([["echo", "one"], slow, ["false"], ["/no/such/program"]], 1.0)
-    assert found == ["one\n", None, None, None]
+    found = smi.run_bounded([slow, ["echo", "one"], ["false"], ["/no/such/program"]], 1.0)
+    assert found == [
+        (None, "did not answer within 1 s"),
+        ("one\n", ""),
+        (None, "ended with 1"),
+        (None, "No such file or directory"),
+    ]
     assert time.monotonic() - began < 30  # not the 60 that it would have taken
 
 
@@ -251,9 +295,11 @@ def test_a_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"ecc", "infiniband", "imex"} <= set(names) and "GPU 2: 7 uncorrected" in problems[
         names.index("ecc")
     ]["what"]
-    assert "nvidia-smi does not say: recovery, rows, clocks, fabric, clique, processes" in [
-        one["what"] for one in warnings
-    ]
+    unsaid = (
+        "nvidia-smi does not say: recovery, rows, clocks, fabric, clique, processes"
+        " (ended with 2: Field is not a valid field to query.)"
+    )
+    assert unsaid in [one["what"] for one in warnings]
     assert {one["name"]: one["fault"] for one in problems} == {
         "ecc": "node",
         "infiniband": "run",

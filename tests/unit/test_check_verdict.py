@@ -229,7 +229,8 @@ def gpus_in(cluster: str | None, *cliques: str) -> dict[str, Any]:
     ids=["1+1", "2+1", "3+1", "one node", "a node that does not say", "whole", "eight-GPU boards", "one says"],
 )  # fmt: skip
 def test_a_job_that_straddles_nvlink_domains(nodes: list[dict[str, Any]], said: str) -> None:
-    found = judged(records(len(nodes), **{f"n{number}": node for number, node in enumerate(nodes)}))
+    health: dict[str, Any] = {f"n{number}": node for number, node in enumerate(nodes)}
+    found = judged(records(len(nodes), **health))
     assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])
 
 
