@@ -239,7 +239,7 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
     try:
         verdict = agree(facts, node, crew, publish, address=head, port=port, job=job)
     except Lost as lost:
-        facts["problems"].append(problem("meeting", str(lost), "the log of node 0", "run"))
+        facts["problems"].append(problem("meeting", str(lost), lost.fix, "run"))
         return fail(facts, run_dir, before)
     if several and facts["node"] != 0:
         settle(verdict)

@@ -70,13 +70,14 @@ def agree(
     try:
         guest.say(facts)
         message = guest.hear(ARRIVE_S + UNFIT_S)
-        if message.get("do") == "allreduce":
+        if "verdict" not in message:
             result = _across(crew, node, facts["node"], address, message["port"])
             _merge(facts, result)
             guest.say(result)
             message = guest.hear(COLLECTIVE_S + UNFIT_S)
-        verdict = message["verdict"]
-        return dict(verdict)
+        if "verdict" not in message:
+            raise Lost("node 0 began the all-reduce a second time")
+        return dict(message["verdict"])
     finally:
         guest.close()
 

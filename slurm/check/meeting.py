@@ -1,6 +1,7 @@
 """The nodes of a job meet at node 0 before torchrun starts: each says what it found, all hear one verdict.
 
-JSON lines over TCP, with plain sockets: a node whose torch or GPU is broken must be able to say so, too.
+JSON lines over TCP, with plain sockets: a node whose torch or GPU is broken must be able to say so, too. Whatever else
+may come from the network, only what the verdict can be made of, or what is a verdict, is taken.
 """
 
 from __future__ import annotations
@@ -10,15 +11,59 @@ import json
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 LONGEST = 8 << 20  # bytes of one message
 GOODBYE_S = 5
+# Node 0's host is up while the job runs: it refuses connections at once until its container has started. One that says
+# nothing at all for so long is behind a firewall, or the route to it is wrong.
+SILENT_S = 120
+_SAID = ("name", "why", "fix", "fault")
+_LISTS = {
+    "problems": ("name", "what", "fix", "fault"),
+    "warnings": ("name", "what"),
+    "gpu_health": (),
+    "speed": (),
+}
+_NUMBERS = ("allreduce_node_gbs", "allreduce_job_gbs", "check_s")
 
 
 class Lost(Exception):
     """The other side did not answer, or went away; the message says which and when."""
+
+    def __init__(self, why: str, fix: str = "the log of node 0") -> None:
+        super().__init__(why)
+        self.fix = fix
+
+
+def is_record(value: Any) -> bool:
+    """Whether this is what a node says of itself, as far as the verdict reads it."""
+    if not isinstance(value, dict) or not isinstance(value.get("host", ""), str):
+        return False
+    return (
+        all(_is_list(value.get(key, []), texts) for key, texts in _LISTS.items())
+        and all(_is_number(value.get(key, 0)) for key in _NUMBERS)
+        and all("gpu" in one and all(map(_is_number, one.values())) for one in value.get("speed", ()))
+    )
+
+
+def is_verdict(value: Any) -> bool:
+    """Whether every node can act on this."""
+    if not isinstance(value, dict) or not isinstance(value.get("ok"), bool):
+        return False
+    unfit: Any = value.get("unfit")
+    return _is_list(unfit, (*_SAID, "host")) and all(isinstance(one.get("node"), int) for one in unfit)
+
+
+def _is_list(value: Any, texts: Sequence[str]) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in texts) for one in value
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e15  # which NaN is not
 
 
 def port_of(rendezvous_port: int) -> int:
@@ -82,7 +127,7 @@ class Host:
                 message = json.loads(line)
                 node = message["node"]
                 ours = message["job"] == self.job and isinstance(node, int) and 0 < node < self.nodes
-                if ours and isinstance(message["say"], dict):
+                if ours and is_record(message["say"]) and _is_number(message["now"]):
                     message["say"]["clock_skew_s"] = round(float(message["now"]) - time.time(), 2)
                     self.guests[node] = guest
                     buffer[:] = rest
@@ -118,14 +163,23 @@ class Guest:
 
     def __init__(self, address: str, port: int, job: str, node: int, limit_s: float) -> None:
         self.job, self.node, self._buffer = job, node, bytearray()
-        deadline, pause = time.monotonic() + limit_s, 0.1
+        began, pause, silent = time.monotonic(), 0.1, True
         while True:
             try:
                 self._socket = socket.create_connection((address, port), timeout=10)
                 return
             except OSError as error:  # its container may start minutes after this one
-                if time.monotonic() + pause > deadline:
-                    why = error.strerror or str(error)
+                silent = silent and not isinstance(error, ConnectionError)
+                took, why = time.monotonic() - began + pause, error.strerror or str(error)
+                if silent and took > min(SILENT_S, limit_s):
+                    fix = (
+                        f"a firewall, or the wrong network: ip route get {address}; the nodes need TCP among themselves, "
+                        "ports 10000 to 29999 for the launcher and 32768 to 60999 for NCCL"
+                    )
+                    raise Lost(
+                        f"node 0 at {address}:{port} is silent, not even refusing a connection: {why}", fix
+                    ) from error
+                if took > limit_s:
                     raise Lost(
                         f"node 0 at {address}:{port} did not answer within {limit_s:.0f} s: {why}"
                     ) from error
@@ -140,6 +194,7 @@ class Guest:
             raise Lost(f"node 0 has gone: {error.strerror or error}") from error
 
     def hear(self, limit_s: float) -> dict[str, Any]:
+        """{"do": "allreduce", "port": N} or {"verdict": {...}}."""
         deadline = time.monotonic() + limit_s
         try:
             while b"\n" not in self._buffer:
@@ -153,8 +208,11 @@ class Guest:
         line, _, rest = bytes(self._buffer).partition(b"\n")
         self._buffer = bytearray(rest)
         with contextlib.suppress(ValueError, RecursionError):
-            if isinstance(value := json.loads(line), dict):
-                return value
+            value = json.loads(line)
+            if isinstance(value, dict):
+                begins = value.get("do") == "allreduce" and isinstance(value.get("port"), int)
+                if begins or is_verdict(value.get("verdict")):
+                    return value
         raise Lost("another program answers at node 0's port; submitted again, the job has another")
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import socket
 import subprocess
@@ -17,6 +19,8 @@ from slurm.check import meeting, workers
 from slurm.check.meeting import Guest, Host, Lost, port_of
 
 ROOT = Path(__file__).parent.parent.parent
+FIT = {"verdict": {"ok": True, "unfit": []}}
+UNFIT = {"node": 1, "host": "gpu1", "name": "ecc", "why": "3 errors", "fix": "reset it", "fault": "node"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +56,11 @@ def test_every_node_is_heard_and_told() -> None:
     records = host.gather(30)
     assert {node: record["host"] for node, record in records.items()} == {1: "gpu1", 2: "gpu2", 3: "gpu3"}
     assert all(abs(record["clock_skew_s"]) < 5 for record in records.values())
-    host.tell({"verdict": "x" * 1_000_000})
+    host.tell({"verdict": {**FIT["verdict"], "more": "x" * 1_000_000}})
     for thread in threads:
         thread.join(30)
     host.close()
-    assert all(len(heard[node]["verdict"]) == 1_000_000 for node in (1, 2, 3))
+    assert all(len(heard[node]["verdict"]["more"]) == 1_000_000 for node in (1, 2, 3))
 
 
 def test_strangers_are_sent_away() -> None:
@@ -70,10 +74,10 @@ def test_strangers_are_sent_away() -> None:
     other_job = guest_says(port, 1, {}, job="8")
     ours = guest_says(port, 1, heard)
     assert host.gather(30)[1]["host"] == "gpu1"
-    host.tell({"verdict": {}})
+    host.tell(FIT)
     ours.join(30)
     other_job.join(30)
-    assert heard[1] == {"verdict": {}}
+    assert heard[1] == FIT
     for stranger in strangers:
         stranger.close()
     host.close()
@@ -118,7 +122,14 @@ def test_node_0_never_answers() -> None:
         Guest("127.0.0.1", 1, "7", 1, 0.3)
 
 
-@pytest.mark.parametrize("line", [b"SSH-2.0-OpenSSH_9.2\r\n", b"[1]\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n", b"[1]\n", b'{"x": 1}\n', b'{"do": "allreduce"}\n', b'{"do": "allreduce", "port": "1"}\n',
+        b'{"verdict": 5}\n', b'{"verdict": {}}\n', b'{"verdict": {"ok": true, "unfit": [3]}}\n', b'{"verdict": {"ok": true, "unfit": "no"}}\n',
+        json.dumps({"verdict": {"ok": False, "unfit": [{**UNFIT, "why": None}]}}).encode() + b"\n",
+    ],
+)  # fmt: skip
 def test_another_program_at_node_0s_port(line: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         guest = Guest("127.0.0.1", other.getsockname()[1], "7", 1, 30)
@@ -127,6 +138,92 @@ def test_another_program_at_node_0s_port(line: bytes) -> None:
             with pytest.raises(Lost, match="another program answers"):
                 guest.hear(30)
         guest.close()
+
+
+def test_what_node_0_says_is_taken() -> None:
+    for message in (FIT, {"do": "allreduce", "port": 1}, {"verdict": {"ok": False, "unfit": [UNFIT]}}):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            guest = Guest("127.0.0.1", other.getsockname()[1], "7", 1, 30)
+            with other.accept()[0] as connection:
+                connection.sendall(json.dumps(message).encode() + b"\n")
+                assert guest.hear(30) == message
+            guest.close()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"problems": "x"}, {"problems": [{"name": "ecc"}]}, {"problems": [3]}, {"warnings": {}}, {"gpu_health": "no"}, {"gpu_health": ["no"]},
+        {"check_s": "x"}, {"check_s": float("nan")}, {"speed": [{"gpu": 0, "copy_gbs": "fast"}]}, {"speed": [{"copy_gbs": 1}]},
+        {"allreduce_node_gbs": []}, {"host": 5}, 3,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_no_verdict_can_be_made_of_is_not_taken(record: Any) -> None:
+    """It has the job's own number, as a node of another release might; its node counts as one that did not come."""
+    port, heard = free_port(), dict[int, Any]()
+    host = Host(port, "7", 2)
+    with socket.create_connection(("127.0.0.1", port)) as wrong:
+        wrong.sendall(json.dumps({"job": "7", "node": 1, "now": 1.0, "say": record}).encode() + b"\n")
+        assert host.gather(0.5) == {}
+        ours = guest_says(port, 1, heard)
+        assert host.gather(30)[1]["host"] == "gpu1"
+        host.tell(FIT)
+        ours.join(30)
+    host.close()
+
+
+def test_a_clock_that_is_no_number_is_not_taken() -> None:
+    port = free_port()
+    host = Host(port, "7", 2)
+    with socket.create_connection(("127.0.0.1", port)) as wrong:
+        wrong.sendall(b'{"job": "7", "node": 1, "now": Infinity, "say": {"clock_skew_s": "x"}}\n')
+        assert host.gather(0.5) == {}
+    host.close()
+
+
+class Network:
+    """In the place of real connections: what each attempt ends with, and a clock that only sleeping moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *errors: OSError) -> None:
+        self.errors, self.now = list(errors), 0.0
+        monkeypatch.setattr(socket, "create_connection", self.connect)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def connect(self, _address: Any, timeout: float) -> socket.socket:
+        error = self.errors.pop(0) if len(self.errors) > 1 else self.errors[0]
+        self.now += timeout if isinstance(error, TimeoutError) else 0
+        raise error
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+REFUSED, TIMEOUT = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), TimeoutError("timed out")
+
+
+@pytest.mark.parametrize(
+    "error", [TIMEOUT, OSError(errno.EHOSTUNREACH, "No route to host"), OSError(errno.ENETUNREACH, "x")]
+)
+def test_a_firewall_is_told_within_minutes(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(monkeypatch, error)
+    with pytest.raises(Lost, match=r"node 0 at 10\.0\.0\.1:10007 is silent, not even refusing") as lost:
+        Guest("10.0.0.1", 10007, "7", 1, 900)
+    assert (
+        network.now < 140 and "ip route get 10.0.0.1" in lost.value.fix and "10000 to 29999" in lost.value.fix
+    )
+
+
+@pytest.mark.parametrize("errors", [[REFUSED], [TIMEOUT, REFUSED, TIMEOUT], [REFUSED, TIMEOUT]])
+def test_a_node_0_that_has_refused_may_take_its_time(
+    errors: list[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host is there: its container is still being unpacked."""
+    network = Network(monkeypatch, *errors)
+    with pytest.raises(Lost, match="did not answer within 900 s") as lost:
+        Guest("10.0.0.1", 10007, "7", 1, 900)
+    assert network.now > 880 and lost.value.fix == "the log of node 0"
 
 
 def test_the_meeting_is_at_a_port_that_linux_gives_to_nobody_else() -> None:
