@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from launcher.errors import ExitStatus
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, Release, missing_packages, running_cluster, slurm_run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, say_it_trains, squashfs_head
 from tests.image.images import CACHE
 
 PACKAGES = "slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,iproute2"
@@ -141,3 +142,54 @@ def test_excluded_nodes_and_why_a_job_waits(command: Command, slurm: Cluster) ->
     wait_for(lambda: nodes_of(slurm, "next") == list(NODES[:2]), "the other block")
     assert submit(command, "waits", "--nodes", "2").returncode == 0
     wait_for(lambda: "4 in use" in command("status", "waits").stdout, "the reason")
+
+
+def test_a_cluster_without_pyxis(command: Command) -> None:
+    here: Path = command.here  # type: ignore[attr-defined]
+    image = here / "titan.sqsh"
+    image.write_bytes(squashfs_head(4096).ljust(4096, b"\0"))
+    say_it_trains(image)
+    words = ("submit", *BARE[:2], *BARE[4:], "--image", str(image), "--yes", "--name", "contained")
+    refused = command(*words)
+    assert refused.returncode == ExitStatus.INVALID and "Slurm has no Pyxis here" in refused.stderr, (
+        refused.stderr
+    )
+    assert command(*words, "--force").returncode == 0
+    wait_for((here / "runs" / "contained" / "end.json").exists, "the job's end")
+    status = command("status", "contained")
+    assert "cause: this cluster's srun does not know Pyxis's options" in status.stderr, status.stderr
+    assert (
+        "unrecognized option '--container-image=" in status.stderr and "--runtime apptainer" in status.stderr
+    )
+
+
+@pytest.fixture
+def stale_blocks(slurm: Cluster) -> Iterator[None]:
+    """A topology.conf that nobody has changed since two nodes were added: those are in no block.
+
+    Slurm 24.11 does not even start with a block that has no nodes, or fewer than BlockSizes.
+    """
+    file = slurm.directory / "topology.conf"
+    whole = file.read_text()
+
+    def reread(text: str, blocks: int) -> None:
+        file.write_text(text)
+        slurm_run(slurm, ["scontrol", "reconfigure"])
+        shown = ["scontrol", "show", "topology"]
+        wait_for(lambda: slurm_run(slurm, shown).stdout.count("BlockName=") == blocks, f"{blocks} blocks")
+
+    reread("".join(line + "\n" for line in whole.splitlines() if "rack2" not in line), 1)
+    yield
+    reread(whole, 2)
+
+
+@pytest.mark.usefixtures("stale_blocks")
+def test_nodes_that_are_in_no_block_are_idle_and_get_no_job(command: Command, slurm: Cluster) -> None:
+    done = submit(command, "four", "--nodes", "4")
+    assert done.returncode == ExitStatus.INVALID, done.stderr
+    assert "are in no block of the topology: " + ", ".join(NODES[2:]) in done.stderr, done.stderr
+    assert "scontrol reconfigure" in done.stderr
+    forced = submit(command, "outside", "--nodes", "2", "--nodelist", ",".join(NODES[2:]), "--force")
+    assert forced.returncode == ExitStatus.CLUSTER, forced.stderr
+    assert "no block of the topology has that many free nodes" in forced.stderr
+    assert "Requested topology configuration is not available" in forced.stderr, forced.stderr
