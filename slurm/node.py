@@ -144,8 +144,9 @@ def examine(
         with noting(facts, "command", "run"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
-        found = measure(crew, node)
+        found = measure(crew, node, facts["host"], env)
         facts["problems"] += found.pop("problems")
+        facts["warnings"] += found.pop("warnings")
         facts.update(found)
     return command, added
 

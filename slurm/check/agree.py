@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import problem
+from .health import look_after_load
 from .meeting import Guest, Host, Lost, port_of
 from .verdict import judge
 from .workers import Worker, ask
@@ -20,10 +21,12 @@ REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may st
 HELLO_S, MEASURE_S, COLLECTIVE_S = 600, 180, 300
 
 
-def measure(crew: Sequence[Worker], node: Mapping[str, Any]) -> dict[str, Any]:
-    """Each GPU's figures and the all-reduce in this node: {"speed", "allreduce_node_gbs", "problems"}."""
+def measure(
+    crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]
+) -> dict[str, Any]:
+    """Each GPU's figures and the all-reduce in this node: {"speed", "allreduce_node_gbs", "problems", "warnings"}."""
     what = "GPU" if node["device"] == "cuda" else "rank"
-    found: dict[str, Any] = {"speed": [], "problems": []}
+    found: dict[str, Any] = {"speed": [], "problems": [], "warnings": []}
     fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
     measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
     # A sick GPU fails by itself; all of several at once do for want of a library, say.
@@ -33,6 +36,9 @@ def measure(crew: Sequence[Worker], node: Mapping[str, Any]) -> dict[str, Any]:
             found["problems"].append(problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault))
         else:
             found["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
+    if node["device"] == "cuda":
+        problems, found["warnings"] = look_after_load(host, env)
+        found["problems"] += problems
     if len(crew) > 1 and not found["problems"]:
         place = crew[0].errors.with_name("store")
         answers = ask(

@@ -42,6 +42,10 @@ def judge_gpus(
         elif re.search("reset|reboot|drain", action, re.IGNORECASE):
             what = f"{name} has a fault, for which the driver asks for: {action}"
             problems.append(problem("recovery", what, f"nvidia-smi -q on {host}; {exclude}"))
+        if gpu.get("mig_mode") == "Enabled":
+            what = f"MIG is enabled on {name}: training needs whole GPUs"
+            fix = f"as root on {host}: nvidia-smi -i {gpu.get('uuid', number)} -mig 0; {exclude}"
+            problems.append(problem("mig", what, fix))
         if gpu.get("ecc_uncorrected"):
             what = f"{name}: {gpu['ecc_uncorrected']} uncorrected memory errors since the driver was loaded"
             if action == "None":  # contained: NVIDIA's guide says that the GPU may be used again at once
@@ -154,6 +158,23 @@ def infiniband_states(root: Path = Path("/sys/class/infiniband")) -> dict[str, d
         with contextlib.suppress(OSError, ValueError):
             states.setdefault(path.parts[-4], {})[int(path.parts[-2])] = path.read_text().strip()
     return states
+
+
+def look_after_load(host: str, env: Mapping[str, str]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Problems and warnings from what slows the GPUs down right after the products: of idle ones it is not seen."""
+    seen: list[dict[str, str]] = []
+    for again in reversed(range(LOOKS)):
+        gpus = used(ask_smi(("general", "clocks"))[0], env.get("CUDA_VISIBLE_DEVICES"))
+        found, _ = judge_gpus(gpus, host, alone=True, arch=platform.machine())
+        slow = [one for one in found if one["name"] == "throttle"]
+        seen = seen or slow
+        if not slow:
+            return [], [
+                warning("throttle", f"{one['what']}, for a moment after the products") for one in seen
+            ]
+        if again:
+            time.sleep(BETWEEN_S)
+    return slow, []
 
 
 def look(

@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "general": (("gpu", ("index", "name", "driver_version", "memory.used", "memory.total", "temperature.gpu")),),
     "ecc": (("gpu", ("ecc.errors.uncorrected.volatile.total",)),),
     "recovery": (("gpu", ("gpu_recovery_action",)),),
+    "mig": (("gpu", ("mig.mode.current",)),),
     "rows": (("remapped-rows", ("remapped_rows.pending", "remapped_rows.failure")),),
     "clocks": tuple(
         ("gpu", tuple(f"{prefix}.{reason}" for reason in REASONS))
@@ -38,6 +39,7 @@ KEYS = {
     "driver_version": "driver",
     "ecc.errors.uncorrected.volatile.total": "ecc_uncorrected",
     "gpu_recovery_action": "recovery_action",
+    "mig.mode.current": "mig_mode",
     "remapped_rows.pending": "row_remap_pending",
     "remapped_rows.failure": "row_remap_failure",
     "fabric.state": "fabric_state",

@@ -92,6 +92,17 @@ def test_memory_errors_are_judged_by_what_the_driver_asks_for() -> None:
         assert problem == f"GPU 2 has a fault, for which the driver asks for: {action}"
 
 
+def test_a_gpu_that_is_cut_into_pieces() -> None:
+    mig = smi.GROUPS["mig"][0][1]
+    (problem,), _ = judged((GENERAL, general()), (mig, of_gpu_2("Disabled", "Enabled")))
+    assert problem == "MIG is enabled on GPU 2: training needs whole GPUs"
+    assert judged((GENERAL, general()), (mig, of_gpu_2("Disabled", "[N/A]"))) == ([], [])
+    (one,), _ = health.judge_gpus(
+        smi.join([(mig, of_gpu_2("Disabled", "Enabled"))]), "h", alone=False, arch=""
+    )
+    assert f"nvidia-smi -i {UUIDS[2]} -mig 0" in one["fix"]
+
+
 def test_a_row_that_waits_for_a_reset_is_a_warning() -> None:
     problems, warnings = judged(
         (GENERAL, general()), (smi.GROUPS["rows"][0][1], of_gpu_2("No, No", "Yes, No"))
@@ -296,7 +307,7 @@ def test_a_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         names.index("ecc")
     ]["what"]
     unsaid = (
-        "nvidia-smi does not say: recovery, rows, clocks, fabric, clique, processes"
+        "nvidia-smi does not say: recovery, mig, rows, clocks, fabric, clique, processes"
         " (ended with 2: Field is not a valid field to query.)"
     )
     assert unsaid in [one["what"] for one in warnings]
@@ -329,6 +340,26 @@ def test_memory_that_is_being_freed_is_no_fault(
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     _, problems, _ = health.look({"device": "cuda", "nodes": 1, "gpus_per_node": 1}, "h", {}, {})
     assert [one["name"] for one in problems] == ([] if fit else ["memory"])
+
+
+@pytest.mark.parametrize(("slow_looks", "problems", "warnings"), [(0, 0, 0), (1, 0, 1), (2, 0, 1), (9, 1, 0)])
+def test_a_slowdown_that_only_load_shows(
+    slow_looks: int, problems: int, warnings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    slow = f"[ $(wc -l <{tmp_path}/looks) -le {slow_looks} ] && state=Active || state='Not Active'"
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in *name*) echo "GPU-0, 0, NVIDIA H200, 580.95.05, 90000, 143771, 91" ;;\n'
+        f'*event*) echo >>{tmp_path}/looks; {slow}; echo "GPU-0, Not Active, $state, Not Active, Not Active" ;; *) exit 2 ;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(health, "BETWEEN_S", 0)
+    found = health.look_after_load("h", {})
+    assert [len(part) for part in found] == [problems, warnings]
+    what = "GPU 0 is slowed down by its hardware at 91 C: hw_thermal_slowdown"
+    assert all(one["name"] == "throttle" and one["what"].startswith(what) for part in found for one in part)
+    assert all(one["what"].endswith("for a moment after the products") for one in found[1])
 
 
 def test_without_nvidia_smi_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
