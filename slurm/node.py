@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import socket
 import sys
 import time
@@ -174,11 +175,8 @@ def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
             warning("driver", f"{old}: it runs through the image's forward compatibility")
         )
     wanted = str(node.get("gpu", ""))
-    if (
-        facts.get("gpu")
-        and node["device"] == "cuda"
-        and not re.search(rf"(?<![A-Z]){re.escape(wanted)}", facts["gpu"])
-    ):
+    named = re.search(rf"(?<![A-Z]){re.escape(wanted)}", facts.get("gpu", ""))
+    if facts.get("gpu") and node["device"] == "cuda" and not named:
         facts["warnings"].append(warning("gpus", f"the profile is for {wanted}, the node has {facts['gpu']}"))
 
 
@@ -216,6 +214,10 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
 
     def settle(verdict: dict[str, Any]) -> None:
         """What the verdict says of this node, printed and recorded before anybody's end can end this process."""
+        if not verdict[
+            "ok"
+        ]:  # srun ends all when the first has ended, and would tell of a signal, not of a code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if mine := [one for one in verdict["unfit"] if one["node"] == facts["node"]]:
             facts["problems"] = [problem(one["name"], one["why"], one["fix"], one["fault"]) for one in mine]
             fail(facts, run_dir, before)

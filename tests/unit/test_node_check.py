@@ -74,7 +74,15 @@ class Nodes(Place):
     def run(
         self, address: str = "127.0.0.1", **changes: dict[str, str]
     ) -> list[subprocess.CompletedProcess[str]]:
-        """Every node's process; `changes`: n1={...} are node 1's own variables, or its node.json."""
+        """Every node's process, ended; `changes`: n1={...} are node 1's own variables, or its node.json."""
+        done = []
+        for process in self.begin(address, **changes):
+            out, err = process.communicate(timeout=120)
+            assert "Traceback" not in out + err, out + err
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        return done
+
+    def begin(self, address: str = "127.0.0.1", **changes: dict[str, str]) -> list[subprocess.Popen[str]]:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
@@ -93,12 +101,7 @@ class Nodes(Place):
             running.append(
                 subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             )
-        done = []
-        for process in running:
-            out, err = process.communicate(timeout=120)
-            assert "Traceback" not in out + err, out + err
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-        return done
+        return running
 
     def verdict(self) -> dict[str, Any]:
         value = json.loads((self.run_dir / "nodes" / "check.json").read_text())
@@ -156,6 +159,19 @@ def test_what_is_wrong_on_one_node_stops_all_and_names_it(two: Nodes) -> None:
     record = two.record_of(1)
     assert not record["ok"] and "/nowhere is not" in record["why"]
     assert [one["fault"] for one in record["problems"]] == ["node", "node"]
+
+
+def test_who_is_ended_because_another_has_ended_says_why_all_the_same(two: Nodes) -> None:
+    """srun sends SIGTERM to all when the first one has ended with a code, and then tells of a signal."""
+    first, second = two.begin(n1={"FAKE_TORCH_BROKEN": "1"})
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("titan-check: stop node=0"):
+            first.terminate()
+            break
+    assert [first.wait(120), second.wait(120)] == [FAILED, FAILED]
+    first.communicate()
+    second.communicate()
 
 
 def test_a_slow_rank_is_an_outlier(two: Nodes) -> None:
