@@ -214,9 +214,8 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
 
     def settle(verdict: dict[str, Any]) -> None:
         """What the verdict says of this node, printed and recorded before anybody's end can end this process."""
-        if not verdict[
-            "ok"
-        ]:  # srun ends all when the first has ended, and would tell of a signal, not of a code
+        # srun ends all when the first has ended, and would tell of a signal, not of a code.
+        if not verdict["ok"]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if mine := [one for one in verdict["unfit"] if one["node"] == facts["node"]]:
             facts["problems"] = [problem(one["name"], one["why"], one["fix"], one["fault"]) for one in mine]
