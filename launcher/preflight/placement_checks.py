@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.cluster.facts import Block, ClusterFacts
+from launcher.cluster.parse import expand
 from launcher.output import some
 from launcher.preflight import placement
 from launcher.preflight.candidates import Place, candidates, fitting, number_of, usable
@@ -12,6 +13,7 @@ from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import RunSpec
 
 SEGMENT_SINCE = (23, 11)
+NO_BLOCK = "Slurm would say: Requested topology configuration is not available, while nodes are idle"
 RACK = 18  # nodes that share an NVLink domain, where NVLink goes from node to node
 
 
@@ -130,13 +132,17 @@ def blocks(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
         return None
     able = fitting(spec, place)
     inside = {name for block in facts.blocks for name in block.nodes}
+    if outside := [name for name in expand(spec.job.nodelist) if name not in inside]:
+        return Check(
+            "blocks", ERROR, f"--nodelist: {some(outside)}: in no block of the topology", NO_BLOCK,
+            "leave them out of --nodelist; scontrol show topology",
+        )  # fmt: skip
     lost = [node.name for node in able if node.name not in inside]
     if not lost or place.most([node for node in able if node.name in inside]) >= spec.job.nodes:
         return None
     empty = [block.name for block in facts.blocks if not block.nodes]
     return Check(
         "blocks", ERROR, f"{number_of(len(lost))} of {place.name} are in no block of the topology: {some(lost)}",
-        (f"{some(empty)} has no nodes; " if empty else "")
-        + "Slurm would say: Requested topology configuration is not available, while nodes are idle",
+        (f"{some(empty)} has no nodes; " if empty else "") + NO_BLOCK,
         "an administrator updates topology.yaml (or .conf) and runs scontrol reconfigure; scontrol show topology",
     )  # fmt: skip

@@ -104,6 +104,7 @@ CASES = {
     "segment beyond a block": (run("gb200", 4, segment=4), cluster(*ARM, **BLOCKS, blocks=RACKS), "placement", ERROR, "largest block has 2 nodes", "--segment 2"),
     "segment that fits": (run("gb200", 4, segment=2), cluster(*ARM, **BLOCKS, blocks=RACKS), "placement", OK, "2 x 2 nodes, each in one block of up to 2; room now: rack-1 (2 free), rack-2 (2 free)", ""),
     "segment smaller than it could be": (run("gb200", 3, segment=1), cluster(*ARM, **BLOCKS, blocks=RACKS), "placement", WARNING, "3 x 1 nodes", "--nodes 2 or 4"),
+    "named in no block": (run("gb200", 1, nodelist="a3"), cluster(*ARM, **BLOCKS, blocks=(Block("rack-1", ("a0", "a1")),)), "blocks", ERROR, "--nodelist: a3: in no block", "scontrol show topology"),
     "empty blocks": (run("gb200", 2), cluster(*ARM, **BLOCKS, blocks=(Block("rack-1", ("a0",)), Block("rack-2"))), "blocks", ERROR, "3 nodes of partition batch are in no block of the topology: a1, a2, a3", "scontrol show topology"),
     "nodes cannot be read": (run(), None, "cluster", WARNING, "cannot be read", "sinfo -s"),
     "nodes cannot be read, and why": (run(), ClusterFacts(notes=("sinfo did not answer",)), "cluster", WARNING, "did not answer", "scontrol ping"),
