@@ -101,7 +101,7 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     launcher preflight --image titan.sqsh --nodes 9
     """
     from launcher.preflight.check import refusal
-    from launcher.preflight.look_here import look_here
+    from launcher.preflight.local_files import look_here
     from launcher.preflight.readiness import look
 
     spec, here = look_here(spec_of(options))
@@ -158,7 +158,7 @@ _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 def _looked_at(spec: RunSpec, force: bool) -> RunSpec:
     """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
     from launcher.preflight.check import OK, refusal, sentence
-    from launcher.preflight.look_here import look_here
+    from launcher.preflight.local_files import look_here
 
     spec, checks = look_here(spec)
     if refused := refusal(checks, force):

@@ -16,7 +16,7 @@ from launcher.options import RunOptions
 from launcher.output import plain, warn
 from launcher.preflight import readiness
 from launcher.preflight.check import ERROR, OK, refusal, sentence
-from launcher.preflight.look_here import look_here
+from launcher.preflight.local_files import look_here
 from launcher.results.outcome import Outcome
 from launcher.results.read import outcome_of
 from launcher.runs import Run

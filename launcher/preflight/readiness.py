@@ -1,4 +1,4 @@
-"""The edge of launcher/preflight/checks.py: asks Slurm. What the files here can tell is in launcher/preflight/look_here.py."""
+"""The edge of launcher/preflight/checks.py: asks Slurm. What the files here can tell is in launcher/preflight/local_files.py."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import pytest
 from launcher import resolve
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer
+from launcher.preflight.local_files import check_image
 from tests.conftest import Launch
 
 SUBMIT = ("submit", "--image", "titan.sqsh", "--yes", "--dry-run")
@@ -131,7 +132,7 @@ def test_an_image_where_this_user_may_not_look(image: Path, request: pytest.Fixt
     spec = replace(spec, job=replace(spec.job, image=str(closed / "x.sqsh")))
     request.getfixturevalue("ordinary_user")
     with pytest.raises(LauncherError) as error:
-        resolve.check_image(spec)
+        check_image(spec)
     assert (error.value.status, "x.sqsh: Permission denied" in error.value.what) == (
         ExitStatus.FILESYSTEM,
         True,

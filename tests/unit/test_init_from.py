@@ -15,8 +15,8 @@ import pytest
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import find, merge, read_layer
-from launcher.resolve import check_weights as check_at_submit
-from launcher.resolve import warnings
+from launcher.preflight.local_files import check_weights as check_at_submit
+from launcher.preflight.local_files import warnings
 from launcher.runtime import mounts
 from launcher.spec import Job, RunSpec
 from launcher.titan import Refused
