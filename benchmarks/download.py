@@ -61,9 +61,7 @@ def main() -> None:
                 memory = max(memory, used)
             planned = plan_seconds(work / "many")
     ratio = max(stages) / max(curls)
-    print(
-        f"\n{options.files} files of {options.size_mb} MB, {options.jobs} at once, best of {options.rounds}\n"
-    )
+    print(f"\n{options.files} files of {options.size_mb} MB, {options.jobs} at once, best of {options.rounds}\n")
     print("| what | measured | limit |\n|---|---|---|")
     print(f"| curl --parallel | {max(curls) / 1e6:,.0f} MB/s | |")
     print(f"| curl --parallel, then sha256sum of as many files at once | {max(checked) / 1e6:,.0f} MB/s | |")
@@ -92,9 +90,7 @@ def make_c4(folder: Path, files: int, size_mb: int) -> Path:
 def server(source: Path) -> Iterator[None]:
     """The tests' Hub in a process of its own, its address in HF_ENDPOINT."""
     command = [sys.executable, "-m", "tests.stage.hub_server", str(source)]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             os.environ["HF_ENDPOINT"] = process.stdout.readline().strip().removeprefix("HF_ENDPOINT=")
@@ -171,9 +167,7 @@ def plan_seconds(target: Path) -> float:
         files[name] = StagedFile(0, "0" * 64, (target / name).stat().st_mtime_ns)
     (target / ".staged").mkdir()
     revision = "a" * 40
-    write_manifest(
-        target, Manifest("c4", "hf://datasets/allenai/c4", revision, files, tuple(files), TRAIN_FILES)
-    )
+    write_manifest(target, Manifest("c4", "hf://datasets/allenai/c4", revision, files, tuple(files), TRAIN_FILES))
     began = time.monotonic()
     plan_c4(target, everything=True)
     assert not verify(target).problems

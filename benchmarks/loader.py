@@ -65,9 +65,7 @@ class Reader:
     def __init__(self, path: Path, files: int, degree: int) -> None:
         from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 
-        tokenizer: Any = (
-            Counting()
-        )  # three tokens are one sequence of length 2 in both eras: one `next`, one document
+        tokenizer: Any = Counting()  # three tokens are one sequence of length 2 in both eras: one `next`, one document
         dataset = HuggingFaceTextDataset("c4", str(path), tokenizer, 2, degree // 2, degree, infinite=True)
         self.documents = iter(dataset)
         self.count = DOCUMENTS if files % degree == 0 else max(DOCUMENTS // degree, 1)

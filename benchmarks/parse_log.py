@@ -104,9 +104,7 @@ def main() -> None:
         "--share", type=float, action="append", help="share of step lines by bytes (default 0.1, 0.5 and 1)"
     )
     options = parser.parse_args()
-    print(
-        f"{os.cpu_count()} CPUs; MiB per CPU second, peak RSS in MiB, and time as a multiple of plain block reads"
-    )
+    print(f"{os.cpu_count()} CPUs; MiB per CPU second, peak RSS in MiB, and time as a multiple of plain block reads")
     print(f"{'step lines':>10} {'size':>6} {'plain':>7} {'records':>17} {'first error':>19} {'count':>9}")
     with tempfile.TemporaryDirectory(prefix="parse-log-") as folder:
         path = Path(folder) / "0000-gpu001.log"

@@ -46,9 +46,7 @@ def make(runs_dir: Path, name: str, number: int) -> Path:
         (run / folder).mkdir(parents=True)
     write_json(run / "job" / "node.json", node_config(spec))
     write_text(run / "run.toml", run_toml(spec))
-    write_json(
-        run / "intent.json", {"scheduler": "slurm", "job_name": spec.job_name, "at": 1795331400.0 + number}
-    )
+    write_json(run / "intent.json", {"scheduler": "slurm", "job_name": spec.job_name, "at": 1795331400.0 + number})
     write_json(run / "job.json", {"job_id": str(1000 + number)})
     write_json(run / "end.json", {"exit_code": 0, "began_at": 1795331430})
     write_json(run / "nodes" / "0000-a.json", RECORD)
@@ -95,10 +93,7 @@ def main() -> None:
 
 
 def memory(runs_dir: Path, mib: int) -> None:
-    noise = (
-        b"gpu001:4711:4750 [0] NCCL INFO Channel 03/0 : 0[0] -> 1[1] via P2P/CUMEM/read comm 0x7f5c8c0d\n"
-        * 10_000
-    )
+    noise = b"gpu001:4711:4750 [0] NCCL INFO Channel 03/0 : 0[0] -> 1[1] via P2P/CUMEM/read comm 0x7f5c8c0d\n" * 10_000
     for size in (mib // 4, mib):
         path = make(runs_dir, f"log-{size}", size) / "logs" / "0000-a.log"
         with path.open("ab") as handle:
@@ -109,9 +104,7 @@ def memory(runs_dir: Path, mib: int) -> None:
         shown = run([script, "results", f"log-{size}", "--runs-dir", str(runs_dir), "--json"])
         took, (text, peak) = time.perf_counter() - begin, shown.rsplit("\n", 2)[:2]
         assert json.loads(text)["complete"]
-        print(
-            f"result of a log of {size} MiB: {size / took:.0f} MiB/s, peak memory {int(peak) / 1024:.0f} MiB"
-        )
+        print(f"result of a log of {size} MiB: {size / took:.0f} MiB/s, peak memory {int(peak) / 1024:.0f} MiB")
 
 
 def run(arguments: list[str]) -> str:

@@ -53,9 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the trial files go (default: a temporary directory)")
     parser.add_argument("--runs", type=int, default=3, help="imports of each kind; the best one counts")
     parser.add_argument("--conversions", type=int, default=1, help="of each kind; the best one counts")
-    parser.add_argument(
-        "--formats", nargs="*", default=[n for n in CANDIDATES if n not in SLOW], choices=CANDIDATES
-    )
+    parser.add_argument("--formats", nargs="*", default=[n for n in CANDIDATES if n not in SLOW], choices=CANDIDATES)
     parser.add_argument("--convert", nargs=3, metavar=("FORMAT", "TAR", "SQSH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.convert:
@@ -89,9 +87,7 @@ def measure(tree: Path, folder: Path, formats: list[str], runs: int, conversions
     def sqsh(name: str) -> Path:
         return folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.sqsh"
 
-    commands = {
-        name: [sys.executable, __file__, "--convert", name, str(tar), str(sqsh(name))] for name in formats
-    }
+    commands = {name: [sys.executable, __file__, "--convert", name, str(tar), str(sqsh(name))] for name in formats}
     root_, tar_, out = (shlex.quote(str(path)) for path in (root, tar, sqsh(ENROOT)))
     unpacked = f"mkdir {root_}; tar -xpf {tar_} -C {root_}"
     squash = f"mksquashfs {root_} {out} -all-root {ENROOT_OPTIONS} -noappend -quiet -no-progress"
@@ -126,9 +122,7 @@ def measure(tree: Path, folder: Path, formats: list[str], runs: int, conversions
     print(
         f"{size / 1e6:,.0f} MB. The best of {conversions} conversions and {runs} imports, seconds; in brackets: to the best\n"
     )
-    print(
-        "| format | MB | of enroot's | CPU s | of enroot's | kernel cold | warm | squashfuse cold | warm | unpack |"
-    )
+    print("| format | MB | of enroot's | CPU s | of enroot's | kernel cold | warm | squashfuse cold | warm | unpack |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in (plain, *commands):
         cells = [f"**{name}**" if CANDIDATES.get(name) == FORMATS["unpack"] else name]

@@ -43,9 +43,7 @@ def main() -> None:
 
         def run(arguments: list[str]) -> float:
             begin = time.perf_counter()
-            subprocess.run(
-                [sys.executable, *arguments], check=True, capture_output=True, cwd=folder, env=environment
-            )
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=folder, env=environment)
             return time.perf_counter() - begin
 
         times: dict[str, list[float]] = {name: [] for name in commands}

@@ -120,9 +120,7 @@ def check_lock(context: Context) -> str:
     # Debian's and Ubuntu's own packages are not ours.
     found = {
         normalized(item.metadata["Name"]): item.version
-        for item in importlib.metadata.distributions(
-            path=[entry for entry in sys.path if "/usr/local/" in entry]
-        )
+        for item in importlib.metadata.distributions(path=[entry for entry in sys.path if "/usr/local/" in entry])
     }
     different = [
         f"{name} {found.get(name, 'missing')} (lock: {expected.get(name, 'not in it')})"
@@ -168,9 +166,7 @@ def check_compiler(context: Context) -> str:
     include = sysconfig.get_path("include")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "x.cpp"
-        source.write_text(
-            "#include <Python.h>\nint main() { return PY_MAJOR_VERSION - 3; }\n", encoding="utf-8"
-        )
+        source.write_text("#include <Python.h>\nint main() { return PY_MAJOR_VERSION - 3; }\n", encoding="utf-8")
         for compiler in ("gcc", "g++"):
             output(compiler, f"-I{include}", "-c", str(source), "-o", f"{folder}/x.o")
     return f"gcc and g++ {output('gcc', '-dumpfullversion').strip()}, {include}"
@@ -212,17 +208,12 @@ def check_byte_code(context: Context) -> str:
     # Bit 0: by hash; bit 1: compare the hash with the source (PEP 552).
     wrong = [path for path in compiled if flags(path) != 1]
     if wrong or not compiled:
-        raise Failed(
-            f"{len(wrong)} of {len(compiled)} .pyc are compared with their source: {' '.join(wrong[:3])}"
-        )
+        raise Failed(f"{len(wrong)} of {len(compiled)} .pyc are compared with their source: {' '.join(wrong[:3])}")
     loaded = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
     bare = [
         spec.origin
         for spec in loaded
-        if spec is not None
-        and spec.cached
-        and str(spec.origin).startswith("/usr/")
-        and not os.path.exists(spec.cached)
+        if spec is not None and spec.cached and str(spec.origin).startswith("/usr/") and not os.path.exists(spec.cached)
     ]
     if bare:
         raise Failed(f"{len(bare)} imported modules have none: {' '.join(sorted(bare)[:3])}")

@@ -30,9 +30,7 @@ def main() -> None:
     for option in ("channel", "source-revision", "sbom", "created"):
         parser.add_argument(f"--{option}", default="")
     arguments = parser.parse_args()
-    architecture = subprocess.run(
-        ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
-    )
+    architecture = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True)
     torch = ask_torch()
     cuda = torch["cuda"]
     description = {

@@ -33,9 +33,7 @@ def wait_for_start(run: Run, say: Callable[[str], None] | None) -> None:
 
 def progress_of(run: Run) -> Iterator[Progress]:
     """A snapshot for every newly logged step, until the run has ended."""
-    return follow(
-        run.logs, steps_total=steps_of(run), is_finished=_finished(run), sleep=time.sleep, clock=time.time
-    )
+    return follow(run.logs, steps_total=steps_of(run), is_finished=_finished(run), sleep=time.sleep, clock=time.time)
 
 
 def show(run: Run, stream: TextIO) -> None:

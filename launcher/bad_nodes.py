@@ -88,9 +88,7 @@ def parse(text: str) -> Memory:
     tables = json.loads(text)
     if tables["schema"] != 1:
         raise ValueError("another schema")
-    return {
-        str(name): tuple(_node(entry) for entry in entries) for name, entries in tables["clusters"].items()
-    }
+    return {str(name): tuple(_node(entry) for entry in entries) for name, entries in tables["clusters"].items()}
 
 
 def _node(entry: Mapping[str, Any]) -> BadNode:
@@ -131,9 +129,7 @@ def of_cluster_or_only(name: str, now_s: float) -> tuple[list[BadNode], list[Che
     if name:
         return of_cluster(name, now_s), []
     counting = {
-        cluster: found
-        for cluster, nodes in read().items()
-        if (found := [node for node in nodes if node.counts(now_s)])
+        cluster: found for cluster, nodes in read().items() if (found := [node for node in nodes if node.counts(now_s)])
     }
     if not counting:
         return [], []
@@ -208,9 +204,7 @@ def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
             remember(run, control.state(run), now_s, cluster)
 
 
-def without(
-    spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float
-) -> tuple[RunSpec, list[Check]]:
+def without(spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float) -> tuple[RunSpec, list[Check]]:
     """The run that leaves these nodes out, and what there is to say. Pure.
 
     Only nodes that Slurm has in the run's partition: it refuses a job that excludes one which it does not know. A node

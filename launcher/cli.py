@@ -18,9 +18,7 @@ from launcher.results import judge_commands
 from launcher.submit_commands import spec_of
 
 
-@click.group(
-    cls=PipedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=PipedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def launcher() -> None:
     """Run torchtitan's Llama-3 training on a Slurm cluster, or here, and read the result.
 

@@ -20,9 +20,7 @@ from launcher.runs import Run
 from launcher.spec import RunSpec
 
 
-def submit(
-    spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, str], None], after: str = ""
-) -> Run:
+def submit(spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, str], None], after: str = "") -> Run:
     """Creates the run directory and submits it; afterwards either both exist or, when refused, neither.
 
     `submitted` is called with the run and its job id as soon as that is on disk; Ctrl-C waits until then. If this
@@ -131,9 +129,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
     if end := run.end:
         return _ended(run, end)
     if run.is_copy:
-        return JobState(
-            UNKNOWN, "", "a copy of another run directory, or moved: its job is told where it was made"
-        )
+        return JobState(UNKNOWN, "", "a copy of another run directory, or moved: its job is told where it was made")
     cancelled = (run.path / "cancelled").exists()
     if cancelled and not run.job and not run.claimed_by and (run.path / "claim").is_dir():
         return JobState("CANCELLED", "run directory", "before it was submitted")

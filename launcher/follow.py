@@ -220,9 +220,7 @@ def _advance(nodes: list[_Node], lead: StepRecord | None) -> Iterator[StepRecord
         yield lead
 
 
-def _snapshot(
-    nodes: Mapping[str, _Node], lead: StepRecord, steps_total: int, seconds_left: float | None
-) -> Progress:
+def _snapshot(nodes: Mapping[str, _Node], lead: StepRecord, steps_total: int, seconds_left: float | None) -> Progress:
     tps = {name: node.latest.tps for name, node in nodes.items() if node.latest}
     slowest = min(tps, key=lambda name: tps[name])
     return Progress(

@@ -28,9 +28,7 @@ class Where(Enum):
 
     RAISED = auto()  # the first error's own lines: elsewhere it may be a warning that was survived
     PRINTED = auto()  # these, both ends of the job's and the nodes' logs, and how the job ended
-    VICTIM = (
-        auto()
-    )  # the first error's first line, when nothing else is known: it also befalls a rank whose peer died
+    VICTIM = auto()  # the first error's first line, when nothing else is known: it also befalls a rank whose peer died
 
 
 @dataclass(frozen=True)

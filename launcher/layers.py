@@ -74,9 +74,7 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     tables = _parse(path)
     run_format = tables.pop("run", None)
     if run_format is not None and run_format != RUN_FILE_FORMAT:
-        raise LauncherError(
-            f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}"
-        )
+        raise LauncherError(f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}")
     tables.pop("origin", None)
     secrets = tables.pop("secret_env", [])
     if not (isinstance(secrets, list) and all(isinstance(name, str) for name in secrets)):
@@ -89,9 +87,7 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     for name, sections in per_gpu.items():
         if name not in (known := {*names_of("profiles"), gpu}):
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            raise LauncherError(
-                f"{path}: there is no profile {name[:80]!r}", f"[gpu.{(near or ['gb200'])[0]}.recipe]"
-            )
+            raise LauncherError(f"{path}: there is no profile {name[:80]!r}", f"[gpu.{(near or ['gb200'])[0]}.recipe]")
         if not isinstance(sections, dict):
             raise LauncherError(f"{path}: gpu.{name} must be a table", f"[gpu.{name}.recipe]")
         extra = _flatten(path, sections)
@@ -131,9 +127,7 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
             if key.startswith("env."):
                 secrets.pop(key[4:], None)
     parts: dict[str, Any] = {
-        section: cls(
-            **{k.split(".", 1)[1]: v for k, v in values.items() if k in FIELDS and k.startswith(section)}
-        )
+        section: cls(**{k.split(".", 1)[1]: v for k, v in values.items() if k in FIELDS and k.startswith(section)})
         for section, cls in SECTIONS.items()
     }
     free = {
@@ -164,11 +158,7 @@ def convert(key: str, value: Any, origin: str) -> Any:
         raise refuse(key, value, "must be a list of strings", origin=origin)
     if type(value).__name__ != kind:
         words = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
-        fix = (
-            f'{key.rpartition(".")[2]} = "{value}"'
-            if kind == "str" and isinstance(value, (int, float))
-            else ""
-        )
+        fix = f'{key.rpartition(".")[2]} = "{value}"' if kind == "str" and isinstance(value, (int, float)) else ""
         raise refuse(key, value, f"must be {words[kind]}", fix, origin)
     return value
 

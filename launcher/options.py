@@ -78,9 +78,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def with_options(**parameters: Any) -> Any:
-        mine = {
-            name: parameters.pop(name) for name in (*KEYS, "env", "settings", "local", "config", "run_file")
-        }
+        mine = {name: parameters.pop(name) for name in (*KEYS, "env", "settings", "local", "config", "run_file")}
         return command(options=collect(mine), **parameters)
 
     for decorate in reversed(OPTIONS):

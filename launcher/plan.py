@@ -33,9 +33,7 @@ GIB = 2**30
 MEMORY_IS_GOOD_TO = 0.02  # of the published rows
 FITS = 0.95  # of a GPU's memory: published rows go up to 92.8%, and the formula is good to 2%
 TIGHT = 0.98  # above it, NCCL's buffers and the CUDA context have no room
-START_S = (
-    180.0  # queue excluded: container, node check, imports, first step. Assumed; `results` shows what it was.
-)
+START_S = 180.0  # queue excluded: container, node check, imports, first step. Assumed; `results` shows what it was.
 # GiB that torch sees, from the memory and percent columns of published rows, else NVIDIA's data sheets.
 SEEN_GIB = {
     "GB200": 184.0,
@@ -70,9 +68,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return max(
-            self.states + self.saved + self.recomputed + self.logits + self.gathered, self.at_optimizer
-        )
+        return max(self.states + self.saved + self.recomputed + self.logits + self.gathered, self.at_optimizer)
 
     @property
     def compiled(self) -> float:
@@ -174,9 +170,7 @@ def _memory(spec: RunSpec, parameters: int | None) -> tuple[Memory | None, str]:
         Memory(
             states=12 * count / shards / GIB,
             saved=model.num_hidden_layers * every_layer * kept / GIB,
-            recomputed=every_layer * _whole_layer(model) / GIB
-            if recipe.activation_checkpoint != "none"
-            else 0.0,
+            recomputed=every_layer * _whole_layer(model) / GIB if recipe.activation_checkpoint != "none" else 0.0,
             logits=(width + 3 * 4) * tokens * model.vocab_size / tensor / GIB,
             gathered=width * gathered / tensor / GIB,
             at_optimizer=16 * count / shards / GIB,
@@ -282,9 +276,7 @@ def _gains(spec: RunSpec, unlike: Sequence[str]) -> tuple[float, float, list[str
             differs.append(f"{name}: no published figure on {gpu}, not adjusted")
         else:
             gains.append(gain)
-            text = (
-                f"{gain[0] - 1:+.0%}" if gain[0] == gain[1] else f"{gain[0] - 1:+.0%} to {gain[1] - 1:+.0%}"
-            )
+            text = f"{gain[0] - 1:+.0%}" if gain[0] == gain[1] else f"{gain[0] - 1:+.0%} to {gain[1] - 1:+.0%}"
             differs.append(f"{name}: {text} as published")
     if not gains:
         return 1.0, 1.0, differs

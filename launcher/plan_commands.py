@@ -35,9 +35,7 @@ def plan(options: RunOptions, as_json: bool) -> None:
     counted, by = _counted(spec)
     found = core.plan(spec, parameters=counted)
     if as_json:
-        print_json(
-            core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by}
-        )
+        print_json(core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by})
         return
     for line in lines(spec, found, by):
         click.echo(plain(line))
@@ -106,17 +104,13 @@ def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
         rows.append(f"tokens/s    {found.tps:,.0f}{high} per GPU, by {found.basis}")
         rows += [f"            {text}" for text in found.differs]
     if found.wall_s and found.node_hours:
-        rows.append(
-            f"wall time   {_time(found.wall_s)}, of it {_time(START_S)} assumed for the start; after the queue"
-        )
+        rows.append(f"wall time   {_time(found.wall_s)}, of it {_time(START_S)} assumed for the start; after the queue")
         rows.append(f"node-hours  {found.node_hours:.2f}{_limit(spec, found)}")
     else:
         rows.append(f"wall time   cannot say{_limit(spec, found)}")
     if found.c4_files is not None:
         where = f" --to {spec.job.data}" if spec.job.data.startswith("/") else ""
-        rows.append(
-            f"C4 files    {found.c4_files} of 1024: launcher stage c4{where} --files {found.c4_files}"
-        )
+        rows.append(f"C4 files    {found.c4_files} of 1024: launcher stage c4{where} --files {found.c4_files}")
     return [*rows, *(f"note        {note}" for note in found.notes)]
 
 

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
 
 
-def resolve(
-    options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]
-) -> RunSpec:
+def resolve(options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]) -> RunSpec:
     """Merges every layer, fills in what only this machine knows, and validates.
 
     `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together.
@@ -49,18 +47,12 @@ def resolve(
             _user_layer(config, environ, kind),
             options,
         ]
-        if (
-            chosen.get("job.scheduler") == "local"
-        ):  # a file of defaults for the cluster does not speak of this machine
-            layers = [_without(layer, ("job.image", "job.nodes", "job.runtime")) for layer in layers[:-1]] + [
-                options
-            ]
+        if chosen.get("job.scheduler") == "local":  # a file of defaults for the cluster does not speak of this machine
+            layers = [_without(layer, ("job.image", "job.nodes", "job.runtime")) for layer in layers[:-1]] + [options]
             layers.insert(0, _layer({"job.runtime": "bare"}, "default with --local"))
     spec = merge(layers)
     if not spec.job.name:
-        spec = merge(
-            [*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")]
-        )
+        spec = merge([*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")])
     return _finished(spec)
 
 
@@ -97,9 +89,7 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
 
 
 def _without(layer: Layer, keys: tuple[str, ...]) -> Layer:
-    return Layer(
-        {k: v for k, v in layer.values.items() if k not in keys}, layer.origin, secret_env=layer.secret_env
-    )
+    return Layer({k: v for k, v in layer.values.items() if k not in keys}, layer.origin, secret_env=layer.secret_env)
 
 
 def _layer(values: Mapping[str, object], origin: str) -> Layer:

@@ -26,9 +26,7 @@ def host_path(spec: RunSpec, path: str) -> str:
         return path
     moved = [mount.split(":")[:2] for mount in (*spec.profile.mounts, *spec.job.mounts)]
     inside = [
-        (target.rstrip("/"), source)
-        for source, target in moved
-        if f"{path}/".startswith(f"{target.rstrip('/')}/")
+        (target.rstrip("/"), source) for source, target in moved if f"{path}/".startswith(f"{target.rstrip('/')}/")
     ]
     if not inside:
         return path

@@ -57,9 +57,7 @@ def write_c4_sample(
     (directory / "en").mkdir(parents=True, exist_ok=True)
     for split, files in (("train", train_files), ("validation", 1)):
         for index, name in enumerate(file_names(split, files)):
-            _write(
-                directory / "en" / name, _shard(random.Random(f"{seed} {split} {index}"), documents_per_file)
-            )
+            _write(directory / "en" / name, _shard(random.Random(f"{seed} {split} {index}"), documents_per_file))
     _write(directory / "README.md", README.encode())
 
 

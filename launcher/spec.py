@@ -160,9 +160,7 @@ DATA_PART = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})")
 S3_ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[\w.=+@-]+)*)/?", re.ASCII)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET_NAME = re.compile(
-    r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE
-)
+SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 SLURM_WORD = re.compile(r"[A-Za-z0-9_.,@+/:-]+")
 SLURM_NODES = re.compile(r"[A-Za-z0-9_.,\[\]-]+")
@@ -223,9 +221,7 @@ def validate(spec: RunSpec) -> None:
                 f'--env {name}, or at the top of the file: secret_env = ["{name}"]; and export it',
             )
         if CONTROL.search(value):
-            raise bad(
-                f"env.{name}", "a control character (a newline, say) would not reach the container intact"
-            )
+            raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")
 
 
 def _validate_words(spec: RunSpec, bad: Any) -> None:
@@ -287,9 +283,7 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
         raise bad("job.tokenizer", "the tokenizer is not fetched during a job", "--tokenizer DIR")
     if job.runtime == "bare":
         if job.image:
-            raise bad(
-                "job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis"
-            )
+            raise bad("job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis")
     elif "://" in job.image:
         raise bad(
             "job.image",
@@ -310,9 +304,7 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
     for key, mounts in (("profile.mounts", spec.profile.mounts), ("job.mounts", job.mounts)):
         for mount in mounts:
             if problem := mount_problem(mount):
-                raise refuse(
-                    key, mount, problem, "--mount /host/dir:/container/dir[:ro]", spec.origin.get(key, "")
-                )
+                raise refuse(key, mount, problem, "--mount /host/dir:/container/dir[:ro]", spec.origin.get(key, ""))
 
 
 def mount_problem(mount: str) -> str:

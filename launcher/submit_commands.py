@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the script and the torchrun command; touch nothing.")
 @click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option(
-    "--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask."
-)
+@click.option("--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask.")
 @click.option(
     "--retry-bad-nodes", "retries", type=click.IntRange(1, 9), metavar="N",
     help="Follow the run; where nodes fail their check, submit it again without them, at most N times.",
@@ -79,9 +77,7 @@ def submit(
             detected.cache_clear()
             spec = _checked(_looked_at(resolve.renamed(asked, name, origin), force), force)
             if kept := sorted(without.difference(spec.avoid, expand(spec.job.exclude))):
-                raise LauncherError(
-                    f"{kept[0]} stays in the run", "leave it out of --nodelist; launcher cluster nodes"
-                )
+                raise LauncherError(f"{kept[0]} stays in the run", "leave it out of --nodelist; launcher cluster nodes")
             return _start(spec, secrets, as_json)
 
         retry.follow(run, retries, again, as_json)
@@ -227,9 +223,7 @@ def _start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
 
     def submitted(run: Run, job_id: str) -> None:
         if as_json:
-            json_line(
-                {"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler}
-            )
+            json_line({"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler})
         else:
             where = "process" if spec.job.scheduler == "local" else "Slurm job"
             click.echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")

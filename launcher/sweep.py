@@ -86,9 +86,7 @@ def attempt_name(cell: str, attempt: int) -> str:
 
 def comparable(spec: RunSpec) -> dict[str, Any]:
     """What decides a cell's figures: every setting but where and how long it runs."""
-    return {
-        key: list(v) if isinstance(v, tuple) else v for key, v in spec.values().items() if key not in WHERE
-    }
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in spec.values().items() if key not in WHERE}
 
 
 def differences(before: RunSpec, now: RunSpec) -> list[str]:
@@ -255,9 +253,7 @@ def plan_summary(rows: Sequence[Mapping[str, Any]], order: str) -> str:
     known = [hours for hours in expected if hours is not None]
     if not new:
         return "nothing to submit"
-    said = (
-        f"{sum(known):.2f} node-hours expected" if len(known) == len(new) else "node-hours not known before"
-    )
+    said = f"{sum(known):.2f} node-hours expected" if len(known) == len(new) else "node-hours not known before"
     return f"{len(new)} of {len(rows)} to submit, {order}: {said}, {most}"
 
 

@@ -42,9 +42,7 @@ class Cell:
     @property
     def outcome(self) -> Outcome | None:
         """The result of its last run, read from its logs at each call."""
-        return (
-            outcome_of(self.runs[-1], self.state, with_data_share=False) if self.runs and self.state else None
-        )
+        return outcome_of(self.runs[-1], self.state, with_data_share=False) if self.runs and self.state else None
 
     def has_next(self, retry: bool) -> bool:
         """Whether it is to be submitted, as `sweep.has_next` has it."""
@@ -134,9 +132,7 @@ def standings(specs: Sequence[RunSpec]) -> list[Cell]:
     ]
 
 
-def ready_to_submit(
-    wanted: Sequence[Cell], force: bool, dry_run: bool, cells: int
-) -> list[tuple[Cell, RunSpec]]:
+def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: int) -> list[tuple[Cell, RunSpec]]:
     """What is to be submitted, each as the cluster can place it. Raises one LauncherError for all that cannot run."""
     ready: list[tuple[Cell, RunSpec]] = []
     problems: dict[str, LauncherError] = {}

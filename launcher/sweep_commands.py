@@ -49,16 +49,10 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 
 @click.command()
 @run_options
-@click.option(
-    "--dry-run", is_flag=True, help="Print the matrix with its node-hours; write and submit nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Print the matrix with its node-hours; write and submit nothing.")
 @click.option("--parallel", is_flag=True, help="Let Slurm run cells side by side, as nodes are free.")
-@click.option(
-    "--retry", is_flag=True, help="Submit cells without a result again, under the same name with -2, -3 ..."
-)
-@click.option(
-    "--follow", "-f", is_flag=True, help="Wait for all of them, then print the table; Ctrl-C detaches."
-)
+@click.option("--retry", is_flag=True, help="Submit cells without a result again, under the same name with -2, -3 ...")
+@click.option("--follow", "-f", is_flag=True, help="Wait for all of them, then print the table; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
 @click.option("--force", is_flag=True, help="Submit although a check says that a cell will wait for ever.")
 @as_json
@@ -113,7 +107,7 @@ _OTHERS: dict[str, tuple[str, str, Any]] = {
     "batch_size": ("N,N,...", "Local batch sizes.  [default: the recipe's]", _numbers),
     "recipe": ("NAME,NAME,...", "Recipes.  [default: llama3-8b]", _names),
     "name": ("NAME", "Name of the sweep, with which those of its runs begin.  [default: from its settings]", None),
-}  # fmt: skip
+}
 for _option in sweep.params:
     if isinstance(_option, click.Option) and _option.name in _OTHERS:
         _option.metavar, _option.help, _option.callback = _OTHERS[_option.name]
@@ -227,9 +221,7 @@ def _plan_rows(cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]]) -> 
     return rows
 
 
-def _show_plan(
-    name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]], parallel: bool
-) -> None:
+def _show_plan(name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]], parallel: bool) -> None:
     from launcher import sweep as matrix
 
     rows = _plan_rows(cells, ready)
@@ -249,8 +241,7 @@ def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> list[dict[
     for cell in cells:
         state = cell.state or JobState("NOT SUBMITTED")
         hours = [
-            _node_hours(run, cell.spec.job.nodes, now_s, state.active and run is cell.runs[-1])
-            for run in cell.runs
+            _node_hours(run, cell.spec.job.nodes, now_s, state.active and run is cell.runs[-1]) for run in cell.runs
         ]
         results.append(
             matrix.Result(

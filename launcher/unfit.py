@@ -67,13 +67,9 @@ def judge(records: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any] | Non
     The first node, which has seen all the others, is believed before a node's own record. What befell every node of
     several under the same name is nobody's own fault, whatever is said.
     """
-    problems = {
-        _text(record.get("host")): _problems(record) for record in records if record.get("ok") is False
-    }
+    problems = {_text(record.get("host")): _problems(record) for record in records if record.get("ok") is False}
     said = (verdict or {}).get("unfit")
-    compared = [
-        _Problem.of(entry) for entry in (said if isinstance(said, list) else []) if isinstance(entry, dict)
-    ]
+    compared = [_Problem.of(entry) for entry in (said if isinstance(said, list) else []) if isinstance(entry, dict)]
     for host in {problem.host for problem in compared}:
         problems[host] = [problem for problem in compared if problem.host == host]
     names = [{problem.name for problem in found} for found in problems.values()]

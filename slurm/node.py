@@ -97,9 +97,7 @@ def main(argv: list[str]) -> int:
         workers.stop(crew)
 
 
-def examine(
-    node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]
-) -> tuple[list[str], dict[str, str]]:
+def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> tuple[list[str], dict[str, str]]:
     """Everything that this node finds out by itself, into `facts`; the workers that it starts, into `crew`.
 
     Returns torchrun's command line and the variables that were added for it. What is wrong goes to
@@ -158,22 +156,16 @@ def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
     first = answers[0]
     facts.update({key: value for key, value in first.items() if key not in ("problem", "fix", "fault")})
     needed = driver_needed(facts["driver"], first.get("cuda", ""))
-    old = (
-        f"driver {facts['driver']} is older than CUDA {first.get('cuda')} needs ({needed})" if needed else ""
-    )
+    old = f"driver {facts['driver']} is older than CUDA {first.get('cuda')} needs ({needed})" if needed else ""
     bad = next((answer for answer in answers if "problem" in answer), None)
     if bad is not None:
         why, fix = bad["problem"], bad.get("fix", "the log of this node; launcher image inspect FILE")
         if old:
             why = f"{why}; {old}"
-            fix = (
-                f"a newer driver, or an image with an older CUDA or with NVIDIA's cuda-compat package; {fix}"
-            )
+            fix = f"a newer driver, or an image with an older CUDA or with NVIDIA's cuda-compat package; {fix}"
         facts["problems"].append(problem("gpus", why, fix, "run" if old else bad.get("fault", "node")))
     elif old and node["device"] == "cuda":
-        facts["warnings"].append(
-            warning("driver", f"{old}: it runs through the image's forward compatibility")
-        )
+        facts["warnings"].append(warning("driver", f"{old}: it runs through the image's forward compatibility"))
     wanted = str(node.get("gpu", ""))
     named = re.search(rf"(?<![A-Z]){re.escape(wanted)}", facts.get("gpu", ""))
     if facts.get("gpu") and node["device"] == "cuda" and not named:
@@ -277,9 +269,7 @@ def ok_line(facts: Facts) -> str:
     for name in ("product_tflops", "copy_gbs"):
         if facts.get("speed"):
             parts.append(f"{name}={min(gpu[name] for gpu in facts['speed']):.4g}")
-    parts += [
-        f"{name}={facts[name]:.4g}" for name in ("allreduce_node_gbs", "allreduce_job_gbs") if name in facts
-    ]
+    parts += [f"{name}={facts[name]:.4g}" for name in ("allreduce_node_gbs", "allreduce_job_gbs") if name in facts]
     return " ".join([*parts, *([f"check_s={facts['check_s']:.1f}"] if facts["check"] != "off" else [])])
 
 
@@ -313,9 +303,7 @@ def read_node(argv: list[str]) -> dict[str, Any]:
     except OSError as error:
         raise Refused(f"{argv[1]}: {error.strerror}", "mount the run directory at its own path") from error
     except (ValueError, RecursionError) as error:
-        raise Refused(
-            f"{argv[1]} is not JSON: {error}", "submit again: launcher submit <run_dir>/run.toml"
-        ) from error
+        raise Refused(f"{argv[1]} is not JSON: {error}", "submit again: launcher submit <run_dir>/run.toml") from error
     node: dict[str, Any] = check_node(value)
     return node
 
@@ -359,18 +347,14 @@ def software(more: tuple[str, ...] = ()) -> Facts:
 
     torch itself is imported by the workers alone.
     """
-    image = (
-        "an image that holds it (containers/ builds one), or with --runtime bare: --python PATH/TO/python3"
-    )
+    image = "an image that holds it (containers/ builds one), or with --runtime bare: --python PATH/TO/python3"
     for package in ("torch", "torchtitan", *more):
         if importlib.util.find_spec(package) is None:
             raise Refused(f"{package} is not installed for {sys.executable}", image)
     try:
         titan = importlib.metadata.version("torchtitan")
     except importlib.metadata.PackageNotFoundError as error:
-        raise Refused(
-            "torchtitan can be imported but was not installed", "pip install --no-deps -e ."
-        ) from error
+        raise Refused("torchtitan can be imported but was not installed", "pip install --no-deps -e .") from error
     return {"python": platform.python_version(), "arch": platform.machine(), "torchtitan": titan}
 
 

@@ -78,9 +78,7 @@ def image(workplace: Path) -> Path:
 def squashfs_head(bytes_used: int) -> bytes:
     """A squashfs 4.0 superblock of 96 bytes: zstd, blocks of 128 KiB, one inode, four tables."""
     tables = (bytes_used - 8, 2**64 - 1, 96, 100, 104, 2**64 - 1)
-    return struct.pack(
-        "<4sIIIIHHHHHHQQQQQQQQ", b"hsqs", 1, 0, 1 << 17, 0, 6, 17, 0, 1, 4, 0, 0, bytes_used, *tables
-    )
+    return struct.pack("<4sIIIIHHHHHHQQQQQQQQ", b"hsqs", 1, 0, 1 << 17, 0, 6, 17, 0, 1, 4, 0, 0, bytes_used, *tables)
 
 
 def say_it_trains(path: Path, arch: str = "") -> None:

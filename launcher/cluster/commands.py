@@ -80,8 +80,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
         proposal = propose(nodes, kinds)
         if not proposal.profile:
             raise LauncherError(
-                "no profile fits for sure: "
-                + ("; ".join(proposal.contradictions) or "nothing names the GPU"),
+                "no profile fits for sure: " + ("; ".join(proposal.contradictions) or "nothing names the GPU"),
                 f"say which: launcher cluster use {'|'.join(proposal.candidates or kinds)}",
                 status=ExitStatus.NOT_FOUND,
             )
@@ -110,9 +109,7 @@ def _slurm_lines(facts: ClusterFacts) -> list[str]:
         False: ", images are unpacked on every node",
         None: "",
     }
-    pyxis = (
-        f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
-    )
+    pyxis = f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
     if facts.pyxis is None and "srun" in facts.unread:
         pyxis = "unknown"
     rows = [
@@ -162,9 +159,7 @@ def _node_lines(facts: ClusterFacts, nodes: tuple[Node, ...], partition: str) ->
     here = {node.name for node in nodes}
     blocks = [b for b in facts.blocks if not b.nodes or here.intersection(b.nodes)]
     free = {node.name for node in nodes if node.free}
-    lines += _most(
-        [("block", f"{b.name}: {len(b.nodes)} nodes, {len(free & set(b.nodes))} idle") for b in blocks]
-    )
+    lines += _most([("block", f"{b.name}: {len(b.nodes)} nodes, {len(free & set(b.nodes))} idle") for b in blocks])
     return lines
 
 
@@ -179,9 +174,7 @@ def _profile_lines(proposal: Proposal) -> list[str]:
 def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -> dict[str, Any]:
     """The facts as JSON takes them; `nodes` in place of all, each with its state in one word."""
     free = {node.name for node in facts.nodes if node.free}
-    values = {
-        key: value for key, value in vars(facts).items() if key not in ("nodes", "partitions", "blocks")
-    }
+    values = {key: value for key, value in vars(facts).items() if key not in ("nodes", "partitions", "blocks")}
     return values | {
         "partitions": [vars(p) for p in facts.partitions],
         "nodes": [vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free} for n in nodes],
@@ -192,9 +185,7 @@ def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -
 
 def _states(nodes: list[Node]) -> str:
     counts = Counter(node.state for node in nodes)
-    return f"{len(nodes)} nodes" + (
-        f" ({', '.join(f'{n} {s}' for s, n in counts.most_common())})" if nodes else ""
-    )
+    return f"{len(nodes)} nodes" + (f" ({', '.join(f'{n} {s}' for s, n in counts.most_common())})" if nodes else "")
 
 
 def _hours(seconds: int | None) -> str:
@@ -205,9 +196,7 @@ def _hours(seconds: int | None) -> str:
 
 def _most(rows: list[tuple[str, str]]) -> list[str]:
     lines = [_row(*row) for row in rows[:MOST_LINES]]
-    return lines + (
-        [_row("", f"... {len(rows) - MOST_LINES} more: --json")] if len(rows) > MOST_LINES else []
-    )
+    return lines + ([_row("", f"... {len(rows) - MOST_LINES} more: --json")] if len(rows) > MOST_LINES else [])
 
 
 def _row(title: str, text: str) -> str:

@@ -80,9 +80,7 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     if not text:
         raise click.UsageError("--reason: must not be empty")
     if not facts.name:
-        raise LauncherError(
-            "Slurm does not say its cluster's name", "scontrol show config", status=ExitStatus.CLUSTER
-        )
+        raise LauncherError("Slurm does not say its cluster's name", "scontrol show config", status=ExitStatus.CLUSTER)
     known = {node.name for node in facts.nodes}
     if unknown := [name for name in names if name not in known]:
         warn(plain(f"Slurm has no node {unknown[0]}: it is left out once there is one"))

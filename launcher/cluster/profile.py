@@ -90,9 +90,7 @@ def contradictions(profile: str, nodes: Sequence[Node], kinds: Mapping[str, Kind
     if kind is None or not nodes:
         return []
     if not with_gpus:
-        return [
-            f"{profile} has {kind.gpus_per_node} GPUs a node; none of the {len(nodes)} nodes has one in its GRES"
-        ]
+        return [f"{profile} has {kind.gpus_per_node} GPUs a node; none of the {len(nodes)} nodes has one in its GRES"]
     said = [_against(profile, kind, e) for e in _evidence(with_gpus, kinds)]
     return [text for text in said if text]
 
@@ -112,12 +110,7 @@ def _propose_for(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> Proposal:
         if sure and all(name in e.profiles for e in names):
             return Proposal(name, evidence, against)
         return Proposal("", evidence, against, tuple(fitting))
-    said = [
-        text
-        for name in sorted(named - set(fitting))
-        for e in hard
-        if (text := _against(name, kinds[name], e))
-    ]
+    said = [text for name in sorted(named - set(fitting)) for e in hard if (text := _against(name, kinds[name], e))]
     if len(chosen) > 1:
         said.append("; ".join(f"{e.what} says {' or '.join(e.profiles)}" for e in names))
     return Proposal("", evidence, tuple(dict.fromkeys(said)), tuple(chosen or fitting))
@@ -149,9 +142,7 @@ def _evidence(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> tuple[Evidenc
     cpus = {node.cpus for node in nodes}
     if len(cpus) == 1 and (fits := [name for name in kinds if CPUS.get(name) in cpus]):
         found.append(Evidence("CPUs", f"{nodes[0].cpus} CPUs a node", tuple(fits)))
-    memory = min(
-        (node.memory_mib for node in nodes if node.memory_mib > 1), default=0
-    )  # 1 MiB: never configured
+    memory = min((node.memory_mib for node in nodes if node.memory_mib > 1), default=0)  # 1 MiB: never configured
     if memory:
         fits = [name for name in kinds if memory / 1024 >= GPU_GIB.get(name, 0) * count / 2]
         found.append(Evidence("memory", f"{memory / 1024:.0f} GiB of memory a node", tuple(fits)))
@@ -160,9 +151,7 @@ def _evidence(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> tuple[Evidenc
 
 def _against(profile: str, kind: Kind, evidence: Evidence) -> str:
     """How `evidence` contradicts `profile`, with what both say; "" where it does not."""
-    if (
-        profile in evidence.profiles or evidence.source == "CPUs"
-    ):  # a site may sell fewer CPUs, or keep some back
+    if profile in evidence.profiles or evidence.source == "CPUs":  # a site may sell fewer CPUs, or keep some back
         return ""
     if evidence.names:
         return f"{evidence.what} says {' or '.join(evidence.profiles)}, not {profile}"

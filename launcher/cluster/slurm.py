@@ -54,9 +54,7 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
     Slurm refused it.
     """
     # Slurm lets SBATCH_* of the submitter's shell overrule the script: the script is to be the whole truth.
-    env = {
-        k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"
-    }
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"}
     wait = [f"--dependency=afterany:{after}"] if after else []
     command = [_find("sbatch"), "--parsable", *wait, str(script)]
     try:
@@ -65,9 +63,7 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
             stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, pass_fds=(lock_fd,),
         )  # fmt: skip
     except OSError as error:
-        raise LauncherError(
-            f"cannot run {command[0]}: {error.strerror}", status=ExitStatus.CLUSTER
-        ) from error
+        raise LauncherError(f"cannot run {command[0]}: {error.strerror}", status=ExitStatus.CLUSTER) from error
     try:
         out, err = process.communicate(timeout=SUBMIT_S)
     except subprocess.TimeoutExpired as error:
@@ -79,11 +75,7 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
     if process.returncode == 0 and job_id:
         return job_id[1]
     if process.returncode <= 0:
-        how = (
-            "answered without a job id"
-            if process.returncode == 0
-            else f"was killed (signal {-process.returncode})"
-        )
+        how = "answered without a job id" if process.returncode == 0 else f"was killed (signal {-process.returncode})"
         raise Unsure(f"sbatch {how}", out + err)
     if any(words in err.lower() for words in UNSURE) or re.search(r"^\d+(;\S*)?$", out, re.MULTILINE):
         raise Unsure(f"sbatch failed (exit code {process.returncode})", out + err)
@@ -103,9 +95,7 @@ class Refused(LauncherError):
     """sbatch said no. `is_certain` is False where its words are not known: then the queue is asked, too."""
 
     def __init__(self, text: str, code: int) -> None:
-        known = [
-            (what, fix) for pattern, what, fix in SBATCH_ERRORS if re.search(pattern, text, re.IGNORECASE)
-        ]
+        known = [(what, fix) for pattern, what, fix in SBATCH_ERRORS if re.search(pattern, text, re.IGNORECASE)]
         self.is_certain = bool(known)
         unknown = (f"exit code {code}", "look at the script: launcher submit --dry-run ...")
         what, fix = known[0] if known else unknown
@@ -149,17 +139,13 @@ def _listed(out: str) -> Listed:
 
 
 def _nonsense(said: str) -> LauncherError:
-    return LauncherError(
-        "squeue answered nonsense", "squeue --me", status=ExitStatus.CLUSTER, original=said[:500]
-    )
+    return LauncherError("squeue answered nonsense", "squeue --me", status=ExitStatus.CLUSTER, original=said[:500])
 
 
 def accounting(job_ids: Iterable[str]) -> Listed:
     """What the accounting database says of `job_ids`; empty where there is none, which is usual."""
     try:
-        out = _ask(
-            "sacct", "-n", "-X", "-P", "-j", ",".join(job_ids), "-o", "JobIDRaw,State,ExitCode,JobName"
-        )
+        out = _ask("sacct", "-n", "-X", "-P", "-j", ",".join(job_ids), "-o", "JobIDRaw,State,ExitCode,JobName")
     except LauncherError:
         return {}
     jobs = {}
@@ -220,9 +206,7 @@ def _included(path: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    patterns = [
-        words[1] for words in map(str.split, lines) if len(words) == 2 and words[0].lower() == "include"
-    ]
+    patterns = [words[1] for words in map(str.split, lines) if len(words) == 2 and words[0].lower() == "include"]
     return [name for p in patterns for name in sorted(glob(os.path.join(os.path.dirname(path), p)))]
 
 

@@ -56,9 +56,7 @@ def docker_arch(name: str) -> str:
     for docker, uname in ARCHES.items():
         if name in (docker, uname):
             return docker
-    raise LauncherError(
-        f"there is no architecture {name!r}", f"one of {', '.join(ARCHES)}", status=ExitStatus.USAGE
-    )
+    raise LauncherError(f"there is no architecture {name!r}", f"one of {', '.join(ARCHES)}", status=ExitStatus.USAGE)
 
 
 def lock_path(name: str, arch: str) -> Path:

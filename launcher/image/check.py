@@ -77,11 +77,7 @@ def check(
 
 def is_file(image: str) -> bool:
     """Whether a squashfs is meant, as opposed to an image of the engine (which may hold slashes, too)."""
-    return (
-        image.endswith((".sqsh", ".squashfs"))
-        or image.startswith(("/", "./", "../"))
-        or os.path.isfile(image)
-    )
+    return image.endswith((".sqsh", ".squashfs")) or image.startswith(("/", "./", "../")) or os.path.isfile(image)
 
 
 def _read(stdout: str) -> list[Checked] | None:
@@ -101,9 +97,7 @@ def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> tuple[int, str
         root.mkdir()
         try:
             if os.geteuid() == 0:
-                done = _run(
-                    [*_NAMESPACES, "sh", "-c", _PATH + _MOUNT + _ENTER, "sh", root, path], program, timeout_s
-                )
+                done = _run([*_NAMESPACES, "sh", "-c", _PATH + _MOUNT + _ENTER, "sh", root, path], program, timeout_s)
                 if done.returncode != 125:  # no loop device is free, or there is none in this container
                     return done.returncode, done.stdout.decode(errors="replace"), _text(done.stderr)
             _unpack(path, root)
@@ -117,25 +111,19 @@ def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> tuple[int, str
 
 def _run(command: list[str | Path], program: bytes, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
     try:
-        return subprocess.run(
-            [str(word) for word in command], input=program, capture_output=True, timeout=timeout_s
-        )
+        return subprocess.run([str(word) for word in command], input=program, capture_output=True, timeout=timeout_s)
     except FileNotFoundError as error:
         raise LauncherError(
             f"{error.filename} is missing", "sudo apt-get install util-linux", status=ExitStatus.ERROR
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise LauncherError(
-            f"the checks did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR
-        ) from error
+        raise LauncherError(f"the checks did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR) from error
 
 
 def _unpack(path: Path, root: Path) -> None:
     unsquashfs = shutil.which("unsquashfs")
     if not unsquashfs:
-        raise LauncherError(
-            "unsquashfs is missing", "sudo apt-get install squashfs-tools", status=ExitStatus.ERROR
-        )
+        raise LauncherError("unsquashfs is missing", "sudo apt-get install squashfs-tools", status=ExitStatus.ERROR)
     command = [unsquashfs, "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root), str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -111,9 +111,7 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
 )  # fmt: skip
 @click.option("--lock", type=_lock_file, metavar="FILE", help="Lock file in place of the channel's own.")
 @_torch_index
-@click.option(
-    "--index-url", default="", metavar="URL", callback=no_password, help="A mirror of PyPI for the build."
-)
+@click.option("--index-url", default="", metavar="URL", callback=no_password, help="A mirror of PyPI for the build.")
 @click.option("--network", default="", metavar="NAME", help="Network of the build's steps, such as 'host'.")
 @click.option("--no-cache", is_flag=True, help="Build every layer anew.")
 @click.option(
@@ -317,9 +315,7 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
 @_torch_index
 @_output("Lock file.  [default: containers/locks/CHANNEL-ARCH.txt]", directory=False)
 @as_json
-def lock_command(
-    channel: str, arch: str, torch_index: str | None, output: Path | None, as_json: bool
-) -> None:
+def lock_command(channel: str, arch: str, torch_index: str | None, output: Path | None, as_json: bool) -> None:
     """Pin the newest packages of a channel, with hashes.
 
     They are the newest that CHANNEL (default: nightly) allows. The old lock is replaced.

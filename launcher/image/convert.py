@@ -79,9 +79,7 @@ def convert(
         for line in remarks(report, config):
             say(line)
         about = {"schema": 1, **report.metadata, "arch": docker_arch(report.arch)}
-        about.setdefault(
-            "created", datetime.fromtimestamp(config.created, UTC).isoformat().replace("+00:00", "Z")
-        )
+        about.setdefault("created", datetime.fromtimestamp(config.created, UTC).isoformat().replace("+00:00", "Z"))
         publish(target, output, about, config.image_id, fmt, report.unpacked_bytes, say)
     return output
 
@@ -161,9 +159,7 @@ def remarks(report: Report, config: ImageConfig) -> list[str]:
     """What a user may want to know about the image that was converted."""
     lines = []
     if report.arch != ARCHES.get(config.arch, config.arch):
-        lines.append(
-            f"the engine calls this image {config.arch or 'nothing'}, its /bin/sh is for {report.arch}"
-        )
+        lines.append(f"the engine calls this image {config.arch or 'nothing'}, its /bin/sh is for {report.arch}")
     if report.cleared:
         lines.append(f"setuid, setgid or capabilities taken from {report.cleared} files")
     if report.devices:

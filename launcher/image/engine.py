@@ -97,9 +97,7 @@ def _unreachable(host: str, reason: str) -> LauncherError:
         )
     fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
     if os.environ.get("DOCKER_HOST"):
-        fix = (
-            "check DOCKER_HOST (unix:///path, ssh://user@machine, tcp://machine:port), or: unset DOCKER_HOST"
-        )
+        fix = "check DOCKER_HOST (unix:///path, ssh://user@machine, tcp://machine:port), or: unset DOCKER_HOST"
     return LauncherError(f"no Docker engine answers at {host}", fix, status=ExitStatus.ERROR, original=reason)
 
 
@@ -160,9 +158,7 @@ def has_buildx(engine: Engine) -> bool:
     """Whether the docker command is here with its buildx plugin."""
     if not shutil.which("docker"):
         return False
-    done = subprocess.run(
-        ["docker", "buildx", "version"], capture_output=True, text=True, env=_environment(engine)
-    )
+    done = subprocess.run(["docker", "buildx", "version"], capture_output=True, text=True, env=_environment(engine))
     return done.returncode == 0
 
 

@@ -54,9 +54,7 @@ class ImageConfig:
 class Report:
     """What `rewrite` met on its way; complete when its iterator is."""
 
-    arch: str = (
-        ""  # uname's word, from the header of /bin/sh: `docker import` labels every image as the host's
-    )
+    arch: str = ""  # uname's word, from the header of /bin/sh: `docker import` labels every image as the host's
     unpacked_bytes: int = 0
     cleared: int = 0  # setuid and setgid bits, file capabilities
     devices: int = 0  # outside /dev
@@ -101,9 +99,7 @@ exec {command}
         "etc/rc": start,
         "etc/rc.local": "# Read by /etc/rc when the container starts; here the command may still be changed.\n",
         "etc/environment": "".join(f"{line}\n" for line in kept),
-        "etc/fstab": "".join(
-            f"${{ENROOT_ROOTFS}}{m} {m} none x-create=dir,bind,rw,nosuid,nodev\n" for m in mounts
-        ),
+        "etc/fstab": "".join(f"${{ENROOT_ROOTFS}}{m} {m} none x-create=dir,bind,rw,nosuid,nodev\n" for m in mounts),
     }
     return files, [line.split("=")[0] for line in config.env if line not in kept]
 
@@ -182,9 +178,7 @@ def _plain(block: bytes) -> tarfile.TarInfo | None:
 
 def _damaged(how: str) -> LauncherError:
     what = f"the image's export is incomplete or damaged: {how}"
-    return LauncherError(
-        what, "is the engine up? docker info; then the same command again", status=ExitStatus.ERROR
-    )
+    return LauncherError(what, "is the engine up? docker info; then the same command again", status=ExitStatus.ERROR)
 
 
 def _padded(size: int) -> int:
@@ -213,9 +207,7 @@ def _path(name: str) -> str:
     if ".." in parts:
         raise LauncherError(f"the image's export has a name that leads out of it: {name!r}")
     if long := [part for part in parts if len(part.encode("utf-8", "surrogateescape")) > NAME_MAX]:
-        raise LauncherError(
-            f"a file name longer than {NAME_MAX} bytes: {long[0]!r}", "rename it in the image"
-        )
+        raise LauncherError(f"a file name longer than {NAME_MAX} bytes: {long[0]!r}", "rename it in the image")
     return "/".join(parts)
 
 

@@ -161,9 +161,7 @@ def needed_driver(facts: ImageFacts) -> str:
     """Which driver the image needs, in words; "" where that is not known."""
     cuda = facts.versions.get("cuda")
     return (
-        f"{f'CUDA {cuda} in the' if cuda else 'the'} image needs driver {facts.driver_min}"
-        if facts.driver_min
-        else ""
+        f"{f'CUDA {cuda} in the' if cuda else 'the'} image needs driver {facts.driver_min}" if facts.driver_min else ""
     )
 
 
@@ -344,6 +342,4 @@ def _unreadable(path: Path, compressor: str) -> LauncherError:
 
 
 def _damaged(path: Path, original: str) -> LauncherError:
-    return LauncherError(
-        f"{path}: damaged", "copy it again, then compare: sha256sum", original=original[-2000:]
-    )
+    return LauncherError(f"{path}: damaged", "copy it again, then compare: sha256sum", original=original[-2000:])

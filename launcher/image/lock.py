@@ -20,9 +20,7 @@ from launcher.image.channels import Channel, channel, docker_arch, lock_path
 
 # glibc 2.28: what torch's own wheels ask for, and older than that of every base image.
 _PLATFORM = "{}-manylinux_2_28"
-_UNREACHABLE = re.compile(
-    r"(?:Failed to fetch|error sending request for url|Request failed)[^\n]*?(https?://[^\s`)]+)"
-)
+_UNREACHABLE = re.compile(r"(?:Failed to fetch|error sending request for url|Request failed)[^\n]*?(https?://[^\s`)]+)")
 
 
 def lock(
@@ -106,9 +104,7 @@ def _project(chosen: Channel, index: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compile(
-    chosen: Channel, arch: str, index: str, project: Path, form: str, constraints: Path | None = None
-) -> str:
+def _compile(chosen: Channel, arch: str, index: str, project: Path, form: str, constraints: Path | None = None) -> str:
     """What `uv pip compile` answers, as requirements.txt or as pylock.toml."""
     output = project.with_name("compiled.txt" if form == "requirements.txt" else "pylock.toml")
     command = [

@@ -54,9 +54,7 @@ class ImageName(FilePath):
         if self._file and value and is_file(path := os.path.expanduser(value)):
             return super().convert(path, parameter, context)
         if not is_reference(value):
-            self.fail(
-                f"{value[:200]!r} is not the name of an image, such as titan:stable-amd64", parameter, context
-            )
+            self.fail(f"{value[:200]!r} is not the name of an image, such as titan:stable-amd64", parameter, context)
         return value
 
 

@@ -101,7 +101,7 @@ def push(tag: str, reference: str, *, engine: Engine, say: Callable[[str], None]
 
 def manifest_list(
     reference: str, pushed: Sequence[Pushed], *, arches: Sequence[str], engine: Engine, say: Callable[[str], None]
-) -> str:  # fmt: skip
+) -> str:
     """Makes `reference` the list of these images, by their digests, and returns the list's own digest.
 
     Raises LauncherError, before anything is written, unless there is exactly one image for each of `arches`.
@@ -112,9 +112,7 @@ def manifest_list(
         missing = sorted(set(arches) - set(found))
         raise LauncherError(
             f"no list {reference}: "
-            + (
-                f"there is no image for {', '.join(missing)}" if missing else f"images for {', '.join(found)}"
-            ),
+            + (f"there is no image for {', '.join(missing)}" if missing else f"images for {', '.join(found)}"),
             f"build and push one image for each of {', '.join(sorted(set(arches)))}",
         )
     target = f"{repository}:{list_tag}"
@@ -217,9 +215,7 @@ def _explain(text: str, reference: str) -> LauncherError:
     for pattern, what, fix in _CAUSES:
         if re.search(pattern, text, re.IGNORECASE):
             values = {"host": host, "reference": reference, "login": login}
-            return LauncherError(
-                what.format(**values), fix.format(**values), status=ExitStatus.ERROR, original=text
-            )
+            return LauncherError(what.format(**values), fix.format(**values), status=ExitStatus.ERROR, original=text)
     return LauncherError(
         f"the registry {host} did not take {reference}", "read its words below", status=ExitStatus.ERROR,
         original=text,

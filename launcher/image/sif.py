@@ -129,9 +129,7 @@ def _refused(what: str, code: int, words: str) -> LauncherError:
     fix = "apptainer --version: 1.4 or newer; then: unshare --user true"
     if "no space left" in words.lower() or "disk quota" in words.lower():
         fix = "it unpacks the image into a directory of its own; one with room: export APPTAINER_TMPDIR=DIR"
-    return LauncherError(
-        f"{what} failed with code {code}", fix, status=ExitStatus.ERROR, original=words[-2000:]
-    )
+    return LauncherError(f"{what} failed with code {code}", fix, status=ExitStatus.ERROR, original=words[-2000:])
 
 
 def _verify(client: Any, target: Path) -> None:

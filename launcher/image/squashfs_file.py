@@ -82,21 +82,15 @@ def superblock(path: Path) -> Superblock:
     inodes, mkfs_time, block_size = fields[1:4]
     compressor, block_log, _, _, major, minor, _, used, ids, _, inode_table, directories = fields[5:17]
     if (major, minor) != (4, 0):
-        raise LauncherError(
-            f"{path}: squashfs {major}.{minor}, which no current kernel reads", "convert it again"
-        )
+        raise LauncherError(f"{path}: squashfs {major}.{minor}, which no current kernel reads", "convert it again")
     sane = (
         compressor in COMPRESSORS and 12 <= block_log <= 20 and block_size == 1 << block_log and inodes > 0
         and _SUPERBLOCK.size <= inode_table < directories < used and ids < used
     )  # fmt: skip
     if not sane:
-        raise LauncherError(
-            f"{path}: damaged: its superblock makes no sense", "copy it again, then compare: sha256sum"
-        )
+        raise LauncherError(f"{path}: damaged: its superblock makes no sense", "copy it again, then compare: sha256sum")
     if size < used:
-        raise LauncherError(
-            f"{path}: cut off: {size:,} of {used:,} bytes", "copy it again, then compare: sha256sum"
-        )
+        raise LauncherError(f"{path}: cut off: {size:,} of {used:,} bytes", "copy it again, then compare: sha256sum")
     return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, used, size)
 
 
@@ -175,18 +169,12 @@ def mksquashfs_path() -> str:
     if path is None:
         raise LauncherError("mksquashfs: no such program", INSTALL, status=ExitStatus.ERROR)
     try:
-        done = subprocess.run(
-            [path, "-version"], capture_output=True, text=True, errors="replace", timeout=20
-        )
+        done = subprocess.run([path, "-version"], capture_output=True, text=True, errors="replace", timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise LauncherError(
-            f"{path} does not start", INSTALL, status=ExitStatus.ERROR, original=str(error)
-        ) from None
+        raise LauncherError(f"{path} does not start", INSTALL, status=ExitStatus.ERROR, original=str(error)) from None
     found = re.search(r"version (\d+)\.(\d+)", done.stdout + done.stderr)
     if not found:
-        raise LauncherError(
-            f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=done.stderr
-        )
+        raise LauncherError(f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=done.stderr)
     if (int(found[1]), int(found[2])) < (4, 5):
         raise LauncherError(
             f"{path} is version {found[1]}.{found[2]}, which cannot read a tar stream; 4.5 can", INSTALL,
@@ -272,13 +260,7 @@ def _failure(code: int, log: str, target: Path) -> LauncherError:
             status=ExitStatus.ERROR,
             original=last,
         )
-    how = (
-        f"was killed by signal {-code}"
-        if code < 0
-        else f"failed with code {code}"
-        if code
-        else "stopped reading"
-    )
+    how = f"was killed by signal {-code}" if code < 0 else f"failed with code {code}" if code else "stopped reading"
     fix = "free memory: dmesg | tail" if code == -9 else ""
     return LauncherError(f"mksquashfs {how}", fix, status=ExitStatus.ERROR, original=last)
 
@@ -287,9 +269,7 @@ def _failure(code: int, log: str, target: Path) -> LauncherError:
 def beside(output: Path) -> Iterator[Path]:
     """A temporary file beside `output`, created at once to learn early whether it can be; removed in every case."""
     if output.is_dir():
-        raise LauncherError(
-            f"{output}: a directory", f"-o '{output}/titan-stable-amd64.sqsh'", status=ExitStatus.USAGE
-        )
+        raise LauncherError(f"{output}: a directory", f"-o '{output}/titan-stable-amd64.sqsh'", status=ExitStatus.USAGE)
     target = output.with_name(f".{output.name}.{os.urandom(4).hex()}.tmp")
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))

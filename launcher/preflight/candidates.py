@@ -25,9 +25,7 @@ class Place:
     partitions: tuple[Partition, ...]
     nodes: tuple[Node, ...]
     asked: str = ""  # the partitions by the name that the run gives them; "" for the default one
-    unread: frozenset[str] = (
-        frozenset()
-    )  # names of nodes that the partitions list and of which nothing is known
+    unread: frozenset[str] = frozenset()  # names of nodes that the partitions list and of which nothing is known
     whole: bool = True  # every node there is was read
 
     @property

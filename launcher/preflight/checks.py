@@ -106,9 +106,7 @@ def _mounts(spec: RunSpec, missing: Sequence[str]) -> list[Check]:
 
 def _half_answers(facts: ClusterFacts) -> list[Check]:
     """What Slurm did not say: a check that needs it says less than it could."""
-    return [
-        Check("cluster", WARNING, note, "", "scontrol ping; launcher cluster show") for note in facts.notes
-    ]
+    return [Check("cluster", WARNING, note, "", "scontrol ping; launcher cluster show") for note in facts.notes]
 
 
 def _lists(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
@@ -119,7 +117,9 @@ def _lists(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
             what = f"--{option} {getattr(spec.job, option)}: Slurm has no node {some(unknown)}"
             why, fix = f"it has {some(sorted(known))}", "sinfo -N -h -o %N"
             if "nodes" in facts.unread:
-                what = f"--{option} {getattr(spec.job, option)}: {some(unknown)} is not among the nodes that could be read"
+                what = (
+                    f"--{option} {getattr(spec.job, option)}: {some(unknown)} is not among the nodes that could be read"
+                )
                 return Check(option, WARNING, what, why, fix)
             return Check(option, ERROR, what, why, fix, not_found=True)
     if not wanted:
@@ -190,9 +190,7 @@ def _no_nodes(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check:
     if left_out(spec) and facts.nodes_of(spec.job.partition):
         what = f"{place.name}: no node is left without {left_out(spec)}"
         return Check("nodes", ERROR, what, "", "another --partition, or launcher cluster nodes release --all")
-    return Check(
-        "nodes", WARNING, f"{place.name}: it has no nodes now", "the job waits until one registers", fix
-    )
+    return Check("nodes", WARNING, f"{place.name}: it has no nodes now", "the job waits until one registers", fix)
 
 
 def _out_of_service(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
@@ -205,9 +203,7 @@ def _out_of_service(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check 
         return Check("node states", OK, reasons(out))
     fixes = [f"--nodes {left}" if left else "another --partition"]
     fixes += ["sinfo -R has the reasons"] if any(node.states & OUT for node in out) else []
-    fixes += (
-        ["scontrol show reservation says until when"] if not all(node.states & OUT for node in out) else []
-    )
+    fixes += ["scontrol show reservation says until when"] if not all(node.states & OUT for node in out) else []
     return Check(
         "node states", WARNING, f"{number_of(spec.job.nodes)} asked, {left} in service: {reasons(out)}",
         "the job waits until enough of them are back", "; ".join(fixes),

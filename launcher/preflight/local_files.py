@@ -59,9 +59,7 @@ def check_image(spec: RunSpec) -> list[Check]:
     except (FileNotFoundError, NotADirectoryError):
         near = sorted(Path(path).parent.glob("*.sqsh"))[:3] if Path(path).parent.is_dir() else []
         hint = (
-            f"there is: {', '.join(str(p) for p in near)}"
-            if near
-            else f"ls -l {shlex.quote(str(Path(path).parent))}"
+            f"there is: {', '.join(str(p) for p in near)}" if near else f"ls -l {shlex.quote(str(Path(path).parent))}"
         )
         raise LauncherError(f"--image {path}: no such file", hint) from None
     except OSError as error:
@@ -155,9 +153,7 @@ def _check_sif(path: str) -> None:
     except OSError as error:
         raise LauncherError(f"--image {path}: {error.strerror}", f"ls -ld {shlex.quote(str(path))}") from None
     if b"SIF_MAGIC" not in head:
-        raise LauncherError(
-            f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file"
-        )
+        raise LauncherError(f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file")
 
 
 def warnings(spec: RunSpec) -> list[str]:
@@ -169,18 +165,12 @@ def warnings(spec: RunSpec) -> list[str]:
     ]
     found = [f"{path}: not on this machine; if the nodes do not have it either, the job stops at once" for path in
              paths if not os.path.exists(path)]  # fmt: skip
-    if spec.job.data.startswith(S3) and not any(
-        name.startswith("AWS_") for name in (*spec.env, *spec.secret_env)
-    ):
+    if spec.job.data.startswith(S3) and not any(name.startswith("AWS_") for name in (*spec.env, *spec.secret_env)):
         found.append(
             f"--data {spec.job.data}: the job gets no credentials for it, which is right where the nodes have their own "
             "or none are needed; otherwise: --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY --env AWS_ENDPOINT_URL"
         )
-    if (
-        spec.job.data == HUB
-        and spec.job.scheduler == "slurm"
-        and "HF_TOKEN" not in (*spec.env, *spec.secret_env)
-    ):
+    if spec.job.data == HUB and spec.job.scheduler == "slurm" and "HF_TOKEN" not in (*spec.env, *spec.secret_env):
         found.append(
             "--data hub: the ranks ask the Hub without a token, which it refuses sooner (429): --env HF_TOKEN; better, "
             "launcher stage c4 before the job"

@@ -16,9 +16,7 @@ from itertools import accumulate
 from launcher.cluster.facts import Block, ClusterFacts
 from launcher.spec import RunSpec
 
-NVLINK_OVER_NODES = (
-    "NCCL_MNNVL_ENABLE"  # NCCL's switch for it: a profile that sets it has domains of several nodes
-)
+NVLINK_OVER_NODES = "NCCL_MNNVL_ENABLE"  # NCCL's switch for it: a profile that sets it has domains of several nodes
 CHOSEN = "chosen from the topology"  # how the origin of a segment begins that was not the user's
 
 
@@ -29,9 +27,7 @@ class Placement:
     segment: int
     pieces: int  # nodes / segment
     fewest: int  # blocks that hold this many nodes at least
-    room: tuple[
-        tuple[str, int], ...
-    ]  # (block, free nodes) of those with at least `segment` free nodes, most first
+    room: tuple[tuple[str, int], ...]  # (block, free nodes) of those with at least `segment` free nodes, most first
 
     @property
     def whole(self) -> bool:
@@ -66,9 +62,7 @@ def _segment(nodes: int, blocks_of: Mapping[int, int]) -> int:
     return 1
 
 
-def place(
-    nodes: int, blocks: Sequence[Block], out: Collection[str] = (), free: Collection[str] = ()
-) -> Placement:
+def place(nodes: int, blocks: Sequence[Block], out: Collection[str] = (), free: Collection[str] = ()) -> Placement:
     """The segment for `nodes` nodes. `out`: nodes that are down or drained; `free`: nodes that are idle now.
 
     What is out is not counted on, unless only the whole rack would do: then the job waits for the repair.
@@ -90,9 +84,7 @@ def _in_service(blocks: Sequence[Block], out: Collection[str]) -> list[int]:
 def describe(nodes: int, chosen: int, blocks: Sequence[Block], free: Collection[str] = ()) -> Placement:
     """What a segment means for a job, the user's own included; it must divide `nodes`."""
     counts = {block.name: sum(node in free for node in block.nodes) for block in blocks}
-    room = sorted(
-        ((name, n) for name, n in counts.items() if n >= chosen), key=lambda pair: (-pair[1], pair[0])
-    )
+    room = sorted(((name, n) for name, n in counts.items() if n >= chosen), key=lambda pair: (-pair[1], pair[0]))
     return Placement(chosen, nodes // chosen, _fewest(nodes, _sums(blocks)), tuple(room))
 
 
@@ -148,9 +140,7 @@ def blocks_among(blocks: Sequence[Block], names: Collection[str]) -> list[Block]
     return [block for block in kept if block.nodes]
 
 
-def with_segment(
-    spec: RunSpec, facts: ClusterFacts, names: Collection[str], out: Collection[str] = ()
-) -> RunSpec:
+def with_segment(spec: RunSpec, facts: ClusterFacts, names: Collection[str], out: Collection[str] = ()) -> RunSpec:
     """The run with its `--segment`, where Slurm knows it and NVLink crosses nodes; the user's own stays as it is.
 
     `names`: the nodes that the job may have; `out`: those of them that are down or drained.

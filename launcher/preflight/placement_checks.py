@@ -49,9 +49,7 @@ def segment(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
         )  # fmt: skip
     out = {node.name for node in able if not usable(node, spec.job.reservation)}
     found = placement.describe(nodes, wanted, blocks, {node.name for node in able if node.free})
-    what = (
-        f"{found.pieces} x {wanted} nodes, each in one block of up to {largest}; {placement.room_text(found)}"
-    )
+    what = f"{found.pieces} x {wanted} nodes, each in one block of up to {largest}; {placement.room_text(found)}"
     if found.whole or not placement.wants_segment(spec):
         return Check("placement", OK, what)
     why, fix = _straddles(spec, found, blocks, out)
@@ -76,9 +74,7 @@ def _no_segments(wanted: int, facts: ClusterFacts) -> Check:
     )  # fmt: skip
 
 
-def _straddles(
-    spec: RunSpec, found: placement.Placement, blocks: Sequence[Block], out: set[str]
-) -> tuple[str, str]:
+def _straddles(spec: RunSpec, found: placement.Placement, blocks: Sequence[Block], out: set[str]) -> tuple[str, str]:
     """Why the job crosses more NVLink domains than so many nodes need, and what to type instead."""
     nodes = spec.job.nodes
     best = placement.place(nodes, blocks, out).segment
@@ -116,9 +112,7 @@ def racks(spec: RunSpec, facts: ClusterFacts, _place: Place) -> Check | None:
         )  # fmt: skip
     what = f"Slurm does not know the racks (topology {facts.topology})"
     if nodes <= RACK:
-        return Check(
-            "placement", OK, f"{what}: whether the {nodes} nodes share an NVLink domain is left to chance"
-        )
+        return Check("placement", OK, f"{what}: whether the {nodes} nodes share an NVLink domain is left to chance")
     return Check(
         "placement", WARNING, f"{what}: the job may straddle NVLink domains",
         f"{nodes} nodes need {-(-nodes // RACK)} at least, and get as many as chance has it",

@@ -84,14 +84,10 @@ def _nodes(spec: RunSpec, place: Place) -> list[str]:
     able = fitting(spec, place)
     count = Counter(_group(node) for node in able)
     parts = [
-        f"{count[group]} {group}"
-        for group in ("free", "in use", "out of service", "reserved", "other")
-        if count[group]
+        f"{count[group]} {group}" for group in ("free", "in use", "out of service", "reserved", "other") if count[group]
     ]
     kind = f" with {spec.profile.gres}:{spec.profile.gpus_per_node}" if len(able) < len(place.nodes) else ""
-    lines = [
-        f"{number_of(spec.job.nodes)} asked; {place.name} has {len(able)}{kind}: {', '.join(parts) or 'none'}"
-    ]
+    lines = [f"{number_of(spec.job.nodes)} asked; {place.name} has {len(able)}{kind}: {', '.join(parts) or 'none'}"]
     out = [node for node in able if node.states & OUT]
     if out:
         reasons = Counter(f"{node.state}" + (f" ({node.reason})" if node.reason else "") for node in out)
@@ -129,10 +125,7 @@ def _estimate(start: str, now: datetime | None) -> list[str]:
         return ["Slurm has no estimate of its start"]
     left = (when - now).total_seconds() if now else 0.0
     # Slurm's plan is as old as its last round of planning: a start in the past is one that is due.
-    return [
-        f"estimated start: {when:%Y-%m-%d %H:%M}"
-        + (f", in {duration(left)}" if left > 0 else ", which is now")
-    ]
+    return [f"estimated start: {when:%Y-%m-%d %H:%M}" + (f", in {duration(left)}" if left > 0 else ", which is now")]
 
 
 def _sooner(spec: RunSpec, facts: ClusterFacts) -> list[str]:

@@ -86,7 +86,7 @@ def _throughput(
     measures = [
         (f"P{row.nodes}", f"published on {row.nodes} node{'s' if row.nodes > 1 else ''} ({source_of(row)})", row)
         for row in measured_by([outcomes[line.run] for line in found], published)
-    ]  # fmt: skip
+    ]
     behind: list[svg.Drawn] = []
     legend: list[Entry] = []
     rows: list[tuple[str, ...]] = []
@@ -164,9 +164,7 @@ def _summary(name: str, points: Sequence[tuple[float, float]], digits: int) -> t
     return (name, steps, *numbers, str(len(points) - len(finite)))
 
 
-def _scaling(
-    outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, ident: str
-) -> Figure | None:
+def _scaling(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, ident: str) -> Figure | None:
     groups = scaling(outcomes, published, gpu)
     ours = [group for group in groups if not group.published]
     incomplete = sum(outcome.gpu == gpu and not outcome.complete for outcome in outcomes)
@@ -187,9 +185,7 @@ def _scaling(
         label = "" if group.published else str(number)
         if group in with_ideal:
             start = group.medians[0][0]
-            behind.append(
-                svg.Drawn(((start, group.ideal), (x.high, group.ideal)), f"{css} ideal", "", "ideal")
-            )
+            behind.append(svg.Drawn(((start, group.ideal), (x.high, group.ideal)), f"{css} ideal", "", "ideal"))
         medians = tuple((float(gpus), tps) for gpus, tps in group.medians)
         joined = len(medians) > 1 or group.published  # the median of two runs of one size is no run
         if joined:

@@ -166,9 +166,7 @@ def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str)
             groups.setdefault(_alike(outcome), []).append((run, outcome))
     labels = _labels([members[0][1] for members in groups.values()])
     found = [
-        Scaling(
-            label, False, _ascending(Dot(o.gpus, o.tps.median, o.run, run) for run, o in members if o.tps)
-        )
+        Scaling(label, False, _ascending(Dot(o.gpus, o.tps.median, o.run, run) for run, o in members if o.tps))
         for label, members in zip(labels, groups.values(), strict=True)
     ]
     rows: dict[str, dict[int, Outcome]] = {}

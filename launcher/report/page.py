@@ -121,14 +121,9 @@ def _startups(outcomes: Sequence[Outcome]) -> list[Start]:
     longest rest.
     """
     own = [_rest(outcome.startup) for outcome in outcomes]
-    longest = max(own, default=0.0) or max(
-        (_seconds_of(o.startup, "queue_s") or 0.0 for o in outcomes), default=0.0
-    )
+    longest = max(own, default=0.0) or max((_seconds_of(o.startup, "queue_s") or 0.0 for o in outcomes), default=0.0)
     scale = max(
-        (
-            min(_seconds_of(o.startup, "queue_s") or 0.0, longest) + rest
-            for o, rest in zip(outcomes, own, strict=True)
-        ),
+        (min(_seconds_of(o.startup, "queue_s") or 0.0, longest) + rest for o, rest in zip(outcomes, own, strict=True)),
         default=0.0,
     )
     found = []
@@ -137,9 +132,7 @@ def _startups(outcomes: Sequence[Outcome]) -> list[Start]:
         if all(amount is None for amount in amounts):
             continue
         queue = amounts[0] or 0.0
-        parts = [
-            (name, min(amount or 0.0, longest)) for (name, _), amount in zip(PHASES, amounts, strict=True)
-        ]
+        parts = [(name, min(amount or 0.0, longest)) for (name, _), amount in zip(PHASES, amounts, strict=True)]
         cut = queue > longest
         if cut:
             parts[0] = ("queue_s cut", longest)

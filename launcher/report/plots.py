@@ -102,14 +102,10 @@ def _charts(
     if name == "scaling":
         groups = scaling(outcomes, published, gpu)
         return [lambda axes: _scaling(axes, groups, gpu)] if groups else []
-    found = [
-        line for line in lines(outcomes, gpu, "tps" if name == "throughput" else "loss") if _finite(line)
-    ]
+    found = [line for line in lines(outcomes, gpu, "tps" if name == "throughput" else "loss") if _finite(line)]
     if name == "loss":
         return [lambda axes: _over_steps(axes, found, f"{plain(gpu)}: loss")] if found else []
-    groups_of_lines = [
-        (kind.label, [line for line in found if line.run in kind.runs]) for kind in kinds(outcomes, gpu)
-    ]
+    groups_of_lines = [(kind.label, [line for line in found if line.run in kind.runs]) for kind in kinds(outcomes, gpu)]
     return [
         partial(_throughput, found=members, outcomes=outcomes, published=published, title=f"{plain(gpu)}, {plain(label)}")
         for label, members in groups_of_lines
@@ -173,9 +169,7 @@ def _scaling(axes: Axes, groups: Sequence[Scaling], gpu: str) -> list[End]:
         label = _short(plain(group.label) if group.published else f"{number} {plain(group.label)}")
         counts, rates = zip(*group.medians, strict=True)
         if group.published:
-            axes.plot(
-                counts, rates, "--", color=colour, label=label, marker="o", markerfacecolor="white", zorder=1
-            )
+            axes.plot(counts, rates, "--", color=colour, label=label, marker="o", markerfacecolor="white", zorder=1)
         else:  # a dot is a run: the line through the medians has none of its own
             axes.plot(counts, rates, "-", color=colour, label=label)
             axes.plot([d.gpus for d in group.dots], [d.tps for d in group.dots], "o", color=colour)

@@ -72,9 +72,7 @@ def linear(values: Iterable[float], name: str, most: int = 5, whole: bool = Fals
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return Axis(
-        low, high, tuple((i * step, tick_text(i * step, digits)) for i in range(first, last + 1)), name
-    )
+    return Axis(low, high, tuple((i * step, tick_text(i * step, digits)) for i in range(first, last + 1)), name)
 
 
 def not_from_zero(y: Axis) -> str:
@@ -189,18 +187,16 @@ def _axes(x: Axis, y: Axis) -> Markup:
             LEFT, _y(y, at), right, LEFT - 7, _y(y, at) + 4, text
         )
         for at, text in y.ticks
-    ]  # fmt: skip
+    ]
     parts += [
-        Markup(
-            '<path class="tick" d="M{:.1f} {}v5"/><text x="{:.1f}" y="{}" text-anchor="middle">{}</text>'
-        ).format(_x(x, at), bottom, _x(x, at), bottom + 19, text)
+        Markup('<path class="tick" d="M{:.1f} {}v5"/><text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+            _x(x, at), bottom, _x(x, at), bottom + 19, text
+        )
         for at, text in x.ticks
     ]
     parts.append(Markup('<path class="tick" d="M{} {}H{}"/>').format(LEFT, bottom, right))
     parts.append(
-        Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(
-            right, HEIGHT - 6, x.name
-        )
+        Markup('<text class="name" x="{}" y="{}" text-anchor="end">{}</text>').format(right, HEIGHT - 6, x.name)
     )
     return Markup('<g class="axes">') + Markup("").join(parts) + Markup("</g>")
 

@@ -97,9 +97,7 @@ def judge(
         reasons.append(end)
     elif not outcome.complete and not reasons:
         reasons.append(
-            _cannot(
-                "; ".join(outcome.problems) or "no step after warm-up was logged, so nothing was measured"
-            )
+            _cannot("; ".join(outcome.problems) or "no step after warm-up was logged, so nothing was measured")
         )
     if reasons:
         return _verdict(reasons, outcome.notes, None, None)
@@ -113,9 +111,7 @@ def judge(
     return _verdict(reasons, (*_notes(outcome, match, threshold, share), *outcome.notes), match.row, share)
 
 
-def _verdict(
-    reasons: Sequence[Reason], notes: tuple[str, ...], row: Outcome | None, share: float | None
-) -> Verdict:
+def _verdict(reasons: Sequence[Reason], notes: tuple[str, ...], row: Outcome | None, share: float | None) -> Verdict:
     words = {reason.word for reason in reasons}
     word = next(word for word in (Word.FAIL, Word.CANNOT_SAY, Word.PASS) if word in words)
     first = sorted(reasons, key=lambda reason: (Word.FAIL, Word.CANNOT_SAY, Word.PASS).index(reason.word))
@@ -226,11 +222,7 @@ def _node_spread(outcome: Outcome, max_spread: float) -> list[Reason]:
     )
     more = f" and {len(slow) - 10} more" if len(slow) > 10 else ""
     word = Word.FAIL if slow else Word.PASS
-    return [
-        Reason(
-            word, f"nodes: {'too slow:' if slow else 'slowest'} {each}{more} (limit {100 * max_spread:g}%)"
-        )
-    ]
+    return [Reason(word, f"nodes: {'too slow:' if slow else 'slowest'} {each}{more} (limit {100 * max_spread:g}%)")]
 
 
 def _median_without(ordered: Sequence[float], value: float) -> float:
@@ -246,9 +238,7 @@ def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
         return []  # none was logged; or not finite, which has been said
     first, last = points[0].loss, median(point.loss for point in points[-LAST_LOSSES:])
     step, fresh = points[-1].step, not outcome.settings.get("job.init_from")
-    limit = (
-        first * (1 - FALLS_BY) if fresh and step >= FALLS_AFTER else first * (1.0 if fresh else LOSS_MARGIN)
-    )
+    limit = first * (1 - FALLS_BY) if fresh and step >= FALLS_AFTER else first * (1.0 if fresh else LOSS_MARGIN)
     what = f"loss: {first:.2f} at step {points[0].step}, {last:.2f} at step {step} (median of the last {LAST_LOSSES})"
     if last > limit:
         return [Reason(Word.FAIL, f"{what}; it should be at most {limit:.2f} by then")]
@@ -280,9 +270,7 @@ def _reference_loss(outcome: Outcome, row: Outcome, step: int) -> float | None:
     same = ("recipe.model", "recipe.flavor", "recipe.seq_len", "recipe.dataset")
     if any(found.get(key) != other.get(key) for key in same if key in other and key in found):
         return None
-    if "recipe.flavor" not in other or (found.get("job.init_from") or "") != (
-        other.get("job.init_from") or ""
-    ):
+    if "recipe.flavor" not in other or (found.get("job.init_from") or "") != (other.get("job.init_from") or ""):
         return None
     if row.step == step and row.loss is not None and math.isfinite(row.loss):
         return row.loss
@@ -343,9 +331,7 @@ def headline(name: str, outcome: Outcome | None, verdict: Verdict) -> str:
     return f"{text}, {_percent(verdict.share)} of {of}{row.tps.median:,.0f} ({row.gpu}, {_size(row)})"
 
 
-def as_dict(
-    name: str, outcome: Outcome | None, verdict: Verdict, inputs: Mapping[str, Any]
-) -> dict[str, Any]:
+def as_dict(name: str, outcome: Outcome | None, verdict: Verdict, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict as JSON values, with what it was reached from: what accept.json holds."""
     row = verdict.baseline
     figures: dict[str, Any] = {}

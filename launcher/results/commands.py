@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write the table into a Markdown file, between its two marks.",
 )
-@click.option(
-    "--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan."
-)
+@click.option("--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan.")
 @click.option(
     "--output",
     "-o",

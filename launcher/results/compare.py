@@ -52,9 +52,7 @@ class Comparison:
 def compare(a: Outcome, b: Outcome) -> Comparison:
     warnings = []
     if not same_gpu(a.gpu, b.gpu):
-        warnings.append(
-            f"different GPUs: {a.gpu} and {b.gpu}; their tokens/s say nothing about either cluster"
-        )
+        warnings.append(f"different GPUs: {a.gpu} and {b.gpu}; their tokens/s say nothing about either cluster")
     warnings += [f"not the same work (A against B): {reason}" for reason in unlike(a, b)]
     for name, side in (("A", a), ("B", b)):
         if not side.complete:
@@ -62,7 +60,7 @@ def compare(a: Outcome, b: Outcome) -> Comparison:
     of_both = is_row(a) or is_row(b)
     return Comparison(
         a, b, tuple(warnings), _differing(described(a), described(b), of_both), _versions(a, b), _figures(a, b)
-    )  # fmt: skip
+    )
 
 
 def noise(spread: Spread | None, nodes: int) -> float | None:
@@ -116,9 +114,7 @@ def _figures(a: Outcome, b: Outcome) -> tuple[Figure, ...]:
     return tuple(shown)
 
 
-def _of_spreads(
-    name: str, unit: str, a: Spread | None, b: Spread | None, of_a: Outcome, of_b: Outcome
-) -> Figure:
+def _of_spreads(name: str, unit: str, a: Spread | None, b: Spread | None, of_a: Outcome, of_b: Outcome) -> Figure:
     bare = _of_values(name, unit, a.median if a else None, b.median if b else None, "")
     if bare.difference is None:
         return bare
@@ -184,9 +180,7 @@ def _plain(value: Any) -> Any:
 def _versions(a: Outcome, b: Outcome) -> tuple[tuple[str, str | None, str | None], ...]:
     """A version that one side does not know is no difference."""
     both = [key for key in a.versions if key in b.versions]
-    return tuple(
-        (k, a.versions[k], b.versions[k]) for k in both if not same_version(a.versions[k], b.versions[k])
-    )
+    return tuple((k, a.versions[k], b.versions[k]) for k in both if not same_version(a.versions[k], b.versions[k]))
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:
@@ -223,9 +217,7 @@ def as_text(found: Comparison) -> list[str]:
     figures = [(_named(f), _number(f.a), _number(f.b), *_change(f)) for f in found.figures]
     lines += [f"  {line}" for line in columns([("", "A", "B", "difference", ""), *figures])]
     if any(figure.noise is not None for figure in found.figures):
-        lines.append(
-            "Noise: 95% interval of the difference of the medians, from the steps of these runs alone."
-        )
+        lines.append("Noise: 95% interval of the difference of the medians, from the steps of these runs alone.")
     return lines
 
 

@@ -144,9 +144,7 @@ def _predicted(outcome: Outcome) -> list[str]:
         if value is None or not outcome.complete:
             lines.append(f"{said:,.{digits}f} {unit}")
         else:
-            lines.append(
-                f"{said:,.{digits}f} {unit}, reached {value:,.{digits}f} ({100 * (value / said - 1):+.1f}%)"
-            )
+            lines.append(f"{said:,.{digits}f} {unit}, reached {value:,.{digits}f} ({100 * (value / said - 1):+.1f}%)")
     return lines
 
 
@@ -158,9 +156,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         head = (outcome.run, size, f"{outcome.local_batch_size} x {outcome.seq_len}")
         rows.append((*head, *_figures(outcome)) if outcome.complete else (*head, _why(outcome)))
     rows = [tuple(plain(cell) for cell in row) for row in rows]
-    widths = [
-        max(len(row[n]) for row in rows if len(row) == len(rows[0]) or n < 3) for n in range(len(rows[0]))
-    ]
+    widths = [max(len(row[n]) for row in rows if len(row) == len(rows[0]) or n < 3) for n in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2])]
@@ -275,9 +271,7 @@ def _flat(outcome: Outcome) -> dict[str, Any]:
     versions: Mapping[str, str] = whole["versions"]
     flat |= {name: versions.get(name) for name in ("torch", "torchtitan", *_NAMES, "image", "digest")}
     # What says that two rows are the same work: with these a CSV of ours is a baseline (results/published.py).
-    flat |= {
-        name: outcome.settings.get(f"recipe.{name}") for name in ("model", "flavor", "activation_checkpoint")
-    }
+    flat |= {name: outcome.settings.get(f"recipe.{name}") for name in ("model", "flavor", "activation_checkpoint")}
     flat["predicted_tps"] = whole["prediction"].get("tps")
     return flat
 

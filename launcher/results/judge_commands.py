@@ -125,9 +125,7 @@ def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
     help="Wait for a run that still goes; a run submitted here is always waited for.",
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option(
-    "--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask."
-)
+@click.option("--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask.")
 @as_json
 def accept(
     options: RunOptions,
@@ -148,7 +146,7 @@ def accept(
     launcher accept --image titan.sqsh --nodes 9            after every change of the cluster
     launcher accept my-run                                  a run that is there
     launcher accept my-run --baseline accepted-in-june.json
-    """  # fmt: skip
+    """
     from launcher.results.sides import results_in
 
     runs_dir = Path(str(options.values.get("job.runs_dir", "runs")))

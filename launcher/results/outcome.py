@@ -94,9 +94,7 @@ class Outcome:
     versions: Mapping[str, str] = field(
         default_factory=dict
     )  # torch, torchtitan, cuda, nccl, driver, python, image, digest
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # dotted key of run.toml -> value; no name of the run
+    settings: Mapping[str, Any] = field(default_factory=dict)  # dotted key of run.toml -> value; no name of the run
     prediction: Mapping[str, Any] = field(default_factory=dict)  # what `launcher plan` said before it ran
 
     @property

@@ -78,9 +78,7 @@ def rows_of(text: str, where: str, state: str = TABLE) -> list[Outcome]:
 
 def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
     """One row; `row` is what csv.DictReader makes of a line, None for a cell that is not there."""
-    cells = {
-        name: (value or "").strip() for name, value in row.items() if isinstance(value, (str, type(None)))
-    }
+    cells = {name: (value or "").strip() for name, value in row.items() if isinstance(value, (str, type(None)))}
     if median := cells.get("median_tps"):
         cells["tps"] = median
     if not cells["gpu"]:
@@ -117,8 +115,7 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
     if settings["recipe.flavor"]:  # FSDP over all ranks is what a row of this table means
         settings |= {key: 1 for key in ALIKE if key.endswith("_parallel") or key == "recipe.dp_replicate"}
     return Outcome(
-        run=cells.get("run")
-        or f"{cells.get('source') or 'a row'} ({cells['gpu']}, {gpus} GPUs, step {step})",
+        run=cells.get("run") or f"{cells.get('source') or 'a row'} ({cells['gpu']}, {gpus} GPUs, step {step})",
         run_dir="",
         state=state,
         date="",

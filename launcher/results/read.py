@@ -173,11 +173,7 @@ def _of_steps(found: measure.Measured, steps: int, log_freq: int) -> list[str]:
 def _of_nodes(found: measure.Measured, nodes: int) -> list[str]:
     logged = len(found.by_node)
     return (
-        [
-            f"only {logged} of {nodes} nodes logged"
-            if logged < nodes
-            else f"{logged} nodes logged, asked for {nodes}"
-        ]
+        [f"only {logged} of {nodes} nodes logged" if logged < nodes else f"{logged} nodes logged, asked for {nodes}"]
         if logged and logged != nodes
         else []
     )
@@ -210,11 +206,7 @@ def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str
         kinds_here = {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
         if len(kinds_here) > 1:
             problems.append(f"mixed gpu in {host}: {', '.join(sorted(kinds_here))}")
-        others = {
-            label
-            for label in _GPU_LABELS
-            if label != gpu and re.search(rf"\b{label}\b", str(record.get("gpu")))
-        }
+        others = {label for label in _GPU_LABELS if label != gpu and re.search(rf"\b{label}\b", str(record.get("gpu")))}
         if gpu in _GPU_LABELS and others:
             problems.append(f"the profile says {gpu}, {host} has {record.get('gpu')}")
         if record.get("ok") is False:
@@ -248,9 +240,7 @@ def _data_share(folder: Path, warm_steps: frozenset[int]) -> float | None:
     return min(1.0, sum(part * time for part, time in both) / 100 / sum(time for _, time in both))
 
 
-def _startup(
-    run: Run, records: Mapping[str, Mapping[str, Any]], nodes: int, began: Mapping[str, float]
-) -> Startup:
+def _startup(run: Run, records: Mapping[str, Mapping[str, Any]], nodes: int, began: Mapping[str, float]) -> Startup:
     """Where the time before the first step went. Clocks of several machines are compared: what is negative by more
     than their likely difference, or absurdly long, is not told.
     """
@@ -326,9 +316,7 @@ def _cluster(intent: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]
     return next((name for name in named if isinstance(name, str) and name), "")
 
 
-def _versions(
-    records: Mapping[str, Mapping[str, Any]], image: str, intent: Mapping[str, Any]
-) -> dict[str, str]:
+def _versions(records: Mapping[str, Mapping[str, Any]], image: str, intent: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key in VERSIONS:
         values = (record.get(key) for record in records.values())
@@ -361,9 +349,7 @@ def _digest(image: str, submitted: float | None) -> str:
 def _global_batch(settings: dict[str, Any], gpus: int, batch: int) -> int:
     if asked := count(settings, "recipe.global_batch_size"):
         return asked
-    other = math.prod(
-        count(settings, f"recipe.{name}_parallel") or 1 for name in ("tensor", "context", "pipeline")
-    )
+    other = math.prod(count(settings, f"recipe.{name}_parallel") or 1 for name in ("tensor", "context", "pipeline"))
     return batch * gpus // other
 
 

@@ -176,9 +176,7 @@ def records_used(outcome: Outcome) -> int:
 
 def _measured(outcome: Outcome) -> list[NodeResult]:
     """The nodes that have a median, the slowest first."""
-    return sorted(
-        (node for node in outcome.by_node if node.tps is not None), key=lambda node: node.tps or 0.0
-    )
+    return sorted((node for node in outcome.by_node if node.tps is not None), key=lambda node: node.tps or 0.0)
 
 
 def as_dict(outcome: Outcome) -> dict[str, Any]:

@@ -101,9 +101,7 @@ def outcome_from(value: object, where: str) -> Outcome:
     """
     spread = value.get("spread") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(spread, dict):
-        raise LauncherError(
-            f"{where}: not a result of this launcher", "launcher results RUN --format json > FILE"
-        )
+        raise LauncherError(f"{where}: not a result of this launcher", "launcher results RUN --format json > FILE")
     # There, these three names are the last step's values, and the medians with their spreads stand apart.
     medians = {name: spread.get(name) for name in ("tps", "tflops", "memory_gib")}
     found = _object(Outcome, value | medians, where)
@@ -153,9 +151,7 @@ def _float(value: object, where: str) -> float:
 
 
 def _short(value: object) -> str:
-    return (
-        "a huge number" if isinstance(value, (int, float)) and abs(value) > _MOST else repr(str(value)[:40])
-    )
+    return "a huge number" if isinstance(value, (int, float)) and abs(value) > _MOST else repr(str(value)[:40])
 
 
 def _boolean(value: object, where: str) -> bool:

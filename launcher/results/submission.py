@@ -25,10 +25,7 @@ def file_name(outcome: Outcome, entity: str) -> str:
     """`[model]_[hardware]_[date]_[entity].md`; an underscore within a part would look like the next one's begin."""
     model = f"{outcome.settings.get('recipe.model', 'llama3')}-{outcome.settings.get('recipe.flavor', '')}"
     parts = (model, f"{outcome.gpus}x{outcome.gpu}", outcome.date[:7].replace("-", ""), entity)
-    return (
-        "_".join(re.sub(r"[^a-z0-9.+-]+", "-", part.lower()).strip("-.") or "unknown" for part in parts)
-        + ".md"
-    )
+    return "_".join(re.sub(r"[^a-z0-9.+-]+", "-", part.lower()).strip("-.") or "unknown" for part in parts) + ".md"
 
 
 def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:

@@ -16,9 +16,7 @@ from pathlib import Path
 
 from launcher.titan.log import open_log
 
-_LONGEST = (
-    1 << 20
-)  # bytes of a record; a scalar's has some 60, and a longer one is an image, a graph or damage
+_LONGEST = 1 << 20  # bytes of a record; a scalar's has some 60, and a longer one is an image, a graph or damage
 _HEADER = struct.Struct("<QI")
 
 

@@ -89,14 +89,10 @@ def demand_from(text: str) -> Demand:
                 EXAMPLE,
             )
         if name in named:
-            raise LauncherError(
-                f"--for {text[:80]}: {name} is named twice", f"{EXAMPLE}; one --for for each run"
-            )
+            raise LauncherError(f"--for {text[:80]}: {name} is named twice", f"{EXAMPLE}; one --for for each run")
         named.add(name)
         values[name] = int(number)
-    ranks = degree(
-        values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], f"--for {text[:80]}"
-    )
+    ranks = degree(values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], f"--for {text[:80]}")
     tokens = values["steps"] * values["batch"] * values["seq"] * ranks
     return Demand(ranks, tokens, f"{values['nodes']} x {values['gpus']} GPUs, {values['steps']:,} steps")
 
@@ -131,9 +127,7 @@ def degree(gpus: int, ways: int, where: str) -> int:
 def check_count(count: int | None, in_all: int = TRAIN_FILES) -> None:
     """Raises LauncherError for a number of train files that C4 cannot have."""
     if count is not None and not 1 <= count <= in_all:
-        raise LauncherError(
-            f"--files {count}: C4 has {in_all} train files", f"--files N, from 1 to {in_all}, or --all"
-        )
+        raise LauncherError(f"--files {count}: C4 has {in_all} train files", f"--files N, from 1 to {in_all}, or --all")
 
 
 def plan_c4(
@@ -201,9 +195,7 @@ def shard_names(target: Path) -> list[str]:
         return []
 
 
-def _count(
-    files: int | None, demands: Sequence[Demand], everything: bool, in_all: int
-) -> tuple[int, list[str]]:
+def _count(files: int | None, demands: Sequence[Demand], everything: bool, in_all: int) -> tuple[int, list[str]]:
     """How many train files, and a line about each run that decided it."""
     if everything:
         return in_all, ["all"]
@@ -219,9 +211,7 @@ def _count(
         if demand.ranks > in_all:
             note += f"; {demand.ranks} ranks are more than C4 has files, so all of them"
         elif least > needed:
-            note += (
-                f"; the run reads {needed} more than once (the most that {demand.ranks} ranks divide evenly)"
-            )
+            note += f"; the run reads {needed} more than once (the most that {demand.ranks} ranks divide evenly)"
         elif needed > least:
             note += f", rounded up to {needed}: a multiple of its {demand.ranks} data-parallel ranks"
         else:

@@ -21,21 +21,15 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 _path = FilePath(path_type=Path)
-_to = click.option(
-    "--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into."
-)
-_revision = click.option(
-    "--revision", metavar="REV", help="Branch, tag or commit.  [default: what DIR has, else main]"
-)
+_to = click.option("--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into.")
+_revision = click.option("--revision", metavar="REV", help="Branch, tag or commit.  [default: what DIR has, else main]")
 _token_file = click.option(
     "--token-file",
     type=_path,
     metavar="FILE",
     help="File with the Hub's token.  [default: HF_TOKEN, `hf auth login`]",
 )
-_jobs = click.option(
-    "--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Files at once."
-)
+_jobs = click.option("--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Files at once.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there; write nothing.")
 
 
@@ -45,9 +39,7 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there
 @click.option("--for", "runs", multiple=True, metavar="RUN",
               help="As many as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
               "repeatable.")  # fmt: skip
-@click.option(
-    "--all", "everything", is_flag=True, help=f"All {TRAIN_FILES:,} train files, {TRAIN_BYTES / 1e9:.0f} GB."
-)
+@click.option("--all", "everything", is_flag=True, help=f"All {TRAIN_FILES:,} train files, {TRAIN_BYTES / 1e9:.0f} GB.")
 @click.option("--validation", is_flag=True, help="The validation files, too.")
 @click.option("--from", "source", default="", metavar="S3", help="s3://bucket/prefix in place of the Hub; credentials "
               "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.")  # fmt: skip
@@ -243,9 +235,7 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
         click.echo(plain(f"  try: {failure.fix}"), err=True)
     if not reports and not failures and not unusable:
         where = ", ".join(str(place) for place in places)
-        click.echo(
-            plain(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8"), err=True
-        )
+        click.echo(plain(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8"), err=True)
     sys.exit(status)
 
 

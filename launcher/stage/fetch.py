@@ -93,9 +93,7 @@ def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:
     return found
 
 
-def open_repo(
-    target: Path, name: str, repo_kind: str, kind: str, revision: str | None, token: str | None
-) -> Repo:
+def open_repo(target: Path, name: str, repo_kind: str, kind: str, revision: str | None, token: str | None) -> Repo:
     """The repository at the commit that `target` was begun with, else at `revision`, else at the newest."""
     asked = Repo(name, repo_kind, "", token)
     found = known_manifest(target, kind, asked.source)
@@ -182,9 +180,7 @@ def _sorted(
         if size == file.bytes:
             unread.append(file)
         else:
-            say(
-                f"{target / file.path}: {describe_wrong(target / file.path, size, file.bytes)}; downloaded again"
-            )
+            say(f"{target / file.path}: {describe_wrong(target / file.path, size, file.bytes)}; downloaded again")
             missing.append(file)
     return missing, unread
 

@@ -225,9 +225,7 @@ def download(
             return sink.digests
 
     with _quiet():
-        return with_retries(
-            once, repo, file.path, lambda: partial.stat().st_size if partial.exists() else 0, stop
-        )
+        return with_retries(once, repo, file.path, lambda: partial.stat().st_size if partial.exists() else 0, stop)
 
 
 def _get(repo: Repo, file: HubFile, sink: Sink) -> None:
@@ -240,16 +238,10 @@ def _get(repo: Repo, file: HubFile, sink: Sink) -> None:
     url = hf_hub_url(repo.name, file.path, repo_type=repo.kind, revision=repo.revision, endpoint=endpoint())
     place = get_hf_file_metadata(url, token=repo.token or False, timeout=TIMEOUT_S).location
     if not place.startswith(("http://", "https://")):
-        raise LauncherError(
-            f"{repo.name}/{file.path}: the Hub leads to another kind of address", "check HF_ENDPOINT"
-        )
+        raise LauncherError(f"{repo.name}/{file.path}: the Hub leads to another kind of address", "check HF_ENDPOINT")
     # Identity: of a compressed answer neither the size nor a range could be trusted.
-    request = urllib.request.Request(
-        place, headers=build_hf_headers(token=False) | {"Accept-Encoding": "identity"}
-    )
-    if repo.token and place.startswith(
-        f"{endpoint()}/"
-    ):  # the Hub itself; never the servers that it redirects to
+    request = urllib.request.Request(place, headers=build_hf_headers(token=False) | {"Accept-Encoding": "identity"})
+    if repo.token and place.startswith(f"{endpoint()}/"):  # the Hub itself; never the servers that it redirects to
         request.add_unredirected_header("Authorization", f"Bearer {repo.token}")
     if sink.size:
         request.add_header("Range", f"bytes={sink.size}-")

@@ -90,9 +90,7 @@ def _may_pass(error: Exception) -> bool:
     if status := status_of(error):
         return status in (408, 416, 429) or status >= 500
     # urllib's and requests' errors are OSErrors; httpx's (huggingface_hub from 1.0 on) have a root of their own.
-    return isinstance(error, (OSError, HTTPException, WrongLength)) or type(error).__module__.startswith(
-        "httpx"
-    )
+    return isinstance(error, (OSError, HTTPException, WrongLength)) or type(error).__module__.startswith("httpx")
 
 
 def _is_offline(error: Exception) -> bool:
@@ -108,9 +106,7 @@ def translate(error: Exception, repo: Repo, path: str = "") -> LauncherError:
         words = words.replace(repo.token, "(token)")
     what = f"{repo.name}/{path}" if path else repo.name
     if _is_offline(error):
-        return LauncherError(
-            "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again"
-        )
+        return LauncherError("HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again")
     if status in (401, 403):
         return _refused(status, code, words, repo)
     if status == 404 and code == "RevisionNotFound":

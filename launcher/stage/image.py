@@ -93,9 +93,7 @@ def _is_file_name(source: str) -> bool:
 
 def _already(final: Path, say: Say) -> None:
     say(f"{final}: already there")
-    say(
-        f"its size was looked at; to read and hash it: launcher stage verify {shlex.quote(str(final.parent))}"
-    )
+    say(f"its size was looked at; to read and hash it: launcher stage verify {shlex.quote(str(final.parent))}")
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
@@ -141,9 +139,7 @@ def _of_address(url: str) -> Wanted:
     digest = _digest_in(about, where)
     size = about["squashfs"].get("bytes")
     if type(size) is not int or size < 1 or not is_metadata(about):
-        raise LauncherError(
-            f"{where}: not the description of an image", "the address of a .sqsh file of a release"
-        )
+        raise LauncherError(f"{where}: not the description of an image", "the address of a .sqsh file of a release")
     return Wanted(_clean(urlsplit(url).path.rsplit("/", 1)[-1], digest), digest, size, about)
 
 
@@ -161,9 +157,7 @@ def _digest_in(about: Mapping[str, Any] | None, where: str) -> str:
     facts = about.get("squashfs") if about else None
     digest = facts.get("sha256") if isinstance(facts, dict) else None
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise LauncherError(
-            f"{where}: has no sha256 of an image", "convert it again: launcher image convert IMAGE"
-        )
+        raise LauncherError(f"{where}: has no sha256 of an image", "convert it again: launcher image convert IMAGE")
     return digest
 
 

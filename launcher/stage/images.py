@@ -30,9 +30,7 @@ class Images:
 
     @property
     def repair(self) -> str:
-        bad = " ".join(
-            shlex.quote(str(self.directory / name)) for name in dict.fromkeys(p.path for p in self.problems)
-        )
+        bad = " ".join(shlex.quote(str(self.directory / name)) for name in dict.fromkeys(p.path for p in self.problems))
         return f"rm {bad}, then for each: launcher stage image SOURCE --to {shlex.quote(str(self.directory))}"
 
     def lines(self) -> list[str]:

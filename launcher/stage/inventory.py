@@ -77,9 +77,7 @@ class Report:
         if len(self.problems) > 10:
             rows.append(f"… and {len(self.problems) - 10} more")
         if self.unknown:
-            rows.append(
-                f"not verified: {in_files(len(self.unknown))} in en/ ({self.unknown[0]}, …): stage or remove"
-            )
+            rows.append(f"not verified: {in_files(len(self.unknown))} in en/ ({self.unknown[0]}, …): stage or remove")
         return [first, *(f"  {row}" for row in (*rows, *self.suffices()))]
 
     def suffices(self) -> list[str]:

@@ -132,9 +132,7 @@ def is_verified(directory: Path, path: str, file: StagedFile) -> bool:
 
 def look(directory: Path, manifest: Manifest, deep: bool = False) -> tuple[list[Problem], list[str]]:
     """What is wrong as far as names and sizes tell, and the files to be read: the touched ones; with `deep`, all."""
-    problems = [
-        Problem(path, "not downloaded yet") for path in sorted(set(manifest.wanted) - manifest.files.keys())
-    ]
+    problems = [Problem(path, "not downloaded yet") for path in sorted(set(manifest.wanted) - manifest.files.keys())]
     unread = []
     for path, file in sorted(manifest.files.items()):
         problem = _size_problem(directory, path, file)
@@ -145,9 +143,7 @@ def look(directory: Path, manifest: Manifest, deep: bool = False) -> tuple[list[
     return problems, unread
 
 
-def read(
-    directory: Path, manifest: Manifest, paths: Sequence[str], on_bytes: Callable[[int], None]
-) -> list[Problem]:
+def read(directory: Path, manifest: Manifest, paths: Sequence[str], on_bytes: Callable[[int], None]) -> list[Problem]:
     """What is wrong with the bytes of `paths`; several files at once."""
 
     def problem_of(path: str) -> Problem | None:
@@ -166,9 +162,7 @@ def _size_problem(directory: Path, path: str, file: StagedFile) -> Problem | Non
     try:
         size = (directory / path).stat().st_size
     except OSError as error:
-        return Problem(
-            path, "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-        )
+        return Problem(path, "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error))
     if size == file.bytes:
         return None
     return Problem(path, describe_wrong(directory / path, size, file.bytes))

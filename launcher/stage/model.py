@@ -26,15 +26,11 @@ def plan_model(
     weights = [there[path] for path in there if SHARD.fullmatch(path)]
     shards = {int(match[2]) for file in weights if (match := SHARD.fullmatch(file.path))}
     if weights and (len(shards) != 1 or len(weights) != shards.pop() or INDEX not in there):
-        raise LauncherError(
-            f"{repo.page} at {repo.revision[:12]}: some of its weights are missing", "--revision main"
-        )
+        raise LauncherError(f"{repo.page} at {repo.revision[:12]}: some of its weights are missing", "--revision main")
     if not weights and "model.safetensors" in there:
         weights = [there["model.safetensors"]]
     if not weights or "config.json" not in there:
-        raise LauncherError(
-            f"{repo.page} at {repo.revision[:12]} has no weights as safetensors", "another repository"
-        )
+        raise LauncherError(f"{repo.page} at {repo.revision[:12]} has no weights as safetensors", "another repository")
     small = [there[path] for path in (*CONFIG, INDEX) if path in there]
     return repo, [*small, *tokenizer.choose(repo, files), *weights]
 

@@ -124,9 +124,7 @@ class Bucket:
             return 0, False
         part = {"PartNumber": 1} if match[2] else {}
         bucket, _, key = f"{self.root}/{file.path}".partition("/")
-        head = self._asked(
-            lambda: self.store.call_s3("head_object", Bucket=bucket, Key=key, **part), file.path
-        )
+        head = self._asked(lambda: self.store.call_s3("head_object", Bucket=bucket, Key=key, **part), file.path)
         plain = head.get("ServerSideEncryption") in (None, "AES256") and not head.get("SSECustomerAlgorithm")
         return (int(head["ContentLength"]) if match[2] else 0), plain
 
@@ -171,9 +169,7 @@ class Bucket:
     def listed(self, folder: str) -> list[S3File]:
         """The objects directly in `folder` ("": the prefix itself), by path; none where there is no such folder."""
         try:
-            found = self._asked(
-                lambda: self.store.ls(f"{self.root}/{folder}".rstrip("/"), detail=True, refresh=True)
-            )
+            found = self._asked(lambda: self.store.ls(f"{self.root}/{folder}".rstrip("/"), detail=True, refresh=True))
         except LauncherError as error:
             if error.status == ExitStatus.NOT_FOUND and folder:
                 return []
@@ -181,9 +177,7 @@ class Bucket:
         files = []
         for entry in found:
             path = str(entry["name"]).removeprefix(f"{self.root}/")
-            if entry["type"] != "file" or path.endswith(
-                "/"
-            ):  # folders, and the empty objects that stand for them
+            if entry["type"] != "file" or path.endswith("/"):  # folders, and the empty objects that stand for them
                 continue
             if not safe_path(path):
                 raise LauncherError(
@@ -294,6 +288,4 @@ def _refused(error: Exception, what: str) -> LauncherError:
             f"{what}: no connection to the store", "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)",
             status=ExitStatus.ERROR, original=words,
         )  # fmt: skip
-    return LauncherError(
-        f"{what}: {name}", "the same command continues", status=ExitStatus.ERROR, original=words
-    )
+    return LauncherError(f"{what}: {name}", "the same command continues", status=ExitStatus.ERROR, original=words)

@@ -68,9 +68,7 @@ def refuse_unusable(target: Path) -> None:
         ) from None
     except OSError as error:
         raise write_error(target, error) from error
-    raise LauncherError(
-        f"--to {target}: a file, not a directory", "name a new directory, or one to continue in"
-    )
+    raise LauncherError(f"--to {target}: a file, not a directory", "name a new directory, or one to continue in")
 
 
 def refuse_foreign(target: Path, ours: Callable[[Path], bool]) -> None:

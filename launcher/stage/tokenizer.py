@@ -20,9 +20,7 @@ OPTIONAL = ("special_tokens_map.json", "original/tokenizer.model")
 
 def repo_name(model: str) -> str:
     """`8B`, `Llama-3.1-8B` or any `owner/name`. Raises LauncherError for another word."""
-    known = {
-        alias.lower(): name for short, name in MODELS.items() for alias in (short, short.rsplit("-", 1)[1])
-    }
+    known = {alias.lower(): name for short, name in MODELS.items() for alias in (short, short.rsplit("-", 1)[1])}
     if name := known.get(model.lower()):
         return name
     owner, slash, name = model.partition("/")
@@ -71,9 +69,7 @@ def check_json(target: Path) -> None:
         except ValueError:
             good = False
         if not good:
-            raise LauncherError(
-                f"{target / name}: as on the Hub, but not a tokenizer's file", "--revision main"
-            )
+            raise LauncherError(f"{target / name}: as on the Hub, but not a tokenizer's file", "--revision main")
 
 
 def looks_like_tokenizer(target: Path) -> bool:

@@ -32,7 +32,7 @@ from launcher.stage.shards import (
     files_for,
     in_millions,
     wrong_start,
-)  # fmt: skip
+)
 from launcher.titan import LFS_POINTER
 
 DATASETS = ("c4", "c4_validation")  # torchtitan's names of what such a directory holds
@@ -89,9 +89,7 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     if not there or spec.recipe.dataset not in DATASETS:
         if spec.job.data_part:
             what = f"--data {spec.job.data} with the dataset {spec.recipe.dataset}"
-            raise LauncherError(
-                f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4"
-            )
+            raise LauncherError(f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4")
         if spec.job.data.startswith(S3):
             raise LauncherError(
                 f"--data {spec.job.data}: only C4 is streamed from object storage, not {spec.recipe.dataset}",
@@ -134,9 +132,7 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
         notes.append(f"{directory}/en: {name} is {why}{and_more(staged.left_out)}: left out{repair}")
     if not staged.train:
         if spec.job.data_part:
-            raise LauncherError(
-                f"--data-part {spec.job.data_part}: {directory}/en holds no train file", stage
-            )
+            raise LauncherError(f"--data-part {spec.job.data_part}: {directory}/en holds no train file", stage)
         return spec, [
             *notes,
             f"{directory}/en holds no train file of C4, so the run gets no view of it: {stage}",
@@ -158,9 +154,7 @@ def _plan_streamed(spec: RunSpec) -> tuple[RunSpec, list[str]]:
             f"directory: aws s3 sync DIR {bucket}"
         )
     if not staged.train:
-        raise LauncherError(
-            f"{bucket}/en holds no train file of C4", f"{stage}{then}", original="\n".join(notes)
-        )
+        raise LauncherError(f"{bucket}/en holds no train file of C4", f"{stage}{then}", original="\n".join(notes))
     spec = _with_view(spec, staged)
     return spec, [*notes, *_shortages(spec, staged, stage, then)]
 
@@ -230,9 +224,7 @@ def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[st
     return Staged(train, validation, sizes, left_out, in_all, staged_from), notes
 
 
-def _problem(
-    entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Sequence[str]
-) -> tuple[int, str]:
+def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Sequence[str]) -> tuple[int, str]:
     """Size, and why the file cannot be read as training data; empty when it can."""
     try:
         size = entry.stat().st_size
@@ -266,8 +258,7 @@ def write(directory: Path, links: Mapping[str, str]) -> None:
 
         source = links[streamed[0]].removesuffix(f"/en/{streamed[0]}")
         train, validation = (
-            [f"en/{name}" for name in streamed if name.startswith(f"c4-{split}.")]
-            for split in ("train", "validation")
+            [f"en/{name}" for name in streamed if name.startswith(f"c4-{split}.")] for split in ("train", "validation")
         )
         directory.mkdir(parents=True)
         (directory / "README.md").write_text(readme(source, train, validation), encoding="utf-8")
@@ -309,9 +300,7 @@ def _with_view(spec: RunSpec, staged: Staged) -> RunSpec:
             if spec.job.data == SAMPLE or spec.job.data.startswith(S3) or needed > staged.train_files_in_all
             else fix,
         )
-    return replace(
-        spec, view={name: f"{_way_to_data(spec)}/en/{name}" for name in (*chosen, *staged.validation)}
-    )
+    return replace(spec, view={name: f"{_way_to_data(spec)}/en/{name}" for name in (*chosen, *staged.validation)})
 
 
 def _way_to_data(spec: RunSpec) -> str:
@@ -374,9 +363,7 @@ def _shortages(spec: RunSpec, staged: Staged, stage: str, then: str = "") -> lis
     notes, train, degree = [], train_files(spec), spec.data_parallel
     more = f"; {stage}{then}" if files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
     if len(train) % degree:
-        help_ = (
-            more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
-        )
+        help_ = more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
         notes.append(
             f"{spec.data_path}: {len(train)} train files for {degree} data-parallel ranks: every rank reads all of them "
             f"and keeps one document in {degree}{help_}"

@@ -55,18 +55,12 @@ def check_node(value: Any) -> dict[str, Any]:
     Raises Refused naming the first key that is not.
     """
     if not isinstance(value, dict) or value.get("schema") != 1:
-        raise Refused(
-            "node.json is not an object of schema 1", "submit again with the launcher that wrote it"
-        )
+        raise Refused("node.json is not an object of schema 1", "submit again with the launcher that wrote it")
     for name, keys in (("", _NODE_TYPES), ("recipe.", _RECIPE_TYPES)):
         table = value["recipe"] if name else value
         for key, kind in keys.items():
             found = table.get(key)
-            if (
-                key not in table
-                or not isinstance(found, kind)
-                or (isinstance(found, bool) and kind is not bool)
-            ):
+            if key not in table or not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
                 raise Refused(
                     f"node.json: {name}{key} is {'missing' if key not in table else repr(found)}",
                     "submit again: launcher submit <run_dir>/run.toml",
@@ -172,9 +166,7 @@ def trainer_arguments(node: dict[str, Any], titan_version: str, torch_version: s
         )
     if node["device"] == "cpu":
         _refuse_on_cpu(node)
-    arguments: list[str] = chosen.arguments(
-        node, common_settings(node), user_flags(node["titan"]), torch_version
-    )
+    arguments: list[str] = chosen.arguments(node, common_settings(node), user_flags(node["titan"]), torch_version)
     return arguments
 
 

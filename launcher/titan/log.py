@@ -246,9 +246,7 @@ _HINTS = (
     b"pyxis:",
 )
 _LABELS = re.compile(r"(?:[0-9]{1,5}: ?)?(?:\[[A-Za-z_]{1,24}[0-9]{1,6}\]: ?)*")
-_EXCEPTION = re.compile(
-    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Unsupported|Timeout)(?:: |:?$)"
-)
+_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Unsupported|Timeout)(?:: |:?$)")
 _ENDS_TRACEBACK = re.compile(r"[A-Za-z_][\w.]*(?:: |:?$)")
 _CAUSES = re.compile(
     r"titan-node: FAIL|CUDA out of memory|oom_kill|DUE TO [A-Z]|error: pyxis:"

@@ -68,14 +68,10 @@ def arguments(
     """The trainer's arguments. Options of the activation checkpointing follow its subcommand, all others precede it."""
     recipe = node["recipe"]
     module, function = starting_point(recipe["flavor"], recipe["quantize"])
-    checkpointing = [
-        flag for flag in user_flags if flag.replace("-", "_").startswith("__activation_checkpoint.")
-    ]
+    checkpointing = [flag for flag in user_flags if flag.replace("-", "_").startswith("__activation_checkpoint.")]
     for flag in checkpointing:
         if flag.startswith(("--activation_checkpoint.mode", "--activation-checkpoint.mode")):
-            raise Refused(
-                f"{flag}: torchtitan 0.3 has no such setting", "--set recipe.activation_checkpoint=full"
-            )
+            raise Refused(f"{flag}: torchtitan 0.3 has no such setting", "--set recipe.activation_checkpoint=full")
     return [
         f"--module={module}",
         f"--config={function}",
@@ -100,11 +96,7 @@ def _flag(dotted: str, value: Any) -> str:
 
 def _major_minor(version: str) -> tuple[int, int]:
     numbers = version.split("+")[0].split(".")[:2]
-    return (
-        (int(numbers[0]), int(numbers[1]))
-        if len(numbers) == 2 and all(map(str.isdigit, numbers))
-        else (99, 0)
-    )
+    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(map(str.isdigit, numbers)) else (99, 0)
 
 
 def llama3_8b_float8() -> Any:

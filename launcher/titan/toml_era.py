@@ -66,9 +66,7 @@ def arguments(
     """The trainer's arguments. `torch_version` plays no part: 0.2 runs on every torch from 2.9 on."""
     for flag in user_flags:
         if flag.lstrip("-").split("=")[0] in _OWN_KEYS:
-            raise Refused(
-                f"{flag}: the launcher writes the configuration file itself", "--set SECTION.KEY=VALUE"
-            )
+            raise Refused(f"{flag}: the launcher writes the configuration file itself", "--set SECTION.KEY=VALUE")
     settings(node, common)
     return [f"--job.config_file={node['run_dir']}/{CONFIG_FILE}", *user_flags]
 

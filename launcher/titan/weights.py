@@ -84,9 +84,7 @@ def check_weights(folder: Path, flavor: str) -> int:
         for name in names:
             found = _header(folder / name, fix)
             if twice := sorted(tensors.keys() & found.keys()):
-                raise Refused(
-                    f"{folder / name}: {twice[0]} is also in another file", f"an empty directory: {fix}"
-                )
+                raise Refused(f"{folder / name}: {twice[0]} is also in another file", f"an empty directory: {fix}")
             tensors |= found
     except OSError as error:
         raise Refused(f"{error.filename or folder}: {error.strerror}", fix) from error
@@ -157,11 +155,7 @@ def _check_config(config: dict[str, Any], shape: Shape, flavor: str, folder: Pat
         "num_key_value_heads": config.get("num_attention_heads"),
         **config,
     }  # left out: one for each head
-    wrong = [
-        f"{key} is {found.get(key)}, not {value}"
-        for key, value in vars(shape).items()
-        if found.get(key) != value
-    ]
+    wrong = [f"{key} is {found.get(key)}, not {value}" for key, value in vars(shape).items() if found.get(key) != value]
     if wrong:
         raise Refused(f"{folder}/config.json is not that of {flavor}: {', '.join(wrong)}", fix)
     # transformers 5 writes both into one table.
@@ -209,9 +203,7 @@ def _header(path: Path, fix: str) -> dict[str, tuple[int, ...]]:
     try:
         table = json.loads(text)
         table.pop("__metadata__", None)
-        shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(map(int, entry["shape"])) for name, entry in table.items()
-        }
+        shapes: dict[str, tuple[int, ...]] = {name: tuple(map(int, entry["shape"])) for name, entry in table.items()}
         dtypes = {name: entry["dtype"] for name, entry in table.items()}
         end = 8 + length + max((int(entry["data_offsets"][1]) for entry in table.values()), default=0)
     except (
@@ -231,9 +223,7 @@ def _header(path: Path, fix: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_tensors(
-    found: Mapping[str, tuple[int, ...]], shape: Shape, flavor: str, folder: Path, fix: str
-) -> None:
+def _check_tensors(found: Mapping[str, tuple[int, ...]], shape: Shape, flavor: str, folder: Path, fix: str) -> None:
     wanted = wanted_tensors(shape)
     if missing := [name for name in wanted if name not in found]:
         raise Refused(
@@ -242,9 +232,7 @@ def _check_tensors(
         )
     for name, size in wanted.items():
         if found[name] != size:
-            raise Refused(
-                f"{folder}: {name} has the shape {list(found[name])}, {flavor} needs {list(size)}", fix
-            )
+            raise Refused(f"{folder}: {name} has the shape {list(found[name])}, {flavor} needs {list(size)}", fix)
 
 
 def _json(path: Path, fix: str) -> dict[str, Any]:

@@ -21,9 +21,7 @@ REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may st
 HELLO_S, MEASURE_S, COLLECTIVE_S = 600, 180, 300
 
 
-def measure(
-    crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]
-) -> dict[str, Any]:
+def measure(crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]) -> dict[str, Any]:
     """Each GPU's figures and the all-reduce in this node: {"speed", "allreduce_node_gbs", "problems", "warnings"}."""
     what = "GPU" if node["device"] == "cuda" else "rank"
     found: dict[str, Any] = {"speed": [], "problems": [], "warnings": []}
@@ -41,9 +39,7 @@ def measure(
         found["problems"] += problems
     if len(crew) > 1 and not found["problems"]:
         place = crew[0].errors.with_name("store")
-        answers = ask(
-            crew, [_sum(rank, len(crew), file=str(place)) for rank in range(len(crew))], COLLECTIVE_S
-        )
+        answers = ask(crew, [_sum(rank, len(crew), file=str(place)) for rank in range(len(crew))], COLLECTIVE_S)
         value, why = _slowest(answers, what, 0)
         if why:
             found["problems"].append(problem("all-reduce-node", why, fix, "run"))
@@ -111,9 +107,7 @@ def _lead(
         records = {0: facts, **heard}
         absent = set(range(node["nodes"])) - records.keys()
         # Those who are late while an unfit node is known were not waited for: nothing can be said of them.
-        named = (
-            {} if any(r.get("problems") for r in records.values()) else _hosts(absent, Path(node["run_dir"]))
-        )
+        named = {} if any(r.get("problems") for r in records.values()) else _hosts(absent, Path(node["run_dir"]))
         verdict = judge(_timed(records), node["nodes"], node["device"], named)
         if verdict["ok"] and crew and facts["check"] == "full":
             opened = ask(crew[:1], [{"do": "host"}], 60)[0]
@@ -124,13 +118,9 @@ def _lead(
                 for number, result in results.items():
                     _merge(records[number], result)
                 lost = set(range(1, node["nodes"])) - results.keys()
-                verdict = judge(
-                    _timed(records), node["nodes"], node["device"], {n: records[n]["host"] for n in lost}
-                )
+                verdict = judge(_timed(records), node["nodes"], node["device"], {n: records[n]["host"] for n in lost})
             else:
-                facts["problems"].append(
-                    problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run")
-                )
+                facts["problems"].append(problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run"))
                 verdict = judge(_timed(records), node["nodes"], node["device"])
         publish(verdict)
         host.tell({"verdict": verdict})
@@ -139,14 +129,10 @@ def _lead(
         host.close()
 
 
-def _across(
-    crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, port: int
-) -> dict[str, Any]:
+def _across(crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, port: int) -> dict[str, Any]:
     """This node's part of the all-reduce over all ranks of the job."""
     each = len(crew)
-    commands = [
-        _sum(node_id * each + rank, node["nodes"] * each, address=address, port=port) for rank in range(each)
-    ]
+    commands = [_sum(node_id * each + rank, node["nodes"] * each, address=address, port=port) for rank in range(each)]
     value, why = _slowest(ask(crew, commands, COLLECTIVE_S), "rank", node_id * each)
     if why:
         fix = "NCCL_DEBUG=INFO (--env NCCL_DEBUG=INFO) shows the network that was tried; the firewall between the nodes"
@@ -159,9 +145,7 @@ def _sum(rank: int, world: int, **place: Any) -> dict[str, Any]:
 
 
 def _slowest(answers: Sequence[Mapping[str, Any]], what: str, first: int) -> tuple[float, str]:
-    wrong = [
-        f"{what} {first + i}: {answer['problem']}" for i, answer in enumerate(answers) if "problem" in answer
-    ]
+    wrong = [f"{what} {first + i}: {answer['problem']}" for i, answer in enumerate(answers) if "problem" in answer]
     return (0.0, wrong[0]) if wrong else (round(min(answer["allreduce_gbs"] for answer in answers), 4), "")
 
 

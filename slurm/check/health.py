@@ -56,9 +56,7 @@ def judge_gpus(
             what = f"{name}: the remapping of a bad memory row has failed"
             problems.append(problem("row-remap", what, f"nvidia-smi -q -d ROW_REMAPPER; {exclude}"))
         elif gpu.get("row_remap_pending"):  # new work may start with it: NVIDIA's guide to memory errors
-            warnings.append(
-                warning("row-remap", f"{name}: the remapping of a bad memory row waits for a reset")
-            )
+            warnings.append(warning("row-remap", f"{name}: the remapping of a bad memory row waits for a reset"))
         slow = [reason for reason in REASONS[:3] if gpu.get(reason)]
         if slow:
             at = f" at {gpu['temperature_c']} C" if gpu.get("temperature_c") is not None else ""
@@ -81,9 +79,7 @@ def judge_gpus(
                 fix = f"nvidia-smi on {host} shows the processes; end them, or {exclude}"
                 problems.append(problem("memory", f"{what} by somebody else{who}", fix))
         state, status = gpu.get("fabric_state") or "", gpu.get("fabric_status") or ""
-        broken = state in ("Not Started", "In Progress") or (
-            state == "Completed" and status not in ("", "Success")
-        )
+        broken = state in ("Not Started", "In Progress") or (state == "Completed" and status not in ("", "Success"))
         if broken and not alone:
             what = f"{name} has not joined the NVLink fabric: state {state}, status {status or 'unknown'}"
             problems.append(
@@ -169,9 +165,7 @@ def look_after_load(host: str, env: Mapping[str, str]) -> tuple[list[dict[str, s
         slow = [one for one in found if one["name"] == "throttle"]
         seen = seen or slow
         if not slow:
-            return [], [
-                warning("throttle", f"{one['what']}, for a moment after the products") for one in seen
-            ]
+            return [], [warning("throttle", f"{one['what']}, for a moment after the products") for one in seen]
         if again:
             time.sleep(BETWEEN_S)
     return slow, []
@@ -199,9 +193,7 @@ def look(
     if node["device"] == "cpu":
         return facts, problems, warnings
     if shutil.which("nvidia-smi") is None:
-        warnings.append(
-            warning("nvidia-smi", "nvidia-smi is not in the image: the GPUs' health is not known")
-        )
+        warnings.append(warning("nvidia-smi", "nvidia-smi is not in the image: the GPUs' health is not known"))
     else:
         several = node["nodes"] * node["gpus_per_node"] > 1
         for again in reversed(range(LOOKS)):

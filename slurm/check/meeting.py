@@ -180,9 +180,7 @@ class Guest:
                         f"node 0 at {address}:{port} is silent, not even refusing a connection: {why}", fix
                     ) from error
                 if took > limit_s:
-                    raise Lost(
-                        f"node 0 at {address}:{port} did not answer within {limit_s:.0f} s: {why}"
-                    ) from error
+                    raise Lost(f"node 0 at {address}:{port} did not answer within {limit_s:.0f} s: {why}") from error
             time.sleep(pause)
             pause = min(2.0, pause * 1.5)
 

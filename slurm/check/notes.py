@@ -24,9 +24,7 @@ def noting(facts: dict[str, Any], name: str, fault: str) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
         facts["problems"].append(problem(name, why, "the mounts and permissions on this node", fault))
-    except (
-        Exception
-    ) as error:  # nobody foresaw it: the other things are looked at, and the record has the traceback
+    except Exception as error:  # nobody foresaw it: the other things are looked at, and the record has the traceback
         facts["problems"].append(unexpected(error))
 
 

@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "fabric": (("gpu", ("fabric.state", "fabric.status")),),
     "clique": (("gpu", ("fabric.clusterUuid", "fabric.cliqueId")),),
     "processes": (("compute-apps", ("pid",)),),
-}  # fmt: skip
+}
 KEYS = {
     "memory.used": "memory_used_mib",
     "memory.total": "memory_total_mib",
@@ -115,7 +115,7 @@ def used(gpus: list[dict[str, Any]], visible: str | None) -> list[dict[str, Any]
         gpu
         for gpu in gpus
         if any(name == str(gpu.get("index")) or (name[:4] == "GPU-" and gpu["uuid"].startswith(name)) for name in names)
-    ]  # fmt: skip
+    ]
     return chosen or gpus
 
 
@@ -144,9 +144,7 @@ def run_bounded(commands: Sequence[Sequence[str]], limit_s: float) -> list[tuple
             # After one that hung, the others have had their time: what they have said is still read.
             out, err = process.communicate(timeout=max(0.2, deadline - time.monotonic()))
             found.append(
-                (out, "")
-                if process.returncode == 0
-                else (None, _last_line(out + "\n" + err, process.returncode))
+                (out, "") if process.returncode == 0 else (None, _last_line(out + "\n" + err, process.returncode))
             )
         except subprocess.TimeoutExpired:
             with contextlib.suppress(OSError):

@@ -21,9 +21,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 IMAGE = "an image that holds it (containers/ builds one), or with --runtime bare: --python PATH/TO/python3"
-COLLECTIVE_S = (
-    240  # a process group that does not come up in this time has lost somebody; torchtitan waits 300
-)
+COLLECTIVE_S = 240  # a process group that does not come up in this time has lost somebody; torchtitan waits 300
 # Per device: side of the square matrices, bytes copied, bytes summed over all ranks, seconds of measuring.
 SIZES = {
     "cuda": (8192, 1 << 30, 1 << 28, 1.0),

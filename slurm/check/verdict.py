@@ -83,11 +83,7 @@ def judge(
 ) -> dict[str, Any]:
     """The content of nodes/check.json. `absent`: nodes that were waited for in vain, with their host names."""
     slow = outliers(records, device)
-    unfit = [
-        _named(records, node, p)
-        for node, record in sorted(records.items())
-        for p in record.get("problems", ())
-    ]
+    unfit = [_named(records, node, p) for node, record in sorted(records.items()) for p in record.get("problems", ())]
     unfit = _whose_fault(unfit, records)
     slower = []
     for one in slow:
@@ -117,7 +113,7 @@ def judge(
             *_disagreements(records, device),
         ],
         "figures": _summary(records),
-    }  # fmt: skip
+    }
 
 
 def _named(records: Mapping[int, Mapping[str, Any]], node: int, entry: Mapping[str, str]) -> dict[str, Any]:
@@ -131,9 +127,7 @@ def _whose_fault(unfit: list[dict[str, Any]], records: Mapping[int, Any]) -> lis
     In between, as with a file system that half of them cannot reach, and where there is nobody to be compared with, the
     fault stays that was named where the problem was found. Nobody is blamed for what nobody foresaw.
     """
-    having = {
-        name: {one["node"] for one in unfit if one["name"] == name} for name in {u["name"] for u in unfit}
-    }
+    having = {name: {one["node"] for one in unfit if one["name"] == name} for name in {u["name"] for u in unfit}}
     settled = []
     for one in unfit:
         who = having[one["name"]]
@@ -188,7 +182,7 @@ def _disagreements(records: Mapping[int, Mapping[str, Any]], device: str) -> lis
                 f"no GPU reaches {SLOW:.0%} of the {peak} TFLOP/s of its data sheet: {max(products):.0f} at most",
             )
         )
-    return [{"node": None, "host": "", **entry} for entry in found]  # fmt: skip
+    return [{"node": None, "host": "", **entry} for entry in found]
 
 
 def _domains(records: Mapping[int, Mapping[str, Any]]) -> dict[tuple[str, str], set[str]]:
@@ -240,7 +234,6 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
     shown = [f"titan-check: {count}, {state}; {', '.join(tail)}".rstrip("; ")]
     shown += [f"titan-check: unfit {one['host']} ({one['fault']}): {one['why']}" for one in verdict["unfit"]]
     shown += [
-        f"titan-check: warning{' ' + one['host'] if one['host'] else ''}: {one['what']}"
-        for one in verdict["warnings"]
+        f"titan-check: warning{' ' + one['host'] if one['host'] else ''}: {one['what']}" for one in verdict["warnings"]
     ]
     return shown

@@ -54,9 +54,7 @@ def start(count: int, device: str, scratch: Path, env: Mapping[str, str]) -> lis
     return workers
 
 
-def ask(
-    workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], limit_s: float
-) -> list[dict[str, Any]]:
+def ask(workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], limit_s: float) -> list[dict[str, Any]]:
     """Each worker's answer to its command, in order; {"problem": ...} from one that ended or said nothing in time.
 
     One of those is killed, so that no later answer is taken for this one's.
@@ -82,9 +80,7 @@ def ask(
                     worker.said[:] = rest
                     answers[index] = json.loads(line)
                 elif not block:
-                    answers[index] = {
-                        "problem": f"{what}: the worker ended{_last_words(worker, _end_of(worker))}"
-                    }
+                    answers[index] = {"problem": f"{what}: the worker ended{_last_words(worker, _end_of(worker))}"}
                 else:
                     continue
                 selector.unregister(key.fileobj)

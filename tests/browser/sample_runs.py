@@ -51,11 +51,9 @@ def run(
             159.31,
         )
         for step in logged
-    )  # fmt: skip
-    medians = [rate * rnd.gauss(1, 0.002) * (slow if number == 4 else 1) for number in range(nodes)]
-    by_node = tuple(
-        NodeResult(f"{gpu.lower()}-{number:03}", value) for number, value in enumerate(medians, 1)
     )
+    medians = [rate * rnd.gauss(1, 0.002) * (slow if number == 4 else 1) for number in range(nodes)]
+    by_node = tuple(NodeResult(f"{gpu.lower()}-{number:03}", value) for number, value in enumerate(medians, 1))
     return replace(
         outcome(
             settings={

@@ -44,9 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wanted = os.environ.get("LAUNCHER_SCREENSHOTS")
     folder = Path(wanted) if wanted else tmp_path_factory.mktemp("page")
     folder.mkdir(parents=True, exist_ok=True)
-    text = make_page(
-        sample(), published(), made="2026-11-22 12:00 UTC", version="1", left_out=[("x<y", "RUNNING")]
-    )
+    text = make_page(sample(), published(), made="2026-11-22 12:00 UTC", version="1", left_out=[("x<y", "RUNNING")])
     (folder / "page.html").write_text(text, encoding="utf-8")
     return folder
 
@@ -96,7 +94,9 @@ def test_the_policy_stops_what_would_run_or_be_fetched(browser: Any, folder: Pat
     failed: dict[str, str] = {}
     tab.on("requestfailed", lambda request: failed.update({request.url: request.failure}))
     text = (folder / "page.html").read_text(encoding="utf-8")
-    evil = "<script>document.title='run'</script><img src=https://example.invalid/a.png onerror=\"document.title='run'\">"
+    evil = (
+        "<script>document.title='run'</script><img src=https://example.invalid/a.png onerror=\"document.title='run'\">"
+    )
     (folder / "evil.html").write_text(text.replace("<header>", f"<header>{evil}"), encoding="utf-8")
     tab.goto((folder / "evil.html").as_uri())
     assert tab.title() == "torchtitan runs: 12"
@@ -116,9 +116,7 @@ def test_a_click_sorts_numbers_as_numbers_and_says_so(opened: Open) -> None:
     assert rates == sorted(rates) and column(tab, "Tokens/s per GPU")[-1] == ""
     assert tab.get_by_role("status").inner_text() == "18 of 18 rows, sorted by Tokens/s per GPU, ascending"
     head(tab, "Run").click()
-    assert column(tab, "Run").index("gb200-3n-1116") < column(tab, "Run").index("gb200-17n-1121"), (
-        "3 is before 17"
-    )
+    assert column(tab, "Run").index("gb200-3n-1116") < column(tab, "Run").index("gb200-17n-1121"), "3 is before 17"
     assert tab.locator("[aria-sort]").count() == 1
 
 
@@ -203,9 +201,7 @@ def test_on_paper(opened: Open, folder: Path) -> None:
     paper = tab.pdf(path=folder / "page.pdf", prefer_css_page_size=True)
     assert paper.startswith(b"%PDF") and paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") >= 3
     tab.emulate_media(media="print", color_scheme="dark")
-    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)", (
-        "ink is not wasted"
-    )
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)", "ink is not wasted"
     assert not tab.locator("#filter").is_visible()
 
 
@@ -226,9 +222,7 @@ def test_what_all_rows_share_is_still_found_by_the_filter(opened: Open) -> None:
 
 def test_labels_of_swatches_stand_beside_their_lines(browser: Any, folder: Path, tmp_path: Path) -> None:
     many = [replace(one, run=f"{one.run} {again}") for again in range(2) for one in sample()]
-    (tmp_path / "page.html").write_text(
-        make_page(many, published(), made="now", version="1"), encoding="utf-8"
-    )
+    (tmp_path / "page.html").write_text(make_page(many, published(), made="now", version="1"), encoding="utf-8")
     for viewport in (DESK, PHONE):
         tab = browser.new_page(viewport=viewport)
         tab.goto((tmp_path / "page.html").as_uri())
@@ -251,18 +245,13 @@ def test_a_published_ideal_is_dotted_as_its_legend_says(browser: Any, tmp_path: 
     drawn = tab.locator("figure g .line.published.ideal").evaluate_all(dashes)
     legend = tab.locator(".swatch .line.ideal").evaluate_all(dashes)
     assert drawn and set(drawn) == set(legend)
-    assert (
-        tab.locator("figure g .line.published:not(.ideal)").first.evaluate(f"one => ({dashes})([one])")
-        != drawn
-    )
+    assert tab.locator("figure g .line.published:not(.ideal)").first.evaluate(f"one => ({dashes})([one])") != drawn
     tab.close()
 
 
 def test_a_thousand_nodes_fit(browser: Any, tmp_path: Path) -> None:
     many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000))), nodes=1000, gpus=4000)
-    (tmp_path / "page.html").write_text(
-        make_page([many], published(), made="now", version="1"), encoding="utf-8"
-    )
+    (tmp_path / "page.html").write_text(make_page([many], published(), made="now", version="1"), encoding="utf-8")
     tab = browser.new_page(viewport=PHONE)
     tab.goto((tmp_path / "page.html").as_uri())
     assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]

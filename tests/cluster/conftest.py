@@ -22,9 +22,7 @@ USER = "launcher-test"
 def slurm() -> Iterator[Cluster]:
     """A Slurm of four nodes with four made-up GPUs each; with LAUNCHER_TEST_SLURM=1 the one that is there."""
     # Not pytest's tmp_path: that is closed to the ordinary users who submit jobs here.
-    with tempfile.TemporaryDirectory(
-        prefix="launcher-slurm-", dir="/tmp", ignore_cleanup_errors=True
-    ) as name:
+    with tempfile.TemporaryDirectory(prefix="launcher-slurm-", dir="/tmp", ignore_cleanup_errors=True) as name:
         if os.environ.get("LAUNCHER_TEST_SLURM") == "1":
             yield existing_cluster(Path(name))
             return
@@ -67,9 +65,7 @@ def ordinary_user() -> User:
 @pytest.fixture
 def user_dir(ordinary_user: User) -> Iterator[Path]:
     """An empty directory of the ordinary user, the same on every node."""
-    with tempfile.TemporaryDirectory(
-        prefix="test-", dir=ordinary_user.home, ignore_cleanup_errors=True
-    ) as name:
+    with tempfile.TemporaryDirectory(prefix="test-", dir=ordinary_user.home, ignore_cleanup_errors=True) as name:
         os.chown(name, ordinary_user.uid, ordinary_user.gid)
         yield Path(name)
 
@@ -81,9 +77,7 @@ def _account(name: str) -> User:
 
 def _need_root() -> None:
     if os.geteuid() != 0:
-        pytest.skip(
-            "starting a Slurm and building images need root; LAUNCHER_TEST_SLURM=1 uses an existing Slurm"
-        )
+        pytest.skip("starting a Slurm and building images need root; LAUNCHER_TEST_SLURM=1 uses an existing Slurm")
 
 
 def _need_packages(packages: list[str]) -> None:

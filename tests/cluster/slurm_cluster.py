@@ -132,9 +132,7 @@ def finished_job(cluster: Cluster, job: str, timeout: float = 60) -> dict[str, s
     return job_fields(cluster, job)
 
 
-def start_cluster(
-    directory: Path, nodes: int = 4, gpus_per_node: int = 4, release: Release | None = None
-) -> Cluster:
+def start_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4, release: Release | None = None) -> Cluster:
     """Start a Slurm whose files all lie in `directory`, and wait until every node is idle.
 
     It is the machine's own, or that of `release`, whose jobs then see that release's files and /tmp only.

@@ -82,6 +82,4 @@ def _run(*command: str | Path) -> None:
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         last = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise RuntimeError(
-            f"{words[0]} failed with code {done.returncode} while building a test image:\n{last}"
-        )
+        raise RuntimeError(f"{words[0]} failed with code {done.returncode} while building a test image:\n{last}")

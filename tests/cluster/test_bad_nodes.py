@@ -52,9 +52,7 @@ def submit(user_dir: Path, slurm: Cluster) -> tuple[str, ...]:
     return ("submit", *BARE, "--nodes", "2", *check, "--yes", "--retry-bad-nodes", "2")
 
 
-def test_left_out_and_retried(
-    command: Command, submit: tuple[str, ...], slurm: Cluster, user_dir: Path
-) -> None:
+def test_left_out_and_retried(command: Command, submit: tuple[str, ...], slurm: Cluster, user_dir: Path) -> None:
     bad = slurm.nodes[0]
     done = command(*submit, "--name", "r")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -71,9 +69,7 @@ def test_left_out_and_retried(
     assert "excluded" not in command("preflight", *submit[1:-3]).stdout
 
 
-def test_not_retried_on_a_node_that_is_asked_for(
-    command: Command, submit: tuple[str, ...], slurm: Cluster
-) -> None:
+def test_not_retried_on_a_node_that_is_asked_for(command: Command, submit: tuple[str, ...], slurm: Cluster) -> None:
     bad = slurm.nodes[0]
     done = command(*submit, "--name", "named", "--nodelist", bad)
     assert done.returncode == ExitStatus.NODES_UNFIT, done.stdout + done.stderr

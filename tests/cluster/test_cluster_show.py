@@ -34,9 +34,7 @@ def test_show_agrees_with_slurm(slurm: Cluster, launch: Launch, drained_node: st
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     said = slurm_run(slurm, ["scontrol", "show", "config"]).stdout
-    version = next(
-        line.split("=")[1].strip() for line in said.splitlines() if line.startswith("SLURM_VERSION")
-    )
+    version = next(line.split("=")[1].strip() for line in said.splitlines() if line.startswith("SLURM_VERSION"))
     assert shown["name"] == "launchertest"
     assert shown["slurm"] == [int(part) for part in version.split(".")[:2]]
     assert shown["accounting"] is False

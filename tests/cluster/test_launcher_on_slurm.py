@@ -32,9 +32,7 @@ class Launch:
     def __init__(self, slurm: Cluster, user: User | None, directory: Path, command: tuple[str, ...]) -> None:
         self.slurm, self.user, self.directory, self.command = slurm, user, directory, command
 
-    def __call__(
-        self, *arguments: str | Path, timeout: float = 300, **env: str
-    ) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *arguments: str | Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
         command = [*self.command, *map(str, arguments)]
         done = slurm_run(self.slurm, command, self.user, self.directory, timeout, self.variables() | env)
         assert "Traceback" not in done.stdout + done.stderr, done.stderr + done.stdout
@@ -59,9 +57,7 @@ class Launch:
 
 
 @pytest.fixture(params=["root", "ordinary user"])
-def launch(
-    request: pytest.FixtureRequest, slurm: Cluster, ordinary_user: User, user_dir: Path
-) -> Iterator[Launch]:
+def launch(request: pytest.FixtureRequest, slurm: Cluster, ordinary_user: User, user_dir: Path) -> Iterator[Launch]:
     user = None if request.param == "root" else ordinary_user
     if user is None and os.geteuid() != 0:
         pytest.skip("not root")
@@ -123,13 +119,9 @@ def test_debug_trains_in_a_squashfs_on_two_nodes(launch: Launch, train_image: Pa
     run = launch.directory / "runs" / "train"
     assert len([p for p in (run / "logs").glob("000*-*.log")]) == 2
     facts = [json.loads(path.read_text()) for path in sorted((run / "nodes").glob("0*.json"))]
-    assert len(facts) == 2 and all(
-        fact["allreduce_job_gbs"] > 0 and len(fact["speed"]) == 2 for fact in facts
-    )
+    assert len(facts) == 2 and all(fact["allreduce_job_gbs"] > 0 and len(fact["speed"]) == 2 for fact in facts)
     check = json.loads((run / "nodes" / "check.json").read_text())
-    assert (
-        check["ok"] and check["figures"]["product_tflops"]["min"] > 0 and "titan-check: 2 nodes, fit" in logs
-    )
+    assert check["ok"] and check["figures"]["product_tflops"]["min"] > 0 and "titan-check: 2 nodes, fit" in logs
     assert len({fact["host"] for fact in facts}) == 2 and all(fact["ok"] for fact in facts)
     assert logs.count("titan-node: ok") == 2
     end = json.loads((run / "end.json").read_text())
@@ -148,14 +140,10 @@ def test_the_script_on_disk_is_the_rendered_one(launch: Launch, idle_job: tuple[
 def test_cancelled_while_running(launch: Launch, idle_job: tuple[str, ...]) -> None:
     launch(*idle_job, "--name", "long")
     run = launch.directory / "runs" / "long"
-    wait_for(
-        lambda: any("started" in path.read_text() for path in (run / "logs").glob("0000-*.log")), "its step"
-    )
+    wait_for(lambda: any("started" in path.read_text() for path in (run / "logs").glob("0000-*.log")), "its step")
     assert launch("cancel", "long").returncode == 0
     launch.wait_for("long", "CANCELLED")
-    wait_for(
-        (run / "end.json").exists, "end.json"
-    )  # Slurm may say CANCELLED before the script has written it
+    wait_for((run / "end.json").exists, "end.json")  # Slurm may say CANCELLED before the script has written it
     assert json.loads((run / "end.json").read_text())["signal"] == "TERM"
     (run / "job.json").write_text('{"job_id": "999999"}')
     (run / "cancelled").unlink()
@@ -292,9 +280,7 @@ def test_values_reach_the_container_unchanged(launch: Launch, small_image: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     launch.wait_for("values", "COMPLETED")
-    argv, environ, cwd, root = json.loads(
-        (launch.directory / "runs" / "values" / "job" / "seen.json").read_text()
-    )
+    argv, environ, cwd, root = json.loads((launch.directory / "runs" / "values" / "job" / "seen.json").read_text())
     run = str(launch.directory / "runs" / "values")
     assert argv == [str(probe), f"{run}/job/node.py", f"{run}/job/node.json"]
     assert (environ["NASTY"], environ["NASTY_TOKEN"], environ["TEST_IMAGE"]) == (NASTY, NASTY, "mine")

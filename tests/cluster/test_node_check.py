@@ -56,11 +56,7 @@ class Sick:
         """nodes/check.json of a job that stopped with its own exit code and started torchrun nowhere."""
         logs = self.launch("logs", "sick").stdout
         assert json.loads((self.run / "end.json").read_text())["exit_code"] == NODE_UNFIT, logs[-4000:]
-        assert (
-            "titan-command" not in logs
-            and "STARTED" not in logs
-            and not (self.run / "logs" / "ranks").exists()
-        )
+        assert "titan-command" not in logs and "STARTED" not in logs and not (self.run / "logs" / "ranks").exists()
         value = json.loads((self.run / "nodes" / "check.json").read_text())
         assert isinstance(value, dict) and not value["ok"]
         return value
@@ -88,9 +84,7 @@ def test_data_that_one_node_cannot_read_and_a_slow_rank(as_user: Launch, train_i
     sick = Sick(as_user, f"export PYTHONPATH={slow}")
     sick.submit(*DEBUG, "--image", train_image)
     verdict = sick.verdict()
-    assert {(one["host"], one["metric"]) for one in verdict["outliers"]} == {
-        (sick.hosts[1], "product_tflops")
-    }
+    assert {(one["host"], one["metric"]) for one in verdict["outliers"]} == {(sick.hosts[1], "product_tflops")}
     assert {(one["host"], one["fault"]) for one in verdict["unfit"]} == {(sick.hosts[1], "node")}
     assert all(gpu["product_tflops"] > 0 for record in sick.records() for gpu in record["speed"])
 

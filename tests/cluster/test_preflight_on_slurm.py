@@ -59,7 +59,7 @@ def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
         (("--nodelist", "no-such-node"), "no node no-such-node", ExitStatus.NOT_FOUND),
         (("--partition", "nonsense"), "it has batch, small", ExitStatus.NOT_FOUND),
     ],
-)  # fmt: skip
+)
 def test_refused_before_queueing(
     arguments: tuple[str, ...], said: str, code: ExitStatus, command: Command, slurm: Cluster, user_dir: Path
 ) -> None:
@@ -80,9 +80,7 @@ def test_forced_slurm_refuses_it_itself(
     arguments: tuple[str, ...], said: str, code: ExitStatus, command: Command, user_dir: Path
 ) -> None:
     done = command("submit", *BARE, "--force", "--name", "refused", *arguments)
-    assert (done.returncode, said in done.stderr, "sbatch: error" in done.stderr) == (code, True, True), (
-        done.stderr
-    )
+    assert (done.returncode, said in done.stderr, "sbatch: error" in done.stderr) == (code, True, True), done.stderr
     assert list((user_dir / "runs").iterdir()) == []
 
 

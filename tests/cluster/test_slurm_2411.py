@@ -59,7 +59,9 @@ def debian_13() -> Path:
 def slurm() -> Iterator[Cluster]:
     if os.geteuid() != 0 or not shutil.which("mmdebstrap") or missing_packages():
         pytest.skip("needs root, mmdebstrap and the packages of the other Slurm tests")
-    topology = f"BlockName=rack1 Nodes={NODES[0]},{NODES[1]}\nBlockName=rack2 Nodes={NODES[2]},{NODES[3]}\nBlockSizes=2\n"
+    topology = (
+        f"BlockName=rack1 Nodes={NODES[0]},{NODES[1]}\nBlockName=rack2 Nodes={NODES[2]},{NODES[3]}\nBlockSizes=2\n"
+    )
     release = Release(debian_13(), "TopologyPlugin=topology/block\n", topology)
     with (
         tempfile.TemporaryDirectory(prefix="launcher-slurm-", dir="/tmp", ignore_cleanup_errors=True) as name,
@@ -97,9 +99,7 @@ def submit(command: Command, name: str, *more: str) -> subprocess.CompletedProce
 def nodes_of(slurm: Cluster, name: str) -> list[str]:
     shown = slurm_run(slurm, ["squeue", "-h", "-o", "%j|%T|%N"]).stdout.splitlines()
     jobs = [line.split("|") for line in shown]
-    held = next(
-        (nodes for job, state, nodes in jobs if job.startswith(f"{name}.") and state == "RUNNING"), ""
-    )
+    held = next((nodes for job, state, nodes in jobs if job.startswith(f"{name}.") and state == "RUNNING"), "")
     return slurm_run(slurm, ["scontrol", "show", "hostnames", held]).stdout.split() if held else []
 
 
@@ -151,16 +151,12 @@ def test_a_cluster_without_pyxis(command: Command) -> None:
     say_it_trains(image)
     words = ("submit", *BARE[:2], *BARE[4:], "--image", str(image), "--yes", "--name", "contained")
     refused = command(*words)
-    assert refused.returncode == ExitStatus.INVALID and "Slurm has no Pyxis here" in refused.stderr, (
-        refused.stderr
-    )
+    assert refused.returncode == ExitStatus.INVALID and "Slurm has no Pyxis here" in refused.stderr, refused.stderr
     assert command(*words, "--force").returncode == 0
     wait_for((here / "runs" / "contained" / "end.json").exists, "the job's end")
     status = command("status", "contained")
     assert "cause: this cluster's srun does not know Pyxis's options" in status.stderr, status.stderr
-    assert (
-        "unrecognized option '--container-image=" in status.stderr and "--runtime apptainer" in status.stderr
-    )
+    assert "unrecognized option '--container-image=" in status.stderr and "--runtime apptainer" in status.stderr
 
 
 @pytest.fixture

@@ -108,8 +108,7 @@ def test_exported_values_reach_the_container(
 ) -> None:
     """Nothing comes from the submitting shell (--export=NIL), everything from the script (--export=ALL)."""
     exports = "\n".join(
-        f"export {name}='{value.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}'"
-        for name, value in VALUES.items()
+        f"export {name}='{value.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}'" for name, value in VALUES.items()
     )
     names = (*VALUES, "SUBMITTED")
     script = f"""
@@ -117,12 +116,8 @@ def test_exported_values_reach_the_container(
         srun --export=ALL --container-image={small_image} \\
             python3 -c 'import os; print([os.environ.get(name) for name in {str(names).replace("'", '"')}])'
     """
-    (user_dir / "job.sh").write_text(
-        f"#!/bin/bash\n#SBATCH --export=NIL\n#SBATCH --output={user_dir}/out\n{script}"
-    )
-    done = slurm_run(
-        slurm, ["sbatch", "--parsable", user_dir / "job.sh"], ordinary_user, env={"SUBMITTED": "secret"}
-    )
+    (user_dir / "job.sh").write_text(f"#!/bin/bash\n#SBATCH --export=NIL\n#SBATCH --output={user_dir}/out\n{script}")
+    done = slurm_run(slurm, ["sbatch", "--parsable", user_dir / "job.sh"], ordinary_user, env={"SUBMITTED": "secret"})
     finished_job(slurm, done.stdout.strip())
     assert (user_dir / "out").read_text().strip() == str([*VALUES.values(), None])
 
@@ -142,9 +137,7 @@ def test_one_log_per_node(slurm: Cluster, ordinary_user: User, user_dir: Path) -
 def test_finished_job_is_found_by_name(slurm: Cluster, ordinary_user: User, user_dir: Path) -> None:
     job = submit(slurm, ordinary_user, user_dir, "exit 3", "--job-name=once-only")
     assert finished_job(slurm, job)["ExitCode"] == "3:0"
-    found = slurm_run(
-        slurm, ["squeue", "-h", "--name", "once-only", "-t", "all", "-o", "%i|%T"], ordinary_user
-    )
+    found = slurm_run(slurm, ["squeue", "-h", "--name", "once-only", "-t", "all", "-o", "%i|%T"], ordinary_user)
     assert found.stdout.strip() == f"{job}|FAILED"
 
 
@@ -171,15 +164,11 @@ TRAP = """
 """
 
 
-def test_scancel_ends_every_process(
-    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
-) -> None:
+def test_scancel_ends_every_process(slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path) -> None:
     """Also those that ignore SIGTERM and have left the task's session, as torchrun's workers have."""
     (user_dir / "stubborn.py").write_text(STUBBORN)
     mount = f"--container-mounts={user_dir}:/shared"
-    script = (
-        f"{TRAP}\nsrun --container-image={small_image} {mount} python3 /shared/stubborn.py {user_dir} & wait"
-    )
+    script = f"{TRAP}\nsrun --container-image={small_image} {mount} python3 /shared/stubborn.py {user_dir} & wait"
     job = submit(slurm, ordinary_user, user_dir, script, "--nodes=2", "--ntasks-per-node=1")
     wait_for(lambda: len(list(user_dir.glob("up-*"))) == 2, "both tasks")
     wait_for(lambda: len(processes_with(f"stubborn.py {user_dir}")) >= 6, "their children", 10)
@@ -246,9 +235,7 @@ def test_mounts_without_image_are_ignored(slurm: Cluster, ordinary_user: User) -
     assert (done.returncode, done.stdout) == (0, "on the host\n")
 
 
-def test_what_a_container_sees(
-    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
-) -> None:
+def test_what_a_container_sees(slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path) -> None:
     (user_dir / "file").write_text("from the host\n")
     home = str(ordinary_user.home)
     look = f"id -un; pwd; ls /tmp | wc -l; cat /a/b; test -e {home} || echo no home; cat /run/z/file; touch /ro/x"
@@ -304,21 +291,15 @@ def test_train_image(slurm: Cluster, ordinary_user: User, train_image: Path) -> 
     assert (code, text.splitlines()[-1]) == (0, "/usr/local/lib/python3.11/dist-packages/torch/__init__.py")
 
 
-def test_container_leaves_nothing(
-    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
-) -> None:
+def test_container_leaves_nothing(slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path) -> None:
     image = user_dir / "mine.sqsh"  # of its own, because the other image may be in use by another test run
     shutil.copy(small_image, image)
 
     def devices() -> list[str]:
-        files = [
-            (path, path.read_text().strip()) for path in Path("/sys/block").glob("loop*/loop/backing_file")
-        ]
+        files = [(path, path.read_text().strip()) for path in Path("/sys/block").glob("loop*/loop/backing_file")]
         return [str(path) for path, file in files if file == str(image)]
 
-    job = slurm_run(
-        slurm, ["sbatch", "--parsable", f"--container-image={image}", "--wrap", "sleep 60"]
-    ).stdout
+    job = slurm_run(slurm, ["sbatch", "--parsable", f"--container-image={image}", "--wrap", "sleep 60"]).stdout
     wait_for(lambda: len(devices()) == 1, "the image's loop device", 20)
     slurm_run(slurm, ["scancel", job.strip()])
     wait_for(lambda: not devices(), "the end of the loop device", 20)

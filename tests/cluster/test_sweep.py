@@ -38,9 +38,7 @@ def sweep(image: Path) -> tuple[str | Path, ...]:
 
 @pytest.fixture
 def launch(slurm: Cluster, ordinary_user: User, user_dir: Path) -> Iterator[Launch]:
-    made = Launch(
-        slurm, ordinary_user, user_dir, (install(user_dir / "app", ordinary_user), "-m", "launcher")
-    )
+    made = Launch(slurm, ordinary_user, user_dir, (install(user_dir / "app", ordinary_user), "-m", "launcher"))
     (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES if slurm.gpus_per_node else "")
     yield made
     for run in json.loads(made("list", "--json").stdout):
@@ -73,9 +71,7 @@ def test_a_sweep_of_one_and_two_nodes(launch: Launch, train_image: Path) -> None
     assert two["scaling"] == pytest.approx(two["tps"] / one["tps"])
     assert found["node_hours"] > 0 and found["node_hours_complete"]
     assert len(json.loads(launch("list", "--json").stdout)) == 2  # nothing was submitted again
-    began = [
-        json.loads((launch.directory / "runs" / run / "end.json").read_text()) for run in (first, second)
-    ]
+    began = [json.loads((launch.directory / "runs" / run / "end.json").read_text()) for run in (first, second)]
     assert began[0]["ended_at"] <= began[1]["began_at"]
 
     compared = launch("compare", first, second)

@@ -144,9 +144,7 @@ def hosts_of_node_1(slurm: Cluster, user_dir: Path) -> Iterator[Path]:
     (slurmd,) = [p.parent.name for p in Path("/proc").glob("[0-9]*/cmdline") if text_of(p) == command_line]
     hosts = user_dir / "hosts"
     shutil.copy(directory / "hosts", hosts)
-    addresses = {
-        line.split()[1]: line.split()[0] for line in hosts.read_text().splitlines() if "node-" in line
-    }
+    addresses = {line.split()[1]: line.split()[0] for line in hosts.read_text().splitlines() if "node-" in line}
 
     def known_as(names: dict[str, str]) -> None:
         for node, address in names.items():
@@ -207,9 +205,7 @@ def test_a_program_of_another_architecture(command: Command, image: Path, user_d
 
 def lfs_pointers(folder: Path) -> None:
     (folder / "c4" / "en").mkdir(parents=True)
-    (folder / "c4" / "README.md").write_text(
-        "---\nconfigs:\n- config_name: en\n  data_files: en/*.json.gz\n---\n"
-    )
+    (folder / "c4" / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_files: en/*.json.gz\n---\n")
     for number in range(2):
         text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{number:064x}\nsize 319000000\n"
         (folder / "c4" / "en" / f"c4-train.{number:05d}-of-01024.json.gz").write_text(text)
@@ -231,13 +227,11 @@ def test_what_only_the_nodes_can_tell(command: Command, slurm: Cluster, image: P
     words = (*ON_GPUS, *probe, "--data", "c4", "--tokenizer", "tokenizer", "--env", "NCCL_IB_HCA=mlx5_99")
     nodes = ("--check", "quick", "--nodes", "2", "--nodelist", ",".join(slurm.nodes[:2]))
     done = command("submit", *words, *nodes, "--yes", "--name", "sick")
-    assert done.returncode == 0 and "c4-train.00000-of-01024.json.gz is a Git LFS pointer" in done.stderr, (
-        done.stderr
-    )
+    assert done.returncode == 0 and "c4-train.00000-of-01024.json.gz is a Git LFS pointer" in done.stderr, done.stderr
     status, logs = ended(command, user_dir, "sick")
     assert status.returncode == ExitStatus.NODES_UNFIT, status.stderr + logs
     verdict = json.loads((user_dir / "runs" / "sick" / "nodes" / "check.json").read_text())
-    found = {host: {one["name"]: one for one in verdict["unfit"] if one["host"] == host} for host in slurm.nodes[:2]}  # fmt: skip
+    found = {host: {one["name"]: one for one in verdict["unfit"] if one["host"] == host} for host in slurm.nodes[:2]}
     assert set(found[slurm.nodes[1]]) - set(found[slurm.nodes[0]]) == {"space"}
     space = found[slurm.nodes[1]]["space"]
     assert space["fault"] == "node" and "0.1 GiB are free in /tmp/" in space["why"], space
@@ -246,9 +240,7 @@ def test_what_only_the_nodes_can_tell(command: Command, slurm: Cluster, image: P
     assert "NVLink cannot cross nodes" in told["imex"]["why"]
     assert f"all 2 shards in {user_dir}/c4/en are Git LFS pointers, not data" in told["data"]["why"], told
     assert "tokenizer.json: No such file or directory" in told["tokenizer"]["why"]
-    assert "the job straddles 2 NVLink domains (1 + 1 nodes)" in " ".join(
-        one["what"] for one in verdict["warnings"]
-    )
+    assert "the job straddles 2 NVLink domains (1 + 1 nodes)" in " ".join(one["what"] for one in verdict["warnings"])
     for one in verdict["unfit"]:
         assert f"titan-check: unfit {one['host']} ({one['fault']}): {one['why']}" in logs
     assert "titan-command" not in logs  # torchrun was started nowhere

@@ -70,7 +70,7 @@ def node_line(node: FakeNode, version: tuple[int, int] = (25, 5)) -> str:
     return " ".join(field for field in fields if field) + " "
 
 
-def partition_line(name: str, nodes: str, default: bool = False, max_time: str = "UNLIMITED", state: str = "UP") -> str:  # fmt: skip
+def partition_line(name: str, nodes: str, default: bool = False, max_time: str = "UNLIMITED", state: str = "UP") -> str:
     return (
         f"PartitionName={name} AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL "
         f"Default={'YES' if default else 'NO'} QoS=N/A DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO GraceTime=0 "
@@ -200,6 +200,4 @@ def install(answers: Mapping[str, str], fake_slurm: Callable[[str, str], Path]) 
         pattern = shlex.quote(" ".join(words)) if words else "*"
         cases.setdefault(command, []).append(f"{pattern}) cat {shlex.quote(f'{folder}/{name}.txt')};;")
     for command, lines in cases.items():
-        fake_slurm(
-            command, f'case "$*" in {" ".join(lines)} *) echo "{command}: error: no" >&2; exit 1;; esac'
-        )
+        fake_slurm(command, f'case "$*" in {" ".join(lines)} *) echo "{command}: error: no" >&2; exit 1;; esac')

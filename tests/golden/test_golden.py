@@ -32,9 +32,7 @@ def spec_of(case: str, gpu: str, runtime: str) -> RunSpec:
         "job.nodes": 9,
         "job.runtime": runtime,
         "job.runs_dir": "/home/ada/runs",
-        "job.image": {"pyxis": "/data/images/titan.sqsh", "apptainer": "/data/images/titan.sif", "bare": ""}[
-            runtime
-        ],
+        "job.image": {"pyxis": "/data/images/titan.sqsh", "apptainer": "/data/images/titan.sif", "bare": ""}[runtime],
     }
     if case.startswith("local"):
         values |= {
@@ -75,9 +73,7 @@ def test_bash_can_parse_it(case: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.skipif(
-    not shutil.which("shellcheck"), reason="shellcheck is not installed: apt-get install shellcheck"
-)
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed: apt-get install shellcheck")
 def test_shellcheck_finds_nothing() -> None:
     files = [str(HERE / f"{case[0]}.sbatch") for case in CASES]
     done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)

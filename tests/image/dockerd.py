@@ -22,9 +22,7 @@ from pathlib import Path
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 START_TIMEOUT_S = 30
-USUAL_PORT = (
-    38471  # of the web server: the address is in the base image, and a new one would spoil a kept cache
-)
+USUAL_PORT = 38471  # of the web server: the address is in the base image, and a new one would spoil a kept cache
 DEBIAN_PACKAGES = {"dockerd": "docker.io", "containerd": "containerd", "setpriv": "util-linux"}
 
 

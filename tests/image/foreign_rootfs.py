@@ -20,17 +20,13 @@ def register(root: Path) -> None:
     stanzas = []
     for deb in sorted((root / "var" / "cache" / "apt" / "archives").glob("*.deb")):
         control = output("dpkg-deb", "--field", str(deb))
-        fields = dict(
-            line.split(": ", 1) for line in control.splitlines() if line[:1].isalpha() and ": " in line
-        )
+        fields = dict(line.split(": ", 1) for line in control.splitlines() if line[:1].isalpha() and ": " in line)
         first, _, rest = control.partition("\n")
         stanzas.append(f"{first}\nStatus: install ok installed\n{rest.rstrip()}\n")
         name = fields["Package"]
         if fields.get("Multi-Arch") == "same":
             name += f":{fields['Architecture']}"
-        files = [
-            line.split(maxsplit=5)[5] for line in output("dpkg-deb", "--contents", str(deb)).splitlines()
-        ]
+        files = [line.split(maxsplit=5)[5] for line in output("dpkg-deb", "--contents", str(deb)).splitlines()]
         paths = ["/." if path == "./" else path[1:].split(" -> ")[0].rstrip("/") for path in files]
         (database / "info" / f"{name}.list").write_text("\n".join([*paths, ""]))
     (database / "status").write_text("\n".join([*stanzas, ""]))

@@ -35,9 +35,7 @@ from launcher.image.squashfs_file import sidecar_path
 from tests.image.dockerd import missing_packages, pip_setting, running_engine, served
 
 ROOT = Path(__file__).parent.parent.parent
-CACHE = Path(
-    os.environ.get("LAUNCHER_TEST_CACHE") or "/var/tmp/launcher-test-cache"
-)  # ordinary users read it, too
+CACHE = Path(os.environ.get("LAUNCHER_TEST_CACHE") or "/var/tmp/launcher-test-cache")  # ordinary users read it, too
 EPOCH = "1700000000"  # what the images of the tests are dated
 SUITE = "bookworm"  # Python 3.11, as the channel cpu wants
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -53,9 +51,7 @@ SOURCES = (
 )
 
 _running: Engine | None = None
-_served: dict[
-    str, str
-] = {}  # pip's find-links of this machine -> address for the builds, while an engine runs
+_served: dict[str, str] = {}  # pip's find-links of this machine -> address for the builds, while an engine runs
 
 
 @dataclass(frozen=True)
@@ -211,7 +207,7 @@ def make_base(engine: Engine, arch: str, tar: Path) -> Base:
     # FROM scratch with a platform: `docker import` would mark every root directory as this machine's.
     answers = engine.client.api.build(
         fileobj=context, custom_context=True, decode=True, rm=True, forcerm=True, tag=tag, platform=f"linux/{arch}"
-    )  # fmt: skip
+    )
     errors = [answer["error"] for answer in answers if "error" in answer]
     assert not errors, errors
     return Base(tag, torch_index)

@@ -130,9 +130,7 @@ def failed_build(engine: Engine, base: Base, lock: Path, text: str) -> LauncherE
     return error.value
 
 
-def test_a_lock_whose_hash_does_not_match(
-    engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path
-) -> None:
+def test_a_lock_whose_hash_does_not_match(engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path) -> None:
     text = TINY_LOCK.replace("sha256:946d", "sha256:0000")
     error = failed_build(engine, base_image, tmp_path / "bad.txt", text)
     assert "a file is not the one that the lock" in error.what and "idna==3.10" in error.what
@@ -183,9 +181,7 @@ def test_docker_py_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.fix == "pip install 'titan-launcher[image]'"
 
 
-@pytest.mark.parametrize(
-    "host", ["unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9", "http:/x", "nonsense"]
-)
+@pytest.mark.parametrize("host", ["unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9", "http:/x", "nonsense"])
 def test_no_engine_answers(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     pytest.importorskip("docker")
     monkeypatch.setenv("DOCKER_HOST", host)
@@ -231,9 +227,7 @@ def test_the_current_docker_context_is_used(monkeypatch: pytest.MonkeyPatch, tmp
     folder = tmp_path / "contexts" / "meta" / hashlib.sha256(b"mine").hexdigest()
     folder.mkdir(parents=True)
     endpoint = {"Host": "unix:///nonexistent/mine.sock", "SkipTLSVerify": False}
-    (folder / "meta.json").write_text(
-        json.dumps({"Name": "mine", "Metadata": {}, "Endpoints": {"docker": endpoint}})
-    )
+    (folder / "meta.json").write_text(json.dumps({"Name": "mine", "Metadata": {}, "Endpoints": {"docker": endpoint}}))
     with pytest.raises(LauncherError, match="answers at unix:///nonexistent/mine"):
         docker_engine.connect()
 
@@ -250,9 +244,7 @@ def test_an_engine_that_this_user_may_not_use(engine: Engine) -> None:
     assert error.value.fix == 'sudo usermod -aG docker "$USER" && newgrp docker'
 
 
-def test_the_engine_dies_during_a_build(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_engine_dies_during_a_build(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine of its own, as the others are still needed."""
     if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
         pytest.skip("this engine is not ours to stop")

@@ -54,18 +54,14 @@ def test_same_image_gives_the_same_bytes_whenever_the_engine_made_the_container(
     first = sha256(converter(*export(1_800_000_000), config=config))
     tree = converter.unpacked()
     assert superblock(converter.output).mkfs_time == CREATED
-    assert {int((tree / p).stat().st_mtime) for p in (".", "etc", "usr/lib", "workspace", "etc/rc")} == {
-        CREATED
-    }
+    assert {int((tree / p).stat().st_mtime) for p in (".", "etc", "usr/lib", "workspace", "etc/rc")} == {CREATED}
     assert sha256(converter(*export(1_900_000_000), config=config)) == first
 
 
 @needs_tools
 def test_files_keep_their_time_and_become_roots(converter: Converter) -> None:
     """A .pyc whose source has another time is compiled again at every start, and never saved."""
-    converter(
-        File("usr/a.py", mtime=1_234_567_890.75), File("usr/old", mtime=-5), File("usr/far", mtime=2**40)
-    )
+    converter(File("usr/a.py", mtime=1_234_567_890.75), File("usr/old", mtime=-5), File("usr/far", mtime=2**40))
     listing = subprocess.run(["unsquashfs", "-lln", converter.output], capture_output=True, text=True).stdout
     assert {line.split()[1] for line in listing.splitlines() if "squashfs-root" in line} == {"0/0"}
     tree = converter.unpacked()
@@ -108,10 +104,7 @@ def test_setuid_and_capabilities_are_taken_away_and_said(converter: Converter) -
         folder("tmp", 0o1777), folder("locked", 0o500), File("etc/shadow", b"x", 0o600),
     )  # fmt: skip
     tree = converter.unpacked()
-    modes = {
-        name: oct(stat.S_IMODE((tree / name).stat().st_mode))
-        for name in ("usr/su", "usr/wall", "tmp", "locked")
-    }
+    modes = {name: oct(stat.S_IMODE((tree / name).stat().st_mode)) for name in ("usr/su", "usr/wall", "tmp", "locked")}
     assert modes == {"usr/su": "0o755", "usr/wall": "0o755", "tmp": "0o1777", "locked": "0o700"}
     assert "setuid, setgid or capabilities taken from 3 files" in converter.said
     assert "2 entries that only root may read, such as /locked, /etc/shadow" in converter.said
@@ -137,9 +130,7 @@ def test_links_keep_their_targets(converter: Converter, form: int) -> None:
 @needs_tools
 def test_hard_links_stay_one_file(converter: Converter) -> None:
     data = os.urandom(300_000)
-    converter(
-        File("a", data), hard_link("b", "a"), hard_link("c", "./a"), link("s", "a"), hard_link("t", "s")
-    )
+    converter(File("a", data), hard_link("b", "a"), hard_link("c", "./a"), link("s", "a"), hard_link("t", "s"))
     tree = converter.unpacked()
     assert len({(tree / name).stat().st_ino for name in "abc"}) == 1
     assert (tree / "c").read_bytes() == data
@@ -217,12 +208,8 @@ def trees(draw: st.DrawFn) -> list[File]:
 
 @needs_tools
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    files=trees(), form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), size=st.integers(1, 70_000)
-)
-def test_any_tree_arrives(
-    tmp_path_factory: pytest.TempPathFactory, files: list[File], form: int, size: int
-) -> None:
+@given(files=trees(), form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), size=st.integers(1, 70_000))
+def test_any_tree_arrives(tmp_path_factory: pytest.TempPathFactory, files: list[File], form: int, size: int) -> None:
     converter = Converter(tmp_path_factory.mktemp("tree"))
     converter.feed(chunks(tar_of(*files, form=form), size))
     root = os.fsencode(converter.unpacked())

@@ -68,10 +68,8 @@ __all__ = ["converter"]  # fixtures
         ([File("x", kind=tarfile.GNUTYPE_SPARSE)], True, "sparse"),
         ([File("x", pax=(("GNU.sparse.major", "1"),))], True, "sparse"),
     ],
-)  # fmt: skip
-def test_images_that_cannot_be_converted(
-    converter: Converter, files: list[File], shell: bool, words: str
-) -> None:
+)
+def test_images_that_cannot_be_converted(converter: Converter, files: list[File], shell: bool, words: str) -> None:
     assert words in converter.refused(*files, shell=shell).what
 
 
@@ -84,9 +82,7 @@ def test_a_failure_leaves_the_old_image_and_its_sidecar(converter: Converter) ->
 
 
 @needs_tools
-def test_no_old_sidecar_lies_beside_a_new_image(
-    converter: Converter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_old_sidecar_lies_beside_a_new_image(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even when the new one cannot be written."""
 
     def full(*arguments: Any) -> None:
@@ -124,9 +120,7 @@ def test_an_export_that_fails(converter: Converter) -> None:
 
 
 @needs_tools
-def test_ctrl_c_ends_mksquashfs_and_removes_its_file(
-    converter: Converter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_ends_mksquashfs_and_removes_its_file(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
 
     def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
@@ -194,9 +188,7 @@ class _Subprocess:
 
 
 @pytest.fixture
-def fake(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, str], None]:
+def fake(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Puts a shell script in the place of a program: `fake("mksquashfs", "exit 1")`."""
     place = tmp_path_factory.mktemp("programs")
     monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
@@ -355,9 +347,7 @@ def test_by_enroot(
     monkeypatch.setenv("WORK", str(tmp_path_factory.mktemp("enroot")))
     monkeypatch.setenv("ABOUT", json.dumps(ABOUT))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "5")
-    convert_with_enroot(
-        "titan:test", converter.output, fmt=SquashfsFormat("zstd", 64, 3), image_id="sha256:1"
-    )
+    convert_with_enroot("titan:test", converter.output, fmt=SquashfsFormat("zstd", 64, 3), image_id="sha256:1")
     assert superblock(converter.output).block_size == 65536
     assert converter.sidecar()["versions"] == ABOUT["versions"]
     assert converter.sidecar()["squashfs"]["sha256"] == sha256(converter.output)

@@ -205,9 +205,7 @@ def test_torch_itself_says_whether_it_has_cuda(make: Make, reader: str, line: st
         ({"data": "x"}, ""),
     ],
 )
-def test_architecture_from_programs(
-    make: Make, reader: str, files: dict[str, bytes | str | Path], arch: str
-) -> None:
+def test_architecture_from_programs(make: Make, reader: str, files: dict[str, bytes | str | Path], arch: str) -> None:
     facts = inspect(make(files))
     assert facts.arch == arch
     assert bool(facts.notes) == (arch == "")
@@ -240,9 +238,7 @@ def test_compressions(make: Make, reader: str, options: tuple[str, ...]) -> None
 
 @needs_mksquashfs
 @pytest.mark.parametrize("compressor", ["lzo", "lz4"])
-def test_compressions_that_the_library_lacks(
-    make: Make, monkeypatch: pytest.MonkeyPatch, compressor: str
-) -> None:
+def test_compressions_that_the_library_lacks(make: Make, monkeypatch: pytest.MonkeyPatch, compressor: str) -> None:
     """enroot's own default is lzo; the library takes squashfs's lz4 for damage."""
     image = make(FOREIGN, "-comp", compressor)
     without_unsquashfs(monkeypatch)
@@ -266,9 +262,7 @@ def test_nothing_to_look_inside_with(make: Make, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_mksquashfs
-def test_an_unsquashfs_that_is_too_old_is_not_used(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unsquashfs_that_is_too_old_is_not_used(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tmp_path / "unsquashfs"
     old.write_text("#!/bin/sh\necho 'unsquashfs version 4.4 (2019/08/29)'\n")
     old.chmod(0o755)
@@ -444,9 +438,7 @@ def test_a_name_that_begins_with_a_dash(make: Make, reader: str, monkeypatch: py
     assert inspect(Path("./-dash.sqsh")).source == "image"
 
 
-@pytest.mark.parametrize(
-    ("recorded", "taken"), [({}, True), ({"mkfs_time": 0}, True), ({"mkfs_time": 1}, False)]
-)
+@pytest.mark.parametrize(("recorded", "taken"), [({}, True), ({"mkfs_time": 0}, True), ({"mkfs_time": 1}, False)])
 def test_a_sidecar_of_a_build_at_another_time_is_not_believed(
     image: Path, recorded: dict[str, int], taken: bool
 ) -> None:

@@ -93,13 +93,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
                 f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
                 + (f"Requires-Dist: {needs}\n" if needs else ""),
             )
-            archive.writestr(
-                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            )
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             archive.writestr(f"{info}/RECORD", "")
-        links = "".join(
-            f'<a href="{path.name.replace("+", "%2B")}">{path.name}</a>\n' for path in folder.glob("*.whl")
-        )
+        links = "".join(f'<a href="{path.name.replace("+", "%2B")}">{path.name}</a>\n' for path in folder.glob("*.whl"))
         (folder / "index.html").write_text(links)
     with served(files) as address:
         yield f"{address}simple"
@@ -175,9 +171,7 @@ def test_uv_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.fix == "pip install 'titan-launcher[image]'"
 
 
-def test_a_lock_where_nothing_can_be_written(
-    index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_where_nothing_can_be_written(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_DEFAULT_INDEX", index)
     monkeypatch.setattr(locking, "channel", lambda name: MADE_UP)
     (tmp_path / "file").write_text("")

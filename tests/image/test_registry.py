@@ -54,7 +54,7 @@ def running_registry(folder: Path, htpasswd: str = "") -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             ["docker-registry", "serve", str(folder / "config.yml")], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )  # fmt: skip
+        )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
@@ -97,7 +97,7 @@ def images(engine: Engine) -> dict[str, str]:
                 archive.addfile(entry, io.BytesIO(content))
         answers = engine.client.api.build(
             fileobj=io.BytesIO(context.getvalue()), custom_context=True, decode=True, tag=tag, platform=f"linux/{arch}"
-        )  # fmt: skip
+        )
         assert not [answer for answer in answers if "error" in answer]
     return tags
 
@@ -199,9 +199,7 @@ def test_one_image_for_each_architecture(arches: list[str], asked: list[str], wo
                       engine=NOWHERE, say=print)  # fmt: skip
 
 
-def test_an_image_that_left_the_registry_fails_the_list(
-    engine: Engine, images: dict[str, str], host: str
-) -> None:
+def test_an_image_that_left_the_registry_fails_the_list(engine: Engine, images: dict[str, str], host: str) -> None:
     reference = f"{host}/titan:gone"
     here = push(images["amd64"], reference, engine=engine, say=print)
     gone = Pushed("arm64", f"sha256:{'0' * 64}", f"{reference}-arm64")

@@ -76,9 +76,7 @@ def apptainer() -> Iterator[Path]:
 
 def _sid() -> Path:
     # Mirrors that are kept at a date have indexes that are past theirs: as this machine's own apt has it.
-    done = subprocess.run(
-        ["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True
-    )
+    done = subprocess.run(["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True)
     options = [
         f"--include={PACKAGES}",
         *(f"--aptopt={line}" for line in done.stdout.split("\n") if '"' in line),
@@ -135,9 +133,7 @@ def small_sif(apptainer: Path, squashfs: Path) -> Iterator[Path]:
 
 
 def test_a_squashfs_becomes_a_sif_with_its_environment(small_sif: Path) -> None:
-    done = subprocess.run(
-        ["apptainer", "exec", "--cleanenv", str(small_sif), "env"], capture_output=True, text=True
-    )
+    done = subprocess.run(["apptainer", "exec", "--cleanenv", str(small_sif), "env"], capture_output=True, text=True)
     assert {'GREETING=it\'s "from" $HOME', "WHO=the image"} <= set(done.stdout.splitlines()), done.stderr
     labels = subprocess.run(["apptainer", "inspect", str(small_sif)], capture_output=True, text=True).stdout
     assert f"titan.arch: {platform.machine()}" in labels
@@ -152,7 +148,9 @@ def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None
     (workplace / "shared dir").mkdir()
     (workplace / "shared dir" / "here").touch()
     probe = workplace / "shared dir" / "probe"
-    script = f'env; pwd; [ -z "$(ls -A {home})" ] && echo empty home; ls "/mnt point"; touch "/mnt point/x" written; exit 7'
+    script = (
+        f'env; pwd; [ -z "$(ls -A {home})" ] && echo empty home; ls "/mnt point"; touch "/mnt point/x" written; exit 7'
+    )
     probe.write_text(f"#!/bin/sh\n{script}\n")
     probe.chmod(0o755)
     assert os.listdir(home), "no test without something that the container must not see"
@@ -175,12 +173,8 @@ def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None
     assert end["exit_code"] == 7, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(
-    os.environ.get("LAUNCHER_TEST_APPTAINER") != "1", reason="minutes: LAUNCHER_TEST_APPTAINER=1"
-)
-def test_training_in_it(
-    apptainer: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(os.environ.get("LAUNCHER_TEST_APPTAINER") != "1", reason="minutes: LAUNCHER_TEST_APPTAINER=1")
+def test_training_in_it(apptainer: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
     image = sif(str(cpu_squashfs()), workplace / "titan-cpu.sif")
     done = launch(

@@ -153,9 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(
                 r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.*))?", path
             ):
-                return self._api(
-                    KINDS[match[1]], match[2], match[3] or "revision", match[4] or "main", url.query
-                )
+                return self._api(KINDS[match[1]], match[2], match[3] or "revision", match[4] or "main", url.query)
             if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
                 kind = "dataset" if match[1] else "model"
                 return self._resolve(kind, match[2], match[3], match[4])
@@ -195,9 +193,7 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.gated and content:
             state = self.hub.gated[name].get(token, "none")
             if not token:
-                words = (
-                    f"Access to model {name} is restricted. You must have access to it and be authenticated."
-                )
+                words = f"Access to model {name} is restricted. You must have access to it and be authenticated."
                 self.answer(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": words})
                 return False
             if state != "ok":
@@ -209,9 +205,7 @@ class Handler(BaseHTTPRequestHandler):
     def _knows(self, kind: str, name: str, revision: str) -> bool:
         if revision in ("main", self.hub.commits[kind, name]):
             return True
-        self.answer(
-            404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"}
-        )
+        self.answer(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
         return False
 
     def _api(self, kind: str, name: str, what: str, rest: str, query: str) -> None:
@@ -336,9 +330,7 @@ def _listing(files: Mapping[str, Content], folder: str, recursive: bool) -> list
             folders.add(prefix + rest.split("/")[0])
         else:
             entries.append(_entry(path, content))
-    return entries + [
-        {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)
-    ]
+    return entries + [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
 
 
 def main() -> None:

@@ -62,9 +62,7 @@ def test_the_second_call_writes_nothing(source: Path, tmp_path: Path, said: list
     assert stage_image(str(path), tmp_path / "images", say=said.append) == path
 
 
-def test_another_image_of_the_same_name_lies_beside_the_first(
-    source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_another_image_of_the_same_name_lies_beside_the_first(source: Path, tmp_path: Path, said: list[str]) -> None:
     first = stage_image(str(source), tmp_path / "images", say=said.append)
     source.write_bytes(image_bytes(1))
     sidecar_path(source).write_text(json.dumps(description(image_bytes(1), source)))
@@ -144,9 +142,7 @@ def break_it(how: str, source: Path) -> None:
         ("missing", "No such file"),
     ],
 )
-def test_a_bad_source_leaves_nothing(
-    how: str, words: str, source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_a_bad_source_leaves_nothing(how: str, words: str, source: Path, tmp_path: Path, said: list[str]) -> None:
     break_it(how, source)
     with pytest.raises(LauncherError, match=words) as caught:
         stage_image(str(source), tmp_path / "images", say=said.append)
@@ -205,9 +201,7 @@ def test_what_does_not_fit_is_not_continued(source: Path, tmp_path: Path, said: 
 def test_two_stagers_at_once_copy_once(source: Path, tmp_path: Path) -> None:
     lines: list[list[str]] = [[], [], []]
     threads = [
-        threading.Thread(
-            target=stage_image, args=(str(source), tmp_path / "images"), kwargs={"say": line.append}
-        )
+        threading.Thread(target=stage_image, args=(str(source), tmp_path / "images"), kwargs={"say": line.append})
         for line in lines
     ]
     for thread in threads:
@@ -219,9 +213,7 @@ def test_two_stagers_at_once_copy_once(source: Path, tmp_path: Path) -> None:
     assert expected(tmp_path / "images").read_bytes() == image_bytes()
 
 
-def test_whoever_may_write_into_the_directory_may_stage_into_it(
-    source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_whoever_may_write_into_the_directory_may_stage_into_it(source: Path, tmp_path: Path, said: list[str]) -> None:
     images = tmp_path / "images"
     images.mkdir()
     images.chmod(0o2775)

@@ -157,9 +157,7 @@ def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_call_continues(
 ) -> None:
     site.cut_after, site.stall = 1_500_000, True
     images = tmp_path / "images"
-    process = subprocess.Popen(
-        [sys.executable, "-c", CALL, site.url, str(images)], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-c", CALL, site.url, str(images)], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not [p for p in images.rglob("partial/*.sqsh") if p.stat().st_size >= 1 << 20]:
         assert process.poll() is None and time.monotonic() < deadline
@@ -199,12 +197,8 @@ def test_what_the_description_does_not_prove_is_not_kept(
     assert not list(tmp_path.glob("images/**/*.sqsh*"))
 
 
-@pytest.mark.parametrize(
-    "address", ["https://me:secret@host/titan.sqsh", "https://host/titan.sqsh?sig=secret"]
-)
-def test_a_secret_in_the_address_is_refused_and_not_repeated(
-    address: str, tmp_path: Path, said: list[str]
-) -> None:
+@pytest.mark.parametrize("address", ["https://me:secret@host/titan.sqsh", "https://host/titan.sqsh?sig=secret"])
+def test_a_secret_in_the_address_is_refused_and_not_repeated(address: str, tmp_path: Path, said: list[str]) -> None:
     with pytest.raises(LauncherError) as caught:
         stage_image(address, tmp_path / "images", say=said.append)
     assert "secret" not in f"{caught.value.what} {caught.value.fix} {said}"
@@ -220,9 +214,7 @@ def test_nobody_answers(tmp_path: Path, said: list[str], monkeypatch: pytest.Mon
 
 
 @needs_tools
-def test_an_image_of_the_engine_is_converted_and_pulled_where_it_is_not_there(
-    tmp_path: Path, said: list[str]
-) -> None:
+def test_an_image_of_the_engine_is_converted_and_pulled_where_it_is_not_there(tmp_path: Path, said: list[str]) -> None:
     (tmp_path / "registry").mkdir()
     with kept_engine() as engine, running_registry(tmp_path / "registry") as registry:
         tar = io.BytesIO()

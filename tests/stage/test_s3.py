@@ -49,9 +49,7 @@ class Store:
         upload = self.client.create_multipart_upload(**where)["UploadId"]
         parts = []
         for number, start in enumerate(range(0, len(data), PART), 1):
-            done = self.client.upload_part(
-                **where, UploadId=upload, PartNumber=number, Body=data[start : start + PART]
-            )
+            done = self.client.upload_part(**where, UploadId=upload, PartNumber=number, Body=data[start : start + PART])
             parts.append({"PartNumber": number, "ETag": done["ETag"]})
         self.client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})
 
@@ -67,9 +65,7 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def store(
-    server: str, workplace: Path, c4_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Store]:
+def store(server: str, workplace: Path, c4_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     import boto3
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -258,9 +254,7 @@ def test_credentials_and_endpoint_come_from_the_profile(
 
 def test_access_denied(store: Store) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0
-        )  # from now on the server wants to know users
+        patch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on the server wants to know users
         assert "access denied" in refusal().what
 
 

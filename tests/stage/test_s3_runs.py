@@ -49,9 +49,7 @@ def train(spec: RunSpec) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- the view
 
 
-@pytest.mark.parametrize(
-    ("gpus", "part", "numbers"), [(4, "", range(12)), (5, "", range(10)), (4, "2/3", range(4, 8))]
-)
+@pytest.mark.parametrize(("gpus", "part", "numbers"), [(4, "", range(12)), (5, "", range(10)), (4, "2/3", range(4, 8))])
 def test_the_choice_is_that_of_a_directory(gpus: int, part: str, numbers: range, store: Store) -> None:
     spec, notes = view.plan(a_spec(f"{ADDRESS}/", gpus, job__data_part=part))
     assert train(spec) == list(numbers)
@@ -69,9 +67,7 @@ def test_more_ranks_than_objects_and_parts_that_cannot_be(store: Store) -> None:
 
 def test_objects_that_are_no_data_are_left_out(store: Store) -> None:
     store.put("en/c4-train.00000-of-00012.json.gz", b"")
-    store.put(
-        "en/c4-train.00001-of-00012.json.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-    )
+    store.put("en/c4-train.00001-of-00012.json.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     spec, notes = view.plan(a_spec(gpus=2))
     assert train(spec) == list(range(2, 12))
     assert "c4-train.00000-of-00012.json.gz is empty, and 1 more: left out" in notes[0]
@@ -188,9 +184,7 @@ def test_the_real_trainer_streams_its_data(
     python: str, store: Store, launch: Launch, workplace: Path, c4_files: dict[str, bytes]
 ) -> None:
     if subprocess.run([python, "-c", "import torchtitan, s3fs"], capture_output=True).returncode:
-        pytest.skip(
-            f"{python} has no torchtitan or no s3fs: set LAUNCHER_TRAIN_PYTHON, pip install s3fs there"
-        )
+        pytest.skip(f"{python} has no torchtitan or no s3fs: set LAUNCHER_TRAIN_PYTHON, pip install s3fs there")
     done = launch(
         "submit", "--local", "--recipe", "debug", "--steps", "4", "--set", "recipe.log_freq=1", "--data", ADDRESS,
         "--tokenizer", "sample", "--name", "r", "--python", python, *ENV, "--follow", timeout=400,

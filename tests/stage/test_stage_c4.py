@@ -23,9 +23,7 @@ def stage_c4(target: Path, jobs: int = JOBS, **wanted: Any) -> Any:
 
 def staged(target: Path) -> list[str]:
     """Paths of everything that has a final name."""
-    return sorted(
-        str(p.relative_to(target)) for p in target.rglob("*") if p.is_file() and ".staged" not in p.parts
-    )
+    return sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file() and ".staged" not in p.parts)
 
 
 def train(*numbers: int) -> list[str]:
@@ -49,9 +47,7 @@ def test_files_come_verified_with_readme_and_manifest(launch: Launch, hub: Hub, 
 def test_content_servers_never_see_the_token(launch: Launch, hub: Hub):
     hub.tokens.add("hf_mine")
     assert launch("stage", "c4", "--to", "c4", "--files", "1", HF_TOKEN="hf_mine").returncode == 0
-    seen = {
-        where: {r.authorization for r in hub.requests if r.where == where} for where in ("api", "hub", "cdn")
-    }
+    seen = {where: {r.authorization for r in hub.requests if r.where == where} for where in ("api", "hub", "cdn")}
     assert seen == {"api": {"Bearer hf_mine"}, "hub": {"Bearer hf_mine"}, "cdn": {""}}
 
 

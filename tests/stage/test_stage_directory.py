@@ -80,9 +80,7 @@ def test_a_disk_that_fills_up_meanwhile(hub: Hub, workplace: Path):
     hub.add("dataset", "allenai/c4", {"README.md": b"words", **files})
     (workplace / "c4").mkdir()
     code = "import launcher.stage.fetch as f; f.check_space = lambda *a: None; from launcher.cli import main; main()"
-    command = (
-        f"{sys.executable} -c '{code}' stage c4 --to c4 --files 2; echo $?; find c4/en c4/.staged -type f"
-    )
+    command = f"{sys.executable} -c '{code}' stage c4 --to c4 --files 2; echo $?; find c4/en c4/.staged -type f"
     done = in_small_disk(workplace / "c4", "size=14m", command)
     assert "No space left on device" in done.stderr and "the same command continues" in done.stderr
     assert "Traceback" not in done.stderr
@@ -97,9 +95,7 @@ def test_a_read_only_file_system(hub: Hub, workplace: Path):
 
 
 def lfs_pointer(path: Path) -> None:
-    path.write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 300000000\n"
-    )
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 300000000\n")
 
 
 DAMAGES = {
@@ -192,9 +188,7 @@ def test_a_checksum_that_was_edited(launch: Launch, hub: Hub, workplace: Path):
     assert path.read_text() == good
 
 
-def test_an_interrupted_directory_says_what_is_missing(
-    launch: Launch, hub: Hub, workplace: Path, monkeypatch
-):
+def test_an_interrupted_directory_says_what_is_missing(launch: Launch, hub: Hub, workplace: Path, monkeypatch):
     def refuse(*_arguments: object) -> None:
         raise LauncherError("no")
 

@@ -142,9 +142,7 @@ def big_c4(hub: Hub) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_killed_call_loses_nothing_and_the_next_continues(
-    hub: Hub, workplace: Path, big_c4, how: signal.Signals
-):
+def test_a_killed_call_loses_nothing_and_the_next_continues(hub: Hub, workplace: Path, big_c4, how: signal.Signals):
     target, event = workplace / "c4", threading.Event()
     second = train(1)[0]
     hub.faults[second] = [faults.stall(event, 11 << 20)]

@@ -70,9 +70,7 @@ def closed(folder: Path) -> Iterator[Path]:
         (("image", "folder", "--to", "d"), "folder: a directory, not a file, and as the name of an image"),
     ],
 )
-def test_refused_before_any_connection(
-    launch: Launch, workplace: Path, arguments: tuple[str, ...], words: str
-) -> None:
+def test_refused_before_any_connection(launch: Launch, workplace: Path, arguments: tuple[str, ...], words: str) -> None:
     for name in ("file", "titan.sqsh"):
         (workplace / name).write_text("mine")
     (workplace / "folder").mkdir()

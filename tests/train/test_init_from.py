@@ -128,9 +128,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def node(checkpoint: Checkpoint, ranks: int, **recipe: Any) -> dict[str, Any]:
     made = debug_node(init_from=str(checkpoint.folder), gpus_per_node=ranks)
-    made["recipe"].update(
-        seq_len=SEQ_LEN, local_batch_size=1, log_freq=1, tensorboard=False, steps=2, **recipe
-    )
+    made["recipe"].update(seq_len=SEQ_LEN, local_batch_size=1, log_freq=1, tensorboard=False, steps=2, **recipe)
     return made
 
 

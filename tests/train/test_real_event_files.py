@@ -37,9 +37,7 @@ def test_what_torch_wrote_is_read(python: str, tmp_path: Path) -> None:
         for step in range(200)
         for tag in tags
     ]
-    subprocess.run(
-        [python, "-c", WRITE], input=json.dumps([str(tmp_path), values]), text=True, check=True, timeout=120
-    )
+    subprocess.run([python, "-c", WRITE], input=json.dumps([str(tmp_path), values]), text=True, check=True, timeout=120)
     expected: dict[str, dict[int, float]] = {tag: {} for tag in tags}
     for tag, step, value in values:
         expected[tag][step] = struct.unpack("<f", struct.pack("<f", value))[0]

@@ -98,9 +98,7 @@ print("SAME")
 def versions(python: str) -> tuple[str, str] | None:
     """torchtitan's and torch's version in that interpreter; None where one is missing."""
     try:
-        done = subprocess.run(
-            [python, "-c", VERSIONS], capture_output=True, text=True, timeout=120, check=True
-        )
+        done = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     found = json.loads(done.stdout.splitlines()[-1])
@@ -197,9 +195,7 @@ def variants() -> dict[str, dict[str, Any]]:
         "8b-pp": a_node({"pipeline_parallel": 4}),
         "8b-hub": a_node(data="hub"),
         "8b-checkpoints": a_node({"checkpoint_interval": 50, "tensorboard": False}),
-        "8b-set": a_node(
-            titan={"training.max_norm": "2.0", "metrics.enable_wandb": "true", "compile.enable": "TRUE"}
-        ),
+        "8b-set": a_node(titan={"training.max_norm": "2.0", "metrics.enable_wandb": "true", "compile.enable": "TRUE"}),
         "debug": debug_node(),
     }
 
@@ -270,10 +266,7 @@ def read_common(config: dict[str, Any]) -> dict[str, Any]:
     )
     schedule = config["lr_scheduler"]
     return {
-        **{
-            name: training[name]
-            for name in ("local_batch_size", "global_batch_size", "seq_len", "steps", "max_norm")
-        },
+        **{name: training[name] for name in ("local_batch_size", "global_batch_size", "seq_len", "steps", "max_norm")},
         "param_dtype": training["mixed_precision_param"],
         "warmup_steps": schedule["warmup_steps"],
         "decay": [schedule["decay_ratio"], schedule["decay_type"], schedule["min_lr_factor"]],
@@ -294,8 +287,7 @@ def read_02(config: dict[str, Any]) -> dict[str, Any]:
         **read_common(config),
         "lr": optimizer["lr"],
         "betas_eps_decay": [optimizer[name] for name in ("beta1", "beta2", "eps", "weight_decay")],
-        "selective_by_op": (checkpointing["mode"], checkpointing["selective_ac_option"])
-        == ("selective", "op"),
+        "selective_by_op": (checkpointing["mode"], checkpointing["selective_ac_option"]) == ("selective", "op"),
         "validate": config["validation"]["enable"],
         "profile": config["profiling"]["enable_profiling"],
         "data": [config["training"]["dataset"], config["training"]["dataset_path"]],
@@ -357,9 +349,7 @@ def outcome_is_whole(run: Path, output: str, began: float) -> None:
     assert startup.first_step_s, "importing torch alone takes longer"
 
 
-def test_two_nodes_train_one_model_and_leave_a_checkpoint(
-    python: str, tmp_path: Path, started: Started
-) -> None:
+def test_two_nodes_train_one_model_and_leave_a_checkpoint(python: str, tmp_path: Path, started: Started) -> None:
     run = tmp_path / "run"
     node = debug_node(nodes=2, check="full", titan={"training.max_norm": "0.5"})
     node["recipe"].update(steps=4, checkpoint_interval=2, activation_checkpoint="selective", log_freq=1)

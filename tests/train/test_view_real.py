@@ -61,14 +61,10 @@ def a_spec(data: Path, runs_dir: Path, name: str, degree: int, **job: str) -> Ru
 def documents(*files: Path) -> list[str]:
     import gzip
 
-    return [
-        json.loads(line)["text"] for file in files for line in gzip.decompress(file.read_bytes()).splitlines()
-    ]
+    return [json.loads(line)["text"] for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
 
 
-def test_every_rank_gets_documents_of_its_own_and_together_all_of_the_view(
-    python: str, tmp_path: Path
-) -> None:
+def test_every_rank_gets_documents_of_its_own_and_together_all_of_the_view(python: str, tmp_path: Path) -> None:
     data = tmp_path / "c4"
     sample.write_c4_sample(data, train_files=14, documents_per_file=5)
     no_validation = tmp_path / "no-validation"
@@ -87,9 +83,7 @@ def test_every_rank_gets_documents_of_its_own_and_together_all_of_the_view(
         view = Path(spec.run_dir) / "data"
         write(view, spec.view)
         tasks.append((str(view), "c4", spec.data_parallel))
-        expected.append(
-            (documents(*(data / "en" / name for name in train_files(spec))), len(train_files(spec)))
-        )
+        expected.append((documents(*(data / "en" / name for name in train_files(spec))), len(train_files(spec))))
     tasks.append((tasks[1][0], "c4_validation", 3))
     done = subprocess.run(
         [python, "-c", READ], input=json.dumps(tasks), capture_output=True, text=True, timeout=300, cwd=tmp_path,
@@ -97,23 +91,17 @@ def test_every_rank_gets_documents_of_its_own_and_together_all_of_the_view(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout.rsplit("ANSWER", 1)[1])
-    for spec, (_, _, degree), (ranks, files), (texts, count) in zip(
-        specs, tasks, answer, expected, strict=False
-    ):
+    for spec, (_, _, degree), (ranks, files), (texts, count) in zip(specs, tasks, answer, expected, strict=False):
         together = [text for rank in ranks for text in rank]
         assert sorted(together) == sorted(texts), f"{spec.job.name}: all, and each once"
         if spec.job.name == "too-few":
             assert files == [count] * degree, "every rank reads every file"
         else:
-            assert files == [count // degree] * degree and all(
-                len(rank) == len(texts) // degree for rank in ranks
-            )
+            assert files == [count // degree] * degree and all(len(rank) == len(texts) // degree for rank in ranks)
     parts = [{text for rank in ranks for text in rank} for ranks, _ in answer[5:8]]
     assert not parts[0] & parts[1] and not parts[1] & parts[2] and not parts[0] & parts[2]
     ranks, _ = answer[-1]
-    assert sorted(text for rank in ranks for text in rank) == sorted(
-        documents(*(data / "en").glob("c4-validation.*"))
-    )
+    assert sorted(text for rank in ranks for text in rank) == sorted(documents(*(data / "en").glob("c4-validation.*")))
 
 
 def test_the_debug_recipe_trains_at_a_degree_that_does_not_divide_its_files(

@@ -120,9 +120,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
         },
         exported(ABOUT),
     )
-    engine = docker_engine.Engine(
-        SimpleNamespace(api=found), "unix:///made-up.sock", "28.0", "amd64", "Debian"
-    )
+    engine = docker_engine.Engine(SimpleNamespace(api=found), "unix:///made-up.sock", "28.0", "amd64", "Debian")
     monkeypatch.setattr(docker_engine, "connect", lambda: engine)
     monkeypatch.setattr(docker_engine, "emulator", lambda arch: "ready")
     return found

@@ -31,8 +31,7 @@ def nodes(*tps: float | None, host: str = "gb200") -> tuple[NodeResult, ...]:
 
 def points(losses: tuple[float, ...] = LOSSES, tps: float = 17930.0) -> tuple[Point, ...]:
     return tuple(
-        Point(step, loss, 2.5, tps / 4 if step == 1 else tps, 159.31)
-        for step, loss in zip(STEPS, losses, strict=False)
+        Point(step, loss, 2.5, tps / 4 if step == 1 else tps, 159.31) for step, loss in zip(STEPS, losses, strict=False)
     )
 
 

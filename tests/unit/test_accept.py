@@ -30,9 +30,7 @@ def verdict(result: Outcome | None, **options: Any) -> Verdict:
 def sized(count: int, per_node: int = 4, **changes: Any) -> Outcome:
     """A run of so many nodes; each GPU has its batch of five."""
     gpus = count * per_node
-    return outcome(
-        nodes=count, gpus=gpus, global_batch_size=5 * gpus, settings={"job.nodes": count}, **changes
-    )
+    return outcome(nodes=count, gpus=gpus, global_batch_size=5 * gpus, settings={"job.nodes": count}, **changes)
 
 
 def test_a_run_as_it_should_be() -> None:
@@ -131,9 +129,7 @@ def test_far_more_or_fewer_gpus_decide_one_way_only() -> None:
     assert verdict(sized(72, tps=fast)).word is PASS and verdict(sized(72, tps=slow)).word is CANNOT_SAY
     near = verdict(sized(12, tps=fast))
     assert near.word is PASS
-    assert (
-        "the nearest published result is of 9 nodes (36 GPUs), this run had 12 nodes (48 GPUs)" in near.notes
-    )
+    assert "the nearest published result is of 9 nodes (36 GPUs), this run had 12 nodes (48 GPUs)" in near.notes
 
 
 def test_unfit_nodes_fail_even_without_any_result() -> None:
@@ -159,9 +155,7 @@ def test_a_steady_run_says_its_pace() -> None:
 def test_waiting_for_data_is_named() -> None:
     assert not any("waiting for data" in note for note in verdict(outcome(data_share=0.012)).notes)
     found = verdict(outcome(data_share=0.09, tps=spread(16500.0)))
-    assert found.word is FAIL and any(
-        note.startswith("9.0% of a step is waiting for data") for note in found.notes
-    )
+    assert found.word is FAIL and any(note.startswith("9.0% of a step is waiting for data") for note in found.notes)
 
 
 def test_a_row_of_the_same_driver_comes_first() -> None:
@@ -179,9 +173,7 @@ def test_a_row_of_the_same_driver_comes_first() -> None:
 
 
 def test_weights_that_were_trained_before_are_not_asked_to_fall() -> None:
-    tuned = outcome(
-        settings={"job.init_from": "/data/models/x"}, series=points((2.1, *[2.15] * 10)), loss=2.15
-    )
+    tuned = outcome(settings={"job.init_from": "/data/models/x"}, series=points((2.1, *[2.15] * 10)), loss=2.15)
     assert verdict(tuned).word is PASS  # and the published losses are no reference for it
     assert verdict(replace(tuned, series=points((2.1, *[3.0] * 10)))).word is FAIL
 
@@ -191,15 +183,11 @@ def test_a_baseline_of_ones_own() -> None:
     mine = outcome(gpu="B300", run="accepted", settings={"profile.gpu": "B300"}, loss=6.6)
     again = replace(mine, tps=spread(17000.0), run="again", run_dir="/home/user/runs/again")
     assert verdict(mine).word is CANNOT_SAY
-    assert (
-        verdict(again, rows=[mine]).word is FAIL and verdict(again, rows=[mine], threshold=0.94).word is PASS
-    )
+    assert verdict(again, rows=[mine]).word is FAIL and verdict(again, rows=[mine], threshold=0.94).word is PASS
     assert "94.8% of accepted's 17,930" in headline("again", again, verdict(again, rows=[mine]))
     assert verdict(again, rows=[replace(mine, problems=("restarted",))]).word is CANNOT_SAY
     assert verdict(again, rows=[]).word is CANNOT_SAY
-    bad = replace(
-        again, series=points((12.25, *[9.5] * 10)), settings={**again.settings, "recipe.flavor": "70B"}
-    )
+    bad = replace(again, series=points((12.25, *[9.5] * 10)), settings={**again.settings, "recipe.flavor": "70B"})
     other = replace(mine, settings=bad.settings)
     assert "more than 1.35 times that" in verdict(bad, rows=[other], threshold=0.9).reasons[0].what
 
@@ -237,7 +225,7 @@ RESULTS = st.builds(
     series=st.builds(lambda losses: points(tuple(losses)), st.lists(st.floats(0, 20) | st.just(math.nan), max_size=11)),
     by_node=st.builds(lambda tps: nodes(*tps), st.lists(st.none() | st.floats(0, 30000), max_size=4)),
     problems=st.lists(st.sampled_from(["restarted", "step 40 of 100"]), max_size=1).map(tuple),
-)  # fmt: skip
+)
 RANK = {FAIL: 0, CANNOT_SAY: 1, PASS: 2}
 
 
@@ -277,9 +265,7 @@ def test_the_command_prints_and_keeps_its_verdict(launch: Launch, workplace: Pat
     again = launch("accept", str(run / "run.toml"), "--threshold", "99%", "--json")  # the last verdict counts
     assert again.returncode == 4  # that file is not there; the directory itself names the run
     again = launch("accept", str(run), "--threshold", "99%", "--json")
-    assert again.returncode == 12 and json.loads(again.stdout) == json.loads(
-        (run / "accept.json").read_text()
-    )
+    assert again.returncode == 12 and json.loads(again.stdout) == json.loads((run / "accept.json").read_text())
 
 
 def test_every_verdict_has_its_exit_code(launch: Launch, workplace: Path) -> None:
@@ -339,9 +325,7 @@ def test_what_the_command_refuses(launch: Launch, workplace: Path) -> None:
     done = launch("accept", "a", "--nodes", "9")
     assert done.returncode == 2 and "a run is judged without options of submit" in done.stderr
     # A baseline of no use is told before anything is submitted.
-    done = launch(
-        "accept", "--local", "--recipe", "debug", "--gpu", "cpu", "--baseline", "empty", "--name", "b"
-    )
+    done = launch("accept", "--local", "--recipe", "debug", "--gpu", "cpu", "--baseline", "empty", "--name", "b")
     assert done.returncode == 3 and not (workplace / "runs" / "b").exists()
 
 
@@ -371,9 +355,7 @@ def test_the_page_shows_what_is_printed(launch: Launch, workplace: Path) -> None
 
 def test_submitting_warns_where_nothing_compares(launch: Launch, workplace: Path) -> None:
     """The submission itself: a local run with a Python that has no torch, so that it fails its check at once."""
-    done = launch(
-        "accept", "--local", "--recipe", "debug", "--gpu", "cpu", "--python", "/bin/false", "--name", "a"
-    )
+    done = launch("accept", "--local", "--recipe", "debug", "--gpu", "cpu", "--python", "/bin/false", "--name", "a")
     assert "no result of a CPU to measure it by" in done.stderr and "a: job " in done.stderr
     assert done.returncode == 12 and done.stdout.startswith("FAIL  a: ")
     assert json.loads((workplace / "runs" / "a" / "accept.json").read_text())["verdict"] == "FAIL"

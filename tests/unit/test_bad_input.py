@@ -84,7 +84,7 @@ def nothing_left(workplace: Path) -> bool:
         (("--nonsense",), ExitStatus.USAGE, "No such option"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 def test_refused(
     arguments: tuple[str, ...], status: ExitStatus, said: str, launch: Launch, image: Path, fake_slurm: object
 ) -> None:
@@ -110,9 +110,7 @@ def without_roots_rights(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-needs_setpriv = pytest.mark.skipif(
-    os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv"
-)
+needs_setpriv = pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv")
 
 
 @needs_setpriv
@@ -131,9 +129,7 @@ def test_somebody_elses_run_is_named_and_hides_none(workplace: Path) -> None:
 
 
 @needs_setpriv
-def test_an_image_that_cannot_be_read_and_a_directory_that_cannot_be_written(
-    image: Path, fake_slurm: object
-) -> None:
+def test_an_image_that_cannot_be_read_and_a_directory_that_cannot_be_written(image: Path, fake_slurm: object) -> None:
     folder = image.parent / "theirs"
     folder.mkdir()
     (folder / "titan.sqsh").write_bytes(image.read_bytes())
@@ -222,9 +218,7 @@ def test_dry_run_and_render_touch_nothing(launch: Launch, image: Path) -> None:
 
 def test_a_secret_stays_out_of_everything_but_its_file(launch: Launch, image: Path, fake_slurm) -> None:
     fake_slurm("sbatch", "echo 42")
-    done = launch(
-        *GOOD, "--name", "s", "--env", "HF_TOKEN", "--env", "MY_API_KEY=se'cret2", HF_TOKEN="secret1"
-    )
+    done = launch(*GOOD, "--name", "s", "--env", "HF_TOKEN", "--env", "MY_API_KEY=se'cret2", HF_TOKEN="secret1")
     assert done.returncode == 0, done.stderr
     run = image.parent / "runs" / "s"
     assert (run / "secret.env").stat().st_mode & 0o777 == 0o600

@@ -105,16 +105,11 @@ def test_a_longer_exclusion_stays_and_an_expired_one_goes() -> None:
 
 
 def test_left_out_of_the_job_and_shown() -> None:
-    spec, checks = bad_nodes.without(
-        run(nodes=3, exclude="n0"), cluster(*FOUR), [bad("n2", NOW - 2 * DAY_S)], NOW
-    )
+    spec, checks = bad_nodes.without(run(nodes=3, exclude="n0"), cluster(*FOUR), [bad("n2", NOW - 2 * DAY_S)], NOW)
     assert "#SBATCH --exclude=n0,n2\n" in render(spec)
     assert found(checks, "excluded").what == "n2 (ECC, 2 d ago); launcher cluster nodes"
     nodes = found(preflight(spec, cluster(*FOUR)), "nodes")
-    assert (
-        nodes.status == ERROR
-        and "has 2, without those of --exclude and those that failed their check" in nodes.what
-    )
+    assert nodes.status == ERROR and "has 2, without those of --exclude and those that failed their check" in nodes.what
     assert "launcher cluster nodes release n2" in nodes.fix
 
 
@@ -154,9 +149,7 @@ PAIR = answers_of(
 SUBMIT = ("submit", "--gpu", "h200", "--runtime", "bare", "--recipe", "debug", "--data", "sample", "--tokenizer", "sample")  # fmt: skip
 
 
-def unfit_run(
-    workplace: Path, name: str, *records: Mapping[str, Any], ended_at: float = 0, code: int = 20
-) -> Path:
+def unfit_run(workplace: Path, name: str, *records: Mapping[str, Any], ended_at: float = 0, code: int = 20) -> Path:
     """A run directory whose job stopped at the check of its nodes."""
     folder = workplace / "runs" / name
     for part in ("logs", "job", "nodes"):
@@ -169,9 +162,7 @@ def unfit_run(
         "recipe": {"name": "debug", "steps": 1},
     }
     (folder / "job" / "node.json").write_text(json.dumps(about))
-    (folder / "intent.json").write_text(
-        json.dumps({"scheduler": "slurm", "at": time.time(), "job_name": name})
-    )
+    (folder / "intent.json").write_text(json.dumps({"scheduler": "slurm", "at": time.time(), "job_name": name}))
     (folder / "job.json").write_text('{"job_id": "7"}')
     for number, entry in enumerate(records):
         (folder / "nodes" / f"{number:04d}-{entry.get('host')}.json").write_text(json.dumps(entry))
@@ -186,9 +177,7 @@ def listed(launch: Launch) -> dict[str, dict[str, Any]]:
     return {node["host"]: node for node in json.loads(done.stdout)["nodes"]}
 
 
-def test_looking_at_the_run_remembers_and_a_release_lasts(
-    launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_looking_at_the_run_remembers_and_a_release_lasts(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(PAIR, fake_slurm)
     folder = unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     done = launch("status", "bad")
@@ -207,9 +196,7 @@ def test_looking_at_the_run_remembers_and_a_release_lasts(
     assert json.loads(launch("status", "worse", "--json").stdout)["left_out"] == ["n1"]
 
 
-def test_every_unfit_node_is_shown_with_all_that_is_wrong(
-    launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_every_unfit_node_is_shown_with_all_that_is_wrong(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(PAIR, fake_slurm)
     folder = unfit_run(workplace, "bad", record("n0", ECC, MOUNT), record("n1", NO_DATA), record("n2"))
     os.mkfifo(folder / "nodes" / "0009-n9.json")
@@ -244,9 +231,7 @@ def test_not_remembered(
     assert listed(launch) == {}
 
 
-def test_copies_and_other_failures_are_not_remembered(
-    launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_copies_and_other_failures_are_not_remembered(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(PAIR, fake_slurm)
     folder = unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     folder.rename(workplace / "runs" / "moved")
@@ -272,16 +257,11 @@ def test_submit_leaves_them_out_and_says_so(launch: Launch, fake_slurm: Fake, wo
     unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     done = launch(*SUBMIT, "--name", "next", "--nodes", "2")
     assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"^excluded: n1 \(GPU 2 has ECC errors, \d+ s ago\); launcher cluster nodes$", done.stderr, re.M
-    )
+    assert re.search(r"^excluded: n1 \(GPU 2 has ECC errors, \d+ s ago\); launcher cluster nodes$", done.stderr, re.M)
     assert "#SBATCH --exclude=n1\n" in (workplace / "runs/next/job.sbatch").read_text()
     assert 'exclude = ""' in (workplace / "runs/next/run.toml").read_text()
     short = launch(*SUBMIT, "--name", "all", "--nodes", "3")
-    assert (
-        short.returncode == ExitStatus.INVALID
-        and "has 2, without those that failed their check" in short.stderr
-    )
+    assert short.returncode == ExitStatus.INVALID and "has 2, without those that failed their check" in short.stderr
     assert launch("cluster", "nodes", "release", "--all").returncode == 0
     again = launch("submit", "runs/next/run.toml", "--name", "again", "--nodes", "3")
     assert again.returncode == 0, again.stderr
@@ -290,9 +270,7 @@ def test_submit_leaves_them_out_and_says_so(launch: Launch, fake_slurm: Fake, wo
 
 def test_added_by_hand(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(PAIR, fake_slurm)
-    done = launch(
-        "cluster", "nodes", "add", "n[0-1]", "nowhere", "--reason", "rack 3\nis warm", "--days", "2"
-    )
+    done = launch("cluster", "nodes", "add", "n[0-1]", "nowhere", "--reason", "rack 3\nis warm", "--days", "2")
     assert done.returncode == 0 and "Slurm has no node nowhere" in done.stderr
     nodes = listed(launch)
     assert set(nodes) == {"n0", "n1", "nowhere"} and nodes["n0"]["reason"] == "rack 3 is warm"
@@ -312,9 +290,7 @@ def test_added_by_hand(launch: Launch, fake_slurm: Fake, workplace: Path) -> Non
         (("release",), ExitStatus.USAGE, "either hosts or --all"),
     ],
 )
-def test_refusals(
-    arguments: tuple[str, ...], code: ExitStatus, said: str, launch: Launch, fake_slurm: Fake
-) -> None:
+def test_refusals(arguments: tuple[str, ...], code: ExitStatus, said: str, launch: Launch, fake_slurm: Fake) -> None:
     install(PAIR, fake_slurm)
     done = launch("cluster", "nodes", *arguments)
     assert (done.returncode, said in done.stderr) == (code, True), done.stderr
@@ -327,9 +303,7 @@ DAMAGED = ("", "[]", "{", '{"schema": 2, "clusters": {}}', '{"schema": 1, "clust
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_a_damaged_file_stops_no_look_at_a_run(
-    text: str, launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_a_damaged_file_stops_no_look_at_a_run(text: str, launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(PAIR, fake_slurm)
     fake_slurm("sbatch", "echo 42")
     file = workplace / "home/.config/titan-launcher/nodes.json"
@@ -344,10 +318,7 @@ def test_a_damaged_file_stops_no_look_at_a_run(
     done = launch("cluster", "nodes")
     assert done.returncode == ExitStatus.INVALID and "nodes.json.damaged" in done.stderr
     submitted = launch(*SUBMIT, "--name", "next")
-    assert (
-        submitted.returncode == 0
-        and "warning: nodes that failed their check are not left out" in submitted.stderr
-    )
+    assert submitted.returncode == 0 and "warning: nodes that failed their check are not left out" in submitted.stderr
     assert file.read_text() == text
 
 
@@ -364,9 +335,7 @@ def test_what_cannot_be_printed_is_replaced(launch: Launch, fake_slurm: Fake, wo
     assert listed(launch)["n2"]["reason"] == "?"
 
 
-def test_of_clusters_that_share_a_home_the_jobs_own_counts(
-    launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_of_clusters_that_share_a_home_the_jobs_own_counts(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(PAIR, fake_slurm)
     unfit_run(workplace, "bad", record("n0", cluster="other"), record("n1", ECC, cluster="other"))
     assert json.loads(launch("status", "bad", "--json").stdout)["left_out"] == ["n1"]
@@ -457,9 +426,7 @@ def test_not_retried_where_nobody_is_to_blame(retrying: Callable[..., Any], work
 
 
 def test_not_retried_where_too_few_nodes_are_left(retrying: Callable[..., Any], workplace: Path) -> None:
-    done = retrying(
-        [[record("n0"), record("n1", ECC), record("n2")]], "--nodes", "3", "--retry-bad-nodes", "3"
-    )
+    done = retrying([[record("n0"), record("n1", ECC), record("n2")]], "--nodes", "3", "--retry-bad-nodes", "3")
     assert done.returncode == ExitStatus.NODES_UNFIT
     assert "r: not retried: --nodes 3: partition batch has 2, without those that failed" in done.stderr
     assert len((workplace / "calls").read_text().splitlines()) == 1

@@ -39,9 +39,7 @@ def general(**values: str) -> str:
     return "\n".join(rows) + "\n"
 
 
-def judged(
-    *answers: tuple[Any, str | None], arch: str = "x86_64", alone: bool = False
-) -> tuple[list[str], list[str]]:
+def judged(*answers: tuple[Any, str | None], arch: str = "x86_64", alone: bool = False) -> tuple[list[str], list[str]]:
     problems, warnings = health.judge_gpus(smi.join(answers), "gpu001", alone=alone, arch=arch)
     assert all(one["fault"] == "node" and one["fix"] for one in problems)
     return [one["what"] for one in problems], [one["what"] for one in warnings]
@@ -97,23 +95,17 @@ def test_a_gpu_that_is_cut_into_pieces() -> None:
     (problem,), _ = judged((GENERAL, general()), (mig, of_gpu_2("Disabled", "Enabled")))
     assert problem == "MIG is enabled on GPU 2: training needs whole GPUs"
     assert judged((GENERAL, general()), (mig, of_gpu_2("Disabled", "[N/A]"))) == ([], [])
-    (one,), _ = health.judge_gpus(
-        smi.join([(mig, of_gpu_2("Disabled", "Enabled"))]), "h", alone=False, arch=""
-    )
+    (one,), _ = health.judge_gpus(smi.join([(mig, of_gpu_2("Disabled", "Enabled"))]), "h", alone=False, arch="")
     assert f"nvidia-smi -i {UUIDS[2]} -mig 0" in one["fix"]
 
 
 def test_a_row_that_waits_for_a_reset_is_a_warning() -> None:
-    problems, warnings = judged(
-        (GENERAL, general()), (smi.GROUPS["rows"][0][1], of_gpu_2("No, No", "Yes, No"))
-    )
+    problems, warnings = judged((GENERAL, general()), (smi.GROUPS["rows"][0][1], of_gpu_2("No, No", "Yes, No")))
     assert problems == [] and "GPU 2: the remapping of a bad memory row waits" in warnings[0]
 
 
 def test_a_gpu_that_the_driver_keeps_cool_is_a_warning() -> None:
-    hot = of_gpu_2(
-        "Not Active, Not Active, Not Active, Not Active", "Not Active, Not Active, Not Active, Active"
-    )
+    hot = of_gpu_2("Not Active, Not Active, Not Active, Not Active", "Not Active, Not Active, Not Active, Active")
     problems, warnings = judged((GENERAL, general()), (REASONS, hot))
     assert problems == [] and "GPU 2 is slowed down by the driver" in warnings[0]
 
@@ -126,10 +118,7 @@ def test_memory_that_somebody_else_uses() -> None:
     assert judged((GENERAL, general(used="4000")), process, arch="aarch64") == ([], [])
     problems, warnings = judged((GENERAL, general(used="40000")), arch="aarch64")
     assert problems == [] and "by no process that is seen" in warnings[0]
-    assert (
-        "somebody else (process 4711)"
-        in judged((GENERAL, general(used="40000")), process, arch="aarch64")[0][0]
-    )
+    assert "somebody else (process 4711)" in judged((GENERAL, general(used="40000")), process, arch="aarch64")[0][0]
 
 
 def test_one_gpu_alone_needs_no_fabric() -> None:
@@ -140,7 +129,7 @@ def test_one_gpu_alone_needs_no_fabric() -> None:
 
 @pytest.mark.parametrize(
     "nothing", ["[N/A]", "N/A", "[Not Supported]", "Not Supported", "[Unknown Error]", "", "¿qué?"]
-)  # fmt: skip
+)
 def test_what_is_not_said_is_not_zero_and_not_a_fault(nothing: str) -> None:
     row = of_gpu_2(nothing, nothing)
     for group in ("ecc", "fabric", "clique"):
@@ -170,9 +159,7 @@ def test_what_is_no_answer_is_passed_over(text: str) -> None:
 @given(st.text(max_size=300), st.sampled_from(sorted(smi.GROUPS)))
 def test_no_text_breaks_the_parser(text: str, group: str) -> None:
     fields = smi.GROUPS[group][0][1]
-    health.judge_gpus(
-        smi.join([(fields, text), (fields, f"{UUIDS[0]}, {text}")]), "h", alone=False, arch="x86_64"
-    )
+    health.judge_gpus(smi.join([(fields, text), (fields, f"{UUIDS[0]}, {text}")]), "h", alone=False, arch="x86_64")
 
 
 @pytest.mark.parametrize("alarm", ["[GPU requires reset]", "[GPU is lost]"])
@@ -303,9 +290,9 @@ def test_a_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["driver"] == "580.95.05" and len(facts["gpu_health"]) == 4
     assert facts["free_gib"]["scratch"] > 0
     names = [one["name"] for one in problems]
-    assert {"ecc", "infiniband", "imex"} <= set(names) and "GPU 2: 7 uncorrected" in problems[
-        names.index("ecc")
-    ]["what"]
+    assert {"ecc", "infiniband", "imex"} <= set(names) and "GPU 2: 7 uncorrected" in problems[names.index("ecc")][
+        "what"
+    ]
     unsaid = (
         "nvidia-smi does not say: recovery, mig, rows, clocks, fabric, clique, processes"
         " (ended with 2: Field is not a valid field to query.)"
@@ -330,9 +317,7 @@ def test_memory_that_is_being_freed_is_no_fault(
 ) -> None:
     """A job has just ended on this node: its process takes seconds to let go of the GPU."""
     smi = tmp_path / "nvidia-smi"
-    busy = (
-        f"echo >>{tmp_path}/looks; [ $(wc -l <{tmp_path}/looks) -lt {freed_at_look} ] && used=90000 || used=3"
-    )
+    busy = f"echo >>{tmp_path}/looks; [ $(wc -l <{tmp_path}/looks) -lt {freed_at_look} ] && used=90000 || used=3"
     smi.write_text(f'#!/bin/sh\ncase "$1" in *name*) {busy}; echo "GPU-0, 0, NVIDIA H200, 580.95.05, $used, 143771, 30" ;; esac\n')  # fmt: skip
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -371,9 +356,7 @@ def test_without_nvidia_smi_there_is_a_warning(tmp_path: Path, monkeypatch: pyte
 def test_little_space_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def space(gib: float) -> Any:
         def statvfs(_: Path) -> os.statvfs_result:
-            return os.statvfs_result(
-                (4096, 4096, 10**9, 10**9, int(gib * health.GIB / 4096), 0, 0, 0, 0, 255)
-            )
+            return os.statvfs_result((4096, 4096, 10**9, 10**9, int(gib * health.GIB / 4096), 0, 0, 0, 0, 255))
 
         monkeypatch.setattr(os, "statvfs", statvfs)
         return health.look({"device": "cpu"}, "h", {}, {"scratch": tmp_path, "run": tmp_path})[1:]

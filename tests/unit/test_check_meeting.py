@@ -210,15 +210,11 @@ def test_a_firewall_is_told_within_minutes(error: OSError, monkeypatch: pytest.M
     network = Network(monkeypatch, error)
     with pytest.raises(Lost, match=r"node 0 at 10\.0\.0\.1:10007 is silent, not even refusing") as lost:
         Guest("10.0.0.1", 10007, "7", 1, 900)
-    assert (
-        network.now < 140 and "ip route get 10.0.0.1" in lost.value.fix and "10000 to 29999" in lost.value.fix
-    )
+    assert network.now < 140 and "ip route get 10.0.0.1" in lost.value.fix and "10000 to 29999" in lost.value.fix
 
 
 @pytest.mark.parametrize("errors", [[REFUSED], [TIMEOUT, REFUSED, TIMEOUT], [REFUSED, TIMEOUT]])
-def test_a_node_0_that_has_refused_may_take_its_time(
-    errors: list[OSError], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_0_that_has_refused_may_take_its_time(errors: list[OSError], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its host is there: its container is still being unpacked."""
     network = Network(monkeypatch, *errors)
     with pytest.raises(Lost, match="did not answer within 900 s") as lost:
@@ -248,7 +244,7 @@ def crew(folder: Path, torch: str, count: int = 2) -> list[workers.Worker]:
 @pytest.mark.parametrize(
     ("torch", "limit_s", "said"),
     [("dies", 30, "look: the worker ended with 7: libcudart.so: broken"), ("hangs", 1.0, "look: no answer within 1 s")],
-)  # fmt: skip
+)
 def test_a_worker_that_dies_or_hangs(tmp_path: Path, torch: str, limit_s: float, said: str) -> None:
     made = crew(tmp_path, torch)
     answers = workers.ask(made, [{"do": "look", "gpus": 2}] * 2, limit_s)

@@ -126,9 +126,7 @@ def test_the_unit_does_not_matter(values: list[float], factor: float) -> None:
 
 
 @given(st.lists(st.floats(99.0, 101.0), min_size=8, max_size=200), st.floats(0.0, 70.0), st.data())
-def test_one_sick_gpu_among_healthy_ones_is_always_found(
-    values: list[float], sick: float, data: st.DataObject
-) -> None:
+def test_one_sick_gpu_among_healthy_ones_is_always_found(values: list[float], sick: float, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(values)))
     _, limit = verdict.limit_of([*values[:place], sick, *values[place:]], "cuda")
     assert sick < limit < min(values)
@@ -137,9 +135,7 @@ def test_one_sick_gpu_among_healthy_ones_is_always_found(
 def test_what_only_some_nodes_have_is_theirs() -> None:
     data = problem("data", "/data/c4 is not a directory", "mount it", "run")
     found = judged(records(n1={"problems": [data]}))
-    assert [(one["host"], one["fault"], one["why"]) for one in found["unfit"]] == [
-        ("gpu001", "node", data["what"])
-    ]
+    assert [(one["host"], one["fault"], one["why"]) for one in found["unfit"]] == [("gpu001", "node", data["what"])]
 
 
 @pytest.mark.parametrize(
@@ -179,9 +175,7 @@ def test_a_collective_that_fails_is_nobodys_fault() -> None:
 def test_nodes_that_never_came_are_named() -> None:
     here = {number: record for number, record in records().items() if number != 2}
     found = verdict.judge(here, 4, "cuda", {2: "gpu002"})
-    assert [(one["host"], one["name"], one["fault"]) for one in found["unfit"]] == [
-        ("gpu002", "absent", "node")
-    ]
+    assert [(one["host"], one["name"], one["fault"]) for one in found["unfit"]] == [("gpu002", "absent", "node")]
     assert not found["ok"]
 
 
@@ -227,7 +221,7 @@ def gpus_in(cluster: str | None, *cliques: str) -> dict[str, Any]:
         ([gpus_in(RACK, *"1111"), {}, gpus_in(None, "1"), {"gpu_health": []}], ""),
     ],
     ids=["1+1", "2+1", "3+1", "one node", "a node that does not say", "whole", "eight-GPU boards", "one says"],
-)  # fmt: skip
+)
 def test_a_job_that_straddles_nvlink_domains(nodes: list[dict[str, Any]], said: str) -> None:
     health: dict[str, Any] = {f"n{number}": node for number, node in enumerate(nodes)}
     found = judged(records(len(nodes), **health))

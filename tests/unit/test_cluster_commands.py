@@ -104,9 +104,7 @@ def test_what_cannot_be_read_is_a_warning_and_no_guess(launch: Launch, fake_slur
         (":", "nonsense"),
     ],
 )
-def test_no_slurm_is_an_error_with_its_own_words(
-    script: str, said: str, launch: Launch, fake_slurm: Fake
-) -> None:
+def test_no_slurm_is_an_error_with_its_own_words(script: str, said: str, launch: Launch, fake_slurm: Fake) -> None:
     fake_slurm("scontrol", script)
     done = launch("cluster", "show")
     assert done.returncode == ExitStatus.CLUSTER
@@ -131,9 +129,7 @@ def test_an_unknown_partition_is_answered_with_the_known_ones(launch: Launch, fa
 # ------------------------------------------------------------------------------------------ use
 
 
-def test_use_saves_the_profile_that_fits_as_a_default(
-    launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_use_saves_the_profile_that_fits_as_a_default(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(CLUSTERS["managed-25.11"], fake_slurm)
     done = launch("cluster", "use", "--partition", "all")
     file = workplace / "home" / ".config" / "titan-launcher" / "config.toml"
@@ -153,9 +149,7 @@ def test_use_warns_of_a_contradiction_and_obeys(launch: Launch, fake_slurm: Fake
     assert (workplace / "mine.toml").read_text() == '[job]\ngpu = "gb200"\n'
 
 
-def test_use_without_a_name_refuses_where_none_fits(
-    launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_use_without_a_name_refuses_where_none_fits(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(CONTRADICTORY, fake_slurm)
     done = launch("cluster", "use", "--config", "mine.toml")
     assert done.returncode == ExitStatus.NOT_FOUND
@@ -163,9 +157,7 @@ def test_use_without_a_name_refuses_where_none_fits(
     assert not (workplace / "mine.toml").exists()
 
 
-def test_use_needs_a_profile_that_exists_and_no_slurm(
-    launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_use_needs_a_profile_that_exists_and_no_slurm(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     done = launch("cluster", "use", "gb20")
     assert (done.returncode, "launcher cluster use gb200" in done.stderr) == (ExitStatus.NOT_FOUND, True)
     (workplace / "own.toml").write_text("[profile]\ngpus_per_node = 2\n")
@@ -181,10 +173,7 @@ def test_submit_takes_the_profile_that_show_proposes(launch: Launch, fake_slurm:
     install(CONTRADICTORY, fake_slurm)
     done = launch(*render)
     assert done.returncode == ExitStatus.NOT_FOUND
-    assert (
-        "does not say clearly which GPU it has" in done.stderr
-        and "node names b200-1 says b200" in done.stderr
-    )
+    assert "does not say clearly which GPU it has" in done.stderr and "node names b200-1 says b200" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------ the user's file

@@ -20,9 +20,7 @@ from tests.cluster_fixtures import CLUSTERS, STAMP, FakeNode, answering, cluster
 KINDS = known_kinds()
 NAME = st.from_regex(r"[a-z][a-z0-9-]{0,12}[0-9]{1,4}", fullmatch=True)
 # Free text as an administrator may type it: brackets, quotes, spaces, key=value, newlines.
-TEXT = st.text(
-    st.characters(codec="utf-8", exclude_characters="\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\0"), max_size=60
-)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\0"), max_size=60)
 
 
 def facts_of(answers: dict[str, str], plugstack: str = "") -> ClusterFacts:
@@ -286,9 +284,7 @@ def test_images_are_mounted_or_unpacked_as_plugstack_says(tmp_path: Path) -> Non
     assert slurm.plugstack(str(tmp_path / "none.conf")) == ""
 
 
-def test_a_shell_that_shapes_the_output_does_not_reach_slurm(
-    fake_slurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shell_that_shapes_the_output_does_not_reach_slurm(fake_slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_TOPO_LEN", "10")
     fake_slurm("scontrol", 'echo "$SLURM_TOPO_LEN|$LC_ALL"')
     assert slurm.ask(("scontrol", "show", "topology")) == "|C\n"
@@ -298,9 +294,7 @@ def test_a_shell_that_shapes_the_output_does_not_reach_slurm(
 # ------------------------------------------------------------------------------------------ the profile
 
 
-def node(
-    name: str = "batch-compute-node-001", gres: str = "gpu:8", arch: str = "x86_64", **values: object
-) -> Node:
+def node(name: str = "batch-compute-node-001", gres: str = "gpu:8", arch: str = "x86_64", **values: object) -> Node:
     count, kind = parse.gpus(gres)
     return Node(name, gres=gres, gpus=count, gpu_type=kind, arch=arch, **values)  # type: ignore[arg-type]
 
@@ -347,10 +341,7 @@ def test_contradictions_say_what_both_sides_say() -> None:
     (none,) = propose([node(gres="")], KINDS).contradictions
     assert "has GPUs in its GRES" in none
     mixed = propose([node(gres="gpu:h200:8"), node(gres="gpu:h100:8")], KINDS)
-    assert (
-        mixed.candidates == ("h200", "h100")
-        and "2 sorts: 8 GPUs (h200), 8 GPUs (h100)" in mixed.contradictions[0]
-    )
+    assert mixed.candidates == ("h200", "h100") and "2 sorts: 8 GPUs (h200), 8 GPUs (h100)" in mixed.contradictions[0]
 
 
 def test_an_alias_is_explained() -> None:

@@ -103,7 +103,7 @@ def test_settings_and_versions_that_differ() -> None:
     a = outcome(settings={"job.name": "a", "titan.training.max_norm": "2"})
     b = outcome(
         settings={"job.name": "b", "recipe.compile": True}, compile=True, versions={"torch": "2.13.0", "driver": "580"}
-    )  # fmt: skip
+    )
     found = compare(a, b)
     assert found.settings == (("recipe.compile", False, True), ("titan.training.max_norm", "2", None))
     assert found.versions == (("torch", "2.14.1", "2.13.0"),)  # 580 and 580.95.05 are the same driver
@@ -179,7 +179,7 @@ def test_the_row_that_matches_best(changes: dict[str, Any], gpus: int) -> None:
     batch = changes.get("local_batch_size", 5)
     made = outcome(
         **changes, global_batch_size=changes.get("gpus", 36) * batch, settings={"recipe.local_batch_size": batch}
-    )  # fmt: skip
+    )
     row = published_beside(made)
     assert (row.gpu, row.gpus) == (made.gpu, gpus)
     if made.gpu == "B200":

@@ -149,9 +149,7 @@ def test_a_controller_that_stays_silent_ends_the_wait(
     assert 600 < clock.now - 1000 < 620
 
 
-def test_a_controller_that_restarts_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
+def test_a_controller_that_restarts_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     def state(_: Run) -> JobState:
         if clock.now >= 3000:
             return RUNNING
@@ -184,10 +182,7 @@ def test_what_nobody_foresaw_is_a_failed_check_with_its_traceback(tmp_path: Path
     done = cpu.start_unchecked(FAKE_TORCH="2.13.0+cpu", SLURM_NODEID="9" * 5000)
     lines = done.stdout.splitlines()
     assert done.returncode == FAILED and done.stderr == ""
-    assert (
-        lines[0].startswith("titan-node: FAIL node=0 host=")
-        and 'why="unexpected: ValueError: Exceeds' in lines[0]
-    )
+    assert lines[0].startswith("titan-node: FAIL node=0 host=") and 'why="unexpected: ValueError: Exceeds' in lines[0]
     assert lines[1] == "Traceback (most recent call last):" and "in main" in done.stdout
     (cpu.site / "torchtitan-0.3.0.dist-info" / "METADATA").write_text("Name: torchtitan\n")
     done = cpu.start_unchecked(FAKE_TORCH="2.13.0+cpu")

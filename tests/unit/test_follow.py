@@ -144,9 +144,7 @@ def test_time_left_comes_from_the_steps_after_the_first(tmp_path: Path) -> None:
 def test_lines_without_a_time_use_our_clock(tmp_path: Path) -> None:
     times = iter([0.0, 100.0, 110.0, 120.0])
     (tmp_path / "0000-a.log").write_text("".join(step(n).partition("INFO - ")[2] for n in (1, 10, 20)))
-    seen = list(
-        follow(tmp_path, steps_total=40, is_finished=lambda: True, clock=lambda: next(times), sleep=print)
-    )
+    seen = list(follow(tmp_path, steps_total=40, is_finished=lambda: True, clock=lambda: next(times), sleep=print))
     assert [p.seconds_left for p in seen] == [None, None, 20.0]
 
 

@@ -31,9 +31,7 @@ SHORT = outcome(run="cut", step=40, state="FAILED", problems=("FAILED", "step 40
 
 
 def test_one_run_has_its_row_and_below_it_the_rest() -> None:
-    shown = one_run(
-        replace(WHOLE, prediction={"tps": 17000.0, "memory_gib": 150.0}, notes=("a note",))
-    ).splitlines()
+    shown = one_run(replace(WHOLE, prediction={"tps": 17000.0, "memory_gib": 150.0}, notes=("a note",))).splitlines()
     assert shown[2].startswith("|GB200   |9 (36 GPU)                   |5         |step: 100  loss:  6.6542")
     below = {line[:12].strip(): line[14:] for line in shown[6:]}
     assert all(len(line) <= 100 for line in shown[5:]), shown
@@ -96,9 +94,7 @@ def test_markdown_is_sorted_and_has_the_published_columns_first() -> None:
     text = markdown(runs)
     assert markdown(runs[::-1]) == text
     lines = text.splitlines()
-    assert lines[0].startswith(
-        "|GPU Type|Compute nodes in training job|Batch size|Performance indicators at the last"
-    )
+    assert lines[0].startswith("|GPU Type|Compute nodes in training job|Batch size|Performance indicators at the last")
     assert {line.count("|") for line in lines} == {8}
     assert [line.split("|")[7].split(" ")[0] for line in lines[2:]] == [
         "b",
@@ -124,9 +120,7 @@ def test_names_cannot_break_a_table(name: str, problem: str) -> None:
         assert "\x1b" not in one_run(runs[0])
 
 
-@pytest.mark.parametrize(
-    "name", ["=1+1", "+1", "-1", "@SUM(A1)", " =1+1", "\uff1d1+1", '=HYPERLINK("http://x","y")']
-)
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", " =1+1", "\uff1d1+1", '=HYPERLINK("http://x","y")'])
 def test_a_spreadsheet_runs_nothing(name: str) -> None:
     (row,) = csv.DictReader(io.StringIO(csv_text([shape(run=name, versions={"driver": name})])))
     assert row["run"] == row["driver"] == f"'{name}"
@@ -174,24 +168,15 @@ def test_only_what_is_between_the_marks_changes(before: str, after: str) -> None
 
 
 def test_ends_of_lines_stay_windows_own() -> None:
-    assert (
-        with_table(f"a\r\n{BEGIN}\r\n{END}\r\n", "x\ny", "f")
-        == f"a\r\n{BEGIN}\r\n\r\nx\r\ny\r\n\r\n{END}\r\n"
-    )
+    assert with_table(f"a\r\n{BEGIN}\r\n{END}\r\n", "x\ny", "f") == f"a\r\n{BEGIN}\r\n\r\nx\r\ny\r\n\r\n{END}\r\n"
 
 
-@pytest.mark.parametrize(
-    "text", ["", BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}", f"{BEGIN}{END}{END}"]
-)
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}", f"{BEGIN}{END}{END}"])
 def test_marks_that_are_missing_or_double(text: str) -> None:
     with pytest.raises(LauncherError, match="must have one line") as caught:
         with_table(text, "x", "a b/README.md")
     advice = caught.value.fix
-    assert (
-        advice.endswith(">> 'a b/README.md'")
-        if not text
-        else "grep -n titan-results 'a b/README.md'" in advice
-    )
+    assert advice.endswith(">> 'a b/README.md'") if not text else "grep -n titan-results 'a b/README.md'" in advice
 
 
 # --- torchtitan's benchmarks folder ------------------------------------------------------------------------------
@@ -209,9 +194,7 @@ def test_a_submission_says_what_its_readme_asks_for() -> None:
     ((name, text),) = submissions([whole], "My Team_1").items()
     assert name == "llama3-8b_36xgb200_202611_my-team-1.md"
     assert "My Team_1" in text and "36 GB200, 4 in each of 9 nodes" in text and "580.95.05" in text
-    assert (
-        "| 17,930 (17,858 to 18,002) |" in text and "46.15% of 2250 TFLOP/s; 42.38% of 2450 TFLOP/s" in text
-    )
+    assert "| 17,930 (17,858 to 18,002) |" in text and "46.15% of 2250 TFLOP/s; 42.38% of 2450 TFLOP/s" in text
     for version in whole.versions.values():
         assert version in text
     found = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
@@ -305,18 +288,12 @@ def test_a_readme_is_rewritten_once(launch: Launch, runs: Path, workplace: Path)
     assert launch("results", "--all", "--update", "README.md").returncode == ExitStatus.FILESYSTEM
     readme.write_text("# Mine\n")
     refused = launch("results", "--all", "--update", "README.md")
-    assert (
-        refused.returncode == ExitStatus.INVALID
-        and BEGIN in refused.stderr
-        and readme.read_text() == "# Mine\n"
-    )
+    assert refused.returncode == ExitStatus.INVALID and BEGIN in refused.stderr and readme.read_text() == "# Mine\n"
     readme.write_text(f"# Mine\n\n{BEGIN}\n{END}\n\nEnd.\n")
     readme.chmod(0o600)
     assert "README.md: 3 rows, written" in launch("results", "--all", "--update", "README.md").stdout
     text = readme.read_text()
-    assert (
-        text.startswith("# Mine\n") and text.endswith("\n\nEnd.\n") and text.count("|step: 100  loss:") == 3
-    )
+    assert text.startswith("# Mine\n") and text.endswith("\n\nEnd.\n") and text.count("|step: 100  loss:") == 3
     assert readme.stat().st_mode & 0o777 == 0o600
     assert "as it was" in launch("results", "other", "gb200-*", "--update", "README.md").stdout
     assert readme.read_text() == text and [p.name for p in workplace.glob(".README*")] == []
@@ -328,9 +305,7 @@ def test_a_submission_is_written_but_not_over_another(launch: Launch, runs: Path
     submit = ("results", "other", "--format", "torchtitan")
     assert "--entity" in launch(*submit).stderr
     shown = launch(*submit, "--entity", "me")
-    assert shown.stderr == "llama3-8b_8xgb200_202611_me.md:\n" and shown.stdout.startswith(
-        "This was run by me"
-    )
+    assert shown.stderr == "llama3-8b_8xgb200_202611_me.md:\n" and shown.stdout.startswith("This was run by me")
     for _ in range(2):
         done = launch(*submit, "--entity", "me", "-o", "out")
         assert done.stdout == "out/llama3-8b_8xgb200_202611_me.md\n"

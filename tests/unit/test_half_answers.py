@@ -31,8 +31,7 @@ from tests.unit.test_preflight import cluster as values
 Fake = Callable[[str, str], Path]
 SUBMIT = ("--gpu", "gb200", "--recipe", "debug", "--data", "sample", "--tokenizer", "sample", "--name", "r")
 BLOCKS = "".join(
-    f"BlockName=rack{b} BlockIndex={b} Nodes=gpu[{18 * b + 1:03d}-{18 * b + 18:03d}] BlockSize=18\n"
-    for b in (0, 1)
+    f"BlockName=rack{b} BlockIndex={b} Nodes=gpu[{18 * b + 1:03d}-{18 * b + 18:03d}] BlockSize=18\n" for b in (0, 1)
 )
 RACKS = cluster(
     "24.11.5",
@@ -67,10 +66,7 @@ def test_every_note_is_a_warning(missing: str) -> None:
 
 
 def test_whole_answers_have_no_notes() -> None:
-    assert (
-        facts_of(RACKS).unread == ()
-        and statuses(looked(run("gb200", 9), facts_of(RACKS)), "cluster") == set()
-    )
+    assert facts_of(RACKS).unread == () and statuses(looked(run("gb200", 9), facts_of(RACKS)), "cluster") == set()
 
 
 @pytest.mark.parametrize("answers", [CUT, CUT_AT_A_LINE], ids=["in a record", "between two"])
@@ -104,17 +100,13 @@ def test_unread_partitions_of_several_names() -> None:
     facts = facts_of(cluster("25.05.3", nodes, []))
     checks = looked(run("h200", 2), facts)
     assert not any(check.certain for check in checks)
-    assert (
-        "which partition is the default could not be read; there are p, q" in found(checks, "partition").what
-    )
+    assert "which partition is the default could not be read; there are p, q" in found(checks, "partition").what
     wrong = looked(run("b200", 1, partition="q", nodelist="a"), facts)
     assert refusal(wrong, force=True) is None and refusal(wrong, force=False) is not None
 
 
 def test_a_partition_record_that_is_cut_off() -> None:
-    lines = (
-        partition_line("batch", "gpu[001-036]", default=True) + "\n" + partition_line("short", "gpu001")[:300]
-    )
+    lines = partition_line("batch", "gpu[001-036]", default=True) + "\n" + partition_line("short", "gpu001")[:300]
     nodes = [FakeNode("gpu001", partitions="batch,short")]
     facts = facts_of(RACKS | {"partitions": lines, "nodes": node_line(nodes[0]) + "\n"})
     assert [(p.name, p.guessed) for p in facts.partitions] == [("batch", False), ("short", True)]
@@ -151,9 +143,7 @@ def test_show_claims_nothing_of_what_it_guesses(launch: Launch, fake_slurm: Fake
     assert "whether --segment works is unknown" in shown
 
 
-def test_submit_passes_unread_partitions_with_a_warning(
-    launch: Launch, fake_slurm: Fake, image: Path
-) -> None:
+def test_submit_passes_unread_partitions_with_a_warning(launch: Launch, fake_slurm: Fake, image: Path) -> None:
     install({name: text for name, text in RACKS.items() if name != "partitions"}, fake_slurm)
     fake_slurm("sbatch", "echo 42")
     done = launch("submit", "--image", str(image), *SUBMIT, "--nodes", "2")
@@ -229,9 +219,7 @@ def test_ctrl_c_while_slurm_hangs(workplace: Path, fake_slurm: Fake) -> None:
         since = time.monotonic()
         process.wait(timeout=20)
         assert time.monotonic() - since < 10
-        assert process.returncode != 0 and "Traceback" not in (
-            process.stderr.read() if process.stderr else ""
-        )
+        assert process.returncode != 0 and "Traceback" not in (process.stderr.read() if process.stderr else "")
     finally:
         for pid in (workplace / "asked").read_text().split():
             with suppress(ProcessLookupError):
@@ -239,11 +227,7 @@ def test_ctrl_c_while_slurm_hangs(workplace: Path, fake_slurm: Fake) -> None:
 
 
 def test_limits_are_read() -> None:
-    line = (
-        partition_line("p", "n1")
-        .replace("AllowGroups=ALL", "AllowGroups=a,b")
-        .replace("MinNodes=0", "MinNodes=4")
-    )
+    line = partition_line("p", "n1").replace("AllowGroups=ALL", "AllowGroups=a,b").replace("MinNodes=0", "MinNodes=4")
     line = line.replace("RootOnly=NO ReqResv=NO", "RootOnly=YES ReqResv=YES")
     node = node_line(FakeNode("n1")).replace("TmpDisk=0", "TmpDisk=7000000")
     facts = facts_of({**CLUSTERS["terraform-25.05"], "partitions": f"{line}\n", "nodes": f"{node}\n"})

@@ -77,9 +77,7 @@ def test_debians_127_0_1_1_is_replaced_by_the_address_towards_a_peer(job) -> Non
 def test_nothing_but_loopback_is_refused(job, route: str, tmp_path: Path) -> None:
     done = job({"node-1": hosts("127.0.1.1"), "node-2": hosts("127.0.1.1")}, route=route)
     assert (
-        done.returncode == 76
-        and "no address but loopback" in done.stderr
-        and "getent ahostsv4 node-1" in done.stderr
+        done.returncode == 76 and "no address but loopback" in done.stderr and "getent ahostsv4 node-1" in done.stderr
     )
     assert not (tmp_path / "seen.json").exists()
     assert json.loads((tmp_path / "r" / "end.json").read_text())["exit_code"] == 76

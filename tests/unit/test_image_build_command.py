@@ -35,9 +35,7 @@ __all__ = ["api", "builds", "run"]  # fixtures
 
 
 def test_build_prints_the_tag_and_streams_the_progress(run: Run, builds: list[dict[str, Any]]) -> None:
-    done = run(
-        "build", "cpu", "--base", "debian:12", "--index-url", "https://mirror.example/simple", "--no-cache"
-    )
+    done = run("build", "cpu", "--base", "debian:12", "--index-url", "https://mirror.example/simple", "--no-cache")
     assert (done.code, done.stdout) == (0, "titan:cpu-amd64\n")
     assert re.search(r"^Step 1/9 : building +amd64$", done.stderr, re.M)
     asked = builds[0]
@@ -56,9 +54,7 @@ def test_build_takes_nightly_unless_told_otherwise(run: Run, builds: list[dict[s
 
 
 @needs_tools
-def test_build_both_architectures_and_convert_them(
-    run: Run, builds: list[dict[str, Any]], workplace: Path
-) -> None:
+def test_build_both_architectures_and_convert_them(run: Run, builds: list[dict[str, Any]], workplace: Path) -> None:
     done = run("build", "cpu", "--arch", "all", "-o", ".", "--json")
     images = json.loads(done.stdout)["images"]
     assert [one["squashfs"] for one in images] == ["titan-cpu-amd64.sqsh", "titan-cpu-arm64.sqsh"]
@@ -168,9 +164,7 @@ def test_push_makes_one_list_of_what_was_built(
     def push(tag: str, reference: str, *, engine: Any, say: Any) -> Pushed:
         return Pushed(tag.rpartition("-")[2], f"sha256:of-{tag}", reference)
 
-    def manifest_list(
-        reference: str, pushed: list[Pushed], *, arches: list[str], engine: Any, say: Any
-    ) -> str:
+    def manifest_list(reference: str, pushed: list[Pushed], *, arches: list[str], engine: Any, say: Any) -> str:
         listed.append((reference, [one.arch for one in pushed], arches))
         return "sha256:list"
 
@@ -219,9 +213,7 @@ def test_check_of_a_file_that_is_no_image(
     assert (done.code, words in done.stderr) == (ExitStatus.INVALID, True), done.stderr
 
 
-def test_check_where_a_program_is_missing_says_which(
-    run: Run, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_where_a_program_is_missing_says_which(run: Run, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "unsquashfs is missing" in run("check", str(image)).stderr
@@ -259,9 +251,7 @@ def test_check_has_a_line_for_each(run: Run, monkeypatch: pytest.MonkeyPatch, st
 
     monkeypatch.setattr(checking, "check", check)
     done = run("check", "titan:cpu-amd64", "--timeout", "60")
-    assert done.stdout.splitlines() == [
-        "ok       torch     2.13.0", f"{status:7}  one NCCL  two?[31m"
-    ]  # fmt: skip
+    assert done.stdout.splitlines() == ["ok       torch     2.13.0", f"{status:7}  one NCCL  two?[31m"]
     assert (done.code, limits) == (code, [60])
     done = run("check", "titan:cpu-amd64", "--json")
     value = json.loads(done.stdout)
@@ -280,9 +270,7 @@ def test_lock_makes_both_architectures_unless_told_otherwise(
     monkeypatch.setattr(locking, "lock", lock)
     assert run("lock", "stable").stdout.split() == ["stable-amd64.txt", "stable-arm64.txt"]
     value = json.loads(run("lock", "stable", "--arch", "arm64", "-o", "mine.txt", "--json").stdout)
-    assert value == [
-        {"channel": "stable", "arch": "arm64", "path": "mine.txt", "packages": {"torch": "2.14.1"}}
-    ]
+    assert value == [{"channel": "stable", "arch": "arm64", "path": "mine.txt", "packages": {"torch": "2.14.1"}}]
     assert run("lock", "stable", "-o", "mine.txt").code == ExitStatus.USAGE
     assert run("lock", "stable", "--arch", "arm64", "-o", ".").code == ExitStatus.USAGE
 
@@ -326,9 +314,7 @@ def test_sif(run: Run, api: Api, monkeypatch: pytest.MonkeyPatch, workplace: Pat
 
 def test_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect() -> None:
-        raise LauncherError(
-            "no Docker engine answers", "sudo systemctl start docker", status=ExitStatus.ERROR
-        )
+        raise LauncherError("no Docker engine answers", "sudo systemctl start docker", status=ExitStatus.ERROR)
 
     monkeypatch.setattr(docker_engine, "connect", connect)
     for arguments in (["build", "cpu"], ["convert", "titan:cpu-amd64"], ["check", "titan:cpu-amd64"]):
@@ -342,9 +328,7 @@ def test_make_image_is_one_command_for_any_channel_and_architecture() -> None:
     def planned(*variables: str) -> str:
         command = ["make", "--dry-run", "VENV=/nonexistent/venv", "image", *variables]
         environment = {name: value for name, value in os.environ.items() if name not in ("CHANNEL", "ARCH")}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
     assert "/launcher image build 'nightly'  --output . --force" in planned()
     assert "build 'cpu' --arch 'all' --output . --force --network host" in planned(

@@ -125,9 +125,7 @@ def test_convert_replaces_a_file_only_when_told_to(run: Run, api: Api, workplace
     assert refused.code == ExitStatus.INVALID
     assert f"{path.relative_to(workplace)} exists" in refused.stderr and "--force" in refused.stderr
     assert path.read_text() == "mine" and not sidecar_path(path).exists()
-    assert (
-        run("convert", "titan:cpu-amd64", "-o", "images", "--force").stdout == "images/titan-cpu-amd64.sqsh\n"
-    )
+    assert run("convert", "titan:cpu-amd64", "-o", "images", "--force").stdout == "images/titan-cpu-amd64.sqsh\n"
     assert superblock(path).inodes > 1
 
 
@@ -151,9 +149,7 @@ def test_convert_refuses(
 
 
 @needs_tools
-def test_an_export_that_breaks_off_leaves_neither_a_file_nor_a_container(
-    run: Run, api: Api, workplace: Path
-) -> None:
+def test_an_export_that_breaks_off_leaves_neither_a_file_nor_a_container(run: Run, api: Api, workplace: Path) -> None:
     api.stream = exported(ABOUT, 5_000_000)[:3_000_000]
     done = run("convert", "titan:cpu-amd64")
     assert done.code == ExitStatus.ERROR and "incomplete or damaged" in done.stderr
@@ -203,9 +199,7 @@ def test_ctrl_c_leaves_neither_a_file_nor_a_container(
     assert api.containers == []
 
 
-def test_ctrl_c_while_the_engine_makes_the_container(
-    run: Run, api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_the_engine_makes_the_container(run: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     made = api.create_container
     answered = []
 
@@ -221,9 +215,7 @@ def test_ctrl_c_while_the_engine_makes_the_container(
 
 @needs_tools
 @pytest.mark.parametrize("name", ["--output=~/x.sqsh", "--output=~/folder/"])
-def test_the_home_directory_in_a_path_that_no_shell_expanded(
-    run: Run, api: Api, workplace: Path, name: str
-) -> None:
+def test_the_home_directory_in_a_path_that_no_shell_expanded(run: Run, api: Api, workplace: Path, name: str) -> None:
     home = workplace / "home"
     (home / "folder").mkdir()
     path = Path(run("convert", "titan:cpu-amd64", name).stdout.strip())
@@ -231,9 +223,7 @@ def test_the_home_directory_in_a_path_that_no_shell_expanded(
     assert "x86_64" in run("inspect", str(path).replace(str(home), "~")).stdout
 
 
-@pytest.mark.parametrize(
-    "image", ["", "../../containers/json", "titan:", "Titan:x", "titan cpu", "titan:x?all=1"]
-)
+@pytest.mark.parametrize("image", ["", "../../containers/json", "titan:", "Titan:x", "titan cpu", "titan:x?all=1"])
 def test_what_cannot_be_an_image_is_refused_before_the_engine_is_asked(
     run: Run, monkeypatch: pytest.MonkeyPatch, image: str
 ) -> None:

@@ -88,29 +88,21 @@ def test_a_driver_that_is_not_known_is_asked_for(launch: Launch, image: Path) ->
     describe(image, driver_min="580", versions={"cuda": "13.0"})
     done = launch(*SUBMIT, "--gpu", "h200", "--partition", "batch")
     assert done.returncode == 0
-    assert (
-        "warning: CUDA 13.0 in the image needs driver 580; which one the nodes have is not known"
-        in done.stderr
-    )
+    assert "warning: CUDA 13.0 in the image needs driver 580; which one the nodes have is not known" in done.stderr
     assert "srun -N1 -p batch --gres=gpu:1 nvidia-smi --query-gpu=driver_version" in done.stderr
     assert "H200 clusters have run with 570" in done.stderr
     for quiet in ("cpu", "b200"):  # B200s were published with 580
         assert "driver" not in launch(*SUBMIT, "--gpu", quiet).stderr
 
 
-def test_an_image_that_nothing_here_can_look_into_is_taken_with_a_warning(
-    launch: Launch, image: Path
-) -> None:
+def test_an_image_that_nothing_here_can_look_into_is_taken_with_a_warning(launch: Launch, image: Path) -> None:
     image.with_name(image.name + ".json").unlink()
     head = bytearray(image.read_bytes())
     head[20] = 5  # lz4, which no library here reads
     image.write_bytes(head)
     done = launch(*SUBMIT, "--gpu", "b200", PATH="/nowhere")
     assert done.returncode == 0, done.stderr
-    assert (
-        f"warning: --image {image}: nothing here can look into it: apt-get install squashfs-tools"
-        in done.stderr
-    )
+    assert f"warning: --image {image}: nothing here can look into it: apt-get install squashfs-tools" in done.stderr
 
 
 @pytest.fixture

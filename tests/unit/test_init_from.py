@@ -88,9 +88,7 @@ def test_the_published_8b_has_the_size_that_the_hub_tells() -> None:
 def test_one_file_needs_no_index_and_5s_config_has_another_table(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "w", shards=1)
     (folder / INDEX).unlink()
-    edit_config(
-        folder, rope_scaling=None, rope_theta=None, rope_parameters={**SCALING, "rope_theta": 500000.0}
-    )
+    edit_config(folder, rope_scaling=None, rope_theta=None, rope_parameters={**SCALING, "rope_theta": 500000.0})
     assert check_weights(folder, "debugmodel") == 1
 
 
@@ -116,9 +114,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no shard": (lambda f: (f / FIRST).unlink(), f"1 of 2 shards are missing: {FIRST}"),
     "no weights": (without_weights, "holds no *.safetensors"),
     "a pointer": (
-        lambda f: (f / FIRST).write_text(
-            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-        ),
+        lambda f: (f / FIRST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
         f"{FIRST} is a Git LFS pointer, not data",
     ),
     "empty": (lambda f: (f / FIRST).write_bytes(b""), f"{FIRST} is empty"),
@@ -185,9 +181,7 @@ def test_the_command_names_the_model_and_survives_a_shell(tmp_path: Path) -> Non
 def test_a_weight_of_another_shape_is_refused(weights: Path) -> None:
     wanted = wanted_tensors(SHAPES["debugmodel"])
     names = list(wanted)[0::2]
-    write_safetensors(
-        weights / FIRST, {**{n: wanted[n] for n in names}, "model.embed_tokens.weight": (2000, 256)}
-    )
+    write_safetensors(weights / FIRST, {**{n: wanted[n] for n in names}, "model.embed_tokens.weight": (2000, 256)})
     with pytest.raises(
         Refused, match=r"embed_tokens.weight has the shape \[2000, 256\], debugmodel needs \[2048, 256\]"
     ):
@@ -245,9 +239,7 @@ def test_both_eras_load_the_hubs_format_and_save_only_when_asked(interval: int, 
 
 
 def spec(init_from: Path | str, flavor: str = "debugmodel", **job: Any) -> RunSpec:
-    return RunSpec(
-        job=Job(name="a", runs_dir="/runs", init_from=str(init_from), **job), recipe=Recipe(flavor=flavor)
-    )
+    return RunSpec(job=Job(name="a", runs_dir="/runs", init_from=str(init_from), **job), recipe=Recipe(flavor=flavor))
 
 
 def test_submit_refuses_what_it_can_see(weights: Path) -> None:
@@ -269,10 +261,7 @@ def test_submit_looks_where_a_mount_takes_it_from(tmp_path: Path, weights: Path)
 
 def test_what_only_the_nodes_have_is_a_warning() -> None:
     check_at_submit(spec("/nowhere/weights"))
-    assert any(
-        text.startswith("/nowhere/weights: not on this machine")
-        for text in warnings(spec("/nowhere/weights"))
-    )
+    assert any(text.startswith("/nowhere/weights: not on this machine") for text in warnings(spec("/nowhere/weights")))
     assert not any(text.startswith(":") for text in warnings(spec("")))
 
 
@@ -282,9 +271,7 @@ def test_links_that_lead_out_of_the_container_are_refused(tmp_path: Path, weight
     snapshot.mkdir()
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(path)
-    with pytest.raises(
-        LauncherError, match=r"a link to .*/blobs/.*, which the container does not see"
-    ) as error:
+    with pytest.raises(LauncherError, match=r"a link to .*/blobs/.*, which the container does not see") as error:
         check_at_submit(spec(snapshot))
     assert f"--mount {blobs}:{blobs}:ro" in error.value.fix
     check_at_submit(spec(snapshot, mounts=(f"{blobs}:{blobs}:ro",)))
@@ -330,8 +317,7 @@ def test_a_place_that_cannot_be_mounted_is_refused(launch: Launch, value: str) -
 def test_the_recipe_for_fine_tuning_is_llama3_8b_from_its_weights() -> None:
     for gpu in ("gb200", "b200", "h200", "h100"):
         tuned, plain = (
-            merge([read_layer(find("recipes", name), "", gpu)])
-            for name in ("llama3-8b-finetune", "llama3-8b")
+            merge([read_layer(find("recipes", name), "", gpu)]) for name in ("llama3-8b-finetune", "llama3-8b")
         )
         assert tuned.job.init_from == "/data/models/Llama-3.1-8B" and plain.job.init_from == ""
         assert tuned.recipe.lr == 1e-5 and tuned.recipe.warmup_steps == 10 < tuned.recipe.steps

@@ -201,9 +201,7 @@ def alternatives(pattern: str) -> list[str]:
     return [part.replace("\x01", "(").replace("\x02", ")").replace("\\", "") for part in parts]
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in KNOWN if row.where is Where.PRINTED], ids=lambda row: row.name
-)
+@pytest.mark.parametrize("row", [row for row in KNOWN if row.where is Where.PRINTED], ids=lambda row: row.name)
 def test_what_is_printed_anywhere_is_not_passed_over(row: known_errors.Known) -> None:
     """Lines without one of a few words are not looked at, for speed: each text of a row must hold one of them."""
     for text in alternatives(row.pattern):
@@ -214,12 +212,9 @@ def test_what_is_printed_anywhere_is_not_passed_over(row: known_errors.Known) ->
 
 MY_BUG = RANK + "[rank0]:[rank2]: ValueError: my own bug, at 2026-11-22 14:50:52,000\n"
 VICTIM = (
-    ("[rank0]:[titan] 2026-11-22 14:50:40,000 - root - INFO - Training starts at step 1\n" + RANK)
-    + "[rank0]:[rank2]: RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18345.\n"
-)
-OUT_OF_MEMORY = (
-    RANK + "[rank0]:[rank2]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n"
-)
+    "[rank0]:[titan] 2026-11-22 14:50:40,000 - root - INFO - Training starts at step 1\n" + RANK
+) + "[rank0]:[rank2]: RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18345.\n"
+OUT_OF_MEMORY = RANK + "[rank0]:[rank2]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n"
 GOODBYE = next(sample.text for sample in SAMPLES if sample.row == "rendezvous-gone")
 TORCHRUN = next(sample.text for sample in SAMPLES if sample.row == "killed").replace("-9", "1")
 SRUN = "srun: error: gpu001: task 0: Exited with exit code 1\n"
@@ -243,20 +238,14 @@ def test_of_two_known_causes_the_earlier_one_is_named(tmp_path: Path) -> None:
 
 def test_an_error_that_is_not_known_is_shown_and_nothing_else_is_blamed(tmp_path: Path) -> None:
     """Known texts all around it: a warning that was survived, the victims, the ends that torchrun and srun tell."""
-    warned = (
-        "W1122 14:00:00.000000 1 hub.py:1] 429 Too Many Requests. Retrying in 1 s. No space left on device\n"
-    )
-    found = failure(
-        tmp_path, node0=VICTIM + GOODBYE, node1=warned + MY_BUG + TORCHRUN, node2=VICTIM, job=SRUN
-    )
+    warned = "W1122 14:00:00.000000 1 hub.py:1] 429 Too Many Requests. Retrying in 1 s. No space left on device\n"
+    found = failure(tmp_path, node0=VICTIM + GOODBYE, node1=warned + MY_BUG + TORCHRUN, node2=VICTIM, job=SRUN)
     assert (found.name, found.cause, found.fix, found.is_error) == ("", "", "", True)
     assert found.lines[0].startswith("ValueError: my own bug")
 
 
 def test_a_helper_program_of_another_architecture_says_nothing_of_the_image(tmp_path: Path) -> None:
-    error = MY_BUG.replace(
-        "ValueError: my own bug", "OSError: [Errno 8] Exec format error: '/data/bin/ptxas'"
-    )
+    error = MY_BUG.replace("ValueError: my own bug", "OSError: [Errno 8] Exec format error: '/data/bin/ptxas'")
     assert failure(tmp_path, node0=error).name == ""
     helper = "/data/bin/prepare: line 3: /data/bin/tool: cannot execute binary file: Exec format error\n"
     assert failure(tmp_path, node0=helper + STEP, job=SRUN).name == ""
@@ -278,9 +267,7 @@ def test_of_what_is_printed_the_more_telling_line_is_named(tmp_path: Path) -> No
 
 
 def test_the_code_that_failed_is_not_what_it_said(tmp_path: Path) -> None:
-    text = MY_BUG.replace("main()", 'advise("CUDA out of memory")').replace(
-        "/opt", "/No space left on device"
-    )
+    text = MY_BUG.replace("main()", 'advise("CUDA out of memory")').replace("/opt", "/No space left on device")
     assert failure(tmp_path, node0=text).name == ""
 
 
@@ -329,7 +316,7 @@ def test_the_check_of_a_node_speaks_for_itself(tmp_path: Path) -> None:
 HARMLESS = (
     STEP,
     GOODBYE,  # a good run ends so, too; without another error of a failed one it is the last resort
-    "titan-node: ok node=0 host=gpu001 device=cuda gpus=4 gpu=\"GB200\" torch=2.14.1 cuda=13.0\n",
+    'titan-node: ok node=0 host=gpu001 device=cuda gpus=4 gpu="GB200" torch=2.14.1 cuda=13.0\n',
     "[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - CUDA capacity: NVIDIA GB200 with 184.00GiB memory\n",
     "[rank0]:[titan] 2026-11-22 07:10:31,413 - root - WARNING - 2 CUDA memory allocation retries.\n",
     "gpu001:5:5 [0] NCCL INFO NET/IB : No device found.\n",
@@ -337,7 +324,7 @@ HARMLESS = (
     "pyxis: imported docker image: ./titan.sqsh\n",
     "launcher: job 12 on gpu[001-002], rendezvous 10.0.0.1:20012\n",
     "no errors so far; the time limit is one hour; the disk holds enough space\n",
-)  # fmt: skip
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -407,9 +394,7 @@ def make_run(workplace: Path) -> Callable[..., Path]:
     return make
 
 
-def test_status_prints_the_cause_then_the_fix_then_the_lines(
-    make_run: Callable[..., Path], launch: Launch
-) -> None:
+def test_status_prints_the_cause_then_the_fix_then_the_lines(make_run: Callable[..., Path], launch: Launch) -> None:
     run = make_run("r", gpu001=STEP + OUT_OF_MEMORY, job=SRUN)
     done = launch("status", "r")
     assert done.returncode == 8
@@ -429,9 +414,7 @@ def test_status_prints_the_cause_then_the_fix_then_the_lines(
     assert last["failure"] == told
 
 
-def test_status_of_an_unknown_error_shows_it_and_claims_nothing(
-    make_run: Callable[..., Path], launch: Launch
-) -> None:
+def test_status_of_an_unknown_error_shows_it_and_claims_nothing(make_run: Callable[..., Path], launch: Launch) -> None:
     run = make_run("r", gpu001=STEP + MY_BUG + GOODBYE, job=SRUN)
     done = launch("status", "r")
     assert "cause:" not in done.stderr and "try:" not in done.stderr
@@ -447,9 +430,7 @@ def test_an_exit_code_alone_is_explained(make_run: Callable[..., Path], launch: 
     assert "cause: the first node resolves to a loopback address" in done.stderr
 
 
-def test_a_good_run_has_no_failure_whatever_its_last_words(
-    make_run: Callable[..., Path], launch: Launch
-) -> None:
+def test_a_good_run_has_no_failure_whatever_its_last_words(make_run: Callable[..., Path], launch: Launch) -> None:
     make_run("r", exit_code=0, gpu001=STEP + GOODBYE)
     done = launch("status", "r")
     assert (done.returncode, done.stderr) == (0, "")
@@ -494,9 +475,7 @@ def test_the_page_lists_every_row_by_family() -> None:
     sections = dict(re.findall(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
     assert set(sections) == {row.family for row in KNOWN}
     for row in KNOWN:
-        cells = re.search(
-            rf"^\| `{row.name}` \| `(.+)` \| (.*) \| (.*) \|$", sections[row.family], re.MULTILINE
-        )
+        cells = re.search(rf"^\| `{row.name}` \| `(.+)` \| (.*) \| (.*) \|$", sections[row.family], re.MULTILINE)
         assert cells, row.name
         assert re.search(row.pattern, cells[1].replace("\\|", "|")), row.name
         assert cells.group(2, 3) == (in_docs(row.what), in_docs(row.fix))

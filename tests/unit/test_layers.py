@@ -37,9 +37,7 @@ def test_what_travels_with_the_launcher() -> None:
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_profile_takes_every_recipe(profile: str, recipe: str, workplace: Path) -> None:
-    spec = resolve(
-        options(job__gpu=profile, job__recipe=recipe, job__image="/x.sqsh", job__nodes=8), None, None, {}
-    )
+    spec = resolve(options(job__gpu=profile, job__recipe=recipe, job__image="/x.sqsh", job__nodes=8), None, None, {})
     assert spec.profile.gpu == profile.upper()
     assert spec.job.nodes == 8
 
@@ -55,9 +53,7 @@ def test_the_published_batch_sizes(gpu: str, batch: int, workplace: Path) -> Non
 
 
 def test_defaults_then_profile_then_recipe_then_file_then_options(workplace: Path) -> None:
-    file = write(
-        workplace / "mine.toml", "[recipe]\nsteps = 50\nlr = 1e-3\n[env]\nNCCL_IB_SL = 7\nMINE = 'yes'\n"
-    )
+    file = write(workplace / "mine.toml", "[recipe]\nsteps = 50\nlr = 1e-3\n[env]\nNCCL_IB_SL = 7\nMINE = 'yes'\n")
     spec = resolve(options(job__gpu="b200", job__image="/x.sqsh", recipe__steps=7), file, None, {})
     assert spec.recipe.steps == 7
     assert spec.recipe.lr == 1e-3
@@ -150,7 +146,7 @@ def test_any_value_survives_run_toml(
         ("run = 99\n", "run file format 99"),
         ("secret_env = 'x'\n", "secret_env must be a list"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_file_is_named_with_the_place(text: str, expected: str, workplace: Path) -> None:
     file = write(workplace / "mine.toml", text)
     with pytest.raises(LauncherError) as caught:

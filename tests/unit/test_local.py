@@ -81,9 +81,7 @@ def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workpl
     assert (end["signal"], end["exit_code"]) == ("TERM", 143)
 
 
-def test_a_trainer_that_ignores_sigterm_is_killed(
-    start, launch: Launch, workplace: Path, monkeypatch
-) -> None:
+def test_a_trainer_that_ignores_sigterm_is_killed(start, launch: Launch, workplace: Path, monkeypatch) -> None:
     from launcher.cluster import local
 
     start(f"trap '' TERM; echo $$ >{workplace}/pid; while :; do sleep 0.1; done")

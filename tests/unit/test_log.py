@@ -98,9 +98,7 @@ def test_lines_that_report_no_training_step(line: bytes) -> None:
     assert parse_line(line) is None
 
 
-@pytest.mark.parametrize(
-    "line", [PLAIN, COLOURED.removesuffix(b"\x1b[39m"), PLAIN.replace(b"45.25%", b"N/A")]
-)
+@pytest.mark.parametrize("line", [PLAIN, COLOURED.removesuffix(b"\x1b[39m"), PLAIN.replace(b"45.25%", b"N/A")])
 def test_a_line_cut_short_is_no_record(line: bytes) -> None:
     assert [end for end in range(len(line)) if parse_line(line[:end])] == []
 
@@ -261,9 +259,7 @@ def test_plain_text_cannot_drive_a_terminal(line: bytes, text: str) -> None:
 
 
 @unhurried
-@given(
-    st.binary(max_size=300) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
-)
+@given(st.binary(max_size=300) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_plain_text_has_no_control_characters_left(line: bytes) -> None:
     assert not re.search("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e]", plain_text(line))
 

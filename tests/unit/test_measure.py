@@ -27,9 +27,7 @@ unhurried = settings(deadline=None)  # a busy machine is no defect
 
 
 def record(step: int, tps: float = 17581.0, **changes: float | int | None) -> StepRecord:
-    usual = StepRecord(
-        step, 6.4277, 2.9062, 158.61, 86.2, tps, round(tps * 0.057914, 2), 45.25, 1000.0 + step, 0
-    )
+    usual = StepRecord(step, 6.4277, 2.9062, 158.61, 86.2, tps, round(tps * 0.057914, 2), 45.25, 1000.0 + step, 0)
     return replace(usual, **changes)  # type: ignore[arg-type]
 
 
@@ -91,9 +89,7 @@ def test_the_start_is_the_first_time_of_step_1_and_nothing_else() -> None:
     assert measured({"a": [record(1, time=None)]}).began == {}
 
 
-@pytest.mark.parametrize(
-    "bad", [{"loss": math.nan}, {"grad_norm": math.inf}, {"tps": math.nan}, {"tps": math.inf}]
-)
+@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"grad_norm": math.inf}, {"tps": math.nan}, {"tps": math.inf}])
 def test_nan_anywhere_is_seen_and_no_part_of_a_figure(bad: dict[str, float]) -> None:
     records = [record(s) for s in STEPS]
     assert measured({"n": records}).is_finite
@@ -147,8 +143,7 @@ def test_which_steps_torchtitan_logs(steps: int, log_freq: int) -> None:
             st.builds(
                 record,
                 step=st.integers(1, 120),
-                tps=st.floats(0, 1e60)
-                | st.sampled_from([math.nan, math.inf]),  # the parser takes no longer number
+                tps=st.floats(0, 1e60) | st.sampled_from([math.nan, math.inf]),  # the parser takes no longer number
                 loss=st.floats(),
                 time=st.none() | st.floats(0, 1e9),
                 tflops=st.none() | st.floats(0, 1e60),

@@ -40,9 +40,7 @@ class cuda:
         if os.environ.get("FAKE_CUDA_ERROR"):
             raise RuntimeError(os.environ["FAKE_CUDA_ERROR"])
 """
-FAKE_RUN = (
-    "import json, os, sys\nprint('STARTED', json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))\n"
-)
+FAKE_RUN = "import json, os, sys\nprint('STARTED', json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))\n"
 
 
 class Place:
@@ -215,9 +213,7 @@ def test_a_secret_in_the_environment_is_neither_printed_nor_recorded(cpu: Place)
     ("gpus", "words", "fault"),
     [("3", "3 GPUs are visible, the profile says 4", "node"), ("8", "8 GPUs", "run"), ("0", "0 GPUs", "run")],
 )
-def test_missing_gpus_are_a_failure_and_never_a_cpu_run(
-    gpu: Place, gpus: str, words: str, fault: str
-) -> None:
+def test_missing_gpus_are_a_failure_and_never_a_cpu_run(gpu: Place, gpus: str, words: str, fault: str) -> None:
     """A node that has lost one is to blame; with none, or too many, the image or the profile is wrong."""
     assert words in gpu.refused(FAKE_GPUS=gpus)
     assert gpu.record()["ok"] is False and words in gpu.record()["why"]
@@ -307,9 +303,7 @@ def test_a_link_whose_target_is_not_mounted(cpu: Place) -> None:
     (cpu.data / "en" / "c4-train.00000-of-00002.json.gz").unlink()
     (cpu.data / "en" / "c4-train.00000-of-00002.json.gz").symlink_to("/elsewhere/c4-train.json.gz")
     line = cpu.refused()
-    assert (
-        "c4-train.00000-of-00002.json.gz leads to /elsewhere/c4-train.json.gz, which is not on this" in line
-    )
+    assert "c4-train.00000-of-00002.json.gz leads to /elsewhere/c4-train.json.gz, which is not on this" in line
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -354,9 +348,7 @@ def test_several_nodes_need_a_head_node_that_is_not_loopback(gpu: Place) -> None
     gpu.write_node({**gpu.node, "nodes": 2})
     assert "TITAN_HEAD_ADDR is not set" in gpu.refused()
     assert "is loopback" in gpu.refused(TITAN_HEAD_ADDR="127.0.0.1", TITAN_HEAD_PORT="20001")
-    assert "no route to the head node no-such-host.invalid" in gpu.refused(
-        TITAN_HEAD_ADDR="no-such-host.invalid"
-    )
+    assert "no route to the head node no-such-host.invalid" in gpu.refused(TITAN_HEAD_ADDR="no-such-host.invalid")
 
 
 def test_several_nodes_need_a_port(cpu: Place) -> None:
@@ -438,9 +430,7 @@ def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place)
     nvme = cpu.run_dir.parent / "nvme"
     cpu.write_node({**cpu.node, "scratch": str(nvme)})
     fake_run = cpu.site / "torch" / "distributed" / "run.py"
-    fake_run.write_text(
-        FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n"
-    )
+    fake_run.write_text(FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n")
     started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="1"))
     going = subprocess.Popen(
         [sys.executable, "-S", str(cpu.run_dir / "job" / "node.py"), f"{cpu.run_dir}/job/node.json"],

@@ -71,9 +71,7 @@ class Nodes(Place):
         (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH + FAKE_TENSORS)
         (self.site / "torch" / "distributed" / "__init__.py").write_text(FAKE_DISTRIBUTED)
 
-    def run(
-        self, address: str = "127.0.0.1", **changes: dict[str, str]
-    ) -> list[subprocess.CompletedProcess[str]]:
+    def run(self, address: str = "127.0.0.1", **changes: dict[str, str]) -> list[subprocess.CompletedProcess[str]]:
         """Every node's process, ended; `changes`: n1={...} are node 1's own variables, or its node.json."""
         done = []
         for process in self.begin(address, **changes):
@@ -146,9 +144,7 @@ def test_what_is_wrong_on_one_node_stops_all_and_names_it(two: Nodes) -> None:
     done = two.run(n1={"node_json": str(two.run_dir.parent / "own.json")})
     all_stopped(done)
     said = [line for line in done[1].stdout.splitlines() if line.startswith("titan-node: FAIL")]
-    assert (
-        len(said) == 2 and "/nowhere is not a directory" in said[0] and "/nowhere/else/tokenizer" in said[1]
-    )
+    assert len(said) == 2 and "/nowhere is not a directory" in said[0] and "/nowhere/else/tokenizer" in said[1]
     assert "titan-node" not in done[0].stdout  # it is fit
     assert "titan-check: stop node=0 host=gpu000 because gpu001 is unfit: /nowhere is not" in done[0].stdout
     verdict = two.verdict()
@@ -285,10 +281,7 @@ def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
     own = {"FAKE_TORCH": "2.14.1+cu130", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (done,) = place.run(n0={**own, "FAKE_CUDA_ERROR": "The driver is too old"})
     assert done.returncode == FAILED
-    assert (
-        "does not start: The driver is too old; driver 570.86.15 is older than CUDA 13.0 needs (580)"
-        in done.stdout
-    )
+    assert "does not start: The driver is too old; driver 570.86.15 is older than CUDA 13.0 needs (580)" in done.stdout
     assert place.verdict()["unfit"][0]["fault"] == "run"  # the image's: a healthy node is not left out for it
     (done,) = place.run(n0=own)  # it starts all the same: behind the image's compatibility package
     started(done)
@@ -299,9 +292,7 @@ def test_the_level_is_a_key_of_the_job(launch: Launch, two: Nodes) -> None:
     spec = RunSpec(job=Job(name="r", check="quick"))
     assert node_config(spec)["check"] == "quick" and node_config(RunSpec())["check"] == "full"
     done = launch("config", "show", "--local", "--recipe", "debug", "--check", "off")
-    assert done.returncode == 0 and re.search(r"job\.check +off +\(option --check\)", done.stdout), (
-        done.stdout
-    )
+    assert done.returncode == 0 and re.search(r"job\.check +off +\(option --check\)", done.stdout), done.stdout
     assert launch("render", "--check", "sometimes").returncode == ExitStatus.USAGE
     two.write_node({**two.node, "check": "sometimes", "nodes": 1})
     assert "node.json: check is 'sometimes'" in two.refused()

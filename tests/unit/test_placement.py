@@ -103,10 +103,7 @@ def test_a_repeated_run_keeps_its_segment_while_it_fits() -> None:
 
 def test_only_the_blocks_of_the_partition_count() -> None:
     facts = cluster()
-    few = tuple(
-        replace(n, partitions=("few",)) if n.block == "rack-1" and n.name < "r1n04" else n
-        for n in facts.nodes
-    )
+    few = tuple(replace(n, partitions=("few",)) if n.block == "rack-1" and n.name < "r1n04" else n for n in facts.nodes)
     facts = replace(facts, nodes=few, partitions=(Partition("few", True, "UP"),))
     assert placed(run(4), facts).job.segment == 4
     assert placed(run(5), facts).job.segment == 1

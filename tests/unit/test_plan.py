@@ -42,9 +42,7 @@ def login_node(launch: Launch, workplace: Path) -> Launch:
     return partial(launch, PYTHONPATH=f"{folder.parent}:{ROOT}")
 
 
-def a_spec(
-    gpu: str = "GB200", nodes: int = 9, gpus: int = 4, time: str = "01:00:00", **recipe: Any
-) -> RunSpec:
+def a_spec(gpu: str = "GB200", nodes: int = 9, gpus: int = 4, time: str = "01:00:00", **recipe: Any) -> RunSpec:
     """llama3-8b in the published settings; `recipe` are fields of Recipe."""
     return RunSpec(
         profile=Profile(gpu=gpu, gpus_per_node=gpus),
@@ -112,9 +110,7 @@ def test_advice_keeps_to_what_a_run_may_have() -> None:
 
 def test_few_shards_need_whole_states_at_the_optimizer() -> None:
     """One GPU: 16 bytes a parameter, 119.7 GiB, also where activations are small."""
-    memory = plan.memory_of(
-        a_spec("H200", 1, 1, local_batch_size=1, seq_len=512, activation_checkpoint="full")
-    )
+    memory = plan.memory_of(a_spec("H200", 1, 1, local_batch_size=1, seq_len=512, activation_checkpoint="full"))
     assert memory and memory.total == memory.at_optimizer == pytest.approx(119.66, abs=0.01)
 
 
@@ -122,9 +118,7 @@ def test_parallelism_divides() -> None:
     one, replicated = plan.memory_of(a_spec()), plan.memory_of(a_spec(dp_replicate=9))
     assert one and replicated and replicated.states == pytest.approx(9 * one.states)
     tensor = plan.memory_of(a_spec(tensor_parallel=4))
-    assert (
-        tensor and tensor.saved == pytest.approx(one.saved / 4) and tensor.states == pytest.approx(one.states)
-    )
+    assert tensor and tensor.saved == pytest.approx(one.saved / 4) and tensor.states == pytest.approx(one.states)
     context = plan.memory_of(a_spec(context_parallel=2))
     assert context and context.logits == pytest.approx(one.logits / 2)
     assert context.states == pytest.approx(one.states)
@@ -182,9 +176,7 @@ def test_no_row_no_speed(spec: RunSpec, said: str) -> None:
 
 def test_the_wall_time_and_the_limit(login_node: Launch) -> None:
     found = plan.plan(a_spec(steps=10_000))
-    assert found.wall_s == pytest.approx(
-        10_000 * 5 * 8192 / 17975 + plan.START_S
-    )  # as every GPU has its batch
+    assert found.wall_s == pytest.approx(10_000 * 5 * 8192 / 17975 + plan.START_S)  # as every GPU has its batch
     assert found.wall_s and found.node_hours == pytest.approx(9 * found.wall_s / 3600)
     accumulated = plan.plan(a_spec(steps=100, global_batch_size=360))
     assert accumulated.wall_s == pytest.approx(100 * 10 * 8192 / 17975 + plan.START_S)
@@ -232,10 +224,7 @@ def test_an_image_is_not_asked_for_in_any_runtime(login_node: Launch) -> None:
 
 
 def test_submit_writes_the_prediction(launch: Launch, slurm: Fake, image: Any) -> None:
-    assert (
-        launch("submit", "--gpu", "gb200", "--nodes", "9", "--image", "titan.sqsh", "--name", "r").returncode
-        == 0
-    )
+    assert launch("submit", "--gpu", "gb200", "--nodes", "9", "--image", "titan.sqsh", "--name", "r").returncode == 0
     found = json.loads((image.parent / "runs" / "r" / "plan.json").read_text())
     assert (found["tps"], found["memory_gib"], found["wall_s"], found["node_hours"]) == (
         17975,

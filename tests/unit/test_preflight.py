@@ -119,9 +119,7 @@ def found(checks: list[Check], name: str) -> Check:
 
 
 @pytest.mark.parametrize(("spec", "facts", "name", "status", "said", "fix"), CASES.values(), ids=CASES.keys())
-def test_what_is_found(
-    spec: RunSpec, facts: ClusterFacts | None, name: str, status: str, said: str, fix: str
-) -> None:
+def test_what_is_found(spec: RunSpec, facts: ClusterFacts | None, name: str, status: str, said: str, fix: str) -> None:
     check = found(preflight(spec, facts, (), PROFILES), name)
     assert check.status == status, check
     assert said in f"{check.what}: {check.why}" and fix in check.fix, check
@@ -177,18 +175,13 @@ def test_who_may_use_the_partition(
         (40_000, False, False),
     ],
 )
-def test_an_image_that_does_not_fit_the_nodes_disk(
-    tmp_mib: int, squashfuse: bool | None, warned: bool
-) -> None:
+def test_an_image_that_does_not_fit_the_nodes_disk(tmp_mib: int, squashfuse: bool | None, warned: bool) -> None:
     facts = cluster(*(replace(n, tmp_mib=tmp_mib) for n in FOUR), squashfuse=squashfuse)
     checks = preflight(run(), facts, unpacked_bytes=30 << 30)
     assert ("disk" in [check.name for check in checks]) is warned
     if warned:
         said = found(checks, "disk")
-        assert (
-            said.status == WARNING
-            and "unpacks to 30.0 GiB; Slurm says TmpDisk=20000 MiB of n0, n1" in said.what
-        )
+        assert said.status == WARNING and "unpacks to 30.0 GiB; Slurm says TmpDisk=20000 MiB of n0, n1" in said.what
 
 
 def test_a_mount_of_the_profile_that_is_not_here() -> None:
@@ -241,8 +234,7 @@ def test_the_refusal_names_all_errors_and_offers_force_only_where_it_helps() -> 
 # ------------------------------------------------------------------------------ the commands, on a Slurm of scripts
 
 NODES = "\n".join(
-    f"NodeName=n{i} Arch=x86_64 CPUTot=176 Gres=gpu:8 State=IDLE RealMemory=16000 Partitions=batch"
-    for i in range(4)
+    f"NodeName=n{i} Arch=x86_64 CPUTot=176 Gres=gpu:8 State=IDLE RealMemory=16000 Partitions=batch" for i in range(4)
 )
 PARTITIONS = "PartitionName=batch Default=YES MaxNodes=UNLIMITED MaxTime=02:00:00 Nodes=n[0-3] State=UP"
 SCONTROL = f"""
@@ -269,18 +261,12 @@ def slurm(fake_slurm: Fake, image: Path) -> Fake:
 
 def test_submit_refuses_before_anything_exists(launch: Launch, slurm: Fake, image: Path) -> None:
     done = launch("submit", *SUBMIT, "--nodes", "9")
-    assert (done.returncode, "partition batch has 4" in done.stderr) == (ExitStatus.INVALID, True), (
-        done.stderr
-    )
+    assert (done.returncode, "partition batch has 4" in done.stderr) == (ExitStatus.INVALID, True), done.stderr
     assert "--force" in done.stderr
     assert not (image.parent / "sbatch.txt").exists() and not (image.parent / "runs").exists()
     forced = launch("submit", *SUBMIT, "--nodes", "9", "--force")
-    assert forced.returncode == 0 and "warning: --nodes 9: partition batch has 4" in forced.stderr, (
-        forced.stderr
-    )
-    assert len((image.parent / "sbatch.txt").read_text().splitlines()) == 1, (
-        "sbatch ran once, with the script"
-    )
+    assert forced.returncode == 0 and "warning: --nodes 9: partition batch has 4" in forced.stderr, forced.stderr
+    assert len((image.parent / "sbatch.txt").read_text().splitlines()) == 1, "sbatch ran once, with the script"
 
 
 def test_force_does_not_pass_what_cannot_work(launch: Launch, slurm: Fake, image: Path) -> None:

@@ -126,9 +126,7 @@ def test_what_cannot_travel_is_refused(folder: Path, value: str) -> None:
     assert run(folder, job__data=f"/{value}") is None
 
 
-@pytest.mark.parametrize(
-    "name", ["A-B", "1A", "A B", "", "A\nB", "$(id)", "SLURM_JOB_ID", "TITAN_JOB_ID", "PATH"]
-)
+@pytest.mark.parametrize("name", ["A-B", "1A", "A B", "", "A\nB", "$(id)", "SLURM_JOB_ID", "TITAN_JOB_ID", "PATH"])
 def test_names_of_variables(folder: Path, name: str) -> None:
     assert run(folder, **{f"env__{name}": "x"}) is None
 

@@ -73,9 +73,7 @@ def clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + ",000"
 
 
-def line(
-    step: int, tps: int = 17581, at: float | None = None, loss: str = "6.42771", prefix: str = ""
-) -> str:
+def line(step: int, tps: int = 17581, at: float | None = None, loss: str = "6.42771", prefix: str = "") -> str:
     moment = clock(T0 + 100 + step if at is None else at)
     return (
         f"{prefix}[rank0]:[titan] {moment} - root - INFO - step: {step:2}  loss: {loss:>8}  grad_norm:  2.9062  "
@@ -145,9 +143,7 @@ def test_a_whole_run(made: Made) -> None:
     assert (found.mfu_pct, found.peak_tflops) == (45.25, 2250)
     assert [node.host for node in found.by_node] == ["a", "b"] and len(found.series) == 11
     assert found.slowest is not None and found.slowest.host == "a"
-    assert found.startup == Startup(
-        queue_s=30, container_s=25, check_s=12.5, first_step_s=T0 + 101 - (T0 + 67.5)
-    )
+    assert found.startup == Startup(queue_s=30, container_s=25, check_s=12.5, first_step_s=T0 + 101 - (T0 + 67.5))
     assert found.versions == {
         "torch": "2.14.1", "torchtitan": "0.3.0", "cuda": "13.0", "nccl": "2.28.9", "driver": "580.95.05",
         "python": "3.12.3",

@@ -21,9 +21,7 @@ from tests.unit.test_preflight import cluster as facts_of
 
 Fake = Callable[[str, str], Path]
 SUBMIT = ("--recipe", "debug", "--data", "sample", "--tokenizer", "sample")
-H200 = cluster(
-    "25.05.3", [FakeNode(f"n{i}") for i in range(4)], [partition_line("batch", "n[0-3]", default=True)]
-)
+H200 = cluster("25.05.3", [FakeNode(f"n{i}") for i in range(4)], [partition_line("batch", "n[0-3]", default=True)])
 
 
 def test_slurm_is_asked_once(launch: Launch, fake_slurm: Fake, image: Path, workplace: Path) -> None:
@@ -92,9 +90,7 @@ def test_a_trap_is_named_before_the_job_queues(
     install(H200, fake_slurm)
     fake_slurm("sbatch", "echo 42")
     done = launch("submit", "--gpu", "h200", "--image", str(image), *SUBMIT, *arguments)
-    assert done.returncode == 0 and f"warning: {said}" in done.stderr.replace(f"{image.parent}/", ""), (
-        done.stderr
-    )
+    assert done.returncode == 0 and f"warning: {said}" in done.stderr.replace(f"{image.parent}/", ""), done.stderr
 
 
 def test_a_token_is_not_missed(launch: Launch, fake_slurm: Fake, image: Path) -> None:

@@ -119,14 +119,10 @@ def test_a_long_line_keeps_its_extremes_and_its_breaks(length: int, lost: float)
 
 
 def test_nan_breaks_the_line_and_is_marked() -> None:
-    line = svg.Drawn(
-        ((1, 5.0), (2, 4.0), (3, math.nan), (4, 3.0), (5, 2.0), (6, math.nan), (7, 1.0)), "c0", "1"
-    )
+    line = svg.Drawn(((1, 5.0), (2, 4.0), (3, math.nan), (4, 3.0), (5, 2.0), (6, math.nan), (7, 1.0)), "c0", "1")
     chart = svg.chart([line], svg.linear([1, 7], "step"), svg.linear([1, 5], ""), "x", "T", "D")
     root = ElementTree.fromstring(chart)
-    by_class = {
-        kind: [e for e in root.iter() if f"{kind} " in e.get("class", "")] for kind in ("line", "lost", "dot")
-    }
+    by_class = {kind: [e for e in root.iter() if f"{kind} " in e.get("class", "")] for kind in ("line", "lost", "dot")}
     assert by_class["line"][0].get("d", "").count("M") == 2
     assert [e[0].text for e in by_class["lost"]] == [", step 3: not finite", ", step 6: not finite"]
     assert len(by_class["dot"]) == 1, "the single value after the last NaN"
@@ -255,9 +251,7 @@ def test_settings_that_differ_stand_apart_from_those_that_do_not() -> None:
 
 def test_incomplete_and_published_rows_say_so() -> None:
     text = rendered(*sample())
-    rows = dict(
-        re.findall(r'<tr class="(\w+)"[^>]*><th scope="row"><span class="run">(gb200-\w+-cut[^<]*)', text)
-    )
+    rows = dict(re.findall(r'<tr class="(\w+)"[^>]*><th scope="row"><span class="run">(gb200-\w+-cut[^<]*)', text))
     assert rows == {"incomplete": "gb200-17n-cut-short"}
     assert text.count('<tr class="published"') == sum(row.gpu in ("GB200", "H100") for row in published())
     assert "the run ended TIMEOUT: step 40 of 100" in text and "12 runs, of which 3 incomplete" in text
@@ -272,9 +266,7 @@ def test_the_policy_names_the_one_script_and_the_one_style() -> None:
     text = rendered(*sample())
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
-    (policy,) = (
-        value for tag, name, value in Parsed(text).values if name == "content" and "default-src" in value
-    )
+    (policy,) = (value for tag, name, value in Parsed(text).values if name == "content" and "default-src" in value)
     for source in (script, style):
         assert base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() in policy
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
@@ -313,9 +305,7 @@ def test_no_name_is_ever_markup(name: str, value: str) -> None:
 
 
 def test_two_hundred_long_runs_are_a_page_that_can_be_mailed() -> None:
-    runs = [
-        run(f"run-{number}", 9, 17900 + number, "2026-11-01T00:00:00Z", steps=4000) for number in range(200)
-    ]
+    runs = [run(f"run-{number}", 9, 17900 + number, "2026-11-01T00:00:00Z", steps=4000) for number in range(200)]
     assert len(rendered(*runs)) < 1_000_000
 
 

@@ -95,9 +95,7 @@ def test_runs_without_a_step_are_named(runs_dir: Path) -> None:
     assert refused("--runs-dir", "empty").status == ExitStatus.NOT_FOUND
 
 
-def test_plots_without_matplotlib_say_what_to_install(
-    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plots_without_matplotlib_say_what_to_install(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     error = refused("-o", "page.html", "--plots", "plots")
     assert "titan-launcher[report]" in error.fix and not Path("page.html").exists()

@@ -60,9 +60,7 @@ def test_a_slow_size_is_named_with_what_to_do() -> None:
     found = answer(replace(GOOD[0], tps=spread(15800.0, count=153)), *GOOD[1:])
     assert found.word is Word.FAIL and "only 89.8% of the published tokens/s on 17 nodes" in found.headline
     word, text = finding(found, "Speed")
-    assert (
-        word == "FAIL" and "17 nodes: 89.8% of published" in text and "launcher compare 17n published" in text
-    )
+    assert word == "FAIL" and "17 nodes: 89.8% of published" in text and "launcher compare 17n published" in text
     assert "slow only on more nodes" in text and "99.8% to 99.9% of published on 3 and 9 nodes" in text
     assert "one slow GPU or link can slow all" in finding(found, "Nodes")[1]
 
@@ -120,9 +118,7 @@ def test_a_row_of_another_size_is_named() -> None:
 
 
 def test_a_failed_run_and_waiting_for_data_are_told() -> None:
-    failed = run(
-        "failed", 9, 17900, "2026-11-21T08:00:00Z", state="FAILED", problems=("FAILED (exit code 1)",)
-    )
+    failed = run("failed", 9, 17900, "2026-11-21T08:00:00Z", state="FAILED", problems=("FAILED (exit code 1)",))
     found = answer(failed, *GOOD[::2])
     assert found.word is Word.FAIL and "failed: failed" in found.headline
     assert finding(found, "Ends and loss") == ("FAIL", "failed: the run ended FAILED (exit code 1)")
@@ -134,9 +130,7 @@ def test_a_failed_run_and_waiting_for_data_are_told() -> None:
 
 def test_clusters_have_an_answer_each() -> None:
     found = answers(
-        health(
-            [GOOD[0], replace(GOOD[1], cluster="other", state="FAILED", problems=("FAILED",))], published()
-        )
+        health([GOOD[0], replace(GOOD[1], cluster="other", state="FAILED", problems=("FAILED",))], published())
     )
     assert [(one.name, one.word) for one in found] == [
         ("GB200 on crusoe", "PASS"),
@@ -167,8 +161,7 @@ def test_shares_slow_nodes_and_data_stand_in_columns() -> None:
         ("90.0%", "of 17,975 on 9 nodes"),
     ]
     assert (
-        cells(slow, name="Slowest node")[0].flag == "slow"
-        and cells(slow, name="Slowest node")[0].more == "gb200-005"
+        cells(slow, name="Slowest node")[0].flag == "slow" and cells(slow, name="Slowest node")[0].more == "gb200-005"
     )
     assert [cell.flag for cell in cells(slow, hungry, name="Data wait")] == ["", "high"]
     assert 'class="tag flag">high<' in rendered(hungry)
@@ -183,21 +176,15 @@ def test_what_all_rows_share_is_said_once() -> None:
         health([*GOOD, run("compiled", 9, 19000, "2026-11-18T08:00:00Z", compile=True)], published()),
         published(),
     )
-    assert "Recipe" in [column.name for column in other.columns] and dict(other.common) == {
-        "Cluster": "crusoe"
-    }
+    assert "Recipe" in [column.name for column in other.columns] and dict(other.common) == {"Cluster": "crusoe"}
     bare = [replace(one, mfu_pct=None, data_share=None) for one in GOOD]
-    assert "Data wait" not in [
-        column.name for column in table(health(bare, published()), published()).columns
-    ]
+    assert "Data wait" not in [column.name for column in table(health(bare, published()), published()).columns]
 
 
 def test_a_strip_with_a_slow_node_is_open_and_says_so_however_old() -> None:
     newer = [run(f"good-{number}", 9, 17960, "2026-11-20T08:00:00Z") for number in range(NEWEST_OPEN + 1)]
     text = rendered(*newer, run("old", 9, 17960, "2026-10-20T08:00:00Z", slow=0.9))
-    strips = re.findall(
-        r'<details class="strip"[^>]*?( open)?><summary><span class="run">([^<]*)</span>(.*?):', text
-    )
+    strips = re.findall(r'<details class="strip"[^>]*?( open)?><summary><span class="run">([^<]*)</span>(.*?):', text)
     assert strips[-2] == ("", f"good-{NEWEST_OPEN}", "")
     assert strips[-1][:2] == (" open", "old") and "slow node" in strips[-1][2]
 
@@ -207,9 +194,7 @@ def test_a_strip_with_a_slow_node_is_open_and_says_so_however_old() -> None:
 
 def with_steps(one: Outcome) -> Outcome:
     steps = tuple(point.step for point in one.series)
-    return replace(
-        one, by_node=tuple(replace(n, steps=tuple((s, n.tps or 0.0) for s in steps)) for n in one.by_node)
-    )
+    return replace(one, by_node=tuple(replace(n, steps=tuple((s, n.tps or 0.0) for s in steps)) for n in one.by_node))
 
 
 FAST = replace(run("fast", 9, 24000, "2026-11-18T08:00:00Z", compile=True), precision="bfloat16 + mxfp8")
@@ -244,12 +229,8 @@ def test_every_axis_that_does_not_start_at_0_says_so() -> None:
             lowest = re.search(r'<path class="grid"[^>]*/><text[^>]*>([^<]*)<', figure.chart)
             assert lowest is not None and lowest[1] != "0"
             assert f"The vertical axis starts at {lowest[1]}, not at 0." in figure.notes
-    from_0 = replace(
-        GOOD[0], series=tuple(replace(point, loss=12.0 / point.step) for point in GOOD[0].series)
-    )
-    (loss,) = (
-        figure for figure in of_gpu([from_0], [], "GB200", 0).figures if figure.title.startswith("Loss")
-    )
+    from_0 = replace(GOOD[0], series=tuple(replace(point, loss=12.0 / point.step) for point in GOOD[0].series))
+    (loss,) = (figure for figure in of_gpu([from_0], [], "GB200", 0).figures if figure.title.startswith("Loss"))
     assert not [note for note in loss.notes if "axis" in note]
 
 
@@ -279,9 +260,7 @@ def test_the_median_of_two_runs_has_no_marker(drawn: Any) -> None:
     again = replace(GOOD[1], run="again", tps=spread(17000.0))
     (axes,) = drawn("scaling", *GOOD, again)
     marked = [line for line in axes.lines if line.get_marker() not in ("None", "", None)]
-    assert sorted(line.get_linestyle() for line in marked) == ["--", "None"], (
-        "published rows, and the runs themselves"
-    )
+    assert sorted(line.get_linestyle() for line in marked) == ["--", "None"], "published rows, and the runs themselves"
     (runs,) = (line for line in marked if line.get_linestyle() == "None")
     assert sorted(runs.get_ydata()) == [17000, 17590, 17960, 18260]
 

@@ -128,9 +128,7 @@ def test_mfu_at_the_other_usual_peaks() -> None:
     }
     assert mfu_at_other_peaks(published_row(PUBLISHED[-1])) == {}  # 989 is all there is for an H100
     assert mfu_at_other_peaks(replace(first, mfu_pct=None)) == {}  # quantised: a bf16 peak is not its own
-    assert (
-        mfu_at_other_peaks(replace(first, gpu="TPU")) == mfu_at_other_peaks(replace(first, tflops=None)) == {}
-    )
+    assert mfu_at_other_peaks(replace(first, gpu="TPU")) == mfu_at_other_peaks(replace(first, tflops=None)) == {}
 
 
 def test_the_mfu_beside_a_median_is_not_the_last_steps() -> None:
@@ -139,9 +137,7 @@ def test_the_mfu_beside_a_median_is_not_the_last_steps() -> None:
     assert median_mfu_pct(slow_end) == pytest.approx(45.25, abs=0.01)
     assert "mfu 45.25% of 2250 TFLOP/s" in summary_line(slow_end) and "22.96" not in summary_line(slow_end)
     assert (as_dict(slow_end)["mfu_pct"], round(as_dict(slow_end)["median_mfu_pct"], 2)) == (22.96, 45.25)
-    assert (
-        median_mfu_pct(replace(slow_end, peak_tflops=None)) == 22.96
-    )  # as printed, where the peak is not known
+    assert median_mfu_pct(replace(slow_end, peak_tflops=None)) == 22.96  # as printed, where the peak is not known
     assert median_mfu_pct(replace(slow_end, mfu_pct=None)) is None  # quantised
 
 
@@ -203,9 +199,7 @@ def test_no_step_counts() -> None:
 def test_nan_is_null() -> None:
     whole = published_row(PUBLISHED[0])
     last = replace(whole.series[0], loss=math.nan)
-    less = replace(
-        whole, loss=math.nan, series=(last,), settings={"recipe.lr": math.inf}, problems=(NON_FINITE,)
-    )
+    less = replace(whole, loss=math.nan, series=(last,), settings={"recipe.lr": math.inf}, problems=(NON_FINITE,))
     assert "loss:     nan" in markdown_row(less)
     found = json.loads(json.dumps(as_dict(less), allow_nan=False))
     assert found["loss"] is None and found["settings"]["recipe.lr"] is None and found["non_finite"] is True

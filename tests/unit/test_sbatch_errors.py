@@ -42,9 +42,7 @@ def test_what_it_means(text: str) -> None:
 
 
 def test_every_row_has_its_line() -> None:
-    assert {Refused(text, 1).what.partition(": ")[2] for text in SAID} == {
-        what for _, what, _ in SBATCH_ERRORS
-    }
+    assert {Refused(text, 1).what.partition(": ")[2] for text in SAID} == {what for _, what, _ in SBATCH_ERRORS}
 
 
 def test_other_words_are_shown_as_they_are() -> None:

@@ -26,9 +26,7 @@ name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
 echo "$(( $(cat jobs.txt "$JOBS" 2>/dev/null | wc -l) + 100 )) $name PENDING" >>"$JOBS"
 tail -n1 "$JOBS" | cut -d' ' -f1
 """
-SQUEUE = (
-    """while read -r id name state; do echo "$id|$state|$name|Priority"; done <"$JOBS" 2>/dev/null; exit 0"""
-)
+SQUEUE = """while read -r id name state; do echo "$id|$state|$name|Priority"; done <"$JOBS" 2>/dev/null; exit 0"""
 
 
 @pytest.fixture
@@ -103,9 +101,7 @@ def test_sbatch_missing(launch: Launch, slurm: Fake, image: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("taken", [True, False], ids=["taken", "not-taken"])
-def test_an_answer_that_says_nothing(
-    script: str, taken: bool, launch: Launch, slurm: Fake, image: Path
-) -> None:
+def test_an_answer_that_says_nothing(script: str, taken: bool, launch: Launch, slurm: Fake, image: Path) -> None:
     """The job may be there: it is looked for by name, and otherwise the run stays, marked as unknown."""
     slurm("sbatch", f"({SBATCH}) >/dev/null\n{script}" if taken else script)
     done = launch(*SUBMIT)
@@ -118,15 +114,11 @@ def test_an_answer_that_says_nothing(
     assert (status.returncode, "UNKNOWN" in status.stdout) == (ExitStatus.JOB_UNKNOWN, True)
     assert launch("cancel", "r").returncode == 0
     assert "CANCELLED" in launch("status", "r").stdout
-    late = subprocess.run(
-        ["bash", "runs/r/job.sbatch"], env=os.environ | {"SLURM_JOB_ID": "9"}, capture_output=True
-    )
+    late = subprocess.run(["bash", "runs/r/job.sbatch"], env=os.environ | {"SLURM_JOB_ID": "9"}, capture_output=True)
     assert late.returncode == 75  # should Slurm have it after all, it stops at the claim
 
 
-def test_a_hanging_sbatch_is_bounded(
-    launch: Launch, slurm: Fake, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hanging_sbatch_is_bounded(launch: Launch, slurm: Fake, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from launcher.cluster import slurm as module
 
     slurm("sbatch", "sleep 600")
@@ -240,9 +232,7 @@ def test_slurms_states(word: str, state: str, code: int, launch: Launch, slurm: 
     assert (json.loads(done.stdout)["state"], done.returncode) == (state, code)
 
 
-def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(
-    launch: Launch, slurm: Fake, image: Path
-) -> None:
+def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(launch: Launch, slurm: Fake, image: Path) -> None:
     launch(*SUBMIT)
     (image.parent / "jobs.txt").write_text("")
     slurm("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")

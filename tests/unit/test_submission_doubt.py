@@ -42,20 +42,14 @@ def test_a_job_of_another_user_is_seen(launch: Launch, slurm: Fake, image: Path)
     assert state(launch)["state"] == "RUNNING"
 
 
-@pytest.mark.parametrize(
-    "script", ["echo 123; exit 1", "kill -9 $$", "echo 'Message receive failure' >&2; exit 1"]
-)
-def test_a_failure_with_the_job_taken_loses_nothing(
-    script: str, launch: Launch, slurm: Fake, image: Path
-) -> None:
+@pytest.mark.parametrize("script", ["echo 123; exit 1", "kill -9 $$", "echo 'Message receive failure' >&2; exit 1"])
+def test_a_failure_with_the_job_taken_loses_nothing(script: str, launch: Launch, slurm: Fake, image: Path) -> None:
     slurm("sbatch", f"({SBATCH}) >/dev/null\n{script}")
     assert launch(*SUBMIT).returncode == 0
     assert (state(launch)["state"], state(launch)["job_id"]) == ("PENDING", "100")
 
 
-def test_a_doubtful_answer_and_a_silent_controller_keep_the_run(
-    launch: Launch, slurm: Fake, image: Path
-) -> None:
+def test_a_doubtful_answer_and_a_silent_controller_keep_the_run(launch: Launch, slurm: Fake, image: Path) -> None:
     slurm("sbatch", "exit 55")
     slurm("squeue", "exit 1")
     done = launch(*SUBMIT)
@@ -117,15 +111,11 @@ def test_secrets_go_when_slurm_says_that_it_is_over(launch: Launch, slurm: Fake,
 
 
 def test_a_secret_in_a_file_is_refused_unseen(launch: Launch, image: Path) -> None:
-    (image.parent / "mine.toml").write_text(
-        '[env]\nHF_TOKEN = "hf_secret123"\nTOKENIZERS_PARALLELISM = "false"\n'
-    )
+    (image.parent / "mine.toml").write_text('[env]\nHF_TOKEN = "hf_secret123"\nTOKENIZERS_PARALLELISM = "false"\n')
     done = launch("render", "--gpu", "b200", "--image", "titan.sqsh", "-c", "mine.toml")
     assert done.returncode == ExitStatus.INVALID and "secret_env" in done.stderr
     assert "hf_secret123" not in done.stdout + done.stderr
-    (image.parent / "mine.toml").write_text(
-        'secret_env = ["HF_TOKEN"]\n[env]\nTOKENIZERS_PARALLELISM = "false"\n'
-    )
+    (image.parent / "mine.toml").write_text('secret_env = ["HF_TOKEN"]\n[env]\nTOKENIZERS_PARALLELISM = "false"\n')
     assert launch("render", "--gpu", "b200", "--image", "titan.sqsh", "-c", "mine.toml").returncode == 0
 
 
@@ -137,9 +127,7 @@ def test_a_secret_in_a_file_is_refused_unseen(launch: Launch, image: Path) -> No
         ("compile.enable=true", "recipe.compile"),
     ],
 )
-def test_a_setting_that_would_make_the_row_false(
-    setting: str, said: str, launch: Launch, image: Path
-) -> None:
+def test_a_setting_that_would_make_the_row_false(setting: str, said: str, launch: Launch, image: Path) -> None:
     done = launch("render", "--gpu", "b200", "--image", "titan.sqsh", "--set", setting)
     assert (done.returncode, said in done.stderr) == (ExitStatus.INVALID, True)
 
@@ -149,10 +137,7 @@ def test_set_reaches_the_recipe_too(launch: Launch, image: Path) -> None:
     values = json.loads(shown.stdout)
     assert values["recipe.activation_checkpoint"] == {"value": "full", "origin": "option --set"}
     assert (values["recipe.lr"]["value"], values["titan.training.max_norm"]["value"]) == (0.1, "2.0")
-    assert (
-        launch("render", "--gpu", "b200", "--image", "x", "--set", "recipe.lrr=1").returncode
-        == ExitStatus.INVALID
-    )
+    assert launch("render", "--gpu", "b200", "--image", "x", "--set", "recipe.lrr=1").returncode == ExitStatus.INVALID
 
 
 def test_a_file_for_the_cluster_does_not_stop_a_local_run(launch: Launch, workplace: Path) -> None:
@@ -177,9 +162,7 @@ def test_a_mount_that_holds_the_data_is_not_mounted_over(launch: Launch, workpla
     assert "/mnt/store:/data" in script and "/data/c4:/data/c4" not in script
 
 
-def test_escape_sequences_of_others_do_not_reach_the_terminal(
-    launch: Launch, slurm: Fake, image: Path
-) -> None:
+def test_escape_sequences_of_others_do_not_reach_the_terminal(launch: Launch, slurm: Fake, image: Path) -> None:
     slurm("sbatch", r"printf 'sbatch: error: invalid partition: \033]0;pwned\007x\n' >&2; exit 1")
     assert "\x1b" not in launch(*SUBMIT).stderr
     (image.parent / "bad.toml").write_text('[job]\nname = "\x1b[31m\n', encoding="utf-8")
@@ -192,9 +175,7 @@ def test_output_that_cannot_be_written(launch: Launch, workplace: Path) -> None:
             [sys.executable, "-m", "launcher", "version"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert (
-        done.returncode == ExitStatus.FILESYSTEM
-        and "No space left" in done.stderr
-        and "Traceback" not in done.stderr
+        done.returncode == ExitStatus.FILESYSTEM and "No space left" in done.stderr and "Traceback" not in done.stderr
     )
     closed = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m launcher version <&- | head -c1"], capture_output=True, text=True

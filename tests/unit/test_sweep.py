@@ -61,9 +61,7 @@ def end(image: Path, run: str, code: int = 0, hours: float = 0.5, steps: int = 1
     if code == 0:  # every node's log of 100 steps
         lines = [line(step) for step in STEPS]
         for node in range(int(run.split("n-b")[0].rpartition("-")[2])):
-            (folder / "logs" / f"{node:04}-n{node}.log").write_text(
-                "".join(lines[: 11 if steps >= 100 else 3])
-            )
+            (folder / "logs" / f"{node:04}-n{node}.log").write_text("".join(lines[: 11 if steps >= 100 else 3]))
     ended = {"exit_code": code, "signal": "", "began_at": 1000, "ended_at": 1000 + int(hours * 3600)}
     (image.parent / "runs" / run / "end.json").write_text(json.dumps(ended))
     path = image.parent / "jobs.txt"
@@ -125,9 +123,7 @@ def test_the_same_command_again_goes_on(launch: Launch, recorded: Fake, image: P
     assert found["node_hours"] == pytest.approx(1 * 0.5 + 2 * (0.5 + 1.0) + 4 * 0.5)  # failures cost, too
 
 
-def test_a_cell_that_ended_without_a_result_is_tried_again(
-    launch: Launch, recorded: Fake, image: Path
-) -> None:
+def test_a_cell_that_ended_without_a_result_is_tried_again(launch: Launch, recorded: Fake, image: Path) -> None:
     launch(*THREE)
     for run in RUNS:
         end(image, run, steps=20 if run == RUNS[1] else 100)
@@ -148,9 +144,7 @@ def test_failed_cells_are_told_by_the_exit_code(launch: Launch, recorded: Fake, 
 
 
 @pytest.mark.parametrize("taken", [True, False], ids=["slurm-has-it", "slurm-has-it-not"])
-def test_a_launcher_that_is_killed_while_it_submits(
-    taken: bool, launch: Launch, recorded: Fake, image: Path
-) -> None:
+def test_a_launcher_that_is_killed_while_it_submits(taken: bool, launch: Launch, recorded: Fake, image: Path) -> None:
     """SIGKILL while sbatch has the second run: the same command submits what is missing, and nothing twice."""
     kill = 'case "$*" in *-2n-*) kill -9 $PPID; exit 1 ;; esac'
     recorded("sbatch", f"{SBATCH}\n{kill}" if taken else f"{kill}\n{SBATCH}")
@@ -173,9 +167,7 @@ def test_ctrl_c_between_two_submissions(launch: Launch, recorded: Fake, image: P
     done = launch(*THREE)
     assert done.returncode == ExitStatus.INTERRUPTED
     assert "2 runs not submitted: the same command goes on" in done.stderr
-    assert (
-        names(image) == RUNS[:1] and json.loads(launch("status", RUNS[0], "--json").stdout)["job_id"] == "100"
-    )
+    assert names(image) == RUNS[:1] and json.loads(launch("status", RUNS[0], "--json").stdout)["job_id"] == "100"
     recorded("sbatch", SBATCH)
     assert launch(*THREE).returncode == 0 and names(image) == RUNS
 
@@ -211,9 +203,7 @@ def test_other_settings_under_the_same_name(launch: Launch, recorded: Fake, imag
     done = launch(*THREE, "--steps", "50")
     assert done.returncode == ExitStatus.EXISTS
     assert "recipe.steps was 100, is 50 now" in done.stderr and len(jobs(image)) == 3
-    assert (
-        launch(*THREE, "--time", "3:00:00", "--exclude", "n7").returncode == 0
-    )  # where and how long: the same cell
+    assert launch(*THREE, "--time", "3:00:00", "--exclude", "n7").returncode == 0  # where and how long: the same cell
 
 
 def test_the_name_comes_from_the_settings(launch: Launch, recorded: Fake, image: Path) -> None:
@@ -298,15 +288,11 @@ def test_on_this_machine_one_after_another(launch: Launch, workplace: Path) -> N
         (JobState("UNKNOWN"), True, False, False, True),
     ],
 )
-def test_what_is_submitted(
-    state: JobState | None, cut_off: bool, retry: bool, complete: bool, expected: bool
-) -> None:
+def test_what_is_submitted(state: JobState | None, cut_off: bool, retry: bool, complete: bool, expected: bool) -> None:
     assert sweep.has_next(state, cut_off, retry, complete) is expected
 
 
-def cell(
-    nodes: int, tps: float | None, *problems: str, batch: int = 5, hours: float | None = 1.0
-) -> sweep.Result:
+def cell(nodes: int, tps: float | None, *problems: str, batch: int = 5, hours: float | None = 1.0) -> sweep.Result:
     spec = RunSpec(job=Job(nodes=nodes, recipe="llama3-8b"), recipe=Recipe(local_batch_size=batch))
     found = outcome(tps=spread(tps) if tps else None, problems=problems) if tps or problems else None
     return sweep.Result(spec, f"s-{nodes}n-b{batch}", "COMPLETED" if tps else "PENDING", found, hours)

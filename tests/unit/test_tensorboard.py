@@ -55,9 +55,7 @@ def test_a_real_file(tmp_path: Path) -> None:
 @unhurried
 @given(
     st.lists(
-        st.tuples(
-            st.integers(0, 2**63 - 1), st.text(min_size=1, max_size=200), st.floats(width=32, allow_nan=False)
-        )
+        st.tuples(st.integers(0, 2**63 - 1), st.text(min_size=1, max_size=200), st.floats(width=32, allow_nan=False))
     )
 )
 def test_what_is_written_is_read(
@@ -90,9 +88,7 @@ def test_holes(tmp_path: Path, hole: bytes) -> None:
 
 def test_a_number_that_never_ends(tmp_path: Path) -> None:
     path = tmp_path / "events.out.tfevents.1"
-    path.write_bytes(
-        scalar(1, "loss", 1.0) + record(b"\x10" + b"\x80" * 11 + b"\x01" + scalar(2, "loss", 2.0)[21:-4])
-    )
+    path.write_bytes(scalar(1, "loss", 1.0) + record(b"\x10" + b"\x80" * 11 + b"\x01" + scalar(2, "loss", 2.0)[21:-4]))
     assert [step for step, _, _ in read_scalars(path)] == [1]
 
 

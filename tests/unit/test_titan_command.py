@@ -231,9 +231,7 @@ def test_02s_name_for_activation_checkpointing_is_refused_in_03() -> None:
         ("70B", "float8", "titan.registry_era", "llama3_70b_float8"),
     ],
 )
-def test_quantised_models_start_elsewhere_in_03(
-    flavor: str, quantize: str, module: str, function: str
-) -> None:
+def test_quantised_models_start_elsewhere_in_03(flavor: str, quantize: str, module: str, function: str) -> None:
     node = a_node({"flavor": flavor, "quantize": quantize, "compile": True})
     assert trainer_arguments(node, "0.3.0")[:2] == [f"--module={module}", f"--config={function}"]
     assert "--compile.enable" in trainer_arguments(node, "0.3.0")

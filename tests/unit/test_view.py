@@ -128,9 +128,7 @@ def test_only_files_that_can_be_trained_on(tmp_path: Path) -> None:
     assert why[0].startswith("a Git LFS pointer") and why[1:3] == ["empty", "not a gzip file"]
     spec, notes = plan(a_spec(tmp_path / "c4", job__tokenizer="sample"))
     assert len(train_files(spec)) == 4
-    stage = (
-        f"launcher stage c4 --to {tmp_path}/c4 --files 9"  # all nine that are there, the bad ones among them
-    )
+    stage = f"launcher stage c4 --to {tmp_path}/c4 --files 9"  # all nine that are there, the bad ones among them
     assert notes == [
         f"{tmp_path}/c4/en: {shard(0)} is a Git LFS pointer, not the data, and 4 more: left out; {stage} repairs it"
     ]
@@ -229,9 +227,7 @@ def test_a_link_out_of_what_the_container_sees_is_left_out(tmp_path: Path) -> No
 
 
 @given(st.integers(1, 300), st.sampled_from([1, 2, 8]), st.integers(1, 10**6), st.integers(1, 1024))
-def test_the_command_names_as_many_files_as_staging_would(
-    nodes: int, tensor: int, steps: int, in_all: int
-) -> None:
+def test_the_command_names_as_many_files_as_staging_would(nodes: int, tensor: int, steps: int, in_all: int) -> None:
     spec = a_spec("/c4", nodes, 8, recipe__tensor_parallel=tensor, recipe__steps=steps)
     demand = Demand(nodes * 8 // tensor, steps * 8192 * nodes * 8 // tensor, "")
     assert files_needed(spec, in_all) == demand.files(in_all)
@@ -305,9 +301,7 @@ def test_a_directory_without_train_files(tmp_path: Path) -> None:
 
 def test_what_cannot_be_a_part(tmp_path: Path) -> None:
     folder = c4(tmp_path / "c4", 7)
-    assert [
-        len(train_files(plan(a_spec(folder, gpus=2, job__data_part=f"{part}/2"))[0])) for part in (1, 2)
-    ] == [4, 2]
+    assert [len(train_files(plan(a_spec(folder, gpus=2, job__data_part=f"{part}/2"))[0])) for part in (1, 2)] == [4, 2]
     with pytest.raises(LauncherError) as caught:
         plan(a_spec(folder, job__data_part="1/2"))
     assert "need 8 train files, there are 7" in caught.value.what

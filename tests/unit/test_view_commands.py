@@ -62,10 +62,7 @@ def test_a_split_that_is_not_there_is_not_named(submit: Launch, workplace: Path)
 def test_a_dry_run_names_the_view_and_writes_nothing(submit: Launch, workplace: Path) -> None:
     before = sorted(workplace.rglob("*"))
     done = submit("--dry-run", "--name", "one")
-    assert (
-        f"# Data: 6 train and 1 validation files of {workplace}/c4, for 3 data-parallel ranks\n"
-        in done.stdout
-    )
+    assert f"# Data: 6 train and 1 validation files of {workplace}/c4, for 3 data-parallel ranks\n" in done.stdout
     assert f"--dataloader.dataset_path={workplace}/runs/one/data" in done.stdout
     assert f'dataset_path = "{workplace}/runs/one/data"' in done.stdout
     assert sorted(workplace.rglob("*")) == before
@@ -93,9 +90,7 @@ def test_streaming_from_the_hub_has_no_view(submit: Launch, workplace: Path) -> 
 def test_missing_data_is_told_with_the_command_that_brings_it(submit: Launch, workplace: Path) -> None:
     done = submit("--name", "one", "--data", "nowhere")
     assert done.returncode == 0
-    assert f"launcher stage c4 --to {workplace}/nowhere --files 3, or --data hub" in " ".join(
-        done.stderr.split()
-    )
+    assert f"launcher stage c4 --to {workplace}/nowhere --files 3, or --data hub" in " ".join(done.stderr.split())
 
 
 def test_the_sample_is_read_through_a_view(launch: Launch, workplace: Path) -> None:

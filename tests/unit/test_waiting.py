@@ -142,8 +142,7 @@ def test_no_estimate(said: str) -> None:
 def test_blocks_without_room_are_named() -> None:
     racks = (Block("rack-1", ("a0", "a1")), Block("rack-2", ("a2", "a3")))
     nodes = [
-        node(f"a{i}", "ALLOCATED" if i in (1, 3) else "IDLE", gres="gpu:4", gpus=4, arch="aarch64")
-        for i in range(4)
+        node(f"a{i}", "ALLOCATED" if i in (1, 3) else "IDLE", gres="gpu:4", gpus=4, arch="aarch64") for i in range(4)
     ]
     waits = cluster(*nodes, blocks=racks, segment=True, topology="block")
     lines = explain("Resources", run("gb200", 2, segment=2), waits, "", NOW)
@@ -177,6 +176,4 @@ case "$*" in *--start*) exit 1;; esac; [ -z "$name" ] || echo "42|PENDING|$name|
     )
     launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9")
     done = launch("status", "r")
-    assert done.returncode == 0 and "jobs with a higher priority are to start first" in done.stdout, (
-        done.stderr
-    )
+    assert done.returncode == 0 and "jobs with a higher priority are to start first" in done.stdout, done.stderr
