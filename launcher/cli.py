@@ -101,7 +101,9 @@ def image() -> None:
 
 @launcher.group(cls=_LaterGroup, module="launcher.stage.commands")
 def stage() -> None:
-    """Bring tokenizer, training data and weights to the cluster's shared file system, verified.
+    """Stage data, tokenizer, weights and images, verified.
+
+    They come to the file system that all nodes share.
 
     \b
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
@@ -112,7 +114,7 @@ def stage() -> None:
 
 @launcher.group(cls=_LaterGroup, module="launcher.cluster.commands")
 def cluster() -> None:
-    """Show what this Slurm cluster is, and save the GPU profile that fits it.
+    """Show what this Slurm cluster is, and save its GPU profile.
 
     \b
     launcher cluster show                       Slurm, nodes, blocks, and the profile with its evidence

@@ -61,7 +61,7 @@ def list_(runs_dir: Path, as_json: bool) -> None:
 @runs_dir_option
 @as_json
 def status(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Tell the state of a run (default: the newest) and how that is known.
+    """Tell how a run stands (default: the newest), and why.
 
     Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training.
     """

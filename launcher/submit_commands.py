@@ -89,9 +89,9 @@ def submit(
 @run_options
 @as_json
 def preflight(options: RunOptions, as_json: bool) -> None:
-    """Check everything that can be known before a run queues, and submit nothing.
+    """Check what can be known before a run queues.
 
-    The same checks come before every `submit`. Exit code 0: nothing stops the run; 3 or 4: `submit` would refuse it.
+    Nothing is submitted. The same checks come before every `submit`. Exit code 0: nothing stops the run; 3 or 4: `submit` would refuse it.
 
     \b
     launcher preflight --image titan.sqsh --nodes 9

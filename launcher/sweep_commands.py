@@ -60,9 +60,9 @@ def sweep(
     options: RunOptions, dry_run: bool, parallel: bool, retry: bool, follow: bool, yes: bool, force: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Submit every combination of --nodes, --batch-size and --recipe, one after another.
+    """Submit a matrix of nodes, batch sizes and recipes.
 
-    Slurm keeps the order: each job waits for the end of the one before it, however that ended. The same command again
+    Every combination, one after another. Slurm keeps the order: each job waits for the end of the one before it, however that ended. The same command again
     goes on where it was cut off, leaves alone what goes on or is complete, and prints the table with the scaling.
 
     \b

@@ -26,7 +26,9 @@ _partition = click.option("--partition", "-p", default="", help="Slurm partition
 @_partition
 @as_json
 def show(partition: str, as_json: bool) -> None:
-    """Show what this cluster is: Slurm and its features, nodes, blocks, and the GPU profile that fits, with why.
+    """Show what this cluster is, and the profile that fits.
+
+    Slurm and its features, nodes, blocks, and the GPU profile with its evidence.
 
     \b
     launcher cluster show
@@ -54,7 +56,9 @@ def show(partition: str, as_json: bool) -> None:
               help="File to save it in.  [default: ~/.config/titan-launcher/config.toml]")  # fmt: skip
 @as_json
 def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
-    """Save the GPU profile, and the partition if given, as defaults of `submit`. Without a name: the one that fits.
+    """Save the GPU profile as the default of `submit`.
+
+    With the partition, if given. Without a name: the one that fits.
 
     \b
     launcher cluster use gb200

@@ -29,7 +29,9 @@ def _hosts(_context: click.Context, _parameter: click.Parameter, incomplete: str
 @as_json
 @click.pass_context
 def nodes(context: click.Context, as_json: bool) -> None:
-    """List the nodes that failed their check: they are left out of what is submitted, until their time is over.
+    """List the nodes that failed their check.
+
+    They are left out of what is submitted, until their time is over.
 
     `submit` and `status` add them by themselves, for 7 days, where the fault was the node's own.
 

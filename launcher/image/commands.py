@@ -353,9 +353,9 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
 )
 @as_json
 def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_json: bool) -> None:
-    """Turn an IMAGE of the engine, or a squashfs, into a file for Apptainer.
+    """Make a file for Apptainer.
 
-    For clusters without Pyxis.
+    From an IMAGE of the engine or a squashfs, for clusters without Pyxis.
 
     \b
     launcher image sif titan:stable-amd64

@@ -27,7 +27,9 @@ MOST_NAMED = 20  # of runs that are left out; --json and the page name all
               help="Write throughput, loss and scaling there, too, as PNG and SVG; needs matplotlib.")  # fmt: skip
 @as_json
 def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | None, as_json: bool) -> None:
-    """Write the runs (default: all that logged something) as one HTML page that needs nothing but itself.
+    """Write runs as one HTML page, and as plots.
+
+    The page needs nothing but itself. Without a RUN, all that logged something are on it.
 
     \b
     launcher report -o page.html

@@ -46,9 +46,9 @@ def results(
     names: tuple[str, ...], runs_dir: Path, every: bool, form: str, update: Path | None, entity: str,
     output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Print results (default: the newest run's), as the published table has them.
+    """Print results as the published table has them.
 
-    RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an object, and several are a list.
+    Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an object, and several are a list.
 
     \b
     launcher results

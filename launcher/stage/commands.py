@@ -101,9 +101,9 @@ def c4(
 @_dry_run
 @as_json
 def tokenizer(model: str, **options: Any) -> None:
-    """Stage the tokenizer of Llama-3.1-8B, Llama-3.1-70B or OWNER/NAME on the Hub.
+    """Stage the tokenizer of a Llama 3.
 
-    The models are gated: accept the licence on the Hub, then give a token by HF_TOKEN, `hf auth login` or --token-file.
+    Of Llama-3.1-8B, Llama-3.1-70B, or OWNER/NAME on the Hub.     The models are gated: accept the licence on the Hub, then give a token by HF_TOKEN, `hf auth login` or --token-file.
 
     \b
     launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
@@ -122,7 +122,9 @@ def tokenizer(model: str, **options: Any) -> None:
 @_dry_run
 @as_json
 def model(model: str, **options: Any) -> None:
-    """Stage a model's weights (safetensors), configuration and tokenizer, to start a training from.
+    """Stage weights to start a training from.
+
+    A model's safetensors, configuration and tokenizer.
 
     \b
     launcher stage model --to /data/models/Llama-3.1-8B
@@ -194,9 +196,9 @@ def verify(directory: Path, deep: bool, as_json: bool) -> None:
 @click.argument("directories", nargs=-1, type=_path)
 @as_json
 def list_(directories: tuple[Path, ...], as_json: bool) -> None:
-    """List staged directories and images, and for which runs they suffice (default: below /data).
+    """List what is staged, and for which runs it suffices.
 
-    Names and sizes alone are looked at. The exit code is 0 also where something is INCOMPLETE or DAMAGED (`verify` has
+    Directories and images (default: below /data).     Names and sizes alone are looked at. The exit code is 0 also where something is INCOMPLETE or DAMAGED (`verify` has
     3 for that), and 4 when a named directory does not exist.
 
     \b
@@ -244,9 +246,9 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
 @_to
 @as_json
 def image(source: str, target: Path, as_json: bool) -> None:
-    """Put an image on the shared file system once, under a name that holds its checksum.
+    """Put an image on the shared file system, once.
 
-    SOURCE is a .sqsh file, the address of one in a release, or an image of the Docker engine.
+    Under a name that holds its checksum.     SOURCE is a .sqsh file, the address of one in a release, or an image of the Docker engine.
 
     \b
     launcher stage image titan-stable-arm64.sqsh --to /shared/images
