@@ -4,12 +4,11 @@ type. Pure functions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.report.figures import Heat, NodeCell, drawable, heat, work
-from launcher.results.accept import MAX_SPREAD, MAX_WAITING, THRESHOLD, Verdict, Word, judge
+from launcher.results.accept import MAX_SPREAD, MAX_WAITING, THRESHOLD, Verdict, Word, judge, share_text
 from launcher.results.outcome import Outcome
 
 MOST_NAMED = 6  # runs, nodes or sizes in one line of the answer
@@ -228,11 +227,6 @@ def _shares(runs: Sequence[Health]) -> str:
     shares = [run.verdict.share or 0.0 for run in runs]
     low, high = share_text(min(shares)), share_text(max(shares))
     return low if low == high else f"{low} to {high}"
-
-
-def share_text(share: float) -> str:
-    """Rounded down as accept does, so that what is below 95% never reads 95.0%."""
-    return f"{math.floor(1000 * share + 1e-6) / 10:.1f}%"
 
 
 def _sizes(runs: Sequence[Health]) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.report.figures import drawable, percent, source_of
-from launcher.report.health import Health, share_text
-from launcher.results.accept import Word
+from launcher.report.health import Health
+from launcher.results.accept import Word, share_text
 from launcher.results.outcome import Outcome
 from launcher.results.rows import median_mfu_pct, mfu_text
 

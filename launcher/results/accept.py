@@ -159,7 +159,7 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
     word = Word.PASS if enough else Word.FAIL
     sign = "at least" if enough else "below"
     what = (
-        f"speed: {outcome.tps.median:,.0f} tokens/s per GPU is {_percent(share)} of {row.tps.median:,.0f}, "
+        f"speed: {outcome.tps.median:,.0f} tokens/s per GPU is {share_text(share)} of {row.tps.median:,.0f}, "
         f"{sign} the {100 * threshold:g}% asked for"
     )
     if match.factor > NEAR and enough == (outcome.gpus < row.gpus):
@@ -172,7 +172,7 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
     return [Reason(word, what)], share
 
 
-def _percent(share: float) -> str:
+def share_text(share: float) -> str:
     """Rounded down, so that what is below 95% never reads 95.0%."""
     return f"{math.floor(1000 * share + 1e-6) / 10:.1f}%"
 
@@ -328,7 +328,7 @@ def headline(name: str, outcome: Outcome | None, verdict: Verdict) -> str:
     if row is None or row.tps is None or verdict.share is None:
         return f"{text} ({outcome.gpu}, {_size(outcome)})"
     of = "the published " if row.state == PUBLISHED else f"{row.run}'s "
-    return f"{text}, {_percent(verdict.share)} of {of}{row.tps.median:,.0f} ({row.gpu}, {_size(row)})"
+    return f"{text}, {share_text(verdict.share)} of {of}{row.tps.median:,.0f} ({row.gpu}, {_size(row)})"
 
 
 def as_dict(name: str, outcome: Outcome | None, verdict: Verdict, inputs: Mapping[str, Any]) -> dict[str, Any]:
