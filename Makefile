@@ -21,6 +21,7 @@ help: ## list the targets
 demo: $(VENV)/.train ## train a tiny Llama 3 here with torchtitan, up to its results row and a page
 	$(BIN)/launcher submit --local --recipe debug --follow
 	$(BIN)/launcher report --output report.html
+	@echo 'to go on with it here:  export PATH="$(abspath $(BIN)):$$PATH"'
 
 image: $(VENV)/.image ## build the container image of CHANNEL and write titan-CHANNEL-ARCH.sqsh
 	$(BIN)/launcher image build '$(CHANNEL)' $(if $(ARCH),--arch '$(ARCH)') --output . --force $(BUILD_FLAGS)
@@ -59,6 +60,7 @@ clean: ## remove virtual environments and caches; run directories stay
 $(VENV)/.made $(VENV_02)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(@D)
+	@echo 'installing packages into $(@D): some minutes'
 	@touch $@
 
 # torch first and alone: the packages after it would otherwise choose a build of it, with gigabytes of CUDA.

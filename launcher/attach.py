@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -34,6 +35,13 @@ def wait_for_start(run: Run, say: Callable[[str], None] | None) -> None:
 def progress_of(run: Run) -> Iterator[Progress]:
     """A snapshot for every newly logged step, until the run has ended."""
     return follow(run.logs, steps_total=steps_of(run), is_finished=_finished(run), sleep=time.sleep, clock=time.time)
+
+
+def progress_now(run: Run) -> Progress | None:
+    """How far the run is, by what its logs hold now; None before its first step."""
+    seen = follow(run.logs, steps_total=steps_of(run), is_finished=lambda: True, sleep=lambda _: None)
+    newest = deque(seen, maxlen=1)
+    return newest[0] if newest else None
 
 
 def show(run: Run, stream: TextIO) -> None:

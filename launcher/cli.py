@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from launcher import plan_commands, run_commands, submit_commands, sweep_commands
+from launcher import __version__, plan_commands, run_commands, submit_commands, sweep_commands
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import RunOptions, run_options
 from launcher.output import PipedGroup, ReaderGone, as_json, colour, print_error, print_json
@@ -19,6 +19,7 @@ from launcher.submit_commands import spec_of
 
 
 @click.group(cls=PipedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="launcher")
 def launcher() -> None:
     """Run torchtitan's Llama-3 training on a Slurm cluster, or here, and read the result.
 
@@ -51,7 +52,7 @@ def config_show(options: RunOptions, as_json: bool) -> None:
     \b
     launcher config show --gpu b200 --recipe llama3-8b --image titan.sqsh
     """
-    spec = spec_of(options)
+    spec = spec_of(options, image_needed=False)
     rows = [(key, value, spec.origin.get(key, "default")) for key, value in spec.values().items()]
     if as_json:
         print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
@@ -130,8 +131,6 @@ def version(as_json: bool) -> None:
     import platform
     from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as version_of
-
-    from launcher import __version__
 
     found = {"launcher": __version__, "python": platform.python_version()}
     for package in ("click", "jinja2", "huggingface_hub", "rich", "torch", "torchtitan"):

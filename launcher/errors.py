@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import IntEnum
 
 
@@ -23,6 +25,11 @@ class ExitStatus(IntEnum):
     BELOW = 12  # `accept`: FAIL, the run is slower than it should be or not sane
     CANNOT_SAY = 13  # `accept`: CANNOT SAY, there is nothing to judge or nothing to judge it by
     INTERRUPTED = 130  # Ctrl-C; what was submitted before is printed, and goes on
+
+
+def install(extra: str) -> str:
+    """The command that adds the optional packages `extra` of pyproject.toml to this Python's."""
+    return f"{shlex.quote(sys.executable)} -m pip install 'titan-launcher[{extra}]'"
 
 
 class LauncherError(Exception):

@@ -113,6 +113,11 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
     tokens = tokens_of(spec)
     wall_s = tokens / (low * spec.gpus) + START_S if low else None
     wants_files = spec.recipe.dataset == "c4" and spec.job.data not in (SAMPLE, HUB)
+    if wants_files and spec.data_parallel > TRAIN_FILES:
+        notes.append(
+            f"C4 has {TRAIN_FILES:,} files, fewer than {spec.data_parallel:,} data-parallel ranks: every rank reads all of "
+            "them and keeps its share (docs/data.md)"
+        )
     return Plan(
         memory=memory,
         memory_gib=_needed(spec, memory) if memory else None,

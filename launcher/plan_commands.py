@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import click
 
-from launcher.errors import LauncherError
 from launcher.options import RunOptions, run_options
 from launcher.output import as_json, plain, print_json
+from launcher.submit_commands import spec_of
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -31,7 +30,7 @@ def plan(options: RunOptions, as_json: bool) -> None:
     """
     from launcher import plan as core
 
-    spec = _spec(options)
+    spec = spec_of(options, image_needed=False)
     counted, by = _counted(spec)
     found = core.plan(spec, parameters=counted)
     if as_json:
@@ -42,27 +41,6 @@ def plan(options: RunOptions, as_json: bool) -> None:
 
 
 COMMANDS = (plan,)
-
-
-def _spec(options: RunOptions) -> RunSpec:
-    """The run; where it would need an image, any name does."""
-    from launcher.layers import Layer
-    from launcher.resolve import resolve
-
-    def resolved(**more: str) -> RunSpec:
-        values, origin = (
-            {**options.values, **more},
-            {**options.origin, **dict.fromkeys(more, "launcher plan")},
-        )
-        layer = Layer(values, origin, secret_env=options.secret_env)
-        return resolve(layer, options.config, options.run_file, os.environ)
-
-    try:
-        return resolved()
-    except LauncherError as error:
-        if "job.image" in options.values or not error.what.startswith("job.image = ''"):
-            raise
-    return resolved(**{"job.image": "/any.sqsh"})
 
 
 def _counted(spec: RunSpec) -> tuple[int | None, str]:

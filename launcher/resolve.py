@@ -10,16 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.cluster import slurm
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, find, merge, names_of, read_layer
 from launcher.spec import CONTROL, RunSpec, validate
 from launcher.user_file import default_path
-
-if TYPE_CHECKING:
-    pass
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
@@ -197,7 +193,8 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
     except LauncherError as error:
         if error.status is not ExitStatus.CLUSTER:
             raise
-        raise _which_gpu(f"the nodes' GPU cannot be detected: {error.what}", error.original) from error
+        what = f"the nodes' GPU cannot be detected: {error.what}"
+        raise _which_gpu(what, error.original, ExitStatus.CLUSTER) from error
     proposal = propose(nodes, known_kinds())
     where = f"partition {partition}" if partition else "the default partition"
     seen = ", ".join(evidence.what for evidence in proposal.evidence)
@@ -207,6 +204,6 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
     raise _which_gpu(f"{where} does not say clearly which GPU it has ({seen or 'no GPUs'}): {why}")
 
 
-def _which_gpu(what: str, original: str = "") -> LauncherError:
+def _which_gpu(what: str, original: str = "", status: ExitStatus = ExitStatus.NOT_FOUND) -> LauncherError:
     fix = f"say it: --gpu {'|'.join(names_of('profiles'))}"
-    return LauncherError(what, fix, status=ExitStatus.NOT_FOUND, original=original)
+    return LauncherError(what, fix, status=status, original=original)

@@ -16,6 +16,7 @@ from launcher.output import age, as_json, clock, colour, json_line, plain, print
 if TYPE_CHECKING:
     from launcher.bad_nodes import BadNode
     from launcher.cluster.state import JobState
+    from launcher.follow import Progress
     from launcher.known_errors import Failure
     from launcher.runs import Run
 
@@ -65,19 +66,21 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
 
     Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training.
     """
-    from launcher import control, runs
+    from launcher import attach, control, runs
+    from launcher.watch import plain_line
 
     found = runs.open_run(run, runs_dir)
     state = control.state(found)
     row = _summary(found, state)
-    waiting = _why_waiting(found, state)
-    failure, left_out = _failure(found, state), remembered(found, state)
+    waiting, progress = _why_waiting(found, state), _progress(found, state)
+    failure, left_out = failure_of(found, state), remembered(found, state)
     if as_json:
         more = {
             "source": state.source,
             "reason": state.reason,
             "exit_code": state.exit_code,
             "waiting": waiting,
+            "progress": attach.as_dict(progress) if progress else None,
             "failure": failure.as_json() if failure else None,
             "left_out": [node.host for node in left_out],
         }
@@ -88,6 +91,8 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
         click.echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
         for line in waiting:
             click.echo(f"  {line}")
+        if progress:
+            click.echo(f"  {plain(plain_line(progress))}")
         if failure:
             _print_failure(found, failure, left_out)
         elif not state.known:
@@ -178,7 +183,7 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
         click.echo(f"\ndetached; {run.name} goes on: launcher watch {reference(run)}{detached}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     state = control.state(run)
-    outcome, failure, left_out = outcome_of(run, state), _failure(run, state), remembered(run, state)
+    outcome, failure, left_out = outcome_of(run, state), failure_of(run, state), remembered(run, state)
     if as_json:
         result = as_dict(outcome) if outcome and outcome.series else None
         ended = {"run": run.name, "state": state.name, "result": result}
@@ -203,6 +208,17 @@ def _why_waiting(run: Run, state: JobState) -> list[str]:
     return [plain(line) for line in why_waiting(run, state)]
 
 
+def _progress(run: Run, state: JobState) -> Progress | None:
+    """How far a run is that goes on; None for others, and where its logs cannot be read."""
+    from launcher import attach
+    from launcher.cluster.state import GOING
+
+    try:
+        return attach.progress_now(run) if state.name in GOING else None
+    except LauncherError:
+        return None
+
+
 def _say_waiting(run: Run, text: str) -> None:
     """`watch` tells each new reason, and what it means."""
     from launcher.cluster.state import JobState
@@ -213,7 +229,8 @@ def _say_waiting(run: Run, text: str) -> None:
         click.echo(f"  {line}", err=True)
 
 
-def _failure(run: Run, state: JobState) -> Failure | None:
+def failure_of(run: Run, state: JobState) -> Failure | None:
+    """Why a run failed, as far as that is known; None for others."""
     if not state.failed:
         return None
     from launcher.known_errors import explain, how_it_ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -140,12 +141,23 @@ def render(options: RunOptions, as_json: bool) -> None:
 COMMANDS = (submit, preflight, render)
 
 
-def spec_of(options: RunOptions) -> RunSpec:
+def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:
+    """The run that the options ask for. Without `image_needed`, `job.image` may be missing, and is "" then."""
     from launcher.layers import Layer
     from launcher.resolve import resolve
 
-    layer = Layer(options.values, options.origin, secret_env=options.secret_env)
-    return resolve(layer, options.config, options.run_file, os.environ)
+    def resolved(**more: str) -> RunSpec:
+        origin = {**options.origin, **dict.fromkeys(more, "default")}
+        layer = Layer({**options.values, **more}, origin, secret_env=options.secret_env)
+        return resolve(layer, options.config, options.run_file, os.environ)
+
+    try:
+        return resolved()
+    except LauncherError as error:
+        if image_needed or "job.image" in options.values or not error.what.startswith("job.image = ''"):
+            raise
+    spec = resolved(**{"job.image": "/any.sqsh"})
+    return replace(spec, job=replace(spec.job, image=""), origin={**spec.origin, "job.image": "missing: --image FILE"})
 
 
 _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}

@@ -185,10 +185,12 @@ def _nothing(state: str) -> list[str]:
     return ["no step was logged"] if state in SUCCEEDED else []
 
 
-def _base(result: Result, complete: Sequence[Result]) -> Result:
+def _base(result: Result, complete: Sequence[Result]) -> Result | None:
+    """What a cell's scaling is measured by; None where only one size of its kind is complete."""
     kind = (result.spec.job.recipe, result.spec.recipe.local_batch_size)
     same = [r for r in complete if (r.spec.job.recipe, r.spec.recipe.local_batch_size) == kind]
-    return min(same, key=lambda r: r.spec.job.nodes)
+    several = len({r.spec.job.nodes for r in same}) > 1
+    return min(same, key=lambda r: r.spec.job.nodes) if several else None
 
 
 def used(rows: Sequence[Mapping[str, Any]]) -> tuple[float, bool]:

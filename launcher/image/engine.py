@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, install
 from launcher.image import ARCHES
 from launcher.image.interrupt import ctrl_c_waits
 from launcher.image.tars import tar_of_files, tar_of_folder
@@ -46,7 +46,7 @@ def connect() -> Engine:
     except ImportError as error:
         raise LauncherError(
             "images are built through docker-py, which is not installed",
-            "pip install 'titan-launcher[image]'",
+            install("image"),
             status=ExitStatus.ERROR,
         ) from error
     host = os.environ.get("DOCKER_HOST") or _context_host() or DEFAULT_HOST

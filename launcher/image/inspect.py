@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, install
 from launcher.image import ARCHES
 from launcher.image.squashfs_file import (
     METADATA,
@@ -29,7 +29,7 @@ from launcher.image.squashfs_file import (
 )
 
 TIMEOUT = 120  # seconds for one unsquashfs; listing 50,000 files takes less than one
-HINT = "apt-get install squashfs-tools, or: pip install 'titan-launcher[image]'"
+HINT = f"apt-get install squashfs-tools, or: {install('image')}"
 HEAD = 4096  # bytes of a program that are read for its ELF header
 PROGRAMS = ("bin/sh", "usr/bin/env", "bin/bash", "usr/bin/python3", "usr/local/bin/python3")
 # The oldest driver branch that runs programs of a CUDA major version, by minor-version compatibility.

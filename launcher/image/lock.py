@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, install
 from launcher.files import filesystem_error, write_text
 from launcher.image import ARCHES
 from launcher.image.channels import Channel, channel, docker_arch, lock_path
@@ -134,7 +134,7 @@ def _uv() -> str:
     if not found:
         raise LauncherError(
             "locks are made with uv, which is not installed",
-            "pip install 'titan-launcher[image]'",
+            install("image"),
             status=ExitStatus.ERROR,
         )
     return found

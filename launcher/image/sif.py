@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, install
 from launcher.files import data_dir, filesystem_error
 from launcher.image.build import dockerfile
 from launcher.image.channels import Channel, channel
@@ -94,7 +94,7 @@ def _spython() -> Iterator[Any]:
     except ImportError as error:
         raise LauncherError(
             "Apptainer is driven through spython, which is not installed",
-            "pip install 'titan-launcher[apptainer]'",
+            install("apptainer"),
             status=ExitStatus.ERROR,
         ) from error
     program = shutil.which("apptainer")
@@ -163,7 +163,7 @@ def recipe(name: str) -> str:
     except ImportError as error:
         raise LauncherError(
             "the recipe is derived by spython, which is not installed",
-            "pip install 'titan-launcher[apptainer]'",
+            install("apptainer"),
             status=ExitStatus.ERROR,
         ) from error
     text = _single_stage(dockerfile().read_text(encoding="utf-8"), _arguments(channel(name)))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, install
+from launcher.files import data_dir
 from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import HUB, S3, RunSpec
 
@@ -30,6 +33,7 @@ def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
         else:
             if name == "image" and spec.job.image:
                 found.append(Check(name, OK, spec.job.image))
+    found += _of_a_local_run(spec) if spec.job.scheduler == "local" else []
     notes = warnings(spec)
     try:
         spec, of_the_data = view.plan(spec)
@@ -58,9 +62,10 @@ def check_image(spec: RunSpec) -> list[Check]:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         near = sorted(Path(path).parent.glob("*.sqsh"))[:3] if Path(path).parent.is_dir() else []
-        hint = (
+        there = (
             f"there is: {', '.join(str(p) for p in near)}" if near else f"ls -l {shlex.quote(str(Path(path).parent))}"
         )
+        hint = f"{there}; to make one: make image, or launcher image build --help"
         raise LauncherError(f"--image {path}: no such file", hint) from None
     except OSError as error:
         raise LauncherError(
@@ -88,7 +93,6 @@ def check_image(spec: RunSpec) -> list[Check]:
 def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
     """CUDA needs a driver of its time; with NVIDIA's forward compatibility, an older one may do."""
     from launcher.image.inspect import is_too_old, needed_driver
-    from launcher.results.published import published, same_gpu
 
     needed, driver = needed_driver(facts), spec.profile.driver
     if not needed or spec.profile.device != "cuda":
@@ -98,8 +102,7 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
         gres = f" --gres={spec.profile.gres}:1" if spec.profile.gres else ""
         ask = f"srun -N1{where}{gres} nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         what = f"{needed}; which one the nodes have is not known here"
-        rows = [row for row in published() if same_gpu(row.gpu, spec.profile.gpu)]
-        old = [seen for row in rows if is_too_old(seen := row.versions.get("driver", ""), facts)]
+        old = [seen for seen in _published_drivers(spec.profile.gpu) if is_too_old(seen, facts)]
         # Said with every submission only where such nodes are known with an older one.
         status, why = (WARNING, f"{spec.profile.gpu} clusters have run with {old[0]}") if old else (OK, "")
         return [Check("driver", status, what, why, f"{ask}; then --set profile.driver=VERSION")]
@@ -112,6 +115,14 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
             "an image with an older CUDA, or a newer driver: nvidia-smi on a node",
         )
     ]  # fmt: skip
+
+
+def _published_drivers(gpu: str) -> list[str]:
+    """The drivers that published runs of this GPU had."""
+    import csv
+
+    with (data_dir("slurm") / "reference-results.csv").open(encoding="utf-8", newline="") as stream:
+        return [row["driver"] for row in csv.DictReader(stream) if row["gpu"] == gpu]
 
 
 def check_weights(spec: RunSpec) -> None:
@@ -156,15 +167,37 @@ def _check_sif(path: str) -> None:
         raise LauncherError(f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file")
 
 
+def _missing(spec: RunSpec) -> list[str]:
+    """Paths of tokenizer and weights that are not here; for the data see launcher/stage/view.py."""
+    paths = (path for path in (spec.tokenizer_path, spec.job.init_from) if path.startswith("/"))
+    return [path for path in paths if not path.startswith(spec.run_dir) and not os.path.exists(path)]
+
+
+def _of_a_local_run(spec: RunSpec) -> list[Check]:
+    """This machine is the node: what it lacks, the run lacks."""
+    found = [
+        Check("files", ERROR, f"{path}: not on this machine", "", f"ls -ld {shlex.quote(path)}", certain=True)
+        for path in _missing(spec)
+    ]
+    own = spec.job.runtime == "bare" and shutil.which(spec.job.python) == shutil.which(sys.executable)
+    lacking = [name for name in ("torch", "torchtitan") if own and find_spec(name) is None]
+    if lacking:
+        fix = f"{install('train')}; or --python PATH of one that has them"
+        what = f"{' and '.join(lacking)}: not installed for {sys.executable}"
+        found.append(Check("software", ERROR, what, "the run is trained by this Python", fix, certain=True))
+    if spec.profile.device == "cuda" and not shutil.which("nvidia-smi"):
+        what = f"--gpu {spec.job.gpu}: this machine has no NVIDIA driver (no nvidia-smi)"
+        found.append(Check("GPUs", ERROR, what, "", "--gpu cpu --recipe debug"))
+    return found
+
+
 def warnings(spec: RunSpec) -> list[str]:
     """Paths that this machine does not have. The nodes may: the job's own check decides there."""
-    paths = [
-        p
-        for p in (spec.tokenizer_path, spec.job.init_from)  # for the data see launcher/stage/view.py
-        if p.startswith("/") and not p.startswith(spec.run_dir)
+    found = [
+        f"{path}: not on this machine; if the nodes do not have it either, the job stops at once"
+        for path in _missing(spec)
+        if spec.job.scheduler == "slurm"
     ]
-    found = [f"{path}: not on this machine; if the nodes do not have it either, the job stops at once" for path in
-             paths if not os.path.exists(path)]  # fmt: skip
     if spec.job.data.startswith(S3) and not any(name.startswith("AWS_") for name in (*spec.env, *spec.secret_env)):
         found.append(
             f"--data {spec.job.data}: the job gets no credentials for it, which is right where the nodes have their own "

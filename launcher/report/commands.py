@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ from launcher.options import FilePath, runs_dir_option
 from launcher.output import as_json, plain, print_json
 
 if TYPE_CHECKING:
+    from launcher.cluster.state import JobState
     from launcher.results.outcome import Outcome
+    from launcher.runs import Run
 
 MOST_NAMED = 20  # of runs that are left out; --json and the page name all
 
@@ -88,6 +91,7 @@ COMMANDS = (report,)
 def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """The runs' results, newest first, and (run, why) of those that have none."""
     from launcher import runs
+    from launcher.results.accept import OWN_FAULT
     from launcher.results.commands import with_states
     from launcher.results.read import outcome_of
 
@@ -97,10 +101,11 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
     left_out: list[tuple[str, str]] = []
     for run, state in with_states(found):
         outcome = outcome_of(run, state)
-        if outcome is None or (outcome.step is None and not outcome.series):
+        if outcome is None or (outcome.step is None and state.name not in OWN_FAULT):
             left_out.append((run.name, f"{state.name}, has logged no step"))
-        else:
-            outcomes.append(outcome)
+            continue
+        cause = _cause(run, state) if state.name in OWN_FAULT else ""
+        outcomes.append(replace(outcome, notes=(*outcome.notes, cause)) if cause else outcome)
     if not outcomes:
         some = ", ".join(f"{name} ({why})" for name, why in left_out[:3])
         raise LauncherError(
@@ -109,6 +114,16 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
             status=ExitStatus.NO_DATA,
         )
     return outcomes, left_out
+
+
+def _cause(run: Run, state: JobState) -> str:
+    from launcher.run_commands import failure_of
+
+    try:
+        failure = failure_of(run, state)
+    except LauncherError:  # its logs cannot be read, which the result says
+        return ""
+    return failure.cause if failure else ""
 
 
 def _refuse_to_overwrite(path: Path) -> None:

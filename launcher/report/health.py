@@ -72,12 +72,12 @@ def _answer(name: str, runs: Sequence[Health]) -> Answer:
     newest = _newest_first(runs)
     counted = _counted(newest)
     nodes, slow = _nodes(newest)
-    if not slow and any(_too_slow(run) for run in counted):
+    if not slow and any(_faults(run, "speed: ") for run in counted):
         hint = "nodes wait for each other in every step, so one slow GPU or link can slow all without showing here"
         nodes = replace(nodes, texts=(*nodes.texts, hint))
     speed, data, rest = _speed(counted), _data(counted), _rest(counted)
-    word = Word.PASS if any(run.verdict.word is Word.PASS for run in counted) else Word.CANNOT_SAY
-    if slow or any(run.verdict.word is Word.FAIL for run in counted):
+    word = Word.PASS if any(map(_is_fast, counted)) else Word.CANNOT_SAY
+    if slow or any(_own_faults(run) for run in counted):
         word = Word.FAIL
     return Answer(name, word, _headline(word, counted, slow), (speed, nodes, data, rest))
 
@@ -88,12 +88,15 @@ def _newest_first(runs: Iterable[Health]) -> list[Health]:
 
 def _counted(newest: Sequence[Health]) -> list[Health]:
     """Of each kind of work and number of nodes the newest run that could be judged, else the newest. What was wrong
-    before the last repair is history.
+    before the last repair is history: so is an older run that did not get to its end, behind one that did.
     """
     found: dict[tuple[object, ...], Health] = {}
     for run in newest:
         key = (work(run.outcome), run.outcome.nodes)
-        if key not in found or (_unjudged(found[key]) and not _unjudged(run)):
+        later = found.get(key)
+        if later is None or (
+            _unjudged(later) and not _unjudged(run) and (run.outcome.complete or not later.outcome.complete)
+        ):
             found[key] = run
     return sorted(found.values(), key=lambda run: run.outcome.nodes)
 
@@ -106,13 +109,13 @@ def _headline(word: Word, counted: Sequence[Health], slow: Sequence[tuple[NodeCe
     if word is Word.CANNOT_SAY:
         first = _newest_first(counted)[0]
         return f"no run here could be judged. {first.outcome.run}: {first.verdict.reasons[0].what}"
-    fast = [run for run in counted if run.verdict.word is Word.PASS and run.verdict.share is not None]
+    fast = [run for run in counted if _is_fast(run)]
     reached = f"{_shares(fast)} of the published tokens/s on {_sizes(fast)}" if fast else ""
     if word is Word.PASS:
         waiting = "; steps wait for data" if any(run.waits_for_data for run in counted) else ""
         return f"good: {reached}{waiting}"
     parts = []
-    if below := [run for run in counted if _too_slow(run)]:
+    if below := [run for run in counted if _faults(run, "speed: ")]:
         parts.append(f"only {_shares(below)} of the published tokens/s on {_sizes(below)}")
     if halting := [run.outcome.run for run in counted if _faults(run, "pace: ")]:
         parts.append(f"stood still now and then: {_some(halting)}")
@@ -123,8 +126,9 @@ def _headline(word: Word, counted: Sequence[Health], slow: Sequence[tuple[NodeCe
     return "; ".join([*parts, *([f"good: {reached}"] if fast else [])])
 
 
-def _too_slow(run: Health) -> bool:
-    return bool(_faults(run, "speed: "))
+def _is_fast(run: Health) -> bool:
+    """It reaches what is published. A node that was slow in it has a line of its own."""
+    return not _unjudged(run) and run.verdict.share is not None and not _own_faults(run)
 
 
 def _faults(run: Health, about: str) -> list[str]:
@@ -133,15 +137,19 @@ def _faults(run: Health, about: str) -> list[str]:
     return [what.removeprefix(about) for what in failing if what.startswith(about)]
 
 
+def _own_faults(run: Health) -> list[str]:
+    """Why accept says FAIL, but for its nodes: each of those counts by the newest run that measured it."""
+    return [what for what in _faults(run, "") if not what.startswith("nodes: ")]
+
+
 def _other_faults(run: Health) -> list[str]:
-    """Why accept says FAIL, but for speed, pace and nodes, which have lines of their own."""
-    told = ("speed: ", "pace: ", *(("nodes: ",) if run.nodes and run.nodes.slow else ()))
-    return [what for what in _faults(run, "") if not what.startswith(told)]
+    """Those of its own that are not told with the speed."""
+    return [what for what in _own_faults(run) if not what.startswith(("speed: ", "pace: "))]
 
 
 def _speed(counted: Sequence[Health]) -> Finding:
-    below = [run for run in counted if _too_slow(run)]
-    fast = [run for run in counted if run.verdict.share is not None and run.verdict.share >= THRESHOLD]
+    below = [run for run in counted if _faults(run, "speed: ")]
+    fast = [run for run in counted if not _unjudged(run) and (run.verdict.share or 0.0) >= THRESHOLD]
     unknown = [run for run in counted if _unjudged(run)]
     texts = [
         f"{_nodes_of(run)}: {share_text(run.verdict.share or 0.0)} of published, below the {100 * THRESHOLD:g}% "
@@ -166,7 +174,7 @@ def _speed(counted: Sequence[Health]) -> Finding:
     texts += [f"not judged: {_some(names)}: {why}" for why, names in list(by_reason.items())[:MOST_NAMED]]
     texts += _more(list(by_reason), " reasons")
     word = Word.FAIL if below or halting else OK if fast else Word.CANNOT_SAY
-    return Finding("Speed", str(word), tuple(texts))
+    return Finding("Speed", str(word), tuple(texts or ["no run got as far as to be measured"]))
 
 
 def _other_size(run: Health) -> str:
@@ -178,11 +186,11 @@ def _other_size(run: Health) -> str:
 
 
 def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[NodeCell, Health]]]:
-    """Every node by the newest run that measured it. One that was slow and has not run since is still slow."""
+    """Every node by the newest run in which accept would judge it. One that was slow and has not run since is slow."""
     seen: set[str] = set()
     slow: list[tuple[NodeCell, Health]] = []
     for run in newest:
-        if run.nodes is None:
+        if run.nodes is None or not any(reason.what.startswith("nodes: ") for reason in run.verdict.reasons):
             continue
         slow += [(cell, run) for cell in run.nodes.slow if cell.host not in seen]
         seen |= {node.host for node in run.outcome.by_node if drawable(node.tps)}
@@ -219,7 +227,9 @@ def _rest(counted: Sequence[Health]) -> Finding:
     if broken:
         return Finding("Ends and loss", str(Word.FAIL), tuple(texts))
     if whole:
-        return Finding("Ends and loss", OK, (f"nothing wrong in {_count(whole, 'complete run')}",))
+        return Finding(
+            "Ends and loss", OK, (f"nothing wrong in {_count(whole, 'run')}, the newest of each kind and size",)
+        )
     return Finding("Ends and loss", str(Word.CANNOT_SAY), ("no run is complete",))
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, install
 from launcher.files import filesystem_error, write_bytes
 from launcher.output import plain
 from launcher.report.figures import (
@@ -48,7 +48,7 @@ def require() -> None:
     except ImportError as error:
         raise LauncherError(
             f"plots need matplotlib, which cannot be imported: {error}",
-            "pip install 'titan-launcher[report]', or leave --plots out: the page needs nothing",
+            f"{install('report')}, or leave --plots out: the page needs nothing",
             status=ExitStatus.ERROR,
         ) from error
 

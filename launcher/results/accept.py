@@ -106,7 +106,9 @@ def judge(
     steps = _steps(outcome)
     # Too few steps say nothing for the run and nothing against it.
     measured = [*speed, steps, *_pace(outcome), *_node_spread(outcome, max_spread)]
-    reasons = measured if steps.word is Word.PASS else [steps]
+    if steps.word is not Word.PASS:  # more of them would not help where there is nothing to measure by
+        measured = [steps] if match.row else [*speed, steps]
+    reasons = measured
     reasons += _loss(outcome, [*([match.row] if match.row else []), *losses])
     return _verdict(reasons, (*_notes(outcome, match, threshold, share), *outcome.notes), match.row, share)
 
@@ -189,16 +191,21 @@ def _steps(outcome: Outcome) -> Reason:
 
 def _pace(outcome: Outcome) -> list[Reason]:
     """Tokens over all the time, against the median: a run that stands still now and then has a good median."""
-    if outcome.tps is None or outcome.overall_tps is None or len(outcome.series) < 2:
+    on_cpu = outcome.settings.get("profile.device") == "cpu"  # whose cores others use, too
+    if outcome.tps is None or outcome.overall_tps is None or len(outcome.series) < 2 or on_cpu:
         return []
     lost = 1 - outcome.overall_tps / outcome.tps.median
     what = f"pace: {outcome.overall_tps:,.0f} tokens/s per GPU over all the time after warm-up"
     if lost <= MAX_LOST:
         below = f", {100 * lost:.1f}% below the median" if lost >= 0.0005 else ""
         return [Reason(Word.PASS, f"{what}{below} (limit {100 * MAX_LOST:g}%)")]
-    slow = [p.step for p in outcome.series[1:] if p.tps < (1 - MAX_LOST) * outcome.tps.median]
-    at = f"; slow up to step {some([str(step) for step in slow])}" if slow else ""
-    return [Reason(Word.FAIL, f"{what}, {100 * lost:.1f}% below the median (limit {100 * MAX_LOST:g}%){at}")]
+    warm_up = outcome.settings.get("recipe.log_freq") or 1
+    slow = [p.step for p in outcome.series if p.step > warm_up and p.tps < (1 - MAX_LOST) * outcome.tps.median]
+    what += f", {100 * lost:.1f}% below the median (limit {100 * MAX_LOST:g}%)"
+    what += f"; slow up to step {some([str(step) for step in slow])}" if slow else ""
+    if interval := outcome.settings.get("recipe.checkpoint_interval"):
+        return [_cannot(f"{what}; the checkpoints every {interval} steps are in it")]
+    return [Reason(Word.FAIL, what)]
 
 
 def _node_spread(outcome: Outcome, max_spread: float) -> list[Reason]:

@@ -32,6 +32,9 @@ from launcher.results.rows import (
 
 BEGIN, END = "<!-- titan-results -->", "<!-- /titan-results -->"
 _WIDTH = 100  # columns
+_WORK = (
+    "model", "flavor", "activation_checkpoint", "tensor_parallel", "context_parallel", "pipeline_parallel", "dp_replicate",
+)  # fmt: skip
 _NAMES = {"cuda": "CUDA", "nccl": "NCCL", "driver": "driver", "python": "Python"}
 _FORMULA = (
     "=",
@@ -271,7 +274,8 @@ def _flat(outcome: Outcome) -> dict[str, Any]:
     versions: Mapping[str, str] = whole["versions"]
     flat |= {name: versions.get(name) for name in ("torch", "torchtitan", *_NAMES, "image", "digest")}
     # What says that two rows are the same work: with these a CSV of ours is a baseline (results/published.py).
-    flat |= {name: outcome.settings.get(f"recipe.{name}") for name in ("model", "flavor", "activation_checkpoint")}
+    flat |= {name: outcome.settings.get(f"recipe.{name}") for name in _WORK}
+    flat["init_from"] = outcome.settings.get("job.init_from")
     flat["predicted_tps"] = whole["prediction"].get("tps")
     return flat
 

@@ -267,15 +267,13 @@ def _faults(run: Run, state: JobState) -> list[str]:
 
         unfits = unfit.of_run(run)
         return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [unfit.REASON]
-    from launcher.known_errors import explain, how_it_ended
-    from launcher.run_commands import reference
+    from launcher.run_commands import failure_of
 
     try:
-        ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
-        failure = explain(run.logs, ended, reference(run), run.path)
+        failure = failure_of(run, state)
     except LauncherError:
         return []
-    return [failure.cause] if failure.cause else []
+    return [failure.cause] if failure and failure.cause else []
 
 
 def _print(headline: str, verdict: Verdict) -> None:

@@ -22,7 +22,8 @@ PUBLISHED, TABLE = "PUBLISHED", "TABLE"  # `state` of an Outcome made from a row
 NEAR = 2.0  # factor in the number of GPUs within which tokens/s per GPU are compared without more ado
 LONG = 100  # steps: rows of shorter runs come second
 _MOST = 10**9  # a count above it is damage, not a cluster
-_COUNTS = ("nodes", "gpus", "local_batch_size", "step", "seq_len")
+_DEGREES = ("tensor_parallel", "context_parallel", "pipeline_parallel", "dp_replicate")
+_COUNTS = ("nodes", "gpus", "local_batch_size", "step", "seq_len", "global_batch_size", *_DEGREES)
 _NUMBERS = ("grad_norm", "memory_gib", "memory_pct", "tflops", "mfu_pct")
 _NEEDED = ("gpu", "nodes", "gpus", "local_batch_size", "step", "tps")
 # What changes the work of a step, with what it is called to people.
@@ -112,8 +113,10 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
         "recipe.compile": compiled == "true" if compiled else None,
         "recipe.activation_checkpoint": cells.get("activation_checkpoint", ""),
     }
-    if settings["recipe.flavor"]:  # FSDP over all ranks is what a row of this table means
-        settings |= {key: 1 for key in ALIKE if key.endswith("_parallel") or key == "recipe.dp_replicate"}
+    if settings["recipe.flavor"]:  # a row that says nothing else means FSDP over all ranks, from a random start
+        settings |= {f"recipe.{name}": count[name] or 1 for name in _DEGREES}
+    if start := cells.get("init_from"):
+        settings["job.init_from"] = start
     return Outcome(
         run=cells.get("run") or f"{cells.get('source') or 'a row'} ({cells['gpu']}, {gpus} GPUs, step {step})",
         run_dir="",
@@ -125,7 +128,7 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
         gpus=gpus,
         recipe="",
         local_batch_size=batch,
-        global_batch_size=batch * gpus,
+        global_batch_size=count["global_batch_size"] or batch * gpus,
         seq_len=count["seq_len"] or 0,
         precision=cells.get("precision", ""),
         compile=compiled == "true",
@@ -267,7 +270,7 @@ def nearest(outcome: Outcome, rows: Sequence[Outcome]) -> Outcome | None:
     return min(same, key=lambda row: _distance(outcome, row), default=None)
 
 
-def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, bool, bool, float, int]:
+def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, bool, bool, float, int, bool]:
     factor = factor_between(outcome, row)
     # Rounded, so that 8 GPUs are exactly as far from 4 as from 16.
     return (
@@ -277,6 +280,7 @@ def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, bool, bool, fl
         1 < factor <= NEAR and _other_driver(outcome, row),
         round(math.log(factor), 9),
         -row.gpus,
+        _other_driver(outcome, row),
     )
 
 

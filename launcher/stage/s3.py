@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, install
 from launcher.spec import S3_ADDRESS
 from launcher.stage.manifest import Manifest, parse_manifest
 from launcher.stage.receive import Sink
@@ -258,7 +258,7 @@ def _store() -> Any:
         import s3fs
     except ImportError as error:
         raise LauncherError(
-            "object storage is read through s3fs, which is not installed", "pip install 'titan-launcher[s3]'",
+            "object storage is read through s3fs, which is not installed", install("s3"),
             status=ExitStatus.ERROR,
         ) from error  # fmt: skip
     return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)

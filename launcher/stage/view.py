@@ -117,8 +117,8 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
         where = directory / "en" if os.path.isdir(directory) else directory
         why = f"{where}: " + ("not on this machine" if missing else f"cannot be read here ({error.strerror})")
         fix = f"{stage} {files_needed(spec, TRAIN_FILES)}"
-        if spec.job.data_part:
-            what = f"--data-part {spec.job.data_part}: {why}"
+        if spec.job.data_part or spec.job.scheduler == "local":
+            what = f"--data-part {spec.job.data_part}: {why}" if spec.job.data_part else why
             raise LauncherError(what, fix, status=ExitStatus.NOT_FOUND) from error
         return spec, [
             f"{why}, so the run gets no view of it; if the nodes do not have it either, the job stops at once: {fix}, "

@@ -215,7 +215,7 @@ def test_the_table_fits_a_usual_screen(opened: Open) -> None:
 def test_what_all_rows_share_is_still_found_by_the_filter(opened: Open) -> None:
     tab = opened()
     assert "Cluster" not in tab.locator("#table thead").inner_text()
-    assert tab.locator("#common").inner_text() == "All rows: Cluster crusoe."
+    assert tab.locator("#common").inner_text() == "All rows: cluster crusoe."
     tab.get_by_label("Show rows that contain").fill("crusoe fail")
     assert len(column(tab, "Run")) == 4
 

@@ -76,9 +76,13 @@ def test_pass_fail_and_cannot_say_of_one_run(launch: Launch, train_image: Path) 
     assert done.returncode == ExitStatus.CANNOT_SAY
     assert "there is no result of a CPU to measure it by" in done.stdout
 
-    # Its own result, kept as a file, is a baseline for the next run.
-    (launch.directory / "mine.json").write_text(launch("results", "mine", "--format", "json").stdout)
+    # Its own result, kept as a file, is a baseline for the next run, and none for itself.
+    result = json.loads(launch("results", "mine", "--format", "json").stdout)
+    (launch.directory / "mine.json").write_text(json.dumps(result))
     done = launch("accept", "runs/mine", "--baseline", "mine.json")
+    assert done.returncode == ExitStatus.CANNOT_SAY and "the baseline is this run itself" in done.stdout
+    (launch.directory / "other.json").write_text(json.dumps({**result, "run_dir": "/elsewhere/mine"}))
+    done = launch("accept", "runs/mine", "--baseline", "other.json")
     assert done.returncode == ExitStatus.OK and "100.0% of mine's" in done.stdout
     done = launch("compare", "mine", "mine.json")
     assert done.returncode == 0 and "Settings and versions: none differ" in done.stdout

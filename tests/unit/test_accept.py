@@ -152,6 +152,27 @@ def test_a_steady_run_says_its_pace() -> None:
     assert verdict(outcome(overall_tps=None)).word is PASS  # a table's row, or an older result
 
 
+def test_the_pace_names_no_step_of_the_warm_up_and_lets_checkpoints_be() -> None:
+    series = tuple(replace(p, tps=9000.0 if p.step in (10, 50) else p.tps) for p in points())
+    slow = outcome(overall_tps=16000.0, series=series)
+    assert verdict(slow).reasons[0].what.endswith("; slow up to step 50")
+    saving = replace(slow, settings={**slow.settings, "recipe.checkpoint_interval": 50})
+    found = verdict(saving)
+    assert found.word is CANNOT_SAY and "the checkpoints every 50 steps are in it" in found.reasons[0].what
+    on_cpu = replace(slow, settings={**slow.settings, "profile.device": "cpu"})
+    assert not any(reason.what.startswith("pace") for reason in verdict(on_cpu).reasons)
+
+
+def test_without_a_row_more_steps_would_not_help() -> None:
+    found = verdict(outcome(gpu="B300", tps=spread(17930.0, count=36)))
+    assert found.word is CANNOT_SAY and "no result of a B300" in found.reasons[0].what
+
+
+def test_of_two_rows_as_near_the_same_driver_counts() -> None:
+    other, same = (outcome(run=d, run_dir=d, versions={"driver": d}) for d in ("570.1", "580.95.05"))
+    assert (row := verdict(outcome(), rows=[other, same]).baseline) and row.run == "580.95.05"
+
+
 def test_waiting_for_data_is_named() -> None:
     assert not any("waiting for data" in note for note in verdict(outcome(data_share=0.012)).notes)
     found = verdict(outcome(data_share=0.09, tps=spread(16500.0)))
@@ -176,6 +197,8 @@ def test_weights_that_were_trained_before_are_not_asked_to_fall() -> None:
     tuned = outcome(settings={"job.init_from": "/data/models/x"}, series=points((2.1, *[2.15] * 10)), loss=2.15)
     assert verdict(tuned).word is PASS  # and the published losses are no reference for it
     assert verdict(replace(tuned, series=points((2.1, *[3.0] * 10)))).word is FAIL
+    of_own_kind = replace(tuned, run="before", run_dir="before", loss=3.3, series=points((3.4, *[3.3] * 10)))
+    assert verdict(tuned, rows=[of_own_kind]).word is PASS  # a lower loss than before is no fault here
 
 
 def test_a_baseline_of_ones_own() -> None:

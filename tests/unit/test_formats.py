@@ -130,6 +130,15 @@ def test_a_csv_of_ours_is_a_baseline() -> None:
     """It says what was trained, so that like can be told from unlike."""
     (row,) = rows_of(csv_text([WHOLE]), "x.csv")
     assert unlike(WHOLE, row) == [] and row.tps is not None and row.tps.median == 17930.0
+    for changes, why in (
+        ({"settings": {"recipe.tensor_parallel": 2}, "global_batch_size": 90}, "tensor parallel degree 1, not 2"),
+        ({"global_batch_size": 360}, "1 batches a step and GPU, not 2"),
+    ):
+        other = shape(**changes)
+        (row,) = rows_of(csv_text([other]), "x.csv")
+        assert unlike(other, row) == [] and any(why in reason for reason in unlike(WHOLE, row)), why
+    (row,) = rows_of(csv_text([shape(settings={"job.init_from": "/data/models/x"})]), "x.csv")
+    assert row.settings["job.init_from"] == "/data/models/x"
 
 
 def test_csv_has_every_figure_as_a_number() -> None:

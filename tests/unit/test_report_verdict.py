@@ -83,6 +83,47 @@ def test_a_newer_run_that_cannot_be_judged_does_not_hide_an_older_fault() -> Non
     assert answer(going, GOOD[1], slow).word is Word.PASS, "the newest that could be judged"
 
 
+def test_an_older_run_that_failed_is_history_behind_one_that_did_not() -> None:
+    """Also where nothing published says how fast it should be."""
+    whole = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
+    failed = replace(whole, run="old", date="2026-11-01T08:00:00Z", state="FAILED", problems=("FAILED",))
+    assert answer(failed).word is Word.FAIL
+    assert answer(whole, failed).word is Word.CANNOT_SAY
+    assert answer(replace(failed, date="2026-11-30T08:00:00Z"), whole).word is Word.FAIL
+
+
+def test_a_node_that_was_cleared_on_another_size_leaves_no_word_without_a_reason() -> None:
+    """FAIL always has a line that says why."""
+    slow = run("slow", 3, 18260, "2026-11-20T08:00:00Z", slow=1.0)
+    slow = replace(slow, by_node=nodes(16000.0, 18260.0, 18270.0))
+    cleared = replace(GOOD[1], run="cleared", date="2026-11-21T08:00:00Z", by_node=nodes(*[17960.0] * 9))
+    found = answer(cleared, slow)
+    assert found.word is Word.PASS and {one.word for one in found.findings} == {"ok"}
+    assert "on 3 and 9 nodes" in found.headline
+
+
+def test_nodes_are_judged_by_runs_that_accept_judges() -> None:
+    """Five logged steps are the fewest that say anything, and a cancelled run says nothing."""
+    slow = run("x", 9, 17960, "2026-11-20T08:00:00Z", slow=0.9)
+    for one in (
+        replace(slow, tps=spread(17960.0, count=18)),
+        replace(slow, state="CANCELLED", problems=("CANCELLED",)),
+    ):
+        found = answer(one)
+        assert found.word is Word.CANNOT_SAY and finding(found, "Nodes")[0] == "CANNOT SAY"
+        assert "of published on" not in finding(found, "Speed")[1]
+
+
+def test_every_finding_says_something() -> None:
+    lost = run("nan", 9, 17900, "2026-11-19T11:00:00Z", nan_from=60, problems=("NaN in the loss",))
+    assert all(one.texts and all(one.texts) for one in answer(lost).findings)
+
+
+def test_slow_on_few_nodes_is_not_put_down_to_the_network() -> None:
+    found = answer(replace(GOOD[2], tps=spread(15800.0, count=27)), *GOOD[:2])
+    assert "look at the network" not in finding(found, "Speed")[1]
+
+
 def test_without_a_comparable_row_nothing_is_said() -> None:
     other = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
     found = answer(other)
@@ -90,7 +131,7 @@ def test_without_a_comparable_row_nothing_is_said() -> None:
     assert finding(found, "Speed")[0] == "CANNOT SAY"
     again = answer(other, replace(other, run="3n", nodes=3))
     assert finding(again, "Speed")[1].startswith("not judged: 3n, 9n: there is no result of a B300")
-    assert finding(again, "Ends and loss") == ("ok", "nothing wrong in 2 complete runs")
+    assert finding(again, "Ends and loss") == ("ok", "nothing wrong in 2 runs, the newest of each kind and size")
     assert not [text for one in found.findings for text in one.texts if "of published" in text]
     compiled = run("compiled", 9, 25000, "2026-11-20T08:00:00Z", compile=True)
     assert answer(compiled).word is Word.CANNOT_SAY

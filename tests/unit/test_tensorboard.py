@@ -1,6 +1,6 @@
 """Event files as TensorBoard's format has them, written here field by field; damaged ones; and the reader's limits.
 
-tests/train/test_real_outcome.py reads what torch's own SummaryWriter wrote.
+tests/train/test_real_event_files.py reads what torch's own SummaryWriter wrote.
 """
 
 from __future__ import annotations
