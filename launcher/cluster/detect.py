@@ -46,6 +46,7 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
         ("nodes", broken > 0, f"{broken} records are cut off or in another form; these are not counted"),
         ("partitions", cut_off > 0, f"{cut_off} records are cut off or in another form"),
         ("partitions", bool(nodes) and not partitions, "nothing of it can be read"),
+        ("topology", parse.topology_is_cut_off(answers.get("topology", "")), "it is cut off"),
         ("topology", plugin == "block" and not blocks, "no blocks, although the plugin is topology/block"),
     )
     for name, is_half, what in halves:

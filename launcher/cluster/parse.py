@@ -237,6 +237,11 @@ def topology(text: str) -> tuple[str, tuple[Block, ...]]:
     return kind, tuple(blocks)
 
 
+def topology_is_cut_off(text: str) -> bool:
+    """Whether the answer ends within a record: then what it has of blocks is not all."""
+    return bool(text.strip()) and (not text.endswith("\n") or text.count("[") != text.count("]"))
+
+
 def container_options(help_text: str) -> tuple[str, ...]:
     """Pyxis' options in `srun --help`; none where its plugin is not loaded."""
     return tuple(dict.fromkeys(re.findall(r"--(?:no-)?container-[a-z-]*[a-z]", help_text)))
@@ -255,7 +260,7 @@ def expand(hosts: str) -> tuple[str, ...]:
 
     A list that is not one (unbalanced brackets, ranges beyond MAX_HOSTS) yields nothing: its caller has other sources.
     """
-    if hosts in NOTHING or hosts == "ALL":
+    if hosts in NOTHING or hosts == "ALL" or hosts.count("[") != hosts.count("]"):
         return ()
     names: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", hosts):

@@ -45,7 +45,7 @@ def segment(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
         return Check(
             "placement", ERROR, f"--segment {wanted}: the largest block has {number_of(largest)}",
             "Slurm would say: Requested topology configuration is not available",
-            f"--segment {placement.segment(nodes, sizes)}", certain=place.sure,
+            f"--segment {placement.segment(nodes, sizes)}", certain=place.sure and "topology" not in facts.unread,
         )  # fmt: skip
     out = {node.name for node in able if not usable(node, spec.job.reservation)}
     found = placement.describe(nodes, wanted, blocks, {node.name for node in able if node.free})
@@ -122,7 +122,7 @@ def racks(spec: RunSpec, facts: ClusterFacts, _place: Place) -> Check | None:
 
 def blocks(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
     """Nodes that stand in no block get no jobs, however idle they are."""
-    if facts.topology != "block" or not facts.blocks:
+    if facts.topology != "block" or not facts.blocks or "topology" in facts.unread:
         return None
     able = fitting(spec, place)
     inside = {name for block in facts.blocks for name in block.nodes}

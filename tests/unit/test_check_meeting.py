@@ -126,6 +126,7 @@ def test_node_0_never_answers() -> None:
     "line",
     [
         b"SSH-2.0-OpenSSH_9.2\r\n", b"[1]\n", b'{"x": 1}\n', b'{"do": "allreduce"}\n', b'{"do": "allreduce", "port": "1"}\n',
+        b'{"do": "allreduce", "port": 1, "verdict": 5}\n',
         b'{"verdict": 5}\n', b'{"verdict": {}}\n', b'{"verdict": {"ok": true, "unfit": [3]}}\n', b'{"verdict": {"ok": true, "unfit": "no"}}\n',
         json.dumps({"verdict": {"ok": False, "unfit": [{**UNFIT, "why": None}]}}).encode() + b"\n",
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from launcher import __version__
 from launcher.errors import ExitStatus
 from tests.conftest import ROOT, Launch
 
@@ -34,3 +35,17 @@ def test_every_command_has_help_and_json(launch: Launch) -> None:
 def test_colour_only_on_terminals(launch: Launch) -> None:
     assert "\x1b" not in launch("status", "none").stderr
     assert "\x1b" not in launch("config", "show", "--gpu", "cpu", "--local").stdout
+
+
+def test_the_version_is_told_in_both_usual_ways(launch: Launch) -> None:
+    assert launch("--version").stdout.strip().endswith(__version__)
+    assert f"launcher {__version__}" in launch("version").stdout
+
+
+def test_settings_are_shown_before_there_is_an_image(launch: Launch) -> None:
+    """What is missing is said in its place."""
+    done = launch("config", "show", "--gpu", "gb200", "--nodes", "9")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'^job\.image +""  \(missing: --image FILE\)$', done.stdout, re.MULTILINE)
+    assert re.search(r"^job\.nodes +9  \(option --nodes\)$", done.stdout, re.MULTILINE)
+    assert launch("render", "--gpu", "gb200").returncode == ExitStatus.INVALID

@@ -157,6 +157,16 @@ def bad(host: str) -> BadNode:
     return BadNode(host, "GPU 2 is dead", "", 0.0, 1e9)
 
 
+@pytest.mark.parametrize("end", [-20, -60, 40])
+def test_a_topology_that_is_cut_off_holds_nothing_against_a_run(end: int) -> None:
+    facts = facts_of(RACKS | {"topology": BLOCKS[:end]})
+    assert "topology" in facts.unread and any("cut off" in note for note in facts.notes)
+    for nodes in (9, 36):
+        checks = looked(run("gb200", nodes), facts)
+        assert statuses(checks, "blocks") == set() and WARNING in statuses(checks, "cluster")
+        assert not any(check.status == ERROR and check.certain for check in checks)
+
+
 def test_a_bad_node_that_the_partition_lists_is_left_out_though_it_could_not_be_read() -> None:
     spec, checks = without(run("gb200", 2), facts_of(CUT), [bad("gpu020"), bad("x9")], 1.0)
     assert spec.avoid == ("gpu020",)

@@ -68,6 +68,47 @@ def test_a_run_from_start_to_row(start, launch: Launch, workplace: Path) -> None
     assert objects[0]["step"] == 1 and objects[-1]["state"] == "COMPLETED"
 
 
+def test_status_says_how_far_it_is(start, launch: Launch) -> None:
+    start("\n".join([*STEPS.splitlines()[:4], "sleep 300 & wait"]))
+    wait_until(launch, "RUNNING")
+    end = time.monotonic() + 60
+    while not (progress := json.loads(launch("status", "r", "--json").stdout)["progress"]) or progress["step"] < 6:
+        assert time.monotonic() < end, progress
+        time.sleep(0.1)
+    assert "  step 6/20  loss 5.53  tps 137" in launch("status", "r").stdout
+    launch("cancel", "r")
+    assert json.loads(launch("status", "r", "--json").stdout)["progress"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "fix"),
+    [
+        (("--gpu", "h200", "--recipe", "debug"), "--gpu h200: this machine has no NVIDIA driver", "--gpu cpu --recipe debug"),
+        (("--gpu", "cpu"), "/data/tokenizers/Llama-3.1-8B: not on this machine", "ls -ld"),
+        (("--gpu", "cpu", "--tokenizer", "sample"), "/data/c4: not on this machine", "launcher stage c4"),
+    ],
+    ids=["GPU", "tokenizer", "data"],
+)  # fmt: skip
+def test_what_this_machine_lacks_the_run_lacks(launch: Launch, arguments: tuple[str, ...], said: str, fix: str) -> None:
+    for command in ("preflight", "submit"):
+        done = launch(command, "--local", *arguments, PATH="/usr/bin:/bin")
+        assert done.returncode in (ExitStatus.INVALID, ExitStatus.NOT_FOUND), done.stderr
+        assert said in done.stdout + done.stderr and fix in done.stdout + done.stderr
+    assert not list(Path().glob("runs/*"))
+
+
+def test_a_python_without_torch_is_told_before_it_starts(launch: Launch, workplace: Path) -> None:
+    """As after the README's installation on a login node, which brings none."""
+    (workplace / "sitecustomize.py").write_text(
+        "import importlib.util as u\nask = u.find_spec\n"
+        "u.find_spec = lambda name, *more: None if name == 'torch' else ask(name, *more)\n"
+    )
+    path = os.pathsep.join([str(workplace), os.environ["PYTHONPATH"]])
+    done = launch("submit", "--local", "--gpu", "cpu", "--recipe", "debug", PYTHONPATH=path)
+    assert done.returncode == ExitStatus.INVALID and "torch: not installed for" in done.stderr
+    assert "-m pip install 'titan-launcher[train]'" in done.stderr and not list(Path().glob("runs/*"))
+
+
 def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workplace: Path) -> None:
     start(f"echo $$ >{workplace}/pid; trap 'echo gone; exit 3' TERM; sleep 300 & wait")
     wait_until(launch, "RUNNING")

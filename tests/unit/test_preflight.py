@@ -184,6 +184,21 @@ def test_an_image_that_does_not_fit_the_nodes_disk(tmp_mib: int, squashfuse: boo
         assert said.status == WARNING and "unpacks to 30.0 GiB; Slurm says TmpDisk=20000 MiB of n0, n1" in said.what
 
 
+@pytest.mark.parametrize(
+    ("change", "sure"),
+    [({}, True), ({"states": "IDLE+DYNAMIC_NORM"}, False), ({"guessed": True}, False), ({"unread": ("nodes",)}, False)],
+    ids=["whole", "dynamic", "guessed", "half"],
+)
+def test_only_what_is_sure_stops_force(change: dict[str, Any], sure: bool) -> None:
+    """Others may register, and what could not be read may be otherwise."""
+    states = change.pop("states", "IDLE")
+    batch = Partition("batch", True, "UP", guessed=change.pop("guessed", False))
+    arm = tuple(replace(node, states=frozenset(states.split("+"))) for node in ARM)
+    facts = cluster(*arm, partitions=(batch,), **{**BLOCKS, "blocks": RACKS, **change})
+    assert found(preflight(run(nodes=2), facts), "GPUs").certain is sure  # no node has eight
+    assert found(preflight(run("gb200", 4, segment=4), facts), "placement").certain is sure  # of blocks of two
+
+
 def test_a_mount_of_the_profile_that_is_not_here() -> None:
     """Its source may be on the compute nodes alone; and only the profile's own key takes it away."""
     spec = run("h200")
