@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, install
 from launcher.image import build as building
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built, arches, build, created
@@ -178,7 +178,7 @@ def test_docker_py_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "docker", None)
     with pytest.raises(LauncherError, match="docker-py, which is not installed") as error:
         docker_engine.connect()
-    assert error.value.fix == "pip install 'titan-launcher[image]'"
+    assert error.value.fix == install("image")
 
 
 @pytest.mark.parametrize("host", ["unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9", "http:/x", "nonsense"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, install
 from launcher.files import data_dir
 from launcher.image import ARCHES
 from launcher.image import lock as locking
@@ -168,7 +168,7 @@ def test_uv_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LauncherError, match="locks are made with uv, which is not installed") as error:
         lock("stable", "amd64", output=tmp_path / "new.txt")
-    assert error.value.fix == "pip install 'titan-launcher[image]'"
+    assert error.value.fix == install("image")
 
 
 def test_a_lock_where_nothing_can_be_written(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

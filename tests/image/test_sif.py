@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, install
 from launcher.image.sif import recipe, sif
 from tests.conftest import Launch
 from tests.image.images import CACHE, cpu_squashfs
@@ -208,7 +208,7 @@ def test_no_spython(squashfs_name: str, tmp_path: Path, monkeypatch: pytest.Monk
     for make in (lambda: sif(squashfs_name, tmp_path / "x.sif"), lambda: recipe("stable")):
         with pytest.raises(LauncherError) as caught:
             make()
-        assert caught.value.fix == "pip install 'titan-launcher[apptainer]'"
+        assert caught.value.fix == install("apptainer")
 
 
 @pytest.fixture
