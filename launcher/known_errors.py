@@ -156,7 +156,7 @@ KNOWN = (
     Known("loss-not-finite", "torchtitan", RAISED, r"[Ll]oss is not finite|[Ll]oss is (?:NaN|Inf)|non-finite", "the loss or a gradient became NaN or infinite", "launcher logs {run} | grep step:; then launcher submit {again} --set optimizer.lr=1e-4   (smaller)"),
     Known("tokenizer-missing", "torchtitan", RAISED, r"Tokenizer path '[^']*' does not exist|No supported tokenizer files found", "there is no tokenizer where the run looks for it",
           "launcher stage tokenizer --to DIR; then launcher submit {again} --tokenizer DIR"),
-    Known("unknown-setting", "torchtitan", RAISED, r"(?P<setting>(?:Unrecognized options|unrecognized arguments).{0,200}|Config function '[^']*' not found)", "torchtitan does not know a setting of this run ({setting})",
+    Known("unknown-setting", "torchtitan", RAISED, r"(?P<setting>(?:Unrecognized options|unrecognized arguments): [^│]{1,200}|Config function '[^']*' not found)", "torchtitan does not know a setting of this run ({setting})",
           "launcher config show {again}   (what was set); launcher logs {run}   (titan-node: torchtitan=VERSION)"),
 
     # NCCL.

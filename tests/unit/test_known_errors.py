@@ -143,6 +143,7 @@ SAMPLES = (
     raised("tokenizer-missing", "torchtitan 0.3.0: components/tokenizer.py", "FileNotFoundError: Tokenizer path '/data/tokenizer' does not exist"),
     raised("tokenizer-missing", "torchtitan 0.2.2: components/tokenizer.py", "FileNotFoundError: No supported tokenizer files found in '/data'. Available files: []."),
     Sample("unknown-setting", "tyro 1.0, which reads the options of torchtitan 0.3.0", "Unrecognized options: --bogus.option, 3\n"),
+    Sample("unknown-setting", "tyro 1.0, as it is printed", "╭─ Unrecognized options ──────────╮\n│ Unrecognized options: --bogus.option=1   │\n"),
     raised("nccl-no-interface", "NVIDIA/nccl: bootstrap", "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, internal error\nncclInternalError: Internal check failed.\nLast error:\nBootstrap : no socket interface found"),
     raised("nccl-locked-memory", "NVIDIA/nccl: misc/ibvwrap.cc", "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, unhandled system error\nncclSystemError: System call failed.\nLast error:\nCall to ibv_create_cq failed with error Cannot allocate memory"),
     Sample("nccl-ib", "NVIDIA/nccl-tests issues 185, 227", "gpu001:5771:5771 [0] misc/ibvwrap.cc:187 NCCL WARN Call to ibv_modify_qp failed with error Connection timed out\n" + RANK + "[rank0]:[rank2]: torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, unhandled system error\n"),
@@ -302,6 +303,12 @@ def test_what_a_log_says_cannot_add_to_a_command(tmp_path: Path) -> None:
     assert found.cause == "the node has no /d; rm -rf ~ {run} to mount into the container"
     assert shlex.split(found.fix)[:4] == ["srun", "-N1", "ls", "-ld"]
     assert shlex.split(found.fix)[4] == "/d; rm -rf ~ {run};"
+
+
+def test_a_setting_that_is_not_known_is_named(tmp_path: Path) -> None:
+    box = "╭─ Unrecognized options ──────────╮\n│ Unrecognized options: --bogus.option=1   │\n"
+    found = failure(tmp_path, node0=box)
+    assert found.cause == "torchtitan does not know a setting of this run (Unrecognized options: --bogus.option=1)"
 
 
 def test_the_check_of_a_node_speaks_for_itself(tmp_path: Path) -> None:
