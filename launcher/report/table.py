@@ -29,13 +29,14 @@ class Cell:
 @dataclass(frozen=True)
 class Column:
     """`setting`: what was asked for. Where all rows agree on it, it is said once above the table. `wide`: its texts
-    may be of any length and are wrapped.
+    may be of any length and are wrapped. `note`: what it means, said below the table.
     """
 
     name: str
     number: bool
     setting: bool = False
     wide: bool = False
+    note: str = ""
 
     @property
     def css(self) -> str:
@@ -63,18 +64,19 @@ class Table:
 
 
 COLUMNS = (  # after "Run" and "Result"
-    Column("Of published", True, wide=True),
-    Column("Tokens/s per GPU", True),
-    Column("Slowest node", True, wide=True),
-    Column("Data wait", True),
+    Column("Of published", True, wide=True,
+           note="as a share of the published row that matches best; that is one value, whose noise is not known"),
+    Column("Tokens/s per GPU", True, note="the median over nodes and logged steps after warm-up"),
+    Column("Slowest node", True, wide=True, note="against the median of the others"),
+    Column("Data wait", True, note="the part of a step that is waiting for data; empty where the run wrote none"),
     Column("Nodes", True, True),
     Column("Recipe", False, True, wide=True),
-    Column("Loss", True),
+    Column("Loss", True, note="at the last logged step"),
     Column("Memory", True),
-    Column("MFU, of TFLOP/s", True),
+    Column("MFU, of TFLOP/s", True, note="of the median"),
     Column("Date (UTC)", False),
     Column("Cluster", False, True, wide=True),
-)
+)  # fmt: skip
 
 
 def table(runs: Sequence[Health], published: Sequence[Outcome]) -> Table:

@@ -332,3 +332,11 @@ def test_plots_say_where_an_axis_does_not_start_at_0(drawn: Any) -> None:
             assert axes.get_ylim()[0] > 0 and axes.get_ylabel() == "the axis does not start at 0"
     from_0 = replace(GOOD[0], series=tuple(replace(p, loss=p.step - 1.0) for p in GOOD[0].series))
     assert drawn("loss", from_0)[0].get_ylabel() == ""
+
+
+def test_only_columns_that_are_there_are_explained() -> None:
+    whole, lone = rendered(*GOOD), rendered(replace(GOOD[1], by_node=(), data_share=None, gpu="B300"))
+    assert "Slowest node: against" in whole and "Data wait: the part" in whole and "Of published: as a share" in whole
+    assert not any(
+        text in lone for text in ("Slowest node: against", "Data wait: the part", "Of published: as a share")
+    )
