@@ -13,7 +13,7 @@ import pytest
 from launcher.errors import ExitStatus
 from tests.cluster.slurm_cluster import Cluster
 from tests.cluster.test_preflight_on_slurm import BARE, Command, command
-from tests.unit.test_node import FAKE_TORCH
+from tests.unit.node_place import FAKE_TORCH
 from tests.unit.test_node_check import FAKE_DISTRIBUTED, FAKE_TENSORS
 
 __all__ = ["command"]

@@ -17,7 +17,7 @@ import pytest
 from launcher.errors import ExitStatus
 from tests.cluster.slurm_cluster import Cluster, User
 from tests.cluster.test_launcher_on_slurm import CPU_ON_GPU_NODES, DEBUG, Launch, install, stand_in
-from tests.unit.test_node import FAKE_RUN, FAKE_TORCH
+from tests.unit.node_place import FAKE_RUN, FAKE_TORCH
 
 NODE_UNFIT = 20
 

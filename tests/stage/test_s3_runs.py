@@ -21,7 +21,7 @@ from launcher.titan import Refused
 from launcher.titan.data import check_streamed
 from tests.conftest import Launch
 from tests.stage.test_s3 import ADDRESS, Store, server, store
-from tests.unit.test_node import Place, started
+from tests.unit.node_place import Place, started
 from tests.unit.test_titan_command import LLAMA3_8B
 
 __all__ = ["server", "store"]  # fixtures

@@ -19,8 +19,8 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.results.read import outcome_of
 from launcher.results.settings import steps_of
 from launcher.runs import Run, all_runs
+from tests.unit.node_place import FAILED, Place
 from tests.unit.test_follow import step
-from tests.unit.test_node import FAILED, Place
 from tests.unit.test_read import Made
 from tests.unit.test_titan_command import debug_node
 

@@ -24,7 +24,7 @@ from launcher.titan.command import config_files, trainer_arguments
 from launcher.titan.recipe import Recipe
 from launcher.titan.weights import INDEX, SHAPES, check_weights, starting_weights, wanted_tensors
 from tests.conftest import Launch
-from tests.unit.test_node import Place
+from tests.unit.node_place import Place
 from tests.unit.test_titan_command import a_node, debug_node
 
 SCALING = {

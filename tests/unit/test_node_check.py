@@ -19,7 +19,7 @@ import pytest
 from launcher.errors import ExitStatus
 from launcher.spec import Job, RunSpec, node_config
 from tests.conftest import Launch
-from tests.unit.test_node import FAILED, FAKE_TORCH, Place, started
+from tests.unit.node_place import FAILED, FAKE_TORCH, Place, started
 from tests.unit.test_titan_command import LLAMA3_8B, debug_node
 
 # What speed.py asks of torch, without numbers in it, on a clock that only these calls move: however busy the machine

@@ -1,0 +1,122 @@
+"""A node as slurm/node.py sees it: a run directory, data, and stand-ins for torch and torchtitan."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import sample
+from tests.unit.test_titan_command import LLAMA3_8B, debug_node
+
+ROOT = Path(__file__).parent.parent.parent
+FAILED = 20
+
+FAKE_TORCH = """
+import os
+if os.environ.get("FAKE_TORCH_BROKEN"):
+    raise ImportError("libcudart.so.13: cannot open shared object file")
+__version__ = os.environ.get("FAKE_TORCH", "2.14.1+cu130")
+class version:
+    cuda = None if "+cpu" in __version__ else "13.0"
+class cuda:
+    device_count = staticmethod(lambda: int(os.environ.get("FAKE_GPUS", "4")))
+    get_device_name = staticmethod(lambda index: "NVIDIA GB200")
+    class nccl:
+        version = staticmethod(lambda: (2, 30, 7))
+    @staticmethod
+    def init():
+        if os.environ.get("FAKE_CUDA_ERROR"):
+            raise RuntimeError(os.environ["FAKE_CUDA_ERROR"])
+"""
+FAKE_RUN = "import json, os, sys\nprint('STARTED', json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))\n"
+
+
+class Place:
+    """A run directory as `launcher submit` makes it, and a folder of made-up packages."""
+
+    def __init__(self, folder: Path, node: dict[str, Any], titan: str | None = "0.3.0") -> None:
+        self.run_dir, self.site = folder / "run", folder / "site"
+        (self.run_dir / "job").mkdir(parents=True)
+        shutil.copy(ROOT / "slurm" / "node.py", self.run_dir / "job")
+        shutil.copytree(ROOT / "launcher" / "titan", self.run_dir / "job" / "titan")
+        shutil.copytree(ROOT / "slurm" / "check", self.run_dir / "job" / "check")
+        self.data, self.tokenizer = folder / "c4", folder / "tokenizer"
+        sample.write_c4_sample(self.data, train_files=2, documents_per_file=3)
+        sample.write_tokenizer(self.tokenizer)
+        self.write_node(
+            {**node, "data": str(self.data), "data_source": str(self.data), "tokenizer": str(self.tokenizer)}
+        )
+        (self.site / "torch" / "distributed").mkdir(parents=True)
+        (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH)
+        (self.site / "torch" / "distributed" / "__init__.py").touch()
+        (self.site / "torch" / "distributed" / "run.py").write_text(FAKE_RUN)
+        if titan is not None:
+            self.install_titan(titan)
+
+    def write_node(self, node: dict[str, Any]) -> None:
+        self.node = {"check": "off", **node, "run_dir": str(self.run_dir)}  # its torch cannot multiply
+        (self.run_dir / "job" / "node.json").write_text(json.dumps(self.node))
+
+    def install_titan(self, version: str) -> None:
+        (self.site / "torchtitan").mkdir()
+        (self.site / "torchtitan" / "__init__.py").touch()
+        info = self.site / f"torchtitan-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torchtitan\nVersion: {version}\n")
+
+    def start(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        done = self.start_unchecked(*arguments, **env)
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        return done
+
+    def start_unchecked(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            # -S: without the packages of the environment that runs these tests
+            [sys.executable, "-S", str(self.run_dir / "job" / "node.py"), *(arguments or [f"{self.run_dir}/job/node.json"])],
+            env={
+                "PATH": os.environ["PATH"], "PYTHONPATH": str(self.site), "HOME": str(self.run_dir),
+                "SLURMD_NODENAME": "gpu001", "TITAN_JOB_ID": f"t{os.getpid()}", "TMPDIR": str(self.run_dir.parent),
+                **env,
+            },
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        return done
+
+    def refused(self, *arguments: str, **env: str) -> str:
+        """The FAIL line of a start that must fail, without anything having been started."""
+        done = self.start(*arguments, **env)
+        lines = done.stdout.splitlines()
+        assert done.returncode == FAILED, done
+        assert len(lines) == 1 and lines[0].startswith("titan-node: FAIL node="), lines
+        assert ' why="' in lines[0] and lines[0].endswith('"') and ' fix=""' not in lines[0], lines
+        return lines[0]
+
+    def record(self, name: str = "0000-gpu001") -> dict[str, Any]:
+        value = json.loads((self.run_dir / "nodes" / f"{name}.json").read_text())
+        assert isinstance(value, dict)
+        return value
+
+
+@pytest.fixture
+def cpu(tmp_path: Path) -> Place:
+    return Place(tmp_path, debug_node())
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> Place:
+    return Place(tmp_path, {**LLAMA3_8B, "nodes": 1})
+
+
+def started(done: subprocess.CompletedProcess[str]) -> tuple[list[str], dict[str, str], str]:
+    """Arguments, environment and directory that torchrun was given."""
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 0 and last.startswith("STARTED "), done
+    arguments, environment, directory = json.loads(last.removeprefix("STARTED "))
+    return arguments, environment, directory

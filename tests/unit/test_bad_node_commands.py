@@ -1,0 +1,345 @@
+"""Nodes that failed their check: the file, the commands, and submissions that go on without them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import bad_nodes, retry
+from launcher.bad_nodes import DAY_S, KEEP_S
+from launcher.errors import ExitStatus, LauncherError
+from launcher.render import render
+from launcher.runs import Run
+from tests.cluster_fixtures import FakeNode, install, partition_line
+from tests.cluster_fixtures import cluster as answers_of
+from tests.conftest import Launch
+from tests.unit.bad_node_records import ECC, MOUNT, NO_DATA, NOW, Fake, record
+from tests.unit.test_bad_nodes import bad
+from tests.unit.test_preflight import run
+
+# ---------------------------------------------------------------- the file, and the commands
+
+PAIR = answers_of(
+    "25.05.3",
+    [FakeNode(f"n{i}", arch="x86_64") for i in range(3)],
+    [partition_line("batch", "n[0-2]", default=True)],
+)
+SUBMIT = ("submit", "--gpu", "h200", "--runtime", "bare", "--recipe", "debug", "--data", "sample", "--tokenizer", "sample")  # fmt: skip
+
+
+def unfit_run(workplace: Path, name: str, *records: Mapping[str, Any], ended_at: float = 0, code: int = 20) -> Path:
+    """A run directory whose job stopped at the check of its nodes."""
+    folder = workplace / "runs" / name
+    for part in ("logs", "job", "nodes"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    about = {
+        "run_dir": str(folder),
+        "nodes": len(records),
+        "gpus_per_node": 8,
+        "gpu": "H200",
+        "recipe": {"name": "debug", "steps": 1},
+    }
+    (folder / "job" / "node.json").write_text(json.dumps(about))
+    (folder / "intent.json").write_text(json.dumps({"scheduler": "slurm", "at": time.time(), "job_name": name}))
+    (folder / "job.json").write_text('{"job_id": "7"}')
+    for number, entry in enumerate(records):
+        (folder / "nodes" / f"{number:04d}-{entry.get('host')}.json").write_text(json.dumps(entry))
+    end = {"job_id": "7", "exit_code": code, "signal": "", "slurm": "", "ended_at": ended_at or time.time()}
+    (folder / "end.json").write_text(json.dumps(end))
+    return folder
+
+
+def listed(launch: Launch) -> dict[str, dict[str, Any]]:
+    done = launch("cluster", "nodes", "--json")
+    assert done.returncode == 0, done.stderr
+    return {node["host"]: node for node in json.loads(done.stdout)["nodes"]}
+
+
+def test_looking_at_the_run_remembers_and_a_release_lasts(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    install(PAIR, fake_slurm)
+    folder = unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
+    done = launch("status", "bad")
+    assert done.returncode == ExitStatus.NODES_UNFIT
+    assert "bad: FAILED (a node failed its check before training; from end.json)" in done.stdout
+    assert "cause: node n1 is not fit to train: GPU 2 has ECC errors" in done.stderr
+    assert "left out of what is submitted next: n1, until " in done.stderr
+    assert listed(launch)["n1"]["run"] == str(folder)
+    assert oct((workplace / "home/.config/titan-launcher/nodes.json").stat().st_mode & 0o777) == "0o600"
+    table = launch("cluster", "nodes").stdout
+    assert table.startswith("node  since") and "GPU 2 has ECC errors" in table
+    assert launch("cluster", "nodes", "release", "n1").returncode == 0
+    again = launch("status", "bad", "--json")
+    assert json.loads(again.stdout)["left_out"] == [] and listed(launch) == {}
+    unfit_run(workplace, "worse", record("n0"), record("n1", ECC))
+    assert json.loads(launch("status", "worse", "--json").stdout)["left_out"] == ["n1"]
+
+
+def test_every_unfit_node_is_shown_with_all_that_is_wrong(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    install(PAIR, fake_slurm)
+    folder = unfit_run(workplace, "bad", record("n0", ECC, MOUNT), record("n1", NO_DATA), record("n2"))
+    os.mkfifo(folder / "nodes" / "0009-n9.json")
+    done = launch("status", "bad")
+    said = [line.strip() for line in done.stderr.splitlines()]
+    assert "cause: 2 nodes are not fit to train" in said
+    assert [line for line in said if line.startswith("| n")] == [
+        "| n0: GPU 2 has ECC errors; reset it",
+        "| n0: /data is not mounted; mount it",
+        "| n1: /data/c5: no such directory; --data DIR",
+    ]
+    assert any(line.startswith("left out of what is submitted next: n0, until ") for line in said)
+    failure = json.loads(launch("status", "bad", "--json").stdout)["failure"]
+    assert (failure["known_error"], failure["log"]) == ("node-unfit", str(folder / "nodes"))
+
+
+NOT_REMEMBERED = {
+    "a week ago": ([record("n0"), record("n1", ECC)], {"ended_at": time.time() - KEEP_S - 60}),
+    "the same everywhere": ([record("n0", MOUNT), record("n1", MOUNT)], {}),
+    "no host's name": ([record("n0"), record("n1,n[0-9]", ECC)], {}),
+    "options in a name": ([record("n0"), record("--nodes=9", ECC)], {}),
+}
+
+
+@pytest.mark.parametrize(("records", "values"), NOT_REMEMBERED.values(), ids=NOT_REMEMBERED.keys())
+def test_not_remembered(
+    records: list[Any], values: dict[str, Any], launch: Launch, fake_slurm: Fake, workplace: Path
+) -> None:
+    install(PAIR, fake_slurm)
+    unfit_run(workplace, "bad", *records, **values)
+    assert launch("status", "bad").returncode == ExitStatus.NODES_UNFIT
+    assert listed(launch) == {}
+
+
+def test_copies_and_other_failures_are_not_remembered(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    install(PAIR, fake_slurm)
+    folder = unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
+    folder.rename(workplace / "runs" / "moved")
+    assert json.loads(launch("status", "moved", "--json").stdout)["left_out"] == []
+    unfit_run(workplace, "trained", record("n0"), record("n1"), code=1)
+    assert launch("status", "trained").returncode == ExitStatus.JOB_FAILED
+    assert listed(launch) == {}
+
+
+def test_a_code_that_srun_hides(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    """srun ends the other tasks by SIGTERM, and theirs is the higher code."""
+    install(PAIR, fake_slurm)
+    unfit_run(workplace, "bad", record("n0"), record("n1", ECC), code=143)
+    assert launch("status", "bad").returncode == ExitStatus.NODES_UNFIT
+    unfit_run(workplace, "killed", record("n0"), record("n1"), code=143)
+    assert launch("status", "killed").returncode == ExitStatus.JOB_FAILED
+
+
+def test_submit_leaves_them_out_and_says_so(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    """Of a run that nobody has looked at, too; and the next run forgets it with the node's release."""
+    install(PAIR, fake_slurm)
+    fake_slurm("sbatch", "echo 42")
+    unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
+    done = launch(*SUBMIT, "--name", "next", "--nodes", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^excluded: n1 \(GPU 2 has ECC errors, \d+ s ago\); launcher cluster nodes$", done.stderr, re.M)
+    assert "#SBATCH --exclude=n1\n" in (workplace / "runs/next/job.sbatch").read_text()
+    assert 'exclude = ""' in (workplace / "runs/next/run.toml").read_text()
+    short = launch(*SUBMIT, "--name", "all", "--nodes", "3")
+    assert short.returncode == ExitStatus.INVALID and "has 2, without those that failed their check" in short.stderr
+    assert launch("cluster", "nodes", "release", "--all").returncode == 0
+    again = launch("submit", "runs/next/run.toml", "--name", "again", "--nodes", "3")
+    assert again.returncode == 0, again.stderr
+    assert "--exclude" not in (workplace / "runs/again/job.sbatch").read_text()
+
+
+def test_added_by_hand(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    install(PAIR, fake_slurm)
+    done = launch("cluster", "nodes", "add", "n[0-1]", "nowhere", "--reason", "rack 3\nis warm", "--days", "2")
+    assert done.returncode == 0 and "Slurm has no node nowhere" in done.stderr
+    nodes = listed(launch)
+    assert set(nodes) == {"n0", "n1", "nowhere"} and nodes["n0"]["reason"] == "rack 3 is warm"
+    assert nodes["n0"]["until"] - nodes["n0"]["at"] == 2 * DAY_S
+    checks = json.loads(launch("preflight", *SUBMIT[1:], "--json").stdout)["checks"]
+    (said,) = [check["what"] for check in checks if check["name"] == "excluded"]
+    assert said.startswith("n0 (rack 3 is warm, ") and ", n1 (rack 3 is warm, " in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("add", "a b", "--reason", "x"), ExitStatus.INVALID, "not a node's name"),
+        (("add", "n[1-2", "--reason", "x"), ExitStatus.INVALID, "'n[1-2': not a node's name"),
+        (("add", "n0"), ExitStatus.USAGE, "--reason"),
+        (("release", "n0"), ExitStatus.NOT_FOUND, "n0 is not left out on crusoe"),
+        (("release",), ExitStatus.USAGE, "either hosts or --all"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], code: ExitStatus, said: str, launch: Launch, fake_slurm: Fake) -> None:
+    install(PAIR, fake_slurm)
+    done = launch("cluster", "nodes", *arguments)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+
+
+AT = '{"schema": 1, "clusters": {"crusoe": [{"host": "n1", "reason": "", "run": "", "at": 0, "until": %s}]}}'
+DAMAGED = ("", "[]", "{", '{"schema": 2, "clusters": {}}', '{"schema": 1, "clusters": {"crusoe": [{"host": "a b"}]}}',
+           '{"schema": 1, "clusters": 3}', AT % "1e300", AT % ("9" * 400), AT % "-1e18", AT % "NaN",
+           '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}')  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_file_stops_no_look_at_a_run(text: str, launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    install(PAIR, fake_slurm)
+    fake_slurm("sbatch", "echo 42")
+    file = workplace / "home/.config/titan-launcher/nodes.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
+    status = launch("status", "bad")
+    assert (
+        status.returncode == ExitStatus.NODES_UNFIT
+        and "warning: nodes that failed their check are not remembered" in status.stderr
+    )
+    done = launch("cluster", "nodes")
+    assert done.returncode == ExitStatus.INVALID and "nodes.json.damaged" in done.stderr
+    submitted = launch(*SUBMIT, "--name", "next")
+    assert submitted.returncode == 0 and "warning: nodes that failed their check are not left out" in submitted.stderr
+    assert file.read_text() == text
+
+
+def test_what_cannot_be_printed_is_replaced(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    """A path that is not UTF-8 in a node's words; and a node that a person wrote into the file."""
+    install(PAIR, fake_slurm)
+    unfit_run(workplace, "bad", record("n0"), record("n1", {**ECC, "what": "/data/\udce9 is gone \x1b[31m"}))
+    assert json.loads(launch("status", "bad", "--json").stdout)["left_out"] == ["n1"]
+    assert listed(launch)["n1"]["reason"] == "/data/? is gone \x1b[31m"
+    assert "\x1b" not in launch("cluster", "nodes").stdout
+    file = workplace / "home/.config/titan-launcher/nodes.json"
+    by_hand = {"host": "n2", "reason": "\ud800", "run": "", "at": time.time(), "until": time.time() + DAY_S}
+    file.write_text(json.dumps({"schema": 1, "clusters": {"crusoe": [by_hand]}}))
+    assert listed(launch)["n2"]["reason"] == "?"
+
+
+def test_of_clusters_that_share_a_home_the_jobs_own_counts(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    install(PAIR, fake_slurm)
+    unfit_run(workplace, "bad", record("n0", cluster="other"), record("n1", ECC, cluster="other"))
+    assert json.loads(launch("status", "bad", "--json").stdout)["left_out"] == ["n1"]
+    assert listed(launch) == {} and [node.host for node in bad_nodes.read()["other"]] == ["n1"]
+
+
+def test_several_at_once_lose_nothing(workplace: Path) -> None:
+    def add(number: int) -> None:
+        bad_nodes.change("c", lambda old: bad_nodes.added(old, [bad(f"n{number}")], NOW))
+
+    with ThreadPoolExecutor(16) as pool:  # the lock is one of open files, not of processes
+        list(pool.map(add, range(64)))
+    assert len(bad_nodes.read()["c"]) == 64
+
+
+def test_a_home_that_cannot_be_written(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workplace / "file").write_text("")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(workplace / "file"))
+    with pytest.raises(LauncherError) as error:
+        bad_nodes.change("c", lambda old: [*old, bad("n1")])
+    assert error.value.status is ExitStatus.FILESYSTEM and "XDG_CONFIG_HOME" in error.value.fix
+
+
+# ---------------------------------------------------------------- submit --retry-bad-nodes
+
+# sbatch that runs nothing: it leaves what a job leaves whose nodes failed, as long as there is a record for it.
+SBATCH = r"""
+count=$(ls {queue} | wc -l)
+dir=$(dirname "${{@: -1}}")
+mkdir -p "$dir/nodes"
+echo "$@" "$(grep -o 'exclude=.*' "$dir/job.sbatch")" >>{calls}
+first=$(ls {queue} | head -1)
+code=0
+if [ -n "$first" ]; then
+  code=20
+  cp {queue}/"$first"/* "$dir/nodes/"
+  rm -r {queue}/"$first"
+fi
+printf '{{"job_id": "42", "exit_code": %d, "signal": "", "slurm": "", "ended_at": %d}}' "$code" "$(date +%s)" >"$dir/end.json"
+echo 42
+"""
+
+
+@pytest.fixture
+def retrying(launch: Launch, fake_slurm: Fake, workplace: Path) -> Callable[..., Any]:
+    """`submit --retry-bad-nodes` where the first jobs end with these records, one list of them a job."""
+
+    def go(jobs: Sequence[Sequence[Mapping[str, Any]]], *arguments: str) -> Any:
+        install(PAIR, fake_slurm)
+        queue = workplace / "queue"
+        for number, records in enumerate(jobs):
+            (queue / str(number)).mkdir(parents=True)
+            for index, entry in enumerate(records):
+                (queue / str(number) / f"{index:04d}-{entry['host']}.json").write_text(json.dumps(entry))
+        queue.mkdir(exist_ok=True)
+        fake_slurm("sbatch", SBATCH.format(queue=queue, calls=workplace / "calls"))
+        return launch(*SUBMIT, "--name", "r", *arguments)
+
+    return go
+
+
+def test_retried_without_the_bad_node(retrying: Callable[..., Any], workplace: Path) -> None:
+    done = retrying([[record("n0"), record("n1", ECC)]], "--nodes", "2", "--retry-bad-nodes", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "r: retry 1 of 2 without n1: r-retry1" in done.stderr
+    assert "r-retry1: COMPLETED" in done.stdout
+    assert [line.partition("exclude=")[2] for line in (workplace / "calls").read_text().splitlines()] == [
+        "",
+        "n1",
+    ]
+
+
+def test_retried_at_most_so_often(retrying: Callable[..., Any], workplace: Path) -> None:
+    jobs = [[record(f"n{i}", ECC), record("ok")] for i in range(3)]
+    done = retrying(jobs, "--retry-bad-nodes", "1", "--json")
+    assert done.returncode == ExitStatus.NODES_UNFIT
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["run"] for line in lines if "job_id" in line] == ["r", "r-retry1"]
+    assert [line["left_out"] for line in lines if "left_out" in line] == [["n0"], ["n1"]]
+    assert len((workplace / "calls").read_text().splitlines()) == 2
+
+
+def test_not_retried_where_nobody_is_to_blame(retrying: Callable[..., Any], workplace: Path) -> None:
+    done = retrying([[record("n0", MOUNT), record("n1", MOUNT)]], "--nodes", "2", "--retry-bad-nodes", "3")
+    assert done.returncode == ExitStatus.NODES_UNFIT
+    assert "not retried: none of its nodes is to blame by itself" in done.stderr
+    assert len((workplace / "calls").read_text().splitlines()) == 1
+
+
+def test_not_retried_where_too_few_nodes_are_left(retrying: Callable[..., Any], workplace: Path) -> None:
+    done = retrying([[record("n0"), record("n1", ECC), record("n2")]], "--nodes", "3", "--retry-bad-nodes", "3")
+    assert done.returncode == ExitStatus.NODES_UNFIT
+    assert "r: not retried: --nodes 3: partition batch has 2, without those that failed" in done.stderr
+    assert len((workplace / "calls").read_text().splitlines()) == 1
+
+
+def test_ctrl_c_ends_the_retrying_too(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.attach.wait_for_start", interrupted)
+    with pytest.raises(SystemExit) as end:
+        retry.follow(Run(unfit_run(workplace, "r", record("n0", ECC))), 1, lambda *_: pytest.fail(), False)
+    said = capsys.readouterr().err
+    assert end.value.code == ExitStatus.INTERRUPTED
+    assert "detached; r goes on: launcher watch r; it is not retried then" in said
+
+
+@pytest.mark.parametrize("other", ["--dry-run", "--local"])
+def test_not_with(other: str, launch: Launch, fake_slurm: Fake) -> None:
+    arguments = (*SUBMIT[:1], *SUBMIT[5:], "--gpu", "cpu", "--runtime", "bare")
+    done = launch(*arguments, other, "--retry-bad-nodes", "1")
+    assert done.returncode == ExitStatus.USAGE and other in done.stderr
+
+
+def test_the_specs_own_exclude_is_not_touched() -> None:
+    spec = replace(run(exclude="n0"), avoid=("n1", "n2"))
+    assert "#SBATCH --exclude=n0,n[1-2]\n" in render(spec) and spec.job.exclude == "n0"

@@ -1,0 +1,143 @@
+"""Where slurm/node.py finds itself: networks, scratch directories, caches, views of the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from launcher.stage import view
+from tests.unit.node_place import FAKE_RUN, ROOT, Place, cpu, started
+from tests.unit.test_titan_command import debug_node
+
+__all__ = ["cpu"]  # fixtures
+
+
+@pytest.fixture
+def node_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """slurm/node.py as a module, with `titan` beside it as in a run directory."""
+    monkeypatch.syspath_prepend(str(ROOT / "launcher"))
+    monkeypatch.syspath_prepend(str(ROOT / "slurm"))
+    spec = importlib.util.spec_from_file_location("node_under_test", ROOT / "slurm" / "node.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_interface_of_an_address(node_module: ModuleType) -> None:
+    from check.network import interface_of  # type: ignore[import-not-found]  # as a run directory has it
+
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.77") == ""
+
+
+def test_the_interface_towards_a_head_node(node_module: ModuleType) -> None:
+    names = {name for _, name in socket.if_nameindex()}
+    found = node_module.find_network(debug_node(), {"TITAN_HEAD_ADDR": "127.0.0.1"})
+    assert found == {"address": "127.0.0.1", "iface": "lo"} and found["iface"] in names
+
+
+def test_a_scratch_directory_that_is_not_ours_is_not_used(
+    node_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    env = {"TITAN_JOB_ID": "9"}
+    ours = node_module.scratch_dir(env)
+    assert ours.name == f"titan-{os.getuid()}-9" and ours.stat().st_mode & 0o077 == 0
+    shutil.rmtree(ours)
+    (tmp_path / "trap").mkdir()
+    ours.symlink_to(tmp_path / "trap")
+    assert node_module.scratch_dir(env) not in (ours, tmp_path / "trap")
+
+
+def test_caches_go_where_the_job_script_said(cpu: Place) -> None:
+    scratch = cpu.run_dir.parent / "job" / "scratch"
+    for _ in range(2):  # it may be there already
+        _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_SCRATCH=str(scratch)))
+        assert env["HF_HOME"] == f"{scratch}/huggingface" and scratch.stat().st_mode & 0o777 == 0o700
+    assert not list(cpu.run_dir.parent.glob("titan-*"))
+
+
+def test_caches_go_to_the_nodes_own_disk_where_the_profile_names_it(cpu: Place) -> None:
+    nvme = cpu.run_dir.parent / "nvme"
+    cpu.write_node({**cpu.node, "scratch": str(nvme)})
+    _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="7"))
+    assert env["HF_HOME"] == f"{nvme}/titan-{os.getuid()}-7/huggingface"
+    assert cpu.record()["scratch"].startswith(f"{nvme}/titan-")
+    cpu.write_node({**cpu.node, "scratch": "/proc/no-such-place"})
+    assert "/proc/no-such-place, for caches, cannot be written" in cpu.refused()
+
+
+def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place) -> None:
+    nvme = cpu.run_dir.parent / "nvme"
+    cpu.write_node({**cpu.node, "scratch": str(nvme)})
+    fake_run = cpu.site / "torch" / "distributed" / "run.py"
+    fake_run.write_text(FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n")
+    started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="1"))
+    going = subprocess.Popen(
+        [sys.executable, "-S", str(cpu.run_dir / "job" / "node.py"), f"{cpu.run_dir}/job/node.json"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(cpu.site), "HOME": str(cpu.run_dir), "HOLD": "1",
+             "TITAN_JOB_ID": "2", "FAKE_TORCH": "2.13.0+cpu", "SLURMD_NODENAME": "gpu001"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert going.stdout is not None and any("READY" in line for line in going.stdout)
+        (nvme / f"titan-{os.getuid()}-9").mkdir()  # without a lock: not known to be ours
+        for folder in nvme.iterdir():
+            os.utime(folder, (1, 1))
+        started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="3"))
+        assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-2", "-3", "-9"]
+    finally:
+        going.communicate("", timeout=60)
+    os.utime(nvme / f"titan-{os.getuid()}-2", (1, 1))
+    started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="4"))
+    assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-3", "-4", "-9"]
+
+
+def test_a_shared_file_system_holds_no_caches(
+    node_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import titan.caches  # type: ignore[import-not-found]  # as a run directory has it
+
+    def filesystem_of(path: Path) -> str:
+        return "nfs4" if "run" in path.parts else "xfs"
+
+    monkeypatch.setattr(titan.caches, "filesystem_of", filesystem_of)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    env = {"TITAN_JOB_ID": "9", "TITAN_SCRATCH": str(tmp_path / "run" / "scratch")}
+    assert node_module.scratch_dir(env).parent == tmp_path / "tmp"
+    assert node_module.scratch_dir(env, str(tmp_path / "nvme")).parent == tmp_path / "nvme"
+
+
+def test_the_kernel_says_which_file_system_a_path_is_on(node_module: ModuleType, tmp_path: Path) -> None:
+    assert node_module.filesystem_of(Path("/proc/self")) == "proc"
+    assert node_module.filesystem_of(tmp_path / "not" / "there") not in ("", "proc")
+
+
+def test_a_readme_that_names_a_split_that_is_not_there(cpu: Place) -> None:
+    for path in (cpu.data / "en").glob("c4-validation*"):
+        path.unlink()
+    line = cpu.refused()
+    assert "names a validation split" in line and f"launcher stage c4 --to {cpu.data} --for " in line
+
+
+def test_a_view_whose_data_is_not_on_the_node(cpu: Place) -> None:
+    view.write(
+        cpu.run_dir / "data",
+        {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"},
+    )
+    cpu.write_node({**cpu.node, "data": f"{cpu.run_dir}/data"})
+    arguments, _, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
+    assert f"--dataloader.dataset_path={cpu.run_dir}/data" in arguments
+    assert cpu.record()["data_files"] == 1 and cpu.record()["data_source"] == str(cpu.data)
+    cpu.data.rename(cpu.data.with_name("moved"))
+    assert f"{cpu.data} is not a directory on this node" in cpu.refused()
