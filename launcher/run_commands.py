@@ -44,7 +44,9 @@ def list_(runs_dir: Path, as_json: bool) -> None:
     elif not rows:
         click.echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
     else:
-        width = max(len(row["run"]) for row in rows)
+        width = max(3, *(len(row["run"]) for row in rows))
+        head = f"{'run':{width}}  {'state':<13}  {'job':>9}  {'size':<14}  {'recipe':<14}  age"
+        click.echo(click.style(head, dim=True), color=colour())
         for row in rows:
             size = plain(f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}")
             state = click.style(f"{row['state']:<13}", fg=_STATE_COLOURS.get(row["state"]))

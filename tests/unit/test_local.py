@@ -115,6 +115,9 @@ def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workpl
     job = json.loads((workplace / "runs" / "r" / "job.json").read_text())
     assert os.getsid(int(job["job_id"])) == int(job["job_id"]) != os.getsid(0)
     assert [row["state"] for row in json.loads(launch("list", "--json").stdout)] == ["RUNNING"]
+    head, row = launch("list").stdout.splitlines()
+    assert head.split() == ["run", "state", "job", "size", "recipe", "age"]
+    assert row.split()[:2] == ["r", "RUNNING"] and row.index("1 x 2 CPU") == head.index("size")
     assert "cancelled (was RUNNING)" in launch("cancel", "r").stdout
     assert state(launch) == ("CANCELLED", ExitStatus.JOB_FAILED)
     assert "already ended: CANCELLED" in launch("cancel", "r").stdout
