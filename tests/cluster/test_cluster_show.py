@@ -10,6 +10,7 @@ import pytest
 
 from launcher.errors import ExitStatus
 from tests.cluster import test_launcher_on_slurm
+from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, slurm_run
 from tests.cluster.test_launcher_on_slurm import Launch
 
@@ -25,6 +26,8 @@ def drained_node(slurm: Cluster) -> Iterator[str]:
     name = slurm.nodes[-1]
     done = slurm_run(slurm, ["scontrol", "update", f"nodename={name}", "state=drain", f"reason={REASON}"])
     assert done.returncode == 0, done.stderr
+    show = ["scontrol", "-o", "show", "node", name]  # on a busy machine one may not have answered Slurm's last question
+    wait_for(lambda: "State=IDLE+DRAIN " in slurm_run(slurm, show).stdout, f"{name} to be drained and to answer", 120)
     yield name
     slurm_run(slurm, ["scontrol", "update", f"nodename={name}", "state=resume"])
 

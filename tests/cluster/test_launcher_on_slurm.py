@@ -144,7 +144,9 @@ def test_cancelled_while_running(launch: Launch, idle_job: tuple[str, ...]) -> N
     assert launch("cancel", "long").returncode == 0
     launch.wait_for("long", "CANCELLED")
     wait_for((run / "end.json").exists, "end.json")  # Slurm may say CANCELLED before the script has written it
-    assert json.loads((run / "end.json").read_text())["signal"] == "TERM"
+    end = json.loads((run / "end.json").read_text())
+    # Slurm signals step and script at once. Where srun is the first to end, Slurm's own word tells of the cancelling.
+    assert end["signal"] == "TERM" or "CANCELLED" in end["slurm"] or "COMPLETING" in end["slurm"], end
     (run / "job.json").write_text('{"job_id": "999999"}')
     (run / "cancelled").unlink()
     assert launch.state("long") == "CANCELLED"  # known from end.json alone
