@@ -105,10 +105,9 @@ def judge(
     speed, share = _speed(outcome, match, threshold)
     steps = _steps(outcome)
     # Too few steps say nothing for the run and nothing against it.
-    measured = [*speed, steps, *_pace(outcome), *_node_spread(outcome, max_spread)]
+    reasons = [*speed, steps, *_pace(outcome), *_node_spread(outcome, max_spread)]
     if steps.word is not Word.PASS:  # more of them would not help where there is nothing to measure by
-        measured = [steps] if match.row else [*speed, steps]
-    reasons = measured
+        reasons = [steps] if match.row else [*speed, steps]
     reasons += _loss(outcome, [*([match.row] if match.row else []), *losses])
     return _verdict(reasons, (*_notes(outcome, match, threshold, share), *outcome.notes), match.row, share)
 
@@ -192,7 +191,7 @@ def _steps(outcome: Outcome) -> Reason:
 def _pace(outcome: Outcome) -> list[Reason]:
     """Tokens over all the time, against the median: a run that stands still now and then has a good median."""
     on_cpu = outcome.settings.get("profile.device") == "cpu"  # whose cores others use, too
-    if outcome.tps is None or outcome.overall_tps is None or len(outcome.series) < 2 or on_cpu:
+    if outcome.tps is None or outcome.tps.median <= 0 or outcome.overall_tps is None or on_cpu:
         return []
     lost = 1 - outcome.overall_tps / outcome.tps.median
     what = f"pace: {outcome.overall_tps:,.0f} tokens/s per GPU over all the time after warm-up"

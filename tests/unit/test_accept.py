@@ -150,6 +150,7 @@ def test_a_share_is_never_rounded_up_to_the_limit() -> None:
 def test_a_steady_run_says_its_pace() -> None:
     assert any("pace: 17,900 tokens/s" in r.what for r in verdict(outcome(overall_tps=17900.0)).reasons)
     assert verdict(outcome(overall_tps=None)).word is PASS  # a table's row, or an older result
+    assert verdict(outcome(tps=spread(0.0), overall_tps=17900.0)).word is FAIL  # other nodes logged no speed at all
 
 
 def test_the_pace_names_no_step_of_the_warm_up_and_lets_checkpoints_be() -> None:
