@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from launcher.cluster import parse, slurm
-from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
+from launcher.cluster.facts import SEGMENT_SINCE, Block, ClusterFacts, Node, Partition
 from launcher.errors import ExitStatus, LauncherError
 
 Run = Callable[[Sequence[str]], str]
@@ -22,8 +22,6 @@ QUESTIONS = {
     "topology": ("scontrol", "-o", "show", "topology"),
     "srun": ("srun", "--help"),
 }
-# By the version: a site's own sbatch may submit whatever it is given, so it is not asked for its --help.
-SEGMENT_SINCE = (23, 11)
 SINFO = ("sinfo", "--noheader", "--Node", "--format=%N|%R|%T|%G|%f|%c|%m|%E")
 
 

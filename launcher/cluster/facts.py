@@ -12,6 +12,8 @@ from launcher.errors import ExitStatus, LauncherError
 # Base states and flags with which Slurm gives a node to a job at once. A flag that is not listed here is one that a
 # later Slurm has invented: such a node is not counted on.
 FREE = {"IDLE", "CLOUD", "DYNAMIC_NORM", "DYNAMIC_FUTURE", "POWERED_DOWN"}
+# Of --segment, by the version: a site's own sbatch may submit whatever it is given, so it is not asked for its --help.
+SEGMENT_SINCE = (23, 11)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,6 @@ from launcher.preflight.candidates import (
 from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import RunSpec
 
-__all__ = ["ERROR", "OK", "WARNING", "Check", "preflight"]
-
 
 def preflight(
     spec: RunSpec,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.cluster.facts import Block, ClusterFacts
+from launcher.cluster.facts import SEGMENT_SINCE, Block, ClusterFacts
 from launcher.cluster.parse import expand
 from launcher.output import some
 from launcher.preflight import placement
@@ -12,7 +12,6 @@ from launcher.preflight.candidates import Place, candidates, fitting, number_of,
 from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import RunSpec
 
-SEGMENT_SINCE = (23, 11)
 NO_BLOCK = "Slurm would say: Requested topology configuration is not available, while nodes are idle"
 RACK = 18  # nodes that share an NVLink domain, where NVLink goes from node to node
 

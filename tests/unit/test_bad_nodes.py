@@ -11,7 +11,8 @@ from launcher import bad_nodes
 from launcher.bad_nodes import DAY_S, KEEP_S, BadNode
 from launcher.cluster.facts import ClusterFacts
 from launcher.layers import run_toml
-from launcher.preflight.checks import ERROR, WARNING, preflight
+from launcher.preflight.check import ERROR, WARNING
+from launcher.preflight.checks import preflight
 from launcher.render import render
 from launcher.unfit import judge
 from tests.unit.bad_node_records import JUDGED, NOW

@@ -10,8 +10,8 @@ import pytest
 from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
 from launcher.layers import find, merge, read_layer
 from launcher.preflight import placement
-from launcher.preflight.check import Check
-from launcher.preflight.checks import OK, WARNING, preflight
+from launcher.preflight.check import OK, WARNING, Check
+from launcher.preflight.checks import preflight
 from launcher.preflight.readiness import placed
 from launcher.render import render
 from launcher.spec import RunSpec

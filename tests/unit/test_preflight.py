@@ -14,8 +14,8 @@ import pytest
 from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
 from launcher.errors import ExitStatus
 from launcher.layers import find, merge, names_of, read_layer
-from launcher.preflight.check import refusal
-from launcher.preflight.checks import ERROR, OK, WARNING, Check, preflight
+from launcher.preflight.check import ERROR, OK, WARNING, Check, refusal
+from launcher.preflight.checks import preflight
 from launcher.spec import RunSpec
 from tests.conftest import Launch
 
