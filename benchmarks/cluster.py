@@ -32,11 +32,16 @@ def ten_thousand() -> dict[str, str]:
         FakeNode(
             f"batch-compute-node-{n:05d}",
             "IDLE+DRAIN" if n % 50 == 0 else "MIXED+PLANNED" if n % 3 == 0 else "IDLE",
-            "gpu:gb200:4(S:0-1)", "aarch64", 144, 870000, "nvl72", "batch,all",
+            "gpu:gb200:4(S:0-1)",
+            "aarch64",
+            144,
+            870000,
+            "nvl72",
+            "batch,all",
             f"NVLink [GPU {n % 4}] node {n}" if n % 50 == 0 else "",
         )
         for n in range(NODES)
-    ]  # fmt: skip
+    ]
     names = f"batch-compute-node-[00000-{NODES - 1:05d}]"
     blocks = [
         f"BlockName=rack{n // 18} BlockIndex={n // 18} "

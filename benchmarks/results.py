@@ -27,8 +27,18 @@ from tests.unit.test_read import RECORD, log
 from tests.unit.test_tensorboard import scalar
 
 ROOT = Path(__file__).resolve().parent.parent
-TAGS = ("loss_metrics/global_avg_loss", "throughput(tps)", "time_metrics/end_to_end(s)", "time_metrics/data_loading(%)",
-        "memory/max_active(GiB)", "memory/max_reserved(GiB)", "mfu(%)", "tflops", "lr", "grad_norm")  # fmt: skip
+TAGS = (
+    "loss_metrics/global_avg_loss",
+    "throughput(tps)",
+    "time_metrics/end_to_end(s)",
+    "time_metrics/data_loading(%)",
+    "memory/max_active(GiB)",
+    "memory/max_reserved(GiB)",
+    "mfu(%)",
+    "tflops",
+    "lr",
+    "grad_norm",
+)
 CALL = "from launcher.cli import main; main()"
 
 
@@ -109,9 +119,12 @@ def memory(runs_dir: Path, mib: int) -> None:
 
 def run(arguments: list[str]) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", *arguments], check=True, capture_output=True, text=True,
+        [sys.executable, "-c", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     return done.stdout
 
 

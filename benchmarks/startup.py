@@ -57,9 +57,13 @@ def main() -> None:
         for name in list(commands)[1:]:
             script = f"import sys\ntry:\n    {call}\nexcept SystemExit:\n    pass\nfinally:\n    print(*sys.modules, file=sys.stderr)"
             done = subprocess.run(
-                [sys.executable, "-c", script, *commands[name][2:]], capture_output=True, text=True, check=True,
-                cwd=folder, env=environment,
-            )  # fmt: skip
+                [sys.executable, "-c", script, *commands[name][2:]],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=folder,
+                env=environment,
+            )
             loaded = {module.split(".")[0] for module in done.stderr.split()}
             print(f"{name} imports of {', '.join(HEAVY)}: {sorted(loaded & set(HEAVY)) or 'none'}")
 

@@ -220,14 +220,24 @@ def without(spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s:
     if lost and "nodes" in facts.unread:
         names = some([node.host for node in lost])
         checks.append(
-            Check("excluded", WARNING, f"{names} failed its check lately, and is not left out",
-                  "whether Slurm has it could not be read", f"sinfo -N -h -o %N; then --exclude {compress([n.host for n in lost])}")
-        )  # fmt: skip
+            Check(
+                "excluded",
+                WARNING,
+                f"{names} failed its check lately, and is not left out",
+                "whether Slurm has it could not be read",
+                f"sinfo -N -h -o %N; then --exclude {compress([n.host for n in lost])}",
+            )
+        )
     if asked := [node for node in found if node.host in named]:
         checks.append(
-            Check("excluded", WARNING, f"--nodelist: {some([node.host for node in asked])} failed its check lately",
-                  _said(asked, now_s), "leave it out of --nodelist")
-        )  # fmt: skip
+            Check(
+                "excluded",
+                WARNING,
+                f"--nodelist: {some([node.host for node in asked])} failed its check lately",
+                _said(asked, now_s),
+                "leave it out of --nodelist",
+            )
+        )
     if not out:
         return replace(spec, avoid=()), checks
     hosts = tuple(node.host for node in out)

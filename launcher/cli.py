@@ -64,8 +64,14 @@ def config_show(options: RunOptions, as_json: bool) -> None:
 
 
 for _module in (
-    submit_commands, run_commands, results_commands, judge_commands, sweep_commands, plan_commands, report_commands,
-):  # fmt: skip
+    submit_commands,
+    run_commands,
+    results_commands,
+    judge_commands,
+    sweep_commands,
+    plan_commands,
+    report_commands,
+):
     for _command in _module.COMMANDS:
         launcher.add_command(_command)
 

@@ -136,9 +136,14 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
     }
     origin |= {f"secret_env.{name}": where for name, where in secrets.items()}
     return RunSpec(
-        profile=parts["profile"], recipe=parts["recipe"], job=parts["job"], env=free["env"], titan=free["titan"],
-        secret_env=tuple(sorted(secrets)), origin=origin,
-    )  # fmt: skip
+        profile=parts["profile"],
+        recipe=parts["recipe"],
+        job=parts["job"],
+        env=free["env"],
+        titan=free["titan"],
+        secret_env=tuple(sorted(secrets)),
+        origin=origin,
+    )
 
 
 def convert(key: str, value: Any, origin: str) -> Any:

@@ -159,9 +159,14 @@ def _names(kind: str) -> Callable[..., list[str]]:
 
 def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
-        "--runs-dir", type=click.Path(path_type=Path), envvar="LAUNCHER_RUNS_DIR", default="runs",
-        show_default=True, show_envvar=True, help="Where run directories are.",
-    )(command)  # fmt: skip
+        "--runs-dir",
+        type=click.Path(path_type=Path),
+        envvar="LAUNCHER_RUNS_DIR",
+        default="runs",
+        show_default=True,
+        show_envvar=True,
+        help="Where run directories are.",
+    )(command)
 
 
 def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
@@ -181,22 +186,39 @@ OPTIONS = (
     click.argument("run_file", required=False, type=click.Path(path_type=Path), metavar="[RUN.toml]"),
     click.option("--image", metavar="FILE", help="Image that the job runs in: a .sqsh (Pyxis) or .sif (Apptainer)."),
     click.option("--nodes", type=int, help="Number of nodes.  [default: 1]"),
-    click.option("--gpu", metavar="PROFILE", shell_complete=_names("profiles"),
-                 help="GPU profile: gb200, gb300, b200, b300, h200, h100, a100, cpu, or a TOML file.  [default: detected]"),
+    click.option(
+        "--gpu",
+        metavar="PROFILE",
+        shell_complete=_names("profiles"),
+        help="GPU profile: gb200, gb300, b200, b300, h200, h100, a100, cpu, or a TOML file.  [default: detected]",
+    ),
     click.option("--gpus-per-node", type=int, help="GPUs used on each node; with the cpu profile, ranks."),
-    click.option("--recipe", metavar="NAME", shell_complete=_names("recipes"),
-                 help="llama3-8b, llama3-8b-fast, llama3-8b-finetune, llama3-70b, debug, or a TOML file.  [default: llama3-8b]"),
+    click.option(
+        "--recipe",
+        metavar="NAME",
+        shell_complete=_names("recipes"),
+        help="llama3-8b, llama3-8b-fast, llama3-8b-finetune, llama3-70b, debug, or a TOML file.  [default: llama3-8b]",
+    ),
     click.option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
     click.option("--seq-len", type=int, help="Tokens in a sequence."),
     click.option("--steps", type=int, help="Training steps."),
-    click.option("--data", metavar="DIR",
-                 help="C4: a directory with README.md and en/, 'hub' or s3://bucket/prefix to stream, or 'sample'.  "
-                      "[default: /data/c4]"),
-    click.option("--data-part", metavar="I/N",
-                 help="Read the I-th of N parts of the data, which share no file: for runs that go on from one another."),
+    click.option(
+        "--data",
+        metavar="DIR",
+        help="C4: a directory with README.md and en/, 'hub' or s3://bucket/prefix to stream, or 'sample'.  "
+        "[default: /data/c4]",
+    ),
+    click.option(
+        "--data-part",
+        metavar="I/N",
+        help="Read the I-th of N parts of the data, which share no file: for runs that go on from one another.",
+    ),
     click.option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),
-    click.option("--init-from", metavar="DIR",
-                 help="Start from these weights in the Hub's format (launcher stage model), not from random ones."),
+    click.option(
+        "--init-from",
+        metavar="DIR",
+        help="Start from these weights in the Hub's format (launcher stage model), not from random ones.",
+    ),
     click.option("--partition", "-p", help="Slurm partition."),
     click.option("--account", "-A", help="Slurm account."),
     click.option("--qos", "-q", help="Slurm QOS."),
@@ -204,20 +226,46 @@ OPTIONS = (
     click.option("--reservation", help="Slurm reservation."),
     click.option("--nodelist", "-w", help="Run on these nodes."),
     click.option("--exclude", "-x", help="Never run on these nodes."),
-    click.option("--segment", type=int, help="Nodes that must stay together in a topology block; 0: chosen where NVLink crosses nodes."),
+    click.option(
+        "--segment",
+        type=int,
+        help="Nodes that must stay together in a topology block; 0: chosen where NVLink crosses nodes.",
+    ),
     click.option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
-    click.option("--env", multiple=True, metavar="NAME[=VALUE]",
-                 help="Environment of the job; without a value, or with a secret's name, kept out of every script."),
-    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", 
-                 help="Any setting of torchtitan's, or a key of ours that begins with recipe. or profile."),
+    click.option(
+        "--env",
+        multiple=True,
+        metavar="NAME[=VALUE]",
+        help="Environment of the job; without a value, or with a secret's name, kept out of every script.",
+    ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any setting of torchtitan's, or a key of ours that begins with recipe. or profile.",
+    ),
     click.option("--name", metavar="NAME", help="Name of the run.  [default: recipe, profile, nodes, time]"),
-    click.option("--runs-dir", metavar="DIR", envvar="LAUNCHER_RUNS_DIR", show_envvar=True,
-                 help="Where the run directory is made; every node must see it.  [default: runs]"),
+    click.option(
+        "--runs-dir",
+        metavar="DIR",
+        envvar="LAUNCHER_RUNS_DIR",
+        show_envvar=True,
+        help="Where the run directory is made; every node must see it.  [default: runs]",
+    ),
     click.option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="How the job enters its image."),
     click.option("--python", metavar="PATH", help="Python inside the image; with --runtime bare, on the node."),
-    click.option("--check", type=click.Choice(["off", "quick", "full"]),
-                 help="What each node is checked for before training; quick: no products, no collectives.  [default: full]"),
+    click.option(
+        "--check",
+        type=click.Choice(["off", "quick", "full"]),
+        help="What each node is checked for before training; quick: no products, no collectives.  [default: full]",
+    ),
     click.option("--local", is_flag=True, help="Run on this machine, without Slurm."),
-    click.option("--config", "-c", type=click.Path(path_type=Path), metavar="FILE",
-                 help="TOML file with your own values.  [default: ~/.config/titan-launcher/config.toml]"),
-)  # fmt: skip
+    click.option(
+        "--config",
+        "-c",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="TOML file with your own values.  [default: ~/.config/titan-launcher/config.toml]",
+    ),
+)

@@ -132,9 +132,16 @@ CHOICES = {
     "job.check": ("off", "quick", "full"),
 }
 AT_LEAST_ONE = (
-    "profile.gpus_per_node", "recipe.seq_len", "recipe.local_batch_size", "recipe.steps", "recipe.log_freq",
-    "recipe.dp_replicate", "recipe.tensor_parallel", "recipe.context_parallel", "recipe.pipeline_parallel",
-)  # fmt: skip
+    "profile.gpus_per_node",
+    "recipe.seq_len",
+    "recipe.local_batch_size",
+    "recipe.steps",
+    "recipe.log_freq",
+    "recipe.dp_replicate",
+    "recipe.tensor_parallel",
+    "recipe.context_parallel",
+    "recipe.pipeline_parallel",
+)
 # Settings of torchtitan's that the launcher reports as the run's own: changed behind its back, a row would be false.
 OWNED = {
     "training.local_batch_size": "--batch-size N",

@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
 @click.option("--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask.")
 @click.option(
-    "--retry-bad-nodes", "retries", type=click.IntRange(1, 9), metavar="N",
+    "--retry-bad-nodes",
+    "retries",
+    type=click.IntRange(1, 9),
+    metavar="N",
     help="Follow the run; where nodes fail their check, submit it again without them, at most N times.",
-)  # fmt: skip
+)
 @as_json
 def submit(
     options: RunOptions,

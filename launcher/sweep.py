@@ -27,9 +27,18 @@ MAX_ATTEMPTS = 99
 LONGEST_NAME = 60  # of the 63 characters of a run's name: "-99" still fits behind it
 # Where and for how long a run waits and goes on, not what it measures: another choice makes no other cell.
 WHERE = (
-    "job.name", "job.runs_dir", "job.slurm_bin", "job.time", "job.account", "job.qos", "job.reservation",
-    "job.nodelist", "job.exclude", "job.segment", "job.check",
-)  # fmt: skip
+    "job.name",
+    "job.runs_dir",
+    "job.slurm_bin",
+    "job.time",
+    "job.account",
+    "job.qos",
+    "job.reservation",
+    "job.nodelist",
+    "job.exclude",
+    "job.segment",
+    "job.check",
+)
 AXES = ("job.nodes", "job.recipe", "recipe.local_batch_size")
 
 

@@ -57,9 +57,15 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option("--force", is_flag=True, help="Submit although a check says that a cell will wait for ever.")
 @as_json
 def sweep(
-    options: RunOptions, dry_run: bool, parallel: bool, retry: bool, follow: bool, yes: bool, force: bool,
+    options: RunOptions,
+    dry_run: bool,
+    parallel: bool,
+    retry: bool,
+    follow: bool,
+    yes: bool,
+    force: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Submit a matrix of nodes, batch sizes and recipes.
 
     Every combination, one after another. Slurm keeps the order: each job waits for the end of the one before it, however that ended. The same command again
@@ -117,9 +123,12 @@ COMMANDS = (sweep,)
 
 
 def _submit(
-    wanted: Sequence[tuple[Cell, RunSpec]], cells: Sequence[Cell], options: RunOptions, parallel: bool,
+    wanted: Sequence[tuple[Cell, RunSpec]],
+    cells: Sequence[Cell],
+    options: RunOptions,
+    parallel: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """All of them, in order; each behind the last that goes on. On this machine the next starts when one has ended."""
     from launcher import control, resolve
 

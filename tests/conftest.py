@@ -58,8 +58,12 @@ def launch(workplace: Path) -> Launch:
     def run(*arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", "launcher", *arguments],
-            capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, env=os.environ | env,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | env,
+        )
         assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
         return done
 
@@ -85,9 +89,11 @@ def say_it_trains(path: Path, arch: str = "") -> None:
     """A sidecar by which `submit` takes a stand-in for an image that can train, for any architecture by default."""
     block = superblock(path)
     recorded = {
-        "bytes": block.file_size, "entries": block.inodes, "compressor": block.compressor,
+        "bytes": block.file_size,
+        "entries": block.inodes,
+        "compressor": block.compressor,
         "block_kib": block.block_size // 1024,
-    }  # fmt: skip
+    }
     versions = {"torch": "2.14.1", "torchtitan": "0.3.0"}
     about = {"schema": 1, "arch": arch, "versions": versions, "squashfs": recorded}
     sidecar_path(path).write_text(json.dumps(about))

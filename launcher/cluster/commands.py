@@ -52,8 +52,14 @@ def show(partition: str, as_json: bool) -> None:
 @click.command()
 @click.argument("name", required=False, default="", metavar="[PROFILE]")
 @_partition
-@click.option("--config", type=FilePath(path_type=Path), metavar="FILE", envvar="LAUNCHER_CONFIG", show_envvar=True,
-              help="File to save it in.  [default: ~/.config/titan-launcher/config.toml]")  # fmt: skip
+@click.option(
+    "--config",
+    type=FilePath(path_type=Path),
+    metavar="FILE",
+    envvar="LAUNCHER_CONFIG",
+    show_envvar=True,
+    help="File to save it in.  [default: ~/.config/titan-launcher/config.toml]",
+)
 @as_json
 def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
     """Save the GPU profile as the default of `submit`.
@@ -158,7 +164,10 @@ def _node_lines(facts: ClusterFacts, nodes: tuple[Node, ...], partition: str) ->
     for node in nodes:
         if node.reason or not ({"IDLE", "ALLOCATED", "MIXED"} & node.states):
             reasons.setdefault((node.state, node.reason), []).append(node.name)
-    shown = [(state, f"{_clip(compress(names))}: {reason or 'no reason given'}") for (state, reason), names in reasons.items()]  # fmt: skip
+    shown = [
+        (state, f"{_clip(compress(names))}: {reason or 'no reason given'}")
+        for (state, reason), names in reasons.items()
+    ]
     lines += _most(shown)
     here = {node.name for node in nodes}
     blocks = [b for b in facts.blocks if not b.nodes or here.intersection(b.nodes)]
@@ -169,7 +178,10 @@ def _node_lines(facts: ClusterFacts, nodes: tuple[Node, ...], partition: str) ->
 
 def _profile_lines(proposal: Proposal) -> list[str]:
     lines = ["", f"Profile: {proposal.profile or 'none fits for sure'}"]
-    lines += [_row("for" if e.names else "fits", f"{e.what}: {', '.join(e.profiles) or 'no profile'}") for e in proposal.evidence]  # fmt: skip
+    lines += [
+        _row("for" if e.names else "fits", f"{e.what}: {', '.join(e.profiles) or 'no profile'}")
+        for e in proposal.evidence
+    ]
     lines += [_row("against", text) for text in proposal.contradictions]
     choice = proposal.profile or "|".join(proposal.candidates) or "PROFILE"
     return [*lines, f"Save it: launcher cluster use {choice}"]

@@ -44,21 +44,35 @@ class Node:
     def state(self) -> str:
         """One word or two, as in sinfo: what matters most about the node comes first."""
         for flag, word in (
-            ("DOWN", "down"), ("ERROR", "error"), ("FAIL", "failed"), ("INVAL", "invalid"), ("INVALID_REG", "invalid"),
+            ("DOWN", "down"),
+            ("ERROR", "error"),
+            ("FAIL", "failed"),
+            ("INVAL", "invalid"),
+            ("INVALID_REG", "invalid"),
             ("NOT_RESPONDING", "not responding"),
-        ):  # fmt: skip
+        ):
             if flag in self.states:
                 return word
         if "DRAIN" in self.states:
             busy = self.states & {"ALLOCATED", "MIXED", "COMPLETING"}
             return "draining" if busy else "drained"
         for flag, word in (
-            ("MAINTENANCE", "maintenance"), ("MAINT", "maintenance"), ("REBOOT_ISSUED", "rebooting"),
-            ("REBOOT", "rebooting"), ("REBOOT_REQUESTED", "reboot requested"), ("COMPLETING", "completing"),
-            ("ALLOCATED", "allocated"), ("MIXED", "mixed"), ("RESERVED", "reserved"), ("PLANNED", "planned"),
-            ("BLOCKED", "blocked"), ("POWERING_DOWN", "powering down"), ("POWERING_UP", "powering up"),
-            ("POWERED_DOWN", "powered down"), ("FUTURE", "future"),
-        ):  # fmt: skip
+            ("MAINTENANCE", "maintenance"),
+            ("MAINT", "maintenance"),
+            ("REBOOT_ISSUED", "rebooting"),
+            ("REBOOT", "rebooting"),
+            ("REBOOT_REQUESTED", "reboot requested"),
+            ("COMPLETING", "completing"),
+            ("ALLOCATED", "allocated"),
+            ("MIXED", "mixed"),
+            ("RESERVED", "reserved"),
+            ("PLANNED", "planned"),
+            ("BLOCKED", "blocked"),
+            ("POWERING_DOWN", "powering down"),
+            ("POWERING_UP", "powering up"),
+            ("POWERED_DOWN", "powered down"),
+            ("FUTURE", "future"),
+        ):
             if flag in self.states:
                 return word
         return "idle" if self.free else "+".join(sorted(self.states)).lower() or "unknown"

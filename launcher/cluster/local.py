@@ -21,9 +21,13 @@ def submit(script: Path) -> dict[str, Any]:
     """Starts `script` in a session of its own and returns what identifies its process later."""
     with open(script.parent / "logs" / "job.log", "ab") as log:
         process = subprocess.Popen(
-            ["bash", str(script)], cwd=script.parent, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            ["bash", str(script)],
+            cwd=script.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
             start_new_session=True,
-        )  # fmt: skip
+        )
     return identity(process.pid)
 
 

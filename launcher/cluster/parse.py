@@ -25,16 +25,35 @@ DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
 OTHER_WORDS = re.compile(r"^(?:s\w+): ")  # "scontrol: warning: ..." among the answer
 # sinfo's and scontrol's one-character marks behind a state.
 MARKS = {
-    "*": "NOT_RESPONDING", "~": "POWERED_DOWN", "#": "POWERING_UP", "!": "POWER_DOWN", "%": "POWERING_DOWN",
-    "$": "MAINT", "@": "REBOOT_REQUESTED", "^": "REBOOT_ISSUED", "-": "PLANNED",
-}  # fmt: skip
+    "*": "NOT_RESPONDING",
+    "~": "POWERED_DOWN",
+    "#": "POWERING_UP",
+    "!": "POWER_DOWN",
+    "%": "POWERING_DOWN",
+    "$": "MAINT",
+    "@": "REBOOT_REQUESTED",
+    "^": "REBOOT_ISSUED",
+    "-": "PLANNED",
+}
 # sinfo's words for what scontrol says as base state and flags.
 WORDS = {
-    "ALLOC": ("ALLOCATED",), "MIX": ("MIXED",), "COMP": ("COMPLETING",), "DRAINED": ("IDLE", "DRAIN"),
-    "DRAINING": ("MIXED", "DRAIN"), "DRNG": ("MIXED", "DRAIN"), "RESV": ("RESERVED",), "PLND": ("IDLE", "PLANNED"),
-    "PLANNED": ("IDLE", "PLANNED"), "RESERVED": ("IDLE", "RESERVED"), "MAINT": ("IDLE", "MAINT"), "UNK": ("UNKNOWN",),
-    "POW_DN": ("POWERED_DOWN",), "POW_UP": ("POWERING_UP",), "FUTR": ("FUTURE",), "NO_RESPOND": ("NOT_RESPONDING",),
-}  # fmt: skip
+    "ALLOC": ("ALLOCATED",),
+    "MIX": ("MIXED",),
+    "COMP": ("COMPLETING",),
+    "DRAINED": ("IDLE", "DRAIN"),
+    "DRAINING": ("MIXED", "DRAIN"),
+    "DRNG": ("MIXED", "DRAIN"),
+    "RESV": ("RESERVED",),
+    "PLND": ("IDLE", "PLANNED"),
+    "PLANNED": ("IDLE", "PLANNED"),
+    "RESERVED": ("IDLE", "RESERVED"),
+    "MAINT": ("IDLE", "MAINT"),
+    "UNK": ("UNKNOWN",),
+    "POW_DN": ("POWERED_DOWN",),
+    "POW_UP": ("POWERING_UP",),
+    "FUTR": ("FUTURE",),
+    "NO_RESPOND": ("NOT_RESPONDING",),
+}
 
 
 def config(text: str) -> dict[str, str]:
@@ -158,9 +177,17 @@ def sinfo_nodes(text: str) -> tuple[Node, ...]:
         before = found[name].partitions if name in found else ()
         count, kind = gpus("" if gres in NOTHING else gres)
         found[name] = Node(
-            name, states(state), "" if reason.lower() == "none" else reason, (*before, partition), _list(features),
-            "" if gres in NOTHING else gres, count, kind, _int(cpus), _int(memory),
-        )  # fmt: skip
+            name,
+            states(state),
+            "" if reason.lower() == "none" else reason,
+            (*before, partition),
+            _list(features),
+            "" if gres in NOTHING else gres,
+            count,
+            kind,
+            _int(cpus),
+            _int(memory),
+        )
     return tuple(found.values())
 
 

@@ -30,20 +30,60 @@ NO_PARTITION = "Slurm has no such partition"
 SBATCH_ERRORS = (
     (r"invalid partition", NO_PARTITION, "list them: sinfo -s"),
     (r"required partition not available", "the partition takes no jobs now", "another --partition: sinfo -s"),
-    (r"invalid account or account/partition", "the account may not use this partition", "--account NAME; sacctmgr show assoc user=$USER"),
+    (
+        r"invalid account or account/partition",
+        "the account may not use this partition",
+        "--account NAME; sacctmgr show assoc user=$USER",
+    ),
     (r"invalid qos", "there is no such QOS, or this account may not use it", "--qos NAME; sacctmgr show qos"),
     (r"access denied to requested reservation", "you may not use that reservation", "scontrol show reservation"),
-    (r"reservation.*(invalid|not found)|invalid reservation", "there is no such reservation, or it is not yours", "scontrol show reservation"),
-    (r"invalid number of nodes|invalid node count|not a valid node count", "that number of nodes is none that Slurm takes", "--nodes N; compare with: sinfo -s"),
+    (
+        r"reservation.*(invalid|not found)|invalid reservation",
+        "there is no such reservation, or it is not yours",
+        "scontrol show reservation",
+    ),
+    (
+        r"invalid number of nodes|invalid node count|not a valid node count",
+        "that number of nodes is none that Slurm takes",
+        "--nodes N; compare with: sinfo -s",
+    ),
     (r"requested nodes? not in this partition", "a node of --nodelist is not in the partition", "sinfo -N -o '%N %P'"),
-    (r"invalid node name|invalid hostname", "a node of --nodelist or --exclude does not exist", "list them: sinfo -N -h -o %N"),
-    (r"requested topology configuration is not available", "no block of the topology has that many free nodes", "--segment a smaller divisor of --nodes; scontrol show topology"),
-    (r"requested node configuration is not available|node count specification invalid|more processors requested", "no node set of this partition fits: more nodes, GPUs per node or CPUs than it has", "compare with: sinfo -o '%P %D %c %m %G %t'"),
-    (r"invalid generic resource|invalid gres", "the nodes have no GPUs under that name", "sinfo -o '%N %G'; set [profile] gres in a file for --config"),
-    (r"requested time limit|time limit exceeds|invalid time", "the time limit is above the partition's", "--time; sinfo -o '%P %l'"),
-    (r"job violates accounting/qos policy|assocmax|qosmax", "a limit of your account or QOS is reached", "squeue --me; sacctmgr show assoc user=$USER"),
-    (r"access/permission denied|user's group not permitted|invalid user", "you may not submit there", "--partition or --account; ask your administrator"),
-)  # fmt: skip
+    (
+        r"invalid node name|invalid hostname",
+        "a node of --nodelist or --exclude does not exist",
+        "list them: sinfo -N -h -o %N",
+    ),
+    (
+        r"requested topology configuration is not available",
+        "no block of the topology has that many free nodes",
+        "--segment a smaller divisor of --nodes; scontrol show topology",
+    ),
+    (
+        r"requested node configuration is not available|node count specification invalid|more processors requested",
+        "no node set of this partition fits: more nodes, GPUs per node or CPUs than it has",
+        "compare with: sinfo -o '%P %D %c %m %G %t'",
+    ),
+    (
+        r"invalid generic resource|invalid gres",
+        "the nodes have no GPUs under that name",
+        "sinfo -o '%N %G'; set [profile] gres in a file for --config",
+    ),
+    (
+        r"requested time limit|time limit exceeds|invalid time",
+        "the time limit is above the partition's",
+        "--time; sinfo -o '%P %l'",
+    ),
+    (
+        r"job violates accounting/qos policy|assocmax|qosmax",
+        "a limit of your account or QOS is reached",
+        "squeue --me; sacctmgr show assoc user=$USER",
+    ),
+    (
+        r"access/permission denied|user's group not permitted|invalid user",
+        "you may not submit there",
+        "--partition or --account; ask your administrator",
+    ),
+)
 
 
 def submit(script: Path, lock_fd: int, after: str = "") -> str:
@@ -59,9 +99,17 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
     command = [_find("sbatch"), "--parsable", *wait, str(script)]
     try:
         process = subprocess.Popen(
-            command, cwd=script.parent, env=env | {"LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, pass_fds=(lock_fd,),
-        )  # fmt: skip
+            command,
+            cwd=script.parent,
+            env=env | {"LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            pass_fds=(lock_fd,),
+        )
     except OSError as error:
         raise LauncherError(f"cannot run {command[0]}: {error.strerror}", status=ExitStatus.CLUSTER) from error
     try:
@@ -232,9 +280,14 @@ def _ask(command: str, *arguments: str) -> str:
     path = _find(command)
     try:
         done = subprocess.run(
-            [path, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=ANSWER_S, env={k: v for k, v in os.environ.items() if k not in SHAPES} | {"LC_ALL": "C"},
-        )  # fmt: skip
+            [path, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_S,
+            env={k: v for k, v in os.environ.items() if k not in SHAPES} | {"LC_ALL": "C"},
+        )
     except subprocess.TimeoutExpired as error:
         raise LauncherError(
             f"{command} did not answer within {ANSWER_S} s", "scontrol ping", status=ExitStatus.CLUSTER

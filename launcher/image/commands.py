@@ -71,13 +71,19 @@ def _profile_names(_context: click.Context, _parameter: click.Parameter, incompl
 
 _channel = click.argument("channel", default="nightly", shell_complete=_channel_names)
 _torch_index = click.option(
-    "--torch-index", metavar="URL", callback=no_password,
+    "--torch-index",
+    metavar="URL",
+    callback=no_password,
     help="Where torch comes from, in place of the channel's own index; '': from where all other packages do.",
-)  # fmt: skip
+)
 _purpose = click.option(
-    "--for", "purpose", type=click.Choice(["unpack", "mount"]), default="unpack", show_default=True,
+    "--for",
+    "purpose",
+    type=click.Choice(["unpack", "mount"]),
+    default="unpack",
+    show_default=True,
     help="What nodes do with the file. unpack: it is small (zstd); mount, by squashfuse: it is cheap to read (lz4).",
-)  # fmt: skip
+)
 _lock_file = FilePath(path_type=Path, dir_okay=False)
 _force = click.option("--force", is_flag=True, help="Replace a file that exists.")
 
@@ -102,28 +108,47 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
 @_purpose
 @_force
 @click.option(
-    "--tag", default="", metavar="NAME:TAG", callback=image_reference,
+    "--tag",
+    default="",
+    metavar="NAME:TAG",
+    callback=image_reference,
     help="Its name in the engine.  [default: titan:CHANNEL-ARCH]",
-)  # fmt: skip
+)
 @click.option(
-    "--base", default="", metavar="IMAGE", callback=image_reference,
+    "--base",
+    default="",
+    metavar="IMAGE",
+    callback=image_reference,
     help="Base image in place of the channel's own.",
-)  # fmt: skip
+)
 @click.option("--lock", type=_lock_file, metavar="FILE", help="Lock file in place of the channel's own.")
 @_torch_index
 @click.option("--index-url", default="", metavar="URL", callback=no_password, help="A mirror of PyPI for the build.")
 @click.option("--network", default="", metavar="NAME", help="Network of the build's steps, such as 'host'.")
 @click.option("--no-cache", is_flag=True, help="Build every layer anew.")
 @click.option(
-    "--push", "reference", metavar="REFERENCE",
+    "--push",
+    "reference",
+    metavar="REFERENCE",
     help="Push what was built, as one manifest list of its architectures: registry/path:tag.",
-)  # fmt: skip
+)
 @as_json
 def build_command(
-    channel: str, arch: str | None, output: Path | None, purpose: str, force: bool, tag: str, base: str,
-    lock: Path | None, torch_index: str | None, index_url: str, network: str, no_cache: bool, reference: str | None,
+    channel: str,
+    arch: str | None,
+    output: Path | None,
+    purpose: str,
+    force: bool,
+    tag: str,
+    base: str,
+    lock: Path | None,
+    torch_index: str | None,
+    index_url: str,
+    network: str,
+    no_cache: bool,
+    reference: str | None,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Build a channel's image with the Docker engine.
 
     CHANNEL is nightly by default. A channel that has no lock yet gets one first.
@@ -154,9 +179,18 @@ def build_command(
     built = []
     for arch in arches:
         image = building.build(
-            channel, arch, engine=engine, tag=tag, base=base, lock_file=lock, torch_index=torch_index,
-            index_url=index_url, network=network, no_cache=no_cache, say=_say,
-        )  # fmt: skip
+            channel,
+            arch,
+            engine=engine,
+            tag=tag,
+            base=base,
+            lock_file=lock,
+            torch_index=torch_index,
+            index_url=index_url,
+            network=network,
+            no_cache=no_cache,
+            say=_say,
+        )
         built.append(image)
         if arch in files:
             convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=_say)

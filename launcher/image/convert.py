@@ -63,9 +63,13 @@ def _seconds(date: str) -> int:
 
 
 def convert(
-    export: Iterable[bytes], config: ImageConfig, output: Path, *, fmt: SquashfsFormat = FORMATS["unpack"],
+    export: Iterable[bytes],
+    config: ImageConfig,
+    output: Path,
+    *,
+    fmt: SquashfsFormat = FORMATS["unpack"],
     say: Say = lambda line: None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes `output` and its sidecar from the chunks of a `docker export`; the same image gives the same bytes.
 
     The sidecar repeats what the image says of itself in /etc/titan-image.json. Nothing stands under the final name
@@ -85,9 +89,13 @@ def convert(
 
 
 def convert_image(
-    image: str, output: Path, *, engine: Engine | None = None, fmt: SquashfsFormat = FORMATS["unpack"],
+    image: str,
+    output: Path,
+    *,
+    engine: Engine | None = None,
+    fmt: SquashfsFormat = FORMATS["unpack"],
     say: Say = lambda line: None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes `output` and its sidecar from an image of the engine, which describes itself in /etc/titan-image.json.
 
     Raises LauncherError for no engine, no such image, no mksquashfs, and for everything that `convert` refuses.
@@ -103,9 +111,13 @@ def convert_image(
 
 
 def convert_with_enroot(
-    image: str, output: Path, *, fmt: SquashfsFormat = FORMATS["unpack"], image_id: str = "",
+    image: str,
+    output: Path,
+    *,
+    fmt: SquashfsFormat = FORMATS["unpack"],
+    image_id: str = "",
     say: Say = lambda line: None,
-) -> Path:  # fmt: skip
+) -> Path:
     """The same by `enroot import`, from the same engine, for whoever wants enroot's own conversion."""
     from launcher.image.inspect import embedded_metadata
 
@@ -124,8 +136,12 @@ def convert_with_enroot(
         say(f"enroot import dockerd://{image}")
         process = subprocess.Popen(
             [program, "import", "-o", str(target), f"dockerd://{image}"],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             code = process.wait()
         except BaseException:
@@ -139,9 +155,11 @@ def convert_with_enroot(
             log.seek(0)
             last = log.read().decode(errors="replace").strip().splitlines()[-5:]
             raise LauncherError(
-                f"enroot import failed with code {code}", "launcher image convert without --with enroot",
-                status=ExitStatus.ERROR, original="\n".join(last),
-            )  # fmt: skip
+                f"enroot import failed with code {code}",
+                "launcher image convert without --with enroot",
+                status=ExitStatus.ERROR,
+                original="\n".join(last),
+            )
         publish(target, output, embedded_metadata(target) or {"schema": 1}, image_id, fmt, None, say)
     return output
 

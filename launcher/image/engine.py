@@ -185,9 +185,13 @@ def build_with_buildx(engine: Engine, request: BuildRequest, line: Callable[[str
     command += ["--no-cache"] if request.no_cache else []
     with subprocess.Popen(
         [*command, str(request.context)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
         env=_environment(engine),
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout is not None
         for text in process.stdout:
             line(_ANSI.sub("", text).rstrip())

@@ -38,9 +38,12 @@ PROGRAMS = ("bin/sh", "usr/bin/env", "bin/bash", "usr/bin/python3", "usr/local/b
 DRIVERS = {"11": "450", "12": "525", "13": "580"}
 # Distribution name -> key in `versions`; the CUDA 12 and 13 packages differ in their suffix.
 DISTRIBUTIONS = {
-    r"torch": "torch", r"torchtitan": "torchtitan", r"triton|pytorch_triton": "triton",
-    r"nvidia_nccl(_cu\d+)?": "nccl", r"nvidia_cuda_runtime(_cu\d+)?": "cuda",
-}  # fmt: skip
+    r"torch": "torch",
+    r"torchtitan": "torchtitan",
+    r"triton|pytorch_triton": "triton",
+    r"nvidia_nccl(_cu\d+)?": "nccl",
+    r"nvidia_cuda_runtime(_cu\d+)?": "cuda",
+}
 # What PySquashfsImage needs for each compressor. Not lz4: it expects frames, and squashfs has bare blocks.
 LIBRARIES = {"gzip": "zlib", "xz": "lzma", "zstd": "zstandard", "lzo": "lzo"}
 _LISTED = re.compile(
@@ -172,12 +175,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _facts(path: Path, block: Superblock, about: Mapping[str, Any], source: str) -> ImageFacts:
     arch, sm, driver = str(about["arch"]), about.get("sm"), about.get("driver_min")
     return ImageFacts(
-        str(path), ARCHES.get(arch, arch), source, block.compressor, block.file_size,
+        str(path),
+        ARCHES.get(arch, arch),
+        source,
+        block.compressor,
+        block.file_size,
         channel=str(about.get("channel") or ""),
         versions=dict(about["versions"]),
         driver_min=str(driver) if driver else None,
         sm=tuple(str(word) for word in sm) if isinstance(sm, list) else (),
-    )  # fmt: skip
+    )
 
 
 def _json(data: bytes | None) -> dict[str, Any] | None:
@@ -202,9 +209,15 @@ def _guess(path: Path, block: Superblock, tree: _Tree) -> ImageFacts:
         notes.append("its architecture is unknown: no program that it could be read from")
     cuda = versions.get("cuda")
     return ImageFacts(
-        str(path), arch, "guessed", block.compressor, block.file_size,
-        versions=versions, driver_min=DRIVERS.get(cuda.split(".")[0]) if cuda else None, notes=tuple(notes),
-    )  # fmt: skip
+        str(path),
+        arch,
+        "guessed",
+        block.compressor,
+        block.file_size,
+        versions=versions,
+        driver_min=DRIVERS.get(cuda.split(".")[0]) if cuda else None,
+        notes=tuple(notes),
+    )
 
 
 def _versions(tree: _Tree, names: set[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -327,9 +340,10 @@ def _run(command: list[str]) -> tuple[int, bytes, bytes]:
         raise LauncherError(f"{command[0]}: {error.strerror}", status=ExitStatus.ERROR) from None
     except subprocess.TimeoutExpired:
         raise LauncherError(
-            f"{command[0]} did not answer in {TIMEOUT} s", "is the file system that holds the image slow?",
+            f"{command[0]} did not answer in {TIMEOUT} s",
+            "is the file system that holds the image slow?",
             status=ExitStatus.ERROR,
-        ) from None  # fmt: skip
+        ) from None
     return done.returncode, done.stdout, done.stderr
 
 

@@ -108,12 +108,25 @@ def _compile(chosen: Channel, arch: str, index: str, project: Path, form: str, c
     """What `uv pip compile` answers, as requirements.txt or as pylock.toml."""
     output = project.with_name("compiled.txt" if form == "requirements.txt" else "pylock.toml")
     command = [
-        _uv(), "pip", "compile", str(project), "--quiet", "--no-header", "--no-annotate", "--generate-hashes",
-        "--only-binary=:all:", "--python-version", chosen.python,
-        "--python-platform", _PLATFORM.format(ARCHES[arch]),
-        "--format", form, "--output-file", str(output),
+        _uv(),
+        "pip",
+        "compile",
+        str(project),
+        "--quiet",
+        "--no-header",
+        "--no-annotate",
+        "--generate-hashes",
+        "--only-binary=:all:",
+        "--python-version",
+        chosen.python,
+        "--python-platform",
+        _PLATFORM.format(ARCHES[arch]),
+        "--format",
+        form,
+        "--output-file",
+        str(output),
         *(["--constraints", str(constraints)] if constraints else []),
-    ]  # fmt: skip
+    ]
     # Its own project file decides, not one above the working directory.
     done = subprocess.run(
         command, cwd=project.parent, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}

@@ -123,8 +123,10 @@ def manifest_list(
         config = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
         (Path(folder) / "config.json").symlink_to(config.absolute())
         environment = os.environ | {
-            "DOCKER_CONFIG": folder, "DOCKER_HOST": engine.host, "DOCKER_CLI_EXPERIMENTAL": "enabled",
-        }  # fmt: skip
+            "DOCKER_CONFIG": folder,
+            "DOCKER_HOST": engine.host,
+            "DOCKER_CLI_EXPERIMENTAL": "enabled",
+        }
         images = [f"{repository}@{image.digest}" for image in pushed]
         _docker(["manifest", "create", *insecure, target, *images], target, environment)
         answer = _docker(["manifest", "push", *insecure, target], target, environment)
@@ -189,9 +191,14 @@ def _follow(answers: Any, say: Callable[[str], None]) -> tuple[str, str]:
 def _docker(arguments: list[str], reference: str, environment: dict[str, str]) -> str:
     try:
         done = subprocess.run(
-            ["docker", *arguments], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
-            timeout=TIMEOUT_S, env=environment,
-        )  # fmt: skip
+            ["docker", *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=TIMEOUT_S,
+            env=environment,
+        )
     except FileNotFoundError:
         raise _no_docker() from None
     except subprocess.TimeoutExpired:
@@ -217,6 +224,8 @@ def _explain(text: str, reference: str) -> LauncherError:
             values = {"host": host, "reference": reference, "login": login}
             return LauncherError(what.format(**values), fix.format(**values), status=ExitStatus.ERROR, original=text)
     return LauncherError(
-        f"the registry {host} did not take {reference}", "read its words below", status=ExitStatus.ERROR,
+        f"the registry {host} did not take {reference}",
+        "read its words below",
+        status=ExitStatus.ERROR,
         original=text,
-    )  # fmt: skip
+    )

@@ -116,9 +116,14 @@ def _build(client: Any, definition: Path, target: Path) -> None:
     try:
         with contextlib.redirect_stderr(words):  # where spython prints what Apptainer said, and nowhere else
             _, lines = client.build(
-                recipe=str(definition), image=str(target), options=options, force=True, sudo=False, stream=True,
+                recipe=str(definition),
+                image=str(target),
+                options=options,
+                force=True,
+                sudo=False,
+                stream=True,
                 quiet=True,
-            )  # fmt: skip
+            )
             for _ in lines:
                 pass
     except subprocess.CalledProcessError as error:

@@ -84,9 +84,13 @@ def superblock(path: Path) -> Superblock:
     if (major, minor) != (4, 0):
         raise LauncherError(f"{path}: squashfs {major}.{minor}, which no current kernel reads", "convert it again")
     sane = (
-        compressor in COMPRESSORS and 12 <= block_log <= 20 and block_size == 1 << block_log and inodes > 0
-        and _SUPERBLOCK.size <= inode_table < directories < used and ids < used
-    )  # fmt: skip
+        compressor in COMPRESSORS
+        and 12 <= block_log <= 20
+        and block_size == 1 << block_log
+        and inodes > 0
+        and _SUPERBLOCK.size <= inode_table < directories < used
+        and ids < used
+    )
     if not sane:
         raise LauncherError(f"{path}: damaged: its superblock makes no sense", "copy it again, then compare: sha256sum")
     if size < used:
@@ -177,9 +181,10 @@ def mksquashfs_path() -> str:
         raise LauncherError(f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=done.stderr)
     if (int(found[1]), int(found[2])) < (4, 5):
         raise LauncherError(
-            f"{path} is version {found[1]}.{found[2]}, which cannot read a tar stream; 4.5 can", INSTALL,
+            f"{path} is version {found[1]}.{found[2]}, which cannot read a tar stream; 4.5 can",
+            INSTALL,
             status=ExitStatus.ERROR,
-        )  # fmt: skip
+        )
     return path
 
 
@@ -204,9 +209,14 @@ def write_squashfs(
     environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, bufsize=1 << 16,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            bufsize=1 << 16,
             start_new_session=True,  # Ctrl-C is for us alone, who end mksquashfs: its last words would hide the cause
-        )  # fmt: skip
+        )
         assert process.stdin
         whole = False
         try:
@@ -250,9 +260,11 @@ def _failure(code: int, log: str, target: Path) -> LauncherError:
     last = "\n".join(log.strip().splitlines()[-5:])
     if "No space left" in log or "quota exceeded" in log:
         return LauncherError(
-            f"{target.parent}: no space left for the squashfs", f"df -h {shlex.quote(str(target.parent))}",
-            status=ExitStatus.FILESYSTEM, original=last,
-        )  # fmt: skip
+            f"{target.parent}: no space left for the squashfs",
+            f"df -h {shlex.quote(str(target.parent))}",
+            status=ExitStatus.FILESYSTEM,
+            original=last,
+        )
     if "is not supported" in log and "Compressor" in log:
         return LauncherError(
             "this mksquashfs was built without that compressor",
@@ -282,9 +294,14 @@ def beside(output: Path) -> Iterator[Path]:
 
 
 def publish(
-    target: Path, output: Path, about: Mapping[str, Any], image_id: str, fmt: SquashfsFormat, unpacked: int | None,
+    target: Path,
+    output: Path,
+    about: Mapping[str, Any],
+    image_id: str,
+    fmt: SquashfsFormat,
+    unpacked: int | None,
     say: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> None:
     """Gives the finished file its name. The old sidecar goes before, the new one comes after: at no time does one
     lie beside a file that it does not describe."""
     block = superblock(target)
@@ -298,9 +315,14 @@ def publish(
         raise filesystem_error(output, error, "-o FILE") from None
     level = fmt.level if fmt.compressor == block.compressor else None
     facts = {
-        "sha256": digest, "bytes": block.file_size, "compressor": block.compressor, "level": level,
-        "block_kib": block.block_size // 1024, "unpacked_bytes": unpacked, "entries": block.inodes,
+        "sha256": digest,
+        "bytes": block.file_size,
+        "compressor": block.compressor,
+        "level": level,
+        "block_kib": block.block_size // 1024,
+        "unpacked_bytes": unpacked,
+        "entries": block.inodes,
         "mkfs_time": block.mkfs_time,
-    }  # fmt: skip
+    }
     write_json(sidecar_path(output), {**about, "image_id": image_id, "squashfs": facts})
     say(f"{output}: {block.file_size / 1e6:,.0f} MB, sha256 {digest}")

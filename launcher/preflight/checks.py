@@ -48,9 +48,14 @@ def preflight(
     if facts is None or not (facts.nodes or facts.partitions):
         why = "; ".join(facts.notes) if facts else ""
         found.append(
-            Check("cluster", WARNING, "Slurm's nodes and partitions cannot be read now, so nothing of them was checked",
-                  why, "scontrol ping; sinfo -s")
-        )  # fmt: skip
+            Check(
+                "cluster",
+                WARNING,
+                "Slurm's nodes and partitions cannot be read now, so nothing of them was checked",
+                why,
+                "scontrol ping; sinfo -s",
+            )
+        )
         return [check for check in found if check]
     of_partition = partition.exists(spec, facts)
     if of_partition and of_partition.status == ERROR:
@@ -58,10 +63,22 @@ def preflight(
     found += [of_partition, *_half_answers(facts)]
     place = place_of(spec, facts)
     checks: tuple[Callable[[RunSpec, ClusterFacts, Place], Check | None], ...] = (
-        partition.state, partition.time, partition.most_nodes, partition.least_nodes, partition.reservation, _lists,
-        hardware.gpus, _node_count, _out_of_service, hardware.architecture, hardware.gpus_per_node, _pyxis,
-        placement.segment, placement.racks, placement.blocks,
-    )  # fmt: skip
+        partition.state,
+        partition.time,
+        partition.most_nodes,
+        partition.least_nodes,
+        partition.reservation,
+        _lists,
+        hardware.gpus,
+        _node_count,
+        _out_of_service,
+        hardware.architecture,
+        hardware.gpus_per_node,
+        _pyxis,
+        placement.segment,
+        placement.racks,
+        placement.blocks,
+    )
     found += [check(spec, facts, place) for check in checks]
     if profiles:
         found.append(hardware.gpu_named(spec, place, profiles))
@@ -78,10 +95,12 @@ def _preload(spec: RunSpec) -> Check | None:
     if "LD_PRELOAD" not in spec.env:
         return None
     return Check(
-        "preload", WARNING, f"--env LD_PRELOAD={spec.env['LD_PRELOAD']}",
+        "preload",
+        WARNING,
+        f"--env LD_PRELOAD={spec.env['LD_PRELOAD']}",
         "a library of the host's is not in the container, and every program there would complain or fail",
         "leave it out: the image brings its own NCCL",
-    )  # fmt: skip
+    )
 
 
 def _mounts(spec: RunSpec, missing: Sequence[str]) -> list[Check]:
@@ -89,17 +108,22 @@ def _mounts(spec: RunSpec, missing: Sequence[str]) -> list[Check]:
     own = {mount.split(":")[0] for mount in spec.job.mounts}
     return [
         Check(
-            "mounts", OK, f"{source}, which profile {spec.job.gpu} mounts: not on this machine",
+            "mounts",
+            OK,
+            f"{source}, which profile {spec.job.gpu} mounts: not on this machine",
             "compute nodes have it as a rule, login nodes need not; on a node that does not, no container starts",
             f"srun -N1 ls -ld {shlex.quote(source)}; without it: --set 'profile.mounts=[]'",
         )
         if source in of_profile - own
         else Check(
-            "mounts", WARNING, f"--mount {source}: not on this machine",
-            "if a node does not have it either, no container starts there", f"ls -ld {shlex.quote(source)}",
+            "mounts",
+            WARNING,
+            f"--mount {source}: not on this machine",
+            "if a node does not have it either, no container starts there",
+            f"ls -ld {shlex.quote(source)}",
         )
         for source in missing
-    ]  # fmt: skip
+    ]
 
 
 def _half_answers(facts: ClusterFacts) -> list[Check]:
@@ -124,30 +148,48 @@ def _lists(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
         return None
     if excluded := [name for name in wanted if name in expand(spec.job.exclude)]:
         return Check(
-            "nodelist", ERROR, f"{some(excluded)} stands in --nodelist and in --exclude", "",
-            "take it out of one of them", certain=True,
-        )  # fmt: skip
+            "nodelist",
+            ERROR,
+            f"{some(excluded)} stands in --nodelist and in --exclude",
+            "",
+            "take it out of one of them",
+            certain=True,
+        )
     here = {node.name: node for node in place.nodes}
     if elsewhere := [name for name in wanted if name not in here and name not in place.unread]:
         return Check(
-            "nodelist", ERROR if place.partitions else WARNING, f"--nodelist: {some(elsewhere)} is not in {place.name}", "",
-            "sinfo -N -o '%N %P'", certain=not place.guessed,
-        )  # fmt: skip
+            "nodelist",
+            ERROR if place.partitions else WARNING,
+            f"--nodelist: {some(elsewhere)} is not in {place.name}",
+            "",
+            "sinfo -N -o '%N %P'",
+            certain=not place.guessed,
+        )
     if len(set(wanted)) > spec.job.nodes:
         return Check(
-            "nodelist", ERROR, f"--nodelist names {number_of(len(set(wanted)))}, and the job has {spec.job.nodes}",
-            "Slurm gives a job every node of its list", f"--nodes {len(set(wanted))}", certain=True,
-        )  # fmt: skip
+            "nodelist",
+            ERROR,
+            f"--nodelist names {number_of(len(set(wanted)))}, and the job has {spec.job.nodes}",
+            "Slurm gives a job every node of its list",
+            f"--nodes {len(set(wanted))}",
+            certain=True,
+        )
     if unread := [name for name in wanted if name not in here]:
         return Check(
-            "nodelist", WARNING, f"--nodelist: whether {some(unread)} is in service could not be read", "",
+            "nodelist",
+            WARNING,
+            f"--nodelist: whether {some(unread)} is in service could not be read",
+            "",
             f"scontrol show node {compress(unread)}",
-        )  # fmt: skip
+        )
     if out := [here[name] for name in wanted if not usable(here[name], spec.job.reservation)]:
         return Check(
-            "nodelist", WARNING, f"--nodelist: {reasons(out)}", "the job waits until they are back",
+            "nodelist",
+            WARNING,
+            f"--nodelist: {reasons(out)}",
+            "the job waits until they are back",
             "leave them out of --nodelist",
-        )  # fmt: skip
+        )
     return Check("nodelist", OK, f"{number_of(len(wanted))} named, all of them in service")
 
 
@@ -203,9 +245,12 @@ def _out_of_service(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check 
     fixes += ["sinfo -R has the reasons"] if any(node.states & OUT for node in out) else []
     fixes += ["scontrol show reservation says until when"] if not all(node.states & OUT for node in out) else []
     return Check(
-        "node states", WARNING, f"{number_of(spec.job.nodes)} asked, {left} in service: {reasons(out)}",
-        "the job waits until enough of them are back", "; ".join(fixes),
-    )  # fmt: skip
+        "node states",
+        WARNING,
+        f"{number_of(spec.job.nodes)} asked, {left} in service: {reasons(out)}",
+        "the job waits until enough of them are back",
+        "; ".join(fixes),
+    )
 
 
 def _pyxis(spec: RunSpec, facts: ClusterFacts, _place: Place) -> Check | None:
@@ -222,7 +267,9 @@ def _pyxis(spec: RunSpec, facts: ClusterFacts, _place: Place) -> Check | None:
             "srun --help | grep container",
         )
     return Check(
-        "Pyxis", ERROR, "srun has no --container-image: Slurm has no Pyxis here",
+        "Pyxis",
+        ERROR,
+        "srun has no --container-image: Slurm has no Pyxis here",
         "the job would end with: srun: unrecognized option '--container-image=...'",
         "--runtime apptainer (launcher image sif) where that is installed; or ask for Pyxis",
-    )  # fmt: skip
+    )

@@ -33,10 +33,13 @@ def gpus(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
         else "--gpu NAME, another --partition, or [profile] gres in a file for --config"
     )
     return Check(
-        "GPUs", ERROR, f"the run asks for {gres}:{count} on a node, and no node of {place.name} has that: {text}",
-        f"Slurm says {some(words)}" if words else "Slurm lists no generic resources (GRES) there", fix,
+        "GPUs",
+        ERROR,
+        f"the run asks for {gres}:{count} on a node, and no node of {place.name} has that: {text}",
+        f"Slurm says {some(words)}" if words else "Slurm lists no generic resources (GRES) there",
+        fix,
         certain=place.sure,
-    )  # fmt: skip
+    )
 
 
 def gpus_per_node(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
@@ -49,10 +52,12 @@ def gpus_per_node(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | 
         return None
     there = gpus_of(more[0], gres)
     return Check(
-        "GPUs per node", WARNING,
+        "GPUs per node",
+        WARNING,
         f"profile {spec.job.gpu} uses {used} GPUs of a node; {more[0].name} has {there} ({more[0].gres})",
-        "the rest would idle, held by this job; it may be the wrong profile", f"--gpu NAME, or --gpus-per-node {there}",
-    )  # fmt: skip
+        "the rest would idle, held by this job; it may be the wrong profile",
+        f"--gpu NAME, or --gpus-per-node {there}",
+    )
 
 
 def gpu_named(spec: RunSpec, place: Place, profiles: Sequence[str]) -> Check | None:
@@ -67,10 +72,13 @@ def gpu_named(spec: RunSpec, place: Place, profiles: Sequence[str]) -> Check | N
     if not seen or mine in seen or any(name in mine for name in seen):
         return None
     return Check(
-        "GPU type", WARNING, f"the profile is for {spec.profile.gpu}; Slurm speaks of {', '.join(seen)} on {able[0].name} "
+        "GPU type",
+        WARNING,
+        f"the profile is for {spec.profile.gpu}; Slurm speaks of {', '.join(seen)} on {able[0].name} "
         f"({', '.join(filter(None, (able[0].gres, *able[0].features)))})",
-        "settings and published figures of one GPU do not fit another", f"--gpu {seen[0]}",
-    )  # fmt: skip
+        "settings and published figures of one GPU do not fit another",
+        f"--gpu {seen[0]}",
+    )
 
 
 def architecture(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
@@ -87,16 +95,22 @@ def architecture(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | N
     if wanted in found:
         strange = [node.name for node in able if node.arch not in ("", wanted)]
         return Check(
-            "architecture", WARNING, what, "on the others the image does not start",
+            "architecture",
+            WARNING,
+            what,
+            "on the others the image does not start",
             f"--exclude {','.join(strange)}" if len(strange) <= SHOWN else "another --partition",
-        )  # fmt: skip
+        )
     if spec.job.runtime == "bare":
         return Check("architecture", WARNING, what, "", "--gpu NAME")
     return Check(
-        "architecture", ERROR, what, "an image for another architecture does not start",
+        "architecture",
+        ERROR,
+        what,
+        "an image for another architecture does not start",
         f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}",
         certain=place.whole and not place.guessed,
-    )  # fmt: skip
+    )
 
 
 def room_to_unpack(spec: RunSpec, facts: ClusterFacts, place: Place, unpacked_bytes: int) -> Check | None:
@@ -108,11 +122,13 @@ def room_to_unpack(spec: RunSpec, facts: ClusterFacts, place: Place, unpacked_by
         return None
     least = min(node.tmp_mib for node in small)
     return Check(
-        "disk", WARNING, f"the image unpacks to {unpacked_bytes / 2**30:.1f} GiB; Slurm says TmpDisk={least} MiB of "
+        "disk",
+        WARNING,
+        f"the image unpacks to {unpacked_bytes / 2**30:.1f} GiB; Slurm says TmpDisk={least} MiB of "
         f"{some([node.name for node in small])}",
         "where Pyxis has no squashfuse, each node unpacks the image onto its own disk before the run",
         f"srun -N1 -w {small[0].name} df -h; launcher cluster show says whether images are mounted",
-    )  # fmt: skip
+    )
 
 
 def up_for_long(spec: RunSpec, place: Place, now: datetime) -> Check | None:
@@ -125,7 +141,9 @@ def up_for_long(spec: RunSpec, place: Place, now: datetime) -> Check | None:
         return None
     names = sorted(days, key=lambda name: -days[name])
     return Check(
-        "uptime", WARNING, f"up for more than {UP_DAYS} days: {some([f'{name} ({days[name]})' for name in names])}",
+        "uptime",
+        WARNING,
+        f"up for more than {UP_DAYS} days: {some([f'{name} ({days[name]})' for name in names])}",
         "a firmware bug stops NVLink of B200 nodes at 60 days",
         f"an administrator reboots them: scontrol reboot ASAP nextstate=RESUME {compress(names)}",
-    )  # fmt: skip
+    )

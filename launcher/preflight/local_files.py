@@ -110,11 +110,13 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
         return [Check("driver", OK, f"{needed}, the nodes have {driver}")]
     return [
         Check(
-            "driver", ERROR, f"{needed}, the nodes have {driver}",
+            "driver",
+            ERROR,
+            f"{needed}, the nodes have {driver}",
             "only NVIDIA's forward compatibility (cuda-compat), in the image or on the nodes, makes it run there",
             "an image with an older CUDA, or a newer driver: nvidia-smi on a node",
         )
-    ]  # fmt: skip
+    ]
 
 
 def _published_drivers(gpu: str) -> list[str]:

@@ -23,25 +23,39 @@ def exists(spec: RunSpec, facts: ClusterFacts) -> Check | None:
     unknown = [name for name in spec.job.partition.split(",") if name and name not in known]
     if unknown and unread:
         return Check(
-            "partition", WARNING, f"whether Slurm has a partition {unknown[0]!r} could not be read",
-            f"its nodes say {', '.join(known)}", "sinfo -s",
-        )  # fmt: skip
+            "partition",
+            WARNING,
+            f"whether Slurm has a partition {unknown[0]!r} could not be read",
+            f"its nodes say {', '.join(known)}",
+            "sinfo -s",
+        )
     if unknown:
         return Check(
-            "partition", ERROR, f"Slurm has no such partition as {unknown[0]!r}; it has {', '.join(known)}", "",
-            f"--partition {known[0]}", not_found=True,  # not certain: a hidden partition is not listed
-        )  # fmt: skip
+            "partition",
+            ERROR,
+            f"Slurm has no such partition as {unknown[0]!r}; it has {', '.join(known)}",
+            "",
+            f"--partition {known[0]}",
+            not_found=True,  # not certain: a hidden partition is not listed
+        )
     if spec.job.partition or any(partition.default for partition in facts.partitions):
         return None
     if unread:
         return Check(
-            "partition", WARNING, f"which partition is the default could not be read; there are {', '.join(known)}",
-            "the job gets Slurm's own default, where there is one", f"--partition {known[0]}",
-        )  # fmt: skip
+            "partition",
+            WARNING,
+            f"which partition is the default could not be read; there are {', '.join(known)}",
+            "the job gets Slurm's own default, where there is one",
+            f"--partition {known[0]}",
+        )
     return Check(
-        "partition", ERROR, f"no partition was named, and none is the default; there are {', '.join(known)}", "",
-        f"--partition {known[0]}", certain=True,
-    )  # fmt: skip
+        "partition",
+        ERROR,
+        f"no partition was named, and none is the default; there are {', '.join(known)}",
+        "",
+        f"--partition {known[0]}",
+        certain=True,
+    )
 
 
 def state(_spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
@@ -65,9 +79,12 @@ def time(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
     if wanted <= most:
         return Check("time", OK, f"--time {spec.job.time}; {place.name} allows {time_text(most)}")
     return Check(
-        "time", ERROR, f"--time {spec.job.time} is above the limit of {place.name}, {time_text(most)}",
-        UNLESS_QOS, f"--time {time_text(most)}",
-    )  # fmt: skip
+        "time",
+        ERROR,
+        f"--time {spec.job.time} is above the limit of {place.name}, {time_text(most)}",
+        UNLESS_QOS,
+        f"--time {time_text(most)}",
+    )
 
 
 def most_nodes(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
@@ -76,9 +93,12 @@ def most_nodes(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | Non
     if not limits or len(known) < len(limits) or spec.job.nodes <= max(known):
         return None
     return Check(
-        "nodes per job", ERROR, f"--nodes {spec.job.nodes}: {place.name} allows {number_of(max(known))} in a job",
-        UNLESS_QOS, f"--nodes {max(known)}",
-    )  # fmt: skip
+        "nodes per job",
+        ERROR,
+        f"--nodes {spec.job.nodes}: {place.name} allows {number_of(max(known))} in a job",
+        UNLESS_QOS,
+        f"--nodes {max(known)}",
+    )
 
 
 def least_nodes(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
@@ -86,18 +106,24 @@ def least_nodes(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | No
     if spec.job.nodes >= least:
         return None
     return Check(
-        "nodes per job", ERROR, f"--nodes {spec.job.nodes}: {place.name} takes jobs of {number_of(least)} and more",
-        UNLESS_QOS, f"--nodes {least}, or another --partition: sinfo -o '%P %s'",
-    )  # fmt: skip
+        "nodes per job",
+        ERROR,
+        f"--nodes {spec.job.nodes}: {place.name} takes jobs of {number_of(least)} and more",
+        UNLESS_QOS,
+        f"--nodes {least}, or another --partition: sinfo -o '%P %s'",
+    )
 
 
 def reservation(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
     if spec.job.reservation or not place.partitions or not all(p.needs_reservation for p in place.partitions):
         return None
     return Check(
-        "reservation", ERROR, f"{place.name} takes jobs of a reservation alone", "Slurm refuses the job",
+        "reservation",
+        ERROR,
+        f"{place.name} takes jobs of a reservation alone",
+        "Slurm refuses the job",
         "--reservation NAME; scontrol show reservation",
-    )  # fmt: skip
+    )
 
 
 def access(place: Place, groups: Collection[str]) -> Check | None:
@@ -109,6 +135,9 @@ def access(place: Place, groups: Collection[str]) -> Check | None:
         return None
     names = list(dict.fromkeys(name for several in allowed for name in several))
     return Check(
-        "access", WARNING, f"{place.name} is for the groups {some(names)}; you are in {some(sorted(groups)) or 'none'}",
-        "Slurm may refuse the job", "id; another --partition: sinfo -o '%P %g'",
-    )  # fmt: skip
+        "access",
+        WARNING,
+        f"{place.name} is for the groups {some(names)}; you are in {some(sorted(groups)) or 'none'}",
+        "Slurm may refuse the job",
+        "id; another --partition: sinfo -o '%P %g'",
+    )

@@ -30,22 +30,32 @@ def segment(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
     if nodes % wanted:
         near = next(n for n in placement.divisors(nodes) if n <= (largest or nodes))
         return Check(
-            "placement", ERROR, f"--segment {wanted} does not divide --nodes {nodes}", "Slurm refuses the job",
-            f"--segment {near}", certain=True,
-        )  # fmt: skip
+            "placement",
+            ERROR,
+            f"--segment {wanted} does not divide --nodes {nodes}",
+            "Slurm refuses the job",
+            f"--segment {near}",
+            certain=True,
+        )
     if not facts.blocks:
         return Check(
-            "placement", WARNING, f"--segment {wanted}: topology could not be read",
-            "whether a block has room for a piece of that size cannot be told", "scontrol show topology",
-        )  # fmt: skip
+            "placement",
+            WARNING,
+            f"--segment {wanted}: topology could not be read",
+            "whether a block has room for a piece of that size cannot be told",
+            "scontrol show topology",
+        )
     if not blocks:
         return None  # `blocks` below, and the check of the GPUs, say why
     if wanted > largest:
         return Check(
-            "placement", ERROR, f"--segment {wanted}: the largest block has {number_of(largest)}",
+            "placement",
+            ERROR,
+            f"--segment {wanted}: the largest block has {number_of(largest)}",
             "Slurm would say: Requested topology configuration is not available",
-            f"--segment {placement.segment(nodes, sizes)}", certain=place.sure and "topology" not in facts.unread,
-        )  # fmt: skip
+            f"--segment {placement.segment(nodes, sizes)}",
+            certain=place.sure and "topology" not in facts.unread,
+        )
     out = {node.name for node in able if not usable(node, spec.job.reservation)}
     found = placement.describe(nodes, wanted, blocks, {node.name for node in able if node.free})
     what = f"{found.pieces} x {wanted} nodes, each in one block of up to {largest}; {placement.room_text(found)}"
@@ -58,9 +68,12 @@ def segment(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
 def _no_segments(wanted: int, facts: ClusterFacts) -> Check:
     if facts.segment_unknown:
         return Check(
-            "placement", WARNING, f"--segment {wanted}: whether Slurm places segments could not be read", "",
+            "placement",
+            WARNING,
+            f"--segment {wanted}: whether Slurm places segments could not be read",
+            "",
             "scontrol show config; scontrol show topology",
-        )  # fmt: skip
+        )
     why = (
         f"Slurm {facts.slurm[0]}.{facts.slurm[1]:02d}, topology {facts.topology or 'not known'}"
         if facts.slurm
@@ -68,9 +81,13 @@ def _no_segments(wanted: int, facts: ClusterFacts) -> Check:
     )
     old = facts.slurm is not None and facts.slurm < SEGMENT_SINCE
     return Check(
-        "placement", ERROR, f"--segment {wanted}: Slurm places no segments here (23.11 with topology/block does)", why,
-        "--segment 0", certain=old,
-    )  # fmt: skip
+        "placement",
+        ERROR,
+        f"--segment {wanted}: Slurm places no segments here (23.11 with topology/block does)",
+        why,
+        "--segment 0",
+        certain=old,
+    )
 
 
 def _straddles(spec: RunSpec, found: placement.Placement, blocks: Sequence[Block], out: set[str]) -> tuple[str, str]:
@@ -105,18 +122,22 @@ def racks(spec: RunSpec, facts: ClusterFacts, _place: Place) -> Check | None:
     if facts.segment_unknown:
         what = "whether Slurm takes --segment" if facts.blocks else "topology"
         return Check(
-            "placement", WARNING, f"{what} could not be read, so the job has no --segment",
+            "placement",
+            WARNING,
+            f"{what} could not be read, so the job has no --segment",
             "it may straddle NVLink domains, and traffic that could stay on NVLink crosses the network",
             "scontrol show config; scontrol show topology; or say it: --segment N",
-        )  # fmt: skip
+        )
     what = f"Slurm does not know the racks (topology {facts.topology})"
     if nodes <= RACK:
         return Check("placement", OK, f"{what}: whether the {nodes} nodes share an NVLink domain is left to chance")
     return Check(
-        "placement", WARNING, f"{what}: the job may straddle NVLink domains",
+        "placement",
+        WARNING,
+        f"{what}: the job may straddle NVLink domains",
         f"{nodes} nodes need {-(-nodes // RACK)} at least, and get as many as chance has it",
         "an administrator enables topology/block",
-    )  # fmt: skip
+    )
 
 
 def blocks(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
@@ -127,15 +148,20 @@ def blocks(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
     inside = {name for block in facts.blocks for name in block.nodes}
     if outside := [name for name in expand(spec.job.nodelist) if name not in inside]:
         return Check(
-            "blocks", ERROR, f"--nodelist: {some(outside)}: in no block of the topology", NO_BLOCK,
+            "blocks",
+            ERROR,
+            f"--nodelist: {some(outside)}: in no block of the topology",
+            NO_BLOCK,
             "leave them out of --nodelist; scontrol show topology",
-        )  # fmt: skip
+        )
     lost = [node.name for node in able if node.name not in inside]
     if not lost or place.most([node for node in able if node.name in inside]) >= spec.job.nodes:
         return None
     empty = [block.name for block in facts.blocks if not block.nodes]
     return Check(
-        "blocks", ERROR, f"{number_of(len(lost))} of {place.name} are in no block of the topology: {some(lost)}",
+        "blocks",
+        ERROR,
+        f"{number_of(len(lost))} of {place.name} are in no block of the topology: {some(lost)}",
         (f"{some(empty)} has no nodes; " if empty else "") + NO_BLOCK,
         "an administrator updates topology.yaml (or .conf) and runs scontrol reconfigure; scontrol show topology",
-    )  # fmt: skip
+    )

@@ -22,27 +22,63 @@ from launcher.watch import duration
 REASONS = (
     (r"Priority", "jobs with a higher priority are to start first", True),
     (r"Resources", "enough nodes are not free yet; it is its turn", True),
-    (r"ReqNodeNotAvail.*maint", "its nodes are reserved for maintenance that begins before its time limit ends: a shorter --time may fit in before", True),
+    (
+        r"ReqNodeNotAvail.*maint",
+        "its nodes are reserved for maintenance that begins before its time limit ends: a shorter --time may fit in before",
+        True,
+    ),
     (r"ReqNodeNotAvail", "nodes that it needs are down, drained, or reserved", True),
-    (r"Nodes required for job are", "nodes that it needs are down, drained, or reserved for a partition of higher priority", True),
-    (r"Not enough|BadConstraints", "no nodes have what it asks for (GPUs per node, features): it never starts as it is", True),
+    (
+        r"Nodes required for job are",
+        "nodes that it needs are down, drained, or reserved for a partition of higher priority",
+        True,
+    ),
+    (
+        r"Not enough|BadConstraints",
+        "no nodes have what it asks for (GPUs per node, features): it never starts as it is",
+        True,
+    ),
     (r"NodeDown", "a node that it needs is down", True),
-    (r"PartitionNodeLimit|PartitionConfig", "it asks for more nodes than its partition has or allows: it never starts as it is", True),
-    (r"PartitionTimeLimit", "its --time is above the partition's limit: it never starts as it is; sinfo -o '%P %l'", False),
+    (
+        r"PartitionNodeLimit|PartitionConfig",
+        "it asks for more nodes than its partition has or allows: it never starts as it is",
+        True,
+    ),
+    (
+        r"PartitionTimeLimit",
+        "its --time is above the partition's limit: it never starts as it is; sinfo -o '%P %l'",
+        False,
+    ),
     (r"PartitionDown|PartitionInactive", "its partition is closed to new starts", True),
-    (r"Reservation ?invalid", "its reservation is not one that it may use: scontrol show reservation, then launcher cancel", False),
+    (
+        r"Reservation ?invalid",
+        "its reservation is not one that it may use: scontrol show reservation, then launcher cancel",
+        False,
+    ),
     (r"Reservation$", "its reservation has not begun yet: scontrol show reservation", False),
     (r"ReservationDeleted", "its reservation no longer exists: cancel it", False),
     (r"BeginTime", "the time at which it may begin has not come", False),
     (r"DependencyNeverSatisfied", "the job that it depends on failed: it never starts", False),
     (r"Dependency", "it waits for another job to end", False),
     (r"DeadLine", "it can no longer end before its deadline: it never starts", False),
-    (r"JobHoldMaxRequeue", "it was requeued too often, and Slurm holds it: scontrol release lets it go; launcher logs says why it fails", False),
+    (
+        r"JobHoldMaxRequeue",
+        "it was requeued too often, and Slurm holds it: scontrol release lets it go; launcher logs says why it fails",
+        False,
+    ),
     (r"job requeued in held state", "it was requeued to be held: scontrol release lets it go", False),
-    (r"user env retrieval failed", "Slurm could not read your login environment on the node, and holds it: scontrol release lets it go", False),
+    (
+        r"user env retrieval failed",
+        "Slurm could not read your login environment on the node, and holds it: scontrol release lets it go",
+        False,
+    ),
     (r"JobHeldUser", "you hold it: scontrol release lets it go", False),
     (r"JobHeldAdmin", "an administrator holds it: ask why", False),
-    (r"launch failed|JobLaunchFailure|SystemFailure|Prolog", "a node could not start it, and Slurm holds it: scontrol release after the node is repaired", False),
+    (
+        r"launch failed|JobLaunchFailure|SystemFailure|Prolog",
+        "a node could not start it, and Slurm holds it: scontrol release after the node is repaired",
+        False,
+    ),
     (r"Licenses", "a licence that it asks for is in use", False),
     (r"InvalidAccount|AccountNotAllowed|AccountingPolicy", "its account may not use this partition: --account", False),
     (r"InvalidQOS|QOSNotAllowed", "its QOS may not be used here: --qos", False),
@@ -50,7 +86,7 @@ REASONS = (
     (r"Assoc|Max\w*Per", "a limit of your account is reached: squeue --me; sacctmgr show assoc user=$USER", False),
     (r"Cleaning", "what its last start left is being cleaned up", False),
     (r"(None)?$", "Slurm has not looked at it yet", False),
-)  # fmt: skip
+)
 
 
 def meaning(reason: str) -> tuple[str, bool]:

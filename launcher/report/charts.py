@@ -64,11 +64,13 @@ def of_gpu(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, 
     found: list[Figure | None] = [
         _throughput(
             [line for line in rates if line.run in kind.runs and line.points],
-            outcomes, published, f"throughput-{place}-{number}",
+            outcomes,
+            published,
+            f"throughput-{place}-{number}",
             f"Throughput of {gpu}, {kind.label + ', ' if len(groups) > 1 else ''}tokens/s per GPU",
         )
         for number, kind in enumerate(groups)
-    ]  # fmt: skip
+    ]
     found += [_loss([line for line in losses if line.points], f"loss-{place}", f"Loss of {gpu}")]
     found += [_scaling(outcomes, published, gpu, f"scaling-{place}")]
     figures = [figure for figure in found if figure]
@@ -118,15 +120,28 @@ def _loss(found: Sequence[Line], ident: str, title: str) -> Figure | None:
 
 
 def _over_steps(
-    found: Sequence[Line], x: svg.Axis, others: Sequence[svg.Drawn], ident: str, title: str,
-    legend: Sequence[Entry], rows: Sequence[tuple[str, ...]], notes: Sequence[str], digits: int,
-) -> Figure:  # fmt: skip
+    found: Sequence[Line],
+    x: svg.Axis,
+    others: Sequence[svg.Drawn],
+    ident: str,
+    title: str,
+    legend: Sequence[Entry],
+    rows: Sequence[tuple[str, ...]],
+    notes: Sequence[str],
+    digits: int,
+) -> Figure:
     """A line per run; `others`, `legend`, `rows` and `notes` are what the figure has beside them."""
     drawn = [
-        svg.Drawn(line.points, _css(line), str(line.number), f"{line.number} {line.name}{_mark(line)}",
-                  dots=len(line.points) <= 40, run=line.run)
+        svg.Drawn(
+            line.points,
+            _css(line),
+            str(line.number),
+            f"{line.number} {line.name}{_mark(line)}",
+            dots=len(line.points) <= 40,
+            run=line.run,
+        )
         for line in found
-    ]  # fmt: skip
+    ]
     values = [value for line in (*drawn, *others) for _, value in line.points]
     y = svg.linear(values, "")
     said = [*notes, svg.not_from_zero(y)]
@@ -193,10 +208,18 @@ def _scaling(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str
                 svg.Drawn(medians, css, label, group.label, dots=group.published)
             )
         drawn += [
-            svg.Drawn(((dot.gpus, dot.tps),), css, "" if joined or place else label, f"{dot.name}: {dot.tps:,.0f}",
-                      joined=False, dots=True, run=dot.run)
-            for place, dot in enumerate(group.dots) if not group.published
-        ]  # fmt: skip
+            svg.Drawn(
+                ((dot.gpus, dot.tps),),
+                css,
+                "" if joined or place else label,
+                f"{dot.name}: {dot.tps:,.0f}",
+                joined=False,
+                dots=True,
+                run=dot.run,
+            )
+            for place, dot in enumerate(group.dots)
+            if not group.published
+        ]
         legend.append(Entry(svg.swatch(css, label), group.label))
     if with_ideal:
         legend.append(Entry(svg.swatch("ideal", ""), "ideal: the smallest size's rate, held"))

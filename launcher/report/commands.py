@@ -24,10 +24,21 @@ MOST_NAMED = 20  # of runs that are left out; --json and the page name all
 @click.command()
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @runs_dir_option
-@click.option("--output", "-o", type=FilePath(path_type=Path, allow_dash=True), default="report.html", metavar="FILE",
-              show_default=True, help="The page to write; - prints it.")  # fmt: skip
-@click.option("--plots", type=FilePath(path_type=Path), metavar="DIR",
-              help="Write throughput, loss and scaling there, too, as PNG and SVG; needs matplotlib.")  # fmt: skip
+@click.option(
+    "--output",
+    "-o",
+    type=FilePath(path_type=Path, allow_dash=True),
+    default="report.html",
+    metavar="FILE",
+    show_default=True,
+    help="The page to write; - prints it.",
+)
+@click.option(
+    "--plots",
+    type=FilePath(path_type=Path),
+    metavar="DIR",
+    help="Write throughput, loss and scaling there, too, as PNG and SVG; needs matplotlib.",
+)
 @as_json
 def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | None, as_json: bool) -> None:
     """Write runs as one HTML page, and as plots.

@@ -107,10 +107,12 @@ def _charts(
         return [lambda axes: _over_steps(axes, found, f"{plain(gpu)}: loss")] if found else []
     groups_of_lines = [(kind.label, [line for line in found if line.run in kind.runs]) for kind in kinds(outcomes, gpu)]
     return [
-        partial(_throughput, found=members, outcomes=outcomes, published=published, title=f"{plain(gpu)}, {plain(label)}")
+        partial(
+            _throughput, found=members, outcomes=outcomes, published=published, title=f"{plain(gpu)}, {plain(label)}"
+        )
         for label, members in groups_of_lines
         if members
-    ]  # fmt: skip
+    ]
 
 
 def _finite(line: Line) -> bool:
@@ -131,8 +133,14 @@ def _throughput(
     for row in measured_by([outcomes[line.run] for line in found], published):
         rate = row.tps.median if row.tps else math.nan
         nodes = f"{row.nodes} node{'s' if row.nodes > 1 else ''}"
-        axes.axhline(rate, color=GREY, linestyle=(0, (6, 3)), linewidth=1, zorder=1,
-                     label=_short(f"P{row.nodes} published on {nodes}: {rate:,.0f}"))  # fmt: skip
+        axes.axhline(
+            rate,
+            color=GREY,
+            linestyle=(0, (6, 3)),
+            linewidth=1,
+            zorder=1,
+            label=_short(f"P{row.nodes} published on {nodes}: {rate:,.0f}"),
+        )
         ends.append((max(line.points[-1][0] for line in found), rate, f"P{row.nodes}", GREY))
     _plain_numbers(axes, 0)
     return ends
@@ -193,9 +201,17 @@ def _number_ends(axes: Axes, ends: Sequence[End]) -> None:
     at_right = [end for end in ends if across.transform(end[:2])[0] > 0.9]
     heights = spread_out([(y - low) / (high - low) for _, y, _, _ in at_right], LABEL_GAP, 0.0, 1.0)
     for (x, y, label, colour), height in zip(at_right, heights, strict=True):
-        axes.annotate(label, (x, y), (1.02, height), textcoords="axes fraction", color=colour, fontsize=8,
-                      fontweight="bold", va="center",
-                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)})  # fmt: skip
+        axes.annotate(
+            label,
+            (x, y),
+            (1.02, height),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=8,
+            fontweight="bold",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "relpos": (0, 0.5)},
+        )
     for x, y, label, colour in ends:
         if (x, y, label, colour) not in at_right:
             axes.annotate(

@@ -64,8 +64,12 @@ class Table:
 
 
 COLUMNS = (  # after "Run" and "Result"
-    Column("Of published", True, wide=True,
-           note="as a share of the published row that matches best; that is one value, whose noise is not known"),
+    Column(
+        "Of published",
+        True,
+        wide=True,
+        note="as a share of the published row that matches best; that is one value, whose noise is not known",
+    ),
     Column("Tokens/s per GPU", True, note="the median over nodes and logged steps after warm-up"),
     Column("Slowest node", True, wide=True, note="against the median of the others"),
     Column("Data wait", True, note="the part of a step that is waiting for data; empty where the run wrote none"),
@@ -76,7 +80,7 @@ COLUMNS = (  # after "Run" and "Result"
     Column("MFU, of TFLOP/s", True, note="of the median"),
     Column("Date (UTC)", False),
     Column("Cluster", False, True, wide=True),
-)  # fmt: skip
+)
 
 
 def table(runs: Sequence[Health], published: Sequence[Outcome]) -> Table:

@@ -32,8 +32,14 @@ FALLS_BY, FALLS_AFTER = 0.10, 50  # share of the first logged loss, training ste
 LAST_LOSSES = 3  # logged steps whose median is the loss: a single step may be a spike
 # Ends that are the run's or its nodes' own doing. Of the others (cancelled, preempted) nothing can be said.
 OWN_FAULT = {
-    "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL",
-}  # fmt: skip
+    "FAILED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "LAUNCH_FAILED",
+    "RECONFIG_FAIL",
+}
 
 
 class Word(StrEnum):

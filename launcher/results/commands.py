@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 @runs_dir_option
 @click.option("--all", "every", is_flag=True, help="Every run in the runs directory.")
 @click.option(
-    "--format", "form", type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]), default="text",
-    show_default=True, help="How; torchtitan: a file for its repository's benchmarks/ folder.",
-)  # fmt: skip
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]),
+    default="text",
+    show_default=True,
+    help="How; torchtitan: a file for its repository's benchmarks/ folder.",
+)
 @click.option(
     "--update",
     type=click.Path(path_type=Path),
@@ -43,9 +47,15 @@ if TYPE_CHECKING:
 )
 @as_json
 def results(
-    names: tuple[str, ...], runs_dir: Path, every: bool, form: str, update: Path | None, entity: str,
-    output: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    names: tuple[str, ...],
+    runs_dir: Path,
+    every: bool,
+    form: str,
+    update: Path | None,
+    entity: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
     """Print results as the published table has them.
 
     Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an object, and several are a list.

@@ -33,8 +33,14 @@ from launcher.results.rows import (
 BEGIN, END = "<!-- titan-results -->", "<!-- /titan-results -->"
 _WIDTH = 100  # columns
 _WORK = (
-    "model", "flavor", "activation_checkpoint", "tensor_parallel", "context_parallel", "pipeline_parallel", "dp_replicate",
-)  # fmt: skip
+    "model",
+    "flavor",
+    "activation_checkpoint",
+    "tensor_parallel",
+    "context_parallel",
+    "pipeline_parallel",
+    "dp_replicate",
+)
 _NAMES = {"cuda": "CUDA", "nccl": "NCCL", "driver": "driver", "python": "Python"}
 _FORMULA = (
     "=",
@@ -112,9 +118,11 @@ def _spread_text(value: Spread, digits: int, unit: str) -> str:
 def _startup_text(outcome: Outcome) -> str:
     startup = outcome.startup
     parts = (
-        ("queue", startup.queue_s), ("container", startup.container_s), ("node check", startup.check_s),
+        ("queue", startup.queue_s),
+        ("container", startup.container_s),
+        ("node check", startup.check_s),
         ("first step", startup.first_step_s),
-    )  # fmt: skip
+    )
     known = [f"{name} {seconds:,.0f} s" for name, seconds in parts if seconds is not None]
     unknown = [name for name, seconds in parts if seconds is None]
     if not known:
@@ -180,9 +188,13 @@ def _figures(outcome: Outcome) -> tuple[str, ...]:
     peak = "?" if outcome.peak_tflops is None else f"{outcome.peak_tflops:.0f}"
     memory = outcome.memory_gib.high if outcome.memory_gib else last.memory_gib
     return (
-        f"{outcome.tps.median:,.0f}", f"±{around:.1f}%", mfu, peak if outcome.mfu_pct is not None else "", f"{memory:.2f}",
+        f"{outcome.tps.median:,.0f}",
+        f"±{around:.1f}%",
+        mfu,
+        peak if outcome.mfu_pct is not None else "",
+        f"{memory:.2f}",
         f"{last.loss:.4f}",
-    )  # fmt: skip
+    )
 
 
 def _why(outcome: Outcome) -> str:

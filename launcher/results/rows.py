@@ -223,7 +223,9 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
             "spread": {
                 name: dataclasses.asdict(value) if value else None
                 for name, value in (
-                    ("tps", outcome.tps), ("tflops", outcome.tflops), ("memory_gib", outcome.memory_gib)
+                    ("tps", outcome.tps),
+                    ("tflops", outcome.tflops),
+                    ("memory_gib", outcome.memory_gib),
                 )
             },
             "data_share": outcome.data_share,
@@ -241,7 +243,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
             "prediction": outcome.prediction,
             "settings": outcome.settings,
         }
-    )  # fmt: skip
+    )
 
 
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,10 +100,15 @@ def _result(outcome: Outcome) -> str:
         "on" if outcome.compile else "off",
         f"{tps.median:,.0f} ({tps.q1:,.0f} to {tps.q3:,.0f})",
         f"{tflops.median:,.2f}" if tflops else "",
-        "; ".join([mfu_text(median_mfu_pct(outcome), outcome.peak_tflops), *(mfu_text(mfu, peak) for peak, mfu in mfu_at_other_peaks(outcome).items())]),
+        "; ".join(
+            [
+                mfu_text(median_mfu_pct(outcome), outcome.peak_tflops),
+                *(mfu_text(mfu, peak) for peak, mfu in mfu_at_other_peaks(outcome).items()),
+            ]
+        ),
         f"{memory.high:.2f}" if memory else "",
         "" if outcome.loss is None else f"{outcome.loss:.5f}",
-    )  # fmt: skip
+    )
     return f"| {' | '.join(cells)} |"
 
 

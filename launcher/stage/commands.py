@@ -36,22 +36,42 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there
 @click.command()
 @_to
 @click.option("--files", type=int, metavar="N", help="Train files.")
-@click.option("--for", "runs", multiple=True, metavar="RUN",
-              help="As many as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
-              "repeatable.")  # fmt: skip
+@click.option(
+    "--for",
+    "runs",
+    multiple=True,
+    metavar="RUN",
+    help="As many as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
+    "repeatable.",
+)
 @click.option("--all", "everything", is_flag=True, help=f"All {TRAIN_FILES:,} train files, {TRAIN_BYTES / 1e9:.0f} GB.")
 @click.option("--validation", is_flag=True, help="The validation files, too.")
-@click.option("--from", "source", default="", metavar="S3", help="s3://bucket/prefix in place of the Hub; credentials "
-              "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.")  # fmt: skip
+@click.option(
+    "--from",
+    "source",
+    default="",
+    metavar="S3",
+    help="s3://bucket/prefix in place of the Hub; credentials "
+    "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.",
+)
 @_revision
 @_token_file
 @_jobs
 @_dry_run
 @as_json
 def c4(
-    target: Path, files: int | None, runs: tuple[str, ...], everything: bool, validation: bool, source: str,
-    revision: str | None, token_file: Path | None, jobs: int, dry_run: bool, as_json: bool,
-) -> None:  # fmt: skip
+    target: Path,
+    files: int | None,
+    runs: tuple[str, ...],
+    everything: bool,
+    validation: bool,
+    source: str,
+    revision: str | None,
+    token_file: Path | None,
+    jobs: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Stage the files of C4 that a run needs, verified. Again continues, adds and repairs.
 
     \b
@@ -73,15 +93,24 @@ def c4(
     if not dry_run:
         refuse_unwritable(target)
     plan = work.plan_c4(
-        target, files=files, demands=demands, everything=everything, validation=validation, revision=revision,
-        token_file=token_file, source=source,
-    )  # fmt: skip
+        target,
+        files=files,
+        demands=demands,
+        everything=everything,
+        validation=validation,
+        revision=revision,
+        token_file=token_file,
+        source=source,
+    )
     for line in (*plan.notes, plan.line()):
         fetch.say(plain(line))
     facts = {
-        "train_files": plan.train_files, "train_files_in_all": plan.train_files_in_all, "tokens": plan.tokens,
-        "revision": plan.repo.revision, "notes": list(plan.notes),
-    }  # fmt: skip
+        "train_files": plan.train_files,
+        "train_files_in_all": plan.train_files_in_all,
+        "tokens": plan.tokens,
+        "revision": plan.repo.revision,
+        "notes": list(plan.notes),
+    }
     if dry_run:
         _print_dry_run(target, plan.files, facts, as_json)
         return
@@ -135,10 +164,18 @@ def model(model: str, **options: Any) -> None:
 
 
 def _stage_model(
-    plan: Callable[..., tuple[Repo, list[HubFile]]], bring: Callable[..., Any], ours: Callable[[Path], bool], name: str,
-    *, target: Path,
-    revision: str | None, token_file: Path | None, jobs: int, dry_run: bool, as_json: bool,
-) -> None:  # fmt: skip
+    plan: Callable[..., tuple[Repo, list[HubFile]]],
+    bring: Callable[..., Any],
+    ours: Callable[[Path], bool],
+    name: str,
+    *,
+    target: Path,
+    revision: str | None,
+    token_file: Path | None,
+    jobs: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     from launcher.stage import fetch
     from launcher.stage.target import gigabytes, refuse_foreign, refuse_unwritable
 

@@ -173,9 +173,13 @@ def list_files(repo: Repo, folder: str | None = None, recursive: bool = False) -
 
     def ask() -> list[Any]:
         found: Iterable[Any] = api.list_repo_tree(
-            repo.name, folder, recursive=recursive, revision=repo.revision, repo_type=repo.kind,
+            repo.name,
+            folder,
+            recursive=recursive,
+            revision=repo.revision,
+            repo_type=repo.kind,
             token=repo.token or False,
-        )  # fmt: skip
+        )
         return list(found)
 
     files = []
@@ -304,9 +308,14 @@ def _download_by_xet(
     try:
         with _quiet():
             path = hf_hub_download(
-                repo.name, file.path, repo_type=repo.kind, revision=repo.revision, local_dir=folder,
-                endpoint=endpoint(), token=repo.token or False,
-            )  # fmt: skip
+                repo.name,
+                file.path,
+                repo_type=repo.kind,
+                revision=repo.revision,
+                local_dir=folder,
+                endpoint=endpoint(),
+                token=repo.token or False,
+            )
         os.replace(path, partial)
         with open(partial, "rb", buffering=0) as stream:
             sink = Sink(stream, partial, file, on_bytes, stop)

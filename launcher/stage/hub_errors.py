@@ -113,24 +113,30 @@ def translate(error: Exception, repo: Repo, path: str = "") -> LauncherError:
         return LauncherError(
             f"{repo.name} has no revision {repo.revision[:80]!r}",
             f"--revision main, or one of {repo.page}/commits/main",
-            status=ExitStatus.NOT_FOUND, original=words,
-        )  # fmt: skip
+            status=ExitStatus.NOT_FOUND,
+            original=words,
+        )
     if status == 404:
         return LauncherError(
-            f"{repo.site} has no {repo.kind} {what}", "check its name, and HF_ENDPOINT",
-            status=ExitStatus.NOT_FOUND, original=words,
-        )  # fmt: skip
+            f"{repo.site} has no {repo.kind} {what}",
+            "check its name, and HF_ENDPOINT",
+            status=ExitStatus.NOT_FOUND,
+            original=words,
+        )
     if status == 429:
         return LauncherError(
             f"{what}: the Hub answers 429, too many requests",
             "again later continues; a token (hf auth login) raises the limit, --jobs 2 asks less",
-            status=ExitStatus.ERROR, original=words,
-        )  # fmt: skip
+            status=ExitStatus.ERROR,
+            original=words,
+        )
     if status:
         return LauncherError(
-            f"{what}: the Hub answers HTTP {status}", "the same command later continues", status=ExitStatus.ERROR,
+            f"{what}: the Hub answers HTTP {status}",
+            "the same command later continues",
+            status=ExitStatus.ERROR,
             original=words,
-        )  # fmt: skip
+        )
     if isinstance(error, WrongLength):
         reason = str(error)
     else:

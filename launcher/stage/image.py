@@ -126,9 +126,12 @@ def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | N
     if about is None:
         return None
     facts = {
-        "sha256": digest, "bytes": block.file_size, "compressor": block.compressor,
-        "block_kib": block.block_size // 1024, "entries": block.inodes,
-    }  # fmt: skip
+        "sha256": digest,
+        "bytes": block.file_size,
+        "compressor": block.compressor,
+        "block_kib": block.block_size // 1024,
+        "entries": block.inodes,
+    }
     return {**about, "squashfs": facts}
 
 
@@ -308,8 +311,9 @@ def _from_engine(image: str, to: Path, say: Say) -> Path:
         raise LauncherError(
             f"{image}: {what}, and as the name of an image: {error.what}",
             f"the path of a .sqsh file; or {error.fix}",
-            status=error.status, original=error.original,
-        ) from error  # fmt: skip
+            status=error.status,
+            original=error.original,
+        ) from error
     with _at_work(to, keep=None, say=say):
         made = to / STATE / "partial" / f"{name}.sqsh"
         convert_image(reference, made, engine=engine, say=say)
@@ -335,9 +339,11 @@ def _pull(engine: Any, reference: str, say: Say) -> None:
         engine.client.images.pull(reference, None if re.search(r"[:@][^/]*$", reference) else "latest")
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
         raise LauncherError(
-            f"the Docker engine cannot pull {reference}", "check the name; for a private registry: docker login",
-            status=ExitStatus.NOT_FOUND, original=str(getattr(error, "explanation", None) or error),
-        ) from error  # fmt: skip
+            f"the Docker engine cannot pull {reference}",
+            "check the name; for a private registry: docker login",
+            status=ExitStatus.NOT_FOUND,
+            original=str(getattr(error, "explanation", None) or error),
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------- the directory

@@ -44,10 +44,14 @@ class Images:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "directory": str(self.directory), "kind": "images", "files": len(self.bytes),
-            "bytes": sum(self.bytes.values()), "images": self.bytes, "complete": not self.problems,
+            "directory": str(self.directory),
+            "kind": "images",
+            "files": len(self.bytes),
+            "bytes": sum(self.bytes.values()),
+            "images": self.bytes,
+            "complete": not self.problems,
             "problems": [{"path": problem.path, "what": problem.what} for problem in self.problems],
-        }  # fmt: skip
+        }
 
 
 def staged_images(directory: Path) -> list[str]:

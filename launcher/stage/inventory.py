@@ -163,8 +163,11 @@ def refuse_no_directory(directory: Path) -> None:
             os.stat(manifest_path(directory))
     except (FileNotFoundError, NotADirectoryError):
         if not os.path.isdir(directory):
-            raise LauncherError(f"{directory}: no such directory", f"launcher stage c4 --to {place} --files 8",
-                                status=ExitStatus.NOT_FOUND) from None  # fmt: skip
+            raise LauncherError(
+                f"{directory}: no such directory",
+                f"launcher stage c4 --to {place} --files 8",
+                status=ExitStatus.NOT_FOUND,
+            ) from None
     except OSError as error:
         raise unreadable(directory, error) from error
     else:
@@ -190,8 +193,11 @@ def verify(directory: Path, deep: bool = False) -> Report:
             fix = f"launcher stage tokenizer --to {place}    checks what is there, and keeps it"
         else:
             fix = "launcher stage list DIR, with a directory that was staged"
-        raise LauncherError(f"{directory}: not staged by the launcher: nothing is known about its files", fix,
-                            status=ExitStatus.NOT_FOUND)  # fmt: skip
+        raise LauncherError(
+            f"{directory}: not staged by the launcher: nothing is known about its files",
+            fix,
+            status=ExitStatus.NOT_FOUND,
+        )
     problems, unread = look(directory, manifest, deep)
     size = sum(manifest.files[path].bytes for path in unread)
     with Progress("reading", len(unread), size, 0, sys.stderr) as progress:

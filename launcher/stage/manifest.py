@@ -87,9 +87,14 @@ def parse_manifest(data: bytes) -> Manifest | None:
             for path, entry in value["files"].items()
         }
         manifest = Manifest(
-            value["kind"], value["source"], value["revision"], files, tuple(value.get("wanted", files)),
-            value.get("train_files_in_all", 0), value["made_by"],
-        )  # fmt: skip
+            value["kind"],
+            value["source"],
+            value["revision"],
+            files,
+            tuple(value.get("wanted", files)),
+            value.get("train_files_in_all", 0),
+            value["made_by"],
+        )
         numbers = [n for file in files.values() for n in (file.bytes, file.mtime_ns)]
         sound = (
             value["schema"] == SCHEMA

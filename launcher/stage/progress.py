@@ -28,8 +28,13 @@ class Progress:
             from rich import progress as rich
             from rich.console import Console
 
-            columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn(),
-                       rich.TransferSpeedColumn(), rich.TimeRemainingColumn())  # fmt: skip
+            columns = (
+                rich.TextColumn("{task.description}"),
+                rich.BarColumn(),
+                rich.DownloadColumn(),
+                rich.TransferSpeedColumn(),
+                rich.TimeRemainingColumn(),
+            )
             self.bar = rich.Progress(*columns, console=Console(file=self.stream), transient=True)
             self.task = self.bar.add_task(self._title(), total=self.size, completed=self.present)
             self.bar.start()

@@ -155,9 +155,10 @@ class Bucket:
         )
         if len(chunk) != end - start:
             raise LauncherError(
-                f"{self.source}/{file.path}: has changed or ends too early", "the same command tries again",
+                f"{self.source}/{file.path}: has changed or ends too early",
+                "the same command tries again",
                 status=ExitStatus.ERROR,
-            )  # fmt: skip
+            )
         return chunk
 
     def _asked(self, call: Callable[[], Any], path: str = "") -> Any:
@@ -258,9 +259,10 @@ def _store() -> Any:
         import s3fs
     except ImportError as error:
         raise LauncherError(
-            "object storage is read through s3fs, which is not installed", install("s3"),
+            "object storage is read through s3fs, which is not installed",
+            install("s3"),
             status=ExitStatus.ERROR,
-        ) from error  # fmt: skip
+        ) from error
     return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
 
 
@@ -269,9 +271,10 @@ def _refused(error: Exception, what: str) -> LauncherError:
     name, words = type(error).__name__, str(error)
     if isinstance(error, FileNotFoundError):
         return LauncherError(
-            f"{what}: not there", "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
+            f"{what}: not there",
+            "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
             status=ExitStatus.NOT_FOUND,
-        )  # fmt: skip
+        )
     if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
         return LauncherError(
             f"{what}: no credentials for object storage",
@@ -280,12 +283,15 @@ def _refused(error: Exception, what: str) -> LauncherError:
         )
     if isinstance(error, PermissionError):
         return LauncherError(
-            f"{what}: access denied", "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
+            f"{what}: access denied",
+            "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
             original=words,
-        )  # fmt: skip
+        )
     if name in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "SSLError"):
         return LauncherError(
-            f"{what}: no connection to the store", "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)",
-            status=ExitStatus.ERROR, original=words,
-        )  # fmt: skip
+            f"{what}: no connection to the store",
+            "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)",
+            status=ExitStatus.ERROR,
+            original=words,
+        )
     return LauncherError(f"{what}: {name}", "the same command continues", status=ExitStatus.ERROR, original=words)

@@ -16,9 +16,24 @@ from . import Refused
 LOCK = ".lock"  # in a job's directory of caches
 # File systems that every node shares, as /proc/mounts calls them: too slow for caches, and their locks unreliable.
 NETWORK = {
-    "afs", "beegfs", "beegfs_nodev", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "fuse.sshfs", "gpfs",
-    "glusterfs", "lustre", "nfs", "nfs4", "panfs", "smb3", "wekafs",
-}  # fmt: skip
+    "afs",
+    "beegfs",
+    "beegfs_nodev",
+    "ceph",
+    "cifs",
+    "fuse.ceph",
+    "fuse.glusterfs",
+    "fuse.juicefs",
+    "fuse.sshfs",
+    "gpfs",
+    "glusterfs",
+    "lustre",
+    "nfs",
+    "nfs4",
+    "panfs",
+    "smb3",
+    "wekafs",
+}
 
 
 def scratch_dir(env: Any, configured: str = "") -> Path:

@@ -58,7 +58,12 @@ SHAPES = {
 }
 # torchtitan's positions are Llama 3.1's whatever config.json says: another model would train, from a wrong start.
 _ROPE_THETA = 500000.0
-_ROPE_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+_ROPE_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def check_weights(folder: Path, flavor: str) -> int:

@@ -47,8 +47,12 @@ KEYS = {
     "fabric.clusterUuid": "fabric_cluster",
     "fabric.cliqueId": "fabric_clique",
     "pid": "used_by_pid",
-    **{f"{prefix}.{reason}": reason for prefix in ("clocks_event_reasons", "clocks_throttle_reasons") for reason in REASONS},
-}  # fmt: skip
+    **{
+        f"{prefix}.{reason}": reason
+        for prefix in ("clocks_event_reasons", "clocks_throttle_reasons")
+        for reason in REASONS
+    },
+}
 _NUMBERS = {"index", "memory_used_mib", "memory_total_mib", "temperature_c", "ecc_uncorrected"}
 _FLAGS = {"row_remap_pending", "row_remap_failure", *REASONS}
 _NO_VALUE = re.compile(r"\[?\s*(n/?a|not supported|unknown error|requested functionality.*)?\s*\]?", re.I)
@@ -59,11 +63,18 @@ ALARM = re.compile(r"requires? (?:a )?reset|is lost|fallen off the bus", re.I)
 def smi_commands() -> list[tuple[str, tuple[str, ...], list[str]]]:
     """Group, its fields and the command that asks for them; each is led by the GPU's UUID, which joins them."""
     return [
-        (group, fields, ["nvidia-smi", f"--query-{kind}={'gpu_uuid' if kind != 'gpu' else 'uuid'},{','.join(fields)}",
-                         "--format=csv,noheader,nounits"])
+        (
+            group,
+            fields,
+            [
+                "nvidia-smi",
+                f"--query-{kind}={'gpu_uuid' if kind != 'gpu' else 'uuid'},{','.join(fields)}",
+                "--format=csv,noheader,nounits",
+            ],
+        )
         for group, spellings in GROUPS.items()
         for kind, fields in spellings
-    ]  # fmt: skip
+    ]
 
 
 def parse_smi(text: str, fields: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -129,10 +140,16 @@ def run_bounded(commands: Sequence[Sequence[str]], limit_s: float) -> list[tuple
         try:
             started.append(
                 subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                    errors="replace", env={**os.environ, "LC_ALL": "C"}, start_new_session=True,
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    env={**os.environ, "LC_ALL": "C"},
+                    start_new_session=True,
                 )
-            )  # fmt: skip
+            )
         except OSError as error:
             started.append(error.strerror or str(error))
     deadline, found = time.monotonic() + limit_s, list[tuple[str | None, str]]()

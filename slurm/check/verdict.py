@@ -59,11 +59,19 @@ def outliers(records: Mapping[int, Mapping[str, Any]], device: str) -> list[dict
             continue
         middle, limit = limit_of([value for _, _, value in figures], device)
         found += [
-            {"node": node, "host": records[node].get("host", "?"), "gpu": gpu, "metric": metric, "value": round(value, 3),
-             "median": round(middle, 3), "limit": round(limit, 3), "unfit": value < UNFIT * middle}
+            {
+                "node": node,
+                "host": records[node].get("host", "?"),
+                "gpu": gpu,
+                "metric": metric,
+                "value": round(value, 3),
+                "median": round(middle, 3),
+                "limit": round(limit, 3),
+                "unfit": value < UNFIT * middle,
+            }
             for node, gpu, value in figures
             if value < limit
-        ]  # fmt: skip
+        ]
     return found
 
 
@@ -98,9 +106,18 @@ def judge(
     # Where half of the nodes or more do not come, it is the network, or the node that all of them are to come to.
     fault = "node" if 2 * len(absent or ()) < nodes else "run"
     unfit += [
-        {"node": node, "host": host, **problem("absent", "did not come to the meeting of the nodes", f"its log; or leave it out: --exclude {host}", fault)}
+        {
+            "node": node,
+            "host": host,
+            **problem(
+                "absent",
+                "did not come to the meeting of the nodes",
+                f"its log; or leave it out: --exclude {host}",
+                fault,
+            ),
+        }
         for node, host in sorted((absent or {}).items())
-    ]  # fmt: skip
+    ]
     return {
         "schema": 1,
         "nodes": nodes,

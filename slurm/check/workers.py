@@ -47,9 +47,12 @@ def start(count: int, device: str, scratch: Path, env: Mapping[str, str]) -> lis
             process = subprocess.Popen(
                 # The same Python with the same switches, such as -S or -I, that decide what it can import.
                 [sys.executable, *_switches(), "-m", f"{here.name}.speed", device, str(rank)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, env={**env, **more},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                env={**env, **more},
                 start_new_session=True,
-            )  # fmt: skip
+            )
         workers.append(Worker(rank, process, errors))
     return workers
 

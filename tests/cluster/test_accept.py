@@ -43,14 +43,30 @@ def launch(slurm: Cluster, ordinary_user: User, user_dir: Path) -> Iterator[Laun
 def accepted_before(tps: float) -> str:
     """What an operator kept of an earlier run of the same recipe on one rank."""
     recipe: dict[str, Any] = {
-        "flavor": "debugmodel", "seq_len": 256, "local_batch_size": 4, "param_dtype": "float32",
-        "activation_checkpoint": "none", "steps": 14, "log_freq": 2,
-    }  # fmt: skip
+        "flavor": "debugmodel",
+        "seq_len": 256,
+        "local_batch_size": 4,
+        "param_dtype": "float32",
+        "activation_checkpoint": "none",
+        "steps": 14,
+        "log_freq": 2,
+    }
     settings = {f"recipe.{key}": value for key, value in recipe.items()}
     kept = outcome(
-        run="in-june", gpu="CPU", nodes=1, gpus=1, local_batch_size=4, global_batch_size=4, seq_len=256, steps=14,
-        step=14, precision="float32", tps=spread(tps), loss=None, settings={"profile.gpu": "CPU", **settings},
-    )  # fmt: skip
+        run="in-june",
+        gpu="CPU",
+        nodes=1,
+        gpus=1,
+        local_batch_size=4,
+        global_batch_size=4,
+        seq_len=256,
+        steps=14,
+        step=14,
+        precision="float32",
+        tps=spread(tps),
+        loss=None,
+        settings={"profile.gpu": "CPU", **settings},
+    )
     return json.dumps(as_dict(kept))
 
 
@@ -59,9 +75,19 @@ def test_pass_fail_and_cannot_say_of_one_run(launch: Launch, train_image: Path) 
     for name, tps in (("slow", 0.01), ("fast", 1e9)):
         (launch.directory / f"{name}.json").write_text(accepted_before(tps))
     done = launch(
-        "accept", "--image", train_image, "--nodes", "1", *ON_CPU, "--name", "mine", "--baseline", "slow.json", "--yes",
+        "accept",
+        "--image",
+        train_image,
+        "--nodes",
+        "1",
+        *ON_CPU,
+        "--name",
+        "mine",
+        "--baseline",
+        "slow.json",
+        "--yes",
         timeout=900,
-    )  # fmt: skip
+    )
     assert done.returncode == ExitStatus.OK, done.stdout + done.stderr + launch("logs", "mine").stdout[-4000:]
     first = done.stdout.splitlines()[0]
     assert first.startswith("PASS  mine: ") and first.endswith("of in-june's 0 (CPU, 1 node)")

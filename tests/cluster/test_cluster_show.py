@@ -44,8 +44,9 @@ def test_show_agrees_with_slurm(slurm: Cluster, launch: Launch, drained_node: st
     assert shown["pyxis"] == "" and "--container-image" in shown["pyxis_options"]
     assert shown["notes"] == []
     assert [(p["name"], p["default"], p["max_time_s"], p["nodes"]) for p in shown["partitions"]] == [
-        ("batch", True, None, list(slurm.nodes)), ("small", False, 300, list(slurm.nodes[:1])),
-    ]  # fmt: skip
+        ("batch", True, None, list(slurm.nodes)),
+        ("small", False, 300, list(slurm.nodes[:1])),
+    ]
     nodes = {node["name"]: node for node in shown["nodes"]}
     assert sorted(nodes) == sorted(slurm.nodes)
     first = nodes[slurm.nodes[0]]

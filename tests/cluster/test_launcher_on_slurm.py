@@ -84,7 +84,9 @@ def install(folder: Path, user: User | None) -> str:
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}", "/usr/bin/python3"):
         account = {"user": user.uid, "group": user.gid, "extra_groups": []} if user else {}
         try:
-            probe = subprocess.run([python, "-c", "import sys; print(sys.version_info[1])"], capture_output=True, **account)  # type: ignore[call-overload]  # fmt: skip
+            probe = subprocess.run(
+                [python, "-c", "import sys; print(sys.version_info[1])"], capture_output=True, **account
+            )  # type: ignore[call-overload]
         except OSError:
             continue
         if probe.returncode == 0 and int(probe.stdout) >= 11:
@@ -106,9 +108,22 @@ def idle_job(small_image: Path, user_dir: Path) -> tuple[str | Path, ...]:
 
 def test_debug_trains_in_a_squashfs_on_two_nodes(launch: Launch, train_image: Path) -> None:
     done = launch(
-        *DEBUG, "--image", train_image, "--nodes", "2", "--gpus-per-node", "2", "--steps", "8", "--name", "train",
-        "--follow", "--env", "API_TOKEN=hidden", timeout=900,
-    )  # fmt: skip
+        *DEBUG,
+        "--image",
+        train_image,
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "2",
+        "--steps",
+        "8",
+        "--name",
+        "train",
+        "--follow",
+        "--env",
+        "API_TOKEN=hidden",
+        timeout=900,
+    )
     logs = launch("logs", "train").stdout
     assert done.returncode == 0, done.stdout + done.stderr + logs[-6000:]
     assert "train: COMPLETED" in done.stdout and "step 8/8" in done.stdout
@@ -250,8 +265,20 @@ def test_a_node_that_is_not_fit_shows_why(launch: Launch, train_image: Path) -> 
     """The published recipe on nodes without GPUs: it stops at the check and never trains on a CPU."""
     image = launch.directory / "lies.sqsh"
     stand_in(train_image, image)
-    launch("submit", "--gpu", "gb200", "--image", image, "--name", "unfit", "--recipe", "debug", "--yes",
-           "--set", f"profile.arch={os.uname().machine}")  # fmt: skip
+    launch(
+        "submit",
+        "--gpu",
+        "gb200",
+        "--image",
+        image,
+        "--name",
+        "unfit",
+        "--recipe",
+        "debug",
+        "--yes",
+        "--set",
+        f"profile.arch={os.uname().machine}",
+    )
     if launch.slurm.record is None:
         pytest.skip("the nodes of this cluster may have GPUs")
     launch.wait_for("unfit", "FAILED")
@@ -277,9 +304,22 @@ def test_values_reach_the_container_unchanged(launch: Launch, small_image: Path)
     image = launch.directory / 'my "titan\'s" $image.sqsh'
     stand_in(small_image, image)
     done = launch(
-        *DEBUG, "--image", image, "--name", "values", "--mount", f"{strange}:{strange}", "--python", str(probe),
-        "--env", f"NASTY={NASTY}", "--env", f"NASTY_TOKEN={NASTY}", "--env", "TEST_IMAGE=mine",
-    )  # fmt: skip
+        *DEBUG,
+        "--image",
+        image,
+        "--name",
+        "values",
+        "--mount",
+        f"{strange}:{strange}",
+        "--python",
+        str(probe),
+        "--env",
+        f"NASTY={NASTY}",
+        "--env",
+        f"NASTY_TOKEN={NASTY}",
+        "--env",
+        "TEST_IMAGE=mine",
+    )
     assert done.returncode == 0, done.stderr
     launch.wait_for("values", "COMPLETED")
     argv, environ, cwd, root = json.loads((launch.directory / "runs" / "values" / "job" / "seen.json").read_text())
@@ -297,9 +337,20 @@ def test_the_submitters_environment_stays_at_home(launch: Launch, small_image: P
     if launch.user and launch.user.uid != os.getuid():
         (launch.user.home / ".profile").write_text("export FROM_LOGIN_FILE=1\n")
     launch(
-        *DEBUG, "--image", small_image, "--name", "clean", "--mount", f"{launch.directory}:{launch.directory}",
-        "--python", str(probe), LD_PRELOAD="", CONDA_PREFIX="/opt/conda", HF_TOKEN="secret", SBATCH_EXPORT="ALL",
-    )  # fmt: skip
+        *DEBUG,
+        "--image",
+        small_image,
+        "--name",
+        "clean",
+        "--mount",
+        f"{launch.directory}:{launch.directory}",
+        "--python",
+        str(probe),
+        LD_PRELOAD="",
+        CONDA_PREFIX="/opt/conda",
+        HF_TOKEN="secret",
+        SBATCH_EXPORT="ALL",
+    )
     launch.wait_for("clean", "COMPLETED")
     _, environ, _, _ = json.loads((launch.directory / "runs" / "clean" / "job" / "seen.json").read_text())
     assert not {"CONDA_PREFIX", "HF_TOKEN", "PYTHONPATH", "FROM_LOGIN_FILE"} & set(environ)
@@ -310,9 +361,13 @@ def test_killed_while_submitting(launch: Launch, idle_job: tuple[str, ...], dela
     """Whatever Slurm has, the run directory finds it again; and never is there more than one job."""
     account = {"user": launch.user.uid, "group": launch.user.gid, "extra_groups": []} if launch.user else {}
     process = subprocess.Popen(  # type: ignore[call-overload]
-        [*launch.command, *map(str, idle_job), "--name", "killed"], cwd=launch.directory, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env=launch.slurm.env | launch.variables(), **account,
-    )  # fmt: skip
+        [*launch.command, *map(str, idle_job), "--name", "killed"],
+        cwd=launch.directory,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=launch.slurm.env | launch.variables(),
+        **account,
+    )
     time.sleep(delay_s)
     process.send_signal(signal.SIGKILL)
     process.wait()

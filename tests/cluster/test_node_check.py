@@ -39,15 +39,26 @@ class Sick:
     def __init__(self, launch: Launch, shell: str) -> None:
         self.launch, self.hosts = launch, launch.slurm.nodes[:2]
         self.program = launch.directory / "python-of-the-node"
-        self.program.write_text(f'#!/bin/sh\nif [ "$SLURMD_NODENAME" = {self.hosts[1]} ]; then\n{shell}\nfi\nexec python3 "$@"\n')  # fmt: skip
+        self.program.write_text(
+            f'#!/bin/sh\nif [ "$SLURMD_NODENAME" = {self.hosts[1]} ]; then\n{shell}\nfi\nexec python3 "$@"\n'
+        )
         self.program.chmod(0o755)
 
     def submit(self, *arguments: str | Path) -> None:
         folder = self.launch.directory
         done = self.launch(
-            *arguments, "--name", "sick", "--nodes", "2", "--nodelist", ",".join(self.hosts), "--python", str(self.program),
-            "--mount", f"{folder}:{folder}",
-        )  # fmt: skip
+            *arguments,
+            "--name",
+            "sick",
+            "--nodes",
+            "2",
+            "--nodelist",
+            ",".join(self.hosts),
+            "--python",
+            str(self.program),
+            "--mount",
+            f"{folder}:{folder}",
+        )
         assert done.returncode == 0, done.stderr
         self.launch.wait_for("sick", "FAILED", seconds=240)
         self.run = folder / "runs" / "sick"
@@ -109,15 +120,35 @@ def test_a_node_that_has_lost_a_gpu(as_user: Launch, small_image: Path) -> None:
     (site / "torchtitan").mkdir()
     (site / "torchtitan" / "__init__.py").touch()
     (site / "torchtitan-0.3.0.dist-info").mkdir()
-    (site / "torchtitan-0.3.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torchtitan\nVersion: 0.3.0\n")  # fmt: skip
+    (site / "torchtitan-0.3.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchtitan\nVersion: 0.3.0\n"
+    )
     image = folder / "gpu.sqsh"
     stand_in(small_image, image)
     sick = Sick(as_user, "export FAKE_GPUS=3")
     sick.submit(
-        "submit", "--gpu", "h100", "--image", image, "--recipe", "debug", "--check", "quick", "--yes", "--force",
-        "--gpus-per-node", "4", "--set", f"profile.arch={os.uname().machine}", "--set", "profile.mounts=[]",
-        "--env", f"PYTHONPATH={site}", "--env", "NCCL_IB_HCA=^none",
-    )  # fmt: skip
+        "submit",
+        "--gpu",
+        "h100",
+        "--image",
+        image,
+        "--recipe",
+        "debug",
+        "--check",
+        "quick",
+        "--yes",
+        "--force",
+        "--gpus-per-node",
+        "4",
+        "--set",
+        f"profile.arch={os.uname().machine}",
+        "--set",
+        "profile.mounts=[]",
+        "--env",
+        f"PYTHONPATH={site}",
+        "--env",
+        "NCCL_IB_HCA=^none",
+    )
     (one,) = sick.verdict()["unfit"]
     assert (one["host"], one["fault"]) == (sick.hosts[1], "node")
     assert one["why"] == "3 GPUs are visible, the profile says 4"

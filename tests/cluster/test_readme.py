@@ -68,10 +68,16 @@ def test_the_quick_start(slurm: Cluster, train_image: Path, user_dir: Path) -> N
         pytest.skip("the quick start asks for nine nodes of the cluster that is there")
     (user_dir / "titan.sqsh").symlink_to(train_image)
     (user_dir / "site.toml").write_text('[job]\ngpu = "cpu"\n[profile]\ngres = "gpu"\n')
-    env = os.environ | slurm.env | {
-        "HOME": str(user_dir), "LAUNCHER_CONFIG": str(user_dir / "site.toml"), "USER": "root",
-        "PATH": f"{user_dir}/bin:{slurm.env['PATH']}",
-    }  # fmt: skip
+    env = (
+        os.environ
+        | slurm.env
+        | {
+            "HOME": str(user_dir),
+            "LAUNCHER_CONFIG": str(user_dir / "site.toml"),
+            "USER": "root",
+            "PATH": f"{user_dir}/bin:{slurm.env['PATH']}",
+        }
+    )
     (user_dir / "bin").mkdir()
     (user_dir / "bin" / "python3").symlink_to(sys.executable)
     lines = block_with("pip install .")

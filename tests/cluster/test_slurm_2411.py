@@ -107,8 +107,9 @@ def test_what_the_cluster_is(command: Command) -> None:
     shown: dict[str, Any] = json.loads(command("cluster", "show", "--json").stdout)
     assert (shown["slurm"], shown["topology"], shown["segment"]) == ([24, 11], "block", True)
     assert [(block["name"], block["nodes"]) for block in shown["blocks"]] == [
-        ("rack1", list(NODES[:2])), ("rack2", list(NODES[2:])),
-    ]  # fmt: skip
+        ("rack1", list(NODES[:2])),
+        ("rack2", list(NODES[2:])),
+    ]
     assert shown["pyxis"] is None and shown["accounting"] is False and shown["notes"] == []
     assert {node["gpus"] for node in shown["nodes"]} == {4}
 

@@ -201,14 +201,24 @@ def test_time_limit(slurm: Cluster, ordinary_user: User, user_dir: Path) -> None
         ("/etc/passwd", "", 1, "[ERROR] Invalid image format: /etc/passwd"),
         ("TRUNCATED", "", 1, "FATAL ERROR: File system corruption detected"),
         ("ubuntu:24.04", "", 1, "pyxis: failed to import docker image"),
-        ("IMAGE", "--container-mounts=/nope/dir:/x", 1, "pyxis: --container-mounts: source path does not exist: /nope/dir"),
-        ("IMAGE", "--container-mounts=/tmp:x", 255, "srun: error: pyxis: mount target must be a relative path or an absolute path"),
+        (
+            "IMAGE",
+            "--container-mounts=/nope/dir:/x",
+            1,
+            "pyxis: --container-mounts: source path does not exist: /nope/dir",
+        ),
+        (
+            "IMAGE",
+            "--container-mounts=/tmp:x",
+            255,
+            "srun: error: pyxis: mount target must be a relative path or an absolute path",
+        ),
         ("IMAGE", "--container-workdir=/nope", 1, "pyxis: couldn't chdir to /nope: No such file or directory"),
         ("IMAGE", "--container-env=NVIDIA_VISIBLE_DEVICES", 1, "98-nvidia.sh exited with return code 1"),
         ("IMAGE", "--no-such-option", 255, "srun: unrecognized option '--no-such-option'"),
         ("IMAGE", "--chdir=/", 2, "error: execve(): no-such-program: No such file or directory"),
     ],
-)  # fmt: skip
+)
 def test_error_messages(
     slurm: Cluster,
     ordinary_user: User,

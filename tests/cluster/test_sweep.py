@@ -89,9 +89,11 @@ def test_a_job_that_slurm_has_forgotten_holds_nothing_up(launch: Launch) -> None
     script = launch.directory / "empty.sbatch"
     script.write_text("#!/bin/sh\n")
     done = slurm_run(
-        launch.slurm, ["sbatch", "--parsable", "--dependency=afterany:9999999", str(script)], launch.user,
+        launch.slurm,
+        ["sbatch", "--parsable", "--dependency=afterany:9999999", str(script)],
+        launch.user,
         launch.directory,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     job = ["scontrol", "-o", "show", "job", done.stdout.strip()]
     wait_for(lambda: "JobState=COMPLETED" in slurm_run(launch.slurm, job).stdout, "the job", 60)

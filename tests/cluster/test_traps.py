@@ -77,14 +77,25 @@ def sidecar(folder: Path, **changes: object) -> None:
     ("prepare", "arguments", "said", "forced"),
     [
         (other_architecture, IN_IMAGE, f"the image is for {OTHER}, the nodes are {HERE}", (False, True)),
-        (newer_cuda, (*ON_GPUS, "--set", "profile.driver=570.1"), "CUDA 13.0 in the image needs driver 580, the nodes have 570.1", (False,)),
+        (
+            newer_cuda,
+            (*ON_GPUS, "--set", "profile.driver=570.1"),
+            "CUDA 13.0 in the image needs driver 580, the nodes have 570.1",
+            (False,),
+        ),
     ],
     ids=["architecture", "driver"],
-)  # fmt: skip
+)
 def test_it_never_queues(
-    prepare: Callable[[Path], None], arguments: tuple[str, ...], said: str, forced: tuple[bool, ...],
-    command: Command, slurm: Cluster, image: Path, user_dir: Path,
-) -> None:  # fmt: skip
+    prepare: Callable[[Path], None],
+    arguments: tuple[str, ...],
+    said: str,
+    forced: tuple[bool, ...],
+    command: Command,
+    slurm: Cluster,
+    image: Path,
+    user_dir: Path,
+) -> None:
     """An old driver may do with NVIDIA's cuda-compat: that one `--force` passes."""
     prepare(user_dir)
     for force in forced:
@@ -97,12 +108,15 @@ def test_it_never_queues(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--env", "LD_PRELOAD=/opt/nccl/libnccl.so"), "--env LD_PRELOAD=/opt/nccl/libnccl.so: a library of the host's"),
+        (
+            ("--env", "LD_PRELOAD=/opt/nccl/libnccl.so"),
+            "--env LD_PRELOAD=/opt/nccl/libnccl.so: a library of the host's",
+        ),
         (("--data", "hub"), "the ranks ask the Hub without a token"),
         (("--tokenizer", "/nowhere/tokenizer"), "/nowhere/tokenizer: not on this machine"),
     ],
     ids=["LD_PRELOAD", "no token", "no tokenizer"],
-)  # fmt: skip
+)
 def test_it_is_warned_of(arguments: tuple[str, ...], said: str, command: Command, image: Path) -> None:
     done = command("submit", *IN_IMAGE, *arguments, "--yes", "--name", "warned")
     assert done.returncode == 0 and said in done.stderr.replace("\n", " "), done.stderr

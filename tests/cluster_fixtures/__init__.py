@@ -53,11 +53,14 @@ def node_line(node: FakeNode, version: tuple[int, int] = (25, 5)) -> str:
         f"ActiveFeatures={node.features or '(null)'}",
         f"Gres={node.gres or '(null)'}",
         f"NodeAddr={node.name} NodeHostName={node.name} Version={version[0]}.{version[1]:02d}.3",
-        "OS=Linux 6.8.0-1036-64k #39~22.04.1-Ubuntu SMP PREEMPT_DYNAMIC Tue Mar  4 05:06:07 UTC 2026" if node.arch else "",
+        "OS=Linux 6.8.0-1036-64k #39~22.04.1-Ubuntu SMP PREEMPT_DYNAMIC Tue Mar  4 05:06:07 UTC 2026"
+        if node.arch
+        else "",
         f"RealMemory={node.memory_mib} AllocMem=0 FreeMem={node.memory_mib // 2} Sockets=2 Boards=1",
         f"State={node.state} ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A",
         f"Partitions={node.partitions}" if node.partitions else "",
-        f"BootTime={node.booted} " * bool(node.booted) + "SlurmdStartTime=2026-03-01T00:01:00 LastBusyTime=2026-03-04T00:00:00",
+        f"BootTime={node.booted} " * bool(node.booted)
+        + "SlurmdStartTime=2026-03-01T00:01:00 LastBusyTime=2026-03-04T00:00:00",
         "ResumeAfterTime=None" if version >= (23, 2) else "",
         f"CfgTRES=cpu={node.cpus},mem={node.memory_mib}M,billing={node.cpus}",
         "AllocTRES= ",
@@ -66,7 +69,7 @@ def node_line(node: FakeNode, version: tuple[int, int] = (25, 5)) -> str:
         "ExtSensorsJoules=n/s ExtSensorsWatts=0 ExtSensorsTemp=n/s" if version < (24, 11) else "",
         f"Reason={node.reason} [{STAMP}]" if node.reason else "",
         node.free_text,
-    ]  # fmt: skip
+    ]
     return " ".join(field for field in fields if field) + " "
 
 
@@ -97,9 +100,15 @@ def config_text(version: str, name: str, topology: str, accounting: str = "accou
 
 
 def cluster(
-    version: str, nodes: Sequence[FakeNode], partitions: Sequence[str], name: str = "crusoe", topology: str = "",
-    plugin: str = "topology/default", pyxis: bool = True, accounting: str = "accounting_storage/none",
-) -> dict[str, str]:  # fmt: skip
+    version: str,
+    nodes: Sequence[FakeNode],
+    partitions: Sequence[str],
+    name: str = "crusoe",
+    topology: str = "",
+    plugin: str = "topology/default",
+    pyxis: bool = True,
+    accounting: str = "accounting_storage/none",
+) -> dict[str, str]:
     """The answers of one cluster by the question that `detect` asks."""
     number = (int(version[:2]), int(version[3:5]))
     return {
@@ -114,17 +123,26 @@ def cluster(
 def _terraform(version: str, topology: str = "", plugin: str = "topology/default") -> dict[str, str]:
     """GB200 nodes under names that say nothing, as Terraform makes them; one is drained, one down, one planned."""
     special = {
-        3: ("IDLE+DRAIN", "NVLink [GPU 2] State=IDLE: xid 145 (see #7)"), 5: ("DOWN*", "Not responding"),
-        6: ("MIXED+PLANNED", ""), 7: ("IDLE+RESERVED", ""), 8: ("ALLOCATED", ""),
-    }  # fmt: skip
+        3: ("IDLE+DRAIN", "NVLink [GPU 2] State=IDLE: xid 145 (see #7)"),
+        5: ("DOWN*", "Not responding"),
+        6: ("MIXED+PLANNED", ""),
+        7: ("IDLE+RESERVED", ""),
+        8: ("ALLOCATED", ""),
+    }
     nodes = [
         FakeNode(
-            f"batch-compute-node-{n:03d}", special.get(n, ("IDLE", ""))[0], "gpu:gb200:4(S:0-1)", "aarch64", 144, 870000,
-            reason=special.get(n, ("", ""))[1], features="nvl72" if n < 19 else "",
+            f"batch-compute-node-{n:03d}",
+            special.get(n, ("IDLE", ""))[0],
+            "gpu:gb200:4(S:0-1)",
+            "aarch64",
+            144,
+            870000,
+            reason=special.get(n, ("", ""))[1],
+            features="nvl72" if n < 19 else "",
             partitions="batch,short" if n < 3 else "batch",
         )
         for n in range(1, 37)
-    ]  # fmt: skip
+    ]
     lines = [
         partition_line("batch", "batch-compute-node-[001-036]", default=True),
         partition_line("short", "batch-compute-node-[001-002]", max_time="00:30:00"),
@@ -138,9 +156,15 @@ def _managed(version: str) -> dict[str, str]:
         FakeNode("test-cluster-h200-0", "IDLE+DYNAMIC_NORM", "gpu:8", features="h200,x86"),
         FakeNode("test-cluster-h200-1", "MIXED+DYNAMIC_NORM", "gpu:8", features="h200,x86"),
         FakeNode("test-cluster-h200-2", "IDLE+CLOUD+POWERED_DOWN+DYNAMIC_NORM", "gpu:8", "", features="h200,x86"),
-        FakeNode("test-cluster-h200-3", "IDLE+DRAIN+DYNAMIC_NORM", "gpu:8", features="h200,x86",
-                 reason="Kubernetes: pod [slurm/h200-3] evicted", free_text='Comment={"pod": "a b", "State=": "IDLE"}'),
-    ]  # fmt: skip
+        FakeNode(
+            "test-cluster-h200-3",
+            "IDLE+DRAIN+DYNAMIC_NORM",
+            "gpu:8",
+            features="h200,x86",
+            reason="Kubernetes: pod [slurm/h200-3] evicted",
+            free_text='Comment={"pod": "a b", "State=": "IDLE"}',
+        ),
+    ]
     for_all = partition_line("all", "test-cluster-h200-[0-3]", default=True)
     nodes = [FakeNode(**{**vars(node), "partitions": "all"}) for node in nodes]
     return cluster(

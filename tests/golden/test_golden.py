@@ -43,11 +43,20 @@ def spec_of(case: str, gpu: str, runtime: str) -> RunSpec:
         }
     if case.endswith("everything"):
         values |= {
-            "job.partition": "batch", "job.account": "ops", "job.qos": "high", "job.reservation": "acceptance",
-            "job.nodelist": "gpu-[001-009]", "job.exclude": "gpu-004", "job.segment": 9, "job.time": "1-02:00:00",
-            "job.image": "/data/my images/ada's titan.sqsh", "job.mounts": ["/scratch/local:/scratch", "/opt:/opt:ro"],
-            "job.data": "/data/c4 $(en)", "env.GREETING": "it's, \"quoted\" $HOME", "titan.training.max_norm": "2.0",
-        }  # fmt: skip
+            "job.partition": "batch",
+            "job.account": "ops",
+            "job.qos": "high",
+            "job.reservation": "acceptance",
+            "job.nodelist": "gpu-[001-009]",
+            "job.exclude": "gpu-004",
+            "job.segment": 9,
+            "job.time": "1-02:00:00",
+            "job.image": "/data/my images/ada's titan.sqsh",
+            "job.mounts": ["/scratch/local:/scratch", "/opt:/opt:ro"],
+            "job.data": "/data/c4 $(en)",
+            "env.GREETING": 'it\'s, "quoted" $HOME',
+            "titan.training.max_norm": "2.0",
+        }
     layers = [
         read_layer(find("profiles", gpu), ""),
         read_layer(find("recipes", str(values.get("job.recipe", "llama3-8b"))), "", gpu),

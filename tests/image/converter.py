@@ -112,8 +112,10 @@ class Converter:
         shutil.rmtree(target, ignore_errors=True)
         subprocess.run(
             ["unsquashfs", "-quiet", "-no-progress", "-d", str(target), str(self.output)],
-            check=True, capture_output=True, umask=0,
-        )  # fmt: skip
+            check=True,
+            capture_output=True,
+            umask=0,
+        )
         return target
 
     def refused(self, *files: File, **how: Any) -> LauncherError:

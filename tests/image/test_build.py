@@ -123,8 +123,16 @@ def test_a_command_that_is_not_there_or_does_not_end(engine: Engine, tiny_image:
 def failed_build(engine: Engine, base: Base, lock: Path, text: str) -> LauncherError:
     lock.write_text(text)
     with pytest.raises(LauncherError) as error:
-        build("cpu", "amd64", engine=engine, base=base.tag, torch_index="", network="host", lock_file=lock,
-              tag="titan:broken-amd64")  # fmt: skip
+        build(
+            "cpu",
+            "amd64",
+            engine=engine,
+            base=base.tag,
+            torch_index="",
+            network="host",
+            lock_file=lock,
+            tag="titan:broken-amd64",
+        )
     with pytest.raises(LauncherError):
         docker_engine.inspect(engine, "titan:broken-amd64")
     return error.value
@@ -396,18 +404,27 @@ def test_buildx_is_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[:4] == ["unix:///run/docker.sock", "buildx", "build", "--progress=plain"]
     for option in (
-        "--load", "--platform=linux/amd64", "--tag=titan:cpu-amd64", "--network=host",
-        "--build-arg=BASE_IMAGE=debian:12-slim", "--build-arg=CHANNEL=cpu", "--build-arg=VISIBLE_DEVICES=void",
+        "--load",
+        "--platform=linux/amd64",
+        "--tag=titan:cpu-amd64",
+        "--network=host",
+        "--build-arg=BASE_IMAGE=debian:12-slim",
+        "--build-arg=CHANNEL=cpu",
+        "--build-arg=VISIBLE_DEVICES=void",
         "--build-arg=EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu",
-        "--build-arg=CREATED=2023-11-14T22:13:20Z", "--label=org.opencontainers.image.base.name=debian:12-slim",
-    ):  # fmt: skip
+        "--build-arg=CREATED=2023-11-14T22:13:20Z",
+        "--label=org.opencontainers.image.base.name=debian:12-slim",
+    ):
         assert option in asked, option
     with tarfile.open(tmp_path / "context.tar") as context:
         names = sorted(entry.name for entry in context if entry.isfile())
     assert names == [
-        "./Dockerfile", "./containers/channels.toml", "./containers/check.py", "./containers/describe.py",
+        "./Dockerfile",
+        "./containers/channels.toml",
+        "./containers/check.py",
+        "./containers/describe.py",
         "./containers/locks/cpu-amd64.txt",
-    ]  # fmt: skip
+    ]
     assert any("buildx" in line for line in lines) and "#5 ERROR: no space left on device" in lines
 
 

@@ -44,11 +44,17 @@ __all__ = ["converter"]  # fixtures
 def test_same_image_gives_the_same_bytes_whenever_the_engine_made_the_container(converter: Converter) -> None:
     def export(now: int) -> tuple[File, ...]:
         return (
-            File(".dockerenv", mtime=now), folder("dev", mtime=now), device("dev/console"),
-            folder("etc", mtime=now), File("etc/hosts", mtime=now), link("etc/mtab", "/proc/mounts"),
-            folder("proc", mtime=now), folder("workspace", mtime=now), folder("workspace/runs", mtime=now),
+            File(".dockerenv", mtime=now),
+            folder("dev", mtime=now),
+            device("dev/console"),
+            folder("etc", mtime=now),
+            File("etc/hosts", mtime=now),
+            link("etc/mtab", "/proc/mounts"),
+            folder("proc", mtime=now),
+            folder("workspace", mtime=now),
+            folder("workspace/runs", mtime=now),
             File("usr/lib/missing/parents/x.py", b"x = 1"),
-        )  # fmt: skip
+        )
 
     config = ImageConfig("amd64", created=CREATED, working_dir="/workspace/runs")
     first = sha256(converter(*export(1_800_000_000), config=config))
@@ -85,9 +91,14 @@ def test_source_date_epoch_in_the_environment_does_no_harm(
 @needs_tools
 def test_devices_and_dockerenv_are_left_out_and_pipes_stay(converter: Converter) -> None:
     converter(
-        File(".dockerenv"), folder("dev"), device("dev/null"), File("dev/note", b"x" * 5000), device("var/null"),
-        hard_link("var/zero", "var/null"), File("var/pipe", kind=tarfile.FIFOTYPE),
-    )  # fmt: skip
+        File(".dockerenv"),
+        folder("dev"),
+        device("dev/null"),
+        File("dev/note", b"x" * 5000),
+        device("var/null"),
+        hard_link("var/zero", "var/null"),
+        File("var/pipe", kind=tarfile.FIFOTYPE),
+    )
     tree = converter.unpacked()
     assert list((tree / "dev").iterdir()) == []
     assert [p.name for p in (tree / "var").iterdir()] == ["pipe"]
@@ -100,9 +111,13 @@ def test_setuid_and_capabilities_are_taken_away_and_said(converter: Converter) -
     """Unpacked by a user, a setuid program would let anybody on the node act as that user."""
     capability = (("SCHILY.xattr.security.capability", "\x01"),)
     converter(
-        File("usr/su", b"x", 0o4755), File("usr/wall", b"x", 0o2755), File("usr/ping", b"x", 0o755, pax=capability),
-        folder("tmp", 0o1777), folder("locked", 0o500), File("etc/shadow", b"x", 0o600),
-    )  # fmt: skip
+        File("usr/su", b"x", 0o4755),
+        File("usr/wall", b"x", 0o2755),
+        File("usr/ping", b"x", 0o755, pax=capability),
+        folder("tmp", 0o1777),
+        folder("locked", 0o500),
+        File("etc/shadow", b"x", 0o600),
+    )
     tree = converter.unpacked()
     modes = {name: oct(stat.S_IMODE((tree / name).stat().st_mode)) for name in ("usr/su", "usr/wall", "tmp", "locked")}
     assert modes == {"usr/su": "0o755", "usr/wall": "0o755", "tmp": "0o1777", "locked": "0o700"}
@@ -173,9 +188,11 @@ def test_every_format_is_what_it_says(converter: Converter) -> None:
 
 NAME = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=12),
-    st.binary(min_size=1, max_size=12).map(lambda b: b.replace(b"/", b"_").replace(b"\0", b"_").decode("utf-8", "surrogateescape")),
+    st.binary(min_size=1, max_size=12).map(
+        lambda b: b.replace(b"/", b"_").replace(b"\0", b"_").decode("utf-8", "surrogateescape")
+    ),
     st.integers(90, 255).map(lambda n: "n" * n),
-).filter(lambda name: name not in (".", ".."))  # fmt: skip
+).filter(lambda name: name not in (".", ".."))
 TARGET = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=150)
 
 
@@ -250,9 +267,13 @@ def test_any_tree_arrives(tmp_path_factory: pytest.TempPathFactory, files: list[
 def test_rc_runs_entrypoint_and_command_as_written(tmp_path: Path) -> None:
     where = tmp_path / "it's a $HOME"
     config = ImageConfig(
-        "amd64", "sha256:1", working_dir=str(where), entrypoint=("/bin/sh", "-c", 'printf "%s|" "$PWD" "$@"', "a b"),
-        cmd=("c'd", "", "$x"), labels={"b": "two\nrm -rf /", "a": "1"},
-    )  # fmt: skip
+        "amd64",
+        "sha256:1",
+        working_dir=str(where),
+        entrypoint=("/bin/sh", "-c", 'printf "%s|" "$PWD" "$@"', "a b"),
+        cmd=("c'd", "", "$x"),
+        labels={"b": "two\nrm -rf /", "a": "1"},
+    )
     script = enroot_files(config)[0]["etc/rc"]
     assert script.startswith("# image sha256:1\n# a 1\n# b two rm -rf /\n\n")
     assert ". /etc/rc.local" in script
@@ -284,15 +305,22 @@ def test_environment_is_verbatim_and_volumes_are_mounted() -> None:
 @needs_tools
 def test_enroots_files_replace_the_images_own(converter: Converter) -> None:
     converter(
-        File("etc/environment", b"OLD=1"), link("etc/rc.local", "/nowhere"), File("etc/passwd", b"root"),
+        File("etc/environment", b"OLD=1"),
+        link("etc/rc.local", "/nowhere"),
+        File("etc/passwd", b"root"),
         config=ImageConfig("amd64", env=("NEW=1",)),
-    )  # fmt: skip
+    )
     tree = converter.unpacked()
     assert (tree / "etc/environment").read_text() == "NEW=1\n"
     assert (tree / "etc/rc.local").read_text().startswith("#")
     assert sorted(p.name for p in (tree / "etc").iterdir()) == [
-        "environment", "fstab", "passwd", "rc", "rc.local", "titan-image.json"
-    ]  # fmt: skip
+        "environment",
+        "fstab",
+        "passwd",
+        "rc",
+        "rc.local",
+        "titan-image.json",
+    ]
 
 
 @needs_tools
@@ -303,10 +331,15 @@ def test_metadata_stands_inside_and_beside(converter: Converter) -> None:
     size = converter.output.stat().st_size
     total = sum(path.stat().st_size for path in converter.unpacked().rglob("*") if path.is_file())
     assert beside.pop("squashfs") == {
-        "sha256": sha256(converter.output), "bytes": size, "compressor": "gzip", "level": 1, "block_kib": 128,
-        "unpacked_bytes": total, "entries": superblock(converter.output).inodes,
+        "sha256": sha256(converter.output),
+        "bytes": size,
+        "compressor": "gzip",
+        "level": 1,
+        "block_kib": 128,
+        "unpacked_bytes": total,
+        "entries": superblock(converter.output).inodes,
         "mkfs_time": superblock(converter.output).mkfs_time,
-    }  # fmt: skip
+    }
     assert beside == {**ABOUT, "image_id": "sha256:abc", "created": "2023-11-14T22:13:20Z"}
 
 
@@ -320,9 +353,11 @@ def test_an_image_that_says_nothing_of_itself(converter: Converter) -> None:
 def test_architecture_is_the_shells_not_the_label(converter: Converter) -> None:
     """`docker import --platform linux/arm64` leaves the image marked amd64."""
     converter(
-        link("bin", "usr/bin"), link("usr/bin/sh", "/usr/bin/dash"), File("usr/bin/dash", program(183), 0o755),
+        link("bin", "usr/bin"),
+        link("usr/bin/sh", "/usr/bin/dash"),
+        File("usr/bin/dash", program(183), 0o755),
         shell=False,
-    )  # fmt: skip
+    )
     assert "the engine calls this image amd64, its /bin/sh is for aarch64" in converter.said
     assert converter.sidecar()["arch"] == "arm64"
 
@@ -335,9 +370,17 @@ def test_busyboxs_shell_is_a_hard_link(converter: Converter) -> None:
 
 def test_image_config_from_what_the_engine_says() -> None:
     attrs = {
-        "Id": "sha256:1", "Architecture": "arm64", "Created": "2026-11-22T10:00:00.123456789Z",
-        "Config": {"Env": ["A=1"], "WorkingDir": "/w", "Entrypoint": None, "Cmd": ["bash"], "Volumes": {"/b": {}, "/a": {}}},
-    }  # fmt: skip
+        "Id": "sha256:1",
+        "Architecture": "arm64",
+        "Created": "2026-11-22T10:00:00.123456789Z",
+        "Config": {
+            "Env": ["A=1"],
+            "WorkingDir": "/w",
+            "Entrypoint": None,
+            "Cmd": ["bash"],
+            "Volumes": {"/b": {}, "/a": {}},
+        },
+    }
     expected = ImageConfig("arm64", "sha256:1", 1795341600, ("A=1",), "/w", (), ("bash",), ("/a", "/b"), {})
     assert image_config(attrs, {}) == expected
     assert image_config(attrs, {"SOURCE_DATE_EPOCH": "77"}).created == 77

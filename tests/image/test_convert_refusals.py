@@ -164,9 +164,13 @@ except KeyboardInterrupt:
 def test_ctrl_c_in_a_terminal_reaches_the_whole_group(converter: Converter) -> None:
     head = tar_of(File("a", bytes(1_000_000)))[:500_224]
     with subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, str(converter.output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-    ) as process:  # fmt: skip
+        [sys.executable, "-c", ENDLESS, str(converter.output)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
         assert process.stdin and process.stdout
         process.stdin.write(head)
         process.stdin.close()
@@ -211,12 +215,20 @@ GOOD = 'if [ "$1" = -version ]; then echo "mksquashfs version 4.6.1 (2023/03/25)
         ("echo hello", "does not say its version", ExitStatus.ERROR),
         (GOOD + "head -c 5000 >/dev/null; kill -9 $$", "killed by signal 9", ExitStatus.ERROR),
         (GOOD + "head -c 5000 >/dev/null; echo broken >&2; exit 3", "failed with code 3", ExitStatus.ERROR),
-        (GOOD + "echo half >$2; echo 'FATAL ERROR: write: No space left on device'; exit 1", "no space left", ExitStatus.FILESYSTEM),
-        (GOOD + "echo 'FATAL ERROR: Compressor \"zstd\" is not supported!'; exit 1", "without that compressor", ExitStatus.ERROR),
+        (
+            GOOD + "echo half >$2; echo 'FATAL ERROR: write: No space left on device'; exit 1",
+            "no space left",
+            ExitStatus.FILESYSTEM,
+        ),
+        (
+            GOOD + "echo 'FATAL ERROR: Compressor \"zstd\" is not supported!'; exit 1",
+            "without that compressor",
+            ExitStatus.ERROR,
+        ),
         (GOOD + "cat >/dev/null; echo half >$2; exit 0", "not a squashfs", ExitStatus.INVALID),
         (GOOD + "head -c 5000 >/dev/null; exit 0", "stopped reading", ExitStatus.ERROR),
     ],
-)  # fmt: skip
+)
 def test_mksquashfs_that_cannot(
     converter: Converter, fake: Callable[[str, str], None], script: str, words: str, status: ExitStatus
 ) -> None:
@@ -340,9 +352,11 @@ mksquashfs "$WORK/root" "$3" -all-root -no-progress $ENROOT_SQUASH_OPTIONS
 
 @needs_tools
 def test_by_enroot(
-    converter: Converter, fake: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch,
+    converter: Converter,
+    fake: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
-) -> None:  # fmt: skip
+) -> None:
     fake("enroot", ENROOT)
     monkeypatch.setenv("WORK", str(tmp_path_factory.mktemp("enroot")))
     monkeypatch.setenv("ABOUT", json.dumps(ABOUT))

@@ -23,9 +23,13 @@ from launcher.image.squashfs_file import elf_machine, follow, read_sidecar, side
 
 needs_mksquashfs = pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
 ABOUT = {
-    "schema": 1, "channel": "stable", "arch": "arm64", "driver_min": "580", "sm": ["sm_100"],
+    "schema": 1,
+    "channel": "stable",
+    "arch": "arm64",
+    "driver_min": "580",
+    "sm": ["sm_100"],
     "versions": {"torch": "2.14.1", "cuda": "13.0", "torchtitan": "0.3.0"},
-}  # fmt: skip
+}
 Make = Callable[..., Path]
 
 
@@ -81,9 +85,11 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def sidecar(path: Path, **changes: Any) -> None:
     block = superblock(path)
     recorded = {
-        "bytes": block.file_size, "entries": block.inodes, "compressor": block.compressor,
+        "bytes": block.file_size,
+        "entries": block.inodes,
+        "compressor": block.compressor,
         "block_kib": block.block_size // 1024,
-    }  # fmt: skip
+    }
     squashfs = recorded | changes.pop("squashfs", {})
     path.with_name(path.name + ".json").write_text(json.dumps(ABOUT | {"squashfs": squashfs} | changes))
 
@@ -97,20 +103,34 @@ def test_sidecar_answers_without_looking_inside(make: Make, monkeypatch: pytest.
     sidecar(image)
     monkeypatch.setattr(module, "_open", None)
     assert inspect(image) == ImageFacts(
-        str(image), "aarch64", "sidecar", "gzip", 4096, "stable",
-        {"torch": "2.14.1", "cuda": "13.0", "torchtitan": "0.3.0"}, "580", ("sm_100",),
-    )  # fmt: skip
+        str(image),
+        "aarch64",
+        "sidecar",
+        "gzip",
+        4096,
+        "stable",
+        {"torch": "2.14.1", "cuda": "13.0", "torchtitan": "0.3.0"},
+        "580",
+        ("sm_100",),
+    )
 
 
 @needs_mksquashfs
 @pytest.mark.parametrize(
     "changes",
     [
-        {"squashfs": {"bytes": 8192}}, {"squashfs": {"entries": 99}}, {"squashfs": {"compressor": "zstd"}},
-        {"squashfs": {"block_kib": 64}}, {"squashfs": None}, {"schema": 2}, {"versions": {}}, {"versions": [1]},
-        {"versions": {"torch": 2}}, {"arch": None},
+        {"squashfs": {"bytes": 8192}},
+        {"squashfs": {"entries": 99}},
+        {"squashfs": {"compressor": "zstd"}},
+        {"squashfs": {"block_kib": 64}},
+        {"squashfs": None},
+        {"schema": 2},
+        {"versions": {}},
+        {"versions": [1]},
+        {"versions": {"torch": 2}},
+        {"arch": None},
     ],
-)  # fmt: skip
+)
 def test_sidecar_of_another_file_is_not_believed(make: Make, changes: dict[str, Any]) -> None:
     image = make({"bin/sh": elf()})
     if changes.get("squashfs", 1) is None:
@@ -166,9 +186,13 @@ def test_foreign_image(make: Make, reader: str) -> None:
     facts = inspect(make(FOREIGN, "-comp", "zstd"))
     assert (facts.source, facts.arch, facts.driver_min, facts.notes) == ("guessed", "aarch64", "580", ())
     assert facts.versions == {
-        "torch": "2.14.1+cu130", "torchtitan": "0.3.0", "triton": "3.4.0+git1", "nccl": "2.27.7", "cuda": "13.0",
+        "torch": "2.14.1+cu130",
+        "torchtitan": "0.3.0",
+        "triton": "3.4.0+git1",
+        "nccl": "2.27.7",
+        "cuda": "13.0",
         "python": "3.12",
-    }  # fmt: skip
+    }
 
 
 @needs_mksquashfs
@@ -301,9 +325,13 @@ def test_places_that_are_no_files(tmp_path: Path) -> None:
     """Opening a pipe would wait for ever."""
     os.mkfifo(tmp_path / "pipe")
     for path, words in (
-        (tmp_path / "pipe", "not a file"), (tmp_path, "not a file"), (tmp_path / "no", "No such file"),
-        (tmp_path / "pipe" / "x", "Not a directory"), (tmp_path / ("n" * 300), "too long"), (Path("/dev/zero"), "not a file"),
-    ):  # fmt: skip
+        (tmp_path / "pipe", "not a file"),
+        (tmp_path, "not a file"),
+        (tmp_path / "no", "No such file"),
+        (tmp_path / "pipe" / "x", "Not a directory"),
+        (tmp_path / ("n" * 300), "too long"),
+        (Path("/dev/zero"), "not a file"),
+    ):
         with pytest.raises(LauncherError, match=words):
             inspect(path)
 
@@ -327,10 +355,22 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("offset", "form", "value"),
     [
-        (4, "<I", 0), (12, "<I", 4095), (12, "<I", 65536), (20, "<H", 0), (20, "<H", 7), (22, "<H", 30), (28, "<H", 3),
-        (30, "<H", 1), (40, "<Q", 2**62), (40, "<Q", 10), (48, "<Q", 2**60), (64, "<Q", 0), (64, "<Q", 2**60), (72, "<Q", 1),
+        (4, "<I", 0),
+        (12, "<I", 4095),
+        (12, "<I", 65536),
+        (20, "<H", 0),
+        (20, "<H", 7),
+        (22, "<H", 30),
+        (28, "<H", 3),
+        (30, "<H", 1),
+        (40, "<Q", 2**62),
+        (40, "<Q", 10),
+        (48, "<Q", 2**60),
+        (64, "<Q", 0),
+        (64, "<Q", 2**60),
+        (72, "<Q", 1),
     ],
-)  # fmt: skip
+)
 def test_a_superblock_without_sense(make: Make, offset: int, form: str, value: int) -> None:
     image = make({"bin/sh": elf()})
     data = bytearray(image.read_bytes())
@@ -384,13 +424,19 @@ GOOD = ImageFacts(
         ({"driver_min": "580.65.06"}, "aarch64", "cuda", "580.9", ["needs driver 580.65.06"]),
         ({}, "aarch64", "cpu", "570", []),
         ({"driver_min": None}, "aarch64", "cuda", "470", []),
-        ({"versions": {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}}, "aarch64", "cuda", "", ["without CUDA"]),
+        (
+            {"versions": {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}},
+            "aarch64",
+            "cuda",
+            "",
+            ["without CUDA"],
+        ),
         ({"versions": {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}}, "aarch64", "cpu", "", []),
         ({"versions": {"torch": "2.13.0", "torchtitan": "unknown"}}, "aarch64", "cuda", "", []),
         ({"versions": {"torch": "2.14.1", "cuda": "13.0"}}, "aarch64", "cuda", "", ["no torchtitan in"]),
         ({"versions": {}}, "x86_64", "cuda", "", ["the nodes are x86_64", "no torch and no torchtitan in"]),
     ],
-)  # fmt: skip
+)
 def test_problems(changes: dict[str, Any], arch: str, device: str, driver: str, words: list[str]) -> None:
     found = problems(replace(GOOD, **changes), arch, device, driver)
     assert len(found) == len(words)

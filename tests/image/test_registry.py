@@ -44,9 +44,11 @@ def running_registry(folder: Path, htpasswd: str = "") -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         host = f"127.0.0.1:{probe.getsockname()[1]}"
     config: dict[str, Any] = {
-        "version": 0.1, "log": {"level": "error"}, "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "version": 0.1,
+        "log": {"level": "error"},
+        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
         "http": {"addr": host},
-    }  # fmt: skip
+    }
     if htpasswd:
         (folder / "htpasswd").write_text(htpasswd)
         config["auth"] = {"htpasswd": {"realm": "titan", "path": str(folder / "htpasswd")}}
@@ -159,8 +161,9 @@ def test_the_login_of_the_docker_command_is_used(
                 push(images["arm64"], reference, engine=docker_engine.connect(), say=print)
             assert error.value.fix == f"docker login {host}" and error.value.original
             with pytest.raises(LauncherError, match="this user") as error:
-                manifest_list(reference, [Pushed("arm64", f"sha256:{'0' * 64}", "")], arches=["arm64"],
-                              engine=engine, say=print)  # fmt: skip
+                manifest_list(
+                    reference, [Pushed("arm64", f"sha256:{'0' * 64}", "")], arches=["arm64"], engine=engine, say=print
+                )
             assert f"docker login {host}" in error.value.fix
         right = base64.b64encode(f"titan:{PASSWORD}".encode()).decode()
         (no_logins / "config.json").write_text(json.dumps({"auths": {host: {"auth": right}}}))
@@ -195,8 +198,13 @@ def test_a_missing_architecture_is_refused_before_anything_is_written(
 def test_one_image_for_each_architecture(arches: list[str], asked: list[str], words: str) -> None:
     pytest.importorskip("docker")
     with pytest.raises(LauncherError, match=words):
-        manifest_list("127.0.0.1:9/titan", [Pushed(arch, "sha256:0", "") for arch in arches], arches=asked,
-                      engine=NOWHERE, say=print)  # fmt: skip
+        manifest_list(
+            "127.0.0.1:9/titan",
+            [Pushed(arch, "sha256:0", "") for arch in arches],
+            arches=asked,
+            engine=NOWHERE,
+            say=print,
+        )
 
 
 def test_an_image_that_left_the_registry_fails_the_list(engine: Engine, images: dict[str, str], host: str) -> None:
@@ -248,9 +256,19 @@ def test_an_image_that_is_not_there(engine: Engine, host: str) -> None:
 
 @pytest.mark.parametrize(
     "reference",
-    ["https://registry.example/titan:x", "registry.example/Titan", "registry.example/titan:a b", "/titan", "", "a//b",
-     "registry.example/titan@sha256:0", "--insecure", "registry.example/titan:", "x/y:" + "t" * 123],
-)  # fmt: skip
+    [
+        "https://registry.example/titan:x",
+        "registry.example/Titan",
+        "registry.example/titan:a b",
+        "/titan",
+        "",
+        "a//b",
+        "registry.example/titan@sha256:0",
+        "--insecure",
+        "registry.example/titan:",
+        "x/y:" + "t" * 123,
+    ],
+)
 def test_names_that_are_none(reference: str) -> None:
     pytest.importorskip("docker")
     with pytest.raises(LauncherError, match="not the name of an image in a registry") as error:
@@ -262,15 +280,23 @@ def test_there_is_no_docker_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("docker")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LauncherError, match="docker: no such command") as error:
-        manifest_list("127.0.0.1:9/titan", [Pushed("amd64", "sha256:0", "")], arches=["amd64"], engine=NOWHERE,
-                      say=print)  # fmt: skip
+        manifest_list(
+            "127.0.0.1:9/titan", [Pushed("amd64", "sha256:0", "")], arches=["amd64"], engine=NOWHERE, say=print
+        )
     assert "docker-cli" in error.value.fix
 
 
 @pytest.mark.parametrize(
     ("host", "plain"),
-    [("localhost:5000", True), ("localhost", True), ("127.0.0.1:5000", True), ("127.9.9.9", True),
-     ("docker.io", False), ("localhost.example:5000", False), ("10.0.0.1:5000", False)],
-)  # fmt: skip
+    [
+        ("localhost:5000", True),
+        ("localhost", True),
+        ("127.0.0.1:5000", True),
+        ("127.9.9.9", True),
+        ("docker.io", False),
+        ("localhost.example:5000", False),
+        ("10.0.0.1:5000", False),
+    ],
+)
 def test_plain_http_is_for_the_loopback_interface_alone(host: str, plain: bool) -> None:
     assert registry._is_loopback(host) is plain

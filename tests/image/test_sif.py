@@ -155,10 +155,30 @@ def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None
     probe.chmod(0o755)
     assert os.listdir(home), "no test without something that the container must not see"
     done = launch(
-        "submit", "--local", "--runtime", "apptainer", "--image", str(small_sif), "--gpu", "cpu", "--recipe", "debug",
-        "--name", "r", "--env", "WHO=the job", "--env", "AGAIN=$(id) \"q\" it's a,b", "--follow",
-        "--mount", f"{workplace}/shared dir:/mnt point:ro", "--python", "/mnt point/probe", "--runs-dir", str(workplace / "runs"),
-    )  # fmt: skip
+        "submit",
+        "--local",
+        "--runtime",
+        "apptainer",
+        "--image",
+        str(small_sif),
+        "--gpu",
+        "cpu",
+        "--recipe",
+        "debug",
+        "--name",
+        "r",
+        "--env",
+        "WHO=the job",
+        "--env",
+        'AGAIN=$(id) "q" it\'s a,b',
+        "--follow",
+        "--mount",
+        f"{workplace}/shared dir:/mnt point:ro",
+        "--python",
+        "/mnt point/probe",
+        "--runs-dir",
+        str(workplace / "runs"),
+    )
     log = "\n".join(path.read_text() for path in (workplace / "runs" / "r" / "logs").glob("0000-*"))
     lines = log.splitlines()
     assert "WHO=the job" in lines and 'AGAIN=$(id) "q" it\'s a,b' in lines, log
@@ -178,9 +198,21 @@ def test_training_in_it(apptainer: Path, launch: Launch, workplace: Path, monkey
     monkeypatch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
     image = sif(str(cpu_squashfs()), workplace / "titan-cpu.sif")
     done = launch(
-        "submit", "--local", "--runtime", "apptainer", "--image", str(image), "--gpu", "cpu", "--recipe", "debug",
-        "--name", "r", "--follow", timeout=900,
-    )  # fmt: skip
+        "submit",
+        "--local",
+        "--runtime",
+        "apptainer",
+        "--image",
+        str(image),
+        "--gpu",
+        "cpu",
+        "--recipe",
+        "debug",
+        "--name",
+        "r",
+        "--follow",
+        timeout=900,
+    )
     assert "r: COMPLETED" in done.stdout, done.stdout + done.stderr
 
 

@@ -58,9 +58,20 @@ def test_it_brings_profiles_recipes_and_node_files(launcher: Path, workplace: Pa
             done = run(launcher, workplace, "render", "--gpu", gpu, "--recipe", recipe, "--image", "/x.sqsh")
             assert done.returncode == 0, done.stderr
     done = run(
-        launcher, workplace, "submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--name", "r", "--python",
-        "/bin/true", "--follow",
-    )  # fmt: skip
+        launcher,
+        workplace,
+        "submit",
+        "--local",
+        "--gpu",
+        "cpu",
+        "--recipe",
+        "debug",
+        "--name",
+        "r",
+        "--python",
+        "/bin/true",
+        "--follow",
+    )
     assert "r: COMPLETED" in done.stdout, done.stdout + done.stderr
     run_dir = workplace / "runs" / "r"
     assert (run_dir / "job" / "node.py").read_text() == (ROOT / "slurm" / "node.py").read_text()
@@ -71,8 +82,10 @@ def test_it_is_a_small_install(launcher: Path, workplace: Path) -> None:
     """No torch, docker, spython or matplotlib reaches a login node."""
     listed = subprocess.run(
         [str(launcher.parent / "python"), "-m", "pip", "list", "--format=json", "--disable-pip-version-check"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     names = {entry["name"].lower() for entry in json.loads(listed.stdout)}
     assert {"click", "jinja2", "huggingface-hub", "rich"} <= {name.replace("_", "-") for name in names}
     assert not names & {"torch", "docker", "spython", "matplotlib", "torchtitan", "numpy"}

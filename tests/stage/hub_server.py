@@ -162,9 +162,10 @@ class Handler(BaseHTTPRequestHandler):
     def _log(self, path: str, where: str) -> None:
         with self.hub.lock:
             self.hub.requests.append(
-                Request(self.command, path, where, self.headers.get("Authorization") or "",
-                        self.headers.get("Range") or "")
-            )  # fmt: skip
+                Request(
+                    self.command, path, where, self.headers.get("Authorization") or "", self.headers.get("Range") or ""
+                )
+            )
 
     def answer(self, code: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(code)

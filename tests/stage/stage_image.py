@@ -33,9 +33,12 @@ def image_bytes(seed: int = 0) -> bytes:
 def description(data: bytes, path: Path) -> dict[str, Any]:
     block = superblock(path)
     facts = {
-        "sha256": hashlib.sha256(data).hexdigest(), "bytes": block.file_size, "entries": block.inodes,
-        "compressor": block.compressor, "block_kib": block.block_size // 1024,
-    }  # fmt: skip
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": block.file_size,
+        "entries": block.inodes,
+        "compressor": block.compressor,
+        "block_kib": block.block_size // 1024,
+    }
     return {"schema": 1, "arch": "amd64", "versions": {"torch": "2.14.1"}, "squashfs": facts}
 
 

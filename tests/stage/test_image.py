@@ -178,9 +178,11 @@ def test_a_disk_that_fills_up_stops_it_and_the_next_call_continues(
     """The kernel's refusal to let a file grow stands in for a full disk: the same place, another number."""
     done = subprocess.run(
         [sys.executable, "-c", CALL, str(source), str(tmp_path / "images")],
-        capture_output=True, text=True, cwd=ROOT,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
-    )  # fmt: skip
+    )
     assert "File too large" in done.stderr
     (partial,) = (tmp_path / "images" / ".staged" / "partial").iterdir()
     assert partial.stat().st_size == 1 << 20

@@ -160,9 +160,10 @@ def test_a_change_on_the_way_is_found_however_it_was_uploaded(
     if upload == "encrypted":  # the ETag is no md5 then, but for moto's
         listed = s3.Bucket.listed
         monkeypatch.setattr(
-            s3.Bucket, "listed", lambda *args: [replace(file, etag="0" * 32) for file in listed(*args)]
-            if args[1] else listed(*args),
-        )  # fmt: skip
+            s3.Bucket,
+            "listed",
+            lambda *args: [replace(file, etag="0" * 32) for file in listed(*args)] if args[1] else listed(*args),
+        )
     piece = s3.Bucket._piece
 
     def damaged(self: s3.Bucket, file: s3.S3File, start: int, end: int) -> bytes:
@@ -271,9 +272,16 @@ def test_no_such_place(address: str, store: Store) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["s3://", "s3:///c4", "s3://UPPER/c4", "s3://key:secret@corpora/c4", "s3://corpora/../c4", "s3://corpora/c 4",
-     "https://corpora/c4"],
-)  # fmt: skip
+    [
+        "s3://",
+        "s3:///c4",
+        "s3://UPPER/c4",
+        "s3://key:secret@corpora/c4",
+        "s3://corpora/../c4",
+        "s3://corpora/c 4",
+        "https://corpora/c4",
+    ],
+)
 def test_not_an_address(address: str) -> None:
     assert "not an address" in refusal(address).what
 
@@ -328,9 +336,12 @@ def test_datasets_streams_the_named_objects_without_the_hub(
     (job / "titan_s3-1.dist-info/entry_points.txt").write_text("[fsspec.specs]\ns3 = titan.s3:S3FileSystem\n")
     (job / "titan").symlink_to(ROOT / "launcher/titan")
     done = subprocess.run(
-        [python, "-c", READ, str(view), "2"], capture_output=True, text=True, cwd=tmp_path,
+        [python, "-c", READ, str(view), "2"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(job), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
 

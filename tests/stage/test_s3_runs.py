@@ -32,10 +32,16 @@ ENV = [word for name in CREDENTIALS for word in ("--env", name)]
 
 def a_spec(address: str = ADDRESS, gpus: int = 4, **values: Any) -> RunSpec:
     given = {
-        "job.name": "r", "job.gpu": "h200", "job.runs_dir": "/home/ada/runs", "job.runtime": "bare",
-        "job.data": address, "profile.gpus_per_node": gpus, "recipe.steps": 1, "recipe.seq_len": 64,
+        "job.name": "r",
+        "job.gpu": "h200",
+        "job.runs_dir": "/home/ada/runs",
+        "job.runtime": "bare",
+        "job.data": address,
+        "profile.gpus_per_node": gpus,
+        "recipe.steps": 1,
+        "recipe.seq_len": 64,
         **{name.replace("__", "."): value for name, value in values.items()},
-    }  # fmt: skip
+    }
     spec = merge([Layer(given, dict.fromkeys(given, "test"))])
     validate(spec)
     return spec
@@ -186,9 +192,26 @@ def test_the_real_trainer_streams_its_data(
     if subprocess.run([python, "-c", "import torchtitan, s3fs"], capture_output=True).returncode:
         pytest.skip(f"{python} has no torchtitan or no s3fs: set LAUNCHER_TRAIN_PYTHON, pip install s3fs there")
     done = launch(
-        "submit", "--local", "--recipe", "debug", "--steps", "4", "--set", "recipe.log_freq=1", "--data", ADDRESS,
-        "--tokenizer", "sample", "--name", "r", "--python", python, *ENV, "--follow", timeout=400,
-    )  # fmt: skip
+        "submit",
+        "--local",
+        "--recipe",
+        "debug",
+        "--steps",
+        "4",
+        "--set",
+        "recipe.log_freq=1",
+        "--data",
+        ADDRESS,
+        "--tokenizer",
+        "sample",
+        "--name",
+        "r",
+        "--python",
+        python,
+        *ENV,
+        "--follow",
+        timeout=400,
+    )
     said = done.stdout + done.stderr
     logs = "\n".join(path.read_text(errors="replace") for path in (workplace / "runs/r/logs").glob("*.*"))
     assert done.returncode == 0, said[-3000:] + logs[-3000:]

@@ -46,9 +46,15 @@ def test_weights_config_and_tokenizer(launch: Launch, hub: Hub, workplace: Path)
     done = launch("stage", "model", "--to", "model", HF_TOKEN=GOOD_TOKEN)
     assert done.returncode == 0, done.stderr
     assert staged(workplace / "model") == sorted(
-        [*TOKENIZER, "config.json", "generation_config.json", "model.safetensors.index.json",
-         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    )  # fmt: skip
+        [
+            *TOKENIZER,
+            "config.json",
+            "generation_config.json",
+            "model.safetensors.index.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+        ]
+    )
 
 
 def test_a_tokenizers_directory_grows_into_a_models(launch: Launch, hub: Hub, workplace: Path):

@@ -117,9 +117,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         first.append([BEGIN, *text[:SEQ_LEN]])
     done = subprocess.run(
         [maker, "-c", CHECKPOINT, str(folder / "weights")],
-        input=json.dumps(first), env={**os.environ, "PYTHONPATH": str(ROOT / "launcher")},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        input=json.dumps(first),
+        env={**os.environ, "PYTHONPATH": str(ROOT / "launcher")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.rsplit("LOSSES", 1)[1])
     assert min(found) > 9, f"a random start has about 8: {found}"

@@ -138,10 +138,12 @@ class Started:
         self.processes.append(
             subprocess.Popen(
                 [python, str(node_json.parent / "node.py"), str(node_json)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TITAN_HEAD_ADDR": "127.0.0.1", **env},
             )
-        )  # fmt: skip
+        )
 
     def finish(self, timeout_s: float = 420) -> list[str]:
         """What each printed; all of them have ended well."""
@@ -168,8 +170,10 @@ def test_the_attention_that_stands_in_is_the_same_attention(python: str) -> None
     done = subprocess.run(
         [python, "-c", ATTENTION],
         env={**os.environ, "PYTHONPATH": f"{ROOT}/launcher"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.stdout.endswith("SAME\n"), done.stderr
 
 
@@ -227,20 +231,40 @@ def test_the_real_parser_takes_every_recipe(python: str, tmp_path: Path) -> None
         [python, "-c", PARSE],
         input=json.dumps({"tokenizer": str(tmp_path / "tokenizer"), "arguments": list(lines.values())}),
         env={**os.environ, "PYTHONPATH": str(ROOT / "launcher")},  # `titan`, as in a run directory
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     answer = json.loads(done.stdout.rsplit("ANSWER", 1)[1])
     assert answer["ends"] == [256, 257, 256, 257] and answer["same"]
     parsed = dict(zip(lines, answer["parsed"], strict=True))
     read = read_02 if titan.startswith("0.2") else read_03
     published = {
-        "local_batch_size": 5, "global_batch_size": -1, "seq_len": 8192, "steps": 100, "max_norm": 1.0,
-        "param_dtype": "bfloat16", "lr": 3e-4, "warmup_steps": 200, "decay": [None, "linear", 0.0],
-        "selective_by_op": True, "compile": False, "log_freq": 10, "color": False, "tensorboard": "tb",
-        "degrees": [1, -1, 1, 1, 1], "schedule": "1F1B", "checkpoint": False, "seed": None, "validate": False,
-        "profile": False, "data": ["c4", "/data/c4"], "betas_eps_decay": [0.9, 0.95, 1e-8, 0.1],
-    }  # fmt: skip
+        "local_batch_size": 5,
+        "global_batch_size": -1,
+        "seq_len": 8192,
+        "steps": 100,
+        "max_norm": 1.0,
+        "param_dtype": "bfloat16",
+        "lr": 3e-4,
+        "warmup_steps": 200,
+        "decay": [None, "linear", 0.0],
+        "selective_by_op": True,
+        "compile": False,
+        "log_freq": 10,
+        "color": False,
+        "tensorboard": "tb",
+        "degrees": [1, -1, 1, 1, 1],
+        "schedule": "1F1B",
+        "checkpoint": False,
+        "seed": None,
+        "validate": False,
+        "profile": False,
+        "data": ["c4", "/data/c4"],
+        "betas_eps_decay": [0.9, 0.95, 1e-8, 0.1],
+    }
     assert read(parsed["8b"]) == published
     assert read(parsed["70b"])["degrees"] == [1, -1, 8, 1, 1] and read(parsed["70b"])["lr"] == 1.5e-4
     assert not read(parsed["70b"])["selective_by_op"] and not read(parsed["8b-fast"])["selective_by_op"]
@@ -359,9 +383,13 @@ def test_two_nodes_train_one_model_and_leave_a_checkpoint(python: str, tmp_path:
         port = str(probe.getsockname()[1])
     for index in (0, 1):
         started.start(
-            python, node_json, TITAN_JOB_ID=f"u{os.getpid()}", TITAN_HEAD_PORT=port,
-            SLURM_NODEID=str(index), SLURMD_NODENAME=f"node{index}",
-        )  # fmt: skip
+            python,
+            node_json,
+            TITAN_JOB_ID=f"u{os.getpid()}",
+            TITAN_HEAD_PORT=port,
+            SLURM_NODEID=str(index),
+            SLURMD_NODENAME=f"node{index}",
+        )
     outputs = started.finish()
     assert losses(outputs[0]) == losses(outputs[1]) and list(losses(outputs[0])) == [1, 2, 3, 4]
     assert all("dp_shard=4" in output for output in outputs)

@@ -52,9 +52,13 @@ def python(request: pytest.FixtureRequest) -> str:
 
 def a_spec(data: Path, runs_dir: Path, name: str, degree: int, **job: str) -> RunSpec:
     values = {
-        "job.name": name, "job.runs_dir": str(runs_dir), "job.runtime": "bare", "job.data": str(data),
-        "profile.gpus_per_node": degree, **{f"job.{key}": value for key, value in job.items()},
-    }  # fmt: skip
+        "job.name": name,
+        "job.runs_dir": str(runs_dir),
+        "job.runtime": "bare",
+        "job.data": str(data),
+        "profile.gpus_per_node": degree,
+        **{f"job.{key}": value for key, value in job.items()},
+    }
     return merge([Layer(values, dict.fromkeys(values, "test"))])
 
 
@@ -86,9 +90,14 @@ def test_every_rank_gets_documents_of_its_own_and_together_all_of_the_view(pytho
         expected.append((documents(*(data / "en" / name for name in train_files(spec))), len(train_files(spec))))
     tasks.append((tasks[1][0], "c4_validation", 3))
     done = subprocess.run(
-        [python, "-c", READ], input=json.dumps(tasks), capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        [python, "-c", READ],
+        input=json.dumps(tasks),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout.rsplit("ANSWER", 1)[1])
     for spec, (_, _, degree), (ranks, files), (texts, count) in zip(specs, tasks, answer, expected, strict=False):
@@ -113,9 +122,25 @@ def test_the_debug_recipe_trains_at_a_degree_that_does_not_divide_its_files(
     assert sample.TRAIN_FILES % 3, "otherwise this shows nothing"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = launch(
-        "submit", "--local", "--recipe", "debug", "--gpu", "cpu", "--gpus-per-node", "3", "--steps", "4", "--name", "r",
-        "--set", "recipe.local_batch_size=1", "--python", python, "--follow", timeout=500,
-    )  # fmt: skip
+        "submit",
+        "--local",
+        "--recipe",
+        "debug",
+        "--gpu",
+        "cpu",
+        "--gpus-per-node",
+        "3",
+        "--steps",
+        "4",
+        "--name",
+        "r",
+        "--set",
+        "recipe.local_batch_size=1",
+        "--python",
+        python,
+        "--follow",
+        timeout=500,
+    )
     run = workplace / "runs" / "r"
     log = next((run / "logs").glob("0000-*.log")).read_text()
     assert done.returncode == 0, done.stderr + log[-3000:]

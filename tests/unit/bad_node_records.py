@@ -16,9 +16,13 @@ NO_DATA = {"name": "data", "what": "/data/c5: no such directory", "fix": "--data
 def record(host: str, *problems: Mapping[str, str], **values: Any) -> dict[str, Any]:
     first = problems[0] if problems else {}
     return {
-        "host": host, "ok": not problems, "why": first.get("what", ""), "fix": first.get("fix", ""),
-        "problems": list(problems), **values,
-    }  # fmt: skip
+        "host": host,
+        "ok": not problems,
+        "why": first.get("what", ""),
+        "fix": first.get("fix", ""),
+        "problems": list(problems),
+        **values,
+    }
 
 
 OLD = {"host": "n1", "ok": False, "why": "no GPUs", "fix": ""}  # of a launcher that named no fault
@@ -31,9 +35,34 @@ JUDGED = {
     "two different ones": ([record("n0", ECC), record("n1", MOUNT)], None, 2, ["n0", "n1"]),
     "one node alone": ([record("n0", ECC)], None, 1, ["n0"]),
     "no fault named": ([record("n0"), OLD], None, 2, []),
-    "told by comparing": ([record("n0"), record("n1")], {"unfit": [{"host": "n1", "why": "another clique", "fault": "node"}]}, 2, ["n1"]),
-    "cleared by comparing": ([record("n0"), record("n1", MOUNT)], {"unfit": [{"host": "n1", "why": "x", "fault": "run"}]}, 2, []),
-    "compared, and all the same": ([], {"unfit": [{"host": f"n{i}", "name": "slow", "why": f"at {i}", "fault": "node"} for i in range(3)]}, 3, []),
-    "compared, with two problems": ([record("n0"), record("n1", NO_DATA)], {"unfit": [{"host": "n1", "name": "data", "why": "x", "fault": "run"}, {"host": "n1", "name": "slow", "why": "y", "fault": "node"}]}, 2, ["n1"]),
+    "told by comparing": (
+        [record("n0"), record("n1")],
+        {"unfit": [{"host": "n1", "why": "another clique", "fault": "node"}]},
+        2,
+        ["n1"],
+    ),
+    "cleared by comparing": (
+        [record("n0"), record("n1", MOUNT)],
+        {"unfit": [{"host": "n1", "why": "x", "fault": "run"}]},
+        2,
+        [],
+    ),
+    "compared, and all the same": (
+        [],
+        {"unfit": [{"host": f"n{i}", "name": "slow", "why": f"at {i}", "fault": "node"} for i in range(3)]},
+        3,
+        [],
+    ),
+    "compared, with two problems": (
+        [record("n0"), record("n1", NO_DATA)],
+        {
+            "unfit": [
+                {"host": "n1", "name": "data", "why": "x", "fault": "run"},
+                {"host": "n1", "name": "slow", "why": "y", "fault": "node"},
+            ]
+        },
+        2,
+        ["n1"],
+    ),
     "damaged": ([{"ok": False, "host": 3, "problems": "x"}], {"unfit": [7, {}]}, 2, []),
-}  # fmt: skip
+}

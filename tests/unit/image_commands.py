@@ -24,9 +24,14 @@ needs_tools = pytest.mark.skipif(
     not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"
 )
 ABOUT = {
-    "schema": 1, "channel": "cpu", "arch": "amd64", "driver_min": None, "sm": [], "created": "2026-01-01T00:00:00Z",
+    "schema": 1,
+    "channel": "cpu",
+    "arch": "amd64",
+    "driver_min": None,
+    "sm": [],
+    "created": "2026-01-01T00:00:00Z",
     "versions": {"python": "3.11.2", "torch": "2.13.0+cpu", "cuda": None, "nccl": None, "torchtitan": "0.3.0"},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

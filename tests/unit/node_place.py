@@ -79,14 +79,25 @@ class Place:
     def start_unchecked(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             # -S: without the packages of the environment that runs these tests
-            [sys.executable, "-S", str(self.run_dir / "job" / "node.py"), *(arguments or [f"{self.run_dir}/job/node.json"])],
+            [
+                sys.executable,
+                "-S",
+                str(self.run_dir / "job" / "node.py"),
+                *(arguments or [f"{self.run_dir}/job/node.json"]),
+            ],
             env={
-                "PATH": os.environ["PATH"], "PYTHONPATH": str(self.site), "HOME": str(self.run_dir),
-                "SLURMD_NODENAME": "gpu001", "TITAN_JOB_ID": f"t{os.getpid()}", "TMPDIR": str(self.run_dir.parent),
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(self.site),
+                "HOME": str(self.run_dir),
+                "SLURMD_NODENAME": "gpu001",
+                "TITAN_JOB_ID": f"t{os.getpid()}",
+                "TMPDIR": str(self.run_dir.parent),
                 **env,
             },
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return done
 
     def refused(self, *arguments: str, **env: str) -> str:

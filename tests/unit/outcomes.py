@@ -123,9 +123,14 @@ def write_run(
     logged = changes.pop("steps_logged", 100)
     settings = {key.removeprefix("recipe."): v for key, v in outcome().settings.items() if "recipe." in key}
     node = {
-        "schema": 1, "gpu": changes.pop("gpu", "GB200"), "nodes": len(tps), "gpus_per_node": 4, "profile": "gb200",
-        "run_dir": str(folder), "recipe": {"name": "llama3-8b", **settings, **changes},
-    }  # fmt: skip
+        "schema": 1,
+        "gpu": changes.pop("gpu", "GB200"),
+        "nodes": len(tps),
+        "gpus_per_node": 4,
+        "profile": "gb200",
+        "run_dir": str(folder),
+        "recipe": {"name": "llama3-8b", **settings, **changes},
+    }
     for name in ("job", "logs", "nodes"):
         (folder / name).mkdir(parents=True)
     (folder / "job" / "node.json").write_text(json.dumps(node))
@@ -143,9 +148,14 @@ def write_run(
             )
         host = f"gb200-{number + 1:03}"
         record = {
-            "ok": True, "host": host, "gpu": f"NVIDIA {node['gpu']}", "driver": "580.95.05", "torch": "2.14.1",
-            "torchtitan": "0.2.2", "cuda": "13.0",
-        }  # fmt: skip
+            "ok": True,
+            "host": host,
+            "gpu": f"NVIDIA {node['gpu']}",
+            "driver": "580.95.05",
+            "torch": "2.14.1",
+            "torchtitan": "0.2.2",
+            "cuda": "13.0",
+        }
         (folder / "nodes" / f"{number:04}-{host}.json").write_text(json.dumps(record))
         (folder / "logs" / f"{number:04}-{host}.log").write_text(
             "".join(line for line, step in zip(lines, STEPS, strict=True) if step <= logged)

@@ -55,9 +55,13 @@ FAILS: dict[str, tuple[Outcome, str]] = {
     "infinity in the gradients": (outcome(grad_norm=math.inf), "gradient norm: inf at step 100"),
     "a loss that rises": (outcome(series=points((6.0, 7.0, 8.0, 9.0, 9.5))), "it should be at most 6.00 by then"),
     "a loss that does not learn": (
-        outcome(series=points((12.25, 12.0, 11.9, *[11.8] * 8))), "it should be at most 11.03 by then",
+        outcome(series=points((12.25, 12.0, 11.9, *[11.8] * 8))),
+        "it should be at most 11.03 by then",
     ),
-    "failed by itself": (outcome(state="FAILED", problems=("FAILED", "step 40 of 100")), "ended FAILED: step 40 of 100"),
+    "failed by itself": (
+        outcome(state="FAILED", problems=("FAILED", "step 40 of 100")),
+        "ended FAILED: step 40 of 100",
+    ),
     "killed": (
         outcome(state="FAILED", problems=("mixed gpu: a, b", "FAILED (ended by SIGKILL)")),
         "the run ended FAILED (ended by SIGKILL): mixed gpu: a, b",
@@ -67,9 +71,12 @@ FAILS: dict[str, tuple[Outcome, str]] = {
         outcome(overall_tps=16137.0, series=(*points()[:-1], Point(100, 6.65, 2.5, 8965.0, 159.31))),
         "16,137 tokens/s per GPU over all the time after warm-up, 10.0% below the median (limit 5%); slow up to step 100",
     ),
-    "a loss of nothing": (outcome(series=points((12.25, *[0.001] * 10))), "at that step others had 6.14 to 8.30: so low"),
+    "a loss of nothing": (
+        outcome(series=points((12.25, *[0.001] * 10))),
+        "at that step others had 6.14 to 8.30: so low",
+    ),
     "a node died": (outcome(state="NODE_FAIL", problems=("NODE_FAIL",)), "the run ended NODE_FAIL"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAILS)
@@ -85,7 +92,10 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     "waiting": (outcome(state="PENDING", problems=("still PENDING",), tps=None), "still PENDING"),
     "cancelled": (outcome(state="CANCELLED", problems=("CANCELLED",)), "the run ended CANCELLED"),
     "preempted": (outcome(state="PREEMPTED", problems=("PREEMPTED",)), "the run ended PREEMPTED"),
-    "its end is not known": (outcome(state="UNKNOWN", problems=("its end is UNKNOWN (why)",)), "its end is UNKNOWN (why)"),
+    "its end is not known": (
+        outcome(state="UNKNOWN", problems=("its end is UNKNOWN (why)",)),
+        "its end is UNKNOWN (why)",
+    ),
     "restarted": (outcome(problems=("restarted",)), "restarted"),
     "the wrong GPU": (outcome(problems=("the profile says GB200, a has B200",)), "the profile says GB200"),
     "no step after warm-up": (outcome(tps=None), "no step after warm-up"),
@@ -101,11 +111,17 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     "compiled": (outcome(compile=True), "compile true, not false"),
     "fp32": (outcome(precision="float32"), "precision float32, not bfloat16"),
     "quantised": (outcome(precision="bfloat16 + mxfp8"), "quantisation mxfp8, not none"),
-    "recomputing all": (outcome(settings={"recipe.activation_checkpoint": "full"}), "checkpointing full, not selective"),
+    "recomputing all": (
+        outcome(settings={"recipe.activation_checkpoint": "full"}),
+        "checkpointing full, not selective",
+    ),
     "tensor parallel": (outcome(settings={"recipe.tensor_parallel": 2}), "tensor parallel degree 2, not 1"),
     "a quarter of a GB200 rack's row": (sized(1), "on 12 GPUs and this run had 4, 3.0 times fewer"),
-    "slow on far more GPUs": (sized(72, tps=spread(16000.0, count=81)), "on 68 GPUs and this run had 288, 4.2 times more"),
-}  # fmt: skip
+    "slow on far more GPUs": (
+        sized(72, tps=spread(16000.0, count=81)),
+        "on 68 GPUs and this run had 288, 4.2 times more",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", UNSAID)
@@ -183,9 +199,15 @@ def test_waiting_for_data_is_named() -> None:
 def test_a_row_of_the_same_driver_comes_first() -> None:
     """H100s were published with two drivers: 8,714 tokens/s on 16 GPUs with one, 7,582 on 32 with the other."""
     h100 = outcome(
-        gpu="H100", nodes=3, gpus=24, local_batch_size=2, global_batch_size=48, tps=spread(7256.0, count=27), by_node=nodes(7250.0, 7256.0, 7260.0),
+        gpu="H100",
+        nodes=3,
+        gpus=24,
+        local_batch_size=2,
+        global_batch_size=48,
+        tps=spread(7256.0, count=27),
+        by_node=nodes(7250.0, 7256.0, 7260.0),
         settings={"job.nodes": 3, "profile.gpus_per_node": 8, "recipe.local_batch_size": 2},
-    )  # fmt: skip
+    )
     new, old = (verdict(replace(h100, versions={"driver": driver})) for driver in ("580.95.05", "570.172.08"))
     assert (new.word, new.baseline and new.baseline.gpus) == (FAIL, 16)
     assert (old.word, old.baseline and old.baseline.gpus) == (PASS, 32)

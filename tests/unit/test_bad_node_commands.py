@@ -33,7 +33,19 @@ PAIR = answers_of(
     [FakeNode(f"n{i}", arch="x86_64") for i in range(3)],
     [partition_line("batch", "n[0-2]", default=True)],
 )
-SUBMIT = ("submit", "--gpu", "h200", "--runtime", "bare", "--recipe", "debug", "--data", "sample", "--tokenizer", "sample")  # fmt: skip
+SUBMIT = (
+    "submit",
+    "--gpu",
+    "h200",
+    "--runtime",
+    "bare",
+    "--recipe",
+    "debug",
+    "--data",
+    "sample",
+    "--tokenizer",
+    "sample",
+)
 
 
 def unfit_run(workplace: Path, name: str, *records: Mapping[str, Any], ended_at: float = 0, code: int = 20) -> Path:
@@ -184,9 +196,19 @@ def test_refusals(arguments: tuple[str, ...], code: ExitStatus, said: str, launc
 
 
 AT = '{"schema": 1, "clusters": {"crusoe": [{"host": "n1", "reason": "", "run": "", "at": 0, "until": %s}]}}'
-DAMAGED = ("", "[]", "{", '{"schema": 2, "clusters": {}}', '{"schema": 1, "clusters": {"crusoe": [{"host": "a b"}]}}',
-           '{"schema": 1, "clusters": 3}', AT % "1e300", AT % ("9" * 400), AT % "-1e18", AT % "NaN",
-           '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}')  # fmt: skip
+DAMAGED = (
+    "",
+    "[]",
+    "{",
+    '{"schema": 2, "clusters": {}}',
+    '{"schema": 1, "clusters": {"crusoe": [{"host": "a b"}]}}',
+    '{"schema": 1, "clusters": 3}',
+    AT % "1e300",
+    AT % ("9" * 400),
+    AT % "-1e18",
+    AT % "NaN",
+    '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}',
+)
 
 
 @pytest.mark.parametrize("text", DAMAGED)

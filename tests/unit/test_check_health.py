@@ -53,9 +53,14 @@ def test_idle_gpus_are_fit() -> None:
     gpus = smi.join([(GENERAL, general())])
     assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3]
     assert gpus[0] == {
-        "uuid": UUIDS[0], "index": 0, "name": "NVIDIA H100 80GB HBM3", "driver": "570.124.06",
-        "memory_used_mib": 4, "memory_total_mib": 81559, "temperature_c": 31,
-    }  # fmt: skip
+        "uuid": UUIDS[0],
+        "index": 0,
+        "name": "NVIDIA H100 80GB HBM3",
+        "driver": "570.124.06",
+        "memory_used_mib": 4,
+        "memory_total_mib": 81559,
+        "temperature_c": 31,
+    }
     assert judged((GENERAL, general())) == ([], [])
 
 
@@ -64,13 +69,23 @@ def test_idle_gpus_are_fit() -> None:
     [
         (smi.GROUPS["ecc"][0][1], "0", "3", "GPU 2: 3 uncorrected memory errors"),
         (smi.GROUPS["rows"][0][1], "0, 0", "0, 1", "GPU 2: the remapping of a bad memory row has failed"),
-        (REASONS, "Not Active, Not Active, Not Active, Not Active", "Active, Active, Not Active, Not Active", "GPU 2 is slowed down by its hardware at 31 C: hw_slowdown, hw_thermal"),
-        (OLD_REASONS, "Not Active, Not Active, Not Active, Not Active", "Active, Not Active, Active, Not Active", "hw_slowdown, hw_power_brake_slowdown"),
+        (
+            REASONS,
+            "Not Active, Not Active, Not Active, Not Active",
+            "Active, Active, Not Active, Not Active",
+            "GPU 2 is slowed down by its hardware at 31 C: hw_slowdown, hw_thermal",
+        ),
+        (
+            OLD_REASONS,
+            "Not Active, Not Active, Not Active, Not Active",
+            "Active, Not Active, Active, Not Active",
+            "hw_slowdown, hw_power_brake_slowdown",
+        ),
         (FABRIC, "Completed, Success", "In Progress, N/A", "GPU 2 has not joined the NVLink fabric: state In Progress"),
         (FABRIC, "Completed, Success", "Completed, Insufficient Resources", "status Insufficient Resources"),
     ],
     ids=["ecc", "remap failed", "throttled", "throttled, older driver", "fabric", "fabric status"],
-)  # fmt: skip
+)
 def test_a_sick_gpu(fields: Any, good: str, bad: str, said: str) -> None:
     sick = judged((GENERAL, general()), (fields, of_gpu_2(good, bad)))
     assert len(sick[0]) == 1 and said in sick[0][0], sick
@@ -180,14 +195,34 @@ LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.
 @pytest.mark.parametrize(
     ("script", "problems", "warnings"),
     [
-        (f"echo 'GPU-0, 0'; echo '{LOST}'; exit 15", ["a GPU does not answer any more: nvidia-smi ended with 15: Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost. Reboot the system to recover this GPU"], []),
+        (
+            f"echo 'GPU-0, 0'; echo '{LOST}'; exit 15",
+            [
+                "a GPU does not answer any more: nvidia-smi ended with 15: Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost. Reboot the system to recover this GPU"
+            ],
+            [],
+        ),
         ("sleep 60", [], [f"nvidia-smi does not say: {', '.join(smi.GROUPS)} (did not answer within 3 s)"]),
-        ("head -c 300 /dev/urandom", [], [f"nvidia-smi does not say: {', '.join(list(smi.GROUPS)[:-1])} (no GPU is in its answer)"]),
-        ("printf 'half\\033 a line' >&2; exit 9", [], [f"nvidia-smi does not say: {', '.join(smi.GROUPS)} (ended with 9: half? a line)"]),
-        ('case "$1" in *name*) sleep 60;; *) echo no such field; exit 2;; esac', [], [f"nvidia-smi does not say: general (did not answer within 3 s); {', '.join(list(smi.GROUPS)[1:])} (ended with 2: no such field)"]),
+        (
+            "head -c 300 /dev/urandom",
+            [],
+            [f"nvidia-smi does not say: {', '.join(list(smi.GROUPS)[:-1])} (no GPU is in its answer)"],
+        ),
+        (
+            "printf 'half\\033 a line' >&2; exit 9",
+            [],
+            [f"nvidia-smi does not say: {', '.join(smi.GROUPS)} (ended with 9: half? a line)"],
+        ),
+        (
+            'case "$1" in *name*) sleep 60;; *) echo no such field; exit 2;; esac',
+            [],
+            [
+                f"nvidia-smi does not say: general (did not answer within 3 s); {', '.join(list(smi.GROUPS)[1:])} (ended with 2: no such field)"
+            ],
+        ),
     ],
     ids=["lost", "hangs", "garbage", "fails", "one hangs, the others fail"],
-)  # fmt: skip
+)
 def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
     script: str, problems: list[str], warnings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,29 +253,46 @@ def test_gpus_that_are_hidden_from_the_job_are_not_judged() -> None:
 @pytest.mark.parametrize(
     ("driver", "cuda", "needed"),
     [
-        ("570.124.06", "13.0", 580), ("580.95.05", "13.0", 0), ("610.1", "13.1", 0), ("525.60", "12.8", 0),
-        ("470.1", "12.4", 525), ("", "13.0", 0), ("570.1", "", 0), ("570.1", "99.0", 0), ("garbage", "13.0", 0),
+        ("570.124.06", "13.0", 580),
+        ("580.95.05", "13.0", 0),
+        ("610.1", "13.1", 0),
+        ("525.60", "12.8", 0),
+        ("470.1", "12.4", 525),
+        ("", "13.0", 0),
+        ("570.1", "", 0),
+        ("570.1", "99.0", 0),
+        ("garbage", "13.0", 0),
     ],
-)  # fmt: skip
+)
 def test_the_driver_against_cuda(driver: str, cuda: str, needed: int) -> None:
     assert health.driver_needed(driver, cuda) == needed
 
 
-STATES = {f"mlx5_{n}": {1: "4: ACTIVE"} for n in (0, 1, 2, 10)} | {"mlx5_3": {1: "1: DOWN"}, "mlx5_4": {1: "2: INIT", 2: "4: ACTIVE"}}  # fmt: skip
+STATES = {f"mlx5_{n}": {1: "4: ACTIVE"} for n in (0, 1, 2, 10)} | {
+    "mlx5_3": {1: "1: DOWN"},
+    "mlx5_4": {1: "2: INIT", 2: "4: ACTIVE"},
+}
 
 
 @pytest.mark.parametrize(
     ("value", "wrong"),
     [
-        ("", []), ("mlx5_1,mlx5_2", []), ("=mlx5_1", []), ("mlx5_1:1", []), ("mlx5", []), ("mlx5_4", []),
-        ("^mlx5_9", []), ("^=mlx5_9", []), ("mlx5_1,,", []),
+        ("", []),
+        ("mlx5_1,mlx5_2", []),
+        ("=mlx5_1", []),
+        ("mlx5_1:1", []),
+        ("mlx5", []),
+        ("mlx5_4", []),
+        ("^mlx5_9", []),
+        ("^=mlx5_9", []),
+        ("mlx5_1,,", []),
         ("mlx5_1,mlx5_9", ["mlx5_9 is missing"]),
         ("mlx5_3", ["mlx5_3 is not active (1: DOWN)"]),
         ("mlx5_4:1", ["mlx5_4 is not active (2: INIT)"]),
         ("mlx5_1:7", ["mlx5_1 is not active (no port 7)"]),
         ("bnxt", ["bnxt is missing"]),
     ],
-)  # fmt: skip
+)
 def test_infiniband_devices_that_the_profile_names(value: str, wrong: list[str]) -> None:
     assert health.infiniband(value, STATES) == wrong
 
@@ -318,7 +370,9 @@ def test_memory_that_is_being_freed_is_no_fault(
     """A job has just ended on this node: its process takes seconds to let go of the GPU."""
     smi = tmp_path / "nvidia-smi"
     busy = f"echo >>{tmp_path}/looks; [ $(wc -l <{tmp_path}/looks) -lt {freed_at_look} ] && used=90000 || used=3"
-    smi.write_text(f'#!/bin/sh\ncase "$1" in *name*) {busy}; echo "GPU-0, 0, NVIDIA H200, 580.95.05, $used, 143771, 30" ;; esac\n')  # fmt: skip
+    smi.write_text(
+        f'#!/bin/sh\ncase "$1" in *name*) {busy}; echo "GPU-0, 0, NVIDIA H200, 580.95.05, $used, 143771, 30" ;; esac\n'
+    )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(health, "BETWEEN_S", 0)

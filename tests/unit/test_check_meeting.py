@@ -67,7 +67,14 @@ def test_strangers_are_sent_away() -> None:
     port, heard = free_port(), dict[int, Any]()
     host = Host(port, "7", 2)
     strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(7)]
-    lines = [b"GET / HTTP/1.0\r\n", b"[1]\n", b'{"job": "7", "node": 5, "now": 1, "say": {}}\n', b'{"job": "7", "node": 1, "now": 1, "say": 3}\n', b'{"job": "7", "node": 1, "now": 1%s, "say": {}}\n' % (b"0" * 400), b"[" * 99_999 + b"\n"]  # fmt: skip
+    lines = [
+        b"GET / HTTP/1.0\r\n",
+        b"[1]\n",
+        b'{"job": "7", "node": 5, "now": 1, "say": {}}\n',
+        b'{"job": "7", "node": 1, "now": 1, "say": 3}\n',
+        b'{"job": "7", "node": 1, "now": 1%s, "say": {}}\n' % (b"0" * 400),
+        b"[" * 99_999 + b"\n",
+    ]
     for stranger, line in zip(strangers, lines, strict=False):
         stranger.sendall(line)
     strangers[6].close()
@@ -125,12 +132,19 @@ def test_node_0_never_answers() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"SSH-2.0-OpenSSH_9.2\r\n", b"[1]\n", b'{"x": 1}\n', b'{"do": "allreduce"}\n', b'{"do": "allreduce", "port": "1"}\n',
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"[1]\n",
+        b'{"x": 1}\n',
+        b'{"do": "allreduce"}\n',
+        b'{"do": "allreduce", "port": "1"}\n',
         b'{"do": "allreduce", "port": 1, "verdict": 5}\n',
-        b'{"verdict": 5}\n', b'{"verdict": {}}\n', b'{"verdict": {"ok": true, "unfit": [3]}}\n', b'{"verdict": {"ok": true, "unfit": "no"}}\n',
+        b'{"verdict": 5}\n',
+        b'{"verdict": {}}\n',
+        b'{"verdict": {"ok": true, "unfit": [3]}}\n',
+        b'{"verdict": {"ok": true, "unfit": "no"}}\n',
         json.dumps({"verdict": {"ok": False, "unfit": [{**UNFIT, "why": None}]}}).encode() + b"\n",
     ],
-)  # fmt: skip
+)
 def test_another_program_at_node_0s_port(line: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         guest = Guest("127.0.0.1", other.getsockname()[1], "7", 1, 30)
@@ -154,12 +168,22 @@ def test_what_node_0_says_is_taken() -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        {"problems": "x"}, {"problems": [{"name": "ecc"}]}, {"problems": [3]}, {"warnings": {}}, {"gpu_health": "no"}, {"gpu_health": ["no"]},
-        {"check_s": "x"}, {"check_s": float("nan")}, {"speed": [{"gpu": 0, "copy_gbs": "fast"}]}, {"speed": [{"copy_gbs": 1}]},
-        {"allreduce_node_gbs": []}, {"host": 5}, 3,
+        {"problems": "x"},
+        {"problems": [{"name": "ecc"}]},
+        {"problems": [3]},
+        {"warnings": {}},
+        {"gpu_health": "no"},
+        {"gpu_health": ["no"]},
+        {"check_s": "x"},
+        {"check_s": float("nan")},
+        {"speed": [{"gpu": 0, "copy_gbs": "fast"}]},
+        {"speed": [{"copy_gbs": 1}]},
+        {"allreduce_node_gbs": []},
+        {"host": 5},
+        3,
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_record_that_no_verdict_can_be_made_of_is_not_taken(record: Any) -> None:
     """It has the job's own number, as a node of another release might; its node counts as one that did not come."""
     port, heard = free_port(), dict[int, Any]()
@@ -272,9 +296,12 @@ def test_workers_never_outlive_who_started_them(tmp_path: Path) -> None:
         "print(*(w.process.pid for w in made), flush=True); time.sleep(600)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
-    )  # fmt: skip
+    )
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split()]
     time.sleep(1)  # until they have asked the kernel for it

@@ -24,10 +24,17 @@ def records(nodes: int = 4, gpus: int = 4, **changes: dict[str, Any]) -> dict[in
             for gpu in range(gpus)
         ]
         made[node] = {
-            "node": node, "host": f"gpu{node:03d}", "gpu": "NVIDIA H100 80GB HBM3", "problems": [], "warnings": [],
-            "speed": speed, "allreduce_node_gbs": 450.0 + node, "torch": "2.14.1", "check_s": 20.0 + node,
+            "node": node,
+            "host": f"gpu{node:03d}",
+            "gpu": "NVIDIA H100 80GB HBM3",
+            "problems": [],
+            "warnings": [],
+            "speed": speed,
+            "allreduce_node_gbs": 450.0 + node,
+            "torch": "2.14.1",
+            "check_s": 20.0 + node,
             **changes.get(f"n{node}", {}),
-        }  # fmt: skip
+        }
     return made
 
 

@@ -61,8 +61,9 @@ def test_show_as_json_has_every_node_of_the_partition(launch: Launch, fake_slurm
         "",
     )
     assert [(n["name"], n["state"], n["free"], n["block"]) for n in shown["nodes"]] == [
-        ("batch-compute-node-001", "idle", True, "rack1"), ("batch-compute-node-002", "idle", True, "rack1"),
-    ]  # fmt: skip
+        ("batch-compute-node-001", "idle", True, "rack1"),
+        ("batch-compute-node-002", "idle", True, "rack1"),
+    ]
     assert [block["idle"] for block in shown["blocks"]] == [13, 18, 0]
     assert shown["proposal"]["profile"] == "gb200"
     assert {e["source"] for e in shown["proposal"]["evidence"]} >= {
@@ -187,12 +188,15 @@ def test_submit_takes_the_profile_that_show_proposes(launch: Launch, fake_slurm:
         ('[env]\nA = "1"\n', '[env]\nA = "1"\n\n[job]\ngpu = "b200"\n'),
         ('[job]\ngpu = "h100" # old\n', '[job]\ngpu = "b200" # old\n'),
         ("[job] # x\nnodes = 2\n[env]\n", '[job] # x\ngpu = "b200"\nnodes = 2\n[env]\n'),
-        ('[env]\ngpu = "no"\n[job]\n  gpu=\'h100\'\n[titan]\ngpu = "no"\n', '[env]\ngpu = "no"\n[job]\ngpu = "b200"\n[titan]\ngpu = "no"\n'),
+        (
+            '[env]\ngpu = "no"\n[job]\n  gpu=\'h100\'\n[titan]\ngpu = "no"\n',
+            '[env]\ngpu = "no"\n[job]\ngpu = "b200"\n[titan]\ngpu = "no"\n',
+        ),
         ("[job]", '[job]\ngpu = "b200"\n'),
         ('[job]\nmounts = [\n  "/a:/b",\n]\n', '[job]\ngpu = "b200"\nmounts = [\n  "/a:/b",\n]\n'),
-        ('[gpu.h100.job]\nnodes = 2\n', '[gpu.h100.job]\nnodes = 2\n\n[job]\ngpu = "b200"\n'),
+        ("[gpu.h100.job]\nnodes = 2\n", '[gpu.h100.job]\nnodes = 2\n\n[job]\ngpu = "b200"\n'),
     ],
-)  # fmt: skip
+)
 def test_saving_keeps_all_else_in_the_file(before: str, after: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(before)
@@ -205,9 +209,16 @@ def test_saving_keeps_all_else_in_the_file(before: str, after: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "text",
-    ['job.gpu = "h100"\n', 'job = { gpu = "h100" }\n', 'a = """\n[job]\n"""\n', '[job]\n"gpu" = "h100"\n', "job = 3\n",
-     '[job]\ngpu = """\nh100"""\n', "[job\n"],
-)  # fmt: skip
+    [
+        'job.gpu = "h100"\n',
+        'job = { gpu = "h100" }\n',
+        'a = """\n[job]\n"""\n',
+        '[job]\n"gpu" = "h100"\n',
+        "job = 3\n",
+        '[job]\ngpu = """\nh100"""\n',
+        "[job\n",
+    ],
+)
 def test_a_form_that_cannot_be_edited_is_left_alone(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(text)

@@ -47,9 +47,20 @@ def test_the_nodes_of_a_terraform_cluster() -> None:
     facts = facts_of(dict(CLUSTERS["terraform-24.11"]))
     nodes = {int(node.name[-3:]): node for node in facts.nodes}
     assert nodes[1] == Node(
-        "batch-compute-node-001", frozenset({"IDLE"}), "", ("batch", "short"), ("nvl72",), "gpu:gb200:4(S:0-1)", 4,
-        "gb200", 144, 870000, "aarch64", "rack1", "2026-03-01T00:00:00",
-    )  # fmt: skip
+        "batch-compute-node-001",
+        frozenset({"IDLE"}),
+        "",
+        ("batch", "short"),
+        ("nvl72",),
+        "gpu:gb200:4(S:0-1)",
+        4,
+        "gb200",
+        144,
+        870000,
+        "aarch64",
+        "rack1",
+        "2026-03-01T00:00:00",
+    )
     assert [nodes[n].state for n in (1, 3, 5, 6, 7, 8)] == [
         "idle",
         "drained",
@@ -117,20 +128,36 @@ def test_states(word: str, states: set[str], free: bool) -> None:
 @pytest.mark.parametrize(
     ("gres", "expected"),
     [
-        ("gpu:4", (4, "")), ("gpu:gb200:4", (4, "gb200")), ("gpu:H100:8(S:0-1)", (8, "h100")), ("gpu", (1, "")),
-        ("gpu:a100", (1, "a100")), ("nvme:2,gpu:b200:8(S:0,2),ib:8", (8, "b200")), ("(null)", (0, "")), ("", (0, "")),
-        ("gpu:a100:4,gpu:a100_1g.5gb:14", (18, "")), ("gpumem:80", (0, "")), ("gpu:nvidia_b200:8", (8, "nvidia_b200")),
+        ("gpu:4", (4, "")),
+        ("gpu:gb200:4", (4, "gb200")),
+        ("gpu:H100:8(S:0-1)", (8, "h100")),
+        ("gpu", (1, "")),
+        ("gpu:a100", (1, "a100")),
+        ("nvme:2,gpu:b200:8(S:0,2),ib:8", (8, "b200")),
+        ("(null)", (0, "")),
+        ("", (0, "")),
+        ("gpu:a100:4,gpu:a100_1g.5gb:14", (18, "")),
+        ("gpumem:80", (0, "")),
+        ("gpu:nvidia_b200:8", (8, "nvidia_b200")),
     ],
-)  # fmt: skip
+)
 def test_gpus_of_a_gres(gres: str, expected: tuple[int, str]) -> None:
     assert parse.gpus(gres) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("UNLIMITED", None), ("INFINITE", None), ("00:30:00", 1800), ("7-00:00:00", 604800), ("1-12", 129600), ("90", 5400),
-     ("nonsense", None), ("", None)],
-)  # fmt: skip
+    [
+        ("UNLIMITED", None),
+        ("INFINITE", None),
+        ("00:30:00", 1800),
+        ("7-00:00:00", 604800),
+        ("1-12", 129600),
+        ("90", 5400),
+        ("nonsense", None),
+        ("", None),
+    ],
+)
 def test_times(text: str, expected: int | None) -> None:
     assert parse.seconds(text) == expected
 
@@ -146,8 +173,14 @@ def test_no_free_text_changes_the_rest_of_a_node(reason: str, comment: str, stat
     text = node_line(replace(node, free_text=f"Comment={comment}" if comment else "")) + "\n"
     (read,), broken = parse.nodes(text + node_line(FakeNode("gpu-2")) + "\n")[0][:1], parse.nodes(text)[1]
     assert (read.name, read.states, read.gpus, read.partitions, read.features, read.arch, broken) == (
-        "gpu-1", parse.states(state), 4, ("p", "q"), ("a", "b"), "aarch64", 0,
-    )  # fmt: skip
+        "gpu-1",
+        parse.states(state),
+        4,
+        ("p", "q"),
+        ("a", "b"),
+        "aarch64",
+        0,
+    )
 
 
 @given(
@@ -188,9 +221,15 @@ def test_a_compressed_host_list_means_the_same_names(names: list[str]) -> None:
     [
         ("n[1-2,07]x,login", ["n1x", "n2x", "n07x", "login"]),
         ("r[1-2]n[08-09]", ["r1n08", "r1n09", "r2n08", "r2n09"]),
-        ("(null)", []), ("", []), ("ALL", []), ("n[1-999999999]", []), ("n[3-1]", []), ("n[", []), ("n[1-3],n[37-5", []),
+        ("(null)", []),
+        ("", []),
+        ("ALL", []),
+        ("n[1-999999999]", []),
+        ("n[3-1]", []),
+        ("n[", []),
+        ("n[1-3],n[37-5", []),
     ],
-)  # fmt: skip
+)
 def test_host_lists(hosts: str, names: list[str]) -> None:
     assert list(parse.expand(hosts)) == names
 
@@ -241,8 +280,11 @@ def test_one_question_without_an_answer_leaves_the_others(missing: str) -> None:
 def test_sinfo_is_the_second_source_of_nodes() -> None:
     answers = dict(CLUSTERS["terraform-22.05"])
     del answers["nodes"], answers["partitions"]
-    rows = ["n1|batch|idle|gpu:gb200:4(S:0-1)|nvl72|144|870000|none", "n1|all|idle|gpu:gb200:4|nvl72|144|870000|none",
-            "n2|batch|drained*|(null)|(null)|8+|1000+|bad | odd [x]"]  # fmt: skip
+    rows = [
+        "n1|batch|idle|gpu:gb200:4(S:0-1)|nvl72|144|870000|none",
+        "n1|all|idle|gpu:gb200:4|nvl72|144|870000|none",
+        "n2|batch|drained*|(null)|(null)|8+|1000+|bad | odd [x]",
+    ]
     facts = facts_of(answers | {"sinfo": "sinfo: warning\n" + "\n".join(rows) + "\n"})
     one, two = facts.nodes
     assert (one.partitions, one.gpus, one.features, one.state) == (("batch", "all"), 4, ("nvl72",), "idle")
@@ -276,9 +318,12 @@ def test_images_are_mounted_or_unpacked_as_plugstack_says(tmp_path: Path) -> Non
     line = tmp_path / "d" / "pyxis.conf"
     path = str(tmp_path / "plugstack.conf")
     for text, expected in (
-        ("", None), ("required /x/spank_pyxis.so\n", False), ("required /x/spank_pyxis.so use_squashfuse=1\n", True),
-        ("required spank_pyxis.so runtime_path=/r use_squashfuse=true\n", True), ("#required spank_pyxis.so\n", None),
-    ):  # fmt: skip
+        ("", None),
+        ("required /x/spank_pyxis.so\n", False),
+        ("required /x/spank_pyxis.so use_squashfuse=1\n", True),
+        ("required spank_pyxis.so runtime_path=/r use_squashfuse=true\n", True),
+        ("#required spank_pyxis.so\n", None),
+    ):
         line.write_text(text)
         assert parse.squashfuse(slurm.plugstack(path)) is expected
     assert slurm.plugstack(str(tmp_path / "none.conf")) == ""

@@ -135,11 +135,17 @@ def test_mfu_of_different_peaks_and_losses_of_different_steps_are_not_compared()
 
 
 @given(
-    st.builds(outcome, tps=st.none() | st.builds(spread, st.floats(0.1, 1e6), st.floats(0, 1), st.integers(1, 99)),
-              loss=st.none() | st.floats(), mfu_pct=st.none() | st.floats(), gpu=st.sampled_from(["GB200", "B200"]),
-              problems=st.sampled_from([(), ("restarted",)]), peak_tflops=st.none() | st.just(2250.0),
-              by_node=st.sampled_from([(), nodes(1.0), nodes(1.0, None)])),
-)  # fmt: skip
+    st.builds(
+        outcome,
+        tps=st.none() | st.builds(spread, st.floats(0.1, 1e6), st.floats(0, 1), st.integers(1, 99)),
+        loss=st.none() | st.floats(),
+        mfu_pct=st.none() | st.floats(),
+        gpu=st.sampled_from(["GB200", "B200"]),
+        problems=st.sampled_from([(), ("restarted",)]),
+        peak_tflops=st.none() | st.just(2250.0),
+        by_node=st.sampled_from([(), nodes(1.0), nodes(1.0, None)]),
+    ),
+)
 def test_any_two_results_compare(other: Outcome) -> None:
     for found in (compare(outcome(), other), compare(other, outcome())):
         json.dumps(as_dict(found), allow_nan=False)

@@ -23,9 +23,24 @@ def test_help_lists_them_too(launch: Launch) -> None:
 
 def test_every_command_has_help_and_json(launch: Launch) -> None:
     commands = [
-        "submit", "preflight", "plan", "sweep", "list", "status", "watch", "logs", "cancel", "results", "compare",
-        "accept", "report", "config show", "cluster show", "cluster nodes", "version",
-    ]  # fmt: skip
+        "submit",
+        "preflight",
+        "plan",
+        "sweep",
+        "list",
+        "status",
+        "watch",
+        "logs",
+        "cancel",
+        "results",
+        "compare",
+        "accept",
+        "report",
+        "config show",
+        "cluster show",
+        "cluster nodes",
+        "version",
+    ]
     for command in commands:
         done = launch(*command.split(), "--help")
         assert done.returncode == 0 and "--json" in done.stdout, command

@@ -105,8 +105,12 @@ def test_files_appear_and_grow(tmp_path: Path) -> None:
     assert seen[-1].records == {"a": 2, "b": 2}
     last = seen[-1]
     assert (last.tps, last.loss, last.tflops, last.mfu_pct, last.peak_tflops) == (
-        17100, 6.4277, 1018.2, 45.25, 2250,
-    )  # fmt: skip
+        17100,
+        6.4277,
+        1018.2,
+        45.25,
+        2250,
+    )
     assert (last.memory_gib, last.memory_pct, last.steps_total) == (158.61, 86.2, 100)
 
 
@@ -231,8 +235,12 @@ def test_following_all_logs_gives_whole_lines_as_they_come(tmp_path: Path) -> No
     ]
     lines = list(merged_lines(tmp_path, follow=True, is_finished=run.is_finished, sleep=run.sleep))
     assert lines == [
-        ("job", "job starts"), ("a", "one"), ("b", "first"), ("a", "two"), ("a", "three"),
-    ]  # fmt: skip
+        ("job", "job starts"),
+        ("a", "one"),
+        ("b", "first"),
+        ("a", "two"),
+        ("a", "three"),
+    ]
 
 
 def test_following_a_log_that_starts_again(tmp_path: Path) -> None:

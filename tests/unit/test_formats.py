@@ -72,9 +72,20 @@ def test_several_runs_are_a_line_each() -> None:
     lines = table([WHOLE, SHORT, outcome(gpu="H100", mfu_pct=None)]).splitlines()
     assert [len(line) <= 100 for line in lines] == [True] * 4
     assert lines[1].split() == [
-        "titan-llama3-8b-0930", "9", "(36", "GB200)", "5", "x", "8192", "17,930", "±0.4%", "46.15%", "2250", "159.31",
+        "titan-llama3-8b-0930",
+        "9",
+        "(36",
+        "GB200)",
+        "5",
+        "x",
+        "8192",
+        "17,930",
+        "±0.4%",
+        "46.15%",
+        "2250",
+        "159.31",
         "6.6542",
-    ]  # fmt: skip
+    ]
     assert lines[2].endswith("5 x 8192  FAILED; step 40 of 100") and "17,930" not in lines[2]
     assert " N/A " in lines[3]
 
@@ -224,8 +235,9 @@ def test_runs_on_the_same_hardware_share_a_file() -> None:
     files = submissions([WHOLE, again, shape(run="small", nodes=3, gpus=12)], "me")
     assert "on 2026-11-20, 2026-11-30." in files["llama3-8b_36xgb200_202611_me.md"]
     assert {name: text.count("```toml") for name, text in files.items()} == {
-        "llama3-8b_36xgb200_202611_me.md": 2, "llama3-8b_12xgb200_202611_me.md": 1,
-    }  # fmt: skip
+        "llama3-8b_36xgb200_202611_me.md": 2,
+        "llama3-8b_12xgb200_202611_me.md": 1,
+    }
 
 
 def test_what_is_not_a_result_is_not_submitted() -> None:

@@ -35,7 +35,13 @@ def job(tmp_path: Path):
     for name, text in (("getent", GETENT), ("scontrol", SCONTROL), ("srun", srun), ("ip", "cat HERE/route")):
         (folder / name).write_text(f"#!/bin/bash\n{text}\n".replace("HERE", str(tmp_path)))
         (folder / name).chmod(0o755)
-    values = {"job.name": "r", "job.runs_dir": str(tmp_path), "job.image": "/x.sqsh", "job.nodes": 2, "job.slurm_bin": str(folder)}  # fmt: skip
+    values = {
+        "job.name": "r",
+        "job.runs_dir": str(tmp_path),
+        "job.image": "/x.sqsh",
+        "job.nodes": 2,
+        "job.slurm_bin": str(folder),
+    }
     script = render(merge([Layer(values, dict.fromkeys(values, "test"))]))
 
     def run(addresses: dict[str, str], node_addr: str = "node-1", route: str = "", job_id: str = "41234"):

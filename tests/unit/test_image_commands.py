@@ -64,8 +64,10 @@ def test_the_group_is_in_the_launchers_help_and_not_imported_for_it(workplace: P
 def test_shell_completion(launch: Launch, words: list[str], expected: str) -> None:
     typed = ["launcher", *words]
     environment = {
-        "_LAUNCHER_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(typed), "COMP_CWORD": str(len(typed) - 1)
-    }  # fmt: skip
+        "_LAUNCHER_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(typed),
+        "COMP_CWORD": str(len(typed) - 1),
+    }
     assert launch(**environment).stdout.split() == [expected]
 
 
@@ -239,10 +241,15 @@ def test_what_cannot_be_an_image_is_refused_before_the_engine_is_asked(
 @pytest.mark.parametrize(
     "name",
     [
-        "titan:cpu-amd64", "localhost:5000/team/titan", "Registry.example.com/a_b/c--d:X.1", "0123456789ab",
-        f"titan@sha256:{'a' * 64}", f"sha256:{'a' * 64}", "[::1]:5000/titan:x",
+        "titan:cpu-amd64",
+        "localhost:5000/team/titan",
+        "Registry.example.com/a_b/c--d:X.1",
+        "0123456789ab",
+        f"titan@sha256:{'a' * 64}",
+        f"sha256:{'a' * 64}",
+        "[::1]:5000/titan:x",
     ],
-)  # fmt: skip
+)
 def test_names_that_an_engine_takes(name: str) -> None:
     assert is_reference(name)
 

@@ -28,9 +28,12 @@ from tests.unit.node_place import Place
 from tests.unit.test_titan_command import a_node, debug_node
 
 SCALING = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[int, ...]], dtype: str = "BF16") -> None:
@@ -232,10 +235,14 @@ def test_both_eras_load_the_hubs_format_and_save_only_when_asked(interval: int, 
     ]
     (text,) = config_files(node, "0.2.2").values()
     assert tomllib.loads(text)["checkpoint"] == {
-        "enable": True, "interval": interval or 500, "last_save_model_only": False,
-        "initial_load_path": "/data/models/it's", "initial_load_in_hf": True, "initial_load_model_only": True,
+        "enable": True,
+        "interval": interval or 500,
+        "last_save_model_only": False,
+        "initial_load_path": "/data/models/it's",
+        "initial_load_in_hf": True,
+        "initial_load_model_only": True,
         "load_only": load_only,
-    }  # fmt: skip
+    }
 
 
 def spec(init_from: Path | str, flavor: str = "debugmodel", **job: Any) -> RunSpec:

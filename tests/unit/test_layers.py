@@ -91,9 +91,18 @@ def test_a_profile_and_a_recipe_of_ones_own(workplace: Path) -> None:
 
 def test_a_run_file_repeats_the_run(workplace: Path) -> None:
     first = resolve(
-        options(job__gpu="h200", job__nodes=3, job__image="/i.sqsh", recipe__steps=9, env__A="x,y'\"$é", titan__training__z="1"),
-        None, None, {},
-    )  # fmt: skip
+        options(
+            job__gpu="h200",
+            job__nodes=3,
+            job__image="/i.sqsh",
+            recipe__steps=9,
+            env__A="x,y'\"$é",
+            titan__training__z="1",
+        ),
+        None,
+        None,
+        {},
+    )
     (workplace / "old").mkdir()
     file = write(workplace / "old" / "run.toml", run_toml(first))
     again = resolve(options(job__name="again", job__nodes=4), None, file, {})

@@ -32,8 +32,18 @@ def start(launch: Launch, workplace: Path) -> Callable[..., subprocess.Completed
         trainer.write_text(f"#!/bin/bash\n{script}\n")
         trainer.chmod(0o755)
         return launch(
-            "submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--name", name, "--python", str(trainer), *arguments
-        )  # fmt: skip
+            "submit",
+            "--local",
+            "--gpu",
+            "cpu",
+            "--recipe",
+            "debug",
+            "--name",
+            name,
+            "--python",
+            str(trainer),
+            *arguments,
+        )
 
     return submit
 
@@ -83,12 +93,16 @@ def test_status_says_how_far_it_is(start, launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said", "fix"),
     [
-        (("--gpu", "h200", "--recipe", "debug"), "--gpu h200: this machine has no NVIDIA driver", "--gpu cpu --recipe debug"),
+        (
+            ("--gpu", "h200", "--recipe", "debug"),
+            "--gpu h200: this machine has no NVIDIA driver",
+            "--gpu cpu --recipe debug",
+        ),
         (("--gpu", "cpu"), "/data/tokenizers/Llama-3.1-8B: not on this machine", "ls -ld"),
         (("--gpu", "cpu", "--tokenizer", "sample"), "/data/c4: not on this machine", "launcher stage c4"),
     ],
     ids=["GPU", "tokenizer", "data"],
-)  # fmt: skip
+)
 def test_what_this_machine_lacks_the_run_lacks(launch: Launch, arguments: tuple[str, ...], said: str, fix: str) -> None:
     for command in ("preflight", "submit"):
         done = launch(command, "--local", *arguments, PATH="/usr/bin:/bin")

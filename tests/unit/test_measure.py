@@ -57,8 +57,11 @@ def test_every_node_has_its_median_and_all_their_steps_make_the_spread() -> None
     nodes["silent"] = []
     found = measured(nodes)
     assert {node.host: node.tps for node in found.by_node} == {
-        "gpu-003": 17300, "gpu-001": 17100, "gpu-002": 17200, "gpu-004": 17400,
-    }  # fmt: skip
+        "gpu-003": 17300,
+        "gpu-001": 17100,
+        "gpu-002": 17200,
+        "gpu-004": 17400,
+    }
     assert found.tps is not None and (found.tps.median, found.tps.count) == (17250, 36)
     assert found.by_node[0].steps[1] == (10, 17300.0)
     assert found.last is nodes["gpu-003"][-1]  # the first of the job, not of the alphabet

@@ -32,8 +32,13 @@ def test_the_record_holds_what_a_results_row_needs(gpu: Place) -> None:
     record = gpu.record()
     assert record["ok"] and record["gpu_names"] == ["NVIDIA GB200"] * 4
     assert {name: record[name] for name in ("torch", "torchtitan", "cuda", "nccl", "node", "host")} == {
-        "torch": "2.14.1+cu130", "torchtitan": "0.3.0", "cuda": "13.0", "nccl": "2.30.7", "node": 0, "host": "gpu001",
-    }  # fmt: skip
+        "torch": "2.14.1+cu130",
+        "torchtitan": "0.3.0",
+        "cuda": "13.0",
+        "nccl": "2.30.7",
+        "node": 0,
+        "host": "gpu001",
+    }
     assert record["command"][1:3] == ["-m", "torch.distributed.run"]
     assert {"driver", "python", "arch", "address", "iface", "data_files"} <= record.keys()
     assert not list((gpu.run_dir / "nodes").glob("*.tmp")) and not list((gpu.run_dir / "nodes").glob(".*"))
@@ -250,9 +255,12 @@ def test_each_node_has_a_record_and_a_log_folder_of_its_own(cpu: Place) -> None:
     for index in (0, 1):
         arguments, _, _ = started(
             cpu.start(
-                FAKE_TORCH="2.13.0+cpu", TITAN_HEAD_ADDR="127.0.0.1", TITAN_HEAD_PORT="20001",
-                SLURM_NODEID=str(index), SLURMD_NODENAME=f"gpu00{index}",
+                FAKE_TORCH="2.13.0+cpu",
+                TITAN_HEAD_ADDR="127.0.0.1",
+                TITAN_HEAD_PORT="20001",
+                SLURM_NODEID=str(index),
+                SLURMD_NODENAME=f"gpu00{index}",
             )
-        )  # fmt: skip
+        )
         assert f"--log-dir={cpu.run_dir}/logs/ranks/000{index}-gpu00{index}" in arguments
         assert cpu.record(f"000{index}-gpu00{index}")["node"] == index

@@ -89,11 +89,18 @@ class Nodes(Place):
             own = dict(changes.get(f"n{number}", {}))
             node_json = own.pop("node_json", f"{self.run_dir}/job/node.json")
             env = {
-                "PATH": os.environ["PATH"], "PYTHONPATH": str(self.site), "HOME": str(self.run_dir),
-                "TITAN_HEAD_ADDR": address, "TITAN_HEAD_PORT": str(port + 10000 if port < 55000 else port), "TITAN_JOB_ID": "7",
-                "SLURM_NODEID": str(number), "SLURMD_NODENAME": f"gpu{number:03d}", "FAKE_TORCH": "2.13.0+cpu",
-                "TMPDIR": str(self.run_dir.parent / f"tmp{number}"), **own,
-            }  # fmt: skip
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(self.site),
+                "HOME": str(self.run_dir),
+                "TITAN_HEAD_ADDR": address,
+                "TITAN_HEAD_PORT": str(port + 10000 if port < 55000 else port),
+                "TITAN_JOB_ID": "7",
+                "SLURM_NODEID": str(number),
+                "SLURMD_NODENAME": f"gpu{number:03d}",
+                "FAKE_TORCH": "2.13.0+cpu",
+                "TMPDIR": str(self.run_dir.parent / f"tmp{number}"),
+                **own,
+            }
             Path(env["TMPDIR"]).mkdir(exist_ok=True)
             command = [sys.executable, "-S", str(self.run_dir / "job" / "node.py"), node_json]
             running.append(
@@ -149,8 +156,9 @@ def test_what_is_wrong_on_one_node_stops_all_and_names_it(two: Nodes) -> None:
     assert "titan-check: stop node=0 host=gpu000 because gpu001 is unfit: /nowhere is not" in done[0].stdout
     verdict = two.verdict()
     assert {(one["host"], one["name"], one["fault"]) for one in verdict["unfit"]} == {
-        ("gpu001", "data", "node"), ("gpu001", "tokenizer", "node"),
-    }  # fmt: skip
+        ("gpu001", "data", "node"),
+        ("gpu001", "tokenizer", "node"),
+    }
     assert two.record_of(0)["ok"] and two.record_of(0)["stopped"].startswith("gpu001 is unfit")
     record = two.record_of(1)
     assert not record["ok"] and "/nowhere is not" in record["why"]

@@ -21,10 +21,18 @@ RACKS = tuple(Block(f"rack-{r}", tuple(f"r{r}n{i:02d}" for i in range(18))) for 
 
 def cluster(*busy: str, blocks: tuple[Block, ...] = RACKS, **values: object) -> ClusterFacts:
     nodes = tuple(
-        Node(name, frozenset({"DRAIN", "IDLE"} if name in busy else {"IDLE"}), partitions=("batch",), gres="gpu:4",
-             gpus=4, arch="aarch64", block=block.name)
-        for block in RACKS for name in block.nodes
-    )  # fmt: skip
+        Node(
+            name,
+            frozenset({"DRAIN", "IDLE"} if name in busy else {"IDLE"}),
+            partitions=("batch",),
+            gres="gpu:4",
+            gpus=4,
+            arch="aarch64",
+            block=block.name,
+        )
+        for block in RACKS
+        for name in block.nodes
+    )
     known: dict[str, object] = {"slurm": (25, 11), "topology": "block", "segment": True, "pyxis": ""} | values
     return ClusterFacts(nodes=nodes, partitions=(Partition("batch", True, "UP"),), blocks=blocks, **known)  # type: ignore[arg-type]
 
@@ -37,9 +45,23 @@ def run(nodes: int, gpu: str = "gb200", segment: int = 0, origin: str = "option 
 
 @pytest.mark.parametrize(
     ("nodes", "expected"),
-    [(1, 1), (2, 2), (9, 9), (17, 17), (18, 18), (19, 1), (20, 10), (22, 11), (34, 17), (36, 18), (37, 1), (38, 2),
-     (54, 18), (53, 1)],
-)  # fmt: skip
+    [
+        (1, 1),
+        (2, 2),
+        (9, 9),
+        (17, 17),
+        (18, 18),
+        (19, 1),
+        (20, 10),
+        (22, 11),
+        (34, 17),
+        (36, 18),
+        (37, 1),
+        (38, 2),
+        (54, 18),
+        (53, 1),
+    ],
+)
 def test_the_largest_divisor_within_a_block(nodes: int, expected: int) -> None:
     assert placement.segment(nodes, [18, 18, 18]) == expected
 
@@ -83,8 +105,15 @@ def test_it_is_in_the_script_and_in_the_origin() -> None:
         (run(1), cluster()),
         (run(36, segment=18, origin="file /runs/a/run.toml"), cluster(segment=False)),
     ],
-    ids=["Slurm does not know it", "no blocks", "empty blocks", "no NVLink over nodes", "one node", "repeated on another cluster"],
-)  # fmt: skip
+    ids=[
+        "Slurm does not know it",
+        "no blocks",
+        "empty blocks",
+        "no NVLink over nodes",
+        "one node",
+        "repeated on another cluster",
+    ],
+)
 def test_never_where_it_means_nothing(spec: RunSpec, facts: ClusterFacts) -> None:
     assert "--segment" not in render(placed(spec, facts))
 
@@ -112,12 +141,16 @@ def test_only_the_blocks_of_the_partition_count() -> None:
 @pytest.mark.parametrize(
     ("nodes", "status", "said"),
     [
-        (17, OK, "1 x 17 nodes, each in one block of up to 18; room now: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)"),
+        (
+            17,
+            OK,
+            "1 x 17 nodes, each in one block of up to 18; room now: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)",
+        ),
         (36, OK, "2 x 18 nodes"),
         (19, WARNING, "--nodes 18 or 20"),
         (37, WARNING, "--nodes 36 or 39"),
     ],
-)  # fmt: skip
+)
 def test_what_the_user_is_told(nodes: int, status: str, said: str) -> None:
     facts = cluster()
     (check,) = [c for c in preflight(placed(run(nodes), facts), facts) if c.name == "placement"]
@@ -131,7 +164,10 @@ def test_room_now() -> None:
     assert placement.room_text(placement.describe(36, 18, RACKS)) == "no block has room for one now"
 
 
-UNEVEN = (Block("big", tuple(f"b{i}" for i in range(18))), *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(10)))  # fmt: skip
+UNEVEN = (
+    Block("big", tuple(f"b{i}" for i in range(18))),
+    *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(10)),
+)
 
 
 def test_the_fewest_domains_of_uneven_blocks() -> None:
@@ -145,10 +181,14 @@ def test_the_fewest_domains_of_uneven_blocks() -> None:
 @pytest.mark.parametrize(
     ("nodes", "why", "fix"),
     [
-        (18, "r1n00, r2n00, r3n00 are out of service; with them, pieces of 18 would do", "--nodes 17 or 20, or --segment 18, which waits for them"),
+        (
+            18,
+            "r1n00, r2n00, r3n00 are out of service; with them, pieces of 18 would do",
+            "--nodes 17 or 20, or --segment 18, which waits for them",
+        ),
         (19, "19 nodes need 2 NVLink domains at least, but no larger piece divides them", "--nodes 17 or 20"),
     ],
-)  # fmt: skip
+)
 def test_a_drained_node_in_every_rack_is_named(nodes: int, why: str, fix: str) -> None:
     facts = cluster("r1n00", "r2n00", "r3n00")
     check = check_of(run(nodes), facts)

@@ -145,11 +145,16 @@ def test_compile_is_about_and_never_surely_fits() -> None:
         (a_spec(compile=True), 17975 * 1.07, 17975 * 1.07, "torch.compile: +7% as published"),
         (a_spec(compile=True, quantize="mxfp8"), 17975 * 1.16, 17975 * 1.07 * 1.28, "mxfp8: +16% to +28% as published"),
         (a_spec("B200", 2, 8, compile=True), 17500, 17500, "torch.compile: no published figure on B200, not adjusted"),
-        (a_spec(activation_checkpoint="full"), 17975, 17975, "activation checkpointing full: no published figure on GB200, not adjusted"),
+        (
+            a_spec(activation_checkpoint="full"),
+            17975,
+            17975,
+            "activation checkpointing full: no published figure on GB200, not adjusted",
+        ),
         (a_spec(local_batch_size=4), 17975, 17975, "batch 4, the row 5: not adjusted"),
         (a_spec(nodes=18), 17581, 17581, "72 GPUs, the row 68: not adjusted"),
     ],
-)  # fmt: skip
+)
 def test_what_is_adjusted_is_said(spec: RunSpec, low: float, high: float, said: str) -> None:
     found = plan.plan(spec)
     assert found.tps == pytest.approx(low) and found.tps_high == pytest.approx(high)

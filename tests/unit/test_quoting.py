@@ -60,9 +60,12 @@ def run(folder: Path, **values: object) -> tuple[list[str], dict[str, str], RunS
     script = folder / "r" / "job.sbatch"
     script.write_text(render(spec), encoding="utf-8")
     done = subprocess.run(
-        ["bash", str(script)], cwd=folder / "r", env={"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        ["bash", str(script)],
+        cwd=folder / "r",
+        env={"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(folder / "r")) == ["claim", "end.json", "job.sbatch"]
     arguments, environment = json.loads((folder / "seen.json").read_text())
@@ -133,6 +136,13 @@ def test_names_of_variables(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("value", ["/a b", "/a'b", "/a%j", "/a,b", "/a:b", "/a\nb", "rel", "/" + "x" * 300])
 def test_runs_directories_that_slurm_or_pyxis_would_change(folder: Path, value: str) -> None:
-    spec = merge([Layer({"job.name": "r", "job.image": "/x", "job.runs_dir": value}, dict.fromkeys(["job.name", "job.image", "job.runs_dir"], "test"))])  # fmt: skip
+    spec = merge(
+        [
+            Layer(
+                {"job.name": "r", "job.image": "/x", "job.runs_dir": value},
+                dict.fromkeys(["job.name", "job.image", "job.runs_dir"], "test"),
+            )
+        ]
+    )
     with pytest.raises(LauncherError, match=r"job\.runs_dir"):
         validate(spec)

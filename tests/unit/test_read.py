@@ -26,10 +26,21 @@ DONE, RUNNING, FAILED = (
 DAMAGED = "run.toml is damaged: what was asked for is known in part"
 T0 = 1795331400.0  # 2026-11-22 07:10:00 UTC
 RECIPE = {
-    "name": "./mine/fast.toml", "model": "llama3", "flavor": "8B", "seq_len": 8192, "local_batch_size": 5,
-    "global_batch_size": -1, "steps": 100, "log_freq": 10, "param_dtype": "bfloat16", "quantize": "float8",
-    "compile": True, "tensor_parallel": 2, "context_parallel": 1, "pipeline_parallel": 1,
-}  # fmt: skip
+    "name": "./mine/fast.toml",
+    "model": "llama3",
+    "flavor": "8B",
+    "seq_len": 8192,
+    "local_batch_size": 5,
+    "global_batch_size": -1,
+    "steps": 100,
+    "log_freq": 10,
+    "param_dtype": "bfloat16",
+    "quantize": "float8",
+    "compile": True,
+    "tensor_parallel": 2,
+    "context_parallel": 1,
+    "pipeline_parallel": 1,
+}
 NODE = {
     "gpu": "GB200",
     "profile": "gb200",
@@ -63,10 +74,19 @@ param_dtype = "bfloat16"
 "job.name" = "option"
 """
 RECORD = {
-    "ok": True, "gpu": "NVIDIA GB200", "gpu_names": ["NVIDIA GB200"] * 4, "torch": "2.14.1", "torchtitan": "0.3.0",
-    "cuda": "13.0", "nccl": "2.28.9", "driver": "580.95.05", "python": "3.12.3", "time": int(T0) + 50, "check_s": 10.0,
+    "ok": True,
+    "gpu": "NVIDIA GB200",
+    "gpu_names": ["NVIDIA GB200"] * 4,
+    "torch": "2.14.1",
+    "torchtitan": "0.3.0",
+    "cuda": "13.0",
+    "nccl": "2.28.9",
+    "driver": "580.95.05",
+    "python": "3.12.3",
+    "time": int(T0) + 50,
+    "check_s": 10.0,
     "utc_offset_s": 0,
-}  # fmt: skip
+}
 
 
 def clock(seconds: float) -> str:
@@ -145,9 +165,13 @@ def test_a_whole_run(made: Made) -> None:
     assert found.slowest is not None and found.slowest.host == "a"
     assert found.startup == Startup(queue_s=30, container_s=25, check_s=12.5, first_step_s=T0 + 101 - (T0 + 67.5))
     assert found.versions == {
-        "torch": "2.14.1", "torchtitan": "0.3.0", "cuda": "13.0", "nccl": "2.28.9", "driver": "580.95.05",
+        "torch": "2.14.1",
+        "torchtitan": "0.3.0",
+        "cuda": "13.0",
+        "nccl": "2.28.9",
+        "driver": "580.95.05",
         "python": "3.12.3",
-    }  # fmt: skip
+    }
     assert found.settings["titan.training.max_norm"] == "2.0" and found.settings["recipe.steps"] == 100
     assert found.settings["profile.left_behind"] == 0.0  # of an older launcher, and still told
     assert "job.name" not in found.settings and not any(key.startswith("origin") for key in found.settings)

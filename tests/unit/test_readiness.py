@@ -43,8 +43,12 @@ WRONG = {
     "a damaged image": (("--image", "cut.sqsh"), "cut.sqsh", ExitStatus.INVALID),
     "another architecture": (("--image", "arm.sqsh"), "aarch64", ExitStatus.INVALID),
     "weights of another model": (("--image", "good.sqsh", "--init-from", "weights"), "--init-from", ExitStatus.INVALID),
-    "data that is a file": (("--image", "good.sqsh", "--data", "cut.sqsh"), "a file, not a directory", ExitStatus.INVALID),
-}  # fmt: skip
+    "data that is a file": (
+        ("--image", "good.sqsh", "--data", "cut.sqsh"),
+        "a file, not a directory",
+        ExitStatus.INVALID,
+    ),
+}
 
 
 @pytest.mark.parametrize(("arguments", "said", "status"), WRONG.values(), ids=WRONG.keys())
@@ -76,11 +80,14 @@ def test_submit_and_preflight_refuse_the_same(
 
 # Traps of the clusters that need no question to Slurm: what is typed, and what the user reads before the job queues.
 TRAPS = {
-    "a library of the host": (("--env", "LD_PRELOAD=/usr/lib/libnccl.so"), "--env LD_PRELOAD=/usr/lib/libnccl.so: a library of the host's is not in the container"),
+    "a library of the host": (
+        ("--env", "LD_PRELOAD=/usr/lib/libnccl.so"),
+        "--env LD_PRELOAD=/usr/lib/libnccl.so: a library of the host's is not in the container",
+    ),
     "a mount that is not here": (("--mount", "/nowhere/at/all:/x"), "--mount /nowhere/at/all: not on this machine"),
     "no tokenizer": (("--tokenizer", "nothere"), "nothere: not on this machine"),
     "the Hub without a token": (("--data", "hub"), "--data hub: the ranks ask the Hub without a token"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("arguments", "said"), TRAPS.values(), ids=TRAPS.keys())

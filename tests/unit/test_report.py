@@ -227,8 +227,9 @@ def test_of_a_thousand_nodes_the_slowest_are_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.44, "0.4 s"), (59.7, "1 min 00 s"), (38.2, "38 s"), (125, "2 min 05 s"), (11520, "3 h 12 min")]
-)  # fmt: skip
+    ("value", "text"),
+    [(0.44, "0.4 s"), (59.7, "1 min 00 s"), (38.2, "38 s"), (125, "2 min 05 s"), (11520, "3 h 12 min")],
+)
 def test_durations(value: float, text: str) -> None:
     assert seconds(value) == text
 
@@ -275,8 +276,10 @@ def test_the_policy_names_the_one_script_and_the_one_style() -> None:
 
 TREACHEROUS = st.one_of(
     st.text(min_size=1, max_size=30),
-    st.sampled_from([MARKUP, "</title>", "--><script>", "{{ 7 * 7 }}", "]]>", "\x00\x1b[31m", "\u202e", "' onload='", "&lt;"]),
-)  # fmt: skip
+    st.sampled_from(
+        [MARKUP, "</title>", "--><script>", "{{ 7 * 7 }}", "]]>", "\x00\x1b[31m", "\u202e", "' onload='", "&lt;"]
+    ),
+)
 
 
 @given(TREACHEROUS, TREACHEROUS)
@@ -285,9 +288,15 @@ def test_no_name_is_ever_markup(name: str, value: str) -> None:
     def named(name: str, value: str) -> Parsed:
         first = replace(
             outcome(problems=(value,), notes=(value,), settings={"env.A": value}, by_node=nodes(1.0, 2.0, host=name)),
-            run=name, cluster=value, gpu=name, recipe=name, precision=f"p{value}", date=f"2026-11-20T{value}",
-            state=f"x{value}", versions={value: name},
-        )  # fmt: skip
+            run=name,
+            cluster=value,
+            gpu=name,
+            recipe=name,
+            precision=f"p{value}",
+            date=f"2026-11-20T{value}",
+            state=f"x{value}",
+            versions={value: name},
+        )
         rows = [replace(published()[0], run=f"{value} (x)", gpu=name)]
         text = page(
             [first, outcome(gpu=name, precision=f"p{value}")],
@@ -310,8 +319,16 @@ def test_two_hundred_long_runs_are_a_page_that_can_be_mailed() -> None:
 
 
 def test_one_run_and_a_run_without_anything() -> None:
-    bare = outcome(series=(), by_node=(), tps=None, loss=None, step=None, mfu_pct=None, startup=Startup(),
-                   problems=("no step of 100 was logged",))  # fmt: skip
+    bare = outcome(
+        series=(),
+        by_node=(),
+        tps=None,
+        loss=None,
+        step=None,
+        mfu_pct=None,
+        startup=Startup(),
+        problems=("no step of 100 was logged",),
+    )
     text = rendered(bare, rows=[])
     assert "There is one run" in text and "<svg" not in text and 'id="nodes"' not in text
 

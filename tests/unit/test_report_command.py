@@ -14,9 +14,11 @@ from launcher.report.commands import report
 from tests.unit.test_follow import step
 
 NODE = {
-    "gpu": "GB200", "nodes": 1, "gpus_per_node": 4,
+    "gpu": "GB200",
+    "nodes": 1,
+    "gpus_per_node": 4,
     "recipe": {"name": "llama3-8b", "local_batch_size": 5, "steps": 30, "log_freq": 10, "seq_len": 8192},
-}  # fmt: skip
+}
 
 
 def make_run(runs_dir: Path, name: str, at: float, steps: tuple[int, ...] = (1, 10, 20, 30)) -> Path:
@@ -60,8 +62,12 @@ def test_all_runs_newest_first_and_again_over_its_own_page(runs_dir: Path) -> No
 def test_named_runs_once_each_and_as_json(runs_dir: Path) -> None:
     done = call("first", str(runs_dir / "first"), "--json")
     assert json.loads(done.stdout) == {
-        "page": "report.html", "runs": 1, "incomplete": [], "left_out": [], "plots": [],
-    }  # fmt: skip
+        "page": "report.html",
+        "runs": 1,
+        "incomplete": [],
+        "left_out": [],
+        "plots": [],
+    }
 
 
 def test_runs_of_the_same_name_in_other_folders(runs_dir: Path) -> None:

@@ -61,11 +61,22 @@ Published = tuple[str, int, int, int, int, float, float, float, float, int, floa
 def published_row(row: Published) -> Outcome:
     gpu, nodes, gpus, batch, step, loss, grad_norm, memory_gib, memory_pct, tps, tflops, mfu_pct = row
     return outcome(
-        gpu=gpu, nodes=nodes, gpus=gpus, local_batch_size=batch, steps=step, step=step, loss=loss, grad_norm=grad_norm,
-        memory_pct=memory_pct, mfu_pct=mfu_pct, peak_tflops=peak_of(tflops, mfu_pct), tflops=spread(tflops, 0.0),
-        series=(Point(step, loss, grad_norm, tps, memory_gib, tflops),), tps=Spread(tps, tps, tps, tps, tps, 1),
+        gpu=gpu,
+        nodes=nodes,
+        gpus=gpus,
+        local_batch_size=batch,
+        steps=step,
+        step=step,
+        loss=loss,
+        grad_norm=grad_norm,
+        memory_pct=memory_pct,
+        mfu_pct=mfu_pct,
+        peak_tflops=peak_of(tflops, mfu_pct),
+        tflops=spread(tflops, 0.0),
+        series=(Point(step, loss, grad_norm, tps, memory_gib, tflops),),
+        tps=Spread(tps, tps, tps, tps, tps, 1),
         by_node=(NodeResult("n", tps),),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("row", "line"), list(zip(PUBLISHED, ON_THE_PAGE, strict=False)))
@@ -150,8 +161,11 @@ def test_the_summary_names_the_slowest_node() -> None:
     )
     found = as_dict(whole)
     assert (found["slowest_node"], found["slowest_tps"], found["fastest_tps"], found["records_used"]) == (
-        "gb200-003", 16000.0, 17400.0, 9,
-    )  # fmt: skip
+        "gb200-003",
+        16000.0,
+        17400.0,
+        9,
+    )
 
 
 def test_one_node_has_no_spread() -> None:
@@ -182,9 +196,15 @@ def test_any_other_problem_is_beside_the_figures(problem: str) -> None:
 
 def test_a_run_without_a_step() -> None:
     silent = outcome(
-        series=(), step=None, tps=None, tflops=None, memory_gib=None, by_node=(), state="FAILED",
+        series=(),
+        step=None,
+        tps=None,
+        tflops=None,
+        memory_gib=None,
+        by_node=(),
+        state="FAILED",
         problems=("no step of 100 was logged", "FAILED"),
-    )  # fmt: skip
+    )
     assert markdown_row(silent).endswith("|no step of 100 was logged|")
     assert summary_line(silent) == "no step of 100 was logged, FAILED"
     found = as_dict(silent)
@@ -207,10 +227,32 @@ def test_nan_is_null() -> None:
 
 def test_the_old_keys_are_still_there() -> None:
     assert set(as_dict(outcome())) >= {
-        "run", "state", "gpu", "nodes", "gpus", "local_batch_size", "steps", "step", "loss", "grad_norm", "memory_gib",
-        "memory_pct", "tps", "tflops", "mfu_pct", "peak_tflops", "median_tps", "records_used", "nodes_logged",
-        "slowest_node", "slowest_tps", "fastest_tps", "incomplete", "restarted", "non_finite",
-    }  # fmt: skip
+        "run",
+        "state",
+        "gpu",
+        "nodes",
+        "gpus",
+        "local_batch_size",
+        "steps",
+        "step",
+        "loss",
+        "grad_norm",
+        "memory_gib",
+        "memory_pct",
+        "tps",
+        "tflops",
+        "mfu_pct",
+        "peak_tflops",
+        "median_tps",
+        "records_used",
+        "nodes_logged",
+        "slowest_node",
+        "slowest_tps",
+        "fastest_tps",
+        "incomplete",
+        "restarted",
+        "non_finite",
+    }
 
 
 def test_earlier_and_quantised_forms() -> None:

@@ -9,7 +9,9 @@ from launcher.errors import ExitStatus
 
 FAILED = "sbatch: error: Batch job submission failed: "
 SAID = {
-    "sbatch: error: invalid partition specified: gpu\n" + FAILED + "Invalid partition name specified": "no such partition",
+    "sbatch: error: invalid partition specified: gpu\n"
+    + FAILED
+    + "Invalid partition name specified": "no such partition",
     FAILED + "Required partition not available (inactive or drain)": "takes no jobs now",
     FAILED + "Invalid account or account/partition combination specified": "account may not use this partition",
     FAILED + "Invalid qos specification": "no such QOS",
@@ -27,9 +29,10 @@ SAID = {
     FAILED + "Invalid node name specified": "does not exist",
     FAILED + "Invalid generic resource (gres) specification": "no GPUs under that name",
     FAILED + "Requested time limit is invalid (missing or exceeds some limit)": "time limit is above",
-    FAILED + "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)": "limit of your account",
+    FAILED
+    + "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)": "limit of your account",
     FAILED + "Access/permission denied": "you may not submit there",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", SAID)

@@ -64,12 +64,20 @@ def test_the_submitters_shell_does_not_overrule_the_script(launch: Launch, slurm
     [
         ("echo 'sbatch: error: invalid partition: x' >&2; exit 1", "no such partition", "sinfo -s"),
         ("echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1", "no node set", "sinfo"),
-        ("echo 'sbatch: error: Batch job submission failed: Requested topology configuration is not available' >&2; exit 1", "block", "--segment"),
-        ("echo 'sbatch: error: Invalid account or account/partition combination specified' >&2; exit 1", "account", "--account"),
+        (
+            "echo 'sbatch: error: Batch job submission failed: Requested topology configuration is not available' >&2; exit 1",
+            "block",
+            "--segment",
+        ),
+        (
+            "echo 'sbatch: error: Invalid account or account/partition combination specified' >&2; exit 1",
+            "account",
+            "--account",
+        ),
         ("echo 'something new' >&2; exit 77", "exit code 77", "--dry-run"),
         ("exit 1", "exit code 1", "--dry-run"),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_is_translated_and_leaves_nothing(
     script: str, said: str, fix: str, launch: Launch, slurm: Fake, image: Path
 ) -> None:
@@ -139,9 +147,12 @@ def test_a_hanging_squeue_is_bounded(slurm: Fake, monkeypatch: pytest.MonkeyPatc
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launcher", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "launcher", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -156,7 +167,11 @@ def test_killed_around_sbatch(moment: str, launch: Launch, slurm: Fake, image: P
     """SIGKILL before Slurm has the job, while sbatch is at work, and after its answer was sent."""
     here, go = image.parent / "here", image.parent / "go"
     gate = f"touch {here}; until [ -e {go} ]; do sleep 0.02; done"
-    scripts = {"before": f"echo $$ >{here}.new; mv {here}.new {here}; exec sleep 600", "during": f"{gate}\n{SBATCH}", "after": f"{SBATCH}\n{gate}"}  # fmt: skip
+    scripts = {
+        "before": f"echo $$ >{here}.new; mv {here}.new {here}; exec sleep 600",
+        "during": f"{gate}\n{SBATCH}",
+        "after": f"{SBATCH}\n{gate}",
+    }
     slurm("sbatch", scripts[moment])
     process = start(*SUBMIT)
     wait_for(here.exists)
@@ -218,12 +233,20 @@ def test_killed_at_any_moment(at: int, launch: Launch, slurm: Fake, image: Path)
 @pytest.mark.parametrize(
     ("word", "state", "code"),
     [
-        ("RUNNING", "RUNNING", 0), ("COMPLETING", "COMPLETING", 0), ("COMPLETED", "COMPLETED", 0),
-        ("NODE_FAIL", "NODE_FAIL", 8), ("PREEMPTED", "PREEMPTED", 8), ("OUT_OF_MEMORY", "OUT_OF_MEMORY", 8),
-        ("BOOT_FAIL", "BOOT_FAIL", 8), ("DEADLINE", "DEADLINE", 8), ("TIMEOUT", "TIMEOUT", 8), ("FAILED", "FAILED", 8),
-        ("CANCELLED", "CANCELLED", 8), ("SOMETHING_NEW", "UNKNOWN", 9),
+        ("RUNNING", "RUNNING", 0),
+        ("COMPLETING", "COMPLETING", 0),
+        ("COMPLETED", "COMPLETED", 0),
+        ("NODE_FAIL", "NODE_FAIL", 8),
+        ("PREEMPTED", "PREEMPTED", 8),
+        ("OUT_OF_MEMORY", "OUT_OF_MEMORY", 8),
+        ("BOOT_FAIL", "BOOT_FAIL", 8),
+        ("DEADLINE", "DEADLINE", 8),
+        ("TIMEOUT", "TIMEOUT", 8),
+        ("FAILED", "FAILED", 8),
+        ("CANCELLED", "CANCELLED", 8),
+        ("SOMETHING_NEW", "UNKNOWN", 9),
     ],
-)  # fmt: skip
+)
 def test_slurms_states(word: str, state: str, code: int, launch: Launch, slurm: Fake, image: Path) -> None:
     launch(*SUBMIT)
     line = jobs(image)[0].rsplit(" ", 1)[0]

@@ -133,7 +133,21 @@ def test_a_setting_that_would_make_the_row_false(setting: str, said: str, launch
 
 
 def test_set_reaches_the_recipe_too(launch: Launch, image: Path) -> None:
-    shown = launch("config", "show", "--gpu", "b200", "--image", "titan.sqsh", "--set", "recipe.activation_checkpoint=full", "--set", "recipe.lr=0.1", "--set", "training.max_norm=2.0", "--json")  # fmt: skip
+    shown = launch(
+        "config",
+        "show",
+        "--gpu",
+        "b200",
+        "--image",
+        "titan.sqsh",
+        "--set",
+        "recipe.activation_checkpoint=full",
+        "--set",
+        "recipe.lr=0.1",
+        "--set",
+        "training.max_norm=2.0",
+        "--json",
+    )
     values = json.loads(shown.stdout)
     assert values["recipe.activation_checkpoint"] == {"value": "full", "origin": "option --set"}
     assert (values["recipe.lr"]["value"], values["titan.training.max_norm"]["value"]) == (0.1, "2.0")
@@ -206,14 +220,18 @@ def test_a_node_that_cannot_write_the_run_directory(workplace: Path) -> None:
         pytest.skip("needs root and setpriv")
     script = subprocess.run(
         [sys.executable, "-m", "launcher", "render", "--gpu", "b200", "--image", "/x", "--name", "r"],
-        capture_output=True, text=True,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+    ).stdout
     (workplace / "runs" / "r").mkdir(parents=True)
     os.chown(workplace / "runs" / "r", 65534, 65534)
     done = subprocess.run(
-        ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "bash"], input=script, capture_output=True,
-        text=True, env={"SLURM_JOB_ID": "1", "PATH": os.environ["PATH"]},
-    )  # fmt: skip
+        ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "bash"],
+        input=script,
+        capture_output=True,
+        text=True,
+        env={"SLURM_JOB_ID": "1", "PATH": os.environ["PATH"]},
+    )
     assert (done.returncode, "cannot write the run directory" in done.stderr) == (77, True), done.stderr
 
 

@@ -241,15 +241,18 @@ def test_two_recipes_of_one_name(launch: Launch, image: Path) -> None:
         (("--nodes", "0"), ExitStatus.USAGE, "'0' is not a number from 1 on"),
         (("--nodes", "-3"), ExitStatus.USAGE, "'-3' is not a number from 1 on"),
         (("--batch-size", "4,5,4"), ExitStatus.USAGE, "4 stands there twice"),
-        (("--nodes", ",".join(map(str, range(1, 1001))), "--batch-size", ",".join(map(str, range(1, 1001)))),
-         ExitStatus.INVALID, "1,000,000 combinations: a sweep has at most 100"),
+        (
+            ("--nodes", ",".join(map(str, range(1, 1001))), "--batch-size", ",".join(map(str, range(1, 1001)))),
+            ExitStatus.INVALID,
+            "1,000,000 combinations: a sweep has at most 100",
+        ),
         (("--recipe", "nonsense"), ExitStatus.NOT_FOUND, "there is no recipe 'nonsense'"),
         (("--name", "a" * 50), ExitStatus.INVALID, "a name of 66 characters"),
         (("--name", "../elsewhere"), ExitStatus.INVALID, "letters, digits"),
         (("--local", "--parallel"), ExitStatus.USAGE, "--parallel is for Slurm"),
         (("--env", "A_TOKEN"), ExitStatus.INVALID, "no such variable"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(
     arguments: tuple[str, ...], status: ExitStatus, said: str, launch: Launch, recorded: Fake, image: Path
 ) -> None:

@@ -30,11 +30,29 @@ LLAMA3_8B: dict[str, Any] = {
     "profile": "gb200",
     "gpu": "GB200",
     "recipe": {
-        "name": "llama3-8b", "model": "llama3", "flavor": "8B", "dataset": "c4", "seq_len": 8192,
-        "local_batch_size": 5, "global_batch_size": -1, "steps": 100, "log_freq": 10, "lr": 3e-4,
-        "warmup_steps": 200, "seed": 0, "activation_checkpoint": "selective", "compile": False,
-        "quantize": "none", "param_dtype": "bfloat16", "dp_replicate": 1, "dp_shard": -1, "tensor_parallel": 1,
-        "context_parallel": 1, "pipeline_parallel": 1, "checkpoint_interval": 0, "tensorboard": True,
+        "name": "llama3-8b",
+        "model": "llama3",
+        "flavor": "8B",
+        "dataset": "c4",
+        "seq_len": 8192,
+        "local_batch_size": 5,
+        "global_batch_size": -1,
+        "steps": 100,
+        "log_freq": 10,
+        "lr": 3e-4,
+        "warmup_steps": 200,
+        "seed": 0,
+        "activation_checkpoint": "selective",
+        "compile": False,
+        "quantize": "none",
+        "param_dtype": "bfloat16",
+        "dp_replicate": 1,
+        "dp_shard": -1,
+        "tensor_parallel": 1,
+        "context_parallel": 1,
+        "pipeline_parallel": 1,
+        "checkpoint_interval": 0,
+        "tensorboard": True,
     },
     "data": "/data/c4",
     "data_source": "/data/c4",
@@ -42,17 +60,27 @@ LLAMA3_8B: dict[str, Any] = {
     "init_from": "",
     "scratch": "",
     "titan": {},
-}  # fmt: skip
+}
 NINE_NODES = Rendezvous("4711", 2, "gpu-003", "10.0.0.1", 24711, "10.0.0.3")
 TORCHRUN_NINE = [
-    "python3", "-m", "torch.distributed.run",
-    "--nnodes=9", "--nproc-per-node=4",
-    "--rdzv-backend=c10d", "--rdzv-id=4711", "--rdzv-endpoint=10.0.0.1:24711",
-    "--rdzv-conf=is_host=0,join_timeout=900,read_timeout=900", "--local-addr=10.0.0.3",
-    "--max-restarts=0", "--role=rank", "--tee=3", "--local-ranks-filter=0",
+    "python3",
+    "-m",
+    "torch.distributed.run",
+    "--nnodes=9",
+    "--nproc-per-node=4",
+    "--rdzv-backend=c10d",
+    "--rdzv-id=4711",
+    "--rdzv-endpoint=10.0.0.1:24711",
+    "--rdzv-conf=is_host=0,join_timeout=900,read_timeout=900",
+    "--local-addr=10.0.0.3",
+    "--max-restarts=0",
+    "--role=rank",
+    "--tee=3",
+    "--local-ranks-filter=0",
     "--log-dir=/runs/one/logs/ranks/0002-gpu-003",
-    "-m", "torchtitan.train",
-]  # fmt: skip
+    "-m",
+    "torchtitan.train",
+]
 
 
 def a_node(recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -64,36 +92,64 @@ def a_node(recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, An
 
 def debug_node(**changes: Any) -> dict[str, Any]:
     recipe = {
-        "name": "debug", "flavor": "debugmodel", "seq_len": 256, "local_batch_size": 4, "steps": 20, "log_freq": 2,
-        "lr": 8e-4, "warmup_steps": 2, "seed": 1, "activation_checkpoint": "none", "param_dtype": "float32",
-    }  # fmt: skip
+        "name": "debug",
+        "flavor": "debugmodel",
+        "seq_len": 256,
+        "local_batch_size": 4,
+        "steps": 20,
+        "log_freq": 2,
+        "lr": 8e-4,
+        "warmup_steps": 2,
+        "seed": 1,
+        "activation_checkpoint": "none",
+        "param_dtype": "float32",
+    }
     return a_node(recipe, **{"device": "cpu", "nodes": 1, "gpus_per_node": 2, **changes})
 
 
 def test_8b_in_the_registry_era_is_one_line() -> None:
     assert torchrun_command(LLAMA3_8B, "0.3.0", NINE_NODES, torch_version="2.14.1+cu130") == [
         *TORCHRUN_NINE,
-        "--module=llama3", "--config=llama3_8b",
+        "--module=llama3",
+        "--config=llama3_8b",
         "--dump_folder=/runs/one/titan",
         "--hf_assets_path=/data/tokenizers/Llama-3.1-8B",
-        "--dataloader.dataset=c4", "--dataloader.dataset_path=/data/c4",
+        "--dataloader.dataset=c4",
+        "--dataloader.dataset_path=/data/c4",
         "--optimizer.param_groups.0.optimizer_kwargs.lr=0.0003",
-        "--training.local_batch_size=5", "--training.global_batch_size=-1", "--training.seq_len=8192",
-        "--training.steps=100", "--training.mixed_precision_param=bfloat16",
-        "--lr_scheduler.warmup_steps=200", "--lr_scheduler.decay_ratio=None",
-        "--lr_scheduler.decay_type=linear", "--lr_scheduler.min_lr_factor=0.0",
-        "--parallelism.data_parallel_replicate_degree=1", "--parallelism.data_parallel_shard_degree=-1",
-        "--parallelism.tensor_parallel_degree=1", "--parallelism.context_parallel_degree=1",
-        "--parallelism.pipeline_parallel_degree=1", "--parallelism.pipeline_parallel_schedule=1F1B",
-        "--compile.no_enable", "--compile.components=model,loss",
-        "--checkpoint.no_enable", "--checkpoint.interval=500", "--checkpoint.no_last_save_model_only",
-        "--metrics.log_freq=10", "--metrics.disable_color_printing", "--metrics.enable_tensorboard",
-        "--metrics.save_tb_folder=tb", "--debug.seed=None",
-        "--training.disable_cuda_graphs", "--loss.num_chunks=1", "--profiler.no_enable_profiling",
+        "--training.local_batch_size=5",
+        "--training.global_batch_size=-1",
+        "--training.seq_len=8192",
+        "--training.steps=100",
+        "--training.mixed_precision_param=bfloat16",
+        "--lr_scheduler.warmup_steps=200",
+        "--lr_scheduler.decay_ratio=None",
+        "--lr_scheduler.decay_type=linear",
+        "--lr_scheduler.min_lr_factor=0.0",
+        "--parallelism.data_parallel_replicate_degree=1",
+        "--parallelism.data_parallel_shard_degree=-1",
+        "--parallelism.tensor_parallel_degree=1",
+        "--parallelism.context_parallel_degree=1",
+        "--parallelism.pipeline_parallel_degree=1",
+        "--parallelism.pipeline_parallel_schedule=1F1B",
+        "--compile.no_enable",
+        "--compile.components=model,loss",
+        "--checkpoint.no_enable",
+        "--checkpoint.interval=500",
+        "--checkpoint.no_last_save_model_only",
+        "--metrics.log_freq=10",
+        "--metrics.disable_color_printing",
+        "--metrics.enable_tensorboard",
+        "--metrics.save_tb_folder=tb",
+        "--debug.seed=None",
+        "--training.disable_cuda_graphs",
+        "--loss.num_chunks=1",
+        "--profiler.no_enable_profiling",
         "--debug.no_enable_structured_logging",
-        "--validator.no_enable", "--validator.dataloader.dataset_path=/data/c4",
+        "--validator.no_enable",
+        "--validator.dataloader.dataset_path=/data/c4",
         "activation-checkpoint:selective",
-    ]  # fmt: skip
+    ]
     assert config_files(LLAMA3_8B, "0.3.0") == {}
 
 
@@ -105,27 +161,42 @@ def test_8b_in_the_toml_era_is_a_file() -> None:
     assert tomllib.loads(text) == {
         "job": {"dump_folder": "/runs/one/titan", "description": "llama3 8B"},
         "model": {
-            "name": "llama3", "flavor": "8B", "hf_assets_path": "/data/tokenizers/Llama-3.1-8B", "converters": [],
+            "name": "llama3",
+            "flavor": "8B",
+            "hf_assets_path": "/data/tokenizers/Llama-3.1-8B",
+            "converters": [],
         },
         "optimizer": {"name": "AdamW", "lr": 3e-4},
         "training": {
-            "dataset": "c4", "dataset_path": "/data/c4", "local_batch_size": 5, "global_batch_size": -1,
-            "seq_len": 8192, "steps": 100, "mixed_precision_param": "bfloat16",
+            "dataset": "c4",
+            "dataset_path": "/data/c4",
+            "local_batch_size": 5,
+            "global_batch_size": -1,
+            "seq_len": 8192,
+            "steps": 100,
+            "mixed_precision_param": "bfloat16",
         },
         "lr_scheduler": {"warmup_steps": 200, "decay_type": "linear", "min_lr_factor": 0.0},
         "parallelism": {
-            "data_parallel_replicate_degree": 1, "data_parallel_shard_degree": -1, "tensor_parallel_degree": 1,
-            "context_parallel_degree": 1, "pipeline_parallel_degree": 1, "pipeline_parallel_schedule": "1F1B",
+            "data_parallel_replicate_degree": 1,
+            "data_parallel_shard_degree": -1,
+            "tensor_parallel_degree": 1,
+            "context_parallel_degree": 1,
+            "pipeline_parallel_degree": 1,
+            "pipeline_parallel_schedule": "1F1B",
         },
         "compile": {"enable": False, "components": ["model", "loss"]},
         "checkpoint": {"enable": False, "interval": 500, "last_save_model_only": False},
         "metrics": {
-            "log_freq": 10, "disable_color_printing": True, "enable_tensorboard": True, "save_tb_folder": "tb",
+            "log_freq": 10,
+            "disable_color_printing": True,
+            "enable_tensorboard": True,
+            "save_tb_folder": "tb",
         },
         "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
         "profiling": {"enable_profiling": False},
         "validation": {"enable": False, "dataset_path": "/data/c4", "local_batch_size": 5, "seq_len": 8192},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("version", ["0.2.2", "0.3.0"])
@@ -138,14 +209,24 @@ def test_the_debug_recipe_on_a_cpu_starts_behind_the_patches(version: str) -> No
         python="/venv/bin/python",
     )
     assert command[:17] == [
-        "/venv/bin/python", "-m", "torch.distributed.run",
-        "--nnodes=1", "--nproc-per-node=2",
-        "--rdzv-backend=c10d", "--rdzv-id=7", "--rdzv-endpoint=127.0.0.1:0",
-        "--rdzv-conf=is_host=1,join_timeout=900,read_timeout=900", "--local-addr=127.0.0.1",
-        "--max-restarts=0", "--role=rank", "--tee=3", "--local-ranks-filter=0",
+        "/venv/bin/python",
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=7",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--rdzv-conf=is_host=1,join_timeout=900,read_timeout=900",
+        "--local-addr=127.0.0.1",
+        "--max-restarts=0",
+        "--role=rank",
+        "--tee=3",
+        "--local-ranks-filter=0",
         "--log-dir=/runs/one/logs/ranks/0000-here",
-        "-m", "titan.cpu",
-    ]  # fmt: skip
+        "-m",
+        "titan.cpu",
+    ]
     text = " ".join(command) + "".join(config_files(debug_node(), version).values())
     assert ("activation-checkpoint:none" if version == "0.3.0" else 'mode = "none"') in text
     assert ("--debug.seed=1" if version == "0.3.0" else "seed = 1") in text
@@ -194,9 +275,11 @@ def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> N
     }
     node = a_node(titan=pairs)
     plain = [
-        "--training.max_norm=2.0", "--training.no_disable_cuda_graphs", "--compile.enable",
+        "--training.max_norm=2.0",
+        "--training.no_disable_cuda_graphs",
+        "--compile.enable",
         "--comm.init_timeout_seconds=1500",
-    ]  # fmt: skip
+    ]
     assert trainer_arguments(node, "0.3.0")[-6:] == [
         *plain,
         "activation-checkpoint:selective",

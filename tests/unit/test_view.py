@@ -50,10 +50,16 @@ def c4(folder: Path, train: int = 8, validation: int = 1, bytes_each: int = 0) -
 def a_spec(data: Path | str, nodes: int = 1, gpus: int = 4, **values: Any) -> RunSpec:
     """A run of three steps, without a container unless `job__runtime` says so; `job__x` stands for job.x."""
     given = {
-        "job.name": "r", "job.gpu": "h200", "job.runs_dir": "/home/ada/runs", "job.runtime": "bare", "job.nodes": nodes,
-        "job.data": str(data), "profile.gpus_per_node": gpus, "recipe.steps": 3,
+        "job.name": "r",
+        "job.gpu": "h200",
+        "job.runs_dir": "/home/ada/runs",
+        "job.runtime": "bare",
+        "job.nodes": nodes,
+        "job.data": str(data),
+        "profile.gpus_per_node": gpus,
+        "recipe.steps": 3,
         **{name.replace("__", "."): value for name, value in values.items()},
-    }  # fmt: skip
+    }
     spec = merge([Layer(given, dict.fromkeys(given, "test"))])
     validate(spec)
     return spec
@@ -178,14 +184,19 @@ def test_links_hold_inside_the_container_alone_where_a_mount_moves_the_data(tmp_
     for folder in (inside, runs, tmp_path / "elsewhere"):
         folder.mkdir(parents=True)
     spec = a_spec(
-        inside / "c4", job__runtime="pyxis", job__image="/i.sqsh", job__runs_dir=str(runs),
+        inside / "c4",
+        job__runtime="pyxis",
+        job__image="/i.sqsh",
+        job__runs_dir=str(runs),
         profile__mounts=[f"{tmp_path}/elsewhere:{tmp_path}", f"{tmp_path}/lustre/:{inside}:ro"],
-    )  # fmt: skip
+    )
     assert host_path(spec, spec.data_path) == str(source)
     assert not any(f":{inside}/c4" in mount for mount in mounts(spec))
     spec, notes = plan(spec)
     assert len(train_files(spec)) == 8 and not any("not on this machine" in note for note in notes)
-    assert all(os.path.normpath(f"{spec.run_dir}/data/en/{to}") == f"{inside}/c4/en/{name}" for name, to in spec.view.items())  # fmt: skip
+    assert all(
+        os.path.normpath(f"{spec.run_dir}/data/en/{to}") == f"{inside}/c4/en/{name}" for name, to in spec.view.items()
+    )
     write(Path(spec.run_dir) / "data", spec.view)
     read = f"gzip -t {shlex.quote(spec.run_dir)}/data/en/*"
     assert subprocess.run(["bash", "-c", read], capture_output=True).returncode != 0

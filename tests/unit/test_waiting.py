@@ -27,7 +27,10 @@ NOW = datetime(2026, 11, 22, 18, 0)
         ("Resources", "its turn"),
         ("ReqNodeNotAvail, UnavailableNodes:gpu-[1-2]", "down, drained, or reserved"),
         ("ReqNodeNotAvail, Reserved for maintenance", "shorter --time"),
-        ("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions", "higher priority"),
+        (
+            "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",
+            "higher priority",
+        ),
         ("PartitionNodeLimit", "never starts"),
         ("PartitionTimeLimit", "--time"),
         ("PartitionDown", "closed"),
@@ -51,7 +54,7 @@ NOW = datetime(2026, 11, 22, 18, 0)
         ("", "not looked at it"),
         ("None", "not looked at it"),
     ],
-)  # fmt: skip
+)
 def test_reasons(reason: str, said: str) -> None:
     assert said in meaning(reason)[0]
 
@@ -64,21 +67,52 @@ def test_an_unknown_reason_is_not_explained_away() -> None:
 def test_every_line_of_the_table_can_be_reached() -> None:
     """An earlier pattern that matches the same beginning would hide a later one."""
     examples = {
-        "Priority", "Resources", "ReqNodeNotAvail, Reserved for maintenance", "ReqNodeNotAvail",
-        "Nodes required for job are DOWN", "BadConstraints", "NodeDown", "PartitionNodeLimit", "PartitionTimeLimit",
-        "PartitionDown", "Reservation", "ReservationDeleted", "BeginTime", "DependencyNeverSatisfied", "Dependency",
-        "JobHeldUser", "JobHeldAdmin", "JobLaunchFailure", "Licenses", "InvalidAccount", "InvalidQOS", "QOSGrpNodeLimit",
-        "AssocGrpNodeLimit", "Cleaning", "", "ReservationInvalid", "DeadLine", "JobHoldMaxRequeue",
-        "job requeued in held state", "user env retrieval failed requeued held",
-    }  # fmt: skip
+        "Priority",
+        "Resources",
+        "ReqNodeNotAvail, Reserved for maintenance",
+        "ReqNodeNotAvail",
+        "Nodes required for job are DOWN",
+        "BadConstraints",
+        "NodeDown",
+        "PartitionNodeLimit",
+        "PartitionTimeLimit",
+        "PartitionDown",
+        "Reservation",
+        "ReservationDeleted",
+        "BeginTime",
+        "DependencyNeverSatisfied",
+        "Dependency",
+        "JobHeldUser",
+        "JobHeldAdmin",
+        "JobLaunchFailure",
+        "Licenses",
+        "InvalidAccount",
+        "InvalidQOS",
+        "QOSGrpNodeLimit",
+        "AssocGrpNodeLimit",
+        "Cleaning",
+        "",
+        "ReservationInvalid",
+        "DeadLine",
+        "JobHoldMaxRequeue",
+        "job requeued in held state",
+        "user env retrieval failed requeued held",
+    }
     assert {meaning(example)[0] for example in examples} == {text for _, text, _ in REASONS}
 
 
 def facts() -> ClusterFacts:
     nodes = [node(f"n{i}") for i in range(3)]
     nodes += [node(f"b{i}", "ALLOCATED") for i in range(4)]
-    nodes += [node("d1", "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]"), node("d2", "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]")]  # fmt: skip
-    nodes += [node("k", "IDLE+RESERVED"), node("o0", partitions=("other",)), *(node(f"o{i}", partitions=("other",)) for i in range(1, 9))]  # fmt: skip
+    nodes += [
+        node("d1", "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]"),
+        node("d2", "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]"),
+    ]
+    nodes += [
+        node("k", "IDLE+RESERVED"),
+        node("o0", partitions=("other",)),
+        *(node(f"o{i}", partitions=("other",)) for i in range(1, 9)),
+    ]
     both = (Partition("batch", True, "UP"), Partition("other", False, "UP", 7200))
     return cluster(*nodes, partitions=both)
 
@@ -151,12 +185,15 @@ def test_blocks_without_room_are_named() -> None:
 
 def test_status_tells_it(launch: Launch, slurm: Fake, image: Path) -> None:
     script = image.parent / "runs" / "r" / "job.sbatch"
-    slurm("squeue", f"""
+    slurm(
+        "squeue",
+        f"""
 name=$(sed -n 's/^#SBATCH --job-name=//p' {script} 2>/dev/null)
 case "$*" in
 *--start*) echo 2036-01-01T10:00:00;;
 *) [ -z "$name" ] || echo "42|PENDING|$name|PartitionNodeLimit";;
-esac""")  # fmt: skip
+esac""",
+    )
     launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9", "--force")
     said = launch("status", "r").stdout
     assert "PENDING (PartitionNodeLimit" in said and "never starts as it is" in said

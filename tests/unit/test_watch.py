@@ -66,8 +66,11 @@ def test_a_pipe_gets_one_line_per_step() -> None:
     snapshots = [replace(SEEN, step=step) for step in (10, 20, 20, 20, 10, 20)]  # late nodes, then a restart
     assert watch(iter(snapshots), stream, is_terminal=False) == snapshots[-1]
     assert [line.split("/")[0] for line in stream.getvalue().splitlines()] == [
-        "step 10", "step 20", "step 10", "step 20",
-    ]  # fmt: skip
+        "step 10",
+        "step 20",
+        "step 10",
+        "step 20",
+    ]
     assert stream.getvalue().isascii() and "\x1b" not in stream.getvalue()
 
 
@@ -93,9 +96,15 @@ def test_a_terminal_gets_a_bar_that_fits_80_columns(terminal: io.StringIO) -> No
     lines = shown(terminal)
     text = "\n".join(lines)
     for part in (
-        "step 20/100", "3 min left", "loss 6.4277", "17,581 tokens/s per GPU", "1,018.20 TFLOP/s",
-        "mfu 45.25% of 2250", "memory 158.61GiB (86.20%)", "(nodes 17,402..17,690, slowest gpu-007)",
-    ):  # fmt: skip
+        "step 20/100",
+        "3 min left",
+        "loss 6.4277",
+        "17,581 tokens/s per GPU",
+        "1,018.20 TFLOP/s",
+        "mfu 45.25% of 2250",
+        "memory 158.61GiB (86.20%)",
+        "(nodes 17,402..17,690, slowest gpu-007)",
+    ):
         assert part in text, text
     assert max(map(len, lines)) <= 80
     assert "\x1b[" in terminal.getvalue()
