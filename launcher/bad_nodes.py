@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shlex
@@ -24,12 +23,13 @@ from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import compress, expand
 from launcher.cluster.state import JobState
 from launcher.errors import LauncherError
-from launcher.files import filesystem_error, unreadable, write_json
+from launcher.files import filesystem_error, read_bytes, unreadable, write_json
 from launcher.output import SHOWN, age, some
 from launcher.preflight.check import OK, WARNING, Check
 from launcher.runs import Run
 from launcher.spec import RunSpec
 from launcher.user_file import default_path
+from launcher.values import parse_json
 
 DAY_S = 86400
 KEEP_S = 7 * DAY_S
@@ -67,14 +67,14 @@ def read() -> Memory:
     """What is remembered; nothing where there is no file. Raises LauncherError for one that is damaged."""
     file = path()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_bytes(file).decode("utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(file, error) from error
     try:
         return parse(text)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise LauncherError(
             f"{file}: damaged: the nodes that failed their check cannot be told",
             f"mv {shlex.quote(str(file))} {shlex.quote(f'{file}.damaged')}   (they are then forgotten)",
@@ -85,7 +85,7 @@ def parse(text: str) -> Memory:
     """The file's text as values. Raises ValueError, TypeError, KeyError, AttributeError or OverflowError where it is
     not that.
     """
-    tables = json.loads(text)
+    tables = parse_json(text)
     if tables["schema"] != 1:
         raise ValueError("another schema")
     return {str(name): tuple(_node(entry) for entry in entries) for name, entries in tables["clusters"].items()}

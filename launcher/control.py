@@ -18,6 +18,7 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.files import filesystem_error, read_json, write_json
 from launcher.runs import Run
 from launcher.spec import RunSpec
+from launcher.values import whole
 
 
 def submit(spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, str], None], after: str = "") -> Run:
@@ -86,7 +87,7 @@ def job_of(run: Run) -> dict[str, Any] | None:
         return job
     if run.is_local:
         job = local.find(run.path / "job.sbatch", run.claimed_by)
-    elif job_id := (run.claimed_by if run.claimed_by.isdigit() else _find_in_slurm(run)):
+    elif job_id := (run.claimed_by if whole(run.claimed_by) is not None else _find_in_slurm(run)):
         job = {"job_id": job_id}
     if job and os.access(run.path, os.W_OK):
         runs.record_job(run, job)
@@ -95,7 +96,7 @@ def job_of(run: Run) -> dict[str, Any] | None:
 
 def _find_in_slurm(run: Run) -> str | None:
     name = (run.intent or {}).get("job_name")
-    ids = [int(job_id) for job_id, (job_name, _) in slurm.queue().items() if name and job_name == name]
+    ids = [whole(job_id) or 0 for job_id, (job_name, _) in slurm.queue().items() if name and job_name == name]
     return str(max(ids)) if ids else None
 
 

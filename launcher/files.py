@@ -6,10 +6,14 @@ import errno
 import json
 import os
 import shlex
+import stat
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
+from launcher.values import parse_json
+
+MOST_BYTES = 4 << 20  # of a file that is read whole; the largest of ours, a manifest, has some 200 kB
 
 
 def data_dir(name: str) -> Path:
@@ -49,21 +53,28 @@ def write_json(path: Path, value: Any, mode: int = 0o644, option: str = "") -> N
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode, option)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None where there is none or it is not a JSON object (copied half, edited).
+def read_bytes(path: Path, most: int = MOST_BYTES, *, wait: bool = False) -> bytes:
+    """All of a file that is read whole. Raises OSError; EFBIG where it has more than `most` bytes, or never ends.
 
-    Run directories may be shared: a pipe of that name is not waited for.
+    Run directories may be shared: a pipe of that name is not waited for, unless `wait` says that the user named it.
     """
+    flags = 0 if wait else os.O_NONBLOCK
+    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as stream:
+        if not (wait or stat.S_ISREG(os.fstat(stream.fileno()).st_mode)):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"more than {most >> 20} MiB", str(path))
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, or None where there is none or it is not a JSON object (copied half, edited, too long)."""
     try:
-        with open(path, encoding="utf-8", opener=_at_once) as stream:
-            value = json.load(stream)
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(read_bytes(path))
+    except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def unreadable(path: Path, error: OSError | UnicodeDecodeError, fix: str = "") -> LauncherError:

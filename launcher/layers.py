@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import data_dir
+from launcher.files import data_dir, read_bytes
 from launcher.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse
 from launcher.titan.recipe import Recipe
+from launcher.values import LARGEST, parse_toml
 
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
 FREE_SECTIONS = ("env", "titan")  # any key, values become strings
@@ -148,6 +149,8 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
 
 def convert(key: str, value: Any, origin: str) -> Any:
     """`value` in the type of the field `key`; an int does for a float, anything else is refused."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise LauncherError(f"{key} (from {origin}): a number of too many digits")
     if key not in FIELDS:
         if isinstance(value, bool):
             return "true" if value else "false"
@@ -181,15 +184,13 @@ def unknown_key(key: str, where: str) -> LauncherError:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8")
-        return tomllib.loads(text)
+        text = read_bytes(path, wait=True).decode("utf-8")
+        return parse_toml(text)
     except OSError as error:
         status = ExitStatus.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitStatus.FILESYSTEM
         raise LauncherError(
             f"cannot read {path}: {error.strerror}", f"ls -l {shlex.quote(str(path))}", status=status
         ) from error
-    except RecursionError as error:
-        raise LauncherError(f"{path}: TOML nested too deeply") from error
     except UnicodeDecodeError as error:
         raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:
@@ -199,8 +200,8 @@ def _parse(path: Path) -> dict[str, Any]:
         lines = text.splitlines()
         shown = lines[int(at[1]) - 1][:200] if at and int(at[1]) <= len(lines) else ""
         raise LauncherError(f"{place}: TOML syntax: {reason}", "correct that line", original=shown) from error
-    except ValueError as error:  # a whole number of thousands of digits
-        raise LauncherError(f"{path}: {error}") from error
+    except ValueError as error:  # nested too deeply, numbers without end
+        raise LauncherError(f"{path}: {error}", "correct that value") from error
 
 
 def _flatten(path: Path, tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,13 +137,12 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
 
 def _toml_value(key: str, text: str) -> Any:
     """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string, and so is 570.1 where one is wanted."""
-    import tomllib
-
     from launcher.layers import FIELDS
+    from launcher.values import parse_toml
 
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
     return text if FIELDS[key].type == "str" and not isinstance(value, str) else value
 

@@ -48,7 +48,10 @@ def age(seconds: float) -> str:
 
 def clock(at_s: float) -> str:
     """Seconds since 1970 as this machine's date and time of day."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
+    except (OSError, OverflowError, ValueError):  # a damaged record
+        return "?"
 
 
 def colour() -> bool | None:

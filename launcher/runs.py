@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import data_dir, filesystem_error, read_json, unreadable, write_json, write_text
+from launcher.files import data_dir, filesystem_error, read_bytes, read_json, unreadable, write_json, write_text
 from launcher.layers import run_toml
 from launcher.output import plain, warn
 from launcher.render import render
 from launcher.spec import S3, SAMPLE, RunSpec, node_config
+from launcher.values import whole
 
 LOCK = "submit.lock"
 # Installed, as far as Python can see: how fsspec finds a file system that is not its own.
@@ -69,7 +70,7 @@ class Run:
     @property
     def job(self) -> dict[str, Any] | None:
         found = read_json(self.path / "job.json")
-        return found if str((found or {}).get("job_id", "")).isdigit() else None
+        return found if whole(str((found or {}).get("job_id", ""))) is not None else None
 
     @property
     def is_copy(self) -> bool:
@@ -87,7 +88,7 @@ class Run:
     def claimed_by(self) -> str:
         """The job id that the script itself wrote when it began; empty before that."""
         try:
-            return (self.path / "claim" / "job_id").read_text(encoding="utf-8", errors="replace").strip()
+            return read_bytes(self.path / "claim" / "job_id").decode("utf-8", "replace").strip()
         except OSError:
             return ""
 

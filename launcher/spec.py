@@ -163,7 +163,7 @@ OWNED = {
     "checkpoint.initial_load_in_hf": "--init-from DIR",
     "checkpoint.initial_load_model_only": "--init-from DIR",
 }
-DATA_PART = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})")
+DATA_PART = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})", re.ASCII)
 S3_ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[\w.=+@-]+)*)/?", re.ASCII)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -171,7 +171,7 @@ SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?
 TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 SLURM_WORD = re.compile(r"[A-Za-z0-9_.,@+/:-]+")
 SLURM_NODES = re.compile(r"[A-Za-z0-9_.,\[\]-]+")
-SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+SLURM_TIME = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,6}-\d{1,2}(:\d{1,2}){0,2}", re.ASCII)
 SAFE_DIR = re.compile(r"/[\w./@+=~-]*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\u2028\u2029]")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.errors import LauncherError
-from launcher.files import filesystem_error, unreadable, write_text
+from launcher.files import filesystem_error, read_bytes, unreadable, write_text
+from launcher.values import parse_toml
 
 OPTION = "--config FILE, and the same with submit"
 
@@ -28,7 +28,7 @@ def save(path: Path, section: str, values: Mapping[str, str]) -> None:
     """
     path = Path(os.path.realpath(path))  # a link stays one
     try:
-        text = path.read_bytes().decode("utf-8") if path.exists() else ""
+        text = read_bytes(path).decode("utf-8") if path.exists() else ""
     except OSError as error:
         raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
@@ -36,14 +36,14 @@ def save(path: Path, section: str, values: Mapping[str, str]) -> None:
     lines = {key: f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()}
     new = _with(text, section, lines)
     try:
-        before = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+        before = parse_toml(text)
+    except ValueError as error:
         raise LauncherError(f"{path}: TOML syntax: {error}", "correct that line") from error
     table = before.get(section, {})
     wanted = before | {section: {**(table if isinstance(table, dict) else {}), **values}}
     try:
-        understood = tomllib.loads(new) == wanted
-    except (ValueError, RecursionError):
+        understood = parse_toml(new) == wanted
+    except ValueError:
         understood = False
     if not understood:
         raise LauncherError(

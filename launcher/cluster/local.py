@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster.state import UNKNOWN, JobState
+from launcher.values import whole
 
 GONE = "its process is gone and wrote no end: killed, or the machine was restarted"
 GRACE_S = 20.0  # from SIGTERM to SIGKILL: torchrun takes up to 15 s to end its ranks
@@ -46,7 +47,7 @@ def state(job: dict[str, Any]) -> JobState:
 
 
 def is_alive(job: dict[str, Any]) -> bool:
-    pid = int(job["job_id"]) if str(job.get("job_id", "")).isdigit() else 0
+    pid = whole(str(job.get("job_id", ""))) or 0
     ticks = _start_ticks(pid) if pid else None
     return ticks is not None and ticks == job.get("start_ticks")
 
@@ -74,14 +75,14 @@ def cancel(job: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> 
 
 def find(script: Path, claimed_pid: str) -> dict[str, Any] | None:
     """The job of a run directory whose job.json was never written: the process that claimed it, if it still is one."""
-    if not claimed_pid.isdigit():
+    if (pid := whole(claimed_pid)) is None:
         return None
     try:
-        command_line = Path(f"/proc/{claimed_pid}/cmdline").read_bytes().split(b"\0")
+        command_line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
     named = [os.path.realpath(os.fsdecode(word)) for word in command_line if word.endswith(b"/job.sbatch")]
-    return identity(int(claimed_pid)) if os.path.realpath(script) in named else None
+    return identity(pid) if os.path.realpath(script) in named else None
 
 
 def _signal(process: dict[str, Any], number: int) -> None:

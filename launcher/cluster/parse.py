@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from launcher.cluster.facts import Block, Node, Partition
+from launcher.values import whole
 
 NOTHING = frozenset(("", "(null)", "N/A", "n/a", "None"))
 MAX_HOSTS = 200_000  # in one host list; Slurm itself stops at 65,533 nodes
@@ -159,7 +160,7 @@ def gpus(gres: str) -> tuple[int, str]:
         parts = item.strip().split(":")
         if parts[0].lower() != "gpu":
             continue
-        number = parts[-1] if len(parts) > 1 and parts[-1].isdecimal() else ""
+        number = parts[-1] if len(parts) > 1 and whole(parts[-1]) is not None else ""
         kind = ":".join(parts[1:-1] if number else parts[1:]).lower()
         count += int(number[:9]) if number else 1
         kinds.add("" if kind in ("(null)", "no_consume") else kind)
@@ -206,7 +207,7 @@ def partitions(text: str) -> tuple[tuple[Partition, ...], int]:
                 default=fields.get("Default", "").upper() == "YES",
                 state=fields["State"].upper(),
                 max_time_s=seconds(fields.get("MaxTime", "")),
-                max_nodes=int(most) if most.isdecimal() else None,
+                max_nodes=whole(most),
                 nodes=expand(fields.get("Nodes", "")),
                 min_nodes=_int(fields.get("MinNodes", "")),
                 groups=() if groups.upper() == "ALL" else _list(groups),
@@ -307,8 +308,8 @@ def _numbers(ranges: str) -> list[str]:
         first, dash, last = piece.partition("-")
         if not dash:
             found.append(first)
-        elif first.isdecimal() and last.isdecimal() and int(last) - int(first) <= MAX_HOSTS:
-            found += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        elif (low := whole(first)) is not None and (high := whole(last)) is not None and high - low <= MAX_HOSTS:
+            found += [f"{number:0{len(first)}d}" for number in range(low, high + 1)]
     return found
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from launcher.cluster.parse import config
 from launcher.cluster.state import JobState, from_slurm
 from launcher.errors import ExitStatus, LauncherError
+from launcher.values import whole
 
 ANSWER_S = 30  # bound on commands that only ask
 SUBMIT_S = 90  # bound on sbatch: above Slurm's own MessageTimeout of 10 s and its retries
@@ -199,11 +200,10 @@ def accounting(job_ids: Iterable[str]) -> Listed:
     jobs = {}
     for line in out.splitlines():
         parts = line.strip().split("|", 3)
-        if len(parts) == 4 and parts[0].isdigit():
-            code = parts[2].split(":")[0]
+        if len(parts) == 4 and whole(parts[0]) is not None:
             jobs[parts[0]] = (
                 parts[3],
-                from_slurm(parts[1], "sacct", "", int(code) if code.isdigit() else None),
+                from_slurm(parts[1], "sacct", "", whole(parts[2].split(":")[0])),
             )
     return jobs
 

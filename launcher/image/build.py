@@ -21,6 +21,7 @@ from launcher.image import engine as docker_engine
 from launcher.image.channels import Channel, channel, docker_arch, lock_path
 from launcher.image.engine import BuildRequest, Engine
 from launcher.image.lock import lock, need_lock, pinned
+from launcher.values import whole
 
 _IN_IMAGE = ("check.py", "describe.py", "channels.toml")
 
@@ -188,7 +189,7 @@ def created() -> str:
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "") or _git("log", "-1", "--format=%ct")
     if not epoch:
         return ""
-    if not epoch.isdecimal():
+    if whole(epoch) is None:
         raise LauncherError(
             f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds",
             "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from launcher.files import data_dir
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.squashfs_file import superblock
+from launcher.values import parse_json
 
 # The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
 # namespaces of its own: nothing stays mounted, whatever happens, and there is no network.
@@ -82,7 +82,7 @@ def is_file(image: str) -> bool:
 
 def _read(stdout: str) -> list[Checked] | None:
     try:
-        value = json.loads(stdout.strip().splitlines()[-1])
+        value = parse_json(stdout.strip().splitlines()[-1])
         return [Checked(item["name"], item["status"], item["found"]) for item in value["checks"]]
     except (ValueError, LookupError, TypeError):
         return None

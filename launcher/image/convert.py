@@ -20,6 +20,7 @@ from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.export import ImageConfig, Report, docker_arch, rewrite
 from launcher.image.squashfs_file import SquashfsFormat, beside, mksquashfs_path, publish, write_squashfs
+from launcher.values import whole
 
 Say = Callable[[str], None]
 
@@ -38,7 +39,7 @@ def image_config(attrs: Mapping[str, Any], environ: Mapping[str, str]) -> ImageC
     """From what `docker image inspect` says (docker-py: image.attrs), and SOURCE_DATE_EPOCH."""
     config = attrs.get("Config") or {}
     epoch = environ.get("SOURCE_DATE_EPOCH", "")
-    if epoch and not (epoch.isdecimal() and int(epoch) < 2**32):
+    if epoch and not (whole(epoch) or 2**32) < 2**32:
         raise LauncherError(
             f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds that a squashfs can hold",
             "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",

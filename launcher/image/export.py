@@ -5,7 +5,6 @@ Pure: chunks in, chunks out, nothing is kept but names.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import struct
@@ -17,6 +16,7 @@ from typing import Any
 from launcher.errors import ExitStatus, LauncherError
 from launcher.image import ARCHES
 from launcher.image.squashfs_file import METADATA, elf_machine, follow
+from launcher.values import parse_json
 
 PIECE = 64 * 1024  # larger writes into a pipe cost several times the CPU
 BLOCK = tarfile.BLOCKSIZE
@@ -349,7 +349,7 @@ def docker_arch(machine: str) -> str:
 
 def _metadata(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

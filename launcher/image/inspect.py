@@ -5,18 +5,18 @@ The sidecar file answers at once; else /etc/titan-image.json inside; else what t
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError, install
+from launcher.errors import ExitStatus, LauncherError
 from launcher.image import ARCHES
 from launcher.image.squashfs_file import (
     METADATA,
@@ -27,9 +27,12 @@ from launcher.image.squashfs_file import (
     read_sidecar,
     superblock,
 )
+from launcher.values import parse_json
 
-TIMEOUT = 120  # seconds for one unsquashfs; listing 50,000 files takes less than one
-HINT = f"apt-get install squashfs-tools, or: {install('image')}"
+TIMEOUT_S = 120  # for one unsquashfs; listing 50,000 files takes less than one second
+HINT = "apt-get install squashfs-tools    # 4.5 or newer: Debian 12, Ubuntu 22.04"
+METADATA_BYTES = 1 << 20  # of /etc/titan-image.json, which has some 2 kB
+LISTING = 64 << 20  # bytes of names; an image of 50,000 files has 6 MB of them
 HEAD = 4096  # bytes of a program that are read for its ELF header
 PROGRAMS = ("bin/sh", "usr/bin/env", "bin/bash", "usr/bin/python3", "usr/local/bin/python3")
 # The oldest driver branch that runs programs of a CUDA major version, by minor-version compatibility.
@@ -44,8 +47,6 @@ DISTRIBUTIONS = {
     r"nvidia_nccl(_cu\d+)?": "nccl",
     r"nvidia_cuda_runtime(_cu\d+)?": "cuda",
 }
-# What PySquashfsImage needs for each compressor. Not lz4: it expects frames, and squashfs has bare blocks.
-LIBRARIES = {"gzip": "zlib", "xz": "lzma", "zstd": "zstandard", "lzo": "lzo"}
 _LISTED = re.compile(
     rb"^([-lpdbcs])\S{9}\s+\d+/\d+\s+(?:\d+|\d+,\s*\d+)\s+\d{4}-\d\d-\d\d \d\d:\d\d squashfs-root/(.+)$", re.M
 )
@@ -68,40 +69,29 @@ class ImageFacts:
     notes: tuple[str, ...] = ()
 
 
-class _Tree(Protocol):
-    """The files of an image. Paths have no leading slash; links are not followed."""
-
-    def entries(self) -> tuple[set[str], dict[str, str]]:
-        """Every name, and the target of every symbolic link."""
-
-    def read(self, path: str, limit: int) -> bytes | None:
-        """The first bytes of a regular file, None if there is none of that name."""
-
-
 def inspect(path: Path, *, required: bool = True) -> ImageFacts:
     """Facts about the image; raises LauncherError for a file that is no complete squashfs.
 
-    `required=False` is for `submit`: where neither unsquashfs nor the extra is installed, it answers with what the
+    `required=False` is for `submit`: where unsquashfs is not installed, it answers with what the
     superblock says instead of an error.
     """
     block = superblock(path)
     if about := read_sidecar(path, block):
         return _facts(path, block, about, "sidecar")
-    with _open(path, block.compressor) as tree:
-        if tree is not None:
-            if about := _json(tree.read(METADATA, 1 << 20)):
-                return _facts(path, block, about, "image")
-            return _guess(path, block, tree)
+    if tree := _open(path):
+        if about := _json(tree.read(METADATA, METADATA_BYTES)):
+            return _facts(path, block, about, "image")
+        return _guess(path, block, tree)
     if required:
-        raise _unreadable(path, block.compressor)
+        raise _unreadable(path)
     note = f"nothing here can look into it: {HINT}"
     return ImageFacts(str(path), "", "superblock", block.compressor, block.file_size, notes=(note,))
 
 
 def embedded_metadata(path: Path) -> dict[str, Any] | None:
     """/etc/titan-image.json of the image, if it has one and something here can read it."""
-    with _open(path, superblock(path).compressor) as tree:
-        return _json(tree.read(METADATA, 1 << 20)) if tree else None
+    superblock(path)
+    return _json(tree.read(METADATA, METADATA_BYTES)) if (tree := _open(path)) else None
 
 
 def read_inside(path: Path, name: str) -> bytes | None:
@@ -109,11 +99,10 @@ def read_inside(path: Path, name: str) -> bytes | None:
 
     Raises LauncherError for a file that is no complete squashfs, and where nothing here can look into it.
     """
-    compressor = superblock(path).compressor
-    with _open(path, compressor) as tree:
-        if tree is None:
-            raise _unreadable(path, compressor)
-        return tree.read(name, 1 << 20)
+    superblock(path)
+    if (tree := _open(path)) is None:
+        raise _unreadable(path)
+    return tree.read(name, METADATA_BYTES)
 
 
 def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: str) -> list[tuple[str, str]]:
@@ -169,7 +158,7 @@ def needed_driver(facts: ImageFacts) -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
+    return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version))
 
 
 def _facts(path: Path, block: Superblock, about: Mapping[str, Any], source: str) -> ImageFacts:
@@ -189,7 +178,7 @@ def _facts(path: Path, block: Superblock, about: Mapping[str, Any], source: str)
 
 def _json(data: bytes | None) -> dict[str, Any] | None:
     try:
-        value = json.loads(data or b"null")
+        value = parse_json(data or b"null")
     except ValueError:
         return None
     return value if isinstance(value, dict) and is_metadata(value) else None
@@ -252,45 +241,21 @@ def _versions(tree: _Tree, names: set[str]) -> tuple[dict[str, str | None], list
     return versions, notes
 
 
-# --- the two ways into a squashfs --------------------------------------------------------------------------------
+# --- the way into a squashfs -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _open(path: Path, compressor: str) -> Iterator[_Tree | None]:
-    """unsquashfs where it knows -cat (4.5 and later), else PySquashfsImage where it can, else None."""
-    program = shutil.which("unsquashfs")
-    if program is not None:
-        version = _run([program, "-version"])[1]
-        match = re.search(rb"version (\d+)\.(\d+)", version)
-        if match and (int(match[1]), int(match[2])) >= (4, 5):
-            yield _Unsquashfs(program, path)
-            return
-    needed = LIBRARIES.get(compressor)
-    if needed is None or not all(find_spec(name) for name in ("PySquashfsImage", needed)):
-        yield None
-        return
-    from PySquashfsImage import SquashFsImage
-
-    try:
-        with SquashFsImage.from_file(str(path)) as image:
-            yield _PySquashfs(image)
-    except LauncherError:
-        raise
-    except Exception as error:  # the library meets damage with errors of every kind
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
-
-
-class _Unsquashfs:
-    """By the program of squashfs-tools: a fraction of a second for any image."""
+class _Tree:
+    """The files of an image, by unsquashfs: a fraction of a second for any image. Links are not followed."""
 
     def __init__(self, program: str, path: Path) -> None:
         # Absolute: a name may begin with a dash.
         self._program, self._path = program, path.absolute()
 
     def entries(self) -> tuple[set[str], dict[str, str]]:
-        code, out, err = _run([self._program, "-lln", str(self._path)])
-        if code:
-            raise _damaged(self._path, err.decode(errors="replace"))
+        """Every name, without its leading slash, and the target of every symbolic link."""
+        code, out, err = _run([self._program, "-lln", str(self._path)], LISTING)
+        if code or len(out) > LISTING:
+            raise _damaged(self._path, err or f"it lists more than {LISTING >> 20} MiB of names")
         names, links = set(), {}
         for kind, rest in _LISTED.findall(out):
             name, _, target = rest.decode("utf-8", "surrogateescape").partition(" -> ")
@@ -300,59 +265,54 @@ class _Unsquashfs:
         return names, links
 
     def read(self, path: str, limit: int) -> bytes | None:
-        code, out, err = _run([self._program, "-no-wildcards", "-cat", str(self._path), path])
-        if code and not re.search(rb"no matches|is a directory|failed to resolve|not a regular", err):
-            raise _damaged(self._path, err.decode(errors="replace"))
+        """The first `limit` bytes of a regular file, None if there is none of that name."""
+        code, out, err = _run([self._program, "-no-wildcards", "-cat", str(self._path), path], limit)
+        if code and not re.search("no matches|is a directory|failed to resolve|not a regular", err):
+            raise _damaged(self._path, err)
         return None if code else out[:limit]
 
 
-class _PySquashfs:
-    """By the library PySquashfsImage, in Python alone: where squashfs-tools are not installed."""
-
-    def __init__(self, image: Any) -> None:
-        self._image = image
-
-    def entries(self) -> tuple[set[str], dict[str, str]]:
-        names, links = set(), {}
-        for file in self._image:
-            name = file.path.lstrip("/")
-            names.add(name)
-            if file.is_symlink:
-                links[name] = file.readlink()
-        return names - {""}, links
-
-    def read(self, path: str, limit: int) -> bytes | None:
-        file = self._image.select("/" + path)
-        if file is None or not file.is_file:
-            return None
-        data = bytearray()
-        for piece in file.iter_bytes():
-            data += piece
-            if len(data) >= limit:
-                break
-        return bytes(data[:limit])
+def _open(path: Path) -> _Tree | None:
+    """None where there is no unsquashfs that knows -cat (4.5 and later)."""
+    if (program := shutil.which("unsquashfs")) is None:
+        return None
+    match = re.search(rb"version (\d+)\.(\d+)", _run([program, "-version"], HEAD)[1])
+    return _Tree(program, path) if match and (int(match[1]), int(match[2])) >= (4, 5) else None
 
 
-def _run(command: list[str]) -> tuple[int, bytes, bytes]:
+def _run(command: list[str], limit: int) -> tuple[int, bytes, str]:
+    """The exit code, what was printed, and the last of what was complained. Of output without end, `limit` + 1 bytes."""
     try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT)
+        with (
+            tempfile.TemporaryFile() as log,
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process,
+        ):
+            assert process.stdout
+            timer = threading.Timer(TIMEOUT_S, process.kill)
+            timer.start()
+            try:
+                out = process.stdout.read(limit + 1)
+                if enough := len(out) > limit:
+                    process.kill()
+                code = process.wait()
+            finally:
+                timed_out = timer.finished.is_set()
+                timer.cancel()
+            log.seek(max(0, log.seek(0, os.SEEK_END) - HEAD))
+            said = log.read().decode(errors="replace")
     except OSError as error:
         raise LauncherError(f"{command[0]}: {error.strerror}", status=ExitStatus.ERROR) from None
-    except subprocess.TimeoutExpired:
+    if timed_out:
         raise LauncherError(
-            f"{command[0]} did not answer in {TIMEOUT} s",
+            f"{command[0]} did not answer in {TIMEOUT_S} s",
             "is the file system that holds the image slow?",
             status=ExitStatus.ERROR,
-        ) from None
-    return done.returncode, done.stdout, done.stderr
+        )
+    return 0 if enough else code, out, said
 
 
-def _unreadable(path: Path, compressor: str) -> LauncherError:
-    return LauncherError(
-        f"{path}: nothing here can look into a squashfs compressed with {compressor}",
-        HINT,
-        status=ExitStatus.ERROR,
-    )
+def _unreadable(path: Path) -> LauncherError:
+    return LauncherError(f"{path}: nothing here can look into a squashfs", HINT, status=ExitStatus.ERROR)
 
 
 def _damaged(path: Path, original: str) -> LauncherError:

@@ -12,6 +12,7 @@ from launcher.cluster.facts import ClusterFacts, Node, Partition
 from launcher.cluster.parse import expand
 from launcher.output import SHOWN
 from launcher.spec import RunSpec
+from launcher.values import whole
 
 # Node states out of which only an operator, or a node that comes back, leads.
 OUT = {"DOWN", "DRAIN", "ERROR", "FAIL", "FUTURE", "INVAL", "INVALID_REG", "NOT_RESPONDING", "UNKNOWN"}
@@ -93,8 +94,8 @@ def _count(text: str, gres: str) -> int:
     found = 0
     for entry in re.sub(r"\([^)]*\)", "", text).split(","):
         kind, _, count = entry.rpartition(":")
-        if kind and count.isdecimal() and (kind == gres or kind.startswith(f"{gres}:")):
-            found += int(count)
+        if kind and (number := whole(count)) is not None and (kind == gres or kind.startswith(f"{gres}:")):
+            found += number
     return found
 
 

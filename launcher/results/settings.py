@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from launcher.files import read_bytes
 from launcher.output import some
 from launcher.runs import Run
-from launcher.titan.log import open_log
+from launcher.values import parse_toml
 
 _MOST = 10**9  # steps, nodes, sequences: more is damage, and Python refuses to print what is far longer
-_LONGEST = 1 << 20  # characters of run.toml, which has some 6,000; more takes seconds to parse, and is damage
+_LONGEST = 1 << 20  # bytes of run.toml, which has some 6,000; more takes seconds to parse, and is damage
 _SECTIONS = ("job", "profile", "recipe", "env", "titan")
 
 
@@ -54,15 +54,10 @@ def _run_toml(path: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return {}
     try:
-        if (stream := open_log(path)) is None:
-            return None
-        with stream:
-            text = stream.read(_LONGEST + 1).decode()
-        if len(text) > _LONGEST:
-            return None
+        text = read_bytes(path, _LONGEST).decode()
         head, _, origins = text.partition("\n[origin]\n")  # half of the file, and of no use here
-        tables = tomllib.loads(text if "\n[" in origins else head)
-    except (OSError, ValueError, RecursionError):
+        tables = parse_toml(text if "\n[" in origins else head)
+    except (OSError, ValueError):
         return None
     return {
         f"{section}.{key}": value if isinstance(value, (str, bool, int, float, list)) else str(value)

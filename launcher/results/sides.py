@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import unreadable
+from launcher.files import read_bytes, unreadable
 from launcher.results.outcome import NodeResult, Outcome, Point, Spread, Startup
 from launcher.results.published import published, rows_of
+from launcher.values import parse_json
 
 if TYPE_CHECKING:
     from launcher.cluster.state import JobState
@@ -68,12 +68,9 @@ def nothing_logged(run: Run, state: JobState) -> LauncherError:
 
 def _of_file(path: Path) -> list[Outcome]:
     try:
-        with path.open("rb") as stream:
-            data = stream.read(_LARGEST + 1)
+        data = read_bytes(path, _LARGEST, wait=True)
     except OSError as error:
         raise unreadable(path, error) from error
-    if len(data) > _LARGEST:
-        raise LauncherError(f"{path}: more than {_LARGEST >> 20} MiB: not a result")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,8 +82,8 @@ def _of_file(path: Path) -> list[Outcome]:
 
 def _of_json(text: str, where: str) -> list[Outcome]:
     try:
-        value = json.loads(text, parse_constant=lambda _: None)  # NaN and infinity, which are no JSON
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise LauncherError(f"{where}: not JSON: {str(error)[:120]}") from error
     listed = value if isinstance(value, list) else [value]
     if not listed:

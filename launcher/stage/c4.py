@@ -18,6 +18,7 @@ from launcher.stage.hub import find_token, list_files
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import gigabytes
+from launcher.values import whole
 
 REPO = "allenai/c4"
 README = "README.md"
@@ -83,7 +84,8 @@ def demand_from(text: str) -> Demand:
     named: set[str] = set()
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
-        if name not in values or not number.isdecimal() or int(number) < 1 or int(number) > 10**9:
+        count = whole(number) or 0
+        if name not in values or not 1 <= count <= 10**9:
             raise LauncherError(
                 f"--for {text[:80]}: {part.strip()[:40]!r} is not one of {', '.join(f'{n}=N' for n in defaults)}",
                 EXAMPLE,
@@ -91,7 +93,7 @@ def demand_from(text: str) -> Demand:
         if name in named:
             raise LauncherError(f"--for {text[:80]}: {name} is named twice", f"{EXAMPLE}; one --for for each run")
         named.add(name)
-        values[name] = int(number)
+        values[name] = count
     ranks = degree(values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], f"--for {text[:80]}")
     tokens = values["steps"] * values["batch"] * values["seq"] * ranks
     return Demand(ranks, tokens, f"{values['nodes']} x {values['gpus']} GPUs, {values['steps']:,} steps")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from launcher.errors import ExitStatus, LauncherError
 from launcher.stage.receive import WrongLength
 from launcher.stage.target import Stopped
+from launcher.values import whole
 
 if TYPE_CHECKING:
     from launcher.stage.hub import Repo
@@ -73,8 +74,8 @@ def _header(error: BaseException, name: str) -> str:
 def _retry_after(error: BaseException) -> float:
     """Seconds that the server asks to wait; 0 when it does not. A date is taken relative to the answer's own."""
     text = _header(error, "Retry-After")
-    if text.isdecimal():
-        return float(text)
+    if (seconds := whole(text)) is not None:
+        return float(seconds)
     from email.utils import parsedate_to_datetime
 
     try:

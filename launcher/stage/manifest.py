@@ -13,9 +13,10 @@ from typing import Any
 
 from launcher import __version__
 from launcher.errors import LauncherError
-from launcher.files import unreadable, write_text
+from launcher.files import read_bytes, unreadable, write_text
 from launcher.stage.target import STATE, safe_path
 from launcher.titan import LFS_POINTER
+from launcher.values import parse_json
 
 SCHEMA = 1
 KINDS = ("c4", "tokenizer", "model")
@@ -64,7 +65,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     """The manifest, or None where there is none. Raises LauncherError for one that nobody can trust any more."""
     path = manifest_path(directory)
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -81,7 +82,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 def parse_manifest(data: bytes) -> Manifest | None:
     """A manifest from its JSON; None for anything that we would not have written."""
     try:
-        value: Any = json.loads(data)
+        value: Any = parse_json(data)
         files = {
             path: StagedFile(entry["bytes"], entry["sha256"], entry["mtime_ns"])
             for path, entry in value["files"].items()
@@ -104,7 +105,7 @@ def parse_manifest(data: bytes) -> Manifest | None:
             and all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in files.values())
             and all(safe_path(path) for path in (*files, *manifest.wanted))
         )
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
     return manifest if sound else None
 

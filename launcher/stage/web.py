@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import time
 import urllib.error
@@ -13,6 +12,7 @@ from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.stage.manifest import BLOCK
+from launcher.values import parse_json, whole
 
 # (offset, size) -> the bytes from `offset` up to `size`
 Reader = Callable[[int, int], Iterator[bytes]]
@@ -29,8 +29,8 @@ def read_small(url: str) -> dict[str, Any]:
     """The JSON object at `url`. Raises LauncherError where there is none."""
     data = b"".join(_read(url, 0, None))
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = parse_json(data)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise LauncherError(f"{url}: not a JSON object", "the address of a .sqsh file of a release")
@@ -84,7 +84,7 @@ def _may_pass(error: Exception) -> bool:
 
 def _retry_after(error: Exception) -> float:
     text = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
-    return min(float(text), 900.0) if text.isdecimal() else 0.0
+    return float(min(whole(text) or 0, 900))
 
 
 def _refused(url: str, error: Exception) -> LauncherError:

@@ -255,7 +255,7 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         ),
         (HEADER[:-1] + ",loss\nGB200,9,36,5,100,17975,-6\n", "column loss: '-6' is not a number"),
         ('{"spread": {}, "nodes": "nine"}', "nodes: 'nine' is not a whole number"),
-        ('{"spread": {}, "nodes": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"spread": {}, "nodes": ' + "9" * 5000 + "}", "nodes: 'None' is not a whole number"),
         ("[" * 100000, "not JSON"),
     ],
 )

@@ -1,0 +1,55 @@
+"""Values out of foreign text: JSON, TOML and numbers, so that whatever is read can be computed with and printed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from typing import Any
+
+LARGEST = 2**63 - 1  # of a whole number; Python refuses to print those of 4,300 digits, and float() those of 310
+
+
+def whole(text: object) -> int | None:
+    """A whole number from its decimal digits (ASCII, 15 at most), or None for anything else."""
+    return int(text) if isinstance(text, str) and re.fullmatch("[0-9]{1,15}", text) else None
+
+
+def parse_json(data: str | bytes) -> Any:
+    """The value of a JSON text; NaN, infinity and whole numbers above LARGEST become None, as nothing can use them.
+
+    Raises ValueError for what is not JSON or is nested too deeply.
+    """
+    try:
+        return json.loads(data, parse_int=_whole, parse_float=_finite, parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. Raises ValueError: TOMLDecodeError for the syntax, and for numbers above LARGEST."""
+    try:
+        tables = tomllib.loads(text)
+        _check(tables)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return tables
+
+
+def _whole(text: str) -> int | None:
+    return value if len(text) <= 20 and abs(value := int(text)) <= LARGEST else None
+
+
+def _finite(text: str) -> float | None:
+    return value if math.isfinite(value := float(text)) else None
+
+
+def _check(value: Any) -> None:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check(item)
+    elif isinstance(value, int) and abs(value) > LARGEST:  # 0xfff... too, which no limit of digits holds back
+        raise ValueError("a number of too many digits")

@@ -1,0 +1,184 @@
+"""What others wrote is read up to a limit, and numbers that nothing can compute with are no tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launcher.errors import LauncherError
+from launcher.files import MOST_BYTES, read_bytes, read_json
+from launcher.layers import read_layer
+from launcher.stage.manifest import read_manifest
+from launcher.values import parse_json, parse_toml, whole
+
+HUGE = "9" * 5000
+# Address space of a command that reads a file of 6 GB: enough for Python and its libraries, not for the file.
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))"
+
+
+def launcher(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    program = f"{LIMIT}; import sys; from launcher.cli import main; sys.argv = ['launcher', *sys.argv[1:]]; main()"
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(cwd)}
+    )
+
+
+def refused(*words: str, cwd: Path) -> str:
+    done = launcher(*words, cwd=cwd)
+    assert "Traceback" not in done.stderr and done.returncode in (0, 3, 4, 7, 9), done.stderr[-2000:]
+    return done.stderr + done.stdout
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """Six gigabytes that take no room on the disk."""
+    path = tmp_path / "endless"
+    path.touch()
+    os.truncate(path, 6 << 30)
+    return path
+
+
+def test_a_file_above_the_limit_is_told_by_its_size(endless: Path) -> None:
+    with pytest.raises(OSError, match="more than 4 MiB"):
+        read_bytes(endless)
+    assert read_json(endless) is None
+
+
+def test_a_configuration_that_never_ends(tmp_path: Path) -> None:
+    with pytest.raises(LauncherError, match="more than 4 MiB"):
+        read_layer(Path("/dev/zero"), "file")
+    assert "more than 4 MiB" in refused("submit", "--config", "/dev/zero", "--dry-run", cwd=tmp_path)
+
+
+def test_a_pipe_that_the_user_names_is_read_to_its_end() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b'[job]\nname = "x"\n')
+    os.close(writer)
+    assert read_layer(Path(f"/dev/fd/{reader}"), "file").values == {"job.name": "x"}
+    os.close(reader)
+
+
+def test_a_staged_directory_whose_manifest_never_ends(tmp_path: Path, endless: Path) -> None:
+    (tmp_path / "c4" / ".staged").mkdir(parents=True)
+    endless.rename(tmp_path / "c4" / ".staged" / "manifest.json")
+    with pytest.raises(LauncherError, match="more than 4 MiB"):
+        read_manifest(tmp_path / "c4")
+
+
+@pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
+@pytest.mark.parametrize("words", [("image", "inspect"), ("submit", "--gpu", "cpu", "--dry-run", "--image")])
+def test_an_image_whose_description_never_ends(tmp_path: Path, endless: Path, words: tuple[str, ...]) -> None:
+    """16 kB of squashfs, 6 GB of titan-image.json: read up to its limit, it is no description."""
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    endless.rename(root / "etc" / "titan-image.json")
+    subprocess.run(["mksquashfs", str(root), str(tmp_path / "x.sqsh"), "-quiet", "-no-progress"], check=True)
+    assert (tmp_path / "x.sqsh").stat().st_size < 2 << 20
+    assert "no torch" in refused(*words, str(tmp_path / "x.sqsh"), cwd=tmp_path) or words[0] == "image"
+
+
+@pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
+@pytest.mark.parametrize(
+    "description",
+    [
+        "[" * 200_000,
+        json.dumps({"schema": 1, "arch": "arm64", "versions": {"torch": "1"}, "driver_min": HUGE}),
+        f'{{"schema": {HUGE}, "arch": "arm64", "versions": {{"torch": "1"}}}}',
+    ],
+    ids=["deep", "driver of 5,000 digits", "schema of 5,000 digits"],
+)
+def test_hostile_words_in_an_image(tmp_path: Path, description: str) -> None:
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc" / "titan-image.json").write_text(description)
+    subprocess.run(["mksquashfs", str(root), str(tmp_path / "x.sqsh"), "-quiet", "-no-progress"], check=True)
+    refused("image", "inspect", str(tmp_path / "x.sqsh"), cwd=tmp_path)
+    refused("submit", "--gpu", "gb200", "--dry-run", "--image", str(tmp_path / "x.sqsh"), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["²", "٣", "", "-1", "1e3", "1_0", HUGE, " 1"])
+def test_what_is_no_whole_number(text: str) -> None:
+    assert whole(text) is None
+
+
+@given(st.integers(0, 10**15 - 1))
+def test_whole_numbers(number: int) -> None:
+    assert whole(str(number)) == number
+
+
+def test_numbers_that_nothing_can_compute_with() -> None:
+    assert parse_json(f"[1e999, NaN, -Infinity, {HUGE}, 1{'0' * 30}, 12, 0.5]") == [None] * 5 + [12, 0.5]
+    for text in ("[" * 200_000, "{" * 200_000):
+        with pytest.raises(ValueError):
+            parse_json(text)
+    for text in (f"x = {HUGE}", f"x = 0x{'f' * 4000}", f"x = [[0x{'f' * 40}]]", "x = " + "[" * 5000):
+        with pytest.raises(ValueError):
+            parse_toml(text)
+
+
+@pytest.mark.parametrize("value", [HUGE, f"0x{'f' * 4000}", f"-{HUGE}", "1" + "0" * 19])
+@pytest.mark.parametrize(
+    "option", ["--set=recipe.steps={}", "--set=recipe.lr={}", "--steps={}", "--nodes={}", "--time={}"]
+)
+def test_settings_of_too_many_digits(tmp_path: Path, option: str, value: str, capsys: Any, monkeypatch: Any) -> None:
+    from launcher.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["launcher", "render", "--gpu", "cpu", "--image", "/x.sqsh", option.format(value)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code in (2, 3)
+    assert len(capsys.readouterr().err) < 12_000
+
+
+def test_a_stage_of_too_many_steps(tmp_path: Path) -> None:
+    assert "is not one of" in refused("stage", "c4", "--to", "x", "--for", f"steps={HUGE}", cwd=tmp_path)
+
+
+# Any value in any record of a run: its commands say something, and no traceback.
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just(int("9" * 4000)),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+RECORDS = {
+    "intent.json": ("at", "scheduler", "job_name"),
+    "job.json": ("job_id", "host", "start_ticks"),
+    "end.json": ("exit_code", "signal", "slurm", "began_at", "ended_at"),
+    "cancelled": ("at", "job_id"),
+}
+FIELDS = [(name, key) for name, keys in RECORDS.items() for key in keys]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(FIELDS), VALUES, st.sampled_from(["list", "status", "results", "cancel"]))
+def test_any_value_in_any_record(tmp_path: Path, field: tuple[str, str], value: object, command: str) -> None:
+    from click.testing import CliRunner
+
+    from launcher.cli import launcher as group
+
+    run = tmp_path / "runs" / "r"
+    shutil.rmtree(run, ignore_errors=True)
+    (run / "claim").mkdir(parents=True)
+    good: dict[str, dict[str, Any]] = {
+        "intent.json": {"at": 1.7e9, "scheduler": "local", "job_name": "r.x"},
+        "job.json": {"job_id": "4000000", "host": os.uname().nodename, "start_ticks": 1},
+    }
+    name, key = field
+    records = good | ({} if name in good else {name: {}})
+    records[name] = {**records[name], key: value}
+    for file, record in records.items():
+        (run / file).write_text(json.dumps(record), encoding="utf-8", errors="surrogatepass")
+    (run / "claim" / "job_id").write_text(str(value)[:50], encoding="utf-8", errors="replace")
+    words = [command, "--runs-dir", str(run.parent), *(["r"] if command != "list" else [])]
+    done = CliRunner().invoke(group, words)
+    assert done.exception is None or isinstance(done.exception, (SystemExit, LauncherError)), done.exception
