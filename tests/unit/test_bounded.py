@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import LauncherError
-from launcher.files import MOST_BYTES, read_bytes, read_json
+from launcher.files import read_bytes, read_json
 from launcher.layers import read_layer
 from launcher.stage.manifest import read_manifest
 from launcher.values import parse_json, parse_toml, whole
