@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
-from pathlib import Path
+from io import FileIO
 from typing import Any, Protocol
+
+from launcher.errors import LauncherError
+from launcher.stage.target import safe_path
+
+LARGEST = 1 << 45  # bytes of a file: 35 TB, more than any place stores as one
+
+
+def is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def is_digest(value: object, digits: int = 64) -> bool:
+    return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
+
+
+# What a field of an answer must be, and what is said of one that is not.
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "path": (safe_path, "which would lie outside the target"),
+    "size": (is_size, "which is no size of a file"),
+    "sha256": (is_digest, "which is no checksum"),
+    "git id": (lambda value: is_digest(value, 40), "which is no checksum"),
+    "commit": (lambda value: is_digest(value, 40), "which is no commit"),
+}
+
+
+def check_answer(server: str, **fields: object) -> None:
+    """Names, sizes and checksums from a server become paths and limits: raises LauncherError for one that cannot."""
+    for name, value in fields.items():
+        good, what = _FIELDS[name.replace("_", " ")]
+        if not good(value):
+            raise LauncherError(
+                f"{server}: the server names the {name.replace('_', ' ')} {repr(value)[:120]}, {what}",
+                "nothing of it was written; check the address and who runs it; the same command tries again",
+            )
 
 
 class Checksums(Protocol):
@@ -50,5 +85,6 @@ class Source(Protocol):
     def revision(self) -> str: ...
 
     def download(
-        self, file: Any, partial: Path, on_bytes: Callable[[int], None], stop: threading.Event
-    ) -> Checksums: ...
+        self, file: Any, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event
+    ) -> Checksums:
+        """Brings the rest of `file` into `stream`. Returns the checksums of all of it."""
