@@ -213,12 +213,12 @@ def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[Hu
 def _file(repo: Repo, entry: dict[str, Any]) -> HubFile:
     check_answer(repo.page, size=entry.get("size"))
     xet = entry["xetHash"] if is_digest(entry.get("xetHash")) else ""
-    if not entry.get("lfs"):
+    if entry.get("lfs") is None:
         check_answer(repo.page, git_id=entry.get("oid"))
         return HubFile(entry["path"], entry["size"], blob=entry["oid"], xet=xet)
     sha256 = entry["lfs"].get("oid") if isinstance(entry["lfs"], dict) else entry["lfs"]
     check_answer(repo.page, sha256=sha256)
-    return HubFile(entry["path"], entry["size"], sha256=sha256, xet=xet)
+    return HubFile(entry["path"], entry["size"], sha256=str(sha256), xet=xet)
 
 
 def download(

@@ -13,6 +13,7 @@ from launcher.errors import ExitStatus, LauncherError
 from launcher.stage.manifest import BLOCK
 from launcher.stage.receive import WrongLength
 from launcher.stage.target import Stopped
+from launcher.stage.web import BAD_ADDRESS
 
 if TYPE_CHECKING:
     from launcher.stage.hub import Repo
@@ -88,7 +89,7 @@ def _retry_after(error: BaseException) -> float:
 def _may_pass(error: Exception) -> bool:
     if status := status_of(error):
         return status in (408, 416, 429) or status >= 500
-    return isinstance(error, (OSError, HTTPException, WrongLength)) and not isinstance(error, ValueError)
+    return isinstance(error, (OSError, HTTPException, WrongLength)) and not isinstance(error, BAD_ADDRESS)
 
 
 def translate(error: Exception, repo: Repo, path: str = "") -> LauncherError:
@@ -130,8 +131,8 @@ def translate(error: Exception, repo: Repo, path: str = "") -> LauncherError:
         )
     if isinstance(error, WrongLength):
         reason = str(error)
-    elif isinstance(error, ValueError):
-        reason = "the server names an address that is none"
+    elif isinstance(error, BAD_ADDRESS):
+        reason = "the server leads to an address that cannot be used"
     else:
         reason = "no connection" if isinstance(error, URLError) else "the connection breaks off"
         error = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error

@@ -290,9 +290,15 @@ def _publish(wanted: Wanted, stream: FileIO, work: Work) -> None:
 
 
 def _write_sidecar(wanted: Wanted, final: Path, work: Work) -> None:
-    if wanted.about is not None:
-        text = json.dumps(wanted.about, indent=2, ensure_ascii=False) + "\n"
-        work.top.write(sidecar_path(final).name, text.encode("utf-8", "surrogateescape"), MODE)
+    if wanted.about is None:
+        return
+    name, text = sidecar_path(final).name, json.dumps(wanted.about, indent=2, ensure_ascii=False) + "\n"
+    work.top.write(name, text.encode("utf-8", "surrogateescape"))
+    try:
+        with FileIO(work.top.open(name, os.O_RDONLY)) as stream:
+            os.fchmod(stream.fileno(), MODE)
+    except OSError as error:
+        raise write_error(sidecar_path(final), error) from error
 
 
 # ------------------------------------------------------------------------------------------------------- the engine

@@ -22,23 +22,23 @@ def is_digest(value: object, digits: int = 64) -> bool:
     return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
 
 
-# What a field of an answer must be, and what is said of one that is not.
-_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "path": (safe_path, "which would lie outside the target"),
-    "size": (is_size, "which is no size of a file"),
-    "sha256": (is_digest, "which is no checksum"),
-    "git id": (lambda value: is_digest(value, 40), "which is no checksum"),
-    "commit": (lambda value: is_digest(value, 40), "which is no commit"),
+_FIELDS: dict[str, Callable[[object], bool]] = {
+    "path": safe_path,
+    "size": is_size,
+    "sha256": is_digest,
+    "git id": lambda value: is_digest(value, 40),
+    "commit": lambda value: is_digest(value, 40),
 }
 
 
 def check_answer(server: str, **fields: object) -> None:
     """Names, sizes and checksums from a server become paths and limits: raises LauncherError for one that cannot."""
     for name, value in fields.items():
-        good, what = _FIELDS[name.replace("_", " ")]
-        if not good(value):
+        name = name.replace("_", " ")
+        if not _FIELDS[name](value):
+            why = "would lie outside the target" if name == "path" else "makes no sense"
             raise LauncherError(
-                f"{server}: the server names the {name.replace('_', ' ')} {repr(value)[:120]}, {what}",
+                f"{server}: the server names the {name} {repr(value)[:120]}, which {why}",
                 "nothing of it was written; check the address and who runs it; the same command tries again",
             )
 
@@ -84,7 +84,5 @@ class Source(Protocol):
     @property
     def revision(self) -> str: ...
 
-    def download(
-        self, file: Any, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event
-    ) -> Checksums:
+    def download(self, file: Any, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event) -> Checksums:
         """Brings the rest of `file` into `stream`. Returns the checksums of all of it."""

@@ -22,6 +22,7 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 
 from launcher.errors import ExitStatus, LauncherError
+from launcher.files import write_bytes
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
@@ -180,23 +181,13 @@ class Folder:
         with top.below(*final.relative_to(top.path).parts[:-1]) as folder:
             os.replace(Path(str(stream.name)).name, final.name, src_dir_fd=self.fd, dst_dir_fd=folder.fd)
 
-    def write(self, name: str, data: bytes, mode: int = 0o644) -> None:
+    def write(self, name: str, data: bytes) -> None:
         """Replaces a small file as a whole. Raises LauncherError."""
-        temporary = f".{name}.{os.urandom(4).hex()}.tmp"
         try:
-            descriptor = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            try:
-                with open(descriptor, "wb") as stream:
-                    os.fchmod(descriptor, mode)
-                    stream.write(data)
-                    stream.flush()
-                    os.fsync(descriptor)
-                os.replace(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            except BaseException:
-                self.remove(temporary)
-                raise
-        except OSError as error:
-            raise write_error(self.path / name, error) from error
+            write_bytes(self.handle / name, data)
+        except LauncherError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else OSError(error.what)
+            raise write_error(self.path / name, cause) from cause
 
     def remove(self, name: str) -> None:
         """Deletes what is ours: a link itself, and folders only as launchers before this one left them."""

@@ -24,7 +24,8 @@ BACKOFF_S = 1.0  # the first wait; doubles up to LONGEST_WAIT_S
 LONGEST_WAIT_S = 60.0
 SMALL = 1 << 20
 
-_BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)  # ValueError: a bad address
+_BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
+BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -34,7 +35,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         fp.close()  # urllib would read all that comes with the redirect, however much that is
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme not in ("http", "https"):
-            raise urllib.error.URLError("the server leads to another kind of address")
+            raise ValueError("the server leads to another kind of address")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None and old[:2] == new[:2] and req.has_header("Authorization"):
             request.add_unredirected_header("Authorization", req.get_header("Authorization"))
@@ -118,7 +119,7 @@ def _skip(answer: http.client.HTTPResponse, count: int) -> None:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code in (408, 429) or error.code >= 500
-    return not isinstance(error, ValueError)
+    return not isinstance(error, BAD_ADDRESS)
 
 
 def _retry_after(error: Exception) -> float:

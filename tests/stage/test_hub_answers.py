@@ -121,7 +121,7 @@ def passed(_handler: Handler, _content: Content, _start: int) -> bool:
 @pytest.mark.parametrize("body", [PAGE, "{}", "[7]", "[null]", '["en"]'])
 def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
     hub.api_faults = [passed, answer(body.encode())]
-    with pytest.raises(LauncherError, match="is no (JSON|list of files)"):
+    with pytest.raises(LauncherError, match=r"is no (JSON|list of files)"):
         stage_c4(tmp_path / "c4", files=1)
 
 
@@ -129,10 +129,10 @@ def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
     ("to", "words"),
     [
         ("", "HTTP 302"),
-        ("file:///etc/passwd", "no connection|HTTP 302"),
-        ("ftp://host/x", "no connection|HTTP 302"),
-        ("http://[bad", "address that is none"),
-        ("http://host:port/", "address that is none"),
+        ("file:///etc/passwd", "address that cannot be used|HTTP 302"),
+        ("ftp://host/x", "address that cannot be used"),
+        ("http://[bad", "address that cannot be used"),
+        ("http://host:port/", "address that cannot be used"),
     ],
 )
 @pytest.mark.parametrize("where", ["api", "content"])
@@ -322,8 +322,7 @@ def test_an_address_that_is_none(address: str, tmp_path: Path) -> None:
         ({"size": None}, "the size None"),
         ({"size": "7"}, "the size '7'"),
         ({"name": "bucket/c4/../x"}, "the path '../x'"),
-        ({"name": "elsewhere/c4/.staged/x"}, "the path|outside|"),
-        ({"name": None}, "the path|outside|"),
+        ({"name": "/etc/x"}, "the path '/etc/x'"),
     ],
 )
 def test_the_listing_of_a_bucket(entry: dict[str, Any], words: str) -> None:
@@ -331,8 +330,6 @@ def test_the_listing_of_a_bucket(entry: dict[str, Any], words: str) -> None:
         def ls(self, *_arguments: object, **_options: object) -> list[dict[str, Any]]:
             return [{"name": "bucket/c4/README.md", "type": "file", "size": 1, "ETag": "x"} | entry]
 
-    bucket = s3.Bucket("s3://bucket/c4", "bucket/c4", Store())
-    try:
-        assert all(hub_module.HubFile(f.path, f.bytes) and ".." not in f.path for f in bucket.listed(""))
-    except LauncherError as error:
-        assert words and __import__("re").search(words, error.what) and "s3://bucket/c4" in error.what
+    with pytest.raises(LauncherError, match=words) as caught:
+        s3.Bucket("s3://bucket/c4", "bucket/c4", Store()).listed("")
+    assert "s3://bucket/c4" in caught.value.what
