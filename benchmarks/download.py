@@ -28,6 +28,7 @@ from launcher import sample
 from launcher.stage.c4 import bring, plan_c4
 from launcher.stage.inventory import verify
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
+from launcher.stage.target import at_work
 
 ROOT = Path(__file__).parent.parent
 MIN_RATIO, MAX_MEMORY_MB, MAX_PLAN_S = 0.8, 500, 1.0
@@ -143,7 +144,7 @@ def stage(target: Path, files: int, jobs: int) -> tuple[float, float]:
 def import_hub() -> None:
     """Its import is part of every command's start, not of the work. It resolves names when they are asked for."""
     hub = import_module("huggingface_hub")
-    assert hub.HfApi and hub.get_hf_file_metadata
+    assert hub.get_token and hub.constants
 
 
 def child(target: Path, files: int, jobs: int) -> None:
@@ -165,9 +166,9 @@ def plan_seconds(target: Path) -> float:
         name = f"en/c4-train.{index:05d}-of-{TRAIN_FILES:05d}.json.gz"
         (target / name).write_bytes(b"")
         files[name] = StagedFile(0, "0" * 64, (target / name).stat().st_mtime_ns)
-    (target / ".staged").mkdir()
-    revision = "a" * 40
-    write_manifest(target, Manifest("c4", "hf://datasets/allenai/c4", revision, files, tuple(files), TRAIN_FILES))
+    manifest = Manifest("c4", "hf://datasets/allenai/c4", "a" * 40, files, tuple(files), TRAIN_FILES)
+    with at_work(target, print) as work:
+        write_manifest(work.state, manifest)
     began = time.monotonic()
     plan_c4(target, everything=True)
     assert not verify(target).problems

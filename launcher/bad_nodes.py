@@ -161,7 +161,7 @@ def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]
 
 @contextlib.contextmanager
 def _locked(lock: Path) -> Iterator[None]:
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         with contextlib.suppress(OSError):  # a file system without locks: the file itself is always whole
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -248,7 +248,7 @@ def _submission_lock(run: Run) -> Iterator[None]:
     """Waits until nobody, not even a left-over sbatch, is submitting the run, and keeps it so."""
     path = run.path / runs.LOCK
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise filesystem_error(path, error) from error
     try:

@@ -27,7 +27,7 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644, option: str = "") ->
 
     Raises LauncherError when the directory cannot be written or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:

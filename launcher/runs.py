@@ -107,10 +107,10 @@ def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> tuple[Run
     )
     if os.path.lexists(final):
         raise taken
-    temporary = final.parent / f".{spec.job.name}.{os.getpid()}.tmp"
+    temporary = final.parent / f".{spec.job.name}.{os.urandom(4).hex()}.tmp"
     try:
+        temporary.mkdir(parents=True)  # what was there before is not ours to remove
         try:
-            temporary.mkdir(parents=True)
             (temporary / "logs").mkdir()
             _fill(temporary, spec, secrets, now_s)
             lock_fd = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -175,7 +175,7 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
 
 def discard(run: Run) -> None:
     """Removes a run directory whose submission was refused: nothing of it ever ran."""
-    doomed = run.path.with_name(f".{run.name}.{os.getpid()}.refused")
+    doomed = run.path.with_name(f".{run.name}.{os.urandom(4).hex()}.refused")
     try:
         os.rename(run.path, doomed)
     except OSError:

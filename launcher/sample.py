@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import random
 from pathlib import Path
+
+from launcher.files import write_bytes
 
 TRAIN_FILES = 4
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # Llama 3's names
@@ -111,8 +112,8 @@ def write_c4_sample(
     (directory / "en").mkdir(parents=True, exist_ok=True)
     for split, files in (("train", train_files), ("validation", 1)):
         for index, name in enumerate(file_names(split, files)):
-            _write(directory / "en" / name, _shard(random.Random(f"{seed} {split} {index}"), documents_per_file))
-    _write(directory / "README.md", README.encode())
+            write_bytes(directory / "en" / name, _shard(random.Random(f"{seed} {split} {index}"), documents_per_file))
+    write_bytes(directory / "README.md", README.encode())
 
 
 def file_names(split: str, files: int) -> list[str]:
@@ -124,7 +125,7 @@ def write_tokenizer(directory: Path) -> None:
     """Writes a byte-level tokenizer of 258 entries: every byte, beginning and end of text. No merges."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, value in _tokenizer_files().items():
-        _write(directory / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        write_bytes(directory / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _shard(rng: random.Random, documents: int) -> bytes:
@@ -211,13 +212,3 @@ def _tokenizer_files() -> dict[str, object]:
         },
         "special_tokens_map.json": {"bos_token": BEGIN, "eos_token": END},
     }
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

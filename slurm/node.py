@@ -286,9 +286,10 @@ def record(run_dir: Path, facts: Facts) -> Path:
 def write(path: Path, text: str) -> None:
     """Through a temporary name: several nodes may write the same file in a shared directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "x", encoding="utf-8") as stream:  # never through a link, never a file that was there
+            stream.write(text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -309,11 +310,11 @@ def read_node(argv: list[str]) -> dict[str, Any]:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    probe = run_dir / "nodes" / f".probe.{socket.gethostname()}.{os.getpid()}"
+    probe = run_dir / "nodes" / f".probe.{os.urandom(8).hex()}"
     try:
         for folder in (run_dir / "nodes", run_dir / "titan"):
             folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise Refused(

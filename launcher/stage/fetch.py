@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import shutil
 import stat
 import sys
 import threading
@@ -29,13 +27,23 @@ from launcher.stage.manifest import (
     StagedFile,
     describe_wrong,
     is_verified,
+    open_at_once,
     read_manifest,
     write_manifest,
 )
 from launcher.stage.progress import Progress
 from launcher.stage.shards import in_files
 from launcher.stage.source import RemoteFile, Source
-from launcher.stage.target import STATE, Stopped, check_space, gigabytes, locked, prepare, write_error
+from launcher.stage.target import (
+    Stopped,
+    Work,
+    at_work,
+    check_space,
+    gigabytes,
+    in_the_way,
+    refuse_foreign,
+    write_error,
+)
 
 JOBS = 8  # files at once
 SECONDS_BETWEEN_MANIFESTS = 2.0  # a verified file that is not in it yet is only read again
@@ -121,8 +129,8 @@ def fetch(
     on Ctrl-C, KeyboardInterrupt after everything has stopped. In both cases a later call continues.
     """
     began = time.monotonic()
-    prepare(target, ours)
-    with locked(target, say):
+    refuse_foreign(target, ours)
+    with at_work(target, say) as work:
         found = known_manifest(target, kind, source.source)
         files = dict(found.files) if found and found.revision == source.revision else {}
         if found and found.kind == "model":
@@ -133,14 +141,16 @@ def fetch(
         manifest = Manifest(
             kind, source.source, source.revision, files, tuple(paths | files.keys()), train_files_in_all
         )
-        state = _State(target, source, manifest, jobs)
+        state = _State(target, work, source, manifest, jobs)
         present = len(wanted) - len(missing) - len(unread)
         if unread:
             wrong = state.run("checking", unread, 0, state.adopt)
             missing += wrong
             present += len(unread) - len(wrong)
-        _remove_leftovers(target, missing)
-        already = sum(_partial_size(target, file) for file in missing)
+        for folder in {Path(file.path).parts[:-1] for file in missing}:
+            work.top.below(*folder).close()  # refuses a link before anything is downloaded
+        work.partial.clear(_partial(file) for file in missing)
+        already = sum(min(work.partial.size(_partial(file)), file.bytes) for file in missing)
         check_space(target, sum(file.bytes for file in missing) - already)
         state.save()
         if missing:
@@ -168,14 +178,13 @@ def _sorted(
         try:
             there = (target / file.path).stat()
         except NotADirectoryError:
-            raise _in_the_way(target, Path(file.path).parts[0], "a file, not a directory") from None
+            raise in_the_way(target / Path(file.path).parts[0], "a file, not a directory") from None
         except OSError:
             missing.append(file)
             continue
         if not stat.S_ISREG(there.st_mode):
-            raise _in_the_way(
-                target, file.path, "a directory, not a file" if stat.S_ISDIR(there.st_mode) else "no file"
-            )
+            what = "a directory, not a file" if stat.S_ISDIR(there.st_mode) else "no file"
+            raise in_the_way(target / file.path, what)
         size = there.st_size
         if size == file.bytes:
             unread.append(file)
@@ -185,23 +194,17 @@ def _sorted(
     return missing, unread
 
 
-def _in_the_way(target: Path, name: str, what: str) -> LauncherError:
-    """Before anything is downloaded: the file could not be put there afterwards."""
-    path = shlex.quote(str(target / name))
-    return LauncherError(f"--to {target}: {name} is {what}", f"mv {path} {path}.old, then the same command")
-
-
 class _State:
     """One call's work: the manifest as it grows, and the pool that fills it."""
 
-    def __init__(self, target: Path, source: Source, manifest: Manifest, jobs: int) -> None:
-        self.target, self.source, self.manifest, self.jobs = target, source, manifest, jobs
+    def __init__(self, target: Path, work: Work, source: Source, manifest: Manifest, jobs: int) -> None:
+        self.target, self.work, self.source, self.manifest, self.jobs = target, work, source, manifest, jobs
         self.stop = threading.Event()
         self.saved = 0.0
         self.progress: Progress | None = None
 
     def save(self) -> None:
-        write_manifest(self.target, self.manifest)
+        write_manifest(self.work.state, self.manifest)
         self.saved = time.monotonic()
 
     def run(
@@ -255,7 +258,7 @@ class _State:
         digests, buffer = file.digests(), bytearray(BLOCK)
         before = path.stat().st_mtime_ns
         try:
-            with open(path, "rb", buffering=0) as stream:
+            with open_at_once(path) as stream:
                 while count := stream.readinto(buffer):
                     if self.stop.is_set():
                         raise Stopped
@@ -271,53 +274,34 @@ class _State:
 
     def bring(self, file: RemoteFile, progress: Progress) -> StagedFile:
         """A file from the Hub, under its final name when its bytes are right; wrong ones are tried once more."""
-        partial, final = _partial(self.target, file), self.target / file.path
-        digests = self.source.download(file, partial, progress.add, self.stop)
-        if not digests.match(file):
-            progress.say(f"{file.path}: wrong bytes (checksum differs from the Hub's); downloaded again")
-            progress.add(-file.bytes)
-            partial.unlink(missing_ok=True)
-            digests = self.source.download(file, partial, progress.add, self.stop)
-        if not digests.match(file):
-            partial.unlink(missing_ok=True)
-            raise LauncherError(
-                f"{file.path}: wrong bytes twice: the Hub announces {file.digest[:16]}…, received was "
-                f"{digests.sha256.hexdigest()[:16]}…",
-                "a proxy or cache on the way may change files; nothing of it was kept; the same command tries again",
-                status=ExitStatus.ERROR,
-            )
-        try:
-            with open(partial, "rb") as stream:
+        with self.work.partial.begin(_partial(file)) as stream:
+            digests = self.source.download(file, stream, progress.add, self.stop)
+            if not digests.match(file):
+                progress.say(f"{file.path}: wrong bytes (checksum differs from the Hub's); downloaded again")
+                progress.add(-file.bytes)
+                stream.truncate(0)
+                digests = self.source.download(file, stream, progress.add, self.stop)
+            if not digests.match(file):
+                self.work.partial.remove(Path(str(stream.name)).name)
+                raise LauncherError(
+                    f"{file.path}: wrong bytes twice: the Hub announces {file.digest[:16]}…, received was "
+                    f"{digests.sha256.hexdigest()[:16]}…",
+                    "a proxy or cache on the way may change files; nothing of it was kept; the same command tries "
+                    "again",
+                    status=ExitStatus.ERROR,
+                )
+            try:
                 os.fsync(stream.fileno())  # the manifest must not outlive the bytes it vouches for
                 found = os.fstat(stream.fileno())
-            final.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(partial, final)
-        except OSError as error:
-            raise write_error(final, error) from error
+                self.work.partial.finish(stream, self.target / file.path, self.work.top)
+            except OSError as error:
+                raise write_error(self.target / file.path, error) from error
         return StagedFile(found.st_size, digests.sha256.hexdigest(), found.st_mtime_ns)
 
 
-def _partial(target: Path, file: RemoteFile) -> Path:
+def _partial(file: RemoteFile) -> str:
     """By content, not by name alone: what another revision has left is never continued."""
-    return target / STATE / "partial" / f"{file.digest[:24]}-{Path(file.path).name}"
-
-
-def _partial_size(target: Path, file: RemoteFile) -> int:
-    try:
-        return min(_partial(target, file).stat().st_size, file.bytes)
-    except OSError:
-        return 0
-
-
-def _remove_leftovers(target: Path, missing: Sequence[RemoteFile]) -> None:
-    """Unfinished downloads of files that nobody wants any more. Under the lock: nobody is writing them."""
-    wanted = {_partial(target, file).name for file in missing}
-    for path in (target / STATE / "partial").iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in wanted:
-            with contextlib.suppress(OSError):
-                path.unlink()
+    return f"{file.digest[:24]}-{Path(file.path).name}"
 
 
 def summary(outcome: Outcome, target: Path) -> str:

@@ -1,8 +1,8 @@
 """The Hugging Face Hub: what a repository holds at one commit, one file of it, and its refusals in plain words.
 
-The one module that imports huggingface_hub: for the listing, for where a file's content is, for tokens and errors, and
-for Xet. The content itself is read with the standard library. `hf_hub_download` keeps an interrupted download in 0.34
-and throws it away in 2.4, and hands bytes on in pieces of 10 MB at 2.4 times the CPU time.
+Asked with the standard library, and every answer is bounded and checked where it is read: huggingface_hub's client takes
+a listing of any size, also inflated, and what is wrong in it for granted. Its `hf_hub_download` keeps an interrupted
+download in 0.34 and throws it away in 2.4. The one module that imports it: for the user's token, and for Xet.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shlex
-import shutil
 import ssl
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.stage.hub_errors import status_of, translate, with_retries
 from launcher.stage.receive import Sink, WrongLength
-from launcher.stage.source import Checksums
-from launcher.stage.target import Stopped, safe_path, write_error
+from launcher.stage.source import Checksums, check_answer, is_digest
+from launcher.stage.target import Stopped
+from launcher.stage.web import json_in, open_url, read_whole
 
 ENDPOINT = "https://huggingface.co"
 TIMEOUT_S = 15.0  # without a byte from the server
+ANSWER_BYTES = 8 << 20  # of the API: twenty pages of a listing
+ENTRIES = 100_000  # of one listing
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Repo:
         return f"{self.site}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
     def download(
-        self, file: HubFile, partial: Path, on_bytes: Callable[[int], None], stop: threading.Event
+        self, file: HubFile, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event
     ) -> Checksums:
-        return download(self, file, partial, on_bytes, stop)
+        return download(self, file, stream, on_bytes, stop)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class HubFile:
     bytes: int
     sha256: str = ""
     blob: str = ""
-    xet: bool = False
+    xet: str = ""  # what Xet's servers know the file by
 
     @property
     def digest(self) -> str:
@@ -151,106 +154,108 @@ def find_token(token_file: Path | None = None) -> str | None:
 
 def pin(name: str, kind: str, revision: str | None, token: str | None) -> Repo:
     """The repository at the commit that `revision` (a branch, tag or commit; None: main) stands for now."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        raise LauncherError("HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again")
     asked = Repo(name, kind, revision or "main", token)
-    api = HfApi(endpoint=endpoint())
-    info = with_retries(
-        lambda: api.repo_info(name, repo_type=kind, revision=revision, timeout=30, token=token or False),
-        asked,
-    )
-    commit = str(info.sha or "")
-    if len(commit) != 40 or set(commit) - set("0123456789abcdef"):
-        raise LauncherError(f"{asked.page}: the Hub named no commit for {asked.revision}", "try again later")
-    return Repo(name, kind, commit, token)
+    info, _ = _ask(asked, f"{_api(asked)}/revision/{quote(asked.revision, safe='')}")
+    commit = info.get("sha") if isinstance(info, dict) else None
+    check_answer(asked.page, commit=commit)
+    return Repo(name, kind, str(commit), token)
 
 
-def list_files(repo: Repo, folder: str | None = None, recursive: bool = False) -> list[HubFile]:
-    """The files in `folder` (None: the top), by path. Raises LauncherError for names that lead out of a directory."""
-    from huggingface_hub import HfApi
+def _api(repo: Repo) -> str:
+    return f"{repo.site}/api/{repo.kind}s/{repo.name}"
 
-    api = HfApi(endpoint=endpoint())
 
-    def ask() -> list[Any]:
-        found: Iterable[Any] = api.list_repo_tree(
-            repo.name,
-            folder,
-            recursive=recursive,
-            revision=repo.revision,
-            repo_type=repo.kind,
-            token=repo.token or False,
+def _open(repo: Repo, url: str, headers: dict[str, str] | None = None) -> Any:
+    token = repo.token if url.startswith(f"{repo.site}/") else None
+    return open_url(url, headers or {}, TIMEOUT_S, token or "", _tls())
+
+
+def _ask(repo: Repo, url: str) -> tuple[Any, str]:
+    """What the Hub's API answers, and the address of the next page. Raises LauncherError for what is no JSON."""
+
+    def once() -> tuple[bytes, str]:
+        with _open(repo, url) as answer:
+            return read_whole(answer, ANSWER_BYTES), str(answer.headers.get("Link") or "")
+
+    data, link = with_retries(once, repo)
+    value = json_in(data)
+    if not isinstance(value, (dict, list)):
+        raise LauncherError(
+            f"{repo.page}: the server's answer is no JSON, or more than {ANSWER_BYTES >> 20} MB of it",
+            "check HF_ENDPOINT and HTTPS_PROXY: a login page, perhaps; the same command tries again",
         )
-        return list(found)
+    found = re.search(r'<([^<>]*)>;\s*rel="next"', link)
+    return value, urljoin(url, found[1]) if found else ""
 
-    files = []
-    for entry in with_retries(ask, repo):
-        if not safe_path(entry.path):
-            raise LauncherError(
-                f"{repo.page}: the server names a file {entry.path[:120]!r}, which would lie outside the target",
-                "nothing was written; check HF_ENDPOINT and who runs it",
-            )
-        size = getattr(entry, "size", None)
-        if size is None:  # a folder
-            continue
-        large = entry.lfs.sha256 if entry.lfs else ""
-        files.append(
-            HubFile(
-                entry.path,
-                size,
-                large,
-                "" if large else entry.blob_id,
-                bool(getattr(entry, "xet_hash", None)),
-            )
-        )
-    return sorted(files, key=lambda file: file.path)
+
+def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[HubFile]:
+    """The files in `folder` ("": the top), by path. Raises LauncherError for an answer that makes no sense."""
+    url = f"{_api(repo)}/tree/{repo.revision}/{quote(folder)}".rstrip("/") + f"?recursive={recursive}&expand=False"
+    files: dict[str, HubFile] = {}
+    asked = 0
+    while url:
+        entries, url = _ask(repo, url)
+        asked += 1 + len(entries)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or asked > ENTRIES:
+            what = "is no list of files" if asked <= ENTRIES else f"has more than {ENTRIES:,} entries"
+            raise LauncherError(f"{repo.page}: the server's listing {what}", "check HF_ENDPOINT and who runs it")
+        for entry in entries:
+            check_answer(repo.page, path=entry.get("path"))
+            if entry.get("type") == "file":
+                files[entry["path"]] = _file(repo, entry)
+    return sorted(files.values(), key=lambda file: file.path)
+
+
+def _file(repo: Repo, entry: dict[str, Any]) -> HubFile:
+    check_answer(repo.page, size=entry.get("size"))
+    xet = entry["xetHash"] if is_digest(entry.get("xetHash")) else ""
+    if entry.get("lfs") is None:
+        check_answer(repo.page, git_id=entry.get("oid"))
+        return HubFile(entry["path"], entry["size"], blob=entry["oid"], xet=xet)
+    sha256 = entry["lfs"].get("oid") if isinstance(entry["lfs"], dict) else entry["lfs"]
+    check_answer(repo.page, sha256=sha256)
+    return HubFile(entry["path"], entry["size"], sha256=str(sha256), xet=xet)
 
 
 def download(
-    repo: Repo, file: HubFile, partial: Path, on_bytes: Callable[[int], None], stop: threading.Event
+    repo: Repo, file: HubFile, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event
 ) -> Checksums:
-    """Brings `file` into `partial`, continuing what is there, and returns the checksums of its bytes.
+    """Brings `file` into `stream`, continuing what is there, and returns the checksums of its bytes.
 
     Waits and tries again after errors of the network, 429 and 5xx. Raises LauncherError for what waiting does not
     cure, Stopped when `stop` is set.
     """
-    if file.xet and not partial.exists() and xet_wanted():
-        digests = _download_by_xet(repo, file, partial, on_bytes, stop)
+
+    def size() -> int:
+        return os.fstat(stream.fileno()).st_size
+
+    if file.xet and not size() and xet_wanted():
+        digests = _download_by_xet(repo, file, stream, on_bytes, stop)
         if digests is not None:
             return digests
+        stream.truncate(0)
 
     def once() -> Checksums:
-        with _opened(partial) as stream:
-            if os.fstat(stream.fileno()).st_size > file.bytes:
-                stream.truncate(0)
-            sink = Sink(stream, partial, file, on_bytes, stop)
-            sink.take_existing()
-            if sink.size < file.bytes:
-                _get(repo, file, sink)
-            return sink.digests
+        if size() > file.bytes:
+            stream.truncate(0)
+        sink = Sink(stream, file, on_bytes, stop)
+        sink.take_existing()
+        if sink.size < file.bytes:
+            _get(repo, file, sink)
+        return sink.digests
 
-    with _quiet():
-        return with_retries(once, repo, file.path, lambda: partial.stat().st_size if partial.exists() else 0, stop)
+    return with_retries(once, repo, file.path, size, stop)
 
 
 def _get(repo: Repo, file: HubFile, sink: Sink) -> None:
-    """The rest of a file into `sink`. The Hub is asked first where its content is: that address is valid for an hour."""
-    import urllib.request
-
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
-
-    url = hf_hub_url(repo.name, file.path, repo_type=repo.kind, revision=repo.revision, endpoint=endpoint())
-    place = get_hf_file_metadata(url, token=repo.token or False, timeout=TIMEOUT_S).location
-    if not place.startswith(("http://", "https://")):
-        raise LauncherError(f"{repo.name}/{file.path}: the Hub leads to another kind of address", "check HF_ENDPOINT")
-    # Identity: of a compressed answer neither the size nor a range could be trusted.
-    request = urllib.request.Request(place, headers=build_hf_headers(token=False) | {"Accept-Encoding": "identity"})
-    if repo.token and place.startswith(f"{endpoint()}/"):  # the Hub itself; never the servers that it redirects to
-        request.add_unredirected_header("Authorization", f"Bearer {repo.token}")
-    if sink.size:
-        request.add_header("Range", f"bytes={sink.size}-")
+    """The rest of a file into `sink`. The Hub is asked each time where its content is: an address is valid for an hour."""
+    url = f"{repo.page}/resolve/{repo.revision}/{quote(file.path)}"
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=_tls()) as answer:
+        with _open(repo, url, {"Range": f"bytes={sink.size}-"} if sink.size else None) as answer:
             if sink.size and answer.status != 206:
                 sink.restart()
             sink.take(answer)
@@ -264,7 +269,7 @@ def _get(repo: Repo, file: HubFile, sink: Sink) -> None:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """Trusts what huggingface_hub's own client trusts: the bundle that the user names, else certifi's, the system's."""
+    """Trusts what huggingface_hub's own client trusts, which Xet uses: the bundle that the user names, else certifi's, the system's."""
     context = ssl.create_default_context()
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     if not bundle and not os.environ.get("SSL_CERT_FILE"):
@@ -288,38 +293,27 @@ def xet_wanted() -> bool:
     return importlib.util.find_spec("hf_xet") is not None
 
 
-def _opened(partial: Path) -> FileIO:
-    try:
-        return open(partial, "r+b" if partial.exists() else "x+b", buffering=0)
-    except OSError as error:
-        raise write_error(partial, error) from error
-
-
 def _download_by_xet(
-    repo: Repo, file: HubFile, partial: Path, on_bytes: Callable[[int], None], stop: threading.Event
+    repo: Repo, file: HubFile, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event
 ) -> Checksums | None:
     """Through Xet's chunk servers; None where that fails, and plain HTTP, which can continue, is tried instead.
 
-    Xet gives a file whole: the progress moves when it is there, and an interrupted one starts again.
+    Xet gives a file whole: the progress moves when it is there, and an interrupted one starts again. It opens the file
+    by a path, so it is given one that leads to the open file and to no other.
     """
-    from huggingface_hub import hf_hub_download
-
-    folder = partial.with_name(f"{partial.name}.xet")
     try:
+        from huggingface_hub import file_download
+        from huggingface_hub.utils import XetFileData, build_hf_headers
+
         with _quiet():
-            path = hf_hub_download(
-                repo.name,
-                file.path,
-                repo_type=repo.kind,
-                revision=repo.revision,
-                local_dir=folder,
-                endpoint=endpoint(),
-                token=repo.token or False,
+            file_download.xet_get(
+                incomplete_path=Path(f"/proc/self/fd/{stream.fileno()}"),
+                xet_file_data=XetFileData(file.xet, f"{_api(repo)}/xet-read-token/{repo.revision}"),
+                headers=build_hf_headers(token=repo.token or False),
+                expected_size=file.bytes,
             )
-        os.replace(path, partial)
-        with open(partial, "rb", buffering=0) as stream:
-            sink = Sink(stream, partial, file, on_bytes, stop)
-            sink.take_existing()
+        sink = Sink(stream, file, on_bytes, stop)
+        sink.take_existing()
         on_bytes(sink.size)
         return sink.digests
     except Exception as error:  # hf_xet is compiled, and its errors have no common root
@@ -328,8 +322,6 @@ def _download_by_xet(
         if status_of(error) in (401, 403):
             raise translate(error, repo, file.path) from error
         return None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable
 from http.client import HTTPException
 from typing import TYPE_CHECKING, TypeVar
+from urllib.error import URLError
 
 from launcher.errors import ExitStatus, LauncherError
+from launcher.stage.manifest import BLOCK
 from launcher.stage.receive import WrongLength
 from launcher.stage.target import Stopped
+from launcher.stage.web import BAD_ADDRESS
 from launcher.values import whole
 
 if TYPE_CHECKING:
     from launcher.stage.hub import Repo
 
-ATTEMPTS = 6  # without a byte of progress in between
+ATTEMPTS = 6  # without progress in between
 CONTACT_ATTEMPTS = 3  # for a Hub that cannot be reached at all, before anything was downloaded
 BACKOFF_S = 1.0  # the first wait; it doubles up to LONGEST_WAIT_S
 LONGEST_WAIT_S = 60.0
@@ -39,12 +42,11 @@ def with_retries(
             return call()
         except (LauncherError, Stopped):
             raise
-        except Exception as error:  # of httpx, requests or urllib, by the version: no common root
+        except Exception as error:  # of urllib, http.client and ssl: no common root
             if not _may_pass(error):
                 raise translate(error, repo, path) from error
-            if progress() > reached:
-                failures, wait = 0, BACKOFF_S
-            reached = progress()
+            if progress() - reached >= BLOCK:  # not for each byte: a server may give one at a time
+                failures, wait, reached = 0, BACKOFF_S, progress()
             failures += 1
             asked = _retry_after(error)
             limit = ATTEMPTS if path or status_of(error) else CONTACT_ATTEMPTS
@@ -86,17 +88,9 @@ def _retry_after(error: BaseException) -> float:
 
 
 def _may_pass(error: Exception) -> bool:
-    if _is_offline(error):
-        return False
     if status := status_of(error):
         return status in (408, 416, 429) or status >= 500
-    # urllib's and requests' errors are OSErrors; httpx's (huggingface_hub from 1.0 on) have a root of their own.
-    return isinstance(error, (OSError, HTTPException, WrongLength)) or type(error).__module__.startswith("httpx")
-
-
-def _is_offline(error: Exception) -> bool:
-    """By its name: its class is huggingface_hub's, which only launcher/stage/hub.py imports."""
-    return type(error).__name__ == "OfflineModeIsEnabled"
+    return isinstance(error, (OSError, HTTPException, WrongLength)) and not isinstance(error, BAD_ADDRESS)
 
 
 def translate(error: Exception, repo: Repo, path: str = "") -> LauncherError:
@@ -106,8 +100,6 @@ def translate(error: Exception, repo: Repo, path: str = "") -> LauncherError:
     if repo.token:
         words = words.replace(repo.token, "(token)")
     what = f"{repo.name}/{path}" if path else repo.name
-    if _is_offline(error):
-        return LauncherError("HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again")
     if status in (401, 403):
         return _refused(status, code, words, repo)
     if status == 404 and code == "RevisionNotFound":
@@ -140,8 +132,11 @@ def translate(error: Exception, repo: Repo, path: str = "") -> LauncherError:
         )
     if isinstance(error, WrongLength):
         reason = str(error)
+    elif isinstance(error, BAD_ADDRESS):
+        reason = "the server leads to an address that cannot be used"
     else:
-        reason = "no connection" if "onnect" in type(error).__name__ else "the connection breaks off"
+        reason = "no connection" if isinstance(error, URLError) else "the connection breaks off"
+        error = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error
     return LauncherError(
         f"{what}: {reason} ({repo.site}, {type(error).__name__})",
         "the same command continues; check the network, HTTPS_PROXY and HF_ENDPOINT",

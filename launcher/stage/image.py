@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shlex
-import shutil
-import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.files import read_json, unreadable, write_json
+from launcher.files import read_json, unreadable
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.manifest import BLOCK, sha256_of
 from launcher.stage.progress import Progress
-from launcher.stage.target import STATE, check_space, gigabytes, locked, refuse_unusable, write_error
+from launcher.stage.source import check_answer, is_digest
+from launcher.stage.target import Folder, Work, at_work, check_space, gigabytes, refuse_unusable, write_error
 from launcher.stage.web import Reader, read_small, stream_from
 
 KINDS = "a .sqsh file, the http(s) address of one, or an image of the Docker engine; download others first, with their .json"
@@ -78,11 +79,13 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
     if _is_known(wanted, final):  # also for whoever may only read there
         _already(final, say)
     else:
-        with _at_work(to, keep=_partial(to, wanted), say=say):
-            if _is_staged(wanted, final):
+        with at_work(to, say) as work:
+            # By content: what was left of another image is never continued.
+            work.partial.clear([f"{wanted.sha256[:24]}.sqsh"])
+            if _is_staged(wanted, final, work):
                 _already(final, say)
             else:
-                _bring(wanted, reader, to, say)
+                _bring(wanted, reader, work, say)
     say(f"launcher submit --image {shlex.quote(str(final))}")
     return final
 
@@ -141,14 +144,19 @@ def _of_address(url: str) -> Wanted:
     about = read_small(where)
     digest = _digest_in(about, where)
     size = about["squashfs"].get("bytes")
-    if type(size) is not int or size < 1 or not is_metadata(about):
+    check_answer(where, size=size)
+    if not size or not is_metadata(about):
         raise LauncherError(f"{where}: not the description of an image", "the address of a .sqsh file of a release")
     return Wanted(_clean(urlsplit(url).path.rsplit("/", 1)[-1], digest), digest, size, about)
 
 
 def _check_address(url: str) -> None:
     """A password in an address would be in the process list, and in every message."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        raise LauncherError("the image's address is none", "the address of a .sqsh file of a release") from None
     if "@" in parts.netloc or parts.query or parts.fragment or not parts.path.endswith(".sqsh"):
         raise LauncherError(
             "the image's address must end with .sqsh, without user, password or parameters",
@@ -159,9 +167,9 @@ def _check_address(url: str) -> None:
 def _digest_in(about: Mapping[str, Any] | None, where: str) -> str:
     facts = about.get("squashfs") if about else None
     digest = facts.get("sha256") if isinstance(facts, dict) else None
-    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+    if not is_digest(digest):
         raise LauncherError(f"{where}: has no sha256 of an image", "convert it again: launcher image convert IMAGE")
-    return digest
+    return str(digest)
 
 
 def _clean(name: str, digest: str) -> str:
@@ -185,61 +193,66 @@ def _is_known(wanted: Wanted, final: Path) -> bool:
     return size == wanted.bytes and isinstance(recorded, dict) and recorded.get("sha256") == wanted.sha256
 
 
-def _is_staged(wanted: Wanted, final: Path) -> bool:
+def _is_staged(wanted: Wanted, final: Path, work: Work) -> bool:
     """The same, for one without its description, too: an earlier call was ended before its last step. Reads that."""
     if _is_known(wanted, final):
         return True
     if not final.is_file() or final.stat().st_size != wanted.bytes or _sha256(final) != wanted.sha256:
         return False
-    _write_sidecar(wanted, final)
+    _write_sidecar(wanted, final, work)
     return True
 
 
-def _bring(wanted: Wanted, reader: Reader, to: Path, say: Say) -> None:
+def _bring(wanted: Wanted, reader: Reader, work: Work, say: Say) -> None:
     """Under the lock. A continued file with a wrong checksum is brought again from its beginning, once."""
-    partial, final = _partial(to, wanted), wanted.path(to)
-    begun = partial.exists()
-    digest = _receive(wanted, reader, partial)
-    if digest != wanted.sha256 and begun:
-        say(f"{wanted.name}: what an earlier call had left does not fit; from the beginning")
-        partial.unlink(missing_ok=True)
-        digest = _receive(wanted, reader, partial)
-    if digest != wanted.sha256:
-        partial.unlink(missing_ok=True)
-        raise LauncherError(
-            f"{wanted.name}: wrong bytes: its description says sha256 {wanted.sha256[:16]}…, read was {digest[:16]}…",
-            "copy or download the image and its .json again; nothing of it was kept",
-        )
-    try:
-        superblock(partial)
-    except LauncherError as error:
-        partial.unlink(missing_ok=True)
-        raise LauncherError(f"{wanted.name}: {error.what.removeprefix(f'{partial}: ')}", error.fix) from None
-    _publish(wanted, partial, final)
+    final = wanted.path(work.top.path)
+    with work.partial.begin(f"{wanted.sha256[:24]}.sqsh") as stream:
+        try:
+            begun = os.fstat(stream.fileno()).st_size
+            digest = _receive(wanted, reader, stream)
+            if digest != wanted.sha256 and begun:
+                say(f"{wanted.name}: what an earlier call had left does not fit; from the beginning")
+                stream.truncate(0)
+                digest = _receive(wanted, reader, stream)
+            if digest != wanted.sha256:
+                raise LauncherError(
+                    f"{wanted.name}: wrong bytes: its description says sha256 {wanted.sha256[:16]}…, read was "
+                    f"{digest[:16]}…",
+                    "copy or download the image and its .json again; nothing of it was kept",
+                )
+            opened = Path(f"/proc/self/fd/{stream.fileno()}")
+            try:
+                superblock(opened)
+            except LauncherError as error:
+                raise LauncherError(f"{wanted.name}: {error.what.removeprefix(f'{opened}: ')}", error.fix) from None
+        except LauncherError as error:
+            if error.status == ExitStatus.INVALID:  # not what a full disk or the network have stopped
+                work.partial.remove(Path(str(stream.name)).name)
+            raise
+        _publish(wanted, stream, work)
     say(f"{final}: {gigabytes(wanted.bytes)}, verified")
 
 
-def _receive(wanted: Wanted, reader: Reader, partial: Path) -> str:
-    """Fills `partial` up to the image's size, from where it ends. Returns the sha256 of all of it."""
+def _receive(wanted: Wanted, reader: Reader, stream: FileIO) -> str:
+    """Fills `stream` up to the image's size, from where it ends. Returns the sha256 of all of it."""
     try:
-        with open(partial, "a+b", buffering=0) as stream:
-            if stream.seek(0, os.SEEK_END) > wanted.bytes:
-                stream.truncate(0)
-            have = stream.seek(0, os.SEEK_END)
-            check_space(partial.parent, wanted.bytes - have)
-            digest = hashlib.sha256()
-            stream.seek(0)
-            while chunk := stream.read(BLOCK):
+        if stream.seek(0, os.SEEK_END) > wanted.bytes:
+            stream.truncate(0)
+        have = stream.seek(0, os.SEEK_END)
+        check_space(Path(str(stream.name)).parent, wanted.bytes - have)
+        digest = hashlib.sha256()
+        stream.seek(0)
+        while chunk := stream.read(BLOCK):
+            digest.update(chunk)
+        with Progress(f"staging {wanted.name},", 1, wanted.bytes, have, sys.stderr) as progress:
+            for chunk in reader(have, wanted.bytes):
+                _write_all(stream, chunk)
                 digest.update(chunk)
-            with Progress(f"staging {wanted.name},", 1, wanted.bytes, have, sys.stderr) as progress:
-                for chunk in reader(have, wanted.bytes):
-                    _write_all(stream, chunk)
-                    digest.update(chunk)
-                    progress.add(len(chunk))
-                    progress.refresh()
-            os.fsync(stream.fileno())
+                progress.add(len(chunk))
+                progress.refresh()
+        os.fsync(stream.fileno())
     except OSError as error:
-        raise write_error(partial, error) from error
+        raise write_error(Path(str(stream.name)), error) from error
     return digest.hexdigest()
 
 
@@ -264,26 +277,28 @@ def _file_reader(path: Path) -> Reader:
     return read
 
 
-def _publish(wanted: Wanted, partial: Path, final: Path) -> None:
+def _publish(wanted: Wanted, stream: FileIO, work: Work) -> None:
     """The description comes last: an image without one is read again by the next call, and then gets it."""
+    final = wanted.path(work.top.path)
     try:
-        partial.chmod(MODE)
-        sidecar_path(final).unlink(missing_ok=True)
-        os.replace(partial, final)
+        os.fchmod(stream.fileno(), MODE)
+        work.top.remove(sidecar_path(final).name)
+        work.partial.finish(stream, final, work.top)
     except OSError as error:
         raise write_error(final, error) from error
-    _write_sidecar(wanted, final)
+    _write_sidecar(wanted, final, work)
 
 
-def _write_sidecar(wanted: Wanted, final: Path) -> None:
+def _write_sidecar(wanted: Wanted, final: Path, work: Work) -> None:
     if wanted.about is None:
         return
-    sidecar = sidecar_path(final)
-    write_json(sidecar, wanted.about)
+    name, text = sidecar_path(final).name, json.dumps(wanted.about, indent=2, ensure_ascii=False) + "\n"
+    work.top.write(name, text.encode("utf-8", "surrogateescape"))
     try:
-        sidecar.chmod(MODE)
+        with FileIO(work.top.open(name, os.O_RDONLY)) as stream:
+            os.fchmod(stream.fileno(), MODE)
     except OSError as error:
-        raise write_error(sidecar, error) from error
+        raise write_error(sidecar_path(final), error) from error
 
 
 # ------------------------------------------------------------------------------------------------------- the engine
@@ -314,19 +329,38 @@ def _from_engine(image: str, to: Path, say: Say) -> Path:
             status=error.status,
             original=error.original,
         ) from error
-    with _at_work(to, keep=None, say=say):
-        made = to / STATE / "partial" / f"{name}.sqsh"
-        convert_image(reference, made, engine=engine, say=say)
-        about = read_json(sidecar_path(made)) or {}
-        wanted = Wanted(name, _digest_in(about, str(sidecar_path(made))), made.stat().st_size, about)
-        final = wanted.path(to)
-        if _is_staged(wanted, final):
-            _already(final, say)
-        else:
-            _publish(wanted, made, final)
-        _remove_leftovers(to, None)
+    with at_work(to, say) as work:
+        work.partial.clear([])
+        with _named(work.partial) as named:
+            made = work.partial.handle / f"{os.urandom(4).hex()}-{name}.sqsh"
+            convert_image(reference, made, engine=engine, say=lambda line: say(named(line)))
+            about = read_json(sidecar_path(made)) or {}
+            with work.partial.begin(made.name) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                wanted = Wanted(name, _digest_in(about, str(sidecar_path(made))), size, about)
+                final = wanted.path(to)
+                if _is_staged(wanted, final, work):
+                    _already(final, say)
+                else:
+                    _publish(wanted, stream, work)
+        work.partial.clear([])
     say(f"launcher submit --image {shlex.quote(str(final))}")
     return final
+
+
+@contextlib.contextmanager
+def _named(folder: Folder) -> Iterator[Callable[[str], str]]:
+    """What is said of the folder's handle is said of its path."""
+
+    def named(text: str) -> str:
+        return text.replace(str(folder.handle), str(folder.path))
+
+    try:
+        yield named
+    except LauncherError as error:
+        raise LauncherError(
+            named(error.what), named(error.fix), status=error.status, original=named(error.original)
+        ) from error
 
 
 def _pull(engine: Any, reference: str, say: Say) -> None:
@@ -344,48 +378,6 @@ def _pull(engine: Any, reference: str, say: Say) -> None:
             status=ExitStatus.NOT_FOUND,
             original=str(getattr(error, "explanation", None) or error),
         ) from error
-
-
-# ----------------------------------------------------------------------------------------------------- the directory
-
-
-def _partial(to: Path, wanted: Wanted) -> Path:
-    """By content: what was left of another image is never continued."""
-    return to / STATE / "partial" / f"{wanted.sha256[:24]}.sqsh"
-
-
-@contextlib.contextmanager
-def _at_work(to: Path, keep: Path | None, say: Say) -> Iterator[None]:
-    """Makes the directory where it is new, holds its lock, and begins without what others have left unfinished."""
-    refuse_unusable(to)
-    try:
-        to.mkdir(parents=True, exist_ok=True)
-        (to / STATE / "partial").mkdir(parents=True, exist_ok=True)
-        _share(to)
-    except OSError as error:
-        raise write_error(Path(error.filename or to), error) from error
-    with locked(to, say):
-        _remove_leftovers(to, keep)
-        yield
-
-
-def _share(to: Path) -> None:
-    """Whoever may write into the directory may stage into it: our own part of it gets its mode, where we own it."""
-    mode = stat.S_IMODE(to.stat().st_mode)
-    lock = to / STATE / "lock"
-    if not lock.exists():
-        lock.touch()
-    for path, bits in ((to / STATE, mode), (to / STATE / "partial", mode), (lock, mode & 0o666)):
-        if path.stat().st_uid == os.geteuid():
-            path.chmod(bits)
-
-
-def _remove_leftovers(to: Path, keep: Path | None) -> None:
-    """Under the lock: nobody is writing them."""
-    for path in (to / STATE / "partial").iterdir():
-        if path != keep:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _sha256(path: Path) -> str:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from launcher import __version__
 from launcher.errors import LauncherError
-from launcher.files import read_bytes, unreadable, write_text
-from launcher.stage.target import STATE, safe_path
+from launcher.files import unreadable
+from launcher.stage.source import is_digest, is_size
+from launcher.stage.target import DIRECTORY, STATE, Folder, safe_path
 from launcher.titan import LFS_POINTER
 from launcher.values import parse_json
 
 SCHEMA = 1
 KINDS = ("c4", "tokenizer", "model")
+LARGEST = 64 << 20  # bytes of a manifest
 BLOCK = 1 << 20
 READERS = 8  # files at once: a parallel file system is slow with one
 
@@ -65,7 +68,11 @@ def read_manifest(directory: Path) -> Manifest | None:
     """The manifest, or None where there is none. Raises LauncherError for one that nobody can trust any more."""
     path = manifest_path(directory)
     try:
-        data = read_bytes(path)
+        with (
+            Folder(path.parent, os.open(path.parent, DIRECTORY | os.O_NOFOLLOW)) as state,
+            open(state.open(path.name, os.O_RDONLY), "rb") as stream,
+        ):
+            data = stream.read(LARGEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -102,7 +109,7 @@ def parse_manifest(data: bytes) -> Manifest | None:
             and manifest.kind in KINDS
             and all(isinstance(text, str) for text in (manifest.source, manifest.revision, manifest.made_by))
             and all(type(n) is int and n >= 0 for n in (*numbers, manifest.train_files_in_all))
-            and all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in files.values())
+            and all(is_size(file.bytes) and is_digest(file.sha256) for file in files.values())
             and all(safe_path(path) for path in (*files, *manifest.wanted))
         )
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -110,7 +117,7 @@ def parse_manifest(data: bytes) -> Manifest | None:
     return manifest if sound else None
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def write_manifest(state: Folder, manifest: Manifest) -> None:
     """Replaces the manifest as a whole; a reader sees the old or the new one."""
     value = {
         "schema": SCHEMA,
@@ -124,7 +131,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     }
     if manifest.kind != "c4":
         del value["train_files_in_all"]
-    write_text(manifest_path(directory), json.dumps(value, indent=1) + "\n")
+    state.write("manifest.json", (json.dumps(value, indent=1) + "\n").encode())
 
 
 def is_verified(directory: Path, path: str, file: StagedFile) -> bool:
@@ -195,11 +202,16 @@ def is_lfs_pointer(path: Path) -> bool:
         return False
 
 
+def open_at_once(path: Path) -> FileIO:
+    """A file to be read; a pipe that has taken its place is not waited for."""
+    return FileIO(str(path), opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
 def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
     """Reads the whole file. Raises OSError."""
     digest = hashlib.sha256()
     buffer = bytearray(BLOCK)
-    with open(path, "rb", buffering=0) as stream:
+    with open_at_once(path) as stream:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
             on_bytes(count)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,19 @@ class Sink:
 
     def __init__(
         self,
-        stream: io.FileIO,
-        path: Path,
+        stream: FileIO,
         file: RemoteFile,
         on_bytes: Callable[[int], None],
         stop: threading.Event,
     ) -> None:
-        self.stream, self.path, self.file, self.on_bytes, self.stop = stream, path, file, on_bytes, stop
+        self.stream, self.file, self.on_bytes, self.stop = stream, file, on_bytes, stop
         self.buffer = memoryview(bytearray(BLOCK))
         self.digests: Checksums = file.digests()
         self.size = 0
 
     def take_existing(self) -> None:
         """Counts what an earlier, interrupted call has left. The caller has told the progress about it."""
+        self.stream.seek(0)
         while count := self.stream.readinto(self.buffer):
             self.digests.update(self.buffer[:count])
             self.size += count
@@ -54,7 +54,7 @@ class Sink:
                 while piece:  # a disk that is nearly full takes a part, and refuses the next
                     piece = piece[self.stream.write(piece) :]
             except OSError as error:
-                raise write_error(self.path, error) from error
+                raise write_error(Path(str(self.stream.name)), error) from error
             self.size += count
             self.on_bytes(count)
 

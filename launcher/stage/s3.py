@@ -13,15 +13,14 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import ExitStatus, LauncherError, install
 from launcher.spec import S3_ADDRESS
-from launcher.stage.manifest import Manifest, parse_manifest
+from launcher.stage.manifest import LARGEST, Manifest, parse_manifest
 from launcher.stage.receive import Sink
-from launcher.stage.source import Checksums
-from launcher.stage.target import STATE, safe_path, write_error
+from launcher.stage.source import Checksums, check_answer
+from launcher.stage.target import STATE
 
 PIECE = 8 << 20  # bytes of one request; each of the files at once holds one in memory
 MD5 = re.compile(r"([0-9a-f]{32})(?:-(\d+))?")
@@ -129,20 +128,15 @@ class Bucket:
         return (int(head["ContentLength"]) if match[2] else 0), plain
 
     def download(
-        self, file: S3File, partial: Path, on_bytes: Callable[[int], None], stop: threading.Event
+        self, file: S3File, stream: io.FileIO, on_bytes: Callable[[int], None], stop: threading.Event
     ) -> Checksums:
-        """Brings `file` into `partial`, continuing what is there. s3fs and botocore repeat what may pass by itself."""
-        try:
-            with open(partial, "a+b", buffering=0) as stream:
-                stream.seek(0)
-                sink = Sink(stream, partial, file, on_bytes, stop)
-                sink.take_existing()
-                if sink.size > file.bytes:
-                    sink.restart()
-                while sink.size < file.bytes:
-                    sink.take(io.BytesIO(self._piece(file, sink.size, min(sink.size + PIECE, file.bytes))))
-        except OSError as error:
-            raise write_error(partial, error) from error
+        """Brings `file` into `stream`, continuing what is there. s3fs and botocore repeat what may pass by itself."""
+        sink = Sink(stream, file, on_bytes, stop)
+        sink.take_existing()
+        if sink.size > file.bytes:
+            sink.restart()
+        while sink.size < file.bytes:
+            sink.take(io.BytesIO(self._piece(file, sink.size, min(sink.size + PIECE, file.bytes))))
         return sink.digests
 
     def head(self, file: S3File, count: int) -> bytes:
@@ -177,21 +171,17 @@ class Bucket:
             raise
         files = []
         for entry in found:
-            path = str(entry["name"]).removeprefix(f"{self.root}/")
-            if entry["type"] != "file" or path.endswith("/"):  # folders, and the empty objects that stand for them
+            path = str(entry.get("name")).removeprefix(f"{self.root}/")
+            if entry.get("type") != "file" or path.endswith("/"):  # folders, and the empty objects that stand for them
                 continue
-            if not safe_path(path):
-                raise LauncherError(
-                    f"{self.source}: an object {path[:120]!r} would lie outside the target",
-                    "nothing was written; remove or rename it",
-                )
-            files.append(S3File(path, int(entry["size"]), str(entry.get("ETag", "")).strip('"'), self))
+            check_answer(self.source, path=path, size=entry.get("size"))
+            files.append(S3File(path, entry["size"], str(entry.get("ETag", "")).strip('"'), self))
         return sorted(files, key=lambda file: file.path)
 
     def manifest(self) -> Manifest | None:
         """The one of the staged directory that was copied into the bucket, if there is one."""
         try:
-            data = self._asked(lambda: self.store.cat_file(f"{self.root}/{STATE}/manifest.json"))
+            data = self._asked(lambda: self.store.cat_file(f"{self.root}/{STATE}/manifest.json", start=0, end=LARGEST))
         except LauncherError as error:
             if error.status == ExitStatus.NOT_FOUND:
                 return None

@@ -1,4 +1,8 @@
-"""The directory that is staged into: may it be used, is there room, and is nobody else at work in it."""
+"""The directory that is staged into: may it be used, is there room, and is nobody else at work in it.
+
+Others may write there, too, and put a link where a file or folder of ours was. So everything is opened once, without
+following links, checked as it was opened, and used through its descriptor.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,22 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path, PurePosixPath
 
 from launcher.errors import ExitStatus, LauncherError
+from launcher.files import write_bytes
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
 RESERVE = 64 << 20  # bytes that are left free: the manifest, and rounding
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Stopped(Exception):
@@ -44,6 +53,7 @@ def write_error(path: Path, error: OSError) -> LauncherError:
         errno.ENOSPC: f"free space (df -h {place}), then the same command continues",
         errno.EDQUOT: f"free space (quota -s; du -sh {place}), then the same command continues",
         errno.EFBIG: "the file system, or ulimit -f, does not allow files of this size",
+        errno.ELOOP: f"it is a link, or no file: ls -l {shlex.quote(str(path))}; remove it, then the same command",
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     return LauncherError(
@@ -96,41 +106,167 @@ def refuse_unwritable(target: Path) -> None:
         raise write_error(target, error) from error
 
 
-def prepare(target: Path, ours: Callable[[Path], bool]) -> None:
-    """Makes the directory and its own part; refuses a file, a place that cannot be written, and others' data.
+class Folder:
+    """A directory that was opened: names in it are used as they were checked, whatever its path leads to by now."""
 
-    `ours` says whether a directory without a manifest holds what would be staged here.
-    """
-    refuse_foreign(target, ours)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / STATE / "partial").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(Path(error.filename or target), error) from error
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path, self.fd = path, fd
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    @property
+    def handle(self) -> Path:
+        """A path that leads here and nowhere else, for code and programs that know nothing but paths."""
+        return Path(f"/proc/{os.getpid()}/fd/{self.fd}")
+
+    def below(self, *names: str) -> Folder:
+        """The folder with these names in it, made where there is none. Raises LauncherError for a link on the way."""
+        if not names:
+            return Folder(self.path, os.dup(self.fd))
+        path = self.path / names[0]
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(names[0], dir_fd=self.fd)
+            folder = Folder(path, os.open(names[0], DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd))
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise in_the_way(path, f"{'a link' if path.is_symlink() else 'a file'}, not a directory") from error
+            raise write_error(path, error) from error
+        with folder:
+            return folder.below(*names[1:])
+
+    def open(self, name: str, flags: int, mode: int = 0o666) -> int:
+        """A descriptor of a regular file, which to be written has no second name. Raises OSError for anything else."""
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(name, flags, mode, dir_fd=self.fd)
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and (found.st_nlink == 1 or not flags & (os.O_WRONLY | os.O_RDWR)):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+    def begin(self, name: str) -> FileIO:
+        """The unfinished file `name`, to go on with; another one where somebody else's, or a link, has that name."""
+        for candidate in _names(name):
+            with contextlib.suppress(OSError):
+                stream = self._stream(candidate, os.O_RDWR)
+                if os.fstat(stream.fileno()).st_uid == os.geteuid():
+                    return stream
+                stream.close()
+            with contextlib.suppress(FileExistsError):
+                return self._stream(candidate, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        raise write_error(self.path / name, FileExistsError(errno.EEXIST, ""))
+
+    def _stream(self, name: str, flags: int) -> FileIO:
+        return FileIO(str(self.path / name), "r+b", opener=lambda _path, _flags: self.open(name, flags))
+
+    def size(self, name: str) -> int:
+        """Bytes of the unfinished file `name` that are there."""
+        for candidate in _names(name):
+            with contextlib.suppress(OSError):
+                found = os.stat(candidate, dir_fd=self.fd, follow_symlinks=False)
+                if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1:
+                    return found.st_size
+        return 0
+
+    def finish(self, stream: FileIO, final: Path, top: Folder) -> None:
+        """Gives the file its final name in `top`. A link of that name is replaced, not what it leads to."""
+        with top.below(*final.relative_to(top.path).parts[:-1]) as folder:
+            os.replace(Path(str(stream.name)).name, final.name, src_dir_fd=self.fd, dst_dir_fd=folder.fd)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replaces a small file as a whole. Raises LauncherError."""
+        try:
+            write_bytes(self.handle / name, data)
+        except LauncherError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else OSError(error.what)
+            raise write_error(self.path / name, cause) from cause
+
+    def remove(self, name: str) -> None:
+        """Deletes what is ours: a link itself, and folders only as launchers before this one left them."""
+        with contextlib.suppress(OSError):
+            found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+            if found.st_uid != os.geteuid():
+                return
+            if not stat.S_ISDIR(found.st_mode):
+                os.unlink(name, dir_fd=self.fd)
+            elif name.endswith(".xet"):
+                shutil.rmtree(name, ignore_errors=True, dir_fd=self.fd)
+
+    def clear(self, keep: Iterable[str]) -> None:
+        """Removes unfinished files that nobody wants any more. Under the lock: nobody is writing them."""
+        kept = {candidate for name in keep for candidate in _names(name)}
+        for name in set(os.listdir(self.fd)) - kept:
+            self.remove(name)
+
+
+def _names(name: str) -> tuple[str, str, str]:
+    """What an unfinished file may be called; the last of them is nobody's yet."""
+    return name, f"{name}.{os.geteuid()}", f"{name}.{os.urandom(4).hex()}"
+
+
+def in_the_way(path: Path, what: str) -> LauncherError:
+    """Nothing can be put at `path` as it is, nor through it."""
+    place = shlex.quote(str(path))
+    return LauncherError(f"{path} is {what}", f"mv {place} {place}.old, then the same command")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A directory that is being staged into, its own part, and in that the unfinished files."""
+
+    top: Folder
+    state: Folder
+    partial: Folder
 
 
 @contextlib.contextmanager
-def locked(target: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds the directory's lock; waits for another stager, after saying who it is. The kernel frees a dead one's."""
-    path = target / STATE / "lock"
+def at_work(target: Path, say: Callable[[str], None]) -> Iterator[Work]:
+    """Makes the directory where it is new, and holds its lock.
+
+    Waits for another stager, after saying who it is. The kernel frees a dead one's. Whoever may write into the
+    directory may stage into it: our own part of it gets its mode, where we own it.
+    """
+    refuse_unusable(target)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+        target.mkdir(parents=True, exist_ok=True)
+        opened = Folder(target, os.open(target, DIRECTORY))
     except OSError as error:
-        raise write_error(path, error) from error
-    try:
+        raise write_error(Path(error.filename or target), error) from error
+    with opened as top, top.below(STATE) as state, state.below("partial") as partial:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting: {_holder(descriptor)} is staging into {target}")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:  # no locks on this file system: ENOLCK, ENOSYS, EOPNOTSUPP
-            say(f"warning: {target}: {os.strerror(error.errno or 0)}; do not stage into it twice at once")
-        with contextlib.suppress(OSError):  # who it is helps to wait; a full disk must not stop here
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
+            lock = state.open("lock", os.O_RDWR | os.O_CREAT, 0o664)
+        except OSError as error:
+            raise write_error(state.path / "lock", error) from error
+        try:
+            mode = stat.S_IMODE(os.fstat(top.fd).st_mode)
+            for descriptor, bits in ((state.fd, mode), (partial.fd, mode), (lock, mode & 0o666)):
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    os.fchmod(descriptor, bits)
+            _lock(lock, target, say)
+            yield Work(top, state, partial)
+        finally:
+            os.close(lock)
+
+
+def _lock(descriptor: int, target: Path, say: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"waiting: {_holder(descriptor)} is staging into {target}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:  # no locks on this file system: ENOLCK, ENOSYS, EOPNOTSUPP
+        say(f"warning: {target}: {os.strerror(error.errno or 0)}; do not stage into it twice at once")
+    with contextlib.suppress(OSError):  # who it is helps to wait; a full disk must not stop here
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
 
 
 def _holder(descriptor: int) -> str:

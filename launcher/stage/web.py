@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.stage.manifest import BLOCK
@@ -22,16 +24,58 @@ BACKOFF_S = 1.0  # the first wait; doubles up to LONGEST_WAIT_S
 LONGEST_WAIT_S = 60.0
 SMALL = 1 << 20
 
-_BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError)
+_BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
+BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """A token goes on to the server that it was meant for, and to no other; to nothing but web servers anyway."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        fp.close()  # urllib would read all that comes with the redirect, however much that is
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.scheme not in ("http", "https"):
+            raise ValueError("the server leads to another kind of address")
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None and old[:2] == new[:2] and req.has_header("Authorization"):
+            request.add_unredirected_header("Authorization", req.get_header("Authorization"))
+        return request
+
+
+def open_url(
+    url: str, headers: dict[str, str], timeout: float, token: str = "", tls: ssl.SSLContext | None = None
+) -> Any:
+    """The answer to a GET. Raises what urllib raises, for a redirect without end, too."""
+    # Identity: of a compressed answer neither size nor range could be trusted, nor what it inflates to.
+    headers = {"User-Agent": "titan-launcher", "Accept-Encoding": "identity"} | headers
+    request = urllib.request.Request(url, headers=headers)
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    opener = urllib.request.build_opener(_Redirects, urllib.request.HTTPSHandler(context=tls))
+    return opener.open(request, timeout=timeout)
+
+
+def read_whole(answer: Any, limit: int) -> bytes:
+    """All of an answer of at most `limit` bytes, nothing of a larger one. Raises IncompleteRead for one that is cut."""
+    data: bytes = answer.read(limit + 1)
+    if len(data) > limit:
+        return b""
+    if answer.length:
+        raise http.client.IncompleteRead(data, answer.length)
+    return data
+
+
+def json_in(data: bytes) -> Any:
+    """The value; None where it is no JSON."""
+    try:
+        return parse_json(data)
+    except ValueError:
+        return None
 
 
 def read_small(url: str) -> dict[str, Any]:
     """The JSON object at `url`. Raises LauncherError where there is none."""
-    data = b"".join(_read(url, 0, None))
-    try:
-        value = parse_json(data)
-    except ValueError:
-        value = None
+    value = json_in(b"".join(_read(url, 0, None)))
     if not isinstance(value, dict):
         raise LauncherError(f"{url}: not a JSON object", "the address of a .sqsh file of a release")
     return value
@@ -43,27 +87,23 @@ def stream_from(url: str) -> Reader:
 
 
 def _read(url: str, offset: int, size: int | None) -> Iterator[bytes]:
-    failures, wait = 0, BACKOFF_S
+    failures, wait, reached = 0, BACKOFF_S, offset
     while size is None or offset < size:
         try:
-            # Identity: of a compressed answer no range could be trusted.
-            headers = {"Accept-Encoding": "identity", "User-Agent": "titan-launcher"}
-            if offset:
-                headers["Range"] = f"bytes={offset}-"
-            request = urllib.request.Request(url, headers=headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            with open_url(url, {"Range": f"bytes={offset}-"} if offset else {}, TIMEOUT_S) as answer:
                 if offset and answer.status != 206:
                     _skip(answer, offset)
                 if size is None:
-                    yield answer.read(SMALL)
+                    yield read_whole(answer, SMALL)
                     return
                 while offset < size and (chunk := answer.read(min(BLOCK, size - offset))):
-                    failures, wait = 0, BACKOFF_S
                     offset += len(chunk)
                     yield chunk
             if offset < size:
                 raise http.client.IncompleteRead(b"", size - offset)
         except _BROKEN as error:
+            if offset - reached >= BLOCK:  # not for each byte: a server may give one at a time
+                failures, wait, reached = 0, BACKOFF_S, offset
             failures += 1
             if failures >= ATTEMPTS or not _may_pass(error):
                 raise _refused(url, error) from error
@@ -79,7 +119,7 @@ def _skip(answer: http.client.HTTPResponse, count: int) -> None:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code in (408, 429) or error.code >= 500
-    return True
+    return not isinstance(error, BAD_ADDRESS)
 
 
 def _retry_after(error: Exception) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -46,6 +48,8 @@ def scratch_dir(env: Any, configured: str = "") -> Path:
     if (given := env.get("TITAN_SCRATCH")) and filesystem_of(Path(given)) not in NETWORK:
         scratch = Path(given).absolute()  # torchrun starts in another directory
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(scratch):
+            raise Refused(f"{scratch}, for caches, is a link or somebody else's", f"ls -ld {shlex.quote(str(scratch))}")
         return scratch
     place = Path(configured or tempfile.gettempdir())
     try:
@@ -64,21 +68,27 @@ def scratch_dir(env: Any, configured: str = "") -> Path:
 def _held(wanted: Path) -> Path:
     """The directory, ours alone, with a lock in it that torchrun inherits and holds as long as it lives."""
     wanted.mkdir(mode=0o700, exist_ok=True)
-    if wanted.is_symlink() or wanted.stat().st_uid != os.getuid():  # somebody else was there first
+    if not _is_ours(wanted):  # somebody else was there first
         wanted = Path(tempfile.mkdtemp(prefix=f"{wanted.name}-", dir=wanted.parent))
-    lock = os.open(wanted / LOCK, os.O_CREAT | os.O_RDONLY, 0o600)
+    lock = os.open(wanted / LOCK, os.O_CREAT | os.O_RDONLY | os.O_NOFOLLOW, 0o600)
     fcntl.flock(lock, fcntl.LOCK_SH)
     os.set_inheritable(lock, True)
     return wanted
+
+
+def _is_ours(path: Path) -> bool:
+    """A directory of this user's, into which nobody else may put anything; not a link to one."""
+    found = path.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _remove_ended(place: Path) -> None:
     """Removes this user's directories in `place` whose job has ended: their lock is free."""
     for path in place.glob(f"titan-{os.getuid()}-*"):
         with contextlib.suppress(OSError):
-            if path.is_symlink() or time.time() - path.stat().st_mtime < 60:  # made, and not yet locked
+            if not _is_ours(path) or time.time() - path.stat().st_mtime < 60:  # made, and not yet locked
                 continue
-            lock = os.open(path / LOCK, os.O_RDONLY)
+            lock = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)

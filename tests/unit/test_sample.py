@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import sample
+from launcher.errors import LauncherError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -87,7 +88,7 @@ def test_a_write_that_fails_leaves_neither_half_a_file_nor_a_temporary_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(LauncherError, match="No space"):
         sample.write_tokenizer(tmp_path)
     assert contents(tmp_path) == {}
 

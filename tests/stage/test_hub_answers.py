@@ -1,0 +1,335 @@
+"""What servers answer becomes paths, sizes and memory: whatever they say, no traceback, no file elsewhere, no flood."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.image.squashfs_file import sidecar_path
+from launcher.stage import hub as hub_module
+from launcher.stage import s3, web
+from launcher.stage.image import stage_image
+from tests.conftest import Launch
+from tests.stage.hub_server import Content, Fault, Handler, Hub
+from tests.stage.stage_image import source
+from tests.stage.test_stage_c4 import stage_c4, train
+
+assert source  # the fixture
+FILE = train(0)[0]
+MEMORY = 3 << 30  # of a whole Python with its libraries, as addresses
+
+
+def answer(body: bytes, **headers: str) -> Fault:
+    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+        handler.answer(200, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        return True
+
+    return fault
+
+
+def endless(piece: bytes) -> Fault:
+    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.close_connection = True
+        while True:  # until the client goes away
+            handler.wfile.write(piece)
+
+    return fault
+
+
+def moved(to: str, body: bytes = b"") -> Fault:
+    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+        handler.answer(302, body, {"Location": to or handler.path})
+        return True
+
+    return fault
+
+
+WRONG = [
+    ({"lfs": {"oid": "../../../victim/a", "size": 4}}, "the sha256 '../../../victim/a'"),
+    ({"lfs": {"oid": 7}}, "the sha256 7"),
+    ({"lfs": {"oid": "A" * 64}}, "the sha256 'AAA"),
+    ({"lfs": {}}, "the sha256 None"),
+    ({"lfs": [1]}, "the sha256 [1]"),
+    ({"lfs": "../x"}, "the sha256 '../x'"),
+    ({"lfs": None, "oid": "../../victim/a"}, "the git id '../../victim/a'"),
+    ({"lfs": None, "oid": None}, "the git id None"),
+    ({"size": -1}, "the size -1"),
+    ({"size": 1 << 60}, "the size 1152921504606846976"),
+    ({"size": "12"}, "the size '12'"),
+    ({"size": None}, "the size None"),
+    ({"size": True}, "the size True"),
+    ({"size": 1.5}, "the size 1.5"),
+    ({"size": float("nan")}, "the size nan"),
+    ({"path": None}, "the path None"),
+    ({"path": ["en"]}, "the path ['en']"),
+    ({"path": "../victim/a"}, "the path '../victim/a'"),
+]
+
+
+@pytest.mark.parametrize(("said", "words"), WRONG)
+def test_fields_of_a_listing(said: dict[str, Any], words: str, hub: Hub, launch: Launch, workplace: Path) -> None:
+    (workplace / "victim").mkdir()
+    (workplace / "victim/a-c4-train.00000-of-00012.json.gz").write_text("mine")
+    hub.content("allenai/c4", FILE).announced = said
+    done = launch("stage", "c4", "--to", "d/c4", "--files", "1")
+    assert done.returncode == 3 and words in done.stderr and hub.endpoint in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (workplace / "d").exists()
+    assert (workplace / "victim/a-c4-train.00000-of-00012.json.gz").read_text() == "mine"
+
+
+PAGE = "<html>sign in</html>"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (PAGE, "is no JSON"),
+        ("", "is no JSON"),
+        ("7", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("9" * 10_000, "is no JSON"),
+        ('{"sha": 7}', "the commit 7"),
+        ('{"sha": "../../victim"}', "the commit '../../victim'"),
+        ("{}", "the commit None"),
+        ("[]", "the commit None"),
+    ],
+)
+def test_an_answer_about_the_repository(body: str, words: str, hub: Hub, tmp_path: Path) -> None:
+    hub.api_faults = [answer(body.encode())]
+    with pytest.raises(LauncherError, match=words) as caught:
+        stage_c4(tmp_path / "c4", files=1)
+    assert hub.endpoint in caught.value.what and caught.value.status == 3 and not (tmp_path / "c4").exists()
+
+
+def passed(_handler: Handler, _content: Content, _start: int) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("body", [PAGE, "{}", "[7]", "[null]", '["en"]'])
+def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
+    hub.api_faults = [passed, answer(body.encode())]
+    with pytest.raises(LauncherError, match=r"is no (JSON|list of files)"):
+        stage_c4(tmp_path / "c4", files=1)
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        ("", "HTTP 302"),
+        ("file:///etc/passwd", "address that cannot be used|HTTP 302"),
+        ("ftp://host/x", "address that cannot be used"),
+        ("http://[bad", "address that cannot be used"),
+        ("http://host:port/", "address that cannot be used"),
+    ],
+)
+@pytest.mark.parametrize("where", ["api", "content"])
+def test_redirects_that_lead_nowhere(
+    to: str, words: str, where: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.stage.hub_errors.ATTEMPTS", 1)
+    monkeypatch.setattr("launcher.stage.hub_errors.CONTACT_ATTEMPTS", 1)
+    if where == "api":
+        hub.api_faults = [moved(to)] * 30
+    else:
+        hub.always = moved(to)
+    with pytest.raises(LauncherError, match=words):
+        stage_c4(tmp_path / "c4", files=1)
+
+
+def test_a_token_follows_to_its_own_server_only(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renamed repository is answered with a redirect on the same server, which may be gated."""
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    hub.tokens.add("hf_mine")
+    cdn = f"http://localhost:{hub.cdn.server_port}/elsewhere"
+    hub.api_faults = [moved("/api/datasets/allenai/c4/revision/main")]
+    stage_c4(tmp_path / "c4", files=1)
+    assert {r.authorization for r in hub.requests if r.where == "api"} == {"Bearer hf_mine"}
+    hub.api_faults = [moved(cdn)]
+    with pytest.raises(LauncherError):
+        stage_c4(tmp_path / "other", files=1)
+    assert {r.authorization for r in hub.requests if r.where == "cdn"} == {""}
+
+
+def bomb() -> Fault:
+    """4 GB of spaces in 4 MB."""
+    return answer(gzip.compress(b" " * (1 << 20), 9) * 4096, Content_Encoding="gzip")
+
+
+def pages(count: int) -> Fault:
+    """A listing whose every page says that there is another."""
+
+    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+        entries = [{"type": "file", "path": f"f{n}", "size": 1, "oid": "0" * 40} for n in range(count)]
+        link = {"Link": f'<{handler.hub.endpoint}{handler.path}>; rel="next"'}
+        handler.answer(200, json.dumps(entries).encode(), link)
+        handler.hub.api_faults.append(fault)
+        return True
+
+    return fault
+
+
+FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
+    "bomb": (lambda: [bomb()], "is no JSON"),
+    "bomb as a listing": (lambda: [passed, bomb()], "is no JSON"),
+    "without end": (lambda: [endless(b" " * (1 << 20))], "is no JSON"),
+    "pages without end": (lambda: [passed, pages(1000)], "more than 100,000 entries"),
+    "empty pages without end": (lambda: [passed, pages(0)], "more than 300 entries"),
+    "a redirect without end": (lambda: [moved("/x"), endless(b"x" * (1 << 20))], "no dataset"),
+}
+
+
+@pytest.mark.parametrize("how", FLOODS)
+def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
+    make, words = FLOODS[how]
+    hub.api_faults = make()
+    less = "300" if "empty" in how else str(hub_module.ENTRIES)
+    code = f"import launcher.stage.hub as h; h.ENTRIES = {less}; from launcher.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "stage", "c4", "--to", "c4", "--files", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
+    )
+    assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (3, 4), done.stderr
+    assert not (workplace / "c4").exists()
+
+
+# ------------------------------------------------------------------------------------------ images, and object storage
+
+
+@pytest.fixture
+def site(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A web server: what it answers for a path, as bytes or by a function."""
+    monkeypatch.setattr(web, "BACKOFF_S", 0.001)
+    answers: dict[str, Any] = {"asked": 0}
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answers["asked"] += 1
+            found = answers[self.path]
+            if callable(found):
+                found(self)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(found)))
+            self.end_headers()
+            self.wfile.write(found)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    answers["url"] = f"http://127.0.0.1:{server.server_port}/{source.name}"
+    answers[f"/{source.name}"] = source.read_bytes()
+    answers[f"/{source.name}.json"] = sidecar_path(source).read_bytes()
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("bytes", -1, "the size -1"),
+        ("bytes", 1 << 60, "the size 115"),
+        ("bytes", "7", "the size '7'"),
+        ("bytes", True, "the size True"),
+        ("bytes", 0, "not the description"),
+        ("sha256", "../../../victim", "has no sha256"),
+        ("sha256", 7, "has no sha256"),
+    ],
+)
+def test_the_description_of_an_image(
+    field: str, value: object, words: str, site: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    about = json.loads(sidecar_path(source).read_text())
+    about["squashfs"][field] = value
+    site[f"/{source.name}.json"] = json.dumps(about).encode()
+    with pytest.raises(LauncherError, match=words) as caught:
+        stage_image(site["url"], tmp_path / "images", say=print)
+    assert site["url"] in caught.value.what and not (tmp_path / "images").exists()
+
+
+def redirect_to(place: str) -> Callable[[Any], None]:
+    def act(handler: Any) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", place)
+        handler.end_headers()
+
+    return act
+
+
+def forever(handler: Any) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" " * (1 << 20))
+
+
+def byte_for_byte(handler: Any) -> None:
+    """One byte more in each answer, and none of the ranges that were asked for."""
+    given = int((handler.headers.get("Range") or "bytes=0-")[6:-1]) + 1
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(3 << 20))
+    handler.end_headers()
+    handler.wfile.write(b"x" * given)
+
+
+@pytest.mark.parametrize(
+    ("path", "how", "words"),
+    [
+        (".json", forever, "not a JSON object"),
+        (".json", redirect_to("http://[bad"), "IPv6"),
+        (".json", redirect_to("ftp://host/x"), "another kind of address"),
+        ("", byte_for_byte, "IncompleteRead|ended|more"),
+    ],
+)
+def test_a_web_server_without_end(
+    path: str, how: Callable[[Any], None], words: str, site: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    site[f"/{source.name}{path}"] = how
+    with pytest.raises(LauncherError, match=words):
+        stage_image(site["url"], tmp_path / "images", say=print)
+    assert site["asked"] <= 10
+
+
+@pytest.mark.parametrize("address", ["https://[x/a.sqsh", "https://host:port/a.sqsh"])
+def test_an_address_that_is_none(address: str, tmp_path: Path) -> None:
+    with pytest.raises(LauncherError, match="address is none"):
+        stage_image(address, tmp_path / "images", say=print)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"size": -1}, "the size -1"),
+        ({"size": None}, "the size None"),
+        ({"size": "7"}, "the size '7'"),
+        ({"name": "bucket/c4/../x"}, "the path '../x'"),
+        ({"name": "/etc/x"}, "the path '/etc/x'"),
+    ],
+)
+def test_the_listing_of_a_bucket(entry: dict[str, Any], words: str) -> None:
+    class Store:
+        def ls(self, *_arguments: object, **_options: object) -> list[dict[str, Any]]:
+            return [{"name": "bucket/c4/README.md", "type": "file", "size": 1, "ETag": "x"} | entry]
+
+    with pytest.raises(LauncherError, match=words) as caught:
+        s3.Bucket("s3://bucket/c4", "bucket/c4", Store()).listed("")
+    assert "s3://bucket/c4" in caught.value.what

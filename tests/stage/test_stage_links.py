@@ -1,0 +1,305 @@
+"""Directories that others may write to, too: nothing is followed out of them, and nothing but our own is deleted."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from launcher.errors import LauncherError
+from launcher.image.squashfs_file import sidecar_path
+from launcher.stage import model, tokenizer
+from launcher.stage.image import stage_image
+from launcher.stage.inventory import verify
+from launcher.stage.target import at_work
+from tests.conftest import Launch
+from tests.stage.conftest import GOOD_TOKEN
+from tests.stage.hub_server import Hub
+from tests.stage.stage_image import description, image_bytes, source
+from tests.stage.test_stage_c4 import stage_c4, staged, train
+
+assert source  # the fixture
+FILE = train(0)[0]
+MODEL, WEIGHTS = "meta-llama/Llama-3.1-8B", "model-00001-of-00002.safetensors"
+
+
+def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
+    """All that is in a folder, with contents and modes."""
+    return {
+        str(path.relative_to(folder)): (path.read_text() if path.is_file() else "", path.stat().st_mode)
+        for path in (folder, *sorted(folder.rglob("*")))
+    }
+
+
+@pytest.fixture
+def victim(workplace: Path) -> Path:
+    """Somebody's work, which a link leads to."""
+    folder = workplace / "victim"
+    (folder / "partial").mkdir(parents=True)
+    for path in (folder / "thesis", folder / "partial" / "thesis"):
+        path.write_text("years of work")
+        path.chmod(0o600)
+    return folder
+
+
+def link(path: str, to: str) -> Callable[[Path, Path], None]:
+    def make(target: Path, victim: Path) -> None:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / path).symlink_to(victim / to)
+
+    return make
+
+
+def hard_link(path: str) -> Callable[[Path, Path], None]:
+    def make(target: Path, victim: Path) -> None:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        os.link(victim / "thesis", target / path)
+
+    return make
+
+
+def pipe(path: str) -> Callable[[Path, Path], None]:
+    def make(target: Path, _victim: Path) -> None:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(target / path)
+
+    return make
+
+
+REFUSED = {
+    "the whole of our part": (link(".staged", ""), ".staged is a link"),
+    "unfinished files": (link(".staged/partial", ""), "partial is a link"),
+    "lock": (link(".staged/lock", "thesis"), "lock: Too many levels"),
+    "dangling lock": (link(".staged/lock", "new"), "lock: Too many levels"),
+    "lock with a second name": (hard_link(".staged/lock"), "lock: Too many levels"),
+    "lock is a pipe": (pipe(".staged/lock"), "lock: Too many levels"),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+@pytest.mark.parametrize("what", ["c4", "image"])
+def test_our_own_part_is_never_a_link(
+    how: str, what: str, launch: Launch, hub: Hub, source: Path, workplace: Path, victim: Path
+) -> None:
+    make, words = REFUSED[how]
+    (workplace / "t/en").mkdir(parents=True)
+    (workplace / "t/en/c4-train.00000-of-00012.json.gz").write_text("a start")
+    make(workplace / "t", victim)
+    before = snapshot(victim)
+    arguments = ("c4", "--files", "1") if what == "c4" else ("image", str(source))
+    done = launch("stage", *arguments, "--to", "t", timeout=30)
+    said = " ".join(done.stderr.split())
+    assert done.returncode in (3, 7) and words in said and "same command" in said and "Traceback" not in said
+    assert snapshot(victim) == before
+
+
+@pytest.mark.parametrize("make", [link, lambda path, _to: hard_link(path), lambda path, _to: pipe(path)])
+def test_an_unfinished_file_that_is_none_is_left_alone(
+    make: Any, hub: Hub, source: Path, workplace: Path, victim: Path
+) -> None:
+    content = hub.content("allenai/c4", FILE)
+    make(f".staged/partial/{content.sha256[:24]}-{Path(FILE).name}", "thesis")(workplace / "t", victim)
+    (workplace / "t/README.md").write_text("a start")
+    (workplace / "t/en").mkdir()
+    (workplace / "t" / train(1)[0]).write_text("")
+    before = snapshot(victim)
+    stage_c4(workplace / "t", files=12)
+    assert not verify(workplace / "t", deep=True).problems
+    sha256 = json.loads(sidecar_path(source).read_text())["squashfs"]["sha256"]
+    make(f".staged/partial/{sha256[:24]}.sqsh", "thesis")(workplace / "images", victim)
+    stage_image(str(source), workplace / "images", say=print)
+    assert snapshot(victim) == before
+
+
+@pytest.mark.parametrize("folder", ["en", "original"])
+def test_folders_on_the_way_are_folders(folder: str, launch: Launch, hub: Hub, workplace: Path, victim: Path) -> None:
+    kind = ["c4", "--files", "1"] if folder == "en" else ["tokenizer"]
+    hub.gated.clear()
+    (workplace / "t").mkdir()
+    (workplace / "t/tokenizer.json").write_text("{}")
+    (workplace / "t" / folder).symlink_to(victim)
+    (victim / "c4-train.00000-of-00012.json.gz").write_text("")  # looks like ours, so that the directory is taken
+    before = snapshot(victim)
+    done = launch("stage", *kind, "--to", "t")
+    assert done.returncode == 3 and f"t/{folder} is a link" in done.stderr and f"mv t/{folder}" in done.stderr
+    assert snapshot(victim) == before and not {r.where for r in hub.requests} - {"api"}
+
+
+def test_a_final_file_that_is_a_link(hub: Hub, tmp_path: Path, c4_files: dict[str, bytes]) -> None:
+    """With the right content it is kept, as it is only read; with other content the link itself is replaced."""
+    right, wrong = train(0, 1)
+    for name, data in ((right, c4_files[right]), (wrong, b"mine")):
+        (tmp_path / Path(name).name).write_bytes(data)
+        (tmp_path / "c4/en").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "c4" / name).symlink_to(tmp_path / Path(name).name)
+    stage_c4(tmp_path / "c4", files=2)
+    assert (tmp_path / "c4" / right).is_symlink() and not (tmp_path / "c4" / wrong).is_symlink()
+    assert (tmp_path / Path(wrong).name).read_bytes() == b"mine"
+    assert not verify(tmp_path / "c4", deep=True).problems
+
+
+def test_a_manifest_is_no_link(hub: Hub, launch: Launch, workplace: Path) -> None:
+    stage_c4(workplace / "c4", files=1)
+    manifest = workplace / "c4/.staged/manifest.json"
+    manifest.rename(workplace / "elsewhere.json")
+    manifest.symlink_to(workplace / "elsewhere.json")
+    done = launch("stage", "verify", "c4")
+    assert done.returncode == 7 and "manifest.json: Too many levels" in done.stderr
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert launch("stage", "verify", "c4", timeout=20).returncode == 7
+
+
+def test_a_link_that_comes_meanwhile_leads_nowhere(hub: Hub, workplace: Path, victim: Path) -> None:
+    """While the first file is on its way, our part of the directory is replaced: everything goes where it was opened."""
+    target = workplace / "c4"
+
+    def swap(*_arguments: object) -> bool:
+        if not (target / ".staged").is_symlink():
+            (target / ".staged").rename(target / "moved")
+            (target / ".staged").symlink_to(victim)
+        return False
+
+    hub.always = swap
+    before = snapshot(victim)
+    stage_c4(target, files=2, jobs=1)
+    assert snapshot(victim) == before
+    assert staged(target)[:3] == ["README.md", *train(0, 1)] and (target / "moved/manifest.json").exists()
+
+
+def test_an_image_of_the_engine_is_converted_where_it_was_looked_at(
+    workplace: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.image import convert, engine
+
+    images = workplace / "images"
+
+    def converted(_reference: str, output: Path, *, engine: object, say: Callable[[str], None]) -> None:
+        (images / ".staged/partial").rename(images / "moved")
+        (images / ".staged/partial").symlink_to(victim)
+        output.write_bytes(image_bytes())
+        sidecar_path(output).write_text(json.dumps(description(image_bytes(), output)))
+        say(f"{output}: written")
+
+    monkeypatch.setattr(engine, "connect", lambda: None)
+    monkeypatch.setattr(engine, "inspect", lambda *_: {})
+    monkeypatch.setattr(convert, "convert_image", converted)
+    said: list[str] = []
+    before = snapshot(victim)
+    path = stage_image("docker://titan", images, say=said.append)
+    assert path.read_bytes() == image_bytes() and sidecar_path(path).exists()
+    assert snapshot(victim) == before and not list((images / "moved").iterdir())
+    assert said[0].startswith(f"{images}/.staged/partial/") and "/proc" not in " ".join(said)
+
+
+def test_left_overs_of_launchers_before(hub: Hub, tmp_path: Path) -> None:
+    """Continued where they belong to a file that is wanted, removed where not; folders that we did not make stay."""
+    partial = tmp_path / "c4/.staged/partial"
+    name = f"{hub.content('allenai/c4', FILE).sha256[:24]}-{Path(FILE).name}"
+    (partial / "0123456789abcdef01234567-x.gz.xet/en").mkdir(parents=True)
+    (partial / "0123456789abcdef01234567-y.gz").write_text("unwanted")
+    (partial / "thesis").mkdir()
+    (partial / name).write_bytes(hub.content("allenai/c4", FILE).read()[:1000])
+    (tmp_path / "c4/en").mkdir()
+    (tmp_path / "c4/en/c4-train.00000-of-00012.json.gz").write_text("")
+    stage_c4(tmp_path / "c4", files=1)
+    assert [path.name for path in partial.iterdir()] == ["thesis"]
+    assert [request.range for request in hub.asked(FILE, "cdn")] == ["bytes=1000-"]
+
+
+# ----------------------------------------------------------------------------------------------------------- two users
+
+
+@contextmanager
+def as_user(uid: int, umask: int) -> Iterator[None]:
+    """One of two users in group 4000."""
+    before = os.umask(umask)
+    os.setegid(4000)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.umask(before)
+
+
+def stage_model(target: Path, part: Any) -> Any:
+    plan = part.plan_model if part is model else part.plan_tokenizer
+    return part.bring(target, *plan(target, MODEL), 2)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A directory of group 4000."""
+    with TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        folder = Path(name) / "data"
+        folder.mkdir()
+        os.chown(folder, 4001, 4000)
+        folder.chmod(0o2775)
+        yield folder
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
+@pytest.mark.parametrize("umask", [0o002, 0o022])
+def test_two_users_stage_into_one_directory(
+    hub: Hub, shared: Path, tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
+    stage_model(tmp_path / "first", model)  # what is imported inside is imported: other users may not read it
+    with as_user(4001, umask):
+        stage_model(shared, tokenizer)
+    weights = hub.content(MODEL, WEIGHTS)
+    theirs = shared / ".staged/partial" / f"{weights.sha256[:24]}-{WEIGHTS}"
+    unwanted, mine = (theirs.with_name(f"0123456789abcdef01234567-{name}") for name in ("theirs", "mine"))
+    for path, owner in ((theirs, 4001), (unwanted, 4001), (mine, 4002)):
+        path.write_bytes(weights.read()[:100])
+        os.chown(path, owner, 4000)
+        path.chmod(0o664)
+    with as_user(4002, umask):
+        assert stage_model(shared, model).present == 4
+    assert not verify(shared, deep=True).problems
+    assert (shared / WEIGHTS).stat().st_uid == 4002
+    assert theirs.read_bytes() == weights.read()[:100] and unwanted.exists() and not mine.exists()
+    assert stat.S_IMODE((shared / ".staged/lock").stat().st_mode) == 0o664
+    # And the first again, which continues its own.
+    (shared / WEIGHTS).unlink()
+    hub.requests.clear()
+    with as_user(4001, umask):
+        stage_model(shared, model)
+    assert [request.range for request in hub.asked(WEIGHTS, "cdn")] == ["bytes=100-"]
+    assert not list((shared / ".staged/partial").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
+def test_a_lock_of_another_user_is_waited_for(shared: Path) -> None:
+    with as_user(4001, 0o022), at_work(shared, print):
+        pass
+    said: list[str] = []
+    with open(shared / ".staged/lock", "r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with as_user(4002, 0o022):
+
+            def free(line: str) -> None:
+                said.append(line)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+            with at_work(shared, free) as work:
+                assert work.state.path == shared / ".staged"
+    assert "is staging into" in said[0]
+
+
+def test_errors_name_the_path(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "c4/.staged").mkdir(parents=True)
+    (tmp_path / "c4/.staged/partial").write_text("mine")
+    with pytest.raises(LauncherError, match=r"\.staged/partial is a file, not a directory"):
+        stage_c4(tmp_path / "c4", files=1)
