@@ -72,7 +72,7 @@ WRONG = [
     ({"size": None}, "the size None"),
     ({"size": True}, "the size True"),
     ({"size": 1.5}, "the size 1.5"),
-    ({"size": float("nan")}, "the size nan"),
+    ({"size": float("nan")}, "the size None"),
     ({"path": None}, "the path None"),
     ({"path": ["en"]}, "the path ['en']"),
     ({"path": "../victim/a"}, "the path '../victim/a'"),
