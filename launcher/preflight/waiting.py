@@ -25,7 +25,9 @@ from launcher.watch import duration
 
 @cache
 def reasons() -> list[dict[str, Any]]:
-    return tomllib.loads(Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8"))["reason"]
+    table: dict[str, list[dict[str, Any]]]
+    table = tomllib.loads(Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8"))
+    return table["reason"]
 
 
 def meaning(reason: str) -> tuple[str, bool]:
