@@ -13,7 +13,7 @@ CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image test test-daemons test-others test-some lint bench clean
+.PHONY: help demo image test test-daemons test-others test-some lint docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ lint: $(VENV)/.dev ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+
+docs: $(VENV)/.dev ## write the known errors into docs/errors.md
+	$(BIN)/python docs/tables.py
 
 bench: $(VENV)/.dev ## measure what docs/performance.md claims
 	$(BIN)/python benchmarks/startup.py

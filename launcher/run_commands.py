@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launcher.bad_nodes import BadNode
     from launcher.cluster.state import JobState
     from launcher.follow import Progress
-    from launcher.known_errors import Failure
+    from launcher.logs.known_errors import Failure
     from launcher.runs import Run
 
 _STATE_COLOURS = {
@@ -235,7 +235,7 @@ def failure_of(run: Run, state: JobState) -> Failure | None:
     """Why a run failed, as far as that is known; None for others."""
     if not state.failed:
         return None
-    from launcher.known_errors import explain, how_it_ended
+    from launcher.logs.known_errors import explain, how_it_ended
 
     if state.unfit:
         from launcher import unfit

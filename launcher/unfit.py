@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.files import read_json
 
 if TYPE_CHECKING:
-    from launcher.known_errors import Failure
+    from launcher.logs.known_errors import Failure
     from launcher.runs import Run
 
 CHECK_FAILED = 20  # the job's exit code: slurm/node.py's
@@ -108,7 +108,7 @@ def _problems(record: Mapping[str, Any]) -> list[_Problem]:
 
 def explain(run: Run, reference: str) -> Failure | None:
     """The failure of a run that stopped at its check, in the nodes' own words; None where they left none."""
-    from launcher.known_errors import Failure
+    from launcher.logs.known_errors import Failure
 
     found = of_run(run)
     if not found:

@@ -1,14 +1,18 @@
-"""Why a job is still waiting, in plain words, and what would start sooner. Pure: launcher/preflight/readiness.py asks Slurm.
+"""Why a job is still waiting, in plain words, and what would start sooner.
 
-The reasons are those of squeue's manual (JOB REASON CODES) and of Slurm's source, 22.05 to 25.11.
+Pure: launcher/preflight/readiness.py asks Slurm. reasons.toml says what Slurm's reasons mean.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from launcher.cluster.facts import ClusterFacts, Node
 from launcher.cluster.parse import DATE, seconds
@@ -18,82 +22,19 @@ from launcher.preflight.candidates import HELD, OUT, Place, fitting, number_of, 
 from launcher.spec import RunSpec
 from launcher.watch import duration
 
-# The first that matches the beginning of Slurm's reason: what it means, and whether free nodes are what is missing.
-REASONS = (
-    (r"Priority", "jobs with a higher priority are to start first", True),
-    (r"Resources", "enough nodes are not free yet; it is its turn", True),
-    (
-        r"ReqNodeNotAvail.*maint",
-        "its nodes are reserved for maintenance that begins before its time limit ends: a shorter --time may fit in before",
-        True,
-    ),
-    (r"ReqNodeNotAvail", "nodes that it needs are down, drained, or reserved", True),
-    (
-        r"Nodes required for job are",
-        "nodes that it needs are down, drained, or reserved for a partition of higher priority",
-        True,
-    ),
-    (
-        r"Not enough|BadConstraints",
-        "no nodes have what it asks for (GPUs per node, features): it never starts as it is",
-        True,
-    ),
-    (r"NodeDown", "a node that it needs is down", True),
-    (
-        r"PartitionNodeLimit|PartitionConfig",
-        "it asks for more nodes than its partition has or allows: it never starts as it is",
-        True,
-    ),
-    (
-        r"PartitionTimeLimit",
-        "its --time is above the partition's limit: it never starts as it is; sinfo -o '%P %l'",
-        False,
-    ),
-    (r"PartitionDown|PartitionInactive", "its partition is closed to new starts", True),
-    (
-        r"Reservation ?invalid",
-        "its reservation is not one that it may use: scontrol show reservation, then launcher cancel",
-        False,
-    ),
-    (r"Reservation$", "its reservation has not begun yet: scontrol show reservation", False),
-    (r"ReservationDeleted", "its reservation no longer exists: cancel it", False),
-    (r"BeginTime", "the time at which it may begin has not come", False),
-    (r"DependencyNeverSatisfied", "the job that it depends on failed: it never starts", False),
-    (r"Dependency", "it waits for another job to end", False),
-    (r"DeadLine", "it can no longer end before its deadline: it never starts", False),
-    (
-        r"JobHoldMaxRequeue",
-        "it was requeued too often, and Slurm holds it: scontrol release lets it go; launcher logs says why it fails",
-        False,
-    ),
-    (r"job requeued in held state", "it was requeued to be held: scontrol release lets it go", False),
-    (
-        r"user env retrieval failed",
-        "Slurm could not read your login environment on the node, and holds it: scontrol release lets it go",
-        False,
-    ),
-    (r"JobHeldUser", "you hold it: scontrol release lets it go", False),
-    (r"JobHeldAdmin", "an administrator holds it: ask why", False),
-    (
-        r"launch failed|JobLaunchFailure|SystemFailure|Prolog",
-        "a node could not start it, and Slurm holds it: scontrol release after the node is repaired",
-        False,
-    ),
-    (r"Licenses", "a licence that it asks for is in use", False),
-    (r"InvalidAccount|AccountNotAllowed|AccountingPolicy", "its account may not use this partition: --account", False),
-    (r"InvalidQOS|QOSNotAllowed", "its QOS may not be used here: --qos", False),
-    (r"QOS", "a limit of its QOS is reached: sacctmgr show qos", False),
-    (r"Assoc|Max\w*Per", "a limit of your account is reached: squeue --me; sacctmgr show assoc user=$USER", False),
-    (r"Cleaning", "what its last start left is being cleaned up", False),
-    (r"(None)?$", "Slurm has not looked at it yet", False),
-)
+
+@cache
+def reasons() -> list[dict[str, Any]]:
+    table: dict[str, list[dict[str, Any]]]
+    table = tomllib.loads(Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8"))
+    return table["reason"]
 
 
 def meaning(reason: str) -> tuple[str, bool]:
     """Plain words for Slurm's reason ("" for one that is not known), and whether other nodes could help."""
-    for pattern, text, is_nodes in REASONS:
-        if re.match(pattern, reason, re.IGNORECASE):
-            return text, is_nodes
+    for entry in reasons():
+        if re.match(entry["pattern"], reason, re.IGNORECASE):
+            return entry["says"], entry["nodes"]
     return "", False
 
 

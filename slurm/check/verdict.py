@@ -1,12 +1,12 @@
-"""From what every node found to the job's verdict: which nodes are unfit, which GPUs are outliers. Values in, values out.
+"""From what every node found to the job's verdict: which nodes are unfit, which GPUs are outliers.
 
-The thresholds. A GPU is an outlier where its figure is below the median of all GPUs of the job by more than the larger of
-6 x 1.4826 x MAD and 10% of the median. It is named; its node is unfit where it is below UNFIT of the median, too: healthy
-GPUs of one kind differ by several percent in a product that their power limit slows, more in warm places.
+The thresholds. A GPU is an outlier where its figure is below the median of all GPUs of the job by more than the larger
+of 6 x 1.4826 x MAD and 10% of the median. It is named; its node is unfit where it is below UNFIT of the median, too:
+healthy GPUs of one kind differ by several percent in a product that their power limit slows, more in warm places.
 The median and MAD (the median distance from it; x 1.4826 it estimates a standard deviation) do not move when a minority
-is sick, as a mean would; 6 of those deviations never happen by chance among thousands of GPUs; and 10% keeps GPUs out of
-it that agree so closely that a harmless 2% would be "6 deviations". On a CPU, whose cores others use too, only less than
-a quarter of the median counts, and the all-reduce not at all. Of an even number of figures the better middle one is the
+is sick, as a mean would; 6 of those deviations never happen by chance among thousands of GPUs; and 10% leaves out GPUs
+that agree so closely that a harmless 2% would be "6 deviations". On a CPU, whose cores others use too, only less than a
+quarter of the median counts, and the all-reduce not at all. Of an even number of figures the better middle one is the
 median, so that the slow half of two nodes is seen. On GPUs three figures are the fewest that say anything.
 """
 
@@ -165,13 +165,10 @@ def _disagreements(records: Mapping[int, Mapping[str, Any]], device: str) -> lis
         for record in records.values():
             by_value.setdefault(str(record.get(key, "")), []).append(str(record.get("host")))
         if len(by_value) > 1:
-            few = min(by_value.items(), key=lambda item: len(item[1]))
-            found.append(
-                warning(
-                    key,
-                    f"the nodes differ in {key}: {few[0]!r} on {', '.join(sorted(few[1])[:8])}, else {', '.join(sorted(set(by_value) - {few[0]}))}",
-                )
-            )
+            few, hosts = min(by_value.items(), key=lambda item: len(item[1]))
+            others = ", ".join(sorted(set(by_value) - {few}))
+            where = ", ".join(sorted(hosts)[:8])
+            found.append(warning(key, f"the nodes differ in {key}: {few!r} on {where}, else {others}"))
     domains = _domains(records)
     if len(domains) > 1:
         sizes = " + ".join(str(len(hosts)) for hosts in domains.values())
@@ -182,13 +179,9 @@ def _disagreements(records: Mapping[int, Mapping[str, Any]], device: str) -> lis
             )
         )
     for record in records.values():
-        if abs(record.get("clock_skew_s") or 0) > SKEW_S:
-            found.append(
-                warning(
-                    "clock",
-                    f"{record.get('host')}'s clock is {record['clock_skew_s']:+.1f} s from node 0's: its log's times too",
-                )
-            )
+        if abs(skew := record.get("clock_skew_s") or 0) > SKEW_S:
+            text = f"{record.get('host')}'s clock is {skew:+.1f} s from node 0's: its log's times too"
+            found.append(warning("clock", text))
     products = [value for _, _, value in _figures(records, "product_tflops")]
     name = next((str(record.get("gpu", "")) for record in records.values()), "")
     peak = next((peak for part, peak in PEAKS if part in name), 0)

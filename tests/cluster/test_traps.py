@@ -213,7 +213,9 @@ def test_a_program_of_another_architecture(command: Command, image: Path, user_d
     done = command("submit", *IN_IMAGE, *program(user_dir, "foreign", foreign), "--yes", "--name", "foreign")
     assert done.returncode == 0, done.stderr
     status, logs = ended(command, user_dir, "foreign")
-    assert "cause: the image is of another architecture than the node" in status.stderr, status.stderr + logs
+    assert "cause: the image was built for another CPU architecture than the node's" in status.stderr, (
+        status.stderr + logs
+    )
     assert "Exec format error" in status.stderr and "launcher image inspect" in status.stderr
 
 

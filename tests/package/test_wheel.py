@@ -78,6 +78,15 @@ def test_it_brings_profiles_recipes_and_node_files(launcher: Path, workplace: Pa
     assert (run_dir / "job" / "titan" / "command.py").is_file()
 
 
+def test_it_brings_the_known_errors(launcher: Path, workplace: Path) -> None:
+    arguments = ("--local", "--gpu", "cpu", "--recipe", "debug", "--name", "r", "--python", "/bin/false", "--follow")
+    done = run(launcher, workplace, "submit", *arguments)
+    assert "r: FAILED" in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
+    run_dir = workplace / "runs" / "r"
+    (run_dir / "logs" / "job.log").write_text("cp: error writing '/tmp/x': No space left on device\n")
+    assert "cause: a disk is full" in run(launcher, workplace, "status", "r").stderr
+
+
 def test_it_is_a_small_install(launcher: Path, workplace: Path) -> None:
     """No torch, docker, spython or matplotlib reaches a login node."""
     listed = subprocess.run(

@@ -1,4 +1,4 @@
-"""What nvidia-smi, /sys and /proc say, in every form that it comes in, and what is made of it. The outputs are made up."""
+"""What nvidia-smi, /sys and /proc say, in every form, and what is made of it. The outputs are made up."""
 
 from __future__ import annotations
 
@@ -189,17 +189,15 @@ def test_a_broken_gpu_whose_values_are_an_alarm(alarm: str) -> None:
     assert judged((GENERAL, lost)) == ([said], [])
 
 
-LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.  Reboot the system to recover this GPU"
+LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost. Reboot the system to recover this GPU"
 
 
 @pytest.mark.parametrize(
     ("script", "problems", "warnings"),
     [
         (
-            f"echo 'GPU-0, 0'; echo '{LOST}'; exit 15",
-            [
-                "a GPU does not answer any more: nvidia-smi ended with 15: Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost. Reboot the system to recover this GPU"
-            ],
+            f"echo 'GPU-0, 0'; echo '{LOST.replace('. ', '.  ')}'; exit 15",
+            [f"a GPU does not answer any more: nvidia-smi ended with 15: {LOST}"],
             [],
         ),
         ("sleep 60", [], [f"nvidia-smi does not say: {', '.join(smi.GROUPS)} (did not answer within 3 s)"]),
@@ -217,7 +215,8 @@ LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.
             'case "$1" in *name*) sleep 60;; *) echo no such field; exit 2;; esac',
             [],
             [
-                f"nvidia-smi does not say: general (did not answer within 3 s); {', '.join(list(smi.GROUPS)[1:])} (ended with 2: no such field)"
+                "nvidia-smi does not say: general (did not answer within 3 s); "
+                f"{', '.join(list(smi.GROUPS)[1:])} (ended with 2: no such field)"
             ],
         ),
     ],
@@ -386,11 +385,16 @@ def test_a_slowdown_that_only_load_shows(
     slow_looks: int, problems: int, warnings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "nvidia-smi"
-    slow = f"[ $(wc -l <{tmp_path}/looks) -le {slow_looks} ] && state=Active || state='Not Active'"
-    program.write_text(
-        '#!/bin/sh\ncase "$1" in *name*) echo "GPU-0, 0, NVIDIA H200, 580.95.05, 90000, 143771, 91" ;;\n'
-        f'*event*) echo >>{tmp_path}/looks; {slow}; echo "GPU-0, Not Active, $state, Not Active, Not Active" ;; *) exit 2 ;; esac\n'
-    )
+    program.write_text(f"""#!/bin/sh
+case "$1" in
+*name*) echo "GPU-0, 0, NVIDIA H200, 580.95.05, 90000, 143771, 91" ;;
+*event*)
+    echo >>{tmp_path}/looks
+    [ $(wc -l <{tmp_path}/looks) -le {slow_looks} ] && state=Active || state='Not Active'
+    echo "GPU-0, Not Active, $state, Not Active, Not Active" ;;
+*) exit 2 ;;
+esac
+""")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(health, "BETWEEN_S", 0)

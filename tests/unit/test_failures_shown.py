@@ -10,12 +10,11 @@ from pathlib import Path
 import click
 import pytest
 
-from launcher import known_errors
+from docs.tables import MARKED, PAGE, page
 from launcher.cli import launcher as program
-from launcher.known_errors import KNOWN
-from tests.conftest import ROOT, Launch
-from tests.unit.error_samples import STEP
-from tests.unit.test_known_errors import GOODBYE, MY_BUG, OUT_OF_MEMORY, SRUN
+from launcher.logs.known_errors import Known
+from tests.conftest import Launch
+from tests.unit.test_known_errors import GOODBYE, KNOWN, MY_BUG, OUT_OF_MEMORY, SRUN, STEP
 
 # --- what a user sees ---------------------------------------------------------------------------------------
 
@@ -83,8 +82,8 @@ def test_a_good_run_has_no_failure_whatever_its_last_words(make_run: Callable[..
 # --- what is promised elsewhere -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", KNOWN, ids=lambda row: row.name)
-def test_the_commands_that_are_proposed_exist(row: known_errors.Known) -> None:
+@pytest.mark.parametrize("row", KNOWN, ids=lambda row: row.code)
+def test_the_commands_that_are_proposed_exist(row: Known) -> None:
     texts = re.findall(r"launcher ((?:[a-z0-9]+ )*[^;|]*)", re.sub(r"   \(.*?\)", "", row.fix))
     for text in texts:
         command: click.Command = program
@@ -100,25 +99,7 @@ def test_the_commands_that_are_proposed_exist(row: known_errors.Known) -> None:
         assert not ("{again}" in words and given & {"--gpu", "--recipe"}), f"submit refuses it: {text}"
 
 
-def in_docs(text: str) -> str:
-    """A sentence of the table as docs/errors.md has it: capitals for what differs from run to run."""
-    places = {
-        "again": "RUN/run.toml",
-        "run_dir": "RUN",
-        "run": "RUN",
-        "fix": "what the line proposes",
-        "path2": "",
-    }
-    filled = re.sub(r"\{(\w+)\}", lambda match: places.get(match[1], match[1].upper()), text)
-    return filled.replace("|", "\\|")
-
-
-def test_the_page_lists_every_row_by_family() -> None:
-    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
-    assert set(sections) == {row.family for row in KNOWN}
-    for row in KNOWN:
-        cells = re.search(rf"^\| `{row.name}` \| `(.+)` \| (.*) \| (.*) \|$", sections[row.family], re.MULTILINE)
-        assert cells, row.name
-        assert re.search(row.pattern, cells[1].replace("\\|", "|")), row.name
-        assert cells.group(2, 3) == (in_docs(row.what), in_docs(row.fix))
+def test_the_page_of_known_errors_is_what_make_docs_writes() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text
+    assert {marked[2] for marked in MARKED.finditer(text)} == {row.family for row in KNOWN}

@@ -7,54 +7,95 @@ import re
 import shlex
 import tracemalloc
 from pathlib import Path
+from string import Formatter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher import known_errors
-from launcher.known_errors import KNOWN, Failure, Where, explain, how_it_ended
-from tests.unit.error_samples import FAILED, RANK, SAMPLES, STEP, Sample, failure
+from launcher.logs import known_errors
+from launcher.logs.known_errors import Failure, Known, explain, how_it_ended
+
+FAILED = "run FAILED reason= exit=1 logs=some"
+STEP = (
+    "[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - step:  5  loss:  5.53478  grad_norm:  2.5933  "
+    "memory:  0.70GiB(2.98%)  tps: 137  tflops: 0.01  mfu: 0.00%\n"
+)
+# A rank's traceback as torchrun and torch's excepthook print it.
+RANK = """\
+[rank0]:[rank2]: Traceback (most recent call last):
+[rank0]:[rank2]:   File "/opt/train.py", line 9, in <module>
+[rank0]:[rank2]:     main()
+"""
+# What Pyxis prints around enroot's own words (NVIDIA/pyxis issues 101, 122).
+PYXIS = """\
+slurmstepd: error: pyxis: container start failed with error code: 1
+slurmstepd: error: pyxis: printing enroot log file:
+%sslurmstepd: error: pyxis: couldn't start container
+slurmstepd: error: spank: required plugin spank_pyxis.so: task_init() failed with rc=-1
+slurmstepd: error: Failed to invoke spank plugin stack
+"""
+KNOWN = known_errors.known_errors()
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=[f"{s.row}-{i}" for i, s in enumerate(SAMPLES)])
-def test_each_known_error_is_named_and_its_lines_are_shown(tmp_path: Path, sample: Sample) -> None:
-    (tmp_path / "0009-gpu009.log").write_text(STEP)  # a node that did nothing wrong
-    if sample.text:
-        (tmp_path / sample.log).write_text(STEP + sample.text if sample.log != "job.log" else sample.text)
-    found = explain(tmp_path, sample.ended, "my-run", tmp_path / "my run")
-    known = {row.name: row for row in KNOWN}[sample.row]
-    assert found.name == sample.row
+def example(code: str) -> str:
+    return next(known.example[0] for known in KNOWN if known.code == code) + "\n"
+
+
+def failure(folder: Path, ended: str = FAILED, **logs: str) -> Failure:
+    """What is said of a run with these logs: `job`, and `node0`, `node1`, ..."""
+    for name, text in logs.items():
+        file = "job.log" if name == "job" else f"000{name[-1]}-gpu00{name[-1]}.log"
+        (folder / file).write_text(text)
+    return explain(folder, ended, "my-run", folder.parent / "my run")
+
+
+@pytest.mark.parametrize("log", ["job", "node0"])
+@pytest.mark.parametrize(
+    ("known", "text"),
+    [pytest.param(known, text, id=f"{known.code}-{i}") for known in KNOWN for i, text in enumerate(known.example)],
+)
+def test_each_example_is_explained_by_its_own_entry(tmp_path: Path, known: Known, text: str, log: str) -> None:
+    lines = text.splitlines()
+    ended = lines.pop() if lines[-1].startswith("run ") else FAILED
+    printed = "".join(f"{line}\n" for line in lines)
+    if re.match(r"(\w+\.)+\w+|\w+Error", printed):
+        printed = RANK + re.sub("^", "[rank0]:[rank2]: ", printed.rstrip(), flags=re.MULTILINE) + "\n"
+    elif printed.startswith("slurmstepd: error: pyxis:     "):
+        printed = PYXIS % printed
+    found = failure(tmp_path, ended, node9=STEP, **{log: printed})  # node 9 did nothing wrong
+    assert found.code == known.code
     assert found.cause and found.fix and "{" not in found.cause + found.fix
-    if sample.text and re.search(known.pattern, sample.text, re.MULTILINE):
+    if any(re.search(known.pattern, line) for line in lines):
         assert any(re.search(known.pattern, line) for line in found.lines), found.lines
-        assert found.path is not None and found.path.name == sample.log
+        assert found.path is not None and found.path.name == {"job": "job.log", "node0": "0000-gpu000.log"}[log]
 
 
-def test_every_row_has_output_that_it_is_for_and_says_where_that_is_known_from() -> None:
-    names = [row.name for row in KNOWN]
-    assert len(names) == len(set(names))
-    assert set(names) == {sample.row for sample in SAMPLES}
-    assert all(sample.source for sample in SAMPLES)
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.code)
+def test_each_entry_is_sound(known: Known) -> None:
+    """That it has all keys and no others, the table's reader has seen to."""
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", known.code)
+    assert [other.code for other in KNOWN].count(known.code) == 1
+    assert known.where in (known_errors.RAISED, known_errors.PRINTED, known_errors.VICTIM)
+    assert isinstance(known.example, list) and known.example
+    names = {*re.compile(known.pattern).groupindex, "node"}
+    for text, more in ((known.cause, set()), (known.fix, {"run", "again", "run_dir"})):
+        assert {name for _, name, _, _ in Formatter().parse(text) if name is not None} <= names | more
+    if known.where == known_errors.PRINTED:  # lines are looked at that hold one of these: for speed no short ones
+        assert all(len(text) >= 8 or text == "run " for text in known_errors.fixed_texts(known.pattern))
+        assert "(?i" not in known.pattern
 
 
-def alternatives(pattern: str) -> list[str]:
-    """The parts of a pattern between the bars that are in no brackets, without its backslashes."""
-    parts, depth = [""], 0
-    for letter in pattern.replace("\\(", "\x01").replace("\\)", "\x02"):
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if letter == "|" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.replace("\x01", "(").replace("\x02", ")").replace("\\", "") for part in parts]
-
-
-@pytest.mark.parametrize("row", [row for row in KNOWN if row.where is Where.PRINTED], ids=lambda row: row.name)
-def test_what_is_printed_anywhere_is_not_passed_over(row: known_errors.Known) -> None:
-    """Lines without one of a few words are not looked at, for speed: each text of a row must hold one of them."""
-    for text in alternatives(row.pattern):
-        assert text.startswith("^run ") or known_errors._hinted(text.encode()), text
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        (r"one|two \(a|b\)", ["one", "two (a", "b)"]),
+        (r"x (?:a|b) longer[st]?|^no.*thing$", [" longer", "thing"]),
+        (r"colou?r|ab{0,2}c|\d+\s[|(]*", ["colo", "a", ""]),
+    ],
+)
+def test_what_stands_in_all_matches_of_a_pattern(pattern: str, texts: list[str]) -> None:
+    assert list(known_errors.fixed_texts(pattern)) == texts
 
 
 # --- who is to blame ----------------------------------------------------------------------------------------
@@ -64,17 +105,17 @@ VICTIM = (
     "[rank0]:[titan] 2026-11-22 14:50:40,000 - root - INFO - Training starts at step 1\n" + RANK
 ) + "[rank0]:[rank2]: RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18345.\n"
 OUT_OF_MEMORY = RANK + "[rank0]:[rank2]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n"
-GOODBYE = next(sample.text for sample in SAMPLES if sample.row == "rendezvous-gone")
-TORCHRUN = next(sample.text for sample in SAMPLES if sample.row == "killed").replace("-9", "1")
+GOODBYE = example("rendezvous-gone")
+TORCHRUN = example("killed").replace("-9", "1")
 SRUN = "srun: error: gpu001: task 0: Exited with exit code 1\n"
 
 
 def test_the_rank_that_failed_is_to_blame_and_not_its_victims(tmp_path: Path) -> None:
-    timeout = next(sample.text for sample in SAMPLES if sample.row == "nccl-timeout")
+    timeout = example("nccl-timeout")
     found = failure(
         tmp_path, node0=STEP + VICTIM + TORCHRUN, node1=OUT_OF_MEMORY, node2=GOODBYE, node3=timeout, job=SRUN
     )
-    assert found.name == "gpu-memory"
+    assert found.code == "gpu-memory"
     assert found.path is not None and found.path.name == "0001-gpu001.log"
     assert found.lines[0].startswith("torch.OutOfMemoryError")
 
@@ -82,55 +123,55 @@ def test_the_rank_that_failed_is_to_blame_and_not_its_victims(tmp_path: Path) ->
 def test_of_two_known_causes_the_earlier_one_is_named(tmp_path: Path) -> None:
     late = OUT_OF_MEMORY + "  time      : 2026-11-22_14:51:52\n"
     early = MY_BUG.replace("my own bug", "BuilderConfig 'en' not found. Available: ['default']")
-    assert failure(tmp_path, node0=late, node1=early).name == "builder-config"
+    assert failure(tmp_path, node0=late, node1=early).code == "builder-config"
 
 
 def test_an_error_that_is_not_known_is_shown_and_nothing_else_is_blamed(tmp_path: Path) -> None:
     """Known texts all around it: a warning that was survived, the victims, the ends that torchrun and srun tell."""
     warned = "W1122 14:00:00.000000 1 hub.py:1] 429 Too Many Requests. Retrying in 1 s. No space left on device\n"
     found = failure(tmp_path, node0=VICTIM + GOODBYE, node1=warned + MY_BUG + TORCHRUN, node2=VICTIM, job=SRUN)
-    assert (found.name, found.cause, found.fix, found.is_error) == ("", "", "", True)
+    assert (found.code, found.cause, found.fix, found.is_error) == ("", "", "", True)
     assert found.lines[0].startswith("ValueError: my own bug")
 
 
 def test_a_helper_program_of_another_architecture_says_nothing_of_the_image(tmp_path: Path) -> None:
     error = MY_BUG.replace("ValueError: my own bug", "OSError: [Errno 8] Exec format error: '/data/bin/ptxas'")
-    assert failure(tmp_path, node0=error).name == ""
+    assert failure(tmp_path, node0=error).code == ""
     helper = "/data/bin/prepare: line 3: /data/bin/tool: cannot execute binary file: Exec format error\n"
-    assert failure(tmp_path, node0=helper + STEP, job=SRUN).name == ""
+    assert failure(tmp_path, node0=helper + STEP, job=SRUN).code == ""
 
 
 def test_what_a_rank_may_survive_is_no_cause_where_it_is_not_the_error(tmp_path: Path) -> None:
     """An exception counts as one only in the first error: a warning may say the same."""
-    warned = f"{known_errors._HINTS[-1].decode()} 429 Too Many Requests, trying again\n"
+    warned = f"{min(known_errors._hints()).decode()} 429 Too Many Requests, trying again\n"
     found = failure(tmp_path, node0=STEP + warned + STEP, job=SRUN)
-    assert (found.name, found.lines[0]) == ("", SRUN.strip())
+    assert (found.code, found.lines[0]) == ("", SRUN.strip())
 
 
 def test_of_what_is_printed_the_more_telling_line_is_named(tmp_path: Path) -> None:
     fuse, full = "fuse: failed to open /dev/fuse: Permission denied\n", "cp: No space left on device\n"
     found = failure(tmp_path, node0=STEP + fuse, node1=STEP + full + "after it\n" + STEP, job=SRUN)
-    assert found.name == "disk-full"
+    assert found.code == "disk-full"
     assert found.lines == [full.strip(), "after it"]
-    assert failure(tmp_path, node0=fuse, node1=STEP, job=SRUN).name == "dev-fuse"
+    assert failure(tmp_path, node0=fuse, node1=STEP, job=SRUN).code == "dev-fuse"
 
 
 def test_the_code_that_failed_is_not_what_it_said(tmp_path: Path) -> None:
     text = MY_BUG.replace("main()", 'advise("CUDA out of memory")').replace("/opt", "/No space left on device")
-    assert failure(tmp_path, node0=text).name == ""
+    assert failure(tmp_path, node0=text).code == ""
 
 
 def test_a_lost_connection_is_the_cause_only_when_nothing_else_is_known(tmp_path: Path) -> None:
-    assert failure(tmp_path, node0=VICTIM, node1=GOODBYE, job=SRUN).name == "peer-gone"
-    killed = next(sample.text for sample in SAMPLES if sample.row == "killed")
-    assert failure(tmp_path, node1=killed).name == "killed"
-    assert failure(tmp_path, node2=OUT_OF_MEMORY).name == "gpu-memory"
+    assert failure(tmp_path, node0=VICTIM, node1=GOODBYE, job=SRUN).code == "peer-gone"
+    killed = example("killed")
+    assert failure(tmp_path, node1=killed).code == "killed"
+    assert failure(tmp_path, node2=OUT_OF_MEMORY).code == "gpu-memory"
 
 
 def test_ranks_that_are_ended_with_the_job_are_not_why_it_ended(tmp_path: Path) -> None:
     for word, name in (("CANCELLED", "cancelled"), ("TIMEOUT", "time-limit"), ("NODE_FAIL", "node-failure")):
         ended = f"run {word} reason= exit=143 logs=some"
-        assert failure(tmp_path, ended, node0=VICTIM, node1=GOODBYE, job=SRUN).name == name
+        assert failure(tmp_path, ended, node0=VICTIM, node1=GOODBYE, job=SRUN).code == name
 
 
 def test_what_a_rank_says_in_its_own_log_counts(tmp_path: Path) -> None:
@@ -140,7 +181,7 @@ def test_what_a_rank_says_in_its_own_log_counts(tmp_path: Path) -> None:
         "Traceback (most recent call last):\ntorch.AcceleratorError: CUDA error: uncorrectable ECC error encountered\n"
     )
     found = failure(tmp_path, node0=VICTIM)
-    assert (found.name, found.path) == ("gpu-broken", ranks / "stderr.log")
+    assert (found.code, found.path) == ("gpu-broken", ranks / "stderr.log")
     assert found.cause == "a GPU of node gpu003, or its link, is broken"
     assert "--exclude gpu003;" in found.fix
 
@@ -154,7 +195,7 @@ def test_what_a_log_says_cannot_add_to_a_command(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_is_not_known_is_named(tmp_path: Path) -> None:
-    box = "╭─ Unrecognized options ──────────╮\n│ Unrecognized options: --bogus.option=1   │\n"
+    box = "╭─ Unrecognized options ──╮\n│ Unrecognized options: --bogus.option=1   │\n"
     found = failure(tmp_path, node0=box)
     assert found.cause == "torchtitan does not know a setting of this run (Unrecognized options: --bogus.option=1)"
 
@@ -188,14 +229,14 @@ def test_a_log_without_them_never_gets_a_cause(tmp_path: Path, lines: list[str])
     """Whatever else a rank wrote before it raised something of its own."""
     text = "".join(lines).encode("utf-8", "replace").decode()
     found = failure(tmp_path, node0=text + "\n" + MY_BUG)
-    assert found.name == ""
+    assert found.code == ""
     assert found.lines and "my own bug" in found.lines[0]
 
 
 def test_a_failed_run_with_harmless_logs_shows_their_end_and_no_cause(tmp_path: Path) -> None:
     quiet = "".join(line for line in HARMLESS if line != GOODBYE)
     found = failure(tmp_path, node0=quiet)
-    assert (found.name, found.is_error) == ("", False)
+    assert (found.code, found.is_error) == ("", False)
     assert found.lines[-1] == HARMLESS[-1].strip()
 
 
@@ -226,4 +267,4 @@ def test_memory_is_bounded_and_both_ends_of_a_huge_log_are_read(tmp_path: Path) 
             assert tracemalloc.get_traced_memory()[1] < 6 << 20
         finally:
             tracemalloc.stop()
-        assert found.name == "dev-fuse"
+        assert found.code == "dev-fuse"

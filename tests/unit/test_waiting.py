@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.cluster.facts import Block, ClusterFacts, Partition
-from launcher.preflight.waiting import REASONS, explain, fewer, meaning
+from launcher.preflight.waiting import explain, fewer, meaning, reasons
 from tests.conftest import Launch
 from tests.unit.test_preflight import cluster, node, run
 from tests.unit.test_preflight import slurm as slurm
@@ -21,84 +22,27 @@ NOW = datetime(2026, 11, 22, 18, 0)
 
 
 @pytest.mark.parametrize(
-    ("reason", "said"),
-    [
-        ("Priority", "higher priority"),
-        ("Resources", "its turn"),
-        ("ReqNodeNotAvail, UnavailableNodes:gpu-[1-2]", "down, drained, or reserved"),
-        ("ReqNodeNotAvail, Reserved for maintenance", "shorter --time"),
-        (
-            "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",
-            "higher priority",
-        ),
-        ("PartitionNodeLimit", "never starts"),
-        ("PartitionTimeLimit", "--time"),
-        ("PartitionDown", "closed"),
-        ("BadConstraints", "GPUs per node"),
-        ("QOSMaxNodePerUserLimit", "limit of its QOS"),
-        ("QOSNotAllowed", "may not be used"),
-        ("AssocGrpGRES", "limit of your account"),
-        ("MaxJobsPerAccount", "limit of your account"),
-        ("JobHeldUser", "scontrol release"),
-        ("JobHeldAdmin", "administrator"),
-        ("DependencyNeverSatisfied", "never starts"),
-        ("Dependency", "another job"),
-        ("Reservation", "has not begun"),
-        ("ReservationDeleted", "no longer exists"),
-        ("launch failed requeued held", "could not start it"),
-        ("JobHoldMaxRequeue", "requeued too often"),
-        ("job requeued in held state", "scontrol release"),
-        ("user env retrieval failed requeued held", "login environment"),
-        ("Reservation invalid", "not one that it may use"),
-        ("DeadLine", "never starts"),
-        ("", "not looked at it"),
-        ("None", "not looked at it"),
-    ],
+    ("entry", "reason"), [pytest.param(entry, text, id=text) for entry in reasons() for text in entry["example"]]
 )
-def test_reasons(reason: str, said: str) -> None:
-    assert said in meaning(reason)[0]
+def test_each_example_is_explained_by_its_own_entry(entry: dict[str, Any], reason: str) -> None:
+    """An earlier pattern that matches the same beginning would hide a later one."""
+    assert meaning(reason) == (entry["says"], entry["nodes"])
+
+
+@pytest.mark.parametrize("entry", reasons(), ids=lambda entry: entry["pattern"])
+def test_each_entry_is_sound(entry: dict[str, Any]) -> None:
+    assert {key: type(value) for key, value in entry.items()} == {
+        "pattern": str,
+        "says": str,
+        "nodes": bool,
+        "example": list,
+    }
+    assert entry["example"] and [other["says"] for other in reasons()].count(entry["says"]) == 1
 
 
 def test_an_unknown_reason_is_not_explained_away() -> None:
     assert meaning("SomethingNew") == ("", False)
     assert explain("SomethingNew", None, None) == ["Slurm has no estimate of its start"]
-
-
-def test_every_line_of_the_table_can_be_reached() -> None:
-    """An earlier pattern that matches the same beginning would hide a later one."""
-    examples = {
-        "Priority",
-        "Resources",
-        "ReqNodeNotAvail, Reserved for maintenance",
-        "ReqNodeNotAvail",
-        "Nodes required for job are DOWN",
-        "BadConstraints",
-        "NodeDown",
-        "PartitionNodeLimit",
-        "PartitionTimeLimit",
-        "PartitionDown",
-        "Reservation",
-        "ReservationDeleted",
-        "BeginTime",
-        "DependencyNeverSatisfied",
-        "Dependency",
-        "JobHeldUser",
-        "JobHeldAdmin",
-        "JobLaunchFailure",
-        "Licenses",
-        "InvalidAccount",
-        "InvalidQOS",
-        "QOSGrpNodeLimit",
-        "AssocGrpNodeLimit",
-        "Cleaning",
-        "",
-        "ReservationInvalid",
-        "DeadLine",
-        "JobHoldMaxRequeue",
-        "job requeued in held state",
-        "user env retrieval failed requeued held",
-    }
-    assert {meaning(example)[0] for example in examples} == {text for _, text, _ in REASONS}
 
 
 def facts() -> ClusterFacts:
@@ -120,7 +64,7 @@ def facts() -> ClusterFacts:
 def test_nodes_estimate_and_what_would_start_sooner() -> None:
     lines = explain("Resources", run(nodes=9), facts(), "2026-11-22T19:20:00", NOW)
     assert lines == [
-        "enough nodes are not free yet; it is its turn",
+        "the job is next, but not enough nodes are free yet",
         "9 nodes asked; partition batch has 10: 3 free, 4 in use, 2 out of service, 1 reserved",
         "out of service: d1, d2: 2 drained (Xid [79] [root@2026-01-02])",
         "estimated start: 2026-11-22 19:20, in 80 min",
@@ -213,4 +157,4 @@ case "$*" in *--start*) exit 1;; esac; [ -z "$name" ] || echo "42|PENDING|$name|
     )
     launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9")
     done = launch("status", "r")
-    assert done.returncode == 0 and "jobs with a higher priority are to start first" in done.stdout, done.stderr
+    assert done.returncode == 0 and "jobs with a higher priority start first" in done.stdout, done.stderr

@@ -1,0 +1,1 @@
+"""What runs log, and what it means."""

@@ -1,0 +1,239 @@
+"""Why a run failed: looks for the known errors of known_errors.toml in its logs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+from launcher.follow import error_logs, last_lines
+from launcher.titan.log import first_error, open_log, plain_text
+
+HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
+TAIL_BYTES = 1 << 18
+LINE_CHARS = 4096
+RAISED, PRINTED, VICTIM = "raised", "printed", "victim"  # where a known error may be found: see known_errors.toml
+
+
+@dataclass(frozen=True)
+class Known:
+    """One entry of known_errors.toml, which says what the keys mean."""
+
+    code: str
+    family: str
+    where: str
+    pattern: str
+    cause: str
+    fix: str
+    example: Sequence[str]
+
+
+@cache
+def known_errors() -> tuple[Known, ...]:
+    text = Path(__file__).with_name("known_errors.toml").read_text(encoding="utf-8")
+    return tuple(Known(**entry) for entry in tomllib.loads(text)["error"])
+
+
+_TOKENS = re.compile(r"\\.|\[(?:\\.|[^]\\])+\]|\{[\d,]+\}|.")
+
+
+def fixed_texts(pattern: str) -> Iterator[str]:
+    """Of each alternative of a pattern the longest text that stands in all its matches; "" where none does."""
+    texts, depth = [""], 0
+    for token in _TOKENS.findall(pattern):
+        depth += (token == "(") - (token == ")")
+        if token == "|" and not depth:
+            yield max(texts, key=len)
+            texts = [""]
+        elif token[0] in "?*+{":  # the letter before it may be missing
+            texts += [texts.pop()[:-1], ""]
+        elif depth or token in ").^$" or token[0] == "[" or re.match(r"\\\w", token):
+            texts.append("")
+        else:
+            texts[-1] += token[-1]
+    yield max(texts, key=len)
+
+
+@cache
+def _hints() -> frozenset[bytes]:
+    """A line of either end of a log is matched only if it holds one of these: asking for words is quick."""
+    texts = {text for known in known_errors() if known.where == PRINTED for text in fixed_texts(known.pattern)}
+    return frozenset(text.encode() for text in texts if not text.startswith("run "))
+
+
+# First errors that leave open what came before them; any other exception is a cause, known or not.
+_TELLS_LITTLE = re.compile(
+    r"srun: error|slurmstepd|pyxis:|^\[ERROR\]|^enroot|exitcode|ChildFailedError|SignalException|NCCL WARN"
+    r"|KeyboardInterrupt|SystemExit|CANCELLED AT"
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run failed, as far as its logs tell: `code`, `cause` and `fix` are empty where the error is not known."""
+
+    code: str
+    cause: str
+    fix: str
+    path: Path | None  # the log that `lines` are from
+    lines: Sequence[str]
+    is_error: bool  # False where the lines are only the last ones
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "known_error": self.code or None,
+            "cause": self.cause or None,
+            "fix": self.fix or None,
+            "log": str(self.path) if self.path else None,
+            "lines": list(self.lines),
+        }
+
+    def as_text(self) -> list[str]:
+        """What is printed below a run's state: the cause, the fix, then the log's own lines."""
+        said = [f"cause: {self.cause}", f"try: {self.fix}"] if self.code else []
+        if self.lines:
+            if self.is_error:
+                title = "from" if self.code else "first error, in"
+            else:
+                title = "the last lines, in" if self.code else "no known error; the last lines, in"
+            said += [f"{title} {self.path}:", *(f"| {line}" for line in self.lines)]
+        return said
+
+
+def explain(log_dir: Path, ended: str, reference: str, run_dir: Path) -> Failure:
+    """Finds the cause of a failed run in its logs and in how it ended.
+
+    `ended` is `how_it_ended`, `reference` names the run in a command. The first error of the rank that failed first
+    decides; both ends of the logs are searched only where it leaves the cause open. Memory doesn't grow with the
+    logs. Raises LauncherError when the directory of the logs cannot be read.
+    """
+    paths = error_logs(log_dir)
+    error_path, error = first_error(paths) or (None, [])
+    names = {
+        "run": shlex.quote(reference),
+        "run_dir": shlex.quote(str(run_dir)),
+        "again": shlex.quote(str(run_dir / "run.toml")),
+    }
+    if found := _of_error(error):
+        return _failure(*found, names, error_path, error, True)
+    if not error or _leaves_open(error[0]):
+        ends = [path for path in paths if "ranks" not in path.relative_to(log_dir).parts]
+        if printed := _printed(ends, ended):
+            known, match, path, lines = printed
+            shown = (path, lines, True) if path else (error_path, error, bool(error))
+            shown = shown if shown[1] else (*last_lines(paths, 5), False)
+            return _failure(known, match, names, *shown)
+        if error and (found := _match(error[0], VICTIM)):
+            return _failure(*found, names, error_path, error, True)
+    if error:
+        return Failure("", "", "", error_path, error, True)
+    path, lines = last_lines(paths, 5)
+    return Failure("", "", "", path if lines else None, lines, False)
+
+
+def how_it_ended(state: str, reason: str, exit_code: int | None, log_dir: Path) -> str:
+    """One line for the patterns: Slurm's word, its reason, the script's exit code, and whether anything was logged."""
+    try:
+        logged = any(path.stat().st_size for path in log_dir.glob("*.log"))
+    except OSError:
+        logged = True
+    return f"run {state} reason={reason.split(' ')[0]} exit={exit_code} logs={'some' if logged else 'none'}"
+
+
+def _of_error(lines: Sequence[str]) -> tuple[Known, re.Match[str]] | None:
+    code = False  # of a traceback's last frame: what it would say is not what was said
+    for line in lines:
+        is_frame, code = code or line.startswith('File "'), line.startswith('File "')
+        if not is_frame and (found := _match(line, RAISED, PRINTED)):
+            return found
+    return None
+
+
+def _match(line: str, *where: str) -> tuple[Known, re.Match[str]] | None:
+    for known in known_errors():
+        if known.where in where and (match := re.search(known.pattern, line)):
+            return known, match
+    return None
+
+
+def _leaves_open(line: str) -> bool:
+    return bool(_TELLS_LITTLE.search(line)) or _match(line, VICTIM) is not None
+
+
+def _printed(paths: Sequence[Path], ended: str) -> tuple[Known, re.Match[str], Path | None, list[str]] | None:
+    """The most telling line at either end of the logs, with what follows it; of equals the first one."""
+    best: tuple[int, Known, re.Match[str], Path | None, list[str]] | None = None
+    following = 0
+    texts: Iterator[tuple[Path | None, bytes]] = ((path, line) for path in paths for line in _ends(path))
+    for path, line in chain(texts, [(None, ended.encode())]):
+        if best and following and path == best[3] and b"[titan]" not in line:
+            best[4].append(plain_text(line[:LINE_CHARS]))
+            following -= 1
+        if path and not _hinted(line):
+            continue
+        text = plain_text(line[:LINE_CHARS])
+        found = _match(text, PRINTED)
+        rank = known_errors().index(found[0]) if found else 0
+        if found and (best is None or rank < best[0]):
+            best, following = (rank, *found, path, [text] if path else []), 4
+    if best is None:
+        return None
+    return *best[1:4], [line for line in best[4] if line]
+
+
+def _hinted(text: bytes) -> bool:
+    return any(hint in text for hint in _hints())
+
+
+def _ends(path: Path) -> Iterator[bytes]:
+    """The lines at the beginning and the end of a file, or none where it cannot be read."""
+    try:
+        if (handle := open_log(path)) is None:
+            return
+        with handle:
+            size = handle.seek(0, 2)
+            blocks = [(0, HEAD_BYTES), (size - TAIL_BYTES, TAIL_BYTES)]
+            if size <= HEAD_BYTES + TAIL_BYTES:
+                blocks = [(0, size)]
+            for start, length in blocks:
+                handle.seek(start)
+                block = handle.read(length)
+                if _hinted(block):
+                    yield from block.split(b"\n")
+    except OSError:
+        return
+
+
+def _failure(
+    known: Known,
+    match: re.Match[str],
+    names: dict[str, str],
+    path: Path | None,
+    lines: Sequence[str],
+    is_error: bool,
+) -> Failure:
+    groups = {name: _unescaped((value or "").strip()[:600]) for name, value in match.groupdict().items()}
+    # What a log says is quoted in a command; a fix that node.py proposes is one already.
+    quoted = {name: value if name == "fix" else shlex.quote(value) for name, value in groups.items()}
+    node = _node(path)
+    cause = known.cause.format(**groups, node=f"node {node}" if node else "a node")
+    fix = known.fix.format(**(names | quoted), node=node or "NODE")
+    return Failure(known.code, cause, fix, path, lines, is_error)
+
+
+def _unescaped(text: str) -> str:
+    """node.py writes its sentences as JSON strings."""
+    return text.replace('\\"', '"').replace("\\\\", "\\")
+
+
+def _node(path: Path | None) -> str:
+    """The node whose log it is, or ""; a rank's own log lies in a directory with its node's name."""
+    for part in reversed((*path.parts[:-1], path.stem)) if path else ():
+        if match := re.fullmatch(r"\d{4,}-([\w.-]+)", part):
+            return match[1]
+    return ""
