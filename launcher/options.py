@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 
-from launcher.output import plain
-
 
 class FilePath(click.Path):
     """A path in which ~ is the home directory, too: no shell expands it in --to=~/x, nor in quotes. Never empty."""
@@ -22,7 +20,7 @@ class FilePath(click.Path):
             self.fail("the path is empty", parameter, context)
         if str(path).startswith("~"):
             self.fail(
-                f"{plain(path)}: no such user's home; ./{plain(path)} for a name that begins so",
+                f"{path}: no such user's home; ./{path} for a name that begins so",
                 parameter,
                 context,
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.options import RunOptions, run_options
-from launcher.output import as_json, plain, print_json
+from launcher.output import as_json, echo, print_json
 from launcher.submit_commands import spec_of
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def plan(options: RunOptions, as_json: bool) -> None:
     if as_json:
         print_json(core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by})
         return
-    for line in lines(spec, found, by):
-        click.echo(plain(line))
+    echo(*lines(spec, found, by))
 
 
 COMMANDS = (plan,)

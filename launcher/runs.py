@@ -24,7 +24,7 @@ from typing import Any
 from launcher.errors import ExitStatus, LauncherError
 from launcher.files import data_dir, filesystem_error, read_json, unreadable, write_json, write_text
 from launcher.layers import run_toml
-from launcher.output import plain, warn
+from launcher.output import warn
 from launcher.render import render
 from launcher.spec import S3, SAMPLE, RunSpec, node_config
 
@@ -196,7 +196,7 @@ def all_runs(runs_dir: Path) -> list[Run]:
         raise unreadable(runs_dir, error, "--runs-dir DIR") from error
     for entry in entries:
         if _is_dir(entry) and not os.access(entry.path, os.R_OK | os.X_OK):
-            warn(f"{plain(entry.path)}: passed over, as it cannot be read: Permission denied")
+            warn(f"{entry.path}: passed over, as it cannot be read: Permission denied")
     runs = [
         (intent["at"], run)
         for run in (Run(Path(entry.path)) for entry in entries if _is_dir(entry))

@@ -28,7 +28,7 @@ from launcher.image.parameters import (
     target_path,
 )
 from launcher.options import FilePath
-from launcher.output import as_json, colour, plain, print_json
+from launcher.output import as_json, echo, echo_file, print_json, style
 
 if TYPE_CHECKING:
     from launcher.image.build import Built
@@ -41,7 +41,7 @@ _STATUS_COLOURS = {"ok": "green", "failed": "red", "skipped": "yellow"}
 
 
 def _say(line: str) -> None:
-    click.echo(plain(line.expandtabs()), err=True)
+    echo(line, err=True)
 
 
 # ------------------------------------------------------------------------------------ arguments and options
@@ -200,9 +200,9 @@ def build_command(
         images = [asdict(image) | {"squashfs": names.get(image.arch)} for image in built]
         return print_json({"images": images, "pushed": pushed})
     for image in built:
-        click.echo(plain(str(files.get(image.arch, image.tag))))
+        echo(str(files.get(image.arch, image.tag)))
     if pushed:
-        click.echo(plain(f"{pushed['reference']}@{pushed['digest']}"))
+        echo(f"{pushed['reference']}@{pushed['digest']}")
     for path in files.values():
         _say(f"  next: launcher submit --image {shlex.quote(str(path))}")
 
@@ -248,7 +248,7 @@ def convert_command(
     if as_json:
         print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
     else:
-        click.echo(plain(str(path)))
+        echo(str(path))
 
 
 @click.command("inspect")
@@ -291,9 +291,9 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     else:
         _print_facts(facts)
         for what, fix in found:
-            click.echo(f"{click.style('problem:', fg='red')} {plain(what)}\n  try: {fix}", color=colour())
+            echo(f"{style('problem:', fg='red')} {what}", f"  try: {fix}")
         if (gpu or driver) and not found:
-            click.echo("nothing known speaks against these nodes")
+            echo("nothing known speaks against these nodes")
     if found:
         sys.exit(ExitStatus.INVALID)
 
@@ -305,12 +305,12 @@ def _print_facts(facts: ImageFacts) -> None:
     rows |= {name: value or "none" for name, value in facts.versions.items()}
     rows |= {"driver": driver, "GPUs": " ".join(facts.sm)}
     rows |= {"known from": sources.get(facts.source, "the files in it")}
-    click.echo(plain(f"{facts.path}: squashfs, {facts.compressor}, {facts.bytes / 1e6:,.1f} MB"))
+    echo(f"{facts.path}: squashfs, {facts.compressor}, {facts.bytes / 1e6:,.1f} MB")
     for name, value in rows.items():
         if value:
-            click.echo(f"  {plain(name):13} {plain(value)}")
+            echo(f"  {name:13} {value}")
     for note in facts.notes:
-        click.echo(f"  {plain(note)}")
+        echo(f"  {note}")
 
 
 @click.command("check")
@@ -337,8 +337,8 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
     else:
         width = max((len(result.name) for result in results), default=0)
         for result in results:
-            status = click.style(f"{plain(result.status):7}", fg=_STATUS_COLOURS.get(result.status))
-            click.echo(f"{status}  {plain(result.name):{width}}  {plain(result.found)}", color=colour())
+            status = style(f"{result.status:7}", fg=_STATUS_COLOURS.get(result.status))
+            echo(f"{status}  {result.name:{width}}  {result.found}")
     if failed:
         sys.exit(ExitStatus.INVALID)
 
@@ -373,7 +373,7 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
         print_json(rows)
     else:
         for row in rows:
-            click.echo(plain(str(row["path"])))
+            echo(str(row["path"]))
 
 
 @click.command("sif")
@@ -408,10 +408,10 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
             raise click.UsageError("--recipe is text: it takes no --json.")
         text = apptainer_recipe(image)
         if output is None:
-            return click.echo(text, nl=False)
+            return echo_file(text)
         path = target_path(output, f"titan-{image}.def", force)
         write_text(path, text)
-        return click.echo(plain(str(path)))
+        return echo(str(path))
     engine = None if is_file(image) else docker_engine.connect()
     name = file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
     path = target_path(output, name, force)
@@ -419,7 +419,7 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
     else:
-        click.echo(plain(str(made)))
+        echo(str(made))
 
 
 _ALL = (build_command, convert_command, inspect_command, check_command, lock_command, sif_command)

@@ -19,9 +19,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-
 from launcher.errors import ExitStatus, LauncherError
+from launcher.output import echo
 from launcher.stage.hub import Repo, pin
 from launcher.stage.manifest import (
     BLOCK,
@@ -68,7 +67,7 @@ class Outcome:
 
 def say(text: str) -> None:
     """A line for the user about what is going on; results go to standard output, this does not."""
-    click.echo(text, err=True)
+    echo(text, err=True)
 
 
 def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:
