@@ -162,7 +162,7 @@ def main() -> None:
         echo("interrupted", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     except click.ClickException as error:
-        error.message = plain(error.message)
+        error.message = "\n".join(map(plain, error.message.split("\n")))
         error.show()
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

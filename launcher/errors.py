@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from enum import IntEnum
@@ -27,9 +28,25 @@ class ExitStatus(IntEnum):
     INTERRUPTED = 130  # Ctrl-C; what was submitted before is printed, and goes on
 
 
+def quoted(*words: object) -> str:
+    """Words as a shell reads them back, in characters that `output.echo` prints: $'...' holds all others' bytes."""
+    return " ".join(
+        shlex.quote(word) if word.isprintable() else f"$'{re.sub(_UNSAFE, _escaped, word)}'" for word in map(str, words)
+    )
+
+
+_UNSAFE = re.compile(r"[^ -~]|['\\]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    byte = ord(found[0]) - 0xDC00  # of a name that is not UTF-8, as Python keeps it
+    data = bytes([byte]) if 0x80 <= byte <= 0xFF else found[0].encode("utf-8", "surrogatepass")
+    return "".join(f"\\x{part:02x}" for part in data)
+
+
 def install(extra: str) -> str:
     """The command that adds the optional packages `extra` of pyproject.toml to this Python's."""
-    return f"{shlex.quote(sys.executable)} -m pip install 'titan-launcher[{extra}]'"
+    return f"{quoted(sys.executable)} -m pip install 'titan-launcher[{extra}]'"
 
 
 class LauncherError(Exception):

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from launcher.errors import quoted
+
 
 class FilePath(click.Path):
     """A path in which ~ is the home directory, too: no shell expands it in --to=~/x, nor in quotes. Never empty."""
@@ -171,7 +173,8 @@ def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
     def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
         runs = context.params.get("runs_dir") or os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
         try:
-            return sorted(name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] != ".")
+            names = [name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] not in ".-"]
+            return sorted(name for name in names if quoted(name) == name)  # the shell takes it as it is
         except OSError:
             return []
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import run_argument, runs_dir_option
 from launcher.output import age, as_json, clock, echo, json_line, print_json, style, warn
 
@@ -97,8 +96,9 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
         if failure:
             _print_failure(found, failure, left_out)
         elif not state.known:
-            echo(f"  look: launcher logs {reference(found)}")
-            echo(f"  again: launcher cancel {reference(found)}; launcher submit {found.path}/run.toml")
+            again = quoted("launcher", "submit", found.path / "run.toml")
+            echo(f"  look: {quoted('launcher', 'logs', found.reference)}")
+            echo(f"  again: {quoted('launcher', 'cancel', found.reference)}; {again}")
     exit_for(state)
 
 
@@ -181,7 +181,7 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
         else:
             attach.show(run, sys.stdout)
     except KeyboardInterrupt:
-        echo("", f"detached; {run.name} goes on: launcher watch {reference(run)}{detached}", err=True)
+        echo("", f"detached; {run.name} goes on: {quoted('launcher', 'watch', run.reference)}{detached}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     state = control.state(run)
     outcome, failure, left_out = outcome_of(run, state), failure_of(run, state), remembered(run, state)
@@ -239,10 +239,10 @@ def failure_of(run: Run, state: JobState) -> Failure | None:
     if state.unfit:
         from launcher import unfit
 
-        if said := unfit.explain(run, reference(run)):
+        if said := unfit.explain(run, run.reference):
             return said
     ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
-    return explain(run.logs, ended, reference(run), run.path)
+    return explain(run.logs, ended, run.reference, run.path)
 
 
 def remembered(run: Run, state: JobState) -> list[BadNode]:
@@ -269,7 +269,7 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
             f"  left out of what is submitted next: {node.host}, until {until}: launcher cluster nodes",
             err=True,
         )
-    echo(f"  everything: launcher logs {reference(run)}", err=True)
+    echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
 
 
 def _summary(run: Run, state: JobState) -> dict[str, Any]:
@@ -287,12 +287,6 @@ def _summary(run: Run, state: JobState) -> dict[str, Any]:
         "run_dir": str(run.path),
         "age_s": round(runs.age_s(run)),
     }
-
-
-def reference(run: Run) -> str:
-    """How to name the run in a command typed here: its name where runs/ is below, else its path."""
-    default = os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
-    return run.name if run.path.parent == Path(default).resolve() else str(run.path)
 
 
 def exit_for(state: JobState) -> None:

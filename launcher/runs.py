@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import data_dir, filesystem_error, read_json, unreadable, write_json, write_text
 from launcher.layers import run_toml
 from launcher.output import warn
@@ -45,6 +45,13 @@ class Run:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def reference(self) -> str:
+        """How to name the run in a command typed here: its name where runs/ is below, else its path."""
+        default = os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
+        is_name = self.path.parent == Path(default).resolve() and not self.name.startswith("-")
+        return self.name if is_name else str(self.path)
 
     @property
     def logs(self) -> Path:
@@ -237,7 +244,7 @@ def open_run(reference: str, runs_dir: Path) -> Run:
     near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
     raise LauncherError(
         f"there is no run {reference[:80]!r} in {runs_dir}",
-        f"did you mean {near[0]}?" if near else f"launcher list --runs-dir {runs_dir}",
+        f"did you mean {near[0]}?" if near else quoted("launcher", "list", "--runs-dir", runs_dir),
         status=ExitStatus.NOT_FOUND,
     )
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, quoted
 from launcher.options import RunOptions, run_options
 from launcher.output import as_json, echo, echo_file, is_terminal, json_line, plain, print_json, style, warn
-from launcher.run_commands import follow_run, reference
+from launcher.run_commands import follow_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -242,6 +242,6 @@ def _start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
         else:
             where = "process" if spec.job.scheduler == "local" else "Slurm job"
             echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
-            echo(f"  follow it:  launcher watch {reference(run)}")
+            echo(f"  follow it:  {quoted('launcher', 'watch', run.reference)}")
 
     return control.submit(spec, secrets, submitted)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.image import ARCHES
 from launcher.image.parameters import (
     ImageName,
@@ -204,7 +203,7 @@ def build_command(
     if pushed:
         echo(f"{pushed['reference']}@{pushed['digest']}")
     for path in files.values():
-        _say(f"  next: launcher submit --image {shlex.quote(str(path))}")
+        _say(f"  next: launcher submit --image {quoted(path)}")
 
 
 def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
@@ -275,7 +274,7 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     if gpu:
         profile = read_layer(find("profiles", gpu), f"profile {gpu}").values
     if not os.path.lexists(file) and not is_file(str(file)) and is_reference(str(file)):
-        name = shlex.quote(str(file))
+        name = quoted(file)
         raise LauncherError(
             f"{file}: no such file; an image of the Docker engine is no file yet",
             f"launcher image check {name}, or: launcher image convert {name}",

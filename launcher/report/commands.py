@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import FilePath, runs_dir_option
 from launcher.output import as_json, echo, echo_file, print_json
 
@@ -121,7 +121,7 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
         some = ", ".join(f"{name} ({why})" for name, why in left_out[:3])
         raise LauncherError(
             f"there is nothing to show: {some}" + (", …" if len(left_out) > 3 else ""),
-            f"launcher list --runs-dir {runs_dir}",
+            quoted("launcher", "list", "--runs-dir", runs_dir),
             status=ExitStatus.NO_DATA,
         )
     return outcomes, left_out
@@ -145,7 +145,7 @@ def _refuse_to_overwrite(path: Path) -> None:
         if not path.parent.is_dir():
             raise LauncherError(
                 f"cannot write {path}: there is no folder {path.parent}",
-                f"mkdir -p '{path.parent}'",
+                quoted("mkdir", "-p", path.parent),
                 status=ExitStatus.FILESYSTEM,
             )
         if not path.exists():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import run_argument, runs_dir_option
 from launcher.output import as_json, echo, echo_file, print_json, warn
 
@@ -184,7 +184,7 @@ def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> No
             if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
                 raise LauncherError(
                     f"{path} exists and says something else",
-                    f"mv '{path}' '{path}.old'",
+                    quoted("mv", path, f"{path}.old"),
                     status=ExitStatus.EXISTS,
                 )
             output.mkdir(parents=True, exist_ok=True)

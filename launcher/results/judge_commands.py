@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import RunOptions, run_options, runs_dir_option
 from launcher.output import as_json, echo, is_terminal, plain, print_json, style, warn
 
@@ -76,7 +76,7 @@ def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
 
     sides = [results_in(reference, runs_dir) for reference in (a, b)]
     if all(len(side) > 1 for side in sides):
-        raise LauncherError(f"{a} and {b} hold several results each", f"launcher compare RUN {b}")
+        raise LauncherError(f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b))
     for one, many, where in ((sides[0], sides[1], b), (sides[1], sides[0], a)):
         if len(many) > 1:
             gpu = one[0].gpu
@@ -199,13 +199,13 @@ def _state(run: Run) -> JobState:
 def _end_of(run: Run) -> JobState:
     """Shows the run's progress on stderr until it has ended. Ctrl-C ends this program, not the run."""
     from launcher import attach, control
-    from launcher.run_commands import reference, remembered
+    from launcher.run_commands import remembered
 
     try:
         attach.wait_for_start(run, lambda text: echo(f"{run.name}: {text}", err=True))
         attach.show(run, sys.stderr)
     except KeyboardInterrupt:
-        echo("", f"detached; {run.name} goes on: launcher accept {reference(run)} --follow", err=True)
+        echo("", f"detached; {run.name} goes on: {quoted('launcher', 'accept', run.reference, '--follow')}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     state = control.state(run)
     remembered(run, state)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import shutil
 import stat
 import sys
@@ -19,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.output import echo
 from launcher.stage.hub import Repo, pin
 from launcher.stage.manifest import (
@@ -186,7 +185,7 @@ def _sorted(
 
 def _in_the_way(target: Path, name: str, what: str) -> LauncherError:
     """Before anything is downloaded: the file could not be put there afterwards."""
-    path = shlex.quote(str(target / name))
+    path = quoted(target / name)
     return LauncherError(f"--to {target}: {name} is {what}", f"mv {path} {path}.old, then the same command")
 
 

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import shlex
 import shutil
 import ssl
 import threading
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.stage.hub_errors import status_of, translate, with_retries
 from launcher.stage.receive import Sink, WrongLength
 from launcher.stage.source import Checksums
@@ -127,7 +126,7 @@ def find_token(token_file: Path | None = None) -> str | None:
             place = str(constants.HF_TOKEN_PATH)
             raise LauncherError(
                 f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
-                f"ls -l {shlex.quote(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
+                f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
                 status=ExitStatus.FILESYSTEM,
             ) from None
         return found
@@ -136,7 +135,7 @@ def find_token(token_file: Path | None = None) -> str | None:
     except OSError as error:
         raise LauncherError(
             f"--token-file {token_file}: {error.strerror}",
-            f"ls -l {shlex.quote(str(token_file))}",
+            f"ls -l {quoted(token_file)}",
             status=ExitStatus.FILESYSTEM,
         ) from None
     except UnicodeDecodeError:

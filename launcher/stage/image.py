@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import stat
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import read_json, unreadable, write_json
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.manifest import BLOCK, sha256_of
@@ -60,7 +59,7 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     try:
         return _stage_image(source, to, say)
     except KeyboardInterrupt:
-        say(f"stopped: {shlex.quote(source)} is not in {to} yet; the same command goes on")
+        say(f"stopped: {quoted(source)} is not in {to} yet; the same command goes on")
         raise
 
 
@@ -83,7 +82,7 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
                 _already(final, say)
             else:
                 _bring(wanted, reader, to, say)
-    say(f"launcher submit --image {shlex.quote(str(final))}")
+    say(f"launcher submit --image {quoted(final)}")
     return final
 
 
@@ -93,7 +92,7 @@ def _is_file_name(source: str) -> bool:
 
 def _already(final: Path, say: Say) -> None:
     say(f"{final}: already there")
-    say(f"its size was looked at; to read and hash it: launcher stage verify {shlex.quote(str(final.parent))}")
+    say(f"its size was looked at; to read and hash it: launcher stage verify {quoted(final.parent)}")
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
@@ -109,7 +108,7 @@ def _of_file(path: Path, say: Say) -> tuple[Wanted, Reader]:
     elif os.path.lexists(sidecar):
         raise LauncherError(
             f"{sidecar} does not describe the file beside it ({block.file_size:,} bytes)",
-            f"copy the two again, together; or without a description: mv {shlex.quote(str(sidecar))} {shlex.quote(f'{sidecar}.old')}",
+            f"copy the two again, together; or without a description: mv {quoted(sidecar)} {quoted(f'{sidecar}.old')}",
         )
     else:
         say(f"{path}: no {sidecar.name} beside it; reading it for its checksum")
@@ -325,7 +324,7 @@ def _from_engine(image: str, to: Path, say: Say) -> Path:
         else:
             _publish(wanted, made, final)
         _remove_leftovers(to, None)
-    say(f"launcher submit --image {shlex.quote(str(final))}")
+    say(f"launcher submit --image {quoted(final)}")
     return final
 
 

@@ -7,14 +7,13 @@ import errno
 import fcntl
 import json
 import os
-import shlex
 import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
@@ -36,7 +35,7 @@ def safe_path(path: object) -> bool:
 
 def write_error(path: Path, error: OSError) -> LauncherError:
     """The operating system's refusal to write below the target, with what to do about it."""
-    place = shlex.quote(str(path.parent))
+    place = quoted(path.parent)
     fixes = {
         errno.EACCES: f"--to a directory that you can write, or: ls -ld {place}",
         errno.EPERM: f"--to a directory that you can write, or: ls -ld {place}",
@@ -147,7 +146,7 @@ def check_space(target: Path, needed: int) -> None:
     if needed and needed + RESERVE > free:
         raise LauncherError(
             f"{target}: {gigabytes(needed)} are still needed, {gigabytes(free)} are free",
-            f"free space (df -h {shlex.quote(str(target))}), ask for fewer files (--files N), or another place, or --to another file system",
+            f"free space (df -h {quoted(target)}), ask for fewer files (--files N), or another place, or --to another file system",
             status=ExitStatus.FILESYSTEM,
         )
 
