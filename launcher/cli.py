@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ import click
 from launcher import __version__, plan_commands, run_commands, submit_commands, sweep_commands
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import RunOptions, run_options
-from launcher.output import PipedGroup, ReaderGone, as_json, echo, never_fail, plain, print_error, print_json, style
+from launcher.output import PipedGroup, ReaderGone, as_json, echo, never_fail, print_error, print_json, style
 from launcher.report import commands as report_commands
 from launcher.results import commands as results_commands
 from launcher.results import judge_commands
@@ -162,8 +163,8 @@ def main() -> None:
         echo("interrupted", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     except click.ClickException as error:
-        error.message = "\n".join(map(plain, error.message.split("\n")))
-        error.show()
+        error.show(said := io.StringIO())
+        echo(*said.getvalue().rstrip("\n").split("\n"), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)

@@ -29,19 +29,14 @@ class ExitStatus(IntEnum):
 
 
 def quoted(*words: object) -> str:
-    """Words as a shell reads them back, in characters that `output.echo` prints: $'...' holds all others' bytes."""
-    return " ".join(
-        shlex.quote(word) if word.isprintable() else f"$'{re.sub(_UNSAFE, _escaped, word)}'" for word in map(str, words)
-    )
+    """Words as a shell reads them back, in characters that `output.echo` prints."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _escaped(word) for word in map(str, words))
 
 
-_UNSAFE = re.compile(r"[^ -~]|['\\]")
-
-
-def _escaped(found: re.Match[str]) -> str:
-    byte = ord(found[0]) - 0xDC00  # of a name that is not UTF-8, as Python keeps it
-    data = bytes([byte]) if 0x80 <= byte <= 0xFF else found[0].encode("utf-8", "surrogatepass")
-    return "".join(f"\\x{part:02x}" for part in data)
+def _escaped(word: str) -> str:
+    """As $'...', which bash and zsh know: the bytes of a name, also of one that is not UTF-8."""
+    data = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", word).encode("utf-8", "surrogateescape")
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in data) + "'"
 
 
 def install(extra: str) -> str:

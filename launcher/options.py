@@ -173,7 +173,7 @@ def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
     def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
         runs = context.params.get("runs_dir") or os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
         try:
-            names = [name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] not in ".-"]
+            names = (name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] not in ".-")
             return sorted(name for name in names if quoted(name) == name)  # the shell takes it as it is
         except OSError:
             return []

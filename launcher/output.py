@@ -112,8 +112,9 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     click.echo(json.dumps(value, indent=indent))
 
 
-def json_line(value: Any) -> None:
-    print_json(value, indent=None)
+def say(line: str) -> None:
+    """What is going on, for people: results go to standard output, this does not."""
+    echo(line, err=True)
 
 
 def warn(text: str) -> None:

@@ -10,7 +10,7 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import run_argument, runs_dir_option
-from launcher.output import age, as_json, clock, echo, json_line, print_json, style, warn
+from launcher.output import age, as_json, clock, echo, print_json, style, warn
 
 if TYPE_CHECKING:
     from launcher.bad_nodes import BadNode
@@ -131,7 +131,7 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
     found = runs.open_run(run, runs_dir)
     for node, line in attach.log_lines(found, follow):
         if as_json:
-            json_line({"node": node, "line": line})
+            print_json({"node": node, "line": line}, indent=None)
         else:
             echo(f"{style(node, fg='cyan')}: {line}")
 
@@ -177,7 +177,7 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
         attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
         if as_json:
             for snapshot in attach.progress_of(run):
-                json_line(attach.as_dict(snapshot))
+                print_json(attach.as_dict(snapshot), indent=None)
         else:
             attach.show(run, sys.stdout)
     except KeyboardInterrupt:
@@ -189,7 +189,7 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
         result = as_dict(outcome) if outcome and outcome.series else None
         ended = {"run": run.name, "state": state.name, "result": result}
         ended["failure"] = failure.as_json() if failure else None
-        json_line(ended | {"left_out": [node.host for node in left_out]})
+        print_json(ended | {"left_out": [node.host for node in left_out]}, indent=None)
     else:
         echo(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else ""))
         if outcome and outcome.series:

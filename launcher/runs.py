@@ -49,9 +49,8 @@ class Run:
     @property
     def reference(self) -> str:
         """How to name the run in a command typed here: its name where runs/ is below, else its path."""
-        default = os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
-        is_name = self.path.parent == Path(default).resolve() and not self.name.startswith("-")
-        return self.name if is_name else str(self.path)
+        below = Path(os.environ.get("LAUNCHER_RUNS_DIR") or "runs").resolve()
+        return self.name if self.path.parent == below and self.name[:1] != "-" else str(self.path)
 
     @property
     def logs(self) -> Path:

@@ -11,7 +11,7 @@ import click
 
 from launcher.errors import LauncherError, quoted
 from launcher.options import RunOptions, run_options
-from launcher.output import as_json, echo, echo_file, is_terminal, json_line, plain, print_json, style, warn
+from launcher.output import as_json, echo, echo_file, is_terminal, plain, print_json, style, warn
 from launcher.run_commands import follow_run
 
 if TYPE_CHECKING:
@@ -238,7 +238,8 @@ def _start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
 
     def submitted(run: Run, job_id: str) -> None:
         if as_json:
-            json_line({"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler})
+            job = {"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler}
+            print_json(job, indent=None)
         else:
             where = "process" if spec.job.scheduler == "local" else "Slurm job"
             echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")

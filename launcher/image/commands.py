@@ -27,7 +27,7 @@ from launcher.image.parameters import (
     target_path,
 )
 from launcher.options import FilePath
-from launcher.output import as_json, echo, echo_file, print_json, style
+from launcher.output import as_json, echo, echo_file, print_json, say, style
 
 if TYPE_CHECKING:
     from launcher.image.build import Built
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _STATUS_COLOURS = {"ok": "green", "failed": "red", "skipped": "yellow"}
-
-
-def _say(line: str) -> None:
-    echo(line, err=True)
 
 
 # ------------------------------------------------------------------------------------ arguments and options
@@ -188,11 +184,11 @@ def build_command(
             index_url=index_url,
             network=network,
             no_cache=no_cache,
-            say=_say,
+            say=say,
         )
         built.append(image)
         if arch in files:
-            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=_say)
+            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
     pushed = _push(built, arches, reference, engine) if reference else None
     if as_json:
         names = {arch: click.format_filename(path) for arch, path in files.items()}
@@ -203,14 +199,14 @@ def build_command(
     if pushed:
         echo(f"{pushed['reference']}@{pushed['digest']}")
     for path in files.values():
-        _say(f"  next: launcher submit --image {quoted(path)}")
+        say(f"  next: launcher submit --image {quoted(path)}")
 
 
 def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
     from launcher.image.registry import manifest_list, push
 
-    pushed = [push(image.tag, reference, engine=engine, say=_say) for image in built]
-    digest = manifest_list(reference, pushed, arches=arches, engine=engine, say=_say)
+    pushed = [push(image.tag, reference, engine=engine, say=say) for image in built]
+    digest = manifest_list(reference, pushed, arches=arches, engine=engine, say=say)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
 
 
@@ -241,9 +237,9 @@ def convert_command(
     about = docker_engine.inspect(engine, image)
     path = target_path(output, file_name(about, ".sqsh"), force)
     if tool == "enroot":
-        convert_with_enroot(image, path, fmt=FORMATS[purpose], image_id=str(about["Id"]), say=_say)
+        convert_with_enroot(image, path, fmt=FORMATS[purpose], image_id=str(about["Id"]), say=say)
     else:
-        convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=_say)
+        convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
     if as_json:
         print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
     else:
@@ -327,7 +323,7 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
     """
     from launcher.image.check import check
 
-    _say(f"running the checks in {image}")
+    say(f"running the checks in {image}")
     results = check(image, timeout_s=timeout)
     failed = any(result.status == "failed" for result in results)
     if as_json:
@@ -364,15 +360,14 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
         raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
     rows = []
     for arch in arches:
-        path = lock(channel, arch, torch_index=torch_index, output=output, say=_say)
+        path = lock(channel, arch, torch_index=torch_index, output=output, say=say)
         packages = pinned(path.read_text(encoding="utf-8"))
         row = {"channel": channel, "arch": arch, "path": click.format_filename(path), "packages": packages}
         rows.append(row)
     if as_json:
         print_json(rows)
     else:
-        for row in rows:
-            echo(str(row["path"]))
+        echo(*(str(row["path"]) for row in rows))
 
 
 @click.command("sif")
@@ -414,7 +409,7 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
     engine = None if is_file(image) else docker_engine.connect()
     name = file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
     path = target_path(output, name, force)
-    made = sif(image, path, engine=engine, say=_say)
+    made = sif(image, path, engine=engine, say=say)
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
     else:

@@ -64,9 +64,8 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
     found = comparison.compare(first, second)
     if as_json:
         return print_json(comparison.as_dict(found))
-    for line in comparison.as_text(found):
-        is_warning = line.startswith("warning: ")
-        echo(style(line, fg="yellow") if is_warning else line)
+    lines = comparison.as_text(found)
+    echo(*(style(line, fg="yellow") if line.startswith("warning: ") else line for line in lines))
 
 
 def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:

@@ -11,7 +11,7 @@ import click
 
 from launcher.errors import ExitStatus
 from launcher.options import FilePath
-from launcher.output import as_json, echo, print_json
+from launcher.output import as_json, echo, print_error, print_json, say
 from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def c4(
         token_file=token_file,
         source=source,
     )
-    for line in (*plan.notes, plan.line()):
-        fetch.say(line)
+    echo(*plan.notes, plan.line(), err=True)
     facts = {
         "train_files": plan.train_files,
         "train_files_in_all": plan.train_files_in_all,
@@ -184,7 +183,7 @@ def _stage_model(
         refuse_unwritable(target)
     repo, files = plan(target, name, revision, token_file)
     size = gigabytes(sum(file.bytes for file in files))
-    fetch.say(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}")
+    say(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}")
     if dry_run:
         _print_dry_run(target, files, {"source": repo.source, "revision": repo.revision}, as_json)
         return
@@ -270,8 +269,7 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
     for failure in failures:
         echo(failure.what)
     for failure in unusable:
-        echo(f"error: {failure.what}", err=True)
-        echo(f"  try: {failure.fix}", err=True)
+        print_error(failure)
     if not reports and not failures and not unusable:
         where = ", ".join(str(place) for place in places)
         echo(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8", err=True)
@@ -290,10 +288,9 @@ def image(source: str, target: Path, as_json: bool) -> None:
     \b
     launcher stage image titan-stable-arm64.sqsh --to /shared/images
     """
-    from launcher.stage import fetch
     from launcher.stage.image import stage_image
 
-    path = stage_image(source, target, say=fetch.say)
+    path = stage_image(source, target, say=say)
     if as_json:
         print_json({"path": click.format_filename(path), "bytes": path.stat().st_size})
     else:

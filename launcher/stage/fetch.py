@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import ExitStatus, LauncherError, quoted
-from launcher.output import echo
+from launcher.output import say
 from launcher.stage.hub import Repo, pin
 from launcher.stage.manifest import (
     BLOCK,
@@ -62,11 +62,6 @@ class Outcome:
             "bytes_downloaded": self.bytes_downloaded,
             "seconds": round(self.seconds, 3),
         }
-
-
-def say(text: str) -> None:
-    """A line for the user about what is going on; results go to standard output, this does not."""
-    echo(text, err=True)
 
 
 def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:

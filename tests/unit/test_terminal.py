@@ -107,8 +107,8 @@ COMMANDS = (
 @example(HOSTILE[7])
 def test_no_command_prints_what_drives_a_terminal(workplace: Path, name: str) -> None:
     run = hostile_run(workplace, name)
-    for words in COMMANDS:
-        words = tuple(str(run) if word == "." else word for word in words)
+    for command in COMMANDS:
+        words = [str(run) if word == "." else word for word in command]
         assert all(map(is_clean, said(*words))), words
         if words[0] not in ("watch", "report"):
             coloured = "".join(said(*words, stream=Terminal))
