@@ -231,3 +231,21 @@ def test_what_a_node_says_of_itself(workplace: Path, name: str) -> None:
     (run / "nodes" / "0000-n.json").write_text(json.dumps(record(name, problem)))
     out, err = said("status", str(run))
     assert is_clean(out + err)
+
+
+def test_completion_offers_what_a_shell_reads_as_one_word(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*HOSTILE, "my-run"):
+        (workplace / "runs" / name).mkdir(parents=True)
+    for name, value in {
+        "_LAUNCHER_COMPLETE": "bash_complete",
+        "COMP_WORDS": "launcher watch ",
+        "COMP_CWORD": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert said()[0] == "plain,my-run\n"
+
+
+def test_a_script_reaches_a_file_unchanged_and_a_terminal_cleaned(workplace: Path) -> None:
+    words = ("render", "--gpu", "gb200", "--image", "/i/no\u00a0break.sqsh")
+    assert "no\u00a0break" in said(*words)[0]
+    assert is_clean(said(*words, stream=Terminal)[0])
