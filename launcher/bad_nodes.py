@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from launcher.cluster import slurm
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import compress, expand
 from launcher.cluster.state import JobState
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, quoted
 from launcher.files import filesystem_error, read_bytes, unreadable, write_json
 from launcher.output import SHOWN, age, some
 from launcher.preflight.check import OK, WARNING, Check
@@ -77,7 +76,7 @@ def read() -> Memory:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise LauncherError(
             f"{file}: damaged: the nodes that failed their check cannot be told",
-            f"mv {shlex.quote(str(file))} {shlex.quote(f'{file}.damaged')}   (they are then forgotten)",
+            f"mv {quoted(file)} {quoted(f'{file}.damaged')}   (they are then forgotten)",
         ) from error
 
 
@@ -225,7 +224,7 @@ def without(spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s:
                 WARNING,
                 f"{names} failed its check lately, and is not left out",
                 "whether Slurm has it could not be read",
-                f"sinfo -N -h -o %N; then --exclude {compress([n.host for n in lost])}",
+                f"sinfo -N -h -o %N; then {quoted('--exclude', compress([n.host for n in lost]))}",
             )
         )
     if asked := [node for node in found if node.host in named]:

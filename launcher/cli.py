@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ import click
 from launcher import __version__, plan_commands, run_commands, submit_commands, sweep_commands
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import RunOptions, run_options
-from launcher.output import PipedGroup, ReaderGone, as_json, colour, print_error, print_json
+from launcher.output import PipedGroup, ReaderGone, as_json, echo, never_fail, print_error, print_json, style
 from launcher.report import commands as report_commands
 from launcher.results import commands as results_commands
 from launcher.results import judge_commands
@@ -60,7 +61,7 @@ def config_show(options: RunOptions, as_json: bool) -> None:
     width = max(len(key) for key, _, _ in rows)
     for key, value, origin in rows:
         text = str(list(value) if isinstance(value, tuple) else value if value != "" else '""')
-        click.echo(f"{key:{width}}  {text}  {click.style(f'({origin})', dim=True)}", color=colour())
+        echo(f"{key:{width}}  {text}  {style(f'({origin})', dim=True)}")
 
 
 for _module in (
@@ -147,21 +148,23 @@ def version(as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(f"{name} {number}" for name, number in found.items()))
+        echo(*(f"{name} {number}" for name, number in found.items()))
 
 
 def main() -> None:
     """Entry point of the console script: errors become messages and exit codes."""
+    never_fail(sys.stdout, sys.stderr)
     try:
         launcher.main(prog_name="launcher", standalone_mode=False)
     except LauncherError as error:
         print_error(error)
         sys.exit(error.status)
     except click.Abort:
-        click.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     except click.ClickException as error:
-        error.show()
+        error.show(said := io.StringIO())
+        echo(*said.getvalue().rstrip("\n").split("\n"), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
@@ -171,7 +174,7 @@ def main() -> None:
     except OSError as error:  # the output's own device, or a directory that went away under our feet
         _discard_stdout()
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        echo(f"error: {where}{error.strerror or error}", err=True)
         sys.exit(ExitStatus.FILESYSTEM)
 
 

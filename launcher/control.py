@@ -14,7 +14,7 @@ from typing import Any
 from launcher import runs, unfit
 from launcher.cluster import local, slurm
 from launcher.cluster.state import FAILED, UNKNOWN, WAITING, JobState
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import filesystem_error, read_json, write_json
 from launcher.runs import Run
 from launcher.spec import RunSpec
@@ -65,7 +65,8 @@ def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
         if job_id is None:
             raise InDoubt(
                 f"{error.what}: Slurm may or may not have the job of {run.name}",
-                f"launcher status {run.name} looks for it; launcher cancel {run.name} makes sure that it never runs",
+                f"{quoted('launcher', 'status', run.reference)} looks for it; "
+                f"{quoted('launcher', 'cancel', run.reference)} makes sure that it never runs",
                 status=ExitStatus.CLUSTER,
                 original=error.original,
             ) from error
@@ -75,7 +76,7 @@ def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
     except LauncherError as error:
         raise InDoubt(
             f"submitted as job {job['job_id']}, but {error.what}",
-            f"launcher status {run.name}; do not submit it again",
+            f"{quoted('launcher', 'status', run.reference)}; do not submit it again",
             status=error.status,
         ) from error
     return job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from enum import IntEnum
@@ -27,9 +28,20 @@ class ExitStatus(IntEnum):
     INTERRUPTED = 130  # Ctrl-C; what was submitted before is printed, and goes on
 
 
+def quoted(*words: object) -> str:
+    """Words as a shell reads them back, in characters that `output.echo` prints."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _escaped(word) for word in map(str, words))
+
+
+def _escaped(word: str) -> str:
+    """As $'...', which bash and zsh know: the bytes of a name, also of one that is not UTF-8."""
+    data = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", word).encode("utf-8", "surrogateescape")
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in data) + "'"
+
+
 def install(extra: str) -> str:
     """The command that adds the optional packages `extra` of pyproject.toml to this Python's."""
-    return f"{shlex.quote(sys.executable)} -m pip install 'titan-launcher[{extra}]'"
+    return f"{quoted(sys.executable)} -m pip install 'titan-launcher[{extra}]'"
 
 
 class LauncherError(Exception):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 import stat
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.values import parse_json
 
 MOST_BYTES = 4 << 20  # of a file that is read whole; the largest of ours, a manifest, has some 200 kB
@@ -80,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def unreadable(path: Path, error: OSError | UnicodeDecodeError, fix: str = "") -> LauncherError:
     """What the operating system says of a file or directory that is to be read."""
     why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
-    fix = fix or f"ls -ld {shlex.quote(str(path))}"
+    fix = fix or f"ls -ld {quoted(path)}"
     return LauncherError(f"cannot read {path}: {why}", fix, status=ExitStatus.FILESYSTEM)
 
 
@@ -88,11 +87,11 @@ def filesystem_error(path: Path, error: OSError, option: str = "") -> LauncherEr
     """The operating system's refusal, with what to do about the common ones; `option` is what names another place."""
     elsewhere = f": {option}" if option else ""
     fixes = {
-        errno.EACCES: f"choose a directory you can write{elsewhere}, or: ls -ld {shlex.quote(str(path.parent))}",
+        errno.EACCES: f"choose a directory you can write{elsewhere}, or: ls -ld {quoted(path.parent)}",
         errno.EROFS: f"choose a directory you can write{elsewhere}",
-        errno.ENOSPC: f"free space on it (df -h {shlex.quote(str(path.parent))}), or choose another place{elsewhere}",
-        errno.EDQUOT: f"free space on it (quota -s; du -sh {shlex.quote(str(path.parent))}), or choose another place{elsewhere}",
-        errno.ENOENT: f"choose another place{elsewhere}, or: mkdir -p {shlex.quote(str(path.parent))}",
+        errno.ENOSPC: f"free space on it (df -h {quoted(path.parent)}), or choose another place{elsewhere}",
+        errno.EDQUOT: f"free space on it (quota -s; du -sh {quoted(path.parent)}), or choose another place{elsewhere}",
+        errno.ENOENT: f"choose another place{elsewhere}, or: mkdir -p {quoted(path.parent)}",
         errno.ENOTDIR: f"choose a directory{elsewhere}",
         errno.ENAMETOOLONG: f"choose a shorter path{elsewhere}",
     }

@@ -12,14 +12,13 @@ import difflib
 import json
 import os
 import re
-import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import data_dir, read_bytes
 from launcher.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse
 from launcher.titan.recipe import Recipe
@@ -188,9 +187,7 @@ def _parse(path: Path) -> dict[str, Any]:
         return parse_toml(text)
     except OSError as error:
         status = ExitStatus.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitStatus.FILESYSTEM
-        raise LauncherError(
-            f"cannot read {path}: {error.strerror}", f"ls -l {shlex.quote(str(path))}", status=status
-        ) from error
+        raise LauncherError(f"cannot read {path}: {error.strerror}", f"ls -l {quoted(path)}", status=status) from error
     except UnicodeDecodeError as error:
         raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from launcher.output import plain
+from launcher.errors import quoted
 
 
 class FilePath(click.Path):
@@ -22,7 +22,7 @@ class FilePath(click.Path):
             self.fail("the path is empty", parameter, context)
         if str(path).startswith("~"):
             self.fail(
-                f"{plain(path)}: no such user's home; ./{plain(path)} for a name that begins so",
+                f"{path}: no such user's home; ./{path} for a name that begins so",
                 parameter,
                 context,
             )
@@ -172,7 +172,8 @@ def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
     def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
         runs = context.params.get("runs_dir") or os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
         try:
-            return sorted(name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] != ".")
+            names = (name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] not in ".-")
+            return sorted(name for name in names if quoted(name) == name)  # the shell takes it as it is
         except OSError:
             return []
 

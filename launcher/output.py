@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,11 +57,6 @@ def clock(at_s: float) -> str:
         return "?"
 
 
-def colour() -> bool | None:
-    """None lets click decide by the terminal."""
-    return False if os.environ.get("NO_COLOR") else None
-
-
 def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()  # None: closed by the caller, as in `launcher ... <&-`
 
@@ -77,32 +75,61 @@ def columns(rows: Sequence[Sequence[str]], left: int = 99) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Words of other programs and of files, without what could drive a terminal."""
+    """Words of other programs and of files on one line, without what could drive a terminal, reorder or hide text."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def print_json(value: Any) -> None:
+_OURS = secrets.token_hex(8)  # begins each of our colours: what was written elsewhere cannot hold it
+
+
+def style(text: str, **how: Any) -> str:
+    """`text` in a colour that `echo` lets through; that of any other text is cleaned away."""
+    return click.style(plain(text), **how).replace("\x1b", _OURS)
+
+
+def echo(*lines: str, **where: Any) -> None:
+    """Everything that people read is printed here. Each line stays one, whatever a name or a message in it holds."""
+    text = "\n".join(plain(line.expandtabs()) for line in lines).replace(_OURS, "\x1b")
+    click.echo(text, color=False if os.environ.get("NO_COLOR") else None, **where)  # None: by the terminal
+
+
+def echo_file(text: str) -> None:
+    """What is meant for a file reaches a pipe unchanged; on a terminal it is text like any other."""
+    if is_terminal(sys.stdout):
+        echo(*text.split("\n"), nl=False)
+    else:
+        click.echo(text, nl=False)
+
+
+def never_fail(*streams: Any) -> None:
+    """What a stream's encoding lacks is written as an escape; a stream of a test's own is left alone."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """In ASCII: nothing in it drives a terminal, and no stream's encoding can break it."""
     import json
 
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(value, indent=indent))
 
 
-def json_line(value: Any) -> None:
-    import json
-
-    click.echo(json.dumps(value, ensure_ascii=False))
+def say(line: str) -> None:
+    """What is going on, for people: results go to standard output, this does not."""
+    echo(line, err=True)
 
 
 def warn(text: str) -> None:
-    click.echo(f"{click.style('warning:', fg='yellow')} {text}", err=True, color=colour())
+    echo(f"{style('warning:', fg='yellow')} {text}", err=True)
 
 
 def print_error(error: LauncherError) -> None:
-    click.echo(f"{click.style('error:', fg='red')} {plain(error.what)}", err=True, color=colour())
+    echo(f"{style('error:', fg='red')} {error.what}", err=True)
     if error.original:
-        click.echo("\n".join(f"  | {plain(line)}" for line in error.original.splitlines()[:20]), err=True)
+        echo(*(f"  | {line}" for line in error.original.splitlines()[:20]), err=True)
     if error.fix:
-        click.echo(f"  {click.style('try:', fg='green')} {plain(error.fix)}", err=True, color=colour())
+        echo(f"  {style('try:', fg='green')} {error.fix}", err=True)
 
 
 SHOWN = 3  # names in a message

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launcher.errors import quoted
 from launcher.options import RunOptions, run_options
-from launcher.output import as_json, plain, print_json
+from launcher.output import as_json, echo, print_json
 from launcher.submit_commands import spec_of
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def plan(options: RunOptions, as_json: bool) -> None:
     if as_json:
         print_json(core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by})
         return
-    for line in lines(spec, found, by):
-        click.echo(plain(line))
+    echo(*lines(spec, found, by))
 
 
 COMMANDS = (plan,)
@@ -87,7 +87,7 @@ def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
     else:
         rows.append(f"wall time   cannot say{_limit(spec, found)}")
     if found.c4_files is not None:
-        where = f" --to {spec.job.data}" if spec.job.data.startswith("/") else ""
+        where = f" --to {quoted(spec.job.data)}" if spec.job.data.startswith("/") else ""
         rows.append(f"C4 files    {found.c4_files} of 1024: launcher stage c4{where} --files {found.c4_files}")
     return [*rows, *(f"note        {note}" for note in found.notes)]
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.cluster import slurm
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.layers import Layer, find, merge, names_of, read_layer
 from launcher.spec import CONTROL, RunSpec, validate
 from launcher.user_file import default_path
@@ -75,7 +75,7 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
     if missing:
         raise LauncherError(
             f"--env {missing[0]}: no such variable in your environment",
-            f"export {missing[0]}=..., then again",
+            f"export {quoted(missing[0])}=..., then again",
         )
     values = {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
     for name, value in values.items():
@@ -119,7 +119,7 @@ def _repeated(run_file: Path, options: Layer) -> Layer:
     run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
     layer = read_layer(run_file, f"file {run_file}")
     if not layer.complete:
-        raise LauncherError(f"{run_file}: not a run.toml", f"launcher submit --config {run_file}")
+        raise LauncherError(f"{run_file}: not a run.toml", quoted("launcher", "submit", "--config", run_file))
     for key, option in (("job.gpu", "--gpu"), ("job.recipe", "--recipe")):
         if key in options.values:
             raise LauncherError(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import click
-
 from launcher.errors import LauncherError
-from launcher.output import json_line, plain, print_error
+from launcher.output import echo, print_error, print_json
 from launcher.run_commands import exit_for, watch_to_end
 from launcher.runs import Run
 
@@ -45,6 +43,6 @@ def follow(run: Run, retries: int, again: Callable[[str, str, set[str]], Run], a
 
 def _say(run: Run, text: str, as_json: bool) -> None:
     if as_json:
-        json_line({"run": run.name, "retry": plain(text)})
+        print_json({"run": run.name, "retry": text}, indent=None)
     else:
-        click.echo(plain(f"{run.name}: {text}"), err=True)
+        echo(f"{run.name}: {text}", err=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import run_argument, runs_dir_option
-from launcher.output import age, as_json, clock, colour, json_line, plain, print_json, warn
+from launcher.output import age, as_json, clock, echo, print_json, style, warn
 
 if TYPE_CHECKING:
     from launcher.bad_nodes import BadNode
@@ -42,21 +41,20 @@ def list_(runs_dir: Path, as_json: bool) -> None:
     if as_json:
         print_json(rows)
     elif not rows:
-        click.echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
+        echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
     else:
         width = max(3, *(len(row["run"]) for row in rows))
         head = f"{'run':{width}}  {'state':<13}  {'job':>9}  {'size':<14}  {'recipe':<14}  age"
-        click.echo(click.style(head, dim=True), color=colour())
+        echo(style(head, dim=True))
         for row in rows:
-            size = plain(f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}")
-            state = click.style(f"{row['state']:<13}", fg=_STATE_COLOURS.get(row["state"]))
-            click.echo(
-                f"{plain(row['run']):{width}}  {state}  {row['job_id']:>9}  {size:<14}  {plain(row['recipe']):<14}  "
+            size = f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}"
+            state = style(f"{row['state']:<13}", fg=_STATE_COLOURS.get(row["state"]))
+            echo(
+                f"{row['run']:{width}}  {state}  {row['job_id']:>9}  {size:<14}  {row['recipe']:<14}  "
                 f"{age(row['age_s'])}",
-                color=colour(),
             )
         for reason in sorted({row["reason"] for row in rows if row["state"] == "UNKNOWN" and row["reason"]}):
-            click.echo(f"UNKNOWN: {plain(reason)}", err=True)
+            echo(f"UNKNOWN: {reason}", err=True)
 
 
 @click.command()
@@ -89,17 +87,18 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
         print_json(row | more)
     else:
         detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
-        click.echo(plain(f"{found.name}: {state.name}" + (f" ({detail})" if detail else "")))
-        click.echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
+        echo(f"{found.name}: {state.name}" + (f" ({detail})" if detail else ""))
+        echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
         for line in waiting:
-            click.echo(f"  {line}")
+            echo(f"  {line}")
         if progress:
-            click.echo(f"  {plain(plain_line(progress))}")
+            echo(f"  {plain_line(progress)}")
         if failure:
             _print_failure(found, failure, left_out)
         elif not state.known:
-            click.echo(f"  look: launcher logs {reference(found)}")
-            click.echo(f"  again: launcher cancel {reference(found)}; launcher submit {found.path}/run.toml")
+            again = quoted("launcher", "submit", found.path / "run.toml")
+            echo(f"  look: {quoted('launcher', 'logs', found.reference)}")
+            echo(f"  again: {quoted('launcher', 'cancel', found.reference)}; {again}")
     exit_for(state)
 
 
@@ -132,9 +131,9 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
     found = runs.open_run(run, runs_dir)
     for node, line in attach.log_lines(found, follow):
         if as_json:
-            json_line({"node": node, "line": line})
+            print_json({"node": node, "line": line}, indent=None)
         else:
-            click.echo(f"{click.style(node, fg='cyan')}: {line}", color=colour())
+            echo(f"{style(node, fg='cyan')}: {line}")
 
 
 @click.command()
@@ -150,11 +149,11 @@ def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
     if as_json:
         print_json({"run": found.name, "was": before.name, "cancelled": cancelled})
     elif cancelled:
-        click.echo(f"{found.name}: cancelled (was {before.name})")
+        echo(f"{found.name}: cancelled (was {before.name})")
     elif before.known:
-        click.echo(f"{found.name}: already ended: {before.name}")
+        echo(f"{found.name}: already ended: {before.name}")
     else:
-        click.echo(f"{found.name}: nothing to cancel: {before.reason}")
+        echo(f"{found.name}: nothing to cancel: {before.reason}")
 
 
 COMMANDS = (list_, status, watch, logs, cancel)
@@ -178,11 +177,11 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
         attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
         if as_json:
             for snapshot in attach.progress_of(run):
-                json_line(attach.as_dict(snapshot))
+                print_json(attach.as_dict(snapshot), indent=None)
         else:
             attach.show(run, sys.stdout)
     except KeyboardInterrupt:
-        click.echo(f"\ndetached; {run.name} goes on: launcher watch {reference(run)}{detached}", err=True)
+        echo("", f"detached; {run.name} goes on: {quoted('launcher', 'watch', run.reference)}{detached}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     state = control.state(run)
     outcome, failure, left_out = outcome_of(run, state), failure_of(run, state), remembered(run, state)
@@ -190,11 +189,11 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
         result = as_dict(outcome) if outcome and outcome.series else None
         ended = {"run": run.name, "state": state.name, "result": result}
         ended["failure"] = failure.as_json() if failure else None
-        json_line(ended | {"left_out": [node.host for node in left_out]})
+        print_json(ended | {"left_out": [node.host for node in left_out]}, indent=None)
     else:
-        click.echo(plain(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else "")))
+        echo(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else ""))
         if outcome and outcome.series:
-            click.echo(f"\n{markdown_row(outcome)}\n{summary_line(outcome)}")
+            echo("", markdown_row(outcome), summary_line(outcome))
         if failure:
             _print_failure(run, failure, left_out)
     return state, left_out
@@ -207,7 +206,7 @@ def _why_waiting(run: Run, state: JobState) -> list[str]:
         return []
     from launcher.preflight.readiness import why_waiting
 
-    return [plain(line) for line in why_waiting(run, state)]
+    return why_waiting(run, state)
 
 
 def _progress(run: Run, state: JobState) -> Progress | None:
@@ -225,10 +224,10 @@ def _say_waiting(run: Run, text: str) -> None:
     """`watch` tells each new reason, and what it means."""
     from launcher.cluster.state import JobState
 
-    click.echo(plain(f"{run.name}: {text}"), err=True)
+    echo(f"{run.name}: {text}", err=True)
     name, _, reason = text.partition(" ")
     for line in _why_waiting(run, JobState(name, "squeue", reason)):
-        click.echo(f"  {line}", err=True)
+        echo(f"  {line}", err=True)
 
 
 def failure_of(run: Run, state: JobState) -> Failure | None:
@@ -240,10 +239,10 @@ def failure_of(run: Run, state: JobState) -> Failure | None:
     if state.unfit:
         from launcher import unfit
 
-        if said := unfit.explain(run, reference(run)):
+        if said := unfit.explain(run, run.reference):
             return said
     ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
-    return explain(run.logs, ended, reference(run), run.path)
+    return explain(run.logs, ended, run.reference, run.path)
 
 
 def remembered(run: Run, state: JobState) -> list[BadNode]:
@@ -257,20 +256,20 @@ def remembered(run: Run, state: JobState) -> list[BadNode]:
     try:
         return remember(run, state, time.time())
     except LauncherError as error:
-        warn(plain(f"nodes that failed their check are not remembered: {error.what}; {error.fix}"))
+        warn(f"nodes that failed their check are not remembered: {error.what}; {error.fix}")
         return []
 
 
 def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
     for line in failure.as_text():
-        click.echo(f"  {plain(line.expandtabs())}", err=True)
+        echo(f"  {line}", err=True)
     for node in left_out:
         until = clock(node.until)
-        click.echo(
+        echo(
             f"  left out of what is submitted next: {node.host}, until {until}: launcher cluster nodes",
             err=True,
         )
-    click.echo(f"  everything: launcher logs {reference(run)}", err=True)
+    echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
 
 
 def _summary(run: Run, state: JobState) -> dict[str, Any]:
@@ -288,12 +287,6 @@ def _summary(run: Run, state: JobState) -> dict[str, Any]:
         "run_dir": str(run.path),
         "age_s": round(runs.age_s(run)),
     }
-
-
-def reference(run: Run) -> str:
-    """How to name the run in a command typed here: its name where runs/ is below, else its path."""
-    default = os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
-    return run.name if run.path.parent == Path(default).resolve() else str(run.path)
 
 
 def exit_for(state: JobState) -> None:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import data_dir, filesystem_error, read_bytes, read_json, unreadable, write_json, write_text
 from launcher.layers import run_toml
-from launcher.output import plain, warn
+from launcher.output import warn
 from launcher.render import render
 from launcher.spec import S3, SAMPLE, RunSpec, node_config
 from launcher.values import whole
@@ -46,6 +46,12 @@ class Run:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def reference(self) -> str:
+        """How to name the run in a command typed here: its name where runs/ is below, else its path."""
+        below = Path(os.environ.get("LAUNCHER_RUNS_DIR") or "runs").resolve()
+        return self.name if self.path.parent == below and self.name[:1] != "-" else str(self.path)
 
     @property
     def logs(self) -> Path:
@@ -197,7 +203,7 @@ def all_runs(runs_dir: Path) -> list[Run]:
         raise unreadable(runs_dir, error, "--runs-dir DIR") from error
     for entry in entries:
         if _is_dir(entry) and not os.access(entry.path, os.R_OK | os.X_OK):
-            warn(f"{plain(entry.path)}: passed over, as it cannot be read: Permission denied")
+            warn(f"{entry.path}: passed over, as it cannot be read: Permission denied")
     runs = [
         (intent["at"], run)
         for run in (Run(Path(entry.path)) for entry in entries if _is_dir(entry))
@@ -238,7 +244,7 @@ def open_run(reference: str, runs_dir: Path) -> Run:
     near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
     raise LauncherError(
         f"there is no run {reference[:80]!r} in {runs_dir}",
-        f"did you mean {near[0]}?" if near else f"launcher list --runs-dir {runs_dir}",
+        f"did you mean {near[0]}?" if near else quoted("launcher", "list", "--runs-dir", runs_dir),
         status=ExitStatus.NOT_FOUND,
     )
 

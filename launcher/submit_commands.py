@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, quoted
 from launcher.options import RunOptions, run_options
-from launcher.output import as_json, colour, is_terminal, json_line, plain, print_json, warn
-from launcher.run_commands import follow_run, reference
+from launcher.output import as_json, echo, echo_file, is_terminal, plain, print_json, style, warn
+from launcher.run_commands import follow_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,7 +68,7 @@ def submit(
     spec = _checked(spec, force)
     quiet = yes or force or as_json or spec.job.scheduler == "local"
     asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    if asking and not click.confirm(f"Submit {_describe(spec)}?", default=True):
+    if asking and not click.confirm(plain(f"Submit {_describe(spec)}?"), default=True):
         raise click.Abort
 
     run = _start(spec, secrets, as_json)
@@ -114,11 +114,11 @@ def preflight(options: RunOptions, as_json: bool) -> None:
         print_json({"ok": refused is None, "segment": spec.job.segment, "checks": rows})
     else:
         for check in checks:
-            mark = click.style(f"{check.status:<7}", fg=_CHECK_COLOURS[check.status])
-            click.echo(f"{mark}  {plain(check.name)}: {plain(check.what)}", color=colour())
+            mark = style(f"{check.status:<7}", fg=_CHECK_COLOURS[check.status])
+            echo(f"{mark}  {check.name}: {check.what}")
             for text in filter(None, (check.why, check.fix and f"try: {check.fix}")):
-                click.echo("\n".join(f"           {plain(line)}" for line in text.splitlines()))
-        click.echo(f"{_describe(spec)}: " + ("submit would refuse it" if refused else "nothing stops it"))
+                echo(*(f"           {line}" for line in text.splitlines()))
+        echo(f"{_describe(spec)}: " + ("submit would refuse it" if refused else "nothing stops it"))
     if refused:
         sys.exit(refused.status)
 
@@ -138,7 +138,7 @@ def render(options: RunOptions, as_json: bool) -> None:
     if as_json:
         print_json({"script": script})
     else:
-        click.echo(script, nl=False)
+        echo_file(script)
 
 
 COMMANDS = (submit, preflight, render)
@@ -176,7 +176,7 @@ def _looked_at(spec: RunSpec, force: bool) -> RunSpec:
         raise refused
     for check in checks:
         if check.status != OK:
-            warn(plain(sentence(check)))
+            warn(sentence(check))
     return spec
 
 
@@ -191,9 +191,9 @@ def _checked(spec: RunSpec, force: bool) -> RunSpec:
     refused = refusal(checks, force)
     for check in checks:
         if check.status == "warning" or (check.status == "error" and not refused):
-            warn(plain(sentence(check)))
+            warn(sentence(check))
         elif check.name in ("placement", "excluded") and not refused:
-            click.echo(plain(f"{check.name}: {check.what}"), err=True)
+            echo(f"{check.name}: {check.what}", err=True)
     if refused:
         raise refused
     return spec
@@ -223,13 +223,13 @@ def _print_plan(spec: RunSpec, as_json: bool) -> None:
     if as_json:
         print_json({"run_dir": spec.run_dir, "data": describe(spec), "script": script, "torchrun": commands})
         return
-    click.echo(script, nl=False)
+    echo_file(script)
     if spec.job.scheduler == "slurm":
-        click.echo("\n# submit adds --segment and --exclude as the cluster has them then")
-    click.echo(plain(f"\n# Data: {describe(spec)}"))
+        echo("", "# submit adds --segment and --exclude as the cluster has them then")
+    echo("", f"# Data: {describe(spec)}")
     for era, command in commands.items():
-        text = "\n".join(f"# {line}".rstrip() for line in command.splitlines())
-        click.echo(f"\n# On each node, where the image has torchtitan {era}:\n{text}")
+        lines = (f"# {line}".rstrip() for line in command.splitlines())
+        echo("", f"# On each node, where the image has torchtitan {era}:", *lines)
 
 
 def _start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
@@ -238,10 +238,11 @@ def _start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
 
     def submitted(run: Run, job_id: str) -> None:
         if as_json:
-            json_line({"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler})
+            job = {"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler}
+            print_json(job, indent=None)
         else:
             where = "process" if spec.job.scheduler == "local" else "Slurm job"
-            click.echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
-            click.echo(f"  follow it:  launcher watch {reference(run)}")
+            echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
+            echo(f"  follow it:  {quoted('launcher', 'watch', run.reference)}")
 
     return control.submit(spec, secrets, submitted)

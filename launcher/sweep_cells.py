@@ -13,7 +13,7 @@ from launcher.cluster.state import JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.layers import Layer, absolute, merge, read_layer
 from launcher.options import RunOptions
-from launcher.output import plain, warn
+from launcher.output import warn
 from launcher.preflight import readiness
 from launcher.preflight.check import ERROR, OK, refusal, sentence
 from launcher.preflight.local_files import look_here
@@ -154,7 +154,7 @@ def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: i
         if refused:
             problems[spec.job.name] = refused
         said = [check for check in checks if check.status != OK and not (refused and check.status == ERROR)]
-        notes |= {plain(sentence(check)): None for check in said}
+        notes |= {sentence(check): None for check in said}
         ready.append((cell, spec))
     if problems:
         raise matrix.refused_together(problems, cells)

@@ -13,7 +13,7 @@ import click
 
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import RunOptions, run_options
-from launcher.output import as_json, is_terminal, plain, print_json
+from launcher.output import as_json, echo, is_terminal, print_json
 
 if TYPE_CHECKING:
     from launcher.runs import Run
@@ -102,9 +102,9 @@ def sweep(
     if as_json or not ready or follow or is_local:
         status = matrix.exit_status(_show_results(name, cells, as_json))
         if status:
-            click.echo("try: the same command with --retry submits again what has no result", err=True)
+            echo("try: the same command with --retry submits again what has no result", err=True)
         sys.exit(status)
-    click.echo(f"  the same command shows the table; one of them: launcher watch {ready[0][1].job.name}")
+    echo(f"  the same command shows the table; one of them: launcher watch {ready[0][1].job.name}")
 
 
 # The options of `submit` that are lists here, and one that means another name.
@@ -152,7 +152,7 @@ def _submit(
                 last = "" if parallel or is_local else job_id
                 kind = "process" if is_local else "Slurm job"
                 text = f"{run.name}: {kind} {job_id}" + (f", after job {after}" if after else "")
-                click.echo(text, err=as_json)
+                echo(text, err=as_json)
 
             run = control.submit(spec, secrets, submitted, after)
             if is_local:
@@ -160,7 +160,7 @@ def _submit(
     except KeyboardInterrupt:
         left = len(wanted) - count
         rest = f"{_runs(left)} not submitted: the same command goes on" if left else "all submitted"
-        click.echo(f"\ninterrupted; what was submitted goes on, {rest}", err=True)
+        echo("", f"interrupted; what was submitted goes on, {rest}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
 
 
@@ -169,7 +169,7 @@ def _until_ended(run: Run) -> None:
 
     while (state := control.state(run)).active:
         time.sleep(LOCAL_EVERY_S)
-    click.echo(f"{run.name}: {state.name}", err=True)
+    echo(f"{run.name}: {state.name}", err=True)
 
 
 def _wait(specs: Sequence[RunSpec]) -> list[Cell]:
@@ -190,12 +190,12 @@ def _wait(specs: Sequence[RunSpec]) -> list[Cell]:
                 for run, state in ((cell.runs[-1], cell.state) for cell in cells if cell.runs):
                     if state and said.get(run.name) != state.name:
                         said[run.name] = state.name
-                        click.echo(f"{run.name}: {state.name}", err=True)
+                        echo(f"{run.name}: {state.name}", err=True)
                 if not any(cell.state and cell.state.active for cell in cells):
                     return cells
             time.sleep(ASK_EVERY_S)
     except KeyboardInterrupt:
-        click.echo("\ndetached; the runs go on: the same command shows how they stand", err=True)
+        echo("", "detached; the runs go on: the same command shows how they stand", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
 
 
@@ -234,10 +234,9 @@ def _show_plan(name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, Run
     from launcher import sweep as matrix
 
     rows = _plan_rows(cells, ready)
-    for line in matrix.plan_lines(rows):
-        click.echo(plain(line))
+    echo(*matrix.plan_lines(rows))
     order = "side by side" if parallel else "one after another"
-    click.echo(f"{plain(name)}: {matrix.plan_summary(rows, order)}")
+    echo(f"{name}: {matrix.plan_summary(rows, order)}")
 
 
 def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> list[dict[str, Any]]:
@@ -266,8 +265,7 @@ def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> list[dict[
         hours_used, all_known = matrix.used(rows)
         print_json({"sweep": name, "cells": rows, "node_hours": hours_used, "node_hours_complete": all_known})
         return rows
-    for line in matrix.table_lines(rows):
-        click.echo(plain(line))
+    echo(*matrix.table_lines(rows))
     return rows
 
 

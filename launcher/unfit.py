@@ -9,13 +9,13 @@ A "fault" is the node's own ("node") or the run's ("run"): a path that is wrong 
 from __future__ import annotations
 
 import re
-import shlex
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.errors import quoted
 from launcher.files import read_json
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def explain(run: Run, reference: str) -> Failure | None:
         cause = f"node {first.host} is not fit to train: {first.why}"
     else:
         cause = f"{len(found)} nodes are not fit to train"
-    again = f"launcher submit {shlex.quote(str(run.path / 'run.toml'))}"
-    fix = first.fix or f"launcher logs {shlex.quote(reference)}"
+    again = quoted("launcher", "submit", run.path / "run.toml")
+    fix = first.fix or quoted("launcher", "logs", reference)
     if own and not run.is_local and not run.is_copy:
         fix = f"{again}   (it leaves out what launcher cluster nodes lists)"
     lines = [f"{unfit.host}: {text}" for unfit in found for text in unfit.said]

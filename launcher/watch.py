@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from launcher.follow import Progress
+from launcher.output import echo, plain
 from launcher.results.rows import mfu_text
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _watch_lines(progress: Iterable[Progress], stream: TextIO) -> Progress | Non
     for snapshot in progress:
         # The same step comes again when another node's log shows it; a smaller one after a restart is news.
         if last is None or snapshot.step != last.step:
-            print(plain_line(snapshot), file=stream, flush=True)
+            echo(plain_line(snapshot), file=stream)
         last = snapshot
     return last
 
@@ -110,7 +111,7 @@ def _spread(progress: Progress) -> str:
         return ""
     logged = sum(1 for count in progress.records.values() if count)
     nodes = "nodes" if logged == len(progress.records) else f"{logged} of {len(progress.records)} nodes"
-    return f" ({nodes} {progress.tps_min:,.0f}..{progress.tps_max:,.0f}, slowest {progress.slowest_node})"
+    return f" ({nodes} {progress.tps_min:,.0f}..{progress.tps_max:,.0f}, slowest {plain(progress.slowest_node)})"
 
 
 def _mfu(progress: Progress) -> str:

@@ -12,7 +12,7 @@ import click
 from launcher.cluster.node_commands import nodes
 from launcher.errors import ExitStatus, LauncherError
 from launcher.options import FilePath
-from launcher.output import as_json, colour, plain, print_json, warn
+from launcher.output import as_json, echo, print_json, warn
 
 if TYPE_CHECKING:
     from launcher.cluster.facts import ClusterFacts, Node
@@ -43,10 +43,9 @@ def show(partition: str, as_json: bool) -> None:
     if as_json:
         print_json(_as_dict(facts, nodes, proposal))
         return
-    for line in (*_slurm_lines(facts), *_node_lines(facts, nodes, partition), *_profile_lines(proposal)):
-        click.echo(line, color=colour())
+    echo(*_slurm_lines(facts), *_node_lines(facts, nodes, partition), *_profile_lines(proposal))
     for note in facts.notes:
-        warn(plain(note))
+        warn(note)
 
 
 @click.command()
@@ -84,7 +83,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
     except LauncherError as error:
         if not name or error.status is not ExitStatus.CLUSTER:
             raise
-        warn(plain(f"not compared with the nodes: {error.what}"))
+        warn(f"not compared with the nodes: {error.what}")
         nodes = ()
     if not name:
         proposal = propose(nodes, kinds)
@@ -98,7 +97,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
     elif nodes:
         against = contradictions(name, nodes, kinds)
     for text in against:
-        warn(plain(text))
+        warn(text)
     path = config or default_path()
     values = {"gpu": name} | ({"partition": partition} if partition else {})
     save(path, "job", values)
@@ -106,7 +105,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
         print_json({"file": str(path), "job": values, "contradictions": against})
     else:
         said = ", ".join(f"{key} = {value}" for key, value in values.items())
-        click.echo(plain(f"{said}: saved in {path}"))
+        echo(f"{said}: saved in {path}")
 
 
 def _slurm_lines(facts: ClusterFacts) -> list[str]:
@@ -150,7 +149,7 @@ def _node_lines(facts: ClusterFacts, nodes: tuple[Node, ...], partition: str) ->
 
     default = facts.partition()
     where = partition or (default.name if default else "all partitions")
-    lines = ["", f"Nodes of {plain(where)}"]
+    lines = ["", f"Nodes of {where}"]
     sorts: dict[tuple[Any, ...], list[str]] = {}
     for node in nodes:
         key = (node.gpus, node.gpu_type, node.arch, node.cpus, node.memory_mib, node.features)
@@ -216,7 +215,7 @@ def _most(rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _row(title: str, text: str) -> str:
-    return f"  {title:<14} {plain(text)}".rstrip()
+    return f"  {title:<14} {text}".rstrip()
 
 
 def _clip(text: str) -> str:

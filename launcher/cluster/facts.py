@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 
 # Base states and flags with which Slurm gives a node to a job at once. A flag that is not listed here is one that a
 # later Slurm has invented: such a node is not counted on.
@@ -147,7 +147,7 @@ class ClusterFacts:
         if missing:
             raise LauncherError(
                 f"Slurm has no partition {missing[0]!r}; it has {', '.join(known) or 'none'}",
-                f"--partition {known[0]}" if known else "sinfo -s",
+                quoted("--partition", known[0]) if known else "sinfo -s",
                 status=ExitStatus.NOT_FOUND,
             )
         return self

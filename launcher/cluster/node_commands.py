@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.errors import ExitStatus, LauncherError
-from launcher.output import as_json, clock, columns, plain, print_json, warn
+from launcher.output import as_json, clock, columns, echo, print_json, warn
 
 if TYPE_CHECKING:
     from launcher.bad_nodes import BadNode
@@ -52,12 +52,11 @@ def nodes(context: click.Context, as_json: bool) -> None:
     if as_json:
         print_json({"cluster": cluster, "nodes": [asdict(node) for node in found]})
     elif not found:
-        click.echo(plain(f"{cluster}: no node is left out"), err=True)
+        echo(f"{cluster}: no node is left out", err=True)
     else:
         rows = [(node.host, clock(node.at), clock(node.until), node.reason, node.run) for node in found]
         rows.insert(0, ("node", "since", "until", "reason", "run"))
-        for line in columns(rows):
-            click.echo(plain(line))
+        echo(*columns(rows))
 
 
 @nodes.command()
@@ -85,7 +84,7 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
         raise LauncherError("Slurm does not say its cluster's name", "scontrol show config", status=ExitStatus.CLUSTER)
     known = {node.name for node in facts.nodes}
     if unknown := [name for name in names if name not in known]:
-        warn(plain(f"Slurm has no node {unknown[0]}: it is left out once there is one"))
+        warn(f"Slurm has no node {unknown[0]}: it is left out once there is one")
     new = [BadNode(name, text, "", now_s, now_s + days * DAY_S) for name in names]
     change(facts.name, lambda old: left_out_by_hand(old, new, now_s))
     _say(new, f"left out until {clock(new[0].until)}", facts.name, as_json)
@@ -139,6 +138,6 @@ def _say(found: list[BadNode], what: str, cluster: str, as_json: bool) -> None:
         print_json({"cluster": cluster, "nodes": [node.host for node in found]})
         return
     for node in found:
-        click.echo(plain(f"{node.host}: {what}"))
+        echo(f"{node.host}: {what}")
     if not found:
-        click.echo(plain(f"{cluster}: no node is left out"), err=True)
+        echo(f"{cluster}: no node is left out", err=True)

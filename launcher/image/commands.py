@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.image import ARCHES
 from launcher.image.parameters import (
     ImageName,
@@ -28,7 +27,7 @@ from launcher.image.parameters import (
     target_path,
 )
 from launcher.options import FilePath
-from launcher.output import as_json, colour, plain, print_json
+from launcher.output import as_json, echo, echo_file, print_json, say, style
 
 if TYPE_CHECKING:
     from launcher.image.build import Built
@@ -38,10 +37,6 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _STATUS_COLOURS = {"ok": "green", "failed": "red", "skipped": "yellow"}
-
-
-def _say(line: str) -> None:
-    click.echo(plain(line.expandtabs()), err=True)
 
 
 # ------------------------------------------------------------------------------------ arguments and options
@@ -189,29 +184,29 @@ def build_command(
             index_url=index_url,
             network=network,
             no_cache=no_cache,
-            say=_say,
+            say=say,
         )
         built.append(image)
         if arch in files:
-            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=_say)
+            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
     pushed = _push(built, arches, reference, engine) if reference else None
     if as_json:
         names = {arch: click.format_filename(path) for arch, path in files.items()}
         images = [asdict(image) | {"squashfs": names.get(image.arch)} for image in built]
         return print_json({"images": images, "pushed": pushed})
     for image in built:
-        click.echo(plain(str(files.get(image.arch, image.tag))))
+        echo(str(files.get(image.arch, image.tag)))
     if pushed:
-        click.echo(plain(f"{pushed['reference']}@{pushed['digest']}"))
+        echo(f"{pushed['reference']}@{pushed['digest']}")
     for path in files.values():
-        _say(f"  next: launcher submit --image {shlex.quote(str(path))}")
+        say(f"  next: launcher submit --image {quoted(path)}")
 
 
 def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
     from launcher.image.registry import manifest_list, push
 
-    pushed = [push(image.tag, reference, engine=engine, say=_say) for image in built]
-    digest = manifest_list(reference, pushed, arches=arches, engine=engine, say=_say)
+    pushed = [push(image.tag, reference, engine=engine, say=say) for image in built]
+    digest = manifest_list(reference, pushed, arches=arches, engine=engine, say=say)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
 
 
@@ -242,13 +237,13 @@ def convert_command(
     about = docker_engine.inspect(engine, image)
     path = target_path(output, file_name(about, ".sqsh"), force)
     if tool == "enroot":
-        convert_with_enroot(image, path, fmt=FORMATS[purpose], image_id=str(about["Id"]), say=_say)
+        convert_with_enroot(image, path, fmt=FORMATS[purpose], image_id=str(about["Id"]), say=say)
     else:
-        convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=_say)
+        convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
     if as_json:
         print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
     else:
-        click.echo(plain(str(path)))
+        echo(str(path))
 
 
 @click.command("inspect")
@@ -275,7 +270,7 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     if gpu:
         profile = read_layer(find("profiles", gpu), f"profile {gpu}").values
     if not os.path.lexists(file) and not is_file(str(file)) and is_reference(str(file)):
-        name = shlex.quote(str(file))
+        name = quoted(file)
         raise LauncherError(
             f"{file}: no such file; an image of the Docker engine is no file yet",
             f"launcher image check {name}, or: launcher image convert {name}",
@@ -291,9 +286,9 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     else:
         _print_facts(facts)
         for what, fix in found:
-            click.echo(f"{click.style('problem:', fg='red')} {plain(what)}\n  try: {fix}", color=colour())
+            echo(f"{style('problem:', fg='red')} {what}", f"  try: {fix}")
         if (gpu or driver) and not found:
-            click.echo("nothing known speaks against these nodes")
+            echo("nothing known speaks against these nodes")
     if found:
         sys.exit(ExitStatus.INVALID)
 
@@ -305,12 +300,12 @@ def _print_facts(facts: ImageFacts) -> None:
     rows |= {name: value or "none" for name, value in facts.versions.items()}
     rows |= {"driver": driver, "GPUs": " ".join(facts.sm)}
     rows |= {"known from": sources.get(facts.source, "the files in it")}
-    click.echo(plain(f"{facts.path}: squashfs, {facts.compressor}, {facts.bytes / 1e6:,.1f} MB"))
+    echo(f"{facts.path}: squashfs, {facts.compressor}, {facts.bytes / 1e6:,.1f} MB")
     for name, value in rows.items():
         if value:
-            click.echo(f"  {plain(name):13} {plain(value)}")
+            echo(f"  {name:13} {value}")
     for note in facts.notes:
-        click.echo(f"  {plain(note)}")
+        echo(f"  {note}")
 
 
 @click.command("check")
@@ -328,7 +323,7 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
     """
     from launcher.image.check import check
 
-    _say(f"running the checks in {image}")
+    say(f"running the checks in {image}")
     results = check(image, timeout_s=timeout)
     failed = any(result.status == "failed" for result in results)
     if as_json:
@@ -337,8 +332,8 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
     else:
         width = max((len(result.name) for result in results), default=0)
         for result in results:
-            status = click.style(f"{plain(result.status):7}", fg=_STATUS_COLOURS.get(result.status))
-            click.echo(f"{status}  {plain(result.name):{width}}  {plain(result.found)}", color=colour())
+            status = style(f"{result.status:7}", fg=_STATUS_COLOURS.get(result.status))
+            echo(f"{status}  {result.name:{width}}  {result.found}")
     if failed:
         sys.exit(ExitStatus.INVALID)
 
@@ -365,15 +360,14 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
         raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
     rows = []
     for arch in arches:
-        path = lock(channel, arch, torch_index=torch_index, output=output, say=_say)
+        path = lock(channel, arch, torch_index=torch_index, output=output, say=say)
         packages = pinned(path.read_text(encoding="utf-8"))
         row = {"channel": channel, "arch": arch, "path": click.format_filename(path), "packages": packages}
         rows.append(row)
     if as_json:
         print_json(rows)
     else:
-        for row in rows:
-            click.echo(plain(str(row["path"])))
+        echo(*(str(row["path"]) for row in rows))
 
 
 @click.command("sif")
@@ -408,18 +402,18 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
             raise click.UsageError("--recipe is text: it takes no --json.")
         text = apptainer_recipe(image)
         if output is None:
-            return click.echo(text, nl=False)
+            return echo_file(text)
         path = target_path(output, f"titan-{image}.def", force)
         write_text(path, text)
-        return click.echo(plain(str(path)))
+        return echo(str(path))
     engine = None if is_file(image) else docker_engine.connect()
     name = file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
     path = target_path(output, name, force)
-    made = sif(image, path, engine=engine, say=_say)
+    made = sif(image, path, engine=engine, say=say)
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
     else:
-        click.echo(plain(str(made)))
+        echo(str(made))
 
 
 _ALL = (build_command, convert_command, inspect_command, check_command, lock_command, sif_command)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.image import ARCHES
 from launcher.options import FilePath
 
@@ -35,7 +34,7 @@ class TargetPath(FilePath):
         if str(value).endswith("/") and not os.path.isdir(path):
             raise LauncherError(
                 f"{value}: not a directory" if os.path.lexists(path) else f"{value}: no such directory",
-                f"mkdir -p {shlex.quote(str(path))}, or a file's name without the slash",
+                f"mkdir -p {quoted(path)}, or a file's name without the slash",
                 status=ExitStatus.FILESYSTEM,
             )
         return path
@@ -96,7 +95,7 @@ def target_path(output: Path | None, name: str, force: bool) -> Path:
         path /= name
     folder = path.parent
     if not folder.is_dir():
-        fix = f"mkdir -p {shlex.quote(str(folder))}"
+        fix = f"mkdir -p {quoted(folder)}"
         raise LauncherError(f"{folder}: no such directory", fix, status=ExitStatus.FILESYSTEM)
     if not os.access(folder, os.W_OK | os.X_OK):
         what = f"{folder}: this user cannot write there"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 
@@ -218,7 +218,7 @@ def _no_docker() -> LauncherError:
 
 def _explain(text: str, reference: str) -> LauncherError:
     host = _host(reference.rsplit(":", 1)[0])
-    login = "docker login" if host == "docker.io" else f"docker login {host}"
+    login = "docker login" if host == "docker.io" else quoted("docker", "login", host)
     for pattern, what, fix in _CAUSES:
         if re.search(pattern, text, re.IGNORECASE):
             values = {"host": host, "reference": reference, "login": login}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import stat
 import struct
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import filesystem_error, read_json, write_json
 
 COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
@@ -64,18 +63,18 @@ def superblock(path: Path) -> Superblock:
     try:
         # A pipe or a device would block, or never end.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise LauncherError(f"{path}: not a file", f"ls -ld {shlex.quote(str(path))}")
+            raise LauncherError(f"{path}: not a file", f"ls -ld {quoted(path)}")
         with open(path, "rb") as stream:
             head, size = stream.read(_SUPERBLOCK.size), os.fstat(stream.fileno()).st_size
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         status = ExitStatus.INVALID if missing else ExitStatus.FILESYSTEM
-        fix = f"ls -l {shlex.quote(str(Path(path).parent))}" if missing else f"ls -l {shlex.quote(str(path))}"
+        fix = f"ls -l {quoted(Path(path).parent)}" if missing else f"ls -l {quoted(path)}"
         raise LauncherError(f"{path}: {error.strerror}", fix, status=status) from None
     if size == 0:
         raise LauncherError(f"{path}: the file is empty", "copy or build it again")
     if not head.startswith(b"hsqs"):
-        raise LauncherError(f"{path}: not a squashfs file (it begins with {head[:4]!r})", f"file '{path}'")
+        raise LauncherError(f"{path}: not a squashfs file (it begins with {head[:4]!r})", quoted("file", path))
     if len(head) < _SUPERBLOCK.size:
         raise LauncherError(f"{path}: cut off: {size} bytes", "copy it again, then compare: sha256sum")
     fields = _SUPERBLOCK.unpack(head)
@@ -261,7 +260,7 @@ def _failure(code: int, log: str, target: Path) -> LauncherError:
     if "No space left" in log or "quota exceeded" in log:
         return LauncherError(
             f"{target.parent}: no space left for the squashfs",
-            f"df -h {shlex.quote(str(target.parent))}",
+            f"df -h {quoted(target.parent)}",
             status=ExitStatus.FILESYSTEM,
             original=last,
         )

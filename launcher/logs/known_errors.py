@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
+from launcher.errors import quoted
 from launcher.follow import error_logs, last_lines
 from launcher.titan.log import first_error, open_log, plain_text
 
@@ -115,9 +115,9 @@ def explain(log_dir: Path, ended: str, reference: str, run_dir: Path) -> Failure
     paths = error_logs(log_dir)
     error_path, error = first_error(paths) or (None, [])
     names = {
-        "run": shlex.quote(reference),
-        "run_dir": shlex.quote(str(run_dir)),
-        "again": shlex.quote(str(run_dir / "run.toml")),
+        "run": quoted(reference),
+        "run_dir": quoted(run_dir),
+        "again": quoted(run_dir / "run.toml"),
     }
     if found := _of_error(error):
         return _failure(*found, names, error_path, error, True)
@@ -219,10 +219,10 @@ def _failure(
 ) -> Failure:
     groups = {name: _unescaped((value or "").strip()[:600]) for name, value in match.groupdict().items()}
     # What a log says is quoted in a command; a fix that node.py proposes is one already.
-    quoted = {name: value if name == "fix" else shlex.quote(value) for name, value in groups.items()}
+    safe = {name: value if name == "fix" else quoted(value) for name, value in groups.items()}
     node = _node(path)
     cause = known.cause.format(**groups, node=f"node {node}" if node else "a node")
-    fix = known.fix.format(**(names | quoted), node=node or "NODE")
+    fix = known.fix.format(**(names | safe), node=node or "NODE")
     return Failure(known.code, cause, fix, path, lines, is_error)
 
 

@@ -5,12 +5,12 @@ docs/preflight.md has a paragraph for each name. What only the files here can te
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import compress, expand
+from launcher.errors import quoted
 from launcher.output import some
 from launcher.preflight import hardware_checks as hardware
 from launcher.preflight import partition_checks as partition
@@ -112,7 +112,7 @@ def _mounts(spec: RunSpec, missing: Sequence[str]) -> list[Check]:
             OK,
             f"{source}, which profile {spec.job.gpu} mounts: not on this machine",
             "compute nodes have it as a rule, login nodes need not; on a node that does not, no container starts",
-            f"srun -N1 ls -ld {shlex.quote(source)}; without it: --set 'profile.mounts=[]'",
+            f"srun -N1 ls -ld {quoted(source)}; without it: --set 'profile.mounts=[]'",
         )
         if source in of_profile - own
         else Check(
@@ -120,7 +120,7 @@ def _mounts(spec: RunSpec, missing: Sequence[str]) -> list[Check]:
             WARNING,
             f"--mount {source}: not on this machine",
             "if a node does not have it either, no container starts there",
-            f"ls -ld {shlex.quote(source)}",
+            f"ls -ld {quoted(source)}",
         )
         for source in missing
     ]
@@ -180,7 +180,7 @@ def _lists(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
             WARNING,
             f"--nodelist: whether {some(unread)} is in service could not be read",
             "",
-            f"scontrol show node {compress(unread)}",
+            quoted("scontrol", "show", "node", compress(unread)),
         )
     if out := [here[name] for name in wanted if not usable(here[name], spec.job.reservation)]:
         return Check(
@@ -214,7 +214,7 @@ def _node_count(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | Non
         what += f", without {left_out(spec)}"
     fix = f"--nodes {there}, or another --partition"
     if spec.avoid:
-        fix += f", or launcher cluster nodes release {spec.avoid[0]}"
+        fix += f", or launcher cluster nodes release {quoted(spec.avoid[0])}"
     if not place.whole:
         why = "not all of Slurm's nodes could be read, so there may be more"
         return Check("nodes", WARNING, what, why, f"{fix}; sinfo -s")

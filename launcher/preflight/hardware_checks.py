@@ -9,6 +9,7 @@ from datetime import datetime
 
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import compress
+from launcher.errors import quoted
 from launcher.output import SHOWN, some
 from launcher.preflight.candidates import Place, fitting, gpus_of, number_of
 from launcher.preflight.check import ERROR, OK, WARNING, Check
@@ -99,7 +100,7 @@ def architecture(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | N
             WARNING,
             what,
             "on the others the image does not start",
-            f"--exclude {','.join(strange)}" if len(strange) <= SHOWN else "another --partition",
+            quoted("--exclude", ",".join(strange)) if len(strange) <= SHOWN else "another --partition",
         )
     if spec.job.runtime == "bare":
         return Check("architecture", WARNING, what, "", "--gpu NAME")
@@ -127,7 +128,7 @@ def room_to_unpack(spec: RunSpec, facts: ClusterFacts, place: Place, unpacked_by
         f"the image unpacks to {unpacked_bytes / 2**30:.1f} GiB; Slurm says TmpDisk={least} MiB of "
         f"{some([node.name for node in small])}",
         "where Pyxis has no squashfuse, each node unpacks the image onto its own disk before the run",
-        f"srun -N1 -w {small[0].name} df -h; launcher cluster show says whether images are mounted",
+        f"srun -N1 -w {quoted(small[0].name)} df -h; launcher cluster show says whether images are mounted",
     )
 
 
@@ -145,5 +146,5 @@ def up_for_long(spec: RunSpec, place: Place, now: datetime) -> Check | None:
         WARNING,
         f"up for more than {UP_DAYS} days: {some([f'{name} ({days[name]})' for name in names])}",
         "a firmware bug stops NVLink of B200 nodes at 60 days",
-        f"an administrator reboots them: scontrol reboot ASAP nextstate=RESUME {compress(names)}",
+        f"an administrator reboots them: scontrol reboot ASAP nextstate=RESUME {quoted(compress(names))}",
     )

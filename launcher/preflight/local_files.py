@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import ExitStatus, LauncherError, install
+from launcher.errors import ExitStatus, LauncherError, install, quoted
 from launcher.files import data_dir
 from launcher.preflight.check import ERROR, OK, WARNING, Check
 from launcher.spec import HUB, S3, RunSpec
@@ -62,15 +61,13 @@ def check_image(spec: RunSpec) -> list[Check]:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         near = sorted(Path(path).parent.glob("*.sqsh"))[:3] if Path(path).parent.is_dir() else []
-        there = (
-            f"there is: {', '.join(str(p) for p in near)}" if near else f"ls -l {shlex.quote(str(Path(path).parent))}"
-        )
+        there = f"there is: {', '.join(str(p) for p in near)}" if near else f"ls -l {quoted(Path(path).parent)}"
         hint = f"{there}; to make one: make image, or launcher image build --help"
         raise LauncherError(f"--image {path}: no such file", hint) from None
     except OSError as error:
         raise LauncherError(
             f"--image {path}: {error.strerror}",
-            f"ls -ld {shlex.quote(str(Path(path).parent))}",
+            f"ls -ld {quoted(Path(path).parent)}",
             status=ExitStatus.FILESYSTEM,
         ) from None
     if spec.job.runtime == "apptainer":
@@ -98,8 +95,8 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
     if not needed or spec.profile.device != "cuda":
         return []
     if not driver:
-        where = f" -p {shlex.quote(spec.job.partition)}" if spec.job.partition else ""
-        gres = f" --gres={spec.profile.gres}:1" if spec.profile.gres else ""
+        where = f" -p {quoted(spec.job.partition)}" if spec.job.partition else ""
+        gres = f" --gres={quoted(spec.profile.gres)}:1" if spec.profile.gres else ""
         ask = f"srun -N1{where}{gres} nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         what = f"{needed}; which one the nodes have is not known here"
         old = [seen for seen in _published_drivers(spec.profile.gpu) if is_too_old(seen, facts)]
@@ -155,7 +152,7 @@ def check_weights(spec: RunSpec) -> None:
             folder = os.path.dirname(target)
             raise LauncherError(
                 f"--init-from {path}/{name}: a link to {target}, which the container does not see",
-                f"launcher stage model --to DIR, or --mount {folder}:{folder}:ro",
+                f"launcher stage model --to DIR, or {quoted('--mount', f'{folder}:{folder}:ro')}",
             )
 
 
@@ -164,7 +161,7 @@ def _check_sif(path: str) -> None:
         with open(path, "rb") as stream:
             head = stream.read(64)
     except OSError as error:
-        raise LauncherError(f"--image {path}: {error.strerror}", f"ls -ld {shlex.quote(str(path))}") from None
+        raise LauncherError(f"--image {path}: {error.strerror}", f"ls -ld {quoted(path)}") from None
     if b"SIF_MAGIC" not in head:
         raise LauncherError(f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file")
 
@@ -178,7 +175,7 @@ def _missing(spec: RunSpec) -> list[str]:
 def _of_a_local_run(spec: RunSpec) -> list[Check]:
     """This machine is the node: what it lacks, the run lacks."""
     found = [
-        Check("files", ERROR, f"{path}: not on this machine", "", f"ls -ld {shlex.quote(path)}", certain=True)
+        Check("files", ERROR, f"{path}: not on this machine", "", f"ls -ld {quoted(path)}", certain=True)
         for path in _missing(spec)
     ]
     own = spec.job.runtime == "bare" and shutil.which(spec.job.python) == shutil.which(sys.executable)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from launcher.cluster.facts import ClusterFacts
 from launcher.cluster.parse import seconds, time_text
+from launcher.errors import quoted
 from launcher.output import some
 from launcher.preflight.candidates import Place, number_of
 from launcher.preflight.check import ERROR, OK, WARNING, Check
@@ -35,7 +36,7 @@ def exists(spec: RunSpec, facts: ClusterFacts) -> Check | None:
             ERROR,
             f"Slurm has no such partition as {unknown[0]!r}; it has {', '.join(known)}",
             "",
-            f"--partition {known[0]}",
+            quoted("--partition", known[0]),
             not_found=True,  # not certain: a hidden partition is not listed
         )
     if spec.job.partition or any(partition.default for partition in facts.partitions):
@@ -46,14 +47,14 @@ def exists(spec: RunSpec, facts: ClusterFacts) -> Check | None:
             WARNING,
             f"which partition is the default could not be read; there are {', '.join(known)}",
             "the job gets Slurm's own default, where there is one",
-            f"--partition {known[0]}",
+            quoted("--partition", known[0]),
         )
     return Check(
         "partition",
         ERROR,
         f"no partition was named, and none is the default; there are {', '.join(known)}",
         "",
-        f"--partition {known[0]}",
+        quoted("--partition", known[0]),
         certain=True,
     )
 

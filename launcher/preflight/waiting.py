@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.cluster.facts import ClusterFacts, Node
 from launcher.cluster.parse import DATE, seconds
+from launcher.errors import quoted
 from launcher.output import some
 from launcher.preflight import placement
 from launcher.preflight.candidates import HELD, OUT, Place, fitting, number_of, place_of
@@ -115,7 +116,7 @@ def _sooner(spec: RunSpec, facts: ClusterFacts) -> list[str]:
         lines.append(f"sooner: --nodes {count}: {number_of(free)} free now")
     others = [name for name in _other_partitions(spec, facts, place) if name]
     if others:
-        lines.append(f"sooner: --partition {others[0]}: it has that many free now")
+        lines.append(f"sooner: {quoted('--partition', others[0])}: it has that many free now")
     return lines
 
 

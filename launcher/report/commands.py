@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import FilePath, runs_dir_option
-from launcher.output import as_json, plain, print_json
+from launcher.output import as_json, echo, echo_file, print_json
 
 if TYPE_CHECKING:
     from launcher.cluster.state import JobState
@@ -68,7 +68,7 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     text = page(outcomes, published(), made=made, version=__version__, left_out=left_out)
     if to_stdout:
-        click.echo(text, nl=False)
+        echo_file(text)
     else:
         from launcher.files import write_text
 
@@ -87,13 +87,13 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
         return
     incomplete = sum(not outcome.complete for outcome in outcomes)
     runs = f"{len(outcomes)} run{'s' if len(outcomes) > 1 else ''}"
-    click.echo(plain(f"{output}: {runs}, {incomplete} incomplete"), err=to_stdout)
+    echo(f"{output}: {runs}, {incomplete} incomplete", err=to_stdout)
     for path in files:
-        click.echo(plain(str(path)), err=to_stdout)
+        echo(str(path), err=to_stdout)
     for name, why in left_out[:MOST_NAMED]:
-        click.echo(plain(f"left out: {name}: {why}"), err=True)
+        echo(f"left out: {name}: {why}", err=True)
     if len(left_out) > MOST_NAMED:
-        click.echo(f"left out: {len(left_out) - MOST_NAMED} more, named on the page", err=True)
+        echo(f"left out: {len(left_out) - MOST_NAMED} more, named on the page", err=True)
 
 
 COMMANDS = (report,)
@@ -121,7 +121,7 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
         some = ", ".join(f"{name} ({why})" for name, why in left_out[:3])
         raise LauncherError(
             f"there is nothing to show: {some}" + (", …" if len(left_out) > 3 else ""),
-            f"launcher list --runs-dir {runs_dir}",
+            quoted("launcher", "list", "--runs-dir", runs_dir),
             status=ExitStatus.NO_DATA,
         )
     return outcomes, left_out
@@ -145,7 +145,7 @@ def _refuse_to_overwrite(path: Path) -> None:
         if not path.parent.is_dir():
             raise LauncherError(
                 f"cannot write {path}: there is no folder {path.parent}",
-                f"mkdir -p '{path.parent}'",
+                quoted("mkdir", "-p", path.parent),
                 status=ExitStatus.FILESYSTEM,
             )
         if not path.exists():

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from launcher.errors import quoted
 from launcher.report.figures import Heat, NodeCell, drawable, heat, work
 from launcher.results.accept import MAX_SPREAD, MAX_WAITING, THRESHOLD, Verdict, Word, judge, share_text
 from launcher.results.outcome import Outcome
@@ -160,7 +161,8 @@ def _speed(counted: Sequence[Health]) -> Finding:
     if below and fast and min(r.outcome.nodes for r in below) > max(r.outcome.nodes for r in fast):
         texts.append("slow only on more nodes: look at the network between them first")
     if below:
-        texts.append(f"what differs from the published run: launcher compare {below[0].outcome.run} published")
+        command = quoted("launcher", "compare", below[0].outcome.run, "published")
+        texts.append(f"what differs from the published run: {command}")
     halting = [(run, fault) for run in counted for fault in _faults(run, "pace: ")]
     texts += [f"{run.outcome.run}: {fault}" for run, fault in halting[:MOST_NAMED]] + _more(halting)
     if fast:

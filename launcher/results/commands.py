@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import run_argument, runs_dir_option
-from launcher.output import as_json, plain, print_json, warn
+from launcher.output import as_json, echo, echo_file, print_json, warn
 
 if TYPE_CHECKING:
     from launcher.cluster.state import JobState
@@ -87,11 +87,11 @@ def results(
         values = [as_dict(outcome) for outcome in outcomes]
         print_json(values if several else values[0])
     elif form == "csv":
-        click.echo(formats.csv_text(outcomes), nl=False)
+        echo_file(formats.csv_text(outcomes))
     elif form == "markdown":
-        click.echo(formats.markdown(outcomes))
+        echo(*formats.markdown(outcomes).split("\n"))
     else:
-        click.echo(formats.table(outcomes) if several else formats.one_run(outcomes[0]))
+        echo(*(formats.table(outcomes) if several else formats.one_run(outcomes[0])).split("\n"))
 
 
 COMMANDS = (results,)
@@ -133,7 +133,7 @@ def _outcomes(found: Sequence[Run], several: bool, with_data_share: bool) -> lis
     if silent and outcomes:
         shown = ", ".join(f"{run.name} ({state.name})" for run, state in silent[:3])
         more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-        warn(plain(f"nothing logged yet, or nothing known: {shown}{more}"))
+        warn(f"nothing logged yet, or nothing known: {shown}{more}")
     if not outcomes:
         from launcher.results.sides import nothing_logged
 
@@ -166,7 +166,7 @@ def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
     if new != old:
         write_text(path, new, mode)
     rows = f"{len(outcomes)} row{'s' if len(outcomes) > 1 else ''}"
-    click.echo(f"{click.format_filename(path)}: {rows}, {'written' if new != old else 'as it was'}")
+    echo(f"{path}: {rows}, {'written' if new != old else 'as it was'}")
 
 
 def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> None:
@@ -176,19 +176,19 @@ def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> No
     files = submissions(outcomes, entity)
     for name, text in files.items():
         if output is None:
-            click.echo(f"{name}:", err=True)
-            click.echo(text, nl=False)
+            echo(f"{name}:", err=True)
+            echo_file(text)
             continue
         path = output / name
         try:
             if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
                 raise LauncherError(
                     f"{path} exists and says something else",
-                    f"mv '{path}' '{path}.old'",
+                    quoted("mv", path, f"{path}.old"),
                     status=ExitStatus.EXISTS,
                 )
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise filesystem_error(path, error) from error
         write_text(path, text)
-        click.echo(click.format_filename(path))
+        echo(str(path))

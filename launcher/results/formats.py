@@ -8,12 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, quoted
 from launcher.output import plain
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.rows import (
@@ -241,12 +240,12 @@ def with_table(text: str, new_table: str, path: str) -> str:
     """
     begins, ends = text.count(BEGIN), text.count(END)
     if begins != 1 or ends != 1 or text.index(BEGIN) > text.index(END):
-        quoted = shlex.quote(path)
+        file = quoted(path)
         raise LauncherError(
             f"{path}: it must have one line {BEGIN} and below it one line {END}; the table goes between them",
-            f"grep -n titan-results {quoted}; leave one of each, in this order"
+            f"grep -n titan-results {file}; leave one of each, in this order"
             if begins or ends
-            else f"printf '\\n%s\\n%s\\n' '{BEGIN}' '{END}' >> {quoted}",
+            else f"printf '\\n%s\\n%s\\n' '{BEGIN}' '{END}' >> {file}",
         )
     newline = "\r\n" if "\r\n" in text else "\n"
     before, _, rest = text.partition(BEGIN)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.options import RunOptions, run_options, runs_dir_option
-from launcher.output import as_json, colour, is_terminal, plain, print_json, warn
+from launcher.output import as_json, echo, is_terminal, plain, print_json, style, warn
 
 if TYPE_CHECKING:
     from launcher.cluster.state import JobState
@@ -36,9 +36,7 @@ def _share(at_most: float, zero: bool) -> Callable[[click.Context, click.Paramet
             share = math.nan
         if not 0 <= share <= at_most or (share == 0 and not zero):
             least = "from 0" if zero else "above 0, up"
-            raise click.BadParameter(
-                f"{plain(text[:40])!r} is no share {least} to {100 * at_most:g}%; write 0.95 or 95%"
-            )
+            raise click.BadParameter(f"{text[:40]!r} is no share {least} to {100 * at_most:g}%; write 0.95 or 95%")
         return share
 
     return read
@@ -66,9 +64,8 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
     found = comparison.compare(first, second)
     if as_json:
         return print_json(comparison.as_dict(found))
-    for line in comparison.as_text(found):
-        is_warning = line.startswith("warning: ")
-        click.echo(click.style(plain(line), fg="yellow") if is_warning else plain(line), color=colour())
+    lines = comparison.as_text(found)
+    echo(*(style(line, fg="yellow") if line.startswith("warning: ") else line for line in lines))
 
 
 def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
@@ -78,7 +75,7 @@ def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
 
     sides = [results_in(reference, runs_dir) for reference in (a, b)]
     if all(len(side) > 1 for side in sides):
-        raise LauncherError(f"{a} and {b} hold several results each", f"launcher compare RUN {b}")
+        raise LauncherError(f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b))
     for one, many, where in ((sides[0], sides[1], b), (sides[1], sides[0], a)):
         if len(many) > 1:
             gpu = one[0].gpu
@@ -157,7 +154,7 @@ def accept(
         )
     if asked and options.run_file is not None and not options.run_file.is_file():
         raise click.UsageError(
-            f"{plain(str(options.run_file))}: a run is judged without options of submit; with them, name a RUN.toml to repeat"
+            f"{options.run_file}: a run is judged without options of submit; with them, name a RUN.toml to repeat"
         )
     # Before hours are spent on a run that nothing could be compared with.
     rows = results_in(baseline, runs_dir)
@@ -181,17 +178,15 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
     gpu = spec.profile.gpu
     if not any(same_gpu(gpu, row.gpu) for row in rows):
         warn(
-            f"no result of a {plain(gpu)} to measure it by: the verdict can be FAIL or CANNOT SAY; "
+            f"no result of a {gpu} to measure it by: the verdict can be FAIL or CANNOT SAY; "
             "--baseline FILE or RUN takes one of yours"
         )
     size = f"{spec.job.recipe} on {spec.job.nodes} x {spec.profile.gpus_per_node} {spec.profile.gpu}"
     asking = not (yes or force or spec.job.scheduler == "local")
     asking = asking and is_terminal(sys.stdin) and is_terminal(sys.stderr)
-    if asking and not click.confirm(f"Submit {plain(size)} and judge it?", default=True, err=True):
+    if asking and not click.confirm(plain(f"Submit {size} and judge it?"), default=True, err=True):
         raise click.Abort
-    return control.submit(
-        spec, secrets, lambda run, job_id: click.echo(plain(f"{run.name}: job {job_id}, {size}"), err=True)
-    )
+    return control.submit(spec, secrets, lambda run, job_id: echo(f"{run.name}: job {job_id}, {size}", err=True))
 
 
 def _state(run: Run) -> JobState:
@@ -203,13 +198,13 @@ def _state(run: Run) -> JobState:
 def _end_of(run: Run) -> JobState:
     """Shows the run's progress on stderr until it has ended. Ctrl-C ends this program, not the run."""
     from launcher import attach, control
-    from launcher.run_commands import reference, remembered
+    from launcher.run_commands import remembered
 
     try:
-        attach.wait_for_start(run, lambda text: click.echo(plain(f"{run.name}: {text}"), err=True))
+        attach.wait_for_start(run, lambda text: echo(f"{run.name}: {text}", err=True))
         attach.show(run, sys.stderr)
     except KeyboardInterrupt:
-        click.echo(f"\ndetached; {run.name} goes on: launcher accept {reference(run)} --follow", err=True)
+        echo("", f"detached; {run.name} goes on: {quoted('launcher', 'accept', run.reference, '--follow')}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     state = control.state(run)
     remembered(run, state)
@@ -238,9 +233,9 @@ def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, 
         try:
             write_json(run.path / FILE, kept)
         except LauncherError as error:
-            warn(plain(f"the verdict is printed only: {error.what}"))
+            warn(f"the verdict is printed only: {error.what}")
     else:
-        warn(plain(f"the verdict is printed only: {run.path} is not writable"))
+        warn(f"the verdict is printed only: {run.path} is not writable")
     if as_json:
         print_json(kept)
     else:
@@ -278,14 +273,13 @@ def _faults(run: Run, state: JobState) -> list[str]:
 
 def _print(headline: str, verdict: Verdict) -> None:
     word = str(verdict.word)
-    rest = plain(headline.removeprefix(word))
-    click.echo(click.style(word, fg=_COLOURS[word], bold=True) + rest, color=colour())
+    echo(style(word, fg=_COLOURS[word], bold=True) + headline.removeprefix(word))
     for reason in verdict.reasons:
         mark = "ok" if reason.word == "PASS" else str(reason.word)
-        styled = click.style(f"{mark:<10}", fg=_COLOURS[str(reason.word)])
-        click.echo(f"  {styled}  {plain(reason.what)}", color=colour())
+        styled = style(f"{mark:<10}", fg=_COLOURS[str(reason.word)])
+        echo(f"  {styled}  {reason.what}")
     for note in verdict.notes:
-        click.echo(f"  {'note':<10}  {plain(note)}")
+        echo(f"  {'note':<10}  {note}")
 
 
 for _argument in accept.params:  # the same place on the command line as submit's file

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import read_bytes, unreadable
 from launcher.results.outcome import NodeResult, Outcome, Point, Spread, Startup
 from launcher.results.published import published, rows_of
@@ -57,11 +57,10 @@ def of_run(reference: str, runs_dir: Path) -> Outcome:
 
 def nothing_logged(run: Run, state: JobState) -> LauncherError:
     """The error where a result is asked for of a run that has none yet."""
-    from launcher.run_commands import reference
 
     return LauncherError(
         f"{run.name} ({state.name}) has logged no step yet",
-        f"launcher {'watch' if state.active else 'logs'} {reference(run)}",
+        quoted("launcher", "watch" if state.active else "logs", run.reference),
         status=ExitStatus.NO_DATA,
     )
 

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.results.formats import in_order
 from launcher.results.outcome import Outcome
 from launcher.results.rows import escape, median_mfu_pct, mfu_at_other_peaks, mfu_text
@@ -44,7 +44,7 @@ def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:
             why = "; ".join(outcome.problems) or "no step after warm-up"
             raise LauncherError(
                 f"{outcome.run} is not a result to be submitted: {why}",
-                f"launcher results {outcome.run}",
+                quoted("launcher", "results", outcome.run),
                 status=ExitStatus.NO_DATA,
             )
         files.setdefault(file_name(outcome, entity), []).append(outcome)

@@ -7,12 +7,11 @@ data-parallel degree, and reads and throws away nearly everything otherwise; so 
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, quoted
 from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import find_token, list_files
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
@@ -166,7 +165,7 @@ def plan_c4(
     if not readme or not in_all:
         raise LauncherError(
             f"{repo.source} at {repo.revision[:12]} has no {README} or no en/c4-train files",
-            f"copy them there, {README} with its header, too: aws s3 sync DIR {shlex.quote(source)}"
+            f"copy them there, {README} with its header, too: aws s3 sync DIR {quoted(source)}"
             if source
             else "--revision main",
         )

@@ -11,7 +11,7 @@ import click
 
 from launcher.errors import ExitStatus
 from launcher.options import FilePath
-from launcher.output import as_json, plain, print_json
+from launcher.output import as_json, echo, print_error, print_json, say
 from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def c4(
         token_file=token_file,
         source=source,
     )
-    for line in (*plan.notes, plan.line()):
-        fetch.say(plain(line))
+    echo(*plan.notes, plan.line(), err=True)
     facts = {
         "train_files": plan.train_files,
         "train_files_in_all": plan.train_files_in_all,
@@ -118,7 +117,7 @@ def c4(
     if as_json:
         print_json(facts | outcome.as_dict(target))
     else:
-        click.echo(plain(fetch.summary(outcome, target)))
+        echo(fetch.summary(outcome, target))
 
 
 @click.command()
@@ -184,7 +183,7 @@ def _stage_model(
         refuse_unwritable(target)
     repo, files = plan(target, name, revision, token_file)
     size = gigabytes(sum(file.bytes for file in files))
-    fetch.say(plain(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}"))
+    say(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}")
     if dry_run:
         _print_dry_run(target, files, {"source": repo.source, "revision": repo.revision}, as_json)
         return
@@ -192,7 +191,7 @@ def _stage_model(
     if as_json:
         print_json(outcome.as_dict(target))
     else:
-        click.echo(plain(fetch.summary(outcome, target)))
+        echo(fetch.summary(outcome, target))
 
 
 def _print_dry_run(target: Path, files: Any, facts: dict[str, Any], as_json: bool) -> None:
@@ -200,7 +199,7 @@ def _print_dry_run(target: Path, files: Any, facts: dict[str, Any], as_json: boo
         sizes = {file.path: file.bytes for file in files}
         print_json(facts | {"directory": str(target), "bytes": sum(sizes.values()), "files": sizes})
     else:
-        click.echo("\n".join(plain(file.path) for file in files))
+        echo(*(file.path for file in files))
 
 
 @click.command()
@@ -222,9 +221,9 @@ def verify(directory: Path, deep: bool, as_json: bool) -> None:
         first, *more = [report.as_dict() for report in found]
         print_json(first | {"deep": deep} | ({"images": more[0]} if more else {}))
     for report in () if as_json else found:
-        click.echo("\n".join(plain(line) for line in report.lines()))
+        echo(*report.lines())
         if report.problems:
-            click.echo(plain(f"  repair: {report.repair}"), err=True)
+            echo(f"  repair: {report.repair}", err=True)
     if any(report.problems for report in found):
         sys.exit(ExitStatus.INVALID)
 
@@ -264,17 +263,16 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
         print_json(rows + [{"error": failure.what} for failure in (*failures, *unusable)])
         sys.exit(status)
     for report in reports:
-        click.echo("\n".join(plain(line) for line in report.lines()))
+        echo(*report.lines())
         if report.problems:
-            click.echo(plain(f"  repair: {report.repair}"))
+            echo(f"  repair: {report.repair}")
     for failure in failures:
-        click.echo(plain(failure.what))
+        echo(failure.what)
     for failure in unusable:
-        click.echo(plain(f"error: {failure.what}"), err=True)
-        click.echo(plain(f"  try: {failure.fix}"), err=True)
+        print_error(failure)
     if not reports and not failures and not unusable:
         where = ", ".join(str(place) for place in places)
-        click.echo(plain(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8"), err=True)
+        echo(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8", err=True)
     sys.exit(status)
 
 
@@ -290,14 +288,13 @@ def image(source: str, target: Path, as_json: bool) -> None:
     \b
     launcher stage image titan-stable-arm64.sqsh --to /shared/images
     """
-    from launcher.stage import fetch
     from launcher.stage.image import stage_image
 
-    path = stage_image(source, target, say=lambda line: fetch.say(plain(line)))
+    path = stage_image(source, target, say=say)
     if as_json:
         print_json({"path": click.format_filename(path), "bytes": path.stat().st_size})
     else:
-        click.echo(plain(str(path)))
+        echo(str(path))
 
 
 COMMANDS = {"c4": c4, "tokenizer": tokenizer, "model": model, "image": image, "verify": verify, "list": list_}

@@ -17,9 +17,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-
 from launcher.errors import ExitStatus, LauncherError
+from launcher.output import say
 from launcher.stage.hub import Repo, pin
 from launcher.stage.manifest import (
     BLOCK,
@@ -72,11 +71,6 @@ class Outcome:
             "bytes_downloaded": self.bytes_downloaded,
             "seconds": round(self.seconds, 3),
         }
-
-
-def say(text: str) -> None:
-    """A line for the user about what is going on; results go to standard output, this does not."""
-    click.echo(text, err=True)
 
 
 def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import os
 import re
-import shlex
 import ssl
 import threading
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.stage.hub_errors import status_of, translate, with_retries
 from launcher.stage.receive import Sink, WrongLength
 from launcher.stage.source import Checksums, check_answer, is_digest
@@ -130,7 +129,7 @@ def find_token(token_file: Path | None = None) -> str | None:
             place = str(constants.HF_TOKEN_PATH)
             raise LauncherError(
                 f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
-                f"ls -l {shlex.quote(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
+                f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
                 status=ExitStatus.FILESYSTEM,
             ) from None
         return found
@@ -139,7 +138,7 @@ def find_token(token_file: Path | None = None) -> str | None:
     except OSError as error:
         raise LauncherError(
             f"--token-file {token_file}: {error.strerror}",
-            f"ls -l {shlex.quote(str(token_file))}",
+            f"ls -l {quoted(token_file)}",
             status=ExitStatus.FILESYSTEM,
         ) from None
     except UnicodeDecodeError:

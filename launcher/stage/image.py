@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import read_json, unreadable
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.manifest import BLOCK, sha256_of
@@ -61,7 +60,7 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     try:
         return _stage_image(source, to, say)
     except KeyboardInterrupt:
-        say(f"stopped: {shlex.quote(source)} is not in {to} yet; the same command goes on")
+        say(f"stopped: {quoted(source)} is not in {to} yet; the same command goes on")
         raise
 
 
@@ -86,7 +85,7 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
                 _already(final, say)
             else:
                 _bring(wanted, reader, work, say)
-    say(f"launcher submit --image {shlex.quote(str(final))}")
+    say(f"launcher submit --image {quoted(final)}")
     return final
 
 
@@ -96,7 +95,7 @@ def _is_file_name(source: str) -> bool:
 
 def _already(final: Path, say: Say) -> None:
     say(f"{final}: already there")
-    say(f"its size was looked at; to read and hash it: launcher stage verify {shlex.quote(str(final.parent))}")
+    say(f"its size was looked at; to read and hash it: launcher stage verify {quoted(final.parent)}")
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
@@ -112,7 +111,7 @@ def _of_file(path: Path, say: Say) -> tuple[Wanted, Reader]:
     elif os.path.lexists(sidecar):
         raise LauncherError(
             f"{sidecar} does not describe the file beside it ({block.file_size:,} bytes)",
-            f"copy the two again, together; or without a description: mv {shlex.quote(str(sidecar))} {shlex.quote(f'{sidecar}.old')}",
+            f"copy the two again, together; or without a description: mv {quoted(sidecar)} {quoted(f'{sidecar}.old')}",
         )
     else:
         say(f"{path}: no {sidecar.name} beside it; reading it for its checksum")
@@ -344,7 +343,7 @@ def _from_engine(image: str, to: Path, say: Say) -> Path:
                 else:
                     _publish(wanted, stream, work)
         work.partial.clear([])
-    say(f"launcher submit --image {shlex.quote(str(final))}")
+    say(f"launcher submit --image {quoted(final)}")
     return final
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, quoted
 from launcher.files import read_json
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.stage.manifest import Problem, sha256_of
@@ -30,8 +29,8 @@ class Images:
 
     @property
     def repair(self) -> str:
-        bad = " ".join(shlex.quote(str(self.directory / name)) for name in dict.fromkeys(p.path for p in self.problems))
-        return f"rm {bad}, then for each: launcher stage image SOURCE --to {shlex.quote(str(self.directory))}"
+        bad = " ".join(quoted(self.directory / name) for name in dict.fromkeys(p.path for p in self.problems))
+        return f"rm {bad}, then for each: launcher stage image SOURCE --to {quoted(self.directory)}"
 
     def lines(self) -> list[str]:
         state = f"DAMAGED: {len(self.problems)}" if self.problems else "verified" if self.read else "not read"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import unreadable
 from launcher.stage import c4, tokenizer
 from launcher.stage.images import NAME, Images, check_images, staged_images
@@ -57,9 +56,9 @@ class Report:
         if any("c4-validation" in path for path in self.manifest.wanted):
             words["c4"] += " --validation"
         if self.manifest.source.startswith("s3://"):
-            words["c4"] += f" --from {shlex.quote(self.manifest.source)}"
+            words["c4"] += f" --from {quoted(self.manifest.source)}"
         repo = self.manifest.source.removeprefix("hf://")
-        return f"launcher stage {words.get(self.manifest.kind, f'{self.manifest.kind} {shlex.quote(repo)}')} --to {shlex.quote(str(self.directory))}"
+        return f"launcher stage {words.get(self.manifest.kind, f'{self.manifest.kind} {quoted(repo)}')} --to {quoted(self.directory)}"
 
     def _wanted_train_files(self) -> int:
         paths = {*self.manifest.wanted, *self.manifest.files}
@@ -86,11 +85,7 @@ class Report:
             if self.problems:
                 return []
             use = {"tokenizer": "--tokenizer", "model": "--tokenizer, and its weights"}[self.manifest.kind]
-            return [
-                f"for: launcher submit {use} {shlex.quote(str(self.directory))}"
-                if use == "--tokenizer"
-                else f"for: {use}"
-            ]
+            return [f"for: launcher submit {use} {quoted(self.directory)}" if use == "--tokenizer" else f"for: {use}"]
         train = self.train_files
         if not train:
             return ["no train file: for no run"]
@@ -156,7 +151,7 @@ def reports(directory: Path, deep: bool = False, read_images: bool = False) -> l
 
 def refuse_no_directory(directory: Path) -> None:
     """Raises LauncherError for a file, for nothing, and for a place where this user may not look."""
-    place = shlex.quote(str(directory))
+    place = quoted(directory)
     try:
         mode = os.stat(directory).st_mode
         if stat.S_ISDIR(mode):
@@ -174,7 +169,7 @@ def refuse_no_directory(directory: Path) -> None:
         if not stat.S_ISDIR(mode):
             fix = "name the directory that was staged"
             if NAME.fullmatch(directory.name):
-                fix = f"launcher stage verify {shlex.quote(str(directory.parent))}"
+                fix = f"launcher stage verify {quoted(directory.parent)}"
             elif directory.suffix == ".sqsh":
                 fix = f"launcher image inspect {place}"
             raise LauncherError(f"{directory}: a file, not a directory", fix)
@@ -185,7 +180,7 @@ def verify(directory: Path, deep: bool = False) -> Report:
     refuse_no_directory(directory)
     manifest = read_manifest(directory)
     if manifest is None:
-        place = shlex.quote(str(directory))
+        place = quoted(directory)
         if c4.looks_like_c4(directory):
             count = len(list((directory / "en").glob("c4-train.*.json.gz")))
             fix = f"launcher stage c4 --to {place} --files {max(count, 1)}    checks what is there, and keeps it"

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
-from launcher.output import is_terminal, plain
+from launcher.output import echo, is_terminal, plain
 from launcher.stage.target import gigabytes
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -17,7 +17,7 @@ class Progress:
     """Counts bytes from any thread, and draws when `refresh` is called."""
 
     def __init__(self, title: str, files: int, size: int, present: int, stream: TextIO) -> None:
-        self.title, self.files, self.size, self.stream = title, files, size, stream
+        self.title, self.files, self.size, self.stream = plain(title), files, size, stream
         self.done_files, self.bytes, self.present = 0, present, present
         self.lock = threading.Lock()
         self.began = self.last_line = time.monotonic()
@@ -29,7 +29,7 @@ class Progress:
             from rich.console import Console
 
             columns = (
-                rich.TextColumn("{task.description}"),
+                rich.TextColumn("{task.description}", markup=False),
                 rich.BarColumn(),
                 rich.DownloadColumn(),
                 rich.TransferSpeedColumn(),
@@ -69,7 +69,7 @@ class Progress:
         if self.bar is not None:
             self.bar.console.print(plain(text), markup=False, highlight=False)
         else:
-            print(plain(text), file=self.stream, flush=True)
+            echo(text, file=self.stream)
 
     def _title(self) -> str:
         done = f"{self.done_files}/" if self.done_files else ""

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import socket
 import stat
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.files import write_bytes
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
@@ -45,7 +44,7 @@ def safe_path(path: object) -> bool:
 
 def write_error(path: Path, error: OSError) -> LauncherError:
     """The operating system's refusal to write below the target, with what to do about it."""
-    place = shlex.quote(str(path.parent))
+    place = quoted(path.parent)
     fixes = {
         errno.EACCES: f"--to a directory that you can write, or: ls -ld {place}",
         errno.EPERM: f"--to a directory that you can write, or: ls -ld {place}",
@@ -53,7 +52,7 @@ def write_error(path: Path, error: OSError) -> LauncherError:
         errno.ENOSPC: f"free space (df -h {place}), then the same command continues",
         errno.EDQUOT: f"free space (quota -s; du -sh {place}), then the same command continues",
         errno.EFBIG: "the file system, or ulimit -f, does not allow files of this size",
-        errno.ELOOP: f"it is a link, or no file: ls -l {shlex.quote(str(path))}; remove it, then the same command",
+        errno.ELOOP: f"it is a link, or no file: ls -l {quoted(path)}; remove it, then the same command",
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     return LauncherError(
@@ -214,7 +213,7 @@ def _names(name: str) -> tuple[str, str, str]:
 
 def in_the_way(path: Path, what: str) -> LauncherError:
     """Nothing can be put at `path` as it is, nor through it."""
-    place = shlex.quote(str(path))
+    place = quoted(path)
     return LauncherError(f"{path} is {what}", f"mv {place} {place}.old, then the same command")
 
 
@@ -283,7 +282,7 @@ def check_space(target: Path, needed: int) -> None:
     if needed and needed + RESERVE > free:
         raise LauncherError(
             f"{target}: {gigabytes(needed)} are still needed, {gigabytes(free)} are free",
-            f"free space (df -h {shlex.quote(str(target))}), ask for fewer files (--files N), or another place, or --to another file system",
+            f"free space (df -h {quoted(target)}), ask for fewer files (--files N), or another place, or --to another file system",
             status=ExitStatus.FILESYSTEM,
         )
 

@@ -14,13 +14,12 @@ away what belongs to the others: benchmarks/loader.py measures it, docs/data.md 
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.errors import ExitStatus, LauncherError, quoted
 from launcher.runtime import host_path, mounts
 from launcher.spec import S3, SAMPLE, RunSpec
 from launcher.stage.shards import (
@@ -104,7 +103,7 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     if spec.job.data.startswith(S3):
         return _plan_streamed(spec)
     directory = Path(host_path(spec, spec.data_path))
-    stage = f"launcher stage c4 --to {shlex.quote(str(directory))} --files"
+    stage = f"launcher stage c4 --to {quoted(directory)} --files"
     if os.path.isfile(directory):
         raise LauncherError(
             f"--data {directory}: a file, not a directory",
@@ -145,13 +144,13 @@ def _plan_streamed(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     """The run with the objects that it will stream, which are listed now. Raises LauncherError where they cannot be."""
     bucket, staged = _look_in_bucket(spec.data_path, files_needed(spec, TRAIN_FILES))
     count = max(files_needed(spec, staged.train_files_in_all), len(staged.train))
-    stage, then = f"launcher stage c4 --to DIR --files {count}", f", then: aws s3 sync DIR {bucket}"
+    stage, then = f"launcher stage c4 --to DIR --files {count}", f", then: aws s3 sync DIR {quoted(bucket)}"
     notes = []
     if staged.left_out:
         name, why = next(iter(staged.left_out.items()))
         notes.append(
             f"{bucket}/en: {name} is {why}{and_more(staged.left_out)}: left out; copy again from a staged "
-            f"directory: aws s3 sync DIR {bucket}"
+            f"directory: aws s3 sync DIR {quoted(bucket)}"
         )
     if not staged.train:
         raise LauncherError(f"{bucket}/en holds no train file of C4", f"{stage}{then}", original="\n".join(notes))
@@ -170,7 +169,7 @@ def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
             raise
         raise LauncherError(
             f"--data {address}: {error.what}; submit lists the files with it",
-            f"{error.fix}; or where it is installed: launcher stage c4 --from {address} --to DIR --files {needed}, "
+            f"{error.fix}; or where it is installed: launcher stage c4 --from {quoted(address)} --to DIR --files {needed}, "
             "then --data DIR",
             status=error.status,
         ) from error
@@ -292,7 +291,7 @@ def _with_view(spec: RunSpec, staged: Staged) -> RunSpec:
     chosen = choose(staged.train, spec.data_parallel, part, parts)
     needed = spec.data_parallel * parts
     if parts > 1 and len(staged.train) < needed:
-        fix = f"launcher stage c4 --to {shlex.quote(host_path(spec, spec.data_path))} --files {needed}"
+        fix = f"launcher stage c4 --to {quoted(host_path(spec, spec.data_path))} --files {needed}"
         raise LauncherError(
             f"--data-part {spec.job.data_part}: {parts} parts for {spec.data_parallel} data-parallel ranks need "
             f"{needed} train files, there are {len(staged.train)}",
@@ -354,7 +353,7 @@ def _as_many_and(spec: RunSpec, staged: Staged) -> str:
         files_needed(spec, staged.train_files_in_all),
         min(len(staged.train) + bad.count("train"), staged.train_files_in_all),
     )
-    source = f" --from {shlex.quote(staged.staged_from)}" if staged.staged_from.startswith(S3) else ""
+    source = f" --from {quoted(staged.staged_from)}" if staged.staged_from.startswith(S3) else ""
     return f" {count}{source}{' --validation' if 'validation' in bad else ''}"
 
 

@@ -77,7 +77,7 @@ def check_streamed(folder: Path, source: str) -> int:
     if not objects:
         raise Refused(f"{folder}/README.md names no object of {source}", "submit again")
     count = sum("/c4-train." in name for name in objects)
-    stage = f"launcher stage c4 --from {source} --to DIR --files {count}, then --data DIR"
+    stage = f"launcher stage c4 --from {shlex.quote(source)} --to DIR --files {count}, then --data DIR"
     if importlib.util.find_spec("s3fs") is None:
         raise Refused(
             f"object storage is read through s3fs, which is not installed for {sys.executable}",

@@ -135,7 +135,7 @@ def starting_weights(node: Mapping[str, Any], titan_version: str) -> dict[str, A
     if folder.exists() and era(titan_version) is toml_era:
         raise Refused(
             f"{folder} exists and holds no finished checkpoint: torchtitan 0.2 would start from random weights",
-            f"look at it, then start from {node['init_from']} again after: rm -r {folder}",
+            f"look at it, then start from {node['init_from']} again after: rm -r {shlex.quote(str(folder))}",
         )
     files = check_weights(Path(node["init_from"]), node["recipe"]["flavor"])
     return {"init_from": node["init_from"], "init_from_files": files}

@@ -122,7 +122,7 @@ def test_b200_nodes_that_run_for_too_long() -> None:
     now = datetime(2026, 3, 1, 23, 59)
     check = found(preflight(run("b200"), facts_of(*nodes), now=now), "uptime")
     assert (check.status, check.what) == (WARNING, "up for more than 55 days: n2 (57), n1 (56)")
-    assert "60 days" in check.why and check.fix.endswith("scontrol reboot ASAP nextstate=RESUME n[1-2]")
+    assert "60 days" in check.why and check.fix.endswith("scontrol reboot ASAP nextstate=RESUME 'n[1-2]'")
     for gpu, at in (("h200", now), ("b200", datetime(2026, 2, 1))):
         assert "uptime" not in [check.name for check in preflight(run(gpu), facts_of(*nodes), now=at)]
 

@@ -87,7 +87,7 @@ def test_other_files_are_left_as_they_are(runs_dir: Path) -> None:
     assert refused("-o", "notes.html").status == ExitStatus.EXISTS
     assert Path("notes.html").read_text() == "<p>mine</p>"
     assert refused("-o", "runs").status == ExitStatus.EXISTS
-    assert refused("-o", "no/such/page.html").fix == "mkdir -p 'no/such'"
+    assert refused("-o", "no/such/page.html").fix == "mkdir -p no/such"
 
 
 def test_runs_without_a_step_are_named(runs_dir: Path) -> None:
