@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from launcher.errors import LauncherError
+from launcher.secret import masked
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -95,11 +96,11 @@ def warn(text: str) -> None:
 
 
 def print_error(error: LauncherError) -> None:
-    click.echo(f"{click.style('error:', fg='red')} {plain(error.what)}", err=True, color=colour())
+    click.echo(f"{click.style('error:', fg='red')} {plain(masked(error.what))}", err=True, color=colour())
     if error.original:
-        click.echo("\n".join(f"  | {plain(line)}" for line in error.original.splitlines()[:20]), err=True)
+        click.echo("\n".join(f"  | {plain(masked(line))}" for line in error.original.splitlines()[:20]), err=True)
     if error.fix:
-        click.echo(f"  {click.style('try:', fg='green')} {plain(error.fix)}", err=True, color=colour())
+        click.echo(f"  {click.style('try:', fg='green')} {plain(masked(error.fix))}", err=True, color=colour())
 
 
 SHOWN = 3  # names in a message
