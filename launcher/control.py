@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from launcher import runs, unfit
@@ -28,6 +29,7 @@ def submit(spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, 
     program is killed before, the directory stays with intent.json alone, and `job_of` finds the job by its name.
     `after`: number of the Slurm job whose end, however it ends, the new one waits for.
     """
+    _forget_secrets_in(Path(spec.job.runs_dir))
     with _signals_deferred():
         run, lock_fd = runs.create(spec, secrets, time.time())
         try:
@@ -41,6 +43,9 @@ def submit(spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, 
             os.close(lock_fd)  # not LOCK_UN: that would release sbatch's share of the lock too
         submitted(run, str(job["job_id"]))
     return run
+
+
+DOUBT_S = 3600  # by then a controller that answers has dealt with every submission that it ever received
 
 
 class InDoubt(LauncherError):
@@ -63,6 +68,8 @@ def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
             if job_id is None and isinstance(error, slurm.Refused):
                 raise
         if job_id is None:
+            with suppress(LauncherError):
+                write_json(run.path / "intent.json", {**(run.intent or {}), "in_doubt": True})
             raise InDoubt(
                 f"{error.what}: Slurm may or may not have the job of {run.name}",
                 f"{quoted('launcher', 'status', run.reference)} looks for it; "
@@ -121,17 +128,46 @@ def state(run: Run, known: Slurm | None = None) -> JobState:
     Raises LauncherError when Slurm is needed and does not answer.
     """
     found = _state(run, known)
-    if found.known and not found.active:
-        with suppress(OSError):  # a script that was killed could not remove it
-            (run.path / "secret.env").unlink(missing_ok=True)
+    # A script that never began, or was killed before it had read them, leaves its secrets.
+    if (
+        not found.active
+        and (run.path / runs.SECRETS).exists()
+        and (found.known or (found.gone and _can_never_start(run)))
+    ):
+        run.forget_secrets()
     return found
+
+
+def _forget_secrets_in(runs_dir: Path) -> None:
+    """Secrets of earlier runs that no job needs any more, as far as that is known."""
+    with suppress(LauncherError, OSError):
+        states([Run(path.parent) for path in runs_dir.glob(f"*/{runs.SECRETS}")])
+
+
+def _can_never_start(run: Run) -> bool:
+    """Makes sure of it, in a run of one's own of which no job is known, by taking the claim."""
+    intent = run.intent or {}
+    try:
+        if (run.path / runs.SECRETS).lstat().st_uid != os.geteuid():
+            return False
+        if not run.is_copy:
+            # Another host may ask another Slurm; and what a controller has not answered it may still do.
+            if intent.get("host") != os.uname().nodename or (intent.get("in_doubt") and runs.age_s(run) < DOUBT_S):
+                return False
+            (run.path / "claim").mkdir()
+    except FileExistsError:  # by a job that is over, or by one that has begun in this moment
+        return bool(run.job or (run.claimed_by and job_of(run) is None))
+    except OSError:
+        return False
+    return True
 
 
 def _state(run: Run, known: Slurm | None) -> JobState:
     if end := run.end:
         return _ended(run, end)
     if run.is_copy:
-        return JobState(UNKNOWN, "", "a copy of another run directory, or moved: its job is told where it was made")
+        reason = "a copy of another run directory, or moved: its job is told where it was made"
+        return JobState(UNKNOWN, "", reason, gone=os.path.isdir(str(run.spec.get("run_dir"))))
     cancelled = (run.path / "cancelled").exists()
     if cancelled and not run.job and not run.claimed_by and (run.path / "claim").is_dir():
         return JobState("CANCELLED", "run directory", "before it was submitted")
@@ -139,7 +175,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
         return JobState("SUBMITTING", "run directory")
     job = job_of(run)
     if job is None:
-        return JobState(UNKNOWN, "", "its submission was cut off, and no job of its name is known")
+        return JobState(UNKNOWN, "", "its submission was cut off, and no job of its name is known", gone=True)
     if run.is_local:
         found = local.state(job)
         if not found.known and (end := run.end):  # the script may have ended between the two looks
@@ -162,7 +198,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
     if (read_json(run.path / "cancelled") or {}).get("job_id") == job_id:
         # scancel took it; a script that had come as far as its first lines would have written an end.
         return JobState("CANCELLED", "launcher cancel")
-    return JobState(UNKNOWN, "", f"Slurm no longer knows job {job_id}, and it wrote no end")
+    return JobState(UNKNOWN, "", f"Slurm no longer knows job {job_id}, and it wrote no end", gone=True)
 
 
 def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
@@ -207,14 +243,16 @@ def cancel(run: Run) -> tuple[JobState, bool]:
         if not run.is_local:
             try:  # the script gives up where the claim is taken, should Slurm still have it
                 (run.path / "claim").mkdir()
-            except FileExistsError:
-                return cancel(run) if job_of(run) else (before, False)
+            except FileExistsError:  # by the script, or so that its secrets could be removed
+                if job_of(run):
+                    return cancel(run)
         write_json(run.path / "cancelled", {"at": time.time()})
-        (run.path / "secret.env").unlink(missing_ok=True)
+        run.forget_secrets()
         return before, True
     if run.is_local:
         write_json(run.path / "cancelled", {"at": time.time()})
         local.cancel(job)
+        run.forget_secrets()
         return before, before.active
     job_id = str(job["job_id"])
     if not _ours(run, slurm.job(job_id), job_id):
@@ -222,7 +260,7 @@ def cancel(run: Run) -> tuple[JobState, bool]:
     slurm.cancel(job_id)
     write_json(run.path / "cancelled", {"at": time.time(), "job_id": job_id})
     if before.name in WAITING:  # its script never runs, so nothing else would remove them
-        (run.path / "secret.env").unlink(missing_ok=True)
+        run.forget_secrets()
     return before, True
 
 

@@ -183,8 +183,7 @@ def unknown_key(key: str, where: str) -> LauncherError:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        text = read_bytes(path, wait=True).decode("utf-8")
-        return parse_toml(text)
+        return parse_toml(read_bytes(path, wait=True).decode("utf-8"))
     except OSError as error:
         status = ExitStatus.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitStatus.FILESYSTEM
         raise LauncherError(f"cannot read {path}: {error.strerror}", f"ls -l {quoted(path)}", status=status) from error
@@ -194,9 +193,8 @@ def _parse(path: Path) -> dict[str, Any]:
         at = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
         place = f"{path}:{at[1]}:{at[2]}" if at else f"{path} (at its end)"
         reason = re.sub(r" \(at .*\)$", "", str(error))
-        lines = text.splitlines()
-        shown = lines[int(at[1]) - 1][:200] if at and int(at[1]) <= len(lines) else ""
-        raise LauncherError(f"{place}: TOML syntax: {reason}", "correct that line", original=shown) from error
+        # The line is not shown: it may hold a secret.
+        raise LauncherError(f"{place}: TOML syntax: {reason}", "correct that line") from error
     except ValueError as error:  # nested too deeply, numbers without end
         raise LauncherError(f"{path}: {error}", "correct that value") from error
 

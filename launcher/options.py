@@ -93,7 +93,7 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
     """
     from launcher.errors import LauncherError
     from launcher.layers import FIELDS, absolute, unknown_key
-    from launcher.spec import SECRET_NAME
+    from launcher.secret import PUBLIC, looks_secret, masked
 
     try:
         here = Path.cwd()
@@ -113,7 +113,7 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
     secret_names = []
     for text in given["env"]:
         name, equals, value = text.partition("=")
-        if not equals or SECRET_NAME.search(name):
+        if not equals or not PUBLIC.fullmatch(name) or looks_secret(name, value):
             secret_names.append(name)
             if equals:
                 secrets[name] = value
@@ -123,7 +123,7 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
     for text in given["settings"]:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise click.BadParameter(f"{text[:80]!r} is not KEY=VALUE", param_hint="--set")
+            raise click.BadParameter(f"{masked(text)[:80]!r} is not KEY=VALUE", param_hint="--set")
         if key.startswith(("recipe.", "profile.")):
             if key not in FIELDS:
                 raise unknown_key(key, "--set")
@@ -236,7 +236,8 @@ OPTIONS = (
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
-        help="Environment of the job; without a value, or with a secret's name, kept out of every script.",
+        help="Environment of the job. Values go by a file of mode 0600 that the job removes; recorded are those of NCCL_*, "
+        "TORCH*, CUDA_* and other libraries' switches, unless they look like secrets.",
     ),
     click.option(
         "--set",

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from launcher.errors import LauncherError
+from launcher.secret import masked
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -125,11 +126,11 @@ def warn(text: str) -> None:
 
 
 def print_error(error: LauncherError) -> None:
-    echo(f"{style('error:', fg='red')} {error.what}", err=True)
+    echo(f"{style('error:', fg='red')} {masked(error.what)}", err=True)
     if error.original:
-        echo(*(f"  | {line}" for line in error.original.splitlines()[:20]), err=True)
+        echo(*(f"  | {masked(line)}" for line in error.original.splitlines()[:20]), err=True)
     if error.fix:
-        echo(f"  {style('try:', fg='green')} {error.fix}", err=True)
+        echo(f"  {style('try:', fg='green')} {masked(error.fix)}", err=True)
 
 
 SHOWN = 3  # names in a message

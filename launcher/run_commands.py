@@ -35,6 +35,7 @@ def list_(runs_dir: Path, as_json: bool) -> None:
     """List the runs, newest first."""
     from launcher import control, runs
 
+    runs.remove_left_over(runs_dir)
     found = runs.all_runs(runs_dir)
     states = control.states(found)
     rows = [_summary(run, states[run.name]) | {"reason": states[run.name].reason} for run in found]

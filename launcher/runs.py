@@ -12,11 +12,12 @@ import errno
 import fcntl
 import math
 import os
+import re
 import shlex
 import shutil
-import stat
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from launcher.spec import S3, SAMPLE, RunSpec, node_config
 from launcher.values import whole
 
 LOCK = "submit.lock"
+SECRETS = "secret.env"  # until the job has read it, or can never start
+LEFT_OVER = re.compile(r"\..+\.[0-9a-f]+\.(tmp|refused)")
 # Installed, as far as Python can see: how fsspec finds a file system that is not its own.
 S3_PACKAGE = {
     "METADATA": "Metadata-Version: 2.1\nName: titan-s3\nVersion: 1\n",
@@ -90,6 +93,10 @@ class Run:
     def end(self) -> dict[str, Any] | None:
         return read_json(self.path / "end.json")
 
+    def forget_secrets(self) -> None:
+        with suppress(OSError):
+            (self.path / SECRETS).unlink(missing_ok=True)
+
     @property
     def claimed_by(self) -> str:
         """The job id that the script itself wrote when it began; empty before that."""
@@ -114,13 +121,20 @@ def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> tuple[Run
     if os.path.lexists(final):
         raise taken
     temporary = final.parent / f".{spec.job.name}.{os.urandom(4).hex()}.tmp"
+    remove_left_over(final.parent)
     try:
         temporary.mkdir(parents=True)  # what was there before is not ours to remove
         try:
-            (temporary / "logs").mkdir()
-            _fill(temporary, spec, secrets, now_s)
             lock_fd = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            (temporary / "logs").mkdir()
+            _fill(temporary, spec, now_s)
+            if secrets:  # last of all, in a directory that is locked: whoever finds it unlocked may remove it
+                # With Apptainer, a variable of the image's wins unless the job's comes with a prefix, too.
+                prefixes = ("", "APPTAINERENV_") if spec.job.runtime == "apptainer" else ("",)
+                named = [(p + name, value) for name, value in sorted(secrets.items()) for p in prefixes]
+                lines = [f"export {name}={shlex.quote(value)}\n" for name, value in named]
+                write_text(temporary / SECRETS, "".join(lines), 0o600)
             os.rename(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -135,14 +149,28 @@ def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> tuple[Run
     return Run(final), lock_fd
 
 
-def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> None:
+def remove_left_over(runs_dir: Path) -> None:
+    """Removes directories that a killed launcher was making or discarding: our own, with a lock that nobody holds."""
+    with suppress(OSError):
+        for entry in list(os.scandir(runs_dir)):
+            is_dir = LEFT_OVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            about = entry.stat(follow_symlinks=False)
+            # One without secrets may be so new that its maker does not hold the lock yet.
+            is_old = time.time() - about.st_mtime > 60 or os.path.lexists(f"{entry.path}/{SECRETS}")
+            if is_dir and is_old and about.st_uid == os.geteuid():
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+                with suppress(OSError), open(os.open(f"{entry.path}/{LOCK}", flags, 0o644), "wb") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _fill(directory: Path, spec: RunSpec, now_s: float) -> None:
     job = directory / "job"
-    job.mkdir()
-    shutil.copyfile(data_dir("slurm") / "node.py", job / "node.py")
-    for folder in (Path(__file__).parent / "titan", data_dir("slurm") / "check"):
-        shutil.copytree(folder, job / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in job.rglob("*"):  # an installed launcher may be read-only, a run directory must be deletable
-        path.chmod(path.stat().st_mode | stat.S_IWUSR)
+    for folder, names in ((data_dir("slurm"), ("node.py", "check/*.py")), (Path(__file__).parent, ("titan/*.py",))):
+        for source in (path for name in names for path in folder.glob(name)):
+            target = job / source.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
     if spec.job.data.startswith(S3):
         package = job / "titan_s3-1.dist-info"
         package.mkdir()
@@ -155,10 +183,7 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
     write_json(directory / "plan.json", prediction(spec))
     write_text(directory / "job.sbatch", render(spec), 0o755)
     # A run directory may be committed: the secrets that it holds until the job ends may not.
-    write_text(directory / ".gitignore", "secret.env\n")
-    if secrets:
-        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in sorted(secrets.items())]
-        write_text(directory / "secret.env", "".join(lines), 0o600)
+    write_text(directory / ".gitignore", f"{SECRETS}\n")
     if SAMPLE in (spec.job.data, spec.job.tokenizer):
         from launcher import sample
 
@@ -174,6 +199,7 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
             "scheduler": spec.job.scheduler,
             "job_name": spec.job_name,
             "at": now_s,
+            "host": os.uname().nodename,
             "runtime": spec.job.runtime,
         },
     )
@@ -181,6 +207,7 @@ def _fill(directory: Path, spec: RunSpec, secrets: Mapping[str, str], now_s: flo
 
 def discard(run: Run) -> None:
     """Removes a run directory whose submission was refused: nothing of it ever ran."""
+    run.forget_secrets()
     doomed = run.path.with_name(f".{run.name}.{os.urandom(4).hex()}.refused")
     try:
         os.rename(run.path, doomed)

@@ -20,6 +20,7 @@ from launcher.cluster.state import FAILED, SUCCEEDED, UNKNOWN, JobState
 from launcher.errors import ExitStatus, LauncherError
 from launcher.output import columns
 from launcher.results.outcome import Outcome
+from launcher.secret import looks_secret
 from launcher.spec import NAME, RunSpec
 
 MAX_CELLS = 100  # a slip of the keyboard otherwise fills Slurm's queue; docs/sweep.md says so
@@ -102,7 +103,9 @@ def differences(before: RunSpec, now: RunSpec) -> list[str]:
     """Settings in which a cell's earlier run is another one, in words."""
     old, new = comparable(before), comparable(now)
     return [
-        f"{key} was {old.get(key, 'not set')!r}, is {new.get(key, 'not set')!r} now"
+        f"{key} is another secret now"
+        if looks_secret(key, old.get(key)) or looks_secret(key, new.get(key))
+        else f"{key} was {old.get(key, 'not set')!r}, is {new.get(key, 'not set')!r} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]

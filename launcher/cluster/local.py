@@ -43,7 +43,7 @@ def state(job: dict[str, Any]) -> JobState:
         return JobState(UNKNOWN, "", f"it was started on {job.get('host')}: ask there")
     if is_alive(job):
         return JobState("RUNNING", "process")
-    return JobState(UNKNOWN, "", GONE)
+    return JobState(UNKNOWN, "", GONE, gone=True)
 
 
 def is_alive(job: dict[str, Any]) -> bool:

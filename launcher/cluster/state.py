@@ -40,6 +40,7 @@ class JobState:
     reason: str = ""
     exit_code: int | None = None
     unfit: bool = False  # a node failed its check, and nothing was trained
+    gone: bool = False  # UNKNOWN, but whoever would know of a job of this run knows of none
 
     @property
     def active(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.errors import quoted
 from launcher.follow import error_logs, last_lines
+from launcher.secret import masked
 from launcher.titan.log import first_error, open_log, plain_text
 
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
@@ -90,7 +91,7 @@ class Failure:
             "cause": self.cause or None,
             "fix": self.fix or None,
             "log": str(self.path) if self.path else None,
-            "lines": list(self.lines),
+            "lines": list(map(masked, self.lines)),
         }
 
     def as_text(self) -> list[str]:
@@ -101,7 +102,7 @@ class Failure:
                 title = "from" if self.code else "first error, in"
             else:
                 title = "the last lines, in" if self.code else "no known error; the last lines, in"
-            said += [f"{title} {self.path}:", *(f"| {line}" for line in self.lines)]
+            said += [f"{title} {self.path}:", *(f"| {masked(line)}" for line in self.lines)]
         return said
 
 
@@ -217,7 +218,7 @@ def _failure(
     lines: Sequence[str],
     is_error: bool,
 ) -> Failure:
-    groups = {name: _unescaped((value or "").strip()[:600]) for name, value in match.groupdict().items()}
+    groups = {name: _unescaped(masked((value or "").strip())[:600]) for name, value in match.groupdict().items()}
     # What a log says is quoted in a command; a fix that node.py proposes is one already.
     safe = {name: value if name == "fix" else quoted(value) for name, value in groups.items()}
     node = _node(path)

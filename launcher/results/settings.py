@@ -9,6 +9,7 @@ from typing import Any
 from launcher.files import read_bytes
 from launcher.output import some
 from launcher.runs import Run
+from launcher.secret import looks_secret
 from launcher.values import parse_toml
 
 _MOST = 10**9  # steps, nodes, sequences: more is damage, and Python refuses to print what is far longer
@@ -30,7 +31,8 @@ def settings_of(run: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
         problems.append("run.toml is damaged: what was asked for is known in part")
     if differ:
         problems.append(f"edited: run.toml and job/node.json differ in {some(differ)}")
-    return {**(written or {}), **told}, tuple(problems)
+    asked = {**(written or {}), **told}
+    return {key: "(hidden)" if looks_secret(key, asked[key]) else asked[key] for key in asked}, tuple(problems)
 
 
 def count(settings: dict[str, Any], key: str, default: int | None = None) -> int | None:

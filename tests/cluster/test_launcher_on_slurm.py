@@ -361,7 +361,7 @@ def test_killed_while_submitting(launch: Launch, idle_job: tuple[str, ...], dela
     """Whatever Slurm has, the run directory finds it again; and never is there more than one job."""
     account = {"user": launch.user.uid, "group": launch.user.gid, "extra_groups": []} if launch.user else {}
     process = subprocess.Popen(  # type: ignore[call-overload]
-        [*launch.command, *map(str, idle_job), "--name", "killed"],
+        [*launch.command, *map(str, idle_job), "--name", "killed", "--env", "A_TOKEN=hunter2"],
         cwd=launch.directory,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -384,6 +384,9 @@ def test_killed_while_submitting(launch: Launch, idle_job: tuple[str, ...], dela
     else:
         assert status.returncode == ExitStatus.NOT_FOUND
     assert len(jobs) <= 1
+    launch("list")
+    files = [path for path in (launch.directory / "runs").rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
 
 
 def test_the_profile_is_detected_or_asked_for(launch: Launch, small_image: Path) -> None:

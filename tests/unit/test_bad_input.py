@@ -71,7 +71,7 @@ def nothing_left(workplace: Path) -> bool:
         (("--segment", "-1"), ExitStatus.INVALID, "must not be negative"),
         (("--data", "gs://bucket/c4"), ExitStatus.INVALID, "absolute path"),
         (("--data", "s3://Bucket/c4"), ExitStatus.INVALID, "not an address of object storage"),
-        (("--data", "s3://key:secret@bucket/c4"), ExitStatus.INVALID, "not an address of object storage"),
+        (("--data", "s3://key:secret@bucket/c4"), ExitStatus.INVALID, "looks like a secret"),
         (("--data", "s3://bucket/../c4"), ExitStatus.INVALID, "not an address of object storage"),
         (("--tokenizer", "hub"), ExitStatus.INVALID, "not fetched during a job"),
         (("--runs-dir", "a b"), ExitStatus.INVALID, "job.runs_dir"),

@@ -1,0 +1,41 @@
+"""Which names and values look like secrets. A guess can miss: of `--env NAME=VALUE` only PUBLIC names' values are recorded."""
+
+from __future__ import annotations
+
+import re
+
+# Switches of the libraries that a run is made of, whose values belong into its record.
+PUBLIC = re.compile(
+    r"(NCCL|TORCH|PYTORCH|OMP|KMP|MKL|CUDA|CUBLAS|CUDNN|NVIDIA|NVTE|UCX|GLOO|TP|FI|TRITON|PYTHON|TOKENIZERS|HF_HUB)\w*"
+    r"|HF_DATASETS_\w+|LD_LIBRARY_PATH|LD_PRELOAD|HF_HOME|HOME|TMPDIR|LANG|TZ"
+)
+# Words, as "_" and "." part them: COMPASS, XAUTHORITY, TOKENIZERS_PARALLELISM and NCCL_IB_PKEY hold none of these.
+_NAME = re.compile(
+    r"SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|TOKEN(?![A-Z])"
+    r"|(?<![A-Z])(KEY|PASS|PWD|PAT|AUTH|CREDS?|PRIVATE|JWT|BEARER|COOKIE)(?![A-Z])",
+    re.IGNORECASE,
+)
+# Where a secret lies is none (SSH_AUTH_SOCK, HF_TOKEN_PATH), nor are torchtitan's settings of tokens, keys and passes.
+_HARMLESS_NAME = re.compile(
+    r".*_(FILE|PATH|DIR|SOCK|HEADS|DIM|IDS|NAME|PIPELINE)|.*(EOS|BOS|PAD|UNK|VISION|START|END|PER|MASK)_(TOKEN|KEY)",
+    re.IGNORECASE,
+)
+_HARMLESS_VALUE = re.compile(r"|\d{1,3}(\.\d+)?|true|false|yes|no|on|off|none", re.IGNORECASE)
+_VALUE = re.compile(
+    r"(?:^|(?<=/))[^\s/:@]*:[^\s/]+(?=@(?!sha256:))"  # user:password@ of an address; NAME:TAG@sha256: is an image
+    r"|(?<=[?&])[\w-]*(?:token|secret|signature|password|key)=[^\s&]+"  # an address that is signed
+    r"|\b(?:hf_|gh[pousr]_|glpat-|sk-)[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN .*",
+    re.IGNORECASE,
+)
+
+
+def looks_secret(name: str, value: object) -> bool:
+    """Whether the variable or dotted key `name` with this value should not be in a file, an option or a message."""
+    text, word = str(value), name.rpartition(".")[2]
+    is_harmless = _HARMLESS_NAME.fullmatch(word) or _HARMLESS_VALUE.fullmatch(text)
+    return bool(_VALUE.search(text) or (_NAME.search(word) and not is_harmless))
+
+
+def masked(text: str) -> str:
+    """`text` without what gives itself away as a secret, such as the password in an address."""
+    return _VALUE.sub("(hidden)", text)
