@@ -236,8 +236,8 @@ OPTIONS = (
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
-        help="Environment of the job. Values go by a file of mode 0600 that the job removes; recorded are those of NCCL_*, "
-        "TORCH*, CUDA_* and other libraries' switches, unless they look like secrets.",
+        help="Environment of the job. Values go by a file of mode 0600 that the job removes; recorded are those of "
+        "NCCL_*, TORCH*, CUDA_* and other libraries' switches, unless they look like secrets.",
     ),
     click.option(
         "--set",

@@ -1,4 +1,4 @@
-"""Which names and values look like secrets. A guess can miss: of `--env NAME=VALUE` only PUBLIC names' values are recorded."""
+"""Which names and values look like secrets. A guess can miss: `--env` records only the values of PUBLIC names."""
 
 from __future__ import annotations
 

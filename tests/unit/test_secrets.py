@@ -22,8 +22,8 @@ SECRET_NAMES = (
     "WANDB_KEY DB_PASS DB_PWD GH_PAT SSH_PRIVATE_KEY X_AUTH HF_TOKEN HFTOKEN HF_TOKEN_READ MY_APIKEY GCP_CREDS"
 )
 OPEN_NAMES = (
-    "TOKENIZERS_PARALLELISM XAUTHORITY SSH_AUTH_SOCK PATH NCCL_IB_PKEY MAX_TOKENS COMPASS GIT_AUTHOR_NAME HF_TOKEN_PATH "
-    "PATTERN PASSES titan.model.n_key_heads titan.model.eos_token titan.compile.pass_pipeline "
+    "TOKENIZERS_PARALLELISM XAUTHORITY SSH_AUTH_SOCK PATH NCCL_IB_PKEY MAX_TOKENS COMPASS GIT_AUTHOR_NAME "
+    "HF_TOKEN_PATH PATTERN PASSES titan.model.n_key_heads titan.model.eos_token titan.compile.pass_pipeline "
     "titan.parallelism.context_parallel_ptrr_mask_key titan.training.max_tokens job.tokenizer"
 )
 

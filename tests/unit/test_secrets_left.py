@@ -50,9 +50,7 @@ def test_many_kills_double_lose_and_leave_nothing(launch: Launch, slurm: Fake, i
     time.sleep(0.5)
     listed = {row["run"]: row["job_id"] for row in json.loads(launch("list", "--json").stdout)}
     in_slurm = [(line.split()[1].rpartition(".")[0], line.split()[0]) for line in jobs(image)]
-    print(
-        f"{KILLS} kills in {whole_s:.2f} s: {len(in_slurm) - 1} submitted, {len(left)} left a secret until the next command"
-    )
+    print(f"{KILLS} kills in {whole_s:.2f} s: {len(in_slurm) - 1} submitted, {len(left)} left a secret for a while")
     assert len({name for name, _ in in_slurm}) == len(in_slurm), "doubled"
     assert [(name, job_id) for name, job_id in in_slurm if listed.get(name) != job_id] == [], "lost"
     assert holding(runs) == {name for name, _ in in_slurm}
