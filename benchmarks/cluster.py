@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from launcher.cluster.detect import detect
+from launcher.scheduler.detect import detect
 from tests.cluster_fixtures import FakeNode, answering, cluster, install, partition_line
 
 ROOT = Path(__file__).resolve().parent.parent

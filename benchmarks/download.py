@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from launcher import sample
+from launcher.stage import sample
 from launcher.stage.c4 import bring, plan_c4
 from launcher.stage.inventory import verify
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest

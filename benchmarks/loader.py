@@ -22,7 +22,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before `datasets` is imported
 
-from launcher import sample
+from launcher.stage import sample
 from launcher.stage.view import choose, write
 
 DEGREES = (1, 4, 16, 36, 64, 68, 72, 512, 1856)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that isn't installed
 
-from launcher.titan.log import BLOCK_BYTES, LogReader, first_error
+from launcher.logs.steps import BLOCK_BYTES, LogReader, first_error
 
 MIB = 1 << 20
 STEP = (

@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from launcher.files import write_json, write_text
-from launcher.layers import Layer, merge, run_toml
-from launcher.spec import node_config
+from launcher.base.files import write_json, write_text
+from launcher.config.layers import Layer, merge, run_toml
+from launcher.config.spec import node_config
 from tests.unit.test_read import RECORD, log
 from tests.unit.test_tensorboard import scalar
 

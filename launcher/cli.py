@@ -1,25 +1,66 @@
-"""The commands and their exit codes. Nothing heavy is imported before a command needs it."""
+"""The group of all commands, and what their errors become. A command is imported when it is asked for."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-from typing import Any
+from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
-from launcher import __version__, plan_commands, run_commands, submit_commands, sweep_commands
-from launcher.errors import ExitStatus, LauncherError
-from launcher.options import RunOptions, run_options
-from launcher.output import PipedGroup, ReaderGone, as_json, echo, never_fail, print_error, print_json, style
-from launcher.report import commands as report_commands
-from launcher.results import commands as results_commands
-from launcher.results import judge_commands
-from launcher.submit_commands import spec_of
+from launcher import __version__
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.output import PipedGroup, ReaderGone, echo, never_fail, print_error
+
+# Name -> where it is, below launcher.commands, and its line of --help.
+COMMANDS = {
+    "accept": ("judge:accept", "Judge a run: PASS, FAIL or CANNOT SAY, with reasons."),
+    "cancel": ("runs:cancel", "Cancel a run."),
+    "cluster": ("cluster:cluster", "Show what this Slurm cluster is, and save its GPU profile."),
+    "compare": ("judge:compare", "Show two results side by side, and what is noise."),
+    "config": ("config:config", "Settings and where they come from."),
+    "image": ("image:image", "Build, convert, inspect and check the image that jobs run in."),
+    "list": ("runs:list_", "List the runs, newest first."),
+    "logs": ("runs:logs", "Print the logs of all nodes as one, each line with its node."),
+    "plan": ("plan:plan", "Predict a run: memory, tokens/s, time, node-hours, files of C4."),
+    "preflight": ("submit:preflight", "Check what can be known before a run queues."),
+    "render": ("submit:render", "Print the job script, and nothing else."),
+    "report": ("report:report", "Write runs as one HTML page, and as plots."),
+    "results": ("results:results", "Print results as the published table has them."),
+    "stage": ("stage:stage", "Stage data, tokenizer, weights and images, verified."),
+    "status": ("runs:status", "Tell how a run stands (default: the newest), and why."),
+    "submit": ("submit:submit", "Submit a run to Slurm, or with --local start it here."),
+    "sweep": ("sweep:sweep", "Submit a matrix of nodes, batch sizes and recipes."),
+    "version": ("version:version", "Print the versions of the launcher and of what it uses."),
+    "watch": ("runs:watch", "Follow a run (default: the newest) to its end."),
+}
 
 
-@click.group(cls=PipedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(PipedGroup):
+    """The commands of COMMANDS; help and completion name them without importing any."""
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command: click.Command = getattr(import_module(f"launcher.commands.{module}"), attribute)
+        return command
+
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [CompletionItem(n, help=about) for n, (_, about) in COMMANDS.items() if n.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, context, incomplete)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="launcher")
 def launcher() -> None:
     """Run torchtitan's Llama-3 training on a Slurm cluster, or here, and read the result.
@@ -37,118 +78,6 @@ def launcher() -> None:
     \b
     Shell completion: eval "$(_LAUNCHER_COMPLETE=bash_source launcher)"     (or zsh_source, fish_source)
     """
-
-
-@launcher.group()
-def config() -> None:
-    """Settings and where they come from."""
-
-
-@config.command("show")
-@run_options
-@as_json
-def config_show(options: RunOptions, as_json: bool) -> None:
-    """Print every setting with its value and its origin.
-
-    \b
-    launcher config show --gpu b200 --recipe llama3-8b --image titan.sqsh
-    """
-    spec = spec_of(options, image_needed=False)
-    rows = [(key, value, spec.origin.get(key, "default")) for key, value in spec.values().items()]
-    if as_json:
-        print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
-        return
-    width = max(len(key) for key, _, _ in rows)
-    for key, value, origin in rows:
-        text = str(list(value) if isinstance(value, tuple) else value if value != "" else '""')
-        echo(f"{key:{width}}  {text}  {style(f'({origin})', dim=True)}")
-
-
-for _module in (
-    submit_commands,
-    run_commands,
-    results_commands,
-    judge_commands,
-    sweep_commands,
-    plan_commands,
-    report_commands,
-):
-    for _command in _module.COMMANDS:
-        launcher.add_command(_command)
-
-
-class _LaterGroup(click.Group):
-    """Its commands, COMMANDS in `module`, are imported when one is asked for: the others start faster without."""
-
-    def __init__(self, *arguments: Any, module: str, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.module = module
-
-    def list_commands(self, _context: click.Context) -> list[str]:
-        return list(self._commands())
-
-    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
-        return self._commands().get(name)
-
-    def _commands(self) -> dict[str, click.Command]:
-        from importlib import import_module
-
-        commands: dict[str, click.Command] = import_module(self.module).COMMANDS
-        return commands
-
-
-@launcher.group(cls=_LaterGroup, module="launcher.image.commands")
-def image() -> None:
-    """Build, convert, inspect and check the image that jobs run in.
-
-    \b
-    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
-    launcher image inspect titan-cpu-amd64.sqsh         what is in it
-    """
-
-
-@launcher.group(cls=_LaterGroup, module="launcher.stage.commands")
-def stage() -> None:
-    """Stage data, tokenizer, weights and images, verified.
-
-    They come to the file system that all nodes share.
-
-    \b
-    launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
-    launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
-    launcher stage verify /data/c4
-    """
-
-
-@launcher.group(cls=_LaterGroup, module="launcher.cluster.commands")
-def cluster() -> None:
-    """Show what this Slurm cluster is, and save its GPU profile.
-
-    \b
-    launcher cluster show                       Slurm, nodes, blocks, and the profile with its evidence
-    launcher cluster use gb200                  from now on the default of submit
-    launcher cluster nodes                      which nodes are left out, and why
-    """
-
-
-@launcher.command()
-@as_json
-def version(as_json: bool) -> None:
-    """Print the versions of the launcher and of what it uses."""
-    import platform
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as version_of
-
-    found = {"launcher": __version__, "python": platform.python_version()}
-    for package in ("click", "jinja2", "huggingface_hub", "rich", "torch", "torchtitan"):
-        try:
-            found[package] = version_of(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    if as_json:
-        print_json(found)
-    else:
-        echo(*(f"{name} {number}" for name, number in found.items()))
 
 
 def main() -> None:

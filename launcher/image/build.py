@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.files import data_dir
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.files import data_dir
+from launcher.base.values import whole
 from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
 from launcher.image.channels import Channel, channel, docker_arch, lock_path
 from launcher.image.engine import BuildRequest, Engine
 from launcher.image.lock import lock, need_lock, pinned
-from launcher.values import whole
 
 _IN_IMAGE = ("check.py", "describe.py", "channels.toml")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.files import data_dir
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.files import data_dir
 from launcher.image import ARCHES
 
 

@@ -10,12 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.files import data_dir
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.files import data_dir
+from launcher.base.values import parse_json
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.squashfs_file import superblock
-from launcher.values import parse_json
 
 # The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
 # namespaces of its own: nothing stays mounted, whatever happens, and there is no network.

@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.values import whole
 from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.export import ImageConfig, Report, docker_arch, rewrite
 from launcher.image.squashfs_file import SquashfsFormat, beside, mksquashfs_path, publish, write_squashfs
-from launcher.values import whole
 
 Say = Callable[[str], None]
 

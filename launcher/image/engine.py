@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError, install
+from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.image import ARCHES
 from launcher.image.interrupt import ctrl_c_waits
 from launcher.image.tars import tar_of_files, tar_of_folder

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.values import parse_json
 from launcher.image import ARCHES
 from launcher.image.squashfs_file import METADATA, elf_machine, follow
-from launcher.values import parse_json
 
 PIECE = 64 * 1024  # larger writes into a pipe cost several times the CPU
 BLOCK = tarfile.BLOCKSIZE

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.values import parse_json
 from launcher.image import ARCHES
 from launcher.image.squashfs_file import (
     METADATA,
@@ -27,7 +28,6 @@ from launcher.image.squashfs_file import (
     read_sidecar,
     superblock,
 )
-from launcher.values import parse_json
 
 TIMEOUT_S = 120  # for one unsquashfs; listing 50,000 files takes less than one second
 HINT = "apt-get install squashfs-tools    # 4.5 or newer: Debian 12, Ubuntu 22.04"

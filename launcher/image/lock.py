@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError, install
-from launcher.files import filesystem_error, write_text
+from launcher.base.errors import ExitStatus, LauncherError, install
+from launcher.base.files import filesystem_error, write_text
 from launcher.image import ARCHES
 from launcher.image.channels import Channel, channel, docker_arch, lock_path
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from launcher.errors import ExitStatus, LauncherError, quoted
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.config.options import FilePath
 from launcher.image import ARCHES
-from launcher.options import FilePath
 
 _WORD = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
 _REFERENCE = re.compile(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError, quoted
+from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError, install
-from launcher.files import data_dir, filesystem_error
+from launcher.base.errors import ExitStatus, LauncherError, install
+from launcher.base.files import data_dir, filesystem_error
 from launcher.image.build import dockerfile
 from launcher.image.channels import Channel, channel
 from launcher.image.check import is_file

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError, quoted
-from launcher.files import filesystem_error, read_json, write_json
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import filesystem_error, read_json, write_json
 
 COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 # ELF's e_machine -> uname's word

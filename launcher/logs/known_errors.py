@@ -10,10 +10,10 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from launcher.errors import quoted
-from launcher.follow import error_logs, last_lines
-from launcher.secret import masked
-from launcher.titan.log import first_error, open_log, plain_text
+from launcher.base.errors import quoted
+from launcher.base.secret import masked
+from launcher.logs.follow import error_logs, last_lines
+from launcher.logs.steps import first_error, open_log, plain_text
 
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
 TAIL_BYTES = 1 << 18

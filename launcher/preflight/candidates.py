@@ -8,11 +8,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from launcher.cluster.facts import ClusterFacts, Node, Partition
-from launcher.cluster.parse import expand
-from launcher.output import SHOWN
-from launcher.spec import RunSpec
-from launcher.values import whole
+from launcher.base.output import SHOWN
+from launcher.base.values import whole
+from launcher.config.spec import RunSpec
+from launcher.scheduler.facts import ClusterFacts, Node, Partition
+from launcher.scheduler.parse import expand
 
 # Node states out of which only an operator, or a node that comes back, leads.
 OUT = {"DOWN", "DRAIN", "ERROR", "FAIL", "FUTURE", "INVAL", "INVALID_REG", "NOT_RESPONDING", "UNKNOWN"}

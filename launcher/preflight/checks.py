@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 
-from launcher.cluster.facts import ClusterFacts
-from launcher.cluster.parse import compress, expand
-from launcher.errors import quoted
-from launcher.output import some
+from launcher.base.errors import quoted
+from launcher.base.finding import ERROR, OK, WARNING, Check
+from launcher.base.output import some
+from launcher.config.spec import RunSpec
 from launcher.preflight import hardware_checks as hardware
 from launcher.preflight import partition_checks as partition
 from launcher.preflight import placement_checks as placement
@@ -25,8 +25,8 @@ from launcher.preflight.candidates import (
     reasons,
     usable,
 )
-from launcher.preflight.check import ERROR, OK, WARNING, Check
-from launcher.spec import RunSpec
+from launcher.scheduler.facts import ClusterFacts
+from launcher.scheduler.parse import compress, expand
 
 
 def preflight(

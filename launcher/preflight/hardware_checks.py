@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
-from launcher.cluster.facts import ClusterFacts
-from launcher.cluster.parse import compress
-from launcher.errors import quoted
-from launcher.output import SHOWN, some
+from launcher.base.errors import quoted
+from launcher.base.finding import ERROR, OK, WARNING, Check
+from launcher.base.output import SHOWN, some
+from launcher.config.spec import RunSpec
 from launcher.preflight.candidates import Place, fitting, gpus_of, number_of
-from launcher.preflight.check import ERROR, OK, WARNING, Check
-from launcher.spec import RunSpec
+from launcher.scheduler.facts import ClusterFacts
+from launcher.scheduler.parse import compress
 
 UP_DAYS = 55  # five days to arrange a reboot in
 

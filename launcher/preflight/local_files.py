@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import ExitStatus, LauncherError, install, quoted
-from launcher.files import data_dir
-from launcher.preflight.check import ERROR, OK, WARNING, Check
-from launcher.spec import HUB, S3, RunSpec
+from launcher.base.errors import ExitStatus, LauncherError, install, quoted
+from launcher.base.files import data_dir
+from launcher.base.finding import ERROR, OK, WARNING, Check
+from launcher.config.spec import HUB, S3, RunSpec
 
 if TYPE_CHECKING:
     from launcher.image.inspect import ImageFacts
@@ -131,7 +131,7 @@ def check_weights(spec: RunSpec) -> None:
     """
     if not spec.job.init_from:
         return
-    from launcher.runtime import host_path, mounts
+    from launcher.config.runtime import host_path, mounts
     from launcher.titan import Refused
     from launcher.titan.weights import check_weights as check
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from launcher.cluster.facts import ClusterFacts
-from launcher.cluster.parse import seconds, time_text
-from launcher.errors import quoted
-from launcher.output import some
+from launcher.base.errors import quoted
+from launcher.base.finding import ERROR, OK, WARNING, Check
+from launcher.base.output import some
+from launcher.config.spec import RunSpec
 from launcher.preflight.candidates import Place, number_of
-from launcher.preflight.check import ERROR, OK, WARNING, Check
-from launcher.spec import RunSpec
+from launcher.scheduler.facts import ClusterFacts
+from launcher.scheduler.parse import seconds, time_text
 
 UNLESS_QOS = "the job would wait for ever, unless its QOS lifts the limit"
 

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from launcher.cluster.facts import Block, ClusterFacts
-from launcher.spec import RunSpec
+from launcher.config.spec import RunSpec
+from launcher.scheduler.facts import Block, ClusterFacts
 
 NVLINK_OVER_NODES = "NCCL_MNNVL_ENABLE"  # NCCL's switch for it: a profile that sets it has domains of several nodes
 CHOSEN = "chosen from the topology"  # how the origin of a segment begins that was not the user's

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.cluster.facts import SEGMENT_SINCE, Block, ClusterFacts
-from launcher.cluster.parse import expand
-from launcher.output import some
+from launcher.base.finding import ERROR, OK, WARNING, Check
+from launcher.base.output import some
+from launcher.config.spec import RunSpec
 from launcher.preflight import placement
 from launcher.preflight.candidates import Place, candidates, fitting, number_of, usable
-from launcher.preflight.check import ERROR, OK, WARNING, Check
-from launcher.spec import RunSpec
+from launcher.scheduler.facts import SEGMENT_SINCE, Block, ClusterFacts
+from launcher.scheduler.parse import expand
 
 NO_BLOCK = "Slurm would say: Requested topology configuration is not available, while nodes are idle"
 RACK = 18  # nodes that share an NVLink domain, where NVLink goes from node to node

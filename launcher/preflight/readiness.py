@@ -12,21 +12,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.cluster import slurm
-from launcher.cluster.detect import QUESTIONS, detect, detected
-from launcher.cluster.facts import ClusterFacts
-from launcher.cluster.parse import expand
-from launcher.errors import LauncherError
-from launcher.layers import merge, names_of, read_layer
+from launcher.base.errors import LauncherError
+from launcher.base.finding import WARNING, Check
+from launcher.config.layers import merge, names_of, read_layer
+from launcher.config.spec import RunSpec
 from launcher.preflight import placement
 from launcher.preflight.candidates import candidates, fitting, place_of, usable
-from launcher.preflight.check import WARNING, Check
 from launcher.preflight.checks import preflight
-from launcher.spec import RunSpec
+from launcher.scheduler import slurm
+from launcher.scheduler.detect import QUESTIONS, detect, detected
+from launcher.scheduler.facts import ClusterFacts
+from launcher.scheduler.parse import expand
 
 if TYPE_CHECKING:
-    from launcher.cluster.state import JobState
-    from launcher.runs import Run
+    from launcher.runs.directory import Run
+    from launcher.scheduler.state import JobState
 
 
 def look(spec: RunSpec, facts: ClusterFacts | None = None) -> tuple[RunSpec, list[Check]]:
@@ -83,7 +83,7 @@ def _unpacked_bytes(spec: RunSpec) -> int:
 
 def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, list[Check]]:
     """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
-    from launcher import bad_nodes
+    from launcher.nodes import bad_nodes
 
     now_s = time.time()
     checks = []

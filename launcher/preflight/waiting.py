@@ -14,14 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.facts import ClusterFacts, Node
-from launcher.cluster.parse import DATE, seconds
-from launcher.errors import quoted
-from launcher.output import some
+from launcher.base.errors import quoted
+from launcher.base.output import some
+from launcher.config.spec import RunSpec
+from launcher.logs.watch import duration
 from launcher.preflight import placement
 from launcher.preflight.candidates import HELD, OUT, Place, fitting, number_of, place_of
-from launcher.spec import RunSpec
-from launcher.watch import duration
+from launcher.scheduler.facts import ClusterFacts, Node
+from launcher.scheduler.parse import DATE, seconds
 
 
 @cache

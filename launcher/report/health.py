@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from launcher.errors import quoted
+from launcher.base.errors import quoted
 from launcher.report.figures import Heat, NodeCell, drawable, heat, work
 from launcher.results.accept import MAX_SPREAD, MAX_WAITING, THRESHOLD, Verdict, Word, judge, share_text
 from launcher.results.outcome import Outcome

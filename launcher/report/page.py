@@ -16,7 +16,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from launcher.output import plain
+from launcher.base.output import plain
 from launcher.report import charts, svg
 from launcher.report.figures import Heat, NodeCell, differences, drawable, gpu_types, percent
 from launcher.report.health import answers, health

@@ -11,9 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import ExitStatus, LauncherError, install
-from launcher.files import filesystem_error, write_bytes
-from launcher.output import plain
+from launcher.base.errors import ExitStatus, LauncherError, install
+from launcher.base.files import filesystem_error, write_bytes
+from launcher.base.output import plain
 from launcher.report.figures import (
     Line,
     Scaling,

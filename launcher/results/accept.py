@@ -12,13 +12,13 @@ from enum import StrEnum
 from statistics import median
 from typing import Any
 
-from launcher.cluster.state import GOING, WAITING
-from launcher.errors import ExitStatus
-from launcher.output import some
+from launcher.base.errors import ExitStatus
+from launcher.base.output import some
 from launcher.results.compare import noise
 from launcher.results.outcome import NodeResult, Outcome
 from launcher.results.published import NEAR, PUBLISHED, Match, best_match, described, same_version
 from launcher.results.rows import NON_FINITE, json_values
+from launcher.scheduler.state import GOING, WAITING
 
 THRESHOLD = 0.95  # of the baseline's tokens/s
 MAX_SPREAD = 0.05  # a node's tokens/s below the median of the other nodes

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.output import columns
+from launcher.base.output import columns
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
 from launcher.results.rows import json_values

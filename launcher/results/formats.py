@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.errors import LauncherError, quoted
-from launcher.output import plain
+from launcher.base.errors import LauncherError, quoted
+from launcher.base.output import plain
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.rows import (
     COLUMNS,

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import harmonic_mean, median, quantiles
 
+from launcher.logs.steps import StepRecord
 from launcher.results.outcome import NodeResult, Point, Spread
-from launcher.titan.log import StepRecord
 
 SAME_STEP_SECONDS = 2.0
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import LauncherError
-from launcher.files import data_dir
+from launcher.base.errors import LauncherError
+from launcher.base.files import data_dir
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.rows import peak_of
 

@@ -14,18 +14,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.state import JobState
-from launcher.errors import LauncherError
-from launcher.files import read_json
-from launcher.follow import node_logs
-from launcher.output import some
+from launcher.base.errors import LauncherError
+from launcher.base.files import read_json
+from launcher.base.output import some
+from launcher.logs.follow import node_logs
+from launcher.logs.steps import LogReader, StepRecord
 from launcher.results import measure
 from launcher.results.outcome import Outcome, Startup
 from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, peak_of, short_of
 from launcher.results.settings import count, settings_of, words
 from launcher.results.tensorboard import scalars
-from launcher.runs import Run
-from launcher.titan.log import LogReader, StepRecord
+from launcher.runs.directory import Run
+from launcher.scheduler.state import JobState
 
 VERSIONS = ("torch", "torchtitan", "cuda", "nccl", "driver", "python")
 _MIXED = ("gpu", "driver", "torch", "torchtitan", "cuda", "nccl")

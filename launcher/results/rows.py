@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.output import plain
+from launcher.base.output import plain
 from launcher.results.outcome import NodeResult, Outcome, Point
 
 # bf16 peaks in TFLOP/s that torchtitan 0.2 and 0.3 divide by, and 2450, the vendor's own figure for GB200.

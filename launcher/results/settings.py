@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launcher.files import read_bytes
-from launcher.output import some
-from launcher.runs import Run
-from launcher.secret import looks_secret
-from launcher.values import parse_toml
+from launcher.base.files import read_bytes
+from launcher.base.output import some
+from launcher.base.secret import looks_secret
+from launcher.base.values import parse_toml
+from launcher.runs.directory import Run
 
 _MOST = 10**9  # steps, nodes, sequences: more is damage, and Python refuses to print what is far longer
 _LONGEST = 1 << 20  # bytes of run.toml, which has some 6,000; more takes seconds to parse, and is damage

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from launcher.titan.log import open_log
+from launcher.logs.steps import open_log
 
 _LONGEST = 1 << 20  # bytes of a record; a scalar's has some 60, and a longer one is an image, a graph or damage
 _HEADER = struct.Struct("<QI")

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import LauncherError, quoted
+from launcher.base.errors import LauncherError, quoted
+from launcher.base.values import whole
 from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import find_token, list_files
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import gigabytes
-from launcher.values import whole
 
 REPO = "allenai/c4"
 README = "README.md"
@@ -99,7 +99,7 @@ def demand_from(text: str) -> Demand:
 
 
 def _demand_of_run(path: Path) -> Demand:
-    from launcher.layers import merge, read_layer
+    from launcher.config.layers import merge, read_layer
 
     fix = f"--for runs/NAME/run.toml, or {EXAMPLE}"
     try:

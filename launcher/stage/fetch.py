@@ -17,8 +17,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.output import say
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.output import say
 from launcher.stage.hub import Repo, pin
 from launcher.stage.manifest import (
     BLOCK,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from launcher.errors import ExitStatus, LauncherError, quoted
+from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.stage.hub_errors import status_of, translate, with_retries
 from launcher.stage.receive import Sink, WrongLength
 from launcher.stage.source import Checksums, check_answer, is_digest

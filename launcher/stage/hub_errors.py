@@ -9,12 +9,12 @@ from http.client import HTTPException
 from typing import TYPE_CHECKING, TypeVar
 from urllib.error import URLError
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.values import whole
 from launcher.stage.manifest import BLOCK
 from launcher.stage.receive import WrongLength
 from launcher.stage.target import Stopped
 from launcher.stage.web import BAD_ADDRESS
-from launcher.values import whole
 
 if TYPE_CHECKING:
     from launcher.stage.hub import Repo

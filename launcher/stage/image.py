@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.errors import ExitStatus, LauncherError, quoted
-from launcher.files import read_json, unreadable
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import read_json, unreadable
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.manifest import BLOCK, sha256_of
 from launcher.stage.progress import Progress

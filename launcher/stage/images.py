@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LauncherError, quoted
-from launcher.files import read_json
+from launcher.base.errors import LauncherError, quoted
+from launcher.base.files import read_json
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.stage.manifest import Problem, sha256_of
 from launcher.stage.progress import Progress

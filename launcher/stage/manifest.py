@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import __version__
-from launcher.errors import LauncherError
-from launcher.files import unreadable
+from launcher.base.errors import LauncherError
+from launcher.base.files import unreadable
+from launcher.base.values import parse_json
 from launcher.stage.source import is_digest, is_size
 from launcher.stage.target import DIRECTORY, STATE, Folder, safe_path
 from launcher.titan import LFS_POINTER
-from launcher.values import parse_json
 
 SCHEMA = 1
 KINDS = ("c4", "tokenizer", "model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.stage import tokenizer
 from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import HubFile, Repo, find_token, list_files

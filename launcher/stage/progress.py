@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
-from launcher.output import echo, is_terminal, plain
+from launcher.base.output import echo, is_terminal, plain
 from launcher.stage.target import gigabytes
 
 SECONDS_BETWEEN_LINES = 10.0

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.errors import ExitStatus, LauncherError, install
-from launcher.spec import S3_ADDRESS
+from launcher.base.errors import ExitStatus, LauncherError, install
+from launcher.config.spec import S3_ADDRESS
 from launcher.stage.manifest import LARGEST, Manifest, parse_manifest
 from launcher.stage.receive import Sink
 from launcher.stage.source import Checksums, check_answer

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from io import FileIO
 from typing import Any, Protocol
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.stage.target import safe_path
 
 LARGEST = 1 << 45  # bytes of a file: 35 TB, more than any place stores as one

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
 
-from launcher.errors import ExitStatus, LauncherError, quoted
-from launcher.files import write_bytes
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import write_bytes
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from launcher.errors import ExitStatus, LauncherError, quoted
-from launcher.runtime import host_path, mounts
-from launcher.spec import S3, SAMPLE, RunSpec
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.config.runtime import host_path, mounts
+from launcher.config.spec import S3, SAMPLE, RunSpec
 from launcher.stage.shards import (
     SHARD,
     SMALL,
@@ -96,7 +96,7 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
             )
         return spec, []
     if spec.job.data == SAMPLE:
-        from launcher import sample
+        from launcher.stage import sample
 
         train = tuple(sample.file_names("train", sample.TRAIN_FILES))
         return _with_view(spec, Staged(train, tuple(sample.file_names("validation", 1)))), []

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.values import parse_json, whole
 from launcher.stage.manifest import BLOCK
-from launcher.values import parse_json, whole
 
 # (offset, size) -> the bytes from `offset` up to `size`
 Reader = Callable[[int, int], Iterator[bytes]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.cluster.slurm_cluster import Cluster
 from tests.cluster.test_preflight_on_slurm import BARE, Command, command
 from tests.unit.node_place import FAKE_TORCH

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.cluster import test_launcher_on_slurm
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, slurm_run

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, User, slurm_run
 from tests.conftest import ROOT, say_it_trains

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.cluster.slurm_cluster import Cluster, User
 from tests.cluster.test_launcher_on_slurm import CPU_ON_GPU_NODES, DEBUG, Launch, install, stand_in
 from tests.unit.node_place import FAKE_RUN, FAKE_TORCH

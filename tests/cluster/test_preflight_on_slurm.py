@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, slurm_run
 from tests.conftest import ROOT

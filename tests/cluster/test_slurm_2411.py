@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, Release, missing_packages, running_cluster, slurm_run
 from tests.conftest import ROOT, say_it_trains, squashfs_head

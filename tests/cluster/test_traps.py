@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from launcher.image.squashfs_file import sidecar_path
 from tests.cluster.daemons import output, wait_for
 from tests.cluster.slurm_cluster import Cluster, finished_job, slurm_run

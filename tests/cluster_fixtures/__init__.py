@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.cluster.detect import QUESTIONS
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.scheduler.detect import QUESTIONS
 
 STAMP = "root@2026-03-04T05:06:07"
 PYXIS = """\

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.layers import Layer, find, merge, names_of, read_layer
-from launcher.render import render
-from launcher.spec import RunSpec, validate
+from launcher.config.layers import Layer, find, merge, names_of, read_layer
+from launcher.config.render import render
+from launcher.config.spec import RunSpec, validate
 
 HERE = Path(__file__).parent
 RUNTIMES = ("pyxis", "apptainer", "bare")

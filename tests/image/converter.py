@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image.convert import convert
 from launcher.image.export import ImageConfig
 from launcher.image.squashfs_file import SquashfsFormat

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built, build, dockerfile
 from launcher.image.channels import lock_path

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built, build
 from launcher.image.check import check

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import LauncherError, install
+from launcher.base.errors import LauncherError, install
 from launcher.image import build as building
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built, arches, build, created

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image.convert import FORMATS, image_config
 from launcher.image.export import ImageConfig, enroot_files
 from launcher.image.squashfs_file import SquashfsFormat, superblock

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import squashfs_file
 from launcher.image.convert import convert_with_enroot
 from launcher.image.export import Report, rewrite

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import inspect as module
 from launcher.image.inspect import ImageFacts, inspect, problems
 from launcher.image.squashfs_file import elf_machine, follow, read_sidecar, sidecar_path, superblock

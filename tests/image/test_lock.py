@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError, install
-from launcher.files import data_dir
+from launcher.base.errors import ExitStatus, LauncherError, install
+from launcher.base.files import data_dir
 from launcher.image import ARCHES
 from launcher.image import lock as locking
 from launcher.image.channels import Channel, channel, channels, lock_path

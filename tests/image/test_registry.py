@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image import registry
 from launcher.image.engine import Engine

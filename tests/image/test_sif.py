@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LauncherError, install
+from launcher.base.errors import LauncherError, install
 from launcher.image.sif import recipe, sif
 from tests.conftest import Launch
 from tests.image.images import CACHE, cpu_squashfs

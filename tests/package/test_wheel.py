@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.layers import names_of
+from launcher.config.layers import names_of
 from tests.conftest import ROOT
 
 

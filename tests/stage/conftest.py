@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import sample
-from launcher.stage import hub_errors
+from launcher.stage import hub_errors, sample
 from tests.stage.hub_server import Hub, running_hub
 
 TRAIN_FILES = 12

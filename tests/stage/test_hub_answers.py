@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import hub as hub_module
 from launcher.stage import s3, web

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image.squashfs_file import read_sidecar, sidecar_path, superblock
 from launcher.stage import target
 from launcher.stage.image import stage_image

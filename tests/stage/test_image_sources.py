@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import web
 from launcher.stage.image import stage_image

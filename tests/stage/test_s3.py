@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.stage import s3
 from launcher.stage.c4 import bring, plan_c4
 from launcher.stage.fetch import Outcome

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import LauncherError
-from launcher.layers import Layer, merge
-from launcher.runtime import mounts
-from launcher.spec import RunSpec, validate
+from launcher.base.errors import LauncherError
+from launcher.config.layers import Layer, merge
+from launcher.config.runtime import mounts
+from launcher.config.spec import RunSpec, validate
 from launcher.stage import view
 from launcher.titan import Refused
 from launcher.titan.data import check_streamed

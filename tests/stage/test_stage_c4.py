@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.stage.c4 import Demand, bring, demand_from, plan_c4
 from launcher.stage.fetch import JOBS
 from launcher.stage.shards import TOKENS_PER_FILE

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LauncherError
-from launcher.sample import write_c4_sample
+from launcher.base.errors import LauncherError
 from launcher.stage import hub as hub_module
 from launcher.stage import target as target_module
 from launcher.stage.inventory import verify
 from launcher.stage.manifest import read_manifest
+from launcher.stage.sample import write_c4_sample
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
 from tests.stage.test_stage_c4 import stage_c4, staged, train

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.stage import hub as hub_module
 from launcher.stage import hub_errors
 from launcher.stage.inventory import verify

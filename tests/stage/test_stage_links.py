@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import model, tokenizer
 from launcher.stage.image import stage_image

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.files import read_json
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.files import read_json
 from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import hub as hub_module
 from launcher.stage import image as image_module

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from launcher.sample import write_c4_sample
+from launcher.stage.sample import write_c4_sample
 from tests.train.test_real_trainer import (  # noqa: F401 (fixtures)
     PYTHONS,
     ROOT,

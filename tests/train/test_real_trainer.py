@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 
-from launcher import sample
-from launcher.cluster.state import JobState
 from launcher.results.read import outcome_of
-from launcher.runs import Run
+from launcher.runs.directory import Run
+from launcher.scheduler.state import JobState
+from launcher.stage import sample
 from launcher.titan import Refused
 from launcher.titan.command import config_files, trainer_arguments
 from tests.unit.test_titan_command import a_node, debug_node

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import sample
-from launcher.layers import Layer, merge
-from launcher.spec import RunSpec
+from launcher.config.layers import Layer, merge
+from launcher.config.spec import RunSpec
+from launcher.stage import sample
 from launcher.stage.view import plan, train_files, write
 from tests.conftest import ROOT, Launch
 from tests.train.test_real_trainer import PYTHONS, losses, versions

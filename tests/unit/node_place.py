@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher import sample
+from launcher.stage import sample
 from tests.unit.test_titan_command import LLAMA3_8B, debug_node
 
 ROOT = Path(__file__).parent.parent.parent

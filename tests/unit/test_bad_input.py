@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.conftest import Launch, squashfs_head
 from tests.unit.outcomes import write_run
 
@@ -149,8 +149,8 @@ def test_an_image_that_cannot_be_read_and_a_directory_that_cannot_be_written(ima
 def test_a_full_disk(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
-    from launcher import files
-    from launcher.errors import LauncherError
+    from launcher.base import files
+    from launcher.base.errors import LauncherError
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

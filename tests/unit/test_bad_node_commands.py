@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from launcher import bad_nodes, retry
-from launcher.bad_nodes import DAY_S, KEEP_S
-from launcher.errors import ExitStatus, LauncherError
-from launcher.render import render
-from launcher.runs import Run
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.commands import retry
+from launcher.config.render import render
+from launcher.nodes import bad_nodes
+from launcher.nodes.bad_nodes import DAY_S, KEEP_S
+from launcher.runs.directory import Run
 from tests.cluster_fixtures import FakeNode, install, partition_line
 from tests.cluster_fixtures import cluster as answers_of
 from tests.conftest import Launch
@@ -347,7 +348,7 @@ def test_ctrl_c_ends_the_retrying_too(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launcher.attach.wait_for_start", interrupted)
+    monkeypatch.setattr("launcher.runs.attach.wait_for_start", interrupted)
     with pytest.raises(SystemExit) as end:
         retry.follow(Run(unfit_run(workplace, "r", record("n0", ECC))), 1, lambda *_: pytest.fail(), False)
     said = capsys.readouterr().err

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from launcher import bad_nodes
-from launcher.bad_nodes import DAY_S, KEEP_S, BadNode
-from launcher.cluster.facts import ClusterFacts
-from launcher.layers import run_toml
-from launcher.preflight.check import ERROR, WARNING
+from launcher.base.finding import ERROR, WARNING
+from launcher.config.layers import run_toml
+from launcher.config.render import render
+from launcher.nodes import bad_nodes
+from launcher.nodes.bad_nodes import DAY_S, KEEP_S, BadNode
+from launcher.nodes.unfit import judge
 from launcher.preflight.checks import preflight
-from launcher.render import render
-from launcher.unfit import judge
+from launcher.scheduler.facts import ClusterFacts
 from tests.unit.bad_node_records import JUDGED, NOW
 from tests.unit.test_preflight import FOUR, cluster, found, run
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.errors import LauncherError
-from launcher.files import read_bytes, read_json
-from launcher.layers import read_layer
+from launcher.base.errors import LauncherError
+from launcher.base.files import read_bytes, read_json
+from launcher.base.values import parse_json, parse_toml, whole
+from launcher.config.layers import read_layer
 from launcher.stage.manifest import read_manifest
-from launcher.values import parse_json, parse_toml, whole
 
 HUGE = "9" * 5000
 # Address space of a command that reads a file of 6 GB: enough for Python and its libraries, not for the file.

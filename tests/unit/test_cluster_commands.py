@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.user_file import save
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.config.user_file import save
 from tests.cluster_fixtures import CLUSTERS, FakeNode, cluster, install, partition_line
 from tests.conftest import Launch
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launcher.cluster import parse, slurm
-from launcher.cluster.detect import detect
-from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
-from launcher.cluster.profile import contradictions, known_kinds, propose
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.scheduler import parse, slurm
+from launcher.scheduler.detect import detect
+from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
+from launcher.scheduler.profile import contradictions, known_kinds, propose
 from tests.cluster_fixtures import CLUSTERS, STAMP, FakeNode, answering, cluster, node_line, partition_line
 
 KINDS = known_kinds()

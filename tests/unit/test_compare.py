@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
 from launcher.results.compare import Comparison, Figure, as_dict, as_text, compare, noise
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.published import PUBLISHED, TABLE, best_match, published, rows_of

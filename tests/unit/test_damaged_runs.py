@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from launcher import attach, control
-from launcher.cluster.state import JobState
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.results.read import outcome_of
 from launcher.results.settings import steps_of
-from launcher.runs import Run, all_runs
+from launcher.runs import attach, control
+from launcher.runs.directory import Run, all_runs
+from launcher.scheduler.state import JobState
 from tests.unit.node_place import FAILED, Place
 from tests.unit.test_follow import step
 from tests.unit.test_read import Made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from launcher import __version__
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.conftest import ROOT, Launch
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs
-from launcher.titan import log
-from launcher.titan.log import first_error
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.logs import steps as log
+from launcher.logs.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs
+from launcher.logs.steps import first_error
 
 
 def step(number: int, tps: int = 17581, second: int | None = None, loss: float = 6.4277) -> str:
@@ -327,8 +327,8 @@ def test_what_cannot_be_read_is_named(
             raise OSError(number, os.strerror(number))
         return _Damaged(number)
 
-    monkeypatch.setattr("launcher.follow.open_log", refuse)
-    monkeypatch.setattr("launcher.titan.log.open_log", refuse)
+    monkeypatch.setattr("launcher.logs.follow.open_log", refuse)
+    monkeypatch.setattr("launcher.logs.steps.open_log", refuse)
     with pytest.raises(LauncherError) as caught:
         read(tmp_path)
     assert caught.value.what == f"cannot read {tmp_path}/0000-a.log: {os.strerror(number)}"

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.results.formats import BEGIN, END, csv_text, markdown, one_run, table, with_table
 from launcher.results.outcome import Outcome, Startup
 from launcher.results.published import rows_of, unlike

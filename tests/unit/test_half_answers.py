@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from launcher.bad_nodes import BadNode, without
-from launcher.cluster.detect import detect
-from launcher.cluster.facts import ClusterFacts
-from launcher.preflight.check import ERROR, OK, WARNING, Check, refusal
+from launcher.base.finding import ERROR, OK, WARNING, Check, refusal
+from launcher.config.spec import RunSpec
+from launcher.nodes.bad_nodes import BadNode, without
 from launcher.preflight.checks import preflight
 from launcher.preflight.readiness import placed
-from launcher.spec import RunSpec
+from launcher.scheduler.detect import detect
+from launcher.scheduler.facts import ClusterFacts
 from tests.cluster_fixtures import CLUSTERS, FakeNode, answering, cluster, install, node_line, partition_line
 from tests.conftest import Launch
 from tests.unit.test_preflight import PROFILES, found, run

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.layers import Layer, merge
-from launcher.render import render
+from launcher.config.layers import Layer, merge
+from launcher.config.render import render
 
 GETENT = """case "$1 $2" in
 "passwd "*) echo "u:x:0:0::/root:/bin/bash" ;;

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import build as building
 from launcher.image import check as checking
 from launcher.image import engine as docker_engine

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from launcher import cli
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
+from launcher.commands.image import image
 from launcher.image import engine as docker_engine
-from launcher.image.commands import COMMANDS
 from launcher.image.parameters import is_reference
 from launcher.image.squashfs_file import sidecar_path, superblock
 from tests.conftest import Launch
@@ -29,7 +29,7 @@ __all__ = ["api", "run"]  # fixtures
 # ------------------------------------------------------------------------------------------------------ help
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", image.commands)
 def test_every_command_explains_itself_with_an_example(run: Run, name: str) -> None:
     done = run(name, "--help")
     assert done.code == 0

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import resolve
-from launcher.errors import ExitStatus, LauncherError
-from launcher.layers import Layer
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.config import resolve
+from launcher.config.layers import Layer
 from launcher.preflight.local_files import check_image
 from tests.conftest import Launch
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.layers import find, merge, read_layer
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.config.layers import find, merge, read_layer
+from launcher.config.runtime import mounts
+from launcher.config.spec import Job, RunSpec
 from launcher.preflight.local_files import check_weights as check_at_submit
 from launcher.preflight.local_files import warnings
-from launcher.runtime import mounts
-from launcher.spec import Job, RunSpec
 from launcher.titan import Refused
 from launcher.titan.command import config_files, trainer_arguments
 from launcher.titan.recipe import Recipe

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.conftest import Launch
 
 STEP = "[rank0]:[titan] 2026-11-22 07:10:{s:02d},413 - root - INFO - step: {n:2d}  loss:  5.53478  grad_norm:  2.5933  memory:  0.70GiB(2.98%)  tps: 137  tflops: 0.01  mfu: 0.00%"
@@ -140,7 +140,7 @@ def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workpl
 
 
 def test_a_trainer_that_ignores_sigterm_is_killed(start, launch: Launch, workplace: Path, monkeypatch) -> None:
-    from launcher.cluster import local
+    from launcher.scheduler import local
 
     start(f"trap '' TERM; echo $$ >{workplace}/pid; while :; do sleep 0.1; done")
     while not (workplace / "pid").exists():

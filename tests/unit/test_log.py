@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.titan import log
-from launcher.titan.log import LogReader, StepRecord, first_error, parse_line, plain_text
+from launcher.logs import steps as log
+from launcher.logs.steps import LogReader, StepRecord, first_error, parse_line, plain_text
 
 PLAIN = (
     b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - step: 100  loss:  6.4277  grad_norm:  2.9062  "

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.logs.steps import StepRecord
 from launcher.results.measure import (
     Measured,
     after_warmup,
@@ -20,7 +21,6 @@ from launcher.results.measure import (
     measure,
     spread,
 )
-from launcher.titan.log import StepRecord
 
 STEPS = [1, *range(10, 101, 10)]
 unhurried = settings(deadline=None)  # a busy machine is no defect

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ExitStatus
-from launcher.spec import Job, RunSpec, node_config
+from launcher.base.errors import ExitStatus
+from launcher.config.spec import Job, RunSpec, node_config
 from tests.conftest import Launch
 from tests.unit.node_place import FAILED, FAKE_TORCH, Place, started
 from tests.unit.test_titan_command import LLAMA3_8B, debug_node

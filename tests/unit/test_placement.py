@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
-from launcher.layers import find, merge, read_layer
+from launcher.base.finding import OK, WARNING, Check
+from launcher.config.layers import find, merge, read_layer
+from launcher.config.render import render
+from launcher.config.spec import RunSpec
 from launcher.preflight import placement
-from launcher.preflight.check import OK, WARNING, Check
 from launcher.preflight.checks import preflight
 from launcher.preflight.readiness import placed
-from launcher.render import render
-from launcher.spec import RunSpec
+from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
 
 RACKS = tuple(Block(f"rack-{r}", tuple(f"r{r}n{i:02d}" for i in range(18))) for r in range(1, 4))
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from launcher import plan
+from launcher.config.spec import MAX_NODES, Job, Profile, RunSpec
+from launcher.plan import plan
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
-from launcher.spec import MAX_NODES, Job, Profile, RunSpec
 from launcher.titan.recipe import Recipe
 from launcher.titan.weights import SHAPES
 from tests.conftest import ROOT, Launch

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster.facts import Block, ClusterFacts, Node, Partition
-from launcher.errors import ExitStatus
-from launcher.layers import find, merge, names_of, read_layer
-from launcher.preflight.check import ERROR, OK, WARNING, Check, refusal
+from launcher.base.errors import ExitStatus
+from launcher.base.finding import ERROR, OK, WARNING, Check, refusal
+from launcher.config.layers import find, merge, names_of, read_layer
+from launcher.config.spec import RunSpec
 from launcher.preflight.checks import preflight
-from launcher.spec import RunSpec
+from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
 from tests.conftest import Launch
 
 Fake = Callable[[str, str], Path]

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from launcher.errors import LauncherError
-from launcher.layers import Layer, merge
-from launcher.render import render
-from launcher.spec import RunSpec, validate
+from launcher.base.errors import LauncherError
+from launcher.config.layers import Layer, merge
+from launcher.config.render import render
+from launcher.config.spec import RunSpec, validate
 
 NASTY = "a b'c\"d$(touch pwned)`id`\\ \\n;&|<>*?[x]{y}~#!%é漢🙂\t"
 TEXT = st.one_of(st.text(min_size=1, max_size=60), st.text(" '\"$()`\\;&|*#!%,:=/", min_size=1, max_size=30))

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster.state import JobState
 from launcher.results.outcome import Outcome, Startup
 from launcher.results.read import outcome_of
 from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, as_dict
-from launcher.runs import Run
+from launcher.runs.directory import Run
+from launcher.scheduler.state import JobState
 from tests.unit.test_tensorboard import scalar
 
 DONE, RUNNING, FAILED = (

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster import parse
-from launcher.errors import ExitStatus
-from launcher.preflight.check import WARNING
+from launcher.base.errors import ExitStatus
+from launcher.base.finding import WARNING
 from launcher.preflight.checks import preflight
+from launcher.scheduler import parse
 from tests.cluster_fixtures import CLUSTERS, FakeNode, cluster, install, node_line, partition_line
 from tests.conftest import Launch, say_it_trains, squashfs_head
 from tests.unit.test_preflight import FOUR, found, run

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.output import plain
+from launcher.base.output import plain
 from launcher.report import svg
 from launcher.report.charts import of_gpu
 from launcher.report.figures import (

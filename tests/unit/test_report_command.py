@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.report.commands import report
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.commands.report import report
 from tests.unit.test_follow import step
 
 NODE = {

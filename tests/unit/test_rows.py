@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.logs.steps import StepRecord, parse_line
 from launcher.results.outcome import NodeResult, Outcome, Point, Spread
 from launcher.results.rows import (
     NON_FINITE,
@@ -25,7 +26,6 @@ from launcher.results.rows import (
     peak_of,
     summary_line,
 )
-from launcher.titan.log import StepRecord, parse_line
 from tests.unit.outcomes import nodes, outcome, spread
 
 # Published rows: GPU, nodes, GPUs, batch size, step, loss, grad norm, memory GiB and %, tokens/s, TFLOP/s, MFU.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import sample
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
+from launcher.stage import sample
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.cluster.slurm import SBATCH_ERRORS, Refused
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
+from launcher.scheduler.slurm import SBATCH_ERRORS, Refused
 
 FAILED = "sbatch: error: Batch job submission failed: "
 SAID = {

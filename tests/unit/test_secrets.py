@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from launcher.logs.known_errors import Failure
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
+from launcher.base.secret import looks_secret
+from launcher.logs.known_errors import Failure
 from launcher.results.settings import settings_of
-from launcher.runs import Run
-from launcher.secret import looks_secret
+from launcher.runs.directory import Run
 from tests.conftest import Launch
 from tests.unit.test_submission import SUBMIT, Fake, slurm
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
-from launcher.runs import remove_left_over
+from launcher.base.errors import ExitStatus
+from launcher.runs.directory import remove_left_over
 from tests.conftest import Launch
 from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, start, wait_for
 

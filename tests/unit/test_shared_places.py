@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import LauncherError
-from launcher.files import write_text
+from launcher.base.errors import LauncherError
+from launcher.base.files import write_text
 from launcher.titan import Refused, caches
 
 

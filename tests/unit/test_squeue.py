@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster import slurm
-from launcher.errors import LauncherError
+from launcher.base.errors import LauncherError
+from launcher.scheduler import slurm
 
 Fake = Callable[[str, str], Path]
 

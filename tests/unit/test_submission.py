@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.conftest import Launch
 
 Fake = Callable[[str, str], Path]
@@ -127,7 +127,7 @@ def test_an_answer_that_says_nothing(script: str, taken: bool, launch: Launch, s
 
 
 def test_a_hanging_sbatch_is_bounded(launch: Launch, slurm: Fake, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.cluster import slurm as module
+    from launcher.scheduler import slurm as module
 
     slurm("sbatch", "sleep 600")
     monkeypatch.setattr(module, "SUBMIT_S", 0.3)
@@ -136,8 +136,8 @@ def test_a_hanging_sbatch_is_bounded(launch: Launch, slurm: Fake, image: Path, m
 
 
 def test_a_hanging_squeue_is_bounded(slurm: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.cluster import slurm as module
-    from launcher.errors import LauncherError
+    from launcher.base.errors import LauncherError
+    from launcher.scheduler import slurm as module
 
     slurm("squeue", "exec sleep 600")
     monkeypatch.setattr(module, "ANSWER_S", 0.3)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ExitStatus
+from launcher.base.errors import ExitStatus
 from tests.conftest import Launch
 from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, start, wait_for
 

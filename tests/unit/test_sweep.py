@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import sweep
-from launcher.cluster.state import JobState
-from launcher.errors import ExitStatus, LauncherError
-from launcher.spec import Job, RunSpec
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.config.spec import Job, RunSpec
+from launcher.scheduler.state import JobState
+from launcher.sweep import table as sweep
 from launcher.titan.recipe import Recipe
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome, spread

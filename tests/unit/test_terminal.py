@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from launcher.base.errors import quoted
+from launcher.base.output import echo, plain, style
 from launcher.cli import main
-from launcher.errors import quoted
 from launcher.image.squashfs_file import sidecar_path
-from launcher.output import echo, plain, style
 from tests.conftest import ROOT
 from tests.unit.bad_node_records import ECC, record
 from tests.unit.outcomes import write_run

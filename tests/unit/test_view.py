@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.errors import ExitStatus, LauncherError
-from launcher.layers import Layer, merge
-from launcher.runtime import host_path, mounts
-from launcher.spec import RunSpec, node_config, validate
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.config.layers import Layer, merge
+from launcher.config.runtime import host_path, mounts
+from launcher.config.spec import RunSpec, node_config, validate
 from launcher.stage.c4 import Demand
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
 from launcher.stage.target import Folder

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster.facts import Block, ClusterFacts, Partition
 from launcher.preflight.waiting import explain, fewer, meaning, reasons
+from launcher.scheduler.facts import Block, ClusterFacts, Partition
 from tests.conftest import Launch
 from tests.unit.test_preflight import cluster, node, run
 from tests.unit.test_preflight import slurm as slurm

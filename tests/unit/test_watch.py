@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.follow import Progress
-from launcher.titan.log import plain_text
-from launcher.watch import duration, plain_line, watch
+from launcher.logs.follow import Progress
+from launcher.logs.steps import plain_text
+from launcher.logs.watch import duration, plain_line, watch
 
 SEEN = Progress(
     step=20,
@@ -148,7 +148,7 @@ def test_the_cursor_comes_back_after_an_interrupt(terminal: io.StringIO) -> None
 
 def test_a_pipe_never_loads_rich() -> None:
     code = (
-        "import io, sys; from launcher.watch import watch; watch(iter(()), io.StringIO(), False); "
+        "import io, sys; from launcher.logs.watch import watch; watch(iter(()), io.StringIO(), False); "
         "sys.exit('rich' in sys.modules)"
     )
     root = Path(__file__).parents[2]

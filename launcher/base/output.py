@@ -1,0 +1,142 @@
+"""What is printed, and how: colour only on terminals, nothing that drives one, JSON, errors."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from launcher.base.errors import LauncherError
+from launcher.base.secret import masked
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class ReaderGone(Exception):
+    """Whoever read what is printed has gone, as in `launcher logs | head`."""
+
+
+class PipedGroup(click.Group):
+    """A group out of which a broken pipe comes as ReaderGone: click itself makes exit code 1 of it."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _pipe_may_break():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _pipe_may_break():
+            return super().invoke(context)
+
+
+@contextmanager
+def _pipe_may_break() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderGone from error
+
+
+def age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def clock(at_s: float) -> str:
+    """Seconds since 1970 as this machine's date and time of day."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
+    except (OSError, OverflowError, ValueError):  # a damaged record
+        return "?"
+
+
+def is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()  # None: closed by the caller, as in `launcher ... <&-`
+
+
+def columns(rows: Sequence[Sequence[str]], left: int = 99) -> list[str]:
+    """Side by side, each as wide as it needs: `left` of them to the left, then figures to the right; the last as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[-1] = 0
+    return [
+        "  ".join(
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def plain(text: str) -> str:
+    """Words of other programs and of files on one line, without what could drive a terminal, reorder or hide text."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+_OURS = secrets.token_hex(8)  # begins each of our colours: what was written elsewhere cannot hold it
+
+
+def style(text: str, **how: Any) -> str:
+    """`text` in a colour that `echo` lets through; that of any other text is cleaned away."""
+    return click.style(plain(text), **how).replace("\x1b", _OURS)
+
+
+def echo(*lines: str, **where: Any) -> None:
+    """Everything that people read is printed here. Each line stays one, whatever a name or a message in it holds."""
+    text = "\n".join(plain(line.expandtabs()) for line in lines).replace(_OURS, "\x1b")
+    click.echo(text, color=False if os.environ.get("NO_COLOR") else None, **where)  # None: by the terminal
+
+
+def echo_file(text: str) -> None:
+    """What is meant for a file reaches a pipe unchanged; on a terminal it is text like any other."""
+    if is_terminal(sys.stdout):
+        echo(*text.split("\n"), nl=False)
+    else:
+        click.echo(text, nl=False)
+
+
+def never_fail(*streams: Any) -> None:
+    """What a stream's encoding lacks is written as an escape; a stream of a test's own is left alone."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """In ASCII: nothing in it drives a terminal, and no stream's encoding can break it."""
+    import json
+
+    click.echo(json.dumps(value, indent=indent))
+
+
+def say(line: str) -> None:
+    """What is going on, for people: results go to standard output, this does not."""
+    echo(line, err=True)
+
+
+def warn(text: str) -> None:
+    echo(f"{style('warning:', fg='yellow')} {text}", err=True)
+
+
+def print_error(error: LauncherError) -> None:
+    echo(f"{style('error:', fg='red')} {masked(error.what)}", err=True)
+    if error.original:
+        echo(*(f"  | {masked(line)}" for line in error.original.splitlines()[:20]), err=True)
+    if error.fix:
+        echo(f"  {style('try:', fg='green')} {masked(error.fix)}", err=True)
+
+
+SHOWN = 3  # names in a message
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

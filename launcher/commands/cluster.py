@@ -1,0 +1,237 @@
+"""The commands `launcher cluster ...`: what they take and what they print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.output import as_json, echo, print_json, warn
+from launcher.commands.nodes import nodes
+from launcher.config.options import FilePath
+
+if TYPE_CHECKING:
+    from launcher.scheduler.facts import ClusterFacts, Node
+    from launcher.scheduler.profile import Proposal
+
+MOST_LINES = 20  # of reasons and of blocks; --json has them all
+_partition = click.option("--partition", "-p", default="", help="Slurm partition.  [default: Slurm's own]")
+
+
+@click.command()
+@_partition
+@as_json
+def show(partition: str, as_json: bool) -> None:
+    """Show what this cluster is, and the profile that fits.
+
+    Slurm and its features, nodes, blocks, and the GPU profile with its evidence.
+
+    \b
+    launcher cluster show
+    launcher cluster show --partition batch --json
+    """
+    from launcher.scheduler.detect import detect
+    from launcher.scheduler.profile import known_kinds, propose
+
+    facts = detect().require(partition)
+    nodes = facts.nodes_of(partition)
+    proposal = propose(nodes, known_kinds())
+    if as_json:
+        print_json(_as_dict(facts, nodes, proposal))
+        return
+    echo(*_slurm_lines(facts), *_node_lines(facts, nodes, partition), *_profile_lines(proposal))
+    for note in facts.notes:
+        warn(note)
+
+
+@click.command()
+@click.argument("name", required=False, default="", metavar="[PROFILE]")
+@_partition
+@click.option(
+    "--config",
+    type=FilePath(path_type=Path),
+    metavar="FILE",
+    envvar="LAUNCHER_CONFIG",
+    show_envvar=True,
+    help="File to save it in.  [default: ~/.config/titan-launcher/config.toml]",
+)
+@as_json
+def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
+    """Save the GPU profile as the default of `submit`.
+
+    With the partition, if given. Without a name: the one that fits.
+
+    \b
+    launcher cluster use gb200
+    launcher cluster use h200 --partition batch
+    """
+    from launcher.config.layers import absolute, find, read_layer
+    from launcher.config.user_file import default_path, save
+    from launcher.scheduler.detect import detect
+    from launcher.scheduler.profile import contradictions, known_kinds, propose
+
+    if name:
+        name = str(absolute("job.gpu", name, Path.cwd()))
+        read_layer(find("profiles", name, "launcher cluster use"), "")
+    kinds, against = known_kinds(), []
+    try:
+        nodes = detect().require(partition).nodes_of(partition)
+    except LauncherError as error:
+        if not name or error.status is not ExitStatus.CLUSTER:
+            raise
+        warn(f"not compared with the nodes: {error.what}")
+        nodes = ()
+    if not name:
+        proposal = propose(nodes, kinds)
+        if not proposal.profile:
+            raise LauncherError(
+                "no profile fits for sure: " + ("; ".join(proposal.contradictions) or "nothing names the GPU"),
+                f"say which: launcher cluster use {'|'.join(proposal.candidates or kinds)}",
+                status=ExitStatus.NOT_FOUND,
+            )
+        name, against = proposal.profile, list(proposal.contradictions)
+    elif nodes:
+        against = contradictions(name, nodes, kinds)
+    for text in against:
+        warn(text)
+    path = config or default_path()
+    values = {"gpu": name} | ({"partition": partition} if partition else {})
+    save(path, "job", values)
+    if as_json:
+        print_json({"file": str(path), "job": values, "contradictions": against})
+    else:
+        said = ", ".join(f"{key} = {value}" for key, value in values.items())
+        echo(f"{said}: saved in {path}")
+
+
+def _slurm_lines(facts: ClusterFacts) -> list[str]:
+    version = ".".join(f"{number:02d}" for number in facts.slurm) if facts.slurm else "of unknown version"
+    segment = "--segment works" if facts.segment else "no --segment"
+    segment = "whether --segment works is unknown" if facts.segment_unknown else segment
+    accounting = {True: "on", False: "off: Slurm forgets a job minutes after its end", None: "unknown"}
+    images = {
+        True: ", images are mounted with squashfuse",
+        False: ", images are unpacked on every node",
+        None: "",
+    }
+    pyxis = f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
+    if facts.pyxis is None and "srun" in facts.unread:
+        pyxis = "unknown"
+    rows = [
+        ("cluster", f"{facts.name or '(name unknown)'}, Slurm {version}"),
+        ("topology", f"{facts.topology or 'unknown'}, {segment}"),
+        ("accounting", accounting[facts.accounting]),
+        ("Pyxis", pyxis),
+    ]
+    if facts.pyxis_options:
+        rows.append(("", " ".join(facts.pyxis_options)))
+    by_name = {node.name: node for node in facts.nodes}
+    for partition in facts.partitions:
+        members = [by_name[name] for name in partition.nodes if name in by_name]
+        limit = "limits unknown" if partition.guessed else _hours(partition.max_time_s)
+        most = f", at most {partition.max_nodes} nodes a job" if partition.max_nodes else ""
+        star = "*" if partition.default else ""
+        rows.append(
+            (
+                "partition",
+                f"{partition.name}{star} {partition.state.lower() or 'state unknown'}, {limit}{most}: {_states(members)}",
+            )
+        )
+    return [_row(*row) for row in rows]
+
+
+def _node_lines(facts: ClusterFacts, nodes: tuple[Node, ...], partition: str) -> list[str]:
+    from launcher.scheduler.parse import compress
+
+    default = facts.partition()
+    where = partition or (default.name if default else "all partitions")
+    lines = ["", f"Nodes of {where}"]
+    sorts: dict[tuple[Any, ...], list[str]] = {}
+    for node in nodes:
+        key = (node.gpus, node.gpu_type, node.arch, node.cpus, node.memory_mib, node.features)
+        sorts.setdefault(key, []).append(node.name)
+    for (gpus, kind, arch, cpus, memory, features), names in sorts.items():
+        has = f"{gpus} GPUs{f' ({kind})' if kind else ''}" if gpus else "no GPUs"
+        text = f"{len(names)} x {has}, {arch or 'architecture unknown'}, {cpus} CPUs, {memory / 1024:.0f} GiB"
+        text += f", features {','.join(features)}" if features else ""
+        lines.append(_row("", f"{text}: {_clip(compress(names))}"))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for node in nodes:
+        if node.reason or not ({"IDLE", "ALLOCATED", "MIXED"} & node.states):
+            reasons.setdefault((node.state, node.reason), []).append(node.name)
+    shown = [
+        (state, f"{_clip(compress(names))}: {reason or 'no reason given'}")
+        for (state, reason), names in reasons.items()
+    ]
+    lines += _most(shown)
+    here = {node.name for node in nodes}
+    blocks = [b for b in facts.blocks if not b.nodes or here.intersection(b.nodes)]
+    free = {node.name for node in nodes if node.free}
+    lines += _most([("block", f"{b.name}: {len(b.nodes)} nodes, {len(free & set(b.nodes))} idle") for b in blocks])
+    return lines
+
+
+def _profile_lines(proposal: Proposal) -> list[str]:
+    lines = ["", f"Profile: {proposal.profile or 'none fits for sure'}"]
+    lines += [
+        _row("for" if e.names else "fits", f"{e.what}: {', '.join(e.profiles) or 'no profile'}")
+        for e in proposal.evidence
+    ]
+    lines += [_row("against", text) for text in proposal.contradictions]
+    choice = proposal.profile or "|".join(proposal.candidates) or "PROFILE"
+    return [*lines, f"Save it: launcher cluster use {choice}"]
+
+
+def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -> dict[str, Any]:
+    """The facts as JSON takes them; `nodes` in place of all, each with its state in one word."""
+    free = {node.name for node in facts.nodes if node.free}
+    values = {key: value for key, value in vars(facts).items() if key not in ("nodes", "partitions", "blocks")}
+    return values | {
+        "partitions": [vars(p) for p in facts.partitions],
+        "nodes": [vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free} for n in nodes],
+        "blocks": [vars(b) | {"idle": len(free & set(b.nodes))} for b in facts.blocks],
+        "proposal": asdict(proposal),
+    }
+
+
+def _states(nodes: list[Node]) -> str:
+    counts = Counter(node.state for node in nodes)
+    return f"{len(nodes)} nodes" + (f" ({', '.join(f'{n} {s}' for s, n in counts.most_common())})" if nodes else "")
+
+
+def _hours(seconds: int | None) -> str:
+    if seconds is None:
+        return "no time limit"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.4g} h"
+
+
+def _most(rows: list[tuple[str, str]]) -> list[str]:
+    lines = [_row(*row) for row in rows[:MOST_LINES]]
+    return lines + ([_row("", f"... {len(rows) - MOST_LINES} more: --json")] if len(rows) > MOST_LINES else [])
+
+
+def _row(title: str, text: str) -> str:
+    return f"  {title:<14} {text}".rstrip()
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+@click.group()
+def cluster() -> None:
+    """Show what this Slurm cluster is, and save its GPU profile.
+
+    \b
+    launcher cluster show                       Slurm, nodes, blocks, and the profile with its evidence
+    launcher cluster use gb200                  from now on the default of submit
+    launcher cluster nodes                      which nodes are left out, and why
+    """
+
+
+for _command in (show, use, nodes):
+    cluster.add_command(_command)

@@ -1,0 +1,430 @@
+"""The commands `launcher image ...`: what they take and what they print. The work is done by the modules beside this one.
+
+Progress goes to standard error; standard output has the names of what was made, one per line, or JSON.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.output import as_json, echo, echo_file, print_json, say, style
+from launcher.config.options import FilePath
+from launcher.image import ARCHES
+from launcher.image.parameters import (
+    ImageName,
+    TargetPath,
+    file_name,
+    image_reference,
+    is_reference,
+    no_password,
+    target_path,
+)
+
+if TYPE_CHECKING:
+    from launcher.image.build import Built
+    from launcher.image.engine import Engine
+    from launcher.image.inspect import ImageFacts
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_STATUS_COLOURS = {"ok": "green", "failed": "red", "skipped": "yellow"}
+
+
+# ------------------------------------------------------------------------------------ arguments and options
+
+
+class _WithChannels(click.Command):
+    """A command whose help lists the channels."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        from launcher.image.channels import channels
+
+        with formatter.section("Channels"):
+            formatter.write_dl([(channel.name, channel.about) for channel in channels().values()])
+
+
+def _channel_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    from launcher.image.channels import channels
+
+    return [name for name in channels() if name.startswith(incomplete)]
+
+
+def _profile_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    from launcher.config.layers import names_of
+
+    return [name for name in names_of("profiles") if name.startswith(incomplete)]
+
+
+_channel = click.argument("channel", default="nightly", shell_complete=_channel_names)
+_torch_index = click.option(
+    "--torch-index",
+    metavar="URL",
+    callback=no_password,
+    help="Where torch comes from, in place of the channel's own index; '': from where all other packages do.",
+)
+_purpose = click.option(
+    "--for",
+    "purpose",
+    type=click.Choice(["unpack", "mount"]),
+    default="unpack",
+    show_default=True,
+    help="What nodes do with the file. unpack: it is small (zstd); mount, by squashfuse: it is cheap to read (lz4).",
+)
+_lock_file = FilePath(path_type=Path, dir_okay=False)
+_force = click.option("--force", is_flag=True, help="Replace a file that exists.")
+
+
+def _arch(default: str | None, about: str) -> Decorator:
+    choice = click.Choice([*ARCHES, "all"])
+    return click.option("--arch", type=choice, default=default, help=f"Architecture.  [default: {about}]")
+
+
+def _output(about: str, *, directory: bool = True) -> Decorator:
+    kind = TargetPath(path_type=Path, dir_okay=directory)
+    return click.option("--output", "-o", type=kind, metavar="PATH", help=about)
+
+
+# ------------------------------------------------------------------------------------------- the commands
+
+
+@click.command("build", cls=_WithChannels)
+@_channel
+@_arch(None, "the Docker engine's own")
+@_output("Also convert it: a directory, which gets titan-CHANNEL-ARCH.sqsh, or a file's name.")
+@_purpose
+@_force
+@click.option(
+    "--tag",
+    default="",
+    metavar="NAME:TAG",
+    callback=image_reference,
+    help="Its name in the engine.  [default: titan:CHANNEL-ARCH]",
+)
+@click.option(
+    "--base",
+    default="",
+    metavar="IMAGE",
+    callback=image_reference,
+    help="Base image in place of the channel's own.",
+)
+@click.option("--lock", type=_lock_file, metavar="FILE", help="Lock file in place of the channel's own.")
+@_torch_index
+@click.option("--index-url", default="", metavar="URL", callback=no_password, help="A mirror of PyPI for the build.")
+@click.option("--network", default="", metavar="NAME", help="Network of the build's steps, such as 'host'.")
+@click.option("--no-cache", is_flag=True, help="Build every layer anew.")
+@click.option(
+    "--push",
+    "reference",
+    metavar="REFERENCE",
+    help="Push what was built, as one manifest list of its architectures: registry/path:tag.",
+)
+@as_json
+def build_command(
+    channel: str,
+    arch: str | None,
+    output: Path | None,
+    purpose: str,
+    force: bool,
+    tag: str,
+    base: str,
+    lock: Path | None,
+    torch_index: str | None,
+    index_url: str,
+    network: str,
+    no_cache: bool,
+    reference: str | None,
+    as_json: bool,
+) -> None:
+    """Build a channel's image with the Docker engine.
+
+    CHANNEL is nightly by default. A channel that has no lock yet gets one first.
+
+    \b
+    launcher image build
+    launcher image build stable --arch arm64 -o /data
+    launcher image build stable --arch all --push registry.example.com/titan:stable
+    """
+    from launcher.image import build as building
+    from launcher.image import channels
+    from launcher.image import engine as docker_engine
+    from launcher.image.convert import FORMATS, convert_image
+    from launcher.image.registry import check_push
+    from launcher.image.squashfs_file import mksquashfs_path
+
+    channels.channel(channel)
+    if reference is not None:
+        check_push(reference)
+    engine = docker_engine.connect()
+    arches = building.arches(arch or "", engine)
+    if len(arches) > 1 and (tag or lock or (output and not output.is_dir())):
+        raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
+    files = {}
+    if output:  # a build takes minutes: what would stop it at its end stops it here
+        mksquashfs_path()
+        files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
+    built = []
+    for arch in arches:
+        image = building.build(
+            channel,
+            arch,
+            engine=engine,
+            tag=tag,
+            base=base,
+            lock_file=lock,
+            torch_index=torch_index,
+            index_url=index_url,
+            network=network,
+            no_cache=no_cache,
+            say=say,
+        )
+        built.append(image)
+        if arch in files:
+            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
+    pushed = _push(built, arches, reference, engine) if reference else None
+    if as_json:
+        names = {arch: click.format_filename(path) for arch, path in files.items()}
+        images = [asdict(image) | {"squashfs": names.get(image.arch)} for image in built]
+        return print_json({"images": images, "pushed": pushed})
+    for image in built:
+        echo(str(files.get(image.arch, image.tag)))
+    if pushed:
+        echo(f"{pushed['reference']}@{pushed['digest']}")
+    for path in files.values():
+        say(f"  next: launcher submit --image {quoted(path)}")
+
+
+def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
+    from launcher.image.registry import manifest_list, push
+
+    pushed = [push(image.tag, reference, engine=engine, say=say) for image in built]
+    digest = manifest_list(reference, pushed, arches=arches, engine=engine, say=say)
+    return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
+
+
+@click.command("convert")
+@click.argument("image", type=ImageName(file=False))
+@_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sqsh]")
+@_purpose
+@click.option("--with", "tool", type=click.Choice(["enroot"]), help="Let `enroot import` do it.")
+@_force
+@as_json
+def convert_command(
+    image: str, output: Path | None, purpose: str, tool: str | None, force: bool, as_json: bool
+) -> None:
+    """Turn an IMAGE of the engine into a squashfs for Pyxis.
+
+    Nothing is unpacked, and neither enroot nor root is needed. Beside the file comes FILE.json: what is in it.
+
+    \b
+    launcher image convert titan:stable-arm64
+    launcher image convert titan:stable-arm64 -o /data/titan.sqsh --for mount
+    """
+    from launcher.base.files import read_json
+    from launcher.image import engine as docker_engine
+    from launcher.image.convert import FORMATS, convert_image, convert_with_enroot
+    from launcher.image.squashfs_file import sidecar_path
+
+    engine = docker_engine.connect()
+    about = docker_engine.inspect(engine, image)
+    path = target_path(output, file_name(about, ".sqsh"), force)
+    if tool == "enroot":
+        convert_with_enroot(image, path, fmt=FORMATS[purpose], image_id=str(about["Id"]), say=say)
+    else:
+        convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
+    if as_json:
+        print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
+    else:
+        echo(str(path))
+
+
+@click.command("inspect")
+@click.argument("file", type=FilePath(path_type=Path), metavar="FILE.sqsh")
+@click.option("--gpu", metavar="PROFILE", shell_complete=_profile_names, help="Would it run on these nodes?")
+@click.option("--driver", metavar="VERSION", help="Would it run with this NVIDIA driver, such as 580.95.05?")
+@as_json
+def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bool) -> None:
+    """Tell what is in a squashfs, whoever made it.
+
+    With --gpu or --driver also whether it would run there; exit code 3 where it would not.
+
+    \b
+    launcher image inspect titan-stable-arm64.sqsh
+    launcher image inspect titan-stable-arm64.sqsh --gpu gb200 --driver 570.124.06
+    """
+    from launcher.config.layers import find, read_layer
+    from launcher.image.check import is_file
+    from launcher.image.inspect import inspect, problems
+
+    if driver is not None and not re.fullmatch(r"\d+(\.\d+)*", driver):
+        raise click.BadParameter(f"{driver[:40]!r} is no version such as 580.95.05", param_hint="--driver")
+    profile: Mapping[str, Any] = {}
+    if gpu:
+        profile = read_layer(find("profiles", gpu), f"profile {gpu}").values
+    if not os.path.lexists(file) and not is_file(str(file)) and is_reference(str(file)):
+        name = quoted(file)
+        raise LauncherError(
+            f"{file}: no such file; an image of the Docker engine is no file yet",
+            f"launcher image check {name}, or: launcher image convert {name}",
+        )
+    facts = inspect(file)
+    found = []
+    if gpu or driver:
+        nodes = [str(profile.get(f"profile.{key}", "")) for key in ("arch", "device", "driver")]
+        found = problems(facts, nodes[0], nodes[1] or "cuda", driver or nodes[2])
+    if as_json:
+        value = asdict(facts) | {"path": click.format_filename(facts.path)}
+        print_json(value | {"problems": [{"what": what, "fix": fix} for what, fix in found]})
+    else:
+        _print_facts(facts)
+        for what, fix in found:
+            echo(f"{style('problem:', fg='red')} {what}", f"  try: {fix}")
+        if (gpu or driver) and not found:
+            echo("nothing known speaks against these nodes")
+    if found:
+        sys.exit(ExitStatus.INVALID)
+
+
+def _print_facts(facts: ImageFacts) -> None:
+    sources = {"sidecar": f"{Path(facts.path).name}.json", "image": "the image's own /etc/titan-image.json"}
+    driver = f"{facts.driver_min} or newer" if facts.driver_min else ""
+    rows = {"architecture": facts.arch or "unknown", "channel": facts.channel}
+    rows |= {name: value or "none" for name, value in facts.versions.items()}
+    rows |= {"driver": driver, "GPUs": " ".join(facts.sm)}
+    rows |= {"known from": sources.get(facts.source, "the files in it")}
+    echo(f"{facts.path}: squashfs, {facts.compressor}, {facts.bytes / 1e6:,.1f} MB")
+    for name, value in rows.items():
+        if value:
+            echo(f"  {name:13} {value}")
+    for note in facts.notes:
+        echo(f"  {note}")
+
+
+@click.command("check")
+@click.argument("image", metavar="IMAGE|FILE.sqsh", type=ImageName(file=True))
+@click.option("--timeout", type=click.IntRange(min=1), default=900, metavar="SECONDS", show_default=True)
+@as_json
+def check_command(image: str, timeout: int, as_json: bool) -> None:
+    """Test an image from inside, without a GPU.
+
+    Its versions are those of its lock, there is one NCCL, torchtitan builds a model. Exit code 3 where a check failed.
+
+    \b
+    launcher image check titan:stable-arm64
+    launcher image check ./titan-stable-arm64.sqsh --json
+    """
+    from launcher.image.check import check
+
+    say(f"running the checks in {image}")
+    results = check(image, timeout_s=timeout)
+    failed = any(result.status == "failed" for result in results)
+    if as_json:
+        checks = [asdict(result) for result in results]
+        print_json({"image": click.format_filename(image), "ok": not failed, "checks": checks})
+    else:
+        width = max((len(result.name) for result in results), default=0)
+        for result in results:
+            status = style(f"{result.status:7}", fg=_STATUS_COLOURS.get(result.status))
+            echo(f"{status}  {result.name:{width}}  {result.found}")
+    if failed:
+        sys.exit(ExitStatus.INVALID)
+
+
+@click.command("lock", cls=_WithChannels)
+@_channel
+@_arch("all", "all")
+@_torch_index
+@_output("Lock file.  [default: containers/locks/CHANNEL-ARCH.txt]", directory=False)
+@as_json
+def lock_command(channel: str, arch: str, torch_index: str | None, output: Path | None, as_json: bool) -> None:
+    """Pin the newest packages of a channel, with hashes.
+
+    They are the newest that CHANNEL (default: nightly) allows. The old lock is replaced.
+
+    \b
+    launcher image lock stable
+    launcher image lock nightly --arch arm64
+    """
+    from launcher.image.lock import lock, pinned
+
+    arches = list(ARCHES) if arch == "all" else [arch]
+    if output and len(arches) > 1:
+        raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
+    rows = []
+    for arch in arches:
+        path = lock(channel, arch, torch_index=torch_index, output=output, say=say)
+        packages = pinned(path.read_text(encoding="utf-8"))
+        row = {"channel": channel, "arch": arch, "path": click.format_filename(path), "packages": packages}
+        rows.append(row)
+    if as_json:
+        print_json(rows)
+    else:
+        echo(*(str(row["path"]) for row in rows))
+
+
+@click.command("sif")
+@click.argument("image", metavar="IMAGE|FILE.sqsh", type=ImageName(file=True))
+@_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sif]")
+@_force
+@click.option(
+    "--recipe",
+    is_flag=True,
+    help="Print the Apptainer definition of the channel IMAGE instead, made from the Dockerfile.",
+)
+@as_json
+def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_json: bool) -> None:
+    """Make a file for Apptainer.
+
+    From an IMAGE of the engine or a squashfs, for clusters without Pyxis.
+
+    \b
+    launcher image sif titan:stable-amd64
+    launcher image sif ./titan-stable-amd64.sqsh
+    launcher image sif stable --recipe >titan.def
+    launcher submit --image titan-stable-amd64.sif --runtime apptainer
+    """
+    from launcher.base.files import write_text
+    from launcher.image import engine as docker_engine
+    from launcher.image.check import is_file
+    from launcher.image.sif import recipe as apptainer_recipe
+    from launcher.image.sif import sif
+
+    if recipe:
+        if as_json:
+            raise click.UsageError("--recipe is text: it takes no --json.")
+        text = apptainer_recipe(image)
+        if output is None:
+            return echo_file(text)
+        path = target_path(output, f"titan-{image}.def", force)
+        write_text(path, text)
+        return echo(str(path))
+    engine = None if is_file(image) else docker_engine.connect()
+    name = file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
+    path = target_path(output, name, force)
+    made = sif(image, path, engine=engine, say=say)
+    if as_json:
+        print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
+    else:
+        echo(str(made))
+
+
+@click.group()
+def image() -> None:
+    """Build, convert, inspect and check the image that jobs run in.
+
+    \b
+    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
+    launcher image inspect titan-cpu-amd64.sqsh         what is in it
+    """
+
+
+for _command in (build_command, convert_command, inspect_command, check_command, lock_command, sif_command):
+    image.add_command(_command)

@@ -1,0 +1,287 @@
+"""The commands that hold results against each other: `compare` shows two side by side, `accept` gives a verdict."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.output import as_json, echo, is_terminal, plain, print_json, style, warn
+from launcher.config.options import RunOptions, run_options, runs_dir_option
+
+if TYPE_CHECKING:
+    from launcher.results.accept import Verdict
+    from launcher.results.outcome import Outcome
+    from launcher.runs.directory import Run
+    from launcher.scheduler.state import JobState
+
+FILE = "accept.json"
+_COLOURS = {"PASS": "green", "FAIL": "red", "CANNOT SAY": "yellow"}
+
+
+def _share(at_most: float, zero: bool) -> Callable[[click.Context, click.Parameter, str], float]:
+    """Reads `0.95` or `95%`."""
+
+    def read(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
+        text = value.strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share <= at_most or (share == 0 and not zero):
+            least = "from 0" if zero else "above 0, up"
+            raise click.BadParameter(f"{text[:40]!r} is no share {least} to {100 * at_most:g}%; write 0.95 or 95%")
+        return share
+
+    return read
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@runs_dir_option
+@as_json
+def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
+    """Show two results side by side, and what is noise.
+
+    Settings that differ, figures, and whether their difference is more than noise. A and B are runs (a name or a path), files (what launcher results --format json wrote, or a CSV in the form of
+    slurm/reference-results.csv), or the word published: the published row that matches the other best.
+
+    \b
+    launcher compare before-driver-update after-driver-update
+    launcher compare my-run published
+    launcher compare my-run accepted-in-june.json
+    """
+    from launcher.results import compare as comparison
+
+    first, second = _two(a, b, runs_dir)
+    found = comparison.compare(first, second)
+    if as_json:
+        return print_json(comparison.as_dict(found))
+    lines = comparison.as_text(found)
+    echo(*(style(line, fg="yellow") if line.startswith("warning: ") else line for line in lines))
+
+
+def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
+    """One result of each side; where one holds several, the one that is nearest to the other."""
+    from launcher.results.published import nearest
+    from launcher.results.sides import results_in
+
+    sides = [results_in(reference, runs_dir) for reference in (a, b)]
+    if all(len(side) > 1 for side in sides):
+        raise LauncherError(f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b))
+    for one, many, where in ((sides[0], sides[1], b), (sides[1], sides[0], a)):
+        if len(many) > 1:
+            gpu = one[0].gpu
+            if (row := nearest(one[0], many)) is None:
+                known = ", ".join(sorted({result.gpu for result in many}))
+                raise LauncherError(
+                    f"{where} has no result of a {gpu}, only of {known}",
+                    "launcher compare A B with a run or a file of your own",
+                    status=ExitStatus.NOT_FOUND,
+                )
+            many[:] = [row]
+    return sides[0][0], sides[1][0]
+
+
+@click.command()
+@run_options
+@click.option(
+    "--threshold",
+    callback=_share(2.0, False),
+    default="95%",
+    show_default=True,
+    metavar="SHARE",
+    help="Of the baseline's tokens/s that the run must reach: 0.95 or 95%.",
+)
+@click.option(
+    "--max-spread",
+    callback=_share(1.0, True),
+    default="5%",
+    show_default=True,
+    metavar="SHARE",
+    help="How much slower than the others a node may be.",
+)
+@click.option(
+    "--baseline",
+    default="published",
+    show_default=True,
+    metavar="published|FILE|RUN",
+    help="What it is measured by: the published rows, or a result of yours.",
+)
+@click.option(
+    "--follow",
+    "-f",
+    is_flag=True,
+    help="Wait for a run that still goes; a run submitted here is always waited for.",
+)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
+@click.option("--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask.")
+@as_json
+def accept(
+    options: RunOptions,
+    threshold: float,
+    max_spread: float,
+    baseline: str,
+    follow: bool,
+    yes: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Judge a run: PASS, FAIL or CANNOT SAY, with reasons.
+
+    Whether it is as fast and as sane as it should be. With a run (a name or a path) it judges that one; with options of submit it submits a run, follows it, and judges
+    it. The verdict is kept in RUN/accept.json. Exit code 0: PASS; 12: FAIL; 13: CANNOT SAY.
+
+    \b
+    launcher accept --image titan.sqsh --nodes 9            after every change of the cluster
+    launcher accept my-run                                  a run that is there
+    launcher accept my-run --baseline accepted-in-june.json
+    """
+    from launcher.results.sides import results_in
+
+    runs_dir = Path(str(options.values.get("job.runs_dir", "runs")))
+    asked = [key for key in options.values if key != "job.runs_dir"] or options.secret_env
+    if not asked and options.run_file is None:
+        raise click.UsageError(
+            "name a run to judge, or submit one with the options of submit:  launcher accept --image FILE --nodes N"
+        )
+    if asked and options.run_file is not None and not options.run_file.is_file():
+        raise click.UsageError(
+            f"{options.run_file}: a run is judged without options of submit; with them, name a RUN.toml to repeat"
+        )
+    # Before hours are spent on a run that nothing could be compared with.
+    rows = results_in(baseline, runs_dir)
+    if asked:
+        run = _submit(options, rows, yes or as_json, force)
+    else:
+        from launcher.runs.directory import open_run
+
+        run = open_run(str(options.run_file), runs_dir)
+    state = _end_of(run) if asked or follow else _state(run)
+    _tell(run, state, rows, {"threshold": threshold, "max_spread": max_spread, "baseline": baseline}, as_json)
+
+
+def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool) -> Run:
+    """As `launcher submit` does; what it says goes to stderr, since the verdict is this command's output."""
+    from launcher.commands.submit import prepared
+    from launcher.results.published import same_gpu
+    from launcher.runs import control
+
+    spec, secrets = prepared(options, force)
+    gpu = spec.profile.gpu
+    if not any(same_gpu(gpu, row.gpu) for row in rows):
+        warn(
+            f"no result of a {gpu} to measure it by: the verdict can be FAIL or CANNOT SAY; "
+            "--baseline FILE or RUN takes one of yours"
+        )
+    size = f"{spec.job.recipe} on {spec.job.nodes} x {spec.profile.gpus_per_node} {spec.profile.gpu}"
+    asking = not (yes or force or spec.job.scheduler == "local")
+    asking = asking and is_terminal(sys.stdin) and is_terminal(sys.stderr)
+    if asking and not click.confirm(plain(f"Submit {size} and judge it?"), default=True, err=True):
+        raise click.Abort
+    return control.submit(spec, secrets, lambda run, job_id: echo(f"{run.name}: job {job_id}, {size}", err=True))
+
+
+def _state(run: Run) -> JobState:
+    from launcher.runs import control
+
+    return control.states([run])[run.name]
+
+
+def _end_of(run: Run) -> JobState:
+    """Shows the run's progress on stderr until it has ended. Ctrl-C ends this program, not the run."""
+    from launcher.commands.runs import remembered
+    from launcher.runs import attach, control
+
+    try:
+        attach.wait_for_start(run, lambda text: echo(f"{run.name}: {text}", err=True))
+        attach.show(run, sys.stderr)
+    except KeyboardInterrupt:
+        echo("", f"detached; {run.name} goes on: {quoted('launcher', 'accept', run.reference, '--follow')}", err=True)
+        sys.exit(ExitStatus.INTERRUPTED)
+    state = control.state(run)
+    remembered(run, state)
+    return state
+
+
+def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, Any], as_json: bool) -> None:
+    """Judges, keeps the verdict in the run directory, prints it, and exits with its code."""
+    from launcher.base.files import write_json
+    from launcher.results import accept as judging
+    from launcher.results.published import published
+    from launcher.results.read import outcome_of
+
+    outcome = outcome_of(run, state)
+    verdict = judging.judge(
+        outcome,
+        rows,
+        threshold=inputs["threshold"],
+        max_spread=inputs["max_spread"],
+        losses=published(),
+        faults=_faults(run, state),
+        state=state.name,
+    )
+    kept = judging.as_dict(run.name, outcome, verdict, inputs | _now())
+    if os.access(run.path, os.W_OK):
+        try:
+            write_json(run.path / FILE, kept)
+        except LauncherError as error:
+            warn(f"the verdict is printed only: {error.what}")
+    else:
+        warn(f"the verdict is printed only: {run.path} is not writable")
+    if as_json:
+        print_json(kept)
+    else:
+        _print(judging.headline(run.name, outcome, verdict), verdict)
+    sys.exit(verdict.exit)
+
+
+def _now() -> dict[str, str]:
+    from datetime import UTC, datetime
+
+    from launcher import __version__
+
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": __version__}
+
+
+def _faults(run: Run, state: JobState) -> list[str]:
+    """Which nodes failed their check, or why the job failed as far as that is known."""
+    from launcher.results.accept import OWN_FAULT
+
+    if state.name not in OWN_FAULT:
+        return []
+    if state.unfit:
+        from launcher.nodes import unfit
+
+        unfits = unfit.of_run(run)
+        return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [unfit.REASON]
+    from launcher.commands.runs import failure_of
+
+    try:
+        failure = failure_of(run, state)
+    except LauncherError:
+        return []
+    return [failure.cause] if failure and failure.cause else []
+
+
+def _print(headline: str, verdict: Verdict) -> None:
+    word = str(verdict.word)
+    echo(style(word, fg=_COLOURS[word], bold=True) + headline.removeprefix(word))
+    for reason in verdict.reasons:
+        mark = "ok" if reason.word == "PASS" else str(reason.word)
+        styled = style(f"{mark:<10}", fg=_COLOURS[str(reason.word)])
+        echo(f"  {styled}  {reason.what}")
+    for note in verdict.notes:
+        echo(f"  {'note':<10}  {note}")
+
+
+for _argument in accept.params:  # the same place on the command line as submit's file
+    if _argument.name == "run_file":
+        _argument.metavar = "[RUN]"

@@ -1,0 +1,143 @@
+"""The commands `launcher cluster nodes ...`: which nodes are left out of what is submitted, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.output import as_json, clock, columns, echo, print_json, warn
+
+if TYPE_CHECKING:
+    from launcher.nodes.bad_nodes import BadNode
+
+
+def _hosts(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Of every cluster: completion asks Slurm nothing."""
+    from launcher.nodes.bad_nodes import read
+
+    try:
+        names = {node.host for nodes in read().values() for node in nodes if not node.released}
+    except LauncherError:
+        return []
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+@click.group(invoke_without_command=True)
+@as_json
+@click.pass_context
+def nodes(context: click.Context, as_json: bool) -> None:
+    """List the nodes that failed their check.
+
+    They are left out of what is submitted, until their time is over.
+
+    `submit` and `status` add them by themselves, for 7 days, where the fault was the node's own.
+
+    \b
+    launcher cluster nodes                                        which, why, and until when
+    launcher cluster nodes add gpu-007 --reason "slow NVLink"     leave one out
+    launcher cluster nodes release gpu-007                        it is repaired
+    """
+    if context.invoked_subcommand:
+        return
+    import time
+
+    from launcher.nodes.bad_nodes import of_cluster
+    from launcher.scheduler.slurm import cluster_name
+
+    cluster = cluster_name()
+    found = of_cluster(cluster, time.time())
+    if as_json:
+        print_json({"cluster": cluster, "nodes": [asdict(node) for node in found]})
+    elif not found:
+        echo(f"{cluster}: no node is left out", err=True)
+    else:
+        rows = [(node.host, clock(node.at), clock(node.until), node.reason, node.run) for node in found]
+        rows.insert(0, ("node", "since", "until", "reason", "run"))
+        echo(*columns(rows))
+
+
+@nodes.command()
+@click.argument("hosts", nargs=-1, required=True, metavar="HOST...")
+@click.option("--reason", required=True, metavar="TEXT", help="Why, for whoever reads the list.")
+@click.option("--days", type=click.IntRange(1, 365), default=7, show_default=True, help="For how long.")
+@as_json
+def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
+    """Leave nodes out of what is submitted from now on. HOST may be a Slurm host list.
+
+    \b
+    launcher cluster nodes add gpu-007 --reason "slow NVLink"
+    launcher cluster nodes add 'gpu-[010-012]' --reason "rack 3 is too warm" --days 1
+    """
+    import time
+
+    from launcher.nodes.bad_nodes import DAY_S, BadNode, change, left_out_by_hand
+    from launcher.scheduler.detect import detect
+
+    facts, now_s = detect(), time.time()
+    names, text = _names(hosts), " ".join(reason.split())
+    if not text:
+        raise click.UsageError("--reason: must not be empty")
+    if not facts.name:
+        raise LauncherError("Slurm does not say its cluster's name", "scontrol show config", status=ExitStatus.CLUSTER)
+    known = {node.name for node in facts.nodes}
+    if unknown := [name for name in names if name not in known]:
+        warn(f"Slurm has no node {unknown[0]}: it is left out once there is one")
+    new = [BadNode(name, text, "", now_s, now_s + days * DAY_S) for name in names]
+    change(facts.name, lambda old: left_out_by_hand(old, new, now_s))
+    _say(new, f"left out until {clock(new[0].until)}", facts.name, as_json)
+
+
+@nodes.command()
+@click.argument("hosts", nargs=-1, metavar="[HOST...]", shell_complete=_hosts)
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@as_json
+def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Let nodes be used again. A failure that was before is not remembered anew. HOST may be a Slurm host list.
+
+    \b
+    launcher cluster nodes release gpu-007
+    launcher cluster nodes release --all
+    """
+    import time
+
+    from launcher.nodes.bad_nodes import change, of_cluster
+    from launcher.scheduler.slurm import cluster_name
+
+    if bool(hosts) == everything:
+        raise click.UsageError("either hosts or --all")
+    cluster, now_s = cluster_name(), time.time()
+    listed = of_cluster(cluster, now_s)
+    names = [node.host for node in listed] if everything else _names(hosts)
+    if unknown := [name for name in names if name not in {node.host for node in listed}]:
+        raise LauncherError(
+            f"{unknown[0]} is not left out on {cluster}",
+            "launcher cluster nodes",
+            status=ExitStatus.NOT_FOUND,
+        )
+    change(cluster, lambda old: [replace(n, released=now_s) if n.host in names else n for n in old])
+    _say([node for node in listed if node.host in names], "used again", cluster, as_json)
+
+
+def _names(hosts: tuple[str, ...]) -> list[str]:
+    """The hosts of several host lists. Raises LauncherError for what is none."""
+    from launcher.nodes.bad_nodes import HOST
+    from launcher.scheduler.parse import expand
+
+    whole = {text: expand(text) if text.count("[") == text.count("]") else () for text in hosts}
+    names = [name for text, expanded in whole.items() for name in expanded or (text,)]
+    if wrong := [name for name in names if not HOST.fullmatch(name)]:
+        raise LauncherError(f"{wrong[0][:80]!r}: not a node's name", "list them: sinfo -N -h -o %N")
+    return list(dict.fromkeys(names))
+
+
+def _say(found: list[BadNode], what: str, cluster: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"cluster": cluster, "nodes": [node.host for node in found]})
+        return
+    for node in found:
+        echo(f"{node.host}: {what}")
+    if not found:
+        echo(f"{cluster}: no node is left out", err=True)

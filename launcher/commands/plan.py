@@ -1,0 +1,116 @@
+"""`launcher plan`: what a run will need and reach. The edge of launcher/plan/plan.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher.base.errors import quoted
+from launcher.base.output import as_json, echo, print_json
+from launcher.commands.submit import spec_of
+from launcher.config.options import RunOptions, run_options
+
+if TYPE_CHECKING:
+    from launcher.config.spec import RunSpec
+    from launcher.plan.plan import Plan
+
+
+@click.command()
+@run_options
+@as_json
+def plan(options: RunOptions, as_json: bool) -> None:
+    """Predict a run: memory, tokens/s, time, node-hours, files of C4. Image and data need not exist.
+
+    Speed is that of the nearest published row, and nothing where there is none. `results` shows, after the run, what
+    of it came true.
+
+    \b
+    launcher plan --gpu gb200 --nodes 9
+    launcher plan --gpu h100 --nodes 4 --recipe llama3-70b --json
+    """
+    from launcher.plan import plan as core
+
+    spec = spec_of(options, image_needed=False)
+    counted, by = _counted(spec)
+    found = core.plan(spec, parameters=counted)
+    if as_json:
+        print_json(core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by})
+        return
+    echo(*lines(spec, found, by))
+
+
+def _counted(spec: RunSpec) -> tuple[int | None, str]:
+    """The parameters of torchtitan's own model, on the meta device, where torchtitan is installed; by whom."""
+    from importlib.metadata import version
+    from importlib.util import find_spec
+
+    from launcher.plan.model import count
+
+    if spec.recipe.model != "llama3" or not (find_spec("torch") and find_spec("torchtitan")):
+        return None, ""
+    try:
+        number = count(spec.recipe.flavor)
+        return (number, f"torchtitan {version('torchtitan')}") if number else (None, "")
+    except Exception:  # a help only: the formula counts the same, and torchtitan changes every month
+        return None, ""
+
+
+def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
+    """The plan for people. Pure."""
+    from launcher.plan.plan import START_S
+
+    recipe, nodes = spec.recipe, spec.job.nodes
+    rows = [
+        f"{spec.job.recipe} on {nodes} node{'s' if nodes > 1 else ''} x {spec.profile.gpus_per_node} {spec.profile.gpu}, "
+        f"batch {recipe.local_batch_size}, {recipe.steps:,} steps of {found.tokens // recipe.steps:,} tokens",
+        "",
+        f"memory      {_memory(spec, found)}",
+    ]
+    if found.memory:
+        parts = ("states", "saved", "recomputed", "logits", "gathered")
+        text = ", ".join(f"{name} {getattr(found.memory, name):.1f}" for name in parts)
+        rows.append(f"            {text}" + (f"; parameters counted on {counted_by}" if counted_by else ""))
+    rows += [f"            try: {change}" for change in found.advice]
+    if found.tps is None:
+        rows.append(f"tokens/s    cannot say: {'; '.join(found.differs)}")
+    else:
+        high = f" to {found.tps_high:,.0f}" if found.tps_high and found.tps_high > found.tps else ""
+        rows.append(f"tokens/s    {found.tps:,.0f}{high} per GPU, by {found.basis}")
+        rows += [f"            {text}" for text in found.differs]
+    if found.wall_s and found.node_hours:
+        rows.append(f"wall time   {_time(found.wall_s)}, of it {_time(START_S)} assumed for the start; after the queue")
+        rows.append(f"node-hours  {found.node_hours:.2f}{_limit(spec, found)}")
+    else:
+        rows.append(f"wall time   cannot say{_limit(spec, found)}")
+    if found.c4_files is not None:
+        where = f" --to {quoted(spec.job.data)}" if spec.job.data.startswith("/") else ""
+        rows.append(f"C4 files    {found.c4_files} of 1024: launcher stage c4{where} --files {found.c4_files}")
+    return [*rows, *(f"note        {note}" for note in found.notes)]
+
+
+def _memory(spec: RunSpec, found: Plan) -> str:
+    if found.memory_gib is None:
+        return "cannot say"
+    about = "about " if spec.recipe.compile else ""
+    text = f"{about}{found.memory_gib:.1f} GiB"
+    if found.device_gib:
+        text += f" of {found.device_gib:g} ({found.memory_gib / found.device_gib:.0%}): {found.verdict}"
+    if spec.recipe.compile and found.memory:
+        text += f"; {found.memory.total:.1f} without torch.compile"
+    return text
+
+
+def _limit(spec: RunSpec, found: Plan) -> str:
+    if found.limit_s is None:
+        return ""
+    most = f"; --time {spec.job.time} allows {spec.job.nodes * found.limit_s / 3600:.2f}"
+    if found.wall_s and found.wall_s > found.limit_s:
+        minutes = -(-int(found.wall_s * 1.2) // 60)
+        return f"{most}: TOO SHORT, try --time {minutes // 60:02d}:{minutes % 60:02d}:00"
+    return most
+
+
+def _time(span_s: float) -> str:
+    hours, rest = divmod(round(span_s), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

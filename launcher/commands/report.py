@@ -1,0 +1,163 @@
+"""The command `launcher report`: what it takes and what it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.output import as_json, echo, echo_file, print_json
+from launcher.config.options import FilePath, runs_dir_option
+
+if TYPE_CHECKING:
+    from launcher.results.outcome import Outcome
+    from launcher.runs.directory import Run
+    from launcher.scheduler.state import JobState
+
+MOST_NAMED = 20  # of runs that are left out; --json and the page name all
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[RUN]...")
+@runs_dir_option
+@click.option(
+    "--output",
+    "-o",
+    type=FilePath(path_type=Path, allow_dash=True),
+    default="report.html",
+    metavar="FILE",
+    show_default=True,
+    help="The page to write; - prints it.",
+)
+@click.option(
+    "--plots",
+    type=FilePath(path_type=Path),
+    metavar="DIR",
+    help="Write throughput, loss and scaling there, too, as PNG and SVG; needs matplotlib.",
+)
+@as_json
+def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | None, as_json: bool) -> None:
+    """Write runs as one HTML page, and as plots.
+
+    The page needs nothing but itself. Without a RUN, all that logged something are on it.
+
+    \b
+    launcher report -o page.html
+    launcher report my-run my-run-again -o page.html --plots plots
+    ssh login launcher report -o - > page.html
+    """
+    from datetime import UTC, datetime
+
+    from launcher import __version__
+    from launcher.report import plots as plotting
+    from launcher.report.page import page
+    from launcher.results.published import published
+
+    to_stdout = str(output) == "-"
+    if to_stdout and as_json:
+        raise click.UsageError("-o - prints the page, --json prints JSON: one of the two")
+    if plots:
+        plotting.require()
+    if not to_stdout:
+        _refuse_to_overwrite(output)
+    outcomes, left_out = _outcomes(names, runs_dir)
+    made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    text = page(outcomes, published(), made=made, version=__version__, left_out=left_out)
+    if to_stdout:
+        echo_file(text)
+    else:
+        from launcher.base.files import write_text
+
+        write_text(output, text)
+    files = plotting.write_plots(outcomes, published(), plots) if plots else []
+    if as_json:
+        print_json(
+            {
+                "page": str(output),
+                "runs": len(outcomes),
+                "incomplete": [outcome.run for outcome in outcomes if not outcome.complete],
+                "left_out": [{"run": name, "why": why} for name, why in left_out],
+                "plots": [str(path) for path in files],
+            }
+        )
+        return
+    incomplete = sum(not outcome.complete for outcome in outcomes)
+    runs = f"{len(outcomes)} run{'s' if len(outcomes) > 1 else ''}"
+    echo(f"{output}: {runs}, {incomplete} incomplete", err=to_stdout)
+    for path in files:
+        echo(str(path), err=to_stdout)
+    for name, why in left_out[:MOST_NAMED]:
+        echo(f"left out: {name}: {why}", err=True)
+    if len(left_out) > MOST_NAMED:
+        echo(f"left out: {len(left_out) - MOST_NAMED} more, named on the page", err=True)
+
+
+def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list[tuple[str, str]]]:
+    """The runs' results, newest first, and (run, why) of those that have none."""
+    from launcher.commands.results import with_states
+    from launcher.results.accept import OWN_FAULT
+    from launcher.results.read import outcome_of
+    from launcher.runs import directory as runs
+
+    found = [runs.open_run(name, runs_dir) for name in names] or runs.all_runs(runs_dir)
+    found = list({run.path: run for run in found}.values()) or [runs.open_run("", runs_dir)]
+    outcomes: list[Outcome] = []
+    left_out: list[tuple[str, str]] = []
+    for run, state in with_states(found):
+        outcome = outcome_of(run, state)
+        if outcome is None or (outcome.step is None and state.name not in OWN_FAULT):
+            left_out.append((run.name, f"{state.name}, has logged no step"))
+            continue
+        cause = _cause(run, state) if state.name in OWN_FAULT else ""
+        outcomes.append(replace(outcome, notes=(*outcome.notes, cause)) if cause else outcome)
+    if not outcomes:
+        some = ", ".join(f"{name} ({why})" for name, why in left_out[:3])
+        raise LauncherError(
+            f"there is nothing to show: {some}" + (", …" if len(left_out) > 3 else ""),
+            quoted("launcher", "list", "--runs-dir", runs_dir),
+            status=ExitStatus.NO_DATA,
+        )
+    return outcomes, left_out
+
+
+def _cause(run: Run, state: JobState) -> str:
+    from launcher.commands.runs import failure_of
+
+    try:
+        failure = failure_of(run, state)
+    except LauncherError:  # its logs cannot be read, which the result says
+        return ""
+    return failure.cause if failure else ""
+
+
+def _refuse_to_overwrite(path: Path) -> None:
+    """A page is made again and again; any other file of that name is somebody's."""
+    from launcher.report.page import GENERATOR
+
+    try:
+        if not path.parent.is_dir():
+            raise LauncherError(
+                f"cannot write {path}: there is no folder {path.parent}",
+                quoted("mkdir", "-p", path.parent),
+                status=ExitStatus.FILESYSTEM,
+            )
+        if not path.exists():
+            return
+        head = b""
+        if path.is_file():
+            with path.open("rb") as stream:
+                head = stream.read(400)
+    except OSError as error:
+        raise LauncherError(
+            f"cannot read {path}: {error.strerror}", "choose another: -o FILE", status=ExitStatus.FILESYSTEM
+        ) from error
+    if f'content="{GENERATOR}"'.encode() not in head:
+        raise LauncherError(
+            f"{path} exists and is no page of this command: it is left as it is",
+            "choose another: -o FILE",
+            status=ExitStatus.EXISTS,
+        )

@@ -1,0 +1,191 @@
+"""The command that prints and writes results."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.output import as_json, echo, echo_file, print_json, warn
+from launcher.config.options import run_argument, runs_dir_option
+
+if TYPE_CHECKING:
+    from launcher.results.outcome import Outcome
+    from launcher.runs.directory import Run
+    from launcher.scheduler.state import JobState
+
+
+@click.command()
+@run_argument(required=False, several=True)
+@runs_dir_option
+@click.option("--all", "every", is_flag=True, help="Every run in the runs directory.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]),
+    default="text",
+    show_default=True,
+    help="How; torchtitan: a file for its repository's benchmarks/ folder.",
+)
+@click.option(
+    "--update",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the table into a Markdown file, between its two marks.",
+)
+@click.option("--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write the submission there, under its name.",
+)
+@as_json
+def results(
+    names: tuple[str, ...],
+    runs_dir: Path,
+    every: bool,
+    form: str,
+    update: Path | None,
+    entity: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Print results as the published table has them.
+
+    Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an object, and several are a list.
+
+    \b
+    launcher results
+    launcher results my-run --json
+    launcher results --all --format csv > results.csv
+    launcher results 'gb200-*' --update README.md
+    launcher results my-run --format torchtitan --entity my-team -o .
+    """
+    form = "json" if as_json else form
+    if output and form != "torchtitan":
+        raise click.UsageError("--output is for --format torchtitan; the others print, and > FILE keeps that")
+    if update and form not in ("text", "markdown"):
+        raise click.UsageError(f"--update writes Markdown, not {form}")
+    found = _runs(names, runs_dir, every)
+    several = every or len(names) > 1 or any(map(_is_pattern, names))
+    is_table = bool(update) or form == "markdown" or (form == "text" and several)
+    outcomes = _outcomes(found, several, with_data_share=not is_table)
+    if update:
+        return _update(update, outcomes)
+    if form == "torchtitan":
+        return _submit(outcomes, entity, output)
+    from launcher.results import formats
+    from launcher.results.rows import as_dict
+
+    if form == "json":
+        values = [as_dict(outcome) for outcome in outcomes]
+        print_json(values if several else values[0])
+    elif form == "csv":
+        echo_file(formats.csv_text(outcomes))
+    elif form == "markdown":
+        echo(*formats.markdown(outcomes).split("\n"))
+    else:
+        echo(*(formats.table(outcomes) if several else formats.one_run(outcomes[0])).split("\n"))
+
+
+def _is_pattern(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
+def _runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[Run]:
+    """The runs that are asked for, each once."""
+    from launcher.runs import directory as runs
+
+    if every and names:
+        raise click.UsageError("either RUN or --all")
+    if not names and not every:
+        return [runs.open_run("", runs_dir)]
+    found: dict[Path, Run] = {}
+    known = runs.all_runs(runs_dir) if every or any(map(_is_pattern, names)) else []
+    for name in ("*",) if every else names:
+        matching = [run for run in known if fnmatch.fnmatchcase(run.name, name)] if _is_pattern(name) else []
+        if not matching:
+            matching = [runs.open_run("" if every else name, runs_dir)]
+        found |= {run.path: run for run in matching}
+    return list(found.values())
+
+
+def _outcomes(found: Sequence[Run], several: bool, with_data_share: bool) -> list[Outcome]:
+    """What there is to tell of the runs. Raises LauncherError where that is nothing; of several, warns."""
+    from launcher.results.read import outcome_of
+
+    outcomes, silent = [], []
+    for run, state in with_states(found):
+        outcome = outcome_of(run, state, with_data_share)
+        if outcome is None or (not several and not outcome.series):
+            silent.append((run, state))
+        else:
+            outcomes.append(outcome)
+    if silent and outcomes:
+        shown = ", ".join(f"{run.name} ({state.name})" for run, state in silent[:3])
+        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+        warn(f"nothing logged yet, or nothing known: {shown}{more}")
+    if not outcomes:
+        from launcher.results.sides import nothing_logged
+
+        raise nothing_logged(*silent[0])
+    return outcomes
+
+
+def with_states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
+    """Each run with its state, for one question to Slurm per directory of runs: within one, names are unique."""
+    from launcher.runs import control
+
+    by_place: dict[Path, list[Run]] = {}
+    for run in found:
+        by_place.setdefault(run.path.parent, []).append(run)
+    states = {place: control.states(runs) for place, runs in by_place.items()}
+    return [(run, states[run.path.parent][run.name]) for run in found]
+
+
+def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
+    from launcher.base.files import unreadable, write_text
+    from launcher.results import formats
+
+    path = path.resolve()  # a link stays one
+    try:
+        old = path.read_bytes().decode("utf-8")
+        mode = path.stat().st_mode & 0o777
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+    new = formats.with_table(old, formats.markdown(outcomes), str(path))
+    if new != old:
+        write_text(path, new, mode)
+    rows = f"{len(outcomes)} row{'s' if len(outcomes) > 1 else ''}"
+    echo(f"{path}: {rows}, {'written' if new != old else 'as it was'}")
+
+
+def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> None:
+    from launcher.base.files import filesystem_error, write_text
+    from launcher.results.submission import submissions
+
+    files = submissions(outcomes, entity)
+    for name, text in files.items():
+        if output is None:
+            echo(f"{name}:", err=True)
+            echo_file(text)
+            continue
+        path = output / name
+        try:
+            if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+                raise LauncherError(
+                    f"{path} exists and says something else",
+                    quoted("mv", path, f"{path}.old"),
+                    status=ExitStatus.EXISTS,
+                )
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise filesystem_error(path, error) from error
+        write_text(path, text)
+        echo(str(path))

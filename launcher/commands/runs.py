@@ -1,0 +1,301 @@
+"""The commands about a run that was submitted: its state, progress, logs, end and result."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.output import age, as_json, clock, echo, print_json, style, warn
+from launcher.config.options import run_argument, runs_dir_option
+
+if TYPE_CHECKING:
+    from launcher.logs.follow import Progress
+    from launcher.logs.known_errors import Failure
+    from launcher.nodes.bad_nodes import BadNode
+    from launcher.runs.directory import Run
+    from launcher.scheduler.state import JobState
+
+_STATE_COLOURS = {
+    "COMPLETED": "green",
+    "RUNNING": "cyan",
+    "FAILED": "red",
+    "UNKNOWN": "yellow",
+    "TIMEOUT": "red",
+}
+
+
+@click.command("list")
+@runs_dir_option
+@as_json
+def list_(runs_dir: Path, as_json: bool) -> None:
+    """List the runs, newest first."""
+    from launcher.runs import control
+    from launcher.runs import directory as runs
+
+    runs.remove_left_over(runs_dir)
+    found = runs.all_runs(runs_dir)
+    states = control.states(found)
+    rows = [_summary(run, states[run.name]) | {"reason": states[run.name].reason} for run in found]
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
+    else:
+        width = max(3, *(len(row["run"]) for row in rows))
+        head = f"{'run':{width}}  {'state':<13}  {'job':>9}  {'size':<14}  {'recipe':<14}  age"
+        echo(style(head, dim=True))
+        for row in rows:
+            size = f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}"
+            state = style(f"{row['state']:<13}", fg=_STATE_COLOURS.get(row["state"]))
+            echo(
+                f"{row['run']:{width}}  {state}  {row['job_id']:>9}  {size:<14}  {row['recipe']:<14}  "
+                f"{age(row['age_s'])}",
+            )
+        for reason in sorted({row["reason"] for row in rows if row["state"] == "UNKNOWN" and row["reason"]}):
+            echo(f"UNKNOWN: {reason}", err=True)
+
+
+@click.command()
+@run_argument(required=False)
+@runs_dir_option
+@as_json
+def status(run: str, runs_dir: Path, as_json: bool) -> None:
+    """Tell how a run stands (default: the newest), and why.
+
+    Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training.
+    """
+    from launcher.logs.watch import plain_line
+    from launcher.runs import attach, control
+    from launcher.runs import directory as runs
+
+    found = runs.open_run(run, runs_dir)
+    state = control.state(found)
+    row = _summary(found, state)
+    waiting, progress = _why_waiting(found, state), _progress(found, state)
+    failure, left_out = failure_of(found, state), remembered(found, state)
+    if as_json:
+        more = {
+            "source": state.source,
+            "reason": state.reason,
+            "exit_code": state.exit_code,
+            "waiting": waiting,
+            "progress": attach.as_dict(progress) if progress else None,
+            "failure": failure.as_json() if failure else None,
+            "left_out": [node.host for node in left_out],
+        }
+        print_json(row | more)
+    else:
+        detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
+        echo(f"{found.name}: {state.name}" + (f" ({detail})" if detail else ""))
+        echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
+        for line in waiting:
+            echo(f"  {line}")
+        if progress:
+            echo(f"  {plain_line(progress)}")
+        if failure:
+            _print_failure(found, failure, left_out)
+        elif not state.known:
+            again = quoted("launcher", "submit", found.path / "run.toml")
+            echo(f"  look: {quoted('launcher', 'logs', found.reference)}")
+            echo(f"  again: {quoted('launcher', 'cancel', found.reference)}; {again}")
+    exit_for(state)
+
+
+@click.command()
+@run_argument(required=False)
+@runs_dir_option
+@as_json
+def watch(run: str, runs_dir: Path, as_json: bool) -> None:
+    """Follow a run (default: the newest) to its end. Ctrl-C detaches; the run goes on.
+
+    With --json, one object per logged step.
+    """
+    from launcher.runs import directory as runs
+
+    follow_run(runs.open_run(run, runs_dir), as_json)
+
+
+@click.command()
+@run_argument(required=False)
+@runs_dir_option
+@click.option("--follow", "-f", is_flag=True, help="Go on until the run ends; Ctrl-C stops reading.")
+@as_json
+def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
+    """Print the logs of all nodes as one, each line with its node.
+
+    The files themselves are RUN/logs/NNNN-<node>.log and RUN/logs/job.log.
+    """
+    from launcher.runs import attach
+    from launcher.runs import directory as runs
+
+    found = runs.open_run(run, runs_dir)
+    for node, line in attach.log_lines(found, follow):
+        if as_json:
+            print_json({"node": node, "line": line}, indent=None)
+        else:
+            echo(f"{style(node, fg='cyan')}: {line}")
+
+
+@click.command()
+@run_argument(required=True)
+@runs_dir_option
+@as_json
+def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
+    """Cancel a run. One whose submission was cut off can never start afterwards."""
+    from launcher.runs import control
+    from launcher.runs import directory as runs
+
+    found = runs.open_run(run, runs_dir)
+    before, cancelled = control.cancel(found)
+    if as_json:
+        print_json({"run": found.name, "was": before.name, "cancelled": cancelled})
+    elif cancelled:
+        echo(f"{found.name}: cancelled (was {before.name})")
+    elif before.known:
+        echo(f"{found.name}: already ended: {before.name}")
+    else:
+        echo(f"{found.name}: nothing to cancel: {before.reason}")
+
+
+def follow_run(run: Run, as_json: bool) -> None:
+    """Shows the run's progress until it ends, then its results row. Exits with the run's own status."""
+    exit_for(watch_to_end(run, as_json)[0])
+
+
+def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState, list[BadNode]]:
+    """Shows the run's progress and its end; returns its state and the nodes that are left out for it from now on.
+
+    Ctrl-C ends the program, not the run; `detached` is said then, too.
+    """
+    from launcher.results.read import outcome_of
+    from launcher.results.rows import as_dict, markdown_row, summary_line
+    from launcher.runs import attach, control
+
+    try:
+        attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
+        if as_json:
+            for snapshot in attach.progress_of(run):
+                print_json(attach.as_dict(snapshot), indent=None)
+        else:
+            attach.show(run, sys.stdout)
+    except KeyboardInterrupt:
+        echo("", f"detached; {run.name} goes on: {quoted('launcher', 'watch', run.reference)}{detached}", err=True)
+        sys.exit(ExitStatus.INTERRUPTED)
+    state = control.state(run)
+    outcome, failure, left_out = outcome_of(run, state), failure_of(run, state), remembered(run, state)
+    if as_json:
+        result = as_dict(outcome) if outcome and outcome.series else None
+        ended = {"run": run.name, "state": state.name, "result": result}
+        ended["failure"] = failure.as_json() if failure else None
+        print_json(ended | {"left_out": [node.host for node in left_out]}, indent=None)
+    else:
+        echo(f"{run.name}: {state.name}" + (f" ({state.reason})" if state.reason else ""))
+        if outcome and outcome.series:
+            echo("", markdown_row(outcome), summary_line(outcome))
+        if failure:
+            _print_failure(run, failure, left_out)
+    return state, left_out
+
+
+def _why_waiting(run: Run, state: JobState) -> list[str]:
+    from launcher.scheduler.state import WAITING
+
+    if run.is_local or state.name not in WAITING:
+        return []
+    from launcher.preflight.readiness import why_waiting
+
+    return why_waiting(run, state)
+
+
+def _progress(run: Run, state: JobState) -> Progress | None:
+    """How far a run is that goes on; None for others, and where its logs cannot be read."""
+    from launcher.runs import attach
+    from launcher.scheduler.state import GOING
+
+    try:
+        return attach.progress_now(run) if state.name in GOING else None
+    except LauncherError:
+        return None
+
+
+def _say_waiting(run: Run, text: str) -> None:
+    """`watch` tells each new reason, and what it means."""
+    from launcher.scheduler.state import JobState
+
+    echo(f"{run.name}: {text}", err=True)
+    name, _, reason = text.partition(" ")
+    for line in _why_waiting(run, JobState(name, "squeue", reason)):
+        echo(f"  {line}", err=True)
+
+
+def failure_of(run: Run, state: JobState) -> Failure | None:
+    """Why a run failed, as far as that is known; None for others."""
+    if not state.failed:
+        return None
+    from launcher.logs.known_errors import explain, how_it_ended
+
+    if state.unfit:
+        from launcher.nodes import unfit
+
+        if said := unfit.explain(run, run.reference):
+            return said
+    ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
+    return explain(run.logs, ended, run.reference, run.path)
+
+
+def remembered(run: Run, state: JobState) -> list[BadNode]:
+    """The nodes that are left out from now on, because they failed their check in this run. Warns, and never raises."""
+    if not state.unfit:
+        return []
+    import time
+
+    from launcher.nodes.bad_nodes import remember
+
+    try:
+        return remember(run, state, time.time())
+    except LauncherError as error:
+        warn(f"nodes that failed their check are not remembered: {error.what}; {error.fix}")
+        return []
+
+
+def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
+    for line in failure.as_text():
+        echo(f"  {line}", err=True)
+    for node in left_out:
+        until = clock(node.until)
+        echo(
+            f"  left out of what is submitted next: {node.host}, until {until}: launcher cluster nodes",
+            err=True,
+        )
+    echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
+
+
+def _summary(run: Run, state: JobState) -> dict[str, Any]:
+    from launcher.runs import directory as runs
+
+    spec = run.spec
+    return {
+        "run": run.name,
+        "state": state.name,
+        "job_id": str((run.job or {}).get("job_id", "")),
+        "gpu": str(spec.get("gpu", "?")),
+        "nodes": spec.get("nodes", 0),
+        "gpus_per_node": spec.get("gpus_per_node", 0),
+        "recipe": str(spec.get("recipe", {}).get("name", "?")),
+        "run_dir": str(run.path),
+        "age_s": round(runs.age_s(run)),
+    }
+
+
+def exit_for(state: JobState) -> None:
+    """Ends the program with the status of a run's end, unless it completed or goes on."""
+    if state.unfit:
+        sys.exit(ExitStatus.NODES_UNFIT)
+    if state.failed:
+        sys.exit(ExitStatus.JOB_FAILED)
+    if not state.known:
+        sys.exit(ExitStatus.JOB_UNKNOWN)

@@ -1,0 +1,314 @@
+"""The commands `launcher stage ...`: what they take and what they print. Progress goes to standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.base.errors import ExitStatus
+from launcher.base.output import as_json, echo, print_error, print_json, say
+from launcher.config.options import FilePath
+from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
+
+if TYPE_CHECKING:
+    from launcher.stage.hub import HubFile, Repo
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+_path = FilePath(path_type=Path)
+_to = click.option("--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into.")
+_revision = click.option("--revision", metavar="REV", help="Branch, tag or commit.  [default: what DIR has, else main]")
+_token_file = click.option(
+    "--token-file",
+    type=_path,
+    metavar="FILE",
+    help="File with the Hub's token.  [default: HF_TOKEN, `hf auth login`]",
+)
+_jobs = click.option("--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Files at once.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there; write nothing.")
+
+
+@click.command()
+@_to
+@click.option("--files", type=int, metavar="N", help="Train files.")
+@click.option(
+    "--for",
+    "runs",
+    multiple=True,
+    metavar="RUN",
+    help="As many as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
+    "repeatable.",
+)
+@click.option("--all", "everything", is_flag=True, help=f"All {TRAIN_FILES:,} train files, {TRAIN_BYTES / 1e9:.0f} GB.")
+@click.option("--validation", is_flag=True, help="The validation files, too.")
+@click.option(
+    "--from",
+    "source",
+    default="",
+    metavar="S3",
+    help="s3://bucket/prefix in place of the Hub; credentials "
+    "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.",
+)
+@_revision
+@_token_file
+@_jobs
+@_dry_run
+@as_json
+def c4(
+    target: Path,
+    files: int | None,
+    runs: tuple[str, ...],
+    everything: bool,
+    validation: bool,
+    source: str,
+    revision: str | None,
+    token_file: Path | None,
+    jobs: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Stage the files of C4 that a run needs, verified. Again continues, adds and repairs.
+
+    \b
+    launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
+    launcher stage c4 --to /data/c4 --files 68 --validation
+    """
+    from launcher.stage import c4 as work
+    from launcher.stage import fetch
+    from launcher.stage.target import refuse_foreign, refuse_unwritable
+
+    if sum((files is not None, bool(runs), everything)) != 1:
+        raise click.UsageError("one of --files N, --for RUN and --all is needed")
+    if source and (revision or token_file):
+        raise click.UsageError("--revision and --token-file are the Hub's: not with --from")
+    refuse_foreign(target, work.looks_like_c4)  # what needs no network comes first
+    if files is not None and (files < 1 or not source):
+        work.check_count(files)
+    demands = [work.demand_from(text) for text in runs]
+    if not dry_run:
+        refuse_unwritable(target)
+    plan = work.plan_c4(
+        target,
+        files=files,
+        demands=demands,
+        everything=everything,
+        validation=validation,
+        revision=revision,
+        token_file=token_file,
+        source=source,
+    )
+    echo(*plan.notes, plan.line(), err=True)
+    facts = {
+        "train_files": plan.train_files,
+        "train_files_in_all": plan.train_files_in_all,
+        "tokens": plan.tokens,
+        "revision": plan.repo.revision,
+        "notes": list(plan.notes),
+    }
+    if dry_run:
+        _print_dry_run(target, plan.files, facts, as_json)
+        return
+    outcome = work.bring(target, plan, jobs)
+    if as_json:
+        print_json(facts | outcome.as_dict(target))
+    else:
+        echo(fetch.summary(outcome, target))
+
+
+@click.command()
+@click.argument("model", default="Llama-3.1-8B")
+@_to
+@_revision
+@_token_file
+@_jobs
+@_dry_run
+@as_json
+def tokenizer(model: str, **options: Any) -> None:
+    """Stage the tokenizer of a Llama 3.
+
+    Of Llama-3.1-8B, Llama-3.1-70B, or OWNER/NAME on the Hub.     The models are gated: accept the licence on the Hub, then give a token by HF_TOKEN, `hf auth login` or --token-file.
+
+    \b
+    launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
+    """
+    from launcher.stage import tokenizer as work
+
+    _stage_model(work.plan_tokenizer, work.bring, work.looks_like_tokenizer, model, **options)
+
+
+@click.command()
+@click.argument("model", default="Llama-3.1-8B")
+@_to
+@_revision
+@_token_file
+@_jobs
+@_dry_run
+@as_json
+def model(model: str, **options: Any) -> None:
+    """Stage weights to start a training from.
+
+    A model's safetensors, configuration and tokenizer.
+
+    \b
+    launcher stage model --to /data/models/Llama-3.1-8B
+    """
+    from launcher.stage import model as work
+
+    _stage_model(work.plan_model, work.bring, work.looks_like_model, model, **options)
+
+
+def _stage_model(
+    plan: Callable[..., tuple[Repo, list[HubFile]]],
+    bring: Callable[..., Any],
+    ours: Callable[[Path], bool],
+    name: str,
+    *,
+    target: Path,
+    revision: str | None,
+    token_file: Path | None,
+    jobs: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from launcher.stage import fetch
+    from launcher.stage.target import gigabytes, refuse_foreign, refuse_unwritable
+
+    refuse_foreign(target, ours)
+    if not dry_run:
+        refuse_unwritable(target)
+    repo, files = plan(target, name, revision, token_file)
+    size = gigabytes(sum(file.bytes for file in files))
+    say(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}")
+    if dry_run:
+        _print_dry_run(target, files, {"source": repo.source, "revision": repo.revision}, as_json)
+        return
+    outcome = bring(target, repo, files, jobs)
+    if as_json:
+        print_json(outcome.as_dict(target))
+    else:
+        echo(fetch.summary(outcome, target))
+
+
+def _print_dry_run(target: Path, files: Any, facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        sizes = {file.path: file.bytes for file in files}
+        print_json(facts | {"directory": str(target), "bytes": sum(sizes.values()), "files": sizes})
+    else:
+        echo(*(file.path for file in files))
+
+
+@click.command()
+@click.argument("directory", type=_path)
+@click.option("--deep", is_flag=True, help="Read and hash every file, not only those that were touched.")
+@as_json
+def verify(directory: Path, deep: bool, as_json: bool) -> None:
+    """Check a staged directory against its manifest. Exit code 3 when something is missing or wrong.
+
+    Images, which `stage image` names by their checksum, are always read and hashed.
+
+    \b
+    launcher stage verify /data/c4
+    """
+    from launcher.stage.inventory import reports
+
+    found = reports(directory, deep, read_images=True)
+    if as_json:
+        first, *more = [report.as_dict() for report in found]
+        print_json(first | {"deep": deep} | ({"images": more[0]} if more else {}))
+    for report in () if as_json else found:
+        echo(*report.lines())
+        if report.problems:
+            echo(f"  repair: {report.repair}", err=True)
+    if any(report.problems for report in found):
+        sys.exit(ExitStatus.INVALID)
+
+
+@click.command("list")
+@click.argument("directories", nargs=-1, type=_path)
+@as_json
+def list_(directories: tuple[Path, ...], as_json: bool) -> None:
+    """List what is staged, and for which runs it suffices.
+
+    Directories and images (default: below /data).     Names and sizes alone are looked at. The exit code is 0 also where something is INCOMPLETE or DAMAGED (`verify` has
+    3 for that), and 4 when a named directory does not exist.
+
+    \b
+    launcher stage list /data/c4 /data/tokenizers
+    """
+    from launcher.base.errors import LauncherError
+    from launcher.stage import inventory
+
+    places = list(directories) or [Path(place) for place in inventory.PLACES]
+    reports: list[Any] = []
+    failures: list[LauncherError] = []
+    unusable: list[LauncherError] = []
+    for directory in directories:
+        try:
+            inventory.refuse_no_directory(directory)
+        except LauncherError as error:
+            unusable.append(error)
+    status = max((error.status for error in unusable), default=ExitStatus.OK)
+    for directory in inventory.staged_below(places):
+        try:
+            reports += inventory.reports(directory)
+        except LauncherError as error:
+            failures.append(error)
+    if as_json:
+        rows = [report.as_dict() for report in reports]
+        print_json(rows + [{"error": failure.what} for failure in (*failures, *unusable)])
+        sys.exit(status)
+    for report in reports:
+        echo(*report.lines())
+        if report.problems:
+            echo(f"  repair: {report.repair}")
+    for failure in failures:
+        echo(failure.what)
+    for failure in unusable:
+        print_error(failure)
+    if not reports and not failures and not unusable:
+        where = ", ".join(str(place) for place in places)
+        echo(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8", err=True)
+    sys.exit(status)
+
+
+@click.command()
+@click.argument("source", metavar="SOURCE")
+@_to
+@as_json
+def image(source: str, target: Path, as_json: bool) -> None:
+    """Put an image on the shared file system, once.
+
+    Under a name that holds its checksum.     SOURCE is a .sqsh file, the address of one in a release, or an image of the Docker engine.
+
+    \b
+    launcher stage image titan-stable-arm64.sqsh --to /shared/images
+    """
+    from launcher.stage.image import stage_image
+
+    path = stage_image(source, target, say=say)
+    if as_json:
+        print_json({"path": click.format_filename(path), "bytes": path.stat().st_size})
+    else:
+        echo(str(path))
+
+
+@click.group()
+def stage() -> None:
+    """Stage data, tokenizer, weights and images, verified.
+
+    They come to the file system that all nodes share.
+
+    \b
+    launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
+    launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
+    launcher stage verify /data/c4
+    """
+
+
+for _command in (c4, tokenizer, model, image, verify, list_):
+    stage.add_command(_command)

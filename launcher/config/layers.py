@@ -1,0 +1,251 @@
+"""Reading TOML layers and merging them: defaults < profile < recipe < SBATCH_* < user file < options.
+
+A layer is a flat mapping of dotted keys ("job.nodes") to values. Every layer may set any key of `[job]`,
+`[profile]`, `[recipe]`, `[env]` and `[titan]`, and hold `[gpu.NAME.SECTION]` tables, which apply to that GPU alone. A run directory's run.toml is a complete layer: it says `run = 1` and replaces the first
+three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import data_dir, read_bytes
+from launcher.base.values import LARGEST, parse_toml
+from launcher.config.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse
+from launcher.titan.recipe import Recipe
+
+SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
+FREE_SECTIONS = ("env", "titan")  # any key, values become strings
+PATH_KEYS = ("job.image", "job.data", "job.tokenizer", "job.init_from", "job.runs_dir")
+FIELDS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+RUN_FILE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values by dotted key, each with the words that name its origin."""
+
+    values: Mapping[str, Any]
+    origin: Mapping[str, str]
+    complete: bool = False  # a run.toml: neither profile nor recipe is consulted again
+    secret_env: tuple[str, ...] = ()
+
+
+def names_of(kind: str) -> list[str]:
+    """Names of the profiles or recipes that travel with the launcher (`kind` is the folder's name)."""
+    return sorted(p.stem for p in (data_dir("slurm") / kind).glob("*.toml"))
+
+
+def find(kind: str, name: str, how: str = "") -> Path:
+    """The file of a profile or recipe: one that travels with the launcher, or a path to the user's own.
+
+    `how`: what to type before its name; the option of `submit` by default.
+    """
+    if "/" in name or name.endswith(".toml"):
+        return Path(name).expanduser()
+    known = names_of(kind)
+    if name in known:
+        return data_dir("slurm") / kind / f"{name}.toml"
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    option = how or {"profiles": "--gpu", "recipes": "--recipe"}[kind]
+    raise LauncherError(
+        f"there is no {kind[:-1]} {name[:80]!r}; known: {', '.join(known)}",
+        f"{option} {near[0]}" if near else f"{option} {known[0]}, or {option} ./my.toml",
+        status=ExitStatus.NOT_FOUND,
+    )
+
+
+def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
+    """One TOML file as a layer. `gpu` picks the `[gpu.NAME]` tables of a recipe.
+
+    Raises LauncherError with file, line and column for a syntax error, and with the nearest known keys for an
+    unknown one.
+    """
+    tables = _parse(path)
+    run_format = tables.pop("run", None)
+    if run_format is not None and run_format != RUN_FILE_FORMAT:
+        raise LauncherError(f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}")
+    tables.pop("origin", None)
+    secrets = tables.pop("secret_env", [])
+    if not (isinstance(secrets, list) and all(isinstance(name, str) for name in secrets)):
+        raise LauncherError(f"{path}: secret_env must be a list of names", 'secret_env = ["HF_TOKEN"]')
+    per_gpu = tables.pop("gpu", {})
+    values = _flatten(path, tables)
+    origins = dict.fromkeys(values, origin)
+    if not isinstance(per_gpu, dict):
+        raise LauncherError(f"{path}: gpu must be tables", "[gpu.gb200.recipe]")
+    for name, sections in per_gpu.items():
+        if name not in (known := {*names_of("profiles"), gpu}):
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            raise LauncherError(f"{path}: there is no profile {name[:80]!r}", f"[gpu.{(near or ['gb200'])[0]}.recipe]")
+        if not isinstance(sections, dict):
+            raise LauncherError(f"{path}: gpu.{name} must be a table", f"[gpu.{name}.recipe]")
+        extra = _flatten(path, sections)
+        if name == gpu:
+            values |= extra
+            origins |= dict.fromkeys(extra, f"{origin}, for {gpu}")
+    base = path.resolve().parent
+    values = {key: absolute(key, value, base) for key, value in values.items()}
+    return Layer(values, origins, run_format is not None, tuple(secrets))
+
+
+def absolute(key: str, value: Any, base: Path) -> Any:
+    """A path made absolute against the folder that its author meant; every other value as it is."""
+    if not isinstance(value, str) or not value or "://" in value:
+        return value
+    if key in PATH_KEYS and value not in (SAMPLE, HUB):
+        return os.path.normpath(base / os.path.expanduser(value))
+    if key == "job.python" and "/" in value:
+        return os.path.normpath(base / os.path.expanduser(value))
+    if key in ("job.gpu", "job.recipe") and ("/" in value or value.endswith(".toml")):
+        return os.path.normpath(base / os.path.expanduser(value))
+    return value
+
+
+def merge(layers: Sequence[Layer]) -> RunSpec:
+    """Later layers win, key by key; `[env]` and `[titan]` merge by name."""
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {key: "default" for key in FIELDS}
+    secrets: dict[str, str] = {}
+    for layer in layers:
+        for name in layer.secret_env:
+            secrets[name] = layer.origin.get(f"secret_env.{name}", "file")
+            values.pop(f"env.{name}", None)
+        for key, value in layer.values.items():
+            values[key] = convert(key, value, layer.origin[key])
+            origin[key] = layer.origin[key]
+            if key.startswith("env."):
+                secrets.pop(key[4:], None)
+    parts: dict[str, Any] = {
+        section: cls(**{k.split(".", 1)[1]: v for k, v in values.items() if k in FIELDS and k.startswith(section)})
+        for section, cls in SECTIONS.items()
+    }
+    free = {
+        section: {k.split(".", 1)[1]: v for k, v in values.items() if k.startswith(f"{section}.")}
+        for section in FREE_SECTIONS
+    }
+    origin |= {f"secret_env.{name}": where for name, where in secrets.items()}
+    return RunSpec(
+        profile=parts["profile"],
+        recipe=parts["recipe"],
+        job=parts["job"],
+        env=free["env"],
+        titan=free["titan"],
+        secret_env=tuple(sorted(secrets)),
+        origin=origin,
+    )
+
+
+def convert(key: str, value: Any, origin: str) -> Any:
+    """`value` in the type of the field `key`; an int does for a float, anything else is refused."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise LauncherError(f"{key} (from {origin}): a number of too many digits")
+    if key not in FIELDS:
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, (str, int, float)):
+            return str(value)
+        raise refuse(key, value, "must be a string, a number or true/false", origin=origin)
+    kind = str(FIELDS[key].type)
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind == "tuple[str, ...]":
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise refuse(key, value, "must be a list of strings", origin=origin)
+    if type(value).__name__ != kind:
+        words = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
+        fix = f'{key.rpartition(".")[2]} = "{value}"' if kind == "str" and isinstance(value, (int, float)) else ""
+        raise refuse(key, value, f"must be {words[kind]}", fix, origin)
+    return value
+
+
+def unknown_key(key: str, where: str) -> LauncherError:
+    """A key that no section has, with the nearest ones that exist."""
+    section, _, rest = key.partition(".")
+    known = [k for k in FIELDS if k.startswith(f"{section}.")] if section in SECTIONS else list(FIELDS)
+    near = difflib.get_close_matches(key, known, 3, 0.5)
+    if section not in (*SECTIONS, *FREE_SECTIONS) and not near:
+        near = [f"{s}.{rest}" for s in SECTIONS if f"{s}.{rest}" in FIELDS]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(k for k in known)}"
+    return LauncherError(f"{where}: unknown key {key[:80]!r}", hint)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return parse_toml(read_bytes(path, wait=True).decode("utf-8"))
+    except OSError as error:
+        status = ExitStatus.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitStatus.FILESYSTEM
+        raise LauncherError(f"cannot read {path}: {error.strerror}", f"ls -l {quoted(path)}", status=status) from error
+    except UnicodeDecodeError as error:
+        raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
+        place = f"{path}:{at[1]}:{at[2]}" if at else f"{path} (at its end)"
+        reason = re.sub(r" \(at .*\)$", "", str(error))
+        # The line is not shown: it may hold a secret.
+        raise LauncherError(f"{place}: TOML syntax: {reason}", "correct that line") from error
+    except ValueError as error:  # nested too deeply, numbers without end
+        raise LauncherError(f"{path}: {error}", "correct that value") from error
+
+
+def _flatten(path: Path, tables: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, content in tables.items():
+        if section in FREE_SECTIONS and isinstance(content, dict):
+            flat |= {f"{section}.{key}": value for key, value in _dotted(content)}
+        elif section in SECTIONS and isinstance(content, dict):
+            for key, value in content.items():
+                if f"{section}.{key}" not in FIELDS:
+                    raise unknown_key(f"{section}.{key}", str(path))
+                flat[f"{section}.{key}"] = value
+        elif section in (*SECTIONS, *FREE_SECTIONS):
+            raise LauncherError(f"{path}: {section} must be a table", f"[{section}]")
+        else:
+            raise unknown_key(section, str(path))
+    return flat
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """`[titan.training] max_norm = 2.0` means the same as `[titan] "training.max_norm" = 2.0`."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        pairs += _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return pairs
+
+
+def run_toml(spec: RunSpec) -> str:
+    """The whole spec as TOML; `launcher submit RUN/run.toml` reads it back to the same values."""
+    lines = [
+        "# Written by launcher submit: every value of this run, and below where each came from.",
+        f"# launcher submit {spec.run_dir}/run.toml --name another-name    repeats it",
+        f"run = {RUN_FILE_FORMAT}",
+        f"secret_env = {_toml(spec.secret_env)}",
+    ]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        part = getattr(spec, section)
+        lines += [f"{f.name} = {_toml(getattr(part, f.name))}" for f in dataclasses.fields(part)]
+    for title, table in (("env", spec.env), ("titan", spec.titan), ("origin", spec.origin)):
+        lines += ["", f"[{title}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # JSON strings, numbers and booleans are TOML too

@@ -1,0 +1,272 @@
+"""The options that decide a run, shared by submit, render and `config show`, and what they become."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.base.errors import quoted
+
+
+class FilePath(click.Path):
+    """A path in which ~ is the home directory, too: no shell expands it in --to=~/x, nor in quotes. Never empty."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        path = os.path.expanduser(value)
+        if not str(path).strip() or "\0" in str(path):
+            self.fail("the path is empty", parameter, context)
+        if str(path).startswith("~"):
+            self.fail(
+                f"{path}: no such user's home; ./{path} for a name that begins so",
+                parameter,
+                context,
+            )
+        return super().convert(path, parameter, context)
+
+
+# Option -> the key of the spec that it sets. One line here is all that an option needs.
+KEYS = {
+    "image": "job.image",
+    "nodes": "job.nodes",
+    "gpu": "job.gpu",
+    "gpus_per_node": "profile.gpus_per_node",
+    "recipe": "job.recipe",
+    "batch_size": "recipe.local_batch_size",
+    "seq_len": "recipe.seq_len",
+    "steps": "recipe.steps",
+    "data": "job.data",
+    "data_part": "job.data_part",
+    "tokenizer": "job.tokenizer",
+    "init_from": "job.init_from",
+    "partition": "job.partition",
+    "account": "job.account",
+    "qos": "job.qos",
+    "time": "job.time",
+    "reservation": "job.reservation",
+    "nodelist": "job.nodelist",
+    "exclude": "job.exclude",
+    "segment": "job.segment",
+    "mount": "job.mounts",
+    "name": "job.name",
+    "runs_dir": "job.runs_dir",
+    "runtime": "job.runtime",
+    "python": "job.python",
+    "check": "job.check",
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The command line of a run: its layer, the files it names, and the values of secret variables."""
+
+    values: Mapping[str, Any]
+    origin: Mapping[str, str]
+    secret_env: tuple[str, ...]
+    secrets: Mapping[str, str]
+    config: Path | None
+    run_file: Path | None
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds every option that decides a run; the command receives them as `options: RunOptions`."""
+    from functools import wraps
+
+    @wraps(command)
+    def with_options(**parameters: Any) -> Any:
+        mine = {name: parameters.pop(name) for name in (*KEYS, "env", "settings", "local", "config", "run_file")}
+        return command(options=collect(mine), **parameters)
+
+    for decorate in reversed(OPTIONS):
+        with_options = decorate(with_options)
+    return with_options
+
+
+def collect(given: Mapping[str, Any]) -> RunOptions:
+    """Click's parameters as a layer; what was not given (None, empty) is not in it.
+
+    Raises click.BadParameter for an --env or --set of the wrong form.
+    """
+    from launcher.base.errors import LauncherError
+    from launcher.base.secret import PUBLIC, looks_secret, masked
+    from launcher.config.layers import FIELDS, absolute, unknown_key
+
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        raise LauncherError("the working directory no longer exists", "cd to one that does") from None
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, key in KEYS.items():
+        if given[name] not in (None, (), ""):
+            values[key] = absolute(key, given[name], here)
+            origin[key] = f"option --{name.replace('_', '-')}"
+        elif given[name] == "":
+            raise click.BadParameter("must not be empty", param_hint=f"--{name.replace('_', '-')}")
+    if given["local"]:
+        values["job.scheduler"], origin["job.scheduler"] = "local", "option --local"
+    secrets: dict[str, str] = {}
+    secret_names = []
+    for text in given["env"]:
+        name, equals, value = text.partition("=")
+        if not equals or not PUBLIC.fullmatch(name) or looks_secret(name, value):
+            secret_names.append(name)
+            if equals:
+                secrets[name] = value
+            origin[f"secret_env.{name}"] = "option --env"
+        else:
+            values[f"env.{name}"], origin[f"env.{name}"] = value, "option --env"
+    for text in given["settings"]:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{masked(text)[:80]!r} is not KEY=VALUE", param_hint="--set")
+        if key.startswith(("recipe.", "profile.")):
+            if key not in FIELDS:
+                raise unknown_key(key, "--set")
+            values[key] = _toml_value(key, value)
+        else:
+            key = f"titan.{key}"
+            values[key] = value
+        origin[key] = "option --set"
+    return RunOptions(values, origin, tuple(secret_names), secrets, given["config"], given["run_file"])
+
+
+def _toml_value(key: str, text: str) -> Any:
+    """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string, and so is 570.1 where one is wanted."""
+    from launcher.base.values import parse_toml
+    from launcher.config.layers import FIELDS
+
+    try:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        return text
+    return text if FIELDS[key].type == "str" and not isinstance(value, str) else value
+
+
+def _names(kind: str) -> Callable[..., list[str]]:
+    def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+        from launcher.config.layers import names_of
+
+        return [name for name in names_of(kind) if name.startswith(incomplete)]
+
+    return complete
+
+
+def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--runs-dir",
+        type=click.Path(path_type=Path),
+        envvar="LAUNCHER_RUNS_DIR",
+        default="runs",
+        show_default=True,
+        show_envvar=True,
+        help="Where run directories are.",
+    )(command)
+
+
+def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
+    def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+        runs = context.params.get("runs_dir") or os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
+        try:
+            names = (name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] not in ".-")
+            return sorted(name for name in names if quoted(name) == name)  # the shell takes it as it is
+        except OSError:
+            return []
+
+    if several:
+        return click.argument("names", metavar="[RUN]...", nargs=-1, shell_complete=complete)
+    return click.argument("run", required=required, default=None if required else "", shell_complete=complete)
+
+
+OPTIONS = (
+    click.argument("run_file", required=False, type=click.Path(path_type=Path), metavar="[RUN.toml]"),
+    click.option("--image", metavar="FILE", help="Image that the job runs in: a .sqsh (Pyxis) or .sif (Apptainer)."),
+    click.option("--nodes", type=int, help="Number of nodes.  [default: 1]"),
+    click.option(
+        "--gpu",
+        metavar="PROFILE",
+        shell_complete=_names("profiles"),
+        help="GPU profile: gb200, gb300, b200, b300, h200, h100, a100, cpu, or a TOML file.  [default: detected]",
+    ),
+    click.option("--gpus-per-node", type=int, help="GPUs used on each node; with the cpu profile, ranks."),
+    click.option(
+        "--recipe",
+        metavar="NAME",
+        shell_complete=_names("recipes"),
+        help="llama3-8b, llama3-8b-fast, llama3-8b-finetune, llama3-70b, debug, or a TOML file.  [default: llama3-8b]",
+    ),
+    click.option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
+    click.option("--seq-len", type=int, help="Tokens in a sequence."),
+    click.option("--steps", type=int, help="Training steps."),
+    click.option(
+        "--data",
+        metavar="DIR",
+        help="C4: a directory with README.md and en/, 'hub' or s3://bucket/prefix to stream, or 'sample'.  "
+        "[default: /data/c4]",
+    ),
+    click.option(
+        "--data-part",
+        metavar="I/N",
+        help="Read the I-th of N parts of the data, which share no file: for runs that go on from one another.",
+    ),
+    click.option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),
+    click.option(
+        "--init-from",
+        metavar="DIR",
+        help="Start from these weights in the Hub's format (launcher stage model), not from random ones.",
+    ),
+    click.option("--partition", "-p", help="Slurm partition."),
+    click.option("--account", "-A", help="Slurm account."),
+    click.option("--qos", "-q", help="Slurm QOS."),
+    click.option("--time", "-t", help="Slurm time limit.  [default: 01:00:00]"),
+    click.option("--reservation", help="Slurm reservation."),
+    click.option("--nodelist", "-w", help="Run on these nodes."),
+    click.option("--exclude", "-x", help="Never run on these nodes."),
+    click.option(
+        "--segment",
+        type=int,
+        help="Nodes that must stay together in a topology block; 0: chosen where NVLink crosses nodes.",
+    ),
+    click.option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
+    click.option(
+        "--env",
+        multiple=True,
+        metavar="NAME[=VALUE]",
+        help="Environment of the job. Values go by a file of mode 0600 that the job removes; recorded are those of "
+        "NCCL_*, TORCH*, CUDA_* and other libraries' switches, unless they look like secrets.",
+    ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any setting of torchtitan's, or a key of ours that begins with recipe. or profile.",
+    ),
+    click.option("--name", metavar="NAME", help="Name of the run.  [default: recipe, profile, nodes, time]"),
+    click.option(
+        "--runs-dir",
+        metavar="DIR",
+        envvar="LAUNCHER_RUNS_DIR",
+        show_envvar=True,
+        help="Where the run directory is made; every node must see it.  [default: runs]",
+    ),
+    click.option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="How the job enters its image."),
+    click.option("--python", metavar="PATH", help="Python inside the image; with --runtime bare, on the node."),
+    click.option(
+        "--check",
+        type=click.Choice(["off", "quick", "full"]),
+        help="What each node is checked for before training; quick: no products, no collectives.  [default: full]",
+    ),
+    click.option("--local", is_flag=True, help="Run on this machine, without Slurm."),
+    click.option(
+        "--config",
+        "-c",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="TOML file with your own values.  [default: ~/.config/titan-launcher/config.toml]",
+    ),
+)

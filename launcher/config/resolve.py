@@ -1,0 +1,209 @@
+"""From options and files to a RunSpec: layers are merged, and what only this machine or Slurm knows is filled in."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.config.layers import Layer, find, merge, names_of, read_layer
+from launcher.config.spec import CONTROL, RunSpec, validate
+from launcher.config.user_file import default_path
+from launcher.scheduler import slurm
+
+# Defaults that Slurm's own commands take from the environment; the script says them instead.
+ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
+
+
+def resolve(options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]) -> RunSpec:
+    """Merges every layer, fills in what only this machine knows, and validates.
+
+    `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together.
+    """
+    user = _user_layer(config, environ) if run_file is None else _repeated(run_file, options)
+    chosen = {**_environment(environ).values, **user.values, **options.values}
+    if user.complete:
+        layers = [user, options]
+    else:
+        gpu, gpu_origin = _chosen_gpu(chosen, options, user)
+        recipe = str(chosen.get("job.recipe", "llama3-8b"))
+        profile = read_layer(find("profiles", gpu), f"profile {gpu}")
+        kind = str(profile.values.get("profile.gpu", gpu)).lower()
+        layers = [
+            _machine(chosen, gpu, gpu_origin),
+            profile,
+            read_layer(find("recipes", recipe), f"recipe {recipe}", kind),
+            _environment(environ),
+            _user_layer(config, environ, kind),
+            options,
+        ]
+        if chosen.get("job.scheduler") == "local":  # a file of defaults for the cluster does not speak of this machine
+            layers = [_without(layer, ("job.image", "job.nodes", "job.runtime")) for layer in layers[:-1]] + [options]
+            layers.insert(0, _layer({"job.runtime": "bare"}, "default with --local"))
+    spec = merge(layers)
+    if not spec.job.name:
+        spec = merge([*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")])
+    return _finished(spec)
+
+
+def renamed(spec: RunSpec, name: str, origin: str) -> RunSpec:
+    """The same run under another name, with what follows from its name. Raises LauncherError for no valid name."""
+    origins = {**spec.origin, "job.name": origin}
+    return _finished(replace(spec, job=replace(spec.job, name=name), origin=origins))
+
+
+def _finished(spec: RunSpec) -> RunSpec:
+    sources = {
+        path: os.path.realpath(path)
+        for path in (spec.data_path, spec.tokenizer_path, spec.job.init_from)
+        if path.startswith("/")
+    }
+    spec = replace(spec, resolved=sources)
+    validate(spec)
+    return spec
+
+
+def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Values of the secret variables, from --env NAME=VALUE or the environment; never written into the spec."""
+    missing = [name for name in spec.secret_env if name not in options and name not in environ]
+    if missing:
+        raise LauncherError(
+            f"--env {missing[0]}: no such variable in your environment",
+            f"export {quoted(missing[0])}=..., then again",
+        )
+    values = {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
+    for name, value in values.items():
+        if CONTROL.search(value):
+            raise LauncherError(f"--env {name}: its value holds a newline or another control character")
+    return values
+
+
+def _without(layer: Layer, keys: tuple[str, ...]) -> Layer:
+    return Layer({k: v for k, v in layer.values.items() if k not in keys}, layer.origin, secret_env=layer.secret_env)
+
+
+def _layer(values: Mapping[str, object], origin: str) -> Layer:
+    return Layer(values, dict.fromkeys(values, origin))
+
+
+def _environment(environ: Mapping[str, str]) -> Layer:
+    names = {name: key for name, key in ENVIRONMENT.items() if environ.get(name)}
+    return Layer(
+        {key: environ[name] for name, key in names.items()},
+        {key: f"environment {name}" for name, key in names.items()},
+    )
+
+
+def user_file(config: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """--config, else LAUNCHER_CONFIG, else ~/.config/titan-launcher/config.toml where that exists."""
+    if config is not None:
+        return config
+    if environ.get("LAUNCHER_CONFIG"):
+        return Path(environ["LAUNCHER_CONFIG"])
+    path = default_path(environ)
+    return path if os.path.isfile(path) else None
+
+
+def _user_layer(config: Path | None, environ: Mapping[str, str], gpu: str = "") -> Layer:
+    path = user_file(config, environ)
+    return read_layer(path, f"file {path}", gpu) if path else Layer({}, {})
+
+
+def _repeated(run_file: Path, options: Layer) -> Layer:
+    run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
+    layer = read_layer(run_file, f"file {run_file}")
+    if not layer.complete:
+        raise LauncherError(f"{run_file}: not a run.toml", quoted("launcher", "submit", "--config", run_file))
+    for key, option in (("job.gpu", "--gpu"), ("job.recipe", "--recipe")):
+        if key in options.values:
+            raise LauncherError(
+                f"{option} with {run_file}: that file already holds every value of its profile and recipe",
+                f"leave out {option}, or start from the recipe: launcher submit --recipe ...",
+            )
+    kept = {k: v for k, v in layer.values.items() if k not in ("job.name", "job.runs_dir", "job.slurm_bin")}
+    kept |= {"job.runs_dir": os.path.abspath("runs"), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
+    return Layer(kept, {k: layer.origin.get(k, "detected") for k in kept}, True, layer.secret_env)
+
+
+def _chosen_gpu(chosen: Mapping[str, object], options: Layer, user: Layer) -> tuple[str, str]:
+    if gpu := str(chosen.get("job.gpu", "")):
+        return gpu, options.origin.get("job.gpu", user.origin.get("job.gpu", ""))
+    if chosen.get("job.scheduler") == "local":
+        return _local_gpu()
+    return _cluster_gpu(str(chosen.get("job.partition", "")))
+
+
+def _machine(chosen: Mapping[str, object], gpu: str, gpu_origin: str) -> Layer:
+    """What follows from where this runs: absolute runs_dir, the local scheduler's runtime, Slurm's folder."""
+    values: dict[str, object] = {"job.gpu": gpu, "job.runs_dir": os.path.abspath("runs")}
+    origin = {"job.gpu": gpu_origin, "job.runs_dir": "default"}
+    if chosen.get("job.scheduler") == "local":
+        if chosen.get("job.runtime") != "apptainer":
+            values |= {"job.python": sys.executable}
+            origin |= {"job.python": "the launcher's own Python"}
+    elif found := slurm.bin_dir():
+        values |= {"job.slurm_bin": found}
+        origin |= {"job.slurm_bin": "detected: which sbatch"}
+    return Layer(values, origin)
+
+
+def _free_name(spec: RunSpec) -> str:
+    recipe, gpu = (re.sub(r"[^A-Za-z0-9._-]", "-", Path(n).stem) for n in (spec.job.recipe, spec.job.gpu))
+    base = f"{recipe}-{gpu}-{spec.job.nodes}n"[:40].lstrip("._-") + f"-{datetime.now():%Y%m%d-%H%M%S}"
+    names = [base, *(f"{base}-{n}" for n in range(2, 100))]
+    return next((name for name in names if not os.path.lexists(f"{spec.job.runs_dir}/{name}")), base)
+
+
+def _local_gpu() -> tuple[str, str]:
+    """The profile of this machine's GPUs as nvidia-smi names them; "cpu" where there are none."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        out = ""
+    lines = [line.strip() for line in out.splitlines() if line.strip()]
+    if not lines:
+        return "cpu", "detected: no GPU on this machine"
+    for name in sorted(names_of("profiles"), key=len, reverse=True):
+        if re.search(rf"\b{name}\b", lines[0], re.IGNORECASE):
+            return name, f"detected: {lines[0]}"
+    raise _which_gpu(f"this machine has {lines[0]}, and no profile is called that")
+
+
+def _cluster_gpu(partition: str) -> tuple[str, str]:
+    """The profile of a partition's nodes, where something names it, something else agrees and nothing contradicts it.
+
+    Otherwise the user is asked.
+    """
+    from launcher.scheduler.detect import detected
+    from launcher.scheduler.profile import known_kinds, propose
+
+    try:
+        nodes = detected().require(partition).nodes_of(partition)
+    except LauncherError as error:
+        if error.status is not ExitStatus.CLUSTER:
+            raise
+        what = f"the nodes' GPU cannot be detected: {error.what}"
+        raise _which_gpu(what, error.original, ExitStatus.CLUSTER) from error
+    proposal = propose(nodes, known_kinds())
+    where = f"partition {partition}" if partition else "the default partition"
+    seen = ", ".join(evidence.what for evidence in proposal.evidence)
+    if proposal.profile and not proposal.contradictions:
+        return proposal.profile, f"detected: {where}: {seen}"
+    why = "; ".join(proposal.contradictions) or "none of this names one profile for sure"
+    raise _which_gpu(f"{where} does not say clearly which GPU it has ({seen or 'no GPUs'}): {why}")
+
+
+def _which_gpu(what: str, original: str = "", status: ExitStatus = ExitStatus.NOT_FOUND) -> LauncherError:
+    fix = f"say it: --gpu {'|'.join(names_of('profiles'))}"
+    return LauncherError(what, fix, status=status, original=original)

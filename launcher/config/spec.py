@@ -1,0 +1,373 @@
+"""RunSpec: everything that decides a run, as frozen values. No I/O, no clock, no environment.
+
+The fields of the three dataclasses are the allowed keys of a TOML file's sections `[profile]`, `[recipe]` and
+`[job]`; launcher/config/layers.py merges the files and says where each value came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.base.errors import LauncherError
+from launcher.base.secret import looks_secret
+from launcher.titan.recipe import CHOICES as RECIPE_CHOICES
+from launcher.titan.recipe import Recipe
+
+MAX_NODES = 10_000  # more than any Slurm cluster this was written for; a typing slip otherwise waits for ever
+SAMPLE = "sample"  # `data` and `tokenizer`: small ones, written into the run directory
+HUB = "hub"  # `data`: streamed from the Hugging Face Hub while training
+S3 = "s3://"  # `data` that begins so: streamed from object storage while training
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a GPU type needs. Facts about the hardware, not choices about training."""
+
+    gpu: str = "CPU"  # as the results table writes it
+    device: str = "cuda"  # "cuda", or "cpu" with gloo: never chosen silently
+    gpus_per_node: int = 8
+    arch: str = "x86_64"  # of the compute nodes, in uname's words
+    driver: str = ""  # NVIDIA's driver on the nodes, such as 580.95.05; empty: not known
+    gres: str = "gpu"  # generic resource to ask Slurm for; empty asks for none
+    mounts: tuple[str, ...] = ()  # SRC:DST[:FLAGS] that this kind of node needs
+    scratch: str = ""  # directory on each node's own disk, for caches; empty: TMPDIR or /tmp of the container
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where and under which name it runs."""
+
+    name: str = ""
+    gpu: str = ""  # profile: a name, or a path to a TOML file
+    recipe: str = "llama3-8b"  # a name, or a path to a TOML file
+    scheduler: str = "slurm"
+    runtime: str = "pyxis"
+    image: str = ""  # absolute path; empty with runtime "bare"
+    nodes: int = 1
+    time: str = "01:00:00"  # Slurm's time limit
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    reservation: str = ""
+    nodelist: str = ""
+    exclude: str = ""
+    segment: int = 0  # nodes per block with topology/block; 0: not asked for
+    mounts: tuple[str, ...] = ()  # SRC:DST[:FLAGS], beside those of the profile
+    data: str = "/data/c4"
+    data_part: str = ""  # I/N: the I-th of N parts of the files that share none; for restarts
+    tokenizer: str = "/data/tokenizers/Llama-3.1-8B"
+    init_from: str = ""  # directory of safetensors in the Hub's format; empty: a random start
+    runs_dir: str = "runs"
+    python: str = "python3"  # inside the container; with "bare" on the node
+    check: str = "full"  # of the nodes before training: "off", "quick" or "full"; docs/node-check.md
+    slurm_bin: str = "/usr/bin"  # where sbatch was found: the job starts with an empty environment
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A whole run. `origin` says, per dotted key, which layer the value came from."""
+
+    profile: Profile = field(default_factory=Profile)
+    recipe: Recipe = field(default_factory=Recipe)
+    job: Job = field(default_factory=Job)
+    env: Mapping[str, str] = field(default_factory=dict)
+    secret_env: tuple[str, ...] = ()  # names only: their values travel in a 0600 file
+    titan: Mapping[str, str] = field(default_factory=dict)
+    resolved: Mapping[str, str] = field(default_factory=dict)  # path -> where its links lead, for mounts
+    # files of run_dir/data/en -> link's target, or s3://
+    view: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+    avoid: tuple[str, ...] = ()  # nodes left out beside job.exclude; run.toml does not keep them
+
+    @property
+    def run_dir(self) -> str:
+        return f"{self.job.runs_dir}/{self.job.name}"
+
+    @property
+    def gpus(self) -> int:
+        return self.job.nodes * self.profile.gpus_per_node
+
+    @property
+    def data_parallel(self) -> int:
+        """The data-parallel degree: how many ranks read data of their own."""
+        recipe = self.recipe
+        return self.gpus // (recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel)
+
+    @property
+    def data_path(self) -> str:
+        """The data as the job's user names it; what the trainer reads may be a view of it (launcher/stage/view.py)."""
+        return f"{self.run_dir}/sample/c4" if self.job.data == SAMPLE else self.job.data
+
+    @property
+    def tokenizer_path(self) -> str:
+        return f"{self.run_dir}/sample/tokenizer" if self.job.tokenizer == SAMPLE else self.job.tokenizer
+
+    @property
+    def job_name(self) -> str:
+        """Slurm's job name: the run's, made unique by its place, so that a lost job id can be found again."""
+        return f"{self.job.name}.{hashlib.sha256(self.run_dir.encode()).hexdigest()[:8]}"
+
+    def values(self) -> dict[str, Any]:
+        """Every dotted key with its value, in the order of the dataclasses."""
+        flat: dict[str, Any] = {}
+        for section in ("job", "profile", "recipe"):
+            part = getattr(self, section)
+            flat |= {f"{section}.{f.name}": getattr(part, f.name) for f in dataclasses.fields(part)}
+        flat |= {f"env.{name}": value for name, value in self.env.items()}
+        flat |= {f"secret_env.{name}": "(from the environment)" for name in self.secret_env}
+        flat |= {f"titan.{key}": value for key, value in self.titan.items()}
+        return flat
+
+
+CHOICES = {
+    "profile.device": ("cuda", "cpu"),
+    "profile.arch": ("aarch64", "x86_64"),
+    **{f"recipe.{key}": allowed for key, allowed in RECIPE_CHOICES.items()},
+    "job.scheduler": ("slurm", "local"),
+    "job.runtime": ("pyxis", "apptainer", "bare"),
+    "job.check": ("off", "quick", "full"),
+}
+AT_LEAST_ONE = (
+    "profile.gpus_per_node",
+    "recipe.seq_len",
+    "recipe.local_batch_size",
+    "recipe.steps",
+    "recipe.log_freq",
+    "recipe.dp_replicate",
+    "recipe.tensor_parallel",
+    "recipe.context_parallel",
+    "recipe.pipeline_parallel",
+)
+# Settings of torchtitan's that the launcher reports as the run's own: changed behind its back, a row would be false.
+OWNED = {
+    "training.local_batch_size": "--batch-size N",
+    "training.seq_len": "--seq-len N",
+    "training.steps": "--steps N",
+    "training.global_batch_size": "--set recipe.global_batch_size=N",
+    "metrics.log_freq": "--set recipe.log_freq=N",
+    "compile.enable": "--set recipe.compile=true",
+    "parallelism.data_parallel_replicate_degree": "--set recipe.dp_replicate=N",
+    "parallelism.data_parallel_shard_degree": "--set recipe.dp_shard=N",
+    "parallelism.tensor_parallel_degree": "--set recipe.tensor_parallel=N",
+    "parallelism.context_parallel_degree": "--set recipe.context_parallel=N",
+    "parallelism.pipeline_parallel_degree": "--set recipe.pipeline_parallel=N",
+    "activation_checkpoint.mode": "--set recipe.activation_checkpoint=full",
+    "checkpoint.enable": "--set recipe.checkpoint_interval=N",
+    "checkpoint.interval": "--set recipe.checkpoint_interval=N",
+    "checkpoint.load_only": "--set recipe.checkpoint_interval=0",
+    "checkpoint.initial_load_path": "--init-from DIR",
+    "checkpoint.initial_load_in_hf": "--init-from DIR",
+    "checkpoint.initial_load_model_only": "--init-from DIR",
+}
+DATA_PART = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})", re.ASCII)
+S3_ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[\w.=+@-]+)*)/?", re.ASCII)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+SLURM_WORD = re.compile(r"[A-Za-z0-9_.,@+/:-]+")
+SLURM_NODES = re.compile(r"[A-Za-z0-9_.,\[\]-]+")
+SLURM_TIME = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,6}-\d{1,2}(:\d{1,2}){0,2}", re.ASCII)
+SAFE_DIR = re.compile(r"/[\w./@+=~-]*")
+CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\u2028\u2029]")
+
+
+def refuse(key: str, value: object, why: str, fix: str = "", origin: str = "") -> LauncherError:
+    where = f" (from {origin})" if origin and not origin.startswith("default") else ""
+    told = "" if key.startswith("env.") or looks_secret(key, value) else f" = {str(value)[:120]!r}"
+    return LauncherError(f"{key}{told}{where}: {why}", fix)
+
+
+def validate(spec: RunSpec) -> None:
+    """Refuses every value that cannot work or cannot reach Slurm, Pyxis or the trainer unchanged.
+
+    Raises LauncherError naming the key, the value, its origin and what to type instead.
+    """
+    values = spec.values()
+    for key, value in values.items():  # first of all: no other refusal tells a secret
+        items = value if isinstance(value, tuple) else (value,)
+        if not key.startswith("secret_env.") and any(looks_secret(key, item) for item in items):
+            name = key[4:] if key.startswith("env.") else "NAME"
+            raise LauncherError(
+                f"{spec.origin.get(key, 'a file')}: {key} looks like a secret, which others can see there",
+                f'export {name}=..., then --env {name}, or in a file, above its tables: secret_env = ["{name}"]',
+            )
+
+    def bad(key: str, why: str, fix: str = "") -> LauncherError:
+        return refuse(key, values[key], why, fix, spec.origin.get(key, ""))
+
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            raise bad(key, f"must be one of {', '.join(allowed)}")
+    for key in AT_LEAST_ONE:
+        if values[key] < 1:
+            raise bad(key, "must be at least 1")
+    if not 1 <= spec.job.nodes <= MAX_NODES:
+        raise bad("job.nodes", f"must be from 1 to {MAX_NODES:,}", "launcher submit --nodes N")
+    if spec.profile.gpus_per_node > 64:
+        raise bad("profile.gpus_per_node", "no node has more than 64 GPUs")
+    for key in ("job.segment", "recipe.checkpoint_interval", "recipe.seed", "recipe.warmup_steps"):
+        if values[key] < 0:
+            raise bad(key, "must not be negative")
+    if not 0 < spec.recipe.lr < 100:
+        raise bad("recipe.lr", "must be a positive number")
+    _validate_words(spec, bad)
+    _validate_paths(spec, bad)
+    _validate_parallelism(spec, bad)
+    for key, value in spec.titan.items():
+        if not TITAN_KEY.fullmatch(key):
+            raise bad(f"titan.{key}", "the key is not a torchtitan setting", "--set training.max_norm=2.0")
+        if CONTROL.search(value):
+            raise bad(f"titan.{key}", "the value holds a control character")
+        if owned := OWNED.get(key.replace("-", "_")):
+            raise bad(f"titan.{key}", "a setting that the launcher reports as the run's own", owned)
+    for name in (*spec.env, *spec.secret_env):
+        if not ENV_NAME.fullmatch(name):
+            raise LauncherError(f"--env {name.partition('=')[0][:80]!r}: not a variable's name", "--env NAME=VALUE")
+        if name.startswith(("SLURM_", "TITAN_")) or name == "PATH":
+            raise LauncherError(f"--env {name}: set by the job script itself")
+    for name, value in spec.env.items():
+        if CONTROL.search(value):
+            raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")
+
+
+def _validate_words(spec: RunSpec, bad: Any) -> None:
+    if not NAME.fullmatch(spec.job.name):
+        raise bad(
+            "job.name",
+            "a name has 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit",
+            "--name my-run-1",
+        )
+    for key in ("partition", "account", "qos", "reservation"):
+        if (value := getattr(spec.job, key)) and not SLURM_WORD.fullmatch(value):
+            raise bad(f"job.{key}", f"not a {key} name", "list them: sinfo -s" if key == "partition" else "")
+    for key in ("nodelist", "exclude"):
+        if (value := getattr(spec.job, key)) and not SLURM_NODES.fullmatch(value):
+            raise bad(f"job.{key}", "not a list of nodes", f"--{key} 'gpu-[001-004,007]'")
+    if not SLURM_TIME.fullmatch(spec.job.time):
+        raise bad("job.time", "not a time limit of Slurm's", "--time 01:30:00 (or 90, or 1-12:00:00)")
+    if spec.profile.gres and not SLURM_WORD.fullmatch(spec.profile.gres):
+        raise bad("profile.gres", "not a generic resource's name", 'gres = "gpu"')
+    for key in ("job.gpu", "job.recipe", "profile.gpu", "recipe.model", "recipe.flavor", "recipe.dataset"):
+        if CONTROL.search(spec.values()[key]):
+            raise bad(key, "holds a control character")
+
+
+def _validate_paths(spec: RunSpec, bad: Any) -> None:
+    job = spec.job
+    if not SAFE_DIR.fullmatch(job.runs_dir) or len(spec.run_dir) > 200:
+        raise bad(
+            "job.runs_dir",
+            "Slurm's own file name patterns need a path of letters, digits and ._-+@=~ with at most 200 characters",
+            "--runs-dir ~/runs",
+        )
+    for key in ("data", "tokenizer", "init_from"):
+        value, option = getattr(job, key), f"--{key.replace('_', '-')}"
+        if not value and key != "init_from":
+            raise bad(f"job.{key}", "is empty", f"{option} /data/...")
+        if not value or (value in (SAMPLE, HUB) and key != "init_from"):
+            continue
+        if value.startswith(S3) and key == "data":
+            if not S3_ADDRESS.fullmatch(value) or ".." in value:
+                raise bad("job.data", "not an address of object storage", "--data s3://bucket/prefix")
+            continue
+        if not value.startswith("/"):
+            raise bad(f"job.{key}", "must be an absolute path", f"{option} /data/...")
+        if CONTROL.search(value) or any(mark in value for mark in ",:"):
+            raise bad(f"job.{key}", "a comma, colon or control character cannot be written in a Pyxis mount")
+    if job.data_part and (not (part := DATA_PART.fullmatch(job.data_part)) or int(part[1]) > int(part[2])):
+        raise bad("job.data_part", "must be I/N with I from 1 to N, and N at most 9999", "--data-part 1/2")
+    if job.data_part and job.data == HUB:
+        raise bad("job.data_part", "what the Hub streams has no parts", "launcher stage c4 --to DIR")
+    scratch = spec.profile.scratch
+    if scratch and (not SAFE_DIR.fullmatch(scratch) or scratch == "/"):
+        raise bad(
+            "profile.scratch",
+            "must be an absolute path of letters, digits and ._-+@=~",
+            'scratch = "/scratch/local"',
+        )
+    if job.tokenizer == HUB:
+        raise bad("job.tokenizer", "the tokenizer is not fetched during a job", "--tokenizer DIR")
+    if job.runtime == "bare":
+        if job.image:
+            raise bad("job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis")
+    elif "://" in job.image:
+        raise bad(
+            "job.image",
+            "a registry's image would be fetched and unpacked by every node",
+            "--image titan.sqsh",
+        )
+    elif not job.image.startswith("/"):
+        raise bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
+    for key in ("image", "python", "slurm_bin"):
+        if CONTROL.search(getattr(job, key)):
+            raise bad(f"job.{key}", "holds a control character")
+    if not job.python or job.python.startswith("-"):
+        raise bad("job.python", "not a program", "--python python3")
+    if job.scheduler == "local" and job.nodes != 1:
+        raise bad("job.nodes", "the local scheduler has one node: this machine", "--nodes 1")
+    if job.scheduler == "local" and job.runtime == "pyxis":
+        raise bad("job.runtime", "Pyxis is a part of Slurm", "--runtime bare, or --runtime apptainer")
+    for key, mounts in (("profile.mounts", spec.profile.mounts), ("job.mounts", job.mounts)):
+        for mount in mounts:
+            if problem := mount_problem(mount):
+                raise refuse(key, mount, problem, "--mount /host/dir:/container/dir[:ro]", spec.origin.get(key, ""))
+
+
+def mount_problem(mount: str) -> str:
+    """Why `mount` cannot be given to Pyxis as SRC:DST[:FLAGS]; empty when it can."""
+    parts = mount.split(":")
+    if CONTROL.search(mount):
+        return "holds a newline or another control character"
+    if "," in mount:
+        return "Pyxis separates mounts at commas: a path with one cannot be mounted"
+    if len(parts) not in (2, 3):
+        return "must be SRC:DST or SRC:DST:FLAGS"
+    if not parts[0].startswith("/") or not parts[1].startswith("/"):
+        return "both paths must be absolute"
+    if len(parts) == 3 and not re.fullmatch(r"[a-z]+(\+[a-z]+)*", parts[2]):
+        return "flags are words like ro, rw or ro+rbind"
+    return ""
+
+
+def _validate_parallelism(spec: RunSpec, bad: Any) -> None:
+    recipe = spec.recipe
+    other = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel * recipe.dp_replicate
+    if recipe.dp_shard == 0 or recipe.dp_shard < -1:
+        raise bad("recipe.dp_shard", "must be -1 (all that are left) or at least 1")
+    if recipe.dp_shard > 0 and other * recipe.dp_shard != spec.gpus:
+        raise bad(
+            "recipe.dp_shard",
+            f"the degrees multiply to {other * recipe.dp_shard}, the run has {spec.gpus} GPUs",
+        )
+    if spec.gpus % other:
+        raise bad(
+            "recipe.dp_replicate",
+            f"{spec.gpus} GPUs are not a multiple of the other parallel degrees' product, {other}",
+            "choose --nodes so that nodes x GPUs per node is a multiple",
+        )
+
+
+def node_config(spec: RunSpec) -> dict[str, Any]:
+    """What slurm/node.py is told, as the JSON object of `job/node.json`."""
+    return {
+        "schema": 1,
+        "run_dir": spec.run_dir,
+        "device": spec.profile.device,
+        "nodes": spec.job.nodes,
+        "gpus_per_node": spec.profile.gpus_per_node,
+        "profile": spec.job.gpu,
+        "gpu": spec.profile.gpu,
+        "check": spec.job.check,
+        "recipe": {"name": spec.job.recipe, **dataclasses.asdict(spec.recipe)},
+        "data": f"{spec.run_dir}/data" if spec.view else spec.data_path,
+        "data_source": spec.data_path,
+        "tokenizer": spec.tokenizer_path,
+        "init_from": spec.job.init_from,
+        "scratch": spec.profile.scratch,
+        "titan": dict(spec.titan),
+    }

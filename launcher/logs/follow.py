@@ -1,0 +1,340 @@
+"""Following a run by its logs: progress over all nodes, and all logs as one.
+
+Each node writes `logs/NNNN-<node>.log`. All of them say `[rank0]`, so nodes are told apart by file only.
+Time and sleeping are the caller's, and no state is kept beside what one run of a generator needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import heapq
+import math
+import os
+import re
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import BinaryIO
+
+from launcher.base.files import unreadable
+from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, line_time, open_log, plain_text
+from launcher.results.rows import peak_of
+
+JOB_LOG = "job.log"
+_NODE_LOG = re.compile(r"[0-9]{4,}-([\w.-]+)\.log")
+# A poll that finds more than this many new steps (attaching to a long run) skips the oldest of them.
+_CATCH_UP = 256
+_RECENT = 8
+_SPARE_FILES = 64  # descriptors beside the logs': the terminal, Python's own, Slurm's commands
+_HELD_BYTES = 1 << 14  # of one log, while more logs are merged than may be open
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is. Throughput is per GPU, from each node's newest step; the rest is the leading node's.
+
+    `records` counts the step lines read so far, by node. `seconds_left` is None until two steps after the
+    first have been seen.
+    """
+
+    step: int
+    steps_total: int
+    loss: float
+    tps: float
+    tps_min: float
+    tps_max: float
+    slowest_node: str
+    tflops: float | None
+    mfu_pct: float | None
+    peak_tflops: float | None
+    memory_gib: float
+    memory_pct: float
+    seconds_left: float | None
+    records: Mapping[str, int]
+
+
+def node_logs(log_dir: Path) -> dict[str, Path]:
+    """The log of each node by its name, in the job's order; a name that occurs twice keeps its number.
+
+    Raises LauncherError when the directory cannot be read; one that doesn't exist yet has no logs.
+    """
+    found = {path: match[1] for path in _files(log_dir) if (match := _NODE_LOG.fullmatch(path.name))}
+    names = list(found.values())
+    ordered = sorted(found, key=lambda path: (int(path.name.split("-")[0]), path.name))
+    return {found[path] if names.count(found[path]) == 1 else path.stem: path for path in ordered}
+
+
+def _files(log_dir: Path) -> list[Path]:
+    """The regular files in a directory: nothing else is a log, and opening a FIFO would wait for a writer."""
+    with _reading(log_dir):
+        try:
+            with os.scandir(log_dir) as entries:
+                return [log_dir / entry.name for entry in entries if _is_file(entry)]
+        except FileNotFoundError:
+            return []
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        return error.errno != errno.ELOOP  # anything else is told by the attempt to open it
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what the operating system says of `path` into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def error_logs(log_dir: Path) -> list[Path]:
+    """Where the cause of a failure may stand, for `launcher.logs.steps.first_error`.
+
+    A node's log shows one of its ranks. What the others wrote is in the files that torchrun keeps per rank.
+    """
+    with _reading(log_dir):
+        ranks = sorted(log_dir.glob("ranks/**/stderr.log"))
+    return [*node_logs(log_dir).values(), *ranks, log_dir / JOB_LOG]
+
+
+def last_lines(paths: Sequence[Path], count: int) -> tuple[Path, list[str]]:
+    """The end of the first of `paths` that holds anything, for a failure whose error is not known."""
+    for path in paths:
+        try:
+            if (handle := open_log(path)) is None:
+                continue
+            with handle:
+                handle.seek(max(0, handle.seek(0, 2) - 8192))
+                lines = [plain_text(line)[:200] for line in handle.read().splitlines() if line.strip()]
+        except OSError:
+            continue
+        if lines:
+            return path, lines[-count:]
+    return Path(), []
+
+
+@dataclass
+class _Node:
+    reader: LogReader
+    fresh: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_CATCH_UP))
+    latest: StepRecord | None = None
+    count: int = 0
+
+
+@dataclass
+class _Pace:
+    """Recent steps and when they were logged, by the log's own clock, or by ours where a log has no times."""
+
+    marks: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    def add(self, step: int, moment: float) -> None:
+        if self.marks and step == self.marks[-1][0]:
+            return  # the same step, now with another node's figures
+        if self.marks and step < self.marks[-1][0]:
+            self.marks.clear()  # restarted
+        if len(self.marks) == 1 and self.marks[0][0] == 1 and step > 1:
+            self.marks.clear()  # what lies between step 1 and the next is start-up, too
+        self.marks.append((step, moment))
+
+    def seconds_left(self, steps_total: int) -> float | None:
+        if len(self.marks) < 2:
+            return None
+        (first, began), (last, ended) = self.marks[0], self.marks[-1]
+        if ended <= began:
+            return None
+        return max(0, steps_total - last) * (ended - began) / (last - first)
+
+
+def follow(
+    log_dir: Path,
+    *,
+    steps_total: int,
+    is_finished: Callable[[], bool],
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.time,
+    poll_seconds: float = 2.0,
+) -> Iterator[Progress]:
+    """A snapshot for every newly logged step, until the run is finished and its logs are read to their ends.
+
+    `is_finished` is asked before the logs are read, so nothing that was written before the end is missed.
+    Memory doesn't grow with the logs.
+    """
+    nodes: dict[Path, _Node] = {}
+    pace = _Pace()
+    lead: StepRecord | None = None
+    while True:
+        finished = is_finished()
+        logs = node_logs(log_dir)
+        for path in logs.values():
+            node = nodes.setdefault(path, _Node(LogReader(path)))
+            with _reading(path):
+                for record in node.reader.read():
+                    node.count += 1
+                    node.fresh.append(record)
+        named = {name: nodes[path] for name, path in logs.items()}
+        for record in _advance(list(named.values()), lead):
+            lead = record
+            pace.add(record.step, clock() if record.time is None else record.time)
+            yield _snapshot(named, record, steps_total, pace.seconds_left(steps_total))
+        if finished:
+            return
+        sleep(poll_seconds)
+
+
+def _advance(nodes: list[_Node], lead: StepRecord | None) -> Iterator[StepRecord]:
+    """Moves all nodes through their new records together, and yields the leading record after each step.
+
+    The node with most new records sets the pace. Others follow up to its step and no further, so that a
+    spread over nodes compares the same step. Only a node that goes back itself shows a restart: one that is
+    merely behind (files arrive late over NFS) doesn't set the lead back.
+    """
+    while any(node.fresh for node in nodes):
+        leader = max(nodes, key=lambda node: len(node.fresh))
+        step = leader.fresh[0].step
+        for node in (leader, *nodes):
+            while node.fresh and node.fresh[0].step <= step:
+                record = node.fresh.popleft()
+                went_back = node.latest is not None and record.step <= node.latest.step
+                node.latest = record
+                better = lead is None or (record.step, record.knows_loss) > (lead.step, lead.knows_loss)
+                if went_back or better:
+                    lead = record
+                if record.step == step:
+                    break
+        assert lead is not None  # the leader had a record
+        yield lead
+
+
+def _snapshot(nodes: Mapping[str, _Node], lead: StepRecord, steps_total: int, seconds_left: float | None) -> Progress:
+    tps = {name: node.latest.tps for name, node in nodes.items() if node.latest}
+    slowest = min(tps, key=lambda name: tps[name])
+    return Progress(
+        step=lead.step,
+        steps_total=steps_total,
+        loss=lead.loss,
+        tps=median(tps.values()),
+        tps_min=tps[slowest],
+        tps_max=max(tps.values()),
+        slowest_node=slowest,
+        tflops=lead.tflops,
+        mfu_pct=lead.mfu_pct,
+        peak_tflops=peak_of(lead.tflops, lead.mfu_pct),
+        memory_gib=lead.memory_gib,
+        memory_pct=lead.memory_pct,
+        seconds_left=seconds_left,
+        records={name: node.count for name, node in nodes.items()},
+    )
+
+
+def merged_lines(
+    log_dir: Path,
+    *,
+    follow: bool = False,
+    is_finished: Callable[[], bool] = lambda: True,
+    sleep: Callable[[float], None] = time.sleep,
+    poll_seconds: float = 1.0,
+) -> Iterator[tuple[str, str]]:
+    """All lines of the job's and the nodes' logs as (node name or `job`, plain text), as one log.
+
+    A finished run is ordered by the times in its lines; a line without one stays behind the line before it,
+    and what comes before a file's first time comes first, the job's own log ahead of the nodes'. With `follow`,
+    lines come as they are seen to arrive, until `is_finished`. Memory doesn't grow with the logs.
+    """
+    if not follow:
+        logs = _all_logs(log_dir)
+        hold = _may_open(len(logs))
+        streams = [_timed(index, *log, hold=hold) for index, log in enumerate(logs)]
+        for _, _, _, name, text in heapq.merge(*streams):
+            yield name, text
+        return
+    offsets: dict[Path, int] = {}
+    while True:
+        finished = is_finished()
+        for name, path in _all_logs(log_dir):
+            for text in _new_lines(path, offsets, to_the_end=finished):
+                yield name, text
+        if finished:
+            return
+        sleep(poll_seconds)
+
+
+def _bounded_lines(handle: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file without their ends, each cut after LINE_BYTES, so that memory stays bounded."""
+    while line := handle.readline(LINE_BYTES):
+        rest = line
+        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
+            rest = handle.readline(LINE_BYTES)
+        yield line.rstrip(b"\n")
+
+
+def _all_logs(log_dir: Path) -> list[tuple[str, Path]]:
+    job = [("job", path) for path in _files(log_dir) if path.name == JOB_LOG]
+    return job + list(node_logs(log_dir).items())
+
+
+def _may_open(count: int) -> bool:
+    """Whether so many files can be open at once, after asking for all that the system grants this process."""
+    wanted = count + _SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # then it stays as it is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft == resource.RLIM_INFINITY or soft >= wanted
+
+
+def _lines_of(path: Path, hold: bool) -> Iterator[bytes]:
+    """The lines of a log. Without `hold` the file is open only while a handful of them is read."""
+    offset = 0
+    while True:
+        lines: list[bytes] = []
+        with _reading(path):
+            if (handle := open_log(path)) is None:
+                return
+            with handle:
+                handle.seek(offset)
+                for line in _bounded_lines(handle):
+                    if hold:
+                        yield line
+                        continue
+                    lines.append(line)
+                    if handle.tell() - offset >= _HELD_BYTES:
+                        break
+                offset = handle.tell()
+        if not lines:
+            return
+        yield from lines
+
+
+def _timed(index: int, name: str, path: Path, hold: bool) -> Iterator[tuple[float, int, int, str, str]]:
+    moment = -math.inf
+    for number, line in enumerate(_lines_of(path, hold)):
+        # Never backwards: a merge needs sorted streams, and a file's own order is the truth about it.
+        moment = max(moment, line_time(line[:512]) or -math.inf)
+        yield moment, index, number, name, plain_text(line)
+
+
+def _new_lines(path: Path, offsets: dict[Path, int], *, to_the_end: bool) -> Iterator[str]:
+    """Whole lines past the remembered offset; an unfinished last line waits, unless nothing can follow it."""
+    with _reading(path):
+        if (handle := open_log(path)) is None:
+            return
+        with handle:
+            offset = offsets.get(path, 0)
+            if handle.seek(0, 2) < offset:
+                offset = 0
+            handle.seek(offset)
+            while line := handle.readline(LINE_BYTES):
+                if not (line.endswith(b"\n") or len(line) == LINE_BYTES or to_the_end):
+                    return
+                offset += len(line)
+                offsets[path] = offset
+                yield plain_text(line)

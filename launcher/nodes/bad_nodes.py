@@ -1,0 +1,253 @@
+"""Nodes that failed their check, remembered per user and cluster, and left out of what is submitted next.
+
+    ~/.config/titan-launcher/nodes.json   {"schema": 1, "clusters": {"NAME": [{"host", "reason", "run", "at", ...}]}}
+
+NAME is Slurm's ClusterName. A node is left out for KEEP_S after its failure, unless it is released before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.base.errors import LauncherError, quoted
+from launcher.base.files import filesystem_error, read_bytes, unreadable, write_json
+from launcher.base.finding import OK, WARNING, Check
+from launcher.base.output import SHOWN, age, some
+from launcher.base.values import parse_json
+from launcher.config.spec import RunSpec
+from launcher.config.user_file import default_path
+from launcher.nodes import unfit
+from launcher.runs import directory as runs
+from launcher.runs.directory import Run
+from launcher.scheduler import slurm
+from launcher.scheduler.facts import ClusterFacts
+from launcher.scheduler.parse import compress, expand
+from launcher.scheduler.state import JobState
+
+DAY_S = 86400
+KEEP_S = 7 * DAY_S
+LAST_S = 1e11  # the year 5138: what is later is no time
+NEWEST = 50  # runs that are looked through before a submission
+# It reaches sbatch's --exclude: letters, digits, dots, dashes. RFC 1123, and the underscore that Slurm takes.
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
+WHERE = "launcher cluster nodes"
+ELSEWHERE = "export XDG_CONFIG_HOME=DIR"
+
+
+@dataclass(frozen=True)
+class BadNode:
+    """A node, why and for how long it is left out. Times are in seconds since 1970."""
+
+    host: str
+    reason: str
+    run: str  # its directory; "" where a person added the node
+    at: float
+    until: float
+    released: float = 0.0  # when a person released it; 0: it is left out
+
+    def counts(self, now_s: float) -> bool:
+        return not self.released and now_s < self.until
+
+
+Memory = Mapping[str, tuple[BadNode, ...]]  # by ClusterName
+
+
+def path() -> Path:
+    return default_path().with_name("nodes.json")
+
+
+def read() -> Memory:
+    """What is remembered; nothing where there is no file. Raises LauncherError for one that is damaged."""
+    file = path()
+    try:
+        text = read_bytes(file).decode("utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(file, error) from error
+    try:
+        return parse(text)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise LauncherError(
+            f"{file}: damaged: the nodes that failed their check cannot be told",
+            f"mv {quoted(file)} {quoted(f'{file}.damaged')}   (they are then forgotten)",
+        ) from error
+
+
+def parse(text: str) -> Memory:
+    """The file's text as values. Raises ValueError, TypeError, KeyError, AttributeError or OverflowError where it is
+    not that.
+    """
+    tables = parse_json(text)
+    if tables["schema"] != 1:
+        raise ValueError("another schema")
+    return {str(name): tuple(_node(entry) for entry in entries) for name, entries in tables["clusters"].items()}
+
+
+def _node(entry: Mapping[str, Any]) -> BadNode:
+    host, reason, run = (unfit.writable(str(entry[key])) for key in ("host", "reason", "run"))
+    at, until = (float(entry[key]) for key in ("at", "until"))
+    released = float(entry.get("released", 0))
+    if not HOST.fullmatch(host) or not all(0 <= time < LAST_S for time in (at, until, released)):
+        raise ValueError("not a node")
+    return BadNode(host, reason, run, at, until, released)
+
+
+def added(old: Sequence[BadNode], new: Sequence[BadNode], now_s: float) -> tuple[BadNode, ...]:
+    """`old` with `new`: the later failure of a node counts, and none that its release came after. Old ones go."""
+    kept = {node.host: node for node in old if now_s < max(node.until, node.released + KEEP_S)}
+    for node in new:
+        known = kept.get(node.host)
+        if known is None:
+            kept[node.host] = node
+        elif node.at > max(known.at, known.released):
+            longer = node.until if known.released else max(node.until, known.until)
+            kept[node.host] = replace(node, until=longer)
+    return tuple(sorted(kept.values(), key=lambda node: node.host))
+
+
+def left_out_by_hand(old: Sequence[BadNode], new: Sequence[BadNode], now_s: float) -> tuple[BadNode, ...]:
+    """`old` with what a person added, which replaces all that was known of these nodes."""
+    named = {node.host for node in new}
+    return added([*(node for node in old if node.host not in named), *new], (), now_s)
+
+
+def of_cluster(name: str, now_s: float) -> list[BadNode]:
+    """The nodes of a cluster that are left out now."""
+    return [node for node in read().get(name, ()) if node.counts(now_s)]
+
+
+def of_cluster_or_only(name: str, now_s: float) -> tuple[list[BadNode], list[Check]]:
+    """The same where Slurm does not say the cluster's name (""): those of the only cluster that has any. Or none."""
+    if name:
+        return of_cluster(name, now_s), []
+    counting = {
+        cluster: found for cluster, nodes in read().items() if (found := [node for node in nodes if node.counts(now_s)])
+    }
+    if not counting:
+        return [], []
+    what = "Slurm does not say its cluster's name: "
+    fix = "scontrol show config"
+    if len(counting) == 1:
+        ((cluster, nodes),) = counting.items()
+        what += f"the nodes that failed their check on {cluster} are taken for its own"
+        return nodes, [Check("excluded", WARNING, what, "", f"{fix}; {WHERE}")]
+    what += f"none is left out of those that failed their check on {some(sorted(counting))}"
+    return [], [Check("excluded", WARNING, what, "", f"{fix}; name them yourself: --exclude NODES")]
+
+
+def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]) -> None:
+    """Replaces a cluster's nodes by what `how` makes of them, while no other launcher does the same."""
+    file = path()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(file.with_name(f".{file.name}.lock")):
+            memory = dict(read())
+            before = memory.get(cluster, ())
+            memory[cluster] = tuple(how(before))
+            if memory[cluster] != before:
+                tables = {name: [asdict(node) for node in nodes] for name, nodes in memory.items() if nodes}
+                write_json(file, {"schema": 1, "clusters": tables}, 0o600, ELSEWHERE)
+    except OSError as error:
+        raise filesystem_error(file, error, ELSEWHERE) from error
+
+
+@contextlib.contextmanager
+def _locked(lock: Path) -> Iterator[None]:
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: the file itself is always whole
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list[BadNode]:
+    """Writes down the nodes to blame for a run that stopped at its check; returns those of them that are left out now.
+
+    `cluster`: Slurm's ClusterName here, where it is known already; for a job that did not name its own. Raises
+    LauncherError where Slurm does not say it, or the file cannot be read or written.
+    """
+    if not state.unfit or run.is_local or run.is_copy:
+        return []
+    ended = (run.end or {}).get("ended_at")
+    at = float(ended) if isinstance(ended, (int, float)) and 0 <= ended <= now_s else now_s
+    folder = unfit.writable(str(run.path))
+    found = [
+        BadNode(node.host, node.why, folder, at, at + KEEP_S)
+        for node in unfit.of_run(run)
+        if node.own and HOST.fullmatch(node.host)
+    ]
+    known = {(node.host, node.run) for nodes in read().values() for node in nodes}
+    new = [node for node in found if node.until > now_s and (node.host, node.run) not in known]
+    if new:
+        # Clusters may share a home: the nodes are those of the one that the job ran on.
+        change(unfit.cluster_of(run) or cluster or slurm.cluster_name(), lambda old: added(old, new, now_s))
+    hosts = {node.host for node in found}
+    return [node for nodes in read().values() for node in nodes if node.host in hosts and node.counts(now_s)]
+
+
+def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
+    """`remember` for the newest runs that ended so, and that nobody has looked at since."""
+    from launcher.runs import control
+
+    for run in runs.all_runs(runs_dir)[:NEWEST]:
+        if run.end is not None:
+            remember(run, control.state(run), now_s, cluster)
+
+
+def without(spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float) -> tuple[RunSpec, list[Check]]:
+    """The run that leaves these nodes out, and what there is to say. Pure.
+
+    Only nodes that Slurm has in the run's partition: it refuses a job that excludes one which it does not know. A node
+    that the user asks for by name is not left out.
+    """
+    here = facts.names_of(spec.job.partition)
+    named, excluded = set(expand(spec.job.nodelist)), set(expand(spec.job.exclude))
+    found = [node for node in nodes if node.host in here and node.host not in excluded]
+    out = [node for node in found if node.host not in named]
+    checks = []
+    known = {node.name for node in facts.nodes} | here | excluded
+    lost = [node for node in nodes if node.host not in known]
+    if lost and "nodes" in facts.unread:
+        names = some([node.host for node in lost])
+        checks.append(
+            Check(
+                "excluded",
+                WARNING,
+                f"{names} failed its check lately, and is not left out",
+                "whether Slurm has it could not be read",
+                f"sinfo -N -h -o %N; then {quoted('--exclude', compress([n.host for n in lost]))}",
+            )
+        )
+    if asked := [node for node in found if node.host in named]:
+        checks.append(
+            Check(
+                "excluded",
+                WARNING,
+                f"--nodelist: {some([node.host for node in asked])} failed its check lately",
+                _said(asked, now_s),
+                "leave it out of --nodelist",
+            )
+        )
+    if not out:
+        return replace(spec, avoid=()), checks
+    hosts = tuple(node.host for node in out)
+    checks.append(Check("excluded", OK, f"{_said(out, now_s)}; {WHERE}"))
+    before = spec.origin.get("job.exclude", "default").partition("; also ")[0]
+    origin = f"{before}; also {compress(hosts)}, which failed their check ({WHERE}): in job.sbatch alone"
+    return replace(spec, avoid=hosts, origin={**spec.origin, "job.exclude": origin}), checks
+
+
+def _said(nodes: Sequence[BadNode], now_s: float) -> str:
+    texts = [f"{node.host} ({node.reason}, {age(max(0, now_s - node.at))} ago)" for node in nodes]
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more

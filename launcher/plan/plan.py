@@ -1,0 +1,319 @@
+"""What a run will need and reach, said before it starts: memory, tokens/s, time, files. Pure; docs/plan.md explains it.
+
+Memory of a GPU is a formula for torchtitan's Llama 3 under FSDP, in eager mode:
+
+    states       12 bytes x parameters / shards: fp32 weights and Adam's two moments. The gradients (4 more) are whole
+                 when the activations are gone: the larger of the two moments counts.
+    saved        what the layers keep for the backward pass, by the kind of activation checkpointing
+    recomputed   one whole layer, while its backward pass runs (not with "none", where all layers are saved)
+    logits       2 bytes x tokens x vocabulary in bf16, and three times as many in fp32 (log-softmax, its gradient and
+                 the loss's): the allocator keeps all four
+    gathered     the unsharded weights of two layers, of the embedding and of the last layer, and the last's gradient
+
+Held against the memory column of all twelve published rows (12 to 128 GPUs of four types, batches of 2, 4 and 5) it is off by
+-1.1% to +1.7%; tests/unit/test_plan.py keeps it within MEMORY_IS_GOOD_TO. Only eager runs of 8B with selective
+checkpointing are published: the rest of the formula is reasoned, not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.config.spec import HUB, MAX_NODES, SAMPLE, RunSpec
+from launcher.results.outcome import Outcome
+from launcher.results.published import ALIKE, published
+from launcher.scheduler.parse import seconds
+from launcher.titan.weights import SHAPES, Shape
+
+GIB = 2**30
+MEMORY_IS_GOOD_TO = 0.02  # of the published rows
+FITS = 0.95  # of a GPU's memory: published rows go up to 92.8%, and the formula is good to 2%
+TIGHT = 0.98  # above it, NCCL's buffers and the CUDA context have no room
+START_S = 180.0  # queue excluded: container, node check, imports, first step. Assumed; `results` shows what it was.
+# GiB that torch sees, from the memory and percent columns of published rows, else NVIDIA's data sheets.
+SEEN_GIB = {
+    "GB200": 184.0,
+    "GB300": 279.0,
+    "B200": 178.35,
+    "B300": 270.0,
+    "H200": 139.8,
+    "H100": 79.2,
+    "A100": 79.2,
+}
+
+# Speed over eager bf16 with selective checkpointing, as published, each alone: (lowest, highest). docs/performance.md.
+COMPILE = {"GB200": (1.07, 1.07), "H100": (1.16, 1.16)}
+QUANTIZE = {
+    "mxfp8": {"GB200": (1.16, 1.28), "B200": (1.16, 1.28)},
+    "float8": {"H100": (1.28, 1.28), "B200": (1.04, 1.25)},
+}
+NO_CHECKPOINTING = (1.05, 1.10)
+ADJUSTED = ("recipe.compile", "recipe.quantize", "recipe.activation_checkpoint", "recipe.local_batch_size")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one GPU, in GiB, at the fullest moment of a step; the parts as in this module's docstring."""
+
+    states: float
+    saved: float
+    recomputed: float
+    logits: float
+    gathered: float
+    at_optimizer: float  # the other full moment: weights, moments and gradients, without activations
+
+    @property
+    def total(self) -> float:
+        return max(self.states + self.saved + self.recomputed + self.logits + self.gathered, self.at_optimizer)
+
+    @property
+    def compiled(self) -> float:
+        """With torch.compile, which was published to need about half the activation memory."""
+        return max(self.total - (self.saved + self.recomputed) / 2, self.at_optimizer)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction. None: it cannot be said, and `notes` has the reason."""
+
+    memory: Memory | None
+    memory_gib: float | None
+    device_gib: float | None
+    verdict: str  # "fits", "tight", "does not fit" or ""
+    advice: tuple[str, ...]
+    tps: float | None  # per GPU; the low end
+    tps_high: float | None
+    basis: str  # the published row
+    differs: tuple[str, ...]  # in what this run is another one
+    tokens: int  # in all steps
+    wall_s: float | None  # at `tps`, with START_S
+    node_hours: float | None
+    limit_s: int | None
+    c4_files: int | None
+    notes: tuple[str, ...]
+
+
+def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int | None = None) -> Plan:
+    """The prediction for a run. `rows`: published ones, read when None; `parameters`: where they were counted."""
+    from launcher.stage.shards import TRAIN_FILES
+    from launcher.stage.view import files_needed, tokens_of
+
+    notes: list[str] = []
+    memory, why_not = _memory(spec, parameters)
+    device = SEEN_GIB.get(spec.profile.gpu)
+    notes += [why_not] if why_not else []
+    if memory and device is None:
+        notes.append(f"how much memory a {spec.profile.gpu} has is not known here")
+    verdict = _verdict(spec, memory, device)
+    row, low, high, differs = _speed(spec, published() if rows is None else rows)
+    tokens = tokens_of(spec)
+    wall_s = tokens / (low * spec.gpus) + START_S if low else None
+    wants_files = spec.recipe.dataset == "c4" and spec.job.data not in (SAMPLE, HUB)
+    if wants_files and spec.data_parallel > TRAIN_FILES:
+        notes.append(
+            f"C4 has {TRAIN_FILES:,} files, fewer than {spec.data_parallel:,} data-parallel ranks: every rank reads all of "
+            "them and keeps its share (docs/data.md)"
+        )
+    return Plan(
+        memory=memory,
+        memory_gib=_needed(spec, memory) if memory else None,
+        device_gib=device,
+        verdict=verdict,
+        advice=_advice(spec, device, parameters) if verdict in ("tight", "does not fit") and device else (),
+        tps=low,
+        tps_high=high,
+        basis=row.run if row else "",
+        differs=differs,
+        tokens=tokens,
+        wall_s=wall_s,
+        node_hours=spec.job.nodes * wall_s / 3600 if wall_s else None,
+        limit_s=seconds(spec.job.time) or None,
+        c4_files=files_needed(spec, TRAIN_FILES) if wants_files else None,
+        notes=tuple(notes),
+    )
+
+
+def parameters_of(spec: RunSpec) -> int | None:
+    """By the model's dimensions; None where they are not known."""
+    model = SHAPES.get(spec.recipe.flavor) if spec.recipe.model == "llama3" else None
+    return model.parameters if model else None
+
+
+def memory_of(spec: RunSpec, parameters: int | None = None) -> Memory | None:
+    """By the formula above; None where it does not hold."""
+    return _memory(spec, parameters)[0]
+
+
+def _memory(spec: RunSpec, parameters: int | None) -> tuple[Memory | None, str]:
+    recipe = spec.recipe
+    model = SHAPES.get(recipe.flavor) if recipe.model == "llama3" else None
+    if spec.profile.device != "cuda":
+        return None, "the formula is for a GPU's memory; on a CPU the trainer tells that of its process"
+    if model is None:
+        return None, f"the dimensions of {recipe.model} {recipe.flavor} are not known here"
+    if recipe.pipeline_parallel > 1:
+        return None, "the formula for memory is not made for pipeline parallelism"
+    tensor, context = recipe.tensor_parallel, recipe.context_parallel
+    shards = recipe.dp_shard * context if recipe.dp_shard > 0 else spec.gpus // (tensor * recipe.dp_replicate)
+    count = (parameters or model.parameters) / tensor
+    width = 2 if recipe.param_dtype == "bfloat16" else 4  # bytes
+    tokens = recipe.local_batch_size * recipe.seq_len / context
+    every_layer = tokens * width / tensor
+    kept = {
+        # Input, wq, attention and w2 (dim each), wv and w1: of the matrix products torchtitan keeps every second.
+        "selective": 4 * model.hidden_size + model.kv_dim + model.intermediate_size,
+        "full": model.hidden_size,  # the input
+        "none": _whole_layer(model),
+    }[recipe.activation_checkpoint]
+    head = model.vocab_size * model.hidden_size
+    gathered = 3 * head + 2 * model.layer_parameters
+    return (
+        Memory(
+            states=12 * count / shards / GIB,
+            saved=model.num_hidden_layers * every_layer * kept / GIB,
+            recomputed=every_layer * _whole_layer(model) / GIB if recipe.activation_checkpoint != "none" else 0.0,
+            logits=(width + 3 * 4) * tokens * model.vocab_size / tensor / GIB,
+            gathered=width * gathered / tensor / GIB,
+            at_optimizer=16 * count / shards / GIB,
+        ),
+        "",
+    )
+
+
+def _whole_layer(model: Shape) -> int:
+    """Numbers that a layer's backward pass needs, per token: nothing left out.
+
+    Input, two norms, query, attention, residual, and key and value repeated for every head (8 x dim); key and value
+    themselves; and w1, silu, w3 and their product.
+    """
+    return 8 * model.hidden_size + 2 * model.kv_dim + 4 * model.intermediate_size
+
+
+def _needed(spec: RunSpec, memory: Memory) -> float:
+    return memory.compiled if spec.recipe.compile else memory.total
+
+
+def _verdict(spec: RunSpec, memory: Memory | None, device: float | None) -> str:
+    if memory is None or device is None:
+        return ""
+    if memory.total <= FITS * device:
+        return "fits"
+    # What torch.compile saves is known roughly: a run that needs it to fit is never called more than tight.
+    return "tight" if _needed(spec, memory) <= TIGHT * device else "does not fit"
+
+
+def _advice(spec: RunSpec, device: float, parameters: int | None) -> tuple[str, ...]:
+    """What would make it fit, one change each."""
+
+    def fits(**changes: Any) -> bool:
+        nodes = changes.pop("nodes", spec.job.nodes)
+        other = replace(spec, recipe=replace(spec.recipe, **changes), job=replace(spec.job, nodes=nodes))
+        return _verdict(other, memory_of(other, parameters), device) == "fits"
+
+    found = []
+    # A smaller batch and more nodes only ever need less: looked for by halves, as `submit` waits for this.
+    smaller = range(1, spec.recipe.local_batch_size)
+    if batch := bisect_left(smaller, True, key=lambda b: not fits(local_batch_size=b)):
+        found.append(f"--batch-size {batch}")
+    if spec.recipe.activation_checkpoint != "full" and fits(activation_checkpoint="full"):
+        found.append("--set recipe.activation_checkpoint=full")
+    if spec.recipe.dp_shard < 1:
+        more = range(spec.job.nodes + 1, min(16 * spec.job.nodes, MAX_NODES) + 1)
+        at = bisect_left(more, True, key=lambda n: fits(nodes=n))
+        found += [f"--nodes {more[at]}"] if at < len(more) else []
+    return tuple(found)
+
+
+def _speed(
+    spec: RunSpec, rows: Sequence[Outcome]
+) -> tuple[Outcome | None, float | None, float | None, tuple[str, ...]]:
+    """The nearest published row, tokens/s per GPU (lowest, highest) for this run, and in what the run is another one."""
+    gpu, values = spec.profile.gpu, spec.values()
+    mine = [row for row in rows if row.gpu.casefold() == gpu.casefold() and row.tps]
+    if not mine:
+        return None, None, None, (f"no published row of {gpu}",)
+    like = [row for row in mine if not [key for key in _unlike(values, row) if key not in ADJUSTED]]
+    if not like:
+        names = [ALIKE[key] for key in _unlike(values, mine[0]) if key not in ADJUSTED]
+        return None, None, None, (f"no published row of {gpu} with this run's {' and '.join(names)}",)
+    batch = spec.recipe.local_batch_size
+    row = min(
+        like,
+        key=lambda row: (
+            row.local_batch_size != batch,
+            abs(math.log(row.gpus / spec.gpus)),
+            -(row.step or 0),
+        ),
+    )
+    low, high, differs = _gains(spec, _unlike(values, row))
+    if row.gpus != spec.gpus:
+        differs.append(f"{spec.gpus} GPUs, the row {row.gpus}: not adjusted")
+    if row.local_batch_size != batch:
+        differs.append(f"batch {batch}, the row {row.local_batch_size}: not adjusted")
+    assert row.tps is not None
+    return row, row.tps.median * low, row.tps.median * high, tuple(differs)
+
+
+def _unlike(values: dict[str, Any], row: Outcome) -> list[str]:
+    return [key for key in ALIKE if key in row.settings and row.settings[key] != values[key]]
+
+
+def _gains(spec: RunSpec, unlike: Sequence[str]) -> tuple[float, float, list[str]]:
+    """Factors on the row's speed. Published one by one, they need not multiply: the low end is the largest alone."""
+    gpu, recipe = spec.profile.gpu, spec.recipe
+    gains, differs = [], []
+    for key, name, gain in (
+        ("recipe.compile", "torch.compile", COMPILE.get(gpu)),
+        ("recipe.quantize", recipe.quantize, QUANTIZE.get(recipe.quantize, {}).get(gpu)),
+        (
+            "recipe.activation_checkpoint",
+            f"activation checkpointing {recipe.activation_checkpoint}",
+            NO_CHECKPOINTING if recipe.activation_checkpoint == "none" else None,
+        ),
+    ):
+        if key not in unlike:
+            continue
+        if gain is None:
+            differs.append(f"{name}: no published figure on {gpu}, not adjusted")
+        else:
+            gains.append(gain)
+            text = f"{gain[0] - 1:+.0%}" if gain[0] == gain[1] else f"{gain[0] - 1:+.0%} to {gain[1] - 1:+.0%}"
+            differs.append(f"{name}: {text} as published")
+    if not gains:
+        return 1.0, 1.0, differs
+    return max(low for low, _ in gains), math.prod(high for _, high in gains), differs
+
+
+def as_dict(found: Plan) -> dict[str, Any]:
+    """For JSON; the first six keys are those of RUN/plan.json that `results` holds against the outcome."""
+    memory = found.memory
+    return {
+        "tps": found.tps and round(found.tps, 1),
+        "memory_gib": found.memory_gib and round(found.memory_gib, 2),
+        "wall_s": found.wall_s and round(found.wall_s, 1),
+        "node_hours": found.node_hours and round(found.node_hours, 4),
+        "c4_files": found.c4_files,
+        "basis": found.basis,
+        "differs": list(found.differs),
+        "tps_high": found.tps_high and round(found.tps_high, 1),
+        "start_s": START_S,
+        "tokens": found.tokens,
+        "limit_s": found.limit_s,
+        "memory_parts_gib": {key: round(value, 2) for key, value in vars(memory).items()} if memory else None,
+        "device_gib": found.device_gib,
+        "verdict": found.verdict,
+        "advice": list(found.advice),
+        "notes": list(found.notes),
+    }
+
+
+def prediction(spec: RunSpec) -> dict[str, Any]:
+    """`as_dict` for RUN/plan.json. A prediction is a help: whatever is wrong with it, it stops no submission."""
+    try:
+        return as_dict(plan(spec))
+    except Exception as error:  # the one place that may: a run must not fail for what is only said about it
+        return {"notes": [f"no prediction: {error}"]}

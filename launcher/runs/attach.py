@@ -1,0 +1,105 @@
+"""Attaching to a run: waiting for its start, following it to its end, reading its logs. Nothing here changes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.logs.follow import Progress, follow, merged_lines
+from launcher.results.rows import json_values
+from launcher.results.settings import steps_of
+from launcher.runs import control
+from launcher.runs.directory import Run
+from launcher.scheduler.state import WAITING, JobState
+
+ASK_EVERY_S = 5.0  # of the scheduler; the run directory is looked at more often
+SILENCE_S = 600.0  # a controller that restarts is back by then
+
+
+def wait_for_start(run: Run, say: Callable[[str], None] | None) -> None:
+    """Returns when the run is no longer waiting; tells `say` each new reason for which it does."""
+    said = ""
+    ask = _asking(run)
+    while (state := ask()) is None or state.name in (*WAITING, "SUBMITTING"):
+        text = f"{state.name} {state.reason}".strip() if state else "Slurm does not answer; trying again"
+        if say and text != said:
+            say(text)
+            said = text
+        time.sleep(ASK_EVERY_S)
+
+
+def progress_of(run: Run) -> Iterator[Progress]:
+    """A snapshot for every newly logged step, until the run has ended."""
+    return follow(run.logs, steps_total=steps_of(run), is_finished=_finished(run), sleep=time.sleep, clock=time.time)
+
+
+def progress_now(run: Run) -> Progress | None:
+    """How far the run is, by what its logs hold now; None before its first step."""
+    seen = follow(run.logs, steps_total=steps_of(run), is_finished=lambda: True, sleep=lambda _: None)
+    newest = deque(seen, maxlen=1)
+    return newest[0] if newest else None
+
+
+def show(run: Run, stream: TextIO) -> None:
+    """`progress_of` on a terminal or as plain lines."""
+    from launcher.logs.watch import watch
+
+    watch(progress_of(run), stream, is_terminal=stream.isatty())
+
+
+def log_lines(run: Run, until_end: bool) -> Iterator[tuple[str, str]]:
+    """(node, line) of all the run's logs; with `until_end` goes on reading until the run has ended."""
+    return merged_lines(run.logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
+
+
+def as_dict(progress: Progress) -> dict[str, Any]:
+    """A snapshot as JSON values; NaN and infinity become null."""
+    return json_values(dataclasses.asdict(progress))
+
+
+def _asking(run: Run) -> Callable[[], JobState | None]:
+    """The run's state when called, or None while Slurm does not answer: a restart is no reason to stop watching.
+
+    The error is raised after SILENCE_S without an answer, and at once where waiting cannot help.
+    """
+    silent_since: float | None = None
+
+    def ask() -> JobState | None:
+        nonlocal silent_since
+        try:
+            state = control.state(run)
+        except LauncherError as error:
+            now = time.monotonic()
+            silent_since = now if silent_since is None else silent_since
+            if (
+                error.status is not ExitStatus.CLUSTER
+                or "is not installed here" in error.what
+                or now - silent_since > SILENCE_S
+            ):
+                raise
+            return None
+        silent_since = None
+        return state
+
+    return ask
+
+
+def _finished(run: Run) -> Callable[[], bool]:
+    asked_at = -ASK_EVERY_S
+    ask = _asking(run)
+
+    def finished() -> bool:
+        nonlocal asked_at
+        if run.end is not None:
+            return True
+        if time.monotonic() - asked_at < ASK_EVERY_S:
+            return False
+        asked_at = time.monotonic()
+        state = ask()
+        return state is not None and not state.active
+
+    return finished

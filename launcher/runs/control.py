@@ -1,0 +1,329 @@
+"""Submitting a run, telling its state, cancelling it: the same for Slurm and for this machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import filesystem_error, read_json, write_json
+from launcher.base.values import whole
+from launcher.config.spec import RunSpec
+from launcher.nodes import unfit
+from launcher.runs import directory as runs
+from launcher.runs.directory import Run
+from launcher.scheduler import local, slurm
+from launcher.scheduler.state import FAILED, UNKNOWN, WAITING, JobState
+
+
+def submit(spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, str], None], after: str = "") -> Run:
+    """Creates the run directory and submits it; afterwards either both exist or, when refused, neither.
+
+    `submitted` is called with the run and its job id as soon as that is on disk; Ctrl-C waits until then. If this
+    program is killed before, the directory stays with intent.json alone, and `job_of` finds the job by its name.
+    `after`: number of the Slurm job whose end, however it ends, the new one waits for.
+    """
+    _forget_secrets_in(Path(spec.job.runs_dir))
+    with _signals_deferred():
+        run, lock_fd = runs.create(spec, secrets, time.time())
+        try:
+            job = _start(run, lock_fd, after)
+        except InDoubt:
+            raise
+        except BaseException:
+            runs.discard(run)
+            raise
+        finally:
+            os.close(lock_fd)  # not LOCK_UN: that would release sbatch's share of the lock too
+        submitted(run, str(job["job_id"]))
+    return run
+
+
+DOUBT_S = 3600  # by then a controller that answers has dealt with every submission that it ever received
+
+
+class InDoubt(LauncherError):
+    """There may be a job: the run directory stays."""
+
+
+def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
+    """Hands the script over and notes the job. Raises InDoubt, or whatever says that nothing was submitted."""
+    script = run.path / "job.sbatch"
+    try:
+        job = local.submit(script) if run.is_local else {"job_id": slurm.submit(script, lock_fd, after)}
+    except (slurm.Unsure, slurm.Refused) as error:
+        if isinstance(error, slurm.Refused) and error.is_certain:
+            raise
+        try:
+            job_id = _find_in_slurm(run)
+        except LauncherError:
+            job_id = None  # the controller is still silent: what the user needs to read is the first error
+        else:
+            if job_id is None and isinstance(error, slurm.Refused):
+                raise
+        if job_id is None:
+            with suppress(LauncherError):
+                write_json(run.path / "intent.json", {**(run.intent or {}), "in_doubt": True})
+            raise InDoubt(
+                f"{error.what}: Slurm may or may not have the job of {run.name}",
+                f"{quoted('launcher', 'status', run.reference)} looks for it; "
+                f"{quoted('launcher', 'cancel', run.reference)} makes sure that it never runs",
+                status=ExitStatus.CLUSTER,
+                original=error.original,
+            ) from error
+        job = {"job_id": job_id}
+    try:
+        runs.record_job(run, job)
+    except LauncherError as error:
+        raise InDoubt(
+            f"submitted as job {job['job_id']}, but {error.what}",
+            f"{quoted('launcher', 'status', run.reference)}; do not submit it again",
+            status=error.status,
+        ) from error
+    return job
+
+
+def job_of(run: Run) -> dict[str, Any] | None:
+    """The run's job: from job.json, else found again by the claim in the run directory or by its name in Slurm."""
+    if job := run.job:
+        return job
+    if run.is_local:
+        job = local.find(run.path / "job.sbatch", run.claimed_by)
+    elif job_id := (run.claimed_by if whole(run.claimed_by) is not None else _find_in_slurm(run)):
+        job = {"job_id": job_id}
+    if job and os.access(run.path, os.W_OK):
+        runs.record_job(run, job)
+    return job
+
+
+def _find_in_slurm(run: Run) -> str | None:
+    name = (run.intent or {}).get("job_name")
+    ids = [whole(job_id) or 0 for job_id, (job_name, _) in slurm.queue().items() if name and job_name == name]
+    return str(max(ids)) if ids else None
+
+
+def _ours(run: Run, listed: slurm.Listed, job_id: str) -> JobState | None:
+    """The state of the run's job; None when Slurm has no such job or has given its number to another one."""
+    name, found = listed.get(job_id, ("", None))
+    return found if name == (run.intent or {}).get("job_name") else None
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What Slurm said of many jobs at once, so that a list of runs costs two commands and not two per run."""
+
+    queue: slurm.Listed
+    accounting: slurm.Listed
+
+
+def state(run: Run, known: Slurm | None = None) -> JobState:
+    """How the run stands: the end that its script wrote, then squeue, then sacct; nothing found is UNKNOWN.
+
+    Raises LauncherError when Slurm is needed and does not answer.
+    """
+    found = _state(run, known)
+    # A script that never began, or was killed before it had read them, leaves its secrets.
+    if (
+        not found.active
+        and (run.path / runs.SECRETS).exists()
+        and (found.known or (found.gone and _can_never_start(run)))
+    ):
+        run.forget_secrets()
+    return found
+
+
+def _forget_secrets_in(runs_dir: Path) -> None:
+    """Secrets of earlier runs that no job needs any more, as far as that is known."""
+    with suppress(LauncherError, OSError):
+        states([Run(path.parent) for path in runs_dir.glob(f"*/{runs.SECRETS}")])
+
+
+def _can_never_start(run: Run) -> bool:
+    """Makes sure of it, in a run of one's own of which no job is known, by taking the claim."""
+    intent = run.intent or {}
+    try:
+        if (run.path / runs.SECRETS).lstat().st_uid != os.geteuid():
+            return False
+        if not run.is_copy:
+            # Another host may ask another Slurm; and what a controller has not answered it may still do.
+            if intent.get("host") != os.uname().nodename or (intent.get("in_doubt") and runs.age_s(run) < DOUBT_S):
+                return False
+            (run.path / "claim").mkdir()
+    except FileExistsError:  # by a job that is over, or by one that has begun in this moment
+        return bool(run.job or (run.claimed_by and job_of(run) is None))
+    except OSError:
+        return False
+    return True
+
+
+def _state(run: Run, known: Slurm | None) -> JobState:
+    if end := run.end:
+        return _ended(run, end)
+    if run.is_copy:
+        reason = "a copy of another run directory, or moved: its job is told where it was made"
+        return JobState(UNKNOWN, "", reason, gone=os.path.isdir(str(run.spec.get("run_dir"))))
+    cancelled = (run.path / "cancelled").exists()
+    if cancelled and not run.job and not run.claimed_by and (run.path / "claim").is_dir():
+        return JobState("CANCELLED", "run directory", "before it was submitted")
+    if _is_submitting(run):
+        return JobState("SUBMITTING", "run directory")
+    job = job_of(run)
+    if job is None:
+        return JobState(UNKNOWN, "", "its submission was cut off, and no job of its name is known", gone=True)
+    if run.is_local:
+        found = local.state(job)
+        if not found.known and (end := run.end):  # the script may have ended between the two looks
+            return _ended(run, end)
+        if found.reason == local.GONE and cancelled:
+            return JobState("CANCELLED", "launcher cancel")
+        return found
+    job_id = str(job["job_id"])
+    listed = _ours(run, slurm.queue() if known is None else known.queue, job_id)
+    if known is None and listed is None:
+        listed = _ours(run, slurm.job(job_id), job_id)  # somebody else's run
+    if listed and listed.name != "COMPLETED":
+        return listed
+    if end := run.end:
+        return _ended(run, end)
+    if listed:  # COMPLETED; the marker may be late on a network file system
+        return listed
+    if recorded := _ours(run, slurm.accounting([job_id]) if known is None else known.accounting, job_id):
+        return recorded
+    if (read_json(run.path / "cancelled") or {}).get("job_id") == job_id:
+        # scancel took it; a script that had come as far as its first lines would have written an end.
+        return JobState("CANCELLED", "launcher cancel")
+    return JobState(UNKNOWN, "", f"Slurm no longer knows job {job_id}, and it wrote no end", gone=True)
+
+
+def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
+    """The state that the script's EXIT trap wrote."""
+    code = end.get("exit_code")
+    if type(code) is not int:
+        return JobState(UNKNOWN, "end.json", "end.json is damaged")
+    # srun answers 0 when a lost node ends its step before any task has ended: Slurm's word comes first.
+    if word := _slurm_ended(str(end.get("slurm", ""))):
+        return JobState(word, "end.json", exit_code=code)
+    if code == 0:
+        return JobState("COMPLETED", "end.json", exit_code=0)
+    if end.get("signal") == "TERM" and (run.path / "cancelled").exists():
+        return JobState("CANCELLED", "end.json", exit_code=code)
+    if unfit.ended_unfit(code, run.path):
+        return JobState("FAILED", "end.json", unfit.REASON, code, unfit=True)
+    if end.get("signal"):
+        return JobState("FAILED", "end.json", f"ended by SIG{end['signal']}", code)
+    return JobState("FAILED", "end.json", exit_code=code)
+
+
+def _slurm_ended(slurm_said: str) -> str:
+    """Why Slurm was ending the job while its script ended ("JobState=... Reason=..."); "" when it was not."""
+    said = dict(part.split("=", 1) for part in slurm_said.split() if "=" in part)
+    if said.get("JobState") in FAILED - {"FAILED"}:
+        return said["JobState"]
+    reasons = {"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL", "None": "CANCELLED"}
+    return reasons.get(said.get("Reason", ""), "") if said.get("JobState") == "COMPLETING" else ""
+
+
+def cancel(run: Run) -> tuple[JobState, bool]:
+    """The state that the run had, and whether it was cancelled: a job that Slurm does not know cannot be.
+
+    A run that was cut off before Slurm answered can never start afterwards.
+    """
+    before = state(run)
+    if (before.known and not before.active) or run.is_copy:
+        return before, False
+    with _submission_lock(run):
+        job = job_of(run)
+    if job is None:
+        if not run.is_local:
+            try:  # the script gives up where the claim is taken, should Slurm still have it
+                (run.path / "claim").mkdir()
+            except FileExistsError:  # by the script, or so that its secrets could be removed
+                if job_of(run):
+                    return cancel(run)
+        write_json(run.path / "cancelled", {"at": time.time()})
+        run.forget_secrets()
+        return before, True
+    if run.is_local:
+        write_json(run.path / "cancelled", {"at": time.time()})
+        local.cancel(job)
+        run.forget_secrets()
+        return before, before.active
+    job_id = str(job["job_id"])
+    if not _ours(run, slurm.job(job_id), job_id):
+        return before, False
+    slurm.cancel(job_id)
+    write_json(run.path / "cancelled", {"at": time.time(), "job_id": job_id})
+    if before.name in WAITING:  # its script never runs, so nothing else would remove them
+        run.forget_secrets()
+    return before, True
+
+
+def states(all_runs: Sequence[Run]) -> dict[str, JobState]:
+    """State by run name, at the price of one squeue and one sacct; without an answer of Slurm's, UNKNOWN."""
+    asking = {run.name for run in all_runs if run.end is None and not run.is_local}
+    known, silent = Slurm({}, {}), ""
+    if asking:
+        try:
+            queue = slurm.queue()
+            gone = [str(job["job_id"]) for run in all_runs if run.name in asking and (job := run.job)]
+            gone = [job_id for job_id in gone if job_id not in queue]
+            known = Slurm(queue, slurm.accounting(gone) if gone else {})
+        except LauncherError as error:
+            silent = error.what
+    return {
+        run.name: JobState(UNKNOWN, "", silent) if silent and run.name in asking else state(run, known)
+        for run in all_runs
+    }
+
+
+@contextmanager
+def _submission_lock(run: Run) -> Iterator[None]:
+    """Waits until nobody, not even a left-over sbatch, is submitting the run, and keeps it so."""
+    path = run.path / runs.LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise filesystem_error(path, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_submitting(run: Run) -> bool:
+    if run.job:
+        return False
+    try:
+        descriptor = os.open(run.path / runs.LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Holds back Ctrl-C, SIGTERM and SIGHUP until the block is done, then lets them act."""
+    waiting: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda n, _: waiting.append(n)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in waiting[:1]:
+            signal.raise_signal(signal.Signals(late))

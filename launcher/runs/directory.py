@@ -1,0 +1,290 @@
+"""The run directory: made whole or not at all, read by every other command.
+
+    run.toml  job.sbatch  job/ (node.json, node.py, titan/, check/)  data/ (the view)  logs/  intent.json  job.json  claim/  end.json
+
+`intent.json` is there before anything is submitted, `job.json` after; a directory with the first alone was cut
+off in between, and the job is looked for by its name (launcher/runs/control.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import math
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import (
+    PACKAGE,
+    data_dir,
+    filesystem_error,
+    read_bytes,
+    read_json,
+    unreadable,
+    write_json,
+    write_text,
+)
+from launcher.base.output import warn
+from launcher.base.values import whole
+from launcher.config.layers import run_toml
+from launcher.config.render import render
+from launcher.config.spec import S3, SAMPLE, RunSpec, node_config
+
+LOCK = "submit.lock"
+SECRETS = "secret.env"  # until the job has read it, or can never start
+LEFT_OVER = re.compile(r"\..+\.[0-9a-f]+\.(tmp|refused)")
+# Installed, as far as Python can see: how fsspec finds a file system that is not its own.
+S3_PACKAGE = {
+    "METADATA": "Metadata-Version: 2.1\nName: titan-s3\nVersion: 1\n",
+    "entry_points.txt": "[fsspec.specs]\ns3 = titan.s3:S3FileSystem\n",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory on disk; its small files are read when asked for."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def reference(self) -> str:
+        """How to name the run in a command typed here: its name where runs/ is below, else its path."""
+        below = Path(os.environ.get("LAUNCHER_RUNS_DIR") or "runs").resolve()
+        return self.name if self.path.parent == below and self.name[:1] != "-" else str(self.path)
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """`job/node.json`: what was asked of the nodes; empty where the file is missing or damaged."""
+        found = read_json(self.path / "job" / "node.json") or {}
+        return found if isinstance(found.get("recipe"), dict) else {}
+
+    @property
+    def intent(self) -> dict[str, Any] | None:
+        found = read_json(self.path / "intent.json")
+        at = (found or {}).get("at")
+        return found if isinstance(at, (int, float)) and math.isfinite(at) else None
+
+    @property
+    def is_local(self) -> bool:
+        return (self.intent or {}).get("scheduler") == "local"
+
+    @property
+    def job(self) -> dict[str, Any] | None:
+        found = read_json(self.path / "job.json")
+        return found if whole(str((found or {}).get("job_id", ""))) is not None else None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a copy of a run directory, or one that was moved: its job is not this directory's."""
+        try:
+            return not self.path.samefile(str(self.spec.get("run_dir") or self.path))
+        except (OSError, ValueError):
+            return True
+
+    @property
+    def end(self) -> dict[str, Any] | None:
+        return read_json(self.path / "end.json")
+
+    def forget_secrets(self) -> None:
+        with suppress(OSError):
+            (self.path / SECRETS).unlink(missing_ok=True)
+
+    @property
+    def claimed_by(self) -> str:
+        """The job id that the script itself wrote when it began; empty before that."""
+        try:
+            return read_bytes(self.path / "claim" / "job_id").decode("utf-8", "replace").strip()
+        except OSError:
+            return ""
+
+
+def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> tuple[Run, int]:
+    """Writes the whole run directory under a temporary name, then renames it: all of it or nothing.
+
+    Returns the run and a file descriptor that holds its submission lock: nobody ever sees the directory unlocked
+    before the caller closes it. Raises LauncherError when the name is taken or nothing can be written there.
+    """
+    final = Path(spec.run_dir)
+    taken = LauncherError(
+        f"a run named {spec.job.name} exists: {final}",
+        "choose another with --name, or leave --name out for one with the time in it",
+        status=ExitStatus.EXISTS,
+    )
+    if os.path.lexists(final):
+        raise taken
+    temporary = final.parent / f".{spec.job.name}.{os.urandom(4).hex()}.tmp"
+    remove_left_over(final.parent)
+    try:
+        temporary.mkdir(parents=True)  # what was there before is not ours to remove
+        try:
+            lock_fd = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            (temporary / "logs").mkdir()
+            _fill(temporary, spec, now_s)
+            if secrets:  # last of all, in a directory that is locked: whoever finds it unlocked may remove it
+                # With Apptainer, a variable of the image's wins unless the job's comes with a prefix, too.
+                prefixes = ("", "APPTAINERENV_") if spec.job.runtime == "apptainer" else ("",)
+                named = [(p + name, value) for name, value in sorted(secrets.items()) for p in prefixes]
+                lines = [f"export {name}={shlex.quote(value)}\n" for name, value in named]
+                write_text(temporary / SECRETS, "".join(lines), 0o600)
+            os.rename(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except (OSError, LauncherError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        if cause.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made by somebody else in the same moment
+            raise taken from error
+        raise filesystem_error(final, cause, "--runs-dir DIR") from error
+    return Run(final), lock_fd
+
+
+def remove_left_over(runs_dir: Path) -> None:
+    """Removes directories that a killed launcher was making or discarding: our own, with a lock that nobody holds."""
+    with suppress(OSError):
+        for entry in list(os.scandir(runs_dir)):
+            is_dir = LEFT_OVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            about = entry.stat(follow_symlinks=False)
+            # One without secrets may be so new that its maker does not hold the lock yet.
+            is_old = time.time() - about.st_mtime > 60 or os.path.lexists(f"{entry.path}/{SECRETS}")
+            if is_dir and is_old and about.st_uid == os.geteuid():
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+                with suppress(OSError), open(os.open(f"{entry.path}/{LOCK}", flags, 0o644), "wb") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _fill(directory: Path, spec: RunSpec, now_s: float) -> None:
+    job = directory / "job"
+    for folder, names in ((data_dir("slurm"), ("node.py", "check/*.py")), (PACKAGE, ("titan/*.py",))):
+        for source in (path for name in names for path in folder.glob(name)):
+            target = job / source.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    if spec.job.data.startswith(S3):
+        package = job / "titan_s3-1.dist-info"
+        package.mkdir()
+        for name, text in S3_PACKAGE.items():
+            write_text(package / name, text)
+    write_json(job / "node.json", node_config(spec))
+    write_text(directory / "run.toml", run_toml(spec))
+    from launcher.plan.plan import prediction
+
+    write_json(directory / "plan.json", prediction(spec))
+    write_text(directory / "job.sbatch", render(spec), 0o755)
+    # A run directory may be committed: the secrets that it holds until the job ends may not.
+    write_text(directory / ".gitignore", f"{SECRETS}\n")
+    if SAMPLE in (spec.job.data, spec.job.tokenizer):
+        from launcher.stage import sample
+
+        sample.write_c4_sample(directory / "sample" / "c4")
+        sample.write_tokenizer(directory / "sample" / "tokenizer")
+    if spec.view:
+        from launcher.stage.view import write
+
+        write(directory / "data", spec.view)
+    write_json(
+        directory / "intent.json",
+        {
+            "scheduler": spec.job.scheduler,
+            "job_name": spec.job_name,
+            "at": now_s,
+            "host": os.uname().nodename,
+            "runtime": spec.job.runtime,
+        },
+    )
+
+
+def discard(run: Run) -> None:
+    """Removes a run directory whose submission was refused: nothing of it ever ran."""
+    run.forget_secrets()
+    doomed = run.path.with_name(f".{run.name}.{os.urandom(4).hex()}.refused")
+    try:
+        os.rename(run.path, doomed)
+    except OSError:
+        doomed = run.path
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def record_job(run: Run, job: Mapping[str, Any]) -> None:
+    write_json(run.path / "job.json", dict(job))
+
+
+def all_runs(runs_dir: Path) -> list[Run]:
+    """Every run below `runs_dir`, newest first; directories that are no runs are passed over."""
+    try:
+        entries = [e for e in os.scandir(runs_dir.resolve()) if not e.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unreadable(runs_dir, error, "--runs-dir DIR") from error
+    for entry in entries:
+        if _is_dir(entry) and not os.access(entry.path, os.R_OK | os.X_OK):
+            warn(f"{entry.path}: passed over, as it cannot be read: Permission denied")
+    runs = [
+        (intent["at"], run)
+        for run in (Run(Path(entry.path)) for entry in entries if _is_dir(entry))
+        if isinstance((intent := run.intent or {}).get("at"), (int, float))
+    ]
+    return [run for _, run in sorted(runs, key=lambda pair: (pair[0], pair[1].name), reverse=True)]
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def open_run(reference: str, runs_dir: Path) -> Run:
+    """The run that `reference` names: a name below `runs_dir`, a path to a run directory, or "" for the newest."""
+    if not reference:
+        if runs := all_runs(runs_dir):
+            return runs[0]
+        raise LauncherError(
+            f"there are no runs in {runs_dir}",
+            "launcher submit --local --recipe debug, or name another folder: --runs-dir DIR",
+            status=ExitStatus.NOT_FOUND,
+        )
+    paths = [Path(reference)] if "/" in reference else [runs_dir / reference, Path(reference)]
+    for path in paths:
+        try:
+            path = path.parent if path.name == "run.toml" and path.is_file() else path
+            if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+                raise unreadable(path, PermissionError(errno.EACCES, "Permission denied"))
+            if Run(path).intent is not None:
+                return Run(path.resolve())
+        except (OSError, ValueError, RuntimeError):  # too long, not a name at all, a link to itself
+            continue
+    import difflib
+
+    near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
+    raise LauncherError(
+        f"there is no run {reference[:80]!r} in {runs_dir}",
+        f"did you mean {near[0]}?" if near else quoted("launcher", "list", "--runs-dir", runs_dir),
+        status=ExitStatus.NOT_FOUND,
+    )
+
+
+def age_s(run: Run) -> float:
+    """Seconds since the run was submitted; 0 where its intent is damaged."""
+    return max(0.0, time.time() - intent["at"]) if (intent := run.intent) else 0.0

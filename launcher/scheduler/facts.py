@@ -1,0 +1,167 @@
+"""What is known about a Slurm cluster: plain values, read once before anything is submitted.
+
+launcher/scheduler/detect.py asks Slurm for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+
+# Base states and flags with which Slurm gives a node to a job at once. A flag that is not listed here is one that a
+# later Slurm has invented: such a node is not counted on.
+FREE = {"IDLE", "CLOUD", "DYNAMIC_NORM", "DYNAMIC_FUTURE", "POWERED_DOWN"}
+# Of --segment, by the version: a site's own sbatch may submit whatever it is given, so it is not asked for its --help.
+SEGMENT_SINCE = (23, 11)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node as `scontrol show node` has it. Memory in MiB as configured; "" and 0 where Slurm says nothing."""
+
+    name: str
+    states: frozenset[str] = frozenset()  # upper case, base state and flags: {"IDLE", "DRAIN"}
+    reason: str = ""  # why it is down or drained, with Slurm's own [user@time]
+    partitions: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    gres: str = ""
+    gpus: int = 0
+    gpu_type: str = ""  # from the GRES, lower case; "" where it is untyped
+    cpus: int = 0
+    memory_mib: int = 0
+    arch: str = ""  # uname's word; "" until slurmd has registered once
+    block: str = ""  # of topology/block; "" for none
+    booted: str = ""  # when, as Slurm writes local time: "2026-03-01T00:00:00"; "" where it does not know
+    tmp_mib: int = 0  # TmpDisk: its local disk for temporary files
+
+    @property
+    def free(self) -> bool:
+        """Slurm would start a job on it now; a powered-down cloud node counts, since Slurm wakes it for a job."""
+        return "IDLE" in self.states and self.states <= FREE
+
+    @property
+    def state(self) -> str:
+        """One word or two, as in sinfo: what matters most about the node comes first."""
+        for flag, word in (
+            ("DOWN", "down"),
+            ("ERROR", "error"),
+            ("FAIL", "failed"),
+            ("INVAL", "invalid"),
+            ("INVALID_REG", "invalid"),
+            ("NOT_RESPONDING", "not responding"),
+        ):
+            if flag in self.states:
+                return word
+        if "DRAIN" in self.states:
+            busy = self.states & {"ALLOCATED", "MIXED", "COMPLETING"}
+            return "draining" if busy else "drained"
+        for flag, word in (
+            ("MAINTENANCE", "maintenance"),
+            ("MAINT", "maintenance"),
+            ("REBOOT_ISSUED", "rebooting"),
+            ("REBOOT", "rebooting"),
+            ("REBOOT_REQUESTED", "reboot requested"),
+            ("COMPLETING", "completing"),
+            ("ALLOCATED", "allocated"),
+            ("MIXED", "mixed"),
+            ("RESERVED", "reserved"),
+            ("PLANNED", "planned"),
+            ("BLOCKED", "blocked"),
+            ("POWERING_DOWN", "powering down"),
+            ("POWERING_UP", "powering up"),
+            ("POWERED_DOWN", "powered down"),
+            ("FUTURE", "future"),
+        ):
+            if flag in self.states:
+                return word
+        return "idle" if self.free else "+".join(sorted(self.states)).lower() or "unknown"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition. `max_time_s` and `max_nodes` are None for no limit; of a `guessed` one no limit is known."""
+
+    name: str
+    default: bool = False
+    state: str = ""  # Slurm's word: UP, DOWN, DRAIN, INACTIVE
+    max_time_s: int | None = None
+    max_nodes: int | None = None
+    nodes: tuple[str, ...] = ()
+    guessed: bool = False  # its own record could not be read: all of it is what its nodes say
+    min_nodes: int = 0  # of a job
+    groups: tuple[str, ...] = ()  # Unix groups that may use it; empty: all
+    root_only: bool = False
+    needs_reservation: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of topology/block: nodes that share a rack's NVLink domain. An empty one is possible."""
+
+    name: str
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """A cluster at one moment. None and "" mean that it could not be read; `notes` then says why.
+
+    `unread` names the questions of launcher/scheduler/detect.py that have no answer, or only a part of one.
+    """
+
+    name: str = ""
+    slurm: tuple[int, int] | None = None  # (25, 11)
+    topology: str = ""  # the plugin without "topology/": block, tree, flat
+    segment: bool = False  # Slurm takes --segment and the topology is made of blocks
+    accounting: bool | None = None
+    pyxis: str | None = None  # "" present, of unknown version; None absent, or unknown: then a note says so
+    partitions: tuple[Partition, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    notes: tuple[str, ...] = ()
+    pyxis_options: tuple[str, ...] = ()  # "--container-image", ... as srun --help lists them
+    squashfuse: bool | None = None  # an image is mounted (True) or unpacked on every node (False)
+    unread: tuple[str, ...] = ()
+
+    @property
+    def segment_unknown(self) -> bool:
+        """Slurm may know blocks and --segment, and did not say so."""
+        if self.topology not in ("", "block"):
+            return False
+        return not self.topology or self.slurm is None or "topology" in self.unread
+
+    def partition(self, name: str = "") -> Partition | None:
+        """The partition `name`, or the default one for ""; where none is the default, the only one there is."""
+        if name:
+            return next((p for p in self.partitions if p.name == name), None)
+        chosen = next((p for p in self.partitions if p.default), None)
+        return chosen or (self.partitions[0] if len(self.partitions) == 1 else None)
+
+    def require(self, partition: str) -> ClusterFacts:
+        """These facts; raises LauncherError, naming the partitions that there are, where one of "a,b" is not."""
+        if "partitions" in self.unread:
+            return self
+        known = [p.name for p in self.partitions]
+        missing = [name for name in partition.split(",") if name and name not in known]
+        if missing:
+            raise LauncherError(
+                f"Slurm has no partition {missing[0]!r}; it has {', '.join(known) or 'none'}",
+                quoted("--partition", known[0]) if known else "sinfo -s",
+                status=ExitStatus.NOT_FOUND,
+            )
+        return self
+
+    def nodes_of(self, partition: str = "") -> tuple[Node, ...]:
+        """Nodes of `partition` ("a,b" is both), or of the default one for "", or all where there is none."""
+        wanted = set(partition.split(",")) if partition else set()
+        if not wanted and (chosen := self.partition()):
+            wanted = {chosen.name}
+        return tuple(n for n in self.nodes if wanted & set(n.partitions)) if wanted else self.nodes
+
+    def names_of(self, partition: str = "") -> set[str]:
+        """Names of the nodes of `partition`: with those that its own record lists, and that could not be read."""
+        default = self.partition()
+        names = partition.split(",") if partition else [default.name] if default else []
+        listed = {node for p in self.partitions if p.name in names for node in p.nodes}
+        return listed | {node.name for node in self.nodes_of(partition)}

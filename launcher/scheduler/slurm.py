@@ -1,0 +1,304 @@
+"""The one module that talks to Slurm: sbatch, squeue, sacct, scancel, sinfo. Bounded, in plain text formats.
+
+The formats used are the same from Slurm 22.05 to 25.11 and need no JSON support and no accounting database.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.values import whole
+from launcher.scheduler.parse import config
+from launcher.scheduler.state import JobState, from_slurm
+
+ANSWER_S = 30  # bound on commands that only ask
+SUBMIT_S = 90  # bound on sbatch: above Slurm's own MessageTimeout of 10 s and its retries
+SHAPES = (
+    "SLURM_TOPO_LEN",
+    "SLURM_TIME_FORMAT",
+    "SLURM_BITSTR_LEN",
+)  # of a user's shell: they change what is printed
+UNSURE = ("timed out", "unable to contact", "zero bytes", "connection refused", "try again")
+
+NO_PARTITION = "Slurm has no such partition"
+# What sbatch says, what it means, what to type. The first that matches is shown above the original words.
+SBATCH_ERRORS = (
+    (r"invalid partition", NO_PARTITION, "list them: sinfo -s"),
+    (r"required partition not available", "the partition takes no jobs now", "another --partition: sinfo -s"),
+    (
+        r"invalid account or account/partition",
+        "the account may not use this partition",
+        "--account NAME; sacctmgr show assoc user=$USER",
+    ),
+    (r"invalid qos", "there is no such QOS, or this account may not use it", "--qos NAME; sacctmgr show qos"),
+    (r"access denied to requested reservation", "you may not use that reservation", "scontrol show reservation"),
+    (
+        r"reservation.*(invalid|not found)|invalid reservation",
+        "there is no such reservation, or it is not yours",
+        "scontrol show reservation",
+    ),
+    (
+        r"invalid number of nodes|invalid node count|not a valid node count",
+        "that number of nodes is none that Slurm takes",
+        "--nodes N; compare with: sinfo -s",
+    ),
+    (r"requested nodes? not in this partition", "a node of --nodelist is not in the partition", "sinfo -N -o '%N %P'"),
+    (
+        r"invalid node name|invalid hostname",
+        "a node of --nodelist or --exclude does not exist",
+        "list them: sinfo -N -h -o %N",
+    ),
+    (
+        r"requested topology configuration is not available",
+        "no block of the topology has that many free nodes",
+        "--segment a smaller divisor of --nodes; scontrol show topology",
+    ),
+    (
+        r"requested node configuration is not available|node count specification invalid|more processors requested",
+        "no node set of this partition fits: more nodes, GPUs per node or CPUs than it has",
+        "compare with: sinfo -o '%P %D %c %m %G %t'",
+    ),
+    (
+        r"invalid generic resource|invalid gres",
+        "the nodes have no GPUs under that name",
+        "sinfo -o '%N %G'; set [profile] gres in a file for --config",
+    ),
+    (
+        r"requested time limit|time limit exceeds|invalid time",
+        "the time limit is above the partition's",
+        "--time; sinfo -o '%P %l'",
+    ),
+    (
+        r"job violates accounting/qos policy|assocmax|qosmax",
+        "a limit of your account or QOS is reached",
+        "squeue --me; sacctmgr show assoc user=$USER",
+    ),
+    (
+        r"access/permission denied|user's group not permitted|invalid user",
+        "you may not submit there",
+        "--partition or --account; ask your administrator",
+    ),
+)
+
+
+def submit(script: Path, lock_fd: int, after: str = "") -> str:
+    """Submits `script` from its own directory and returns the job id. `after`: the job whose end it waits for.
+
+    `lock_fd` is inherited by sbatch, so that its lock lasts as long as sbatch may still reach Slurm, even when
+    this program is killed. Raises Unsure when it cannot be told whether Slurm took the job, LauncherError when
+    Slurm refused it.
+    """
+    # Slurm lets SBATCH_* of the submitter's shell overrule the script: the script is to be the whole truth.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"}
+    wait = [f"--dependency=afterany:{after}"] if after else []
+    command = [_find("sbatch"), "--parsable", *wait, str(script)]
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=script.parent,
+            env=env | {"LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            pass_fds=(lock_fd,),
+        )
+    except OSError as error:
+        raise LauncherError(f"cannot run {command[0]}: {error.strerror}", status=ExitStatus.CLUSTER) from error
+    try:
+        out, err = process.communicate(timeout=SUBMIT_S)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        process.wait()
+        raise Unsure(f"sbatch did not answer within {SUBMIT_S} s", "") from error
+    lines = [line for line in out.splitlines() if line.strip()]
+    job_id = re.fullmatch(r"(\d+)(;\S*)?", lines[-1].strip()) if lines else None
+    if process.returncode == 0 and job_id:
+        return job_id[1]
+    if process.returncode <= 0:
+        how = "answered without a job id" if process.returncode == 0 else f"was killed (signal {-process.returncode})"
+        raise Unsure(f"sbatch {how}", out + err)
+    if any(words in err.lower() for words in UNSURE) or re.search(r"^\d+(;\S*)?$", out, re.MULTILINE):
+        raise Unsure(f"sbatch failed (exit code {process.returncode})", out + err)
+    raise Refused(err or out, process.returncode)
+
+
+class Unsure(Exception):
+    """sbatch ended in a way that leaves open whether Slurm has the job."""
+
+    def __init__(self, what: str, original: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.original = original
+
+
+class Refused(LauncherError):
+    """sbatch said no. `is_certain` is False where its words are not known: then the queue is asked, too."""
+
+    def __init__(self, text: str, code: int) -> None:
+        known = [(what, fix) for pattern, what, fix in SBATCH_ERRORS if re.search(pattern, text, re.IGNORECASE)]
+        self.is_certain = bool(known)
+        unknown = (f"exit code {code}", "look at the script: launcher submit --dry-run ...")
+        what, fix = known[0] if known else unknown
+        status = ExitStatus.NOT_FOUND if what == NO_PARTITION else ExitStatus.CLUSTER
+        super().__init__(f"sbatch refused the job: {what}", fix, status=status, original=text)
+
+
+Listed = Mapping[str, tuple[str, JobState]]  # job id -> (job name, state)
+FORMAT = "--format=%i|%T|%j|%r"  # the reason is the last: it may hold any character
+
+
+def queue() -> Listed:
+    """All of the user's jobs that Slurm still remembers.
+
+    Raises LauncherError when squeue is missing, hangs, fails or answers nonsense.
+    """
+    return _listed(_ask("squeue", "--noheader", f"--user={os.getuid()}", "--states=all", FORMAT))
+
+
+def job(job_id: str) -> Listed:
+    """One job, anybody's; empty when Slurm does not remember it."""
+    try:
+        return _listed(_ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", FORMAT))
+    except LauncherError as error:
+        if "invalid job id" in error.original.lower():
+            return {}
+        raise
+
+
+def _listed(out: str) -> Listed:
+    jobs = {}
+    for line in out.splitlines():
+        parts = line.strip().split("|", 3)
+        if re.fullmatch(r"[0-9]+", parts[0]):  # anything else is a warning, or an array's line
+            if len(parts) < 4:  # cut off: the job is there, and must not be taken for one that is gone
+                raise _nonsense(line)
+            jobs[parts[0]] = (parts[2], from_slurm(parts[1], "squeue", parts[3]))
+    if out.strip() and not jobs and "|" not in out:
+        raise _nonsense(out)
+    return jobs
+
+
+def _nonsense(said: str) -> LauncherError:
+    return LauncherError("squeue answered nonsense", "squeue --me", status=ExitStatus.CLUSTER, original=said[:500])
+
+
+def accounting(job_ids: Iterable[str]) -> Listed:
+    """What the accounting database says of `job_ids`; empty where there is none, which is usual."""
+    try:
+        out = _ask("sacct", "-n", "-X", "-P", "-j", ",".join(job_ids), "-o", "JobIDRaw,State,ExitCode,JobName")
+    except LauncherError:
+        return {}
+    jobs = {}
+    for line in out.splitlines():
+        parts = line.strip().split("|", 3)
+        if len(parts) == 4 and whole(parts[0]) is not None:
+            jobs[parts[0]] = (
+                parts[3],
+                from_slurm(parts[1], "sacct", "", whole(parts[2].split(":")[0])),
+            )
+    return jobs
+
+
+def cancel(job_id: str) -> None:
+    """scancel; a job that is already gone is no error."""
+    try:
+        _ask("scancel", job_id)
+    except LauncherError as error:
+        if "Invalid job id" not in error.original:
+            raise
+
+
+def ask(words: Sequence[str]) -> str:
+    """Standard output of a Slurm command that only asks. Raises LauncherError when it is missing, hangs or fails."""
+    return _ask(*words)
+
+
+def cluster_name() -> str:
+    """Slurm's ClusterName. Raises LauncherError where it cannot be told."""
+    question = ("scontrol", "show", "config")
+    said = _ask(*question)
+    if name := config(said).get("ClusterName", ""):
+        return name
+    raise LauncherError(
+        "scontrol does not say the cluster's name",
+        " ".join(question),
+        status=ExitStatus.CLUSTER,
+        original=said[:500],
+    )
+
+
+def plugstack(path: str) -> str:
+    """plugstack.conf with the files that it includes (one level, as is usual); "" where this user cannot read it."""
+    texts = []
+    for name in [path, *_included(path)]:
+        try:
+            texts.append(Path(name).read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            continue
+    return "\n".join(texts)
+
+
+def _included(path: str) -> list[str]:
+    from glob import glob
+
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    patterns = [words[1] for words in map(str.split, lines) if len(words) == 2 and words[0].lower() == "include"]
+    return [name for p in patterns for name in sorted(glob(os.path.join(os.path.dirname(path), p)))]
+
+
+def bin_dir() -> str:
+    """The folder of sbatch, or "" where Slurm is not installed."""
+    found = shutil.which("sbatch")
+    return os.path.dirname(os.path.abspath(found)) if found else ""
+
+
+def _find(command: str) -> str:
+    path = shutil.which(command)
+    if path is None:
+        raise LauncherError(
+            f"{command} is not installed here, or not in PATH",
+            "go to the cluster's login node; without Slurm: launcher submit --local",
+            status=ExitStatus.CLUSTER,
+        )
+    return path
+
+
+def _ask(command: str, *arguments: str) -> str:
+    """Runs a Slurm command that changes nothing or can be repeated, and returns its standard output."""
+    path = _find(command)
+    try:
+        done = subprocess.run(
+            [path, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_S,
+            env={k: v for k, v in os.environ.items() if k not in SHAPES} | {"LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LauncherError(
+            f"{command} did not answer within {ANSWER_S} s", "scontrol ping", status=ExitStatus.CLUSTER
+        ) from error
+    except OSError as error:
+        raise LauncherError(f"cannot run {path}: {error.strerror}", status=ExitStatus.CLUSTER) from error
+    if done.returncode != 0:
+        raise LauncherError(
+            f"{command} failed (exit code {done.returncode})",
+            "scontrol ping",
+            status=ExitStatus.CLUSTER,
+            original=done.stderr or done.stdout,
+        )
+    return done.stdout
