@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import secrets
 import sys
@@ -111,7 +112,6 @@ def never_fail(*streams: Any) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """In ASCII: nothing in it drives a terminal, and no stream's encoding can break it."""
-    import json
 
     click.echo(json.dumps(value, indent=indent))
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, echo, print_json, warn
 from launcher.commands.nodes import nodes
+from launcher.config.layers import absolute, find, read_layer
 from launcher.config.options import FilePath
-
-if TYPE_CHECKING:
-    from launcher.scheduler.facts import ClusterFacts, Node
-    from launcher.scheduler.profile import Proposal
+from launcher.config.user_file import default_path, save
+from launcher.scheduler.detect import detect
+from launcher.scheduler.facts import ClusterFacts, Node
+from launcher.scheduler.parse import compress
+from launcher.scheduler.profile import Proposal, contradictions, known_kinds, propose
 
 MOST_LINES = 20  # of reasons and of blocks; --json has them all
 _partition = click.option("--partition", "-p", default="", help="Slurm partition.  [default: Slurm's own]")
@@ -34,8 +36,6 @@ def show(partition: str, as_json: bool) -> None:
     launcher cluster show
     launcher cluster show --partition batch --json
     """
-    from launcher.scheduler.detect import detect
-    from launcher.scheduler.profile import known_kinds, propose
 
     facts = detect().require(partition)
     nodes = facts.nodes_of(partition)
@@ -69,10 +69,6 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
     launcher cluster use gb200
     launcher cluster use h200 --partition batch
     """
-    from launcher.config.layers import absolute, find, read_layer
-    from launcher.config.user_file import default_path, save
-    from launcher.scheduler.detect import detect
-    from launcher.scheduler.profile import contradictions, known_kinds, propose
 
     if name:
         name = str(absolute("job.gpu", name, Path.cwd()))
@@ -145,8 +141,6 @@ def _slurm_lines(facts: ClusterFacts) -> list[str]:
 
 
 def _node_lines(facts: ClusterFacts, nodes: tuple[Node, ...], partition: str) -> list[str]:
-    from launcher.scheduler.parse import compress
-
     default = facts.partition()
     where = partition or (default.name if default else "all partitions")
     lines = ["", f"Nodes of {where}"]

@@ -11,14 +11,26 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import read_json, write_text
 from launcher.base.output import as_json, echo, echo_file, print_json, say, style
+from launcher.config.layers import find, names_of, read_layer
 from launcher.config.options import FilePath
 from launcher.image import ARCHES
+from launcher.image import build as building
+from launcher.image import engine as docker_engine
+from launcher.image.build import Built
+from launcher.image.channels import channel as channel_of
+from launcher.image.channels import channels
+from launcher.image.check import check, is_file
+from launcher.image.convert import FORMATS, convert_image, convert_with_enroot
+from launcher.image.engine import Engine
+from launcher.image.inspect import ImageFacts, inspect, problems
+from launcher.image.lock import lock, pinned
 from launcher.image.parameters import (
     ImageName,
     TargetPath,
@@ -28,11 +40,10 @@ from launcher.image.parameters import (
     no_password,
     target_path,
 )
-
-if TYPE_CHECKING:
-    from launcher.image.build import Built
-    from launcher.image.engine import Engine
-    from launcher.image.inspect import ImageFacts
+from launcher.image.registry import check_push, manifest_list, push
+from launcher.image.sif import recipe as apptainer_recipe
+from launcher.image.sif import sif
+from launcher.image.squashfs_file import mksquashfs_path, sidecar_path
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -46,21 +57,15 @@ class _WithChannels(click.Command):
     """A command whose help lists the channels."""
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        from launcher.image.channels import channels
-
         with formatter.section("Channels"):
             formatter.write_dl([(channel.name, channel.about) for channel in channels().values()])
 
 
 def _channel_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    from launcher.image.channels import channels
-
     return [name for name in channels() if name.startswith(incomplete)]
 
 
 def _profile_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    from launcher.config.layers import names_of
-
     return [name for name in names_of("profiles") if name.startswith(incomplete)]
 
 
@@ -153,14 +158,8 @@ def build_command(
     launcher image build stable --arch arm64 -o /data
     launcher image build stable --arch all --push registry.example.com/titan:stable
     """
-    from launcher.image import build as building
-    from launcher.image import channels
-    from launcher.image import engine as docker_engine
-    from launcher.image.convert import FORMATS, convert_image
-    from launcher.image.registry import check_push
-    from launcher.image.squashfs_file import mksquashfs_path
 
-    channels.channel(channel)
+    channel_of(channel)
     if reference is not None:
         check_push(reference)
     engine = docker_engine.connect()
@@ -203,8 +202,6 @@ def build_command(
 
 
 def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
-    from launcher.image.registry import manifest_list, push
-
     pushed = [push(image.tag, reference, engine=engine, say=say) for image in built]
     digest = manifest_list(reference, pushed, arches=arches, engine=engine, say=say)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
@@ -228,10 +225,6 @@ def convert_command(
     launcher image convert titan:stable-arm64
     launcher image convert titan:stable-arm64 -o /data/titan.sqsh --for mount
     """
-    from launcher.base.files import read_json
-    from launcher.image import engine as docker_engine
-    from launcher.image.convert import FORMATS, convert_image, convert_with_enroot
-    from launcher.image.squashfs_file import sidecar_path
 
     engine = docker_engine.connect()
     about = docker_engine.inspect(engine, image)
@@ -260,9 +253,6 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     launcher image inspect titan-stable-arm64.sqsh
     launcher image inspect titan-stable-arm64.sqsh --gpu gb200 --driver 570.124.06
     """
-    from launcher.config.layers import find, read_layer
-    from launcher.image.check import is_file
-    from launcher.image.inspect import inspect, problems
 
     if driver is not None and not re.fullmatch(r"\d+(\.\d+)*", driver):
         raise click.BadParameter(f"{driver[:40]!r} is no version such as 580.95.05", param_hint="--driver")
@@ -321,7 +311,6 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
     launcher image check titan:stable-arm64
     launcher image check ./titan-stable-arm64.sqsh --json
     """
-    from launcher.image.check import check
 
     say(f"running the checks in {image}")
     results = check(image, timeout_s=timeout)
@@ -353,7 +342,6 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
     launcher image lock stable
     launcher image lock nightly --arch arm64
     """
-    from launcher.image.lock import lock, pinned
 
     arches = list(ARCHES) if arch == "all" else [arch]
     if output and len(arches) > 1:
@@ -391,11 +379,6 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
     launcher image sif stable --recipe >titan.def
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
-    from launcher.base.files import write_text
-    from launcher.image import engine as docker_engine
-    from launcher.image.check import is_file
-    from launcher.image.sif import recipe as apptainer_recipe
-    from launcher.image.sif import sif
 
     if recipe:
         if as_json:

@@ -6,20 +6,30 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import write_json
 from launcher.base.output import as_json, echo, is_terminal, plain, print_json, style, warn
+from launcher.commands.runs import failure_of, remembered
+from launcher.commands.submit import prepared
 from launcher.config.options import RunOptions, run_options, runs_dir_option
-
-if TYPE_CHECKING:
-    from launcher.results.accept import Verdict
-    from launcher.results.outcome import Outcome
-    from launcher.runs.directory import Run
-    from launcher.scheduler.state import JobState
+from launcher.nodes import unfit
+from launcher.results import accept as judging
+from launcher.results import compare as comparison
+from launcher.results.accept import OWN_FAULT, Verdict
+from launcher.results.outcome import Outcome
+from launcher.results.published import nearest, published, same_gpu
+from launcher.results.read import outcome_of
+from launcher.results.sides import results_in
+from launcher.runs import attach, control
+from launcher.runs.directory import Run, open_run
+from launcher.scheduler.state import JobState
 
 FILE = "accept.json"
 _COLOURS = {"PASS": "green", "FAIL": "red", "CANNOT SAY": "yellow"}
@@ -58,7 +68,6 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
     launcher compare my-run published
     launcher compare my-run accepted-in-june.json
     """
-    from launcher.results import compare as comparison
 
     first, second = _two(a, b, runs_dir)
     found = comparison.compare(first, second)
@@ -70,8 +79,6 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
 
 def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
     """One result of each side; where one holds several, the one that is nearest to the other."""
-    from launcher.results.published import nearest
-    from launcher.results.sides import results_in
 
     sides = [results_in(reference, runs_dir) for reference in (a, b)]
     if all(len(side) > 1 for side in sides):
@@ -144,7 +151,6 @@ def accept(
     launcher accept my-run                                  a run that is there
     launcher accept my-run --baseline accepted-in-june.json
     """
-    from launcher.results.sides import results_in
 
     runs_dir = Path(str(options.values.get("job.runs_dir", "runs")))
     asked = [key for key in options.values if key != "job.runs_dir"] or options.secret_env
@@ -158,21 +164,13 @@ def accept(
         )
     # Before hours are spent on a run that nothing could be compared with.
     rows = results_in(baseline, runs_dir)
-    if asked:
-        run = _submit(options, rows, yes or as_json, force)
-    else:
-        from launcher.runs.directory import open_run
-
-        run = open_run(str(options.run_file), runs_dir)
+    run = _submit(options, rows, yes or as_json, force) if asked else open_run(str(options.run_file), runs_dir)
     state = _end_of(run) if asked or follow else _state(run)
     _tell(run, state, rows, {"threshold": threshold, "max_spread": max_spread, "baseline": baseline}, as_json)
 
 
 def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool) -> Run:
     """As `launcher submit` does; what it says goes to stderr, since the verdict is this command's output."""
-    from launcher.commands.submit import prepared
-    from launcher.results.published import same_gpu
-    from launcher.runs import control
 
     spec, secrets = prepared(options, force)
     gpu = spec.profile.gpu
@@ -190,15 +188,11 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
 
 
 def _state(run: Run) -> JobState:
-    from launcher.runs import control
-
     return control.states([run])[run.name]
 
 
 def _end_of(run: Run) -> JobState:
     """Shows the run's progress on stderr until it has ended. Ctrl-C ends this program, not the run."""
-    from launcher.commands.runs import remembered
-    from launcher.runs import attach, control
 
     try:
         attach.wait_for_start(run, lambda text: echo(f"{run.name}: {text}", err=True))
@@ -213,10 +207,6 @@ def _end_of(run: Run) -> JobState:
 
 def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, Any], as_json: bool) -> None:
     """Judges, keeps the verdict in the run directory, prints it, and exits with its code."""
-    from launcher.base.files import write_json
-    from launcher.results import accept as judging
-    from launcher.results.published import published
-    from launcher.results.read import outcome_of
 
     outcome = outcome_of(run, state)
     verdict = judging.judge(
@@ -244,25 +234,17 @@ def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, 
 
 
 def _now() -> dict[str, str]:
-    from datetime import UTC, datetime
-
-    from launcher import __version__
-
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": __version__}
 
 
 def _faults(run: Run, state: JobState) -> list[str]:
     """Which nodes failed their check, or why the job failed as far as that is known."""
-    from launcher.results.accept import OWN_FAULT
 
     if state.name not in OWN_FAULT:
         return []
     if state.unfit:
-        from launcher.nodes import unfit
-
         unfits = unfit.of_run(run)
         return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [unfit.REASON]
-    from launcher.commands.runs import failure_of
 
     try:
         failure = failure_of(run, state)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
 
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, clock, columns, echo, print_json, warn
-
-if TYPE_CHECKING:
-    from launcher.nodes.bad_nodes import BadNode
+from launcher.nodes.bad_nodes import DAY_S, HOST, BadNode, change, left_out_by_hand, of_cluster, read
+from launcher.scheduler.detect import detect
+from launcher.scheduler.parse import expand
+from launcher.scheduler.slurm import cluster_name
 
 
 def _hosts(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """Of every cluster: completion asks Slurm nothing."""
-    from launcher.nodes.bad_nodes import read
 
     try:
         names = {node.host for nodes in read().values() for node in nodes if not node.released}
@@ -42,10 +42,6 @@ def nodes(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand:
         return
-    import time
-
-    from launcher.nodes.bad_nodes import of_cluster
-    from launcher.scheduler.slurm import cluster_name
 
     cluster = cluster_name()
     found = of_cluster(cluster, time.time())
@@ -71,10 +67,6 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     launcher cluster nodes add gpu-007 --reason "slow NVLink"
     launcher cluster nodes add 'gpu-[010-012]' --reason "rack 3 is too warm" --days 1
     """
-    import time
-
-    from launcher.nodes.bad_nodes import DAY_S, BadNode, change, left_out_by_hand
-    from launcher.scheduler.detect import detect
 
     facts, now_s = detect(), time.time()
     names, text = _names(hosts), " ".join(reason.split())
@@ -101,10 +93,6 @@ def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
     launcher cluster nodes release gpu-007
     launcher cluster nodes release --all
     """
-    import time
-
-    from launcher.nodes.bad_nodes import change, of_cluster
-    from launcher.scheduler.slurm import cluster_name
 
     if bool(hosts) == everything:
         raise click.UsageError("either hosts or --all")
@@ -123,8 +111,6 @@ def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
 
 def _names(hosts: tuple[str, ...]) -> list[str]:
     """The hosts of several host lists. Raises LauncherError for what is none."""
-    from launcher.nodes.bad_nodes import HOST
-    from launcher.scheduler.parse import expand
 
     whole = {text: expand(text) if text.count("[") == text.count("]") else () for text in hosts}
     names = [name for text, expanded in whole.items() for name in expanded or (text,)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import click
 
@@ -10,10 +11,10 @@ from launcher.base.errors import quoted
 from launcher.base.output import as_json, echo, print_json
 from launcher.commands.submit import spec_of
 from launcher.config.options import RunOptions, run_options
-
-if TYPE_CHECKING:
-    from launcher.config.spec import RunSpec
-    from launcher.plan.plan import Plan
+from launcher.config.spec import RunSpec
+from launcher.plan import plan as core
+from launcher.plan.model import count
+from launcher.plan.plan import START_S, Plan
 
 
 @click.command()
@@ -29,7 +30,6 @@ def plan(options: RunOptions, as_json: bool) -> None:
     launcher plan --gpu gb200 --nodes 9
     launcher plan --gpu h100 --nodes 4 --recipe llama3-70b --json
     """
-    from launcher.plan import plan as core
 
     spec = spec_of(options, image_needed=False)
     counted, by = _counted(spec)
@@ -42,10 +42,6 @@ def plan(options: RunOptions, as_json: bool) -> None:
 
 def _counted(spec: RunSpec) -> tuple[int | None, str]:
     """The parameters of torchtitan's own model, on the meta device, where torchtitan is installed; by whom."""
-    from importlib.metadata import version
-    from importlib.util import find_spec
-
-    from launcher.plan.model import count
 
     if spec.recipe.model != "llama3" or not (find_spec("torch") and find_spec("torchtitan")):
         return None, ""
@@ -58,7 +54,6 @@ def _counted(spec: RunSpec) -> tuple[int | None, str]:
 
 def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
     """The plan for people. Pure."""
-    from launcher.plan.plan import START_S
 
     recipe, nodes = spec.recipe, spec.job.nodes
     rows = [

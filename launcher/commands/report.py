@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import write_text
 from launcher.base.output import as_json, echo, echo_file, print_json
+from launcher.commands.results import with_states
+from launcher.commands.runs import failure_of
 from launcher.config.options import FilePath, runs_dir_option
-
-if TYPE_CHECKING:
-    from launcher.results.outcome import Outcome
-    from launcher.runs.directory import Run
-    from launcher.scheduler.state import JobState
+from launcher.report import plots as plotting
+from launcher.report.page import GENERATOR, page
+from launcher.results.accept import OWN_FAULT
+from launcher.results.outcome import Outcome
+from launcher.results.published import published
+from launcher.results.read import outcome_of
+from launcher.runs import directory as runs
+from launcher.runs.directory import Run
+from launcher.scheduler.state import JobState
 
 MOST_NAMED = 20  # of runs that are left out; --json and the page name all
 
@@ -50,12 +58,6 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     launcher report my-run my-run-again -o page.html --plots plots
     ssh login launcher report -o - > page.html
     """
-    from datetime import UTC, datetime
-
-    from launcher import __version__
-    from launcher.report import plots as plotting
-    from launcher.report.page import page
-    from launcher.results.published import published
 
     to_stdout = str(output) == "-"
     if to_stdout and as_json:
@@ -70,8 +72,6 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     if to_stdout:
         echo_file(text)
     else:
-        from launcher.base.files import write_text
-
         write_text(output, text)
     files = plotting.write_plots(outcomes, published(), plots) if plots else []
     if as_json:
@@ -98,10 +98,6 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
 
 def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """The runs' results, newest first, and (run, why) of those that have none."""
-    from launcher.commands.results import with_states
-    from launcher.results.accept import OWN_FAULT
-    from launcher.results.read import outcome_of
-    from launcher.runs import directory as runs
 
     found = [runs.open_run(name, runs_dir) for name in names] or runs.all_runs(runs_dir)
     found = list({run.path: run for run in found}.values()) or [runs.open_run("", runs_dir)]
@@ -125,8 +121,6 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
 
 
 def _cause(run: Run, state: JobState) -> str:
-    from launcher.commands.runs import failure_of
-
     try:
         failure = failure_of(run, state)
     except LauncherError:  # its logs cannot be read, which the result says
@@ -136,7 +130,6 @@ def _cause(run: Run, state: JobState) -> str:
 
 def _refuse_to_overwrite(path: Path) -> None:
     """A page is made again and again; any other file of that name is somebody's."""
-    from launcher.report.page import GENERATOR
 
     try:
         if not path.parent.is_dir():

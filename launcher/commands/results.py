@@ -5,18 +5,23 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import filesystem_error, unreadable, write_text
 from launcher.base.output import as_json, echo, echo_file, print_json, warn
 from launcher.config.options import run_argument, runs_dir_option
-
-if TYPE_CHECKING:
-    from launcher.results.outcome import Outcome
-    from launcher.runs.directory import Run
-    from launcher.scheduler.state import JobState
+from launcher.results import formats
+from launcher.results.outcome import Outcome
+from launcher.results.read import outcome_of
+from launcher.results.rows import as_dict
+from launcher.results.sides import nothing_logged
+from launcher.results.submission import submissions
+from launcher.runs import control
+from launcher.runs import directory as runs
+from launcher.runs.directory import Run
+from launcher.scheduler.state import JobState
 
 
 @click.command()
@@ -80,8 +85,6 @@ def results(
         return _update(update, outcomes)
     if form == "torchtitan":
         return _submit(outcomes, entity, output)
-    from launcher.results import formats
-    from launcher.results.rows import as_dict
 
     if form == "json":
         values = [as_dict(outcome) for outcome in outcomes]
@@ -100,7 +103,6 @@ def _is_pattern(name: str) -> bool:
 
 def _runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[Run]:
     """The runs that are asked for, each once."""
-    from launcher.runs import directory as runs
 
     if every and names:
         raise click.UsageError("either RUN or --all")
@@ -118,7 +120,6 @@ def _runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[Run]:
 
 def _outcomes(found: Sequence[Run], several: bool, with_data_share: bool) -> list[Outcome]:
     """What there is to tell of the runs. Raises LauncherError where that is nothing; of several, warns."""
-    from launcher.results.read import outcome_of
 
     outcomes, silent = [], []
     for run, state in with_states(found):
@@ -132,15 +133,12 @@ def _outcomes(found: Sequence[Run], several: bool, with_data_share: bool) -> lis
         more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
         warn(f"nothing logged yet, or nothing known: {shown}{more}")
     if not outcomes:
-        from launcher.results.sides import nothing_logged
-
         raise nothing_logged(*silent[0])
     return outcomes
 
 
 def with_states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
     """Each run with its state, for one question to Slurm per directory of runs: within one, names are unique."""
-    from launcher.runs import control
 
     by_place: dict[Path, list[Run]] = {}
     for run in found:
@@ -150,9 +148,6 @@ def with_states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
 
 
 def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
-    from launcher.base.files import unreadable, write_text
-    from launcher.results import formats
-
     path = path.resolve()  # a link stays one
     try:
         old = path.read_bytes().decode("utf-8")
@@ -167,9 +162,6 @@ def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> None:
-    from launcher.base.files import filesystem_error, write_text
-    from launcher.results.submission import submissions
-
     files = submissions(outcomes, entity)
     for name, text in files.items():
         if output is None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.output import age, as_json, clock, echo, print_json, style, warn
 from launcher.config.options import run_argument, runs_dir_option
-
-if TYPE_CHECKING:
-    from launcher.logs.follow import Progress
-    from launcher.logs.known_errors import Failure
-    from launcher.nodes.bad_nodes import BadNode
-    from launcher.runs.directory import Run
-    from launcher.scheduler.state import JobState
+from launcher.logs.follow import Progress
+from launcher.logs.known_errors import Failure, explain, how_it_ended
+from launcher.logs.watch import plain_line
+from launcher.nodes import unfit
+from launcher.nodes.bad_nodes import BadNode, remember
+from launcher.preflight.readiness import why_waiting
+from launcher.results.read import outcome_of
+from launcher.results.rows import as_dict, markdown_row, summary_line
+from launcher.runs import attach, control
+from launcher.runs import directory as runs
+from launcher.runs.directory import Run
+from launcher.scheduler.state import GOING, WAITING, JobState
 
 _STATE_COLOURS = {
     "COMPLETED": "green",
@@ -33,8 +39,6 @@ _STATE_COLOURS = {
 @as_json
 def list_(runs_dir: Path, as_json: bool) -> None:
     """List the runs, newest first."""
-    from launcher.runs import control
-    from launcher.runs import directory as runs
 
     runs.remove_left_over(runs_dir)
     found = runs.all_runs(runs_dir)
@@ -68,9 +72,6 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
 
     Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training.
     """
-    from launcher.logs.watch import plain_line
-    from launcher.runs import attach, control
-    from launcher.runs import directory as runs
 
     found = runs.open_run(run, runs_dir)
     state = control.state(found)
@@ -114,7 +115,6 @@ def watch(run: str, runs_dir: Path, as_json: bool) -> None:
 
     With --json, one object per logged step.
     """
-    from launcher.runs import directory as runs
 
     follow_run(runs.open_run(run, runs_dir), as_json)
 
@@ -129,8 +129,6 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
 
     The files themselves are RUN/logs/NNNN-<node>.log and RUN/logs/job.log.
     """
-    from launcher.runs import attach
-    from launcher.runs import directory as runs
 
     found = runs.open_run(run, runs_dir)
     for node, line in attach.log_lines(found, follow):
@@ -146,8 +144,6 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
 @as_json
 def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
     """Cancel a run. One whose submission was cut off can never start afterwards."""
-    from launcher.runs import control
-    from launcher.runs import directory as runs
 
     found = runs.open_run(run, runs_dir)
     before, cancelled = control.cancel(found)
@@ -171,9 +167,6 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
 
     Ctrl-C ends the program, not the run; `detached` is said then, too.
     """
-    from launcher.results.read import outcome_of
-    from launcher.results.rows import as_dict, markdown_row, summary_line
-    from launcher.runs import attach, control
 
     try:
         attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
@@ -202,19 +195,14 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
 
 
 def _why_waiting(run: Run, state: JobState) -> list[str]:
-    from launcher.scheduler.state import WAITING
-
     if run.is_local or state.name not in WAITING:
         return []
-    from launcher.preflight.readiness import why_waiting
 
     return why_waiting(run, state)
 
 
 def _progress(run: Run, state: JobState) -> Progress | None:
     """How far a run is that goes on; None for others, and where its logs cannot be read."""
-    from launcher.runs import attach
-    from launcher.scheduler.state import GOING
 
     try:
         return attach.progress_now(run) if state.name in GOING else None
@@ -224,7 +212,6 @@ def _progress(run: Run, state: JobState) -> Progress | None:
 
 def _say_waiting(run: Run, text: str) -> None:
     """`watch` tells each new reason, and what it means."""
-    from launcher.scheduler.state import JobState
 
     echo(f"{run.name}: {text}", err=True)
     name, _, reason = text.partition(" ")
@@ -236,13 +223,9 @@ def failure_of(run: Run, state: JobState) -> Failure | None:
     """Why a run failed, as far as that is known; None for others."""
     if not state.failed:
         return None
-    from launcher.logs.known_errors import explain, how_it_ended
 
-    if state.unfit:
-        from launcher.nodes import unfit
-
-        if said := unfit.explain(run, run.reference):
-            return said
+    if state.unfit and (said := unfit.explain(run, run.reference)):
+        return said
     ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
     return explain(run.logs, ended, run.reference, run.path)
 
@@ -251,9 +234,6 @@ def remembered(run: Run, state: JobState) -> list[BadNode]:
     """The nodes that are left out from now on, because they failed their check in this run. Warns, and never raises."""
     if not state.unfit:
         return []
-    import time
-
-    from launcher.nodes.bad_nodes import remember
 
     try:
         return remember(run, state, time.time())
@@ -275,8 +255,6 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
 
 
 def _summary(run: Run, state: JobState) -> dict[str, Any]:
-    from launcher.runs import directory as runs
-
     spec = run.spec
     return {
         "run": run.name,

@@ -5,17 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from launcher.base.errors import ExitStatus
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, echo, print_error, print_json, say
 from launcher.config.options import FilePath
+from launcher.stage import c4 as c4_work
+from launcher.stage import fetch, inventory
+from launcher.stage import model as model_work
+from launcher.stage import tokenizer as tokenizer_work
+from launcher.stage.hub import HubFile, Repo
+from launcher.stage.image import stage_image
+from launcher.stage.inventory import reports
 from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
-
-if TYPE_CHECKING:
-    from launcher.stage.hub import HubFile, Repo
+from launcher.stage.target import gigabytes, refuse_foreign, refuse_unwritable
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -78,21 +83,18 @@ def c4(
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
     launcher stage c4 --to /data/c4 --files 68 --validation
     """
-    from launcher.stage import c4 as work
-    from launcher.stage import fetch
-    from launcher.stage.target import refuse_foreign, refuse_unwritable
 
     if sum((files is not None, bool(runs), everything)) != 1:
         raise click.UsageError("one of --files N, --for RUN and --all is needed")
     if source and (revision or token_file):
         raise click.UsageError("--revision and --token-file are the Hub's: not with --from")
-    refuse_foreign(target, work.looks_like_c4)  # what needs no network comes first
+    refuse_foreign(target, c4_work.looks_like_c4)  # what needs no network comes first
     if files is not None and (files < 1 or not source):
-        work.check_count(files)
-    demands = [work.demand_from(text) for text in runs]
+        c4_work.check_count(files)
+    demands = [c4_work.demand_from(text) for text in runs]
     if not dry_run:
         refuse_unwritable(target)
-    plan = work.plan_c4(
+    plan = c4_work.plan_c4(
         target,
         files=files,
         demands=demands,
@@ -113,7 +115,7 @@ def c4(
     if dry_run:
         _print_dry_run(target, plan.files, facts, as_json)
         return
-    outcome = work.bring(target, plan, jobs)
+    outcome = c4_work.bring(target, plan, jobs)
     if as_json:
         print_json(facts | outcome.as_dict(target))
     else:
@@ -136,9 +138,10 @@ def tokenizer(model: str, **options: Any) -> None:
     \b
     launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
     """
-    from launcher.stage import tokenizer as work
 
-    _stage_model(work.plan_tokenizer, work.bring, work.looks_like_tokenizer, model, **options)
+    _stage_model(
+        tokenizer_work.plan_tokenizer, tokenizer_work.bring, tokenizer_work.looks_like_tokenizer, model, **options
+    )
 
 
 @click.command()
@@ -157,9 +160,8 @@ def model(model: str, **options: Any) -> None:
     \b
     launcher stage model --to /data/models/Llama-3.1-8B
     """
-    from launcher.stage import model as work
 
-    _stage_model(work.plan_model, work.bring, work.looks_like_model, model, **options)
+    _stage_model(model_work.plan_model, model_work.bring, model_work.looks_like_model, model, **options)
 
 
 def _stage_model(
@@ -175,9 +177,6 @@ def _stage_model(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from launcher.stage import fetch
-    from launcher.stage.target import gigabytes, refuse_foreign, refuse_unwritable
-
     refuse_foreign(target, ours)
     if not dry_run:
         refuse_unwritable(target)
@@ -214,7 +213,6 @@ def verify(directory: Path, deep: bool, as_json: bool) -> None:
     \b
     launcher stage verify /data/c4
     """
-    from launcher.stage.inventory import reports
 
     found = reports(directory, deep, read_images=True)
     if as_json:
@@ -240,8 +238,6 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
     \b
     launcher stage list /data/c4 /data/tokenizers
     """
-    from launcher.base.errors import LauncherError
-    from launcher.stage import inventory
 
     places = list(directories) or [Path(place) for place in inventory.PLACES]
     reports: list[Any] = []
@@ -288,7 +284,6 @@ def image(source: str, target: Path, as_json: bool) -> None:
     \b
     launcher stage image titan-stable-arm64.sqsh --to /shared/images
     """
-    from launcher.stage.image import stage_image
 
     path = stage_image(source, target, say=say)
     if as_json:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import click
 
 from launcher.base.errors import LauncherError, quoted
+from launcher.base.finding import OK, refusal, sentence
 from launcher.base.output import as_json, echo, echo_file, is_terminal, plain, print_json, style, warn
+from launcher.commands import retry
 from launcher.commands.runs import follow_run
+from launcher.config import resolve
+from launcher.config.layers import Layer
 from launcher.config.options import RunOptions, run_options
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from launcher.config.spec import RunSpec
-    from launcher.runs.directory import Run
+from launcher.config.render import render as render_script
+from launcher.config.spec import RunSpec, node_config
+from launcher.preflight.local_files import look_here
+from launcher.preflight.readiness import look
+from launcher.runs import control
+from launcher.runs.directory import Run
+from launcher.scheduler.detect import detected
+from launcher.scheduler.parse import expand
+from launcher.stage.view import describe
+from launcher.titan.command import preview
 
 
 @click.command()
@@ -56,7 +64,6 @@ def submit(
     launcher submit --local --recipe debug
     launcher submit runs/my-run/run.toml --name my-run-again
     """
-    from launcher.config import resolve
 
     asked = spec_of(options)
     if retries and (dry_run or asked.job.scheduler == "local"):
@@ -73,9 +80,6 @@ def submit(
 
     run = _start(spec, secrets, as_json)
     if retries:
-        from launcher.commands import retry
-        from launcher.scheduler.detect import detected
-        from launcher.scheduler.parse import expand
 
         def again(name: str, origin: str, without: set[str]) -> Run:
             detected.cache_clear()
@@ -100,9 +104,6 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-    from launcher.base.finding import refusal
-    from launcher.preflight.local_files import look_here
-    from launcher.preflight.readiness import look
 
     spec, here = look_here(spec_of(options))
     spec, cluster = look(spec)
@@ -132,7 +133,6 @@ def render(options: RunOptions, as_json: bool) -> None:
     \b
     launcher render --gpu gb200 --nodes 9 --image /data/titan.sqsh > job.sbatch
     """
-    from launcher.config.render import render as render_script
 
     script = render_script(spec_of(options))
     if as_json:
@@ -143,13 +143,11 @@ def render(options: RunOptions, as_json: bool) -> None:
 
 def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:
     """The run that the options ask for. Without `image_needed`, `job.image` may be missing, and is "" then."""
-    from launcher.config.layers import Layer
-    from launcher.config.resolve import resolve
 
     def resolved(**more: str) -> RunSpec:
         origin = {**options.origin, **dict.fromkeys(more, "default")}
         layer = Layer({**options.values, **more}, origin, secret_env=options.secret_env)
-        return resolve(layer, options.config, options.run_file, os.environ)
+        return resolve.resolve(layer, options.config, options.run_file, os.environ)
 
     try:
         return resolved()
@@ -165,8 +163,6 @@ _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 def _looked_at(spec: RunSpec, force: bool) -> RunSpec:
     """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
-    from launcher.base.finding import OK, refusal, sentence
-    from launcher.preflight.local_files import look_here
 
     spec, checks = look_here(spec)
     if refused := refusal(checks, force):
@@ -181,8 +177,6 @@ def _checked(spec: RunSpec, force: bool) -> RunSpec:
     """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
     if spec.job.scheduler != "slurm":
         return spec
-    from launcher.base.finding import refusal, sentence
-    from launcher.preflight.readiness import look
 
     spec, checks = look(spec)
     refused = refusal(checks, force)
@@ -198,7 +192,6 @@ def _checked(spec: RunSpec, force: bool) -> RunSpec:
 
 def prepared(options: RunOptions, force: bool) -> tuple[RunSpec, dict[str, str]]:
     """A run as `submit` would submit it, and its secrets. Warns, and raises LauncherError where it could not start."""
-    from launcher.config import resolve
 
     spec = spec_of(options)
     secrets = resolve.secrets_of(spec, options.secrets, os.environ)
@@ -211,11 +204,6 @@ def _describe(spec: RunSpec) -> str:
 
 
 def _print_plan(spec: RunSpec, as_json: bool) -> None:
-    from launcher.config.render import render as render_script
-    from launcher.config.spec import node_config
-    from launcher.stage.view import describe
-    from launcher.titan.command import preview
-
     script, commands = render_script(spec), preview(node_config(spec), spec.job.python)
     if as_json:
         print_json({"run_dir": spec.run_dir, "data": describe(spec), "script": script, "torchrun": commands})
@@ -231,7 +219,6 @@ def _print_plan(spec: RunSpec, as_json: bool) -> None:
 
 def _start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
     """Submits the run, and says where it is."""
-    from launcher.runs import control
 
     def submitted(run: Run, job_id: str) -> None:
         if as_json:

@@ -7,18 +7,21 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, echo, is_terminal, print_json
+from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
-
-if TYPE_CHECKING:
-    from launcher.config.spec import RunSpec
-    from launcher.runs.directory import Run
-    from launcher.sweep.cells import Cell
+from launcher.config.spec import RunSpec
+from launcher.plan.plan import prediction
+from launcher.runs import control
+from launcher.runs.directory import Run
+from launcher.scheduler.state import JobState
+from launcher.sweep import table as matrix
+from launcher.sweep.cells import Cell, ready_to_submit, specs_of, standings
 
 ASK_EVERY_S = 5.0  # of Slurm, with --follow
 LOCAL_EVERY_S = 0.5  # whether a run on this machine has ended
@@ -76,8 +79,6 @@ def sweep(
     launcher sweep --image titan.sqsh --nodes 3,9,17 --batch-size 4,5 --recipe llama3-8b,llama3-8b-fast
     launcher sweep --local --recipe debug --batch-size 2,4,8
     """
-    from launcher.sweep import table as matrix
-    from launcher.sweep.cells import ready_to_submit, specs_of, standings
 
     is_local = options.values.get("job.scheduler") == "local"
     if parallel and is_local:
@@ -128,8 +129,6 @@ def _submit(
     as_json: bool,
 ) -> None:
     """All of them, in order; each behind the last that goes on. On this machine the next starts when one has ended."""
-    from launcher.config import resolve
-    from launcher.runs import control
 
     secrets = resolve.secrets_of(wanted[0][1], options.secrets, os.environ)
     going = [cell.runs[-1] for cell in cells if cell.state and cell.state.active]
@@ -164,8 +163,6 @@ def _submit(
 
 
 def _until_ended(run: Run) -> None:
-    from launcher.runs import control
-
     while (state := control.state(run)).active:
         time.sleep(LOCAL_EVERY_S)
     echo(f"{run.name}: {state.name}", err=True)
@@ -173,7 +170,6 @@ def _until_ended(run: Run) -> None:
 
 def _wait(specs: Sequence[RunSpec]) -> list[Cell]:
     """The cells when none goes on any more; tells each change. Slurm may be silent for a while."""
-    from launcher.sweep.cells import standings
 
     said: dict[str, str] = {}
     answered = time.monotonic()
@@ -204,8 +200,6 @@ def _runs(count: int) -> str:
 
 def _plan_rows(cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]]) -> list[dict[str, Any]]:
     """Every cell: how it stands, or what it will take."""
-    from launcher.plan.plan import prediction
-    from launcher.sweep import table as matrix
 
     next_specs = {cell.spec.job.name: spec for cell, spec in ready}
     rows = []
@@ -230,8 +224,6 @@ def _plan_rows(cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]]) -> 
 
 
 def _show_plan(name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]], parallel: bool) -> None:
-    from launcher.sweep import table as matrix
-
     rows = _plan_rows(cells, ready)
     echo(*matrix.plan_lines(rows))
     order = "side by side" if parallel else "one after another"
@@ -240,8 +232,6 @@ def _show_plan(name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, Run
 
 def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> list[dict[str, Any]]:
     """Prints the table, and returns its rows."""
-    from launcher.scheduler.state import JobState
-    from launcher.sweep import table as matrix
 
     now_s = time.time()
     results = []

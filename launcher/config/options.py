@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
-from launcher.base.errors import quoted
+from launcher.base.errors import LauncherError, quoted
+from launcher.base.secret import PUBLIC, looks_secret, masked
+from launcher.base.values import parse_toml
+from launcher.config.layers import FIELDS, absolute, names_of, unknown_key
 
 
 class FilePath(click.Path):
@@ -74,7 +78,6 @@ class RunOptions:
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds every option that decides a run; the command receives them as `options: RunOptions`."""
-    from functools import wraps
 
     @wraps(command)
     def with_options(**parameters: Any) -> Any:
@@ -91,9 +94,6 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
 
     Raises click.BadParameter for an --env or --set of the wrong form.
     """
-    from launcher.base.errors import LauncherError
-    from launcher.base.secret import PUBLIC, looks_secret, masked
-    from launcher.config.layers import FIELDS, absolute, unknown_key
 
     try:
         here = Path.cwd()
@@ -137,8 +137,6 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
 
 def _toml_value(key: str, text: str) -> Any:
     """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string, and so is 570.1 where one is wanted."""
-    from launcher.base.values import parse_toml
-    from launcher.config.layers import FIELDS
 
     try:
         value = parse_toml(f"value = {text}")["value"]
@@ -149,8 +147,6 @@ def _toml_value(key: str, text: str) -> Any:
 
 def _names(kind: str) -> Callable[..., list[str]]:
     def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-        from launcher.config.layers import names_of
-
         return [name for name in names_of(kind) if name.startswith(incomplete)]
 
     return complete

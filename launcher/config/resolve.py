@@ -16,6 +16,8 @@ from launcher.config.layers import Layer, find, merge, names_of, read_layer
 from launcher.config.spec import CONTROL, RunSpec, validate
 from launcher.config.user_file import default_path
 from launcher.scheduler import slurm
+from launcher.scheduler.detect import detected
+from launcher.scheduler.profile import known_kinds, propose
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
@@ -185,8 +187,6 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 
     Otherwise the user is asked.
     """
-    from launcher.scheduler.detect import detected
-    from launcher.scheduler.profile import known_kinds, propose
 
     try:
         nodes = detected().require(partition).nodes_of(partition)

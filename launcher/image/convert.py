@@ -20,6 +20,7 @@ from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.export import ImageConfig, Report, docker_arch, rewrite
+from launcher.image.inspect import embedded_metadata
 from launcher.image.squashfs_file import SquashfsFormat, beside, mksquashfs_path, publish, write_squashfs
 
 Say = Callable[[str], None]
@@ -120,7 +121,6 @@ def convert_with_enroot(
     say: Say = lambda line: None,
 ) -> Path:
     """The same by `enroot import`, from the same engine, for whoever wants enroot's own conversion."""
-    from launcher.image.inspect import embedded_metadata
 
     program = shutil.which("enroot")
     if program is None:

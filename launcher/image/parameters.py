@@ -13,6 +13,7 @@ import click
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.options import FilePath
 from launcher.image import ARCHES
+from launcher.image.check import is_file
 
 _WORD = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
 _REFERENCE = re.compile(
@@ -48,8 +49,6 @@ class ImageName(FilePath):
         self._file = file
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        from launcher.image.check import is_file
-
         if self._file and value and is_file(path := os.path.expanduser(value)):
             return super().convert(path, parameter, context)
         if not is_reference(value):

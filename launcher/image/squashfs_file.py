@@ -12,6 +12,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import tempfile  # here, because every `submit` imports this module
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -194,7 +195,6 @@ def write_squashfs(
 
     `created`, in seconds, becomes the time of the file system and of its root directory.
     """
-    import tempfile  # here, because every `submit` imports this module
 
     command = [
         *(program, "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
+
+from rich.console import RenderableType
 
 from launcher.base.output import echo, plain
 from launcher.logs.follow import Progress
 from launcher.results.rows import mfu_text
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def watch(progress: Iterable[Progress], stream: TextIO, is_terminal: bool) -> Progress | None:

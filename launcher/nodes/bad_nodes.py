@@ -24,6 +24,7 @@ from launcher.base.values import parse_json
 from launcher.config.spec import RunSpec
 from launcher.config.user_file import default_path
 from launcher.nodes import unfit
+from launcher.runs import control
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.scheduler import slurm
@@ -197,7 +198,6 @@ def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list
 
 def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
     """`remember` for the newest runs that ended so, and that nobody has looked at since."""
-    from launcher.runs import control
 
     for run in runs.all_runs(runs_dir)[:NEWEST]:
         if run.end is not None:

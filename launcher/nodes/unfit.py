@@ -13,14 +13,12 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.base.errors import quoted
 from launcher.base.files import read_json
-
-if TYPE_CHECKING:
-    from launcher.logs.known_errors import Failure
-    from launcher.runs.directory import Run
+from launcher.logs.known_errors import Failure
+from launcher.runs.directory import Run
 
 CHECK_FAILED = 20  # the job's exit code: slurm/node.py's
 # What srun makes of it where it ended the other nodes' tasks first: 128 + SIGTERM, 128 + SIGKILL.
@@ -108,7 +106,6 @@ def _problems(record: Mapping[str, Any]) -> list[_Problem]:
 
 def explain(run: Run, reference: str) -> Failure | None:
     """The failure of a run that stopped at its check, in the nodes' own words; None where they left none."""
-    from launcher.logs.known_errors import Failure
 
     found = of_run(run)
     if not found:

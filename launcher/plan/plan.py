@@ -27,6 +27,8 @@ from launcher.config.spec import HUB, MAX_NODES, SAMPLE, RunSpec
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, published
 from launcher.scheduler.parse import seconds
+from launcher.stage.shards import TRAIN_FILES
+from launcher.stage.view import files_needed, tokens_of
 from launcher.titan.weights import SHAPES, Shape
 
 GIB = 2**30
@@ -99,8 +101,6 @@ class Plan:
 
 def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int | None = None) -> Plan:
     """The prediction for a run. `rows`: published ones, read when None; `parameters`: where they were counted."""
-    from launcher.stage.shards import TRAIN_FILES
-    from launcher.stage.view import files_needed, tokens_of
 
     notes: list[str] = []
     memory, why_not = _memory(spec, parameters)

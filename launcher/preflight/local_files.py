@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.base.errors import ExitStatus, LauncherError, install, quoted
 from launcher.base.files import data_dir
 from launcher.base.finding import ERROR, OK, WARNING, Check
+from launcher.config.runtime import host_path, mounts
 from launcher.config.spec import HUB, S3, RunSpec
-
-if TYPE_CHECKING:
-    from launcher.image.inspect import ImageFacts
+from launcher.image.inspect import ImageFacts, inspect, is_too_old, needed_driver, problems
+from launcher.stage import view
+from launcher.titan import Refused
+from launcher.titan.weights import check_weights as check
 
 
 def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
     """What `submit` looks at without Slurm, as checks: image, weights, data, tokenizer."""
-    from launcher.stage import view
 
     found: list[Check] = []
     of_image: list[Check] = []
-    for name, check in (("image", check_image), ("weights", check_weights)):
+    for name, look_at in (("image", check_image), ("weights", check_weights)):
         try:
-            of_image += check(spec) or []
+            of_image += look_at(spec) or []
         except LauncherError as error:
             found.append(_stopped(name, error))
         else:
@@ -73,7 +74,6 @@ def check_image(spec: RunSpec) -> list[Check]:
     if spec.job.runtime == "apptainer":
         _check_sif(path)
         return []
-    from launcher.image.inspect import inspect, problems
 
     facts = inspect(Path(path), required=False)
     found = problems(facts, spec.profile.arch, spec.profile.device, driver="")
@@ -89,7 +89,6 @@ def check_image(spec: RunSpec) -> list[Check]:
 
 def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
     """CUDA needs a driver of its time; with NVIDIA's forward compatibility, an older one may do."""
-    from launcher.image.inspect import is_too_old, needed_driver
 
     needed, driver = needed_driver(facts), spec.profile.driver
     if not needed or spec.profile.device != "cuda":
@@ -118,7 +117,6 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
 
 def _published_drivers(gpu: str) -> list[str]:
     """The drivers that published runs of this GPU had."""
-    import csv
 
     with (data_dir("slurm") / "reference-results.csv").open(encoding="utf-8", newline="") as stream:
         return [row["driver"] for row in csv.DictReader(stream) if row["gpu"] == gpu]
@@ -131,9 +129,6 @@ def check_weights(spec: RunSpec) -> None:
     """
     if not spec.job.init_from:
         return
-    from launcher.config.runtime import host_path, mounts
-    from launcher.titan import Refused
-    from launcher.titan.weights import check_weights as check
 
     path = host_path(spec, spec.job.init_from)
     if not os.path.exists(path):

@@ -10,23 +10,23 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.base.errors import LauncherError
 from launcher.base.finding import WARNING, Check
 from launcher.config.layers import merge, names_of, read_layer
 from launcher.config.spec import RunSpec
+from launcher.image.squashfs_file import read_sidecar, superblock
+from launcher.nodes import bad_nodes
 from launcher.preflight import placement
 from launcher.preflight.candidates import candidates, fitting, place_of, usable
 from launcher.preflight.checks import preflight
+from launcher.preflight.waiting import explain
+from launcher.runs.directory import Run
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import QUESTIONS, detect, detected
 from launcher.scheduler.facts import ClusterFacts
 from launcher.scheduler.parse import expand
-
-if TYPE_CHECKING:
-    from launcher.runs.directory import Run
-    from launcher.scheduler.state import JobState
+from launcher.scheduler.state import JobState
 
 
 def look(spec: RunSpec, facts: ClusterFacts | None = None) -> tuple[RunSpec, list[Check]]:
@@ -69,7 +69,6 @@ def _groups() -> set[str] | None:
 
 def _unpacked_bytes(spec: RunSpec) -> int:
     """How large the image is unpacked, by the file beside it; 0 where that does not say it."""
-    from launcher.image.squashfs_file import read_sidecar, superblock
 
     path = Path(spec.job.image)
     if spec.job.runtime != "pyxis" or not path.is_file():
@@ -83,7 +82,6 @@ def _unpacked_bytes(spec: RunSpec) -> int:
 
 def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, list[Check]]:
     """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
-    from launcher.nodes import bad_nodes
 
     now_s = time.time()
     checks = []
@@ -110,7 +108,6 @@ def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
 
 def why_waiting(run: Run, state: JobState) -> list[str]:
     """Why Slurm has not started the run's job yet, and what would start sooner. Never raises: it is a help only."""
-    from launcher.preflight.waiting import explain
 
     job_id = str((run.job or {}).get("job_id", ""))
     start, spec, facts = "", None, None

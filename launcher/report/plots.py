@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.base.files import filesystem_error, write_bytes
@@ -27,10 +30,6 @@ from launcher.report.figures import (
 )
 from launcher.report.svg import spread_out
 from launcher.results.outcome import Outcome
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = ("#0060a8", "#b84a00", "#00734f", "#8a3ba0", "#806000", "#c2185b", "#00788a", "#5c5c5c")
 GREY = "#57606a"  # of what was published

@@ -17,6 +17,7 @@ from typing import Any
 from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
 from launcher.base.output import some
+from launcher.image.squashfs_file import read_sidecar, superblock
 from launcher.logs.follow import node_logs
 from launcher.logs.steps import LogReader, StepRecord
 from launcher.results import measure
@@ -333,7 +334,6 @@ def _versions(records: Mapping[str, Mapping[str, Any]], image: str, intent: Mapp
 @lru_cache(maxsize=64)
 def _digest(image: str, submitted: float | None) -> str:
     """The image's checksum as the file beside it says; "" where there is none or the image is newer than the run."""
-    from launcher.image.squashfs_file import read_sidecar, superblock
 
     path = Path(image)
     try:

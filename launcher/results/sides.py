@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes, unreadable
 from launcher.base.values import parse_json
 from launcher.results.outcome import NodeResult, Outcome, Point, Spread, Startup
 from launcher.results.published import published, rows_of
-
-if TYPE_CHECKING:
-    from launcher.runs.directory import Run
-    from launcher.scheduler.state import JobState
+from launcher.results.read import outcome_of
+from launcher.runs import control
+from launcher.runs import directory as runs
+from launcher.runs.directory import Run
+from launcher.scheduler.state import JobState
 
 KEYWORD = "published"
 _LARGEST = 64 << 20  # bytes; a result of 1,000 nodes and 10,000 logged steps has fewer
@@ -44,9 +45,6 @@ def results_in(reference: str, runs_dir: Path) -> list[Outcome]:
 
 def of_run(reference: str, runs_dir: Path) -> Outcome:
     """Raises LauncherError where there is no such run, or it has logged nothing yet."""
-    from launcher.results.read import outcome_of
-    from launcher.runs import control
-    from launcher.runs import directory as runs
 
     run = runs.open_run(reference, runs_dir)
     state = control.states([run])[run.name]

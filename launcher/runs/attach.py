@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.logs.follow import Progress, follow, merged_lines
+from launcher.logs.watch import watch
 from launcher.results.rows import json_values
 from launcher.results.settings import steps_of
 from launcher.runs import control
@@ -46,7 +47,6 @@ def progress_now(run: Run) -> Progress | None:
 
 def show(run: Run, stream: TextIO) -> None:
     """`progress_of` on a terminal or as plain lines."""
-    from launcher.logs.watch import watch
 
     watch(progress_of(run), stream, is_terminal=stream.isatty())
 

@@ -8,6 +8,7 @@ off in between, and the job is looked for by its name (launcher/runs/control.py)
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import math
@@ -38,6 +39,9 @@ from launcher.base.values import whole
 from launcher.config.layers import run_toml
 from launcher.config.render import render
 from launcher.config.spec import S3, SAMPLE, RunSpec, node_config
+from launcher.plan.plan import prediction
+from launcher.stage import sample
+from launcher.stage.view import write
 
 LOCK = "submit.lock"
 SECRETS = "secret.env"  # until the job has read it, or can never start
@@ -187,20 +191,15 @@ def _fill(directory: Path, spec: RunSpec, now_s: float) -> None:
             write_text(package / name, text)
     write_json(job / "node.json", node_config(spec))
     write_text(directory / "run.toml", run_toml(spec))
-    from launcher.plan.plan import prediction
 
     write_json(directory / "plan.json", prediction(spec))
     write_text(directory / "job.sbatch", render(spec), 0o755)
     # A run directory may be committed: the secrets that it holds until the job ends may not.
     write_text(directory / ".gitignore", f"{SECRETS}\n")
     if SAMPLE in (spec.job.data, spec.job.tokenizer):
-        from launcher.stage import sample
-
         sample.write_c4_sample(directory / "sample" / "c4")
         sample.write_tokenizer(directory / "sample" / "tokenizer")
     if spec.view:
-        from launcher.stage.view import write
-
         write(directory / "data", spec.view)
     write_json(
         directory / "intent.json",
@@ -275,7 +274,6 @@ def open_run(reference: str, runs_dir: Path) -> Run:
                 return Run(path.resolve())
         except (OSError, ValueError, RuntimeError):  # too long, not a name at all, a link to itself
             continue
-    import difflib
 
     near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
     raise LauncherError(

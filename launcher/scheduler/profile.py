@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.config.layers import find, names_of, read_layer
 from launcher.scheduler.facts import Node
 from launcher.scheduler.parse import compress
 
@@ -48,7 +49,6 @@ class Proposal:
 
 def known_kinds() -> dict[str, Kind]:
     """The GPU profiles that travel with the launcher."""
-    from launcher.config.layers import find, names_of, read_layer
 
     found = {}
     for name in names_of("profiles"):

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
@@ -248,8 +249,6 @@ def plugstack(path: str) -> str:
 
 
 def _included(path: str) -> list[str]:
-    from glob import glob
-
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.values import whole
+from launcher.config.layers import merge, read_layer
 from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import find_token, list_files
+from launcher.stage.s3 import open_bucket
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import gigabytes
@@ -99,8 +101,6 @@ def demand_from(text: str) -> Demand:
 
 
 def _demand_of_run(path: Path) -> Demand:
-    from launcher.config.layers import merge, read_layer
-
     fix = f"--for runs/NAME/run.toml, or {EXAMPLE}"
     try:
         layer = read_layer(path, str(path))
@@ -150,8 +150,6 @@ def plan_c4(
     top: Sequence[RemoteFile]
     inside: Sequence[RemoteFile]
     if source:
-        from launcher.stage.s3 import open_bucket
-
         repo, top, inside = open_bucket(source)
     else:
         repo = hub = open_repo(target, REPO, "dataset", "c4", revision, find_token(token_file))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
+import logging
 import os
 import re
 import ssl
@@ -287,7 +289,6 @@ def xet_wanted() -> bool:
 
     if getattr(constants, "HF_HUB_DISABLE_XET", False):
         return False
-    import importlib.util
 
     return importlib.util.find_spec("hf_xet") is not None
 
@@ -326,7 +327,6 @@ def _download_by_xet(
 @contextlib.contextmanager
 def _quiet() -> Any:
     """Neither huggingface_hub's own bars nor its warnings: those quote addresses that carry a signature."""
-    import logging
 
     from huggingface_hub.utils import disable_progress_bars
 

@@ -22,6 +22,9 @@ from urllib.parse import urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json, unreadable
+from launcher.image import engine as docker_engine
+from launcher.image.convert import convert_image
+from launcher.image.inspect import embedded_metadata
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.manifest import BLOCK, sha256_of
 from launcher.stage.progress import Progress
@@ -122,7 +125,6 @@ def _of_file(path: Path, say: Say) -> tuple[Wanted, Reader]:
 
 def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | None:
     """A sidecar from what the image says of itself; None where it says nothing, or nothing here can read it."""
-    from launcher.image.inspect import embedded_metadata
 
     about = embedded_metadata(path)
     if about is None:
@@ -305,8 +307,6 @@ def _write_sidecar(wanted: Wanted, final: Path, work: Work) -> None:
 
 def _from_engine(image: str, to: Path, say: Say) -> Path:
     """From the Docker engine, which pulls what it does not have. The conversion's result decides about the name."""
-    from launcher.image import engine as docker_engine
-    from launcher.image.convert import convert_image
 
     reference = image.removeprefix("docker://")
     name = _clean(reference, "")

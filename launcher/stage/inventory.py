@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import unreadable
+from launcher.config.layers import find, merge, read_layer
 from launcher.stage import c4, tokenizer
 from launcher.stage.images import NAME, Images, check_images, staged_images
 from launcher.stage.manifest import Manifest, Problem, look, manifest_path, read, read_manifest
@@ -127,7 +128,6 @@ class Report:
 
 def steps_of(train_files: int, gpu: str, ranks: int) -> int:
     """Steps of llama3-8b until `ranks` data-parallel ranks have read the files once; 0 for more ranks than files."""
-    from launcher.config.layers import find, merge, read_layer
 
     recipe = merge([read_layer(find("recipes", "llama3-8b"), "recipe", gpu)]).recipe
     used = train_files - train_files % ranks

@@ -22,6 +22,9 @@ from typing import TypeVar
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.runtime import host_path, mounts
 from launcher.config.spec import S3, SAMPLE, RunSpec
+from launcher.stage import sample
+from launcher.stage.manifest import read_manifest
+from launcher.stage.s3 import open_bucket, readme
 from launcher.stage.shards import (
     SHARD,
     SMALL,
@@ -96,8 +99,6 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
             )
         return spec, []
     if spec.job.data == SAMPLE:
-        from launcher.stage import sample
-
         train = tuple(sample.file_names("train", sample.TRAIN_FILES))
         return _with_view(spec, Staged(train, tuple(sample.file_names("validation", 1)))), []
     if spec.job.data.startswith(S3):
@@ -160,7 +161,6 @@ def _plan_streamed(spec: RunSpec) -> tuple[RunSpec, list[str]]:
 
 def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
     """The address as it is written in the view, and what can be trained on there. `needed` files: for the error."""
-    from launcher.stage.s3 import open_bucket
 
     try:
         bucket, _, objects = open_bucket(address)
@@ -197,8 +197,6 @@ def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[st
     listed: Mapping[str, int] | None = None
     in_all, staged_from = 0, ""
     if (directory / ".staged" / "manifest.json").exists():
-        from launcher.stage.manifest import read_manifest
-
         try:
             if manifest := read_manifest(directory):
                 listed = {path.removeprefix("en/"): file.bytes for path, file in manifest.files.items()}
@@ -253,8 +251,6 @@ def write(directory: Path, links: Mapping[str, str]) -> None:
     Raises OSError; the caller makes run directories whole.
     """
     if streamed := [name for name, target in links.items() if target.startswith(S3)]:
-        from launcher.stage.s3 import readme
-
         source = links[streamed[0]].removesuffix(f"/en/{streamed[0]}")
         train, validation = (
             [f"en/{name}" for name in streamed if name.startswith(f"c4-{split}.")] for split in ("train", "validation")
