@@ -40,10 +40,11 @@ test-others:
 test-some:
 	$(PYTEST) $(TESTS)
 
-lint: $(VENV)/.dev ## check format, style and types
+lint: $(VENV)/.dev ## check format, style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/hadolint Dockerfile
 
 docs: $(VENV)/.dev ## write the known errors into docs/errors.md

@@ -112,7 +112,6 @@ def never_fail(*streams: Any) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """In ASCII: nothing in it drives a terminal, and no stream's encoding can break it."""
-
     click.echo(json.dumps(value, indent=indent))
 
 

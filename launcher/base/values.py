@@ -6,6 +6,7 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Mapping
 from typing import Any
 
 LARGEST = 2**63 - 1  # of a whole number; Python refuses to print those of 4,300 digits, and float() those of 310
@@ -53,3 +54,20 @@ def _check(value: Any) -> None:
             _check(item)
     elif isinstance(value, int) and abs(value) > LARGEST:  # 0xfff... too, which no limit of digits holds back
         raise ValueError("a number of too many digits")
+
+
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for NaN and infinity, which JSON lacks and many of its readers refuse, at any depth."""
+    return {_json_value(str(key)): _json_value(value) for key, value in values.items()}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()  # half a character, of a file's name
+    if isinstance(value, Mapping):
+        return json_values(value)
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int)) else str(value)

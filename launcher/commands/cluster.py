@@ -14,11 +14,12 @@ from launcher.base.output import as_json, echo, print_json, warn
 from launcher.commands.nodes import nodes
 from launcher.config.layers import absolute, find, read_layer
 from launcher.config.options import FilePath
+from launcher.config.resolve import known_kinds
 from launcher.config.user_file import default_path, save
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts, Node
 from launcher.scheduler.parse import compress
-from launcher.scheduler.profile import Proposal, contradictions, known_kinds, propose
+from launcher.scheduler.profile import Proposal, contradictions, propose
 
 MOST_LINES = 20  # of reasons and of blocks; --json has them all
 _partition = click.option("--partition", "-p", default="", help="Slurm partition.  [default: Slurm's own]")
@@ -36,7 +37,6 @@ def show(partition: str, as_json: bool) -> None:
     launcher cluster show
     launcher cluster show --partition batch --json
     """
-
     facts = detect().require(partition)
     nodes = facts.nodes_of(partition)
     proposal = propose(nodes, known_kinds())
@@ -69,7 +69,6 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
     launcher cluster use gb200
     launcher cluster use h200 --partition batch
     """
-
     if name:
         name = str(absolute("job.gpu", name, Path.cwd()))
         read_layer(find("profiles", name, "launcher cluster use"), "")

@@ -158,7 +158,6 @@ def build_command(
     launcher image build stable --arch arm64 -o /data
     launcher image build stable --arch all --push registry.example.com/titan:stable
     """
-
     channel_of(channel)
     if reference is not None:
         check_push(reference)
@@ -225,7 +224,6 @@ def convert_command(
     launcher image convert titan:stable-arm64
     launcher image convert titan:stable-arm64 -o /data/titan.sqsh --for mount
     """
-
     engine = docker_engine.connect()
     about = docker_engine.inspect(engine, image)
     path = target_path(output, file_name(about, ".sqsh"), force)
@@ -253,7 +251,6 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     launcher image inspect titan-stable-arm64.sqsh
     launcher image inspect titan-stable-arm64.sqsh --gpu gb200 --driver 570.124.06
     """
-
     if driver is not None and not re.fullmatch(r"\d+(\.\d+)*", driver):
         raise click.BadParameter(f"{driver[:40]!r} is no version such as 580.95.05", param_hint="--driver")
     profile: Mapping[str, Any] = {}
@@ -311,7 +308,6 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
     launcher image check titan:stable-arm64
     launcher image check ./titan-stable-arm64.sqsh --json
     """
-
     say(f"running the checks in {image}")
     results = check(image, timeout_s=timeout)
     failed = any(result.status == "failed" for result in results)
@@ -342,7 +338,6 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
     launcher image lock stable
     launcher image lock nightly --arch arm64
     """
-
     arches = list(ARCHES) if arch == "all" else [arch]
     if output and len(arches) > 1:
         raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
@@ -379,7 +374,6 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
     launcher image sif stable --recipe >titan.def
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
-
     if recipe:
         if as_json:
             raise click.UsageError("--recipe is text: it takes no --json.")

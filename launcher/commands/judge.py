@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from launcher.commands.runs import failure_of, remembered
 from launcher.commands.submit import prepared
 from launcher.config.options import RunOptions, run_options, runs_dir_option
 from launcher.nodes import unfit
+from launcher.plan.plan import write_beside
 from launcher.results import accept as judging
 from launcher.results import compare as comparison
 from launcher.results.accept import OWN_FAULT, Verdict
@@ -29,6 +31,7 @@ from launcher.results.read import outcome_of
 from launcher.results.sides import results_in
 from launcher.runs import attach, control
 from launcher.runs.directory import Run, open_run
+from launcher.runs.node_records import REASON
 from launcher.scheduler.state import JobState
 
 FILE = "accept.json"
@@ -68,7 +71,6 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
     launcher compare my-run published
     launcher compare my-run accepted-in-june.json
     """
-
     first, second = _two(a, b, runs_dir)
     found = comparison.compare(first, second)
     if as_json:
@@ -79,7 +81,6 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
 
 def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
     """One result of each side; where one holds several, the one that is nearest to the other."""
-
     sides = [results_in(reference, runs_dir) for reference in (a, b)]
     if all(len(side) > 1 for side in sides):
         raise LauncherError(f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b))
@@ -151,7 +152,6 @@ def accept(
     launcher accept my-run                                  a run that is there
     launcher accept my-run --baseline accepted-in-june.json
     """
-
     runs_dir = Path(str(options.values.get("job.runs_dir", "runs")))
     asked = [key for key in options.values if key != "job.runs_dir"] or options.secret_env
     if not asked and options.run_file is None:
@@ -171,7 +171,6 @@ def accept(
 
 def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool) -> Run:
     """As `launcher submit` does; what it says goes to stderr, since the verdict is this command's output."""
-
     spec, secrets = prepared(options, force)
     gpu = spec.profile.gpu
     if not any(same_gpu(gpu, row.gpu) for row in rows):
@@ -184,7 +183,11 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
     asking = asking and is_terminal(sys.stdin) and is_terminal(sys.stderr)
     if asking and not click.confirm(plain(f"Submit {size} and judge it?"), default=True, err=True):
         raise click.Abort
-    return control.submit(spec, secrets, lambda run, job_id: echo(f"{run.name}: job {job_id}, {size}", err=True))
+
+    def submitted(run: Run, job_id: str) -> None:
+        echo(f"{run.name}: job {job_id}, {size}", err=True)
+
+    return control.submit(spec, secrets, submitted, also=partial(write_beside, spec))
 
 
 def _state(run: Run) -> JobState:
@@ -193,7 +196,6 @@ def _state(run: Run) -> JobState:
 
 def _end_of(run: Run) -> JobState:
     """Shows the run's progress on stderr until it has ended. Ctrl-C ends this program, not the run."""
-
     try:
         attach.wait_for_start(run, lambda text: echo(f"{run.name}: {text}", err=True))
         attach.show(run, sys.stderr)
@@ -207,7 +209,6 @@ def _end_of(run: Run) -> JobState:
 
 def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, Any], as_json: bool) -> None:
     """Judges, keeps the verdict in the run directory, prints it, and exits with its code."""
-
     outcome = outcome_of(run, state)
     verdict = judging.judge(
         outcome,
@@ -239,12 +240,11 @@ def _now() -> dict[str, str]:
 
 def _faults(run: Run, state: JobState) -> list[str]:
     """Which nodes failed their check, or why the job failed as far as that is known."""
-
     if state.name not in OWN_FAULT:
         return []
     if state.unfit:
         unfits = unfit.of_run(run)
-        return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [unfit.REASON]
+        return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [REASON]
 
     try:
         failure = failure_of(run, state)

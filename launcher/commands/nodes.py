@@ -17,7 +17,6 @@ from launcher.scheduler.slurm import cluster_name
 
 def _hosts(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """Of every cluster: completion asks Slurm nothing."""
-
     try:
         names = {node.host for nodes in read().values() for node in nodes if not node.released}
     except LauncherError:
@@ -67,7 +66,6 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     launcher cluster nodes add gpu-007 --reason "slow NVLink"
     launcher cluster nodes add 'gpu-[010-012]' --reason "rack 3 is too warm" --days 1
     """
-
     facts, now_s = detect(), time.time()
     names, text = _names(hosts), " ".join(reason.split())
     if not text:
@@ -93,7 +91,6 @@ def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
     launcher cluster nodes release gpu-007
     launcher cluster nodes release --all
     """
-
     if bool(hosts) == everything:
         raise click.UsageError("either hosts or --all")
     cluster, now_s = cluster_name(), time.time()
@@ -111,7 +108,6 @@ def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
 
 def _names(hosts: tuple[str, ...]) -> list[str]:
     """The hosts of several host lists. Raises LauncherError for what is none."""
-
     whole = {text: expand(text) if text.count("[") == text.count("]") else () for text in hosts}
     names = [name for text, expanded in whole.items() for name in expanded or (text,)]
     if wrong := [name for name in names if not HOST.fullmatch(name)]:

@@ -30,7 +30,6 @@ def plan(options: RunOptions, as_json: bool) -> None:
     launcher plan --gpu gb200 --nodes 9
     launcher plan --gpu h100 --nodes 4 --recipe llama3-70b --json
     """
-
     spec = spec_of(options, image_needed=False)
     counted, by = _counted(spec)
     found = core.plan(spec, parameters=counted)
@@ -42,7 +41,6 @@ def plan(options: RunOptions, as_json: bool) -> None:
 
 def _counted(spec: RunSpec) -> tuple[int | None, str]:
     """The parameters of torchtitan's own model, on the meta device, where torchtitan is installed; by whom."""
-
     if spec.recipe.model != "llama3" or not (find_spec("torch") and find_spec("torchtitan")):
         return None, ""
     try:
@@ -54,7 +52,6 @@ def _counted(spec: RunSpec) -> tuple[int | None, str]:
 
 def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
     """The plan for people. Pure."""
-
     recipe, nodes = spec.recipe, spec.job.nodes
     rows = [
         f"{spec.job.recipe} on {nodes} node{'s' if nodes > 1 else ''} x {spec.profile.gpus_per_node} {spec.profile.gpu}, "

@@ -58,7 +58,6 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     launcher report my-run my-run-again -o page.html --plots plots
     ssh login launcher report -o - > page.html
     """
-
     to_stdout = str(output) == "-"
     if to_stdout and as_json:
         raise click.UsageError("-o - prints the page, --json prints JSON: one of the two")
@@ -98,7 +97,6 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
 
 def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """The runs' results, newest first, and (run, why) of those that have none."""
-
     found = [runs.open_run(name, runs_dir) for name in names] or runs.all_runs(runs_dir)
     found = list({run.path: run for run in found}.values()) or [runs.open_run("", runs_dir)]
     outcomes: list[Outcome] = []
@@ -130,7 +128,6 @@ def _cause(run: Run, state: JobState) -> str:
 
 def _refuse_to_overwrite(path: Path) -> None:
     """A page is made again and again; any other file of that name is somebody's."""
-
     try:
         if not path.parent.is_dir():
             raise LauncherError(

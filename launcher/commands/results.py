@@ -103,7 +103,6 @@ def _is_pattern(name: str) -> bool:
 
 def _runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[Run]:
     """The runs that are asked for, each once."""
-
     if every and names:
         raise click.UsageError("either RUN or --all")
     if not names and not every:
@@ -120,7 +119,6 @@ def _runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[Run]:
 
 def _outcomes(found: Sequence[Run], several: bool, with_data_share: bool) -> list[Outcome]:
     """What there is to tell of the runs. Raises LauncherError where that is nothing; of several, warns."""
-
     outcomes, silent = [], []
     for run, state in with_states(found):
         outcome = outcome_of(run, state, with_data_share)
@@ -139,7 +137,6 @@ def _outcomes(found: Sequence[Run], several: bool, with_data_share: bool) -> lis
 
 def with_states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
     """Each run with its state, for one question to Slurm per directory of runs: within one, names are unique."""
-
     by_place: dict[Path, list[Run]] = {}
     for run in found:
         by_place.setdefault(run.path.parent, []).append(run)

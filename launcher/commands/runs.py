@@ -39,7 +39,6 @@ _STATE_COLOURS = {
 @as_json
 def list_(runs_dir: Path, as_json: bool) -> None:
     """List the runs, newest first."""
-
     runs.remove_left_over(runs_dir)
     found = runs.all_runs(runs_dir)
     states = control.states(found)
@@ -72,7 +71,6 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
 
     Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training.
     """
-
     found = runs.open_run(run, runs_dir)
     state = control.state(found)
     row = _summary(found, state)
@@ -115,7 +113,6 @@ def watch(run: str, runs_dir: Path, as_json: bool) -> None:
 
     With --json, one object per logged step.
     """
-
     follow_run(runs.open_run(run, runs_dir), as_json)
 
 
@@ -129,7 +126,6 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
 
     The files themselves are RUN/logs/NNNN-<node>.log and RUN/logs/job.log.
     """
-
     found = runs.open_run(run, runs_dir)
     for node, line in attach.log_lines(found, follow):
         if as_json:
@@ -144,7 +140,6 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
 @as_json
 def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
     """Cancel a run. One whose submission was cut off can never start afterwards."""
-
     found = runs.open_run(run, runs_dir)
     before, cancelled = control.cancel(found)
     if as_json:
@@ -167,7 +162,6 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
 
     Ctrl-C ends the program, not the run; `detached` is said then, too.
     """
-
     try:
         attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
         if as_json:
@@ -203,7 +197,6 @@ def _why_waiting(run: Run, state: JobState) -> list[str]:
 
 def _progress(run: Run, state: JobState) -> Progress | None:
     """How far a run is that goes on; None for others, and where its logs cannot be read."""
-
     try:
         return attach.progress_now(run) if state.name in GOING else None
     except LauncherError:
@@ -212,7 +205,6 @@ def _progress(run: Run, state: JobState) -> Progress | None:
 
 def _say_waiting(run: Run, text: str) -> None:
     """`watch` tells each new reason, and what it means."""
-
     echo(f"{run.name}: {text}", err=True)
     name, _, reason = text.partition(" ")
     for line in _why_waiting(run, JobState(name, "squeue", reason)):

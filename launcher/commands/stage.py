@@ -83,7 +83,6 @@ def c4(
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
     launcher stage c4 --to /data/c4 --files 68 --validation
     """
-
     if sum((files is not None, bool(runs), everything)) != 1:
         raise click.UsageError("one of --files N, --for RUN and --all is needed")
     if source and (revision or token_file):
@@ -138,7 +137,6 @@ def tokenizer(model: str, **options: Any) -> None:
     \b
     launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
     """
-
     _stage_model(
         tokenizer_work.plan_tokenizer, tokenizer_work.bring, tokenizer_work.looks_like_tokenizer, model, **options
     )
@@ -160,7 +158,6 @@ def model(model: str, **options: Any) -> None:
     \b
     launcher stage model --to /data/models/Llama-3.1-8B
     """
-
     _stage_model(model_work.plan_model, model_work.bring, model_work.looks_like_model, model, **options)
 
 
@@ -213,7 +210,6 @@ def verify(directory: Path, deep: bool, as_json: bool) -> None:
     \b
     launcher stage verify /data/c4
     """
-
     found = reports(directory, deep, read_images=True)
     if as_json:
         first, *more = [report.as_dict() for report in found]
@@ -238,7 +234,6 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
     \b
     launcher stage list /data/c4 /data/tokenizers
     """
-
     places = list(directories) or [Path(place) for place in inventory.PLACES]
     reports: list[Any] = []
     failures: list[LauncherError] = []
@@ -284,7 +279,6 @@ def image(source: str, target: Path, as_json: bool) -> None:
     \b
     launcher stage image titan-stable-arm64.sqsh --to /shared/images
     """
-
     path = stage_image(source, target, say=say)
     if as_json:
         print_json({"path": click.format_filename(path), "bytes": path.stat().st_size})

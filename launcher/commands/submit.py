@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import click
 
@@ -19,6 +20,7 @@ from launcher.config.layers import Layer
 from launcher.config.options import RunOptions, run_options
 from launcher.config.render import render as render_script
 from launcher.config.spec import RunSpec, node_config
+from launcher.plan.plan import write_beside
 from launcher.preflight.local_files import look_here
 from launcher.preflight.readiness import look
 from launcher.runs import control
@@ -64,7 +66,6 @@ def submit(
     launcher submit --local --recipe debug
     launcher submit runs/my-run/run.toml --name my-run-again
     """
-
     asked = spec_of(options)
     if retries and (dry_run or asked.job.scheduler == "local"):
         raise click.UsageError(f"--retry-bad-nodes: not with {'--dry-run' if dry_run else '--local'}")
@@ -104,7 +105,6 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-
     spec, here = look_here(spec_of(options))
     spec, cluster = look(spec)
     checks = [*here, *cluster]
@@ -133,7 +133,6 @@ def render(options: RunOptions, as_json: bool) -> None:
     \b
     launcher render --gpu gb200 --nodes 9 --image /data/titan.sqsh > job.sbatch
     """
-
     script = render_script(spec_of(options))
     if as_json:
         print_json({"script": script})
@@ -163,7 +162,6 @@ _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 def _looked_at(spec: RunSpec, force: bool) -> RunSpec:
     """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
-
     spec, checks = look_here(spec)
     if refused := refusal(checks, force):
         raise refused
@@ -192,7 +190,6 @@ def _checked(spec: RunSpec, force: bool) -> RunSpec:
 
 def prepared(options: RunOptions, force: bool) -> tuple[RunSpec, dict[str, str]]:
     """A run as `submit` would submit it, and its secrets. Warns, and raises LauncherError where it could not start."""
-
     spec = spec_of(options)
     secrets = resolve.secrets_of(spec, options.secrets, os.environ)
     return _checked(_looked_at(spec, force), force), secrets
@@ -229,4 +226,4 @@ def _start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
             echo(f"{run.name}: {where} {job_id}, {_describe(spec)}")
             echo(f"  follow it:  {quoted('launcher', 'watch', run.reference)}")
 
-    return control.submit(spec, secrets, submitted)
+    return control.submit(spec, secrets, submitted, also=partial(write_beside, spec))

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -16,7 +17,7 @@ from launcher.base.output import as_json, echo, is_terminal, print_json
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import RunSpec
-from launcher.plan.plan import prediction
+from launcher.plan.plan import prediction, write_beside
 from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
@@ -79,7 +80,6 @@ def sweep(
     launcher sweep --image titan.sqsh --nodes 3,9,17 --batch-size 4,5 --recipe llama3-8b,llama3-8b-fast
     launcher sweep --local --recipe debug --batch-size 2,4,8
     """
-
     is_local = options.values.get("job.scheduler") == "local"
     if parallel and is_local:
         raise click.UsageError("--parallel is for Slurm: with --local, runs would share this machine")
@@ -129,7 +129,6 @@ def _submit(
     as_json: bool,
 ) -> None:
     """All of them, in order; each behind the last that goes on. On this machine the next starts when one has ended."""
-
     secrets = resolve.secrets_of(wanted[0][1], options.secrets, os.environ)
     going = [cell.runs[-1] for cell in cells if cell.state and cell.state.active]
     is_local = wanted[0][1].job.scheduler == "local"
@@ -152,7 +151,7 @@ def _submit(
                 text = f"{run.name}: {kind} {job_id}" + (f", after job {after}" if after else "")
                 echo(text, err=as_json)
 
-            run = control.submit(spec, secrets, submitted, after)
+            run = control.submit(spec, secrets, submitted, after, partial(write_beside, spec))
             if is_local:
                 _until_ended(run)
     except KeyboardInterrupt:
@@ -170,7 +169,6 @@ def _until_ended(run: Run) -> None:
 
 def _wait(specs: Sequence[RunSpec]) -> list[Cell]:
     """The cells when none goes on any more; tells each change. Slurm may be silent for a while."""
-
     said: dict[str, str] = {}
     answered = time.monotonic()
     try:
@@ -200,7 +198,6 @@ def _runs(count: int) -> str:
 
 def _plan_rows(cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]]) -> list[dict[str, Any]]:
     """Every cell: how it stands, or what it will take."""
-
     next_specs = {cell.spec.job.name: spec for cell, spec in ready}
     rows = []
     for cell in cells:
@@ -232,7 +229,6 @@ def _show_plan(name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, Run
 
 def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> list[dict[str, Any]]:
     """Prints the table, and returns its rows."""
-
     now_s = time.time()
     results = []
     for cell in cells:

@@ -94,7 +94,6 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
 
     Raises click.BadParameter for an --env or --set of the wrong form.
     """
-
     try:
         here = Path.cwd()
     except FileNotFoundError:
@@ -137,7 +136,6 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
 
 def _toml_value(key: str, text: str) -> Any:
     """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string, and so is 570.1 where one is wanted."""
-
     try:
         value = parse_toml(f"value = {text}")["value"]
     except ValueError:

@@ -17,7 +17,7 @@ from launcher.config.spec import CONTROL, RunSpec, validate
 from launcher.config.user_file import default_path
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
-from launcher.scheduler.profile import known_kinds, propose
+from launcher.scheduler.profile import Kind, propose
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
@@ -187,7 +187,6 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 
     Otherwise the user is asked.
     """
-
     try:
         nodes = detected().require(partition).nodes_of(partition)
     except LauncherError as error:
@@ -207,3 +206,13 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 def _which_gpu(what: str, original: str = "", status: ExitStatus = ExitStatus.NOT_FOUND) -> LauncherError:
     fix = f"say it: --gpu {'|'.join(names_of('profiles'))}"
     return LauncherError(what, fix, status=status, original=original)
+
+
+def known_kinds() -> dict[str, Kind]:
+    """The GPU profiles that travel with the launcher."""
+    found = {}
+    for name in names_of("profiles"):
+        values = read_layer(find("profiles", name), "").values
+        if values.get("profile.device") != "cpu":
+            found[name] = Kind(int(values["profile.gpus_per_node"]), str(values["profile.arch"]))
+    return found

@@ -121,7 +121,6 @@ def convert_with_enroot(
     say: Say = lambda line: None,
 ) -> Path:
     """The same by `enroot import`, from the same engine, for whoever wants enroot's own conversion."""
-
     program = shutil.which("enroot")
     if program is None:
         raise LauncherError(

@@ -195,7 +195,6 @@ def write_squashfs(
 
     `created`, in seconds, becomes the time of the file system and of its root directory.
     """
-
     command = [
         *(program, "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
         # Without these the root directory is writable for everybody and belongs to whoever converts: with a tar,

@@ -22,8 +22,8 @@ from statistics import median
 from typing import BinaryIO
 
 from launcher.base.files import unreadable
+from launcher.base.mfu import peak_of
 from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, line_time, open_log, plain_text
-from launcher.results.rows import peak_of
 
 JOB_LOG = "job.log"
 _NODE_LOG = re.compile(r"[0-9]{4,}-([\w.-]+)\.log")

@@ -11,9 +11,9 @@ from typing import TextIO
 
 from rich.console import RenderableType
 
+from launcher.base.mfu import mfu_text
 from launcher.base.output import echo, plain
 from launcher.logs.follow import Progress
-from launcher.results.rows import mfu_text
 
 
 def watch(progress: Iterable[Progress], stream: TextIO, is_terminal: bool) -> Progress | None:

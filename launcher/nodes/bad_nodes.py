@@ -198,7 +198,6 @@ def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list
 
 def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
     """`remember` for the newest runs that ended so, and that nobody has looked at since."""
-
     for run in runs.all_runs(runs_dir)[:NEWEST]:
         if run.end is not None:
             remember(run, control.state(run), now_s, cluster)

@@ -9,22 +9,16 @@ A "fault" is the node's own ("node") or the run's ("run"): a path that is wrong 
 from __future__ import annotations
 
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import quoted
 from launcher.base.files import read_json
 from launcher.logs.known_errors import Failure
 from launcher.runs.directory import Run
+from launcher.runs.node_records import records
 
-CHECK_FAILED = 20  # the job's exit code: slurm/node.py's
-# What srun makes of it where it ended the other nodes' tasks first: 128 + SIGTERM, 128 + SIGKILL.
-HIDDEN_BY = (143, 137)
-REASON = "a node failed its check before training"
-MOST_BYTES = 1 << 20  # of a record: a few kB are usual
 MOST_CHARS = 300  # of a reason
 SHOWN = 12  # lines of a message
 
@@ -40,23 +34,16 @@ class Unfit:
     said: tuple[str, ...] = ()  # all that is wrong with it, each with what to do
 
 
-def ended_unfit(exit_code: int, path: Path) -> bool:
-    """Whether a job that ended with this code stopped because a node of it failed its check."""
-    if exit_code == CHECK_FAILED:
-        return True
-    return exit_code in HIDDEN_BY and any(record.get("ok") is False for record in _records(path))
-
-
 def of_run(run: Run) -> list[Unfit]:
     """The nodes of a run that failed their check, in the job's order; none where nothing of that can be read."""
     asked = run.spec.get("nodes")
     nodes = asked if isinstance(asked, int) else 0
-    return judge(_records(run.path), _read(run.path / "nodes" / "check.json"), nodes)
+    return judge(records(run.path), read_json(run.path / "nodes" / "check.json"), nodes)
 
 
 def cluster_of(run: Run) -> str:
     """Slurm's ClusterName as the run's job was told it; empty where no node wrote it down."""
-    return next((name for record in _records(run.path) if (name := _text(record.get("cluster")))), "")
+    return next((name for record in records(run.path) if (name := _text(record.get("cluster")))), "")
 
 
 def judge(records: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any] | None, nodes: int) -> list[Unfit]:
@@ -106,7 +93,6 @@ def _problems(record: Mapping[str, Any]) -> list[_Problem]:
 
 def explain(run: Run, reference: str) -> Failure | None:
     """The failure of a run that stopped at its check, in the nodes' own words; None where they left none."""
-
     found = of_run(run)
     if not found:
         return None
@@ -124,21 +110,6 @@ def explain(run: Run, reference: str) -> Failure | None:
     if len(lines) > SHOWN:
         lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]
     return Failure("node-unfit", cause, fix, run.path / "nodes", lines, True)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The nodes' own records, in the job's order."""
-    files = sorted((path / "nodes").glob("[0-9]*-*.json"))
-    return [record for file in files if (record := _read(file))]
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """Only regular files are opened: the directory may be everybody's, and a pipe would wait for a writer."""
-    try:
-        about = file.stat()
-    except OSError:
-        return None
-    return read_json(file) if stat.S_ISREG(about.st_mode) and about.st_size <= MOST_BYTES else None
 
 
 def writable(text: str) -> str:

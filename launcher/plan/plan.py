@@ -21,12 +21,15 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from launcher.base.files import write_json
 from launcher.config.spec import HUB, MAX_NODES, SAMPLE, RunSpec
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, published
 from launcher.scheduler.parse import seconds
+from launcher.stage import sample, view
 from launcher.stage.shards import TRAIN_FILES
 from launcher.stage.view import files_needed, tokens_of
 from launcher.titan.weights import SHAPES, Shape
@@ -101,7 +104,6 @@ class Plan:
 
 def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int | None = None) -> Plan:
     """The prediction for a run. `rows`: published ones, read when None; `parameters`: where they were counted."""
-
     notes: list[str] = []
     memory, why_not = _memory(spec, parameters)
     device = SEEN_GIB.get(spec.profile.gpu)
@@ -317,3 +319,13 @@ def prediction(spec: RunSpec) -> dict[str, Any]:
         return as_dict(plan(spec))
     except Exception as error:  # the one place that may: a run must not fail for what is only said about it
         return {"notes": [f"no prediction: {error}"]}
+
+
+def write_beside(spec: RunSpec, directory: Path) -> None:
+    """What a run directory holds of data and plan: plan.json, the sample, the view. Raises OSError or LauncherError."""
+    write_json(directory / "plan.json", prediction(spec))
+    if SAMPLE in (spec.job.data, spec.job.tokenizer):
+        sample.write_c4_sample(directory / "sample" / "c4")
+        sample.write_tokenizer(directory / "sample" / "tokenizer")
+    if spec.view:
+        view.write(directory / "data", spec.view)

@@ -22,7 +22,6 @@ from launcher.titan.weights import check_weights as check
 
 def look_here(spec: RunSpec) -> tuple[RunSpec, list[Check]]:
     """What `submit` looks at without Slurm, as checks: image, weights, data, tokenizer."""
-
     found: list[Check] = []
     of_image: list[Check] = []
     for name, look_at in (("image", check_image), ("weights", check_weights)):
@@ -89,7 +88,6 @@ def check_image(spec: RunSpec) -> list[Check]:
 
 def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
     """CUDA needs a driver of its time; with NVIDIA's forward compatibility, an older one may do."""
-
     needed, driver = needed_driver(facts), spec.profile.driver
     if not needed or spec.profile.device != "cuda":
         return []
@@ -117,7 +115,6 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Check]:
 
 def _published_drivers(gpu: str) -> list[str]:
     """The drivers that published runs of this GPU had."""
-
     with (data_dir("slurm") / "reference-results.csv").open(encoding="utf-8", newline="") as stream:
         return [row["driver"] for row in csv.DictReader(stream) if row["gpu"] == gpu]
 

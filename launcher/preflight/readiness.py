@@ -69,7 +69,6 @@ def _groups() -> set[str] | None:
 
 def _unpacked_bytes(spec: RunSpec) -> int:
     """How large the image is unpacked, by the file beside it; 0 where that does not say it."""
-
     path = Path(spec.job.image)
     if spec.job.runtime != "pyxis" or not path.is_file():
         return 0
@@ -82,7 +81,6 @@ def _unpacked_bytes(spec: RunSpec) -> int:
 
 def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, list[Check]]:
     """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
-
     now_s = time.time()
     checks = []
     try:
@@ -108,7 +106,6 @@ def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
 
 def why_waiting(run: Run, state: JobState) -> list[str]:
     """Why Slurm has not started the run's job yet, and what would start sooner. Never raises: it is a help only."""
-
     job_id = str((run.job or {}).get("job_id", ""))
     start, spec, facts = "", None, None
     with suppress(LauncherError):

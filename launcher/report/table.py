@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launcher.base.mfu import mfu_text
 from launcher.report.figures import drawable, percent, source_of
 from launcher.report.health import Health
 from launcher.results.accept import Word, share_text
 from launcher.results.outcome import Outcome
-from launcher.results.rows import median_mfu_pct, mfu_text
+from launcher.results.rows import median_mfu_pct
 
 TAGS = {Word.PASS: "pass", Word.FAIL: "fail", Word.CANNOT_SAY: "cannot"}  # classes of the style sheet
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus
 from launcher.base.output import some
+from launcher.base.values import json_values
 from launcher.results.compare import noise
 from launcher.results.outcome import NodeResult, Outcome
 from launcher.results.published import NEAR, PUBLISHED, Match, best_match, described, same_version
-from launcher.results.rows import NON_FINITE, json_values
+from launcher.results.rows import NON_FINITE
 from launcher.scheduler.state import GOING, WAITING
 
 THRESHOLD = 0.95  # of the baseline's tokens/s

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.base.output import columns
+from launcher.base.values import json_values
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
-from launcher.results.rows import json_values
 
 # Settings that differ between any two runs and change no figure.
 _NAMES = ("job.name", "job.runs_dir", "run_dir")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.base.errors import LauncherError, quoted
+from launcher.base.mfu import mfu_text
 from launcher.base.output import plain
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.rows import (
@@ -25,7 +26,6 @@ from launcher.results.rows import (
     markdown_row,
     median_mfu_pct,
     mfu_at_other_peaks,
-    mfu_text,
     summary_line,
 )
 

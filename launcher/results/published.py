@@ -15,8 +15,8 @@ from typing import Any
 
 from launcher.base.errors import LauncherError
 from launcher.base.files import data_dir
+from launcher.base.mfu import peak_of
 from launcher.results.outcome import Outcome, Spread
-from launcher.results.rows import peak_of
 
 PUBLISHED, TABLE = "PUBLISHED", "TABLE"  # `state` of an Outcome made from a row: of our table, of somebody's
 NEAR = 2.0  # factor in the number of GPUs within which tokens/s per GPU are compared without more ado

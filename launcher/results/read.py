@@ -16,13 +16,14 @@ from typing import Any
 
 from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
+from launcher.base.mfu import peak_of
 from launcher.base.output import some
 from launcher.image.squashfs_file import read_sidecar, superblock
 from launcher.logs.follow import node_logs
 from launcher.logs.steps import LogReader, StepRecord
 from launcher.results import measure
 from launcher.results.outcome import Outcome, Startup
-from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, peak_of, short_of
+from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, short_of
 from launcher.results.settings import count, settings_of, words
 from launcher.results.tensorboard import scalars
 from launcher.runs.directory import Run
@@ -334,7 +335,6 @@ def _versions(records: Mapping[str, Mapping[str, Any]], image: str, intent: Mapp
 @lru_cache(maxsize=64)
 def _digest(image: str, submitted: float | None) -> str:
     """The image's checksum as the file beside it says; "" where there is none or the image is newer than the run."""
-
     path = Path(image)
     try:
         if submitted is None or path.stat().st_mtime > submitted:

@@ -7,16 +7,14 @@ releases, so wherever a person reads MFU the peak stands beside it.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
+from launcher.base.mfu import mfu_text
 from launcher.base.output import plain
+from launcher.base.values import json_values
 from launcher.results.outcome import NodeResult, Outcome, Point
 
-# bf16 peaks in TFLOP/s that torchtitan 0.2 and 0.3 divide by, and 2450, the vendor's own figure for GB200.
-KNOWN_PEAKS = (148.0, 154.85, 191.5, 312.0, 362.0, 756.0, 835.0, 989.0, 1300.0, 2250.0, 2450.0, 2500.0)
 # What is usual for one GPU: torchtitan 0.2's, the vendor's, torchtitan 0.3's.
 USUAL_PEAKS = {
     "A100": (312.0,),
@@ -35,31 +33,6 @@ COLUMNS = (
     "Performance indicators at the last logged step",
 )
 _WIDTHS = (8, 29, 10)  # of the published table's first three columns
-
-
-def peak_of(tflops: float | None, mfu_pct: float | None) -> float | None:
-    """The peak in TFLOP/s that an MFU was divided by, or None where the two figures are too coarse to tell.
-
-    Both are printed with two decimals. If exactly one known peak fits within that rounding, that is it.
-    """
-    if not tflops or not mfu_pct or not math.isfinite(tflops) or not math.isfinite(mfu_pct):
-        return None
-    derived = 100 * tflops / mfu_pct
-    error = derived * (0.005 / abs(mfu_pct) + 0.005 / abs(tflops))
-    if derived <= 0 or error > 0.05 * derived:
-        return None
-    fitting = [peak for peak in KNOWN_PEAKS if abs(peak - derived) <= error]
-    return fitting[0] if len(fitting) == 1 else derived
-
-
-def mfu_text(mfu_pct: float | None, peak_tflops: float | None) -> str:
-    """MFU for people: `45.25% of 2250 TFLOP/s`, `12.00% of about 417 TFLOP/s`, `N/A`."""
-    if mfu_pct is None:
-        return "N/A"
-    if peak_tflops is None:
-        return f"{mfu_pct:.2f}% of an unknown peak"
-    peak = f"{peak_tflops:g}" if peak_tflops in KNOWN_PEAKS else f"about {peak_tflops:.0f}"
-    return f"{mfu_pct:.2f}% of {peak} TFLOP/s"
 
 
 def median_mfu_pct(outcome: Outcome) -> float | None:
@@ -244,20 +217,3 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
             "settings": outcome.settings,
         }
     )
-
-
-def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for NaN and infinity, which JSON lacks and many of its readers refuse, at any depth."""
-    return {_json_value(str(key)): _json_value(value) for key, value in values.items()}
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()  # half a character, of a file's name
-    if isinstance(value, Mapping):
-        return json_values(value)
-    if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int)) else str(value)

@@ -46,11 +46,6 @@ def words(settings: dict[str, Any], key: str, default: str = "") -> str:
     return value if isinstance(value, str) else default
 
 
-def steps_of(run: Run) -> int:
-    """How many training steps were asked for; 0 where the run directory does not say."""
-    return count(_node_json(run.spec), "recipe.steps") or 0
-
-
 def _run_toml(path: Path) -> dict[str, Any] | None:
     """None where it is damaged; {} where there is none, as a copy without it is still a result by job/node.json."""
     if not os.path.lexists(path):

@@ -45,7 +45,6 @@ def results_in(reference: str, runs_dir: Path) -> list[Outcome]:
 
 def of_run(reference: str, runs_dir: Path) -> Outcome:
     """Raises LauncherError where there is no such run, or it has logged nothing yet."""
-
     run = runs.open_run(reference, runs_dir)
     state = control.states([run])[run.name]
     found = outcome_of(run, state)
@@ -56,7 +55,6 @@ def of_run(reference: str, runs_dir: Path) -> Outcome:
 
 def nothing_logged(run: Run, state: JobState) -> LauncherError:
     """The error where a result is asked for of a run that has none yet."""
-
     return LauncherError(
         f"{run.name} ({state.name}) has logged no step yet",
         quoted("launcher", "watch" if state.active else "logs", run.reference),

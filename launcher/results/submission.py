@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.mfu import mfu_text
 from launcher.config.spec import SAMPLE
 from launcher.results.formats import in_order
 from launcher.results.outcome import Outcome
-from launcher.results.rows import escape, median_mfu_pct, mfu_at_other_peaks, mfu_text
+from launcher.results.rows import escape, median_mfu_pct, mfu_at_other_peaks
 
 # Where the submitter keeps things, and who pays, is nobody else's business.
 _PRIVATE = re.compile(

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.values import json_values
 from launcher.logs.follow import Progress, follow, merged_lines
 from launcher.logs.watch import watch
-from launcher.results.rows import json_values
-from launcher.results.settings import steps_of
 from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.scheduler.state import WAITING, JobState
@@ -35,19 +34,18 @@ def wait_for_start(run: Run, say: Callable[[str], None] | None) -> None:
 
 def progress_of(run: Run) -> Iterator[Progress]:
     """A snapshot for every newly logged step, until the run has ended."""
-    return follow(run.logs, steps_total=steps_of(run), is_finished=_finished(run), sleep=time.sleep, clock=time.time)
+    return follow(run.logs, steps_total=run.steps, is_finished=_finished(run), sleep=time.sleep, clock=time.time)
 
 
 def progress_now(run: Run) -> Progress | None:
     """How far the run is, by what its logs hold now; None before its first step."""
-    seen = follow(run.logs, steps_total=steps_of(run), is_finished=lambda: True, sleep=lambda _: None)
+    seen = follow(run.logs, steps_total=run.steps, is_finished=lambda: True, sleep=lambda _: None)
     newest = deque(seen, maxlen=1)
     return newest[0] if newest else None
 
 
 def show(run: Run, stream: TextIO) -> None:
     """`progress_of` on a terminal or as plain lines."""
-
     watch(progress_of(run), stream, is_terminal=stream.isatty())
 
 

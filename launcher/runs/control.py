@@ -16,23 +16,29 @@ from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import filesystem_error, read_json, write_json
 from launcher.base.values import whole
 from launcher.config.spec import RunSpec
-from launcher.nodes import unfit
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
+from launcher.runs.node_records import REASON, ended_unfit
 from launcher.scheduler import local, slurm
 from launcher.scheduler.state import FAILED, UNKNOWN, WAITING, JobState
 
 
-def submit(spec: RunSpec, secrets: Mapping[str, str], submitted: Callable[[Run, str], None], after: str = "") -> Run:
+def submit(
+    spec: RunSpec,
+    secrets: Mapping[str, str],
+    submitted: Callable[[Run, str], None],
+    after: str = "",
+    also: Callable[[Path], None] = lambda _: None,
+) -> Run:
     """Creates the run directory and submits it; afterwards either both exist or, when refused, neither.
 
     `submitted` is called with the run and its job id as soon as that is on disk; Ctrl-C waits until then. If this
     program is killed before, the directory stays with intent.json alone, and `job_of` finds the job by its name.
-    `after`: number of the Slurm job whose end, however it ends, the new one waits for.
+    `also` writes more into the new directory. `after`: number of the Slurm job whose end, however it ends, the new one waits for.
     """
     _forget_secrets_in(Path(spec.job.runs_dir))
     with _signals_deferred():
-        run, lock_fd = runs.create(spec, secrets, time.time())
+        run, lock_fd = runs.create(spec, secrets, time.time(), also)
         try:
             job = _start(run, lock_fd, after)
         except InDoubt:
@@ -214,8 +220,8 @@ def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
         return JobState("COMPLETED", "end.json", exit_code=0)
     if end.get("signal") == "TERM" and (run.path / "cancelled").exists():
         return JobState("CANCELLED", "end.json", exit_code=code)
-    if unfit.ended_unfit(code, run.path):
-        return JobState("FAILED", "end.json", unfit.REASON, code, unfit=True)
+    if ended_unfit(code, run.path):
+        return JobState("FAILED", "end.json", REASON, code, unfit=True)
     if end.get("signal"):
         return JobState("FAILED", "end.json", f"ended by SIG{end['signal']}", code)
     return JobState("FAILED", "end.json", exit_code=code)

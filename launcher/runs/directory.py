@@ -17,7 +17,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,7 @@ from launcher.base.output import warn
 from launcher.base.values import whole
 from launcher.config.layers import run_toml
 from launcher.config.render import render
-from launcher.config.spec import S3, SAMPLE, RunSpec, node_config
-from launcher.plan.plan import prediction
-from launcher.stage import sample
-from launcher.stage.view import write
+from launcher.config.spec import S3, RunSpec, node_config
 
 LOCK = "submit.lock"
 SECRETS = "secret.env"  # until the job has read it, or can never start
@@ -78,6 +75,12 @@ class Run:
         """`job/node.json`: what was asked of the nodes; empty where the file is missing or damaged."""
         found = read_json(self.path / "job" / "node.json") or {}
         return found if isinstance(found.get("recipe"), dict) else {}
+
+    @property
+    def steps(self) -> int:
+        """How many training steps were asked for; 0 where the run directory does not say."""
+        steps = self.spec.get("recipe", {}).get("steps")
+        return steps if type(steps) is int and 0 <= steps <= 10**9 else 0
 
     @property
     def intent(self) -> dict[str, Any] | None:
@@ -119,9 +122,12 @@ class Run:
             return ""
 
 
-def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> tuple[Run, int]:
+def create(
+    spec: RunSpec, secrets: Mapping[str, str], now_s: float, also: Callable[[Path], None] = lambda _: None
+) -> tuple[Run, int]:
     """Writes the whole run directory under a temporary name, then renames it: all of it or nothing.
 
+    `also` writes into it what other rooms know of the run: its data, its prediction.
     Returns the run and a file descriptor that holds its submission lock: nobody ever sees the directory unlocked
     before the caller closes it. Raises LauncherError when the name is taken or nothing can be written there.
     """
@@ -142,6 +148,7 @@ def create(spec: RunSpec, secrets: Mapping[str, str], now_s: float) -> tuple[Run
             fcntl.flock(lock_fd, fcntl.LOCK_EX)
             (temporary / "logs").mkdir()
             _fill(temporary, spec, now_s)
+            also(temporary)
             if secrets:  # last of all, in a directory that is locked: whoever finds it unlocked may remove it
                 # With Apptainer, a variable of the image's wins unless the job's comes with a prefix, too.
                 prefixes = ("", "APPTAINERENV_") if spec.job.runtime == "apptainer" else ("",)
@@ -192,15 +199,9 @@ def _fill(directory: Path, spec: RunSpec, now_s: float) -> None:
     write_json(job / "node.json", node_config(spec))
     write_text(directory / "run.toml", run_toml(spec))
 
-    write_json(directory / "plan.json", prediction(spec))
     write_text(directory / "job.sbatch", render(spec), 0o755)
     # A run directory may be committed: the secrets that it holds until the job ends may not.
     write_text(directory / ".gitignore", f"{SECRETS}\n")
-    if SAMPLE in (spec.job.data, spec.job.tokenizer):
-        sample.write_c4_sample(directory / "sample" / "c4")
-        sample.write_tokenizer(directory / "sample" / "tokenizer")
-    if spec.view:
-        write(directory / "data", spec.view)
     write_json(
         directory / "intent.json",
         {

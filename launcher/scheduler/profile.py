@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.config.layers import find, names_of, read_layer
 from launcher.scheduler.facts import Node
 from launcher.scheduler.parse import compress
 
@@ -45,17 +44,6 @@ class Proposal:
     evidence: tuple[Evidence, ...] = ()
     contradictions: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
-
-
-def known_kinds() -> dict[str, Kind]:
-    """The GPU profiles that travel with the launcher."""
-
-    found = {}
-    for name in names_of("profiles"):
-        values = read_layer(find("profiles", name), "").values
-        if values.get("profile.device") != "cpu":
-            found[name] = Kind(int(values["profile.gpus_per_node"]), str(values["profile.arch"]))
-    return found
 
 
 def propose(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> Proposal:

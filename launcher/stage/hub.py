@@ -327,7 +327,6 @@ def _download_by_xet(
 @contextlib.contextmanager
 def _quiet() -> Any:
     """Neither huggingface_hub's own bars nor its warnings: those quote addresses that carry a signature."""
-
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()

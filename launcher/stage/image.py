@@ -125,7 +125,6 @@ def _of_file(path: Path, say: Say) -> tuple[Wanted, Reader]:
 
 def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | None:
     """A sidecar from what the image says of itself; None where it says nothing, or nothing here can read it."""
-
     about = embedded_metadata(path)
     if about is None:
         return None
@@ -307,7 +306,6 @@ def _write_sidecar(wanted: Wanted, final: Path, work: Work) -> None:
 
 def _from_engine(image: str, to: Path, say: Say) -> Path:
     """From the Docker engine, which pulls what it does not have. The conversion's result decides about the name."""
-
     reference = image.removeprefix("docker://")
     name = _clean(reference, "")
     try:

@@ -128,7 +128,6 @@ class Report:
 
 def steps_of(train_files: int, gpu: str, ranks: int) -> int:
     """Steps of llama3-8b until `ranks` data-parallel ranks have read the files once; 0 for more ranks than files."""
-
     recipe = merge([read_layer(find("recipes", "llama3-8b"), "recipe", gpu)]).recipe
     used = train_files - train_files % ranks
     return used * TOKENS_PER_FILE // (recipe.local_batch_size * recipe.seq_len * ranks)

@@ -161,7 +161,6 @@ def _plan_streamed(spec: RunSpec) -> tuple[RunSpec, list[str]]:
 
 def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
     """The address as it is written in the view, and what can be trained on there. `needed` files: for the error."""
-
     try:
         bucket, _, objects = open_bucket(address)
     except LauncherError as error:

@@ -11,10 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
+from launcher.config.resolve import known_kinds
 from launcher.scheduler import parse, slurm
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
-from launcher.scheduler.profile import contradictions, known_kinds, propose
+from launcher.scheduler.profile import contradictions, propose
 from tests.cluster_fixtures import CLUSTERS, STAMP, FakeNode, answering, cluster, node_line, partition_line
 
 KINDS = known_kinds()

@@ -15,7 +15,6 @@ import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.results.read import outcome_of
-from launcher.results.settings import steps_of
 from launcher.runs import attach, control
 from launcher.runs.directory import Run, all_runs
 from launcher.scheduler.state import JobState
@@ -53,7 +52,7 @@ def test_a_damaged_node_json_gives_no_row(tmp_path: Path, key: str, value: Any) 
     run = run_with(tmp_path, node)
     assert outcome_of(run, RUNNING) is None
     assert [progress.step for progress in attach.progress_of(run)] == [1, 10]
-    assert steps_of(run) == (0 if key in ("recipe", "recipe.steps") else 10)
+    assert run.steps == (0 if key in ("recipe", "recipe.steps") else 10)
 
 
 @pytest.mark.parametrize("value", ODD)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.base.mfu import mfu_text, peak_of
 from launcher.logs.steps import StepRecord, parse_line
 from launcher.results.outcome import NodeResult, Outcome, Point, Spread
 from launcher.results.rows import (
@@ -22,8 +23,6 @@ from launcher.results.rows import (
     markdown_row,
     median_mfu_pct,
     mfu_at_other_peaks,
-    mfu_text,
-    peak_of,
     summary_line,
 )
 from tests.unit.outcomes import nodes, outcome, spread

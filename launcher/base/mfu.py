@@ -1,0 +1,33 @@
+"""MFU, and the peak that it was divided by: torchtitan prints the one, and its releases changed the other."""
+
+from __future__ import annotations
+
+import math
+
+# bf16 peaks in TFLOP/s that torchtitan 0.2 and 0.3 divide by, and 2450, the vendor's own figure for GB200.
+KNOWN_PEAKS = (148.0, 154.85, 191.5, 312.0, 362.0, 756.0, 835.0, 989.0, 1300.0, 2250.0, 2450.0, 2500.0)
+
+
+def peak_of(tflops: float | None, mfu_pct: float | None) -> float | None:
+    """The peak in TFLOP/s that an MFU was divided by, or None where the two figures are too coarse to tell.
+
+    Both are printed with two decimals. If exactly one known peak fits within that rounding, that is it.
+    """
+    if not tflops or not mfu_pct or not math.isfinite(tflops) or not math.isfinite(mfu_pct):
+        return None
+    derived = 100 * tflops / mfu_pct
+    error = derived * (0.005 / abs(mfu_pct) + 0.005 / abs(tflops))
+    if derived <= 0 or error > 0.05 * derived:
+        return None
+    fitting = [peak for peak in KNOWN_PEAKS if abs(peak - derived) <= error]
+    return fitting[0] if len(fitting) == 1 else derived
+
+
+def mfu_text(mfu_pct: float | None, peak_tflops: float | None) -> str:
+    """MFU for people: `45.25% of 2250 TFLOP/s`, `12.00% of about 417 TFLOP/s`, `N/A`."""
+    if mfu_pct is None:
+        return "N/A"
+    if peak_tflops is None:
+        return f"{mfu_pct:.2f}% of an unknown peak"
+    peak = f"{peak_tflops:g}" if peak_tflops in KNOWN_PEAKS else f"about {peak_tflops:.0f}"
+    return f"{mfu_pct:.2f}% of {peak} TFLOP/s"
