@@ -84,7 +84,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml containers/constraints-train.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,report,dev]'
+	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,dev]'
 	@touch $@
 
 $(VENV_02)/.train: $(VENV_02)/.torch pyproject.toml containers/constraints-train.txt

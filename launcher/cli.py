@@ -27,7 +27,7 @@ COMMANDS = {
     "plan": ("plan:plan", "Predict a run: memory, tokens/s, time, node-hours, files of C4."),
     "preflight": ("submit:preflight", "Check what can be known before a run queues."),
     "render": ("submit:render", "Print the job script, and nothing else."),
-    "report": ("report:report", "Write runs as one HTML page, and as plots."),
+    "report": ("report:report", "Write runs as one HTML page, and its charts."),
     "results": ("results:results", "Print results as the published table has them."),
     "stage": ("stage:stage", "Stage data, tokenizer, weights and images, verified."),
     "status": ("runs:status", "Tell how a run stands (default: the newest), and why."),

@@ -16,8 +16,8 @@ from launcher.base.output import as_json, echo, echo_file, print_json
 from launcher.commands.results import with_states
 from launcher.commands.runs import failure_of
 from launcher.config.options import FilePath, runs_dir_option
-from launcher.report import plots as plotting
 from launcher.report.page import GENERATOR, page
+from launcher.report.plots import write_plots
 from launcher.results.accept import OWN_FAULT
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
@@ -45,11 +45,11 @@ MOST_NAMED = 20  # of runs that are left out; --json and the page name all
     "--plots",
     type=FilePath(path_type=Path),
     metavar="DIR",
-    help="Write throughput, loss and scaling there, too, as PNG and SVG; needs matplotlib.",
+    help="Write its charts there, too, each as an SVG file.",
 )
 @as_json
 def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | None, as_json: bool) -> None:
-    """Write runs as one HTML page, and as plots.
+    """Write runs as one HTML page, and its charts.
 
     The page needs nothing but itself. Without a RUN, all that logged something are on it.
 
@@ -61,8 +61,6 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     to_stdout = str(output) == "-"
     if to_stdout and as_json:
         raise click.UsageError("-o - prints the page, --json prints JSON: one of the two")
-    if plots:
-        plotting.require()
     if not to_stdout:
         _refuse_to_overwrite(output)
     outcomes, left_out = _outcomes(names, runs_dir)
@@ -72,7 +70,7 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
         echo_file(text)
     else:
         write_text(output, text)
-    files = plotting.write_plots(outcomes, published(), plots) if plots else []
+    files = write_plots(outcomes, published(), plots) if plots else []
     if as_json:
         print_json(
             {

@@ -46,7 +46,7 @@ def page(
     """The page as text, runs in the order given. `made` is when, for people; `left_out` are (run, why)."""
     types = gpu_types(outcomes)
     runs = health(outcomes, published)
-    style, script = _text("page.css"), _text("page.js")
+    style, script = chart_style() + text_of("page.css"), text_of("page.js")
     return _template().render(
         generator=GENERATOR,
         made=made,
@@ -168,7 +168,13 @@ def _hash(text: str) -> str:
     return "sha256-" + b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _text(name: str) -> str:
+def chart_style() -> str:
+    """The CSS of a chart alone, which the page and a chart's own file share."""
+    return text_of("chart.css")
+
+
+def text_of(name: str) -> str:
+    """A file that travels beside this module."""
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
@@ -182,4 +188,4 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(_text("page.html.j2"))
+    return environment.from_string(text_of("page.html.j2"))

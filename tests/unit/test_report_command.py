@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -101,15 +100,8 @@ def test_runs_without_a_step_are_named(runs_dir: Path) -> None:
     assert refused("--runs-dir", "empty").status == ExitStatus.NOT_FOUND
 
 
-def test_plots_without_matplotlib_say_what_to_install(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    error = refused("-o", "page.html", "--plots", "plots")
-    assert "titan-launcher[report]" in error.fix and not Path("page.html").exists()
-
-
 def test_plots_are_named(runs_dir: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'titan-launcher[report]'")
     done = call("--plots", "plots")
-    assert done.stdout.splitlines()[1:] == [
-        f"plots/{name}.{kind}" for name in ("throughput", "loss", "scaling") for kind in ("png", "svg")
-    ]
+    names = [Path(line).name for line in done.stdout.splitlines()[1:]]
+    assert names == sorted(names, key=lambda name: ("throughput", "loss", "scaling").index(name.split("-")[0]))
+    assert names and all((Path("plots") / name).is_file() and name.endswith(".svg") for name in names)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
-
-import pytest
 
 from launcher.report.charts import of_gpu
 from launcher.report.health import Answer, answers, health
@@ -279,59 +276,6 @@ def test_a_size_that_was_run_twice_has_two_dots() -> None:
     twice = [FAST, replace(FAST, run="again", tps=spread(23000.0))]
     scaling = of_gpu([*GOOD, *twice], published(), "GB200", 0).figures[-1].chart
     assert len(re.findall(r'<circle class="dot c1"', scaling)) == 2, "and none at their median"
-
-
-# --- plots --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drawn() -> Any:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'titan-launcher[report]'")
-    from launcher.report.plots import _figure
-
-    def draw(name: str, *outcomes: Outcome) -> list[Any]:
-        figure = _figure(name, outcomes, published())
-        assert figure is not None
-        return list(figure.axes)
-
-    return draw
-
-
-def test_the_median_of_two_runs_has_no_marker(drawn: Any) -> None:
-    again = replace(GOOD[1], run="again", tps=spread(17000.0))
-    (axes,) = drawn("scaling", *GOOD, again)
-    marked = [line for line in axes.lines if line.get_marker() not in ("None", "", None)]
-    assert sorted(line.get_linestyle() for line in marked) == ["--", "None"], "published rows, and the runs themselves"
-    (runs,) = (line for line in marked if line.get_linestyle() == "None")
-    assert sorted(runs.get_ydata()) == [17000, 17590, 17960, 18260]
-
-
-def test_lines_of_one_colour_are_told_apart_by_their_numbers(drawn: Any) -> None:
-    twelve = [replace(GOOD[0], run=f"r{number}") for number in range(1, 13)]
-    for name in ("throughput", "loss"):
-        (axes,) = drawn(name, *twelve)
-        written = [text for text in axes.texts if text.get_text().isdigit()]
-        assert {text.get_text() for text in written} == {str(number) for number in range(1, 13)}
-        heights = sorted(text.xyann[1] for text in written)
-        assert all(b - a > 0.03 for a, b in pairwise(heights)), "and apart from each other"
-        assert written[3].get_color() == written[11].get_color()
-
-
-def test_plots_have_the_charts_of_the_page(drawn: Any) -> None:
-    slow = with_steps(run("slow", 9, 17960, "2026-11-20T08:00:00Z", slow=0.9))
-    usual, fast = drawn("throughput", *GOOD, slow, FAST)
-    labels = [text.get_text() for text in usual.get_legend().get_texts()]
-    assert "P9 published on 9 nodes: 17,975" in labels and "5 fast" not in labels
-    assert any(label.startswith("4 thin: gb200-005, −9.6%") for label in labels)
-    assert [text.get_text() for text in fast.get_legend().get_texts()] == ["5 fast"]
-
-
-def test_plots_say_where_an_axis_does_not_start_at_0(drawn: Any) -> None:
-    for name in ("throughput", "loss", "scaling"):
-        for axes in drawn(name, *sample()):
-            assert axes.get_ylim()[0] > 0 and axes.get_ylabel() == "the axis does not start at 0"
-    from_0 = replace(GOOD[0], series=tuple(replace(p, loss=p.step - 1.0) for p in GOOD[0].series))
-    assert drawn("loss", from_0)[0].get_ylabel() == ""
 
 
 def test_only_columns_that_are_there_are_explained() -> None:
