@@ -67,8 +67,7 @@ def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
     if found.tps is None:
         rows.append(f"tokens/s    cannot say: {'; '.join(found.differs)}")
     else:
-        high = f" to {found.tps_high:,.0f}" if found.tps_high and found.tps_high > found.tps else ""
-        rows.append(f"tokens/s    {found.tps:,.0f}{high} per GPU, by {found.basis}")
+        rows.append(f"tokens/s    {found.tps:,.0f} per GPU, by {found.basis}")
         rows += [f"            {text}" for text in found.differs]
     if found.wall_s and found.node_hours:
         rows.append(f"wall time   {_time(found.wall_s)}, of it {_time(START_S)} assumed for the start; after the queue")

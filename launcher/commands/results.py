@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import filesystem_error, unreadable, write_text
+from launcher.base.files import filesystem_error, write_text
 from launcher.base.output import as_json, echo, echo_file, print_json, warn
-from launcher.config.options import run_argument, runs_dir_option
+from launcher.config.options import gone, run_argument, runs_dir_option
 from launcher.results import formats
 from launcher.results.outcome import Outcome
 from launcher.results.read import outcome_of
@@ -36,12 +36,7 @@ from launcher.scheduler.state import JobState
     show_default=True,
     help="How; torchtitan: a file for its repository's benchmarks/ folder.",
 )
-@click.option(
-    "--update",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write the table into a Markdown file, between its two marks.",
-)
+@gone("--update", "launcher results --format markdown > FILE")
 @click.option("--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan.")
 @click.option(
     "--output",
@@ -56,7 +51,6 @@ def results(
     runs_dir: Path,
     every: bool,
     form: str,
-    update: Path | None,
     entity: str,
     output: Path | None,
     as_json: bool,
@@ -69,20 +63,15 @@ def results(
     launcher results
     launcher results my-run --json
     launcher results --all --format csv > results.csv
-    launcher results 'gb200-*' --update README.md
     launcher results my-run --format torchtitan --entity my-team -o .
     """
     form = "json" if as_json else form
     if output and form != "torchtitan":
         raise click.UsageError("--output is for --format torchtitan; the others print, and > FILE keeps that")
-    if update and form not in ("text", "markdown"):
-        raise click.UsageError(f"--update writes Markdown, not {form}")
     found = _runs(names, runs_dir, every)
     several = every or len(names) > 1 or any(map(_is_pattern, names))
-    is_table = bool(update) or form == "markdown" or (form == "text" and several)
+    is_table = form == "markdown" or (form == "text" and several)
     outcomes = _outcomes(found, several, with_data_share=not is_table)
-    if update:
-        return _update(update, outcomes)
     if form == "torchtitan":
         return _submit(outcomes, entity, output)
 
@@ -142,20 +131,6 @@ def with_states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
         by_place.setdefault(run.path.parent, []).append(run)
     states = {place: control.states(runs) for place, runs in by_place.items()}
     return [(run, states[run.path.parent][run.name]) for run in found]
-
-
-def _update(path: Path, outcomes: Sequence[Outcome]) -> None:
-    path = path.resolve()  # a link stays one
-    try:
-        old = path.read_bytes().decode("utf-8")
-        mode = path.stat().st_mode & 0o777
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from error
-    new = formats.with_table(old, formats.markdown(outcomes), str(path))
-    if new != old:
-        write_text(path, new, mode)
-    rows = f"{len(outcomes)} row{'s' if len(outcomes) > 1 else ''}"
-    echo(f"{path}: {rows}, {'written' if new != old else 'as it was'}")
 
 
 def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> None:

@@ -150,6 +150,16 @@ def _names(kind: str) -> Callable[..., list[str]]:
     return complete
 
 
+def gone(option: str, instead: str, *, is_flag: bool = False) -> Callable[..., Any]:
+    """An option of an earlier version: it is no longer shown, and answers with what to use instead (exit code 2)."""
+
+    def refuse(_context: click.Context, _parameter: click.Parameter, value: Any) -> None:
+        if value:
+            raise click.UsageError(f"{option} is gone: {instead}")
+
+    return click.option(option, hidden=True, expose_value=False, is_flag=is_flag, callback=refuse)
+
+
 def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--runs-dir",

@@ -50,14 +50,8 @@ SEEN_GIB = {
     "A100": 79.2,
 }
 
-# Speed over eager bf16 with selective checkpointing, as published, each alone: (lowest, highest). docs/performance.md.
-COMPILE = {"GB200": (1.07, 1.07), "H100": (1.16, 1.16)}
-QUANTIZE = {
-    "mxfp8": {"GB200": (1.16, 1.28), "B200": (1.16, 1.28)},
-    "float8": {"H100": (1.28, 1.28), "B200": (1.04, 1.25)},
-}
-NO_CHECKPOINTING = (1.05, 1.10)
-ADJUSTED = ("recipe.compile", "recipe.quantize", "recipe.activation_checkpoint", "recipe.local_batch_size")
+# In these a run may differ from the row that it is held against: by how much they change the speed is not guessed.
+NOT_ADJUSTED = ("recipe.compile", "recipe.quantize", "recipe.activation_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,7 @@ class Plan:
     device_gib: float | None
     verdict: str  # "fits", "tight", "does not fit" or ""
     advice: tuple[str, ...]
-    tps: float | None  # per GPU; the low end
-    tps_high: float | None
+    tps: float | None  # per GPU
     basis: str  # the published row
     differs: tuple[str, ...]  # in what this run is another one
     tokens: int  # in all steps
@@ -111,9 +104,9 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
     if memory and device is None:
         notes.append(f"how much memory a {spec.profile.gpu} has is not known here")
     verdict = _verdict(spec, memory, device)
-    row, low, high, differs = _speed(spec, published() if rows is None else rows)
+    row, tps, differs = _speed(spec, published() if rows is None else rows)
     tokens = tokens_of(spec)
-    wall_s = tokens / (low * spec.gpus) + START_S if low else None
+    wall_s = tokens / (tps * spec.gpus) + START_S if tps else None
     wants_files = spec.recipe.dataset == "c4" and spec.job.data not in (SAMPLE, HUB)
     if wants_files and spec.data_parallel > TRAIN_FILES:
         notes.append(
@@ -126,8 +119,7 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
         device_gib=device,
         verdict=verdict,
         advice=_advice(spec, device, parameters) if verdict in ("tight", "does not fit") and device else (),
-        tps=low,
-        tps_high=high,
+        tps=tps,
         basis=row.run if row else "",
         differs=differs,
         tokens=tokens,
@@ -230,18 +222,22 @@ def _advice(spec: RunSpec, device: float, parameters: int | None) -> tuple[str, 
     return tuple(found)
 
 
-def _speed(
-    spec: RunSpec, rows: Sequence[Outcome]
-) -> tuple[Outcome | None, float | None, float | None, tuple[str, ...]]:
-    """The nearest published row, tokens/s per GPU (lowest, highest) for this run, and in what the run is another one."""
+def _speed(spec: RunSpec, rows: Sequence[Outcome]) -> tuple[Outcome | None, float | None, tuple[str, ...]]:
+    """The nearest published row, its tokens/s per GPU, and in what the run is another one."""
     gpu, values = spec.profile.gpu, spec.values()
     mine = [row for row in rows if row.gpu.casefold() == gpu.casefold() and row.tps]
     if not mine:
-        return None, None, None, (f"no published row of {gpu}",)
-    like = [row for row in mine if not [key for key in _unlike(values, row) if key not in ADJUSTED]]
+        return None, None, (f"no published row of {gpu}",)
+    like = [
+        row
+        for row in mine
+        if not [key for key in _unlike(values, row) if key not in (*NOT_ADJUSTED, "recipe.local_batch_size")]
+    ]
     if not like:
-        names = [ALIKE[key] for key in _unlike(values, mine[0]) if key not in ADJUSTED]
-        return None, None, None, (f"no published row of {gpu} with this run's {' and '.join(names)}",)
+        names = [
+            ALIKE[key] for key in _unlike(values, mine[0]) if key not in (*NOT_ADJUSTED, "recipe.local_batch_size")
+        ]
+        return None, None, (f"no published row of {gpu} with this run's {' and '.join(names)}",)
     batch = spec.recipe.local_batch_size
     row = min(
         like,
@@ -251,43 +247,22 @@ def _speed(
             -(row.step or 0),
         ),
     )
-    low, high, differs = _gains(spec, _unlike(values, row))
+    unlike = _unlike(values, row)
+    differs = [f"{ALIKE[key]} {_word(values[key])}: not adjusted" for key in NOT_ADJUSTED if key in unlike]
     if row.gpus != spec.gpus:
         differs.append(f"{spec.gpus} GPUs, the row {row.gpus}: not adjusted")
     if row.local_batch_size != batch:
         differs.append(f"batch {batch}, the row {row.local_batch_size}: not adjusted")
     assert row.tps is not None
-    return row, row.tps.median * low, row.tps.median * high, tuple(differs)
+    return row, row.tps.median, tuple(differs)
+
+
+def _word(value: object) -> str:
+    return str(value) if not isinstance(value, bool) else "on" if value else "off"
 
 
 def _unlike(values: dict[str, Any], row: Outcome) -> list[str]:
     return [key for key in ALIKE if key in row.settings and row.settings[key] != values[key]]
-
-
-def _gains(spec: RunSpec, unlike: Sequence[str]) -> tuple[float, float, list[str]]:
-    """Factors on the row's speed. Published one by one, they need not multiply: the low end is the largest alone."""
-    gpu, recipe = spec.profile.gpu, spec.recipe
-    gains, differs = [], []
-    for key, name, gain in (
-        ("recipe.compile", "torch.compile", COMPILE.get(gpu)),
-        ("recipe.quantize", recipe.quantize, QUANTIZE.get(recipe.quantize, {}).get(gpu)),
-        (
-            "recipe.activation_checkpoint",
-            f"activation checkpointing {recipe.activation_checkpoint}",
-            NO_CHECKPOINTING if recipe.activation_checkpoint == "none" else None,
-        ),
-    ):
-        if key not in unlike:
-            continue
-        if gain is None:
-            differs.append(f"{name}: no published figure on {gpu}, not adjusted")
-        else:
-            gains.append(gain)
-            text = f"{gain[0] - 1:+.0%}" if gain[0] == gain[1] else f"{gain[0] - 1:+.0%} to {gain[1] - 1:+.0%}"
-            differs.append(f"{name}: {text} as published")
-    if not gains:
-        return 1.0, 1.0, differs
-    return max(low for low, _ in gains), math.prod(high for _, high in gains), differs
 
 
 def as_dict(found: Plan) -> dict[str, Any]:
@@ -301,7 +276,7 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "c4_files": found.c4_files,
         "basis": found.basis,
         "differs": list(found.differs),
-        "tps_high": found.tps_high and round(found.tps_high, 1),
+        "tps_high": found.tps and round(found.tps, 1),  # of version 0.1, which guessed a range
         "start_s": START_S,
         "tokens": found.tokens,
         "limit_s": found.limit_s,

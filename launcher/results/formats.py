@@ -8,11 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.base.errors import LauncherError, quoted
 from launcher.base.mfu import mfu_text
 from launcher.base.output import plain
 from launcher.results.outcome import Outcome, Spread
@@ -29,7 +29,6 @@ from launcher.results.rows import (
     summary_line,
 )
 
-BEGIN, END = "<!-- titan-results -->", "<!-- /titan-results -->"
 _WIDTH = 100  # columns
 _WORK = (
     "model",
@@ -41,18 +40,6 @@ _WORK = (
     "dp_replicate",
 )
 _NAMES = {"cuda": "CUDA", "nccl": "NCCL", "driver": "driver", "python": "Python"}
-_FORMULA = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "＝",
-    "＋",
-    "－",
-    "＠",
-)  # the wide ones are formulas, too, in some locales
 
 
 def one_run(outcome: Outcome) -> str:
@@ -233,27 +220,6 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, new_table: str, path: str) -> str:
-    """`text` with what stands between the two marks replaced by the table.
-
-    Raises LauncherError where there is not one mark of each, in their order; `path` is the file's, for the message.
-    """
-    begins, ends = text.count(BEGIN), text.count(END)
-    if begins != 1 or ends != 1 or text.index(BEGIN) > text.index(END):
-        file = quoted(path)
-        raise LauncherError(
-            f"{path}: it must have one line {BEGIN} and below it one line {END}; the table goes between them",
-            f"grep -n titan-results {file}; leave one of each, in this order"
-            if begins or ends
-            else f"printf '\\n%s\\n%s\\n' '{BEGIN}' '{END}' >> {file}",
-        )
-    newline = "\r\n" if "\r\n" in text else "\n"
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    body = new_table.replace("\n", newline)
-    return f"{before}{BEGIN}{newline}{newline}{body}{newline}{newline}{END}{after}"
-
-
 def csv_text(outcomes: Sequence[Outcome]) -> str:
     """One line a run with all figures, empty where unknown; text that a spreadsheet would run is led by a quote mark."""
     rows = [_flat(outcome) for outcome in outcomes]
@@ -297,4 +263,4 @@ def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value if isinstance(value, (int, float)) else ""
     value = plain(value)
-    return f"'{value}" if value.startswith(("\t", "\r")) or value.lstrip().startswith(_FORMULA) else value
+    return f"'{value}" if re.match(r"\s*[=+\-@]", value) else value

@@ -59,7 +59,7 @@ def test_memory_and_speed_of_every_published_row(row: Outcome) -> None:
     assert found.memory_gib == pytest.approx(row.memory_gib.median, rel=plan.MEMORY_IS_GOOD_TO)
     assert found.verdict == "fits"  # it ran
     if row.step == 100:
-        assert (found.tps, found.tps_high, found.differs) == (row.tps.median, row.tps.median, ())
+        assert (found.tps, found.differs) == (row.tps.median, ())
 
 
 def test_the_table_of_the_docs_tells_the_errors() -> None:
@@ -140,24 +140,18 @@ def test_compile_is_about_and_never_surely_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "low", "high", "said"),
+    ("spec", "tps", "said"),
     [
-        (a_spec(compile=True), 17975 * 1.07, 17975 * 1.07, "torch.compile: +7% as published"),
-        (a_spec(compile=True, quantize="mxfp8"), 17975 * 1.16, 17975 * 1.07 * 1.28, "mxfp8: +16% to +28% as published"),
-        (a_spec("B200", 2, 8, compile=True), 17500, 17500, "torch.compile: no published figure on B200, not adjusted"),
-        (
-            a_spec(activation_checkpoint="full"),
-            17975,
-            17975,
-            "activation checkpointing full: no published figure on GB200, not adjusted",
-        ),
-        (a_spec(local_batch_size=4), 17975, 17975, "batch 4, the row 5: not adjusted"),
-        (a_spec(nodes=18), 17581, 17581, "72 GPUs, the row 68: not adjusted"),
+        (a_spec(compile=True), 17975, "compile on: not adjusted"),
+        (a_spec("B200", 2, 8, compile=True, quantize="mxfp8"), 17500, "quantisation mxfp8: not adjusted"),
+        (a_spec(activation_checkpoint="full"), 17975, "activation checkpointing full: not adjusted"),
+        (a_spec(local_batch_size=4), 17975, "batch 4, the row 5: not adjusted"),
+        (a_spec(nodes=18), 17581, "72 GPUs, the row 68: not adjusted"),
     ],
 )
-def test_what_is_adjusted_is_said(spec: RunSpec, low: float, high: float, said: str) -> None:
+def test_what_is_not_adjusted_is_said(spec: RunSpec, tps: float, said: str) -> None:
     found = plan.plan(spec)
-    assert found.tps == pytest.approx(low) and found.tps_high == pytest.approx(high)
+    assert found.tps == tps
     assert said in found.differs
 
 
