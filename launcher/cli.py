@@ -25,7 +25,7 @@ COMMANDS = {
     "list": ("runs:list_", "List the runs, newest first."),
     "logs": ("runs:logs", "Print the logs of all nodes as one, each line with its node."),
     "plan": ("plan:plan", "Predict a run: memory, tokens/s, time, node-hours, files of C4."),
-    "preflight": ("submit:preflight", "Check what can be known before a run queues."),
+    "preflight": ("preflight:preflight", "Check what can be known before a run queues."),
     "render": ("submit:render", "Print the job script, and nothing else."),
     "report": ("report:report", "Write runs as one HTML page, and its charts."),
     "results": ("results:results", "Print results as the published table has them."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from launcher.base.output import as_json, echo, print_json, style
-from launcher.commands.submit import spec_of
+from launcher.commands.asked import spec_of
 from launcher.config.options import RunOptions, run_options
 
 

@@ -16,21 +16,23 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import read_json, write_text
-from launcher.base.output import as_json, echo, echo_file, print_json, say, style
+from launcher.base.files import read_json
+from launcher.base.output import as_json, echo, print_json, say, style
 from launcher.config.layers import find, names_of, read_layer
-from launcher.config.options import FilePath
-from launcher.image import ARCHES
+from launcher.config.options import FilePath, gone
+from launcher.image import ARCHES, registry
 from launcher.image import build as building
+from launcher.image import check as checking
 from launcher.image import engine as docker_engine
+from launcher.image import lock as locking
 from launcher.image.build import Built
 from launcher.image.channels import channel as channel_of
 from launcher.image.channels import channels
-from launcher.image.check import check, is_file
-from launcher.image.convert import FORMATS, convert_image, convert_with_enroot
+from launcher.image.check import is_file
+from launcher.image.convert import FORMATS, convert_image
 from launcher.image.engine import Engine
 from launcher.image.inspect import ImageFacts, inspect, problems
-from launcher.image.lock import lock, pinned
+from launcher.image.lock import pinned
 from launcher.image.parameters import (
     ImageName,
     TargetPath,
@@ -40,8 +42,6 @@ from launcher.image.parameters import (
     no_password,
     target_path,
 )
-from launcher.image.registry import check_push, manifest_list, push
-from launcher.image.sif import recipe as apptainer_recipe
 from launcher.image.sif import sif
 from launcher.image.squashfs_file import mksquashfs_path, sidecar_path
 
@@ -160,7 +160,7 @@ def build_command(
     """
     channel_of(channel)
     if reference is not None:
-        check_push(reference)
+        registry.check_push(reference)
     engine = docker_engine.connect()
     arches = building.arches(arch or "", engine)
     if len(arches) > 1 and (tag or lock or (output and not output.is_dir())):
@@ -201,8 +201,8 @@ def build_command(
 
 
 def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
-    pushed = [push(image.tag, reference, engine=engine, say=say) for image in built]
-    digest = manifest_list(reference, pushed, arches=arches, engine=engine, say=say)
+    pushed = [registry.push(image.tag, reference, engine=engine, say=say) for image in built]
+    digest = registry.manifest_list(reference, pushed, arches=arches, engine=engine, say=say)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
 
 
@@ -210,12 +210,10 @@ def _push(built: list[Built], arches: list[str], reference: str, engine: Engine)
 @click.argument("image", type=ImageName(file=False))
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sqsh]")
 @_purpose
-@click.option("--with", "tool", type=click.Choice(["enroot"]), help="Let `enroot import` do it.")
+@gone("--with", "leave it out: the conversion needs no enroot")
 @_force
 @as_json
-def convert_command(
-    image: str, output: Path | None, purpose: str, tool: str | None, force: bool, as_json: bool
-) -> None:
+def convert_command(image: str, output: Path | None, purpose: str, force: bool, as_json: bool) -> None:
     """Turn an IMAGE of the engine into a squashfs for Pyxis.
 
     Nothing is unpacked, and neither enroot nor root is needed. Beside the file comes FILE.json: what is in it.
@@ -227,10 +225,7 @@ def convert_command(
     engine = docker_engine.connect()
     about = docker_engine.inspect(engine, image)
     path = target_path(output, file_name(about, ".sqsh"), force)
-    if tool == "enroot":
-        convert_with_enroot(image, path, fmt=FORMATS[purpose], image_id=str(about["Id"]), say=say)
-    else:
-        convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
+    convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
     if as_json:
         print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
     else:
@@ -309,7 +304,7 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
     launcher image check ./titan-stable-arm64.sqsh --json
     """
     say(f"running the checks in {image}")
-    results = check(image, timeout_s=timeout)
+    results = checking.check(image, timeout_s=timeout)
     failed = any(result.status == "failed" for result in results)
     if as_json:
         checks = [asdict(result) for result in results]
@@ -343,7 +338,7 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
         raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
     rows = []
     for arch in arches:
-        path = lock(channel, arch, torch_index=torch_index, output=output, say=say)
+        path = locking.lock(channel, arch, torch_index=torch_index, output=output, say=say)
         packages = pinned(path.read_text(encoding="utf-8"))
         row = {"channel": channel, "arch": arch, "path": click.format_filename(path), "packages": packages}
         rows.append(row)
@@ -357,13 +352,9 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
 @click.argument("image", metavar="IMAGE|FILE.sqsh", type=ImageName(file=True))
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sif]")
 @_force
-@click.option(
-    "--recipe",
-    is_flag=True,
-    help="Print the Apptainer definition of the channel IMAGE instead, made from the Dockerfile.",
-)
+@gone("--recipe", "make a squashfs where Docker is, then: launcher image sif FILE.sqsh", is_flag=True)
 @as_json
-def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_json: bool) -> None:
+def sif_command(image: str, output: Path | None, force: bool, as_json: bool) -> None:
     """Make a file for Apptainer.
 
     From an IMAGE of the engine or a squashfs, for clusters without Pyxis.
@@ -371,18 +362,8 @@ def sif_command(image: str, output: Path | None, force: bool, recipe: bool, as_j
     \b
     launcher image sif titan:stable-amd64
     launcher image sif ./titan-stable-amd64.sqsh
-    launcher image sif stable --recipe >titan.def
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
-    if recipe:
-        if as_json:
-            raise click.UsageError("--recipe is text: it takes no --json.")
-        text = apptainer_recipe(image)
-        if output is None:
-            return echo_file(text)
-        path = target_path(output, f"titan-{image}.def", force)
-        write_text(path, text)
-        return echo(str(path))
     engine = None if is_file(image) else docker_engine.connect()
     name = file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
     path = target_path(output, name, force)

@@ -18,7 +18,7 @@ from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_json
 from launcher.base.output import as_json, echo, is_terminal, plain, print_json, style, warn
 from launcher.commands.runs import failure_of, remembered
-from launcher.commands.submit import prepared
+from launcher.commands.start import prepared
 from launcher.config.options import RunOptions, run_options, runs_dir_option
 from launcher.nodes import unfit
 from launcher.plan.plan import write_beside

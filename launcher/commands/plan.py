@@ -9,7 +9,7 @@ import click
 
 from launcher.base.errors import quoted
 from launcher.base.output import as_json, echo, print_json
-from launcher.commands.submit import spec_of
+from launcher.commands.asked import spec_of
 from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import RunSpec
 from launcher.plan import plan as core

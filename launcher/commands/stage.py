@@ -274,7 +274,7 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
 def image(source: str, target: Path, as_json: bool) -> None:
     """Put an image on the shared file system, once.
 
-    Under a name that holds its checksum.     SOURCE is a .sqsh file, the address of one in a release, or an image of the Docker engine.
+    Under a name that holds its checksum. SOURCE is a .sqsh file, or the address of one in a release.
 
     \b
     launcher stage image titan-stable-arm64.sqsh --to /shared/images

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import signal
-import subprocess
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import LauncherError
 from launcher.base.values import whole
 from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.export import ImageConfig, Report, docker_arch, rewrite
-from launcher.image.inspect import embedded_metadata
 from launcher.image.squashfs_file import SquashfsFormat, beside, mksquashfs_path, publish, write_squashfs
 
 Say = Callable[[str], None]
@@ -110,58 +105,6 @@ def convert_image(
     stream = cast("Generator[bytes]", docker_engine.export(engine, config.image_id))
     with closing(stream):
         return convert(stream, config, output, fmt=fmt, say=say)
-
-
-def convert_with_enroot(
-    image: str,
-    output: Path,
-    *,
-    fmt: SquashfsFormat = FORMATS["unpack"],
-    image_id: str = "",
-    say: Say = lambda line: None,
-) -> Path:
-    """The same by `enroot import`, from the same engine, for whoever wants enroot's own conversion."""
-    program = shutil.which("enroot")
-    if program is None:
-        raise LauncherError(
-            "enroot: no such program",
-            "leave out --with enroot: the conversion does not need it",
-            status=ExitStatus.ERROR,
-        )
-    # Its -all-time, which comes with this variable, makes every timestamp-checked .pyc stale.
-    environment = {k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"}
-    environment.setdefault("ENROOT_SQUASH_OPTIONS", " ".join([*fmt.options(), "-exit-on-error"]))
-    with beside(output) as target, tempfile.TemporaryFile() as log:
-        target.unlink()  # enroot refuses a file that exists
-        say(f"enroot import dockerd://{image}")
-        process = subprocess.Popen(
-            [program, "import", "-o", str(target), f"dockerd://{image}"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait()
-        except BaseException:
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, signal.SIGTERM)  # its own trap removes the unpacked image
-                process.wait(30)
-            process.kill()
-            process.wait()
-            raise
-        if code:
-            log.seek(0)
-            last = log.read().decode(errors="replace").strip().splitlines()[-5:]
-            raise LauncherError(
-                f"enroot import failed with code {code}",
-                "launcher image convert without --with enroot",
-                status=ExitStatus.ERROR,
-                original="\n".join(last),
-            )
-        publish(target, output, embedded_metadata(target) or {"schema": 1}, image_id, fmt, None, say)
-    return output
 
 
 def _progress(chunks: Iterable[bytes | memoryview], say: Say) -> Iterator[bytes | memoryview]:

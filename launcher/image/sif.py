@@ -1,4 +1,4 @@
-"""A .sif for clusters that have Apptainer and no Pyxis, through spython; and a recipe for people without Docker.
+"""A .sif for clusters that have Apptainer and no Pyxis, through spython.
 
 Needs the extra `apptainer` and Apptainer 1.4 (`--mksquashfs-args`); neither root nor an entry in /etc/subuid.
 """
@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
-from launcher.base.files import data_dir, filesystem_error
-from launcher.image.build import dockerfile
-from launcher.image.channels import Channel, channel
+from launcher.base.files import filesystem_error
 from launcher.image.check import is_file
 from launcher.image.convert import FORMATS, convert_image
 from launcher.image.engine import Engine
@@ -28,8 +26,6 @@ from launcher.image.inspect import inspect, read_inside
 from launcher.image.squashfs_file import beside
 
 INSTALL = "https://apptainer.org/docs/admin/latest/installation.html, or: sudo apt-get install apptainer"
-# Where the recipe's files lie while it is built: Apptainer mounts the host's /tmp over the image's.
-_STAGING = "/.titan-build"
 
 
 def sif(
@@ -148,64 +144,3 @@ def _verify(client: Any, target: Path) -> None:
     done = client.execute(str(target), ["true"], return_result=True, quiet=True)
     if done["return_code"]:
         raise _refused("apptainer exec", done["return_code"], "".join(done["message"]))
-
-
-# ------------------------------------------------------------------------------------------------- recipe
-
-
-def recipe(name: str) -> str:
-    """An Apptainer definition of channel `name` that spython derives from the Dockerfile.
-
-    It builds what the Dockerfile builds, as one stage (Apptainer starts no stage from another), from the channel's
-    base image, with this machine's containers/ and the lock of the architecture that it is built on. Unlike `sif`
-    it runs apt-get, which needs root or `apptainer build --fakeroot` with an entry in /etc/subuid.
-    """
-    try:
-        from spython.logger import bot
-        from spython.logger.message import ERROR
-        from spython.main.parse.parsers import DockerParser
-        from spython.main.parse.writers import SingularityWriter
-    except ImportError as error:
-        raise LauncherError(
-            "the recipe is derived by spython, which is not installed",
-            install("apptainer"),
-            status=ExitStatus.ERROR,
-        ) from error
-    text = _single_stage(dockerfile().read_text(encoding="utf-8"), _arguments(channel(name)))
-    with tempfile.TemporaryDirectory(prefix="titan-recipe-") as folder:
-        path = Path(folder) / "Dockerfile"
-        path.write_text(text, encoding="utf-8")
-        level, bot.level = bot.level, ERROR  # it warns of the lock's pattern, which Apptainer does expand
-        try:
-            parsed = DockerParser(str(path)).recipe
-        finally:
-            bot.level = level
-        (stage,) = parsed.values()
-        # A Dockerfile's label is name="value", Apptainer's is: name value.
-        words = [word for pair in stage.labels for word in shlex.split(" ".join(pair).rstrip("\\ "))]
-        stage.labels = [label for word in words if (label := word.split("=", 1))[-1]]
-        return re.sub(r" +$", "", SingularityWriter(parsed).convert(), flags=re.M) + "\n"
-
-
-def _arguments(chosen: Channel) -> dict[str, str]:
-    return {
-        "BASE_IMAGE": chosen.base,
-        "CHANNEL": chosen.name,
-        "EXTRA_INDEX_URL": chosen.torch_index,
-        "VISIBLE_DEVICES": "all" if chosen.cuda else "void",
-    }
-
-
-def _single_stage(text: str, arguments: Mapping[str, str]) -> str:
-    """The Dockerfile as spython can read it: one FROM, the ARGs' values in their places, nothing in or from /tmp."""
-    for name, value in arguments.items():
-        text = re.sub(rf"^ARG {name}=.*$", f"ARG {name}={shlex.quote(value)}", text, flags=re.M)
-        text = text.replace(f"${{{name}}}", value)
-    first, *later = re.split(r"^(?=FROM )", text.replace("/tmp/", f"{_STAGING}/"), flags=re.M)[1:]
-    body = first + "".join(re.sub(r"^FROM .*\n", "", stage) for stage in later)
-    body = re.sub(r"^COPY --from=\w+ (\S+) (\S+)$", r"RUN mkdir -p \2 && cp \1 \2", body, flags=re.M)
-    # While it is built, Apptainer mounts the builder's own /tmp, /var/tmp and more: a chmod must never get there.
-    body = body.replace("find / -xdev ", "find /usr /bin /sbin /lib /opt -xdev ")
-    here = f"{data_dir('containers')}/"
-    body = re.sub(r"^COPY .*$", lambda copy: copy[0].replace("containers/", here), body, flags=re.M)
-    return re.sub(r'"?\$\{(SOURCE_REVISION|CREATED)\}"?', '""', body)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TextIO
-
-from rich.console import RenderableType
+from typing import TYPE_CHECKING, TextIO
 
 from launcher.base.mfu import mfu_text
 from launcher.base.output import echo, plain
 from launcher.logs.follow import Progress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def watch(progress: Iterable[Progress], stream: TextIO, is_terminal: bool) -> Progress | None:

@@ -7,16 +7,18 @@ import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.error import URLError
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import whole
-from launcher.stage.hub import Repo
 from launcher.stage.manifest import BLOCK
 from launcher.stage.receive import WrongLength
 from launcher.stage.target import Stopped
 from launcher.stage.web import BAD_ADDRESS
+
+if TYPE_CHECKING:
+    from launcher.stage.hub import Repo
 
 ATTEMPTS = 6  # without progress in between
 CONTACT_ATTEMPTS = 3  # for a Hub that cannot be reached at all, before anything was downloaded

@@ -7,7 +7,6 @@ half-written has a final name, and the next call goes on from what is there.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -22,17 +21,15 @@ from urllib.parse import urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json, unreadable
-from launcher.image import engine as docker_engine
-from launcher.image.convert import convert_image
 from launcher.image.inspect import embedded_metadata
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.manifest import BLOCK, sha256_of
 from launcher.stage.progress import Progress
 from launcher.stage.source import check_answer, is_digest
-from launcher.stage.target import Folder, Work, at_work, check_space, gigabytes, refuse_unusable, write_error
+from launcher.stage.target import Work, at_work, check_space, gigabytes, refuse_unusable, write_error
 from launcher.stage.web import Reader, read_small, stream_from
 
-KINDS = "a .sqsh file, the http(s) address of one, or an image of the Docker engine; download others first, with their .json"
+KINDS = "a .sqsh file, or the http(s) address of one; download others first, with their .json"
 Say = Callable[[str], None]
 MODE = 0o644  # readable for the group, whatever the umask: jobs of others start from it, too
 
@@ -53,8 +50,7 @@ class Wanted:
 def stage_image(source: str, to: Path, *, say: Say) -> Path:
     """Puts an image below `to` unless it is there, and returns its path, which holds the first 12 digits of its sha256.
 
-    `source` is a .sqsh file, the http(s) address of one with its .json beside it, or the name of an image that the
-    Docker engine has or can pull. Raises LauncherError; an interrupted call is continued by the next one.
+    `source` is a .sqsh file, or the http(s) address of one with its .json beside it. Raises LauncherError; an interrupted call is continued by the next one.
     """
     to = Path(os.path.expanduser(to)).absolute()
     if not source.strip():
@@ -71,12 +67,14 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
     if re.match(r"https?://", source):
         _check_address(source)
         wanted, reader = _of_address(source), stream_from(source)
-    elif "://" in source and not source.startswith("docker://"):
+    elif "://" in source:
         raise LauncherError(f"{source.partition('://')[0][:20]}://: images are not staged from there", KINDS)
     elif _is_file_name(source):
         wanted, reader = _of_file(Path(os.path.expanduser(source)), say)
     else:
-        return _from_engine(source, to, say)
+        what = "a directory" if os.path.isdir(source) else "no such file"
+        fix = f"the path of a .sqsh file; an image of the Docker engine first becomes one: {quoted('launcher', 'image', 'convert', source)}"
+        raise LauncherError(f"{source}: {what}", fix)
     final = wanted.path(to)
     if _is_known(wanted, final):  # also for whoever may only read there
         _already(final, say)
@@ -299,82 +297,6 @@ def _write_sidecar(wanted: Wanted, final: Path, work: Work) -> None:
             os.fchmod(stream.fileno(), MODE)
     except OSError as error:
         raise write_error(sidecar_path(final), error) from error
-
-
-# ------------------------------------------------------------------------------------------------------- the engine
-
-
-def _from_engine(image: str, to: Path, say: Say) -> Path:
-    """From the Docker engine, which pulls what it does not have. The conversion's result decides about the name."""
-    reference = image.removeprefix("docker://")
-    name = _clean(reference, "")
-    try:
-        engine = docker_engine.connect()
-        try:
-            docker_engine.inspect(engine, reference)
-        except LauncherError as error:
-            if error.status != ExitStatus.NOT_FOUND or "/" not in reference:
-                raise
-            _pull(engine, reference, say)
-    except LauncherError as error:
-        if image.startswith("docker://"):
-            raise
-        what = "a directory, not a file" if os.path.isdir(image) else "no such file"
-        raise LauncherError(
-            f"{image}: {what}, and as the name of an image: {error.what}",
-            f"the path of a .sqsh file; or {error.fix}",
-            status=error.status,
-            original=error.original,
-        ) from error
-    with at_work(to, say) as work:
-        work.partial.clear([])
-        with _named(work.partial) as named:
-            made = work.partial.handle / f"{os.urandom(4).hex()}-{name}.sqsh"
-            convert_image(reference, made, engine=engine, say=lambda line: say(named(line)))
-            about = read_json(sidecar_path(made)) or {}
-            with work.partial.begin(made.name) as stream:
-                size = os.fstat(stream.fileno()).st_size
-                wanted = Wanted(name, _digest_in(about, str(sidecar_path(made))), size, about)
-                final = wanted.path(to)
-                if _is_staged(wanted, final, work):
-                    _already(final, say)
-                else:
-                    _publish(wanted, stream, work)
-        work.partial.clear([])
-    say(f"launcher submit --image {quoted(final)}")
-    return final
-
-
-@contextlib.contextmanager
-def _named(folder: Folder) -> Iterator[Callable[[str], str]]:
-    """What is said of the folder's handle is said of its path."""
-
-    def named(text: str) -> str:
-        return text.replace(str(folder.handle), str(folder.path))
-
-    try:
-        yield named
-    except LauncherError as error:
-        raise LauncherError(
-            named(error.what), named(error.fix), status=error.status, original=named(error.original)
-        ) from error
-
-
-def _pull(engine: Any, reference: str, say: Say) -> None:
-    """By the engine, with the logins that it knows (`docker login`)."""
-    import docker
-    import requests
-
-    say(f"pulling {reference}")
-    try:
-        engine.client.images.pull(reference, None if re.search(r"[:@][^/]*$", reference) else "latest")
-    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-        raise LauncherError(
-            f"the Docker engine cannot pull {reference}",
-            "check the name; for a private registry: docker login",
-            status=ExitStatus.NOT_FOUND,
-            original=str(getattr(error, "explanation", None) or error),
-        ) from error
 
 
 def _sha256(path: Path) -> str:

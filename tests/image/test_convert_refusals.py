@@ -1,9 +1,8 @@
-"""The conversion: what is refused, every way in which it may break off, and the one by enroot."""
+"""The conversion: what is refused, and every way in which it may break off."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -20,12 +19,9 @@ from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import squashfs_file
-from launcher.image.convert import convert_with_enroot
 from launcher.image.export import Report, rewrite
-from launcher.image.squashfs_file import SquashfsFormat, superblock
 from tests.conftest import ROOT
 from tests.image.converter import (
-    ABOUT,
     CONFIG,
     Converter,
     File,
@@ -336,48 +332,3 @@ def test_a_damaged_stream_is_an_error_or_a_tar(edits: list[tuple[int, int]], cut
         return
     with tarfile.open(fileobj=io.BytesIO(out)) as tar:
         assert "etc/rc" in tar.getnames()
-
-
-# --- by enroot -----------------------------------------------------------------------------------------------------
-
-# enroot cannot be installed where these tests run: a script that takes the same arguments stands for it.
-ENROOT = r"""
-[ "$1 $2 $4" = "import -o dockerd://titan:test" ] || { echo "Usage: enroot import" >&2; exit 2; }
-[ ! -e "$3" ] || { echo "[ERROR] File already exists: $3" >&2; exit 1; }
-[ -z "${SOURCE_DATE_EPOCH-}" ] || exit 3
-mkdir -p "$WORK/root/etc" && echo "$ABOUT" >"$WORK/root/etc/titan-image.json"
-mksquashfs "$WORK/root" "$3" -all-root -no-progress $ENROOT_SQUASH_OPTIONS
-"""
-
-
-@needs_tools
-def test_by_enroot(
-    converter: Converter,
-    fake: Callable[[str, str], None],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    fake("enroot", ENROOT)
-    monkeypatch.setenv("WORK", str(tmp_path_factory.mktemp("enroot")))
-    monkeypatch.setenv("ABOUT", json.dumps(ABOUT))
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "5")
-    convert_with_enroot("titan:test", converter.output, fmt=SquashfsFormat("zstd", 64, 3), image_id="sha256:1")
-    assert superblock(converter.output).block_size == 65536
-    assert converter.sidecar()["versions"] == ABOUT["versions"]
-    assert converter.sidecar()["squashfs"]["sha256"] == sha256(converter.output)
-    assert len(list(converter.home.iterdir())) == 2
-
-
-def test_by_enroot_that_fails(converter: Converter, fake: Callable[[str, str], None]) -> None:
-    fake("enroot", 'echo half >"$3"; echo "[ERROR] Command not found: jq" >&2; exit 1')
-    with pytest.raises(LauncherError, match="failed with code 1") as error:
-        convert_with_enroot("titan:test", converter.output)
-    assert error.value.original == "[ERROR] Command not found: jq"
-    assert list(converter.home.iterdir()) == []
-
-
-def test_by_enroot_that_is_not_there(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(LauncherError, match="enroot: no such program"):
-        convert_with_enroot("titan:test", converter.output)
-    assert list(converter.home.iterdir()) == []

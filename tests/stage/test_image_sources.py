@@ -1,14 +1,11 @@
-"""`stage image` from the web and from a Docker engine."""
+"""`stage image` from the web."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,10 +20,7 @@ from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import web
 from launcher.stage.image import stage_image
 from tests.conftest import ROOT, Launch
-from tests.image.converter import program
-from tests.image.images import kept_engine
-from tests.image.test_registry import running_registry
-from tests.stage.stage_image import CALL, expected, image_bytes, mode, needs_tools, said, source
+from tests.stage.stage_image import CALL, expected, image_bytes, said, source
 
 __all__ = ["said", "source"]  # fixtures
 
@@ -213,43 +207,10 @@ def test_nobody_answers(tmp_path: Path, said: list[str], monkeypatch: pytest.Mon
 # ------------------------------------------------------------------------------------------------------- the engine
 
 
-@needs_tools
-def test_an_image_of_the_engine_is_converted_and_pulled_where_it_is_not_there(tmp_path: Path, said: list[str]) -> None:
-    (tmp_path / "registry").mkdir()
-    with kept_engine() as engine, running_registry(tmp_path / "registry") as registry:
-        tar = io.BytesIO()
-        with tarfile.open(fileobj=tar, mode="w") as archive:
-            folder = tarfile.TarInfo("bin")  # without it the engine would give it the time of day
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            archive.addfile(folder)
-            entry = tarfile.TarInfo("bin/sh")
-            entry.size, entry.mode = len(program()), 0o755
-            archive.addfile(entry, io.BytesIO(program()))
-        name = f"{registry}/group/tiny"
-        engine.client.api.import_image_from_data(tar.getvalue(), repository=name, tag="1")
-        try:
-            path = stage_image(f"{name}:1", tmp_path / "images", say=said.append)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            assert path.name == f"{digest[:12]}-{registry.replace(':', '-')}-group-tiny-1.sqsh"
-            assert sorted(p.name for p in path.parent.iterdir()) == [
-                ".staged",
-                path.name,
-                f"{path.name}.json",
-            ]
-            assert (mode(path), list((path.parent / ".staged/partial").iterdir())) == (0o644, [])
-            engine.client.images.push(name, "1")
-        finally:
-            engine.client.images.remove(f"{name}:1", force=True)
-        try:
-            # The same image gives the same bytes, so the same name.
-            assert stage_image(f"docker://{name}:1", tmp_path / "images", say=said.append) == path
-        finally:
-            engine.client.images.remove(f"{name}:1", force=True)
-        assert f"pulling {name}:1" in said and f"{path}: already there" in said
-        with pytest.raises(LauncherError, match="cannot pull"):
-            stage_image(f"{registry}/group/other:1", tmp_path / "images", say=said.append)
-        with pytest.raises(LauncherError, match="has no image"):
-            stage_image("titan:not-built", tmp_path / "images", say=said.append)
+def test_an_image_of_the_engine_is_converted_first(tmp_path: Path, said: list[str]) -> None:
+    with pytest.raises(LauncherError, match="no such file") as caught:
+        stage_image("titan:stable-arm64", tmp_path, say=said.append)
+    assert "launcher image convert titan:stable-arm64" in caught.value.fix and not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_the_path_that_jobs_refer_to(launch: Launch, source: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from launcher.stage.target import at_work
 from tests.conftest import Launch
 from tests.stage.conftest import GOOD_TOKEN
 from tests.stage.hub_server import Hub
-from tests.stage.stage_image import description, image_bytes, source
+from tests.stage.stage_image import source
 from tests.stage.test_stage_c4 import stage_c4, staged, train
 
 assert source  # the fixture
@@ -173,31 +173,6 @@ def test_a_link_that_comes_meanwhile_leads_nowhere(hub: Hub, workplace: Path, vi
     stage_c4(target, files=2, jobs=1)
     assert snapshot(victim) == before
     assert staged(target)[:3] == ["README.md", *train(0, 1)] and (target / "moved/manifest.json").exists()
-
-
-def test_an_image_of_the_engine_is_converted_where_it_was_looked_at(
-    workplace: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from launcher.image import convert, engine
-
-    images = workplace / "images"
-
-    def converted(_reference: str, output: Path, *, engine: object, say: Callable[[str], None]) -> None:
-        (images / ".staged/partial").rename(images / "moved")
-        (images / ".staged/partial").symlink_to(victim)
-        output.write_bytes(image_bytes())
-        sidecar_path(output).write_text(json.dumps(description(image_bytes(), output)))
-        say(f"{output}: written")
-
-    monkeypatch.setattr(engine, "connect", lambda: None)
-    monkeypatch.setattr(engine, "inspect", lambda *_: {})
-    monkeypatch.setattr(convert, "convert_image", converted)
-    said: list[str] = []
-    before = snapshot(victim)
-    path = stage_image("docker://titan", images, say=said.append)
-    assert path.read_bytes() == image_bytes() and sidecar_path(path).exists()
-    assert snapshot(victim) == before and not list((images / "moved").iterdir())
-    assert said[0].startswith(f"{images}/.staged/partial/") and "/proc" not in " ".join(said)
 
 
 def test_left_overs_of_launchers_before(hub: Hub, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""What the options ask for, and what of it can be seen on this machine: for every command that takes a run's options."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from launcher.base.errors import LauncherError
+from launcher.base.finding import OK, refusal, sentence
+from launcher.base.output import warn
+from launcher.config import resolve
+from launcher.config.layers import Layer
+from launcher.config.options import RunOptions
+from launcher.config.spec import RunSpec
+from launcher.preflight.local_files import look_here
+
+
+def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:
+    """The run that the options ask for. Without `image_needed`, `job.image` may be missing, and is "" then."""
+
+    def resolved(**more: str) -> RunSpec:
+        origin = {**options.origin, **dict.fromkeys(more, "default")}
+        layer = Layer({**options.values, **more}, origin, secret_env=options.secret_env)
+        return resolve.resolve(layer, options.config, options.run_file, os.environ)
+
+    try:
+        return resolved()
+    except LauncherError as error:
+        if image_needed or "job.image" in options.values or not error.what.startswith("job.image = ''"):
+            raise
+    spec = resolved(**{"job.image": "/any.sqsh"})
+    return replace(spec, job=replace(spec.job, image=""), origin={**spec.origin, "job.image": "missing: --image FILE"})
+
+
+def looked_at(spec: RunSpec, force: bool) -> RunSpec:
+    """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
+    spec, checks = look_here(spec)
+    if refused := refusal(checks, force):
+        raise refused
+    for check in checks:
+        if check.status != OK:
+            warn(sentence(check))
+    return spec
+
+
+def describe_run(spec: RunSpec) -> str:
+    nodes = f"{spec.job.nodes} node{'s' if spec.job.nodes > 1 else ''}"
+    return f"{spec.job.recipe} on {nodes} x {spec.profile.gpus_per_node} {spec.profile.gpu}"

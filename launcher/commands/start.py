@@ -1,0 +1,76 @@
+"""From a run that was asked for to one that is submitted: the checks of the cluster, the submission, the retries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+
+from launcher.base.errors import LauncherError, quoted
+from launcher.base.finding import refusal, sentence
+from launcher.base.output import echo, print_json, warn
+from launcher.commands import retry
+from launcher.commands.asked import describe_run, looked_at, spec_of
+from launcher.config import resolve
+from launcher.config.options import RunOptions
+from launcher.config.spec import RunSpec
+from launcher.plan.plan import write_beside
+from launcher.preflight.readiness import look
+from launcher.runs import control
+from launcher.runs.directory import Run
+from launcher.scheduler.detect import detected
+from launcher.scheduler.parse import expand
+
+
+def checked(spec: RunSpec, force: bool) -> RunSpec:
+    """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
+    if spec.job.scheduler != "slurm":
+        return spec
+
+    spec, checks = look(spec)
+    refused = refusal(checks, force)
+    for check in checks:
+        if check.status == "warning" or (check.status == "error" and not refused):
+            warn(sentence(check))
+        elif check.name in ("placement", "excluded") and not refused:
+            echo(f"{check.name}: {check.what}", err=True)
+    if refused:
+        raise refused
+    return spec
+
+
+def prepared(options: RunOptions, force: bool) -> tuple[RunSpec, dict[str, str]]:
+    """A run as `submit` would submit it, and its secrets. Warns, and raises LauncherError where it could not start."""
+    spec = spec_of(options)
+    secrets = resolve.secrets_of(spec, options.secrets, os.environ)
+    return checked(looked_at(spec, force), force), secrets
+
+
+def start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
+    """Submits the run, and says where it is."""
+
+    def submitted(run: Run, job_id: str) -> None:
+        if as_json:
+            job = {"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler}
+            print_json(job, indent=None)
+        else:
+            where = "process" if spec.job.scheduler == "local" else "Slurm job"
+            echo(f"{run.name}: {where} {job_id}, {describe_run(spec)}")
+            echo(f"  follow it:  {quoted('launcher', 'watch', run.reference)}")
+
+    return control.submit(spec, secrets, submitted, also=partial(write_beside, spec))
+
+
+def start_with_retries(
+    asked: RunSpec, run: Run, secrets: Mapping[str, str], retries: int, force: bool, as_json: bool
+) -> None:
+    """Follows the run, and where nodes fail their check submits `asked` again without them, at most `retries` times."""
+
+    def again(name: str, origin: str, without: set[str]) -> Run:
+        detected.cache_clear()
+        spec = checked(looked_at(resolve.renamed(asked, name, origin), force), force)
+        if kept := sorted(without.difference(spec.avoid, expand(spec.job.exclude))):
+            raise LauncherError(f"{kept[0]} stays in the run", "leave it out of --nodelist; launcher cluster nodes")
+        return start(spec, secrets, as_json)
+
+    retry.follow(run, retries, again, as_json)
