@@ -76,6 +76,7 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     if run_format is not None and run_format != RUN_FILE_FORMAT:
         raise LauncherError(f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}")
     tables.pop("origin", None)
+    tables.pop("hardware", None)  # facts, not settings: launcher/config/hardware.py
     secrets = tables.pop("secret_env", [])
     if not (isinstance(secrets, list) and all(isinstance(name, str) for name in secrets)):
         raise LauncherError(f"{path}: secret_env must be a list of names", 'secret_env = ["HF_TOKEN"]')

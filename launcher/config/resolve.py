@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.config.hardware import hardware
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
 from launcher.config.spec import CONTROL, RunSpec, validate
 from launcher.config.user_file import default_path
@@ -210,9 +211,4 @@ def _which_gpu(what: str, original: str = "", status: ExitStatus = ExitStatus.NO
 
 def known_kinds() -> dict[str, Kind]:
     """The GPU profiles that travel with the launcher."""
-    found = {}
-    for name in names_of("profiles"):
-        values = read_layer(find("profiles", name), "").values
-        if values.get("profile.device") != "cpu":
-            found[name] = Kind(int(values["profile.gpus_per_node"]), str(values["profile.arch"]))
-    return found
+    return {name: Kind(one.gpus_per_node, one.arch, one.cpus, one.memory_gib) for name, one in hardware().items()}

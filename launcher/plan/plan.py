@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.files import write_json
+from launcher.config.hardware import of_gpu
 from launcher.config.spec import HUB, MAX_NODES, SAMPLE, RunSpec
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, published
@@ -39,16 +40,6 @@ MEMORY_IS_GOOD_TO = 0.02  # of the published rows
 FITS = 0.95  # of a GPU's memory: published rows go up to 92.8%, and the formula is good to 2%
 TIGHT = 0.98  # above it, NCCL's buffers and the CUDA context have no room
 START_S = 180.0  # queue excluded: container, node check, imports, first step. Assumed; `results` shows what it was.
-# GiB that torch sees, from the memory and percent columns of published rows, else NVIDIA's data sheets.
-SEEN_GIB = {
-    "GB200": 184.0,
-    "GB300": 279.0,
-    "B200": 178.35,
-    "B300": 270.0,
-    "H200": 139.8,
-    "H100": 79.2,
-    "A100": 79.2,
-}
 
 # In these a run may differ from the row that it is held against: by how much they change the speed is not guessed.
 NOT_ADJUSTED = ("recipe.compile", "recipe.quantize", "recipe.activation_checkpoint")
@@ -99,7 +90,8 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
     """The prediction for a run. `rows`: published ones, read when None; `parameters`: where they were counted."""
     notes: list[str] = []
     memory, why_not = _memory(spec, parameters)
-    device = SEEN_GIB.get(spec.profile.gpu)
+    known = of_gpu(spec.profile.gpu)
+    device = known.memory_gib if known else None
     notes += [why_not] if why_not else []
     if memory and device is None:
         notes.append(f"how much memory a {spec.profile.gpu} has is not known here")

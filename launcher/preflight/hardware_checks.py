@@ -10,12 +10,11 @@ from datetime import datetime
 from launcher.base.errors import quoted
 from launcher.base.finding import ERROR, OK, WARNING, Check
 from launcher.base.output import SHOWN, some
+from launcher.config.hardware import of_gpu
 from launcher.config.spec import RunSpec
 from launcher.preflight.candidates import Place, fitting, gpus_of, number_of
 from launcher.scheduler.facts import ClusterFacts
 from launcher.scheduler.parse import compress
-
-UP_DAYS = 55  # five days to arrange a reboot in
 
 
 def gpus(spec: RunSpec, _facts: ClusterFacts, place: Place) -> Check | None:
@@ -134,17 +133,19 @@ def room_to_unpack(spec: RunSpec, facts: ClusterFacts, place: Place, unpacked_by
 
 def up_for_long(spec: RunSpec, place: Place, now: datetime) -> Check | None:
     """B200's NVLink firmware fails at 60 days of uptime, which is known and goes with a reboot."""
-    if spec.profile.gpu != "B200":
+    known = of_gpu(spec.profile.gpu)
+    if known is None or not known.max_uptime_days:
         return None
+    most = known.max_uptime_days
     booted = {node.name: datetime.fromisoformat(node.booted) for node in fitting(spec, place) if node.booted}
-    days = {name: (now - at).days for name, at in booted.items() if (now - at).days > UP_DAYS}
+    days = {name: (now - at).days for name, at in booted.items() if (now - at).days > most}
     if not days:
         return None
     names = sorted(days, key=lambda name: -days[name])
     return Check(
         "uptime",
         WARNING,
-        f"up for more than {UP_DAYS} days: {some([f'{name} ({days[name]})' for name in names])}",
-        "a firmware bug stops NVLink of B200 nodes at 60 days",
+        f"up for more than {most} days: {some([f'{name} ({days[name]})' for name in names])}",
+        f"a firmware bug stops NVLink of {known.gpu} nodes at 60 days",
         f"an administrator reboots them: scontrol reboot ASAP nextstate=RESUME {quoted(compress(names))}",
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from launcher.base.finding import ERROR, OK, WARNING, Check
 from launcher.base.output import some
+from launcher.config.hardware import of_gpu
 from launcher.config.spec import RunSpec
 from launcher.preflight import placement
 from launcher.preflight.candidates import Place, candidates, fitting, number_of, usable
@@ -13,7 +14,6 @@ from launcher.scheduler.facts import SEGMENT_SINCE, Block, ClusterFacts
 from launcher.scheduler.parse import expand
 
 NO_BLOCK = "Slurm would say: Requested topology configuration is not available, while nodes are idle"
-RACK = 18  # nodes that share an NVLink domain, where NVLink goes from node to node
 
 
 def segment(spec: RunSpec, facts: ClusterFacts, place: Place) -> Check | None:
@@ -129,13 +129,15 @@ def racks(spec: RunSpec, facts: ClusterFacts, _place: Place) -> Check | None:
             "scontrol show config; scontrol show topology; or say it: --segment N",
         )
     what = f"Slurm does not know the racks (topology {facts.topology})"
-    if nodes <= RACK:
+    known = of_gpu(spec.profile.gpu)
+    rack = known.nvlink_gpus // known.gpus_per_node if known else 1  # nodes that share an NVLink domain
+    if nodes <= rack:
         return Check("placement", OK, f"{what}: whether the {nodes} nodes share an NVLink domain is left to chance")
     return Check(
         "placement",
         WARNING,
         f"{what}: the job may straddle NVLink domains",
-        f"{nodes} nodes need {-(-nodes // RACK)} at least, and get as many as chance has it",
+        f"{nodes} nodes need {-(-nodes // rack)} at least, and get as many as chance has it",
         "an administrator enables topology/block",
     )
 

@@ -18,6 +18,7 @@ from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
 from launcher.base.mfu import peak_of
 from launcher.base.output import some
+from launcher.config.hardware import hardware
 from launcher.image.squashfs_file import read_sidecar, superblock
 from launcher.logs.follow import node_logs
 from launcher.logs.steps import LogReader, StepRecord
@@ -32,7 +33,6 @@ from launcher.scheduler.state import JobState
 VERSIONS = ("torch", "torchtitan", "cuda", "nccl", "driver", "python")
 _MIXED = ("gpu", "driver", "torch", "torchtitan", "cuda", "nccl")
 _RECORD = re.compile(r"([0-9]{4,})-.+\.json")
-_GPU_LABELS = ("A100", "B200", "B300", "GB200", "GB300", "H100", "H200")
 _LONGEST_QUEUE_S = 90 * 86400.0
 _LONGEST_START_S = 86400.0
 _CLOCKS_S = 2.0  # so far apart, rounding included, are moments that really are the same
@@ -208,8 +208,9 @@ def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str
         kinds_here = {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
         if len(kinds_here) > 1:
             problems.append(f"mixed gpu in {host}: {', '.join(sorted(kinds_here))}")
-        others = {label for label in _GPU_LABELS if label != gpu and re.search(rf"\b{label}\b", str(record.get("gpu")))}
-        if gpu in _GPU_LABELS and others:
+        labels = {one.gpu for one in hardware().values()}
+        others = {label for label in labels if label != gpu and re.search(rf"\b{label}\b", str(record.get("gpu")))}
+        if gpu in labels and others:
             problems.append(f"the profile says {gpu}, {host} has {record.get('gpu')}")
         if record.get("ok") is False:
             problems.append(f"{host} failed its check")

@@ -13,16 +13,9 @@ from typing import Any
 from launcher.base.mfu import mfu_text
 from launcher.base.output import plain
 from launcher.base.values import json_values
+from launcher.config.hardware import of_gpu
 from launcher.results.outcome import NodeResult, Outcome, Point
 
-# What is usual for one GPU: torchtitan 0.2's, the vendor's, torchtitan 0.3's.
-USUAL_PEAKS = {
-    "A100": (312.0,),
-    "H100": (989.0,),
-    "H200": (989.0,),
-    "B200": (2250.0,),
-    "GB200": (2250.0, 2450.0, 2500.0),
-}
 RESTARTED = "restarted"
 NON_FINITE = "NaN or infinity in loss, grad_norm or tokens/s"
 NO_STEP_COUNTS = "no step after warm-up"
@@ -52,7 +45,8 @@ def mfu_at_other_peaks(outcome: Outcome) -> dict[float, float]:
     """
     if outcome.mfu_pct is None or outcome.tflops is None:
         return {}
-    others = (peak for peak in USUAL_PEAKS.get(outcome.gpu, ()) if peak != outcome.peak_tflops)
+    known = of_gpu(outcome.gpu)
+    others = (peak for peak in (known.peaks if known else ()) if peak != outcome.peak_tflops)
     return {peak: 100 * outcome.tflops.median / peak for peak in others}
 
 

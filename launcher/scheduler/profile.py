@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from launcher.scheduler.facts import Node
 from launcher.scheduler.parse import compress
 
-# CPUs of Crusoe's nodes and memory of one GPU in GiB, as published; a profile that is not here is not judged by them.
-CPUS = {"gb200": 144, "gb300": 144, "h200": 176, "h100": 176, "a100": 96}
-GPU_GIB = {"gb200": 184, "gb300": 279, "b200": 178, "b300": 270, "h200": 140, "h100": 79, "a100": 80}
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -24,6 +20,8 @@ class Kind:
 
     gpus_per_node: int
     arch: str
+    cpus: int  # 0: not published
+    memory_gib: float  # of one GPU
 
 
 @dataclass(frozen=True)
@@ -128,11 +126,11 @@ def _evidence(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> tuple[Evidenc
         fits = [name for name, kind in kinds.items() if arches == {kind.arch}]
         found.append(Evidence("architecture", "/".join(sorted(arches)), tuple(fits)))
     cpus = {node.cpus for node in nodes}
-    if len(cpus) == 1 and (fits := [name for name in kinds if CPUS.get(name) in cpus]):
+    if len(cpus) == 1 and (fits := [name for name in kinds if kinds[name].cpus in cpus]):
         found.append(Evidence("CPUs", f"{nodes[0].cpus} CPUs a node", tuple(fits)))
     memory = min((node.memory_mib for node in nodes if node.memory_mib > 1), default=0)  # 1 MiB: never configured
     if memory:
-        fits = [name for name in kinds if memory / 1024 >= GPU_GIB.get(name, 0) * count / 2]
+        fits = [name for name in kinds if memory / 1024 >= kinds[name].memory_gib * count / 2]
         found.append(Evidence("memory", f"{memory / 1024:.0f} GiB of memory a node", tuple(fits)))
     return tuple(found)
 
@@ -147,7 +145,7 @@ def _against(profile: str, kind: Kind, evidence: Evidence) -> str:
         return f"{profile} is {kind.arch}; the nodes are {evidence.what}"
     if evidence.source == "count":
         return f"{profile} has {kind.gpus_per_node} GPUs a node; the nodes have {evidence.what.split(' ')[0]}"
-    size = f"{kind.gpus_per_node} x {GPU_GIB.get(profile)} GiB on its GPUs"
+    size = f"{kind.gpus_per_node} x {kind.memory_gib:.0f} GiB on its GPUs"
     return f"{profile} has {size}; {evidence.what} is less than half of that"
 
 

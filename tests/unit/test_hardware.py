@@ -1,0 +1,38 @@
+"""Facts about GPUs stand once, in slurm/profiles: all of them, and a gap is told by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.base.errors import LauncherError
+from launcher.config import hardware as module
+from launcher.config.hardware import hardware, of_gpu
+from tests.conftest import ROOT
+
+
+def test_every_gpu_profile_is_described() -> None:
+    names = {path.stem for path in (ROOT / "slurm" / "profiles").glob("*.toml")} - {"cpu"}
+    assert hardware().keys() == names
+    gb200 = of_gpu("gb200")
+    assert gb200 and (gb200.memory_gib, gb200.nvlink_gpus, gb200.peaks) == (184.0, 72, (2250.0, 2450.0, 2500.0))
+    assert of_gpu("GTX") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("memory_gib = 184.0", "", "memory_gib"),
+        ("memory_gib", "memory_gb", "memory_gb, memory_gib"),
+        ("[hardware]", "[env2]", "cpus"),
+    ],
+)
+def test_a_gap_is_told_by_its_name(
+    before: str, after: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text((ROOT / "slurm" / "profiles" / "gb200.toml").read_text().replace(before, after, 1))
+    monkeypatch.setattr(module, "find", lambda _kind, _name: path)
+    with pytest.raises(LauncherError, match=f"lacks or does not know: .*{named}"):
+        module._of("mine")
