@@ -67,7 +67,8 @@ def main() -> None:
     print(f"| curl --parallel | {max(curls) / 1e6:,.0f} MB/s | |")
     print(f"| curl --parallel, then sha256sum of as many files at once | {max(checked) / 1e6:,.0f} MB/s | |")
     print(
-        f"| launcher stage c4, hashed and synced | {max(stages) / 1e6:,.0f} MB/s, {ratio:.0%} of curl | ≥ {MIN_RATIO:.0%} |"
+        f"| launcher stage c4, hashed and synced | {max(stages) / 1e6:,.0f} MB/s, {ratio:.0%} of curl | ≥ "
+        f"{MIN_RATIO:.0%} |"
     )
     print(f"| its memory at most | {memory:,.0f} MB | < {MAX_MEMORY_MB} MB |")
     print(f"| plan and verify {TRAIN_FILES:,} files | {planned:.2f} s | < {MAX_PLAN_S:.0f} s |")

@@ -33,9 +33,10 @@ STEP = (
     b"\x1b[34mtps: 17,581  \x1b[36mtflops: 1,018.20  \x1b[35mmfu: 45.25%%\x1b[39m\n"
 )
 OTHER = (
-    b"[rank0]:gpu001:4711:4750 [0] NCCL INFO Channel 03/0 : 0[0] -> 1[1] via P2P/CUMEM/read comm 0x7f5c8c0d nRanks 36\n",
-    b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - Saving the checkpoint (or staging if async is enabled).\n",
-    b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - \x1b[33mvalidate step:  1  \x1b[32mloss:  7.9794\x1b[39m\n",
+    b"[rank0]:gpu001:4711:4750 [0] NCCL INFO Channel 03/0 : 0[0] -> 1[1] via P2P/CUMEM/read comm 0x7f5c nRanks 36\n",
+    b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - Saving the checkpoint (or staging if async is on).\n",
+    b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - \x1b[33mvalidate step:  1  \x1b[32mloss:  "
+    b"7.9794\x1b[39m\n",
 )
 
 

@@ -1,4 +1,5 @@
-"""A thousand runs: `launcher list` and `launcher results --all`, as ratios to `python -c "import click"` in the same run.
+"""A thousand runs: `launcher list` and `launcher results --all`, as ratios to `python -c "import click"` in the same
+run.
 
     python benchmarks/results.py
     python benchmarks/results.py --log-mib 1024      and how much memory the result of one long log takes
@@ -109,7 +110,10 @@ def memory(runs_dir: Path, mib: int) -> None:
         with path.open("ab") as handle:
             while handle.tell() < size << 20:
                 handle.write(noise)
-        script = f"{CALL.replace('main()', '')}import resource\ntry:\n    main()\nfinally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        script = (
+            f"{CALL.replace('main()', '')}import resource\ntry:\n    main()\nfinally:\n    "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
         begin = time.perf_counter()
         shown = run([script, "results", f"log-{size}", "--runs-dir", str(runs_dir), "--json"])
         took, (text, peak) = time.perf_counter() - begin, shown.rsplit("\n", 2)[:2]

@@ -3,10 +3,10 @@
     python benchmarks/squashfs.py --tree .venv/lib/python3.11/site-packages
 
 Compares the launcher's conversion of an exported image with the steps of `enroot import dockerd://`: unpack the
-export, mksquashfs with enroot's default options, remove the tree. Limits that the project sets itself: a quarter of its CPU, half its size, and an
-`import torch` from cold caches within 15% of the best format. As root, and with squashfuse installed, the import is
-timed through the kernel's squashfs and through squashfuse; otherwise those columns stay empty. Needs torch in the
-tree and room for six times its size in --work.
+export, mksquashfs with enroot's default options, remove the tree. Limits that the project sets itself: a quarter of
+its CPU, half its size, and an `import torch` from cold caches within 15% of the best format. As root, and with
+squashfuse installed, the import is timed through the kernel's squashfs and through squashfuse; otherwise those
+columns stay empty. Needs torch in the tree and room for six times its size in --work.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def measure(tree: Path, folder: Path, formats: list[str], runs: int, conversions
 
     base_cpu, base_size = min(cpu[ENROOT]), sqsh(ENROOT).stat().st_size
     print(
-        f"{size / 1e6:,.0f} MB. The best of {conversions} conversions and {runs} imports, seconds; in brackets: to the best\n"
+        f"{size / 1e6:,.0f} MB. The best of {conversions} conversions and {runs} imports, seconds; in brackets: "
+        "to the best\n"
     )
     print("| format | MB | of enroot's | CPU s | of enroot's | kernel cold | warm | squashfuse cold | warm | unpack |")
     print("|---|---|---|---|---|---|---|---|---|---|")

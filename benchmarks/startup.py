@@ -55,7 +55,10 @@ def main() -> None:
         for name, measured in times.items():
             print(f"{name:28} {statistics.median(measured[1:]) / base:6.2f}")
         for name in list(commands)[1:]:
-            script = f"import sys\ntry:\n    {call}\nexcept SystemExit:\n    pass\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+            script = (
+                f"import sys\ntry:\n    {call}\nexcept SystemExit:\n    pass\nfinally:\n    "
+                "print(*sys.modules, file=sys.stderr)"
+            )
             done = subprocess.run(
                 [sys.executable, "-c", script, *commands[name][2:]],
                 capture_output=True,

@@ -246,7 +246,8 @@ def fail(facts: Facts, run_dir: Path | None, told: int = 0) -> int:
     facts.update(ok=False, why=first["what"], fix=first["fix"])
     for one in facts["problems"][told:]:
         say(
-            f"titan-node: FAIL node={facts['node']} host={facts['host']} why={_quoted(one['what'])} fix={_quoted(one['fix'])}"
+            f"titan-node: FAIL node={facts['node']} host={facts['host']} why={_quoted(one['what'])} "
+            f"fix={_quoted(one['fix'])}"
         )
         if trace := one.pop("traceback", ""):
             say(trace)

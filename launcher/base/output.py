@@ -64,7 +64,9 @@ def is_terminal(stream: Any) -> bool:
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 99) -> list[str]:
-    """Side by side, each as wide as it needs: `left` of them to the left, then figures to the right; the last as it is."""
+    """Side by side, each as wide as it needs: `left` of them to the left, then figures to the right; the last as it
+    is.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[-1] = 0
     return [

@@ -1,4 +1,6 @@
-"""What the options ask for, and what of it can be seen on this machine: for every command that takes a run's options."""
+"""What the options ask for, and what of it can be seen on this machine: for every command that takes a run's
+options.
+"""
 
 from __future__ import annotations
 

@@ -133,7 +133,8 @@ def _slurm_lines(facts: ClusterFacts) -> list[str]:
         rows.append(
             (
                 "partition",
-                f"{partition.name}{star} {partition.state.lower() or 'state unknown'}, {limit}{most}: {_states(members)}",
+                f"{partition.name}{star} {partition.state.lower() or 'state unknown'}, {limit}{most}: "
+                f"{_states(members)}",
             )
         )
     return [_row(*row) for row in rows]

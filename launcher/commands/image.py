@@ -1,4 +1,5 @@
-"""The commands `launcher image ...`: what they take and what they print. The work is done by the modules beside this one.
+"""The commands `launcher image ...`: what they take and what they print. The work is done by the modules beside this
+one.
 
 Progress goes to standard error; standard output has the names of what was made, one per line, or JSON.
 """

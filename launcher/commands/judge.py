@@ -63,8 +63,9 @@ def _share(at_most: float, zero: bool) -> Callable[[click.Context, click.Paramet
 def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
     """Show two results side by side, and what is noise.
 
-    Settings that differ, figures, and whether their difference is more than noise. A and B are runs (a name or a path), files (what launcher results --format json wrote, or a CSV in the form of
-    slurm/reference-results.csv), or the word published: the published row that matches the other best.
+    Settings that differ, figures, and whether their difference is more than noise. A and B are runs (a name or a
+    path), files (what launcher results --format json wrote, or a CSV in the form of slurm/reference-results.csv), or
+    the word published: the published row that matches the other best.
 
     \b
     launcher compare before-driver-update after-driver-update
@@ -144,8 +145,9 @@ def accept(
 ) -> None:
     """Judge a run: PASS, FAIL or CANNOT SAY, with reasons.
 
-    Whether it is as fast and as sane as it should be. With a run (a name or a path) it judges that one; with options of submit it submits a run, follows it, and judges
-    it. The verdict is kept in RUN/accept.json. Exit code 0: PASS; 12: FAIL; 13: CANNOT SAY.
+    Whether it is as fast and as sane as it should be. With a run (a name or a path) it judges that one; with options
+    of submit it submits a run, follows it, and judges it. The verdict is kept in RUN/accept.json. Exit code 0: PASS;
+    12: FAIL; 13: CANNOT SAY.
 
     \b
     launcher accept --image titan.sqsh --nodes 9            after every change of the cluster

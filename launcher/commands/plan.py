@@ -54,7 +54,8 @@ def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
     """The plan for people. Pure."""
     recipe, nodes = spec.recipe, spec.job.nodes
     rows = [
-        f"{spec.job.recipe} on {nodes} node{'s' if nodes > 1 else ''} x {spec.profile.gpus_per_node} {spec.profile.gpu}, "
+        f"{spec.job.recipe} on {nodes} node{'s' if nodes > 1 else ''} x {spec.profile.gpus_per_node} "
+        f"{spec.profile.gpu}, "
         f"batch {recipe.local_batch_size}, {recipe.steps:,} steps of {found.tokens // recipe.steps:,} tokens",
         "",
         f"memory      {_memory(spec, found)}",

@@ -22,7 +22,8 @@ _CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 def preflight(options: RunOptions, as_json: bool) -> None:
     """Check what can be known before a run queues.
 
-    Nothing is submitted. The same checks come before every `submit`. Exit code 0: nothing stops the run; 3 or 4: `submit` would refuse it.
+    Nothing is submitted. The same checks come before every `submit`. Exit code 0: nothing stops the run; 3 or 4:
+    `submit` would refuse it.
 
     \b
     launcher preflight --image titan.sqsh --nodes 9

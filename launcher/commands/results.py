@@ -57,7 +57,8 @@ def results(
 ) -> None:
     """Print results as the published table has them.
 
-    Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an object, and several are a list.
+    Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an
+    object, and several are a list.
 
     \b
     launcher results

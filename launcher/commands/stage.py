@@ -132,7 +132,8 @@ def c4(
 def tokenizer(model: str, **options: Any) -> None:
     """Stage the tokenizer of a Llama 3.
 
-    Of Llama-3.1-8B, Llama-3.1-70B, or OWNER/NAME on the Hub.     The models are gated: accept the licence on the Hub, then give a token by HF_TOKEN, `hf auth login` or --token-file.
+    Of Llama-3.1-8B, Llama-3.1-70B, or OWNER/NAME on the Hub. The models are gated: accept the licence on the Hub,
+    then give a token by HF_TOKEN, `hf auth login` or --token-file.
 
     \b
     launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
@@ -228,8 +229,8 @@ def verify(directory: Path, deep: bool, as_json: bool) -> None:
 def list_(directories: tuple[Path, ...], as_json: bool) -> None:
     """List what is staged, and for which runs it suffices.
 
-    Directories and images (default: below /data).     Names and sizes alone are looked at. The exit code is 0 also where something is INCOMPLETE or DAMAGED (`verify` has
-    3 for that), and 4 when a named directory does not exist.
+    Directories and images (default: below /data). Names and sizes alone are looked at. The exit code is 0 also where
+    something is INCOMPLETE or DAMAGED (`verify` has 3 for that), and 4 when a named directory does not exist.
 
     \b
     launcher stage list /data/c4 /data/tokenizers

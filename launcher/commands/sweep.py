@@ -72,8 +72,9 @@ def sweep(
 ) -> None:
     """Submit a matrix of nodes, batch sizes and recipes.
 
-    Every combination, one after another. Slurm keeps the order: each job waits for the end of the one before it, however that ended. The same command again
-    goes on where it was cut off, leaves alone what goes on or is complete, and prints the table with the scaling.
+    Every combination, one after another. Slurm keeps the order: each job waits for the end of the one before it,
+    however that ended. The same command again goes on where it was cut off, leaves alone what goes on or is complete,
+    and prints the table with the scaling.
 
     \b
     launcher sweep --image titan.sqsh --nodes 3,9,17 --dry-run

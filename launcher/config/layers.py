@@ -1,8 +1,8 @@
 """Reading TOML layers and merging them: defaults < profile < recipe < SBATCH_* < user file < options.
 
 A layer is a flat mapping of dotted keys ("job.nodes") to values. Every layer may set any key of `[job]`,
-`[profile]`, `[recipe]`, `[env]` and `[titan]`, and hold `[gpu.NAME.SECTION]` tables, which apply to that GPU alone. A run directory's run.toml is a complete layer: it says `run = 1` and replaces the first
-three.
+`[profile]`, `[recipe]`, `[env]` and `[titan]`, and hold `[gpu.NAME.SECTION]` tables, which apply to that GPU alone. A
+run directory's run.toml is a complete layer: it says `run = 1` and replaces the first three.
 """
 
 from __future__ import annotations

@@ -135,7 +135,9 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
 
 
 def _toml_value(key: str, text: str) -> Any:
-    """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string, and so is 570.1 where one is wanted."""
+    """`3`, `true`, `0.1` and `"x"` as in a TOML file; anything else is a string, and so is 570.1 where one is
+    wanted.
+    """
     try:
         value = parse_toml(f"value = {text}")["value"]
     except ValueError:

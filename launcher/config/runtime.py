@@ -21,7 +21,9 @@ def mounts(spec: RunSpec) -> list[str]:
 
 
 def host_path(spec: RunSpec, path: str) -> str:
-    """Where `path`, as the job sees it, is outside the container: a mount of the user's or the profile's may move it."""
+    """Where `path`, as the job sees it, is outside the container: a mount of the user's or the profile's may move
+    it.
+    """
     if spec.job.runtime == "bare":
         return path
     moved = [mount.split(":")[:2] for mount in (*spec.profile.mounts, *spec.job.mounts)]
@@ -57,7 +59,8 @@ def node_command(spec: RunSpec) -> list[str]:
     # A variable of the image's own environment wins over the job's unless it comes with this prefix.
     env = [f"APPTAINERENV_{name}={value}" for name, value in sorted(spec.env.items())]
     # Without --no-eval those values are evaluated by a shell. --no-home alone still mounts a home that is the working
-    # directory, as it is for whoever submits from there. /dev comes whole: InfiniBand, IMEX channels; /tmp is the node's.
+    # directory, as it is for whoever submits from there. /dev comes whole: InfiniBand, IMEX channels; /tmp is the
+    # node's.
     options = ["--no-eval", "--no-mount", "home,cwd", *(["--nv"] if spec.profile.device == "cuda" else [])]
     binds = [part for mount in mounts(spec) for part in ("--bind", mount)]
     command = ["apptainer", "exec", *options, *binds, "--pwd", spec.run_dir, spec.job.image, *entry]

@@ -1,4 +1,6 @@
-"""`launcher image build`: one image of a channel for one architecture, from the Dockerfile at the top of the checkout."""
+"""`launcher image build`: one image of a channel for one architecture, from the Dockerfile at the top of the
+checkout.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         r"THESE PACKAGES DO NOT MATCH THE HASHES|\[sha256:[0-9a-f]+\] do not match|Hashes are required",
         "a file is not the one that the lock {lock} names: {package}",
-        "if the lock was edited by hand, or the file was replaced on purpose: launcher image lock {channel} --arch {arch}; "
+        "if the lock was edited by hand, or the file was replaced on purpose: launcher image lock {channel} "
+        "--arch {arch}; "
         "otherwise do not use that index",
     ),
     (

@@ -1,4 +1,6 @@
-"""The one place that talks to a Docker engine, through docker-py. Needs the extra `image`; nothing is imported before use."""
+"""The one place that talks to a Docker engine, through docker-py. Needs the extra `image`; nothing is imported before
+use.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def connect() -> Engine:
     host = os.environ.get("DOCKER_HOST") or _context_host() or DEFAULT_HOST
     try:
         # No answer to a question takes long; a build has no limit of its own.
-        # ssh:// by the program ssh, which knows the user's keys, agent and jump hosts; docker-py itself knows few of them.
+        # ssh:// by the program ssh, which knows the user's keys, agent and jump hosts; docker-py itself knows few of
+        # them.
         client = docker.DockerClient.from_env(
             timeout=60,
             environment=os.environ | {"DOCKER_HOST": host},

@@ -281,7 +281,9 @@ def _open(path: Path) -> _Tree | None:
 
 
 def _run(command: list[str], limit: int) -> tuple[int, bytes, str]:
-    """The exit code, what was printed, and the last of what was complained. Of output without end, `limit` + 1 bytes."""
+    """The exit code, what was printed, and the last of what was complained. Of output without end, `limit` + 1
+    bytes.
+    """
     try:
         with (
             tempfile.TemporaryFile() as log,

@@ -1,4 +1,5 @@
-"""`launcher image build --push`: the image of each architecture into a registry, then one manifest list for all of them.
+"""`launcher image build --push`: the image of each architecture into a registry, then one manifest list for all of
+them.
 
 The engine pushes, through docker-py. docker-py knows nothing of manifest lists: they are made by `docker manifest`,
 which is in every docker command, needs neither buildx nor a running engine, and does its own logging in.
@@ -37,7 +38,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"connection refused|no such host|i/o timeout|no route to host|Temporary failure in name resolution|"
-        r"network is unreachable|Client\.Timeout|request canceled while waiting|server misbehaving|TLS handshake timeout",
+        r"network is unreachable|Client\.Timeout|request canceled while waiting|server misbehaving|TLS handshake "
+        r"timeout",
         "the registry {host} does not answer",
         "check the name and the port in {reference}; does the registry run? curl --head http://{host}/v2/",
     ),

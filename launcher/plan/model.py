@@ -1,4 +1,6 @@
-"""The size of torchtitan's own Llama 3, without its memory: built on torch's meta device. Needs torch and torchtitan."""
+"""The size of torchtitan's own Llama 3, without its memory: built on torch's meta device. Needs torch and
+torchtitan.
+"""
 
 from __future__ import annotations
 

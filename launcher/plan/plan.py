@@ -10,7 +10,8 @@ Memory of a GPU is a formula for torchtitan's Llama 3 under FSDP, in eager mode:
                  the loss's): the allocator keeps all four
     gathered     the unsharded weights of two layers, of the embedding and of the last layer, and the last's gradient
 
-Held against the memory column of all twelve published rows (12 to 128 GPUs of four types, batches of 2, 4 and 5) it is off by
+Held against the memory column of all twelve published rows (12 to 128 GPUs of four types, batches of 2, 4 and 5) it
+is off by
 -1.1% to +1.7%; tests/unit/test_plan.py keeps it within MEMORY_IS_GOOD_TO. Only eager runs of 8B with selective
 checkpointing are published: the rest of the formula is reasoned, not measured.
 """
@@ -102,7 +103,8 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
     wants_files = spec.recipe.dataset == "c4" and spec.job.data not in (SAMPLE, HUB)
     if wants_files and spec.data_parallel > TRAIN_FILES:
         notes.append(
-            f"C4 has {TRAIN_FILES:,} files, fewer than {spec.data_parallel:,} data-parallel ranks: every rank reads all of "
+            f"C4 has {TRAIN_FILES:,} files, fewer than {spec.data_parallel:,} data-parallel ranks: every rank "
+            "reads all of "
             "them and keeps its share (docs/data.md)"
         )
     return Plan(

@@ -1,6 +1,7 @@
 """What can be known before a run queues: pure checks over (spec, facts), each with what, why and the fix.
 
-docs/preflight.md has a paragraph for each name. What only the files here can tell is in launcher/preflight/local_files.py.
+docs/preflight.md has a paragraph for each name. What only the files here can tell is in
+launcher/preflight/local_files.py.
 """
 
 from __future__ import annotations

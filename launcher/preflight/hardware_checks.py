@@ -1,4 +1,6 @@
-"""Checks before a run queues of what its nodes are: GPUs, architecture, uptime. Pure; part of launcher/preflight/checks.py."""
+"""Checks before a run queues of what its nodes are: GPUs, architecture, uptime. Pure; part of
+launcher/preflight/checks.py.
+"""
 
 from __future__ import annotations
 

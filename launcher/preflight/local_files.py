@@ -191,7 +191,8 @@ def warnings(spec: RunSpec) -> list[str]:
     ]
     if spec.job.data.startswith(S3) and not any(name.startswith("AWS_") for name in (*spec.env, *spec.secret_env)):
         found.append(
-            f"--data {spec.job.data}: the job gets no credentials for it, which is right where the nodes have their own "
+            f"--data {spec.job.data}: the job gets no credentials for it, which is right where the nodes have "
+            "their own "
             "or none are needed; otherwise: --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY --env AWS_ENDPOINT_URL"
         )
     if spec.job.data == HUB and spec.job.scheduler == "slurm" and "HF_TOKEN" not in (*spec.env, *spec.secret_env):

@@ -1,7 +1,8 @@
 """Which nodes should stand together: `--segment` from the blocks of Slurm's topology. Pure.
 
 A block of topology/block is a rack whose GPUs share one NVLink domain. `--segment=S` cuts a job into pieces of S nodes
-and puts each piece into one block; S must divide the number of nodes. Source: Slurm's manual of sbatch and topology.yaml.
+and puts each piece into one block; S must divide the number of nodes. Source: Slurm's manual of sbatch and
+topology.yaml.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Checks before a run queues of where its nodes stand: racks, segments, blocks. Pure; part of launcher/preflight/checks.py."""
+"""Checks before a run queues of where its nodes stand: racks, segments, blocks. Pure; part of
+launcher/preflight/checks.py.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,8 @@ def _straddles(spec: RunSpec, found: placement.Placement, blocks: Sequence[Block
     waiting = placement.segment(nodes, [len(block.nodes) for block in blocks])
     if lost and waiting > found.segment:
         return (
-            f"{some(lost)} {'is' if len(lost) == 1 else 'are'} out of service; with them, pieces of {waiting} would do: "
+            f"{some(lost)} {'is' if len(lost) == 1 else 'are'} out of service; with them, pieces of {waiting} "
+            "would do: "
             "until then, traffic that could stay on NVLink crosses the network",
             f"{fix}{', or ' if fix else ''}--segment {waiting}, which waits for them",
         )

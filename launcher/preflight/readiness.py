@@ -1,4 +1,6 @@
-"""The edge of launcher/preflight/checks.py: asks Slurm. What the files here can tell is in launcher/preflight/local_files.py."""
+"""The edge of launcher/preflight/checks.py: asks Slurm. What the files here can tell is in
+launcher/preflight/local_files.py.
+"""
 
 from __future__ import annotations
 

@@ -217,7 +217,10 @@ def _data(counted: Sequence[Health]) -> Finding:
     most, run = max(known, key=lambda found: found[0])
     text = f"at most {100 * most:.1f}% of a step is waiting for data"
     if run.waits_for_data:
-        text = f"{100 * most:.1f}% of a step is waiting for data ({run.outcome.run}); up to {100 * MAX_WAITING:g}% is usual"
+        text = (
+            f"{100 * most:.1f}% of a step is waiting for data ({run.outcome.run}); up to "
+            f"{100 * MAX_WAITING:g}% is usual"
+        )
     return Finding("Data", LOOK if run.waits_for_data else OK, (text,))
 
 

@@ -87,13 +87,19 @@ def _strip(run: int, outcome: Outcome, found: Heat) -> Strip:
     def at(cell: NodeCell) -> str:
         return f"{cell.host} at {cell.tps:,.0f} ({percent(cell.percent)})"
 
-    summary = f"{len(outcome.by_node)} nodes, median {found.median:,.0f}, slowest {at(found.slowest)}, fastest {at(found.fastest)}"
+    summary = (
+        f"{len(outcome.by_node)} nodes, median {found.median:,.0f}, slowest {at(found.slowest)}, fastest "
+        f"{at(found.fastest)}"
+    )
     if found.silent:
         summary += f", {found.silent} without a figure"
     rest = ""
     if found.others:
         low, high = percent(found.others[0].percent), percent(found.others[-1].percent)
-        rest = f"The {len(found.cells)} slowest nodes, slowest first. The other {len(found.others)} lie between {low} and {high}."
+        rest = (
+            f"The {len(found.cells)} slowest nodes, slowest first. The other {len(found.others)} lie between "
+            f"{low} and {high}."
+        )
     cells = tuple((cell, percent(cell.percent), f"h{_level(cell.percent)}") for cell in found.cells)
     slow = {0: "", 1: "slow node"}.get(len(found.slow), f"{len(found.slow):,} slow nodes")
     opened = run < NEWEST_OPEN or bool(slow)

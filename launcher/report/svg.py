@@ -21,8 +21,8 @@ COLOURS = 8
 class Drawn:
     """One line and its dots. `points` with a NaN for y break the line; `css` names its classes.
 
-    `label` stands at its right end, moved where others are as near; `tip` is what a pointer that rests on it shows. `run`: hidden together with
-    that run's row.
+    `label` stands at its right end, moved where others are as near; `tip` is what a pointer that rests on it shows.
+    `run`: hidden together with that run's row.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -239,7 +239,8 @@ def _line(one: Drawn, x: Axis, y: Axis, label: Markup) -> Markup:
         if math.isnan(value):
             parts.append(
                 Markup(
-                    '<path class="lost {}" d="M{:.1f} {}l7 7m0 -7l-7 7"><title>{}, step {:.0f}: not finite</title></path>'
+                    '<path class="lost {}" d="M{:.1f} {}l7 7m0 -7l-7 7"><title>{}, step {:.0f}: not '
+                    "finite</title></path>"
                 ).format(one.css, _x(x, at) - 3.5, TOP, plain(one.tip), at)
             )
     return Markup("").join(parts) + label + Markup("</g>")

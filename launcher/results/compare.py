@@ -255,6 +255,9 @@ def _change(figure: Figure) -> tuple[str, str]:
         amount += f" ({100 * figure.share:+.1f}%)"
     remark = figure.remark
     if figure.noise is not None:
-        remark = f"{'beyond' if figure.beyond else 'within'} the noise of {figure.noise:,.{digits if figure.noise >= 1 else 2}f}"
+        remark = (
+            f"{'beyond' if figure.beyond else 'within'} the noise of "
+            f"{figure.noise:,.{digits if figure.noise >= 1 else 2}f}"
+        )
         remark += f" ({figure.remark})" if figure.remark else ""
     return amount, remark

@@ -221,7 +221,9 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 
 def csv_text(outcomes: Sequence[Outcome]) -> str:
-    """One line a run with all figures, empty where unknown; text that a spreadsheet would run is led by a quote mark."""
+    """One line a run with all figures, empty where unknown; text that a spreadsheet would run is led by a quote
+    mark.
+    """
     rows = [_flat(outcome) for outcome in outcomes]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

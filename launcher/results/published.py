@@ -265,7 +265,9 @@ def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
 
 
 def nearest(outcome: Outcome, rows: Sequence[Outcome]) -> Outcome | None:
-    """The row to show beside it: of the same GPU, with the fewest settings that differ; None where no GPU is the same."""
+    """The row to show beside it: of the same GPU, with the fewest settings that differ; None where no GPU is the
+    same.
+    """
     same = [row for row in rows if same_gpu(outcome.gpu, row.gpu)]
     return min(same, key=lambda row: _distance(outcome, row), default=None)
 

@@ -130,7 +130,9 @@ def _readable(path: Path, unreadable: list[str]) -> Iterator[StepRecord]:
 
 
 def _node_records(folder: Path, unreadable: list[str]) -> dict[str, dict[str, Any]]:
-    """What the nodes wrote of themselves, by host, in the job's order. Older runs, and local ones cut short, lack it."""
+    """What the nodes wrote of themselves, by host, in the job's order. Older runs, and local ones cut short, lack
+    it.
+    """
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if _RECORD.fullmatch(entry.name))
     except FileNotFoundError:

@@ -60,14 +60,16 @@ def _document(outcomes: Sequence[Outcome], entity: str) -> str:
         f"This was run by {escape(entity)} with titan-launcher{f' on {dates}' if dates else ''}.",
         *("", "### Models", "", escape(model)),
         *("", "### Hardware", ""),
-        f"- {first.gpus} {escape(first.gpu)}, {first.gpus // first.nodes} in each of {first.nodes} node{'s' if first.nodes > 1 else ''}",
+        f"- {first.gpus} {escape(first.gpu)}, {first.gpus // first.nodes} in each of {first.nodes} "
+        f"node{'s' if first.nodes > 1 else ''}",
         f"- NVIDIA driver: {escape(first.versions.get('driver') or 'not recorded')}",
         "- Interconnect: (please add it; the run directory does not know it)",
         *("", "### Results", ""),
         "Per GPU, over the logged steps after warm-up of all nodes: median (quartiles). Step 1 and the steps up to the",
         "first regular log line are warm-up.",
         "",
-        "| Run | Steps | Batch | Sequence | Precision | Compile | TPS/GPU | TFLOP/s | MFU | Memory (GiB), most | Loss at the end |",
+        "| Run | Steps | Batch | Sequence | Precision | Compile | TPS/GPU | TFLOP/s | MFU | Memory (GiB), most | "
+        "Loss at the end |",
         "| --- | ---: | ---: | ---: | --- | --- | ---: | ---: | --- | ---: | ---: |",
         *(_result(outcome) for outcome in outcomes),
         *("", "### Configuration", ""),

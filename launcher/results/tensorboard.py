@@ -37,7 +37,8 @@ def scalars(folder: Path, tags: Collection[str]) -> dict[str, dict[int, float]]:
 def read_scalars(path: Path, tags: Collection[bytes] = (b"",)) -> Iterator[tuple[int, bytes, float]]:
     """(step, tag, value) of scalars in an event file, up to its end or its first damage. Memory doesn't grow.
 
-    Only records that hold one of `tags` somewhere are decoded, which is most of the time. Raises OSError where the file cannot be read.
+    Only records that hold one of `tags` somewhere are decoded, which is most of the time. Raises OSError where the
+    file cannot be read.
     """
     if (handle := open_log(path)) is None:
         return

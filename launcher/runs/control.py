@@ -34,7 +34,8 @@ def submit(
 
     `submitted` is called with the run and its job id as soon as that is on disk; Ctrl-C waits until then. If this
     program is killed before, the directory stays with intent.json alone, and `job_of` finds the job by its name.
-    `also` writes more into the new directory. `after`: number of the Slurm job whose end, however it ends, the new one waits for.
+    `also` writes more into the new directory. `after`: number of the Slurm job whose end, however it ends, the new
+    one waits for.
     """
     _forget_secrets_in(Path(spec.job.runs_dir))
     with _signals_deferred():

@@ -1,6 +1,7 @@
 """The run directory: made whole or not at all, read by every other command.
 
-    run.toml  job.sbatch  job/ (node.json, node.py, titan/, check/)  data/ (the view)  logs/  intent.json  job.json  claim/  end.json
+    run.toml  job.sbatch  job/ (node.json, node.py, titan/, check/)  data/ (the view)  logs/  intent.json  job.json
+    claim/  end.json
 
 `intent.json` is there before anything is submitted, `job.json` after; a directory with the first alone was cut
 off in between, and the job is looked for by its name (launcher/runs/control.py).

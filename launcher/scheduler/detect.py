@@ -1,4 +1,6 @@
-"""Asks Slurm what a cluster is, all questions at once, and makes launcher/scheduler/facts.py's values of the answers."""
+"""Asks Slurm what a cluster is, all questions at once, and makes launcher/scheduler/facts.py's values of the
+answers.
+"""
 
 from __future__ import annotations
 
@@ -82,12 +84,16 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
 
 @cache
 def detected() -> ClusterFacts:
-    """`detect` once for all that a submission looks at. What is asked later, or again, calls `detected.cache_clear()`."""
+    """`detect` once for all that a submission looks at. What is asked later, or again, calls
+    `detected.cache_clear()`.
+    """
     return detect()
 
 
 def _ask_all(ask: Run) -> tuple[dict[str, str], dict[str, LauncherError]]:
-    """Every question's answer or error. Ctrl-C ends it at once: the threads, and what they wait for, are left behind."""
+    """Every question's answer or error. Ctrl-C ends it at once: the threads, and what they wait for, are left
+    behind.
+    """
     said: SimpleQueue[tuple[str, str | BaseException]] = SimpleQueue()
 
     def one(name: str) -> None:

@@ -193,7 +193,9 @@ def sinfo_nodes(text: str) -> tuple[Node, ...]:
 
 
 def partitions(text: str) -> tuple[tuple[Partition, ...], int]:
-    """`scontrol -o show partition`, and how many records could not be read. Nodes expanded; none where none are listed."""
+    """`scontrol -o show partition`, and how many records could not be read. Nodes expanded; none where none are
+    listed.
+    """
     found, broken = [], 0
     for record in _records(text, "PartitionName="):
         fields = dict(word.split("=", 1) for word in reversed(record.split(" ")) if "=" in word)
@@ -276,7 +278,9 @@ def container_options(help_text: str) -> tuple[str, ...]:
 
 
 def squashfuse(plugstack: str) -> bool | None:
-    """Whether Pyxis mounts images (True) or has enroot unpack them (False, its default), by its line in plugstack.conf."""
+    """Whether Pyxis mounts images (True) or has enroot unpack them (False, its default), by its line in
+    plugstack.conf.
+    """
     for line in plugstack.splitlines():
         if re.search(r"^\s*(required|optional)\s+\S*pyxis\S*\.so\b", line):
             return bool(re.search(r"\suse_squashfuse=(1|true)\b", line))

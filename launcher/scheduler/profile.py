@@ -82,7 +82,9 @@ def contradictions(profile: str, nodes: Sequence[Node], kinds: Mapping[str, Kind
 
 
 def _propose_for(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> Proposal:
-    """Count and architecture leave some profiles; what names one of them must not be the GRES alone, nor be disputed."""
+    """Count and architecture leave some profiles; what names one of them must not be the GRES alone, nor be
+    disputed.
+    """
     evidence = _evidence(nodes, kinds)
     hard = [e for e in evidence if e.source in ("count", "architecture")]
     names = [e for e in evidence if e.names]

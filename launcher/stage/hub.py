@@ -1,8 +1,9 @@
 """The Hugging Face Hub: what a repository holds at one commit, one file of it, and its refusals in plain words.
 
-Asked with the standard library, and every answer is bounded and checked where it is read: huggingface_hub's client takes
-a listing of any size, also inflated, and what is wrong in it for granted. Its `hf_hub_download` keeps an interrupted
-download in 0.34 and throws it away in 2.4. The one module that imports it: for the user's token, and for Xet.
+Asked with the standard library, and every answer is bounded and checked where it is read: huggingface_hub's client
+takes a listing of any size, also inflated, and what is wrong in it for granted. Its `hf_hub_download` keeps an
+interrupted download in 0.34 and throws it away in 2.4. The one module that imports it: for the user's token, and for
+Xet.
 """
 
 from __future__ import annotations
@@ -253,7 +254,9 @@ def download(
 
 
 def _get(repo: Repo, file: HubFile, sink: Sink) -> None:
-    """The rest of a file into `sink`. The Hub is asked each time where its content is: an address is valid for an hour."""
+    """The rest of a file into `sink`. The Hub is asked each time where its content is: an address is valid for an
+    hour.
+    """
     url = f"{repo.page}/resolve/{repo.revision}/{quote(file.path)}"
     try:
         with _open(repo, url, {"Range": f"bytes={sink.size}-"} if sink.size else None) as answer:
@@ -270,7 +273,9 @@ def _get(repo: Repo, file: HubFile, sink: Sink) -> None:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """Trusts what huggingface_hub's own client trusts, which Xet uses: the bundle that the user names, else certifi's, the system's."""
+    """Trusts what huggingface_hub's own client trusts, which Xet uses: the bundle that the user names, else
+    certifi's, the system's.
+    """
     context = ssl.create_default_context()
     bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
     if not bundle and not os.environ.get("SSL_CERT_FILE"):

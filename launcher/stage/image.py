@@ -50,7 +50,8 @@ class Wanted:
 def stage_image(source: str, to: Path, *, say: Say) -> Path:
     """Puts an image below `to` unless it is there, and returns its path, which holds the first 12 digits of its sha256.
 
-    `source` is a .sqsh file, or the http(s) address of one with its .json beside it. Raises LauncherError; an interrupted call is continued by the next one.
+    `source` is a .sqsh file, or the http(s) address of one with its .json beside it. Raises LauncherError; an
+    interrupted call is continued by the next one.
     """
     to = Path(os.path.expanduser(to)).absolute()
     if not source.strip():
@@ -73,7 +74,10 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
         wanted, reader = _of_file(Path(os.path.expanduser(source)), say)
     else:
         what = "a directory" if os.path.isdir(source) else "no such file"
-        fix = f"the path of a .sqsh file; an image of the Docker engine first becomes one: {quoted('launcher', 'image', 'convert', source)}"
+        fix = (
+            "the path of a .sqsh file; an image of the Docker engine first becomes one: "
+            f"{quoted('launcher', 'image', 'convert', source)}"
+        )
         raise LauncherError(f"{source}: {what}", fix)
     final = wanted.path(to)
     if _is_known(wanted, final):  # also for whoever may only read there

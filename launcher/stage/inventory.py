@@ -59,7 +59,10 @@ class Report:
         if self.manifest.source.startswith("s3://"):
             words["c4"] += f" --from {quoted(self.manifest.source)}"
         repo = self.manifest.source.removeprefix("hf://")
-        return f"launcher stage {words.get(self.manifest.kind, f'{self.manifest.kind} {quoted(repo)}')} --to {quoted(self.directory)}"
+        return (
+            f"launcher stage {words.get(self.manifest.kind, f'{self.manifest.kind} {quoted(repo)}')} --to "
+            f"{quoted(self.directory)}"
+        )
 
     def _wanted_train_files(self) -> int:
         paths = {*self.manifest.wanted, *self.manifest.files}

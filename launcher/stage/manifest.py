@@ -38,7 +38,9 @@ class StagedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A staged directory. `wanted` are the paths that the last call was to bring; all in `files` when it is complete."""
+    """A staged directory. `wanted` are the paths that the last call was to bring; all in `files` when it is
+    complete.
+    """
 
     kind: str
     source: str  # "hf://datasets/allenai/c4", "s3://bucket/prefix"

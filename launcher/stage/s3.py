@@ -109,7 +109,9 @@ class ObjectChecksums:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A prefix in a bucket. `revision` is that of the data set where the bucket says it, else a checksum of the list."""
+    """A prefix in a bucket. `revision` is that of the data set where the bucket says it, else a checksum of the
+    list.
+    """
 
     source: str
     root: str  # bucket/prefix, as s3fs writes it

@@ -282,7 +282,8 @@ def check_space(target: Path, needed: int) -> None:
     if needed and needed + RESERVE > free:
         raise LauncherError(
             f"{target}: {gigabytes(needed)} are still needed, {gigabytes(free)} are free",
-            f"free space (df -h {quoted(target)}), ask for fewer files (--files N), or another place, or --to another file system",
+            f"free space (df -h {quoted(target)}), ask for fewer files (--files N), or another place, or --to "
+            "another file system",
             status=ExitStatus.FILESYSTEM,
         )
 

@@ -168,7 +168,8 @@ def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
             raise
         raise LauncherError(
             f"--data {address}: {error.what}; submit lists the files with it",
-            f"{error.fix}; or where it is installed: launcher stage c4 --from {quoted(address)} --to DIR --files {needed}, "
+            f"{error.fix}; or where it is installed: launcher stage c4 --from {quoted(address)} --to DIR --files "
+            f"{needed}, "
             "then --data DIR",
             status=error.status,
         ) from error
@@ -359,7 +360,8 @@ def _shortages(spec: RunSpec, staged: Staged, stage: str, then: str = "") -> lis
     if len(train) % degree:
         help_ = more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
         notes.append(
-            f"{spec.data_path}: {len(train)} train files for {degree} data-parallel ranks: every rank reads all of them "
+            f"{spec.data_path}: {len(train)} train files for {degree} data-parallel ranks: every rank reads all "
+            "of them "
             f"and keeps one document in {degree}{help_}"
         )
     needed = tokens_of(spec)

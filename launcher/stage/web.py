@@ -82,7 +82,9 @@ def read_small(url: str) -> dict[str, Any]:
 
 
 def stream_from(url: str) -> Reader:
-    """A reader of the file at `url`. After a cut it asks for the rest; a server that knows no ranges sends all again."""
+    """A reader of the file at `url`. After a cut it asks for the rest; a server that knows no ranges sends all
+    again.
+    """
     return lambda offset, size: _read(url, offset, size)
 
 

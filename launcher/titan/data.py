@@ -47,7 +47,8 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
         raise Refused(f"{folder}/en holds no *.json.gz", stage)
     if re.search(r"en/c4-validation", header) and not any((folder / "en").glob("c4-validation.*")):
         raise Refused(
-            f"{folder}/README.md names a validation split, {folder}/en has no file of it: `datasets` then reads neither",
+            f"{folder}/README.md names a validation split, {folder}/en has no file of it: "
+            "`datasets` then reads neither",
             f"submit where {folder} can be seen, which makes a view of it, or: {stage} --validation",
         )
     if broken := [shard for shard in shards if not shard.exists()]:

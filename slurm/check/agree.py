@@ -97,7 +97,8 @@ def _lead(
         host = Host(port, job, node["nodes"])
     except OSError as error:
         raise Lost(
-            f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}; submitted again, the job has another"
+            f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}; submitted again, the job "
+            "has another"
         ) from error
     try:
         heard = host.gather(

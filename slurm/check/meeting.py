@@ -173,7 +173,8 @@ class Guest:
                 took, why = time.monotonic() - began + pause, error.strerror or str(error)
                 if silent and took > min(SILENT_S, limit_s):
                     fix = (
-                        f"a firewall, or the wrong network: ip route get {address}; the nodes need TCP among themselves, "
+                        f"a firewall, or the wrong network: ip route get {address}; the nodes need TCP among "
+                        "themselves, "
                         "ports 10000 to 29999 for the launcher and 32768 to 60999 for NCCL"
                     )
                     raise Lost(

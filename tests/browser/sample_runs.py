@@ -1,4 +1,6 @@
-"""A dozen runs such as a cluster's first weeks bring: three sizes, two GPU types, failures, and names that are markup."""
+"""A dozen runs such as a cluster's first weeks bring: three sizes, two GPU types, failures, and names that are
+markup.
+"""
 
 from __future__ import annotations
 

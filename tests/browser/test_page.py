@@ -228,7 +228,8 @@ def test_labels_of_swatches_stand_beside_their_lines(browser: Any, folder: Path,
         tab.goto((tmp_path / "page.html").as_uri())
         boxes = tab.locator("svg.swatch:has(text:not(:empty))").evaluate_all(
             "all => all.map((one) => [one.querySelector('text').textContent, one.querySelector('text').getBBox(),"
-            " one.querySelector('path').getBBox()].map((box) => box.x === undefined ? box : [box.x, box.x + box.width]))"
+            " one.querySelector('path').getBBox()].map((box) => box.x === undefined ? box : [box.x, box.x + "
+            "box.width]))"
         )
         assert {len(label) for label, _, _ in boxes} == {1, 2, 3}
         assert all(text[0] > line[1] and text[1] <= 48 for _, text, line in boxes), boxes

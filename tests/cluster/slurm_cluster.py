@@ -250,7 +250,10 @@ def _write_files(cluster: Cluster, addresses: dict[str, str], release: Release |
 
 
 # What a process does to see another release's files, and of this machine's only /tmp and the kernel's.
-ENTER = "for d in /tmp /dev /proc /sys; do mount --rbind $d {root}$d; done; mount --bind /etc/hosts {root}/etc/hosts; exec chroot {root}"
+ENTER = (
+    "for d in /tmp /dev /proc /sys; do mount --rbind $d {root}$d; done; mount --bind /etc/hosts "
+    "{root}/etc/hosts; exec chroot {root}"
+)
 
 COMMAND = """\
 #!/bin/sh

@@ -95,7 +95,8 @@ def test_the_quick_start(slurm: Cluster, train_image: Path, user_dir: Path) -> N
     cancel = [
         "bash",
         "-c",
-        f"cd {user_dir}; ./titan/bin/launcher cancel $(./titan/bin/launcher list --json | grep -m1 '\"run\"' | cut -d'\"' -f4)",
+        f"cd {user_dir}; ./titan/bin/launcher cancel $(./titan/bin/launcher list --json | grep -m1 '\"run\"' | "
+        "cut -d'\"' -f4)",
     ]
     assert "cancelled (was PENDING)" in subprocess.run(cancel, env=env, capture_output=True, text=True).stdout
 

@@ -349,7 +349,10 @@ def test_failed_start_leaves_nothing(slurm: Cluster, open_dir: Path, monkeypatch
 
 
 def test_killed_starter_is_cleaned_up_after(slurm: Cluster, open_dir: Path) -> None:
-    code = "import os, pathlib; from tests.cluster import slurm_cluster as s; s.start_cluster(pathlib.Path(os.environ['D']), nodes=1); os._exit(1)"
+    code = (
+        "import os, pathlib; from tests.cluster import slurm_cluster as s; "
+        "s.start_cluster(pathlib.Path(os.environ['D']), nodes=1); os._exit(1)"
+    )
     environment = dict(os.environ) | {"D": str(open_dir), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=False)
     assert running_below(open_dir)

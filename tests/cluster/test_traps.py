@@ -1,9 +1,10 @@
 """What goes wrong on clusters, each provoked on a real Slurm, and what a user reads then.
 
-Elsewhere: nodes, GPUs, limits and drained nodes in test_preflight_on_slurm.py; topology blocks and a Slurm without Pyxis
-in test_slurm_2411.py; mounts, secrets and values with commas in test_launcher_on_slurm.py; data that one node does not
-have, a lost or slow GPU in test_node_check.py. Not here: when a node booted comes from the kernel (B200's uptime:
-tests/unit/test_preflight.py), and a limit on user namespaces would be the whole machine's (test_known_errors.py).
+Elsewhere: nodes, GPUs, limits and drained nodes in test_preflight_on_slurm.py; topology blocks and a Slurm without
+Pyxis in test_slurm_2411.py; mounts, secrets and values with commas in test_launcher_on_slurm.py; data that one node
+does not have, a lost or slow GPU in test_node_check.py. Not here: when a node booted comes from the kernel (B200's
+uptime: tests/unit/test_preflight.py), and a limit on user namespaces would be the whole machine's
+(test_known_errors.py).
 """
 
 from __future__ import annotations
@@ -229,12 +230,14 @@ def lfs_pointers(folder: Path) -> None:
 
 # A stand-in that knows nothing but the NVLink domain: the nodes are in one each.
 NVIDIA_SMI = """#!/bin/sh
-case "$1" in *fabric.cliqueId*) echo "GPU-0, 4f1c2e9a-0000-4d00-8000-000000000001, ${SLURMD_NODENAME##*-}" ;; *) exit 2 ;; esac
+case "$1" in *fabric.cliqueId*) echo "GPU-0, 4f1c2e9a-0000-4d00-8000-0001, ${SLURMD_NODENAME##*-}" ;; *) exit 2 ;; esac
 """
 
 
 def test_what_only_the_nodes_can_tell(command: Command, slurm: Cluster, image: Path, user_dir: Path) -> None:
-    """All of it in one go: Git LFS pointers, no IMEX channel, InfiniBand device or tokenizer; on one node a full disk."""
+    """All of it in one go: Git LFS pointers, no IMEX channel, InfiniBand device or tokenizer; on one node a full
+    disk.
+    """
     (user_dir / "tokenizer").mkdir()
     lfs_pointers(user_dir)
     full = f'[ "$SLURMD_NODENAME" = {slurm.nodes[1]} ] && mount -t tmpfs -o size=64m none /tmp'

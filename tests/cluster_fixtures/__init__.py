@@ -76,7 +76,8 @@ def node_line(node: FakeNode, version: tuple[int, int] = (25, 5)) -> str:
 def partition_line(name: str, nodes: str, default: bool = False, max_time: str = "UNLIMITED", state: str = "UP") -> str:
     return (
         f"PartitionName={name} AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL "
-        f"Default={'YES' if default else 'NO'} QoS=N/A DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO GraceTime=0 "
+        f"Default={'YES' if default else 'NO'} QoS=N/A DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO "
+        "GraceTime=0 "
         f"Hidden=NO MaxNodes=UNLIMITED MaxTime={max_time} MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED "
         f"Nodes={nodes or '(null)'} PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=EXCLUSIVE "
         f"OverTimeLimit=NONE PreemptMode=OFF State={state} TotalCPUs=1 TotalNodes=1 SelectTypeParameters=NONE "

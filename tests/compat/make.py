@@ -30,11 +30,18 @@ SLURM = {
     "srun": "exit 1",
     "scancel": ":",
 }
-STEP_03 = "[rank0]:[titan] 2026-11-22 07:{minute:02}:31,413 - root - INFO - step: {step:2}  loss: {loss:8.5f}  grad_norm: {norm:7.4f}  memory: 158.61GiB(86.20%)  tps: {tps:,}  tflops: 1,018.20  mfu: 45.25%"
-STEP_02 = "[rank0]:[titan] 2026-11-22 07:{minute:02}:31,413 - root - INFO - \x1b[31mstep: {step:2}  \x1b[32mloss: {loss:7.4f}  \x1b[38;2;180;60;0mgrad_norm: {norm:7.4f}  \x1b[38;2;54;234;195mmemory: 158.61GiB(86.20%)  \x1b[34mtps: {tps:,}  \x1b[36mtflops: 1,018.20  \x1b[35mmfu: 45.25%\x1b[39m"
+STEP_03 = (
+    "[rank0]:[titan] 2026-11-22 07:{minute:02}:31,413 - root - INFO - step: {step:2}  loss: {loss:8.5f}  "
+    "grad_norm: {norm:7.4f}  memory: 158.61GiB(86.20%)  tps: {tps:,}  tflops: 1,018.20  mfu: 45.25%"
+)
+STEP_02 = (
+    "[rank0]:[titan] 2026-11-22 07:{minute:02}:31,413 - root - INFO - \x1b[31mstep: {step:2}  "
+    "\x1b[32mloss: {loss:7.4f}  \x1b[38;2;180;60;0mgrad_norm: {norm:7.4f}  \x1b[38;2;54;234;195mmemory: "
+    "158.61GiB(86.20%)  \x1b[34mtps: {tps:,}  \x1b[36mtflops: 1,018.20  \x1b[35mmfu: 45.25%\x1b[39m"
+)
 OUT_OF_MEMORY = """[rank3]: Traceback (most recent call last):
 [rank3]:   File "/opt/venv/lib/python3.12/site-packages/torchtitan/train.py", line 500, in train_step
-[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 7.83 GiB. GPU 3 has a total capacity of 184.00 GiB of which 3.10 GiB is free."""
+[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 7.83 GiB. GPU 3 has 184 GiB."""
 ENDS = {  # exit code, signal, what Slurm said
     "completed": (0, "", "JobState=RUNNING Reason=None"),
     "completed-02": (0, "", "JobState=RUNNING Reason=None"),

@@ -1,4 +1,5 @@
-"""The image for arm64, built by this machine under emulation from the product's Dockerfile; with a lock of two small packages.
+"""The image for arm64, built by this machine under emulation from the product's Dockerfile; with a lock of two small
+packages.
 
 Everything but the packages is as in a real image: the same Dockerfile, stages, steps and description. torch for arm64
 is 900 MB and slow to import under emulation, and shows nothing about this project that amd64 does not.

@@ -1,4 +1,6 @@
-"""Building images of the channel cpu from the product's Dockerfile with a real engine, and every refusal before and in it."""
+"""Building images of the channel cpu from the product's Dockerfile with a real engine, and every refusal before and
+in it.
+"""
 
 from __future__ import annotations
 

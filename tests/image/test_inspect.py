@@ -154,7 +154,9 @@ FOREIGN: dict[str, bytes | str | Path] = {
     "usr/bin/sh": Path("/usr/bin/busybox"),
     "bin": Path("usr/bin"),
     "opt/venv/lib/python3.12/site-packages/torch-2.14.1+cu130.dist-info/METADATA": "",
-    "opt/venv/lib/python3.12/site-packages/torch/version.py": "from typing import Optional\n__version__ = '2'\ncuda: Optional[str] = '13.0'\nhip = None\n",
+    "opt/venv/lib/python3.12/site-packages/torch/version.py": (
+        "from typing import Optional\n__version__ = '2'\ncuda: Optional[str] = '13.0'\nhip = None\n"
+    ),
     "opt/venv/lib/python3.12/site-packages/torchtitan-0.3.0.dist-info/METADATA": "",
     "opt/venv/lib/python3.12/site-packages/pytorch_triton-3.4.0+git1.dist-info/METADATA": "",
     "opt/venv/lib/python3.12/site-packages/nvidia_nccl_cu13-2.27.7.dist-info/METADATA": "",

@@ -1,4 +1,6 @@
-"""Images of both architectures in a real registry (Debian's docker-registry, on the loopback interface), and one list of them."""
+"""Images of both architectures in a real registry (Debian's docker-registry, on the loopback interface), and one list
+of them.
+"""
 
 from __future__ import annotations
 

@@ -159,7 +159,9 @@ def test_a_manifest_is_no_link(hub: Hub, launch: Launch, workplace: Path) -> Non
 
 
 def test_a_link_that_comes_meanwhile_leads_nowhere(hub: Hub, workplace: Path, victim: Path) -> None:
-    """While the first file is on its way, our part of the directory is replaced: everything goes where it was opened."""
+    """While the first file is on its way, our part of the directory is replaced: everything goes where it was
+    opened.
+    """
     target = workplace / "c4"
 
     def swap(*_arguments: object) -> bool:

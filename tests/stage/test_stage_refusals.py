@@ -1,4 +1,6 @@
-"""What a user types wrong, may not see or has lying in the way: said at once, with the next command, without a network."""
+"""What a user types wrong, may not see or has lying in the way: said at once, with the next command, without a
+network.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ FAILS: dict[str, tuple[Outcome, str]] = {
     "out of time": (outcome(state="TIMEOUT", problems=("TIMEOUT",)), "the run ended TIMEOUT"),
     "an interval at half speed": (
         outcome(overall_tps=16137.0, series=(*points()[:-1], Point(100, 6.65, 2.5, 8965.0, 159.31))),
-        "16,137 tokens/s per GPU over all the time after warm-up, 10.0% below the median (limit 5%); slow up to step 100",
+        "16,137 tokens/s per GPU over all the time after warm-up, 10.0% below the median (limit 5%); slow up to "
+        "step 100",
     ),
     "a loss of nothing": (
         outcome(series=points((12.25, *[0.001] * 10))),

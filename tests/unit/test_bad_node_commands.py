@@ -284,7 +284,8 @@ if [ -n "$first" ]; then
   cp {queue}/"$first"/* "$dir/nodes/"
   rm -r {queue}/"$first"
 fi
-printf '{{"job_id": "42", "exit_code": %d, "signal": "", "slurm": "", "ended_at": %d}}' "$code" "$(date +%s)" >"$dir/end.json"
+printf '{{"job_id": "42", "exit_code": %d, "signal": "", "slurm": "", "ended_at": %d}}' \
+  "$code" "$(date +%s)" >"$dir/end.json"
 echo 42
 """
 

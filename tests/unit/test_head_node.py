@@ -1,4 +1,6 @@
-"""The head node's address: found on the host, never loopback. The rendered script runs; Slurm's commands are scripts."""
+"""The head node's address: found on the host, never loopback. The rendered script runs; Slurm's commands are
+scripts.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ GETENT = """case "$1 $2" in
 esac"""
 SCONTROL = """case "$*" in
 "show hostnames "*) printf '%s\\n' node-1 node-2 ;;
-"-o show node node-1") echo "NodeName=node-1 Arch=x86_64 NodeAddr=$(cat HERE/node_addr) NodeHostName=node-1 State=IDLE" ;;
+"-o show node node-1") 
+  echo "NodeName=node-1 Arch=x86_64 NodeAddr=$(cat HERE/node_addr) NodeHostName=node-1 State=IDLE" ;;
 "-o show node "*) echo "NodeName=$5 NodeAddr=$5 NodeHostName=$5" ;;
 *) exit 1 ;;
 esac"""
@@ -31,7 +34,10 @@ def job(tmp_path: Path):
     folder = tmp_path / "bin"
     folder.mkdir()
     (tmp_path / "addresses").mkdir()
-    srun = 'printf \'{"addr": "%s", "port": "%s", "id": "%s"}\' "$TITAN_HEAD_ADDR" "$TITAN_HEAD_PORT" "$TITAN_JOB_ID" >HERE/seen.json'
+    srun = (
+        'printf \'{"addr": "%s", "port": "%s", "id": "%s"}\' "$TITAN_HEAD_ADDR" "$TITAN_HEAD_PORT" '
+        '"$TITAN_JOB_ID" >HERE/seen.json'
+    )
     for name, text in (("getent", GETENT), ("scontrol", SCONTROL), ("srun", srun), ("ip", "cat HERE/route")):
         (folder / name).write_text(f"#!/bin/bash\n{text}\n".replace("HERE", str(tmp_path)))
         (folder / name).chmod(0o755)

@@ -44,7 +44,10 @@ def test_help_lists_the_channels(run: Run, name: str) -> None:
 
 
 def test_the_group_is_in_the_launchers_help_and_not_imported_for_it(workplace: Path) -> None:
-    script = "import sys; from launcher.cli import launcher; launcher.main(['--help'], standalone_mode=False); print(*sys.modules)"
+    script = (
+        "import sys; from launcher.cli import launcher; launcher.main(['--help'], standalone_mode=False); "
+        "print(*sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert re.search(r"^  image +Build, convert", out, re.M)
     assert "launcher.image" not in out.splitlines()[-1].split()

@@ -1,4 +1,6 @@
-"""`--init-from`: what is accepted as a checkpoint in the Hub's format, where it is checked, and what the job is told."""
+"""`--init-from`: what is accepted as a checkpoint in the Hub's format, where it is checked, and what the job is
+told.
+"""
 
 from __future__ import annotations
 

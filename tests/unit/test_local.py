@@ -19,7 +19,10 @@ import pytest
 from launcher.base.errors import ExitStatus
 from tests.conftest import Launch
 
-STEP = "[rank0]:[titan] 2026-11-22 07:10:{s:02d},413 - root - INFO - step: {n:2d}  loss:  5.53478  grad_norm:  2.5933  memory:  0.70GiB(2.98%)  tps: 137  tflops: 0.01  mfu: 0.00%"
+STEP = (
+    "[rank0]:[titan] 2026-11-22 07:10:{s:02d},413 - root - INFO - step: {n:2d}  loss:  5.53478  grad_norm:  "
+    "2.5933  memory:  0.70GiB(2.98%)  tps: 137  tflops: 0.01  mfu: 0.00%"
+)
 STEPS = "\n".join(f"echo '{STEP.format(s=n, n=n)}'" for n in (1, *range(2, 21, 2)))
 
 

@@ -278,7 +278,10 @@ def test_a_slowdown_under_load_that_passes_is_a_warning(tmp_path: Path) -> None:
     path = f"{tmp_path}:{os.environ['PATH']}"
     (done,) = place.run(n0={"FAKE_TORCH": "2.14.1+cu130", "PATH": path, "FAKE_HOT": str(tmp_path / "hot")})
     started(done)
-    said = "GPU 2 is slowed down by its hardware at 30 C: hw_slowdown, hw_thermal_slowdown, for a moment after the products"
+    said = (
+        "GPU 2 is slowed down by its hardware at 30 C: hw_slowdown, hw_thermal_slowdown, for a moment after "
+        "the products"
+    )
     assert f"titan-check: warning gpu000: {said}" in done.stdout, done.stdout
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -33,8 +34,8 @@ def cluster(*busy: str, blocks: tuple[Block, ...] = RACKS, **values: object) -> 
         for block in RACKS
         for name in block.nodes
     )
-    known: dict[str, object] = {"slurm": (25, 11), "topology": "block", "segment": True, "pyxis": ""} | values
-    return ClusterFacts(nodes=nodes, partitions=(Partition("batch", True, "UP"),), blocks=blocks, **known)  # type: ignore[arg-type]
+    known: dict[str, Any] = {"slurm": (25, 11), "topology": "block", "segment": True, "pyxis": ""} | values
+    return ClusterFacts(nodes=nodes, partitions=(Partition("batch", True, "UP"),), blocks=blocks, **known)
 
 
 def run(nodes: int, gpu: str = "gb200", segment: int = 0, origin: str = "option --segment") -> RunSpec:
@@ -144,7 +145,8 @@ def test_only_the_blocks_of_the_partition_count() -> None:
         (
             17,
             OK,
-            "1 x 17 nodes, each in one block of up to 18; room now: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)",
+            "1 x 17 nodes, each in one block of up to 18; room now: rack-1 (18 free), rack-2 (18 free), rack-3 "
+            "(18 free)",
         ),
         (36, OK, "2 x 18 nodes"),
         (19, WARNING, "--nodes 18 or 20"),

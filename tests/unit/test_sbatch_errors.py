@@ -1,4 +1,6 @@
-"""What sbatch says when it refuses a job, in plain words. The lines are those of Slurm 22.05's slurm_errno.c and sbatch."""
+"""What sbatch says when it refuses a job, in plain words. The lines are those of Slurm 22.05's slurm_errno.c and
+sbatch.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ def test_the_submitters_shell_does_not_overrule_the_script(launch: Launch, slurm
         ("echo 'sbatch: error: invalid partition: x' >&2; exit 1", "no such partition", "sinfo -s"),
         ("echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1", "no node set", "sinfo"),
         (
-            "echo 'sbatch: error: Batch job submission failed: Requested topology configuration is not available' >&2; exit 1",
+            "echo 'sbatch: error: Batch job submission failed: Requested topology configuration is not "
+            "available' >&2; exit 1",
             "block",
             "--segment",
         ),

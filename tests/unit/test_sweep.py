@@ -302,8 +302,8 @@ def cell(nodes: int, tps: float | None, *problems: str, batch: int = 5, hours: f
 
 
 def test_the_table_and_its_scaling() -> None:
-    """Against the fewest nodes of the same recipe and batch that are complete, of two sizes at least; never an incomplete
-    run's figures.
+    """Against the fewest nodes of the same recipe and batch that are complete, of two sizes at least; never an
+    incomplete run's figures.
     """
     results = [
         cell(3, 18284),
