@@ -66,10 +66,10 @@ def closed(folder: Path) -> Iterator[Path]:
         (("verify", "file"), "file: a file, not a directory"),
         (("verify", "titan.sqsh"), "launcher image inspect titan.sqsh"),
         (("list", "nothere"), "nothere: no such directory"),
-        (("image", "s3://bucket/x.sqsh", "--to", "d"), "a .sqsh file, the http(s) address"),
+        (("image", "s3://bucket/x.sqsh", "--to", "d"), "a .sqsh file, or the http(s) address"),
         (("image", "", "--to", "d"), "SOURCE is empty"),
-        (("image", "nosuchfile", "--to", "d"), "nosuchfile: no such file, and as the name of an image"),
-        (("image", "folder", "--to", "d"), "folder: a directory, not a file, and as the name of an image"),
+        (("image", "nosuchfile", "--to", "d"), "nosuchfile: no such file"),
+        (("image", "folder", "--to", "d"), "folder: a directory"),
     ],
 )
 def test_refused_before_any_connection(launch: Launch, workplace: Path, arguments: tuple[str, ...], words: str) -> None:

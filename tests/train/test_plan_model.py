@@ -13,7 +13,7 @@ __all__ = ["python"]  # a fixture
 COUNT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from launcher.plan_model import count
+from launcher.plan.model import count
 print("ANSWER" + json.dumps({flavor: count(flavor) for flavor in sys.argv[2:]}))
 """
 

@@ -356,7 +356,7 @@ MERGE = """
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
-from launcher.follow import merged_lines
+from launcher.logs.follow import merged_lines
 for name, text in merged_lines(Path(sys.argv[1])):
     print(name, text[:1000])
 """

@@ -33,13 +33,13 @@ s-llama3-8b-17n-b4       new     17    68      4        1.73    17.00
 s-llama3-8b-3n-b5        new      3    12      5        0.34     3.00
 s-llama3-8b-9n-b5        new      9    36      5        1.02     9.00
 s-llama3-8b-17n-b5       new     17    68      5        1.95    17.00
-s-llama3-8b-fast-3n-b4   new      3    12      4        0.28     3.00
-s-llama3-8b-fast-9n-b4   new      9    36      4        0.84     9.00
-s-llama3-8b-fast-17n-b4  new     17    68      4        1.61    17.00
-s-llama3-8b-fast-3n-b5   new      3    12      5        0.31     3.00
-s-llama3-8b-fast-9n-b5   new      9    36      5        0.94     9.00
-s-llama3-8b-fast-17n-b5  new     17    68      5        1.80    17.00
-s: 12 of 12 to submit, one after another: 12.02 node-hours expected, at most 116.00 by --time
+s-llama3-8b-fast-3n-b4   new      3    12      4        0.30     3.00
+s-llama3-8b-fast-9n-b4   new      9    36      4        0.91     9.00
+s-llama3-8b-fast-17n-b4  new     17    68      4        1.73    17.00
+s-llama3-8b-fast-3n-b5   new      3    12      5        0.34     3.00
+s-llama3-8b-fast-9n-b5   new      9    36      5        1.02     9.00
+s-llama3-8b-fast-17n-b5  new     17    68      5        1.95    17.00
+s: 12 of 12 to submit, one after another: 12.48 node-hours expected, at most 116.00 by --time
 """
 
 
