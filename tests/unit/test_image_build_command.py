@@ -123,7 +123,7 @@ def test_push_without_the_docker_command_learns_it_first(
 def test_build_refuses_a_lock_that_is_none(
     run: Run, api: Api, workplace: Path, monkeypatch: pytest.MonkeyPatch, text: bytes | None, words: str
 ) -> None:
-    monkeypatch.setattr(docker_engine, "has_buildx", None)  # it does not come so far
+    monkeypatch.setattr(docker_engine, "command", None)  # it does not come so far
     if text is not None:
         (workplace / "mine.txt").write_bytes(text)
     done = run("build", "cpu", "--lock", "mine.txt")
