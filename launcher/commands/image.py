@@ -131,6 +131,7 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
     "--push",
     "reference",
     metavar="REFERENCE",
+    callback=image_reference,
     help="Push what was built, as one manifest list of its architectures: registry/path:tag.",
 )
 @as_json
@@ -147,7 +148,7 @@ def build_command(
     index_url: str,
     network: str,
     no_cache: bool,
-    reference: str | None,
+    reference: str,
     as_json: bool,
 ) -> None:
     """Build a channel's image with the Docker engine.
@@ -160,8 +161,6 @@ def build_command(
     launcher image build stable --arch all --push registry.example.com/titan:stable
     """
     channel_of(channel)
-    if reference is not None:
-        registry.check_push(reference)
     engine = docker_engine.connect()
     arches = building.arches(arch or "", engine)
     if len(arches) > 1 and (tag or lock or (output and not output.is_dir())):
@@ -188,7 +187,7 @@ def build_command(
         built.append(image)
         if arch in files:
             convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
-    pushed = _push(built, arches, reference, engine) if reference else None
+    pushed = _push(built, reference, engine) if reference else None
     if as_json:
         names = {arch: click.format_filename(path) for arch, path in files.items()}
         images = [asdict(image) | {"squashfs": names.get(image.arch)} for image in built]
@@ -201,9 +200,9 @@ def build_command(
         say(f"  next: launcher submit --image {quoted(path)}")
 
 
-def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
+def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
     pushed = [registry.push(image.tag, reference, engine=engine, say=say) for image in built]
-    digest = registry.manifest_list(reference, pushed, arches=arches, engine=engine, say=say)
+    digest = registry.manifest_list(reference, pushed, engine=engine, say=say)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
 
 

@@ -193,7 +193,7 @@ def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = 
 
 
 @contextmanager
-def _answering(engine: Engine) -> Iterator[None]:
+def answering(engine: Engine) -> Iterator[None]:
     """An engine that stops in the middle is an error with a next step, too."""
     import docker
     import requests
@@ -213,7 +213,7 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
     """What the engine knows of an image: Id, Architecture, Config, Size, … LauncherError where there is none."""
     import docker
 
-    with _answering(engine):
+    with answering(engine):
         try:
             found: dict[str, Any] = engine.client.api.inspect_image(image)
         except docker.errors.ImageNotFound as error:
@@ -232,7 +232,7 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
 def export(engine: Engine, image: str, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
     """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
     # An image without a command needs one to be made.
-    with _container(engine, image, ["/nothing"]) as container, _answering(engine):
+    with _container(engine, image, ["/nothing"]) as container, answering(engine):
         yield from engine.client.api.export(container, chunk_size=chunk_bytes)
 
 
@@ -253,7 +253,7 @@ def run(
     import requests
 
     api = engine.client.api
-    with _container(engine, image, command) as container, _answering(engine):
+    with _container(engine, image, command) as container, answering(engine):
         if files:
             api.put_archive(container, "/tmp", _tar(files))
         try:
@@ -300,7 +300,7 @@ def _remove(engine: Engine, container: str) -> None:
 def _create(engine: Engine, image: str, command: list[str], name: str) -> None:
     import docker
 
-    with _answering(engine):
+    with answering(engine):
         try:
             settings = engine.client.api.create_host_config(network_mode="none")
             engine.client.api.create_container(image, command, name=name, entrypoint=[], host_config=settings)

@@ -56,12 +56,14 @@ class ImageName(FilePath):
         return value
 
 
-def image_reference(_context: click.Context, parameter: click.Parameter, value: str) -> str:
-    if value and (not is_reference(value) or (parameter.name == "tag" and "@" in value)):
+def image_reference(_context: click.Context, parameter: click.Parameter, value: str | None) -> str:
+    """ "" where none is given; to push to one that is empty is an error."""
+    given = value or (value is not None and parameter.name == "reference")
+    if given and (not is_reference(value or "") or ("@" in (value or "") and parameter.name != "base")):
         raise click.BadParameter(
-            f"{value[:200]!r} is not the name of an image, such as registry/path:tag", param=parameter
+            f"{(value or '')[:200]!r} is not the name of an image, such as registry/path:tag", param=parameter
         )
-    return value
+    return value or ""
 
 
 def no_password(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
