@@ -1,5 +1,5 @@
-"""The one place that talks to a Docker engine: through docker-py, of the extra `image`, which is imported when used; and
-through the docker command, which knows BuildKit and lists of images.
+"""The one place that talks to a Docker engine: by docker-py, of the extra `image`, which is imported when used, and by
+the docker command, which knows BuildKit and lists of images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from launcher.image import ARCHES
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# Colours, and the step and the time that BuildKit puts before what a program says: #8 12.34 Collecting torch
+_NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|^#\d+ \d+\.\d+ ")
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = 
         assert process.stdout
         try:
             for text in process.stdout:
-                lines.append(_ANSI.sub("", text).rstrip())
+                lines.append(_NOISE.sub("", text).rstrip())
                 line(lines[-1])
         except BaseException:
             process.terminate()  # the engine then stops the build, too

@@ -77,7 +77,7 @@ def test_an_image_that_lacks_things_fails_the_checks_of_them_alone(engine: Engin
 
 
 def test_the_cpu_squashfs_passes_the_same_checks(cpu_sqsh: Path) -> None:
-    """Mounted, as root: nothing of it stays."""
+    """As root."""
     mounts = Path("/proc/mounts").read_text()
     results = {result.name: result for result in check(str(cpu_sqsh))}
     assert len(results) == 14
@@ -89,7 +89,7 @@ def test_the_cpu_squashfs_passes_the_same_checks(cpu_sqsh: Path) -> None:
 def test_a_squashfs_is_checked_like_the_image_that_it_is_from(
     engine: Engine, tiny_image: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unpacked, as an ordinary user would have it."""
+    """As an ordinary user would have it."""
     path = tmp_path / "tiny.sqsh"
     convert_image(tiny_image.tag, path, engine=engine)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -326,6 +326,7 @@ def test_ctrl_c_stops_the_build(
             "amd64",
             engine=engine,
             base=base_image.tag,
+            network="host",
             lock_file=tiny_lock,
             tag="titan:stopped",
             say=say,
@@ -390,7 +391,7 @@ def test_what_the_docker_command_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_p
     docker.write_text(
         f'#!/bin/sh\nprintf "%s\\n" "$DOCKER_HOST" "$@" >{tmp_path}/asked\n'
         f'for last in "$@"; do :; done\ntar -cf {tmp_path}/context.tar -C "$last" .\n'
-        "printf 'one\\rtwo\\033[0m\\n'; echo '#5 ERROR: no space left on device' >&2; exit 1\n"
+        "printf '#8 0.123 one\\rtwo\\033[0m\\n'; echo '#5 ERROR: no space left on device' >&2; exit 1\n"
     )
     docker.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

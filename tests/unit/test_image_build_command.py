@@ -208,7 +208,6 @@ def test_check_of_a_file_that_is_no_image(
 
 def test_check_where_a_program_is_missing_says_which(run: Run, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "unsquashfs is missing" in run("check", str(image)).stderr
 
 
@@ -282,20 +281,20 @@ def test_an_index_that_cannot_be_reached_names_the_channel_that_needs_none(
     assert "cannot be reached" in done.stderr and "CHANNEL=stable" in done.stderr
 
 
-def test_sif(run: Run, api: Api, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
-    def sif(image: str, output: Path, *, engine: Any = None, say: Any) -> Path:
+def test_sif(run: Run, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+    def sif(squashfs: Path, output: Path, *, say: Any) -> Path:
         output.write_bytes(b"SIF")
         return output
 
     monkeypatch.setattr("launcher.commands.image.sif", sif)
-    assert run("sif", "titan:cpu-amd64").stdout == "titan-cpu-amd64.sif\n"
-    assert run("sif", "titan:cpu-amd64").code == ExitStatus.INVALID
-    value = json.loads(run("sif", "titan:cpu-arm64", "-o", "x.sif", "--json").stdout)
+    (workplace / "titan-cpu-amd64.sqsh").touch()
+    assert run("sif", "titan-cpu-amd64.sqsh").stdout == "titan-cpu-amd64.sif\n"
+    assert run("sif", "titan-cpu-amd64.sqsh").code == ExitStatus.INVALID
+    value = json.loads(run("sif", "titan-cpu-amd64.sqsh", "-o", "x.sif", "--json").stdout)
     assert value == {"path": "x.sif", "bytes": 3}
-    gone = run("sif", "stable", "--recipe")
-    assert gone.code == ExitStatus.USAGE and "make a squashfs" in gone.stderr
-    api.images.clear()  # a squashfs needs no engine
-    assert run("sif", "./titan-cpu-arm64.sqsh").stdout == "titan-cpu-arm64.sif\n"
+    for arguments, words in ((["x.sqsh", "--recipe"], "make a squashfs"), (["titan:x"], "image convert titan:x")):
+        gone = run("sif", *arguments)
+        assert gone.code == ExitStatus.USAGE and words in gone.stderr
 
 
 def test_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
