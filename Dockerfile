@@ -1,6 +1,6 @@
 # One file for every channel and both architectures: `launcher image build CHANNEL` drives it, and so does
 #   docker build --build-arg CHANNEL=stable .
-# Only what the classic builder understands (docker-py knows no other): no RUN --mount, no here-documents, no TARGETARCH.
+# Only what the engine's own builder understands, too (no buildx): no RUN --mount, no here-documents, no TARGETARCH.
 
 # CUDA's base variant: the driver's requirements and nothing else. torch's wheels bring CUDA, cuDNN and NCCL.
 ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04

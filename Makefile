@@ -31,7 +31,7 @@ test: $(VENV)/.dev $(VENV_02)/.train ## install what the tests need and run all 
 	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(if $(TESTS),test-some,test-daemons test-others)
 
 # Two halves side by side: one has the Docker engine and the Slurm, and waits for them much of the time.
-WITH_DAEMONS := tests/cluster tests/image tests/stage/test_image_sources.py
+WITH_DAEMONS := tests/cluster tests/image
 PYTEST = LAUNCHER_TRAIN_PYTHON="$(abspath $(BIN)/python):$(abspath $(VENV_02)/bin/python)" $(BIN)/python -m pytest
 test-daemons:
 	$(PYTEST) $(WITH_DAEMONS)

@@ -35,7 +35,6 @@ ENROOT = "enroot (lzo -noD 128K)"
 ENROOT_OPTIONS = "-comp lzo -noD -exit-on-error"
 CANDIDATES = {
     "lz4 128K": SquashfsFormat("lz4", 128),
-    "lz4-hc 128K": SquashfsFormat("lz4", 128, None, ("-Xhc",)),
     "zstd-1 128K": SquashfsFormat("zstd", 128, 1),
     "zstd-3 64K": SquashfsFormat("zstd", 64, 3),
     "zstd-3 128K": SquashfsFormat("zstd", 128, 3),
@@ -43,7 +42,7 @@ CANDIDATES = {
     "zstd-3 1M": SquashfsFormat("zstd", 1024, 3),
     "gzip 128K": SquashfsFormat("gzip", 128),
 }
-SLOW = ("lz4-hc 128K", "gzip 128K")  # minutes of CPU each
+SLOW = ("gzip 128K",)  # minutes of CPU
 PACKAGES = f"usr/local/lib/python3.{sys.version_info[1]}/site-packages"
 
 

@@ -34,15 +34,6 @@ from launcher.image.convert import FORMATS, convert_image
 from launcher.image.engine import Engine
 from launcher.image.inspect import ImageFacts, inspect, problems
 from launcher.image.lock import pinned
-from launcher.image.parameters import (
-    ImageName,
-    TargetPath,
-    file_name,
-    image_reference,
-    is_reference,
-    no_password,
-    target_path,
-)
 from launcher.image.sif import sif
 from launcher.image.squashfs_file import mksquashfs_path, sidecar_path
 
@@ -52,6 +43,117 @@ _STATUS_COLOURS = {"ok": "green", "failed": "red", "skipped": "yellow"}
 
 
 # ------------------------------------------------------------------------------------ arguments and options
+
+
+_WORD = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+_REFERENCE = re.compile(
+    rf"(?:(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])(?::[0-9]+)?/)?{_WORD}(?:/{_WORD})*"
+    r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
+)
+
+
+def is_reference(name: str) -> bool:
+    """Whether an engine's image can be called so: registry/path:tag@digest, in Docker's grammar, or an id."""
+    return _REFERENCE.fullmatch(name) is not None
+
+
+class TargetPath(FilePath):
+    """Where a file is written. With a slash at its end it has to be a directory: a Path forgets that slash."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        path = super().convert(value, parameter, context)
+        if str(value).endswith("/") and not os.path.isdir(path):
+            raise LauncherError(
+                f"{value}: not a directory" if os.path.lexists(path) else f"{value}: no such directory",
+                f"mkdir -p {quoted(path)}, or a file's name without the slash",
+                status=ExitStatus.FILESYSTEM,
+            )
+        return path
+
+
+class ImageName(FilePath):
+    """An image of the engine, or (`file`) a squashfs. The engine would take ../../containers/json for a request."""
+
+    def __init__(self, *, file: bool) -> None:
+        super().__init__()
+        self._file = file
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if self._file and value and is_file(path := os.path.expanduser(value)):
+            return super().convert(path, parameter, context)
+        if not is_reference(value):
+            self.fail(f"{value[:200]!r} is not the name of an image, such as titan:stable-amd64", parameter, context)
+        return value
+
+
+def image_reference(_context: click.Context, parameter: click.Parameter, value: str | None) -> str:
+    """ "" where none is given; to push to one that is empty is an error."""
+    given = value or (value is not None and parameter.name == "reference")
+    if given and (not is_reference(value or "") or ("@" in (value or "") and parameter.name != "base")):
+        raise click.BadParameter(
+            f"{(value or '')[:200]!r} is not the name of an image, such as registry/path:tag", param=parameter
+        )
+    return value or ""
+
+
+def no_password(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Build arguments stay readable in the image's history, and in the process list while it is built."""
+    if value and re.match(r"[^/]*//[^/]*@", value):
+        raise click.BadParameter(
+            "an address with a user or password would stay in the image; put it into the base image's pip.conf",
+            param=parameter,
+        )
+    return value
+
+
+def file_name(about: Mapping[str, Any]) -> str:
+    """titan-stable-arm64.sqsh for an image that `build` made; "" for any other."""
+    labels = (about.get("Config") or {}).get("Labels") or {}
+    title = str(labels.get("org.opencontainers.image.title", ""))
+    known = re.fullmatch(r"titan-[A-Za-z0-9][A-Za-z0-9._-]*", title) and about.get("Architecture") in ARCHES
+    return f"{title}-{about['Architecture']}.sqsh" if known else ""
+
+
+def target_path(output: Path | None, name: str, force: bool) -> Path:
+    """`output`, or in it `name` where it is a directory; the working directory by default.
+
+    Raises LauncherError where nothing could be written, and for a file that exists unless `force`.
+    """
+    path = output or Path()
+    if path.is_dir():
+        if not name:
+            raise click.UsageError("The image does not say which channel it is: name the file with -o FILE.")
+        path /= name
+    folder = path.parent
+    if not folder.is_dir():
+        fix = f"mkdir -p {quoted(folder)}"
+        raise LauncherError(f"{folder}: no such directory", fix, status=ExitStatus.FILESYSTEM)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        what = f"{folder}: this user cannot write there"
+        raise LauncherError(what, "another place: -o PATH", status=ExitStatus.FILESYSTEM)
+    if os.path.lexists(path) and not (path.is_file() or path.is_symlink()):
+        raise LauncherError(f"{path} is not a file", "another name: -o FILE")
+    if os.path.lexists(path) and not force:
+        raise LauncherError(f"{path} exists", "replace it: --force; or another name: -o FILE")
+    return path
+
+
+class SquashfsFile(FilePath):
+    """A squashfs; for what names an image of the engine, the command that makes one of it."""
+
+    def __init__(self, status: ExitStatus = ExitStatus.INVALID) -> None:
+        super().__init__(path_type=Path)
+        self._status = status
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if not os.path.lexists(value) and not is_file(str(value)) and is_reference(str(value)):
+            name = quoted(value)
+            raise LauncherError(
+                f"{value}: no such file; an image of the Docker engine is no file yet",
+                f"launcher image check {name}, or: launcher image convert {name}",
+                status=self._status,
+            )
+        return super().convert(value, parameter, context)
 
 
 class _WithChannels(click.Command):
@@ -131,6 +233,7 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
     "--push",
     "reference",
     metavar="REFERENCE",
+    callback=image_reference,
     help="Push what was built, as one manifest list of its architectures: registry/path:tag.",
 )
 @as_json
@@ -147,7 +250,7 @@ def build_command(
     index_url: str,
     network: str,
     no_cache: bool,
-    reference: str | None,
+    reference: str,
     as_json: bool,
 ) -> None:
     """Build a channel's image with the Docker engine.
@@ -160,8 +263,6 @@ def build_command(
     launcher image build stable --arch all --push registry.example.com/titan:stable
     """
     channel_of(channel)
-    if reference is not None:
-        registry.check_push(reference)
     engine = docker_engine.connect()
     arches = building.arches(arch or "", engine)
     if len(arches) > 1 and (tag or lock or (output and not output.is_dir())):
@@ -188,7 +289,7 @@ def build_command(
         built.append(image)
         if arch in files:
             convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
-    pushed = _push(built, arches, reference, engine) if reference else None
+    pushed = _push(built, reference, engine) if reference else None
     if as_json:
         names = {arch: click.format_filename(path) for arch, path in files.items()}
         images = [asdict(image) | {"squashfs": names.get(image.arch)} for image in built]
@@ -201,9 +302,9 @@ def build_command(
         say(f"  next: launcher submit --image {quoted(path)}")
 
 
-def _push(built: list[Built], arches: list[str], reference: str, engine: Engine) -> dict[str, Any]:
+def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
     pushed = [registry.push(image.tag, reference, engine=engine, say=say) for image in built]
-    digest = registry.manifest_list(reference, pushed, arches=arches, engine=engine, say=say)
+    digest = registry.manifest_list(reference, pushed, engine=engine, say=say)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
 
 
@@ -225,7 +326,7 @@ def convert_command(image: str, output: Path | None, purpose: str, force: bool, 
     """
     engine = docker_engine.connect()
     about = docker_engine.inspect(engine, image)
-    path = target_path(output, file_name(about, ".sqsh"), force)
+    path = target_path(output, file_name(about), force)
     convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
     if as_json:
         print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
@@ -234,7 +335,7 @@ def convert_command(image: str, output: Path | None, purpose: str, force: bool, 
 
 
 @click.command("inspect")
-@click.argument("file", type=FilePath(path_type=Path), metavar="FILE.sqsh")
+@click.argument("file", type=SquashfsFile(), metavar="FILE.sqsh")
 @click.option("--gpu", metavar="PROFILE", shell_complete=_profile_names, help="Would it run on these nodes?")
 @click.option("--driver", metavar="VERSION", help="Would it run with this NVIDIA driver, such as 580.95.05?")
 @as_json
@@ -252,12 +353,6 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     profile: Mapping[str, Any] = {}
     if gpu:
         profile = read_layer(find("profiles", gpu), f"profile {gpu}").values
-    if not os.path.lexists(file) and not is_file(str(file)) and is_reference(str(file)):
-        name = quoted(file)
-        raise LauncherError(
-            f"{file}: no such file; an image of the Docker engine is no file yet",
-            f"launcher image check {name}, or: launcher image convert {name}",
-        )
     facts = inspect(file)
     found = []
     if gpu or driver:
@@ -350,25 +445,21 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
 
 
 @click.command("sif")
-@click.argument("image", metavar="IMAGE|FILE.sqsh", type=ImageName(file=True))
+@click.argument("file", type=SquashfsFile(ExitStatus.USAGE), metavar="FILE.sqsh")
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sif]")
 @_force
 @gone("--recipe", "make a squashfs where Docker is, then: launcher image sif FILE.sqsh", is_flag=True)
 @as_json
-def sif_command(image: str, output: Path | None, force: bool, as_json: bool) -> None:
+def sif_command(file: Path, output: Path | None, force: bool, as_json: bool) -> None:
     """Make a file for Apptainer.
 
-    From an IMAGE of the engine or a squashfs, for clusters without Pyxis.
+    From a squashfs, for clusters without Pyxis.
 
     \b
-    launcher image sif titan:stable-amd64
-    launcher image sif ./titan-stable-amd64.sqsh
+    launcher image sif titan-stable-amd64.sqsh
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
-    engine = None if is_file(image) else docker_engine.connect()
-    name = file_name(docker_engine.inspect(engine, image), ".sif") if engine else f"{Path(image).stem}.sif"
-    path = target_path(output, name, force)
-    made = sif(image, path, engine=engine, say=say)
+    made = sif(file, target_path(output, f"{file.stem}.sif", force), say=say)
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
     else:

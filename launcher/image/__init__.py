@@ -2,3 +2,4 @@
 
 # Docker's word for an architecture -> uname's, which profiles use.
 ARCHES = {"amd64": "x86_64", "arm64": "aarch64"}
+DOCKER = {uname: docker for docker, uname in ARCHES.items()}

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from launcher.base.values import whole
 from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
 from launcher.image.channels import Channel, channel, docker_arch, lock_path
-from launcher.image.engine import BuildRequest, Engine
+from launcher.image.engine import Engine
 from launcher.image.lock import lock, need_lock, pinned
 
 _IN_IMAGE = ("check.py", "describe.py", "channels.toml")
@@ -45,6 +44,11 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         r"no space left on device",
         "the disk of the Docker engine is full",
         "docker system df; docker system prune",
+    ),
+    (
+        r"Cannot connect to the Docker daemon|error during connect|unexpected EOF",
+        "the Docker engine stopped answering",
+        "sudo systemctl status docker; df -h /var/lib/docker",
     ),
     (
         r"exec format error",
@@ -116,7 +120,6 @@ def build(
     torch_index: str | None = None,
     index_url: str = "",
     network: str = "",
-    sbom: str = "",
     no_cache: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Built:
@@ -139,8 +142,7 @@ def build(
     elif not locked.is_file():
         say(f"channel {name} has no lock for {arch} yet")
         locked = lock(name, arch, torch_index=torch_index, say=say)
-    buildx = docker_engine.has_buildx(engine)
-    build_args = build_arguments(chosen, base=base, index=index, index_url=index_url, sbom=sbom)
+    arguments = build_arguments(chosen, base=base, index=index, index_url=index_url)
     labels = {
         "org.opencontainers.image.base.name": base,
         "org.opencontainers.image.version": version(locked),
@@ -149,21 +151,19 @@ def build(
         f"building {tag} for {arch}{'' if arch == engine.arch else ' (emulated: 6 to 13 times slower)'} on {base}, "
         f"{len(pinned(locked.read_text(encoding='utf-8')))} packages of {locked}"
     )
-    say(f"Docker engine {engine.version} at {engine.host}, {'buildx' if buildx else 'its classic builder'}")
+    say(f"Docker engine {engine.version} at {engine.host}")
     started = time.monotonic()
-    last: deque[str] = deque(maxlen=60)
-
-    def line(text: str) -> None:
-        last.append(text)
-        say(text)
-
     with tempfile.TemporaryDirectory(prefix="titan-build-") as folder:
-        context = _context(Path(folder), name, arch, locked)
-        request = BuildRequest(context, tag, arch, build_args, labels, network, no_cache)
-        builder = docker_engine.build_with_buildx if buildx else docker_engine.build_classic
-        failed = builder(engine, request, line)
-    if failed:
-        text = "\n".join([*last, failed])
+        command = ["build", "--force-rm", f"--tag={tag}"]
+        command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
+        command += [f"--label={key}={value}" for key, value in labels.items()]
+        command += [f"--network={network}"] if network else []
+        command += ["--no-cache"] if no_cache else []
+        # Not said where it goes without saying: `docker import` may have written the wrong architecture.
+        command += [] if arch == engine.arch else [f"--platform=linux/{arch}"]
+        code, output = docker_engine.command(engine, [*command, str(_context(Path(folder), name, arch, locked))], say)
+    if code:
+        text = "\n".join(output.splitlines()[-60:])
         raise _explain(text, channel=name, arch=arch, base=base, lock=str(locked))
     found = docker_engine.inspect(engine, tag)
     built = Built(name, arch, tag, str(found["Id"]), int(found["Size"]), time.monotonic() - started)

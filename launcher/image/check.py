@@ -20,7 +20,6 @@ from launcher.image.squashfs_file import superblock
 # The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
 # namespaces of its own: nothing stays mounted, whatever happens, and there is no network.
 _PATH = "PATH=$PATH:/usr/sbin:/sbin\n"  # an ordinary user's may lack chroot and mount
-_MOUNT = 'mount -t squashfs -o loop,ro,nosuid,nodev "$2" "$1" || exit 125\n'
 _ENTER = r"""
 mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && mount -t tmpfs tmpfs "$1/tmp" || exit 126
 exec chroot "$1" /usr/bin/env -i /bin/sh -c '
@@ -89,21 +88,15 @@ def _read(stdout: str) -> list[Checked] | None:
 
 
 def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> tuple[int, str, str]:
-    """As root the file is mounted, otherwise it is unpacked into TMPDIR: an ordinary user may not mount it."""
-    superblock(path)  # says it better than mount and unsquashfs where the file is missing, empty or cut off
-    path = path.resolve()
+    """Unpacked into TMPDIR: an ordinary user may not mount it."""
+    superblock(path)  # says it better than unsquashfs where the file is missing, empty or cut off
     with tempfile.TemporaryDirectory(prefix="titan-check-") as folder:
         root = Path(folder) / "root"
-        root.mkdir()
         try:
-            if os.geteuid() == 0:
-                done = _run([*_NAMESPACES, "sh", "-c", _PATH + _MOUNT + _ENTER, "sh", root, path], program, timeout_s)
-                if done.returncode != 125:  # no loop device is free, or there is none in this container
-                    return done.returncode, done.stdout.decode(errors="replace"), _text(done.stderr)
-            _unpack(path, root)
+            _unpack(path.resolve(), root)
             namespaces = _NAMESPACES if os.geteuid() == 0 else (*_NAMESPACES, "--map-root-user")
             done = _run([*namespaces, "sh", "-c", _PATH + _ENTER, "sh", root], program, timeout_s)
-            return done.returncode, done.stdout.decode(errors="replace"), _text(done.stderr)
+            return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
         finally:
             with suppress(OSError):  # no chmod must not hide what went wrong before
                 subprocess.run(["chmod", "-R", "u+rwX", str(root)], capture_output=True)
@@ -132,7 +125,3 @@ def _unpack(path: Path, root: Path) -> None:
             "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR",
             original=done.stderr + done.stdout,
         )
-
-
-def _text(stderr: bytes) -> str:
-    return stderr.decode(errors="replace")

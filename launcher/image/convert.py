@@ -12,10 +12,10 @@ from typing import Any, cast
 
 from launcher.base.errors import LauncherError
 from launcher.base.values import whole
-from launcher.image import ARCHES
+from launcher.image import ARCHES, DOCKER
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
-from launcher.image.export import ImageConfig, Report, docker_arch, rewrite
+from launcher.image.export import ImageConfig, Report, rewrite
 from launcher.image.squashfs_file import SquashfsFormat, beside, mksquashfs_path, publish, write_squashfs
 
 Say = Callable[[str], None]
@@ -79,7 +79,7 @@ def convert(
         write_squashfs(program, _progress(tar, say), target, fmt, config.created)
         for line in remarks(report, config):
             say(line)
-        about = {"schema": 1, **report.metadata, "arch": docker_arch(report.arch)}
+        about = {"schema": 1, **report.metadata, "arch": DOCKER.get(report.arch, report.arch)}
         about.setdefault("created", datetime.fromtimestamp(config.created, UTC).isoformat().replace("+00:00", "Z"))
         publish(target, output, about, config.image_id, fmt, report.unpacked_bytes, say)
     return output

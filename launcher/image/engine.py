@@ -1,5 +1,5 @@
-"""The one place that talks to a Docker engine, through docker-py. Needs the extra `image`; nothing is imported before
-use.
+"""The one place that talks to a Docker engine: by docker-py, of the extra `image`, which is imported when used, and by
+the docker command, which knows BuildKit and lists of images.
 """
 
 from __future__ import annotations
@@ -7,8 +7,10 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
+import signal
 import subprocess
+import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,13 +19,11 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.image import ARCHES
-from launcher.image.interrupt import ctrl_c_waits
-from launcher.image.tars import tar_of_files, tar_of_folder
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_CHATTER = re.compile(r" ---> |Removing intermediate container ")
+# Colours, and the step and the time that BuildKit puts before what a program says: #8 12.34 Collecting torch
+_NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|^#\d+ \d+\.\d+ ")
 
 
 @dataclass(frozen=True)
@@ -157,110 +157,44 @@ def _listdir(path: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------ building
 
 
-def has_buildx(engine: Engine) -> bool:
-    """Whether the docker command is here with its buildx plugin."""
-    if not shutil.which("docker"):
-        return False
-    done = subprocess.run(["docker", "buildx", "version"], capture_output=True, text=True, env=_environment(engine))
-    return done.returncode == 0
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What both builders are told."""
-
-    context: Path  # a folder with the Dockerfile and what it copies
-    tag: str
-    arch: str  # Docker's word
-    build_args: dict[str, str]
-    labels: dict[str, str]
-    network: str = ""  # Docker's word for the network of the build's steps; empty: the engine's own choice
-    no_cache: bool = False
-
-
-def build_with_buildx(engine: Engine, request: BuildRequest, line: Callable[[str], None]) -> str:
-    """`docker buildx build --load`; every line of its progress goes to `line`. Returns "" or the error."""
-    command = ["docker", "buildx", "build", "--progress=plain", "--load", "--provenance=false"]
-    command += [f"--platform=linux/{request.arch}", f"--tag={request.tag}"]
-    command += [f"--build-arg={key}={value}" for key, value in request.build_args.items()]
-    command += [f"--label={key}={value}" for key, value in request.labels.items()]
-    command += [f"--network={request.network}"] if request.network else []
-    command += ["--no-cache"] if request.no_cache else []
-    with subprocess.Popen(
-        [*command, str(request.context)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=_environment(engine),
-    ) as process:
-        assert process.stdout is not None
-        for text in process.stdout:
-            line(_ANSI.sub("", text).rstrip())
-        code = process.wait()
-    return f"docker buildx build ended with code {code}" if code else ""
-
-
-def build_classic(engine: Engine, request: BuildRequest, line: Callable[[str], None]) -> str:
-    """A build by the engine's classic builder; every line of its progress goes to `line`. Returns "" or the error."""
-    import docker
-    import requests
-
+def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
+    """Runs `docker ARGUMENTS` for that engine. Each line of its output goes to `line`; all of them are returned with
+    the exit code. Raises LauncherError where there is no docker command."""
+    # `docker build` chooses the builder: BuildKit where it has one (buildx), else the engine's own. An attestation
+    # would make each image a list, and a list holds no lists. 20.10 has `docker manifest` among its experiments.
+    wanted = {"DOCKER_HOST": engine.host, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1", "DOCKER_CLI_EXPERIMENTAL": "enabled"}
     try:
-        answers = engine.client.api.build(
-            fileobj=io.BytesIO(tar_of_folder(request.context)),
-            custom_context=True,
-            decode=True,
-            rm=True,
-            forcerm=True,
-            nocache=request.no_cache,
-            tag=request.tag,
-            buildargs=request.build_args,
-            labels=request.labels,
-            network_mode=request.network or None,
-            # Not said where it goes without saying: `docker import` may have written the wrong architecture.
-            platform=None if request.arch == engine.arch else f"linux/{request.arch}",
-            timeout=24 * 3600,
+        process = subprocess.Popen(
+            ["docker", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=os.environ | wanted,
         )
-        return _follow(answers, line)
-    except docker.errors.APIError as error:
-        return str(error.explanation or error)
-    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-        return f"the Docker engine stopped answering: {error}"
-
-
-def _follow(answers: Iterator[dict[str, Any]], line: Callable[[str], None]) -> str:
-    pending = ""
-    error = ""
-    layer = ""
-    for answer in answers:
-        if "error" in answer:
-            error = str(answer["error"])
-        elif "status" in answer and not answer.get("progressDetail"):  # of a pull; not each of its percents
-            text = f"{answer.get('id', '')} {answer['status']}".strip()
-            if text != layer:
-                line(text)
-            layer = text
-        pending += _ANSI.sub("", str(answer.get("stream", ""))).replace("\r", "\n")
-        *complete, pending = pending.split("\n")
-        for text in filter(None, map(str.rstrip, complete)):
-            if not _CHATTER.match(text):
-                line(text)
-    if pending.strip():
-        line(pending.rstrip())
-    return error
-
-
-def _environment(engine: Engine) -> dict[str, str]:
-    return os.environ | {"DOCKER_HOST": engine.host}
+    except FileNotFoundError:
+        fix = "sudo apt-get install docker-cli    # or docker.io, docker-ce-cli"
+        what = "docker: no such command; images are built and lists of them are made by it"
+        raise LauncherError(what, fix, status=ExitStatus.ERROR) from None
+    lines = []
+    with process:
+        assert process.stdout
+        try:
+            for text in process.stdout:
+                lines.append(_NOISE.sub("", text).rstrip())
+                line(lines[-1])
+        except BaseException:
+            process.terminate()  # the engine then stops the build, too
+            raise
+    return process.returncode, "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------- using images
 
 
 @contextmanager
-def _answering(engine: Engine) -> Iterator[None]:
+def answering(engine: Engine) -> Iterator[None]:
     """An engine that stops in the middle is an error with a next step, too."""
     import docker
     import requests
@@ -280,7 +214,7 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
     """What the engine knows of an image: Id, Architecture, Config, Size, … LauncherError where there is none."""
     import docker
 
-    with _answering(engine):
+    with answering(engine):
         try:
             found: dict[str, Any] = engine.client.api.inspect_image(image)
         except docker.errors.ImageNotFound as error:
@@ -299,7 +233,7 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
 def export(engine: Engine, image: str, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
     """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
     # An image without a command needs one to be made.
-    with _container(engine, image, ["/nothing"]) as container, _answering(engine):
+    with _container(engine, image, ["/nothing"]) as container, answering(engine):
         yield from engine.client.api.export(container, chunk_size=chunk_bytes)
 
 
@@ -320,9 +254,9 @@ def run(
     import requests
 
     api = engine.client.api
-    with _container(engine, image, command) as container, _answering(engine):
+    with _container(engine, image, command) as container, answering(engine):
         if files:
-            api.put_archive(container, "/tmp", tar_of_files(files))
+            api.put_archive(container, "/tmp", _tar(files))
         try:
             api.start(container)
         except docker.errors.APIError as error:
@@ -348,7 +282,7 @@ def _container(engine: Engine, image: str, command: list[str]) -> Iterator[str]:
     inspect(engine, image)
     name = f"titan-launcher-{os.urandom(8).hex()}"
     try:
-        with ctrl_c_waits():
+        with _ctrl_c_waits():
             _create(engine, image, command, name)
         yield name
     finally:
@@ -360,14 +294,14 @@ def _remove(engine: Engine, container: str) -> None:
     import docker
     import requests
 
-    with suppress(docker.errors.DockerException, requests.exceptions.RequestException), ctrl_c_waits():
+    with suppress(docker.errors.DockerException, requests.exceptions.RequestException), _ctrl_c_waits():
         engine.client.api.remove_container(container, force=True, v=True)
 
 
 def _create(engine: Engine, image: str, command: list[str], name: str) -> None:
     import docker
 
-    with _answering(engine):
+    with answering(engine):
         try:
             settings = engine.client.api.create_host_config(network_mode="none")
             engine.client.api.create_container(image, command, name=name, entrypoint=[], host_config=settings)
@@ -385,3 +319,38 @@ def _start_error(engine: Engine, image: str, command: list[str], reason: str) ->
         other = arch if arch != engine.arch else next(name for name in ARCHES if name != engine.arch)
         return cannot_run(engine, other, emulator(other))
     return LauncherError(f"{command[0]} does not start in {image}", original=reason)
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    """These names with these contents."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            entry.mode = 0o644
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Lets a call to the engine end before Ctrl-C counts: one that is broken off may make its container later than
+    that is removed. The second Ctrl-C counts at once."""
+    came: list[int] = []
+
+    def handler(number: int, _frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # gets no signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

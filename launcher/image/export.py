@@ -342,11 +342,6 @@ def _note(report: Report, info: tarfile.TarInfo, name: str, pax: Mapping[str, by
         report.root_only.append(name)
 
 
-def docker_arch(machine: str) -> str:
-    """Docker's word for uname's; the same word for architectures that this launcher does not build."""
-    return {uname: docker for docker, uname in ARCHES.items()}.get(machine, machine)
-
-
 def _metadata(data: bytes) -> dict[str, Any]:
     try:
         value = parse_json(data)

@@ -18,8 +18,9 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import parse_json
-from launcher.image import ARCHES
+from launcher.image import ARCHES, DOCKER
 from launcher.image.squashfs_file import (
+    INSTALL,
     METADATA,
     Superblock,
     elf_machine,
@@ -30,7 +31,6 @@ from launcher.image.squashfs_file import (
 )
 
 TIMEOUT_S = 120  # for one unsquashfs; listing 50,000 files takes less than one second
-HINT = "apt-get install squashfs-tools    # 4.5 or newer: Debian 12, Ubuntu 22.04"
 METADATA_BYTES = 1 << 20  # of /etc/titan-image.json, which has some 2 kB
 LISTING = 64 << 20  # bytes of names; an image of 50,000 files has 6 MB of them
 HEAD = 4096  # bytes of a program that are read for its ELF header
@@ -84,7 +84,7 @@ def inspect(path: Path, *, required: bool = True) -> ImageFacts:
         return _guess(path, block, tree)
     if required:
         raise _unreadable(path)
-    note = f"nothing here can look into it: {HINT}"
+    note = f"nothing here can look into it: {INSTALL}"
     return ImageFacts(str(path), "", "superblock", block.compressor, block.file_size, notes=(note,))
 
 
@@ -113,13 +113,9 @@ def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: 
     """
     found = []
     if facts.arch and profile_arch and facts.arch != profile_arch:
-        docker = {uname: name for name, uname in ARCHES.items()}.get(profile_arch, profile_arch)
-        found.append(
-            (
-                f"the image is for {facts.arch}, the nodes are {profile_arch}",
-                f"launcher image build --arch {docker}, or a --gpu whose nodes are {facts.arch}",
-            )
-        )
+        build = f"launcher image build --arch {DOCKER.get(profile_arch, profile_arch)}"
+        what = f"the image is for {facts.arch}, the nodes are {profile_arch}"
+        found.append((what, f"{build}, or a --gpu whose nodes are {facts.arch}"))
     if facts.source == "superblock":
         return found
     missing = [name for name in ("torch", "torchtitan") if not facts.versions.get(name)]
@@ -314,7 +310,7 @@ def _run(command: list[str], limit: int) -> tuple[int, bytes, str]:
 
 
 def _unreadable(path: Path) -> LauncherError:
-    return LauncherError(f"{path}: nothing here can look into a squashfs", HINT, status=ExitStatus.ERROR)
+    return LauncherError(f"{path}: nothing here can look into a squashfs", INSTALL, status=ExitStatus.ERROR)
 
 
 def _damaged(path: Path, original: str) -> LauncherError:

@@ -19,36 +19,23 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.base.files import filesystem_error
-from launcher.image.check import is_file
-from launcher.image.convert import FORMATS, convert_image
-from launcher.image.engine import Engine
+from launcher.image.convert import FORMATS
 from launcher.image.inspect import inspect, read_inside
 from launcher.image.squashfs_file import beside
 
 INSTALL = "https://apptainer.org/docs/admin/latest/installation.html, or: sudo apt-get install apptainer"
 
 
-def sif(
-    image: str,
-    output: Path,
-    *,
-    engine: Engine | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Path:
-    """Writes `output`, a SIF, from a squashfs of `launcher image convert` (a path) or an image of the engine.
+def sif(squashfs: Path, output: Path, *, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Writes `output`, a SIF, from a squashfs of `launcher image convert`.
 
     The image's environment, which the squashfs keeps in /etc/environment, becomes the SIF's; its versions become
     labels. Nothing stands under the final name before Apptainer has built it, shown its labels and run `true` in it.
-    Raises LauncherError for no spython, no Apptainer, no such image, and for what Apptainer refuses, in its words.
+    Raises LauncherError for no spython, no Apptainer, no squashfs, and for what Apptainer refuses, in its words.
     """
     with _spython() as client, tempfile.TemporaryDirectory(prefix="titan-sif-") as folder:
-        squashfs = Path(image).absolute()
-        if not is_file(image):
-            # By way of the squashfs: owners, setuid bits and devices are then such that no root is needed.
-            squashfs = Path(folder) / "image.sqsh"
-            convert_image(image, squashfs, engine=engine, say=say)
         definition = Path(folder) / "titan.def"
-        definition.write_text(_definition(squashfs), encoding="utf-8", errors="surrogateescape")
+        definition.write_text(_definition(squashfs.absolute()), encoding="utf-8", errors="surrogateescape")
         with beside(output) as target:
             say(f"apptainer build {output}")
             _build(client, definition, target)

@@ -39,12 +39,11 @@ class SquashfsFormat:
     compressor: str
     block_kib: int
     level: int | None = None  # for compressors that have one
-    extra: tuple[str, ...] = ()
 
     def options(self) -> list[str]:
         """As mksquashfs takes them (sqfstar, its sister, misreads the level)."""
         level = [] if self.level is None else ["-Xcompression-level", str(self.level)]
-        return ["-comp", self.compressor, *level, *self.extra, "-b", f"{self.block_kib}K"]
+        return ["-comp", self.compressor, *level, "-b", f"{self.block_kib}K"]
 
 
 @dataclass(frozen=True)
@@ -297,7 +296,7 @@ def publish(
     about: Mapping[str, Any],
     image_id: str,
     fmt: SquashfsFormat,
-    unpacked: int | None,
+    unpacked: int,
     say: Callable[[str], None],
 ) -> None:
     """Gives the finished file its name. The old sidecar goes before, the new one comes after: at no time does one
@@ -311,12 +310,11 @@ def publish(
         os.replace(target, output)
     except OSError as error:
         raise filesystem_error(output, error, "-o FILE") from None
-    level = fmt.level if fmt.compressor == block.compressor else None
     facts = {
         "sha256": digest,
         "bytes": block.file_size,
         "compressor": block.compressor,
-        "level": level,
+        "level": fmt.level,
         "block_kib": block.block_size // 1024,
         "unpacked_bytes": unpacked,
         "entries": block.inodes,

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from launcher.image import engine as docker_engine
 from launcher.image.build import Built, arches, build, created
 from launcher.image.check import check
 from launcher.image.convert import convert_image
-from launcher.image.engine import BuildRequest, Engine
+from launcher.image.engine import Engine
 from launcher.image.registry import push
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
@@ -76,7 +77,7 @@ def test_an_image_that_lacks_things_fails_the_checks_of_them_alone(engine: Engin
 
 
 def test_the_cpu_squashfs_passes_the_same_checks(cpu_sqsh: Path) -> None:
-    """Mounted, as root: nothing of it stays."""
+    """As root."""
     mounts = Path("/proc/mounts").read_text()
     results = {result.name: result for result in check(str(cpu_sqsh))}
     assert len(results) == 14
@@ -88,7 +89,7 @@ def test_the_cpu_squashfs_passes_the_same_checks(cpu_sqsh: Path) -> None:
 def test_a_squashfs_is_checked_like_the_image_that_it_is_from(
     engine: Engine, tiny_image: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unpacked, as an ordinary user would have it."""
+    """As an ordinary user would have it."""
     path = tmp_path / "tiny.sqsh"
     convert_image(tiny_image.tag, path, engine=engine)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -254,18 +255,12 @@ def test_an_engine_that_this_user_may_not_use(engine: Engine) -> None:
     assert error.value.fix == 'sudo usermod -aG docker "$USER" && newgrp docker'
 
 
-def test_the_engine_dies_during_a_build(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine of its own, as the others are still needed."""
-    if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
-        pytest.skip("this engine is not ours to stop")
-    (tmp_path / "x").write_text("x")
-    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY x /\nRUN []\n")
-    request = BuildRequest(tmp_path, "titan:x", "amd64", {}, {})
-    with running_engine(tmp_path / "data") as host:
-        monkeypatch.setenv("DOCKER_HOST", host)
-        other = docker_engine.connect()
-        assert docker_engine.build_classic(other, request, lambda line: None)  # there is nothing to run
-    assert "stopped answering" in docker_engine.build_classic(other, request, lambda line: None)
+def test_the_engine_died_before_the_build(tiny_lock: Path) -> None:
+    if not shutil.which("docker"):
+        pytest.skip("needs the docker command")
+    with pytest.raises(LauncherError, match="the Docker engine stopped answering") as error:
+        build("cpu", "amd64", engine=somewhere("unix:///nonexistent/docker.sock"), lock_file=tiny_lock)
+    assert "systemctl status docker" in error.value.fix and "nonexistent/docker.sock" in error.value.original
 
 
 def test_the_engine_dies_while_an_image_is_used(
@@ -331,6 +326,7 @@ def test_ctrl_c_stops_the_build(
             "amd64",
             engine=engine,
             base=base_image.tag,
+            network="host",
             lock_file=tiny_lock,
             tag="titan:stopped",
             say=say,
@@ -386,29 +382,28 @@ def test_architectures_that_the_machine_can_run(monkeypatch: pytest.MonkeyPatch,
         arches("riscv64", somewhere())
 
 
-# ------------------------------------------------------------------------------------------------ buildx
+# ------------------------------------------------------------------------------------ the docker command
 
 
-def test_buildx_is_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path) -> None:
-    """Where the plugin is there, it builds; here a shell script stands in and writes down what it is asked."""
+def test_what_the_docker_command_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path) -> None:
+    """A shell script stands in for it and writes that down."""
     docker = tmp_path / "docker"
     docker.write_text(
-        f'#!/bin/sh\n[ "$2" = version ] && exit 0\nprintf "%s\\n" "$DOCKER_HOST" "$@" >{tmp_path}/asked\n'
+        f'#!/bin/sh\nprintf "%s\\n" "$DOCKER_HOST" "$@" >{tmp_path}/asked\n'
         f'for last in "$@"; do :; done\ntar -cf {tmp_path}/context.tar -C "$last" .\n'
-        "echo '#5 ERROR: no space left on device'; exit 1\n"
+        "printf '#8 0.123 one\\rtwo\\033[0m\\n'; echo '#5 ERROR: no space left on device' >&2; exit 1\n"
     )
     docker.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     lines: list[str] = []
     with pytest.raises(LauncherError, match="the disk of the Docker engine is full"):
-        build("cpu", "amd64", engine=somewhere(), lock_file=tiny_lock, network="host", say=lines.append)
+        build("cpu", "arm64", engine=somewhere("ssh://machine"), lock_file=tiny_lock, network="host", say=lines.append)
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked[:4] == ["unix:///run/docker.sock", "buildx", "build", "--progress=plain"]
+    assert asked[:2] == ["ssh://machine", "build"]
     for option in (
-        "--load",
-        "--platform=linux/amd64",
-        "--tag=titan:cpu-amd64",
+        "--platform=linux/arm64",
+        "--tag=titan:cpu-arm64",
         "--network=host",
         "--build-arg=BASE_IMAGE=debian:12-slim",
         "--build-arg=CHANNEL=cpu",
@@ -425,34 +420,19 @@ def test_buildx_is_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         "./containers/channels.toml",
         "./containers/check.py",
         "./containers/describe.py",
-        "./containers/locks/cpu-amd64.txt",
+        "./containers/locks/cpu-arm64.txt",
     ]
-    assert any("buildx" in line for line in lines) and "#5 ERROR: no space left on device" in lines
+    assert lines[-3:] == ["one", "two", "#5 ERROR: no space left on device"]
+
+
+def test_there_is_no_docker_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LauncherError, match="docker: no such command") as error:
+        build("cpu", "amd64", engine=somewhere(), lock_file=tiny_lock)
+    assert "docker-cli" in error.value.fix
 
 
 def test_a_wrong_source_date_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     with pytest.raises(LauncherError, match="SOURCE_DATE_EPOCH=yesterday: not a number"):
         created()
-
-
-def test_progress_is_lines() -> None:
-    answers: list[dict[str, Any]] = [
-        {"status": "Pulling from library/debian", "id": "12-slim"},
-        {"status": "Downloading", "id": "abc", "progressDetail": {"current": 1}},
-        {"stream": "Step 1/2 : FROM x\n ---> 0123\n"},
-        {"stream": "one\rtwo\nhalf"},
-        {"stream": " a line\x1b[0m\n"},
-        {"stream": "Removing intermediate container 1\nlast"},
-        {"errorDetail": {}, "error": "it failed"},
-    ]
-    lines: list[str] = []
-    assert docker_engine._follow(iter(answers), lines.append) == "it failed"
-    assert lines == [
-        "12-slim Pulling from library/debian",
-        "Step 1/2 : FROM x",
-        "one",
-        "two",
-        "half a line",
-        "last",
-    ]

@@ -178,7 +178,6 @@ def test_every_format_is_what_it_says(converter: Converter) -> None:
     for fmt in {
         *FORMATS.values(),
         SquashfsFormat("gzip", 64, 2),
-        SquashfsFormat("lz4", 1024, None, ("-Xhc",)),
     }:
         converter(File("x", b"words " * 1000), fmt=fmt)
         block = superblock(converter.output)

@@ -128,7 +128,7 @@ def squashfs(apptainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_sif(apptainer: Path, squashfs: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
-        yield sif(str(squashfs), squashfs.with_suffix(".sif"), say=print)
+        yield sif(squashfs, squashfs.with_suffix(".sif"), say=print)
 
 
 def test_a_squashfs_becomes_a_sif_with_its_environment(small_sif: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None
 @pytest.mark.skipif(os.environ.get("LAUNCHER_TEST_APPTAINER") != "1", reason="minutes: LAUNCHER_TEST_APPTAINER=1")
 def test_training_in_it(apptainer: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
-    image = sif(str(cpu_squashfs()), workplace / "titan-cpu.sif")
+    image = sif(cpu_squashfs(), workplace / "titan-cpu.sif")
     done = launch(
         "submit",
         "--local",
@@ -220,12 +220,12 @@ def test_what_apptainer_refuses_is_told_in_its_words(apptainer: Path, squashfs: 
     monkeypatch.setenv("APPTAINER_TMPDIR", "/nowhere")
     output = squashfs.with_name("refused.sif")
     with pytest.raises(LauncherError, match="apptainer build failed with code 255") as caught:
-        sif(str(squashfs), output)
+        sif(squashfs, output)
     assert "/nowhere" in caught.value.original
     assert not output.exists() and not list(output.parent.glob(".*"))
 
 
-def test_no_apptainer(squashfs_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_apptainer(squashfs_name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("spython")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LauncherError, match="apptainer: no such program") as caught:
@@ -233,7 +233,7 @@ def test_no_apptainer(squashfs_name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert "apt-get install apptainer" in caught.value.fix
 
 
-def test_no_spython(squashfs_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_spython(squashfs_name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("spython", "spython.main", "spython.main.parse.parsers"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     with pytest.raises(LauncherError) as caught:
@@ -242,5 +242,5 @@ def test_no_spython(squashfs_name: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def squashfs_name(tmp_path: Path) -> str:
-    return str(tmp_path / "x.sqsh")
+def squashfs_name(tmp_path: Path) -> Path:
+    return tmp_path / "x.sqsh"

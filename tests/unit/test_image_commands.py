@@ -16,9 +16,8 @@ import pytest
 
 from launcher import cli
 from launcher.base.errors import ExitStatus
-from launcher.commands.image import image
+from launcher.commands.image import image, is_reference
 from launcher.image import engine as docker_engine
-from launcher.image.parameters import is_reference
 from launcher.image.squashfs_file import sidecar_path, superblock
 from tests.conftest import Launch
 from tests.unit.image_commands import ABOUT, Api, Run, api, exported, needs_tools, run
@@ -233,9 +232,7 @@ def test_what_cannot_be_an_image_is_refused_before_the_engine_is_asked(
     run: Run, monkeypatch: pytest.MonkeyPatch, image: str
 ) -> None:
     monkeypatch.setattr(docker_engine, "connect", None)
-    for command in ("convert", "check", "sif"):
-        if image.startswith("../") and command != "convert":
-            continue  # there it is the path of a file
+    for command in ("convert",) if image.startswith("../") else ("convert", "check"):  # there a file's path
         done = run(command, image)
         assert (done.code, done.stdout) == (ExitStatus.USAGE, "")
         assert "is not the name of an image" in done.stderr
