@@ -113,7 +113,7 @@ def build(
     name: str,
     arch: str = "",
     *,
-    engine: Engine | None = None,
+    engine: Engine,
     tag: str = "",
     base: str = "",
     lock_file: Path | None = None,
@@ -131,7 +131,6 @@ def build(
     Raises LauncherError with the cause, when it is a known one, and the last lines of the build.
     """
     chosen = channel(name)
-    engine = engine or docker_engine.connect()
     (arch,) = arches(arch or engine.arch, engine)
     tag = tag or image_tag(name, arch)
     base = base or chosen.base

@@ -89,15 +89,14 @@ def convert_image(
     image: str,
     output: Path,
     *,
-    engine: Engine | None = None,
+    engine: Engine,
     fmt: SquashfsFormat = FORMATS["unpack"],
     say: Say = lambda line: None,
 ) -> Path:
     """Writes `output` and its sidecar from an image of the engine, which describes itself in /etc/titan-image.json.
 
-    Raises LauncherError for no engine, no such image, no mksquashfs, and for everything that `convert` refuses.
+    Raises LauncherError for no such image, no mksquashfs, and for everything that `convert` refuses.
     """
-    engine = engine or docker_engine.connect()
     config = image_config(docker_engine.inspect(engine, image), os.environ)
     say(f"converting {image} to {output}")
     # By its id: a build that ends meanwhile gives the name to another image. Closed, so that an error or Ctrl-C leaves

@@ -111,47 +111,27 @@ def need_arch(engine: Engine, arch: str) -> None:
     """Raises LauncherError unless the engine can run programs of `arch`, itself or emulated."""
     if engine.arch == arch or engine.system == "Docker Desktop" or not engine.host.startswith("unix://"):
         return  # another machine's engine is asked by trying
-    found = emulator(arch)
-    if found == "ready":
-        return
-    raise cannot_run(engine, arch, found)
+    if not emulates(arch):
+        raise cannot_run(engine, arch)
 
 
-def emulator(arch: str) -> str:
-    """ "ready" when this machine's kernel runs foreign programs of `arch` in containers, else what is in the way."""
-    name = ARCHES[arch]
-    entries = [path for path in _listdir(BINFMT) if path.name not in ("register", "status")]
-    for path in entries:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError:
-            continue
-        # qemu-aarch64-static, or Debian's /usr/libexec/qemu-binfmt/aarch64-binfmt-P; not aarch64_be.
-        if re.search(rf"^interpreter \S*qemu\S*{name}(?!_be)", text, re.MULTILINE):
-            if not text.startswith("enabled"):
-                return f"{path} is disabled"
-            flags = re.search(r"^flags: (\S*)", text, re.MULTILINE)
-            if not flags or "F" not in flags[1]:
-                return f"{path} lacks the flag F, so containers do not find the emulator"
-            return "ready"
-    return f"no emulator for {name} is registered in {BINFMT}"
+def emulates(arch: str) -> bool:
+    """Whether this machine's kernel runs foreign programs of `arch`, in containers, too: that is the flag F."""
+    # qemu-aarch64-static, or Debian's /usr/libexec/qemu-binfmt/aarch64-binfmt-P; not aarch64_be.
+    entry = re.compile(rf"enabled\ninterpreter \S*qemu\S*{ARCHES[arch]}(?!_be)\S*\nflags: \S*F")
+    with suppress(OSError):
+        return any(entry.match(path.read_text(encoding="utf-8")) for path in BINFMT.glob("qemu-*"))
+    return False
 
 
-def cannot_run(engine: Engine, arch: str, reason: str) -> LauncherError:
+def cannot_run(engine: Engine, arch: str) -> LauncherError:
     """The refusal, with the command that would enable the architecture."""
     return LauncherError(
-        f"this machine is {engine.arch} and cannot run {arch} programs: {reason}",
+        f"this machine is {engine.arch} and cannot run {arch} programs: no emulator with the flag F in {BINFMT}",
         "sudo apt-get install qemu-user-static   (or: docker run --privileged --rm tonistiigi/binfmt "
         f"--install {arch}); emulation is 6 to 13 times slower, so better: build on a machine with {arch}",
         status=ExitStatus.ERROR,
     )
-
-
-def _listdir(path: Path) -> list[Path]:
-    try:
-        return sorted(path.iterdir())
-    except OSError:
-        return []
 
 
 # ------------------------------------------------------------------------------------------ building
@@ -230,11 +210,11 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
     return found
 
 
-def export(engine: Engine, image: str, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+def export(engine: Engine, image: str) -> Iterator[bytes]:
     """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
     # An image without a command needs one to be made.
     with _container(engine, image, ["/nothing"]) as container, answering(engine):
-        yield from engine.client.api.export(container, chunk_size=chunk_bytes)
+        yield from engine.client.api.export(container, chunk_size=1 << 20)
 
 
 def run(
@@ -317,7 +297,7 @@ def _start_error(engine: Engine, image: str, command: list[str], reason: str) ->
     if "exec format error" in reason.lower():
         arch = inspect(engine, image)["Architecture"]
         other = arch if arch != engine.arch else next(name for name in ARCHES if name != engine.arch)
-        return cannot_run(engine, other, emulator(other))
+        return cannot_run(engine, other)
     return LauncherError(f"{command[0]} does not start in {image}", original=reason)
 
 

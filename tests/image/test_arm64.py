@@ -42,7 +42,7 @@ def emulation() -> Iterator[None]:
             if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
                 pytest.skip("emulation needs root and a kernel with binfmt_misc")
             stack.callback(subprocess.run, ["umount", str(docker_engine.BINFMT)], check=True)
-        if docker_engine.emulator("arm64") != "ready":
+        if not docker_engine.emulates("arm64"):
             if not QEMU.exists():
                 pytest.skip("missing Debian package: apt install qemu-user-static")
             (docker_engine.BINFMT / "register").write_text(QEMU.read_text().strip())
@@ -109,9 +109,8 @@ def test_without_emulation_the_refusal_comes_before_the_build(engine: Engine, ar
         pytest.skip("the emulator is registered under another name")
     ENTRY.write_text("0")
     try:
-        with pytest.raises(LauncherError, match="cannot run arm64 programs") as error:
+        with pytest.raises(LauncherError, match="cannot run arm64 programs"):
             build("cpu", "arm64", engine=engine)
-        assert "qemu-aarch64 is disabled" in error.value.what
         with pytest.raises(LauncherError, match="this machine is amd64 and cannot run arm64 programs"):
             docker_engine.run(engine, arm64_image.tag, ["true"])
     finally:

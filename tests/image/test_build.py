@@ -165,11 +165,6 @@ def test_a_base_image_that_is_nowhere(engine: Engine, tiny_lock: Path) -> None:
     )
 
 
-def test_a_lock_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(LauncherError, match=r"there is no lock .*none\.txt"):
-        build("cpu", "amd64", engine=somewhere(), lock_file=tmp_path / "none.txt")
-
-
 def test_a_channel_without_a_lock_makes_it_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(building, "lock_path", lambda name, arch: tmp_path / f"{name}-{arch}.txt")
 
@@ -301,7 +296,7 @@ def test_the_disk_of_the_engine_is_full(
             (tmp_path / "lock.txt").write_text(tiny_lock.read_text() + "#" * 40_000_000)
             monkeypatch.setattr(building, "dockerfile", lambda: tmp_path / "Dockerfile")
             with pytest.raises(LauncherError, match="the disk of the Docker engine is full") as error:
-                build("cpu", "amd64", lock_file=tmp_path / "lock.txt", tag="titan:x")
+                build("cpu", "amd64", engine=docker_engine.connect(), lock_file=tmp_path / "lock.txt", tag="titan:x")
             assert "docker system prune" in error.value.fix
     finally:
         subprocess.run(["umount", str(data)], check=True)
@@ -346,25 +341,22 @@ def test_ctrl_c_stops_the_build(
 
 
 @pytest.mark.parametrize(
-    ("entry", "why"),
+    "entry",
     [
-        (None, "no emulator for aarch64 is registered"),
-        (EMULATED.replace("enabled", "disabled"), "qemu-aarch64 is disabled"),
-        (EMULATED.replace("OCF", "OC"), "lacks the flag F"),
-        (EMULATED.replace("qemu-aarch64", "qemu-aarch64_be"), "no emulator for aarch64 is registered"),
+        "",
+        EMULATED.replace("enabled", "disabled"),
+        EMULATED.replace("OCF", "OC"),
+        EMULATED.replace("qemu-aarch64", "qemu-aarch64_be"),
     ],
 )
 @pytest.mark.parametrize("asked", ["arm64", "aarch64", "all"])
 def test_an_architecture_that_the_machine_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str | None, why: str, asked: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str, asked: str
 ) -> None:
     monkeypatch.setattr(docker_engine, "BINFMT", tmp_path)
-    (tmp_path / "status").write_text("enabled\n")
-    if entry:
-        (tmp_path / "qemu-aarch64").write_text(entry)
+    (tmp_path / "qemu-aarch64").write_text(entry)
     with pytest.raises(LauncherError, match="this machine is amd64 and cannot run arm64 programs") as error:
         arches(asked, somewhere())
-    assert why in error.value.what
     assert "sudo apt-get install qemu-user-static" in error.value.fix
 
 

@@ -11,13 +11,11 @@ import shutil
 import socket
 import subprocess
 import tarfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -192,27 +190,6 @@ def test_a_registry_that_is_down(engine: Engine, images: dict[str, str], tmp_pat
     assert "connection refused" in error.value.original
     with pytest.raises(LauncherError, match=f"the registry {host} did not take"):
         manifest_list(reference, [pushed], engine=engine, say=print)
-
-
-def test_a_registry_that_answers_nonsense(engine: Engine, images: dict[str, str]) -> None:
-    class Broken(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(400 if self.path != "/v2/" else 200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_POST = do_PUT = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        host = f"127.0.0.1:{server.server_address[1]}"
-        with pytest.raises(LauncherError, match=f"the registry {host} did not take") as error:
-            push(images["arm64"], f"{host}/titan:x", engine=engine, say=print)
-        server.shutdown()
-    assert "400" in error.value.original
 
 
 def test_an_image_that_is_not_there(engine: Engine, host: str) -> None:
