@@ -143,6 +143,8 @@ def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = 
     # `docker build` chooses the builder: BuildKit where it has one (buildx), else the engine's own. An attestation
     # would make each image a list, and a list holds no lists. 20.10 has `docker manifest` among its experiments.
     wanted = {"DOCKER_HOST": engine.host, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1", "DOCKER_CLI_EXPERIMENTAL": "enabled"}
+    environment = os.environ | wanted
+    environment.pop("BUILDX_BUILDER", None)  # a builder of the user's own would keep the image for itself
     try:
         process = subprocess.Popen(
             ["docker", *arguments],
@@ -151,11 +153,11 @@ def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = 
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=os.environ | wanted,
+            env=environment,
         )
-    except FileNotFoundError:
+    except OSError as error:
         fix = "sudo apt-get install docker-cli    # or docker.io, docker-ce-cli"
-        what = "docker: no such command; images are built and lists of them are made by it"
+        what = f"docker: {error.strerror}; images are built and lists of them are made by the docker command"
         raise LauncherError(what, fix, status=ExitStatus.ERROR) from None
     lines = []
     with process:

@@ -381,12 +381,13 @@ def test_what_the_docker_command_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_p
     """A shell script stands in for it and writes that down."""
     docker = tmp_path / "docker"
     docker.write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$DOCKER_HOST" "$@" >{tmp_path}/asked\n'
+        f'#!/bin/sh\nprintf "%s\\n" "$DOCKER_HOST$BUILDX_BUILDER" "$@" >{tmp_path}/asked\n'
         f'for last in "$@"; do :; done\ntar -cf {tmp_path}/context.tar -C "$last" .\n'
         "printf '#8 0.123 one\\rtwo\\033[0m\\n'; echo '#5 ERROR: no space left on device' >&2; exit 1\n"
     )
     docker.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("BUILDX_BUILDER", "mine")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     lines: list[str] = []
     with pytest.raises(LauncherError, match="the disk of the Docker engine is full"):
@@ -417,11 +418,15 @@ def test_what_the_docker_command_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert lines[-3:] == ["one", "two", "#5 ERROR: no space left on device"]
 
 
-def test_there_is_no_docker_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path) -> None:
+def test_there_is_no_docker_command_that_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LauncherError, match="docker: no such command") as error:
-        build("cpu", "amd64", engine=somewhere(), lock_file=tiny_lock)
-    assert "docker-cli" in error.value.fix
+    for words in ("No such file", "Permission denied"):
+        with pytest.raises(LauncherError, match=f"docker: {words}.* the docker command") as error:
+            build("cpu", "amd64", engine=somewhere(), lock_file=tiny_lock)
+        assert "docker-cli" in error.value.fix
+        (tmp_path / "docker").touch(0o644)
 
 
 def test_a_wrong_source_date_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
