@@ -57,7 +57,8 @@ def _definition(squashfs: Path) -> str:
         if equals and re.fullmatch(r"[A-Za-z_]\w*", name):
             lines.append(f"export {name}={shlex.quote(value)}")
     labels = {"arch": facts.arch, "channel": facts.channel, **facts.versions}
-    lines += ["", "%labels", *(f"titan.{name} {value}" for name, value in labels.items() if value)]
+    # On one line each: a version with a line break in it could begin a section of commands.
+    lines += ["", "%labels", *(" ".join(f"titan.{name} {value}".split()) for name, value in labels.items() if value)]
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 from launcher.base.errors import LauncherError, install
+from launcher.image import sif as module
+from launcher.image.inspect import ImageFacts
 from launcher.image.sif import sif
 from tests.conftest import Launch
 from tests.image.images import CACHE, cpu_squashfs
@@ -223,6 +225,16 @@ def test_what_apptainer_refuses_is_told_in_its_words(apptainer: Path, squashfs: 
         sif(squashfs, output)
     assert "/nowhere" in caught.value.original
     assert not output.exists() and not list(output.parent.glob(".*"))
+
+
+def test_an_images_words_begin_no_section_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What %post holds is run by `apptainer build`; an image's description may come from anybody."""
+    versions = {"torch": "2\n%post\n    touch /tmp/here", "torchtitan\n%post": "0.3"}
+    facts = ImageFacts("x.sqsh", "x86_64\n%post", "image", "zstd", 1, channel="a\r%post\n", versions=versions)
+    monkeypatch.setattr(module, "inspect", lambda _path: facts)
+    monkeypatch.setattr(module, "read_inside", lambda _path, _name: b"A=1\n%post\nB='\n%post\n")
+    sections = [line for line in module._definition(tmp_path / "x.sqsh").splitlines() if line.startswith("%")]
+    assert sections == ["%environment", "%labels"]
 
 
 def test_no_apptainer(squashfs_name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
