@@ -29,7 +29,10 @@ def parse_json(data: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text. Raises ValueError: TOMLDecodeError for the syntax, and for numbers above LARGEST."""
+    """The tables of a TOML text. Raises ValueError: for keys of more parts than anybody types, as tomllib's time grows
+    with their square; TOMLDecodeError for the syntax, and for numbers above LARGEST."""
+    if re.search(r"(?:\.[^.\n=\[\]{},#]{1,100}+){64}", text):
+        raise ValueError("a key of too many parts")
     try:
         tables = tomllib.loads(text)
         _check(tables)

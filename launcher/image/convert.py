@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,17 +41,24 @@ def image_config(attrs: Mapping[str, Any], environ: Mapping[str, str]) -> ImageC
             f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds that a squashfs can hold",
             "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
         )
-    return ImageConfig(
-        arch=str(attrs.get("Architecture") or ""),
-        image_id=str(attrs.get("Id") or ""),
-        created=int(epoch) if epoch else _seconds(str(attrs.get("Created") or "")),
-        env=tuple(config.get("Env") or ()),
-        working_dir=str(config.get("WorkingDir") or ""),
-        entrypoint=tuple(config.get("Entrypoint") or ()),
-        cmd=tuple(config.get("Cmd") or ()),
-        volumes=tuple(sorted(config.get("Volumes") or ())),
-        labels=dict(config.get("Labels") or {}),
-    )
+    try:
+        found = ImageConfig(
+            arch=str(attrs.get("Architecture") or ""),
+            image_id=str(attrs.get("Id") or ""),
+            created=min(int(epoch) if epoch else _seconds(str(attrs.get("Created") or "")), 2**32 - 1),
+            env=tuple(config.get("Env") or ()),
+            working_dir=str(config.get("WorkingDir") or ""),
+            entrypoint=tuple(config.get("Entrypoint") or ()),
+            cmd=tuple(config.get("Cmd") or ()),
+            volumes=tuple(sorted(config.get("Volumes") or ())),
+            labels=dict(config.get("Labels") or {}),
+        )
+        words = (*found.env, *found.entrypoint, *found.cmd, *found.volumes, *chain(*found.labels.items()))
+        if all(isinstance(word, str) for word in words):
+            return found
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        pass
+    raise LauncherError("the image's configuration makes no sense", "docker image inspect IMAGE; build it again")
 
 
 def _seconds(date: str) -> int:

@@ -155,6 +155,8 @@ class _Stream:
                     info.name = _text(before["path"]) if "path" in before else info.name
                     info.linkname = _text(before["linkpath"]) if "linkpath" in before else info.linkname
                     info.size = int(before.get("size", info.size))
+                    if not 0 <= info.size < 1 << 50:
+                        raise ValueError("a size that no file has")
                     info.mtime = int(float(before.get("mtime", info.mtime)))
                     yield info, before
                     before = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
-from launcher.base.files import filesystem_error, write_text
+from launcher.base.files import filesystem_error, read_bytes, write_text
 from launcher.image import ARCHES
 from launcher.image.channels import Channel, channel, docker_arch, lock_path
 
@@ -75,7 +75,7 @@ def pinned(text: str) -> dict[str, str]:
 def need_lock(path: Path, fix: str) -> None:
     """Raises LauncherError with `fix` unless `path` is a lock: packages that are pinned, each with its hashes."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, wait=True).decode("utf-8")
     except FileNotFoundError:
         raise LauncherError(f"there is no lock {path}", fix) from None
     except OSError as error:

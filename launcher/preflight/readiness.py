@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import LauncherError
+from launcher.base.files import read_bytes
 from launcher.base.finding import WARNING, Check
 from launcher.config.layers import merge, names_of, read_layer
 from launcher.config.spec import RunSpec
@@ -123,7 +124,7 @@ def _as_submitted(run: Run) -> RunSpec:
     """The run's spec, with every node that its job leaves out: run.toml has those that the user named."""
     spec = merge([read_layer(run.path / "run.toml", "run.toml")])
     try:
-        script = (run.path / "job.sbatch").read_text(encoding="utf-8", errors="replace")
+        script = read_bytes(run.path / "job.sbatch").decode("utf-8", "replace")
     except OSError:
         return spec
     said = re.search(r"^#SBATCH --exclude=(\S+)$", script, re.MULTILINE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.base.errors import LauncherError
 from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import HubFile, Repo, find_token, list_files
+from launcher.titan import read_text
 
 MODELS = {
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
@@ -65,8 +66,8 @@ def bring(target: Path, repo: Repo, files: list[HubFile], jobs: int) -> Outcome:
 def check_json(target: Path) -> None:
     for name in REQUIRED:
         try:
-            good = isinstance(json.loads((target / name).read_text(encoding="utf-8")), dict)
-        except ValueError:
+            good = isinstance(json.loads(read_text(target / name)), dict)
+        except (ValueError, RecursionError):
             good = False
         if not good:
             raise LauncherError(f"{target / name}: as on the Hub, but not a tokenizer's file", "--revision main")

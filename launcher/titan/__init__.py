@@ -6,8 +6,11 @@ has: standard library only at import time, nothing newer than Python 3.10, relat
 
 from __future__ import annotations
 
+import os
+
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 GZIP_MAGIC = b"\x1f\x8b"
+MOST_BYTES = 256 << 20  # of a text file; the largest, a tokenizer.json, has 17 MB
 
 
 class Refused(ValueError):
@@ -17,3 +20,12 @@ class Refused(ValueError):
         super().__init__(why)
         self.why = why
         self.fix = fix
+
+
+def read_text(path: str | os.PathLike[str], errors: str = "strict") -> str:
+    """A text file of at most MOST_BYTES. Raises OSError, and ValueError for a longer one or one that is not UTF-8."""
+    with open(path, "rb") as stream:
+        data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
+    return data.decode("utf-8", errors)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import GZIP_MAGIC, LFS_POINTER, Refused
+from . import GZIP_MAGIC, LFS_POINTER, Refused, read_text
 
 SMALLEST_SHARD = 200  # bytes; an LFS pointer is about 130
 STAGE_C4 = "launcher stage c4 --to {} --for {}/run.toml"
@@ -101,9 +101,11 @@ def check_streamed(folder: Path, source: str) -> int:
 def _header(readme: Path, fix: str) -> str:
     """The YAML between the two `---` lines at the top; empty where there is none."""
     try:
-        text = readme.read_text(encoding="utf-8", errors="replace")
+        text = read_text(readme, errors="replace")
     except OSError as error:
         raise Refused(f"{readme}: {error.strerror}", fix) from error
+    except ValueError as error:
+        raise Refused(f"{readme}: {error}", fix) from error
     match = re.match(r"---\n(.*?)\n---\s*$", text, re.DOTALL | re.MULTILINE)
     return match.group(1) if match else ""
 
@@ -112,7 +114,7 @@ def check_tokenizer(folder: Path) -> None:
     stage = STAGE_TOKENIZER.format(shlex.quote(str(folder)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         try:
-            value = json.loads((folder / name).read_text(encoding="utf-8"))
+            value = json.loads(read_text(folder / name))
         except OSError as error:
             raise Refused(f"{folder / name}: {error.strerror}", stage) from error
         except (ValueError, RecursionError) as error:

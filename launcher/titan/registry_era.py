@@ -5,6 +5,7 @@ Also the registry of what torchtitan's own lacks: `--module titan.registry_era -
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,8 +96,8 @@ def _flag(dotted: str, value: Any) -> str:
 
 
 def _major_minor(version: str) -> tuple[int, int]:
-    numbers = version.split("+")[0].split(".")[:2]
-    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(map(str.isdigit, numbers)) else (99, 0)
+    numbers = re.match(r"([0-9]{1,4})\.([0-9]{1,4})(?![0-9A-Za-z])", version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (99, 0)
 
 
 def llama3_8b_float8() -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import LFS_POINTER, Refused, toml_era
+from . import LFS_POINTER, Refused, read_text, toml_era
 from .command import era
 
 INDEX = "model.safetensors.index.json"
@@ -242,7 +242,7 @@ def _check_tensors(found: Mapping[str, tuple[int, ...]], shape: Shape, flavor: s
 
 def _json(path: Path, fix: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not JSON", fix) from error
     if not isinstance(value, dict):

@@ -14,11 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from launcher import titan
 from launcher.base.errors import LauncherError
 from launcher.base.files import read_bytes, read_json
 from launcher.base.values import parse_json, parse_toml, whole
 from launcher.config.layers import read_layer
+from launcher.image.convert import image_config
 from launcher.stage.manifest import read_manifest
+from launcher.titan import data, registry_era, weights
 
 HUGE = "9" * 5000
 # Address space of a command that reads a file of 2 GB: enough for Python and its libraries, not for the file.
@@ -104,6 +107,46 @@ def test_hostile_words_in_an_image(tmp_path: Path, description: str) -> None:
     subprocess.run(["mksquashfs", str(root), str(tmp_path / "x.sqsh"), "-quiet", "-no-progress"], check=True)
     refused("image", "inspect", str(tmp_path / "x.sqsh"), cwd=tmp_path)
     refused("submit", "--gpu", "gb200", "--dry-run", "--image", str(tmp_path / "x.sqsh"), cwd=tmp_path)
+
+
+def test_text_files_that_never_end_on_a_node(tmp_path: Path, endless: Path) -> None:
+    for name in ("tokenizer.json", "README.md", "config.json"):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / name).symlink_to(endless)
+        with pytest.raises(titan.Refused, match=r"not JSON|more than 256 MiB"):
+            if name == "README.md":
+                data._header(tmp_path / "d" / name, "")
+            elif name == "config.json":
+                weights._json(tmp_path / "d" / name, "")
+            else:
+                data.check_tokenizer(tmp_path / "d")
+
+
+def test_a_key_of_forty_thousand_parts_takes_no_time() -> None:
+    with pytest.raises(ValueError, match="too many parts"):
+        parse_toml(".".join("a" * 40_000) + " = 1")
+    assert parse_toml('x = "10.0.0.1,10.0.0.2"\na.b.c = 1') == {"x": "10.0.0.1,10.0.0.2", "a": {"b": {"c": 1}}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [[], {"Labels": "x"}, {"Volumes": {"a": 1, 2: 3}}, {"Env": [1]}, {"Cmd": 5}, {"Labels": {"a": 1}}],
+)
+def test_an_image_whose_configuration_makes_no_sense(config: Any) -> None:
+    with pytest.raises(LauncherError, match="makes no sense"):
+        image_config({"Config": config or [1]}, {})
+
+
+def test_an_images_time() -> None:
+    assert image_config({"Created": "9999-01-01T00:00:00Z"}, {}).created == 2**32 - 1
+    with pytest.raises(LauncherError, match="makes no sense"):
+        image_config({"Created": "2026-99-99T00:00:00Z"}, {})
+
+
+@pytest.mark.parametrize("version", ["0.²", "0." + "9" * 5000, "", "x"])
+def test_a_version_of_torch_that_is_none(version: str) -> None:
+    assert registry_era._major_minor(version) == (99, 0)
 
 
 @pytest.mark.parametrize("text", ["²", "٣", "", "-1", "1e3", "1_0", HUGE, " 1"])
