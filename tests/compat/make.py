@@ -39,9 +39,11 @@ STEP_02 = (
     "\x1b[32mloss: {loss:7.4f}  \x1b[38;2;180;60;0mgrad_norm: {norm:7.4f}  \x1b[38;2;54;234;195mmemory: "
     "158.61GiB(86.20%)  \x1b[34mtps: {tps:,}  \x1b[36mtflops: 1,018.20  \x1b[35mmfu: 45.25%\x1b[39m"
 )
-OUT_OF_MEMORY = """[rank3]: Traceback (most recent call last):
+OUT_OF_MEMORY = """\
+[rank3]: Traceback (most recent call last):
 [rank3]:   File "/opt/venv/lib/python3.12/site-packages/torchtitan/train.py", line 500, in train_step
-[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 7.83 GiB. GPU 3 has 184 GiB."""
+[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 7.83 GiB. GPU 3 has a total capacity \
+of 184.00 GiB of which 3.10 GiB is free."""
 ENDS = {  # exit code, signal, what Slurm said
     "completed": (0, "", "JobState=RUNNING Reason=None"),
     "completed-02": (0, "", "JobState=RUNNING Reason=None"),
