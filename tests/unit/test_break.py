@@ -1,0 +1,69 @@
+"""Failures that were found by trying to break the launcher; each test fails until its fix is made."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+from launcher.base.files import write_json
+from launcher.base.secret import looks_secret
+from launcher.base.values import parse_json
+from launcher.runs.directory import remove_left_over
+from launcher.stage.manifest import parse_manifest
+from launcher.stage.target import safe_path
+
+
+def test_a_directory_of_another_program_is_not_removed(tmp_path):
+    theirs = tmp_path / ".thesis.0.tmp"
+    theirs.mkdir()
+    (theirs / "chapter.txt").write_text("mine")
+    os.utime(theirs, (1, 1))
+    remove_left_over(tmp_path)
+    assert (theirs / "chapter.txt").exists()
+
+
+@pytest.mark.parametrize("path", [".", "./"])
+def test_a_path_without_parts_is_refused(path):
+    assert safe_path(path) is False
+
+
+def test_a_manifest_with_a_dot_is_damaged():
+    entry = {"bytes": 0, "sha256": "0" * 64, "mtime_ns": 0}
+    value = {"schema": 1, "kind": "c4", "source": "s", "revision": "r", "files": {".": entry}, "made_by": "x"}
+    assert parse_manifest(json.dumps(value).encode()) is None
+
+
+def test_half_a_character_in_a_record_can_be_written(tmp_path):
+    write_json(tmp_path / "x.json", parse_json(b'{"a": "\\ud800"}'))
+
+
+def test_a_gzip_bomb_in_a_bucket_takes_little_memory():
+    packer = zlib.compressobj(9, wbits=31)
+    bomb = b"".join(packer.compress(bytes(1 << 20)) for _ in range(400)) + packer.flush()
+    script = "import sys; from launcher.stage.s3 import ObjectChecksums as C; C('gzip', 0).update(sys.stdin.buffer.read())"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (500 << 20, 500 << 20))  # noqa: E731
+    assert subprocess.run([sys.executable, "-c", script], input=bomb, preexec_fn=limit).returncode == 0
+
+
+def test_a_device_in_a_file_s_place_is_not_read_for_ever(tmp_path):
+    (tmp_path / "e").symlink_to("/dev/zero")
+    script = f"from pathlib import Path; from launcher.stage.manifest import sha256_of; sha256_of(Path({str(tmp_path / 'e')!r}))"
+    subprocess.run([sys.executable, "-c", script], timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_HUB_AUTHORIZATION", "Bearer abcdefgh"),
+        ("NVIDIA_NOTE", "sk-proj-abcDEF123_456-abcdefghijklmnop"),
+        ("NVIDIA_NOTE", "sk-ant-api03-abcdefghijklmnopqrstuvwx"),
+        ("NVIDIA_API_TOKENS", "abcdefgh,ijklmnop"),
+        ("NCCL_PROXY", "https://user:pa/ss@host/"),
+    ],
+)
+def test_secrets_of_other_forms(name, value):
+    assert looks_secret(name, value)
