@@ -11,20 +11,22 @@ PUBLIC = re.compile(
 )
 # Words, as "_" and "." part them: COMPASS, XAUTHORITY, TOKENIZERS_PARALLELISM and NCCL_IB_PKEY hold none of these.
 _NAME = re.compile(
-    r"SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|TOKEN(?![A-Z])"
-    r"|(?<![A-Z])(KEY|PASS|PWD|PAT|AUTH|CREDS?|PRIVATE|JWT|BEARER|COOKIE)(?![A-Z])",
+    r"SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|PASSKEY|AUTHORIZATION|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|TOKEN(?![A-Z])|API_?TOKENS"
+    r"|(?<![A-Z])(KEYS?|PASS|PWD|PAT|AUTH|CREDS?|PRIVATE|JWT|BEARER|COOKIE)(?![A-Z])",
     re.IGNORECASE,
 )
 # Where a secret lies is none (SSH_AUTH_SOCK, HF_TOKEN_PATH), nor are torchtitan's settings of tokens, keys and passes.
 _HARMLESS_NAME = re.compile(
-    r".*_(FILE|PATH|DIR|SOCK|HEADS|DIM|IDS|NAME|PIPELINE)|.*(EOS|BOS|PAD|UNK|VISION|START|END|PER|MASK)_(TOKEN|KEY)",
+    r".*_(FILE|PATH|DIR|SOCK|HEADS|DIM|IDS?|PIPELINE)|.*(EOS|BOS|PAD|UNK|VISION|START|END|PER|MASK|SORT|TEXT|CACHE|PRIMARY|FOREIGN)_(TOKEN|KEY)",
     re.IGNORECASE,
 )
 _HARMLESS_VALUE = re.compile(r"|\d{1,3}(\.\d+)?|true|false|yes|no|on|off|none", re.IGNORECASE)
 _VALUE = re.compile(
     r"(?:^|(?<=/))[^\s/:@]*:[^\s/]+(?=@(?!sha256:))"  # user:password@ of an address; NAME:TAG@sha256: is an image
+    r"|(?<=//)[^\s/:@]+:(?!\d+/)[^\s@]+(?=@(?!sha256:))"  # a password with a slash in it
     r"|(?<=[?&])[\w-]*(?:token|secret|signature|password|key)=[^\s&]+"  # an address that is signed
-    r"|\b(?:hf_|gh[pousr]_|glpat-|sk-)[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN .*",
+    r"|\b(?:hf_|gh[pousr]_)[A-Za-z0-9]{20,}|\b(?:glpat-|sk-)[\w-]{20,}|\bxox[a-z]-[\w-]{10,}|\bgithub_pat_\w{20,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|\beyJ[\w-]+\.[\w-]+\.[\w-]+|\bBearer \S+|AccountKey=\S+|-----BEGIN .*",
     re.IGNORECASE,
 )
 

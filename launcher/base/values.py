@@ -18,12 +18,16 @@ def whole(text: object) -> int | None:
 
 
 def parse_json(data: str | bytes) -> Any:
-    """The value of a JSON text; NaN, infinity and whole numbers above LARGEST become None, as nothing can use them.
+    """The value of a JSON text; NaN, infinity and whole numbers above LARGEST become None, as nothing can use them,
+    and half a character, which no file takes, becomes a question mark.
 
     Raises ValueError for what is not JSON or is nested too deeply.
     """
     try:
-        return json.loads(data, parse_int=_whole, parse_float=_finite, parse_constant=lambda _: None)
+        value = json.loads(data, parse_int=_whole, parse_float=_finite, parse_constant=lambda _: None)
+        # Only where there may be one: most records have no escapes.
+        escaped = (b"\\u" in data) if isinstance(data, bytes) else ("\\u" in data or not data.isascii())
+        return _json_value(value) if escaped else value
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -43,7 +43,7 @@ from launcher.config.spec import S3, RunSpec, node_config
 
 LOCK = "submit.lock"
 SECRETS = "secret.env"  # until the job has read it, or can never start
-LEFT_OVER = re.compile(r"\..+\.[0-9a-f]+\.(tmp|refused)")
+LEFT_OVER = re.compile(r"\.[A-Za-z0-9][\w.-]*\.([0-9a-f]{8}|[1-9][0-9]{0,9})\.(tmp|refused)", re.ASCII)
 # Installed, as far as Python can see: how fsspec finds a file system that is not its own.
 S3_PACKAGE = {
     "METADATA": "Metadata-Version: 2.1\nName: titan-s3\nVersion: 1\n",
@@ -179,8 +179,9 @@ def remove_left_over(runs_dir: Path) -> None:
             # One without secrets may be so new that its maker does not hold the lock yet.
             is_old = time.time() - about.st_mtime > 60 or os.path.lexists(f"{entry.path}/{SECRETS}")
             if is_dir and is_old and about.st_uid == os.geteuid():
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-                with suppress(OSError), open(os.open(f"{entry.path}/{LOCK}", flags, 0o644), "wb") as lock:
+                with suppress(OSError):
+                    os.rmdir(entry.path)  # one that was killed before it made its lock
+                with suppress(OSError), open(os.open(f"{entry.path}/{LOCK}", os.O_RDWR | os.O_NOFOLLOW), "rb") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(entry.path, ignore_errors=True)
 

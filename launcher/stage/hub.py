@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import read_bytes
 from launcher.stage.hub_errors import status_of, translate, with_retries
 from launcher.stage.receive import Sink, WrongLength
 from launcher.stage.source import Checksums, check_answer, is_digest
@@ -137,7 +138,7 @@ def find_token(token_file: Path | None = None) -> str | None:
             ) from None
         return found
     try:
-        lines = token_file.read_text(encoding="utf-8").split()
+        lines = read_bytes(token_file, 64 << 10, wait=True).decode("utf-8").split()
     except OSError as error:
         raise LauncherError(
             f"--token-file {token_file}: {error.strerror}",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -205,8 +207,12 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def open_at_once(path: Path) -> FileIO:
-    """A file to be read; a pipe that has taken its place is not waited for."""
-    return FileIO(str(path), opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    """A file to be read. Raises OSError for a pipe or a device that has taken its place."""
+    stream = FileIO(str(path), opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return stream
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
@@ -214,7 +220,9 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None)
     digest = hashlib.sha256()
     buffer = bytearray(BLOCK)
     with open_at_once(path) as stream:
-        while count := stream.readinto(buffer):
+        left = os.fstat(stream.fileno()).st_size  # one that grows meanwhile is not followed for ever
+        while left >= 0 and (count := stream.readinto(buffer)):
+            left -= count
             digest.update(memoryview(buffer)[:count])
             on_bytes(count)
     return digest.hexdigest()

@@ -87,8 +87,8 @@ class ObjectChecksums:
             while data:
                 if self._gzip.eof:  # files of several members are gzip files, too
                     self._gzip = zlib.decompressobj(wbits=31)
-                self._gzip.decompress(data)
-                data = self._gzip.unused_data
+                self._gzip.decompress(data, PIECE)  # no more of it at once, whatever it inflates to
+                data = self._gzip.unconsumed_tail or self._gzip.unused_data
         except zlib.error:
             self._gzip_sound = False
 

@@ -39,7 +39,7 @@ def safe_path(path: object) -> bool:
         return False
     parts = PurePosixPath(path).parts
     # Joined again it must be the same: no "//", no "./", no trailing slash.
-    return not (path.startswith("/") or ".." in parts or parts[0] == STATE) and "/".join(parts) == path
+    return not (path.startswith("/") or ".." in parts or parts[:1] == (STATE,)) and "/".join(parts) == path
 
 
 def write_error(path: Path, error: OSError) -> LauncherError:
