@@ -64,7 +64,7 @@ def _check(value: Any) -> None:
 
 
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for NaN and infinity, which JSON lacks and many of its readers refuse, at any depth."""
+    """`values` with None for NaN and infinity at any depth: JSON lacks them, and many of its readers refuse them."""
     return {_json_value(str(key)): _json_value(value) for key, value in values.items()}
 
 

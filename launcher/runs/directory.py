@@ -150,7 +150,7 @@ def create(
             (temporary / "logs").mkdir()
             _fill(temporary, spec, now_s)
             also(temporary)
-            if secrets:  # last of all, in a directory that is locked: whoever finds it unlocked may remove it
+            if secrets:  # last of all, under the lock: a directory that is unlocked is dead, and may be removed
                 # With Apptainer, a variable of the image's wins unless the job's comes with a prefix, too.
                 prefixes = ("", "APPTAINERENV_") if spec.job.runtime == "apptainer" else ("",)
                 named = [(p + name, value) for name, value in sorted(secrets.items()) for p in prefixes]

@@ -40,7 +40,7 @@ class JobState:
     reason: str = ""
     exit_code: int | None = None
     unfit: bool = False  # a node failed its check, and nothing was trained
-    gone: bool = False  # UNKNOWN, but whoever would know of a job of this run knows of none
+    gone: bool = False  # UNKNOWN, and everything that would know of a job was asked: there is none
 
     @property
     def active(self) -> bool:
