@@ -292,8 +292,10 @@ def test_the_disk_of_the_engine_is_full(
     try:
         with running_engine(data) as host:
             monkeypatch.setenv("DOCKER_HOST", host)
+            usage = os.statvfs(data)
+            (data / "filler").write_bytes(bytes(usage.f_bavail * usage.f_frsize - 2_000_000))
             (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY containers /\n")
-            (tmp_path / "lock.txt").write_text(tiny_lock.read_text() + "#" * 40_000_000)
+            (tmp_path / "lock.txt").write_text(tiny_lock.read_text() + "#" * 3_000_000)
             monkeypatch.setattr(building, "dockerfile", lambda: tmp_path / "Dockerfile")
             with pytest.raises(LauncherError, match="the disk of the Docker engine is full") as error:
                 build("cpu", "amd64", engine=docker_engine.connect(), lock_file=tmp_path / "lock.txt", tag="titan:x")

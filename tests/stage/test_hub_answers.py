@@ -174,8 +174,8 @@ def pages(count: int) -> Fault:
     def fault(handler: Handler, _content: Content, _start: int) -> bool:
         entries = [{"type": "file", "path": f"f{n}", "size": 1, "oid": "0" * 40} for n in range(count)]
         link = {"Link": f'<{handler.hub.endpoint}{handler.path}>; rel="next"'}
+        handler.hub.api_faults.append(fault)  # before the answer: the next request may be quick
         handler.answer(200, json.dumps(entries).encode(), link)
-        handler.hub.api_faults.append(fault)
         return True
 
     return fault
