@@ -23,11 +23,15 @@ def peak_of(tflops: float | None, mfu_pct: float | None) -> float | None:
     return fitting[0] if len(fitting) == 1 else derived
 
 
-def mfu_text(mfu_pct: float | None, peak_tflops: float | None) -> str:
+def mfu_text(mfu_pct: float | None, peak_tflops: float | None, unit: str = " TFLOP/s") -> str:
     """MFU for people: `45.25% of 2250 TFLOP/s`, `12.00% of about 417 TFLOP/s`, `N/A`."""
     if mfu_pct is None:
         return "N/A"
+    return f"{mfu_pct:.2f}% of {peak_text(peak_tflops, unit)}"
+
+
+def peak_text(peak_tflops: float | None, unit: str = "") -> str:
+    """A peak in TFLOP/s: `2250`, `about 417`, `an unknown peak`."""
     if peak_tflops is None:
-        return f"{mfu_pct:.2f}% of an unknown peak"
-    peak = f"{peak_tflops:g}" if peak_tflops in KNOWN_PEAKS else f"about {peak_tflops:.0f}"
-    return f"{mfu_pct:.2f}% of {peak} TFLOP/s"
+        return "an unknown peak"
+    return (f"{peak_tflops:g}" if peak_tflops in KNOWN_PEAKS else f"about {peak_tflops:.0f}") + unit

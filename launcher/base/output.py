@@ -78,6 +78,21 @@ def columns(rows: Sequence[Sequence[str]], left: int = 99) -> list[str]:
     ]
 
 
+def counted(number: int, what: str) -> str:
+    """`1 node`, `1,024 nodes`"""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A span for people: `0.4 s`, `38 s`, `2 min 05 s`, `3 h 12 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60:,} h {minutes % 60:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
 def plain(text: str) -> str:
     """Words of other programs and of files on one line, without what could drive a terminal, reorder or hide text."""
     return "".join(c if c.isprintable() else "?" for c in text)
@@ -137,7 +152,7 @@ def print_error(error: LauncherError) -> None:
 SHOWN = 3  # names in a message
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], most: int = SHOWN, between: str = ", ") -> str:
     """The first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more

@@ -76,8 +76,7 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
     found = comparison.compare(first, second)
     if as_json:
         return print_json(comparison.as_dict(found))
-    lines = comparison.as_text(found)
-    echo(*(style(line, fg="yellow") if line.startswith("warning: ") else line for line in lines))
+    echo(*comparison.as_text(found, lambda text: style(text, fg="yellow")))
 
 
 def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
@@ -257,7 +256,7 @@ def _faults(run: Run, state: JobState) -> list[str]:
 
 def _print(headline: str, verdict: Verdict) -> None:
     word = str(verdict.word)
-    echo(style(word, fg=_COLOURS[word], bold=True) + headline.removeprefix(word))
+    echo(f"{style(word, fg=_COLOURS[word], bold=True)}  {headline}")
     for reason in verdict.reasons:
         mark = "ok" if reason.word == "PASS" else str(reason.word)
         styled = style(f"{mark:<10}", fg=_COLOURS[str(reason.word)])

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import click
 
 from launcher.base.errors import quoted
-from launcher.base.output import as_json, echo, print_json
+from launcher.base.output import as_json, counted, duration, echo, print_json
 from launcher.commands.asked import spec_of
 from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import RunSpec
@@ -54,8 +54,7 @@ def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
     """The plan for people. Pure."""
     recipe, nodes = spec.recipe, spec.job.nodes
     rows = [
-        f"{spec.job.recipe} on {nodes} node{'s' if nodes > 1 else ''} x {spec.profile.gpus_per_node} "
-        f"{spec.profile.gpu}, "
+        f"{spec.job.recipe} on {counted(nodes, 'node')} x {spec.profile.gpus_per_node} {spec.profile.gpu}, "
         f"batch {recipe.local_batch_size}, {recipe.steps:,} steps of {found.tokens // recipe.steps:,} tokens",
         "",
         f"memory      {_memory(spec, found)}",
@@ -71,7 +70,9 @@ def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
         rows.append(f"tokens/s    {found.tps:,.0f} per GPU, by {found.basis}")
         rows += [f"            {text}" for text in found.differs]
     if found.wall_s and found.node_hours:
-        rows.append(f"wall time   {_time(found.wall_s)}, of it {_time(START_S)} assumed for the start; after the queue")
+        rows.append(
+            f"wall time   {duration(found.wall_s)}, of it {duration(START_S)} assumed for the start; after the queue"
+        )
         rows.append(f"node-hours  {found.node_hours:.2f}{_limit(spec, found)}")
     else:
         rows.append(f"wall time   cannot say{_limit(spec, found)}")
@@ -101,8 +102,3 @@ def _limit(spec: RunSpec, found: Plan) -> str:
         minutes = -(-int(found.wall_s * 1.2) // 60)
         return f"{most}: TOO SHORT, try --time {minutes // 60:02d}:{minutes % 60:02d}:00"
     return most
-
-
-def _time(span_s: float) -> str:
-    hours, rest = divmod(round(span_s), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

@@ -12,7 +12,7 @@ import click
 from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_text
-from launcher.base.output import as_json, echo, echo_file, print_json
+from launcher.base.output import as_json, counted, echo, echo_file, print_json
 from launcher.commands.results import with_states
 from launcher.commands.runs import failure_of
 from launcher.config.options import FilePath, runs_dir_option
@@ -83,8 +83,7 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
         )
         return
     incomplete = sum(not outcome.complete for outcome in outcomes)
-    runs = f"{len(outcomes)} run{'s' if len(outcomes) > 1 else ''}"
-    echo(f"{output}: {runs}, {incomplete} incomplete", err=to_stdout)
+    echo(f"{output}: {counted(len(outcomes), 'run')}, {incomplete} incomplete", err=to_stdout)
     for path in files:
         echo(str(path), err=to_stdout)
     for name, why in left_out[:MOST_NAMED]:

@@ -115,7 +115,7 @@ def _spread(progress: Progress) -> str:
 
 
 def _mfu(progress: Progress) -> str:
-    return f"mfu {mfu_text(progress.mfu_pct, progress.peak_tflops).removesuffix(' TFLOP/s')}"
+    return f"mfu {mfu_text(progress.mfu_pct, progress.peak_tflops, unit='')}"
 
 
 def _memory(progress: Progress) -> str:

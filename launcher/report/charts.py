@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
+from launcher.base.output import counted
 from launcher.report import svg
 from launcher.report.figures import (
     Line,
@@ -18,7 +19,6 @@ from launcher.report.figures import (
     percent,
     scaling,
     slow_node,
-    source_of,
     with_series,
 )
 from launcher.results.accept import MAX_SPREAD
@@ -86,14 +86,14 @@ def _throughput(
     """Like runs with what they are measured by, and with each one's slow node, which the leading node does not show."""
     x = svg.linear((step for line in found for step, _ in line.points), "step", whole=True)
     measures = [
-        (f"P{row.nodes}", f"published on {row.nodes} node{'s' if row.nodes > 1 else ''} ({source_of(row)})", row)
+        (f"P{row.nodes}", f"published on {counted(row.nodes, 'node')} ({row.source})", row)
         for row in measured_by([outcomes[line.run] for line in found], published)
     ]
     behind: list[svg.Drawn] = []
     legend: list[Entry] = []
     rows: list[tuple[str, ...]] = []
     for label, text, row in measures:
-        rate = row.tps.median if row.tps else math.nan
+        rate = row.median_tps or math.nan
         behind.append(svg.Drawn(((x.low, rate), (x.high, rate)), "published", label, f"{text}: {rate:,.0f}"))
         legend.append(Entry(svg.swatch("published", label), f"{text}: {rate:,.0f}"))
         rows.append((text, f"{row.step}", "", "", "", svg.tick_text(rate, 0), ""))
@@ -227,7 +227,7 @@ def _scaling(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str
     notes = ["A dot is a run's median tokens/s per GPU after warm-up; lines join sizes of like runs."]
     notes += filter(None, [svg.not_from_zero(y)])
     if incomplete:
-        notes.append(f"Left out as incomplete: {incomplete} {'run' if incomplete == 1 else 'runs'}.")
+        notes.append(f"Left out as incomplete: {counted(incomplete, 'run')}.")
     title = f"Scaling of {gpu}, tokens/s per GPU over GPUs"
     about = (
         f"{len(ours)} groups of like runs and {len(groups) - len(ours)} published ones. "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
 from typing import Any
 
 from launcher.results.accept import MAX_SPREAD
+from launcher.results.measure import against_others
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, best_match, described, say
 
@@ -179,13 +180,8 @@ def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str)
     return found if len({dot.gpus for group in found for dot in group.dots}) > 1 else []
 
 
-def source_of(row: Outcome) -> str:
-    """Who published a row; its name has GPU, size and step behind that."""
-    return row.run.rpartition(" (")[0] or row.run
-
-
 def _published_label(row: Outcome) -> str:
-    parts = [f"published ({source_of(row)})", f"batch {row.local_batch_size}", row.precision]
+    parts = [f"published ({row.source})", f"batch {row.local_batch_size}", row.precision]
     more = ["compiled"] if row.compile else []
     more += [f"driver {row.versions['driver']}"] if "driver" in row.versions else []
     return ", ".join([*filter(None, parts), *more])
@@ -249,30 +245,20 @@ def _labels(firsts: Sequence[Outcome]) -> list[str]:
 
 def heat(outcome: Outcome) -> Heat | None:
     """None where fewer than two nodes have a figure: there is nothing to compare."""
-    known = sorted(((node.tps or 0.0, at) for at, node in enumerate(outcome.by_node) if drawable(node.tps)))
-    if len(known) < 2:
+    found = against_others(outcome.by_node)
+    if not found:
         return None
-    rates = [rate for rate, _ in known]
-    cells = [NodeCell(node.host, None, None) for node in outcome.by_node]
-    by_rate = []
-    for place, (rate, at) in enumerate(known):
-        others = _median_without(rates, place)
-        cells[at] = NodeCell(cells[at].host, rate, 100 * (rate / others - 1) if others else None)
-        by_rate.append(cells[at])
-    silent = [c for c in cells if c.tps is None]
+    by_rate = [NodeCell(node.host, node.tps, -100 * node.behind) for node in found]
+    of_host = {cell.host: cell for cell in by_rate}
+    cells = [of_host.get(node.host) or NodeCell(node.host, None, None) for node in outcome.by_node]
+    silent = [cell for cell in cells if cell.tps is None]
     shown, rest = cells, []
     if len(cells) > MOST_NODES:
         ranked = silent + by_rate
         shown, rest = ranked[:MOST_NODES], ranked[MOST_NODES:]
     slow = tuple(cell for cell in by_rate if cell.slow)
-    return Heat(median(rates), tuple(shown), by_rate[0], by_rate[-1], len(silent), tuple(rest), slow)
-
-
-def _median_without(ordered: Sequence[float], place: int) -> float:
-    """The median of the sorted values but for the one at `place`."""
-    count = len(ordered) - 1
-    low, high = ((k + (k >= place)) for k in ((count - 1) // 2, count // 2))
-    return (ordered[low] + ordered[high]) / 2
+    middle = median(node.tps for node in found)
+    return Heat(middle, tuple(shown), by_rate[0], by_rate[-1], len(silent), tuple(rest), slow)
 
 
 def measured_by(outcomes: Iterable[Outcome], published: Sequence[Outcome]) -> list[Outcome]:
@@ -314,12 +300,5 @@ def differences(outcomes: Sequence[Outcome]) -> Differences:
 
 
 def _texts(outcome: Outcome) -> dict[str, str]:
-    def text(value: Any) -> str:
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        if isinstance(value, (list, tuple)):
-            return ", ".join(map(str, value))
-        return str(value)
-
-    versions: Mapping[str, Any] = {f"version.{key}": value for key, value in outcome.versions.items()}
-    return {str(key): text(value) for key, value in {**outcome.settings, **versions}.items()}
+    versions = {f"version.{key}": value for key, value in outcome.versions.items()}
+    return {str(key): say(value) if value != "" else "" for key, value in {**outcome.settings, **versions}.items()}

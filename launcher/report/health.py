@@ -8,12 +8,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.base.errors import quoted
+from launcher.base.output import counted, some
 from launcher.report.figures import Heat, NodeCell, drawable, heat, work
-from launcher.results.accept import MAX_SPREAD, MAX_WAITING, THRESHOLD, Verdict, Word, judge, share_text
+from launcher.results.accept import (
+    MAX_SPREAD,
+    MAX_WAITING,
+    THRESHOLD,
+    About,
+    Reason,
+    Verdict,
+    Word,
+    judge,
+    share_text,
+)
 from launcher.results.outcome import Outcome
 
 MOST_NAMED = 6  # runs, nodes or sizes in one line of the answer
 OK, LOOK = "ok", "look"
+REST = (About.END, About.FINITE, About.STEPS, About.LOSS)  # faults that are told apart from speed and nodes
+OWN = (*REST, About.SPEED, About.PACE)  # of the run: each of its nodes counts by the newest run that measured it
 
 
 @dataclass(frozen=True)
@@ -71,16 +84,16 @@ def answers(runs: Sequence[Health]) -> list[Answer]:
 
 def _answer(name: str, runs: Sequence[Health]) -> Answer:
     newest = _newest_first(runs)
-    counted = _counted(newest)
+    judged = _counted(newest)
     nodes, slow = _nodes(newest)
-    if not slow and any(_faults(run, "speed: ") for run in counted):
+    if not slow and any(_faults(run, About.SPEED) for run in judged):
         hint = "nodes wait for each other in every step, so one slow GPU or link can slow all without showing here"
         nodes = replace(nodes, texts=(*nodes.texts, hint))
-    speed, data, rest = _speed(counted), _data(counted), _rest(counted)
-    word = Word.PASS if any(map(_is_fast, counted)) else Word.CANNOT_SAY
-    if slow or any(_own_faults(run) for run in counted):
+    speed, data, rest = _speed(judged), _data(judged), _rest(judged)
+    word = Word.PASS if any(map(_is_fast, judged)) else Word.CANNOT_SAY
+    if slow or any(_faults(run, *OWN) for run in judged):
         word = Word.FAIL
-    return Answer(name, word, _headline(word, counted, slow), (speed, nodes, data, rest))
+    return Answer(name, word, _headline(word, judged, slow), (speed, nodes, data, rest))
 
 
 def _newest_first(runs: Iterable[Health]) -> list[Health]:
@@ -106,52 +119,41 @@ def _unjudged(run: Health) -> bool:
     return run.verdict.word is Word.CANNOT_SAY
 
 
-def _headline(word: Word, counted: Sequence[Health], slow: Sequence[tuple[NodeCell, Health]]) -> str:
+def _headline(word: Word, judged: Sequence[Health], slow: Sequence[tuple[NodeCell, Health]]) -> str:
     if word is Word.CANNOT_SAY:
-        first = _newest_first(counted)[0]
+        first = _newest_first(judged)[0]
         return f"no run here could be judged. {first.outcome.run}: {first.verdict.reasons[0].what}"
-    fast = [run for run in counted if _is_fast(run)]
+    fast = [run for run in judged if _is_fast(run)]
     reached = f"{_shares(fast)} of the published tokens/s on {_sizes(fast)}" if fast else ""
     if word is Word.PASS:
-        waiting = "; steps wait for data" if any(run.waits_for_data for run in counted) else ""
+        waiting = "; steps wait for data" if any(run.waits_for_data for run in judged) else ""
         return f"good: {reached}{waiting}"
     parts = []
-    if below := [run for run in counted if _faults(run, "speed: ")]:
+    if below := [run for run in judged if _faults(run, About.SPEED)]:
         parts.append(f"only {_shares(below)} of the published tokens/s on {_sizes(below)}")
-    if halting := [run.outcome.run for run in counted if _faults(run, "pace: ")]:
-        parts.append(f"stood still now and then: {_some(halting)}")
+    if halting := [run.outcome.run for run in judged if _faults(run, About.PACE)]:
+        parts.append(f"stood still now and then: {some(halting, MOST_NAMED)}")
     if slow:
-        parts.append(f"slow: {_some([cell.host for cell, _ in slow])}")
-    if broken := [run for run in counted if _other_faults(run)]:
-        parts.append(f"failed: {_some([run.outcome.run for run in broken])}")
+        parts.append(f"slow: {some([cell.host for cell, _ in slow], MOST_NAMED)}")
+    if broken := [run for run in judged if _faults(run, *REST)]:
+        parts.append(f"failed: {some([run.outcome.run for run in broken], MOST_NAMED)}")
     return "; ".join([*parts, *([f"good: {reached}"] if fast else [])])
 
 
 def _is_fast(run: Health) -> bool:
     """It reaches what is published. A node that was slow in it has a line of its own."""
-    return not _unjudged(run) and run.verdict.share is not None and not _own_faults(run)
+    return not _unjudged(run) and run.verdict.share is not None and not _faults(run, *OWN)
 
 
-def _faults(run: Health, about: str) -> list[str]:
-    """Why accept says FAIL, of what it begins with `about`."""
-    failing = (reason.what for reason in run.verdict.reasons if reason.word is Word.FAIL)
-    return [what.removeprefix(about) for what in failing if what.startswith(about)]
+def _faults(run: Health, *about: About) -> list[Reason]:
+    """Why accept says FAIL, of what it looked at."""
+    return [reason for reason in run.verdict.reasons if reason.word is Word.FAIL and reason.about in about]
 
 
-def _own_faults(run: Health) -> list[str]:
-    """Why accept says FAIL, but for its nodes: each of those counts by the newest run that measured it."""
-    return [what for what in _faults(run, "") if not what.startswith("nodes: ")]
-
-
-def _other_faults(run: Health) -> list[str]:
-    """Those of its own that are not told with the speed."""
-    return [what for what in _own_faults(run) if not what.startswith(("speed: ", "pace: "))]
-
-
-def _speed(counted: Sequence[Health]) -> Finding:
-    below = [run for run in counted if _faults(run, "speed: ")]
-    fast = [run for run in counted if not _unjudged(run) and (run.verdict.share or 0.0) >= THRESHOLD]
-    unknown = [run for run in counted if _unjudged(run)]
+def _speed(judged: Sequence[Health]) -> Finding:
+    below = [run for run in judged if _faults(run, About.SPEED)]
+    fast = [run for run in judged if not _unjudged(run) and (run.verdict.share or 0.0) >= THRESHOLD]
+    unknown = [run for run in judged if _unjudged(run)]
     texts = [
         f"{_nodes_of(run)}: {share_text(run.verdict.share or 0.0)} of published, below the {100 * THRESHOLD:g}% "
         f"asked for ({run.outcome.run})"
@@ -163,17 +165,18 @@ def _speed(counted: Sequence[Health]) -> Finding:
     if below:
         command = quoted("launcher", "compare", below[0].outcome.run, "published")
         texts.append(f"what differs from the published run: {command}")
-    halting = [(run, fault) for run in counted for fault in _faults(run, "pace: ")]
-    texts += [f"{run.outcome.run}: {fault}" for run, fault in halting[:MOST_NAMED]] + _more(halting)
+    halting = [(run, fault) for run in judged for fault in _faults(run, About.PACE)]
+    texts += [f"{run.outcome.run}: {fault.detail}" for run, fault in halting[:MOST_NAMED]] + _more(halting)
     if fast:
         texts.append(f"{_shares(fast)} of published on {_sizes(fast)}")
     if others := list(filter(None, map(_other_size, (*below, *fast)))):
-        texts.append(f"measured by a row of another size: {_some(others)}")
+        texts.append(f"measured by a row of another size: {some(others, MOST_NAMED)}")
     by_reason: dict[str, list[str]] = {}
     for run in unknown:
-        why = run.verdict.reasons[0].what.removeprefix("speed: ")
+        first = run.verdict.reasons[0]
+        why = first.detail if first.about is About.SPEED else first.what
         by_reason.setdefault(why, []).append(run.outcome.run)
-    texts += [f"not judged: {_some(names)}: {why}" for why, names in list(by_reason.items())[:MOST_NAMED]]
+    texts += [f"not judged: {some(names, MOST_NAMED)}: {why}" for why, names in list(by_reason.items())[:MOST_NAMED]]
     texts += _more(list(by_reason), " reasons")
     word = Word.FAIL if below or halting else OK if fast else Word.CANNOT_SAY
     return Finding("Speed", str(word), tuple(texts or ["no run got as far as to be measured"]))
@@ -184,7 +187,7 @@ def _other_size(run: Health) -> str:
     row = run.verdict.baseline
     if row is None or row.gpus == run.outcome.gpus:
         return ""
-    return f"{run.outcome.run} by {_count(row.nodes, 'node')}"
+    return f"{run.outcome.run} by {counted(row.nodes, 'node')}"
 
 
 def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[NodeCell, Health]]]:
@@ -192,7 +195,7 @@ def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[NodeCell, Heal
     seen: set[str] = set()
     slow: list[tuple[NodeCell, Health]] = []
     for run in newest:
-        if run.nodes is None or not any(reason.what.startswith("nodes: ") for reason in run.verdict.reasons):
+        if run.nodes is None or not any(reason.about is About.NODES for reason in run.verdict.reasons):
             continue
         slow += [(cell, run) for cell in run.nodes.slow if cell.host not in seen]
         seen |= {node.host for node in run.outcome.by_node if drawable(node.tps)}
@@ -210,8 +213,8 @@ def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[NodeCell, Heal
     return Finding("Nodes", str(Word.FAIL) if slow else OK, tuple(texts)), slow
 
 
-def _data(counted: Sequence[Health]) -> Finding:
-    known = [(run.outcome.data_share, run) for run in counted if run.outcome.data_share is not None]
+def _data(judged: Sequence[Health]) -> Finding:
+    known = [(run.outcome.data_share, run) for run in judged if run.outcome.data_share is not None]
     if not known:
         return Finding("Data", str(Word.CANNOT_SAY), ("not known how long steps wait for data",))
     most, run = max(known, key=lambda found: found[0])
@@ -224,16 +227,16 @@ def _data(counted: Sequence[Health]) -> Finding:
     return Finding("Data", LOOK if run.waits_for_data else OK, (text,))
 
 
-def _rest(counted: Sequence[Health]) -> Finding:
-    broken = [(run, faults) for run in counted if (faults := _other_faults(run))]
-    texts = [f"{run.outcome.run}: {'; '.join(faults)}" for run, faults in broken[:MOST_NAMED]]
+def _rest(judged: Sequence[Health]) -> Finding:
+    broken = [(run, faults) for run in judged if (faults := _faults(run, *REST))]
+    texts = [f"{run.outcome.run}: {'; '.join(fault.what for fault in faults)}" for run, faults in broken[:MOST_NAMED]]
     texts += _more(broken)
-    whole = sum(run.outcome.complete for run in counted)
+    whole = sum(run.outcome.complete for run in judged)
     if broken:
         return Finding("Ends and loss", str(Word.FAIL), tuple(texts))
     if whole:
         return Finding(
-            "Ends and loss", OK, (f"nothing wrong in {_count(whole, 'run')}, the newest of each kind and size",)
+            "Ends and loss", OK, (f"nothing wrong in {counted(whole, 'run')}, the newest of each kind and size",)
         )
     return Finding("Ends and loss", str(Word.CANNOT_SAY), ("no run is complete",))
 
@@ -246,26 +249,16 @@ def _shares(runs: Sequence[Health]) -> str:
 
 def _sizes(runs: Sequence[Health]) -> str:
     """`3, 9 and 17 nodes`"""
-    sizes = sorted({run.outcome.nodes for run in runs})
-    if len(sizes) > MOST_NAMED:
-        return f"{sizes[0]:,} to {sizes[-1]:,} nodes"
-    *first, last = [f"{size:,}" for size in sizes]
-    before = ", ".join(first) + " and " if first else ""
-    return f"{before}{last} node{'s' if sizes[-1] > 1 else ''}"
+    *first, last = sorted({run.outcome.nodes for run in runs})
+    if len(first) >= MOST_NAMED:
+        return f"{first[0]:,} to {last:,} nodes"
+    before = ", ".join(f"{size:,}" for size in first) + " and " if first else ""
+    return before + counted(last, "node")
 
 
 def _nodes_of(run: Health) -> str:
-    return _count(run.outcome.nodes, "node")
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + rest
+    return counted(run.outcome.nodes, "node")
 
 
 def _more(all_: Sequence[object], what: str = "") -> list[str]:
     return [f"and {len(all_) - MOST_NAMED:,} more{what}"] if len(all_) > MOST_NAMED else []
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -16,23 +16,15 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from launcher.base.output import plain
+from launcher.base.output import counted, duration, plain
 from launcher.report import charts, svg
 from launcher.report.figures import Heat, NodeCell, differences, drawable, gpu_types, percent
 from launcher.report.health import answers, health
 from launcher.report.table import TAGS, Cell, table
-from launcher.results.outcome import Outcome, Startup
+from launcher.results.outcome import PHASES, Outcome, Startup
 
 GENERATOR = "titan-launcher report"
 NEWEST_OPEN = 16  # runs whose node strips are unfolded, beside those with a slow node
-
-
-PHASES = (
-    ("queue_s", "Queue"),
-    ("container_s", "Container"),
-    ("check_s", "Node check"),
-    ("first_step_s", "First step"),
-)
 
 
 def page(
@@ -64,7 +56,7 @@ def page(
         by_gpu=[charts.of_gpu(outcomes, published, gpu, place) for place, gpu in enumerate(types)],
         strips=[_strip(run.place, run.outcome, run.nodes) for run in runs if run.nodes],
         startups=_startups(outcomes),
-        phases=PHASES,
+        phases=[(css, called.capitalize()) for css, called in PHASES],
         differences=differences(outcomes),
     )
 
@@ -101,7 +93,7 @@ def _strip(run: int, outcome: Outcome, found: Heat) -> Strip:
             f"{low} and {high}."
         )
     cells = tuple((cell, percent(cell.percent), f"h{_level(cell.percent)}") for cell in found.cells)
-    slow = {0: "", 1: "slow node"}.get(len(found.slow), f"{len(found.slow):,} slow nodes")
+    slow = "slow node" if len(found.slow) == 1 else counted(len(found.slow), "slow node") if found.slow else ""
     opened = run < NEWEST_OPEN or bool(slow)
     return Strip(run, outcome.run, outcome.complete, opened, slow, summary, cells, rest)
 
@@ -143,8 +135,8 @@ def _startups(outcomes: Sequence[Outcome]) -> list[Start]:
         if cut:
             parts[0] = ("queue_s cut", longest)
         known = [amount for amount in amounts if amount is not None]
-        total = Cell(("" if len(known) == len(amounts) else "≥ ") + seconds(sum(known)), sum(known))
-        numbers = tuple(Cell("" if a is None else seconds(a), a) for a in amounts)
+        total = Cell(("" if len(known) == len(amounts) else "≥ ") + duration(sum(known)), sum(known))
+        numbers = tuple(Cell("" if a is None else duration(a), a) for a in amounts)
         found.append(Start(run, outcome.run, outcome.complete, (*numbers, total), svg.bar(parts, scale), cut))
     return found
 
@@ -156,18 +148,6 @@ def _seconds_of(startup: Startup, name: str) -> float | None:
 
 def _rest(startup: Startup) -> float:
     return sum(_seconds_of(startup, name) or 0.0 for name, _ in PHASES[1:])
-
-
-def seconds(value: float) -> str:
-    """A duration for people: `0.4 s`, `38 s`, `2 min 05 s`, `3 h 12 min`."""
-    if value < 10:
-        return f"{value:.1f} s"
-    whole = round(value)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
 
 
 def _hash(text: str) -> str:

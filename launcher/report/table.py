@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.base.mfu import mfu_text
-from launcher.report.figures import drawable, percent, source_of
+from launcher.base.mfu import peak_text
+from launcher.base.output import counted
+from launcher.report.figures import drawable, percent
 from launcher.report.health import Health
-from launcher.results.accept import Word, share_text
+from launcher.results.accept import About, Word, share_text
 from launcher.results.outcome import Outcome
 from launcher.results.rows import median_mfu_pct
 
@@ -112,10 +113,12 @@ def _of_run(run: Health) -> Row:
     outcome, verdict = run.outcome, run.verdict
     tags = [(TAGS[verdict.word], str(verdict.word))]
     tags += [] if outcome.complete else [("incomplete", "incomplete")]
-    said = [reason.what for reason in verdict.reasons if reason.word is verdict.word]
-    said = [] if verdict.word is Word.PASS else said  # the share of the published figure stands beside it
-    # What accept has no need to add makes the result less than one all the same.
-    said += [problem for problem in outcome.problems if not any(problem in text for text in said)]
+    worst = [reason for reason in verdict.reasons if reason.word is verdict.word]
+    worst = [] if verdict.word is Word.PASS else worst  # the share of the published figure stands beside it
+    said = [reason.what for reason in worst]
+    if not any(reason.about is About.END for reason in worst):
+        # What accept has no need to add makes the result less than one all the same.
+        said += [problem.text for problem in outcome.problems if problem.text not in said]
     result = "complete" if outcome.complete else "incomplete"
     tps = outcome.tps
     spread = f"{tps.q1:,.0f} to {tps.q3:,.0f}" if tps and tps.count > 1 else ""
@@ -127,26 +130,23 @@ def _of_run(run: Health) -> Row:
 def _of_published(row: Outcome) -> Row:
     """It says its step where a run has quartiles."""
     cells = (Cell(""), *_cells(row, f"step {row.step}", "", Cell(""), Cell("")))
-    return Row(None, source_of(row), "published", (("published", "published"),), "", (), cells)
+    return Row(None, row.source, "published", (("published", "published"),), "", (), cells)
 
 
 def _cells(outcome: Outcome, below_tps: str, below_loss: str, slowest: Cell, data: Cell) -> tuple[Cell, ...]:
     mfu = median_mfu_pct(outcome)
-    percent, _, peak = mfu_text(mfu, outcome.peak_tflops).partition(" of ")
     work = [f"batch {outcome.local_batch_size:,}{f' × {outcome.seq_len:,}' if outcome.seq_len else ''}"]
     work += [*filter(None, [outcome.precision]), *(["compiled"] if outcome.compile else [])]
     day, _, time = outcome.date[:16].partition("T")
     return (
-        number(outcome.tps.median if outcome.tps else None, more=below_tps),
+        number(outcome.median_tps, more=below_tps),
         slowest,
         data,
         number(outcome.nodes, more=f"{outcome.gpus:,} × {outcome.gpu}"),
         Cell(outcome.recipe, more=", ".join(work)),
         number(outcome.loss, 4, more=below_loss),
         number(outcome.memory_pct, 1, "%"),
-        Cell(percent, mfu, f"of {peak.removesuffix(' TFLOP/s')}" if outcome.peak_tflops else "peak unknown")
-        if drawable(mfu)
-        else Cell(""),
+        number(mfu, 2, "%", f"of {peak_text(outcome.peak_tflops)}" if outcome.peak_tflops else "peak unknown"),
         Cell(day, more=time),
         Cell(outcome.cluster),
     )
@@ -156,7 +156,7 @@ def _share(run: Health) -> Cell:
     share, row = run.verdict.share, run.verdict.baseline
     if share is None or row is None or row.tps is None:
         return Cell("")
-    size = "" if row.gpus == run.outcome.gpus else f" on {row.nodes} node{'s' if row.nodes > 1 else ''}"
+    size = "" if row.gpus == run.outcome.gpus else f" on {counted(row.nodes, 'node')}"
     return Cell(share_text(share), 100 * share, f"of {row.tps.median:,.0f}{size}")
 
 

@@ -13,13 +13,13 @@ from statistics import median
 from typing import Any
 
 from launcher.base.errors import ExitStatus
-from launcher.base.output import some
+from launcher.base.output import counted, some
 from launcher.base.values import json_values
 from launcher.results.compare import noise
-from launcher.results.outcome import NodeResult, Outcome
+from launcher.results.measure import against_others
+from launcher.results.outcome import NON_FINITE, Lack, Outcome
 from launcher.results.published import NEAR, PUBLISHED, Match, best_match, described, same_version
-from launcher.results.rows import NON_FINITE
-from launcher.scheduler.state import GOING, WAITING
+from launcher.scheduler.state import JobState
 
 THRESHOLD = 0.95  # of the baseline's tokens/s
 MAX_SPREAD = 0.05  # a node's tokens/s below the median of the other nodes
@@ -32,36 +32,43 @@ LOSS_MARGIN = 1.35
 FALLS_BY, FALLS_AFTER = 0.10, 50  # share of the first logged loss, training steps
 LAST_LOSSES = 3  # logged steps whose median is the loss: a single step may be a spike
 # Ends that are the run's or its nodes' own doing. Of the others (cancelled, preempted) nothing can be said.
-OWN_FAULT = {
-    "FAILED",
-    "TIMEOUT",
-    "OUT_OF_MEMORY",
-    "NODE_FAIL",
-    "BOOT_FAIL",
-    "LAUNCH_FAILED",
-    "RECONFIG_FAIL",
-}
+OWN_FAULT = {"FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL"}
 
 
 class Word(StrEnum):
-    PASS = "PASS"
+    """The first that any reason has is the verdict's."""
+
     FAIL = "FAIL"
     CANNOT_SAY = "CANNOT SAY"
+    PASS = "PASS"
 
 
-EXITS = {
-    Word.PASS: ExitStatus.OK,
-    Word.FAIL: ExitStatus.BELOW,
-    Word.CANNOT_SAY: ExitStatus.CANNOT_SAY,
-}
+EXITS = {Word.PASS: ExitStatus.OK, Word.FAIL: ExitStatus.BELOW, Word.CANNOT_SAY: ExitStatus.CANNOT_SAY}
+
+
+class About(StrEnum):
+    """What was looked at."""
+
+    END = "end"  # how the run ended, and all else that makes its result less than one
+    FINITE = "finite"
+    SPEED = "speed"
+    STEPS = "steps"
+    PACE = "pace"
+    NODES = "nodes"
+    LOSS = "loss"
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One thing that was looked at: what follows from it alone, and the numbers."""
+    """One thing that was looked at: what follows from it alone, and the numbers in words."""
 
     word: Word
-    what: str
+    about: About
+    detail: str
+
+    @property
+    def what(self) -> str:
+        return self.detail if self.about in (About.END, About.FINITE) else f"{self.about}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +100,19 @@ def judge(
     reference beside theirs. `faults`: nodes that failed their check, why the job failed. `state`: the run's, needed
     only where it has no outcome.
     """
-    reasons = [Reason(Word.FAIL, fault) for fault in faults]
+    reasons = [Reason(Word.FAIL, About.END, fault) for fault in faults]
     if outcome is None:
         if not reasons:
-            reasons.append(_end(state, ("it has no result yet",)) or _cannot("it has no result"))
+            reasons.append(_end(state, state, "it has no result yet") or _cannot(About.END, "it has no result"))
         return _verdict(reasons, (), None, None)
     if not_finite := _not_finite(outcome):
         reasons.append(not_finite)
-    if end := _end(outcome.state, outcome.problems):
+    own = "; ".join(problem.text for problem in outcome.problems if problem.kind is Lack.STATE) or outcome.state
+    others = "; ".join(problem.text for problem in outcome.problems if problem.kind is not Lack.STATE)
+    if end := _end(outcome.state, own, others):
         reasons.append(end)
     elif not outcome.complete and not reasons:
-        reasons.append(
-            _cannot("; ".join(outcome.problems) or "no step after warm-up was logged, so nothing was measured")
-        )
+        reasons.append(_cannot(About.END, outcome.lacks))
     if reasons:
         return _verdict(reasons, outcome.notes, None, None)
     match = best_match(outcome, rows)
@@ -120,27 +127,22 @@ def judge(
 
 
 def _verdict(reasons: Sequence[Reason], notes: tuple[str, ...], row: Outcome | None, share: float | None) -> Verdict:
-    words = {reason.word for reason in reasons}
-    word = next(word for word in (Word.FAIL, Word.CANNOT_SAY, Word.PASS) if word in words)
-    first = sorted(reasons, key=lambda reason: (Word.FAIL, Word.CANNOT_SAY, Word.PASS).index(reason.word))
-    return Verdict(word, tuple(first), notes, row, share)
+    first = sorted(reasons, key=lambda reason: list(Word).index(reason.word))
+    return Verdict(first[0].word, tuple(first), notes, row, share)
 
 
-def _cannot(what: str) -> Reason:
-    return Reason(Word.CANNOT_SAY, what)
+def _cannot(about: About, detail: str) -> Reason:
+    return Reason(Word.CANNOT_SAY, about, detail)
 
 
-def _end(state: str, problems: Sequence[str]) -> Reason | None:
-    """What the run's state alone says; None where it completed."""
-    # "FAILED (ended by SIGKILL)", "its end is UNKNOWN (…)": what the outcome says of its state, with the reason.
-    own = next((problem for problem in problems if state in problem.split(" (")[0].split()), state)
-    said = "; ".join(problem for problem in problems if problem != own)
-    what = f"{own if own.startswith('its end') else f'the run ended {own}'}{f': {said}' if said else ''}"
-    if state in OWN_FAULT:
-        return Reason(Word.FAIL, what)
-    if state in GOING | WAITING:
-        return _cannot(f"the run is still {state}")
-    return _cannot(what) if state and state != "COMPLETED" else None
+def _end(state: str, own: str, others: str) -> Reason | None:
+    """What the run's state alone says; None where it completed. `own`: what its outcome says of the state."""
+    if not state or state == "COMPLETED":
+        return None
+    found = JobState(state)
+    what = f"the run is {own}" if found.active else f"the run ended {own}" if found.known else own
+    word = Word.FAIL if state in OWN_FAULT else Word.CANNOT_SAY
+    return Reason(word, About.END, f"{what}: {others}" if others else what)
 
 
 def _not_finite(outcome: Outcome) -> Reason | None:
@@ -150,24 +152,24 @@ def _not_finite(outcome: Outcome) -> Reason | None:
     each += [("gradient norm", p.step, p.grad_norm) for p in outcome.series if p.grad_norm is not None]
     for name, step, value in [*each, *last]:
         if value is not None and not math.isfinite(value):
-            return Reason(Word.FAIL, f"{name}: {value:g} at step {step}")
-    return Reason(Word.FAIL, NON_FINITE) if NON_FINITE in outcome.problems else None
+            return Reason(Word.FAIL, About.FINITE, f"{name}: {value:g} at step {step}")
+    return Reason(Word.FAIL, About.FINITE, NON_FINITE.text) if outcome.has(Lack.NON_FINITE) else None
 
 
 def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reason], float | None]:
     row = match.row
     if row is None:
-        return [_cannot(f"speed: {match.why_not}")], None
+        return [_cannot(About.SPEED, match.why_not)], None
     if not row.complete or row.tps is None or outcome.tps is None:
-        return [_cannot(f"the baseline {row.run} is not complete: {'; '.join(row.problems)}")], None
+        return [_cannot(About.SPEED, f"the baseline {row.run} is not complete: {row.lacks}")], None
     share = outcome.tps.median / row.tps.median
     if outcome.run_dir and row.run_dir == outcome.run_dir:
-        return [_cannot("speed: the baseline is this run itself")], None
+        return [_cannot(About.SPEED, "the baseline is this run itself")], None
     enough = share >= threshold
     word = Word.PASS if enough else Word.FAIL
     sign = "at least" if enough else "below"
     what = (
-        f"speed: {outcome.tps.median:,.0f} tokens/s per GPU is {share_text(share)} of {row.tps.median:,.0f}, "
+        f"{outcome.tps.median:,.0f} tokens/s per GPU is {share_text(share)} of {row.tps.median:,.0f}, "
         f"{sign} the {100 * threshold:g}% asked for"
     )
     if match.factor > NEAR and enough == (outcome.gpus < row.gpus):
@@ -177,7 +179,7 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
             f"; but that is on {row.gpus} GPUs and this run had {outcome.gpus}, {match.factor:.1f} times "
             f"{'fewer, where each should be faster' if enough else 'more, where each may be slower'}"
         )
-    return [Reason(word, what)], share
+    return [Reason(word, About.SPEED, what)], share
 
 
 def share_text(share: float) -> str:
@@ -186,13 +188,11 @@ def share_text(share: float) -> str:
 
 
 def _steps(outcome: Outcome) -> Reason:
-    logged = sum(1 for node in outcome.by_node if node.tps is not None) or 1
-    steps = outcome.tps.count // logged if outcome.tps else 0
-    if steps < MIN_STEPS:
-        return _cannot(
-            f"steps: {steps} logged after warm-up, {MIN_STEPS} are needed: more --steps, or a smaller recipe.log_freq"
-        )
-    return Reason(Word.PASS, f"steps: {steps} logged after warm-up, to step {outcome.step}")
+    steps = outcome.tps.count // (len(outcome.measured) or 1) if outcome.tps else 0
+    what = f"{steps} logged after warm-up"
+    if steps >= MIN_STEPS:
+        return Reason(Word.PASS, About.STEPS, f"{what}, to step {outcome.step}")
+    return _cannot(About.STEPS, f"{what}, {MIN_STEPS} are needed: more --steps, or a smaller recipe.log_freq")
 
 
 def _pace(outcome: Outcome) -> list[Reason]:
@@ -201,47 +201,34 @@ def _pace(outcome: Outcome) -> list[Reason]:
     if outcome.tps is None or outcome.tps.median <= 0 or outcome.overall_tps is None or on_cpu:
         return []
     lost = 1 - outcome.overall_tps / outcome.tps.median
-    what = f"pace: {outcome.overall_tps:,.0f} tokens/s per GPU over all the time after warm-up"
+    what = f"{outcome.overall_tps:,.0f} tokens/s per GPU over all the time after warm-up"
     if lost <= MAX_LOST:
         below = f", {100 * lost:.1f}% below the median" if lost >= 0.0005 else ""
-        return [Reason(Word.PASS, f"{what}{below} (limit {100 * MAX_LOST:g}%)")]
+        return [Reason(Word.PASS, About.PACE, f"{what}{below} (limit {100 * MAX_LOST:g}%)")]
     warm_up = outcome.settings.get("recipe.log_freq") or 1
     slow = [p.step for p in outcome.series if p.step > warm_up and p.tps < (1 - MAX_LOST) * outcome.tps.median]
     what += f", {100 * lost:.1f}% below the median (limit {100 * MAX_LOST:g}%)"
     what += f"; slow up to step {some([str(step) for step in slow])}" if slow else ""
     if interval := outcome.settings.get("recipe.checkpoint_interval"):
-        return [_cannot(f"{what}; the checkpoints every {interval} steps are in it")]
-    return [Reason(Word.FAIL, what)]
+        return [_cannot(About.PACE, f"{what}; the checkpoints every {interval} steps are in it")]
+    return [Reason(Word.FAIL, About.PACE, what)]
 
 
 def _node_spread(outcome: Outcome, max_spread: float) -> list[Reason]:
     """Every node against the median of the others; torchtitan's nodes wait for each other, so that one which is
     slower by its own clock has more than a slow GPU: it started steps late or stood still in between.
     """
-    known = [(node, node.tps) for node in outcome.by_node if node.tps is not None and math.isfinite(node.tps)]
-    if len(known) < 2:
+    behind = against_others(outcome.by_node)
+    if not behind:
         return []
-    behind: list[tuple[float, NodeResult, float]] = []
-    ordered = sorted(tps for _, tps in known)
-    for node, tps in known:
-        others = _median_without(ordered, tps)
-        behind.append(((others - tps) / others if others > 0 else 0.0, node, others))
-    behind.sort(key=lambda found: found[0], reverse=True)
-    slow = [found for found in behind if found[0] > max_spread]
-    shown = slow[:10] or behind[:1]
-    each = ", ".join(
-        f"{node.host} {node.tps:,.0f} tokens/s, {100 * part:.1f}% below the others' {others:,.0f}"
-        for part, node, others in shown
-    )
-    more = f" and {len(slow) - 10} more" if len(slow) > 10 else ""
+    slow = [node for node in behind if node.behind > max_spread]
+    each = [
+        f"{node.host} {node.tps:,.0f} tokens/s, {100 * node.behind:.1f}% below the others' {node.others:,.0f}"
+        for node in slow or behind[:1]
+    ]
     word = Word.FAIL if slow else Word.PASS
-    return [Reason(word, f"nodes: {'too slow:' if slow else 'slowest'} {each}{more} (limit {100 * max_spread:g}%)")]
-
-
-def _median_without(ordered: Sequence[float], value: float) -> float:
-    at = ordered.index(value)
-    rest = [*ordered[:at], *ordered[at + 1 :]]
-    return median(rest)
+    what = f"{'too slow:' if slow else 'slowest'} {some(each, 10)} (limit {100 * max_spread:g}%)"
+    return [Reason(word, About.NODES, what)]
 
 
 def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
@@ -252,29 +239,21 @@ def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
     first, last = points[0].loss, median(point.loss for point in points[-LAST_LOSSES:])
     step, fresh = points[-1].step, not outcome.settings.get("job.init_from")
     limit = first * (1 - FALLS_BY) if fresh and step >= FALLS_AFTER else first * (1.0 if fresh else LOSS_MARGIN)
-    what = f"loss: {first:.2f} at step {points[0].step}, {last:.2f} at step {step} (median of the last {LAST_LOSSES})"
-    if last > limit:
-        return [Reason(Word.FAIL, f"{what}; it should be at most {limit:.2f} by then")]
+    what = f"{first:.2f} at step {points[0].step}, {last:.2f} at step {step} (median of the last {LAST_LOSSES})"
     known = [loss for row in references if (loss := _reference_loss(outcome, row, step)) is not None]
+    if last > limit:
+        return [Reason(Word.FAIL, About.LOSS, f"{what}; it should be at most {limit:.2f} by then")]
     if not known:
-        return [Reason(Word.PASS, what)]
+        return [Reason(Word.PASS, About.LOSS, what)]
     there = f"{min(known):.2f} to {max(known):.2f}" if min(known) < max(known) else f"{known[0]:.2f}"
+    word, more = Word.FAIL, f"at that step others had {there}"
     if last > LOSS_MARGIN * max(known):
-        return [
-            Reason(
-                Word.FAIL,
-                f"{what}; at that step others had {there}, and more than {LOSS_MARGIN:g} times that is a fault",
-            )
-        ]
-    if fresh and last < min(known) / LOSS_MARGIN:
-        return [
-            Reason(
-                Word.FAIL,
-                f"{what}; at that step others had {there}: so low a loss is not training on this data, "
-                "but a fault of the data or of the sums",
-            )
-        ]
-    return [Reason(Word.PASS, f"{what}; others at that step: {there}")]
+        more += f", and more than {LOSS_MARGIN:g} times that is a fault"
+    elif fresh and last < min(known) / LOSS_MARGIN:
+        more += ": so low a loss is not training on this data, but a fault of the data or of the sums"
+    else:
+        word, more = Word.PASS, f"others at that step: {there}"
+    return [Reason(word, About.LOSS, f"{what}; {more}")]
 
 
 def _reference_loss(outcome: Outcome, row: Outcome, step: int) -> float | None:
@@ -311,8 +290,7 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
             notes.append(f"activation checkpointing of {row.run} is not known")
         if share is not None and row.tps and outcome.tps and share < threshold:
             missing = threshold * row.tps.median - outcome.tps.median
-            of_nodes = sum(1 for node in outcome.by_node if node.tps is not None) or 1
-            if (size := noise(outcome.tps, of_nodes)) is not None and missing < size:
+            if (size := noise(outcome.tps, len(outcome.measured))) is not None and missing < size:
                 notes.append(
                     f"{missing:,.0f} tokens/s are missing, less than this run's noise of {size:,.0f}: repeat it"
                 )
@@ -329,14 +307,14 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
 
 
 def _size(outcome: Outcome) -> str:
-    return f"{outcome.nodes} node{'s' if outcome.nodes > 1 else ''}"
+    return counted(outcome.nodes, "node")
 
 
 def headline(name: str, outcome: Outcome | None, verdict: Verdict) -> str:
-    """`PASS  my-run: 17,930 tokens/s per GPU, 99.7% of the published 17,975 (GB200, 9 nodes)`"""
+    """Behind the verdict's word: `my-run: 17,930 tokens/s per GPU, 99.7% of the published 17,975 (GB200, 9 nodes)`"""
     if outcome is None or outcome.tps is None or not outcome.complete:
-        return f"{verdict.word}  {name}: {verdict.reasons[0].what}"
-    text = f"{verdict.word}  {name}: {outcome.tps.median:,.0f} tokens/s per GPU"
+        return f"{name}: {verdict.reasons[0].what}"
+    text = f"{name}: {outcome.tps.median:,.0f} tokens/s per GPU"
     row = verdict.baseline
     if row is None or row.tps is None or verdict.share is None:
         return f"{text} ({outcome.gpu}, {_size(outcome)})"
@@ -355,7 +333,7 @@ def as_dict(name: str, outcome: Outcome | None, verdict: Verdict, inputs: Mappin
                 "nodes": outcome.nodes,
                 "gpus": outcome.gpus,
                 "complete": outcome.complete,
-                "tps": outcome.tps.median if outcome.tps else None,
+                "tps": outcome.median_tps,
                 "tps_q1": outcome.tps.q1 if outcome.tps else None,
                 "tps_q3": outcome.tps.q3 if outcome.tps else None,
                 "slowest_node": outcome.slowest.host if outcome.slowest else None,
@@ -372,7 +350,7 @@ def as_dict(name: str, outcome: Outcome | None, verdict: Verdict, inputs: Mappin
         "run": name,
         "verdict": str(verdict.word),
         "exit_code": int(verdict.exit),
-        "headline": headline(name, outcome, verdict),
+        "headline": f"{verdict.word}  {headline(name, outcome, verdict)}",
         "share": verdict.share,
         "reasons": [{"verdict": str(reason.word), "what": reason.what} for reason in verdict.reasons],
         "notes": list(verdict.notes),
@@ -387,7 +365,7 @@ def as_dict(name: str, outcome: Outcome | None, verdict: Verdict, inputs: Mappin
                 "nodes": row.nodes,
                 "gpus": row.gpus,
                 "step": row.step,
-                "tps": row.tps.median if row.tps else None,
+                "tps": row.median_tps,
             }
         ),
         "inputs": dict(inputs),

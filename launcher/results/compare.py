@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.base.output import columns
+from launcher.base.output import columns, counted
 from launcher.base.values import json_values
-from launcher.results.outcome import Outcome, Spread
+from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
 
 # Settings that differ between any two runs and change no figure.
@@ -56,7 +56,7 @@ def compare(a: Outcome, b: Outcome) -> Comparison:
     warnings += [f"not the same work (A against B): {reason}" for reason in unlike(a, b)]
     for name, side in (("A", a), ("B", b)):
         if not side.complete:
-            warnings.append(f"{name} is not complete: {'; '.join(side.problems) or 'no step after warm-up'}")
+            warnings.append(f"{name} is not complete: {side.lacks}")
     of_both = is_row(a) or is_row(b)
     return Comparison(
         a, b, tuple(warnings), _differing(described(a), described(b), of_both), _versions(a, b), _figures(a, b)
@@ -93,7 +93,7 @@ def _figures(a: Outcome, b: Outcome) -> tuple[Figure, ...]:
         ("TFLOP/s per GPU", "TFLOP/s", a.tflops, b.tflops),
         ("peak memory", "GiB", a.memory_gib, b.memory_gib),
     )
-    plain = (
+    values = (
         ("MFU", "%", a.mfu_pct, b.mfu_pct, unlike_peak),
         ("loss", "", a.loss, b.loss, step),
         ("gradient norm", "", a.grad_norm, b.grad_norm, step),
@@ -101,10 +101,9 @@ def _figures(a: Outcome, b: Outcome) -> tuple[Figure, ...]:
         ("slowest node", "tokens/s", _slowest(a), _slowest(b), ""),
     )
     found = [_of_spreads(*row, a, b) for row in spreads]
-    found += [_of_values(*row) for row in plain]
-    for part in dataclasses.fields(a.startup):
-        name = f"start-up: {part.name.removesuffix('_s').replace('_', ' ')}"
-        found.append(_of_values(name, "s", getattr(a.startup, part.name), getattr(b.startup, part.name), ""))
+    found += [_of_values(*row) for row in values]
+    for name, called in PHASES:
+        found.append(_of_values(f"start-up: {called}", "s", getattr(a.startup, name), getattr(b.startup, name), ""))
     shown = [figure for figure in found if figure.a is not None or figure.b is not None]
     if incomplete:
         shown = [
@@ -118,7 +117,7 @@ def _of_spreads(name: str, unit: str, a: Spread | None, b: Spread | None, of_a: 
     bare = _of_values(name, unit, a.median if a else None, b.median if b else None, "")
     if bare.difference is None:
         return bare
-    sides = (noise(a, _logged(of_a)), noise(b, _logged(of_b)))
+    sides = (noise(a, len(of_a.measured)), noise(b, len(of_b.measured)))
     known = [side for side in sides if side is not None]
     if not known:
         return dataclasses.replace(bare, remark="too few values to tell its noise")
@@ -143,11 +142,6 @@ def _of_values(name: str, unit: str, a: float | None, b: float | None, why_not: 
     if why_not or not (math.isfinite(a) and math.isfinite(b)):
         return Figure(name, unit, a, b, why_not=why_not or "not a finite number")
     return Figure(name, unit, a, b, b - a, (b - a) / abs(a) if a else None)
-
-
-def _logged(outcome: Outcome) -> int:
-    """How many nodes' values are in its spreads."""
-    return sum(1 for node in outcome.by_node if node.tps is not None) or 1
 
 
 def _slowest(outcome: Outcome) -> float | None:
@@ -196,7 +190,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
             "nodes": side.nodes,
             "gpus": side.gpus,
             "complete": side.complete,
-            "problems": list(side.problems),
+            "problems": [problem.text for problem in side.problems],
         }
     return sides | {
         "warnings": list(found.warnings),
@@ -206,11 +200,11 @@ def as_dict(found: Comparison) -> dict[str, Any]:
     }
 
 
-def as_text(found: Comparison) -> list[str]:
-    """The comparison for a terminal, without colour: sides, warnings, what differs, figures."""
+def as_text(found: Comparison, warning: Callable[[str], str] = str) -> list[str]:
+    """The comparison for a terminal: sides, warnings, styled by `warning`, what differs, figures."""
     lines = [f"{name}  {_title(side)}" for name, side in (("A", found.a), ("B", found.b))]
-    lines += [f"warning: {text}" for text in found.warnings]
     rows = [(key, _cell(a), _cell(b)) for key, a, b in (*found.settings, *found.versions)]
+    lines += [warning(f"warning: {text}") for text in found.warnings]
     lines += ["", "Settings and versions that differ:" if rows else "Settings and versions: none differ"]
     lines += [f"  {line}" for line in columns([("", "A", "B"), *rows])] if rows else []
     lines += ["", "Figures, B against A:"]
@@ -222,7 +216,7 @@ def as_text(found: Comparison) -> list[str]:
 
 
 def _title(side: Outcome) -> str:
-    size = f"{side.nodes} node{'s' if side.nodes > 1 else ''} x {side.gpus // max(1, side.nodes)} {side.gpu}"
+    size = f"{counted(side.nodes, 'node')} x {side.gpus // max(1, side.nodes)} {side.gpu}"
     state = "" if is_row(side) or side.state == "COMPLETED" else f", {side.state}"
     return f"{side.run}: {size}{f', {side.date}' if side.date else ''}{state}"
 

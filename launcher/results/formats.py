@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.base.mfu import mfu_text
 from launcher.base.output import plain
-from launcher.results.outcome import Outcome, Spread
+from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.rows import (
     COLUMNS,
     as_dict,
@@ -62,7 +62,7 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
         if value is not None:
             details.append((name, _spread_text(value, digits, " GiB" if name == "memory" else " per GPU")))
     if others := mfu_at_other_peaks(outcome):
-        at = ", ".join(mfu_text(mfu, peak).removesuffix(" TFLOP/s") for peak, mfu in others.items())
+        at = ", ".join(mfu_text(mfu, peak, "") for peak, mfu in others.items())
         details.append(("MFU", f"{mfu_text(median_mfu_pct(outcome), outcome.peak_tflops)}; also {at}"))
     if outcome.data_share is not None:
         details.append(("data", f"{100 * outcome.data_share:.1f}% of a step is waiting for data"))
@@ -78,7 +78,7 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
         digest = outcome.versions.get("digest", "")
         details.append(("image", f"{image} {f'sha256:{digest[:12]}' if digest else ''}".rstrip()))
     details += [("predicted", text) for text in _predicted(outcome)]
-    details += [("problem", text) for text in outcome.problems]
+    details += [("problem", problem.text) for problem in outcome.problems]
     details += [("note", text) for text in outcome.notes]
     return details
 
@@ -102,13 +102,7 @@ def _spread_text(value: Spread, digits: int, unit: str) -> str:
 
 
 def _startup_text(outcome: Outcome) -> str:
-    startup = outcome.startup
-    parts = (
-        ("queue", startup.queue_s),
-        ("container", startup.container_s),
-        ("node check", startup.check_s),
-        ("first step", startup.first_step_s),
-    )
+    parts = [(called, getattr(outcome.startup, name)) for name, called in PHASES]
     known = [f"{name} {seconds:,.0f} s" for name, seconds in parts if seconds is not None]
     unknown = [name for name, seconds in parts if seconds is None]
     if not known:
@@ -128,7 +122,7 @@ def _predicted(outcome: Outcome) -> list[str]:
     """What `launcher plan` said before the run, each beside what came of it."""
     wall_s = outcome.wall_s
     reached = {
-        "tps": ("tokens/s per GPU", outcome.tps.median if outcome.tps else None, 0),
+        "tps": ("tokens/s per GPU", outcome.median_tps, 0),
         "memory_gib": ("GiB of memory", outcome.memory_gib.high if outcome.memory_gib else None, 1),
         "wall_s": ("s after the queue", wall_s, 0),
         "node_hours": ("node-hours", None if wall_s is None else outcome.nodes * wall_s / 3600, 2),
@@ -151,7 +145,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         size = f"{outcome.nodes} ({outcome.gpus} {outcome.gpu})"
         head = (outcome.run, size, f"{outcome.local_batch_size} x {outcome.seq_len}")
-        rows.append((*head, *_figures(outcome)) if outcome.complete else (*head, _why(outcome)))
+        rows.append((*head, *_figures(outcome)) if outcome.complete else (*head, outcome.lacks))
     rows = [tuple(plain(cell) for cell in row) for row in rows]
     widths = [max(len(row[n]) for row in rows if len(row) == len(rows[0]) or n < 3) for n in range(len(rows[0]))]
     lines = []
@@ -183,10 +177,6 @@ def _figures(outcome: Outcome) -> tuple[str, ...]:
     )
 
 
-def _why(outcome: Outcome) -> str:
-    return "; ".join(outcome.problems) or "no figures"
-
-
 def in_order(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """By GPU, recipe, size, batch and date: the same runs give the same table, whatever their order was."""
     return sorted(
@@ -211,7 +201,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
             escape(outcome.gpu),
             f"{outcome.nodes} ({outcome.gpus} GPU)",
             str(outcome.local_batch_size),
-            last_step(outcome) if last_of(outcome) else escape(_why(outcome)),
+            last_step(outcome) if last_of(outcome) else escape(outcome.lacks),
             median,
             mfu,
             escape(outcome.run) + (f" ({escape(about)})" if about else ""),

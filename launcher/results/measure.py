@@ -96,6 +96,34 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int) -> 
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Against:
+    """A node's median tokens/s, and that of the run's other nodes."""
+
+    host: str
+    tps: float
+    others: float
+
+    @property
+    def behind(self) -> float:
+        """As a share of the others', negative where it is faster."""
+        return 1 - self.tps / self.others if self.others > 0 else 0.0
+
+
+def against_others(nodes: Iterable[NodeResult]) -> list[Against]:
+    """Every node that has a median, the slowest first; none where there are fewer than two to compare."""
+    known = sorted((node.tps, at, node.host) for at, node in enumerate(nodes) if node.tps is not None)
+    known = [found for found in known if math.isfinite(found[0])]
+    rates, rest = [tps for tps, _, _ in known], len(known) - 1
+    if rest < 1:
+        return []
+    found = []
+    for place, (tps, _, host) in enumerate(known):  # the middle of those without it, without a list for each
+        low, high = (middle + (middle >= place) for middle in ((rest - 1) // 2, rest // 2))
+        found.append(Against(host, tps, (rates[low] + rates[high]) / 2))
+    return found
+
+
 def spread(values: Sequence[float]) -> Spread | None:
     """Median, quartiles (interpolated between values, as numpy does) and ends; None of nothing."""
     if not values:

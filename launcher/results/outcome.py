@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 
@@ -53,11 +54,42 @@ class Startup:
     first_step_s: float | None = None  # from there to the first logged step
 
 
+# The spans of a start-up in their order: a field of Startup, and what it is called.
+PHASES = (("queue_s", "queue"), ("container_s", "container"), ("check_s", "node check"), ("first_step_s", "first step"))
+
+
+class Lack(StrEnum):
+    """Kinds of problems that something follows from; all others only make a result less than one."""
+
+    STATE = "state"  # it did not complete
+    SHORT = "short"  # it did not get to its last step, or past it
+    RESTARTED = "restarted"
+    NON_FINITE = "non-finite"
+    NO_STEP_COUNTS = "no step counts"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What makes a result less than one: its kind, and what is said of it."""
+
+    kind: Lack
+    text: str
+
+
+RESTARTED = Problem(Lack.RESTARTED, "restarted")
+NON_FINITE = Problem(Lack.NON_FINITE, "NaN or infinity in loss, grad_norm or tokens/s")
+NO_STEP_COUNTS = Problem(Lack.NO_STEP_COUNTS, "no step after warm-up")
+
+
+def short_of(step: int | None, steps: int) -> Problem:
+    """Of a run that did not get to its last step, or past it."""
+    return Problem(Lack.SHORT, f"no step of {steps} was logged" if step is None else f"step {step} of {steps}")
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """`problems` make a result less than one ("step 40 of 100", "restarted", "NaN in the loss"): with any of them the
-    figures must never be shown as complete. `notes` do not.
-    """
+    """With any of `problems` the figures must never be shown as complete; `notes` take nothing from a result."""
 
     run: str  # its name
     run_dir: str
@@ -89,13 +121,14 @@ class Outcome:
     wall_s: float | None = None  # from the start of the job's script to its end
     series: tuple[Point, ...] = ()
     by_node: tuple[NodeResult, ...] = ()
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(
         default_factory=dict
     )  # torch, torchtitan, cuda, nccl, driver, python, image, digest
     settings: Mapping[str, Any] = field(default_factory=dict)  # dotted key of run.toml -> value; no name of the run
     prediction: Mapping[str, Any] = field(default_factory=dict)  # what `launcher plan` said before it ran
+    source: str = ""  # who published it
 
     @property
     def complete(self) -> bool:
@@ -103,7 +136,25 @@ class Outcome:
         return not self.problems and self.tps is not None
 
     @property
+    def lacks(self) -> str:
+        """Why it is not complete, in words; "" where it is."""
+        if self.problems:
+            return "; ".join(problem.text for problem in self.problems)
+        return "" if self.complete else NO_STEP_COUNTS.text
+
+    def has(self, kind: Lack) -> bool:
+        return any(problem.kind is kind for problem in self.problems)
+
+    @property
+    def median_tps(self) -> float | None:
+        return self.tps.median if self.tps else None
+
+    @property
+    def measured(self) -> list[NodeResult]:
+        """The nodes that have a median, the slowest first."""
+        return sorted((node for node in self.by_node if node.tps is not None), key=lambda node: node.tps or 0.0)
+
+    @property
     def slowest(self) -> NodeResult | None:
         """The node with the lowest median, None where fewer than two have one."""
-        known = [node for node in self.by_node if node.tps is not None]
-        return min(known, key=lambda node: node.tps or 0.0) if len(known) > 1 else None
+        return self.measured[0] if len(self.measured) > 1 else None

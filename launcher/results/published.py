@@ -145,6 +145,7 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
         data_share=None,
         versions={name: cells[name] for name in ("driver", "cuda") if cells.get(name)},
         settings={key: value for key, value in settings.items() if value not in ("", None)},
+        source=cells.get("source", ""),
     )
 
 
@@ -235,7 +236,7 @@ def say(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.12g}"
     return str(value) or '""'
 
 

@@ -17,14 +17,22 @@ from typing import Any
 from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
 from launcher.base.mfu import peak_of
-from launcher.base.output import some
+from launcher.base.output import counted, some
 from launcher.config.hardware import hardware
 from launcher.image.squashfs_file import read_sidecar, superblock
 from launcher.logs.follow import node_logs
 from launcher.logs.steps import LogReader, StepRecord
 from launcher.results import measure
-from launcher.results.outcome import Outcome, Startup
-from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, short_of
+from launcher.results.outcome import (
+    NO_STEP_COUNTS,
+    NON_FINITE,
+    RESTARTED,
+    Lack,
+    Outcome,
+    Problem,
+    Startup,
+    short_of,
+)
 from launcher.results.settings import count, settings_of, words
 from launcher.results.tensorboard import scalars
 from launcher.runs.directory import Run
@@ -61,15 +69,13 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     gpus, last = nodes * gpus_per_node, found.last
     gpu = words(settings, "profile.gpu", "?")
     problems = [
-        *unreadable,
+        *_others(unreadable),
         *_of_state(state),
         *_of_steps(found, steps, log_freq),
-        *_of_nodes(found, nodes),
-        *_of_logs(found),
+        *_others([*_of_nodes(found, nodes), *_of_logs(found)]),
         *([] if found.is_finite else [NON_FINITE]),
         *([RESTARTED] if found.restarted else []),
-        *_of_hardware(records, gpu),
-        *wrong,
+        *_others([*_of_hardware(records, gpu), *wrong]),
     ]
     intent = run.intent or {}
     image = words(settings, "job.image")
@@ -152,23 +158,26 @@ def _node_records(folder: Path, unreadable: list[str]) -> dict[str, dict[str, An
 # --- what makes it less than a result -----------------------------------------------------------------------
 
 
-def _of_state(state: JobState) -> list[str]:
+def _others(texts: Sequence[str]) -> list[Problem]:
+    return [Problem(Lack.OTHER, text) for text in texts]
+
+
+def _of_state(state: JobState) -> list[Problem]:
     if state.name == "COMPLETED":
         return []
-    reason = f" ({state.reason})" if state.reason else ""
-    if state.active:
-        return [f"still {state.name}"]
-    return [f"{state.name}{reason}" if state.known else f"its end is {state.name}{reason}"]
+    reason = f" ({state.reason})" if state.reason and not state.active else ""
+    before = "still " if state.active else "" if state.known else "its end is "
+    return [Problem(Lack.STATE, f"{before}{state.name}{reason}")]
 
 
-def _of_steps(found: measure.Measured, steps: int, log_freq: int) -> list[str]:
+def _of_steps(found: measure.Measured, steps: int, log_freq: int) -> list[Problem]:
     step = found.last.step if found.last else None
     if step is None or step < measure.last_logged(steps, log_freq) or step > steps:
         return [short_of(step, steps)]
     problems = []
     missing = measure.logged_steps(step, log_freq) - len(found.series)
     if missing > 0:
-        problems.append(f"{missing} logged step{'s' if missing > 1 else ''} missing")
+        problems += _others([f"{counted(missing, 'logged step')} missing"])
     if found.tps is None:
         problems.append(NO_STEP_COUNTS)
     return problems

@@ -11,14 +11,11 @@ import re
 from typing import Any
 
 from launcher.base.mfu import mfu_text
-from launcher.base.output import plain
+from launcher.base.output import counted, plain
 from launcher.base.values import json_values
 from launcher.config.hardware import of_gpu
-from launcher.results.outcome import NodeResult, Outcome, Point
+from launcher.results.outcome import NO_STEP_COUNTS, Lack, Outcome, Point, short_of
 
-RESTARTED = "restarted"
-NON_FINITE = "NaN or infinity in loss, grad_norm or tokens/s"
-NO_STEP_COUNTS = "no step after warm-up"
 COLUMNS = (
     "GPU Type",
     "Compute nodes in training job",
@@ -55,14 +52,9 @@ def last_of(outcome: Outcome) -> Point | None:
     return outcome.series[-1] if outcome.series else None
 
 
-def short_of(step: int | None, steps: int) -> str:
-    """What is said of a run that did not get to its last step, or past it."""
-    return f"no step of {steps} was logged" if step is None else f"step {step} of {steps}"
-
-
 def is_incomplete(outcome: Outcome) -> bool:
     """Whether it did not end well or did not get to its last step, whatever else may be wrong with it."""
-    return outcome.state != "COMPLETED" or short_of(outcome.step, outcome.steps) in outcome.problems
+    return outcome.state != "COMPLETED" or outcome.has(Lack.SHORT)
 
 
 def indicators(outcome: Outcome) -> str:
@@ -98,11 +90,11 @@ def markdown_row(outcome: Outcome) -> str:
 def last_step(outcome: Outcome) -> str:
     """The fourth column: `step: 100  loss: …`, or `step 40 of 100 (FAILED)  loss: …`."""
     if last_of(outcome) is None:
-        return short_of(None, outcome.steps)
+        return short_of(None, outcome.steps).text
     if outcome.complete:
         return f"step: {outcome.step}  {indicators(outcome)}"
-    short = short_of(outcome.step, outcome.steps)
-    others = "; ".join(escape(problem) for problem in outcome.problems if problem != short)
+    short = short_of(outcome.step, outcome.steps).text
+    others = "; ".join(escape(problem.text) for problem in outcome.problems if problem.kind is not Lack.SHORT)
     return f"{short}{f' ({others})' if others else ''}  {indicators(outcome)}"
 
 
@@ -117,17 +109,16 @@ def escape(text: str) -> str:
 
 def summary_line(outcome: Outcome) -> str:
     """One line: the median, its spread over nodes, MFU with its denominator, and what makes it less than a result."""
+    parts = [problem.text for problem in outcome.problems]
     if outcome.step is None:
-        return plain(", ".join(outcome.problems) or short_of(None, outcome.steps))
-    parts = [", ".join(outcome.problems)] if outcome.problems else []
+        return plain(", ".join(parts) or short_of(None, outcome.steps).text)
     if parts and is_incomplete(outcome):
-        parts = [f"incomplete: {parts[0]}"]
+        parts[0] = f"incomplete: {parts[0]}"
     if outcome.tps is None:
-        parts += [] if NO_STEP_COUNTS in outcome.problems else [NO_STEP_COUNTS]
+        parts += [] if outcome.has(Lack.NO_STEP_COUNTS) else [NO_STEP_COUNTS.text]
     else:
-        used = records_used(outcome)
-        steps = "1 logged step" if used == 1 else f"{used} logged steps"
-        spread, nodes = "", _measured(outcome)
+        steps = counted(records_used(outcome), "logged step")
+        spread, nodes = "", outcome.measured
         if len(nodes) > 1:
             spread = f" (nodes {nodes[0].tps:,.0f}..{nodes[-1].tps:,.0f}, slowest {nodes[0].host})"
         parts.append(f"median {outcome.tps.median:,.0f} tokens/s per GPU over {steps}{spread}")
@@ -137,13 +128,7 @@ def summary_line(outcome: Outcome) -> str:
 
 def records_used(outcome: Outcome) -> int:
     """How many logged steps stand behind the median: of the nodes that have one, the mean, rounded up."""
-    nodes = len(_measured(outcome)) or 1
-    return -(-outcome.tps.count // nodes) if outcome.tps else 0
-
-
-def _measured(outcome: Outcome) -> list[NodeResult]:
-    """The nodes that have a median, the slowest first."""
-    return sorted((node for node in outcome.by_node if node.tps is not None), key=lambda node: node.tps or 0.0)
+    return -(-outcome.tps.count // (len(outcome.measured) or 1)) if outcome.tps else 0
 
 
 def as_dict(outcome: Outcome) -> dict[str, Any]:
@@ -152,14 +137,14 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
     `tps`, `tflops`, `memory_gib`, `mfu_pct` and `loss` are the last logged step's; `spread` and what is called median
     are of the steps after warm-up, and so is `mfu_pct_at`.
     """
-    last, nodes = last_of(outcome), _measured(outcome)
+    last, nodes = last_of(outcome), outcome.measured
     return json_values(
         {
             "run": outcome.run,
             "run_dir": outcome.run_dir,
             "state": outcome.state,
             "complete": outcome.complete,
-            "problems": outcome.problems,
+            "problems": [problem.text for problem in outcome.problems],
             "notes": outcome.notes,
             "date": outcome.date,
             "cluster": outcome.cluster,
@@ -183,7 +168,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
             "mfu_pct": outcome.mfu_pct,
             "peak_tflops": outcome.peak_tflops,
             "mfu_pct_at": {f"{peak:g}": round(mfu, 2) for peak, mfu in mfu_at_other_peaks(outcome).items()},
-            "median_tps": outcome.tps.median if outcome.tps else None,
+            "median_tps": outcome.median_tps,
             "median_mfu_pct": median_mfu_pct(outcome),
             "overall_tps": outcome.overall_tps,
             "records_used": records_used(outcome),
@@ -204,8 +189,8 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
             "fastest_tps": nodes[-1].tps if nodes else None,
             "by_node": [{"host": node.host, "tps": node.tps} for node in outcome.by_node],
             "incomplete": is_incomplete(outcome),
-            "restarted": RESTARTED in outcome.problems,
-            "non_finite": NON_FINITE in outcome.problems,
+            "restarted": outcome.has(Lack.RESTARTED),
+            "non_finite": outcome.has(Lack.NON_FINITE),
             "versions": outcome.versions,
             "prediction": outcome.prediction,
             "settings": outcome.settings,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes, unreadable
 from launcher.base.values import parse_json
-from launcher.results.outcome import NodeResult, Outcome, Point, Spread, Startup
+from launcher.results.outcome import Lack, Outcome, Problem
 from launcher.results.published import published, rows_of
 from launcher.results.read import outcome_of
 from launcher.runs import control
@@ -107,95 +108,59 @@ def outcome_from(value: object, where: str) -> Outcome:
 
 def _object(kind: type[_Value], value: object, where: str) -> _Value:
     if not isinstance(value, dict):
-        raise LauncherError(f"{where}: {str(value)[:40]!r} is not an object")
+        raise LauncherError(f"{where}: {_short(value)} is not an object")
     made: dict[str, Any] = {}
+    types = get_type_hints(kind)
     for part in fields(kind):  # type: ignore[arg-type]  # always one of the dataclasses of outcome.py
-        read = _READERS[str(part.type)]
         if part.name in value:
-            made[part.name] = read(value[part.name], f"{where}: {part.name}")
+            made[part.name] = _read(types[part.name], value[part.name], f"{where}: {part.name}")
         elif part.default is MISSING and part.default_factory is MISSING:
-            if str(part.type).endswith("| None"):
-                made[part.name] = None
-            elif part.type == "str":
+            if types[part.name] is str:
                 made[part.name] = ""
+            elif isinstance(types[part.name], UnionType):
+                made[part.name] = None
             else:
                 raise LauncherError(f"{where}: has no {part.name}")
     return kind(**made)
 
 
-def _string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise LauncherError(f"{where}: {str(value)[:40]!r} is not a string")
-    return value
-
-
-def _integer(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _MOST:
-        raise LauncherError(f"{where}: {_short(value)} is not a whole number, or too large")
-    return value
-
-
-def _float(value: object, where: str) -> float:
-    if value is None:
+def _read(kind: Any, value: object, where: str) -> Any:
+    """The value as outcome.py declares its field. Raises LauncherError, naming the field, for any other."""
+    if kind is Any:
+        return value
+    if isinstance(kind, UnionType):
+        return None if value is None else _read(get_args(kind)[0], value, where)
+    if kind is Problem:  # of which its words alone were written
+        return Problem(Lack.OTHER, _read(str, value, where))
+    if isinstance(kind, type) and is_dataclass(kind):
+        return _object(kind, value, where)
+    if kind is float and value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
-        raise LauncherError(f"{where}: {_short(value)} is not a number")
-    return float(value)
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    expected, called = _KINDS.get(outer, (object, ""))
+    if not isinstance(value, expected) or (isinstance(value, bool) and outer in (int, float)):
+        raise LauncherError(f"{where}: {_short(value)} is not {called}")
+    if isinstance(value, (int, float)) and abs(value) > (_MOST if outer is int else 1e300):
+        raise LauncherError(f"{where}: {_short(value)} is too large")
+    if outer is tuple and isinstance(value, (list, tuple)):
+        kinds = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
+        if len(kinds) != len(value):
+            raise LauncherError(f"{where}: {_short(value)} is not a list of {len(kinds)}")
+        return tuple(_read(one, item, where) for one, item in zip(kinds, value, strict=True))
+    if isinstance(value, dict):
+        return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    return float(value) if outer is float else value
 
 
 def _short(value: object) -> str:
     return "a huge number" if isinstance(value, (int, float)) and abs(value) > _MOST else repr(str(value)[:40])
 
 
-def _boolean(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise LauncherError(f"{where}: {_short(value)} is neither true nor false")
-    return value
-
-
-def _mapping(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise LauncherError(f"{where}: {_short(value)} is not an object")
-    return value
-
-
-def _words(value: object, where: str) -> Mapping[str, str]:
-    return {key: _string(word, f"{where}.{key}") for key, word in _mapping(value, where).items()}
-
-
-def _or_none(read: Callable[[object, str], _Value]) -> Callable[[object, str], _Value | None]:
-    return lambda value, where: None if value is None else read(value, where)
-
-
-def _all(read: Callable[[object, str], _Value]) -> Callable[[object, str], tuple[_Value, ...]]:
-    def each(value: object, where: str) -> tuple[_Value, ...]:
-        if not isinstance(value, (list, tuple)):
-            raise LauncherError(f"{where}: {_short(value)} is not a list")
-        return tuple(read(item, where) for item in value)
-
-    return each
-
-
-def _step(value: object, where: str) -> tuple[int, float]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise LauncherError(f"{where}: {_short(value)} is not a step with its tokens/s")
-    return _integer(value[0], where), _float(value[1], where)
-
-
-# By the words in which outcome.py declares its fields.
-_READERS: dict[str, Callable[[object, str], Any]] = {
-    "str": _string,
-    "int": _integer,
-    "int | None": _or_none(_integer),
-    "float": _float,
-    "float | None": _or_none(_float),
-    "bool": _boolean,
-    "Spread | None": _or_none(lambda value, where: _object(Spread, value, where)),
-    "Startup": lambda value, where: _object(Startup, value, where),
-    "tuple[Point, ...]": _all(lambda value, where: _object(Point, value, where)),
-    "tuple[NodeResult, ...]": _all(lambda value, where: _object(NodeResult, value, where)),
-    "tuple[tuple[int, float], ...]": _all(_step),
-    "tuple[str, ...]": _all(_string),
-    "Mapping[str, str]": _words,
-    "Mapping[str, Any]": _mapping,
+_KINDS: dict[Any, tuple[Any, str]] = {
+    str: (str, "a string"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    bool: (bool, "true or false"),
+    tuple: ((list, tuple), "a list"),
+    Mapping: (dict, "an object"),
 }

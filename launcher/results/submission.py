@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.mfu import mfu_text
+from launcher.base.output import counted
 from launcher.config.spec import SAMPLE
 from launcher.results.formats import in_order
 from launcher.results.outcome import Outcome
@@ -42,9 +43,8 @@ def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:
     files: dict[str, list[Outcome]] = {}
     for outcome in in_order(outcomes):
         if not outcome.complete:
-            why = "; ".join(outcome.problems) or "no step after warm-up"
             raise LauncherError(
-                f"{outcome.run} is not a result to be submitted: {why}",
+                f"{outcome.run} is not a result to be submitted: {outcome.lacks}",
                 quoted("launcher", "results", outcome.run),
                 status=ExitStatus.NO_DATA,
             )
@@ -60,8 +60,7 @@ def _document(outcomes: Sequence[Outcome], entity: str) -> str:
         f"This was run by {escape(entity)} with titan-launcher{f' on {dates}' if dates else ''}.",
         *("", "### Models", "", escape(model)),
         *("", "### Hardware", ""),
-        f"- {first.gpus} {escape(first.gpu)}, {first.gpus // first.nodes} in each of {first.nodes} "
-        f"node{'s' if first.nodes > 1 else ''}",
+        f"- {first.gpus} {escape(first.gpu)}, {first.gpus // first.nodes} in each of {counted(first.nodes, 'node')}",
         f"- NVIDIA driver: {escape(first.versions.get('driver') or 'not recorded')}",
         "- Interconnect: (please add it; the run directory does not know it)",
         *("", "### Results", ""),

@@ -180,7 +180,7 @@ def table(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "gpus": result.spec.gpus,
                 "local_batch_size": result.spec.recipe.local_batch_size,
                 "complete": bool(outcome and outcome.complete),
-                "problems": list(outcome.problems) if outcome else _nothing(result.state),
+                "problems": [problem.text for problem in outcome.problems] if outcome else _nothing(result.state),
                 "tps": tps.median if tps else None,
                 "tps_q1": tps.q1 if tps else None,
                 "tps_q3": tps.q3 if tps else None,

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from launcher.results.outcome import NodeResult, Outcome, Point, Startup
 from tests.unit.outcomes import outcome, spread
+from tests.unit.outcomes import problems as told
 
 MARKUP = '<img src=x onerror=alert(1)></script><b>"q"\'&amp;'
 
@@ -118,7 +119,7 @@ def run(
         tflops=spread(rate * 0.0579) if logged else None,
         series=series,
         by_node=by_node if logged else (),
-        problems=problems,
+        problems=told(*problems),
         mfu_pct=100 * rate * 0.0579 / 2250 if logged else None,
         memory_pct=86.58 if logged else None,
         startup=Startup(queue_s, 30 + nodes + rnd.random(), 9.5 + rnd.random(), 80 + 2 * nodes if logged else None),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.results.outcome import NodeResult, Outcome, Point, Spread, Startup
+from launcher.results.outcome import NON_FINITE, RESTARTED, Lack, NodeResult, Outcome, Point, Problem, Spread, Startup
+from launcher.scheduler.state import FAILED, GOING, UNKNOWN, WAITING
 
 STEPS = (1, *range(10, 101, 10))
 LOSSES = (12.2512, 10.9034, 9.9821, 9.2456, 8.8213, 8.3127, 7.9014, 7.5233, 7.2018, 6.9127, 6.6542)
+STATES = FAILED | GOING | WAITING | {UNKNOWN}
 PER_TOKEN = 57.914e9  # FLOP of Llama-3-8B at 8192 tokens, as torchtitan counts them
 
 
@@ -33,6 +36,18 @@ def points(losses: tuple[float, ...] = LOSSES, tps: float = 17930.0) -> tuple[Po
     return tuple(
         Point(step, loss, 2.5, tps / 4 if step == 1 else tps, 159.31) for step, loss in zip(STEPS, losses, strict=False)
     )
+
+
+def problems(*texts: str) -> tuple[Problem, ...]:
+    """As results/read.py makes them, told by their words."""
+    known = {problem.text: problem for problem in (RESTARTED, NON_FINITE)}
+
+    def kind(text: str) -> Lack:
+        if re.fullmatch(r"step \d+ of \d+|no step of \d+ was logged", text):
+            return Lack.SHORT
+        return Lack.STATE if STATES & set(text.split(" (")[0].split()) else Lack.OTHER
+
+    return tuple(known.get(text) or Problem(kind(text), text) for text in texts)
 
 
 def outcome(**changes: Any) -> Outcome:
@@ -107,6 +122,8 @@ def outcome(**changes: Any) -> Outcome:
             "env.NCCL_MNNVL_ENABLE": "1",
         },
     )
+    if "problems" in changes:
+        changes["problems"] = problems(*changes["problems"])
     if "settings" in changes:
         changes["settings"] = {**base.settings, **changes["settings"]}
     return replace(base, **changes)

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.results.accept import Verdict, Word, as_dict, headline, judge
+from launcher.results.accept import About, Verdict, Word, as_dict, headline, judge
 from launcher.results.outcome import Outcome, Point
 from launcher.results.published import published
 from launcher.results.rows import as_dict as result_as_dict
 from tests.conftest import ROOT, Launch
-from tests.unit.outcomes import LOSSES, nodes, outcome, points, spread, write_run
+from tests.unit.outcomes import LOSSES, nodes, outcome, points, problems, spread, write_run
 
 PASS, FAIL, CANNOT_SAY = Word.PASS, Word.FAIL, Word.CANNOT_SAY
 ROWS = published()
@@ -37,9 +37,9 @@ def test_a_run_as_it_should_be() -> None:
     found = verdict(outcome())
     assert (found.word, int(found.exit)) == (PASS, 0)
     assert headline("x", outcome(), found) == (
-        "PASS  x: 17,930 tokens/s per GPU, 99.7% of the published 17,975 (GB200, 9 nodes)"
+        "x: 17,930 tokens/s per GPU, 99.7% of the published 17,975 (GB200, 9 nodes)"
     )
-    assert [reason.what.split(":")[0] for reason in found.reasons] == ["speed", "steps", "nodes", "loss"]
+    assert [reason.about for reason in found.reasons] == ["speed", "steps", "nodes", "loss"]
 
 
 FAILS: dict[str, tuple[Outcome, str]] = {
@@ -178,7 +178,7 @@ def test_the_pace_names_no_step_of_the_warm_up_and_lets_checkpoints_be() -> None
     found = verdict(saving)
     assert found.word is CANNOT_SAY and "the checkpoints every 50 steps are in it" in found.reasons[0].what
     on_cpu = replace(slow, settings={**slow.settings, "profile.device": "cpu"})
-    assert not any(reason.what.startswith("pace") for reason in verdict(on_cpu).reasons)
+    assert not any(reason.about is About.PACE for reason in verdict(on_cpu).reasons)
 
 
 def test_without_a_row_more_steps_would_not_help() -> None:
@@ -232,7 +232,7 @@ def test_a_baseline_of_ones_own() -> None:
     assert verdict(mine).word is CANNOT_SAY
     assert verdict(again, rows=[mine]).word is FAIL and verdict(again, rows=[mine], threshold=0.94).word is PASS
     assert "94.8% of accepted's 17,930" in headline("again", again, verdict(again, rows=[mine]))
-    assert verdict(again, rows=[replace(mine, problems=("restarted",))]).word is CANNOT_SAY
+    assert verdict(again, rows=[replace(mine, problems=problems("restarted"))]).word is CANNOT_SAY
     assert verdict(again, rows=[]).word is CANNOT_SAY
     bad = replace(again, series=points((12.25, *[9.5] * 10)), settings={**again.settings, "recipe.flavor": "70B"})
     other = replace(mine, settings=bad.settings)

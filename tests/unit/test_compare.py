@@ -11,7 +11,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.base.errors import LauncherError
@@ -281,6 +281,8 @@ ANY_JSON = st.recursive(
 
 
 @given(st.sampled_from(sorted(result_as_dict(outcome()))), ANY_JSON)
+@example("prediction", {"of": {"another": None}})
+@example("settings", {"huge": [1e301]})
 def test_a_damaged_result_is_refused_or_read(key: str, value: object) -> None:
     whole = json.loads(json.dumps(result_as_dict(outcome())))
     try:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from launcher.results.outcome import Outcome, Startup
+from launcher.results.outcome import NO_STEP_COUNTS, NON_FINITE, RESTARTED, Outcome, Startup
 from launcher.results.read import outcome_of
-from launcher.results.rows import NO_STEP_COUNTS, NON_FINITE, RESTARTED, as_dict
+from launcher.results.rows import as_dict
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 from tests.unit.test_tensorboard import scalar
@@ -140,6 +140,10 @@ class Made:
         return found
 
 
+def said(outcome: Outcome) -> tuple[str, ...]:
+    return tuple(problem.text for problem in outcome.problems)
+
+
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
     return Made(tmp_path / "r")
@@ -147,7 +151,7 @@ def made(tmp_path: Path) -> Made:
 
 def test_a_whole_run(made: Made) -> None:
     found = made.outcome()
-    assert found.complete and (found.problems, found.notes) == ((), ())
+    assert found.complete and (said(found), found.notes) == ((), ())
     assert (found.run, found.state, found.date) == ("r", "COMPLETED", "2026-11-22T07:10:00Z")
     assert (found.gpu, found.nodes, found.gpus, found.recipe) == ("GB200", 2, 8, "fast")
     assert (found.local_batch_size, found.global_batch_size, found.seq_len) == (
@@ -186,7 +190,7 @@ def test_a_run_that_cannot_be_told(made: Made, tmp_path: Path) -> None:
     made.write("logs/0001-b.log", "")
     assert outcome_of(made.run, RUNNING) is None
     found = made.outcome(FAILED)
-    assert found.problems == ("FAILED (ended by SIGKILL)", "no step of 100 was logged") and not found.complete
+    assert said(found) == ("FAILED (ended by SIGKILL)", "no step of 100 was logged") and not found.complete
     assert (found.tps, found.step, found.loss) == (None, None, None)
 
 
@@ -210,7 +214,7 @@ def test_what_is_missing_is_said(
     for node in ("0000-a", "0001-b"):
         made.write(f"logs/{node}.log", log(steps=steps))
     found = made.outcome(state)
-    assert found.problems == problems and not found.complete
+    assert said(found) == problems and not found.complete
 
 
 def test_a_run_of_one_step_has_no_figure(made: Made) -> None:
@@ -218,22 +222,22 @@ def test_a_run_of_one_step_has_no_figure(made: Made) -> None:
     made.write("run.toml", "")
     for node in ("0000-a", "0001-b"):
         made.write(f"logs/{node}.log", line(1))
-    assert made.outcome().problems == (NO_STEP_COUNTS,) and made.outcome().tps is None
+    assert said(made.outcome()) == (NO_STEP_COUNTS.text,) and made.outcome().tps is None
 
 
 def test_nodes_that_are_missing_or_too_many(made: Made) -> None:
     (made.path / "logs" / "0001-b.log").rename(made.path / "kept")
-    assert made.outcome().problems == ("only 1 of 2 nodes logged",)
+    assert said(made.outcome()) == ("only 1 of 2 nodes logged",)
     (made.path / "kept").rename(made.path / "logs" / "0001-b.log")
     made.write("logs/0002-c.log", log())
-    assert made.outcome().problems == ("3 nodes logged, asked for 2",)
+    assert said(made.outcome()) == ("3 nodes logged, asked for 2",)
     (made.path / "logs" / "0002-c.log").unlink()
     made.write("logs/0001-b.log", log(steps=STEPS[:5]))
     short = made.outcome()
-    assert (short.problems, short.notes) == (("the log of b ends at step 40 of 100",), ())
+    assert (said(short), short.notes) == (("the log of b ends at step 40 of 100",), ())
     made.write("logs/0001-b.log", log(steps=(*STEPS[:5], STEPS[-1])))
     found = made.outcome()
-    assert found.problems == () and found.notes == ("fewer logged steps than on other nodes: b",)
+    assert said(found) == () and found.notes == ("fewer logged steps than on other nodes: b",)
 
 
 def test_all_the_time_after_warm_up(made: Made) -> None:
@@ -249,9 +253,9 @@ def test_all_the_time_after_warm_up(made: Made) -> None:
 
 def test_restarts_and_nan(made: Made) -> None:
     made.write("logs/0001-b.log", log(steps=STEPS[:4]) + log(steps=STEPS[2:], at=T0 + 5000))
-    assert made.outcome().problems == (RESTARTED,)
+    assert said(made.outcome()) == (RESTARTED.text,)
     made.write("logs/0001-b.log", log().replace(" 6.42771", "     nan", 3))
-    assert made.outcome().problems == (NON_FINITE,)
+    assert said(made.outcome()) == (NON_FINITE.text,)
 
 
 @pytest.mark.parametrize(
@@ -267,31 +271,31 @@ def test_restarts_and_nan(made: Made) -> None:
 )
 def test_mixed_nodes(made: Made, key: str, value: Any, problem: str) -> None:
     made.change("nodes/0001-b.json", **{key: value})
-    assert made.outcome().problems == (problem,)
+    assert said(made.outcome()) == (problem,)
 
 
 def test_gpus_that_are_not_the_profiles(made: Made) -> None:
     for node in ("nodes/0000-a.json", "nodes/0001-b.json"):
         made.change(node, gpu="NVIDIA B200")
-    assert "the profile says GB200, a has NVIDIA B200" in made.outcome().problems
+    assert "the profile says GB200, a has NVIDIA B200" in said(made.outcome())
     for node in ("nodes/0000-a.json", "nodes/0001-b.json"):
         made.change(node, gpu="a name that nobody knows")
-    assert made.outcome().problems == ()
+    assert said(made.outcome()) == ()
 
 
 def test_edited_settings(made: Made) -> None:
     made.write("run.toml", RUN_TOML.replace("local_batch_size = 5", "local_batch_size = 6"))
     found = made.outcome()
-    assert found.problems == ("edited: run.toml and job/node.json differ in recipe.local_batch_size",)
+    assert said(found) == ("edited: run.toml and job/node.json differ in recipe.local_batch_size",)
     assert found.local_batch_size == found.settings["recipe.local_batch_size"] == 5  # what the job was told
 
 
 def test_what_is_no_run_toml_is_not_waited_for(made: Made) -> None:
     made.write("run.toml", "[recipe]\nlocal_batch_size = 6\n#" + "x" * 2**20)
-    assert made.outcome().problems == (DAMAGED,)
+    assert said(made.outcome()) == (DAMAGED,)
     (made.path / "run.toml").unlink()
     os.mkfifo(made.path / "run.toml")
-    assert made.outcome().problems == (DAMAGED,)
+    assert said(made.outcome()) == (DAMAGED,)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +306,7 @@ def test_either_file_of_settings_is_enough(made: Made, text: str) -> None:
     made.path.joinpath("run.toml").write_text(text, errors="surrogateescape")
     found = made.outcome()
     damaged = text in ("run = ", "\udc80")
-    assert (found.gpu, found.problems) == ("GB200", (DAMAGED,) if damaged else ())
+    assert (found.gpu, said(found)) == ("GB200", (DAMAGED,) if damaged else ())
     (made.path / "run.toml").unlink()
     assert made.outcome().complete
     made.write("run.toml", RUN_TOML)
@@ -427,8 +431,8 @@ def test_what_another_user_may_not_show(made: Made, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "open", refusing)
     found = made.outcome()
-    assert found.problems[0].endswith("logs/0001-b.log: Permission denied") and not found.complete
-    assert found.problems[1] == "only 1 of 2 nodes logged"
+    assert said(found)[0].endswith("logs/0001-b.log: Permission denied") and not found.complete
+    assert said(found)[1] == "only 1 of 2 nodes logged"
 
 
 def test_files_that_are_none(made: Made) -> None:
@@ -436,10 +440,10 @@ def test_files_that_are_none(made: Made) -> None:
     os.mkfifo(made.path / "logs" / "0003-d.log")
     (made.path / "nodes" / "0002-c.json").mkdir()
     found = made.outcome()
-    assert found.problems == ("cannot read nodes/0002-c.json, or it is damaged",)
+    assert said(found) == ("cannot read nodes/0002-c.json, or it is damaged",)
     for name in ("0000-a.json", "0001-b.json"):
         (made.path / "nodes" / name).unlink()
     (made.path / "nodes" / "0002-c.json").rmdir()
     (made.path / "nodes").rmdir()
     made.write("nodes", "a file")
-    assert "Not a directory" in made.outcome().problems[0]
+    assert "Not a directory" in said(made.outcome())[0]

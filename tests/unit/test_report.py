@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.base.output import plain
+from launcher.base.output import duration, plain
 from launcher.report import svg
 from launcher.report.charts import of_gpu
 from launcher.report.figures import (
@@ -30,7 +30,7 @@ from launcher.report.figures import (
     scaling,
     thin,
 )
-from launcher.report.page import page, seconds
+from launcher.report.page import page
 from launcher.report.plots import write_plots
 from launcher.results.outcome import NodeResult, Outcome, Startup
 from launcher.results.published import published
@@ -232,7 +232,7 @@ def test_of_a_thousand_nodes_the_slowest_are_shown() -> None:
     [(0.44, "0.4 s"), (59.7, "1 min 00 s"), (38.2, "38 s"), (125, "2 min 05 s"), (11520, "3 h 12 min")],
 )
 def test_durations(value: float, text: str) -> None:
-    assert seconds(value) == text
+    assert duration(value) == text
 
 
 def test_a_long_queue_is_cut_and_an_unknown_phase_makes_the_sum_a_bound() -> None:
@@ -245,7 +245,7 @@ def test_a_long_queue_is_cut_and_an_unknown_phase_makes_the_sum_a_bound() -> Non
 def test_settings_that_differ_stand_apart_from_those_that_do_not() -> None:
     found = differences([outcome(), outcome(settings={"recipe.lr": 1e-3, "env.NEW": "1"})])
     assert dict(found.differing) == {"recipe.lr": ("0.0003", "0.001"), "env.NEW": (None, "1")}
-    assert ("recipe.compile", "no") in found.shared and ("version.torch", "2.14.1") in found.shared
+    assert ("recipe.compile", "false") in found.shared and ("version.torch", "2.14.1") in found.shared
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_no_name_is_ever_markup(name: str, value: str) -> None:
             state=f"x{value}",
             versions={value: name},
         )
-        rows = [replace(published()[0], run=f"{value} (x)", gpu=name)]
+        rows = [replace(published()[0], run=f"{value} (x)", source=value, gpu=name)]
         text = page(
             [first, outcome(gpu=name, precision=f"p{value}")],
             rows,

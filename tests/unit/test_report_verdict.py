@@ -14,7 +14,7 @@ from launcher.results.accept import Word, judge
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
 from tests.browser.sample_runs import run, sample
-from tests.unit.outcomes import nodes, outcome, spread
+from tests.unit.outcomes import nodes, outcome, problems, spread
 
 GOOD = [
     run("17n", 17, 17590, "2026-11-21T08:00:00Z"),
@@ -83,7 +83,7 @@ def test_a_newer_run_that_cannot_be_judged_does_not_hide_an_older_fault() -> Non
 def test_an_older_run_that_failed_is_history_behind_one_that_did_not() -> None:
     """Also where nothing published says how fast it should be."""
     whole = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
-    failed = replace(whole, run="old", date="2026-11-01T08:00:00Z", state="FAILED", problems=("FAILED",))
+    failed = replace(whole, run="old", date="2026-11-01T08:00:00Z", state="FAILED", problems=problems("FAILED"))
     assert answer(failed).word is Word.FAIL
     assert answer(whole, failed).word is Word.CANNOT_SAY
     assert answer(replace(failed, date="2026-11-30T08:00:00Z"), whole).word is Word.FAIL
@@ -104,7 +104,7 @@ def test_nodes_are_judged_by_runs_that_accept_judges() -> None:
     slow = run("x", 9, 17960, "2026-11-20T08:00:00Z", slow=0.9)
     for one in (
         replace(slow, tps=spread(17960.0, count=18)),
-        replace(slow, state="CANCELLED", problems=("CANCELLED",)),
+        replace(slow, state="CANCELLED", problems=problems("CANCELLED")),
     ):
         found = answer(one)
         assert found.word is Word.CANNOT_SAY and finding(found, "Nodes")[0] == "CANNOT SAY"
@@ -168,7 +168,7 @@ def test_a_failed_run_and_waiting_for_data_are_told() -> None:
 
 def test_clusters_have_an_answer_each() -> None:
     found = answers(
-        health([GOOD[0], replace(GOOD[1], cluster="other", state="FAILED", problems=("FAILED",))], published())
+        health([GOOD[0], replace(GOOD[1], cluster="other", state="FAILED", problems=problems("FAILED"))], published())
     )
     assert [(one.name, one.word) for one in found] == [
         ("GB200 on crusoe", "PASS"),

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 from launcher.base.mfu import mfu_text, peak_of
 from launcher.logs.steps import StepRecord, parse_line
-from launcher.results.outcome import NodeResult, Outcome, Point, Spread
+from launcher.results.outcome import NON_FINITE, RESTARTED, NodeResult, Outcome, Point, Spread
 from launcher.results.rows import (
-    NON_FINITE,
-    RESTARTED,
     as_dict,
     escape,
     indicators,
@@ -25,7 +23,7 @@ from launcher.results.rows import (
     mfu_at_other_peaks,
     summary_line,
 )
-from tests.unit.outcomes import nodes, outcome, spread
+from tests.unit.outcomes import nodes, outcome, problems, spread
 
 # Published rows: GPU, nodes, GPUs, batch size, step, loss, grad norm, memory GiB and %, tokens/s, TFLOP/s, MFU.
 PUBLISHED = [
@@ -174,23 +172,23 @@ def test_one_node_has_no_spread() -> None:
 
 def test_an_incomplete_run_says_so_everywhere() -> None:
     whole = published_row(PUBLISHED[0])
-    short = replace(whole, steps=200, problems=("step 100 of 200",))
+    short = replace(whole, steps=200, problems=problems("step 100 of 200"))
     assert "|step 100 of 200  loss:  6.4277" in markdown_row(short) and "step: " not in markdown_row(short)
     assert summary_line(short).startswith("incomplete: step 100 of 200, median ")
     assert (as_dict(short)["incomplete"], as_dict(short)["complete"]) == (True, False)
-    failed = replace(whole, state="FAILED", steps=105, problems=("FAILED (ended by SIGKILL)",))
+    failed = replace(whole, state="FAILED", steps=105, problems=problems("FAILED (ended by SIGKILL)"))
     assert "|step 100 of 105 (FAILED (ended by SIGKILL))  loss:" in markdown_row(failed)
     assert as_dict(failed)["incomplete"] is True
 
 
-@pytest.mark.parametrize("problem", [RESTARTED, NON_FINITE, "only 2 of 3 nodes logged", "mixed driver: 1, 2"])
+@pytest.mark.parametrize("problem", [RESTARTED.text, NON_FINITE.text, "only 2 of 3 nodes logged", "mixed driver: 1, 2"])
 def test_any_other_problem_is_beside_the_figures(problem: str) -> None:
-    less = replace(published_row(PUBLISHED[0]), problems=(problem,))
+    less = replace(published_row(PUBLISHED[0]), problems=problems(problem))
     assert f"|step 100 of 100 ({problem})  loss:" in markdown_row(less) and "step: " not in markdown_row(less)
     assert summary_line(less).startswith(f"{problem}, median ")
     found = as_dict(less)
     assert (found["complete"], found["incomplete"], found["problems"]) == (False, False, [problem])
-    assert (found["restarted"], found["non_finite"]) == (problem == RESTARTED, problem == NON_FINITE)
+    assert (found["restarted"], found["non_finite"]) == (problem == RESTARTED.text, problem == NON_FINITE.text)
 
 
 def test_a_run_without_a_step() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.results.outcome import Startup
-from tests.unit.test_read import RECORD, RUNNING, STEPS, T0, Made, line, log
+from tests.unit.test_read import RECORD, RUNNING, STEPS, T0, Made, line, log, said
 
 
 @pytest.fixture
@@ -65,9 +65,7 @@ def test_without_every_nodes_record_or_with_a_log_that_was_cut_there_is_less(mad
     assert made.outcome().startup == Startup(queue_s=30)
     made.write("nodes/0001-b.json", "{")
     found = made.outcome()
-    assert found.startup == Startup(queue_s=30) and found.problems == (
-        "cannot read nodes/0001-b.json, or it is damaged",
-    )
+    assert found.startup == Startup(queue_s=30) and said(found) == ("cannot read nodes/0001-b.json, or it is damaged",)
     made.write("nodes/0001-b.json", {**RECORD, "utc_offset_s": None})
     made.change("nodes/0000-a.json", utc_offset_s=None)
     assert made.outcome().startup.first_step_s is None
