@@ -18,6 +18,7 @@ from hypothesis import settings
 
 from launcher.cli import main
 from launcher.image.squashfs_file import sidecar_path, superblock
+from launcher.scheduler.detect import detected
 
 ROOT = Path(__file__).parent.parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -82,14 +83,16 @@ def launch(workplace: Path) -> Launch:
 def in_process(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """What a process `launcher ...` would return: with its own descriptors 0 to 2 and environment."""
     before, code = dict(os.environ), 0
+    detected.cache_clear()  # a process asks Slurm once
     streams = sys.stdin, sys.stdout, sys.stderr, sys.argv
     saved = [os.dup(number) for number in range(3)]
     with open(os.devnull) as nothing, TemporaryFile() as out, TemporaryFile() as err:
         try:
             for number, file in enumerate((nothing, out, err)):
                 os.dup2(file.fileno(), number)
-            sys.stdin = open(0, closefd=False)
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
+            sys.stdin, sys.stdout, sys.stderr = (
+                os.fdopen(number, mode, closefd=False, encoding="utf-8") for number, mode in enumerate("rww")
+            )
             sys.argv = ["launcher", *arguments]
             os.environ.update(env)
             try:
