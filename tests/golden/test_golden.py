@@ -1,13 +1,15 @@
-"""The job script of every profile and runtime, as a file that a reviewer can read.
+"""Job scripts as files that a reviewer can read, one per scheduler and runtime, and one with everything.
 
 After a change that is meant: python -m tests.golden.test_golden
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -18,11 +20,56 @@ from launcher.config.spec import RunSpec, validate
 HERE = Path(__file__).parent
 RUNTIMES = ("pyxis", "apptainer", "bare")
 CASES = [
-    *((f"slurm-{gpu}-{runtime}", gpu, runtime) for gpu in names_of("profiles") for runtime in RUNTIMES),
+    ("slurm-gb200-pyxis", "gb200", "pyxis"),
+    ("slurm-b200-apptainer", "b200", "apptainer"),
+    ("slurm-cpu-bare", "cpu", "bare"),
     ("local-cpu-bare", "cpu", "bare"),
     ("local-h200-apptainer", "h200", "apptainer"),
     ("slurm-gb200-everything", "gb200", "pyxis"),
 ]
+
+
+class Profile(NamedTuple):
+    """What a profile changes in a script."""
+
+    gpus: int
+    hca: str = ""  # the first and the last InfiniBand port
+    topology: str = ""  # NCCL's file about the node
+    nvlink: bool = False  # across nodes
+    nvls: bool = True
+
+
+PROFILES = {
+    "a100": Profile(8, "1-8", "a100-80gb-sxm", nvls=False),
+    "h100": Profile(8, "1-8", "h100-80gb-sxm"),
+    "h200": Profile(8, "1-8", "h200-141gb-sxm"),
+    "b200": Profile(8, "5-12", "b200-180gb-sxm"),
+    "b300": Profile(8, "5-12", "b300-288gb-sxm"),
+    "gb200": Profile(4, nvlink=True),
+    "gb300": Profile(4, nvlink=True),
+    "cpu": Profile(2, nvls=False),
+}
+
+
+def exports_of(profile: Profile) -> dict[str, str]:
+    """The variables by which NCCL finds its way, as Crusoe's nodes need them."""
+    found = {"NCCL_NVLS_ENABLE": "1"} if profile.nvls else {}
+    if profile.nvlink:
+        names = ("NCCL_CUMEM_ENABLE", "NCCL_MNNVL_ENABLE", "NCCL_NET_GDR_C2C")
+        found |= dict.fromkeys(names, "1") | {"UCX_TLS": "tcp"}
+    if profile.hca:
+        first, last = map(int, profile.hca.split("-"))
+        found |= {
+            "NCCL_IBEXT_DISABLE": "1",
+            "NCCL_IB_HCA": ",".join(f"mlx5_{port}" for port in range(first, last + 1)),
+            "NCCL_IB_MERGE_VFS": "0",
+            "NCCL_IB_PCI_RELAXED_ORDERING": "1",
+            "NCCL_IB_QPS_PER_CONNECTION": "2",
+            "NCCL_IB_SL": "1",
+            "NCCL_IB_SPLIT_DATA_ON_QPS": "0",
+            "NCCL_TOPO_FILE": f"/etc/crusoe/nccl_topo/{profile.topology}-ib-cloud-hypervisor.xml",
+        }
+    return found
 
 
 def spec_of(case: str, gpu: str, runtime: str) -> RunSpec:
@@ -70,6 +117,27 @@ def spec_of(case: str, gpu: str, runtime: str) -> RunSpec:
 @pytest.mark.parametrize(("case", "gpu", "runtime"), CASES, ids=[case[0] for case in CASES])
 def test_the_script_is_the_one_on_file(case: str, gpu: str, runtime: str) -> None:
     assert render(spec_of(case, gpu, runtime)) == (HERE / f"{case}.sbatch").read_text(encoding="utf-8")
+
+
+def test_each_profile_has_a_row() -> None:
+    assert sorted(PROFILES) == names_of("profiles")
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("gpu", PROFILES)
+def test_what_a_profile_changes(gpu: str, runtime: str) -> None:
+    wanted, script = PROFILES[gpu], render(spec_of(f"slurm-{gpu}-{runtime}", gpu, runtime))
+    exports = dict(re.findall(r"^export ((?:NCCL|UCX)_\w+)=(\S+)$", script, re.MULTILINE))
+    assert exports == exports_of(wanted)
+    assert re.findall(r"^#SBATCH --gres=(.*)$", script, re.MULTILINE) == (
+        [] if gpu == "cpu" else [f"gpu:{wanted.gpus}"]
+    )
+    assert f", 9 nodes x {wanted.gpus}, recipe llama3-8b." in script
+    assert ("/etc/crusoe:/etc/crusoe:ro" in script) is (bool(wanted.hca) and runtime != "bare")
+    if runtime == "pyxis":  # a variable of the image's own would win over one that is not named
+        assert set(exports) <= set(re.findall(r"--container-env=(\S+)", script)[0].split(","))
+    if runtime == "apptainer":
+        assert all(f"APPTAINERENV_{name}={value}" in script for name, value in exports.items())
 
 
 def test_no_file_is_left_over() -> None:
