@@ -59,11 +59,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def launch(workplace: Path) -> Launch:
     """Runs `launcher ...` and returns what it did; never leaves a traceback unnoticed.
 
-    In this process, since starting Python is what takes the time; as one of its own where a variable is for Python.
+    In this process, since starting Python is what takes the time. As one of its own with `alone`, for what kills it, and
+    where a variable is read while modules are imported.
     """
 
-    def run(*arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
-        if any(name.startswith("PYTHON") for name in env):
+    def run(*arguments: str, timeout: float = 120, alone: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+        if alone or any(name.startswith(("PYTHON", "HF_HUB")) for name in env):
             done = subprocess.run(
                 [sys.executable, "-m", "launcher", *arguments],
                 capture_output=True,

@@ -109,7 +109,7 @@ def test_the_token_from_a_file_and_from_the_login(launch: Launch, hub: Hub, work
     assert launch("stage", "tokenizer", "--to", "a", "--token-file", "token").returncode == 0
     (workplace / "huggingface").mkdir(exist_ok=True)
     (workplace / "huggingface/token").write_text(GOOD_TOKEN)
-    assert launch("stage", "tokenizer", "--to", "b").returncode == 0
+    assert launch("stage", "tokenizer", "--to", "b", alone=True).returncode == 0
 
 
 @pytest.mark.parametrize("content", ["", "two tokens", b"\xff\xfe".decode("latin-1")])

@@ -148,7 +148,7 @@ def test_a_launcher_that_is_killed_while_it_submits(taken: bool, launch: Launch,
     """SIGKILL while sbatch has the second run: the same command submits what is missing, and nothing twice."""
     kill = 'case "$*" in *-2n-*) kill -9 $PPID; exit 1 ;; esac'
     recorded("sbatch", f"{SBATCH}\n{kill}" if taken else f"{kill}\n{SBATCH}")
-    assert launch(*THREE).returncode == -signal.SIGKILL
+    assert launch(*THREE, alone=True).returncode == -signal.SIGKILL
     assert len(jobs(image)) == (2 if taken else 1)
     recorded("sbatch", f'echo "$*" >>{image.parent}/args.txt\n{SBATCH}')
     done = launch(*THREE)
@@ -164,7 +164,7 @@ def test_a_launcher_that_is_killed_while_it_submits(taken: bool, launch: Launch,
 
 def test_ctrl_c_between_two_submissions(launch: Launch, recorded: Fake, image: Path) -> None:
     recorded("sbatch", f"kill -INT $PPID\n{SBATCH}")
-    done = launch(*THREE)
+    done = launch(*THREE, alone=True)
     assert done.returncode == ExitStatus.INTERRUPTED
     assert "2 runs not submitted: the same command goes on" in done.stderr
     assert names(image) == RUNS[:1] and json.loads(launch("status", RUNS[0], "--json").stdout)["job_id"] == "100"
