@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         facts.update(node=node_id, host=host, cluster=os.environ.get("SLURM_CLUSTER_NAME", ""))
         node = read_node(argv)
-        run_dir = Path(node["run_dir"])
+        run_dir = Path(node["placed"]["run_dir"])
         command, added = examine(node, run_dir, facts, crew)
         status = conclude(node, run_dir, facts, crew)
         if status:
@@ -103,7 +103,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     Returns torchrun's command line and the variables that were added for it. What is wrong goes to
     facts["problems"], all of it, so that one attempt shows everything that must be mended.
     """
-    facts.update(check=node.get("check", "full"), device=node["device"], profile=node.get("profile", ""))
+    facts.update(check=node["job"]["check"], device=node["profile"]["device"], profile=node["job"]["gpu"])
     facts.update(hostname=socket.gethostname(), driver=driver_version())
     env, added, scratch = os.environ, {}, None
     with noting(facts, "run directory", "run"):
@@ -111,19 +111,19 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     with noting(facts, "network", "run"):
         facts.update(find_network(node, env))
     with noting(facts, "scratch", "run"):
-        scratch = scratch_dir(env, node["scratch"])
+        scratch = scratch_dir(env, node["profile"]["scratch"])
         facts.update(scratch=f"{scratch} ({filesystem_of(scratch)})")
         added = environment(node, facts.get("iface", ""), scratch, env)
         env.update(added)  # the caches must be in place before torch is imported
     with noting(facts, "software", "run"):
-        facts.update(software(("safetensors",) if node["init_from"] else ()))
+        facts.update(software(("safetensors",) if node["job"]["init_from"] else ()))
         if scratch is not None:  # torch takes seconds to import: meanwhile the rest is looked at
-            count = node["gpus_per_node"] if facts["check"] == "full" else 1
-            crew += workers.start(count, node["device"], scratch, env)
+            count = node["profile"]["gpus_per_node"] if facts["check"] == "full" else 1
+            crew += workers.start(count, node["profile"]["device"], scratch, env)
     with noting(facts, "data", "run"):
-        facts.update(within(READ_S, node["data"], check_data, node))
+        facts.update(within(READ_S, node["placed"]["data"], check_data, node))
     with noting(facts, "tokenizer", "run"):
-        within(READ_S, node["tokenizer"], check_tokenizer, Path(node["tokenizer"]))
+        within(READ_S, node["placed"]["tokenizer"], check_tokenizer, Path(node["placed"]["tokenizer"]))
     if facts["check"] != "off" and scratch is not None:
         with noting(facts, "health", "run"):
             found, problems, warnings = look(node, facts["host"], env, {"scratch": scratch, "run": run_dir})
@@ -134,7 +134,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
         greet(node, facts, crew)
     if "torchtitan" in facts:
         with noting(facts, "weights", "run"):
-            facts.update(within(READ_S, node["init_from"], starting_weights, node, facts["torchtitan"]))
+            facts.update(within(READ_S, node["job"]["init_from"], starting_weights, node, facts["torchtitan"]))
     if facts.get("data_pointers"):
         pointers = f"{facts['data_pointers']} of {facts['data_files']} shards are Git LFS pointers, not data"
         facts["warnings"].append(warning("data", pointers))
@@ -152,7 +152,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
 
 def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
     """What the workers say of torch and of the GPUs; a driver that is too old is told by its number."""
-    answers = workers.ask(crew, [{"do": "look", "gpus": node["gpus_per_node"]}] * len(crew), HELLO_S)
+    answers = workers.ask(crew, [{"do": "look", "gpus": node["profile"]["gpus_per_node"]}] * len(crew), HELLO_S)
     first = answers[0]
     facts.update({key: value for key, value in first.items() if key not in ("problem", "fix", "fault")})
     needed = driver_needed(facts["driver"], first.get("cuda", ""))
@@ -164,11 +164,11 @@ def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
             why = f"{why}; {old}"
             fix = f"a newer driver, or an image with an older CUDA or with NVIDIA's cuda-compat package; {fix}"
         facts["problems"].append(problem("gpus", why, fix, "run" if old else bad.get("fault", "node")))
-    elif old and node["device"] == "cuda":
+    elif old and node["profile"]["device"] == "cuda":
         facts["warnings"].append(warning("driver", f"{old}: it runs through the image's forward compatibility"))
-    wanted = str(node.get("gpu", ""))
+    wanted = node["profile"]["gpu"]
     named = re.search(rf"(?<![A-Z]){re.escape(wanted)}", facts.get("gpu", ""))
-    if facts.get("gpu") and node["device"] == "cuda" and not named:
+    if facts.get("gpu") and node["profile"]["device"] == "cuda" and not named:
         facts["warnings"].append(warning("gpus", f"the profile is for {wanted}, the node has {facts['gpu']}"))
 
 
@@ -186,7 +186,7 @@ def prepare(node: dict[str, Any], run_dir: Path, facts: Facts, added: dict[str, 
         node, facts["torchtitan"], rendezvous, torch_version=facts["torch"], python=sys.executable
     )
     ours = any(argument.startswith(("titan.", "--module=titan.")) for argument in command)
-    if ours or node["data_source"].startswith("s3://"):
+    if ours or node["placed"]["data_source"].startswith("s3://"):
         path = [str(run_dir / "job"), os.environ.get("PYTHONPATH", "")]
         added["PYTHONPATH"] = os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     for file, text in config_files(node, facts["torchtitan"]).items():
@@ -197,7 +197,7 @@ def prepare(node: dict[str, Any], run_dir: Path, facts: Facts, added: dict[str, 
 def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> int:
     """0 where every node of the job is fit; else CHECK_FAILED, with what is wrong printed and recorded."""
     port = _number(os.environ.get("TITAN_HEAD_PORT", "0"))
-    several = node["nodes"] > 1
+    several = node["job"]["nodes"] > 1
     if facts["check"] == "off" or (several and ("address" not in facts or not 0 < port < 65536)):
         return fail(facts, run_dir) if facts["problems"] else 0
     before = len(facts["problems"])
@@ -334,12 +334,12 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
     }
     if iface:
         wanted.update(dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), iface))
-    if node["data"] != "hub" and not env.get("HF_HUB_OFFLINE"):
+    if node["placed"]["data"] != "hub" and not env.get("HF_HUB_OFFLINE"):
         wanted.update(dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1"))
     added = {name: value for name, value in wanted.items() if not env.get(name)}
     if not os.access(env.get("HOME") or "/nonexistent", os.W_OK):
         added["HOME"] = str(scratch)
-    if node["device"] == "cpu":
+    if node["profile"]["device"] == "cpu":
         added["CUDA_VISIBLE_DEVICES"] = ""  # asked for the CPU: GPUs that happen to be there are not used
     return added
 

@@ -247,15 +247,15 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
 
 
 def _summary(run: Run, state: JobState) -> dict[str, Any]:
-    spec = run.spec
+    job, profile = run.asked["job"], run.asked["profile"]
     return {
         "run": run.name,
         "state": state.name,
         "job_id": str((run.job or {}).get("job_id", "")),
-        "gpu": str(spec.get("gpu", "?")),
-        "nodes": spec.get("nodes", 0),
-        "gpus_per_node": spec.get("gpus_per_node", 0),
-        "recipe": str(spec.get("recipe", {}).get("name", "?")),
+        "gpu": str(profile.get("gpu", "?")),
+        "nodes": job.get("nodes", 0),
+        "gpus_per_node": profile.get("gpus_per_node", 0),
+        "recipe": str(job.get("recipe", "?")),
         "run_dir": str(run.path),
         "age_s": round(runs.age_s(run)),
     }

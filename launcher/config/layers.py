@@ -21,7 +21,7 @@ from typing import Any
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import data_dir, read_bytes
 from launcher.base.values import LARGEST, parse_toml
-from launcher.config.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse
+from launcher.config.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse, tables_of
 from launcher.titan.recipe import Recipe
 
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
@@ -75,7 +75,8 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     run_format = tables.pop("run", None)
     if run_format is not None and run_format != RUN_FILE_FORMAT:
         raise LauncherError(f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}")
-    tables.pop("origin", None)
+    for computed in ("origin", "placed"):
+        tables.pop(computed, None)
     tables.pop("hardware", None)  # facts, not settings: launcher/config/hardware.py
     secrets = tables.pop("secret_env", [])
     if not (isinstance(secrets, list) and all(isinstance(name, str) for name in secrets)):
@@ -233,13 +234,13 @@ def run_toml(spec: RunSpec) -> str:
         f"run = {RUN_FILE_FORMAT}",
         f"secret_env = {_toml(spec.secret_env)}",
     ]
-    for section in SECTIONS:
-        lines += ["", f"[{section}]"]
-        part = getattr(spec, section)
-        lines += [f"{f.name} = {_toml(getattr(part, f.name))}" for f in dataclasses.fields(part)]
-    for title, table in (("env", spec.env), ("titan", spec.titan), ("origin", spec.origin)):
-        lines += ["", f"[{title}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in table.items())]
+    for title, table in {**tables_of(spec), "origin": spec.origin}.items():
+        lines += ["", f"[{title}]", *(f"{_toml_key(key)} = {_toml(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"\w+", key, re.ASCII) else _toml(key)
 
 
 def _toml(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from launcher.base.errors import LauncherError
 from launcher.base.secret import looks_secret
+from launcher.titan.command import NODE_SCHEMA
 from launcher.titan.recipe import CHOICES as RECIPE_CHOICES
 from launcher.titan.recipe import Recipe
 
@@ -82,7 +83,7 @@ class RunSpec:
     # files of run_dir/data/en -> link's target, or s3://
     view: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
-    avoid: tuple[str, ...] = ()  # nodes left out beside job.exclude; run.toml does not keep them
+    avoid: tuple[str, ...] = ()  # nodes left out beside job.exclude
 
     @property
     def run_dir(self) -> str:
@@ -352,22 +353,24 @@ def _validate_parallelism(spec: RunSpec, bad: Any) -> None:
         )
 
 
+def tables_of(spec: RunSpec) -> dict[str, dict[str, Any]]:
+    """The whole run under the keys of run.toml and job/node.json; `placed`: what the cluster and the data decided."""
+    return {
+        "job": dataclasses.asdict(spec.job),
+        "profile": dataclasses.asdict(spec.profile),
+        "recipe": dataclasses.asdict(spec.recipe),
+        "env": dict(spec.env),
+        "titan": dict(spec.titan),
+        "placed": {
+            "run_dir": spec.run_dir,
+            "data": f"{spec.run_dir}/data" if spec.view else spec.data_path,  # what the trainer reads
+            "data_source": spec.data_path,
+            "tokenizer": spec.tokenizer_path,
+            "exclude": list(spec.avoid),  # beside job.exclude: nodes that failed their check
+        },
+    }
+
+
 def node_config(spec: RunSpec) -> dict[str, Any]:
     """What slurm/node.py is told, as the JSON object of `job/node.json`."""
-    return {
-        "schema": 1,
-        "run_dir": spec.run_dir,
-        "device": spec.profile.device,
-        "nodes": spec.job.nodes,
-        "gpus_per_node": spec.profile.gpus_per_node,
-        "profile": spec.job.gpu,
-        "gpu": spec.profile.gpu,
-        "check": spec.job.check,
-        "recipe": {"name": spec.job.recipe, **dataclasses.asdict(spec.recipe)},
-        "data": f"{spec.run_dir}/data" if spec.view else spec.data_path,
-        "data_source": spec.data_path,
-        "tokenizer": spec.tokenizer_path,
-        "init_from": spec.job.init_from,
-        "scratch": spec.profile.scratch,
-        "titan": dict(spec.titan),
-    }
+    return {"schema": NODE_SCHEMA, **tables_of(spec)}

@@ -36,7 +36,7 @@ class Unfit:
 
 def of_run(run: Run) -> list[Unfit]:
     """The nodes of a run that failed their check, in the job's order; none where nothing of that can be read."""
-    asked = run.spec.get("nodes")
+    asked = run.asked["job"].get("nodes")
     nodes = asked if isinstance(asked, int) else 0
     return judge(records(run.path), read_json(run.path / "nodes" / "check.json"), nodes)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import grp
 import os
-import re
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import LauncherError
-from launcher.base.files import read_bytes
 from launcher.base.finding import WARNING, Check
 from launcher.config.layers import merge, names_of, read_layer
 from launcher.config.spec import RunSpec
@@ -28,7 +26,6 @@ from launcher.runs.directory import Run
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import QUESTIONS, detect, detected
 from launcher.scheduler.facts import ClusterFacts
-from launcher.scheduler.parse import expand
 from launcher.scheduler.state import JobState
 
 
@@ -123,9 +120,5 @@ def why_waiting(run: Run, state: JobState) -> list[str]:
 def _as_submitted(run: Run) -> RunSpec:
     """The run's spec, with every node that its job leaves out: run.toml has those that the user named."""
     spec = merge([read_layer(run.path / "run.toml", "run.toml")])
-    try:
-        script = read_bytes(run.path / "job.sbatch").decode("utf-8", "replace")
-    except OSError:
-        return spec
-    said = re.search(r"^#SBATCH --exclude=(\S+)$", script, re.MULTILINE)
-    return replace(spec, avoid=expand(said[1])) if said else spec
+    left_out = run.asked["placed"].get("exclude")
+    return replace(spec, avoid=tuple(left_out)) if isinstance(left_out, list) else spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def settings_of(run: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
     The job reads `job/node.json`, so that one counts; `run.toml` knows more. Of an older launcher's, whatever is
     there is taken, known or not.
     """
-    written, told = _run_toml(run.path / "run.toml"), _node_json(run.spec)
+    written, told = _run_toml(run.path / "run.toml"), _flat(run.asked)
     both = told.keys() & (written or {}).keys()
     differ = sorted(key for key in both if not _same(told[key], (written or {})[key]))
     problems = []
@@ -56,6 +57,10 @@ def _run_toml(path: Path) -> dict[str, Any] | None:
         tables = parse_toml(text if "\n[" in origins else head)
     except (OSError, ValueError):
         return None
+    return _flat(tables)
+
+
+def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{key}": value if isinstance(value, (str, bool, int, float, list)) else str(value)
         for section in _SECTIONS
@@ -63,25 +68,6 @@ def _run_toml(path: Path) -> dict[str, Any] | None:
         for key, value in table.items()
         if (section, key) != ("job", "name")
     }
-
-
-def _node_json(node: dict[str, Any]) -> dict[str, Any]:
-    names = {
-        "nodes": "job.nodes",
-        "profile": "job.gpu",
-        "gpu": "profile.gpu",
-        "device": "profile.device",
-        "gpus_per_node": "profile.gpus_per_node",
-        "scratch": "profile.scratch",
-        "init_from": "job.init_from",
-    }
-    found = {key: node[name] for name, key in names.items() if name in node}
-    recipe, titan = node.get("recipe"), node.get("titan")
-    if isinstance(recipe, dict):
-        found |= {"job.recipe" if key == "name" else f"recipe.{key}": value for key, value in recipe.items()}
-    if isinstance(titan, dict):
-        found |= {f"titan.{key}": value for key, value in titan.items()}
-    return found
 
 
 def _same(one: Any, other: Any) -> bool:

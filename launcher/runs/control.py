@@ -175,7 +175,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
         return _ended(run, end)
     if run.is_copy:
         reason = "a copy of another run directory, or moved: its job is told where it was made"
-        return JobState(UNKNOWN, "", reason, gone=os.path.isdir(str(run.spec.get("run_dir"))))
+        return JobState(UNKNOWN, "", reason, gone=os.path.isdir(str(run.asked["placed"].get("run_dir"))))
     cancelled = (run.path / "cancelled").exists()
     if cancelled and not run.job and not run.claimed_by and (run.path / "claim").is_dir():
         return JobState("CANCELLED", "run directory", "before it was submitted")

@@ -72,15 +72,16 @@ class Run:
         return self.path / "logs"
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """`job/node.json`: what was asked of the nodes; empty where the file is missing or damaged."""
+    def asked(self) -> dict[str, dict[str, Any]]:
+        """`job/node.json`, what was asked of the nodes: its tables, all empty where the file is missing or damaged."""
         found = read_json(self.path / "job" / "node.json") or {}
-        return found if isinstance(found.get("recipe"), dict) else {}
+        tables = found if found.get("schema") != 1 else _of_schema_1(found)
+        return {name: table if isinstance(table := tables.get(name), dict) else {} for name in TABLES}
 
     @property
     def steps(self) -> int:
         """How many training steps were asked for; 0 where the run directory does not say."""
-        steps = self.spec.get("recipe", {}).get("steps")
+        steps = self.asked["recipe"].get("steps")
         return steps if type(steps) is int and 0 <= steps <= 10**9 else 0
 
     @property
@@ -102,7 +103,7 @@ class Run:
     def is_copy(self) -> bool:
         """Whether this is a copy of a run directory, or one that was moved: its job is not this directory's."""
         try:
-            return not self.path.samefile(str(self.spec.get("run_dir") or self.path))
+            return not self.path.samefile(str(self.asked["placed"].get("run_dir") or self.path))
         except (OSError, ValueError):
             return True
 
@@ -121,6 +122,24 @@ class Run:
             return read_bytes(self.path / "claim" / "job_id").decode("utf-8", "replace").strip()
         except OSError:
             return ""
+
+
+TABLES = ("job", "profile", "recipe", "env", "titan", "placed")
+_SCHEMA_1 = {
+    "job": {"nodes": "nodes", "gpu": "profile", "init_from": "init_from"},
+    "profile": {"gpu": "gpu", "device": "device", "gpus_per_node": "gpus_per_node", "scratch": "scratch"},
+    "placed": {"run_dir": "run_dir", "data": "data", "data_source": "data_source", "tokenizer": "tokenizer"},
+}
+
+
+def _of_schema_1(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A node.json as version 0.1 wrote it, under today's keys."""
+    tables = {table: {key: node[old] for key, old in keys.items() if old in node} for table, keys in _SCHEMA_1.items()}
+    recipe = node.get("recipe")
+    if isinstance(recipe, dict):
+        tables["recipe"] = {key: value for key, value in recipe.items() if key != "name"}
+        tables["job"] |= {"recipe": recipe["name"]} if "name" in recipe else {}
+    return {**tables, "titan": node.get("titan")}
 
 
 def create(

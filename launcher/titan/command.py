@@ -14,26 +14,20 @@ from .recipe import CHOICES, Recipe
 SUPPORTED = "0.2.1 to 0.2.2 and 0.3.x"
 PREVIEWED = ("0.2.2", "0.3.0")  # the newest release of each era
 FLAVORS = ("debugmodel", "8B", "70B")
-CHECK_LEVELS = ("off", "quick", "full")  # of the node check, slurm/check; a node.json without one means full
+CHECK_LEVELS = ("off", "quick", "full")  # of the node check, slurm/check
+NODE_SCHEMA = 2  # of job/node.json
 
 # Containers reach this point minutes apart where the image is unpacked on every node. torchrun's own 60 s for
 # the first contact with the head node would then end the job.
 RENDEZVOUS_TIMEOUT_S = 900
 
 _TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
-_RECIPE_TYPES = {field.name: _TYPES[str(field.type)] for field in fields(Recipe)}
-_NODE_TYPES: dict[str, type | tuple[type, ...]] = {
-    "run_dir": str,
-    "device": str,
-    "nodes": int,
-    "gpus_per_node": int,
-    "recipe": dict,
-    "data": str,
-    "data_source": str,
-    "tokenizer": str,
-    "init_from": str,
-    "scratch": str,
-    "titan": dict,
+_TABLES: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "job": {"nodes": int, "gpu": str, "init_from": str, "check": str},
+    "profile": {"gpu": str, "device": str, "gpus_per_node": int, "scratch": str},
+    "recipe": {field.name: _TYPES[str(field.type)] for field in fields(Recipe)},
+    "titan": {},
+    "placed": {"run_dir": str, "data": str, "data_source": str, "tokenizer": str},
 }
 
 
@@ -54,23 +48,25 @@ def check_node(value: Any) -> dict[str, Any]:
 
     Raises Refused naming the first key that is not.
     """
-    if not isinstance(value, dict) or value.get("schema") != 1:
-        raise Refused("node.json is not an object of schema 1", "submit again with the launcher that wrote it")
-    for name, keys in (("", _NODE_TYPES), ("recipe.", _RECIPE_TYPES)):
-        table = value["recipe"] if name else value
+    if not isinstance(value, dict) or value.get("schema") != NODE_SCHEMA:
+        why = f"node.json is not an object of schema {NODE_SCHEMA}"
+        raise Refused(why, "submit again with the launcher that wrote it")
+    again = "submit again: launcher submit <run_dir>/run.toml"
+    for name, keys in _TABLES.items():
+        table = value.get(name)
+        if not isinstance(table, dict):
+            raise Refused(f"node.json: {name} is {'missing' if table is None else repr(table)}", again)
         for key, kind in keys.items():
             found = table.get(key)
             if key not in table or not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-                raise Refused(
-                    f"node.json: {name}{key} is {'missing' if key not in table else repr(found)}",
-                    "submit again: launcher submit <run_dir>/run.toml",
-                )
-    if value["device"] not in ("cuda", "cpu"):
-        raise Refused(f"node.json: device is {value['device']!r}", 'one of "cuda", "cpu"')
-    if value["nodes"] < 1 or value["gpus_per_node"] < 1:
-        raise Refused("node.json: nodes and gpus_per_node must be at least 1", "submit again")
-    if value.get("check", "full") not in CHECK_LEVELS:
-        raise Refused(f"node.json: check is {value['check']!r}", f"one of {', '.join(CHECK_LEVELS)}")
+                raise Refused(f"node.json: {name}.{key} is {'missing' if key not in table else repr(found)}", again)
+    job, profile = value["job"], value["profile"]
+    if profile["device"] not in ("cuda", "cpu"):
+        raise Refused(f"node.json: profile.device is {profile['device']!r}", 'one of "cuda", "cpu"')
+    if job["nodes"] < 1 or profile["gpus_per_node"] < 1:
+        raise Refused("node.json: nodes and gpus_per_node must be at least 1", again)
+    if job["check"] not in CHECK_LEVELS:
+        raise Refused(f"node.json: job.check is {job['check']!r}", f"one of {', '.join(CHECK_LEVELS)}")
     for key, allowed in CHOICES.items():
         if value["recipe"][key] not in allowed:
             raise Refused(f"recipe.{key} is {value['recipe'][key]!r}", f"one of {', '.join(allowed)}")
@@ -115,11 +111,11 @@ def common_settings(node: dict[str, Any]) -> dict[str, Any]:
         "parallelism.pipeline_parallel_schedule": "1F1B",
         "compile.enable": recipe["compile"],
         "compile.components": ["model", "loss"],
-        "checkpoint.enable": saves or bool(node["init_from"]),
+        "checkpoint.enable": saves or bool(node["job"]["init_from"]),
         "checkpoint.interval": recipe["checkpoint_interval"] or 500,
         # A last checkpoint with weights alone could not be resumed with more steps.
         "checkpoint.last_save_model_only": False,
-        **(_initial_weights(node["init_from"], saves) if node["init_from"] else {}),
+        **(_initial_weights(node["job"]["init_from"], saves) if node["job"]["init_from"] else {}),
         "metrics.log_freq": recipe["log_freq"],
         "metrics.disable_color_printing": True,
         "metrics.enable_tensorboard": recipe["tensorboard"],
@@ -164,7 +160,7 @@ def trainer_arguments(node: dict[str, Any], titan_version: str, torch_version: s
             f"there is no translation for the model {recipe['model']} {recipe['flavor']}",
             f'model = "llama3" with flavor = {", ".join(FLAVORS)}',
         )
-    if node["device"] == "cpu":
+    if node["profile"]["device"] == "cpu":
         _refuse_on_cpu(node)
     arguments: list[str] = chosen.arguments(node, common_settings(node), user_flags(node["titan"]), torch_version)
     return arguments
@@ -188,9 +184,9 @@ def config_files(node: dict[str, Any], titan_version: str) -> dict[str, str]:
 
 def shown_local_rank(node: dict[str, Any]) -> int:
     """The local rank whose lines go to the node's log: 0, or with pipeline stages the one that knows the loss."""
-    world = node["nodes"] * node["gpus_per_node"]
+    world = node["job"]["nodes"] * node["profile"]["gpus_per_node"]
     stages = node["recipe"]["pipeline_parallel"]
-    return int(world // stages * (stages - 1) % node["gpus_per_node"]) if stages > 1 else 0
+    return int(world // stages * (stages - 1) % node["profile"]["gpus_per_node"]) if stages > 1 else 0
 
 
 def torchrun_command(
@@ -206,12 +202,12 @@ def torchrun_command(
     Raises Refused for what the installed release cannot do, and for a meeting point that cannot work.
     """
     arguments = trainer_arguments(node, titan_version, torch_version)
-    if node["nodes"] > 1 and not 0 < rendezvous.head_port < 65536:
+    if node["job"]["nodes"] > 1 and not 0 < rendezvous.head_port < 65536:
         raise Refused(
-            f"{node['nodes']} nodes cannot meet at port {rendezvous.head_port}",
+            f"{node['job']['nodes']} nodes cannot meet at port {rendezvous.head_port}",
             "the job script exports TITAN_HEAD_PORT from the job id: submit again",
         )
-    alone = node["nodes"] == 1 and rendezvous.head_port == 0
+    alone = node["job"]["nodes"] == 1 and rendezvous.head_port == 0
     head = "127.0.0.1" if alone else rendezvous.head_addr
     local = "127.0.0.1" if alone else rendezvous.local_addr
     settings = (
@@ -224,8 +220,8 @@ def torchrun_command(
         python,
         "-m",
         "torch.distributed.run",
-        f"--nnodes={node['nodes']}",
-        f"--nproc-per-node={node['gpus_per_node']}",
+        f"--nnodes={node['job']['nodes']}",
+        f"--nproc-per-node={node['profile']['gpus_per_node']}",
         "--rdzv-backend=c10d",
         f"--rdzv-id={rendezvous.job_id}",
         f"--rdzv-endpoint={f'[{head}]' if ':' in head else head}:{rendezvous.head_port}",
@@ -236,9 +232,9 @@ def torchrun_command(
         "--role=rank",
         "--tee=3",
         f"--local-ranks-filter={shown_local_rank(node)}",
-        f"--log-dir={node['run_dir']}/logs/ranks/{rendezvous.node_id:04d}-{rendezvous.node_name}",
+        f"--log-dir={node['placed']['run_dir']}/logs/ranks/{rendezvous.node_id:04d}-{rendezvous.node_name}",
         "-m",
-        "titan.cpu" if node["device"] == "cpu" else "torchtitan.train",
+        "titan.cpu" if node["profile"]["device"] == "cpu" else "torchtitan.train",
         *arguments,
     ]
 

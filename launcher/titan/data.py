@@ -24,7 +24,7 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
 
     `data` is what the trainer reads, in most runs a folder of links to `data_source`.
     """
-    data, source = node["data"], node["data_source"]
+    data, source = node["placed"]["data"], node["placed"]["data_source"]
     facts = {"data": data, "data_source": source, "data_files": 0}
     if data == "hub":
         return facts
@@ -32,7 +32,7 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
         raise Refused("no data directory was given", "--data /data/c4")
     if source.startswith("s3://"):
         return {**facts, "data_files": check_streamed(Path(data), source)}
-    stage = STAGE_C4.format(shlex.quote(source), shlex.quote(node["run_dir"]))
+    stage = STAGE_C4.format(shlex.quote(source), shlex.quote(node["placed"]["run_dir"]))
     for folder in map(Path, (source, data)):
         if not folder.is_dir():
             raise Refused(f"{folder} is not a directory on this node", f"mount it, or: {stage}")
@@ -55,7 +55,7 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
         raise Refused(
             f"{broken[0]} leads to {os.path.realpath(broken[0])}, which is not on this node",
             f"mount {source} where it was when the job was submitted, or submit again: launcher submit"
-            f" {node['run_dir']}/run.toml",
+            f" {node['placed']['run_dir']}/run.toml",
         )
     small = [shard for shard in shards if shard.stat().st_size < SMALLEST_SHARD]
     usable = [shard for shard in shards if shard not in small]

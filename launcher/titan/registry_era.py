@@ -38,7 +38,7 @@ def starting_point(flavor: str, quantize: str) -> tuple[str, str]:
 def settings(node: Mapping[str, Any], common: Mapping[str, Any], torch_version: str) -> dict[str, Any]:
     """Every setting by dotted name, in the words of torchtitan 0.3's Trainer.Config."""
     recipe = node["recipe"]
-    path = None if node["data"] == "hub" else node["data"]
+    path = None if node["placed"]["data"] == "hub" else node["placed"]["data"]
     old_torch = bool(torch_version) and _major_minor(torch_version) < _TORCH
     if old_torch and recipe["pipeline_parallel"] > 1:
         raise Refused(
@@ -46,8 +46,8 @@ def settings(node: Mapping[str, Any], common: Mapping[str, Any], torch_version: 
             "pipeline_parallel = 1, or an image with a newer torch",
         )
     return {
-        "dump_folder": f"{node['run_dir']}/titan",
-        "hf_assets_path": node["tokenizer"],
+        "dump_folder": f"{node['placed']['run_dir']}/titan",
+        "hf_assets_path": node["placed"]["tokenizer"],
         "dataloader.dataset": recipe["dataset"],
         "dataloader.dataset_path": path,
         "optimizer.param_groups.0.optimizer_kwargs.lr": float(recipe["lr"]),

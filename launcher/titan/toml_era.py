@@ -36,13 +36,13 @@ def settings(node: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, An
             "torchtitan 0.2 has no MXFP8 with both torch.compile and tensor parallelism",
             "tensor_parallel = 1, or compile = false",
         )
-    path = None if node["data"] == "hub" else node["data"]
+    path = None if node["placed"]["data"] == "hub" else node["placed"]["data"]
     return {
-        "job.dump_folder": f"{node['run_dir']}/titan",
+        "job.dump_folder": f"{node['placed']['run_dir']}/titan",
         "job.description": f"{recipe['model']} {recipe['flavor']}",
         "model.name": recipe["model"],
         "model.flavor": recipe["flavor"],
-        "model.hf_assets_path": node["tokenizer"],
+        "model.hf_assets_path": node["placed"]["tokenizer"],
         "optimizer.name": "AdamW",
         "optimizer.lr": float(recipe["lr"]),
         "training.dataset": recipe["dataset"],
@@ -68,12 +68,12 @@ def arguments(
         if flag.lstrip("-").split("=")[0] in _OWN_KEYS:
             raise Refused(f"{flag}: the launcher writes the configuration file itself", "--set SECTION.KEY=VALUE")
     settings(node, common)
-    return [f"--job.config_file={node['run_dir']}/{CONFIG_FILE}", *user_flags]
+    return [f"--job.config_file={node['placed']['run_dir']}/{CONFIG_FILE}", *user_flags]
 
 
 def config_files(node: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, str]:
     text = "# Written by the launcher for torchtitan 0.2: -m torchtitan.train --job.config_file=THIS\n"
-    return {f"{node['run_dir']}/{CONFIG_FILE}": text + to_toml(settings(node, common))}
+    return {f"{node['placed']['run_dir']}/{CONFIG_FILE}": text + to_toml(settings(node, common))}
 
 
 def to_toml(flat: Mapping[str, Any]) -> str:

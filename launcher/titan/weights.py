@@ -127,18 +127,18 @@ def starting_weights(node: Mapping[str, Any], titan_version: str) -> dict[str, A
 
     Raises Refused where torchtitan would find neither usable.
     """
-    if not node["init_from"]:
+    if not node["job"]["init_from"]:
         return {}
-    folder = Path(node["run_dir"]) / "titan" / str(node["titan"].get("checkpoint.folder", "checkpoint"))
+    folder = Path(node["placed"]["run_dir"]) / "titan" / str(node["titan"].get("checkpoint.folder", "checkpoint"))
     if own := _newest_checkpoint(folder):
         return {"init_from": str(own)}
     if folder.exists() and era(titan_version) is toml_era:
         raise Refused(
             f"{folder} exists and holds no finished checkpoint: torchtitan 0.2 would start from random weights",
-            f"look at it, then start from {node['init_from']} again after: rm -r {shlex.quote(str(folder))}",
+            f"look at it, then start from {node['job']['init_from']} again after: rm -r {shlex.quote(str(folder))}",
         )
-    files = check_weights(Path(node["init_from"]), node["recipe"]["flavor"])
-    return {"init_from": node["init_from"], "init_from_files": files}
+    files = check_weights(Path(node["job"]["init_from"]), node["recipe"]["flavor"])
+    return {"init_from": node["job"]["init_from"], "init_from_files": files}
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

@@ -23,7 +23,7 @@ HELLO_S, MEASURE_S, COLLECTIVE_S = 600, 180, 300
 
 def measure(crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]) -> dict[str, Any]:
     """Each GPU's figures and the all-reduce in this node: {"speed", "allreduce_node_gbs", "problems", "warnings"}."""
-    what = "GPU" if node["device"] == "cuda" else "rank"
+    what = "GPU" if node["profile"]["device"] == "cuda" else "rank"
     found: dict[str, Any] = {"speed": [], "problems": [], "warnings": []}
     fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
     measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
@@ -34,7 +34,7 @@ def measure(crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Map
             found["problems"].append(problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault))
         else:
             found["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
-    if node["device"] == "cuda":
+    if node["profile"]["device"] == "cuda":
         problems, found["warnings"] = look_after_load(host, env)
         found["problems"] += problems
     if len(crew) > 1 and not found["problems"]:
@@ -62,8 +62,8 @@ def agree(
 
     Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together.
     """
-    if node["nodes"] == 1:
-        verdict = judge({0: facts}, 1, node["device"])
+    if node["job"]["nodes"] == 1:
+        verdict = judge({0: facts}, 1, node["profile"]["device"])
         publish(verdict)
         return verdict
     if facts["node"] == 0:
@@ -93,8 +93,9 @@ def _lead(
     port: int,
     job: str,
 ) -> dict[str, Any]:
+    nodes, device, run_dir = node["job"]["nodes"], node["profile"]["device"], Path(node["placed"]["run_dir"])
     try:
-        host = Host(port, job, node["nodes"])
+        host = Host(port, job, nodes)
     except OSError as error:
         raise Lost(
             f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}; submitted again, the job "
@@ -106,10 +107,10 @@ def _lead(
             lambda record: UNFIT_S if record.get("problems") else None,
         )
         records = {0: facts, **heard}
-        absent = set(range(node["nodes"])) - records.keys()
+        absent = set(range(nodes)) - records.keys()
         # Those who are late while an unfit node is known were not waited for: nothing can be said of them.
-        named = {} if any(r.get("problems") for r in records.values()) else _hosts(absent, Path(node["run_dir"]))
-        verdict = judge(_timed(records), node["nodes"], node["device"], named)
+        named = {} if any(r.get("problems") for r in records.values()) else _hosts(absent, run_dir)
+        verdict = judge(_timed(records), nodes, device, named)
         if verdict["ok"] and crew and facts["check"] == "full":
             opened = ask(crew[:1], [{"do": "host"}], 60)[0]
             if "port" in opened:
@@ -118,11 +119,11 @@ def _lead(
                 results = host.gather(COLLECTIVE_S + UNFIT_S)
                 for number, result in results.items():
                     _merge(records[number], result)
-                lost = set(range(1, node["nodes"])) - results.keys()
-                verdict = judge(_timed(records), node["nodes"], node["device"], {n: records[n]["host"] for n in lost})
+                lost = set(range(1, nodes)) - results.keys()
+                verdict = judge(_timed(records), nodes, device, {n: records[n]["host"] for n in lost})
             else:
                 facts["problems"].append(problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run"))
-                verdict = judge(_timed(records), node["nodes"], node["device"])
+                verdict = judge(_timed(records), nodes, device)
         publish(verdict)
         host.tell({"verdict": verdict})
         return verdict
@@ -133,7 +134,9 @@ def _lead(
 def _across(crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, port: int) -> dict[str, Any]:
     """This node's part of the all-reduce over all ranks of the job."""
     each = len(crew)
-    commands = [_sum(node_id * each + rank, node["nodes"] * each, address=address, port=port) for rank in range(each)]
+    commands = [
+        _sum(node_id * each + rank, node["job"]["nodes"] * each, address=address, port=port) for rank in range(each)
+    ]
     value, why = _slowest(ask(crew, commands, COLLECTIVE_S), "rank", node_id * each)
     if why:
         fix = "NCCL_DEBUG=INFO (--env NCCL_DEBUG=INFO) shows the network that was tried; the firewall between the nodes"

@@ -190,12 +190,12 @@ def look(
             problems.append(problem("space", what, f"df -h {folder}; make room, or another directory", fault))
         elif free < FREE_LOW:
             warnings.append(warning("space", what))
-    if node["device"] == "cpu":
+    if node["profile"]["device"] == "cpu":
         return facts, problems, warnings
     if shutil.which("nvidia-smi") is None:
         warnings.append(warning("nvidia-smi", "nvidia-smi is not in the image: the GPUs' health is not known"))
     else:
-        several = node["nodes"] * node["gpus_per_node"] > 1
+        several = node["job"]["nodes"] * node["profile"]["gpus_per_node"] > 1
         for again in reversed(range(LOOKS)):
             gpus, silent = ask_smi()
             facts["gpu_health"] = gpus = used(gpus, env.get("CUDA_VISIBLE_DEVICES"))
@@ -212,14 +212,14 @@ def look(
     named = "" if env.get("NCCL_IB_DISABLE") == "1" else env.get("NCCL_IB_HCA", "")
     if wrong := infiniband(named, infiniband_states()):
         what = f"InfiniBand: {'; '.join(wrong)}"
-        if node["nodes"] > 1:
+        if node["job"]["nodes"] > 1:
             problems.append(
                 problem("infiniband", what, f"ibstat on {host}, NCCL_IB_HCA of the profile; {exclude}", "run")
             )
         else:  # one node has no use for it
             warnings.append(warning("infiniband", what))
     # One channel for all is called channel0; Slurm's switch/nvidia_imex gives each job one with a number of its own.
-    mnnvl = env.get("NCCL_MNNVL_ENABLE") == "1" and node["nodes"] > 1
+    mnnvl = env.get("NCCL_MNNVL_ENABLE") == "1" and node["job"]["nodes"] > 1
     if mnnvl and not any(IMEX_CHANNELS.glob("channel[0-9]*")):
         problems.append(
             problem(

@@ -18,7 +18,7 @@ def find_network(node: dict[str, Any], env: Any) -> dict[str, str]:
 
     Raises Refused where several nodes would each meet only themselves.
     """
-    head, several = env.get("TITAN_HEAD_ADDR", ""), node["nodes"] > 1
+    head, several = env.get("TITAN_HEAD_ADDR", ""), node["job"]["nodes"] > 1
     fix = "start it with the job script: sbatch <run_dir>/job.sbatch"
     if not head:
         if several:
@@ -31,7 +31,7 @@ def find_network(node: dict[str, Any], env: Any) -> dict[str, str]:
             local = str(probe.getsockname()[0])
     except OSError as error:
         raise Refused(f"there is no route to the head node {head}: {error.strerror or error}", fix) from error
-    if several and node["device"] == "cuda" and ipaddress.ip_address(local).is_loopback:
+    if several and node["profile"]["device"] == "cuda" and ipaddress.ip_address(local).is_loopback:
         raise Refused(f"the head node's address {head} is loopback: every node would train alone", fix)
     return {"address": local, "iface": interface_of(local)}
 

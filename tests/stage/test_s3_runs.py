@@ -22,7 +22,7 @@ from launcher.titan.data import check_streamed
 from tests.conftest import Launch
 from tests.stage.test_s3 import ADDRESS, Store, server, store
 from tests.unit.node_place import Place, started
-from tests.unit.test_titan_command import LLAMA3_8B
+from tests.unit.test_titan_command import LLAMA3_8B, changed
 
 __all__ = ["server", "store"]  # fixtures
 PYTHONS = os.environ.get("LAUNCHER_TRAIN_PYTHON", sys.executable).split(":")
@@ -175,7 +175,7 @@ class S3FileSystem:
 
 def test_the_job_finds_the_file_system_on_a_gpu_node_too(tmp_path: Path) -> None:
     """There nothing else of the launcher's is imported by the trainer."""
-    place = Place(tmp_path, {**LLAMA3_8B, "nodes": 1})
+    place = Place(tmp_path, changed(LLAMA3_8B, nodes=1))
     place.write_node({**place.node, "data": str(a_view(tmp_path / "data")), "data_source": ADDRESS})
     assert "s3fs, which is not installed" in place.refused()
     (place.site / "s3fs.py").write_text(FAKE_S3FS)

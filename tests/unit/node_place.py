@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launcher.stage import sample
-from tests.unit.test_titan_command import LLAMA3_8B, debug_node
+from tests.unit.test_titan_command import LLAMA3_8B, changed, debug_node
 
 ROOT = Path(__file__).parent.parent.parent
 FAILED = 20
@@ -50,9 +50,7 @@ class Place:
         self.data, self.tokenizer = folder / "c4", folder / "tokenizer"
         sample.write_c4_sample(self.data, train_files=2, documents_per_file=3)
         sample.write_tokenizer(self.tokenizer)
-        self.write_node(
-            {**node, "data": str(self.data), "data_source": str(self.data), "tokenizer": str(self.tokenizer)}
-        )
+        self.write_node(changed(node, data=str(self.data), data_source=str(self.data), tokenizer=str(self.tokenizer)))
         (self.site / "torch" / "distributed").mkdir(parents=True)
         (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH)
         (self.site / "torch" / "distributed" / "__init__.py").touch()
@@ -61,7 +59,7 @@ class Place:
             self.install_titan(titan)
 
     def write_node(self, node: dict[str, Any]) -> None:
-        self.node = {"check": "off", **node, "run_dir": str(self.run_dir)}  # its torch cannot multiply
+        self.node = changed(node, run_dir=str(self.run_dir))
         (self.run_dir / "job" / "node.json").write_text(json.dumps(self.node))
 
     def install_titan(self, version: str) -> None:
@@ -122,7 +120,7 @@ def cpu(tmp_path: Path) -> Place:
 
 @pytest.fixture
 def gpu(tmp_path: Path) -> Place:
-    return Place(tmp_path, {**LLAMA3_8B, "nodes": 1})
+    return Place(tmp_path, changed(LLAMA3_8B, nodes=1))
 
 
 def started(done: subprocess.CompletedProcess[str]) -> tuple[list[str], dict[str, str], str]:

@@ -20,7 +20,7 @@ from launcher.base.errors import ExitStatus
 from launcher.config.spec import Job, RunSpec, node_config
 from tests.conftest import Launch
 from tests.unit.node_place import FAILED, FAKE_TORCH, Place, started
-from tests.unit.test_titan_command import LLAMA3_8B, debug_node
+from tests.unit.test_titan_command import LLAMA3_8B, changed, debug_node
 
 # What speed.py asks of torch, without numbers in it, on a clock that only these calls move: however busy the machine
 # is, a product takes as long as any other. FAKE_SLOW makes it take ten times as long.
@@ -85,7 +85,7 @@ class Nodes(Place):
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         running = []
-        for number in range(self.node["nodes"]):
+        for number in range(self.node["job"]["nodes"]):
             own = dict(changes.get(f"n{number}", {}))
             node_json = own.pop("node_json", f"{self.run_dir}/job/node.json")
             env = {
@@ -247,7 +247,7 @@ esac
 
 @pytest.fixture
 def gpus(tmp_path: Path) -> Nodes:
-    place = Nodes(tmp_path, {**LLAMA3_8B, "nodes": 3})
+    place = Nodes(tmp_path, changed(LLAMA3_8B, nodes=3))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvidia-smi").write_text(SMI)
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
@@ -272,7 +272,7 @@ def test_gpu_nodes(gpus: Nodes) -> None:
 
 
 def test_a_slowdown_under_load_that_passes_is_a_warning(tmp_path: Path) -> None:
-    place = Nodes(tmp_path, {**LLAMA3_8B, "nodes": 1})
+    place = Nodes(tmp_path, changed(LLAMA3_8B, nodes=1))
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
@@ -286,7 +286,7 @@ def test_a_slowdown_under_load_that_passes_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
-    place = Nodes(tmp_path, {**LLAMA3_8B, "nodes": 1})
+    place = Nodes(tmp_path, changed(LLAMA3_8B, nodes=1))
     (tmp_path / "nvidia-smi").write_text(SMI.replace("580.95.05", "570.86.15"))
     (tmp_path / "nvidia-smi").chmod(0o755)
     own = {"FAKE_TORCH": "2.14.1+cu130", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -301,7 +301,7 @@ def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
 
 def test_the_level_is_a_key_of_the_job(launch: Launch, two: Nodes) -> None:
     spec = RunSpec(job=Job(name="r", check="quick"))
-    assert node_config(spec)["check"] == "quick" and node_config(RunSpec())["check"] == "full"
+    assert node_config(spec)["job"]["check"] == "quick" and node_config(RunSpec())["job"]["check"] == "full"
     done = launch("config", "show", "--local", "--recipe", "debug", "--check", "off")
     assert done.returncode == 0 and re.search(r"job\.check +off +\(option --check\)", done.stdout), done.stdout
     assert launch("render", "--check", "sometimes").returncode == ExitStatus.USAGE

@@ -22,15 +22,10 @@ from launcher.titan.command import (
 )
 
 LLAMA3_8B: dict[str, Any] = {
-    "schema": 1,
-    "run_dir": "/runs/one",
-    "device": "cuda",
-    "nodes": 9,
-    "gpus_per_node": 4,
-    "profile": "gb200",
-    "gpu": "GB200",
+    "schema": 2,
+    "job": {"nodes": 9, "gpu": "gb200", "recipe": "llama3-8b", "init_from": "", "check": "off"},
+    "profile": {"gpu": "GB200", "device": "cuda", "gpus_per_node": 4, "scratch": ""},
     "recipe": {
-        "name": "llama3-8b",
         "model": "llama3",
         "flavor": "8B",
         "dataset": "c4",
@@ -54,12 +49,13 @@ LLAMA3_8B: dict[str, Any] = {
         "checkpoint_interval": 0,
         "tensorboard": True,
     },
-    "data": "/data/c4",
-    "data_source": "/data/c4",
-    "tokenizer": "/data/tokenizers/Llama-3.1-8B",
-    "init_from": "",
-    "scratch": "",
     "titan": {},
+    "placed": {
+        "run_dir": "/runs/one",
+        "data": "/data/c4",
+        "data_source": "/data/c4",
+        "tokenizer": "/data/tokenizers/Llama-3.1-8B",
+    },
 }
 NINE_NODES = Rendezvous("4711", 2, "gpu-003", "10.0.0.1", 24711, "10.0.0.3")
 TORCHRUN_NINE = [
@@ -83,16 +79,21 @@ TORCHRUN_NINE = [
 ]
 
 
-def a_node(recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    node = copy.deepcopy(LLAMA3_8B)
-    node.update(changes)
-    node["recipe"].update(recipe or {})
+def changed(node: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A copy of a node.json with other values: of a whole table, or of a key, wherever it stands."""
+    node = copy.deepcopy(node)
+    for key, value in changes.items():
+        table = node if key in node else next(node[name] for name in ("job", "profile", "placed") if key in node[name])
+        table[key] = value
     return node
+
+
+def a_node(recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    return changed(LLAMA3_8B, recipe={**LLAMA3_8B["recipe"], **(recipe or {})}, **changes)
 
 
 def debug_node(**changes: Any) -> dict[str, Any]:
     recipe = {
-        "name": "debug",
         "flavor": "debugmodel",
         "seq_len": 256,
         "local_batch_size": 4,
@@ -104,7 +105,7 @@ def debug_node(**changes: Any) -> dict[str, Any]:
         "activation_checkpoint": "none",
         "param_dtype": "float32",
     }
-    return a_node(recipe, **{"device": "cpu", "nodes": 1, "gpus_per_node": 2, **changes})
+    return changed(a_node(recipe, device="cpu", nodes=1, gpus_per_node=2), **changes)
 
 
 def test_8b_in_the_registry_era_is_one_line() -> None:
@@ -395,12 +396,14 @@ def test_a_whole_node_json_passes() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda n: n.pop("data"), "data is missing"),
-        (lambda n: n.update(schema=2), "schema 1"),
-        (lambda n: n.update(nodes="9"), "nodes is '9'"),
-        (lambda n: n.update(nodes=True), "nodes is True"),
-        (lambda n: n.update(nodes=0), "at least 1"),
-        (lambda n: n.update(device="tpu"), "device is 'tpu'"),
+        (lambda n: n["placed"].pop("data"), "placed.data is missing"),
+        (lambda n: n.pop("placed"), "placed is missing"),
+        (lambda n: n.update(schema=1), "schema 2"),
+        (lambda n: n["job"].update(nodes="9"), "job.nodes is '9'"),
+        (lambda n: n["job"].update(nodes=True), "job.nodes is True"),
+        (lambda n: n["job"].update(nodes=0), "at least 1"),
+        (lambda n: n["job"].update(check="some"), "job.check is 'some'"),
+        (lambda n: n["profile"].update(device="tpu"), "profile.device is 'tpu'"),
         (lambda n: n.update(recipe=[]), "recipe is"),
         (lambda n: n["recipe"].pop("steps"), "recipe.steps is missing"),
         (lambda n: n["recipe"].update(compile="no"), "recipe.compile is 'no'"),
@@ -416,7 +419,7 @@ def test_a_damaged_node_json_is_refused_by_name(change: Any, words: str) -> None
 
 @pytest.mark.parametrize("value", [None, [], "x", 3])
 def test_something_else_than_an_object_is_refused(value: Any) -> None:
-    with pytest.raises(Refused, match="schema 1"):
+    with pytest.raises(Refused, match="schema 2"):
         check_node(value)
 
 

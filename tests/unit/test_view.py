@@ -104,8 +104,8 @@ def test_the_degree_is_not_the_gpu_count(
 ) -> None:
     spec, _ = plan(a_spec(c4(tmp_path / "c4", files), nodes, gpus, **parallel))
     assert train_files(spec) == [shard(index) for index in range(chosen)]
-    assert node_config(spec)["data"] == "/home/ada/runs/r/data"
-    assert node_config(spec)["data_source"] == str(tmp_path / "c4")
+    assert node_config(spec)["placed"]["data"] == "/home/ada/runs/r/data"
+    assert node_config(spec)["placed"]["data_source"] == str(tmp_path / "c4")
 
 
 def test_files_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_the_command_names_as_many_files_as_staging_would(nodes: int, tensor: in
 
 def test_data_that_only_the_nodes_have(tmp_path: Path) -> None:
     spec, (note,) = plan(a_spec(tmp_path / "c4", 17, recipe__local_batch_size=5, recipe__steps=1000))
-    assert not spec.view and node_config(spec)["data"] == str(tmp_path / "c4")
+    assert not spec.view and node_config(spec)["placed"]["data"] == str(tmp_path / "c4")
     assert note.startswith(f"{tmp_path}/c4: not on this machine, so the run gets no view of it")
     assert f"launcher stage c4 --to {tmp_path}/c4 --files 68, or --data hub" in note
 
