@@ -59,8 +59,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def launch(workplace: Path) -> Launch:
     """Runs `launcher ...` and returns what it did; never leaves a traceback unnoticed.
 
-    In this process, since starting Python is what takes the time. As one of its own with `alone`, for what kills it, and
-    where a variable is read while modules are imported.
+    In this process, since starting Python is what takes the time. As one of its own with `alone`, for what kills it,
+    and where a variable is read while modules are imported.
     """
 
     def run(*arguments: str, timeout: float = 120, alone: bool = False, **env: str) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _run_toml(path: Path) -> dict[str, Any] | None:
 
 def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        f"{section}.{key}": value if isinstance(value, (str, bool, int, float, list)) else str(value)
+        f"{section}.{key}": str(value) if isinstance(value, (date, time)) else value
         for section in _SECTIONS
         if isinstance(table := tables.get(section), dict)
         for key, value in table.items()

@@ -75,7 +75,7 @@ class Run:
     def asked(self) -> dict[str, dict[str, Any]]:
         """`job/node.json`, what was asked of the nodes: its tables, all empty where the file is missing or damaged."""
         found = read_json(self.path / "job" / "node.json") or {}
-        tables = found if found.get("schema") != 1 else _of_schema_1(found)
+        tables = found if "placed" in found else _of_schema_1(found)
         return {name: table if isinstance(table := tables.get(name), dict) else {} for name in TABLES}
 
     @property

@@ -176,7 +176,7 @@ class S3FileSystem:
 def test_the_job_finds_the_file_system_on_a_gpu_node_too(tmp_path: Path) -> None:
     """There nothing else of the launcher's is imported by the trainer."""
     place = Place(tmp_path, changed(LLAMA3_8B, nodes=1))
-    place.write_node({**place.node, "data": str(a_view(tmp_path / "data")), "data_source": ADDRESS})
+    place.change(data=str(a_view(tmp_path / "data")), data_source=ADDRESS)
     assert "s3fs, which is not installed" in place.refused()
     (place.site / "s3fs.py").write_text(FAKE_S3FS)
     arguments, env, _ = started(place.start())

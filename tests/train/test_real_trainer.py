@@ -27,7 +27,7 @@ from launcher.scheduler.state import JobState
 from launcher.stage import sample
 from launcher.titan import Refused
 from launcher.titan.command import config_files, trainer_arguments
-from tests.unit.test_titan_command import a_node, debug_node
+from tests.unit.test_titan_command import a_node, changed, debug_node
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHONS = [python for python in os.environ.get("LAUNCHER_TRAIN_PYTHON", sys.executable).split(":") if python]
@@ -124,7 +124,7 @@ def make_run(folder: Path, node: dict[str, Any]) -> Path:
     sample.write_tokenizer(folder / "sample" / "tokenizer")
     data = str(folder / "sample" / "c4")
     places = {"data": data, "data_source": data, "tokenizer": str(folder / "sample" / "tokenizer")}
-    (job / "node.json").write_text(json.dumps({"check": "off", **node, **places, "run_dir": str(folder)}))
+    (job / "node.json").write_text(json.dumps(changed(node, **places, run_dir=str(folder))))
     return job / "node.json"
 
 

@@ -58,6 +58,9 @@ class Place:
         if titan is not None:
             self.install_titan(titan)
 
+    def change(self, **changes: Any) -> None:
+        self.write_node(changed(self.node, **changes))
+
     def write_node(self, node: dict[str, Any]) -> None:
         self.node = changed(node, run_dir=str(self.run_dir))
         (self.run_dir / "job" / "node.json").write_text(json.dumps(self.node))

@@ -139,14 +139,12 @@ def write_run(
     last = changes.pop("loss", LOSSES[-1])
     logged = changes.pop("steps_logged", 100)
     settings = {key.removeprefix("recipe."): v for key, v in outcome().settings.items() if "recipe." in key}
-    node = {
-        "schema": 1,
-        "gpu": changes.pop("gpu", "GB200"),
-        "nodes": len(tps),
-        "gpus_per_node": 4,
-        "profile": "gb200",
-        "run_dir": str(folder),
-        "recipe": {"name": "llama3-8b", **settings, **changes},
+    node: dict[str, Any] = {
+        "schema": 2,
+        "job": {"nodes": len(tps), "gpu": "gb200", "recipe": "llama3-8b"},
+        "profile": {"gpu": changes.pop("gpu", "GB200"), "gpus_per_node": 4},
+        "recipe": {**settings, **changes},
+        "placed": {"run_dir": str(folder)},
     }
     for name in ("job", "logs", "nodes"):
         (folder / name).mkdir(parents=True)
@@ -167,7 +165,7 @@ def write_run(
         record = {
             "ok": True,
             "host": host,
-            "gpu": f"NVIDIA {node['gpu']}",
+            "gpu": f"NVIDIA {node['profile']['gpu']}",
             "driver": "580.95.05",
             "torch": "2.14.1",
             "torchtitan": "0.2.2",

@@ -55,11 +55,10 @@ def unfit_run(workplace: Path, name: str, *records: Mapping[str, Any], ended_at:
     for part in ("logs", "job", "nodes"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     about = {
-        "run_dir": str(folder),
-        "nodes": len(records),
-        "gpus_per_node": 8,
-        "gpu": "H200",
-        "recipe": {"name": "debug", "steps": 1},
+        "job": {"nodes": len(records), "recipe": "debug"},
+        "profile": {"gpu": "H200", "gpus_per_node": 8},
+        "recipe": {"steps": 1},
+        "placed": {"run_dir": str(folder)},
     }
     (folder / "job" / "node.json").write_text(json.dumps(about))
     (folder / "intent.json").write_text(json.dumps({"scheduler": "slurm", "at": time.time(), "job_name": name}))

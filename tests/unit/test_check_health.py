@@ -22,6 +22,10 @@ OLD_REASONS = smi.GROUPS["clocks"][1][1]
 FABRIC = smi.GROUPS["fabric"][0][1]
 
 
+def asked(nodes: int, gpus: int) -> dict[str, Any]:
+    return {"job": {"nodes": nodes}, "profile": {"device": "cuda", "gpus_per_node": gpus}}
+
+
 def general(**values: str) -> str:
     """nvidia-smi's lines for four idle GPUs; `values` for GPU 2."""
     rows = []
@@ -230,7 +234,7 @@ def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(smi, "SMI_LIMIT_S", 3)
-    _, wrong, said = health.look({"device": "cuda", "nodes": 1, "gpus_per_node": 4}, "gpu001", {}, {})
+    _, wrong, said = health.look(asked(nodes=1, gpus=4), "gpu001", {}, {})
     assert [one["what"] for one in wrong] == problems and [one["what"] for one in said] == warnings
     assert {(one["name"], one["fault"]) for one in wrong} <= {("recovery", "node")}
 
@@ -335,7 +339,7 @@ def test_a_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi.write_text(SMI)
     smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    node = {"device": "cuda", "nodes": 2, "gpus_per_node": 4}
+    node = asked(nodes=2, gpus=4)
     env = {"NCCL_IB_HCA": "no_such_0", "NCCL_MNNVL_ENABLE": "1"}
     facts, problems, warnings = health.look(node, "gpu001", env, {"scratch": tmp_path})
     assert facts["driver"] == "580.95.05" and len(facts["gpu_health"]) == 4
@@ -358,7 +362,7 @@ def test_a_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "channel17").touch()  # Slurm's own numbering
     other = health.look(node, "gpu001", {**env, "NCCL_IB_DISABLE": "1"}, {})
     assert [one["name"] for one in other[1]] == ["ecc"]
-    alone = health.look({**node, "nodes": 1}, "gpu001", env, {})
+    alone = health.look(asked(nodes=1, gpus=4), "gpu001", env, {})
     assert [one["name"] for one in alone[1]] == ["ecc"]  # neither InfiniBand nor IMEX is needed
 
 
@@ -376,7 +380,7 @@ def test_memory_that_is_being_freed_is_no_fault(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(health, "BETWEEN_S", 0)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    _, problems, _ = health.look({"device": "cuda", "nodes": 1, "gpus_per_node": 1}, "h", {}, {})
+    _, problems, _ = health.look(asked(nodes=1, gpus=1), "h", {}, {})
     assert [one["name"] for one in problems] == ([] if fit else ["memory"])
 
 
@@ -407,7 +411,7 @@ esac
 
 def test_without_nvidia_smi_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    facts, problems, warnings = health.look({"device": "cuda", "nodes": 1, "gpus_per_node": 8}, "h", {}, {})
+    facts, problems, warnings = health.look(asked(nodes=1, gpus=8), "h", {}, {})
     assert facts["gpu_health"] == [] and problems == [] and "not in the image" in warnings[0]["what"]
 
 
@@ -417,7 +421,7 @@ def test_little_space_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             return os.statvfs_result((4096, 4096, 10**9, 10**9, int(gib * health.GIB / 4096), 0, 0, 0, 0, 255))
 
         monkeypatch.setattr(os, "statvfs", statvfs)
-        return health.look({"device": "cpu"}, "h", {}, {"scratch": tmp_path, "run": tmp_path})[1:]
+        return health.look({"profile": {"device": "cpu"}}, "h", {}, {"scratch": tmp_path, "run": tmp_path})[1:]
 
     assert space(50) == ([], [])
     assert [one["name"] for one in space(5)[1]] == ["space", "space"] and space(5)[0] == []

@@ -24,7 +24,12 @@ from tests.unit.test_read import Made
 from tests.unit.test_titan_command import debug_node
 
 RECIPE = {"local_batch_size": 5, "steps": 10, "log_freq": 10}
-NODE = {"gpu": "GB200", "nodes": 1, "gpus_per_node": 4, "recipe": RECIPE}
+NODE: dict[str, dict[str, Any]] = {
+    "job": {"nodes": 1},
+    "profile": {"gpu": "GB200", "gpus_per_node": 4},
+    "recipe": RECIPE,
+    "placed": {},
+}
 RUNNING = JobState("RUNNING")
 ODD: list[Any] = [None, "x", "2", [], {}, True, 1.5, math.nan, -1, 10**4000]
 
@@ -44,11 +49,12 @@ def test_a_whole_run_has_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ODD)
-@pytest.mark.parametrize("key", ["recipe", "nodes", "gpus_per_node", *(f"recipe.{key}" for key in RECIPE)])
+@pytest.mark.parametrize(
+    "key", ["recipe", "job", "job.nodes", "profile.gpus_per_node", *(f"recipe.{key}" for key in RECIPE)]
+)
 def test_a_damaged_node_json_gives_no_row(tmp_path: Path, key: str, value: Any) -> None:
-    node = {**NODE, key: value}
-    if key.startswith("recipe."):
-        node = {**NODE, "recipe": {**RECIPE, key.removeprefix("recipe."): value}}
+    table, _, inner = key.partition(".")
+    node = {**NODE, table: {**NODE[table], inner: value} if inner else value}
     run = run_with(tmp_path, node)
     assert outcome_of(run, RUNNING) is None
     assert [progress.step for progress in attach.progress_of(run)] == [1, 10]
@@ -57,7 +63,7 @@ def test_a_damaged_node_json_gives_no_row(tmp_path: Path, key: str, value: Any) 
 
 @pytest.mark.parametrize("value", ODD)
 def test_a_damaged_gpu_name_and_a_whole_file_of_nonsense(tmp_path: Path, value: Any) -> None:
-    row = outcome_of(run_with(tmp_path, {**NODE, "gpu": value}), RUNNING)
+    row = outcome_of(run_with(tmp_path, {**NODE, "profile": {"gpu": value, "gpus_per_node": 4}}), RUNNING)
     assert row is not None and row.gpu == (value if isinstance(value, str) else "?")
     run = run_with(tmp_path, value)
     assert outcome_of(run, RUNNING) is None and len(list(attach.progress_of(run))) == 2
@@ -191,5 +197,5 @@ def test_what_nobody_foresaw_is_a_failed_check_with_its_traceback(tmp_path: Path
 
 def test_a_name_that_no_terminal_can_show(tmp_path: Path) -> None:
     cpu = Place(tmp_path, debug_node())
-    cpu.write_node({**cpu.node, "data": "/data/\udc80"})
+    cpu.change(data="/data/\udc80")
     assert "/data/\\udc80 is not a directory" in cpu.refused()

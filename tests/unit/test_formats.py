@@ -22,7 +22,7 @@ from launcher.results.published import rows_of, unlike
 from launcher.results.submission import file_name, submissions
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome
-from tests.unit.test_read import RECIPE, Made, log
+from tests.unit.test_read import Made, log
 
 unhurried = settings(deadline=None)  # a busy machine is no defect
 LAST = replace(outcome().series[-1], tflops=1038.4)
@@ -293,7 +293,7 @@ def test_a_submission_is_written_but_not_over_another(launch: Launch, runs: Path
 
 def test_a_name_that_no_terminal_can_show(launch: Launch, runs: Path) -> None:
     made = Made(runs / "evil\x1b[31m|<b>\udc80")
-    made.change("job/node.json", gpu="=cmd|<script>", recipe={**RECIPE, "name": "\x1b]0;x\x07"})
+    made.change("job/node.json", profile={"gpu": "=cmd|<script>", "gpus_per_node": 4}, job={"recipe": "\x1b]0;x\x07"})
     made.write("logs/0000-a.log", log())
     for form in ("text", "markdown", "csv", "json"):
         for which in (("--all",), ()):

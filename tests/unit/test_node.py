@@ -91,7 +91,7 @@ def test_a_home_that_is_missing_is_replaced(cpu: Place, home: str) -> None:
 
 
 def test_streaming_from_the_hub_stays_online(cpu: Place) -> None:
-    cpu.write_node({**cpu.node, "data": "hub"})
+    cpu.change(data="hub")
     _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
     assert not {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"} & env.keys()
 
@@ -149,7 +149,7 @@ def test_the_data_directory_is_missing(cpu: Place) -> None:
 
 
 def test_no_data_was_named(cpu: Place) -> None:
-    cpu.write_node({**cpu.node, "data": ""})
+    cpu.change(data="")
     assert "no data directory was given" in cpu.refused()
 
 
@@ -221,8 +221,8 @@ def test_the_run_directory_cannot_be_written(cpu: Place) -> None:
     ("text", "words"),
     [
         ("{", "is not JSON"),
-        ("[1]", "schema 1"),
-        ('{"schema": 1}', "run_dir is missing"),
+        ("[1]", "schema 2"),
+        ('{"schema": 2}', "job is missing"),
         ("[" * 200_000, "is not JSON"),
     ],
     ids=["broken", "list", "empty", "nested"],
@@ -238,20 +238,20 @@ def test_no_node_json(cpu: Place) -> None:
 
 
 def test_several_nodes_need_a_head_node_that_is_not_loopback(gpu: Place) -> None:
-    gpu.write_node({**gpu.node, "nodes": 2})
+    gpu.change(nodes=2)
     assert "TITAN_HEAD_ADDR is not set" in gpu.refused()
     assert "is loopback" in gpu.refused(TITAN_HEAD_ADDR="127.0.0.1", TITAN_HEAD_PORT="20001")
     assert "no route to the head node no-such-host.invalid" in gpu.refused(TITAN_HEAD_ADDR="no-such-host.invalid")
 
 
 def test_several_nodes_need_a_port(cpu: Place) -> None:
-    cpu.write_node({**cpu.node, "nodes": 2})
+    cpu.change(nodes=2)
     line = cpu.refused(TITAN_HEAD_ADDR="127.0.0.1", TITAN_HEAD_PORT="abc", FAKE_TORCH="2.13.0+cpu")
     assert "2 nodes cannot meet at port 0" in line
 
 
 def test_each_node_has_a_record_and_a_log_folder_of_its_own(cpu: Place) -> None:
-    cpu.write_node({**cpu.node, "nodes": 2})
+    cpu.change(nodes=2)
     for index in (0, 1):
         arguments, _, _ = started(
             cpu.start(

@@ -67,7 +67,7 @@ class Nodes(Place):
     """A run of several nodes, all of them on this machine."""
 
     def __init__(self, folder: Path, node: dict[str, Any]) -> None:
-        super().__init__(folder, {"check": "full", **node})
+        super().__init__(folder, changed(node, check="full"))
         (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH + FAKE_TENSORS)
         (self.site / "torch" / "distributed" / "__init__.py").write_text(FAKE_DISTRIBUTED)
 
@@ -146,7 +146,7 @@ def test_healthy_nodes_are_measured_and_train(two: Nodes) -> None:
 
 
 def test_what_is_wrong_on_one_node_stops_all_and_names_it(two: Nodes) -> None:
-    own = {**two.node, "data": "/nowhere", "tokenizer": "/nowhere/else"}
+    own = changed(two.node, data="/nowhere", tokenizer="/nowhere/else")
     (two.run_dir.parent / "own.json").write_text(json.dumps(own))
     done = two.run(n1={"node_json": str(two.run_dir.parent / "own.json")})
     all_stopped(done)
@@ -210,7 +210,7 @@ def test_a_wrong_setting_is_not_blamed_on_the_only_node(tmp_path: Path) -> None:
 
 
 def test_quick_multiplies_nothing(two: Nodes) -> None:
-    two.write_node({**two.node, "check": "quick"})
+    two.change(check="quick")
     done = two.run(n1={"FAKE_SLOW": "1"})
     for one in done:
         started(one)
@@ -219,7 +219,7 @@ def test_quick_multiplies_nothing(two: Nodes) -> None:
 
 
 def test_off_asks_nobody(two: Nodes) -> None:
-    two.write_node({**two.node, "check": "off"})
+    two.change(check="off")
     for one in two.run():
         started(one)
     assert not (two.run_dir / "nodes" / "check.json").exists() and "free_gib" not in two.record_of(0)
@@ -305,5 +305,5 @@ def test_the_level_is_a_key_of_the_job(launch: Launch, two: Nodes) -> None:
     done = launch("config", "show", "--local", "--recipe", "debug", "--check", "off")
     assert done.returncode == 0 and re.search(r"job\.check +off +\(option --check\)", done.stdout), done.stdout
     assert launch("render", "--check", "sometimes").returncode == ExitStatus.USAGE
-    two.write_node({**two.node, "check": "sometimes", "nodes": 1})
-    assert "node.json: check is 'sometimes'" in two.refused()
+    two.change(check="sometimes", nodes=1)
+    assert "node.json: job.check is 'sometimes'" in two.refused()

@@ -69,17 +69,17 @@ def test_caches_go_where_the_job_script_said(cpu: Place) -> None:
 
 def test_caches_go_to_the_nodes_own_disk_where_the_profile_names_it(cpu: Place) -> None:
     nvme = cpu.run_dir.parent / "nvme"
-    cpu.write_node({**cpu.node, "scratch": str(nvme)})
+    cpu.change(scratch=str(nvme))
     _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="7"))
     assert env["HF_HOME"] == f"{nvme}/titan-{os.getuid()}-7/huggingface"
     assert cpu.record()["scratch"].startswith(f"{nvme}/titan-")
-    cpu.write_node({**cpu.node, "scratch": "/proc/no-such-place"})
+    cpu.change(scratch="/proc/no-such-place")
     assert "/proc/no-such-place, for caches, cannot be written" in cpu.refused()
 
 
 def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place) -> None:
     nvme = cpu.run_dir.parent / "nvme"
-    cpu.write_node({**cpu.node, "scratch": str(nvme)})
+    cpu.change(scratch=str(nvme))
     fake_run = cpu.site / "torch" / "distributed" / "run.py"
     fake_run.write_text(FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n")
     started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="1"))
@@ -144,7 +144,7 @@ def test_a_view_whose_data_is_not_on_the_node(cpu: Place) -> None:
         cpu.run_dir / "data",
         {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"},
     )
-    cpu.write_node({**cpu.node, "data": f"{cpu.run_dir}/data"})
+    cpu.change(data=f"{cpu.run_dir}/data")
     arguments, _, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
     assert f"--dataloader.dataset_path={cpu.run_dir}/data" in arguments
     assert cpu.record()["data_files"] == 1 and cpu.record()["data_source"] == str(cpu.data)

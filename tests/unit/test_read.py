@@ -42,11 +42,8 @@ RECIPE = {
     "pipeline_parallel": 1,
 }
 NODE = {
-    "gpu": "GB200",
-    "profile": "gb200",
-    "device": "cuda",
-    "nodes": 2,
-    "gpus_per_node": 4,
+    "job": {"nodes": 2, "gpu": "gb200", "recipe": "./mine/fast.toml"},
+    "profile": {"gpu": "GB200", "device": "cuda", "gpus_per_node": 4},
     "recipe": RECIPE,
 }
 RUN_TOML = """run = 1
@@ -115,7 +112,7 @@ class Made:
         self.path, self.run = path, Run(path)
         for folder in ("job", "logs", "nodes", "claim"):
             (path / folder).mkdir(parents=True)
-        self.write("job/node.json", {**NODE, "run_dir": str(path)})
+        self.write("job/node.json", {**NODE, "placed": {"run_dir": str(path)}})
         self.write("run.toml", RUN_TOML.replace("{image}", ""))
         self.write("intent.json", {"scheduler": "slurm", "job_name": "r", "at": T0})
         self.write("end.json", {"exit_code": 0, "began_at": int(T0) + 30, "ended_at": int(T0) + 999})

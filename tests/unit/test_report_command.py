@@ -13,10 +13,10 @@ from launcher.commands.report import report
 from tests.unit.test_follow import step
 
 NODE = {
-    "gpu": "GB200",
-    "nodes": 1,
-    "gpus_per_node": 4,
-    "recipe": {"name": "llama3-8b", "local_batch_size": 5, "steps": 30, "log_freq": 10, "seq_len": 8192},
+    "job": {"nodes": 1, "recipe": "llama3-8b"},
+    "profile": {"gpu": "GB200", "gpus_per_node": 4},
+    "recipe": {"local_batch_size": 5, "steps": 30, "log_freq": 10, "seq_len": 8192},
+    "placed": {},
 }
 
 

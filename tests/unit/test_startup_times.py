@@ -76,5 +76,5 @@ def test_before_the_end_the_claim_says_when_the_script_began(made: Made) -> None
     made.write("claim/job_id", "7")
     os.utime(made.path / "claim" / "job_id", (T0 + 33, T0 + 33))
     assert made.outcome(RUNNING).startup.queue_s == 33
-    made.change("job/node.json", run_dir="/elsewhere")  # a copy: its files have other times
+    made.change("job/node.json", placed={"run_dir": "/elsewhere"})  # a copy: its files have other times
     assert made.outcome(RUNNING).startup.queue_s is None

@@ -48,7 +48,7 @@ def test_submit_makes_the_view(submit: Launch, workplace: Path) -> None:
     run = workplace / "runs" / "one"
     assert view_in(run) == [*(shard(index) for index in range(6)), shard(0, "validation")]
     assert all((run / "data" / "en" / name).samefile(workplace / "c4" / "en" / name) for name in view_in(run))
-    assert json.loads((run / "job" / "node.json").read_text())["data"] == f"{run}/data"
+    assert json.loads((run / "job" / "node.json").read_text())["placed"]["data"] == f"{run}/data"
     header = (run / "data" / "README.md").read_text()
     assert "- config_name: en\n" in header and "split: validation" in header
 
@@ -84,7 +84,7 @@ def test_streaming_from_the_hub_has_no_view(submit: Launch, workplace: Path) -> 
     assert submit("--name", "one", "--data", "hub").returncode == 0
     run = workplace / "runs" / "one"
     assert not (run / "data").exists()
-    assert json.loads((run / "job" / "node.json").read_text())["data"] == "hub"
+    assert json.loads((run / "job" / "node.json").read_text())["placed"]["data"] == "hub"
 
 
 def test_missing_data_is_told_with_the_command_that_brings_it(submit: Launch, workplace: Path) -> None:
