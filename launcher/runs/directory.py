@@ -110,6 +110,12 @@ class Run:
     def end(self) -> dict[str, Any] | None:
         return read_json(self.path / "end.json")
 
+    @property
+    def node_records(self) -> list[dict[str, Any]]:
+        """What the nodes wrote about their own check, in the job's order."""
+        files = sorted((self.path / "nodes").glob("[0-9]*-*.json"))
+        return [record for file in files if (record := read_json(file))]
+
     def forget_secrets(self) -> None:
         with suppress(OSError):
             (self.path / SECRETS).unlink(missing_ok=True)
