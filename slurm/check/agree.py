@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import problem
+from . import Findings, problem
 from .health import look_after_load
 from .meeting import Guest, Host, Lost, port_of
 from .verdict import judge
@@ -21,31 +21,33 @@ REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may st
 HELLO_S, MEASURE_S, COLLECTIVE_S = 600, 180, 300
 
 
-def measure(crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]) -> dict[str, Any]:
-    """Each GPU's figures and the all-reduce in this node: {"speed", "allreduce_node_gbs", "problems", "warnings"}."""
+def measure(
+    crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]
+) -> tuple[dict[str, Any], Findings]:
+    """Each GPU's figures and the all-reduce in this node ("speed", "allreduce_node_gbs"), and what is wrong."""
     what = "GPU" if node["device"] == "cuda" else "rank"
-    found: dict[str, Any] = {"speed": [], "problems": [], "warnings": []}
+    facts: dict[str, Any] = {"speed": []}
+    found = Findings()
     fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
     measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
     # A sick GPU fails by itself; all of several at once do for want of a library, say.
     fault = "run" if len(crew) > 1 and all("problem" in answer for answer in measured) else "node"
     for gpu, answer in enumerate(measured):
         if "problem" in answer:
-            found["problems"].append(problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault))
+            found.problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault)
         else:
-            found["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
+            facts["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
     if node["device"] == "cuda":
-        problems, found["warnings"] = look_after_load(host, env)
-        found["problems"] += problems
-    if len(crew) > 1 and not found["problems"]:
+        found.add(look_after_load(host, env))
+    if len(crew) > 1 and not found.problems:
         place = crew[0].errors.with_name("store")
         answers = ask(crew, [_sum(rank, len(crew), file=str(place)) for rank in range(len(crew))], COLLECTIVE_S)
         value, why = _slowest(answers, what, 0)
         if why:
-            found["problems"].append(problem("all-reduce-node", why, fix, "run"))
+            found.problem("all-reduce-node", why, fix, "run")
         else:
-            found["allreduce_node_gbs"] = value
-    return found
+            facts["allreduce_node_gbs"] = value
+    return facts, found
 
 
 def agree(
@@ -63,7 +65,7 @@ def agree(
     Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together.
     """
     if node["nodes"] == 1:
-        verdict = judge({0: facts}, 1, node["device"])
+        verdict = judge({0: facts}, node)
         publish(verdict)
         return verdict
     if facts["node"] == 0:
@@ -109,7 +111,7 @@ def _lead(
         absent = set(range(node["nodes"])) - records.keys()
         # Those who are late while an unfit node is known were not waited for: nothing can be said of them.
         named = {} if any(r.get("problems") for r in records.values()) else _hosts(absent, Path(node["run_dir"]))
-        verdict = judge(_timed(records), node["nodes"], node["device"], named)
+        verdict = judge(_timed(records), node, named)
         if verdict["ok"] and crew and facts["check"] == "full":
             opened = ask(crew[:1], [{"do": "host"}], 60)[0]
             if "port" in opened:
@@ -119,10 +121,10 @@ def _lead(
                 for number, result in results.items():
                     _merge(records[number], result)
                 lost = set(range(1, node["nodes"])) - results.keys()
-                verdict = judge(_timed(records), node["nodes"], node["device"], {n: records[n]["host"] for n in lost})
+                named = {number: records[number]["host"] for number in lost}
             else:
                 facts["problems"].append(problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run"))
-                verdict = judge(_timed(records), node["nodes"], node["device"])
+            verdict = judge(_timed(records), node, named)
         publish(verdict)
         host.tell({"verdict": verdict})
         return verdict
