@@ -54,16 +54,8 @@ Facts = dict[str, Any]
 def main(argv: list[str]) -> int:
     """Does not return when all is well: the process is torchrun from then on."""
     now = time.time()
-    facts: Facts = {
-        "schema": 1,
-        "ok": False,
-        "node": 0,
-        "host": "?",
-        "time": now,
-        "problems": [],
-        "warnings": [],
-    }
-    facts["utc_offset_s"] = time.localtime(now).tm_gmtoff
+    facts: Facts = {"schema": 1, "ok": False, "node": 0, "host": "?", "problems": [], "warnings": []}
+    facts.update(time=now, utc_offset_s=time.localtime(now).tm_gmtoff)
     crew: list[Any] = []
     run_dir: Path | None = None
     try:
@@ -77,8 +69,7 @@ def main(argv: list[str]) -> int:
         if status:
             return status
         facts.update(ok=True, command=command, environment=added)
-        facts["check_s"] = round(time.time() - now, 1)
-        write(record(run_dir, facts), json.dumps(facts, indent=2) + "\n")
+        save(run_dir, facts)
         say(ok_line(facts))
         for note in facts["warnings"]:
             say(f"titan-node: warn node={node_id} host={host} why={_quoted(note['what'])}")
@@ -126,10 +117,8 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
         within(READ_S, node["placed"]["tokenizer"], check_tokenizer, Path(node["placed"]["tokenizer"]))
     if facts["check"] != "off" and scratch is not None:
         with noting(facts, "health", "run"):
-            found, problems, warnings = look(node, facts["host"], env, {"scratch": scratch, "run": run_dir})
-            facts.update(found)
-            facts["problems"] += problems
-            facts["warnings"] += warnings
+            seen, found = look(node, facts["host"], env, {"scratch": scratch, "run": run_dir})
+            note(facts, seen, found)
     if crew:
         greet(node, facts, crew)
     if "torchtitan" in facts:
@@ -143,11 +132,14 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
         with noting(facts, "command", "run"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
-        found = measure(crew, node, facts["host"], env)
-        facts["problems"] += found.pop("problems")
-        facts["warnings"] += found.pop("warnings")
-        facts.update(found)
+        note(facts, *measure(crew, node, facts["host"], env))
     return command, added
+
+
+def note(facts: Facts, more: Facts, found: Any) -> None:
+    facts.update(more)
+    facts["problems"] += found.problems
+    facts["warnings"] += found.warnings
 
 
 def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
@@ -218,7 +210,8 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
             other = verdict["unfit"][0]
             facts["stopped"] = f"{other['host']} is unfit: {other['why']}"
             facts["ok"] = True  # this node is
-            save(run_dir, facts)
+            with contextlib.suppress(Exception):  # what is printed says it
+                save(run_dir, facts)
             say(f"titan-check: stop node={facts['node']} host={facts['host']} because {facts['stopped']}")
 
     def publish(verdict: dict[str, Any]) -> None:
@@ -244,22 +237,22 @@ def fail(facts: Facts, run_dir: Path | None, told: int = 0) -> int:
     """Says why this node cannot train, a line for each problem, and in its record. The first `told` were said."""
     first = facts["problems"][0]
     facts.update(ok=False, why=first["what"], fix=first["fix"])
+    place = f"node={facts['node']} host={facts['host']}"
     for one in facts["problems"][told:]:
-        say(
-            f"titan-node: FAIL node={facts['node']} host={facts['host']} why={_quoted(one['what'])} "
-            f"fix={_quoted(one['fix'])}"
-        )
+        say(f"titan-node: FAIL {place} why={_quoted(one['what'])} fix={_quoted(one['fix'])}")
         if trace := one.pop("traceback", ""):
             say(trace)
-    if run_dir is not None:
-        save(run_dir, facts)
+    with contextlib.suppress(Exception):  # what was printed has said it
+        if run_dir is not None:
+            save(run_dir, facts)
     return CHECK_FAILED
 
 
 def save(run_dir: Path, facts: Facts) -> None:
+    """This node's own record."""
     facts["check_s"] = round(time.time() - facts["time"], 1)
-    with contextlib.suppress(Exception):  # what was printed has said it
-        write(record(run_dir, facts), json.dumps(facts, indent=2) + "\n")
+    name = f"{facts['node']:04d}-{facts['host']}.json"
+    write(run_dir / "nodes" / name, json.dumps(facts, indent=2) + "\n")
 
 
 def ok_line(facts: Facts) -> str:
@@ -278,10 +271,6 @@ def say(line: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     printable = line.encode(encoding, "backslashreplace").decode(encoding)  # half a character, from node.json
     print(printable, flush=True)  # exec throws away what is still buffered
-
-
-def record(run_dir: Path, facts: Facts) -> Path:
-    return run_dir / "nodes" / f"{facts['node']:04d}-{facts['host']}.json"
 
 
 def write(path: Path, text: str) -> None:

@@ -31,7 +31,6 @@ from launcher.results.read import outcome_of
 from launcher.results.sides import results_in
 from launcher.runs import attach, control
 from launcher.runs.directory import Run, open_run
-from launcher.runs.node_records import REASON
 from launcher.scheduler.state import JobState
 
 FILE = "accept.json"
@@ -245,7 +244,7 @@ def _faults(run: Run, state: JobState) -> list[str]:
         return []
     if state.unfit:
         unfits = unfit.of_run(run)
-        return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [REASON]
+        return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [control.UNFIT]
 
     try:
         failure = failure_of(run, state)

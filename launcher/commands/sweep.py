@@ -1,4 +1,4 @@
-"""`launcher sweep`: submits a matrix of runs, and shows them as one table. The edge of launcher/sweep/table.py."""
+"""`launcher sweep`: submits a matrix of runs one by one, and shows them as one table."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from launcher.config.spec import RunSpec
 from launcher.plan.plan import prediction, write_beside
 from launcher.runs import control
 from launcher.runs.directory import Run
-from launcher.scheduler.state import JobState
-from launcher.sweep import table as matrix
+from launcher.sweep import table
 from launcher.sweep.cells import Cell, ready_to_submit, specs_of, standings
 
 ASK_EVERY_S = 5.0  # of Slurm, with --follow
@@ -29,26 +28,18 @@ LOCAL_EVERY_S = 0.5  # whether a run on this machine has ended
 SILENCE_S = 600.0  # a controller that restarts is back by then
 
 
-def _names(_context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """`llama3-8b,debug` as its items: none empty, none twice."""
-    if value is None:
-        return ()
-    items = [text.strip() for text in value.split(",")]
+def _items(_context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str | int, ...]:
+    """`3,9,17` as its items, none empty, none twice: names of recipes, else numbers from 1 on."""
+    items = [text.strip() for text in value.split(",")] if value is not None else []
+    are_numbers = parameter.name != "recipe"
     for at, text in enumerate(items):
         if not text:
-            raise click.BadParameter(f"{value[:80]!r}: an empty item", param=parameter)
+            raise click.BadParameter(f"{value!r:.80}: an empty item", param=parameter)
+        if are_numbers and not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+            raise click.BadParameter(f"{text[:80]!r} is not a number from 1 on", param=parameter)
         if text in items[:at]:
             raise click.BadParameter(f"{text[:80]} stands there twice", param=parameter)
-    return tuple(items)
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """`3,9,17` as numbers from 1 on, none twice."""
-    items = _names(context, parameter, value)
-    for text in items:
-        if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
-            raise click.BadParameter(f"{text[:80]!r} is not a number from 1 on", param=parameter)
-    return tuple(map(int, items))
+    return tuple(map(int, items)) if are_numbers else tuple(items)
 
 
 @click.command()
@@ -88,10 +79,10 @@ def sweep(
     cells = standings(specs)
     wanted = [cell for cell in cells if cell.has_next(retry)]
     ready = ready_to_submit(wanted, force, dry_run, len(cells))
-    if (wanted or dry_run) and not as_json:
-        _show_plan(name, cells, ready, parallel)
+    if dry_run or (wanted and not as_json):
+        _show_plan(name, cells, ready, parallel, as_json)
     if dry_run:
-        return print_json({"sweep": name, "cells": _plan_rows(cells, ready)}) if as_json else None
+        return
     if ready:
         quiet = yes or force or as_json or is_local
         asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
@@ -100,20 +91,29 @@ def sweep(
         _submit(ready, cells, options, parallel, as_json)
         cells = standings(specs)
     if follow:
-        cells = _wait(specs)
-    if as_json or not ready or follow or is_local:
-        status = matrix.exit_status(_show_results(name, cells, as_json))
-        if status:
-            echo("try: the same command with --retry submits again what has no result", err=True)
-        sys.exit(status)
-    echo(f"  the same command shows the table; one of them: launcher watch {ready[0][1].job.name}")
+        try:
+            cells = _until_ended(specs, ASK_EVERY_S)
+        except KeyboardInterrupt:
+            echo("", "detached; the runs go on: the same command shows how they stand", err=True)
+            sys.exit(ExitStatus.INTERRUPTED)
+    if not (as_json or not ready or follow or is_local):
+        return echo(f"  the same command shows the table; one of them: launcher watch {ready[0][1].job.name}")
+    rows = _result_rows(cells)
+    if as_json:
+        hours, all_known = table.used(rows)
+        print_json({"sweep": name, "cells": rows, "node_hours": hours, "node_hours_complete": all_known})
+    else:
+        echo(*table.table_lines(rows))
+    if status := table.exit_status(rows):
+        echo("try: the same command with --retry submits again what has no result", err=True)
+    sys.exit(status)
 
 
 # The options of `submit` that are lists here, and one that means another name.
 _OTHERS: dict[str, tuple[str, str, Any]] = {
-    "nodes": ("N,N,...", "Numbers of nodes.  [default: 1]", _numbers),
-    "batch_size": ("N,N,...", "Local batch sizes.  [default: the recipe's]", _numbers),
-    "recipe": ("NAME,NAME,...", "Recipes.  [default: llama3-8b]", _names),
+    "nodes": ("N,N,...", "Numbers of nodes.  [default: 1]", _items),
+    "batch_size": ("N,N,...", "Local batch sizes.  [default: the recipe's]", _items),
+    "recipe": ("NAME,NAME,...", "Recipes.  [default: llama3-8b]", _items),
     "name": ("NAME", "Name of the sweep, with which those of its runs begin.  [default: from its settings]", None),
 }
 for _option in sweep.params:
@@ -123,146 +123,85 @@ for _option in sweep.params:
 
 
 def _submit(
-    wanted: Sequence[tuple[Cell, RunSpec]],
-    cells: Sequence[Cell],
-    options: RunOptions,
-    parallel: bool,
-    as_json: bool,
+    ready: Sequence[tuple[Cell, RunSpec]], cells: Sequence[Cell], options: RunOptions, parallel: bool, as_json: bool
 ) -> None:
     """All of them, in order; each behind the last that goes on. On this machine the next starts when one has ended."""
-    secrets = resolve.secrets_of(wanted[0][1], options.secrets, os.environ)
-    going = [cell.runs[-1] for cell in cells if cell.state and cell.state.active]
-    is_local = wanted[0][1].job.scheduler == "local"
-    ids = [int(job["job_id"]) for run in going if (job := run.job)]
-    last = str(max(ids)) if ids and not parallel and not is_local else ""
-    count = 0
+    secrets = resolve.secrets_of(ready[0][1], options.secrets, os.environ)
+    is_local = ready[0][1].job.scheduler == "local"
+    in_order = not parallel and not is_local
+    going = [cell for cell in cells if cell.is_going]
+    ids = [int(job["job_id"]) for cell in going if (job := cell.runs[-1].job)]
+    last = str(max(ids)) if ids and in_order else ""
+    left = len(ready)
+
+    def submitted(run: Run, job_id: str) -> None:
+        nonlocal last, left
+        kind = "process" if is_local else "Slurm job"
+        echo(f"{run.name}: {kind} {job_id}" + (f", after job {last}" if last else ""), err=as_json)
+        last, left = job_id if in_order else "", left - 1
+
     try:
-        for run in going if is_local else ():
-            _until_ended(run)
-        for cell, spec in wanted:
+        if is_local:
+            _until_ended([cell.spec for cell in going], LOCAL_EVERY_S)
+        for cell, spec in ready:
             if cell.is_cut_off:
                 control.cancel(cell.runs[-1])  # takes its claim: should Slurm have it, it stops at once
-            after = last
-
-            def submitted(run: Run, job_id: str, after: str = after) -> None:
-                nonlocal last, count
-                count += 1
-                last = "" if parallel or is_local else job_id
-                kind = "process" if is_local else "Slurm job"
-                text = f"{run.name}: {kind} {job_id}" + (f", after job {after}" if after else "")
-                echo(text, err=as_json)
-
-            run = control.submit(spec, secrets, submitted, after, partial(write_beside, spec))
+            control.submit(spec, secrets, submitted, last, partial(write_beside, spec))
             if is_local:
-                _until_ended(run)
+                _until_ended([cell.spec], LOCAL_EVERY_S)
     except KeyboardInterrupt:
-        left = len(wanted) - count
         rest = f"{_runs(left)} not submitted: the same command goes on" if left else "all submitted"
         echo("", f"interrupted; what was submitted goes on, {rest}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
 
 
-def _until_ended(run: Run) -> None:
-    while (state := control.state(run)).active:
-        time.sleep(LOCAL_EVERY_S)
-    echo(f"{run.name}: {state.name}", err=True)
-
-
-def _wait(specs: Sequence[RunSpec]) -> list[Cell]:
+def _until_ended(specs: Sequence[RunSpec], every_s: float) -> list[Cell]:
     """The cells when none goes on any more; tells each change. Slurm may be silent for a while."""
     said: dict[str, str] = {}
     answered = time.monotonic()
-    try:
-        while True:
-            try:
-                cells = standings(specs)
-            except LauncherError as error:
-                if error.status is not ExitStatus.CLUSTER or time.monotonic() - answered > SILENCE_S:
-                    raise
-            else:
-                answered = time.monotonic()
-                for run, state in ((cell.runs[-1], cell.state) for cell in cells if cell.runs):
-                    if state and said.get(run.name) != state.name:
-                        said[run.name] = state.name
-                        echo(f"{run.name}: {state.name}", err=True)
-                if not any(cell.state and cell.state.active for cell in cells):
-                    return cells
-            time.sleep(ASK_EVERY_S)
-    except KeyboardInterrupt:
-        echo("", "detached; the runs go on: the same command shows how they stand", err=True)
-        sys.exit(ExitStatus.INTERRUPTED)
+    while True:
+        try:
+            cells = standings(specs)
+        except LauncherError as error:
+            if error.status is not ExitStatus.CLUSTER or time.monotonic() - answered > SILENCE_S:
+                raise
+        else:
+            answered = time.monotonic()
+            for run, state in ((cell.runs[-1], cell.state) for cell in cells if cell.runs):
+                if state and said.get(run.name) != state.name:
+                    said[run.name] = state.name
+                    echo(f"{run.name}: {state.name}", err=True)
+            if not any(cell.is_going for cell in cells):
+                return cells
+        time.sleep(every_s)
 
 
 def _runs(count: int) -> str:
     return f"{count} run" + ("" if count == 1 else "s")
 
 
-def _plan_rows(cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]]) -> list[dict[str, Any]]:
+def _show_plan(
+    name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]], parallel: bool, as_json: bool
+) -> None:
     """Every cell: how it stands, or what it will take."""
     next_specs = {cell.spec.job.name: spec for cell, spec in ready}
     rows = []
     for cell in cells:
         spec = next_specs.get(cell.spec.job.name)
-        said = prediction(spec) if spec else {}
-        rows.append(
-            {
-                "run": spec.job.name if spec else cell.runs[-1].name,
-                "state": cell.state.name if cell.state else None,
-                "submit": spec is not None,
-                "nodes": cell.spec.job.nodes,
-                "gpus": cell.spec.gpus,
-                "recipe": cell.spec.job.recipe,
-                "local_batch_size": cell.spec.recipe.local_batch_size,
-                "limit_node_hours": matrix.limit_node_hours(spec) if spec else None,
-                "expected_node_hours": said.get("node_hours"),
-                "memory": said.get("verdict", ""),
-            }
-        )
-    return rows
-
-
-def _show_plan(name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]], parallel: bool) -> None:
-    rows = _plan_rows(cells, ready)
-    echo(*matrix.plan_lines(rows))
-    order = "side by side" if parallel else "one after another"
-    echo(f"{name}: {matrix.plan_summary(rows, order)}")
-
-
-def _show_results(name: str, cells: Sequence[Cell], as_json: bool) -> list[dict[str, Any]]:
-    """Prints the table, and returns its rows."""
-    now_s = time.time()
-    results = []
-    for cell in cells:
-        state = cell.state or JobState("NOT SUBMITTED")
-        hours = [
-            _node_hours(run, cell.spec.job.nodes, now_s, state.active and run is cell.runs[-1]) for run in cell.runs
-        ]
-        results.append(
-            matrix.Result(
-                cell.spec,
-                cell.runs[-1].name if cell.runs else cell.spec.job.name,
-                state.name,
-                cell.outcome,
-                None if None in hours else sum(hour for hour in hours if hour is not None),
-            )
-        )
-    rows = matrix.table(results)
+        run = spec.job.name if spec else cell.runs[-1].name
+        shared = table.row(cell.spec, run, cell.state.name if cell.state else None)
+        rows.append(table.plan_row(shared, spec, prediction(spec) if spec else {}))
     if as_json:
-        hours_used, all_known = matrix.used(rows)
-        print_json({"sweep": name, "cells": rows, "node_hours": hours_used, "node_hours_complete": all_known})
-        return rows
-    echo(*matrix.table_lines(rows))
-    return rows
+        return print_json({"sweep": name, "cells": rows})
+    echo(*table.plan_lines(rows))
+    echo(f"{name}: {table.plan_summary(rows, 'side by side' if parallel else 'one after another')}")
 
 
-def _node_hours(run: Run, nodes: int, now_s: float, is_going: bool) -> float | None:
-    """Of one run, from its script's own times; None where it began and nothing says when it ended."""
-    end = run.end or {}
-    began, ended = end.get("began_at"), end.get("ended_at")
-    if type(began) is int and type(ended) is int:
-        return nodes * (ended - began) / 3600
-    try:
-        claimed = (run.path / "claim" / "job_id").stat().st_mtime
-    except OSError:
-        return 0.0
-    return nodes * max(now_s - claimed, 0.0) / 3600 if is_going else None
+def _result_rows(cells: Sequence[Cell]) -> list[table.Row]:
+    now_s = time.time()
+    rows = []
+    for cell in cells:
+        run = cell.runs[-1].name if cell.runs else cell.spec.job.name
+        shared = table.row(cell.spec, run, cell.state.name if cell.state else "NOT SUBMITTED")
+        rows.append(table.result_row(shared, cell.outcome, cell.node_hours(now_s)))
+    return table.scaled(rows)

@@ -68,13 +68,14 @@ def read() -> Memory:
     """What is remembered; nothing where there is no file. Raises LauncherError for one that is damaged."""
     file = path()
     try:
-        text = read_bytes(file).decode("utf-8")
+        tables = parse_json(read_bytes(file))
+        if tables["schema"] != 1:
+            raise ValueError("another schema")
+        return {str(name): tuple(map(_node, entries)) for name, entries in tables["clusters"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise unreadable(file, error) from error
-    try:
-        return parse(text)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise LauncherError(
             f"{file}: damaged: the nodes that failed their check cannot be told",
@@ -82,20 +83,9 @@ def read() -> Memory:
         ) from error
 
 
-def parse(text: str) -> Memory:
-    """The file's text as values. Raises ValueError, TypeError, KeyError, AttributeError or OverflowError where it is
-    not that.
-    """
-    tables = parse_json(text)
-    if tables["schema"] != 1:
-        raise ValueError("another schema")
-    return {str(name): tuple(_node(entry) for entry in entries) for name, entries in tables["clusters"].items()}
-
-
 def _node(entry: Mapping[str, Any]) -> BadNode:
     host, reason, run = (unfit.writable(str(entry[key])) for key in ("host", "reason", "run"))
-    at, until = (float(entry[key]) for key in ("at", "until"))
-    released = float(entry.get("released", 0))
+    at, until, released = (float(time) for time in (entry["at"], entry["until"], entry.get("released", 0)))
     if not HOST.fullmatch(host) or not all(0 <= time < LAST_S for time in (at, until, released)):
         raise ValueError("not a node")
     return BadNode(host, reason, run, at, until, released)
@@ -114,34 +104,9 @@ def added(old: Sequence[BadNode], new: Sequence[BadNode], now_s: float) -> tuple
     return tuple(sorted(kept.values(), key=lambda node: node.host))
 
 
-def left_out_by_hand(old: Sequence[BadNode], new: Sequence[BadNode], now_s: float) -> tuple[BadNode, ...]:
-    """`old` with what a person added, which replaces all that was known of these nodes."""
-    named = {node.host for node in new}
-    return added([*(node for node in old if node.host not in named), *new], (), now_s)
-
-
 def of_cluster(name: str, now_s: float) -> list[BadNode]:
     """The nodes of a cluster that are left out now."""
     return [node for node in read().get(name, ()) if node.counts(now_s)]
-
-
-def of_cluster_or_only(name: str, now_s: float) -> tuple[list[BadNode], list[Check]]:
-    """The same where Slurm does not say the cluster's name (""): those of the only cluster that has any. Or none."""
-    if name:
-        return of_cluster(name, now_s), []
-    counting = {
-        cluster: found for cluster, nodes in read().items() if (found := [node for node in nodes if node.counts(now_s)])
-    }
-    if not counting:
-        return [], []
-    what = "Slurm does not say its cluster's name: "
-    fix = "scontrol show config"
-    if len(counting) == 1:
-        ((cluster, nodes),) = counting.items()
-        what += f"the nodes that failed their check on {cluster} are taken for its own"
-        return nodes, [Check("excluded", WARNING, what, "", f"{fix}; {WHERE}")]
-    what += f"none is left out of those that failed their check on {some(sorted(counting))}"
-    return [], [Check("excluded", WARNING, what, "", f"{fix}; name them yourself: --exclude NODES")]
 
 
 def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]) -> None:
@@ -203,6 +168,21 @@ def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
             remember(run, control.state(run), now_s, cluster)
 
 
+def without_remembered(spec: RunSpec, facts: ClusterFacts, now_s: float) -> tuple[RunSpec, list[Check]]:
+    """The run that leaves out the cluster's nodes that failed their check, and what there is to say of it.
+
+    Raises LauncherError where they cannot be read.
+    """
+    known = read()
+    if facts.name:
+        return without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
+    hosts = [node.host for nodes in known.values() for node in nodes if node.counts(now_s)]
+    if not hosts:
+        return spec, []
+    what = f"Slurm does not say its cluster's name, so none is left out of those that failed their check: {some(hosts)}"
+    return spec, [_warning(what, "", "scontrol show config; or name them yourself: --exclude NODES")]
+
+
 def without(spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float) -> tuple[RunSpec, list[Check]]:
     """The run that leaves these nodes out, and what there is to say. Pure.
 
@@ -215,35 +195,25 @@ def without(spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s:
     out = [node for node in found if node.host not in named]
     checks = []
     known = {node.name for node in facts.nodes} | here | excluded
-    lost = [node for node in nodes if node.host not in known]
+    lost = [node.host for node in nodes if node.host not in known]
     if lost and "nodes" in facts.unread:
-        names = some([node.host for node in lost])
-        checks.append(
-            Check(
-                "excluded",
-                WARNING,
-                f"{names} failed its check lately, and is not left out",
-                "whether Slurm has it could not be read",
-                f"sinfo -N -h -o %N; then {quoted('--exclude', compress([n.host for n in lost]))}",
-            )
-        )
+        what = f"{some(lost)} failed its check lately, and is not left out"
+        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(lost))}"
+        checks.append(_warning(what, "whether Slurm has it could not be read", fix))
     if asked := [node for node in found if node.host in named]:
-        checks.append(
-            Check(
-                "excluded",
-                WARNING,
-                f"--nodelist: {some([node.host for node in asked])} failed its check lately",
-                _said(asked, now_s),
-                "leave it out of --nodelist",
-            )
-        )
+        what = f"--nodelist: {some([node.host for node in asked])} failed its check lately"
+        checks.append(_warning(what, _said(asked, now_s), "leave it out of --nodelist"))
+    hosts = tuple(node.host for node in out)
     if not out:
         return replace(spec, avoid=()), checks
-    hosts = tuple(node.host for node in out)
     checks.append(Check("excluded", OK, f"{_said(out, now_s)}; {WHERE}"))
-    before = spec.origin.get("job.exclude", "default").partition("; also ")[0]
-    origin = f"{before}; also {compress(hosts)}, which failed their check ({WHERE}): in job.sbatch alone"
+    asked_for = spec.origin.get("job.exclude", "default")
+    origin = f"{asked_for}; also {compress(hosts)}, which failed their check ({WHERE}): in job.sbatch alone"
     return replace(spec, avoid=hosts, origin={**spec.origin, "job.exclude": origin}), checks
+
+
+def _warning(what: str, why: str, fix: str) -> Check:
+    return Check("excluded", WARNING, what, why, fix)
 
 
 def _said(nodes: Sequence[BadNode], now_s: float) -> str:

@@ -89,12 +89,11 @@ def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, lis
         what = f"nodes that failed their check are not remembered: {error.what}"
         checks = [Check("excluded", WARNING, what, "", error.fix)]
     try:
-        nodes, of_names = bad_nodes.of_cluster_or_only(facts.name, now_s)
+        spec, more = bad_nodes.without_remembered(spec, facts, now_s)
     except LauncherError as error:
         what = f"nodes that failed their check are not left out: {error.what}"
-        return spec, [*checks, Check("excluded", WARNING, what, "", error.fix)]
-    spec, more = bad_nodes.without(spec, facts, nodes, now_s)
-    return spec, [*checks, *of_names, *more]
+        more = [Check("excluded", WARNING, what, "", error.fix)]
+    return spec, [*checks, *more]
 
 
 def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:

@@ -18,9 +18,12 @@ from launcher.base.values import whole
 from launcher.config.spec import RunSpec
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
-from launcher.runs.node_records import REASON, ended_unfit
 from launcher.scheduler import local, slurm
 from launcher.scheduler.state import FAILED, UNKNOWN, WAITING, JobState
+
+CHECK_FAILED = 20  # the exit code of a job with a node that failed its check: slurm/node.py's
+HIDDEN_BY = (143, 137)  # what srun makes of it where it ended the other nodes' tasks first: 128 + SIGTERM, SIGKILL
+UNFIT = "a node failed its check before training"
 
 
 def submit(
@@ -221,8 +224,8 @@ def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
         return JobState("COMPLETED", "end.json", exit_code=0)
     if end.get("signal") == "TERM" and (run.path / "cancelled").exists():
         return JobState("CANCELLED", "end.json", exit_code=code)
-    if ended_unfit(code, run.path):
-        return JobState("FAILED", "end.json", REASON, code, unfit=True)
+    if code == CHECK_FAILED or (code in HIDDEN_BY and any(node.get("ok") is False for node in run.node_records)):
+        return JobState("FAILED", "end.json", UNFIT, code, unfit=True)
     if end.get("signal"):
         return JobState("FAILED", "end.json", f"ended by SIG{end['signal']}", code)
     return JobState("FAILED", "end.json", exit_code=code)

@@ -37,6 +37,7 @@ from launcher.base.files import (
 )
 from launcher.base.output import warn
 from launcher.base.values import whole
+from launcher.config.hardware import of_gpu
 from launcher.config.layers import run_toml
 from launcher.config.render import render
 from launcher.config.spec import S3, RunSpec, node_config
@@ -111,6 +112,12 @@ class Run:
     def end(self) -> dict[str, Any] | None:
         return read_json(self.path / "end.json")
 
+    @property
+    def node_records(self) -> list[dict[str, Any]]:
+        """What the nodes wrote about their own check, in the job's order."""
+        files = sorted((self.path / "nodes").glob("[0-9]*-*.json"))
+        return [record for file in files if (record := read_json(file))]
+
     def forget_secrets(self) -> None:
         with suppress(OSError):
             (self.path / SECRETS).unlink(missing_ok=True)
@@ -124,7 +131,7 @@ class Run:
             return ""
 
 
-TABLES = ("job", "profile", "recipe", "env", "titan", "placed")
+TABLES = ("job", "profile", "recipe", "env", "titan", "placed", "hardware")
 _SCHEMA_1 = {
     "job": {"nodes": "nodes", "gpu": "profile", "init_from": "init_from"},
     "profile": {"gpu": "gpu", "device": "device", "gpus_per_node": "gpus_per_node", "scratch": "scratch"},
@@ -217,7 +224,9 @@ def _fill(directory: Path, spec: RunSpec, now_s: float) -> None:
         package.mkdir()
         for name, text in S3_PACKAGE.items():
             write_text(package / name, text)
-    write_json(job / "node.json", node_config(spec))
+    known = of_gpu(spec.profile.gpu)
+    limits = {"peak_tflops": known.peak_tflops, "max_uptime_days": known.max_uptime_days} if known else {}
+    write_json(job / "node.json", {**node_config(spec), "hardware": limits})
     write_text(directory / "run.toml", run_toml(spec))
 
     write_text(directory / "job.sbatch", render(spec), 0o755)

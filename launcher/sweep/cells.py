@@ -1,19 +1,31 @@
-"""The cells of a sweep as they are on disk and in Slurm, and whether those to come can run."""
+"""The cells of a sweep: which there are, under which names, how their runs stand, and whether the next can start.
+
+A cell's run is named SWEEP-RECIPE-NODESn-bBATCH, and -2, -3 ... behind it where the cell was tried again. There is no
+other record of a sweep: the same command again finds its runs by these names.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.finding import ERROR, OK, refusal, sentence
-from launcher.base.output import warn
+from launcher.base.output import some, warn
+from launcher.base.secret import looks_secret
 from launcher.config import resolve
 from launcher.config.layers import Layer, absolute, merge, read_layer
 from launcher.config.options import RunOptions
-from launcher.config.spec import RunSpec
+from launcher.config.spec import NAME, RunSpec
 from launcher.preflight import readiness
 from launcher.preflight.local_files import look_here
 from launcher.results.outcome import Outcome
@@ -21,7 +33,15 @@ from launcher.results.read import outcome_of
 from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
-from launcher.sweep import table as matrix
+
+MAX_CELLS = 100  # a slip of the keyboard otherwise fills Slurm's queue; docs/sweep.md says so
+MAX_ATTEMPTS = 99
+LONGEST_NAME = 60  # of the 63 characters of a run's name: "-99" still fits behind it
+# The lists of a sweep. The last changes fastest, so that a scaling curve is complete early.
+AXES = {"job.recipe": "--recipe", "recipe.local_batch_size": "--batch-size", "job.nodes": "--nodes"}
+# Where and for how long a run waits and goes on, not what it measures: another choice makes no other cell.
+WHERE = {"job.name", "job.runs_dir", "job.slurm_bin", "job.time", "job.account", "job.qos", "job.reservation"}
+WHERE |= {"job.nodelist", "job.exclude", "job.segment", "job.check"}
 
 
 @dataclass(frozen=True)
@@ -29,8 +49,12 @@ class Cell:
     """A cell's settings under its own name, its runs so far in order, and how the last of them stands."""
 
     spec: RunSpec
-    runs: tuple[Run, ...]
-    state: JobState | None
+    runs: tuple[Run, ...] = ()
+    state: JobState | None = None
+
+    @property
+    def is_going(self) -> bool:
+        return self.state is not None and self.state.active
 
     @property
     def is_cut_off(self) -> bool:
@@ -40,37 +64,62 @@ class Cell:
             return False
         return not run.job and not run.claimed_by and not run.is_copy
 
-    @property
+    @cached_property
     def outcome(self) -> Outcome | None:
-        """The result of its last run, read from its logs at each call."""
+        """The result of its last run, from its logs."""
         return outcome_of(self.runs[-1], self.state, with_data_share=False) if self.runs and self.state else None
 
     def has_next(self, retry: bool) -> bool:
-        """Whether it is to be submitted, as `sweep.has_next` has it."""
-        complete = bool(retry and (found := self.outcome) and found.complete)
-        return matrix.has_next(self.state, self.is_cut_off, retry, complete)
+        complete = retry and self.outcome is not None and self.outcome.complete
+        return has_next(self.state, self.is_cut_off, retry, complete)
 
     @property
     def next_spec(self) -> RunSpec:
         if not self.runs:
             return self.spec
-        return resolve.renamed(
-            self.spec, matrix.attempt_name(self.spec.job.name, len(self.runs) + 1), "launcher sweep, again"
-        )
+        name = attempt_name(self.spec.job.name, len(self.runs) + 1)
+        return resolve.renamed(self.spec, name, "launcher sweep, again")
+
+    def node_hours(self, now_s: float) -> float | None:
+        """Of all its runs, from their scripts' own times; None where one began and nothing says when it ended."""
+        total = 0.0
+        for run in self.runs:
+            end = run.end or {}
+            began, ended = end.get("began_at"), end.get("ended_at")
+            if type(began) is not int or type(ended) is not int:
+                try:
+                    began = (run.path / "claim" / "job_id").stat().st_mtime
+                except OSError:  # never began
+                    continue
+                if not (self.is_going and run is self.runs[-1]):
+                    return None
+                ended = now_s
+            total += self.spec.job.nodes * max(ended - began, 0) / 3600
+        return total
+
+
+def has_next(state: JobState | None, is_cut_off: bool, retry: bool, complete: bool) -> bool:
+    """Whether a cell is to be submitted: never tried, cut off before Slurm had it, or ended without a whole result
+    and to be tried again. `state`: of its last run, None where there is none.
+    """
+    return state is None or is_cut_off or (retry and not state.active and not complete)
 
 
 def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
     """The sweep's name and every cell under its own. Raises LauncherError for those that cannot be, together."""
     values, origin = dict(options.values), dict(options.origin)
     name = str(values.pop("job.name", ""))
-    nodes, recipes, batches = (values.pop(key, ()) for key in matrix.AXES)
-    recipes = [absolute("job.recipe", recipe, Path.cwd()) for recipe in recipes]
-    shapes = matrix.matrix(recipes, nodes, batches)
+    lists = [values.pop(key, ()) or (None,) for key in AXES]
+    count = math.prod(map(len, lists))
+    if count > MAX_CELLS:
+        raise LauncherError(
+            f"{count:,} combinations: a sweep has at most {MAX_CELLS}", "shorter lists, or several sweeps"
+        )
     problems: dict[str, LauncherError] = {}
     specs: list[RunSpec] = []
-    for shape in shapes:
-        mine = dict(zip(matrix.AXES, (shape.nodes, shape.recipe, shape.batch), strict=True))
-        chosen = {key: value for key, value in mine.items() if value is not None}
+    for combination in product(*lists):
+        pairs = zip(AXES, combination, strict=True)
+        chosen = {key: absolute(key, value, Path.cwd()) for key, value in pairs if value is not None}
         layer = Layer(
             values | {"job.name": "sweep"} | chosen,
             origin | dict.fromkeys(("job.name", *chosen), "launcher sweep"),
@@ -79,17 +128,17 @@ def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
         try:
             spec = resolve.resolve(layer, options.config, options.run_file, os.environ)
         except LauncherError as error:
-            problems[str(shape)] = error
+            problems[" ".join(f"{AXES[key]} {value}" for key, value in chosen.items())] = error
             continue
         if options.run_file is None:  # asked of Slurm or the machine once, not for each cell
             values["job.gpu"], origin["job.gpu"] = spec.job.gpu, spec.origin["job.gpu"]
         specs.append(spec)
     if problems:
-        raise matrix.refused_together(problems, len(shapes))
-    name = name or matrix.default_name(specs)
+        raise _refused_together(problems, count)
+    name = name or _default_name(specs)
     named: dict[str, RunSpec] = {}
     for spec in specs:
-        cell = matrix.cell_name(name, spec)
+        cell = cell_name(name, spec)
         if cell in named:
             raise LauncherError(
                 f"two cells would be named {cell}: {named[cell].job.recipe} and {spec.job.recipe}",
@@ -99,38 +148,79 @@ def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
     return name, list(named.values())
 
 
+def cell_name(sweep: str, spec: RunSpec) -> str:
+    """The run's name. Raises LauncherError where it would be too long, or the sweep's name is none."""
+    if not NAME.fullmatch(sweep):
+        raise LauncherError(
+            f"--name {sweep[:80]!r}: letters, digits, '.', '_' and '-', beginning with a letter or digit",
+            "--name scaling",
+        )
+    recipe = re.sub(r"[^A-Za-z0-9._-]", "-", Path(spec.job.recipe).stem)
+    name = f"{sweep}-{recipe}-{spec.job.nodes}n-b{spec.recipe.local_batch_size}"
+    if len(name) > LONGEST_NAME:
+        raise LauncherError(
+            f"{name[:100]}: a name of {len(name)} characters; a cell's has at most {LONGEST_NAME}",
+            f"a --name that is {len(name) - LONGEST_NAME} characters shorter, or a shorter file name of the recipe",
+        )
+    return name
+
+
+def attempt_name(cell: str, attempt: int) -> str:
+    return cell if attempt == 1 else f"{cell}-{attempt}"
+
+
+def _default_name(specs: Sequence[RunSpec]) -> str:
+    """The same for the same matrix and settings, whatever the order of the lists."""
+    text = json.dumps(sorted(json.dumps(_comparable(spec), sort_keys=True) for spec in specs))
+    return f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _comparable(spec: RunSpec) -> dict[str, Any]:
+    """What decides a cell's figures: every setting but where and how long it runs."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in spec.values().items() if key not in WHERE}
+
+
 def standings(specs: Sequence[RunSpec]) -> list[Cell]:
     """Every cell with its runs. Raises LauncherError where one has other settings, or Slurm is needed and silent."""
-    found: dict[str, list[Run]] = {}
-    for spec in specs:
-        mine = found[spec.job.name] = []
-        for attempt in range(1, matrix.MAX_ATTEMPTS + 1):
-            path = Path(spec.job.runs_dir) / matrix.attempt_name(spec.job.name, attempt)
-            if not os.path.lexists(path):
-                break
-            mine.append(Run(path))
-        else:
-            raise LauncherError(f"{spec.job.name} was tried {len(mine)} times", "another --name")
-        if not mine:
-            continue
-        earlier = merge([read_layer(mine[-1].path / "run.toml", f"file {mine[-1].path}/run.toml")])
-        if changed := matrix.differences(earlier, spec):
-            raise LauncherError(
-                f"{mine[-1].name} exists with other settings: {'; '.join(changed[:4])}",
-                "another --name, or the settings of before",
-                status=ExitStatus.EXISTS,
-                original="\n".join(changed[4:]),
-            )
-    last = [mine[-1] for mine in found.values() if mine]
+    tried = [_runs_of(spec) for spec in specs]
+    last = [found[-1] for found in tried if found]
     states = control.states(last)
     for run in last:
         if not states[run.name].known:
             # Raises where Slurm is silent: nothing is submitted on a guess.
             states[run.name] = control.state(run)
     return [
-        Cell(spec, tuple(mine), states[mine[-1].name] if mine else None)
-        for spec, mine in zip(specs, found.values(), strict=True)
+        Cell(spec, found, states[found[-1].name]) if found else Cell(spec)
+        for spec, found in zip(specs, tried, strict=True)
     ]
+
+
+def _runs_of(spec: RunSpec) -> tuple[Run, ...]:
+    """A cell's runs in order. Raises LauncherError for too many, and where the last is of other settings."""
+    found: list[Run] = []
+    while os.path.lexists(path := Path(spec.job.runs_dir) / attempt_name(spec.job.name, len(found) + 1)):
+        found.append(Run(path))
+        if len(found) == MAX_ATTEMPTS:
+            raise LauncherError(f"{spec.job.name} was tried {len(found)} times", "another --name")
+    if not found:
+        return ()
+    file = found[-1].path / "run.toml"
+    old, new = _comparable(merge([read_layer(file, f"file {file}")])), _comparable(spec)
+    changed = [
+        f"{key} is another secret now"
+        if looks_secret(key, old.get(key)) or looks_secret(key, new.get(key))
+        else f"{key} was {old.get(key, 'not set')!r}, is {new.get(key, 'not set')!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise LauncherError(
+            f"{found[-1].name} exists with other settings: {'; '.join(changed[:4])}",
+            "another --name, or the settings of before",
+            status=ExitStatus.EXISTS,
+            original="\n".join(changed[4:]),
+        )
+    return tuple(found)
 
 
 def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: int) -> list[tuple[Cell, RunSpec]]:
@@ -138,9 +228,8 @@ def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: i
     ready: list[tuple[Cell, RunSpec]] = []
     problems: dict[str, LauncherError] = {}
     notes: dict[str, None] = {}
-    facts = None
-    if wanted and wanted[0].spec.job.scheduler == "slurm" and not dry_run:
-        facts = readiness.facts_now()
+    ask_slurm = wanted and wanted[0].spec.job.scheduler == "slurm" and not dry_run
+    facts = readiness.facts_now() if ask_slurm else None
     for cell in wanted:
         spec = cell.next_spec
         try:
@@ -151,14 +240,31 @@ def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: i
         except LauncherError as error:
             problems[spec.job.name] = error
             continue
-        refused = refusal(checks, force)
-        if refused:
+        if refused := refusal(checks, force):
             problems[spec.job.name] = refused
         said = [check for check in checks if check.status != OK and not (refused and check.status == ERROR)]
         notes |= {sentence(check): None for check in said}
         ready.append((cell, spec))
     if problems:
-        raise matrix.refused_together(problems, cells)
+        raise _refused_together(problems, cells)
     for note in notes:
         warn(note)
     return ready
+
+
+def _refused_together(problems: Mapping[str, LauncherError], cells: int) -> LauncherError:
+    """One error of all cells that cannot run, by their names; equal ones once."""
+    first = next(iter(problems.values()))
+    having: dict[tuple[str, str], list[str]] = {}
+    for name, error in problems.items():
+        having.setdefault((error.what, error.fix), []).append(name)
+    lines = [f"{some(names)}: {what}" + (f"; {fix}" if fix else "") for (what, fix), names in having.items()]
+    count = f"{len(problems)} of {cells} cells"
+    if len(problems) == cells:
+        count = f"all {cells} cells" if cells > 1 else "the one cell"
+    return LauncherError(
+        f"{count} cannot run, so nothing was submitted: {first.what}{', and more' if len(lines) > 1 else ''}",
+        first.fix,
+        status=first.status,
+        original="\n".join(lines) if len(lines) > 1 else first.original,
+    )

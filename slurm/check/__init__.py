@@ -7,6 +7,8 @@ library only at import time, nothing newer than Python 3.10, relative imports on
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 
 def problem(name: str, what: str, fix: str, fault: str = "node") -> dict[str, str]:
     """Why a node cannot train. `fault` is "node" (its own: GPU, disk, mount) or "run" (would fail anywhere).
@@ -19,3 +21,21 @@ def problem(name: str, what: str, fix: str, fault: str = "node") -> dict[str, st
 
 def warning(name: str, what: str) -> dict[str, str]:
     return {"name": name, "what": " ".join(what.split())}
+
+
+@dataclass
+class Findings:
+    """What is wrong with a node. Problems stop the job, warnings do not; "name" is their code, the same for ever."""
+
+    problems: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+
+    def problem(self, name: str, what: str, fix: str, fault: str = "node") -> None:
+        self.problems.append(problem(name, what, fix, fault))
+
+    def warning(self, name: str, what: str) -> None:
+        self.warnings.append(warning(name, what))
+
+    def add(self, more: Findings) -> None:
+        self.problems += more.problems
+        self.warnings += more.warnings

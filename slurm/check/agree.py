@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import problem
+from . import Findings, problem
 from .health import look_after_load
 from .meeting import Guest, Host, Lost, port_of
 from .verdict import judge
@@ -21,31 +21,33 @@ REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may st
 HELLO_S, MEASURE_S, COLLECTIVE_S = 600, 180, 300
 
 
-def measure(crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]) -> dict[str, Any]:
-    """Each GPU's figures and the all-reduce in this node: {"speed", "allreduce_node_gbs", "problems", "warnings"}."""
+def measure(
+    crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]
+) -> tuple[dict[str, Any], Findings]:
+    """Each GPU's figures and the all-reduce in this node ("speed", "allreduce_node_gbs"), and what is wrong."""
     what = "GPU" if node["profile"]["device"] == "cuda" else "rank"
-    found: dict[str, Any] = {"speed": [], "problems": [], "warnings": []}
+    facts: dict[str, Any] = {"speed": []}
+    found = Findings()
     fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
     measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
     # A sick GPU fails by itself; all of several at once do for want of a library, say.
     fault = "run" if len(crew) > 1 and all("problem" in answer for answer in measured) else "node"
     for gpu, answer in enumerate(measured):
         if "problem" in answer:
-            found["problems"].append(problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault))
+            found.problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault)
         else:
-            found["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
+            facts["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
     if node["profile"]["device"] == "cuda":
-        problems, found["warnings"] = look_after_load(host, env)
-        found["problems"] += problems
-    if len(crew) > 1 and not found["problems"]:
+        found.add(look_after_load(host, env))
+    if len(crew) > 1 and not found.problems:
         place = crew[0].errors.with_name("store")
         answers = ask(crew, [_sum(rank, len(crew), file=str(place)) for rank in range(len(crew))], COLLECTIVE_S)
         value, why = _slowest(answers, what, 0)
         if why:
-            found["problems"].append(problem("all-reduce-node", why, fix, "run"))
+            found.problem("all-reduce-node", why, fix, "run")
         else:
-            found["allreduce_node_gbs"] = value
-    return found
+            facts["allreduce_node_gbs"] = value
+    return facts, found
 
 
 def agree(
@@ -63,7 +65,7 @@ def agree(
     Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together.
     """
     if node["job"]["nodes"] == 1:
-        verdict = judge({0: facts}, 1, node["profile"]["device"])
+        verdict = judge({0: facts}, node)
         publish(verdict)
         return verdict
     if facts["node"] == 0:
@@ -93,9 +95,8 @@ def _lead(
     port: int,
     job: str,
 ) -> dict[str, Any]:
-    nodes, device, run_dir = node["job"]["nodes"], node["profile"]["device"], Path(node["placed"]["run_dir"])
     try:
-        host = Host(port, job, nodes)
+        host = Host(port, job, node["job"]["nodes"])
     except OSError as error:
         raise Lost(
             f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}; submitted again, the job "
@@ -107,10 +108,11 @@ def _lead(
             lambda record: UNFIT_S if record.get("problems") else None,
         )
         records = {0: facts, **heard}
-        absent = set(range(nodes)) - records.keys()
+        absent = set(range(node["job"]["nodes"])) - records.keys()
         # Those who are late while an unfit node is known were not waited for: nothing can be said of them.
-        named = {} if any(r.get("problems") for r in records.values()) else _hosts(absent, run_dir)
-        verdict = judge(_timed(records), nodes, device, named)
+        is_unfit = any(record.get("problems") for record in records.values())
+        named = {} if is_unfit else _hosts(absent, Path(node["placed"]["run_dir"]))
+        verdict = judge(_timed(records), node, named)
         if verdict["ok"] and crew and facts["check"] == "full":
             opened = ask(crew[:1], [{"do": "host"}], 60)[0]
             if "port" in opened:
@@ -119,11 +121,11 @@ def _lead(
                 results = host.gather(COLLECTIVE_S + UNFIT_S)
                 for number, result in results.items():
                     _merge(records[number], result)
-                lost = set(range(1, nodes)) - results.keys()
-                verdict = judge(_timed(records), nodes, device, {n: records[n]["host"] for n in lost})
+                lost = set(range(1, node["job"]["nodes"])) - results.keys()
+                named = {number: records[number]["host"] for number in lost}
             else:
                 facts["problems"].append(problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run"))
-                verdict = judge(_timed(records), nodes, device)
+            verdict = judge(_timed(records), node, named)
         publish(verdict)
         host.tell({"verdict": verdict})
         return verdict
@@ -134,9 +136,8 @@ def _lead(
 def _across(crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, port: int) -> dict[str, Any]:
     """This node's part of the all-reduce over all ranks of the job."""
     each = len(crew)
-    commands = [
-        _sum(node_id * each + rank, node["job"]["nodes"] * each, address=address, port=port) for rank in range(each)
-    ]
+    ranks = node["job"]["nodes"] * each
+    commands = [_sum(node_id * each + rank, ranks, address=address, port=port) for rank in range(each)]
     value, why = _slowest(ask(crew, commands, COLLECTIVE_S), "rank", node_id * each)
     if why:
         fix = "NCCL_DEBUG=INFO (--env NCCL_DEBUG=INFO) shows the network that was tried; the firewall between the nodes"

@@ -16,23 +16,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import problem, warning
+from . import warning
 
 METRICS = {  # key of a record's `speed` -> what it is called, unit
     "product_tflops": ("matrix product", "TFLOP/s"),
     "copy_gbs": ("memory copy", "GB/s"),
     "allreduce_node_gbs": ("all-reduce in the node", "GB/s"),
 }
-# Dense bf16 TFLOP/s of NVIDIA's data sheets, for a warning alone. Longer names first: GB200 holds B200.
-PEAKS = (
-    ("GB300", 2450),
-    ("GB200", 2450),
-    ("B300", 2250),
-    ("B200", 2250),
-    ("H200", 989),
-    ("H100", 989),
-    ("A100", 312),
-)
 UNFIT = 0.80  # of the median: slower outliers stop the job. A sick GPU, or one whose hardware slows it, loses more.
 SLOW = 0.40  # of the peak; a healthy GPU reaches 65 to 80% in this product
 SKEW_S = 2.0
@@ -87,78 +77,75 @@ def _figures(records: Mapping[int, Mapping[str, Any]], metric: str) -> list[tupl
 
 
 def judge(
-    records: Mapping[int, Mapping[str, Any]], nodes: int, device: str, absent: Mapping[int, str] | None = None
+    records: Mapping[int, Mapping[str, Any]], node: Mapping[str, Any], absent: Mapping[int, str] | None = None
 ) -> dict[str, Any]:
-    """The content of nodes/check.json. `absent`: nodes that were waited for in vain, with their host names."""
+    """The content of nodes/check.json. `node`: node.json; `absent`: hosts of nodes that were waited for in vain."""
+    device, nodes = node["profile"]["device"], node["job"]["nodes"]
     slow = outliers(records, device)
-    unfit = [_named(records, node, p) for node, record in sorted(records.items()) for p in record.get("problems", ())]
-    unfit = _whose_fault(unfit, records)
-    slower = []
+    unfit = _of_all(records, "problems")
+    for one in unfit:
+        one["why"] = one.pop("what")
+    unfit = _whose_fault(unfit, len(records))
+    warnings = _of_all(records, "warnings")
     for one in slow:
         name, unit = METRICS[one["metric"]]
         gpu = "" if one["gpu"] is None else f"{'GPU' if device == 'cuda' else 'rank'} {one['gpu']}: "
         what = f"{gpu}{name} at {one['value']:.4g} {unit}, the median of the job is {one['median']:.4g}"
+        place = {"node": one["node"], "host": one["host"]}
         if one["unfit"]:
-            entry = problem("slow", what, f"leave the node out: --exclude {one['host']}")
-            unfit.append(_named(records, one["node"], entry))
+            fix = f"leave the node out: --exclude {one['host']}"
+            unfit.append({**place, "name": "slow", "why": what, "fix": fix, "fault": "node"})
         else:
-            slower.append(_named(records, one["node"], warning("slow", what)))
+            warnings.append({**place, **warning("slow", what)})
     # Where half of the nodes or more do not come, it is the network, or the node that all of them are to come to.
     fault = "node" if 2 * len(absent or ()) < nodes else "run"
-    unfit += [
-        {
-            "node": node,
-            "host": host,
-            **problem(
-                "absent",
-                "did not come to the meeting of the nodes",
-                f"its log; or leave it out: --exclude {host}",
-                fault,
-            ),
-        }
-        for node, host in sorted((absent or {}).items())
-    ]
+    why = "did not come to the meeting of the nodes"
+    for number, host in sorted((absent or {}).items()):
+        fix = f"its log; or leave it out: --exclude {host}"
+        unfit.append({"node": number, "host": host, "name": "absent", "why": why, "fix": fix, "fault": fault})
+    peak = node.get("hardware", {}).get("peak_tflops", 0)
+    compared = _disagreements(records, peak if device == "cuda" else 0)
     return {
         "schema": 1,
         "nodes": nodes,
         "ok": not unfit,
         "unfit": unfit,
         "outliers": slow,
-        "warnings": [
-            *(_named(records, node, w) for node, record in sorted(records.items()) for w in record.get("warnings", ())),
-            *slower,
-            *_disagreements(records, device),
-        ],
+        "warnings": [*warnings, *({"node": None, "host": "", **one} for one in compared)],
         "figures": _summary(records),
     }
 
 
-def _named(records: Mapping[int, Mapping[str, Any]], node: int, entry: Mapping[str, str]) -> dict[str, Any]:
-    renamed = {"why" if key == "what" and "fix" in entry else key: value for key, value in entry.items()}
-    return {"node": node, "host": records[node].get("host", "?"), **renamed}
+def _of_all(records: Mapping[int, Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The problems or warnings of all nodes, each with its node."""
+    return [
+        {"node": node, "host": record.get("host", "?"), **one}
+        for node, record in sorted(records.items())
+        for one in record.get(key, ())
+    ]
 
 
-def _whose_fault(unfit: list[dict[str, Any]], records: Mapping[int, Any]) -> list[dict[str, Any]]:
+def _whose_fault(unfit: list[dict[str, Any]], nodes: int) -> list[dict[str, Any]]:
     """What only a few nodes have is theirs; what all of three or more have is the run's, whatever each thought.
 
     In between, as with a file system that half of them cannot reach, and where there is nobody to be compared with, the
     fault stays that was named where the problem was found. Nobody is blamed for what nobody foresaw.
     """
-    having = {name: {one["node"] for one in unfit if one["name"] == name} for name in {u["name"] for u in unfit}}
     settled = []
     for one in unfit:
-        who = having[one["name"]]
+        having = len({other["node"] for other in unfit if other["name"] == one["name"]})
         fault = one["fault"]
         if one["name"] not in ("meeting", "all-reduce", "unexpected"):
-            if len(who) < len(records) and (len(who) == 1 or 2 * len(who) < len(records)):
+            if having < nodes and (having == 1 or 2 * having < nodes):
                 fault = "node"
-            elif 2 < len(records) == len(who):
+            elif 2 < nodes == having:
                 fault = "run"
         settled.append({**one, "fault": fault})
     return settled
 
 
-def _disagreements(records: Mapping[int, Mapping[str, Any]], device: str) -> list[dict[str, Any]]:
+def _disagreements(records: Mapping[int, Mapping[str, Any]], peak_tflops: float) -> list[dict[str, str]]:
+    """Warnings about the job: what differs between its nodes, and GPUs that are all far below their peak (0: any)."""
     found: list[dict[str, str]] = []
     for key in ("torch", "torchtitan", "nccl", "driver", "gpu"):
         by_value: dict[str, list[str]] = {}
@@ -172,27 +159,17 @@ def _disagreements(records: Mapping[int, Mapping[str, Any]], device: str) -> lis
     domains = _domains(records)
     if len(domains) > 1:
         sizes = " + ".join(str(len(hosts)) for hosts in domains.values())
-        found.append(
-            warning(
-                "fabric",
-                f"the job straddles {len(domains)} NVLink domains ({sizes} nodes): traffic between them is slower",
-            )
-        )
+        what = f"the job straddles {len(domains)} NVLink domains ({sizes} nodes): traffic between them is slower"
+        found.append(warning("fabric", what))
     for record in records.values():
         if abs(skew := record.get("clock_skew_s") or 0) > SKEW_S:
             text = f"{record.get('host')}'s clock is {skew:+.1f} s from node 0's: its log's times too"
             found.append(warning("clock", text))
-    products = [value for _, _, value in _figures(records, "product_tflops")]
-    name = next((str(record.get("gpu", "")) for record in records.values()), "")
-    peak = next((peak for part, peak in PEAKS if part in name), 0)
-    if device == "cuda" and products and peak and max(products) < SLOW * peak:
-        found.append(
-            warning(
-                "product",
-                f"no GPU reaches {SLOW:.0%} of the {peak} TFLOP/s of its data sheet: {max(products):.0f} at most",
-            )
-        )
-    return [{"node": None, "host": "", **entry} for entry in found]
+    best = max((value for _, _, value in _figures(records, "product_tflops")), default=0)
+    if 0 < best < SLOW * peak_tflops:
+        what = f"no GPU reaches {SLOW:.0%} of the {peak_tflops:g} TFLOP/s of its data sheet: {best:.0f} at most"
+        found.append(warning("product", what))
+    return found
 
 
 def _domains(records: Mapping[int, Mapping[str, Any]]) -> dict[tuple[str, str], set[str]]:

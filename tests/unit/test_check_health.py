@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from slurm.check import health, smi
 
 UUIDS = [f"GPU-0000000{n}-1111-2222-3333-444444444444" for n in range(4)]
-GENERAL = smi.GROUPS["general"][0][1]
-REASONS = smi.GROUPS["clocks"][0][1]
-OLD_REASONS = smi.GROUPS["clocks"][1][1]
-FABRIC = smi.GROUPS["fabric"][0][1]
+FIELDS, OLD_REASONS = dict[str, Mapping[str, str]](), smi.QUERIES[6].fields
+for query in smi.QUERIES:
+    FIELDS.setdefault(query.group, query.fields)
 
 
 def asked(nodes: int, gpus: int) -> dict[str, Any]:
@@ -28,33 +27,27 @@ def asked(nodes: int, gpus: int) -> dict[str, Any]:
 
 def general(**values: str) -> str:
     """nvidia-smi's lines for four idle GPUs; `values` for GPU 2."""
-    rows = []
-    for index, uuid in enumerate(UUIDS):
-        row = {
-            "index": str(index),
-            "name": "NVIDIA H100 80GB HBM3",
-            "driver": "570.124.06",
-            "used": "4",
-            "total": "81559",
-            "temp": "31",
-        }
-        row |= values if index == 2 else {}
-        rows.append(", ".join([uuid, *row.values()]))
+    idle = {"name": "NVIDIA H100 80GB HBM3", "driver": "570.124.06", "used": "4", "total": "81559", "temp": "31"}
+    rows = [
+        ", ".join([uuid, str(index), *(idle | (values if index == 2 else {})).values()])
+        for index, uuid in enumerate(UUIDS)
+    ]
     return "\n".join(rows) + "\n"
-
-
-def judged(*answers: tuple[Any, str | None], arch: str = "x86_64", alone: bool = False) -> tuple[list[str], list[str]]:
-    problems, warnings = health.judge_gpus(smi.join(answers), "gpu001", alone=alone, arch=arch)
-    assert all(one["fault"] == "node" and one["fix"] for one in problems)
-    return [one["what"] for one in problems], [one["what"] for one in warnings]
 
 
 def of_gpu_2(good: str, bad: str) -> str:
     return "".join(f"{uuid}, {bad if index == 2 else good}\n" for index, uuid in enumerate(UUIDS))
 
 
+def judged(*answers: tuple[Any, str | None], arch: str = "x86_64", alone: bool = False) -> tuple[list[str], list[str]]:
+    """What is said of four GPUs: problems, warnings."""
+    found = health.judge_gpus(smi.join([(FIELDS["general"], general()), *answers]), "h", alone=alone, arch=arch)
+    assert all(one["fault"] == "node" and one["fix"] for one in found.problems)
+    return [one["what"] for one in found.problems], [one["what"] for one in found.warnings]
+
+
 def test_idle_gpus_are_fit() -> None:
-    gpus = smi.join([(GENERAL, general())])
+    gpus = smi.join([(FIELDS["general"], general())])
     assert [gpu["index"] for gpu in gpus] == [0, 1, 2, 3]
     assert gpus[0] == {
         "uuid": UUIDS[0],
@@ -65,97 +58,101 @@ def test_idle_gpus_are_fit() -> None:
         "memory_total_mib": 81559,
         "temperature_c": 31,
     }
-    assert judged((GENERAL, general())) == ([], [])
+    assert judged() == ([], [])
 
 
-@pytest.mark.parametrize(
-    ("fields", "good", "bad", "said"),
-    [
-        (smi.GROUPS["ecc"][0][1], "0", "3", "GPU 2: 3 uncorrected memory errors"),
-        (smi.GROUPS["rows"][0][1], "0, 0", "0, 1", "GPU 2: the remapping of a bad memory row has failed"),
-        (
-            REASONS,
-            "Not Active, Not Active, Not Active, Not Active",
-            "Active, Active, Not Active, Not Active",
-            "GPU 2 is slowed down by its hardware at 31 C: hw_slowdown, hw_thermal",
-        ),
-        (
-            OLD_REASONS,
-            "Not Active, Not Active, Not Active, Not Active",
-            "Active, Not Active, Active, Not Active",
-            "hw_slowdown, hw_power_brake_slowdown",
-        ),
-        (FABRIC, "Completed, Success", "In Progress, N/A", "GPU 2 has not joined the NVLink fabric: state In Progress"),
-        (FABRIC, "Completed, Success", "Completed, Insufficient Resources", "status Insufficient Resources"),
-    ],
-    ids=["ecc", "remap failed", "throttled", "throttled, older driver", "fabric", "fabric status"],
+HW, BRAKE, COOLED = (
+    ", ".join("Active" if reason in words else "Not Active" for reason in smi.REASONS)
+    for words in (
+        ("hw_slowdown", "hw_thermal_slowdown"),
+        ("hw_slowdown", "hw_power_brake_slowdown"),
+        ("sw_thermal_slowdown",),
+    )
 )
-def test_a_sick_gpu(fields: Any, good: str, bad: str, said: str) -> None:
-    sick = judged((GENERAL, general()), (fields, of_gpu_2(good, bad)))
-    assert len(sick[0]) == 1 and said in sick[0][0], sick
-    assert judged((GENERAL, general()), (fields, of_gpu_2(good, good))) == ([], [])
+NO_REASON = ", ".join(["Not Active"] * 4)
 
 
-RECOVERY = smi.GROUPS["recovery"][0][1]
+class Sick(NamedTuple):
+    """What nvidia-smi says of a healthy GPU and of GPU 2, and what is made of it: a problem, or a warning."""
+
+    group: str
+    good: str
+    bad: str
+    problem: str = ""
+    warning: str = ""
+    action: str = ""  # that the driver asks for, where it says one
 
 
-def test_memory_errors_are_judged_by_what_the_driver_asks_for() -> None:
-    ecc = (smi.GROUPS["ecc"][0][1], of_gpu_2("0", "3"))
-    problems, warnings = judged((GENERAL, general()), ecc, (RECOVERY, of_gpu_2("None", "None")))
-    assert problems == [] and "GPU 2: 3 uncorrected" in warnings[0]  # the driver has dealt with them
-    assert judged((GENERAL, general()), ecc, (RECOVERY, of_gpu_2("None", "[N/A]")))[0]  # it does not say
-    for action in ("Reset", "Reboot", "Drain P2P", "Drain and Reset"):
-        (problem,), _ = judged((GENERAL, general()), (RECOVERY, of_gpu_2("None", action)))
-        assert problem == f"GPU 2 has a fault, for which the driver asks for: {action}"
+SICK = {
+    "memory errors": Sick("ecc", "0", "3", "GPU 2: 3 uncorrected memory errors"),
+    "memory errors, dealt with": Sick("ecc", "0", "3", "", "GPU 2: 3 uncorrected", action="None"),
+    "memory errors, action not said": Sick("ecc", "0", "3", "GPU 2: 3 uncorrected", action="[N/A]"),
+    "reset": Sick("recovery", "None", "Reset", "GPU 2 has a fault, for which the driver asks for: Reset"),
+    "reboot": Sick("recovery", "None", "Reboot", "the driver asks for: Reboot"),
+    "drain": Sick("recovery", "None", "Drain P2P", "the driver asks for: Drain P2P"),
+    "drain and reset": Sick("recovery", "None", "Drain and Reset", "the driver asks for: Drain and Reset"),
+    "remap failed": Sick("rows", "0, 0", "0, 1", "GPU 2: the remapping of a bad memory row has failed"),
+    "remap waits": Sick("rows", "No, No", "Yes, No", "", "GPU 2: the remapping of a bad memory row waits"),
+    "in pieces": Sick("mig", "Disabled", "Enabled", "MIG is enabled on GPU 2: training needs whole GPUs"),
+    "throttled": Sick("clocks", NO_REASON, HW, "hardware at 31 C: hw_slowdown, hw_thermal_slowdown"),
+    "throttled, older driver": Sick("old clocks", NO_REASON, BRAKE, "hw_slowdown, hw_power_brake_slowdown"),
+    "kept cool": Sick("clocks", NO_REASON, COOLED, "", "GPU 2 is slowed down by the driver"),
+    "fabric": Sick("fabric", "Completed, Success", "In Progress, N/A", "joined the NVLink fabric: state In Progress"),
+    "fabric status": Sick("fabric", "Completed, Success", "Completed, Insufficient", "status Insufficient"),
+}
 
 
-def test_a_gpu_that_is_cut_into_pieces() -> None:
-    mig = smi.GROUPS["mig"][0][1]
-    (problem,), _ = judged((GENERAL, general()), (mig, of_gpu_2("Disabled", "Enabled")))
-    assert problem == "MIG is enabled on GPU 2: training needs whole GPUs"
-    assert judged((GENERAL, general()), (mig, of_gpu_2("Disabled", "[N/A]"))) == ([], [])
-    (one,), _ = health.judge_gpus(smi.join([(mig, of_gpu_2("Disabled", "Enabled"))]), "h", alone=False, arch="")
+@pytest.mark.parametrize("case", SICK.values(), ids=SICK.keys())
+def test_a_sick_gpu(case: Sick) -> None:
+    fields = FIELDS.get(case.group, OLD_REASONS)
+    action = [(FIELDS["recovery"], of_gpu_2("None", case.action))] if case.action else []
+    problems, warnings = judged((fields, of_gpu_2(case.good, case.bad)), *action)
+    assert (len(problems), len(warnings)) == (bool(case.problem), bool(case.warning))
+    assert case.problem in "".join(problems) and case.warning in "".join(warnings)
+    assert judged((fields, of_gpu_2(case.good, case.good))) == ([], [])
+
+
+def test_a_gpu_in_pieces_is_named_for_nvidia_smi() -> None:
+    gpus = smi.join([(FIELDS["mig"], of_gpu_2("Disabled", "Enabled"))])
+    (one,) = health.judge_gpus(gpus, "h", alone=False, arch="").problems
     assert f"nvidia-smi -i {UUIDS[2]} -mig 0" in one["fix"]
 
 
-def test_a_row_that_waits_for_a_reset_is_a_warning() -> None:
-    problems, warnings = judged((GENERAL, general()), (smi.GROUPS["rows"][0][1], of_gpu_2("No, No", "Yes, No")))
-    assert problems == [] and "GPU 2: the remapping of a bad memory row waits" in warnings[0]
+PROCESS = (FIELDS["processes"], f"{UUIDS[2]}, 4711\n")
 
 
-def test_a_gpu_that_the_driver_keeps_cool_is_a_warning() -> None:
-    hot = of_gpu_2("Not Active, Not Active, Not Active, Not Active", "Not Active, Not Active, Not Active, Active")
-    problems, warnings = judged((GENERAL, general()), (REASONS, hot))
-    assert problems == [] and "GPU 2 is slowed down by the driver" in warnings[0]
-
-
-def test_memory_that_somebody_else_uses() -> None:
-    assert judged((GENERAL, general(used="2048"))) == ([], [])
-    assert "GPU 2: 2.0 GiB of its memory are in use" in judged((GENERAL, general(used="2049")))[0][0]
-    # Grace's kernel keeps its page cache there, too: only a process is somebody else
-    process = (smi.GROUPS["processes"][0][1], f"{UUIDS[2]}, 4711\n")
-    assert judged((GENERAL, general(used="4000")), process, arch="aarch64") == ([], [])
-    problems, warnings = judged((GENERAL, general(used="40000")), arch="aarch64")
-    assert problems == [] and "by no process that is seen" in warnings[0]
-    assert "somebody else (process 4711)" in judged((GENERAL, general(used="40000")), process, arch="aarch64")[0][0]
+@pytest.mark.parametrize(
+    ("used", "arch", "answers", "problem", "warning"),
+    [
+        ("2048", "x86_64", [], "", ""),
+        ("2049", "x86_64", [], "GPU 2: 2.0 GiB of its memory are in use", ""),
+        # Grace's kernel keeps its page cache there, too: only a process is somebody else
+        ("4000", "aarch64", [PROCESS], "", ""),
+        ("40000", "aarch64", [], "", "by no process that is seen"),
+        ("40000", "aarch64", [PROCESS], "somebody else (process 4711)", ""),
+    ],
+)
+def test_memory_that_somebody_else_uses(used: str, arch: str, answers: list[Any], problem: str, warning: str) -> None:
+    gpus = smi.join([(FIELDS["general"], general(used=used)), *answers])
+    found = health.judge_gpus(gpus, "h", alone=False, arch=arch)
+    for said, entries in ((problem, found.problems), (warning, found.warnings)):
+        assert [said in one["what"] for one in entries] == ([True] if said else [])
 
 
 def test_one_gpu_alone_needs_no_fabric() -> None:
-    waiting = (FABRIC, of_gpu_2("In Progress, N/A", "In Progress, N/A"))
-    assert judged((GENERAL, general()), waiting, alone=True) == ([], [])
-    assert len(judged((GENERAL, general()), waiting)[0]) == 4
+    waiting = (FIELDS["fabric"], of_gpu_2("In Progress, N/A", "In Progress, N/A"))
+    assert judged(waiting, alone=True) == ([], [])
+    assert len(judged(waiting)[0]) == 4
 
 
 @pytest.mark.parametrize(
     "nothing", ["[N/A]", "N/A", "[Not Supported]", "Not Supported", "[Unknown Error]", "", "¿qué?"]
 )
 def test_what_is_not_said_is_not_zero_and_not_a_fault(nothing: str) -> None:
-    row = of_gpu_2(nothing, nothing)
-    for group in ("ecc", "fabric", "clique"):
-        fields = smi.GROUPS[group][0][1]
-        filled = "".join(f"{uuid}, {', '.join([nothing] * len(fields))}\n" for uuid in UUIDS)
-        assert judged((GENERAL, general()), (fields, filled)) == ([], []), group
-    assert smi.parse_smi(row, smi.GROUPS["ecc"][0][1])[UUIDS[0]] == {"ecc_uncorrected": None}
+    for group in ("ecc", "mig", "fabric", "clique"):
+        row = ", ".join([nothing] * len(FIELDS[group]))
+        assert judged((FIELDS[group], of_gpu_2(row, row))) == ([], []), group
+    assert smi.parse_smi(of_gpu_2(nothing, nothing), FIELDS["ecc"])[UUIDS[0]] == {"ecc_uncorrected": None}
 
 
 @pytest.mark.parametrize(
@@ -171,26 +168,27 @@ def test_what_is_not_said_is_not_zero_and_not_a_fault(nothing: str) -> None:
     ids=["empty", "unknown field", "no driver", "cut off", "zeros", "quotes"],
 )
 def test_what_is_no_answer_is_passed_over(text: str) -> None:
-    assert len(smi.parse_smi(text, GENERAL)) <= 1
-    assert len(smi.join([(GENERAL, general()), (FABRIC, text), (REASONS, None)])) == 4
+    assert len(smi.parse_smi(text, FIELDS["general"])) <= 1
+    answers = [(FIELDS["general"], general()), (FIELDS["fabric"], text), (FIELDS["clocks"], None)]
+    assert len(smi.join(answers)) == 4
 
 
-@given(st.text(max_size=300), st.sampled_from(sorted(smi.GROUPS)))
+@given(st.text(max_size=300), st.sampled_from(sorted(FIELDS)))
 def test_no_text_breaks_the_parser(text: str, group: str) -> None:
-    fields = smi.GROUPS[group][0][1]
+    fields = FIELDS[group]
     health.judge_gpus(smi.join([(fields, text), (fields, f"{UUIDS[0]}, {text}")]), "h", alone=False, arch="x86_64")
 
 
 @pytest.mark.parametrize("alarm", ["[GPU requires reset]", "[GPU is lost]"])
 def test_a_broken_gpu_whose_values_are_an_alarm(alarm: str) -> None:
     said = f"GPU 2 has a fault, nvidia-smi says in the place of its values: {alarm[1:-1]}"
-    assert judged((GENERAL, general(used=alarm, temp=alarm))) == ([said], [])
-    for group in ("ecc", "recovery", "fabric", "clocks"):
-        fields = smi.GROUPS[group][0][1]
-        row = (", ".join(["[N/A]"] * len(fields)), ", ".join([alarm] * len(fields)))
-        assert judged((GENERAL, general()), (fields, of_gpu_2(*row))) == ([said], []), group
     lost = general().replace(UUIDS[2], alarm)  # even its name
-    assert judged((GENERAL, lost)) == ([said], [])
+    for text in (general(used=alarm, temp=alarm), lost):
+        found = health.judge_gpus(smi.join([(FIELDS["general"], text)]), "h", alone=False, arch="x86_64")
+        assert [one["what"] for one in found.problems] == [said] and not found.warnings
+    for group in ("ecc", "recovery", "fabric", "clocks"):
+        row = (", ".join([word] * len(FIELDS[group])) for word in ("[N/A]", alarm))
+        assert judged((FIELDS[group], of_gpu_2(*row))) == ([said], []), group
 
 
 LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost. Reboot the system to recover this GPU"
@@ -204,49 +202,50 @@ LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.
             [f"a GPU does not answer any more: nvidia-smi ended with 15: {LOST}"],
             [],
         ),
-        ("sleep 60", [], [f"nvidia-smi does not say: {', '.join(smi.GROUPS)} (did not answer within 3 s)"]),
+        ("sleep 60", [], [f"nvidia-smi does not say: {', '.join(FIELDS)} (did not answer within 3 s)"]),
         (
             "head -c 300 /dev/urandom",
             [],
-            [f"nvidia-smi does not say: {', '.join(list(smi.GROUPS)[:-1])} (no GPU is in its answer)"],
+            [f"nvidia-smi does not say: {', '.join(list(FIELDS)[:-1])} (no GPU is in its answer)"],
         ),
         (
             "printf 'half\\033 a line' >&2; exit 9",
             [],
-            [f"nvidia-smi does not say: {', '.join(smi.GROUPS)} (ended with 9: half? a line)"],
+            [f"nvidia-smi does not say: {', '.join(FIELDS)} (ended with 9: half? a line)"],
         ),
         (
             'case "$1" in *name*) sleep 60;; *) echo no such field; exit 2;; esac',
             [],
             [
                 "nvidia-smi does not say: general (did not answer within 3 s); "
-                f"{', '.join(list(smi.GROUPS)[1:])} (ended with 2: no such field)"
+                f"{', '.join(list(FIELDS)[1:])} (ended with 2: no such field)"
             ],
         ),
     ],
     ids=["lost", "hangs", "garbage", "fails", "one hangs, the others fail"],
 )
 def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
-    script: str, problems: list[str], warnings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str,
+    problems: list[str],
+    warnings: list[str],
+    nvidia_smi: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    nvidia_smi(script)
     monkeypatch.setattr(smi, "SMI_LIMIT_S", 3)
-    _, wrong, said = health.look(asked(nodes=1, gpus=4), "gpu001", {}, {})
-    assert [one["what"] for one in wrong] == problems and [one["what"] for one in said] == warnings
-    assert {(one["name"], one["fault"]) for one in wrong} <= {("recovery", "node")}
+    _, found = health.look(asked(nodes=1, gpus=4), "gpu001", {}, {})
+    assert [one["what"] for one in found.problems] == problems and [one["what"] for one in found.warnings] == warnings
+    assert {(one["name"], one["fault"]) for one in found.problems} <= {("recovery", "node")}
 
 
 def test_the_first_spelling_that_is_answered_counts() -> None:
     active = of_gpu_2("Active, Active, Active, Active", "Active, Active, Active, Active")
-    gpus = smi.join([(GENERAL, general()), (REASONS, None), (OLD_REASONS, active)])
+    gpus = smi.join([(FIELDS["general"], general()), (FIELDS["clocks"], None), (OLD_REASONS, active)])
     assert all(gpu["hw_slowdown"] for gpu in gpus)
 
 
 def test_gpus_that_are_hidden_from_the_job_are_not_judged() -> None:
-    gpus = smi.join([(GENERAL, general(used="50000"))])
+    gpus = smi.join([(FIELDS["general"], general(used="50000"))])
     assert [gpu["index"] for gpu in smi.used(gpus, "0,1")] == [0, 1]
     assert [gpu["index"] for gpu in smi.used(gpus, UUIDS[3][:12])] == [3]
     for unreadable in (None, "", "nonsense"):
@@ -325,71 +324,92 @@ def test_commands_that_hang_or_are_missing_are_left_behind() -> None:
     assert time.monotonic() - began < 30  # not the 60 that it would have taken
 
 
-SMI = """#!/bin/sh
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a shell script in nvidia-smi's place."""
+
+    def put(script: str) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(health, "BETWEEN_S", 0)
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+    return put
+
+
+SMI = """
 case "$1" in
 *name*) i=0; while [ $i -lt 4 ]; do echo "GPU-$i, $i, NVIDIA B200, 580.95.05, 3, 183359, 30"; i=$((i+1)); done ;;
 *ecc*) printf 'GPU-0, 0\\nGPU-1, 0\\nGPU-2, 7\\nGPU-3, 0\\n' ;;
 *) echo 'Field is not a valid field to query.'; exit 2 ;;
 esac
 """
+NODE = asked(nodes=2, gpus=4)
 
 
-def test_a_whole_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(SMI)
-    smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    node = asked(nodes=2, gpus=4)
+def test_a_whole_node(nvidia_smi: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(SMI)
     env = {"NCCL_IB_HCA": "no_such_0", "NCCL_MNNVL_ENABLE": "1"}
-    facts, problems, warnings = health.look(node, "gpu001", env, {"scratch": tmp_path})
-    assert facts["driver"] == "580.95.05" and len(facts["gpu_health"]) == 4
-    assert facts["free_gib"]["scratch"] > 0
-    names = [one["name"] for one in problems]
-    assert {"ecc", "infiniband", "imex"} <= set(names) and "GPU 2: 7 uncorrected" in problems[names.index("ecc")][
-        "what"
-    ]
+    facts, found = health.look(NODE, "gpu001", env, {"scratch": tmp_path})
+    assert facts["driver"] == "580.95.05" and len(facts["gpu_health"]) == 4 and facts["free_gib"]["scratch"] > 0
+    assert "GPU 2: 7 uncorrected" in next(one["what"] for one in found.problems if one["name"] == "ecc")
     unsaid = (
         "nvidia-smi does not say: recovery, mig, rows, clocks, fabric, clique, processes"
         " (ended with 2: Field is not a valid field to query.)"
     )
-    assert unsaid in [one["what"] for one in warnings]
-    assert {one["name"]: one["fault"] for one in problems} == {
-        "ecc": "node",
-        "infiniband": "run",
-        "imex": "run",
-    }
+    assert unsaid in [one["what"] for one in found.warnings]
+    faults = {one["name"]: one["fault"] for one in found.problems}
+    assert faults == {"ecc": "node", "infiniband": "run", "imex": "run"}
     monkeypatch.setattr(health, "IMEX_CHANNELS", tmp_path)
     (tmp_path / "channel17").touch()  # Slurm's own numbering
-    other = health.look(node, "gpu001", {**env, "NCCL_IB_DISABLE": "1"}, {})
-    assert [one["name"] for one in other[1]] == ["ecc"]
-    alone = health.look(asked(nodes=1, gpus=4), "gpu001", env, {})
-    assert [one["name"] for one in alone[1]] == ["ecc"]  # neither InfiniBand nor IMEX is needed
+    _, other = health.look(NODE, "gpu001", {**env, "NCCL_IB_DISABLE": "1"}, {})
+    _, alone = health.look(asked(nodes=1, gpus=4), "gpu001", env, {})  # neither InfiniBand nor IMEX is needed
+    assert [one["name"] for one in other.problems] == [one["name"] for one in alone.problems] == ["ecc"]
+
+
+@pytest.mark.parametrize(
+    ("up_days", "hardware", "said"),
+    [
+        (56, {"max_uptime_days": 55}, "up for 56 days, more than 55: reboot it"),
+        (54, {"max_uptime_days": 55}, ""),
+        (400, {"max_uptime_days": 0}, ""),
+        (400, None, ""),  # of an older launcher
+    ],
+)
+def test_how_long_a_node_may_be_up(
+    up_days: float,
+    hardware: dict[str, Any] | None,
+    said: str,
+    nvidia_smi: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvidia_smi(SMI)
+    (tmp_path / "uptime").write_text(f"{up_days * 86400 + 600}.00 7.00\n")
+    monkeypatch.setattr(health, "UPTIME", tmp_path / "uptime")
+    facts, found = health.look({**NODE, **({"hardware": hardware} if hardware else {})}, "h", {}, {})
+    told = [one["what"] for one in found.warnings if one["name"] == "uptime"]
+    assert facts["uptime_days"] == up_days and [said in what for what in told] == ([True] if said else [])
 
 
 @pytest.mark.parametrize(("freed_at_look", "fit"), [(2, True), (9, False)])
 def test_memory_that_is_being_freed_is_no_fault(
-    freed_at_look: int, fit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    freed_at_look: int, fit: bool, nvidia_smi: Callable[[str], None], tmp_path: Path
 ) -> None:
     """A job has just ended on this node: its process takes seconds to let go of the GPU."""
-    smi = tmp_path / "nvidia-smi"
     busy = f"echo >>{tmp_path}/looks; [ $(wc -l <{tmp_path}/looks) -lt {freed_at_look} ] && used=90000 || used=3"
-    smi.write_text(
-        f'#!/bin/sh\ncase "$1" in *name*) {busy}; echo "GPU-0, 0, NVIDIA H200, 580.95.05, $used, 143771, 30" ;; esac\n'
-    )
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(health, "BETWEEN_S", 0)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    _, problems, _ = health.look(asked(nodes=1, gpus=1), "h", {}, {})
-    assert [one["name"] for one in problems] == ([] if fit else ["memory"])
+    nvidia_smi(f'case "$1" in *name*) {busy}; echo "GPU-0, 0, NVIDIA H200, 580.95.05, $used, 143771, 30" ;; esac')
+    _, found = health.look(asked(nodes=1, gpus=1), "h", {}, {})
+    assert [one["name"] for one in found.problems] == ([] if fit else ["memory"])
 
 
 @pytest.mark.parametrize(("slow_looks", "problems", "warnings"), [(0, 0, 0), (1, 0, 1), (2, 0, 1), (9, 1, 0)])
 def test_a_slowdown_that_only_load_shows(
-    slow_looks: int, problems: int, warnings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slow_looks: int, problems: int, warnings: int, nvidia_smi: Callable[[str], None], tmp_path: Path
 ) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"""#!/bin/sh
+    nvidia_smi(f"""
 case "$1" in
 *name*) echo "GPU-0, 0, NVIDIA H200, 580.95.05, 90000, 143771, 91" ;;
 *event*)
@@ -397,32 +417,30 @@ case "$1" in
     [ $(wc -l <{tmp_path}/looks) -le {slow_looks} ] && state=Active || state='Not Active'
     echo "GPU-0, Not Active, $state, Not Active, Not Active" ;;
 *) exit 2 ;;
-esac
-""")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(health, "BETWEEN_S", 0)
+esac""")
     found = health.look_after_load("h", {})
-    assert [len(part) for part in found] == [problems, warnings]
+    assert (len(found.problems), len(found.warnings)) == (problems, warnings)
     what = "GPU 0 is slowed down by its hardware at 91 C: hw_thermal_slowdown"
-    assert all(one["name"] == "throttle" and one["what"].startswith(what) for part in found for one in part)
-    assert all(one["what"].endswith("for a moment after the products") for one in found[1])
+    said = [*found.problems, *found.warnings]
+    assert all(one["name"] == "throttle" and one["what"].startswith(what) for one in said)
+    assert all(one["what"].endswith("for a moment after the products") for one in found.warnings)
 
 
 def test_without_nvidia_smi_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    facts, problems, warnings = health.look(asked(nodes=1, gpus=8), "h", {}, {})
-    assert facts["gpu_health"] == [] and problems == [] and "not in the image" in warnings[0]["what"]
+    facts, found = health.look(asked(nodes=1, gpus=8), "h", {}, {})
+    assert facts["gpu_health"] == [] and not found.problems and "not in the image" in found.warnings[0]["what"]
 
 
-def test_little_space_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def space(gib: float) -> Any:
-        def statvfs(_: Path) -> os.statvfs_result:
-            return os.statvfs_result((4096, 4096, 10**9, 10**9, int(gib * health.GIB / 4096), 0, 0, 0, 0, 255))
-
-        monkeypatch.setattr(os, "statvfs", statvfs)
-        return health.look({"profile": {"device": "cpu"}}, "h", {}, {"scratch": tmp_path, "run": tmp_path})[1:]
-
-    assert space(50) == ([], [])
-    assert [one["name"] for one in space(5)[1]] == ["space", "space"] and space(5)[0] == []
-    assert [one["fault"] for one in space(0.5)[0]] == ["node", "run"]
+@pytest.mark.parametrize(
+    ("free_gib", "faults", "warnings"), [(50, [], []), (5, [], ["space", "space"]), (0.5, ["node", "run"], [])]
+)
+def test_little_space_is_told(
+    free_gib: float, faults: list[str], warnings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = int(free_gib * health.GIB / 4096)
+    space = os.statvfs_result((4096, 4096, 10**9, 10**9, blocks, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: space)
+    _, found = health.look({"profile": {"device": "cpu"}}, "h", {}, {"scratch": tmp_path, "run": tmp_path})
+    assert [one["fault"] for one in found.problems] == faults
+    assert [one["name"] for one in found.warnings] == warnings

@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 from slurm.check import problem, verdict, warning
 
 
+def asked(nodes: int, device: str, hardware: dict[str, Any]) -> dict[str, Any]:
+    return {"job": {"nodes": nodes}, "profile": {"device": device}, **hardware}
+
+
 def records(nodes: int = 4, gpus: int = 4, **changes: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Healthy H100 nodes whose GPUs differ by 1%; `changes`: n2={...} for node 2."""
     made = {}
@@ -38,8 +42,11 @@ def records(nodes: int = 4, gpus: int = 4, **changes: dict[str, Any]) -> dict[in
     return made
 
 
-def judged(found: dict[int, dict[str, Any]], device: str = "cuda", **more: Any) -> dict[str, Any]:
-    return verdict.judge(found, len(found), device, **more)
+def judged(
+    found: dict[int, dict[str, Any]], device: str = "cuda", nodes: int = 0, absent: dict[int, str] | None = None
+) -> dict[str, Any]:
+    node = asked(nodes or len(found), device, {"hardware": {"peak_tflops": 989}})
+    return verdict.judge(found, node, absent)
 
 
 def slow(node: int, gpu: int, metric: str, value: float) -> dict[int, dict[str, Any]]:
@@ -171,7 +178,7 @@ def test_a_node_that_nobody_else_was_compared_with_keeps_its_fault() -> None:
         problem("scratch", "/x cannot be written", "--set", "run"),
     )
     alone = {0: {**records(1)[0], "problems": [ecc, disk]}}
-    assert [one["fault"] for one in verdict.judge(alone, 36, "cuda")["unfit"]] == ["node", "run"]
+    assert [one["fault"] for one in judged(alone, nodes=36)["unfit"]] == ["node", "run"]
 
 
 def test_a_collective_that_fails_is_nobodys_fault() -> None:
@@ -181,7 +188,7 @@ def test_a_collective_that_fails_is_nobodys_fault() -> None:
 
 def test_nodes_that_never_came_are_named() -> None:
     here = {number: record for number, record in records().items() if number != 2}
-    found = verdict.judge(here, 4, "cuda", {2: "gpu002"})
+    found = judged(here, nodes=4, absent={2: "gpu002"})
     assert [(one["host"], one["name"], one["fault"]) for one in found["unfit"]] == [("gpu002", "absent", "node")]
     assert not found["ok"]
 
@@ -190,7 +197,7 @@ def test_nodes_that_never_came_are_named() -> None:
 def test_where_most_do_not_come_they_are_not_to_blame(nodes: int, absent: int) -> None:
     """A firewall between the nodes, or node 0's own network: no healthy node is to be left out for it."""
     here = {number: record for number, record in records(nodes).items() if number < nodes - absent}
-    found = verdict.judge(here, nodes, "cuda", {n: f"gpu{n:03d}" for n in range(nodes) if n not in here})
+    found = judged(here, nodes=nodes, absent={n: f"gpu{n:03d}" for n in range(nodes) if n not in here})
     assert not found["ok"] and {one["fault"] for one in found["unfit"]} == {"run"}
 
 
@@ -235,10 +242,19 @@ def test_a_job_that_straddles_nvlink_domains(nodes: list[dict[str, Any]], said: 
     assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])
 
 
-def test_a_job_whose_gpus_are_all_slow() -> None:
+@pytest.mark.parametrize(
+    ("device", "hardware", "said"),
+    [
+        ("cuda", {"hardware": {"peak_tflops": 989}}, "no GPU reaches 40% of the 989 TFLOP/s"),
+        ("cuda", {"hardware": {}}, ""),  # a GPU that no profile describes
+        ("cuda", {}, ""),  # a node.json of an older launcher
+        ("cpu", {"hardware": {"peak_tflops": 989}}, ""),
+    ],
+)
+def test_a_job_whose_gpus_are_all_slow(device: str, hardware: dict[str, Any], said: str) -> None:
     made = records()
     for record in made.values():
         for gpu in record["speed"]:
             gpu["product_tflops"] /= 2
-    found = judged(made)
-    assert found["ok"] and "no GPU reaches 40% of the 989 TFLOP/s" in found["warnings"][0]["what"]
+    found = verdict.judge(made, asked(4, device, hardware))
+    assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.spec import Job, RunSpec
 from launcher.scheduler.state import JobState
-from launcher.sweep import table as sweep
+from launcher.sweep import cells, table
 from launcher.titan.recipe import Recipe
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome, spread
@@ -275,48 +274,52 @@ def test_on_this_machine_one_after_another(launch: Launch, workplace: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("state", "cut_off", "retry", "complete", "expected"),
+    ("state", "also", "expected"),
     [
-        (None, False, False, False, True),
-        (JobState("COMPLETED"), False, True, True, False),
-        (JobState("COMPLETED"), False, True, False, True),  # NaN, steps missing: no result
-        (JobState("COMPLETED"), False, False, False, False),
-        (JobState("RUNNING"), False, True, False, False),
-        (JobState("PENDING"), False, True, False, False),
-        (JobState("SUBMITTING"), False, True, False, False),
-        (JobState("FAILED"), False, False, False, False),
-        (JobState("TIMEOUT"), False, True, False, True),
-        (JobState("UNKNOWN"), False, False, False, False),
-        (JobState("UNKNOWN"), False, True, False, True),
-        (JobState("UNKNOWN"), True, False, False, True),
+        (None, "", True),
+        ("COMPLETED", "retry complete", False),
+        ("COMPLETED", "retry", True),  # NaN, steps missing: no result
+        ("COMPLETED", "", False),
+        ("RUNNING", "retry", False),
+        ("PENDING", "retry", False),
+        ("SUBMITTING", "retry", False),
+        ("FAILED", "", False),
+        ("TIMEOUT", "retry", True),
+        ("UNKNOWN", "", False),
+        ("UNKNOWN", "retry", True),
+        ("UNKNOWN", "cut-off", True),
     ],
 )
-def test_what_is_submitted(state: JobState | None, cut_off: bool, retry: bool, complete: bool, expected: bool) -> None:
-    assert sweep.has_next(state, cut_off, retry, complete) is expected
+def test_what_is_submitted(state: str | None, also: str, expected: bool) -> None:
+    last = JobState(state) if state else None
+    assert cells.has_next(last, "cut-off" in also, "retry" in also, "complete" in also) is expected
 
 
-def cell(nodes: int, tps: float | None, *problems: str, batch: int = 5, hours: float | None = 1.0) -> sweep.Result:
+def row(nodes: int, tps: float | None = None, *problems: str, batch: int = 5, hours: float | None = 1.0) -> table.Row:
+    """A cell's row: COMPLETED where it has tokens/s."""
     spec = RunSpec(job=Job(nodes=nodes, recipe="llama3-8b"), recipe=Recipe(local_batch_size=batch))
-    found = outcome(tps=spread(tps) if tps else None, problems=problems) if tps or problems else None
-    return sweep.Result(spec, f"s-{nodes}n-b{batch}", "COMPLETED" if tps else "PENDING", found, hours)
+    found = outcome(tps=spread(tps), problems=problems) if tps else None
+    shared = table.row(spec, f"s-{nodes}n-b{batch}", "COMPLETED" if tps else "PENDING")
+    return table.result_row(shared, found, hours)
 
 
 def test_the_table_and_its_scaling() -> None:
     """Against the fewest nodes of the same recipe and batch that are complete, of two sizes at least; never an
     incomplete run's figures.
     """
-    results = [
-        cell(3, 18284),
-        cell(9, 17975),
-        cell(17, 17581),
-        cell(3, 9000, "step 40 of 100", batch=4),
-        cell(9, 18000, batch=4),
-        cell(17, None, batch=4, hours=0.0),
-    ]
-    rows = sweep.table(results)
+    rows = table.scaled(
+        [
+            row(3, 18284),
+            row(9, 17975),
+            row(17, 17581),
+            row(3, 9000, "step 40 of 100", batch=4),
+            row(9, 18000, batch=4),
+            row(17, batch=4, hours=0.0),
+        ]
+    )
     assert [row["scaling"] and round(row["scaling"], 3) for row in rows] == [1, 0.983, 0.962, None, None, None]
     assert [row["scaling_base_nodes"] for row in rows] == [3, 3, 3, None, None, None]
-    assert sweep.table_lines(rows) == [
+    assert table.table_lines(rows) == [
         "run       state      GPUs  tokens/s/GPU       quartiles      scaling  node-hours",
         "s-3n-b5   COMPLETED    24        18,284  18,211..18,357   100% of 3n        1.00",
         "s-9n-b5   COMPLETED    72        17,975  17,903..18,047  98.3% of 3n        1.00",
@@ -329,25 +332,28 @@ def test_the_table_and_its_scaling() -> None:
 
 
 def test_a_run_that_ended_without_a_step_is_no_result() -> None:
-    empty = replace(cell(3, None), state="COMPLETED")
-    lines = sweep.table_lines(sweep.table([empty, cell(9, 18000), cell(17, 17640)]))
+    shared = table.row(RunSpec(job=Job(nodes=3, recipe="llama3-8b")), "s-3n-b5", "COMPLETED")
+    rows = [table.result_row(shared, None, 1.0), row(9, 18000), row(17, 17640)]
+    lines = table.table_lines(table.scaled(rows))
     assert lines[1].endswith("INCOMPLETE: no step was logged") and "100% of 9n" in lines[2]
 
 
 def test_hours_that_are_not_known_are_not_counted_as_none() -> None:
-    lines = sweep.table_lines(sweep.table([cell(3, 18284), cell(9, 17975, hours=None)]))
+    lines = table.table_lines(table.scaled([row(3, 18284), row(9, 17975, hours=None)]))
     assert lines[-1] == "at least 1.00 node-hours used" and "?" in lines[2]
 
 
-def test_no_time_limit_is_said() -> None:
-    spec = RunSpec(job=Job(nodes=4, time="0"))
-    assert sweep.limit_node_hours(spec) is None
-    assert sweep.limit_node_hours(replace(spec, job=replace(spec.job, time="1-12:00:00"))) == 4 * 36
+@pytest.mark.parametrize(("time", "hours"), [("0", None), ("1-12:00:00", 4 * 36)])
+def test_a_time_limit_in_node_hours(time: str, hours: float | None) -> None:
+    spec = RunSpec(job=Job(nodes=4, time=time))
+    planned = table.plan_row(table.row(spec, "s", None), spec, {})
+    assert planned["limit_node_hours"] == hours
+    assert ("without a limit" in table.plan_summary([planned], "side by side")) == (hours is None)
 
 
 def test_too_long_a_name_leaves_room_for_attempts() -> None:
     spec = RunSpec(job=Job(nodes=1, recipe="llama3-8b"), recipe=Recipe(local_batch_size=5))
-    longest = sweep.cell_name("a" * 44, spec)
-    assert len(sweep.attempt_name(longest, sweep.MAX_ATTEMPTS)) == 63
+    longest = cells.cell_name("a" * 44, spec)
+    assert len(cells.attempt_name(longest, cells.MAX_ATTEMPTS)) == 63
     with pytest.raises(LauncherError, match="a name of 61 characters"):
-        sweep.cell_name("a" * 45, spec)
+        cells.cell_name("a" * 45, spec)
