@@ -30,12 +30,13 @@ from launcher.image.build import Built
 from launcher.image.channels import channel as channel_of
 from launcher.image.channels import channels
 from launcher.image.check import is_file
-from launcher.image.convert import FORMATS, convert_image
+from launcher.image.convert import convert_image
 from launcher.image.engine import Engine
-from launcher.image.inspect import ImageFacts, inspect, problems
+from launcher.image.inspect import inspect, problems
 from launcher.image.lock import pinned
 from launcher.image.sif import sif
-from launcher.image.squashfs_file import mksquashfs_path, sidecar_path
+from launcher.image.squashfs_file import ImageFacts, sidecar_path
+from launcher.image.squashfs_tools import FORMATS, program
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -269,7 +270,7 @@ def build_command(
         raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
-        mksquashfs_path()
+        program("mksquashfs")
         files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
     built = []
     for arch in arches:

@@ -5,9 +5,7 @@ Pure: chunks in, chunks out, nothing is kept but names.
 
 from __future__ import annotations
 
-import re
 import shlex
-import struct
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,15 +22,9 @@ NAME_MAX = 255  # mksquashfs truncates longer ones with no more than a warning
 # `docker create` makes these anew for every container; their times would make every conversion different.
 MADE_BY_ENGINE = ("dev", "etc", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf", "proc", "sys")
 
-# The header of a file, directory or link as Docker writes it: ustar, with plain octal numbers.
-_PLAIN = re.compile(
-    rb"(?P<name>.{100})(?P<mode>[0-7]{7})\0.{16}(?P<size>[0-7]{11})\0(?P<mtime>[0-7]{11})\0"
-    rb"(?P<sum>[0-7]{6})\0 (?P<type>[0125])(?P<link>.{100})ustar\0.{82}(?P<prefix>.{155})",
-    re.S,
-)
-
-# name, numbers, checksum, type, link, magic
-_GNU = struct.Struct("100s48s8sc100s8s247x")
+HEADER_MAX = 1 << 20  # bytes of a header that continues another one, and of the image's metadata
+# Headers that say more of the next one.
+_CONTINUED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 @dataclass(frozen=True)
@@ -107,75 +99,73 @@ exec {command}
 # --- the tar stream -----------------------------------------------------------------------------------------------
 
 
+class _Entry(tarfile.TarInfo):
+    """A header of the export. tarfile takes one without sense for the archive's end; here it is damage."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Entry:
+        try:
+            entry = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not any(buf):  # the archive's end
+                raise
+            raise _damaged(f"a header without sense: {error}") from None
+        if not 0 <= entry.size < (HEADER_MAX if entry.type in _CONTINUED else 1 << 50):
+            raise _damaged(f"{entry.name} has {entry.size:,} bytes")
+        return entry
+
+
 class _Stream:
-    """The export, read exactly: tarfile takes a stream that breaks off between two files for a complete one."""
+    """The export, as tarfile reads it. Ended early it is damaged: tarfile would take an end between two files for
+    the archive's."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
         self._rest = memoryview(b"")
+        self._at = 0
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """The next `size` bytes, at most PIECE of them at a time."""
         while size > 0:
             while not self._rest:
                 try:
-                    chunk = next(self._chunks, None)
+                    self._rest = memoryview(next(self._chunks))
                 except LauncherError:
                     raise
+                except StopIteration:
+                    raise _damaged("it broke off in the middle") from None
                 except Exception as error:  # of the engine, its client or the network
                     raise _damaged(f"{type(error).__name__}: {error}") from error
-                if chunk is None:
-                    raise _damaged("it broke off in the middle")
-                self._rest = memoryview(chunk)
             piece = self._rest[: min(size, PIECE)]
             self._rest = self._rest[len(piece) :]
+            self._at += len(piece)
             size -= len(piece)
             yield piece
 
-    def data(self, info: tarfile.TarInfo) -> bytes:
-        """All the data of a small entry: a header that continues another one, or the image's metadata."""
-        if info.size > 1 << 20:
-            raise _damaged(f"{info.name} has {info.size:,} bytes")
-        return b"".join(self.pieces(_padded(info.size)))[: info.size]
+    def read(self, size: int) -> bytes:
+        return b"".join(self.pieces(size))
 
-    def members(self) -> Iterator[tuple[tarfile.TarInfo, dict[str, bytes]]]:
-        """Each file's header and PAX records; the caller reads the file's data before it asks for the next."""
-        before: dict[str, bytes] = {}
-        while any(block := b"".join(self.pieces(BLOCK))):
-            try:
-                info = _plain(block) or tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-                if info.type == tarfile.XHDTYPE:
-                    before |= _pax(self.data(info))
-                elif info.type == tarfile.XGLTYPE:
-                    self.data(info)
-                elif info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-                    key = "path" if info.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
-                    before[key] = self.data(info).rstrip(b"\0")
-                else:
-                    info.name = _text(before["path"]) if "path" in before else info.name
-                    info.linkname = _text(before["linkpath"]) if "linkpath" in before else info.linkname
-                    info.size = int(before.get("size", info.size))
-                    if not 0 <= info.size < 1 << 50:
-                        raise ValueError("a size that no file has")
-                    info.mtime = int(float(before.get("mtime", info.mtime)))
-                    yield info, before
-                    before = {}
-            except (tarfile.HeaderError, ValueError, OverflowError) as error:
-                raise _damaged(f"a header without sense: {error}") from None
-        for _ in self._chunks:  # to the end, so that the engine's connection can be used again
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, place: int) -> None:
+        if place < self._at:
+            raise _damaged("a header without sense: a size that no file has")
+        for _ in self.pieces(place - self._at):
             pass
 
-
-def _plain(block: bytes) -> tarfile.TarInfo | None:
-    """An ordinary header in a fifth of tarfile's time; None for one that it had better read."""
-    found = _PLAIN.match(block)
-    if not found or sum(block) - sum(block[148:156]) + 8 * 32 != int(found["sum"], 8):
-        return None
-    name, link, prefix = (_text(found[field].partition(b"\0")[0]) for field in ("name", "link", "prefix"))
-    info = tarfile.TarInfo(f"{prefix}/{name}" if prefix else name)
-    info.mode, info.size, info.mtime = (int(found[field], 8) for field in ("mode", "size", "mtime"))
-    info.linkname, info.type = link, found["type"]
-    return info
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """Each file; of its data the caller may read what it wants before it asks for the next."""
+        try:
+            tar = tarfile.TarFile(fileobj=self, mode="r", encoding="utf-8", tarinfo=_Entry)  # type: ignore[arg-type]
+            while info := tar.next():
+                tar.members.clear()  # type: ignore[attr-defined]
+                info.mtime = int(info.mtime)
+                yield info
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise _damaged(f"a header without sense: {error}") from None
+        for _ in self._chunks:  # to the end, so that the engine's connection can be used again
+            pass
 
 
 def _damaged(how: str) -> LauncherError:
@@ -185,22 +175,6 @@ def _damaged(how: str) -> LauncherError:
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-def _pax(data: bytes) -> dict[str, bytes]:
-    """Records of the form `LENGTH KEY=VALUE\\n`; their lengths count themselves."""
-    records = {}
-    while data:
-        digits, _, rest = data.partition(b" ")
-        key, equals, value = rest[: int(digits) - len(digits) - 2].partition(b"=")
-        if not equals or not len(digits) + 2 < int(digits) <= len(data):
-            raise ValueError("PAX record")
-        records[_text(key)], data = value, data[int(digits) :]
-    return records
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
 
 
 def _path(name: str) -> str:
@@ -242,11 +216,12 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
             directories.add(name)
         info.name = name
         info.mtime = config.created if name in fixed_time else min(max(info.mtime, 0), 2**32 - 1)
-        yield _gnu_header(info)
+        info.uid, info.gid, info.uname, info.gname = 0, 0, "", ""
+        yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
-    for info, pax in stream.members():
+    for info in stream.members():
         name, target = _path(info.name), _path(info.linkname) if info.islnk() else info.linkname
-        _refuse_strange(info, pax, name)
+        _refuse_strange(info, name)
         if info.isreg():
             info.type = tarfile.REGTYPE
         else:
@@ -265,22 +240,21 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
             report.devices += not name.startswith("dev/")
             devices.add(name)
         if name in devices or name in replaced or name in directories:
-            for _ in stream.pieces(_padded(info.size)):
-                pass
             continue
         info.linkname = target
-        _note(report, info, name, pax)
+        _note(report, info, name)
         yield from header(info, name)
-        data = stream.data(info) if name == METADATA else None
-        if data is not None:
-            report.metadata = _metadata(data)
-            yield data.ljust(_padded(info.size), b"\0")
-        elif info.isreg() and info.size:
-            first = b"".join(stream.pieces(BLOCK))
-            if info.mode & 0o111:
-                report.programs[name] = elf_machine(first)
-            yield first
-            yield from stream.pieces(_padded(info.size) - BLOCK)
+        if not (info.isreg() and info.size):
+            continue
+        if name == METADATA and info.size > HEADER_MAX:
+            raise _damaged(f"/{name} has {info.size:,} bytes")
+        first = stream.read(_padded(info.size) if name == METADATA else BLOCK)
+        if name == METADATA:
+            report.metadata = _metadata(first[: info.size])
+        elif info.mode & 0o111:
+            report.programs[name] = elf_machine(first)
+        yield first
+        yield from stream.pieces(_padded(info.size) - len(first))
 
     shell = follow("bin/sh", report.links)
     if shell not in report.programs:
@@ -299,30 +273,15 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
     yield bytes(2 * BLOCK)
 
 
-def _gnu_header(info: tarfile.TarInfo) -> bytes:
-    """The entry as root's, as mksquashfs reads it best: from a PAX header, 4.5 takes a link's target without its slash.
-
-    The plain case is written here: tarfile needs 26 microseconds, and an image has 50,000 entries.
-    """
-    name = info.name.encode("utf-8", "surrogateescape") + (b"/" if info.isdir() else b"")
-    link = info.linkname.encode("utf-8", "surrogateescape")
-    if len(name) > tarfile.LENGTH_NAME or len(link) > tarfile.LENGTH_LINK or info.size >= 8**11:
-        info.uid, info.gid, info.uname, info.gname = 0, 0, "", ""
-        return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-    numbers = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (info.mode & 0o7777, 0, 0, info.size, int(info.mtime))
-    head = _GNU.pack(name, numbers, b" " * 8, info.type, link, tarfile.GNU_MAGIC)
-    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
-
-
-def _refuse_strange(info: tarfile.TarInfo, pax: Mapping[str, bytes], name: str) -> None:
-    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax):
+def _refuse_strange(info: tarfile.TarInfo, name: str) -> None:
+    if info.issparse() or any(key.startswith("GNU.sparse") for key in info.pax_headers):
         raise LauncherError(f"/{name}: stored as a sparse file", "use the engine's export, not tar --sparse")
     known = info.isreg() or info.isdir() or info.issym() or info.islnk() or info.isfifo() or info.isdev()
     if not known:
         raise LauncherError(f"/{name}: an entry of unknown type {info.type!r} in the image's export")
 
 
-def _note(report: Report, info: tarfile.TarInfo, name: str, pax: Mapping[str, bytes]) -> None:
+def _note(report: Report, info: tarfile.TarInfo, name: str) -> None:
     """Takes away what must not travel, and remembers what is said or checked at the end."""
     if info.issym():
         report.links[name] = info.linkname
@@ -336,7 +295,7 @@ def _note(report: Report, info: tarfile.TarInfo, name: str, pax: Mapping[str, by
     report.unpacked_bytes += info.size
     if info.isdir():
         info.mode |= 0o700  # otherwise enroot's unpacking stops halfway, or its removal does
-    elif info.mode & 0o6000 or "SCHILY.xattr.security.capability" in pax:
+    elif info.mode & 0o6000 or "SCHILY.xattr.security.capability" in info.pax_headers:
         report.cleared += 1
         info.mode &= ~0o6000
     readable = 0o005 if info.isdir() else 0o004
