@@ -18,8 +18,8 @@ from typing import Any
 
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.files import filesystem_error, read_bytes, unreadable, write_json
-from launcher.base.finding import OK, WARNING, Check
-from launcher.base.output import SHOWN, age, some
+from launcher.base.finding import Finding, ok, warning
+from launcher.base.output import age
 from launcher.base.values import parse_json
 from launcher.config.spec import RunSpec
 from launcher.config.user_file import default_path
@@ -125,7 +125,7 @@ def of_cluster(name: str, now_s: float) -> list[BadNode]:
     return [node for node in read().get(name, ()) if node.counts(now_s)]
 
 
-def of_cluster_or_only(name: str, now_s: float) -> tuple[list[BadNode], list[Check]]:
+def of_cluster_or_only(name: str, now_s: float) -> tuple[list[BadNode], list[Finding]]:
     """The same where Slurm does not say the cluster's name (""): those of the only cluster that has any. Or none."""
     if name:
         return of_cluster(name, now_s), []
@@ -134,14 +134,11 @@ def of_cluster_or_only(name: str, now_s: float) -> tuple[list[BadNode], list[Che
     }
     if not counting:
         return [], []
-    what = "Slurm does not say its cluster's name: "
-    fix = "scontrol show config"
+    names, fix = tuple(sorted(counting)), "scontrol show config"
     if len(counting) == 1:
-        ((cluster, nodes),) = counting.items()
-        what += f"the nodes that failed their check on {cluster} are taken for its own"
-        return nodes, [Check("excluded", WARNING, what, "", f"{fix}; {WHERE}")]
-    what += f"none is left out of those that failed their check on {some(sorted(counting))}"
-    return [], [Check("excluded", WARNING, what, "", f"{fix}; name them yourself: --exclude NODES")]
+        return counting[names[0]], [warning("bad-nodes-only-cluster", f"{fix}; {WHERE}", clusters=names)]
+    fix += "; name them yourself: --exclude NODES"
+    return [], [warning("bad-nodes-which-cluster", fix, clusters=names)]
 
 
 def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]) -> None:
@@ -203,50 +200,36 @@ def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
             remember(run, control.state(run), now_s, cluster)
 
 
-def without(spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float) -> tuple[RunSpec, list[Check]]:
+def without(
+    spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float
+) -> tuple[RunSpec, list[Finding]]:
     """The run that leaves these nodes out, and what there is to say. Pure.
 
     Only nodes that Slurm has in the run's partition: it refuses a job that excludes one which it does not know. A node
     that the user asks for by name is not left out.
     """
-    here = facts.names_of(spec.job.partition)
+    if nodes and facts.lacks("nodes"):
+        names = tuple(node.host for node in nodes)
+        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(names))}"
+        return replace(spec, avoid=()), [warning("bad-nodes-unread", fix, names=names)]
+    here = {node.name for node in facts.nodes_of(spec.job.partition)}
     named, excluded = set(expand(spec.job.nodelist)), set(expand(spec.job.exclude))
     found = [node for node in nodes if node.host in here and node.host not in excluded]
     out = [node for node in found if node.host not in named]
-    checks = []
-    known = {node.name for node in facts.nodes} | here | excluded
-    lost = [node for node in nodes if node.host not in known]
-    if lost and "nodes" in facts.unread:
-        names = some([node.host for node in lost])
-        checks.append(
-            Check(
-                "excluded",
-                WARNING,
-                f"{names} failed its check lately, and is not left out",
-                "whether Slurm has it could not be read",
-                f"sinfo -N -h -o %N; then {quoted('--exclude', compress([n.host for n in lost]))}",
-            )
-        )
+    findings = []
     if asked := [node for node in found if node.host in named]:
-        checks.append(
-            Check(
-                "excluded",
-                WARNING,
-                f"--nodelist: {some([node.host for node in asked])} failed its check lately",
-                _said(asked, now_s),
-                "leave it out of --nodelist",
-            )
+        names = tuple(node.host for node in asked)
+        findings.append(
+            warning("bad-nodes-named", "leave it out of --nodelist", names=names, nodes=_said(asked, now_s))
         )
     if not out:
-        return replace(spec, avoid=()), checks
+        return replace(spec, avoid=()), findings
     hosts = tuple(node.host for node in out)
-    checks.append(Check("excluded", OK, f"{_said(out, now_s)}; {WHERE}"))
+    findings.append(ok("bad-nodes", nodes=_said(out, now_s)))
     before = spec.origin.get("job.exclude", "default").partition("; also ")[0]
     origin = f"{before}; also {compress(hosts)}, which failed their check ({WHERE}): in job.sbatch alone"
-    return replace(spec, avoid=hosts, origin={**spec.origin, "job.exclude": origin}), checks
+    return replace(spec, avoid=hosts, origin={**spec.origin, "job.exclude": origin}), findings
 
 
-def _said(nodes: Sequence[BadNode], now_s: float) -> str:
-    texts = [f"{node.host} ({node.reason}, {age(max(0, now_s - node.at))} ago)" for node in nodes]
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more
+def _said(nodes: Sequence[BadNode], now_s: float) -> tuple[str, ...]:
+    return tuple(f"{node.host} ({node.reason}, {age(max(0, now_s - node.at))} ago)" for node in nodes)
