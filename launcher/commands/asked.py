@@ -8,13 +8,14 @@ import os
 from dataclasses import replace
 
 from launcher.base.errors import LauncherError
-from launcher.base.finding import OK, refusal, sentence
+from launcher.base.finding import OK
 from launcher.base.output import warn
 from launcher.config import resolve
 from launcher.config.layers import Layer
 from launcher.config.options import RunOptions
 from launcher.config.spec import RunSpec
-from launcher.preflight.local_files import look_here
+from launcher.preflight.here import look_here
+from launcher.preflight.text import refusal, sentence
 
 
 def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:

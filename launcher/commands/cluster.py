@@ -12,14 +12,14 @@ import click
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, echo, print_json, warn
 from launcher.commands.nodes import nodes
+from launcher.config.hardware import hardware
 from launcher.config.layers import absolute, find, read_layer
 from launcher.config.options import FilePath
-from launcher.config.resolve import known_kinds
+from launcher.config.propose import Proposal, contradictions, propose
 from launcher.config.user_file import default_path, save
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts, Node
 from launcher.scheduler.parse import compress
-from launcher.scheduler.profile import Proposal, contradictions, propose
 
 MOST_LINES = 20  # of reasons and of blocks; --json has them all
 _partition = click.option("--partition", "-p", default="", help="Slurm partition.  [default: Slurm's own]")
@@ -39,13 +39,13 @@ def show(partition: str, as_json: bool) -> None:
     """
     facts = detect().require(partition)
     nodes = facts.nodes_of(partition)
-    proposal = propose(nodes, known_kinds())
+    proposal = propose(nodes)
     if as_json:
         print_json(_as_dict(facts, nodes, proposal))
         return
     echo(*_slurm_lines(facts), *_node_lines(facts, nodes, partition), *_profile_lines(proposal))
-    for note in facts.notes:
-        warn(note)
+    for why in facts.unread.values():
+        warn(why)
 
 
 @click.command()
@@ -72,7 +72,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
     if name:
         name = str(absolute("job.gpu", name, Path.cwd()))
         read_layer(find("profiles", name, "launcher cluster use"), "")
-    kinds, against = known_kinds(), []
+    against: list[str] = []
     try:
         nodes = detect().require(partition).nodes_of(partition)
     except LauncherError as error:
@@ -81,16 +81,16 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
         warn(f"not compared with the nodes: {error.what}")
         nodes = ()
     if not name:
-        proposal = propose(nodes, kinds)
+        proposal = propose(nodes)
         if not proposal.profile:
             raise LauncherError(
                 "no profile fits for sure: " + ("; ".join(proposal.contradictions) or "nothing names the GPU"),
-                f"say which: launcher cluster use {'|'.join(proposal.candidates or kinds)}",
+                f"say which: launcher cluster use {'|'.join(proposal.candidates or hardware())}",
                 status=ExitStatus.NOT_FOUND,
             )
         name, against = proposal.profile, list(proposal.contradictions)
     elif nodes:
-        against = contradictions(name, nodes, kinds)
+        against = contradictions(name, nodes)
     for text in against:
         warn(text)
     path = config or default_path()
@@ -106,37 +106,27 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
 def _slurm_lines(facts: ClusterFacts) -> list[str]:
     version = ".".join(f"{number:02d}" for number in facts.slurm) if facts.slurm else "of unknown version"
     segment = "--segment works" if facts.segment else "no --segment"
-    segment = "whether --segment works is unknown" if facts.segment_unknown else segment
+    if facts.lacks("config", "topology"):
+        segment = "whether --segment works is unknown"
     accounting = {True: "on", False: "off: Slurm forgets a job minutes after its end", None: "unknown"}
-    images = {
-        True: ", images are mounted with squashfuse",
-        False: ", images are unpacked on every node",
-        None: "",
-    }
+    images = {True: ", images are mounted with squashfuse", False: ", images are unpacked on every node", None: ""}
     pyxis = f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
-    if facts.pyxis is None and "srun" in facts.unread:
-        pyxis = "unknown"
     rows = [
         ("cluster", f"{facts.name or '(name unknown)'}, Slurm {version}"),
         ("topology", f"{facts.topology or 'unknown'}, {segment}"),
         ("accounting", accounting[facts.accounting]),
-        ("Pyxis", pyxis),
+        ("Pyxis", "unknown" if facts.lacks("srun") else pyxis),
     ]
     if facts.pyxis_options:
         rows.append(("", " ".join(facts.pyxis_options)))
     by_name = {node.name: node for node in facts.nodes}
     for partition in facts.partitions:
-        members = [by_name[name] for name in partition.nodes if name in by_name]
-        limit = "limits unknown" if partition.guessed else _hours(partition.max_time_s)
+        states = Counter(by_name[name].state for name in partition.nodes if name in by_name)
         most = f", at most {partition.max_nodes} nodes a job" if partition.max_nodes else ""
-        star = "*" if partition.default else ""
-        rows.append(
-            (
-                "partition",
-                f"{partition.name}{star} {partition.state.lower() or 'state unknown'}, {limit}{most}: "
-                f"{_states(members)}",
-            )
-        )
+        text = f"{partition.name}{'*' if partition.default else ''} {partition.state.lower()}"
+        counts = ", ".join(f"{number} {state}" for state, number in states.most_common())
+        text += f", {_hours(partition.max_time_s)}{most}: {states.total()} nodes" + (f" ({counts})" if counts else "")
+        rows.append(("partition", text))
     return [_row(*row) for row in rows]
 
 
@@ -183,18 +173,14 @@ def _profile_lines(proposal: Proposal) -> list[str]:
 def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -> dict[str, Any]:
     """The facts as JSON takes them; `nodes` in place of all, each with its state in one word."""
     free = {node.name for node in facts.nodes if node.free}
-    values = {key: value for key, value in vars(facts).items() if key not in ("nodes", "partitions", "blocks")}
-    return values | {
-        "partitions": [vars(p) for p in facts.partitions],
+    return vars(facts) | {
+        "notes": list(facts.unread.values()),
+        "unread": list(facts.unread),
+        "partitions": [vars(p) | {"guessed": False} for p in facts.partitions],
         "nodes": [vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free} for n in nodes],
         "blocks": [vars(b) | {"idle": len(free & set(b.nodes))} for b in facts.blocks],
         "proposal": asdict(proposal),
     }
-
-
-def _states(nodes: list[Node]) -> str:
-    counts = Counter(node.state for node in nodes)
-    return f"{len(nodes)} nodes" + (f" ({', '.join(f'{n} {s}' for s, n in counts.most_common())})" if nodes else "")
 
 
 def _hours(seconds: int | None) -> str:

@@ -66,7 +66,7 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     launcher cluster nodes add gpu-007 --reason "slow NVLink"
     launcher cluster nodes add 'gpu-[010-012]' --reason "rack 3 is too warm" --days 1
     """
-    facts, now_s = detect(), time.time()
+    facts, now_s = detect().require(""), time.time()
     names, text = _names(hosts), " ".join(reason.split())
     if not text:
         raise click.UsageError("--reason: must not be empty")

@@ -6,14 +6,15 @@ import sys
 
 import click
 
-from launcher.base.finding import refusal
+from launcher.base.finding import OK
 from launcher.base.output import as_json, echo, print_json, style
 from launcher.commands.asked import describe_run, spec_of
 from launcher.config.options import RunOptions, run_options
-from launcher.preflight.local_files import look_here
-from launcher.preflight.readiness import look
+from launcher.preflight.cluster import look
+from launcher.preflight.here import look_here
+from launcher.preflight.text import as_dict, refusal, words
 
-_CHECK_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
+_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 @click.command()
@@ -29,18 +30,18 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     launcher preflight --image titan.sqsh --nodes 9
     """
     spec, here = look_here(spec_of(options))
-    spec, cluster = look(spec)
-    checks = [*here, *cluster]
-    refused = refusal(checks, force=False)
+    spec, of_cluster = look(spec)
+    findings = [*here, *of_cluster]
+    refused = refusal(findings, force=False)
     if as_json:
-        hidden = ("not_found", "error")
-        rows = [{k: v for k, v in vars(check).items() if k not in hidden} for check in checks]
+        rows = [as_dict(finding) for finding in findings]
         print_json({"ok": refused is None, "segment": spec.job.segment, "checks": rows})
     else:
-        for check in checks:
-            mark = style(f"{check.status:<7}", fg=_CHECK_COLOURS[check.status])
-            echo(f"{mark}  {check.name}: {check.what}")
-            for text in filter(None, (check.why, check.fix and f"try: {check.fix}")):
+        for finding in findings:
+            name, what, why = words(finding)
+            code = "" if finding.status == OK else f" [{finding.code}]"
+            echo(f"{style(f'{finding.status:<7}', fg=_COLOURS[finding.status])}  {name}: {what}{code}")
+            for text in filter(None, (why, finding.fix and f"try: {finding.fix}")):
                 echo(*(f"           {line}" for line in text.splitlines()))
         echo(f"{describe_run(spec)}: " + ("submit would refuse it" if refused else "nothing stops it"))
     if refused:

@@ -17,7 +17,7 @@ from launcher.logs.known_errors import Failure, explain, how_it_ended
 from launcher.logs.watch import plain_line
 from launcher.nodes import unfit
 from launcher.nodes.bad_nodes import BadNode, remember
-from launcher.preflight.readiness import why_waiting
+from launcher.preflight.waiting import why_waiting
 from launcher.results.read import outcome_of
 from launcher.results.rows import as_dict, markdown_row, summary_line
 from launcher.runs import attach, control

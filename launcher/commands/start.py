@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from launcher.base.errors import LauncherError, quoted
-from launcher.base.finding import refusal, sentence
+from launcher.base.finding import ERROR, WARNING
 from launcher.base.output import echo, print_json, warn
 from launcher.commands import retry
 from launcher.commands.asked import describe_run, looked_at, spec_of
@@ -15,7 +15,8 @@ from launcher.config import resolve
 from launcher.config.options import RunOptions
 from launcher.config.spec import RunSpec
 from launcher.plan.plan import write_beside
-from launcher.preflight.readiness import look
+from launcher.preflight.cluster import look
+from launcher.preflight.text import refusal, sentence, words
 from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.scheduler.detect import detected
@@ -27,13 +28,14 @@ def checked(spec: RunSpec, force: bool) -> RunSpec:
     if spec.job.scheduler != "slurm":
         return spec
 
-    spec, checks = look(spec)
-    refused = refusal(checks, force)
-    for check in checks:
-        if check.status == "warning" or (check.status == "error" and not refused):
-            warn(sentence(check))
-        elif check.name in ("placement", "excluded") and not refused:
-            echo(f"{check.name}: {check.what}", err=True)
+    spec, findings = look(spec)
+    refused = refusal(findings, force)
+    for finding in findings:
+        name, what, _ = words(finding)
+        if finding.status == WARNING or (finding.status == ERROR and not refused):
+            warn(sentence(finding))
+        elif name in ("placement", "excluded") and not refused:
+            echo(f"{name}: {what}", err=True)
     if refused:
         raise refused
     return spec

@@ -12,13 +12,12 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.config.hardware import hardware
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
+from launcher.config.propose import propose
 from launcher.config.spec import CONTROL, RunSpec, validate
 from launcher.config.user_file import default_path
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
-from launcher.scheduler.profile import Kind, propose
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
@@ -195,7 +194,7 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
             raise
         what = f"the nodes' GPU cannot be detected: {error.what}"
         raise _which_gpu(what, error.original, ExitStatus.CLUSTER) from error
-    proposal = propose(nodes, known_kinds())
+    proposal = propose(nodes)
     where = f"partition {partition}" if partition else "the default partition"
     seen = ", ".join(evidence.what for evidence in proposal.evidence)
     if proposal.profile and not proposal.contradictions:
@@ -207,8 +206,3 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 def _which_gpu(what: str, original: str = "", status: ExitStatus = ExitStatus.NOT_FOUND) -> LauncherError:
     fix = f"say it: --gpu {'|'.join(names_of('profiles'))}"
     return LauncherError(what, fix, status=status, original=original)
-
-
-def known_kinds() -> dict[str, Kind]:
-    """The GPU profiles that travel with the launcher."""
-    return {name: Kind(one.gpus_per_node, one.arch, one.cpus, one.memory_gib) for name, one in hardware().items()}

@@ -18,8 +18,8 @@ from typing import Any
 
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.files import filesystem_error, read_bytes, unreadable, write_json
-from launcher.base.finding import OK, WARNING, Check
-from launcher.base.output import SHOWN, age, some
+from launcher.base.finding import Finding, ok, warning
+from launcher.base.output import age
 from launcher.base.values import parse_json
 from launcher.config.spec import RunSpec
 from launcher.config.user_file import default_path
@@ -168,7 +168,7 @@ def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
             remember(run, control.state(run), now_s, cluster)
 
 
-def without_remembered(spec: RunSpec, facts: ClusterFacts, now_s: float) -> tuple[RunSpec, list[Check]]:
+def without_remembered(spec: RunSpec, facts: ClusterFacts, now_s: float) -> tuple[RunSpec, list[Finding]]:
     """The run that leaves out the cluster's nodes that failed their check, and what there is to say of it.
 
     Raises LauncherError where they cannot be read.
@@ -176,47 +176,43 @@ def without_remembered(spec: RunSpec, facts: ClusterFacts, now_s: float) -> tupl
     known = read()
     if facts.name:
         return without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
-    hosts = [node.host for nodes in known.values() for node in nodes if node.counts(now_s)]
+    hosts = tuple(node.host for nodes in known.values() for node in nodes if node.counts(now_s))
     if not hosts:
         return spec, []
-    what = f"Slurm does not say its cluster's name, so none is left out of those that failed their check: {some(hosts)}"
-    return spec, [_warning(what, "", "scontrol show config; or name them yourself: --exclude NODES")]
+    fix = "scontrol show config; or name them yourself: --exclude NODES"
+    return spec, [warning("bad-nodes-which-cluster", fix, nodes=hosts)]
 
 
-def without(spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float) -> tuple[RunSpec, list[Check]]:
+def without(
+    spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float
+) -> tuple[RunSpec, list[Finding]]:
     """The run that leaves these nodes out, and what there is to say. Pure.
 
     Only nodes that Slurm has in the run's partition: it refuses a job that excludes one which it does not know. A node
     that the user asks for by name is not left out.
     """
-    here = facts.names_of(spec.job.partition)
+    if nodes and facts.lacks("nodes"):
+        names = tuple(node.host for node in nodes)
+        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(names))}"
+        return replace(spec, avoid=()), [warning("bad-nodes-unread", fix, names=names)]
+    here = {node.name for node in facts.nodes_of(spec.job.partition)}
     named, excluded = set(expand(spec.job.nodelist)), set(expand(spec.job.exclude))
     found = [node for node in nodes if node.host in here and node.host not in excluded]
     out = [node for node in found if node.host not in named]
-    checks = []
-    known = {node.name for node in facts.nodes} | here | excluded
-    lost = [node.host for node in nodes if node.host not in known]
-    if lost and "nodes" in facts.unread:
-        what = f"{some(lost)} failed its check lately, and is not left out"
-        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(lost))}"
-        checks.append(_warning(what, "whether Slurm has it could not be read", fix))
+    findings = []
     if asked := [node for node in found if node.host in named]:
-        what = f"--nodelist: {some([node.host for node in asked])} failed its check lately"
-        checks.append(_warning(what, _said(asked, now_s), "leave it out of --nodelist"))
-    hosts = tuple(node.host for node in out)
+        names = tuple(node.host for node in asked)
+        findings.append(
+            warning("bad-nodes-named", "leave it out of --nodelist", names=names, nodes=_said(asked, now_s))
+        )
     if not out:
-        return replace(spec, avoid=()), checks
-    checks.append(Check("excluded", OK, f"{_said(out, now_s)}; {WHERE}"))
+        return replace(spec, avoid=()), findings
+    hosts = tuple(node.host for node in out)
+    findings.append(ok("bad-nodes", nodes=_said(out, now_s)))
     asked_for = spec.origin.get("job.exclude", "default")
     origin = f"{asked_for}; also {compress(hosts)}, which failed their check ({WHERE}): in job.sbatch alone"
-    return replace(spec, avoid=hosts, origin={**spec.origin, "job.exclude": origin}), checks
+    return replace(spec, avoid=hosts, origin={**spec.origin, "job.exclude": origin}), findings
 
 
-def _warning(what: str, why: str, fix: str) -> Check:
-    return Check("excluded", WARNING, what, why, fix)
-
-
-def _said(nodes: Sequence[BadNode], now_s: float) -> str:
-    texts = [f"{node.host} ({node.reason}, {age(max(0, now_s - node.at))} ago)" for node in nodes]
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more
+def _said(nodes: Sequence[BadNode], now_s: float) -> tuple[str, ...]:
+    return tuple(f"{node.host} ({node.reason}, {age(max(0, now_s - node.at))} ago)" for node in nodes)

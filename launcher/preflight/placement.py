@@ -1,4 +1,4 @@
-"""Which nodes should stand together: `--segment` from the blocks of Slurm's topology. Pure.
+"""Which nodes a run may get, and which of them should stand together. Pure, from (spec, facts).
 
 A block of topology/block is a rack whose GPUs share one NVLink domain. `--segment=S` cuts a job into pieces of S nodes
 and puts each piece into one block; S must divide the number of nodes. Source: Slurm's manual of sbatch and
@@ -12,13 +12,99 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import accumulate
 
+from launcher.base.finding import Finding, error, impossible, ok, warning
+from launcher.config.hardware import of_gpu
 from launcher.config.spec import RunSpec
-from launcher.scheduler.facts import Block, ClusterFacts
+from launcher.scheduler.facts import SEGMENT_SINCE, Block, ClusterFacts, Node, Partition
+from launcher.scheduler.parse import count_of, expand
 
+# Node states out of which only an operator, or a node that comes back, leads.
+OUT = {"DOWN", "DRAIN", "ERROR", "FAIL", "FUTURE", "INVAL", "INVALID_REG", "NOT_RESPONDING", "UNKNOWN"}
+HELD = {"RESERVED", "MAINT", "MAINTENANCE"}  # kept for a reservation
 NVLINK_OVER_NODES = "NCCL_MNNVL_ENABLE"  # NCCL's switch for it: a profile that sets it has domains of several nodes
 CHOSEN = "chosen from the topology"  # how the origin of a segment begins that was not the user's
+NEEDED = ("config", "nodes", "partitions", "topology")  # answers of Slurm without which no segment is chosen or judged
+
+
+# --- which nodes --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine knows of the user and of the image."""
+
+    groups: Collection[str] | None = None  # the user's; None for root, who may use every partition
+    unpacked_bytes: int = 0  # of the image; 0 where it is not known
+    now: datetime | None = None
+
+
+UNKNOWN = Machine()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run may go: the partitions asked for, and their nodes without those that are left out."""
+
+    spec: RunSpec
+    facts: ClusterFacts
+    partitions: tuple[Partition, ...]
+    nodes: tuple[Node, ...]
+    fitting: tuple[Node, ...]  # those that have what each node of the run asks for
+    machine: Machine
+
+    @property
+    def name(self) -> str:
+        names = ",".join(partition.name for partition in self.partitions)
+        return f"partition {names}" if names else "the default partition"
+
+    @property
+    def grows(self) -> bool:
+        """Dynamic nodes: others may register at any time, so that what is missing now is not missing for ever."""
+        return any(state.startswith("DYNAMIC") for node in self.nodes for state in node.states)
+
+    @property
+    def closed(self) -> set[str]:
+        """States of nodes that run no jobs now: out of service, or kept for somebody else."""
+        return OUT if self.spec.job.reservation else OUT | HELD
+
+    @property
+    def out(self) -> tuple[Node, ...]:
+        return tuple(node for node in self.fitting if node.states & self.closed)
+
+    @property
+    def in_service(self) -> tuple[Node, ...]:
+        return tuple(node for node in self.fitting if not node.states & self.closed)
+
+    @property
+    def free(self) -> tuple[Node, ...]:
+        return tuple(node for node in self.fitting if node.free)
+
+    def most(self, nodes: Collection[Node]) -> int:
+        """The most of these nodes that one of the partitions has: a job runs in one of them."""
+        count = Counter(name for node in nodes for name in node.partitions)
+        return max((count[partition.name] for partition in self.partitions), default=len(nodes))
+
+
+def place_of(spec: RunSpec, facts: ClusterFacts, machine: Machine = UNKNOWN) -> Place:
+    names = spec.job.partition.split(",")
+    default = facts.partition()
+    chosen = [p for p in facts.partitions if p.name in names] if spec.job.partition else [default] if default else []
+    excluded = {*expand(spec.job.exclude), *spec.avoid}
+    nodes = tuple(node for node in facts.nodes_of(spec.job.partition) if node.name not in excluded)
+    gres, count = spec.profile.gres, spec.profile.gpus_per_node
+    fitting = tuple(node for node in nodes if not gres or gpus_of(node, gres) >= count)
+    return Place(spec, facts, tuple(chosen), nodes, fitting, machine)
+
+
+def gpus_of(node: Node, gres: str) -> int:
+    """How many of the generic resource `gres` ("gpu", "gpu:gb200") a node has."""
+    return count_of(node.gres, gres) or (node.gpus if gres == "gpu" else 0)
+
+
+# --- which of them together ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,6 +125,16 @@ class Placement:
     def starts_now(self) -> bool:
         return sum(free // self.segment for _, free in self.room) >= self.pieces
 
+    @property
+    def text(self) -> str:
+        """The pieces, and which blocks have room for one now."""
+        pieces = f"{self.pieces} x {self.segment} nodes, each in one block"
+        if not self.room:
+            return f"{pieces}; no block has room for one now"
+        texts = [f"{name} ({free} free)" for name, free in self.room[:3]]
+        more = f" and {len(self.room) - 3} more" if len(self.room) > 3 else ""
+        return f"{pieces}; room now{'' if self.starts_now else ', but not for all'}: {', '.join(texts)}{more}"
+
 
 def divisors(number: int) -> list[int]:
     """Every divisor, largest first."""
@@ -46,47 +142,41 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)}, reverse=True)
 
 
-def segment(nodes: int, sizes: Sequence[int]) -> int:
+def segment_of(nodes: int, sizes: Mapping[int, int]) -> int:
     """The largest divisor of `nodes` that fits a block, with blocks enough for all pieces; 1 where none does.
 
-    `sizes` are the numbers of nodes of the blocks. 9 of 18 gives 9, 36 gives 18, 19 and 37 give 1.
+    `sizes`: how many blocks have so many nodes. 9 of 18 gives 9, 36 gives 18, 19 and 37 give 1.
     """
-    return _segment(nodes, Counter(sizes))
-
-
-def _segment(nodes: int, blocks_of: Mapping[int, int]) -> int:
-    """The same by the number of blocks of each size: racks by the hundred have few sizes."""
-    most = max(blocks_of, default=0)
+    most = max(sizes, default=0)
     for n in divisors(nodes):
-        if n <= most and sum(size // n * count for size, count in blocks_of.items()) >= nodes // n:
+        if n <= most and sum(size // n * count for size, count in sizes.items()) >= nodes // n:
             return n
     return 1
 
 
-def place(nodes: int, blocks: Sequence[Block], out: Collection[str] = (), free: Collection[str] = ()) -> Placement:
-    """The segment for `nodes` nodes. `out`: nodes that are down or drained; `free`: nodes that are idle now.
+def sizes_of(blocks: Sequence[Block], out: Collection[str] = ()) -> Counter[int]:
+    """How many blocks have so many nodes, without those that are out: racks by the hundred have few sizes."""
+    return Counter(sum(node not in out for node in block.nodes) for block in blocks)
+
+
+def best_segment(nodes: int, blocks: Sequence[Block], out: Collection[str] = ()) -> int:
+    """The segment for `nodes` nodes. `out`: nodes that are down or drained.
 
     What is out is not counted on, unless only the whole rack would do: then the job waits for the repair.
     """
-    chosen = _chosen(nodes, Counter(_in_service(blocks, out)), Counter(_in_service(blocks, ())))
-    return describe(nodes, chosen, blocks, free)
+    return _best(nodes, sizes_of(blocks, out), sizes_of(blocks))
 
 
-def _chosen(nodes: int, in_service: Mapping[int, int], all_of_them: Mapping[int, int]) -> int:
-    chosen = _segment(nodes, in_service)
-    return chosen if chosen > 1 else _segment(nodes, all_of_them)
+def _best(nodes: int, in_service: Mapping[int, int], all_of_them: Mapping[int, int]) -> int:
+    chosen = segment_of(nodes, in_service)
+    return chosen if chosen > 1 else segment_of(nodes, all_of_them)
 
 
-def _in_service(blocks: Sequence[Block], out: Collection[str]) -> list[int]:
-    """The numbers of nodes of the blocks, without those that are out."""
-    return [sum(node not in out for node in block.nodes) for block in blocks]
-
-
-def describe(nodes: int, chosen: int, blocks: Sequence[Block], free: Collection[str] = ()) -> Placement:
-    """What a segment means for a job, the user's own included; it must divide `nodes`."""
+def describe(nodes: int, segment: int, blocks: Sequence[Block], free: Collection[str] = ()) -> Placement:
+    """What a segment means for a job, the user's own included; it must divide `nodes`. `free`: nodes idle now."""
     counts = {block.name: sum(node in free for node in block.nodes) for block in blocks}
-    room = sorted(((name, n) for name, n in counts.items() if n >= chosen), key=lambda pair: (-pair[1], pair[0]))
-    return Placement(chosen, nodes // chosen, _fewest(nodes, _sums(blocks)), tuple(room))
+    room = sorted(((name, n) for name, n in counts.items() if n >= segment), key=lambda pair: (-pair[1], pair[0]))
+    return Placement(segment, nodes // segment, _fewest(nodes, _sums(blocks)), tuple(room))
 
 
 def _sums(blocks: Sequence[Block]) -> list[int]:
@@ -99,26 +189,24 @@ def _fewest(nodes: int, sums: Sequence[int]) -> int:
     return bisect_left(sums, nodes) + 1
 
 
-def room_text(found: Placement) -> str:
-    """Which blocks have room for a piece now."""
-    if not found.room:
-        return "no block has room for one now"
-    texts = [f"{name} ({free} free)" for name, free in found.room[:3]]
-    more = f" and {len(found.room) - 3} more" if len(found.room) > 3 else ""
-    return f"room now{'' if found.starts_now else ', but not for all'}: {', '.join(texts)}{more}"
-
-
 def whole_counts(nodes: int, blocks: Sequence[Block], out: Collection[str] = ()) -> list[int]:
     """The nearest numbers of nodes, one below and one above, that cross no more domains than they have to."""
-    sizes = _in_service(blocks, out)
-    in_service, all_of_them, sums = Counter(sizes), Counter(_in_service(blocks, ())), _sums(blocks)
+    in_service, all_of_them, sums = sizes_of(blocks, out), sizes_of(blocks), _sums(blocks)
+    most = sum(size * count for size, count in in_service.items())
 
     def good(count: int) -> bool:
-        return count // _chosen(count, in_service, all_of_them) == _fewest(count, sums)
+        return count // _best(count, in_service, all_of_them) == _fewest(count, sums)
 
     below = next((n for n in range(nodes - 1, 0, -1) if good(n)), None)
-    above = next((n for n in range(nodes + 1, sum(sizes) + 1) if good(n)), None)
+    above = next((n for n in range(nodes + 1, most + 1) if good(n)), None)
     return [n for n in (below, above) if n is not None]
+
+
+def blocks_among(facts: ClusterFacts, nodes: Collection[Node]) -> list[Block]:
+    """The blocks that have any of these nodes, with no others in them."""
+    names = {node.name for node in nodes}
+    kept = [Block(block.name, tuple(node for node in block.nodes if node in names)) for block in facts.blocks]
+    return [block for block in kept if block.nodes]
 
 
 def wants_segment(spec: RunSpec) -> bool:
@@ -135,25 +223,95 @@ def is_users_own(spec: RunSpec, known: bool) -> bool:
     return not repeated or (known and spec.job.nodes % spec.job.segment == 0)
 
 
-def blocks_among(blocks: Sequence[Block], names: Collection[str]) -> list[Block]:
-    """The blocks that have any of these nodes, with no others in them."""
-    kept = [Block(block.name, tuple(node for node in block.nodes if node in names)) for block in blocks]
-    return [block for block in kept if block.nodes]
+def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
+    """The run with the `--segment` that its partition's blocks allow, where Slurm knows it and NVLink crosses nodes.
 
-
-def with_segment(spec: RunSpec, facts: ClusterFacts, names: Collection[str], out: Collection[str] = ()) -> RunSpec:
-    """The run with its `--segment`, where Slurm knows it and NVLink crosses nodes; the user's own stays as it is.
-
-    `names`: the nodes that the job may have; `out`: those of them that are down or drained.
+    The user's own stays as it is.
     """
     if is_users_own(spec, facts.segment):
         return spec
-    blocks = blocks_among(facts.blocks, names)
-    if not (facts.segment and blocks and wants_segment(spec)):
+    place = place_of(spec, facts)
+    blocks = blocks_among(facts, place.fitting)
+    if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
         return _with(spec, 0, "default") if spec.job.segment else spec
-    chosen = place(spec.job.nodes, blocks, out).segment
+    chosen = best_segment(spec.job.nodes, blocks, {node.name for node in place.out})
     return _with(spec, chosen, f"{CHOSEN}, blocks of {max(len(block.nodes) for block in blocks)}")
 
 
-def _with(spec: RunSpec, chosen: int, origin: str) -> RunSpec:
-    return replace(spec, job=replace(spec.job, segment=chosen), origin={**spec.origin, "job.segment": origin})
+def _with(spec: RunSpec, segment: int, origin: str) -> RunSpec:
+    return replace(spec, job=replace(spec.job, segment=segment), origin={**spec.origin, "job.segment": origin})
+
+
+# --- what is found ------------------------------------------------------------------------------------------
+
+
+def segment(place: Place) -> Finding | None:
+    """What becomes of the run's --segment, chosen or the user's own."""
+    facts, wanted, nodes = place.facts, place.spec.job.segment, place.spec.job.nodes
+    if not wanted:
+        return None
+    if not facts.segment:
+        old = facts.slurm is not None and facts.slurm < SEGMENT_SINCE
+        version = f"{facts.slurm[0]}.{facts.slurm[1]:02d}" if facts.slurm else "of unknown version"
+        topology = facts.topology or "not known"
+        refuse = impossible if old else error
+        return refuse("segment-unsupported", "--segment 0", segment=wanted, slurm=version, topology=topology)
+    blocks = blocks_among(facts, place.fitting)
+    largest = max((len(block.nodes) for block in blocks), default=0)
+    if nodes % wanted:
+        near = next(n for n in divisors(nodes) if n <= (largest or nodes))
+        return impossible("segment-does-not-divide", f"--segment {near}", segment=wanted, nodes=nodes)
+    if not blocks:
+        return None  # `blocks` below, and the check of the GPUs, say why
+    if wanted > largest:
+        fix = f"--segment {segment_of(nodes, sizes_of(blocks))}"
+        refuse = error if place.grows else impossible
+        return refuse("segment-above-block", fix, segment=wanted, largest=largest)
+    found = describe(nodes, wanted, blocks, {node.name for node in place.free})
+    if found.whole or not wants_segment(place.spec):
+        return ok("segment", placement=found.text, largest=largest)
+    return _straddles(nodes, found, blocks, {node.name for node in place.out})
+
+
+def _straddles(nodes: int, found: Placement, blocks: Sequence[Block], out: set[str]) -> Finding:
+    """The job crosses more NVLink domains than so many nodes need: why, and what to type instead."""
+    best = best_segment(nodes, blocks, out)
+    if best > found.segment:
+        return warning("segment-small", f"--segment {best}", placement=found.text, better=best)
+    counts = whole_counts(nodes, blocks, out)
+    fix = "--nodes " + " or ".join(map(str, counts)) if counts else ""
+    lost = tuple(sorted(out.intersection(name for block in blocks for name in block.nodes)))
+    waiting = segment_of(nodes, sizes_of(blocks))
+    if lost and waiting > found.segment:
+        fix += f"{', or ' if fix else ''}--segment {waiting}, which waits for them"
+        return warning("segment-out-of-service", fix, placement=found.text, lost=lost, better=waiting)
+    return warning("segment-straddles", fix, placement=found.text, nodes=nodes, domains=found.fewest)
+
+
+def racks(place: Place) -> Finding | None:
+    """NVLink goes from node to node within a rack, and Slurm cannot be told to stay in one."""
+    spec, facts, nodes = place.spec, place.facts, place.spec.job.nodes
+    if spec.job.segment or (facts.blocks and facts.segment) or not wants_segment(spec):
+        return None
+    known, topology = of_gpu(spec.profile.gpu), facts.topology or "not known"
+    rack = known.nvlink_gpus // known.gpus_per_node if known else 1  # nodes that share an NVLink domain
+    if nodes <= rack:
+        return ok("racks-unknown", topology=topology, nodes=nodes)
+    fix = "an administrator enables topology/block"
+    return warning("racks-straddled", fix, topology=topology, nodes=nodes, domains=-(-nodes // rack))
+
+
+def blocks(place: Place) -> Finding | None:
+    """Nodes that stand in no block get no jobs, however idle they are."""
+    job, all_blocks = place.spec.job, place.facts.blocks
+    if place.facts.topology != "block" or not all_blocks:
+        return None
+    inside = {name for block in all_blocks for name in block.nodes}
+    if outside := tuple(name for name in expand(job.nodelist) if name not in inside):
+        return error("nodelist-in-no-block", "leave them out of --nodelist; scontrol show topology", nodes=outside)
+    lost = tuple(node.name for node in place.fitting if node.name not in inside)
+    if not lost or place.most([node for node in place.fitting if node.name in inside]) >= job.nodes:
+        return None
+    empty = tuple(block.name for block in all_blocks if not block.nodes)
+    fix = "an administrator updates topology.yaml (or .conf) and runs scontrol reconfigure; scontrol show topology"
+    return error("nodes-in-no-block", fix, count=len(lost), nodes=lost, place=place.name, empty=empty)

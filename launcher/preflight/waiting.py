@@ -1,6 +1,6 @@
 """Why a job is still waiting, in plain words, and what would start sooner.
 
-Pure: launcher/preflight/readiness.py asks Slurm. reasons.toml says what Slurm's reasons mean.
+`why_waiting` asks Slurm; the rest is pure. reasons.toml says what Slurm's reasons mean.
 """
 
 from __future__ import annotations
@@ -8,20 +8,43 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launcher.base.errors import quoted
+from launcher.base.errors import LauncherError, quoted
 from launcher.base.output import some
+from launcher.config.layers import merge, read_layer
 from launcher.config.spec import RunSpec
 from launcher.logs.watch import duration
-from launcher.preflight import placement
-from launcher.preflight.candidates import HELD, OUT, Place, fitting, number_of, place_of
+from launcher.preflight.placement import HELD, OUT, Place, blocks_among, describe, place_of
+from launcher.runs.directory import Run
+from launcher.scheduler import slurm
+from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts, Node
 from launcher.scheduler.parse import DATE, seconds
+from launcher.scheduler.state import JobState
+
+
+def why_waiting(run: Run, state: JobState) -> list[str]:
+    """Why Slurm has not started the run's job yet, and what would start sooner. Never raises: it is a help only."""
+    job_id = str((run.job or {}).get("job_id", ""))
+    start, spec = "", None
+    with suppress(LauncherError):
+        spec = _as_submitted(run)
+    with suppress(LauncherError):
+        start = slurm.ask(("squeue", "--noheader", "--start", f"--jobs={job_id}", "--format=%S")).strip()
+    return explain(state.reason, spec, detect(), start, datetime.now())
+
+
+def _as_submitted(run: Run) -> RunSpec:
+    """The run's spec, with every node that its job leaves out: run.toml has those that the user named."""
+    spec = merge([read_layer(run.path / "run.toml", "run.toml")])
+    left_out = run.asked["placed"].get("exclude")
+    return replace(spec, avoid=tuple(left_out)) if isinstance(left_out, list) else spec
 
 
 @cache
@@ -40,35 +63,28 @@ def meaning(reason: str) -> tuple[str, bool]:
 
 
 def explain(
-    reason: str,
-    spec: RunSpec | None,
-    facts: ClusterFacts | None,
-    start: str = "",
-    now: datetime | None = None,
+    reason: str, spec: RunSpec | None, facts: ClusterFacts, start: str = "", now: datetime | None = None
 ) -> list[str]:
     """Lines that tell why a job waits. `start`: Slurm's estimate (local time), as squeue prints it."""
-    words, is_nodes = meaning(reason)
+    words, other_nodes_help = meaning(reason)
     lines = [words] if words else []
-    if spec is not None and facts is not None and facts.nodes:
-        lines += _nodes(spec, place_of(spec, facts))
-        lines += _blocks(spec, facts, place_of(spec, facts))
+    known = spec is not None and facts.nodes and not facts.lacks("partitions")
+    place = place_of(spec, facts) if spec is not None and known else None
+    lines += [*_nodes(place), *_blocks(place)] if place else []
     lines += _estimate(start, now)
-    if is_nodes and spec is not None and facts is not None and facts.nodes:
-        lines += _sooner(spec, facts)
-    return lines
+    return lines + (_sooner(place) if place and other_nodes_help else [])
 
 
-def _nodes(spec: RunSpec, place: Place) -> list[str]:
-    able = fitting(spec, place)
-    count = Counter(_group(node) for node in able)
-    parts = [
-        f"{count[group]} {group}" for group in ("free", "in use", "out of service", "reserved", "other") if count[group]
-    ]
-    kind = f" with {spec.profile.gres}:{spec.profile.gpus_per_node}" if len(able) < len(place.nodes) else ""
-    lines = [f"{number_of(spec.job.nodes)} asked; {place.name} has {len(able)}{kind}: {', '.join(parts) or 'none'}"]
-    out = [node for node in able if node.states & OUT]
-    if out:
-        reasons = Counter(f"{node.state}" + (f" ({node.reason})" if node.reason else "") for node in out)
+def _nodes(place: Place) -> list[str]:
+    job, profile = place.spec.job, place.spec.profile
+    count = Counter(_group(node) for node in place.fitting)
+    groups = ("free", "in use", "out of service", "reserved", "other")
+    parts = ", ".join(f"{count[group]} {group}" for group in groups if count[group])
+    kind = f" with {profile.gres}:{profile.gpus_per_node}" if len(place.fitting) < len(place.nodes) else ""
+    asked = f"{job.nodes} node{'s' if job.nodes > 1 else ''} asked"
+    lines = [f"{asked}; {place.name} has {len(place.fitting)}{kind}: {parts or 'none'}"]
+    if out := [node for node in place.fitting if node.states & OUT]:
+        reasons = Counter(node.state + (f" ({node.reason})" if node.reason else "") for node in out)
         texts = [text if number == 1 else f"{number} {text}" for text, number in reasons.most_common()]
         lines.append(f"out of service: {some([node.name for node in out])}: {some(texts)}")
     return lines
@@ -84,14 +100,12 @@ def _group(node: Node) -> str:
     return "in use" if node.states & {"ALLOCATED", "MIXED", "COMPLETING", "PLANNED"} else "other"
 
 
-def _blocks(spec: RunSpec, facts: ClusterFacts, place: Place) -> list[str]:
-    if not (spec.job.segment > 1 and facts.segment) or spec.job.nodes % spec.job.segment:
+def _blocks(place: Place) -> list[str]:
+    job, facts = place.spec.job, place.facts
+    if not (job.segment > 1 and facts.segment) or job.nodes % job.segment:
         return []
-    able = fitting(spec, place)
-    blocks = placement.blocks_among(facts.blocks, {node.name for node in able})
-    free = {node.name for node in able if node.free}
-    found = placement.describe(spec.job.nodes, spec.job.segment, blocks, free)
-    return [f"{found.pieces} x {spec.job.segment} nodes, each in one block; {placement.room_text(found)}"]
+    free = {node.name for node in place.free}
+    return [describe(job.nodes, job.segment, blocks_among(facts, place.fitting), free).text]
 
 
 def _estimate(start: str, now: datetime | None) -> list[str]:
@@ -106,17 +120,14 @@ def _estimate(start: str, now: datetime | None) -> list[str]:
     return [f"estimated start: {when:%Y-%m-%d %H:%M}" + (f", in {duration(left)}" if left > 0 else ", which is now")]
 
 
-def _sooner(spec: RunSpec, facts: ClusterFacts) -> list[str]:
-    place = place_of(spec, facts)
-    able = fitting(spec, place)
-    asked, free = spec.job.nodes, place.most([node for node in able if node.free])
+def _sooner(place: Place) -> list[str]:
+    asked, free = place.spec.job.nodes, place.most(place.free)
     lines = []
-    count = fewer(spec, min(free, asked - 1))
+    count = fewer(place.spec, min(free, asked - 1))
     if free < asked and count:
-        lines.append(f"sooner: --nodes {count}: {number_of(free)} free now")
-    others = [name for name in _other_partitions(spec, facts, place) if name]
-    if others:
-        lines.append(f"sooner: {quoted('--partition', others[0])}: it has that many free now")
+        lines.append(f"sooner: --nodes {count}: {free} node{'s' if free > 1 else ''} free now")
+    if other := _other_partition(place):
+        lines.append(f"sooner: {quoted('--partition', other)}: it has that many free now")
     return lines
 
 
@@ -129,17 +140,15 @@ def fewer(spec: RunSpec, most: int) -> int:
     return next((n for n in range(most, 0, -1) if n * spec.profile.gpus_per_node % degree == 0), 0)
 
 
-def _other_partitions(spec: RunSpec, facts: ClusterFacts, place: Place) -> Sequence[str]:
-    mine = {partition.name for partition in place.partitions}
-    needed_s = seconds(spec.job.time) or 0
-    arches = {"", spec.profile.arch}
-    found = []
+def _other_partition(place: Place) -> str:
+    """A partition that the job may use and that has nodes enough now; "" for none."""
+    spec, facts = place.spec, place.facts
     for partition in facts.partitions:
-        long_enough = partition.max_time_s is None or partition.max_time_s >= needed_s
+        long_enough = partition.max_time_s is None or partition.max_time_s >= (seconds(spec.job.time) or 0)
         wide_enough = partition.max_nodes is None or partition.max_nodes >= spec.job.nodes
-        if partition.name in mine or partition.state not in ("", "UP") or not (long_enough and wide_enough):
+        if partition in place.partitions or partition.state not in ("", "UP") or not (long_enough and wide_enough):
             continue
-        here = fitting(spec, Place((partition,), facts.nodes_of(partition.name)))
-        if sum(node.free and node.arch in arches for node in here) >= spec.job.nodes:
-            found.append(partition.name)
-    return found
+        there = place_of(replace(spec, job=replace(spec.job, partition=partition.name)), facts)
+        if sum(node.arch in ("", spec.profile.arch) for node in there.free) >= spec.job.nodes:
+            return partition.name
+    return ""

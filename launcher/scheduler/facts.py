@@ -5,13 +5,22 @@ launcher/scheduler/detect.py asks Slurm for them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 
 # Base states and flags with which Slurm gives a node to a job at once. A flag that is not listed here is one that a
 # later Slurm has invented: such a node is not counted on.
 FREE = {"IDLE", "CLOUD", "DYNAMIC_NORM", "DYNAMIC_FUTURE", "POWERED_DOWN"}
+# What matters most about a node comes first, in words of our own where Slurm's flag is none.
+SAID_FIRST = (
+    *("DOWN", "ERROR", "FAIL", "INVAL", "INVALID_REG", "NOT_RESPONDING", "DRAIN", "MAINTENANCE", "MAINT"),
+    *("REBOOT_ISSUED", "REBOOT", "REBOOT_REQUESTED", "COMPLETING", "ALLOCATED", "MIXED", "RESERVED", "PLANNED"),
+    *("BLOCKED", "POWERING_DOWN", "POWERING_UP", "POWERED_DOWN", "FUTURE"),
+)
+WORDS = {"FAIL": "failed", "INVAL": "invalid", "INVALID_REG": "invalid", "MAINT": "maintenance"}
+WORDS |= {"REBOOT_ISSUED": "rebooting", "REBOOT": "rebooting"}
 # Of --segment, by the version: a site's own sbatch may submit whatever it is given, so it is not asked for its --help.
 SEGMENT_SINCE = (23, 11)
 
@@ -42,45 +51,18 @@ class Node:
 
     @property
     def state(self) -> str:
-        """One word or two, as in sinfo: what matters most about the node comes first."""
-        for flag, word in (
-            ("DOWN", "down"),
-            ("ERROR", "error"),
-            ("FAIL", "failed"),
-            ("INVAL", "invalid"),
-            ("INVALID_REG", "invalid"),
-            ("NOT_RESPONDING", "not responding"),
-        ):
-            if flag in self.states:
-                return word
-        if "DRAIN" in self.states:
-            busy = self.states & {"ALLOCATED", "MIXED", "COMPLETING"}
-            return "draining" if busy else "drained"
-        for flag, word in (
-            ("MAINTENANCE", "maintenance"),
-            ("MAINT", "maintenance"),
-            ("REBOOT_ISSUED", "rebooting"),
-            ("REBOOT", "rebooting"),
-            ("REBOOT_REQUESTED", "reboot requested"),
-            ("COMPLETING", "completing"),
-            ("ALLOCATED", "allocated"),
-            ("MIXED", "mixed"),
-            ("RESERVED", "reserved"),
-            ("PLANNED", "planned"),
-            ("BLOCKED", "blocked"),
-            ("POWERING_DOWN", "powering down"),
-            ("POWERING_UP", "powering up"),
-            ("POWERED_DOWN", "powered down"),
-            ("FUTURE", "future"),
-        ):
-            if flag in self.states:
-                return word
+        """One word or two, as in sinfo."""
+        first = next((flag for flag in SAID_FIRST if flag in self.states), "")
+        if first == "DRAIN":
+            return "draining" if self.states & {"ALLOCATED", "MIXED", "COMPLETING"} else "drained"
+        if first:
+            return WORDS.get(first, first.lower().replace("_", " "))
         return "idle" if self.free else "+".join(sorted(self.states)).lower() or "unknown"
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition. `max_time_s` and `max_nodes` are None for no limit; of a `guessed` one no limit is known."""
+    """A partition. `max_time_s` and `max_nodes` are None for no limit."""
 
     name: str
     default: bool = False
@@ -88,7 +70,6 @@ class Partition:
     max_time_s: int | None = None
     max_nodes: int | None = None
     nodes: tuple[str, ...] = ()
-    guessed: bool = False  # its own record could not be read: all of it is what its nodes say
     min_nodes: int = 0  # of a job
     groups: tuple[str, ...] = ()  # Unix groups that may use it; empty: all
     root_only: bool = False
@@ -105,31 +86,25 @@ class Block:
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """A cluster at one moment. None and "" mean that it could not be read; `notes` then says why.
-
-    `unread` names the questions of launcher/scheduler/detect.py that have no answer, or only a part of one.
-    """
+    """A cluster at one moment. What could not be read is as empty as what is not there: `unread` tells them apart."""
 
     name: str = ""
     slurm: tuple[int, int] | None = None  # (25, 11)
     topology: str = ""  # the plugin without "topology/": block, tree, flat
     segment: bool = False  # Slurm takes --segment and the topology is made of blocks
     accounting: bool | None = None
-    pyxis: str | None = None  # "" present, of unknown version; None absent, or unknown: then a note says so
+    pyxis: str | None = None  # "" present, of unknown version; None absent
     partitions: tuple[Partition, ...] = ()
     nodes: tuple[Node, ...] = ()
     blocks: tuple[Block, ...] = ()
-    notes: tuple[str, ...] = ()
     pyxis_options: tuple[str, ...] = ()  # "--container-image", ... as srun --help lists them
     squashfuse: bool | None = None  # an image is mounted (True) or unpacked on every node (False)
-    unread: tuple[str, ...] = ()
+    # The question of launcher/scheduler/detect.py -> its command, and why there is no answer, or not a whole one.
+    unread: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def segment_unknown(self) -> bool:
-        """Slurm may know blocks and --segment, and did not say so."""
-        if self.topology not in ("", "block"):
-            return False
-        return not self.topology or self.slurm is None or "topology" in self.unread
+    def lacks(self, *questions: str) -> bool:
+        """Whether any of these answers is missing: then nothing is concluded from it."""
+        return not self.unread.keys().isdisjoint(questions)
 
     def partition(self, name: str = "") -> Partition | None:
         """The partition `name`, or the default one for ""; where none is the default, the only one there is."""
@@ -139,12 +114,13 @@ class ClusterFacts:
         return chosen or (self.partitions[0] if len(self.partitions) == 1 else None)
 
     def require(self, partition: str) -> ClusterFacts:
-        """These facts; raises LauncherError, naming the partitions that there are, where one of "a,b" is not."""
-        if "partitions" in self.unread:
-            return self
+        """These facts; raises LauncherError where the nodes could not be read, or one of "a,b" is no partition."""
+        if "nodes" in self.unread:
+            what = f"Slurm's nodes cannot be read: {self.unread['nodes']}"
+            raise LauncherError(what, "scontrol ping", status=ExitStatus.CLUSTER)
         known = [p.name for p in self.partitions]
         missing = [name for name in partition.split(",") if name and name not in known]
-        if missing:
+        if missing and not self.lacks("partitions"):
             raise LauncherError(
                 f"Slurm has no partition {missing[0]!r}; it has {', '.join(known) or 'none'}",
                 quoted("--partition", known[0]) if known else "sinfo -s",
@@ -158,10 +134,3 @@ class ClusterFacts:
         if not wanted and (chosen := self.partition()):
             wanted = {chosen.name}
         return tuple(n for n in self.nodes if wanted & set(n.partitions)) if wanted else self.nodes
-
-    def names_of(self, partition: str = "") -> set[str]:
-        """Names of the nodes of `partition`: with those that its own record lists, and that could not be read."""
-        default = self.partition()
-        names = partition.split(",") if partition else [default.name] if default else []
-        listed = {node for p in self.partitions if p.name in names for node in p.nodes}
-        return listed | {node.name for node in self.nodes_of(partition)}

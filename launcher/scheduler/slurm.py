@@ -1,4 +1,4 @@
-"""The one module that talks to Slurm: sbatch, squeue, sacct, scancel, sinfo. Bounded, in plain text formats.
+"""The one module that talks to Slurm: sbatch, squeue, sacct, scancel, scontrol. Bounded, in plain text formats.
 
 The formats used are the same from Slurm 22.05 to 25.11 and need no JSON support and no accounting database.
 """
@@ -15,16 +15,13 @@ from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import whole
-from launcher.scheduler.parse import config
+from launcher.scheduler.parse import config, rows
 from launcher.scheduler.state import JobState, from_slurm
 
 ANSWER_S = 30  # bound on commands that only ask
 SUBMIT_S = 90  # bound on sbatch: above Slurm's own MessageTimeout of 10 s and its retries
-SHAPES = (
-    "SLURM_TOPO_LEN",
-    "SLURM_TIME_FORMAT",
-    "SLURM_BITSTR_LEN",
-)  # of a user's shell: they change what is printed
+# Of a user's shell: they change what is printed.
+SHAPES = ("SLURM_TOPO_LEN", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN")
 UNSURE = ("timed out", "unable to contact", "zero bytes", "connection refused", "try again")
 
 NO_PARTITION = "Slurm has no such partition"
@@ -162,13 +159,13 @@ def queue() -> Listed:
 
     Raises LauncherError when squeue is missing, hangs, fails or answers nonsense.
     """
-    return _listed(_ask("squeue", "--noheader", f"--user={os.getuid()}", "--states=all", FORMAT))
+    return _listed(ask(("squeue", "--noheader", f"--user={os.getuid()}", "--states=all", FORMAT)))
 
 
 def job(job_id: str) -> Listed:
     """One job, anybody's; empty when Slurm does not remember it."""
     try:
-        return _listed(_ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", FORMAT))
+        return _listed(ask(("squeue", "--noheader", "--states=all", f"--jobs={job_id}", FORMAT)))
     except LauncherError as error:
         if "invalid job id" in error.original.lower():
             return {}
@@ -176,57 +173,41 @@ def job(job_id: str) -> Listed:
 
 
 def _listed(out: str) -> Listed:
-    jobs = {}
-    for line in out.splitlines():
-        parts = line.strip().split("|", 3)
-        if re.fullmatch(r"[0-9]+", parts[0]):  # anything else is a warning, or an array's line
-            if len(parts) < 4:  # cut off: the job is there, and must not be taken for one that is gone
-                raise _nonsense(line)
-            jobs[parts[0]] = (parts[2], from_slurm(parts[1], "squeue", parts[3]))
-    if out.strip() and not jobs and "|" not in out:
-        raise _nonsense(out)
-    return jobs
-
-
-def _nonsense(said: str) -> LauncherError:
-    return LauncherError("squeue answered nonsense", "squeue --me", status=ExitStatus.CLUSTER, original=said[:500])
+    try:
+        jobs = {number: (name, from_slurm(word, "squeue", why)) for number, word, name, why in rows(out, 4)}
+        if out.strip() and not jobs and "|" not in out:
+            raise ValueError(out)
+        return jobs
+    except ValueError as error:
+        what, said = "squeue answered nonsense", str(error)[:500]
+        raise LauncherError(what, "squeue --me", status=ExitStatus.CLUSTER, original=said) from error
 
 
 def accounting(job_ids: Iterable[str]) -> Listed:
     """What the accounting database says of `job_ids`; empty where there is none, which is usual."""
+    columns = "JobIDRaw,State,ExitCode,JobName"
     try:
-        out = _ask("sacct", "-n", "-X", "-P", "-j", ",".join(job_ids), "-o", "JobIDRaw,State,ExitCode,JobName")
-    except LauncherError:
+        jobs = rows(ask(("sacct", "-n", "-X", "-P", "-j", ",".join(job_ids), "-o", columns)), 4)
+    except (LauncherError, ValueError):
         return {}
-    jobs = {}
-    for line in out.splitlines():
-        parts = line.strip().split("|", 3)
-        if len(parts) == 4 and whole(parts[0]) is not None:
-            jobs[parts[0]] = (
-                parts[3],
-                from_slurm(parts[1], "sacct", "", whole(parts[2].split(":")[0])),
-            )
-    return jobs
+    return {
+        number: (name, from_slurm(word, "sacct", "", whole(code.split(":")[0]))) for number, word, code, name in jobs
+    }
 
 
 def cancel(job_id: str) -> None:
     """scancel; a job that is already gone is no error."""
     try:
-        _ask("scancel", job_id)
+        ask(("scancel", job_id))
     except LauncherError as error:
         if "Invalid job id" not in error.original:
             raise
 
 
-def ask(words: Sequence[str]) -> str:
-    """Standard output of a Slurm command that only asks. Raises LauncherError when it is missing, hangs or fails."""
-    return _ask(*words)
-
-
 def cluster_name() -> str:
     """Slurm's ClusterName. Raises LauncherError where it cannot be told."""
     question = ("scontrol", "show", "config")
-    said = _ask(*question)
+    said = ask(question)
     if name := config(said).get("ClusterName", ""):
         return name
     raise LauncherError(
@@ -239,22 +220,18 @@ def cluster_name() -> str:
 
 def plugstack(path: str) -> str:
     """plugstack.conf with the files that it includes (one level, as is usual); "" where this user cannot read it."""
-    texts = []
-    for name in [path, *_included(path)]:
-        try:
-            texts.append(Path(name).read_text(encoding="utf-8", errors="replace"))
-        except OSError:
-            continue
-    return "\n".join(texts)
+    text = _text(path)
+    lines = [line.split() for line in text.splitlines()]
+    patterns = [words[1] for words in lines if len(words) == 2 and words[0].lower() == "include"]
+    names = [name for p in patterns for name in sorted(glob(os.path.join(os.path.dirname(path), p)))]
+    return "\n".join([text, *map(_text, names)]).strip()
 
 
-def _included(path: str) -> list[str]:
+def _text(path: str) -> str:
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return []
-    patterns = [words[1] for words in map(str.split, lines) if len(words) == 2 and words[0].lower() == "include"]
-    return [name for p in patterns for name in sorted(glob(os.path.join(os.path.dirname(path), p)))]
+        return ""
 
 
 def bin_dir() -> str:
@@ -274,8 +251,12 @@ def _find(command: str) -> str:
     return path
 
 
-def _ask(command: str, *arguments: str) -> str:
-    """Runs a Slurm command that changes nothing or can be repeated, and returns its standard output."""
+def ask(words: Sequence[str]) -> str:
+    """Runs a Slurm command that changes nothing or can be repeated, and returns its standard output.
+
+    Raises LauncherError when it is missing, hangs or fails.
+    """
+    command, *arguments = words
     path = _find(command)
     try:
         done = subprocess.run(

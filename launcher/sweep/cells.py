@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.finding import ERROR, OK, refusal, sentence
+from launcher.base.finding import ERROR, OK
 from launcher.base.output import some, warn
 from launcher.base.secret import looks_secret
 from launcher.config import resolve
 from launcher.config.layers import Layer, absolute, merge, read_layer
 from launcher.config.options import RunOptions
 from launcher.config.spec import NAME, RunSpec
-from launcher.preflight import readiness
-from launcher.preflight.local_files import look_here
+from launcher.preflight.cluster import look
+from launcher.preflight.here import look_here
+from launcher.preflight.text import refusal, sentence
 from launcher.results.outcome import Outcome
 from launcher.results.read import outcome_of
 from launcher.runs import control
@@ -228,14 +229,12 @@ def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: i
     ready: list[tuple[Cell, RunSpec]] = []
     problems: dict[str, LauncherError] = {}
     notes: dict[str, None] = {}
-    ask_slurm = wanted and wanted[0].spec.job.scheduler == "slurm" and not dry_run
-    facts = readiness.facts_now() if ask_slurm else None
     for cell in wanted:
         spec = cell.next_spec
         try:
             spec, checks = look_here(spec)
-            if facts is not None:
-                spec, of_cluster = readiness.look(spec, facts)
+            if not dry_run:  # Slurm is asked once, for all cells
+                spec, of_cluster = look(spec)
                 checks += of_cluster
         except LauncherError as error:
             problems[spec.job.name] = error

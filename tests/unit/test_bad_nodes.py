@@ -13,7 +13,8 @@ from launcher.config.render import render
 from launcher.nodes import bad_nodes
 from launcher.nodes.bad_nodes import DAY_S, KEEP_S, BadNode
 from launcher.nodes.unfit import judge
-from launcher.preflight.checks import preflight
+from launcher.preflight.cluster import preflight
+from launcher.preflight.text import sentence
 from launcher.scheduler.facts import ClusterFacts
 from tests.unit.bad_node_records import JUDGED, NOW
 from tests.unit.test_preflight import FOUR, cluster, found, run
@@ -65,9 +66,10 @@ def test_a_longer_exclusion_stays_and_an_expired_one_goes() -> None:
 def test_left_out_of_the_job_and_shown() -> None:
     spec, checks = bad_nodes.without(run(nodes=3, exclude="n0"), cluster(*FOUR), [bad("n2", NOW - 2 * DAY_S)], NOW)
     assert "#SBATCH --exclude=n0,n2\n" in render(spec)
-    assert found(checks, "excluded").what == "n2 (ECC, 2 d ago); launcher cluster nodes"
-    nodes = found(preflight(spec, cluster(*FOUR)), "nodes")
-    assert nodes.status == ERROR and "has 2, without those of --exclude and those that failed their check" in nodes.what
+    assert sentence(found(checks, "bad-nodes")) == "n2 (ECC, 2 d ago); launcher cluster nodes"
+    nodes = found(preflight(spec, cluster(*FOUR)), "nodes-too-few")
+    assert nodes.status == ERROR
+    assert "has 2, without those of --exclude and those that failed their check" in sentence(nodes)
     assert "launcher cluster nodes release n2" in nodes.fix
 
 
@@ -93,5 +95,5 @@ def test_not_left_out(spec: Any, facts: ClusterFacts, status: str) -> None:
 
 def test_no_node_left_is_an_error() -> None:
     spec, _ = bad_nodes.without(run(), cluster(*FOUR[:1]), [bad("n0")], NOW)
-    check = found(preflight(spec, cluster(*FOUR[:1])), "nodes")
+    check = found(preflight(spec, cluster(*FOUR[:1])), "nodes-none-left")
     assert (check.status, "release --all" in check.fix) == (ERROR, True)

@@ -1,4 +1,4 @@
-"""What Slurm says in part: it is told, and nothing that was not read is held against the run."""
+"""What Slurm does not say, or only in part: one warning, and no check that needs it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from launcher.base.finding import ERROR, OK, WARNING, Check, refusal
+from launcher.base.finding import ERROR, WARNING, Finding
 from launcher.config.spec import RunSpec
 from launcher.nodes.bad_nodes import BadNode, without
-from launcher.preflight.checks import preflight
-from launcher.preflight.readiness import placed
+from launcher.preflight.cluster import preflight
+from launcher.preflight.placement import placed
+from launcher.preflight.text import sentence
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts
-from tests.cluster_fixtures import CLUSTERS, FakeNode, answering, cluster, install, node_line, partition_line
+from tests.cluster_fixtures import FakeNode, answering, cluster, install, partition_line
 from tests.conftest import Launch
-from tests.unit.test_preflight import PROFILES, found, run
-from tests.unit.test_preflight import cluster as values
+from tests.unit.test_preflight import codes, found, run
 
 Fake = Callable[[str, str], Path]
 SUBMIT = ("--gpu", "gb200", "--recipe", "debug", "--data", "sample", "--tokenizer", "sample", "--name", "r")
@@ -41,105 +39,85 @@ RACKS = cluster(
     plugin="topology/block",
 )
 CUT = RACKS | {"nodes": RACKS["nodes"][:3000]}  # the first few, and a part of the next
-CUT_AT_A_LINE = RACKS | {"nodes": "".join(RACKS["nodes"].splitlines(keepends=True)[:4])}
+BATCH, SHORT = partition_line("batch", "gpu[001-036]", default=True), partition_line("short", "gpu001")
+HALVES = {
+    "nodes, cut in a record": ("nodes", RACKS["nodes"][:3000]),
+    "nodes, cut between two": ("nodes", "".join(RACKS["nodes"].splitlines(keepends=True)[:4])),
+    "nodes, no answer": ("nodes", None),
+    "partitions, cut off": ("partitions", f"{BATCH}\n{SHORT[:300]}"),
+    "partitions, a record cut off": ("partitions", f"{BATCH}\nPartitionName=short AllowGroups=ALL\n"),
+    "partitions, nothing": ("partitions", ""),
+    "partitions, no answer": ("partitions", None),
+    "topology, cut in a word": ("topology", BLOCKS[:-20]),
+    "topology, cut in a list": ("topology", BLOCKS[:-60]),
+    "topology, one block": ("topology", BLOCKS[:40]),
+    "topology, nothing": ("topology", ""),
+    "topology, no answer": ("topology", None),
+    "config, nothing": ("config", ""),
+    "config, no answer": ("config", None),
+    "srun, no answer": ("srun", None),
+}
+CHECKED = {  # what is found of a run that fits, and the answers that it needs
+    "partition": {"partitions"},
+    "time": {"partitions"},
+    "gpus": {"nodes", "partitions"},
+    "nodes": {"nodes", "partitions"},
+    "architecture": {"nodes", "partitions"},
+    "pyxis": {"srun"},
+    "segment": {"config", "nodes", "partitions", "topology"},
+}
 
 
-def facts_of(answers: Mapping[str, str], *missing: str) -> ClusterFacts:
-    kept = {name: text for name, text in answers.items() if name not in missing}
-    return detect(answering(kept), lambda path: "")
+def facts_of(answers: Mapping[str, str | None]) -> ClusterFacts:
+    return detect(answering({name: text for name, text in answers.items() if text is not None}), lambda path: "")
 
 
-def looked(spec: RunSpec, facts: ClusterFacts) -> list[Check]:
-    return preflight(placed(spec, facts), facts, (), PROFILES)
+def looked(spec: RunSpec, facts: ClusterFacts) -> list[Finding]:
+    return preflight(placed(spec, facts), facts)
 
 
-def statuses(checks: list[Check], name: str) -> set[str]:
-    return {check.status for check in checks if check.name == name}
+@pytest.mark.parametrize(("question", "answer"), HALVES.values(), ids=HALVES)
+def test_an_answer_that_is_not_whole_is_one_warning_and_no_check(question: str, answer: str | None) -> None:
+    """Whatever the run asks for, nothing is held against it: not nodes, limits or blocks that were not read."""
+    facts = facts_of(RACKS | {question: answer})
+    assert list(facts.unread) == [question]
+    findings = looked(run("gb200", 9), facts)
+    warned = found(findings, "cluster-unread")
+    assert sentence(warned).startswith(f"{facts.unread[question]}: not checked: ") and warned.fix
+    assert set(codes(findings)) == {"cluster-unread"} | {
+        code for code, needed in CHECKED.items() if question not in needed
+    }
+    if question in ("nodes", "partitions"):
+        time = "9-0" if question == "partitions" else "1:00:00"
+        odd_runs = (run("gb200", 99, nodelist="x1"), run("h200", exclude="x2", time=time), run("gb200", 2, segment=30))
+        for odd in odd_runs:
+            assert codes(looked(odd, facts), ERROR) == []
 
 
-@pytest.mark.parametrize("missing", ["config", "partitions", "topology", "srun"])
-def test_every_note_is_a_warning(missing: str) -> None:
-    facts = facts_of(RACKS, missing)
-    assert facts.unread == (missing,)
-    check = found(looked(run("gb200", 9), facts), "cluster")
-    assert (check.status, check.what) == (WARNING, facts.notes[0]) and check.fix
+def test_whole_answers_are_all_checked() -> None:
+    assert facts_of(RACKS).unread == {} and codes(looked(run("gb200", 9), facts_of(RACKS))) == list(CHECKED)
 
 
-def test_whole_answers_have_no_notes() -> None:
-    assert facts_of(RACKS).unread == () and statuses(looked(run("gb200", 9), facts_of(RACKS)), "cluster") == set()
+def test_a_partition_that_is_not_read_is_not_looked_for() -> None:
+    facts = facts_of(RACKS | {"partitions": None})
+    assert facts.require("other") is facts and codes(looked(run("gb200", 2, partition="other"), facts), ERROR) == []
+    assert [node.name for node in facts.nodes_of("batch")] == [node.name for node in facts.nodes]
 
 
-@pytest.mark.parametrize("answers", [CUT, CUT_AT_A_LINE], ids=["in a record", "between two"])
-def test_nodes_that_could_not_be_read_are_not_missed(answers: Mapping[str, str]) -> None:
-    checks = looked(run("gb200", 9, nodelist="gpu010", exclude="gpu011"), facts_of(answers))
-    assert ERROR not in {check.status for check in checks}, checks
-    nodes = found(checks, "nodes")
-    assert (nodes.status, "has 4" in nodes.what, "there may be more" in nodes.why) == (WARNING, True, True)
-    assert "whether gpu010 is in service could not be read" in found(checks, "nodelist").what
-    assert "1 x 9 nodes, each in one block of up to 18" in found(checks, "placement").what
-
-
-def test_a_node_that_nothing_lists() -> None:
-    spec = run("gb200", 2, exclude="x1")
-    assert found(looked(spec, facts_of(CUT)), "exclude").status == WARNING
-    assert found(looked(spec, facts_of(RACKS)), "exclude").status == ERROR
-
-
-@pytest.mark.parametrize(
-    "job", [{}, {"partition": "batch"}, {"partition": "other"}, {"nodelist": "gpu001"}, {"time": "9-0"}]
-)
-def test_unread_partitions_stop_nothing_for_sure(job: dict[str, Any]) -> None:
-    facts = facts_of(RACKS, "partitions")
-    checks = looked(run("gb200", 2, **job), facts)
-    assert refusal(checks, force=False) is None, checks
-    assert not any("is up" in check.what for check in checks)
-
-
-def test_unread_partitions_of_several_names() -> None:
-    nodes = [FakeNode("a", partitions="p"), FakeNode("b", partitions="q", arch="aarch64")]
-    facts = facts_of(cluster("25.05.3", nodes, []))
-    checks = looked(run("h200", 2), facts)
-    assert not any(check.certain for check in checks)
-    assert "which partition is the default could not be read; there are p, q" in found(checks, "partition").what
-    wrong = looked(run("b200", 1, partition="q", nodelist="a"), facts)
-    assert refusal(wrong, force=True) is None and refusal(wrong, force=False) is not None
-
-
-def test_a_partition_record_that_is_cut_off() -> None:
-    lines = partition_line("batch", "gpu[001-036]", default=True) + "\n" + partition_line("short", "gpu001")[:300]
-    nodes = [FakeNode("gpu001", partitions="batch,short")]
-    facts = facts_of(RACKS | {"partitions": lines, "nodes": node_line(nodes[0]) + "\n"})
-    assert [(p.name, p.guessed) for p in facts.partitions] == [("batch", False), ("short", True)]
-    assert "partitions" in facts.unread
-
-
-@pytest.mark.parametrize(
-    ("missing", "said"),
-    [
-        ("topology", "topology could not be read"),
-        ("config", "whether Slurm takes --segment could not be read"),
-    ],
-)
-def test_a_topology_that_could_not_be_read(missing: str, said: str) -> None:
-    facts = facts_of(RACKS, missing)
-    check = found(looked(run("gb200", 9), facts), "placement")
-    assert (check.status, said in check.what, "scontrol show topology" in check.fix) == (WARNING, True, True)
-    assert statuses(looked(run("gb200", 1), facts), "placement") == set()
-    assert facts_of(RACKS | {"topology": ""}).unread == ("topology",)
-
-
-def test_a_repeated_segment_where_no_blocks_could_be_read() -> None:
+def test_no_segment_is_chosen_without_the_blocks_and_the_users_own_stays() -> None:
     origin = {"job.segment": "file /runs/a/run.toml"}
-    check = found(looked(run("gb200", 36, origin, segment=18), facts_of(RACKS, "topology")), "placement")
-    assert (check.status, check.what) == (WARNING, "--segment 18: topology could not be read")
-    own = found(looked(run("gb200", 36, segment=18), facts_of(RACKS, "config")), "placement")
-    assert (own.status, "could not be read" in own.what) == (WARNING, True)
+    for question in ("config", "topology", "nodes", "partitions"):
+        facts = facts_of(RACKS | {question: None})
+        assert placed(run("gb200", 36), facts).job.segment == 0
+        assert placed(run("gb200", 36, segment=18), facts).job.segment == 18
+    blind = facts_of(RACKS | {"topology": None, "config": None})
+    assert placed(run("gb200", 36, origin, segment=18), blind).job.segment == 0
 
 
-def test_show_claims_nothing_of_what_it_guesses(launch: Launch, fake_slurm: Fake) -> None:
+def test_show_claims_nothing_of_what_it_does_not_know(launch: Launch, fake_slurm: Fake) -> None:
     install({name: text for name, text in RACKS.items() if name not in ("partitions", "config")}, fake_slurm)
     shown = " ".join(launch("cluster", "show").stdout.split())
-    assert "batch state unknown, limits unknown: 36 nodes" in shown and "no time limit" not in shown
+    assert "batch" not in shown and "no time limit" not in shown and "36 x 4 GPUs (gb200)" in shown
     assert "whether --segment works is unknown" in shown
 
 
@@ -147,7 +125,8 @@ def test_submit_passes_unread_partitions_with_a_warning(launch: Launch, fake_slu
     install({name: text for name, text in RACKS.items() if name != "partitions"}, fake_slurm)
     fake_slurm("sbatch", "echo 42")
     done = launch("submit", "--image", str(image), *SUBMIT, "--nodes", "2")
-    assert done.returncode == 0 and "warning: scontrol -o show partition: scontrol failed" in done.stderr
+    assert done.returncode == 0 and done.stderr.count("warning: ") == 1, done.stderr
+    assert "warning: scontrol -o show partition: scontrol failed" in done.stderr
 
 
 # ------------------------------------------------------------------------------ nodes that failed their check
@@ -157,25 +136,14 @@ def bad(host: str) -> BadNode:
     return BadNode(host, "GPU 2 is dead", "", 0.0, 1e9)
 
 
-@pytest.mark.parametrize("end", [-20, -60, 40])
-def test_a_topology_that_is_cut_off_holds_nothing_against_a_run(end: int) -> None:
-    facts = facts_of(RACKS | {"topology": BLOCKS[:end]})
-    assert "topology" in facts.unread and any("cut off" in note for note in facts.notes)
-    for nodes in (9, 36):
-        checks = looked(run("gb200", nodes), facts)
-        assert statuses(checks, "blocks") == set() and WARNING in statuses(checks, "cluster")
-        assert not any(check.status == ERROR and check.certain for check in checks)
-
-
-def test_a_bad_node_that_the_partition_lists_is_left_out_though_it_could_not_be_read() -> None:
-    spec, checks = without(run("gb200", 2), facts_of(CUT), [bad("gpu020"), bad("x9")], 1.0)
-    assert spec.avoid == ("gpu020",)
-    warning = next(check for check in checks if check.status == WARNING)
-    assert "x9 failed its check lately, and is not left out" in warning.what and "--exclude x9" in warning.fix
-    _, silent = without(run("gb200", 2), ClusterFacts(unread=("nodes",)), [bad("gpu020")], 1.0)
-    assert statuses(silent, "excluded") == {WARNING}
-    _, whole = without(run("gb200", 2), facts_of(RACKS), [bad("x9")], 1.0)
-    assert whole == [], "Slurm has no such node any more"
+def test_a_bad_node_is_not_left_out_where_slurm_does_not_say_which_nodes_it_has() -> None:
+    """Slurm refuses a job that excludes a node which it does not know."""
+    spec, (finding,) = without(run("gb200", 2), facts_of(CUT), [bad("gpu020"), bad("x9")], 1.0)
+    assert spec.avoid == () and finding.status == WARNING
+    assert sentence(finding).startswith("gpu020, x9 failed its check lately, and is not left out")
+    assert "--exclude gpu020,x9" in finding.fix
+    assert without(run("gb200", 2), facts_of(CUT), [], 1.0)[1] == []
+    assert without(run("gb200", 2), facts_of(RACKS), [bad("x9")], 1.0)[1] == [], "Slurm has no such node any more"
 
 
 @pytest.mark.parametrize("clusters", [("crusoe",), ()])
@@ -193,15 +161,6 @@ def test_a_cluster_without_a_name_leaves_nothing_out_and_says_so(
     assert done.returncode == 0, done.stderr
     assert "--exclude" not in (image.parent / "runs" / "r" / "job.sbatch").read_text()
     assert ("none is left out of those that failed their check: gpu003" in done.stderr) is bool(clusters)
-
-
-# ------------------------------------------------------------------------------ odd answers
-
-
-def test_a_boot_time_that_is_no_time() -> None:
-    node = FakeNode("gpu1", booted="2026-13-45T99:99:99")
-    facts = facts_of(cluster("25.05.3", [node], [partition_line("batch", "gpu1", default=True)]))
-    assert facts.nodes[0].booted == ""
 
 
 def test_ctrl_c_while_slurm_hangs(workplace: Path, fake_slurm: Fake) -> None:
@@ -227,24 +186,3 @@ def test_ctrl_c_while_slurm_hangs(workplace: Path, fake_slurm: Fake) -> None:
         for pid in (workplace / "asked").read_text().split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-
-
-def test_limits_are_read() -> None:
-    line = partition_line("p", "n1").replace("AllowGroups=ALL", "AllowGroups=a,b").replace("MinNodes=0", "MinNodes=4")
-    line = line.replace("RootOnly=NO ReqResv=NO", "RootOnly=YES ReqResv=YES")
-    node = node_line(FakeNode("n1")).replace("TmpDisk=0", "TmpDisk=7000000")
-    facts = facts_of({**CLUSTERS["terraform-25.05"], "partitions": f"{line}\n", "nodes": f"{node}\n"})
-    (p,) = facts.partitions
-    assert (p.groups, p.min_nodes, p.root_only, p.needs_reservation) == (("a", "b"), 4, True, True)
-    assert facts.nodes[0].tmp_mib == 7_000_000
-    (usual, *_) = facts_of(RACKS).partitions
-    assert (usual.groups, usual.min_nodes, usual.root_only, usual.needs_reservation) == ((), 0, False, False)
-
-
-def test_sure_is_only_what_was_read_whole() -> None:
-    """Nodes of another architecture cannot work; where others may be there, --force goes on."""
-    facts = values(*(replace(n, arch="x86_64") for n in facts_of(CUT).nodes), unread=("nodes",))
-    check = found(preflight(run("gb200", 2), facts), "architecture")
-    assert (check.status, check.certain) == (ERROR, False)
-    assert found(preflight(run("gb200", 2), replace(facts, unread=())), "architecture").certain
-    assert found(preflight(run("gb200", 2), facts), "Pyxis").status == OK

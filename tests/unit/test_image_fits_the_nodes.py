@@ -15,7 +15,7 @@ import pytest
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config import resolve
 from launcher.config.layers import Layer
-from launcher.preflight.local_files import check_image
+from launcher.preflight.here import check_image
 from tests.conftest import Launch
 
 SUBMIT = ("submit", "--image", "titan.sqsh", "--yes", "--dry-run")

@@ -19,8 +19,8 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.layers import find, merge, read_layer
 from launcher.config.runtime import mounts
 from launcher.config.spec import Job, RunSpec
-from launcher.preflight.local_files import check_weights as check_at_submit
-from launcher.preflight.local_files import warnings
+from launcher.preflight.here import check_weights as check_at_submit
+from launcher.preflight.here import files
 from launcher.titan import Refused
 from launcher.titan.command import config_files, trainer_arguments
 from launcher.titan.recipe import Recipe
@@ -270,8 +270,8 @@ def test_submit_looks_where_a_mount_takes_it_from(tmp_path: Path, weights: Path)
 
 def test_what_only_the_nodes_have_is_a_warning() -> None:
     check_at_submit(spec("/nowhere/weights"))
-    assert any(text.startswith("/nowhere/weights: not on this machine") for text in warnings(spec("/nowhere/weights")))
-    assert not any(text.startswith(":") for text in warnings(spec("")))
+    assert "/nowhere/weights" in [finding.facts.get("path") for finding in files(spec("/nowhere/weights"))]
+    assert "" not in [finding.facts.get("path") for finding in files(spec(""))]
 
 
 def test_links_that_lead_out_of_the_container_are_refused(tmp_path: Path, weights: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from launcher.base.finding import OK, WARNING, Check
+from launcher.base.finding import OK, WARNING, Finding
 from launcher.config.layers import find, merge, read_layer
 from launcher.config.render import render
 from launcher.config.spec import RunSpec
-from launcher.preflight import placement
-from launcher.preflight.checks import preflight
-from launcher.preflight.readiness import placed
+from launcher.preflight.cluster import preflight
+from launcher.preflight.placement import best_segment, describe, placed, segment_of, whole_counts
+from launcher.preflight.text import sentence, words
 from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
 
 RACKS = tuple(Block(f"rack-{r}", tuple(f"r{r}n{i:02d}" for i in range(18))) for r in range(1, 4))
@@ -44,40 +44,25 @@ def run(nodes: int, gpu: str = "gb200", segment: int = 0, origin: str = "option 
     return replace(spec, job=job, origin={**spec.origin, **({"job.segment": origin} if segment else {})})
 
 
-@pytest.mark.parametrize(
-    ("nodes", "expected"),
-    [
-        (1, 1),
-        (2, 2),
-        (9, 9),
-        (17, 17),
-        (18, 18),
-        (19, 1),
-        (20, 10),
-        (22, 11),
-        (34, 17),
-        (36, 18),
-        (37, 1),
-        (38, 2),
-        (54, 18),
-        (53, 1),
-    ],
-)
+EXPECTED = {1: 1, 2: 2, 9: 9, 17: 17, 18: 18, 19: 1, 20: 10, 22: 11, 34: 17, 36: 18, 37: 1, 38: 2, 54: 18, 53: 1}
+
+
+@pytest.mark.parametrize(("nodes", "expected"), EXPECTED.items())
 def test_the_largest_divisor_within_a_block(nodes: int, expected: int) -> None:
-    assert placement.segment(nodes, [18, 18, 18]) == expected
+    assert segment_of(nodes, {18: 3}) == expected
 
 
 def test_pieces_need_blocks_enough() -> None:
-    assert placement.segment(36, [18, 17, 17]) == 12  # two pieces of 18 would need two whole racks
-    assert placement.segment(36, [18]) == 1
-    assert placement.segment(4, []) == 1
+    assert segment_of(36, {18: 1, 17: 2}) == 12  # two pieces of 18 would need two whole racks
+    assert segment_of(36, {18: 1}) == 1
+    assert segment_of(4, {}) == 1
 
 
 @pytest.mark.parametrize(
     ("nodes", "near"), [(19, [18, 20]), (37, [36, 39]), (38, [36, 39]), (53, [51, 54]), (2, [1, 3])]
 )
 def test_the_counts_that_would_not_straddle(nodes: int, near: list[int]) -> None:
-    assert placement.whole_counts(nodes, RACKS) == near
+    assert whole_counts(nodes, RACKS) == near
 
 
 def test_what_is_drained_is_not_counted_on_unless_nothing_else_is_left() -> None:
@@ -139,31 +124,28 @@ def test_only_the_blocks_of_the_partition_count() -> None:
     assert placed(run(5), facts).job.segment == 1
 
 
+def check_of(spec: RunSpec, facts: ClusterFacts) -> Finding:
+    (finding,) = [f for f in preflight(placed(spec, facts), facts) if words(f).name == "placement"]
+    return finding
+
+
+ROOM = "1 x 17 nodes, each in one block; room now: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)"
+
+
 @pytest.mark.parametrize(
     ("nodes", "status", "said"),
-    [
-        (
-            17,
-            OK,
-            "1 x 17 nodes, each in one block of up to 18; room now: rack-1 (18 free), rack-2 (18 free), rack-3 "
-            "(18 free)",
-        ),
-        (36, OK, "2 x 18 nodes"),
-        (19, WARNING, "--nodes 18 or 20"),
-        (37, WARNING, "--nodes 36 or 39"),
-    ],
+    [(17, OK, ROOM), (36, OK, "2 x 18 nodes"), (19, WARNING, "--nodes 18 or 20"), (37, WARNING, "--nodes 36 or 39")],
 )
 def test_what_the_user_is_told(nodes: int, status: str, said: str) -> None:
-    facts = cluster()
-    (check,) = [c for c in preflight(placed(run(nodes), facts), facts) if c.name == "placement"]
-    assert (check.status, said in f"{check.what}; {check.fix}") == (status, True), check
+    finding = check_of(run(nodes), cluster())
+    assert (finding.status, said in sentence(finding)) == (status, True), finding
 
 
 def test_room_now() -> None:
-    found = placement.describe(36, 18, RACKS, {*RACKS[0].nodes, *RACKS[1].nodes[:17]})
-    assert placement.room_text(found) == "room now, but not for all: rack-1 (18 free)"
+    found = describe(36, 18, RACKS, {*RACKS[0].nodes, *RACKS[1].nodes[:17]})
+    assert found.text == "2 x 18 nodes, each in one block; room now, but not for all: rack-1 (18 free)"
     assert not found.starts_now
-    assert placement.room_text(placement.describe(36, 18, RACKS)) == "no block has room for one now"
+    assert describe(36, 18, RACKS).text.endswith("; no block has room for one now")
 
 
 UNEVEN = (
@@ -174,39 +156,34 @@ UNEVEN = (
 
 def test_the_fewest_domains_of_uneven_blocks() -> None:
     """160 nodes need ten of 18 + 10 x 16, and get ten."""
-    found = placement.place(160, UNEVEN)
+    found = describe(160, best_segment(160, UNEVEN), UNEVEN)
     assert (found.segment, found.pieces, found.fewest, found.whole) == (16, 10, 10, True)
-    assert placement.place(18, UNEVEN).whole and not placement.place(170, UNEVEN).whole
-    assert placement.whole_counts(17, UNEVEN) == [16, 18]
+    assert describe(18, best_segment(18, UNEVEN), UNEVEN).whole
+    assert not describe(170, best_segment(170, UNEVEN), UNEVEN).whole
+    assert whole_counts(17, UNEVEN) == [16, 18]
+
+
+LOST = ("r1n00", "r2n00", "r3n00")
 
 
 @pytest.mark.parametrize(
-    ("nodes", "why", "fix"),
+    ("nodes", "code", "fix"),
     [
-        (
-            18,
-            "r1n00, r2n00, r3n00 are out of service; with them, pieces of 18 would do",
-            "--nodes 17 or 20, or --segment 18, which waits for them",
-        ),
-        (19, "19 nodes need 2 NVLink domains at least, but no larger piece divides them", "--nodes 17 or 20"),
+        (18, "segment-out-of-service", "--nodes 17 or 20, or --segment 18, which waits for them"),
+        (19, "segment-straddles", "--nodes 17 or 20"),
     ],
 )
-def test_a_drained_node_in_every_rack_is_named(nodes: int, why: str, fix: str) -> None:
-    facts = cluster("r1n00", "r2n00", "r3n00")
-    check = check_of(run(nodes), facts)
-    assert (check.status, why in check.why, check.fix) == (WARNING, True, fix), check
-    (below, above) = placement.whole_counts(nodes, RACKS, {"r1n00", "r2n00", "r3n00"})
-    assert all(check_of(run(count), facts).status == OK for count in (below, above))
+def test_a_drained_node_in_every_rack_is_named(nodes: int, code: str, fix: str) -> None:
+    finding = check_of(run(nodes), cluster(*LOST))
+    assert (finding.code, finding.status, finding.fix) == (code, WARNING, fix)
+    assert finding.facts.get("lost", LOST) == LOST and finding.facts.get("domains", 2) == 2
+    (below, above) = whole_counts(nodes, RACKS, LOST)
+    assert all(check_of(run(count), cluster(*LOST)).status == OK for count in (below, above))
 
 
 def test_a_smaller_segment_than_there_could_be() -> None:
-    check = check_of(run(36, segment=6), cluster())
-    assert (check.status, check.fix) == (WARNING, "--segment 18")
-
-
-def check_of(spec: RunSpec, facts: ClusterFacts) -> Check:
-    (check,) = [c for c in preflight(placed(spec, facts), facts) if c.name == "placement"]
-    return check
+    finding = check_of(run(36, segment=6), cluster())
+    assert (finding.code, finding.status, finding.fix) == ("segment-small", WARNING, "--segment 18")
 
 
 @pytest.mark.parametrize(
@@ -219,22 +196,22 @@ def check_of(spec: RunSpec, facts: ClusterFacts) -> Check:
 )
 def test_racks_that_slurm_does_not_know(nodes: int, topology: str, status: str, said: str) -> None:
     facts = cluster(blocks=(), segment=False, topology=topology)
-    check = check_of(run(nodes), facts)
-    assert (check.status, said in f"{check.what}; {check.why}") == (status, True), check
-    assert status == OK or check.fix == "an administrator enables topology/block"
+    finding = check_of(run(nodes), facts)
+    assert (finding.status, said in sentence(finding)) == (status, True), finding
+    assert status == OK or finding.fix == "an administrator enables topology/block"
     others = (run(1), run(nodes, "h200"))
-    assert not [c for spec in others for c in preflight(spec, facts) if c.name == "placement"]
+    assert not [f for spec in others for f in preflight(spec, facts) if words(f).name == "placement"]
 
 
 def test_thousands_of_uneven_blocks_are_quick() -> None:
     blocks = [UNEVEN[0], *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(600))]
     began = time.monotonic()
-    assert placement.whole_counts(9_601, blocks) == [9_600, 9_616]
-    assert placement.place(9_616, blocks).pieces == 601
+    assert whole_counts(9_601, blocks) == [9_600, 9_616]
+    assert best_segment(9_616, blocks) == 16
     assert time.monotonic() - began < 1
 
 
 def test_large_clusters() -> None:
     blocks = [Block(str(b), tuple(f"{b}-{i}" for i in range(18))) for b in range(556)]
-    assert placement.place(9_990, blocks).segment == 18
-    assert placement.whole_counts(9_973, blocks) == [9_972, 9_990]
+    assert best_segment(9_990, blocks) == 18
+    assert whole_counts(9_973, blocks) == [9_972, 9_990]

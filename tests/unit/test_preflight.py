@@ -6,44 +6,41 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from launcher.base.errors import ExitStatus
-from launcher.base.finding import ERROR, OK, WARNING, Check, refusal
-from launcher.config.layers import find, merge, names_of, read_layer
+from launcher.base.finding import ERROR, OK, WARNING, Finding, error, impossible, warning
+from launcher.config.layers import find, merge, read_layer
 from launcher.config.spec import RunSpec
-from launcher.preflight.checks import preflight
+from launcher.preflight.cluster import preflight
+from launcher.preflight.here import files
+from launcher.preflight.placement import Machine
+from launcher.preflight.text import TEXTS, as_dict, refusal, sentence
 from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
-from tests.conftest import Launch
+from tests.conftest import ROOT, Launch
 
 Fake = Callable[[str, str], Path]
-PROFILES = tuple(names_of("profiles"))
 
 
 def node(name: str, states: str = "IDLE", **values: Any) -> Node:
-    known: dict[str, Any] = {
-        "partitions": ("batch",),
-        "gres": "gpu:8",
-        "gpus": 8,
-        "arch": "x86_64",
-        "cpus": 176,
-        **values,
-    }
-    return Node(name, frozenset(states.split("+")), **known)
+    known: dict[str, Any] = {"partitions": ("batch",), "gres": "gpu:8", "gpus": 8, "arch": "x86_64", "cpus": 176}
+    return Node(name, frozenset(states.split("+")), **{**known, **values})
 
 
 def cluster(*nodes: Node, **values: Any) -> ClusterFacts:
-    known: dict[str, Any] = {
-        "slurm": (25, 5),
-        "pyxis": "0.21.0",
-        "topology": "tree",
-        "partitions": (Partition("batch", True, "UP"), Partition("small", False, "UP", 300, 1)),
-        **values,
-    }
-    return ClusterFacts(nodes=nodes, **known)
+    both = (Partition("batch", True, "UP"), Partition("small", False, "UP", 300, 1))
+    known: dict[str, Any] = {"slurm": (25, 5), "pyxis": "", "topology": "tree", "partitions": both}
+    return ClusterFacts(nodes=nodes, **{**known, **values})
+
+
+def batch(**values: Any) -> ClusterFacts:
+    """Four nodes in a partition of one's own making."""
+    known: dict[str, Any] = {"default": True, "state": "UP", **values}
+    return cluster(*FOUR, partitions=(Partition("batch", **known),))
 
 
 def run(gpu: str = "h200", nodes: int = 2, origin: dict[str, str] | None = None, **job: Any) -> RunSpec:
@@ -56,470 +53,338 @@ def profile(spec: RunSpec, **values: Any) -> RunSpec:
     return replace(spec, profile=replace(spec.profile, **values))
 
 
+def four(**values: Any) -> ClusterFacts:
+    return cluster(*(replace(node, **values) for node in FOUR))
+
+
+def codes(findings: list[Finding], *statuses: str) -> list[str]:
+    return [finding.code for finding in findings if not statuses or finding.status in statuses]
+
+
+def found(findings: list[Finding], code: str) -> Finding:
+    matching = [finding for finding in findings if finding.code == code]
+    assert len(matching) == 1, codes(findings)
+    return matching[0]
+
+
 FOUR = tuple(node(f"n{i}") for i in range(4))
 DYNAMIC = tuple(node(f"d{i}", "IDLE+DYNAMIC_NORM") for i in range(2))
 BROKEN = node("bad", "IDLE+DRAIN", reason="GPU 3 [fell off] the bus [root@2026-01-02T03:04:05]")
 ARM = tuple(node(f"a{i}", arch="aarch64", gres="gpu:gb200:4(S:0-1)", gpus=4) for i in range(4))
-BLOCKS = {"segment": True, "topology": "block"}
 RACKS = (Block("rack-1", ("a0", "a1")), Block("rack-2", ("a2", "a3")))
 
 
-CASES = {
-    "more nodes than there are": (run(nodes=9), cluster(*FOUR), "nodes", ERROR, "has 4", "--nodes 4"),
-    "more nodes than --exclude leaves": (
-        run(nodes=4, exclude="n[0-1]"),
-        cluster(*FOUR),
-        "nodes",
-        ERROR,
-        "has 2, without those of --exclude",
-        "--nodes 2",
-    ),
-    "nodes that may still register": (run(nodes=9), cluster(*DYNAMIC), "nodes", WARNING, "has 2", "--nodes 2"),
-    "no nodes at all": (run(), cluster(), "nodes", WARNING, "no nodes now", "sinfo -s"),
-    "nodes enough, but busy": (
-        run(nodes=2),
-        cluster(node("n0"), node("n1", "ALLOCATED")),
-        "nodes",
-        OK,
-        "waits for others",
-        "",
-    ),
-    "some have too few GPUs": (run(nodes=3), cluster(*FOUR[:2], *ARM), "nodes", ERROR, "has 2 with gpu:8", "--nodes 2"),
-    "drained": (
-        run(nodes=5),
-        cluster(*FOUR, BROKEN),
-        "node states",
+def racks(*blocks: Block) -> ClusterFacts:
+    return cluster(*ARM, segment=True, topology="block", blocks=blocks or RACKS)
+
+
+class Case(NamedTuple):
+    code: str
+    status: str
+    spec: RunSpec
+    facts: ClusterFacts
+    said: str = ""  # part of what the user reads
+    fix: str = ""
+
+
+WITH_BROKEN = cluster(*FOUR, BROKEN)
+BLOCKLESS = racks(Block("rack-1", ("a0",)), Block("rack-2"))
+UNDIVIDED = run(nodes=3, segment=2)
+GPU_H200 = profile(run(), gres="gpu:h200")
+CASES = [
+    Case("nodes", OK, run(nodes=4), cluster(*FOUR, BROKEN), "has 5, 4 of them in service, 4 of them free now"),
+    Case("nodes", OK, run(nodes=5), cluster(*FOUR, BROKEN), "5 asked; partition batch has 5, 4 of them in service"),
+    Case("nodes-busy", OK, run(), cluster(node("n0"), node("n1", "ALLOCATED")), "waits for others"),
+    Case("nodes-too-few", ERROR, run(nodes=9), four(), "has 4: the job would wait for ever", "--nodes 4"),
+    Case("nodes-too-few", ERROR, run(nodes=4, exclude="n[0-1]"), four(), "has 2, without those of --ex", "--nodes 2"),
+    Case("nodes-too-few", ERROR, run(nodes=3), cluster(*FOUR[:2], *ARM), "has 2 with gpu:8", "--nodes 2"),
+    Case("nodes-not-yet", WARNING, run(nodes=9), cluster(*DYNAMIC), "has 2: the job waits", "--nodes 2"),
+    Case("nodes-none", WARNING, run(), cluster(), "no nodes now", "sinfo -s"),
+    Case("node-states", OK, run(nodes=4), cluster(*FOUR, BROKEN), "bad is drained"),
+    Case(
+        "nodes-out-of-service",
         WARNING,
-        "bad is drained (GPU 3 [fell off] the bus",
+        run(nodes=5),
+        WITH_BROKEN,
+        "4 in service: bad is drained (GPU 3 [fell off] the bus",
         "--nodes 4",
     ),
-    "not answering": (
+    Case(
+        "nodes-out-of-service",
+        WARNING,
         run(nodes=5),
         cluster(*FOUR, node("bad", "DOWN+NOT_RESPONDING")),
-        "node states",
-        WARNING,
         "bad is down",
         "sinfo -R",
     ),
-    "kept for a reservation": (
+    Case(
+        "nodes-out-of-service",
+        WARNING,
         run(nodes=5),
         cluster(*FOUR, node("kept", "IDLE+RESERVED")),
-        "node states",
-        WARNING,
         "kept is reserved",
         "--nodes 4; scontrol show reservation",
     ),
-    "drained, so not all in service": (
-        run(nodes=5),
-        cluster(*FOUR, BROKEN),
-        "nodes",
+    Case(
+        "gpus",
         OK,
-        "5 asked; partition batch has 5, 4 of them in service",
-        "",
+        GPU_H200,
+        cluster(node("n", gres="gpu:h200:8(S:0-1),nvme:2"), node("m", gres="gpu:h200:8")),
+        "2 nodes",
     ),
-    "in service, and one drained": (
-        run(nodes=4),
-        cluster(*FOUR, BROKEN),
-        "nodes",
-        OK,
-        "4 asked; partition batch has 4 in service, 4 of them free now",
-        "",
-    ),
-    "drained, but not needed": (run(nodes=4), cluster(*FOUR, BROKEN), "node states", OK, "bad is drained", ""),
-    "GPUs that no node has": (
+    Case(
+        "gpus-absent",
+        ERROR,
         run(),
         cluster(*ARM),
-        "GPUs",
-        ERROR,
         "gpu:8 on a node, and no node of partition batch has that: 4 with 4 of gpu",
         "--gpus-per-node 4",
     ),
-    "no GPUs": (run(), cluster(node("c", gres="", gpus=0)), "GPUs", ERROR, "1 with no GPUs", "--partition"),
-    "GPUs of another name": (profile(run(), gres="gpu:h200"), cluster(*ARM), "GPUs", ERROR, "gpu:h200:8", "--gpu NAME"),
-    "GPUs of that name": (
-        profile(run(), gres="gpu:h200"),
-        cluster(node("n", gres="gpu:h200:8(S:0-1),nvme:2"), node("m", gres="gpu:h200:8")),
-        "GPUs",
-        OK,
-        "2 nodes",
-        "",
+    Case("gpus-absent", ERROR, run(), cluster(node("c", gres="", gpus=0)), "1 with no GPUs", "--partition"),
+    Case("gpus-absent", ERROR, GPU_H200, cluster(*ARM), "gpu:h200:8", "--gpu NAME"),
+    Case(
+        "gpus-idle", WARNING, run("gb200"), four(arch="aarch64"), "uses 4 GPUs of a node; n0 has 8", "--gpus-per-node 8"
     ),
-    "half of the GPUs": (
-        run("gb200"),
-        cluster(*(replace(n, arch="aarch64") for n in FOUR)),
-        "GPUs per node",
-        WARNING,
-        "uses 4 GPUs of a node; n0 has 8",
-        "--gpus-per-node 8",
-    ),
-    "another architecture": (
-        run("gb200"),
-        cluster(*FOUR),
-        "architecture",
+    Case("gpu-type", WARNING, run("b200"), four(gres="gpu:h200:8"), "for B200; Slurm speaks of h200", "--gpu h200"),
+    Case("gpu-type", WARNING, run("b200"), four(features=("H100",)), "h100", "--gpu h100"),
+    Case(
+        "architecture-other",
         ERROR,
-        "gb200 is for aarch64; partition batch has 4 nodes of x86_64",
+        run("gb200"),
+        four(),
+        "gb200 is for aarch64; partition batch has 4 of x86_64",
         "--set profile.arch=x86_64",
     ),
-    "another architecture, no image": (
-        run("gb200", runtime="bare"),
-        cluster(*FOUR),
-        "architecture",
+    Case("architecture-other", WARNING, run("gb200", runtime="bare"), four(), "x86_64", "--gpu"),
+    Case(
+        "architecture-mixed",
         WARNING,
-        "x86_64",
-        "--gpu",
-    ),
-    "two architectures": (
         run(),
         cluster(*FOUR, node("arm", arch="aarch64")),
-        "architecture",
-        WARNING,
-        "4 nodes of x86_64 and 1 node of aarch64",
+        "4 of x86_64, 1 of aarch64",
         "--exclude arm",
     ),
-    "another GPU by name": (
-        run("b200"),
-        cluster(*(replace(n, gres="gpu:h200:8") for n in FOUR)),
-        "GPU type",
-        WARNING,
-        "for B200; Slurm speaks of h200",
-        "--gpu h200",
-    ),
-    "another GPU by feature": (
-        run("b200"),
-        cluster(*(replace(n, features=("H100",)) for n in FOUR)),
-        "GPU type",
-        WARNING,
-        "h100",
-        "--gpu h100",
-    ),
-    "no such partition": (
-        run(partition="gpu"),
-        cluster(*FOUR),
-        "partition",
+    Case("partition", OK, run(partition="small,batch", time="10"), four(), "small"),
+    Case("partition-unknown", ERROR, run(partition="gpu"), four(), "it has batch, small", "--partition batch"),
+    Case(
+        "partition-not-named",
         ERROR,
-        "it has batch, small",
-        "--partition batch",
-    ),
-    "no default partition": (
         run(),
         cluster(*FOUR, partitions=(Partition("a"), Partition("b"))),
-        "partition",
-        ERROR,
         "none is the default",
         "--partition a",
     ),
-    "partition down": (
-        run(),
-        cluster(*FOUR, partitions=(Partition("batch", True, "DOWN"),)),
-        "partition",
-        WARNING,
-        "DOWN",
-        "sinfo -s",
-    ),
-    "partition inactive": (
-        run(),
-        cluster(*FOUR, partitions=(Partition("batch", True, "INACTIVE"),)),
-        "partition",
+    Case("partition-down", WARNING, run(), batch(state="DOWN"), "DOWN", "sinfo -s"),
+    Case("partition-closed", ERROR, run(), batch(state="INACTIVE"), "INACTIVE", "sinfo -s"),
+    Case(
+        "time-limit",
         ERROR,
-        "INACTIVE",
-        "sinfo -s",
-    ),
-    "too long": (
-        run(nodes=1, partition="small", time="10"),
-        cluster(*FOUR),
-        "time",
-        ERROR,
+        run(partition="small", time="10"),
+        four(),
         "above the limit of partition small, 00:05:00",
         "--time 00:05:00",
     ),
-    "days": (
-        run(partition="small", time="1-12"),
-        cluster(*FOUR, partitions=(Partition("small", False, "UP", 86400),)),
-        "time",
+    Case("time-limit", ERROR, run(time="1-12"), batch(max_time_s=86400), "1-00:00:00", "--time 1-00:00:00"),
+    Case("job-too-large", ERROR, run(partition="small"), four(), "allows 1 node in a job", "--nodes 1"),
+    Case("job-too-small", ERROR, run(), batch(min_nodes=3), "takes jobs of 3 nodes and more", "--nodes 3"),
+    Case(
+        "reservation-needed",
         ERROR,
-        "1-00:00:00",
-        "--time 1-00:00:00",
-    ),
-    "not too long for the other": (
-        run(partition="small,batch", time="10"),
-        cluster(*FOUR),
-        "partition",
-        OK,
-        "small",
-        "",
-    ),
-    "too few for the partition": (
-        run(nodes=2),
-        cluster(*FOUR, partitions=(Partition("batch", True, "UP", min_nodes=3),)),
-        "nodes per job",
-        ERROR,
-        "takes jobs of 3 nodes and more",
-        "--nodes 3",
-    ),
-    "a reservation is a must": (
         run(),
-        cluster(*FOUR, partitions=(Partition("batch", True, "UP", needs_reservation=True),)),
-        "reservation",
-        ERROR,
+        batch(needs_reservation=True),
         "of a reservation alone",
         "scontrol show reservation",
     ),
-    "too many for one job": (
-        run(partition="small"),
-        cluster(*FOUR),
-        "nodes per job",
+    Case(
+        "node-unknown", ERROR, run(nodelist="n[0-1],x7"), four(), "--nodelist n[0-1],x7: Slurm has no node x7", "sinfo"
+    ),
+    Case(
+        "node-unknown",
         ERROR,
-        "allows 1 node in a job",
-        "--nodes 1",
+        run(exclude="x[1-3]"),
+        four(),
+        "no node x1, x2, x3: it has n0, n1, n2 and 1 more",
+        "sinfo",
     ),
-    "unknown in --nodelist": (run(nodelist="n[0-1],x7"), cluster(*FOUR), "nodelist", ERROR, "no node x7", "sinfo"),
-    "unknown in --exclude": (run(exclude="x[1-3]"), cluster(*FOUR), "exclude", ERROR, "no node x1, x2, x3", "sinfo"),
-    "drained in --nodelist": (
-        run(nodelist="n0,bad"),
-        cluster(*FOUR, BROKEN),
-        "nodelist",
-        WARNING,
-        "bad is drained",
-        "--nodelist",
-    ),
-    "named and excluded": (run(nodelist="n0", exclude="n[0-2]"), cluster(*FOUR), "nodelist", ERROR, "n0 stands in", ""),
-    "named in another partition": (
+    Case("nodelist", OK, run(nodelist="n[0-1]"), four(), "2 nodes named"),
+    Case("nodelist-out", WARNING, run(nodelist="n0,bad"), WITH_BROKEN, "bad is drained", "--nodelist"),
+    Case("nodelist-excluded", ERROR, run(nodelist="n0", exclude="n[0-2]"), four(), "n0 stands in"),
+    Case(
+        "nodelist-elsewhere",
+        ERROR,
         run(nodelist="o"),
         cluster(*FOUR, node("o", partitions=("small",))),
-        "nodelist",
-        ERROR,
         "o is not in partition batch",
         "sinfo",
     ),
-    "more named than asked": (
-        run(nodes=1, nodelist="n[0-2]"),
-        cluster(*FOUR),
-        "nodelist",
+    Case("nodelist-too-long", ERROR, run(nodes=1, nodelist="n[0-2]"), four(), "names 3 nodes", "--nodes 3"),
+    Case("pyxis-absent", ERROR, run(), cluster(*FOUR, pyxis=None), "no --container-image", "--runtime apptainer"),
+    Case(
+        "segment-unsupported",
         ERROR,
-        "names 3 nodes",
-        "--nodes 3",
-    ),
-    "no Pyxis": (run(), cluster(*FOUR, pyxis=None), "Pyxis", ERROR, "no --container-image", "--runtime apptainer"),
-    "Pyxis not known": (
-        run(),
-        cluster(*FOUR, pyxis=None, unread=("srun",)),
-        "Pyxis",
-        WARNING,
-        "cannot be told",
-        "srun --help",
-    ),
-    "segment, old Slurm": (
         run(segment=2),
         cluster(*FOUR, slurm=(22, 5)),
-        "placement",
-        ERROR,
         "Slurm 22.05, topology tree",
         "--segment 0",
     ),
-    "segment that does not divide": (
-        run(nodes=3, segment=2),
-        cluster(*FOUR, **BLOCKS),
-        "placement",
-        ERROR,
-        "does not divide --nodes 3",
-        "--segment 3",
-    ),
-    "segment beyond a block": (
-        run("gb200", 4, segment=4),
-        cluster(*ARM, **BLOCKS, blocks=RACKS),
-        "placement",
-        ERROR,
-        "largest block has 2 nodes",
-        "--segment 2",
-    ),
-    "segment that fits": (
-        run("gb200", 4, segment=2),
-        cluster(*ARM, **BLOCKS, blocks=RACKS),
-        "placement",
+    Case("segment-does-not-divide", ERROR, UNDIVIDED, racks(), "--segment 2 does not divide --nodes 3", "--segment 3"),
+    Case("segment-above-block", ERROR, run("gb200", 4, segment=4), racks(), "largest block has 2 nodes", "--segment 2"),
+    Case(
+        "segment",
         OK,
-        "2 x 2 nodes, each in one block of up to 2; room now: rack-1 (2 free), rack-2 (2 free)",
-        "",
+        run("gb200", 4, segment=2),
+        racks(),
+        "2 x 2 nodes, each in one block; room now: rack-1 (2 free), rack-2 (2 free)",
     ),
-    "segment smaller than it could be": (
-        run("gb200", 3, segment=1),
-        cluster(*ARM, **BLOCKS, blocks=RACKS),
-        "placement",
-        WARNING,
-        "3 x 1 nodes",
-        "--nodes 2 or 4",
-    ),
-    "named in no block": (
-        run("gb200", 1, nodelist="a3"),
-        cluster(*ARM, **BLOCKS, blocks=(Block("rack-1", ("a0", "a1")),)),
-        "blocks",
+    Case("segment-straddles", WARNING, run("gb200", 3, segment=1), racks(), "3 x 1 nodes", "--nodes 2 or 4"),
+    Case(
+        "nodelist-in-no-block",
         ERROR,
-        "--nodelist: a3: in no block",
+        run("gb200", 1, nodelist="a3"),
+        racks(RACKS[0]),
+        "a3: in no block",
         "scontrol show topology",
     ),
-    "empty blocks": (
-        run("gb200", 2),
-        cluster(*ARM, **BLOCKS, blocks=(Block("rack-1", ("a0",)), Block("rack-2"))),
-        "blocks",
+    Case(
+        "nodes-in-no-block",
         ERROR,
+        run("gb200", 2),
+        BLOCKLESS,
         "3 nodes of partition batch are in no block of the topology: a1, a2, a3",
         "scontrol show topology",
     ),
-    "nodes cannot be read": (run(), None, "cluster", WARNING, "cannot be read", "sinfo -s"),
-    "nodes cannot be read, and why": (
-        run(),
-        ClusterFacts(notes=("sinfo did not answer",)),
-        "cluster",
+    Case("nodes-in-no-block", ERROR, run("gb200", 2), BLOCKLESS, "while nodes are idle; no nodes in rack-2"),
+    Case(
+        "cluster-silent",
         WARNING,
-        "did not answer",
+        run(),
+        ClusterFacts(unread={"nodes": "scontrol did not answer"}),
+        "cannot be read now, so nothing of them was checked: scontrol did not",
         "scontrol ping",
     ),
-    "preloaded library": (
-        replace(run(), env={"LD_PRELOAD": "/usr/lib/libnccl.so"}),
-        None,
-        "preload",
-        WARNING,
-        "libnccl",
-        "the image brings its own",
-    ),
-}
+]
 
 
-def found(checks: list[Check], name: str) -> Check:
-    matching = [check for check in checks if check.name == name]
-    assert len(matching) == 1, [vars(check) for check in checks]
-    return matching[0]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.code)
+def test_what_is_found(case: Case) -> None:
+    finding = found(preflight(case.spec, case.facts), case.code)
+    assert finding.status == case.status
+    assert case.said in sentence(finding) and case.fix in finding.fix, sentence(finding)
+    assert finding.status == OK or finding.fix, "a finding without a way out"
+    assert as_dict(finding).keys() == {"name", "status", "what", "why", "fix", "certain", "code", "facts"}
 
 
-@pytest.mark.parametrize(("spec", "facts", "name", "status", "said", "fix"), CASES.values(), ids=CASES.keys())
-def test_what_is_found(spec: RunSpec, facts: ClusterFacts | None, name: str, status: str, said: str, fix: str) -> None:
-    check = found(preflight(spec, facts, (), PROFILES), name)
-    assert check.status == status, check
-    assert said in f"{check.what}: {check.why}" and fix in check.fix, check
-    assert (status == OK) or check.fix, "a finding without a way out"
+def test_every_code_is_used_and_in_the_docs() -> None:
+    rooms = (ROOT / "launcher" / "preflight", ROOT / "launcher" / "nodes")
+    code = "".join(path.read_text() for room in rooms for path in room.glob("*.py") if path.name != "text.py")
+    docs = (ROOT / "docs" / "preflight.md").read_text()
+    named = [name for name in TEXTS if f'"{name}"' in code or name.endswith("-refused")]
+    assert [name for name in TEXTS if name not in named or f"`{name}`" not in docs] == []
 
 
 def test_a_run_that_fits_has_nothing_against_it() -> None:
-    facts = cluster(*FOUR)
-    assert {check.status for check in preflight(run(), facts, (), PROFILES)} == {OK}
-    assert {check.status for check in preflight(run("cpu", runtime="bare"), facts, (), PROFILES)} == {OK}
-    other_name = cluster(*(replace(n, arch="aarch64", gres="gpu:b200:4", gpus=4) for n in FOUR))
-    names = [check.name for check in preflight(run("gb200"), other_name, (), PROFILES)]
-    assert "GPUs" in names and "GPU type" not in names  # one cloud names GB200 "B200"
+    assert {finding.status for finding in preflight(run(), four())} == {OK}
+    assert {finding.status for finding in preflight(run("cpu", runtime="bare"), four())} == {OK}
+    other_name = four(arch="aarch64", gres="gpu:b200:4", gpus=4)
+    assert codes(preflight(run("gb200"), other_name), WARNING, ERROR) == []  # one cloud names GB200 "B200"
 
 
 def test_a_reservation_opens_its_nodes() -> None:
     facts = cluster(*(node(f"n{i}", "IDLE+RESERVED") for i in range(2)))
-    assert found(preflight(run(), facts), "node states").status == WARNING
-    assert "node states" not in [check.name for check in preflight(run(reservation="mine"), facts)]
+    assert "nodes-out-of-service" in codes(preflight(run(), facts))
+    assert codes(preflight(run(reservation="mine"), facts), WARNING) == []
 
 
 def test_gpus_per_node_that_the_user_chose_is_no_contradiction() -> None:
     chosen = profile(run(origin={"profile.gpus_per_node": "option --gpus-per-node"}), gpus_per_node=2)
-    assert "GPUs per node" not in [check.name for check in preflight(chosen, cluster(*FOUR))]
+    assert "gpus-idle" not in codes(preflight(chosen, four()))
 
 
 @pytest.mark.parametrize(
-    ("partitions", "groups", "status", "said"),
+    ("partition", "groups", "code"),
     [
-        (
-            (Partition("p", True, "UP", groups=("ml", "ops")),),
-            ("users",),
-            WARNING,
-            "is for the groups ml, ops; you are in users",
-        ),
-        ((Partition("p", True, "UP", groups=("ml", "ops")),), ("users", "ops"), "", ""),
-        ((Partition("p", True, "UP"),), ("users",), "", ""),
-        ((Partition("p", True, "UP", root_only=True),), ("users",), ERROR, "is for root alone"),
+        ({"groups": ("ml", "ops")}, ("users",), "access-groups"),
+        ({"groups": ("ml", "ops")}, ("users", "ops"), ""),
+        ({"groups": ("ml", "ops")}, None, ""),  # root
+        ({}, ("users",), ""),
+        ({"root_only": True}, ("users",), "access-root-only"),
     ],
 )
-def test_who_may_use_the_partition(
-    partitions: tuple[Partition, ...], groups: tuple[str, ...], status: str, said: str
-) -> None:
-    facts = cluster(*(replace(n, partitions=("p",)) for n in FOUR), partitions=partitions)
-    checks = preflight(run(), facts, groups=groups)
-    assert {check.status for check in checks if check.name == "access"} == ({status} if status else set())
-    assert not status or said in found(checks, "access").what
-    assert "access" not in [check.name for check in preflight(run(), facts, groups=None)]  # root
+def test_who_may_use_the_partition(partition: dict[str, Any], groups: tuple[str, ...] | None, code: str) -> None:
+    findings = preflight(run(), batch(**partition), Machine(groups))
+    assert codes(findings, WARNING, ERROR) == ([code] if code else [])
+    if code == "access-groups":
+        assert "is for the groups ml, ops; you are in users" in sentence(found(findings, code))
 
 
 @pytest.mark.parametrize(
     ("tmp_mib", "squashfuse", "warned"),
-    [
-        (20_000, False, True),
-        (20_000, None, True),
-        (20_000, True, False),
-        (0, False, False),
-        (40_000, False, False),
-    ],
+    [(20_000, False, True), (20_000, None, True), (20_000, True, False), (0, False, False), (40_000, False, False)],
 )
 def test_an_image_that_does_not_fit_the_nodes_disk(tmp_mib: int, squashfuse: bool | None, warned: bool) -> None:
-    facts = cluster(*(replace(n, tmp_mib=tmp_mib) for n in FOUR), squashfuse=squashfuse)
-    checks = preflight(run(), facts, unpacked_bytes=30 << 30)
-    assert ("disk" in [check.name for check in checks]) is warned
+    facts = replace(four(tmp_mib=tmp_mib), squashfuse=squashfuse)
+    findings = preflight(run(), facts, Machine(unpacked_bytes=30 << 30))
+    assert codes(findings, WARNING) == ["disk-small"] * warned
     if warned:
-        said = found(checks, "disk")
-        assert said.status == WARNING and "unpacks to 30.0 GiB; Slurm says TmpDisk=20000 MiB of n0, n1" in said.what
+        said = sentence(found(findings, "disk-small"))
+        assert "unpacks to 30.0 GiB; Slurm says TmpDisk=20000 MiB of n0, n1, n2 and 1 more" in said
 
 
-@pytest.mark.parametrize(
-    ("change", "sure"),
-    [({}, True), ({"states": "IDLE+DYNAMIC_NORM"}, False), ({"guessed": True}, False), ({"unread": ("nodes",)}, False)],
-    ids=["whole", "dynamic", "guessed", "half"],
-)
-def test_only_what_is_sure_stops_force(change: dict[str, Any], sure: bool) -> None:
-    """Others may register, and what could not be read may be otherwise."""
-    states = change.pop("states", "IDLE")
-    batch = Partition("batch", True, "UP", guessed=change.pop("guessed", False))
-    arm = tuple(replace(node, states=frozenset(states.split("+"))) for node in ARM)
-    facts = cluster(*arm, partitions=(batch,), **{**BLOCKS, "blocks": RACKS, **change})
-    assert found(preflight(run(nodes=2), facts), "GPUs").certain is sure  # no node has eight
-    assert found(preflight(run("gb200", 4, segment=4), facts), "placement").certain is sure  # of blocks of two
+def test_b200_nodes_that_run_for_too_long() -> None:
+    booted = ("2026-01-05T00:00:00", "2026-01-04T23:59:00", "2026-01-03T00:00:00", "")
+    facts = cluster(*(replace(node, booted=at) for node, at in zip(FOUR, booted, strict=True)))
+    now = datetime(2026, 3, 1, 23, 59)
+    finding = found(preflight(run("b200"), facts, Machine(now=now)), "uptime")
+    assert finding.status == WARNING and "up for more than 55 days: n2 (57), n1 (56)" in sentence(finding)
+    assert finding.fix.endswith("scontrol reboot ASAP nextstate=RESUME 'n[1-2]'")
+    for gpu, at in (("h200", now), ("b200", datetime(2026, 2, 1))):
+        assert "uptime" not in codes(preflight(run(gpu), facts, Machine(now=at)))
+
+
+def test_only_what_is_sure_stops_force() -> None:
+    """Where nodes come and go, others may register."""
+    for states, certain in (("IDLE", True), ("IDLE+DYNAMIC_NORM", False)):
+        facts = replace(racks(), nodes=tuple(replace(node, states=frozenset(states.split("+"))) for node in ARM))
+        assert found(preflight(run(nodes=2), facts), "gpus-absent").certain is certain  # no node has eight
+        assert found(preflight(run("gb200", 4, segment=4), facts), "segment-above-block").certain is certain
+    assert found(preflight(run("gb200"), four()), "architecture-other").certain
 
 
 def test_a_mount_of_the_profile_that_is_not_here() -> None:
     """Its source may be on the compute nodes alone; and only the profile's own key takes it away."""
-    spec = run("h200")
-    (source,) = (mount.split(":")[0] for mount in spec.profile.mounts)
-    check = found(preflight(spec, cluster(*FOUR), [source]), "mounts")
-    assert (check.status, check.what) == (
-        OK,  # as on most login nodes: no word with every submission
-        f"{source}, which profile h200 mounts: not on this machine",
-    )
-    assert "compute nodes have it as a rule" in check.why and "--set 'profile.mounts=[]'" in check.fix
-    own = run("h200", mounts=(f"{source}:/x",))
-    assert f"--mount {source}" in found(preflight(own, cluster(*FOUR), [source]), "mounts").what
-
-
-def test_hints_are_quoted() -> None:
-    check = found(preflight(run(), cluster(*FOUR), ["/a 'b'; rm"]), "mounts")
-    assert shlex.split(check.fix) == ["ls", "-ld", "/a 'b'; rm"]
-
-
-def test_mounts_that_are_not_here() -> None:
-    check = found(preflight(run(), cluster(*FOUR), ["/nowhere"]), "mounts")
-    assert (check.status, "/nowhere" in check.what) == (WARNING, True)
+    spec = profile(run(), mounts=("/nowhere/x:/x",))
+    finding = found(files(spec), "mount-of-profile-absent")
+    assert finding.status == OK, "as on most login nodes: no word with every submission"
+    assert sentence(finding).startswith("/nowhere/x, which profile h200 mounts: not on this machine")
+    assert "--set 'profile.mounts=[]'" in finding.fix
+    own = replace(spec, job=replace(spec.job, mounts=("/nowhere/x:/x", "/nowhere/a 'b'; rm:/y")))
+    first, odd = (finding for finding in files(own) if finding.code == "mount-absent")
+    assert first.status == WARNING and sentence(first).startswith("--mount /nowhere/x: not on this machine")
+    assert shlex.split(odd.fix) == ["ls", "-ld", "/nowhere/a 'b'; rm"]
 
 
 @pytest.mark.parametrize(
-    ("checks", "force", "status"),
+    ("findings", "force", "status"),
     [
         ([], False, None),
-        ([Check("a", WARNING, "x")], False, None),
-        ([Check("a", ERROR, "x")], False, ExitStatus.INVALID),
-        ([Check("a", ERROR, "x")], True, None),
-        ([Check("a", ERROR, "x", certain=True)], True, ExitStatus.INVALID),
-        ([Check("a", ERROR, "x", not_found=True)], False, ExitStatus.NOT_FOUND),
+        ([warning("pyxis-absent")], False, None),
+        ([error("pyxis-absent")], False, ExitStatus.INVALID),
+        ([error("pyxis-absent")], True, None),
+        ([impossible("pyxis-absent")], True, ExitStatus.INVALID),
+        ([error("partition-unknown", partition="x", known="y")], False, ExitStatus.NOT_FOUND),
     ],
 )
-def test_what_stops_a_submission(checks: list[Check], force: bool, status: ExitStatus | None) -> None:
-    refused = refusal(checks, force)
+def test_what_stops_a_submission(findings: list[Finding], force: bool, status: ExitStatus | None) -> None:
+    refused = refusal(findings, force)
     assert (refused and refused.status) == status
 
 
 def test_the_refusal_names_all_errors_and_offers_force_only_where_it_helps() -> None:
-    both = refusal([Check("a", ERROR, "may wait", fix="f"), Check("b", ERROR, "cannot", certain=True)], False)
-    assert both and (both.what, both.original) == ("cannot", "a: may wait; f") and "--force" not in both.fix
-    one = refusal([Check("a", ERROR, "may wait", fix="f")], False)
+    may_wait, cannot = error("path-absent-here", "f", path="p"), impossible("nodelist-excluded", nodes=("n",))
+    both = refusal([may_wait, cannot], False)
+    assert both and both.what == "n stands in --nodelist and in --exclude" and "--force" not in both.fix
+    assert both.original == "files: p: not on this machine; f"
+    one = refusal([may_wait], False)
     assert one and one.fix == "f; --force submits it all the same"
 
 

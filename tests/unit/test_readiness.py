@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from launcher.base.errors import ExitStatus
-from launcher.base.finding import WARNING
-from launcher.preflight.checks import preflight
-from launcher.scheduler import parse
-from tests.cluster_fixtures import CLUSTERS, FakeNode, cluster, install, node_line, partition_line
+from tests.cluster_fixtures import CLUSTERS, FakeNode, cluster, install, partition_line
 from tests.conftest import Launch, say_it_trains, squashfs_head
-from tests.unit.test_preflight import FOUR, found, run
-from tests.unit.test_preflight import cluster as facts_of
 
 Fake = Callable[[str, str], Path]
 SUBMIT = ("--recipe", "debug", "--data", "sample", "--tokenizer", "sample")
@@ -112,23 +105,3 @@ def test_pyxis_never_sees_a_relative_path(launch: Launch, fake_slurm: Fake, imag
     """It would take it for an image of a registry."""
     script = launch("render", "--gpu", "h200", "--image", image.name).stdout
     assert f"--container-image={image}" in script
-
-
-DAYS = {"n0": "2026-01-05T00:00:00", "n1": "2026-01-04T23:59:00", "n2": "2026-01-03T00:00:00", "n3": ""}
-
-
-def test_b200_nodes_that_run_for_too_long() -> None:
-    nodes = [replace(node, booted=DAYS[node.name]) for node in FOUR]
-    now = datetime(2026, 3, 1, 23, 59)
-    check = found(preflight(run("b200"), facts_of(*nodes), now=now), "uptime")
-    assert (check.status, check.what) == (WARNING, "up for more than 55 days: n2 (57), n1 (56)")
-    assert "60 days" in check.why and check.fix.endswith("scontrol reboot ASAP nextstate=RESUME 'n[1-2]'")
-    for gpu, at in (("h200", now), ("b200", datetime(2026, 2, 1))):
-        assert "uptime" not in [check.name for check in preflight(run(gpu), facts_of(*nodes), now=at)]
-
-
-@pytest.mark.parametrize("booted", ["None", "Unknown", "", "N/A"])
-def test_a_node_that_never_registered(booted: str) -> None:
-    (node,), broken = parse.nodes(node_line(FakeNode("n1", booted=booted)))
-    assert (node.booted, broken) == ("", 0)
-    assert parse.nodes(node_line(FakeNode("n1")))[0][0].booted == "2026-03-01T00:00:00"

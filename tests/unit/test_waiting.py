@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from launcher.preflight.waiting import explain, fewer, meaning, reasons
-from launcher.scheduler.facts import Block, ClusterFacts, Partition
+from launcher.scheduler.facts import ClusterFacts, Partition
 from tests.conftest import Launch
-from tests.unit.test_preflight import cluster, node, run
+from tests.unit.test_preflight import RACKS, cluster, node, run
 from tests.unit.test_preflight import slurm as slurm
 
 Fake = Callable[[str, str], Path]
 NOW = datetime(2026, 11, 22, 18, 0)
+IN_80_MIN = "estimated start: 2026-11-22 19:20, in 80 min"
 
 
 @pytest.mark.parametrize(
@@ -42,21 +43,14 @@ def test_each_entry_is_sound(entry: dict[str, Any]) -> None:
 
 def test_an_unknown_reason_is_not_explained_away() -> None:
     assert meaning("SomethingNew") == ("", False)
-    assert explain("SomethingNew", None, None) == ["Slurm has no estimate of its start"]
+    assert explain("SomethingNew", None, ClusterFacts()) == ["Slurm has no estimate of its start"]
 
 
 def facts() -> ClusterFacts:
-    nodes = [node(f"n{i}") for i in range(3)]
-    nodes += [node(f"b{i}", "ALLOCATED") for i in range(4)]
-    nodes += [
-        node("d1", "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]"),
-        node("d2", "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]"),
-    ]
-    nodes += [
-        node("k", "IDLE+RESERVED"),
-        node("o0", partitions=("other",)),
-        *(node(f"o{i}", partitions=("other",)) for i in range(1, 9)),
-    ]
+    broken = [node(name, "IDLE+DRAIN", reason="Xid [79] [root@2026-01-02]") for name in ("d1", "d2")]
+    busy = [node(f"b{i}", "ALLOCATED") for i in range(4)]
+    others = [node(f"o{i}", partitions=("other",)) for i in range(9)]
+    nodes = [*(node(f"n{i}") for i in range(3)), *busy, *broken, node("k", "IDLE+RESERVED"), *others]
     both = (Partition("batch", True, "UP"), Partition("other", False, "UP", 7200))
     return cluster(*nodes, partitions=both)
 
@@ -93,36 +87,25 @@ def test_fewer_nodes_fit_the_parallel_degrees() -> None:
     assert fewer(spec, 0) == 0
 
 
-def test_a_start_that_is_past_is_due() -> None:
-    assert "estimated start: 2026-11-22 17:00, which is now" in explain(
-        "Resources", None, None, "2026-11-22T17:00:00", NOW
-    )
-
-
 @pytest.mark.parametrize(
-    "said",
+    ("said", "line"),
     [
-        "2026-11-22T19:20:00+0100",
-        "2026-11-22T19:20:00.5",
-        "slurm: warning: 2026-11-30T00:00:00 is maintenance\n2026-11-22T19:20:00",
-        "2026-11-22T19:20:00\n",
+        ("2026-11-22T17:00:00", "estimated start: 2026-11-22 17:00, which is now"),
+        ("2026-11-22T19:20:00\n", IN_80_MIN),
+        ("2026-11-22T19:20:00+0100", IN_80_MIN),
+        ("2026-11-22T19:20:00.5", IN_80_MIN),
+        ("slurm: warning: 2026-11-30T00:00:00 is maintenance\n2026-11-22T19:20:00", IN_80_MIN),
+        *((text, "Slurm has no estimate of its start") for text in ("N/A", "", "slurm: error", "2026-13-45T99:99:99")),
     ],
 )
-def test_an_estimate_with_more_words(said: str) -> None:
-    assert explain("Resources", None, None, said, NOW)[-1] == "estimated start: 2026-11-22 19:20, in 80 min"
-
-
-@pytest.mark.parametrize("said", ["N/A", "", "slurm: error", "2026-13-45T99:99:99"])
-def test_no_estimate(said: str) -> None:
-    assert explain("Resources", None, None, said, NOW)[-1] == "Slurm has no estimate of its start"
+def test_slurms_estimate(said: str, line: str) -> None:
+    assert explain("Resources", None, ClusterFacts(), said, NOW)[-1] == line
 
 
 def test_blocks_without_room_are_named() -> None:
-    racks = (Block("rack-1", ("a0", "a1")), Block("rack-2", ("a2", "a3")))
-    nodes = [
-        node(f"a{i}", "ALLOCATED" if i in (1, 3) else "IDLE", gres="gpu:4", gpus=4, arch="aarch64") for i in range(4)
-    ]
-    waits = cluster(*nodes, blocks=racks, segment=True, topology="block")
+    states = ("IDLE", "ALLOCATED", "IDLE", "ALLOCATED")
+    nodes = [node(f"a{i}", state, gres="gpu:4", gpus=4, arch="aarch64") for i, state in enumerate(states)]
+    waits = cluster(*nodes, blocks=RACKS, segment=True, topology="block")
     lines = explain("Resources", run("gb200", 2, segment=2), waits, "", NOW)
     assert "1 x 2 nodes, each in one block; no block has room for one now" in lines
 

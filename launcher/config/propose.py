@@ -7,21 +7,12 @@ administrator chose: some clouds write B200 for GB200, and CPU nodes may registe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launcher.config.hardware import hardware
 from launcher.scheduler.facts import Node
 from launcher.scheduler.parse import compress
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a profile says of its nodes."""
-
-    gpus_per_node: int
-    arch: str
-    cpus: int  # 0: not published
-    memory_gib: float  # of one GPU
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Proposal:
     candidates: tuple[str, ...] = ()
 
 
-def propose(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> Proposal:
+def propose(nodes: Sequence[Node]) -> Proposal:
     """The profile of `nodes`, which may be of several sorts: then all sorts must come to the same one."""
     sorts: dict[tuple[int, str], list[Node]] = {}
     for node in nodes:
@@ -53,92 +44,92 @@ def propose(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> Proposal:
     if not sorts:
         what = f"none of the {len(nodes)} nodes has GPUs in its GRES" if nodes else "there are no nodes"
         return Proposal(contradictions=(what,))
-    proposals = [_propose_for(sort, kinds) for sort in sorts.values()]
+    proposals = [_propose_for(sort) for sort in sorts.values()]
     if len(proposals) == 1:
         return proposals[0]
     found = {p.profile for p in proposals}
-    several = f"the nodes are of {len(sorts)} sorts: {', '.join(_sort(*sort) for sort in sorts)}"
+    texts = [f"{gpus} GPUs" + (f" ({kind})" if kind else "") for gpus, kind in sorts]
     return Proposal(
         profile=found.pop() if len(found) == 1 else "",
         evidence=tuple(dict.fromkeys(e for p in proposals for e in p.evidence)),
         contradictions=(
-            several,
+            f"the nodes are of {len(sorts)} sorts: {', '.join(texts)}",
             *dict.fromkeys(c for p in proposals for c in p.contradictions),
         ),
         candidates=tuple(dict.fromkeys(c for p in proposals for c in (p.profile, *p.candidates) if c)),
     )
 
 
-def contradictions(profile: str, nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> list[str]:
+def contradictions(profile: str, nodes: Sequence[Node]) -> list[str]:
     """What the nodes say against `profile`, each with what both say; empty where they agree or say nothing."""
-    kind = kinds.get(profile)
+    kind = hardware().get(profile)
     with_gpus = [node for node in nodes if node.gpus]
     if kind is None or not nodes:
         return []
     if not with_gpus:
         return [f"{profile} has {kind.gpus_per_node} GPUs a node; none of the {len(nodes)} nodes has one in its GRES"]
-    said = [_against(profile, kind, e) for e in _evidence(with_gpus, kinds)]
-    return [text for text in said if text]
+    return [text for e in _evidence(with_gpus) if (text := _against(profile, e))]
 
 
-def _propose_for(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> Proposal:
+def _propose_for(nodes: Sequence[Node]) -> Proposal:
     """Count and architecture leave some profiles; what names one of them must not be the GRES alone, nor be
     disputed.
     """
-    evidence = _evidence(nodes, kinds)
+    evidence = _evidence(nodes)
     hard = [e for e in evidence if e.source in ("count", "architecture")]
     names = [e for e in evidence if e.names]
-    fitting = [name for name in kinds if all(name in e.profiles for e in hard)]
+    fitting = [name for name in hardware() if all(name in e.profiles for e in hard)]
     named = {name for e in names for name in e.profiles}
     chosen = [name for name in fitting if name in named]
     if len(chosen) == 1:
         name = chosen[0]
-        against = tuple(text for e in evidence if (text := _against(name, kinds[name], e)))
+        against = tuple(text for e in evidence if (text := _against(name, e)))
         sure = any(name in e.profiles for e in evidence if e.source not in ("GRES", "count"))
         if sure and all(name in e.profiles for e in names):
             return Proposal(name, evidence, against)
         return Proposal("", evidence, against, tuple(fitting))
-    said = [text for name in sorted(named - set(fitting)) for e in hard if (text := _against(name, kinds[name], e))]
+    said = [text for name in sorted(named - set(fitting)) for e in hard if (text := _against(name, e))]
     if len(chosen) > 1:
         said.append("; ".join(f"{e.what} says {' or '.join(e.profiles)}" for e in names))
     return Proposal("", evidence, tuple(dict.fromkeys(said)), tuple(chosen or fitting))
 
 
-def _evidence(nodes: Sequence[Node], kinds: Mapping[str, Kind]) -> tuple[Evidence, ...]:
+def _evidence(nodes: Sequence[Node]) -> tuple[Evidence, ...]:
     """All that can be seen of nodes with GPUs, what names a profile first."""
-    found = []
+    kinds, count = hardware(), nodes[0].gpus
     features = sorted({feature for node in nodes for feature in node.features})
     hosts = compress([node.name for node in nodes])
     arches = {node.arch for node in nodes} - {""}
-    count = nodes[0].gpus
-    if types := _named([node.gpu_type for node in nodes[:1]], kinds):
+    fit = [name for name, kind in kinds.items() if kind.gpus_per_node == count and {kind.arch} >= arches]
+    found = []
+    if types := _named([nodes[0].gpu_type]):
         gres = f"GRES {_short(sorted({node.gres for node in nodes}))}"
-        wider = [name for name in kinds if name in types or (name[1:] in types and name[0] == "g")]
-        fits = [n for n in wider if kinds[n].gpus_per_node == count and {kinds[n].arch} >= arches]
-        if fits and not set(fits) & set(types):
-            gres += f" (some clouds write {types[0].upper()} for {fits[0].upper()})"
-        found.append(Evidence("GRES", gres, tuple(fits or types), names=True))
-    if by_feature := _named(features, kinds):
-        found.append(Evidence("features", f"features {_short(features)}", tuple(by_feature), names=True))
-    if by_host := _named([re.sub(r"\[[^\]]*\]", "", hosts)], kinds):
-        found.append(Evidence("node names", f"node names {_short([hosts])}", tuple(by_host), names=True))
-    fits = [name for name, kind in kinds.items() if kind.gpus_per_node == count]
-    found.append(Evidence("count", f"{count} GPUs a node", tuple(fits)))
+        wider = [name for name in fit if name in types or (name[1:] in types and name[0] == "g")]
+        if wider and not set(wider) & set(types):
+            gres += f" (some clouds write {types[0].upper()} for {wider[0].upper()})"
+        found.append(Evidence("GRES", gres, tuple(wider or types), names=True))
+    if by_feature := _named(features):
+        found.append(Evidence("features", f"features {_short(features)}", by_feature, names=True))
+    if by_host := _named([re.sub(r"\[[^\]]*\]", "", hosts)]):
+        found.append(Evidence("node names", f"node names {_short([hosts])}", by_host, names=True))
+    by_count = tuple(name for name, kind in kinds.items() if kind.gpus_per_node == count)
+    found.append(Evidence("count", f"{count} GPUs a node", by_count))
     if arches:
-        fits = [name for name, kind in kinds.items() if arches == {kind.arch}]
-        found.append(Evidence("architecture", "/".join(sorted(arches)), tuple(fits)))
+        by_arch = tuple(name for name, kind in kinds.items() if arches == {kind.arch})
+        found.append(Evidence("architecture", "/".join(sorted(arches)), by_arch))
     cpus = {node.cpus for node in nodes}
-    if len(cpus) == 1 and (fits := [name for name in kinds if kinds[name].cpus in cpus]):
-        found.append(Evidence("CPUs", f"{nodes[0].cpus} CPUs a node", tuple(fits)))
+    if len(cpus) == 1 and (by_cpus := tuple(name for name in kinds if kinds[name].cpus in cpus)):
+        found.append(Evidence("CPUs", f"{nodes[0].cpus} CPUs a node", by_cpus))
     memory = min((node.memory_mib for node in nodes if node.memory_mib > 1), default=0)  # 1 MiB: never configured
     if memory:
-        fits = [name for name in kinds if memory / 1024 >= kinds[name].memory_gib * count / 2]
-        found.append(Evidence("memory", f"{memory / 1024:.0f} GiB of memory a node", tuple(fits)))
+        by_memory = tuple(name for name in kinds if memory / 1024 >= kinds[name].memory_gib * count / 2)
+        found.append(Evidence("memory", f"{memory / 1024:.0f} GiB of memory a node", by_memory))
     return tuple(found)
 
 
-def _against(profile: str, kind: Kind, evidence: Evidence) -> str:
+def _against(profile: str, evidence: Evidence) -> str:
     """How `evidence` contradicts `profile`, with what both say; "" where it does not."""
+    kind = hardware()[profile]
     if profile in evidence.profiles or evidence.source == "CPUs":  # a site may sell fewer CPUs, or keep some back
         return ""
     if evidence.names:
@@ -146,19 +137,15 @@ def _against(profile: str, kind: Kind, evidence: Evidence) -> str:
     if evidence.source == "architecture":
         return f"{profile} is {kind.arch}; the nodes are {evidence.what}"
     if evidence.source == "count":
-        return f"{profile} has {kind.gpus_per_node} GPUs a node; the nodes have {evidence.what.split(' ')[0]}"
+        return f"{profile} has {kind.gpus_per_node} GPUs a node; the nodes have {evidence.what}"
     size = f"{kind.gpus_per_node} x {kind.memory_gib:.0f} GiB on its GPUs"
     return f"{profile} has {size}; {evidence.what} is less than half of that"
 
 
-def _named(words: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
+def _named(words: Sequence[str]) -> tuple[str, ...]:
     """Profiles whose name stands in `words` by itself: "b200" is not in "gb200", but is in "nvidia_b200"."""
     text = " ".join(sorted(words)).lower()
-    return [name for name in kinds if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![0-9])", text)]
-
-
-def _sort(gpus: int, kind: str) -> str:
-    return f"{gpus} GPUs" + (f" ({kind})" if kind else "")
+    return tuple(name for name in hardware() if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![0-9])", text))
 
 
 def _short(words: Sequence[str]) -> str:

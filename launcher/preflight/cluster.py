@@ -1,0 +1,359 @@
+"""What Slurm lets a run do, and what its nodes are, known before it queues. `look` asks Slurm; the checks are pure.
+
+docs/preflight.md has a paragraph for each; launcher/preflight/text.py has the words.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import re
+import time as clock
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from launcher.base.errors import LauncherError, quoted
+from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
+from launcher.base.output import SHOWN
+from launcher.config.hardware import hardware, of_gpu
+from launcher.config.spec import RunSpec
+from launcher.image.squashfs_file import known, superblock
+from launcher.nodes import bad_nodes
+from launcher.preflight import placement
+from launcher.preflight.placement import OUT, UNKNOWN, Machine, Place, gpus_of, place_of
+from launcher.scheduler import slurm
+from launcher.scheduler.detect import detected
+from launcher.scheduler.facts import ClusterFacts, Node
+from launcher.scheduler.parse import compress, expand, seconds, time_text
+
+Check = Callable[[Place], Finding | None]
+ANOTHER = "another --partition: sinfo -s"
+
+
+def look(spec: RunSpec) -> tuple[RunSpec, list[Finding]]:
+    """The run with its placement, and all that is found. Asks Slurm once in the life of this process."""
+    if spec.job.scheduler != "slurm" or not slurm.bin_dir():
+        return spec, []  # without sbatch, the submission itself says so
+    facts = detected()
+    spec, of_memory = _without_bad_nodes(spec, facts)
+    spec = placement.placed(spec, facts)
+    machine = Machine(_groups(), _unpacked_bytes(spec), datetime.now())
+    return spec, [*preflight(spec, facts, machine), *of_memory]
+
+
+def _groups() -> set[str] | None:
+    """Names of the user's groups; None for root, who may use every partition."""
+    if os.geteuid() == 0:
+        return None
+    names = set()
+    for number in {os.getegid(), *os.getgroups()}:
+        with suppress(KeyError):
+            names.add(grp.getgrgid(number).gr_name)
+    return names
+
+
+def _unpacked_bytes(spec: RunSpec) -> int:
+    """How large the image is unpacked, by the file beside it; 0 where that does not say it."""
+    path = Path(spec.job.image)
+    if spec.job.runtime != "pyxis" or not path.is_file():
+        return 0
+    with suppress(LauncherError, OSError):
+        facts = known(path, superblock(path))
+        return facts.unpacked_bytes if facts else 0
+    return 0
+
+
+def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, list[Finding]]:
+    """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
+    now_s = clock.time()
+    found = []
+    try:
+        bad_nodes.remember_all(Path(spec.job.runs_dir), now_s, facts.name)
+    except LauncherError as failed:
+        found = [warning("bad-nodes-not-remembered", failed.fix, why=failed.what)]
+    try:
+        spec, more = bad_nodes.without_remembered(spec, facts, now_s)
+    except LauncherError as failed:
+        more = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
+    return spec, [*found, *more]
+
+
+def preflight(spec: RunSpec, facts: ClusterFacts, machine: Machine = UNKNOWN) -> list[Finding]:
+    """Every check that applies, in the order in which a reader wants them. Pure.
+
+    What Slurm did not answer is one warning, and the checks that need it are skipped.
+    """
+    if not (facts.nodes or facts.partitions):
+        return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
+    place = place_of(spec, facts, machine)
+    named = None if facts.lacks("partitions") else partition_named(place)
+    if named:
+        return [named]
+    found: list[Finding | None] = [_unread(name, why) for name, why in facts.unread.items()]
+    found += [check(place) for _, needed, checks in CHECKS if not facts.lacks(*needed) for check in checks]
+    return [finding for finding in found if finding]
+
+
+def _unread(name: str, why: str) -> Finding:
+    skipped = tuple(title for title, needed, _ in CHECKS if name in needed)
+    return warning("cluster-unread", "scontrol ping; launcher cluster show", said=why, skipped=skipped)
+
+
+# --- the partition ------------------------------------------------------------------------------------------
+
+
+def partition_named(place: Place) -> Finding | None:
+    """The run must name a partition that there is, or may leave it to Slurm."""
+    known = tuple(partition.name for partition in place.facts.partitions)
+    unknown = [name for name in place.spec.job.partition.split(",") if name and name not in known]
+    fix = quoted("--partition", *known[:1])
+    if unknown:  # not certain: a hidden partition is not listed
+        return error("partition-unknown", fix, partition=unknown[0], known=", ".join(known))
+    if not place.spec.job.partition and not any(partition.default for partition in place.facts.partitions):
+        return impossible("partition-not-named", fix, known=", ".join(known))
+    return None
+
+
+def partition_state(place: Place) -> Finding:
+    states = {partition.state for partition in place.partitions}
+    if "UP" in states or "" in states:
+        return ok("partition", place=place.name)
+    if states == {"DOWN"}:
+        return warning("partition-down", ANOTHER, place=place.name)
+    return error("partition-closed", ANOTHER, place=place.name, state="/".join(sorted(states)))
+
+
+def _most_allowed(limits: Sequence[int | None]) -> int | None:
+    """The highest limit of the partitions; None where one of them has none."""
+    known = [limit for limit in limits if limit is not None]
+    return max(known) if known and len(known) == len(limits) else None
+
+
+def time(place: Place) -> Finding | None:
+    most = _most_allowed([partition.max_time_s for partition in place.partitions])
+    if most is None:
+        return None
+    facts: dict[str, Fact] = {"time": place.spec.job.time, "place": place.name, "limit": time_text(most)}
+    if (seconds(place.spec.job.time) or 0) <= most:
+        return ok("time", **facts)
+    return error("time-limit", f"--time {time_text(most)}", **facts)
+
+
+def nodes_per_job(place: Place) -> Finding | None:
+    asked, most = place.spec.job.nodes, _most_allowed([partition.max_nodes for partition in place.partitions])
+    least = min((partition.min_nodes for partition in place.partitions), default=0)
+    if most is not None and asked > most:
+        return error("job-too-large", f"--nodes {most}", asked=asked, place=place.name, limit=most)
+    if asked < least:
+        fix = f"--nodes {least}, or another --partition: sinfo -o '%P %s'"
+        return error("job-too-small", fix, asked=asked, place=place.name, limit=least)
+    return None
+
+
+def reservation(place: Place) -> Finding | None:
+    if place.spec.job.reservation or not all(partition.needs_reservation for partition in place.partitions):
+        return None
+    return error("reservation-needed", "--reservation NAME; scontrol show reservation", place=place.name)
+
+
+def access(place: Place) -> Finding | None:
+    groups = place.machine.groups
+    if groups is None:
+        return None
+    if all(partition.root_only for partition in place.partitions):
+        return error("access-root-only", ANOTHER, place=place.name)
+    allowed = [partition.groups for partition in place.partitions]
+    if not all(allowed) or any(not set(groups).isdisjoint(names) for names in allowed):
+        return None
+    names = tuple(dict.fromkeys(name for several in allowed for name in several))
+    fix, mine = "id; another --partition: sinfo -o '%P %g'", tuple(sorted(groups)) or ("none",)
+    return warning("access-groups", fix, place=place.name, groups=names, mine=mine)
+
+
+# --- its nodes ----------------------------------------------------------------------------------------------
+
+
+def nodes_listed(place: Place) -> Finding | None:
+    """What --nodelist and --exclude name."""
+    job, known = place.spec.job, {node.name for node in place.facts.nodes}
+    wanted, excluded = expand(job.nodelist), expand(job.exclude)
+    for option, given, names in (("nodelist", job.nodelist, wanted), ("exclude", job.exclude, excluded)):
+        if unknown := tuple(name for name in names if name not in known):
+            facts: dict[str, Fact] = {"option": option, "given": given, "known": tuple(sorted(known))}
+            return error("node-unknown", "sinfo -N -h -o %N", unknown=unknown, **facts)
+    if not wanted:
+        return None
+    if both := tuple(name for name in wanted if name in excluded):
+        return impossible("nodelist-excluded", "take it out of one of them", nodes=both)
+    here = {node.name: node for node in place.nodes}
+    if elsewhere := tuple(name for name in wanted if name not in here):
+        return impossible("nodelist-elsewhere", "sinfo -N -o '%N %P'", nodes=elsewhere, place=place.name)
+    count = len(set(wanted))
+    if count > job.nodes:
+        return impossible("nodelist-too-long", f"--nodes {count}", count=count, asked=job.nodes)
+    if out := [node for node in place.out if node.name in wanted]:
+        return warning("nodelist-out", "leave them out of --nodelist", nodes=reasons(out))
+    return ok("nodelist", count=count)
+
+
+def gpus(place: Place) -> Finding | None:
+    profile = place.spec.profile
+    if not profile.gres or not place.nodes:
+        return None
+    wanted = f"{profile.gres}:{profile.gpus_per_node}"
+    if place.fitting:
+        return ok("gpus", gres=wanted, count=len(place.fitting), place=place.name)
+    have = Counter(
+        f"{gpus_of(node, profile.gres)} of {profile.gres}" if node.gres else "no GPUs" for node in place.nodes
+    )
+    text = ", ".join(f"{number} with {what}" for what, number in have.most_common(SHOWN))
+    said = tuple(sorted({node.gres for node in place.nodes if node.gres})) or ("no generic resources (GRES)",)
+    most = max(gpus_of(node, profile.gres) for node in place.nodes)
+    other = "--gpu NAME, another --partition, or [profile] gres in a file for --config"
+    fix = f"--gpus-per-node {most}" if most else other
+    refuse = error if place.grows else impossible
+    return refuse("gpus-absent", fix, gres=wanted, place=place.name, have=text, said=said)
+
+
+def node_count(place: Place) -> Finding | None:
+    job, left_out = place.spec.job, _left_out(place.spec)
+    if not place.nodes and left_out and place.facts.nodes_of(job.partition):
+        fix = "another --partition, or launcher cluster nodes release --all"
+        return error("nodes-none-left", fix, place=place.name, left_out=left_out)
+    if not place.nodes:
+        return warning("nodes-none", ANOTHER, place=place.name)
+    if not place.fitting:
+        return None
+    there, in_service, free = (place.most(nodes) for nodes in (place.fitting, place.in_service, place.free))
+    facts: dict[str, Fact] = {"asked": job.nodes, "place": place.name, "there": there}
+    if job.nodes <= there:  # `out_of_service` warns where they are not in service
+        busy = "nodes-busy" if free < job.nodes <= in_service else "nodes"
+        return ok(busy, in_service=in_service, free=free, **facts)
+    fix = f"--nodes {there}, or another --partition"
+    if place.spec.avoid:
+        fix += f", or launcher cluster nodes release {quoted(place.spec.avoid[0])}"
+    gres = place.spec.profile.gres if len(place.fitting) < len(place.nodes) else ""
+    facts |= {"gres": gres and f"{gres}:{place.spec.profile.gpus_per_node}", "left_out": left_out}
+    return warning("nodes-not-yet", fix, **facts) if place.grows else error("nodes-too-few", fix, **facts)
+
+
+def _left_out(spec: RunSpec) -> str:
+    """What says which nodes the run may not have; "" where it may have all."""
+    by_hand = ["those of --exclude"] if spec.job.exclude else []
+    return " and ".join(by_hand + ["those that failed their check (launcher cluster nodes)"] * bool(spec.avoid))
+
+
+def out_of_service(place: Place) -> Finding | None:
+    out, asked = place.out, place.spec.job.nodes
+    if not out:
+        return None
+    left = place.most(place.in_service)
+    if left >= asked or place.most(place.fitting) < asked:
+        return ok("node-states", nodes=reasons(out))
+    fixes = [f"--nodes {left}" if left else "another --partition"]
+    fixes += ["sinfo -R has the reasons"] if any(node.states & OUT for node in out) else []
+    fixes += ["scontrol show reservation says until when"] if not all(node.states & OUT for node in out) else []
+    return warning("nodes-out-of-service", "; ".join(fixes), asked=asked, left=left, nodes=reasons(out))
+
+
+def reasons(nodes: Sequence[Node]) -> tuple[str, ...]:
+    """Which nodes are in which state, with what the administrator wrote."""
+    return tuple(f"{node.name} is {node.state}" + (f" ({node.reason})" if node.reason else "") for node in nodes)
+
+
+def architecture(place: Place) -> Finding | None:
+    """An image for another architecture does not start: the job fails after queueing, with "Exec format error"."""
+    found = Counter(node.arch for node in place.fitting if node.arch)
+    spec, wanted = place.spec, place.spec.profile.arch
+    if not found:
+        return None
+    if set(found) == {wanted}:
+        return ok("architecture", arch=wanted)
+    seen = tuple(f"{count} of {arch}" for arch, count in found.most_common())
+    facts: dict[str, Fact] = {"profile": spec.job.gpu, "arch": wanted, "place": place.name}
+    if wanted in found:
+        strange = [node.name for node in place.fitting if node.arch not in ("", wanted)]
+        fix = quoted("--exclude", ",".join(strange)) if len(strange) <= SHOWN else "another --partition"
+        return warning("architecture-mixed", fix, seen=seen, **facts)
+    if spec.job.runtime == "bare":
+        return warning("architecture-other", "--gpu NAME", seen=seen, **facts)
+    other = found.most_common(1)[0][0]
+    fix = f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}"
+    return impossible("architecture-other", fix, seen=seen, **facts)
+
+
+def gpus_per_node(place: Place) -> Finding | None:
+    spec, used, gres = place.spec, place.spec.profile.gpus_per_node, place.spec.profile.gres
+    users = spec.origin.get("profile.gpus_per_node", "").startswith("option")
+    more = [node for node in place.fitting if gpus_of(node, gres) > used]
+    if spec.profile.device != "cuda" or not gres or users or not more:
+        return None
+    there = gpus_of(more[0], gres)
+    fix = f"--gpu NAME, or --gpus-per-node {there}"
+    return warning("gpus-idle", fix, profile=spec.job.gpu, used=used, node=more[0].name, there=there, gres=more[0].gres)
+
+
+def gpu_type(place: Place) -> Finding | None:
+    """Another GPU's name in what Slurm says of the nodes. A hint only: some clouds name GB200 "B200"."""
+    able, profile = place.fitting, place.spec.profile
+    if profile.device != "cuda" or not able:
+        return None
+    words = " ".join({f"{node.gres} {' '.join(node.features)} {node.name}".lower() for node in able})
+    seen = sorted(name for name in hardware() if re.search(rf"(?<![a-z0-9]){name}(?![0-9])", words))
+    if not seen or any(name in profile.gpu.lower() for name in seen):
+        return None
+    said = tuple(filter(None, (able[0].gres, *able[0].features)))
+    return warning("gpu-type", f"--gpu {seen[0]}", gpu=profile.gpu, seen=tuple(seen), node=able[0].name, said=said)
+
+
+def disk(place: Place) -> Finding | None:
+    """Without squashfuse, every node unpacks the image onto its own disk first."""
+    needed = place.machine.unpacked_bytes
+    if place.spec.job.runtime != "pyxis" or place.facts.squashfuse:
+        return None
+    small = [node for node in place.fitting if 0 < node.tmp_mib << 20 < needed]
+    if not small:
+        return None
+    fix = f"srun -N1 -w {quoted(small[0].name)} df -h; launcher cluster show says whether images are mounted"
+    gib, names = f"{needed / 2**30:.1f}", tuple(node.name for node in small)
+    return warning("disk-small", fix, gib=gib, tmp_mib=min(node.tmp_mib for node in small), nodes=names)
+
+
+def uptime(place: Place) -> Finding | None:
+    """B200's NVLink firmware fails at 60 days of uptime, which is known and goes with a reboot."""
+    known, now = of_gpu(place.spec.profile.gpu), place.machine.now
+    if known is None or not known.max_uptime_days or now is None:
+        return None
+    booted = {node.name: datetime.fromisoformat(node.booted) for node in place.fitting if node.booted}
+    days = {name: (now - at).days for name, at in booted.items() if (now - at).days > known.max_uptime_days}
+    if not days:
+        return None
+    names = sorted(days, key=lambda name: -days[name])
+    fix = f"an administrator reboots them: scontrol reboot ASAP nextstate=RESUME {quoted(compress(names))}"
+    texts = tuple(f"{name} ({days[name]})" for name in names)
+    return warning("uptime", fix, most=known.max_uptime_days, nodes=texts, gpu=known.gpu)
+
+
+def pyxis(place: Place) -> Finding | None:
+    if place.spec.job.runtime != "pyxis":
+        return None
+    if place.facts.pyxis is not None:
+        return ok("pyxis")
+    fix = "--runtime apptainer (launcher image sif) where that is installed; or ask for Pyxis"
+    return error("pyxis-absent", fix)
+
+
+# What is checked, the answers of Slurm that it needs, and how.
+CHECKS: tuple[tuple[str, Sequence[str], Sequence[Check]], ...] = (
+    ("partition", ("partitions",), (partition_state, time, nodes_per_job, reservation, access)),
+    (
+        "nodes and GPUs",
+        ("nodes", "partitions"),
+        (nodes_listed, gpus, node_count, out_of_service, architecture, gpus_per_node, gpu_type, disk, uptime),
+    ),
+    ("Pyxis", ("srun",), (pyxis,)),
+    ("placement", placement.NEEDED, (placement.segment, placement.racks, placement.blocks)),
+)

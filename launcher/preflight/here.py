@@ -1,0 +1,186 @@
+"""What a run needs of this machine: image, weights, data, tokenizer. Asks Slurm nothing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from launcher.base.errors import ExitStatus, LauncherError, install, quoted
+from launcher.base.files import data_dir
+from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
+from launcher.config.runtime import host_path, mounts
+from launcher.config.spec import HUB, S3, RunSpec
+from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
+from launcher.image.squashfs_file import ImageFacts
+from launcher.stage import view
+from launcher.titan import Refused
+from launcher.titan.weights import check_weights as check
+
+
+def look_here(spec: RunSpec) -> tuple[RunSpec, list[Finding]]:
+    """The run with its view of the data, and all that can be found without Slurm."""
+    found: list[Finding] = []
+    more: list[Finding] = []
+    for name, look_at in (("image", check_image), ("weights", check_weights)):
+        try:
+            more += look_at(spec)
+        except LauncherError as failed:
+            found.append(_stopped(name, failed))
+        else:
+            if name == "image" and spec.job.image:
+                found.append(ok("image", path=spec.job.image))
+    found += _local(spec) if spec.job.scheduler == "local" else []
+    more += files(spec)
+    try:
+        spec, notes = view.plan(spec)
+    except LauncherError as failed:
+        found.append(_stopped("data", failed))
+    else:
+        more += [warning("data-note", said=note) for note in notes]
+        found += [] if notes else [ok("data", said=view.describe(spec))]
+    return spec, [*found, *more]
+
+
+def _stopped(name: str, failed: LauncherError) -> Finding:
+    facts = {"what": failed.what, "why": failed.original}
+    return Finding(f"{name}-refused", ERROR, facts, failed.fix, certain=True, error=failed)
+
+
+def check_image(spec: RunSpec) -> list[Finding]:
+    """Refuses an image that no container can start from, or that cannot train on the profile's nodes.
+
+    Returns what could not be looked at, and what else there is to say of it.
+    """
+    path = spec.job.image
+    if spec.job.runtime == "bare":
+        return []
+    folder = Path(path).parent
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        near = sorted(folder.glob("*.sqsh"))[:3] if folder.is_dir() else []
+        there = f"there is: {', '.join(map(str, near))}" if near else f"ls -l {quoted(folder)}"
+        hint = f"{there}; to make one: make image, or launcher image build --help"
+        raise LauncherError(f"--image {path}: no such file", hint) from None
+    except OSError as failed:
+        what, fix = f"--image {path}: {failed.strerror}", f"ls -ld {quoted(folder)}"
+        raise LauncherError(what, fix, status=ExitStatus.FILESYSTEM) from None
+    if spec.job.runtime == "apptainer":
+        _check_sif(path)
+        return []
+    facts = inspect(Path(path), required=False)
+    found = problems(facts, spec.profile.arch, spec.profile.device, driver="")
+    if found:
+        what = f"--image {path}: {'; '.join(what for what, _ in found)}"
+        raise LauncherError(what, found[0][1], original="\n".join(facts.notes))
+    return [*_driver(spec, facts), *(warning("image-note", path=path, said=note) for note in facts.notes)]
+
+
+def _check_sif(path: str) -> None:
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(64)
+    except OSError as failed:
+        raise LauncherError(f"--image {path}: {failed.strerror}", f"ls -ld {quoted(path)}") from None
+    if b"SIF_MAGIC" not in head:
+        raise LauncherError(f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file")
+
+
+def _driver(spec: RunSpec, facts: ImageFacts) -> list[Finding]:
+    """CUDA needs a driver of its time; with NVIDIA's forward compatibility, an older one may do."""
+    needed, driver, job = needed_driver(facts), spec.profile.driver, spec.job
+    if not needed or spec.profile.device != "cuda":
+        return []
+    if driver and not is_too_old(driver, facts):
+        return [ok("driver", needed=needed, driver=driver)]
+    if driver:
+        fix = "an image with an older CUDA, or a newer driver: nvidia-smi on a node"
+        return [error("driver-old", fix, needed=needed, driver=driver)]
+    where = f" -p {quoted(job.partition)}" if job.partition else ""
+    gres = f" --gres={quoted(spec.profile.gres)}:1" if spec.profile.gres else ""
+    fix = f"srun -N1{where}{gres} nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+    fix += "; then --set profile.driver=VERSION"
+    with (data_dir("slurm") / "reference-results.csv").open(encoding="utf-8", newline="") as stream:
+        published = [row["driver"] for row in csv.DictReader(stream) if row["gpu"] == spec.profile.gpu]
+    # Said with every submission only where such nodes are known with an older one.
+    if old := [seen for seen in published if is_too_old(seen, facts)]:
+        return [warning("driver-unknown-old", fix, needed=needed, gpu=spec.profile.gpu, seen=old[0])]
+    return [ok("driver-unknown", fix, needed=needed)]
+
+
+def check_weights(spec: RunSpec) -> list[Finding]:
+    """Refuses an --init-from that this machine sees and that the model cannot start from.
+
+    A directory that is not here may still be on the nodes, which check it too: `files` says so.
+    """
+    path = host_path(spec, spec.job.init_from) if spec.job.init_from else ""
+    if not path or not os.path.exists(path):
+        return []
+    try:
+        check(Path(path), spec.recipe.flavor)
+    except Refused as refused:
+        raise LauncherError(f"--init-from {refused.why}", refused.fix) from None
+    if spec.job.runtime == "bare":
+        return []
+    # A snapshot in the Hub's cache is all links: the container would see them and nothing behind them.
+    seen = [os.path.realpath(path), *(mount.split(":")[1].rstrip("/") for mount in mounts(spec))]
+    for name in sorted(os.listdir(path)):
+        target = os.path.realpath(f"{path}/{name}")
+        if not any(target.startswith(f"{place}/") for place in seen):
+            folder = os.path.dirname(target)
+            raise LauncherError(
+                f"--init-from {path}/{name}: a link to {target}, which the container does not see",
+                f"launcher stage model --to DIR, or {quoted('--mount', f'{folder}:{folder}:ro')}",
+            )
+    return []
+
+
+def _absent(spec: RunSpec) -> list[str]:
+    """Paths of tokenizer and weights that are not here; for the data see launcher/stage/view.py."""
+    paths = (path for path in (spec.tokenizer_path, spec.job.init_from) if path.startswith("/"))
+    return [path for path in paths if not path.startswith(spec.run_dir) and not os.path.exists(path)]
+
+
+def _local(spec: RunSpec) -> list[Finding]:
+    """This machine is the node: what it lacks, the run lacks."""
+    found = [impossible("path-absent-here", f"ls -ld {quoted(path)}", path=path) for path in _absent(spec)]
+    own = spec.job.runtime == "bare" and shutil.which(spec.job.python) == shutil.which(sys.executable)
+    if lacking := [name for name in ("torch", "torchtitan") if own and find_spec(name) is None]:
+        fix = f"{install('train')}; or --python PATH of one that has them"
+        found.append(impossible("software-absent", fix, lacking=" and ".join(lacking), python=sys.executable))
+    if spec.profile.device == "cuda" and not shutil.which("nvidia-smi"):
+        found.append(error("no-nvidia-driver", "--gpu cpu --recipe debug", profile=spec.job.gpu))
+    if spec.job.runtime == "bare" and not shutil.which(spec.job.python):
+        found.append(warning("python-absent", python=spec.job.python))
+    return found
+
+
+def files(spec: RunSpec) -> list[Finding]:
+    """What the job will look for. The nodes may have what this machine lacks: the job's own check decides there."""
+    found, given, job = [], (*spec.env, *spec.secret_env), spec.job
+    if "LD_PRELOAD" in spec.env and job.runtime != "bare":
+        fix = "leave it out: the image brings its own NCCL"
+        found.append(warning("preload", fix, value=spec.env["LD_PRELOAD"]))
+    if job.data.startswith(S3) and not any(name.startswith("AWS_") for name in given):
+        fix = "--env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY --env AWS_ENDPOINT_URL"
+        found.append(warning("s3-no-credentials", fix, data=job.data))
+    if job.scheduler != "slurm":
+        return found
+    if job.data == HUB and "HF_TOKEN" not in given:
+        found.append(warning("hub-no-token", "--env HF_TOKEN; better, launcher stage c4 before the job"))
+    found += [warning("path-absent", f"ls -ld {quoted(path)}", path=path) for path in _absent(spec)]
+    own = [mount.split(":")[0] for mount in job.mounts]
+    sources = dict.fromkeys((*own, *(mount.split(":")[0] for mount in spec.profile.mounts)))
+    for source in sources if job.runtime != "bare" else ():
+        if os.path.exists(source):
+            continue
+        if source in own:
+            found.append(warning("mount-absent", f"ls -ld {quoted(source)}", source=source))
+        else:
+            fix = f"srun -N1 ls -ld {quoted(source)}; without it: --set 'profile.mounts=[]'"
+            found.append(ok("mount-of-profile-absent", fix, source=source, profile=job.gpu))
+    return found

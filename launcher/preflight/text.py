@@ -1,0 +1,249 @@
+"""The words of every finding, made from its code and facts, and what all findings together stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any, NamedTuple
+
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.finding import ERROR, Finding
+from launcher.base.output import some
+
+
+class Text(NamedTuple):
+    """A heading, as docs/preflight.md lists them; what was seen; why that matters."""
+
+    name: str
+    what: str
+    why: str = ""
+
+
+QOS = "the job would wait for ever, unless its QOS lifts the limit"
+NO_BLOCK = "Slurm would say: Requested topology configuration is not available, while nodes are idle"
+COUNTS = "{asked} asked; {place} has {there}, {in_service} of them in service, {free} of them free now"
+TOO_MANY = "--nodes {asked}: {place} has {there}{gres: with }{left_out:, without }"
+ARCHITECTURE = "profile {profile} is for {arch}; {place} has {seen}"
+NETWORK = "traffic that could stay on NVLink crosses the network"
+RACKS = "Slurm does not know the racks (topology {topology})"
+
+# `{fact: with }` is " with " and the fact, or nothing where the fact is "". Of many names the first few are shown.
+TEXTS = {
+    # Slurm
+    "cluster-silent": Text(
+        "cluster", "Slurm's nodes and partitions cannot be read now, so nothing of them was checked", "{said}"
+    ),
+    "cluster-unread": Text("cluster", "{said}", "not checked: {skipped}"),
+    # the partition
+    "partition": Text("partition", "{place} is up"),
+    "partition-unknown": Text("partition", "Slurm has no such partition as {partition!r}; it has {known}"),
+    "partition-not-named": Text("partition", "no partition was named, and none is the default; there are {known}"),
+    "partition-down": Text("partition", "{place} is DOWN", "jobs queue there and none starts"),
+    "partition-closed": Text("partition", "{place} is {state}", "it takes no jobs"),
+    "time": Text("time", "--time {time}; {place} allows {limit}"),
+    "time-limit": Text("time", "--time {time} is above the limit of {place}, {limit}", QOS),
+    "job-too-large": Text("nodes per job", "--nodes {asked}: {place} allows {limit!n} in a job", QOS),
+    "job-too-small": Text("nodes per job", "--nodes {asked}: {place} takes jobs of {limit!n} and more", QOS),
+    "reservation-needed": Text("reservation", "{place} takes jobs of a reservation alone", "Slurm refuses the job"),
+    "access-root-only": Text("access", "{place} is for root alone"),
+    "access-groups": Text(
+        "access", "{place} is for the groups {groups}; you are in {mine}", "Slurm may refuse the job"
+    ),
+    # nodes
+    "nodes": Text("nodes", COUNTS),
+    "nodes-busy": Text("nodes", f"{COUNTS}: the job waits for others to end"),
+    "nodes-too-few": Text("nodes", TOO_MANY, "the job would wait for ever"),
+    "nodes-not-yet": Text("nodes", TOO_MANY, "the job waits until more nodes register"),
+    "nodes-none": Text("nodes", "{place}: it has no nodes now", "the job waits until one registers"),
+    "nodes-none-left": Text("nodes", "{place}: no node is left without {left_out}"),
+    "node-states": Text("node states", "{nodes}"),
+    "nodes-out-of-service": Text(
+        "node states", "{asked!n} asked, {left} in service: {nodes}", "the job waits until enough of them are back"
+    ),
+    "node-unknown": Text("{option}", "--{option} {given}: Slurm has no node {unknown}", "it has {known}"),
+    "nodelist": Text("nodelist", "{count!n} named, all of them in service"),
+    "nodelist-excluded": Text("nodelist", "{nodes} stands in --nodelist and in --exclude"),
+    "nodelist-elsewhere": Text("nodelist", "--nodelist: {nodes} is not in {place}"),
+    "nodelist-too-long": Text(
+        "nodelist",
+        "--nodelist names {count!n}, and the job has {asked}",
+        "Slurm gives a job every node of its list",
+    ),
+    "nodelist-out": Text("nodelist", "--nodelist: {nodes}", "the job waits until they are back"),
+    "bad-nodes": Text("excluded", "{nodes}; launcher cluster nodes"),
+    "bad-nodes-named": Text("excluded", "--nodelist: {names} failed its check lately", "{nodes}"),
+    "bad-nodes-unread": Text(
+        "excluded", "{names} failed its check lately, and is not left out", "whether Slurm has it could not be read"
+    ),
+    "bad-nodes-which-cluster": Text(
+        "excluded",
+        "Slurm does not say its cluster's name, so none is left out of those that failed their check: {nodes}",
+    ),
+    "bad-nodes-not-remembered": Text("excluded", "nodes that failed their check are not remembered: {why}"),
+    "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check are not left out: {why}"),
+    # what the nodes are
+    "gpus": Text("GPUs", "{gres} on {count!n} of {place}"),
+    "gpus-absent": Text(
+        "GPUs", "the run asks for {gres} on a node, and no node of {place} has that: {have}", "Slurm says {said} there"
+    ),
+    "no-nvidia-driver": Text("GPUs", "--gpu {profile}: this machine has no NVIDIA driver (no nvidia-smi)"),
+    "gpus-idle": Text(
+        "GPUs per node",
+        "profile {profile} uses {used} GPUs of a node; {node} has {there} ({gres})",
+        "the rest would idle, held by this job; it may be the wrong profile",
+    ),
+    "gpu-type": Text(
+        "GPU type",
+        "the profile is for {gpu}; Slurm speaks of {seen} on {node} ({said})",
+        "settings and published figures of one GPU do not fit another",
+    ),
+    "architecture": Text("architecture", "{arch}"),
+    "architecture-mixed": Text("architecture", ARCHITECTURE, "on the others the image does not start"),
+    "architecture-other": Text("architecture", ARCHITECTURE, "an image for another architecture does not start"),
+    "disk-small": Text(
+        "disk",
+        "the image unpacks to {gib} GiB; Slurm says TmpDisk={tmp_mib} MiB of {nodes}",
+        "where Pyxis has no squashfuse, each node unpacks the image onto its own disk before the run",
+    ),
+    "uptime": Text(
+        "uptime", "up for more than {most} days: {nodes}", "a firmware bug stops NVLink of {gpu} nodes at 60 days"
+    ),
+    "pyxis": Text("Pyxis", "Pyxis"),
+    "pyxis-absent": Text(
+        "Pyxis",
+        "srun has no --container-image: Slurm has no Pyxis here",
+        "the job would end with: srun: unrecognized option '--container-image=...'",
+    ),
+    # placement
+    "segment": Text("placement", "{placement}"),
+    "segment-unsupported": Text(
+        "placement",
+        "--segment {segment}: Slurm places no segments here (23.11 with topology/block does)",
+        "Slurm {slurm}, topology {topology}",
+    ),
+    "segment-does-not-divide": Text(
+        "placement", "--segment {segment} does not divide --nodes {nodes}", "Slurm refuses the job"
+    ),
+    "segment-above-block": Text(
+        "placement",
+        "--segment {segment}: the largest block has {largest!n}",
+        "Slurm would say: Requested topology configuration is not available",
+    ),
+    "segment-small": Text("placement", "{placement}", "pieces of {better} nodes cross fewer NVLink domains"),
+    "segment-out-of-service": Text(
+        "placement",
+        "{placement}",
+        f"with {{lost}}, out of service now, pieces of {{better}} would do: until then, {NETWORK}",
+    ),
+    "segment-straddles": Text(
+        "placement",
+        "{placement}",
+        f"{{nodes}} nodes cannot be split evenly over the {{domains}} NVLink domains that hold them: some {NETWORK}",
+    ),
+    "racks-unknown": Text(
+        "placement", f"{RACKS}: whether the {{nodes}} nodes share an NVLink domain is left to chance"
+    ),
+    "racks-straddled": Text(
+        "placement",
+        f"{RACKS}: the job may straddle NVLink domains",
+        "{nodes} nodes need {domains} at least, and get as many as chance has it",
+    ),
+    "nodelist-in-no-block": Text("blocks", "--nodelist: {nodes}: in no block of the topology", NO_BLOCK),
+    "nodes-in-no-block": Text(
+        "blocks", "{count!n} of {place} are in no block of the topology: {nodes}", f"{NO_BLOCK}{{empty:; no nodes in }}"
+    ),
+    # files and data here
+    "image": Text("image", "{path}"),
+    "image-refused": Text("image", "{what}", "{why}"),
+    "image-note": Text("files", "--image {path}: {said}"),
+    "driver": Text("driver", "{needed}, the nodes have {driver}"),
+    "driver-old": Text(
+        "driver",
+        "{needed}, the nodes have {driver}",
+        "only NVIDIA's forward compatibility (cuda-compat), in the image or on the nodes, makes it run there",
+    ),
+    "driver-unknown": Text("driver", "{needed}; which one the nodes have is not known here"),
+    "driver-unknown-old": Text(
+        "driver", "{needed}; which one the nodes have is not known here", "{gpu} clusters have run with {seen}"
+    ),
+    "weights-refused": Text("weights", "{what}", "{why}"),
+    "data": Text("data", "{said}"),
+    "data-refused": Text("data", "{what}", "{why}"),
+    "data-note": Text("files", "{said}"),
+    "s3-no-credentials": Text(
+        "files",
+        "--data {data}: the job gets no credentials for it",
+        "right where the nodes have their own, or none are needed",
+    ),
+    "hub-no-token": Text("files", "--data hub: the ranks ask the Hub without a token", "it refuses them sooner (429)"),
+    "path-absent": Text(
+        "files", "{path}: not on this machine", "if the nodes do not have it either, the job stops at once"
+    ),
+    "path-absent-here": Text("files", "{path}: not on this machine"),
+    "python-absent": Text("files", "{python}: no such program"),
+    "software-absent": Text("software", "{lacking}: not installed for {python}", "the run is trained by this Python"),
+    "preload": Text(
+        "preload",
+        "--env LD_PRELOAD={value}",
+        "a library of the host's is not in the container, and every program there would complain or fail",
+    ),
+    "mount-absent": Text(
+        "mounts",
+        "--mount {source}: not on this machine",
+        "if a node does not have it either, no container starts there",
+    ),
+    "mount-of-profile-absent": Text(
+        "mounts",
+        "{source}, which profile {profile} mounts: not on this machine",
+        "compute nodes have it as a rule, login nodes need not; on a node that does not, no container starts",
+    ),
+}
+NOT_FOUND = {"partition-unknown", "node-unknown"}  # something that was named does not exist
+
+
+class _Words(Formatter):
+    def convert_field(self, value: Any, conversion: str | None) -> Any:
+        if conversion == "n":
+            return f"{value} node" if value == 1 else f"{value} nodes"
+        return super().convert_field(value, conversion)
+
+    def format_field(self, value: Any, spec: str) -> str:
+        text = some(value) if isinstance(value, tuple) else str(value)
+        return spec + text if text else ""
+
+
+def words(finding: Finding) -> Text:
+    """The finding as people read it."""
+    return Text(*(_Words().vformat(text, (), finding.facts) for text in TEXTS[finding.code]))
+
+
+def sentence(finding: Finding) -> str:
+    """A finding in one line: what, why, fix."""
+    _, what, why = words(finding)
+    return what + (f": {why}" if why else "") + (f"; {finding.fix}" if finding.fix else "")
+
+
+def as_dict(finding: Finding) -> dict[str, object]:
+    """A finding as JSON takes it."""
+    values = {"status": finding.status, "fix": finding.fix, "certain": finding.certain}
+    return words(finding)._asdict() | values | {"code": finding.code, "facts": dict(finding.facts)}
+
+
+def refusal(findings: Sequence[Finding], force: bool) -> LauncherError | None:
+    """Why the run is not submitted; None where nothing stops it. `force` passes errors that are not certain."""
+    errors = [finding for finding in findings if finding.status == ERROR and (finding.certain or not force)]
+    if not errors:
+        return None
+    first = next((finding for finding in errors if finding.certain), errors[0])
+    if first.error:
+        return first.error
+    _, what, why = words(first)
+    fix = first.fix
+    if not first.certain:
+        fix = f"{fix}; --force submits it all the same" if fix else "--force submits it all the same"
+    return LauncherError(
+        what + (f": {why}" if why else ""),
+        fix,
+        status=ExitStatus.NOT_FOUND if first.code in NOT_FOUND else ExitStatus.INVALID,
+        original="\n".join(f"{words(one).name}: {sentence(one)}" for one in errors if one is not first),
+    )
