@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launcher.base.files import write_json, write_text
 from launcher.config.layers import Layer, merge, run_toml
+from launcher.config.resolve import placed
 from launcher.config.spec import node_config
 from tests.unit.test_read import RECORD, log
 from tests.unit.test_tensorboard import scalar
@@ -51,7 +52,7 @@ def make(runs_dir: Path, name: str, number: int) -> Path:
         "job.runtime": "bare",
         "profile.gpus_per_node": 4,
     }
-    spec = merge([Layer(values, dict.fromkeys(values, "benchmark"))])
+    spec = placed(merge([Layer(values, dict.fromkeys(values, "benchmark"))]))
     run = runs_dir / name
     for folder in ("job", "logs", "nodes", "claim", "titan/tb/20261122-0710"):
         (run / folder).mkdir(parents=True)

@@ -13,7 +13,7 @@ from launcher.base.output import warn
 from launcher.config import resolve
 from launcher.config.layers import Layer
 from launcher.config.options import RunOptions
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 from launcher.preflight.here import look_here
 from launcher.preflight.text import refusal, sentence
 
@@ -35,15 +35,15 @@ def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:
     return replace(spec, job=replace(spec.job, image=""), origin={**spec.origin, "job.image": "missing: --image FILE"})
 
 
-def looked_at(spec: RunSpec, force: bool) -> RunSpec:
+def looked_at(spec: RunSpec, force: bool) -> PlacedRun:
     """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
-    spec, checks = look_here(spec)
+    run, checks = look_here(spec)
     if refused := refusal(checks, force):
         raise refused
     for check in checks:
         if check.status != OK:
             warn(sentence(check))
-    return spec
+    return run
 
 
 def describe_run(spec: RunSpec) -> str:

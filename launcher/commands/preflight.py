@@ -35,7 +35,7 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     refused = refusal(findings, force=False)
     if as_json:
         rows = [as_dict(finding) for finding in findings]
-        print_json({"ok": refused is None, "segment": spec.job.segment, "checks": rows})
+        print_json({"ok": refused is None, "segment": spec.segment, "checks": rows})
     else:
         for finding in findings:
             name, what, why = words(finding)

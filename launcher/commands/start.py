@@ -13,7 +13,7 @@ from launcher.commands import retry
 from launcher.commands.asked import describe_run, looked_at, spec_of
 from launcher.config import resolve
 from launcher.config.options import RunOptions
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan.plan import write_beside
 from launcher.preflight.cluster import look
 from launcher.preflight.text import refusal, sentence, words
@@ -23,7 +23,7 @@ from launcher.scheduler.detect import detected
 from launcher.scheduler.parse import expand
 
 
-def checked(spec: RunSpec, force: bool) -> RunSpec:
+def checked(spec: PlacedRun, force: bool) -> PlacedRun:
     """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
     if spec.job.scheduler != "slurm":
         return spec
@@ -41,14 +41,14 @@ def checked(spec: RunSpec, force: bool) -> RunSpec:
     return spec
 
 
-def prepared(options: RunOptions, force: bool) -> tuple[RunSpec, dict[str, str]]:
+def prepared(options: RunOptions, force: bool) -> tuple[PlacedRun, dict[str, str]]:
     """A run as `submit` would submit it, and its secrets. Warns, and raises LauncherError where it could not start."""
     spec = spec_of(options)
     secrets = resolve.secrets_of(spec, options.secrets, os.environ)
     return checked(looked_at(spec, force), force), secrets
 
 
-def start(spec: RunSpec, secrets: Mapping[str, str], as_json: bool) -> Run:
+def start(spec: PlacedRun, secrets: Mapping[str, str], as_json: bool) -> Run:
     """Submits the run, and says where it is."""
 
     def submitted(run: Run, job_id: str) -> None:

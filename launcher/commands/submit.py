@@ -12,7 +12,7 @@ from launcher.commands.asked import describe_run, looked_at, spec_of
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
 from launcher.config.render import render as render_script
-from launcher.config.spec import RunSpec, node_config
+from launcher.config.spec import PlacedRun, node_config
 from launcher.stage.view import describe
 from launcher.titan.command import preview
 
@@ -56,20 +56,20 @@ def submit(
     if retries and (dry_run or asked.job.scheduler == "local"):
         raise click.UsageError(f"--retry-bad-nodes: not with {'--dry-run' if dry_run else '--local'}")
     secrets = resolve.secrets_of(asked, options.secrets, os.environ)
-    spec = looked_at(asked, force)
+    placed = looked_at(asked, force)
     if dry_run:
-        return _print_plan(spec, as_json)
+        return _print_plan(placed, as_json)
     # Here, so that a dry run answers in half the time.
     from launcher.commands import start as starting
     from launcher.commands.runs import follow_run
 
-    spec = starting.checked(spec, force)
-    quiet = yes or force or as_json or spec.job.scheduler == "local"
+    placed = starting.checked(placed, force)
+    quiet = yes or force or as_json or placed.job.scheduler == "local"
     asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    if asking and not click.confirm(plain(f"Submit {describe_run(spec)}?"), default=True):
+    if asking and not click.confirm(plain(f"Submit {describe_run(placed)}?"), default=True):
         raise click.Abort
 
-    run = starting.start(spec, secrets, as_json)
+    run = starting.start(placed, secrets, as_json)
     if retries:
         starting.start_with_retries(asked, run, secrets, retries, force, as_json)
     elif follow:
@@ -85,14 +85,14 @@ def render(options: RunOptions, as_json: bool) -> None:
     \b
     launcher render --gpu gb200 --nodes 9 --image /data/titan.sqsh > job.sbatch
     """
-    script = render_script(spec_of(options))
+    script = render_script(resolve.placed(spec_of(options)))
     if as_json:
         print_json({"script": script})
     else:
         echo_file(script)
 
 
-def _print_plan(spec: RunSpec, as_json: bool) -> None:
+def _print_plan(spec: PlacedRun, as_json: bool) -> None:
     script, commands = render_script(spec), preview(node_config(spec), spec.job.python)
     if as_json:
         print_json({"run_dir": spec.run_dir, "data": describe(spec), "script": script, "torchrun": commands})

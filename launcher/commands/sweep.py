@@ -16,7 +16,7 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, echo, is_terminal, print_json
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan.plan import prediction, write_beside
 from launcher.runs import control
 from launcher.runs.directory import Run
@@ -123,7 +123,7 @@ for _option in sweep.params:
 
 
 def _submit(
-    ready: Sequence[tuple[Cell, RunSpec]], cells: Sequence[Cell], options: RunOptions, parallel: bool, as_json: bool
+    ready: Sequence[tuple[Cell, PlacedRun]], cells: Sequence[Cell], options: RunOptions, parallel: bool, as_json: bool
 ) -> None:
     """All of them, in order; each behind the last that goes on. On this machine the next starts when one has ended."""
     secrets = resolve.secrets_of(ready[0][1], options.secrets, os.environ)
@@ -181,7 +181,7 @@ def _runs(count: int) -> str:
 
 
 def _show_plan(
-    name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, RunSpec]], parallel: bool, as_json: bool
+    name: str, cells: Sequence[Cell], ready: Sequence[tuple[Cell, PlacedRun]], parallel: bool, as_json: bool
 ) -> None:
     """Every cell: how it stands, or what it will take."""
     next_specs = {cell.spec.job.name: spec for cell, spec in ready}

@@ -21,7 +21,7 @@ from typing import Any
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import data_dir, read_bytes
 from launcher.base.values import LARGEST, parse_toml
-from launcher.config.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse, tables_of
+from launcher.config.spec import HUB, SAMPLE, Job, PlacedRun, Profile, RunSpec, refuse, tables_of
 from launcher.titan.recipe import Recipe
 
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
@@ -75,8 +75,10 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     run_format = tables.pop("run", None)
     if run_format is not None and run_format != RUN_FILE_FORMAT:
         raise LauncherError(f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}")
-    for computed in ("origin", "placed"):
-        tables.pop(computed, None)
+    origin_of, placed = tables.pop("origin", {}), tables.pop("placed", None)
+    job = tables.get("job")
+    if run_format and placed is None and isinstance(job, dict) and "topology" in str(origin_of):
+        job.pop("segment", None)  # version 0.1 wrote the one that it had chosen as if it had been asked for
     tables.pop("hardware", None)  # facts, not settings: launcher/config/hardware.py
     secrets = tables.pop("secret_env", [])
     if not (isinstance(secrets, list) and all(isinstance(name, str) for name in secrets)):
@@ -226,7 +228,7 @@ def _dotted(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     return pairs
 
 
-def run_toml(spec: RunSpec) -> str:
+def run_toml(spec: PlacedRun) -> str:
     """The whole spec as TOML; `launcher submit RUN/run.toml` reads it back to the same values."""
     lines = [
         "# Written by launcher submit: every value of this run, and below where each came from.",

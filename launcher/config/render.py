@@ -1,4 +1,4 @@
-"""RunSpec -> job script. Pure: the same spec gives the same text, on any machine, at any time."""
+"""PlacedRun -> job script. Pure: the same spec gives the same text, on any machine, at any time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import jinja2
 
 from launcher.base.files import data_dir
 from launcher.config.runtime import node_command, srun_flags
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun
 from launcher.scheduler.parse import compress
 
-PLACEMENT = ("partition", "account", "qos", "reservation", "nodelist", "exclude", "segment")
+PLACEMENT = ("partition", "account", "qos", "reservation", "nodelist")
 
 
-def render(spec: RunSpec) -> str:
+def render(spec: PlacedRun) -> str:
     """The text of job.sbatch, for Slurm or for the local scheduler."""
     job, profile = spec.job, spec.profile
     return _template().render(
@@ -31,17 +31,17 @@ def render(spec: RunSpec) -> str:
         gpus_per_node=profile.gpus_per_node,
         time=job.time,
         slurm_bin=job.slurm_bin,
-        placement=[(option, value) for option in PLACEMENT if (value := _asked(spec, option))],
+        placement=[(option, value) for option, value in _placement(spec).items() if value],
         env=sorted(spec.env.items()),
         srun_flags=srun_flags(spec),
         command=node_command(spec),
     )
 
 
-def _asked(spec: RunSpec, option: str) -> str | int:
-    """What Slurm is asked for; nodes that failed their check are left out beside those of --exclude."""
-    value: str | int = getattr(spec.job, option)
-    return ",".join(filter(None, (str(value), compress(spec.avoid)))) if option == "exclude" else value
+def _placement(spec: PlacedRun) -> dict[str, str | int]:
+    asked: dict[str, str | int] = {option: getattr(spec.job, option) for option in PLACEMENT}
+    exclude = ",".join(filter(None, (spec.job.exclude, compress(spec.avoid))))
+    return asked | {"exclude": exclude, "segment": spec.segment}
 
 
 @cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
 from launcher.config.propose import propose
-from launcher.config.spec import CONTROL, RunSpec, validate
+from launcher.config.spec import CONTROL, PlacedRun, RunSpec, validate
 from launcher.config.user_file import default_path
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
@@ -61,14 +61,15 @@ def renamed(spec: RunSpec, name: str, origin: str) -> RunSpec:
 
 
 def _finished(spec: RunSpec) -> RunSpec:
-    sources = {
-        path: os.path.realpath(path)
-        for path in (spec.data_path, spec.tokenizer_path, spec.job.init_from)
-        if path.startswith("/")
-    }
-    spec = replace(spec, resolved=sources)
     validate(spec)
     return spec
+
+
+def placed(spec: RunSpec) -> PlacedRun:
+    """The run with what this machine's file system decides: where the links lead that the container cannot follow."""
+    paths = (spec.data_path, spec.tokenizer_path, spec.job.init_from)
+    sources = {path: os.path.realpath(path) for path in paths if path.startswith("/")}
+    return PlacedRun(**vars(spec), sources=sources, segment=spec.job.segment)
 
 
 def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:

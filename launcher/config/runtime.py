@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 
 
-def mounts(spec: RunSpec) -> list[str]:
+def mounts(spec: PlacedRun) -> list[str]:
     """SRC:DST[:FLAGS] of everything the container must see, run directory first.
 
-    Sources have their links resolved (`spec.resolved`): the target of a link lies outside the container.
+    Sources have their links resolved (`spec.sources`): the target of a link lies outside the container.
     """
     wanted = [f"{spec.run_dir}:{spec.run_dir}"]
     own = [f"{spec.profile.scratch}:{spec.profile.scratch}"] if spec.profile.scratch else []
@@ -16,7 +16,7 @@ def mounts(spec: RunSpec) -> list[str]:
     for path in (spec.data_path, spec.tokenizer_path, spec.job.init_from):
         covered = any(path == target or path.startswith(f"{target}/") for target in (spec.run_dir, *theirs))
         if path.startswith("/") and not covered:  # not "hub", not s3://
-            wanted.append(f"{spec.resolved.get(path, path)}:{path}:ro")
+            wanted.append(f"{spec.sources.get(path, path)}:{path}:ro")
     return list(dict.fromkeys([*wanted, *own, *spec.profile.mounts, *spec.job.mounts]))
 
 
@@ -36,7 +36,7 @@ def host_path(spec: RunSpec, path: str) -> str:
     return source.rstrip("/") + path[len(target) :] or "/"
 
 
-def srun_flags(spec: RunSpec) -> list[str]:
+def srun_flags(spec: PlacedRun) -> list[str]:
     """Pyxis' options of srun; empty for the other runtimes."""
     if spec.job.runtime != "pyxis":
         return []
@@ -51,7 +51,7 @@ def srun_flags(spec: RunSpec) -> list[str]:
     ]
 
 
-def node_command(spec: RunSpec) -> list[str]:
+def node_command(spec: PlacedRun) -> list[str]:
     """The command that runs once on each node, container start included where srun does not do it."""
     entry = [spec.job.python, f"{spec.run_dir}/job/node.py", f"{spec.run_dir}/job/node.json"]
     if spec.job.runtime != "apptainer":

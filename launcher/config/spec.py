@@ -71,7 +71,7 @@ class Job:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A whole run. `origin` says, per dotted key, which layer the value came from."""
+    """A whole run as it was asked for. `origin` says, per dotted key, which layer the value came from."""
 
     profile: Profile = field(default_factory=Profile)
     recipe: Recipe = field(default_factory=Recipe)
@@ -79,11 +79,7 @@ class RunSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     secret_env: tuple[str, ...] = ()  # names only: their values travel in a 0600 file
     titan: Mapping[str, str] = field(default_factory=dict)
-    resolved: Mapping[str, str] = field(default_factory=dict)  # path -> where its links lead, for mounts
-    # files of run_dir/data/en -> link's target, or s3://
-    view: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
-    avoid: tuple[str, ...] = ()  # nodes left out beside job.exclude
 
     @property
     def run_dir(self) -> str:
@@ -123,6 +119,16 @@ class RunSpec:
         flat |= {f"secret_env.{name}": "(from the environment)" for name in self.secret_env}
         flat |= {f"titan.{key}": value for key, value in self.titan.items()}
         return flat
+
+
+@dataclass(frozen=True)
+class PlacedRun(RunSpec):
+    """A run as it is submitted: what was asked for, and what the cluster and the data decided."""
+
+    sources: Mapping[str, str] = field(default_factory=dict)  # path -> where its links lead, for mounts
+    view: Mapping[str, str] = field(default_factory=dict)  # file of run_dir/data/en -> link's target, or s3://
+    avoid: tuple[str, ...] = ()  # nodes left out beside job.exclude: they failed their check
+    segment: int = 0  # nodes per block: job.segment, or chosen from the topology; 0: none
 
 
 CHOICES = {
@@ -353,24 +359,25 @@ def _validate_parallelism(spec: RunSpec, bad: Any) -> None:
         )
 
 
-def tables_of(spec: RunSpec) -> dict[str, dict[str, Any]]:
+def tables_of(run: PlacedRun) -> dict[str, dict[str, Any]]:
     """The whole run under the keys of run.toml and job/node.json; `placed`: what the cluster and the data decided."""
     return {
-        "job": dataclasses.asdict(spec.job),
-        "profile": dataclasses.asdict(spec.profile),
-        "recipe": dataclasses.asdict(spec.recipe),
-        "env": dict(spec.env),
-        "titan": dict(spec.titan),
+        "job": dataclasses.asdict(run.job),
+        "profile": dataclasses.asdict(run.profile),
+        "recipe": dataclasses.asdict(run.recipe),
+        "env": dict(run.env),
+        "titan": dict(run.titan),
         "placed": {
-            "run_dir": spec.run_dir,
-            "data": f"{spec.run_dir}/data" if spec.view else spec.data_path,  # what the trainer reads
-            "data_source": spec.data_path,
-            "tokenizer": spec.tokenizer_path,
-            "exclude": list(spec.avoid),  # beside job.exclude: nodes that failed their check
+            "run_dir": run.run_dir,
+            "data": f"{run.run_dir}/data" if run.view else run.data_path,  # what the trainer reads
+            "data_source": run.data_path,
+            "tokenizer": run.tokenizer_path,
+            "exclude": list(run.avoid),
+            "segment": run.segment,
         },
     }
 
 
-def node_config(spec: RunSpec) -> dict[str, Any]:
+def node_config(run: PlacedRun) -> dict[str, Any]:
     """What slurm/node.py is told, as the JSON object of `job/node.json`."""
-    return {"schema": NODE_SCHEMA, **tables_of(spec)}
+    return {"schema": NODE_SCHEMA, **tables_of(run)}

@@ -21,7 +21,7 @@ from launcher.base.files import filesystem_error, read_bytes, unreadable, write_
 from launcher.base.finding import Finding, ok, warning
 from launcher.base.output import age
 from launcher.base.values import parse_json
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun
 from launcher.config.user_file import default_path
 from launcher.nodes import unfit
 from launcher.runs import control
@@ -168,7 +168,7 @@ def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
             remember(run, control.state(run), now_s, cluster)
 
 
-def without_remembered(spec: RunSpec, facts: ClusterFacts, now_s: float) -> tuple[RunSpec, list[Finding]]:
+def without_remembered(spec: PlacedRun, facts: ClusterFacts, now_s: float) -> tuple[PlacedRun, list[Finding]]:
     """The run that leaves out the cluster's nodes that failed their check, and what there is to say of it.
 
     Raises LauncherError where they cannot be read.
@@ -184,8 +184,8 @@ def without_remembered(spec: RunSpec, facts: ClusterFacts, now_s: float) -> tupl
 
 
 def without(
-    spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float
-) -> tuple[RunSpec, list[Finding]]:
+    spec: PlacedRun, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float
+) -> tuple[PlacedRun, list[Finding]]:
     """The run that leaves these nodes out, and what there is to say. Pure.
 
     Only nodes that Slurm has in the run's partition: it refuses a job that excludes one which it does not know. A node
@@ -209,9 +209,7 @@ def without(
         return replace(spec, avoid=()), findings
     hosts = tuple(node.host for node in out)
     findings.append(ok("bad-nodes", nodes=_said(out, now_s)))
-    asked_for = spec.origin.get("job.exclude", "default")
-    origin = f"{asked_for}; also {compress(hosts)}, which failed their check ({WHERE}): in job.sbatch alone"
-    return replace(spec, avoid=hosts, origin={**spec.origin, "job.exclude": origin}), findings
+    return replace(spec, avoid=hosts), findings
 
 
 def _said(nodes: Sequence[BadNode], now_s: float) -> tuple[str, ...]:

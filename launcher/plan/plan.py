@@ -27,7 +27,7 @@ from typing import Any
 
 from launcher.base.files import write_json
 from launcher.config.hardware import of_gpu
-from launcher.config.spec import HUB, MAX_NODES, SAMPLE, RunSpec
+from launcher.config.spec import HUB, MAX_NODES, SAMPLE, PlacedRun, RunSpec
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, published
 from launcher.scheduler.parse import seconds
@@ -290,7 +290,7 @@ def prediction(spec: RunSpec) -> dict[str, Any]:
         return {"notes": [f"no prediction: {error}"]}
 
 
-def write_beside(spec: RunSpec, directory: Path) -> None:
+def write_beside(spec: PlacedRun, directory: Path) -> None:
     """What a run directory holds of data and plan: plan.json, the sample, the view. Raises OSError or LauncherError."""
     write_json(directory / "plan.json", prediction(spec))
     if SAMPLE in (spec.job.data, spec.job.tokenizer):

@@ -19,7 +19,7 @@ from launcher.base.errors import LauncherError, quoted
 from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.base.output import SHOWN
 from launcher.config.hardware import hardware, of_gpu
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 from launcher.image.squashfs_file import known, superblock
 from launcher.nodes import bad_nodes
 from launcher.preflight import placement
@@ -33,13 +33,13 @@ Check = Callable[[Place], Finding | None]
 ANOTHER = "another --partition: sinfo -s"
 
 
-def look(spec: RunSpec) -> tuple[RunSpec, list[Finding]]:
+def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     """The run with its placement, and all that is found. Asks Slurm once in the life of this process."""
     if spec.job.scheduler != "slurm" or not slurm.bin_dir():
         return spec, []  # without sbatch, the submission itself says so
     facts = detected()
     spec, of_memory = _without_bad_nodes(spec, facts)
-    spec = placement.placed(spec, facts)
+    spec = placement.with_segment(spec, facts)
     machine = Machine(_groups(), _unpacked_bytes(spec), datetime.now())
     return spec, [*preflight(spec, facts, machine), *of_memory]
 
@@ -66,7 +66,7 @@ def _unpacked_bytes(spec: RunSpec) -> int:
     return 0
 
 
-def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, list[Finding]]:
+def _without_bad_nodes(spec: PlacedRun, facts: ClusterFacts) -> tuple[PlacedRun, list[Finding]]:
     """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
     now_s = clock.time()
     found = []
@@ -81,7 +81,7 @@ def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, lis
     return spec, [*found, *more]
 
 
-def preflight(spec: RunSpec, facts: ClusterFacts, machine: Machine = UNKNOWN) -> list[Finding]:
+def preflight(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -> list[Finding]:
     """Every check that applies, in the order in which a reader wants them. Pure.
 
     What Slurm did not answer is one warning, and the checks that need it are skipped.
@@ -240,7 +240,7 @@ def node_count(place: Place) -> Finding | None:
     return warning("nodes-not-yet", fix, **facts) if place.grows else error("nodes-too-few", fix, **facts)
 
 
-def _left_out(spec: RunSpec) -> str:
+def _left_out(spec: PlacedRun) -> str:
     """What says which nodes the run may not have; "" where it may have all."""
     by_hand = ["those of --exclude"] if spec.job.exclude else []
     return " and ".join(by_hand + ["those that failed their check (launcher cluster nodes)"] * bool(spec.avoid))

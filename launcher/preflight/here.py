@@ -12,8 +12,9 @@ from pathlib import Path
 from launcher.base.errors import ExitStatus, LauncherError, install, quoted
 from launcher.base.files import data_dir
 from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
+from launcher.config.resolve import placed
 from launcher.config.runtime import host_path, mounts
-from launcher.config.spec import HUB, S3, RunSpec
+from launcher.config.spec import HUB, S3, PlacedRun, RunSpec
 from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
 from launcher.image.squashfs_file import ImageFacts
 from launcher.stage import view
@@ -21,8 +22,9 @@ from launcher.titan import Refused
 from launcher.titan.weights import check_weights as check
 
 
-def look_here(spec: RunSpec) -> tuple[RunSpec, list[Finding]]:
+def look_here(asked: RunSpec) -> tuple[PlacedRun, list[Finding]]:
     """The run with its view of the data, and all that can be found without Slurm."""
+    spec = placed(asked)
     found: list[Finding] = []
     more: list[Finding] = []
     for name, look_at in (("image", check_image), ("weights", check_weights)):
@@ -112,7 +114,7 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Finding]:
     return [ok("driver-unknown", fix, needed=needed)]
 
 
-def check_weights(spec: RunSpec) -> list[Finding]:
+def check_weights(spec: PlacedRun) -> list[Finding]:
     """Refuses an --init-from that this machine sees and that the model cannot start from.
 
     A directory that is not here may still be on the nodes, which check it too: `files` says so.

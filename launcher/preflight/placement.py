@@ -17,7 +17,7 @@ from itertools import accumulate
 
 from launcher.base.finding import Finding, error, impossible, ok, warning
 from launcher.config.hardware import of_gpu
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 from launcher.scheduler.facts import SEGMENT_SINCE, Block, ClusterFacts, Node, Partition
 from launcher.scheduler.parse import count_of, expand
 
@@ -25,7 +25,6 @@ from launcher.scheduler.parse import count_of, expand
 OUT = {"DOWN", "DRAIN", "ERROR", "FAIL", "FUTURE", "INVAL", "INVALID_REG", "NOT_RESPONDING", "UNKNOWN"}
 HELD = {"RESERVED", "MAINT", "MAINTENANCE"}  # kept for a reservation
 NVLINK_OVER_NODES = "NCCL_MNNVL_ENABLE"  # NCCL's switch for it: a profile that sets it has domains of several nodes
-CHOSEN = "chosen from the topology"  # how the origin of a segment begins that was not the user's
 NEEDED = ("config", "nodes", "partitions", "topology")  # answers of Slurm without which no segment is chosen or judged
 
 
@@ -48,7 +47,7 @@ UNKNOWN = Machine()
 class Place:
     """Where a run may go: the partitions asked for, and their nodes without those that are left out."""
 
-    spec: RunSpec
+    spec: PlacedRun
     facts: ClusterFacts
     partitions: tuple[Partition, ...]
     nodes: tuple[Node, ...]
@@ -88,7 +87,7 @@ class Place:
         return max((count[partition.name] for partition in self.partitions), default=len(nodes))
 
 
-def place_of(spec: RunSpec, facts: ClusterFacts, machine: Machine = UNKNOWN) -> Place:
+def place_of(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -> Place:
     names = spec.job.partition.split(",")
     default = facts.partition()
     chosen = [p for p in facts.partitions if p.name in names] if spec.job.partition else [default] if default else []
@@ -214,32 +213,18 @@ def wants_segment(spec: RunSpec) -> bool:
     return spec.job.nodes > 1 and spec.env.get(NVLINK_OVER_NODES) == "1"
 
 
-def is_users_own(spec: RunSpec, known: bool) -> bool:
-    """The segment was asked for. One that a run.toml brings along counts while it still fits."""
-    origin = spec.origin.get("job.segment", "")
-    if not spec.job.segment or origin.startswith(CHOSEN):
-        return False
-    repeated = origin.startswith("file ") and origin.endswith("run.toml")
-    return not repeated or (known and spec.job.nodes % spec.job.segment == 0)
-
-
-def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
+def with_segment(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
     """The run with the `--segment` that its partition's blocks allow, where Slurm knows it and NVLink crosses nodes.
 
     The user's own stays as it is.
     """
-    if is_users_own(spec, facts.segment):
-        return spec
+    if spec.job.segment:
+        return replace(spec, segment=spec.job.segment)
     place = place_of(spec, facts)
     blocks = blocks_among(facts, place.fitting)
     if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
-        return _with(spec, 0, "default") if spec.job.segment else spec
-    chosen = best_segment(spec.job.nodes, blocks, {node.name for node in place.out})
-    return _with(spec, chosen, f"{CHOSEN}, blocks of {max(len(block.nodes) for block in blocks)}")
-
-
-def _with(spec: RunSpec, segment: int, origin: str) -> RunSpec:
-    return replace(spec, job=replace(spec.job, segment=segment), origin={**spec.origin, "job.segment": origin})
+        return replace(spec, segment=0)
+    return replace(spec, segment=best_segment(spec.job.nodes, blocks, {node.name for node in place.out}))
 
 
 # --- what is found ------------------------------------------------------------------------------------------
@@ -247,7 +232,7 @@ def _with(spec: RunSpec, segment: int, origin: str) -> RunSpec:
 
 def segment(place: Place) -> Finding | None:
     """What becomes of the run's --segment, chosen or the user's own."""
-    facts, wanted, nodes = place.facts, place.spec.job.segment, place.spec.job.nodes
+    facts, wanted, nodes = place.facts, place.spec.segment, place.spec.job.nodes
     if not wanted:
         return None
     if not facts.segment:
@@ -291,7 +276,7 @@ def _straddles(nodes: int, found: Placement, blocks: Sequence[Block], out: set[s
 def racks(place: Place) -> Finding | None:
     """NVLink goes from node to node within a rack, and Slurm cannot be told to stay in one."""
     spec, facts, nodes = place.spec, place.facts, place.spec.job.nodes
-    if spec.job.segment or (facts.blocks and facts.segment) or not wants_segment(spec):
+    if spec.segment or (facts.blocks and facts.segment) or not wants_segment(spec):
         return None
     known, topology = of_gpu(spec.profile.gpu), facts.topology or "not known"
     rack = known.nvlink_gpus // known.gpus_per_node if known else 1  # nodes that share an NVLink domain

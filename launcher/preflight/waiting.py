@@ -18,7 +18,7 @@ from typing import Any
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.output import some
 from launcher.config.layers import merge, read_layer
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 from launcher.logs.watch import duration
 from launcher.preflight.placement import HELD, OUT, Place, blocks_among, describe, place_of
 from launcher.runs.directory import Run
@@ -40,11 +40,16 @@ def why_waiting(run: Run, state: JobState) -> list[str]:
     return explain(state.reason, spec, detect(), start, datetime.now())
 
 
-def _as_submitted(run: Run) -> RunSpec:
+def _as_submitted(run: Run) -> PlacedRun:
     """The run's spec, with every node that its job leaves out: run.toml has those that the user named."""
     spec = merge([read_layer(run.path / "run.toml", "run.toml")])
-    left_out = run.asked["placed"].get("exclude")
-    return replace(spec, avoid=tuple(left_out)) if isinstance(left_out, list) else spec
+    decided = run.asked["placed"]
+    left_out, segment = decided.get("exclude"), decided.get("segment")
+    return PlacedRun(
+        **vars(spec),
+        avoid=tuple(left_out) if isinstance(left_out, list) else (),
+        segment=segment if type(segment) is int else spec.job.segment,
+    )
 
 
 @cache
@@ -63,7 +68,7 @@ def meaning(reason: str) -> tuple[str, bool]:
 
 
 def explain(
-    reason: str, spec: RunSpec | None, facts: ClusterFacts, start: str = "", now: datetime | None = None
+    reason: str, spec: PlacedRun | None, facts: ClusterFacts, start: str = "", now: datetime | None = None
 ) -> list[str]:
     """Lines that tell why a job waits. `start`: Slurm's estimate (local time), as squeue prints it."""
     words, other_nodes_help = meaning(reason)
@@ -101,11 +106,11 @@ def _group(node: Node) -> str:
 
 
 def _blocks(place: Place) -> list[str]:
-    job, facts = place.spec.job, place.facts
-    if not (job.segment > 1 and facts.segment) or job.nodes % job.segment:
+    nodes, segment, facts = place.spec.job.nodes, place.spec.segment, place.facts
+    if not (segment > 1 and facts.segment) or nodes % segment:
         return []
     free = {node.name for node in place.free}
-    return [describe(job.nodes, job.segment, blocks_among(facts, place.fitting), free).text]
+    return [describe(nodes, segment, blocks_among(facts, place.fitting), free).text]
 
 
 def _estimate(start: str, now: datetime | None) -> list[str]:

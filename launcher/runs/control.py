@@ -15,7 +15,7 @@ from typing import Any
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import filesystem_error, read_json, write_json
 from launcher.base.values import whole
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.scheduler import local, slurm
@@ -27,7 +27,7 @@ UNFIT = "a node failed its check before training"
 
 
 def submit(
-    spec: RunSpec,
+    spec: PlacedRun,
     secrets: Mapping[str, str],
     submitted: Callable[[Run, str], None],
     after: str = "",

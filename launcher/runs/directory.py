@@ -40,7 +40,7 @@ from launcher.base.values import whole
 from launcher.config.hardware import of_gpu
 from launcher.config.layers import run_toml
 from launcher.config.render import render
-from launcher.config.spec import S3, RunSpec, node_config
+from launcher.config.spec import S3, PlacedRun, node_config
 
 LOCK = "submit.lock"
 SECRETS = "secret.env"  # until the job has read it, or can never start
@@ -150,7 +150,7 @@ def _of_schema_1(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def create(
-    spec: RunSpec, secrets: Mapping[str, str], now_s: float, also: Callable[[Path], None] = lambda _: None
+    spec: PlacedRun, secrets: Mapping[str, str], now_s: float, also: Callable[[Path], None] = lambda _: None
 ) -> tuple[Run, int]:
     """Writes the whole run directory under a temporary name, then renames it: all of it or nothing.
 
@@ -212,7 +212,7 @@ def remove_left_over(runs_dir: Path) -> None:
                     shutil.rmtree(entry.path, ignore_errors=True)
 
 
-def _fill(directory: Path, spec: RunSpec, now_s: float) -> None:
+def _fill(directory: Path, spec: PlacedRun, now_s: float) -> None:
     job = directory / "job"
     for folder, names in ((data_dir("slurm"), ("node.py", "check/*.py")), (PACKAGE, ("titan/*.py",))):
         for source in (path for name in names for path in folder.glob(name)):

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.runtime import host_path, mounts
-from launcher.config.spec import S3, SAMPLE, RunSpec
+from launcher.config.spec import S3, SAMPLE, PlacedRun, RunSpec
 from launcher.stage import sample
 from launcher.stage.manifest import read_manifest
 from launcher.stage.s3 import open_bucket, readme
@@ -82,7 +82,7 @@ def choose(files: Sequence[T], degree: int, part: int = 1, parts: int = 1) -> Se
     return files[first * degree : (first + each + (part <= rest)) * degree]
 
 
-def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
+def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
     """The run with its view, where there can be one, and what the user should know. Looks at the data, writes nothing.
 
     Raises LauncherError where a part was asked for (`--data-part`) that cannot be given.
@@ -141,7 +141,7 @@ def plan(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     return spec, [*notes, *_shortages(spec, staged, stage)]
 
 
-def _plan_streamed(spec: RunSpec) -> tuple[RunSpec, list[str]]:
+def _plan_streamed(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
     """The run with the objects that it will stream, which are listed now. Raises LauncherError where they cannot be."""
     bucket, staged = _look_in_bucket(spec.data_path, files_needed(spec, TRAIN_FILES))
     count = max(files_needed(spec, staged.train_files_in_all), len(staged.train))
@@ -246,7 +246,7 @@ def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Se
 
 
 def write(directory: Path, links: Mapping[str, str]) -> None:
-    """Makes `directory` (<run_dir>/data) from RunSpec.view; of objects in a bucket, only a README.md that names them.
+    """Makes `directory` (<run_dir>/data) from PlacedRun.view; of objects in a bucket, only a README.md that names them.
 
     Raises OSError; the caller makes run directories whole.
     """
@@ -266,12 +266,12 @@ def write(directory: Path, links: Mapping[str, str]) -> None:
     (directory / "README.md").write_text(README.format(splits="\n".join(lines)), encoding="utf-8")
 
 
-def train_files(spec: RunSpec) -> list[str]:
+def train_files(spec: PlacedRun) -> list[str]:
     """The train files in the run's view."""
     return [name for name in spec.view if name.startswith("c4-train.")]
 
 
-def describe(spec: RunSpec) -> str:
+def describe(spec: PlacedRun) -> str:
     """One line about what the trainer reads."""
     if not spec.view:
         return spec.data_path
@@ -282,7 +282,7 @@ def describe(spec: RunSpec) -> str:
     )
 
 
-def _with_view(spec: RunSpec, staged: Staged) -> RunSpec:
+def _with_view(spec: PlacedRun, staged: Staged) -> PlacedRun:
     part, parts = _part(spec)
     chosen = choose(staged.train, spec.data_parallel, part, parts)
     needed = spec.data_parallel * parts
@@ -312,7 +312,7 @@ def _way_to_data(spec: RunSpec) -> str:
     return os.path.relpath(data, f"{run_dir}/data/en")
 
 
-def _seen_in_container(spec: RunSpec, directory: Path) -> list[str]:
+def _seen_in_container(spec: PlacedRun, directory: Path) -> list[str]:
     if spec.job.runtime == "bare":
         return ["/"]
     targets = [mount.split(":")[1] for mount in mounts(spec)]
@@ -353,7 +353,7 @@ def _as_many_and(spec: RunSpec, staged: Staged) -> str:
     return f" {count}{source}{' --validation' if 'validation' in bad else ''}"
 
 
-def _shortages(spec: RunSpec, staged: Staged, stage: str, then: str = "") -> list[str]:
+def _shortages(spec: PlacedRun, staged: Staged, stage: str, then: str = "") -> list[str]:
     """Warnings about too few files, with the command that stages enough where C4 has enough, and the one after it."""
     notes, train, degree = [], train_files(spec), spec.data_parallel
     more = f"; {stage}{then}" if files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""

@@ -25,7 +25,7 @@ from launcher.base.secret import looks_secret
 from launcher.config import resolve
 from launcher.config.layers import Layer, absolute, merge, read_layer
 from launcher.config.options import RunOptions
-from launcher.config.spec import NAME, RunSpec
+from launcher.config.spec import NAME, PlacedRun, RunSpec
 from launcher.preflight.cluster import look
 from launcher.preflight.here import look_here
 from launcher.preflight.text import refusal, sentence
@@ -224,20 +224,20 @@ def _runs_of(spec: RunSpec) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: int) -> list[tuple[Cell, RunSpec]]:
+def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: int) -> list[tuple[Cell, PlacedRun]]:
     """What is to be submitted, each as the cluster can place it. Raises one LauncherError for all that cannot run."""
-    ready: list[tuple[Cell, RunSpec]] = []
+    ready: list[tuple[Cell, PlacedRun]] = []
     problems: dict[str, LauncherError] = {}
     notes: dict[str, None] = {}
     for cell in wanted:
-        spec = cell.next_spec
+        asked = cell.next_spec
         try:
-            spec, checks = look_here(spec)
+            spec, checks = look_here(asked)
             if not dry_run:  # Slurm is asked once, for all cells
                 spec, of_cluster = look(spec)
                 checks += of_cluster
         except LauncherError as error:
-            problems[spec.job.name] = error
+            problems[asked.job.name] = error
             continue
         if refused := refusal(checks, force):
             problems[spec.job.name] = refused

@@ -15,7 +15,8 @@ import pytest
 
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
 from launcher.config.render import render
-from launcher.config.spec import RunSpec, validate
+from launcher.config.resolve import placed
+from launcher.config.spec import PlacedRun, validate
 
 HERE = Path(__file__).parent
 RUNTIMES = ("pyxis", "apptainer", "bare")
@@ -72,7 +73,7 @@ def exports_of(profile: Profile) -> dict[str, str]:
     return found
 
 
-def spec_of(case: str, gpu: str, runtime: str) -> RunSpec:
+def spec_of(case: str, gpu: str, runtime: str) -> PlacedRun:
     values: dict[str, object] = {
         "job.name": "accept-1",
         "job.gpu": gpu,
@@ -109,7 +110,7 @@ def spec_of(case: str, gpu: str, runtime: str) -> RunSpec:
         read_layer(find("recipes", str(values.get("job.recipe", "llama3-8b"))), "", gpu),
     ]
     secrets = ("HF_TOKEN",) if case.endswith("everything") else ()
-    spec = merge([*layers, Layer(values, dict.fromkeys(values, "test"), secret_env=secrets)])
+    spec = placed(merge([*layers, Layer(values, dict.fromkeys(values, "test"), secret_env=secrets)]))
     validate(spec)
     return spec
 

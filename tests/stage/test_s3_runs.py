@@ -14,8 +14,9 @@ import pytest
 
 from launcher.base.errors import LauncherError
 from launcher.config.layers import Layer, merge
+from launcher.config.resolve import placed
 from launcher.config.runtime import mounts
-from launcher.config.spec import RunSpec, validate
+from launcher.config.spec import PlacedRun, validate
 from launcher.stage import view
 from launcher.titan import Refused
 from launcher.titan.data import check_streamed
@@ -30,7 +31,7 @@ CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL",
 ENV = [word for name in CREDENTIALS for word in ("--env", name)]
 
 
-def a_spec(address: str = ADDRESS, gpus: int = 4, **values: Any) -> RunSpec:
+def a_spec(address: str = ADDRESS, gpus: int = 4, **values: Any) -> PlacedRun:
     given = {
         "job.name": "r",
         "job.gpu": "h200",
@@ -42,12 +43,12 @@ def a_spec(address: str = ADDRESS, gpus: int = 4, **values: Any) -> RunSpec:
         "recipe.seq_len": 64,
         **{name.replace("__", "."): value for name, value in values.items()},
     }
-    spec = merge([Layer(given, dict.fromkeys(given, "test"))])
+    spec = placed(merge([Layer(given, dict.fromkeys(given, "test"))]))
     validate(spec)
     return spec
 
 
-def train(spec: RunSpec) -> list[int]:
+def train(spec: PlacedRun) -> list[int]:
     """The numbers of the train files in the run's view."""
     return [int(name.split(".")[1].split("-")[0]) for name in view.train_files(spec)]
 

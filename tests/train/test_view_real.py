@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launcher.config.layers import Layer, merge
-from launcher.config.spec import RunSpec
+from launcher.config.resolve import placed
+from launcher.config.spec import PlacedRun
 from launcher.stage import sample
 from launcher.stage.view import plan, train_files, write
 from tests.conftest import ROOT, Launch
@@ -50,7 +51,7 @@ def python(request: pytest.FixtureRequest) -> str:
     return path
 
 
-def a_spec(data: Path, runs_dir: Path, name: str, degree: int, **job: str) -> RunSpec:
+def a_spec(data: Path, runs_dir: Path, name: str, degree: int, **job: str) -> PlacedRun:
     values = {
         "job.name": name,
         "job.runs_dir": str(runs_dir),
@@ -59,7 +60,7 @@ def a_spec(data: Path, runs_dir: Path, name: str, degree: int, **job: str) -> Ru
         "profile.gpus_per_node": degree,
         **{f"job.{key}": value for key, value in job.items()},
     }
-    return merge([Layer(values, dict.fromkeys(values, "test"))])
+    return placed(merge([Layer(values, dict.fromkeys(values, "test"))]))
 
 
 def documents(*files: Path) -> list[str]:

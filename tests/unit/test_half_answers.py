@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from launcher.base.finding import ERROR, WARNING, Finding
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun
 from launcher.nodes.bad_nodes import BadNode, without
 from launcher.preflight.cluster import preflight
-from launcher.preflight.placement import placed
+from launcher.preflight.placement import with_segment
 from launcher.preflight.text import sentence
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts
@@ -72,8 +72,8 @@ def facts_of(answers: Mapping[str, str | None]) -> ClusterFacts:
     return detect(answering({name: text for name, text in answers.items() if text is not None}), lambda path: "")
 
 
-def looked(spec: RunSpec, facts: ClusterFacts) -> list[Finding]:
-    return preflight(placed(spec, facts), facts)
+def looked(spec: PlacedRun, facts: ClusterFacts) -> list[Finding]:
+    return preflight(with_segment(spec, facts), facts)
 
 
 @pytest.mark.parametrize(("question", "answer"), HALVES.values(), ids=HALVES)
@@ -105,13 +105,10 @@ def test_a_partition_that_is_not_read_is_not_looked_for() -> None:
 
 
 def test_no_segment_is_chosen_without_the_blocks_and_the_users_own_stays() -> None:
-    origin = {"job.segment": "file /runs/a/run.toml"}
     for question in ("config", "topology", "nodes", "partitions"):
         facts = facts_of(RACKS | {question: None})
-        assert placed(run("gb200", 36), facts).job.segment == 0
-        assert placed(run("gb200", 36, segment=18), facts).job.segment == 18
-    blind = facts_of(RACKS | {"topology": None, "config": None})
-    assert placed(run("gb200", 36, origin, segment=18), blind).job.segment == 0
+        assert with_segment(run("gb200", 36), facts).segment == 0
+        assert with_segment(run("gb200", 36, segment=18), facts).segment == 18
 
 
 def test_show_claims_nothing_of_what_it_does_not_know(launch: Launch, fake_slurm: Fake) -> None:

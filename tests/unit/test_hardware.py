@@ -10,7 +10,7 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.config import hardware as module
 from launcher.config.hardware import hardware, of_gpu
-from launcher.config.spec import Job, Profile, RunSpec
+from launcher.config.spec import Job, PlacedRun, Profile
 from launcher.runs import directory
 from tests.conftest import ROOT
 
@@ -46,7 +46,7 @@ def test_the_check_on_the_nodes_is_told_of_its_gpu(
     gpu: str, told: tuple[int, int] | None, workplace: Path, image: Path
 ) -> None:
     job = Job(name="r", runs_dir=str(workplace / "runs"), image=str(image), gpu="b200")
-    run, lock = directory.create(RunSpec(job=job, profile=Profile(gpu=gpu)), {}, 0.0)
+    run, lock = directory.create(PlacedRun(job=job, profile=Profile(gpu=gpu)), {}, 0.0)
     os.close(lock)
     said = run.asked["hardware"]
     assert said == ({"peak_tflops": told[0], "max_uptime_days": told[1]} if told else {})

@@ -14,6 +14,7 @@ import pytest
 
 from launcher.config.layers import Layer, merge
 from launcher.config.render import render
+from launcher.config.resolve import placed
 
 GETENT = """case "$1 $2" in
 "passwd "*) echo "u:x:0:0::/root:/bin/bash" ;;
@@ -48,7 +49,7 @@ def job(tmp_path: Path):
         "job.nodes": 2,
         "job.slurm_bin": str(folder),
     }
-    script = render(merge([Layer(values, dict.fromkeys(values, "test"))]))
+    script = render(placed(merge([Layer(values, dict.fromkeys(values, "test"))])))
 
     def run(addresses: dict[str, str], node_addr: str = "node-1", route: str = "", job_id: str = "41234"):
         shutil.rmtree(tmp_path / "r", ignore_errors=True)

@@ -18,7 +18,7 @@ import pytest
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.layers import find, merge, read_layer
 from launcher.config.runtime import mounts
-from launcher.config.spec import Job, RunSpec
+from launcher.config.spec import Job, PlacedRun
 from launcher.preflight.here import check_weights as check_at_submit
 from launcher.preflight.here import files
 from launcher.titan import Refused
@@ -247,8 +247,8 @@ def test_both_eras_load_the_hubs_format_and_save_only_when_asked(interval: int, 
     }
 
 
-def spec(init_from: Path | str, flavor: str = "debugmodel", **job: Any) -> RunSpec:
-    return RunSpec(job=Job(name="a", runs_dir="/runs", init_from=str(init_from), **job), recipe=Recipe(flavor=flavor))
+def spec(init_from: Path | str, flavor: str = "debugmodel", **job: Any) -> PlacedRun:
+    return PlacedRun(job=Job(name="a", runs_dir="/runs", init_from=str(init_from), **job), recipe=Recipe(flavor=flavor))
 
 
 def test_submit_refuses_what_it_can_see(weights: Path) -> None:
@@ -290,7 +290,7 @@ def test_links_that_lead_out_of_the_container_are_refused(tmp_path: Path, weight
 def test_the_directory_is_mounted_read_only_at_its_own_path(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "link").symlink_to(weights)
     given = str(tmp_path / "link")
-    resolved = RunSpec(job=spec(given).job, resolved={given: str(weights)})
+    resolved = PlacedRun(job=spec(given).job, sources={given: str(weights)})
     assert f"{weights}:{given}:ro" in mounts(resolved)
     assert not [mount for mount in mounts(spec("")) if mount.startswith(":")]
 

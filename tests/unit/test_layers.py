@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.layers import Layer, find, merge, names_of, read_layer, run_toml
-from launcher.config.resolve import resolve
+from launcher.config.resolve import placed, resolve
 from launcher.config.spec import RunSpec, validate
 
 PROFILES = ["a100", "b200", "b300", "cpu", "gb200", "gb300", "h100", "h200"]
@@ -104,7 +104,7 @@ def test_a_run_file_repeats_the_run(workplace: Path) -> None:
         {},
     )
     (workplace / "old").mkdir()
-    file = write(workplace / "old" / "run.toml", run_toml(first))
+    file = write(workplace / "old" / "run.toml", run_toml(placed(first)))
     again = resolve(options(job__name="again", job__nodes=4), None, file, {})
     assert again.job.nodes == 4
     assert (again.recipe, again.profile, again.env, again.titan) == (
@@ -131,7 +131,7 @@ def test_any_value_survives_run_toml(
     layer = Layer({**layer.values, f"env.{name}": value}, {**layer.origin, f"env.{name}": "option"})
     spec = merge([layer])
     path = tmp_path_factory.mktemp("toml") / "run.toml"
-    path.write_text(run_toml(spec), encoding="utf-8")
+    path.write_text(run_toml(placed(spec)), encoding="utf-8")
     again = merge([read_layer(path, "file")])
     assert (again.env, again.recipe) == (spec.env, spec.recipe)
 

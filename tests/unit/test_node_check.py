@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus
-from launcher.config.spec import Job, RunSpec, node_config
+from launcher.config.spec import Job, PlacedRun, node_config
 from tests.conftest import Launch
 from tests.unit.node_place import FAILED, FAKE_TORCH, Place, started
 from tests.unit.test_titan_command import LLAMA3_8B, changed, debug_node
@@ -300,8 +300,8 @@ def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
 
 
 def test_the_level_is_a_key_of_the_job(launch: Launch, two: Nodes) -> None:
-    spec = RunSpec(job=Job(name="r", check="quick"))
-    assert node_config(spec)["job"]["check"] == "quick" and node_config(RunSpec())["job"]["check"] == "full"
+    spec = PlacedRun(job=Job(name="r", check="quick"))
+    assert node_config(spec)["job"]["check"] == "quick" and node_config(PlacedRun())["job"]["check"] == "full"
     done = launch("config", "show", "--local", "--recipe", "debug", "--check", "off")
     assert done.returncode == 0 and re.search(r"job\.check +off +\(option --check\)", done.stdout), done.stdout
     assert launch("render", "--check", "sometimes").returncode == ExitStatus.USAGE

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from launcher.base.finding import OK, WARNING, Finding
-from launcher.config.layers import find, merge, read_layer
+from launcher.config.layers import find, merge, read_layer, run_toml
 from launcher.config.render import render
-from launcher.config.spec import RunSpec
+from launcher.config.resolve import placed
+from launcher.config.spec import PlacedRun
 from launcher.preflight.cluster import preflight
-from launcher.preflight.placement import best_segment, describe, placed, segment_of, whole_counts
+from launcher.preflight.placement import best_segment, describe, segment_of, whole_counts, with_segment
 from launcher.preflight.text import sentence, words
 from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
 
@@ -38,10 +39,10 @@ def cluster(*busy: str, blocks: tuple[Block, ...] = RACKS, **values: object) -> 
     return ClusterFacts(nodes=nodes, partitions=(Partition("batch", True, "UP"),), blocks=blocks, **known)
 
 
-def run(nodes: int, gpu: str = "gb200", segment: int = 0, origin: str = "option --segment") -> RunSpec:
+def run(nodes: int, gpu: str = "gb200", segment: int = 0) -> PlacedRun:
     spec = merge([read_layer(find("profiles", gpu), "profile")])
     job = replace(spec.job, name="r", gpu=gpu, image="/i.sqsh", nodes=nodes, segment=segment)
-    return replace(spec, job=job, origin={**spec.origin, **({"job.segment": origin} if segment else {})})
+    return placed(replace(spec, job=job))
 
 
 EXPECTED = {1: 1, 2: 2, 9: 9, 17: 17, 18: 18, 19: 1, 20: 10, 22: 11, 34: 17, 36: 18, 37: 1, 38: 2, 54: 18, 53: 1}
@@ -67,18 +68,18 @@ def test_the_counts_that_would_not_straddle(nodes: int, near: list[int]) -> None
 
 def test_what_is_drained_is_not_counted_on_unless_nothing_else_is_left() -> None:
     facts = cluster("r1n00", "r2n00")
-    assert placed(run(36), facts).job.segment == 12
-    assert placed(run(34), facts).job.segment == 17
-    assert placed(run(18), facts).job.segment == 18  # the third rack is whole
+    assert with_segment(run(36), facts).segment == 12
+    assert with_segment(run(34), facts).segment == 17
+    assert with_segment(run(18), facts).segment == 18  # the third rack is whole
     every = cluster("r1n00", "r2n00", "r3n00")
-    assert placed(run(17), every).job.segment == 17
-    assert placed(run(18), every).job.segment == 9
+    assert with_segment(run(17), every).segment == 17
+    assert with_segment(run(18), every).segment == 9
 
 
-def test_it_is_in_the_script_and_in_the_origin() -> None:
-    spec = placed(run(36), cluster())
+def test_it_is_in_the_script_and_is_not_what_was_asked() -> None:
+    spec = with_segment(run(36), cluster())
     assert "#SBATCH --segment=18\n" in render(spec)
-    assert spec.origin["job.segment"].startswith("chosen from the topology, blocks of 18")
+    assert spec.job.segment == 0 and "\nsegment = 18\n" in run_toml(spec)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,6 @@ def test_it_is_in_the_script_and_in_the_origin() -> None:
         (run(36), cluster(blocks=(Block("rack-1"), Block("rack-2")))),
         (run(2, gpu="h200"), cluster()),
         (run(1), cluster()),
-        (run(36, segment=18, origin="file /runs/a/run.toml"), cluster(segment=False)),
     ],
     ids=[
         "Slurm does not know it",
@@ -97,35 +97,28 @@ def test_it_is_in_the_script_and_in_the_origin() -> None:
         "empty blocks",
         "no NVLink over nodes",
         "one node",
-        "repeated on another cluster",
     ],
 )
-def test_never_where_it_means_nothing(spec: RunSpec, facts: ClusterFacts) -> None:
-    assert "--segment" not in render(placed(spec, facts))
+def test_never_where_it_means_nothing(spec: PlacedRun, facts: ClusterFacts) -> None:
+    assert "--segment" not in render(with_segment(spec, facts))
 
 
 def test_the_users_own_wins() -> None:
-    assert placed(run(36, segment=6), cluster()).job.segment == 6
-    assert placed(run(36, segment=7), cluster()).job.segment == 7  # refused by preflight, not changed
-    assert placed(run(36, "h200", segment=6), cluster(segment=False)).job.segment == 6
-
-
-def test_a_repeated_run_keeps_its_segment_while_it_fits() -> None:
-    origin = "file /runs/a/run.toml"
-    assert placed(run(36, segment=9, origin=origin), cluster()).job.segment == 9
-    assert placed(run(20, segment=9, origin=origin), cluster()).job.segment == 10
+    assert with_segment(run(36, segment=6), cluster()).segment == 6
+    assert with_segment(run(36, segment=7), cluster()).segment == 7  # refused by preflight, not changed
+    assert with_segment(run(36, "h200", segment=6), cluster(segment=False)).segment == 6
 
 
 def test_only_the_blocks_of_the_partition_count() -> None:
     facts = cluster()
     few = tuple(replace(n, partitions=("few",)) if n.block == "rack-1" and n.name < "r1n04" else n for n in facts.nodes)
     facts = replace(facts, nodes=few, partitions=(Partition("few", True, "UP"),))
-    assert placed(run(4), facts).job.segment == 4
-    assert placed(run(5), facts).job.segment == 1
+    assert with_segment(run(4), facts).segment == 4
+    assert with_segment(run(5), facts).segment == 1
 
 
-def check_of(spec: RunSpec, facts: ClusterFacts) -> Finding:
-    (finding,) = [f for f in preflight(placed(spec, facts), facts) if words(f).name == "placement"]
+def check_of(spec: PlacedRun, facts: ClusterFacts) -> Finding:
+    (finding,) = [f for f in preflight(with_segment(spec, facts), facts) if words(f).name == "placement"]
     return finding
 
 

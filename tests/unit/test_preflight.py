@@ -15,7 +15,8 @@ import pytest
 from launcher.base.errors import ExitStatus
 from launcher.base.finding import ERROR, OK, WARNING, Finding, error, impossible, warning
 from launcher.config.layers import find, merge, read_layer
-from launcher.config.spec import RunSpec
+from launcher.config.resolve import placed
+from launcher.config.spec import PlacedRun
 from launcher.preflight.cluster import preflight
 from launcher.preflight.here import files
 from launcher.preflight.placement import Machine
@@ -43,13 +44,13 @@ def batch(**values: Any) -> ClusterFacts:
     return cluster(*FOUR, partitions=(Partition("batch", **known),))
 
 
-def run(gpu: str = "h200", nodes: int = 2, origin: dict[str, str] | None = None, **job: Any) -> RunSpec:
+def run(gpu: str = "h200", nodes: int = 2, origin: dict[str, str] | None = None, **job: Any) -> PlacedRun:
     spec = merge([read_layer(find("profiles", gpu), "profile")])
     known: dict[str, Any] = {"name": "r", "gpu": gpu, "image": "/i.sqsh", "nodes": nodes, **job}
-    return replace(spec, job=replace(spec.job, **known), origin={**spec.origin, **(origin or {})})
+    return placed(replace(spec, job=replace(spec.job, **known), origin={**spec.origin, **(origin or {})}))
 
 
-def profile(spec: RunSpec, **values: Any) -> RunSpec:
+def profile(spec: PlacedRun, **values: Any) -> PlacedRun:
     return replace(spec, profile=replace(spec.profile, **values))
 
 
@@ -81,7 +82,7 @@ def racks(*blocks: Block) -> ClusterFacts:
 class Case(NamedTuple):
     code: str
     status: str
-    spec: RunSpec
+    spec: PlacedRun
     facts: ClusterFacts
     said: str = ""  # part of what the user reads
     fix: str = ""

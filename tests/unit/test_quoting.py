@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from launcher.base.errors import LauncherError
 from launcher.config.layers import Layer, merge
 from launcher.config.render import render
-from launcher.config.spec import RunSpec, validate
+from launcher.config.resolve import placed
+from launcher.config.spec import PlacedRun, validate
 
 NASTY = "a b'c\"d$(touch pwned)`id`\\ \\n;&|<>*?[x]{y}~#!%é漢🙂\t"
 TEXT = st.one_of(st.text(min_size=1, max_size=60), st.text(" '\"$()`\\;&|*#!%,:=/", min_size=1, max_size=30))
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, **values: object) -> tuple[list[str], dict[str, str], RunSpec] | None:
+def run(folder: Path, **values: object) -> tuple[list[str], dict[str, str], PlacedRun] | None:
     """Arguments and environment as srun sees them; None when the spec is refused."""
     keys = {k.replace("__", ".", 1): v for k, v in values.items()}
     keys |= {
@@ -50,11 +51,12 @@ def run(folder: Path, **values: object) -> tuple[list[str], dict[str, str], RunS
         "job.slurm_bin": f"{folder}/bin",
     }
     keys.setdefault("job.image", "/x.sqsh")
-    spec = merge([Layer(keys, dict.fromkeys(keys, "test"))])
+    asked = merge([Layer(keys, dict.fromkeys(keys, "test"))])
     try:
-        validate(spec)
+        validate(asked)
     except LauncherError:
         return None
+    spec = placed(asked)
     shutil.rmtree(folder / "r", ignore_errors=True)
     (folder / "r").mkdir()
     script = folder / "r" / "job.sbatch"
@@ -136,13 +138,7 @@ def test_names_of_variables(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("value", ["/a b", "/a'b", "/a%j", "/a,b", "/a:b", "/a\nb", "rel", "/" + "x" * 300])
 def test_runs_directories_that_slurm_or_pyxis_would_change(folder: Path, value: str) -> None:
-    spec = merge(
-        [
-            Layer(
-                {"job.name": "r", "job.image": "/x", "job.runs_dir": value},
-                dict.fromkeys(["job.name", "job.image", "job.runs_dir"], "test"),
-            )
-        ]
-    )
+    values = {"job.name": "r", "job.image": "/x", "job.runs_dir": value}
+    spec = merge([Layer(values, dict.fromkeys(values, "test"))])
     with pytest.raises(LauncherError, match=r"job\.runs_dir"):
         validate(spec)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.layers import Layer, merge
+from launcher.config.resolve import placed
 from launcher.config.runtime import host_path, mounts
-from launcher.config.spec import RunSpec, node_config, validate
+from launcher.config.spec import PlacedRun, node_config, validate
 from launcher.stage.c4 import Demand
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
 from launcher.stage.target import Folder
@@ -48,7 +49,7 @@ def c4(folder: Path, train: int = 8, validation: int = 1, bytes_each: int = 0) -
     return folder
 
 
-def a_spec(data: Path | str, nodes: int = 1, gpus: int = 4, **values: Any) -> RunSpec:
+def a_spec(data: Path | str, nodes: int = 1, gpus: int = 4, **values: Any) -> PlacedRun:
     """A run of three steps, without a container unless `job__runtime` says so; `job__x` stands for job.x."""
     given = {
         "job.name": "r",
@@ -61,7 +62,7 @@ def a_spec(data: Path | str, nodes: int = 1, gpus: int = 4, **values: Any) -> Ru
         "recipe.steps": 3,
         **{name.replace("__", "."): value for name, value in values.items()},
     }
-    spec = merge([Layer(given, dict.fromkeys(given, "test"))])
+    spec = placed(merge([Layer(given, dict.fromkeys(given, "test"))]))
     validate(spec)
     return spec
 
