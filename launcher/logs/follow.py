@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO
 
 from launcher.base.files import unreadable
 from launcher.base.mfu import peak_of
@@ -255,24 +254,20 @@ def merged_lines(
         for _, _, _, name, text in heapq.merge(*streams):
             yield name, text
         return
-    offsets: dict[Path, int] = {}
+    readers: dict[Path, LogReader] = {}
     while True:
         finished = is_finished()
         for name, path in _all_logs(log_dir):
-            for text in _new_lines(path, offsets, to_the_end=finished):
-                yield name, text
+            reader = readers.setdefault(path, LogReader(path))
+            with _reading(path):
+                for line in reader.lines():
+                    if not (finished or line.endswith(b"\n") or len(line) == LINE_BYTES):
+                        reader.unread(len(line))  # it waits for its end
+                    else:
+                        yield name, plain_text(line)
         if finished:
             return
         sleep(poll_seconds)
-
-
-def _bounded_lines(handle: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file without their ends, each cut after LINE_BYTES, so that memory stays bounded."""
-    while line := handle.readline(LINE_BYTES):
-        rest = line
-        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
-            rest = handle.readline(LINE_BYTES)
-        yield line.rstrip(b"\n")
 
 
 def _all_logs(log_dir: Path) -> list[tuple[str, Path]]:
@@ -292,26 +287,24 @@ def _may_open(count: int) -> bool:
 
 
 def _lines_of(path: Path, hold: bool) -> Iterator[bytes]:
-    """The lines of a log. Without `hold` the file is open only while a handful of them is read."""
-    offset = 0
+    """The lines of a log, each cut after LINE_BYTES. Without `hold` it is open only while a handful of them is read."""
+    reader, is_new = LogReader(path), True
     while True:
-        lines: list[bytes] = []
-        with _reading(path):
-            if (handle := open_log(path)) is None:
-                return
-            with handle:
-                handle.seek(offset)
-                for line in _bounded_lines(handle):
-                    if hold:
-                        yield line
-                        continue
-                    lines.append(line)
-                    if handle.tell() - offset >= _HELD_BYTES:
-                        break
-                offset = handle.tell()
-        if not lines:
+        held: list[bytes] = []
+        seen = 0
+        with _reading(path), contextlib.closing(reader.lines()) as pieces:
+            for piece in pieces:
+                if is_new and hold:
+                    yield piece
+                elif is_new:
+                    held.append(piece)
+                is_new = piece.endswith(b"\n")
+                seen += len(piece)
+                if seen >= _HELD_BYTES and not hold:
+                    break
+        yield from held
+        if hold or not seen:
             return
-        yield from lines
 
 
 def _timed(index: int, name: str, path: Path, hold: bool) -> Iterator[tuple[float, int, int, str, str]]:
@@ -320,21 +313,3 @@ def _timed(index: int, name: str, path: Path, hold: bool) -> Iterator[tuple[floa
         # Never backwards: a merge needs sorted streams, and a file's own order is the truth about it.
         moment = max(moment, line_time(line[:512]) or -math.inf)
         yield moment, index, number, name, plain_text(line)
-
-
-def _new_lines(path: Path, offsets: dict[Path, int], *, to_the_end: bool) -> Iterator[str]:
-    """Whole lines past the remembered offset; an unfinished last line waits, unless nothing can follow it."""
-    with _reading(path):
-        if (handle := open_log(path)) is None:
-            return
-        with handle:
-            offset = offsets.get(path, 0)
-            if handle.seek(0, 2) < offset:
-                offset = 0
-            handle.seek(offset)
-            while line := handle.readline(LINE_BYTES):
-                if not (line.endswith(b"\n") or len(line) == LINE_BYTES or to_the_end):
-                    return
-                offset += len(line)
-                offsets[path] = offset
-                yield plain_text(line)
