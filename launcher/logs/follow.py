@@ -12,7 +12,6 @@ import heapq
 import math
 import os
 import re
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +28,7 @@ _NODE_LOG = re.compile(r"[0-9]{4,}-([\w.-]+)\.log")
 # A poll that finds more than this many new steps (attaching to a long run) skips the oldest of them.
 _CATCH_UP = 256
 _RECENT = 8
-_SPARE_FILES = 64  # descriptors beside the logs': the terminal, Python's own, Slurm's commands
-_HELD_BYTES = 1 << 14  # of one log, while more logs are merged than may be open
+_HELD_BYTES = 1 << 22  # of all logs that are merged: more of them than may be open, so none stays open
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +247,8 @@ def merged_lines(
     """
     if not follow:
         logs = _all_logs(log_dir)
-        hold = _may_open(len(logs))
-        streams = [_timed(index, *log, hold=hold) for index, log in enumerate(logs)]
+        at_once = max(1 << 14, _HELD_BYTES // max(1, len(logs)))
+        streams = [_timed(index, *log, at_once) for index, log in enumerate(logs)]
         for _, _, _, name, text in heapq.merge(*streams):
             yield name, text
         return
@@ -275,41 +273,28 @@ def _all_logs(log_dir: Path) -> list[tuple[str, Path]]:
     return job + list(node_logs(log_dir).items())
 
 
-def _may_open(count: int) -> bool:
-    """Whether so many files can be open at once, after asking for all that the system grants this process."""
-    wanted = count + _SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # then it stays as it is
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft == resource.RLIM_INFINITY or soft >= wanted
-
-
-def _lines_of(path: Path, hold: bool) -> Iterator[bytes]:
-    """The lines of a log, each cut after LINE_BYTES. Without `hold` it is open only while a handful of them is read."""
+def _lines_of(path: Path, at_once: int) -> Iterator[bytes]:
+    """The lines of a log, each cut after LINE_BYTES. It is open only while `at_once` bytes of it are read."""
     reader, is_new = LogReader(path), True
     while True:
         held: list[bytes] = []
         seen = 0
         with _reading(path), contextlib.closing(reader.lines()) as pieces:
             for piece in pieces:
-                if is_new and hold:
-                    yield piece
-                elif is_new:
+                if is_new:
                     held.append(piece)
                 is_new = piece.endswith(b"\n")
                 seen += len(piece)
-                if seen >= _HELD_BYTES and not hold:
+                if seen >= at_once:
                     break
         yield from held
-        if hold or not seen:
+        if not seen:
             return
 
 
-def _timed(index: int, name: str, path: Path, hold: bool) -> Iterator[tuple[float, int, int, str, str]]:
+def _timed(index: int, name: str, path: Path, at_once: int) -> Iterator[tuple[float, int, int, str, str]]:
     moment = -math.inf
-    for number, line in enumerate(_lines_of(path, hold)):
+    for number, line in enumerate(_lines_of(path, at_once)):
         # Never backwards: a merge needs sorted streams, and a file's own order is the truth about it.
         moment = max(moment, line_time(line[:512]) or -math.inf)
         yield moment, index, number, name, plain_text(line)
