@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that isn't installed
 
-from launcher.logs.steps import BLOCK_BYTES, LogReader, first_error
+from launcher.logs.steps import LogReader, first_error
 
 MIB = 1 << 20
 STEP = (
@@ -63,9 +63,9 @@ def write_log(path: Path, size: int, share: float) -> int:
 
 
 def read_plain(path: Path) -> int:
-    """Blocks as LogReader asks for them, thrown away."""
+    """Blocks of a mebibyte, thrown away."""
     with path.open("rb") as handle:
-        return sum(1 for _ in iter(lambda: handle.read(BLOCK_BYTES), b""))
+        return sum(1 for _ in iter(lambda: handle.read(MIB), b""))
 
 
 def read_records(path: Path) -> int:

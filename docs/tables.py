@@ -17,7 +17,10 @@ PLACES = {"again": "RUN/run.toml", "run_dir": "RUN"}  # any other name: in capit
 
 
 def _cells(known: Known) -> tuple[str, ...]:
-    printed = next(line for text in known.example for line in text.splitlines() if re.search(known.pattern, line))
+    examples = "\n".join(known.example).splitlines() if known.pattern else []
+    lines = (line for line in examples if re.search(known.pattern, line))
+    ended = ", ".join(f"{name} {value}" for name, value in (known.ended[0] if known.ended else {}).items())
+    printed = next(lines, ended)
     texts = (re.sub(r"{(\w+)}", lambda m: PLACES.get(m[1], m[1].upper()), text) for text in (known.cause, known.fix))
     return f"`{known.code}`", f"`{printed.strip()}`", *texts
 

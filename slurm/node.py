@@ -97,46 +97,47 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     facts.update(check=node["job"]["check"], device=node["profile"]["device"], profile=node["job"]["gpu"])
     facts.update(hostname=socket.gethostname(), driver=driver_version())
     env, added, scratch = os.environ, {}, None
-    with noting(facts, "run directory", "run"):
+    with noting(facts, "run directory"):
         check_run_dir(run_dir)
-    with noting(facts, "network", "run"):
+    with noting(facts, "network"):
         facts.update(find_network(node, env))
-    with noting(facts, "scratch", "run"):
+    with noting(facts, "scratch"):
         scratch = scratch_dir(env, node["profile"]["scratch"])
         facts.update(scratch=f"{scratch} ({filesystem_of(scratch)})")
         added = environment(node, facts.get("iface", ""), scratch, env)
         env.update(added)  # the caches must be in place before torch is imported
-    with noting(facts, "software", "run"):
+    with noting(facts, "software"):
         facts.update(software(("safetensors",) if node["job"]["init_from"] else ()))
         if scratch is not None:  # torch takes seconds to import: meanwhile the rest is looked at
             count = node["profile"]["gpus_per_node"] if facts["check"] == "full" else 1
             crew += workers.start(count, node["profile"]["device"], scratch, env)
-    with noting(facts, "data", "run"):
+    with noting(facts, "data"):
         facts.update(within(READ_S, node["placed"]["data"], check_data, node))
-    with noting(facts, "tokenizer", "run"):
+    with noting(facts, "tokenizer"):
         within(READ_S, node["placed"]["tokenizer"], check_tokenizer, Path(node["placed"]["tokenizer"]))
     if facts["check"] != "off" and scratch is not None:
-        with noting(facts, "health", "run"):
+        with noting(facts, "health"):
             seen, found = look(node, facts["host"], env, {"scratch": scratch, "run": run_dir})
-            note(facts, seen, found)
+            take(facts, seen, found)
     if crew:
         greet(node, facts, crew)
     if "torchtitan" in facts:
-        with noting(facts, "weights", "run"):
+        with noting(facts, "weights"):
             facts.update(within(READ_S, node["job"]["init_from"], starting_weights, node, facts["torchtitan"]))
     if facts.get("data_pointers"):
         pointers = f"{facts['data_pointers']} of {facts['data_files']} shards are Git LFS pointers, not data"
         facts["warnings"].append(warning("data", pointers))
     command: list[str] = []
     if {"torch", "torchtitan", "address"} <= facts.keys():
-        with noting(facts, "command", "run"):
+        with noting(facts, "command"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
-        note(facts, *measure(crew, node, facts["host"], env))
+        take(facts, *measure(crew, node, facts["host"], env))
     return command, added
 
 
-def note(facts: Facts, more: Facts, found: Any) -> None:
+def take(facts: Facts, more: Facts, found: Any) -> None:
+    """Adds to this node's facts what a part of the check has seen and found wrong."""
     facts.update(more)
     facts["problems"] += found.problems
     facts["warnings"] += found.warnings

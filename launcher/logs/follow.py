@@ -12,14 +12,12 @@ import heapq
 import math
 import os
 import re
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO
 
 from launcher.base.files import unreadable
 from launcher.base.mfu import peak_of
@@ -30,8 +28,7 @@ _NODE_LOG = re.compile(r"[0-9]{4,}-([\w.-]+)\.log")
 # A poll that finds more than this many new steps (attaching to a long run) skips the oldest of them.
 _CATCH_UP = 256
 _RECENT = 8
-_SPARE_FILES = 64  # descriptors beside the logs': the terminal, Python's own, Slurm's commands
-_HELD_BYTES = 1 << 14  # of one log, while more logs are merged than may be open
+_HELD_BYTES = 1 << 22  # of all logs that are merged: more of them than may be open, so none stays open
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,29 +247,25 @@ def merged_lines(
     """
     if not follow:
         logs = _all_logs(log_dir)
-        hold = _may_open(len(logs))
-        streams = [_timed(index, *log, hold=hold) for index, log in enumerate(logs)]
+        at_once = max(1 << 14, _HELD_BYTES // max(1, len(logs)))
+        streams = [_timed(index, *log, at_once) for index, log in enumerate(logs)]
         for _, _, _, name, text in heapq.merge(*streams):
             yield name, text
         return
-    offsets: dict[Path, int] = {}
+    readers: dict[Path, LogReader] = {}
     while True:
         finished = is_finished()
         for name, path in _all_logs(log_dir):
-            for text in _new_lines(path, offsets, to_the_end=finished):
-                yield name, text
+            reader = readers.setdefault(path, LogReader(path))
+            with _reading(path):
+                for line in reader.lines():
+                    if not (finished or line.endswith(b"\n") or len(line) == LINE_BYTES):
+                        reader.unread(len(line))  # it waits for its end
+                    else:
+                        yield name, plain_text(line)
         if finished:
             return
         sleep(poll_seconds)
-
-
-def _bounded_lines(handle: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file without their ends, each cut after LINE_BYTES, so that memory stays bounded."""
-    while line := handle.readline(LINE_BYTES):
-        rest = line
-        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
-            rest = handle.readline(LINE_BYTES)
-        yield line.rstrip(b"\n")
 
 
 def _all_logs(log_dir: Path) -> list[tuple[str, Path]]:
@@ -280,61 +273,28 @@ def _all_logs(log_dir: Path) -> list[tuple[str, Path]]:
     return job + list(node_logs(log_dir).items())
 
 
-def _may_open(count: int) -> bool:
-    """Whether so many files can be open at once, after asking for all that the system grants this process."""
-    wanted = count + _SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # then it stays as it is
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft == resource.RLIM_INFINITY or soft >= wanted
-
-
-def _lines_of(path: Path, hold: bool) -> Iterator[bytes]:
-    """The lines of a log. Without `hold` the file is open only while a handful of them is read."""
-    offset = 0
+def _lines_of(path: Path, at_once: int) -> Iterator[bytes]:
+    """The lines of a log, each cut after LINE_BYTES. It is open only while `at_once` bytes of it are read."""
+    reader, is_new = LogReader(path), True
     while True:
-        lines: list[bytes] = []
-        with _reading(path):
-            if (handle := open_log(path)) is None:
-                return
-            with handle:
-                handle.seek(offset)
-                for line in _bounded_lines(handle):
-                    if hold:
-                        yield line
-                        continue
-                    lines.append(line)
-                    if handle.tell() - offset >= _HELD_BYTES:
-                        break
-                offset = handle.tell()
-        if not lines:
+        held: list[bytes] = []
+        seen = 0
+        with _reading(path), contextlib.closing(reader.lines()) as pieces:
+            for piece in pieces:
+                if is_new:
+                    held.append(piece)
+                is_new = piece.endswith(b"\n")
+                seen += len(piece)
+                if seen >= at_once:
+                    break
+        yield from held
+        if not seen:
             return
-        yield from lines
 
 
-def _timed(index: int, name: str, path: Path, hold: bool) -> Iterator[tuple[float, int, int, str, str]]:
+def _timed(index: int, name: str, path: Path, at_once: int) -> Iterator[tuple[float, int, int, str, str]]:
     moment = -math.inf
-    for number, line in enumerate(_lines_of(path, hold)):
+    for number, line in enumerate(_lines_of(path, at_once)):
         # Never backwards: a merge needs sorted streams, and a file's own order is the truth about it.
         moment = max(moment, line_time(line[:512]) or -math.inf)
         yield moment, index, number, name, plain_text(line)
-
-
-def _new_lines(path: Path, offsets: dict[Path, int], *, to_the_end: bool) -> Iterator[str]:
-    """Whole lines past the remembered offset; an unfinished last line waits, unless nothing can follow it."""
-    with _reading(path):
-        if (handle := open_log(path)) is None:
-            return
-        with handle:
-            offset = offsets.get(path, 0)
-            if handle.seek(0, 2) < offset:
-                offset = 0
-            handle.seek(offset)
-            while line := handle.readline(LINE_BYTES):
-                if not (line.endswith(b"\n") or len(line) == LINE_BYTES or to_the_end):
-                    return
-                offset += len(line)
-                offsets[path] = offset
-                yield plain_text(line)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from launcher.base.errors import quoted
 from launcher.base.secret import masked
@@ -28,10 +28,26 @@ class Known:
     code: str
     family: str
     where: str
-    pattern: str
     cause: str
     fix: str
-    example: Sequence[str]
+    pattern: str = ""
+    ended: Sequence[Mapping[str, Any]] = ()
+    example: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: Slurm's word and the first one of its reason, the script's exit code, whether anything was
+    logged.
+    """
+
+    state: str
+    reason: str = ""
+    exit: int | None = None
+    logged: bool = True
+
+    def is_like(self, one: Mapping[str, Any]) -> bool:
+        return all(getattr(self, name) == value for name, value in one.items())
 
 
 @cache
@@ -63,8 +79,8 @@ def fixed_texts(pattern: str) -> Iterator[str]:
 @cache
 def _hints() -> frozenset[bytes]:
     """A line of either end of a log is matched only if it holds one of these: asking for words is quick."""
-    texts = {text for known in known_errors() if known.where == PRINTED for text in fixed_texts(known.pattern)}
-    return frozenset(text.encode() for text in texts if not text.startswith("run "))
+    patterns = [known.pattern for known in known_errors() if known.where == PRINTED and known.pattern]
+    return frozenset(text.encode() for pattern in patterns for text in fixed_texts(pattern))
 
 
 # First errors that leave open what came before them; any other exception is a cause, known or not.
@@ -106,10 +122,10 @@ class Failure:
         return said
 
 
-def explain(log_dir: Path, ended: str, reference: str, run_dir: Path) -> Failure:
+def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path) -> Failure:
     """Finds the cause of a failed run in its logs and in how it ended.
 
-    `ended` is `how_it_ended`, `reference` names the run in a command. The first error of the rank that failed first
+    `reference` names the run in a command. The first error of the rank that failed first
     decides; both ends of the logs are searched only where it leaves the cause open. Memory doesn't grow with the
     logs. Raises LauncherError when the directory of the logs cannot be read.
     """
@@ -137,13 +153,12 @@ def explain(log_dir: Path, ended: str, reference: str, run_dir: Path) -> Failure
     return Failure("", "", "", path if lines else None, lines, False)
 
 
-def how_it_ended(state: str, reason: str, exit_code: int | None, log_dir: Path) -> str:
-    """One line for the patterns: Slurm's word, its reason, the script's exit code, and whether anything was logged."""
+def how_it_ended(state: str, reason: str, exit_code: int | None, log_dir: Path) -> Ended:
     try:
         logged = any(path.stat().st_size for path in log_dir.glob("*.log"))
     except OSError:
         logged = True
-    return f"run {state} reason={reason.split(' ')[0]} exit={exit_code} logs={'some' if logged else 'none'}"
+    return Ended(state, reason.split(" ")[0], exit_code, logged)
 
 
 def _of_error(lines: Sequence[str]) -> tuple[Known, re.Match[str]] | None:
@@ -157,7 +172,7 @@ def _of_error(lines: Sequence[str]) -> tuple[Known, re.Match[str]] | None:
 
 def _match(line: str, *where: str) -> tuple[Known, re.Match[str]] | None:
     for known in known_errors():
-        if known.where in where and (match := re.search(known.pattern, line)):
+        if known.pattern and known.where in where and (match := re.search(known.pattern, line)):
             return known, match
     return None
 
@@ -166,25 +181,26 @@ def _leaves_open(line: str) -> bool:
     return bool(_TELLS_LITTLE.search(line)) or _match(line, VICTIM) is not None
 
 
-def _printed(paths: Sequence[Path], ended: str) -> tuple[Known, re.Match[str], Path | None, list[str]] | None:
-    """The most telling line at either end of the logs, with what follows it; of equals the first one."""
-    best: tuple[int, Known, re.Match[str], Path | None, list[str]] | None = None
+def _printed(paths: Sequence[Path], ended: Ended) -> tuple[Known, re.Match[str] | None, Path | None, list[str]] | None:
+    """The most telling of the lines at either end of the logs, with what follows it, and of how the job ended; of
+    equals the first one.
+    """
+    best: tuple[int, re.Match[str] | None, Path | None, list[str]] | None = None
     following = 0
-    texts: Iterator[tuple[Path | None, bytes]] = ((path, line) for path in paths for line in _ends(path))
-    for path, line in chain(texts, [(None, ended.encode())]):
-        if best and following and path == best[3] and b"[titan]" not in line:
-            best[4].append(plain_text(line[:LINE_CHARS]))
+    for path, line in ((one, line) for one in paths for line in _ends(one)):
+        if best and following and path == best[2] and b"[titan]" not in line:
+            best[3].append(plain_text(line[:LINE_CHARS]))
             following -= 1
-        if path and not _hinted(line):
+        if not _hinted(line):
             continue
         text = plain_text(line[:LINE_CHARS])
         found = _match(text, PRINTED)
-        rank = known_errors().index(found[0]) if found else 0
-        if found and (best is None or rank < best[0]):
-            best, following = (rank, *found, path, [text] if path else []), 4
-    if best is None:
-        return None
-    return *best[1:4], [line for line in best[4] if line]
+        if found and (best is None or known_errors().index(found[0]) < best[0]):
+            best, following = (known_errors().index(found[0]), found[1], path, [text]), 4
+    for rank, known in enumerate(known_errors()):
+        if (best is None or rank < best[0]) and any(map(ended.is_like, known.ended)):
+            best = rank, None, None, []
+    return (known_errors()[best[0]], *best[1:3], list(filter(None, best[3]))) if best else None
 
 
 def _hinted(text: bytes) -> bool:
@@ -212,13 +228,14 @@ def _ends(path: Path) -> Iterator[bytes]:
 
 def _failure(
     known: Known,
-    match: re.Match[str],
+    match: re.Match[str] | None,
     names: dict[str, str],
     path: Path | None,
     lines: Sequence[str],
     is_error: bool,
 ) -> Failure:
-    groups = {name: _unescaped(masked((value or "").strip())[:600]) for name, value in match.groupdict().items()}
+    named = match.groupdict() if match else {}
+    groups = {name: _unescaped(masked((value or "").strip())[:600]) for name, value in named.items()}
     # What a log says is quoted in a command; a fix that node.py proposes is one already.
     safe = {name: value if name == "fix" else quoted(value) for name, value in groups.items()}
     node = _node(path)

@@ -1,6 +1,5 @@
-"""Reading torchtitan's logs: step records, block by block, and the first error of a run that failed.
+"""Reading torchtitan's logs: step records, line by line, and the first error of a run that failed.
 
-Standard library only and Python 3.10: this file is also copied into the run directory and imported there.
 The format is that of torchtitan's `MetricsProcessor.log` from 0.2.1 to 0.3.0, and of its ancestors that wrote
 `wps:` and had no gradient norm.
 """
@@ -13,15 +12,15 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
-BLOCK_BYTES = 1 << 20
-LINE_BYTES = 1 << 16  # where whole lines are wanted, longer ones are cut; the trainer writes none
+BLOCK_BYTES = 1 << 18
+LINE_BYTES = 1 << 16  # longer lines come in pieces; the trainer writes none
 RECORD_BYTES = 2048  # no match of _STEP is longer (a test asks the regex engine)
 PREFIX_BYTES = 256  # what stands before `step:`: srun's label, torchrun's rank, the time, the logger's name
 
@@ -52,7 +51,7 @@ class StepRecord:
 
 
 # Every repetition has a bound, and no gap may hold words: a line that was cut and glued to the next one must
-# not make a record out of two, and the longest match must be known to carry it from one block to the next.
+# not make a record out of two, and the longest match must be known to carry it from one piece to the next.
 # Numbers are matched loosely and left to float(), which is faster than spelling them out.
 _GAP = rb"[ \t\x1b][ \t\x1b\[0-9;m]{0,60}"  # blanks and colours
 _NUMBER = rb"[ \t]{0,12}([-+]?[0-9][0-9,.]{0,60}|[-+]?(?:[nN]a[nN]|[iI]nf))"
@@ -76,7 +75,7 @@ _USUAL = re.compile(
 
 def parse_line(line: bytes) -> StepRecord | None:
     """The training step that a line reports, or None; a validation line and a line cut short report none."""
-    records, _ = _scan(line, 0, first_only=True)
+    records, _ = _scan(line)
     return records[0] if records else None
 
 
@@ -104,7 +103,7 @@ _ESCAPES = re.compile(
 _CONTROLS = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def open_log(path: str | os.PathLike[str]) -> BinaryIO | None:
+def open_log(path: str | os.PathLike[str]) -> BufferedReader | None:
     """The file, or None where there is no regular one (yet, or any more on NFS). Never waits for a pipe's writer."""
     try:
         handle = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 the caller closes it
@@ -123,66 +122,82 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 class LogReader:
-    """Reads one growing file from where it stopped, one block at a time.
+    """Reads one growing file from where it stopped, line by line.
 
-    The file is opened anew at every `read`: on NFS that is what makes another node's writes visible. A file
-    that became shorter or was replaced is read from its start; one that doesn't exist yet has no records. A
-    file that was cut and has grown past the old offset between two reads can't be told from one that grew.
+    The file is opened anew at every reading: on NFS that is what makes another node's writes visible. A file
+    that became shorter or was replaced is read from its start; one that doesn't exist yet has no lines. A
+    file that was cut and has grown past the old offset between two readings can't be told from one that grew.
     """
 
-    def __init__(self, path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.offset = 0
-        self._block_bytes = block_bytes
         self._identity: tuple[int, int] | None = None
-        self._carry = b""
-        self._start = 0  # where in the carry a record may still begin
+        self._reached = 0  # what of the file was seen, `unread` or not
+        self._unread = 0
+
+    def lines(self) -> Generator[bytes, None, None]:
+        """The lines that were appended since the last call, in pieces of at most LINE_BYTES, the last maybe without its
+        end. What is `unread` of a piece without one comes again, with what follows it.
+        """
+        return self._appended(lambda handle: handle.readline(LINE_BYTES))
+
+    def unread(self, count: int) -> None:
+        self._unread = count
 
     def read(self) -> Iterator[StepRecord]:
-        """What was appended since the last call; take all of it, a block's records are handed out once."""
+        """The records that were appended since the last call; take all of it, each is handed out once."""
+        for lines in self._appended(_many_lines):
+            records, end = _scan(lines)
+            if not lines.endswith(b"\n"):  # a record may have begun, and is whole with what follows
+                self.unread(min(len(lines) - end, RECORD_BYTES + PREFIX_BYTES))
+            yield from records
+
+    def _appended(self, piece_of: Callable[[BufferedReader], bytes]) -> Generator[bytes, None, None]:
         if (handle := open_log(self.path)) is None:
             return
         with handle:
             status = os.fstat(handle.fileno())
             identity = (status.st_dev, status.st_ino)
-            if status.st_size < self.offset or self._identity not in (None, identity):
-                self.offset, self._carry, self._start = 0, b"", 0
+            if status.st_size < self._reached or self._identity not in (None, identity):
+                self.offset = self._reached = 0
             self._identity = identity
             handle.seek(self.offset)
-            while block := handle.read(self._block_bytes):
-                self.offset += len(block)
-                yield from self.feed(block)
+            try:
+                while piece := piece_of(handle):
+                    yield piece
+                    if not piece.endswith(b"\n"):
+                        self._reached = handle.tell()
+                        is_last = not handle.peek(1)
+                        handle.seek(-self._unread, os.SEEK_CUR)
+                        self._unread = 0
+                        if is_last:
+                            return
+            finally:
+                self.offset = handle.tell()
+                self._reached = max(self._reached, self.offset)
 
-    def feed(self, block: bytes) -> list[StepRecord]:
-        """The records that the next bytes complete; how a log is cut into blocks never changes the result."""
-        data = self._carry + block
-        records, floor = _scan(data, self._start)
-        # What begins before this point has been seen whole and decided: matches are shorter than RECORD_BYTES.
-        undecided = max(floor, len(data) - RECORD_BYTES)
-        keep = max(floor, undecided - PREFIX_BYTES)
-        self._carry, self._start = data[keep:], undecided - keep
-        return records
+
+def _many_lines(handle: BufferedReader) -> bytes:
+    """Whole lines, as far as they have an end within LINE_BYTES: asking much of a block at once is quick."""
+    block = handle.read(BLOCK_BYTES)
+    return block if not block or block.endswith(b"\n") else block + handle.readline(LINE_BYTES)
 
 
-def _scan(data: bytes, start: int, first_only: bool = False) -> tuple[list[StepRecord], int]:
-    """Records that begin at or after `start`, and where the last of them ends (0 if there is none)."""
-    records, floor = [], 0
-    hit = data.find(b"step:", start)
+def _scan(lines: bytes) -> tuple[list[StepRecord], int]:
+    """The records of lines, and where the last of them ends (0 if there is none)."""
+    records: list[StepRecord] = []
+    end = 0
+    hit = lines.find(b"step:")
     while hit >= 0:
-        begin = max(floor, hit - PREFIX_BYTES)
-        begin = max(begin, data.rfind(b"\n", begin, hit) + 1)
-        begin = max(begin, data.rfind(b"\r", begin, hit) + 1)
-        match = _USUAL.match(data, begin) or _STEP.match(data, hit)
-        record = _record(match, data[begin:hit]) if match else None
-        if match is None or record is None:
-            hit = data.find(b"step:", hit + 5)
-            continue
-        records.append(record)
-        if first_only:
-            break
-        floor = match.end()
-        hit = data.find(b"step:", floor)
-    return records, floor
+        begin = max(end, hit - PREFIX_BYTES)
+        begin = max(begin, lines.rfind(b"\n", begin, hit) + 1, lines.rfind(b"\r", begin, hit) + 1)
+        match = _USUAL.match(lines, begin) or _STEP.match(lines, hit)
+        if match and (record := _record(match, lines[begin:hit])):
+            records.append(record)
+            end = match.end()
+        hit = lines.find(b"step:", max(hit + 5, end))
+    return records, end
 
 
 def _record(match: re.Match[bytes], prefix: bytes) -> StepRecord | None:
@@ -305,8 +320,7 @@ def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
             if (handle := open_log(path)) is None:
                 continue
             with handle:
-                while block := handle.read(LINE_BYTES):
-                    block += handle.readline(LINE_BYTES)
+                while block := _many_lines(handle):
                     # Most blocks have nothing to say, and asking that of a block is quick.
                     if not search.quiet or any(hint in block for hint in _HINTS):
                         for line in block.split(b"\n"):

@@ -14,6 +14,7 @@ from launcher.logs.follow import Progress, follow, merged_lines
 from launcher.logs.watch import watch
 from launcher.runs import control
 from launcher.runs.directory import Run
+from launcher.scheduler import slurm
 from launcher.scheduler.state import WAITING, JobState
 
 ASK_EVERY_S = 5.0  # of the scheduler; the run directory is looked at more often
@@ -73,11 +74,8 @@ def _asking(run: Run) -> Callable[[], JobState | None]:
         except LauncherError as error:
             now = time.monotonic()
             silent_since = now if silent_since is None else silent_since
-            if (
-                error.status is not ExitStatus.CLUSTER
-                or "is not installed here" in error.what
-                or now - silent_since > SILENCE_S
-            ):
+            may_return = error.status is ExitStatus.CLUSTER and not isinstance(error, slurm.Missing)
+            if not may_return or now - silent_since > SILENCE_S:
                 raise
             return None
         silent_since = None

@@ -191,7 +191,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
         found = local.state(job)
         if not found.known and (end := run.end):  # the script may have ended between the two looks
             return _ended(run, end)
-        if found.reason == local.GONE and cancelled:
+        if found.gone and cancelled:
             return JobState("CANCELLED", "launcher cancel")
         return found
     job_id = str(job["job_id"])

@@ -14,7 +14,6 @@ from typing import Any
 from launcher.base.values import whole
 from launcher.scheduler.state import UNKNOWN, JobState
 
-GONE = "its process is gone and wrote no end: killed, or the machine was restarted"
 GRACE_S = 20.0  # from SIGTERM to SIGKILL: torchrun takes up to 15 s to end its ranks
 
 
@@ -43,7 +42,8 @@ def state(job: dict[str, Any]) -> JobState:
         return JobState(UNKNOWN, "", f"it was started on {job.get('host')}: ask there")
     if is_alive(job):
         return JobState("RUNNING", "process")
-    return JobState(UNKNOWN, "", GONE, gone=True)
+    why = "its process is gone and wrote no end: killed, or the machine was restarted"
+    return JobState(UNKNOWN, "", why, gone=True)
 
 
 def is_alive(job: dict[str, Any]) -> bool:

@@ -138,6 +138,10 @@ class Unsure(Exception):
         self.original = original
 
 
+class Missing(LauncherError):
+    """There is no such Slurm command here."""
+
+
 class Refused(LauncherError):
     """sbatch said no. `is_certain` is False where its words are not known: then the queue is asked, too."""
 
@@ -243,7 +247,7 @@ def bin_dir() -> str:
 def _find(command: str) -> str:
     path = shutil.which(command)
     if path is None:
-        raise LauncherError(
+        raise Missing(
             f"{command} is not installed here, or not in PATH",
             "go to the cluster's login node; without Slurm: launcher submit --local",
             status=ExitStatus.CLUSTER,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,11 @@ def agree(
         verdict = judge({0: facts}, node)
         publish(verdict)
         return verdict
+    wait_s = ARRIVE_S if not facts["problems"] else REPORT_S if facts["node"] else UNFIT_S
     if facts["node"] == 0:
-        return _lead(facts, node, crew, publish, address, port_of(port), job)
-    guest = Guest(address, port_of(port), job, facts["node"], REPORT_S if facts["problems"] else ARRIVE_S)
-    try:
+        with closing(Host(port_of(port), job, node["job"]["nodes"])) as host:
+            return _lead(facts, node, crew, publish, host, wait_s)
+    with closing(Guest(address, port_of(port), job, facts["node"], wait_s)) as guest:
         guest.say(facts)
         message = guest.hear(ARRIVE_S + UNFIT_S)
         if "verdict" not in message:
@@ -82,8 +84,6 @@ def agree(
         if "verdict" not in message:
             raise Lost("node 0 began the all-reduce a second time")
         return dict(message["verdict"])
-    finally:
-        guest.close()
 
 
 def _lead(
@@ -91,46 +91,32 @@ def _lead(
     node: Mapping[str, Any],
     crew: Sequence[Worker],
     publish: Callable[[dict[str, Any]], None],
-    address: str,
-    port: int,
-    job: str,
+    host: Host,
+    wait_s: float,
 ) -> dict[str, Any]:
-    try:
-        host = Host(port, job, node["job"]["nodes"])
-    except OSError as error:
-        raise Lost(
-            f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}; submitted again, the job "
-            "has another"
-        ) from error
-    try:
-        heard = host.gather(
-            UNFIT_S if facts["problems"] else ARRIVE_S,
-            lambda record: UNFIT_S if record.get("problems") else None,
-        )
-        records = {0: facts, **heard}
-        absent = set(range(node["job"]["nodes"])) - records.keys()
-        # Those who are late while an unfit node is known were not waited for: nothing can be said of them.
-        is_unfit = any(record.get("problems") for record in records.values())
-        named = {} if is_unfit else _hosts(absent, Path(node["placed"]["run_dir"]))
+    heard = host.gather(wait_s, lambda record: UNFIT_S if record.get("problems") else None)
+    records = {0: facts, **heard}
+    absent = set(range(node["job"]["nodes"])) - records.keys()
+    # Those who are late while an unfit node is known were not waited for: nothing can be said of them.
+    is_unfit = any(record.get("problems") for record in records.values())
+    named = {} if is_unfit else _hosts(absent, Path(node["placed"]["run_dir"]))
+    verdict = judge(_timed(records), node, named)
+    if verdict["ok"] and crew and facts["check"] == "full":
+        opened = ask(crew[:1], [{"do": "host"}], 60)[0]
+        if "port" in opened:
+            host.tell({"do": "allreduce", "port": opened["port"]})
+            _merge(facts, _across(crew, node, 0, "127.0.0.1", opened["port"]))
+            results = host.gather(COLLECTIVE_S + UNFIT_S)
+            for number, result in results.items():
+                _merge(records[number], result)
+            lost = set(range(1, node["job"]["nodes"])) - results.keys()
+            named = {number: records[number]["host"] for number in lost}
+        else:
+            facts["problems"].append(problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run"))
         verdict = judge(_timed(records), node, named)
-        if verdict["ok"] and crew and facts["check"] == "full":
-            opened = ask(crew[:1], [{"do": "host"}], 60)[0]
-            if "port" in opened:
-                host.tell({"do": "allreduce", "port": opened["port"]})
-                _merge(facts, _across(crew, node, 0, "127.0.0.1", opened["port"]))
-                results = host.gather(COLLECTIVE_S + UNFIT_S)
-                for number, result in results.items():
-                    _merge(records[number], result)
-                lost = set(range(1, node["job"]["nodes"])) - results.keys()
-                named = {number: records[number]["host"] for number in lost}
-            else:
-                facts["problems"].append(problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run"))
-            verdict = judge(_timed(records), node, named)
-        publish(verdict)
-        host.tell({"verdict": verdict})
-        return verdict
-    finally:
-        host.close()
+    publish(verdict)
+    host.tell({"verdict": verdict})
+    return verdict
 
 
 def _across(crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, port: int) -> dict[str, Any]:

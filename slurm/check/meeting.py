@@ -74,13 +74,20 @@ def port_of(rendezvous_port: int) -> int:
 
 
 class Host:
-    """Node 0's side. Messages that are not of this job are passed over, and their connections closed."""
+    """Node 0's side. Messages that are not of this job are passed over, and their connections closed.
+
+    Raises Lost where it cannot listen at the port.
+    """
 
     def __init__(self, port: int, job: str, nodes: int) -> None:
         self.job, self.nodes = job, nodes
         self.guests: dict[int, socket.socket] = {}
         self._buffers: dict[socket.socket, bytearray] = {}
-        self._listener = socket.create_server(("", port), backlog=1024)
+        try:
+            self._listener = socket.create_server(("", port), backlog=1024)
+        except OSError as error:
+            why = f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}"
+            raise Lost(f"{why}; submitted again, the job has another") from error
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
 

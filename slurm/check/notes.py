@@ -14,16 +14,19 @@ from . import problem
 
 
 @contextlib.contextmanager
-def noting(facts: dict[str, Any], name: str, fault: str) -> Iterator[None]:
-    """Turns what goes wrong inside into a problem of this node; the next thing is looked at all the same."""
+def noting(facts: dict[str, Any], name: str) -> Iterator[None]:
+    """Turns what goes wrong inside into a problem of this node; the next thing is looked at all the same.
+
+    A setting may be wrong just as well as the node: a comparison with the others tells.
+    """
     try:
         yield
     except Refused as refused:
-        facts["problems"].append(problem(name, refused.why, refused.fix, fault))
+        facts["problems"].append(problem(name, refused.why, refused.fix, "run"))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
-        facts["problems"].append(problem(name, why, "the mounts and permissions on this node", fault))
+        facts["problems"].append(problem(name, why, "the mounts and permissions on this node", "run"))
     except Exception as error:  # nobody foresaw it: the other things are looked at, and the record has the traceback
         facts["problems"].append(unexpected(error))
 

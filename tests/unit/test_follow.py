@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import resource
 import subprocess
 import sys
 import tracemalloc
@@ -355,28 +354,27 @@ def test_a_log_directory_that_cannot_be_read(
 MERGE = """
 import resource, sys
 from pathlib import Path
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 from launcher.logs.follow import merged_lines
 for name, text in merged_lines(Path(sys.argv[1])):
     print(name, text[:1000])
 """
 
 
-@pytest.mark.parametrize("hard", [40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]])
-def test_more_nodes_than_files_may_be_open(tmp_path: Path, hard: int) -> None:
+def test_more_nodes_than_files_may_be_open(tmp_path: Path) -> None:
     for node in range(100):
         with (tmp_path / f"{node:04}-n{node}.log").open("w") as handle:
-            handle.write("early\n" + step(1, second=node) + "x" * 200_000 + "\n" + "detail\n" * 5000)
+            handle.write("early\n" + step(1, second=node) + "x" * 200_000 + "\n" + "detail\n" * 500)
             handle.write(step(2, second=200 + node))
     done = subprocess.run(
-        [sys.executable, "-c", MERGE, str(tmp_path), "40", str(hard)],
+        [sys.executable, "-c", MERGE, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 100 * (4 + 5000)
+    assert len(lines) == 100 * (4 + 500)
     nodes = [f"n{node}" for node in range(100)]
     for number in (1, 2):
         assert [line.split()[0] for line in lines if f"step:  {number}" in line] == nodes

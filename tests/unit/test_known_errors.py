@@ -6,17 +6,19 @@ import os
 import re
 import shlex
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from string import Formatter
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.logs import known_errors
-from launcher.logs.known_errors import Failure, Known, explain, how_it_ended
+from launcher.logs.known_errors import Ended, Failure, Known, explain, how_it_ended
 
-FAILED = "run FAILED reason= exit=1 logs=some"
+FAILED = Ended("FAILED", exit=1)
 STEP = (
     "[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - step:  5  loss:  5.53478  grad_norm:  2.5933  "
     "memory:  0.70GiB(2.98%)  tps: 137  tflops: 0.01  mfu: 0.00%\n"
@@ -42,7 +44,7 @@ def example(code: str) -> str:
     return next(known.example[0] for known in KNOWN if known.code == code) + "\n"
 
 
-def failure(folder: Path, ended: str = FAILED, **logs: str) -> Failure:
+def failure(folder: Path, ended: Ended = FAILED, **logs: str) -> Failure:
     """What is said of a run with these logs: `job`, and `node0`, `node1`, ..."""
     for name, text in logs.items():
         file = "job.log" if name == "job" else f"000{name[-1]}-gpu00{name[-1]}.log"
@@ -57,7 +59,7 @@ def failure(folder: Path, ended: str = FAILED, **logs: str) -> Failure:
 )
 def test_each_example_is_explained_by_its_own_entry(tmp_path: Path, known: Known, text: str, log: str) -> None:
     lines = text.splitlines()
-    ended = lines.pop() if lines[-1].startswith("run ") else FAILED
+    ended = replace(FAILED, **known.ended[0]) if known.ended else FAILED
     printed = "".join(f"{line}\n" for line in lines)
     if re.match(r"(\w+\.)+\w+|\w+Error", printed):
         printed = RANK + re.sub("^", "[rank0]:[rank2]: ", printed.rstrip(), flags=re.MULTILINE) + "\n"
@@ -71,18 +73,29 @@ def test_each_example_is_explained_by_its_own_entry(tmp_path: Path, known: Known
         assert found.path is not None and found.path.name == {"job": "job.log", "node0": "0000-gpu000.log"}[log]
 
 
+@pytest.mark.parametrize(
+    ("known", "end"), [pytest.param(known, end, id=f"{known.code}-{end}") for known in KNOWN for end in known.ended]
+)
+def test_how_the_job_ended_is_explained(tmp_path: Path, known: Known, end: dict[str, Any]) -> None:
+    found = failure(tmp_path, replace(FAILED, **end), **({"node0": STEP} if end.get("logged", True) else {}))
+    assert found.code == known.code
+
+
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.code)
 def test_each_entry_is_sound(known: Known) -> None:
     """That it has all keys and no others, the table's reader has seen to."""
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", known.code)
     assert [other.code for other in KNOWN].count(known.code) == 1
     assert known.where in (known_errors.RAISED, known_errors.PRINTED, known_errors.VICTIM)
-    assert isinstance(known.example, list) and known.example
+    assert known.example if known.pattern else known.ended
+    assert not known.ended or known.where == known_errors.PRINTED
     names = {*re.compile(known.pattern).groupindex, "node"}
     for text, more in ((known.cause, set()), (known.fix, {"run", "again", "run_dir"})):
         assert {name for _, name, _, _ in Formatter().parse(text) if name is not None} <= names | more
-    if known.where == known_errors.PRINTED:  # lines are looked at that hold one of these: for speed no short ones
-        assert all(len(text) >= 8 or text == "run " for text in known_errors.fixed_texts(known.pattern))
+    if (
+        known.where == known_errors.PRINTED and known.pattern
+    ):  # lines are looked at that hold one of these: for speed no short ones
+        assert all(len(text) >= 8 for text in known_errors.fixed_texts(known.pattern))
         assert "(?i" not in known.pattern
 
 
@@ -170,8 +183,7 @@ def test_a_lost_connection_is_the_cause_only_when_nothing_else_is_known(tmp_path
 
 def test_ranks_that_are_ended_with_the_job_are_not_why_it_ended(tmp_path: Path) -> None:
     for word, name in (("CANCELLED", "cancelled"), ("TIMEOUT", "time-limit"), ("NODE_FAIL", "node-failure")):
-        ended = f"run {word} reason= exit=143 logs=some"
-        assert failure(tmp_path, ended, node0=VICTIM, node1=GOODBYE, job=SRUN).code == name
+        assert failure(tmp_path, Ended(word, exit=143), node0=VICTIM, node1=GOODBYE, job=SRUN).code == name
 
 
 def test_what_a_rank_says_in_its_own_log_counts(tmp_path: Path) -> None:
@@ -202,7 +214,7 @@ def test_a_setting_that_is_not_known_is_named(tmp_path: Path) -> None:
 
 def test_the_check_of_a_node_speaks_for_itself(tmp_path: Path) -> None:
     line = r'titan-node: FAIL node=0 host=gpu001 why="3 \"GPUs\" of 4" fix="launcher submit --exclude gpu001"'
-    found = failure(tmp_path, node0=line + "\n")
+    found = failure(tmp_path, Ended("FAILED", exit=20), node0=line + "\n")
     assert found.cause == 'node gpu001 is not fit to train: 3 "GPUs" of 4'
     assert found.fix == "launcher submit --exclude gpu001"
 
@@ -247,9 +259,10 @@ def test_an_empty_run_has_nothing_to_say(tmp_path: Path) -> None:
 
 def test_how_it_ended_tells_whether_anything_was_logged(tmp_path: Path) -> None:
     (tmp_path / "job.log").write_text("")
-    assert how_it_ended("FAILED", "JobLaunchFailure", None, tmp_path).endswith("exit=None logs=none")
+    ended = how_it_ended("FAILED", "JobLaunchFailure", None, tmp_path)
+    assert ended == Ended("FAILED", "JobLaunchFailure", None, logged=False)
     (tmp_path / "job.log").write_text("x")
-    assert how_it_ended("FAILED", "ended by SIGTERM", 143, tmp_path).endswith("exit=143 logs=some")
+    assert how_it_ended("FAILED", "ended by SIGTERM", 143, tmp_path) == Ended("FAILED", "ended", 143, logged=True)
 
 
 def test_memory_is_bounded_and_both_ends_of_a_huge_log_are_read(tmp_path: Path) -> None:

@@ -29,6 +29,18 @@ TIME = 1795331431.413  # 2026-11-22 07:10:31,413 read as UTC
 EXPECTED = StepRecord(100, 6.4277, 2.9062, 158.61, 86.2, 17581.0, 1018.2, 45.25, TIME, 0)
 
 
+def read_in_parts(path: Path, *parts: bytes) -> list[StepRecord]:
+    """What a reader finds that looks at a growing file each time that a part has been written."""
+    path.unlink(missing_ok=True)
+    reader = LogReader(path)
+    found: list[StepRecord] = []
+    for part in parts:
+        with path.open("ab") as handle:
+            handle.write(part)
+        found += reader.read()
+    return found
+
+
 def render(record: StepRecord, colour: bool = False, loss_digits: int = 5) -> bytes:
     """A record as torchtitan 0.2.2 (5 digits), 0.2.1 (4 digits) and 0.3.0 (mfu: N/A) print it."""
     codes = ("31", "32", "38;2;180;60;0", "38;2;54;234;195", "34", "36", "35", "39")
@@ -103,10 +115,10 @@ def test_a_line_cut_short_is_no_record(line: bytes) -> None:
     assert [end for end in range(len(line)) if parse_line(line[:end])] == []
 
 
-def test_a_cut_line_glued_to_the_next_gives_only_the_whole_one() -> None:
+def test_a_cut_line_glued_to_the_next_gives_only_the_whole_one(tmp_path: Path) -> None:
     later = PLAIN.replace(b"step: 100", b"step: 110")
     for end in range(len(PLAIN)):
-        assert [record.step for record in LogReader("x").feed(PLAIN[:end] + later + b"\n")] == [110]
+        assert [record.step for record in read_in_parts(tmp_path / "log", PLAIN[:end] + later + b"\n")] == [110]
 
 
 def test_very_long_lines() -> None:
@@ -116,12 +128,12 @@ def test_very_long_lines() -> None:
     assert parse_line(b"step:" * 20_000) is None
 
 
-def test_lines_of_several_nodes_interleaved() -> None:
+def test_lines_of_several_nodes_interleaved(tmp_path: Path) -> None:
     lines = [b"%d: " % node + PLAIN.replace(b"100", b"%d" % step) for step in (10, 20) for node in range(3)]
-    assert [r.step for r in LogReader("x").feed(b"\n".join(lines))] == [10, 10, 10, 20, 20, 20]
+    assert [r.step for r in read_in_parts(tmp_path / "log", b"\n".join(lines))] == [10, 10, 10, 20, 20, 20]
 
 
-def test_the_longest_match_fits_what_is_carried_between_blocks() -> None:
+def test_the_longest_match_fits_what_is_read_again() -> None:
     parser = inspect.getattr_static(re, "_parser")
     assert parser.parse(log._STEP.pattern).getwidth()[1] < log.RECORD_BYTES
 
@@ -164,40 +176,51 @@ def test_what_torchtitan_prints_is_read_back(record: StepRecord, colour: bool, d
 def test_arbitrary_bytes_never_raise(data: bytes) -> None:
     parse_line(data)
     plain_text(data)
-    LogReader("x").feed(data)
 
 
 @unhurried
 @given(
     parts=st.lists(st.tuples(noise, records.map(render), st.sampled_from([b"\n", b"\r\n", b""])), max_size=4),
     cuts=st.lists(st.integers(0, 20_000), max_size=12),
-    step=st.sampled_from([None, 1, 7, 300]),
+    every=st.sampled_from([None, 40, 300]),
+    block=st.sampled_from([1, 5000, log.BLOCK_BYTES]),
 )
-def test_how_a_log_is_cut_into_blocks_changes_nothing(
-    parts: list[tuple[bytes, bytes, bytes]], cuts: list[int], step: int | None
+def test_when_a_log_is_read_changes_nothing(
+    parts: list[tuple[bytes, bytes, bytes]],
+    cuts: list[int],
+    every: int | None,
+    block: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     data = b"".join(b"".join(part) for part in parts)
-    edges = range(0, len(data), step) if step else sorted({cut for cut in cuts if cut < len(data)})
-    bounds = [0, *edges, len(data)]
-    reader = LogReader("x")
-    seen = [record for start, end in pairwise(bounds) for record in reader.feed(data[start:end])]
-    assert repr(seen) == repr(LogReader("x").feed(data))  # repr: NaN differs from itself
+    edges = range(0, len(data), every) if every else sorted({cut for cut in cuts if cut < len(data)})
+    path = tmp_path_factory.getbasetemp() / "cut.log"
+    whole = read_in_parts(path, data)
+    with pytest.MonkeyPatch.context() as patch:  # lines that are longer than a piece, too
+        patch.setattr(log, "BLOCK_BYTES", block)
+        patch.setattr(log, "LINE_BYTES", 4096)
+        seen = read_in_parts(path, *(data[start:end] for start, end in pairwise([0, *edges, len(data)])))
+    assert repr(seen) == repr(whole)  # repr: NaN differs from itself
 
 
-def test_a_record_keeps_its_time_and_rank_wherever_a_block_ends() -> None:
-    data = b"x" * 3000 + b"\n" + COLOURED + b"\n" + b"y" * 3000
-    for cut in range(2900, len(data)):
-        reader = LogReader("x")
-        assert reader.feed(data[:cut]) + reader.feed(data[cut:]) == [EXPECTED], cut
-    validated = data.replace(b"step:", b"validate step:")
-    for cut in range(2900, len(validated)):
-        reader = LogReader("x")
-        assert reader.feed(validated[:cut]) + reader.feed(validated[cut:]) == [], cut
+@pytest.mark.parametrize("line", [COLOURED, COLOURED.replace(b"step:", b"validate step:")], ids=["step", "validation"])
+def test_a_record_keeps_its_time_and_rank_wherever_the_file_ended(line: bytes, tmp_path: Path) -> None:
+    data = b"x" * 3000 + b"\n" + line + b"\n" + b"y" * 3000
+    expected = [] if b"validate" in line else [EXPECTED]
+    for cut in range(2900, len(data) - 2900):
+        assert read_in_parts(tmp_path / "log", data[:cut], data[cut:]) == expected, cut
+
+
+def test_a_record_within_a_line_that_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar of progress ends no line."""
+    monkeypatch.setattr(log, "BLOCK_BYTES", 1)
+    for before in range(log.LINE_BYTES - 400, log.LINE_BYTES + 100):
+        assert read_in_parts(tmp_path / "log", b"x" * before + b"\r" + COLOURED + b"y" * 3000) == [EXPECTED], before
 
 
 def test_a_growing_file_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "0000-gpu001.log"
-    reader = LogReader(path, block_bytes=64)
+    reader = LogReader(path)
     assert list(reader.read()) == []
     path.write_bytes(b"starting\n" + PLAIN[:100])
     assert list(reader.read()) == []

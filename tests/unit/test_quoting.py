@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from launcher.base.errors import LauncherError
 from launcher.config.layers import Layer, merge
 from launcher.config.render import render
-from launcher.config.resolve import placed
 from launcher.config.spec import PlacedRun, validate
 
 NASTY = "a b'c\"d$(touch pwned)`id`\\ \\n;&|<>*?[x]{y}~#!%é漢🙂\t"
@@ -56,7 +55,7 @@ def run(folder: Path, **values: object) -> tuple[list[str], dict[str, str], Plac
         validate(asked)
     except LauncherError:
         return None
-    spec = placed(asked)
+    spec = PlacedRun(**vars(asked))
     shutil.rmtree(folder / "r", ignore_errors=True)
     (folder / "r").mkdir()
     script = folder / "r" / "job.sbatch"
