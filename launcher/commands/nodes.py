@@ -9,7 +9,7 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, clock, columns, echo, print_json, warn
-from launcher.nodes.bad_nodes import DAY_S, HOST, BadNode, change, left_out_by_hand, of_cluster, read
+from launcher.nodes.bad_nodes import DAY_S, HOST, BadNode, added, change, of_cluster, read
 from launcher.scheduler.detect import detect
 from launcher.scheduler.parse import expand
 from launcher.scheduler.slurm import cluster_name
@@ -76,7 +76,8 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     if unknown := [name for name in names if name not in known]:
         warn(f"Slurm has no node {unknown[0]}: it is left out once there is one")
     new = [BadNode(name, text, "", now_s, now_s + days * DAY_S) for name in names]
-    change(facts.name, lambda old: left_out_by_hand(old, new, now_s))
+    # What was known of these nodes goes.
+    change(facts.name, lambda old: added([*(node for node in old if node.host not in names), *new], (), now_s))
     _say(new, f"left out until {clock(new[0].until)}", facts.name, as_json)
 
 
@@ -108,8 +109,7 @@ def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
 
 def _names(hosts: tuple[str, ...]) -> list[str]:
     """The hosts of several host lists. Raises LauncherError for what is none."""
-    whole = {text: expand(text) if text.count("[") == text.count("]") else () for text in hosts}
-    names = [name for text, expanded in whole.items() for name in expanded or (text,)]
+    names = [name for text in hosts for name in expand(text) or (text,)]
     if wrong := [name for name in names if not HOST.fullmatch(name)]:
         raise LauncherError(f"{wrong[0][:80]!r}: not a node's name", "list them: sinfo -N -h -o %N")
     return list(dict.fromkeys(names))

@@ -68,13 +68,14 @@ def read() -> Memory:
     """What is remembered; nothing where there is no file. Raises LauncherError for one that is damaged."""
     file = path()
     try:
-        text = read_bytes(file).decode("utf-8")
+        tables = parse_json(read_bytes(file))
+        if tables["schema"] != 1:
+            raise ValueError("another schema")
+        return {str(name): tuple(map(_node, entries)) for name, entries in tables["clusters"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise unreadable(file, error) from error
-    try:
-        return parse(text)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise LauncherError(
             f"{file}: damaged: the nodes that failed their check cannot be told",
@@ -82,20 +83,9 @@ def read() -> Memory:
         ) from error
 
 
-def parse(text: str) -> Memory:
-    """The file's text as values. Raises ValueError, TypeError, KeyError, AttributeError or OverflowError where it is
-    not that.
-    """
-    tables = parse_json(text)
-    if tables["schema"] != 1:
-        raise ValueError("another schema")
-    return {str(name): tuple(_node(entry) for entry in entries) for name, entries in tables["clusters"].items()}
-
-
 def _node(entry: Mapping[str, Any]) -> BadNode:
     host, reason, run = (unfit.writable(str(entry[key])) for key in ("host", "reason", "run"))
-    at, until = (float(entry[key]) for key in ("at", "until"))
-    released = float(entry.get("released", 0))
+    at, until, released = (float(time) for time in (entry["at"], entry["until"], entry.get("released", 0)))
     if not HOST.fullmatch(host) or not all(0 <= time < LAST_S for time in (at, until, released)):
         raise ValueError("not a node")
     return BadNode(host, reason, run, at, until, released)
@@ -114,31 +104,9 @@ def added(old: Sequence[BadNode], new: Sequence[BadNode], now_s: float) -> tuple
     return tuple(sorted(kept.values(), key=lambda node: node.host))
 
 
-def left_out_by_hand(old: Sequence[BadNode], new: Sequence[BadNode], now_s: float) -> tuple[BadNode, ...]:
-    """`old` with what a person added, which replaces all that was known of these nodes."""
-    named = {node.host for node in new}
-    return added([*(node for node in old if node.host not in named), *new], (), now_s)
-
-
 def of_cluster(name: str, now_s: float) -> list[BadNode]:
     """The nodes of a cluster that are left out now."""
     return [node for node in read().get(name, ()) if node.counts(now_s)]
-
-
-def of_cluster_or_only(name: str, now_s: float) -> tuple[list[BadNode], list[Finding]]:
-    """The same where Slurm does not say the cluster's name (""): those of the only cluster that has any. Or none."""
-    if name:
-        return of_cluster(name, now_s), []
-    counting = {
-        cluster: found for cluster, nodes in read().items() if (found := [node for node in nodes if node.counts(now_s)])
-    }
-    if not counting:
-        return [], []
-    names, fix = tuple(sorted(counting)), "scontrol show config"
-    if len(counting) == 1:
-        return counting[names[0]], [warning("bad-nodes-only-cluster", f"{fix}; {WHERE}", clusters=names)]
-    fix += "; name them yourself: --exclude NODES"
-    return [], [warning("bad-nodes-which-cluster", fix, clusters=names)]
 
 
 def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]) -> None:
@@ -200,6 +168,19 @@ def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
             remember(run, control.state(run), now_s, cluster)
 
 
+def without_remembered(spec: RunSpec, facts: ClusterFacts, now_s: float) -> tuple[RunSpec, list[Finding]]:
+    """The run that leaves out the cluster's nodes that failed their check, and what there is to say of it.
+
+    Raises LauncherError where they cannot be read.
+    """
+    known = read()
+    if facts.name:
+        return without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
+    hosts = tuple(node.host for nodes in known.values() for node in nodes if node.counts(now_s))
+    fix = "scontrol show config; or name them yourself: --exclude NODES"
+    return spec, [warning("bad-nodes-nameless", fix, names=hosts)] if hosts else []
+
+
 def without(
     spec: RunSpec, facts: ClusterFacts, nodes: Sequence[BadNode], now_s: float
 ) -> tuple[RunSpec, list[Finding]]:
@@ -209,25 +190,23 @@ def without(
     that the user asks for by name is not left out.
     """
     if nodes and facts.lacks("nodes"):
-        names = tuple(node.host for node in nodes)
-        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(names))}"
-        return replace(spec, avoid=()), [warning("bad-nodes-unread", fix, names=names)]
+        lost = tuple(node.host for node in nodes)
+        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(lost))}"
+        return replace(spec, avoid=()), [warning("bad-nodes-unread", fix, names=lost, why=facts.unread["nodes"])]
     here = {node.name for node in facts.nodes_of(spec.job.partition)}
     named, excluded = set(expand(spec.job.nodelist)), set(expand(spec.job.exclude))
     found = [node for node in nodes if node.host in here and node.host not in excluded]
-    out = [node for node in found if node.host not in named]
+    asked, out = ([node for node in found if (node.host in named) is wanted] for wanted in (True, False))
     findings = []
-    if asked := [node for node in found if node.host in named]:
-        names = tuple(node.host for node in asked)
-        findings.append(
-            warning("bad-nodes-named", "leave it out of --nodelist", names=names, nodes=_said(asked, now_s))
-        )
+    if asked:
+        names, fix = tuple(node.host for node in asked), "leave it out of --nodelist"
+        findings.append(warning("bad-nodes-named", fix, names=names, nodes=_said(asked, now_s)))
+    hosts = tuple(node.host for node in out)
     if not out:
         return replace(spec, avoid=()), findings
-    hosts = tuple(node.host for node in out)
     findings.append(ok("bad-nodes", nodes=_said(out, now_s)))
-    before = spec.origin.get("job.exclude", "default").partition("; also ")[0]
-    origin = f"{before}; also {compress(hosts)}, which failed their check ({WHERE}): in job.sbatch alone"
+    asked_for = spec.origin.get("job.exclude", "default")
+    origin = f"{asked_for}; also {compress(hosts)}, which failed their check ({WHERE}): in job.sbatch alone"
     return replace(spec, avoid=hosts, origin={**spec.origin, "job.exclude": origin}), findings
 
 

@@ -76,11 +76,10 @@ def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, lis
     except LauncherError as failed:
         found = [warning("bad-nodes-not-remembered", failed.fix, why=failed.what)]
     try:
-        nodes, of_names = bad_nodes.of_cluster_or_only(facts.name, now_s)
+        spec, more = bad_nodes.without_remembered(spec, facts, now_s)
     except LauncherError as failed:
-        return spec, [*found, warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
-    spec, more = bad_nodes.without(spec, facts, nodes, now_s)
-    return spec, [*found, *of_names, *more]
+        more = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
+    return spec, [*found, *more]
 
 
 def preflight(spec: RunSpec, facts: ClusterFacts, machine: Machine = UNKNOWN) -> list[Finding]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
 
-from launcher.base.finding import Finding, error, impossible, ok, warning
+from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.config.hardware import of_gpu
 from launcher.config.spec import RunSpec
 from launcher.scheduler.facts import SEGMENT_SINCE, Block, ClusterFacts, Node, Partition
@@ -109,7 +109,7 @@ def gpus_of(node: Node, gres: str) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """A segment, and which blocks could take one now."""
+    """What a segment means for a job, and which blocks could take a piece of it now."""
 
     segment: int
     pieces: int  # nodes / segment
@@ -122,18 +122,10 @@ class Placement:
         return self.pieces == self.fewest
 
     @property
-    def starts_now(self) -> bool:
-        return sum(free // self.segment for _, free in self.room) >= self.pieces
-
-    @property
-    def text(self) -> str:
-        """The pieces, and which blocks have room for one now."""
-        pieces = f"{self.pieces} x {self.segment} nodes, each in one block"
-        if not self.room:
-            return f"{pieces}; no block has room for one now"
-        texts = [f"{name} ({free} free)" for name, free in self.room[:3]]
-        more = f" and {len(self.room) - 3} more" if len(self.room) > 3 else ""
-        return f"{pieces}; room now{'' if self.starts_now else ', but not for all'}: {', '.join(texts)}{more}"
+    def facts(self) -> dict[str, Fact]:
+        starting = min(self.pieces, sum(free // self.segment for _, free in self.room))
+        room = tuple(f"{name} ({free} free)" for name, free in self.room)
+        return {"pieces": self.pieces, "segment": self.segment, "starting": starting, "room": room}
 
 
 def divisors(number: int) -> list[int]:
@@ -269,7 +261,7 @@ def segment(place: Place) -> Finding | None:
         return refuse("segment-above-block", fix, segment=wanted, largest=largest)
     found = describe(nodes, wanted, blocks, {node.name for node in place.free})
     if found.whole or not wants_segment(place.spec):
-        return ok("segment", placement=found.text, largest=largest)
+        return ok("segment", **found.facts)
     return _straddles(nodes, found, blocks, {node.name for node in place.out})
 
 
@@ -277,15 +269,15 @@ def _straddles(nodes: int, found: Placement, blocks: Sequence[Block], out: set[s
     """The job crosses more NVLink domains than so many nodes need: why, and what to type instead."""
     best = best_segment(nodes, blocks, out)
     if best > found.segment:
-        return warning("segment-small", f"--segment {best}", placement=found.text, better=best)
+        return warning("segment-small", f"--segment {best}", better=best, **found.facts)
     counts = whole_counts(nodes, blocks, out)
     fix = "--nodes " + " or ".join(map(str, counts)) if counts else ""
     lost = tuple(sorted(out.intersection(name for block in blocks for name in block.nodes)))
     waiting = segment_of(nodes, sizes_of(blocks))
     if lost and waiting > found.segment:
         fix += f"{', or ' if fix else ''}--segment {waiting}, which waits for them"
-        return warning("segment-out-of-service", fix, placement=found.text, lost=lost, better=waiting)
-    return warning("segment-straddles", fix, placement=found.text, nodes=nodes, domains=found.fewest)
+        return warning("segment-out-of-service", fix, lost=lost, better=waiting, **found.facts)
+    return warning("segment-straddles", fix, nodes=nodes, domains=found.fewest, **found.facts)
 
 
 def racks(place: Place) -> Finding | None:

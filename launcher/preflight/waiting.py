@@ -17,11 +17,13 @@ from typing import Any
 
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.files import read_bytes
+from launcher.base.finding import ok
 from launcher.base.output import some
 from launcher.config.layers import merge, read_layer
 from launcher.config.spec import RunSpec
 from launcher.logs.watch import duration
 from launcher.preflight.placement import HELD, OUT, Place, blocks_among, describe, place_of
+from launcher.preflight.text import words
 from launcher.runs.directory import Run
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detect
@@ -110,7 +112,8 @@ def _blocks(place: Place) -> list[str]:
     if not (job.segment > 1 and facts.segment) or job.nodes % job.segment:
         return []
     free = {node.name for node in place.free}
-    return [describe(job.nodes, job.segment, blocks_among(facts, place.fitting), free).text]
+    found = describe(job.nodes, job.segment, blocks_among(facts, place.fitting), free)
+    return [words(ok("segment", **found.facts)).what]
 
 
 def _estimate(start: str, now: datetime | None) -> list[str]:
