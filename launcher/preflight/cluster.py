@@ -8,7 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import re
-import time as clock
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -69,7 +69,7 @@ def _unpacked_bytes(spec: RunSpec) -> int:
 
 def _without_bad_nodes(spec: RunSpec, facts: ClusterFacts) -> tuple[RunSpec, list[Finding]]:
     """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
-    now_s = clock.time()
+    now_s = time.time()
     found = []
     try:
         bad_nodes.remember_all(Path(spec.job.runs_dir), now_s, facts.name)
@@ -133,7 +133,7 @@ def _most_allowed(limits: Sequence[int | None]) -> int | None:
     return max(known) if known and len(known) == len(limits) else None
 
 
-def time(place: Place) -> Finding | None:
+def time_limit(place: Place) -> Finding | None:
     most = _most_allowed([partition.max_time_s for partition in place.partitions])
     if most is None:
         return None
@@ -349,7 +349,7 @@ def pyxis(place: Place) -> Finding | None:
 
 # What is checked, the answers of Slurm that it needs, and how.
 CHECKS: tuple[tuple[str, Sequence[str], Sequence[Check]], ...] = (
-    ("partition", ("partitions",), (partition_state, time, nodes_per_job, reservation, access)),
+    ("partition", ("partitions",), (partition_state, time_limit, nodes_per_job, reservation, access)),
     (
         "nodes and GPUs",
         ("nodes", "partitions"),
