@@ -193,7 +193,7 @@ def without(
         lost = tuple(node.host for node in nodes)
         fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(lost))}"
         return replace(spec, avoid=()), [warning("bad-nodes-unread", fix, names=lost, why=facts.unread["nodes"])]
-    here = {node.name for node in facts.nodes_of(spec.job.partition)}
+    here = facts.hidden(spec.job.partition).union(node.name for node in facts.nodes_of(spec.job.partition))
     named, excluded = set(expand(spec.job.nodelist)), set(expand(spec.job.exclude))
     found = [node for node in nodes if node.host in here and node.host not in excluded]
     asked, out = ([node for node in found if (node.host in named) is wanted] for wanted in (True, False))

@@ -179,7 +179,8 @@ def access(place: Place) -> Finding | None:
 
 def nodes_listed(place: Place) -> Finding | None:
     """What --nodelist and --exclude name."""
-    job, known = place.spec.job, {node.name for node in place.facts.nodes}
+    job = place.spec.job
+    known = {node.name for node in place.facts.nodes}.union(*(partition.nodes for partition in place.facts.partitions))
     wanted, excluded = expand(job.nodelist), expand(job.exclude)
     for option, given, names in (("nodelist", job.nodelist, wanted), ("exclude", job.exclude, excluded)):
         if unknown := tuple(name for name in names if name not in known):
@@ -189,7 +190,7 @@ def nodes_listed(place: Place) -> Finding | None:
         return None
     if both := tuple(name for name in wanted if name in excluded):
         return impossible("nodelist-excluded", "take it out of one of them", nodes=both)
-    here = {node.name: node for node in place.nodes}
+    here = place.hidden.union(node.name for node in place.nodes)
     if elsewhere := tuple(name for name in wanted if name not in here):
         return impossible("nodelist-elsewhere", "sinfo -N -o '%N %P'", nodes=elsewhere, place=place.name)
     count = len(set(wanted))
@@ -283,7 +284,8 @@ def architecture(place: Place) -> Finding | None:
         return warning("architecture-other", "--gpu NAME", seen=seen, **facts)
     other = found.most_common(1)[0][0]
     fix = f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}"
-    return impossible("architecture-other", fix, seen=seen, **facts)
+    refuse = error if place.grows else impossible
+    return refuse("architecture-other", fix, seen=seen, **facts)
 
 
 def gpus_per_node(place: Place) -> Finding | None:

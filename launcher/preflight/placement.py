@@ -53,6 +53,7 @@ class Place:
     partitions: tuple[Partition, ...]
     nodes: tuple[Node, ...]
     fitting: tuple[Node, ...]  # those that have what each node of the run asks for
+    hidden: frozenset[str]  # names of others that the partitions have, and of which nothing is known
     machine: Machine
 
     @property
@@ -62,8 +63,8 @@ class Place:
 
     @property
     def grows(self) -> bool:
-        """Dynamic nodes: others may register at any time, so that what is missing now is not missing for ever."""
-        return any(state.startswith("DYNAMIC") for node in self.nodes for state in node.states)
+        """Others may come at any time, so that what is missing now is not missing for ever."""
+        return bool(self.hidden) or any(state.startswith("DYNAMIC") for node in self.nodes for state in node.states)
 
     @property
     def closed(self) -> set[str]:
@@ -96,7 +97,8 @@ def place_of(spec: RunSpec, facts: ClusterFacts, machine: Machine = UNKNOWN) -> 
     nodes = tuple(node for node in facts.nodes_of(spec.job.partition) if node.name not in excluded)
     gres, count = spec.profile.gres, spec.profile.gpus_per_node
     fitting = tuple(node for node in nodes if not gres or gpus_of(node, gres) >= count)
-    return Place(spec, facts, tuple(chosen), nodes, fitting, machine)
+    hidden = facts.hidden(spec.job.partition) - excluded
+    return Place(spec, facts, tuple(chosen), nodes, fitting, hidden, machine)
 
 
 def gpus_of(node: Node, gres: str) -> int:
@@ -194,10 +196,10 @@ def whole_counts(nodes: int, blocks: Sequence[Block], out: Collection[str] = ())
     return [n for n in (below, above) if n is not None]
 
 
-def blocks_among(facts: ClusterFacts, nodes: Collection[Node]) -> list[Block]:
-    """The blocks that have any of these nodes, with no others in them."""
-    names = {node.name for node in nodes}
-    kept = [Block(block.name, tuple(node for node in block.nodes if node in names)) for block in facts.blocks]
+def blocks_of(place: Place) -> list[Block]:
+    """The blocks that have any of the nodes that the run may get, with no others in them."""
+    names = place.hidden.union(node.name for node in place.fitting)
+    kept = [Block(block.name, tuple(node for node in block.nodes if node in names)) for block in place.facts.blocks]
     return [block for block in kept if block.nodes]
 
 
@@ -223,7 +225,7 @@ def placed(spec: RunSpec, facts: ClusterFacts) -> RunSpec:
     if is_users_own(spec, facts.segment):
         return spec
     place = place_of(spec, facts)
-    blocks = blocks_among(facts, place.fitting)
+    blocks = blocks_of(place)
     if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
         return _with(spec, 0, "default") if spec.job.segment else spec
     chosen = best_segment(spec.job.nodes, blocks, {node.name for node in place.out})
@@ -248,7 +250,7 @@ def segment(place: Place) -> Finding | None:
         topology = facts.topology or "not known"
         refuse = impossible if old else error
         return refuse("segment-unsupported", "--segment 0", segment=wanted, slurm=version, topology=topology)
-    blocks = blocks_among(facts, place.fitting)
+    blocks = blocks_of(place)
     largest = max((len(block.nodes) for block in blocks), default=0)
     if nodes % wanted:
         near = next(n for n in divisors(nodes) if n <= (largest or nodes))

@@ -52,8 +52,8 @@ TEXTS = {
     "nodes": Text("nodes", COUNTS),
     "nodes-busy": Text("nodes", f"{COUNTS}: the job waits for others to end"),
     "nodes-too-few": Text("nodes", TOO_MANY, "the job would wait for ever"),
-    "nodes-not-yet": Text("nodes", TOO_MANY, "the job waits until more nodes register"),
-    "nodes-none": Text("nodes", "{place}: it has no nodes now", "the job waits until one registers"),
+    "nodes-not-yet": Text("nodes", TOO_MANY, "the job waits until more nodes come up"),
+    "nodes-none": Text("nodes", "{place}: it has no nodes now", "the job waits until one comes up"),
     "nodes-none-left": Text("nodes", "{place}: no node is left without {left_out}"),
     "node-states": Text("node states", "{nodes}"),
     "nodes-out-of-service": Text(

@@ -22,7 +22,7 @@ from launcher.base.output import some
 from launcher.config.layers import merge, read_layer
 from launcher.config.spec import RunSpec
 from launcher.logs.watch import duration
-from launcher.preflight.placement import HELD, OUT, Place, blocks_among, describe, place_of
+from launcher.preflight.placement import HELD, OUT, Place, blocks_of, describe, place_of
 from launcher.preflight.text import words
 from launcher.runs.directory import Run
 from launcher.scheduler import slurm
@@ -108,11 +108,11 @@ def _group(node: Node) -> str:
 
 
 def _blocks(place: Place) -> list[str]:
-    job, facts = place.spec.job, place.facts
-    if not (job.segment > 1 and facts.segment) or job.nodes % job.segment:
+    job = place.spec.job
+    if not (job.segment > 1 and place.facts.segment) or job.nodes % job.segment:
         return []
     free = {node.name for node in place.free}
-    found = describe(job.nodes, job.segment, blocks_among(facts, place.fitting), free)
+    found = describe(job.nodes, job.segment, blocks_of(place), free)
     return [words(ok("segment", **found.facts)).what]
 
 

@@ -264,10 +264,12 @@ def test_warnings_among_the_answer_are_not_nodes() -> None:
     assert facts.nodes == calm.nodes and facts.nodes[2].arch == ""
 
 
-def test_a_node_that_disappears_between_two_answers_is_noted() -> None:
+def test_a_node_that_its_partition_lists_and_slurm_does_not_show() -> None:
+    """Powered down in the cloud, or just gone."""
     answers = dict(CLUSTERS["managed-25.11"])
     facts = facts_of(answers | {"nodes": "\n".join(answers["nodes"].splitlines()[1:]) + "\n"})
-    assert "lacks 1 nodes that partitions have, such as test-cluster-h200-0" in facts.unread["nodes"]
+    assert facts.unread == {} and len(facts.nodes) == 3
+    assert facts.hidden() == facts.hidden("all") == {"test-cluster-h200-0"} and facts.hidden("x") == set()
 
 
 def test_limits_and_disks_are_read() -> None:
