@@ -67,17 +67,15 @@ class Place:
         return bool(self.hidden) or any(state.startswith("DYNAMIC") for node in self.nodes for state in node.states)
 
     @property
-    def closed(self) -> set[str]:
-        """States of nodes that run no jobs now: out of service, or kept for somebody else."""
-        return OUT if self.spec.job.reservation else OUT | HELD
-
-    @property
     def out(self) -> tuple[Node, ...]:
-        return tuple(node for node in self.fitting if node.states & self.closed)
+        """Fitting nodes that run no jobs now: out of service, or kept for somebody else."""
+        closed = OUT if self.spec.job.reservation else OUT | HELD
+        return tuple(node for node in self.fitting if node.states & closed)
 
     @property
     def in_service(self) -> tuple[Node, ...]:
-        return tuple(node for node in self.fitting if not node.states & self.closed)
+        out = {node.name for node in self.out}
+        return tuple(node for node in self.fitting if node.name not in out)
 
     @property
     def free(self) -> tuple[Node, ...]:

@@ -73,12 +73,11 @@ def explain(
     reason: str, spec: RunSpec | None, facts: ClusterFacts, start: str = "", now: datetime | None = None
 ) -> list[str]:
     """Lines that tell why a job waits. `start`: Slurm's estimate (local time), as squeue prints it."""
-    words, other_nodes_help = meaning(reason)
-    lines = [words] if words else []
-    known = spec is not None and facts.nodes and not facts.lacks("partitions")
-    place = place_of(spec, facts) if spec is not None and known else None
+    says, other_nodes_help = meaning(reason)
+    place = place_of(spec, facts) if spec and facts.nodes and not facts.lacks("partitions") else None
+    lines = [says] if says else []
     lines += [*_nodes(place), *_blocks(place)] if place else []
-    lines += _estimate(start, now)
+    lines.append(_estimate(start, now))
     return lines + (_sooner(place) if place and other_nodes_help else [])
 
 
@@ -116,16 +115,16 @@ def _blocks(place: Place) -> list[str]:
     return [words(ok("segment", **found.facts)).what]
 
 
-def _estimate(start: str, now: datetime | None) -> list[str]:
+def _estimate(start: str, now: datetime | None) -> str:
     """From squeue's words: a warning may stand before the time, and a time zone, which is this machine's, behind it."""
     said = re.findall(rf"^\s*({DATE.pattern})", start, re.MULTILINE)
     try:
         when = datetime.fromisoformat(said[-1])
     except (IndexError, ValueError):
-        return ["Slurm has no estimate of its start"]
+        return "Slurm has no estimate of its start"
     left = (when - now).total_seconds() if now else 0.0
     # Slurm's plan is as old as its last round of planning: a start in the past is one that is due.
-    return [f"estimated start: {when:%Y-%m-%d %H:%M}" + (f", in {duration(left)}" if left > 0 else ", which is now")]
+    return f"estimated start: {when:%Y-%m-%d %H:%M}, " + (f"in {duration(left)}" if left > 0 else "which is now")
 
 
 def _sooner(place: Place) -> list[str]:
