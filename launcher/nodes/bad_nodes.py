@@ -177,10 +177,8 @@ def without_remembered(spec: PlacedRun, facts: ClusterFacts, now_s: float) -> tu
     if facts.name:
         return without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
     hosts = tuple(node.host for nodes in known.values() for node in nodes if node.counts(now_s))
-    if not hosts:
-        return spec, []
     fix = "scontrol show config; or name them yourself: --exclude NODES"
-    return spec, [warning("bad-nodes-which-cluster", fix, nodes=hosts)]
+    return spec, [warning("bad-nodes-nameless", fix, names=hosts)] if hosts else []
 
 
 def without(
@@ -192,22 +190,20 @@ def without(
     that the user asks for by name is not left out.
     """
     if nodes and facts.lacks("nodes"):
-        names = tuple(node.host for node in nodes)
-        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(names))}"
-        return replace(spec, avoid=()), [warning("bad-nodes-unread", fix, names=names)]
-    here = {node.name for node in facts.nodes_of(spec.job.partition)}
+        lost = tuple(node.host for node in nodes)
+        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(lost))}"
+        return replace(spec, avoid=()), [warning("bad-nodes-unread", fix, names=lost, why=facts.unread["nodes"])]
+    here = facts.hidden(spec.job.partition).union(node.name for node in facts.nodes_of(spec.job.partition))
     named, excluded = set(expand(spec.job.nodelist)), set(expand(spec.job.exclude))
     found = [node for node in nodes if node.host in here and node.host not in excluded]
-    out = [node for node in found if node.host not in named]
+    asked, out = ([node for node in found if (node.host in named) is wanted] for wanted in (True, False))
     findings = []
-    if asked := [node for node in found if node.host in named]:
-        names = tuple(node.host for node in asked)
-        findings.append(
-            warning("bad-nodes-named", "leave it out of --nodelist", names=names, nodes=_said(asked, now_s))
-        )
+    if asked:
+        names, fix = tuple(node.host for node in asked), "leave it out of --nodelist"
+        findings.append(warning("bad-nodes-named", fix, names=names, nodes=_said(asked, now_s)))
+    hosts = tuple(node.host for node in out)
     if not out:
         return replace(spec, avoid=()), findings
-    hosts = tuple(node.host for node in out)
     findings.append(ok("bad-nodes", nodes=_said(out, now_s)))
     return replace(spec, avoid=hosts), findings
 

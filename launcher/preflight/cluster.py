@@ -8,7 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import re
-import time as clock
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -68,7 +68,7 @@ def _unpacked_bytes(spec: RunSpec) -> int:
 
 def _without_bad_nodes(spec: PlacedRun, facts: ClusterFacts) -> tuple[PlacedRun, list[Finding]]:
     """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
-    now_s = clock.time()
+    now_s = time.time()
     found = []
     try:
         bad_nodes.remember_all(Path(spec.job.runs_dir), now_s, facts.name)
@@ -132,7 +132,7 @@ def _most_allowed(limits: Sequence[int | None]) -> int | None:
     return max(known) if known and len(known) == len(limits) else None
 
 
-def time(place: Place) -> Finding | None:
+def time_limit(place: Place) -> Finding | None:
     most = _most_allowed([partition.max_time_s for partition in place.partitions])
     if most is None:
         return None
@@ -178,7 +178,8 @@ def access(place: Place) -> Finding | None:
 
 def nodes_listed(place: Place) -> Finding | None:
     """What --nodelist and --exclude name."""
-    job, known = place.spec.job, {node.name for node in place.facts.nodes}
+    job = place.spec.job
+    known = {node.name for node in place.facts.nodes}.union(*(partition.nodes for partition in place.facts.partitions))
     wanted, excluded = expand(job.nodelist), expand(job.exclude)
     for option, given, names in (("nodelist", job.nodelist, wanted), ("exclude", job.exclude, excluded)):
         if unknown := tuple(name for name in names if name not in known):
@@ -188,7 +189,7 @@ def nodes_listed(place: Place) -> Finding | None:
         return None
     if both := tuple(name for name in wanted if name in excluded):
         return impossible("nodelist-excluded", "take it out of one of them", nodes=both)
-    here = {node.name: node for node in place.nodes}
+    here = place.hidden.union(node.name for node in place.nodes)
     if elsewhere := tuple(name for name in wanted if name not in here):
         return impossible("nodelist-elsewhere", "sinfo -N -o '%N %P'", nodes=elsewhere, place=place.name)
     count = len(set(wanted))
@@ -282,7 +283,8 @@ def architecture(place: Place) -> Finding | None:
         return warning("architecture-other", "--gpu NAME", seen=seen, **facts)
     other = found.most_common(1)[0][0]
     fix = f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}"
-    return impossible("architecture-other", fix, seen=seen, **facts)
+    refuse = error if place.grows else impossible
+    return refuse("architecture-other", fix, seen=seen, **facts)
 
 
 def gpus_per_node(place: Place) -> Finding | None:
@@ -348,7 +350,7 @@ def pyxis(place: Place) -> Finding | None:
 
 # What is checked, the answers of Slurm that it needs, and how.
 CHECKS: tuple[tuple[str, Sequence[str], Sequence[Check]], ...] = (
-    ("partition", ("partitions",), (partition_state, time, nodes_per_job, reservation, access)),
+    ("partition", ("partitions",), (partition_state, time_limit, nodes_per_job, reservation, access)),
     (
         "nodes and GPUs",
         ("nodes", "partitions"),

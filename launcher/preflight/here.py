@@ -109,9 +109,8 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Finding]:
     with (data_dir("slurm") / "reference-results.csv").open(encoding="utf-8", newline="") as stream:
         published = [row["driver"] for row in csv.DictReader(stream) if row["gpu"] == spec.profile.gpu]
     # Said with every submission only where such nodes are known with an older one.
-    if old := [seen for seen in published if is_too_old(seen, facts)]:
-        return [warning("driver-unknown-old", fix, needed=needed, gpu=spec.profile.gpu, seen=old[0])]
-    return [ok("driver-unknown", fix, needed=needed)]
+    old = [seen for seen in published if is_too_old(seen, facts)]
+    return [(warning if old else ok)("driver-unknown", fix, needed=needed, seen=old[0] if old else "")]
 
 
 def check_weights(spec: PlacedRun) -> list[Finding]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
 
-from launcher.base.finding import Finding, error, impossible, ok, warning
+from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.config.hardware import of_gpu
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.scheduler.facts import SEGMENT_SINCE, Block, ClusterFacts, Node, Partition
@@ -52,6 +52,7 @@ class Place:
     partitions: tuple[Partition, ...]
     nodes: tuple[Node, ...]
     fitting: tuple[Node, ...]  # those that have what each node of the run asks for
+    hidden: frozenset[str]  # names of others that the partitions have, and of which nothing is known
     machine: Machine
 
     @property
@@ -61,21 +62,19 @@ class Place:
 
     @property
     def grows(self) -> bool:
-        """Dynamic nodes: others may register at any time, so that what is missing now is not missing for ever."""
-        return any(state.startswith("DYNAMIC") for node in self.nodes for state in node.states)
-
-    @property
-    def closed(self) -> set[str]:
-        """States of nodes that run no jobs now: out of service, or kept for somebody else."""
-        return OUT if self.spec.job.reservation else OUT | HELD
+        """Others may come at any time, so that what is missing now is not missing for ever."""
+        return bool(self.hidden) or any(state.startswith("DYNAMIC") for node in self.nodes for state in node.states)
 
     @property
     def out(self) -> tuple[Node, ...]:
-        return tuple(node for node in self.fitting if node.states & self.closed)
+        """Fitting nodes that run no jobs now: out of service, or kept for somebody else."""
+        closed = OUT if self.spec.job.reservation else OUT | HELD
+        return tuple(node for node in self.fitting if node.states & closed)
 
     @property
     def in_service(self) -> tuple[Node, ...]:
-        return tuple(node for node in self.fitting if not node.states & self.closed)
+        out = {node.name for node in self.out}
+        return tuple(node for node in self.fitting if node.name not in out)
 
     @property
     def free(self) -> tuple[Node, ...]:
@@ -95,7 +94,8 @@ def place_of(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -
     nodes = tuple(node for node in facts.nodes_of(spec.job.partition) if node.name not in excluded)
     gres, count = spec.profile.gres, spec.profile.gpus_per_node
     fitting = tuple(node for node in nodes if not gres or gpus_of(node, gres) >= count)
-    return Place(spec, facts, tuple(chosen), nodes, fitting, machine)
+    hidden = facts.hidden(spec.job.partition) - excluded
+    return Place(spec, facts, tuple(chosen), nodes, fitting, hidden, machine)
 
 
 def gpus_of(node: Node, gres: str) -> int:
@@ -108,7 +108,7 @@ def gpus_of(node: Node, gres: str) -> int:
 
 @dataclass(frozen=True)
 class Placement:
-    """A segment, and which blocks could take one now."""
+    """What a segment means for a job, and which blocks could take a piece of it now."""
 
     segment: int
     pieces: int  # nodes / segment
@@ -121,18 +121,10 @@ class Placement:
         return self.pieces == self.fewest
 
     @property
-    def starts_now(self) -> bool:
-        return sum(free // self.segment for _, free in self.room) >= self.pieces
-
-    @property
-    def text(self) -> str:
-        """The pieces, and which blocks have room for one now."""
-        pieces = f"{self.pieces} x {self.segment} nodes, each in one block"
-        if not self.room:
-            return f"{pieces}; no block has room for one now"
-        texts = [f"{name} ({free} free)" for name, free in self.room[:3]]
-        more = f" and {len(self.room) - 3} more" if len(self.room) > 3 else ""
-        return f"{pieces}; room now{'' if self.starts_now else ', but not for all'}: {', '.join(texts)}{more}"
+    def facts(self) -> dict[str, Fact]:
+        starting = min(self.pieces, sum(free // self.segment for _, free in self.room))
+        room = tuple(f"{name} ({free} free)" for name, free in self.room)
+        return {"pieces": self.pieces, "segment": self.segment, "starting": starting, "room": room}
 
 
 def divisors(number: int) -> list[int]:
@@ -201,10 +193,10 @@ def whole_counts(nodes: int, blocks: Sequence[Block], out: Collection[str] = ())
     return [n for n in (below, above) if n is not None]
 
 
-def blocks_among(facts: ClusterFacts, nodes: Collection[Node]) -> list[Block]:
-    """The blocks that have any of these nodes, with no others in them."""
-    names = {node.name for node in nodes}
-    kept = [Block(block.name, tuple(node for node in block.nodes if node in names)) for block in facts.blocks]
+def blocks_of(place: Place) -> list[Block]:
+    """The blocks that have any of the nodes that the run may get, with no others in them."""
+    names = place.hidden.union(node.name for node in place.fitting)
+    kept = [Block(block.name, tuple(node for node in block.nodes if node in names)) for block in place.facts.blocks]
     return [block for block in kept if block.nodes]
 
 
@@ -221,7 +213,7 @@ def with_segment(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
     if spec.job.segment:
         return replace(spec, segment=spec.job.segment)
     place = place_of(spec, facts)
-    blocks = blocks_among(facts, place.fitting)
+    blocks = blocks_of(place)
     if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
         return replace(spec, segment=0)
     return replace(spec, segment=best_segment(spec.job.nodes, blocks, {node.name for node in place.out}))
@@ -241,7 +233,7 @@ def segment(place: Place) -> Finding | None:
         topology = facts.topology or "not known"
         refuse = impossible if old else error
         return refuse("segment-unsupported", "--segment 0", segment=wanted, slurm=version, topology=topology)
-    blocks = blocks_among(facts, place.fitting)
+    blocks = blocks_of(place)
     largest = max((len(block.nodes) for block in blocks), default=0)
     if nodes % wanted:
         near = next(n for n in divisors(nodes) if n <= (largest or nodes))
@@ -254,7 +246,7 @@ def segment(place: Place) -> Finding | None:
         return refuse("segment-above-block", fix, segment=wanted, largest=largest)
     found = describe(nodes, wanted, blocks, {node.name for node in place.free})
     if found.whole or not wants_segment(place.spec):
-        return ok("segment", placement=found.text, largest=largest)
+        return ok("segment", **found.facts)
     return _straddles(nodes, found, blocks, {node.name for node in place.out})
 
 
@@ -262,15 +254,15 @@ def _straddles(nodes: int, found: Placement, blocks: Sequence[Block], out: set[s
     """The job crosses more NVLink domains than so many nodes need: why, and what to type instead."""
     best = best_segment(nodes, blocks, out)
     if best > found.segment:
-        return warning("segment-small", f"--segment {best}", placement=found.text, better=best)
+        return warning("segment-small", f"--segment {best}", better=best, **found.facts)
     counts = whole_counts(nodes, blocks, out)
     fix = "--nodes " + " or ".join(map(str, counts)) if counts else ""
     lost = tuple(sorted(out.intersection(name for block in blocks for name in block.nodes)))
     waiting = segment_of(nodes, sizes_of(blocks))
     if lost and waiting > found.segment:
         fix += f"{', or ' if fix else ''}--segment {waiting}, which waits for them"
-        return warning("segment-out-of-service", fix, placement=found.text, lost=lost, better=waiting)
-    return warning("segment-straddles", fix, placement=found.text, nodes=nodes, domains=found.fewest)
+        return warning("segment-out-of-service", fix, lost=lost, better=waiting, **found.facts)
+    return warning("segment-straddles", fix, nodes=nodes, domains=found.fewest, **found.facts)
 
 
 def racks(place: Place) -> Finding | None:

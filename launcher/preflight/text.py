@@ -24,6 +24,7 @@ NO_BLOCK = "Slurm would say: Requested topology configuration is not available, 
 COUNTS = "{asked} asked; {place} has {there}, {in_service} of them in service, {free} of them free now"
 TOO_MANY = "--nodes {asked}: {place} has {there}{gres: with }{left_out:, without }"
 ARCHITECTURE = "profile {profile} is for {arch}; {place} has {seen}"
+PIECES = "{pieces} x {segment} nodes, each in one block; room now for {starting}{room:: }"
 NETWORK = "traffic that could stay on NVLink crosses the network"
 RACKS = "Slurm does not know the racks (topology {topology})"
 
@@ -31,7 +32,7 @@ RACKS = "Slurm does not know the racks (topology {topology})"
 TEXTS = {
     # Slurm
     "cluster-silent": Text(
-        "cluster", "Slurm's nodes and partitions cannot be read now, so nothing of them was checked", "{said}"
+        "cluster", "Slurm's nodes and partitions cannot be read: nothing of them was checked", "{said}"
     ),
     "cluster-unread": Text("cluster", "{said}", "not checked: {skipped}"),
     # the partition
@@ -46,15 +47,13 @@ TEXTS = {
     "job-too-small": Text("nodes per job", "--nodes {asked}: {place} takes jobs of {limit!n} and more", QOS),
     "reservation-needed": Text("reservation", "{place} takes jobs of a reservation alone", "Slurm refuses the job"),
     "access-root-only": Text("access", "{place} is for root alone"),
-    "access-groups": Text(
-        "access", "{place} is for the groups {groups}; you are in {mine}", "Slurm may refuse the job"
-    ),
+    "access-groups": Text("access", "{place} is for groups {groups}; you are in {mine}", "Slurm may refuse the job"),
     # nodes
     "nodes": Text("nodes", COUNTS),
     "nodes-busy": Text("nodes", f"{COUNTS}: the job waits for others to end"),
     "nodes-too-few": Text("nodes", TOO_MANY, "the job would wait for ever"),
-    "nodes-not-yet": Text("nodes", TOO_MANY, "the job waits until more nodes register"),
-    "nodes-none": Text("nodes", "{place}: it has no nodes now", "the job waits until one registers"),
+    "nodes-not-yet": Text("nodes", TOO_MANY, "the job waits until more nodes come up"),
+    "nodes-none": Text("nodes", "{place}: it has no nodes now", "the job waits until one comes up"),
     "nodes-none-left": Text("nodes", "{place}: no node is left without {left_out}"),
     "node-states": Text("node states", "{nodes}"),
     "nodes-out-of-service": Text(
@@ -65,19 +64,15 @@ TEXTS = {
     "nodelist-excluded": Text("nodelist", "{nodes} stands in --nodelist and in --exclude"),
     "nodelist-elsewhere": Text("nodelist", "--nodelist: {nodes} is not in {place}"),
     "nodelist-too-long": Text(
-        "nodelist",
-        "--nodelist names {count!n}, and the job has {asked}",
-        "Slurm gives a job every node of its list",
+        "nodelist", "--nodelist names {count!n}, the job has {asked}", "a job gets all of its list"
     ),
     "nodelist-out": Text("nodelist", "--nodelist: {nodes}", "the job waits until they are back"),
     "bad-nodes": Text("excluded", "{nodes}; launcher cluster nodes"),
     "bad-nodes-named": Text("excluded", "--nodelist: {names} failed its check lately", "{nodes}"),
-    "bad-nodes-unread": Text(
-        "excluded", "{names} failed its check lately, and is not left out", "whether Slurm has it could not be read"
-    ),
-    "bad-nodes-which-cluster": Text(
+    "bad-nodes-unread": Text("excluded", "{names} failed its check lately, and is not left out", "{why}"),
+    "bad-nodes-nameless": Text(
         "excluded",
-        "Slurm does not say its cluster's name, so none is left out of those that failed their check: {nodes}",
+        "Slurm does not say its cluster's name, so none is left out of those that failed their check: {names}",
     ),
     "bad-nodes-not-remembered": Text("excluded", "nodes that failed their check are not remembered: {why}"),
     "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check are not left out: {why}"),
@@ -115,7 +110,7 @@ TEXTS = {
         "the job would end with: srun: unrecognized option '--container-image=...'",
     ),
     # placement
-    "segment": Text("placement", "{placement}"),
+    "segment": Text("placement", PIECES),
     "segment-unsupported": Text(
         "placement",
         "--segment {segment}: Slurm places no segments here (23.11 with topology/block does)",
@@ -129,15 +124,15 @@ TEXTS = {
         "--segment {segment}: the largest block has {largest!n}",
         "Slurm would say: Requested topology configuration is not available",
     ),
-    "segment-small": Text("placement", "{placement}", "pieces of {better} nodes cross fewer NVLink domains"),
+    "segment-small": Text("placement", PIECES, "pieces of {better} nodes cross fewer NVLink domains"),
     "segment-out-of-service": Text(
         "placement",
-        "{placement}",
+        PIECES,
         f"with {{lost}}, out of service now, pieces of {{better}} would do: until then, {NETWORK}",
     ),
     "segment-straddles": Text(
         "placement",
-        "{placement}",
+        PIECES,
         f"{{nodes}} nodes cannot be split evenly over the {{domains}} NVLink domains that hold them: some {NETWORK}",
     ),
     "racks-unknown": Text(
@@ -162,9 +157,8 @@ TEXTS = {
         "{needed}, the nodes have {driver}",
         "only NVIDIA's forward compatibility (cuda-compat), in the image or on the nodes, makes it run there",
     ),
-    "driver-unknown": Text("driver", "{needed}; which one the nodes have is not known here"),
-    "driver-unknown-old": Text(
-        "driver", "{needed}; which one the nodes have is not known here", "{gpu} clusters have run with {seen}"
+    "driver-unknown": Text(
+        "driver", "{needed}; which one the nodes have is not known here", "{seen:such clusters have run with }"
     ),
     "weights-refused": Text("weights", "{what}", "{why}"),
     "data": Text("data", "{said}"),
@@ -176,9 +170,7 @@ TEXTS = {
         "right where the nodes have their own, or none are needed",
     ),
     "hub-no-token": Text("files", "--data hub: the ranks ask the Hub without a token", "it refuses them sooner (429)"),
-    "path-absent": Text(
-        "files", "{path}: not on this machine", "if the nodes do not have it either, the job stops at once"
-    ),
+    "path-absent": Text("files", "{path}: not on this machine", "if the nodes lack it, too, the job stops at once"),
     "path-absent-here": Text("files", "{path}: not on this machine"),
     "python-absent": Text("files", "{python}: no such program"),
     "software-absent": Text("software", "{lacking}: not installed for {python}", "the run is trained by this Python"),
@@ -187,15 +179,11 @@ TEXTS = {
         "--env LD_PRELOAD={value}",
         "a library of the host's is not in the container, and every program there would complain or fail",
     ),
-    "mount-absent": Text(
-        "mounts",
-        "--mount {source}: not on this machine",
-        "if a node does not have it either, no container starts there",
-    ),
+    "mount-absent": Text("mounts", "--mount {source}: not on this machine", "a node that lacks it starts no container"),
     "mount-of-profile-absent": Text(
         "mounts",
         "{source}, which profile {profile} mounts: not on this machine",
-        "compute nodes have it as a rule, login nodes need not; on a node that does not, no container starts",
+        "compute nodes have it as a rule, login nodes need not; a node that lacks it starts no container",
     ),
 }
 NOT_FOUND = {"partition-unknown", "node-unknown"}  # something that was named does not exist

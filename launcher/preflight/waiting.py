@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import LauncherError, quoted
+from launcher.base.finding import ok
 from launcher.base.output import some
 from launcher.config.layers import merge, read_layer
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.logs.watch import duration
-from launcher.preflight.placement import HELD, OUT, Place, blocks_among, describe, place_of
+from launcher.preflight.placement import HELD, OUT, Place, blocks_of, describe, place_of
+from launcher.preflight.text import words
 from launcher.runs.directory import Run
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detect
@@ -71,12 +73,11 @@ def explain(
     reason: str, spec: PlacedRun | None, facts: ClusterFacts, start: str = "", now: datetime | None = None
 ) -> list[str]:
     """Lines that tell why a job waits. `start`: Slurm's estimate (local time), as squeue prints it."""
-    words, other_nodes_help = meaning(reason)
-    lines = [words] if words else []
-    known = spec is not None and facts.nodes and not facts.lacks("partitions")
-    place = place_of(spec, facts) if spec is not None and known else None
+    says, other_nodes_help = meaning(reason)
+    place = place_of(spec, facts) if spec and facts.nodes and not facts.lacks("partitions") else None
+    lines = [says] if says else []
     lines += [*_nodes(place), *_blocks(place)] if place else []
-    lines += _estimate(start, now)
+    lines.append(_estimate(start, now))
     return lines + (_sooner(place) if place and other_nodes_help else [])
 
 
@@ -106,23 +107,24 @@ def _group(node: Node) -> str:
 
 
 def _blocks(place: Place) -> list[str]:
-    nodes, segment, facts = place.spec.job.nodes, place.spec.segment, place.facts
-    if not (segment > 1 and facts.segment) or nodes % segment:
+    nodes, segment = place.spec.job.nodes, place.spec.segment
+    if not (segment > 1 and place.facts.segment) or nodes % segment:
         return []
     free = {node.name for node in place.free}
-    return [describe(nodes, segment, blocks_among(facts, place.fitting), free).text]
+    found = describe(nodes, segment, blocks_of(place), free)
+    return [words(ok("segment", **found.facts)).what]
 
 
-def _estimate(start: str, now: datetime | None) -> list[str]:
+def _estimate(start: str, now: datetime | None) -> str:
     """From squeue's words: a warning may stand before the time, and a time zone, which is this machine's, behind it."""
     said = re.findall(rf"^\s*({DATE.pattern})", start, re.MULTILINE)
     try:
         when = datetime.fromisoformat(said[-1])
     except (IndexError, ValueError):
-        return ["Slurm has no estimate of its start"]
+        return "Slurm has no estimate of its start"
     left = (when - now).total_seconds() if now else 0.0
     # Slurm's plan is as old as its last round of planning: a start in the past is one that is due.
-    return [f"estimated start: {when:%Y-%m-%d %H:%M}" + (f", in {duration(left)}" if left > 0 else ", which is now")]
+    return f"estimated start: {when:%Y-%m-%d %H:%M}, " + (f"in {duration(left)}" if left > 0 else "which is now")
 
 
 def _sooner(place: Place) -> list[str]:

@@ -68,11 +68,6 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
         doubt("nodes", "it answered nonsense")
     if nodes and not partitions:
         doubt("partitions", "nothing of it can be read")
-    gone = sorted(
-        {name for partition in partitions for name in partition.nodes}.difference(node.name for node in nodes)
-    )
-    if gone:
-        doubt("nodes", f"it lacks {len(gone)} nodes that partitions have, such as {gone[0]}")
     topology = "block" if blocks else {"none": "flat", "default": "flat"}.get(plugin, plugin)
     version = parse.version(config.get("SLURM_VERSION", ""))
     storage = config.get("AccountingStorageType", "").removeprefix("accounting_storage/")

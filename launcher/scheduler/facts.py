@@ -134,3 +134,10 @@ class ClusterFacts:
         if not wanted and (chosen := self.partition()):
             wanted = {chosen.name}
         return tuple(n for n in self.nodes if wanted & set(n.partitions)) if wanted else self.nodes
+
+    def hidden(self, partition: str = "") -> frozenset[str]:
+        """Names that the partition's own record lists and Slurm does not show: cloud nodes that are powered down."""
+        default = self.partition()
+        names = partition.split(",") if partition else [default.name] if default else []
+        listed = {node for p in self.partitions if p.name in names for node in p.nodes}
+        return frozenset(listed.difference(node.name for node in self.nodes))

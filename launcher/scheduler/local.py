@@ -56,21 +56,21 @@ def cancel(job: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> 
     """SIGTERM to the script, which ends torchrun and writes the end; SIGKILL to all that is left after GRACE_S."""
     if not is_alive(job):
         return
-    family = [identity(pid) for pid in _descendants(int(job["job_id"]))]
+    family = _family(job)
     _signal(job, signal.SIGTERM)
-    waited = 0.0
-    while is_alive(job) and waited < GRACE_S:
-        sleep(0.2)
-        waited += 0.2
+    _wait(job, GRACE_S, sleep)
     if is_alive(job):
-        family = [identity(pid) for pid in _descendants(int(job["job_id"]))]
+        family = _family(job)
     for member in reversed(family[1:]):
         _signal(member, signal.SIGKILL)
-    waited = 0.0
-    while is_alive(job) and waited < 2:  # the script writes the end, once its step is gone
-        sleep(0.1)
-        waited += 0.1
+    _wait(job, 2.0, sleep)  # the script writes the end, once its step is gone
     _signal(job, signal.SIGKILL)
+
+
+def _wait(job: dict[str, Any], seconds: float, sleep: Callable[[float], None]) -> None:
+    while is_alive(job) and seconds > 0:
+        sleep(0.2)
+        seconds -= 0.2
 
 
 def find(script: Path, claimed_pid: str) -> dict[str, Any] | None:
@@ -92,16 +92,16 @@ def _signal(process: dict[str, Any], number: int) -> None:
             os.kill(int(process["job_id"]), number)
 
 
-def _descendants(root: int) -> list[int]:
-    """`root` and every process below it, parents first (torchrun's ranks are sessions of their own)."""
+def _family(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The job's process and every one below it, parents first (torchrun's ranks are sessions of their own)."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (fields := _stat(int(entry))):
             children.setdefault(int(fields[1]), []).append(int(entry))
-    family = [root]
+    family = [int(job["job_id"])]
     for pid in family:
         family += children.get(pid, [])
-    return family
+    return [identity(pid) for pid in family]
 
 
 def _start_ticks(pid: int) -> int | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby
 
 from launcher.base.values import whole
 from launcher.scheduler.facts import Block, Node, Partition
@@ -249,14 +249,9 @@ def compress(names: Sequence[str]) -> str:
         else:
             texts.append(name)
     for (prefix, width, suffix), numbers in groups.items():
-        numbers.sort()
-        runs = [[numbers[0], numbers[0]]]
-        for before, number in pairwise(numbers):
-            if number == before + 1:
-                runs[-1][1] = number
-            else:
-                runs.append([number, number])
-        parts = ",".join(f"{a:0{width}d}" + (f"-{b:0{width}d}" if b > a else "") for a, b in runs)
+        runs = [list(run) for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
+        ends = [(run[0][1], run[-1][1]) for run in runs]
+        parts = ",".join(f"{a:0{width}d}" + (f"-{b:0{width}d}" if b > a else "") for a, b in ends)
         texts.append(f"{prefix}{parts if len(numbers) == 1 else f'[{parts}]'}{suffix}")
     return ",".join(sorted(texts))
 

@@ -29,33 +29,21 @@ NO_PARTITION = "Slurm has no such partition"
 SBATCH_ERRORS = (
     (r"invalid partition", NO_PARTITION, "list them: sinfo -s"),
     (r"required partition not available", "the partition takes no jobs now", "another --partition: sinfo -s"),
-    (
-        r"invalid account or account/partition",
-        "the account may not use this partition",
-        "--account NAME; sacctmgr show assoc user=$USER",
-    ),
+    (r"invalid account", "the account may not use this partition", "--account NAME; sacctmgr show assoc user=$USER"),
     (r"invalid qos", "there is no such QOS, or this account may not use it", "--qos NAME; sacctmgr show qos"),
     (r"access denied to requested reservation", "you may not use that reservation", "scontrol show reservation"),
     (
         r"reservation.*(invalid|not found)|invalid reservation",
-        "there is no such reservation, or it is not yours",
+        "no such reservation of yours",
         "scontrol show reservation",
     ),
-    (
-        r"invalid number of nodes|invalid node count|not a valid node count",
-        "that number of nodes is none that Slurm takes",
-        "--nodes N; compare with: sinfo -s",
-    ),
+    (r"invalid number of nodes|valid node count", "that number of nodes is none", "--nodes N; compare with: sinfo -s"),
     (r"requested nodes? not in this partition", "a node of --nodelist is not in the partition", "sinfo -N -o '%N %P'"),
+    (r"invalid (node|host) ?name", "a node of --nodelist or --exclude does not exist", "list them: sinfo -N -h -o %N"),
     (
-        r"invalid node name|invalid hostname",
-        "a node of --nodelist or --exclude does not exist",
-        "list them: sinfo -N -h -o %N",
-    ),
-    (
-        r"requested topology configuration is not available",
+        r"topology configuration",
         "no block of the topology has that many free nodes",
-        "--segment a smaller divisor of --nodes; scontrol show topology",
+        "a smaller --segment, which divides --nodes",
     ),
     (
         r"requested node configuration is not available|node count specification invalid|more processors requested",
@@ -68,20 +56,12 @@ SBATCH_ERRORS = (
         "sinfo -o '%N %G'; set [profile] gres in a file for --config",
     ),
     (
-        r"requested time limit|time limit exceeds|invalid time",
-        "the time limit is above the partition's",
-        "--time; sinfo -o '%P %l'",
-    ),
-    (
         r"job violates accounting/qos policy|assocmax|qosmax",
         "a limit of your account or QOS is reached",
         "squeue --me; sacctmgr show assoc user=$USER",
     ),
-    (
-        r"access/permission denied|user's group not permitted|invalid user",
-        "you may not submit there",
-        "--partition or --account; ask your administrator",
-    ),
+    (r"time limit|invalid time", "the time limit is above the partition's", "--time; sinfo -o '%P %l'"),
+    (r"permission denied|not permitted|invalid user", "you may not submit there", "another --partition or --account"),
 )
 
 

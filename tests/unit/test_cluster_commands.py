@@ -54,25 +54,16 @@ def test_show_as_json_has_every_node_of_the_partition(launch: Launch, fake_slurm
     install(CLUSTERS["terraform-24.11"], fake_slurm)
     done = launch("cluster", "show", "--partition", "short", "--json")
     shown = json.loads(done.stdout)
-    assert (shown["slurm"], shown["topology"], shown["segment"], shown["pyxis"]) == (
-        [24, 11],
-        "block",
-        True,
-        "",
-    )
-    assert [(n["name"], n["state"], n["free"], n["block"]) for n in shown["nodes"]] == [
-        ("batch-compute-node-001", "idle", True, "rack1"),
-        ("batch-compute-node-002", "idle", True, "rack1"),
-    ]
+    assert [shown[key] for key in ("slurm", "topology", "segment", "pyxis")] == [[24, 11], "block", True, ""]
+    assert [shown[key] for key in ("notes", "unread", "squashfuse")] == [[], [], None]
+    names = ["batch-compute-node-001", "batch-compute-node-002"]
+    seen = [[n[key] for key in ("name", "state", "free", "block")] for n in shown["nodes"]]
+    assert seen == [[name, "idle", True, "rack1"] for name in names]
+    assert {p["name"]: p["guessed"] for p in shown["partitions"]} == {"batch": False, "short": False}
     assert [block["idle"] for block in shown["blocks"]] == [13, 18, 0]
     assert shown["proposal"]["profile"] == "gb200"
-    assert {e["source"] for e in shown["proposal"]["evidence"]} >= {
-        "GRES",
-        "count",
-        "architecture",
-        "CPUs",
-        "memory",
-    }
+    sources = {evidence["source"] for evidence in shown["proposal"]["evidence"]}
+    assert sources >= {"GRES", "count", "architecture", "CPUs", "memory"}
 
 
 def test_evidence_that_disagrees_is_shown_from_both_sides(launch: Launch, fake_slurm: Fake) -> None:

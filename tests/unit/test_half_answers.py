@@ -42,7 +42,6 @@ CUT = RACKS | {"nodes": RACKS["nodes"][:3000]}  # the first few, and a part of t
 BATCH, SHORT = partition_line("batch", "gpu[001-036]", default=True), partition_line("short", "gpu001")
 HALVES = {
     "nodes, cut in a record": ("nodes", RACKS["nodes"][:3000]),
-    "nodes, cut between two": ("nodes", "".join(RACKS["nodes"].splitlines(keepends=True)[:4])),
     "nodes, no answer": ("nodes", None),
     "partitions, cut off": ("partitions", f"{BATCH}\n{SHORT[:300]}"),
     "partitions, a record cut off": ("partitions", f"{BATCH}\nPartitionName=short AllowGroups=ALL\n"),
@@ -92,6 +91,18 @@ def test_an_answer_that_is_not_whole_is_one_warning_and_no_check(question: str, 
         odd_runs = (run("gb200", 99, nodelist="x1"), run("h200", exclude="x2", time=time), run("gb200", 2, segment=30))
         for odd in odd_runs:
             assert codes(looked(odd, facts), ERROR) == []
+
+
+def test_nodes_that_slurm_does_not_show_are_not_missed() -> None:
+    """Cloud nodes that are powered down: their partition lists them, and a job wakes them."""
+    facts = facts_of(RACKS | {"nodes": "".join(RACKS["nodes"].splitlines(keepends=True)[:4])})
+    findings = looked(run("gb200", 9, nodelist="gpu010", exclude="gpu011"), facts)
+    assert facts.unread == {} and codes(findings, ERROR) == [] and "nodelist" in codes(findings)
+    assert sentence(found(findings, "nodes-not-yet")).startswith("--nodes 9: partition batch has 4, without those of")
+    assert "1 x 9 nodes" in sentence(found(findings, "segment"))
+    assert not found(looked(run("h200"), facts), "gpus-absent").certain
+    assert codes(looked(run("gb200", 2, exclude="x1"), facts), ERROR) == ["node-unknown"]
+    assert without(run("gb200"), facts, [bad("gpu020")], 1.0)[0].avoid == ("gpu020",)
 
 
 def test_whole_answers_are_all_checked() -> None:

@@ -122,7 +122,7 @@ def check_of(spec: PlacedRun, facts: ClusterFacts) -> Finding:
     return finding
 
 
-ROOM = "1 x 17 nodes, each in one block; room now: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)"
+ROOM = "1 x 17 nodes, each in one block; room now for 1: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)"
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,8 @@ def test_what_the_user_is_told(nodes: int, status: str, said: str) -> None:
 
 def test_room_now() -> None:
     found = describe(36, 18, RACKS, {*RACKS[0].nodes, *RACKS[1].nodes[:17]})
-    assert found.text == "2 x 18 nodes, each in one block; room now, but not for all: rack-1 (18 free)"
-    assert not found.starts_now
-    assert describe(36, 18, RACKS).text.endswith("; no block has room for one now")
+    assert found.facts == {"pieces": 2, "segment": 18, "starting": 1, "room": ("rack-1 (18 free)",)}
+    assert describe(36, 18, RACKS).facts == {"pieces": 2, "segment": 18, "starting": 0, "room": ()}
 
 
 UNEVEN = (

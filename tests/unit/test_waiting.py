@@ -107,7 +107,7 @@ def test_blocks_without_room_are_named() -> None:
     nodes = [node(f"a{i}", state, gres="gpu:4", gpus=4, arch="aarch64") for i, state in enumerate(states)]
     waits = cluster(*nodes, blocks=RACKS, segment=True, topology="block")
     lines = explain("Resources", run("gb200", 2, segment=2), waits, "", NOW)
-    assert "1 x 2 nodes, each in one block; no block has room for one now" in lines
+    assert "1 x 2 nodes, each in one block; room now for 0" in lines
 
 
 def test_status_tells_it(launch: Launch, slurm: Fake, image: Path) -> None:
