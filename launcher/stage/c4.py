@@ -19,7 +19,7 @@ from launcher.stage.hub import find_token, list_files
 from launcher.stage.s3 import open_bucket
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
-from launcher.stage.target import gigabytes
+from launcher.stage.target import STATE, gigabytes
 
 REPO = "allenai/c4"
 README = "README.md"
@@ -147,8 +147,6 @@ def plan_c4(
     Files that `target` holds already come first, then the lowest numbers.
     """
     repo: Source
-    top: Sequence[RemoteFile]
-    inside: Sequence[RemoteFile]
     if source:
         repo, top, inside = open_bucket(source)
     else:
@@ -169,6 +167,8 @@ def plan_c4(
         )
     _refuse_another_c4(target, split["train"])
     count, notes = _count(files, demands, everything, in_all)
+    if not (readme[0].sha256 or readme[0].blob):
+        notes.append(f"{source} has no {STATE}/manifest.json: nothing but the sizes of files can be compared")
     chosen = sorted(split["train"], key=lambda file: not os.path.lexists(target / file.path))[:count]
     chosen.sort(key=lambda file: file.path)
     also = split["validation"] if validation else []

@@ -192,7 +192,7 @@ def test_an_interrupted_directory_says_what_is_missing(launch: Launch, hub: Hub,
     def refuse(*_arguments: object) -> None:
         raise LauncherError("no")
 
-    monkeypatch.setattr(hub_module, "download", refuse)
+    monkeypatch.setattr(hub_module.Repo, "download", refuse)
     with pytest.raises(LauncherError):
         stage_c4(workplace / "c4", files=2)
     found = launch("stage", "verify", "c4", "--json")
