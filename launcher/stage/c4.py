@@ -20,6 +20,7 @@ from launcher.stage.s3 import open_bucket
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import STATE, gigabytes
+from launcher.stage.view import tokens_of
 
 REPO = "allenai/c4"
 README = "README.md"
@@ -114,8 +115,7 @@ def _demand_of_run(path: Path) -> Demand:
     recipe = spec.recipe
     ways = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel
     ranks = degree(spec.gpus, ways, f"--for {path}")
-    batch = recipe.global_batch_size if recipe.global_batch_size > 0 else recipe.local_batch_size * ranks
-    return Demand(ranks, recipe.steps * batch * recipe.seq_len, f"{path}, {recipe.steps:,} steps")
+    return Demand(ranks, tokens_of(spec), f"{path}, {recipe.steps:,} steps")
 
 
 def degree(gpus: int, ways: int, where: str) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import write_bytes
+from launcher.base.files import filesystem_error, write_bytes
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
@@ -49,22 +49,13 @@ def safe_path(path: object) -> bool:
 
 def write_error(path: Path, error: OSError) -> LauncherError:
     """The operating system's refusal to write below the target, with what to do about it."""
-    place = quoted(path.parent)
-    fixes = {
-        errno.EACCES: f"--to a directory that you can write, or: ls -ld {place}",
-        errno.EPERM: f"--to a directory that you can write, or: ls -ld {place}",
-        errno.EROFS: "--to a directory on a file system that is not mounted read-only",
-        errno.ENOSPC: f"free space (df -h {place}), then the same command continues",
-        errno.EDQUOT: f"free space (quota -s; du -sh {place}), then the same command continues",
-        errno.EFBIG: "the file system, or ulimit -f, does not allow files of this size",
-        errno.ELOOP: f"it is a link, or no file: ls -l {quoted(path)}; remove it, then the same command",
-    }
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return LauncherError(
-        f"cannot write {path}: {reason}",
-        fixes.get(error.errno or 0, f"ls -ld {place}"),
-        status=ExitStatus.FILESYSTEM,
-    )
+    if error.errno == errno.ELOOP:
+        return LauncherError(
+            f"cannot write {path}: {os.strerror(errno.ELOOP)}",
+            f"it is a link, or no file: ls -l {quoted(path)}; remove it, then the same command",
+            status=ExitStatus.FILESYSTEM,
+        )
+    return filesystem_error(path, error, "--to DIR")
 
 
 def refuse_unusable(target: Path) -> None:
