@@ -169,7 +169,7 @@ def refuse_offline() -> None:
 def _trust() -> None:
     """Our own requests and huggingface_hub's trust the bundle that the user names, else certifi's."""
     if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
-        import certifi
+        import certifi  # huggingface_hub's client brings it
 
         bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
         os.environ["SSL_CERT_FILE"] = bundle or certifi.where()

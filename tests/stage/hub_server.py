@@ -79,6 +79,7 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], dict[str, Content]] = {}
         self.commits: dict[tuple[str, str], str] = {}
+        self.site: dict[str, Content] = {}  # what it has besides, as any web server, by the path of its address
         self.gated: dict[str, dict[str, str]] = {}  # repository -> token -> "ok" or a key of GATED_WORDS
         self.tokens: set[str] = set()
         self.faults: dict[str, list[Fault]] = defaultdict(list)  # file's path -> one for each answer
@@ -142,6 +143,9 @@ class Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
                 kind = "dataset" if match[1] else "model"
                 return self._resolve(kind, match[2], match[3], match[4])
+            self._log(path, "site")
+            if path in self.hub.site:
+                return self._content(path, self.hub.site[path], {})
             self.answer(404, b"", {})
 
     def _log(self, path: str, where: str) -> None:
@@ -167,8 +171,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
             return False
         if (kind, name) not in self.hub.repos:
-            words = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
-            self.answer(404 if token else 401, b"", words)
+            unknown = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            self.answer(404 if token else 401, b"", unknown)
             return False
         if name in self.hub.gated and content:
             state = self.hub.gated[name].get(token, "none")
