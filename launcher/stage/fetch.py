@@ -218,7 +218,7 @@ def _download(source: Source, file: RemoteFile, target: Path, work: Work, progre
             return staged
         progress.say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
     raise LauncherError(
-        f"{file.path}: wrong bytes twice: another checksum than {(file.sha256 or file.blob)[:16]}…, which is announced",
+        f"{file.path}: wrong bytes twice: not those of {(file.sha256 or file.blob or f'{file.bytes:,} bytes')[:16]}",
         "a proxy or cache on the way may change files; nothing of it was kept; the same command tries again",
         status=ExitStatus.ERROR,
     )

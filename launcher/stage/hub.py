@@ -75,37 +75,28 @@ def endpoint() -> str:
 def find_token(token_file: Path | None = None) -> str | None:
     """The token in `token_file`, else HF_TOKEN, else the one of `hf auth login`; None without any.
 
-    Raises LauncherError for a token file that cannot be read or does not hold exactly one line.
+    Raises LauncherError for a file that cannot be read, and for a `token_file` that does not hold exactly one word.
     """
-    if token_file is None:
-        from huggingface_hub import constants, get_token
+    from huggingface_hub import constants, get_token
 
-        try:
-            found: str | None = get_token()
-        except (OSError, UnicodeDecodeError) as error:
-            place = str(constants.HF_TOKEN_PATH)
-            raise LauncherError(
-                f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
-                f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
-                status=ExitStatus.FILESYSTEM,
-            ) from None
-        return found
     try:
-        lines = read_bytes(token_file, 64 << 10, wait=True).decode("utf-8").split()
-    except OSError as error:
+        if token_file is None:
+            found: str | None = get_token()
+            return found
+        words = read_bytes(token_file, 64 << 10, wait=True).decode("utf-8", "replace").split()
+    except (OSError, UnicodeDecodeError) as error:
+        place = str(token_file or constants.HF_TOKEN_PATH)
         raise LauncherError(
-            f"--token-file {token_file}: {error.strerror}",
-            f"ls -l {quoted(token_file)}",
+            f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
+            f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
             status=ExitStatus.FILESYSTEM,
         ) from None
-    except UnicodeDecodeError:
-        lines = []
-    if len(lines) != 1:
+    if len(words) != 1 or not words[0].isascii():
         raise LauncherError(
             f"--token-file {token_file}: must hold one token and nothing else",
             "write it there with: umask 077; cat > FILE, paste it, Ctrl-D",
         )
-    return lines[0]
+    return words[0]
 
 
 def pin(name: str, kind: str, revision: str | None, token: str | None) -> Repo:
