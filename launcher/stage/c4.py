@@ -167,12 +167,12 @@ def plan_c4(
         )
     _refuse_another_c4(target, split["train"])
     count, notes = _count(files, demands, everything, in_all)
-    if not (readme[0].sha256 or readme[0].blob):
-        notes.append(f"{source} has no {STATE}/manifest.json: nothing but the sizes of files can be compared")
     chosen = sorted(split["train"], key=lambda file: not os.path.lexists(target / file.path))[:count]
     chosen.sort(key=lambda file: file.path)
-    also = split["validation"] if validation else []
-    return Plan(repo, (*readme, *chosen, *also), count, in_all, notes)
+    wanted = (*readme, *chosen, *(split["validation"] if validation else []))
+    if unknown := sum(not (file.sha256 or file.blob) for file in wanted):
+        notes.append(f"{in_files(unknown)} not in {source}/{STATE}/manifest.json: nothing but sizes can be compared")
+    return Plan(repo, wanted, count, in_all, notes)
 
 
 def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:

@@ -76,7 +76,7 @@ def bring(kind: str, target: Path, repo: Repo, files: Sequence[RemoteFile], jobs
 
 
 def kind_of(target: Path) -> str:
-    """ "model" or "tokenizer", where a directory looks like one of them, whoever made it."""
+    """What a directory looks like, whoever made it: "model", "tokenizer", or nothing."""
     if any(target.glob("*.safetensors")):
         return "model"
     return "tokenizer" if any((target / name).is_file() for name in REQUIRED) else ""
