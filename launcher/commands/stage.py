@@ -13,17 +13,12 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, echo, print_error, print_json, say
 from launcher.config.options import FilePath
 from launcher.stage import c4 as c4_work
-from launcher.stage import fetch, inventory
-from launcher.stage import model as model_work
-from launcher.stage import tokenizer as tokenizer_work
-from launcher.stage.hub import HubFile, Repo
+from launcher.stage import inventory, models
+from launcher.stage.fetch import Outcome, summary
 from launcher.stage.image import stage_image
 from launcher.stage.inventory import reports
 from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
 from launcher.stage.target import gigabytes, refuse_foreign, refuse_unwritable
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
 
 _path = FilePath(path_type=Path)
 _to = click.option("--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into.")
@@ -36,6 +31,14 @@ _token_file = click.option(
 )
 _jobs = click.option("--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Files at once.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there; write nothing.")
+
+
+def _from_the_hub(command: Callable[..., Any]) -> Callable[..., Any]:
+    return _revision(_token_file(_jobs(_dry_run(as_json(command)))))
+
+
+def _of_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.argument("model", default="Llama-3.1-8B")(_to(_from_the_hub(command)))
 
 
 @click.command()
@@ -59,11 +62,7 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there
     help="s3://bucket/prefix in place of the Hub; credentials "
     "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.",
 )
-@_revision
-@_token_file
-@_jobs
-@_dry_run
-@as_json
+@_from_the_hub
 def c4(
     target: Path,
     files: int | None,
@@ -113,23 +112,13 @@ def c4(
     }
     if dry_run:
         _print_dry_run(target, plan.files, facts, as_json)
-        return
-    outcome = c4_work.bring(target, plan, jobs)
-    if as_json:
-        print_json(facts | outcome.as_dict(target))
     else:
-        echo(fetch.summary(outcome, target))
+        _print_outcome(c4_work.bring(target, plan, jobs), target, facts, as_json)
 
 
 @click.command()
-@click.argument("model", default="Llama-3.1-8B")
-@_to
-@_revision
-@_token_file
-@_jobs
-@_dry_run
-@as_json
-def tokenizer(model: str, **options: Any) -> None:
+@_of_a_model
+def tokenizer(**options: Any) -> None:
     """Stage the tokenizer of a Llama 3.
 
     Of Llama-3.1-8B, Llama-3.1-70B, or OWNER/NAME on the Hub. The models are gated: accept the licence on the Hub,
@@ -138,20 +127,12 @@ def tokenizer(model: str, **options: Any) -> None:
     \b
     launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
     """
-    _stage_model(
-        tokenizer_work.plan_tokenizer, tokenizer_work.bring, tokenizer_work.looks_like_tokenizer, model, **options
-    )
+    _stage_model("tokenizer", **options)
 
 
 @click.command()
-@click.argument("model", default="Llama-3.1-8B")
-@_to
-@_revision
-@_token_file
-@_jobs
-@_dry_run
-@as_json
-def model(model: str, **options: Any) -> None:
+@_of_a_model
+def model(**options: Any) -> None:
     """Stage weights to start a training from.
 
     A model's safetensors, configuration and tokenizer.
@@ -159,15 +140,13 @@ def model(model: str, **options: Any) -> None:
     \b
     launcher stage model --to /data/models/Llama-3.1-8B
     """
-    _stage_model(model_work.plan_model, model_work.bring, model_work.looks_like_model, model, **options)
+    _stage_model("model", **options)
 
 
 def _stage_model(
-    plan: Callable[..., tuple[Repo, list[HubFile]]],
-    bring: Callable[..., Any],
-    ours: Callable[[Path], bool],
-    name: str,
+    kind: str,
     *,
+    model: str,
     target: Path,
     revision: str | None,
     token_file: Path | None,
@@ -175,20 +154,23 @@ def _stage_model(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    refuse_foreign(target, ours)
+    refuse_foreign(target, models.kind_of)
     if not dry_run:
         refuse_unwritable(target)
-    repo, files = plan(target, name, revision, token_file)
+    repo, files = models.plan(kind, target, model, revision, token_file)
     size = gigabytes(sum(file.bytes for file in files))
     say(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}")
     if dry_run:
         _print_dry_run(target, files, {"source": repo.source, "revision": repo.revision}, as_json)
-        return
-    outcome = bring(target, repo, files, jobs)
-    if as_json:
-        print_json(outcome.as_dict(target))
     else:
-        echo(fetch.summary(outcome, target))
+        _print_outcome(models.bring(kind, target, repo, files, jobs), target, {}, as_json)
+
+
+def _print_outcome(outcome: Outcome, target: Path, facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(facts | outcome.as_dict(target))
+    else:
+        echo(summary(outcome, target))
 
 
 def _print_dry_run(target: Path, files: Any, facts: dict[str, Any], as_json: bool) -> None:

@@ -19,7 +19,8 @@ from launcher.stage.hub import find_token, list_files
 from launcher.stage.s3 import open_bucket
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
-from launcher.stage.target import gigabytes
+from launcher.stage.target import STATE, gigabytes
+from launcher.stage.view import tokens_of
 
 REPO = "allenai/c4"
 README = "README.md"
@@ -114,8 +115,7 @@ def _demand_of_run(path: Path) -> Demand:
     recipe = spec.recipe
     ways = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel
     ranks = degree(spec.gpus, ways, f"--for {path}")
-    batch = recipe.global_batch_size if recipe.global_batch_size > 0 else recipe.local_batch_size * ranks
-    return Demand(ranks, recipe.steps * batch * recipe.seq_len, f"{path}, {recipe.steps:,} steps")
+    return Demand(ranks, tokens_of(spec), f"{path}, {recipe.steps:,} steps")
 
 
 def degree(gpus: int, ways: int, where: str) -> int:
@@ -147,8 +147,6 @@ def plan_c4(
     Files that `target` holds already come first, then the lowest numbers.
     """
     repo: Source
-    top: Sequence[RemoteFile]
-    inside: Sequence[RemoteFile]
     if source:
         repo, top, inside = open_bucket(source)
     else:
@@ -171,8 +169,10 @@ def plan_c4(
     count, notes = _count(files, demands, everything, in_all)
     chosen = sorted(split["train"], key=lambda file: not os.path.lexists(target / file.path))[:count]
     chosen.sort(key=lambda file: file.path)
-    also = split["validation"] if validation else []
-    return Plan(repo, (*readme, *chosen, *also), count, in_all, notes)
+    wanted = (*readme, *chosen, *(split["validation"] if validation else []))
+    if unknown := sum(not (file.sha256 or file.blob) for file in wanted):
+        notes.append(f"{in_files(unknown)} not in {source}/{STATE}/manifest.json: nothing but sizes can be compared")
+    return Plan(repo, wanted, count, in_all, notes)
 
 
 def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:

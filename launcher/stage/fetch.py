@@ -1,7 +1,7 @@
-"""Many files of one repository into one directory: several at once, continued, verified, under a lock.
+"""Many files of one repository into one directory: several at once, verified, under a lock.
 
-A file is written below .staged/partial, under a name that holds its checksum, and renamed when its bytes are the
-Hub's. So nothing unverified ever has a final name, and whatever ends this process, the next call goes on.
+A file is written below .staged/partial and renamed when its bytes are the source's. So nothing unverified ever has a
+final name, and whatever ends this process, the next call brings what is missing.
 """
 
 from __future__ import annotations
@@ -9,32 +9,28 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import say
 from launcher.stage.hub import Repo, pin
 from launcher.stage.manifest import (
-    BLOCK,
     Manifest,
     StagedFile,
+    check_bytes,
     describe_wrong,
     is_verified,
-    open_at_once,
     read_manifest,
     write_manifest,
 )
-from launcher.stage.progress import Progress
+from launcher.stage.progress import JOBS, Progress, each
 from launcher.stage.shards import in_files
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import (
-    Stopped,
+    Incoming,
     Work,
     at_work,
     check_space,
@@ -44,7 +40,6 @@ from launcher.stage.target import (
     write_error,
 )
 
-JOBS = 8  # files at once
 SECONDS_BETWEEN_MANIFESTS = 2.0  # a verified file that is not in it yet is only read again
 
 
@@ -113,14 +108,14 @@ def fetch(
     source: Source,
     wanted: Sequence[RemoteFile],
     kind: str,
-    ours: Callable[[Path], bool],
+    ours: Callable[[Path], object],
     jobs: int = JOBS,
     train_files_in_all: int = 0,
 ) -> Outcome:
     """Brings every file of `wanted` below `target`, verified against its source, and records it.
 
-    Files that are there are kept when their bytes are right, and replaced when they are not. Raises LauncherError;
-    on Ctrl-C, KeyboardInterrupt after everything has stopped. In both cases a later call continues.
+    Files that are there are kept when their bytes are right, and replaced when they are not. Raises LauncherError, or
+    KeyboardInterrupt on Ctrl-C; in both cases a later call brings what is missing.
     """
     began = time.monotonic()
     refuse_foreign(target, ours)
@@ -130,28 +125,40 @@ def fetch(
         if found and found.kind == "model":
             kind = "model"
         missing, unread = _sorted(target, wanted, files)
-        paths = {file.path for file in wanted}
         # What was verified before stays in the list; what was wanted before and never came does not.
-        manifest = Manifest(
-            kind, source.source, source.revision, files, tuple(paths | files.keys()), train_files_in_all
-        )
-        state = _State(target, work, source, manifest, jobs)
-        present = len(wanted) - len(missing) - len(unread)
-        if unread:
-            wrong = state.run("checking", unread, 0, state.adopt)
-            missing += wrong
-            present += len(unread) - len(wrong)
+        paths = tuple({file.path for file in wanted} | files.keys())
+        manifest, saved = Manifest(kind, source.source, source.revision, files, paths, train_files_in_all), 0.0
+
+        def bring(title: str, files: Sequence[RemoteFile], work_on: Callable[..., StagedFile | None]) -> None:
+            """What `work_on` makes of each goes into the manifest; where it makes nothing, the file is missing."""
+            nonlocal manifest, saved
+            try:
+                for file, staged in each(title, files, work_on, jobs):
+                    if staged is None:
+                        missing.append(file)
+                    else:
+                        manifest = manifest.with_file(file.path, staged)
+                    if time.monotonic() - saved > SECONDS_BETWEEN_MANIFESTS:
+                        write_manifest(work.state, manifest)
+                        saved = time.monotonic()
+            except BaseException:
+                with contextlib.suppress(LauncherError):  # the disk may be what went wrong
+                    write_manifest(work.state, manifest)
+                have = f"{len(manifest.files)} of {in_files(len(manifest.wanted))} are complete in {target}"
+                say(f"stopped: {have}; the same command continues")
+                raise
+
+        bring("checking", unread, lambda file, progress: _kept(target, file, progress))
         for folder in {Path(file.path).parts[:-1] for file in missing}:
-            work.top.below(*folder).close()  # refuses a link before anything is downloaded
-        work.partial.clear(_partial(file) for file in missing)
-        already = sum(min(work.partial.size(_partial(file)), file.bytes) for file in missing)
-        check_space(target, sum(file.bytes for file in missing) - already)
-        state.save()
-        if missing:
-            state.run("downloading", sorted(missing, key=lambda file: file.path), already, state.bring)
-        state.save()
-        size = sum(file.bytes for file in missing) - already
-        return Outcome(state.manifest, present, len(missing), size, time.monotonic() - began)
+            work.top.below(*folder)  # refuses a link before anything is downloaded
+        size = sum(file.bytes for file in missing)
+        check_space(target, size)
+        write_manifest(work.state, manifest)
+        downloaded = sorted(missing, key=lambda file: file.path)
+        bring("downloading", downloaded, lambda file, progress: _download(source, file, target, work, progress))
+        write_manifest(work.state, manifest)
+        present = len(wanted) - len(downloaded)
+        return Outcome(manifest, present, len(downloaded), size, time.monotonic() - began)
 
 
 def _sorted(
@@ -163,139 +170,76 @@ def _sorted(
     """
     missing, unread = [], []
     for file in wanted:
-        entry = files.get(file.path)
+        path, entry = target / file.path, files.get(file.path)
         if entry and (entry.bytes, entry.sha256) != (file.bytes, file.sha256 or entry.sha256):
-            entry = None  # edited by hand: the Hub's word counts
+            entry = None  # edited by hand: the source's word counts
         if entry and is_verified(target, file.path, entry):
             continue
         files.pop(file.path, None)
         try:
-            there = (target / file.path).stat()
+            there = path.stat()
         except NotADirectoryError:
             raise in_the_way(target / Path(file.path).parts[0], "a file, not a directory") from None
         except OSError:
             missing.append(file)
             continue
         if not stat.S_ISREG(there.st_mode):
-            what = "a directory, not a file" if stat.S_ISDIR(there.st_mode) else "no file"
-            raise in_the_way(target / file.path, what)
-        size = there.st_size
-        if size == file.bytes:
+            raise in_the_way(path, "a directory, not a file" if stat.S_ISDIR(there.st_mode) else "no file")
+        if there.st_size != file.bytes:
+            say(f"{path}: {describe_wrong(path, there.st_size, file.bytes)}; downloaded again")
+            missing.append(file)
+        elif file.sha256 or file.blob:
             unread.append(file)
-        else:
-            say(f"{target / file.path}: {describe_wrong(target / file.path, size, file.bytes)}; downloaded again")
+        elif entry:
+            unread.append(replace(file, sha256=entry.sha256))
+        else:  # nothing says what its bytes should be
             missing.append(file)
     return missing, unread
 
 
-class _State:
-    """One call's work: the manifest as it grows, and the pool that fills it."""
+def _kept(target: Path, file: RemoteFile, progress: Progress) -> StagedFile | None:
+    """A file that was there: kept when its bytes are the source's."""
+    path = target / file.path
+    try:
+        staged = check_bytes(path, file, progress.add)
+        why = "other bytes than the source's"
+    except OSError as error:
+        staged, why = None, error.strerror or str(error)
+    if staged is None:
+        progress.say(f"{path}: {why}; downloaded again")
+    return staged
 
-    def __init__(self, target: Path, work: Work, source: Source, manifest: Manifest, jobs: int) -> None:
-        self.target, self.work, self.source, self.manifest, self.jobs = target, work, source, manifest, jobs
-        self.stop = threading.Event()
-        self.saved = 0.0
-        self.progress: Progress | None = None
 
-    def save(self) -> None:
-        write_manifest(self.work.state, self.manifest)
-        self.saved = time.monotonic()
+def _download(source: Source, file: RemoteFile, target: Path, work: Work, progress: Progress) -> StagedFile:
+    """A file from its source; one with wrong bytes is tried once more."""
+    for _ in range(2):
+        staged = receive(work, file, target / file.path, lambda stream: source.download(file, stream), progress)
+        if staged is not None:
+            return staged
+        progress.say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
+    raise LauncherError(
+        f"{file.path}: wrong bytes twice: not those of {(file.sha256 or file.blob or f'{file.bytes:,} bytes')[:16]}",
+        "a proxy or cache on the way may change files; nothing of it was kept; the same command tries again",
+        status=ExitStatus.ERROR,
+    )
 
-    def run(
-        self,
-        title: str,
-        files: Sequence[RemoteFile],
-        already: int,
-        work: Callable[[RemoteFile, Progress], StagedFile | None],
-    ) -> list[RemoteFile]:
-        """`work` on each file, several at once; what it returns goes into the manifest. Returns where it gave None."""
-        refused = []
-        progress = Progress(title, len(files), sum(file.bytes for file in files), already, sys.stderr)
-        with progress, ThreadPoolExecutor(self.jobs, thread_name_prefix="stage") as pool:
-            pending: dict[Future[StagedFile | None], RemoteFile] = {
-                pool.submit(work, file, progress): file for file in files
-            }
-            try:
-                while pending:
-                    done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        file = pending.pop(future)
-                        staged = future.result()
-                        progress.done_files += 1
-                        if staged is None:
-                            refused.append(file)
-                        else:
-                            self.manifest = self.manifest.with_file(file.path, staged)
-                    progress.refresh()
-                    if done and time.monotonic() - self.saved > SECONDS_BETWEEN_MANIFESTS:
-                        self.save()
-            except BaseException:
-                self.stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                for future in pending:  # verified while we were stopping
-                    if future.done() and not future.cancelled() and future.exception() is None:
-                        staged = future.result()
-                        if staged is not None:
-                            self.manifest = self.manifest.with_file(pending[future].path, staged)
-                with contextlib.suppress(LauncherError):  # the disk may be what went wrong
-                    self.save()
-                progress.say(
-                    f"stopped: {len(self.manifest.files)} of {in_files(len(self.manifest.wanted))} are complete in "
-                    f"{self.target}; the same command continues"
-                )
-                raise
-        return refused
 
-    def adopt(self, file: RemoteFile, progress: Progress) -> StagedFile | None:
-        """A file that was there: kept when its bytes are the Hub's."""
-        path = self.target / file.path
-        digests, buffer = file.digests(), bytearray(BLOCK)
-        before = path.stat().st_mtime_ns
+def receive(
+    work: Work, file: RemoteFile, final: Path, fill: Callable[[Incoming], None], progress: Progress
+) -> StagedFile | None:
+    """What `fill` brings, under its final name when its bytes are right; nothing is kept of wrong ones."""
+    with work.partial.unfinished(file.bytes, progress.add) as stream:
+        fill(stream)
         try:
-            with open_at_once(path) as stream:
-                while count := stream.readinto(buffer):
-                    if self.stop.is_set():
-                        raise Stopped
-                    digests.update(memoryview(buffer)[:count])
-                    progress.add(count)
+            os.fsync(stream.fileno())  # what records the file must not outlive its bytes
+            staged = check_bytes(stream.handle, file)
+            if staged is None:
+                stream.restart()
+            else:
+                work.partial.finish(stream, final, work.top)
         except OSError as error:
-            progress.say(f"{path}: {error.strerror}; downloaded again")
-            return None
-        if digests.match(file):
-            return StagedFile(file.bytes, digests.sha256.hexdigest(), before)
-        progress.say(f"{path}: other bytes than the Hub's; downloaded again")
-        return None
-
-    def bring(self, file: RemoteFile, progress: Progress) -> StagedFile:
-        """A file from the Hub, under its final name when its bytes are right; wrong ones are tried once more."""
-        with self.work.partial.begin(_partial(file)) as stream:
-            digests = self.source.download(file, stream, progress.add, self.stop)
-            if not digests.match(file):
-                progress.say(f"{file.path}: wrong bytes (checksum differs from the Hub's); downloaded again")
-                progress.add(-file.bytes)
-                stream.truncate(0)
-                digests = self.source.download(file, stream, progress.add, self.stop)
-            if not digests.match(file):
-                self.work.partial.remove(Path(str(stream.name)).name)
-                raise LauncherError(
-                    f"{file.path}: wrong bytes twice: the Hub announces {file.digest[:16]}…, received was "
-                    f"{digests.sha256.hexdigest()[:16]}…",
-                    "a proxy or cache on the way may change files; nothing of it was kept; the same command tries "
-                    "again",
-                    status=ExitStatus.ERROR,
-                )
-            try:
-                os.fsync(stream.fileno())  # the manifest must not outlive the bytes it vouches for
-                found = os.fstat(stream.fileno())
-                self.work.partial.finish(stream, self.target / file.path, self.work.top)
-            except OSError as error:
-                raise write_error(self.target / file.path, error) from error
-        return StagedFile(found.st_size, digests.sha256.hexdigest(), found.st_mtime_ns)
-
-
-def _partial(file: RemoteFile) -> str:
-    """By content, not by name alone: what another revision has left is never continued."""
-    return f"{file.digest[:24]}-{Path(file.path).name}"
+            raise write_error(final, error) from error
+        return staged
 
 
 def summary(outcome: Outcome, target: Path) -> str:

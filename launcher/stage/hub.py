@@ -1,39 +1,23 @@
-"""The Hugging Face Hub: what a repository holds at one commit, one file of it, and its refusals in plain words.
-
-Asked with the standard library, and every answer is bounded and checked where it is read: huggingface_hub's client
-takes a listing of any size, also inflated, and what is wrong in it for granted. Its `hf_hub_download` keeps an
-interrupted download in 0.34 and throws it away in 2.4. The one module that imports it: for the user's token, and for
-Xet.
-"""
+"""The Hugging Face Hub: what a repository holds at one commit, one file of it, and its refusals in plain words."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import importlib.util
-import logging
 import os
 import re
-import ssl
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes
-from launcher.stage.hub_errors import status_of, translate, with_retries
-from launcher.stage.receive import Sink, WrongLength
-from launcher.stage.source import Checksums, check_answer, is_digest
-from launcher.stage.target import Stopped
-from launcher.stage.web import json_in, open_url, read_whole
+from launcher.stage.source import RemoteFile, check_answer, is_digest
+from launcher.stage.target import Incoming
+from launcher.stage.web import Refused, ask, download, header_of, library, no_answer, refuse_offline, status_of
 
 ENDPOINT = "https://huggingface.co"
-TIMEOUT_S = 15.0  # without a byte from the server
 ANSWER_BYTES = 8 << 20  # of the API: twenty pages of a listing
 ENTRIES = 100_000  # of one listing
 
@@ -59,48 +43,17 @@ class Repo:
     def page(self) -> str:
         return f"{self.site}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
-    def download(
-        self, file: HubFile, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event
-    ) -> Checksums:
-        return download(self, file, stream, on_bytes, stop)
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file as the Hub describes it: large ones by their sha256, the others by git's object id (sha1)."""
-
-    path: str
-    bytes: int
-    sha256: str = ""
-    blob: str = ""
-    xet: str = ""  # what Xet's servers know the file by
-
     @property
-    def digest(self) -> str:
-        return self.sha256 or self.blob
+    def api(self) -> str:
+        return f"{self.site}/api/{self.kind}s/{self.name}"
 
-    def digests(self) -> Digests:
-        return Digests(None if self.sha256 else self.bytes)
+    def download(self, file: RemoteFile, stream: Incoming) -> None:
+        from huggingface_hub.utils import build_hf_headers
 
-
-class Digests:
-    """The checksums by which the Hub knows files, of bytes as they pass: git's only where its size is given."""
-
-    def __init__(self, git_bytes: int | None = None) -> None:
-        self.sha256 = hashlib.sha256()
-        self.git = None
-        if git_bytes is not None:  # git hashes "blob <size>" and a zero byte before the content
-            self.git = hashlib.sha1(b"blob %d\0" % git_bytes, usedforsecurity=False)
-
-    def update(self, chunk: bytes | memoryview) -> None:
-        self.sha256.update(chunk)
-        if self.git is not None:
-            self.git.update(chunk)
-
-    def match(self, file: HubFile) -> bool:
-        if file.sha256 or self.git is None:
-            return self.sha256.hexdigest() == file.sha256
-        return self.git.hexdigest() == file.blob
+        headers = build_hf_headers(token=self.token or False)
+        if not (file.xet and _came_by_xet(self, file, stream, headers)):
+            url = f"{self.page}/resolve/{self.revision}/{quote(file.path)}"
+            download(url, stream, headers, refused_by_hub(self, file.path))
 
 
 def endpoint() -> str:
@@ -122,70 +75,44 @@ def endpoint() -> str:
 def find_token(token_file: Path | None = None) -> str | None:
     """The token in `token_file`, else HF_TOKEN, else the one of `hf auth login`; None without any.
 
-    Raises LauncherError for a token file that cannot be read or does not hold exactly one line.
+    Raises LauncherError for a file that cannot be read, and for a `token_file` that does not hold exactly one word.
     """
-    if token_file is None:
-        from huggingface_hub import constants, get_token
+    from huggingface_hub import constants, get_token
 
-        try:
-            found: str | None = get_token()
-        except (OSError, UnicodeDecodeError) as error:
-            place = str(constants.HF_TOKEN_PATH)
-            raise LauncherError(
-                f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
-                f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
-                status=ExitStatus.FILESYSTEM,
-            ) from None
-        return found
     try:
-        lines = read_bytes(token_file, 64 << 10, wait=True).decode("utf-8").split()
-    except OSError as error:
+        if token_file is None:
+            found: str | None = get_token()
+            return found
+        words = read_bytes(token_file, 64 << 10, wait=True).decode("utf-8", "replace").split()
+    except (OSError, UnicodeDecodeError) as error:
+        place = str(token_file or constants.HF_TOKEN_PATH)
         raise LauncherError(
-            f"--token-file {token_file}: {error.strerror}",
-            f"ls -l {quoted(token_file)}",
+            f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
+            f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
             status=ExitStatus.FILESYSTEM,
         ) from None
-    except UnicodeDecodeError:
-        lines = []
-    if len(lines) != 1:
+    if len(words) != 1 or not words[0].isascii():
         raise LauncherError(
             f"--token-file {token_file}: must hold one token and nothing else",
             "write it there with: umask 077; cat > FILE, paste it, Ctrl-D",
         )
-    return lines[0]
+    return words[0]
 
 
 def pin(name: str, kind: str, revision: str | None, token: str | None) -> Repo:
     """The repository at the commit that `revision` (a branch, tag or commit; None: main) stands for now."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise LauncherError("HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again")
+    refuse_offline()
     asked = Repo(name, kind, revision or "main", token)
-    info, _ = _ask(asked, f"{_api(asked)}/revision/{quote(asked.revision, safe='')}")
+    info, _ = _ask(asked, f"{asked.api}/revision/{quote(asked.revision, safe='')}")
     commit = info.get("sha") if isinstance(info, dict) else None
     check_answer(asked.page, commit=commit)
     return Repo(name, kind, str(commit), token)
 
 
-def _api(repo: Repo) -> str:
-    return f"{repo.site}/api/{repo.kind}s/{repo.name}"
-
-
-def _open(repo: Repo, url: str, headers: dict[str, str] | None = None) -> Any:
-    token = repo.token if url.startswith(f"{repo.site}/") else None
-    return open_url(url, headers or {}, TIMEOUT_S, token or "", _tls())
-
-
 def _ask(repo: Repo, url: str) -> tuple[Any, str]:
     """What the Hub's API answers, and the address of the next page. Raises LauncherError for what is no JSON."""
-
-    def once() -> tuple[bytes, str]:
-        with _open(repo, url) as answer:
-            return read_whole(answer, ANSWER_BYTES), str(answer.headers.get("Link") or "")
-
-    data, link = with_retries(once, repo)
-    value = json_in(data)
+    token = repo.token if url.startswith(f"{repo.site}/") else None
+    value, link = ask(url, ANSWER_BYTES, refused_by_hub(repo), token or "")
     if not isinstance(value, (dict, list)):
         raise LauncherError(
             f"{repo.page}: the server's answer is no JSON, or more than {ANSWER_BYTES >> 20} MB of it",
@@ -195,10 +122,10 @@ def _ask(repo: Repo, url: str) -> tuple[Any, str]:
     return value, urljoin(url, found[1]) if found else ""
 
 
-def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[HubFile]:
+def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[RemoteFile]:
     """The files in `folder` ("": the top), by path. Raises LauncherError for an answer that makes no sense."""
-    url = f"{_api(repo)}/tree/{repo.revision}/{quote(folder)}".rstrip("/") + f"?recursive={recursive}&expand=False"
-    files: dict[str, HubFile] = {}
+    url = f"{repo.api}/tree/{repo.revision}/{quote(folder)}".rstrip("/") + f"?recursive={recursive}&expand=False"
+    files: dict[str, RemoteFile] = {}
     asked = 0
     while url:
         entries, url = _ask(repo, url)
@@ -213,128 +140,107 @@ def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[Hu
     return sorted(files.values(), key=lambda file: file.path)
 
 
-def _file(repo: Repo, entry: dict[str, Any]) -> HubFile:
+def _file(repo: Repo, entry: dict[str, Any]) -> RemoteFile:
     check_answer(repo.page, size=entry.get("size"))
     xet = entry["xetHash"] if is_digest(entry.get("xetHash")) else ""
     if entry.get("lfs") is None:
         check_answer(repo.page, git_id=entry.get("oid"))
-        return HubFile(entry["path"], entry["size"], blob=entry["oid"], xet=xet)
+        return RemoteFile(entry["path"], entry["size"], blob=entry["oid"], xet=xet)
     sha256 = entry["lfs"].get("oid") if isinstance(entry["lfs"], dict) else entry["lfs"]
     check_answer(repo.page, sha256=sha256)
-    return HubFile(entry["path"], entry["size"], sha256=str(sha256), xet=xet)
+    return RemoteFile(entry["path"], entry["size"], sha256=str(sha256), xet=xet)
 
 
-def download(
-    repo: Repo, file: HubFile, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event
-) -> Checksums:
-    """Brings `file` into `stream`, continuing what is there, and returns the checksums of its bytes.
+def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming, headers: dict[str, str]) -> bool:
+    """Through Xet's chunk servers; where that fails, plain HTTP has its turn. The progress moves when all is there."""
+    from huggingface_hub.utils import XetFileData
 
-    Waits and tries again after errors of the network, 429 and 5xx. Raises LauncherError for what waiting does not
-    cure, Stopped when `stop` is set.
-    """
-
-    def size() -> int:
-        return os.fstat(stream.fileno()).st_size
-
-    if file.xet and not size() and xet_wanted():
-        digests = _download_by_xet(repo, file, stream, on_bytes, stop)
-        if digests is not None:
-            return digests
-        stream.truncate(0)
-
-    def once() -> Checksums:
-        if size() > file.bytes:
-            stream.truncate(0)
-        sink = Sink(stream, file, on_bytes, stop)
-        sink.take_existing()
-        if sink.size < file.bytes:
-            _get(repo, file, sink)
-        return sink.digests
-
-    return with_retries(once, repo, file.path, size, stop)
-
-
-def _get(repo: Repo, file: HubFile, sink: Sink) -> None:
-    """The rest of a file into `sink`. The Hub is asked each time where its content is: an address is valid for an
-    hour.
-    """
-    url = f"{repo.page}/resolve/{repo.revision}/{quote(file.path)}"
+    if not library().is_xet_available():  # not installed, or HF_HUB_DISABLE_XET
+        return False
+    xet_cache()
     try:
-        with _open(repo, url, {"Range": f"bytes={sink.size}-"} if sink.size else None) as answer:
-            if sink.size and answer.status != 206:
-                sink.restart()
-            sink.take(answer)
-    except OSError as error:
-        if status_of(error) == 416:
-            sink.restart()
-        raise
-    if sink.size < file.bytes:
-        raise WrongLength(f"the connection ended after {sink.size:,} of {file.bytes:,} bytes")
+        library().xet_get(
+            incomplete_path=stream.handle,
+            xet_file_data=XetFileData(file.xet, f"{repo.api}/xet-read-token/{repo.revision}"),
+            headers=headers,
+            expected_size=file.bytes,
+        )
+    except Exception:  # hf_xet is compiled, and its errors have no common root
+        os.ftruncate(stream.fileno(), 0)
+        return False
+    stream.on_bytes(file.bytes)
+    return True
 
 
 @functools.cache
-def _tls() -> ssl.SSLContext:
-    """Trusts what huggingface_hub's own client trusts, which Xet uses: the bundle that the user names, else
-    certifi's, the system's.
+def xet_cache() -> TemporaryDirectory[str] | None:
+    """Xet's working files on a disk of this machine, until this process ends: homes are on NFS, and those small files
+    are slow there. None where the user has named a place.
     """
-    context = ssl.create_default_context()
-    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    if not bundle and not os.environ.get("SSL_CERT_FILE"):
-        with contextlib.suppress(ImportError):
-            import certifi
-
-            bundle = certifi.where()
-    if bundle:
-        context.load_verify_locations(bundle)
-    return context
-
-
-def xet_wanted() -> bool:
-    """Whether Xet is installed, and HF_HUB_DISABLE_XET does not forbid it."""
-    from huggingface_hub import constants
-
-    if getattr(constants, "HF_HUB_DISABLE_XET", False):
-        return False
-
-    return importlib.util.find_spec("hf_xet") is not None
-
-
-def _download_by_xet(
-    repo: Repo, file: HubFile, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event
-) -> Checksums | None:
-    """Through Xet's chunk servers; None where that fails, and plain HTTP, which can continue, is tried instead.
-
-    Xet gives a file whole: the progress moves when it is there, and an interrupted one starts again. It opens the file
-    by a path, so it is given one that leads to the open file and to no other.
-    """
-    try:
-        from huggingface_hub import file_download
-        from huggingface_hub.utils import XetFileData, build_hf_headers
-
-        with _quiet():
-            file_download.xet_get(
-                incomplete_path=Path(f"/proc/self/fd/{stream.fileno()}"),
-                xet_file_data=XetFileData(file.xet, f"{_api(repo)}/xet-read-token/{repo.revision}"),
-                headers=build_hf_headers(token=repo.token or False),
-                expected_size=file.bytes,
-            )
-        sink = Sink(stream, file, on_bytes, stop)
-        sink.take_existing()
-        on_bytes(sink.size)
-        return sink.digests
-    except Exception as error:  # hf_xet is compiled, and its errors have no common root
-        if stop.is_set():
-            raise Stopped from error
-        if status_of(error) in (401, 403):
-            raise translate(error, repo, file.path) from error
+    if os.environ.get("HF_XET_CACHE") or os.environ.get("HF_HOME"):
         return None
+    folder = TemporaryDirectory(prefix="launcher-xet-")
+    os.environ["HF_XET_CACHE"] = folder.name
+    return folder
 
 
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Neither huggingface_hub's own bars nor its warnings: those quote addresses that carry a signature."""
-    from huggingface_hub.utils import disable_progress_bars
+def refused_by_hub(repo: Repo, path: str = "") -> Refused:
+    """What the Hub or the network refuses, and what to do about it. Never holds an address with a signature."""
 
-    disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    yield
+    def refused(error: Exception) -> LauncherError:
+        status, code, words = status_of(error), header_of(error, "X-Error-Code"), header_of(error, "X-Error-Message")
+        if repo.token:
+            words = words.replace(repo.token, "(token)")
+        what = f"{repo.name}/{path}" if path else repo.name
+        if status in (401, 403):
+            return LauncherError(*_no_access(status, code, words.lower(), repo), original=words)
+        exit_status = ExitStatus.NOT_FOUND if status == 404 else ExitStatus.ERROR
+        if status == 404 and code == "RevisionNotFound":
+            says = f"{repo.name} has no revision {repo.revision[:80]!r}"
+            fix = f"--revision main, or one of {repo.page}/commits/main"
+        elif status == 404:
+            says, fix = f"{repo.site} has no {repo.kind} {what}", "check its name, and HF_ENDPOINT"
+        elif status == 429:
+            says = f"{what}: the Hub answers 429, too many requests"
+            fix = "again later continues; a token (hf auth login) raises the limit, --jobs 2 asks less"
+        elif status:
+            says, fix = f"{what}: the Hub answers HTTP {status}", "the same command later continues"
+        else:
+            says = f"{what}: {no_answer(error)} at {repo.site}"
+            fix = "the same command continues; check the network, HTTPS_PROXY and HF_ENDPOINT"
+        return LauncherError(says, fix, status=exit_status, original=words)
+
+    return refused
+
+
+def _no_access(status: int, code: str, words: str, repo: Repo) -> tuple[str, str]:
+    """401 and 403: no token, an invalid one, no access asked for, access pending, refused, or not for this token."""
+    if not repo.token:
+        return (
+            f"{repo.name} needs a token, and there is none",
+            f"accept the licence on {repo.page}, then: hf auth login (or export HF_TOKEN, or --token-file FILE)",
+        )
+    if "awaiting" in words or "pending" in words:
+        return (
+            f"{repo.name}: your request for access is pending: its owner has not answered yet",
+            f"wait for the owner's mail, or look at {repo.site}/settings/gated-repos; then the same command",
+        )
+    if "rejected" in words:
+        return (
+            f"{repo.name}: your request for access was rejected",
+            "name a copy that you may use: launcher stage tokenizer OWNER/NAME --to DIR",
+        )
+    if "fine-grained" in words:
+        return (
+            f"{repo.name}: your fine-grained token may not read gated repositories",
+            f"allow it on {repo.site}/settings/tokens, or use a token of type Read",
+        )
+    if code == "GatedRepo" or status == 403:
+        return (
+            f"{repo.name} is gated, and your account has no access to it",
+            f"accept the licence on {repo.page} with the account of this token, then the same command",
+        )
+    return (
+        "the Hub does not accept your token: it is invalid or has expired",
+        f"make a new one on {repo.site}/settings/tokens, then: hf auth login (or HF_TOKEN, or --token-file)",
+    )

@@ -1,37 +1,38 @@
-"""An image on the shared file system once, under a name that holds its checksum: what `submit --image` is given.
+"""Images on the shared file system once, under a name that holds their checksum: what `submit --image` is given.
 
 A job that waits in the queue then starts the very bytes it was submitted with: a newer image gets another name. The
 bytes arrive below .staged/partial and are renamed when their checksum is right, so whatever ends this process, nothing
-half-written has a final name, and the next call goes on from what is there.
+half-written has a final name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.errors import LauncherError, quoted
 from launcher.base.files import read_json, unreadable
 from launcher.image.inspect import embedded_metadata
 from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
-from launcher.stage.manifest import BLOCK, sha256_of
+from launcher.stage.fetch import receive
+from launcher.stage.manifest import BLOCK, Problem, check_bytes, read
 from launcher.stage.progress import Progress
-from launcher.stage.source import check_answer, is_digest
-from launcher.stage.target import Work, at_work, check_space, gigabytes, refuse_unusable, write_error
-from launcher.stage.web import Reader, read_small, stream_from
+from launcher.stage.source import RemoteFile, check_answer, is_digest
+from launcher.stage.target import Incoming, Work, at_work, check_space, gigabytes, refuse_unusable
+from launcher.stage.web import ask, download, refused_by_server
 
 KINDS = "a .sqsh file, or the http(s) address of one; download others first, with their .json"
+NAME = re.compile(r"([0-9a-f]{12})-(.+)\.sqsh")
 Say = Callable[[str], None]
 MODE = 0o644  # readable for the group, whatever the umask: jobs of others start from it, too
+SMALL = 1 << 20  # bytes of a description
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,20 @@ class Wanted:
     sha256: str
     bytes: int
     about: Mapping[str, Any] | None
+    fill: Callable[[Incoming], None]
 
     def path(self, directory: Path) -> Path:
         return directory / f"{self.sha256[:12]}-{self.name}.sqsh"
+
+    @property
+    def file(self) -> RemoteFile:
+        return RemoteFile(self.name, self.bytes, self.sha256)
 
 
 def stage_image(source: str, to: Path, *, say: Say) -> Path:
     """Puts an image below `to` unless it is there, and returns its path, which holds the first 12 digits of its sha256.
 
-    `source` is a .sqsh file, or the http(s) address of one with its .json beside it. Raises LauncherError; an
-    interrupted call is continued by the next one.
+    `source` is a .sqsh file, or the http(s) address of one with its .json beside it. Raises LauncherError.
     """
     to = Path(os.path.expanduser(to)).absolute()
     if not source.strip():
@@ -60,18 +65,17 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     try:
         return _stage_image(source, to, say)
     except KeyboardInterrupt:
-        say(f"stopped: {quoted(source)} is not in {to} yet; the same command goes on")
+        say(f"stopped: {quoted(source)} is not in {to} yet; the same command begins again")
         raise
 
 
 def _stage_image(source: str, to: Path, say: Say) -> Path:
     if re.match(r"https?://", source):
-        _check_address(source)
-        wanted, reader = _of_address(source), stream_from(source)
+        wanted = _of_address(source)
     elif "://" in source:
         raise LauncherError(f"{source.partition('://')[0][:20]}://: images are not staged from there", KINDS)
-    elif _is_file_name(source):
-        wanted, reader = _of_file(Path(os.path.expanduser(source)), say)
+    elif source.endswith(".sqsh") or source.startswith(("/", "./", "../", "~")) or os.path.isfile(source):
+        wanted = _of_file(Path(os.path.expanduser(source)), say)
     else:
         what = "a directory" if os.path.isdir(source) else "no such file"
         fix = (
@@ -80,33 +84,27 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
         )
         raise LauncherError(f"{source}: {what}", fix)
     final = wanted.path(to)
-    if _is_known(wanted, final):  # also for whoever may only read there
-        _already(final, say)
-    else:
+    there = _is_known(wanted, final)  # also for whoever may only read there
+    if not there:
         with at_work(to, say) as work:
-            # By content: what was left of another image is never continued.
-            work.partial.clear([f"{wanted.sha256[:24]}.sqsh"])
-            if _is_staged(wanted, final, work):
-                _already(final, say)
-            else:
-                _bring(wanted, reader, work, say)
+            there = _is_known(wanted, final) or _is_undescribed(wanted, final)
+            if not there:
+                _bring(wanted, work, say)
+            if not _is_known(wanted, final) and wanted.about is not None:
+                # Last of all: an image without one is read again by the next call, and then gets it.
+                text = json.dumps(wanted.about, indent=2, ensure_ascii=False) + "\n"
+                work.top.write(sidecar_path(final).name, text.encode("utf-8", "surrogateescape"), MODE)
+    if there:
+        say(f"{final}: already there")
+        say(f"its size was looked at; to read and hash it: launcher stage verify {quoted(final.parent)}")
     say(f"launcher submit --image {quoted(final)}")
     return final
-
-
-def _is_file_name(source: str) -> bool:
-    return source.endswith(".sqsh") or source.startswith(("/", "./", "../", "~")) or os.path.isfile(source)
-
-
-def _already(final: Path, say: Say) -> None:
-    say(f"{final}: already there")
-    say(f"its size was looked at; to read and hash it: launcher stage verify {quoted(final.parent)}")
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
-def _of_file(path: Path, say: Say) -> tuple[Wanted, Reader]:
+def _of_file(path: Path, say: Say) -> Wanted:
     """A file, which the sidecar beside it must describe where there is one."""
     block = superblock(path)
     sidecar = sidecar_path(path)
@@ -120,9 +118,23 @@ def _of_file(path: Path, say: Say) -> tuple[Wanted, Reader]:
         )
     else:
         say(f"{path}: no {sidecar.name} beside it; reading it for its checksum")
-        digest = _sha256(path)
+        try:
+            found = check_bytes(path, RemoteFile(path.name, block.file_size))
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if found is None:
+            raise LauncherError(f"{path}: is being written", "wait until it is complete, then the same command")
+        digest = found.sha256
         about = _described(path, block, digest)
-    return Wanted(_clean(path.name, digest), digest, block.file_size, about), _file_reader(path)
+
+    def copy(stream: Incoming) -> None:
+        try:
+            with open(path, "rb") as opened:
+                shutil.copyfileobj(opened, stream, BLOCK)
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    return Wanted(_clean(path.name, digest), digest, block.file_size, about, copy)
 
 
 def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | None:
@@ -135,14 +147,18 @@ def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | N
 
 def _of_address(url: str) -> Wanted:
     """A release's asset: its sidecar, the asset of the same name with .json, says checksum and size."""
+    _check_address(url)
     where = f"{url}.json"
-    about = read_small(where)
+    about, _ = ask(where, SMALL, refused_by_server(where))
+    if not isinstance(about, dict):
+        raise LauncherError(f"{where}: not a JSON object", "the address of a .sqsh file of a release")
     digest = _digest_in(about, where)
     size = about["squashfs"].get("bytes")
     check_answer(where, size=size)
     if not size or not is_metadata(about):
         raise LauncherError(f"{where}: not the description of an image", "the address of a .sqsh file of a release")
-    return Wanted(_clean(urlsplit(url).path.rsplit("/", 1)[-1], digest), digest, size, about)
+    name = _clean(urlsplit(url).path.rsplit("/", 1)[-1], digest)
+    return Wanted(name, digest, size, about, lambda stream: download(url, stream, {}, refused_by_server(url)))
 
 
 def _check_address(url: str) -> None:
@@ -184,120 +200,108 @@ def _is_known(wanted: Wanted, final: Path) -> bool:
         size = superblock(final).file_size
     except LauncherError:
         return False
-    recorded = (read_json(sidecar_path(final)) or {}).get("squashfs")
-    return size == wanted.bytes and isinstance(recorded, dict) and recorded.get("sha256") == wanted.sha256
+    return size == wanted.bytes and _facts(final).get("sha256") == wanted.sha256
 
 
-def _is_staged(wanted: Wanted, final: Path, work: Work) -> bool:
-    """The same, for one without its description, too: an earlier call was ended before its last step. Reads that."""
-    if _is_known(wanted, final):
-        return True
-    if not final.is_file() or final.stat().st_size != wanted.bytes or _sha256(final) != wanted.sha256:
+def _is_undescribed(wanted: Wanted, final: Path) -> bool:
+    """Whether an earlier call was ended before its last step: the image is there, its description is not. Reads it."""
+    try:
+        return final.stat().st_size == wanted.bytes and check_bytes(final, wanted.file) is not None
+    except OSError:
         return False
-    _write_sidecar(wanted, final, work)
-    return True
 
 
-def _bring(wanted: Wanted, reader: Reader, work: Work, say: Say) -> None:
-    """Under the lock. A continued file with a wrong checksum is brought again from its beginning, once."""
+def _bring(wanted: Wanted, work: Work, say: Say) -> None:
+    """Under the lock."""
     final = wanted.path(work.top.path)
-    with work.partial.begin(f"{wanted.sha256[:24]}.sqsh") as stream:
+
+    def fill(stream: Incoming) -> None:
+        wanted.fill(stream)
+        os.fchmod(stream.fileno(), MODE)
         try:
-            begun = os.fstat(stream.fileno()).st_size
-            digest = _receive(wanted, reader, stream)
-            if digest != wanted.sha256 and begun:
-                say(f"{wanted.name}: what an earlier call had left does not fit; from the beginning")
-                stream.truncate(0)
-                digest = _receive(wanted, reader, stream)
-            if digest != wanted.sha256:
-                raise LauncherError(
-                    f"{wanted.name}: wrong bytes: its description says sha256 {wanted.sha256[:16]}…, read was "
-                    f"{digest[:16]}…",
-                    "copy or download the image and its .json again; nothing of it was kept",
-                )
-            opened = Path(f"/proc/self/fd/{stream.fileno()}")
-            try:
-                superblock(opened)
-            except LauncherError as error:
-                raise LauncherError(f"{wanted.name}: {error.what.removeprefix(f'{opened}: ')}", error.fix) from None
+            superblock(stream.handle)
         except LauncherError as error:
-            if error.status == ExitStatus.INVALID:  # not what a full disk or the network have stopped
-                work.partial.remove(Path(str(stream.name)).name)
-            raise
-        _publish(wanted, stream, work)
+            what = error.what.removeprefix(f"{stream.handle}: ")
+            raise LauncherError(f"{wanted.name}: {what}", error.fix) from None
+
+    check_space(work.top.path, wanted.bytes)
+    with Progress(f"staging {wanted.name},", 1, wanted.bytes) as progress:
+        if receive(work, wanted.file, final, fill, progress) is None:
+            raise LauncherError(
+                f"{wanted.name}: wrong bytes: another checksum than sha256 {wanted.sha256[:16]}… of its description",
+                "copy or download the image and its .json again; nothing of it was kept",
+            )
     say(f"{final}: {gigabytes(wanted.bytes)}, verified")
 
 
-def _receive(wanted: Wanted, reader: Reader, stream: FileIO) -> str:
-    """Fills `stream` up to the image's size, from where it ends. Returns the sha256 of all of it."""
-    try:
-        if stream.seek(0, os.SEEK_END) > wanted.bytes:
-            stream.truncate(0)
-        have = stream.seek(0, os.SEEK_END)
-        check_space(Path(str(stream.name)).parent, wanted.bytes - have)
-        digest = hashlib.sha256()
-        stream.seek(0)
-        while chunk := stream.read(BLOCK):
-            digest.update(chunk)
-        with Progress(f"staging {wanted.name},", 1, wanted.bytes, have, sys.stderr) as progress:
-            for chunk in reader(have, wanted.bytes):
-                _write_all(stream, chunk)
-                digest.update(chunk)
-                progress.add(len(chunk))
-                progress.refresh()
-        os.fsync(stream.fileno())
-    except OSError as error:
-        raise write_error(Path(str(stream.name)), error) from error
-    return digest.hexdigest()
+def _facts(image: Path) -> dict[str, Any]:
+    """What the description beside an image says of the file."""
+    facts = (read_json(sidecar_path(image)) or {}).get("squashfs")
+    return facts if isinstance(facts, dict) else {}
 
 
-def _write_all(stream: Any, chunk: bytes) -> None:
-    """An unbuffered file may take less than it is given, just before the disk is full."""
-    view = memoryview(chunk)
-    while view:
-        view = view[stream.write(view) :]
+# ---------------------------------------------------------------------------------------------------- what is there
 
 
-def _file_reader(path: Path) -> Reader:
-    def read(offset: int, size: int) -> Iterator[bytes]:
+@dataclass(frozen=True)
+class Images:
+    """The staged images of one directory, by name and size."""
+
+    directory: Path
+    bytes: dict[str, int]
+    problems: tuple[Problem, ...]
+    read: bool  # all bytes were hashed; else heads, sizes and descriptions were looked at
+
+    @property
+    def repair(self) -> str:
+        bad = " ".join(quoted(self.directory / name) for name in dict.fromkeys(p.path for p in self.problems))
+        return f"rm {bad}, then for each: launcher stage image SOURCE --to {quoted(self.directory)}"
+
+    def lines(self) -> list[str]:
+        state = f"DAMAGED: {len(self.problems)}" if self.problems else "verified" if self.read else "not read"
+        count = f"{len(self.bytes)} image{'' if len(self.bytes) == 1 else 's'}"
+        wrong = {problem.path: problem.what for problem in self.problems}
+        return [
+            f"{self.directory}: {count}, {gigabytes(sum(self.bytes.values()))}, {state}",
+            *(f"  {name}: {wrong.get(name, gigabytes(size))}" for name, size in self.bytes.items()),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "directory": str(self.directory),
+            "kind": "images",
+            "files": len(self.bytes),
+            "bytes": sum(self.bytes.values()),
+            "images": self.bytes,
+            "complete": not self.problems,
+            "problems": [{"path": problem.path, "what": problem.what} for problem in self.problems],
+        }
+
+
+def staged_images(directory: Path) -> list[str]:
+    """Names that `launcher stage image` gives. Raises OSError."""
+    return sorted(path.name for path in directory.iterdir() if NAME.fullmatch(path.name))
+
+
+def check_images(directory: Path, deep: bool) -> Images:
+    """Heads, sizes and descriptions; with `deep`, every byte against the checksum in the name and the description."""
+    sizes: dict[str, int] = {}
+    problems, sound = [], []
+    for name in staged_images(directory):
+        path = directory / name
         try:
-            with open(path, "rb", buffering=0) as stream:
-                stream.seek(offset)
-                while offset < size and (chunk := stream.read(min(BLOCK, size - offset))):
-                    offset += len(chunk)
-                    yield chunk
-        except OSError as error:
-            raise unreadable(path, error) from error
-
-    return read
-
-
-def _publish(wanted: Wanted, stream: FileIO, work: Work) -> None:
-    """The description comes last: an image without one is read again by the next call, and then gets it."""
-    final = wanted.path(work.top.path)
-    try:
-        os.fchmod(stream.fileno(), MODE)
-        work.top.remove(sidecar_path(final).name)
-        work.partial.finish(stream, final, work.top)
-    except OSError as error:
-        raise write_error(final, error) from error
-    _write_sidecar(wanted, final, work)
-
-
-def _write_sidecar(wanted: Wanted, final: Path, work: Work) -> None:
-    if wanted.about is None:
-        return
-    name, text = sidecar_path(final).name, json.dumps(wanted.about, indent=2, ensure_ascii=False) + "\n"
-    work.top.write(name, text.encode("utf-8", "surrogateescape"))
-    try:
-        with FileIO(work.top.open(name, os.O_RDONLY)) as stream:
-            os.fchmod(stream.fileno(), MODE)
-    except OSError as error:
-        raise write_error(sidecar_path(final), error) from error
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
+            sizes[name] = superblock(path).file_size
+        except LauncherError as error:
+            sizes[name] = 0
+            problems.append(Problem(name, error.what.removeprefix(f"{path}: ")))
+            continue
+        said = _facts(path)
+        if not str(said.get("sha256", name[:12])).startswith(name[:12]):
+            problems.append(Problem(name, f"{sidecar_path(Path(name))} describes another image"))
+        elif said.get("bytes", sizes[name]) != sizes[name]:
+            problems.append(Problem(name, f"{sizes[name]:,} bytes instead of {said['bytes']:,}"))
+        else:
+            sound.append(RemoteFile(name, sizes[name], str(said.get("sha256", name[:12]))))
+    if deep:
+        problems += read(directory, sound, "other bytes than its checksum says")
+    return Images(directory, sizes, tuple(problems), deep)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import unreadable
 from launcher.config.layers import find, merge, read_layer
-from launcher.stage import c4, tokenizer
-from launcher.stage.images import NAME, Images, check_images, staged_images
-from launcher.stage.manifest import Manifest, Problem, look, manifest_path, read, read_manifest
-from launcher.stage.progress import Progress
+from launcher.stage import c4, models
+from launcher.stage.image import NAME, Images, check_images, staged_images
+from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read_manifest
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files
 from launcher.stage.target import gigabytes
 
@@ -186,8 +184,8 @@ def verify(directory: Path, deep: bool = False) -> Report:
         if c4.looks_like_c4(directory):
             count = len(list((directory / "en").glob("c4-train.*.json.gz")))
             fix = f"launcher stage c4 --to {place} --files {max(count, 1)}    checks what is there, and keeps it"
-        elif tokenizer.looks_like_tokenizer(directory):
-            fix = f"launcher stage tokenizer --to {place}    checks what is there, and keeps it"
+        elif kind := models.kind_of(directory):
+            fix = f"launcher stage {kind} --to {place}    checks what is there, and keeps it"
         else:
             fix = "launcher stage list DIR, with a directory that was staged"
         raise LauncherError(
@@ -195,16 +193,7 @@ def verify(directory: Path, deep: bool = False) -> Report:
             fix,
             status=ExitStatus.NOT_FOUND,
         )
-    problems, unread = look(directory, manifest, deep)
-    size = sum(manifest.files[path].bytes for path in unread)
-    with Progress("reading", len(unread), size, 0, sys.stderr) as progress:
-
-        def on_bytes(count: int) -> None:
-            progress.add(count)
-            progress.refresh()
-
-        problems += read(directory, manifest, unread, on_bytes) if unread else []
-    return Report(directory, manifest, tuple(problems))
+    return Report(directory, manifest, tuple(check(directory, manifest, deep)))
 
 
 def staged_below(places: Sequence[Path]) -> list[Path]:

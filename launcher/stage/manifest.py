@@ -8,7 +8,6 @@ import json
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -18,7 +17,8 @@ from launcher import __version__
 from launcher.base.errors import LauncherError
 from launcher.base.files import unreadable
 from launcher.base.values import parse_json
-from launcher.stage.source import is_digest, is_size
+from launcher.stage.progress import Progress, each
+from launcher.stage.source import RemoteFile, is_digest, is_size
 from launcher.stage.target import DIRECTORY, STATE, Folder, safe_path
 from launcher.titan import LFS_POINTER
 
@@ -26,7 +26,6 @@ SCHEMA = 1
 KINDS = ("c4", "tokenizer", "model")
 LARGEST = 64 << 20  # bytes of a manifest
 BLOCK = 1 << 20
-READERS = 8  # files at once: a parallel file system is slow with one
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     """The manifest, or None where there is none. Raises LauncherError for one that nobody can trust any more."""
     path = manifest_path(directory)
     try:
-        with (
-            Folder(path.parent, os.open(path.parent, DIRECTORY | os.O_NOFOLLOW)) as state,
-            open(state.open(path.name, os.O_RDONLY), "rb") as stream,
-        ):
+        state = Folder(path.parent, os.open(path.parent, DIRECTORY | os.O_NOFOLLOW))
+        with open(state.open(path.name, os.O_RDONLY), "rb") as stream:
             data = stream.read(LARGEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -147,42 +144,35 @@ def is_verified(directory: Path, path: str, file: StagedFile) -> bool:
     return (found.st_size, found.st_mtime_ns) == (file.bytes, file.mtime_ns)
 
 
-def look(directory: Path, manifest: Manifest, deep: bool = False) -> tuple[list[Problem], list[str]]:
-    """What is wrong as far as names and sizes tell, and the files to be read: the touched ones; with `deep`, all."""
+def check(directory: Path, manifest: Manifest, deep: bool = False) -> list[Problem]:
+    """What is wrong as far as names and sizes tell, and the bytes of the touched files; with `deep`, of all."""
     problems = [Problem(path, "not downloaded yet") for path in sorted(set(manifest.wanted) - manifest.files.keys())]
     unread = []
     for path, file in sorted(manifest.files.items()):
-        problem = _size_problem(directory, path, file)
-        if problem is not None:
-            problems.append(problem)
-        elif deep or not is_verified(directory, path, file):
-            unread.append(path)
-    return problems, unread
-
-
-def read(directory: Path, manifest: Manifest, paths: Sequence[str], on_bytes: Callable[[int], None]) -> list[Problem]:
-    """What is wrong with the bytes of `paths`; several files at once."""
-
-    def problem_of(path: str) -> Problem | None:
         try:
-            if sha256_of(directory / path, on_bytes) == manifest.files[path].sha256:
-                return None
+            size = (directory / path).stat().st_size
         except OSError as error:
-            return Problem(path, error.strerror or str(error))
-        return Problem(path, "other bytes than were verified")
+            missing = isinstance(error, FileNotFoundError)
+            problems.append(Problem(path, "missing" if missing else error.strerror or str(error)))
+            continue
+        if size != file.bytes:
+            problems.append(Problem(path, describe_wrong(directory / path, size, file.bytes)))
+        elif deep or not is_verified(directory, path, file):
+            unread.append(RemoteFile(path, file.bytes, file.sha256))
+    return problems + read(directory, unread, "other bytes than were verified")
 
-    with ThreadPoolExecutor(READERS) as pool:
-        return [problem for problem in pool.map(problem_of, paths) if problem is not None]
 
+def read(directory: Path, files: Sequence[RemoteFile], other: str) -> list[Problem]:
+    """What is wrong with the bytes of `files`; several at once."""
 
-def _size_problem(directory: Path, path: str, file: StagedFile) -> Problem | None:
-    try:
-        size = (directory / path).stat().st_size
-    except OSError as error:
-        return Problem(path, "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error))
-    if size == file.bytes:
-        return None
-    return Problem(path, describe_wrong(directory / path, size, file.bytes))
+    def problem_of(file: RemoteFile, progress: Progress) -> str:
+        try:
+            return "" if check_bytes(directory / file.path, file, progress.add) else other
+        except OSError as error:
+            return error.strerror or str(error)
+
+    found = {file.path: what for file, what in each("reading", files, problem_of) if what}
+    return [Problem(file.path, found[file.path]) for file in files if file.path in found]
 
 
 def describe_wrong(path: Path, size: int, expected: int) -> str:
@@ -206,23 +196,26 @@ def is_lfs_pointer(path: Path) -> bool:
         return False
 
 
-def open_at_once(path: Path) -> FileIO:
-    """A file to be read. Raises OSError for a pipe or a device that has taken its place."""
-    stream = FileIO(str(path), opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return stream
+def check_bytes(
+    path: Path, file: RemoteFile, on_bytes: Callable[[int], None] = lambda _count: None
+) -> StagedFile | None:
+    """The file at `path` as it is recorded; None where its bytes are not those of `file`. Raises OSError.
 
-
-def sha256_of(path: Path, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
-    """Reads the whole file. Raises OSError."""
-    digest = hashlib.sha256()
-    buffer = bytearray(BLOCK)
-    with open_at_once(path) as stream:
-        left = os.fstat(stream.fileno()).st_size  # one that grows meanwhile is not followed for ever
-        while left >= 0 and (count := stream.readinto(buffer)):
-            left -= count
-            digest.update(memoryview(buffer)[:count])
+    Of a checksum the digits that are known are compared: of an image without a description, those in its name.
+    """
+    with FileIO(str(path), opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        before = os.fstat(stream.fileno())
+        if not stat.S_ISREG(before.st_mode):  # a pipe or a device has taken its place
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        hashes = [hashlib.sha256()]
+        if file.blob:  # git hashes "blob <size>" and a zero byte before the content
+            hashes.append(hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False))
+        buffer, size = bytearray(BLOCK), 0
+        while size <= before.st_size and (count := stream.readinto(buffer)):  # one that grows is not followed for ever
+            size += count
+            for digest in hashes:
+                digest.update(memoryview(buffer)[:count])
             on_bytes(count)
-    return digest.hexdigest()
+    if size != file.bytes or not hashes[-1].hexdigest().startswith(file.blob or file.sha256):
+        return None
+    return StagedFile(size, hashes[0].hexdigest(), before.st_mtime_ns)

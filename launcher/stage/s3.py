@@ -6,105 +6,20 @@ AWS_ACCESS_KEY_ID, ~/.aws, the machine's own role. Never on a command line.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
-import re
-import threading
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.config.spec import S3_ADDRESS
 from launcher.stage.manifest import LARGEST, Manifest, parse_manifest
-from launcher.stage.receive import Sink
-from launcher.stage.source import Checksums, check_answer
-from launcher.stage.target import STATE
+from launcher.stage.source import RemoteFile, check_answer
+from launcher.stage.target import STATE, Incoming, Stopped, WrongLength
 
 PIECE = 8 << 20  # bytes of one request; each of the files at once holds one in memory
-MD5 = re.compile(r"([0-9a-f]{32})(?:-(\d+))?")
-
-
-@dataclass(frozen=True)
-class S3File:
-    """An object. `sha256` is known from the manifest in the bucket, where a staged directory was copied there."""
-
-    path: str  # below the prefix
-    bytes: int
-    etag: str
-    bucket: Bucket = field(repr=False, compare=False)
-    sha256: str = ""
-
-    @property
-    def digest(self) -> str:
-        return self.sha256 or hashlib.sha256(f"{self.etag} {self.bytes}".encode()).hexdigest()
-
-    def digests(self) -> ObjectChecksums:
-        """Asks the store how the object was uploaded, unless its sha256 is known: that decides what its ETag is."""
-        if self.sha256:
-            return ObjectChecksums(None, 0)
-        part, is_md5 = self.bucket.upload_of(self)
-        return ObjectChecksums("md5" if is_md5 else "gzip" if self.path.endswith(".gz") else None, part)
-
-
-class ObjectChecksums:
-    """sha256, and what an ETag is made of: the md5, or of an upload in parts the md5 of the parts' md5s.
-
-    Where the store encrypts with keys of its own the ETag is no checksum. Then the CRC-32 that every gzip file ends
-    with tells whether it is whole.
-    """
-
-    def __init__(self, kind: str | None, part_bytes: int) -> None:
-        self.sha256 = hashlib.sha256()
-        self._kind = kind
-        self._part_bytes = part_bytes  # 0: uploaded as a whole
-        self._part, self._in_part = hashlib.md5(usedforsecurity=False), 0
-        self._parts: list[bytes] = []
-        self._gzip = zlib.decompressobj(wbits=31)
-        self._gzip_sound = True
-
-    def update(self, chunk: bytes | memoryview) -> None:
-        self.sha256.update(chunk)
-        if self._kind == "gzip":
-            self._inflate(chunk)
-        view = memoryview(chunk)
-        while self._kind == "md5" and view:
-            room = self._part_bytes - self._in_part if self._part_bytes else len(view)
-            self._part.update(view[:room])
-            self._in_part += len(view[:room])
-            view = view[room:]
-            if self._in_part == self._part_bytes:
-                self._end_part()
-
-    def _end_part(self) -> None:
-        self._parts.append(self._part.digest())
-        self._part, self._in_part = hashlib.md5(usedforsecurity=False), 0
-
-    def _inflate(self, chunk: bytes | memoryview) -> None:
-        try:
-            data = bytes(chunk)
-            while data:
-                if self._gzip.eof:  # files of several members are gzip files, too
-                    self._gzip = zlib.decompressobj(wbits=31)
-                self._gzip.decompress(data, PIECE)  # no more of it at once, whatever it inflates to
-                data = self._gzip.unconsumed_tail or self._gzip.unused_data
-        except zlib.error:
-            self._gzip_sound = False
-
-    def match(self, file: S3File) -> bool:
-        """Whether the bytes are the object's, by the best that is known of it; at the least they are as many."""
-        if file.sha256:
-            return self.sha256.hexdigest() == file.sha256
-        if self._kind == "gzip":
-            return self._gzip_sound and self._gzip.eof
-        return self._kind is None or self._etag() == file.etag
-
-    def _etag(self) -> str:
-        if not self._part_bytes:
-            return self._part.hexdigest()
-        parts = [*self._parts, self._part.digest()] if self._in_part else self._parts
-        return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
 @dataclass(frozen=True)
@@ -118,55 +33,36 @@ class Bucket:
     store: Any = field(repr=False, compare=False)  # s3fs.S3FileSystem
     revision: str = ""
 
-    def upload_of(self, file: S3File) -> tuple[int, bool]:
-        """Bytes of each part (0: uploaded as a whole), and whether the ETag is made of md5s."""
-        match = MD5.fullmatch(file.etag)
-        if match is None:
-            return 0, False
-        part = {"PartNumber": 1} if match[2] else {}
-        bucket, _, key = f"{self.root}/{file.path}".partition("/")
-        head = self._asked(lambda: self.store.call_s3("head_object", Bucket=bucket, Key=key, **part), file.path)
-        plain = head.get("ServerSideEncryption") in (None, "AES256") and not head.get("SSECustomerAlgorithm")
-        return (int(head["ContentLength"]) if match[2] else 0), plain
+    def download(self, file: RemoteFile, stream: Incoming) -> None:
+        """In pieces of one request each. s3fs and botocore repeat what may pass by themselves."""
+        stream.restart()
+        with self._asking(file.path), self.store.open(f"{self.root}/{file.path}", cache_type="none") as opened:
+            shutil.copyfileobj(opened, stream, PIECE)
 
-    def download(
-        self, file: S3File, stream: io.FileIO, on_bytes: Callable[[int], None], stop: threading.Event
-    ) -> Checksums:
-        """Brings `file` into `stream`, continuing what is there. s3fs and botocore repeat what may pass by itself."""
-        sink = Sink(stream, file, on_bytes, stop)
-        sink.take_existing()
-        if sink.size > file.bytes:
-            sink.restart()
-        while sink.size < file.bytes:
-            sink.take(io.BytesIO(self._piece(file, sink.size, min(sink.size + PIECE, file.bytes))))
-        return sink.digests
-
-    def head(self, file: S3File, count: int) -> bytes:
+    def head(self, file: RemoteFile, count: int) -> bytes:
         """The first `count` bytes of an object, or all of a shorter one."""
-        return self._piece(file, 0, min(count, file.bytes)) if file.bytes else b""
+        if not file.bytes:
+            return b""
+        with self._asking(file.path):
+            data: bytes = self.store.cat_file(f"{self.root}/{file.path}", start=0, end=min(count, file.bytes))
+        return data
 
-    def _piece(self, file: S3File, start: int, end: int) -> bytes:
-        chunk: bytes = self._asked(
-            lambda: self.store.cat_file(f"{self.root}/{file.path}", start=start, end=end), file.path
-        )
-        if len(chunk) != end - start:
-            raise LauncherError(
-                f"{self.source}/{file.path}: has changed or ends too early",
-                "the same command tries again",
-                status=ExitStatus.ERROR,
-            )
-        return chunk
-
-    def _asked(self, call: Callable[[], Any], path: str = "") -> Any:
+    @contextlib.contextmanager
+    def _asking(self, path: str = "") -> Iterator[None]:
         try:
-            return call()
+            yield
+        except (LauncherError, Stopped):
+            raise
         except Exception as error:  # of s3fs, botocore and aiohttp, which have no common root
             raise _refused(error, f"{self.source}/{path}" if path else self.source) from error
 
-    def listed(self, folder: str) -> list[S3File]:
-        """The objects directly in `folder` ("": the prefix itself), by path; none where there is no such folder."""
+    def listed(self, folder: str) -> list[tuple[RemoteFile, str]]:
+        """The objects directly in `folder` ("": the prefix itself) and their ETags, by path; none where there is no
+        such folder.
+        """
         try:
-            found = self._asked(lambda: self.store.ls(f"{self.root}/{folder}".rstrip("/"), detail=True, refresh=True))
+            with self._asking():
+                found = self.store.ls(f"{self.root}/{folder}".rstrip("/"), detail=True, refresh=True)
         except LauncherError as error:
             if error.status == ExitStatus.NOT_FOUND and folder:
                 return []
@@ -177,13 +73,14 @@ class Bucket:
             if entry.get("type") != "file" or path.endswith("/"):  # folders, and the empty objects that stand for them
                 continue
             check_answer(self.source, path=path, size=entry.get("size"))
-            files.append(S3File(path, entry["size"], str(entry.get("ETag", "")).strip('"'), self))
-        return sorted(files, key=lambda file: file.path)
+            files.append((RemoteFile(path, entry["size"]), str(entry.get("ETag", "")).strip('"')))
+        return sorted(files, key=lambda found: found[0].path)
 
     def manifest(self) -> Manifest | None:
         """The one of the staged directory that was copied into the bucket, if there is one."""
         try:
-            data = self._asked(lambda: self.store.cat_file(f"{self.root}/{STATE}/manifest.json", start=0, end=LARGEST))
+            with self._asking():
+                data = self.store.cat_file(f"{self.root}/{STATE}/manifest.json", start=0, end=LARGEST)
         except LauncherError as error:
             if error.status == ExitStatus.NOT_FOUND:
                 return None
@@ -192,12 +89,12 @@ class Bucket:
         if found is None or found.kind != "c4":
             raise LauncherError(
                 f"{self.source}/{STATE}/manifest.json: damaged, or not of C4",
-                "copy it again from the staged directory, or remove it: then the objects' ETags count",
+                "copy it again from the staged directory, or remove it: then nothing but sizes is compared",
             )
         return found
 
 
-def open_bucket(address: str) -> tuple[Bucket, list[S3File], list[S3File]]:
+def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile], list[RemoteFile]]:
     """The bucket, the objects at its prefix, and those in its folder `en`. Raises LauncherError."""
     match = S3_ADDRESS.fullmatch(address)
     if match is None or ".." in address:
@@ -209,29 +106,27 @@ def open_bucket(address: str) -> tuple[Bucket, list[S3File], list[S3File]]:
     bucket = Bucket(f"s3://{root}", root, _store())
     top, en = bucket.listed(""), bucket.listed("en")
     manifest = bucket.manifest()
-    revision = manifest.revision if manifest else _revision((*top, *en))
-    bucket = Bucket(bucket.source, root, bucket.store, revision)
-    return bucket, _known(top, bucket, manifest), _known(en, bucket, manifest)
+    # Without a manifest, what changes with any object.
+    listing = "".join(f"{file.path} {file.bytes} {etag}\n" for file, etag in (*top, *en))
+    revision = manifest.revision if manifest else hashlib.sha256(listing.encode()).hexdigest()[:40]
+    bucket = replace(bucket, revision=revision)
+    return (
+        bucket,
+        [_known(file, bucket, manifest) for file, _ in top],
+        [_known(file, bucket, manifest) for file, _ in en],
+    )
 
 
-def _known(files: Iterable[S3File], bucket: Bucket, manifest: Manifest | None) -> list[S3File]:
-    """The same with what the manifest says of each."""
-    known = []
-    for file in files:
-        entry = manifest.files.get(file.path) if manifest else None
-        if entry and entry.bytes != file.bytes:
-            raise LauncherError(
-                f"{bucket.source}/{file.path}: {file.bytes:,} bytes, and {entry.bytes:,} in the bucket's own "
-                f"{STATE}/manifest.json",
-                "copy the file again from the staged directory; nothing was downloaded",
-            )
-        known.append(S3File(file.path, file.bytes, file.etag, bucket, entry.sha256 if entry else ""))
-    return known
-
-
-def _revision(files: Sequence[S3File]) -> str:
-    text = "".join(f"{file.path} {file.bytes} {file.etag}\n" for file in files)
-    return hashlib.sha256(text.encode()).hexdigest()[:40]
+def _known(file: RemoteFile, bucket: Bucket, manifest: Manifest | None) -> RemoteFile:
+    """With the sha256 that the manifest has."""
+    entry = manifest.files.get(file.path) if manifest else None
+    if entry and entry.bytes != file.bytes:
+        raise LauncherError(
+            f"{bucket.source}/{file.path}: {file.bytes:,} bytes, and {entry.bytes:,} in the bucket's own "
+            f"{STATE}/manifest.json",
+            "copy the file again from the staged directory; nothing was downloaded",
+        )
+    return replace(file, sha256=entry.sha256 if entry else "")
 
 
 def readme(source: str, train: Iterable[str], validation: Iterable[str] = ()) -> str:
@@ -261,6 +156,10 @@ def _store() -> Any:
 def _refused(error: Exception, what: str) -> LauncherError:
     """The store's or the network's refusal, and what to do about it. The libraries' words hold no secret key."""
     name, words = type(error).__name__, str(error)
+    if isinstance(error, WrongLength) or name == "FileExpired":
+        return LauncherError(
+            f"{what}: has changed meanwhile", "the same command tries again", status=ExitStatus.ERROR, original=words
+        )
     if isinstance(error, FileNotFoundError):
         return LauncherError(
             f"{what}: not there",

@@ -30,72 +30,21 @@ configs:
 Written by the launcher: sentences from a small grammar, in the layout and with the fields of allenai/c4's `en`.
 """
 
-_PEOPLE = (
-    "the engineer",
-    "a student",
-    "the captain",
-    "my neighbour",
-    "the old gardener",
-    "a young doctor",
-    "the operator",
-    "our teacher",
-    "the driver",
-    "a painter",
-)
-_THINGS = (
-    "the machine",
-    "a small boat",
-    "the long report",
-    "an empty house",
-    "the garden",
-    "a red lamp",
-    "the broken clock",
-    "a heavy door",
-    "the map",
-    "a warm coat",
-    "the bridge",
-    "a quiet room",
-)
-_ACTIONS = (
-    "repaired",
-    "found",
-    "painted",
-    "described",
-    "measured",
-    "sold",
-    "opened",
-    "carried",
-    "watched",
-    "remembered",
-)
-_PLACES = (
-    "near the river",
-    "at the station",
-    "in the village",
-    "behind the hill",
-    "on the coast",
-    "under the roof",
-    "beside the road",
-    "in the north",
-)
-_TIMES = (
-    "in the morning",
-    "last winter",
-    "after the rain",
-    "every Sunday",
-    "before noon",
-    "that evening",
-    "two years ago",
-    "at the end of May",
-)
-_REASONS = (
-    "because the weather was good",
-    "since nobody else wanted to",
-    "although it was late",
-    "so that everyone could see it",
-    "while the others were asleep",
-    "as the letter had asked",
-)
+# A line for each kind of word.
+_GRAMMAR = """\
+the engineer, a student, the captain, my neighbour, the old gardener, a young doctor, the operator, our teacher, \
+the driver, a painter
+the machine, a small boat, the long report, an empty house, the garden, a red lamp, the broken clock, a heavy \
+door, the map, a warm coat, the bridge, a quiet room
+repaired, found, painted, described, measured, sold, opened, carried, watched, remembered
+near the river, at the station, in the village, behind the hill, on the coast, under the roof, beside the road, \
+in the north
+in the morning, last winter, after the rain, every Sunday, before noon, that evening, two years ago, at the end \
+of May
+because the weather was good, since nobody else wanted to, although it was late, so that everyone could see it, \
+while the others were asleep, as the letter had asked
+"""
+_PEOPLE, _THINGS, _ACTIONS, _PLACES, _TIMES, _REASONS = (line.split(", ") for line in _GRAMMAR.splitlines())
 _OPENINGS = ("However,", "Later,", "In the end,", "For that reason,", "At first,", "Of course,")
 _SITES = ("example.com", "example.org", "example.net")
 

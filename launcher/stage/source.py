@@ -1,17 +1,41 @@
-"""What staging needs of a place that files come from: the Hub and object storage both have it."""
+"""What staging needs of a place that files come from: the Hub, object storage, a web server, another directory."""
 
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
-from io import FileIO
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from launcher.base.errors import LauncherError
-from launcher.stage.target import safe_path
+from launcher.stage.target import Incoming, safe_path
 
 LARGEST = 1 << 45  # bytes of a file: 35 TB, more than any place stores as one
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as its place describes it. The Hub knows large ones by their sha256, the others by git's object id."""
+
+    path: str
+    bytes: int
+    sha256: str = ""
+    blob: str = ""
+    xet: str = ""  # what Xet's servers know the file by
+
+
+class Source(Protocol):
+    """One version of the files in one place."""
+
+    @property
+    def source(self) -> str:
+        """For the manifest: hf://datasets/allenai/c4, s3://bucket/prefix."""
+
+    @property
+    def revision(self) -> str: ...
+
+    def download(self, file: RemoteFile, stream: Incoming) -> None:
+        """All of `file` into `stream`. Raises LauncherError for what trying again does not cure."""
 
 
 def is_size(value: object) -> bool:
@@ -41,48 +65,3 @@ def check_answer(server: str, **fields: object) -> None:
                 f"{server}: the server names the {name} {repr(value)[:120]}, which {why}",
                 "nothing of it was written; check the address and who runs it; the same command tries again",
             )
-
-
-class Checksums(Protocol):
-    """The checksums of bytes as they pass: always their sha256, and whatever the place knows its files by."""
-
-    sha256: Any  # hashlib's
-
-    def update(self, chunk: bytes | memoryview) -> None: ...
-
-    def match(self, file: Any) -> bool:
-        """Whether all bytes so far are those of `file`."""
-
-
-class RemoteFile(Protocol):
-    """A file as its place describes it."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def bytes(self) -> int: ...
-
-    @property
-    def sha256(self) -> str:
-        """Empty where the place knows the file by something else."""
-
-    @property
-    def digest(self) -> str:
-        """What changes with the content: names an unfinished download."""
-
-    def digests(self) -> Checksums: ...
-
-
-class Source(Protocol):
-    """One version of the files in one place."""
-
-    @property
-    def source(self) -> str:
-        """For the manifest: hf://datasets/allenai/c4, s3://bucket/prefix."""
-
-    @property
-    def revision(self) -> str: ...
-
-    def download(self, file: Any, stream: FileIO, on_bytes: Callable[[int], None], stop: threading.Event) -> Checksums:
-        """Brings the rest of `file` into `stream`. Returns the checksums of all of it."""

@@ -15,13 +15,14 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import write_bytes
+from launcher.base.files import filesystem_error, write_bytes
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
@@ -30,7 +31,11 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Stopped(Exception):
-    """Another file's error, or Ctrl-C, ends this download too; what it has is kept."""
+    """Another file's error, or Ctrl-C, ends this download too."""
+
+
+class WrongLength(OSError):
+    """More or less comes than was announced."""
 
 
 def safe_path(path: object) -> bool:
@@ -44,22 +49,13 @@ def safe_path(path: object) -> bool:
 
 def write_error(path: Path, error: OSError) -> LauncherError:
     """The operating system's refusal to write below the target, with what to do about it."""
-    place = quoted(path.parent)
-    fixes = {
-        errno.EACCES: f"--to a directory that you can write, or: ls -ld {place}",
-        errno.EPERM: f"--to a directory that you can write, or: ls -ld {place}",
-        errno.EROFS: "--to a directory on a file system that is not mounted read-only",
-        errno.ENOSPC: f"free space (df -h {place}), then the same command continues",
-        errno.EDQUOT: f"free space (quota -s; du -sh {place}), then the same command continues",
-        errno.EFBIG: "the file system, or ulimit -f, does not allow files of this size",
-        errno.ELOOP: f"it is a link, or no file: ls -l {quoted(path)}; remove it, then the same command",
-    }
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return LauncherError(
-        f"cannot write {path}: {reason}",
-        fixes.get(error.errno or 0, f"ls -ld {place}"),
-        status=ExitStatus.FILESYSTEM,
-    )
+    if error.errno == errno.ELOOP:
+        return LauncherError(
+            f"cannot write {path}: {os.strerror(errno.ELOOP)}",
+            f"it is a link, or no file: ls -l {quoted(path)}; remove it, then the same command",
+            status=ExitStatus.FILESYSTEM,
+        )
+    return filesystem_error(path, error, "--to DIR")
 
 
 def refuse_unusable(target: Path) -> None:
@@ -80,7 +76,7 @@ def refuse_unusable(target: Path) -> None:
     raise LauncherError(f"--to {target}: a file, not a directory", "name a new directory, or one to continue in")
 
 
-def refuse_foreign(target: Path, ours: Callable[[Path], bool]) -> None:
+def refuse_foreign(target: Path, ours: Callable[[Path], object]) -> None:
     """`refuse_unusable`, and others' data: no manifest, and nothing in it that `ours` knows. Writes nothing."""
     refuse_unusable(target)
     try:
@@ -105,30 +101,64 @@ def refuse_unwritable(target: Path) -> None:
         raise write_error(target, error) from error
 
 
+class Incoming(FileIO):
+    """A file that is being received: it takes no more bytes than it should have, and tells of those that it took.
+
+    Errors of the disk become LauncherErrors here, where they cannot be taken for errors of the network.
+    """
+
+    limit: int
+    on_bytes: Callable[[int], None]
+
+    @property
+    def handle(self) -> Path:
+        """A path that leads here and nowhere else, for code that knows nothing but paths."""
+        return Path(f"/proc/{os.getpid()}/fd/{self.fileno()}")
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self.limit:
+            raise WrongLength(f"more than the {self.limit:,} bytes that were announced")
+        left = memoryview(data)
+        try:
+            while left:  # a disk that is nearly full takes a part, and refuses the next
+                left = left[super().write(left) :]
+        except OSError as error:
+            raise write_error(Path(str(self.name)), error) from error
+        self.on_bytes(len(data))
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        before = os.fstat(self.fileno()).st_size
+        after = super().truncate(size)
+        self.on_bytes(after - before)
+        return after
+
+    def restart(self) -> None:
+        self.seek(0)
+        self.truncate()
+
+
 class Folder:
-    """A directory that was opened: names in it are used as they were checked, whatever its path leads to by now."""
+    """A directory that was opened: names in it are used as they were checked, whatever its path leads to by now.
+
+    It closes when nobody uses it any more: a download that is being stopped may do so for a moment longer than others.
+    """
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self.fd = path, fd
 
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def __del__(self) -> None:
         os.close(self.fd)
 
     @property
     def handle(self) -> Path:
-        """A path that leads here and nowhere else, for code and programs that know nothing but paths."""
+        """As that of Incoming."""
         return Path(f"/proc/{os.getpid()}/fd/{self.fd}")
 
     def below(self, *names: str) -> Folder:
         """The folder with these names in it, made where there is none. Raises LauncherError for a link on the way."""
         if not names:
-            return Folder(self.path, os.dup(self.fd))
+            return self
         path = self.path / names[0]
         try:
             with contextlib.suppress(FileExistsError):
@@ -138,8 +168,7 @@ class Folder:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise in_the_way(path, f"{'a link' if path.is_symlink() else 'a file'}, not a directory") from error
             raise write_error(path, error) from error
-        with folder:
-            return folder.below(*names[1:])
+        return folder.below(*names[1:])
 
     def open(self, name: str, flags: int, mode: int = 0o666) -> int:
         """A descriptor of a regular file, which to be written has no second name. Raises OSError for anything else."""
@@ -151,39 +180,37 @@ class Folder:
         os.close(descriptor)
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
-    def begin(self, name: str) -> FileIO:
-        """The unfinished file `name`, to go on with; another one where somebody else's, or a link, has that name."""
-        for candidate in _names(name):
-            with contextlib.suppress(OSError):
-                stream = self._stream(candidate, os.O_RDWR)
-                if os.fstat(stream.fileno()).st_uid == os.geteuid():
-                    return stream
-                stream.close()
-            with contextlib.suppress(FileExistsError):
-                return self._stream(candidate, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        raise write_error(self.path / name, FileExistsError(errno.EEXIST, ""))
+    @contextlib.contextmanager
+    def unfinished(self, limit: int, on_bytes: Callable[[int], None]) -> Iterator[Incoming]:
+        """A new file under a random name, which goes again unless `finish` has given it a final one."""
+        name = os.urandom(12).hex()
+        try:
+            stream = Incoming(str(self.path / name), "x+b", opener=lambda _path, flags: self.open(name, flags))
+        except OSError as error:
+            raise write_error(self.path / name, error) from error
+        stream.limit, stream.on_bytes = limit, on_bytes
+        with stream:
+            try:
+                yield stream
+            finally:
+                self.remove(name)
 
-    def _stream(self, name: str, flags: int) -> FileIO:
-        return FileIO(str(self.path / name), "r+b", opener=lambda _path, _flags: self.open(name, flags))
+    def finish(self, stream: Incoming, final: Path, top: Folder) -> None:
+        """Gives the file its final name in `top`; a link of that name is replaced, not what it leads to. Raises
+        OSError.
+        """
+        folder = top.below(*final.relative_to(top.path).parts[:-1])
+        os.replace(Path(str(stream.name)).name, final.name, src_dir_fd=self.fd, dst_dir_fd=folder.fd)
 
-    def size(self, name: str) -> int:
-        """Bytes of the unfinished file `name` that are there."""
-        for candidate in _names(name):
-            with contextlib.suppress(OSError):
-                found = os.stat(candidate, dir_fd=self.fd, follow_symlinks=False)
-                if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1:
-                    return found.st_size
-        return 0
-
-    def finish(self, stream: FileIO, final: Path, top: Folder) -> None:
-        """Gives the file its final name in `top`. A link of that name is replaced, not what it leads to."""
-        with top.below(*final.relative_to(top.path).parts[:-1]) as folder:
-            os.replace(Path(str(stream.name)).name, final.name, src_dir_fd=self.fd, dst_dir_fd=folder.fd)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Replaces a small file as a whole. Raises LauncherError."""
+    def write(self, name: str, data: bytes, mode: int | None = None) -> None:
+        """Replaces a small file as a whole; with `mode` whatever the umask. Raises LauncherError."""
         try:
             write_bytes(self.handle / name, data)
+            if mode is not None:
+                with FileIO(self.open(name, os.O_RDWR)) as stream:
+                    os.fchmod(stream.fileno(), mode)
+        except OSError as error:
+            raise write_error(self.path / name, error) from error
         except LauncherError as error:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else OSError(error.what)
             raise write_error(self.path / name, cause) from cause
@@ -198,17 +225,6 @@ class Folder:
                 os.unlink(name, dir_fd=self.fd)
             elif name.endswith(".xet"):
                 shutil.rmtree(name, ignore_errors=True, dir_fd=self.fd)
-
-    def clear(self, keep: Iterable[str]) -> None:
-        """Removes unfinished files that nobody wants any more. Under the lock: nobody is writing them."""
-        kept = {candidate for name in keep for candidate in _names(name)}
-        for name in set(os.listdir(self.fd)) - kept:
-            self.remove(name)
-
-
-def _names(name: str) -> tuple[str, str, str]:
-    """What an unfinished file may be called; the last of them is nobody's yet."""
-    return name, f"{name}.{os.geteuid()}", f"{name}.{os.urandom(4).hex()}"
 
 
 def in_the_way(path: Path, what: str) -> LauncherError:
@@ -228,7 +244,7 @@ class Work:
 
 @contextlib.contextmanager
 def at_work(target: Path, say: Callable[[str], None]) -> Iterator[Work]:
-    """Makes the directory where it is new, and holds its lock.
+    """Makes the directory where it is new, holds its lock, and removes what an earlier call has left unfinished.
 
     Waits for another stager, after saying who it is. The kernel frees a dead one's. Whoever may write into the
     directory may stage into it: our own part of it gets its mode, where we own it.
@@ -236,23 +252,26 @@ def at_work(target: Path, say: Callable[[str], None]) -> Iterator[Work]:
     refuse_unusable(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        opened = Folder(target, os.open(target, DIRECTORY))
+        top = Folder(target, os.open(target, DIRECTORY))
     except OSError as error:
         raise write_error(Path(error.filename or target), error) from error
-    with opened as top, top.below(STATE) as state, state.below("partial") as partial:
-        try:
-            lock = state.open("lock", os.O_RDWR | os.O_CREAT, 0o664)
-        except OSError as error:
-            raise write_error(state.path / "lock", error) from error
-        try:
-            mode = stat.S_IMODE(os.fstat(top.fd).st_mode)
-            for descriptor, bits in ((state.fd, mode), (partial.fd, mode), (lock, mode & 0o666)):
-                if os.fstat(descriptor).st_uid == os.geteuid():
-                    os.fchmod(descriptor, bits)
-            _lock(lock, target, say)
-            yield Work(top, state, partial)
-        finally:
-            os.close(lock)
+    state = top.below(STATE)
+    partial = state.below("partial")
+    try:
+        lock = state.open("lock", os.O_RDWR | os.O_CREAT, 0o664)
+    except OSError as error:
+        raise write_error(state.path / "lock", error) from error
+    try:
+        mode = stat.S_IMODE(os.fstat(top.fd).st_mode)
+        for descriptor, bits in ((state.fd, mode), (partial.fd, mode), (lock, mode & 0o666)):
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                os.fchmod(descriptor, bits)
+        _lock(lock, target, say)
+        for name in os.listdir(partial.fd):  # what was killed has left
+            partial.remove(name)
+        yield Work(top, state, partial)
+    finally:
+        os.close(lock)
 
 
 def _lock(descriptor: int, target: Path, say: Callable[[str], None]) -> None:

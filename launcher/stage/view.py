@@ -14,7 +14,8 @@ away what belongs to the others: benchmarks/loader.py measures it, docs/data.md 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -173,19 +174,12 @@ def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
             "then --data DIR",
             status=error.status,
         ) from error
-    numbered: dict[str, dict[tuple[int, int], str]] = {"train": {}, "validation": {}}
-    left_out: dict[str, str] = {}
-    sizes = {file.path.removeprefix("en/"): file.bytes for file in objects}
+    found = []
     for file in objects:
-        name = file.path.removeprefix("en/")
-        if match := SHARD.fullmatch(name):
-            if file.bytes < SMALL and (problem := wrong_start(bucket.head(file, len(LFS_POINTER)))):
-                left_out[name] = problem
-            else:
-                numbered[match[1]][int(match[3]), int(match[2])] = name
-    train, validation = (tuple(names for _, names in sorted(numbered[split].items())) for split in numbered)
-    in_all = max((total for total, _ in numbered["train"]), default=0) or TRAIN_FILES
-    return bucket.source, Staged(train, validation, sizes, left_out, in_all)
+        if shard := SHARD.fullmatch(file.path.removeprefix("en/")):
+            why = wrong_start(bucket.head(file, len(LFS_POINTER))) if file.bytes < SMALL else ""
+            found.append((shard, file.bytes, why))
+    return bucket.source, _in_order(found)
 
 
 def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[str]]:
@@ -203,22 +197,25 @@ def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[st
                 in_all, staged_from = manifest.train_files_in_all, manifest.source
         except LauncherError as error:
             notes.append(f"{error.what}: its files are taken as they are; {error.fix}")
+    with os.scandir(directory / "en") as entries:
+        found = [(shard, *_problem(e, listed, seen)) for e in entries if (shard := SHARD.fullmatch(e.name))]
+    return _in_order(found, in_all, staged_from), notes
+
+
+def _in_order(found: Iterable[tuple[re.Match[str], int, str]], in_all: int = 0, staged_from: str = "") -> Staged:
+    """From the names of shards, their sizes, and why one is no data."""
     numbered: dict[str, dict[tuple[int, int], str]] = {"train": {}, "validation": {}}
     sizes: dict[str, int] = {}
     left_out: dict[str, str] = {}
-    with os.scandir(directory / "en") as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        if match := SHARD.fullmatch(entry.name):
-            size, problem = _problem(entry, listed, seen)
-            if problem:
-                left_out[entry.name] = problem
-            else:
-                sizes[entry.name] = size
-                numbered[match[1]][int(match[3]), int(match[2])] = entry.name
+    for shard, size, problem in sorted(found, key=lambda each: each[0][0]):
+        if problem:
+            left_out[shard[0]] = problem
+        else:
+            sizes[shard[0]] = size
+            numbered[shard[1]][int(shard[3]), int(shard[2])] = shard[0]
     train, validation = (tuple(names for _, names in sorted(numbered[split].items())) for split in numbered)
     in_all = in_all or max((total for total, _ in numbered["train"]), default=0) or TRAIN_FILES
-    return Staged(train, validation, sizes, left_out, in_all, staged_from), notes
+    return Staged(train, validation, sizes, left_out, in_all, staged_from)
 
 
 def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Sequence[str]) -> tuple[int, str]:

@@ -1,31 +1,93 @@
-"""A file from a web server, such as a release's asset: continued after interruptions, by the standard library alone."""
+"""What web servers answer: small answers as bounded JSON, and files, which huggingface_hub's downloader brings.
+
+Of huggingface_hub only `http_get` and `xet_get` are used, which write into a file that we have opened.
+`hf_hub_download` takes a path and resolves it, and in a directory that others may write to it may lead elsewhere by the
+time it is used. Its client reads listings of any size, also inflated, so the standard library asks for those.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import http.client
+import logging
 import os
-import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import parse_json, whole
-from launcher.stage.manifest import BLOCK
+from launcher.stage.target import Incoming, Stopped, WrongLength
 
-# (offset, size) -> the bytes from `offset` up to `size`
-Reader = Callable[[int, int], Iterator[bytes]]
-TIMEOUT_S = 60  # for a connection, and for each piece
-ATTEMPTS = 6  # without a byte in between
-BACKOFF_S = 1.0  # the first wait; doubles up to LONGEST_WAIT_S
-LONGEST_WAIT_S = 60.0
-SMALL = 1 << 20
-
-_BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
+TIMEOUT_S = 15.0  # without a byte from the server
+ATTEMPTS = 6  # for a file; the downloader itself goes on after cuts
+CONTACT_ATTEMPTS = 3  # for a small answer, before anything was downloaded
+BACKOFF_S = 1.0  # the first wait; it doubles
+LONGEST_RETRY_AFTER_S = 900.0  # a server that asks for more is not waited for
 BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
+
+Result = TypeVar("Result")
+Refused = Callable[[Exception], LauncherError]
+
+
+def with_retries(call: Callable[[], Result], refused: Refused, attempts: int) -> Result:
+    """`call()`, again after what may pass: lost connections, 408, 429 and 5xx, waiting as long as the server asks."""
+    for attempt in range(attempts):
+        try:
+            return call()
+        except (LauncherError, Stopped):
+            raise
+        except Exception as error:  # of urllib, http.client, ssl and httpx: no common root
+            asked = _retry_after(error)
+            if not _may_pass(error) or attempt + 1 == attempts or asked > LONGEST_RETRY_AFTER_S:
+                raise refused(error) from error
+            time.sleep(max(asked, BACKOFF_S * 2**attempt))
+    raise AssertionError
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status in an error of urllib's or huggingface_hub's; 0 without one."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or getattr(error, "code", 0) or 0)
+
+
+def header_of(error: BaseException, name: str) -> str:
+    headers = getattr(getattr(error, "response", error), "headers", None)
+    return str(headers.get(name) or "") if headers is not None else ""
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that the server asks to wait; 0 when it does not. A date is taken relative to the answer's own."""
+    text = header_of(error, "Retry-After")
+    if (seconds := whole(text)) is not None:
+        return float(seconds)
+    try:
+        asked, now = parsedate_to_datetime(text), parsedate_to_datetime(header_of(error, "Date"))
+        return max((asked - now).total_seconds(), 0.0)
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _may_pass(error: Exception) -> bool:
+    if status := status_of(error):
+        return status in (408, 416, 429) or status >= 500
+    ours = isinstance(error, (OSError, http.client.HTTPException)) or type(error).__module__ == "httpx"
+    return ours and not isinstance(error, BAD_ADDRESS)
+
+
+def no_answer(error: Exception) -> str:
+    """What went wrong with a connection, for the middle of a message."""
+    if isinstance(error, WrongLength):
+        return str(error)
+    if isinstance(error, BAD_ADDRESS) or type(error).__name__ in ("UnsupportedProtocol", "InvalidURL", "InvalidSchema"):
+        return "the server leads to an address that cannot be used"
+    reason = getattr(error, "reason", None) or error
+    words = os.strerror(reason.errno) if isinstance(reason, OSError) and reason.errno else type(reason).__name__
+    return f"{'no connection' if isinstance(error, urllib.error.URLError) else 'the connection breaks off'} ({words})"
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -42,106 +104,94 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return request
 
 
-def open_url(
-    url: str, headers: dict[str, str], timeout: float, token: str = "", tls: ssl.SSLContext | None = None
-) -> Any:
-    """The answer to a GET. Raises what urllib raises, for a redirect without end, too."""
-    # Identity: of a compressed answer neither size nor range could be trusted, nor what it inflates to.
-    headers = {"User-Agent": "titan-launcher", "Accept-Encoding": "identity"} | headers
-    request = urllib.request.Request(url, headers=headers)
+def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, str]:
+    """The JSON at `url`, None where there is none or more than `most` bytes of it; and the answer's Link header."""
+    _trust()
+    # Identity: nobody knows what a compressed answer inflates to.
+    request = urllib.request.Request(url, headers={"User-Agent": "titan-launcher", "Accept-Encoding": "identity"})
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    opener = urllib.request.build_opener(_Redirects, urllib.request.HTTPSHandler(context=tls))
-    return opener.open(request, timeout=timeout)
 
+    def once() -> tuple[bytes, str]:
+        with urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_S) as answer:
+            data: bytes = answer.read(most + 1)
+            if len(data) <= most and answer.length:
+                raise http.client.IncompleteRead(data, answer.length)
+            return data, str(answer.headers.get("Link") or "")
 
-def read_whole(answer: Any, limit: int) -> bytes:
-    """All of an answer of at most `limit` bytes, nothing of a larger one. Raises IncompleteRead for one that is cut."""
-    data: bytes = answer.read(limit + 1)
-    if len(data) > limit:
-        return b""
-    if answer.length:
-        raise http.client.IncompleteRead(data, answer.length)
-    return data
-
-
-def json_in(data: bytes) -> Any:
-    """The value; None where it is no JSON."""
+    data, link = with_retries(once, refused, CONTACT_ATTEMPTS)
     try:
-        return parse_json(data)
+        return parse_json(data) if len(data) <= most else None, link
     except ValueError:
-        return None
+        return None, link
 
 
-def read_small(url: str) -> dict[str, Any]:
-    """The JSON object at `url`. Raises LauncherError where there is none."""
-    value = json_in(b"".join(_read(url, 0, None)))
-    if not isinstance(value, dict):
-        raise LauncherError(f"{url}: not a JSON object", "the address of a .sqsh file of a release")
-    return value
+def download(url: str, stream: Incoming, headers: Mapping[str, str], refused: Refused) -> None:
+    """Fills `stream` from `url`."""
+
+    def once() -> None:
+        stream.restart()
+        library().http_get(url, stream, headers={**headers, "Accept-Encoding": "identity"})
+        if stream.tell() < stream.limit:
+            raise WrongLength(f"the connection ended after {stream.tell():,} of {stream.limit:,} bytes")
+
+    with_retries(once, refused, ATTEMPTS)
 
 
-def stream_from(url: str) -> Reader:
-    """A reader of the file at `url`. After a cut it asks for the rest; a server that knows no ranges sends all
-    again.
-    """
-    return lambda offset, size: _read(url, offset, size)
+@functools.cache
+def library() -> Any:
+    """huggingface_hub's downloaders, quiet: their warnings quote addresses that carry a signature."""
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    refuse_offline()
+    _trust()
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    with contextlib.suppress(ImportError):
+        if hasattr(
+            file_download, "httpx"
+        ):  # since 1.0. It reads 64 kB at once and collects 10 MB: a third of the speed
+            from httpcore._sync.http11 import HTTP11Connection
+
+            HTTP11Connection.READ_NUM_BYTES = 1 << 20
+            constants.DOWNLOAD_CHUNK_SIZE = None
+    return file_download
 
 
-def _read(url: str, offset: int, size: int | None) -> Iterator[bytes]:
-    failures, wait, reached = 0, BACKOFF_S, offset
-    while size is None or offset < size:
-        try:
-            with open_url(url, {"Range": f"bytes={offset}-"} if offset else {}, TIMEOUT_S) as answer:
-                if offset and answer.status != 206:
-                    _skip(answer, offset)
-                if size is None:
-                    yield read_whole(answer, SMALL)
-                    return
-                while offset < size and (chunk := answer.read(min(BLOCK, size - offset))):
-                    offset += len(chunk)
-                    yield chunk
-            if offset < size:
-                raise http.client.IncompleteRead(b"", size - offset)
-        except _BROKEN as error:
-            if offset - reached >= BLOCK:  # not for each byte: a server may give one at a time
-                failures, wait, reached = 0, BACKOFF_S, offset
-            failures += 1
-            if failures >= ATTEMPTS or not _may_pass(error):
-                raise _refused(url, error) from error
-            time.sleep(max(wait, _retry_after(error)))
-            wait = min(2 * wait, LONGEST_WAIT_S)
+def refuse_offline() -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise LauncherError("HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again")
 
 
-def _skip(answer: http.client.HTTPResponse, count: int) -> None:
-    while count and (chunk := answer.read(min(BLOCK, count))):
-        count -= len(chunk)
+def _trust() -> None:
+    """Our own requests and huggingface_hub's trust the bundle that the user names, else certifi's."""
+    if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
+        import certifi  # huggingface_hub's client brings it
+
+        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+        os.environ["SSL_CERT_FILE"] = bundle or certifi.where()
 
 
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code in (408, 429) or error.code >= 500
-    return not isinstance(error, BAD_ADDRESS)
+def refused_by_server(url: str) -> Refused:
+    """For a file by its address: what its server or the network refuses, and what to do about it."""
 
-
-def _retry_after(error: Exception) -> float:
-    text = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
-    return float(min(whole(text) or 0, 900))
-
-
-def _refused(url: str, error: Exception) -> LauncherError:
-    if isinstance(error, urllib.error.HTTPError):
-        if error.code in (401, 403):
+    def refused(error: Exception) -> LauncherError:
+        status = status_of(error)
+        if not status:
+            return LauncherError(
+                f"{url}: {no_answer(error)}",
+                "check the network and HTTPS_PROXY, then the same command",
+                status=ExitStatus.ERROR,
+            )
+        if status in (401, 403):
             fix = "the server asks who you are: download it with its own tools, then stage the file"
-        elif error.code == 404 and url.endswith(".sqsh.json"):
+        elif status == 404 and url.endswith(".sqsh.json"):
             fix = "every image of a release has its .json beside it; check the address"
         else:
-            fix = "check the address" if error.code < 500 else "the same command later continues"
-        return LauncherError(f"{url}: HTTP {error.code}", fix, status=ExitStatus.NOT_FOUND)
-    reason = getattr(error, "reason", None) or error
-    words = os.strerror(reason.errno) if isinstance(reason, OSError) and reason.errno else str(reason)
-    return LauncherError(
-        f"{url}: {words or type(error).__name__}",
-        "the same command continues; check the network and HTTPS_PROXY",
-        status=ExitStatus.ERROR,
-    )
+            fix = "check the address" if status < 500 else "the same command later tries again"
+        return LauncherError(f"{url}: HTTP {status}", fix, status=ExitStatus.NOT_FOUND)
+
+    return refused

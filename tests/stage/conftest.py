@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher.stage import hub_errors, sample
+from launcher.stage import sample, web
 from tests.stage.hub_server import Hub, running_hub
 
 TRAIN_FILES = 12
@@ -65,7 +66,8 @@ def hub(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(workplace / "huggingface"))
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    monkeypatch.setattr(hub_errors, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(web, "BACKOFF_S", 0.01)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _seconds: None))
     with running_hub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         server.add("dataset", "allenai/c4", c4_files)

@@ -77,3 +77,41 @@ def stall(event: threading.Event, after: int) -> Fault:
         return True
 
     return fault
+
+
+def answer(body: bytes, **headers: str) -> Fault:
+    """Something else, as if it were right."""
+
+    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+        handler.answer(200, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        return True
+
+    return fault
+
+
+def endless(piece: bytes) -> Fault:
+    """`piece` again and again, until the client goes away."""
+
+    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.close_connection = True
+        while True:
+            handler.wfile.write(piece)
+
+    return fault
+
+
+def moved(to: str, body: bytes = b"") -> Fault:
+    """A redirect; without an address, to itself."""
+
+    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+        handler.answer(302, body, {"Location": to or handler.path})
+        return True
+
+    return fault
+
+
+def passed(_handler: Handler, _content: Content, _start: int) -> bool:
+    """Nothing wrong with this one."""
+    return False

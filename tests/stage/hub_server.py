@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback: what huggingface_hub really asks, answered from files, with faults on demand.
+"""A Hugging Face Hub on loopback: what staging asks of it, answered from files, with faults on demand.
 
 Two servers, as in reality: the Hub itself, and the content servers that it redirects large files to, under another
 host name. Large files are those that C4 and models keep in Git LFS. As a program it serves one C4 directory:
@@ -64,7 +64,6 @@ class Content:
 class Request:
     """One request as it came, for a test to look at."""
 
-    method: str
     path: str  # of the file, or of the API
     where: str  # "api", "hub" or "cdn"
     authorization: str
@@ -80,13 +79,13 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], dict[str, Content]] = {}
         self.commits: dict[tuple[str, str], str] = {}
+        self.site: dict[str, Content] = {}  # what it has besides, as any web server, by the path of its address
         self.gated: dict[str, dict[str, str]] = {}  # repository -> token -> "ok" or a key of GATED_WORDS
         self.tokens: set[str] = set()
         self.faults: dict[str, list[Fault]] = defaultdict(list)  # file's path -> one for each answer
         self.api_faults: list[Fault] = []
         self.always: Fault | None = None  # for every file
         self.requests: list[Request] = []
-        self.xet: set[str] = set()  # paths that are offered through Xet as well
         self.extra_names: list[str] = []  # that a bad server puts into its listings
         self.lock = threading.Lock()
         self.hub = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, "hub"))
@@ -107,8 +106,8 @@ class Hub:
         return next(files for (_, repo), files in self.repos.items() if repo == name)[path]
 
     def asked(self, path: str, where: str = "") -> list[Request]:
-        """The requests for content of a file: not the HEADs."""
-        return [r for r in self.requests if r.path == path and r.method == "GET" and where in ("", r.where)]
+        """The requests for content of a file."""
+        return [r for r in self.requests if r.path == path and where in ("", r.where)]
 
     def close(self) -> None:
         for server in (self.hub, self.cdn):
@@ -133,38 +132,26 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._route()
-
     def do_GET(self) -> None:
-        self._route()
-
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
-        self._route()
-
-    def _route(self) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if self.where == "cdn":
                 return self._cdn(path, url.query)
-            if match := re.fullmatch(
-                r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.*))?", path
-            ):
-                return self._api(KINDS[match[1]], match[2], match[3] or "revision", match[4] or "main", url.query)
+            if match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/(revision|tree)/(.*)", path):
+                return self._api(KINDS[match[1]], match[2], match[3], match[4], url.query)
             if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
                 kind = "dataset" if match[1] else "model"
                 return self._resolve(kind, match[2], match[3], match[4])
+            self._log(path, "site")
+            if path in self.hub.site:
+                return self._content(path, self.hub.site[path], {})
             self.answer(404, b"", {})
 
     def _log(self, path: str, where: str) -> None:
         with self.hub.lock:
             self.hub.requests.append(
-                Request(
-                    self.command, path, where, self.headers.get("Authorization") or "", self.headers.get("Range") or ""
-                )
+                Request(path, where, self.headers.get("Authorization") or "", self.headers.get("Range") or "")
             )
 
     def answer(self, code: int, body: bytes, headers: Mapping[str, str]) -> None:
@@ -172,8 +159,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def _json(self, value: Any, headers: Mapping[str, str] | None = None) -> None:
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
@@ -185,11 +171,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
             return False
         if (kind, name) not in self.hub.repos:
-            self.answer(
-                401 if not token else 404,
-                b"",
-                {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
-            )
+            unknown = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            self.answer(404 if token else 401, b"", unknown)
             return False
         if name in self.hub.gated and content:
             state = self.hub.gated[name].get(token, "none")
@@ -221,24 +204,11 @@ class Handler(BaseHTTPRequestHandler):
         if not self._knows(kind, name, revision):
             return
         if what == "revision":
-            self._json(
-                {
-                    "id": name,
-                    "sha": self.hub.commits[kind, name],
-                    "private": False,
-                    "tags": [],
-                    "siblings": [],
-                }
-            )
-            return
-        files = self.hub.repos[kind, name]
-        if what == "paths-info":
-            paths = json.loads(self.body)["paths"]
-            self._json([_entry(path, files[path]) for path in paths if path in files])
+            self._json({"id": name, "sha": self.hub.commits[kind, name], "private": False, "tags": [], "siblings": []})
             return
         asked = parse_qs(query)
         recursive = asked.get("recursive", [""])[0].lower() == "true"
-        entries = _listing(files, folder, recursive)
+        entries = _listing(self.hub.repos[kind, name], folder, recursive)
         entries += [_entry(path, Content(b"x", {"path": path})) for path in self.hub.extra_names]
         start = int(asked.get("cursor", ["0"])[0])
         headers = {}
@@ -260,10 +230,7 @@ class Handler(BaseHTTPRequestHandler):
             self._content(path, content, commit | {"ETag": f'"{content.git}"'})
             return
         place = f"http://localhost:{self.hub.cdn.server_port}/{quote(path)}?Signature=secret-of-the-cdn"
-        linked = {"X-Linked-Size": str(content.size), "X-Linked-ETag": f'"{content.sha256}"'}
-        if path in self.hub.xet:
-            linked |= {"X-Xet-Hash": "f" * 64, "Link": f'<{self.hub.endpoint}/api/xet>; rel="xet-auth"'}
-        self.answer(302, b"", commit | linked | {"Location": place, "ETag": f'"{content.sha256}"'})
+        self.answer(302, b"", commit | {"Location": place, "ETag": f'"{content.sha256}"'})
 
     def _cdn(self, path: str, query: str) -> None:
         path = path.lstrip("/")
@@ -277,24 +244,22 @@ class Handler(BaseHTTPRequestHandler):
     def _content(self, path: str, content: Content, headers: dict[str, str]) -> None:
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = int(match[1]) if match else 0
-        if self.command == "GET":
-            with self.hub.lock:
-                queue = self.hub.faults[path]
-                fault = queue.pop(0) if queue else self.hub.always
-            if fault is not None and fault(self, content, start):
-                return
+        with self.hub.lock:
+            queue = self.hub.faults[path]
+            fault = queue.pop(0) if queue else self.hub.always
+        if fault is not None and fault(self, content, start):
+            return
         if start >= content.size and match:
             self.answer(416, b"", {"Content-Range": f"bytes */{content.size}"})
             return
         self.begin(content, start, headers)
-        if self.command == "GET":
-            if isinstance(content.data, bytes):
-                self.wfile.write(content.data[start:])
-            else:
-                self.wfile.flush()
-                with open(content.data, "rb") as stream:
-                    while sent := os.sendfile(self.connection.fileno(), stream.fileno(), start, 1 << 24):
-                        start += sent
+        if isinstance(content.data, bytes):
+            self.wfile.write(content.data[start:])
+        else:
+            self.wfile.flush()
+            with open(content.data, "rb") as stream:
+                while sent := os.sendfile(self.connection.fileno(), stream.fileno(), start, 1 << 24):
+                    start += sent
 
     def begin(self, content: Content, start: int, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(206 if start else 200)

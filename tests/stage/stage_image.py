@@ -14,6 +14,7 @@ import pytest
 
 from launcher.image.squashfs_file import sidecar_path, superblock
 from tests.conftest import squashfs_head
+from tests.stage.hub_server import Content, Hub
 
 needs_tools = pytest.mark.skipif(
     not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"
@@ -50,6 +51,14 @@ def source(tmp_path: Path) -> Path:
     path.write_bytes(image_bytes())
     sidecar_path(path).write_text(json.dumps(description(image_bytes(), path)))
     return path
+
+
+@pytest.fixture
+def url(source: Path, hub: Hub) -> str:
+    """The same on a web server, which is the Hub's."""
+    for path in (source, sidecar_path(source)):
+        hub.site[f"/{path.name}"] = Content(path.read_bytes())
+    return f"{hub.endpoint}/{source.name}"
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import resource
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +19,14 @@ from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import hub as hub_module
 from launcher.stage import s3, web
 from launcher.stage.image import stage_image
-from tests.conftest import Launch
+from tests.stage.faults import answer, endless, moved, passed
 from tests.stage.hub_server import Content, Fault, Handler, Hub
-from tests.stage.stage_image import source
+from tests.stage.stage_image import source, url
 from tests.stage.test_stage_c4 import stage_c4, train
 
-assert source  # the fixture
+__all__ = ["source", "url"]  # fixtures
 FILE = train(0)[0]
 MEMORY = 3 << 30  # of a whole Python with its libraries, as addresses
-
-
-def answer(body: bytes, **headers: str) -> Fault:
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.answer(200, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        return True
-
-    return fault
-
-
-def endless(piece: bytes) -> Fault:
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.send_response(200)
-        handler.end_headers()
-        handler.close_connection = True
-        while True:  # until the client goes away
-            handler.wfile.write(piece)
-
-    return fault
-
-
-def moved(to: str, body: bytes = b"") -> Fault:
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.answer(302, body, {"Location": to or handler.path})
-        return True
-
-    return fault
 
 
 WRONG = [
@@ -80,14 +52,15 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("said", "words"), WRONG)
-def test_fields_of_a_listing(said: dict[str, Any], words: str, hub: Hub, launch: Launch, workplace: Path) -> None:
-    (workplace / "victim").mkdir()
-    (workplace / "victim/a-c4-train.00000-of-00012.json.gz").write_text("mine")
+def test_fields_of_a_listing(said: dict[str, Any], words: str, hub: Hub, tmp_path: Path) -> None:
+    victim = tmp_path / "victim/a-c4-train.00000-of-00012.json.gz"
+    victim.parent.mkdir()
+    victim.write_text("mine")
     hub.content("allenai/c4", FILE).announced = said
-    done = launch("stage", "c4", "--to", "d/c4", "--files", "1")
-    assert done.returncode == 3 and words in done.stderr and hub.endpoint in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not (workplace / "d").exists()
-    assert (workplace / "victim/a-c4-train.00000-of-00012.json.gz").read_text() == "mine"
+    with pytest.raises(LauncherError, match=re.escape(words)) as caught:
+        stage_c4(tmp_path / "d/c4", files=1)
+    assert hub.endpoint in caught.value.what and caught.value.status == 3
+    assert victim.read_text() == "mine" and not (tmp_path / "d").exists()
 
 
 PAGE = "<html>sign in</html>"
@@ -114,10 +87,6 @@ def test_an_answer_about_the_repository(body: str, words: str, hub: Hub, tmp_pat
     assert hub.endpoint in caught.value.what and caught.value.status == 3 and not (tmp_path / "c4").exists()
 
 
-def passed(_handler: Handler, _content: Content, _start: int) -> bool:
-    return False
-
-
 @pytest.mark.parametrize("body", [PAGE, "{}", "[7]", "[null]", '["en"]'])
 def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
     hub.api_faults = [passed, answer(body.encode())]
@@ -139,12 +108,13 @@ def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
 def test_redirects_that_lead_nowhere(
     to: str, words: str, where: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.stage.hub_errors.ATTEMPTS", 1)
-    monkeypatch.setattr("launcher.stage.hub_errors.CONTACT_ATTEMPTS", 1)
+    monkeypatch.setattr(web, "ATTEMPTS", 1)
+    monkeypatch.setattr(web, "CONTACT_ATTEMPTS", 1)
     if where == "api":
         hub.api_faults = [moved(to)] * 30
     else:
         hub.always = moved(to)
+        words += "|the connection breaks off"
     with pytest.raises(LauncherError, match=words):
         stage_c4(tmp_path / "c4", files=1)
 
@@ -211,38 +181,6 @@ def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
 # ------------------------------------------------------------------------------------------ images, and object storage
 
 
-@pytest.fixture
-def site(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """A web server: what it answers for a path, as bytes or by a function."""
-    monkeypatch.setattr(web, "BACKOFF_S", 0.001)
-    answers: dict[str, Any] = {"asked": 0}
-
-    class Site(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            answers["asked"] += 1
-            found = answers[self.path]
-            if callable(found):
-                found(self)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(found)))
-            self.end_headers()
-            self.wfile.write(found)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    answers["url"] = f"http://127.0.0.1:{server.server_port}/{source.name}"
-    answers[f"/{source.name}"] = source.read_bytes()
-    answers[f"/{source.name}.json"] = sidecar_path(source).read_bytes()
-    yield answers
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
@@ -256,57 +194,33 @@ def site(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, An
     ],
 )
 def test_the_description_of_an_image(
-    field: str, value: object, words: str, site: dict[str, Any], source: Path, tmp_path: Path
+    field: str, value: object, words: str, url: str, hub: Hub, source: Path, tmp_path: Path
 ) -> None:
     about = json.loads(sidecar_path(source).read_text())
     about["squashfs"][field] = value
-    site[f"/{source.name}.json"] = json.dumps(about).encode()
+    hub.site[f"/{source.name}.json"] = Content(json.dumps(about).encode())
     with pytest.raises(LauncherError, match=words) as caught:
-        stage_image(site["url"], tmp_path / "images", say=print)
-    assert site["url"] in caught.value.what and not (tmp_path / "images").exists()
-
-
-def redirect_to(place: str) -> Callable[[Any], None]:
-    def act(handler: Any) -> None:
-        handler.send_response(302)
-        handler.send_header("Location", place)
-        handler.end_headers()
-
-    return act
-
-
-def forever(handler: Any) -> None:
-    handler.send_response(200)
-    handler.end_headers()
-    while True:
-        handler.wfile.write(b" " * (1 << 20))
-
-
-def byte_for_byte(handler: Any) -> None:
-    """One byte more in each answer, and none of the ranges that were asked for."""
-    given = int((handler.headers.get("Range") or "bytes=0-")[6:-1]) + 1
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(3 << 20))
-    handler.end_headers()
-    handler.wfile.write(b"x" * given)
+        stage_image(url, tmp_path / "images", say=print)
+    assert url in caught.value.what and not (tmp_path / "images").exists()
 
 
 @pytest.mark.parametrize(
-    ("path", "how", "words"),
+    ("suffix", "fault", "words"),
     [
-        (".json", forever, "not a JSON object"),
-        (".json", redirect_to("http://[bad"), "IPv6"),
-        (".json", redirect_to("ftp://host/x"), "another kind of address"),
-        ("", byte_for_byte, "IncompleteRead|ended|more"),
+        (".json", endless(b" " * (1 << 20)), "not a JSON object"),
+        (".json", moved("http://[bad"), "address that cannot be used"),
+        (".json", moved("ftp://host/x"), "address that cannot be used"),
+        ("", endless(b"x" * (1 << 20)), "more than the"),
+        ("", moved("ftp://host/x"), "address that cannot be used"),
     ],
 )
-def test_a_web_server_without_end(
-    path: str, how: Callable[[Any], None], words: str, site: dict[str, Any], source: Path, tmp_path: Path
+def test_a_web_server_that_leads_astray(
+    suffix: str, fault: Fault, words: str, url: str, hub: Hub, source: Path, tmp_path: Path
 ) -> None:
-    site[f"/{source.name}{path}"] = how
+    hub.faults[f"/{source.name}{suffix}"] = [fault] * 10
     with pytest.raises(LauncherError, match=words):
-        stage_image(site["url"], tmp_path / "images", say=print)
-    assert site["asked"] <= 10
+        stage_image(url, tmp_path / "images", say=print)
+    assert not list(tmp_path.glob("images/.staged/partial/*"))
 
 
 @pytest.mark.parametrize("address", ["https://[x/a.sqsh", "https://host:port/a.sqsh"])

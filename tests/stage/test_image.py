@@ -172,9 +172,7 @@ def test_too_little_space_is_found_before_the_first_byte(
     assert sum(path.stat().st_size for path in (tmp_path / "images").rglob("*.sqsh")) == 0
 
 
-def test_a_disk_that_fills_up_stops_it_and_the_next_call_continues(
-    source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_a_disk_that_fills_up_stops_it(source: Path, tmp_path: Path, said: list[str]) -> None:
     """The kernel's refusal to let a file grow stands in for a full disk: the same place, another number."""
     done = subprocess.run(
         [sys.executable, "-c", CALL, str(source), str(tmp_path / "images")],
@@ -184,19 +182,17 @@ def test_a_disk_that_fills_up_stops_it_and_the_next_call_continues(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
     assert "File too large" in done.stderr
-    (partial,) = (tmp_path / "images" / ".staged" / "partial").iterdir()
-    assert partial.stat().st_size == 1 << 20
+    assert not list((tmp_path / "images" / ".staged" / "partial").iterdir())
     assert stage_image(str(source), tmp_path / "images", say=said.append).read_bytes() == image_bytes()
 
 
-def test_what_does_not_fit_is_not_continued(source: Path, tmp_path: Path, said: list[str]) -> None:
+def test_what_an_earlier_call_has_left_is_removed(source: Path, tmp_path: Path, said: list[str]) -> None:
     partial = tmp_path / "images" / ".staged" / "partial"
     partial.mkdir(parents=True)
     digest = hashlib.sha256(image_bytes()).hexdigest()
     (partial / f"{digest[:24]}.sqsh").write_bytes(b"hsqs" + bytes(1 << 20))
     (partial / "of-another-image.sqsh").write_bytes(bytes(100))
     assert stage_image(str(source), tmp_path / "images", say=said.append).read_bytes() == image_bytes()
-    assert "from the beginning" in " ".join(said)
     assert list(partial.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""`stage image` from the web."""
+"""`stage image` from the web, and as a command."""
 
 from __future__ import annotations
 
@@ -8,184 +8,97 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import sidecar_path
-from launcher.stage import web
 from launcher.stage.image import stage_image
 from tests.conftest import ROOT, Launch
-from tests.stage.stage_image import CALL, expected, image_bytes, said, source
+from tests.stage import faults
+from tests.stage.hub_server import Content, Hub
+from tests.stage.stage_image import CALL, expected, image_bytes, said, source, url
 
-__all__ = ["said", "source"]  # fixtures
-
-
-# ---------------------------------------------------------------------------------------------------------- the web
-
-
-@dataclass
-class Site:
-    """A web server with one image and its description, and what is wrong with it."""
-
-    data: bytes
-    about: bytes
-    url: str = ""
-    cut_after: int = 0  # bytes of an answer, before the connection ends
-    cuts: int = 0  # how often
-    ranges: bool = True
-    refuse: list[int] = field(default_factory=list)  # status codes of the next answers
-    stall: bool = False  # after cut_after bytes, for ever
-    asked: list[str] = field(default_factory=list)  # "path range" of every request
-    released: threading.Event = field(default_factory=threading.Event)
+__all__ = ["said", "source", "url"]  # fixtures
+IMAGE = "/titan-stable-amd64.sqsh"
 
 
-@pytest.fixture
-def site(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(web, "BACKOFF_S", 0.01)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    site = Site(source.read_bytes(), sidecar_path(source).read_bytes())
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            wanted = self.headers.get("Range", "")
-            site.asked.append(f"{self.path} {wanted}".strip())
-            if self.path == "/moved/" + source.name:  # as a release's assets are
-                self.send_response(302)
-                self.send_header("Location", f"/{source.name}")
-                self.end_headers()
-                return
-            if site.refuse:
-                self.send_error(site.refuse.pop(0))
-                return
-            data = {f"/{source.name}": site.data, f"/{source.name}.json": site.about}.get(
-                self.path.replace("/moved", "")
-            )
-            if data is None:
-                self.send_error(404)
-                return
-            offset = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and site.ranges else 0
-            self.send_response(206 if offset else 200)
-            self.send_header("Content-Length", str(len(data) - offset))
-            self.end_headers()
-            part = data[offset:]
-            if len(part) > site.cut_after and (site.cuts or site.stall):
-                site.cuts -= 1
-                self.wfile.write(part[: site.cut_after])
-                self.wfile.flush()
-                if site.stall:
-                    site.released.wait()
-                self.close_connection = True
-                return
-            self.wfile.write(part)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    site.url = f"http://127.0.0.1:{server.server_port}/{source.name}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield site
-    site.released.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_release_comes_with_its_description(site: Site, tmp_path: Path, said: list[str]) -> None:
-    path = stage_image(site.url.replace("/titan", "/moved/titan"), tmp_path / "images", say=said.append)
+def test_a_release_comes_with_its_description(
+    hub: Hub, url: str, source: Path, tmp_path: Path, said: list[str]
+) -> None:
+    hub.faults[IMAGE] = [faults.moved(f"http://localhost:{hub.hub.server_port}{IMAGE}")]  # as a release's assets are
+    path = stage_image(url, tmp_path / "images", say=said.append)
     assert path == expected(tmp_path / "images")
     assert path.read_bytes() == image_bytes()
-    assert json.loads(sidecar_path(path).read_text()) == json.loads(site.about)
+    assert json.loads(sidecar_path(path).read_text()) == json.loads(sidecar_path(source).read_text())
     # There already: only the description is asked for.
-    count = len(site.asked)
-    stage_image(site.url, tmp_path / "images", say=said.append)
-    assert [asked.rsplit(".", 1)[-1] for asked in site.asked[count:]] == ["json"]
+    hub.requests.clear()
+    stage_image(url, tmp_path / "images", say=said.append)
+    assert [request.path for request in hub.requests] == [f"{IMAGE}.json"]
 
 
-def test_a_cut_connection_is_continued_where_it_ended(site: Site, tmp_path: Path, said: list[str]) -> None:
-    site.cut_after, site.cuts = 1_200_000, 2
-    path = stage_image(site.url, tmp_path / "images", say=said.append)
-    assert path.read_bytes() == image_bytes()
-    assert [asked.split()[1] for asked in site.asked if " " in asked] == ["bytes=1200000-", "bytes=2400000-"]
-
-
-def test_a_server_without_ranges_sends_it_all_again(site: Site, tmp_path: Path, said: list[str]) -> None:
-    site.cut_after, site.cuts, site.ranges = 2_000_000, 1, False
-    assert stage_image(site.url, tmp_path / "images", say=said.append).read_bytes() == image_bytes()
-
-
-def test_busy_answers_are_tried_again(site: Site, tmp_path: Path, said: list[str]) -> None:
-    site.refuse = [503, 429]
-    assert stage_image(site.url, tmp_path / "images", say=said.append).read_bytes() == image_bytes()
-
-
-def test_a_server_that_never_answers_well_is_given_up_and_continued_later(
-    site: Site, tmp_path: Path, said: list[str]
+@pytest.mark.parametrize(
+    ("answers", "ranges"),
+    [
+        ([faults.cut(1_200_000), faults.cut(1_200_000)], ["", "bytes=1200000-", "bytes=2400000-"]),
+        ([faults.cut(2_000_000), faults.whole], ["", "bytes=2000000-"]),
+        ([faults.status(503), faults.status(500)], ["", "", ""]),
+    ],
+    ids=["cut", "range-ignored", "busy"],
+)
+def test_what_may_pass_is_overcome(
+    answers: list[Any], ranges: list[str], hub: Hub, url: str, tmp_path: Path, said: list[str]
 ) -> None:
-    site.cut_after, site.cuts = 1_000_000, 1
-
-    def fail(seconds: float) -> None:
-        """The description and a piece of the image came; from the first wait on there are only errors."""
-        site.refuse = [500] * 10
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.stage.web.time.sleep", fail)
-        with pytest.raises(LauncherError, match="HTTP 500"):
-            stage_image(site.url, tmp_path / "images", say=said.append)
-    assert not expected(tmp_path / "images").exists()
-    site.refuse = []
-    site.asked.clear()
-    assert stage_image(site.url, tmp_path / "images", say=said.append).read_bytes() == image_bytes()
-    assert [asked.split()[1] for asked in site.asked if " " in asked] == ["bytes=1000000-"]
+    hub.faults[IMAGE] = list(answers)
+    hub.faults[f"{IMAGE}.json"] = [faults.status(503), faults.status(429)]
+    assert stage_image(url, tmp_path / "images", say=said.append).read_bytes() == image_bytes()
+    assert [request.range for request in hub.asked(IMAGE)] == ranges
 
 
-def test_kill_9_leaves_nothing_under_the_final_name_and_the_next_call_continues(
-    site: Site, tmp_path: Path, said: list[str]
-) -> None:
-    site.cut_after, site.stall = 1_500_000, True
+def test_a_server_that_never_answers_well_is_given_up(hub: Hub, url: str, tmp_path: Path, said: list[str]) -> None:
+    hub.faults[IMAGE] = [faults.cut(1_000_000), *[faults.status(500)] * 10]
+    with pytest.raises(LauncherError, match="HTTP 500"):
+        stage_image(url, tmp_path / "images", say=said.append)
+    assert not list(tmp_path.glob("images/**/*.sqsh"))
+
+
+def test_kill_9_leaves_nothing_under_the_final_name(hub: Hub, url: str, tmp_path: Path, said: list[str]) -> None:
+    event = threading.Event()
+    hub.faults[IMAGE] = [faults.stall(event, 1_500_000)]
     images = tmp_path / "images"
-    process = subprocess.Popen([sys.executable, "-c", CALL, site.url, str(images)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", CALL, url, str(images)], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not [p for p in images.rglob("partial/*.sqsh") if p.stat().st_size >= 1 << 20]:
+    while not [p for p in images.rglob("partial/*") if p.stat().st_size >= 1 << 20]:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert sorted(path.name for path in images.iterdir()) == [".staged"]
-    (partial,) = (images / ".staged" / "partial").iterdir()
-    have = partial.stat().st_size
-    site.stall = False
-    site.asked.clear()
-    assert stage_image(site.url, images, say=said.append).read_bytes() == image_bytes()
-    assert f"/titan-stable-amd64.sqsh bytes={have}-" in site.asked
+    event.set()
+    assert [path.name for path in images.iterdir()] == [".staged"]
+    assert stage_image(url, images, say=said.append).read_bytes() == image_bytes()
+    assert not list((images / ".staged/partial").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("what", "words"),
+    ("what", "content", "words"),
     [
-        ("other bytes", "wrong bytes"),
-        ("no description", "HTTP 404"),
-        ("no checksum", "has no sha256"),
-        ("a page", "not a JSON object"),
+        ("other bytes", image_bytes()[:-1] + b"!", "wrong bytes"),
+        ("no image", b"<html>".ljust(len(image_bytes())), "not a squashfs file"),
+        ("no description", None, "HTTP 404"),
+        ("no checksum", b'{"schema": 1, "squashfs": {}}', "has no sha256"),
+        ("a page", b"<html>sign in</html>", "not a JSON object"),
     ],
 )
 def test_what_the_description_does_not_prove_is_not_kept(
-    what: str, words: str, site: Site, tmp_path: Path, said: list[str]
+    what: str, content: bytes | None, words: str, hub: Hub, url: str, tmp_path: Path, said: list[str]
 ) -> None:
-    url = site.url
-    if what == "other bytes":
-        site.data = site.data[:-1] + b"!"
-    elif what == "no description":
-        url = url.replace("stable", "nightly")
+    path = IMAGE if what in ("other bytes", "no image") else f"{IMAGE}.json"
+    if content is None:
+        del hub.site[path]
     else:
-        site.about = b"<html>sign in</html>" if what == "a page" else b'{"schema": 1, "squashfs": {}}'
+        hub.site[path] = Content(content)
     with pytest.raises(LauncherError, match=words):
         stage_image(url, tmp_path / "images", say=said.append)
     assert not list(tmp_path.glob("images/**/*.sqsh*"))
@@ -198,13 +111,9 @@ def test_a_secret_in_the_address_is_refused_and_not_repeated(address: str, tmp_p
     assert "secret" not in f"{caught.value.what} {caught.value.fix} {said}"
 
 
-def test_nobody_answers(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "BACKOFF_S", 0.01)
+def test_nobody_answers(hub: Hub, tmp_path: Path, said: list[str]) -> None:
     with pytest.raises(LauncherError, match="Connection refused"):
         stage_image("http://127.0.0.1:9/titan.sqsh", tmp_path / "images", say=said.append)
-
-
-# ------------------------------------------------------------------------------------------------------- the engine
 
 
 def test_an_image_of_the_engine_is_converted_first(tmp_path: Path, said: list[str]) -> None:

@@ -28,6 +28,7 @@ from tests.unit.test_titan_command import LLAMA3_8B, changed
 __all__ = ["server", "store"]  # fixtures
 PYTHONS = os.environ.get("LAUNCHER_TRAIN_PYTHON", sys.executable).split(":")
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+SUBMIT = ("submit", "--local", "--recipe", "debug", "--data", ADDRESS, "--tokenizer", "sample")
 ENV = [word for name in CREDENTIALS for word in ("--env", name)]
 
 
@@ -107,17 +108,16 @@ def test_without_s3fs_here(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_run_directory(store: Store, launch: Launch, workplace: Path) -> None:
     """Without any option for credentials submit says which there are; with them no file names a secret's value."""
-    common = ["submit", "--local", "--recipe", "debug", "--data", ADDRESS, "--tokenizer", "sample"]
-    shown = launch(*common, "--dry-run")
+    shown = launch(*SUBMIT, "--dry-run")
     assert shown.returncode == 0 and "--env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY" in shown.stderr
     assert f"12 train and 1 validation files of {ADDRESS}, for 2 data-parallel ranks" in shown.stdout
-    shown = launch(*common, *ENV, "--dry-run")
+    shown = launch(*SUBMIT, *ENV, "--dry-run")
     assert shown.returncode == 0 and "no credentials" not in shown.stderr
-    done = launch(*common, *ENV, "--name", "r", "--python", "/bin/true")
+    done = launch(*SUBMIT, *ENV, "--name", "r", "--python", "/bin/true")
     assert done.returncode == 0, done.stderr
     run = workplace / "runs/r"
     assert [path.name for path in (run / "data").iterdir()] == ["README.md"]
-    assert json.loads((run / "job/node.json").read_text())["data"] == str(run / "data")
+    assert json.loads((run / "job/node.json").read_text())["placed"]["data"] == str(run / "data")
     assert "s3 = titan.s3:S3FileSystem" in (run / "job/titan_s3-1.dist-info/entry_points.txt").read_text()
     assert f'data = "{ADDRESS}"' in (run / "run.toml").read_text()
     holding = [path for path in run.rglob("*") if path.is_file() and b"very-secret" in path.read_bytes()]
@@ -192,27 +192,8 @@ def test_the_real_trainer_streams_its_data(
 ) -> None:
     if subprocess.run([python, "-c", "import torchtitan, s3fs"], capture_output=True).returncode:
         pytest.skip(f"{python} has no torchtitan or no s3fs: set LAUNCHER_TRAIN_PYTHON, pip install s3fs there")
-    done = launch(
-        "submit",
-        "--local",
-        "--recipe",
-        "debug",
-        "--steps",
-        "4",
-        "--set",
-        "recipe.log_freq=1",
-        "--data",
-        ADDRESS,
-        "--tokenizer",
-        "sample",
-        "--name",
-        "r",
-        "--python",
-        python,
-        *ENV,
-        "--follow",
-        timeout=400,
-    )
+    options = ["--steps", "4", "--set", "recipe.log_freq=1", "--name", "r", "--python", python, *ENV, "--follow"]
+    done = launch(*SUBMIT, *options, timeout=400)
     said = done.stdout + done.stderr
     logs = "\n".join(path.read_text(errors="replace") for path in (workplace / "runs/r/logs").glob("*.*"))
     assert done.returncode == 0, said[-3000:] + logs[-3000:]

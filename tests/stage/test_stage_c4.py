@@ -10,7 +10,7 @@ import pytest
 
 from launcher.base.errors import LauncherError
 from launcher.stage.c4 import Demand, bring, demand_from, plan_c4
-from launcher.stage.fetch import JOBS
+from launcher.stage.progress import JOBS
 from launcher.stage.shards import TOKENS_PER_FILE
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub

@@ -196,4 +196,4 @@ def test_an_interrupted_image_says_how_to_continue(
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         stage_image(str(source), tmp_path / "images", say=said.append)
-    assert "the same command goes on" in said[-1]
+    assert "the same command begins again" in said[-1]

@@ -145,8 +145,8 @@ def test_only_files_that_can_be_trained_on(tmp_path: Path) -> None:
 def a_manifest(folder: Path, sizes: dict[str, int], source: str = "hf://datasets/allenai/c4") -> None:
     files = {f"en/{name}": StagedFile(size, "0" * 64, 1) for name, size in sizes.items()}
     (folder / ".staged").mkdir()
-    with Folder(folder / ".staged", os.open(folder / ".staged", os.O_RDONLY)) as state:
-        write_manifest(state, Manifest("c4", source, "0" * 40, files, train_files_in_all=1024))
+    state = Folder(folder / ".staged", os.open(folder / ".staged", os.O_RDONLY))
+    write_manifest(state, Manifest("c4", source, "0" * 40, files, train_files_in_all=1024))
 
 
 def test_a_manifest_decides(tmp_path: Path) -> None:
