@@ -22,9 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launcher.base.files import write_json, write_text
-from launcher.config.layers import Layer, merge, run_toml
+from launcher.config.layers import Layer, merge
 from launcher.config.resolve import placed
 from launcher.config.spec import node_config
+from launcher.config.write import run_toml
 from tests.unit.test_read import RECORD, log
 from tests.unit.test_tensorboard import scalar
 

@@ -16,7 +16,8 @@ from launcher.config.hardware import hardware
 from launcher.config.layers import absolute, find, read_layer
 from launcher.config.options import FilePath
 from launcher.config.propose import Proposal, contradictions, propose
-from launcher.config.user_file import default_path, save
+from launcher.config.resolve import default_path
+from launcher.config.write import save
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts, Node
 from launcher.scheduler.parse import compress

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import re
 import tomllib
@@ -21,7 +20,7 @@ from typing import Any
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import data_dir, read_bytes
 from launcher.base.values import LARGEST, parse_toml
-from launcher.config.spec import HUB, SAMPLE, Job, PlacedRun, Profile, RunSpec, refuse, tables_of
+from launcher.config.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse
 from launcher.titan.recipe import Recipe
 
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
@@ -226,30 +225,3 @@ def _dotted(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     for key, value in table.items():
         pairs += _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return pairs
-
-
-def run_toml(spec: PlacedRun) -> str:
-    """The whole spec as TOML; `launcher submit RUN/run.toml` reads it back to the same values."""
-    lines = [
-        "# Written by launcher submit: every value of this run, and below where each came from.",
-        f"# launcher submit {spec.run_dir}/run.toml --name another-name    repeats it",
-        f"run = {RUN_FILE_FORMAT}",
-        f"secret_env = {_toml(spec.secret_env)}",
-    ]
-    for title, table in {**tables_of(spec), "origin": spec.origin}.items():
-        lines += ["", f"[{title}]", *(f"{_toml_key(key)} = {_toml(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"\w+", key, re.ASCII) else _toml(key)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False).replace(
-        "\x7f", "\\u007f"
-    )  # JSON strings, numbers and booleans are TOML too

@@ -15,7 +15,6 @@ from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
 from launcher.config.propose import propose
 from launcher.config.spec import CONTROL, PlacedRun, RunSpec, validate
-from launcher.config.user_file import default_path
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 
@@ -101,6 +100,12 @@ def _environment(environ: Mapping[str, str]) -> Layer:
         {key: environ[name] for name, key in names.items()},
         {key: f"environment {name}" for name, key in names.items()},
     )
+
+
+def default_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the user's file of defaults is, unless an option or a variable names another."""
+    base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
+    return base / "titan-launcher" / "config.toml"
 
 
 def user_file(config: Path | None, environ: Mapping[str, str]) -> Path | None:

@@ -21,8 +21,8 @@ from launcher.base.files import filesystem_error, read_bytes, unreadable, write_
 from launcher.base.finding import Finding, ok, warning
 from launcher.base.output import age
 from launcher.base.values import parse_json
+from launcher.config.resolve import default_path
 from launcher.config.spec import PlacedRun
-from launcher.config.user_file import default_path
 from launcher.nodes import unfit
 from launcher.runs import control
 from launcher.runs import directory as runs

@@ -38,9 +38,9 @@ from launcher.base.files import (
 from launcher.base.output import warn
 from launcher.base.values import whole
 from launcher.config.hardware import of_gpu
-from launcher.config.layers import run_toml
 from launcher.config.render import render
 from launcher.config.spec import S3, PlacedRun, node_config
+from launcher.config.write import run_toml
 
 LOCK = "submit.lock"
 SECRETS = "secret.env"  # until the job has read it, or can never start

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 
 from launcher import cli
 from tests.compat import make
-from tests.conftest import ROOT
+from tests.conftest import ROOT, in_process
 
 VERSIONS = sorted(path for path in Path(__file__).parent.glob("v*") if path.is_dir())
 ANSWERS = [(version, answer) for version in VERSIONS for answer in json.loads((version / "answers.json").read_text())]
@@ -104,21 +103,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], P
     return make_it
 
 
-@pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, Any, str]]:
+def ask(line: str) -> tuple[int, Any, str]:
     """Runs a command in process: its exit code, the JSON that it printed, and its errors."""
-
-    def run(line: str) -> tuple[int, Any, str]:
-        monkeypatch.setattr(sys, "argv", ["launcher", *shlex.split(line)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, make.values(said.out), said.err
-
-    return run
+    done = in_process(shlex.split(line), {})
+    return done.returncode, make.values(done.stdout), done.stderr
 
 
 def lost(before: Any, now: Any, where: str = "", free: bool = False) -> list[str]:
@@ -147,7 +135,7 @@ def lost(before: Any, now: Any, where: str = "", free: bool = False) -> list[str
 
 
 @pytest.mark.parametrize(("version", "answer"), ANSWERS, ids=[answer["command"] for _, answer in ANSWERS])
-def test_what_was_said_is_still_said(place: Any, ask: Any, version: Path, answer: dict[str, Any]) -> None:
+def test_what_was_said_is_still_said(place: Any, version: Path, answer: dict[str, Any]) -> None:
     here = place(version)
     code, said, errors = ask(answer["command"])
     assert code == answer["code"], errors
@@ -156,7 +144,7 @@ def test_what_was_said_is_still_said(place: Any, ask: Any, version: Path, answer
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_job_that_was_queued_before_an_upgrade_ends_after_it(place: Any, ask: Any, version: Path) -> None:
+def test_a_job_that_was_queued_before_an_upgrade_ends_after_it(place: Any, version: Path) -> None:
     run = place(version) / "runs" / "waiting"
     make._ended(run, 0, "", "")
     code, said, _ = ask("status waiting --json")
@@ -167,7 +155,7 @@ def test_a_job_that_was_queued_before_an_upgrade_ends_after_it(place: Any, ask: 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_staging_goes_on_where_an_earlier_version_was_stopped(
-    place: Any, ask: Any, version: Path, monkeypatch: pytest.MonkeyPatch
+    place: Any, version: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = place(version)
     with make._hub(here) as endpoint:

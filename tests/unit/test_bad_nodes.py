@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from launcher.base.finding import ERROR, WARNING
-from launcher.config.layers import run_toml
 from launcher.config.render import render
+from launcher.config.write import run_toml
 from launcher.nodes import bad_nodes
 from launcher.nodes.bad_nodes import DAY_S, KEEP_S, BadNode
 from launcher.nodes.unfit import judge

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.config.layers import Layer, find, merge, names_of, read_layer, run_toml
+from launcher.config.layers import Layer, find, merge, names_of, read_layer
 from launcher.config.resolve import placed, resolve
 from launcher.config.spec import RunSpec, validate
+from launcher.config.write import run_toml
 
 PROFILES = ["a100", "b200", "b300", "cpu", "gb200", "gb300", "h100", "h200"]
 RECIPES = ["debug", "llama3-70b", "llama3-8b", "llama3-8b-fast", "llama3-8b-finetune"]

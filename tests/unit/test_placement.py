@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from launcher.base.finding import OK, WARNING, Finding
-from launcher.config.layers import find, merge, read_layer, run_toml
+from launcher.config.layers import find, merge, read_layer
 from launcher.config.render import render
 from launcher.config.resolve import placed
 from launcher.config.spec import PlacedRun
+from launcher.config.write import run_toml
 from launcher.preflight.cluster import preflight
 from launcher.preflight.placement import best_segment, describe, segment_of, whole_counts, with_segment
 from launcher.preflight.text import sentence, words

@@ -1,0 +1,62 @@
+"""Writing TOML: a run's run.toml, and a value in the user's own file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+
+from launcher.base.errors import LauncherError
+from launcher.base.files import filesystem_error, read_bytes, unreadable, write_text
+from launcher.base.values import parse_toml
+from launcher.config.layers import RUN_FILE_FORMAT
+from launcher.config.spec import PlacedRun, tables_of
+
+OPTION = "--config FILE, and the same with submit"
+
+
+def run_toml(run: PlacedRun) -> str:
+    """The whole run as TOML; `launcher submit RUN/run.toml` reads what was asked for back to the same values."""
+    document = tomlkit.document()
+    document.add(tomlkit.comment("Written by launcher submit: every value of this run, and where each came from."))
+    again = f"launcher submit {run.run_dir}/run.toml --name another-name"
+    document.add(tomlkit.comment(f"{again}    repeats what was asked for"))
+    document.update({"run": RUN_FILE_FORMAT, "secret_env": list(run.secret_env)})
+    for title, table in {**tables_of(run), "origin": run.origin}.items():
+        document.add(tomlkit.nl())
+        document[title] = {key: list(value) if isinstance(value, tuple) else value for key, value in table.items()}
+    return tomlkit.dumps(document)
+
+
+def save(path: Path, section: str, values: Mapping[str, str]) -> None:
+    """Sets `values` in the table `section` of `path`, whose comments and other keys stay as they are.
+
+    Raises LauncherError where the file is not TOML, or cannot be written.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    try:
+        text = read_bytes(path).decode("utf-8") if path.exists() else ""
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    try:
+        parse_toml(text)  # bounded, which the other parser is not
+        document = tomlkit.parse(text)
+        document.setdefault(section, tomlkit.table()).update(values)
+    except (ValueError, TOMLKitError) as error:
+        raise LauncherError(f"{path}: TOML syntax: {error}", "correct that line") from error
+    except AttributeError:
+        raise LauncherError(f"{path}: {section} must be a table", f"[{section}]") from None
+    new = tomlkit.dumps(document)
+    if new == text:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+    except OSError as error:
+        raise filesystem_error(path, error, OPTION) from error
+    write_text(path, new, mode, OPTION)
