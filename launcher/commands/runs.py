@@ -163,7 +163,7 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
     Ctrl-C ends the program, not the run; `detached` is said then, too.
     """
     try:
-        attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
+        attach.wait_for_start(run, None if as_json else lambda state: _say_waiting(run, state))
         if as_json:
             for snapshot in attach.progress_of(run):
                 print_json(attach.as_dict(snapshot), indent=None)
@@ -203,11 +203,10 @@ def _progress(run: Run, state: JobState) -> Progress | None:
         return None
 
 
-def _say_waiting(run: Run, text: str) -> None:
+def _say_waiting(run: Run, state: JobState | None) -> None:
     """`watch` tells each new reason, and what it means."""
-    echo(f"{run.name}: {text}", err=True)
-    name, _, reason = text.partition(" ")
-    for line in _why_waiting(run, JobState(name, "squeue", reason)):
+    echo(attach.waiting_text(run, state), err=True)
+    for line in _why_waiting(run, state) if state else ():
         echo(f"  {line}", err=True)
 
 

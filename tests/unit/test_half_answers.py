@@ -115,10 +115,7 @@ def test_a_partition_record_that_is_cut_off() -> None:
 
 @pytest.mark.parametrize(
     ("missing", "said"),
-    [
-        ("topology", "topology could not be read"),
-        ("config", "whether Slurm takes --segment could not be read"),
-    ],
+    [("topology", "topology could not be read"), ("config", "whether Slurm takes --segment could not be read")],
 )
 def test_a_topology_that_could_not_be_read(missing: str, said: str) -> None:
     facts = facts_of(RACKS, missing)
@@ -208,10 +205,7 @@ def test_ctrl_c_while_slurm_hangs(workplace: Path, fake_slurm: Fake) -> None:
     for command in ("scontrol", "srun"):
         fake_slurm(command, f"echo $$ >>{workplace}/asked; exec sleep 60")
     process = subprocess.Popen(
-        [sys.executable, "-m", "launcher", "cluster", "show"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "launcher", "cluster", "show"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         for _ in range(300):
