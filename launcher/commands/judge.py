@@ -197,7 +197,7 @@ def _state(run: Run) -> JobState:
 def _end_of(run: Run) -> JobState:
     """Shows the run's progress on stderr until it has ended. Ctrl-C ends this program, not the run."""
     try:
-        attach.wait_for_start(run, lambda text: echo(f"{run.name}: {text}", err=True))
+        attach.wait_for_start(run, lambda state: echo(attach.waiting_text(run, state), err=True))
         attach.show(run, sys.stderr)
     except KeyboardInterrupt:
         echo("", f"detached; {run.name} goes on: {quoted('launcher', 'accept', run.reference, '--follow')}", err=True)

@@ -99,9 +99,7 @@ def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
     names = [node.host for node in listed] if everything else _names(hosts)
     if unknown := [name for name in names if name not in {node.host for node in listed}]:
         raise LauncherError(
-            f"{unknown[0]} is not left out on {cluster}",
-            "launcher cluster nodes",
-            status=ExitStatus.NOT_FOUND,
+            f"{unknown[0]} is not left out on {cluster}", "launcher cluster nodes", status=ExitStatus.NOT_FOUND
         )
     change(cluster, lambda old: [replace(n, released=now_s) if n.host in names else n for n in old])
     _say([node for node in listed if node.host in names], "used again", cluster, as_json)

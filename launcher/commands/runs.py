@@ -100,7 +100,7 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
         elif not state.known:
             again = quoted("launcher", "submit", found.path / "run.toml")
             echo(f"  look: {quoted('launcher', 'logs', found.reference)}")
-            echo(f"  again: {quoted('launcher', 'cancel', found.reference)}; {again}")
+            echo(f"  again: {quoted('launcher', 'cancel', found.reference)} && {again}")
     exit_for(state)
 
 
@@ -139,7 +139,10 @@ def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
 @runs_dir_option
 @as_json
 def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Cancel a run. One whose submission was cut off can never start afterwards."""
+    """Cancel a run. One that has not begun can never begin afterwards, even if Slurm does not show it now.
+
+    Exit code 9: the run has begun, and Slurm does not know its job, so it may still be running.
+    """
     found = runs.open_run(run, runs_dir)
     before, cancelled = control.cancel(found)
     if as_json:
@@ -149,7 +152,9 @@ def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
     elif before.known:
         echo(f"{found.name}: already ended: {before.name}")
     else:
-        echo(f"{found.name}: nothing to cancel: {before.reason}")
+        echo(f"{found.name}: not cancelled: {before.reason}")
+    if not cancelled and not before.known:
+        sys.exit(ExitStatus.JOB_UNKNOWN)
 
 
 def follow_run(run: Run, as_json: bool) -> None:
@@ -163,7 +168,7 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
     Ctrl-C ends the program, not the run; `detached` is said then, too.
     """
     try:
-        attach.wait_for_start(run, None if as_json else lambda text: _say_waiting(run, text))
+        attach.wait_for_start(run, None if as_json else lambda state: _say_waiting(run, state))
         if as_json:
             for snapshot in attach.progress_of(run):
                 print_json(attach.as_dict(snapshot), indent=None)
@@ -203,11 +208,10 @@ def _progress(run: Run, state: JobState) -> Progress | None:
         return None
 
 
-def _say_waiting(run: Run, text: str) -> None:
+def _say_waiting(run: Run, state: JobState | None) -> None:
     """`watch` tells each new reason, and what it means."""
-    echo(f"{run.name}: {text}", err=True)
-    name, _, reason = text.partition(" ")
-    for line in _why_waiting(run, JobState(name, "squeue", reason)):
+    echo(attach.waiting_text(run, state), err=True)
+    for line in _why_waiting(run, state) if state else ():
         echo(f"  {line}", err=True)
 
 

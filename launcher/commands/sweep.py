@@ -12,20 +12,18 @@ from typing import Any
 
 import click
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus
 from launcher.base.output import as_json, echo, is_terminal, print_json
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan.plan import prediction, write_beside
-from launcher.runs import control
+from launcher.runs import attach, control
 from launcher.runs.directory import Run
 from launcher.sweep import table
 from launcher.sweep.cells import Cell, ready_to_submit, specs_of, standings
 
-ASK_EVERY_S = 5.0  # of Slurm, with --follow
 LOCAL_EVERY_S = 0.5  # whether a run on this machine has ended
-SILENCE_S = 600.0  # a controller that restarts is back by then
 
 
 def _items(_context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str | int, ...]:
@@ -52,14 +50,7 @@ def _items(_context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--force", is_flag=True, help="Submit although a check says that a cell will wait for ever.")
 @as_json
 def sweep(
-    options: RunOptions,
-    dry_run: bool,
-    parallel: bool,
-    retry: bool,
-    follow: bool,
-    yes: bool,
-    force: bool,
-    as_json: bool,
+    options: RunOptions, dry_run: bool, parallel: bool, retry: bool, follow: bool, yes: bool, force: bool, as_json: bool
 ) -> None:
     """Submit a matrix of nodes, batch sizes and recipes.
 
@@ -92,7 +83,7 @@ def sweep(
         cells = standings(specs)
     if follow:
         try:
-            cells = _until_ended(specs, ASK_EVERY_S)
+            cells = _until_ended(specs, attach.ASK_EVERY_S)
         except KeyboardInterrupt:
             echo("", "detached; the runs go on: the same command shows how they stand", err=True)
             sys.exit(ExitStatus.INTERRUPTED)
@@ -158,21 +149,15 @@ def _submit(
 def _until_ended(specs: Sequence[RunSpec], every_s: float) -> list[Cell]:
     """The cells when none goes on any more; tells each change. Slurm may be silent for a while."""
     said: dict[str, str] = {}
-    answered = time.monotonic()
+    ask = attach.patient(lambda: standings(specs))
     while True:
-        try:
-            cells = standings(specs)
-        except LauncherError as error:
-            if error.status is not ExitStatus.CLUSTER or time.monotonic() - answered > SILENCE_S:
-                raise
-        else:
-            answered = time.monotonic()
-            for run, state in ((cell.runs[-1], cell.state) for cell in cells if cell.runs):
-                if state and said.get(run.name) != state.name:
-                    said[run.name] = state.name
-                    echo(f"{run.name}: {state.name}", err=True)
-            if not any(cell.is_going for cell in cells):
-                return cells
+        cells = ask()
+        for run, state in ((cell.runs[-1], cell.state) for cell in cells or () if cell.runs):
+            if state and said.get(run.name) != state.name:
+                said[run.name] = state.name
+                echo(f"{run.name}: {state.name}", err=True)
+        if cells is not None and not any(cell.is_going for cell in cells):
+            return cells
         time.sleep(every_s)
 
 

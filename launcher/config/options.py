@@ -185,7 +185,10 @@ def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
 
     if several:
         return click.argument("names", metavar="[RUN]...", nargs=-1, shell_complete=complete)
-    return click.argument("run", required=required, default=None if required else "", shell_complete=complete)
+    # No default where it is required: click 8.5 takes any, None included, for a value.
+    if required:
+        return click.argument("run", shell_complete=complete)
+    return click.argument("run", required=False, default="", shell_complete=complete)
 
 
 OPTIONS = (

@@ -131,11 +131,7 @@ def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path) -> Failu
     """
     paths = error_logs(log_dir)
     error_path, error = first_error(paths) or (None, [])
-    names = {
-        "run": quoted(reference),
-        "run_dir": quoted(run_dir),
-        "again": quoted(run_dir / "run.toml"),
-    }
+    names = {"run": quoted(reference), "run_dir": quoted(run_dir), "again": quoted(run_dir / "run.toml")}
     if found := _of_error(error):
         return _failure(*found, names, error_path, error, True)
     if not error or _leaves_open(error[0]):

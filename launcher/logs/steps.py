@@ -383,12 +383,7 @@ def _grade(text: str) -> int | None:
     # Frames of a C++ backtrace name exception classes without being one.
     if text.startswith(("frame #", "Exception raised from")):
         return None
-    for grade, pattern in (
-        (_CAUSE, _CAUSES),
-        (_GOODBYE, _GOODBYES),
-        (_PEER, _PEERS),
-        (_AFTERMATH, _AFTERMATHS),
-    ):
+    for grade, pattern in ((_CAUSE, _CAUSES), (_GOODBYE, _GOODBYES), (_PEER, _PEERS), (_AFTERMATH, _AFTERMATHS)):
         if pattern.search(text):
             return grade
     return None

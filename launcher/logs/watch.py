@@ -62,12 +62,7 @@ def _watch_bar(progress: Iterable[Progress], stream: TextIO) -> Progress | None:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(
-        file=stream,
-        force_terminal=True,
-        no_color=bool(os.environ.get("NO_COLOR")),
-        highlight=False,
-    )
+    console = Console(file=stream, force_terminal=True, no_color=bool(os.environ.get("NO_COLOR")), highlight=False)
     last: Progress | None = None
     with Live(_panel(None), console=console, refresh_per_second=4) as live:
         for snapshot in progress:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import json_values
@@ -17,20 +17,30 @@ from launcher.runs.directory import Run
 from launcher.scheduler import slurm
 from launcher.scheduler.state import WAITING, JobState
 
+T = TypeVar("T")
+
 ASK_EVERY_S = 5.0  # of the scheduler; the run directory is looked at more often
 SILENCE_S = 600.0  # a controller that restarts is back by then
 
 
-def wait_for_start(run: Run, say: Callable[[str], None] | None) -> None:
-    """Returns when the run is no longer waiting; tells `say` each new reason for which it does."""
-    said = ""
-    ask = _asking(run)
+def wait_for_start(run: Run, say: Callable[[JobState | None], None] | None) -> None:
+    """Returns when the run is no longer waiting; tells `say` each new reason for which it does, None where Slurm does
+    not answer.
+    """
+    said: object = ()
+    ask = patient(lambda: control.state(run))
     while (state := ask()) is None or state.name in (*WAITING, "SUBMITTING"):
-        text = f"{state.name} {state.reason}".strip() if state else "Slurm does not answer; trying again"
-        if say and text != said:
-            say(text)
-            said = text
+        reason = (state.name, state.reason) if state else None
+        if say and reason != said:
+            say(state)
+            said = reason
         time.sleep(ASK_EVERY_S)
+
+
+def waiting_text(run: Run, state: JobState | None) -> str:
+    return f"{run.name}: " + (
+        f"{state.name} {state.reason}".strip() if state else "Slurm does not answer; trying again"
+    )
 
 
 def progress_of(run: Run) -> Iterator[Progress]:
@@ -60,17 +70,17 @@ def as_dict(progress: Progress) -> dict[str, Any]:
     return json_values(dataclasses.asdict(progress))
 
 
-def _asking(run: Run) -> Callable[[], JobState | None]:
-    """The run's state when called, or None while Slurm does not answer: a restart is no reason to stop watching.
+def patient(ask: Callable[[], T]) -> Callable[[], T | None]:
+    """What `ask` answers, or None while Slurm does not: a restart is no reason to stop watching.
 
     The error is raised after SILENCE_S without an answer, and at once where waiting cannot help.
     """
     silent_since: float | None = None
 
-    def ask() -> JobState | None:
+    def answer() -> T | None:
         nonlocal silent_since
         try:
-            state = control.state(run)
+            found = ask()
         except LauncherError as error:
             now = time.monotonic()
             silent_since = now if silent_since is None else silent_since
@@ -79,14 +89,14 @@ def _asking(run: Run) -> Callable[[], JobState | None]:
                 raise
             return None
         silent_since = None
-        return state
+        return found
 
-    return ask
+    return answer
 
 
 def _finished(run: Run) -> Callable[[], bool]:
     asked_at = -ASK_EVERY_S
-    ask = _asking(run)
+    ask = patient(lambda: control.state(run))
 
     def finished() -> bool:
         nonlocal asked_at

@@ -69,8 +69,6 @@ def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
     try:
         job = local.submit(script) if run.is_local else {"job_id": slurm.submit(script, lock_fd, after)}
     except (slurm.Unsure, slurm.Refused) as error:
-        if isinstance(error, slurm.Refused) and error.is_certain:
-            raise
         try:
             job_id = _find_in_slurm(run)
         except LauncherError:
@@ -180,7 +178,8 @@ def _state(run: Run, known: Slurm | None) -> JobState:
         reason = "a copy of another run directory, or moved: its job is told where it was made"
         return JobState(UNKNOWN, "", reason, gone=os.path.isdir(str(run.asked["placed"].get("run_dir"))))
     cancelled = (run.path / "cancelled").exists()
-    if cancelled and not run.job and not run.claimed_by and (run.path / "claim").is_dir():
+    never_begins = cancelled and not run.claimed_by and (run.path / "claim").is_dir()
+    if never_begins and not run.job:
         return JobState("CANCELLED", "run directory", "before it was submitted")
     if _is_submitting(run):
         return JobState("SUBMITTING", "run directory")
@@ -188,7 +187,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
     if job is None:
         return JobState(UNKNOWN, "", "its submission was cut off, and no job of its name is known", gone=True)
     if run.is_local:
-        found = local.state(job)
+        found = local.state(job, run.path)
         if not found.known and (end := run.end):  # the script may have ended between the two looks
             return _ended(run, end)
         if found.gone and cancelled:
@@ -206,6 +205,8 @@ def _state(run: Run, known: Slurm | None) -> JobState:
         return listed
     if recorded := _ours(run, slurm.accounting([job_id]) if known is None else known.accounting, job_id):
         return recorded
+    if never_begins:
+        return JobState("CANCELLED", "run directory", "before it began")
     if (read_json(run.path / "cancelled") or {}).get("job_id") == job_id:
         # scancel took it; a script that had come as far as its first lines would have written an end.
         return JobState("CANCELLED", "launcher cancel")
@@ -241,33 +242,36 @@ def _slurm_ended(slurm_said: str) -> str:
 
 
 def cancel(run: Run) -> tuple[JobState, bool]:
-    """The state that the run had, and whether it was cancelled: a job that Slurm does not know cannot be.
+    """The state that the run had, and whether it is cancelled.
 
-    A run that was cut off before Slurm answered can never start afterwards.
+    One that has not begun, and that Slurm does not show or has not answered for, can never begin afterwards: its
+    claim is taken. One that has begun and that Slurm does not know cannot be cancelled.
     """
     before = state(run)
     if (before.known and not before.active) or run.is_copy:
         return before, False
     with _submission_lock(run):
         job = job_of(run)
-    if job is None:
-        if not run.is_local:
-            try:  # the script gives up where the claim is taken, should Slurm still have it
-                (run.path / "claim").mkdir()
-            except FileExistsError:  # by the script, or so that its secrets could be removed
-                if job_of(run):
-                    return cancel(run)
+    if run.is_local:
+        if job and not before.active:  # nothing to end, so nothing is said of its end
+            return before, False
+        write_json(run.path / "cancelled", {"at": time.time()})
+        if job:
+            local.cancel(job, run.path)
+        run.forget_secrets()
+        return before, True
+    job_id = str(job["job_id"]) if job else ""
+    if not job or not _ours(run, slurm.job(job_id), job_id):
+        try:  # the script gives up where the claim is taken, should Slurm have it all the same
+            (run.path / "claim").mkdir()
+        except FileExistsError:  # by the script, or so that its secrets could be removed
+            if job:
+                return before, False
+            if job_of(run):
+                return cancel(run)
         write_json(run.path / "cancelled", {"at": time.time()})
         run.forget_secrets()
         return before, True
-    if run.is_local:
-        write_json(run.path / "cancelled", {"at": time.time()})
-        local.cancel(job)
-        run.forget_secrets()
-        return before, before.active
-    job_id = str(job["job_id"])
-    if not _ours(run, slurm.job(job_id), job_id):
-        return before, False
     slurm.cancel(job_id)
     write_json(run.path / "cancelled", {"at": time.time(), "job_id": job_id})
     if before.name in WAITING:  # its script never runs, so nothing else would remove them
@@ -302,7 +306,7 @@ def _submission_lock(run: Run) -> Iterator[None]:
     except OSError as error:
         raise filesystem_error(path, error) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # the submission alone has it for itself: who looks disturbs nobody
         yield
     finally:
         os.close(descriptor)
@@ -316,7 +320,7 @@ def _is_submitting(run: Run) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True

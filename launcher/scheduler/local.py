@@ -36,12 +36,14 @@ def identity(pid: int) -> dict[str, Any]:
     return {"job_id": str(pid), "start_ticks": _start_ticks(pid), "host": os.uname().nodename}
 
 
-def state(job: dict[str, Any]) -> JobState:
-    """RUNNING while the process lives; otherwise UNKNOWN, since an end that was not written is not known."""
+def state(job: dict[str, Any], run_dir: Path) -> JobState:
+    """RUNNING while a process of the run lives; otherwise UNKNOWN, since an end that was not written is not known."""
     if job.get("host") != os.uname().nodename:
         return JobState(UNKNOWN, "", f"it was started on {job.get('host')}: ask there")
     if is_alive(job):
         return JobState("RUNNING", "process")
+    if left := members(run_dir):
+        return JobState("RUNNING", "process", f"its script is gone, {len(left)} of its processes go on")
     why = "its process is gone and wrote no end: killed, or the machine was restarted"
     return JobState(UNKNOWN, "", why, gone=True)
 
@@ -52,25 +54,33 @@ def is_alive(job: dict[str, Any]) -> bool:
     return ticks is not None and ticks == job.get("start_ticks")
 
 
-def cancel(job: dict[str, Any], sleep: Callable[[float], None] = time.sleep) -> None:
-    """SIGTERM to the script, which ends torchrun and writes the end; SIGKILL to all that is left after GRACE_S."""
-    if not is_alive(job):
-        return
-    family = _family(job)
-    _signal(job, signal.SIGTERM)
-    _wait(job, GRACE_S, sleep)
-    if is_alive(job):
-        family = _family(job)
-    for member in reversed(family[1:]):
-        _signal(member, signal.SIGKILL)
-    _wait(job, 2.0, sleep)  # the script writes the end, once its step is gone
+def cancel(job: dict[str, Any], run_dir: Path, sleep: Callable[[float], None] = time.sleep) -> None:
+    """SIGTERM to the script, which ends torchrun and writes the end, or to what outlived it; after GRACE_S SIGKILL."""
+    for process in [job] if is_alive(job) else members(run_dir):
+        _signal(process, signal.SIGTERM)
+    _wait(lambda: is_alive(job) or bool(members(run_dir)), GRACE_S, sleep)
+    for process in members(run_dir):
+        _signal(process, signal.SIGKILL)
+    _wait(lambda: is_alive(job), 2.0, sleep)  # the script writes the end, once its step is gone
     _signal(job, signal.SIGKILL)
 
 
-def _wait(job: dict[str, Any], seconds: float, sleep: Callable[[float], None]) -> None:
-    while is_alive(job) and seconds > 0:
+def _wait(goes_on: Callable[[], bool], seconds: float, sleep: Callable[[float], None]) -> None:
+    while goes_on() and seconds > 0:
         sleep(0.2)
         seconds -= 0.2
+
+
+def members(run_dir: Path) -> list[dict[str, Any]]:
+    """Every process of a run on this machine but its script, whoever its parent is now: torchrun's ranks are sessions
+    of their own. All have the variable that the script exports.
+    """
+    mark, found = b"TITAN_SCRATCH=" + os.fsencode(run_dir / "scratch"), []
+    for entry in os.listdir("/proc"):
+        with suppress(OSError):
+            if entry.isdigit() and mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                found.append(identity(int(entry)))
+    return [process for process in found if process["start_ticks"] is not None]
 
 
 def find(script: Path, claimed_pid: str) -> dict[str, Any] | None:
@@ -90,18 +100,6 @@ def _signal(process: dict[str, Any], number: int) -> None:
     if is_alive(process):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(int(process["job_id"]), number)
-
-
-def _family(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The job's process and every one below it, parents first (torchrun's ranks are sessions of their own)."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (fields := _stat(int(entry))):
-            children.setdefault(int(fields[1]), []).append(int(entry))
-    family = [int(job["job_id"])]
-    for pid in family:
-        family += children.get(pid, [])
-    return [identity(pid) for pid in family]
 
 
 def _start_ticks(pid: int) -> int | None:

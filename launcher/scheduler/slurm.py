@@ -97,14 +97,15 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
         process.kill()
         process.wait()
         raise Unsure(f"sbatch did not answer within {SUBMIT_S} s", "") from error
-    lines = [line for line in out.splitlines() if line.strip()]
-    job_id = re.fullmatch(r"(\d+)(;\S*)?", lines[-1].strip()) if lines else None
-    if process.returncode == 0 and job_id:
-        return job_id[1]
+    job_ids = re.findall(r"^\s*(\d+)(?:;\S*)?\s*$", out, re.MULTILINE)  # a site's sbatch may print more
+    if process.returncode == 0 and len(job_ids) == 1:
+        return str(job_ids[0])
     if process.returncode <= 0:
-        how = "answered without a job id" if process.returncode == 0 else f"was killed (signal {-process.returncode})"
+        how = f"answered with {len(job_ids) or 'no'} job ids"
+        if process.returncode < 0:
+            how = f"was killed (signal {-process.returncode})"
         raise Unsure(f"sbatch {how}", out + err)
-    if any(words in err.lower() for words in UNSURE) or re.search(r"^\d+(;\S*)?$", out, re.MULTILINE):
+    if any(words in err.lower() for words in UNSURE) or job_ids:
         raise Unsure(f"sbatch failed (exit code {process.returncode})", out + err)
     raise Refused(err or out, process.returncode)
 
@@ -123,11 +124,10 @@ class Missing(LauncherError):
 
 
 class Refused(LauncherError):
-    """sbatch said no. `is_certain` is False where its words are not known: then the queue is asked, too."""
+    """sbatch said no; its words alone do not tell that Slurm has no job: the queue is asked, too."""
 
     def __init__(self, text: str, code: int) -> None:
         known = [(what, fix) for pattern, what, fix in SBATCH_ERRORS if re.search(pattern, text, re.IGNORECASE)]
-        self.is_certain = bool(known)
         unknown = (f"exit code {code}", "look at the script: launcher submit --dry-run ...")
         what, fix = known[0] if known else unknown
         status = ExitStatus.NOT_FOUND if what == NO_PARTITION else ExitStatus.CLUSTER

@@ -54,8 +54,7 @@ def within(seconds: float, what: str, function: Callable[..., Any], *arguments: 
     thread.join(seconds)
     if not result:
         raise Refused(
-            f"{what} does not answer within {seconds:.0f} s",
-            "the file system that it is on: df, mount, dmesg",
+            f"{what} does not answer within {seconds:.0f} s", "the file system that it is on: df, mount, dmesg"
         )
     value, error = result[0]
     if error is not None:

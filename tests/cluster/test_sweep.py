@@ -20,20 +20,7 @@ def sweep(image: Path) -> tuple[str | Path, ...]:
     """The command: the debug recipe on one and on two nodes with one rank each, a few steps."""
     lists = ("--nodes", ",".join(map(str, NODES)), "--batch-size", "4", "--recipe", "debug")
     short = ("--gpus-per-node", "1", "--steps", "6", "--set", "recipe.log_freq=1")
-    return (
-        "sweep",
-        "--gpu",
-        "cpu",
-        "--config",
-        "cpu.toml",
-        "--image",
-        image,
-        *lists,
-        *short,
-        "--name",
-        NAME,
-        "--yes",
-    )
+    return ("sweep", "--gpu", "cpu", "--config", "cpu.toml", "--image", image, *lists, *short, "--name", NAME, "--yes")
 
 
 @pytest.fixture

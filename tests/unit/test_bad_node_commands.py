@@ -30,9 +30,7 @@ from tests.unit.test_preflight import run
 # ---------------------------------------------------------------- the file, and the commands
 
 PAIR = answers_of(
-    "25.05.3",
-    [FakeNode(f"n{i}", arch="x86_64") for i in range(3)],
-    [partition_line("batch", "n[0-2]", default=True)],
+    "25.05.3", [FakeNode(f"n{i}", arch="x86_64") for i in range(3)], [partition_line("batch", "n[0-2]", default=True)]
 )
 SUBMIT = (
     "submit",
@@ -312,10 +310,7 @@ def test_retried_without_the_bad_node(retrying: Callable[..., Any], workplace: P
     assert done.returncode == 0, done.stdout + done.stderr
     assert "r: retry 1 of 2 without n1: r-retry1" in done.stderr
     assert "r-retry1: COMPLETED" in done.stdout
-    assert [line.partition("exclude=")[2] for line in (workplace / "calls").read_text().splitlines()] == [
-        "",
-        "n1",
-    ]
+    assert [line.partition("exclude=")[2] for line in (workplace / "calls").read_text().splitlines()] == ["", "n1"]
 
 
 def test_retried_at_most_so_often(retrying: Callable[..., Any], workplace: Path) -> None:

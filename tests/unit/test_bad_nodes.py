@@ -28,14 +28,7 @@ def test_who_is_to_blame(
 
 
 def bad(host: str, at: float = NOW, released: float = 0.0, **values: Any) -> BadNode:
-    known = {
-        "reason": "ECC",
-        "run": "/runs/a",
-        "at": at,
-        "until": at + KEEP_S,
-        "released": released,
-        **values,
-    }
+    known = {"reason": "ECC", "run": "/runs/a", "at": at, "until": at + KEEP_S, "released": released, **values}
     return BadNode(host, **known)
 
 

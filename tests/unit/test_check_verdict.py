@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -20,11 +20,7 @@ def records(nodes: int = 4, gpus: int = 4, **changes: dict[str, Any]) -> dict[in
     made = {}
     for node in range(nodes):
         speed = [
-            {
-                "gpu": gpu,
-                "product_tflops": 650 + (7 * node + 3 * gpu) % 7,
-                "copy_gbs": 2400 + (node + gpu) % 5,
-            }
+            {"gpu": gpu, "product_tflops": 650 + (7 * node + 3 * gpu) % 7, "copy_gbs": 2400 + (node + gpu) % 5}
             for gpu in range(gpus)
         ]
         made[node] = {
@@ -86,40 +82,49 @@ def test_a_slow_gpu_is_named_and_its_node_unfit(metric: str, value: float, said:
 
 def test_a_gpu_that_is_a_little_slow_is_named_and_stops_nobody() -> None:
     found = judged(slow(2, 3, "product_tflops", 560.0))  # 14% below: a warm place, a power limit
-    assert found["ok"] and [(one["host"], one["unfit"]) for one in found["outliers"]] == [("gpu002", False)]
+    assert found["ok"]
     assert verdict.lines(found)[1].startswith("titan-check: warning gpu002: GPU 3: matrix product at 560")
 
 
-def test_within_a_tenth_of_the_median_nobody_is_an_outlier() -> None:
-    found = judged(slow(2, 3, "product_tflops", 600.0))
-    assert found["ok"] and not found["outliers"] and not found["warnings"]
+class Case(NamedTuple):
+    """Records, and what is named in them: host, GPU, metric, whether its node is unfit."""
+
+    records: dict[int, dict[str, Any]]
+    named: list[tuple[str, int | None, str, bool]]
+    device: str = "cuda"
 
 
-def test_the_all_reduce_is_compared_between_nodes() -> None:
-    found = judged(records(n1={"allreduce_node_gbs": 200.0}))
-    (one,) = found["outliers"]
-    assert (one["host"], one["gpu"], one["metric"]) == ("gpu001", None, "allreduce_node_gbs")
-    assert found["unfit"][0]["why"].startswith("all-reduce in the node at 200 GB/s")
-
-
-def test_the_slow_half_of_two_nodes_is_seen() -> None:
+def half_as_fast() -> dict[int, dict[str, Any]]:
     made = records(nodes=2)
     for gpu in made[1]["speed"]:
         gpu["product_tflops"] /= 2
-    assert {one["host"] for one in judged(made)["outliers"]} == {"gpu001"}
+    return made
 
 
-def test_two_figures_say_nothing() -> None:
-    made = records(nodes=1, gpus=2)
-    made[0]["speed"][0]["product_tflops"] = 1.0
-    assert judged(made)["ok"]
+def on_a_cpu(share: float) -> dict[int, dict[str, Any]]:
+    made = records(nodes=2, gpus=2, n1={"allreduce_node_gbs": 0.1})
+    made[1]["speed"][0]["product_tflops"] *= share
+    return made
 
 
-def test_on_a_cpu_only_less_than_a_quarter_counts() -> None:
-    for share, fit in ((0.3, True), (0.2, False)):
-        made = records(nodes=2, gpus=2, n1={"allreduce_node_gbs": 0.1})
-        made[1]["speed"][0]["product_tflops"] *= share
-        assert judged(made, "cpu")["ok"] is fit
+SPEED = records(1)[0]["speed"][1]
+PRODUCT, REDUCE = "product_tflops", "allreduce_node_gbs"
+CASES = {
+    "14% below": Case(slow(2, 3, PRODUCT, 560.0), [("gpu002", 3, PRODUCT, False)]),
+    "8% below": Case(slow(2, 3, PRODUCT, 600.0), []),
+    "all-reduce": Case(records(n1={REDUCE: 200.0}), [("gpu001", None, REDUCE, True)]),
+    "half of two nodes": Case(half_as_fast(), [("gpu001", gpu, PRODUCT, True) for gpu in range(4)]),
+    "two figures say nothing": Case({0: {**records(1)[0], "speed": [{"gpu": 0, PRODUCT: 1.0}, SPEED]}}, []),
+    "CPU, 30%": Case(on_a_cpu(0.3), [], "cpu"),
+    "CPU, 20%": Case(on_a_cpu(0.2), [("gpu001", 0, PRODUCT, True)], "cpu"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_who_is_an_outlier(case: Case) -> None:
+    found = judged(case.records, case.device)
+    assert [(one["host"], one["gpu"], one["metric"], one["unfit"]) for one in found["outliers"]] == case.named
+    assert found["ok"] is not any(is_unfit for *_, is_unfit in case.named)
 
 
 FIGURES = st.lists(st.floats(1.0, 1e4), min_size=3, max_size=200)
@@ -153,8 +158,7 @@ def test_what_only_some_nodes_have_is_theirs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "having", "fault"),
-    [("data", 1, "node"), ("data", 2, "run"), ("ecc", 2, "node"), ("unexpected", 1, "run")],
+    ("name", "having", "fault"), [("data", 1, "node"), ("data", 2, "run"), ("ecc", 2, "node"), ("unexpected", 1, "run")]
 )
 def test_what_half_of_the_nodes_share_is_not_blamed_on_each(name: str, having: int, fault: str) -> None:
     """A file system that stalls costs nobody his nodes; what the hardware says itself stays true."""
@@ -173,10 +177,7 @@ def test_what_all_of_three_nodes_have_is_the_runs(nodes: int, fault: str) -> Non
 
 def test_a_node_that_nobody_else_was_compared_with_keeps_its_fault() -> None:
     """The others of 36 came too late to be heard."""
-    ecc, disk = (
-        problem("ecc", "3 errors", "reset it"),
-        problem("scratch", "/x cannot be written", "--set", "run"),
-    )
+    ecc, disk = (problem("ecc", "3 errors", "reset it"), problem("scratch", "/x cannot be written", "--set", "run"))
     alone = {0: {**records(1)[0], "problems": [ecc, disk]}}
     assert [one["fault"] for one in judged(alone, nodes=36)["unfit"]] == ["node", "run"]
 

@@ -8,7 +8,9 @@ import sys
 import click
 import pytest
 
+from launcher.base.errors import ExitStatus
 from launcher.cli import COMMANDS, launcher
+from tests.conftest import Launch
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -26,3 +28,9 @@ def test_help_and_completion_import_no_command() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_cancel_needs_a_name(launch: Launch) -> None:
+    """A version of click takes the default of a required argument for its value: the newest run was cancelled."""
+    done = launch("cancel")
+    assert done.returncode == ExitStatus.USAGE and "RUN" in done.stderr

@@ -161,9 +161,10 @@ def test_a_controller_that_restarts_does_not(tmp_path: Path, monkeypatch: pytest
         return JobState("PENDING") if clock.now % 500 < 10 else silent()
 
     monkeypatch.setattr(control, "state", state)
-    said: list[str] = []
+    said: list[JobState | None] = []
     attach.wait_for_start(Run(tmp_path), said.append)
-    assert said[:3] == ["PENDING", "Slurm does not answer; trying again", "PENDING"]
+    assert said[:3] == [JobState("PENDING"), None, JobState("PENDING")]
+    assert attach.waiting_text(Run(Path("r")), None) == "r: Slurm does not answer; trying again"
     assert set(clock.naps) == {attach.ASK_EVERY_S}
 
 

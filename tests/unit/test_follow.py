@@ -54,11 +54,7 @@ class Run:
     def follow(self, steps_total: int = 100) -> list[Progress]:
         return list(
             follow(
-                self.folder,
-                steps_total=steps_total,
-                is_finished=self.is_finished,
-                sleep=self.sleep,
-                clock=lambda: 0.0,
+                self.folder, steps_total=steps_total, is_finished=self.is_finished, sleep=self.sleep, clock=lambda: 0.0
             )
         )
 
@@ -103,13 +99,7 @@ def test_files_appear_and_grow(tmp_path: Path) -> None:
     ]
     assert seen[-1].records == {"a": 2, "b": 2}
     last = seen[-1]
-    assert (last.tps, last.loss, last.tflops, last.mfu_pct, last.peak_tflops) == (
-        17100,
-        6.4277,
-        1018.2,
-        45.25,
-        2250,
-    )
+    assert (last.tps, last.loss, last.tflops, last.mfu_pct, last.peak_tflops) == (17100, 6.4277, 1018.2, 45.25, 2250)
     assert (last.memory_gib, last.memory_pct, last.steps_total) == (158.61, 86.2, 100)
 
 
@@ -137,10 +127,7 @@ def test_a_run_without_logs_gives_nothing(tmp_path: Path) -> None:
 def test_time_left_comes_from_the_steps_after_the_first(tmp_path: Path) -> None:
     run = Run(tmp_path)
     # One minute of start-up before step 10 must not count; ten steps then take 20 seconds.
-    run.write(
-        "0000-a.log",
-        "".join(step(n, second=s) for n, s in ((1, 0), (10, 60), (20, 80), (30, 100), (100, 240))),
-    )
+    run.write("0000-a.log", "".join(step(n, second=s) for n, s in ((1, 0), (10, 60), (20, 80), (30, 100), (100, 240))))
     assert [p.seconds_left for p in run.follow()] == [None, None, 160.0, 140.0, 0.0]
 
 
@@ -233,13 +220,7 @@ def test_following_all_logs_gives_whole_lines_as_they_come(tmp_path: Path) -> No
         lambda: None,
     ]
     lines = list(merged_lines(tmp_path, follow=True, is_finished=run.is_finished, sleep=run.sleep))
-    assert lines == [
-        ("job", "job starts"),
-        ("a", "one"),
-        ("b", "first"),
-        ("a", "two"),
-        ("a", "three"),
-    ]
+    assert lines == [("job", "job starts"), ("a", "one"), ("b", "first"), ("a", "two"), ("a", "three")]
 
 
 def test_following_a_log_that_starts_again(tmp_path: Path) -> None:
@@ -366,12 +347,7 @@ def test_more_nodes_than_files_may_be_open(tmp_path: Path) -> None:
         with (tmp_path / f"{node:04}-n{node}.log").open("w") as handle:
             handle.write("early\n" + step(1, second=node) + "x" * 200_000 + "\n" + "detail\n" * 500)
             handle.write(step(2, second=200 + node))
-    done = subprocess.run(
-        [sys.executable, "-c", MERGE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = subprocess.run([sys.executable, "-c", MERGE, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 100 * (4 + 500)

@@ -150,7 +150,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed(start, launch: Launch, workpla
         time.sleep(0.05)
     trainer = local.identity(int((workplace / "pid").read_text()))
     monkeypatch.setattr(local, "GRACE_S", 0.4)
-    local.cancel(json.loads((workplace / "runs" / "r" / "job.json").read_text()))
+    local.cancel(json.loads((workplace / "runs" / "r" / "job.json").read_text()), workplace / "runs" / "r")
     end = time.monotonic() + 10
     while local.is_alive(trainer):
         assert time.monotonic() < end, "it was not killed"
@@ -176,6 +176,31 @@ def test_killed_without_a_word_is_unknown(start, launch: Launch, workplace: Path
         os.kill(victim, signal.SIGKILL)
     wait_until(launch, "UNKNOWN")
     assert state(launch) == ("UNKNOWN", ExitStatus.JOB_UNKNOWN)
+
+
+RANK = "setsid bash -c 'echo $BASHPID >rank; exec sleep 300' & wait"
+
+
+@pytest.mark.parametrize("killed", ["script", "trainer"])
+def test_ranks_that_outlive_what_started_them(killed: str, start, launch: Launch, workplace: Path) -> None:
+    """A rank is a session of its own: a kill -9 of the script or of torchrun leaves it behind."""
+    start(f"echo $$ >{workplace}/trainer; cd {workplace}; {RANK}")
+    wait_until(launch, "RUNNING")
+    rank = workplace / "rank"
+    while not rank.exists() or not rank.read_text():
+        time.sleep(0.05)
+    there = Path(f"/proc/{int(rank.read_text())}")
+    if killed == "trainer":
+        os.kill(int((workplace / "trainer").read_text()), signal.SIGKILL)
+        wait_until(launch, "FAILED")  # by the script, which ends the others first
+    else:
+        script = int(json.loads((workplace / "runs" / "r" / "job.json").read_text())["job_id"])
+        os.kill(script, signal.SIGKILL)
+        time.sleep(0.2)
+        assert state(launch)[0] == "RUNNING" and there.exists()
+        assert launch("cancel", "r").returncode == 0
+        wait_until(launch, "CANCELLED")
+    assert not there.exists() or " Z " in (there / "stat").read_text()
 
 
 def test_an_incomplete_run_never_looks_complete(start, launch: Launch) -> None:

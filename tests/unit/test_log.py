@@ -8,6 +8,7 @@ import re
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -336,39 +337,55 @@ def logs(folder: Path, **texts: str) -> list[Path]:
     return [folder / name for name, text in texts.items() if (folder / name).write_text(text)]
 
 
-def test_the_rank_that_failed_is_named_before_those_it_took_along(tmp_path: Path) -> None:
-    found = first_error(logs(tmp_path, node0=LOST_PEER, node1=OUT_OF_MEMORY, node2=GOODBYE))
-    assert found is not None and found[0].name == "node1"
-    assert found[1] == [
+SRUN = "srun: error: gpu001: task 0: Exited with exit code 1"
+LATE = OUT_OF_MEMORY.replace("14:50:52", "14:51:52").replace("2.00", "9.00")
+NCCL = "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, unhandled system error"
+WATCHDOG = "[E1122 14:50:52.1 ProcessGroupNCCL.cpp:629] Watchdog caught collective operation timeout: WorkNCCL"
+
+
+class First(NamedTuple):
+    """The log that is to blame, words of its error's line, and what the logs hold."""
+
+    log: str
+    said: str
+    logs: dict[str, str]
+
+
+FIRST = {
+    "before those it took along": First(
+        "node1", "torch.OutOfMemoryError: CUDA", {"node0": LOST_PEER, "node1": OUT_OF_MEMORY, "node2": GOODBYE}
+    ),
+    "the first cause of a file": First(
+        "node0", "ValueError: one", {"node0": f"ValueError: one\nKeyError: two\n{LATE}"}
+    ),
+    "the earlier of two causes": First("node1", "allocate 2.00 GiB", {"node0": LATE, "node1": OUT_OF_MEMORY}),
+    "a lost peer, where that is all": First(
+        "node1",
+        "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer",
+        {"node0": GOODBYE, "node1": LOST_PEER},
+    ),
+    "a closed rendezvous, alone": First(
+        "node0", "RendezvousConnectionError", {"node0": GOODBYE, "node1": "all is well\n"}
+    ),
+    "srun before a closed rendezvous": First("job", SRUN, {"node0": GOODBYE, "job": SRUN}),
+    "NCCL before srun": First("node0", NCCL, {"job": SRUN, "node0": f"{NCCL}\n"}),
+    "the watchdog before srun": First("node0", WATCHDOG, {"job": SRUN, "node0": f"[rank0]:{WATCHDOG}\n"}),
+}
+
+
+@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys())
+def test_the_error_that_is_to_blame(case: First, tmp_path: Path) -> None:
+    found = first_error(logs(tmp_path, **case.logs))
+    assert found is not None and found[0].name == case.log and case.said in found[1][0]
+
+
+def test_the_last_frame_comes_with_the_error(tmp_path: Path) -> None:
+    found = first_error(logs(tmp_path, node0=OUT_OF_MEMORY))
+    assert found is not None and found[1] == [
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
         'File "/opt/train.py", line 8, in inner',
         "allocate()",
     ]
-
-
-def test_within_a_file_the_first_cause_wins(tmp_path: Path) -> None:
-    found = first_error(logs(tmp_path, node0="ValueError: one\nKeyError: two\n" + OUT_OF_MEMORY))
-    assert found is not None and found[1][0] == "ValueError: one"
-
-
-def test_a_lost_peer_counts_when_it_is_all_there_is(tmp_path: Path) -> None:
-    found = first_error(logs(tmp_path, node0=GOODBYE, node1=LOST_PEER))
-    assert found is not None and found[0].name == "node1"
-    assert found[1][0].startswith("RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-
-
-def test_a_closed_rendezvous_is_a_cause_only_when_alone(tmp_path: Path) -> None:
-    found = first_error(logs(tmp_path, node0=GOODBYE, node1="all is well\n"))
-    assert found is not None and "RendezvousConnectionError" in found[1][0]
-    srun = "srun: error: gpu001: task 0: Exited with exit code 1\n"
-    found = first_error(logs(tmp_path, node0=GOODBYE, job=srun))
-    assert found is not None and found[1] == [srun.strip()]
-
-
-def test_of_two_causes_the_earlier_wins(tmp_path: Path) -> None:
-    late = OUT_OF_MEMORY.replace("14:50:52", "14:51:52").replace("2.00", "9.00")
-    found = first_error(logs(tmp_path, node0=late, node1=OUT_OF_MEMORY))
-    assert found is not None and found[0].name == "node1"
 
 
 @pytest.mark.parametrize(
@@ -390,19 +407,6 @@ def test_of_two_causes_the_earlier_wins(tmp_path: Path) -> None:
 def test_causes_that_are_no_traceback(tmp_path: Path, line: str) -> None:
     found = first_error(logs(tmp_path, node0=LOST_PEER, node1=f"0: {line}\n"))
     assert found is not None and (found[0].name, found[1][0]) == ("node1", line)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, unhandled system error",
-        "[rank0]:[E1122 14:50:52.1 ProcessGroupNCCL.cpp:629] Watchdog caught collective operation timeout: WorkNCCL",
-    ],
-)
-def test_nccl_errors_stand_before_what_srun_says(tmp_path: Path, line: str) -> None:
-    srun = "srun: error: gpu001: task 0: Exited with exit code 1\n"
-    found = first_error(logs(tmp_path, job=srun, node0=line + "\n"))
-    assert found is not None and found[0].name == "node0"
 
 
 def test_missing_files_and_good_logs_have_no_error(tmp_path: Path) -> None:

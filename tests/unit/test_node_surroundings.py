@@ -141,8 +141,7 @@ def test_a_readme_that_names_a_split_that_is_not_there(cpu: Place) -> None:
 
 def test_a_view_whose_data_is_not_on_the_node(cpu: Place) -> None:
     view.write(
-        cpu.run_dir / "data",
-        {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"},
+        cpu.run_dir / "data", {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"}
     )
     cpu.change(data=f"{cpu.run_dir}/data")
     arguments, _, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))

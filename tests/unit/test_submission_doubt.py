@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 from launcher.base.errors import ExitStatus
 from tests.conftest import Launch
-from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, start, wait_for
+from tests.unit.test_submission import SBATCH, SQUEUE, SUBMIT, Fake, jobs, slurm, start, wait_for
 
 __all__ = ["slurm"]  # a fixture
 
@@ -29,10 +30,54 @@ def test_a_job_number_that_belongs_to_somebody_else_now(launch: Launch, slurm: F
     launch(*SUBMIT)
     (image.parent / "jobs.txt").write_text("100 somebody-elses-training RUNNING\n")
     assert state(launch)["state"] == "UNKNOWN"
-    cancel = launch("cancel", "r")
-    assert "nothing to cancel" in cancel.stdout
+    assert "cancelled" in launch("cancel", "r").stdout
     assert jobs(image) == ["100 somebody-elses-training RUNNING"]
-    assert state(launch)["state"] == "UNKNOWN"  # and cancelling what is not there tells nothing about the end
+    assert state(launch)["state"] == "CANCELLED"  # it had not begun, and its claim is taken
+
+
+def test_a_job_that_slurm_hides_for_a_while_never_begins_after_it_was_cancelled(
+    launch: Launch, slurm: Fake, image: Path
+) -> None:
+    launch(*SUBMIT)
+    slurm("squeue", ":")
+    assert "launcher cancel r && launcher submit" in launch("status", "r").stdout
+    assert launch("cancel", "r").returncode == 0
+    slurm("squeue", SQUEUE)
+    job = subprocess.run(["bash", "runs/r/job.sbatch"], env={"SLURM_JOB_ID": "100"}, capture_output=True, text=True)
+    assert (job.returncode, "nothing is run twice" in job.stderr) == (75, True)
+
+
+def test_a_job_that_has_begun_and_that_slurm_does_not_know_is_not_called_cancelled(
+    launch: Launch, slurm: Fake, image: Path
+) -> None:
+    launch(*SUBMIT)
+    (image.parent / "runs" / "r" / "claim").mkdir()
+    (image.parent / "runs" / "r" / "claim" / "job_id").write_text("100\n")
+    slurm("squeue", ":")
+    cancel = launch("cancel", "r")
+    assert cancel.returncode == ExitStatus.JOB_UNKNOWN and "not cancelled" in cancel.stdout
+    assert state(launch)["state"] == "UNKNOWN"
+
+
+def test_a_number_beside_the_job_id_is_not_taken_for_it(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("sbatch", f"{SBATCH}\necho 4711")
+    assert launch(*SUBMIT).returncode == 0
+    assert (state(launch)["state"], state(launch)["job_id"]) == ("PENDING", "100")
+
+
+def test_a_refusal_although_slurm_has_the_job(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("sbatch", f"({SBATCH}) >/dev/null\necho 'sbatch: error: Invalid qos specification' >&2; exit 1")
+    assert launch(*SUBMIT).returncode == 0
+    assert (state(launch)["state"], state(launch)["job_id"]) == ("PENDING", "100")
+
+
+def test_many_who_look_at_once_see_no_submission(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("sbatch", "kill -9 $PPID; kill -9 $$")  # no job.json, so that the lock is looked at
+    launch(*SUBMIT, alone=True)
+    lock = image.parent / "runs" / "r" / "submit.lock"
+    with open(lock) as another:
+        fcntl.flock(another, fcntl.LOCK_SH)  # as every reader holds it
+        assert state(launch)["state"] == "UNKNOWN"
 
 
 def test_a_job_of_another_user_is_seen(launch: Launch, slurm: Fake, image: Path) -> None:
@@ -94,7 +139,7 @@ def test_a_copy_is_not_the_run(launch: Launch, slurm: Fake, image: Path) -> None
     runs = image.parent / "runs"
     shutil.copytree(runs / "r", runs / "copy")
     assert state(launch, "copy")["state"] == "UNKNOWN" and "copy" in str(state(launch, "copy")["reason"])
-    assert "nothing to cancel" in launch("cancel", "copy").stdout
+    assert "not cancelled" in launch("cancel", "copy").stdout
     assert state(launch)["state"] == "PENDING"
     (runs / "copy" / "end.json").write_text('{"exit_code": 0}')
     assert state(launch, "copy")["state"] == "COMPLETED"

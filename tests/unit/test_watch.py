@@ -48,14 +48,7 @@ def test_the_plain_line() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (45.4, "45 s"),
-        (180, "3 min"),
-        (5000, "83 min"),
-        (7500, "2 h 05 min"),
-        (90000, "25 h 00 min"),
-    ],
+    [(0, "0 s"), (45.4, "45 s"), (180, "3 min"), (5000, "83 min"), (7500, "2 h 05 min"), (90000, "25 h 00 min")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
