@@ -24,17 +24,16 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import parse_json, whole
 from launcher.stage.target import Incoming, Stopped, WrongLength
 
+if TYPE_CHECKING:
+    import httpx
+
 TIMEOUT_S = 15.0  # without a byte from the server
 ATTEMPTS = 6  # for a file; the downloader itself goes on after cuts
 CONTACT_ATTEMPTS = 3  # for a small answer, before anything was downloaded
 BACKOFF_S = 1.0  # the first wait; it doubles
 LONGEST_RETRY_AFTER_S = 900.0  # a server that asks for more is not waited for
-BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
-
 SMALL = 64 << 10  # bytes of a refusal
-
-if TYPE_CHECKING:
-    import httpx
+BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
 
 Result = TypeVar("Result")
 Refused = Callable[[Exception], LauncherError]
