@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,9 @@ from launcher.stage import c4, models
 from launcher.stage.image import NAME, Images, check_images, staged_images
 from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read_manifest
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files
-from launcher.stage.target import gigabytes
+from launcher.stage.target import gigabytes, is_directory
 
-PLACES = (
-    "/data/c4",
-    "/data/tokenizers",
-    "/data/models",
-    "/data/images",
-)  # where the defaults of `submit` look
+PLACES = ("/data/c4", "/data/tokenizers", "/data/models", "/data/images")  # where the defaults of `submit` look
 # Shapes of the published rows: GPU type, nodes, GPUs of each.
 SHAPES = (("h200", 1, 8), ("gb200", 3, 4), ("gb200", 9, 4), ("gb200", 17, 4))
 
@@ -153,26 +147,21 @@ def refuse_no_directory(directory: Path) -> None:
     """Raises LauncherError for a file, for nothing, and for a place where this user may not look."""
     place = quoted(directory)
     try:
-        mode = os.stat(directory).st_mode
-        if stat.S_ISDIR(mode):
-            os.stat(manifest_path(directory))
-    except (FileNotFoundError, NotADirectoryError):
-        if not os.path.isdir(directory):
-            raise LauncherError(
-                f"{directory}: no such directory",
-                f"launcher stage c4 --to {place} --files 8",
-                status=ExitStatus.NOT_FOUND,
-            ) from None
-    except OSError as error:
-        raise unreadable(directory, error) from error
-    else:
-        if not stat.S_ISDIR(mode):
+        if is_directory(directory):
+            return
+    except NotADirectoryError:
+        if os.path.exists(directory):
             fix = "name the directory that was staged"
             if NAME.fullmatch(directory.name):
                 fix = f"launcher stage verify {quoted(directory.parent)}"
             elif directory.suffix == ".sqsh":
                 fix = f"launcher image inspect {place}"
-            raise LauncherError(f"{directory}: a file, not a directory", fix)
+            raise LauncherError(f"{directory}: a file, not a directory", fix) from None
+    except OSError as error:
+        raise unreadable(directory, error) from error
+    raise LauncherError(
+        f"{directory}: no such directory", f"launcher stage c4 --to {place} --files 8", status=ExitStatus.NOT_FOUND
+    )
 
 
 def verify(directory: Path, deep: bool = False) -> Report:

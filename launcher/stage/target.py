@@ -58,22 +58,29 @@ def write_error(path: Path, error: OSError) -> LauncherError:
     return filesystem_error(path, error, "--to DIR")
 
 
+def is_directory(place: Path) -> bool:
+    """Whether there is a directory, and this user may look into it. Raises OSError, NotADirectoryError for a file."""
+    try:
+        if not stat.S_ISDIR(os.stat(place).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    except FileNotFoundError:
+        return False
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(place / STATE / "manifest.json")
+    return True
+
+
 def refuse_unusable(target: Path) -> None:
     """Raises LauncherError for a file, and for a place where this user may not even look. Writes nothing."""
     try:
-        if stat.S_ISDIR(os.stat(target).st_mode):
-            os.stat(target / STATE / "manifest.json")
-            return
-    except FileNotFoundError:
-        return
+        is_directory(target)
     except NotADirectoryError:
-        above = next(parent for parent in target.parents if os.path.exists(parent))
+        file = next(place for place in (target, *target.parents) if os.path.exists(place))
         raise LauncherError(
-            f"--to {target}: {above} is a file, not a directory", "name a directory that is not below a file"
+            f"--to {file}: a file, not a directory", "name a new directory, or one to continue in"
         ) from None
     except OSError as error:
         raise write_error(target, error) from error
-    raise LauncherError(f"--to {target}: a file, not a directory", "name a new directory, or one to continue in")
 
 
 def refuse_foreign(target: Path, ours: Callable[[Path], object]) -> None:

@@ -15,20 +15,24 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import parse_json, whole
 from launcher.stage.target import Incoming, Stopped, WrongLength
 
+if TYPE_CHECKING:
+    import httpx
+
 TIMEOUT_S = 15.0  # without a byte from the server
 ATTEMPTS = 6  # for a file; the downloader itself goes on after cuts
 CONTACT_ATTEMPTS = 3  # for a small answer, before anything was downloaded
 BACKOFF_S = 1.0  # the first wait; it doubles
 LONGEST_RETRY_AFTER_S = 900.0  # a server that asks for more is not waited for
+SMALL = 64 << 10  # bytes of a refusal
 BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
 
 Result = TypeVar("Result")
@@ -126,12 +130,12 @@ def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, st
         return None, link
 
 
-def download(url: str, stream: Incoming, headers: Mapping[str, str], refused: Refused) -> None:
+def download(url: str, stream: Incoming, headers: dict[str, str], refused: Refused) -> None:
     """Fills `stream` from `url`."""
 
     def once() -> None:
         stream.restart()
-        library().http_get(url, stream, headers={**headers, "Accept-Encoding": "identity"})
+        library().http_get(url, stream, headers=headers)
         if stream.tell() < stream.limit:
             raise WrongLength(f"the connection ended after {stream.tell():,} of {stream.limit:,} bytes")
 
@@ -141,22 +145,51 @@ def download(url: str, stream: Incoming, headers: Mapping[str, str], refused: Re
 @functools.cache
 def library() -> Any:
     """huggingface_hub's downloaders, quiet: their warnings quote addresses that carry a signature."""
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants, file_download, set_client_factory
     from huggingface_hub.utils import disable_progress_bars
 
     refuse_offline()
     _trust()
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    set_client_factory(_client)
+    constants.DOWNLOAD_CHUNK_SIZE = None  # what was read is written; it would collect 10 MB
     with contextlib.suppress(ImportError):
-        if hasattr(
-            file_download, "httpx"
-        ):  # since 1.0. It reads 64 kB at once and collects 10 MB: a third of the speed
-            from httpcore._sync.http11 import HTTP11Connection
+        from httpcore._sync.http11 import HTTP11Connection
 
-            HTTP11Connection.READ_NUM_BYTES = 1 << 20
-            constants.DOWNLOAD_CHUNK_SIZE = None
+        HTTP11Connection.READ_NUM_BYTES = 1 << 20  # three times as fast as with its 64 kB
     return file_download
+
+
+def _client() -> httpx.Client:
+    """What huggingface_hub asks with. It reads refusals and redirects whole, and inflates what is compressed: of the
+    first there is a beginning, of the second nothing.
+    """
+    import httpx
+
+    class Beginning(httpx.SyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            left = SMALL
+            for piece in self.stream:
+                yield piece[:left]
+                left -= len(piece)
+                if left <= 0:
+                    return
+
+        def close(self) -> None:
+            self.stream.close()
+
+    def bound(response: httpx.Response) -> None:
+        if not response.is_success:
+            response.stream = Beginning(response.stream)
+        elif response.headers.get("Content-Encoding", "identity") != "identity":
+            raise WrongLength("a compressed answer, which nobody asked for")
+
+    headers = {"Accept-Encoding": "identity"}
+    return httpx.Client(headers=headers, follow_redirects=True, event_hooks={"response": [bound]})
 
 
 def refuse_offline() -> None:

@@ -89,11 +89,12 @@ def answer(body: bytes, **headers: str) -> Fault:
     return fault
 
 
-def endless(piece: bytes) -> Fault:
+def endless(piece: bytes, status: int = 200) -> Fault:
     """`piece` again and again, until the client goes away."""
 
     def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.send_response(200)
+        handler.send_response(status)
+        handler.send_header("Location", "/elsewhere")
         handler.end_headers()
         handler.close_connection = True
         while True:

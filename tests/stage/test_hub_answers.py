@@ -133,6 +133,35 @@ def test_a_token_follows_to_its_own_server_only(hub: Hub, tmp_path: Path, monkey
     assert {r.authorization for r in hub.requests if r.where == "cdn"} == {""}
 
 
+CONTENT_FLOODS: dict[str, tuple[Callable[[], Fault], str]] = {
+    "a bomb": (lambda: bomb(), "compressed answer"),
+    "a redirect without end": (lambda: endless(b"x" * (1 << 20), 302), "no dataset"),
+    "a refusal without end": (lambda: endless(b"x" * (1 << 20), 503), "HTTP 503"),
+    "a file without end": (lambda: endless(b"x" * (1 << 20)), "more than the"),
+}
+
+
+@pytest.mark.parametrize("how", CONTENT_FLOODS)
+def test_a_flood_in_place_of_a_file_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
+    make, words = CONTENT_FLOODS[how]
+    hub.always = make()
+    code = "import launcher.stage.web as w; w.ATTEMPTS = 2; w.BACKOFF_S = 0; from launcher.cli import main; main()"
+    done = run_with_little_memory(code)
+    said = " ".join(done.stderr.split())
+    assert "Traceback" not in said and re.search(words, said) and done.returncode in (1, 4), done.stderr
+    assert not list((workplace / "c4/.staged/partial").iterdir())
+
+
+def run_with_little_memory(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, "stage", "c4", "--to", "c4", "--files", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
+    )
+
+
 def bomb() -> Fault:
     """4 GB of spaces in 4 MB."""
     return answer(gzip.compress(b" " * (1 << 20), 9) * 4096, Content_Encoding="gzip")
@@ -167,13 +196,7 @@ def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
     hub.api_faults = make()
     less = "300" if "empty" in how else str(hub_module.ENTRIES)
     code = f"import launcher.stage.hub as h; h.ENTRIES = {less}; from launcher.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "stage", "c4", "--to", "c4", "--files", "1"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
-    )
+    done = run_with_little_memory(code)
     assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (3, 4), done.stderr
     assert not (workplace / "c4").exists()
 

@@ -51,7 +51,7 @@ def closed(folder: Path) -> Iterator[Path]:
         (("c4", "--to", "d", "--files", "-3"), "--files N, from 1 to 1024"),
         (("c4", "--to", "d", "--files", "5000"), "--files N, from 1 to 1024"),
         (("c4", "--to", "file", "--files", "1"), "file: a file, not a directory"),
-        (("c4", "--to", "file/c4", "--files", "1"), "file is a file, not a directory"),
+        (("c4", "--to", "file/c4", "--files", "1"), "--to file: a file, not a directory"),
         (("c4", "--to", "d", "--for", ""), "--for nodes=17,gpus=4"),
         (("c4", "--to", "d", "--for", "nodes=17,nodes=18"), "nodes is named twice"),
         (("c4", "--to", "d", "--for", "file"), "run.toml"),
