@@ -150,6 +150,7 @@ def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path) -> Failu
 
 
 def how_it_ended(state: str, reason: str, exit_code: int | None, log_dir: Path) -> Ended:
+    """From the job's state and what its logs hold."""
     try:
         logged = any(path.stat().st_size for path in log_dir.glob("*.log"))
     except OSError:
