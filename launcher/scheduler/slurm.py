@@ -20,8 +20,10 @@ from launcher.scheduler.state import JobState, from_slurm
 
 ANSWER_S = 30  # bound on commands that only ask
 SUBMIT_S = 90  # bound on sbatch: above Slurm's own MessageTimeout of 10 s and its retries
-# Of a user's shell: they change what is printed.
-SHAPES = ("SLURM_TOPO_LEN", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN")
+# Which of Slurm's own variables its commands get: what says which cluster it is and who asks. All others overrule the
+# script, or filter and shape what is printed.
+PASSED = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+OWN = re.compile(r"(SLURM|SBATCH|SRUN|SQUEUE|SINFO|SACCT|SCANCEL|SCONTROL)_")
 UNSURE = ("timed out", "unable to contact", "zero bytes", "connection refused", "try again")
 
 NO_PARTITION = "Slurm has no such partition"
@@ -72,15 +74,13 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
     this program is killed. Raises Unsure when it cannot be told whether Slurm took the job, LauncherError when
     Slurm refused it.
     """
-    # Slurm lets SBATCH_* of the submitter's shell overrule the script: the script is to be the whole truth.
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"}
     wait = [f"--dependency=afterany:{after}"] if after else []
     command = [_find("sbatch"), "--parsable", *wait, str(script)]
     try:
         process = subprocess.Popen(
             command,
             cwd=script.parent,
-            env=env | {"LC_ALL": "C"},
+            env=_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -224,6 +224,14 @@ def bin_dir() -> str:
     return os.path.dirname(os.path.abspath(found)) if found else ""
 
 
+def _environment() -> dict[str, str]:
+    """That of every Slurm command: who submits and who asks sees the same cluster, and all of it."""
+    env = {name: value for name, value in os.environ.items() if name in PASSED or not OWN.match(name)}
+    if clusters := os.environ.get("SBATCH_CLUSTERS"):  # sbatch's name for it
+        env["SLURM_CLUSTERS"] = clusters
+    return env | {"LC_ALL": "C"}
+
+
 def _find(command: str) -> str:
     path = shutil.which(command)
     if path is None:
@@ -250,7 +258,7 @@ def ask(words: Sequence[str]) -> str:
             text=True,
             errors="replace",
             timeout=ANSWER_S,
-            env={k: v for k, v in os.environ.items() if k not in SHAPES} | {"LC_ALL": "C"},
+            env=_environment(),
         )
     except subprocess.TimeoutExpired as error:
         raise LauncherError(

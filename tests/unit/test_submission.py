@@ -59,6 +59,18 @@ def test_the_submitters_shell_does_not_overrule_the_script(launch: Launch, slurm
     assert "SBATCH_" not in seen and "SLURM_JOB_ID" not in seen and "SLURM_CONF=/etc/x" in seen
 
 
+def test_submitting_and_asking_see_the_same_cluster_and_all_of_it(launch: Launch, slurm: Fake, image: Path) -> None:
+    for command in ("sbatch", "squeue"):
+        slurm(command, f"env >>{image.parent}/{command}.txt; {SBATCH if command == 'sbatch' else SQUEUE}")
+    own = {"SQUEUE_PARTITION": "x", "SINFO_ALL": "1", "SACCT_FORMAT": "x", "SLURM_TIME_FORMAT": "%s"}
+    launch(*SUBMIT, SBATCH_CLUSTERS="b", SLURM_JWT="j", **own)
+    assert launch("status", "r", SLURM_CLUSTERS="b", SLURM_JWT="j", **own).returncode == 0
+    for command in ("sbatch", "squeue"):
+        seen = (image.parent / f"{command}.txt").read_text()
+        assert not [name for name in own if f"{name}=" in seen]
+        assert "SLURM_CLUSTERS=b\n" in seen and "SLURM_JWT=j\n" in seen
+
+
 @pytest.mark.parametrize(
     ("script", "said", "fix"),
     [
