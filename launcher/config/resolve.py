@@ -21,6 +21,8 @@ from launcher.scheduler.detect import detected
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
 
+OF_CLUSTER = ("job.gpu", "job.image", "job.nodes", "job.runtime")  # in a file of defaults: not of this machine
+
 
 def resolve(options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]) -> RunSpec:
     """Merges every layer, fills in what only this machine knows, and validates.
@@ -28,6 +30,9 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
     `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together.
     """
     user = _user_layer(config, environ) if run_file is None else _repeated(run_file, options)
+    is_local = {**user.values, **options.values}.get("job.scheduler") == "local"
+    if is_local and not user.complete:
+        user = _without(user, OF_CLUSTER)
     chosen = {**_environment(environ).values, **user.values, **options.values}
     if user.complete:
         layers = [user, options]
@@ -41,11 +46,10 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
             profile,
             read_layer(find("recipes", recipe), f"recipe {recipe}", kind),
             _environment(environ),
-            _user_layer(config, environ, kind),
+            _without(_user_layer(config, environ, kind), OF_CLUSTER if is_local else ()),
             options,
         ]
-        if chosen.get("job.scheduler") == "local":  # a file of defaults for the cluster does not speak of this machine
-            layers = [_without(layer, ("job.image", "job.nodes", "job.runtime")) for layer in layers[:-1]] + [options]
+        if is_local:
             layers.insert(0, _layer({"job.runtime": "bare"}, "default with --local"))
     spec = merge(layers)
     if not spec.job.name:

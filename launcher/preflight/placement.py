@@ -78,7 +78,8 @@ class Place:
 
     @property
     def free(self) -> tuple[Node, ...]:
-        return tuple(node for node in self.fitting if node.free)
+        held = HELD if self.spec.job.reservation else ()
+        return tuple(node for node in self.fitting if node.free_but_for(*held))
 
     def most(self, nodes: Collection[Node]) -> int:
         """The most of these nodes that one of the partitions has: a job runs in one of them."""

@@ -47,7 +47,11 @@ class Node:
     @property
     def free(self) -> bool:
         """Slurm would start a job on it now; a powered-down cloud node counts, since Slurm wakes it for a job."""
-        return "IDLE" in self.states and self.states <= FREE
+        return self.free_but_for()
+
+    def free_but_for(self, *held: str) -> bool:
+        """The same for a job that these flags do not hold up, as those of its own reservation."""
+        return "IDLE" in self.states and self.states <= FREE.union(held)
 
     @property
     def state(self) -> str:

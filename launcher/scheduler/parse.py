@@ -184,7 +184,7 @@ def squashfuse(plugstack: str) -> bool | None:
     """
     for line in plugstack.splitlines():
         if re.search(r"^\s*(required|optional)\s+\S*pyxis\S*\.so\b", line):
-            return bool(re.search(r"\suse_squashfuse=(1|true)\b", line))
+            return bool(re.search(r"\suse_squashfuse=(1|true|yes|y)\b", line, re.IGNORECASE))
     return None
 
 

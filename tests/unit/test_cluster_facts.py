@@ -290,6 +290,9 @@ def test_images_are_mounted_or_unpacked_as_plugstack_says(tmp_path: Path) -> Non
         ("required /x/spank_pyxis.so\n", False),
         ("required /x/spank_pyxis.so use_squashfuse=1\n", True),
         ("required spank_pyxis.so runtime_path=/r use_squashfuse=true\n", True),
+        ("required spank_pyxis.so use_squashfuse=yes\n", True),
+        ("required spank_pyxis.so use_squashfuse=Y\n", True),
+        ("required spank_pyxis.so use_squashfuse=0\n", False),
         ("#required spank_pyxis.so\n", None),
     ):
         line.write_text(text)

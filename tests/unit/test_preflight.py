@@ -368,3 +368,11 @@ def test_the_preflight_command(launch: Launch, slurm: Fake, image: Path) -> None
     broken = launch("preflight", *SUBMIT)
     assert broken.returncode == ExitStatus.INVALID and "error    image:" in broken.stdout
     assert not (image.parent / "runs").exists() and not (image.parent / "sbatch.txt").exists()
+
+
+@pytest.mark.parametrize(("reservation", "free"), [("r1", 4), ("", 2)])
+def test_the_nodes_of_the_runs_own_reservation_are_free(reservation: str, free: int) -> None:
+    held = [node(f"m{number}", f"IDLE+{flag}") for number, flag in enumerate(("RESERVED", "MAINT"))]
+    facts = cluster(*FOUR[:2], *held)
+    (found,) = [one for one in preflight(run(nodes=2, reservation=reservation), facts) if one.code.startswith("nodes")]
+    assert found.facts["free"] == free
