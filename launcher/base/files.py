@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -51,6 +52,20 @@ def write_text(path: Path, text: str, mode: int = 0o644, option: str = "") -> No
 def write_json(path: Path, value: Any, mode: int = 0o644, option: str = "") -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode, option)
+
+
+def lock(descriptor: int, how: int) -> bool:
+    """flock; False where the file system has no locks, as some network mounts. There, who locks goes on without.
+
+    Raises BlockingIOError where `how` says not to wait and somebody holds it.
+    """
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES, *, wait: bool = False) -> bytes:

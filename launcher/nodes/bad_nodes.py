@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import LauncherError, quoted
-from launcher.base.files import filesystem_error, read_bytes, unreadable, write_json
+from launcher.base.files import filesystem_error, lock, read_bytes, unreadable, write_json
 from launcher.base.finding import Finding, ok, warning
 from launcher.base.output import age
 from launcher.base.values import parse_json
@@ -126,11 +126,10 @@ def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]
 
 
 @contextlib.contextmanager
-def _locked(lock: Path) -> Iterator[None]:
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _locked(file: Path) -> Iterator[None]:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: the file itself is always whole
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import filesystem_error, read_json, write_json
+from launcher.base.files import filesystem_error, lock, read_json, write_json
 from launcher.base.values import whole
 from launcher.config.spec import PlacedRun
 from launcher.runs import directory as runs
@@ -306,7 +306,7 @@ def _submission_lock(run: Run) -> Iterator[None]:
     except OSError as error:
         raise filesystem_error(path, error) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # the submission alone has it for itself: who looks disturbs nobody
+        lock(descriptor, fcntl.LOCK_SH)  # the submission alone has it for itself: who looks disturbs nobody
         yield
     finally:
         os.close(descriptor)
@@ -320,8 +320,8 @@ def _is_submitting(run: Run) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
+        # Without locks, a submission has the time that it may take.
+        return not lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB) and runs.age_s(run) < 2 * slurm.SUBMIT_S
     except BlockingIOError:
         return True
     finally:

@@ -29,6 +29,7 @@ from launcher.base.files import (
     PACKAGE,
     data_dir,
     filesystem_error,
+    lock,
     read_bytes,
     read_json,
     unreadable,
@@ -172,7 +173,7 @@ def create(
         temporary.mkdir(parents=True)  # what was there before is not ours to remove
         try:
             lock_fd = os.open(temporary / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(lock_fd, fcntl.LOCK_EX)
+            lock(lock_fd, fcntl.LOCK_EX)
             (temporary / "logs").mkdir()
             _fill(temporary, spec, now_s)
             also(temporary)
@@ -207,8 +208,8 @@ def remove_left_over(runs_dir: Path) -> None:
             if is_dir and is_old and about.st_uid == os.geteuid():
                 with suppress(OSError):
                     os.rmdir(entry.path)  # one that was killed before it made its lock
-                with suppress(OSError), open(os.open(f"{entry.path}/{LOCK}", os.O_RDWR | os.O_NOFOLLOW), "rb") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(OSError), open(os.open(f"{entry.path}/{LOCK}", os.O_RDWR | os.O_NOFOLLOW), "rb") as held:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(entry.path, ignore_errors=True)
 
 

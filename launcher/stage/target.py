@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import filesystem_error, write_bytes
+from launcher.base.files import filesystem_error, lock, write_bytes
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
@@ -265,30 +265,29 @@ def at_work(target: Path, say: Callable[[str], None]) -> Iterator[Work]:
     state = top.below(STATE)
     partial = state.below("partial")
     try:
-        lock = state.open("lock", os.O_RDWR | os.O_CREAT, 0o664)
+        held = state.open("lock", os.O_RDWR | os.O_CREAT, 0o664)
     except OSError as error:
         raise write_error(state.path / "lock", error) from error
     try:
         mode = stat.S_IMODE(os.fstat(top.fd).st_mode)
-        for descriptor, bits in ((state.fd, mode), (partial.fd, mode), (lock, mode & 0o666)):
+        for descriptor, bits in ((state.fd, mode), (partial.fd, mode), (held, mode & 0o666)):
             if os.fstat(descriptor).st_uid == os.geteuid():
                 os.fchmod(descriptor, bits)
-        _lock(lock, target, say)
+        _lock(held, target, say)
         for name in os.listdir(partial.fd):  # what was killed has left
             partial.remove(name)
         yield Work(top, state, partial)
     finally:
-        os.close(lock)
+        os.close(held)
 
 
 def _lock(descriptor: int, target: Path, say: Callable[[str], None]) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            say(f"warning: {target}: its file system has no locks; do not stage into it twice at once")
     except BlockingIOError:
         say(f"waiting: {_holder(descriptor)} is staging into {target}")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:  # no locks on this file system: ENOLCK, ENOSYS, EOPNOTSUPP
-        say(f"warning: {target}: {os.strerror(error.errno or 0)}; do not stage into it twice at once")
+        lock(descriptor, fcntl.LOCK_EX)
     with contextlib.suppress(OSError):  # who it is helps to wait; a full disk must not stop here
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)

@@ -71,7 +71,8 @@ def _held(wanted: Path) -> Path:
     if not _is_ours(wanted):  # somebody else was there first
         wanted = Path(tempfile.mkdtemp(prefix=f"{wanted.name}-", dir=wanted.parent))
     lock = os.open(wanted / LOCK, os.O_CREAT | os.O_RDONLY | os.O_NOFOLLOW, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    with contextlib.suppress(OSError):  # a file system without locks: then no later job removes it
+        fcntl.flock(lock, fcntl.LOCK_SH)
     os.set_inheritable(lock, True)
     return wanted
 

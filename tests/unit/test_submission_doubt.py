@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from launcher.base.errors import ExitStatus
+from launcher.titan import caches
 from tests.conftest import Launch
 from tests.unit.test_submission import SBATCH, SQUEUE, SUBMIT, Fake, jobs, slurm, start, wait_for
 
@@ -287,3 +289,24 @@ def test_a_killed_local_run_that_was_cancelled(launch: Launch, workplace: Path) 
     time.sleep(0.5)
     launch("cancel", "k", timeout=60)
     assert state(launch, "k")["state"] == "CANCELLED"
+
+
+def test_a_file_system_without_locks(launch: Launch, slurm: Fake, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(_descriptor: object, _how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert launch(*SUBMIT, "--env", "A_TOKEN=x").returncode == 0
+    run = image.parent / "runs" / "r"
+    assert state(launch)["state"] == "PENDING" and launch("cancel", "r").returncode == 0
+    (run / "job.json").unlink()  # as while it is being submitted: nobody may take its claim then
+    (run / "cancelled").unlink()
+    assert state(launch)["state"] == "SUBMITTING" and not (run / "claim").exists()
+    intent = json.loads((run / "intent.json").read_text())
+    (run / "intent.json").write_text(json.dumps({**intent, "at": intent["at"] - 1000}))
+    assert state(launch)["state"] == "CANCELLED"  # found again by its name
+
+
+def test_scratch_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "")))
+    assert caches._held(tmp_path / "titan-0-7").is_dir()
