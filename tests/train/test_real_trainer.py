@@ -217,7 +217,7 @@ def test_the_real_parser_takes_every_recipe(python: str, tmp_path: Path) -> None
     sample.write_tokenizer(tmp_path / "tokenizer")
     lines, refused = {}, set()
     for name, node in variants().items():
-        node = {**node, "run_dir": str(tmp_path / name), "tokenizer": str(tmp_path / "tokenizer")}
+        node = changed(node, run_dir=str(tmp_path / name), tokenizer=str(tmp_path / "tokenizer"))
         try:
             lines[name] = trainer_arguments(node, titan, torch)
         except Refused:
