@@ -7,13 +7,12 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from launcher.base.errors import LauncherError
 from launcher.base.finding import OK
 from launcher.base.output import warn
 from launcher.config import resolve
 from launcher.config.layers import Layer
 from launcher.config.options import RunOptions
-from launcher.config.spec import PlacedRun, RunSpec
+from launcher.config.spec import NoImage, PlacedRun, RunSpec
 from launcher.preflight.here import look_here
 from launcher.preflight.text import refusal, sentence
 
@@ -28,8 +27,8 @@ def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:
 
     try:
         return resolved()
-    except LauncherError as error:
-        if image_needed or "job.image" in options.values or not error.what.startswith("job.image = ''"):
+    except NoImage:
+        if image_needed:
             raise
     spec = resolved(**{"job.image": "/any.sqsh"})
     return replace(spec, job=replace(spec.job, image=""), origin={**spec.origin, "job.image": "missing: --image FILE"})

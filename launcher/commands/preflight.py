@@ -10,6 +10,7 @@ from launcher.base.finding import OK
 from launcher.base.output import as_json, echo, print_json, style
 from launcher.commands.asked import describe_run, spec_of
 from launcher.config.options import RunOptions, run_options
+from launcher.plan.plan import memory_findings
 from launcher.preflight.cluster import look
 from launcher.preflight.here import look_here
 from launcher.preflight.text import as_dict, refusal, words
@@ -29,9 +30,10 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-    spec, here = look_here(spec_of(options))
+    asked = spec_of(options)
+    spec, here = look_here(asked)
     spec, of_cluster = look(spec)
-    findings = [*here, *of_cluster]
+    findings = [*here, *memory_findings(asked), *of_cluster]
     refused = refusal(findings, force=False)
     if as_json:
         rows = [as_dict(finding) for finding in findings]

@@ -14,7 +14,7 @@ from launcher.commands.asked import describe_run, looked_at, spec_of
 from launcher.config import resolve
 from launcher.config.options import RunOptions
 from launcher.config.spec import PlacedRun, RunSpec
-from launcher.plan.plan import write_beside
+from launcher.plan.plan import memory_findings, write_beside
 from launcher.preflight.cluster import look
 from launcher.preflight.text import refusal, sentence, words
 from launcher.runs import control
@@ -25,10 +25,8 @@ from launcher.scheduler.parse import expand
 
 def checked(spec: PlacedRun, force: bool) -> PlacedRun:
     """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
-    if spec.job.scheduler != "slurm":
-        return spec
-
     spec, findings = look(spec)
+    findings += memory_findings(spec)
     refused = refusal(findings, force)
     for finding in findings:
         name, what, _ = words(finding)

@@ -183,6 +183,10 @@ SAFE_DIR = re.compile(r"/[\w./@+=~-]*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\u2028\u2029]")
 
 
+class NoImage(LauncherError):
+    """The run names no image, and its runtime needs one."""
+
+
 def refuse(key: str, value: object, why: str, fix: str = "", origin: str = "") -> LauncherError:
     where = f" (from {origin})" if origin and not origin.startswith("default") else ""
     told = "" if key.startswith("env.") or looks_secret(key, value) else f" = {str(value)[:120]!r}"
@@ -309,7 +313,8 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
             "--image titan.sqsh",
         )
     elif not job.image.startswith("/"):
-        raise bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
+        refused = bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
+        raise refused if job.image else NoImage(refused.what, refused.fix)
     for key in ("image", "python", "slurm_bin"):
         if CONTROL.search(getattr(job, key)):
             raise bad(f"job.{key}", "holds a control character")

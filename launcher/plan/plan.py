@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.files import write_json
+from launcher.base.finding import Finding, error
 from launcher.config.hardware import of_gpu
 from launcher.config.spec import HUB, MAX_NODES, SAMPLE, PlacedRun, RunSpec
 from launcher.results.outcome import Outcome
@@ -123,6 +124,16 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
         c4_files=files_needed(spec, TRAIN_FILES) if wants_files else None,
         notes=tuple(notes),
     )
+
+
+def memory_findings(spec: RunSpec) -> list[Finding]:
+    """What there is to say where a GPU has not the memory that the run needs."""
+    memory, known = memory_of(spec), of_gpu(spec.profile.gpu)
+    if memory is None or known is None or _verdict(spec, memory, known.memory_gib) != "does not fit":
+        return []
+    needed, there = round(_needed(spec, memory)), round(known.memory_gib)
+    fix = ", or ".join(_advice(spec, known.memory_gib, None))
+    return [error("memory-short", fix, batch=spec.recipe.local_batch_size, needed=needed, there=there)]
 
 
 def parameters_of(spec: RunSpec) -> int | None:

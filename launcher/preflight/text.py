@@ -77,6 +77,9 @@ TEXTS = {
     "bad-nodes-not-remembered": Text("excluded", "nodes that failed their check are not remembered: {why}"),
     "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check are not left out: {why}"),
     # what the nodes are
+    "memory-short": Text(
+        "memory", "batch {batch} needs about {needed} GiB, a GPU has {there}", "training would end out of memory"
+    ),
     "gpus": Text("GPUs", "{gres} on {count!n} of {place}"),
     "gpus-absent": Text(
         "GPUs", "the run asks for {gres} on a node, and no node of {place} has that: {have}", "Slurm says {said} there"

@@ -177,7 +177,7 @@ def test_what_is_found(status: str, case: Case) -> None:
 
 
 def test_every_code_is_used_and_in_the_docs() -> None:
-    rooms = (ROOT / "launcher" / "preflight", ROOT / "launcher" / "nodes")
+    rooms = (ROOT / "launcher" / name for name in ("preflight", "nodes", "plan"))
     code = "".join(path.read_text() for room in rooms for path in room.glob("*.py") if path.name != "text.py")
     docs = (ROOT / "docs" / "preflight.md").read_text()
     named = [name for name in TEXTS if f'"{name}"' in code or name.endswith("-refused")]
@@ -376,3 +376,28 @@ def test_the_nodes_of_the_runs_own_reservation_are_free(reservation: str, free: 
     facts = cluster(*FOUR[:2], *held)
     (found,) = [one for one in preflight(run(nodes=2, reservation=reservation), facts) if one.code.startswith("nodes")]
     assert found.facts["free"] == free
+
+
+def test_a_batch_that_no_gpu_has_the_memory_for(
+    launch: Launch, fake_slurm: Callable[[str, str], Path], image: Path
+) -> None:
+    """Before, it was queued, and 36 GPUs ended out of memory."""
+    command = (
+        "submit",
+        "--gpu",
+        "gb200",
+        "--nodes",
+        "9",
+        "--image",
+        "titan.sqsh",
+        "--data",
+        "hub",
+        "--name",
+        "r",
+        "--yes",
+    )
+    fake_slurm("sbatch", "echo 7")
+    done = launch(*command, "--batch-size", "8")
+    assert done.returncode == 3 and "batch 8 needs about 251 GiB, a GPU has 184" in done.stderr
+    assert "--batch-size 5" in done.stderr and not (image.parent / "runs" / "r").exists()
+    assert launch(*command, "--batch-size", "8", "--force").returncode == 0

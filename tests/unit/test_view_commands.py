@@ -22,6 +22,8 @@ SUBMIT = (
     "bare",
     "--gpus-per-node",
     "3",
+    "--batch-size",
+    "2",
     "--yes",
 )
 
@@ -102,6 +104,8 @@ def test_the_sample_is_read_through_a_view(launch: Launch, workplace: Path) -> N
         "debug",
         "--gpus-per-node",
         "3",
+        "--batch-size",
+        "2",
         "--local",
         "--dry-run",
         "--json",
