@@ -70,7 +70,8 @@ def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
         job = local.submit(script) if run.is_local else {"job_id": slurm.submit(script, lock_fd, after)}
     except (slurm.Unsure, slurm.Refused) as error:
         try:
-            job_id = _find_in_slurm(run)
+            # Of some jobs that it refuses Slurm keeps a record, as failed.
+            job_id = _find_in_slurm(run, without_failed=isinstance(error, slurm.Refused))
         except LauncherError:
             job_id = None  # the controller is still silent: what the user needs to read is the first error
         else:
@@ -111,9 +112,13 @@ def job_of(run: Run) -> dict[str, Any] | None:
     return job
 
 
-def _find_in_slurm(run: Run) -> str | None:
+def _find_in_slurm(run: Run, without_failed: bool = False) -> str | None:
     name = (run.intent or {}).get("job_name")
-    ids = [whole(job_id) or 0 for job_id, (job_name, _) in slurm.queue().items() if name and job_name == name]
+    ids = [
+        whole(job_id) or 0
+        for job_id, (job_name, state) in slurm.queue().items()
+        if name and job_name == name and not (without_failed and state.failed)
+    ]
     return str(max(ids)) if ids else None
 
 

@@ -79,7 +79,7 @@ def install(folder: Path, user: User | None) -> str:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     site = Path(click.__file__).parent.parent
     assert site == Path(jinja2.__file__).parent.parent
-    for name in ("click", "jinja2", "markupsafe", "rich", "pygments", "markdown_it", "mdurl"):
+    for name in ("click", "jinja2", "markupsafe", "tomlkit", "rich", "pygments", "markdown_it", "mdurl"):
         shutil.copytree(site / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}", "/usr/bin/python3"):
         account = {"user": user.uid, "group": user.gid, "extra_groups": []} if user else {}

@@ -73,6 +73,14 @@ def test_a_refusal_although_slurm_has_the_job(launch: Launch, slurm: Fake, image
     assert (state(launch)["state"], state(launch)["job_id"]) == ("PENDING", "100")
 
 
+def test_a_refused_job_of_which_slurm_keeps_a_record(launch: Launch, slurm: Fake, image: Path) -> None:
+    failed = SBATCH.replace("PENDING", "FAILED")
+    said = "sbatch: error: Batch job submission failed: Requested topology configuration is not available"
+    slurm("sbatch", f"({failed}) >/dev/null\necho '{said}' >&2; exit 1")
+    assert launch(*SUBMIT).returncode == ExitStatus.CLUSTER
+    assert not (image.parent / "runs" / "r").exists()
+
+
 def test_many_who_look_at_once_see_no_submission(launch: Launch, slurm: Fake, image: Path) -> None:
     slurm("sbatch", "kill -9 $PPID; kill -9 $$")  # no job.json, so that the lock is looked at
     launch(*SUBMIT, alone=True)
