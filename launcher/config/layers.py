@@ -74,10 +74,11 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     run_format = tables.pop("run", None)
     if run_format is not None and run_format != RUN_FILE_FORMAT:
         raise LauncherError(f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}")
-    origin_of, placed = tables.pop("origin", {}), tables.pop("placed", None)
-    job = tables.get("job")
-    if run_format and placed is None and isinstance(job, dict) and "topology" in str(origin_of):
-        job.pop("segment", None)  # version 0.1 wrote the one that it had chosen as if it had been asked for
+    origin_of, job = tables.pop("origin", {}), tables.get("job")
+    if run_format is not None and tables.pop("placed", None) is None and isinstance(job, dict):
+        segment = origin_of.get("job.segment") if isinstance(origin_of, dict) else None
+        if str(segment).startswith("chosen from the topology"):
+            job.pop("segment", None)  # version 0.1 wrote the one that it had chosen as if it had been asked for
     tables.pop("hardware", None)  # facts, not settings: launcher/config/hardware.py
     secrets = tables.pop("secret_env", [])
     if not (isinstance(secrets, list) and all(isinstance(name, str) for name in secrets)):

@@ -131,7 +131,7 @@ def memory_findings(spec: RunSpec) -> list[Finding]:
     memory, known = memory_of(spec), of_gpu(spec.profile.gpu)
     if memory is None or known is None or _verdict(spec, memory, known.memory_gib) != "does not fit":
         return []
-    needed, there = round(_needed(spec, memory)), round(known.memory_gib)
+    needed, there = math.ceil(_needed(spec, memory)), math.floor(TIGHT * known.memory_gib)
     fix = ", or ".join(_advice(spec, known.memory_gib, None))
     return [error("memory-short", fix, batch=spec.recipe.local_batch_size, needed=needed, there=there)]
 

@@ -78,7 +78,9 @@ TEXTS = {
     "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check are not left out: {why}"),
     # what the nodes are
     "memory-short": Text(
-        "memory", "batch {batch} needs about {needed} GiB, a GPU has {there}", "training would end out of memory"
+        "memory",
+        "batch {batch} needs about {needed} GiB, of a GPU's memory {there} can be used",
+        "training would end out of memory",
     ),
     "gpus": Text("GPUs", "{gres} on {count!n} of {place}"),
     "gpus-absent": Text(

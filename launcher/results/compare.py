@@ -102,7 +102,8 @@ def _figures(a: Outcome, b: Outcome) -> tuple[Figure, ...]:
     )
     found = [_of_spreads(*row, a, b) for row in spreads]
     found += [_of_values(*row) for row in values]
-    for name, called in PHASES:
+    for name, _ in PHASES:
+        called = name.removesuffix("_s").replace("_", " ")  # by which scripts find a figure
         found.append(_of_values(f"start-up: {called}", "s", getattr(a.startup, name), getattr(b.startup, name), ""))
     shown = [figure for figure in found if figure.a is not None or figure.b is not None]
     if incomplete:

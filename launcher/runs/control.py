@@ -263,6 +263,9 @@ def cancel(run: Run) -> tuple[JobState, bool]:
         write_json(run.path / "cancelled", {"at": time.time()})
         if job:
             local.cancel(job, run.path)
+        else:
+            with suppress(FileExistsError):
+                (run.path / "claim").mkdir()
         run.forget_secrets()
         return before, True
     job_id = str(job["job_id"]) if job else ""

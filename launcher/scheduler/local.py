@@ -75,11 +75,14 @@ def members(run_dir: Path) -> list[dict[str, Any]]:
     """Every process of a run on this machine but its script, whoever its parent is now: torchrun's ranks are sessions
     of their own. All have the variable that the script exports.
     """
-    mark, found = b"TITAN_SCRATCH=" + os.fsencode(run_dir / "scratch"), []
-    for entry in os.listdir("/proc"):
-        with suppress(OSError):
-            if entry.isdigit() and mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
-                found.append(identity(int(entry)))
+    name, found = b"TITAN_SCRATCH=", []
+    place = os.path.realpath(os.fsencode(run_dir))
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError, ValueError):
+            for line in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                scratch = line.removeprefix(name)
+                if line != scratch and os.path.realpath(os.path.dirname(scratch)) == place:
+                    found.append(identity(int(entry)))
     return [process for process in found if process["start_ticks"] is not None]
 
 

@@ -217,3 +217,10 @@ def test_a_name_is_taken_whole_or_refused(name: str) -> None:
         return
     assert isinstance(spec, RunSpec) and spec.run_dir == f"/r/{name}"
     assert not set(name) & set(" '\"$`\\\n;&|/")
+
+
+@pytest.mark.parametrize(("origin", "kept"), [("option --segment", 2), ("chosen from the topology, blocks of 18", 0)])
+def test_a_segment_of_version_0_1_is_repeated_where_it_was_asked_for(origin: str, kept: int, tmp_path: Path) -> None:
+    text = f'run = 1\n[job]\nsegment = 2\n[origin]\n"job.segment" = "{origin}"\n"job.recipe" = "./topology.toml"\n'
+    (tmp_path / "run.toml").write_text(text)
+    assert merge([read_layer(tmp_path / "run.toml", "file")]).job.segment == kept

@@ -263,3 +263,19 @@ def test_a_file_of_defaults_for_the_cluster_does_not_speak_of_this_machine(launc
     done = launch("submit", "--local", "--recipe", "debug", "--dry-run", "-c", "c.toml")
     assert done.returncode == 0, done.stderr
     assert ": CPU, 1 nodes x 2, recipe debug." in done.stdout
+
+
+def test_the_ranks_of_a_run_that_is_named_through_a_link(start, launch: Launch, workplace: Path) -> None:
+    (workplace / "real").mkdir()
+    (workplace / "link").symlink_to("real")
+    start(f"cd {workplace}; {RANK}", "--runs-dir", "link/runs")
+    rank = workplace / "rank"
+    while not rank.exists() or not rank.read_text():
+        time.sleep(0.05)
+    run = workplace / "real" / "runs" / "r"
+    os.kill(int(json.loads((run / "job.json").read_text())["job_id"]), signal.SIGKILL)
+    time.sleep(0.2)
+    assert "RUNNING" in launch("status", "link/runs/r").stdout
+    assert launch("cancel", "link/runs/r").returncode == 0
+    there = Path(f"/proc/{int(rank.read_text())}/stat")
+    assert not there.exists() or " Z " in there.read_text()
