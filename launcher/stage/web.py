@@ -12,6 +12,7 @@ import functools
 import http.client
 import logging
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -35,6 +36,7 @@ LONGEST_RETRY_AFTER_S = 900.0  # a server that asks for more is not waited for
 SMALL = 64 << 10  # bytes of a refusal
 BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
 
+ONE_AT_A_TIME = threading.Lock()
 Result = TypeVar("Result")
 Refused = Callable[[Exception], LauncherError]
 
@@ -110,6 +112,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, str]:
     """The JSON at `url`, None where there is none or more than `most` bytes of it; and the answer's Link header."""
+    if urlsplit(url).scheme not in ("http", "https"):  # where a listing says that it goes on
+        raise refused(ValueError("another kind of address"))
     _trust()
     # Identity: nobody knows what a compressed answer inflates to.
     request = urllib.request.Request(url, headers={"User-Agent": "titan-launcher", "Accept-Encoding": "identity"})
@@ -142,9 +146,14 @@ def download(url: str, stream: Incoming, headers: dict[str, str], refused: Refus
     with_retries(once, refused, ATTEMPTS)
 
 
-@functools.cache
 def library() -> Any:
     """huggingface_hub's downloaders, quiet: their warnings quote addresses that carry a signature."""
+    with ONE_AT_A_TIME:  # several threads begin at once, and setting a client closes the one before
+        return _library()
+
+
+@functools.cache
+def _library() -> Any:
     from huggingface_hub import constants, file_download, set_client_factory
     from huggingface_hub.utils import disable_progress_bars
 
@@ -183,7 +192,8 @@ def _client() -> httpx.Client:
             self.stream.close()
 
     def bound(response: httpx.Response) -> None:
-        if not response.is_success:
+        if not response.is_success or "/xet-read-token/" in response.url.path:
+            response.headers.pop("Content-Encoding", None)  # a beginning could inflate without end
             response.stream = Beginning(response.stream)
         elif response.headers.get("Content-Encoding", "identity") != "identity":
             raise WrongLength("a compressed answer, which nobody asked for")
