@@ -25,7 +25,7 @@ def follow(run: Run, retries: int, again: Callable[[str, str, set[str]], Run], a
         if not state.unfit or last:
             break
         if not left_out:
-            _say(run, "not retried: none of its nodes is to blame by itself", as_json)
+            _say(run, "not retried: there is no node to leave out", as_json)
             break
         name = f"{first}-retry{number}"
         hosts = {node.host for node in left_out}

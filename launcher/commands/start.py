@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
-from launcher.base.errors import LauncherError, quoted
+from launcher.base.errors import quoted
 from launcher.base.finding import ERROR, WARNING
 from launcher.base.output import echo, print_json, warn
 from launcher.commands import retry
@@ -20,7 +21,7 @@ from launcher.preflight.text import refusal, sentence, words
 from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.scheduler.detect import detected
-from launcher.scheduler.parse import expand
+from launcher.scheduler.parse import compress, expand
 
 
 def checked(spec: PlacedRun, force: bool) -> PlacedRun:
@@ -66,11 +67,13 @@ def start_with_retries(
 ) -> None:
     """Follows the run, and where nodes fail their check submits `asked` again without them, at most `retries` times."""
 
+    unfit: set[str] = set()
+
     def again(name: str, origin: str, without: set[str]) -> Run:
+        unfit.update(without)
         detected.cache_clear()
-        spec = checked(looked_at(resolve.renamed(asked, name, origin), force), force)
-        if kept := sorted(without.difference(spec.avoid, expand(spec.job.exclude))):
-            raise LauncherError(f"{kept[0]} stays in the run", "leave it out of --nodelist; launcher cluster nodes")
-        return start(spec, secrets, as_json)
+        exclude = compress(sorted({*expand(asked.job.exclude), *unfit}))
+        spec = replace(asked, job=replace(asked.job, exclude=exclude))
+        return start(checked(looked_at(resolve.renamed(spec, name, origin), force), force), secrets, as_json)
 
     retry.follow(run, retries, again, as_json)

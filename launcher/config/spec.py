@@ -384,5 +384,5 @@ def tables_of(run: PlacedRun) -> dict[str, dict[str, Any]]:
 
 
 def node_config(run: PlacedRun) -> dict[str, Any]:
-    """What slurm/node.py is told, as the JSON object of `job/node.json`."""
+    """The content of `job/node.json`, which slurm/node.py reads on each node."""
     return {"schema": NODE_SCHEMA, **tables_of(run)}

@@ -9,7 +9,7 @@ import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, cast
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import parse_json
@@ -157,9 +157,10 @@ class _Stream:
     def members(self) -> Iterator[tarfile.TarInfo]:
         """Each file; of its data the caller may read what it wants before it asks for the next."""
         try:
-            tar = tarfile.TarFile(fileobj=self, mode="r", encoding="utf-8", tarinfo=_Entry)  # type: ignore[arg-type]
+            # Of a file it uses read, seek and tell, which is all that we have.
+            tar = tarfile.TarFile(fileobj=cast(IO[bytes], self), mode="r", encoding="utf-8", tarinfo=_Entry)
             while info := tar.next():
-                tar.members.clear()  # type: ignore[attr-defined]
+                tar.members.clear()  # type: ignore[attr-defined]  # its list would grow with the image
                 info.mtime = int(info.mtime)
                 yield info
         except (tarfile.TarError, ValueError, OverflowError) as error:

@@ -139,7 +139,7 @@ def _guess(path: Path, block: Superblock, tree: Tree) -> ImageFacts:
     names, links = tree.entries()
     versions, notes = _versions(tree, names)
     arch = ""
-    loaders = sorted(name for name in names if re.fullmatch(r"(usr/)?lib(64)?/ld-linux[^/]*", name))
+    loaders = sorted(name for name in names if re.fullmatch(r"(usr/)?lib(64)?/ld-linux[^/]*", name))[:8]
     for program in (*PROGRAMS, *loaders):
         real = follow(program, links)
         if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):

@@ -182,8 +182,8 @@ def write_squashfs(tar: Iterable[bytes | memoryview], target: Path, fmt: Squashf
     """
     command = [
         *(program("mksquashfs"), "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
-        # Without these the root directory is writable for everybody and belongs to whoever converts: with a tar,
-        # 4.5 ignores -root-uid.
+        # Otherwise everybody may write in the root directory, and it belongs to the user who converts. With a tar,
+        # version 4.5 ignores -root-uid, hence -all-root.
         *("-no-xattrs", "-root-mode", "755", "-all-root"),
         # -noI leaves the inodes, 0.5% of a torch image, uncompressed: see _set_root_time.
         *("-mkfs-time", str(created), "-noI", *fmt.options()),

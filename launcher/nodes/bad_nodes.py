@@ -175,7 +175,9 @@ def without_remembered(spec: PlacedRun, facts: ClusterFacts, now_s: float) -> tu
     known = read()
     if facts.name:
         return without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
-    hosts = tuple(node.host for nodes in known.values() for node in nodes if node.counts(now_s))
+    excluded = set(expand(spec.job.exclude))
+    counting = [node.host for nodes in known.values() for node in nodes if node.counts(now_s)]
+    hosts = tuple(host for host in counting if host not in excluded)
     fix = "scontrol show config; or name them yourself: --exclude NODES"
     return spec, [warning("bad-nodes-nameless", fix, names=hosts)] if hosts else []
 

@@ -42,10 +42,6 @@ def why_waiting(run: Run, state: JobState) -> list[str]:
     return explain(state.reason, spec, detect(), start, datetime.now())
 
 
-def is_name(value: object) -> bool:
-    return isinstance(value, str)
-
-
 def _as_submitted(run: Run) -> PlacedRun:
     """The run's spec, with every node that its job leaves out: run.toml has those that the user named."""
     spec = merge([read_layer(run.path / "run.toml", "run.toml")])
@@ -53,7 +49,7 @@ def _as_submitted(run: Run) -> PlacedRun:
     left_out, segment = decided.get("exclude"), decided.get("segment")
     return PlacedRun(
         **vars(spec),
-        avoid=tuple(filter(is_name, left_out)) if isinstance(left_out, list) else (),
+        avoid=tuple(name for name in left_out if isinstance(name, str)) if isinstance(left_out, list) else (),
         segment=segment if type(segment) is int else spec.job.segment,
     )
 

@@ -50,7 +50,7 @@ class Node:
         return self.free_but_for()
 
     def free_but_for(self, *held: str) -> bool:
-        """The same for a job that these flags do not hold up, as those of its own reservation."""
+        """The same for a job that may use nodes with these flags: RESERVED, where the reservation is its own."""
         return "IDLE" in self.states and self.states <= FREE.union(held)
 
     @property

@@ -72,8 +72,9 @@ def _wait(goes_on: Callable[[], bool], seconds: float, sleep: Callable[[float], 
 
 
 def members(run_dir: Path) -> list[dict[str, Any]]:
-    """Every process of a run on this machine but its script, whoever its parent is now: torchrun's ranks are sessions
-    of their own. All have the variable that the script exports.
+    """The processes that a run's script started here, found by the variable that it exports.
+
+    Not by their parents: torchrun starts each rank in a session of its own, and a rank can outlive torchrun.
     """
     name, found = b"TITAN_SCRATCH=", []
     place = os.path.realpath(os.fsencode(run_dir))

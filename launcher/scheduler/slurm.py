@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
@@ -192,8 +193,9 @@ def cluster_name() -> str:
     """Slurm's ClusterName. Raises LauncherError where it cannot be told."""
     question = ("scontrol", "show", "config")
     said = ask(question)
-    if name := config(said).get("ClusterName", ""):
-        return name
+    with suppress(ValueError):  # nothing of it can be read
+        if name := config(said).get("ClusterName", ""):
+            return name
     raise LauncherError(
         "scontrol does not say the cluster's name",
         " ".join(question),

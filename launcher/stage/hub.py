@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -15,10 +14,21 @@ from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes
 from launcher.stage.source import RemoteFile, check_answer, is_digest
 from launcher.stage.target import Incoming
-from launcher.stage.web import Refused, ask, download, header_of, library, no_answer, refuse_offline, status_of
+from launcher.stage.web import (
+    Refused,
+    ask,
+    download,
+    header_of,
+    hub_constants,
+    library,
+    no_answer,
+    refuse_offline,
+    status_of,
+)
 
 ENDPOINT = "https://huggingface.co"
 ANSWER_BYTES = 8 << 20  # of the API: twenty pages of a listing
+TOKEN_BYTES = 64 << 10  # of a file that holds one
 ENTRIES = 100_000  # of one listing
 
 
@@ -77,13 +87,20 @@ def find_token(token_file: Path | None = None) -> str | None:
 
     Raises LauncherError for a file that cannot be read, and for a `token_file` that does not hold exactly one word.
     """
-    from huggingface_hub import constants, get_token
+    constants = hub_constants()
+    from huggingface_hub import get_token
 
     try:
         if token_file is None:
+            if not os.environ.get("HF_TOKEN"):
+                with contextlib.suppress(FileNotFoundError):
+                    read_bytes(Path(constants.HF_TOKEN_PATH), TOKEN_BYTES)  # the library reads any length
             found: str | None = get_token()
+            if found and not found.isascii():
+                fix = "copy it again: export HF_TOKEN=..., or hf auth login"
+                raise LauncherError("the Hub's token holds a character that is not ASCII", fix)
             return found
-        words = read_bytes(token_file, 64 << 10, wait=True).decode("utf-8", "replace").split()
+        words = read_bytes(token_file, TOKEN_BYTES, wait=True).decode("utf-8", "replace").split()
     except (OSError, UnicodeDecodeError) as error:
         place = str(token_file or constants.HF_TOKEN_PATH)
         raise LauncherError(
@@ -157,7 +174,6 @@ def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming, headers: dict[s
 
     if not library().is_xet_available():  # not installed, or HF_HUB_DISABLE_XET
         return False
-    xet_cache()
     try:
         library().xet_get(
             incomplete_path=stream.handle,
@@ -170,18 +186,6 @@ def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming, headers: dict[s
         return False
     stream.on_bytes(file.bytes)
     return True
-
-
-@functools.cache
-def xet_cache() -> TemporaryDirectory[str] | None:
-    """Xet's working files on a disk of this machine, until this process ends: homes are on NFS, and those small files
-    are slow there. None where the user has named a place.
-    """
-    if os.environ.get("HF_XET_CACHE") or os.environ.get("HF_HOME"):
-        return None
-    folder = TemporaryDirectory(prefix="launcher-xet-")
-    os.environ["HF_XET_CACHE"] = folder.name
-    return folder
 
 
 def refused_by_hub(repo: Repo, path: str = "") -> Refused:

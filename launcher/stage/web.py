@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -35,6 +36,7 @@ BACKOFF_S = 1.0  # the first wait; it doubles
 LONGEST_RETRY_AFTER_S = 900.0  # a server that asks for more is not waited for
 SMALL = 64 << 10  # bytes of a refusal
 BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
+BAD_ADDRESS_OF_HTTPX = ("UnsupportedProtocol", "InvalidURL")
 
 ONE_AT_A_TIME = threading.Lock()
 Result = TypeVar("Result")
@@ -82,14 +84,14 @@ def _may_pass(error: Exception) -> bool:
     if status := status_of(error):
         return status in (408, 416, 429) or status >= 500
     ours = isinstance(error, (OSError, http.client.HTTPException)) or type(error).__module__ == "httpx"
-    return ours and not isinstance(error, BAD_ADDRESS)
+    return ours and not isinstance(error, BAD_ADDRESS) and type(error).__name__ not in BAD_ADDRESS_OF_HTTPX
 
 
 def no_answer(error: Exception) -> str:
     """What went wrong with a connection, for the middle of a message."""
     if isinstance(error, WrongLength):
         return str(error)
-    if isinstance(error, BAD_ADDRESS) or type(error).__name__ in ("UnsupportedProtocol", "InvalidURL", "InvalidSchema"):
+    if isinstance(error, BAD_ADDRESS) or type(error).__name__ in BAD_ADDRESS_OF_HTTPX:
         return "the server leads to an address that cannot be used"
     reason = getattr(error, "reason", None) or error
     words = os.strerror(reason.errno) if isinstance(reason, OSError) and reason.errno else type(reason).__name__
@@ -154,11 +156,12 @@ def library() -> Any:
 
 @functools.cache
 def _library() -> Any:
+    refuse_offline()
+    _trust()
+    xet_cache()
     from huggingface_hub import constants, file_download, set_client_factory
     from huggingface_hub.utils import disable_progress_bars
 
-    refuse_offline()
-    _trust()
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     set_client_factory(_client)
@@ -195,6 +198,8 @@ def _client() -> httpx.Client:
         if not response.is_success or "/xet-read-token/" in response.url.path:
             response.headers.pop("Content-Encoding", None)  # a beginning could inflate without end
             response.stream = Beginning(response.stream)
+            if response.status_code in (408, 429):  # the library would wait for as long as the server likes
+                raise httpx.HTTPStatusError("later", request=response.request, response=response)
         elif response.headers.get("Content-Encoding", "identity") != "identity":
             raise WrongLength("a compressed answer, which nobody asked for")
 
@@ -202,10 +207,29 @@ def _client() -> httpx.Client:
     return httpx.Client(headers=headers, follow_redirects=True, event_hooks={"response": [bound]})
 
 
-def refuse_offline() -> None:
-    from huggingface_hub import constants
+@functools.cache
+def xet_cache() -> TemporaryDirectory[str] | None:
+    """Xet's working files on a disk of this machine, until this process ends: homes are on NFS, and those small files
+    are slow there. None where the user has named a place.
+    """
+    if os.environ.get("HF_XET_CACHE") or os.environ.get("HF_HOME"):
+        return None
+    folder = TemporaryDirectory(prefix="launcher-xet-")
+    os.environ["HF_XET_CACHE"] = folder.name
+    return folder
 
-    if constants.HF_HUB_OFFLINE:
+
+def hub_constants() -> Any:
+    """Those of huggingface_hub, which reads the user's HF_* variables while it is imported."""
+    try:
+        from huggingface_hub import constants
+    except ValueError as error:
+        raise LauncherError(f"an HF_* variable has no usable value: {error}", "env | grep ^HF_") from None
+    return constants
+
+
+def refuse_offline() -> None:
+    if hub_constants().HF_HUB_OFFLINE:
         raise LauncherError("HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again")
 
 

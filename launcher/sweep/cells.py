@@ -26,6 +26,7 @@ from launcher.config import resolve
 from launcher.config.layers import Layer, absolute, merge, read_layer
 from launcher.config.options import RunOptions
 from launcher.config.spec import NAME, PlacedRun, RunSpec
+from launcher.plan.plan import memory_findings
 from launcher.preflight.cluster import look
 from launcher.preflight.here import look_here
 from launcher.preflight.text import refusal, sentence
@@ -235,7 +236,7 @@ def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: i
             spec, checks = look_here(asked)
             if not dry_run:  # Slurm is asked once, for all cells
                 spec, of_cluster = look(spec)
-                checks += of_cluster
+                checks += [*of_cluster, *memory_findings(asked)]
         except LauncherError as error:
             problems[asked.job.name] = error
             continue

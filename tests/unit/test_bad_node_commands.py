@@ -313,6 +313,25 @@ def test_retried_without_the_bad_node(retrying: Callable[..., Any], workplace: P
     assert [line.partition("exclude=")[2] for line in (workplace / "calls").read_text().splitlines()] == ["", "n1"]
 
 
+def test_retried_without_every_bad_node_where_the_cluster_has_no_name(
+    retrying: Callable[..., Any], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PAIR, "config", "".join(re.findall(r"^(?!ClusterName).*\n", PAIR["config"], re.MULTILINE)))
+    jobs = [[record(name, ECC, cluster="c1")] for name in ("n0", "n1")]
+    done = retrying(jobs, "--retry-bad-nodes", "2")
+    assert "r-retry1: retry 2 of 2 without n1: r-retry2" in done.stderr and "none is left out" not in done.stderr
+    calls = [line.partition("exclude=")[2] for line in (workplace / "calls").read_text().splitlines()]
+    assert calls == ["", "n0", "n[0-1]"]
+
+
+def test_a_cluster_whose_configuration_cannot_be_read(
+    retrying: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PAIR, "config", "")
+    done = retrying([[record("n0", ECC)]], "--retry-bad-nodes", "1")
+    assert done.returncode == ExitStatus.NODES_UNFIT and "not retried: there is no node to leave out" in done.stderr
+
+
 def test_retried_at_most_so_often(retrying: Callable[..., Any], workplace: Path) -> None:
     jobs = [[record(f"n{i}", ECC), record("ok")] for i in range(3)]
     done = retrying(jobs, "--retry-bad-nodes", "1", "--json")
@@ -326,14 +345,14 @@ def test_retried_at_most_so_often(retrying: Callable[..., Any], workplace: Path)
 def test_not_retried_where_nobody_is_to_blame(retrying: Callable[..., Any], workplace: Path) -> None:
     done = retrying([[record("n0", MOUNT), record("n1", MOUNT)]], "--nodes", "2", "--retry-bad-nodes", "3")
     assert done.returncode == ExitStatus.NODES_UNFIT
-    assert "not retried: none of its nodes is to blame by itself" in done.stderr
+    assert "not retried: there is no node to leave out" in done.stderr
     assert len((workplace / "calls").read_text().splitlines()) == 1
 
 
 def test_not_retried_where_too_few_nodes_are_left(retrying: Callable[..., Any], workplace: Path) -> None:
     done = retrying([[record("n0"), record("n1", ECC), record("n2")]], "--nodes", "3", "--retry-bad-nodes", "3")
     assert done.returncode == ExitStatus.NODES_UNFIT
-    assert "r: not retried: --nodes 3: partition batch has 2, without those that failed" in done.stderr
+    assert "r: not retried: --nodes 3: partition batch has 2, without those of --exclude" in done.stderr
     assert len((workplace / "calls").read_text().splitlines()) == 1
 
 
