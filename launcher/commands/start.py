@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from launcher.base.errors import quoted
+from launcher.base.errors import LauncherError, quoted
 from launcher.base.finding import ERROR, WARNING
 from launcher.base.output import echo, print_json, warn
 from launcher.commands import retry
@@ -70,6 +70,8 @@ def start_with_retries(
     unfit: set[str] = set()
 
     def again(name: str, origin: str, without: set[str]) -> Run:
+        if named := sorted(without.intersection(expand(asked.job.nodelist))):
+            raise LauncherError(f"--nodelist asks for {named[0]}", "leave it out of --nodelist; launcher cluster nodes")
         unfit.update(without)
         detected.cache_clear()
         exclude = compress(sorted({*expand(asked.job.exclude), *unfit}))
