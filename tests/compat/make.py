@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,7 @@ def main(checkout: Path, folder: Path) -> None:
             said = neutral(done.stdout, place, checkout)
             answers.append({"command": line, "code": done.returncode, "said": values(said)})
         (folder / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
+        (folder / "made.json").write_text(json.dumps({"at": int(time.time())}) + "\n")
 
 
 def neutral(text: str, place: Path, checkout: Path) -> str:

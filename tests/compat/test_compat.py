@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,12 @@ FREE = {
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
-    """A working directory with everything that a version left there."""
+    """A working directory with everything that a version left there, on the day it left it: bad nodes expire."""
 
     def make_it(version: Path) -> Path:
+        since_s = time.time() - json.loads((version / "made.json").read_text())["at"]
+        clock = time.time
+        monkeypatch.setattr(time, "time", lambda: clock() - since_s)
         for path in version.rglob("*"):
             target = tmp_path / path.relative_to(version)
             if path.is_symlink():
