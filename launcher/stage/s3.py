@@ -6,8 +6,10 @@ AWS_ACCESS_KEY_ID, ~/.aws, the machine's own role. Never on a command line.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +22,14 @@ from launcher.stage.source import RemoteFile, check_answer
 from launcher.stage.target import STATE, Incoming, Stopped, WrongLength
 
 PIECE = 8 << 20  # bytes of one request; each of the files at once holds one in memory
+ANSWER = 16 << 20  # bytes of any answer: a piece of a file, or a page of a listing
+ANSWER_S = 300.0  # and the time that it may take, whole
+ENTRIES = 100_000  # of a listing
+PAGES = 1000  # and its pages, which may be empty
+
+
+class TooLong(Exception):
+    """An answer above `ANSWER`: no store sends that."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +70,29 @@ class Bucket:
         """The objects directly in `folder` ("": the prefix itself) and their ETags, by path; none where there is no
         such folder.
         """
-        try:
+        bucket, _, prefix = self.root.partition("/")
+        prefix = "/".join(part for part in (prefix, folder) if part)
+        where: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "/"}
+        found, empty = [], True
+        for _ in range(PAGES):
             with self._asking():
-                found = self.store.ls(f"{self.root}/{folder}".rstrip("/"), detail=True, refresh=True)
-        except LauncherError as error:
-            if error.status == ExitStatus.NOT_FOUND and folder:
-                return []
-            raise
+                page = self.store.call_s3("list_objects_v2", **where)
+            empty = empty and not page.get("Contents") and not page.get("CommonPrefixes")
+            found += page.get("Contents", [])
+            if not page.get("IsTruncated") or len(found) > ENTRIES:
+                break
+            where["ContinuationToken"] = page.get("NextContinuationToken")
+        if page.get("IsTruncated"):
+            raise LauncherError(f"{self.source}: lists more than {ENTRIES:,} entries", "name the prefix that holds en/")
+        if empty and not folder:
+            raise _refused(FileNotFoundError(), self.source)
         files = []
         for entry in found:
-            path = str(entry.get("name")).removeprefix(f"{self.root}/")
-            if entry.get("type") != "file" or path.endswith("/"):  # folders, and the empty objects that stand for them
+            path = str(entry.get("Key")).removeprefix(f"{self.root.partition('/')[2]}/")
+            if path.endswith("/"):  # the empty objects that stand for folders
                 continue
-            check_answer(self.source, path=path, size=entry.get("size"))
-            files.append((RemoteFile(path, entry["size"]), str(entry.get("ETag", "")).strip('"')))
+            check_answer(self.source, path=path, size=entry.get("Size"))
+            files.append((RemoteFile(path, entry["Size"]), str(entry.get("ETag", "")).strip('"')))
         return sorted(files, key=lambda found: found[0].path)
 
     def manifest(self) -> Manifest | None:
@@ -142,15 +161,63 @@ def readme(source: str, train: Iterable[str], validation: Iterable[str] = ()) ->
 
 
 def _store() -> Any:
+    """s3fs, on answers that end: its libraries read whatever comes, for as long as it comes."""
     try:
+        import aiohttp
         import s3fs
+        from aiobotocore.httpsession import AIOHTTPSession
+        from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
     except ImportError as error:
         raise LauncherError(
             "object storage is read through s3fs, which is not installed",
             install("s3"),
             status=ExitStatus.ERROR,
         ) from error
-    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+
+    class Session(AIOHTTPSession):  # type: ignore[misc]
+        async def send(self, request: Any) -> Any:
+            request.stream_output = True  # the session itself does not read the answer then
+            try:
+                return await asyncio.wait_for(self._whole(request), ANSWER_S)
+            except TimeoutError as error:
+                raise ReadTimeoutError(endpoint_url=request.url, error=error) from error
+            except aiohttp.ClientError as error:
+                raise ConnectionClosedError(endpoint_url=request.url, error=error) from error
+
+        async def _whole(self, request: Any) -> Any:
+            answer = await super().send(request)
+            data = bytearray()
+            async with answer.raw as raw:
+                async for piece in raw.content.iter_any():
+                    data += piece
+                    if len(data) > ANSWER:
+                        raw.close()
+                        raise TooLong
+            answer.raw = _Whole(answer.url, bytes(data))
+            return answer
+
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections that a server broke, after the refusal
+    return s3fs.S3FileSystem(
+        skip_instance_cache=True, use_listings_cache=False, config_kwargs={"http_session_cls": Session}
+    )
+
+
+class _Whole:
+    """An answer that was read: what aiobotocore asks of one of aiohttp's."""
+
+    def __init__(self, url: str, data: bytes) -> None:
+        self.url, self.data, self.content = url, data, self
+
+    async def read(self, amount: int = -1) -> bytes:
+        amount = len(self.data) if amount < 0 else amount
+        piece, self.data = self.data[:amount], self.data[amount:]
+        return piece
+
+    def at_eof(self) -> bool:
+        return not self.data
+
+    def close(self) -> None:
+        pass
 
 
 def _refused(error: Exception, what: str) -> LauncherError:
@@ -159,6 +226,12 @@ def _refused(error: Exception, what: str) -> LauncherError:
     if isinstance(error, WrongLength) or name == "FileExpired":
         return LauncherError(
             f"{what}: has changed meanwhile", "the same command tries again", status=ExitStatus.ERROR, original=words
+        )
+    if isinstance(error, TooLong):
+        return LauncherError(
+            f"{what}: the store answers with more than {ANSWER >> 20} MiB at once",
+            "check AWS_ENDPOINT_URL: is it an object store?",
+            status=ExitStatus.ERROR,
         )
     if isinstance(error, FileNotFoundError):
         return LauncherError(

@@ -15,6 +15,7 @@ import shutil
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -27,6 +28,8 @@ from launcher.base.files import filesystem_error, lock, write_bytes
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
 RESERVE = 64 << 20  # bytes that are left free: the manifest, and rounding
+SLOW_S, LEAST_BYTES_PER_S = 120.0, 1000  # a download that brings less for so long is given up
+MOST_CUTS = 5  # by a server that cannot continue a file
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -36,6 +39,10 @@ class Stopped(Exception):
 
 class WrongLength(OSError):
     """More or less comes than was announced."""
+
+
+class TooSlow(OSError):
+    """Bytes come, but so few, or so often from the start, that there is no end in sight."""
 
 
 def safe_path(path: object) -> bool:
@@ -116,6 +123,9 @@ class Incoming(FileIO):
 
     limit: int
     on_bytes: Callable[[int], None]
+    begun: float  # a part of SLOW_S, by the monotonic clock
+    mark = 0  # bytes that were there then
+    cuts = 0  # times that it began anew since `restart`
 
     @property
     def handle(self) -> Path:
@@ -125,6 +135,10 @@ class Incoming(FileIO):
     def write(self, data: Any) -> int:
         if self.tell() + len(data) > self.limit:
             raise WrongLength(f"more than the {self.limit:,} bytes that were announced")
+        if (now := time.monotonic()) - self.begun > SLOW_S:
+            if self.tell() - self.mark < SLOW_S * LEAST_BYTES_PER_S:
+                raise TooSlow(f"less than {gigabytes(LEAST_BYTES_PER_S)}/s for {SLOW_S:.0f} s")
+            self.begun, self.mark = now, self.tell()
         left = memoryview(data)
         try:
             while left:  # a disk that is nearly full takes a part, and refuses the next
@@ -138,9 +152,14 @@ class Incoming(FileIO):
         before = os.fstat(self.fileno()).st_size
         after = super().truncate(size)
         self.on_bytes(after - before)
+        self.cuts += 1
+        if self.cuts > MOST_CUTS:
+            raise TooSlow(f"the connection broke off {self.cuts} times, and began anew each time")
+        self.begun, self.mark = time.monotonic(), after
         return after
 
     def restart(self) -> None:
+        self.cuts = -1
         self.seek(0)
         self.truncate()
 
@@ -195,7 +214,7 @@ class Folder:
             stream = Incoming(str(self.path / name), "x+b", opener=lambda _path, flags: self.open(name, flags))
         except OSError as error:
             raise write_error(self.path / name, error) from error
-        stream.limit, stream.on_bytes = limit, on_bytes
+        stream.limit, stream.on_bytes, stream.begun = limit, on_bytes, time.monotonic()
         with stream:
             try:
                 yield stream

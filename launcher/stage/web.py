@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +25,7 @@ from urllib.parse import urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import parse_json, whole
-from launcher.stage.target import Incoming, Stopped, WrongLength
+from launcher.stage.target import Incoming, Stopped, TooSlow, WrongLength
 
 if TYPE_CHECKING:
     import httpx
@@ -35,6 +36,7 @@ CONTACT_ATTEMPTS = 3  # for a small answer, before anything was downloaded
 BACKOFF_S = 1.0  # the first wait; it doubles
 LONGEST_RETRY_AFTER_S = 900.0  # a server that asks for more is not waited for
 SMALL = 64 << 10  # bytes of a refusal
+ANSWER_S = 120.0  # for a small answer, whole
 BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
 BAD_ADDRESS_OF_HTTPX = ("UnsupportedProtocol", "InvalidURL")
 
@@ -89,7 +91,7 @@ def _may_pass(error: Exception) -> bool:
 
 def no_answer(error: Exception) -> str:
     """What went wrong with a connection, for the middle of a message."""
-    if isinstance(error, WrongLength):
+    if isinstance(error, (TooSlow, WrongLength)):
         return str(error)
     if isinstance(error, BAD_ADDRESS) or type(error).__name__ in BAD_ADDRESS_OF_HTTPX:
         return "the server leads to an address that cannot be used"
@@ -129,11 +131,30 @@ def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, st
                 raise http.client.IncompleteRead(data, answer.length)
             return data, str(answer.headers.get("Link") or "")
 
-    data, link = with_retries(once, refused, CONTACT_ATTEMPTS)
+    data, link = with_retries(lambda: _within(ANSWER_S, once), refused, CONTACT_ATTEMPTS)
     try:
         return parse_json(data) if len(data) <= most else None, link
     except ValueError:
         return None, link
+
+
+def _within(seconds: float, call: Callable[[], Result]) -> Result:
+    """`call()`, given up after so long: a socket's own limit begins anew with each byte. Raises TooSlow."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # it does not keep the process when it is given up
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        if done.done():  # a connection's own
+            raise
+        raise TooSlow(f"no whole answer in {seconds:.0f} s") from None
 
 
 def download(url: str, stream: Incoming, headers: dict[str, str], refused: Refused) -> None:

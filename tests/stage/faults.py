@@ -65,6 +65,11 @@ def slow(seconds: float, piece: int) -> Fault:
     return fault
 
 
+def drips(handler: Handler, _content: Content, _start: int) -> bool:
+    """A byte, and after a while another, until the client goes away."""
+    return endless(b" ", pause_s=0.1)(handler, _content, _start)
+
+
 def stall(event: threading.Event, after: int) -> Fault:
     """Sends `after` bytes, then nothing until `event` is set; then cuts."""
 
@@ -89,7 +94,7 @@ def answer(body: bytes, **headers: str) -> Fault:
     return fault
 
 
-def endless(piece: bytes, status: int = 200) -> Fault:
+def endless(piece: bytes, status: int = 200, pause_s: float = 0) -> Fault:
     """`piece` again and again, until the client goes away."""
 
     def fault(handler: Handler, _content: Content, _start: int) -> bool:
@@ -99,6 +104,7 @@ def endless(piece: bytes, status: int = 200) -> Fault:
         handler.close_connection = True
         while True:
             handler.wfile.write(piece)
+            time.sleep(pause_s)
 
     return fault
 

@@ -19,7 +19,7 @@ from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import hub as hub_module
 from launcher.stage import s3, web
 from launcher.stage.image import stage_image
-from tests.stage.faults import answer, endless, moved, passed
+from tests.stage.faults import answer, drips, endless, moved, passed, slow
 from tests.stage.hub_server import Content, Fault, Handler, Hub
 from tests.stage.stage_image import source, url
 from tests.stage.test_stage_c4 import stage_c4, train
@@ -152,9 +152,9 @@ def test_a_flood_in_place_of_a_file_is_bounded(how: str, hub: Hub, workplace: Pa
     assert not list((workplace / "c4/.staged/partial").iterdir())
 
 
-def run_with_little_memory(code: str) -> subprocess.CompletedProcess[str]:
+def run_with_little_memory(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, "stage", "c4", "--to", "c4", "--files", "1"],
+        [sys.executable, "-c", code, "stage", "c4", "--to", "c4", "--files", "1", *words],
         capture_output=True,
         text=True,
         timeout=120,
@@ -187,6 +187,7 @@ FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
     "pages without end": (lambda: [passed, pages(1000)], "more than 100,000 entries"),
     "empty pages without end": (lambda: [passed, pages(0)], "more than 300 entries"),
     "a redirect without end": (lambda: [moved("/x"), endless(b"x" * (1 << 20))], "no dataset"),
+    "a drip": (lambda: [drips] * 3, "no whole answer in 1 s"),
 }
 
 
@@ -195,9 +196,12 @@ def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
     make, words = FLOODS[how]
     hub.api_faults = make()
     less = "300" if "empty" in how else str(hub_module.ENTRIES)
-    code = f"import launcher.stage.hub as h; h.ENTRIES = {less}; from launcher.cli import main; main()"
+    code = (
+        f"import launcher.stage.hub as h; h.ENTRIES = {less}; import launcher.stage.web as w; w.BACKOFF_S = 0; "
+        f"w.ANSWER_S = {1 if 'drip' in how else 60}; from launcher.cli import main; main()"
+    )
     done = run_with_little_memory(code)
-    assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (3, 4), done.stderr
+    assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (1, 3, 4), done.stderr
     assert not (workplace / "c4").exists()
 
 
@@ -255,18 +259,50 @@ def test_an_address_that_is_none(address: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"size": -1}, "the size -1"),
-        ({"size": None}, "the size None"),
-        ({"size": "7"}, "the size '7'"),
-        ({"name": "bucket/c4/../x"}, "the path '../x'"),
-        ({"name": "/etc/x"}, "the path '/etc/x'"),
+        ({"Size": -1}, "the size -1"),
+        ({"Size": None}, "the size None"),
+        ({"Size": "7"}, "the size '7'"),
+        ({"Key": "c4/../x"}, "the path '../x'"),
+        ({"Key": "/etc/x"}, "the path '/etc/x'"),
     ],
 )
 def test_the_listing_of_a_bucket(entry: dict[str, Any], words: str) -> None:
     class Store:
-        def ls(self, *_arguments: object, **_options: object) -> list[dict[str, Any]]:
-            return [{"name": "bucket/c4/README.md", "type": "file", "size": 1, "ETag": "x"} | entry]
+        def call_s3(self, *_arguments: object, **_options: object) -> dict[str, Any]:
+            return {"Contents": [{"Key": "c4/README.md", "Size": 1, "ETag": "x"} | entry]}
 
     with pytest.raises(LauncherError, match=words) as caught:
         s3.Bucket("s3://bucket/c4", "bucket/c4", Store()).listed("")
     assert "s3://bucket/c4" in caught.value.what
+
+
+ENTRY = "<Contents><Key>text/c4/f</Key><Size>1</Size></Contents>"
+LISTING = f"<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>{ENTRY}"
+STORE_FLOODS: dict[str, tuple[Fault, str]] = {
+    "a listing without end": (endless(b" " * (1 << 20)), "more than 16 MiB at once"),
+    "a refusal without end": (endless(b" " * (1 << 20), 403), "more than 16 MiB at once"),
+    "pages without end": (answer(f"{LISTING}</ListBucketResult>".encode()), "more than 100,000 entries"),
+    "a bomb": (answer(gzip.compress(b" " * (1 << 20)) * 4096, Content_Encoding="gzip"), "the same command continues"),
+    "a page that drips": (slow(0.1, 1), "ReadTimeoutError"),
+    "a web page": (answer(PAGE.encode()), "not there"),
+}
+
+
+@pytest.mark.parametrize("how", STORE_FLOODS)
+def test_what_a_store_answers_is_bounded(how: str, hub: Hub, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    fault, words = STORE_FLOODS[how]
+    hub.site["/corpora"] = Content(b" " * 1000)
+    hub.faults["/corpora"] = [fault] * 2000
+    for name, value in {
+        "AWS_ENDPOINT_URL": hub.endpoint,
+        "AWS_ACCESS_KEY_ID": "reader",
+        "AWS_SECRET_ACCESS_KEY": "very-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    code = "import launcher.stage.s3 as s; s.ANSWER_S = 2; s.PAGES = 30; from launcher.cli import main; main()"
+    done = run_with_little_memory(code, "--from", "s3://corpora/text/c4")
+    assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (1, 3, 4), done.stderr
+    assert not (workplace / "c4").exists()

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.base.errors import LauncherError
-from launcher.stage import web
+from launcher.stage import target, web
 from launcher.stage.inventory import verify
 from tests.conftest import Launch
 from tests.stage import faults
@@ -54,6 +54,31 @@ def test_what_may_pass_is_overcome(hub: Hub, tmp_path: Path, c4_files, answers, 
     assert (tmp_path / "c4" / FILE).read_bytes() == c4_files[FILE]
     assert len(hub.asked(FILE, "cdn")) == requests
     assert verify(tmp_path / "c4", deep=True).problems == ()
+
+
+def test_a_file_that_drips_is_given_up(hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(target, "SLOW_S", 0.5)
+    monkeypatch.setattr(web, "ATTEMPTS", 2)
+    monkeypatch.setattr(web, "BACKOFF_S", 0.0)
+    hub.faults[FILE] = [faults.slow(0.1, 10)] * 2
+    with pytest.raises(LauncherError, match=r"less than 1 kB/s for"):
+        stage_c4(tmp_path / "c4", files=1)
+    assert len(hub.asked(FILE, "cdn")) == 2
+
+
+def test_a_server_that_cuts_and_cannot_continue_is_given_up(
+    hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(web, "ATTEMPTS", 1)
+    monkeypatch.setattr(target, "MOST_CUTS", 2)
+
+    def cut_from_the_start(handler: Handler, content: Content, _start: int) -> bool:
+        return faults.cut(1500)(handler, content, 0)
+
+    hub.faults[FILE] = [cut_from_the_start] * 30
+    with pytest.raises(LauncherError, match="began anew each time"):
+        stage_c4(tmp_path / "c4", files=1)
+    assert len(hub.asked(FILE, "cdn")) == 4
 
 
 def test_a_cut_download_continues_where_it_was(hub: Hub, tmp_path: Path, big_c4):
