@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from launcher.image.convert import FORMATS, convert
+from launcher.image.convert import convert
 from launcher.image.export import ImageConfig
-from launcher.image.squashfs_file import SquashfsFormat
+from launcher.image.squashfs_tools import FORMATS, SquashfsFormat
 
 ENROOT = "enroot (lzo -noD 128K)"
 # Its default of ENROOT_SQUASH_OPTIONS; what surrounds it in `measure` is what `enroot import dockerd://` does.

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import LauncherError
 from launcher.base.files import data_dir
 from launcher.base.values import parse_json
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.squashfs_file import superblock
+from launcher.image.squashfs_tools import Ran, Tree, run
 
 # The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
 # namespaces of its own: nothing stays mounted, whatever happens, and there is no network.
@@ -32,12 +32,15 @@ exec python3 -B - --json'
 _NAMESPACES = ("unshare", "--mount", "--pid", "--net", "--fork", "--kill-child")
 
 
+STATUSES = {"ok", "failed", "skipped"}
+
+
 @dataclass(frozen=True)
 class Checked:
     """One thing that was looked at inside the image."""
 
     name: str
-    status: str  # "ok", "failed", "skipped"
+    status: str  # of STATUSES
     found: str
 
 
@@ -54,22 +57,18 @@ def check(
     """
     program = (data_dir("containers") / "check.py").read_bytes()
     if is_file(image):
-        code, stdout, stderr = _in_squashfs(Path(image), program, timeout_s)
+        ran = _in_squashfs(Path(image), program, timeout_s)
     else:
         command = ["python3", "-B", "/tmp/titan-check.py", "--json"]
-        code, stdout, stderr = docker_engine.run(
-            engine or docker_engine.connect(),
-            image,
-            command,
-            files={"titan-check.py": program},
-            timeout_s=timeout_s,
-        )
-    results = _read(stdout)
-    if results is None:
+        files = {"titan-check.py": program}
+        ran = docker_engine.run(engine or docker_engine.connect(), image, command, files=files, timeout_s=timeout_s)
+    results = _read(ran.out)
+    if results is None or ran.cut:
+        more = f"it printed more than {docker_engine.OUTPUT >> 20} MiB" if ran.cut else f"code {ran.code}"
         raise LauncherError(
-            f"the checks did not run in {image} (code {code})",
+            f"the checks did not run in {image} ({more})",
             "an image that `launcher image build` made has Python 3.11 or newer",
-            original=(stderr or stdout)[-2000:],
+            original=ran.err or ran.out[-2000:].decode(errors="replace"),
         )
     return results
 
@@ -79,49 +78,27 @@ def is_file(image: str) -> bool:
     return image.endswith((".sqsh", ".squashfs")) or image.startswith(("/", "./", "../")) or os.path.isfile(image)
 
 
-def _read(stdout: str) -> list[Checked] | None:
+def _read(stdout: bytes) -> list[Checked] | None:
+    """The last line, if it is what containers/check.py prints: an image may hold any other program of that name."""
     try:
-        value = parse_json(stdout.strip().splitlines()[-1])
-        return [Checked(item["name"], item["status"], item["found"]) for item in value["checks"]]
+        checks = parse_json(stdout.strip().split(b"\n")[-1])["checks"]
+        found = [(item["name"], item["status"], item["found"]) for item in checks]
     except (ValueError, LookupError, TypeError):
         return None
+    sound = all(isinstance(word, str) for item in found for word in item) and {item[1] for item in found} <= STATUSES
+    return [Checked(*item) for item in found] if found and sound else None
 
 
-def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> tuple[int, str, str]:
+def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> Ran:
     """Unpacked into TMPDIR: an ordinary user may not mount it."""
     superblock(path)  # says it better than unsquashfs where the file is missing, empty or cut off
     with tempfile.TemporaryDirectory(prefix="titan-check-") as folder:
         root = Path(folder) / "root"
         try:
-            _unpack(path.resolve(), root)
+            Tree(path.resolve()).unpack(root, timeout_s)
             namespaces = _NAMESPACES if os.geteuid() == 0 else (*_NAMESPACES, "--map-root-user")
-            done = _run([*namespaces, "sh", "-c", _PATH + _ENTER, "sh", root], program, timeout_s)
-            return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+            command = [*namespaces, "sh", "-c", _PATH + _ENTER, "sh", str(root)]
+            return run(command, docker_engine.OUTPUT, stdin=program, timeout_s=timeout_s)
         finally:
             with suppress(OSError):  # no chmod must not hide what went wrong before
                 subprocess.run(["chmod", "-R", "u+rwX", str(root)], capture_output=True)
-
-
-def _run(command: list[str | Path], program: bytes, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
-    try:
-        return subprocess.run([str(word) for word in command], input=program, capture_output=True, timeout=timeout_s)
-    except FileNotFoundError as error:
-        raise LauncherError(
-            f"{error.filename} is missing", "sudo apt-get install util-linux", status=ExitStatus.ERROR
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise LauncherError(f"the checks did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR) from error
-
-
-def _unpack(path: Path, root: Path) -> None:
-    unsquashfs = shutil.which("unsquashfs")
-    if not unsquashfs:
-        raise LauncherError("unsquashfs is missing", "sudo apt-get install squashfs-tools", status=ExitStatus.ERROR)
-    command = [unsquashfs, "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise LauncherError(
-            f"{path} cannot be unpacked into {root.parent}",
-            "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR",
-            original=done.stderr + done.stdout,
-        )

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from launcher.base.errors import LauncherError
+from launcher.base.files import filesystem_error, write_json
 from launcher.base.values import whole
 from launcher.image import ARCHES, DOCKER
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.export import ImageConfig, Report, rewrite
-from launcher.image.squashfs_file import SquashfsFormat, beside, mksquashfs_path, publish, write_squashfs
+from launcher.image.squashfs_file import sidecar_path, superblock
+from launcher.image.squashfs_tools import FORMATS, SquashfsFormat, write_squashfs
 
 Say = Callable[[str], None]
-
-# What the cluster does with the file -> the format; measured by benchmarks/squashfs.py on torch's packages.
-FORMATS = {
-    # enroot reads all of it on every node, from a shared disk: bytes count. A third of the size of enroot's own
-    # default and a quarter of its CPU; smaller blocks gain nothing, 1M blocks read too much for each small file.
-    "unpack": SquashfsFormat("zstd", 128, 3),
-    # squashfuse decompresses in one thread whatever is touched: the cheapest decompression counts. From cold caches
-    # `import torch` takes 10 to 30% less than with zstd, for a file that is 45% larger, still half of enroot's.
-    "mount": SquashfsFormat("lz4", 128),
-}
 
 
 def image_config(attrs: Mapping[str, Any], environ: Mapping[str, str]) -> ImageConfig:
@@ -80,17 +73,41 @@ def convert(
     The sidecar repeats what the image says of itself in /etc/titan-image.json. Nothing stands under the final name
     before it is complete.
     """
-    program = mksquashfs_path()
     report = Report()
     with beside(output) as target:
-        tar = rewrite(export, config, report)
-        write_squashfs(program, _progress(tar, say), target, fmt, config.created)
+        write_squashfs(_progress(rewrite(export, config, report), say), target, fmt, config.created)
         for line in remarks(report, config):
             say(line)
-        about = {"schema": 1, **report.metadata, "arch": DOCKER.get(report.arch, report.arch)}
-        about.setdefault("created", datetime.fromtimestamp(config.created, UTC).isoformat().replace("+00:00", "Z"))
-        publish(target, output, about, config.image_id, fmt, report.unpacked_bytes, say)
+        recorded = superblock(target).recorded() | {"level": fmt.level, "unpacked_bytes": report.unpacked_bytes}
+        # The old sidecar goes before, the new one comes after: at no time does one lie beside a file that it does not
+        # describe.
+        try:
+            with open(target, "rb") as stream:
+                recorded["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+            sidecar_path(output).unlink(missing_ok=True)
+            os.replace(target, output)
+        except OSError as error:
+            raise filesystem_error(output, error, "-o FILE") from None
+    about = {"schema": 1, **report.metadata, "arch": DOCKER.get(report.arch, report.arch)}
+    about.setdefault("created", datetime.fromtimestamp(config.created, UTC).isoformat().replace("+00:00", "Z"))
+    write_json(sidecar_path(output), {**about, "image_id": config.image_id, "squashfs": recorded})
+    say(f"{output}: {recorded['bytes'] / 1e6:,.0f} MB, sha256 {recorded['sha256']}")
     return output
+
+
+@contextmanager
+def beside(output: Path) -> Iterator[Path]:
+    """A temporary file beside `output`, created at once to learn early whether it can be; removed in every case."""
+    target = output.with_name(f".{output.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    except OSError as error:
+        raise filesystem_error(output, error, "-o FILE") from None
+    try:
+        yield target
+    finally:
+        target.unlink(missing_ok=True)
 
 
 def convert_image(

@@ -19,8 +19,10 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.image import ARCHES
+from launcher.image.squashfs_tools import TAIL, Ran
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
+OUTPUT = 1 << 20  # bytes of what a program in an image prints
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # Colours, and the step and the time that BuildKit puts before what a program says: #8 12.34 Collecting torch
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|^#\d+ \d+\.\d+ ")
@@ -176,13 +178,15 @@ def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = 
 
 
 @contextmanager
-def answering(engine: Engine) -> Iterator[None]:
-    """An engine that stops in the middle is an error with a next step, too."""
+def asking(engine: Engine, refusal: str, status: ExitStatus = ExitStatus.ERROR) -> Iterator[None]:
+    """What the engine refuses is `refusal`, in its words; one that stops in the middle is an error, too."""
     import docker
     import requests
 
     try:
         yield
+    except docker.errors.APIError as error:
+        raise LauncherError(refusal, status=status, original=str(error.explanation or error)) from error
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
         raise LauncherError(
             f"the Docker engine at {engine.host} stopped answering",
@@ -196,7 +200,7 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
     """What the engine knows of an image: Id, Architecture, Config, Size, … LauncherError where there is none."""
     import docker
 
-    with answering(engine):
+    with asking(engine, f"the Docker engine does not show {image!r}"):
         try:
             found: dict[str, Any] = engine.client.api.inspect_image(image)
         except docker.errors.ImageNotFound as error:
@@ -205,57 +209,57 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
                 "docker images; or build it: launcher image build stable",
                 status=ExitStatus.NOT_FOUND,
             ) from error
-        except docker.errors.APIError as error:
-            raise LauncherError(
-                f"the Docker engine does not show {image!r}", status=ExitStatus.ERROR, original=str(error)
-            ) from error
     return found
 
 
 def export(engine: Engine, image: str) -> Iterator[bytes]:
     """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
     # An image without a command needs one to be made.
-    with _container(engine, image, ["/nothing"]) as container, answering(engine):
-        yield from engine.client.api.export(container, chunk_size=1 << 20)
+    with _container(engine, image, ["/nothing"]) as name, asking(engine, f"the Docker engine does not export {image}"):
+        yield from engine.client.api.export(name, chunk_size=1 << 20)
 
 
 def run(
-    engine: Engine,
-    image: str,
-    command: list[str],
-    *,
-    files: dict[str, bytes] | None = None,
-    timeout_s: float = 900,
-) -> tuple[int, str, str]:
-    """Runs a command in a new container without a network; returns exit code, stdout, stderr.
+    engine: Engine, image: str, command: list[str], *, files: dict[str, bytes] | None = None, timeout_s: float = 900
+) -> Ran:
+    """Runs a command in a new container without a network; of what it prints OUTPUT bytes at most are kept.
 
     `files` are put into its /tmp first: that works with an engine on another machine too. The image's
     entrypoint is left out. Raises LauncherError where the command cannot start or does not end.
     """
-    import docker
     import requests
 
     api = engine.client.api
-    with _container(engine, image, command) as container, answering(engine):
-        if files:
-            api.put_archive(container, "/tmp", _tar(files))
-        try:
-            api.start(container)
-        except docker.errors.APIError as error:
-            raise _start_error(engine, image, command, str(error.explanation)) from error
-        try:
-            code = int(api.wait(container, timeout=timeout_s)["StatusCode"])
-        except requests.exceptions.RequestException as error:
-            if not re.search("timed? ?out", str(error), re.IGNORECASE):
-                raise
-            raise LauncherError(
-                f"{command[0]} in {image} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR
-            ) from error
-        stdout = api.logs(container, stdout=True, stderr=False).decode(errors="replace")
-        stderr = api.logs(container, stdout=False, stderr=True).decode(errors="replace")
-    if "exec format error" in stderr.lower():
-        raise _start_error(engine, image, command, stderr)
-    return code, stdout, stderr
+    refusal = f"{command[0]} does not start in {image}"
+    try:
+        with _container(engine, image, command) as name, asking(engine, refusal, ExitStatus.INVALID):
+            if files:
+                api.put_archive(name, "/tmp", _tar(files))
+            api.start(name)
+            try:
+                code = int(api.wait(name, timeout=timeout_s)["StatusCode"])
+            except requests.exceptions.RequestException as error:
+                if not re.search("timed? ?out", str(error), re.IGNORECASE):
+                    raise
+                what = f"{command[0]} in {image} did not end within {timeout_s:.0f} s"
+                raise LauncherError(what, status=ExitStatus.ERROR) from error
+            out = err = b""
+            for chunk in api.logs(name, stdout=True, stderr=False, stream=True, follow=False):
+                out += chunk
+                if len(out) > OUTPUT:
+                    break
+            for chunk in api.logs(name, stdout=False, stderr=True, stream=True, follow=False):
+                err = (err + chunk)[-TAIL:]
+        ran = Ran(code, out[:OUTPUT], err.decode(errors="replace"), len(out) > OUTPUT)
+        if "exec format error" in ran.err.lower():
+            raise LauncherError(refusal, original=ran.err)
+    except LauncherError as error:
+        if "exec format error" not in error.original.lower():
+            raise
+        arch = inspect(engine, image)["Architecture"]
+        foreign = arch if arch != engine.arch else next(name for name in ARCHES if name != engine.arch)
+        raise cannot_run(engine, foreign) from error
+    return ran
 
 
 @contextmanager
@@ -281,26 +285,13 @@ def _remove(engine: Engine, container: str) -> None:
 
 
 def _create(engine: Engine, image: str, command: list[str], name: str) -> None:
-    import docker
+    from docker.types import LogConfig
 
-    with answering(engine):
-        try:
-            settings = engine.client.api.create_host_config(network_mode="none")
-            engine.client.api.create_container(image, command, name=name, entrypoint=[], host_config=settings)
-        except docker.errors.APIError as error:
-            raise LauncherError(
-                f"the Docker engine makes no container of {image!r}",
-                status=ExitStatus.ERROR,
-                original=str(error.explanation or error),
-            ) from error
-
-
-def _start_error(engine: Engine, image: str, command: list[str], reason: str) -> LauncherError:
-    if "exec format error" in reason.lower():
-        arch = inspect(engine, image)["Architecture"]
-        other = arch if arch != engine.arch else next(name for name in ARCHES if name != engine.arch)
-        return cannot_run(engine, other)
-    return LauncherError(f"{command[0]} does not start in {image}", original=reason)
+    # What a container prints lies on the engine's disk until it is removed.
+    log = LogConfig(type="json-file", config={"max-size": "16m"})
+    with asking(engine, f"the Docker engine makes no container of {image!r}"):
+        settings = engine.client.api.create_host_config(network_mode="none", log_config=log)
+        engine.client.api.create_container(image, command, name=name, entrypoint=[], host_config=settings)
 
 
 def _tar(files: dict[str, bytes]) -> bytes:

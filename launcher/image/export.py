@@ -106,9 +106,9 @@ class _Entry(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Entry:
         try:
             entry = super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
-            raise
         except tarfile.HeaderError as error:
+            if not any(buf):  # the archive's end
+                raise
             raise _damaged(f"a header without sense: {error}") from None
         if not 0 <= entry.size < (HEADER_MAX if entry.type in _CONTINUED else 1 << 50):
             raise _damaged(f"{entry.name} has {entry.size:,} bytes")
@@ -159,7 +159,7 @@ class _Stream:
         try:
             tar = tarfile.TarFile(fileobj=self, mode="r", encoding="utf-8", tarinfo=_Entry)  # type: ignore[arg-type]
             while info := tar.next():
-                tar.members.clear()
+                tar.members.clear()  # type: ignore[attr-defined]
                 info.mtime = int(info.mtime)
                 yield info
         except (tarfile.TarError, ValueError, OverflowError) as error:

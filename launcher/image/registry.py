@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.image import engine as docker_engine
-from launcher.image.engine import Engine, answering
+from launcher.image.engine import Engine, asking
 
 # `docker manifest` calls an image missing that this user may not read.
 _DENIED = (
@@ -46,7 +46,7 @@ def push(tag: str, reference: str, *, engine: Engine, say: Callable[[str], None]
     target = f"{repository}:{arch_tag}"
     say(f"pushing {tag} to {target}")
     api = engine.client.api
-    with answering(engine):
+    with asking(engine, f"the Docker engine did not push {tag}"):
         try:
             api.tag(tag, repository, arch_tag)
             error, digest = _follow(api.push(repository, arch_tag, stream=True, decode=True), say)

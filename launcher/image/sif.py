@@ -19,11 +19,13 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.base.files import filesystem_error
-from launcher.image.convert import FORMATS
-from launcher.image.inspect import inspect, read_inside
-from launcher.image.squashfs_file import beside
+from launcher.image.convert import beside
+from launcher.image.inspect import inspect
+from launcher.image.squashfs_tools import FORMATS, Tree
 
 INSTALL = "https://apptainer.org/docs/admin/latest/installation.html, or: sudo apt-get install apptainer"
+
+ENVIRONMENT_BYTES = 1 << 20
 
 
 def sif(squashfs: Path, output: Path, *, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -52,7 +54,8 @@ def _definition(squashfs: Path) -> str:
     """Apptainer's definition of the same image. A plain squashfs brings neither environment nor labels."""
     facts = inspect(squashfs)
     lines = ["Bootstrap: localimage", f"From: {squashfs}", "", "%environment"]
-    for line in _environment(squashfs).splitlines():
+    environment = Tree(squashfs).read("etc/environment", ENVIRONMENT_BYTES) or b""
+    for line in environment.decode("utf-8", "surrogateescape").splitlines():
         name, equals, value = line.partition("=")
         if equals and re.fullmatch(r"[A-Za-z_]\w*", name):
             lines.append(f"export {name}={shlex.quote(value)}")
@@ -60,11 +63,6 @@ def _definition(squashfs: Path) -> str:
     # On one line each: a version with a line break in it could begin a section of commands.
     lines += ["", "%labels", *(" ".join(f"titan.{name} {value}".split()) for name, value in labels.items() if value)]
     return "\n".join(lines) + "\n"
-
-
-def _environment(squashfs: Path) -> str:
-    """The image's /etc/environment; "" where it has none, LauncherError where nothing here can read it."""
-    return (read_inside(squashfs, "etc/environment") or b"").decode("utf-8", "surrogateescape")
 
 
 # ------------------------------------------------------------------------------------------------- spython

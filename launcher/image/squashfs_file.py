@@ -1,49 +1,30 @@
-"""A squashfs file: what its first 96 bytes and the JSON file beside it tell, and mksquashfs, which writes it.
+"""A squashfs file: what its first 96 bytes and the JSON file beside it tell.
 
-Cheap enough for every `submit`: standard library only, and reading touches nothing but the superblock.
+Cheap enough for every `submit`: standard library only, and nothing but the superblock is read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import shutil
 import stat
 import struct
-import subprocess
-import tempfile  # here, because every `submit` imports this module
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import filesystem_error, read_json, write_json
+from launcher.base.files import read_json
+from launcher.image import ARCHES
 
 COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 # ELF's e_machine -> uname's word
 MACHINES = {3: "i686", 21: "ppc64le", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 METADATA = "etc/titan-image.json"  # inside the image
-INSTALL = "apt-get install squashfs-tools    # 4.5 or newer: Debian 12, Ubuntu 22.04"
+AGAIN = "copy it again, then compare: sha256sum"
 # magic, inodes, mkfs_time, block_size, fragments, compressor, block_log, flags, ids, major, minor, root inode,
 # bytes_used, then the starts of the tables: ids, xattrs, inodes, directories, fragments, exports
-_SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQQQQQQQ")
-
-
-@dataclass(frozen=True)
-class SquashfsFormat:
-    """How mksquashfs compresses."""
-
-    compressor: str
-    block_kib: int
-    level: int | None = None  # for compressors that have one
-
-    def options(self) -> list[str]:
-        """As mksquashfs takes them (sqfstar, its sister, misreads the level)."""
-        level = [] if self.level is None else ["-Xcompression-level", str(self.level)]
-        return ["-comp", self.compressor, *level, "-b", f"{self.block_kib}K"]
+SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQQQQQQQ")
 
 
 @dataclass(frozen=True)
@@ -57,6 +38,34 @@ class Superblock:
     bytes_used: int
     file_size: int  # bytes_used, padded to a multiple of 4096
 
+    def recorded(self) -> dict[str, Any]:
+        """As the sidecar has it. mksquashfs counts the root directory among the inodes, and so do the entries."""
+        return {
+            "bytes": self.file_size,
+            "compressor": self.compressor,
+            "block_kib": self.block_size // 1024,
+            "entries": self.inodes,
+            "mkfs_time": self.mkfs_time,
+        }
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is known about an image. `versions` has None for what is known to be absent (cuda: a CPU build)."""
+
+    path: str
+    arch: str  # uname's word, "" if unknown
+    source: str  # sidecar, image, guessed, or superblock: nothing here can look inside
+    compressor: str
+    bytes: int
+    channel: str = ""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    driver_min: str | None = None
+    sm: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    sha256: str = ""
+    unpacked_bytes: int = 0
+
 
 def superblock(path: Path) -> Superblock:
     """Reads and checks the superblock; raises LauncherError for anything that no node could mount or unpack."""
@@ -65,7 +74,7 @@ def superblock(path: Path) -> Superblock:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise LauncherError(f"{path}: not a file", f"ls -ld {quoted(path)}")
         with open(path, "rb") as stream:
-            head, size = stream.read(_SUPERBLOCK.size), os.fstat(stream.fileno()).st_size
+            head, size = stream.read(SUPERBLOCK.size), os.fstat(stream.fileno()).st_size
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         status = ExitStatus.INVALID if missing else ExitStatus.FILESYSTEM
@@ -75,9 +84,9 @@ def superblock(path: Path) -> Superblock:
         raise LauncherError(f"{path}: the file is empty", "copy or build it again")
     if not head.startswith(b"hsqs"):
         raise LauncherError(f"{path}: not a squashfs file (it begins with {head[:4]!r})", quoted("file", path))
-    if len(head) < _SUPERBLOCK.size:
-        raise LauncherError(f"{path}: cut off: {size} bytes", "copy it again, then compare: sha256sum")
-    fields = _SUPERBLOCK.unpack(head)
+    if len(head) < SUPERBLOCK.size:
+        raise LauncherError(f"{path}: cut off: {size} bytes", AGAIN)
+    fields = SUPERBLOCK.unpack(head)
     inodes, mkfs_time, block_size = fields[1:4]
     compressor, block_log, _, _, major, minor, _, used, ids, _, inode_table, directories = fields[5:17]
     if (major, minor) != (4, 0):
@@ -87,13 +96,13 @@ def superblock(path: Path) -> Superblock:
         and 12 <= block_log <= 20
         and block_size == 1 << block_log
         and inodes > 0
-        and _SUPERBLOCK.size <= inode_table < directories < used
+        and SUPERBLOCK.size <= inode_table < directories < used
         and ids < used
     )
     if not sane:
-        raise LauncherError(f"{path}: damaged: its superblock makes no sense", "copy it again, then compare: sha256sum")
+        raise LauncherError(f"{path}: damaged: its superblock makes no sense", AGAIN)
     if size < used:
-        raise LauncherError(f"{path}: cut off: {size:,} of {used:,} bytes", "copy it again, then compare: sha256sum")
+        raise LauncherError(f"{path}: cut off: {size:,} of {used:,} bytes", AGAIN)
     return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, used, size)
 
 
@@ -108,14 +117,38 @@ def read_sidecar(path: Path, block: Superblock) -> dict[str, Any] | None:
     An image copied without it, or over another one, must not be taken for what it was.
     """
     value = read_json(sidecar_path(path))
-    recorded = value.get("squashfs") if value else None
-    if not value or not isinstance(recorded, dict) or not is_metadata(value):
+    said = value.get("squashfs") if value else None
+    if not value or not isinstance(said, dict) or not is_metadata(value):
         return None
-    # mksquashfs counts the root directory among the inodes, and so does the sidecar.
-    seen = (block.file_size, block.inodes, block.compressor, block.block_size // 1024)
-    said = tuple(recorded.get(key) for key in ("bytes", "entries", "compressor", "block_kib"))
-    # Two builds of one image may agree in all of these, not in their time; older sidecars do not have it.
-    return value if seen == said and recorded.get("mkfs_time", block.mkfs_time) == block.mkfs_time else None
+    # Two builds of one image may agree in all but their time; older sidecars do not have it.
+    seen = block.recorded()
+    return value if {"mkfs_time": block.mkfs_time} | {key: said[key] for key in seen if key in said} == seen else None
+
+
+def known(path: Path, block: Superblock) -> ImageFacts | None:
+    """What the sidecar tells, if it describes this file."""
+    about = read_sidecar(path, block)
+    return described(path, block, about, "sidecar") if about else None
+
+
+def described(path: Path, block: Superblock, about: Mapping[str, Any], source: str) -> ImageFacts:
+    """The facts in a description: of the sidecar, or of the image itself."""
+    arch, sm, driver = about["arch"], about.get("sm"), about.get("driver_min")
+    recorded = about["squashfs"] if source == "sidecar" else {}
+    digest, size = recorded.get("sha256"), recorded.get("unpacked_bytes")
+    return ImageFacts(
+        str(path),
+        ARCHES.get(arch, arch),
+        source,
+        block.compressor,
+        block.file_size,
+        channel=str(about.get("channel") or ""),
+        versions=dict(about["versions"]),
+        driver_min=str(driver) if driver else None,
+        sm=tuple(str(word) for word in sm) if isinstance(sm, list) else (),
+        sha256=digest if isinstance(digest, str) else "",
+        unpacked_bytes=size if type(size) is int else 0,
+    )
 
 
 def is_metadata(value: Mapping[str, Any]) -> bool:
@@ -164,161 +197,3 @@ def follow(path: str, links: Mapping[str, str]) -> str | None:
             done = []
         todo += target.split("/")[::-1]
     return "/".join(done)
-
-
-def mksquashfs_path() -> str:
-    """mksquashfs, if it is there and reads tar streams; otherwise a LauncherError with the package's name."""
-    path = shutil.which("mksquashfs")
-    if path is None:
-        raise LauncherError("mksquashfs: no such program", INSTALL, status=ExitStatus.ERROR)
-    try:
-        done = subprocess.run([path, "-version"], capture_output=True, text=True, errors="replace", timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LauncherError(f"{path} does not start", INSTALL, status=ExitStatus.ERROR, original=str(error)) from None
-    found = re.search(r"version (\d+)\.(\d+)", done.stdout + done.stderr)
-    if not found:
-        raise LauncherError(f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=done.stderr)
-    if (int(found[1]), int(found[2])) < (4, 5):
-        raise LauncherError(
-            f"{path} is version {found[1]}.{found[2]}, which cannot read a tar stream; 4.5 can",
-            INSTALL,
-            status=ExitStatus.ERROR,
-        )
-    return path
-
-
-def write_squashfs(
-    program: str, tar: Iterable[bytes | memoryview], target: Path, fmt: SquashfsFormat, created: int
-) -> None:
-    """Feeds the chunks of a tar to mksquashfs, which writes `target`; what is left there after an error is no image.
-
-    `created`, in seconds, becomes the time of the file system and of its root directory.
-    """
-    command = [
-        *(program, "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
-        # Without these the root directory is writable for everybody and belongs to whoever converts: with a tar,
-        # 4.5 ignores -root-uid.
-        *("-no-xattrs", "-root-mode", "755", "-all-root"),
-        # -noI leaves the inodes, 0.5% of a torch image, uncompressed: see _set_root_time.
-        *("-mkfs-time", str(created), "-noI", *fmt.options()),
-    ]
-    # Given twice, by variable and by option, the time is an error.
-    environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            bufsize=1 << 16,
-            start_new_session=True,  # Ctrl-C is for us alone, who end mksquashfs: its last words would hide the cause
-        )
-        assert process.stdin
-        whole = False
-        try:
-            with suppress(BrokenPipeError):  # it died; its own words say why
-                for chunk in tar:
-                    process.stdin.write(chunk)
-                whole = True
-                process.stdin.close()
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            with suppress(OSError):
-                process.stdin.close()
-        if code or not whole:
-            log.seek(0)
-            raise _failure(code, log.read().decode(errors="replace"), target)
-    superblock(target)
-    _set_root_time(target, created)
-
-
-def _set_root_time(path: Path, seconds: int) -> None:
-    """mksquashfs 4.5 gives the root directory the time of day when it reads a tar, -root-time or not."""
-    with open(path, "r+b") as stream:
-        fields = _SUPERBLOCK.unpack(stream.read(_SUPERBLOCK.size))
-        root, table = fields[11], fields[15]
-        block = table + (root >> 16)
-        stream.seek(block)
-        if not stream.read(2)[1] & 0x80:
-            raise LauncherError("mksquashfs compressed the inodes in spite of -noI", status=ExitStatus.ERROR)
-        for index, byte in enumerate(seconds.to_bytes(4, "little")):
-            # The time stands at byte 8 of the inode; blocks have 2 bytes of header and 8192 of inodes.
-            blocks, offset = divmod((root & 0xFFFF) + 8 + index, 8192)
-            stream.seek(block + blocks * (2 + 8192) + 2 + offset)
-            stream.write(bytes([byte]))
-
-
-def _failure(code: int, log: str, target: Path) -> LauncherError:
-    last = "\n".join(log.strip().splitlines()[-5:])
-    if "No space left" in log or "quota exceeded" in log:
-        return LauncherError(
-            f"{target.parent}: no space left for the squashfs",
-            f"df -h {quoted(target.parent)}",
-            status=ExitStatus.FILESYSTEM,
-            original=last,
-        )
-    if "is not supported" in log and "Compressor" in log:
-        return LauncherError(
-            "this mksquashfs was built without that compressor",
-            INSTALL,
-            status=ExitStatus.ERROR,
-            original=last,
-        )
-    how = f"was killed by signal {-code}" if code < 0 else f"failed with code {code}" if code else "stopped reading"
-    fix = "free memory: dmesg | tail" if code == -9 else ""
-    return LauncherError(f"mksquashfs {how}", fix, status=ExitStatus.ERROR, original=last)
-
-
-@contextmanager
-def beside(output: Path) -> Iterator[Path]:
-    """A temporary file beside `output`, created at once to learn early whether it can be; removed in every case."""
-    if output.is_dir():
-        raise LauncherError(f"{output}: a directory", f"-o '{output}/titan-stable-amd64.sqsh'", status=ExitStatus.USAGE)
-    target = output.with_name(f".{output.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-    except OSError as error:
-        raise filesystem_error(output, error, "-o FILE") from None
-    try:
-        yield target
-    finally:
-        target.unlink(missing_ok=True)
-
-
-def publish(
-    target: Path,
-    output: Path,
-    about: Mapping[str, Any],
-    image_id: str,
-    fmt: SquashfsFormat,
-    unpacked: int,
-    say: Callable[[str], None],
-) -> None:
-    """Gives the finished file its name. The old sidecar goes before, the new one comes after: at no time does one
-    lie beside a file that it does not describe."""
-    block = superblock(target)
-    try:
-        with open(target, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            os.fsync(stream.fileno())
-        sidecar_path(output).unlink(missing_ok=True)
-        os.replace(target, output)
-    except OSError as error:
-        raise filesystem_error(output, error, "-o FILE") from None
-    facts = {
-        "sha256": digest,
-        "bytes": block.file_size,
-        "compressor": block.compressor,
-        "level": fmt.level,
-        "block_kib": block.block_size // 1024,
-        "unpacked_bytes": unpacked,
-        "entries": block.inodes,
-        "mkfs_time": block.mkfs_time,
-    }
-    write_json(sidecar_path(output), {**about, "image_id": image_id, "squashfs": facts})
-    say(f"{output}: {block.file_size / 1e6:,.0f} MB, sha256 {digest}")

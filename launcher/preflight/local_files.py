@@ -14,7 +14,8 @@ from launcher.base.files import data_dir
 from launcher.base.finding import ERROR, OK, WARNING, Check
 from launcher.config.runtime import host_path, mounts
 from launcher.config.spec import HUB, S3, RunSpec
-from launcher.image.inspect import ImageFacts, inspect, is_too_old, needed_driver, problems
+from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
+from launcher.image.squashfs_file import ImageFacts
 from launcher.stage import view
 from launcher.titan import Refused
 from launcher.titan.weights import check_weights as check

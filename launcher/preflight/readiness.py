@@ -18,7 +18,7 @@ from launcher.base.files import read_bytes
 from launcher.base.finding import WARNING, Check
 from launcher.config.layers import merge, names_of, read_layer
 from launcher.config.spec import RunSpec
-from launcher.image.squashfs_file import read_sidecar, superblock
+from launcher.image.squashfs_file import known, superblock
 from launcher.nodes import bad_nodes
 from launcher.preflight import placement
 from launcher.preflight.candidates import candidates, fitting, place_of, usable
@@ -76,9 +76,8 @@ def _unpacked_bytes(spec: RunSpec) -> int:
     if spec.job.runtime != "pyxis" or not path.is_file():
         return 0
     with suppress(LauncherError, OSError):
-        about = (read_sidecar(path, superblock(path)) or {}).get("squashfs", {})
-        size = about.get("unpacked_bytes", 0)
-        return size if type(size) is int else 0
+        facts = known(path, superblock(path))
+        return facts.unpacked_bytes if facts else 0
     return 0
 
 

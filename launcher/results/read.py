@@ -19,7 +19,7 @@ from launcher.base.files import read_json
 from launcher.base.mfu import peak_of
 from launcher.base.output import some
 from launcher.config.hardware import hardware
-from launcher.image.squashfs_file import read_sidecar, superblock
+from launcher.image.squashfs_file import known, superblock
 from launcher.logs.follow import node_logs
 from launcher.logs.steps import LogReader, StepRecord
 from launcher.results import measure
@@ -342,11 +342,10 @@ def _digest(image: str, submitted: float | None) -> str:
     try:
         if submitted is None or path.stat().st_mtime > submitted:
             return ""
-        squashfs = (read_sidecar(path, superblock(path)) or {}).get("squashfs", {})
+        facts = known(path, superblock(path))
     except (OSError, ValueError, LauncherError):
         return ""
-    digest = squashfs.get("sha256")
-    return digest if isinstance(digest, str) else ""
+    return facts.sha256 if facts else ""
 
 
 def _global_batch(settings: dict[str, Any], gpus: int, batch: int) -> int:

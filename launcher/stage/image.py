@@ -130,14 +130,7 @@ def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | N
     about = embedded_metadata(path)
     if about is None:
         return None
-    facts = {
-        "sha256": digest,
-        "bytes": block.file_size,
-        "compressor": block.compressor,
-        "block_kib": block.block_size // 1024,
-        "entries": block.inodes,
-    }
-    return {**about, "squashfs": facts}
+    return {**about, "squashfs": block.recorded() | {"sha256": digest}}
 
 
 def _of_address(url: str) -> Wanted:

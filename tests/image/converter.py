@@ -18,7 +18,7 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.image.convert import convert
 from launcher.image.export import ImageConfig
-from launcher.image.squashfs_file import SquashfsFormat
+from launcher.image.squashfs_tools import SquashfsFormat
 
 needs_tools = pytest.mark.skipif(
     not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"

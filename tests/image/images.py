@@ -47,7 +47,7 @@ FOREIGN_PACKAGES = (  # what the Dockerfile installs, so that none of it has to 
 # What decides the bytes of the squashfs besides the Dockerfile and the lock.
 SOURCES = (
     *("containers/check.py", "containers/describe.py", "containers/channels.toml", "launcher/image/build.py"),
-    *("launcher/image/convert.py", "launcher/image/export.py", "launcher/image/squashfs_file.py"),
+    *("launcher/image/convert.py", "launcher/image/export.py", "launcher/image/squashfs_tools.py"),
 )
 
 _running: Engine | None = None

@@ -63,8 +63,8 @@ def arm64_image(engine: Engine, base_arm64: Base, tiny_lock: Path) -> Built:
 
 def test_the_arm64_image_is_for_arm64(engine: Engine, arm64_image: Built) -> None:
     assert docker_engine.inspect(engine, arm64_image.tag)["Architecture"] == "arm64"
-    code, stdout, stderr = docker_engine.run(engine, arm64_image.tag, ["cat", "/etc/titan-image.json"])
-    assert code == 0 and json.loads(stdout)["arch"] == "arm64", stderr
+    ran = docker_engine.run(engine, arm64_image.tag, ["cat", "/etc/titan-image.json"])
+    assert ran.code == 0 and json.loads(ran.out)["arch"] == "arm64", ran.err
 
 
 def test_the_arm64_image_passes_the_checks_that_do_not_need_torch(engine: Engine, arm64_image: Built) -> None:

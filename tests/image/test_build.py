@@ -26,6 +26,7 @@ from launcher.image.check import check
 from launcher.image.convert import convert_image
 from launcher.image.engine import Engine
 from launcher.image.registry import push
+from launcher.image.squashfs_tools import TAIL
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
 from tests.image.images import Base
@@ -60,9 +61,9 @@ def test_the_cpu_image_says_what_it_is(engine: Engine, cpu_image: Built) -> None
     labels = {key.rpartition(".")[2]: value for key, value in config["Labels"].items()}
     assert labels["title"] == "titan-cpu" and labels["version"] == "0.3.0-torch2.13.0_cpu"
     assert labels["created"] == "2023-11-14T22:13:20Z"
-    code, stdout, stderr = docker_engine.run(engine, cpu_image.tag, ["cat", "/etc/titan-image.json"])
-    assert code == 0, stderr
-    about = json.loads(stdout)
+    ran = docker_engine.run(engine, cpu_image.tag, ["cat", "/etc/titan-image.json"])
+    assert ran.code == 0, ran.err
+    about = json.loads(ran.out)
     assert (about["schema"], about["channel"], about["arch"]) == (1, "cpu", "amd64")
     assert about["versions"]["torch"] == "2.13.0+cpu" and about["versions"]["cuda"] is None
     assert about["created"] == labels["created"] and about["driver_min"] is None and about["sm"] == []
@@ -113,10 +114,13 @@ def test_a_command_that_is_not_there_or_does_not_end(engine: Engine, tiny_image:
         docker_engine.run(engine, tiny_image.tag, ["nvidia-smi"])
     with pytest.raises(LauncherError, match="did not end within 1 s"):
         docker_engine.run(engine, tiny_image.tag, ["sleep", "60"], timeout_s=1)
-    code, stdout, stderr = docker_engine.run(
+    ran = docker_engine.run(
         engine, tiny_image.tag, ["sh", "-c", "cat /tmp/x; echo no >&2; exit 3"], files={"x": b"yes"}
     )
-    assert (code, stdout, stderr) == (3, "yes", "no\n")
+    assert (ran.code, ran.out, ran.err, ran.cut) == (3, b"yes", "no\n", False)
+    flood = "yes | head -c 3000000; yes no | head -c 3000000 >&2"
+    ran = docker_engine.run(engine, tiny_image.tag, ["sh", "-c", flood])
+    assert (len(ran.out), ran.cut, len(ran.err) <= TAIL) == (docker_engine.OUTPUT, True, True)
     assert engine.client.api.containers(all=True) == before
 
 

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.base.errors import LauncherError
-from launcher.image.convert import FORMATS, image_config
+from launcher.image.convert import image_config
 from launcher.image.export import ImageConfig, enroot_files
-from launcher.image.squashfs_file import SquashfsFormat, superblock
+from launcher.image.squashfs_file import superblock
+from launcher.image.squashfs_tools import FORMATS, SquashfsFormat
 from tests.image.converter import (
     ABOUT,
     CREATED,

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.image import squashfs_file
+from launcher.image import convert as module
 from launcher.image.export import Report, rewrite
 from tests.conftest import ROOT
 from tests.image.converter import (
@@ -85,7 +85,7 @@ def test_no_old_sidecar_lies_beside_a_new_image(converter: Converter, monkeypatc
         raise LauncherError("no space left", status=ExitStatus.FILESYSTEM)
 
     converter(File("x", b"old"))
-    monkeypatch.setattr(squashfs_file, "write_json", full)
+    monkeypatch.setattr(module, "write_json", full)
     with pytest.raises(LauncherError, match="no space left"):
         converter(File("x", b"new"))
     assert [path.name for path in converter.home.iterdir()] == ["titan.sqsh"]
@@ -118,21 +118,22 @@ def test_an_export_that_fails(converter: Converter) -> None:
 @needs_tools
 def test_ctrl_c_ends_mksquashfs_and_removes_its_file(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
 
     def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen(*arguments, **options))
-        return started[0]
+        started.append(real(*arguments, **options))
+        return started[-1]
 
     def export() -> Iterator[bytes]:
         yield tar_of(File("a", bytes(1_000_000)))[:500_000]
-        assert started[0].poll() is None
+        assert started[-1].poll() is None
         assert len(list(converter.home.iterdir())) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(squashfs_file, "subprocess", _Subprocess(popen))
+    monkeypatch.setattr(subprocess, "Popen", popen)
     with pytest.raises(KeyboardInterrupt):
         converter.feed(export())
-    assert started[0].poll() == -9
+    assert started[-1].poll() == -9
     assert list(converter.home.iterdir()) == []
 
 
@@ -175,16 +176,6 @@ def test_ctrl_c_in_a_terminal_reaches_the_whole_group(converter: Converter) -> N
         os.killpg(process.pid, signal.SIGINT)
         assert process.stdout.read() == b"interrupted\n"
     assert list(converter.home.iterdir()) == []
-
-
-class _Subprocess:
-    """The module, with another Popen."""
-
-    def __init__(self, popen: Callable[..., subprocess.Popen[bytes]]) -> None:
-        self.Popen = popen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(subprocess, name)
 
 
 @pytest.fixture

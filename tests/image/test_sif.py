@@ -17,13 +17,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.base.errors import LauncherError, install
 from launcher.image import sif as module
-from launcher.image.inspect import ImageFacts
 from launcher.image.sif import sif
+from launcher.image.squashfs_file import ImageFacts
 from tests.conftest import Launch
 from tests.image.images import CACHE, cpu_squashfs
 
@@ -232,7 +233,8 @@ def test_an_images_words_begin_no_section_of_commands(tmp_path: Path, monkeypatc
     versions = {"torch": "2\n%post\n    touch /tmp/here", "torchtitan\n%post": "0.3"}
     facts = ImageFacts("x.sqsh", "x86_64\n%post", "image", "zstd", 1, channel="a\r%post\n", versions=versions)
     monkeypatch.setattr(module, "inspect", lambda _path: facts)
-    monkeypatch.setattr(module, "read_inside", lambda _path, _name: b"A=1\n%post\nB='\n%post\n")
+    tree = SimpleNamespace(read=lambda *_: b"A=1\n%post\nB='\n%post\n")
+    monkeypatch.setattr(module, "Tree", lambda _path: tree)
     sections = [line for line in module._definition(tmp_path / "x.sqsh").splitlines() if line.startswith("%")]
     assert sections == ["%environment", "%labels"]
 

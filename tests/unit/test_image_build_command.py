@@ -194,7 +194,7 @@ def test_check_of_a_file_that_is_no_image(run: Run, workplace: Path, monkeypatch
 
 def test_check_where_a_program_is_missing_says_which(run: Run, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "unsquashfs is missing" in run("check", str(image)).stderr
+    assert "unsquashfs: no such program" in run("check", str(image)).stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,260 @@
+"""mksquashfs and unsquashfs, and how a program is run so that nothing it prints fills memory or waits for ever."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.image.squashfs_file import AGAIN, SUPERBLOCK, superblock
+
+INSTALL = "apt-get install squashfs-tools    # 4.5 or newer: Debian 12, Ubuntu 22.04"
+TIMEOUT_S = 120  # for a question; listing 50,000 files takes less than one second
+LISTING = 64 << 20  # bytes of names; an image of 50,000 files has 6 MB of them
+TAIL = 4096  # bytes of what a program complained
+_LISTED = re.compile(
+    rb"^([-lpdbcs])\S{9}\s+\d+/\d+\s+(?:\d+|\d+,\s*\d+)\s+\d{4}-\d\d-\d\d \d\d:\d\d squashfs-root/(.+)$", re.M
+)
+
+
+# --- running programs ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a program ended. One that prints more than was asked for is ended there, and `cut` says so."""
+
+    code: int
+    out: bytes
+    err: str  # the end of it
+    cut: bool
+
+
+def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: float = TIMEOUT_S) -> Ran:
+    """The first `limit` bytes of what it prints, and the last of what it complains.
+
+    Raises LauncherError where it does not start, or does not end in time.
+    """
+    with tempfile.TemporaryFile() as asked:
+        asked.write(stdin)
+        asked.seek(0)
+        pipe = subprocess.PIPE
+        try:
+            process = subprocess.Popen(command, stdin=asked, stdout=pipe, stderr=pipe, start_new_session=True)
+        except OSError as error:
+            raise LauncherError(f"{command[0]}: {error.strerror}", status=ExitStatus.ERROR) from None
+    with process:
+        assert process.stdout and process.stderr
+        complained, late = [b""], threading.Event()
+
+        def listen(number: int) -> None:
+            while chunk := os.read(number, 1 << 16):
+                complained[0] = (complained[0] + chunk)[-TAIL:]
+
+        def end() -> None:
+            """With what it has started, which holds the pipes, too."""
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        def end_late() -> None:
+            late.set()
+            end()
+
+        listener = threading.Thread(target=listen, args=(process.stderr.fileno(),))
+        timer = threading.Timer(timeout_s, end_late)
+        listener.start()
+        timer.start()
+        try:
+            out = process.stdout.read(limit + 1)
+            if cut := len(out) > limit:
+                end()
+            listener.join()
+            code = process.wait()
+        except BaseException:
+            end()
+            raise
+        finally:
+            timer.cancel()
+            listener.join()
+    if late.is_set():
+        raise LauncherError(f"{command[0]} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR)
+    return Ran(code, out[:limit], complained[0].decode(errors="replace"), cut)
+
+
+def program(name: str) -> str:
+    """The path of mksquashfs or unsquashfs, if it is there and of 4.5 or newer, which reads tar and knows -cat."""
+    path = shutil.which(name)
+    if path is None:
+        raise LauncherError(f"{name}: no such program", INSTALL, status=ExitStatus.ERROR)
+    said = run([path, "-version"], TAIL)
+    found = re.search(rb"version (\d+)\.(\d+)", said.out)
+    if not found:
+        raise LauncherError(f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=said.err)
+    if (int(found[1]), int(found[2])) < (4, 5):
+        version = b".".join(found.groups()).decode()
+        raise LauncherError(f"{path} is version {version}; 4.5 is needed", INSTALL, status=ExitStatus.ERROR)
+    return path
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """The files of an image, by unsquashfs: a fraction of a second for any image. Links are not followed.
+
+    Raises LauncherError where nothing here can look into it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Absolute: a name may begin with a dash.
+        self._program, self._path = program("unsquashfs"), path.absolute()
+
+    def entries(self) -> tuple[set[str], dict[str, str]]:
+        """Every name, without its leading slash, and the target of every symbolic link."""
+        ran = run([self._program, "-lln", str(self._path)], LISTING)
+        if ran.code or ran.cut:
+            raise self._damaged(f"it lists more than {LISTING >> 20} MiB of names" if ran.cut else ran.err)
+        names, links = set(), {}
+        for kind, rest in _LISTED.findall(ran.out):
+            name, _, target = rest.decode("utf-8", "surrogateescape").partition(" -> ")
+            names.add(name)
+            if kind == b"l":
+                links[name] = target
+        return names, links
+
+    def read(self, path: str, limit: int) -> bytes | None:
+        """The first `limit` bytes of a regular file, None if there is none of that name."""
+        ran = run([self._program, "-no-wildcards", "-cat", str(self._path), path], limit)
+        if ran.cut or not ran.code:
+            return ran.out
+        if not re.search("no matches|is a directory|failed to resolve|not a regular", ran.err):
+            raise self._damaged(ran.err)
+        return None
+
+    def unpack(self, root: Path, timeout_s: float) -> None:
+        """All files, into a directory that does not exist yet."""
+        command = [self._program, "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root)]
+        ran = run([*command, str(self._path)], LISTING, timeout_s=timeout_s)
+        if ran.code:
+            raise LauncherError(
+                f"{self._path} cannot be unpacked into {root.parent}",
+                "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR",
+                original=ran.err,
+            )
+
+    def _damaged(self, original: str) -> LauncherError:
+        return LauncherError(f"{self._path}: damaged", AGAIN, original=original)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SquashfsFormat:
+    """How mksquashfs compresses."""
+
+    compressor: str
+    block_kib: int
+    level: int | None = None  # for compressors that have one
+
+    def options(self) -> list[str]:
+        """As mksquashfs takes them (sqfstar, its sister, misreads the level)."""
+        level = [] if self.level is None else ["-Xcompression-level", str(self.level)]
+        return ["-comp", self.compressor, *level, "-b", f"{self.block_kib}K"]
+
+
+# What the cluster does with the file -> the format; measured by benchmarks/squashfs.py on torch's packages.
+FORMATS = {
+    # enroot reads all of it on every node, from a shared disk: bytes count. A third of the size of enroot's own
+    # default and a quarter of its CPU; smaller blocks gain nothing, 1M blocks read too much for each small file.
+    "unpack": SquashfsFormat("zstd", 128, 3),
+    # squashfuse decompresses in one thread whatever is touched: the cheapest decompression counts. From cold caches
+    # `import torch` takes 10 to 30% less than with zstd, for a file that is 45% larger, still half of enroot's.
+    "mount": SquashfsFormat("lz4", 128),
+}
+
+
+def write_squashfs(tar: Iterable[bytes | memoryview], target: Path, fmt: SquashfsFormat, created: int) -> None:
+    """Feeds the chunks of a tar to mksquashfs, which writes `target`; what is left there after an error is no image.
+
+    `created`, in seconds, becomes the time of the file system and of its root directory.
+    """
+    command = [
+        *(program("mksquashfs"), "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
+        # Without these the root directory is writable for everybody and belongs to whoever converts: with a tar,
+        # 4.5 ignores -root-uid.
+        *("-no-xattrs", "-root-mode", "755", "-all-root"),
+        # -noI leaves the inodes, 0.5% of a torch image, uncompressed: see _set_root_time.
+        *("-mkfs-time", str(created), "-noI", *fmt.options()),
+    ]
+    # Given twice, by variable and by option, the time is an error.
+    environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            bufsize=1 << 16,
+            start_new_session=True,  # Ctrl-C is for us alone, who end mksquashfs: its last words would hide the cause
+        )
+        assert process.stdin
+        whole = False
+        try:
+            with suppress(BrokenPipeError):  # it died; its own words say why
+                for chunk in tar:
+                    process.stdin.write(chunk)
+                whole = True
+                process.stdin.close()
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            with suppress(OSError):
+                process.stdin.close()
+        if code or not whole:
+            log.seek(0)
+            raise _failure(code, log.read().decode(errors="replace"), target)
+    superblock(target)
+    _set_root_time(target, created)
+
+
+def _set_root_time(path: Path, seconds: int) -> None:
+    """mksquashfs 4.5 gives the root directory the time of day when it reads a tar, -root-time or not."""
+    with open(path, "r+b") as stream:
+        fields = SUPERBLOCK.unpack(stream.read(SUPERBLOCK.size))
+        root, table = fields[11], fields[15]
+        block = table + (root >> 16)
+        stream.seek(block)
+        if not stream.read(2)[1] & 0x80:
+            raise LauncherError("mksquashfs compressed the inodes in spite of -noI", status=ExitStatus.ERROR)
+        for index, byte in enumerate(seconds.to_bytes(4, "little")):
+            # The time stands at byte 8 of the inode; blocks have 2 bytes of header and 8192 of inodes.
+            blocks, offset = divmod((root & 0xFFFF) + 8 + index, 8192)
+            stream.seek(block + blocks * (2 + 8192) + 2 + offset)
+            stream.write(bytes([byte]))
+
+
+def _failure(code: int, log: str, target: Path) -> LauncherError:
+    what = f"mksquashfs was killed by signal {-code}" if code < 0 else f"mksquashfs failed with code {code}"
+    fix, status = "free memory: dmesg | tail" if code == -9 else "", ExitStatus.ERROR
+    if "No space left" in log or "quota exceeded" in log:
+        what, fix = f"{target.parent}: no space left for the squashfs", f"df -h {quoted(target.parent)}"
+        status = ExitStatus.FILESYSTEM
+    elif "is not supported" in log and "Compressor" in log:
+        what, fix = "this mksquashfs was built without that compressor", INSTALL
+    elif not code:
+        what = "mksquashfs stopped reading"
+    return LauncherError(what, fix, status=status, original="\n".join(log.strip().splitlines()[-5:]))
