@@ -118,7 +118,7 @@ def test_a_command_that_is_not_there_or_does_not_end(engine: Engine, tiny_image:
         engine, tiny_image.tag, ["sh", "-c", "cat /tmp/x; echo no >&2; exit 3"], files={"x": b"yes"}
     )
     assert (ran.code, ran.out, ran.err, ran.cut) == (3, b"yes", "no\n", False)
-    flood = "yes | head -c 3000000; yes no | head -c 3000000 >&2"
+    flood = "head -c 3000000 /dev/zero | tr '\\0' x; head -c 3000000 /dev/zero | tr '\\0' x >&2"
     ran = docker_engine.run(engine, tiny_image.tag, ["sh", "-c", flood])
     assert (len(ran.out), ran.cut, len(ran.err) <= TAIL) == (docker_engine.OUTPUT, True, True)
     assert engine.client.api.containers(all=True) == before
