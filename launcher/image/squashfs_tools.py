@@ -51,7 +51,8 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
         try:
             process = subprocess.Popen(command, stdin=asked, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
-            raise LauncherError(f"{command[0]}: {error.strerror}", status=ExitStatus.ERROR) from None
+            fix = f"command -v {quoted(command[0])}"
+            raise LauncherError(f"{command[0]}: {error.strerror}", fix, status=ExitStatus.ERROR) from None
     with process:
         assert process.stdout and process.stderr
         complained, late = [b""], threading.Event()
@@ -86,7 +87,8 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
             timer.cancel()
             listener.join()
     if late.is_set():
-        raise LauncherError(f"{command[0]} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR)
+        what = f"{command[0]} did not end within {timeout_s:.0f} s"
+        raise LauncherError(what, "is the file system that holds the image slow?", status=ExitStatus.ERROR)
     return Ran(code, out[:limit], complained[0].decode(errors="replace"), cut)
 
 
