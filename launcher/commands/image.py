@@ -6,10 +6,11 @@ Progress goes to standard error; standard output has the names of what was made,
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import read_json
+from launcher.base.files import filesystem_error, read_json
 from launcher.base.output import as_json, echo, print_json, say, style
 from launcher.config.layers import find, names_of, read_layer
 from launcher.config.options import FilePath, gone
@@ -58,43 +59,56 @@ def is_reference(name: str) -> bool:
     return _REFERENCE.fullmatch(name) is not None
 
 
+def image_name(_context: click.Context | None, parameter: click.Parameter | None, value: str | None) -> str:
+    """An image of the engine, which would take ../../containers/json for a request; "" where none is given.
+
+    No name that an image gets has a digest; to push to one that is empty is an error.
+    """
+    option = parameter.name if parameter else ""
+    if value is None or (value == "" and option in ("tag", "base")):
+        return ""
+    if not is_reference(value) or ("@" in value and option in ("tag", "reference")):
+        what = f"{value[:200]!r} is not the name of an image, such as titan:stable-amd64"
+        raise click.BadParameter(what, param=parameter)
+    return value
+
+
+class FileOrImage(FilePath):
+    """A squashfs, or an image of the engine."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if value and is_file(path := os.path.expanduser(value)):
+            return super().convert(path, parameter, context)
+        return image_name(context, parameter, value)
+
+
+class SquashfsFile(FilePath):
+    """A squashfs; for what names an image of the engine, the command that makes one of it."""
+
+    def __init__(self, status: ExitStatus = ExitStatus.INVALID) -> None:
+        super().__init__(path_type=Path)
+        self._status = status
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if not os.path.lexists(value) and not is_file(str(value)) and is_reference(str(value)):
+            name = quoted(value)
+            raise LauncherError(
+                f"{value}: no such file; an image of the Docker engine is no file yet",
+                f"launcher image check {name}, or: launcher image convert {name}",
+                status=self._status,
+            )
+        return super().convert(value, parameter, context)
+
+
 class TargetPath(FilePath):
     """Where a file is written. With a slash at its end it has to be a directory: a Path forgets that slash."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
         path = super().convert(value, parameter, context)
         if str(value).endswith("/") and not os.path.isdir(path):
-            raise LauncherError(
-                f"{value}: not a directory" if os.path.lexists(path) else f"{value}: no such directory",
-                f"mkdir -p {quoted(path)}, or a file's name without the slash",
-                status=ExitStatus.FILESYSTEM,
-            )
+            fix = f"mkdir -p {quoted(path)}, or a file's name without the slash"
+            raise LauncherError(f"{value}: no such directory", fix, status=ExitStatus.FILESYSTEM)
         return path
-
-
-class ImageName(FilePath):
-    """An image of the engine, or (`file`) a squashfs. The engine would take ../../containers/json for a request."""
-
-    def __init__(self, *, file: bool) -> None:
-        super().__init__()
-        self._file = file
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        if self._file and value and is_file(path := os.path.expanduser(value)):
-            return super().convert(path, parameter, context)
-        if not is_reference(value):
-            self.fail(f"{value[:200]!r} is not the name of an image, such as titan:stable-amd64", parameter, context)
-        return value
-
-
-def image_reference(_context: click.Context, parameter: click.Parameter, value: str | None) -> str:
-    """ "" where none is given; to push to one that is empty is an error."""
-    given = value or (value is not None and parameter.name == "reference")
-    if given and (not is_reference(value or "") or ("@" in (value or "") and parameter.name != "base")):
-        raise click.BadParameter(
-            f"{(value or '')[:200]!r} is not the name of an image, such as registry/path:tag", param=parameter
-        )
-    return value or ""
 
 
 def no_password(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -125,36 +139,13 @@ def target_path(output: Path | None, name: str, force: bool) -> Path:
         if not name:
             raise click.UsageError("The image does not say which channel it is: name the file with -o FILE.")
         path /= name
-    folder = path.parent
-    if not folder.is_dir():
-        fix = f"mkdir -p {quoted(folder)}"
-        raise LauncherError(f"{folder}: no such directory", fix, status=ExitStatus.FILESYSTEM)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        what = f"{folder}: this user cannot write there"
-        raise LauncherError(what, "another place: -o PATH", status=ExitStatus.FILESYSTEM)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise filesystem_error(path, OSError(errno.EACCES if path.parent.is_dir() else errno.ENOENT, ""), "-o PATH")
     if os.path.lexists(path) and not (path.is_file() or path.is_symlink()):
         raise LauncherError(f"{path} is not a file", "another name: -o FILE")
     if os.path.lexists(path) and not force:
         raise LauncherError(f"{path} exists", "replace it: --force; or another name: -o FILE")
     return path
-
-
-class SquashfsFile(FilePath):
-    """A squashfs; for what names an image of the engine, the command that makes one of it."""
-
-    def __init__(self, status: ExitStatus = ExitStatus.INVALID) -> None:
-        super().__init__(path_type=Path)
-        self._status = status
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        if not os.path.lexists(value) and not is_file(str(value)) and is_reference(str(value)):
-            name = quoted(value)
-            raise LauncherError(
-                f"{value}: no such file; an image of the Docker engine is no file yet",
-                f"launcher image check {name}, or: launcher image convert {name}",
-                status=self._status,
-            )
-        return super().convert(value, parameter, context)
 
 
 class _WithChannels(click.Command):
@@ -165,15 +156,11 @@ class _WithChannels(click.Command):
             formatter.write_dl([(channel.name, channel.about) for channel in channels().values()])
 
 
-def _channel_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    return [name for name in channels() if name.startswith(incomplete)]
+def _completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
+    return lambda _context, _parameter, incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
-def _profile_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    return [name for name in names_of("profiles") if name.startswith(incomplete)]
-
-
-_channel = click.argument("channel", default="nightly", shell_complete=_channel_names)
+_channel = click.argument("channel", default="nightly", shell_complete=_completing(channels))
 _torch_index = click.option(
     "--torch-index",
     metavar="URL",
@@ -188,7 +175,6 @@ _purpose = click.option(
     show_default=True,
     help="What nodes do with the file. unpack: it is small (zstd); mount, by squashfuse: it is cheap to read (lz4).",
 )
-_lock_file = FilePath(path_type=Path, dir_okay=False)
 _force = click.option("--force", is_flag=True, help="Replace a file that exists.")
 
 
@@ -215,17 +201,23 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
     "--tag",
     default="",
     metavar="NAME:TAG",
-    callback=image_reference,
+    callback=image_name,
     help="Its name in the engine.  [default: titan:CHANNEL-ARCH]",
 )
 @click.option(
     "--base",
     default="",
     metavar="IMAGE",
-    callback=image_reference,
+    callback=image_name,
     help="Base image in place of the channel's own.",
 )
-@click.option("--lock", type=_lock_file, metavar="FILE", help="Lock file in place of the channel's own.")
+@click.option(
+    "--lock",
+    "lock_file",
+    type=FilePath(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Lock file in place of the channel's own.",
+)
 @_torch_index
 @click.option("--index-url", default="", metavar="URL", callback=no_password, help="A mirror of PyPI for the build.")
 @click.option("--network", default="", metavar="NAME", help="Network of the build's steps, such as 'host'.")
@@ -234,7 +226,7 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
     "--push",
     "reference",
     metavar="REFERENCE",
-    callback=image_reference,
+    callback=image_name,
     help="Push what was built, as one manifest list of its architectures: registry/path:tag.",
 )
 @as_json
@@ -244,15 +236,9 @@ def build_command(
     output: Path | None,
     purpose: str,
     force: bool,
-    tag: str,
-    base: str,
-    lock: Path | None,
-    torch_index: str | None,
-    index_url: str,
-    network: str,
-    no_cache: bool,
     reference: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Build a channel's image with the Docker engine.
 
@@ -266,7 +252,7 @@ def build_command(
     channel_of(channel)
     engine = docker_engine.connect()
     arches = building.arches(arch or "", engine)
-    if len(arches) > 1 and (tag or lock or (output and not output.is_dir())):
+    if len(arches) > 1 and (options["tag"] or options["lock_file"] or (output and not output.is_dir())):
         raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
@@ -274,19 +260,7 @@ def build_command(
         files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
     built = []
     for arch in arches:
-        image = building.build(
-            channel,
-            arch,
-            engine=engine,
-            tag=tag,
-            base=base,
-            lock_file=lock,
-            torch_index=torch_index,
-            index_url=index_url,
-            network=network,
-            no_cache=no_cache,
-            say=say,
-        )
+        image = building.build(channel, arch, engine=engine, say=say, **options)
         built.append(image)
         if arch in files:
             convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
@@ -310,7 +284,7 @@ def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
 
 
 @click.command("convert")
-@click.argument("image", type=ImageName(file=False))
+@click.argument("image", callback=image_name)
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sqsh]")
 @_purpose
 @gone("--with", "leave it out: the conversion needs no enroot")
@@ -337,7 +311,12 @@ def convert_command(image: str, output: Path | None, purpose: str, force: bool, 
 
 @click.command("inspect")
 @click.argument("file", type=SquashfsFile(), metavar="FILE.sqsh")
-@click.option("--gpu", metavar="PROFILE", shell_complete=_profile_names, help="Would it run on these nodes?")
+@click.option(
+    "--gpu",
+    metavar="PROFILE",
+    shell_complete=_completing(lambda: names_of("profiles")),
+    help="Would it run on these nodes?",
+)
 @click.option("--driver", metavar="VERSION", help="Would it run with this NVIDIA driver, such as 580.95.05?")
 @as_json
 def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bool) -> None:
@@ -388,7 +367,7 @@ def _print_facts(facts: ImageFacts) -> None:
 
 
 @click.command("check")
-@click.argument("image", metavar="IMAGE|FILE.sqsh", type=ImageName(file=True))
+@click.argument("image", metavar="IMAGE|FILE.sqsh", type=FileOrImage())
 @click.option("--timeout", type=click.IntRange(min=1), default=900, metavar="SECONDS", show_default=True)
 @as_json
 def check_command(image: str, timeout: int, as_json: bool) -> None:

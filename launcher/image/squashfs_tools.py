@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -46,10 +47,12 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
     with tempfile.TemporaryFile() as asked:
         asked.write(stdin)
         asked.seek(0)
+        pipe = subprocess.PIPE
         try:
-            process = subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = subprocess.Popen(command, stdin=asked, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
-            raise LauncherError(f"{command[0]}: {error.strerror}", status=ExitStatus.ERROR) from None
+            fix = f"command -v {quoted(command[0])}"
+            raise LauncherError(f"{command[0]}: {error.strerror}", fix, status=ExitStatus.ERROR) from None
     with process:
         assert process.stdout and process.stderr
         complained, late = [b""], threading.Event()
@@ -59,26 +62,33 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
                 complained[0] = (complained[0] + chunk)[-TAIL:]
 
         def end() -> None:
+            """With what it has started, which holds the pipes, too."""
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        def end_late() -> None:
             late.set()
-            process.kill()
+            end()
 
         listener = threading.Thread(target=listen, args=(process.stderr.fileno(),))
-        timer = threading.Timer(timeout_s, end)
+        timer = threading.Timer(timeout_s, end_late)
         listener.start()
         timer.start()
         try:
             out = process.stdout.read(limit + 1)
             if cut := len(out) > limit:
-                process.kill()
+                end()
+            listener.join()
             code = process.wait()
         except BaseException:
-            process.kill()
+            end()
             raise
         finally:
             timer.cancel()
             listener.join()
     if late.is_set():
-        raise LauncherError(f"{command[0]} did not end within {timeout_s:.0f} s", status=ExitStatus.ERROR)
+        what = f"{command[0]} did not end within {timeout_s:.0f} s"
+        raise LauncherError(what, "is the file system that holds the image slow?", status=ExitStatus.ERROR)
     return Ran(code, out[:limit], complained[0].decode(errors="replace"), cut)
 
 

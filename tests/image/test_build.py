@@ -26,6 +26,7 @@ from launcher.image.check import check
 from launcher.image.convert import convert_image
 from launcher.image.engine import Engine
 from launcher.image.registry import push
+from launcher.image.squashfs_tools import TAIL
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
 from tests.image.images import Base
@@ -117,6 +118,9 @@ def test_a_command_that_is_not_there_or_does_not_end(engine: Engine, tiny_image:
         engine, tiny_image.tag, ["sh", "-c", "cat /tmp/x; echo no >&2; exit 3"], files={"x": b"yes"}
     )
     assert (ran.code, ran.out, ran.err, ran.cut) == (3, b"yes", "no\n", False)
+    flood = "head -c 3000000 /dev/zero | tr '\\0' x; head -c 3000000 /dev/zero | tr '\\0' x >&2"
+    ran = docker_engine.run(engine, tiny_image.tag, ["sh", "-c", flood])
+    assert (len(ran.out), ran.cut, len(ran.err) <= TAIL) == (docker_engine.OUTPUT, True, True)
     assert engine.client.api.containers(all=True) == before
 
 

@@ -19,7 +19,11 @@ from launcher.base.errors import LauncherError
 from launcher.base.files import read_bytes, read_json
 from launcher.base.values import parse_json, parse_toml, whole
 from launcher.config.layers import read_layer
+from launcher.image import engine as docker_engine
+from launcher.image.check import check
 from launcher.image.convert import image_config
+from launcher.image.engine import Engine
+from launcher.image.squashfs_tools import TAIL, Ran, run
 from launcher.stage.manifest import read_manifest
 from launcher.titan import data, registry_era, weights
 
@@ -225,3 +229,28 @@ def test_any_value_in_any_record(tmp_path: Path, field: tuple[str, str], value: 
     words = [command, "--runs-dir", str(run.parent), *(["r"] if command != "list" else [])]
     done = CliRunner().invoke(group, words)
     assert done.exception is None or isinstance(done.exception, (SystemExit, LauncherError)), done.exception
+
+
+def test_a_program_that_prints_without_end_is_ended() -> None:
+    ran = run(["sh", "-c", "yes no | head -c 300000 >&2; yes"], 1000)
+    assert (len(ran.out), ran.cut, len(ran.err)) == (1000, True, TAIL)
+    with pytest.raises(LauncherError, match="sh did not end within"):
+        run(["sh", "-c", "sleep 60; true"], 1000, timeout_s=0.1)
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        b"",
+        b"[]",
+        b'{"checks": []}',
+        b'{"checks": [{"name": "torch", "status": "ok"}]}',
+        b'{"checks": [{"name": "torch", "status": "fine", "found": ""}]}',
+        b'{"checks": [{"name": ["torch"], "status": "ok", "found": ""}]}',
+    ],
+)
+def test_what_an_image_prints_in_the_place_of_its_checks(printed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docker_engine, "run", lambda *_, **__: Ran(0, printed, "its own words", False))
+    with pytest.raises(LauncherError, match="the checks did not run in titan:x") as error:
+        check("titan:x", engine=Engine(None, "unix:///x", "28", "amd64", "Debian"))
+    assert error.value.original

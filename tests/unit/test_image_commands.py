@@ -136,7 +136,7 @@ def test_convert_replaces_a_file_only_when_told_to(run: Run, api: Api, workplace
 @pytest.mark.parametrize(
     ("arguments", "words", "code"),
     [
-        (["titan:cpu-amd64", "-o", "no/where/x.sqsh"], "try: mkdir -p no/where", ExitStatus.FILESYSTEM),
+        (["titan:cpu-amd64", "-o", "no/where/x.sqsh"], "mkdir -p no/where", ExitStatus.FILESYSTEM),
         (["titan:cpu-amd64", "-o", "pipe", "--force"], "pipe is not a file", ExitStatus.INVALID),
         (["other:1"], "name the file with -o FILE", ExitStatus.USAGE),
         (["nothing:1"], "has no image 'nothing:1'", ExitStatus.NOT_FOUND),
@@ -259,7 +259,7 @@ def test_a_slash_at_the_end_means_a_directory(run: Run, api: Api, workplace: Pat
     (workplace / "x.txt").write_text("mine")
     done = run("convert", "titan:cpu-amd64", "--force", "-o", name)
     assert (done.code, done.stdout) == (ExitStatus.FILESYSTEM, "")
-    assert f"{name}: " in done.stderr and "directory" in done.stderr
+    assert f"{name}: no such directory" in done.stderr
     assert (workplace / "x.txt").read_text() == "mine"
 
 
