@@ -103,7 +103,7 @@ def main() -> None:
     except OSError as error:  # the output's own device, or a directory that went away under our feet
         _discard_stdout()
         where = f"{error.filename}: " if error.filename else ""
-        echo(f"error: {where}{error.strerror or error}", err=True)
+        echo(f"error: {where}{error.strerror or error} [unwritable]", err=True)
         sys.exit(ExitStatus.FILESYSTEM)
 
 

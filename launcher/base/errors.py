@@ -47,14 +47,16 @@ def install(extra: str) -> str:
 class LauncherError(Exception):
     """An error for the user: the thing, the cause, and what to type next.
 
-    `what` names the thing and the cause in one or two lines; `fix` is a command or an action; `original`
-    holds the words of another program, printed unchanged below.
+    `code` names the kind of error: it stays when words change, and docs/exit-codes.md lists it. `what` names the thing
+    and the cause in one or two lines; `fix` is a command or an action; `original` holds the words of another program,
+    printed unchanged below.
     """
 
     def __init__(
-        self, what: str, fix: str = "", *, status: ExitStatus = ExitStatus.INVALID, original: str = ""
+        self, code: str, what: str, fix: str = "", *, status: ExitStatus = ExitStatus.INVALID, original: str = ""
     ) -> None:
         super().__init__(what)
+        self.code = code
         self.what = what
         self.fix = fix
         self.status = status

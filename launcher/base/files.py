@@ -96,7 +96,7 @@ def unreadable(path: Path, error: OSError | UnicodeDecodeError, fix: str = "") -
     """What the operating system says of a file or directory that is to be read."""
     why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
     fix = fix or f"ls -ld {quoted(path)}"
-    return LauncherError(f"cannot read {path}: {why}", fix, status=ExitStatus.FILESYSTEM)
+    return LauncherError("unreadable", f"cannot read {path}: {why}", fix, status=ExitStatus.FILESYSTEM)
 
 
 def filesystem_error(path: Path, error: OSError, option: str = "") -> LauncherError:
@@ -113,5 +113,5 @@ def filesystem_error(path: Path, error: OSError, option: str = "") -> LauncherEr
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     return LauncherError(
-        f"cannot write {path}: {reason}", fixes.get(error.errno or 0, ""), status=ExitStatus.FILESYSTEM
+        "unwritable", f"cannot write {path}: {reason}", fixes.get(error.errno or 0, ""), status=ExitStatus.FILESYSTEM
     )

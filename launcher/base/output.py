@@ -142,7 +142,7 @@ def warn(text: str) -> None:
 
 
 def print_error(error: LauncherError) -> None:
-    echo(f"{style('error:', fg='red')} {masked(error.what)}", err=True)
+    echo(f"{style('error:', fg='red')} {masked(error.what)} [{error.code}]", err=True)
     if error.original:
         echo(*(f"  | {masked(line)}" for line in error.original.splitlines()[:20]), err=True)
     if error.fix:

@@ -85,6 +85,7 @@ def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
         proposal = propose(nodes)
         if not proposal.profile:
             raise LauncherError(
+                "gpu-unknown",
                 "no profile fits for sure: " + ("; ".join(proposal.contradictions) or "nothing names the GPU"),
                 f"say which: launcher cluster use {'|'.join(proposal.candidates or hardware())}",
                 status=ExitStatus.NOT_FOUND,

@@ -93,6 +93,7 @@ class SquashfsFile(FilePath):
         if not os.path.lexists(value) and not is_file(str(value)) and is_reference(str(value)):
             name = quoted(value)
             raise LauncherError(
+                "image-not-a-file",
                 f"{value}: no such file; an image of the Docker engine is no file yet",
                 f"launcher image check {name}, or: launcher image convert {name}",
                 status=self._status,
@@ -107,7 +108,7 @@ class TargetPath(FilePath):
         path = super().convert(value, parameter, context)
         if str(value).endswith("/") and not os.path.isdir(path):
             fix = f"mkdir -p {quoted(path)}, or a file's name without the slash"
-            raise LauncherError(f"{value}: no such directory", fix, status=ExitStatus.FILESYSTEM)
+            raise LauncherError("directory-missing", f"{value}: no such directory", fix, status=ExitStatus.FILESYSTEM)
         return path
 
 
@@ -142,9 +143,9 @@ def target_path(output: Path | None, name: str, force: bool) -> Path:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise filesystem_error(path, OSError(errno.EACCES if path.parent.is_dir() else errno.ENOENT, ""), "-o PATH")
     if os.path.lexists(path) and not (path.is_file() or path.is_symlink()):
-        raise LauncherError(f"{path} is not a file", "another name: -o FILE")
+        raise LauncherError("not-a-file", f"{path} is not a file", "another name: -o FILE")
     if os.path.lexists(path) and not force:
-        raise LauncherError(f"{path} exists", "replace it: --force; or another name: -o FILE")
+        raise LauncherError("file-exists", f"{path} exists", "replace it: --force; or another name: -o FILE")
     return path
 
 

@@ -82,13 +82,16 @@ def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
     """One result of each side; where one holds several, the one that is nearest to the other."""
     sides = [results_in(reference, runs_dir) for reference in (a, b)]
     if all(len(side) > 1 for side in sides):
-        raise LauncherError(f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b))
+        raise LauncherError(
+            "several-results", f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b)
+        )
     for one, many, where in ((sides[0], sides[1], b), (sides[1], sides[0], a)):
         if len(many) > 1:
             gpu = one[0].gpu
             if (row := nearest(one[0], many)) is None:
                 known = ", ".join(sorted({result.gpu for result in many}))
                 raise LauncherError(
+                    "gpu-without-result",
                     f"{where} has no result of a {gpu}, only of {known}",
                     "launcher compare A B with a run or a file of your own",
                     status=ExitStatus.NOT_FOUND,

@@ -71,7 +71,12 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     if not text:
         raise click.UsageError("--reason: must not be empty")
     if not facts.name:
-        raise LauncherError("Slurm does not say its cluster's name", "scontrol show config", status=ExitStatus.CLUSTER)
+        raise LauncherError(
+            "cluster-nameless",
+            "Slurm does not say its cluster's name",
+            "scontrol show config",
+            status=ExitStatus.CLUSTER,
+        )
     known = {node.name for node in facts.nodes}
     if unknown := [name for name in names if name not in known]:
         warn(f"Slurm has no node {unknown[0]}: it is left out once there is one")
@@ -99,7 +104,10 @@ def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
     names = [node.host for node in listed] if everything else _names(hosts)
     if unknown := [name for name in names if name not in {node.host for node in listed}]:
         raise LauncherError(
-            f"{unknown[0]} is not left out on {cluster}", "launcher cluster nodes", status=ExitStatus.NOT_FOUND
+            "node-not-left-out",
+            f"{unknown[0]} is not left out on {cluster}",
+            "launcher cluster nodes",
+            status=ExitStatus.NOT_FOUND,
         )
     change(cluster, lambda old: [replace(n, released=now_s) if n.host in names else n for n in old])
     _say([node for node in listed if node.host in names], "used again", cluster, as_json)
@@ -109,7 +117,7 @@ def _names(hosts: tuple[str, ...]) -> list[str]:
     """The hosts of several host lists. Raises LauncherError for what is none."""
     names = [name for text in hosts for name in expand(text) or (text,)]
     if wrong := [name for name in names if not HOST.fullmatch(name)]:
-        raise LauncherError(f"{wrong[0][:80]!r}: not a node's name", "list them: sinfo -N -h -o %N")
+        raise LauncherError("node-name", f"{wrong[0][:80]!r}: not a node's name", "list them: sinfo -N -h -o %N")
     return list(dict.fromkeys(names))
 
 

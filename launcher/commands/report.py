@@ -108,6 +108,7 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
     if not outcomes:
         some = ", ".join(f"{name} ({why})" for name, why in left_out[:3])
         raise LauncherError(
+            "nothing-to-show",
             f"there is nothing to show: {some}" + (", …" if len(left_out) > 3 else ""),
             quoted("launcher", "list", "--runs-dir", runs_dir),
             status=ExitStatus.NO_DATA,
@@ -128,6 +129,7 @@ def _refuse_to_overwrite(path: Path) -> None:
     try:
         if not path.parent.is_dir():
             raise LauncherError(
+                "directory-missing",
                 f"cannot write {path}: there is no folder {path.parent}",
                 quoted("mkdir", "-p", path.parent),
                 status=ExitStatus.FILESYSTEM,
@@ -140,10 +142,14 @@ def _refuse_to_overwrite(path: Path) -> None:
                 head = stream.read(400)
     except OSError as error:
         raise LauncherError(
-            f"cannot read {path}: {error.strerror}", "choose another: -o FILE", status=ExitStatus.FILESYSTEM
+            "unreadable",
+            f"cannot read {path}: {error.strerror}",
+            "choose another: -o FILE",
+            status=ExitStatus.FILESYSTEM,
         ) from error
     if f'content="{GENERATOR}"'.encode() not in head:
         raise LauncherError(
+            "file-exists",
             f"{path} exists and is no page of this command: it is left as it is",
             "choose another: -o FILE",
             status=ExitStatus.EXISTS,

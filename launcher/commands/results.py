@@ -145,6 +145,7 @@ def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> No
         try:
             if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
                 raise LauncherError(
+                    "file-exists",
                     f"{path} exists and says something else",
                     quoted("mv", path, f"{path}.old"),
                     status=ExitStatus.EXISTS,

@@ -36,7 +36,7 @@ def follow(run: Run, retries: int, again: Callable[[str, str, set[str]], Run], a
             what = f"not retried: {error.what}"
             if as_json:
                 _say(run, what, as_json)
-            print_error(LauncherError(f"{run.name}: {what}", error.fix, original=error.original))
+            print_error(LauncherError(error.code, f"{run.name}: {what}", error.fix, original=error.original))
             break
     exit_for(state)
 

@@ -71,7 +71,9 @@ def start_with_retries(
 
     def again(name: str, origin: str, without: set[str]) -> Run:
         if named := sorted(without.intersection(expand(asked.job.nodelist))):
-            raise LauncherError(f"--nodelist asks for {named[0]}", "leave it out of --nodelist; launcher cluster nodes")
+            raise LauncherError(
+                "node-left-out", f"--nodelist asks for {named[0]}", "leave it out of --nodelist; launcher cluster nodes"
+            )
         unfit.update(without)
         detected.cache_clear()
         exclude = compress(sorted({*expand(asked.job.exclude), *unfit}))

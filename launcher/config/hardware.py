@@ -54,5 +54,7 @@ def _of(name: str) -> Hardware | None:
     wanted = {field.name for field in fields(Hardware)}
     if given.keys() != wanted or None in given.values():
         wrong = ", ".join(sorted(given.keys() ^ wanted)) or "gpu, gpus_per_node or arch"
-        raise LauncherError(f"{path}: [hardware] lacks or does not know: {wrong}", "compare it with gb200.toml")
+        raise LauncherError(
+            "profile-incomplete", f"{path}: [hardware] lacks or does not know: {wrong}", "compare it with gb200.toml"
+        )
     return Hardware(**given)

@@ -58,6 +58,7 @@ def find(kind: str, name: str, how: str = "") -> Path:
     near = difflib.get_close_matches(name, known, 1, 0.5)
     option = how or {"profiles": "--gpu", "recipes": "--recipe"}[kind]
     raise LauncherError(
+        "name-unknown",
         f"there is no {kind[:-1]} {name[:80]!r}; known: {', '.join(known)}",
         f"{option} {near[0]}" if near else f"{option} {known[0]}, or {option} ./my.toml",
         status=ExitStatus.NOT_FOUND,
@@ -73,7 +74,9 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     tables = _parse(path)
     run_format = tables.pop("run", None)
     if run_format is not None and run_format != RUN_FILE_FORMAT:
-        raise LauncherError(f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}")
+        raise LauncherError(
+            "run-file-format", f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}"
+        )
     origin_of, job = tables.pop("origin", {}), tables.get("job")
     if run_format is not None and tables.pop("placed", None) is None and isinstance(job, dict):
         segment = origin_of.get("job.segment") if isinstance(origin_of, dict) else None
@@ -82,18 +85,20 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     tables.pop("hardware", None)  # facts, not settings: launcher/config/hardware.py
     secrets = tables.pop("secret_env", [])
     if not (isinstance(secrets, list) and all(isinstance(name, str) for name in secrets)):
-        raise LauncherError(f"{path}: secret_env must be a list of names", 'secret_env = ["HF_TOKEN"]')
+        raise LauncherError("value", f"{path}: secret_env must be a list of names", 'secret_env = ["HF_TOKEN"]')
     per_gpu = tables.pop("gpu", {})
     values = _flatten(path, tables)
     origins = dict.fromkeys(values, origin)
     if not isinstance(per_gpu, dict):
-        raise LauncherError(f"{path}: gpu must be tables", "[gpu.gb200.recipe]")
+        raise LauncherError("value", f"{path}: gpu must be tables", "[gpu.gb200.recipe]")
     for name, sections in per_gpu.items():
         if name not in (known := {*names_of("profiles"), gpu}):
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            raise LauncherError(f"{path}: there is no profile {name[:80]!r}", f"[gpu.{(near or ['gb200'])[0]}.recipe]")
+            raise LauncherError(
+                "name-unknown", f"{path}: there is no profile {name[:80]!r}", f"[gpu.{(near or ['gb200'])[0]}.recipe]"
+            )
         if not isinstance(sections, dict):
-            raise LauncherError(f"{path}: gpu.{name} must be a table", f"[gpu.{name}.recipe]")
+            raise LauncherError("value", f"{path}: gpu.{name} must be a table", f"[gpu.{name}.recipe]")
         extra = _flatten(path, sections)
         if name == gpu:
             values |= extra
@@ -153,7 +158,7 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
 def convert(key: str, value: Any, origin: str) -> Any:
     """`value` in the type of the field `key`; an int does for a float, anything else is refused."""
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise LauncherError(f"{key} (from {origin}): a number of too many digits")
+        raise LauncherError("number-too-long", f"{key} (from {origin}): a number of too many digits")
     if key not in FIELDS:
         if isinstance(value, bool):
             return "true" if value else "false"
@@ -182,7 +187,7 @@ def unknown_key(key: str, where: str) -> LauncherError:
     if section not in (*SECTIONS, *FREE_SECTIONS) and not near:
         near = [f"{s}.{rest}" for s in SECTIONS if f"{s}.{rest}" in FIELDS]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(k for k in known)}"
-    return LauncherError(f"{where}: unknown key {key[:80]!r}", hint)
+    return LauncherError("key-unknown", f"{where}: unknown key {key[:80]!r}", hint)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -190,17 +195,19 @@ def _parse(path: Path) -> dict[str, Any]:
         return parse_toml(read_bytes(path, wait=True).decode("utf-8"))
     except OSError as error:
         status = ExitStatus.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitStatus.FILESYSTEM
-        raise LauncherError(f"cannot read {path}: {error.strerror}", f"ls -l {quoted(path)}", status=status) from error
+        raise LauncherError(
+            "unreadable", f"cannot read {path}: {error.strerror}", f"ls -l {quoted(path)}", status=status
+        ) from error
     except UnicodeDecodeError as error:
-        raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        raise LauncherError("not-text", f"{path}: not UTF-8 text (byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:
         at = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
         place = f"{path}:{at[1]}:{at[2]}" if at else f"{path} (at its end)"
         reason = re.sub(r" \(at .*\)$", "", str(error))
         # The line is not shown: it may hold a secret.
-        raise LauncherError(f"{place}: TOML syntax: {reason}", "correct that line") from error
+        raise LauncherError("toml", f"{place}: TOML syntax: {reason}", "correct that line") from error
     except ValueError as error:  # nested too deeply, numbers without end
-        raise LauncherError(f"{path}: {error}", "correct that value") from error
+        raise LauncherError("toml", f"{path}: {error}", "correct that value") from error
 
 
 def _flatten(path: Path, tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +221,7 @@ def _flatten(path: Path, tables: Mapping[str, Any]) -> dict[str, Any]:
                     raise unknown_key(f"{section}.{key}", str(path))
                 flat[f"{section}.{key}"] = value
         elif section in (*SECTIONS, *FREE_SECTIONS):
-            raise LauncherError(f"{path}: {section} must be a table", f"[{section}]")
+            raise LauncherError("value", f"{path}: {section} must be a table", f"[{section}]")
         else:
             raise unknown_key(section, str(path))
     return flat

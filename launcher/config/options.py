@@ -97,7 +97,9 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
     try:
         here = Path.cwd()
     except FileNotFoundError:
-        raise LauncherError("the working directory no longer exists", "cd to one that does") from None
+        raise LauncherError(
+            "working-directory-gone", "the working directory no longer exists", "cd to one that does"
+        ) from None
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, key in KEYS.items():

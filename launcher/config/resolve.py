@@ -80,13 +80,14 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
     missing = [name for name in spec.secret_env if name not in options and name not in environ]
     if missing:
         raise LauncherError(
+            "env-not-set",
             f"--env {missing[0]}: no such variable in your environment",
             f"export {quoted(missing[0])}=..., then again",
         )
     values = {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
     for name, value in values.items():
         if CONTROL.search(value):
-            raise LauncherError(f"--env {name}: its value holds a newline or another control character")
+            raise LauncherError("env-value", f"--env {name}: its value holds a newline or another control character")
     return values
 
 
@@ -131,10 +132,13 @@ def _repeated(run_file: Path, options: Layer) -> Layer:
     run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
     layer = read_layer(run_file, f"file {run_file}")
     if not layer.complete:
-        raise LauncherError(f"{run_file}: not a run.toml", quoted("launcher", "submit", "--config", run_file))
+        raise LauncherError(
+            "not-a-run-file", f"{run_file}: not a run.toml", quoted("launcher", "submit", "--config", run_file)
+        )
     for key, option in (("job.gpu", "--gpu"), ("job.recipe", "--recipe")):
         if key in options.values:
             raise LauncherError(
+                "run-file-decides",
                 f"{option} with {run_file}: that file already holds every value of its profile and recipe",
                 f"leave out {option}, or start from the recipe: launcher submit --recipe ...",
             )
@@ -215,4 +219,4 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 
 def _which_gpu(what: str, original: str = "", status: ExitStatus = ExitStatus.NOT_FOUND) -> LauncherError:
     fix = f"say it: --gpu {'|'.join(names_of('profiles'))}"
-    return LauncherError(what, fix, status=status, original=original)
+    return LauncherError("gpu-unknown", what, fix, status=status, original=original)

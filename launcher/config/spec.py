@@ -190,7 +190,7 @@ class NoImage(LauncherError):
 def refuse(key: str, value: object, why: str, fix: str = "", origin: str = "") -> LauncherError:
     where = f" (from {origin})" if origin and not origin.startswith("default") else ""
     told = "" if key.startswith("env.") or looks_secret(key, value) else f" = {str(value)[:120]!r}"
-    return LauncherError(f"{key}{told}{where}: {why}", fix)
+    return LauncherError("value", f"{key}{told}{where}: {why}", fix)
 
 
 def validate(spec: RunSpec) -> None:
@@ -204,6 +204,7 @@ def validate(spec: RunSpec) -> None:
         if not key.startswith("secret_env.") and any(looks_secret(key, item) for item in items):
             name = key[4:] if key.startswith("env.") else "NAME"
             raise LauncherError(
+                "secret-exposed",
                 f"{spec.origin.get(key, 'a file')}: {key} looks like a secret, which others can see there",
                 f'export {name}=..., then --env {name}, or in a file, above its tables: secret_env = ["{name}"]',
             )
@@ -238,9 +239,11 @@ def validate(spec: RunSpec) -> None:
             raise bad(f"titan.{key}", "a setting that the launcher reports as the run's own", owned)
     for name in (*spec.env, *spec.secret_env):
         if not ENV_NAME.fullmatch(name):
-            raise LauncherError(f"--env {name.partition('=')[0][:80]!r}: not a variable's name", "--env NAME=VALUE")
+            raise LauncherError(
+                "env-name", f"--env {name.partition('=')[0][:80]!r}: not a variable's name", "--env NAME=VALUE"
+            )
         if name.startswith(("SLURM_", "TITAN_")) or name == "PATH":
-            raise LauncherError(f"--env {name}: set by the job script itself")
+            raise LauncherError("env-reserved", f"--env {name}: set by the job script itself")
     for name, value in spec.env.items():
         if CONTROL.search(value):
             raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")
@@ -314,7 +317,7 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
         )
     elif not job.image.startswith("/"):
         refused = bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
-        raise refused if job.image else NoImage(refused.what, refused.fix)
+        raise refused if job.image else NoImage("image-not-named", refused.what, refused.fix)
     for key in ("image", "python", "slurm_bin"):
         if CONTROL.search(getattr(job, key)):
             raise bad(f"job.{key}", "holds a control character")

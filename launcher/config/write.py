@@ -42,15 +42,15 @@ def save(path: Path, section: str, values: Mapping[str, str]) -> None:
     except OSError as error:
         raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
-        raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        raise LauncherError("not-text", f"{path}: not UTF-8 text (byte {error.start})") from error
     try:
         parse_toml(text)  # bounded, which the other parser is not
         document = tomlkit.parse(text)
         document.setdefault(section, tomlkit.table()).update(values)
     except (ValueError, TOMLKitError) as error:
-        raise LauncherError(f"{path}: TOML syntax: {error}", "correct that line") from error
+        raise LauncherError("toml", f"{path}: TOML syntax: {error}", "correct that line") from error
     except AttributeError:
-        raise LauncherError(f"{path}: {section} must be a table", f"[{section}]") from None
+        raise LauncherError("value", f"{path}: {section} must be a table", f"[{section}]") from None
     new = tomlkit.dumps(document)
     if new == text:
         return

@@ -193,6 +193,7 @@ def created() -> str:
         return ""
     if whole(epoch) is None:
         raise LauncherError(
+            "source-date-epoch",
             f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds",
             "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
         )
@@ -232,6 +233,7 @@ def _context(folder: Path, name: str, arch: str, locked: Path) -> Path:
             shutil.copyfile(data_dir("containers") / file, folder / "containers" / file)
     except OSError as error:
         raise LauncherError(
+            "build-context",
             f"cannot put together what the build needs: {error}",
             "check TMPDIR and the checkout",
             status=ExitStatus.FILESYSTEM,
@@ -247,12 +249,14 @@ def _explain(text: str, **values: str) -> LauncherError:
         if match:
             package = next(filter(None, match.groupdict().values()), "") or _package(text)
             return LauncherError(
+                "build-failed",
                 what.format(package=package, **values),
                 fix.format(**values),
                 status=ExitStatus.ERROR,
                 original=tail,
             )
     return LauncherError(
+        "build-failed",
         f"the build of channel {values['channel']} for {values['arch']} failed",
         "read the last lines below",
         status=ExitStatus.ERROR,

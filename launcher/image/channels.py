@@ -44,6 +44,7 @@ def channel(name: str) -> Channel:
     known = channels()
     if name not in known:
         raise LauncherError(
+            "name-unknown",
             f"there is no channel {name!r}",
             f"one of {', '.join(known)}",
             status=ExitStatus.NOT_FOUND,
@@ -56,7 +57,9 @@ def docker_arch(name: str) -> str:
     for docker, uname in ARCHES.items():
         if name in (docker, uname):
             return docker
-    raise LauncherError(f"there is no architecture {name!r}", f"one of {', '.join(ARCHES)}", status=ExitStatus.USAGE)
+    raise LauncherError(
+        "name-unknown", f"there is no architecture {name!r}", f"one of {', '.join(ARCHES)}", status=ExitStatus.USAGE
+    )
 
 
 def lock_path(name: str, arch: str) -> Path:

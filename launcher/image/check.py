@@ -66,6 +66,7 @@ def check(
     if results is None or ran.cut:
         more = f"it printed more than {docker_engine.OUTPUT >> 20} MiB" if ran.cut else f"code {ran.code}"
         raise LauncherError(
+            "image-check",
             f"the checks did not run in {image} ({more})",
             "an image that `launcher image build` made has Python 3.11 or newer",
             original=ran.err or ran.out[-2000:].decode(errors="replace"),

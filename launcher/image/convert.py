@@ -31,6 +31,7 @@ def image_config(attrs: Mapping[str, Any], environ: Mapping[str, str]) -> ImageC
     epoch = environ.get("SOURCE_DATE_EPOCH", "")
     if epoch and not (whole(epoch) or 2**32) < 2**32:
         raise LauncherError(
+            "source-date-epoch",
             f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds that a squashfs can hold",
             "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
         )
@@ -51,7 +52,9 @@ def image_config(attrs: Mapping[str, Any], environ: Mapping[str, str]) -> ImageC
             return found
     except (AttributeError, TypeError, ValueError, OverflowError):
         pass
-    raise LauncherError("the image's configuration makes no sense", "docker image inspect IMAGE; build it again")
+    raise LauncherError(
+        "image-configuration", "the image's configuration makes no sense", "docker image inspect IMAGE; build it again"
+    )
 
 
 def _seconds(date: str) -> int:

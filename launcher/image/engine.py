@@ -49,6 +49,7 @@ def connect() -> Engine:
         import requests
     except ImportError as error:
         raise LauncherError(
+            "package-missing",
             "images are built through docker-py, which is not installed",
             install("image"),
             status=ExitStatus.ERROR,
@@ -89,6 +90,7 @@ def _context_host() -> str:
 def _unreachable(host: str, reason: str) -> LauncherError:
     if "Permission denied" in reason or "PermissionError" in reason:
         return LauncherError(
+            "docker-denied",
             f"this user may not use the Docker engine at {host}",
             'sudo usermod -aG docker "$USER" && newgrp docker',
             status=ExitStatus.ERROR,
@@ -96,6 +98,7 @@ def _unreachable(host: str, reason: str) -> LauncherError:
         )
     if "paramiko" in reason:  # docker-py imports it for every ssh:// address, also where it calls ssh
         return LauncherError(
+            "package-missing",
             f"the Docker engine at {host} is reached through docker-py's ssh part, which is not installed",
             "pip install 'docker[ssh]'",
             status=ExitStatus.ERROR,
@@ -103,7 +106,9 @@ def _unreachable(host: str, reason: str) -> LauncherError:
     fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
     if os.environ.get("DOCKER_HOST"):
         fix = "check DOCKER_HOST (unix:///path, ssh://user@machine, tcp://machine:port), or: unset DOCKER_HOST"
-    return LauncherError(f"no Docker engine answers at {host}", fix, status=ExitStatus.ERROR, original=reason)
+    return LauncherError(
+        "docker-silent", f"no Docker engine answers at {host}", fix, status=ExitStatus.ERROR, original=reason
+    )
 
 
 # ------------------------------------------------------------------------------------ architectures
@@ -129,6 +134,7 @@ def emulates(arch: str) -> bool:
 def cannot_run(engine: Engine, arch: str) -> LauncherError:
     """The refusal, with the command that would enable the architecture."""
     return LauncherError(
+        "emulator-missing",
         f"this machine is {engine.arch} and cannot run {arch} programs: no emulator with the flag F in {BINFMT}",
         "sudo apt-get install qemu-user-static   (or: docker run --privileged --rm tonistiigi/binfmt "
         f"--install {arch}); emulation is 6 to 13 times slower, so better: build on a machine with {arch}",
@@ -160,7 +166,7 @@ def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = 
     except OSError as error:
         fix = "sudo apt-get install docker-cli    # or docker.io, docker-ce-cli"
         what = f"docker: {error.strerror}; images are built and lists of them are made by the docker command"
-        raise LauncherError(what, fix, status=ExitStatus.ERROR) from None
+        raise LauncherError("program-missing", what, fix, status=ExitStatus.ERROR) from None
     lines = []
     with process:
         assert process.stdout
@@ -186,9 +192,12 @@ def asking(engine: Engine, refusal: str, status: ExitStatus = ExitStatus.ERROR) 
     try:
         yield
     except docker.errors.APIError as error:
-        raise LauncherError(refusal, status=status, original=str(error.explanation or error)) from error
+        raise LauncherError(
+            "docker-refused", refusal, status=status, original=str(error.explanation or error)
+        ) from error
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
         raise LauncherError(
+            "docker-silent",
             f"the Docker engine at {engine.host} stopped answering",
             "sudo systemctl status docker; df -h /var/lib/docker",
             status=ExitStatus.ERROR,
@@ -205,6 +214,7 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
             found: dict[str, Any] = engine.client.api.inspect_image(image)
         except docker.errors.ImageNotFound as error:
             raise LauncherError(
+                "image-missing",
                 f"the Docker engine at {engine.host} has no image {image!r}",
                 "docker images; or build it: launcher image build stable",
                 status=ExitStatus.NOT_FOUND,
@@ -242,7 +252,7 @@ def run(
                 if not re.search("timed? ?out", str(error), re.IGNORECASE):
                     raise
                 what = f"{command[0]} in {image} did not end within {timeout_s:.0f} s"
-                raise LauncherError(what, status=ExitStatus.ERROR) from error
+                raise LauncherError("program-slow", what, status=ExitStatus.ERROR) from error
             out = err = b""
             for chunk in api.logs(name, stdout=True, stderr=False, stream=True, follow=False):
                 out += chunk
@@ -252,7 +262,7 @@ def run(
                 err = (err + chunk)[-TAIL:]
         ran = Ran(code, out[:OUTPUT], err.decode(errors="replace"), len(out) > OUTPUT)
         if "exec format error" in ran.err.lower():
-            raise LauncherError(refusal, original=ran.err)
+            raise LauncherError("docker-refused", refusal, original=ran.err)
     except LauncherError as error:
         if "exec format error" not in error.original.lower():
             raise

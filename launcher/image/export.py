@@ -171,7 +171,9 @@ class _Stream:
 
 def _damaged(how: str) -> LauncherError:
     what = f"the image's export is incomplete or damaged: {how}"
-    return LauncherError(what, "is the engine up? docker info; then the same command again", status=ExitStatus.ERROR)
+    return LauncherError(
+        "export-broken", what, "is the engine up? docker info; then the same command again", status=ExitStatus.ERROR
+    )
 
 
 def _padded(size: int) -> int:
@@ -182,9 +184,11 @@ def _path(name: str) -> str:
     """A tar's name without its leading ./ and trailing slash; refuses what no file system holds."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise LauncherError(f"the image's export has a name that leads out of it: {name!r}")
+        raise LauncherError("image-content", f"the image's export has a name that leads out of it: {name!r}")
     if long := [part for part in parts if len(part.encode("utf-8", "surrogateescape")) > NAME_MAX]:
-        raise LauncherError(f"a file name longer than {NAME_MAX} bytes: {long[0]!r}", "rename it in the image")
+        raise LauncherError(
+            "image-content", f"a file name longer than {NAME_MAX} bytes: {long[0]!r}", "rename it in the image"
+        )
     return "/".join(parts)
 
 
@@ -208,7 +212,7 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
         """After those of directories that the export does not list: mksquashfs would give them the time of day."""
         parent = name.rpartition("/")[0]
         if parent in report.links:
-            raise LauncherError(f"/{name} is below the link /{parent}")
+            raise LauncherError("image-content", f"/{name} is below the link /{parent}")
         if parent not in directories:
             made = tarfile.TarInfo()
             made.type, made.mode, made.mtime = tarfile.DIRTYPE, 0o755, config.created
@@ -228,14 +232,14 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
         else:
             info.size = 0
         if info.islnk() and target in replaced:
-            raise LauncherError(f"/{name} is a hard link to /{target}, which the conversion replaces")
+            raise LauncherError("image-content", f"/{name} is a hard link to /{target}, which the conversion replaces")
         # With these mksquashfs 4.5 crashes, or leaves a file out without a word.
         if info.islnk() and (target not in names or target in directories):
             raise _damaged(f"/{name} is a hard link to /{target}, and no file of that name came before it")
         if name in names and not info.isdir():
             raise _damaged(f"/{name} comes twice")
         if info.isdir() and name in replaced:
-            raise LauncherError(f"/{name} is a directory; enroot needs a file of that name")
+            raise LauncherError("image-content", f"/{name} is a directory; enroot needs a file of that name")
         names.add(name)
         if name.startswith("dev/") or info.ischr() or info.isblk() or (info.islnk() and target in devices):
             report.devices += not name.startswith("dev/")
@@ -260,6 +264,7 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
     shell = follow("bin/sh", report.links)
     if shell not in report.programs:
         raise LauncherError(
+            "image-content",
             "the image has no /bin/sh, and Pyxis starts every container by it",
             "add a shell, or a base image with one",
         )
@@ -276,10 +281,12 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
 
 def _refuse_strange(info: tarfile.TarInfo, name: str) -> None:
     if info.issparse() or any(key.startswith("GNU.sparse") for key in info.pax_headers):
-        raise LauncherError(f"/{name}: stored as a sparse file", "use the engine's export, not tar --sparse")
+        raise LauncherError(
+            "image-content", f"/{name}: stored as a sparse file", "use the engine's export, not tar --sparse"
+        )
     known = info.isreg() or info.isdir() or info.issym() or info.islnk() or info.isfifo() or info.isdev()
     if not known:
-        raise LauncherError(f"/{name}: an entry of unknown type {info.type!r} in the image's export")
+        raise LauncherError("image-content", f"/{name}: an entry of unknown type {info.type!r} in the image's export")
 
 
 def _note(report: Report, info: tarfile.TarInfo, name: str) -> None:

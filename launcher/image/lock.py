@@ -77,18 +77,18 @@ def need_lock(path: Path, fix: str) -> None:
     try:
         text = read_bytes(path, wait=True).decode("utf-8")
     except FileNotFoundError:
-        raise LauncherError(f"there is no lock {path}", fix) from None
+        raise LauncherError("lock-missing", f"there is no lock {path}", fix) from None
     except OSError as error:
-        raise LauncherError(f"{path}: {error.strerror}", fix, status=ExitStatus.FILESYSTEM) from None
+        raise LauncherError("unreadable", f"{path}: {error.strerror}", fix, status=ExitStatus.FILESYSTEM) from None
     except UnicodeDecodeError:
-        raise LauncherError(f"{path} is no lock: it is not text", fix) from None
+        raise LauncherError("lock-damaged", f"{path} is no lock: it is not text", fix) from None
     # A requirement goes on where a line ends with a backslash.
     requirements = re.sub(r"\\\n", " ", text).splitlines()
     if not pinned(text):
-        raise LauncherError(f"{path} is no lock: it pins no package", fix)
+        raise LauncherError("lock-damaged", f"{path} is no lock: it pins no package", fix)
     for line in requirements:
         if pinned(line) and "--hash=sha256:" not in line:
-            raise LauncherError(f"{path} is no lock: {next(iter(pinned(line)))} has no hash", fix)
+            raise LauncherError("lock-damaged", f"{path} is no lock: {next(iter(pinned(line)))} has no hash", fix)
 
 
 def _project(chosen: Channel, index: str) -> str:
@@ -146,6 +146,7 @@ def _uv() -> str:
         found = shutil.which("uv")
     if not found:
         raise LauncherError(
+            "package-missing",
             "locks are made with uv, which is not installed",
             install("image"),
             status=ExitStatus.ERROR,
@@ -163,6 +164,7 @@ def _explain(chosen: Channel, index: str, stderr: str) -> LauncherError:
                 f"mirror of the index: --torch-index URL (now {index})"
             )
         return LauncherError(
+            "index-silent",
             f"channel {chosen.name}: the package index {match[1]} cannot be reached",
             fix,
             status=ExitStatus.ERROR,
@@ -170,12 +172,14 @@ def _explain(chosen: Channel, index: str, stderr: str) -> LauncherError:
         )
     if "No solution found" not in stderr:
         return LauncherError(
+            "lock-failed",
             f"channel {chosen.name}: uv made no lock, for the reason below",
             "uv --version: a current one is pip install --upgrade uv; its settings: env | grep ^UV_; df -h ~/.cache/uv",
             status=ExitStatus.ERROR,
             original=stderr,
         )
     return LauncherError(
+        "lock-unsolvable",
         f"channel {chosen.name}: no set of packages satisfies {', '.join(chosen.packages)}",
         "change `packages` of the channel in containers/channels.toml",
         original=stderr,

@@ -114,4 +114,6 @@ def _refused(reference: str, text: str) -> LauncherError:
         fix = "docker login" if host == "docker.io" else quoted("docker", "login", host)
     else:
         fix = f"read its words below; does it answer? curl --head https://{host}/v2/"
-    return LauncherError(f"the registry {host} did not take {reference}", fix, status=ExitStatus.ERROR, original=text)
+    return LauncherError(
+        "push-failed", f"the registry {host} did not take {reference}", fix, status=ExitStatus.ERROR, original=text
+    )

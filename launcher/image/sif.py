@@ -75,13 +75,14 @@ def _spython() -> Iterator[Any]:
         from spython.main import Client
     except ImportError as error:
         raise LauncherError(
+            "package-missing",
             "Apptainer is driven through spython, which is not installed",
             install("apptainer"),
             status=ExitStatus.ERROR,
         ) from error
     program = shutil.which("apptainer")
     if not program:
-        raise LauncherError("apptainer: no such program", INSTALL, status=ExitStatus.ERROR)
+        raise LauncherError("program-missing", "apptainer: no such program", INSTALL, status=ExitStatus.ERROR)
     path = os.environ["PATH"]
     with tempfile.TemporaryDirectory(prefix="titan-apptainer-") as folder:
         (Path(folder) / "singularity").symlink_to(program)
@@ -116,7 +117,9 @@ def _refused(what: str, code: int, words: str) -> LauncherError:
     fix = "apptainer --version: 1.4 or newer; then: unshare --user true"
     if "no space left" in words.lower() or "disk quota" in words.lower():
         fix = "it unpacks the image into a directory of its own; one with room: export APPTAINER_TMPDIR=DIR"
-    return LauncherError(f"{what} failed with code {code}", fix, status=ExitStatus.ERROR, original=words[-2000:])
+    return LauncherError(
+        "apptainer-failed", f"{what} failed with code {code}", fix, status=ExitStatus.ERROR, original=words[-2000:]
+    )
 
 
 def _verify(client: Any, target: Path) -> None:

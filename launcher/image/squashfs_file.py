@@ -72,25 +72,29 @@ def superblock(path: Path) -> Superblock:
     try:
         # A pipe or a device would block, or never end.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise LauncherError(f"{path}: not a file", f"ls -ld {quoted(path)}")
+            raise LauncherError("not-a-file", f"{path}: not a file", f"ls -ld {quoted(path)}")
         with open(path, "rb") as stream:
             head, size = stream.read(SUPERBLOCK.size), os.fstat(stream.fileno()).st_size
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         status = ExitStatus.INVALID if missing else ExitStatus.FILESYSTEM
         fix = f"ls -l {quoted(Path(path).parent)}" if missing else f"ls -l {quoted(path)}"
-        raise LauncherError(f"{path}: {error.strerror}", fix, status=status) from None
+        raise LauncherError("unreadable", f"{path}: {error.strerror}", fix, status=status) from None
     if size == 0:
-        raise LauncherError(f"{path}: the file is empty", "copy or build it again")
+        raise LauncherError("image-cut", f"{path}: the file is empty", "copy or build it again")
     if not head.startswith(b"hsqs"):
-        raise LauncherError(f"{path}: not a squashfs file (it begins with {head[:4]!r})", quoted("file", path))
+        raise LauncherError(
+            "not-squashfs", f"{path}: not a squashfs file (it begins with {head[:4]!r})", quoted("file", path)
+        )
     if len(head) < SUPERBLOCK.size:
-        raise LauncherError(f"{path}: cut off: {size} bytes", AGAIN)
+        raise LauncherError("image-cut", f"{path}: cut off: {size} bytes", AGAIN)
     fields = SUPERBLOCK.unpack(head)
     inodes, mkfs_time, block_size = fields[1:4]
     compressor, block_log, _, _, major, minor, _, used, ids, _, inode_table, directories = fields[5:17]
     if (major, minor) != (4, 0):
-        raise LauncherError(f"{path}: squashfs {major}.{minor}, which no current kernel reads", "convert it again")
+        raise LauncherError(
+            "squashfs-version", f"{path}: squashfs {major}.{minor}, which no current kernel reads", "convert it again"
+        )
     sane = (
         compressor in COMPRESSORS
         and 12 <= block_log <= 20
@@ -100,9 +104,9 @@ def superblock(path: Path) -> Superblock:
         and ids < used
     )
     if not sane:
-        raise LauncherError(f"{path}: damaged: its superblock makes no sense", AGAIN)
+        raise LauncherError("image-damaged", f"{path}: damaged: its superblock makes no sense", AGAIN)
     if size < used:
-        raise LauncherError(f"{path}: cut off: {size:,} of {used:,} bytes", AGAIN)
+        raise LauncherError("image-cut", f"{path}: cut off: {size:,} of {used:,} bytes", AGAIN)
     return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, used, size)
 
 

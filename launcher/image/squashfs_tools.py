@@ -52,7 +52,9 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
             process = subprocess.Popen(command, stdin=asked, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
             fix = f"command -v {quoted(command[0])}"
-            raise LauncherError(f"{command[0]}: {error.strerror}", fix, status=ExitStatus.ERROR) from None
+            raise LauncherError(
+                "program-missing", f"{command[0]}: {error.strerror}", fix, status=ExitStatus.ERROR
+            ) from None
     with process:
         assert process.stdout and process.stderr
         complained, late = [b""], threading.Event()
@@ -88,7 +90,9 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
             listener.join()
     if late.is_set():
         what = f"{command[0]} did not end within {timeout_s:.0f} s"
-        raise LauncherError(what, "is the file system that holds the image slow?", status=ExitStatus.ERROR)
+        raise LauncherError(
+            "program-slow", what, "is the file system that holds the image slow?", status=ExitStatus.ERROR
+        )
     return Ran(code, out[:limit], complained[0].decode(errors="replace"), cut)
 
 
@@ -96,14 +100,18 @@ def program(name: str) -> str:
     """The path of mksquashfs or unsquashfs, if it is there and of 4.5 or newer, which reads tar and knows -cat."""
     path = shutil.which(name)
     if path is None:
-        raise LauncherError(f"{name}: no such program", INSTALL, status=ExitStatus.ERROR)
+        raise LauncherError("program-missing", f"{name}: no such program", INSTALL, status=ExitStatus.ERROR)
     said = run([path, "-version"], TAIL)
     found = re.search(rb"version (\d+)\.(\d+)", said.out)
     if not found:
-        raise LauncherError(f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=said.err)
+        raise LauncherError(
+            "program-old", f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=said.err
+        )
     if (int(found[1]), int(found[2])) < (4, 5):
         version = b".".join(found.groups()).decode()
-        raise LauncherError(f"{path} is version {version}; 4.5 is needed", INSTALL, status=ExitStatus.ERROR)
+        raise LauncherError(
+            "program-old", f"{path} is version {version}; 4.5 is needed", INSTALL, status=ExitStatus.ERROR
+        )
     return path
 
 
@@ -148,13 +156,14 @@ class Tree:
         ran = run([*command, str(self._path)], LISTING, timeout_s=timeout_s)
         if ran.code:
             raise LauncherError(
+                "unpack-failed",
                 f"{self._path} cannot be unpacked into {root.parent}",
                 "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR",
                 original=ran.err,
             )
 
     def _damaged(self, original: str) -> LauncherError:
-        return LauncherError(f"{self._path}: damaged", AGAIN, original=original)
+        return LauncherError("image-damaged", f"{self._path}: damaged", AGAIN, original=original)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -241,7 +250,9 @@ def _set_root_time(path: Path, seconds: int) -> None:
         block = table + (root >> 16)
         stream.seek(block)
         if not stream.read(2)[1] & 0x80:
-            raise LauncherError("mksquashfs compressed the inodes in spite of -noI", status=ExitStatus.ERROR)
+            raise LauncherError(
+                "mksquashfs-failed", "mksquashfs compressed the inodes in spite of -noI", status=ExitStatus.ERROR
+            )
         for index, byte in enumerate(seconds.to_bytes(4, "little")):
             # The time stands at byte 8 of the inode; blocks have 2 bytes of header and 8192 of inodes.
             blocks, offset = divmod((root & 0xFFFF) + 8 + index, 8192)
@@ -259,4 +270,6 @@ def _failure(code: int, log: str, target: Path) -> LauncherError:
         what, fix = "this mksquashfs was built without that compressor", INSTALL
     elif not code:
         what = "mksquashfs stopped reading"
-    return LauncherError(what, fix, status=status, original="\n".join(log.strip().splitlines()[-5:]))
+    return LauncherError(
+        "mksquashfs-failed", what, fix, status=status, original="\n".join(log.strip().splitlines()[-5:])
+    )

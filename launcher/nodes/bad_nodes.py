@@ -78,6 +78,7 @@ def read() -> Memory:
         raise unreadable(file, error) from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise LauncherError(
+            "bad-nodes-damaged",
             f"{file}: damaged: the nodes that failed their check cannot be told",
             f"mv {quoted(file)} {quoted(f'{file}.damaged')}   (they are then forgotten)",
         ) from error

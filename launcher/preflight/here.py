@@ -67,10 +67,10 @@ def check_image(spec: RunSpec) -> list[Finding]:
         near = sorted(folder.glob("*.sqsh"))[:3] if folder.is_dir() else []
         there = f"there is: {', '.join(map(str, near))}" if near else f"ls -l {quoted(folder)}"
         hint = f"{there}; to make one: make image, or launcher image build --help"
-        raise LauncherError(f"--image {path}: no such file", hint) from None
+        raise LauncherError("image-missing", f"--image {path}: no such file", hint) from None
     except OSError as failed:
         what, fix = f"--image {path}: {failed.strerror}", f"ls -ld {quoted(folder)}"
-        raise LauncherError(what, fix, status=ExitStatus.FILESYSTEM) from None
+        raise LauncherError("unreadable", what, fix, status=ExitStatus.FILESYSTEM) from None
     if spec.job.runtime == "apptainer":
         _check_sif(path)
         return []
@@ -78,7 +78,7 @@ def check_image(spec: RunSpec) -> list[Finding]:
     found = problems(facts, spec.profile.arch, spec.profile.device, driver="")
     if found:
         what = f"--image {path}: {'; '.join(what for what, _ in found)}"
-        raise LauncherError(what, found[0][1], original="\n".join(facts.notes))
+        raise LauncherError("image-unfit", what, found[0][1], original="\n".join(facts.notes))
     return [*_driver(spec, facts), *(warning("image-note", path=path, said=note) for note in facts.notes)]
 
 
@@ -87,9 +87,11 @@ def _check_sif(path: str) -> None:
         with open(path, "rb") as stream:
             head = stream.read(64)
     except OSError as failed:
-        raise LauncherError(f"--image {path}: {failed.strerror}", f"ls -ld {quoted(path)}") from None
+        raise LauncherError("unreadable", f"--image {path}: {failed.strerror}", f"ls -ld {quoted(path)}") from None
     if b"SIF_MAGIC" not in head:
-        raise LauncherError(f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file")
+        raise LauncherError(
+            "not-sif", f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file"
+        )
 
 
 def _driver(spec: RunSpec, facts: ImageFacts) -> list[Finding]:
@@ -124,7 +126,7 @@ def check_weights(spec: PlacedRun) -> list[Finding]:
     try:
         check(Path(path), spec.recipe.flavor)
     except Refused as refused:
-        raise LauncherError(f"--init-from {refused.why}", refused.fix) from None
+        raise LauncherError("weights", f"--init-from {refused.why}", refused.fix) from None
     if spec.job.runtime == "bare":
         return []
     # A snapshot in the Hub's cache is all links: the container would see them and nothing behind them.
@@ -134,6 +136,7 @@ def check_weights(spec: PlacedRun) -> list[Finding]:
         if not any(target.startswith(f"{place}/") for place in seen):
             folder = os.path.dirname(target)
             raise LauncherError(
+                "link-outside",
                 f"--init-from {path}/{name}: a link to {target}, which the container does not see",
                 f"launcher stage model --to DIR, or {quoted('--mount', f'{folder}:{folder}:ro')}",
             )

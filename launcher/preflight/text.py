@@ -235,6 +235,7 @@ def refusal(findings: Sequence[Finding], force: bool) -> LauncherError | None:
     if not first.certain:
         fix = f"{fix}; --force submits it all the same" if fix else "--force submits it all the same"
     return LauncherError(
+        first.code,
         what + (f": {why}" if why else ""),
         fix,
         status=ExitStatus.NOT_FOUND if first.code in NOT_FOUND else ExitStatus.INVALID,

@@ -63,6 +63,7 @@ def rows_of(text: str, where: str, state: str = TABLE) -> list[Outcome]:
         missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
         if missing:
             raise LauncherError(
+                "table",
                 f"{where}: not a table of results: no column {', '.join(missing)}",
                 "write it in the form of slurm/reference-results.csv, or as launcher results --format json",
             )
@@ -71,9 +72,9 @@ def rows_of(text: str, where: str, state: str = TABLE) -> list[Outcome]:
             if (row.get("complete") or "").strip().lower() != "false":
                 rows.append(_outcome(row, f"{where}:{reader.line_num}", state))
     except csv.Error as error:
-        raise LauncherError(f"{where}: not a CSV file: {error}") from error
+        raise LauncherError("table", f"{where}: not a CSV file: {error}") from error
     if not rows:
-        raise LauncherError(f"{where}: holds no result, or none that is complete")
+        raise LauncherError("table", f"{where}: holds no result, or none that is complete")
     return rows
 
 
@@ -83,23 +84,23 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
     if median := cells.get("median_tps"):
         cells["tps"] = median
     if not cells["gpu"]:
-        raise LauncherError(f"{where}: column gpu is empty")
+        raise LauncherError("table", f"{where}: column gpu is empty")
     count = {name: _count(cells.get(name, ""), f"{where}: column {name}") for name in _COUNTS}
     number = {name: _number(cells.get(name, ""), f"{where}: column {name}") for name in _NUMBERS}
     loss = _number(cells.get("loss", ""), f"{where}: column loss")
     tps = _number(cells["tps"], f"{where}: column tps")
     if tps is None or tps <= 0:
-        raise LauncherError(f"{where}: column tps: {cells['tps'][:40]!r} is no speed")
+        raise LauncherError("table", f"{where}: column tps: {cells['tps'][:40]!r} is no speed")
     for name in _NEEDED[1:-1]:
         if not count[name]:
-            raise LauncherError(f"{where}: column {name} is empty or 0")
+            raise LauncherError("table", f"{where}: column {name} is empty or 0")
     nodes, gpus, batch, step = (count[name] or 0 for name in _NEEDED[1:-1])
     if gpus % nodes:
-        raise LauncherError(f"{where}: {gpus} GPUs on {nodes} nodes: not the same number on each")
+        raise LauncherError("table", f"{where}: {gpus} GPUs on {nodes} nodes: not the same number on each")
     precision, quantize = _precision(cells.get("precision", ""))
     compiled = cells.get("compile", "").lower()
     if compiled not in ("", "true", "false"):
-        raise LauncherError(f"{where}: column compile: {compiled[:40]!r} is neither true nor false")
+        raise LauncherError("table", f"{where}: column compile: {compiled[:40]!r} is neither true nor false")
     settings: dict[str, Any] = {
         "profile.gpu": cells["gpu"],
         "profile.gpus_per_node": gpus // nodes,
@@ -168,14 +169,14 @@ def _number(text: str, where: str) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < 0:
-        raise LauncherError(f"{where}: {text[:40]!r} is not a number that a result can have")
+        raise LauncherError("table", f"{where}: {text[:40]!r} is not a number that a result can have")
     return value
 
 
 def _count(text: str, where: str) -> int | None:
     value = _number(text, where)
     if value is not None and (value != int(value) or value > _MOST):
-        raise LauncherError(f"{where}: {text[:40]!r} is not a whole number, or too large")
+        raise LauncherError("table", f"{where}: {text[:40]!r} is not a whole number, or too large")
     return None if value is None else int(value)
 
 

@@ -34,7 +34,7 @@ def results_in(reference: str, runs_dir: Path) -> list[Outcome]:
     if reference == KEYWORD:
         return published()
     if not reference.strip():  # an unset variable in a script would otherwise mean the newest run
-        raise LauncherError("a result without a name", "name a run, a file, or: published")
+        raise LauncherError("value", "a result without a name", "name a run, a file, or: published")
     path = Path(reference).expanduser()
     try:
         if path.is_file() and path.name != "run.toml":
@@ -57,6 +57,7 @@ def of_run(reference: str, runs_dir: Path) -> Outcome:
 def nothing_logged(run: Run, state: JobState) -> LauncherError:
     """The error where a result is asked for of a run that has none yet."""
     return LauncherError(
+        "no-steps",
         f"{run.name} ({state.name}) has logged no step yet",
         quoted("launcher", "watch" if state.active else "logs", run.reference),
         status=ExitStatus.NO_DATA,
@@ -71,9 +72,9 @@ def _of_file(path: Path) -> list[Outcome]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise LauncherError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        raise LauncherError("not-text", f"{path}: not UTF-8 text (byte {error.start})") from error
     if not text.strip():
-        raise LauncherError(f"{path}: is empty", "launcher results RUN --format json > FILE")
+        raise LauncherError("result-damaged", f"{path}: is empty", "launcher results RUN --format json > FILE")
     return _of_json(text, str(path)) if text.lstrip()[0] in "[{" else rows_of(text, str(path))
 
 
@@ -81,10 +82,10 @@ def _of_json(text: str, where: str) -> list[Outcome]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise LauncherError(f"{where}: not JSON: {str(error)[:120]}") from error
+        raise LauncherError("result-damaged", f"{where}: not JSON: {str(error)[:120]}") from error
     listed = value if isinstance(value, list) else [value]
     if not listed:
-        raise LauncherError(f"{where}: holds no results")
+        raise LauncherError("result-damaged", f"{where}: holds no results")
     return [outcome_from(item, where) for item in listed]
 
 
@@ -95,20 +96,22 @@ def outcome_from(value: object, where: str) -> Outcome:
     """
     spread = value.get("spread") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(spread, dict):
-        raise LauncherError(f"{where}: not a result of this launcher", "launcher results RUN --format json > FILE")
+        raise LauncherError(
+            "result-damaged", f"{where}: not a result of this launcher", "launcher results RUN --format json > FILE"
+        )
     # There, these three names are the last step's values, and the medians with their spreads stand apart.
     medians = {name: spread.get(name) for name in ("tps", "tflops", "memory_gib")}
     found = _object(Outcome, value | medians, where)
     if found.nodes < 1 or found.gpus < 1:
-        raise LauncherError(f"{where}: a result of {found.nodes} nodes and {found.gpus} GPUs")
+        raise LauncherError("result-damaged", f"{where}: a result of {found.nodes} nodes and {found.gpus} GPUs")
     if found.tps is not None and not found.tps.median > 0:
-        raise LauncherError(f"{where}: tps.median: {found.tps.median} is no speed")
+        raise LauncherError("result-damaged", f"{where}: tps.median: {found.tps.median} is no speed")
     return found
 
 
 def _object(kind: type[_Value], value: object, where: str) -> _Value:
     if not isinstance(value, dict):
-        raise LauncherError(f"{where}: {_short(value)} is not an object")
+        raise LauncherError("result-damaged", f"{where}: {_short(value)} is not an object")
     made: dict[str, Any] = {}
     types = get_type_hints(kind)
     for part in fields(kind):  # type: ignore[arg-type]  # always one of the dataclasses of outcome.py
@@ -120,7 +123,7 @@ def _object(kind: type[_Value], value: object, where: str) -> _Value:
             elif isinstance(types[part.name], UnionType):
                 made[part.name] = None
             else:
-                raise LauncherError(f"{where}: has no {part.name}")
+                raise LauncherError("result-damaged", f"{where}: has no {part.name}")
     return kind(**made)
 
 
@@ -139,13 +142,13 @@ def _read(kind: Any, value: object, where: str) -> Any:
     outer, inner = get_origin(kind) or kind, get_args(kind)
     expected, called = _KINDS.get(outer, (object, ""))
     if not isinstance(value, expected) or (isinstance(value, bool) and outer in (int, float)):
-        raise LauncherError(f"{where}: {_short(value)} is not {called}")
+        raise LauncherError("result-damaged", f"{where}: {_short(value)} is not {called}")
     if isinstance(value, (int, float)) and abs(value) > (_MOST if outer is int else 1e300):
-        raise LauncherError(f"{where}: {_short(value)} is too large")
+        raise LauncherError("result-damaged", f"{where}: {_short(value)} is too large")
     if outer is tuple and isinstance(value, (list, tuple)):
         kinds = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
         if len(kinds) != len(value):
-            raise LauncherError(f"{where}: {_short(value)} is not a list of {len(kinds)}")
+            raise LauncherError("result-damaged", f"{where}: {_short(value)} is not a list of {len(kinds)}")
         return tuple(_read(one, item, where) for one, item in zip(kinds, value, strict=True))
     if isinstance(value, dict):
         return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}

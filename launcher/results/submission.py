@@ -37,6 +37,7 @@ def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:
     """
     if not re.search(r"[A-Za-z0-9]", entity):
         raise LauncherError(
+            "entity-not-named",
             "a submission says whose it is: your name, team or company",
             "launcher results RUN --format torchtitan --entity my-team",
         )
@@ -44,6 +45,7 @@ def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:
     for outcome in in_order(outcomes):
         if not outcome.complete:
             raise LauncherError(
+                "result-incomplete",
                 f"{outcome.run} is not a result to be submitted: {outcome.lacks}",
                 quoted("launcher", "results", outcome.run),
                 status=ExitStatus.NO_DATA,

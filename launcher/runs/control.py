@@ -81,6 +81,7 @@ def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
             with suppress(LauncherError):
                 write_json(run.path / "intent.json", {**(run.intent or {}), "in_doubt": True})
             raise InDoubt(
+                "in-doubt",
                 f"{error.what}: Slurm may or may not have the job of {run.name}",
                 f"{quoted('launcher', 'status', run.reference)} looks for it; "
                 f"{quoted('launcher', 'cancel', run.reference)} makes sure that it never runs",
@@ -92,6 +93,7 @@ def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
         runs.record_job(run, job)
     except LauncherError as error:
         raise InDoubt(
+            "in-doubt",
             f"submitted as job {job['job_id']}, but {error.what}",
             f"{quoted('launcher', 'status', run.reference)}; do not submit it again",
             status=error.status,

@@ -161,6 +161,7 @@ def create(
     """
     final = Path(spec.run_dir)
     taken = LauncherError(
+        "run-exists",
         f"a run named {spec.job.name} exists: {final}",
         "choose another with --name, or leave --name out for one with the time in it",
         status=ExitStatus.EXISTS,
@@ -292,6 +293,7 @@ def open_run(reference: str, runs_dir: Path) -> Run:
         if runs := all_runs(runs_dir):
             return runs[0]
         raise LauncherError(
+            "run-missing",
             f"there are no runs in {runs_dir}",
             "launcher submit --local --recipe debug, or name another folder: --runs-dir DIR",
             status=ExitStatus.NOT_FOUND,
@@ -309,6 +311,7 @@ def open_run(reference: str, runs_dir: Path) -> Run:
 
     near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
     raise LauncherError(
+        "run-missing",
         f"there is no run {reference[:80]!r} in {runs_dir}",
         f"did you mean {near[0]}?" if near else quoted("launcher", "list", "--runs-dir", runs_dir),
         status=ExitStatus.NOT_FOUND,

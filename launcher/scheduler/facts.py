@@ -121,11 +121,12 @@ class ClusterFacts:
         """These facts; raises LauncherError where the nodes could not be read, or one of "a,b" is no partition."""
         if "nodes" in self.unread:
             what = f"Slurm's nodes cannot be read: {self.unread['nodes']}"
-            raise LauncherError(what, "scontrol ping", status=ExitStatus.CLUSTER)
+            raise LauncherError("slurm-failed", what, "scontrol ping", status=ExitStatus.CLUSTER)
         known = [p.name for p in self.partitions]
         missing = [name for name in partition.split(",") if name and name not in known]
         if missing and not self.lacks("partitions"):
             raise LauncherError(
+                "partition-unknown",
                 f"Slurm has no partition {missing[0]!r}; it has {', '.join(known) or 'none'}",
                 quoted("--partition", known[0]) if known else "sinfo -s",
                 status=ExitStatus.NOT_FOUND,

@@ -91,7 +91,9 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
             pass_fds=(lock_fd,),
         )
     except OSError as error:
-        raise LauncherError(f"cannot run {command[0]}: {error.strerror}", status=ExitStatus.CLUSTER) from error
+        raise LauncherError(
+            "slurm-failed", f"cannot run {command[0]}: {error.strerror}", status=ExitStatus.CLUSTER
+        ) from error
     try:
         out, err = process.communicate(timeout=SUBMIT_S)
     except subprocess.TimeoutExpired as error:
@@ -127,12 +129,13 @@ class Missing(LauncherError):
 class Refused(LauncherError):
     """sbatch said no; its words alone do not tell that Slurm has no job: the queue is asked, too."""
 
-    def __init__(self, text: str, code: int) -> None:
+    def __init__(self, text: str, exit_code: int) -> None:
         known = [(what, fix) for pattern, what, fix in SBATCH_ERRORS if re.search(pattern, text, re.IGNORECASE)]
-        unknown = (f"exit code {code}", "look at the script: launcher submit --dry-run ...")
+        unknown = (f"exit code {exit_code}", "look at the script: launcher submit --dry-run ...")
         what, fix = known[0] if known else unknown
+        code = "partition-unknown" if what == NO_PARTITION else "sbatch-refused"
         status = ExitStatus.NOT_FOUND if what == NO_PARTITION else ExitStatus.CLUSTER
-        super().__init__(f"sbatch refused the job: {what}", fix, status=status, original=text)
+        super().__init__(code, f"sbatch refused the job: {what}", fix, status=status, original=text)
 
 
 Listed = Mapping[str, tuple[str, JobState]]  # job id -> (job name, state)
@@ -165,7 +168,7 @@ def _listed(out: str) -> Listed:
         return jobs
     except ValueError as error:
         what, said = "squeue answered nonsense", str(error)[:500]
-        raise LauncherError(what, "squeue --me", status=ExitStatus.CLUSTER, original=said) from error
+        raise LauncherError("slurm-failed", what, "squeue --me", status=ExitStatus.CLUSTER, original=said) from error
 
 
 def accounting(job_ids: Iterable[str]) -> Listed:
@@ -197,6 +200,7 @@ def cluster_name() -> str:
         if name := config(said).get("ClusterName", ""):
             return name
     raise LauncherError(
+        "cluster-nameless",
         "scontrol does not say the cluster's name",
         " ".join(question),
         status=ExitStatus.CLUSTER,
@@ -238,6 +242,7 @@ def _find(command: str) -> str:
     path = shutil.which(command)
     if path is None:
         raise Missing(
+            "slurm-missing",
             f"{command} is not installed here, or not in PATH",
             "go to the cluster's login node; without Slurm: launcher submit --local",
             status=ExitStatus.CLUSTER,
@@ -264,12 +269,15 @@ def ask(words: Sequence[str]) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise LauncherError(
-            f"{command} did not answer within {ANSWER_S} s", "scontrol ping", status=ExitStatus.CLUSTER
+            "slurm-silent", f"{command} did not answer within {ANSWER_S} s", "scontrol ping", status=ExitStatus.CLUSTER
         ) from error
     except OSError as error:
-        raise LauncherError(f"cannot run {path}: {error.strerror}", status=ExitStatus.CLUSTER) from error
+        raise LauncherError(
+            "slurm-failed", f"cannot run {path}: {error.strerror}", status=ExitStatus.CLUSTER
+        ) from error
     if done.returncode != 0:
         raise LauncherError(
+            "slurm-failed",
             f"{command} failed (exit code {done.returncode})",
             "scontrol ping",
             status=ExitStatus.CLUSTER,

@@ -78,7 +78,7 @@ def demand_from(text: str) -> Demand:
     Tokens are steps x batch x sequence length x ranks. Raises LauncherError naming the part that is wrong.
     """
     if not text.strip():
-        raise LauncherError("--for: names no run", EXAMPLE)
+        raise LauncherError("value", "--for: names no run", EXAMPLE)
     if "=" not in text or text.endswith(".toml"):
         return _demand_of_run(Path(os.path.expanduser(text)))
     defaults = {"nodes": 1, "gpus": 8, "steps": 100, "batch": 5, "seq": 8192, "tp": 1, "cp": 1, "pp": 1}
@@ -89,11 +89,14 @@ def demand_from(text: str) -> Demand:
         count = whole(number) or 0
         if name not in values or not 1 <= count <= 10**9:
             raise LauncherError(
+                "value",
                 f"--for {text[:80]}: {part.strip()[:40]!r} is not one of {', '.join(f'{n}=N' for n in defaults)}",
                 EXAMPLE,
             )
         if name in named:
-            raise LauncherError(f"--for {text[:80]}: {name} is named twice", f"{EXAMPLE}; one --for for each run")
+            raise LauncherError(
+                "value", f"--for {text[:80]}: {name} is named twice", f"{EXAMPLE}; one --for for each run"
+            )
         named.add(name)
         values[name] = count
     ranks = degree(values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], f"--for {text[:80]}")
@@ -107,10 +110,10 @@ def _demand_of_run(path: Path) -> Demand:
         layer = read_layer(path, str(path))
     except LauncherError as error:
         raise LauncherError(
-            f"--for {path}: not the run.toml of a run: {error.what}", fix, status=error.status
+            "not-a-run-file", f"--for {path}: not the run.toml of a run: {error.what}", fix, status=error.status
         ) from error
     if not layer.complete:
-        raise LauncherError(f"--for {path}: not the run.toml of a run", fix)
+        raise LauncherError("not-a-run-file", f"--for {path}: not the run.toml of a run", fix)
     spec = merge([layer])
     recipe = spec.recipe
     ways = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel
@@ -121,14 +124,16 @@ def _demand_of_run(path: Path) -> Demand:
 def degree(gpus: int, ways: int, where: str) -> int:
     """The data-parallel degree: groups of `ways` GPUs that read the same data."""
     if ways < 1 or gpus < 1 or gpus % ways:
-        raise LauncherError(f"{where}: {gpus} GPUs cannot be divided into groups of {ways} (tp x cp x pp)")
+        raise LauncherError("value", f"{where}: {gpus} GPUs cannot be divided into groups of {ways} (tp x cp x pp)")
     return gpus // ways
 
 
 def check_count(count: int | None, in_all: int = TRAIN_FILES) -> None:
     """Raises LauncherError for a number of train files that C4 cannot have."""
     if count is not None and not 1 <= count <= in_all:
-        raise LauncherError(f"--files {count}: C4 has {in_all} train files", f"--files N, from 1 to {in_all}, or --all")
+        raise LauncherError(
+            "value", f"--files {count}: C4 has {in_all} train files", f"--files N, from 1 to {in_all}, or --all"
+        )
 
 
 def plan_c4(
@@ -160,6 +165,7 @@ def plan_c4(
     in_all = len(split["train"])
     if not readme or not in_all:
         raise LauncherError(
+            "repository-lacks",
             f"{repo.source} at {repo.revision[:12]} has no {README} or no en/c4-train files",
             f"copy them there, {README} with its header, too: aws s3 sync DIR {quoted(source)}"
             if source
@@ -181,6 +187,7 @@ def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:
     for name in shard_names(target):
         if name.startswith("c4-train") and name[-13:] not in ours:
             raise LauncherError(
+                "target-holds-other",
                 f"--to {target}: holds another C4 (en/{name}; to come are {Path(train[0].path).name}, …)",
                 "name another directory",
             )

@@ -84,6 +84,7 @@ def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:
     kinds = {kind, "tokenizer", "model"} if kind != "c4" else {"c4"}
     if found is not None and (found.source != source or found.kind not in kinds):
         raise LauncherError(
+            "target-holds-other",
             f"--to {target}: holds {found.kind} from {found.source}, not from {source}",
             "name another directory",
         )
@@ -97,6 +98,7 @@ def open_repo(target: Path, name: str, repo_kind: str, kind: str, revision: str 
     repo = pin(name, repo_kind, revision or (found.revision if found else None), token)
     if found is not None and found.revision != repo.revision:
         raise LauncherError(
+            "target-holds-other",
             f"--to {target}: holds revision {found.revision}, asked for is {repo.revision}",
             "leave --revision out to continue, or name another directory: two revisions do not mix",
         )
@@ -218,6 +220,7 @@ def _download(source: Source, file: RemoteFile, target: Path, work: Work, progre
             return staged
         progress.say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
     raise LauncherError(
+        "wrong-bytes",
         f"{file.path}: wrong bytes twice: not those of {(file.sha256 or file.blob or f'{file.bytes:,} bytes')[:16]}",
         "a proxy or cache on the way may change files; nothing of it was kept; the same command tries again",
         status=ExitStatus.ERROR,

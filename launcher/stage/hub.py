@@ -78,7 +78,9 @@ def endpoint() -> str:
         pass
     shown = "" if "@" in address else f"={address[:80]}"  # what stands before an @ may be a password
     raise LauncherError(
-        f"HF_ENDPOINT{shown}: not a valid address", f"unset HF_ENDPOINT, or: export HF_ENDPOINT={ENDPOINT}"
+        "hub-settings",
+        f"HF_ENDPOINT{shown}: not a valid address",
+        f"unset HF_ENDPOINT, or: export HF_ENDPOINT={ENDPOINT}",
     )
 
 
@@ -98,18 +100,20 @@ def find_token(token_file: Path | None = None) -> str | None:
             found: str | None = get_token()
             if found and not found.isascii():
                 fix = "copy it again: export HF_TOKEN=..., or hf auth login"
-                raise LauncherError("the Hub's token holds a character that is not ASCII", fix)
+                raise LauncherError("hub-token", "the Hub's token holds a character that is not ASCII", fix)
             return found
         words = read_bytes(token_file, TOKEN_BYTES, wait=True).decode("utf-8", "replace").split()
     except (OSError, UnicodeDecodeError) as error:
         place = str(token_file or constants.HF_TOKEN_PATH)
         raise LauncherError(
+            "hub-token",
             f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
             f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
             status=ExitStatus.FILESYSTEM,
         ) from None
     if len(words) != 1 or not words[0].isascii():
         raise LauncherError(
+            "hub-token",
             f"--token-file {token_file}: must hold one token and nothing else",
             "write it there with: umask 077; cat > FILE, paste it, Ctrl-D",
         )
@@ -132,6 +136,7 @@ def _ask(repo: Repo, url: str) -> tuple[Any, str]:
     value, link = ask(url, ANSWER_BYTES, refused_by_hub(repo), token or "")
     if not isinstance(value, (dict, list)):
         raise LauncherError(
+            "server-answer",
             f"{repo.page}: the server's answer is no JSON, or more than {ANSWER_BYTES >> 20} MB of it",
             "check HF_ENDPOINT and HTTPS_PROXY: a login page, perhaps; the same command tries again",
         )
@@ -149,7 +154,9 @@ def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[Re
         asked += 1 + len(entries)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or asked > ENTRIES:
             what = "is no list of files" if asked <= ENTRIES else f"has more than {ENTRIES:,} entries"
-            raise LauncherError(f"{repo.page}: the server's listing {what}", "check HF_ENDPOINT and who runs it")
+            raise LauncherError(
+                "server-answer", f"{repo.page}: the server's listing {what}", "check HF_ENDPOINT and who runs it"
+            )
         for entry in entries:
             check_answer(repo.page, path=entry.get("path"))
             if entry.get("type") == "file":
@@ -197,7 +204,7 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
             words = words.replace(repo.token, "(token)")
         what = f"{repo.name}/{path}" if path else repo.name
         if status in (401, 403):
-            return LauncherError(*_no_access(status, code, words.lower(), repo), original=words)
+            return LauncherError("hub-access", *_no_access(status, code, words.lower(), repo), original=words)
         exit_status = ExitStatus.NOT_FOUND if status == 404 else ExitStatus.ERROR
         if status == 404 and code == "RevisionNotFound":
             says = f"{repo.name} has no revision {repo.revision[:80]!r}"
@@ -212,7 +219,7 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
         else:
             says = f"{what}: {no_answer(error)} at {repo.site}"
             fix = "the same command continues; check the network, HTTPS_PROXY and HF_ENDPOINT"
-        return LauncherError(says, fix, status=exit_status, original=words)
+        return LauncherError("hub-refused", says, fix, status=exit_status, original=words)
 
     return refused
 

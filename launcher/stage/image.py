@@ -60,7 +60,7 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     """
     to = Path(os.path.expanduser(to)).absolute()
     if not source.strip():
-        raise LauncherError("SOURCE is empty", KINDS)
+        raise LauncherError("value", "SOURCE is empty", KINDS)
     refuse_unusable(to)
     try:
         return _stage_image(source, to, say)
@@ -73,7 +73,9 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
     if re.match(r"https?://", source):
         wanted = _of_address(source)
     elif "://" in source:
-        raise LauncherError(f"{source.partition('://')[0][:20]}://: images are not staged from there", KINDS)
+        raise LauncherError(
+            "image-address", f"{source.partition('://')[0][:20]}://: images are not staged from there", KINDS
+        )
     elif source.endswith(".sqsh") or source.startswith(("/", "./", "../", "~")) or os.path.isfile(source):
         wanted = _of_file(Path(os.path.expanduser(source)), say)
     else:
@@ -82,7 +84,7 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
             "the path of a .sqsh file; an image of the Docker engine first becomes one: "
             f"{quoted('launcher', 'image', 'convert', source)}"
         )
-        raise LauncherError(f"{source}: {what}", fix)
+        raise LauncherError("image-missing", f"{source}: {what}", fix)
     final = wanted.path(to)
     there = _is_known(wanted, final)  # also for whoever may only read there
     if not there:
@@ -113,6 +115,7 @@ def _of_file(path: Path, say: Say) -> Wanted:
         digest = _digest_in(about, str(sidecar))
     elif os.path.lexists(sidecar):
         raise LauncherError(
+            "image-description",
             f"{sidecar} does not describe the file beside it ({block.file_size:,} bytes)",
             f"copy the two again, together; or without a description: mv {quoted(sidecar)} {quoted(f'{sidecar}.old')}",
         )
@@ -123,7 +126,9 @@ def _of_file(path: Path, say: Say) -> Wanted:
         except OSError as error:
             raise unreadable(path, error) from error
         if found is None:
-            raise LauncherError(f"{path}: is being written", "wait until it is complete, then the same command")
+            raise LauncherError(
+                "being-written", f"{path}: is being written", "wait until it is complete, then the same command"
+            )
         digest = found.sha256
         about = _described(path, block, digest)
 
@@ -151,12 +156,16 @@ def _of_address(url: str) -> Wanted:
     where = f"{url}.json"
     about, _ = ask(where, SMALL, refused_by_server(where))
     if not isinstance(about, dict):
-        raise LauncherError(f"{where}: not a JSON object", "the address of a .sqsh file of a release")
+        raise LauncherError(
+            "image-description", f"{where}: not a JSON object", "the address of a .sqsh file of a release"
+        )
     digest = _digest_in(about, where)
     size = about["squashfs"].get("bytes")
     check_answer(where, size=size)
     if not size or not is_metadata(about):
-        raise LauncherError(f"{where}: not the description of an image", "the address of a .sqsh file of a release")
+        raise LauncherError(
+            "image-description", f"{where}: not the description of an image", "the address of a .sqsh file of a release"
+        )
     name = _clean(urlsplit(url).path.rsplit("/", 1)[-1], digest)
     return Wanted(name, digest, size, about, lambda stream: download(url, stream, {}, refused_by_server(url)))
 
@@ -167,9 +176,12 @@ def _check_address(url: str) -> None:
         parts = urlsplit(url)
         _ = parts.port  # raises where it is no number
     except ValueError:
-        raise LauncherError("the image's address is none", "the address of a .sqsh file of a release") from None
+        raise LauncherError(
+            "image-address", "the image's address is none", "the address of a .sqsh file of a release"
+        ) from None
     if "@" in parts.netloc or parts.query or parts.fragment or not parts.path.endswith(".sqsh"):
         raise LauncherError(
+            "image-address",
             "the image's address must end with .sqsh, without user, password or parameters",
             "download it together with its .json, then: launcher stage image FILE --to DIR",
         )
@@ -179,7 +191,9 @@ def _digest_in(about: Mapping[str, Any] | None, where: str) -> str:
     facts = about.get("squashfs") if about else None
     digest = facts.get("sha256") if isinstance(facts, dict) else None
     if not is_digest(digest):
-        raise LauncherError(f"{where}: has no sha256 of an image", "convert it again: launcher image convert IMAGE")
+        raise LauncherError(
+            "image-description", f"{where}: has no sha256 of an image", "convert it again: launcher image convert IMAGE"
+        )
     return str(digest)
 
 
@@ -222,12 +236,13 @@ def _bring(wanted: Wanted, work: Work, say: Say) -> None:
             superblock(stream.handle)
         except LauncherError as error:
             what = error.what.removeprefix(f"{stream.handle}: ")
-            raise LauncherError(f"{wanted.name}: {what}", error.fix) from None
+            raise LauncherError(error.code, f"{wanted.name}: {what}", error.fix) from None
 
     check_space(work.top.path, wanted.bytes)
     with Progress(f"staging {wanted.name},", 1, wanted.bytes) as progress:
         if receive(work, wanted.file, final, fill, progress) is None:
             raise LauncherError(
+                "wrong-bytes",
                 f"{wanted.name}: wrong bytes: another checksum than sha256 {wanted.sha256[:16]}… of its description",
                 "copy or download the image and its .json again; nothing of it was kept",
             )

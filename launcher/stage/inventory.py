@@ -156,11 +156,14 @@ def refuse_no_directory(directory: Path) -> None:
                 fix = f"launcher stage verify {quoted(directory.parent)}"
             elif directory.suffix == ".sqsh":
                 fix = f"launcher image inspect {place}"
-            raise LauncherError(f"{directory}: a file, not a directory", fix) from None
+            raise LauncherError("not-a-directory", f"{directory}: a file, not a directory", fix) from None
     except OSError as error:
         raise unreadable(directory, error) from error
     raise LauncherError(
-        f"{directory}: no such directory", f"launcher stage c4 --to {place} --files 8", status=ExitStatus.NOT_FOUND
+        "directory-missing",
+        f"{directory}: no such directory",
+        f"launcher stage c4 --to {place} --files 8",
+        status=ExitStatus.NOT_FOUND,
     )
 
 
@@ -178,6 +181,7 @@ def verify(directory: Path, deep: bool = False) -> Report:
         else:
             fix = "launcher stage list DIR, with a directory that was staged"
         raise LauncherError(
+            "not-staged",
             f"{directory}: not staged by the launcher: nothing is known about its files",
             fix,
             status=ExitStatus.NOT_FOUND,

@@ -81,6 +81,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     manifest = parse_manifest(data)
     if manifest is None:
         raise LauncherError(
+            "manifest-damaged",
             f"{path}: damaged or edited",
             "the `launcher stage` command that filled it reads every file again and writes a new one",
         )

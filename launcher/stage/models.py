@@ -34,6 +34,7 @@ def repo_name(model: str) -> str:
     if all(part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, name)):
         return model
     raise LauncherError(
+        "name-unknown",
         f"there is no model {model[:80]!r}; known: {', '.join(MODELS)}",
         "Llama-3.1-8B, or OWNER/NAME on the Hub",
     )
@@ -48,6 +49,7 @@ def plan(
     where = f"{repo.page} at {repo.revision[:12]}"
     if missing := [path for path in REQUIRED if path not in there]:
         raise LauncherError(
+            "repository-lacks",
             f"{where} has no {' and no '.join(missing)}",
             "another repository: launcher stage tokenizer OWNER/NAME --to DIR",
         )
@@ -55,10 +57,10 @@ def plan(
     if kind == "model":
         shards = [match for path in there if (match := SHARD.fullmatch(path))]
         if shards and ({int(match[2]) for match in shards} != {len(shards)} or INDEX not in there):
-            raise LauncherError(f"{where}: some of its weights are missing", "--revision main")
+            raise LauncherError("repository-lacks", f"{where}: some of its weights are missing", "--revision main")
         weights = [match[0] for match in shards] or [path for path in ("model.safetensors",) if path in there]
         if not weights or "config.json" not in there:
-            raise LauncherError(f"{where} has no weights as safetensors", "another repository")
+            raise LauncherError("repository-lacks", f"{where} has no weights as safetensors", "another repository")
         names += [*CONFIG, INDEX, *weights]
     return repo, [there[name] for name in names if name in there]
 
@@ -71,7 +73,9 @@ def bring(kind: str, target: Path, repo: Repo, files: Sequence[RemoteFile], jobs
         except (ValueError, RecursionError):
             good = False
         if not good:
-            raise LauncherError(f"{target / name}: as on the Hub, but not a tokenizer's file", "--revision main")
+            raise LauncherError(
+                "repository-lacks", f"{target / name}: as on the Hub, but not a tokenizer's file", "--revision main"
+            )
     return outcome
 
 

@@ -83,7 +83,9 @@ class Bucket:
                 break
             where["ContinuationToken"] = page.get("NextContinuationToken")
         if page.get("IsTruncated"):
-            raise LauncherError(f"{self.source}: lists more than {ENTRIES:,} entries", "name the prefix that holds en/")
+            raise LauncherError(
+                "server-answer", f"{self.source}: lists more than {ENTRIES:,} entries", "name the prefix that holds en/"
+            )
         if empty and not folder:
             raise _refused(FileNotFoundError(), self.source)
         files = []
@@ -107,6 +109,7 @@ class Bucket:
         found = parse_manifest(data)
         if found is None or found.kind != "c4":
             raise LauncherError(
+                "manifest-damaged",
                 f"{self.source}/{STATE}/manifest.json: damaged, or not of C4",
                 "copy it again from the staged directory, or remove it: then nothing but sizes is compared",
             )
@@ -118,6 +121,7 @@ def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile], list[RemoteFile
     match = S3_ADDRESS.fullmatch(address)
     if match is None or ".." in address:
         raise LauncherError(
+            "store-address",
             f"{address[:120]!r}: not an address of object storage",
             "s3://bucket/prefix; credentials and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL or ~/.aws",
         )
@@ -141,6 +145,7 @@ def _known(file: RemoteFile, bucket: Bucket, manifest: Manifest | None) -> Remot
     entry = manifest.files.get(file.path) if manifest else None
     if entry and entry.bytes != file.bytes:
         raise LauncherError(
+            "store-differs",
             f"{bucket.source}/{file.path}: {file.bytes:,} bytes, and {entry.bytes:,} in the bucket's own "
             f"{STATE}/manifest.json",
             "copy the file again from the staged directory; nothing was downloaded",
@@ -169,6 +174,7 @@ def _store() -> Any:
         from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
     except ImportError as error:
         raise LauncherError(
+            "package-missing",
             "object storage is read through s3fs, which is not installed",
             install("s3"),
             status=ExitStatus.ERROR,
@@ -225,37 +231,48 @@ def _refused(error: Exception, what: str) -> LauncherError:
     name, words = type(error).__name__, str(error)
     if isinstance(error, WrongLength) or name == "FileExpired":
         return LauncherError(
-            f"{what}: has changed meanwhile", "the same command tries again", status=ExitStatus.ERROR, original=words
+            "store-differs",
+            f"{what}: has changed meanwhile",
+            "the same command tries again",
+            status=ExitStatus.ERROR,
+            original=words,
         )
     if isinstance(error, TooLong):
         return LauncherError(
+            "server-answer",
             f"{what}: the store answers with more than {ANSWER >> 20} MiB at once",
             "check AWS_ENDPOINT_URL: is it an object store?",
             status=ExitStatus.ERROR,
         )
     if isinstance(error, FileNotFoundError):
         return LauncherError(
+            "store-missing",
             f"{what}: not there",
             "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
             status=ExitStatus.NOT_FOUND,
         )
     if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
         return LauncherError(
+            "store-access",
             f"{what}: no credentials for object storage",
             "aws configure; or export AWS_PROFILE=..., or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
             original=words,
         )
     if isinstance(error, PermissionError):
         return LauncherError(
+            "store-access",
             f"{what}: access denied",
             "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
             original=words,
         )
     if name in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "SSLError"):
         return LauncherError(
+            "no-connection",
             f"{what}: no connection to the store",
             "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)",
             status=ExitStatus.ERROR,
             original=words,
         )
-    return LauncherError(f"{what}: {name}", "the same command continues", status=ExitStatus.ERROR, original=words)
+    return LauncherError(
+        "store-failed", f"{what}: {name}", "the same command continues", status=ExitStatus.ERROR, original=words
+    )

@@ -62,6 +62,7 @@ def check_answer(server: str, **fields: object) -> None:
         if not _FIELDS[name](value):
             why = "would lie outside the target" if name == "path" else "makes no sense"
             raise LauncherError(
+                "server-answer",
                 f"{server}: the server names the {name} {repr(value)[:120]}, which {why}",
                 "nothing of it was written; check the address and who runs it; the same command tries again",
             )

@@ -58,6 +58,7 @@ def write_error(path: Path, error: OSError) -> LauncherError:
     """The operating system's refusal to write below the target, with what to do about it."""
     if error.errno == errno.ELOOP:
         return LauncherError(
+            "in-the-way",
             f"cannot write {path}: {os.strerror(errno.ELOOP)}",
             f"it is a link, or no file: ls -l {quoted(path)}; remove it, then the same command",
             status=ExitStatus.FILESYSTEM,
@@ -84,7 +85,7 @@ def refuse_unusable(target: Path) -> None:
     except NotADirectoryError:
         file = next(place for place in (target, *target.parents) if os.path.exists(place))
         raise LauncherError(
-            f"--to {file}: a file, not a directory", "name a new directory, or one to continue in"
+            "not-a-directory", f"--to {file}: a file, not a directory", "name a new directory, or one to continue in"
         ) from None
     except OSError as error:
         raise write_error(target, error) from error
@@ -101,6 +102,7 @@ def refuse_foreign(target: Path, ours: Callable[[Path], object]) -> None:
         raise write_error(target, error) from error
     if found and not (target / STATE / "manifest.json").exists() and not ours(target):
         raise LauncherError(
+            "target-holds-other",
             f"--to {target}: holds other data ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})",
             "name a directory that is new or empty, or one that was staged before",
         )
@@ -256,7 +258,7 @@ class Folder:
 def in_the_way(path: Path, what: str) -> LauncherError:
     """Nothing can be put at `path` as it is, nor through it."""
     place = quoted(path)
-    return LauncherError(f"{path} is {what}", f"mv {place} {place}.old, then the same command")
+    return LauncherError("in-the-way", f"{path} is {what}", f"mv {place} {place}.old, then the same command")
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,7 @@ def check_space(target: Path, needed: int) -> None:
     free = free_bytes(target)
     if needed and needed + RESERVE > free:
         raise LauncherError(
+            "disk-full",
             f"{target}: {gigabytes(needed)} are still needed, {gigabytes(free)} are free",
             f"free space (df -h {quoted(target)}), ask for fewer files (--files N), or another place, or --to "
             "another file system",

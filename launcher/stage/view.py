@@ -92,9 +92,12 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
     if not there or spec.recipe.dataset not in DATASETS:
         if spec.job.data_part:
             what = f"--data {spec.job.data} with the dataset {spec.recipe.dataset}"
-            raise LauncherError(f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4")
+            raise LauncherError(
+                "data-part", f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4"
+            )
         if spec.job.data.startswith(S3):
             raise LauncherError(
+                "dataset-not-streamed",
                 f"--data {spec.job.data}: only C4 is streamed from object storage, not {spec.recipe.dataset}",
                 f"--set recipe.dataset={DATASETS[0]}",
             )
@@ -108,6 +111,7 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
     stage = f"launcher stage c4 --to {quoted(directory)} --files"
     if os.path.isfile(directory):
         raise LauncherError(
+            "not-a-directory",
             f"--data {directory}: a file, not a directory",
             "launcher stage c4 --to DIR --files N, then --data DIR",
         )
@@ -120,7 +124,7 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
         fix = f"{stage} {files_needed(spec, TRAIN_FILES)}"
         if spec.job.data_part or spec.job.scheduler == "local":
             what = f"--data-part {spec.job.data_part}: {why}" if spec.job.data_part else why
-            raise LauncherError(what, fix, status=ExitStatus.NOT_FOUND) from error
+            raise LauncherError("data-missing", what, fix, status=ExitStatus.NOT_FOUND) from error
         return spec, [
             f"{why}, so the run gets no view of it; if the nodes do not have it either, the job stops at once: {fix}, "
             "or --data hub"
@@ -133,7 +137,9 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
         notes.append(f"{directory}/en: {name} is {why}{and_more(staged.left_out)}: left out{repair}")
     if not staged.train:
         if spec.job.data_part:
-            raise LauncherError(f"--data-part {spec.job.data_part}: {directory}/en holds no train file", stage)
+            raise LauncherError(
+                "no-train-files", f"--data-part {spec.job.data_part}: {directory}/en holds no train file", stage
+            )
         return spec, [
             *notes,
             f"{directory}/en holds no train file of C4, so the run gets no view of it: {stage}",
@@ -155,7 +161,9 @@ def _plan_streamed(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
             f"directory: aws s3 sync DIR {quoted(bucket)}"
         )
     if not staged.train:
-        raise LauncherError(f"{bucket}/en holds no train file of C4", f"{stage}{then}", original="\n".join(notes))
+        raise LauncherError(
+            "no-train-files", f"{bucket}/en holds no train file of C4", f"{stage}{then}", original="\n".join(notes)
+        )
     spec = _with_view(spec, staged)
     return spec, [*notes, *_shortages(spec, staged, stage, then)]
 
@@ -168,6 +176,7 @@ def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
         if not isinstance(error.__cause__, ImportError):
             raise
         raise LauncherError(
+            error.code,
             f"--data {address}: {error.what}; submit lists the files with it",
             f"{error.fix}; or where it is installed: launcher stage c4 --from {quoted(address)} --to DIR --files "
             f"{needed}, "
@@ -286,6 +295,7 @@ def _with_view(spec: PlacedRun, staged: Staged) -> PlacedRun:
     if parts > 1 and len(staged.train) < needed:
         fix = f"launcher stage c4 --to {quoted(host_path(spec, spec.data_path))} --files {needed}"
         raise LauncherError(
+            "data-part",
             f"--data-part {spec.job.data_part}: {parts} parts for {spec.data_parallel} data-parallel ranks need "
             f"{needed} train files, there are {len(staged.train)}",
             "fewer parts, or another --data"

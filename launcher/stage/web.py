@@ -245,13 +245,17 @@ def hub_constants() -> Any:
     try:
         from huggingface_hub import constants
     except ValueError as error:
-        raise LauncherError(f"an HF_* variable has no usable value: {error}", "env | grep ^HF_") from None
+        raise LauncherError(
+            "hub-settings", f"an HF_* variable has no usable value: {error}", "env | grep ^HF_"
+        ) from None
     return constants
 
 
 def refuse_offline() -> None:
     if hub_constants().HF_HUB_OFFLINE:
-        raise LauncherError("HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again")
+        raise LauncherError(
+            "hub-settings", "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again"
+        )
 
 
 def _trust() -> None:
@@ -270,6 +274,7 @@ def refused_by_server(url: str) -> Refused:
         status = status_of(error)
         if not status:
             return LauncherError(
+                "no-connection",
                 f"{url}: {no_answer(error)}",
                 "check the network and HTTPS_PROXY, then the same command",
                 status=ExitStatus.ERROR,
@@ -280,6 +285,6 @@ def refused_by_server(url: str) -> Refused:
             fix = "every image of a release has its .json beside it; check the address"
         else:
             fix = "check the address" if status < 500 else "the same command later tries again"
-        return LauncherError(f"{url}: HTTP {status}", fix, status=ExitStatus.NOT_FOUND)
+        return LauncherError("http-refused", f"{url}: HTTP {status}", fix, status=ExitStatus.NOT_FOUND)
 
     return refused

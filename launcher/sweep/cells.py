@@ -115,7 +115,9 @@ def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
     count = math.prod(map(len, lists))
     if count > MAX_CELLS:
         raise LauncherError(
-            f"{count:,} combinations: a sweep has at most {MAX_CELLS}", "shorter lists, or several sweeps"
+            "sweep-too-large",
+            f"{count:,} combinations: a sweep has at most {MAX_CELLS}",
+            "shorter lists, or several sweeps",
         )
     problems: dict[str, LauncherError] = {}
     specs: list[RunSpec] = []
@@ -143,6 +145,7 @@ def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
         cell = cell_name(name, spec)
         if cell in named:
             raise LauncherError(
+                "cells-collide",
                 f"two cells would be named {cell}: {named[cell].job.recipe} and {spec.job.recipe}",
                 "give the recipes' files different names",
             )
@@ -154,6 +157,7 @@ def cell_name(sweep: str, spec: RunSpec) -> str:
     """The run's name. Raises LauncherError where it would be too long, or the sweep's name is none."""
     if not NAME.fullmatch(sweep):
         raise LauncherError(
+            "value",
             f"--name {sweep[:80]!r}: letters, digits, '.', '_' and '-', beginning with a letter or digit",
             "--name scaling",
         )
@@ -161,6 +165,7 @@ def cell_name(sweep: str, spec: RunSpec) -> str:
     name = f"{sweep}-{recipe}-{spec.job.nodes}n-b{spec.recipe.local_batch_size}"
     if len(name) > LONGEST_NAME:
         raise LauncherError(
+            "value",
             f"{name[:100]}: a name of {len(name)} characters; a cell's has at most {LONGEST_NAME}",
             f"a --name that is {len(name) - LONGEST_NAME} characters shorter, or a shorter file name of the recipe",
         )
@@ -203,7 +208,7 @@ def _runs_of(spec: RunSpec) -> tuple[Run, ...]:
     while os.path.lexists(path := Path(spec.job.runs_dir) / attempt_name(spec.job.name, len(found) + 1)):
         found.append(Run(path))
         if len(found) == MAX_ATTEMPTS:
-            raise LauncherError(f"{spec.job.name} was tried {len(found)} times", "another --name")
+            raise LauncherError("run-exists", f"{spec.job.name} was tried {len(found)} times", "another --name")
     if not found:
         return ()
     file = found[-1].path / "run.toml"
@@ -217,6 +222,7 @@ def _runs_of(spec: RunSpec) -> tuple[Run, ...]:
     ]
     if changed:
         raise LauncherError(
+            "run-exists",
             f"{found[-1].name} exists with other settings: {'; '.join(changed[:4])}",
             "another --name, or the settings of before",
             status=ExitStatus.EXISTS,
@@ -263,6 +269,7 @@ def _refused_together(problems: Mapping[str, LauncherError], cells: int) -> Laun
     if len(problems) == cells:
         count = f"all {cells} cells" if cells > 1 else "the one cell"
     return LauncherError(
+        first.code,
         f"{count} cannot run, so nothing was submitted: {first.what}{', and more' if len(lines) > 1 else ''}",
         first.fix,
         status=first.status,

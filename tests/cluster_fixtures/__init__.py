@@ -205,6 +205,7 @@ def answering(answers: Mapping[str, str]) -> Callable[[Sequence[str]], str]:
         name = next((name for name, question in QUESTIONS.items() if tuple(words) == question), words[0])
         if name not in answers:
             raise LauncherError(
+                "slurm-failed",
                 f"{words[0]} failed (exit code 1)",
                 "scontrol ping",
                 status=ExitStatus.CLUSTER,

@@ -173,7 +173,7 @@ def test_a_channel_without_a_lock_makes_it_first(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(building, "lock_path", lambda name, arch: tmp_path / f"{name}-{arch}.txt")
 
     def refuse(name: str, arch: str, **options: object) -> Path:
-        raise LauncherError(f"index of {name} for {arch} cannot be reached", "CHANNEL=stable")
+        raise LauncherError("index-silent", f"index of {name} for {arch} cannot be reached", "CHANNEL=stable")
 
     monkeypatch.setattr(building, "lock", refuse)
     with pytest.raises(LauncherError, match="index of nightly for amd64") as error:

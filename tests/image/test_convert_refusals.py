@@ -82,7 +82,7 @@ def test_no_old_sidecar_lies_beside_a_new_image(converter: Converter, monkeypatc
     """Not even when the new one cannot be written."""
 
     def full(*arguments: Any) -> None:
-        raise LauncherError("no space left", status=ExitStatus.FILESYSTEM)
+        raise LauncherError("disk-full", "no space left", status=ExitStatus.FILESYSTEM)
 
     converter(File("x", b"old"))
     monkeypatch.setattr(module, "write_json", full)

@@ -190,7 +190,7 @@ def test_a_checksum_that_was_edited(launch: Launch, hub: Hub, workplace: Path):
 
 def test_an_interrupted_directory_says_what_is_missing(launch: Launch, hub: Hub, workplace: Path, monkeypatch):
     def refuse(*_arguments: object) -> None:
-        raise LauncherError("no")
+        raise LauncherError("value", "no")
 
     monkeypatch.setattr(hub_module.Repo, "download", refuse)
     with pytest.raises(LauncherError):

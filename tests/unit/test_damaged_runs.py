@@ -133,7 +133,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def silent(*_: object) -> JobState:
-    raise LauncherError("squeue did not answer within 20 s", status=ExitStatus.CLUSTER)
+    raise LauncherError("slurm-silent", "squeue did not answer within 20 s", status=ExitStatus.CLUSTER)
 
 
 def wait(run: Run) -> None:

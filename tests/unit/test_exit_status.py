@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 from launcher import __version__
 from launcher.base.errors import ExitStatus
 from tests.conftest import ROOT, Launch
 
+ERRORS = {"LauncherError", "NoImage", "Missing", "InDoubt"}
+
 
 def test_the_page_lists_every_code() -> None:
     page = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
     listed = {int(code): name for code, name in re.findall(r"^\| (\d+) \| (\w+) \|", page, re.MULTILINE)}
     assert listed == {status.value: status.name for status in ExitStatus}
+
+
+def test_the_page_lists_every_error_code() -> None:
+    """Those that are written where an error is made; a check's own are in docs/preflight.md."""
+    page = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([a-z0-9-]+)` \| .+ \|$", page, re.MULTILINE)
+    made: set[object] = set()
+    for path in (ROOT / "launcher").rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)):
+            name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+            if name in ERRORS and call.args and isinstance(call.args[0], ast.Constant):
+                made.add(call.args[0].value)
+    assert listed == sorted(map(str, made | {"sbatch-refused"}))
+
+
+def test_an_error_ends_with_its_code(launch: Launch) -> None:
+    assert launch("status", "none").stderr.splitlines()[0].endswith(" [run-missing]")
+    assert launch("submit", "--set", "recipe.stepz=1", "--dry-run").stderr.splitlines()[0].endswith(" [key-unknown]")
 
 
 def test_help_lists_them_too(launch: Launch) -> None:

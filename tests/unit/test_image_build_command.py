@@ -271,7 +271,9 @@ def test_sif(run: Run, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None
 
 def test_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect() -> None:
-        raise LauncherError("no Docker engine answers", "sudo systemctl start docker", status=ExitStatus.ERROR)
+        raise LauncherError(
+            "docker-silent", "no Docker engine answers", "sudo systemctl start docker", status=ExitStatus.ERROR
+        )
 
     monkeypatch.setattr(docker_engine, "connect", connect)
     for arguments in (["build", "cpu"], ["convert", "titan:cpu-amd64"], ["check", "titan:cpu-amd64"]):
