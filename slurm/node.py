@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -77,6 +78,8 @@ def main(argv: list[str]) -> int:
         say(f"titan-command: {' '.join(assignments)} {shlex.join(command)}")
         workers.stop(crew)
         os.chdir(run_dir)
+        if os.environ.get("LAUNCHER_CORE_DUMPS") != "1":  # gigabytes for each rank, in the run directory
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         os.execvp(command[0], command)
     except Refused as refused:
         facts["problems"].append(problem("node.json", refused.why, refused.fix, "run"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from launcher.base.errors import LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.secret import masked
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -147,6 +147,13 @@ def print_error(error: LauncherError) -> None:
         echo(*(f"  | {masked(line)}" for line in error.original.splitlines()[:20]), err=True)
     if error.fix:
         echo(f"  {style('try:', fg='green')} {masked(error.fix)}", err=True)
+
+
+def confirm(question: str, err: bool = False) -> None:
+    """Asks on the terminal, and ends the program where the answer is no."""
+    if not click.confirm(plain(question), default=True, err=err):
+        echo("nothing was submitted", err=True)
+        sys.exit(ExitStatus.ERROR)
 
 
 SHOWN = 3  # names in a message

@@ -16,7 +16,7 @@ import click
 from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_json
-from launcher.base.output import as_json, echo, is_terminal, plain, print_json, style, warn
+from launcher.base.output import as_json, confirm, echo, is_terminal, print_json, style, warn
 from launcher.commands.runs import failure_of, remembered
 from launcher.commands.start import prepared
 from launcher.config.options import RunOptions, run_options, runs_dir_option
@@ -184,8 +184,8 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
     size = f"{spec.job.recipe} on {spec.job.nodes} x {spec.profile.gpus_per_node} {spec.profile.gpu}"
     asking = not (yes or force or spec.job.scheduler == "local")
     asking = asking and is_terminal(sys.stdin) and is_terminal(sys.stderr)
-    if asking and not click.confirm(plain(f"Submit {size} and judge it?"), default=True, err=True):
-        raise click.Abort
+    if asking:
+        confirm(f"Submit {size} and judge it?", err=True)
 
     def submitted(run: Run, job_id: str) -> None:
         echo(f"{run.name}: job {job_id}, {size}", err=True)

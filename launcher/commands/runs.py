@@ -76,8 +76,11 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
     row = _summary(found, state)
     waiting, progress = _why_waiting(found, state), _progress(found, state)
     failure, left_out = failure_of(found, state), remembered(found, state)
+    outcome = outcome_of(found, state, with_data_share=False) if state.name == "COMPLETED" else None
+    problems = [problem.text for problem in outcome.problems] if outcome else []
     if as_json:
         more = {
+            "problems": problems,
             "source": state.source,
             "reason": state.reason,
             "exit_code": state.exit_code,
@@ -95,6 +98,8 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
             echo(f"  {line}")
         if progress:
             echo(f"  {plain_line(progress)}")
+        for problem in problems:
+            echo(f"  problem: {problem}")
         if failure:
             _print_failure(found, failure, left_out)
         elif not state.known:

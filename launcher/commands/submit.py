@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from launcher.base.output import as_json, echo, echo_file, is_terminal, plain, print_json
+from launcher.base.output import as_json, confirm, echo, echo_file, is_terminal, print_json
 from launcher.commands.asked import describe_run, looked_at, spec_of
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
@@ -66,8 +66,8 @@ def submit(
     placed = starting.checked(placed, force)
     quiet = yes or force or as_json or placed.job.scheduler == "local"
     asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    if asking and not click.confirm(plain(f"Submit {describe_run(placed)}?"), default=True):
-        raise click.Abort
+    if asking:
+        confirm(f"Submit {describe_run(placed)}?")
 
     run = starting.start(placed, secrets, as_json)
     if retries:

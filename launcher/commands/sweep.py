@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus
-from launcher.base.output import as_json, echo, is_terminal, print_json
+from launcher.base.output import as_json, confirm, echo, is_terminal, print_json
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import PlacedRun, RunSpec
@@ -77,8 +77,8 @@ def sweep(
     if ready:
         quiet = yes or force or as_json or is_local
         asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
-        if asking and not click.confirm(f"Submit {_runs(len(ready))}?", default=True):
-            raise click.Abort
+        if asking:
+            confirm(f"Submit {_runs(len(ready))}?")
         _submit(ready, cells, options, parallel, as_json)
         cells = standings(specs)
     if follow:

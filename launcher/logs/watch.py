@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+DONE = "all steps are done; the job ends when its containers are removed, which can take minutes"
+
+
 def watch(progress: Iterable[Progress], stream: TextIO, is_terminal: bool) -> Progress | None:
     """Shows snapshots until they end, and returns the last one, or None where nothing was ever logged."""
     return _watch_bar(progress, stream) if is_terminal else _watch_lines(progress, stream)
@@ -54,6 +57,8 @@ def _watch_lines(progress: Iterable[Progress], stream: TextIO) -> Progress | Non
         # The same step comes again when another node's log shows it; a smaller one after a restart is news.
         if last is None or snapshot.step != last.step:
             echo(plain_line(snapshot), file=stream)
+            if snapshot.step >= snapshot.steps_total:
+                echo(DONE, file=stream)
         last = snapshot
     return last
 
@@ -97,6 +102,8 @@ def _panel(progress: Progress | None) -> RenderableType:
     ]
     if len(progress.records) > 1:
         lines.append(f"tokens/s{_spread(progress)}")
+    if progress.step >= progress.steps_total:
+        lines.append(DONE)
     # Text, not markup: a node's name is not ours to trust.
     return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 

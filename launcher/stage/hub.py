@@ -17,11 +17,13 @@ from launcher.stage.target import Incoming
 from launcher.stage.web import (
     Refused,
     ask,
+    distrust,
     download,
     header_of,
     hub_constants,
     library,
     no_answer,
+    not_trusted,
     refuse_offline,
     status_of,
 )
@@ -200,6 +202,8 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
 
     def refused(error: Exception) -> LauncherError:
         status, code, words = status_of(error), header_of(error, "X-Error-Code"), header_of(error, "X-Error-Message")
+        if why := distrust(error):
+            return not_trusted(repo.site, why)
         if repo.token:
             words = words.replace(repo.token, "(token)")
         what = f"{repo.name}/{path}" if path else repo.name

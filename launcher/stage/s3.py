@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from launcher.config.spec import S3_ADDRESS
 from launcher.stage.manifest import LARGEST, Manifest, parse_manifest
 from launcher.stage.source import RemoteFile, check_answer
 from launcher.stage.target import STATE, Incoming, Stopped, WrongLength
+from launcher.stage.web import BUNDLES, distrust, not_trusted, trust
 
 PIECE = 8 << 20  # bytes of one request; each of the files at once holds one in memory
 ANSWER = 16 << 20  # bytes of any answer: a piece of a file, or a page of a listing
@@ -180,6 +182,9 @@ def _store() -> Any:
             status=ExitStatus.ERROR,
         ) from error
 
+    named = any(os.environ.get(name) for name in BUNDLES)
+    bundle = trust() if named else None  # None: the profile's own ca_bundle, else certifi's
+
     class Session(AIOHTTPSession):  # type: ignore[misc]
         async def send(self, request: Any) -> Any:
             request.stream_output = True  # the session itself does not read the answer then
@@ -204,7 +209,10 @@ def _store() -> Any:
 
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections that a server broke, after the refusal
     return s3fs.S3FileSystem(
-        skip_instance_cache=True, use_listings_cache=False, config_kwargs={"http_session_cls": Session}
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        config_kwargs={"http_session_cls": Session},
+        client_kwargs={"verify": bundle} if bundle else {},
     )
 
 
@@ -229,6 +237,8 @@ class _Whole:
 def _refused(error: Exception, what: str) -> LauncherError:
     """The store's or the network's refusal, and what to do about it. The libraries' words hold no secret key."""
     name, words = type(error).__name__, str(error)
+    if why := distrust(error):
+        return not_trusted(what, why)
     if isinstance(error, WrongLength) or name == "FileExpired":
         return LauncherError(
             "store-differs",

@@ -12,6 +12,7 @@ import functools
 import http.client
 import logging
 import os
+import ssl
 import threading
 import time
 import urllib.error
@@ -35,6 +36,7 @@ ATTEMPTS = 6  # for a file; the downloader itself goes on after cuts
 CONTACT_ATTEMPTS = 3  # for a small answer, before anything was downloaded
 BACKOFF_S = 1.0  # the first wait; it doubles
 LONGEST_RETRY_AFTER_S = 900.0  # a server that asks for more is not waited for
+BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE")  # variables that name trust
 SMALL = 64 << 10  # bytes of a refusal
 ANSWER_S = 120.0  # for a small answer, whole
 BAD_ADDRESS = (ValueError, http.client.InvalidURL)  # that a server leads to
@@ -82,7 +84,29 @@ def _retry_after(error: BaseException) -> float:
         return 0.0
 
 
+def distrust(error: BaseException | None) -> str:
+    """Why a certificate is not trusted, in OpenSSL's words, wherever in an error of any client that is; else ""."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            found = getattr(error, "certificate_error", error)  # aiohttp's own wraps it
+            return getattr(found, "verify_message", "") or "certificate verify failed"
+        inner = getattr(error, "reason", None) or getattr(error, "os_error", None)
+        error = inner if isinstance(inner, Exception) else error.__cause__ or error.__context__
+    return ""
+
+
+def not_trusted(where: str, why: str) -> LauncherError:
+    return LauncherError(
+        "certificate",
+        f"{where}: the server's certificate is not trusted ({why})",
+        "behind a proxy that inspects TLS, name its certificates: export SSL_CERT_FILE=/path/to/ca-bundle.crt",
+        status=ExitStatus.ERROR,
+    )
+
+
 def _may_pass(error: Exception) -> bool:
+    if distrust(error):
+        return False
     if status := status_of(error):
         return status in (408, 416, 429) or status >= 500
     ours = isinstance(error, (OSError, http.client.HTTPException)) or type(error).__module__ == "httpx"
@@ -95,8 +119,14 @@ def no_answer(error: Exception) -> str:
         return str(error)
     if isinstance(error, BAD_ADDRESS) or type(error).__name__ in BAD_ADDRESS_OF_HTTPX:
         return "the server leads to an address that cannot be used"
-    reason = getattr(error, "reason", None) or error
-    words = os.strerror(reason.errno) if isinstance(reason, OSError) and reason.errno else type(reason).__name__
+    inner: BaseException | None = error
+    words = ""
+    while inner is not None and not words:  # the system's own words, wherever they are
+        reason = getattr(inner, "reason", None)
+        inner = reason if isinstance(reason, OSError) else inner
+        words = (isinstance(inner, OSError) and inner.strerror) or ""
+        inner = inner.__cause__ or inner.__context__
+    words = words or str(error) or type(error).__name__
     return f"{'no connection' if isinstance(error, urllib.error.URLError) else 'the connection breaks off'} ({words})"
 
 
@@ -118,7 +148,7 @@ def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, st
     """The JSON at `url`, None where there is none or more than `most` bytes of it; and the answer's Link header."""
     if urlsplit(url).scheme not in ("http", "https"):  # where a listing says that it goes on
         raise refused(ValueError("another kind of address"))
-    _trust()
+    trust()
     # Identity: nobody knows what a compressed answer inflates to.
     request = urllib.request.Request(url, headers={"User-Agent": "titan-launcher", "Accept-Encoding": "identity"})
     if token:
@@ -178,7 +208,7 @@ def library() -> Any:
 @functools.cache
 def _library() -> Any:
     refuse_offline()
-    _trust()
+    trust()
     xet_cache()
     from huggingface_hub import constants, file_download, set_client_factory
     from huggingface_hub.utils import disable_progress_bars
@@ -258,13 +288,23 @@ def refuse_offline() -> None:
         )
 
 
-def _trust() -> None:
-    """Our own requests and huggingface_hub's trust the bundle that the user names, else certifi's."""
-    if not (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
-        import certifi  # huggingface_hub's client brings it
+def trust() -> str:
+    """All clients trust the bundle that the user names, by whichever of the usual variables; else certifi's. Returns
+    the bundle, "" where the system's directory is named.
 
-        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-        os.environ["SSL_CERT_FILE"] = bundle or certifi.where()
+    Raises LauncherError where that is no file.
+    """
+    for name in BUNDLES:
+        if bundle := os.environ.get(name):
+            if not os.path.exists(bundle):
+                raise LauncherError("certificate", f"{name}={bundle}: no such file", f"unset {name}, or correct it")
+            os.environ["SSL_CERT_FILE"] = bundle
+            return bundle
+    if os.environ.get("SSL_CERT_DIR"):
+        return ""
+    import certifi  # huggingface_hub's client brings it
+
+    return os.environ.setdefault("SSL_CERT_FILE", certifi.where())
 
 
 def refused_by_server(url: str) -> Refused:
@@ -272,6 +312,8 @@ def refused_by_server(url: str) -> Refused:
 
     def refused(error: Exception) -> LauncherError:
         status = status_of(error)
+        if why := distrust(error):
+            return not_trusted(url, why)
         if not status:
             return LauncherError(
                 "no-connection",

@@ -6,11 +6,13 @@ is changed, and nothing at all where an accelerator exists: a GPU that went miss
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
 import resource
 import runpy
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +35,18 @@ def main() -> None:
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     patch()
     runpy.run_module("torchtitan.train", run_name="__main__", alter_sys=True)
+    end()
+
+
+def end() -> None:
+    """Ends this process when Python would, without its last part: threads of gloo abort it there now and then."""
+    for thread in threading.enumerate():  # those that write checkpoints, for one
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _patch_device_module(cpu: Any) -> None:
@@ -110,4 +124,3 @@ def _patch_flex_attention() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)
