@@ -241,14 +241,14 @@ def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
     limit = first * (1 - FALLS_BY) if fresh and step >= FALLS_AFTER else first * (1.0 if fresh else LOSS_MARGIN)
     what = f"{first:.2f} at step {points[0].step}, {last:.2f} at step {step} (median of the last {LAST_LOSSES})"
     known = [loss for row in references if (loss := _reference_loss(outcome, row, step)) is not None]
+    if last > limit:
+        return [Reason(Word.FAIL, About.LOSS, f"{what}; it should be at most {limit:.2f} by then")]
     peak = max(points, key=lambda point: point.loss)
     if peak.loss > first * (LOSS_MARGIN if fresh else 2 * LOSS_MARGIN):
         jumped = f"{first:.2f} at step {points[0].step}, {peak.loss:.2f} at step {peak.step}"
         if peak is points[-1]:
             return [Reason(Word.FAIL, About.LOSS, f"{jumped}, the last one: it exploded")]
         return [Reason(Word.CANNOT_SAY, About.LOSS, f"{jumped}: it jumped, and came back")]
-    if last > limit:
-        return [Reason(Word.FAIL, About.LOSS, f"{what}; it should be at most {limit:.2f} by then")]
     if not known:
         return [Reason(Word.PASS, About.LOSS, what)]
     there = f"{min(known):.2f} to {max(known):.2f}" if min(known) < max(known) else f"{known[0]:.2f}"

@@ -89,7 +89,11 @@ def server(certificate: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) 
     running.server_close()
 
 
-CLIENTS = [["c4", "--files", "1"], ["image", "https://{}/titan.sqsh"], ["c4", "--files", "1", "--from", "s3://bucket/c4"]]
+CLIENTS = [
+    ["c4", "--files", "1"],
+    ["image", "https://{}/titan.sqsh"],
+    ["c4", "--files", "1", "--from", "s3://bucket/c4"],
+]
 
 
 @pytest.mark.parametrize("words", CLIENTS, ids=["hub", "web", "s3"])

@@ -72,6 +72,14 @@ FAILS: dict[str, tuple[Outcome, str]] = {
         "16,137 tokens/s per GPU over all the time after warm-up, 10.0% below the median (limit 5%); slow up to "
         "step 100",
     ),
+    "a loss that explodes at once": (
+        outcome(series=points((12.0, 10.0, 22.0))),
+        "12.00 at step 1, 22.00 at step 20, the last one: it exploded",
+    ),
+    "a loss that explodes at the end": (
+        outcome(series=points((12.0, *[6.0] * 9, 30.0))),
+        "12.00 at step 1, 30.00 at step 100, the last one: it exploded",
+    ),
     "a loss of nothing": (
         outcome(series=points((12.25, *[0.001] * 10))),
         "at that step others had 6.14 to 8.30: so low",
@@ -99,6 +107,10 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     ),
     "restarted": (outcome(problems=("restarted",)), "restarted"),
     "the wrong GPU": (outcome(problems=("the profile says GB200, a has B200",)), "the profile says GB200"),
+    "a loss that jumped": (
+        outcome(series=points((12.0, 10.0, 30.0, *[7.0] * 8))),
+        "12.00 at step 1, 30.00 at step 20: it jumped, and came back",
+    ),
     "no step after warm-up": (outcome(tps=None), "no step after warm-up"),
     "too few steps": (outcome(tps=spread(17930.0, count=36)), "4 logged after warm-up, 5 are needed"),
     "no published row": (outcome(gpu="B300"), "no result of a B300 to measure it by, only of B200, GB200, H100, H200"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from docs.tables import MARKED, PAGE, page
 from launcher.cli import launcher as program
 from launcher.logs.known_errors import Known
-from tests.conftest import Launch
+from tests.conftest import ROOT, Launch
 from tests.unit.test_known_errors import GOODBYE, KNOWN, MY_BUG, OUT_OF_MEMORY, SRUN, STEP
 
 # --- what a user sees ---------------------------------------------------------------------------------------
@@ -77,6 +78,16 @@ def test_a_good_run_has_no_failure_whatever_its_last_words(make_run: Callable[..
     done = launch("status", "r")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(launch("status", "r", "--json").stdout)["failure"] is None
+
+
+def test_a_run_that_completed_with_nan_does_not_look_like_a_good_one(workplace: Path, launch: Launch) -> None:
+    run = workplace / "runs" / "completed"
+    shutil.copytree(ROOT / "tests" / "compat" / "v0.1" / "runs" / "completed", run)
+    for log in run.glob("logs/0*.log"):
+        log.write_bytes(re.sub(rb"loss: +[0-9.]+", b"loss:  nan", log.read_bytes()))
+    done = launch("status", "completed")
+    assert done.returncode == 0 and "  problem: " in done.stdout and "NaN" in done.stdout
+    assert any("NaN" in problem for problem in json.loads(launch("status", "completed", "--json").stdout)["problems"])
 
 
 # --- what is promised elsewhere -----------------------------------------------------------------------------

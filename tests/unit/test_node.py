@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,6 +26,18 @@ def test_a_healthy_gpu_node_says_so_before_torchrun_starts(gpu: Place) -> None:
     arguments, _, directory = started(done)
     assert "--nproc-per-node=4" in arguments and "torchtitan.train" in arguments
     assert directory == str(gpu.run_dir)
+
+
+@pytest.mark.parametrize(("wanted", "limit"), [("", 0), ("1", 4096)])
+def test_ranks_leave_no_core_dumps_unless_they_are_asked_for(wanted: str, limit: int, gpu: Place) -> None:
+    run = gpu.site / "torch" / "distributed" / "run.py"
+    run.write_text("import resource; print('CORES', resource.getrlimit(resource.RLIMIT_CORE)[0])")
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (4096, before[1]))
+    try:
+        assert gpu.start(LAUNCHER_CORE_DUMPS=wanted).stdout.splitlines()[-1] == f"CORES {limit}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 def test_the_record_holds_what_a_results_row_needs(gpu: Place) -> None:

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from launcher.base import output
 from launcher.base.errors import quoted
 from launcher.base.output import echo, plain, style
 from launcher.cli import main
@@ -249,3 +250,14 @@ def test_a_script_reaches_a_file_unchanged_and_a_terminal_cleaned(workplace: Pat
     words = ("render", "--gpu", "gb200", "--image", "/i/no\u00a0break.sqsh")
     assert "no\u00a0break" in said(*words)[0]
     assert is_clean(said(*words, stream=Terminal)[0])
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("\n", 0), ("n\n", 1)])
+def test_no_is_an_answer_and_no_interruption(answer: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    try:
+        output.confirm("Submit?")
+        ended: object = 0
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code

@@ -12,7 +12,7 @@ import pytest
 
 from launcher.logs.follow import Progress
 from launcher.logs.steps import plain_text
-from launcher.logs.watch import duration, plain_line, watch
+from launcher.logs.watch import DONE, duration, plain_line, watch
 
 SEEN = Progress(
     step=20,
@@ -65,6 +65,15 @@ def test_a_pipe_gets_one_line_per_step() -> None:
         "step 20",
     ]
     assert stream.getvalue().isascii() and "\x1b" not in stream.getvalue()
+
+
+def test_after_the_last_step_it_is_said_what_takes_time(terminal: io.StringIO) -> None:
+    end = [replace(SEEN, step=90), replace(SEEN, step=100)]
+    stream = io.StringIO()
+    watch(iter(end), stream, is_terminal=False)
+    assert stream.getvalue().splitlines()[2] == DONE and stream.getvalue().count(DONE) == 1
+    watch(iter(end), terminal, is_terminal=True)
+    assert DONE[:40] in terminal.getvalue()
 
 
 def test_nothing_logged() -> None:
