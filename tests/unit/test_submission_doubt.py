@@ -290,7 +290,8 @@ def test_a_node_that_cannot_write_the_run_directory(workplace: Path) -> None:
     assert (done.returncode, "cannot write the run directory" in done.stderr) == (77, True), done.stderr
 
 
-def test_a_killed_local_run_that_was_cancelled(launch: Launch, workplace: Path) -> None:
+def test_a_killed_local_run_that_was_cancelled(launch: Launch, workplace: Path, monkeypatch) -> None:
+    monkeypatch.setattr("launcher.scheduler.local.GRACE_S", 0.4)
     (workplace / "t").write_text("#!/bin/bash\ntrap '' TERM\nwhile :; do sleep 0.1; done\n")
     (workplace / "t").chmod(0o755)
     launch("submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--name", "k", "--python", "./t")
