@@ -36,16 +36,19 @@ def image_config(attrs: Mapping[str, Any], environ: Mapping[str, str]) -> ImageC
             "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
         )
     try:
+        labels = dict(config.get("Labels") or {})
+        # The commit's date, where ours is labelled with it; the engine's own is the build's.
+        date = str(labels.get("org.opencontainers.image.created") or attrs.get("Created") or "")
         found = ImageConfig(
             arch=str(attrs.get("Architecture") or ""),
             image_id=str(attrs.get("Id") or ""),
-            created=min(int(epoch) if epoch else _seconds(str(attrs.get("Created") or "")), 2**32 - 1),
+            created=min(int(epoch) if epoch else _seconds(date), 2**32 - 1),
             env=tuple(config.get("Env") or ()),
             working_dir=str(config.get("WorkingDir") or ""),
             entrypoint=tuple(config.get("Entrypoint") or ()),
             cmd=tuple(config.get("Cmd") or ()),
             volumes=tuple(sorted(config.get("Volumes") or ())),
-            labels=dict(config.get("Labels") or {}),
+            labels=labels,
         )
         words = (*found.env, *found.entrypoint, *found.cmd, *found.volumes, *chain(*found.labels.items()))
         if all(isinstance(word, str) for word in words):

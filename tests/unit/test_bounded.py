@@ -144,6 +144,10 @@ def test_an_image_whose_configuration_makes_no_sense(config: Any) -> None:
 
 def test_an_images_time() -> None:
     assert image_config({"Created": "9999-01-01T00:00:00Z"}, {}).created == 2**32 - 1
+    ours = {"Created": "2026-11-29T10:00:00Z", "Config": {"Labels": {"org.opencontainers.image.created": "1970-01-02"}}}
+    assert image_config(ours, {}).created == 0  # not a time: none
+    ours["Config"] = {"Labels": {"org.opencontainers.image.created": "1970-01-02T00:00:00Z"}}
+    assert image_config(ours, {}).created == 86400
     with pytest.raises(LauncherError, match="makes no sense"):
         image_config({"Created": "2026-99-99T00:00:00Z"}, {})
 
