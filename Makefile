@@ -84,9 +84,9 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml containers/constraints-train.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,dev]'
+	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,dev]' 'torchao>=0.18,<0.19'
 	@touch $@
 
 $(VENV_02)/.train: $(VENV_02)/.torch pyproject.toml containers/constraints-train.txt
-	$(VENV_02)/bin/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,s3]' 'torchtitan==0.2.2'
+	$(VENV_02)/bin/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,s3]' 'torchtitan==0.2.2' 'torchao>=0.16,<0.17'
 	@touch $@

@@ -25,6 +25,22 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "sm"
 """
 
 
+# What the recipes' quantizations need, by the words of recipe.quantize: each is imported, since releases of torchtitan
+# and torchao that do not go together fail there. Without a GPU, and so without what only a kernel can tell.
+NEEDED = {
+    "float8": "from torchao.float8 import Float8LinearConfig; import torchtitan.components.quantization.float8",
+    "mxfp8": """
+import importlib.metadata, triton
+if importlib.metadata.version("torchtitan").startswith("0.2."):
+    from torchao.prototype.mx_formats.config import MXFP8Dim1CastKernelChoice, MXLinearConfig
+else:
+    from torchao.prototype.moe_training.mxfp8_linear import mx_mm
+    from torchtitan.components.quantization.mx import MXFP8Linear
+    assert MXFP8Linear is not None
+""",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for option in ("channel", "source-revision", "sbom", "created"):
@@ -44,7 +60,9 @@ def main() -> None:
             "nccl": installed("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
             "torchtitan": installed("torchtitan", "torchtitan-nightly"),
             "triton": installed("triton", "pytorch-triton"),
+            "torchao": installed("torchao"),
         },
+        "quantization": quantization(),
         "driver_min": DRIVER_MIN.get(cuda.split(".")[0]) if cuda else None,
         "sm": torch["sm"],
         "source_revision": arguments.source_revision,
@@ -65,6 +83,15 @@ def installed(*names: str) -> "str | None":
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def quantization() -> "list[str]":
+    """The quantizations whose parts go together here."""
+    found = ["none"]
+    for name, program in NEEDED.items():
+        if subprocess.run([sys.executable, "-B", "-c", program], capture_output=True).returncode == 0:
+            found.append(name)
+    return found
 
 
 def ask_torch() -> "dict[str, object]":

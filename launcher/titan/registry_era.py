@@ -26,7 +26,7 @@ def starting_point(flavor: str, quantize: str) -> tuple[str, str]:
     if quantize == "none":
         return "llama3", _BASE[flavor]
     if quantize == "mxfp8" and flavor == "8B":
-        return "llama3", "llama3_8b_mxfp8"
+        return _OWN_MODULE, "llama3_8b_mxfp8"
     if quantize == "float8" and flavor in ("8B", "70B"):
         return _OWN_MODULE, f"{_BASE[flavor]}_float8"
     raise Refused(
@@ -118,3 +118,47 @@ def _float8(flavor: str) -> Any:
     converter = Float8LinearConverter.Config(filter_fqns=["lm_head"])
     config.model_spec = model_registry(flavor, converters=[converter])
     return config
+
+
+def llama3_8b_mxfp8() -> Any:
+    """torchtitan's own, with casts that its torchao has on this machine."""
+    from torchtitan.models.llama3 import config_registry
+
+    if not _has_cuda_kernel("torchao::mxfp8_quantize"):
+        _cast_by_triton()
+    return config_registry.llama3_8b_mxfp8()
+
+
+def _has_cuda_kernel(operator: str) -> bool:
+    """Of torchao's wheels for arm64 many are Python alone, and their operators have no kernel."""
+    import torch
+    import torchao.prototype.mx_formats.kernels  # noqa: F401 loads what there is
+
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA"))
+    except RuntimeError:  # not even the operator
+        return False
+
+
+def _cast_by_triton() -> None:
+    """MXFP8Linear with its casts along the first dimension, which the backward pass needs, by Triton."""
+    import torch
+    from torchao.prototype.moe_training.mxfp8_linear import mx_mm
+    from torchao.prototype.mx_formats import config
+    from torchtitan.components.quantization.mx import MXFP8Linear
+
+    def forward(self: Any, input: Any) -> Any:
+        output = mx_mm.apply(
+            input,
+            self.weight,
+            *[torch.float8_e4m3fn] * 3,
+            32,  # the block of MX formats
+            self.kernel_preference,
+            config.MXFP8Dim0CastKernelChoice.TRITON,
+            config.MXFP8Dim1CastKernelChoice.TRITON,
+            self.scale_calculation_mode,
+            self.wgrad_with_hp,
+        )
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    MXFP8Linear.forward = forward

@@ -310,7 +310,7 @@ def test_02s_name_for_activation_checkpointing_is_refused_in_03() -> None:
     [
         ("8B", "none", "llama3", "llama3_8b"),
         ("70B", "none", "llama3", "llama3_70b"),
-        ("8B", "mxfp8", "llama3", "llama3_8b_mxfp8"),
+        ("8B", "mxfp8", "titan.registry_era", "llama3_8b_mxfp8"),
         ("8B", "float8", "titan.registry_era", "llama3_8b_float8"),
         ("70B", "float8", "titan.registry_era", "llama3_70b_float8"),
     ],
