@@ -6,6 +6,7 @@ import csv
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from launcher.base.errors import ExitStatus, LauncherError, install, quoted
 from launcher.base.files import data_dir
 from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
 from launcher.config.resolve import placed
-from launcher.config.runtime import host_path, mounts
-from launcher.config.spec import HUB, S3, PlacedRun, RunSpec
+from launcher.config.runtime import host_path
+from launcher.config.spec import HUB, S3, SAMPLE, PlacedRun, RunSpec
 from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
 from launcher.image.squashfs_file import ImageFacts
 from launcher.stage import view
 from launcher.titan import Refused
+from launcher.titan.data import check_tokenizer
 from launcher.titan.weights import check_weights as check
 
 
@@ -43,8 +45,18 @@ def look_here(asked: RunSpec) -> tuple[PlacedRun, list[Finding]]:
         found.append(_stopped("data", failed))
     else:
         more += [warning("data-note", said=note) for note in notes]
-        found += [] if notes else [ok("data", said=view.describe(spec))]
-    return spec, [*found, *more]
+        unfit = _unfit(spec, "data-unfit", view.check)
+        found += unfit if notes or unfit else [ok("data", said=view.describe(spec))]
+    return spec, [*found, *_unfit(spec, "tokenizer-unfit", _check_tokenizer), *more]
+
+
+def _unfit(spec: PlacedRun, code: str, look_at: Callable[[PlacedRun], None]) -> list[Finding]:
+    """What every node would refuse, as far as it is seen here; the nodes may have something else under that path."""
+    try:
+        look_at(spec)
+    except Refused as refused:
+        return [(impossible if spec.job.scheduler == "local" else error)(code, refused.fix, why=refused.why)]
+    return []
 
 
 def _stopped(name: str, failed: LauncherError) -> Finding:
@@ -127,20 +139,21 @@ def check_weights(spec: PlacedRun) -> list[Finding]:
         check(Path(path), spec.recipe.flavor)
     except Refused as refused:
         raise LauncherError("weights", f"--init-from {refused.why}", refused.fix) from None
-    if spec.job.runtime == "bare":
-        return []
-    # A snapshot in the Hub's cache is all links: the container would see them and nothing behind them.
-    seen = [os.path.realpath(path), *(mount.split(":")[1].rstrip("/") for mount in mounts(spec))]
-    for name in sorted(os.listdir(path)):
-        target = os.path.realpath(f"{path}/{name}")
-        if not any(target.startswith(f"{place}/") for place in seen):
-            folder = os.path.dirname(target)
-            raise LauncherError(
-                "link-outside",
-                f"--init-from {path}/{name}: a link to {target}, which the container does not see",
-                f"launcher stage model --to DIR, or {quoted('--mount', f'{folder}:{folder}:ro')}",
-            )
+    try:  # a snapshot in the Hub's cache is all links: the container would see them and nothing behind them
+        view.check_links(spec, [f"{spec.job.init_from}/{name}" for name in sorted(os.listdir(path))])
+    except Refused as refused:
+        fix = f"launcher stage model --to DIR, or {refused.fix}"
+        raise LauncherError("link-outside", f"--init-from {refused.why}", fix) from None
     return []
+
+
+def _check_tokenizer(spec: PlacedRun) -> None:
+    """Raises Refused for a tokenizer that is seen here and that the node check will refuse."""
+    path = Path(host_path(spec, spec.tokenizer_path))
+    if spec.job.tokenizer == SAMPLE or not path.exists():
+        return
+    check_tokenizer(path)
+    view.check_links(spec, [f"{spec.tokenizer_path}/{name}" for name in ("tokenizer.json", "tokenizer_config.json")])
 
 
 def _absent(spec: RunSpec) -> list[str]:

@@ -169,6 +169,8 @@ TEXTS = {
     "data": Text("data", "{said}"),
     "data-refused": Text("data", "{what}", "{why}"),
     "data-note": Text("files", "{said}"),
+    "data-unfit": Text("data", "--data {why}", "every node refuses it before training"),
+    "tokenizer-unfit": Text("tokenizer", "--tokenizer {why}", "every node refuses it before training"),
     "s3-no-credentials": Text(
         "files",
         "--data {data}: the job gets no credentials for it",
