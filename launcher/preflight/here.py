@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from launcher.config.runtime import host_path
 from launcher.config.spec import HUB, S3, SAMPLE, PlacedRun, RunSpec
 from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
 from launcher.image.squashfs_file import ImageFacts
+from launcher.preflight.settings import unknown_settings
 from launcher.stage import view
 from launcher.titan import Refused
 from launcher.titan.data import check_tokenizer
@@ -71,7 +74,10 @@ def check_image(spec: RunSpec) -> list[Finding]:
     """
     path = spec.job.image
     if spec.job.runtime == "bare":
-        return []
+        own, installed = _by_this_python(spec), ""
+        with suppress(PackageNotFoundError):
+            installed = version("torchtitan") if own else ""
+        return unknown_settings(spec, installed)
     folder = Path(path).parent
     try:
         os.lstat(path)
@@ -85,13 +91,14 @@ def check_image(spec: RunSpec) -> list[Finding]:
         raise LauncherError("unreadable", what, fix, status=ExitStatus.FILESYSTEM) from None
     if spec.job.runtime == "apptainer":
         _check_sif(path)
-        return []
+        return unknown_settings(spec, "")
     facts = inspect(Path(path), required=False)
     found = problems(facts, spec.profile.arch, spec.profile.device, driver="")
     if found:
         what = f"--image {path}: {'; '.join(what for what, _ in found)}"
         raise LauncherError("image-unfit", what, found[0][1], original="\n".join(facts.notes))
-    return [*_driver(spec, facts), *(warning("image-note", path=path, said=note) for note in facts.notes)]
+    of_titan = unknown_settings(spec, facts.versions.get("torchtitan") or "")
+    return [*_driver(spec, facts), *of_titan, *(warning("image-note", path=path, said=note) for note in facts.notes)]
 
 
 def _check_sif(path: str) -> None:
@@ -162,10 +169,14 @@ def _absent(spec: RunSpec) -> list[str]:
     return [path for path in paths if not path.startswith(spec.run_dir) and not os.path.exists(path)]
 
 
+def _by_this_python(spec: RunSpec) -> bool:
+    return spec.job.runtime == "bare" and shutil.which(spec.job.python) == shutil.which(sys.executable)
+
+
 def _local(spec: RunSpec) -> list[Finding]:
     """This machine is the node: what it lacks, the run lacks."""
     found = [impossible("path-absent-here", f"ls -ld {quoted(path)}", path=path) for path in _absent(spec)]
-    own = spec.job.runtime == "bare" and shutil.which(spec.job.python) == shutil.which(sys.executable)
+    own = _by_this_python(spec)
     if lacking := [name for name in ("torch", "torchtitan") if own and find_spec(name) is None]:
         fix = f"{install('train')}; or --python PATH of one that has them"
         found.append(impossible("software-absent", fix, lacking=" and ".join(lacking), python=sys.executable))

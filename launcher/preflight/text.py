@@ -179,6 +179,7 @@ TEXTS = {
     "hub-no-token": Text("files", "--data hub: the ranks ask the Hub without a token", "it refuses them sooner (429)"),
     "path-absent": Text("files", "{path}: not on this machine", "if the nodes lack it, too, the job stops at once"),
     "path-absent-here": Text("files", "{path}: not on this machine"),
+    "setting-unknown": Text("settings", "{key} (from {origin}): torchtitan {versions} has no such setting"),
     "python-absent": Text("files", "{python}: no such program"),
     "software-absent": Text("software", "{lacking}: not installed for {python}", "the run is trained by this Python"),
     "preload": Text(
