@@ -32,6 +32,8 @@ def look_here(asked: RunSpec) -> tuple[PlacedRun, list[Finding]]:
     spec = placed(asked)
     found: list[Finding] = []
     more: list[Finding] = []
+    if not spec.job.image and spec.job.runtime != "bare":
+        found.append(impossible("image-not-named", "--image titan.sqsh (or --runtime bare)"))
     for name, look_at in (("image", check_image), ("weights", check_weights)):
         try:
             more += look_at(spec)
@@ -70,7 +72,7 @@ def _stopped(name: str, failed: LauncherError) -> Finding:
 def check_image(spec: RunSpec) -> list[Finding]:
     """Refuses an image that no container can start from, or that cannot train on the profile's nodes.
 
-    Returns what could not be looked at, and what else there is to say of it.
+    Returns what could not be looked at, and what else there is to say of it. None is for `preflight` alone.
     """
     path = spec.job.image
     if spec.job.runtime == "bare":
@@ -78,6 +80,8 @@ def check_image(spec: RunSpec) -> list[Finding]:
         with suppress(PackageNotFoundError):
             installed = version("torchtitan") if own else ""
         return unknown_settings(spec, installed)
+    if not path:
+        return unknown_settings(spec, "")
     folder = Path(path).parent
     try:
         os.lstat(path)

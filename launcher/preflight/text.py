@@ -155,6 +155,7 @@ TEXTS = {
     # files and data here
     "image": Text("image", "{path}"),
     "image-refused": Text("image", "{what}", "{why}"),
+    "image-not-named": Text("image", "no image is named, and the run needs one: it was not looked at"),
     "image-note": Text("files", "--image {path}: {said}"),
     "driver": Text("driver", "{needed}, the nodes have {driver}"),
     "driver-old": Text(

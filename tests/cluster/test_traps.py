@@ -77,7 +77,7 @@ def sidecar(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("prepare", "arguments", "said", "forced"),
     [
-        (other_architecture, IN_IMAGE, f"the image is for {OTHER}, the nodes are {HERE}", (False, True)),
+        (other_architecture, IN_IMAGE, f"the image is for {OTHER}, the GPU profile for {HERE}", (False, True)),
         (
             newer_cuda,
             (*ON_GPUS, "--set", "profile.driver=570.1"),
