@@ -52,8 +52,10 @@ def _nearest(key: str, known: set[str]) -> str:
         typed, name = f"--{option.replace('_', '-')} ...", field.partition(".")[2]
         ours[name] = typed if field.startswith("job.") else f"--set {field}=..., or {typed}"
     section, _, name = key.replace("-", "_").rpartition(".")
-    if not section or name in ours:
+    if not section or (name in ours and (section == "job" or f"recipe.{name}" in FIELDS)):
         near = get_close_matches(name, ours, 1, 0.6)
         return ours[near[0]] if near else "launcher config show lists ours"
     near = get_close_matches(f"{section}.{name}", known, 1, 0.6)
-    return OWNED.get(near[0], f"--set {near[0]}=...") if near else "--set SECTION.KEY=VALUE, as torchtitan writes it"
+    if near and near[0] in OWNED:
+        return f"{OWNED[near[0]]}, which is {near[0]}"
+    return f"--set {near[0]}=..." if near else "--set SECTION.KEY=VALUE, as torchtitan writes it"

@@ -45,11 +45,12 @@ NEAREST = {
     ("stepz", "0.2.2"): "--set recipe.steps=..., or --steps ...",
     ("nodes", "0.3.0"): "--nodes ...",
     ("batch_size", "0.3.0"): "--set recipe.local_batch_size=..., or --batch-size ...",
-    ("training.stepz", "0.3.0"): "--steps N",
+    ("training.stepz", "0.3.0"): "--steps N, which is training.steps",
     ("training.max-nrom", "0.2.2"): "--set training.max_norm=...",
     ("profiling.enable_profiling", "0.3.0"): "--set profiler.enable_profiling=...",
     ("profiler.enable_profiling", "0.2.2"): "--set profiling.enable_profiling=...",
     ("optimizer.lr", "0.3.0"): "--set recipe.lr=...",
+    ("model.name", "0.3.0"): "--set SECTION.KEY=VALUE, as torchtitan writes it",
     ("job.partition", "0.3.0"): "--partition ...",
 }
 
