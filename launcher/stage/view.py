@@ -263,7 +263,8 @@ def look(directory: Path, mount_of: Callable[[str], str] = lambda name: "") -> t
         for entry in entries:
             if shard := SHARD.fullmatch(entry.name):
                 size, why = _problem(entry, listed)
-                if (mount := of_all or mount_of(entry.name)) and os.path.exists(entry.path):
+                mount = of_all or (mount_of(entry.name) if entry.is_symlink() else "")
+                if mount and os.path.exists(entry.path):
                     lacking[entry.name] = mount
                     why = f"a link to {os.path.realpath(entry.path)}, which the container does not see"
                 found.append((shard, size, why))
