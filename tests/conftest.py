@@ -133,7 +133,7 @@ def squashfs_head(bytes_used: int) -> bytes:
     return struct.pack("<4sIIIIHHHHHHQQQQQQQQ", b"hsqs", 1, 0, 1 << 17, 0, 6, 17, 0, 1, 4, 0, 0, bytes_used, *tables)
 
 
-def say_it_trains(path: Path, arch: str = "") -> None:
+def say_it_trains(path: Path, arch: str = "", titan: str = "0.3.0") -> None:
     """A sidecar by which `submit` takes a stand-in for an image that can train, for any architecture by default."""
     block = superblock(path)
     recorded = {
@@ -142,7 +142,7 @@ def say_it_trains(path: Path, arch: str = "") -> None:
         "compressor": block.compressor,
         "block_kib": block.block_size // 1024,
     }
-    versions = {"torch": "2.14.1", "torchtitan": "0.3.0"}
+    versions = {"torch": "2.14.1", "torchtitan": titan}
     about = {"schema": 1, "arch": arch, "versions": versions, "squashfs": recorded}
     sidecar_path(path).write_text(json.dumps(about))
 

@@ -30,7 +30,7 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-    asked = spec_of(options)
+    asked = spec_of(options, image_needed=False)
     spec, here = look_here(asked)
     spec, of_cluster = look(spec)
     findings = [*here, *memory_findings(asked), *of_cluster]

@@ -20,7 +20,7 @@ from typing import Any
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import data_dir, read_bytes
 from launcher.base.values import LARGEST, parse_toml
-from launcher.config.spec import HUB, SAMPLE, Job, Profile, RunSpec, refuse
+from launcher.config.spec import HUB, REGISTRY_NAME, SAMPLE, Job, Profile, RunSpec, refuse
 from launcher.titan.recipe import Recipe
 
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
@@ -112,6 +112,8 @@ def absolute(key: str, value: Any, base: Path) -> Any:
     """A path made absolute against the folder that its author meant; every other value as it is."""
     if not isinstance(value, str) or not value or "://" in value:
         return value
+    if key == "job.image" and REGISTRY_NAME.fullmatch(value) and not os.path.lexists(base / value):
+        return value  # `validate` says how a file is made of it
     if key in PATH_KEYS and value not in (SAMPLE, HUB):
         return os.path.normpath(base / os.path.expanduser(value))
     if key == "job.python" and "/" in value:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.base.errors import LauncherError
+from launcher.base.errors import LauncherError, quoted
 from launcher.base.secret import looks_secret
 from launcher.titan.command import NODE_SCHEMA
 from launcher.titan.recipe import CHOICES as RECIPE_CHOICES
@@ -173,6 +173,12 @@ OWNED = {
 }
 DATA_PART = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})", re.ASCII)
 S3_ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[\w.=+@-]+)*)/?", re.ASCII)
+# An image as Docker or enroot names it, with a tag or a digest, or a registry's host: nvcr.io/nvidia/pytorch:25.01-py3.
+REGISTRY_NAME = re.compile(
+    r"[a-z0-9][a-z0-9.-]*(:\d+)?([/#][\w.-]+)*(:[\w.-]+|@sha256:[0-9a-f]{64})"
+    r"|[a-z0-9-]+(\.[a-z0-9-]+)+(:\d+)?([/#][\w-]+){2,}",
+    re.ASCII,
+)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -309,12 +315,11 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
     if job.runtime == "bare":
         if job.image:
             raise bad("job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis")
-    elif "://" in job.image:
-        raise bad(
-            "job.image",
-            "a registry's image would be fetched and unpacked by every node",
-            "--image titan.sqsh",
-        )
+    elif "://" in job.image or REGISTRY_NAME.fullmatch(job.image):
+        name = quoted(job.image.rpartition("://")[2].replace("#", "/"))
+        why = "a registry's image, which every node would fetch and unpack: make a file of it once"
+        fix = f"launcher image convert {name} (docker pull {name} before), then --image with the file that it makes"
+        raise bad("job.image", why, fix)
     elif not job.image.startswith("/"):
         refused = bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
         raise refused if job.image else NoImage("image-not-named", refused.what, refused.fix)

@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.base.errors import LauncherError
 from launcher.base.values import parse_json
+from launcher.config.hardware import hardware
 from launcher.image import DOCKER
 from launcher.image.squashfs_file import (
     METADATA,
@@ -82,9 +83,11 @@ def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: 
     """
     found = []
     if facts.arch and profile_arch and facts.arch != profile_arch:
+        # What the nodes are is not known here: the image may be the right one, and the profile wrong.
         build = f"launcher image build --arch {DOCKER.get(profile_arch, profile_arch)}"
-        what = f"the image is for {facts.arch}, the nodes are {profile_arch}"
-        found.append((what, f"{build}, or a --gpu whose nodes are {facts.arch}"))
+        fitting = "|".join(name for name, gpu in hardware().items() if gpu.arch == facts.arch) or "NAME"
+        what = f"the image is for {facts.arch}, the GPU profile for {profile_arch}"
+        found.append((what, f"--gpu {fitting} where the nodes are {facts.arch} (launcher cluster show), else {build}"))
     if facts.source == "superblock":
         return found
     missing = [name for name in ("torch", "torchtitan") if not facts.versions.get(name)]

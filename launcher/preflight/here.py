@@ -6,6 +6,9 @@ import csv
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,12 +16,14 @@ from launcher.base.errors import ExitStatus, LauncherError, install, quoted
 from launcher.base.files import data_dir
 from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
 from launcher.config.resolve import placed
-from launcher.config.runtime import host_path, mounts
-from launcher.config.spec import HUB, S3, PlacedRun, RunSpec
+from launcher.config.runtime import host_path
+from launcher.config.spec import HUB, S3, SAMPLE, PlacedRun, RunSpec
 from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
 from launcher.image.squashfs_file import ImageFacts
+from launcher.preflight.settings import unknown_settings
 from launcher.stage import view
 from launcher.titan import Refused
+from launcher.titan.data import check_tokenizer
 from launcher.titan.weights import check_weights as check
 
 
@@ -27,6 +32,8 @@ def look_here(asked: RunSpec) -> tuple[PlacedRun, list[Finding]]:
     spec = placed(asked)
     found: list[Finding] = []
     more: list[Finding] = []
+    if not spec.job.image and spec.job.runtime != "bare":
+        found.append(impossible("image-not-named", "--image titan.sqsh (or --runtime bare)"))
     for name, look_at in (("image", check_image), ("weights", check_weights)):
         try:
             more += look_at(spec)
@@ -43,8 +50,18 @@ def look_here(asked: RunSpec) -> tuple[PlacedRun, list[Finding]]:
         found.append(_stopped("data", failed))
     else:
         more += [warning("data-note", said=note) for note in notes]
-        found += [] if notes else [ok("data", said=view.describe(spec))]
-    return spec, [*found, *more]
+        unfit = _unfit(spec, "data-unfit", view.check)
+        found += unfit if notes or unfit else [ok("data", said=view.describe(spec))]
+    return spec, [*found, *_unfit(spec, "tokenizer-unfit", _check_tokenizer), *more]
+
+
+def _unfit(spec: PlacedRun, code: str, look_at: Callable[[PlacedRun], None]) -> list[Finding]:
+    """What every node would refuse, as far as it is seen here; the nodes may have something else under that path."""
+    try:
+        look_at(spec)
+    except Refused as refused:
+        return [(impossible if spec.job.scheduler == "local" else error)(code, refused.fix, why=refused.why)]
+    return []
 
 
 def _stopped(name: str, failed: LauncherError) -> Finding:
@@ -55,11 +72,16 @@ def _stopped(name: str, failed: LauncherError) -> Finding:
 def check_image(spec: RunSpec) -> list[Finding]:
     """Refuses an image that no container can start from, or that cannot train on the profile's nodes.
 
-    Returns what could not be looked at, and what else there is to say of it.
+    Returns what could not be looked at, and what else there is to say of it. None is for `preflight` alone.
     """
     path = spec.job.image
     if spec.job.runtime == "bare":
-        return []
+        own, installed = _by_this_python(spec), ""
+        with suppress(PackageNotFoundError):
+            installed = version("torchtitan") if own else ""
+        return unknown_settings(spec, installed)
+    if not path:
+        return unknown_settings(spec, "")
     folder = Path(path).parent
     try:
         os.lstat(path)
@@ -73,13 +95,14 @@ def check_image(spec: RunSpec) -> list[Finding]:
         raise LauncherError("unreadable", what, fix, status=ExitStatus.FILESYSTEM) from None
     if spec.job.runtime == "apptainer":
         _check_sif(path)
-        return []
+        return unknown_settings(spec, "")
     facts = inspect(Path(path), required=False)
     found = problems(facts, spec.profile.arch, spec.profile.device, driver="")
     if found:
         what = f"--image {path}: {'; '.join(what for what, _ in found)}"
         raise LauncherError("image-unfit", what, found[0][1], original="\n".join(facts.notes))
-    return [*_driver(spec, facts), *(warning("image-note", path=path, said=note) for note in facts.notes)]
+    of_titan = unknown_settings(spec, facts.versions.get("torchtitan") or "")
+    return [*_driver(spec, facts), *of_titan, *(warning("image-note", path=path, said=note) for note in facts.notes)]
 
 
 def _check_sif(path: str) -> None:
@@ -127,20 +150,21 @@ def check_weights(spec: PlacedRun) -> list[Finding]:
         check(Path(path), spec.recipe.flavor)
     except Refused as refused:
         raise LauncherError("weights", f"--init-from {refused.why}", refused.fix) from None
-    if spec.job.runtime == "bare":
-        return []
-    # A snapshot in the Hub's cache is all links: the container would see them and nothing behind them.
-    seen = [os.path.realpath(path), *(mount.split(":")[1].rstrip("/") for mount in mounts(spec))]
-    for name in sorted(os.listdir(path)):
-        target = os.path.realpath(f"{path}/{name}")
-        if not any(target.startswith(f"{place}/") for place in seen):
-            folder = os.path.dirname(target)
-            raise LauncherError(
-                "link-outside",
-                f"--init-from {path}/{name}: a link to {target}, which the container does not see",
-                f"launcher stage model --to DIR, or {quoted('--mount', f'{folder}:{folder}:ro')}",
-            )
+    try:  # a snapshot in the Hub's cache is all links: the container would see them and nothing behind them
+        view.check_links(spec, [f"{spec.job.init_from}/{name}" for name in sorted(os.listdir(path))])
+    except Refused as refused:
+        fix = f"launcher stage model --to DIR, or {refused.fix}"
+        raise LauncherError("link-outside", f"--init-from {refused.why}", fix) from None
     return []
+
+
+def _check_tokenizer(spec: PlacedRun) -> None:
+    """Raises Refused for a tokenizer that is seen here and that the node check will refuse."""
+    path = Path(host_path(spec, spec.tokenizer_path))
+    if spec.job.tokenizer == SAMPLE or not path.exists():
+        return
+    check_tokenizer(path)
+    view.check_links(spec, [f"{spec.tokenizer_path}/{name}" for name in ("tokenizer.json", "tokenizer_config.json")])
 
 
 def _absent(spec: RunSpec) -> list[str]:
@@ -149,10 +173,14 @@ def _absent(spec: RunSpec) -> list[str]:
     return [path for path in paths if not path.startswith(spec.run_dir) and not os.path.exists(path)]
 
 
+def _by_this_python(spec: RunSpec) -> bool:
+    return spec.job.runtime == "bare" and shutil.which(spec.job.python) == shutil.which(sys.executable)
+
+
 def _local(spec: RunSpec) -> list[Finding]:
     """This machine is the node: what it lacks, the run lacks."""
     found = [impossible("path-absent-here", f"ls -ld {quoted(path)}", path=path) for path in _absent(spec)]
-    own = spec.job.runtime == "bare" and shutil.which(spec.job.python) == shutil.which(sys.executable)
+    own = _by_this_python(spec)
     if lacking := [name for name in ("torch", "torchtitan") if own and find_spec(name) is None]:
         fix = f"{install('train')}; or --python PATH of one that has them"
         found.append(impossible("software-absent", fix, lacking=" and ".join(lacking), python=sys.executable))

@@ -155,6 +155,7 @@ TEXTS = {
     # files and data here
     "image": Text("image", "{path}"),
     "image-refused": Text("image", "{what}", "{why}"),
+    "image-not-named": Text("image", "no image is named, and the run needs one: it was not looked at"),
     "image-note": Text("files", "--image {path}: {said}"),
     "driver": Text("driver", "{needed}, the nodes have {driver}"),
     "driver-old": Text(
@@ -169,6 +170,8 @@ TEXTS = {
     "data": Text("data", "{said}"),
     "data-refused": Text("data", "{what}", "{why}"),
     "data-note": Text("files", "{said}"),
+    "data-unfit": Text("data", "--data {why}", "every node refuses it before training"),
+    "tokenizer-unfit": Text("tokenizer", "--tokenizer {why}", "every node refuses it before training"),
     "s3-no-credentials": Text(
         "files",
         "--data {data}: the job gets no credentials for it",
@@ -177,6 +180,7 @@ TEXTS = {
     "hub-no-token": Text("files", "--data hub: the ranks ask the Hub without a token", "it refuses them sooner (429)"),
     "path-absent": Text("files", "{path}: not on this machine", "if the nodes lack it, too, the job stops at once"),
     "path-absent-here": Text("files", "{path}: not on this machine"),
+    "setting-unknown": Text("settings", "{key} (from {origin}): torchtitan {versions} has no such setting"),
     "python-absent": Text("files", "{python}: no such program"),
     "software-absent": Text("software", "{lacking}: not installed for {python}", "the run is trained by this Python"),
     "preload": Text(

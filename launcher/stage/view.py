@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -36,7 +37,8 @@ from launcher.stage.shards import (
     in_millions,
     wrong_start,
 )
-from launcher.titan import LFS_POINTER
+from launcher.titan import LFS_POINTER, Refused
+from launcher.titan.data import check_data, check_shards
 
 DATASETS = ("c4", "c4_validation")  # torchtitan's names of what such a directory holds
 ESTIMATE_IS_GOOD_TO = 0.02  # tokens from bytes: C4's files differ by a percent, text of another kind by more
@@ -53,7 +55,6 @@ configs:
 Links to the files that this run reads, made by the launcher.
 """
 
-UNSEEN = "does not see (--mount)"
 T = TypeVar("T")
 
 
@@ -67,6 +68,7 @@ class Staged:
     left_out: Mapping[str, str] = field(default_factory=dict)  # file -> why
     train_files_in_all: int = TRAIN_FILES
     staged_from: str = ""  # by its manifest
+    mounts: Mapping[str, str] = field(default_factory=dict)  # file left out -> the --mount that the container lacks
 
 
 def choose(files: Sequence[T], degree: int, part: int = 1, parts: int = 1) -> Sequence[T]:
@@ -116,7 +118,7 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
             "launcher stage c4 --to DIR --files N, then --data DIR",
         )
     try:
-        staged, notes = look(directory, _seen_in_container(spec, directory))
+        staged, notes = look(directory, lambda name: mount_for(spec, f"{spec.data_path}/en/{name}".rstrip("/")))
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         where = directory / "en" if os.path.isdir(directory) else directory
@@ -132,8 +134,9 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
     stage += _as_many_and(spec, staged)
     if staged.left_out:
         # Staging keeps a link whose file is right: what it lacks is a mount.
-        name, why = min(staged.left_out.items(), key=lambda item: item[1].endswith(UNSEEN))
-        repair = "" if why.endswith(UNSEEN) else f"; {stage} repairs it"
+        name, why = min(staged.left_out.items(), key=lambda item: item[0] in staged.mounts)
+        mount = staged.mounts.get(name)
+        repair = f"; {quoted('--mount', mount)} shows it" if mount else f"; {stage} repairs it"
         notes.append(f"{directory}/en: {name} is {why}{and_more(staged.left_out)}: left out{repair}")
     if not staged.train:
         if spec.job.data_part:
@@ -191,10 +194,58 @@ def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
     return bucket.source, _in_order(found)
 
 
-def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[str]]:
+def check(spec: PlacedRun) -> None:
+    """Raises Refused for data that is seen here and that the node check will refuse.
+
+    What cannot be read here, and what a link leads to that leads nowhere here, the nodes may have.
+    """
+    directory = Path(host_path(spec, spec.data_path))
+    if not spec.job.data.startswith("/") or not directory.is_dir():
+        return
+    folder, placed = directory / "en", {"data": str(directory), "data_source": str(directory), "run_dir": ""}
+    with suppress(OSError):
+        names = train_files(spec)[:1] or (sorted(os.listdir(folder)) if folder.exists() else [])
+        if not all((folder / name).exists() for name in names):
+            return
+        check_links(spec, [f"{spec.data_path}/en", *(f"{spec.data_path}/en/{name}" for name in names)])
+        try:
+            if spec.view:  # of the files in use, the small ones have been looked at
+                check_shards([folder / name for name in names], "")
+            else:
+                check_data({"placed": placed})
+        except Refused as refused:
+            count = files_needed(spec, TRAIN_FILES)
+            raise Refused(refused.why, f"launcher stage c4 --to {quoted(directory)} --files {count}") from None
+
+
+def check_links(spec: PlacedRun, paths: Iterable[str]) -> None:
+    """Raises Refused for the first of the job's paths that is a link which its container cannot follow."""
+    for path in paths:
+        if mount := mount_for(spec, path):
+            target = os.path.realpath(host_path(spec, path))
+            why = f"{path}: a link to {target}, which the container does not see"
+            raise Refused(why, quoted("--mount", mount))
+
+
+def mount_for(spec: PlacedRun, path: str) -> str:
+    """The --mount that shows the container what the link `path` leads to; "" for what it sees, and for no link."""
+    targets = [mount.split(":")[1].rstrip("/") for mount in mounts(spec)]
+    host = host_path(spec, path)
+    for _ in range(40 if spec.job.runtime != "bare" else 0):  # as many links as Linux follows
+        if not os.path.islink(host):
+            break
+        link = os.readlink(host)
+        path = os.path.normpath(os.path.join(os.path.dirname(path), link))
+        host = os.path.join(os.path.realpath(os.path.dirname(host)), link)
+        if not any(f"{path}/".startswith(f"{target}/") for target in targets):
+            return f"{os.path.dirname(os.path.realpath(host))}:{os.path.dirname(path)}:ro"
+    return ""
+
+
+def look(directory: Path, mount_of: Callable[[str], str] = lambda name: "") -> tuple[Staged, list[str]]:
     """The usable files in DIR/en, and what is wrong with the manifest. With one, only what it lists counts.
 
-    `seen`: the places whose files the job can open; a link that leads elsewhere is not usable. Raises OSError.
+    `mount_of`: the mount that the link DIR/en/NAME lacks; without it the job cannot follow the link. Raises OSError.
     """
     notes: list[str] = []
     listed: Mapping[str, int] | None = None
@@ -206,9 +257,18 @@ def look(directory: Path, seen: Sequence[str] = ("/",)) -> tuple[Staged, list[st
                 in_all, staged_from = manifest.train_files_in_all, manifest.source
         except LauncherError as error:
             notes.append(f"{error.what}: its files are taken as they are; {error.fix}")
+    found, lacking = [], {}
+    of_all = mount_of("")
     with os.scandir(directory / "en") as entries:
-        found = [(shard, *_problem(e, listed, seen)) for e in entries if (shard := SHARD.fullmatch(e.name))]
-    return _in_order(found, in_all, staged_from), notes
+        for entry in entries:
+            if shard := SHARD.fullmatch(entry.name):
+                size, why = _problem(entry, listed)
+                mount = of_all or (mount_of(entry.name) if entry.is_symlink() else "")
+                if mount and os.path.exists(entry.path):
+                    lacking[entry.name] = mount
+                    why = f"a link to {os.path.realpath(entry.path)}, which the container does not see"
+                found.append((shard, size, why))
+    return replace(_in_order(found, in_all, staged_from), mounts=lacking), notes
 
 
 def _in_order(found: Iterable[tuple[re.Match[str], int, str]], in_all: int = 0, staged_from: str = "") -> Staged:
@@ -227,14 +287,10 @@ def _in_order(found: Iterable[tuple[re.Match[str], int, str]], in_all: int = 0, 
     return Staged(train, validation, sizes, left_out, in_all, staged_from)
 
 
-def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None, seen: Sequence[str]) -> tuple[int, str]:
+def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None) -> tuple[int, str]:
     """Size, and why the file cannot be read as training data; empty when it can."""
     try:
         size = entry.stat().st_size
-        if entry.is_symlink():
-            target = os.path.realpath(entry.path)
-            if not any(f"{target}/".startswith(f"{place.rstrip('/')}/") for place in seen):
-                return size, f"a link to {target}, which the container {UNSEEN}"
         if not entry.is_file():
             return size, "a directory, not a file" if entry.is_dir() else "not a file"
         if listed is not None and listed.get(entry.name) != size:
@@ -317,13 +373,6 @@ def _way_to_data(spec: RunSpec) -> str:
     if spec.job.runtime == "bare" and spec.job.data != SAMPLE:
         data, run_dir = os.path.realpath(data), f"{os.path.realpath(spec.job.runs_dir)}/{spec.job.name}"
     return os.path.relpath(data, f"{run_dir}/data/en")
-
-
-def _seen_in_container(spec: PlacedRun, directory: Path) -> list[str]:
-    if spec.job.runtime == "bare":
-        return ["/"]
-    targets = [mount.split(":")[1] for mount in mounts(spec)]
-    return [os.path.realpath(directory), *(target for target in targets if target != spec.data_path)]
 
 
 def _part(spec: RunSpec) -> tuple[int, int]:

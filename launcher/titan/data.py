@@ -57,18 +57,20 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
             f"mount {source} where it was when the job was submitted, or submit again: launcher submit"
             f" {node['placed']['run_dir']}/run.toml",
         )
+    return {**facts, "data_files": len(shards), "data_pointers": check_shards(shards, stage)}
+
+
+def check_shards(shards: list[Path], fix: str) -> int:
+    """How many of the shards are too small to be data. Raises Refused where the first of the others is no gzip file."""
     small = [shard for shard in shards if shard.stat().st_size < SMALLEST_SHARD]
     usable = [shard for shard in shards if shard not in small]
     with open((usable or small)[0], "rb") as stream:
         start = stream.read(len(LFS_POINTER))
     if not usable and start == LFS_POINTER:
-        raise Refused(
-            f"all {len(shards)} shards in {folder}/en are Git LFS pointers, not data",
-            stage,
-        )
+        raise Refused(f"all {len(shards)} shards in {shards[0].parent} are Git LFS pointers, not data", fix)
     if not start.startswith(GZIP_MAGIC):
-        raise Refused(f"{(usable or small)[0]} is not a gzip file", stage)
-    return {**facts, "data_files": len(shards), "data_pointers": len(small) if usable else 0}
+        raise Refused(f"{(usable or small)[0]} is not a gzip file", fix)
+    return len(small) if usable else 0
 
 
 def check_streamed(folder: Path, source: str) -> int:
@@ -114,10 +116,13 @@ def check_tokenizer(folder: Path) -> None:
     stage = STAGE_TOKENIZER.format(shlex.quote(str(folder)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         try:
-            value = json.loads(read_text(folder / name))
+            text = read_text(folder / name)
+            value = LFS_POINTER if text.startswith(LFS_POINTER.decode()) else json.loads(text)
         except OSError as error:
             raise Refused(f"{folder / name}: {error.strerror}", stage) from error
         except (ValueError, RecursionError) as error:
             raise Refused(f"{folder / name} is not JSON", stage) from error
+        if value is LFS_POINTER:
+            raise Refused(f"{folder / name} is a Git LFS pointer, not data", stage)
         if not isinstance(value, dict):
             raise Refused(f"{folder / name} is not a tokenizer's file", stage)

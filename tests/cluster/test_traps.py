@@ -77,7 +77,7 @@ def sidecar(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("prepare", "arguments", "said", "forced"),
     [
-        (other_architecture, IN_IMAGE, f"the image is for {OTHER}, the nodes are {HERE}", (False, True)),
+        (other_architecture, IN_IMAGE, f"the image is for {OTHER}, the GPU profile for {HERE}", (False, True)),
         (
             newer_cuda,
             (*ON_GPUS, "--set", "profile.driver=570.1"),
@@ -245,7 +245,9 @@ def test_what_only_the_nodes_can_tell(command: Command, slurm: Cluster, image: P
     probe = program(user_dir, "full", f'#!/bin/sh\n{full}\nPATH={user_dir}:$PATH exec python3 "$@"\n')
     words = (*ON_GPUS, *probe, "--data", "c4", "--tokenizer", "tokenizer", "--env", "NCCL_IB_HCA=mlx5_99")
     nodes = ("--check", "quick", "--nodes", "2", "--nodelist", ",".join(slurm.nodes[:2]))
-    done = command("submit", *words, *nodes, "--yes", "--name", "sick")
+    seen_here = command("submit", *words, *nodes, "--yes", "--name", "sick")
+    assert seen_here.returncode == ExitStatus.INVALID and "[data-unfit]" in seen_here.stderr, seen_here.stderr
+    done = command("submit", *words, *nodes, "--force", "--name", "sick")
     assert done.returncode == 0 and "c4-train.00000-of-01024.json.gz is a Git LFS pointer" in done.stderr, done.stderr
     status, logs = ended(command, user_dir, "sick")
     assert status.returncode == ExitStatus.NODES_UNFIT, status.stderr + logs

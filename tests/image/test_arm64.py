@@ -83,7 +83,7 @@ def test_the_arm64_squashfs_is_known_as_aarch64_and_refused_on_x86_64_nodes(
     assert inspect(path).arch == "aarch64"
     done = launch("submit", "--gpu", "b200", "--image", str(path), "--dry-run")
     assert done.returncode == ExitStatus.INVALID, done.stderr
-    assert "the image is for aarch64, the nodes are x86_64" in done.stderr
+    assert "the image is for aarch64, the GPU profile for x86_64" in done.stderr
     sidecar_path(path).unlink()  # copied without it: from what the file holds itself
     assert (inspect(path).source, inspect(path).arch) == ("image", "aarch64")
 

@@ -397,7 +397,7 @@ GOOD = ImageFacts(
         ({}, "aarch64", "cuda", "590.1", []),
         ({}, "", "cuda", "", []),
         ({"arch": ""}, "x86_64", "cuda", "", []),
-        ({}, "x86_64", "cuda", "", ["the image is for aarch64, the nodes are x86_64"]),
+        ({}, "x86_64", "cuda", "", ["the image is for aarch64, the GPU profile for x86_64"]),
         ({}, "aarch64", "cuda", "570.172.08", ["needs driver 580, the nodes have 570.172.08"]),
         ({"driver_min": "580.65.06"}, "aarch64", "cuda", "580.9", ["needs driver 580.65.06"]),
         ({}, "aarch64", "cpu", "570", []),
@@ -412,7 +412,7 @@ GOOD = ImageFacts(
         ({"versions": {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}}, "aarch64", "cpu", "", []),
         ({"versions": {"torch": "2.13.0", "torchtitan": "unknown"}}, "aarch64", "cuda", "", []),
         ({"versions": {"torch": "2.14.1", "cuda": "13.0"}}, "aarch64", "cuda", "", ["no torchtitan in"]),
-        ({"versions": {}}, "x86_64", "cuda", "", ["the nodes are x86_64", "no torch and no torchtitan in"]),
+        ({"versions": {}}, "x86_64", "cuda", "", ["the GPU profile for x86_64", "no torch and no torchtitan in"]),
     ],
 )
 def test_problems(changes: dict[str, Any], arch: str, device: str, driver: str, words: list[str]) -> None:

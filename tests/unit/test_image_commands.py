@@ -102,7 +102,7 @@ def test_convert_and_inspect(run: Run, api: Api, workplace: Path) -> None:
     assert run("inspect", path.name, "--gpu", "cpu").code == 0
     refused = run("inspect", path.name, "--gpu", "gb200")
     assert refused.code == ExitStatus.INVALID
-    assert "the image is for x86_64, the nodes are aarch64" in refused.stdout
+    assert "the image is for x86_64, the GPU profile for aarch64" in refused.stdout
     assert "built without CUDA" in refused.stdout and "try: launcher image build" in refused.stdout
     refused = run("inspect", path.name, "--driver", "580.95.05", "--json")
     assert refused.code == ExitStatus.INVALID

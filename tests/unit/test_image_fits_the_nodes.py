@@ -31,7 +31,7 @@ def describe(image: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("about", "arguments", "said"),
     [
-        ({"arch": "amd64"}, ("--gpu", "gb200"), "the image is for x86_64, the nodes are aarch64"),
+        ({"arch": "amd64"}, ("--gpu", "gb200"), "the image is for x86_64, the GPU profile for aarch64"),
         ({"arch": "arm64"}, ("--gpu", "b200"), "launcher image build --arch amd64"),
         ({"versions": {"torchtitan": None}}, ("--gpu", "b200"), "no torchtitan in the image"),
         ({"versions": {"cuda": None}}, ("--gpu", "b200"), "is built without CUDA"),

@@ -71,6 +71,28 @@ def test_submit_and_preflight_refuse_the_same(
     assert not (workplace / "runs").exists()
 
 
+def test_without_an_image_the_rest_is_checked(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    install(H200, fake_slurm)
+    options = ("--gpu", "h200", *SUBMIT, "--nodes", "9", "--time", "3:00:00")
+    looked = launch("preflight", *options, "--json")
+    checks = {check["code"]: check for check in json.loads(looked.stdout)["checks"]}
+    assert looked.returncode == ExitStatus.INVALID and {"nodes-too-few", "partition", "data"} <= checks.keys()
+    assert checks["image-not-named"]["fix"] == "--image titan.sqsh (or --runtime bare)" and "image" not in checks
+    submitted = launch("submit", *options)
+    assert submitted.returncode == looked.returncode and "[image-not-named]" in submitted.stderr
+    assert "image-not-named" not in launch("preflight", *options, "--runtime", "bare", "--json").stdout
+
+
+def test_the_profile_may_be_the_wrong_one(launch: Launch, fake_slurm: Fake, image: Path) -> None:
+    """--gpu h100 on a cluster of GB200, with the image that its nodes need."""
+    install(CLUSTERS["terraform-25.05"], fake_slurm)
+    say_it_trains(image, "arm64")
+    done = launch("submit", "--gpu", "h100", "--image", str(image), *SUBMIT)
+    assert done.returncode == ExitStatus.INVALID and "nodes are x86_64" not in done.stderr
+    assert "the image is for aarch64, the GPU profile for x86_64" in done.stderr
+    assert "try: --gpu gb200|gb300 where the nodes are aarch64" in done.stderr
+
+
 # Traps of the clusters that need no question to Slurm: what is typed, and what the user reads before the job queues.
 TRAPS = {
     "a library of the host": (

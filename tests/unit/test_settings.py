@@ -1,0 +1,102 @@
+"""Settings of torchtitan's that a run names, against the lists of its releases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.base.errors import ExitStatus
+from launcher.base.finding import ERROR, WARNING
+from launcher.config.layers import Layer, merge
+from launcher.config.spec import OWNED, PlacedRun, RunSpec, node_config
+from launcher.preflight.settings import releases, unknown_settings
+from launcher.titan import registry_era, toml_era
+from launcher.titan.command import PREVIEWED, common_settings
+from tests.conftest import Launch, say_it_trains
+
+
+def with_settings(*keys: str) -> RunSpec:
+    values = {f"titan.{key}": "1" for key in keys}
+    return merge([Layer(values, dict.fromkeys(values, "option --set"))])
+
+
+def test_the_lists_have_every_setting_that_the_launcher_writes() -> None:
+    assert tuple(releases()) == PREVIEWED
+    settings: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+        "0.2.2": toml_era.settings,
+        "0.3.0": lambda node, common: registry_era.settings(node, common, ""),
+    }
+    for version, of_era in settings.items():
+        for quantize in ("none", "float8", "mxfp8"):
+            run = PlacedRun(**vars(merge([Layer({"recipe.quantize": quantize}, {"recipe.quantize": ""})])))
+            written = of_era(node_config(run), common_settings(node_config(run)))
+            assert written.keys() <= set(releases()[version])
+        assert not unknown_settings(with_settings(*written, "training.no_enable_cpu_offload"), version)
+    assert set(OWNED) <= {name for names in releases().values() for name in names}
+
+
+# (setting, torchtitan in the image) -> what to type instead
+NEAREST = {
+    ("steps", "0.3.0"): "--set recipe.steps=..., or --steps ...",
+    ("stepz", "0.2.2"): "--set recipe.steps=..., or --steps ...",
+    ("nodes", "0.3.0"): "--nodes ...",
+    ("batch_size", "0.3.0"): "--set recipe.local_batch_size=..., or --batch-size ...",
+    ("training.stepz", "0.3.0"): "--steps N, which is training.steps",
+    ("training.max-nrom", "0.2.2"): "--set training.max_norm=...",
+    ("profiling.enable_profiling", "0.3.0"): "--set profiler.enable_profiling=...",
+    ("profiler.enable_profiling", "0.2.2"): "--set profiling.enable_profiling=...",
+    ("optimizer.lr", "0.3.0"): "--set recipe.lr=...",
+    ("model.name", "0.3.0"): "--set SECTION.KEY=VALUE, as torchtitan writes it",
+    ("job.partition", "0.3.0"): "--partition ...",
+}
+
+
+@pytest.mark.parametrize(("asked", "instead"), NEAREST.items(), ids=[f"{key} in {of}" for key, of in NEAREST])
+def test_the_nearest_is_named(asked: tuple[str, str], instead: str) -> None:
+    (finding,) = unknown_settings(with_settings(asked[0]), asked[1])
+    assert (finding.status, finding.certain, finding.fix) == (ERROR, False, instead)
+    assert finding.facts == {"key": asked[0], "origin": "option --set", "versions": (asked[1],)}
+
+
+@pytest.mark.parametrize("version", ["0.3.0.dev20261101", "0.3.0+ours", "0.4.0", "unknown", ""])
+def test_of_another_torchtitan_the_lists_only_warn(version: str) -> None:
+    found = unknown_settings(with_settings("training.stepz", "optimizer.lr", "profiler.enable_profiling"), version)
+    assert [(finding.status, finding.facts["key"]) for finding in found] == [(WARNING, "training.stepz")]
+    assert unknown_settings(with_settings("steps"), version)[0].status == ERROR
+
+
+def test_a_module_of_the_users_may_add_settings() -> None:
+    mine = with_settings("job.custom_config_module", "mine.alpha")
+    assert [finding.status for finding in unknown_settings(mine, "0.2.2")] == [WARNING]
+
+
+def test_submit_goes_by_the_torchtitan_in_the_image(
+    launch: Launch, fake_slurm: Callable[[str, str], Path], image: Path, workplace: Path
+) -> None:
+    fake_slurm("sbatch", "echo 7")
+    sample = ("--data", "sample", "--tokenizer", "sample")
+    run = ("submit", "--gpu", "h200", "--image", str(image), "--recipe", "debug", *sample, "--dry-run")
+    assert launch(*run, "--set", "profiler.profile_freq=10").returncode == 0
+    say_it_trains(image, titan="0.2.2")
+    done = launch(*run, "--set", "profiler.profile_freq=10")
+    assert done.returncode == ExitStatus.INVALID
+    assert "profiler.profile_freq (from option --set): torchtitan 0.2.2 has no such setting" in done.stderr
+    assert "try: --set profiling.profile_freq=...; --force" in done.stderr and "[setting-unknown]" in done.stderr
+    assert launch(*run, "--set", "profiler.profile_freq=10", "--force").returncode == 0
+    say_it_trains(image, titan="0.3.0.dev20261101")
+    done = launch(*run, "--set", "profiler.profil_freq=10")
+    assert done.returncode == 0 and "torchtitan 0.2.2, 0.3.0 has no such setting" in done.stderr
+
+
+def test_a_local_run_goes_by_the_torchtitan_that_is_installed(
+    launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.preflight.here.version", lambda name: "0.2.2")
+    run = ("preflight", "--local", "--gpu", "cpu", "--recipe", "debug", "--set", "training.stepz=5", "--json")
+    checks = json.loads(launch(*run).stdout)["checks"]
+    (found,) = (check for check in checks if check["code"] == "setting-unknown")
+    assert (found["status"], found["facts"]["versions"]) == ("error", ["0.2.2"])
