@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -102,6 +103,9 @@ def main() -> None:
         sys.exit(ExitStatus.OK)
     except OSError as error:  # the output's own device, or a directory that went away under our feet
         _discard_stdout()
+        if error.errno == errno.ENOENT and not error.filename:  # tempfile's, of all its places together
+            echo("error: no place for temporary files [unwritable]", "  try: export TMPDIR=DIR", err=True)
+            sys.exit(ExitStatus.FILESYSTEM)
         where = f"{error.filename}: " if error.filename else ""
         echo(f"error: {where}{error.strerror or error} [unwritable]", err=True)
         sys.exit(ExitStatus.FILESYSTEM)

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.secret import masked
+from launcher.base.secret import MOST, masked
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -144,7 +144,10 @@ def warn(text: str) -> None:
 def print_error(error: LauncherError) -> None:
     echo(f"{style('error:', fg='red')} {masked(error.what)} [{error.code}]", err=True)
     if error.original:
-        echo(*(f"  | {masked(line)}" for line in error.original.splitlines()[:20]), err=True)
+        lines = (
+            line if len(line) <= WIDEST else f"{line[:WIDEST]}…" for line in error.original[:MOST].splitlines()[:20]
+        )
+        echo(*(f"  | {masked(line)}" for line in lines), err=True)
     if error.fix:
         echo(f"  {style('try:', fg='green')} {masked(error.fix)}", err=True)
 
@@ -156,6 +159,7 @@ def confirm(question: str, err: bool = False) -> None:
         sys.exit(ExitStatus.ERROR)
 
 
+WIDEST = 1000  # characters of a line that another program wrote
 SHOWN = 3  # names in a message
 
 

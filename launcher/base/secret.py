@@ -12,7 +12,8 @@ PUBLIC = re.compile(
 # Words, as "_" and "." part them: COMPASS, XAUTHORITY, TOKENIZERS_PARALLELISM and NCCL_IB_PKEY hold none of these.
 _NAME = re.compile(
     r"SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|PASSKEY|AUTHORIZATION|CREDENTIAL"
-    r"|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|TOKEN(?![A-Z])|API_?TOKENS"
+    r"|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SIGNING_?KEY|TOKEN(?![A-Z])|(?:API|HF)_?TOKENS"
+    r"|(?:PG|DB|SQL|USER|ADMIN|ROOT)(?:PASS|PWD)(?![A-Z])"
     r"|(?<![A-Z])(KEYS?|PASS|PWD|PAT|AUTH|CREDS?|PRIVATE|JWT|BEARER|COOKIE)(?![A-Z])",
     re.IGNORECASE,
 )
@@ -23,23 +24,30 @@ _HARMLESS_NAME = re.compile(
     re.IGNORECASE,
 )
 _HARMLESS_VALUE = re.compile(r"|\d{1,3}(\.\d+)?|true|false|yes|no|on|off|none", re.IGNORECASE)
+# Every repetition has a bound: text of others is looked at, and without one the time grows with its square.
 _VALUE = re.compile(
-    r"(?:^|(?<=/))[^\s/:@]*:[^\s/]+(?=@(?!sha256:))"  # user:password@ of an address; NAME:TAG@sha256: is an image
-    r"|(?<=//)[^\s/:@]+:(?!\d+/)[^\s@]+(?=@(?!sha256:))"  # a password with a slash in it
-    r"|(?<=[?&])[\w-]*(?:token|secret|signature|password|key)=[^\s&]+"  # an address that is signed
+    r"(?:^|(?<=/))[^\s/:@]{0,300}:[^\s/]{1,300}(?=@(?!sha256:))"  # user:password@ of an address; not NAME:TAG@sha256:
+    r"|(?<=//)[^\s/:@]{1,300}:(?!\d{1,9}/)[^\s@]{1,300}(?=@(?!sha256:))"  # a password with a slash in it
+    r"|(?<=//)[^\s/:@]{16,300}(?=@)"  # a token as the user's name
+    r"|(?<![\w-])[\w-]{0,40}(?:token|secret|signature|password|passwd|pwd|\bsig|key)=[^\s&;]{6,}"  # signed, or a DSN
+    r"|\bpassword [^\s]{6,}|\bBasic [A-Za-z0-9+/=]{8,}"  # of a netrc, of a header
+    r"|(?<![\w-])[\w-]{0,40}(?:api-?key|auth-?token|authorization): ?\S+"
     r"|\b(?:hf_|gh[pousr]_)[A-Za-z0-9]{20,}|\b(?:glpat-|sk-)[\w-]{20,}|\bxox[a-z]-[\w-]{10,}|\bgithub_pat_\w{20,}"
-    r"|\bAKIA[0-9A-Z]{16}\b|\beyJ[\w-]+\.[\w-]+\.[\w-]+|\bBearer \S+|AccountKey=\S+|-----BEGIN .*",
+    r"|\bAKIA[0-9A-Z]{16}\b|\beyJ[\w-]{1,2000}+\.[\w-]{1,2000}+\.[\w-]+|\bBearer \S+|AccountKey=\S+|-----BEGIN .*",
     re.IGNORECASE,
 )
 
 
+MOST = 16_000  # characters that are looked at
+
+
 def looks_secret(name: str, value: object) -> bool:
     """Whether the variable or dotted key `name` with this value should not be in a file, an option or a message."""
-    text, word = str(value), name.rpartition(".")[2]
+    text, word = str(value)[:MOST], name.rpartition(".")[2]
     is_harmless = _HARMLESS_NAME.fullmatch(word) or _HARMLESS_VALUE.fullmatch(text)
     return bool(_VALUE.search(text) or (_NAME.search(word) and not is_harmless))
 
 
 def masked(text: str) -> str:
-    """`text` without what gives itself away as a secret, such as the password in an address."""
-    return _VALUE.sub("(hidden)", text)
+    """`text`, cut to MOST, without what gives itself away as a secret, such as the password in an address."""
+    return _VALUE.sub("(hidden)", text[:MOST]) + ("…" if len(text) > MOST else "")

@@ -9,6 +9,9 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
+DEEPEST = 64  # objects and lists in each other; nothing of ours has ten
+# Parts of a key, as they are written: bare, "…" or '…'.
+_LONG_KEY = re.compile(r"""(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
 LARGEST = 2**63 - 1  # of a whole number; Python refuses to print those of 4,300 digits, and float() those of 310
 
 
@@ -25,6 +28,7 @@ def parse_json(data: str | bytes) -> Any:
     """
     try:
         value = json.loads(data, parse_int=_whole, parse_float=_finite, parse_constant=lambda _: None)
+        _refuse_deep(value)
         # Only where there may be one: most records have no escapes.
         escaped = (b"\\u" in data) if isinstance(data, bytes) else ("\\u" in data or not data.isascii())
         return _json_value(value) if escaped else value
@@ -35,14 +39,25 @@ def parse_json(data: str | bytes) -> Any:
 def parse_toml(text: str) -> dict[str, Any]:
     """The tables of a TOML text. Raises ValueError: for keys of more parts than anybody types, as tomllib's time grows
     with their square; TOMLDecodeError for the syntax, and for numbers above LARGEST."""
-    if re.search(r"(?:\.[^.\n=\[\]{},#]{1,100}+){64}", text):
+    if _LONG_KEY.search(text):
         raise ValueError("a key of too many parts")
     try:
         tables = tomllib.loads(text)
+        _refuse_deep(tables)
         _check(tables)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return tables
+
+
+def _refuse_deep(value: Any) -> None:
+    """Raises ValueError: whoever walks through the value later does so by recursion."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        if not (level := [item for items in inner for item in items]):
+            return
+    raise ValueError("nested too deeply")
 
 
 def _whole(text: str) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes
 from launcher.stage.source import RemoteFile, check_answer, is_digest
-from launcher.stage.target import Incoming
+from launcher.stage.target import Incoming, TooSlow
 from launcher.stage.web import (
     Refused,
     ask,
@@ -32,6 +33,7 @@ ENDPOINT = "https://huggingface.co"
 ANSWER_BYTES = 8 << 20  # of the API: twenty pages of a listing
 TOKEN_BYTES = 64 << 10  # of a file that holds one
 ENTRIES = 100_000  # of one listing
+LISTING_S = 600.0  # for it
 
 
 @dataclass(frozen=True)
@@ -143,15 +145,20 @@ def _ask(repo: Repo, url: str) -> tuple[Any, str]:
             "check HF_ENDPOINT and HTTPS_PROXY: a login page, perhaps; the same command tries again",
         )
     found = re.search(r'<([^<>]*)>;\s*rel="next"', link)
-    return value, urljoin(url, found[1]) if found else ""
+    try:
+        return value, urljoin(url, found[1]) if found else ""
+    except ValueError as error:
+        raise refused_by_hub(repo)(error) from None
 
 
 def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[RemoteFile]:
     """The files in `folder` ("": the top), by path. Raises LauncherError for an answer that makes no sense."""
     url = f"{repo.api}/tree/{repo.revision}/{quote(folder)}".rstrip("/") + f"?recursive={recursive}&expand=False"
     files: dict[str, RemoteFile] = {}
-    asked = 0
+    asked, until = 0, time.monotonic() + LISTING_S
     while url:
+        if time.monotonic() > until:
+            raise refused_by_hub(repo)(TooSlow(f"no whole listing in {LISTING_S:.0f} s"))
         entries, url = _ask(repo, url)
         asked += 1 + len(entries)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or asked > ENTRIES:
@@ -181,7 +188,8 @@ def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming, headers: dict[s
     """Through Xet's chunk servers; where that fails, plain HTTP has its turn. The progress moves when all is there."""
     from huggingface_hub.utils import XetFileData
 
-    if not library().is_xet_available():  # not installed, or HF_HUB_DISABLE_XET
+    # Xet's client takes any amount of memory and time that its server likes: that of the Hub itself alone is trusted.
+    if repo.site != ENDPOINT or not library().is_xet_available():  # not installed, or HF_HUB_DISABLE_XET
         return False
     try:
         library().xet_get(

@@ -314,7 +314,7 @@ def check_images(directory: Path, deep: bool) -> Images:
         if not str(said.get("sha256", name[:12])).startswith(name[:12]):
             problems.append(Problem(name, f"{sidecar_path(Path(name))} describes another image"))
         elif said.get("bytes", sizes[name]) != sizes[name]:
-            problems.append(Problem(name, f"{sizes[name]:,} bytes instead of {said['bytes']:,}"))
+            problems.append(Problem(name, f"{sizes[name]:,} bytes instead of {str(said['bytes'])[:20]}"))
         else:
             sound.append(RemoteFile(name, sizes[name], str(said.get("sha256", name[:12]))))
     if deep:

@@ -31,7 +31,9 @@ def repo_name(model: str) -> str:
     if name := known.get(model.lower()):
         return name
     owner, _, name = model.partition("/")
-    if all(part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, name)):
+    if all(
+        part.replace("-", "").replace("_", "").replace(".", "").isalnum() and part.isascii() for part in (owner, name)
+    ):
         return model
     raise LauncherError(
         "name-unknown",

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,7 @@ ANSWER = 16 << 20  # bytes of any answer: a piece of a file, or a page of a list
 ANSWER_S = 300.0  # and the time that it may take, whole
 ENTRIES = 100_000  # of a listing
 PAGES = 1000  # and its pages, which may be empty
+LISTING_S = 600.0  # for it
 
 
 class TooLong(Exception):
@@ -75,8 +77,15 @@ class Bucket:
         bucket, _, prefix = self.root.partition("/")
         prefix = "/".join(part for part in (prefix, folder) if part)
         where: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "/"}
-        found, empty = [], True
+        found, empty, until = [], True, time.monotonic() + LISTING_S
         for _ in range(PAGES):
+            if time.monotonic() > until:
+                raise LauncherError(
+                    "store-failed",
+                    f"{self.source}: no whole listing in {LISTING_S:.0f} s",
+                    "the same command tries again",
+                    status=ExitStatus.ERROR,
+                )
             with self._asking():
                 page = self.store.call_s3("list_objects_v2", **where)
             empty = empty and not page.get("Contents") and not page.get("CommonPrefixes")
@@ -283,6 +292,6 @@ def _refused(error: Exception, what: str) -> LauncherError:
             status=ExitStatus.ERROR,
             original=words,
         )
-    return LauncherError(
-        "store-failed", f"{what}: {name}", "the same command continues", status=ExitStatus.ERROR, original=words
-    )
+    wrong = isinstance(error, ValueError) or "Config" in name
+    fix = "check AWS_* and ~/.aws/config" if wrong else "the same command continues"
+    return LauncherError("store-failed", f"{what}: {name}", fix, status=ExitStatus.ERROR, original=words)

@@ -15,7 +15,6 @@ import shutil
 import socket
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -24,11 +23,11 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import filesystem_error, lock, write_bytes
+from launcher.base.values import parse_json
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
 RESERVE = 64 << 20  # bytes that are left free: the manifest, and rounding
-SLOW_S, LEAST_BYTES_PER_S = 120.0, 1000  # a download that brings less for so long is given up
 MOST_CUTS = 5  # by a server that cannot continue a file
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -125,8 +124,7 @@ class Incoming(FileIO):
 
     limit: int
     on_bytes: Callable[[int], None]
-    begun: float  # a part of SLOW_S, by the monotonic clock
-    mark = 0  # bytes that were there then
+    received = 0  # bytes, in all attempts
     cuts = 0  # times that it began anew since `restart`
 
     @property
@@ -137,16 +135,13 @@ class Incoming(FileIO):
     def write(self, data: Any) -> int:
         if self.tell() + len(data) > self.limit:
             raise WrongLength(f"more than the {self.limit:,} bytes that were announced")
-        if (now := time.monotonic()) - self.begun > SLOW_S:
-            if self.tell() - self.mark < SLOW_S * LEAST_BYTES_PER_S:
-                raise TooSlow(f"less than {gigabytes(LEAST_BYTES_PER_S)}/s for {SLOW_S:.0f} s")
-            self.begun, self.mark = now, self.tell()
         left = memoryview(data)
         try:
             while left:  # a disk that is nearly full takes a part, and refuses the next
                 left = left[super().write(left) :]
         except OSError as error:
             raise write_error(Path(str(self.name)), error) from error
+        self.received += len(data)
         self.on_bytes(len(data))
         return len(data)
 
@@ -157,7 +152,6 @@ class Incoming(FileIO):
         self.cuts += 1
         if self.cuts > MOST_CUTS:
             raise TooSlow(f"the connection broke off {self.cuts} times, and began anew each time")
-        self.begun, self.mark = time.monotonic(), after
         return after
 
     def restart(self) -> None:
@@ -216,7 +210,7 @@ class Folder:
             stream = Incoming(str(self.path / name), "x+b", opener=lambda _path, flags: self.open(name, flags))
         except OSError as error:
             raise write_error(self.path / name, error) from error
-        stream.limit, stream.on_bytes, stream.begun = limit, on_bytes, time.monotonic()
+        stream.limit, stream.on_bytes = limit, on_bytes
         with stream:
             try:
                 yield stream
@@ -316,8 +310,8 @@ def _lock(descriptor: int, target: Path, say: Callable[[str], None]) -> None:
 
 def _holder(descriptor: int) -> str:
     try:
-        who = json.loads(os.pread(descriptor, 1000, 0))
-        return f"process {int(who['pid'])} on {str(who['host'])[:80]}"
+        who = parse_json(os.pread(descriptor, 1000, 0))
+        return f"process {str(who['pid'])[:15]} on {str(who['host'])[:80]}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another launcher"
 

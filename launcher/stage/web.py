@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import parse_json, whole
-from launcher.stage.target import Incoming, Stopped, TooSlow, WrongLength
+from launcher.stage.target import Incoming, Stopped, TooSlow, WrongLength, gigabytes
 
 if TYPE_CHECKING:
     import httpx
@@ -36,6 +36,7 @@ ATTEMPTS = 6  # for a file; the downloader itself goes on after cuts
 CONTACT_ATTEMPTS = 3  # for a small answer, before anything was downloaded
 BACKOFF_S = 1.0  # the first wait; it doubles
 LONGEST_RETRY_AFTER_S = 900.0  # a server that asks for more is not waited for
+SLOW_S, LEAST_BYTES_PER_S = 120.0, 1000  # a download that brings less for so long is given up
 BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE")  # variables that name trust
 SMALL = 64 << 10  # bytes of a refusal
 ANSWER_S = 120.0  # for a small answer, whole
@@ -80,7 +81,7 @@ def _retry_after(error: BaseException) -> float:
     try:
         asked, now = parsedate_to_datetime(text), parsedate_to_datetime(header_of(error, "Date"))
         return max((asked - now).total_seconds(), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -118,7 +119,7 @@ def no_answer(error: Exception) -> str:
     if isinstance(error, (TooSlow, WrongLength)):
         return str(error)
     if isinstance(error, BAD_ADDRESS) or type(error).__name__ in BAD_ADDRESS_OF_HTTPX:
-        return "the server leads to an address that cannot be used"
+        return "the server answers with a number or an address that cannot be used"
     inner: BaseException | None = error
     words = ""
     while inner is not None and not words:  # the system's own words, wherever they are
@@ -168,8 +169,8 @@ def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, st
         return None, link
 
 
-def _within(seconds: float, call: Callable[[], Result]) -> Result:
-    """`call()`, given up after so long: a socket's own limit begins anew with each byte. Raises TooSlow."""
+def _begun(call: Callable[[], Result]) -> Future[Result]:
+    """`call()` in a thread that does not keep the process when it is given up."""
     done: Future[Result] = Future()
 
     def run() -> None:
@@ -178,7 +179,13 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()  # it does not keep the process when it is given up
+    threading.Thread(target=run, daemon=True).start()
+    return done
+
+
+def _within(seconds: float, call: Callable[[], Result]) -> Result:
+    """`call()`, given up after so long: a socket's own limit begins anew with each byte. Raises TooSlow."""
+    done = _begun(call)
     try:
         return done.result(seconds)
     except TimeoutError:
@@ -187,12 +194,32 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
         raise TooSlow(f"no whole answer in {seconds:.0f} s") from None
 
 
+def moving(call: Callable[[], Result], received: Callable[[], int]) -> Result:
+    """`call()`, given up when it brings too little for SLOW_S, before its first byte, too. Raises TooSlow.
+
+    `received`: bytes so far.
+    """
+    done = _begun(call)
+    while True:
+        before = received()
+        try:
+            return done.result(SLOW_S)
+        except TimeoutError:
+            if done.done():
+                raise
+            if received() - before < SLOW_S * LEAST_BYTES_PER_S:
+                raise TooSlow(f"less than {gigabytes(LEAST_BYTES_PER_S)}/s for {SLOW_S:.0f} s") from None
+
+
 def download(url: str, stream: Incoming, headers: dict[str, str], refused: Refused) -> None:
     """Fills `stream` from `url`."""
 
     def once() -> None:
         stream.restart()
-        library().http_get(url, stream, headers=headers)
+        try:
+            moving(lambda: library().http_get(url, stream, headers=headers), lambda: stream.received)
+        except TooSlow as error:  # not again: what was given up may still write, until the file is closed
+            raise refused(error) from error
         if stream.tell() < stream.limit:
             raise WrongLength(f"the connection ended after {stream.tell():,} of {stream.limit:,} bytes")
 

@@ -70,6 +70,20 @@ def drips(handler: Handler, _content: Content, _start: int) -> bool:
     return endless(b" ", pause_s=0.1)(handler, _content, _start)
 
 
+def drips_forever(begin: bytes, piece: bytes) -> Fault:
+    """`begin`, and then a little of something that has no end, again and again."""
+
+    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+        handler.close_connection = True
+        handler.wfile.write(begin)
+        while True:
+            handler.wfile.write(piece)
+            handler.wfile.flush()
+            time.sleep(0.1)
+
+    return fault
+
+
 def stall(event: threading.Event, after: int) -> Fault:
     """Sends `after` bytes, then nothing until `event` is set; then cuts."""
 

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,19 @@ def pages(count: int) -> Fault:
     return fault
 
 
+def slow_pages(handler: Handler, _content: Content, _start: int) -> bool:
+    """Each page in time, and never the last."""
+    handler.hub.api_faults.append(slow_pages)
+    time.sleep(0.5)
+    handler.answer(200, b"[]", {"Link": f'<{handler.hub.endpoint}{handler.path}>; rel="next"'})
+    return True
+
+
+def nowhere(handler: Handler, _content: Content, _start: int) -> bool:
+    handler.answer(200, b"[]", {"Link": '<http://[bad>; rel="next"'})
+    return True
+
+
 FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
     "bomb": (lambda: [bomb()], "is no JSON"),
     "bomb as a listing": (lambda: [passed, bomb()], "is no JSON"),
@@ -187,6 +201,8 @@ FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
     "pages without end": (lambda: [passed, pages(1000)], "more than 100,000 entries"),
     "empty pages without end": (lambda: [passed, pages(0)], "more than 300 entries"),
     "a redirect without end": (lambda: [moved("/x"), endless(b"x" * (1 << 20))], "no dataset"),
+    "pages that drip": (lambda: [passed, slow_pages], "no whole listing in 2 s"),
+    "a next page nowhere": (lambda: [passed, nowhere], "an address that cannot be used"),
     "a drip": (lambda: [drips] * 3, "no whole answer in 1 s"),
 }
 
@@ -196,9 +212,11 @@ def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
     make, words = FLOODS[how]
     hub.api_faults = make()
     less = "300" if "empty" in how else str(hub_module.ENTRIES)
+    slow = "drip" in how
     code = (
-        f"import launcher.stage.hub as h; h.ENTRIES = {less}; import launcher.stage.web as w; w.BACKOFF_S = 0; "
-        f"w.ANSWER_S = {1 if 'drip' in how else 60}; from launcher.cli import main; main()"
+        f"import launcher.stage.hub as h; h.ENTRIES = {less}; h.LISTING_S = {2 if slow else 600}; "
+        f"import launcher.stage.web as w; w.BACKOFF_S = 0; w.ANSWER_S = {1 if slow else 60}; "
+        "from launcher.cli import main; main()"
     )
     done = run_with_little_memory(code)
     assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (1, 3, 4), done.stderr

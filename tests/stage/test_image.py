@@ -16,7 +16,7 @@ import pytest
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image.squashfs_file import read_sidecar, sidecar_path, superblock
 from launcher.stage import target
-from launcher.stage.image import stage_image
+from launcher.stage.image import check_images, stage_image
 from tests.conftest import ROOT
 from tests.stage.stage_image import (
     CALL,
@@ -219,3 +219,13 @@ def test_whoever_may_write_into_the_directory_may_stage_into_it(source: Path, tm
     assert mode(images) == 0o2775
     assert mode(images / ".staged") == mode(images / ".staged" / "partial") == 0o2775
     assert mode(images / ".staged" / "lock") == 0o664
+
+
+@pytest.mark.parametrize("size", ["7", None, [1], {}, 10**30, -1])
+def test_a_description_of_nonsense_is_one_problem(size: object, source: Path, tmp_path: Path) -> None:
+    path = stage_image(str(source), tmp_path / "images", say=print)
+    about = json.loads(sidecar_path(path).read_text())
+    about["squashfs"]["bytes"] = size
+    sidecar_path(path).write_text(json.dumps(about))
+    (problem,) = check_images(tmp_path / "images", False).problems
+    assert "bytes instead of" in problem.what

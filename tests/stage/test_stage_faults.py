@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.base.errors import LauncherError
+from launcher.stage import hub as hub_module
 from launcher.stage import target, web
 from launcher.stage.inventory import verify
 from tests.conftest import Launch
@@ -57,13 +58,40 @@ def test_what_may_pass_is_overcome(hub: Hub, tmp_path: Path, c4_files, answers, 
 
 
 def test_a_file_that_drips_is_given_up(hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target, "SLOW_S", 0.5)
+    monkeypatch.setattr(web, "SLOW_S", 0.5)
     monkeypatch.setattr(web, "ATTEMPTS", 2)
     monkeypatch.setattr(web, "BACKOFF_S", 0.0)
-    hub.faults[FILE] = [faults.slow(0.1, 10)] * 2
+    hub.faults[FILE] = [faults.slow(0.1, 10)]
     with pytest.raises(LauncherError, match=r"less than 1 kB/s for"):
         stage_c4(tmp_path / "c4", files=1)
-    assert len(hub.asked(FILE, "cdn")) == 2
+
+
+NO_FILE = {
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"),
+    "hints": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    "refusal": (b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\n", b"x"),
+    "chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;", b"x"),
+}
+
+
+@pytest.mark.parametrize("what", NO_FILE)
+def test_a_server_that_drips_anything_but_the_file_is_given_up(
+    what: str, hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(web, "SLOW_S", 0.5)
+    hub.faults[FILE] = [faults.drips_forever(*NO_FILE[what])] * 10
+    with pytest.raises(LauncherError, match=r"less than 1 kB/s for"):
+        stage_c4(tmp_path / "c4", files=1)
+
+
+@pytest.mark.parametrize(
+    "asked", ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:00 +99999999999999", "²", "-1"]
+)
+def test_a_time_to_wait_that_is_none(asked: str, hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(web, "BACKOFF_S", 0.0)
+    hub.faults[FILE] = [faults.status(503, Retry_After=asked.encode().decode("latin-1"))]
+    stage_c4(tmp_path / "c4", files=1)
+    assert (tmp_path / "c4" / FILE).read_bytes() == c4_files[FILE]
 
 
 def test_a_server_that_cuts_and_cannot_continue_is_given_up(
@@ -261,6 +289,7 @@ def test_files_of_xet_come_by_xet_or_else_by_http(hub: Hub, tmp_path: Path, c4_f
     from huggingface_hub import file_download
 
     monkeypatch.setattr(file_download, "is_xet_available", lambda: True)  # whatever a variable said at the import
+    monkeypatch.setattr(hub_module, "ENDPOINT", hub.endpoint)  # of no other Hub: nothing bounds what Xet's client does
     for name in train(0, 1):
         hub.content("allenai/c4", name).announced = {"xetHash": "f" * 64}
     taken = []

@@ -17,7 +17,7 @@ from launcher.base.errors import LauncherError
 from launcher.stage import models
 from launcher.stage.image import stage_image
 from launcher.stage.inventory import verify
-from launcher.stage.target import at_work
+from launcher.stage.target import _holder, at_work
 from tests.conftest import Launch
 from tests.stage.conftest import GOOD_TOKEN
 from tests.stage.hub_server import Hub
@@ -254,6 +254,14 @@ def test_a_lock_of_another_user_is_waited_for(shared: Path) -> None:
             with at_work(shared, free) as work:
                 assert work.state.path == shared / ".staged"
     assert "is staging into" in said[0]
+
+
+@pytest.mark.parametrize("content", ['{"host": "x", "pid": 1e999}', "[" * 1000, '{"host": "\\u001b[31m", "pid": "²"}'])
+def test_what_others_wrote_into_the_lock_is_no_traceback(content: str, tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text(content)
+    with lock.open() as opened:
+        assert _holder(opened.fileno())
 
 
 def test_errors_name_the_path(hub: Hub, tmp_path: Path) -> None:

@@ -127,6 +127,29 @@ def test_text_files_that_never_end_on_a_node(tmp_path: Path, endless: Path) -> N
                 data.check_tokenizer(tmp_path / "d")
 
 
+@pytest.mark.parametrize("depth", [65, 700, 100_000])
+def test_what_is_nested_deeper_than_anybody_nests(depth: int) -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * depth + "]" * depth)
+    assert parse_json("[" * 60 + "]" * 60) is not None
+
+
+@pytest.mark.parametrize("part", ['"="', "'#'", '"\\""', "a" + " " * 500, '"[,]" '])
+def test_a_key_of_many_parts_however_they_are_written(part: str) -> None:
+    for line in (".".join([part] * 30_000) + " = 1", f"[{'.'.join([part] * 30_000)}]"):
+        with pytest.raises(ValueError, match="too many parts"):
+            parse_toml(line)
+    assert parse_toml(f"{'.'.join([part] * 10)} = 1")
+
+
+def test_no_room_for_temporary_files(workplace: Path) -> None:
+    full = "import errno, tempfile\ndef none(): raise FileNotFoundError(errno.ENOENT, 'none usable in [...]')"
+    program = f"{full}\ntempfile._get_default_tempdir = none\nfrom launcher.cli import main\nmain()"
+    words = ["image", "lock", "cpu"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 7 and "no place for temporary files [unwritable]" in done.stderr, done.stderr
+
+
 def test_a_key_of_forty_thousand_parts_takes_no_time() -> None:
     with pytest.raises(ValueError, match="too many parts"):
         parse_toml(".".join("a" * 40_000) + " = 1")

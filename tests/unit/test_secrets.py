@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.base.errors import ExitStatus
-from launcher.base.secret import looks_secret
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.output import print_error
+from launcher.base.secret import looks_secret, masked
 from launcher.logs.known_errors import Failure
 from launcher.results.settings import settings_of
 from launcher.runs.directory import Run
@@ -19,7 +20,8 @@ __all__ = ["slurm"]  # a fixture
 
 ADDRESS = "http://ada:hunter2@proxy:3128"
 SECRET_NAMES = (
-    "WANDB_KEY DB_PASS DB_PWD GH_PAT SSH_PRIVATE_KEY X_AUTH HF_TOKEN HFTOKEN HF_TOKEN_READ MY_APIKEY GCP_CREDS"
+    "WANDB_KEY DB_PASS DB_PWD GH_PAT SSH_PRIVATE_KEY X_AUTH HF_TOKEN HFTOKEN HF_TOKEN_READ MY_APIKEY GCP_CREDS "
+    "PGPASS DBPASS USERPWD SIGNINGKEY HF_TOKENS"
 )
 OPEN_NAMES = (
     "TOKENIZERS_PARALLELISM XAUTHORITY SSH_AUTH_SOCK PATH NCCL_IB_PKEY MAX_TOKENS COMPASS GIT_AUTHOR_NAME "
@@ -47,6 +49,12 @@ def test_a_name_that_only_sounds_like_it(name: str) -> None:
         ("https://b.example/x?X-Amz-Signature=0123abcd", True),
         ("ghp_0123456789abcdefghijABCDEFGHIJ", True),
         ("-----BEGIN OPENSSH PRIVATE KEY-----", True),
+        ("https://abcdef0123456789abcdef@sentry.io/1", True),
+        ("host=h user=u password=hunter22", True),
+        ("machine h login u password hunter22", True),
+        ("sv=2020&sig=0123abcd0123", True),
+        ("X-Api-Key: hunter22", True),
+        ("Basic dXNlcjpodW50ZXIyMng=", True),
         ("https://proxy:3128/path@2", False),
         ("ssh://git@github.com/x", False),
         ("docker://reg:5000/titan@sha256:0123", False),
@@ -58,6 +66,13 @@ def test_a_name_that_only_sounds_like_it(name: str) -> None:
 )
 def test_a_value_that_gives_a_secret_away(value: str, is_secret: bool) -> None:
     assert looks_secret("job.x", value) is is_secret
+
+
+def test_a_long_text_of_others_is_looked_at_in_part(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "//a:b" * 200_000  # without a limit, hours
+    assert not looks_secret("x", text) and len(masked(text)) < 20_000
+    print_error(LauncherError("x", "what", original=f"{text}\n{text}"))
+    assert len(capsys.readouterr().err) < 3000
 
 
 def test_values_of_variables_are_recorded_only_where_they_are_public(launch: Launch, slurm: Fake, image: Path) -> None:
