@@ -98,6 +98,16 @@ def check_triton(context: Context) -> str:
     return f"{triton.__version__}, ptxas {release[1] if release else '?'} for sm_100 and later"
 
 
+def check_quantization(context: Context) -> str:
+    """The recipes for speed can run: torchtitan and torchao go together. Which kernel is fast, a GPU alone can tell."""
+    if not context["channel"].get("cuda"):
+        raise Skipped("torch without CUDA")
+    found = context["about"].get("quantization") or []
+    if missing := {"float8", "mxfp8"} - set(found):
+        raise Failed(f"{' and '.join(sorted(missing))} cannot be imported, only {' '.join(found) or 'nothing'}")
+    return " ".join(found)
+
+
 def check_nccl(context: Context) -> str:
     """Two NCCLs in one process hang or crash; without CUDA there is none."""
     import torch
@@ -262,6 +272,7 @@ CHECKS: dict[str, Callable[[Context], str]] = {
     "torch": check_torch,
     "blackwell": check_blackwell,
     "triton": check_triton,
+    "quantization": check_quantization,
     "nccl": check_nccl,
     "lock": check_lock,
     "environment": check_environment,

@@ -357,7 +357,7 @@ def _print_facts(facts: ImageFacts) -> None:
     driver = f"{facts.driver_min} or newer" if facts.driver_min else ""
     rows = {"architecture": facts.arch or "unknown", "channel": facts.channel}
     rows |= {name: value or "none" for name, value in facts.versions.items()}
-    rows |= {"driver": driver, "GPUs": " ".join(facts.sm)}
+    rows |= {"driver": driver, "GPUs": " ".join(facts.sm), "quantization": " ".join(facts.quantization)}
     rows |= {"known from": sources.get(facts.source, "the files in it")}
     echo(f"{facts.path}: squashfs, {facts.compressor}, {facts.bytes / 1e6:,.1f} MB")
     for name, value in rows.items():

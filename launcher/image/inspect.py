@@ -38,6 +38,7 @@ DISTRIBUTIONS = {
     r"torch": "torch",
     r"torchtitan": "torchtitan",
     r"triton|pytorch_triton": "triton",
+    r"torchao": "torchao",
     r"nvidia_nccl(_cu\d+)?": "nccl",
     r"nvidia_cuda_runtime(_cu\d+)?": "cuda",
 }
@@ -75,11 +76,13 @@ def embedded_metadata(path: Path) -> dict[str, Any] | None:
     return _description(tree)
 
 
-def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: str) -> list[tuple[str, str]]:
+def problems(
+    facts: ImageFacts, profile_arch: str, profile_device: str, driver: str, quantize: str = "none"
+) -> list[tuple[str, str]]:
     """(what, fix) for everything that would fail on the nodes; what is not known is not held against the image.
 
     `profile_arch` is uname's word, `profile_device` cuda or cpu, `driver` the nodes' NVIDIA driver
-    such as 580.95.05, empty where it is not known.
+    such as 580.95.05, empty where it is not known; `quantize` is the recipe's.
     """
     found = []
     if facts.arch and profile_arch and facts.arch != profile_arch:
@@ -102,6 +105,8 @@ def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: 
                 "launcher image build stable, or --gpu cpu",
             )
         )
+    if why := _cannot_quantize(facts, quantize):
+        found.append((why, "launcher image build stable, or reference; or a recipe that does not quantize"))
     if is_too_old(driver, facts):
         found.append(
             (
@@ -110,6 +115,17 @@ def problems(facts: ImageFacts, profile_arch: str, profile_device: str, driver: 
             )
         )
     return found
+
+
+def _cannot_quantize(facts: ImageFacts, quantize: str) -> str:
+    """Why, or "". Of images that do not say what they can do, the releases that are known not to go together."""
+    torchtitan, torchao = facts.versions.get("torchtitan") or "", facts.versions.get("torchao") or ""
+    if facts.quantization:
+        known = quantize in facts.quantization
+        return "" if known else f"the image cannot do {quantize}, only {', '.join(facts.quantization)}"
+    if quantize == "mxfp8" and torchtitan.startswith("0.2.") and torchao and _numbers(torchao) >= (0, 17):
+        return f"torchtitan {torchtitan} needs torchao 0.16 for MXFP8, the image has {torchao}"
+    return ""
 
 
 def is_too_old(driver: str, facts: ImageFacts) -> bool:

@@ -65,6 +65,7 @@ class ImageFacts:
     notes: tuple[str, ...] = ()
     sha256: str = ""
     unpacked_bytes: int = 0
+    quantization: tuple[str, ...] = ()  # the recipe.quantize that it can do; empty: it does not say
 
 
 def superblock(path: Path) -> Superblock:
@@ -138,6 +139,7 @@ def known(path: Path, block: Superblock) -> ImageFacts | None:
 def described(path: Path, block: Superblock, about: Mapping[str, Any], source: str) -> ImageFacts:
     """The facts in a description: of the sidecar, or of the image itself."""
     arch, sm, driver = about["arch"], about.get("sm"), about.get("driver_min")
+    quantization = about.get("quantization")
     recorded = about["squashfs"] if source == "sidecar" else {}
     digest, size = recorded.get("sha256"), recorded.get("unpacked_bytes")
     return ImageFacts(
@@ -152,6 +154,7 @@ def described(path: Path, block: Superblock, about: Mapping[str, Any], source: s
         sm=tuple(str(word) for word in sm) if isinstance(sm, list) else (),
         sha256=digest if isinstance(digest, str) else "",
         unpacked_bytes=size if type(size) is int else 0,
+        quantization=tuple(str(word) for word in quantization) if isinstance(quantization, list) else (),
     )
 
 

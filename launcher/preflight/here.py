@@ -97,7 +97,7 @@ def check_image(spec: RunSpec) -> list[Finding]:
         _check_sif(path)
         return unknown_settings(spec, "")
     facts = inspect(Path(path), required=False)
-    found = problems(facts, spec.profile.arch, spec.profile.device, driver="")
+    found = problems(facts, spec.profile.arch, spec.profile.device, "", spec.recipe.quantize)
     if found:
         what = f"--image {path}: {'; '.join(what for what, _ in found)}"
         raise LauncherError("image-unfit", what, found[0][1], original="\n".join(facts.notes))

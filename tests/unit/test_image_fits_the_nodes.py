@@ -36,6 +36,16 @@ def describe(image: Path, **changes: object) -> None:
         ({"versions": {"torchtitan": None}}, ("--gpu", "b200"), "no torchtitan in the image"),
         ({"versions": {"cuda": None}}, ("--gpu", "b200"), "is built without CUDA"),
         (
+            {"quantization": ["none", "float8"]},
+            ("--gpu", "b200", "--recipe", "llama3-8b-fast"),
+            "the image cannot do mxfp8, only none, float8",
+        ),
+        (
+            {"versions": {"torchtitan": "0.2.2", "torchao": "0.18.0"}},
+            ("--gpu", "b200", "--recipe", "llama3-8b-fast"),
+            "torchtitan 0.2.2 needs torchao 0.16 for MXFP8, the image has 0.18.0",
+        ),
+        (
             {"versions": {"cuda": "13.0"}, "driver_min": "580"},
             ("--gpu", "b200", "--set", "profile.driver=570.172.08"),
             "CUDA 13.0 in the image needs driver 580, the nodes have 570.172.08",
@@ -56,6 +66,9 @@ def test_an_image_that_cannot_run_there_is_refused(
     [
         ({"arch": "arm64"}, ("--gpu", "gb200")),
         ({"arch": "amd64", "versions": {"cuda": None}}, ("--gpu", "cpu")),
+        ({"quantization": ["none", "mxfp8"]}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
+        ({"versions": {"torchtitan": "0.2.2", "torchao": "0.16.0"}}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
+        ({"versions": {"torchtitan": "0.3.0"}}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
         (
             {"versions": {"cuda": "13.0"}, "driver_min": "580"},
             ("--gpu", "b200", "--set", "profile.driver=570.1", "--force"),
