@@ -481,7 +481,7 @@ def _look(search: _Search, line: bytes) -> None:
     text = text[len(label) :]
     if search.stopped < math.inf and "Node failure on " not in text:
         return
-    if search.stops and ("CANCELLED AT" in text or "death signal" in text):
+    if search.stops and is_stop(line):
         search.tracebacks.clear()
         search.stopped = line_time(line, search.near) or -math.inf
     search.completed |= "Training completed" in text
@@ -517,6 +517,11 @@ def _look(search: _Search, line: bytes) -> None:
                 best.lines.append(text)
         elif "[ERROR]" in text and "pyxis: " in best.lines[0]:
             best.lines.append(text)
+
+
+def is_stop(line: bytes) -> bool:
+    """Whether slurmstepd or torchrun says that the job is being ended."""
+    return b"CANCELLED AT" in line or b"death signal" in line
 
 
 def _read_report(search: _Search, text: str) -> None:

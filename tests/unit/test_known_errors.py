@@ -88,9 +88,17 @@ def test_each_entry_is_sound(known: Known) -> None:
     assert [other.code for other in KNOWN].count(known.code) == 1
     assert known.where in (known_errors.RAISED, known_errors.PRINTED, known_errors.VICTIM)
     assert known.example if known.pattern else known.ended
-    assert not known.ended or known.where == known_errors.PRINTED
+    assert not known.ended or known.where in (known_errors.PRINTED, known_errors.VICTIM)
+    assert all(case.keys() <= {"pattern", "cause", "fix"} for case in known.cases)
     names = {*re.compile(known.pattern).groupindex, "node"}
-    for text, more in ((known.cause, set()), (known.fix, {"run", "again", "run_dir"})):
+    texts = [(known.pattern, known.cause, known.fix)]
+    texts += [(case["pattern"], case.get("cause", ""), case.get("fix", "")) for case in known.cases]
+    for pattern, text, more in (
+        (pattern, text, more)
+        for pattern, cause, fix in texts
+        for text, more in ((cause, {"who"}), (fix, {"run", "again", "run_dir"}))
+    ):
+        names |= re.compile(pattern).groupindex.keys()
         assert {name for _, name, _, _ in Formatter().parse(text) if name is not None} <= names | more
     if (
         known.where == known_errors.PRINTED and known.pattern
