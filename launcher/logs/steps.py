@@ -289,7 +289,8 @@ _SIGNS = {
     _NCCL: b"NCCL failure|nccl",
     _ABORT: b"terminate called",
     _PEER: b"Connection |Broken pipe|imed out|DistBackendError|DistNetworkError|DistStoreError",
-    _AFTERMATH: b"srun: error|slurmstepd: error|(exitcode: |ChildFailed|SignalException|NCCL WARN|killed by signal",
+    _AFTERMATH: b"srun: error|slurmstepd: error|(exitcode: |ChildFailed|SignalException|NCCL WARN|KeyboardInterrupt"
+    b"|killed by signal",
     _GOODBYE: b"Rendezvous|endezvous|TCPStore",
 }
 _MILESTONES = b"Root Cause (first|Training completed|CANCELLED AT|death signal|Node failure on |[ERROR]"
@@ -325,6 +326,7 @@ _HINTS = (
     b"terminate called",
     b" signal",
     b"Root Cause",
+    b"KeyboardInterrupt",
     b"Training completed",
     b"Node failure",
 )

@@ -84,7 +84,8 @@ def test_a_good_run_has_no_failure_whatever_its_last_words(make_run: Callable[..
 
 @pytest.mark.parametrize("row", KNOWN, ids=lambda row: row.code)
 def test_the_commands_that_are_proposed_exist(row: Known) -> None:
-    texts = re.findall(r"launcher ((?:[a-z0-9]+ )*[^;|]*)", re.sub(r"   \(.*?\)", "", row.fix))
+    fixes = "; ".join((row.fix, *(case.get("fix", "") for case in row.cases)))
+    texts = re.findall(r"launcher ((?:[a-z0-9]+ )*[^;|]*)", re.sub(r"   \(.*?\)", "", fixes))
     for text in texts:
         command: click.Command = program
         words = text.split()
