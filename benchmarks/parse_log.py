@@ -3,9 +3,10 @@
     python benchmarks/parse_log.py --mib 1024
 
 For each share of step lines, a log of that size is written to a temporary folder and read in plain blocks without
-looking at them, by LogReader, and for the first error; and, for the latter, one in which every line says "error". Each of these runs in a process of its own, at a quarter
-of the size and at the full size, so that its peak memory is its own. The file is removed at the end. Speeds of a
-machine only mean something beside the plain reading in the same line.
+looking at them, by LogReader, and for the first error; the latter also with a log of which every line says "error".
+Each of these runs in a process of its own, at a quarter of the size and at the full size, so that its peak memory is
+its own. The file is removed at the end. Speeds of a machine only mean something beside the plain reading in the same
+line.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path) -> Failu
     seen = find_errors(paths, ended.by_slurm)
     error_path, error = seen.path, seen.lines
     names = {"run": quoted(reference), "run_dir": quoted(run_dir), "again": quoted(run_dir / "run.toml")}
-    rank = None if ended.by_slurm else seen.rank
+    rank = seen.rank
 
     def told(found: tuple[Known, re.Match[str] | None], *shown: Any) -> Failure:
         return replace(_failure(*found, names, rank, *shown), rank=rank, completed=seen.completed)

@@ -66,6 +66,7 @@ _STEP = re.compile(
 )
 _MOMENT = rb"([0-9]{4}-[0-9]{2}-[0-9]{2}[ _T][0-9]{2}:[0-9]{2}):([0-9]{2}(?:[,.][0-9]{1,6})?)"
 _TIME = re.compile(_MOMENT)
+_CLOCK = re.compile(rb":[0-9]{2}:[0-9]{2}")  # stands in each time, and is found quickly
 # torch's C++ (`[E101 00:06:01.0`) and Python (`E0101 00:06:01.000000`) name no year.
 _TIME_OF_YEAR = re.compile(rb"[IWEF]([0-9]{1,2})([0-9]{2}) ([0-9]{2}:[0-9]{2}):([0-9]{2}\.[0-9]{1,9})")
 _RANK = re.compile(rb"\[[A-Za-z_]{1,24}([0-9]{1,6})\]:")
@@ -263,7 +264,7 @@ _CAUSE, _BANNER, _CRASH, _NCCL, _ABORT, _PEER, _AFTERMATH, _GOODBYE = range(8)
 _PATTERNS = {
     _BANNER: r"pyxis: (?:container start failed|couldn't start container|failed to create container filesystem"
     r"|child \d+ failed|printing enroot log)|error: pyxis:  +(?!.*(?:\[ERROR\]|FATAL ERROR|[Cc]annot|[Ff]ailed"
-    r"|failure|enroot-|nvidia-container-cli:|not permitted|denied|No space|wrong trying))",
+    r"|failure|[Cc]ould not|enroot-|nvidia-container-cli:|not permitted|denied|No space|wrong trying))",
     _CAUSE: r"titan-node: FAIL|CUDA out of memory|oom_kill|DUE TO (?!NODE)[A-Z]|error: pyxis:"
     r"|pyxis: .*(?:fail|not exist|must be)|^\[ERROR\]|^enroot[\w-]*: |FATAL ERROR|Exec format error"
     r"|nrecognized (?:option|argument)|error: execve|CUDA (?:driver )?error|CUBLAS_STATUS_ALLOC_FAILED"
@@ -288,10 +289,9 @@ _SIGNS = {
     _CRASH: b"Watchdog caught|(exitcode: -|Fatal Python|Caught signal|Segmentation fault|Bus error|Illegal instruction",
     _NCCL: b"NCCL failure|nccl",
     _ABORT: b"terminate called",
-    _PEER: b"Connection |Broken pipe|imed out|DistBackendError|DistNetworkError|DistStoreError",
-    _AFTERMATH: b"srun: error|slurmstepd: error|(exitcode: |ChildFailed|SignalException|NCCL WARN|KeyboardInterrupt"
-    b"|killed by signal",
-    _GOODBYE: b"Rendezvous|endezvous|TCPStore",
+    _PEER: b"Connection |Broken pipe|imed out|Dist",
+    _AFTERMATH: b"srun: error|slurmstepd: error|(exitcode: |SignalException|NCCL WARN|KeyboardInterrupt|killed by signal",
+    _GOODBYE: b"endezvous|TCPStore",
 }
 _MILESTONES = b"Root Cause (first|Training completed|CANCELLED AT|death signal|Node failure on |[ERROR]"
 _LABELS = re.compile(r"(?:[0-9]{1,5}: ?)?(?:\[[A-Za-z_]{1,24}[0-9]{1,6}\]: ?)*")
@@ -350,7 +350,7 @@ def _signs(below: int, block: bytes) -> list[re.Pattern[bytes]]:
     return [*found, _BEGINS_WITH_EXCEPTION] if below > _CAUSE and b"Error" in block else found
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class FailedRank:
     """The rank that torchrun saw fail first on one node: its "Root Cause (first observed failure)"."""
 
@@ -376,7 +376,7 @@ class _Found:
     labels: str
     lines: list[str]
     time: float = math.inf
-    is_stop: bool = False
+    is_stop: bool = False  # it says itself that Slurm ended the run
 
 
 @dataclass
@@ -388,7 +388,7 @@ class _Search:
     tracebacks: dict[str, deque[str]] = field(default_factory=dict)
     best: _Found | None = None
     following: int = 0  # how many more lines may belong to the best error
-    stopped: float = math.inf
+    stopped: float | None = None  # when Slurm said so
     report: dict[str, str] | None = None  # torchrun's, while it is read
     ranks: list[FailedRank] = field(default_factory=list)
     completed: bool = False
@@ -432,15 +432,18 @@ def find_errors(paths: Iterable[Path], stopped: bool = False) -> Errors:
         except OSError:
             continue
         found.append((Path(path), search))
-    end = min((search.stopped for _, search in found), default=math.inf)
-    ranks = [rank for _, search in found for rank in search.ranks if rank.time < end]
+    ranks = [rank for _, search in found for rank in search.ranks]
     errors = [(best.grade, best.time, path, best) for path, search in found if (best := search.best)]
-    errors = [error for error in errors if error[1] < end or error[3].is_stop or error[:2] == (_CAUSE, math.inf)]
+    ends = [search.stopped for _, search in found if search.stopped is not None]
+    if ends:  # what has no date may have come before
+        ranks = [rank for rank in ranks if rank.time < min(ends)]
+        errors = [one for one in errors if one[1] < min(ends) or one[3].is_stop or one[:2] == (_CAUSE, math.inf)]
+    rank = min(ranks, key=lambda rank: rank.time, default=None)
     completed = any(search.completed for _, search in found)
     if not errors:
-        return Errors(None, (), min(ranks, default=None), completed)
+        return Errors(None, (), rank, completed)
     _, _, path, best = min(errors, key=lambda error: error[:2])
-    return Errors(path, best.lines, min(ranks, default=None), completed)
+    return Errors(path, best.lines, rank, completed)
 
 
 def _look_through(search: _Search, block: bytes) -> None:
@@ -470,9 +473,9 @@ def _look_through(search: _Search, block: bytes) -> None:
 
 def _next_time(block: bytes, at: int, near: float) -> float:
     """torchrun's report says when; it comes after the traceback that it speaks of."""
-    hits = [match.start() for pattern in (_TIME, _TIME_OF_YEAR) if (match := pattern.search(block, at))]
-    moment = line_time(block[min(hits) : min(hits) + 40], near) if hits else None
-    return math.inf if moment is None else moment
+    clocks = _CLOCK.finditer(block, at)
+    moments = (line_time(block[max(at, clock.start() - 14) : clock.end() + 10], near) for clock in clocks)
+    return next((moment for moment in moments if moment is not None), math.inf)
 
 
 def _look(search: _Search, line: bytes) -> None:
@@ -481,15 +484,16 @@ def _look(search: _Search, line: bytes) -> None:
     labels = _LABELS.match(text)
     label = labels.group() if labels else ""
     text = text[len(label) :]
-    if search.stopped < math.inf and "Node failure on " not in text:
+    if search.stopped is not None and "Node failure on " not in text:
         return
-    if search.stops and is_stop(line):
+    stops = search.stops and is_stop(line)
+    if stops:
         search.tracebacks.clear()
-        search.stopped = line_time(line, search.near) or -math.inf
+        search.stopped = _time_or_never(line, search)
     search.completed |= "Training completed" in text
     _read_report(search, text)
     if best and search.undated:
-        best.time = line_time(line, search.near) or math.inf
+        best.time = _time_or_never(line, search)
     if text.startswith("Traceback (most recent call last)"):
         search.following = 0
         if len(search.tracebacks) < 64:
@@ -509,16 +513,21 @@ def _look(search: _Search, line: bytes) -> None:
     elif best is None or best.grade > _CAUSE:
         grade, frames = _grade(text), None
     if grade is not None and (best is None or grade < best.grade):
-        moment = line_time(line, search.near) or math.inf
-        search.best = _Found(grade, label, [text, *(frames or ())], moment, moment == search.stopped)
+        is_stop_itself = stops or search.stopped is not None
+        search.best = _Found(grade, label, [text, *(frames or ())], _time_or_never(line, search), is_stop_itself)
         search.following = 4
     elif best is not None and label == best.labels:
         if search.following:
             search.following -= 1
             if text.strip("=- ") and not text.startswith("[titan]"):
                 best.lines.append(text)
-        elif "[ERROR]" in text and "pyxis: " in best.lines[0]:
+        elif "[ERROR]" in text and "pyxis: " in best.lines[0] and len(best.lines) < 8:
             best.lines.append(text)
+
+
+def _time_or_never(line: bytes, search: _Search) -> float:
+    moment = line_time(line, search.near)
+    return math.inf if moment is None else moment
 
 
 def is_stop(line: bytes) -> bool:
