@@ -290,7 +290,8 @@ _SIGNS = {
     _NCCL: b"NCCL failure|nccl",
     _ABORT: b"terminate called",
     _PEER: b"Connection |Broken pipe|imed out|Dist",
-    _AFTERMATH: b"srun: error|slurmstepd: error|(exitcode: |SignalException|NCCL WARN|KeyboardInterrupt|killed by signal",
+    _AFTERMATH: b"srun: error|slurmstepd: error|(exitcode: |SignalException|NCCL WARN|KeyboardInterrupt"
+    b"|killed by signal",
     _GOODBYE: b"endezvous|TCPStore",
 }
 _MILESTONES = b"Root Cause (first|Training completed|CANCELLED AT|death signal|Node failure on |[ERROR]"
