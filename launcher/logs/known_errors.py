@@ -216,6 +216,8 @@ def _printed(paths: Sequence[Path], ended: Ended) -> tuple[Known, re.Match[str] 
             continue
         if ended.by_slurm and is_stop(line):
             stopped = path
+        if b"Traceback (most" in line:
+            following = 0
         if best and following and path == best[2] and b"[titan]" not in line:
             best[3].append(plain_text(line[:LINE_CHARS]))
             following -= 1

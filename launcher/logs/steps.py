@@ -308,29 +308,10 @@ _REPORTED = re.compile(r"\s*(time|host|rank|exitcode)\s*: (\S+)")
 
 # Few, so that a block without any is passed over quickly. Each of the texts above, or its line, holds one.
 _HINTS = (
-    b"rror",
-    b"ERROR",
-    b"FAIL",
-    b"Traceback",
-    b"CANCELLED",
-    b"DUE TO ",
-    b"nrecognized",
-    b" fault",
-    b"Illegal instr",
-    b"oom_kill",
-    b"NCCL WARN",
-    b"NCCL failure",
-    b"Watchdog",
-    b"pyxis:",
-    b"enroot",
-    b"exitcode: ",
-    b"terminate called",
-    b" signal",
-    b"Root Cause",
-    b"KeyboardInterrupt",
-    b"Training completed",
-    b"Node failure",
-)
+    b"rror|ERROR|FAIL|Traceback|CANCELLED|DUE TO |nrecognized| fault|Illegal instr|oom_kill|"
+    b"NCCL WARN|NCCL failure|Watchdog|pyxis:|enroot|exitcode: |terminate called| signal|Root Cause|"
+    b"KeyboardInterrupt|Training completed|Node failure"
+).split(b"|")
 
 
 @cache
@@ -483,8 +464,8 @@ def _look(search: _Search, line: bytes) -> None:
     best = search.best
     text = plain_text(line)
     labels = _LABELS.match(text)
-    label = labels.group() if labels else ""
-    text = text[len(label) :]
+    prefix = labels.group() if labels else ""
+    text, label = text[len(prefix) :], prefix.replace(" ", "")  # an empty line has no blank behind its label
     if search.stopped is not None and "Node failure on " not in text:
         return
     stops = search.stops and is_stop(line)

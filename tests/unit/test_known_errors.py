@@ -395,6 +395,15 @@ def test_a_rank_that_a_signal_killed_is_named_with_its_host(tmp_path: Path, code
     assert f"first to fail: rank 9 on gpu001, with exit code {code}" in found.as_text()
 
 
+def test_the_lines_of_one_rank_belong_together(tmp_path: Path) -> None:
+    """Python's faulthandler prints an empty line, behind whose label no blank is left."""
+    said = (
+        'Fatal Python error: Segmentation fault\n\nCurrent thread 0x7f (most recent call first):\n  File "x.py" in f\n'
+    )
+    found = failure(tmp_path, node0=STEP + re.sub("^", "[rank0]:", said, flags=re.MULTILINE))
+    assert found.code == "crashed" and found.lines[-1].strip() == 'File "x.py" in f'
+
+
 def test_an_abort_after_the_last_step_is_said_to_be_one(tmp_path: Path) -> None:
     done = STEP.replace("step:  5", "Training completed")
     found = failure(tmp_path, node0=STEP + done + "terminate called without an active exception\n" + report(-6))
@@ -440,6 +449,7 @@ def test_what_ranks_print_after_the_job_was_ended_is_no_cause(tmp_path: Path, st
             'Traceback (most recent call last):\n  File "/x/torchrun", line 8\n    main()\nKeyboardInterrupt\n',
             "interrupted",
         ),
+        (130, "KeyboardInterrupt\n" + VICTIM, "interrupted"),
         (130, "", "interrupted"),
         (143, "", "terminated"),
         (143, "srun: error: gpu001: task 0: Terminated\n", "terminated"),
