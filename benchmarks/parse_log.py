@@ -3,9 +3,10 @@
     python benchmarks/parse_log.py --mib 1024
 
 For each share of step lines, a log of that size is written to a temporary folder and read in plain blocks without
-looking at them, by LogReader, and for the first error. Each of these runs in a process of its own, at a quarter
-of the size and at the full size, so that its peak memory is its own. The file is removed at the end. Speeds of a
-machine only mean something beside the plain reading in the same line.
+looking at them, by LogReader, and for the first error; the latter also with a log of which every line says "error".
+Each of these runs in a process of its own, at a quarter of the size and at the full size, so that its peak memory is
+its own. The file is removed at the end. Speeds of a machine only mean something beside the plain reading in the same
+line.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ OTHER = (
     b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - \x1b[33mvalidate step:  1  \x1b[32mloss:  "
     b"7.9794\x1b[39m\n",
 )
+ERROR = b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - WARNING - error while reading a file: ValueError: again\n"
 
 
-def write_log(path: Path, size: int, share: float) -> int:
+def write_log(path: Path, size: int, share: float, other: tuple[bytes, ...] = OTHER) -> int:
     """Writes about `size` bytes of which `share` are step lines; returns how many of these."""
     written, steps, of_steps, others = 0, 0, 0, 0
     chunk: list[bytes] = []
@@ -52,7 +54,7 @@ def write_log(path: Path, size: int, share: float) -> int:
                 of_steps += len(line)
             else:
                 others += 1
-                line = OTHER[0 if others % 100 else others // 100 % len(OTHER)]
+                line = other[0 if others % 100 else others // 100 % len(other)]
             written += len(line)
             chunk.append(line)
             if len(chunk) == 10_000:
@@ -124,6 +126,10 @@ def main() -> None:
                     f" {mib / error_seconds:>6.0f} {error_peak:>4.0f} {error_seconds / plain:>6.0f}x {count:>9}",
                     flush=True,
                 )
+        write_log(path, options.mib // 4 * MIB, -1, (ERROR,))
+        plain, _, _ = measured(read_plain, path)
+        seconds, _, _ = measured(find_error, path)
+        print(f"every line says error: first error {options.mib // 4 / seconds:.0f} MiB/s, {seconds / plain:.0f}x")
 
 
 if __name__ == "__main__":

@@ -296,5 +296,5 @@ def _timed(index: int, name: str, path: Path, at_once: int) -> Iterator[tuple[fl
     moment = -math.inf
     for number, line in enumerate(_lines_of(path, at_once)):
         # Never backwards: a merge needs sorted streams, and a file's own order is the truth about it.
-        moment = max(moment, line_time(line[:512]) or -math.inf)
+        moment = max(moment, line_time(line[:512], moment if math.isfinite(moment) else None) or -math.inf)
         yield moment, index, number, name, plain_text(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from launcher.base.errors import quoted
 from launcher.base.secret import masked
 from launcher.logs.follow import error_logs, last_lines
-from launcher.logs.steps import first_error, open_log, plain_text
+from launcher.logs.steps import FailedRank, find_errors, is_stop, open_log, plain_text
 
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
 TAIL_BYTES = 1 << 18
@@ -33,6 +33,7 @@ class Known:
     pattern: str = ""
     ended: Sequence[Mapping[str, Any]] = ()
     example: Sequence[str] = ()
+    cases: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Ended:
     reason: str = ""
     exit: int | None = None
     logged: bool = True
+
+    @property
+    def by_slurm(self) -> bool:
+        """Whether Slurm or a user ended it: what its ranks said then is no cause."""
+        return self.state in ("CANCELLED", "REVOKED", "TIMEOUT", "DEADLINE", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL")
 
     def is_like(self, one: Mapping[str, Any]) -> bool:
         return all(getattr(self, name) == value for name, value in one.items())
@@ -86,7 +92,7 @@ def _hints() -> frozenset[bytes]:
 # First errors that leave open what came before them; any other exception is a cause, known or not.
 _TELLS_LITTLE = re.compile(
     r"srun: error|slurmstepd|pyxis:|^\[ERROR\]|^enroot|exitcode|ChildFailedError|SignalException|NCCL WARN"
-    r"|KeyboardInterrupt|SystemExit|CANCELLED AT"
+    r"|KeyboardInterrupt|SystemExit|CANCELLED AT|killed by signal"
 )
 
 
@@ -100,6 +106,8 @@ class Failure:
     path: Path | None  # the log that `lines` are from
     lines: Sequence[str]
     is_error: bool  # False where the lines are only the last ones
+    rank: FailedRank | None = None  # that failed first, as torchrun saw it
+    completed: bool = False  # training had reached its last step
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -108,11 +116,19 @@ class Failure:
             "fix": self.fix or None,
             "log": str(self.path) if self.path else None,
             "lines": list(map(masked, self.lines)),
+            "rank": {"rank": self.rank.rank, "host": self.rank.host, "exit_code": self.rank.exit_code}
+            if self.rank
+            else None,
+            "completed": self.completed,
         }
 
     def as_text(self) -> list[str]:
         """What is printed below a run's state: the cause, the fix, then the log's own lines."""
         said = [f"cause: {self.cause}", f"try: {self.fix}"] if self.code else []
+        if self.rank:
+            said.append(f"first to fail: {_who(self.rank)}, with exit code {self.rank.exit_code}")
+        if self.completed:
+            said.append("training had already reached its last step")
         if self.lines:
             if self.is_error:
                 title = "from" if self.code else "first error, in"
@@ -130,23 +146,34 @@ def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path) -> Failu
     logs. Raises LauncherError when the directory of the logs cannot be read.
     """
     paths = error_logs(log_dir)
-    error_path, error = first_error(paths) or (None, [])
+    seen = find_errors(paths, ended.by_slurm)
+    error_path, error = seen.path, seen.lines
     names = {"run": quoted(reference), "run_dir": quoted(run_dir), "again": quoted(run_dir / "run.toml")}
+    rank = seen.rank
+
+    def told(found: tuple[Known, re.Match[str] | None], *shown: Any) -> Failure:
+        return replace(_failure(*found, names, rank, *shown), rank=rank, completed=seen.completed)
+
     if found := _of_error(error):
-        return _failure(*found, names, error_path, error, True)
+        return told(found, error_path, error, True)
     if not error or _leaves_open(error[0]):
         ends = [path for path in paths if "ranks" not in path.relative_to(log_dir).parts]
         if printed := _printed(ends, ended):
             known, match, path, lines = printed
             shown = (path, lines, True) if path else (error_path, error, bool(error))
             shown = shown if shown[1] else (*last_lines(paths, 5), False)
-            return _failure(known, match, names, *shown)
+            return told((known, match), *shown)
         if error and (found := _match(error[0], VICTIM)):
-            return _failure(*found, names, error_path, error, True)
+            return told(found, error_path, error, True)
     if error:
-        return Failure("", "", "", error_path, error, True)
+        return Failure("", "", "", error_path, error, True, rank, seen.completed)
     path, lines = last_lines(paths, 5)
-    return Failure("", "", "", path if lines else None, lines, False)
+    shown = (path if lines else None, lines, False)
+    if weak := next(
+        (one for one in known_errors() if one.where == VICTIM and any(map(ended.is_like, one.ended))), None
+    ):
+        return told((weak, None), *shown)
+    return Failure("", "", "", *shown, rank, seen.completed)
 
 
 def how_it_ended(state: str, reason: str, exit_code: int | None, log_dir: Path) -> Ended:
@@ -182,9 +209,15 @@ def _printed(paths: Sequence[Path], ended: Ended) -> tuple[Known, re.Match[str] 
     """The most telling of the lines at either end of the logs, with what follows it, and of how the job ended; of
     equals the first one.
     """
-    best: tuple[int, re.Match[str] | None, Path | None, list[str]] | None = None
-    following = 0
+    best: tuple[tuple[int, bool], re.Match[str] | None, Path | None, list[str]] | None = None
+    following, stopped = 0, None
     for path, line in ((one, line) for one in paths for line in _ends(one)):
+        if path == stopped and b"Node failure on " not in line:
+            continue
+        if ended.by_slurm and is_stop(line):
+            stopped = path
+        if b"Traceback (most" in line:
+            following = 0
         if best and following and path == best[2] and b"[titan]" not in line:
             best[3].append(plain_text(line[:LINE_CHARS]))
             following -= 1
@@ -192,12 +225,14 @@ def _printed(paths: Sequence[Path], ended: Ended) -> tuple[Known, re.Match[str] 
             continue
         text = plain_text(line[:LINE_CHARS])
         found = _match(text, PRINTED)
-        if found and (best is None or known_errors().index(found[0]) < best[0]):
-            best, following = (known_errors().index(found[0]), found[1], path, [text]), 4
+        if found:  # of two lines that say the same, one that names something says more
+            order = (known_errors().index(found[0]), not any(found[1].groupdict().values()))
+            if best is None or order < best[0]:
+                best, following = (order, found[1], path, [text]), 4
     for rank, known in enumerate(known_errors()):
-        if (best is None or rank < best[0]) and any(map(ended.is_like, known.ended)):
-            best = rank, None, None, []
-    return (known_errors()[best[0]], *best[1:3], list(filter(None, best[3]))) if best else None
+        if (best is None or rank < best[0][0]) and known.where == PRINTED and any(map(ended.is_like, known.ended)):
+            best = (rank, False), None, None, []
+    return (known_errors()[best[0][0]], *best[1:3], list(filter(None, best[3]))) if best else None
 
 
 def _hinted(text: bytes) -> bool:
@@ -227,18 +262,34 @@ def _failure(
     known: Known,
     match: re.Match[str] | None,
     names: dict[str, str],
+    rank: FailedRank | None,
     path: Path | None,
     lines: Sequence[str],
     is_error: bool,
 ) -> Failure:
+    text = "\n".join(lines)
     named = match.groupdict() if match else {}
+    cause, fix = "", ""
+    for case in known.cases:
+        if told := re.search(case["pattern"], text):
+            named = {name: value for name, value in named.items() if value} | told.groupdict()
+            cause, fix = cause or case.get("cause", ""), fix or case.get("fix", "")
     groups = {name: _unescaped(masked((value or "").strip())[:600]) for name, value in named.items()}
     # What a log says is quoted in a command; a fix that node.py proposes is one already.
     safe = {name: value if name == "fix" else quoted(value) for name, value in groups.items()}
-    node = _node(path)
-    cause = known.cause.format(**groups, node=f"node {node}" if node else "a node")
-    fix = known.fix.format(**(names | safe), node=node or "NODE")
-    return Failure(known.code, cause, fix, path, lines, is_error)
+    node = groups.pop("node", "") or _node(path)
+    where = f"node {node}" if node else "a node"
+    local = re.search(r"local_rank: (\d+)", text)
+    who = _who(rank) if rank else (f"local rank {local[1]}" if local else "a process") + f" on {where}"
+    fix = fix or known.fix
+    if node:  # otherwise any node of the partition must do
+        fix = fix.replace("srun -N1 ", "srun -N1 -w {node} ")
+    fix = fix.format(**(names | safe | {"node": quoted(node or "NODE")}))
+    return Failure(known.code, (cause or known.cause).format(**groups, node=where, who=who), fix, path, lines, is_error)
+
+
+def _who(rank: FailedRank) -> str:
+    return f"rank {'?' if rank.rank is None else rank.rank} on {rank.host}"
 
 
 def _unescaped(text: str) -> str:

@@ -12,10 +12,10 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import BufferedReader
 from pathlib import Path
 
@@ -64,8 +64,11 @@ _STEP = re.compile(
     + (rb"(?:" + _GAP + rb"tflops:" + _NUMBER + rb")?")
     + (_GAP + rb"mfu:(?:" + _NUMBER + rb"%|[ \t]{0,12}N/A)")
 )
-_MOMENT = rb"([0-9]{4}-[0-9]{2}-[0-9]{2}[ _][0-9]{2}:[0-9]{2}):([0-9]{2}(?:[,.][0-9]{1,6})?)"
+_MOMENT = rb"([0-9]{4}-[0-9]{2}-[0-9]{2}[ _T][0-9]{2}:[0-9]{2}):([0-9]{2}(?:[,.][0-9]{1,6})?)"
 _TIME = re.compile(_MOMENT)
+_CLOCK = re.compile(rb":[0-9]{2}:[0-9]{2}")  # stands in each time, and is found quickly
+# torch's C++ (`[E101 00:06:01.0`) and Python (`E0101 00:06:01.000000`) name no year.
+_TIME_OF_YEAR = re.compile(rb"[IWEF]([0-9]{1,2})([0-9]{2}) ([0-9]{2}:[0-9]{2}):([0-9]{2}\.[0-9]{1,9})")
 _RANK = re.compile(rb"\[[A-Za-z_]{1,24}([0-9]{1,6})\]:")
 # The whole line as torchrun prints it, for speed; any other beginning takes the longer way round _STEP.
 _USUAL = re.compile(
@@ -79,10 +82,19 @@ def parse_line(line: bytes) -> StepRecord | None:
     return records[0] if records else None
 
 
-def line_time(text: bytes) -> float | None:
-    """The last date and time in a line, in the seconds of `StepRecord.time`."""
-    found = _TIME.findall(text)
-    return _seconds(*found[-1]) if found else None
+def line_time(text: bytes, near: float | None = None) -> float | None:
+    """The last date and time in a line, in the seconds of `StepRecord.time`. One without a year is read as the nearest
+    to `near`.
+    """
+    if found := _TIME.findall(text):
+        return _seconds(*found[-1])
+    if near is None or not (short := _TIME_OF_YEAR.search(text)):
+        return None
+    month, day, minute, seconds = short.groups()
+    year = datetime.fromtimestamp(near, UTC).year
+    dates = [b"%d-%b-%b %b" % (year + past, month.zfill(2), day, minute) for past in (-1, 0, 1)]
+    moments = [moment for date in dates if (moment := _seconds(date, seconds)) is not None]
+    return min(moments, key=lambda moment: abs(moment - near), default=None)
 
 
 def plain_text(line: bytes) -> str:
@@ -91,6 +103,8 @@ def plain_text(line: bytes) -> str:
     After a carriage return only the last text is kept, as a terminal would show it.
     """
     text = line.rstrip(b"\r\n").decode("utf-8", errors="replace")
+    if text.isascii() and text.isprintable():  # most lines
+        return text.rstrip()
     shown = text.rpartition("\r")[2]
     return _CONTROLS.sub("", _ESCAPES.sub("", shown)).rstrip()
 
@@ -234,7 +248,7 @@ def _seconds(minute: bytes, seconds: bytes) -> float | None:
 @lru_cache(maxsize=256)
 def _minute_start(text: bytes) -> float | None:
     try:
-        moment = datetime.strptime(text.decode().replace("_", " "), "%Y-%m-%d %H:%M")
+        moment = datetime.strptime(re.sub("[_T]", " ", text.decode()), "%Y-%m-%d %H:%M")
     except ValueError:
         return None
     return moment.replace(tzinfo=UTC).timestamp()
@@ -242,41 +256,100 @@ def _minute_start(text: bytes) -> float | None:
 
 # --- the first error of a failed run ----------------------------------------------------------------------
 
-_CAUSE, _PEER, _AFTERMATH, _GOODBYE = range(4)
+_CAUSE, _BANNER, _CRASH, _NCCL, _ABORT, _PEER, _AFTERMATH, _GOODBYE = range(8)
 # A rank that dies takes its peers with it: NCCL or gloo complains there, torchrun and srun report the exit,
 # and whoever outlives the head node finds its rendezvous gone. A later grade is a cause only when nothing of
-# an earlier one was printed anywhere.
-_HINTS = (
-    b"rror",
-    b"ERROR",
-    b"FAIL",
-    b"Traceback",
-    b"CANCELLED",
-    b"nrecognized",
-    b" fault",
-    b"oom_kill",
-    b"NCCL WARN",
-    b"NCCL failure",
-    b"Watchdog",
-    b"pyxis:",
-)
+# an earlier one was printed anywhere. A banner says that a container failed, and other lines why. A rank whose
+# NCCL lost a peer aborts, too, so an abort is a cause only where NCCL said nothing.
+_PATTERNS = {
+    _BANNER: r"pyxis: (?:container start failed|couldn't start container|failed to create container filesystem"
+    r"|child \d+ failed|printing enroot log)|error: pyxis:  +(?!.*(?:\[ERROR\]|FATAL ERROR|[Cc]annot|[Ff]ailed"
+    r"|failure|[Cc]ould not|enroot-|nvidia-container-cli:|not permitted|denied|No space|wrong trying))",
+    _CAUSE: r"titan-node: FAIL|CUDA out of memory|oom_kill|DUE TO (?!NODE)[A-Z]|error: pyxis:"
+    r"|pyxis: .*(?:fail|not exist|must be)|^\[ERROR\]|^enroot[\w-]*: |FATAL ERROR|Exec format error"
+    r"|nrecognized (?:option|argument)|error: execve|CUDA (?:driver )?error|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|NCCL error.* invalid (?:usage|argument)|Task launch for |t find address for host|Node failure on "
+    r"|are still not ready|wrong with the boot of the nodes",
+    _CRASH: r"Watchdog caught collective|\(exitcode: -(?!2\b|6\b|15\b)|Fatal Python error: (?!Aborted)|Caught signal \d"
+    r"|Segmentation fault|Bus error|Illegal instruction",
+    _NCCL: r"NCCL (?:error|failure)|nccl\w*Error",
+    _ABORT: r"terminate called|Fatal Python error|\(exitcode: -6\)",
+    _GOODBYE: r"Rendezvous\w*(?:Error|Exception)|^(?=.*rror).*(?:rendezvous\b.*\bclosed|TCPStore)",
+    _PEER: r"Dist(?:Backend|Network|Store)Error|^(?=.*rror)(?!srun: error: Timed out waiting for job step)"
+    r".*(?:Connection (?:closed|reset|refused)|Broken pipe|[Tt]imed out)",
+    _AFTERMATH: r"srun: error|slurmstepd: error|\(exitcode: |ChildFailedError|SignalException|NCCL WARN"
+    r"|KeyboardInterrupt|SystemExit|[Dd]ataLoader worker .* killed by signal: (?:Terminated|Interrupt)",
+}
+_GRADES = [(grade, re.compile(pattern)) for grade, pattern in _PATTERNS.items()]
+# What any line of a grade holds, unless it begins with an exception. Milestones are wanted whatever was found.
+_SIGNS = {
+    _CAUSE: b"Traceback (most|titan-node: FAIL|CUDA |oom_kill|DUE TO |pyxis: |enroot|FATAL ERROR|Exec format error"
+    b"|nrecognized |error: execve|CUBLAS_STATUS|NCCL error|Task launch for |find address for|are still not ready"
+    b"|boot of the nodes",
+    _CRASH: b"Watchdog caught|(exitcode: -|Fatal Python|Caught signal|Segmentation fault|Bus error|Illegal instruction",
+    _NCCL: b"NCCL failure|nccl",
+    _ABORT: b"terminate called",
+    _PEER: b"Connection |Broken pipe|imed out|Dist",
+    _AFTERMATH: b"srun: error|slurmstepd: error|(exitcode: |SignalException|NCCL WARN|KeyboardInterrupt"
+    b"|killed by signal",
+    _GOODBYE: b"endezvous|TCPStore",
+}
+_MILESTONES = b"Root Cause (first|Training completed|CANCELLED AT|death signal|Node failure on |[ERROR]"
 _LABELS = re.compile(r"(?:[0-9]{1,5}: ?)?(?:\[[A-Za-z_]{1,24}[0-9]{1,6}\]: ?)*")
 _EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Unsupported|Timeout)(?:: |:?$)")
+_COLOURS = rb"(?:\x1b\[[0-9;]{0,24}m)*"
+_BEGINS_WITH_EXCEPTION = re.compile(
+    (rb"[\n\r]" + _COLOURS + _LABELS.pattern.encode() + _COLOURS)
+    + _EXCEPTION.pattern.encode().replace(b"(?:: |:?$)", rb"(?:: |:?[\s\x1b]|:?\Z)")
+)
 _ENDS_TRACEBACK = re.compile(r"[A-Za-z_][\w.]*(?:: |:?$)")
-_CAUSES = re.compile(
-    r"titan-node: FAIL|CUDA out of memory|oom_kill|DUE TO [A-Z]|error: pyxis:"
-    r"|pyxis: .*(?:fail|not exist|must be)|^\[ERROR\]|^enroot[\w-]*: |FATAL ERROR|Exec format error"
-    r"|nrecognized (?:option|argument)|error: execve|Segmentation fault|Bus error|Illegal instruction|CUDA error"
-)
-_PEERS = re.compile(
-    r"NCCL (?:error|failure)|nccl\w*Error|Watchdog caught collective|Dist(?:Backend|Network|Store)Error"
-    r"|Connection (?:closed|reset|refused)|Broken pipe|[Tt]imed out"
-)
-_AFTERMATHS = re.compile(
-    r"srun: error|slurmstepd: error|\(exitcode: |ChildFailedError|SignalException|NCCL WARN"
-    r"|KeyboardInterrupt|SystemExit"
-)
-_GOODBYES = re.compile(r"Rendezvous\w*(?:Error|Exception)|rendezvous\b.*\bclosed|TCPStore")
+_REPORTED = re.compile(r"\s*(time|host|rank|exitcode)\s*: (\S+)")
+
+
+# Few, so that a block without any is passed over quickly. Each of the texts above, or its line, holds one.
+_HINTS = (
+    b"rror|ERROR|FAIL|Traceback|CANCELLED|DUE TO |nrecognized| fault|Illegal instr|oom_kill|"
+    b"NCCL WARN|NCCL failure|Watchdog|pyxis:|enroot|exitcode: |terminate called| signal|Root Cause|"
+    b"KeyboardInterrupt|Training completed|Node failure"
+).split(b"|")
+
+
+@cache
+def _texts(below: int) -> list[bytes]:
+    """What is looked for when only an error of a lower grade would count."""
+    return b"|".join((_MILESTONES, *(signs for grade, signs in _SIGNS.items() if grade < below))).split(b"|")
+
+
+@lru_cache(maxsize=64)
+def _any_of(texts: tuple[bytes, ...]) -> re.Pattern[bytes]:
+    return re.compile(b"|".join(map(re.escape, texts)))
+
+
+def _signs(below: int, block: bytes) -> list[re.Pattern[bytes]]:
+    """Asking a block first which texts it holds at all is several times as fast as to look for any of them."""
+    texts = tuple(text for text in _texts(below) if text in block)
+    found = [_any_of(texts)] if texts else []
+    return [*found, _BEGINS_WITH_EXCEPTION] if below > _CAUSE and b"Error" in block else found
+
+
+@dataclass(frozen=True)
+class FailedRank:
+    """The rank that torchrun saw fail first on one node: its "Root Cause (first observed failure)"."""
+
+    time: float
+    host: str
+    rank: int | None
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the logs of a failed run say about its end."""
+
+    path: Path | None = None
+    lines: Sequence[str] = ()  # the first error and what was printed with it
+    rank: FailedRank | None = None
+    completed: bool = False  # training had reached its last step
 
 
 @dataclass
@@ -285,67 +358,124 @@ class _Found:
     labels: str
     lines: list[str]
     time: float = math.inf
+    is_stop: bool = False  # it says itself that Slurm ended the run
 
 
 @dataclass
 class _Search:
     """What is remembered while one file is read: open tracebacks by their labels, and the best error."""
 
+    near: float = 0  # a moment of the run
+    stops: bool = False  # whether Slurm ended the run: then what comes after it said so does not count
     tracebacks: dict[str, deque[str]] = field(default_factory=dict)
     best: _Found | None = None
     following: int = 0  # how many more lines may belong to the best error
+    stopped: float | None = None  # when Slurm said so
+    report: dict[str, str] | None = None  # torchrun's, while it is read
+    ranks: list[FailedRank] = field(default_factory=list)
+    completed: bool = False
+
+    @property
+    def quiet(self) -> bool:
+        """Whether only a line with a sign can matter."""
+        return not (self.tracebacks or self.following or self.report is not None)
 
     @property
     def undated(self) -> bool:
         return self.best is not None and self.best.time == math.inf
 
-    @property
-    def quiet(self) -> bool:
-        """Whether only a line with a hint can matter."""
-        return not (self.tracebacks or self.following or self.undated)
-
 
 def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
+    """The file and the lines of the first error: see `find_errors`."""
+    found = find_errors(paths)
+    return (found.path, list(found.lines)) if found.path else None
+
+
+def find_errors(paths: Iterable[Path], stopped: bool = False) -> Errors:
     """Where a failed run went wrong: the file, and the error's line followed by what was printed with it.
 
     Among files the most telling error wins (an exception or a container's failure before a lost connection,
     that before what srun and torchrun report of it, a closed rendezvous last), then the earliest, then the
     order of `paths`. Within a file the first of its kind wins. For failed runs only: a good one also ends with
-    warnings.
+    warnings. Of a run that was `stopped` by Slurm nothing counts that came after Slurm said so.
     """
-    found: list[tuple[int, float, int, Path, list[str]]] = []
-    for index, path in enumerate(paths):
-        search = _Search()
+    found: list[tuple[Path, _Search]] = []
+    near: float | None = None
+    for path in paths:
         try:
             if (handle := open_log(path)) is None:
                 continue
             with handle:
+                search = _Search(near or os.fstat(handle.fileno()).st_mtime, stopped)
                 while block := _many_lines(handle):
-                    # Most blocks have nothing to say, and asking that of a block is quick.
-                    if not search.quiet or any(hint in block for hint in _HINTS):
-                        for line in block.split(b"\n"):
-                            _look(search, line[:4096])
+                    if near is None and (match := _TIME.search(block)):
+                        near = search.near = _seconds(*match.groups()) or search.near
+                    _look_through(search, block)
         except OSError:
             continue
-        if best := search.best:
-            found.append((best.grade, best.time, index, Path(path), best.lines))
-    if not found:
-        return None
-    _, _, _, path, lines = min(found, key=lambda entry: entry[:3])
-    return path, lines
+        found.append((Path(path), search))
+    ranks = [rank for _, search in found for rank in search.ranks]
+    errors = [(best.grade, best.time, path, best) for path, search in found if (best := search.best)]
+    ends = [search.stopped for _, search in found if search.stopped is not None]
+    if ends:  # what has no date may have come before
+        ranks = [rank for rank in ranks if rank.time < min(ends)]
+        errors = [one for one in errors if one[1] < min(ends) or one[3].is_stop or one[:2] == (_CAUSE, math.inf)]
+    rank = min(ranks, key=lambda rank: rank.time, default=None)
+    completed = any(search.completed for _, search in found)
+    if not errors:
+        return Errors(None, (), rank, completed)
+    _, _, path, best = min(errors, key=lambda error: error[:2])
+    return Errors(path, best.lines, rank, completed)
+
+
+def _look_through(search: _Search, block: bytes) -> None:
+    if search.quiet and not search.undated and not any(hint in block for hint in _HINTS):
+        return
+    block = b"\n" + block  # now each line has a beginning that can be searched for
+    at, below, dated = 1, -1, False
+    ahead: dict[re.Pattern[bytes], int] = {}  # where each is found next
+    while at < len(block):
+        start = at
+        if search.quiet:
+            if below != (below := search.best.grade if search.best else _GOODBYE + 1):
+                ahead, dated = dict.fromkeys(_signs(below, block), 0), False
+            if search.best and search.undated and not dated:
+                search.best.time, dated = _next_time(block, at, search.near), True
+            for sign, hit in ahead.items():
+                if hit < at:
+                    ahead[sign] = match.end() - 1 if (match := sign.search(block, at - 1)) else len(block)
+            if (hit := min(ahead.values(), default=len(block))) == len(block):
+                return
+            start = max(at, block.rfind(b"\n", at - 1, hit) + 1)
+        end = block.find(b"\n", start)
+        end = len(block) if end < 0 else end
+        _look(search, block[start : min(end, start + 4096)])
+        at = end + 1
+
+
+def _next_time(block: bytes, at: int, near: float) -> float:
+    """torchrun's report says when; it comes after the traceback that it speaks of."""
+    clocks = _CLOCK.finditer(block, at)
+    moments = (line_time(block[max(at, clock.start() - 14) : clock.end() + 10], near) for clock in clocks)
+    return next((moment for moment in moments if moment is not None), math.inf)
 
 
 def _look(search: _Search, line: bytes) -> None:
-    if search.quiet and not any(hint in line for hint in _HINTS):
-        return
     best = search.best
     text = plain_text(line)
     labels = _LABELS.match(text)
-    label = labels.group() if labels else ""
-    text = text[len(label) :]
-    moment = line_time(line)
-    if best is not None and search.undated and moment is not None:
-        best.time = moment  # torchrun's report says when; it comes after the traceback that it speaks of
+    prefix = labels.group() if labels else ""
+    text, label = text[len(prefix) :], prefix.replace(" ", "")  # an empty line has no blank behind its label
+    if search.stopped is not None and "Node failure on " not in text:
+        return
+    stops = search.stops and is_stop(line)
+    if stops:
+        search.tracebacks.clear()
+        search.stopped = _time_or_never(line, search)
+    search.completed |= "Training completed" in text
+    _read_report(search, text)
+    if best and search.undated:
+        best.time = _time_or_never(line, search)
     if text.startswith("Traceback (most recent call last)"):
         search.following = 0
         if len(search.tracebacks) < 64:
@@ -356,34 +486,57 @@ def _look(search: _Search, line: bytes) -> None:
         if text.strip(" ^~"):
             frames.append(text.strip())
         return
+    grade = None
     if (frames is not None and _ENDS_TRACEBACK.match(text)) or _EXCEPTION.match(text):
         search.tracebacks.pop(label, None)
-        _offer(search, _Found(_grade_exception(text), label, [text, *(frames or ())], moment or math.inf))
-    elif (grade := _grade(text)) is not None and (best is None or grade < best.grade):
-        _offer(search, _Found(grade, label, [text], moment or math.inf))
-    elif best is not None and search.following and label == best.labels:
-        search.following -= 1
-        if text and not text.startswith("[titan]"):
+        grade = _grade(text) or _CAUSE
+        if grade == _AFTERMATH:
+            frames = None  # of torchrun, or of what was interrupted
+    elif best is None or best.grade > _CAUSE:
+        grade, frames = _grade(text), None
+    if grade is not None and (best is None or grade < best.grade):
+        is_stop_itself = stops or search.stopped is not None
+        search.best = _Found(grade, label, [text, *(frames or ())], _time_or_never(line, search), is_stop_itself)
+        search.following = 4
+    elif best is not None and label == best.labels:
+        if search.following:
+            search.following -= 1
+            if text.strip("=- ") and not text.startswith("[titan]"):
+                best.lines.append(text)
+        elif "[ERROR]" in text and "pyxis: " in best.lines[0] and len(best.lines) < 8:
             best.lines.append(text)
 
 
-def _offer(search: _Search, found: _Found) -> None:
-    if search.best is None or found.grade < search.best.grade:
-        search.best, search.following = found, 4
+def _time_or_never(line: bytes, search: _Search) -> float:
+    moment = line_time(line, search.near)
+    return math.inf if moment is None else moment
 
 
-def _grade_exception(text: str) -> int:
-    for grade, pattern in ((_GOODBYE, _GOODBYES), (_AFTERMATH, _AFTERMATHS), (_PEER, _PEERS)):
-        if pattern.search(text):
-            return grade
-    return _CAUSE
+def is_stop(line: bytes) -> bool:
+    """Whether slurmstepd or torchrun says that the job is being ended."""
+    return b"CANCELLED AT" in line or b"death signal" in line
 
 
+def _read_report(search: _Search, text: str) -> None:
+    """torchrun's report on the rank that failed first: a line for each of time, host, rank and exit code."""
+    if text.startswith("Root Cause (first"):
+        search.report = {}
+    elif search.report is not None:
+        if match := _REPORTED.match(text):
+            search.report[match[1]] = match[2]
+        if "exitcode" in search.report or len(text) > 200 or not text.startswith((" ", "[")):
+            told, search.report = search.report, None
+            moment = line_time(told.get("time", "").encode()) or math.inf
+            rank, code = told.get("rank", ""), told.get("exitcode", "")
+            if re.fullmatch(r"-?\d+", code):
+                search.ranks.append(
+                    FailedRank(moment, told.get("host", ""), int(rank) if rank.isdigit() else None, int(code))
+                )
+
+
+@lru_cache(maxsize=256)  # some errors are said again and again
 def _grade(text: str) -> int | None:
     # Frames of a C++ backtrace name exception classes without being one.
     if text.startswith(("frame #", "Exception raised from")):
         return None
-    for grade, pattern in ((_CAUSE, _CAUSES), (_GOODBYE, _GOODBYES), (_PEER, _PEERS), (_AFTERMATH, _AFTERMATHS)):
-        if pattern.search(text):
-            return grade
-    return None
+    return next((grade for grade, pattern in _GRADES if pattern.search(text)), None)

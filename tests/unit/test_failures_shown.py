@@ -95,7 +95,8 @@ def test_a_run_that_completed_with_nan_does_not_look_like_a_good_one(workplace: 
 
 @pytest.mark.parametrize("row", KNOWN, ids=lambda row: row.code)
 def test_the_commands_that_are_proposed_exist(row: Known) -> None:
-    texts = re.findall(r"launcher ((?:[a-z0-9]+ )*[^;|]*)", re.sub(r"   \(.*?\)", "", row.fix))
+    fixes = "; ".join((row.fix, *(case.get("fix", "") for case in row.cases)))
+    texts = re.findall(r"launcher ((?:[a-z0-9]+ )*[^;|]*)", re.sub(r"   \(.*?\)", "", fixes))
     for text in texts:
         command: click.Command = program
         words = text.split()

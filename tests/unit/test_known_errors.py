@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.logs import known_errors
+from launcher.logs import known_errors, steps
 from launcher.logs.known_errors import Ended, Failure, Known, explain, how_it_ended
 
 FAILED = Ended("FAILED", exit=1)
@@ -88,10 +88,13 @@ def test_each_entry_is_sound(known: Known) -> None:
     assert [other.code for other in KNOWN].count(known.code) == 1
     assert known.where in (known_errors.RAISED, known_errors.PRINTED, known_errors.VICTIM)
     assert known.example if known.pattern else known.ended
-    assert not known.ended or known.where == known_errors.PRINTED
+    assert not known.ended or known.where in (known_errors.PRINTED, known_errors.VICTIM)
+    assert all(case.keys() <= {"pattern", "cause", "fix"} for case in known.cases)
     names = {*re.compile(known.pattern).groupindex, "node"}
-    for text, more in ((known.cause, set()), (known.fix, {"run", "again", "run_dir"})):
-        assert {name for _, name, _, _ in Formatter().parse(text) if name is not None} <= names | more
+    for case in ({"cause": known.cause, "fix": known.fix}, *known.cases):
+        names |= re.compile(case.get("pattern", "")).groupindex.keys()
+        for key, more in (("cause", {"who"}), ("fix", {"run", "again", "run_dir"})):
+            assert {name for _, name, _, _ in Formatter().parse(case.get(key, "")) if name is not None} <= names | more
     if (
         known.where == known_errors.PRINTED and known.pattern
     ):  # lines are looked at that hold one of these: for speed no short ones
@@ -281,3 +284,234 @@ def test_memory_is_bounded_and_both_ends_of_a_huge_log_are_read(tmp_path: Path) 
         finally:
             tracemalloc.stop()
         assert found.code == "dev-fuse"
+
+
+# --- what came before what ----------------------------------------------------------------------------------
+
+REPORT = """\
+E1122 14:50:52.956000 5552 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) \
+local_rank: 1 (pid: 5686) of binary: python3
+Traceback (most recent call last):
+  File "/usr/local/bin/torchrun", line 8, in <module>
+    sys.exit(main())
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+torchtitan.train FAILED
+------------------------------------------------------------
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_14:50:{second}
+  host      : {host}
+  rank      : {rank} (local_rank: 1)
+  exitcode  : {code} (pid: 5686)
+  error_file: <N/A>
+============================================================
+"""
+WATCHDOG = (
+    "[rank{rank}]:[E101 00:{time} ProcessGroupNCCL.cpp:683] [Rank {rank}] Watchdog caught collective operation "
+    "timeout: WorkNCCL(SeqNum=482, OpType=_ALLGATHER_BASE, NumelIn=1, Timeout(ms)={wait}) ran for {wait} ms\n"
+)
+NCCL = "[rank0]: torch.distributed.DistBackendError: NCCL error in: NCCLUtils.hpp:317, %s, NCCL version 2.21.5\n"
+
+
+def report(code: int, rank: int = 9, host: str = "gpu001", second: int = 52) -> str:
+    return REPORT.format(code=code, rank=rank, host=host, second=second)
+
+
+def ranks_log(folder: Path, text: str, node: str = "0001-gpu001") -> None:
+    path = folder / "ranks" / node / "12_ab" / "attempt_0" / "1" / "stderr.log"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+
+
+def test_what_follows_last_error_is_why_nccl_was_used_wrongly(tmp_path: Path) -> None:
+    said = "ncclInvalidUsage: This reflects invalid usage.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0\n"
+    text = RANK + re.sub("^", "[rank0]:[rank2]: ", (NCCL % "invalid usage").partition(": ")[2] + said, flags=re.M)[:-17]
+    found = failure(tmp_path, node0=VICTIM, node1=text)
+    assert found.code == "nccl-misuse"
+    assert found.cause == "NCCL was used wrongly: Duplicate GPU detected : rank 1 and rank 0"
+    internal = (
+        text.replace("ncclInvalidUsage", "ncclInternalError")
+        .replace("invalid usage", "internal error")
+        .replace("Duplicate GPU detected", "No path")
+    )
+    assert failure(tmp_path, node0=GOODBYE, node1=internal).cause.endswith(
+        "check of its own: No path : rank 1 and rank 0"
+    )
+
+
+@pytest.mark.parametrize(("wait", "option"), [(300000, "init_timeout"), (100000, "train_timeout")])
+def test_a_timeout_comes_before_the_connections_that_it_closed(tmp_path: Path, wait: int, option: str) -> None:
+    closed = "[rank0]:[E101 00:06:01.5 TCPStore.cpp:1] error: Connection closed by peer [10.0.0.1]:18345.\n"
+    ranks_log(tmp_path, WATCHDOG.format(rank=9, time="06:01.0", wait=wait))
+    late = WATCHDOG.format(rank=0, time="07:01.0", wait=wait).replace("SeqNum=482", "SeqNum=500")
+    found = failure(tmp_path, node0=closed, node1=closed, node2=STEP + late)
+    assert found.code == "nccl-timeout" and "(_ALLGATHER_BASE, number 482)" in found.cause
+    assert f"comm.{option}_seconds=" in found.fix
+
+
+def test_a_time_without_a_year_is_near_the_others(tmp_path: Path) -> None:
+    near = steps.line_time(b"2026-12-31 23:59:00,000")
+    for text, date in (
+        (b"[E101 00:06:01.5 x", b"2027-01-01 00:06:01.5"),
+        (b"E1231 23:58:00.5", b"2026-12-31 23:58:00.5"),
+    ):
+        assert steps.line_time(text, near) == steps.line_time(date)
+    assert steps.line_time(b"[E230 00:06:01.5 x", near) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "why", "node"),
+    [
+        ("Task launch for StepId=101.0 failed on node gn2: Invalid job credential", "Invalid job credential", "gn2"),
+        ("fwd_tree_thread: can't find address for host gn2, check slurm.conf", "no address of node gn2", "gn2"),
+        ("Nodes c3 are still not ready", "node c3 never became ready", "c3"),
+        ("Node failure on n7", "node n7 failed", "n7"),
+    ],
+)
+def test_the_node_that_slurm_names_is_left_out(tmp_path: Path, said: str, why: str, node: str) -> None:
+    ended = Ended("NODE_FAIL" if "failure" in said else "FAILED", exit=1)
+    before = "slurmstepd: error: *** STEP 5.0 ON n0 CANCELLED AT 2026-11-22T14:50:52 DUE TO NODE FAILURE, SEE LOG ***\n"
+    before = before if "failure" in said else ""
+    job = f"{before}srun: error: {said}\nsrun: error: Timed out waiting for job step to complete\n"
+    found = failure(tmp_path, ended, node0=STEP, job=job)
+    assert why in found.cause and f"--exclude {node}" in found.fix
+    assert any(said in line for line in found.lines)
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [(-11, "SIGSEGV"), (-7, "SIGBUS"), (-4, "SIGILL"), (-8, "SIGFPE"), (-6, "SIGABRT"), (-9, "SIGKILL")],
+)
+def test_a_rank_that_a_signal_killed_is_named_with_its_host(tmp_path: Path, code: int, name: str) -> None:
+    found = failure(tmp_path, node0=VICTIM, node1=STEP + report(code), node2=report(1, 17, "gpu002", 55), job=SRUN)
+    assert name in found.cause and ("rank 9 on gpu001" in found.cause or code == -9)
+    assert f"exitcode: {code}" in found.lines[0]
+    assert ("-w gpu001 df -h /dev/shm" in found.fix) == (code == -7)
+    assert found.as_json()["rank"] == {"rank": 9, "host": "gpu001", "exit_code": code}
+    assert f"first to fail: rank 9 on gpu001, with exit code {code}" in found.as_text()
+
+
+def test_the_lines_of_one_rank_belong_together(tmp_path: Path) -> None:
+    """Python's faulthandler prints an empty line, behind whose label no blank is left."""
+    said = (
+        'Fatal Python error: Segmentation fault\n\nCurrent thread 0x7f (most recent call first):\n  File "x.py" in f\n'
+    )
+    found = failure(tmp_path, node0=STEP + re.sub("^", "[rank0]:", said, flags=re.MULTILINE))
+    assert found.code == "crashed" and found.lines[-1].strip() == 'File "x.py" in f'
+
+
+def test_an_abort_after_the_last_step_is_said_to_be_one(tmp_path: Path) -> None:
+    done = STEP.replace("step:  5", "Training completed")
+    found = failure(tmp_path, node0=STEP + done + "terminate called without an active exception\n" + report(-6))
+    assert (found.code, found.completed) == ("aborted", True)
+    assert "training had already reached its last step" in found.as_text()
+
+
+def test_an_abort_because_nccl_lost_its_peer_is_no_cause(tmp_path: Path) -> None:
+    text = NCCL % "remote process exited or there was a network error"
+    found = failure(
+        tmp_path, node0=STEP + text + "terminate called after throwing an instance of 'c10::DistBackendError'\n"
+    )
+    assert found.code == "nccl-peer-gone"
+
+
+def test_the_rank_that_torchrun_saw_fail_first_is_named_beside_an_error_that_is_not_known(tmp_path: Path) -> None:
+    late = report(1, 3, "gpu000", 58)
+    found = failure(tmp_path, node0=VICTIM + late, node1=MY_BUG + report(1))
+    assert found.code == "" and found.lines[0].startswith("ValueError: my own bug")
+    assert found.rank is not None and (found.rank.rank, found.rank.host) == (9, "gpu001")
+    other = failure(tmp_path, node0=report(1), node1=late)
+    assert other.rank == found.rank and "(exitcode: 1)" in other.lines[0]
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "NODE_FAIL"])
+@pytest.mark.parametrize("dated", [True, False])
+def test_what_ranks_print_after_the_job_was_ended_is_no_cause(tmp_path: Path, state: str, dated: bool) -> None:
+    ended = "slurmstepd: error: *** STEP 5.0 ON gpu000 CANCELLED AT 2026-11-22T14:50:30 ***\n"
+    shot = "[rank0]:Fatal Python error: Bus error\nRuntimeError: DataLoader worker (pid 1) is killed by signal: Bus.\n"
+    shot += "OSError: [Errno 28] No space left on device: '/x'\nsrun: error: gpu000: task 0: Segmentation fault\n"
+    logs = {"node0": STEP + ended + shot} | ({"node1": STEP + MY_BUG + report(-7)} if dated else {})
+    found = failure(tmp_path, Ended(state, exit=143), job=ended + shot, **logs)
+    assert found.code in ("cancelled", "time-limit", "node-failure") and found.rank is None
+    before = OUT_OF_MEMORY + "  time      : 2026-11-22_14:50:00\n"
+    assert failure(tmp_path, Ended(state, exit=143), node2=before).code == "gpu-memory"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "text", "code"),
+    [
+        (
+            130,
+            'Traceback (most recent call last):\n  File "/x/torchrun", line 8\n    main()\nKeyboardInterrupt\n',
+            "interrupted",
+        ),
+        (130, "KeyboardInterrupt\n" + VICTIM, "interrupted"),
+        (130, "", "interrupted"),
+        (143, "", "terminated"),
+        (143, "srun: error: gpu001: task 0: Terminated\n", "terminated"),
+        (143, "srun: error: gpu001: task 0: Exited with exit code 42\n", ""),
+        (
+            1,
+            RANK + "[rank0]:[rank2]: RuntimeError: DataLoader worker (pid 7) is killed by signal: Terminated. \n",
+            "terminated",
+        ),
+    ],
+)
+def test_an_interruption_is_said_without_frames(tmp_path: Path, exit_code: int, text: str, code: str) -> None:
+    found = failure(tmp_path, Ended("FAILED", exit=exit_code), node0=STEP, job=text)
+    assert found.code == code
+    assert not any("File" in line for line in found.lines)
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("[ERROR] Invalid argument: /data/x.sqsh", "/data/x.sqsh is missing on node gpu001"),
+        (
+            "[ERROR] /etc/enroot/hooks.d/10-devices.sh exited with return code 1",
+            "hook 10-devices.sh failed on node gpu001",
+        ),
+        ("[ERROR] A thing nobody knows", "node gpu001: A thing nobody knows"),
+        (
+            "enroot-mount: failed to mount: /d at /r/d: Operation not permitted",
+            "mount /d on node gpu001: Operation not",
+        ),
+        (
+            "mkdir: cannot create directory '/run/user/5001': Permission denied",
+            "/run/user/5001 on node gpu001: Permission",
+        ),
+        ("[INFO] nothing of note", "only slurmd.log on that node says why"),
+    ],
+)
+def test_the_containers_error_is_shown_behind_any_chatter(tmp_path: Path, said: str, cause: str) -> None:
+    chatter = "".join(f"slurmstepd: error: pyxis:     chatter of a hook, line {number}\n" for number in range(99))
+    printed = PYXIS % f"{chatter}slurmstepd: error: pyxis:     {said}\n"
+    found = failure(tmp_path, node1=printed, job=SRUN)
+    assert cause in found.cause and found.fix
+    assert any(said in line for line in found.lines) or "slurmd.log" in cause
+    tool = "slurmstepd: error: pyxis:     nvidia-container-cli: error\n"
+    late = failure(tmp_path, node1=PYXIS % f"{tool}{chatter}slurmstepd: error: pyxis:     [ERROR] at last\n")
+    assert late.lines[-1].endswith("[ERROR] at last")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "OSError: [Errno 28] No space left on device: '/scratch/x y'",
+        "cp: error writing '/scratch/x': No space left on device",
+    ],
+)
+def test_the_disk_that_is_full_is_looked_at_where_it_is(tmp_path: Path, said: str) -> None:
+    found = failure(tmp_path, node3=f"{said}\n", job=SRUN)
+    assert found.fix.startswith("srun -N1 -w gpu003 df -h") and "/scratch/x" in found.fix
+    assert failure(tmp_path, node3="", job=f"{said}\n").fix.startswith("srun -N1 df -h")
+
+
+def test_an_image_without_a_shell_needs_no_other_python(tmp_path: Path) -> None:
+    said = "enroot-switchroot: failed to execute: /bin/sh: No such file or directory\n"
+    found = failure(tmp_path, node0=PYXIS % f"slurmstepd: error: pyxis:     {said}")
+    assert found.code == "command-missing" and "--python" not in found.fix

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.logs import steps as log
+from launcher.logs.known_errors import known_errors
 from launcher.logs.steps import LogReader, StepRecord, first_error, parse_line, plain_text
 
 PLAIN = (
@@ -420,3 +421,21 @@ def test_the_search_for_errors_never_raises(data: bytes) -> None:
     search = log._Search()
     for line in (b"RuntimeError: ", data, b"[rank1]: Traceback (most recent call last)", *data.split(b"\n")):
         log._look(search, line)
+
+
+@pytest.mark.parametrize("text", [text for known in known_errors() for text in known.example])
+def test_each_line_that_has_a_grade_is_found_where_it_stands_alone(tmp_path: Path, text: str) -> None:
+    """Most lines are never looked at: none that matters is among them."""
+    for line in text.strip().splitlines():
+        found = first_error(logs(tmp_path, node0=f"one\n{line}\ntwo\n"))
+        if log._grade(line) is not None:
+            assert found is not None and line.endswith(found[1][0])
+
+
+@pytest.mark.parametrize("colour", ["", "\x1b[31m"])
+@pytest.mark.parametrize("begin", ["", "0: ", "[rank0]:[rank3]: ", " 30%|###\r"])
+def test_an_exception_is_found_among_many_lines_with_the_word_error(tmp_path: Path, begin: str, colour: str) -> None:
+    noise = "[titan] an error, again: caught ValueError: x\nerror: Connection is fine\n" * 5000
+    said = f"{noise}{begin}{colour}KeyError: 'x'\n{noise}ValueError: late\n"
+    found = first_error(logs(tmp_path, node0=said, node1=noise))
+    assert found is not None and (found[0].name, found[1][0]) == ("node0", "KeyError: 'x'")
