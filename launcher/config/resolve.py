@@ -19,7 +19,7 @@ from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
-ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
+ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "constraint", "partition", "qos", "reservation")}
 
 OF_CLUSTER = ("job.gpu", "job.image", "job.nodes", "job.runtime")  # in a file of defaults: not of this machine
 
