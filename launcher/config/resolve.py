@@ -107,6 +107,17 @@ def _environment(environ: Mapping[str, str]) -> Layer:
     )
 
 
+def ignored(spec: RunSpec, environ: Mapping[str, str]) -> list[str]:
+    """Variables by which sbatch would take options, and which this run does not follow."""
+
+    def is_followed(name: str) -> bool:
+        key = ENVIRONMENT.get(name, "")
+        is_option = spec.origin.get(key, "").startswith("option")  # said on purpose, against the variable
+        return name == "SBATCH_CLUSTERS" or (bool(key) and (is_option or spec.values()[key] == environ[name]))
+
+    return sorted(n for n, value in environ.items() if n.startswith("SBATCH_") and value and not is_followed(n))
+
+
 def default_path(environ: Mapping[str, str] = os.environ) -> Path:
     """Where the user's file of defaults is, unless an option or a variable names another."""
     base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))

@@ -64,7 +64,7 @@ def lines(ours: Mapping[str, str | None], asked: Sequence[str]) -> list[str]:
     """The options of the script, as they stand behind #SBATCH: `ours`, changed by what is `asked`."""
     given = dict(map(split, asked))
     kept = dict(ours)
-    if any(name in given for name in ("mem-per-cpu", "mem-per-gpu")):
+    if given.get("mem-per-cpu") or given.get("mem-per-gpu"):
         kept.pop("mem", None)  # sbatch takes one of the three
     return [_line(name, value) for name, value in (kept | given).items() if value != ""]
 

@@ -19,6 +19,7 @@ from launcher.base.errors import LauncherError, quoted
 from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.base.output import SHOWN
 from launcher.config.hardware import hardware, of_gpu
+from launcher.config.resolve import ignored
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.image.squashfs_file import known, superblock
 from launcher.nodes import bad_nodes
@@ -41,7 +42,14 @@ def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     spec, of_memory = _without_bad_nodes(spec, facts)
     spec = placement.with_segment(spec, facts)
     machine = Machine(_groups(), _unpacked_bytes(spec), datetime.now())
-    return spec, [*preflight(spec, facts, machine), *of_memory]
+    return spec, [*preflight(spec, facts, machine), *of_memory, *_variables(spec)]
+
+
+def _variables(spec: PlacedRun) -> list[Finding]:
+    """A user whose shell sets them would otherwise wonder where an option has gone."""
+    names = ignored(spec, os.environ)
+    fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
+    return [warning("sbatch-variables", fix, names=tuple(names))] if names else []
 
 
 def _groups() -> set[str] | None:
@@ -89,6 +97,7 @@ def preflight(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) 
     if not (facts.nodes or facts.partitions):
         return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
     place = place_of(spec, facts, machine)
+    facts = place.facts
     named = None if facts.lacks("partitions") else partition_named(place)
     if named:
         return [named]

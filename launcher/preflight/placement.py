@@ -88,6 +88,7 @@ class Place:
 
 
 def place_of(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -> Place:
+    facts = facts.as_placed(spec.job.partition)
     names = spec.job.partition.split(",")
     default = facts.partition()
     chosen = [p for p in facts.partitions if p.name in names] if spec.job.partition else [default] if default else []
@@ -214,7 +215,7 @@ def with_segment(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
     if spec.job.segment:
         return replace(spec, segment=spec.job.segment)
     place = place_of(spec, facts)
-    blocks = blocks_of(place)
+    blocks, facts = blocks_of(place), place.facts
     if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
         return replace(spec, segment=0)
     return replace(spec, segment=best_segment(spec.job.nodes, blocks, {node.name for node in place.out}))

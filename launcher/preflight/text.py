@@ -35,6 +35,7 @@ TEXTS = {
         "cluster", "Slurm's nodes and partitions cannot be read: nothing of them was checked", "{said}"
     ),
     "cluster-unread": Text("cluster", "{said}", "not checked: {skipped}"),
+    "sbatch-variables": Text("environment", "the run does not follow {names} of your environment"),
     # the partition
     "partition": Text("partition", "{place} is up"),
     "partition-unknown": Text("partition", "Slurm has no such partition as {partition!r}; it has {known}"),
