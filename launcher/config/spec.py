@@ -83,6 +83,7 @@ class RunSpec:
     secret_env: tuple[str, ...] = ()  # names only: their values travel in a 0600 file
     titan: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
+    gpu_gib: float = 0.0  # memory of one GPU, where Slurm names less than the profile's has; 0: the profile's
 
     @property
     def run_dir(self) -> str:

@@ -40,7 +40,7 @@ def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
         return spec, []  # without sbatch, the submission itself says so
     facts = detected()
     spec, of_memory = _without_bad_nodes(spec, facts)
-    spec = placement.with_segment(spec, facts)
+    spec = placement.with_segment(placement.with_gpu_memory(spec, facts), facts)
     machine = Machine(_groups(), _unpacked_bytes(spec), datetime.now())
     return spec, [*preflight(spec, facts, machine), *of_memory, *_variables(spec)]
 
@@ -320,6 +320,18 @@ def gpu_type(place: Place) -> Finding | None:
     return warning("gpu-type", f"--gpu {seen[0]}", gpu=profile.gpu, seen=tuple(seen), node=able[0].name, said=said)
 
 
+def gpu_memory(place: Place) -> Finding | None:
+    """GPUs of one type come with different memory; plan, and the check of the memory, go by the smaller one."""
+    spec, known = place.spec, of_gpu(place.spec.profile.gpu)
+    if not (spec.gpu_gib and known):
+        return None
+    said = tuple(sorted({text for node in place.fitting for text in (node.gres, *node.features) if text}))
+    fix = "launcher plan says what fits; --constraint and --exclude choose nodes"
+    return warning(
+        "gpu-memory", fix, gpu=known.gpu, gib=f"{known.memory_gib:g}", named=f"{spec.gpu_gib:.1f}", said=said
+    )
+
+
 def disk(place: Place) -> Finding | None:
     """Without squashfuse, every node unpacks the image onto its own disk first."""
     needed = place.machine.unpacked_bytes
@@ -363,7 +375,10 @@ CHECKS: tuple[tuple[str, Sequence[str], Sequence[Check]], ...] = (
     (
         "nodes and GPUs",
         ("nodes", "partitions"),
-        (nodes_listed, gpus, node_count, out_of_service, architecture, gpus_per_node, gpu_type, disk, uptime),
+        (
+            *(nodes_listed, gpus, node_count, out_of_service, architecture),
+            *(gpus_per_node, gpu_type, gpu_memory, disk, uptime),
+        ),
     ),
     ("Pyxis", ("srun",), (pyxis,)),
     ("placement", placement.NEEDED, (placement.segment, placement.racks, placement.blocks)),

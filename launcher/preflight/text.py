@@ -98,6 +98,11 @@ TEXTS = {
         "the profile is for {gpu}; Slurm speaks of {seen} on {node} ({said})",
         "settings and published figures of one GPU do not fit another",
     ),
+    "gpu-memory": Text(
+        "GPU memory",
+        "the profile's {gpu} has {gib} GiB; by their names in Slurm, GPUs there have {named} ({said})",
+        "the run is held against the smaller memory",
+    ),
     "architecture": Text("architecture", "{arch}"),
     "architecture-mixed": Text("architecture", ARCHITECTURE, "on the others the image does not start"),
     "architecture-other": Text("architecture", ARCHITECTURE, "an image for another architecture does not start"),

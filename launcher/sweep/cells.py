@@ -244,7 +244,7 @@ def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: i
             spec, checks = look_here(asked)
             if not dry_run:  # Slurm is asked once, for all cells
                 spec, of_cluster = look(spec)
-                checks += [*of_cluster, *memory_findings(asked)]
+                checks += [*of_cluster, *memory_findings(spec)]
         except LauncherError as error:
             problems[asked.job.name] = error
             continue

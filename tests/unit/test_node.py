@@ -242,6 +242,7 @@ def test_several_nodes_need_a_head_node_that_is_not_loopback(gpu: Place) -> None
     gpu.change(nodes=2)
     assert "TITAN_HEAD_ADDR is not set" in gpu.refused()
     assert "is loopback" in gpu.refused(TITAN_HEAD_ADDR="127.0.0.1", TITAN_HEAD_PORT="20001")
+    assert "the nodes meet over IPv4" in gpu.refused(TITAN_HEAD_ADDR="::1", TITAN_HEAD_PORT="20001")
     assert "no route to the head node no-such-host.invalid" in gpu.refused(TITAN_HEAD_ADDR="no-such-host.invalid")
 
 
