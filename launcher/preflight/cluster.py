@@ -231,7 +231,7 @@ def gpus(place: Place) -> Finding | None:
 def node_count(place: Place) -> Finding | None:
     job, left_out = place.spec.job, _left_out(place.spec)
     if not place.nodes and left_out and place.facts.nodes_of(job.partition):
-        fix = "another --partition, or launcher cluster nodes release --all"
+        fix = "another --partition or --constraint, or launcher cluster nodes release --all"
         return error("nodes-none-left", fix, place=place.name, left_out=left_out)
     if not place.nodes:
         return warning("nodes-none", ANOTHER, place=place.name)
@@ -253,6 +253,7 @@ def node_count(place: Place) -> Finding | None:
 def _left_out(spec: PlacedRun) -> str:
     """What says which nodes the run may not have; "" where it may have all."""
     by_hand = ["those of --exclude"] if spec.job.exclude else []
+    by_hand += [f"those that lack --constraint {spec.job.constraint}"] if spec.job.constraint else []
     return " and ".join(by_hand + ["those that failed their check (launcher cluster nodes)"] * bool(spec.avoid))
 
 

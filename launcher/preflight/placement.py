@@ -94,7 +94,13 @@ def place_of(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -
     default = facts.partition()
     chosen = [p for p in facts.partitions if p.name in names] if spec.job.partition else [default] if default else []
     excluded = {*expand(spec.job.exclude), *spec.avoid}
-    nodes = tuple(node for node in facts.nodes_of(spec.job.partition) if node.name not in excluded)
+    all_of = re.fullmatch(r"[\w.:+&-]+", spec.job.constraint)  # what other constraints mean is left to Slurm
+    features = set(all_of[0].split("&")) if all_of else set()
+    nodes = tuple(
+        node
+        for node in facts.nodes_of(spec.job.partition)
+        if node.name not in excluded and features.issubset(node.features)
+    )
     gres, count = spec.profile.gres, spec.profile.gpus_per_node
     fitting = tuple(node for node in nodes if not gres or gpus_of(node, gres) >= count)
     hidden = facts.hidden(spec.job.partition) - excluded

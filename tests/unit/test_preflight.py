@@ -313,6 +313,18 @@ def test_the_memory_that_slurm_names(gpu: str, seen: dict[str, Any], gib: float)
     assert with_gpu_memory(run(gpu), four(**seen)).gpu_gib == pytest.approx(gib)
 
 
+def test_the_features_of_a_constraint_choose_the_nodes() -> None:
+    small, big = ("a100_40gb", "ib"), ("a100_80gb", "ib")
+    mixed = cluster(*(node(f"n{i}", features=small if i else big) for i in range(4)))
+    only_big = run("a100", 1, constraint="a100_80gb&ib")
+    assert with_gpu_memory(run("a100", 1), mixed).gpu_gib == pytest.approx(39.4)
+    assert with_gpu_memory(only_big, mixed).gpu_gib == 0
+    assert found(preflight(only_big, mixed), "nodes").facts["there"] == 1
+    none = found(preflight(run("a100", 1, constraint="eth"), mixed), "nodes-none-left")
+    assert "those that lack --constraint eth" in sentence(none)
+    assert found(preflight(run("a100", 1, constraint="[ib|eth]"), mixed), "nodes").facts["there"] == 4
+
+
 # ------------------------------------------------------------------------------ the commands, on a Slurm of scripts
 
 NODES = "\n".join(

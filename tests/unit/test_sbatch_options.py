@@ -15,9 +15,10 @@ from launcher.config.resolve import ignored
 from launcher.config.spec import RunSpec
 from launcher.sweep.cells import _comparable
 from tests.conftest import Launch
-from tests.unit.test_preflight import Fake, slurm
+from tests.unit.test_preflight import SCONTROL, Fake, slurm
 
 __all__ = ["slurm"]  # a fixture
+FEATURES = SCONTROL.replace("Gres=gpu:8", "Gres=gpu:8 ActiveFeatures=nvl,a,b")
 RUN = ("--gpu", "b200", "--image", "titan.sqsh", "--name", "r")
 
 
@@ -96,6 +97,7 @@ def test_secrets_are_refused_and_not_shown(launch: Launch, image: Path, item: st
 
 
 def test_it_lands_everywhere_and_is_repeated(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("scontrol", FEATURES)
     config = image.parent / "mine.toml"
     config.write_text('[job]\nsbatch = ["mem=", "comment=of the file"]\n')
     mine = ("--config", str(config), "--constraint", "a&b", "--sbatch", "comment=it's mine", "--sbatch", "contiguous")
@@ -119,11 +121,19 @@ def test_it_lands_everywhere_and_is_repeated(launch: Launch, slurm: Fake, image:
     assert "#SBATCH --contiguous\n" in (image.parent / "runs" / "s-llama3-8b-1n-b5" / "job.sbatch").read_text()
 
 
+def test_a_sweep_in_order_refuses_another_dependency(launch: Launch, slurm: Fake, image: Path) -> None:
+    words = ("sweep", *RUN, "--sbatch", "dependency=afterok:7", "--yes")
+    done = launch(*words)
+    assert done.returncode == ExitStatus.USAGE and "--parallel" in done.stderr
+    assert launch(*words, "--parallel").returncode == 0
+
+
 def test_a_sweep_without_them_keeps_the_name_that_it_had() -> None:
     assert not {"job.sbatch", "job.constraint"} & _comparable(RunSpec()).keys()
 
 
 def test_variables_that_are_not_followed_are_named(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("scontrol", FEATURES)
     mine = {"SBATCH_CONSTRAINT": "nvl", "SBATCH_MEM_PER_NODE": "5G", "SBATCH_EXCLUSIVE": "", "SBATCH_CLUSTERS": "b"}
     done = launch("submit", *RUN, **mine, SBATCH_WCKEY="k")
     assert done.returncode == 0, done.stderr
