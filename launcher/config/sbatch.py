@@ -19,8 +19,6 @@ OWN = {
     "job-name": "--name",
     "nodefile": "--nodelist",
     "gres": "--gpus-per-node N; the resource's name: --set profile.gres=NAME",
-    "container-image": "--image",
-    "container-mounts": "--mount",
     "clusters": "SLURM_CLUSTERS=NAME in your environment",
 }
 # ... and by none. With the last rows sbatch would do something else than submit the script and say its number.
@@ -51,8 +49,7 @@ def problem(item: str) -> tuple[str, str]:
     # sbatch takes the beginning of an option for the whole.
     for full in (*OWN, *FIXED):
         if full.startswith(name):
-            own = OWN.get(full, "")
-            return f"sbatch's --{full} is the launcher's to set", f"{own} of the launcher" if own[:2] == "--" else own
+            return f"sbatch's --{full} is the launcher's to set", OWN.get(full, "")
     if name.startswith(("container-", "no-container-")):
         return "the container is started by the script, on every node", "--image, --mount, --env"
     if value and (len(value) > LONGEST or not value.isprintable()):

@@ -40,12 +40,7 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
 
     def read(name: str, parser: Callable[[str], T]) -> T | None:
         try:
-            answer = answers[name]
-            if isinstance(answer, BaseException):
-                raise answer
-            if answer and not answer.endswith("\n"):
-                raise ValueError("its answer is cut off")
-            return parser(answer)
+            return _parsed(answers[name], parser)
         except LauncherError as error:
             words = error.original.splitlines()
             doubt(name, error.what + (f": {words[0]}" if words else ""))
@@ -91,17 +86,21 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
     )
 
 
+def _parsed(answer: str | BaseException, parser: Callable[[str], T]) -> T:
+    if isinstance(answer, BaseException):
+        raise answer
+    if answer and not answer.endswith("\n"):
+        raise ValueError("its answer is cut off")
+    return parser(answer)
+
+
 def _topologies(ask: Run, names: Collection[str]) -> dict[str, Topology]:
     """Those that partitions name: the cluster's own, which was asked for with all else, says nothing about them."""
     questions = {name: (*QUESTIONS["topology"], name) for name in names}
     found = {}
     for name, answer in _ask_all(ask, questions).items():
         try:
-            if isinstance(answer, BaseException):
-                raise answer
-            if answer and not answer.endswith("\n"):
-                raise ValueError("its answer is cut off")
-            found[name] = parse.topology(answer)
+            found[name] = _parsed(answer, parse.topology)
         except (LauncherError, ValueError) as error:
             found[name] = Topology(unread=f"{' '.join(questions[name])}: {error}")
     return found
