@@ -326,7 +326,8 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
     }
     if iface:
-        wanted.update(dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), iface))
+        wanted["NCCL_SOCKET_IFNAME"] = f"={iface}"  # NCCL takes a plain name for a prefix: eth1 is eth10, too
+        wanted.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), iface))
     if node["placed"]["data"] != "hub" and not env.get("HF_HUB_OFFLINE"):
         wanted.update(dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1"))
     added = {name: value for name, value in wanted.items() if not env.get(name)}

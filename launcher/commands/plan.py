@@ -10,11 +10,15 @@ import click
 from launcher.base.errors import quoted
 from launcher.base.output import as_json, counted, duration, echo, print_json
 from launcher.commands.asked import spec_of
+from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import RunSpec
 from launcher.plan import plan as core
 from launcher.plan.model import count
 from launcher.plan.plan import START_S, Plan
+from launcher.preflight.placement import with_gpu_memory
+from launcher.scheduler import slurm
+from launcher.scheduler.detect import detected
 
 
 @click.command()
@@ -30,13 +34,21 @@ def plan(options: RunOptions, as_json: bool) -> None:
     launcher plan --gpu gb200 --nodes 9
     launcher plan --gpu h100 --nodes 4 --recipe llama3-70b --json
     """
-    spec = spec_of(options, image_needed=False)
+    spec = _on_its_nodes(spec_of(options, image_needed=False))
     counted, by = _counted(spec)
     found = core.plan(spec, parameters=counted)
     if as_json:
         print_json(core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by})
         return
     echo(*lines(spec, found, by))
+
+
+def _on_its_nodes(spec: RunSpec) -> RunSpec:
+    """With the memory of the nodes' GPUs, unless `--gpu` alone says which: that may be of another cluster."""
+    elsewhere = spec.origin.get("job.gpu", "").startswith("option") and not spec.job.partition
+    if elsewhere or spec.job.scheduler != "slurm" or not slurm.bin_dir():
+        return spec
+    return with_gpu_memory(resolve.placed(spec), detected())
 
 
 def _counted(spec: RunSpec) -> tuple[int | None, str]:

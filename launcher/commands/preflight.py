@@ -30,10 +30,9 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-    asked = spec_of(options, image_needed=False)
-    spec, here = look_here(asked)
+    spec, here = look_here(spec_of(options, image_needed=False))
     spec, of_cluster = look(spec)
-    findings = [*here, *memory_findings(asked), *of_cluster]
+    findings = [*here, *memory_findings(spec), *of_cluster]
     refused = refusal(findings, force=False)
     if as_json:
         rows = [as_dict(finding) for finding in findings]

@@ -16,6 +16,7 @@ from launcher.base.errors import ExitStatus
 from launcher.base.output import as_json, confirm, echo, is_terminal, print_json
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
+from launcher.config.sbatch import split
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan.plan import prediction, write_beside
 from launcher.runs import attach, control
@@ -67,6 +68,8 @@ def sweep(
     if parallel and is_local:
         raise click.UsageError("--parallel is for Slurm: with --local, runs would share this machine")
     name, specs = specs_of(options)
+    if not (parallel or is_local) and any(split(item)[0] == "dependency" for item in specs[0].job.sbatch):
+        raise click.UsageError("--sbatch dependency=...: only with --parallel, as each job waits for the one before it")
     cells = standings(specs)
     wanted = [cell for cell in cells if cell.has_next(retry)]
     ready = ready_to_submit(wanted, force, dry_run, len(cells))

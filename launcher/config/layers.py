@@ -20,6 +20,7 @@ from typing import Any
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import data_dir, read_bytes
 from launcher.base.values import LARGEST, parse_toml
+from launcher.config import sbatch
 from launcher.config.spec import HUB, REGISTRY_NAME, SAMPLE, Job, Profile, RunSpec, refuse
 from launcher.titan.recipe import Recipe
 
@@ -124,7 +125,7 @@ def absolute(key: str, value: Any, base: Path) -> Any:
 
 
 def merge(layers: Sequence[Layer]) -> RunSpec:
-    """Later layers win, key by key; `[env]` and `[titan]` merge by name."""
+    """Later layers win, key by key; `[env]` and `[titan]` merge by name, and `job.sbatch` by option."""
     values: dict[str, Any] = {}
     origin: dict[str, str] = {key: "default" for key in FIELDS}
     secrets: dict[str, str] = {}
@@ -133,8 +134,10 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
             secrets[name] = layer.origin.get(f"secret_env.{name}", "file")
             values.pop(f"env.{name}", None)
         for key, value in layer.values.items():
-            values[key] = convert(key, value, layer.origin[key])
-            origin[key] = layer.origin[key]
+            where, found = layer.origin[key], convert(key, value, layer.origin[key])
+            if key == "job.sbatch" and (below := values.get(key)):
+                where, found = f"{origin[key]}, {where}", sbatch.merged(below, found)
+            values[key], origin[key] = found, where
             if key.startswith("env."):
                 secrets.pop(key[4:], None)
     parts: dict[str, Any] = {

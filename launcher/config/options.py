@@ -55,6 +55,8 @@ KEYS = {
     "nodelist": "job.nodelist",
     "exclude": "job.exclude",
     "segment": "job.segment",
+    "constraint": "job.constraint",
+    "sbatch": "job.sbatch",
     "mount": "job.mounts",
     "name": "job.name",
     "runs_dir": "job.runs_dir",
@@ -241,6 +243,14 @@ OPTIONS = (
         "--segment",
         type=int,
         help="Nodes that must stay together in a topology block; 0: chosen where NVLink crosses nodes.",
+    ),
+    click.option("--constraint", "-C", metavar="FEATURES", help="Run on nodes with these features of Slurm's."),
+    click.option(
+        "--sbatch",
+        multiple=True,
+        metavar="OPTION[=VALUE]",
+        help="Any other option of sbatch's for the script; repeatable. OPTION=VALUE adds or replaces its line, OPTION "
+        "is a flag, OPTION= removes the line: --sbatch mem= where a site refuses --mem.",
     ),
     click.option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
     click.option(

@@ -8,11 +8,12 @@ from functools import cache
 import jinja2
 
 from launcher.base.files import data_dir
+from launcher.config import sbatch
 from launcher.config.runtime import node_command, srun_flags
 from launcher.config.spec import PlacedRun
 from launcher.scheduler.parse import compress
 
-PLACEMENT = ("partition", "account", "qos", "reservation", "nodelist")
+PLACEMENT = ("partition", "account", "qos", "reservation", "nodelist", "constraint")
 
 
 def render(spec: PlacedRun) -> str:
@@ -20,28 +21,40 @@ def render(spec: PlacedRun) -> str:
     job, profile = spec.job, spec.profile
     return _template().render(
         name=job.name,
-        job_name=spec.job_name,
         run_dir=spec.run_dir,
         scheduler=job.scheduler,
         runtime=job.runtime,
         recipe=job.recipe,
         gpu=profile.gpu,
-        gres=profile.gres,
         nodes=job.nodes,
         gpus_per_node=profile.gpus_per_node,
-        time=job.time,
         slurm_bin=job.slurm_bin,
-        placement=[(option, value) for option, value in _placement(spec).items() if value],
+        options=sbatch.lines(_options(spec), job.sbatch),
         env=sorted(spec.env.items()),
         srun_flags=srun_flags(spec),
         command=node_command(spec),
     )
 
 
-def _placement(spec: PlacedRun) -> dict[str, str | int]:
-    asked: dict[str, str | int] = {option: getattr(spec.job, option) for option in PLACEMENT}
-    exclude = ",".join(filter(None, (spec.job.exclude, compress(spec.avoid))))
-    return asked | {"exclude": exclude, "segment": spec.segment}
+def _options(spec: PlacedRun) -> dict[str, str | None]:
+    """What sbatch is told, in the order of the script; None for a flag, "" for what is not said."""
+    job, profile = spec.job, spec.profile
+    return {
+        "job-name": spec.job_name,
+        "nodes": str(job.nodes),
+        "ntasks-per-node": "1",
+        "gres": profile.gres and f"{profile.gres}:{profile.gpus_per_node}",
+        "exclusive": None,
+        "mem": "0",
+        "time": job.time,
+        **{option: getattr(job, option) for option in PLACEMENT},
+        "exclude": ",".join(filter(None, (job.exclude, compress(spec.avoid)))),
+        "segment": str(spec.segment or ""),
+        "export": "NIL",
+        "no-requeue": None,
+        "output": f"{spec.run_dir}/logs/job.log",
+        "open-mode": "append",
+    }
 
 
 @cache

@@ -19,7 +19,7 @@ from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
-ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "partition", "qos", "reservation")}
+ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "constraint", "partition", "qos", "reservation")}
 
 OF_CLUSTER = ("job.gpu", "job.image", "job.nodes", "job.runtime")  # in a file of defaults: not of this machine
 
@@ -105,6 +105,17 @@ def _environment(environ: Mapping[str, str]) -> Layer:
         {key: environ[name] for name, key in names.items()},
         {key: f"environment {name}" for name, key in names.items()},
     )
+
+
+def ignored(spec: RunSpec, environ: Mapping[str, str]) -> list[str]:
+    """Variables by which sbatch would take options, and which this run does not follow."""
+
+    def is_followed(name: str) -> bool:
+        key = ENVIRONMENT.get(name, "")
+        is_option = spec.origin.get(key, "").startswith("option")  # said on purpose, against the variable
+        return name == "SBATCH_CLUSTERS" or (bool(key) and (is_option or spec.values()[key] == environ[name]))
+
+    return sorted(n for n, value in environ.items() if n.startswith("SBATCH_") and value and not is_followed(n))
 
 
 def default_path(environ: Mapping[str, str] = os.environ) -> Path:

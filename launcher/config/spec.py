@@ -15,6 +15,7 @@ from typing import Any
 
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.secret import looks_secret
+from launcher.config import sbatch
 from launcher.titan.command import NODE_SCHEMA
 from launcher.titan.recipe import CHOICES as RECIPE_CHOICES
 from launcher.titan.recipe import Recipe
@@ -58,6 +59,8 @@ class Job:
     nodelist: str = ""
     exclude: str = ""
     segment: int = 0  # nodes per block with topology/block; 0: not asked for
+    constraint: str = ""  # features of nodes
+    sbatch: tuple[str, ...] = ()  # OPTION[=VALUE] of sbatch's; launcher/config/sbatch.py
     mounts: tuple[str, ...] = ()  # SRC:DST[:FLAGS], beside those of the profile
     data: str = "/data/c4"
     data_part: str = ""  # I/N: the I-th of N parts of the files that share none; for restarts
@@ -80,6 +83,7 @@ class RunSpec:
     secret_env: tuple[str, ...] = ()  # names only: their values travel in a 0600 file
     titan: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
+    gpu_gib: float = 0.0  # memory of one GPU, where Slurm names less than the profile's has; 0: the profile's
 
     @property
     def run_dir(self) -> str:
@@ -184,6 +188,7 @@ ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 SLURM_WORD = re.compile(r"[A-Za-z0-9_.,@+/:-]+")
 SLURM_NODES = re.compile(r"[A-Za-z0-9_.,\[\]-]+")
+SLURM_FEATURES = re.compile(r"[\w.,@+/:&|*()\[\]!-]+", re.ASCII)
 SLURM_TIME = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,6}-\d{1,2}(:\d{1,2}){0,2}", re.ASCII)
 SAFE_DIR = re.compile(r"/[\w./@+=~-]*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\u2028\u2029]")
@@ -206,8 +211,10 @@ def validate(spec: RunSpec) -> None:
     """
     values = spec.values()
     for key, value in values.items():  # first of all: no other refusal tells a secret
-        items = value if isinstance(value, tuple) else (value,)
-        if not key.startswith("secret_env.") and any(looks_secret(key, item) for item in items):
+        items = [(key, item) for item in (value if isinstance(value, tuple) else (value,))]
+        if key == "job.sbatch":
+            items += map(sbatch.split, value)
+        if not key.startswith("secret_env.") and any(looks_secret(*item) for item in items):
             name = key[4:] if key.startswith("env.") else "NAME"
             raise LauncherError(
                 "secret-exposed",
@@ -265,6 +272,12 @@ def _validate_words(spec: RunSpec, bad: Any) -> None:
     for key in ("partition", "account", "qos", "reservation"):
         if (value := getattr(spec.job, key)) and not SLURM_WORD.fullmatch(value):
             raise bad(f"job.{key}", f"not a {key} name", "list them: sinfo -s" if key == "partition" else "")
+    if spec.job.constraint and not SLURM_FEATURES.fullmatch(spec.job.constraint):
+        raise bad("job.constraint", "not a constraint of Slurm's", "--constraint 'a100&nvlink'")
+    for item in spec.job.sbatch:
+        why, fix = sbatch.problem(item)
+        if why:
+            raise refuse("job.sbatch", item, why, fix, spec.origin.get("job.sbatch", ""))
     for key in ("nodelist", "exclude"):
         if (value := getattr(spec.job, key)) and not SLURM_NODES.fullmatch(value):
             raise bad(f"job.{key}", "not a list of nodes", f"--{key} 'gpu-[001-004,007]'")

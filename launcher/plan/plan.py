@@ -92,9 +92,10 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
     """The prediction for a run. `rows`: published ones, read when None; `parameters`: where they were counted."""
     notes: list[str] = []
     memory, why_not = _memory(spec, parameters)
-    known = of_gpu(spec.profile.gpu)
-    device = known.memory_gib if known else None
+    device = _device_gib(spec)
     notes += [why_not] if why_not else []
+    if spec.gpu_gib:
+        notes.append(f"by their names in Slurm, the GPUs have {device:.1f} GiB, less than others of their type")
     if memory and device is None:
         notes.append(f"how much memory a {spec.profile.gpu} has is not known here")
     verdict = _verdict(spec, memory, device)
@@ -128,11 +129,11 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
 
 def memory_findings(spec: RunSpec) -> list[Finding]:
     """What there is to say where a GPU has not the memory that the run needs."""
-    memory, known = memory_of(spec), of_gpu(spec.profile.gpu)
-    if memory is None or known is None or _verdict(spec, memory, known.memory_gib) != "does not fit":
+    memory, device = memory_of(spec), _device_gib(spec)
+    if memory is None or device is None or _verdict(spec, memory, device) != "does not fit":
         return []
-    needed, there = math.ceil(_needed(spec, memory)), math.floor(TIGHT * known.memory_gib)
-    fix = ", or ".join(_advice(spec, known.memory_gib, None))
+    needed, there = math.ceil(_needed(spec, memory)), math.floor(TIGHT * device)
+    fix = ", or ".join(_advice(spec, device, None))
     return [error("memory-short", fix, batch=spec.recipe.local_batch_size, needed=needed, there=there)]
 
 
@@ -194,6 +195,11 @@ def _whole_layer(model: Shape) -> int:
 
 def _needed(spec: RunSpec, memory: Memory) -> float:
     return memory.compiled if spec.recipe.compile else memory.total
+
+
+def _device_gib(spec: RunSpec) -> float | None:
+    known = of_gpu(spec.profile.gpu)
+    return spec.gpu_gib or (known.memory_gib if known else None)
 
 
 def _verdict(spec: RunSpec, memory: Memory | None, device: float | None) -> str:

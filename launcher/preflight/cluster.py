@@ -19,6 +19,7 @@ from launcher.base.errors import LauncherError, quoted
 from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.base.output import SHOWN
 from launcher.config.hardware import hardware, of_gpu
+from launcher.config.resolve import ignored
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.image.squashfs_file import known, superblock
 from launcher.nodes import bad_nodes
@@ -39,9 +40,16 @@ def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
         return spec, []  # without sbatch, the submission itself says so
     facts = detected()
     spec, of_memory = _without_bad_nodes(spec, facts)
-    spec = placement.with_segment(spec, facts)
+    spec = placement.with_segment(placement.with_gpu_memory(spec, facts), facts)
     machine = Machine(_groups(), _unpacked_bytes(spec), datetime.now())
-    return spec, [*preflight(spec, facts, machine), *of_memory]
+    return spec, [*preflight(spec, facts, machine), *of_memory, *_variables(spec)]
+
+
+def _variables(spec: PlacedRun) -> list[Finding]:
+    """A user whose shell sets them would otherwise wonder where an option has gone."""
+    names = ignored(spec, os.environ)
+    fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
+    return [warning("sbatch-variables", fix, names=tuple(names))] if names else []
 
 
 def _groups() -> set[str] | None:
@@ -89,6 +97,7 @@ def preflight(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) 
     if not (facts.nodes or facts.partitions):
         return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
     place = place_of(spec, facts, machine)
+    facts = place.facts
     named = None if facts.lacks("partitions") else partition_named(place)
     if named:
         return [named]
@@ -222,7 +231,7 @@ def gpus(place: Place) -> Finding | None:
 def node_count(place: Place) -> Finding | None:
     job, left_out = place.spec.job, _left_out(place.spec)
     if not place.nodes and left_out and place.facts.nodes_of(job.partition):
-        fix = "another --partition, or launcher cluster nodes release --all"
+        fix = "another --partition or --constraint, or launcher cluster nodes release --all"
         return error("nodes-none-left", fix, place=place.name, left_out=left_out)
     if not place.nodes:
         return warning("nodes-none", ANOTHER, place=place.name)
@@ -244,6 +253,7 @@ def node_count(place: Place) -> Finding | None:
 def _left_out(spec: PlacedRun) -> str:
     """What says which nodes the run may not have; "" where it may have all."""
     by_hand = ["those of --exclude"] if spec.job.exclude else []
+    by_hand += [f"those that lack --constraint {spec.job.constraint}"] if spec.job.constraint else []
     return " and ".join(by_hand + ["those that failed their check (launcher cluster nodes)"] * bool(spec.avoid))
 
 
@@ -311,6 +321,18 @@ def gpu_type(place: Place) -> Finding | None:
     return warning("gpu-type", f"--gpu {seen[0]}", gpu=profile.gpu, seen=tuple(seen), node=able[0].name, said=said)
 
 
+def gpu_memory(place: Place) -> Finding | None:
+    """GPUs of one type come with different memory; plan, and the check of the memory, go by the smaller one."""
+    spec, known = place.spec, of_gpu(place.spec.profile.gpu)
+    if not (spec.gpu_gib and known):
+        return None
+    said = tuple(sorted({text for node in place.fitting for text in (node.gres, *node.features) if text}))
+    fix = "launcher plan says what fits; --constraint and --exclude choose nodes"
+    return warning(
+        "gpu-memory", fix, gpu=known.gpu, gib=f"{known.memory_gib:g}", named=f"{spec.gpu_gib:.1f}", said=said
+    )
+
+
 def disk(place: Place) -> Finding | None:
     """Without squashfuse, every node unpacks the image onto its own disk first."""
     needed = place.machine.unpacked_bytes
@@ -354,7 +376,10 @@ CHECKS: tuple[tuple[str, Sequence[str], Sequence[Check]], ...] = (
     (
         "nodes and GPUs",
         ("nodes", "partitions"),
-        (nodes_listed, gpus, node_count, out_of_service, architecture, gpus_per_node, gpu_type, disk, uptime),
+        (
+            *(nodes_listed, gpus, node_count, out_of_service, architecture),
+            *(gpus_per_node, gpu_type, gpu_memory, disk, uptime),
+        ),
     ),
     ("Pyxis", ("srun",), (pyxis,)),
     ("placement", placement.NEEDED, (placement.segment, placement.racks, placement.blocks)),

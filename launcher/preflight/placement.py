@@ -8,6 +8,7 @@ topology.yaml.
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.config.hardware import of_gpu
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.scheduler.facts import SEGMENT_SINCE, Block, ClusterFacts, Node, Partition
-from launcher.scheduler.parse import count_of, expand
+from launcher.scheduler.parse import count_of, expand, gres_of
 
 # Node states out of which only an operator, or a node that comes back, leads.
 OUT = {"DOWN", "DRAIN", "ERROR", "FAIL", "FUTURE", "INVAL", "INVALID_REG", "NOT_RESPONDING", "UNKNOWN"}
@@ -88,11 +89,18 @@ class Place:
 
 
 def place_of(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -> Place:
+    facts = facts.as_placed(spec.job.partition)
     names = spec.job.partition.split(",")
     default = facts.partition()
     chosen = [p for p in facts.partitions if p.name in names] if spec.job.partition else [default] if default else []
     excluded = {*expand(spec.job.exclude), *spec.avoid}
-    nodes = tuple(node for node in facts.nodes_of(spec.job.partition) if node.name not in excluded)
+    all_of = re.fullmatch(r"[\w.:+&-]+", spec.job.constraint)  # what other constraints mean is left to Slurm
+    features = set(all_of[0].split("&")) if all_of else set()
+    nodes = tuple(
+        node
+        for node in facts.nodes_of(spec.job.partition)
+        if node.name not in excluded and features.issubset(node.features)
+    )
     gres, count = spec.profile.gres, spec.profile.gpus_per_node
     fitting = tuple(node for node in nodes if not gres or gpus_of(node, gres) >= count)
     hidden = facts.hidden(spec.job.partition) - excluded
@@ -102,6 +110,26 @@ def place_of(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -
 def gpus_of(node: Node, gres: str) -> int:
     """How many of the generic resource `gres` ("gpu", "gpu:gb200") a node has."""
     return count_of(node.gres, gres) or (node.gpus if gres == "gpu" else 0)
+
+
+NAMED_GB = re.compile(r"(?<![a-z0-9])(\d{1,3})gi?b(?![a-z0-9])")  # a100_40gb, nvidia_a100-sxm4-40gb, 1g.10gb
+SEEN = 0.985  # of the memory in a GPU's name, what torch sees: 39.4 GiB of 40, 79.2 of 80
+
+
+def with_gpu_memory(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
+    """The run with the memory that the nodes' GRES or features name, where their GPUs have less than the profile's.
+
+    Of a GPU type there are several: a batch for 80 GB does not fit an A100 of 40.
+    """
+    known, gpu = of_gpu(spec.profile.gpu), spec.profile.gpu.lower()
+    texts = {
+        text.lower()
+        for node in place_of(spec, facts).fitting
+        for text in (*(kind for kind, _ in gres_of(node.gres) if kind.startswith("gpu:")), *node.features)
+    }
+    found = [int(named[1]) for text in texts if text[:4] == "gpu:" or gpu in text for named in NAMED_GB.finditer(text)]
+    least = SEEN * min(found, default=0)
+    return replace(spec, gpu_gib=0.0 if known and least > 0.9 * known.memory_gib else least)
 
 
 # --- which of them together ---------------------------------------------------------------------------------
@@ -214,7 +242,7 @@ def with_segment(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
     if spec.job.segment:
         return replace(spec, segment=spec.job.segment)
     place = place_of(spec, facts)
-    blocks = blocks_of(place)
+    blocks, facts = blocks_of(place), place.facts
     if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
         return replace(spec, segment=0)
     return replace(spec, segment=best_segment(spec.job.nodes, blocks, {node.name for node in place.out}))

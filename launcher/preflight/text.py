@@ -35,6 +35,7 @@ TEXTS = {
         "cluster", "Slurm's nodes and partitions cannot be read: nothing of them was checked", "{said}"
     ),
     "cluster-unread": Text("cluster", "{said}", "not checked: {skipped}"),
+    "sbatch-variables": Text("environment", "the run does not follow {names} of your environment"),
     # the partition
     "partition": Text("partition", "{place} is up"),
     "partition-unknown": Text("partition", "Slurm has no such partition as {partition!r}; it has {known}"),
@@ -96,6 +97,11 @@ TEXTS = {
         "GPU type",
         "the profile is for {gpu}; Slurm speaks of {seen} on {node} ({said})",
         "settings and published figures of one GPU do not fit another",
+    ),
+    "gpu-memory": Text(
+        "GPU memory",
+        "the profile's {gpu} has {gib} GiB; by their names in Slurm, GPUs there have {named} ({said})",
+        "the run is held against the smaller memory",
     ),
     "architecture": Text("architecture", "{arch}"),
     "architecture-mixed": Text("architecture", ARCHITECTURE, "on the others the image does not start"),

@@ -63,6 +63,8 @@ SBATCH_ERRORS = (
         "a limit of your account or QOS is reached",
         "squeue --me; sacctmgr show assoc user=$USER",
     ),
+    (r"invalid feature", "no node has those features", "--constraint FEATURES; list them: sinfo -o '%N %f'"),
+    (r"unrecognized option|unknown option", "it has no such option", "leave it out of --sbatch; sbatch --help"),
     (r"time limit|invalid time", "the time limit is above the partition's", "--time; sinfo -o '%P %l'"),
     (r"permission denied|not permitted|invalid user", "you may not submit there", "another --partition or --account"),
 )

@@ -44,6 +44,7 @@ AXES = {"job.recipe": "--recipe", "recipe.local_batch_size": "--batch-size", "jo
 # Where and for how long a run waits and goes on, not what it measures: another choice makes no other cell.
 WHERE = {"job.name", "job.runs_dir", "job.slurm_bin", "job.time", "job.account", "job.qos", "job.reservation"}
 WHERE |= {"job.nodelist", "job.exclude", "job.segment", "job.check"}
+NEWER = {"job.constraint", "job.sbatch"}  # not set, they leave a sweep the name that it had before there were any
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ def _default_name(specs: Sequence[RunSpec]) -> str:
 
 def _comparable(spec: RunSpec) -> dict[str, Any]:
     """What decides a cell's figures: every setting but where and how long it runs."""
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in spec.values().items() if key not in WHERE}
+    values = {key: v for key, v in spec.values().items() if key not in WHERE and (v or key not in NEWER)}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def standings(specs: Sequence[RunSpec]) -> list[Cell]:
@@ -242,7 +244,7 @@ def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: i
             spec, checks = look_here(asked)
             if not dry_run:  # Slurm is asked once, for all cells
                 spec, of_cluster = look(spec)
-                checks += [*of_cluster, *memory_findings(asked)]
+                checks += [*of_cluster, *memory_findings(spec)]
         except LauncherError as error:
             problems[asked.job.name] = error
             continue

@@ -31,6 +31,8 @@ def find_network(node: dict[str, Any], env: Any) -> dict[str, str]:
             local = str(probe.getsockname()[0])
     except OSError as error:
         raise Refused(f"there is no route to the head node {head}: {error.strerror or error}", fix) from error
+    if several and ":" in local:
+        raise Refused(f"the head node's address {head} is IPv6: the nodes meet over IPv4", fix)
     if several and node["profile"]["device"] == "cuda" and ipaddress.ip_address(local).is_loopback:
         raise Refused(f"the head node's address {head} is loopback: every node would train alone", fix)
     return {"address": local, "iface": interface_of(local)}

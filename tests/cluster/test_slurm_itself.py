@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config import sbatch
 from tests.cluster import slurm_cluster
 from tests.cluster.daemons import REGISTRY, remove_leftovers, wait_for
 from tests.cluster.slurm_cluster import Cluster, User, finished_job, job_fields, running_cluster, slurm_run
@@ -101,6 +102,15 @@ VALUES = {
     "LINES": "one\ntwo\n\nfour",
     "EMPTY": "",
 }
+
+
+def test_any_value_of_an_option_is_read_as_it_was_written(slurm: Cluster, user_dir: Path, ordinary_user: User) -> None:
+    value = 'it\'s "quoted" #1 \\ \\\\ $(id) `id` a  b'
+    (line,) = sbatch.lines({}, [f"comment={value}"])
+    job = submit(slurm, ordinary_user, user_dir, f"#SBATCH {line}\ntrue")
+    shown = slurm_run(slurm, ["scontrol", "show", "job", job]).stdout
+    assert f"Comment={value}" in shown, shown
+    finished_job(slurm, job)
 
 
 def test_exported_values_reach_the_container(

@@ -18,7 +18,8 @@ from launcher.config.resolve import placed
 
 GETENT = """case "$1 $2" in
 "passwd "*) echo "u:x:0:0::/root:/bin/bash" ;;
-"ahostsv4 "*) cat "HERE/addresses/$2" 2>/dev/null || exit 2 ;;
+"ahostsv4 "*) grep -v : "HERE/addresses/$2" 2>/dev/null || exit 2 ;;
+"ahosts "*) cat "HERE/addresses/$2" 2>/dev/null || exit 2 ;;
 esac"""
 SCONTROL = """case "$*" in
 "show hostnames "*) printf '%s\\n' node-1 node-2 ;;
@@ -89,11 +90,27 @@ def test_debians_127_0_1_1_is_replaced_by_the_address_towards_a_peer(job) -> Non
 @pytest.mark.parametrize("route", ["", "local 127.0.1.1 dev lo src 127.0.0.1 uid 0"])
 def test_nothing_but_loopback_is_refused(job, route: str, tmp_path: Path) -> None:
     done = job({"node-1": hosts("127.0.1.1"), "node-2": hosts("127.0.1.1")}, route=route)
-    assert (
-        done.returncode == 76 and "no address but loopback" in done.stderr and "getent ahostsv4 node-1" in done.stderr
-    )
+    assert done.returncode == 76 and "no address but loopback" in done.stderr and "getent ahosts node-1" in done.stderr
     assert not (tmp_path / "seen.json").exists()
     assert json.loads((tmp_path / "r" / "end.json").read_text())["exit_code"] == 76
+
+
+@pytest.mark.parametrize(
+    ("addresses", "said"),
+    [
+        ((), "node-1 does not resolve to any address"),
+        (("127.0.1.1", "::1", "fe80::1"), "node-1 resolves to no address but loopback"),
+        (("2001:db8::7",), "node-1 has no IPv4 address in the network"),
+        (("127.0.1.1", "2001:db8::7"), "node-1 has no IPv4 address in the network"),
+    ],
+)
+def test_why_there_is_no_address(job, addresses: tuple[str, ...], said: str) -> None:
+    done = job({"node-1": hosts(*addresses)} if addresses else {})
+    assert (done.returncode, f"launcher: {said}" in done.stderr) == (76, True), done.stderr
+
+
+def test_ipv4_is_taken_where_there_is_both(job) -> None:
+    assert job({"node-1": hosts("2001:db8::7", "10.0.0.7")})["addr"] == "10.0.0.7"
 
 
 def test_port_and_id_come_from_the_job(job) -> None:

@@ -17,7 +17,7 @@ from launcher.config.write import run_toml
 from launcher.preflight.cluster import preflight
 from launcher.preflight.placement import best_segment, describe, segment_of, whole_counts, with_segment
 from launcher.preflight.text import sentence, words
-from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
+from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition, Topology
 
 RACKS = tuple(Block(f"rack-{r}", tuple(f"r{r}n{i:02d}" for i in range(18))) for r in range(1, 4))
 
@@ -75,6 +75,17 @@ def test_what_is_drained_is_not_counted_on_unless_nothing_else_is_left() -> None
     every = cluster("r1n00", "r2n00", "r3n00")
     assert with_segment(run(17), every).segment == 17
     assert with_segment(run(18), every).segment == 9
+
+
+def test_the_blocks_of_the_partitions_own_topology() -> None:
+    own = Partition("batch", True, "UP", topology="nvl")
+    facts = replace(cluster(blocks=(), topology="tree", segment=False), partitions=(own,))
+    facts = replace(facts, topologies={"nvl": Topology("block", RACKS)})
+    assert with_segment(run(36), facts).segment == 18
+    assert "segment" in [finding.code for finding in preflight(with_segment(run(36), facts), facts)]
+    unread = replace(facts, topologies={"nvl": Topology(unread="scontrol -o show topology nvl: silent")})
+    assert with_segment(run(36), unread).segment == 0
+    assert "cluster-unread" in [finding.code for finding in preflight(run(36), unread)]
 
 
 def test_it_is_in_the_script_and_is_not_what_was_asked() -> None:

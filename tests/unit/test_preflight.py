@@ -19,7 +19,7 @@ from launcher.config.resolve import placed
 from launcher.config.spec import PlacedRun
 from launcher.preflight.cluster import preflight
 from launcher.preflight.here import files
-from launcher.preflight.placement import Machine
+from launcher.preflight.placement import Machine, with_gpu_memory
 from launcher.preflight.text import TEXTS, as_dict, refusal, sentence
 from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
 from tests.conftest import ROOT, Launch
@@ -100,6 +100,7 @@ BUSY = cluster(node("n0"), node("n1", "ALLOCATED"))
 DOWN, KEPT = node("bad", "DOWN+NOT_RESPONDING"), node("kept", "IDLE+RESERVED")
 LONG, SEGMENT_4 = run(partition="small", time="10"), run("gb200", 4, segment=4)
 TWO = cluster(*FOUR, partitions=(Partition("a"), Partition("b")))
+SMALL = replace(run("a100"), gpu_gib=39.4)
 CASES = {
     OK: [
         Case("partition", run(partition="small,batch", time="10"), four(), "small"),
@@ -124,6 +125,9 @@ CASES = {
         Case("gpus-idle", run("gb200"), four(arch="aarch64"), "uses 4 GPUs of a node; n0 has 8", "--gpus-per-node 8"),
         Case("gpu-type", run("b200"), four(gres="gpu:h200:8"), "for B200; Slurm speaks of h200", "--gpu h200"),
         Case("gpu-type", run("b200"), four(features=("H100",)), "h100", "--gpu h100"),
+        Case(
+            "gpu-memory", SMALL, four(gres="gpu:a100_40gb:8"), "GPUs there have 39.4 (gpu:a100_40gb:8)", "launcher plan"
+        ),
         Case("architecture-other", run("gb200", runtime="bare"), four(), "x86_64", "--gpu"),
         Case("architecture-mixed", run(), plus(ARM64), "4 of x86_64, 1 of aarch64", "--exclude arm"),
         Case("segment-straddles", run("gb200", 3, segment=1), racks(), "3 x 1 nodes", "--nodes 2 or 4"),
@@ -291,6 +295,36 @@ def test_the_refusal_names_all_errors_and_offers_force_only_where_it_helps() -> 
     assert one and one.fix == "f; --force submits it all the same"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "seen", "gib"),
+    [
+        ("a100", {"gres": "gpu:a100:8"}, 0),
+        ("a100", {"gres": "gpu:nvidia_a100-sxm4-80gb:8"}, 0),  # the profile's own
+        ("a100", {"gres": "gpu:nvidia_a100-sxm4-40gb:8"}, 39.4),
+        ("a100", {"gres": "gpu:a100_1g.10gb:8"}, 9.85),
+        ("a100", {"features": ("A100-40GB", "ssd960gb")}, 39.4),
+        ("a100", {"features": ("64gb",)}, 0),  # not of a GPU
+        ("gb200", {"gres": "gpu:gb200:4", "arch": "aarch64"}, 0),
+        ("gb200", {"gres": "gpu:gb200-186gb:4", "arch": "aarch64"}, 0),
+        ("h200", {"gres": "gpu:h200-141gb:8"}, 0),
+    ],
+)
+def test_the_memory_that_slurm_names(gpu: str, seen: dict[str, Any], gib: float) -> None:
+    assert with_gpu_memory(run(gpu), four(**seen)).gpu_gib == pytest.approx(gib)
+
+
+def test_the_features_of_a_constraint_choose_the_nodes() -> None:
+    small, big = ("a100_40gb", "ib"), ("a100_80gb", "ib")
+    mixed = cluster(*(node(f"n{i}", features=small if i else big) for i in range(4)))
+    only_big = run("a100", 1, constraint="a100_80gb&ib")
+    assert with_gpu_memory(run("a100", 1), mixed).gpu_gib == pytest.approx(39.4)
+    assert with_gpu_memory(only_big, mixed).gpu_gib == 0
+    assert found(preflight(only_big, mixed), "nodes").facts["there"] == 1
+    none = found(preflight(run("a100", 1, constraint="eth"), mixed), "nodes-none-left")
+    assert "those that lack --constraint eth" in sentence(none)
+    assert found(preflight(run("a100", 1, constraint="[ib|eth]"), mixed), "nodes").facts["there"] == 4
+
+
 # ------------------------------------------------------------------------------ the commands, on a Slurm of scripts
 
 NODES = "\n".join(
@@ -317,6 +351,23 @@ def slurm(fake_slurm: Fake, image: Path) -> Fake:
     fake_slurm("srun", "echo '      --container-image=[USER@]REGISTRY#IMAGE|PATH'")
     fake_slurm("sbatch", f'echo "$@" >>{image.parent}/sbatch.txt; echo 42')
     return fake_slurm
+
+
+def test_a_batch_for_80_gb_does_not_fit_40(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("scontrol", SCONTROL.replace("Gres=gpu:8", "Gres=gpu:a100_40gb:8"))
+    a100 = ("--gpu", "a100", *SUBMIT[2:], "--nodes", "2")
+    for command in ("submit", "preflight", "sweep"):
+        done = launch(command, *a100)
+        assert done.returncode == ExitStatus.INVALID, done.stdout + done.stderr
+        assert "of a GPU's memory 38 can be used" in done.stdout + done.stderr
+        assert command == "sweep" or "GPUs there have 39.4 (gpu:a100_40gb:8)" in done.stdout + done.stderr
+    assert "of 39.4 " in launch("plan", *a100, "--partition", "batch").stdout
+    assert "of 79.2 " in launch("plan", *a100).stdout  # of no cluster
+    (image.parent / "c.toml").write_text('[job]\ngpu = "a100"\n')
+    told = json.loads(launch("plan", *SUBMIT[2:], "--config", "c.toml", "--json").stdout)
+    assert (told["device_gib"], told["verdict"]) == (39.4, "does not fit")
+    assert launch("submit", *a100, "--force").returncode == 0
+    assert json.loads((image.parent / "runs" / "r" / "plan.json").read_text())["device_gib"] == 39.4
 
 
 def test_submit_refuses_before_anything_exists(launch: Launch, slurm: Fake, image: Path) -> None:

@@ -30,6 +30,8 @@ SAID = {
     FAILED + "Requested nodes not in this partition": "not in the partition",
     FAILED + "Invalid node name specified": "does not exist",
     FAILED + "Invalid generic resource (gres) specification": "no GPUs under that name",
+    FAILED + "Invalid feature specification": "no node has those features",
+    "sbatch: unrecognized option '--cons'": "it has no such option",
     FAILED + "Requested time limit is invalid (missing or exceeds some limit)": "time limit is above",
     FAILED
     + "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)": "limit of your account",

@@ -1,0 +1,145 @@
+"""--sbatch and --constraint: what reaches sbatch, in which layers it stands, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from launcher.base.errors import ExitStatus
+from launcher.config import sbatch
+from launcher.config.resolve import ignored
+from launcher.config.spec import RunSpec
+from launcher.sweep.cells import _comparable
+from tests.conftest import Launch
+from tests.unit.test_preflight import SCONTROL, Fake, slurm
+
+__all__ = ["slurm"]  # a fixture
+FEATURES = SCONTROL.replace("Gres=gpu:8", "Gres=gpu:8 ActiveFeatures=nvl,a,b")
+RUN = ("--gpu", "b200", "--image", "titan.sqsh", "--name", "r")
+
+
+def as_sbatch_reads(line: str) -> list[str]:
+    """The words of a line behind #SBATCH, by the rules of Slurm's src/sbatch/opt.c, _get_argument()."""
+    words: list[str] = []
+    word, at, quote, begun = "", 0, "", False
+    while at < len(line):
+        char, at = line[at], at + 1
+        if char == "\\":
+            word, at, begun = word + line[at : at + 1], at + 1, True
+        elif quote and char == quote:
+            quote = ""
+        elif not quote and char in "\"'":
+            quote, begun = char, True
+        elif not quote and char == "#":
+            break
+        elif not quote and char.isspace():
+            words, word, begun = [*words, word] if begun else words, "", False
+        else:
+            word, begun = word + char, True
+    return [*words, word] if begun else words
+
+
+@given(st.text(min_size=1, max_size=60) | st.text(" '\"\\#$`=;", min_size=1, max_size=20))
+@example("a b'c\"d\\\\e#f $(id) `id`")
+def test_any_value_reaches_sbatch_unchanged_or_is_refused(value: str) -> None:
+    item = f"comment={value}"
+    if not sbatch.problem(item)[0]:
+        (line,) = sbatch.lines({}, [item])
+        assert "\n" not in line and as_sbatch_reads(line) == [f"--comment={value}"]
+    else:
+        assert not value.isprintable()
+
+
+def test_adds_replaces_and_removes() -> None:
+    ours = {"nodes": "2", "exclusive": None, "mem": "0"}
+    assert sbatch.lines(ours, []) == ["--nodes=2", "--exclusive", "--mem=0"]
+    more = ["--nodes=2", "--exclusive", "--mem=900G", "--contiguous"]
+    assert sbatch.lines(ours, ["mem=900G", "--contiguous"]) == more
+    assert sbatch.lines(ours, ["mem=", "exclusive="]) == ["--nodes=2"]
+    assert sbatch.lines(ours, ["mem-per-gpu=8G"]) == ["--nodes=2", "--exclusive", "--mem-per-gpu=8G"]
+    assert sbatch.lines(ours, ["mem-per-gpu="]) == ["--nodes=2", "--exclusive", "--mem=0"]
+
+
+@pytest.mark.parametrize(
+    ("item", "fix"),
+    [
+        ("job-name=x", "--name"),
+        ("nodes=4", "--nodes"),
+        ("job-na=x", "--name"),  # sbatch takes the beginning of an option for it
+        ("gres=gpu:2", "--gpus-per-node"),
+        ("export=ALL", "--env"),
+        ("constraint=x", "--constraint"),
+        ("container-image=x", "--image"),
+        ("container-name=x", "--image"),
+        ("clusters=b", "SLURM_CLUSTERS"),
+        ("nodes=", "--nodes"),
+        *((name, "") for name in ("output=x", "ntasks-per-node=4", "wrap=id", "parsable", "pars", "wait", "array=1-3")),
+        *((name, "--sbatch") for name in ("", "=x", "-C", "C=x", "a b", "--", "x;y=1")),
+        ("comment=a\nb", ""),
+        ("comment=" + "x" * 1001, ""),
+    ],
+)
+def test_what_would_break_the_run_is_refused(launch: Launch, image: Path, item: str, fix: str) -> None:
+    done = launch("render", *RUN, f"--sbatch={item}")
+    assert done.returncode == ExitStatus.INVALID and "job.sbatch" in done.stderr and "[value]" in done.stderr
+    assert f"try: {fix}" in done.stderr if fix else "try:" not in done.stderr
+
+
+@pytest.mark.parametrize("item", ["comment=hf_" + "a" * 30, "my-token=abcdefgh"])
+def test_secrets_are_refused_and_not_shown(launch: Launch, image: Path, item: str) -> None:
+    done = launch("render", *RUN, "--sbatch", item)
+    assert done.returncode == ExitStatus.INVALID and "[secret-exposed]" in done.stderr
+    assert item.partition("=")[2] not in done.stderr
+
+
+def test_it_lands_everywhere_and_is_repeated(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("scontrol", FEATURES)
+    config = image.parent / "mine.toml"
+    config.write_text('[job]\nsbatch = ["mem=", "comment=of the file"]\n')
+    mine = ("--config", str(config), "--constraint", "a&b", "--sbatch", "comment=it's mine", "--sbatch", "contiguous")
+    wanted = ["mem=", "comment=it's mine", "contiguous"]
+    shown = json.loads(launch("config", "show", *RUN, *mine, "--json").stdout)
+    assert shown["job.sbatch"] == {"value": wanted, "origin": f"file {config}, option --sbatch"}
+    assert launch("submit", *RUN, *mine, "--yes").returncode == 0
+    run = image.parent / "runs" / "r"
+    script = (run / "job.sbatch").read_text()
+    assert script == launch("render", *RUN, *mine).stdout
+    lines = ["#SBATCH --constraint=a&b\n", '#SBATCH --comment="it\'s mine"\n', "#SBATCH --contiguous\n"]
+    assert all(line in script for line in lines) and "--mem" not in script
+    job = json.loads((run / "job" / "node.json").read_text())["job"]
+    assert (job["sbatch"], job["constraint"]) == (wanted, "a&b")
+    done = launch("submit", str(run / "run.toml"), "--name", "again", "--sbatch", "mem=5G", "--yes")
+    assert done.returncode == 0, done.stderr
+    again = (image.parent / "runs" / "again" / "job.sbatch").read_text()
+    assert "#SBATCH --mem=5G\n" in again and all(line in again for line in lines)
+    sweep = launch("sweep", *RUN[:4], "--nodes", "1,2", *mine, "--name", "s", "--yes")
+    assert sweep.returncode == 0, sweep.stderr
+    assert "#SBATCH --contiguous\n" in (image.parent / "runs" / "s-llama3-8b-1n-b5" / "job.sbatch").read_text()
+
+
+def test_a_sweep_in_order_refuses_another_dependency(launch: Launch, slurm: Fake, image: Path) -> None:
+    words = ("sweep", *RUN, "--sbatch", "dependency=afterok:7", "--yes")
+    done = launch(*words)
+    assert done.returncode == ExitStatus.USAGE and "--parallel" in done.stderr
+    assert launch(*words, "--parallel").returncode == 0
+
+
+def test_a_sweep_without_them_keeps_the_name_that_it_had() -> None:
+    assert not {"job.sbatch", "job.constraint"} & _comparable(RunSpec()).keys()
+
+
+def test_variables_that_are_not_followed_are_named(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("scontrol", FEATURES)
+    mine = {"SBATCH_CONSTRAINT": "nvl", "SBATCH_MEM_PER_NODE": "5G", "SBATCH_EXCLUSIVE": "", "SBATCH_CLUSTERS": "b"}
+    done = launch("submit", *RUN, **mine, SBATCH_WCKEY="k")
+    assert done.returncode == 0, done.stderr
+    assert "not follow SBATCH_MEM_PER_NODE, SBATCH_WCKEY of your environment" in done.stderr.replace(" and ", ", ")
+    assert "#SBATCH --constraint=nvl\n" in (image.parent / "runs" / "r" / "job.sbatch").read_text()
+    again = launch("submit", "runs/r/run.toml", "--name", "again", SBATCH_CONSTRAINT="other")
+    assert "not follow SBATCH_CONSTRAINT of" in again.stderr  # a run.toml holds all values
+    spec = RunSpec(origin={"job.account": "option --account"})
+    assert ignored(spec, {"SBATCH_ACCOUNT": "a", "SLURM_X": "1"}) == []
