@@ -62,7 +62,8 @@ _STEP = re.compile(
     + (_GAP + rb"memory:" + _NUMBER + rb"GiB\(" + _NUMBER + rb"%\)")
     + (_GAP + rb"[tw]ps:" + _NUMBER)
     + (rb"(?:" + _GAP + rb"tflops:" + _NUMBER + rb")?")
-    + (_GAP + rb"mfu:(?:" + _NUMBER + rb"%|[ \t]{0,12}N/A)")
+    # Forks print no MFU; the end of the line then shows that nothing was cut.
+    + (rb"(?:" + _GAP + rb"mfu:(?:" + _NUMBER + rb"%|[ \t]{0,12}N/A)|(?=[ \t\x1b\[0-9;m]{0,60}\r?\n))")
 )
 _MOMENT = rb"([0-9]{4}-[0-9]{2}-[0-9]{2}[ _T][0-9]{2}:[0-9]{2}):([0-9]{2}(?:[,.][0-9]{1,6})?)"
 _TIME = re.compile(_MOMENT)

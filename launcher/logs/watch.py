@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-DONE = "all steps are done; the job ends when its containers are removed, which can take minutes"
+DONE = "all steps are done; the job is ending, which takes minutes where nodes have containers to remove"
 
 
 def watch(progress: Iterable[Progress], stream: TextIO, is_terminal: bool) -> Progress | None:

@@ -117,6 +117,15 @@ def test_a_line_cut_short_is_no_record(line: bytes) -> None:
     assert [end for end in range(len(line)) if parse_line(line[:end])] == []
 
 
+def test_a_fork_that_prints_no_mfu_has_records_and_a_line_cut_before_it_has_none() -> None:
+    line = b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - step: 10  loss:  7.9  memory: 33.40GiB(35.15%)  "
+    whole = parse_line(line + b"tps: 5,762  tflops: 1.20\n")
+    assert whole is not None and (whole.mfu_pct, whole.tflops, whole.tps) == (None, 1.2, 5762)
+    assert parse_line(line + b"tps: 5,762\n") is not None
+    assert parse_line(line + b"tps: 5,762  tflops: 1.20") is None  # what follows may be more of the number
+    assert parse_line(line + b"tps: 5,762  mf\n") is None
+
+
 def test_a_cut_line_glued_to_the_next_gives_only_the_whole_one(tmp_path: Path) -> None:
     later = PLAIN.replace(b"step: 100", b"step: 110")
     for end in range(len(PLAIN)):
