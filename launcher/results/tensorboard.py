@@ -17,6 +17,8 @@ from pathlib import Path
 from launcher.logs.steps import open_log
 
 _LONGEST = 1 << 20  # bytes of a record; a scalar's has some 60, and a longer one is an image, a graph or damage
+MOST = 64 << 20  # bytes of a file that are read: a million scalars
+MOST_FILES = 1000  # of a run
 _HEADER = struct.Struct("<QI")
 
 
@@ -24,7 +26,7 @@ def scalars(folder: Path, tags: Collection[str]) -> dict[str, dict[int, float]]:
     """By tag and step the value that was written last, from all event files below `folder`; {} where there are none."""
     found: dict[str, dict[int, float]] = {tag: {} for tag in tags}
     wanted = {tag.encode(): tag for tag in tags}
-    for path in sorted(_event_files(folder), key=lambda path: path.name):  # the name begins with the time
+    for path in sorted(_event_files(folder), key=lambda path: path.name)[:MOST_FILES]:  # the name begins with the time
         try:
             for step, tag, value in read_scalars(path, tuple(wanted)):
                 if tag in wanted:
@@ -44,7 +46,7 @@ def read_scalars(path: Path, tags: Collection[bytes] = (b"",)) -> Iterator[tuple
         return
     wanted = re.compile(b"|".join(map(re.escape, tags))).search
     with handle:
-        while len(header := handle.read(_HEADER.size)) == _HEADER.size:
+        while handle.tell() < MOST and len(header := handle.read(_HEADER.size)) == _HEADER.size:
             length, _ = _HEADER.unpack(header)
             if not 0 < length <= _LONGEST:
                 return

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.results import tensorboard
 from launcher.results.tensorboard import read_scalars, scalars
 
 # The first two records of a file that torch 2.13's SummaryWriter wrote: the version, and a loss at step 1.
@@ -114,3 +115,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_files_without_end_are_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "MOST", 10_000)
+    monkeypatch.setattr(tensorboard, "MOST_FILES", 3)
+    for number in range(5):
+        data = b"".join(scalar(step, f"tag{number}", 0.5) for step in range(1000))
+        (tmp_path / f"events.out.tfevents.{number}").write_bytes(data)
+    found = scalars(tmp_path, ["tag0", "tag2", "tag3"])
+    assert 100 < len(found["tag0"]) < 500 and found["tag2"] and not found["tag3"]
