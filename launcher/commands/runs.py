@@ -105,7 +105,8 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
         elif not state.known:
             again = quoted("launcher", "submit", found.path / "run.toml")
             echo(f"  look: {quoted('launcher', 'logs', found.reference)}")
-            echo(f"  again: {quoted('launcher', 'cancel', found.reference)} && {again}")
+            first = "" if found.is_copy else f"{quoted('launcher', 'cancel', found.reference)} && "
+            echo(f"  again: {first}{again}")
     exit_for(state)
 
 

@@ -190,6 +190,11 @@ SLURM_WORD = re.compile(r"[A-Za-z0-9_.,@+/:-]+")
 SLURM_NODES = re.compile(r"[A-Za-z0-9_.,\[\]-]+")
 SLURM_FEATURES = re.compile(r"[\w.,@+/:&|*()\[\]!-]+", re.ASCII)
 SLURM_TIME = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,6}-\d{1,2}(:\d{1,2}){0,2}", re.ASCII)
+# Variables of slurm/job.sbatch.j2, which would lose the run's record, and those that bash does not let anybody set.
+SCRIPTS_OWN = {
+    *("PATH", "run_dir", "job_id", "began_at", "signal", "step", "code", "slurm", "home", "name", "problem", "end"),
+    *("hosts", "peer", "node_addr", "mark", "pid", "UID", "EUID", "PPID", "SHELLOPTS", "IFS", "ENV"),
+}
 SAFE_DIR = re.compile(r"/[\w./@+=~-]*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\u2028\u2029]")
 
@@ -255,7 +260,7 @@ def validate(spec: RunSpec) -> None:
             raise LauncherError(
                 "env-name", f"--env {name.partition('=')[0][:80]!r}: not a variable's name", "--env NAME=VALUE"
             )
-        if name.startswith(("SLURM_", "TITAN_")) or name == "PATH":
+        if name.startswith(("SLURM_", "TITAN_", "BASH")) or name in SCRIPTS_OWN:
             raise LauncherError("env-reserved", f"--env {name}: set by the job script itself")
     for name, value in spec.env.items():
         if CONTROL.search(value):

@@ -270,7 +270,7 @@ _PATTERNS = {
     r"|pyxis: .*(?:fail|not exist|must be)|^\[ERROR\]|^enroot[\w-]*: |FATAL ERROR|Exec format error"
     r"|nrecognized (?:option|argument)|error: execve|CUDA (?:driver )?error|CUBLAS_STATUS_ALLOC_FAILED"
     r"|NCCL error.* invalid (?:usage|argument)|Task launch for |t find address for host|Node failure on "
-    r"|are still not ready|wrong with the boot of the nodes",
+    r"|are still not ready|wrong with the boot of the nodes|^FATAL: |invalid choice .* for argument|Error parsing --",
     _CRASH: r"Watchdog caught collective|\(exitcode: -(?!2\b|6\b|15\b)|Fatal Python error: (?!Aborted)|Caught signal \d"
     r"|Segmentation fault|Bus error|Illegal instruction",
     _NCCL: r"NCCL (?:error|failure)|nccl\w*Error",
@@ -286,7 +286,7 @@ _GRADES = [(grade, re.compile(pattern)) for grade, pattern in _PATTERNS.items()]
 _SIGNS = {
     _CAUSE: b"Traceback (most|titan-node: FAIL|CUDA |oom_kill|DUE TO |pyxis: |enroot|FATAL ERROR|Exec format error"
     b"|nrecognized |error: execve|CUBLAS_STATUS|NCCL error|Task launch for |find address for|are still not ready"
-    b"|boot of the nodes",
+    b"|boot of the nodes|FATAL: |invalid choice |Error parsing --",
     _CRASH: b"Watchdog caught|(exitcode: -|Fatal Python|Caught signal|Segmentation fault|Bus error|Illegal instruction",
     _NCCL: b"NCCL failure|nccl",
     _ABORT: b"terminate called",
@@ -311,7 +311,7 @@ _REPORTED = re.compile(r"\s*(time|host|rank|exitcode)\s*: (\S+)")
 _HINTS = (
     b"rror|ERROR|FAIL|Traceback|CANCELLED|DUE TO |nrecognized| fault|Illegal instr|oom_kill|"
     b"NCCL WARN|NCCL failure|Watchdog|pyxis:|enroot|exitcode: |terminate called| signal|Root Cause|"
-    b"KeyboardInterrupt|Training completed|Node failure"
+    b"KeyboardInterrupt|Training completed|Node failure|FATAL: |invalid choice |Error parsing --"
 ).split(b"|")
 
 

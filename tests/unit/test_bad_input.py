@@ -234,3 +234,11 @@ def test_a_secret_stays_out_of_everything_but_its_file(launch: Launch, image: Pa
     assert "cret" not in done.stdout + done.stderr
     shown = launch("config", "show", *GOOD[1:], "--env", "MY_API_KEY=hidden").stdout
     assert "MY_API_KEY" in shown and "hidden" not in shown
+
+
+@pytest.mark.parametrize(
+    "name", ["run_dir", "job_id", "signal", "UID", "BASH_ENV", "SLURM_JOB_ID", "TITAN_HEAD_ADDR", "PATH"]
+)
+def test_variables_of_the_script_itself(name: str, launch: Launch, image: Path) -> None:
+    done = launch("submit", "--image", str(image), "--gpu", "b200", "--env", f"{name}=x", "--dry-run")
+    assert done.returncode == ExitStatus.INVALID and "[env-reserved]" in done.stderr, done.stderr

@@ -212,7 +212,7 @@ def test_what_a_log_says_cannot_add_to_a_command(tmp_path: Path) -> None:
 def test_a_setting_that_is_not_known_is_named(tmp_path: Path) -> None:
     box = "╭─ Unrecognized options ──╮\n│ Unrecognized options: --bogus.option=1   │\n"
     found = failure(tmp_path, node0=box)
-    assert found.cause == "torchtitan does not know a setting of this run (Unrecognized options: --bogus.option=1)"
+    assert found.cause == "torchtitan does not take a setting of this run (Unrecognized options: --bogus.option=1)"
 
 
 def test_the_check_of_a_node_speaks_for_itself(tmp_path: Path) -> None:
