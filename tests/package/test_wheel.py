@@ -84,7 +84,7 @@ def test_it_brings_the_known_errors(launcher: Path, workplace: Path) -> None:
     assert "r: FAILED" in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
     run_dir = workplace / "runs" / "r"
     (run_dir / "logs" / "job.log").write_text("cp: error writing '/tmp/x': No space left on device\n")
-    assert "cause: a disk is full" in run(launcher, workplace, "status", "r").stderr
+    assert "cause: a disk of a node is full" in run(launcher, workplace, "status", "r").stderr
 
 
 def test_it_is_a_small_install(launcher: Path, workplace: Path) -> None:

@@ -76,7 +76,7 @@ def drips_forever(begin: bytes, piece: bytes) -> Fault:
     def fault(handler: Handler, _content: Content, _start: int) -> bool:
         handler.close_connection = True
         handler.wfile.write(begin)
-        while True:
+        while not handler.hub.closed:
             handler.wfile.write(piece)
             handler.wfile.flush()
             time.sleep(0.1)
@@ -116,7 +116,7 @@ def endless(piece: bytes, status: int = 200, pause_s: float = 0) -> Fault:
         handler.send_header("Location", "/elsewhere")
         handler.end_headers()
         handler.close_connection = True
-        while True:
+        while not handler.hub.closed:
             handler.wfile.write(piece)
             time.sleep(pause_s)
 

@@ -88,6 +88,7 @@ class Hub:
         self.requests: list[Request] = []
         self.extra_names: list[str] = []  # that a bad server puts into its listings
         self.lock = threading.Lock()
+        self.closed = False  # faults that never end do then
         self.hub = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, "hub"))
         self.cdn = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, "cdn"))
         for server in (self.hub, self.cdn):
@@ -110,6 +111,7 @@ class Hub:
         return [r for r in self.requests if r.path == path and where in ("", r.where)]
 
     def close(self) -> None:
+        self.closed = True
         for server in (self.hub, self.cdn):
             server.shutdown()
             server.server_close()
