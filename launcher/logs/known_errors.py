@@ -13,7 +13,7 @@ from typing import Any
 from launcher.base.errors import quoted
 from launcher.base.secret import masked
 from launcher.logs.follow import error_logs, last_lines
-from launcher.logs.steps import FailedRank, find_errors, is_stop, open_log, plain_text
+from launcher.logs.steps import FailedRank, begins_with_exception, find_errors, is_stop, open_log, plain_text
 
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
 TAIL_BYTES = 1 << 18
@@ -188,6 +188,7 @@ def how_it_ended(state: str, reason: str, exit_code: int | None, log_dir: Path) 
 def _of_error(lines: Sequence[str]) -> tuple[Known, re.Match[str]] | None:
     code = False  # of a traceback's last frame: what it would say is not what was said
     for line in lines:
+        code = code and not begins_with_exception(line)  # there is none of what runs without its source
         is_frame, code = code or line.startswith('File "'), line.startswith('File "')
         if not is_frame and (found := _match(line, RAISED, PRINTED)):
             return found

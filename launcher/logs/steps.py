@@ -303,6 +303,9 @@ _BEGINS_WITH_EXCEPTION = re.compile(
     (rb"[\n\r]" + _COLOURS + _LABELS.pattern.encode() + _COLOURS)
     + _EXCEPTION.pattern.encode().replace(b"(?:: |:?$)", rb"(?:: |:?[\s\x1b]|:?\Z)")
 )
+# What stands between the tracebacks of one error, the last of which ended the rank; and errors that quote others.
+_CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
+_WRAPS = re.compile(r"CheckpointException|SubprocException|in DataLoader worker")
 _ENDS_TRACEBACK = re.compile(r"[A-Za-z_][\w.]*(?:: |:?$)")
 _REPORTED = re.compile(r"\s*(time|host|rank|exitcode)\s*: (\S+)")
 
@@ -371,6 +374,8 @@ class _Search:
     tracebacks: dict[str, deque[str]] = field(default_factory=dict)
     best: _Found | None = None
     following: int = 0  # how many more lines may belong to the best error
+    chained: bool = False  # whether the next traceback is of what the best error led to
+    linked: str | None = None  # the labels of an open traceback that belongs to the best error
     stopped: float | None = None  # when Slurm said so
     report: dict[str, str] | None = None  # torchrun's, while it is read
     ranks: list[FailedRank] = field(default_factory=list)
@@ -477,7 +482,12 @@ def _look(search: _Search, line: bytes) -> None:
     _read_report(search, text)
     if best and search.undated:
         best.time = _time_or_never(line, search)
-    if text.startswith("Traceback (most recent call last)"):
+    mine = best is not None and search.following > 0 and label == best.labels
+    if mine and text.startswith(_CHAINED):
+        search.chained = True
+        return
+    if text.startswith(("Traceback (most recent call last)", "Original Traceback (most")):
+        search.linked = label if mine and best and (search.chained or _WRAPS.search(best.lines[0])) else None
         search.following = 0
         if len(search.tracebacks) < 64:
             search.tracebacks[label] = deque(maxlen=2)
@@ -493,6 +503,12 @@ def _look(search: _Search, line: bytes) -> None:
         grade = _grade(text) or _CAUSE
         if grade == _AFTERMATH:
             frames = None  # of torchrun, or of what was interrupted
+        if best and search.linked == label:
+            search.linked, link = None, [text, *(frames or ())]
+            if grade != _AFTERMATH and len(best.lines) < 24:
+                best.lines = [*link, *best.lines] if search.chained else [*best.lines, *link]
+                search.chained, search.following = False, 4
+                return
     elif best is None or best.grade > _CAUSE:
         grade, frames = _grade(text), None
     if grade is not None and (best is None or grade < best.grade):
@@ -533,6 +549,10 @@ def _read_report(search: _Search, text: str) -> None:
                 search.ranks.append(
                     FailedRank(moment, told.get("host", ""), int(rank) if rank.isdigit() else None, int(code))
                 )
+
+
+def begins_with_exception(text: str) -> bool:
+    return bool(_EXCEPTION.match(text))
 
 
 @lru_cache(maxsize=256)  # some errors are said again and again

@@ -80,6 +80,7 @@ def drips_forever(begin: bytes, piece: bytes) -> Fault:
             handler.wfile.write(piece)
             handler.wfile.flush()
             time.sleep(0.1)
+        return True
 
     return fault
 
@@ -119,6 +120,7 @@ def endless(piece: bytes, status: int = 200, pause_s: float = 0) -> Fault:
         while not handler.hub.closed:
             handler.wfile.write(piece)
             time.sleep(pause_s)
+        return True
 
     return fault
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -515,3 +517,54 @@ def test_an_image_without_a_shell_needs_no_other_python(tmp_path: Path) -> None:
     said = "enroot-switchroot: failed to execute: /bin/sh: No such file or directory\n"
     found = failure(tmp_path, node0=PYXIS % f"slurmstepd: error: pyxis:     {said}")
     assert found.code == "command-missing" and "--python" not in found.fix
+
+
+def printed_by(program: str) -> str:
+    """What Python prints of an exception, with the labels that a rank's lines have."""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr
+    return STEP + "".join(f"[rank0]:[rank3]: {line}\n" for line in said.splitlines())
+
+
+CHAINS = {
+    "a cause": (
+        "class HTTPStatusError(Exception): pass\nclass GatedRepoError(Exception): pass\n"
+        "try:\n raise HTTPStatusError(\"Client error '403 Forbidden' for url\")\n"
+        "except Exception as error:\n raise GatedRepoError('Cannot access gated repo for url x') from error",
+        ("hub-gated", "GatedRepoError"),
+    ),
+    "another while it is handled": (
+        "class OutOfMemoryError(Exception): pass\n"
+        "try:\n {}['x']\nexcept KeyError:\n raise OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
+        ("gpu-memory", "OutOfMemoryError"),
+    ),
+    "three": (
+        "try:\n try:\n  raise OSError(28, 'No space left on device', '/data/x')\n"
+        " except OSError as error:\n  raise ValueError('cannot write') from error\n"
+        "except ValueError as error:\n raise RuntimeError('checkpoint failed') from error",
+        ("disk-full", "RuntimeError: checkpoint failed"),
+    ),
+    "an error that quotes another": (
+        "class CheckpointException(Exception): pass\n"
+        "raise CheckpointException('''ranks:dict_keys([0])\nTraceback (most recent call last): (RANK 0)\n"
+        "  File \"x.py\", line 3, in save\n    write()\nOSError: [Errno 28] No space left on device: '/data/x'\n''')",
+        ("disk-full", "CheckpointException"),
+    ),
+    "a worker's": (
+        "raise OSError('''Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        "  File \"x.py\", line 3, in read\n    read()\nOSError: [Errno 28] No space left on device: '/data/x'\n''')",
+        ("disk-full", "OSError: Caught OSError in DataLoader worker"),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", CHAINS)
+def test_of_errors_that_led_to_each_other_all_are_read_and_the_last_is_shown_first(how: str, tmp_path: Path) -> None:
+    program, (code, first) = CHAINS[how]
+    found = failure(tmp_path, node0=printed_by(program) + "[rank1]:[rank3]: KeyError: 'another rank'\n")
+    assert found.code == code and first in found.lines[0], found.lines
+
+
+def test_errors_of_which_none_led_to_the_other_stay_apart(tmp_path: Path) -> None:
+    one = printed_by("raise ValueError('the first')")
+    found = failure(tmp_path, node0=one + printed_by("raise RuntimeError('a later one')"))
+    assert found.lines[0] == "ValueError: the first" and not any("a later one" in line for line in found.lines)
