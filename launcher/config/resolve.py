@@ -21,7 +21,7 @@ from launcher.scheduler.detect import detected
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "constraint", "partition", "qos", "reservation")}
 
-OF_CLUSTER = ("job.gpu", "job.image", "job.nodes", "job.runtime")  # in a file of defaults: not of this machine
+OF_CLUSTER = ("job.gpu", "job.image", "job.nodes", "job.python", "job.runtime")  # in a file: not of this machine
 
 
 def resolve(options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]) -> RunSpec:

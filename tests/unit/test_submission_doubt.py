@@ -212,9 +212,10 @@ def test_set_reaches_the_recipe_too(launch: Launch, image: Path) -> None:
 def test_a_file_for_the_cluster_does_not_stop_a_local_run(launch: Launch, workplace: Path) -> None:
     (workplace / "site.toml").write_text(
         '[job]\nimage = "/data/titan.sqsh"\nnodes = 9\nruntime = "pyxis"\npartition = "batch"\n'
+        'python = "/opt/venv/bin/python"\n'
     )
     done = launch("render", "--local", "--gpu", "cpu", "--recipe", "debug", "-c", "site.toml")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "/opt/venv" not in done.stdout, done.stderr
 
 
 def test_a_profile_of_ones_own_keeps_the_gpus_settings(launch: Launch, workplace: Path) -> None:
