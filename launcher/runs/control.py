@@ -182,8 +182,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
     if end := run.end:
         return _ended(run, end)
     if run.is_copy:
-        reason = "a copy of another run directory, or moved: its job is told where it was made"
-        return JobState(UNKNOWN, "", reason, gone=os.path.isdir(str(run.asked["placed"].get("run_dir"))))
+        return JobState(UNKNOWN, "", f"a copy of another run directory: its job is told in {run.made_at}", gone=True)
     cancelled = (run.path / "cancelled").exists()
     never_begins = cancelled and not run.claimed_by and (run.path / "claim").is_dir()
     if never_begins and not run.job:
@@ -194,7 +193,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
     if job is None:
         return JobState(UNKNOWN, "", "its submission was cut off, and no job of its name is known", gone=True)
     if run.is_local:
-        found = local.state(job, run.path)
+        found = local.state(job, run.made_at)
         if not found.known and (end := run.end):  # the script may have ended between the two looks
             return _ended(run, end)
         if found.gone and cancelled:
@@ -264,7 +263,7 @@ def cancel(run: Run) -> tuple[JobState, bool]:
             return before, False
         write_json(run.path / "cancelled", {"at": time.time()})
         if job:
-            local.cancel(job, run.path)
+            local.cancel(job, run.made_at)
         else:
             with suppress(FileExistsError):
                 (run.path / "claim").mkdir()

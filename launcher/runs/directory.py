@@ -102,10 +102,17 @@ class Run:
         return found if whole(str((found or {}).get("job_id", ""))) is not None else None
 
     @property
+    def made_at(self) -> Path:
+        """Where it was made, and its job has it."""
+        return Path(str(self.asked["placed"].get("run_dir") or self.path))
+
+    @property
     def is_copy(self) -> bool:
-        """Whether this is a copy of a run directory, or one that was moved: its job is not this directory's."""
+        """Whether this is a copy of a run directory, whose job is not this one's. One that was moved keeps its job."""
         try:
-            return not self.path.samefile(str(self.asked["placed"].get("run_dir") or self.path))
+            return not self.path.samefile(self.made_at)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         except (OSError, ValueError):
             return True
 

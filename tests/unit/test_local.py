@@ -280,3 +280,12 @@ def test_the_ranks_of_a_run_that_is_named_through_a_link(start, launch: Launch, 
     assert launch("cancel", "link/runs/r").returncode == 0
     there = Path(f"/proc/{int(rank.read_text())}/stat")
     assert not there.exists() or " Z " in there.read_text()
+
+
+def test_a_run_that_was_moved_keeps_its_job(start, launch: Launch, workplace: Path) -> None:
+    start("sleep 300")
+    wait_until(launch, "RUNNING")
+    (workplace / "runs" / "r").rename(workplace / "runs" / "moved")
+    assert json.loads(launch("status", "moved", "--json").stdout)["state"] == "RUNNING"
+    assert "cancelled (was RUNNING)" in launch("cancel", "moved").stdout
+    assert json.loads(launch("status", "moved", "--json").stdout)["state"] == "CANCELLED"
