@@ -105,7 +105,7 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
         elif not state.known:
             again = quoted("launcher", "submit", found.path / "run.toml")
             echo(f"  look: {quoted('launcher', 'logs', found.reference)}")
-            first = "" if found.is_copy else f"{quoted('launcher', 'cancel', found.reference)} && "
+            first = "" if found.is_anothers else f"{quoted('launcher', 'cancel', found.reference)} && "
             echo(f"  again: {first}{again}")
     exit_for(state)
 

@@ -166,7 +166,7 @@ def _can_never_start(run: Run) -> bool:
     try:
         if (run.path / runs.SECRETS).lstat().st_uid != os.geteuid():
             return False
-        if not run.is_copy:
+        if not run.is_anothers:
             # Another host may ask another Slurm; and what a controller has not answered it may still do.
             if intent.get("host") != os.uname().nodename or (intent.get("in_doubt") and runs.age_s(run) < DOUBT_S):
                 return False
@@ -181,7 +181,7 @@ def _can_never_start(run: Run) -> bool:
 def _state(run: Run, known: Slurm | None) -> JobState:
     if end := run.end:
         return _ended(run, end)
-    if run.is_copy:
+    if run.is_anothers:
         return JobState(UNKNOWN, "", f"a copy of another run directory: its job is told in {run.made_at}", gone=True)
     cancelled = (run.path / "cancelled").exists()
     never_begins = cancelled and not run.claimed_by and (run.path / "claim").is_dir()
@@ -254,7 +254,7 @@ def cancel(run: Run) -> tuple[JobState, bool]:
     claim is taken. One that has begun and that Slurm does not know cannot be cancelled.
     """
     before = state(run)
-    if (before.known and not before.active) or run.is_copy:
+    if (before.known and not before.active) or run.is_anothers:
         return before, False
     with _submission_lock(run):
         job = job_of(run)

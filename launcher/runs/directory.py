@@ -108,13 +108,16 @@ class Run:
 
     @property
     def is_copy(self) -> bool:
-        """Whether this is a copy of a run directory, whose job is not this one's. One that was moved keeps its job."""
+        """Whether this is a copy of a run directory, or one that was moved: it is not where it was made."""
         try:
             return not self.path.samefile(self.made_at)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
         except (OSError, ValueError):
             return True
+
+    @property
+    def is_anothers(self) -> bool:
+        """Whether its job is another directory's: that of a copy, while the first one exists. A moved run keeps its job."""
+        return self.is_copy and os.path.lexists(self.made_at)
 
     @property
     def end(self) -> dict[str, Any] | None:
