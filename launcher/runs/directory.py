@@ -116,7 +116,7 @@ class Run:
 
     @property
     def is_anothers(self) -> bool:
-        """Whether its job is another directory's: that of a copy, while the first one exists. A moved run keeps its job."""
+        """Whether its job is another directory's, of which it is a copy. A run that was moved keeps its job."""
         return self.is_copy and os.path.lexists(self.made_at)
 
     @property
