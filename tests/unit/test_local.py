@@ -283,8 +283,9 @@ def test_the_ranks_of_a_run_that_is_named_through_a_link(start, launch: Launch, 
 
 
 def test_a_run_that_was_moved_keeps_its_job(start, launch: Launch, workplace: Path) -> None:
-    start("sleep 300")
-    wait_until(launch, "RUNNING")
+    start(f"echo $$ >{workplace}/pid; sleep 300")
+    while not (workplace / "pid").exists():  # the script has opened its files
+        time.sleep(0.05)
     (workplace / "runs" / "r").rename(workplace / "runs" / "moved")
     assert json.loads(launch("status", "moved", "--json").stdout)["state"] == "RUNNING"
     assert "cancelled (was RUNNING)" in launch("cancel", "moved").stdout
