@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that isn't installed
 
-from launcher.logs.steps import LogReader, first_error
+from launcher.logs.steps import LogReader, find_errors
 
 MIB = 1 << 20
 STEP = (
@@ -75,7 +75,7 @@ def read_records(path: Path) -> int:
 
 
 def find_error(path: Path) -> int:
-    return len(first_error([path]) or ())
+    return len(find_errors([path]).lines)
 
 
 def measured(work: Callable[[Path], int], path: Path) -> tuple[float, float, int]:

@@ -51,7 +51,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _refuse_deep(value: Any) -> None:
-    """Raises ValueError: whoever walks through the value later does so by recursion."""
+    """Raises ValueError above DEEPEST: later code walks through the value by recursion."""
     level = [value]
     for _ in range(DEEPEST):
         inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))

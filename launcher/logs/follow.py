@@ -93,7 +93,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def error_logs(log_dir: Path) -> list[Path]:
-    """Where the cause of a failure may stand, for `launcher.logs.steps.first_error`.
+    """Where the cause of a failure may stand, for `launcher.logs.steps.find_errors`.
 
     A node's log shows one of its ranks. What the others wrote is in the files that torchrun keeps per rank.
     """

@@ -391,12 +391,6 @@ class _Search:
         return self.best is not None and self.best.time == math.inf
 
 
-def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
-    """The file and the lines of the first error: see `find_errors`."""
-    found = find_errors(paths)
-    return (found.path, list(found.lines)) if found.path else None
-
-
 def find_errors(paths: Iterable[Path], stopped: bool = False) -> Errors:
     """Where a failed run went wrong: the file, and the error's line followed by what was printed with it.
 

@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,6 +76,8 @@ def check_image(spec: RunSpec) -> list[Finding]:
     path = spec.job.image
     if spec.job.runtime == "bare":
         own, installed = _by_this_python(spec), ""
+        from importlib.metadata import PackageNotFoundError, version  # slow to import, for runs on this machine alone
+
         with suppress(PackageNotFoundError):
             installed = version("torchtitan") if own else ""
         return unknown_settings(spec, installed)

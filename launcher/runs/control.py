@@ -182,7 +182,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
     if end := run.end:
         return _ended(run, end)
     if run.is_anothers:
-        return JobState(UNKNOWN, "", f"a copy of another run directory: its job is told in {run.made_at}", gone=True)
+        return JobState(UNKNOWN, "", f"a copy of another run directory; ask there: {run.made_at}", gone=True)
     cancelled = (run.path / "cancelled").exists()
     never_begins = cancelled and not run.claimed_by and (run.path / "claim").is_dir()
     if never_begins and not run.job:

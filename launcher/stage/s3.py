@@ -6,7 +6,6 @@ AWS_ACCESS_KEY_ID, ~/.aws, the machine's own role. Never on a command line.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import logging
@@ -22,7 +21,6 @@ from launcher.config.spec import S3_ADDRESS
 from launcher.stage.manifest import LARGEST, Manifest, parse_manifest
 from launcher.stage.source import RemoteFile, check_answer
 from launcher.stage.target import STATE, Incoming, Stopped, WrongLength
-from launcher.stage.web import BUNDLES, distrust, not_trusted, trust
 
 PIECE = 8 << 20  # bytes of one request; each of the files at once holds one in memory
 ANSWER = 16 << 20  # bytes of any answer: a piece of a file, or a page of a listing
@@ -178,6 +176,11 @@ def readme(source: str, train: Iterable[str], validation: Iterable[str] = ()) ->
 
 def _store() -> Any:
     """s3fs, on answers that end: its libraries read whatever comes, for as long as it comes."""
+    # Here, as s3fs: every submission imports this module, and with asyncio and ssl it would start a third slower.
+    import asyncio
+
+    from launcher.stage.web import BUNDLES, trust
+
     try:
         import aiohttp
         import s3fs
@@ -245,6 +248,8 @@ class _Whole:
 
 def _refused(error: Exception, what: str) -> LauncherError:
     """The store's or the network's refusal, and what to do about it. The libraries' words hold no secret key."""
+    from launcher.stage.web import distrust, not_trusted  # brings ssl: see _store
+
     name, words = type(error).__name__, str(error)
     if why := distrust(error):
         return not_trusted(what, why)

@@ -30,6 +30,14 @@ def test_help_and_completion_import_no_command() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_submit_imports_nothing_that_takes_long() -> None:
+    """Of the network's modules it needs none before it looks into object storage."""
+    slow = {"asyncio", "email", "httpx", "rich", "ssl"}
+    program = f"import sys, launcher.commands.submit; print(sorted({slow} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_cancel_needs_a_name(launch: Launch) -> None:
     """A version of click takes the default of a required argument for its value: the newest run was cancelled."""
     done = launch("cancel")

@@ -16,7 +16,7 @@ import pytest
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.logs import steps as log
 from launcher.logs.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs
-from launcher.logs.steps import first_error
+from tests.unit.test_log import first_error
 
 
 def step(number: int, tps: int = 17581, second: int | None = None, loss: float = 6.4277) -> str:

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import tracemalloc
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from launcher.logs import steps as log
 from launcher.logs.known_errors import known_errors
-from launcher.logs.steps import LogReader, StepRecord, first_error, parse_line, plain_text
+from launcher.logs.steps import LogReader, StepRecord, find_errors, parse_line, plain_text
 
 PLAIN = (
     b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - step: 100  loss:  6.4277  grad_norm:  2.9062  "
@@ -29,6 +30,11 @@ COLOURED = (
 )
 TIME = 1795331431.413  # 2026-11-22 07:10:31,413 read as UTC
 EXPECTED = StepRecord(100, 6.4277, 2.9062, 158.61, 86.2, 17581.0, 1018.2, 45.25, TIME, 0)
+
+
+def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
+    found = find_errors(paths)
+    return (found.path, list(found.lines)) if found.path else None
 
 
 def read_in_parts(path: Path, *parts: bytes) -> list[StepRecord]:

@@ -95,7 +95,7 @@ def test_submit_goes_by_the_torchtitan_in_the_image(
 def test_a_local_run_goes_by_the_torchtitan_that_is_installed(
     launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.preflight.here.version", lambda name: "0.2.2")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.2.2")
     run = ("preflight", "--local", "--gpu", "cpu", "--recipe", "debug", "--set", "training.stepz=5", "--json")
     checks = json.loads(launch(*run).stdout)["checks"]
     (found,) = (check for check in checks if check["code"] == "setting-unknown")
