@@ -91,7 +91,7 @@ def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:
     return found
 
 
-def open_repo(target: Path, name: str, repo_kind: str, kind: str, revision: str | None, token: str | None) -> Repo:
+def open_repo(target: Path, name: str, repo_kind: str, kind: str, revision: str | None, token: str) -> Repo:
     """The repository at the commit that `target` was begun with, else at `revision`, else at the newest."""
     asked = Repo(name, repo_kind, "", token)
     found = known_manifest(target, kind, asked.source)

@@ -167,7 +167,7 @@ def _of_address(url: str) -> Wanted:
             "image-description", f"{where}: not the description of an image", "the address of a .sqsh file of a release"
         )
     name = _clean(urlsplit(url).path.rsplit("/", 1)[-1], digest)
-    return Wanted(name, digest, size, about, lambda stream: download(url, stream, {}, refused_by_server(url)))
+    return Wanted(name, digest, size, about, lambda stream: download(url, stream, refused_by_server(url)))
 
 
 def _check_address(url: str) -> None:

@@ -28,7 +28,6 @@ from launcher.base.values import parse_json
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
 RESERVE = 64 << 20  # bytes that are left free: the manifest, and rounding
-MOST_CUTS = 5  # by a server that cannot continue a file
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -41,7 +40,7 @@ class WrongLength(OSError):
 
 
 class TooSlow(OSError):
-    """Bytes come, but so few, or so often from the start, that there is no end in sight."""
+    """Bytes come, but so few that there is no end in sight."""
 
 
 def safe_path(path: object) -> bool:
@@ -125,7 +124,6 @@ class Incoming(FileIO):
     limit: int
     on_bytes: Callable[[int], None]
     received = 0  # bytes, in all attempts
-    cuts = 0  # times that it began anew since `restart`
 
     @property
     def handle(self) -> Path:
@@ -145,17 +143,8 @@ class Incoming(FileIO):
         self.on_bytes(len(data))
         return len(data)
 
-    def truncate(self, size: int | None = None) -> int:
-        before = os.fstat(self.fileno()).st_size
-        after = super().truncate(size)
-        self.on_bytes(after - before)
-        self.cuts += 1
-        if self.cuts > MOST_CUTS:
-            raise TooSlow(f"the connection broke off {self.cuts} times, and began anew each time")
-        return after
-
     def restart(self) -> None:
-        self.cuts = -1
+        self.on_bytes(-os.fstat(self.fileno()).st_size)
         self.seek(0)
         self.truncate()
 

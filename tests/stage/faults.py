@@ -65,12 +65,7 @@ def slow(seconds: float, piece: int) -> Fault:
     return fault
 
 
-def drips(handler: Handler, _content: Content, _start: int) -> bool:
-    """A byte, and after a while another, until the client goes away."""
-    return endless(b" ", pause_s=0.1)(handler, _content, _start)
-
-
-def drips_forever(begin: bytes, piece: bytes) -> Fault:
+def drips(begin: bytes, piece: bytes) -> Fault:
     """`begin`, and then a little of something that has no end, again and again."""
 
     def fault(handler: Handler, _content: Content, _start: int) -> bool:
@@ -109,8 +104,8 @@ def answer(body: bytes, **headers: str) -> Fault:
     return fault
 
 
-def endless(piece: bytes, status: int = 200, pause_s: float = 0) -> Fault:
-    """`piece` again and again, until the client goes away."""
+def endless(status: int = 200) -> Fault:
+    """A MB of spaces again and again, until the client goes away."""
 
     def fault(handler: Handler, _content: Content, _start: int) -> bool:
         handler.send_response(status)
@@ -118,18 +113,17 @@ def endless(piece: bytes, status: int = 200, pause_s: float = 0) -> Fault:
         handler.end_headers()
         handler.close_connection = True
         while not handler.hub.closed:
-            handler.wfile.write(piece)
-            time.sleep(pause_s)
+            handler.wfile.write(b" " * (1 << 20))
         return True
 
     return fault
 
 
-def moved(to: str, body: bytes = b"") -> Fault:
+def moved(to: str) -> Fault:
     """A redirect; without an address, to itself."""
 
     def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.answer(302, body, {"Location": to or handler.path})
+        handler.answer(302, b"", {"Location": to or handler.path})
         return True
 
     return fault

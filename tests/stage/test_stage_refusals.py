@@ -84,14 +84,6 @@ def test_refused_before_any_connection(launch: Launch, workplace: Path, argument
     assert not (workplace / "d").exists() and os.listdir(workplace / "theirs") == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("address", ["nothing", "ftp://hub", "https://", "http://hub:port"])
-def test_an_address_of_the_hub_that_is_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    with pytest.raises(LauncherError, match="not a valid address") as caught:
-        hub_module.endpoint()
-    assert "unset HF_ENDPOINT" in caught.value.fix
-
-
 def test_home_is_home(launch: Launch, hub: Hub, workplace: Path) -> None:
     done = launch("stage", "c4", "--to=~/c4", "--files", "1", HOME=str(workplace / "home"))
     assert done.returncode == 0 and (workplace / "home/c4/en").is_dir() and not (workplace / "~").exists()
