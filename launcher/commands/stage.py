@@ -18,7 +18,7 @@ from launcher.stage.fetch import Outcome, summary
 from launcher.stage.image import stage_image
 from launcher.stage.inventory import reports
 from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
-from launcher.stage.target import gigabytes, refuse_foreign, refuse_unwritable
+from launcher.stage.target import gigabytes, refuse_foreign
 
 _path = FilePath(path_type=Path)
 _to = click.option("--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into.")
@@ -90,8 +90,6 @@ def c4(
     if files is not None and (files < 1 or not source):
         c4_work.check_count(files)
     demands = [c4_work.demand_from(text) for text in runs]
-    if not dry_run:
-        refuse_unwritable(target)
     plan = c4_work.plan_c4(
         target,
         files=files,
@@ -155,8 +153,6 @@ def _stage_model(
     as_json: bool,
 ) -> None:
     refuse_foreign(target, models.kind_of)
-    if not dry_run:
-        refuse_unwritable(target)
     repo, files = models.plan(kind, target, model, revision, token_file)
     size = gigabytes(sum(file.bytes for file in files))
     say(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}")
@@ -223,7 +219,7 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
     unusable: list[LauncherError] = []
     for directory in directories:
         try:
-            inventory.refuse_no_directory(directory)
+            inventory.require_directory(directory)
         except LauncherError as error:
             unusable.append(error)
     status = max((error.status for error in unusable), default=ExitStatus.OK)

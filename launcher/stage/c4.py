@@ -227,7 +227,7 @@ def _count(files: int | None, demands: Sequence[Demand], everything: bool, in_al
 
 
 def bring(target: Path, plan: Plan, jobs: int) -> Outcome:
-    return fetch(target, plan.repo, plan.files, "c4", looks_like_c4, jobs, plan.train_files_in_all)
+    return fetch(target, plan.repo, plan.files, "c4", jobs, plan.train_files_in_all)
 
 
 def looks_like_c4(target: Path) -> bool:

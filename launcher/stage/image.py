@@ -20,15 +20,18 @@ from urllib.parse import urlsplit
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.files import read_json, unreadable
 from launcher.image.inspect import embedded_metadata
-from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
+from launcher.image.squashfs_file import is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.fetch import receive
-from launcher.stage.manifest import BLOCK, Problem, check_bytes, read
+from launcher.stage.manifest import BLOCK, Problem, check_bytes, read, wrong_size
 from launcher.stage.progress import Progress
 from launcher.stage.source import RemoteFile, check_answer, is_digest
-from launcher.stage.target import Incoming, Work, at_work, check_space, gigabytes, refuse_unusable
+from launcher.stage.target import Incoming, Work, at_work, check_space, gigabytes, is_directory
 from launcher.stage.web import ask, download, refused_by_server
 
-KINDS = "a .sqsh file, or the http(s) address of one; download others first, with their .json"
+KINDS = (
+    "name a .sqsh file or the http(s) address of one; download others first, with their .json; an image of the Docker "
+    "engine first becomes one: launcher image convert IMAGE"
+)
 NAME = re.compile(r"([0-9a-f]{12})-(.+)\.sqsh")
 Say = Callable[[str], None]
 MODE = 0o644  # readable for the group, whatever the umask: jobs of others start from it, too
@@ -59,46 +62,20 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     `source` is a .sqsh file, or the http(s) address of one with its .json beside it. Raises LauncherError.
     """
     to = Path(os.path.expanduser(to)).absolute()
-    if not source.strip():
-        raise LauncherError("value", "SOURCE is empty", KINDS)
-    refuse_unusable(to)
-    try:
-        return _stage_image(source, to, say)
-    except KeyboardInterrupt:
-        say(f"stopped: {quoted(source)} is not in {to} yet; the same command begins again")
-        raise
-
-
-def _stage_image(source: str, to: Path, say: Say) -> Path:
-    if re.match(r"https?://", source):
-        wanted = _of_address(source)
-    elif "://" in source:
-        raise LauncherError(
-            "image-address", f"{source.partition('://')[0][:20]}://: images are not staged from there", KINDS
-        )
-    elif source.endswith(".sqsh") or source.startswith(("/", "./", "../", "~")) or os.path.isfile(source):
-        wanted = _of_file(Path(os.path.expanduser(source)), say)
-    else:
-        what = "a directory" if os.path.isdir(source) else "no such file"
-        fix = (
-            "the path of a .sqsh file; an image of the Docker engine first becomes one: "
-            f"{quoted('launcher', 'image', 'convert', source)}"
-        )
-        raise LauncherError("image-missing", f"{source}: {what}", fix)
+    is_directory(to)
+    wanted = _of_address(source) if re.match(r"https?://", source) else _of_file(source, say)
     final = wanted.path(to)
-    there = _is_known(wanted, final)  # also for whoever may only read there
-    if not there:
+    known = _is_known(wanted, final)  # also for whoever may only read there
+    if known:
+        say(f"{final}: already there, as far as its size tells; to read it: launcher stage verify {quoted(to)}")
+    else:
         with at_work(to, say) as work:
-            there = _is_known(wanted, final) or _is_undescribed(wanted, final)
-            if not there:
+            if not (_is_known(wanted, final) or _is_right(wanted, final)):
                 _bring(wanted, work, say)
             if not _is_known(wanted, final) and wanted.about is not None:
                 # Last of all: an image without one is read again by the next call, and then gets it.
                 text = json.dumps(wanted.about, indent=2, ensure_ascii=False) + "\n"
                 work.top.write(sidecar_path(final).name, text.encode("utf-8", "surrogateescape"), MODE)
-    if there:
-        say(f"{final}: already there")
-        say(f"its size was looked at; to read and hash it: launcher stage verify {quoted(final.parent)}")
     say(f"launcher submit --image {quoted(final)}")
     return final
 
@@ -106,8 +83,11 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
-def _of_file(path: Path, say: Say) -> Wanted:
+def _of_file(source: str, say: Say) -> Wanted:
     """A file, which the sidecar beside it must describe where there is one."""
+    path = Path(os.path.expanduser(source))
+    if not os.path.isfile(path):
+        raise LauncherError("image-missing", f"{source[:200]!r}: no such file", KINDS)
     block = superblock(path)
     sidecar = sidecar_path(path)
     about = read_sidecar(path, block)
@@ -130,7 +110,8 @@ def _of_file(path: Path, say: Say) -> Wanted:
                 "being-written", f"{path}: is being written", "wait until it is complete, then the same command"
             )
         digest = found.sha256
-        about = _described(path, block, digest)
+        about = embedded_metadata(path)  # None where it says nothing of itself, or nothing here can read it
+        about = about and {**about, "squashfs": block.recorded() | {"sha256": digest}}
 
     def copy(stream: Incoming) -> None:
         try:
@@ -142,23 +123,21 @@ def _of_file(path: Path, say: Say) -> Wanted:
     return Wanted(_clean(path.name, digest), digest, block.file_size, about, copy)
 
 
-def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | None:
-    """A sidecar from what the image says of itself; None where it says nothing, or nothing here can read it."""
-    about = embedded_metadata(path)
-    if about is None:
-        return None
-    return {**about, "squashfs": block.recorded() | {"sha256": digest}}
-
-
 def _of_address(url: str) -> Wanted:
     """A release's asset: its sidecar, the asset of the same name with .json, says checksum and size."""
-    _check_address(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        parts = urlsplit("")
+    if "@" in parts.netloc or parts.query or parts.fragment or not parts.path.endswith(".sqsh"):
+        raise LauncherError(  # a password in it would be in the process list, and in every message
+            "image-address",
+            "the image's address must be valid and end with .sqsh, without user, password or parameters",
+            "download it together with its .json, then: launcher stage image FILE --to DIR",
+        )
     where = f"{url}.json"
     about, _ = ask(where, SMALL, refused_by_server(where))
-    if not isinstance(about, dict):
-        raise LauncherError(
-            "image-description", f"{where}: not a JSON object", "the address of a .sqsh file of a release"
-        )
     digest = _digest_in(about, where)
     size = about["squashfs"].get("bytes")
     check_answer(where, size=size)
@@ -166,29 +145,12 @@ def _of_address(url: str) -> Wanted:
         raise LauncherError(
             "image-description", f"{where}: not the description of an image", "the address of a .sqsh file of a release"
         )
-    name = _clean(urlsplit(url).path.rsplit("/", 1)[-1], digest)
+    name = _clean(parts.path.rsplit("/", 1)[-1], digest)
     return Wanted(name, digest, size, about, lambda stream: download(url, stream, refused_by_server(url)))
 
 
-def _check_address(url: str) -> None:
-    """A password in an address would be in the process list, and in every message."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises where it is no number
-    except ValueError:
-        raise LauncherError(
-            "image-address", "the image's address is none", "the address of a .sqsh file of a release"
-        ) from None
-    if "@" in parts.netloc or parts.query or parts.fragment or not parts.path.endswith(".sqsh"):
-        raise LauncherError(
-            "image-address",
-            "the image's address must end with .sqsh, without user, password or parameters",
-            "download it together with its .json, then: launcher stage image FILE --to DIR",
-        )
-
-
-def _digest_in(about: Mapping[str, Any] | None, where: str) -> str:
-    facts = about.get("squashfs") if about else None
+def _digest_in(about: Any, where: str) -> str:
+    facts = about.get("squashfs") if isinstance(about, dict) else None
     digest = facts.get("sha256") if isinstance(facts, dict) else None
     if not is_digest(digest):
         raise LauncherError(
@@ -217,10 +179,10 @@ def _is_known(wanted: Wanted, final: Path) -> bool:
     return size == wanted.bytes and _facts(final).get("sha256") == wanted.sha256
 
 
-def _is_undescribed(wanted: Wanted, final: Path) -> bool:
-    """Whether an earlier call was ended before its last step: the image is there, its description is not. Reads it."""
+def _is_right(wanted: Wanted, final: Path) -> bool:
+    """Whether the image is there without its description, as a call leaves it that ends before its last step."""
     try:
-        return final.stat().st_size == wanted.bytes and check_bytes(final, wanted.file) is not None
+        return not wrong_size(final, wanted.bytes) and check_bytes(final, wanted.file) is not None
     except OSError:
         return False
 

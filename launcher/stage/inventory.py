@@ -10,16 +10,13 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import unreadable
-from launcher.config.layers import find, merge, read_layer
 from launcher.stage import c4, models
-from launcher.stage.image import NAME, Images, check_images, staged_images
+from launcher.stage.image import Images, check_images, staged_images
 from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read_manifest
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files
 from launcher.stage.target import gigabytes, is_directory
 
 PLACES = ("/data/c4", "/data/tokenizers", "/data/models", "/data/images")  # where the defaults of `submit` look
-# Shapes of the published rows: GPU type, nodes, GPUs of each.
-SHAPES = (("h200", 1, 8), ("gb200", 3, 4), ("gb200", 9, 4), ("gb200", 17, 4))
 
 
 @dataclass(frozen=True)
@@ -77,26 +74,15 @@ class Report:
 
     def suffices(self) -> list[str]:
         """For which runs."""
-        if self.manifest.kind != "c4":
-            if self.problems:
-                return []
-            use = {"tokenizer": "--tokenizer", "model": "--tokenizer, and its weights"}[self.manifest.kind]
-            return [f"for: launcher submit {use} {quoted(self.directory)}" if use == "--tokenizer" else f"for: {use}"]
-        train = self.train_files
-        if not train:
-            return ["no train file: for no run"]
-        even = [str(n) for n in range(1, train + 1) if train % n == 0]
-        shown = ", ".join(even if len(even) <= 12 else [*even[:5], "…", *even[-5:]])
-        rows = [
-            f"{train} of {self.manifest.train_files_in_all} train files, about "
-            f"{c4.billions(train * TOKENS_PER_FILE)} tokens",
-            f"for up to {train} data-parallel ranks; all files are used by {shown}",
-        ]
-        return rows + [
-            f"llama3-8b on {nodes} x {gpus} {gpu.upper()}: {steps:,} steps"
-            for gpu, nodes, gpus in SHAPES
-            if (steps := steps_of(train, gpu, nodes * gpus))
-        ]
+        if self.manifest.kind == "c4":
+            train = self.train_files
+            tokens = c4.billions(train * TOKENS_PER_FILE)
+            return [
+                f"{train} of {self.manifest.train_files_in_all} train files, about {tokens} tokens: "
+                f"for up to {train} data-parallel ranks"
+            ]
+        option = "--tokenizer" if self.manifest.kind == "tokenizer" else "--init-from"
+        return [] if self.problems else [f"for: launcher submit {option} {quoted(self.directory)}"]
 
     def as_dict(self) -> dict[str, Any]:
         value: dict[str, Any] = {
@@ -121,16 +107,9 @@ class Report:
         return value
 
 
-def steps_of(train_files: int, gpu: str, ranks: int) -> int:
-    """Steps of llama3-8b until `ranks` data-parallel ranks have read the files once; 0 for more ranks than files."""
-    recipe = merge([read_layer(find("recipes", "llama3-8b"), "recipe", gpu)]).recipe
-    used = train_files - train_files % ranks
-    return used * TOKENS_PER_FILE // (recipe.local_batch_size * recipe.seq_len * ranks)
-
-
 def reports(directory: Path, deep: bool = False, read_images: bool = False) -> list[Report | Images]:
     """What the manifest lists, and the images, which have none: of both, what is there. Raises LauncherError."""
-    refuse_no_directory(directory)
+    require_directory(directory)
     try:
         images = staged_images(directory)
     except OSError as error:
@@ -143,33 +122,19 @@ def reports(directory: Path, deep: bool = False, read_images: bool = False) -> l
     return found
 
 
-def refuse_no_directory(directory: Path) -> None:
+def require_directory(directory: Path) -> None:
     """Raises LauncherError for a file, for nothing, and for a place where this user may not look."""
-    place = quoted(directory)
-    try:
-        if is_directory(directory):
-            return
-    except NotADirectoryError:
-        if os.path.exists(directory):
-            fix = "name the directory that was staged"
-            if NAME.fullmatch(directory.name):
-                fix = f"launcher stage verify {quoted(directory.parent)}"
-            elif directory.suffix == ".sqsh":
-                fix = f"launcher image inspect {place}"
-            raise LauncherError("not-a-directory", f"{directory}: a file, not a directory", fix) from None
-    except OSError as error:
-        raise unreadable(directory, error) from error
-    raise LauncherError(
-        "directory-missing",
-        f"{directory}: no such directory",
-        f"launcher stage c4 --to {place} --files 8",
-        status=ExitStatus.NOT_FOUND,
-    )
+    if not is_directory(directory):
+        raise LauncherError(
+            "directory-missing",
+            f"{directory}: no such directory",
+            f"launcher stage c4 --to {quoted(directory)} --files 8",
+            status=ExitStatus.NOT_FOUND,
+        )
 
 
 def verify(directory: Path, deep: bool = False) -> Report:
     """Raises LauncherError for a directory that has no manifest, with what gives it one."""
-    refuse_no_directory(directory)
     manifest = read_manifest(directory)
     if manifest is None:
         place = quoted(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from launcher.base.errors import LauncherError
 from launcher.stage.fetch import Outcome, fetch, open_repo
 from launcher.stage.hub import Repo, find_token, list_files
 from launcher.stage.source import RemoteFile
-from launcher.titan import read_text
 
 MODELS = {
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
@@ -68,17 +66,7 @@ def plan(
 
 
 def bring(kind: str, target: Path, repo: Repo, files: Sequence[RemoteFile], jobs: int) -> Outcome:
-    outcome = fetch(target, repo, files, kind, kind_of, jobs)
-    for name in REQUIRED:
-        try:
-            good = isinstance(json.loads(read_text(target / name)), dict)
-        except (ValueError, RecursionError):
-            good = False
-        if not good:
-            raise LauncherError(
-                "repository-lacks", f"{target / name}: as on the Hub, but not a tokenizer's file", "--revision main"
-            )
-    return outcome
+    return fetch(target, repo, files, kind, jobs)
 
 
 def kind_of(target: Path) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -160,18 +160,6 @@ def _known(file: RemoteFile, bucket: Bucket, manifest: Manifest | None) -> Remot
             "copy the file again from the staged directory; nothing was downloaded",
         )
     return replace(file, sha256=entry.sha256 if entry else "")
-
-
-def readme(source: str, train: Iterable[str], validation: Iterable[str] = ()) -> str:
-    """README.md of a directory through which `datasets` streams objects: its header names them, nothing else is there.
-
-    The paths are relative to `source`, s3://bucket/prefix. In the job it takes titan.s3 and s3fs in the image.
-    """
-    lines = ["---", "configs:", "- config_name: en", "  data_files:"]
-    for split, paths in (("train", train), ("validation", validation)):
-        urls = [f"    - {source}/{path}" for path in paths]
-        lines += [f"  - split: {split}", "    path:", *urls] if urls else []
-    return "\n".join([*lines, "---", ""])
 
 
 def _store() -> Any:

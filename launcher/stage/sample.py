@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher.base.files import write_bytes
 
 TRAIN_FILES = 4
+SPLITS = (("train", TRAIN_FILES), ("validation", 1))
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # Llama 3's names
 
 README = """\

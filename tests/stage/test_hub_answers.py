@@ -255,7 +255,7 @@ def test_the_description_of_an_image(
 @pytest.mark.parametrize(
     ("suffix", "fault", "words"),
     [
-        (".json", endless(), "not a JSON object"),
+        (".json", endless(), "has no sha256"),
         (".json", moved("http://[bad"), "address that cannot be used"),
         (".json", moved("ftp://host/x"), "address that cannot be used"),
         ("", endless(), "more than the"),
@@ -273,7 +273,7 @@ def test_a_web_server_that_leads_astray(
 
 @pytest.mark.parametrize("address", ["https://[x/a.sqsh", "https://host:port/a.sqsh"])
 def test_an_address_that_is_none(address: str, tmp_path: Path) -> None:
-    with pytest.raises(LauncherError, match="address is none"):
+    with pytest.raises(LauncherError, match="must be valid"):
         stage_image(address, tmp_path / "images", say=print)
 
 

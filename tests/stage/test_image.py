@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import read_sidecar, sidecar_path, superblock
-from launcher.stage import target
 from launcher.stage.image import check_images, stage_image
 from tests.conftest import ROOT
 from tests.stage.stage_image import (
@@ -57,7 +57,7 @@ def test_the_second_call_writes_nothing(source: Path, tmp_path: Path, said: list
     before = path.stat()
     assert stage_image(str(source), tmp_path / "images", say=said.append) == path
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert f"{path}: already there" in said
+    assert any(line.startswith(f"{path}: already there") for line in said)
     # What is staged can be staged: its name does not grow.
     assert stage_image(str(path), tmp_path / "images", say=said.append) == path
 
@@ -139,7 +139,7 @@ def break_it(how: str, source: Path) -> None:
         ("other bytes", "wrong bytes"),
         ("another image's description", "does not describe"),
         ("no image", "not a squashfs file"),
-        ("missing", "No such file"),
+        ("missing", "no such file"),
     ],
 )
 def test_a_bad_source_leaves_nothing(how: str, words: str, source: Path, tmp_path: Path, said: list[str]) -> None:
@@ -150,23 +150,10 @@ def test_a_bad_source_leaves_nothing(how: str, words: str, source: Path, tmp_pat
     assert not [path for path in (tmp_path / "images").rglob("*.sqsh*")]
 
 
-def test_a_target_that_is_a_file(source: Path, tmp_path: Path, said: list[str]) -> None:
-    (tmp_path / "images").write_text("mine")
-    with pytest.raises(LauncherError, match="a file, not a directory"):
-        stage_image(str(source), tmp_path / "images", say=said.append)
-    assert (tmp_path / "images").read_text() == "mine"
-
-
-def test_a_target_that_cannot_be_written(source: Path, said: list[str]) -> None:
-    with pytest.raises(LauncherError, match="cannot write /sys/titan-images") as caught:
-        stage_image(str(source), Path("/sys/titan-images"), say=said.append)
-    assert caught.value.status == ExitStatus.FILESYSTEM
-
-
 def test_too_little_space_is_found_before_the_first_byte(
     source: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target, "free_bytes", lambda directory: SIZE)
+    monkeypatch.setattr("shutil.disk_usage", lambda _directory: SimpleNamespace(free=SIZE))
     with pytest.raises(LauncherError, match=r"3\.15 MB are still needed, 3\.15 MB are free"):
         stage_image(str(source), tmp_path / "images", say=said.append)
     assert sum(path.stat().st_size for path in (tmp_path / "images").rglob("*.sqsh")) == 0
@@ -184,16 +171,6 @@ def test_a_disk_that_fills_up_stops_it(source: Path, tmp_path: Path, said: list[
     assert "File too large" in done.stderr
     assert not list((tmp_path / "images" / ".staged" / "partial").iterdir())
     assert stage_image(str(source), tmp_path / "images", say=said.append).read_bytes() == image_bytes()
-
-
-def test_what_an_earlier_call_has_left_is_removed(source: Path, tmp_path: Path, said: list[str]) -> None:
-    partial = tmp_path / "images" / ".staged" / "partial"
-    partial.mkdir(parents=True)
-    digest = hashlib.sha256(image_bytes()).hexdigest()
-    (partial / f"{digest[:24]}.sqsh").write_bytes(b"hsqs" + bytes(1 << 20))
-    (partial / "of-another-image.sqsh").write_bytes(bytes(100))
-    assert stage_image(str(source), tmp_path / "images", say=said.append).read_bytes() == image_bytes()
-    assert list(partial.iterdir()) == []
 
 
 def test_two_stagers_at_once_copy_once(source: Path, tmp_path: Path) -> None:

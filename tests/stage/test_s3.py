@@ -21,6 +21,7 @@ from launcher.stage import s3
 from launcher.stage.c4 import bring, plan_c4
 from launcher.stage.fetch import Outcome
 from launcher.stage.inventory import verify
+from launcher.stage.view import write
 from tests.conftest import ROOT, Launch
 
 pytest.importorskip("s3fs")
@@ -290,8 +291,7 @@ def test_datasets_streams_the_named_objects_without_the_hub(
     train = [file.path for file in en if "train" in file.path][:4]
     validation = [file.path for file in en if "validation" in file.path]
     view, job = tmp_path / "view", tmp_path / "job"
-    view.mkdir()
-    (view / "README.md").write_text(s3.readme(ADDRESS, train, validation))
+    write(view, {Path(path).name: f"{ADDRESS}/{path}" for path in (*train, *validation)})
     (job / "titan_s3-1.dist-info").mkdir(parents=True)
     (job / "titan_s3-1.dist-info/entry_points.txt").write_text("[fsspec.specs]\ns3 = titan.s3:S3FileSystem\n")
     (job / "titan").symlink_to(ROOT / "launcher/titan")

@@ -98,14 +98,6 @@ def test_nothing_is_mounted_for_it() -> None:
     ]
 
 
-def test_without_s3fs_here(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(LauncherError) as caught:
-        view.plan(a_spec())
-    assert "pip install 'titan-launcher[s3]'" in caught.value.fix
-    assert f"launcher stage c4 --from {ADDRESS} --to DIR --files 4, then --data DIR" in caught.value.fix
-
-
 def test_the_run_directory(store: Store, launch: Launch, workplace: Path) -> None:
     """Without any option for credentials submit says which there are; with them no file names a secret's value."""
     shown = launch(*SUBMIT, "--dry-run")

@@ -154,7 +154,7 @@ def test_a_manifest_decides(tmp_path: Path) -> None:
     a_manifest(folder, {shard(0): len(SHARD), shard(1): len(SHARD) + 1, shard(7): len(SHARD)})
     staged, notes = look(folder)
     assert staged.train == (shard(0),) and staged.validation == () and not notes
-    assert staged.left_out[shard(1)] == f"{len(SHARD)} bytes instead of {len(SHARD) + 1}"
+    assert staged.left_out[shard(1)] == f"truncated: {len(SHARD)} of {len(SHARD) + 1} bytes"
     assert staged.left_out[shard(2)] == "not in the manifest"
 
 
