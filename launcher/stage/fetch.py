@@ -45,25 +45,38 @@ SECONDS_BETWEEN_MANIFESTS = 2.0  # a verified file that is not in it yet is only
 class Outcome:
     """What a call did: files that were there already, that were downloaded, and how long that took."""
 
+    target: Path
     manifest: Manifest
     present: int
     downloaded: int
     bytes_downloaded: int
     seconds: float
 
-    def as_dict(self, target: Path) -> dict[str, object]:
+    @property
+    def bytes(self) -> int:
+        return sum(self.manifest.files[path].bytes for path in self.manifest.wanted)
+
+    def as_dict(self) -> dict[str, object]:
         return {
-            "directory": str(target),
+            "directory": str(self.target),
             "kind": self.manifest.kind,
             "source": self.manifest.source,
             "revision": self.manifest.revision,
             "files": len(self.manifest.wanted),
-            "bytes": sum(self.manifest.files[path].bytes for path in self.manifest.wanted),
+            "bytes": self.bytes,
             "present": self.present,
             "downloaded": self.downloaded,
             "bytes_downloaded": self.bytes_downloaded,
             "seconds": round(self.seconds, 3),
         }
+
+    def line(self) -> str:
+        """For people."""
+        line = f"{self.target}: {in_files(len(self.manifest.wanted))}, {gigabytes(self.bytes)}, verified; "
+        if not self.downloaded:
+            return line + "nothing to download"
+        rate = self.bytes_downloaded / max(self.seconds, 1e-3)
+        return f"{line}{self.downloaded} downloaded in {self.seconds:,.0f} s ({gigabytes(rate)}/s)"
 
 
 def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:
@@ -151,7 +164,7 @@ def fetch(
             raise
         write_manifest(work.state, manifest)
         size = sum(file.bytes for file in came)
-        return Outcome(manifest, len(wanted) - len(came), len(came), size, time.monotonic() - began)
+        return Outcome(target, manifest, len(wanted) - len(came), len(came), size, time.monotonic() - began)
 
 
 def _left(target: Path, wanted: Sequence[RemoteFile], files: dict[str, StagedFile]) -> list[RemoteFile]:
@@ -224,13 +237,3 @@ def receive(
         except OSError as error:
             raise write_error(final, error) from error
         return staged
-
-
-def summary(outcome: Outcome, target: Path) -> str:
-    """One line for people about what a call did."""
-    size = sum(outcome.manifest.files[path].bytes for path in outcome.manifest.wanted)
-    line = f"{target}: {in_files(len(outcome.manifest.wanted))}, {gigabytes(size)}, verified"
-    if outcome.downloaded:
-        rate = outcome.bytes_downloaded / max(outcome.seconds, 1e-3)
-        return f"{line}; {outcome.downloaded} downloaded in {outcome.seconds:,.0f} s ({gigabytes(rate)}/s)"
-    return f"{line}; nothing to download"

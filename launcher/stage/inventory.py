@@ -14,9 +14,11 @@ from launcher.stage import c4, models
 from launcher.stage.image import Images, check_images, staged_images
 from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read_manifest
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files
-from launcher.stage.target import gigabytes, is_directory
+from launcher.stage.target import gigabytes, is_directory, scaled
 
-PLACES = ("/data/c4", "/data/tokenizers", "/data/models", "/data/images")  # where the defaults of `submit` look
+PLACES = tuple(
+    map(Path, ("/data/c4", "/data/tokenizers", "/data/models", "/data/images"))
+)  # where the defaults of `submit` look
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ class Report:
         """For which runs."""
         if self.manifest.kind == "c4":
             train = self.train_files
-            tokens = c4.billions(train * TOKENS_PER_FILE)
+            tokens = scaled(train * TOKENS_PER_FILE, " tokens")
             return [
-                f"{train} of {self.manifest.train_files_in_all} train files, about {tokens} tokens: "
+                f"{train} of {self.manifest.train_files_in_all} train files, about {tokens}: "
                 f"for up to {train} data-parallel ranks"
             ]
         option = "--tokenizer" if self.manifest.kind == "tokenizer" else "--init-from"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.base.errors import LauncherError
-from launcher.stage.fetch import Outcome, fetch, open_repo
+from launcher.stage.fetch import open_repo
 from launcher.stage.hub import Repo, find_token, list_files
 from launcher.stage.source import RemoteFile
 
@@ -63,10 +62,6 @@ def plan(
             raise LauncherError("repository-lacks", f"{where} has no weights as safetensors", "another repository")
         names += [*CONFIG, INDEX, *weights]
     return repo, [there[name] for name in names if name in there]
-
-
-def bring(kind: str, target: Path, repo: Repo, files: Sequence[RemoteFile], jobs: int) -> Outcome:
-    return fetch(target, repo, files, kind, jobs)
 
 
 def kind_of(target: Path) -> str:

@@ -128,29 +128,13 @@ def _tokenizer_files() -> dict[str, object]:
     special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {256: {"content": BEGIN, **special}, 257: {"content": END, **special}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model: dict[str, object] = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": vocabulary,
-        "merges": [],
-    }
     return {
         "tokenizer.json": {
             "version": "1.0",
-            "truncation": None,
-            "padding": None,
             "added_tokens": [{"id": index, **token} for index, token in added.items()],
-            "normalizer": None,
             "pre_tokenizer": byte_level,
-            "post_processor": None,
             "decoder": byte_level,
-            "model": model,
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
         },
         "tokenizer_config.json": {
             "added_tokens_decoder": {str(index): token for index, token in added.items()},

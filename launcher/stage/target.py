@@ -282,9 +282,13 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-def gigabytes(count: float) -> str:
-    """`20.3 GB`, `512 kB`: decimal units, as disks and the Hub count."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+def scaled(count: float, what: str) -> str:
+    """`20.3 GB`, `512 kB`, `2.05 G tokens`: decimal units, as disks and the Hub count."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999 * size else f"{count / size:,.0f} {unit}"
-    return f"{int(count)} B"
+            return f"{count / size:.3g} {unit}{what}" if count < 999 * size else f"{count / size:,.0f} {unit}{what}"
+    return f"{int(count)} {what.strip()}"
+
+
+def gigabytes(count: float) -> str:
+    return scaled(count, "B")

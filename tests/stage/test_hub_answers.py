@@ -302,7 +302,7 @@ LISTING = f"<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationTo
 STORE_FLOODS: dict[str, tuple[Fault, str]] = {
     "a listing without end": (endless(), "more than 16 MiB at once"),
     "a refusal without end": (endless(403), "more than 16 MiB at once"),
-    "pages without end": (answer(f"{LISTING}</ListBucketResult>".encode()), "more than 100,000 entries"),
+    "pages without end": (answer(f"{LISTING}</ListBucketResult>".encode()), "more than 30 entries"),
     "a bomb": (answer(gzip.compress(b" " * (1 << 20)) * 4096, Content_Encoding="gzip"), "the same command continues"),
     "a page that drips": (slow(0.1, 1), "ReadTimeoutError"),
     "a web page": (answer(PAGE.encode()), "not there"),
@@ -323,7 +323,7 @@ def test_what_a_store_answers_is_bounded(how: str, hub: Hub, workplace: Path, mo
         "AWS_MAX_ATTEMPTS": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    code = "import launcher.stage.s3 as s; s.ANSWER_S = 2; s.PAGES = 30; from launcher.cli import main; main()"
+    code = "import launcher.stage.s3 as s; s.ANSWER_S = 2; s.ENTRIES = 30; from launcher.cli import main; main()"
     done = run_with_little_memory(code, "--from", "s3://corpora/text/c4")
     assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (1, 3, 4), done.stderr
     assert not (workplace / "c4").exists()

@@ -18,8 +18,8 @@ import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.stage import s3
-from launcher.stage.c4 import bring, plan_c4
-from launcher.stage.fetch import Outcome
+from launcher.stage.c4 import Plan, plan_c4
+from launcher.stage.fetch import Outcome, fetch
 from launcher.stage.inventory import verify
 from launcher.stage.view import write
 from tests.conftest import ROOT, Launch
@@ -87,6 +87,10 @@ def store(server: str, workplace: Path, c4_files: dict[str, bytes], monkeypatch:
     for entry in found:
         store.client.delete_object(Bucket=BUCKET, Key=entry["Key"])
     store.client.delete_bucket(Bucket=BUCKET)
+
+
+def bring(target: Path, plan: Plan, jobs: int) -> Outcome:
+    return fetch(target, plan.repo, plan.files, "c4", jobs, plan.train_files_in_all)
 
 
 def staged(target: Path, files: int = 3, **options: Any) -> Outcome:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import LauncherError
-from launcher.stage.c4 import Demand, bring, demand_from, plan_c4
+from launcher.stage.c4 import Demand, demand_from, plan_c4
+from launcher.stage.fetch import fetch
 from launcher.stage.progress import JOBS
 from launcher.stage.shards import TOKENS_PER_FILE
 from tests.conftest import Launch
@@ -18,7 +19,8 @@ from tests.stage.hub_server import Hub
 
 def stage_c4(target: Path, jobs: int = JOBS, **wanted: Any) -> Any:
     """What the command does, without a process."""
-    return bring(target, plan_c4(target, **wanted), jobs)
+    plan = plan_c4(target, **wanted)
+    return fetch(target, plan.repo, plan.files, "c4", jobs, plan.train_files_in_all)
 
 
 def staged(target: Path) -> list[str]:
@@ -95,7 +97,7 @@ def test_dry_run_writes_nothing(launch: Launch, hub: Hub, workplace: Path):
     done = launch("stage", "c4", "--to", "c4", "--for", "nodes=3,gpus=4,steps=10,batch=5", "--dry-run")
     assert done.returncode == 0 and not (workplace / "c4").exists()
     assert done.stdout.splitlines() == ["README.md", *train(*range(12))]
-    assert "rounded up to 12: a multiple of its 12 data-parallel ranks" in done.stderr
+    assert "are 1 file, and 12 are a multiple of its 12 data-parallel ranks" in done.stderr
     assert "12 of 12 train files" in done.stderr and "2.05 G tokens" in done.stderr
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.stage import models
+from launcher.stage.fetch import fetch
 from launcher.stage.image import stage_image
 from launcher.stage.inventory import verify
 from launcher.stage.target import at_work
@@ -185,7 +186,7 @@ def as_user(uid: int, umask: int) -> Iterator[None]:
 
 
 def stage_model(target: Path, kind: str) -> Any:
-    return models.bring(kind, target, *models.plan(kind, target, MODEL), 2)
+    return fetch(target, *models.plan(kind, target, MODEL), kind, 2)
 
 
 @pytest.fixture
