@@ -202,7 +202,7 @@ def _kept(path: Path, file: RemoteFile, progress: Progress) -> StagedFile | None
     except OSError as error:
         staged, why = None, error.strerror or str(error)
     if staged is None:
-        progress.say(f"{path}: {why}; downloaded again")
+        say(f"{path}: {why}; downloaded again")
     return staged
 
 
@@ -212,7 +212,7 @@ def _download(source: Source, file: RemoteFile, target: Path, work: Work, progre
         staged = receive(work, file, target / file.path, lambda stream: source.download(file, stream), progress)
         if staged is not None:
             return staged
-        progress.say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
+        say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
     raise LauncherError(
         "wrong-bytes",
         f"{file.path}: wrong bytes twice: not those of {(file.sha256 or file.blob or f'{file.bytes:,} bytes')[:16]}",

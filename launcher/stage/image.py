@@ -22,8 +22,8 @@ from launcher.base.files import read_json, unreadable
 from launcher.image.inspect import embedded_metadata
 from launcher.image.squashfs_file import is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.fetch import receive
-from launcher.stage.manifest import BLOCK, Problem, check_bytes, read, wrong_size
-from launcher.stage.progress import Progress
+from launcher.stage.manifest import BLOCK, check_bytes, wrong_size
+from launcher.stage.progress import each
 from launcher.stage.source import RemoteFile, check_answer, is_digest
 from launcher.stage.target import Incoming, Work, at_work, check_space, gigabytes, is_directory
 from launcher.stage.web import ask, download, refused_by_server
@@ -32,7 +32,7 @@ KINDS = (
     "name a .sqsh file or the http(s) address of one; download others first, with their .json; an image of the Docker "
     "engine first becomes one: launcher image convert IMAGE"
 )
-NAME = re.compile(r"([0-9a-f]{12})-(.+)\.sqsh")
+NAME = re.compile(r"([0-9a-f]{12})-(.+)\.sqsh")  # of a staged image
 Say = Callable[[str], None]
 MODE = 0o644  # readable for the group, whatever the umask: jobs of others start from it, too
 SMALL = 1 << 20  # bytes of a description
@@ -165,9 +165,6 @@ def _clean(name: str, digest: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "image"
 
 
-# ------------------------------------------------------------------------------------------------------ bringing it
-
-
 def _is_known(wanted: Wanted, final: Path) -> bool:
     """Whether the image is there, as far as its head, its size and the description beside it tell."""
     if not os.path.lexists(final):
@@ -176,7 +173,7 @@ def _is_known(wanted: Wanted, final: Path) -> bool:
         size = superblock(final).file_size
     except LauncherError:
         return False
-    return size == wanted.bytes and _facts(final).get("sha256") == wanted.sha256
+    return size == wanted.bytes and described(final).get("sha256") == wanted.sha256
 
 
 def _is_right(wanted: Wanted, final: Path) -> bool:
@@ -201,8 +198,10 @@ def _bring(wanted: Wanted, work: Work, say: Say) -> None:
             raise LauncherError(error.code, f"{wanted.name}: {what}", error.fix) from None
 
     check_space(work.top.path, wanted.bytes)
-    with Progress(f"staging {wanted.name},", 1, wanted.bytes) as progress:
-        if receive(work, wanted.file, final, fill, progress) is None:
+    for _, staged in each(
+        f"staging {wanted.name},", [wanted.file], lambda file, progress: receive(work, file, final, fill, progress)
+    ):
+        if staged is None:
             raise LauncherError(
                 "wrong-bytes",
                 f"{wanted.name}: wrong bytes: another checksum than sha256 {wanted.sha256[:16]}… of its description",
@@ -211,74 +210,7 @@ def _bring(wanted: Wanted, work: Work, say: Say) -> None:
     say(f"{final}: {gigabytes(wanted.bytes)}, verified")
 
 
-def _facts(image: Path) -> dict[str, Any]:
+def described(image: Path) -> dict[str, Any]:
     """What the description beside an image says of the file."""
     facts = (read_json(sidecar_path(image)) or {}).get("squashfs")
     return facts if isinstance(facts, dict) else {}
-
-
-# ---------------------------------------------------------------------------------------------------- what is there
-
-
-@dataclass(frozen=True)
-class Images:
-    """The staged images of one directory, by name and size."""
-
-    directory: Path
-    bytes: dict[str, int]
-    problems: tuple[Problem, ...]
-    read: bool  # all bytes were hashed; else heads, sizes and descriptions were looked at
-
-    @property
-    def repair(self) -> str:
-        bad = " ".join(quoted(self.directory / name) for name in dict.fromkeys(p.path for p in self.problems))
-        return f"rm {bad}, then for each: launcher stage image SOURCE --to {quoted(self.directory)}"
-
-    def lines(self) -> list[str]:
-        state = f"DAMAGED: {len(self.problems)}" if self.problems else "verified" if self.read else "not read"
-        count = f"{len(self.bytes)} image{'' if len(self.bytes) == 1 else 's'}"
-        wrong = {problem.path: problem.what for problem in self.problems}
-        return [
-            f"{self.directory}: {count}, {gigabytes(sum(self.bytes.values()))}, {state}",
-            *(f"  {name}: {wrong.get(name, gigabytes(size))}" for name, size in self.bytes.items()),
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "directory": str(self.directory),
-            "kind": "images",
-            "files": len(self.bytes),
-            "bytes": sum(self.bytes.values()),
-            "images": self.bytes,
-            "complete": not self.problems,
-            "problems": [{"path": problem.path, "what": problem.what} for problem in self.problems],
-        }
-
-
-def staged_images(directory: Path) -> list[str]:
-    """Names that `launcher stage image` gives. Raises OSError."""
-    return sorted(path.name for path in directory.iterdir() if NAME.fullmatch(path.name))
-
-
-def check_images(directory: Path, deep: bool) -> Images:
-    """Heads, sizes and descriptions; with `deep`, every byte against the checksum in the name and the description."""
-    sizes: dict[str, int] = {}
-    problems, sound = [], []
-    for name in staged_images(directory):
-        path = directory / name
-        try:
-            sizes[name] = superblock(path).file_size
-        except LauncherError as error:
-            sizes[name] = 0
-            problems.append(Problem(name, error.what.removeprefix(f"{path}: ")))
-            continue
-        said = _facts(path)
-        if not str(said.get("sha256", name[:12])).startswith(name[:12]):
-            problems.append(Problem(name, f"{sidecar_path(Path(name))} describes another image"))
-        elif said.get("bytes", sizes[name]) != sizes[name]:
-            problems.append(Problem(name, f"{sizes[name]:,} bytes instead of {str(said['bytes'])[:20]}"))
-        else:
-            sound.append(RemoteFile(name, sizes[name], str(said.get("sha256", name[:12]))))
-    if deep:
-        problems += read(directory, sound, "other bytes than its checksum says")
-    return Images(directory, sizes, tuple(problems), deep)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import unreadable
+from launcher.base.output import counted
+from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.stage import c4, models
-from launcher.stage.image import Images, check_images, staged_images
-from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read_manifest
+from launcher.stage.image import NAME, described
+from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read, read_manifest
 from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files
+from launcher.stage.source import RemoteFile
 from launcher.stage.target import gigabytes, is_directory, scaled
 
-PLACES = tuple(
-    map(Path, ("/data/c4", "/data/tokenizers", "/data/models", "/data/images"))
-)  # where the defaults of `submit` look
+# Where the defaults of `submit` look.
+PLACES = tuple(map(Path, ("/data/c4", "/data/tokenizers", "/data/models", "/data/images")))
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Report:
 
     directory: Path
     manifest: Manifest
-    problems: tuple[Problem, ...]
+    problems: Sequence[Problem]
 
     @property
     def train_files(self) -> int:
@@ -44,34 +47,27 @@ class Report:
     @property
     def repair(self) -> str:
         """The command that completes the directory."""
-        words = {"c4": f"c4 --files {self._wanted_train_files()}"}
-        if any("c4-validation" in path for path in self.manifest.wanted):
-            words["c4"] += " --validation"
-        if self.manifest.source.startswith("s3://"):
-            words["c4"] += f" --from {quoted(self.manifest.source)}"
-        repo = self.manifest.source.removeprefix("hf://")
-        return (
-            f"launcher stage {words.get(self.manifest.kind, f'{self.manifest.kind} {quoted(repo)}')} --to "
-            f"{quoted(self.directory)}"
-        )
-
-    def _wanted_train_files(self) -> int:
-        paths = {*self.manifest.wanted, *self.manifest.files}
-        return sum(1 for path in paths if "c4-train" in path)
+        manifest = self.manifest
+        paths = {*manifest.wanted, *manifest.files}
+        if manifest.kind == "c4":
+            words = f"c4 --files {sum('c4-train' in path for path in paths)}"
+            words += " --validation" if any("c4-validation" in path for path in paths) else ""
+            words += f" --from {quoted(manifest.source)}" if manifest.source.startswith("s3://") else ""
+        else:
+            words = f"{manifest.kind} {quoted(manifest.source.removeprefix('hf://'))}"
+        return f"launcher stage {words} --to {quoted(self.directory)}"
 
     def lines(self) -> list[str]:
         """For people: what it is, its state, what it is good for."""
-        size = sum(file.bytes for file in self.manifest.files.values())
-        state = "complete" if not self.problems else f"INCOMPLETE, {in_files(len(self.problems))}"
-        first = (
-            f"{self.directory}: {self.manifest.kind} from {self.manifest.source} at {self.manifest.revision[:12]}, "
-            f"{in_files(len(self.manifest.files))}, {gigabytes(size)}, {state}"
-        )
+        size = gigabytes(sum(file.bytes for file in self.manifest.files.values()))
+        state = f"INCOMPLETE, {in_files(len(self.problems))}" if self.problems else "complete"
+        of = f"{self.manifest.kind} from {self.manifest.source} at {self.manifest.revision[:12]}"
         rows = [f"{problem.path}: {problem.what}" for problem in self.problems[:10]]
         if len(self.problems) > 10:
             rows.append(f"… and {len(self.problems) - 10} more")
         if self.unknown:
             rows.append(f"not verified: {in_files(len(self.unknown))} in en/ ({self.unknown[0]}, …): stage or remove")
+        first = f"{self.directory}: {of}, {in_files(len(self.manifest.files))}, {size}, {state}"
         return [first, *(f"  {row}" for row in (*rows, *self.suffices()))]
 
     def suffices(self) -> list[str]:
@@ -87,26 +83,83 @@ class Report:
         return [] if self.problems else [f"for: launcher submit {option} {quoted(self.directory)}"]
 
     def as_dict(self) -> dict[str, Any]:
-        value: dict[str, Any] = {
-            "directory": str(self.directory),
-            "kind": self.manifest.kind,
-            "source": self.manifest.source,
-            "revision": self.manifest.revision,
-            "files": len(self.manifest.files),
-            "bytes": sum(file.bytes for file in self.manifest.files.values()),
-            "complete": not self.problems,
-            "problems": [{"path": problem.path, "what": problem.what} for problem in self.problems],
-        }
+        sizes = {path: file.bytes for path, file in self.manifest.files.items()}
+        value = _as_dict(self.directory, self.manifest.kind, sizes, self.problems)
+        value |= {"source": self.manifest.source, "revision": self.manifest.revision}
         if self.manifest.kind == "c4":
-            tokens = self.train_files * TOKENS_PER_FILE
             value |= {
                 "unknown_files": self.unknown,
                 "train_files": self.train_files,
                 "train_files_in_all": self.manifest.train_files_in_all,
-                "tokens": tokens,
+                "tokens": self.train_files * TOKENS_PER_FILE,
                 "largest_data_parallel_degree": self.train_files,
             }
         return value
+
+
+@dataclass(frozen=True)
+class Images:
+    """The staged images of one directory, by name and size."""
+
+    directory: Path
+    bytes: dict[str, int]
+    problems: Sequence[Problem]
+    read: bool  # all bytes were hashed; else heads, sizes and descriptions were looked at
+
+    @property
+    def repair(self) -> str:
+        bad = quoted(*(self.directory / name for name in {problem.path: "" for problem in self.problems}))
+        return f"rm {bad}, then for each: launcher stage image SOURCE --to {quoted(self.directory)}"
+
+    def lines(self) -> list[str]:
+        state = f"DAMAGED: {len(self.problems)}" if self.problems else "verified" if self.read else "not read"
+        wrong = {problem.path: problem.what for problem in self.problems}
+        return [
+            f"{self.directory}: {counted(len(self.bytes), 'image')}, {gigabytes(sum(self.bytes.values()))}, {state}",
+            *(f"  {name}: {wrong.get(name, gigabytes(size))}" for name, size in self.bytes.items()),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return _as_dict(self.directory, "images", self.bytes, self.problems) | {"images": self.bytes}
+
+
+def _as_dict(directory: Path, kind: str, sizes: Mapping[str, int], problems: Sequence[Problem]) -> dict[str, Any]:
+    return {
+        "directory": str(directory),
+        "kind": kind,
+        "files": len(sizes),
+        "bytes": sum(sizes.values()),
+        "complete": not problems,
+        "problems": [{"path": problem.path, "what": problem.what} for problem in problems],
+    }
+
+
+def staged_images(directory: Path) -> list[str]:
+    """Names that `launcher stage image` gives. Raises OSError."""
+    return sorted(name for name in os.listdir(directory) if NAME.fullmatch(name))
+
+
+def check_images(directory: Path, deep: bool) -> Images:
+    """Heads, sizes and descriptions; with `deep`, every byte against the checksum in the name and the description."""
+    sizes: dict[str, int] = {}
+    problems, sound = [], []
+    for name in staged_images(directory):
+        path = directory / name
+        try:
+            sizes[name] = superblock(path).file_size
+        except LauncherError as error:
+            sizes[name] = 0
+            problems.append(Problem(name, error.what.removeprefix(f"{path}: ")))
+            continue
+        said = described(path)
+        digest = str(said.get("sha256", name[:12]))
+        if not digest.startswith(name[:12]) or said.get("bytes", sizes[name]) != sizes[name]:
+            problems.append(Problem(name, f"{sidecar_path(Path(name))} describes another image"))
+        else:
+            sound.append(RemoteFile(name, sizes[name], digest))
+    if deep:
+        problems += read(directory, sound, "other bytes than its checksum says")
+    return Images(directory, sizes, problems, deep)
 
 
 def reports(directory: Path, deep: bool = False, read_images: bool = False) -> list[Report | Images]:
@@ -153,25 +206,16 @@ def verify(directory: Path, deep: bool = False) -> Report:
             fix,
             status=ExitStatus.NOT_FOUND,
         )
-    return Report(directory, manifest, tuple(check(directory, manifest, deep)))
+    return Report(directory, manifest, check(directory, manifest, deep))
 
 
-def staged_below(places: Sequence[Path]) -> list[Path]:
+def staged_below(places: Iterable[Path]) -> list[Path]:
     """Staged directories, each once: the places themselves, and those directly inside them."""
     found: dict[str, Path] = {}
     for place in places:
-        try:
-            inside = [path for path in sorted(place.iterdir()) if not path.name.startswith(".")]
-        except OSError:
-            continue
-        for path in (place, *inside):
-            if os.path.isdir(path) and _is_staged(path):
-                found.setdefault(os.path.realpath(path), path)
+        with contextlib.suppress(OSError):
+            for path in (place, *(path for path in sorted(place.iterdir()) if not path.name.startswith("."))):
+                with contextlib.suppress(OSError):
+                    if os.path.exists(manifest_path(path)) or staged_images(path):
+                        found.setdefault(os.path.realpath(path), path)
     return list(found.values())
-
-
-def _is_staged(directory: Path) -> bool:
-    try:
-        return os.path.exists(manifest_path(directory)) or bool(staged_images(directory))
-    except OSError:
-        return False

@@ -15,12 +15,12 @@ from typing import Any
 
 from launcher import __version__
 from launcher.base.errors import LauncherError
-from launcher.base.files import unreadable
+from launcher.base.files import read_bytes, unreadable
 from launcher.base.values import parse_json
 from launcher.stage.progress import Progress, each
 from launcher.stage.shards import wrong_start
 from launcher.stage.source import RemoteFile, is_digest, is_size
-from launcher.stage.target import DIRECTORY, STATE, Folder, safe_path
+from launcher.stage.target import STATE, Folder, safe_path
 from launcher.titan import LFS_POINTER
 
 SCHEMA = 1
@@ -69,13 +69,13 @@ def read_manifest(directory: Path) -> Manifest | None:
     """The manifest, or None where there is none. Raises LauncherError for one that nobody can trust any more."""
     path = manifest_path(directory)
     try:
-        state = Folder(path.parent, os.open(path.parent, DIRECTORY | os.O_NOFOLLOW))
-        with open(state.open(path.name, os.O_RDONLY), "rb") as stream:
-            data = stream.read(LARGEST)
+        data = read_bytes(path, LARGEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise unreadable(path, error) from error
+        if error.errno != errno.EFBIG:
+            raise unreadable(path, error) from error
+        data = b""
     manifest = parse_manifest(data)
     if manifest is None:
         raise LauncherError(

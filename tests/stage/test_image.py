@@ -16,7 +16,8 @@ import pytest
 
 from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import read_sidecar, sidecar_path, superblock
-from launcher.stage.image import check_images, stage_image
+from launcher.stage.image import stage_image
+from launcher.stage.inventory import check_images
 from tests.conftest import ROOT
 from tests.stage.stage_image import (
     CALL,
@@ -205,4 +206,4 @@ def test_a_description_of_nonsense_is_one_problem(size: object, source: Path, tm
     about["squashfs"]["bytes"] = size
     sidecar_path(path).write_text(json.dumps(about))
     (problem,) = check_images(tmp_path / "images", False).problems
-    assert "bytes instead of" in problem.what
+    assert "describes another image" in problem.what

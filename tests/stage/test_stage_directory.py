@@ -134,7 +134,7 @@ def test_a_clone_whose_large_files_are_pointers(hub: Hub, tmp_path: Path):
         lfs_pointer(tmp_path / "c4" / name)
     assert stage_c4(tmp_path / "c4", files=2).downloaded == 3
     report = verify(tmp_path / "c4", deep=True)
-    assert report.problems == () and report.unknown == train(2)  # still a pointer
+    assert not report.problems and report.unknown == train(2)  # still a pointer
 
 
 def test_a_copy_with_other_times_is_read_and_kept(hub: Hub, tmp_path: Path):
@@ -142,7 +142,7 @@ def test_a_copy_with_other_times_is_read_and_kept(hub: Hub, tmp_path: Path):
     stage_c4(tmp_path / "c4", files=2)
     for name in (*train(0, 1), "README.md"):
         os.utime(tmp_path / "c4" / name, (4e9, 4e9))
-    assert verify(tmp_path / "c4").problems == ()
+    assert not verify(tmp_path / "c4").problems
     hub.requests.clear()
     assert stage_c4(tmp_path / "c4", files=2).downloaded == 0
 
@@ -218,6 +218,6 @@ def test_directories_that_nobody_staged(launch: Launch, hub: Hub, workplace: Pat
 def test_a_directory_that_was_moved_is_still_the_same(hub: Hub, tmp_path: Path):
     stage_c4(tmp_path / "c4", files=2)
     shutil.move(tmp_path / "c4", tmp_path / "elsewhere")
-    assert verify(tmp_path / "elsewhere").problems == ()
+    assert not verify(tmp_path / "elsewhere").problems
     manifest = read_manifest(tmp_path / "elsewhere")
     assert manifest is not None and sorted(manifest.files) == staged(tmp_path / "elsewhere")

@@ -55,7 +55,7 @@ def test_what_may_pass_is_overcome(hub: Hub, tmp_path: Path, c4_files, answers, 
     stage_c4(tmp_path / "c4", files=1)
     assert (tmp_path / "c4" / FILE).read_bytes() == c4_files[FILE]
     assert (len(hub.asked(FILE, "cdn")), len(hub.asked("README.md"))) == (requests, 2)
-    assert verify(tmp_path / "c4", deep=True).problems == ()
+    assert not verify(tmp_path / "c4", deep=True).problems
 
 
 def cut_from_the_start(handler: Handler, content: Content, _start: int) -> bool:
@@ -155,7 +155,7 @@ def test_a_killed_call_keeps_what_is_complete(hub: Hub, workplace: Path, big_c4,
     assert outcome.present == 2 and outcome.downloaded == 1
     assert not hub.asked(train(0)[0]) and len(hub.asked(second, "cdn")) == 1
     assert (target / second).read_bytes() == big_c4[second]
-    assert verify(target, deep=True).problems == () and not list(partial.iterdir())
+    assert not verify(target, deep=True).problems and not list(partial.iterdir())
 
 
 def test_two_at_once_take_turns(hub: Hub, workplace: Path, big_c4):
@@ -170,7 +170,7 @@ def test_two_at_once_take_turns(hub: Hub, workplace: Path, big_c4):
     assert first.wait(60) == 0 and second.wait(60) == 0
     for process in (first, second):
         process.communicate()
-    assert verify(workplace / "c4", deep=True).problems == ()
+    assert not verify(workplace / "c4", deep=True).problems
     assert len(staged(workplace / "c4")) == 3
 
 
@@ -209,7 +209,7 @@ def test_files_of_xet_come_by_xet_or_else_by_http(hub: Hub, tmp_path: Path, c4_f
     stage_c4(tmp_path / "c4", files=2, jobs=1)
     assert len(taken) == 2
     assert [len(hub.asked(name, "cdn")) for name in train(0, 1)] == [0, 1]
-    assert verify(tmp_path / "c4", deep=True).problems == ()
+    assert not verify(tmp_path / "c4", deep=True).problems
     assert staged(tmp_path / "c4") == ["README.md", *train(0, 1)]
     assert not list((tmp_path / "c4/.staged/partial").iterdir())
 
