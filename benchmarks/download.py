@@ -171,7 +171,7 @@ def plan_seconds(target: Path) -> float:
         files[name] = StagedFile(0, "0" * 64, (target / name).stat().st_mtime_ns)
     manifest = Manifest("c4", "hf://datasets/allenai/c4", "a" * 40, files, tuple(files), TRAIN_FILES)
     with at_work(target, print) as work:
-        write_manifest(work.state, manifest)
+        write_manifest(work, manifest)
     began = time.monotonic()
     plan_c4(target, everything=True)
     assert not verify(target).problems

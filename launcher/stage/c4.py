@@ -17,7 +17,7 @@ from launcher.config.layers import merge, read_layer
 from launcher.stage.fetch import open_repo
 from launcher.stage.hub import find_token, list_files
 from launcher.stage.s3 import open_bucket
-from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
+from launcher.stage.shards import IN_EN, SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import STATE, gigabytes, scaled
 from launcher.stage.view import tokens_of
@@ -131,15 +131,15 @@ def plan_c4(
     demands = [demand_from(text) for text in runs]
     repo: Source
     if source:
-        repo, top, inside = open_bucket(source)
+        repo, found = open_bucket(source)
     else:
         repo = hub = open_repo(target, REPO, "dataset", "c4", revision, find_token(token_file))
-        top, inside = list_files(hub), list_files(hub, "en")
+        found = [*list_files(hub), *list_files(hub, "en")]
+    readme = [file for file in found if file.path == README]
     split: dict[str, list[RemoteFile]] = {"train": [], "validation": []}
-    for file in inside:
-        if match := SHARD.fullmatch(file.path.removeprefix("en/")):
+    for file in found:
+        if match := IN_EN.fullmatch(file.path):
             split[match[1]].append(file)
-    readme = [file for file in top if file.path == README]
     in_all = len(split["train"])
     if not readme or not in_all:
         raise LauncherError(
@@ -149,7 +149,6 @@ def plan_c4(
             if source
             else "--revision main",
         )
-    _refuse_another_c4(target, split["train"])
     count, notes = _count(files, demands, everything, in_all)
     chosen = sorted(split["train"], key=lambda file: not os.path.lexists(target / file.path))[:count]
     chosen.sort(key=lambda file: file.path)
@@ -157,18 +156,6 @@ def plan_c4(
     if unknown := sum(not (file.sha256 or file.blob) for file in wanted):
         notes.append(f"{in_files(unknown)} not in {source}/{STATE}/manifest.json: nothing but sizes can be compared")
     return Plan(repo, wanted, count, in_all, notes)
-
-
-def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:
-    """A sample, or a C4 that was split anew: a run would read its files and ours together."""
-    ours = {file.path[-13:] for file in train}  # "01024.json.gz": files in all
-    for name in shard_names(target):
-        if name.startswith("c4-train") and name[-13:] not in ours:
-            raise LauncherError(
-                "target-holds-other",
-                f"--to {target}: holds another C4 (en/{name}; to come are {Path(train[0].path).name}, …)",
-                "name another directory",
-            )
 
 
 def shard_names(target: Path) -> list[str]:

@@ -7,9 +7,8 @@ final name, and whatever ends this process, the next call brings what is missing
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,15 +26,13 @@ from launcher.stage.manifest import (
 )
 from launcher.stage.progress import JOBS, Progress, each
 from launcher.stage.shards import in_files
-from launcher.stage.source import RemoteFile, Source
+from launcher.stage.source import Downloads, RemoteFile, Source
 from launcher.stage.target import (
-    Incoming,
     Work,
     at_work,
     check_space,
     gigabytes,
     in_the_way,
-    write_error,
 )
 
 SECONDS_BETWEEN_MANIFESTS = 2.0  # a verified file that is not in it yet is only read again
@@ -142,27 +139,27 @@ def fetch(
         paths = tuple({file.path for file in wanted} | files.keys())
         kind = "model" if found and found.kind == "model" else kind
         manifest = Manifest(kind, source.source, source.revision, files, paths, train_files_in_all)
-        write_manifest(work.state, manifest)
+        write_manifest(work, manifest)
         came: list[RemoteFile] = []
 
         def bring(file: RemoteFile, progress: Progress) -> StagedFile:
             if file.path not in missing and (staged := _kept(target / file.path, file, progress)):
                 return staged
             came.append(file)
-            return _download(source, file, target, work, progress)
+            return download_right(source, file, work, progress)
 
         try:
             for file, staged in each("staging", left, bring, jobs):
                 files[file.path] = staged  # and with it in the manifest
                 if time.monotonic() - saved > SECONDS_BETWEEN_MANIFESTS:
-                    write_manifest(work.state, manifest)
+                    write_manifest(work, manifest)
                     saved = time.monotonic()
         except BaseException:
             with contextlib.suppress(LauncherError):  # the disk may be what went wrong
-                write_manifest(work.state, manifest)
+                write_manifest(work, manifest)
             say(f"stopped: {len(files)} of {in_files(len(paths))} are complete in {target}; the same command continues")
             raise
-        write_manifest(work.state, manifest)
+        write_manifest(work, manifest)
         size = sum(file.bytes for file in came)
         return Outcome(target, manifest, len(wanted) - len(came), len(came), size, time.monotonic() - began)
 
@@ -206,12 +203,19 @@ def _kept(path: Path, file: RemoteFile, progress: Progress) -> StagedFile | None
     return staged
 
 
-def _download(source: Source, file: RemoteFile, target: Path, work: Work, progress: Progress) -> StagedFile:
-    """A file from its source; one with wrong bytes is tried once more."""
+def download_right(source: Downloads, file: RemoteFile, work: Work, progress: Progress) -> StagedFile:
+    """A file from its source, under its final name when its bytes are right; once more when they are not.
+
+    Nothing is kept of wrong ones.
+    """
+    *folders, name = Path(file.path).parts
     for _ in range(2):
-        staged = receive(work, file, target / file.path, lambda stream: source.download(file, stream), progress)
-        if staged is not None:
-            return staged
+        with work.unfinished(file.bytes, progress.add) as stream:
+            source.download(file, stream)
+            if staged := check_bytes(stream.handle, file):
+                work.keep(stream, work.top.below(*folders), name)
+                return staged
+            stream.restart()
         say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
     raise LauncherError(
         "wrong-bytes",
@@ -219,21 +223,3 @@ def _download(source: Source, file: RemoteFile, target: Path, work: Work, progre
         "a proxy or cache on the way may change files; nothing of it was kept; the same command tries again",
         status=ExitStatus.ERROR,
     )
-
-
-def receive(
-    work: Work, file: RemoteFile, final: Path, fill: Callable[[Incoming], None], progress: Progress
-) -> StagedFile | None:
-    """What `fill` brings, under its final name when its bytes are right; nothing is kept of wrong ones."""
-    with work.partial.unfinished(file.bytes, progress.add) as stream:
-        fill(stream)
-        try:
-            os.fsync(stream.fileno())  # what records the file must not outlive its bytes
-            staged = check_bytes(stream.handle, file)
-            if staged is None:
-                stream.restart()
-            else:
-                work.partial.finish(stream, final, work.top)
-        except OSError as error:
-            raise write_error(final, error) from error
-        return staged

@@ -21,11 +21,11 @@ from launcher.base.errors import LauncherError, quoted
 from launcher.base.files import read_json, unreadable
 from launcher.image.inspect import embedded_metadata
 from launcher.image.squashfs_file import is_metadata, read_sidecar, sidecar_path, superblock
-from launcher.stage.fetch import receive
+from launcher.stage.fetch import download_right
 from launcher.stage.manifest import BLOCK, check_bytes, wrong_size
 from launcher.stage.progress import each
 from launcher.stage.source import RemoteFile, check_answer, is_digest
-from launcher.stage.target import Incoming, Work, at_work, check_space, gigabytes, is_directory
+from launcher.stage.target import Incoming, at_work, check_space, gigabytes, is_directory
 from launcher.stage.web import ask, download, refused_by_server
 
 KINDS = (
@@ -42,18 +42,9 @@ SMALL = 1 << 20  # bytes of a description
 class Wanted:
     """The image that is to be there. `about` is its sidecar's content; None where nothing describes it."""
 
-    name: str  # of the source, without .sqsh
-    sha256: str
-    bytes: int
+    file: RemoteFile  # under its name in the directory
     about: Mapping[str, Any] | None
-    fill: Callable[[Incoming], None]
-
-    def path(self, directory: Path) -> Path:
-        return directory / f"{self.sha256[:12]}-{self.name}.sqsh"
-
-    @property
-    def file(self) -> RemoteFile:
-        return RemoteFile(self.name, self.bytes, self.sha256)
+    download: Callable[[RemoteFile, Incoming], None]
 
 
 def stage_image(source: str, to: Path, *, say: Say) -> Path:
@@ -64,18 +55,20 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     to = Path(os.path.expanduser(to)).absolute()
     is_directory(to)
     wanted = _of_address(source) if re.match(r"https?://", source) else _of_file(source, say)
-    final = wanted.path(to)
+    final = to / wanted.file.path
     known = _is_known(wanted, final)  # also for whoever may only read there
     if known:
         say(f"{final}: already there, as far as its size tells; to read it: launcher stage verify {quoted(to)}")
     else:
         with at_work(to, say) as work:
             if not (_is_known(wanted, final) or _is_right(wanted, final)):
-                _bring(wanted, work, say)
+                check_space(to, wanted.file.bytes)
+                for _ in each("staging", [wanted.file], lambda file, told: download_right(wanted, file, work, told)):
+                    say(f"{final}: {gigabytes(wanted.file.bytes)}, verified")
             if not _is_known(wanted, final) and wanted.about is not None:
                 # Last of all: an image without one is read again by the next call, and then gets it.
                 text = json.dumps(wanted.about, indent=2, ensure_ascii=False) + "\n"
-                work.top.write(sidecar_path(final).name, text.encode("utf-8", "surrogateescape"), MODE)
+                work.write(work.top, sidecar_path(final).name, text.encode("utf-8", "surrogateescape"), MODE)
     say(f"launcher submit --image {quoted(final)}")
     return final
 
@@ -114,13 +107,14 @@ def _of_file(source: str, say: Say) -> Wanted:
         about = about and {**about, "squashfs": block.recorded() | {"sha256": digest}}
 
     def copy(stream: Incoming) -> None:
+        stream.restart()
         try:
             with open(path, "rb") as opened:
                 shutil.copyfileobj(opened, stream, BLOCK)
         except OSError as error:
             raise unreadable(path, error) from error
 
-    return Wanted(_clean(path.name, digest), digest, block.file_size, about, copy)
+    return _wanted(path.name, digest, block.file_size, about, copy)
 
 
 def _of_address(url: str) -> Wanted:
@@ -145,8 +139,22 @@ def _of_address(url: str) -> Wanted:
         raise LauncherError(
             "image-description", f"{where}: not the description of an image", "the address of a .sqsh file of a release"
         )
-    name = _clean(parts.path.rsplit("/", 1)[-1], digest)
-    return Wanted(name, digest, size, about, lambda stream: download(url, stream, refused_by_server(url)))
+    name = parts.path.rsplit("/", 1)[-1]
+    return _wanted(name, digest, size, about, lambda stream: download(url, stream, refused_by_server(url)))
+
+
+def _wanted(
+    name: str, digest: str, size: int, about: Mapping[str, Any] | None, fill: Callable[[Incoming], None]
+) -> Wanted:
+    """Named after its source: without .sqsh, and without the checksum of an earlier staging."""
+    name = name.removesuffix(".sqsh").removeprefix(f"{digest[:12]}-")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "image"
+
+    def bring(_file: RemoteFile, stream: Incoming) -> None:
+        fill(stream)
+        os.fchmod(stream.fileno(), MODE)
+
+    return Wanted(RemoteFile(f"{digest[:12]}-{name}.sqsh", size, digest), about, bring)
 
 
 def _digest_in(about: Any, where: str) -> str:
@@ -159,12 +167,6 @@ def _digest_in(about: Any, where: str) -> str:
     return str(digest)
 
 
-def _clean(name: str, digest: str) -> str:
-    """A part of a file's name from the source's own: without .sqsh, and without the checksum of an earlier staging."""
-    name = name.removesuffix(".sqsh").removeprefix(f"{digest[:12]}-")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "image"
-
-
 def _is_known(wanted: Wanted, final: Path) -> bool:
     """Whether the image is there, as far as its head, its size and the description beside it tell."""
     if not os.path.lexists(final):
@@ -173,41 +175,15 @@ def _is_known(wanted: Wanted, final: Path) -> bool:
         size = superblock(final).file_size
     except LauncherError:
         return False
-    return size == wanted.bytes and described(final).get("sha256") == wanted.sha256
+    return size == wanted.file.bytes and described(final).get("sha256") == wanted.file.sha256
 
 
 def _is_right(wanted: Wanted, final: Path) -> bool:
     """Whether the image is there without its description, as a call leaves it that ends before its last step."""
     try:
-        return not wrong_size(final, wanted.bytes) and check_bytes(final, wanted.file) is not None
+        return not wrong_size(final, wanted.file.bytes) and check_bytes(final, wanted.file) is not None
     except OSError:
         return False
-
-
-def _bring(wanted: Wanted, work: Work, say: Say) -> None:
-    """Under the lock."""
-    final = wanted.path(work.top.path)
-
-    def fill(stream: Incoming) -> None:
-        wanted.fill(stream)
-        os.fchmod(stream.fileno(), MODE)
-        try:
-            superblock(stream.handle)
-        except LauncherError as error:
-            what = error.what.removeprefix(f"{stream.handle}: ")
-            raise LauncherError(error.code, f"{wanted.name}: {what}", error.fix) from None
-
-    check_space(work.top.path, wanted.bytes)
-    for _, staged in each(
-        f"staging {wanted.name},", [wanted.file], lambda file, progress: receive(work, file, final, fill, progress)
-    ):
-        if staged is None:
-            raise LauncherError(
-                "wrong-bytes",
-                f"{wanted.name}: wrong bytes: another checksum than sha256 {wanted.sha256[:16]}… of its description",
-                "copy or download the image and its .json again; nothing of it was kept",
-            )
-    say(f"{final}: {gigabytes(wanted.bytes)}, verified")
 
 
 def described(image: Path) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import unreadable
 from launcher.base.output import counted
 from launcher.image.squashfs_file import sidecar_path, superblock
-from launcher.stage import c4, models
+from launcher.stage import c4
 from launcher.stage.image import NAME, described
 from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read, read_manifest
-from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files
+from launcher.stage.shards import IN_EN, TOKENS_PER_FILE, in_files
 from launcher.stage.source import RemoteFile
 from launcher.stage.target import gigabytes, is_directory, scaled
 
@@ -35,8 +35,8 @@ class Report:
     @property
     def train_files(self) -> int:
         bad = {problem.path for problem in self.problems}
-        names = (path.removeprefix("en/") for path in self.manifest.files if path not in bad)
-        return sum(1 for name in names if (match := SHARD.fullmatch(name)) and match[1] == "train")
+        paths = (path for path in self.manifest.files if path not in bad)
+        return sum(1 for path in paths if (match := IN_EN.fullmatch(path)) and match[1] == "train")
 
     @property
     def unknown(self) -> list[str]:
@@ -192,18 +192,10 @@ def verify(directory: Path, deep: bool = False) -> Report:
     """Raises LauncherError for a directory that has no manifest, with what gives it one."""
     manifest = read_manifest(directory)
     if manifest is None:
-        place = quoted(directory)
-        if c4.looks_like_c4(directory):
-            count = len(list((directory / "en").glob("c4-train.*.json.gz")))
-            fix = f"launcher stage c4 --to {place} --files {max(count, 1)}    checks what is there, and keeps it"
-        elif kind := models.kind_of(directory):
-            fix = f"launcher stage {kind} --to {place}    checks what is there, and keeps it"
-        else:
-            fix = "launcher stage list DIR, with a directory that was staged"
         raise LauncherError(
             "not-staged",
             f"{directory}: not staged by the launcher: nothing is known about its files",
-            fix,
+            f"launcher stage c4, tokenizer or model --to {quoted(directory)} checks what is there, and keeps it",
             status=ExitStatus.NOT_FOUND,
         )
     return Report(directory, manifest, check(directory, manifest, deep))

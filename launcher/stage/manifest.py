@@ -20,7 +20,7 @@ from launcher.base.values import parse_json
 from launcher.stage.progress import Progress, each
 from launcher.stage.shards import wrong_start
 from launcher.stage.source import RemoteFile, is_digest, is_size
-from launcher.stage.target import STATE, Folder, safe_path
+from launcher.stage.target import STATE, Work, safe_path
 from launcher.titan import LFS_POINTER
 
 SCHEMA = 1
@@ -117,7 +117,7 @@ def parse_manifest(data: bytes) -> Manifest | None:
     return manifest if sound else None
 
 
-def write_manifest(state: Folder, manifest: Manifest) -> None:
+def write_manifest(work: Work, manifest: Manifest) -> None:
     """Replaces the manifest as a whole; a reader sees the old or the new one."""
     value = {
         "schema": SCHEMA,
@@ -131,7 +131,7 @@ def write_manifest(state: Folder, manifest: Manifest) -> None:
     }
     if manifest.kind != "c4":
         del value["train_files_in_all"]
-    state.write("manifest.json", (json.dumps(value, indent=1) + "\n").encode())
+    work.write(work.state, "manifest.json", (json.dumps(value, indent=1) + "\n").encode())
 
 
 def is_verified(directory: Path, path: str, file: StagedFile) -> bool:

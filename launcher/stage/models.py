@@ -23,14 +23,10 @@ SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def repo_name(model: str) -> str:
-    """`8B`, `Llama-3.1-8B` or any `owner/name`. Raises LauncherError for another word."""
-    known = {alias.lower(): name for short, name in MODELS.items() for alias in (short, short.rsplit("-", 1)[1])}
-    if name := known.get(model.lower()):
+    """`Llama-3.1-8B` or any `owner/name`. Raises LauncherError for another word."""
+    if name := MODELS.get(model):
         return name
-    owner, _, name = model.partition("/")
-    if all(
-        part.replace("-", "").replace("_", "").replace(".", "").isalnum() and part.isascii() for part in (owner, name)
-    ):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
         return model
     raise LauncherError(
         "name-unknown",

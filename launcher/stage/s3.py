@@ -114,8 +114,8 @@ class Bucket:
         return found
 
 
-def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile], list[RemoteFile]]:
-    """The bucket, the objects at its prefix, and those in its folder `en`. Raises LauncherError."""
+def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile]]:
+    """The bucket, and the objects at its prefix and in its folder `en`. Raises LauncherError."""
     match = S3_ADDRESS.fullmatch(address)
     if match is None or ".." in address:
         raise LauncherError(
@@ -125,17 +125,12 @@ def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile], list[RemoteFile
         )
     root = match[1] + match[2]
     bucket = Bucket(f"s3://{root}", root, _store())
-    top, en = bucket.listed(""), bucket.listed("en")
+    objects = [*bucket.listed(""), *bucket.listed("en")]
     manifest = bucket.manifest()
     # Without a manifest, what changes with any object.
-    listing = "".join(f"{file.path} {file.bytes} {etag}\n" for file, etag in (*top, *en))
+    listing = "".join(f"{file.path} {file.bytes} {etag}\n" for file, etag in objects)
     revision = manifest.revision if manifest else hashlib.sha256(listing.encode()).hexdigest()[:40]
-    bucket = replace(bucket, revision=revision)
-    return (
-        bucket,
-        [_known(file, bucket, manifest) for file, _ in top],
-        [_known(file, bucket, manifest) for file, _ in en],
-    )
+    return replace(bucket, revision=revision), [_known(file, bucket, manifest) for file, _ in objects]
 
 
 def _known(file: RemoteFile, bucket: Bucket, manifest: Manifest | None) -> RemoteFile:

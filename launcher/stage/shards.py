@@ -8,6 +8,7 @@ from collections.abc import Sized
 from launcher.titan import GZIP_MAGIC, LFS_POINTER
 
 SHARD = re.compile(r"c4-(train|validation)\.(\d+)-of-(\d+)\.json\.gz")
+IN_EN = re.compile(f"en/{SHARD.pattern}")
 TRAIN_FILES = 1024
 
 # From the data set's card on the Hub: download_size 326,778,635,540 bytes for 364,868,892 train and 364,608 validation

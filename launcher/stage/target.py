@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import filesystem_error, lock, unreadable, write_bytes
+from launcher.base.files import filesystem_error, lock, unreadable
 from launcher.base.output import some
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
@@ -142,11 +142,6 @@ class Folder:
     def __del__(self) -> None:
         os.close(self.fd)
 
-    @property
-    def handle(self) -> Path:
-        """As that of Incoming."""
-        return Path(f"/proc/{os.getpid()}/fd/{self.fd}")
-
     def below(self, *names: str) -> Folder:
         """The folder with these names in it, made where there is none. Raises LauncherError for a link on the way."""
         if not names:
@@ -172,41 +167,6 @@ class Folder:
         os.close(descriptor)
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
-    @contextlib.contextmanager
-    def unfinished(self, limit: int, on_bytes: Callable[[int], None]) -> Iterator[Incoming]:
-        """A new file under a random name, which goes again unless `finish` has given it a final one."""
-        name = os.urandom(12).hex()
-        try:
-            stream = Incoming(str(self.path / name), "x+b", opener=lambda _path, flags: self.open(name, flags))
-        except OSError as error:
-            raise write_error(self.path / name, error) from error
-        stream.limit, stream.on_bytes = limit, on_bytes
-        with stream:
-            try:
-                yield stream
-            finally:
-                self.remove(name)
-
-    def finish(self, stream: Incoming, final: Path, top: Folder) -> None:
-        """Gives the file its final name in `top`; a link of that name is replaced, not what it leads to. Raises
-        OSError.
-        """
-        folder = top.below(*final.relative_to(top.path).parts[:-1])
-        os.replace(Path(str(stream.name)).name, final.name, src_dir_fd=self.fd, dst_dir_fd=folder.fd)
-
-    def write(self, name: str, data: bytes, mode: int | None = None) -> None:
-        """Replaces a small file as a whole; with `mode` whatever the umask. Raises LauncherError."""
-        try:
-            write_bytes(self.handle / name, data)
-            if mode is not None:
-                with FileIO(self.open(name, os.O_RDWR)) as stream:
-                    os.fchmod(stream.fileno(), mode)
-        except OSError as error:
-            raise write_error(self.path / name, error) from error
-        except LauncherError as error:
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else OSError(error.what)
-            raise write_error(self.path / name, cause) from cause
-
     def remove(self, name: str) -> None:
         """Deletes what is ours: a link itself, no folder."""
         with contextlib.suppress(OSError):
@@ -227,6 +187,38 @@ class Work:
     top: Folder
     state: Folder
     partial: Folder
+
+    @contextlib.contextmanager
+    def unfinished(self, limit: int, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[Incoming]:
+        """A new file under a random name, which goes again unless `keep` has given it a final one."""
+        name = os.urandom(12).hex()
+        path = self.partial.path / name
+        try:
+            stream = Incoming(str(path), "x+b", opener=lambda _path, flags: self.partial.open(name, flags))
+        except OSError as error:
+            raise write_error(path, error) from error
+        stream.limit, stream.on_bytes = limit, on_bytes
+        with stream:
+            try:
+                yield stream
+            finally:
+                self.partial.remove(name)
+
+    def keep(self, stream: Incoming, folder: Folder, name: str) -> None:
+        """Gives the file its final name; a link of that name is replaced, not what it leads to."""
+        try:
+            os.fsync(stream.fileno())  # what records the file must not outlive its bytes
+            os.replace(Path(str(stream.name)).name, name, src_dir_fd=self.partial.fd, dst_dir_fd=folder.fd)
+        except OSError as error:
+            raise write_error(folder.path / name, error) from error
+
+    def write(self, folder: Folder, name: str, data: bytes, mode: int = 0) -> None:
+        """Replaces a small file as a whole; with `mode` whatever the umask. Raises LauncherError."""
+        with self.unfinished(len(data)) as stream:
+            stream.write(data)
+            if mode:
+                os.fchmod(stream.fileno(), mode)
+            self.keep(stream, folder, name)
 
 
 @contextlib.contextmanager

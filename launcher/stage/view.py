@@ -56,7 +56,6 @@ class Staged:
     left_out: Mapping[str, str] = field(default_factory=dict)  # file -> why
     train_files_in_all: int = TRAIN_FILES
     staged_from: str = ""  # by its manifest
-    mounts: Mapping[str, str] = field(default_factory=dict)  # file left out -> the --mount that the container lacks
 
 
 def choose(files: Sequence[T], degree: int, part: int = 1, parts: int = 1) -> Sequence[T]:
@@ -122,11 +121,8 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
         ]
     stage = _stage_command(spec, staged)
     if staged.left_out:
-        # Staging keeps a link whose file is right: what it lacks is a mount.
-        name, why = min(staged.left_out.items(), key=lambda item: item[0] in staged.mounts)
-        mount = staged.mounts.get(name)
-        repair = f"{quoted('--mount', mount)} shows it" if mount else f"{stage} repairs it"
-        notes.append(f"{place}/en: {name} is {why}{and_more(staged.left_out)}: left out; {repair}")
+        name, why = next(iter(staged.left_out.items()))
+        notes.append(f"{place}/en: {name} is {why}{and_more(staged.left_out)}: left out; to repair: {stage}")
     if not staged.train:
         why = f"{place}/en holds no train file of C4"
         if spec.job.data_part or streamed:
@@ -138,10 +134,10 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
 
 def _look_in_bucket(address: str) -> Staged:
     """What can be trained on there."""
-    bucket, _, objects = open_bucket(address)
+    bucket, objects = open_bucket(address)
     found = []
     for file in objects:
-        if shard := SHARD.fullmatch(file.path.removeprefix("en/")):
+        if file.path.startswith("en/") and (shard := SHARD.fullmatch(file.path.removeprefix("en/"))):
             why = wrong_start(bucket.head(file, len(LFS_POINTER))) if file.bytes < SMALL else ""
             found.append((shard, file.bytes, why))
     return _in_order(found)
@@ -210,7 +206,7 @@ def look(directory: Path, mount_of: Callable[[str], str] = lambda name: "") -> t
                 in_all, staged_from = manifest.train_files_in_all, manifest.source
         except LauncherError as error:
             notes.append(f"{error.what}: its files are taken as they are; {error.fix}")
-    found, lacking = [], {}
+    found = []
     of_all = mount_of("")
     with os.scandir(directory / "en") as entries:
         for entry in entries:
@@ -218,10 +214,9 @@ def look(directory: Path, mount_of: Callable[[str], str] = lambda name: "") -> t
                 size, why = _problem(entry, listed)
                 mount = of_all or (mount_of(entry.name) if entry.is_symlink() else "")
                 if mount and os.path.exists(entry.path):
-                    lacking[entry.name] = mount
-                    why = f"a link to {os.path.realpath(entry.path)}, which the container does not see"
+                    why = f"a link to {os.path.realpath(entry.path)}, which the container sees with --mount {mount}"
                 found.append((shard, size, why))
-    return replace(_in_order(found, in_all, staged_from), mounts=lacking), notes
+    return _in_order(found, in_all, staged_from), notes
 
 
 def _in_order(found: Iterable[tuple[re.Match[str], int, str]], in_all: int = 0, staged_from: str = "") -> Staged:

@@ -34,17 +34,12 @@ WRONG = [
     ({"lfs": {"oid": "../../../victim/a", "size": 4}}, "the sha256 '../../../victim/a'"),
     ({"lfs": {"oid": 7}}, "the sha256 7"),
     ({"lfs": {"oid": "A" * 64}}, "the sha256 'AAA"),
-    ({"lfs": {}}, "the sha256 None"),
-    ({"lfs": [1]}, "the sha256 [1]"),
     ({"lfs": "../x"}, "the sha256 '../x'"),
     ({"lfs": None, "oid": "../../victim/a"}, "the git id '../../victim/a'"),
-    ({"lfs": None, "oid": None}, "the git id None"),
     ({"size": -1}, "the size -1"),
     ({"size": 1 << 60}, "the size 1152921504606846976"),
-    ({"size": "12"}, "the size '12'"),
     ({"size": None}, "the size None"),
     ({"size": True}, "the size True"),
-    ({"size": 1.5}, "the size 1.5"),
     ({"size": float("nan")}, "the size None"),
     ({"path": None}, "the path None"),
     ({"path": ["en"]}, "the path ['en']"),
@@ -75,13 +70,10 @@ PAGE = "<html>sign in</html>"
     [
         (PAGE, "is no JSON"),
         ("", "is no JSON"),
-        ("7", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
         ("9" * 10_000, "is no JSON"),
         ('{"sha": 7}', "the commit 7"),
         ('{"sha": "../../victim"}', "the commit '../../victim'"),
-        ("{}", "the commit None"),
-        ("[]", "the commit None"),
     ],
 )
 def test_an_answer_about_the_repository(body: str, words: str, hub: Hub, tmp_path: Path) -> None:
@@ -91,7 +83,7 @@ def test_an_answer_about_the_repository(body: str, words: str, hub: Hub, tmp_pat
     assert hub.endpoint in caught.value.what and caught.value.status == 3 and not (tmp_path / "c4").exists()
 
 
-@pytest.mark.parametrize("body", [PAGE, "{}", "[7]", "[null]", '["en"]'])
+@pytest.mark.parametrize("body", [PAGE, "{}", "[7]"])
 def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
     hub.api_faults = [passed, answer(body.encode())]
     with pytest.raises(LauncherError, match=r"is no (JSON|list of files)"):
@@ -105,7 +97,6 @@ def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
         ("file:///etc/passwd", "address that cannot be used|HTTP 302"),
         ("ftp://host/x", "address that cannot be used"),
         ("http://[bad", "address that cannot be used"),
-        ("http://host:port/", "address that cannot be used"),
     ],
 )
 @pytest.mark.parametrize("where", ["api", "content"])
@@ -200,10 +191,8 @@ def nowhere(handler: Handler, _content: Content, _start: int) -> bool:
 FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
     "bomb": (lambda: [bomb()], "is no JSON"),
     "bomb as a listing": (lambda: [passed, bomb()], "is no JSON"),
-    "without end": (lambda: [endless()], "is no JSON"),
     "pages without end": (lambda: [passed, pages(1000)], "more than 100,000 entries"),
     "empty pages without end": (lambda: [passed, pages(0)], "more than 300 entries"),
-    "a redirect without end": (lambda: [moved("/x"), endless()], "no dataset"),
     "pages that drip": (lambda: [passed, slow_pages], "no whole listing in 2 s"),
     "a next page nowhere": (lambda: [passed, nowhere], "an address that cannot be used"),
     "a drip": (lambda: [drips(b"HTTP/1.1 200 OK\r\n\r\n", b" ")], "less than 1 kB/s"),
@@ -233,12 +222,8 @@ def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
     ("field", "value", "words"),
     [
         ("bytes", -1, "the size -1"),
-        ("bytes", 1 << 60, "the size 115"),
-        ("bytes", "7", "the size '7'"),
-        ("bytes", True, "the size True"),
         ("bytes", 0, "not the description"),
         ("sha256", "../../../victim", "has no sha256"),
-        ("sha256", 7, "has no sha256"),
     ],
 )
 def test_the_description_of_an_image(
@@ -253,16 +238,9 @@ def test_the_description_of_an_image(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "fault", "words"),
-    [
-        (".json", endless(), "has no sha256"),
-        (".json", moved("http://[bad"), "address that cannot be used"),
-        (".json", moved("ftp://host/x"), "address that cannot be used"),
-        ("", endless(), "more than the"),
-        ("", moved("ftp://host/x"), "address that cannot be used"),
-    ],
+    ("suffix", "fault", "words"), [(".json", endless(), "has no sha256"), ("", endless(), "more than the")]
 )
-def test_a_web_server_that_leads_astray(
+def test_a_web_server_without_end(
     suffix: str, fault: Fault, words: str, url: str, hub: Hub, source: Path, tmp_path: Path
 ) -> None:
     hub.faults[f"/{source.name}{suffix}"] = [fault] * 10
@@ -271,18 +249,10 @@ def test_a_web_server_that_leads_astray(
     assert not list(tmp_path.glob("images/.staged/partial/*"))
 
 
-@pytest.mark.parametrize("address", ["https://[x/a.sqsh", "https://host:port/a.sqsh"])
-def test_an_address_that_is_none(address: str, tmp_path: Path) -> None:
-    with pytest.raises(LauncherError, match="must be valid"):
-        stage_image(address, tmp_path / "images", say=print)
-
-
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
         ({"Size": -1}, "the size -1"),
-        ({"Size": None}, "the size None"),
-        ({"Size": "7"}, "the size '7'"),
         ({"Key": "c4/../x"}, "the path '../x'"),
         ({"Key": "/etc/x"}, "the path '/etc/x'"),
     ],

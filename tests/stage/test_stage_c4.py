@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def train(*numbers: int) -> list[str]:
 
 
 def test_files_come_verified_with_readme_and_manifest(launch: Launch, hub: Hub, workplace: Path, c4_files):
-    done = launch("stage", "c4", "--to", "c4", "--files", "3", "--json")
+    """And the content servers never see the token."""
+    hub.tokens.add("hf_mine")
+    done = launch("stage", "c4", "--to", "c4", "--files", "3", "--json", HF_TOKEN="hf_mine")
     assert done.returncode == 0, done.stderr
     target = workplace / "c4"
     assert staged(target) == ["README.md", *train(0, 1, 2)]
@@ -43,14 +46,9 @@ def test_files_come_verified_with_readme_and_manifest(launch: Launch, hub: Hub, 
     assert manifest["source"] == "hf://datasets/allenai/c4"
     assert sorted(manifest["files"]) == staged(target)
     assert json.loads(done.stdout)["downloaded"] == 4
-    assert not list((target / ".staged/partial").iterdir())
-
-
-def test_content_servers_never_see_the_token(launch: Launch, hub: Hub):
-    hub.tokens.add("hf_mine")
-    assert launch("stage", "c4", "--to", "c4", "--files", "1", HF_TOKEN="hf_mine").returncode == 0
     seen = {where: {r.authorization for r in hub.requests if r.where == where} for where in ("api", "hub", "cdn")}
     assert seen == {"api": {"Bearer hf_mine"}, "hub": {"Bearer hf_mine"}, "cdn": {""}}
+    assert not list((target / ".staged/partial").iterdir())
 
 
 def test_a_second_call_asks_for_no_content(hub: Hub, tmp_path: Path):
@@ -115,11 +113,8 @@ def test_dry_run_writes_nothing(launch: Launch, hub: Hub, workplace: Path):
 def test_files_for_a_run(text: str, ranks: int, files: int):
     demand = demand_from(text)
     assert (demand.ranks, demand.files(1024)) == (ranks, files)
-
-
-def test_a_run_that_needs_exactly_the_files_it_has_ranks(hub: Hub):
-    assert Demand(8, 8 * TOKENS_PER_FILE, "").files(1024) == 8
-    assert Demand(8, 8 * TOKENS_PER_FILE + 1, "").files(1024) == 16
+    exactly = Demand(ranks, ranks * TOKENS_PER_FILE, "")
+    assert exactly.files(2048) == ranks and replace(exactly, tokens=exactly.tokens + 1).files(4096) == 2 * ranks
 
 
 def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path):
