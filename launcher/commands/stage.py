@@ -180,33 +180,30 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
     launcher stage list /data/c4 /data/tokenizers
     """
     places = directories or inventory.PLACES
-    reports: list[Any] = []
-    failures: list[LauncherError] = []
-    unusable: list[LauncherError] = []
+    reports: list[inventory.Report] = []
+    errors: list[LauncherError] = []
     for directory in directories:
         try:
             inventory.require_directory(directory)
         except LauncherError as error:
-            unusable.append(error)
+            errors.append(error)
+    status = max((error.status for error in errors), default=ExitStatus.OK)
     for directory in inventory.staged_below(places):
         try:
             reports += inventory.reports(directory)
         except LauncherError as error:
-            failures.append(error)
+            errors.append(error)
     if as_json:
-        print_json(
-            [report.as_dict() for report in reports] + [{"error": failure.what} for failure in (*failures, *unusable)]
-        )
+        print_json([report.as_dict() for report in reports] + [{"error": found.what} for found in errors])
     else:
         for report in reports:
             echo(*report.lines(), *([f"  repair: {report.repair}"] if report.problems else []))
-        echo(*(failure.what for failure in failures), nl=bool(failures))
-        for failure in unusable:
-            print_error(failure)
-        if not (reports or failures or unusable):
+        for found in errors:
+            print_error(found)
+        if not (reports or errors):
             where = ", ".join(map(str, places))
             echo(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8", err=True)
-    sys.exit(max((error.status for error in unusable), default=ExitStatus.OK))
+    sys.exit(status)
 
 
 @click.command()

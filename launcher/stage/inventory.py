@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import unreadable
-from launcher.base.output import counted
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.stage import c4
 from launcher.stage.image import NAME, described
-from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read, read_manifest
+from launcher.stage.manifest import Manifest, Problem, StagedFile, check, manifest_path, read, read_manifest
 from launcher.stage.shards import IN_EN, TOKENS_PER_FILE, in_files
 from launcher.stage.source import RemoteFile
 from launcher.stage.target import gigabytes, is_directory, scaled
@@ -24,9 +23,12 @@ from launcher.stage.target import gigabytes, is_directory, scaled
 PLACES = tuple(map(Path, ("/data/c4", "/data/tokenizers", "/data/models", "/data/images")))
 
 
+IMAGES = "images"
+
+
 @dataclass(frozen=True)
 class Report:
-    """One directory held against its manifest."""
+    """One directory held against its manifest; staged images have one that was made of what lies beside them."""
 
     directory: Path
     manifest: Manifest
@@ -53,38 +55,50 @@ class Report:
             words = f"c4 --files {sum('c4-train' in path for path in paths)}"
             words += " --validation" if any("c4-validation" in path for path in paths) else ""
             words += f" --from {quoted(manifest.source)}" if manifest.source.startswith("s3://") else ""
+        elif manifest.kind == IMAGES:
+            bad = quoted(*(self.directory / name for name in {problem.path: "" for problem in self.problems}))
+            return f"rm {bad}, then for each: launcher stage image SOURCE --to {quoted(self.directory)}"
         else:
             words = f"{manifest.kind} {quoted(manifest.source.removeprefix('hf://'))}"
         return f"launcher stage {words} --to {quoted(self.directory)}"
 
     def lines(self) -> list[str]:
         """For people: what it is, its state, what it is good for."""
-        size = gigabytes(sum(file.bytes for file in self.manifest.files.values()))
+        manifest = self.manifest
+        size = gigabytes(sum(file.bytes for file in manifest.files.values()))
         state = f"INCOMPLETE, {in_files(len(self.problems))}" if self.problems else "complete"
-        of = f"{self.manifest.kind} from {self.manifest.source} at {self.manifest.revision[:12]}"
+        of = f" from {manifest.source} at {manifest.revision[:12]}" if manifest.source else ""
         rows = [f"{problem.path}: {problem.what}" for problem in self.problems[:10]]
         if len(self.problems) > 10:
             rows.append(f"… and {len(self.problems) - 10} more")
         if self.unknown:
             rows.append(f"not verified: {in_files(len(self.unknown))} in en/ ({self.unknown[0]}, …): stage or remove")
-        first = f"{self.directory}: {of}, {in_files(len(self.manifest.files))}, {size}, {state}"
+        first = f"{self.directory}: {manifest.kind}{of}, {in_files(len(manifest.files))}, {size}, {state}"
         return [first, *(f"  {row}" for row in (*rows, *self.suffices()))]
 
     def suffices(self) -> list[str]:
         """For which runs."""
         if self.manifest.kind == "c4":
-            train = self.train_files
-            tokens = scaled(train * TOKENS_PER_FILE, " tokens")
-            return [
-                f"{train} of {self.manifest.train_files_in_all} train files, about {tokens}: "
-                f"for up to {train} data-parallel ranks"
-            ]
+            tokens = scaled(self.train_files * TOKENS_PER_FILE, " tokens")
+            of = f"{self.train_files} of {self.manifest.train_files_in_all} train files, about {tokens}"
+            return [f"{of}: for up to {self.train_files} data-parallel ranks"]
+        if self.manifest.kind == IMAGES:
+            return [f"{name}: {gigabytes(file.bytes)}" for name, file in self.manifest.files.items()]
         option = "--tokenizer" if self.manifest.kind == "tokenizer" else "--init-from"
         return [] if self.problems else [f"for: launcher submit {option} {quoted(self.directory)}"]
 
     def as_dict(self) -> dict[str, Any]:
         sizes = {path: file.bytes for path, file in self.manifest.files.items()}
-        value = _as_dict(self.directory, self.manifest.kind, sizes, self.problems)
+        value: dict[str, Any] = {
+            "directory": str(self.directory),
+            "kind": self.manifest.kind,
+            "files": len(sizes),
+            "bytes": sum(sizes.values()),
+            "complete": not self.problems,
+            "problems": [{"path": problem.path, "what": problem.what} for problem in self.problems],
+        }
+        if self.manifest.kind == IMAGES:
+            return value | {"images": sizes}
         value |= {"source": self.manifest.source, "revision": self.manifest.revision}
         if self.manifest.kind == "c4":
             value |= {
@@ -97,79 +111,40 @@ class Report:
         return value
 
 
-@dataclass(frozen=True)
-class Images:
-    """The staged images of one directory, by name and size."""
-
-    directory: Path
-    bytes: dict[str, int]
-    problems: Sequence[Problem]
-    read: bool  # all bytes were hashed; else heads, sizes and descriptions were looked at
-
-    @property
-    def repair(self) -> str:
-        bad = quoted(*(self.directory / name for name in {problem.path: "" for problem in self.problems}))
-        return f"rm {bad}, then for each: launcher stage image SOURCE --to {quoted(self.directory)}"
-
-    def lines(self) -> list[str]:
-        state = f"DAMAGED: {len(self.problems)}" if self.problems else "verified" if self.read else "not read"
-        wrong = {problem.path: problem.what for problem in self.problems}
-        return [
-            f"{self.directory}: {counted(len(self.bytes), 'image')}, {gigabytes(sum(self.bytes.values()))}, {state}",
-            *(f"  {name}: {wrong.get(name, gigabytes(size))}" for name, size in self.bytes.items()),
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return _as_dict(self.directory, "images", self.bytes, self.problems) | {"images": self.bytes}
-
-
-def _as_dict(directory: Path, kind: str, sizes: Mapping[str, int], problems: Sequence[Problem]) -> dict[str, Any]:
-    return {
-        "directory": str(directory),
-        "kind": kind,
-        "files": len(sizes),
-        "bytes": sum(sizes.values()),
-        "complete": not problems,
-        "problems": [{"path": problem.path, "what": problem.what} for problem in problems],
-    }
-
-
 def staged_images(directory: Path) -> list[str]:
     """Names that `launcher stage image` gives. Raises OSError."""
     return sorted(name for name in os.listdir(directory) if NAME.fullmatch(name))
 
 
-def check_images(directory: Path, deep: bool) -> Images:
+def check_images(directory: Path, deep: bool) -> Report:
     """Heads, sizes and descriptions; with `deep`, every byte against the checksum in the name and the description."""
-    sizes: dict[str, int] = {}
+    files: dict[str, StagedFile] = {}
     problems, sound = [], []
     for name in staged_images(directory):
-        path = directory / name
+        path, said = directory / name, described(directory / name)
+        size, digest = 0, str(said.get("sha256", name[:12]))
         try:
-            sizes[name] = superblock(path).file_size
+            size = superblock(path).file_size
+            if digest.startswith(name[:12]) and said.get("bytes", size) == size:
+                sound.append(RemoteFile(name, size, digest))
+            else:
+                problems.append(Problem(name, f"{sidecar_path(Path(name))} describes another image"))
         except LauncherError as error:
-            sizes[name] = 0
             problems.append(Problem(name, error.what.removeprefix(f"{path}: ")))
-            continue
-        said = described(path)
-        digest = str(said.get("sha256", name[:12]))
-        if not digest.startswith(name[:12]) or said.get("bytes", sizes[name]) != sizes[name]:
-            problems.append(Problem(name, f"{sidecar_path(Path(name))} describes another image"))
-        else:
-            sound.append(RemoteFile(name, sizes[name], digest))
+        files[name] = StagedFile(size, digest, 0)
     if deep:
         problems += read(directory, sound, "other bytes than its checksum says")
-    return Images(directory, sizes, problems, deep)
+    return Report(directory, Manifest(IMAGES, "", "", files), problems)
 
 
-def reports(directory: Path, deep: bool = False, read_images: bool = False) -> list[Report | Images]:
+def reports(directory: Path, deep: bool = False, read_images: bool = False) -> list[Report]:
     """What the manifest lists, and the images, which have none: of both, what is there. Raises LauncherError."""
     require_directory(directory)
     try:
         images = staged_images(directory)
     except OSError as error:
         raise unreadable(directory, error) from error
-    found: list[Report | Images] = []
+    found: list[Report] = []
     if manifest_path(directory).exists() or not images:
         found.append(verify(directory, deep))
     if images:

@@ -18,7 +18,7 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import hub as hub_module
-from launcher.stage import s3, web
+from launcher.stage import s3
 from launcher.stage.image import stage_image
 from tests.stage.faults import answer, drips, endless, moved, passed, slow
 from tests.stage.hub_server import Content, Fault, Handler, Hub
@@ -62,56 +62,29 @@ def test_fields_of_a_listing(said: dict[str, Any], words: str, hub: Hub, tmp_pat
     assert victim.read_text() == "mine" and not (tmp_path / "d").exists()
 
 
-PAGE = "<html>sign in</html>"
+PAGE = b"<html>sign in</html>"
+ANSWERS = [
+    ([answer(PAGE)], "is no JSON"),
+    ([answer(b"")], "is no JSON"),
+    ([answer(b"[" * 100_000)], "is no JSON"),
+    ([answer(b"9" * 10_000)], "is no JSON"),
+    ([answer(b'{"sha": 7}')], "the commit 7"),
+    ([answer(b'{"sha": "../../victim"}')], "the commit '../../victim'"),
+    ([passed, answer(PAGE)], "is no JSON"),
+    ([passed, answer(b"{}")], "is no list of files"),
+    ([passed, answer(b"[7]")], "is no list of files"),
+    ([moved("")] * 6, "HTTP 302"),
+    ([moved("file:///etc/passwd")], "address that cannot be used|HTTP 302"),
+    ([moved("http://[bad")], "address that cannot be used"),
+]
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (PAGE, "is no JSON"),
-        ("", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("9" * 10_000, "is no JSON"),
-        ('{"sha": 7}', "the commit 7"),
-        ('{"sha": "../../victim"}', "the commit '../../victim'"),
-    ],
-)
-def test_an_answer_about_the_repository(body: str, words: str, hub: Hub, tmp_path: Path) -> None:
-    hub.api_faults = [answer(body.encode())]
+@pytest.mark.parametrize(("answers", "words"), ANSWERS)
+def test_an_answer_about_the_repository(answers: list[Fault], words: str, hub: Hub, tmp_path: Path) -> None:
+    hub.api_faults = list(answers)
     with pytest.raises(LauncherError, match=words) as caught:
         stage_c4(tmp_path / "c4", files=1)
-    assert hub.endpoint in caught.value.what and caught.value.status == 3 and not (tmp_path / "c4").exists()
-
-
-@pytest.mark.parametrize("body", [PAGE, "{}", "[7]"])
-def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
-    hub.api_faults = [passed, answer(body.encode())]
-    with pytest.raises(LauncherError, match=r"is no (JSON|list of files)"):
-        stage_c4(tmp_path / "c4", files=1)
-
-
-@pytest.mark.parametrize(
-    ("to", "words"),
-    [
-        ("", "HTTP 302"),
-        ("file:///etc/passwd", "address that cannot be used|HTTP 302"),
-        ("ftp://host/x", "address that cannot be used"),
-        ("http://[bad", "address that cannot be used"),
-    ],
-)
-@pytest.mark.parametrize("where", ["api", "content"])
-def test_redirects_that_lead_nowhere(
-    to: str, words: str, where: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(web, "ATTEMPTS", 1)
-    monkeypatch.setattr(web, "CONTACT_ATTEMPTS", 1)
-    if where == "api":
-        hub.api_faults = [moved(to)] * 30
-    else:
-        hub.always = moved(to)
-        words += "|the connection breaks off"
-    with pytest.raises(LauncherError, match=words):
-        stage_c4(tmp_path / "c4", files=1)
+    assert hub.endpoint in f"{caught.value.what} {caught.value.fix}" and not (tmp_path / "c4").exists()
 
 
 def test_a_token_follows_to_its_own_server_only(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,30 +135,17 @@ def bomb() -> Fault:
     return answer(gzip.compress(b" " * (1 << 20), 9) * 4096, Content_Encoding="gzip")
 
 
-def pages(count: int) -> Fault:
+def pages(count: int, pause_s: float = 0) -> Fault:
     """A listing whose every page says that there is another."""
 
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+    def fault(handler: Handler, _content: Content, _start: int) -> None:
         entries = [{"type": "file", "path": f"f{n}", "size": 1, "oid": "0" * 40} for n in range(count)]
         link = {"Link": f'<{handler.hub.endpoint}{handler.path}>; rel="next"'}
+        time.sleep(pause_s)
         handler.hub.api_faults.append(fault)  # before the answer: the next request may be quick
         handler.answer(200, json.dumps(entries).encode(), link)
-        return True
 
     return fault
-
-
-def slow_pages(handler: Handler, _content: Content, _start: int) -> bool:
-    """Each page in time, and never the last."""
-    handler.hub.api_faults.append(slow_pages)
-    time.sleep(0.5)
-    handler.answer(200, b"[]", {"Link": f'<{handler.hub.endpoint}{handler.path}>; rel="next"'})
-    return True
-
-
-def nowhere(handler: Handler, _content: Content, _start: int) -> bool:
-    handler.answer(200, b"[]", {"Link": '<http://[bad>; rel="next"'})
-    return True
 
 
 FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
@@ -193,8 +153,11 @@ FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
     "bomb as a listing": (lambda: [passed, bomb()], "is no JSON"),
     "pages without end": (lambda: [passed, pages(1000)], "more than 100,000 entries"),
     "empty pages without end": (lambda: [passed, pages(0)], "more than 300 entries"),
-    "pages that drip": (lambda: [passed, slow_pages], "no whole listing in 2 s"),
-    "a next page nowhere": (lambda: [passed, nowhere], "an address that cannot be used"),
+    "pages that drip": (lambda: [passed, pages(0, 0.5)], "no whole listing in 2 s"),
+    "a next page nowhere": (
+        lambda: [passed, answer(b"[]", Link='<http://[bad>; rel="next"')],
+        "an address that cannot be used",
+    ),
     "a drip": (lambda: [drips(b"HTTP/1.1 200 OK\r\n\r\n", b" ")], "less than 1 kB/s"),
 }
 
@@ -275,7 +238,7 @@ STORE_FLOODS: dict[str, tuple[Fault, str]] = {
     "pages without end": (answer(f"{LISTING}</ListBucketResult>".encode()), "more than 30 entries"),
     "a bomb": (answer(gzip.compress(b" " * (1 << 20)) * 4096, Content_Encoding="gzip"), "the same command continues"),
     "a page that drips": (slow(0.1, 1), "ReadTimeoutError"),
-    "a web page": (answer(PAGE.encode()), "not there"),
+    "a web page": (answer(PAGE), "not there"),
 }
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import subprocess
-import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +15,7 @@ from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import read_sidecar, sidecar_path, superblock
 from launcher.stage.image import stage_image
 from launcher.stage.inventory import check_images
-from tests.conftest import ROOT
 from tests.stage.stage_image import (
-    CALL,
     SIZE,
     expected,
     image_bytes,
@@ -139,29 +134,6 @@ def test_a_bad_source_leaves_nothing(how: str, words: str, source: Path, tmp_pat
         stage_image(str(source), tmp_path / "images", say=said.append)
     assert caught.value.fix
     assert not [path for path in (tmp_path / "images").rglob("*.sqsh*")]
-
-
-def test_too_little_space_is_found_before_the_first_byte(
-    source: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _directory: SimpleNamespace(free=SIZE))
-    with pytest.raises(LauncherError, match=r"3\.15 MB are still needed, 3\.15 MB are free"):
-        stage_image(str(source), tmp_path / "images", say=said.append)
-    assert sum(path.stat().st_size for path in (tmp_path / "images").rglob("*.sqsh")) == 0
-
-
-def test_a_disk_that_fills_up_stops_it(source: Path, tmp_path: Path, said: list[str]) -> None:
-    """The kernel's refusal to let a file grow stands in for a full disk: the same place, another number."""
-    done = subprocess.run(
-        [sys.executable, "-c", CALL, str(source), str(tmp_path / "images")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
-    )
-    assert "File too large" in done.stderr
-    assert not list((tmp_path / "images" / ".staged" / "partial").iterdir())
-    assert stage_image(str(source), tmp_path / "images", say=said.append).read_bytes() == image_bytes()
 
 
 def test_two_stagers_at_once_copy_once(source: Path, tmp_path: Path) -> None:

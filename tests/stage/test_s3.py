@@ -176,12 +176,22 @@ def refusal(address: str = ADDRESS) -> LauncherError:
     return caught.value
 
 
-def test_no_credentials(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_store_refuses(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("s3://nothing-here/c4", f"s3://{BUCKET}/text/c5"):
+        assert refusal(address).status == ExitStatus.NOT_FOUND
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on the server wants to know users
+        assert "access denied" in refusal().what
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    error = refusal()
+    assert "no connection to the store" in error.what and "AWS_ENDPOINT_URL" in error.fix
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert "no credentials" in refusal().what
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     assert "nobody" in refusal().original
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert "titan-launcher[s3]" in refusal().fix
 
 
 def test_credentials_and_endpoint_come_from_the_profile(
@@ -198,23 +208,6 @@ def test_credentials_and_endpoint_come_from_the_profile(
     assert len(s3.open_bucket(ADDRESS)[1]) == 15
 
 
-def test_access_denied(store: Store) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on the server wants to know users
-        assert "access denied" in refusal().what
-
-
-def test_nobody_at_the_endpoint(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    error = refusal()
-    assert "no connection to the store" in error.what and "AWS_ENDPOINT_URL" in error.fix
-
-
-@pytest.mark.parametrize("address", ["s3://nothing-here/c4", f"s3://{BUCKET}/text/c5"])
-def test_no_such_place(address: str, store: Store) -> None:
-    assert refusal(address).status == ExitStatus.NOT_FOUND
-
-
 @pytest.mark.parametrize("address", ["s3://", "s3://key:secret@corpora/c4", "s3://corpora/../c4", "s3://corpora/c 4"])
 def test_not_an_address(address: str) -> None:
     assert "not an address" in refusal(address).what
@@ -225,11 +218,6 @@ def test_no_c4_there(store: Store) -> None:
     with pytest.raises(LauncherError, match=r"has no README\.md") as caught:
         plan_c4(Path("c4"), source=ADDRESS, files=1)
     assert "aws s3 sync" in caught.value.fix
-
-
-def test_without_s3fs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    assert "titan-launcher[s3]" in refusal().fix
 
 
 # --------------------------------------------------------------------------------------------------------- streaming

@@ -71,8 +71,10 @@ def test_more_files_keep_the_revision_and_what_is_there(hub: Hub, tmp_path: Path
     assert "en/c4-validation.00000-of-00001.json.gz" in staged(tmp_path / "c4")
 
 
-def test_two_revisions_do_not_mix(hub: Hub, tmp_path: Path):
+def test_what_does_not_mix(launch: Launch, hub: Hub, tmp_path: Path):
     stage_c4(tmp_path / "c4", files=1)
+    done = launch("stage", "tokenizer", "--to", str(tmp_path / "c4"))
+    assert done.returncode == 3 and "holds c4 from hf://datasets/allenai/c4" in done.stderr
     hub.commits["dataset", "allenai/c4"] = "c" * 40
     with pytest.raises(LauncherError, match="holds revision a"):
         stage_c4(tmp_path / "c4", files=1, revision="main")
@@ -130,8 +132,8 @@ def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path
     [
         ((), 2, "one of --files N, --for RUN and --all"),
         (("--files", "2", "--all"), 2, "one of --files N, --for RUN and --all"),
+        (("--all", "--from", "s3://b/c", "--revision", "v9"), 2, "not with --from"),
         (("--files", "13"), 3, "C4 has 12 train files"),
-        (("--files", "0"), 3, "C4 has 1024 train files"),
         (("--for", "nodes=3,gpu=4"), 3, "'gpu=4' is not one of nodes=N"),
         (("--for", "nodes=0"), 3, "'nodes=0'"),
         (("--for", "nodes=1,gpus=4,tp=3"), 3, "4 GPUs cannot be divided into groups of 3"),

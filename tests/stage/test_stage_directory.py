@@ -33,12 +33,6 @@ def test_somebody_elses_data(launch: Launch, hub: Hub, workplace: Path, name: st
     assert sorted(p for p in (workplace / "c4").rglob("*") if p.is_file()) == [path]
 
 
-def test_another_kind_of_staged_directory(launch: Launch, hub: Hub, workplace: Path):
-    assert launch("stage", "c4", "--to", "c4", "--files", "1").returncode == 0
-    done = launch("stage", "tokenizer", "--to", "c4")
-    assert done.returncode == 3 and "holds c4 from hf://datasets/allenai/c4" in done.stderr
-
-
 def test_too_small_a_disk_is_refused_before_anything_is_downloaded(hub: Hub, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _target: SimpleNamespace(free=target_module.RESERVE + 1000))
     with pytest.raises(LauncherError, match=r"are still needed, 67.1 MB are free"):
@@ -135,6 +129,7 @@ def test_a_copy_with_other_times_is_read_and_kept(hub: Hub, tmp_path: Path):
 
 EDITS = {
     "not JSON": lambda text: text[:-20],
+    "a checksum": lambda text: text.replace('"sha256": "', '"sha256": "x'),
     "another schema": lambda text: text.replace('"schema": 1', '"schema": 99'),
     "a path that leads outside": lambda text: text.replace("README.md", "../README.md"),
     "a size that is none": lambda text: text.replace('"bytes": ', '"bytes": -'),
@@ -151,22 +146,11 @@ def test_a_manifest_that_nobody_can_trust(launch: Launch, hub: Hub, workplace: P
     path.write_text(EDITS[edit](path.read_text()))
     found = launch("stage", "verify", "c4")
     assert found.returncode == 3 and "damaged or edited" in found.stderr
-    assert "damaged or edited" in launch("stage", "list", "c4").stdout
+    assert "damaged or edited" in launch("stage", "list", "c4").stderr
     hub.requests.clear()
     assert launch("stage", "c4", "--to", "c4", "--files", "2").returncode == 0
     assert not [request for request in hub.requests if request.where == "cdn"]
     assert json.loads(path.read_text()) == good
-
-
-def test_a_checksum_that_was_edited(launch: Launch, hub: Hub, workplace: Path):
-    stage_c4(workplace / "c4", files=1)
-    path = workplace / "c4/.staged/manifest.json"
-    good = path.read_text()
-    sha256 = json.loads(good)["files"][FILE]["sha256"]
-    path.write_text(good.replace(sha256, "0" * 64))
-    assert launch("stage", "verify", "c4", "--deep").returncode == 3
-    stage_c4(workplace / "c4", files=1)
-    assert path.read_text() == good
 
 
 def test_an_interrupted_directory_says_what_is_missing(launch: Launch, hub: Hub, workplace: Path, monkeypatch):

@@ -148,7 +148,7 @@ def test_damage_in_a_staged_image_is_found_by_verify(source: Path, launch: Launc
 def test_list_knows_images(source: Path, launch: Launch, workplace: Path) -> None:
     path = stage_image(str(source), workplace / "images", say=print)
     done = launch("stage", "list", "images")
-    assert done.returncode == 0 and "images: 1 image, 3.15 MB, not read" in done.stdout
+    assert done.returncode == 0 and "images: images, 1 file, 3.15 MB, complete" in done.stdout
     os.truncate(path, 1 << 20)
-    assert "DAMAGED: 1" in launch("stage", "list", ".").stdout
+    assert "INCOMPLETE, 1 file" in launch("stage", "list", ".").stdout
     assert read_json(sidecar_path(path)) is not None
