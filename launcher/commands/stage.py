@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.output import as_json, echo, print_error, print_json, say
+from launcher.base.output import as_json, counted, echo, print_error, print_json, say
 from launcher.config.options import FilePath
 from launcher.stage import inventory, models
 from launcher.stage.c4 import looks_like_c4, plan_c4
 from launcher.stage.fetch import Outcome, fetch
 from launcher.stage.image import stage_image
 from launcher.stage.inventory import reports
-from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
+from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES
 from launcher.stage.target import gigabytes, refuse_foreign
 
 _path = FilePath(path_type=Path)
@@ -121,7 +121,7 @@ def _stage_model(kind: str, *, target: Path, jobs: int, dry_run: bool, as_json: 
     refuse_foreign(target, models.kind_of)
     repo, files = models.plan(kind, target, **wanted)
     size = gigabytes(sum(file.bytes for file in files))
-    say(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}")
+    say(f"{repo.name}: {counted(len(files), 'file')}, {size}, revision {repo.revision[:12]}")
     if dry_run:
         _print_dry_run(target, files, {"source": repo.source, "revision": repo.revision}, as_json)
     else:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.base.errors import LauncherError, quoted
+from launcher.base.output import counted
 from launcher.base.values import whole
 from launcher.config.layers import merge, read_layer
 from launcher.stage.fetch import open_repo
 from launcher.stage.hub import find_token, list_files
 from launcher.stage.s3 import open_bucket
-from launcher.stage.shards import IN_EN, SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
+from launcher.stage.shards import IN_EN, SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for
 from launcher.stage.source import RemoteFile, Source
 from launcher.stage.target import STATE, gigabytes, scaled
 from launcher.stage.view import tokens_of
@@ -29,15 +30,11 @@ EXAMPLE = "--for nodes=17,gpus=4,steps=1000,batch=5"
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run reads: from its ranks, the files it needs; from its steps, the tokens."""
+    """What a run reads: as many ranks want files of their own, and its steps so many tokens."""
 
     ranks: int  # data-parallel degree
     tokens: int
     words: str  # how the user named the run
-
-    def files(self, in_all: int) -> int:
-        """The least number that has the tokens and is a multiple of the ranks; all that divide, where C4 ends."""
-        return files_for(self.tokens, self.ranks, in_all)
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,9 @@ def plan_c4(
     chosen.sort(key=lambda file: file.path)
     wanted = (*readme, *chosen, *(split["validation"] if validation else []))
     if unknown := sum(not (file.sha256 or file.blob) for file in wanted):
-        notes.append(f"{in_files(unknown)} not in {source}/{STATE}/manifest.json: nothing but sizes can be compared")
+        notes.append(
+            f"{counted(unknown, 'file')} not in {source}/{STATE}/manifest.json: nothing but sizes can be compared"
+        )
     return Plan(repo, wanted, count, in_all, notes)
 
 
@@ -175,9 +174,9 @@ def _count(files: int | None, demands: Sequence[Demand], everything: bool, in_al
         return files, []
     notes, count = [], 0
     for demand in demands:
-        needed, least = demand.files(in_all), max(-(-demand.tokens // TOKENS_PER_FILE), 1)
+        needed, least = files_for(demand.tokens, demand.ranks, in_all), max(-(-demand.tokens // TOKENS_PER_FILE), 1)
         count = max(count, needed)
-        note = f"{demand.words}: {scaled(demand.tokens, ' tokens')} are {in_files(least)}, and "
+        note = f"{demand.words}: {scaled(demand.tokens, ' tokens')} are {counted(least, 'file')}, and "
         if needed % demand.ranks:
             note += f"{demand.ranks} data-parallel ranks are more than C4 has files, so all of them"
         else:

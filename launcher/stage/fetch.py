@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.output import say
+from launcher.base.output import counted, say
 from launcher.stage.hub import Repo, pin
 from launcher.stage.manifest import (
     Manifest,
@@ -25,7 +25,6 @@ from launcher.stage.manifest import (
     wrong_size,
 )
 from launcher.stage.progress import JOBS, Progress, each
-from launcher.stage.shards import in_files
 from launcher.stage.source import Downloads, RemoteFile, Source
 from launcher.stage.target import (
     Work,
@@ -69,7 +68,7 @@ class Outcome:
 
     def line(self) -> str:
         """For people."""
-        line = f"{self.target}: {in_files(len(self.manifest.wanted))}, {gigabytes(self.bytes)}, verified; "
+        line = f"{self.target}: {counted(len(self.manifest.wanted), 'file')}, {gigabytes(self.bytes)}, verified; "
         if not self.downloaded:
             return line + "nothing to download"
         rate = self.bytes_downloaded / max(self.seconds, 1e-3)
@@ -157,7 +156,8 @@ def fetch(
         except BaseException:
             with contextlib.suppress(LauncherError):  # the disk may be what went wrong
                 write_manifest(work, manifest)
-            say(f"stopped: {len(files)} of {in_files(len(paths))} are complete in {target}; the same command continues")
+            have = f"{len(files)} of {counted(len(paths), 'file')}"
+            say(f"stopped: {have} are complete in {target}; the same command continues")
             raise
         write_manifest(work, manifest)
         size = sum(file.bytes for file in came)

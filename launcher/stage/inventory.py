@@ -11,11 +11,12 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import unreadable
+from launcher.base.output import counted
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.stage import c4
 from launcher.stage.image import NAME, described
 from launcher.stage.manifest import Manifest, Problem, StagedFile, check, manifest_path, read, read_manifest
-from launcher.stage.shards import IN_EN, TOKENS_PER_FILE, in_files
+from launcher.stage.shards import IN_EN, TOKENS_PER_FILE
 from launcher.stage.source import RemoteFile
 from launcher.stage.target import gigabytes, is_directory, scaled
 
@@ -66,14 +67,15 @@ class Report:
         """For people: what it is, its state, what it is good for."""
         manifest = self.manifest
         size = gigabytes(sum(file.bytes for file in manifest.files.values()))
-        state = f"INCOMPLETE, {in_files(len(self.problems))}" if self.problems else "complete"
+        state = f"INCOMPLETE, {counted(len(self.problems), 'file')}" if self.problems else "complete"
         of = f" from {manifest.source} at {manifest.revision[:12]}" if manifest.source else ""
         rows = [f"{problem.path}: {problem.what}" for problem in self.problems[:10]]
         if len(self.problems) > 10:
             rows.append(f"… and {len(self.problems) - 10} more")
         if self.unknown:
-            rows.append(f"not verified: {in_files(len(self.unknown))} in en/ ({self.unknown[0]}, …): stage or remove")
-        first = f"{self.directory}: {manifest.kind}{of}, {in_files(len(manifest.files))}, {size}, {state}"
+            more = counted(len(self.unknown), "file")
+            rows.append(f"not verified: {more} in en/ ({self.unknown[0]}, …): stage or remove")
+        first = f"{self.directory}: {manifest.kind}{of}, {counted(len(manifest.files), 'file')}, {size}, {state}"
         return [first, *(f"  {row}" for row in (*rows, *self.suffices()))]
 
     def suffices(self) -> list[str]:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from launcher.base.output import say
-from launcher.stage.shards import in_files
+from launcher.base.output import counted, say
 from launcher.stage.source import RemoteFile
 from launcher.stage.target import Stopped, gigabytes
 
@@ -43,7 +42,7 @@ class Progress:
             self.last_line, rate = now, max(self.bytes, 0) / (now - self.began)
             left = f"{(self.size - self.bytes) / rate:,.0f} s left" if rate else "no data yet"
             done = f"{gigabytes(max(self.bytes, 0))} of {gigabytes(self.size)}, {gigabytes(rate)}/s, {left}"
-            say(f"{self.title} {self.done_files} of {in_files(self.files)}: {done}")
+            say(f"{self.title} {self.done_files} of {counted(self.files, 'file')}: {done}")
 
 
 def each(

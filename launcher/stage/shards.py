@@ -33,18 +33,9 @@ def files_for(tokens: int, ranks: int, in_all: int) -> int:
     return in_all - in_all % ranks if ranks <= in_all else in_all
 
 
-def in_files(count: int) -> str:
-    """`1 file`, `2 files`."""
-    return f"{count:,} file" + ("" if count == 1 else "s")
-
-
 def and_more(names: Sized) -> str:
     """Behind the first of `names`."""
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def in_millions(tokens: float) -> str:
-    return f"{tokens / 1e6:,.0f} M"
 
 
 def wrong_start(head: bytes) -> str:

@@ -34,9 +34,9 @@ from launcher.stage.shards import (
     TRAIN_FILES,
     and_more,
     files_for,
-    in_millions,
     wrong_start,
 )
+from launcher.stage.target import scaled
 from launcher.titan import LFS_POINTER, Refused
 from launcher.titan.data import check_data, check_shards
 
@@ -368,8 +368,8 @@ def _shortages(spec: PlacedRun, staged: Staged) -> list[str]:
     # The estimate is for Llama 3's tokenizer: the sample's makes three times as many tokens.
     if needed > there * (1 + ESTIMATE_IS_GOOD_TO) and spec.job.tokenizer != SAMPLE:
         notes.append(
-            f"{spec.data_path}: the run reads {in_millions(needed)} tokens, its {len(train)} files have about "
-            f"{in_millions(there)} (estimated from their size): it reads them more than once{more}"
+            f"{spec.data_path}: the run reads {scaled(needed, ' tokens')}, its {len(train)} files have about "
+            f"{scaled(there, ' tokens')} (estimated from their size): it reads them more than once{more}"
         )
     validates = [spec.titan.get(key, "").lower() for key in ("validation.enable", "validator.enable")]
     if not staged.validation and "true" in validates:

@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from tests.stage.test_stage_c4 import stage_c4, train
 
 __all__ = ["source", "url"]  # fixtures
 FILE = train(0)[0]
+BOMB = answer(gzip.compress(b" " * (1 << 20), 9) * 4096, Content_Encoding="gzip")  # 4 GB of spaces in 4 MB
 MEMORY = 3 << 30  # of a whole Python with its libraries, as addresses
 
 
@@ -101,18 +101,17 @@ def test_a_token_follows_to_its_own_server_only(hub: Hub, tmp_path: Path, monkey
     assert {r.authorization for r in hub.requests if r.where == "cdn"} == {""}
 
 
-CONTENT_FLOODS: dict[str, tuple[Callable[[], Fault], str]] = {
-    "a bomb": (lambda: bomb(), "more than the"),
-    "a redirect without end": (lambda: endless(302), "no dataset|needs a token"),
-    "a refusal without end": (lambda: endless(503), "HTTP 503"),
-    "a file without end": (lambda: endless(), "more than the"),
+CONTENT_FLOODS = {
+    "a bomb": (BOMB, "more than the"),
+    "a redirect without end": (endless(302), "no dataset|needs a token"),
+    "a refusal without end": (endless(503), "HTTP 503"),
+    "a file without end": (endless(), "more than the"),
 }
 
 
 @pytest.mark.parametrize("how", CONTENT_FLOODS)
 def test_a_flood_in_place_of_a_file_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
-    make, words = CONTENT_FLOODS[how]
-    hub.always = make()
+    hub.always, words = CONTENT_FLOODS[how]
     code = "import launcher.stage.web as w; w.ATTEMPTS = 2; w.BACKOFF_S = 0; from launcher.cli import main; main()"
     done = run_with_little_memory(code)
     said = " ".join(done.stderr.split())
@@ -130,11 +129,6 @@ def run_with_little_memory(code: str, *words: str) -> subprocess.CompletedProces
     )
 
 
-def bomb() -> Fault:
-    """4 GB of spaces in 4 MB."""
-    return answer(gzip.compress(b" " * (1 << 20), 9) * 4096, Content_Encoding="gzip")
-
-
 def pages(count: int, pause_s: float = 0) -> Fault:
     """A listing whose every page says that there is another."""
 
@@ -148,24 +142,24 @@ def pages(count: int, pause_s: float = 0) -> Fault:
     return fault
 
 
-FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
-    "bomb": (lambda: [bomb()], "is no JSON"),
-    "bomb as a listing": (lambda: [passed, bomb()], "is no JSON"),
-    "pages without end": (lambda: [passed, pages(1000)], "more than 100,000 entries"),
-    "empty pages without end": (lambda: [passed, pages(0)], "more than 300 entries"),
-    "pages that drip": (lambda: [passed, pages(0, 0.5)], "no whole listing in 2 s"),
+FLOODS: dict[str, tuple[list[Fault], str]] = {
+    "bomb": ([BOMB], "is no JSON"),
+    "bomb as a listing": ([passed, BOMB], "is no JSON"),
+    "pages without end": ([passed, pages(1000)], "more than 100,000 entries"),
+    "empty pages without end": ([passed, pages(0)], "more than 300 entries"),
+    "pages that drip": ([passed, pages(0, 0.5)], "no whole listing in 2 s"),
     "a next page nowhere": (
-        lambda: [passed, answer(b"[]", Link='<http://[bad>; rel="next"')],
+        [passed, answer(b"[]", Link='<http://[bad>; rel="next"')],
         "an address that cannot be used",
     ),
-    "a drip": (lambda: [drips(b"HTTP/1.1 200 OK\r\n\r\n", b" ")], "less than 1 kB/s"),
+    "a drip": ([drips(b"HTTP/1.1 200 OK\r\n\r\n", b" ")], "less than 1 kB/s"),
 }
 
 
 @pytest.mark.parametrize("how", FLOODS)
 def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
-    make, words = FLOODS[how]
-    hub.api_faults = make()
+    faults, words = FLOODS[how]
+    hub.api_faults = list(faults)
     less = "300" if "empty" in how else str(hub_module.ENTRIES)
     slow = "drip" in how
     code = (
@@ -236,7 +230,7 @@ STORE_FLOODS: dict[str, tuple[Fault, str]] = {
     "a listing without end": (endless(), "more than 16 MiB at once"),
     "a refusal without end": (endless(403), "more than 16 MiB at once"),
     "pages without end": (answer(f"{LISTING}</ListBucketResult>".encode()), "more than 30 entries"),
-    "a bomb": (answer(gzip.compress(b" " * (1 << 20)) * 4096, Content_Encoding="gzip"), "the same command continues"),
+    "a bomb": (BOMB, "the same command continues"),
     "a page that drips": (slow(0.1, 1), "ReadTimeoutError"),
     "a web page": (answer(PAGE), "not there"),
 }

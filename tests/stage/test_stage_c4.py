@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.base.errors import LauncherError
-from launcher.stage.c4 import Demand, demand_from, plan_c4
+from launcher.stage.c4 import demand_from, plan_c4
 from launcher.stage.fetch import fetch
 from launcher.stage.progress import JOBS
-from launcher.stage.shards import TOKENS_PER_FILE
+from launcher.stage.shards import TOKENS_PER_FILE, files_for
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
 
@@ -114,9 +113,9 @@ def test_dry_run_writes_nothing(launch: Launch, hub: Hub, workplace: Path):
 )
 def test_files_for_a_run(text: str, ranks: int, files: int):
     demand = demand_from(text)
-    assert (demand.ranks, demand.files(1024)) == (ranks, files)
-    exactly = Demand(ranks, ranks * TOKENS_PER_FILE, "")
-    assert exactly.files(2048) == ranks and replace(exactly, tokens=exactly.tokens + 1).files(4096) == 2 * ranks
+    assert (demand.ranks, files_for(demand.tokens, ranks, 1024)) == (ranks, files)
+    assert files_for(ranks * TOKENS_PER_FILE, ranks, 2048) == ranks
+    assert files_for(ranks * TOKENS_PER_FILE + 1, ranks, 4096) == 2 * ranks
 
 
 def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path):

@@ -283,8 +283,8 @@ TOO_FEW = {
     "too few tokens": (
         (4, 1, PLENTY),
         {"recipe__local_batch_size": 5, "recipe__steps": 5000},
-        "the run reads 819 M tokens, its 4 files have about 686 M (estimated from their size): it reads them more than "
-        "once; launcher stage c4 --to {} --files 8",
+        "the run reads 819 M tokens, its 4 files have about 686 M tokens (estimated from their size): it reads them "
+        "more than once; launcher stage c4 --to {} --files 8",
     ),
     "more of this size are not to be had": (
         (4, 1, 20 * MB),
