@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from launcher.stage import sample
-from launcher.stage.c4 import bring, plan_c4
+from launcher.stage.c4 import plan_c4
+from launcher.stage.fetch import fetch
 from launcher.stage.inventory import verify
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
 from launcher.stage.target import at_work
@@ -151,7 +152,8 @@ def import_hub() -> None:
 def child(target: Path, files: int, jobs: int) -> None:
     import_hub()
     began = time.monotonic()
-    bring(target, plan_c4(target, files=files), jobs)
+    plan = plan_c4(target, files=files)
+    fetch(target, plan.repo, plan.files, "c4", jobs, plan.train_files_in_all)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     print(json.dumps({"seconds": seconds, "memory_mb": peak}))
@@ -169,7 +171,7 @@ def plan_seconds(target: Path) -> float:
         files[name] = StagedFile(0, "0" * 64, (target / name).stat().st_mtime_ns)
     manifest = Manifest("c4", "hf://datasets/allenai/c4", "a" * 40, files, tuple(files), TRAIN_FILES)
     with at_work(target, print) as work:
-        write_manifest(work.state, manifest)
+        write_manifest(work, manifest)
     began = time.monotonic()
     plan_c4(target, everything=True)
     assert not verify(target).problems

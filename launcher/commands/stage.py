@@ -10,15 +10,15 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.output import as_json, echo, print_error, print_json, say
+from launcher.base.output import as_json, counted, echo, print_error, print_json, say
 from launcher.config.options import FilePath
-from launcher.stage import c4 as c4_work
 from launcher.stage import inventory, models
-from launcher.stage.fetch import Outcome, summary
+from launcher.stage.c4 import looks_like_c4, plan_c4
+from launcher.stage.fetch import Outcome, fetch
 from launcher.stage.image import stage_image
 from launcher.stage.inventory import reports
-from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES, in_files
-from launcher.stage.target import gigabytes, refuse_foreign, refuse_unwritable
+from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES
+from launcher.stage.target import gigabytes, refuse_foreign
 
 _path = FilePath(path_type=Path)
 _to = click.option("--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into.")
@@ -63,45 +63,19 @@ def _of_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
     "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.",
 )
 @_from_the_hub
-def c4(
-    target: Path,
-    files: int | None,
-    runs: tuple[str, ...],
-    everything: bool,
-    validation: bool,
-    source: str,
-    revision: str | None,
-    token_file: Path | None,
-    jobs: int,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> None:
     """Stage the files of C4 that a run needs, verified. Again continues, adds and repairs.
 
     \b
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
     launcher stage c4 --to /data/c4 --files 68 --validation
     """
-    if sum((files is not None, bool(runs), everything)) != 1:
+    if sum((wanted["files"] is not None, bool(wanted["runs"]), wanted["everything"])) != 1:
         raise click.UsageError("one of --files N, --for RUN and --all is needed")
-    if source and (revision or token_file):
+    if wanted["source"] and (wanted["revision"] or wanted["token_file"]):
         raise click.UsageError("--revision and --token-file are the Hub's: not with --from")
-    refuse_foreign(target, c4_work.looks_like_c4)  # what needs no network comes first
-    if files is not None and (files < 1 or not source):
-        c4_work.check_count(files)
-    demands = [c4_work.demand_from(text) for text in runs]
-    if not dry_run:
-        refuse_unwritable(target)
-    plan = c4_work.plan_c4(
-        target,
-        files=files,
-        demands=demands,
-        everything=everything,
-        validation=validation,
-        revision=revision,
-        token_file=token_file,
-        source=source,
-    )
+    refuse_foreign(target, looks_like_c4)
+    plan = plan_c4(target, **wanted)
     echo(*plan.notes, plan.line(), err=True)
     facts = {
         "train_files": plan.train_files,
@@ -113,7 +87,7 @@ def c4(
     if dry_run:
         _print_dry_run(target, plan.files, facts, as_json)
     else:
-        _print_outcome(c4_work.bring(target, plan, jobs), target, facts, as_json)
+        _print_outcome(fetch(target, plan.repo, plan.files, "c4", jobs, plan.train_files_in_all), facts, as_json)
 
 
 @click.command()
@@ -143,34 +117,22 @@ def model(**options: Any) -> None:
     _stage_model("model", **options)
 
 
-def _stage_model(
-    kind: str,
-    *,
-    model: str,
-    target: Path,
-    revision: str | None,
-    token_file: Path | None,
-    jobs: int,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def _stage_model(kind: str, *, target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> None:
     refuse_foreign(target, models.kind_of)
-    if not dry_run:
-        refuse_unwritable(target)
-    repo, files = models.plan(kind, target, model, revision, token_file)
+    repo, files = models.plan(kind, target, **wanted)
     size = gigabytes(sum(file.bytes for file in files))
-    say(f"{repo.name}: {in_files(len(files))}, {size}, revision {repo.revision[:12]}")
+    say(f"{repo.name}: {counted(len(files), 'file')}, {size}, revision {repo.revision[:12]}")
     if dry_run:
         _print_dry_run(target, files, {"source": repo.source, "revision": repo.revision}, as_json)
     else:
-        _print_outcome(models.bring(kind, target, repo, files, jobs), target, {}, as_json)
+        _print_outcome(fetch(target, repo, files, kind, jobs), {}, as_json)
 
 
-def _print_outcome(outcome: Outcome, target: Path, facts: dict[str, Any], as_json: bool) -> None:
+def _print_outcome(outcome: Outcome, facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print_json(facts | outcome.as_dict(target))
+        print_json(facts | outcome.as_dict())
     else:
-        echo(summary(outcome, target))
+        echo(outcome.line())
 
 
 def _print_dry_run(target: Path, files: Any, facts: dict[str, Any], as_json: bool) -> None:
@@ -217,36 +179,30 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
     \b
     launcher stage list /data/c4 /data/tokenizers
     """
-    places = list(directories) or [Path(place) for place in inventory.PLACES]
-    reports: list[Any] = []
-    failures: list[LauncherError] = []
-    unusable: list[LauncherError] = []
+    places = directories or inventory.PLACES
+    reports: list[inventory.Report] = []
+    errors: list[LauncherError] = []
     for directory in directories:
         try:
-            inventory.refuse_no_directory(directory)
+            inventory.require_directory(directory)
         except LauncherError as error:
-            unusable.append(error)
-    status = max((error.status for error in unusable), default=ExitStatus.OK)
+            errors.append(error)
+    status = max((error.status for error in errors), default=ExitStatus.OK)
     for directory in inventory.staged_below(places):
         try:
             reports += inventory.reports(directory)
         except LauncherError as error:
-            failures.append(error)
+            errors.append(error)
     if as_json:
-        rows = [report.as_dict() for report in reports]
-        print_json(rows + [{"error": failure.what} for failure in (*failures, *unusable)])
-        sys.exit(status)
-    for report in reports:
-        echo(*report.lines())
-        if report.problems:
-            echo(f"  repair: {report.repair}")
-    for failure in failures:
-        echo(failure.what)
-    for failure in unusable:
-        print_error(failure)
-    if not reports and not failures and not unusable:
-        where = ", ".join(str(place) for place in places)
-        echo(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8", err=True)
+        print_json([report.as_dict() for report in reports] + [{"error": found.what} for found in errors])
+    else:
+        for report in reports:
+            echo(*report.lines(), *([f"  repair: {report.repair}"] if report.problems else []))
+        for found in errors:
+            print_error(found)
+        if not (reports or errors):
+            where = ", ".join(map(str, places))
+            echo(f"nothing staged in {where}; start: launcher stage c4 --to /data/c4 --files 8", err=True)
     sys.exit(status)
 
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.base.errors import LauncherError, quoted
+from launcher.base.output import counted
 from launcher.base.values import whole
 from launcher.config.layers import merge, read_layer
-from launcher.stage.fetch import Outcome, fetch, open_repo
+from launcher.stage.fetch import open_repo
 from launcher.stage.hub import find_token, list_files
 from launcher.stage.s3 import open_bucket
-from launcher.stage.shards import SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for, in_files
+from launcher.stage.shards import IN_EN, SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for
 from launcher.stage.source import RemoteFile, Source
-from launcher.stage.target import STATE, gigabytes
+from launcher.stage.target import STATE, gigabytes, scaled
 from launcher.stage.view import tokens_of
 
 REPO = "allenai/c4"
@@ -29,15 +30,11 @@ EXAMPLE = "--for nodes=17,gpus=4,steps=1000,batch=5"
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run reads: from its ranks, the files it needs; from its steps, the tokens."""
+    """What a run reads: as many ranks want files of their own, and its steps so many tokens."""
 
     ranks: int  # data-parallel degree
     tokens: int
     words: str  # how the user named the run
-
-    def files(self, in_all: int) -> int:
-        """The least number that has the tokens and is a multiple of the ranks; all that divide, where C4 ends."""
-        return files_for(self.tokens, self.ranks, in_all)
 
 
 @dataclass(frozen=True)
@@ -51,25 +48,15 @@ class Plan:
     notes: Sequence[str]
 
     @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
-
-    @property
     def tokens(self) -> int:
         return self.train_files * TOKENS_PER_FILE
 
     def line(self) -> str:
+        size = gigabytes(sum(file.bytes for file in self.files))
         return (
-            f"{self.train_files} of {self.train_files_in_all} train files, {gigabytes(self.bytes)}, about "
-            f"{billions(self.tokens)} tokens, revision {self.repo.revision[:12]}"
+            f"{self.train_files} of {self.train_files_in_all} train files, {size}, about "
+            f"{scaled(self.tokens, ' tokens')}, revision {self.repo.revision[:12]}"
         )
-
-
-def billions(count: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{int(count)}"
 
 
 def demand_from(text: str) -> Demand:
@@ -77,48 +64,33 @@ def demand_from(text: str) -> Demand:
 
     Tokens are steps x batch x sequence length x ranks. Raises LauncherError naming the part that is wrong.
     """
-    if not text.strip():
-        raise LauncherError("value", "--for: names no run", EXAMPLE)
     if "=" not in text or text.endswith(".toml"):
-        return _demand_of_run(Path(os.path.expanduser(text)))
-    defaults = {"nodes": 1, "gpus": 8, "steps": 100, "batch": 5, "seq": 8192, "tp": 1, "cp": 1, "pp": 1}
-    values = dict(defaults)
-    named: set[str] = set()
+        return _demand_of_run(text)
+    where = f"--for {text[:80]}"
+    values = {"nodes": 1, "gpus": 8, "steps": 100, "batch": 5, "seq": 8192, "tp": 1, "cp": 1, "pp": 1}
+    names = list(values)
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
         count = whole(number) or 0
-        if name not in values or not 1 <= count <= 10**9:
-            raise LauncherError(
-                "value",
-                f"--for {text[:80]}: {part.strip()[:40]!r} is not one of {', '.join(f'{n}=N' for n in defaults)}",
-                EXAMPLE,
-            )
-        if name in named:
-            raise LauncherError(
-                "value", f"--for {text[:80]}: {name} is named twice", f"{EXAMPLE}; one --for for each run"
-            )
-        named.add(name)
+        if name not in names or not 1 <= count <= 10**9:
+            known = ", ".join(f"{name}=N" for name in values)
+            raise LauncherError("value", f"{where}: {part.strip()[:40]!r} is not one of {known}, each once", EXAMPLE)
+        names.remove(name)
         values[name] = count
-    ranks = degree(values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], f"--for {text[:80]}")
+    ranks = degree(values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], where)
     tokens = values["steps"] * values["batch"] * values["seq"] * ranks
     return Demand(ranks, tokens, f"{values['nodes']} x {values['gpus']} GPUs, {values['steps']:,} steps")
 
 
-def _demand_of_run(path: Path) -> Demand:
-    fix = f"--for runs/NAME/run.toml, or {EXAMPLE}"
-    try:
-        layer = read_layer(path, str(path))
-    except LauncherError as error:
-        raise LauncherError(
-            "not-a-run-file", f"--for {path}: not the run.toml of a run: {error.what}", fix, status=error.status
-        ) from error
+def _demand_of_run(path: str) -> Demand:
+    layer = read_layer(Path(os.path.expanduser(path)), path)
     if not layer.complete:
+        fix = f"--for runs/NAME/run.toml, or {EXAMPLE}"
         raise LauncherError("not-a-run-file", f"--for {path}: not the run.toml of a run", fix)
     spec = merge([layer])
     recipe = spec.recipe
     ways = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel
-    ranks = degree(spec.gpus, ways, f"--for {path}")
-    return Demand(ranks, tokens_of(spec), f"{path}, {recipe.steps:,} steps")
+    return Demand(degree(spec.gpus, ways, f"--for {path}"), tokens_of(spec), f"{path}, {recipe.steps:,} steps")
 
 
 def degree(gpus: int, ways: int, where: str) -> int:
@@ -128,9 +100,9 @@ def degree(gpus: int, ways: int, where: str) -> int:
     return gpus // ways
 
 
-def check_count(count: int | None, in_all: int = TRAIN_FILES) -> None:
+def check_count(count: int, in_all: int = TRAIN_FILES) -> None:
     """Raises LauncherError for a number of train files that C4 cannot have."""
-    if count is not None and not 1 <= count <= in_all:
+    if not 1 <= count <= in_all:
         raise LauncherError(
             "value", f"--files {count}: C4 has {in_all} train files", f"--files N, from 1 to {in_all}, or --all"
         )
@@ -140,7 +112,7 @@ def plan_c4(
     target: Path,
     *,
     files: int | None = None,
-    demands: Sequence[Demand] = (),
+    runs: Sequence[str] = (),
     everything: bool = False,
     validation: bool = False,
     revision: str | None = None,
@@ -149,19 +121,22 @@ def plan_c4(
 ) -> Plan:
     """Asks the Hub, or the object storage that `source` names (s3://bucket/prefix), what there is, and chooses.
 
-    Files that `target` holds already come first, then the lowest numbers.
+    Files that `target` holds already come first, then the lowest numbers. `runs` as `demand_from` takes them.
     """
+    if files is not None and (files < 1 or not source):
+        check_count(files)  # what needs no network comes first
+    demands = [demand_from(text) for text in runs]
     repo: Source
     if source:
-        repo, top, inside = open_bucket(source)
+        repo, found = open_bucket(source)
     else:
         repo = hub = open_repo(target, REPO, "dataset", "c4", revision, find_token(token_file))
-        top, inside = list_files(hub), list_files(hub, "en")
+        found = [*list_files(hub), *list_files(hub, "en")]
+    readme = [file for file in found if file.path == README]
     split: dict[str, list[RemoteFile]] = {"train": [], "validation": []}
-    for file in inside:
-        if match := SHARD.fullmatch(file.path.removeprefix("en/")):
+    for file in found:
+        if match := IN_EN.fullmatch(file.path):
             split[match[1]].append(file)
-    readme = [file for file in top if file.path == README]
     in_all = len(split["train"])
     if not readme or not in_all:
         raise LauncherError(
@@ -171,26 +146,15 @@ def plan_c4(
             if source
             else "--revision main",
         )
-    _refuse_another_c4(target, split["train"])
     count, notes = _count(files, demands, everything, in_all)
     chosen = sorted(split["train"], key=lambda file: not os.path.lexists(target / file.path))[:count]
     chosen.sort(key=lambda file: file.path)
     wanted = (*readme, *chosen, *(split["validation"] if validation else []))
     if unknown := sum(not (file.sha256 or file.blob) for file in wanted):
-        notes.append(f"{in_files(unknown)} not in {source}/{STATE}/manifest.json: nothing but sizes can be compared")
+        notes.append(
+            f"{counted(unknown, 'file')} not in {source}/{STATE}/manifest.json: nothing but sizes can be compared"
+        )
     return Plan(repo, wanted, count, in_all, notes)
-
-
-def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:
-    """A sample, or a C4 that was split anew: a run would read its files and ours together."""
-    ours = {file.path[-13:] for file in train}  # "01024.json.gz": files in all
-    for name in shard_names(target):
-        if name.startswith("c4-train") and name[-13:] not in ours:
-            raise LauncherError(
-                "target-holds-other",
-                f"--to {target}: holds another C4 (en/{name}; to come are {Path(train[0].path).name}, …)",
-                "name another directory",
-            )
 
 
 def shard_names(target: Path) -> list[str]:
@@ -210,24 +174,15 @@ def _count(files: int | None, demands: Sequence[Demand], everything: bool, in_al
         return files, []
     notes, count = [], 0
     for demand in demands:
-        needed = demand.files(in_all)
+        needed, least = files_for(demand.tokens, demand.ranks, in_all), max(-(-demand.tokens // TOKENS_PER_FILE), 1)
         count = max(count, needed)
-        least = max(-(-demand.tokens // TOKENS_PER_FILE), 1)
-        note = f"{demand.words}: {billions(demand.tokens)} tokens are {in_files(least)}"
-        if demand.ranks > in_all:
-            note += f"; {demand.ranks} ranks are more than C4 has files, so all of them"
-        elif least > needed:
-            note += f"; the run reads {needed} more than once (the most that {demand.ranks} ranks divide evenly)"
-        elif needed > least:
-            note += f", rounded up to {needed}: a multiple of its {demand.ranks} data-parallel ranks"
+        note = f"{demand.words}: {scaled(demand.tokens, ' tokens')} are {counted(least, 'file')}, and "
+        if needed % demand.ranks:
+            note += f"{demand.ranks} data-parallel ranks are more than C4 has files, so all of them"
         else:
-            note += f", a multiple of its {demand.ranks} data-parallel ranks"
-        notes.append(note)
+            note += f"{needed} are a multiple of its {demand.ranks} data-parallel ranks"
+        notes.append(note + ("; the run reads them more than once" if least > needed else ""))
     return count, notes
-
-
-def bring(target: Path, plan: Plan, jobs: int) -> Outcome:
-    return fetch(target, plan.repo, plan.files, "c4", looks_like_c4, jobs, plan.train_files_in_all)
 
 
 def looks_like_c4(target: Path) -> bool:

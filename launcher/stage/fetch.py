@@ -7,37 +7,31 @@ final name, and whatever ends this process, the next call brings what is missing
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.output import say
+from launcher.base.output import counted, say
 from launcher.stage.hub import Repo, pin
 from launcher.stage.manifest import (
     Manifest,
     StagedFile,
     check_bytes,
-    describe_wrong,
     is_verified,
     read_manifest,
     write_manifest,
+    wrong_size,
 )
 from launcher.stage.progress import JOBS, Progress, each
-from launcher.stage.shards import in_files
-from launcher.stage.source import RemoteFile, Source
+from launcher.stage.source import Downloads, RemoteFile, Source
 from launcher.stage.target import (
-    Incoming,
     Work,
     at_work,
     check_space,
     gigabytes,
     in_the_way,
-    refuse_foreign,
-    write_error,
 )
 
 SECONDS_BETWEEN_MANIFESTS = 2.0  # a verified file that is not in it yet is only read again
@@ -47,25 +41,38 @@ SECONDS_BETWEEN_MANIFESTS = 2.0  # a verified file that is not in it yet is only
 class Outcome:
     """What a call did: files that were there already, that were downloaded, and how long that took."""
 
+    target: Path
     manifest: Manifest
     present: int
     downloaded: int
     bytes_downloaded: int
     seconds: float
 
-    def as_dict(self, target: Path) -> dict[str, object]:
+    @property
+    def bytes(self) -> int:
+        return sum(self.manifest.files[path].bytes for path in self.manifest.wanted)
+
+    def as_dict(self) -> dict[str, object]:
         return {
-            "directory": str(target),
+            "directory": str(self.target),
             "kind": self.manifest.kind,
             "source": self.manifest.source,
             "revision": self.manifest.revision,
             "files": len(self.manifest.wanted),
-            "bytes": sum(self.manifest.files[path].bytes for path in self.manifest.wanted),
+            "bytes": self.bytes,
             "present": self.present,
             "downloaded": self.downloaded,
             "bytes_downloaded": self.bytes_downloaded,
             "seconds": round(self.seconds, 3),
         }
+
+    def line(self) -> str:
+        """For people."""
+        line = f"{self.target}: {counted(len(self.manifest.wanted), 'file')}, {gigabytes(self.bytes)}, verified; "
+        if not self.downloaded:
+            return line + "nothing to download"
+        rate = self.bytes_downloaded / max(self.seconds, 1e-3)
+        return f"{line}{self.downloaded} downloaded in {self.seconds:,.0f} s ({gigabytes(rate)}/s)"
 
 
 def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:
@@ -91,7 +98,7 @@ def known_manifest(target: Path, kind: str, source: str) -> Manifest | None:
     return found
 
 
-def open_repo(target: Path, name: str, repo_kind: str, kind: str, revision: str | None, token: str | None) -> Repo:
+def open_repo(target: Path, name: str, repo_kind: str, kind: str, revision: str | None, token: str) -> Repo:
     """The repository at the commit that `target` was begun with, else at `revision`, else at the newest."""
     asked = Repo(name, repo_kind, "", token)
     found = known_manifest(target, kind, asked.source)
@@ -110,7 +117,6 @@ def fetch(
     source: Source,
     wanted: Sequence[RemoteFile],
     kind: str,
-    ours: Callable[[Path], object],
     jobs: int = JOBS,
     train_files_in_all: int = 0,
 ) -> Outcome:
@@ -119,137 +125,101 @@ def fetch(
     Files that are there are kept when their bytes are right, and replaced when they are not. Raises LauncherError, or
     KeyboardInterrupt on Ctrl-C; in both cases a later call brings what is missing.
     """
-    began = time.monotonic()
-    refuse_foreign(target, ours)
+    began, saved = time.monotonic(), 0.0
     with at_work(target, say) as work:
         found = known_manifest(target, kind, source.source)
         files = dict(found.files) if found and found.revision == source.revision else {}
-        if found and found.kind == "model":
-            kind = "model"
-        missing, unread = _sorted(target, wanted, files)
+        left = _left(target, wanted, files)
+        for folder in {Path(file.path).parts[:-1] for file in left}:
+            work.top.below(*folder)  # refuses a link before anything is downloaded
+        missing = {file.path for file in left if _is_wrong(target / file.path, file)}
+        check_space(target, sum(file.bytes for file in left if file.path in missing))
         # What was verified before stays in the list; what was wanted before and never came does not.
         paths = tuple({file.path for file in wanted} | files.keys())
-        manifest, saved = Manifest(kind, source.source, source.revision, files, paths, train_files_in_all), 0.0
+        kind = "model" if found and found.kind == "model" else kind
+        manifest = Manifest(kind, source.source, source.revision, files, paths, train_files_in_all)
+        write_manifest(work, manifest)
+        came: list[RemoteFile] = []
 
-        def bring(title: str, files: Sequence[RemoteFile], work_on: Callable[..., StagedFile | None]) -> None:
-            """What `work_on` makes of each goes into the manifest; where it makes nothing, the file is missing."""
-            nonlocal manifest, saved
-            try:
-                for file, staged in each(title, files, work_on, jobs):
-                    if staged is None:
-                        missing.append(file)
-                    else:
-                        manifest = manifest.with_file(file.path, staged)
-                    if time.monotonic() - saved > SECONDS_BETWEEN_MANIFESTS:
-                        write_manifest(work.state, manifest)
-                        saved = time.monotonic()
-            except BaseException:
-                with contextlib.suppress(LauncherError):  # the disk may be what went wrong
-                    write_manifest(work.state, manifest)
-                have = f"{len(manifest.files)} of {in_files(len(manifest.wanted))} are complete in {target}"
-                say(f"stopped: {have}; the same command continues")
-                raise
+        def bring(file: RemoteFile, progress: Progress) -> StagedFile:
+            if file.path not in missing and (staged := _kept(target / file.path, file, progress)):
+                return staged
+            came.append(file)
+            return download_right(source, file, work, progress)
 
-        bring("checking", unread, lambda file, progress: _kept(target, file, progress))
-        for folder in {Path(file.path).parts[:-1] for file in missing}:
-            work.top.below(*folder)  # refuses a link before anything is downloaded
-        size = sum(file.bytes for file in missing)
-        check_space(target, size)
-        write_manifest(work.state, manifest)
-        downloaded = sorted(missing, key=lambda file: file.path)
-        bring("downloading", downloaded, lambda file, progress: _download(source, file, target, work, progress))
-        write_manifest(work.state, manifest)
-        present = len(wanted) - len(downloaded)
-        return Outcome(manifest, present, len(downloaded), size, time.monotonic() - began)
+        try:
+            for file, staged in each("staging", left, bring, jobs):
+                files[file.path] = staged  # and with it in the manifest
+                if time.monotonic() - saved > SECONDS_BETWEEN_MANIFESTS:
+                    write_manifest(work, manifest)
+                    saved = time.monotonic()
+        except BaseException:
+            with contextlib.suppress(LauncherError):  # the disk may be what went wrong
+                write_manifest(work, manifest)
+            have = f"{len(files)} of {counted(len(paths), 'file')}"
+            say(f"stopped: {have} are complete in {target}; the same command continues")
+            raise
+        write_manifest(work, manifest)
+        size = sum(file.bytes for file in came)
+        return Outcome(target, manifest, len(wanted) - len(came), len(came), size, time.monotonic() - began)
 
 
-def _sorted(
-    target: Path, wanted: Sequence[RemoteFile], files: dict[str, StagedFile]
-) -> tuple[list[RemoteFile], list[RemoteFile]]:
-    """Files to download, and files to read first: of the right size, but not known to be untouched.
+def _left(target: Path, wanted: Sequence[RemoteFile], files: dict[str, StagedFile]) -> list[RemoteFile]:
+    """Files that are not known to be there untouched.
 
     Forgets what the manifest says about them, so that it never claims more than is known.
     """
-    missing, unread = [], []
+    left = []
     for file in wanted:
-        path, entry = target / file.path, files.get(file.path)
+        entry = files.get(file.path)
         if entry and (entry.bytes, entry.sha256) != (file.bytes, file.sha256 or entry.sha256):
             entry = None  # edited by hand: the source's word counts
         if entry and is_verified(target, file.path, entry):
             continue
         files.pop(file.path, None)
-        try:
-            there = path.stat()
-        except NotADirectoryError:
-            raise in_the_way(target / Path(file.path).parts[0], "a file, not a directory") from None
-        except OSError:
-            missing.append(file)
-            continue
-        if not stat.S_ISREG(there.st_mode):
-            raise in_the_way(path, "a directory, not a file" if stat.S_ISDIR(there.st_mode) else "no file")
-        if there.st_size != file.bytes:
-            say(f"{path}: {describe_wrong(path, there.st_size, file.bytes)}; downloaded again")
-            missing.append(file)
-        elif file.sha256 or file.blob:
-            unread.append(file)
-        elif entry:
-            unread.append(replace(file, sha256=entry.sha256))
-        else:  # nothing says what its bytes should be
-            missing.append(file)
-    return missing, unread
+        left.append(file if file.sha256 or file.blob or not entry else replace(file, sha256=entry.sha256))
+    return sorted(left, key=lambda file: file.path)
 
 
-def _kept(target: Path, file: RemoteFile, progress: Progress) -> StagedFile | None:
+def _is_wrong(path: Path, file: RemoteFile) -> bool:
+    """Whether a file must be downloaded, without reading it. Raises LauncherError for what cannot be replaced."""
+    what = wrong_size(path, file.bytes)
+    if "not a file" in what:
+        raise in_the_way(path, what)
+    if what and what != "missing":
+        say(f"{path}: {what}; downloaded again")
+    return bool(what) or not (file.sha256 or file.blob)  # nothing says what its bytes should be
+
+
+def _kept(path: Path, file: RemoteFile, progress: Progress) -> StagedFile | None:
     """A file that was there: kept when its bytes are the source's."""
-    path = target / file.path
     try:
         staged = check_bytes(path, file, progress.add)
         why = "other bytes than the source's"
     except OSError as error:
         staged, why = None, error.strerror or str(error)
     if staged is None:
-        progress.say(f"{path}: {why}; downloaded again")
+        say(f"{path}: {why}; downloaded again")
     return staged
 
 
-def _download(source: Source, file: RemoteFile, target: Path, work: Work, progress: Progress) -> StagedFile:
-    """A file from its source; one with wrong bytes is tried once more."""
+def download_right(source: Downloads, file: RemoteFile, work: Work, progress: Progress) -> StagedFile:
+    """A file from its source, under its final name when its bytes are right; once more when they are not.
+
+    Nothing is kept of wrong ones.
+    """
+    *folders, name = Path(file.path).parts
     for _ in range(2):
-        staged = receive(work, file, target / file.path, lambda stream: source.download(file, stream), progress)
-        if staged is not None:
-            return staged
-        progress.say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
+        with work.unfinished(file.bytes, progress.add) as stream:
+            source.download(file, stream)
+            if staged := check_bytes(stream.handle, file):
+                work.keep(stream, work.top.below(*folders), name)
+                return staged
+            stream.restart()
+        say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
     raise LauncherError(
         "wrong-bytes",
         f"{file.path}: wrong bytes twice: not those of {(file.sha256 or file.blob or f'{file.bytes:,} bytes')[:16]}",
         "a proxy or cache on the way may change files; nothing of it was kept; the same command tries again",
         status=ExitStatus.ERROR,
     )
-
-
-def receive(
-    work: Work, file: RemoteFile, final: Path, fill: Callable[[Incoming], None], progress: Progress
-) -> StagedFile | None:
-    """What `fill` brings, under its final name when its bytes are right; nothing is kept of wrong ones."""
-    with work.partial.unfinished(file.bytes, progress.add) as stream:
-        fill(stream)
-        try:
-            os.fsync(stream.fileno())  # what records the file must not outlive its bytes
-            staged = check_bytes(stream.handle, file)
-            if staged is None:
-                stream.restart()
-            else:
-                work.partial.finish(stream, final, work.top)
-        except OSError as error:
-            raise write_error(final, error) from error
-        return staged
-
-
-def summary(outcome: Outcome, target: Path) -> str:
-    """One line for people about what a call did."""
-    size = sum(outcome.manifest.files[path].bytes for path in outcome.manifest.wanted)
-    line = f"{target}: {in_files(len(outcome.manifest.wanted))}, {gigabytes(size)}, verified"
-    if outcome.downloaded:
-        rate = outcome.bytes_downloaded / max(outcome.seconds, 1e-3)
-        return f"{line}; {outcome.downloaded} downloaded in {outcome.seconds:,.0f} s ({gigabytes(rate)}/s)"
-    return f"{line}; nothing to download"

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes
 from launcher.stage.source import RemoteFile, check_answer, is_digest
 from launcher.stage.target import Incoming, TooSlow
-from launcher.stage.web import (
-    Refused,
-    ask,
-    distrust,
-    download,
-    header_of,
-    hub_constants,
-    library,
-    no_answer,
-    not_trusted,
-    refuse_offline,
-    status_of,
-)
+from launcher.stage.web import Refused, ask, download, header_of, no_answer, status_of
 
 ENDPOINT = "https://huggingface.co"
 ANSWER_BYTES = 8 << 20  # of the API: twenty pages of a listing
@@ -43,7 +33,7 @@ class Repo:
     name: str
     kind: str
     revision: str  # 40 hexadecimal digits
-    token: str | None = field(default=None, repr=False)
+    token: str = field(default="", repr=False)
 
     @property
     def source(self) -> str:
@@ -51,82 +41,71 @@ class Repo:
 
     @property
     def site(self) -> str:
-        return endpoint()
+        return (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
 
     @property
     def page(self) -> str:
-        return f"{self.site}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+        return f"{self.site}/{self.source.removeprefix('hf://')}"
 
     @property
     def api(self) -> str:
         return f"{self.site}/api/{self.kind}s/{self.name}"
 
     def download(self, file: RemoteFile, stream: Incoming) -> None:
-        from huggingface_hub.utils import build_hf_headers
-
-        headers = build_hf_headers(token=self.token or False)
-        if not (file.xet and _came_by_xet(self, file, stream, headers)):
+        if not (file.xet and _came_by_xet(self, file, stream)):
             url = f"{self.page}/resolve/{self.revision}/{quote(file.path)}"
-            download(url, stream, headers, refused_by_hub(self, file.path))
+            download(url, stream, refused_by_hub(self, file.path), self.token)
 
 
-def endpoint() -> str:
-    """The Hub's address: HF_ENDPOINT, where it is set. Raises LauncherError for one that is no address."""
-    address = (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+def hub_constants() -> Any:
+    """Those of huggingface_hub, which reads the user's HF_* variables while it is imported."""
     try:
-        parts = urlsplit(address)
-        _ = parts.port  # raises where it is no number
-        if parts.scheme in ("http", "https") and parts.hostname:
-            return address
-    except ValueError:
-        pass
-    shown = "" if "@" in address else f"={address[:80]}"  # what stands before an @ may be a password
-    raise LauncherError(
-        "hub-settings",
-        f"HF_ENDPOINT{shown}: not a valid address",
-        f"unset HF_ENDPOINT, or: export HF_ENDPOINT={ENDPOINT}",
-    )
+        from huggingface_hub import constants
+    except ValueError as error:
+        raise LauncherError(
+            "hub-settings", f"an HF_* variable has no usable value: {error}", "env | grep ^HF_"
+        ) from None
+    return constants
 
 
-def find_token(token_file: Path | None = None) -> str | None:
-    """The token in `token_file`, else HF_TOKEN, else the one of `hf auth login`; None without any.
+def find_token(token_file: Path | None = None) -> str:
+    """The token in `token_file`, else HF_TOKEN, else the one of `hf auth login`; "" without any.
 
-    Raises LauncherError for a file that cannot be read, and for a `token_file` that does not hold exactly one word.
+    Raises LauncherError for a file that cannot be read, and for what is not exactly one word.
     """
-    constants = hub_constants()
+    place = token_file or Path(hub_constants().HF_TOKEN_PATH)
     from huggingface_hub import get_token
 
     try:
-        if token_file is None:
+        if token_file:
+            found = read_bytes(token_file, TOKEN_BYTES, wait=True).decode("utf-8", "replace")
+        else:
             if not os.environ.get("HF_TOKEN"):
                 with contextlib.suppress(FileNotFoundError):
-                    read_bytes(Path(constants.HF_TOKEN_PATH), TOKEN_BYTES)  # the library reads any length
-            found: str | None = get_token()
-            if found and not found.isascii():
-                fix = "copy it again: export HF_TOKEN=..., or hf auth login"
-                raise LauncherError("hub-token", "the Hub's token holds a character that is not ASCII", fix)
-            return found
-        words = read_bytes(token_file, TOKEN_BYTES, wait=True).decode("utf-8", "replace").split()
+                    read_bytes(place, TOKEN_BYTES)  # the library reads any length
+            found = get_token() or ""
     except (OSError, UnicodeDecodeError) as error:
-        place = str(token_file or constants.HF_TOKEN_PATH)
         raise LauncherError(
             "hub-token",
             f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
             f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
             status=ExitStatus.FILESYSTEM,
         ) from None
-    if len(words) != 1 or not words[0].isascii():
-        raise LauncherError(
-            "hub-token",
-            f"--token-file {token_file}: must hold one token and nothing else",
-            "write it there with: umask 077; cat > FILE, paste it, Ctrl-D",
-        )
-    return words[0]
+    words = found.split()
+    if len(words) > 1 or (token_file and not words) or not found.isascii():
+        where = f"--token-file {token_file}" if token_file else "the Hub's token"
+        fix = "write the token into a file: umask 077; cat > FILE, paste it, Ctrl-D; then --token-file FILE"
+        raise LauncherError("hub-token", f"{where}: must hold one token and nothing else", fix)
+    return words[0] if words else ""
 
 
-def pin(name: str, kind: str, revision: str | None, token: str | None) -> Repo:
+def pin(name: str, kind: str, revision: str | None, token: str) -> Repo:
     """The repository at the commit that `revision` (a branch, tag or commit; None: main) stands for now."""
-    refuse_offline()
+    if hub_constants().HF_HUB_OFFLINE:
+        raise LauncherError(
+            "hub-settings", "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again"
+        )
+    xet_cache()
     asked = Repo(name, kind, revision or "main", token)
     info, _ = _ask(asked, f"{asked.api}/revision/{quote(asked.revision, safe='')}")
     commit = info.get("sha") if isinstance(info, dict) else None
@@ -136,19 +115,15 @@ def pin(name: str, kind: str, revision: str | None, token: str | None) -> Repo:
 
 def _ask(repo: Repo, url: str) -> tuple[Any, str]:
     """What the Hub's API answers, and the address of the next page. Raises LauncherError for what is no JSON."""
-    token = repo.token if url.startswith(f"{repo.site}/") else None
-    value, link = ask(url, ANSWER_BYTES, refused_by_hub(repo), token or "")
+    token = repo.token if url.startswith(f"{repo.site}/") else ""
+    value, following = ask(url, ANSWER_BYTES, refused_by_hub(repo), token)
     if not isinstance(value, (dict, list)):
         raise LauncherError(
             "server-answer",
             f"{repo.page}: the server's answer is no JSON, or more than {ANSWER_BYTES >> 20} MB of it",
             "check HF_ENDPOINT and HTTPS_PROXY: a login page, perhaps; the same command tries again",
         )
-    found = re.search(r'<([^<>]*)>;\s*rel="next"', link)
-    try:
-        return value, urljoin(url, found[1]) if found else ""
-    except ValueError as error:
-        raise refused_by_hub(repo)(error) from None
+    return value, following
 
 
 def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[RemoteFile]:
@@ -184,18 +159,33 @@ def _file(repo: Repo, entry: dict[str, Any]) -> RemoteFile:
     return RemoteFile(entry["path"], entry["size"], sha256=str(sha256), xet=xet)
 
 
-def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming, headers: dict[str, str]) -> bool:
+@functools.cache
+def xet_cache() -> TemporaryDirectory[str] | None:
+    """Xet's working files on a disk of this machine, until this process ends: homes are on NFS, and those small files
+    are slow there. None where the user has named a place.
+    """
+    if os.environ.get("HF_XET_CACHE") or os.environ.get("HF_HOME"):
+        return None
+    folder = TemporaryDirectory(prefix="launcher-xet-")
+    os.environ["HF_XET_CACHE"] = folder.name
+    return folder
+
+
+def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming) -> bool:
     """Through Xet's chunk servers; where that fails, plain HTTP has its turn. The progress moves when all is there."""
-    from huggingface_hub.utils import XetFileData
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import XetFileData, build_hf_headers, disable_progress_bars
 
     # Xet's client takes any amount of memory and time that its server likes: that of the Hub itself alone is trusted.
-    if repo.site != ENDPOINT or not library().is_xet_available():  # not installed, or HF_HUB_DISABLE_XET
+    if repo.site != ENDPOINT or not file_download.is_xet_available():  # not installed, or HF_HUB_DISABLE_XET
         return False
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings quote addresses that carry a signature
     try:
-        library().xet_get(
+        file_download.xet_get(
             incomplete_path=stream.handle,
             xet_file_data=XetFileData(file.xet, f"{repo.api}/xet-read-token/{repo.revision}"),
-            headers=headers,
+            headers=build_hf_headers(token=repo.token or False),
             expected_size=file.bytes,
         )
     except Exception:  # hf_xet is compiled, and its errors have no common root
@@ -210,15 +200,14 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
 
     def refused(error: Exception) -> LauncherError:
         status, code, words = status_of(error), header_of(error, "X-Error-Code"), header_of(error, "X-Error-Message")
-        if why := distrust(error):
-            return not_trusted(repo.site, why)
         if repo.token:
             words = words.replace(repo.token, "(token)")
         what = f"{repo.name}/{path}" if path else repo.name
+        kind, exit_status = "hub-refused", ExitStatus.NOT_FOUND if status == 404 else ExitStatus.ERROR
         if status in (401, 403):
-            return LauncherError("hub-access", *_no_access(status, code, words.lower(), repo), original=words)
-        exit_status = ExitStatus.NOT_FOUND if status == 404 else ExitStatus.ERROR
-        if status == 404 and code == "RevisionNotFound":
+            kind, exit_status = "hub-access", ExitStatus.INVALID
+            says, fix = _no_access(repo, gated=code == "GatedRepo" or status == 403)
+        elif status == 404 and code == "RevisionNotFound":
             says = f"{repo.name} has no revision {repo.revision[:80]!r}"
             fix = f"--revision main, or one of {repo.page}/commits/main"
         elif status == 404:
@@ -231,37 +220,25 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
         else:
             says = f"{what}: {no_answer(error)} at {repo.site}"
             fix = "the same command continues; check the network, HTTPS_PROXY and HF_ENDPOINT"
-        return LauncherError("hub-refused", says, fix, status=exit_status, original=words)
+        return LauncherError(kind, says, fix, status=exit_status, original=words)
 
     return refused
 
 
-def _no_access(status: int, code: str, words: str, repo: Repo) -> tuple[str, str]:
-    """401 and 403: no token, an invalid one, no access asked for, access pending, refused, or not for this token."""
+def _no_access(repo: Repo, gated: bool) -> tuple[str, str]:
+    """401 and 403. Which of the reasons it is (not asked for, pending, rejected, not for this token) the Hub's own
+    words say, which are printed below.
+    """
     if not repo.token:
         return (
             f"{repo.name} needs a token, and there is none",
             f"accept the licence on {repo.page}, then: hf auth login (or export HF_TOKEN, or --token-file FILE)",
         )
-    if "awaiting" in words or "pending" in words:
+    if gated:
         return (
-            f"{repo.name}: your request for access is pending: its owner has not answered yet",
-            f"wait for the owner's mail, or look at {repo.site}/settings/gated-repos; then the same command",
-        )
-    if "rejected" in words:
-        return (
-            f"{repo.name}: your request for access was rejected",
-            "name a copy that you may use: launcher stage tokenizer OWNER/NAME --to DIR",
-        )
-    if "fine-grained" in words:
-        return (
-            f"{repo.name}: your fine-grained token may not read gated repositories",
-            f"allow it on {repo.site}/settings/tokens, or use a token of type Read",
-        )
-    if code == "GatedRepo" or status == 403:
-        return (
-            f"{repo.name} is gated, and your account has no access to it",
-            f"accept the licence on {repo.page} with the account of this token, then the same command",
+            f"{repo.name} is gated, and your account or token has no access to it",
+            f"accept the licence on {repo.page} with the account of this token, or look at {repo.site}/settings: "
+            "gated-repos for your request, tokens for what the token may read",
         )
     return (
         "the Hub does not accept your token: it is invalid or has expired",

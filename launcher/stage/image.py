@@ -20,16 +20,19 @@ from urllib.parse import urlsplit
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.files import read_json, unreadable
 from launcher.image.inspect import embedded_metadata
-from launcher.image.squashfs_file import Superblock, is_metadata, read_sidecar, sidecar_path, superblock
-from launcher.stage.fetch import receive
-from launcher.stage.manifest import BLOCK, Problem, check_bytes, read
-from launcher.stage.progress import Progress
+from launcher.image.squashfs_file import is_metadata, read_sidecar, sidecar_path, superblock
+from launcher.stage.fetch import download_right
+from launcher.stage.manifest import BLOCK, check_bytes, wrong_size
+from launcher.stage.progress import each
 from launcher.stage.source import RemoteFile, check_answer, is_digest
-from launcher.stage.target import Incoming, Work, at_work, check_space, gigabytes, refuse_unusable
+from launcher.stage.target import Incoming, at_work, check_space, gigabytes, is_directory
 from launcher.stage.web import ask, download, refused_by_server
 
-KINDS = "a .sqsh file, or the http(s) address of one; download others first, with their .json"
-NAME = re.compile(r"([0-9a-f]{12})-(.+)\.sqsh")
+KINDS = (
+    "name a .sqsh file or the http(s) address of one; download others first, with their .json; an image of the Docker "
+    "engine first becomes one: launcher image convert IMAGE"
+)
+NAME = re.compile(r"([0-9a-f]{12})-(.+)\.sqsh")  # of a staged image
 Say = Callable[[str], None]
 MODE = 0o644  # readable for the group, whatever the umask: jobs of others start from it, too
 SMALL = 1 << 20  # bytes of a description
@@ -39,18 +42,9 @@ SMALL = 1 << 20  # bytes of a description
 class Wanted:
     """The image that is to be there. `about` is its sidecar's content; None where nothing describes it."""
 
-    name: str  # of the source, without .sqsh
-    sha256: str
-    bytes: int
+    file: RemoteFile  # under its name in the directory
     about: Mapping[str, Any] | None
-    fill: Callable[[Incoming], None]
-
-    def path(self, directory: Path) -> Path:
-        return directory / f"{self.sha256[:12]}-{self.name}.sqsh"
-
-    @property
-    def file(self) -> RemoteFile:
-        return RemoteFile(self.name, self.bytes, self.sha256)
+    download: Callable[[RemoteFile, Incoming], None]
 
 
 def stage_image(source: str, to: Path, *, say: Say) -> Path:
@@ -59,46 +53,22 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     `source` is a .sqsh file, or the http(s) address of one with its .json beside it. Raises LauncherError.
     """
     to = Path(os.path.expanduser(to)).absolute()
-    if not source.strip():
-        raise LauncherError("value", "SOURCE is empty", KINDS)
-    refuse_unusable(to)
-    try:
-        return _stage_image(source, to, say)
-    except KeyboardInterrupt:
-        say(f"stopped: {quoted(source)} is not in {to} yet; the same command begins again")
-        raise
-
-
-def _stage_image(source: str, to: Path, say: Say) -> Path:
-    if re.match(r"https?://", source):
-        wanted = _of_address(source)
-    elif "://" in source:
-        raise LauncherError(
-            "image-address", f"{source.partition('://')[0][:20]}://: images are not staged from there", KINDS
-        )
-    elif source.endswith(".sqsh") or source.startswith(("/", "./", "../", "~")) or os.path.isfile(source):
-        wanted = _of_file(Path(os.path.expanduser(source)), say)
+    is_directory(to)
+    wanted = _of_address(source) if re.match(r"https?://", source) else _of_file(source, say)
+    final = to / wanted.file.path
+    known = _is_known(wanted, final)  # also for whoever may only read there
+    if known:
+        say(f"{final}: already there, as far as its size tells; to read it: launcher stage verify {quoted(to)}")
     else:
-        what = "a directory" if os.path.isdir(source) else "no such file"
-        fix = (
-            "the path of a .sqsh file; an image of the Docker engine first becomes one: "
-            f"{quoted('launcher', 'image', 'convert', source)}"
-        )
-        raise LauncherError("image-missing", f"{source}: {what}", fix)
-    final = wanted.path(to)
-    there = _is_known(wanted, final)  # also for whoever may only read there
-    if not there:
         with at_work(to, say) as work:
-            there = _is_known(wanted, final) or _is_undescribed(wanted, final)
-            if not there:
-                _bring(wanted, work, say)
+            if not (_is_known(wanted, final) or _is_right(wanted, final)):
+                check_space(to, wanted.file.bytes)
+                for _ in each("staging", [wanted.file], lambda file, told: download_right(wanted, file, work, told)):
+                    say(f"{final}: {gigabytes(wanted.file.bytes)}, verified")
             if not _is_known(wanted, final) and wanted.about is not None:
                 # Last of all: an image without one is read again by the next call, and then gets it.
                 text = json.dumps(wanted.about, indent=2, ensure_ascii=False) + "\n"
-                work.top.write(sidecar_path(final).name, text.encode("utf-8", "surrogateescape"), MODE)
-    if there:
-        say(f"{final}: already there")
-        say(f"its size was looked at; to read and hash it: launcher stage verify {quoted(final.parent)}")
+                work.write(work.top, sidecar_path(final).name, text.encode("utf-8", "surrogateescape"), MODE)
     say(f"launcher submit --image {quoted(final)}")
     return final
 
@@ -106,8 +76,11 @@ def _stage_image(source: str, to: Path, say: Say) -> Path:
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
-def _of_file(path: Path, say: Say) -> Wanted:
+def _of_file(source: str, say: Say) -> Wanted:
     """A file, which the sidecar beside it must describe where there is one."""
+    path = Path(os.path.expanduser(source))
+    if not os.path.isfile(path):
+        raise LauncherError("image-missing", f"{source[:200]!r}: no such file", KINDS)
     block = superblock(path)
     sidecar = sidecar_path(path)
     about = read_sidecar(path, block)
@@ -130,35 +103,35 @@ def _of_file(path: Path, say: Say) -> Wanted:
                 "being-written", f"{path}: is being written", "wait until it is complete, then the same command"
             )
         digest = found.sha256
-        about = _described(path, block, digest)
+        about = embedded_metadata(path)  # None where it says nothing of itself, or nothing here can read it
+        about = about and {**about, "squashfs": block.recorded() | {"sha256": digest}}
 
     def copy(stream: Incoming) -> None:
+        stream.restart()
         try:
             with open(path, "rb") as opened:
                 shutil.copyfileobj(opened, stream, BLOCK)
         except OSError as error:
             raise unreadable(path, error) from error
 
-    return Wanted(_clean(path.name, digest), digest, block.file_size, about, copy)
-
-
-def _described(path: Path, block: Superblock, digest: str) -> dict[str, Any] | None:
-    """A sidecar from what the image says of itself; None where it says nothing, or nothing here can read it."""
-    about = embedded_metadata(path)
-    if about is None:
-        return None
-    return {**about, "squashfs": block.recorded() | {"sha256": digest}}
+    return _wanted(path.name, digest, block.file_size, about, copy)
 
 
 def _of_address(url: str) -> Wanted:
     """A release's asset: its sidecar, the asset of the same name with .json, says checksum and size."""
-    _check_address(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        parts = urlsplit("")
+    if "@" in parts.netloc or parts.query or parts.fragment or not parts.path.endswith(".sqsh"):
+        raise LauncherError(  # a password in it would be in the process list, and in every message
+            "image-address",
+            "the image's address must be valid and end with .sqsh, without user, password or parameters",
+            "download it together with its .json, then: launcher stage image FILE --to DIR",
+        )
     where = f"{url}.json"
     about, _ = ask(where, SMALL, refused_by_server(where))
-    if not isinstance(about, dict):
-        raise LauncherError(
-            "image-description", f"{where}: not a JSON object", "the address of a .sqsh file of a release"
-        )
     digest = _digest_in(about, where)
     size = about["squashfs"].get("bytes")
     check_answer(where, size=size)
@@ -166,44 +139,32 @@ def _of_address(url: str) -> Wanted:
         raise LauncherError(
             "image-description", f"{where}: not the description of an image", "the address of a .sqsh file of a release"
         )
-    name = _clean(urlsplit(url).path.rsplit("/", 1)[-1], digest)
-    return Wanted(name, digest, size, about, lambda stream: download(url, stream, {}, refused_by_server(url)))
+    name = parts.path.rsplit("/", 1)[-1]
+    return _wanted(name, digest, size, about, lambda stream: download(url, stream, refused_by_server(url)))
 
 
-def _check_address(url: str) -> None:
-    """A password in an address would be in the process list, and in every message."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises where it is no number
-    except ValueError:
-        raise LauncherError(
-            "image-address", "the image's address is none", "the address of a .sqsh file of a release"
-        ) from None
-    if "@" in parts.netloc or parts.query or parts.fragment or not parts.path.endswith(".sqsh"):
-        raise LauncherError(
-            "image-address",
-            "the image's address must end with .sqsh, without user, password or parameters",
-            "download it together with its .json, then: launcher stage image FILE --to DIR",
-        )
+def _wanted(
+    name: str, digest: str, size: int, about: Mapping[str, Any] | None, fill: Callable[[Incoming], None]
+) -> Wanted:
+    """Named after its source: without .sqsh, and without the checksum of an earlier staging."""
+    name = name.removesuffix(".sqsh").removeprefix(f"{digest[:12]}-")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "image"
+
+    def bring(_file: RemoteFile, stream: Incoming) -> None:
+        fill(stream)
+        os.fchmod(stream.fileno(), MODE)
+
+    return Wanted(RemoteFile(f"{digest[:12]}-{name}.sqsh", size, digest), about, bring)
 
 
-def _digest_in(about: Mapping[str, Any] | None, where: str) -> str:
-    facts = about.get("squashfs") if about else None
+def _digest_in(about: Any, where: str) -> str:
+    facts = about.get("squashfs") if isinstance(about, dict) else None
     digest = facts.get("sha256") if isinstance(facts, dict) else None
     if not is_digest(digest):
         raise LauncherError(
             "image-description", f"{where}: has no sha256 of an image", "convert it again: launcher image convert IMAGE"
         )
     return str(digest)
-
-
-def _clean(name: str, digest: str) -> str:
-    """A part of a file's name from the source's own: without .sqsh, and without the checksum of an earlier staging."""
-    name = name.removesuffix(".sqsh").removeprefix(f"{digest[:12]}-")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "image"
-
-
-# ------------------------------------------------------------------------------------------------------ bringing it
 
 
 def _is_known(wanted: Wanted, final: Path) -> bool:
@@ -214,109 +175,18 @@ def _is_known(wanted: Wanted, final: Path) -> bool:
         size = superblock(final).file_size
     except LauncherError:
         return False
-    return size == wanted.bytes and _facts(final).get("sha256") == wanted.sha256
+    return size == wanted.file.bytes and described(final).get("sha256") == wanted.file.sha256
 
 
-def _is_undescribed(wanted: Wanted, final: Path) -> bool:
-    """Whether an earlier call was ended before its last step: the image is there, its description is not. Reads it."""
+def _is_right(wanted: Wanted, final: Path) -> bool:
+    """Whether the image is there without its description, as a call leaves it that ends before its last step."""
     try:
-        return final.stat().st_size == wanted.bytes and check_bytes(final, wanted.file) is not None
+        return not wrong_size(final, wanted.file.bytes) and check_bytes(final, wanted.file) is not None
     except OSError:
         return False
 
 
-def _bring(wanted: Wanted, work: Work, say: Say) -> None:
-    """Under the lock."""
-    final = wanted.path(work.top.path)
-
-    def fill(stream: Incoming) -> None:
-        wanted.fill(stream)
-        os.fchmod(stream.fileno(), MODE)
-        try:
-            superblock(stream.handle)
-        except LauncherError as error:
-            what = error.what.removeprefix(f"{stream.handle}: ")
-            raise LauncherError(error.code, f"{wanted.name}: {what}", error.fix) from None
-
-    check_space(work.top.path, wanted.bytes)
-    with Progress(f"staging {wanted.name},", 1, wanted.bytes) as progress:
-        if receive(work, wanted.file, final, fill, progress) is None:
-            raise LauncherError(
-                "wrong-bytes",
-                f"{wanted.name}: wrong bytes: another checksum than sha256 {wanted.sha256[:16]}… of its description",
-                "copy or download the image and its .json again; nothing of it was kept",
-            )
-    say(f"{final}: {gigabytes(wanted.bytes)}, verified")
-
-
-def _facts(image: Path) -> dict[str, Any]:
+def described(image: Path) -> dict[str, Any]:
     """What the description beside an image says of the file."""
     facts = (read_json(sidecar_path(image)) or {}).get("squashfs")
     return facts if isinstance(facts, dict) else {}
-
-
-# ---------------------------------------------------------------------------------------------------- what is there
-
-
-@dataclass(frozen=True)
-class Images:
-    """The staged images of one directory, by name and size."""
-
-    directory: Path
-    bytes: dict[str, int]
-    problems: tuple[Problem, ...]
-    read: bool  # all bytes were hashed; else heads, sizes and descriptions were looked at
-
-    @property
-    def repair(self) -> str:
-        bad = " ".join(quoted(self.directory / name) for name in dict.fromkeys(p.path for p in self.problems))
-        return f"rm {bad}, then for each: launcher stage image SOURCE --to {quoted(self.directory)}"
-
-    def lines(self) -> list[str]:
-        state = f"DAMAGED: {len(self.problems)}" if self.problems else "verified" if self.read else "not read"
-        count = f"{len(self.bytes)} image{'' if len(self.bytes) == 1 else 's'}"
-        wrong = {problem.path: problem.what for problem in self.problems}
-        return [
-            f"{self.directory}: {count}, {gigabytes(sum(self.bytes.values()))}, {state}",
-            *(f"  {name}: {wrong.get(name, gigabytes(size))}" for name, size in self.bytes.items()),
-        ]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "directory": str(self.directory),
-            "kind": "images",
-            "files": len(self.bytes),
-            "bytes": sum(self.bytes.values()),
-            "images": self.bytes,
-            "complete": not self.problems,
-            "problems": [{"path": problem.path, "what": problem.what} for problem in self.problems],
-        }
-
-
-def staged_images(directory: Path) -> list[str]:
-    """Names that `launcher stage image` gives. Raises OSError."""
-    return sorted(path.name for path in directory.iterdir() if NAME.fullmatch(path.name))
-
-
-def check_images(directory: Path, deep: bool) -> Images:
-    """Heads, sizes and descriptions; with `deep`, every byte against the checksum in the name and the description."""
-    sizes: dict[str, int] = {}
-    problems, sound = [], []
-    for name in staged_images(directory):
-        path = directory / name
-        try:
-            sizes[name] = superblock(path).file_size
-        except LauncherError as error:
-            sizes[name] = 0
-            problems.append(Problem(name, error.what.removeprefix(f"{path}: ")))
-            continue
-        said = _facts(path)
-        if not str(said.get("sha256", name[:12])).startswith(name[:12]):
-            problems.append(Problem(name, f"{sidecar_path(Path(name))} describes another image"))
-        elif said.get("bytes", sizes[name]) != sizes[name]:
-            problems.append(Problem(name, f"{sizes[name]:,} bytes instead of {str(said['bytes'])[:20]}"))
-        else:
-            sound.append(RemoteFile(name, sizes[name], str(said.get("sha256", name[:12]))))
-    if deep:
-        problems += read(directory, sound, "other bytes than its checksum says")
-    return Images(directory, sizes, tuple(problems), deep)

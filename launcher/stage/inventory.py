@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import unreadable
-from launcher.config.layers import find, merge, read_layer
-from launcher.stage import c4, models
-from launcher.stage.image import NAME, Images, check_images, staged_images
-from launcher.stage.manifest import Manifest, Problem, check, manifest_path, read_manifest
-from launcher.stage.shards import SHARD, TOKENS_PER_FILE, in_files
-from launcher.stage.target import gigabytes, is_directory
+from launcher.base.output import counted
+from launcher.image.squashfs_file import sidecar_path, superblock
+from launcher.stage import c4
+from launcher.stage.image import NAME, described
+from launcher.stage.manifest import Manifest, Problem, StagedFile, check, manifest_path, read, read_manifest
+from launcher.stage.shards import IN_EN, TOKENS_PER_FILE
+from launcher.stage.source import RemoteFile
+from launcher.stage.target import gigabytes, is_directory, scaled
 
-PLACES = ("/data/c4", "/data/tokenizers", "/data/models", "/data/images")  # where the defaults of `submit` look
-# Shapes of the published rows: GPU type, nodes, GPUs of each.
-SHAPES = (("h200", 1, 8), ("gb200", 3, 4), ("gb200", 9, 4), ("gb200", 17, 4))
+# Where the defaults of `submit` look.
+PLACES = tuple(map(Path, ("/data/c4", "/data/tokenizers", "/data/models", "/data/images")))
+
+
+IMAGES = "images"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One directory held against its manifest."""
+    """One directory held against its manifest; staged images have one that was made of what lies beside them."""
 
     directory: Path
     manifest: Manifest
-    problems: tuple[Problem, ...]
+    problems: Sequence[Problem]
 
     @property
     def train_files(self) -> int:
         bad = {problem.path for problem in self.problems}
-        names = (path.removeprefix("en/") for path in self.manifest.files if path not in bad)
-        return sum(1 for name in names if (match := SHARD.fullmatch(name)) and match[1] == "train")
+        paths = (path for path in self.manifest.files if path not in bad)
+        return sum(1 for path in paths if (match := IN_EN.fullmatch(path)) and match[1] == "train")
 
     @property
     def unknown(self) -> list[str]:
@@ -45,97 +50,103 @@ class Report:
     @property
     def repair(self) -> str:
         """The command that completes the directory."""
-        words = {"c4": f"c4 --files {self._wanted_train_files()}"}
-        if any("c4-validation" in path for path in self.manifest.wanted):
-            words["c4"] += " --validation"
-        if self.manifest.source.startswith("s3://"):
-            words["c4"] += f" --from {quoted(self.manifest.source)}"
-        repo = self.manifest.source.removeprefix("hf://")
-        return (
-            f"launcher stage {words.get(self.manifest.kind, f'{self.manifest.kind} {quoted(repo)}')} --to "
-            f"{quoted(self.directory)}"
-        )
-
-    def _wanted_train_files(self) -> int:
-        paths = {*self.manifest.wanted, *self.manifest.files}
-        return sum(1 for path in paths if "c4-train" in path)
+        manifest = self.manifest
+        paths = {*manifest.wanted, *manifest.files}
+        if manifest.kind == "c4":
+            words = f"c4 --files {sum('c4-train' in path for path in paths)}"
+            words += " --validation" if any("c4-validation" in path for path in paths) else ""
+            words += f" --from {quoted(manifest.source)}" if manifest.source.startswith("s3://") else ""
+        elif manifest.kind == IMAGES:
+            bad = quoted(*(self.directory / name for name in {problem.path: "" for problem in self.problems}))
+            return f"rm {bad}, then for each: launcher stage image SOURCE --to {quoted(self.directory)}"
+        else:
+            words = f"{manifest.kind} {quoted(manifest.source.removeprefix('hf://'))}"
+        return f"launcher stage {words} --to {quoted(self.directory)}"
 
     def lines(self) -> list[str]:
         """For people: what it is, its state, what it is good for."""
-        size = sum(file.bytes for file in self.manifest.files.values())
-        state = "complete" if not self.problems else f"INCOMPLETE, {in_files(len(self.problems))}"
-        first = (
-            f"{self.directory}: {self.manifest.kind} from {self.manifest.source} at {self.manifest.revision[:12]}, "
-            f"{in_files(len(self.manifest.files))}, {gigabytes(size)}, {state}"
-        )
+        manifest = self.manifest
+        size = gigabytes(sum(file.bytes for file in manifest.files.values()))
+        state = f"INCOMPLETE, {counted(len(self.problems), 'file')}" if self.problems else "complete"
+        of = f" from {manifest.source} at {manifest.revision[:12]}" if manifest.source else ""
         rows = [f"{problem.path}: {problem.what}" for problem in self.problems[:10]]
         if len(self.problems) > 10:
             rows.append(f"… and {len(self.problems) - 10} more")
         if self.unknown:
-            rows.append(f"not verified: {in_files(len(self.unknown))} in en/ ({self.unknown[0]}, …): stage or remove")
+            more = counted(len(self.unknown), "file")
+            rows.append(f"not verified: {more} in en/ ({self.unknown[0]}, …): stage or remove")
+        first = f"{self.directory}: {manifest.kind}{of}, {counted(len(manifest.files), 'file')}, {size}, {state}"
         return [first, *(f"  {row}" for row in (*rows, *self.suffices()))]
 
     def suffices(self) -> list[str]:
         """For which runs."""
-        if self.manifest.kind != "c4":
-            if self.problems:
-                return []
-            use = {"tokenizer": "--tokenizer", "model": "--tokenizer, and its weights"}[self.manifest.kind]
-            return [f"for: launcher submit {use} {quoted(self.directory)}" if use == "--tokenizer" else f"for: {use}"]
-        train = self.train_files
-        if not train:
-            return ["no train file: for no run"]
-        even = [str(n) for n in range(1, train + 1) if train % n == 0]
-        shown = ", ".join(even if len(even) <= 12 else [*even[:5], "…", *even[-5:]])
-        rows = [
-            f"{train} of {self.manifest.train_files_in_all} train files, about "
-            f"{c4.billions(train * TOKENS_PER_FILE)} tokens",
-            f"for up to {train} data-parallel ranks; all files are used by {shown}",
-        ]
-        return rows + [
-            f"llama3-8b on {nodes} x {gpus} {gpu.upper()}: {steps:,} steps"
-            for gpu, nodes, gpus in SHAPES
-            if (steps := steps_of(train, gpu, nodes * gpus))
-        ]
+        if self.manifest.kind == "c4":
+            tokens = scaled(self.train_files * TOKENS_PER_FILE, " tokens")
+            of = f"{self.train_files} of {self.manifest.train_files_in_all} train files, about {tokens}"
+            return [f"{of}: for up to {self.train_files} data-parallel ranks"]
+        if self.manifest.kind == IMAGES:
+            return [f"{name}: {gigabytes(file.bytes)}" for name, file in self.manifest.files.items()]
+        option = "--tokenizer" if self.manifest.kind == "tokenizer" else "--init-from"
+        return [] if self.problems else [f"for: launcher submit {option} {quoted(self.directory)}"]
 
     def as_dict(self) -> dict[str, Any]:
+        sizes = {path: file.bytes for path, file in self.manifest.files.items()}
         value: dict[str, Any] = {
             "directory": str(self.directory),
             "kind": self.manifest.kind,
-            "source": self.manifest.source,
-            "revision": self.manifest.revision,
-            "files": len(self.manifest.files),
-            "bytes": sum(file.bytes for file in self.manifest.files.values()),
+            "files": len(sizes),
+            "bytes": sum(sizes.values()),
             "complete": not self.problems,
             "problems": [{"path": problem.path, "what": problem.what} for problem in self.problems],
         }
+        if self.manifest.kind == IMAGES:
+            return value | {"images": sizes}
+        value |= {"source": self.manifest.source, "revision": self.manifest.revision}
         if self.manifest.kind == "c4":
-            tokens = self.train_files * TOKENS_PER_FILE
             value |= {
                 "unknown_files": self.unknown,
                 "train_files": self.train_files,
                 "train_files_in_all": self.manifest.train_files_in_all,
-                "tokens": tokens,
+                "tokens": self.train_files * TOKENS_PER_FILE,
                 "largest_data_parallel_degree": self.train_files,
             }
         return value
 
 
-def steps_of(train_files: int, gpu: str, ranks: int) -> int:
-    """Steps of llama3-8b until `ranks` data-parallel ranks have read the files once; 0 for more ranks than files."""
-    recipe = merge([read_layer(find("recipes", "llama3-8b"), "recipe", gpu)]).recipe
-    used = train_files - train_files % ranks
-    return used * TOKENS_PER_FILE // (recipe.local_batch_size * recipe.seq_len * ranks)
+def staged_images(directory: Path) -> list[str]:
+    """Names that `launcher stage image` gives. Raises OSError."""
+    return sorted(name for name in os.listdir(directory) if NAME.fullmatch(name))
 
 
-def reports(directory: Path, deep: bool = False, read_images: bool = False) -> list[Report | Images]:
+def check_images(directory: Path, deep: bool) -> Report:
+    """Heads, sizes and descriptions; with `deep`, every byte against the checksum in the name and the description."""
+    files: dict[str, StagedFile] = {}
+    problems, sound = [], []
+    for name in staged_images(directory):
+        path, said = directory / name, described(directory / name)
+        size, digest = 0, str(said.get("sha256", name[:12]))
+        try:
+            size = superblock(path).file_size
+            if digest.startswith(name[:12]) and said.get("bytes", size) == size:
+                sound.append(RemoteFile(name, size, digest))
+            else:
+                problems.append(Problem(name, f"{sidecar_path(Path(name))} describes another image"))
+        except LauncherError as error:
+            problems.append(Problem(name, error.what.removeprefix(f"{path}: ")))
+        files[name] = StagedFile(size, digest, 0)
+    if deep:
+        problems += read(directory, sound, "other bytes than its checksum says")
+    return Report(directory, Manifest(IMAGES, "", "", files), problems)
+
+
+def reports(directory: Path, deep: bool = False, read_images: bool = False) -> list[Report]:
     """What the manifest lists, and the images, which have none: of both, what is there. Raises LauncherError."""
-    refuse_no_directory(directory)
+    require_directory(directory)
     try:
         images = staged_images(directory)
     except OSError as error:
         raise unreadable(directory, error) from error
-    found: list[Report | Images] = []
+    found: list[Report] = []
     if manifest_path(directory).exists() or not images:
         found.append(verify(directory, deep))
     if images:
@@ -143,68 +154,37 @@ def reports(directory: Path, deep: bool = False, read_images: bool = False) -> l
     return found
 
 
-def refuse_no_directory(directory: Path) -> None:
+def require_directory(directory: Path) -> None:
     """Raises LauncherError for a file, for nothing, and for a place where this user may not look."""
-    place = quoted(directory)
-    try:
-        if is_directory(directory):
-            return
-    except NotADirectoryError:
-        if os.path.exists(directory):
-            fix = "name the directory that was staged"
-            if NAME.fullmatch(directory.name):
-                fix = f"launcher stage verify {quoted(directory.parent)}"
-            elif directory.suffix == ".sqsh":
-                fix = f"launcher image inspect {place}"
-            raise LauncherError("not-a-directory", f"{directory}: a file, not a directory", fix) from None
-    except OSError as error:
-        raise unreadable(directory, error) from error
-    raise LauncherError(
-        "directory-missing",
-        f"{directory}: no such directory",
-        f"launcher stage c4 --to {place} --files 8",
-        status=ExitStatus.NOT_FOUND,
-    )
+    if not is_directory(directory):
+        raise LauncherError(
+            "directory-missing",
+            f"{directory}: no such directory",
+            f"launcher stage c4 --to {quoted(directory)} --files 8",
+            status=ExitStatus.NOT_FOUND,
+        )
 
 
 def verify(directory: Path, deep: bool = False) -> Report:
     """Raises LauncherError for a directory that has no manifest, with what gives it one."""
-    refuse_no_directory(directory)
     manifest = read_manifest(directory)
     if manifest is None:
-        place = quoted(directory)
-        if c4.looks_like_c4(directory):
-            count = len(list((directory / "en").glob("c4-train.*.json.gz")))
-            fix = f"launcher stage c4 --to {place} --files {max(count, 1)}    checks what is there, and keeps it"
-        elif kind := models.kind_of(directory):
-            fix = f"launcher stage {kind} --to {place}    checks what is there, and keeps it"
-        else:
-            fix = "launcher stage list DIR, with a directory that was staged"
         raise LauncherError(
             "not-staged",
             f"{directory}: not staged by the launcher: nothing is known about its files",
-            fix,
+            f"launcher stage c4, tokenizer or model --to {quoted(directory)} checks what is there, and keeps it",
             status=ExitStatus.NOT_FOUND,
         )
-    return Report(directory, manifest, tuple(check(directory, manifest, deep)))
+    return Report(directory, manifest, check(directory, manifest, deep))
 
 
-def staged_below(places: Sequence[Path]) -> list[Path]:
+def staged_below(places: Iterable[Path]) -> list[Path]:
     """Staged directories, each once: the places themselves, and those directly inside them."""
     found: dict[str, Path] = {}
     for place in places:
-        try:
-            inside = [path for path in sorted(place.iterdir()) if not path.name.startswith(".")]
-        except OSError:
-            continue
-        for path in (place, *inside):
-            if os.path.isdir(path) and _is_staged(path):
-                found.setdefault(os.path.realpath(path), path)
+        with contextlib.suppress(OSError):
+            for path in (place, *(path for path in sorted(place.iterdir()) if not path.name.startswith("."))):
+                with contextlib.suppress(OSError):
+                    if os.path.exists(manifest_path(path)) or staged_images(path):
+                        found.setdefault(os.path.realpath(path), path)
     return list(found.values())
-
-
-def _is_staged(directory: Path) -> bool:
-    try:
-        return os.path.exists(manifest_path(directory)) or bool(staged_images(directory))
-    except OSError:
-        return False

@@ -8,18 +8,19 @@ import json
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from launcher import __version__
 from launcher.base.errors import LauncherError
-from launcher.base.files import unreadable
+from launcher.base.files import read_bytes, unreadable
 from launcher.base.values import parse_json
 from launcher.stage.progress import Progress, each
+from launcher.stage.shards import wrong_start
 from launcher.stage.source import RemoteFile, is_digest, is_size
-from launcher.stage.target import DIRECTORY, STATE, Folder, safe_path
+from launcher.stage.target import STATE, Work, safe_path
 from launcher.titan import LFS_POINTER
 
 SCHEMA = 1
@@ -51,9 +52,6 @@ class Manifest:
     train_files_in_all: int = 0  # C4 only
     made_by: str = f"launcher {__version__}"
 
-    def with_file(self, path: str, file: StagedFile) -> Manifest:
-        return replace(self, files={**self.files, path: file})
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -71,13 +69,13 @@ def read_manifest(directory: Path) -> Manifest | None:
     """The manifest, or None where there is none. Raises LauncherError for one that nobody can trust any more."""
     path = manifest_path(directory)
     try:
-        state = Folder(path.parent, os.open(path.parent, DIRECTORY | os.O_NOFOLLOW))
-        with open(state.open(path.name, os.O_RDONLY), "rb") as stream:
-            data = stream.read(LARGEST)
+        data = read_bytes(path, LARGEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise unreadable(path, error) from error
+        if error.errno != errno.EFBIG:
+            raise unreadable(path, error) from error
+        data = b""
     manifest = parse_manifest(data)
     if manifest is None:
         raise LauncherError(
@@ -119,7 +117,7 @@ def parse_manifest(data: bytes) -> Manifest | None:
     return manifest if sound else None
 
 
-def write_manifest(state: Folder, manifest: Manifest) -> None:
+def write_manifest(work: Work, manifest: Manifest) -> None:
     """Replaces the manifest as a whole; a reader sees the old or the new one."""
     value = {
         "schema": SCHEMA,
@@ -133,7 +131,7 @@ def write_manifest(state: Folder, manifest: Manifest) -> None:
     }
     if manifest.kind != "c4":
         del value["train_files_in_all"]
-    state.write("manifest.json", (json.dumps(value, indent=1) + "\n").encode())
+    work.write(work.state, "manifest.json", (json.dumps(value, indent=1) + "\n").encode())
 
 
 def is_verified(directory: Path, path: str, file: StagedFile) -> bool:
@@ -150,14 +148,8 @@ def check(directory: Path, manifest: Manifest, deep: bool = False) -> list[Probl
     problems = [Problem(path, "not downloaded yet") for path in sorted(set(manifest.wanted) - manifest.files.keys())]
     unread = []
     for path, file in sorted(manifest.files.items()):
-        try:
-            size = (directory / path).stat().st_size
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            problems.append(Problem(path, "missing" if missing else error.strerror or str(error)))
-            continue
-        if size != file.bytes:
-            problems.append(Problem(path, describe_wrong(directory / path, size, file.bytes)))
+        if what := wrong_size(directory / path, file.bytes):
+            problems.append(Problem(path, what))
         elif deep or not is_verified(directory, path, file):
             unread.append(RemoteFile(path, file.bytes, file.sha256))
     return problems + read(directory, unread, "other bytes than were verified")
@@ -176,25 +168,23 @@ def read(directory: Path, files: Sequence[RemoteFile], other: str) -> list[Probl
     return [Problem(file.path, found[file.path]) for file in files if file.path in found]
 
 
-def describe_wrong(path: Path, size: int, expected: int) -> str:
-    """What a file of the wrong size is."""
-    if path.is_dir():
-        return "a directory, not a file"
-    if size == 0:
-        return "empty"
-    if is_lfs_pointer(path):
-        return "a Git LFS pointer, not the data"
-    if size < expected:
-        return f"truncated: {size:,} of {expected:,} bytes"
-    return f"{size:,} bytes instead of {expected:,}"
-
-
-def is_lfs_pointer(path: Path) -> bool:
+def wrong_size(path: Path, expected: int) -> str:
+    """What is wrong with a file as far as name and size tell; "" for nothing."""
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "a directory, not a file" if stat.S_ISDIR(found.st_mode) else "not a file"
+        if found.st_size == expected:
+            return ""
         with open(path, "rb") as stream:
-            return stream.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
+            start = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        return "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+    if start in (b"", LFS_POINTER):
+        return wrong_start(start)
+    if found.st_size < expected:
+        return f"truncated: {found.st_size:,} of {expected:,} bytes"
+    return f"{found.st_size:,} bytes instead of {expected:,}"
 
 
 def check_bytes(

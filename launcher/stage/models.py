@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.base.errors import LauncherError
-from launcher.stage.fetch import Outcome, fetch, open_repo
+from launcher.stage.fetch import open_repo
 from launcher.stage.hub import Repo, find_token, list_files
 from launcher.stage.source import RemoteFile
-from launcher.titan import read_text
 
 MODELS = {
     "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
@@ -26,14 +23,10 @@ SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def repo_name(model: str) -> str:
-    """`8B`, `Llama-3.1-8B` or any `owner/name`. Raises LauncherError for another word."""
-    known = {alias.lower(): name for short, name in MODELS.items() for alias in (short, short.rsplit("-", 1)[1])}
-    if name := known.get(model.lower()):
+    """`Llama-3.1-8B` or any `owner/name`. Raises LauncherError for another word."""
+    if name := MODELS.get(model):
         return name
-    owner, _, name = model.partition("/")
-    if all(
-        part.replace("-", "").replace("_", "").replace(".", "").isalnum() and part.isascii() for part in (owner, name)
-    ):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
         return model
     raise LauncherError(
         "name-unknown",
@@ -65,20 +58,6 @@ def plan(
             raise LauncherError("repository-lacks", f"{where} has no weights as safetensors", "another repository")
         names += [*CONFIG, INDEX, *weights]
     return repo, [there[name] for name in names if name in there]
-
-
-def bring(kind: str, target: Path, repo: Repo, files: Sequence[RemoteFile], jobs: int) -> Outcome:
-    outcome = fetch(target, repo, files, kind, kind_of, jobs)
-    for name in REQUIRED:
-        try:
-            good = isinstance(json.loads(read_text(target / name)), dict)
-        except (ValueError, RecursionError):
-            good = False
-        if not good:
-            raise LauncherError(
-                "repository-lacks", f"{target / name}: as on the Hub, but not a tokenizer's file", "--revision main"
-            )
-    return outcome
 
 
 def kind_of(target: Path) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,13 +20,12 @@ from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.config.spec import S3_ADDRESS
 from launcher.stage.manifest import LARGEST, Manifest, parse_manifest
 from launcher.stage.source import RemoteFile, check_answer
-from launcher.stage.target import STATE, Incoming, Stopped, WrongLength
+from launcher.stage.target import STATE, Incoming, Stopped
 
 PIECE = 8 << 20  # bytes of one request; each of the files at once holds one in memory
 ANSWER = 16 << 20  # bytes of any answer: a piece of a file, or a page of a listing
 ANSWER_S = 300.0  # and the time that it may take, whole
-ENTRIES = 100_000  # of a listing
-PAGES = 1000  # and its pages, which may be empty
+ENTRIES = 100_000  # of a listing, and its pages, which may be empty
 LISTING_S = 600.0  # for it
 
 
@@ -75,28 +74,18 @@ class Bucket:
         bucket, _, prefix = self.root.partition("/")
         prefix = "/".join(part for part in (prefix, folder) if part)
         where: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "/"}
-        found, empty, until = [], True, time.monotonic() + LISTING_S
-        for _ in range(PAGES):
-            if time.monotonic() > until:
-                raise LauncherError(
-                    "store-failed",
-                    f"{self.source}: no whole listing in {LISTING_S:.0f} s",
-                    "the same command tries again",
-                    status=ExitStatus.ERROR,
-                )
+        found, asked, page, until = [], 0, {"IsTruncated": True}, time.monotonic() + LISTING_S
+        while page.get("IsTruncated"):
+            if asked > ENTRIES or time.monotonic() > until:
+                what = f"more than {ENTRIES:,} entries" if asked > ENTRIES else f"for more than {LISTING_S:.0f} s"
+                raise LauncherError("server-answer", f"{self.source}: lists {what}", "name the prefix that holds en/")
             with self._asking():
                 page = self.store.call_s3("list_objects_v2", **where)
-            empty = empty and not page.get("Contents") and not page.get("CommonPrefixes")
             found += page.get("Contents", [])
-            if not page.get("IsTruncated") or len(found) > ENTRIES:
-                break
+            asked += 1 + len(page.get("Contents", []))
             where["ContinuationToken"] = page.get("NextContinuationToken")
-        if page.get("IsTruncated"):
-            raise LauncherError(
-                "server-answer", f"{self.source}: lists more than {ENTRIES:,} entries", "name the prefix that holds en/"
-            )
-        if empty and not folder:
-            raise _refused(FileNotFoundError(), self.source)
+            if not (found or folder or page.get("CommonPrefixes") or page.get("IsTruncated")):
+                raise _refused(FileNotFoundError(), self.source)
         files = []
         for entry in found:
             path = str(entry.get("Key")).removeprefix(f"{self.root.partition('/')[2]}/")
@@ -125,8 +114,8 @@ class Bucket:
         return found
 
 
-def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile], list[RemoteFile]]:
-    """The bucket, the objects at its prefix, and those in its folder `en`. Raises LauncherError."""
+def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile]]:
+    """The bucket, and the objects at its prefix and in its folder `en`. Raises LauncherError."""
     match = S3_ADDRESS.fullmatch(address)
     if match is None or ".." in address:
         raise LauncherError(
@@ -136,17 +125,12 @@ def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile], list[RemoteFile
         )
     root = match[1] + match[2]
     bucket = Bucket(f"s3://{root}", root, _store())
-    top, en = bucket.listed(""), bucket.listed("en")
+    objects = [*bucket.listed(""), *bucket.listed("en")]
     manifest = bucket.manifest()
     # Without a manifest, what changes with any object.
-    listing = "".join(f"{file.path} {file.bytes} {etag}\n" for file, etag in (*top, *en))
+    listing = "".join(f"{file.path} {file.bytes} {etag}\n" for file, etag in objects)
     revision = manifest.revision if manifest else hashlib.sha256(listing.encode()).hexdigest()[:40]
-    bucket = replace(bucket, revision=revision)
-    return (
-        bucket,
-        [_known(file, bucket, manifest) for file, _ in top],
-        [_known(file, bucket, manifest) for file, _ in en],
-    )
+    return replace(bucket, revision=revision), [_known(file, bucket, manifest) for file, _ in objects]
 
 
 def _known(file: RemoteFile, bucket: Bucket, manifest: Manifest | None) -> RemoteFile:
@@ -160,18 +144,6 @@ def _known(file: RemoteFile, bucket: Bucket, manifest: Manifest | None) -> Remot
             "copy the file again from the staged directory; nothing was downloaded",
         )
     return replace(file, sha256=entry.sha256 if entry else "")
-
-
-def readme(source: str, train: Iterable[str], validation: Iterable[str] = ()) -> str:
-    """README.md of a directory through which `datasets` streams objects: its header names them, nothing else is there.
-
-    The paths are relative to `source`, s3://bucket/prefix. In the job it takes titan.s3 and s3fs in the image.
-    """
-    lines = ["---", "configs:", "- config_name: en", "  data_files:"]
-    for split, paths in (("train", train), ("validation", validation)):
-        urls = [f"    - {source}/{path}" for path in paths]
-        lines += [f"  - split: {split}", "    path:", *urls] if urls else []
-    return "\n".join([*lines, "---", ""])
 
 
 def _store() -> Any:
@@ -246,57 +218,59 @@ class _Whole:
         pass
 
 
+# By the names of an error's classes, the libraries' own among them: code, what, fix, exit status.
+_REFUSALS = {
+    ("WrongLength", "FileExpired"): (
+        "store-differs",
+        "has changed meanwhile",
+        "the same command tries again",
+        ExitStatus.ERROR,
+    ),
+    ("TooLong",): (
+        "server-answer",
+        f"the store answers with more than {ANSWER >> 20} MiB at once",
+        "check AWS_ENDPOINT_URL: is it an object store?",
+        ExitStatus.ERROR,
+    ),
+    ("FileNotFoundError",): (
+        "store-missing",
+        "not there",
+        "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
+        ExitStatus.NOT_FOUND,
+    ),
+    ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"): (
+        "store-access",
+        "no credentials for object storage",
+        "aws configure; or export AWS_PROFILE=..., or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ExitStatus.INVALID,
+    ),
+    ("PermissionError",): (
+        "store-access",
+        "access denied",
+        "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
+        ExitStatus.INVALID,
+    ),
+    ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "SSLError"): (
+        "no-connection",
+        "no connection to the store",
+        "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)",
+        ExitStatus.ERROR,
+    ),
+}
+
+
 def _refused(error: Exception, what: str) -> LauncherError:
     """The store's or the network's refusal, and what to do about it. The libraries' words hold no secret key."""
     from launcher.stage.web import distrust, not_trusted  # brings ssl: see _store
 
-    name, words = type(error).__name__, str(error)
     if why := distrust(error):
         return not_trusted(what, why)
-    if isinstance(error, WrongLength) or name == "FileExpired":
-        return LauncherError(
-            "store-differs",
-            f"{what}: has changed meanwhile",
-            "the same command tries again",
-            status=ExitStatus.ERROR,
-            original=words,
-        )
-    if isinstance(error, TooLong):
-        return LauncherError(
-            "server-answer",
-            f"{what}: the store answers with more than {ANSWER >> 20} MiB at once",
-            "check AWS_ENDPOINT_URL: is it an object store?",
-            status=ExitStatus.ERROR,
-        )
-    if isinstance(error, FileNotFoundError):
-        return LauncherError(
-            "store-missing",
-            f"{what}: not there",
-            "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
-            status=ExitStatus.NOT_FOUND,
-        )
-    if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-        return LauncherError(
-            "store-access",
-            f"{what}: no credentials for object storage",
-            "aws configure; or export AWS_PROFILE=..., or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-            original=words,
-        )
-    if isinstance(error, PermissionError):
-        return LauncherError(
-            "store-access",
-            f"{what}: access denied",
-            "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
-            original=words,
-        )
-    if name in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "SSLError"):
-        return LauncherError(
-            "no-connection",
-            f"{what}: no connection to the store",
-            "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)",
-            status=ExitStatus.ERROR,
-            original=words,
-        )
-    wrong = isinstance(error, ValueError) or "Config" in name
-    fix = "check AWS_* and ~/.aws/config" if wrong else "the same command continues"
-    return LauncherError("store-failed", f"{what}: {name}", fix, status=ExitStatus.ERROR, original=words)
+    classes = {one.__name__ for one in type(error).__mro__}
+    fix = "the same command continues; check AWS_* and ~/.aws/config"
+    found = ("store-failed", type(error).__name__, fix, ExitStatus.ERROR)
+    for names, refusal in _REFUSALS.items():
+        if classes & set(names):
+            found = refusal
+            break
+    code, words, fix, status = found
+    return LauncherError(code, f"{what}: {words}", fix, status=status, original=str(error))

@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher.base.files import write_bytes
 
 TRAIN_FILES = 4
+SPLITS = (("train", TRAIN_FILES), ("validation", 1))
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # Llama 3's names
 
 README = """\
@@ -56,8 +57,6 @@ def write_c4_sample(
 
     The same arguments give the same bytes. Each file is written under a temporary name and renamed.
     """
-    if train_files < 1 or documents_per_file < 1:
-        raise ValueError("a sample has at least one file with one document")
     (directory / "en").mkdir(parents=True, exist_ok=True)
     for split, files in (("train", train_files), ("validation", 1)):
         for index, name in enumerate(file_names(split, files)):
@@ -127,29 +126,13 @@ def _tokenizer_files() -> dict[str, object]:
     special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     added = {256: {"content": BEGIN, **special}, 257: {"content": END, **special}}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model: dict[str, object] = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": vocabulary,
-        "merges": [],
-    }
     return {
         "tokenizer.json": {
             "version": "1.0",
-            "truncation": None,
-            "padding": None,
             "added_tokens": [{"id": index, **token} for index, token in added.items()],
-            "normalizer": None,
             "pre_tokenizer": byte_level,
-            "post_processor": None,
             "decoder": byte_level,
-            "model": model,
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
         },
         "tokenizer_config.json": {
             "added_tokens_decoder": {str(index): token for index, token in added.items()},

@@ -8,6 +8,7 @@ from collections.abc import Sized
 from launcher.titan import GZIP_MAGIC, LFS_POINTER
 
 SHARD = re.compile(r"c4-(train|validation)\.(\d+)-of-(\d+)\.json\.gz")
+IN_EN = re.compile(f"en/{SHARD.pattern}")
 TRAIN_FILES = 1024
 
 # From the data set's card on the Hub: download_size 326,778,635,540 bytes for 364,868,892 train and 364,608 validation
@@ -32,18 +33,9 @@ def files_for(tokens: int, ranks: int, in_all: int) -> int:
     return in_all - in_all % ranks if ranks <= in_all else in_all
 
 
-def in_files(count: int) -> str:
-    """`1 file`, `2 files`."""
-    return f"{count:,} file" + ("" if count == 1 else "s")
-
-
 def and_more(names: Sized) -> str:
     """Behind the first of `names`."""
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def in_millions(tokens: float) -> str:
-    return f"{tokens / 1e6:,.0f} M"
 
 
 def wrong_start(head: bytes) -> str:

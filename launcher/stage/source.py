@@ -24,7 +24,12 @@ class RemoteFile:
     xet: str = ""  # what Xet's servers know the file by
 
 
-class Source(Protocol):
+class Downloads(Protocol):
+    def download(self, file: RemoteFile, stream: Incoming, /) -> None:
+        """All of `file` into `stream`. Raises LauncherError for what trying again does not cure."""
+
+
+class Source(Downloads, Protocol):
     """One version of the files in one place."""
 
     @property
@@ -33,9 +38,6 @@ class Source(Protocol):
 
     @property
     def revision(self) -> str: ...
-
-    def download(self, file: RemoteFile, stream: Incoming) -> None:
-        """All of `file` into `stream`. Raises LauncherError for what trying again does not cure."""
 
 
 def is_size(value: object) -> bool:

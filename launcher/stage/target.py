@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
-import socket
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -22,13 +19,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import filesystem_error, lock, write_bytes
-from launcher.base.values import parse_json
+from launcher.base.files import filesystem_error, lock, unreadable
+from launcher.base.output import some
 
 STATE = ".staged"  # manifest, lock and unfinished downloads, inside the directory
 IGNORED = {STATE, "lost+found", ".snapshot"}  # what a file system or we put into an empty directory
 RESERVE = 64 << 20  # bytes that are left free: the manifest, and rounding
-MOST_CUTS = 5  # by a server that cannot continue a file
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -41,7 +37,7 @@ class WrongLength(OSError):
 
 
 class TooSlow(OSError):
-    """Bytes come, but so few, or so often from the start, that there is no end in sight."""
+    """Bytes come, but so few that there is no end in sight."""
 
 
 def safe_path(path: object) -> bool:
@@ -66,54 +62,38 @@ def write_error(path: Path, error: OSError) -> LauncherError:
 
 
 def is_directory(place: Path) -> bool:
-    """Whether there is a directory, and this user may look into it. Raises OSError, NotADirectoryError for a file."""
+    """Whether there is a directory. Raises LauncherError for a file, and where this user may not look into it."""
     try:
         if not stat.S_ISDIR(os.stat(place).st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+            raise NotADirectoryError
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(place / STATE / "manifest.json")
     except FileNotFoundError:
         return False
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        os.stat(place / STATE / "manifest.json")
+    except NotADirectoryError:
+        file = next(path for path in (place, *place.parents) if os.path.exists(path))
+        raise LauncherError("not-a-directory", f"{file}: a file, not a directory", "name a directory") from None
+    except OSError as error:
+        raise unreadable(place, error) from error
     return True
 
 
-def refuse_unusable(target: Path) -> None:
-    """Raises LauncherError for a file, and for a place where this user may not even look. Writes nothing."""
-    try:
-        is_directory(target)
-    except NotADirectoryError:
-        file = next(place for place in (target, *target.parents) if os.path.exists(place))
-        raise LauncherError(
-            "not-a-directory", f"--to {file}: a file, not a directory", "name a new directory, or one to continue in"
-        ) from None
-    except OSError as error:
-        raise write_error(target, error) from error
-
-
 def refuse_foreign(target: Path, ours: Callable[[Path], object]) -> None:
-    """`refuse_unusable`, and others' data: no manifest, and nothing in it that `ours` knows. Writes nothing."""
-    refuse_unusable(target)
+    """Raises LauncherError for what is no directory, and for others' data: no manifest, and nothing that `ours` knows.
+    Writes nothing.
+    """
+    if not is_directory(target) or (target / STATE / "manifest.json").exists() or ours(target):
+        return
     try:
         found = sorted(set(os.listdir(target)) - IGNORED)
-    except FileNotFoundError:
-        return
     except OSError as error:
-        raise write_error(target, error) from error
-    if found and not (target / STATE / "manifest.json").exists() and not ours(target):
+        raise unreadable(target, error) from error
+    if found:
         raise LauncherError(
             "target-holds-other",
-            f"--to {target}: holds other data ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})",
+            f"--to {target}: holds other data ({some(found)})",
             "name a directory that is new or empty, or one that was staged before",
         )
-
-
-def refuse_unwritable(target: Path) -> None:
-    """Raises LauncherError where no directory can be made: by making one, and removing it."""
-    above = next(place for place in (target, *target.absolute().parents) if os.path.isdir(place))
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=".launcher-probe-", dir=above))
-    except OSError as error:
-        raise write_error(target, error) from error
 
 
 class Incoming(FileIO):
@@ -125,7 +105,6 @@ class Incoming(FileIO):
     limit: int
     on_bytes: Callable[[int], None]
     received = 0  # bytes, in all attempts
-    cuts = 0  # times that it began anew since `restart`
 
     @property
     def handle(self) -> Path:
@@ -145,17 +124,8 @@ class Incoming(FileIO):
         self.on_bytes(len(data))
         return len(data)
 
-    def truncate(self, size: int | None = None) -> int:
-        before = os.fstat(self.fileno()).st_size
-        after = super().truncate(size)
-        self.on_bytes(after - before)
-        self.cuts += 1
-        if self.cuts > MOST_CUTS:
-            raise TooSlow(f"the connection broke off {self.cuts} times, and began anew each time")
-        return after
-
     def restart(self) -> None:
-        self.cuts = -1
+        self.on_bytes(-os.fstat(self.fileno()).st_size)
         self.seek(0)
         self.truncate()
 
@@ -171,11 +141,6 @@ class Folder:
 
     def __del__(self) -> None:
         os.close(self.fd)
-
-    @property
-    def handle(self) -> Path:
-        """As that of Incoming."""
-        return Path(f"/proc/{os.getpid()}/fd/{self.fd}")
 
     def below(self, *names: str) -> Folder:
         """The folder with these names in it, made where there is none. Raises LauncherError for a link on the way."""
@@ -202,51 +167,11 @@ class Folder:
         os.close(descriptor)
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
-    @contextlib.contextmanager
-    def unfinished(self, limit: int, on_bytes: Callable[[int], None]) -> Iterator[Incoming]:
-        """A new file under a random name, which goes again unless `finish` has given it a final one."""
-        name = os.urandom(12).hex()
-        try:
-            stream = Incoming(str(self.path / name), "x+b", opener=lambda _path, flags: self.open(name, flags))
-        except OSError as error:
-            raise write_error(self.path / name, error) from error
-        stream.limit, stream.on_bytes = limit, on_bytes
-        with stream:
-            try:
-                yield stream
-            finally:
-                self.remove(name)
-
-    def finish(self, stream: Incoming, final: Path, top: Folder) -> None:
-        """Gives the file its final name in `top`; a link of that name is replaced, not what it leads to. Raises
-        OSError.
-        """
-        folder = top.below(*final.relative_to(top.path).parts[:-1])
-        os.replace(Path(str(stream.name)).name, final.name, src_dir_fd=self.fd, dst_dir_fd=folder.fd)
-
-    def write(self, name: str, data: bytes, mode: int | None = None) -> None:
-        """Replaces a small file as a whole; with `mode` whatever the umask. Raises LauncherError."""
-        try:
-            write_bytes(self.handle / name, data)
-            if mode is not None:
-                with FileIO(self.open(name, os.O_RDWR)) as stream:
-                    os.fchmod(stream.fileno(), mode)
-        except OSError as error:
-            raise write_error(self.path / name, error) from error
-        except LauncherError as error:
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else OSError(error.what)
-            raise write_error(self.path / name, cause) from cause
-
     def remove(self, name: str) -> None:
-        """Deletes what is ours: a link itself, and folders only as launchers before this one left them."""
+        """Deletes what is ours: a link itself, no folder."""
         with contextlib.suppress(OSError):
-            found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
-            if found.st_uid != os.geteuid():
-                return
-            if not stat.S_ISDIR(found.st_mode):
+            if os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_uid == os.geteuid():
                 os.unlink(name, dir_fd=self.fd)
-            elif name.endswith(".xet"):
-                shutil.rmtree(name, ignore_errors=True, dir_fd=self.fd)
 
 
 def in_the_way(path: Path, what: str) -> LauncherError:
@@ -263,15 +188,47 @@ class Work:
     state: Folder
     partial: Folder
 
+    @contextlib.contextmanager
+    def unfinished(self, limit: int, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[Incoming]:
+        """A new file under a random name, which goes again unless `keep` has given it a final one."""
+        name = os.urandom(12).hex()
+        path = self.partial.path / name
+        try:
+            stream = Incoming(str(path), "x+b", opener=lambda _path, flags: self.partial.open(name, flags))
+        except OSError as error:
+            raise write_error(path, error) from error
+        stream.limit, stream.on_bytes = limit, on_bytes
+        with stream:
+            try:
+                yield stream
+            finally:
+                self.partial.remove(name)
+
+    def keep(self, stream: Incoming, folder: Folder, name: str) -> None:
+        """Gives the file its final name; a link of that name is replaced, not what it leads to."""
+        try:
+            os.fsync(stream.fileno())  # what records the file must not outlive its bytes
+            os.replace(Path(str(stream.name)).name, name, src_dir_fd=self.partial.fd, dst_dir_fd=folder.fd)
+        except OSError as error:
+            raise write_error(folder.path / name, error) from error
+
+    def write(self, folder: Folder, name: str, data: bytes, mode: int = 0) -> None:
+        """Replaces a small file as a whole; with `mode` whatever the umask. Raises LauncherError."""
+        with self.unfinished(len(data)) as stream:
+            stream.write(data)
+            if mode:
+                os.fchmod(stream.fileno(), mode)
+            self.keep(stream, folder, name)
+
 
 @contextlib.contextmanager
 def at_work(target: Path, say: Callable[[str], None]) -> Iterator[Work]:
     """Makes the directory where it is new, holds its lock, and removes what an earlier call has left unfinished.
 
-    Waits for another stager, after saying who it is. The kernel frees a dead one's. Whoever may write into the
+    Waits for another stager. The kernel frees a dead one's. Whoever may write into the
     directory may stage into it: our own part of it gets its mode, where we own it.
     """
-    refuse_unusable(target)
+    is_directory(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         top = Folder(target, os.open(target, DIRECTORY))
@@ -301,43 +258,29 @@ def _lock(descriptor: int, target: Path, say: Callable[[str], None]) -> None:
         if not lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
             say(f"warning: {target}: its file system has no locks; do not stage into it twice at once")
     except BlockingIOError:
-        say(f"waiting: {_holder(descriptor)} is staging into {target}")
+        say(f"waiting: another launcher is staging into {target}")
         lock(descriptor, fcntl.LOCK_EX)
-    with contextlib.suppress(OSError):  # who it is helps to wait; a full disk must not stop here
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
-
-
-def _holder(descriptor: int) -> str:
-    try:
-        who = parse_json(os.pread(descriptor, 1000, 0))
-        return f"process {str(who['pid'])[:15]} on {str(who['host'])[:80]}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another launcher"
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Refuses to begin what does not fit. `needed`: bytes still to be written."""
-    free = free_bytes(target)
+    """Refuses to begin what does not fit. `needed`: bytes still to be written. Quotas show only when writing."""
+    free = shutil.disk_usage(target).free
     if needed and needed + RESERVE > free:
         raise LauncherError(
             "disk-full",
             f"{target}: {gigabytes(needed)} are still needed, {gigabytes(free)} are free",
-            f"free space (df -h {quoted(target)}), ask for fewer files (--files N), or another place, or --to "
-            "another file system",
+            f"free space (df -h {quoted(target)}), ask for less, or name another file system",
             status=ExitStatus.FILESYSTEM,
         )
 
 
-def free_bytes(target: Path) -> int:
-    """Bytes that this user may still write there; quotas are not in it, they show only when writing."""
-    found = os.statvfs(target)
-    return found.f_bavail * found.f_frsize
+def scaled(count: float, what: str) -> str:
+    """`20.3 GB`, `512 kB`, `2.05 G tokens`: decimal units, as disks and the Hub count."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}{what}" if count < 999 * size else f"{count / size:,.0f} {unit}{what}"
+    return f"{int(count)} {what.strip()}"
 
 
 def gigabytes(count: float) -> str:
-    """`20.3 GB`, `512 kB`: decimal units, as disks and the Hub count."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999 * size else f"{count / size:,.0f} {unit}"
-    return f"{int(count)} B"
+    return scaled(count, "B")

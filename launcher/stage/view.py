@@ -25,8 +25,8 @@ from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.runtime import host_path, mounts
 from launcher.config.spec import S3, SAMPLE, PlacedRun, RunSpec
 from launcher.stage import sample
-from launcher.stage.manifest import read_manifest
-from launcher.stage.s3 import open_bucket, readme
+from launcher.stage.manifest import read_manifest, wrong_size
+from launcher.stage.s3 import open_bucket
 from launcher.stage.shards import (
     SHARD,
     SMALL,
@@ -34,26 +34,14 @@ from launcher.stage.shards import (
     TRAIN_FILES,
     and_more,
     files_for,
-    in_millions,
     wrong_start,
 )
+from launcher.stage.target import scaled
 from launcher.titan import LFS_POINTER, Refused
 from launcher.titan.data import check_data, check_shards
 
 DATASETS = ("c4", "c4_validation")  # torchtitan's names of what such a directory holds
 ESTIMATE_IS_GOOD_TO = 0.02  # tokens from bytes: C4's files differ by a percent, text of another kind by more
-
-# Not the data's own README: it may name a split that was not staged, and `datasets` then refuses all splits.
-README = """\
----
-configs:
-- config_name: en
-  data_files:
-{splits}
----
-
-Links to the files that this run reads, made by the launcher.
-"""
 
 T = TypeVar("T")
 
@@ -68,7 +56,6 @@ class Staged:
     left_out: Mapping[str, str] = field(default_factory=dict)  # file -> why
     train_files_in_all: int = TRAIN_FILES
     staged_from: str = ""  # by its manifest
-    mounts: Mapping[str, str] = field(default_factory=dict)  # file left out -> the --mount that the container lacks
 
 
 def choose(files: Sequence[T], degree: int, part: int = 1, parts: int = 1) -> Sequence[T]:
@@ -88,110 +75,72 @@ def choose(files: Sequence[T], degree: int, part: int = 1, parts: int = 1) -> Se
 def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
     """The run with its view, where there can be one, and what the user should know. Looks at the data, writes nothing.
 
-    Raises LauncherError where a part was asked for (`--data-part`) that cannot be given.
+    Raises LauncherError where a part was asked for (`--data-part`) that cannot be given, and for streamed data that
+    cannot be listed.
     """
-    there = spec.job.data == SAMPLE or spec.job.data.startswith(("/", S3))
-    if not there or spec.recipe.dataset not in DATASETS:
+    data, streamed = spec.job.data, spec.job.data.startswith(S3)
+    if spec.recipe.dataset not in DATASETS or not (data == SAMPLE or data.startswith(("/", S3))):
         if spec.job.data_part:
-            what = f"--data {spec.job.data} with the dataset {spec.recipe.dataset}"
+            what = f"--data {data} with the dataset {spec.recipe.dataset}"
             raise LauncherError(
                 "data-part", f"--data-part {spec.job.data_part}: {what} has no parts", "--data DIR, a copy of C4"
             )
-        if spec.job.data.startswith(S3):
+        if streamed:
             raise LauncherError(
                 "dataset-not-streamed",
-                f"--data {spec.job.data}: only C4 is streamed from object storage, not {spec.recipe.dataset}",
+                f"--data {data}: only C4 is streamed from object storage, not {spec.recipe.dataset}",
                 f"--set recipe.dataset={DATASETS[0]}",
             )
         return spec, []
-    if spec.job.data == SAMPLE:
-        train = tuple(sample.file_names("train", sample.TRAIN_FILES))
-        return _with_view(spec, Staged(train, tuple(sample.file_names("validation", 1)))), []
-    if spec.job.data.startswith(S3):
-        return _plan_streamed(spec)
-    directory = Path(host_path(spec, spec.data_path))
-    stage = f"launcher stage c4 --to {quoted(directory)} --files"
-    if os.path.isfile(directory):
+    if data == SAMPLE:
+        train, validation = (tuple(sample.file_names(*split)) for split in sample.SPLITS)
+        return _with_view(spec, Staged(train, validation)), []
+    place = spec.data_path.rstrip("/") if streamed else host_path(spec, spec.data_path)
+    if os.path.isfile(place):
         raise LauncherError(
             "not-a-directory",
-            f"--data {directory}: a file, not a directory",
+            f"--data {place}: a file, not a directory",
             "launcher stage c4 --to DIR --files N, then --data DIR",
         )
+    notes: list[str] = []
     try:
-        staged, notes = look(directory, lambda name: mount_for(spec, f"{spec.data_path}/en/{name}".rstrip("/")))
+        if streamed:
+            staged = _look_in_bucket(spec.data_path)
+        else:
+            staged, notes = look(Path(place), lambda name: mount_for(spec, f"{spec.data_path}/en/{name}".rstrip("/")))
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        where = directory / "en" if os.path.isdir(directory) else directory
+        where = f"{place}/en" if os.path.isdir(place) else place
         why = f"{where}: " + ("not on this machine" if missing else f"cannot be read here ({error.strerror})")
-        fix = f"{stage} {files_needed(spec, TRAIN_FILES)}"
+        fix = _stage_command(spec, Staged(()))
         if spec.job.data_part or spec.job.scheduler == "local":
-            what = f"--data-part {spec.job.data_part}: {why}" if spec.job.data_part else why
-            raise LauncherError("data-missing", what, fix, status=ExitStatus.NOT_FOUND) from error
+            raise LauncherError("data-missing", why, fix, status=ExitStatus.NOT_FOUND) from error
         return spec, [
             f"{why}, so the run gets no view of it; if the nodes do not have it either, the job stops at once: {fix}, "
             "or --data hub"
         ]
-    stage += _as_many_and(spec, staged)
-    if staged.left_out:
-        # Staging keeps a link whose file is right: what it lacks is a mount.
-        name, why = min(staged.left_out.items(), key=lambda item: item[0] in staged.mounts)
-        mount = staged.mounts.get(name)
-        repair = f"; {quoted('--mount', mount)} shows it" if mount else f"; {stage} repairs it"
-        notes.append(f"{directory}/en: {name} is {why}{and_more(staged.left_out)}: left out{repair}")
-    if not staged.train:
-        if spec.job.data_part:
-            raise LauncherError(
-                "no-train-files", f"--data-part {spec.job.data_part}: {directory}/en holds no train file", stage
-            )
-        return spec, [
-            *notes,
-            f"{directory}/en holds no train file of C4, so the run gets no view of it: {stage}",
-        ]
-    spec = _with_view(spec, staged)
-    return spec, [*notes, *_shortages(spec, staged, stage)]
-
-
-def _plan_streamed(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
-    """The run with the objects that it will stream, which are listed now. Raises LauncherError where they cannot be."""
-    bucket, staged = _look_in_bucket(spec.data_path, files_needed(spec, TRAIN_FILES))
-    count = max(files_needed(spec, staged.train_files_in_all), len(staged.train))
-    stage, then = f"launcher stage c4 --to DIR --files {count}", f", then: aws s3 sync DIR {quoted(bucket)}"
-    notes = []
+    stage = _stage_command(spec, staged)
     if staged.left_out:
         name, why = next(iter(staged.left_out.items()))
-        notes.append(
-            f"{bucket}/en: {name} is {why}{and_more(staged.left_out)}: left out; copy again from a staged "
-            f"directory: aws s3 sync DIR {quoted(bucket)}"
-        )
+        notes.append(f"{place}/en: {name} is {why}{and_more(staged.left_out)}: left out; to repair: {stage}")
     if not staged.train:
-        raise LauncherError(
-            "no-train-files", f"{bucket}/en holds no train file of C4", f"{stage}{then}", original="\n".join(notes)
-        )
+        why = f"{place}/en holds no train file of C4"
+        if spec.job.data_part or streamed:
+            raise LauncherError("no-train-files", why, stage, original="\n".join(notes))
+        return spec, [*notes, f"{why}, so the run gets no view of it: {stage}"]
     spec = _with_view(spec, staged)
-    return spec, [*notes, *_shortages(spec, staged, stage, then)]
+    return spec, [*notes, *_shortages(spec, staged)]
 
 
-def _look_in_bucket(address: str, needed: int) -> tuple[str, Staged]:
-    """The address as it is written in the view, and what can be trained on there. `needed` files: for the error."""
-    try:
-        bucket, _, objects = open_bucket(address)
-    except LauncherError as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        raise LauncherError(
-            error.code,
-            f"--data {address}: {error.what}; submit lists the files with it",
-            f"{error.fix}; or where it is installed: launcher stage c4 --from {quoted(address)} --to DIR --files "
-            f"{needed}, "
-            "then --data DIR",
-            status=error.status,
-        ) from error
+def _look_in_bucket(address: str) -> Staged:
+    """What can be trained on there."""
+    bucket, objects = open_bucket(address)
     found = []
     for file in objects:
-        if shard := SHARD.fullmatch(file.path.removeprefix("en/")):
+        if file.path.startswith("en/") and (shard := SHARD.fullmatch(file.path.removeprefix("en/"))):
             why = wrong_start(bucket.head(file, len(LFS_POINTER))) if file.bytes < SMALL else ""
             found.append((shard, file.bytes, why))
-    return bucket.source, _in_order(found)
+    return _in_order(found)
 
 
 def check(spec: PlacedRun) -> None:
@@ -257,7 +206,7 @@ def look(directory: Path, mount_of: Callable[[str], str] = lambda name: "") -> t
                 in_all, staged_from = manifest.train_files_in_all, manifest.source
         except LauncherError as error:
             notes.append(f"{error.what}: its files are taken as they are; {error.fix}")
-    found, lacking = [], {}
+    found = []
     of_all = mount_of("")
     with os.scandir(directory / "en") as entries:
         for entry in entries:
@@ -265,10 +214,9 @@ def look(directory: Path, mount_of: Callable[[str], str] = lambda name: "") -> t
                 size, why = _problem(entry, listed)
                 mount = of_all or (mount_of(entry.name) if entry.is_symlink() else "")
                 if mount and os.path.exists(entry.path):
-                    lacking[entry.name] = mount
-                    why = f"a link to {os.path.realpath(entry.path)}, which the container does not see"
+                    why = f"a link to {os.path.realpath(entry.path)}, which the container sees with --mount {mount}"
                 found.append((shard, size, why))
-    return replace(_in_order(found, in_all, staged_from), mounts=lacking), notes
+    return _in_order(found, in_all, staged_from), notes
 
 
 def _in_order(found: Iterable[tuple[re.Match[str], int, str]], in_all: int = 0, staged_from: str = "") -> Staged:
@@ -291,41 +239,36 @@ def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None) -> tuple
     """Size, and why the file cannot be read as training data; empty when it can."""
     try:
         size = entry.stat().st_size
-        if not entry.is_file():
-            return size, "a directory, not a file" if entry.is_dir() else "not a file"
-        if listed is not None and listed.get(entry.name) != size:
-            expected = listed.get(entry.name)
-            return (
-                size,
-                "not in the manifest" if expected is None else f"{size:,} bytes instead of {expected:,}",
-            )
-        if size < SMALL:
+        if listed is not None and entry.name not in listed:
+            return size, "not in the manifest"
+        why = wrong_size(Path(entry.path), size if listed is None else listed[entry.name])
+        if not why and size < SMALL:
             with open(entry.path, "rb") as stream:
-                return size, wrong_start(stream.read(len(LFS_POINTER)))
+                why = wrong_start(stream.read(len(LFS_POINTER)))
+        return size, why
     except OSError as error:
         return 0, f"unreadable ({error.strerror})"
-    return size, ""
 
 
 def write(directory: Path, links: Mapping[str, str]) -> None:
     """Makes `directory` (<run_dir>/data) from PlacedRun.view; of objects in a bucket, only a README.md that names them.
 
-    Raises OSError; the caller makes run directories whole.
+    Its header names nothing that is not there: `datasets` would refuse all splits. In the job, objects take titan.s3
+    and s3fs in the image. Raises OSError; the caller makes run directories whole.
     """
-    if streamed := [name for name, target in links.items() if target.startswith(S3)]:
-        source = links[streamed[0]].removesuffix(f"/en/{streamed[0]}")
-        train, validation = (
-            [f"en/{name}" for name in streamed if name.startswith(f"c4-{split}.")] for split in ("train", "validation")
-        )
-        directory.mkdir(parents=True)
-        (directory / "README.md").write_text(readme(source, train, validation), encoding="utf-8")
-        return
-    (directory / "en").mkdir(parents=True)
-    for name, target in links.items():
-        os.symlink(target, directory / "en" / name)
-    splits = [split for split in ("train", "validation") if any(f"c4-{split}." in name for name in links)]
-    lines = [f"  - split: {split}\n    path: en/c4-{split}.*.json.gz" for split in splits]
-    (directory / "README.md").write_text(README.format(splits="\n".join(lines)), encoding="utf-8")
+    directory.mkdir(parents=True)
+    lines = ["---", "configs:", "- config_name: en", "  data_files:"]
+    for split in ("train", "validation"):
+        targets = {name: target for name, target in links.items() if name.startswith(f"c4-{split}.")}
+        paths = [target for target in targets.values() if target.startswith(S3)]
+        for name in targets.keys() if not paths else ():
+            (directory / "en").mkdir(exist_ok=True)
+            os.symlink(links[name], directory / "en" / name)
+            paths = [f"en/c4-{split}.*.json.gz"]
+        if paths:
+            lines += [f"  - split: {split}", "    path:", *(f"    - {path}" for path in paths)]
+    lines += ["---", "", "The files that this run reads, made by the launcher.", ""]
+    (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def train_files(spec: PlacedRun) -> list[str]:
@@ -349,14 +292,12 @@ def _with_view(spec: PlacedRun, staged: Staged) -> PlacedRun:
     chosen = choose(staged.train, spec.data_parallel, part, parts)
     needed = spec.data_parallel * parts
     if parts > 1 and len(staged.train) < needed:
-        fix = f"launcher stage c4 --to {quoted(host_path(spec, spec.data_path))} --files {needed}"
+        elsewhere = spec.job.data == SAMPLE or spec.job.data.startswith(S3) or needed > staged.train_files_in_all
         raise LauncherError(
             "data-part",
             f"--data-part {spec.job.data_part}: {parts} parts for {spec.data_parallel} data-parallel ranks need "
             f"{needed} train files, there are {len(staged.train)}",
-            "fewer parts, or another --data"
-            if spec.job.data == SAMPLE or spec.job.data.startswith(S3) or needed > staged.train_files_in_all
-            else fix,
+            "fewer parts, or another --data" if elsewhere else _stage_command(spec, staged),
         )
     return replace(spec, view={name: f"{_way_to_data(spec)}/en/{name}" for name in (*chosen, *staged.validation)})
 
@@ -395,44 +336,43 @@ def files_needed(spec: RunSpec, in_all: int) -> int:
     return files_for(tokens_of(spec) * parts, spec.data_parallel * parts, in_all)
 
 
-def _as_many_and(spec: RunSpec, staged: Staged) -> str:
-    """What follows `launcher stage c4 --files` so that the run has enough, and what is left out now is repaired.
+def _stage_command(spec: RunSpec, staged: Staged, validation: bool = False) -> str:
+    """What gives the run enough, and repairs what is left out now.
 
     Staging takes the files that are there first, the damaged ones among them: as many as there are cover them all.
     """
     bad = [match[1] for name in staged.left_out if (match := SHARD.fullmatch(name))]
-    count = max(
-        files_needed(spec, staged.train_files_in_all),
-        min(len(staged.train) + bad.count("train"), staged.train_files_in_all),
-    )
-    source = f" --from {quoted(staged.staged_from)}" if staged.staged_from.startswith(S3) else ""
-    return f" {count}{source}{' --validation' if 'validation' in bad else ''}"
+    in_all, streamed = staged.train_files_in_all, spec.job.data.startswith(S3)
+    count = max(files_needed(spec, in_all), min(len(staged.train) + bad.count("train"), in_all))
+    words = f"launcher stage c4 --to {'DIR' if streamed else quoted(host_path(spec, spec.data_path))} --files {count}"
+    if staged.staged_from.startswith(S3):
+        words += f" --from {quoted(staged.staged_from)}"
+    if validation or "validation" in bad:
+        words += " --validation"
+    return f"{words}, then: aws s3 sync DIR {quoted(spec.data_path)}" if streamed else words
 
 
-def _shortages(spec: PlacedRun, staged: Staged, stage: str, then: str = "") -> list[str]:
-    """Warnings about too few files, with the command that stages enough where C4 has enough, and the one after it."""
+def _shortages(spec: PlacedRun, staged: Staged) -> list[str]:
+    """Warnings about too few files, with the command that stages enough where C4 has enough."""
     notes, train, degree = [], train_files(spec), spec.data_parallel
-    more = f"; {stage}{then}" if files_needed(spec, staged.train_files_in_all) > len(staged.train) else ""
+    enough = files_needed(spec, staged.train_files_in_all)
+    more = f"; {_stage_command(spec, staged)}" if enough > len(staged.train) else ""
     if len(train) % degree:
         help_ = more if degree <= staged.train_files_in_all else "; tensor or pipeline parallelism needs fewer"
         notes.append(
             f"{spec.data_path}: {len(train)} train files for {degree} data-parallel ranks: every rank reads all "
-            "of them "
-            f"and keeps one document in {degree}{help_}"
+            f"of them and keeps one document in {degree}{help_}"
         )
     needed = tokens_of(spec)
     there = sum(staged.bytes[name] for name in train) * TOKENS_PER_BYTE
     # The estimate is for Llama 3's tokenizer: the sample's makes three times as many tokens.
     if needed > there * (1 + ESTIMATE_IS_GOOD_TO) and spec.job.tokenizer != SAMPLE:
         notes.append(
-            f"{spec.data_path}: the run reads {in_millions(needed)} tokens, its {len(train)} files have about "
-            f"{in_millions(there)} (estimated from their size): it reads them more than once{more}"
+            f"{spec.data_path}: the run reads {scaled(needed, ' tokens')}, its {len(train)} files have about "
+            f"{scaled(there, ' tokens')} (estimated from their size): it reads them more than once{more}"
         )
-    if not staged.validation and any(
-        spec.titan.get(key, "").lower() == "true" for key in ("validation.enable", "validator.enable")
-    ):
-        notes.append(
-            f"{spec.data_path} holds no validation file, and the run validates; "
-            f"{stage.removesuffix(' --validation')} --validation{then}"
-        )
+    validates = [spec.titan.get(key, "").lower() for key in ("validation.enable", "validator.enable")]
+    if not staged.validation and "true" in validates:
+        stage = _stage_command(spec, staged, validation=True)
+        notes.append(f"{spec.data_path} holds no validation file, and the run validates; {stage}")
     return notes

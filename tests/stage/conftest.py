@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -67,7 +66,6 @@ def hub(
     monkeypatch.setenv("HF_HOME", str(workplace / "huggingface"))
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     monkeypatch.setattr(web, "BACKOFF_S", 0.01)
-    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _seconds: None))
     with running_hub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         server.add("dataset", "allenai/c4", c4_files)

@@ -8,131 +8,83 @@ import time
 from tests.stage.hub_server import Content, Fault, Handler
 
 
+def answer(body: bytes, code: int = 200, **headers: str) -> Fault:
+    """Something else: `answer(b"{}", Content_Encoding="gzip")`."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda handler, _content, _start: handler.answer(code, body, named)
+
+
 def status(code: int, **headers: str) -> Fault:
-    """Answers with an error: `status(429, Retry_After="1")`."""
-
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.answer(code, b"", {name.replace("_", "-"): value for name, value in headers.items()})
-        return True
-
-    return fault
+    """An error: `status(429, Retry_After="1")`."""
+    return answer(b"", code, **headers)
 
 
-def cut(after: int) -> Fault:
-    """Announces everything, sends `after` bytes and closes the connection."""
+def moved(to: str) -> Fault:
+    """A redirect; without an address, to itself."""
+    return lambda handler, _content, _start: handler.answer(302, b"", {"Location": to or handler.path})
 
-    def fault(handler: Handler, content: Content, start: int) -> bool:
+
+def cut(after: int, wait: threading.Event | None = None) -> Fault:
+    """Announces everything, sends `after` bytes and closes the connection, with `wait` not before that is set."""
+
+    def fault(handler: Handler, content: Content, start: int) -> None:
         handler.begin(content, start)
         handler.wfile.write(content.read()[start : start + after])
+        handler.wfile.flush()
+        if wait:
+            wait.wait(60)
         handler.close_connection = True
-        return True
 
     return fault
 
 
-def wrong(handler: Handler, content: Content, start: int) -> bool:
+def wrong(handler: Handler, content: Content, start: int) -> None:
     """As many bytes as announced, but others."""
     handler.begin(content, start)
     handler.wfile.write(bytes(byte ^ 0x55 for byte in content.read()[start:]))
-    return True
 
 
-def whole(handler: Handler, content: Content, _start: int) -> bool:
+def whole(handler: Handler, content: Content, _start: int) -> None:
     """Ignores the range that was asked for: 200 and everything."""
-    handler.begin(content, 0)
-    handler.wfile.write(content.read())
-    return True
+    handler.answer(200, content.read(), {})
 
 
-def longer(handler: Handler, content: Content, _start: int) -> bool:
+def longer(handler: Handler, content: Content, _start: int) -> None:
     """More bytes than the listing announced."""
     handler.answer(200, content.read() + b"and more", {})
-    return True
 
 
 def slow(seconds: float, piece: int) -> Fault:
     """Sends `piece` bytes, waits, and so on."""
 
-    def fault(handler: Handler, content: Content, start: int) -> bool:
+    def fault(handler: Handler, content: Content, start: int) -> None:
         handler.begin(content, start)
         data = content.read()
         for begin in range(start, len(data), piece):
             handler.wfile.write(data[begin : begin + piece])
             handler.wfile.flush()
             time.sleep(seconds)
-        return True
 
     return fault
 
 
-def drips(handler: Handler, _content: Content, _start: int) -> bool:
-    """A byte, and after a while another, until the client goes away."""
-    return endless(b" ", pause_s=0.1)(handler, _content, _start)
+def drips(begin: bytes, piece: bytes, pause_s: float = 0.1) -> Fault:
+    """`begin`, and then `piece` again and again, until the client goes away."""
 
-
-def drips_forever(begin: bytes, piece: bytes) -> Fault:
-    """`begin`, and then a little of something that has no end, again and again."""
-
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+    def fault(handler: Handler, _content: Content, _start: int) -> None:
         handler.close_connection = True
         handler.wfile.write(begin)
         while not handler.hub.closed:
             handler.wfile.write(piece)
             handler.wfile.flush()
-            time.sleep(0.1)
-        return True
-
-    return fault
-
-
-def stall(event: threading.Event, after: int) -> Fault:
-    """Sends `after` bytes, then nothing until `event` is set; then cuts."""
-
-    def fault(handler: Handler, content: Content, start: int) -> bool:
-        handler.begin(content, start)
-        handler.wfile.write(content.read()[start : start + after])
-        handler.wfile.flush()
-        event.wait(60)
-        handler.close_connection = True
-        return True
-
-    return fault
-
-
-def answer(body: bytes, **headers: str) -> Fault:
-    """Something else, as if it were right."""
-
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.answer(200, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        return True
-
-    return fault
-
-
-def endless(piece: bytes, status: int = 200, pause_s: float = 0) -> Fault:
-    """`piece` again and again, until the client goes away."""
-
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.send_response(status)
-        handler.send_header("Location", "/elsewhere")
-        handler.end_headers()
-        handler.close_connection = True
-        while not handler.hub.closed:
-            handler.wfile.write(piece)
             time.sleep(pause_s)
-        return True
 
     return fault
 
 
-def moved(to: str, body: bytes = b"") -> Fault:
-    """A redirect; without an address, to itself."""
-
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
-        handler.answer(302, body, {"Location": to or handler.path})
-        return True
-
-    return fault
+def endless(status: int = 200) -> Fault:
+    """A MB of spaces again and again."""
+    return drips(f"HTTP/1.1 {status} Ha\r\nLocation: /elsewhere\r\n\r\n".encode(), b" " * (1 << 20), 0)
 
 
 def passed(_handler: Handler, _content: Content, _start: int) -> bool:

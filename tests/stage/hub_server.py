@@ -70,7 +70,7 @@ class Request:
     range: str
 
 
-Fault = Callable[["Handler", Content, int], bool]  # handles the answer itself when it returns True
+Fault = Callable[["Handler", Content, int], bool | None]  # answers itself, unless it returns False
 
 
 class Hub:
@@ -198,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
         self._log(f"{name} {what}", "api")
         with self.hub.lock:
             fault = self.hub.api_faults.pop(0) if self.hub.api_faults else None
-        if fault is not None and fault(self, Content(b""), 0):
+        if fault is not None and fault(self, Content(b""), 0) is not False:
             return
         if not self._may_enter(kind, name, False):
             return
@@ -249,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             queue = self.hub.faults[path]
             fault = queue.pop(0) if queue else self.hub.always
-        if fault is not None and fault(self, content, start):
+        if fault is not None and fault(self, content, start) is not False:
             return
         if start >= content.size and match:
             self.answer(416, b"", {"Content-Range": f"bytes */{content.size}"})

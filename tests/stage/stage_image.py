@@ -20,11 +20,6 @@ needs_tools = pytest.mark.skipif(
     not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"
 )
 SIZE = 3 << 20
-CALL = """
-import pathlib, sys
-from launcher.stage.image import stage_image
-stage_image(sys.argv[1], pathlib.Path(sys.argv[2]), say=print)
-"""
 
 
 def image_bytes(seed: int = 0) -> bytes:

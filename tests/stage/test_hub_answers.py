@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import sidecar_path
 from launcher.stage import hub as hub_module
-from launcher.stage import s3, web
+from launcher.stage import s3
 from launcher.stage.image import stage_image
 from tests.stage.faults import answer, drips, endless, moved, passed, slow
 from tests.stage.hub_server import Content, Fault, Handler, Hub
@@ -27,6 +26,7 @@ from tests.stage.test_stage_c4 import stage_c4, train
 
 __all__ = ["source", "url"]  # fixtures
 FILE = train(0)[0]
+BOMB = answer(gzip.compress(b" " * (1 << 20), 9) * 4096, Content_Encoding="gzip")  # 4 GB of spaces in 4 MB
 MEMORY = 3 << 30  # of a whole Python with its libraries, as addresses
 
 
@@ -34,21 +34,19 @@ WRONG = [
     ({"lfs": {"oid": "../../../victim/a", "size": 4}}, "the sha256 '../../../victim/a'"),
     ({"lfs": {"oid": 7}}, "the sha256 7"),
     ({"lfs": {"oid": "A" * 64}}, "the sha256 'AAA"),
-    ({"lfs": {}}, "the sha256 None"),
-    ({"lfs": [1]}, "the sha256 [1]"),
     ({"lfs": "../x"}, "the sha256 '../x'"),
     ({"lfs": None, "oid": "../../victim/a"}, "the git id '../../victim/a'"),
-    ({"lfs": None, "oid": None}, "the git id None"),
     ({"size": -1}, "the size -1"),
     ({"size": 1 << 60}, "the size 1152921504606846976"),
-    ({"size": "12"}, "the size '12'"),
     ({"size": None}, "the size None"),
     ({"size": True}, "the size True"),
-    ({"size": 1.5}, "the size 1.5"),
     ({"size": float("nan")}, "the size None"),
     ({"path": None}, "the path None"),
     ({"path": ["en"]}, "the path ['en']"),
-    ({"path": "../victim/a"}, "the path '../victim/a'"),
+    *(
+        ({"path": path}, f"the path {path!r}, which would lie outside the target")
+        for path in ("../victim/a", "en/../../a", "/etc/a", "en/./a", ".staged/manifest.json", "en/a\nb")
+    ),
 ]
 
 
@@ -64,60 +62,29 @@ def test_fields_of_a_listing(said: dict[str, Any], words: str, hub: Hub, tmp_pat
     assert victim.read_text() == "mine" and not (tmp_path / "d").exists()
 
 
-PAGE = "<html>sign in</html>"
+PAGE = b"<html>sign in</html>"
+ANSWERS = [
+    ([answer(PAGE)], "is no JSON"),
+    ([answer(b"")], "is no JSON"),
+    ([answer(b"[" * 100_000)], "is no JSON"),
+    ([answer(b"9" * 10_000)], "is no JSON"),
+    ([answer(b'{"sha": 7}')], "the commit 7"),
+    ([answer(b'{"sha": "../../victim"}')], "the commit '../../victim'"),
+    ([passed, answer(PAGE)], "is no JSON"),
+    ([passed, answer(b"{}")], "is no list of files"),
+    ([passed, answer(b"[7]")], "is no list of files"),
+    ([moved("")] * 6, "HTTP 302"),
+    ([moved("file:///etc/passwd")], "address that cannot be used|HTTP 302"),
+    ([moved("http://[bad")], "address that cannot be used"),
+]
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (PAGE, "is no JSON"),
-        ("", "is no JSON"),
-        ("7", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("9" * 10_000, "is no JSON"),
-        ('{"sha": 7}', "the commit 7"),
-        ('{"sha": "../../victim"}', "the commit '../../victim'"),
-        ("{}", "the commit None"),
-        ("[]", "the commit None"),
-    ],
-)
-def test_an_answer_about_the_repository(body: str, words: str, hub: Hub, tmp_path: Path) -> None:
-    hub.api_faults = [answer(body.encode())]
+@pytest.mark.parametrize(("answers", "words"), ANSWERS)
+def test_an_answer_about_the_repository(answers: list[Fault], words: str, hub: Hub, tmp_path: Path) -> None:
+    hub.api_faults = list(answers)
     with pytest.raises(LauncherError, match=words) as caught:
         stage_c4(tmp_path / "c4", files=1)
-    assert hub.endpoint in caught.value.what and caught.value.status == 3 and not (tmp_path / "c4").exists()
-
-
-@pytest.mark.parametrize("body", [PAGE, "{}", "[7]", "[null]", '["en"]'])
-def test_a_listing_that_is_none(body: str, hub: Hub, tmp_path: Path) -> None:
-    hub.api_faults = [passed, answer(body.encode())]
-    with pytest.raises(LauncherError, match=r"is no (JSON|list of files)"):
-        stage_c4(tmp_path / "c4", files=1)
-
-
-@pytest.mark.parametrize(
-    ("to", "words"),
-    [
-        ("", "HTTP 302"),
-        ("file:///etc/passwd", "address that cannot be used|HTTP 302"),
-        ("ftp://host/x", "address that cannot be used"),
-        ("http://[bad", "address that cannot be used"),
-        ("http://host:port/", "address that cannot be used"),
-    ],
-)
-@pytest.mark.parametrize("where", ["api", "content"])
-def test_redirects_that_lead_nowhere(
-    to: str, words: str, where: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(web, "ATTEMPTS", 1)
-    monkeypatch.setattr(web, "CONTACT_ATTEMPTS", 1)
-    if where == "api":
-        hub.api_faults = [moved(to)] * 30
-    else:
-        hub.always = moved(to)
-        words += "|the connection breaks off"
-    with pytest.raises(LauncherError, match=words):
-        stage_c4(tmp_path / "c4", files=1)
+    assert hub.endpoint in f"{caught.value.what} {caught.value.fix}" and not (tmp_path / "c4").exists()
 
 
 def test_a_token_follows_to_its_own_server_only(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,18 +101,17 @@ def test_a_token_follows_to_its_own_server_only(hub: Hub, tmp_path: Path, monkey
     assert {r.authorization for r in hub.requests if r.where == "cdn"} == {""}
 
 
-CONTENT_FLOODS: dict[str, tuple[Callable[[], Fault], str]] = {
-    "a bomb": (lambda: bomb(), "compressed answer"),
-    "a redirect without end": (lambda: endless(b"x" * (1 << 20), 302), "no dataset|needs a token"),
-    "a refusal without end": (lambda: endless(b"x" * (1 << 20), 503), "HTTP 503"),
-    "a file without end": (lambda: endless(b"x" * (1 << 20)), "more than the"),
+CONTENT_FLOODS = {
+    "a bomb": (BOMB, "more than the"),
+    "a redirect without end": (endless(302), "no dataset|needs a token"),
+    "a refusal without end": (endless(503), "HTTP 503"),
+    "a file without end": (endless(), "more than the"),
 }
 
 
 @pytest.mark.parametrize("how", CONTENT_FLOODS)
 def test_a_flood_in_place_of_a_file_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
-    make, words = CONTENT_FLOODS[how]
-    hub.always = make()
+    hub.always, words = CONTENT_FLOODS[how]
     code = "import launcher.stage.web as w; w.ATTEMPTS = 2; w.BACKOFF_S = 0; from launcher.cli import main; main()"
     done = run_with_little_memory(code)
     said = " ".join(done.stderr.split())
@@ -163,59 +129,42 @@ def run_with_little_memory(code: str, *words: str) -> subprocess.CompletedProces
     )
 
 
-def bomb() -> Fault:
-    """4 GB of spaces in 4 MB."""
-    return answer(gzip.compress(b" " * (1 << 20), 9) * 4096, Content_Encoding="gzip")
-
-
-def pages(count: int) -> Fault:
+def pages(count: int, pause_s: float = 0) -> Fault:
     """A listing whose every page says that there is another."""
 
-    def fault(handler: Handler, _content: Content, _start: int) -> bool:
+    def fault(handler: Handler, _content: Content, _start: int) -> None:
         entries = [{"type": "file", "path": f"f{n}", "size": 1, "oid": "0" * 40} for n in range(count)]
         link = {"Link": f'<{handler.hub.endpoint}{handler.path}>; rel="next"'}
+        time.sleep(pause_s)
         handler.hub.api_faults.append(fault)  # before the answer: the next request may be quick
         handler.answer(200, json.dumps(entries).encode(), link)
-        return True
 
     return fault
 
 
-def slow_pages(handler: Handler, _content: Content, _start: int) -> bool:
-    """Each page in time, and never the last."""
-    handler.hub.api_faults.append(slow_pages)
-    time.sleep(0.5)
-    handler.answer(200, b"[]", {"Link": f'<{handler.hub.endpoint}{handler.path}>; rel="next"'})
-    return True
-
-
-def nowhere(handler: Handler, _content: Content, _start: int) -> bool:
-    handler.answer(200, b"[]", {"Link": '<http://[bad>; rel="next"'})
-    return True
-
-
-FLOODS: dict[str, tuple[Callable[[], list[Fault]], str]] = {
-    "bomb": (lambda: [bomb()], "is no JSON"),
-    "bomb as a listing": (lambda: [passed, bomb()], "is no JSON"),
-    "without end": (lambda: [endless(b" " * (1 << 20))], "is no JSON"),
-    "pages without end": (lambda: [passed, pages(1000)], "more than 100,000 entries"),
-    "empty pages without end": (lambda: [passed, pages(0)], "more than 300 entries"),
-    "a redirect without end": (lambda: [moved("/x"), endless(b"x" * (1 << 20))], "no dataset"),
-    "pages that drip": (lambda: [passed, slow_pages], "no whole listing in 2 s"),
-    "a next page nowhere": (lambda: [passed, nowhere], "an address that cannot be used"),
-    "a drip": (lambda: [drips] * 3, "no whole answer in 1 s"),
+FLOODS: dict[str, tuple[list[Fault], str]] = {
+    "bomb": ([BOMB], "is no JSON"),
+    "bomb as a listing": ([passed, BOMB], "is no JSON"),
+    "pages without end": ([passed, pages(1000)], "more than 100,000 entries"),
+    "empty pages without end": ([passed, pages(0)], "more than 300 entries"),
+    "pages that drip": ([passed, pages(0, 0.5)], "no whole listing in 2 s"),
+    "a next page nowhere": (
+        [passed, answer(b"[]", Link='<http://[bad>; rel="next"')],
+        "an address that cannot be used",
+    ),
+    "a drip": ([drips(b"HTTP/1.1 200 OK\r\n\r\n", b" ")], "less than 1 kB/s"),
 }
 
 
 @pytest.mark.parametrize("how", FLOODS)
 def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
-    make, words = FLOODS[how]
-    hub.api_faults = make()
+    faults, words = FLOODS[how]
+    hub.api_faults = list(faults)
     less = "300" if "empty" in how else str(hub_module.ENTRIES)
     slow = "drip" in how
     code = (
         f"import launcher.stage.hub as h; h.ENTRIES = {less}; h.LISTING_S = {2 if slow else 600}; "
-        f"import launcher.stage.web as w; w.BACKOFF_S = 0; w.ANSWER_S = {1 if slow else 60}; "
+        f"import launcher.stage.web as w; w.BACKOFF_S = 0; w.SLOW_S = {1 if slow else 60}; "
         "from launcher.cli import main; main()"
     )
     done = run_with_little_memory(code)
@@ -230,12 +179,8 @@ def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
     ("field", "value", "words"),
     [
         ("bytes", -1, "the size -1"),
-        ("bytes", 1 << 60, "the size 115"),
-        ("bytes", "7", "the size '7'"),
-        ("bytes", True, "the size True"),
         ("bytes", 0, "not the description"),
         ("sha256", "../../../victim", "has no sha256"),
-        ("sha256", 7, "has no sha256"),
     ],
 )
 def test_the_description_of_an_image(
@@ -250,16 +195,9 @@ def test_the_description_of_an_image(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "fault", "words"),
-    [
-        (".json", endless(b" " * (1 << 20)), "not a JSON object"),
-        (".json", moved("http://[bad"), "address that cannot be used"),
-        (".json", moved("ftp://host/x"), "address that cannot be used"),
-        ("", endless(b"x" * (1 << 20)), "more than the"),
-        ("", moved("ftp://host/x"), "address that cannot be used"),
-    ],
+    ("suffix", "fault", "words"), [(".json", endless(), "has no sha256"), ("", endless(), "more than the")]
 )
-def test_a_web_server_that_leads_astray(
+def test_a_web_server_without_end(
     suffix: str, fault: Fault, words: str, url: str, hub: Hub, source: Path, tmp_path: Path
 ) -> None:
     hub.faults[f"/{source.name}{suffix}"] = [fault] * 10
@@ -268,18 +206,10 @@ def test_a_web_server_that_leads_astray(
     assert not list(tmp_path.glob("images/.staged/partial/*"))
 
 
-@pytest.mark.parametrize("address", ["https://[x/a.sqsh", "https://host:port/a.sqsh"])
-def test_an_address_that_is_none(address: str, tmp_path: Path) -> None:
-    with pytest.raises(LauncherError, match="address is none"):
-        stage_image(address, tmp_path / "images", say=print)
-
-
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
         ({"Size": -1}, "the size -1"),
-        ({"Size": None}, "the size None"),
-        ({"Size": "7"}, "the size '7'"),
         ({"Key": "c4/../x"}, "the path '../x'"),
         ({"Key": "/etc/x"}, "the path '/etc/x'"),
     ],
@@ -297,12 +227,12 @@ def test_the_listing_of_a_bucket(entry: dict[str, Any], words: str) -> None:
 ENTRY = "<Contents><Key>text/c4/f</Key><Size>1</Size></Contents>"
 LISTING = f"<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>{ENTRY}"
 STORE_FLOODS: dict[str, tuple[Fault, str]] = {
-    "a listing without end": (endless(b" " * (1 << 20)), "more than 16 MiB at once"),
-    "a refusal without end": (endless(b" " * (1 << 20), 403), "more than 16 MiB at once"),
-    "pages without end": (answer(f"{LISTING}</ListBucketResult>".encode()), "more than 100,000 entries"),
-    "a bomb": (answer(gzip.compress(b" " * (1 << 20)) * 4096, Content_Encoding="gzip"), "the same command continues"),
+    "a listing without end": (endless(), "more than 16 MiB at once"),
+    "a refusal without end": (endless(403), "more than 16 MiB at once"),
+    "pages without end": (answer(f"{LISTING}</ListBucketResult>".encode()), "more than 30 entries"),
+    "a bomb": (BOMB, "the same command continues"),
     "a page that drips": (slow(0.1, 1), "ReadTimeoutError"),
-    "a web page": (answer(PAGE.encode()), "not there"),
+    "a web page": (answer(PAGE), "not there"),
 }
 
 
@@ -320,7 +250,7 @@ def test_what_a_store_answers_is_bounded(how: str, hub: Hub, workplace: Path, mo
         "AWS_MAX_ATTEMPTS": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    code = "import launcher.stage.s3 as s; s.ANSWER_S = 2; s.PAGES = 30; from launcher.cli import main; main()"
+    code = "import launcher.stage.s3 as s; s.ANSWER_S = 2; s.ENTRIES = 30; from launcher.cli import main; main()"
     done = run_with_little_memory(code, "--from", "s3://corpora/text/c4")
     assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (1, 3, 4), done.stderr
     assert not (workplace / "c4").exists()

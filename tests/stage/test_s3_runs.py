@@ -15,7 +15,6 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.config.layers import Layer, merge
 from launcher.config.resolve import placed
-from launcher.config.runtime import mounts
 from launcher.config.spec import PlacedRun, validate
 from launcher.stage import view
 from launcher.titan import Refused
@@ -88,22 +87,6 @@ def test_a_bucket_without_train_files_and_another_data_set(store: Store) -> None
         view.plan(a_spec(f"{ADDRESS}/other"))
     with pytest.raises(LauncherError, match="only C4 is streamed"):
         view.plan(a_spec(recipe__dataset="c4_test"))
-
-
-def test_nothing_is_mounted_for_it() -> None:
-    spec = a_spec(job__runtime="pyxis", job__image="/data/titan.sqsh")
-    assert mounts(spec) == [
-        "/home/ada/runs/r:/home/ada/runs/r",
-        f"{spec.tokenizer_path}:{spec.tokenizer_path}:ro",
-    ]
-
-
-def test_without_s3fs_here(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(LauncherError) as caught:
-        view.plan(a_spec())
-    assert "pip install 'titan-launcher[s3]'" in caught.value.fix
-    assert f"launcher stage c4 --from {ADDRESS} --to DIR --files 4, then --data DIR" in caught.value.fix
 
 
 def test_the_run_directory(store: Store, launch: Launch, workplace: Path) -> None:

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import LauncherError
-from launcher.stage.c4 import Demand, bring, demand_from, plan_c4
+from launcher.stage.c4 import demand_from, plan_c4
+from launcher.stage.fetch import fetch
 from launcher.stage.progress import JOBS
-from launcher.stage.shards import TOKENS_PER_FILE
+from launcher.stage.shards import TOKENS_PER_FILE, files_for
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
 
 
 def stage_c4(target: Path, jobs: int = JOBS, **wanted: Any) -> Any:
     """What the command does, without a process."""
-    return bring(target, plan_c4(target, **wanted), jobs)
+    plan = plan_c4(target, **wanted)
+    return fetch(target, plan.repo, plan.files, "c4", jobs, plan.train_files_in_all)
 
 
 def staged(target: Path) -> list[str]:
@@ -31,7 +33,9 @@ def train(*numbers: int) -> list[str]:
 
 
 def test_files_come_verified_with_readme_and_manifest(launch: Launch, hub: Hub, workplace: Path, c4_files):
-    done = launch("stage", "c4", "--to", "c4", "--files", "3", "--json")
+    """And the content servers never see the token."""
+    hub.tokens.add("hf_mine")
+    done = launch("stage", "c4", "--to", "c4", "--files", "3", "--json", HF_TOKEN="hf_mine")
     assert done.returncode == 0, done.stderr
     target = workplace / "c4"
     assert staged(target) == ["README.md", *train(0, 1, 2)]
@@ -41,14 +45,9 @@ def test_files_come_verified_with_readme_and_manifest(launch: Launch, hub: Hub, 
     assert manifest["source"] == "hf://datasets/allenai/c4"
     assert sorted(manifest["files"]) == staged(target)
     assert json.loads(done.stdout)["downloaded"] == 4
-    assert not list((target / ".staged/partial").iterdir())
-
-
-def test_content_servers_never_see_the_token(launch: Launch, hub: Hub):
-    hub.tokens.add("hf_mine")
-    assert launch("stage", "c4", "--to", "c4", "--files", "1", HF_TOKEN="hf_mine").returncode == 0
     seen = {where: {r.authorization for r in hub.requests if r.where == where} for where in ("api", "hub", "cdn")}
     assert seen == {"api": {"Bearer hf_mine"}, "hub": {"Bearer hf_mine"}, "cdn": {""}}
+    assert not list((target / ".staged/partial").iterdir())
 
 
 def test_a_second_call_asks_for_no_content(hub: Hub, tmp_path: Path):
@@ -71,8 +70,10 @@ def test_more_files_keep_the_revision_and_what_is_there(hub: Hub, tmp_path: Path
     assert "en/c4-validation.00000-of-00001.json.gz" in staged(tmp_path / "c4")
 
 
-def test_two_revisions_do_not_mix(hub: Hub, tmp_path: Path):
+def test_what_does_not_mix(launch: Launch, hub: Hub, tmp_path: Path):
     stage_c4(tmp_path / "c4", files=1)
+    done = launch("stage", "tokenizer", "--to", str(tmp_path / "c4"))
+    assert done.returncode == 3 and "holds c4 from hf://datasets/allenai/c4" in done.stderr
     hub.commits["dataset", "allenai/c4"] = "c" * 40
     with pytest.raises(LauncherError, match="holds revision a"):
         stage_c4(tmp_path / "c4", files=1, revision="main")
@@ -95,7 +96,7 @@ def test_dry_run_writes_nothing(launch: Launch, hub: Hub, workplace: Path):
     done = launch("stage", "c4", "--to", "c4", "--for", "nodes=3,gpus=4,steps=10,batch=5", "--dry-run")
     assert done.returncode == 0 and not (workplace / "c4").exists()
     assert done.stdout.splitlines() == ["README.md", *train(*range(12))]
-    assert "rounded up to 12: a multiple of its 12 data-parallel ranks" in done.stderr
+    assert "are 1 file, and 12 are a multiple of its 12 data-parallel ranks" in done.stderr
     assert "12 of 12 train files" in done.stderr and "2.05 G tokens" in done.stderr
 
 
@@ -112,12 +113,9 @@ def test_dry_run_writes_nothing(launch: Launch, hub: Hub, workplace: Path):
 )
 def test_files_for_a_run(text: str, ranks: int, files: int):
     demand = demand_from(text)
-    assert (demand.ranks, demand.files(1024)) == (ranks, files)
-
-
-def test_a_run_that_needs_exactly_the_files_it_has_ranks(hub: Hub):
-    assert Demand(8, 8 * TOKENS_PER_FILE, "").files(1024) == 8
-    assert Demand(8, 8 * TOKENS_PER_FILE + 1, "").files(1024) == 16
+    assert (demand.ranks, files_for(demand.tokens, ranks, 1024)) == (ranks, files)
+    assert files_for(ranks * TOKENS_PER_FILE, ranks, 2048) == ranks
+    assert files_for(ranks * TOKENS_PER_FILE + 1, ranks, 4096) == 2 * ranks
 
 
 def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path):
@@ -133,8 +131,8 @@ def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path
     [
         ((), 2, "one of --files N, --for RUN and --all"),
         (("--files", "2", "--all"), 2, "one of --files N, --for RUN and --all"),
+        (("--all", "--from", "s3://b/c", "--revision", "v9"), 2, "not with --from"),
         (("--files", "13"), 3, "C4 has 12 train files"),
-        (("--files", "0"), 3, "C4 has 1024 train files"),
         (("--for", "nodes=3,gpu=4"), 3, "'gpu=4' is not one of nodes=N"),
         (("--for", "nodes=0"), 3, "'nodes=0'"),
         (("--for", "nodes=1,gpus=4,tp=3"), 3, "4 GPUs cannot be divided into groups of 3"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,23 +16,14 @@ from launcher.base.errors import LauncherError
 from launcher.stage import hub as hub_module
 from launcher.stage import target as target_module
 from launcher.stage.inventory import verify
-from launcher.stage.manifest import read_manifest
-from launcher.stage.sample import write_c4_sample
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
-from tests.stage.test_stage_c4 import stage_c4, staged, train
+from tests.stage.test_stage_c4 import stage_c4, train
 
 FILE = train(0)[0]
 
 
-def test_a_target_that_is_a_file(launch: Launch, hub: Hub, workplace: Path):
-    (workplace / "c4").write_text("mine")
-    done = launch("stage", "c4", "--to", "c4", "--files", "1")
-    assert done.returncode == 3 and "a file, not a directory" in done.stderr
-    assert (workplace / "c4").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["thesis.tex", "en/notes.txt", ".git/config"])
+@pytest.mark.parametrize("name", ["en/notes.txt", ".git/config"])
 def test_somebody_elses_data(launch: Launch, hub: Hub, workplace: Path, name: str):
     path = workplace / "c4" / name
     path.parent.mkdir(parents=True)
@@ -41,26 +33,8 @@ def test_somebody_elses_data(launch: Launch, hub: Hub, workplace: Path, name: st
     assert sorted(p for p in (workplace / "c4").rglob("*") if p.is_file()) == [path]
 
 
-def test_another_c4(launch: Launch, hub: Hub, workplace: Path):
-    write_c4_sample(workplace / "c4", train_files=4, documents_per_file=1)
-    done = launch("stage", "c4", "--to", "c4", "--files", "1")
-    assert done.returncode == 3 and "another C4 (en/c4-train.00000-of-00004.json.gz" in done.stderr
-    assert not (workplace / "c4/.staged").exists()
-
-
-def test_a_new_file_system_counts_as_empty(hub: Hub, tmp_path: Path):
-    (tmp_path / "c4/lost+found").mkdir(parents=True)
-    assert stage_c4(tmp_path / "c4", files=1).downloaded == 2
-
-
-def test_another_kind_of_staged_directory(launch: Launch, hub: Hub, workplace: Path):
-    assert launch("stage", "c4", "--to", "c4", "--files", "1").returncode == 0
-    done = launch("stage", "tokenizer", "--to", "c4")
-    assert done.returncode == 3 and "holds c4 from hf://datasets/allenai/c4" in done.stderr
-
-
 def test_too_small_a_disk_is_refused_before_anything_is_downloaded(hub: Hub, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(target_module, "free_bytes", lambda _target: target_module.RESERVE + 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _target: SimpleNamespace(free=target_module.RESERVE + 1000))
     with pytest.raises(LauncherError, match=r"are still needed, 67.1 MB are free"):
         stage_c4(tmp_path / "c4", files=12)
     assert not any(request.where != "api" for request in hub.requests)
@@ -109,17 +83,17 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_and_repaired(launch: Launch, hub: Hub, workplace: Path, c4_files, damage: str):
-    target = workplace / "c4"
+    target = workplace / "my c4"
     stage_c4(target, files=3)
     DAMAGES[damage](target / FILE)
-    found = launch("stage", "verify", "c4")
-    assert found.returncode == 3 and f"{FILE}: {damage}" in found.stdout
+    found = launch("stage", "verify", "my c4")
+    assert found.returncode == 3 and f"{FILE}: {damage}" in found.stdout and "INCOMPLETE, 1 file\n" in found.stdout
     hub.requests.clear()
-    repair = found.stderr.split("repair: launcher ")[1].split()
+    repair = shlex.split(found.stderr.split("repair: launcher ")[1])
     assert launch(*repair).returncode == 0
     assert {r.path for r in hub.requests if r.where == "cdn"} == {FILE}
     assert (target / FILE).read_bytes() == c4_files[FILE]
-    assert launch("stage", "verify", "c4").returncode == 0
+    assert launch("stage", "verify", "my c4").returncode == 0
 
 
 def test_damage_that_size_and_time_hide_is_found_by_deep(launch: Launch, hub: Hub, workplace: Path):
@@ -135,11 +109,12 @@ def test_damage_that_size_and_time_hide_is_found_by_deep(launch: Launch, hub: Hu
 def test_a_clone_whose_large_files_are_pointers(hub: Hub, tmp_path: Path):
     (tmp_path / "c4/en").mkdir(parents=True)
     (tmp_path / "c4/.git").mkdir()
+    (tmp_path / "c4/lost+found").mkdir()
     for name in train(0, 1, 2):
         lfs_pointer(tmp_path / "c4" / name)
     assert stage_c4(tmp_path / "c4", files=2).downloaded == 3
     report = verify(tmp_path / "c4", deep=True)
-    assert report.problems == () and report.unknown == train(2)  # still a pointer
+    assert not report.problems and report.unknown == train(2)  # still a pointer
 
 
 def test_a_copy_with_other_times_is_read_and_kept(hub: Hub, tmp_path: Path):
@@ -147,13 +122,14 @@ def test_a_copy_with_other_times_is_read_and_kept(hub: Hub, tmp_path: Path):
     stage_c4(tmp_path / "c4", files=2)
     for name in (*train(0, 1), "README.md"):
         os.utime(tmp_path / "c4" / name, (4e9, 4e9))
-    assert verify(tmp_path / "c4").problems == ()
+    assert not verify(tmp_path / "c4").problems
     hub.requests.clear()
     assert stage_c4(tmp_path / "c4", files=2).downloaded == 0
 
 
 EDITS = {
     "not JSON": lambda text: text[:-20],
+    "a checksum": lambda text: text.replace('"sha256": "', '"sha256": "x'),
     "another schema": lambda text: text.replace('"schema": 1', '"schema": 99'),
     "a path that leads outside": lambda text: text.replace("README.md", "../README.md"),
     "a size that is none": lambda text: text.replace('"bytes": ', '"bytes": -'),
@@ -170,22 +146,11 @@ def test_a_manifest_that_nobody_can_trust(launch: Launch, hub: Hub, workplace: P
     path.write_text(EDITS[edit](path.read_text()))
     found = launch("stage", "verify", "c4")
     assert found.returncode == 3 and "damaged or edited" in found.stderr
-    assert "damaged or edited" in launch("stage", "list", "c4").stdout
+    assert "damaged or edited" in launch("stage", "list", "c4").stderr
     hub.requests.clear()
     assert launch("stage", "c4", "--to", "c4", "--files", "2").returncode == 0
     assert not [request for request in hub.requests if request.where == "cdn"]
     assert json.loads(path.read_text()) == good
-
-
-def test_a_checksum_that_was_edited(launch: Launch, hub: Hub, workplace: Path):
-    stage_c4(workplace / "c4", files=1)
-    path = workplace / "c4/.staged/manifest.json"
-    good = path.read_text()
-    sha256 = json.loads(good)["files"][FILE]["sha256"]
-    path.write_text(good.replace(sha256, "0" * 64))
-    assert launch("stage", "verify", "c4", "--deep").returncode == 3
-    stage_c4(workplace / "c4", files=1)
-    assert path.read_text() == good
 
 
 def test_an_interrupted_directory_says_what_is_missing(launch: Launch, hub: Hub, workplace: Path, monkeypatch):
@@ -205,12 +170,8 @@ def test_an_interrupted_directory_says_what_is_missing(launch: Launch, hub: Hub,
 def test_what_a_directory_suffices_for(launch: Launch, hub: Hub, workplace: Path):
     stage_c4(workplace / "data/c4", files=12)
     done = launch("stage", "list", "data")
-    assert done.returncode == 0
-    assert "complete" in done.stdout and "12 of 12 train files, about 2.05 G tokens" in done.stdout
-    assert "for up to 12 data-parallel ranks; all files are used by 1, 2, 3, 4, 6, 12" in done.stdout
-    assert "llama3-8b on 3 x 4 GB200: 4,171 steps" in done.stdout
-    assert "llama3-8b on 1 x 8 H200: 5,214 steps" in done.stdout  # with 8 of the 12 files
-    assert "9 x 4" not in done.stdout
+    assert done.returncode == 0 and "complete" in done.stdout
+    assert "12 of 12 train files, about 2.05 G tokens: for up to 12 data-parallel ranks" in done.stdout
     [row] = json.loads(launch("stage", "list", "data", "--json").stdout)
     assert row["largest_data_parallel_degree"] == 12 and row["complete"]
 
@@ -219,14 +180,6 @@ def test_directories_that_nobody_staged(launch: Launch, hub: Hub, workplace: Pat
     (workplace / "c4/en").mkdir(parents=True)
     (workplace / "c4" / FILE).write_bytes(c4_files[FILE])
     found = launch("stage", "verify", "c4")
-    assert found.returncode == 4 and "launcher stage c4 --to c4 --files 1" in found.stderr
+    assert found.returncode == 4 and "--to c4 checks what is there, and keeps it" in found.stderr
     assert launch("stage", "verify", "nowhere").returncode == 4
     assert "nothing staged in c4" in launch("stage", "list", "c4").stderr
-
-
-def test_a_directory_that_was_moved_is_still_the_same(hub: Hub, tmp_path: Path):
-    stage_c4(tmp_path / "c4", files=2)
-    shutil.move(tmp_path / "c4", tmp_path / "elsewhere")
-    assert verify(tmp_path / "elsewhere").problems == ()
-    manifest = read_manifest(tmp_path / "elsewhere")
-    assert manifest is not None and sorted(manifest.files) == staged(tmp_path / "elsewhere")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from email.utils import formatdate
 from pathlib import Path
 from tempfile import gettempdir
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import pytest
 
 from launcher.base.errors import LauncherError
 from launcher.stage import hub as hub_module
-from launcher.stage import target, web
+from launcher.stage import web
 from launcher.stage.inventory import verify
 from tests.conftest import Launch
 from tests.stage import faults
@@ -39,6 +38,7 @@ def big_c4(hub: Hub) -> dict[str, bytes]:
     ("answers", "requests"),
     [
         ([faults.status(500), faults.status(503)], 3),
+        ([faults.status(503, Retry_After="-1")], 2),
         ([faults.cut(1500), faults.cut(1000)], 3),
         ([faults.cut(0)], 2),
         ([faults.slow(0.01, 2000)], 1),
@@ -47,66 +47,48 @@ def big_c4(hub: Hub) -> dict[str, bytes]:
         ([faults.cut(1500), faults.whole], 2),
         ([faults.cut(1500), faults.wrong], 3),
     ],
-    ids=["5xx", "cut-twice", "cut-at-once", "slow", "wrong", "longer", "range-ignored", "wrong-rest"],
+    ids=["5xx", "no-time", "cut-twice", "cut-at-once", "slow", "wrong", "longer", "range-ignored", "wrong-rest"],
 )
 def test_what_may_pass_is_overcome(hub: Hub, tmp_path: Path, c4_files, answers, requests: int):
     hub.faults[FILE] = list(answers)
+    hub.faults["README.md"] = [faults.wrong]  # whose checksum is git's
     stage_c4(tmp_path / "c4", files=1)
     assert (tmp_path / "c4" / FILE).read_bytes() == c4_files[FILE]
-    assert len(hub.asked(FILE, "cdn")) == requests
-    assert verify(tmp_path / "c4", deep=True).problems == ()
+    assert (len(hub.asked(FILE, "cdn")), len(hub.asked("README.md"))) == (requests, 2)
+    assert not verify(tmp_path / "c4", deep=True).problems
 
 
-def test_a_file_that_drips_is_given_up(hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(web, "SLOW_S", 0.5)
-    monkeypatch.setattr(web, "ATTEMPTS", 2)
-    monkeypatch.setattr(web, "BACKOFF_S", 0.0)
-    hub.faults[FILE] = [faults.slow(0.1, 10)]
-    with pytest.raises(LauncherError, match=r"less than 1 kB/s for"):
-        stage_c4(tmp_path / "c4", files=1)
+def cut_from_the_start(handler: Handler, content: Content, _start: int) -> None:
+    faults.cut(1500)(handler, content, 0)
 
 
-NO_FILE = {
-    "headers": (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"),
-    "hints": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
-    "refusal": (b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\n", b"x"),
-    "chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;", b"x"),
+STAYS = {
+    "few bytes": (faults.slow(0.1, 10), "less than 1 kB/s for"),
+    "headers": (faults.drips(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"), "less than 1 kB/s for"),
+    "hints": (faults.drips(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"), "HTTP 103"),
+    "a refusal": (faults.drips(b"HTTP/1.1 404 Not Found\r\nConnection: close\r\n\r\n", b"x"), "has no dataset"),
+    "a chunk": (faults.drips(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;", b"x"), "less than 1 kB/s"),
+    "always from the start": (cut_from_the_start, "the connection ended after 1,500"),
+    "an address of another kind": (faults.moved("ftp://host/x"), "address that cannot be used"),
+    "in a circle": (faults.moved(""), "HTTP 302"),
+    "503": (faults.status(503), "HTTP 503"),
+    "wait for hours": (faults.status(429, Retry_After="7200"), "too many requests"),
+    "wrong bytes": (faults.wrong, "wrong bytes twice"),
 }
 
 
-@pytest.mark.parametrize("what", NO_FILE)
-def test_a_server_that_drips_anything_but_the_file_is_given_up(
-    what: str, hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", STAYS)
+def test_what_stays_is_given_up_and_nothing_of_it_kept(
+    what: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(web, "SLOW_S", 0.5)
-    hub.faults[FILE] = [faults.drips_forever(*NO_FILE[what])] * 10
-    with pytest.raises(LauncherError, match=r"less than 1 kB/s for"):
+    monkeypatch.setattr(web, "ATTEMPTS", 2)
+    fault, words = STAYS[what]
+    hub.faults[FILE] = [fault] * 20
+    with pytest.raises(LauncherError, match=words) as caught:
         stage_c4(tmp_path / "c4", files=1)
-
-
-@pytest.mark.parametrize(
-    "asked", ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "Mon, 01 Jan 2024 00:00:00 +99999999999999", "²", "-1"]
-)
-def test_a_time_to_wait_that_is_none(asked: str, hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(web, "BACKOFF_S", 0.0)
-    hub.faults[FILE] = [faults.status(503, Retry_After=asked.encode().decode("latin-1"))]
-    stage_c4(tmp_path / "c4", files=1)
-    assert (tmp_path / "c4" / FILE).read_bytes() == c4_files[FILE]
-
-
-def test_a_server_that_cuts_and_cannot_continue_is_given_up(
-    hub: Hub, tmp_path: Path, c4_files, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(web, "ATTEMPTS", 1)
-    monkeypatch.setattr(target, "MOST_CUTS", 2)
-
-    def cut_from_the_start(handler: Handler, content: Content, _start: int) -> bool:
-        return faults.cut(1500)(handler, content, 0)
-
-    hub.faults[FILE] = [cut_from_the_start] * 30
-    with pytest.raises(LauncherError, match="began anew each time"):
-        stage_c4(tmp_path / "c4", files=1)
-    assert len(hub.asked(FILE, "cdn")) == 4
+    assert caught.value.fix and len(hub.asked(FILE, "cdn")) <= (5 if "circle" in what else 2)
+    assert FILE not in staged(tmp_path / "c4") and not list((tmp_path / "c4/.staged/partial").iterdir())
 
 
 def test_a_cut_download_continues_where_it_was(hub: Hub, tmp_path: Path, big_c4):
@@ -118,64 +100,19 @@ def test_a_cut_download_continues_where_it_was(hub: Hub, tmp_path: Path, big_c4)
 def test_a_busy_server_is_waited_for_as_long_as_it_asks(hub: Hub, tmp_path: Path, monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(web, "time", SimpleNamespace(sleep=waits.append))
-    later = formatdate(time.time() + 60, usegmt=True)
     hub.api_faults = [faults.status(429, Retry_After="7"), faults.status(503)]
-    hub.faults[FILE] = [faults.status(503, Retry_After="30"), faults.status(503, Retry_After=later)]
+    hub.faults[FILE] = [faults.status(503, Retry_After="30")]
     assert stage_c4(tmp_path / "c4", files=1).downloaded == 2
-    assert waits[:3] == [7, 0.02, 30]
-    assert 30 < waits[3] <= 61  # a date, against the clock of the server
-
-
-def test_a_hub_that_asks_to_wait_for_hours_is_not_waited_for(hub: Hub, tmp_path: Path):
-    hub.api_faults = [faults.status(429, Retry_After="7200")]
-    with pytest.raises(LauncherError, match="too many requests"):
-        stage_c4(tmp_path / "c4", files=1)
-
-
-def test_errors_that_stay_end_with_a_message(hub: Hub, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(web, "ATTEMPTS", 2)
-    hub.always = faults.status(503)
-    with pytest.raises(LauncherError, match="HTTP 503") as caught:
-        stage_c4(tmp_path / "c4", files=1)
-    assert "continues" in caught.value.fix
-    assert staged(tmp_path / "c4") == []
-
-
-def test_wrong_bytes_twice_are_refused_and_not_kept(hub: Hub, tmp_path: Path):
-    hub.faults[FILE] = [faults.wrong, faults.wrong]
-    with pytest.raises(LauncherError, match="wrong bytes twice"):
-        stage_c4(tmp_path / "c4", files=1)
-    assert FILE not in staged(tmp_path / "c4")
-    assert not list((tmp_path / "c4/.staged/partial").glob("*train*"))
-    assert len(hub.asked(FILE, "cdn")) == 2
-    assert stage_c4(tmp_path / "c4", files=1).manifest.files[FILE]
-
-
-def test_a_small_file_with_wrong_bytes_is_noticed_too(hub: Hub, tmp_path: Path):
-    hub.faults["README.md"] = [faults.wrong]
-    stage_c4(tmp_path / "c4", files=1)
-    assert len(hub.asked("README.md", "hub")) == 2
-
-
-@pytest.mark.parametrize(
-    "name", ["../evil", "en/../../evil", "/etc/evil", "en/./x", ".staged/manifest.json", "en/a\nb"]
-)
-def test_names_that_lead_outside_are_refused(hub: Hub, tmp_path: Path, name: str):
-    hub.extra_names = [name]
-    with pytest.raises(LauncherError, match="outside the target"):
-        stage_c4(tmp_path / "c4", files=1)
-    assert not (tmp_path / "c4").exists() and not (tmp_path / "evil").exists()
+    assert waits == [7, 0.02, 30]
 
 
 def test_no_hub_at_all(launch: Launch, hub: Hub, workplace: Path):
-    hub.close()
-    done = launch("stage", "c4", "--to", "c4", "--files", "1")
-    assert done.returncode == 1 and "no connection" in done.stderr and "HF_ENDPOINT" in done.stderr
-
-
-def test_offline_mode_is_said(launch: Launch, hub: Hub):
     done = launch("stage", "c4", "--to", "c4", "--files", "1", HF_HUB_OFFLINE="1")
     assert done.returncode == 3 and "unset HF_HUB_OFFLINE" in done.stderr
+    hub.close()
+    for address in (hub.endpoint, "nothing", "ftp://hub", "http://hub:port", "http://[bad"):
+        done = launch("stage", "c4", "--to", "c4", "--files", "1", HF_ENDPOINT=address)
+        assert done.returncode == 1 and "HF_ENDPOINT" in done.stderr
 
 
 # ------------------------------------------------------------------------------------- killed, interrupted, two at once
@@ -203,7 +140,7 @@ def test_a_killed_call_keeps_what_is_complete(hub: Hub, workplace: Path, big_c4,
     """At once, although the server stalls; and what was cut is brought again."""
     target, event = workplace / "c4", threading.Event()
     second = train(1)[0]
-    hub.faults[second] = [faults.stall(event, 11 << 20)]
+    hub.faults[second] = [faults.cut(11 << 20, event)]
     process = start("--to", "c4", "--files", "2")
     partial = target / ".staged/partial"
     wait_for(lambda: staged(target) == ["README.md", train(0)[0]])
@@ -220,54 +157,23 @@ def test_a_killed_call_keeps_what_is_complete(hub: Hub, workplace: Path, big_c4,
     assert outcome.present == 2 and outcome.downloaded == 1
     assert not hub.asked(train(0)[0]) and len(hub.asked(second, "cdn")) == 1
     assert (target / second).read_bytes() == big_c4[second]
-    assert verify(target, deep=True).problems == () and not list(partial.iterdir())
-
-
-def test_killed_before_any_line_of_the_manifest(hub: Hub, workplace: Path, c4_files):
-    """Files that were renamed but not recorded yet are read, not downloaded."""
-    target = workplace / "c4"
-    stage_c4(target, files=3)
-    (target / ".staged/manifest.json").unlink()
-    hub.requests.clear()
-    outcome = stage_c4(target, files=3)
-    assert (outcome.present, outcome.downloaded) == (4, 0)
-    assert not hub.asked(FILE)
+    assert not verify(target, deep=True).problems and not list(partial.iterdir())
 
 
 def test_two_at_once_take_turns(hub: Hub, workplace: Path, big_c4):
     event = threading.Event()
-    hub.faults[train(0)[0]] = [faults.stall(event, 1000)]
+    hub.faults[train(0)[0]] = [faults.cut(1000, event)]
     first = start("--to", "c4", "--files", "1")
     wait_for(lambda: hub.asked(train(0)[0], "cdn"))
     second = start("--to", "c4", "--files", "2")
     line = second.stderr.readline() + second.stderr.readline() if second.stderr else ""
-    assert f"waiting: process {first.pid} on" in line
+    assert "waiting: another launcher is staging into c4" in line
     event.set()
     assert first.wait(60) == 0 and second.wait(60) == 0
     for process in (first, second):
         process.communicate()
-    assert verify(workplace / "c4", deep=True).problems == ()
+    assert not verify(workplace / "c4", deep=True).problems
     assert len(staged(workplace / "c4")) == 3
-
-
-def test_the_lock_of_a_killed_stager_is_free(hub: Hub, workplace: Path, big_c4):
-    event = threading.Event()
-    hub.faults[train(0)[0]] = [faults.stall(event, 1000)]
-    first = start("--to", "c4", "--files", "1")
-    wait_for(lambda: hub.asked(train(0)[0], "cdn"))
-    first.kill()
-    first.communicate()
-    event.set()
-    assert stage_c4(workplace / "c4", files=1).downloaded >= 1
-
-
-def test_a_server_that_lies_about_sizes_fills_no_disk(hub: Hub, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(web, "ATTEMPTS", 2)
-    hub.always = faults.longer
-    with pytest.raises(LauncherError, match="more than"):
-        stage_c4(tmp_path / "c4", files=1)
-    sizes = [path.stat().st_size for path in (tmp_path / "c4/.staged/partial").iterdir()]
-    assert sum(sizes) == 0
 
 
 def test_files_are_downloaded_at_the_same_time(hub: Hub, tmp_path: Path):
@@ -305,7 +211,7 @@ def test_files_of_xet_come_by_xet_or_else_by_http(hub: Hub, tmp_path: Path, c4_f
     stage_c4(tmp_path / "c4", files=2, jobs=1)
     assert len(taken) == 2
     assert [len(hub.asked(name, "cdn")) for name in train(0, 1)] == [0, 1]
-    assert verify(tmp_path / "c4", deep=True).problems == ()
+    assert not verify(tmp_path / "c4", deep=True).problems
     assert staged(tmp_path / "c4") == ["README.md", *train(0, 1)]
     assert not list((tmp_path / "c4/.staged/partial").iterdir())
 
@@ -313,6 +219,6 @@ def test_files_of_xet_come_by_xet_or_else_by_http(hub: Hub, tmp_path: Path, c4_f
 def test_the_working_files_of_xet_are_not_in_the_home(monkeypatch):
     for name in ("HF_HOME", "HF_XET_CACHE"):
         monkeypatch.setenv(name, "")  # back to what it was at the end
-    folder = web.xet_cache.__wrapped__()
+    folder = hub_module.xet_cache.__wrapped__()
     assert folder is not None and os.environ["HF_XET_CACHE"] == folder.name
     assert Path(folder.name).is_relative_to(gettempdir()) and Path(folder.name).stat().st_mode & 0o777 == 0o700

@@ -19,10 +19,9 @@ from launcher.config.layers import Layer, merge
 from launcher.config.resolve import placed
 from launcher.config.runtime import host_path, mounts
 from launcher.config.spec import PlacedRun, node_config, validate
-from launcher.stage.c4 import Demand
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
-from launcher.stage.target import Folder
-from launcher.stage.view import choose, files_needed, look, plan, train_files, write
+from launcher.stage.target import at_work
+from launcher.stage.view import choose, look, plan, train_files, write
 from tests.stage.test_stage_refusals import closed
 
 DEGREES = st.integers(1, 40)
@@ -138,15 +137,14 @@ def test_only_files_that_can_be_trained_on(tmp_path: Path) -> None:
     assert len(train_files(spec)) == 4
     stage = f"launcher stage c4 --to {tmp_path}/c4 --files 9"  # all nine that are there, the bad ones among them
     assert notes == [
-        f"{tmp_path}/c4/en: {shard(0)} is a Git LFS pointer, not the data, and 4 more: left out; {stage} repairs it"
+        f"{tmp_path}/c4/en: {shard(0)} is a Git LFS pointer, not the data, and 4 more: left out; to repair: {stage}"
     ]
 
 
 def a_manifest(folder: Path, sizes: dict[str, int], source: str = "hf://datasets/allenai/c4") -> None:
     files = {f"en/{name}": StagedFile(size, "0" * 64, 1) for name, size in sizes.items()}
-    (folder / ".staged").mkdir()
-    state = Folder(folder / ".staged", os.open(folder / ".staged", os.O_RDONLY))
-    write_manifest(state, Manifest("c4", source, "0" * 40, files, train_files_in_all=1024))
+    with at_work(folder, print) as work:
+        write_manifest(work, Manifest("c4", source, "0" * 40, files, train_files_in_all=1024))
 
 
 def test_a_manifest_decides(tmp_path: Path) -> None:
@@ -154,7 +152,7 @@ def test_a_manifest_decides(tmp_path: Path) -> None:
     a_manifest(folder, {shard(0): len(SHARD), shard(1): len(SHARD) + 1, shard(7): len(SHARD)})
     staged, notes = look(folder)
     assert staged.train == (shard(0),) and staged.validation == () and not notes
-    assert staged.left_out[shard(1)] == f"{len(SHARD)} bytes instead of {len(SHARD) + 1}"
+    assert staged.left_out[shard(1)] == f"truncated: {len(SHARD)} of {len(SHARD) + 1} bytes"
     assert staged.left_out[shard(2)] == "not in the manifest"
 
 
@@ -240,13 +238,6 @@ def test_a_link_out_of_what_the_container_sees_is_left_out(tmp_path: Path) -> No
 # What the user is told
 
 
-@given(st.integers(1, 300), st.sampled_from([1, 2, 8]), st.integers(1, 10**6), st.integers(1, 1024))
-def test_the_command_names_as_many_files_as_staging_would(nodes: int, tensor: int, steps: int, in_all: int) -> None:
-    spec = a_spec("/c4", nodes, 8, recipe__tensor_parallel=tensor, recipe__steps=steps)
-    demand = Demand(nodes * 8 // tensor, steps * 8192 * nodes * 8 // tensor, "")
-    assert files_needed(spec, in_all) == demand.files(in_all)
-
-
 def test_data_that_only_the_nodes_have(tmp_path: Path) -> None:
     spec, (note,) = plan(a_spec(tmp_path / "c4", 17, recipe__local_batch_size=5, recipe__steps=1000))
     assert not spec.view and node_config(spec)["placed"]["data"] == str(tmp_path / "c4")
@@ -259,7 +250,7 @@ def test_the_hint_repairs_what_it_names(tmp_path: Path) -> None:
     (folder / "en" / shard(7)).write_bytes(POINTER)
     (folder / "en" / shard(0, "validation")).write_bytes(b"")
     _, notes = plan(a_spec(folder, job__tokenizer="sample"))
-    assert f"launcher stage c4 --to {folder} --files 8 --validation repairs it" in notes[0]
+    assert f"to repair: launcher stage c4 --to {folder} --files 8 --validation" in notes[0]
     a_manifest(folder, {shard(0): 1}, "s3://bucket/c4")
     note = plan(a_spec(folder, job__tokenizer="sample"))[1][0]
     assert f"--to {folder} --files 8 --from s3://bucket/c4 --validation" in note
@@ -275,35 +266,46 @@ def test_data_that_is_a_file_or_may_not_be_looked_at(tmp_path: Path) -> None:
     assert not spec.view and "cannot be read here (Permission denied), so the run gets no view of it" in note
 
 
-def test_fewer_files_than_ranks(tmp_path: Path) -> None:
-    spec, notes = plan(a_spec(c4(tmp_path / "c4", 8, bytes_each=320 * MB), 17))
-    assert len(train_files(spec)) == 8
-    assert notes == [
-        f"{tmp_path}/c4: 8 train files for 68 data-parallel ranks: every rank reads all of them and keeps one document "
-        f"in 68; launcher stage c4 --to {tmp_path}/c4 --files 68"
-    ]
+PLENTY = 320 * MB  # bytes of a file of C4
+TOO_FEW = {
+    "fewer files than ranks": (
+        (8, 1, PLENTY),
+        {"nodes": 17},
+        "8 train files for 68 data-parallel ranks: every rank reads all of them and keeps one document in 68; "
+        "launcher stage c4 --to {} --files 68",
+    ),
+    "more ranks than C4 has files": (
+        (1024, 1, PLENTY),
+        {"nodes": 464},
+        "keeps one document in 1856; tensor or pipeline parallelism needs fewer",
+    ),
+    "enough": ((4, 1, PLENTY), {"recipe__local_batch_size": 5, "recipe__steps": 4000}, ""),  # 655 M tokens
+    "too few tokens": (
+        (4, 1, PLENTY),
+        {"recipe__local_batch_size": 5, "recipe__steps": 5000},
+        "the run reads 819 M tokens, its 4 files have about 686 M tokens (estimated from their size): it reads them "
+        "more than once; launcher stage c4 --to {} --files 8",
+    ),
+    "more of this size are not to be had": (
+        (4, 1, 20 * MB),
+        {"recipe__local_batch_size": 5, "recipe__steps": 4000},
+        "it reads them more than once",
+    ),
+    "no validation, and none wanted": ((4, 0, PLENTY), {}, ""),
+}
 
 
-def test_more_ranks_than_c4_has_files(tmp_path: Path) -> None:
-    spec, notes = plan(a_spec(c4(tmp_path / "c4", 1024, bytes_each=320 * MB), 464))
-    assert len(train_files(spec)) == 1024
-    assert len(notes) == 1 and "keeps one document in 1856; tensor or pipeline parallelism" in notes[0]
-
-
-def test_too_few_tokens(tmp_path: Path) -> None:
-    run = {"recipe__local_batch_size": 5, "recipe__steps": 4000}  # 655 M tokens
-    enough, notes = plan(a_spec(c4(tmp_path / "enough", 4, bytes_each=320 * MB), **run))
-    assert enough.view and not notes
-    _, (note,) = plan(a_spec(tmp_path / "enough", **{**run, "recipe__steps": 5000}))
-    assert "the run reads 819 M tokens, its 4 files have about 686 M (estimated" in note
-    assert note.endswith(f"it reads them more than once; launcher stage c4 --to {tmp_path}/enough --files 8")
-    _, (note,) = plan(a_spec(c4(tmp_path / "small", 4, bytes_each=20 * MB), **run))
-    assert note.endswith("it reads them more than once"), "more files of this size are not to be had"
+@pytest.mark.parametrize("what", TOO_FEW)
+def test_too_few_files(what: str, tmp_path: Path) -> None:
+    (train, validation, size), run, words = TOO_FEW[what]
+    folder = c4(tmp_path / "c4", train, validation, size)
+    spec, notes = plan(a_spec(folder, **run))
+    assert len(train_files(spec)) == train and len(notes) == bool(words)
+    assert "".join(notes).endswith(words.format(folder))
 
 
 def test_validation_without_files(tmp_path: Path) -> None:
-    run = a_spec(c4(tmp_path / "c4", 4, 0, 320 * MB))
-    assert plan(run)[1] == []
+    run = a_spec(c4(tmp_path / "c4", 4, 0, PLENTY))
     _, (note,) = plan(replace(run, titan={"validation.enable": "true"}))
     assert "the run validates" in note and "--files 4 --validation" in note
 

@@ -12,20 +12,7 @@ import pytest
 from tests.conftest import Launch
 from tests.unit.test_view import SHARD, c4, shard
 
-SUBMIT = (
-    "submit",
-    "--gpu",
-    "h200",
-    "--image",
-    "titan.sqsh",
-    "--runtime",
-    "bare",
-    "--gpus-per-node",
-    "3",
-    "--batch-size",
-    "2",
-    "--yes",
-)
+OPTIONS = "--gpu h200 --runtime bare --gpus-per-node 3 --batch-size 2 --yes --data c4 --tokenizer sample"
 
 
 @pytest.fixture
@@ -34,8 +21,7 @@ def submit(launch: Launch, workplace: Path, fake_slurm: Callable[[str, str], Pat
     c4(workplace / "c4", 8)
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        arguments = [word for word in SUBMIT if word not in ("--image", "titan.sqsh")]
-        return launch(*arguments, "--data", "c4", "--tokenizer", "sample", *options)
+        return launch("submit", *OPTIONS.split(), *options)
 
     return run
 
@@ -89,27 +75,9 @@ def test_streaming_from_the_hub_has_no_view(submit: Launch, workplace: Path) -> 
     assert json.loads((run / "job" / "node.json").read_text())["placed"]["data"] == "hub"
 
 
-def test_missing_data_is_told_with_the_command_that_brings_it(submit: Launch, workplace: Path) -> None:
-    done = submit("--name", "one", "--data", "nowhere")
-    assert done.returncode == 0
-    assert f"launcher stage c4 --to {workplace}/nowhere --files 3, or --data hub" in " ".join(done.stderr.split())
-
-
 def test_the_sample_is_read_through_a_view(launch: Launch, workplace: Path) -> None:
-    done = launch(
-        "submit",
-        "--gpu",
-        "cpu",
-        "--recipe",
-        "debug",
-        "--gpus-per-node",
-        "3",
-        "--batch-size",
-        "2",
-        "--local",
-        "--dry-run",
-        "--json",
-    )
+    options = "--gpu cpu --recipe debug --gpus-per-node 3 --batch-size 2 --local --dry-run --json"
+    done = launch("submit", *options.split())
     answer = json.loads(done.stdout)
     assert answer["data"].startswith("3 train and 1 validation files of ")
     assert all(f"{answer['run_dir']}/data" in command for command in answer["torchrun"].values())
