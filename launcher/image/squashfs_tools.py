@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -14,10 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.errors import ExitStatus, LauncherError, install, quoted
 from launcher.image.squashfs_file import AGAIN, SUPERBLOCK, superblock
 
-INSTALL = "apt-get install squashfs-tools    # 4.5 or newer: Debian 12, Ubuntu 22.04"
+SQUASHFS = "apt-get install squashfs-tools    # 4.5 or newer: Debian 12, Ubuntu 22.04"
+# Program -> where it comes from.
+INSTALL = {
+    "mksquashfs": SQUASHFS,
+    "unsquashfs": SQUASHFS,
+    "docker": "sudo apt-get install docker-cli    # or docker.io, docker-ce-cli",
+    "apptainer": "https://apptainer.org/docs/admin/latest/installation.html, or: sudo apt-get install apptainer",
+    "uv": install("image"),
+}
 TIMEOUT_S = 120  # for a question; listing 50,000 files takes less than one second
 LISTING = 64 << 20  # bytes of names; an image of 50,000 files has 6 MB of them
 TAIL = 4096  # bytes of what a program complained
@@ -51,10 +58,7 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
         try:
             process = subprocess.Popen(command, stdin=asked, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
-            fix = f"command -v {quoted(command[0])}"
-            raise LauncherError(
-                "program-missing", f"{command[0]}: {error.strerror}", fix, status=ExitStatus.ERROR
-            ) from None
+            raise missing(command[0], error) from None
     with process:
         assert process.stdout and process.stderr
         complained, late = [b""], threading.Event()
@@ -96,23 +100,18 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
     return Ran(code, out[:limit], complained[0].decode(errors="replace"), cut)
 
 
-def program(name: str) -> str:
-    """The path of mksquashfs or unsquashfs, if it is there and of 4.5 or newer, which reads tar and knows -cat."""
-    path = shutil.which(name)
-    if path is None:
-        raise LauncherError("program-missing", f"{name}: no such program", INSTALL, status=ExitStatus.ERROR)
-    said = run([path, "-version"], TAIL)
-    found = re.search(rb"version (\d+)\.(\d+)", said.out)
-    if not found:
-        raise LauncherError(
-            "program-old", f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=said.err
-        )
-    if (int(found[1]), int(found[2])) < (4, 5):
-        version = b".".join(found.groups()).decode()
-        raise LauncherError(
-            "program-old", f"{path} is version {version}; 4.5 is needed", INSTALL, status=ExitStatus.ERROR
-        )
-    return path
+def missing(name: str, error: OSError) -> LauncherError:
+    """The error for a program that does not start."""
+    fix = INSTALL.get(name, f"command -v {quoted(name)}")
+    return LauncherError("program-missing", f"{name}: {error.strerror}", fix, status=ExitStatus.ERROR)
+
+
+def need(name: str) -> None:
+    """Raises LauncherError unless mksquashfs or unsquashfs is of 4.5 or newer, which reads tar and knows -cat."""
+    found = re.search(rb"version (\d+)\.(\d+)", run([name, "-version"], TAIL).out)
+    if not found or (int(found[1]), int(found[2])) < (4, 5):
+        what = f"{name} is {found[0].decode() if found else 'of an unknown version'}; 4.5 is needed"
+        raise LauncherError("program-old", what, SQUASHFS, status=ExitStatus.ERROR)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -125,12 +124,12 @@ class Tree:
     """
 
     def __init__(self, path: Path) -> None:
-        # Absolute: a name may begin with a dash.
-        self._program, self._path = program("unsquashfs"), path.absolute()
+        need("unsquashfs")
+        self._path = path.absolute()  # a name may begin with a dash
 
     def entries(self) -> tuple[set[str], dict[str, str]]:
         """Every name, without its leading slash, and the target of every symbolic link."""
-        ran = run([self._program, "-lln", str(self._path)], LISTING)
+        ran = run(["unsquashfs", "-lln", str(self._path)], LISTING)
         if ran.code or ran.cut:
             raise self._damaged(f"it lists more than {LISTING >> 20} MiB of names" if ran.cut else ran.err)
         names, links = set(), {}
@@ -143,7 +142,7 @@ class Tree:
 
     def read(self, path: str, limit: int) -> bytes | None:
         """The first `limit` bytes of a regular file, None if there is none of that name."""
-        ran = run([self._program, "-no-wildcards", "-cat", str(self._path), path], limit)
+        ran = run(["unsquashfs", "-no-wildcards", "-cat", str(self._path), path], limit)
         if ran.cut or not ran.code:
             return ran.out
         if not re.search("no matches|is a directory|failed to resolve|not a regular", ran.err):
@@ -152,7 +151,7 @@ class Tree:
 
     def unpack(self, root: Path, timeout_s: float) -> None:
         """All files, into a directory that does not exist yet."""
-        command = [self._program, "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root)]
+        command = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root)]
         ran = run([*command, str(self._path)], LISTING, timeout_s=timeout_s)
         if ran.code:
             raise LauncherError(
@@ -199,8 +198,9 @@ def write_squashfs(tar: Iterable[bytes | memoryview], target: Path, fmt: Squashf
 
     `created`, in seconds, becomes the time of the file system and of its root directory.
     """
+    need("mksquashfs")
     command = [
-        *(program("mksquashfs"), "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
+        *("mksquashfs", "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
         # Otherwise everybody may write in the root directory, and it belongs to the user who converts. With a tar,
         # version 4.5 ignores -root-uid, hence -all-root.
         *("-no-xattrs", "-root-mode", "755", "-all-root"),
@@ -267,7 +267,7 @@ def _failure(code: int, log: str, target: Path) -> LauncherError:
         what, fix = f"{target.parent}: no space left for the squashfs", f"df -h {quoted(target.parent)}"
         status = ExitStatus.FILESYSTEM
     elif "is not supported" in log and "Compressor" in log:
-        what, fix = "this mksquashfs was built without that compressor", INSTALL
+        what, fix = "this mksquashfs was built without that compressor", SQUASHFS
     elif not code:
         what = "mksquashfs stopped reading"
     return LauncherError(

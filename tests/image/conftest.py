@@ -27,7 +27,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def base_image(engine: Engine) -> Base:
-    return cpu_base(engine)
+    return cpu_base()
 
 
 @pytest.fixture(scope="session")

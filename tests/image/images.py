@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -72,9 +70,9 @@ def cpu_squashfs() -> Path:
     target = CACHE / f"titan-cpu-amd64-{digest.hexdigest()[:12]}.sqsh"
     if complete(target):
         return target
-    with kept_engine() as engine:
+    with kept_engine():
         if not complete(target):  # another process may have been faster
-            base = cpu_base(engine)
+            base = cpu_base()
             index = [] if base.torch_index is None else ["--torch-index", base.torch_index]
             places = ["--base", base.tag, "--network", "host", *index, "--output", target]
             command = ["image", "build", "cpu", *places]  # what `make image CHANNEL=cpu` runs
@@ -105,7 +103,6 @@ def kept_engine() -> Iterator[Engine]:
     if _running:
         yield _running
         return
-    pytest.importorskip("docker")
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         if os.environ.get("LAUNCHER_TEST_DOCKER") != "1" and os.geteuid() != 0:
@@ -131,9 +128,9 @@ def _forget() -> None:
     _served.clear()
 
 
-def cpu_base(engine: Engine) -> Base:
+def cpu_base() -> Base:
     """Debian as mmdebstrap makes it, in the place of the registry's."""
-    return make_base(engine, "amd64", rootfs("amd64"))
+    return make_base("amd64", rootfs("amd64"))
 
 
 def built(name: str, arch: str, engine: Engine, base: Base, **options: Any) -> Built:
@@ -178,7 +175,7 @@ def rootfs(arch: str) -> Path:
     return target
 
 
-def make_base(engine: Engine, arch: str, tar: Path) -> Base:
+def make_base(arch: str, tar: Path) -> Base:
     """The image of a root directory plus this machine's pip settings: certificates, index, wheels that lie here."""
     config = ["[global]", "cert = /etc/titan-test-ca.crt"]
     if index := pip_setting("index-url"):
@@ -194,20 +191,12 @@ def make_base(engine: Engine, arch: str, tar: Path) -> Base:
         "ca.crt": CERTIFICATES.read_bytes(),
     }
     tag = f"titan-test-base:{tar.stem}-{hashlib.sha256(b''.join(files.values())).hexdigest()[:10]}"
-    if engine.client.api.images(tag):
-        return Base(tag, torch_index)  # of an earlier run
-    context = io.BytesIO()
-    with tarfile.open(fileobj=context, mode="w") as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-        archive.add(tar, "rootfs.tar")
-    context.seek(0)
-    # FROM scratch with a platform: `docker import` would mark every root directory as this machine's.
-    answers = engine.client.api.build(
-        fileobj=context, custom_context=True, decode=True, rm=True, forcerm=True, tag=tag, platform=f"linux/{arch}"
-    )
-    errors = [answer["error"] for answer in answers if "error" in answer]
-    assert not errors, errors
+    if docker_engine.ask("image", "inspect", tag).code:  # otherwise of an earlier run
+        with tempfile.TemporaryDirectory(prefix="base-", dir=CACHE) as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            Path(folder, "rootfs.tar").hardlink_to(tar)
+            # FROM scratch with a platform: `docker import` would mark every root directory as this machine's.
+            code, output = docker_engine.build([f"--tag={tag}", f"--platform=linux/{arch}", folder])
+            assert code == 0, output
     return Base(tag, torch_index)

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.base.errors import LauncherError
 from launcher.image.convert import image_config
 from launcher.image.export import ImageConfig, enroot_files
 from launcher.image.squashfs_file import superblock
@@ -104,26 +103,20 @@ def test_devices_and_dockerenv_are_left_out_and_pipes_stay(converter: Converter)
     assert list((tree / "dev").iterdir()) == []
     assert [p.name for p in (tree / "var").iterdir()] == ["pipe"]
     assert not (tree / ".dockerenv").exists()
-    assert "2 device nodes outside /dev left out" in converter.said
 
 
 @needs_tools
-def test_setuid_and_capabilities_are_taken_away_and_said(converter: Converter) -> None:
+def test_setuid_is_taken_away(converter: Converter) -> None:
     """Unpacked by a user, a setuid program would let anybody on the node act as that user."""
-    capability = (("SCHILY.xattr.security.capability", "\x01"),)
     converter(
         File("usr/su", b"x", 0o4755),
         File("usr/wall", b"x", 0o2755),
-        File("usr/ping", b"x", 0o755, pax=capability),
         folder("tmp", 0o1777),
         folder("locked", 0o500),
-        File("etc/shadow", b"x", 0o600),
     )
     tree = converter.unpacked()
     modes = {name: oct(stat.S_IMODE((tree / name).stat().st_mode)) for name in ("usr/su", "usr/wall", "tmp", "locked")}
     assert modes == {"usr/su": "0o755", "usr/wall": "0o755", "tmp": "0o1777", "locked": "0o700"}
-    assert "setuid, setgid or capabilities taken from 3 files" in converter.said
-    assert "2 entries that only root may read, such as /locked, /etc/shadow" in converter.said
 
 
 @needs_tools
@@ -344,12 +337,6 @@ def test_metadata_stands_inside_and_beside(converter: Converter) -> None:
 
 
 @needs_tools
-def test_an_image_that_says_nothing_of_itself(converter: Converter) -> None:
-    converter(described=False)
-    assert "versions" not in converter.sidecar()
-
-
-@needs_tools
 def test_architecture_is_the_shells_not_the_label(converter: Converter) -> None:
     """`docker import --platform linux/arm64` leaves the image marked amd64."""
     converter(
@@ -357,15 +344,12 @@ def test_architecture_is_the_shells_not_the_label(converter: Converter) -> None:
         link("usr/bin/sh", "/usr/bin/dash"),
         File("usr/bin/dash", program(183), 0o755),
         shell=False,
+        described=False,
     )
-    assert "the engine calls this image amd64, its /bin/sh is for aarch64" in converter.said
-    assert converter.sidecar()["arch"] == "arm64"
-
-
-@needs_tools
-def test_busyboxs_shell_is_a_hard_link(converter: Converter) -> None:
+    assert converter.sidecar()["arch"] == "arm64" and "versions" not in converter.sidecar()
+    # busybox's
     converter(File("bin/busybox", program(), 0o755), hard_link("bin/sh", "bin/busybox"), shell=False)
-    assert converter.output.exists()
+    assert converter.sidecar()["arch"] == "amd64"
 
 
 def test_image_config_from_what_the_engine_says() -> None:
@@ -382,9 +366,5 @@ def test_image_config_from_what_the_engine_says() -> None:
         },
     }
     expected = ImageConfig("arm64", "sha256:1", 1795341600, ("A=1",), "/w", (), ("bash",), ("/a", "/b"), {})
-    assert image_config(attrs, {}) == expected
-    assert image_config(attrs, {"SOURCE_DATE_EPOCH": "77"}).created == 77
-    assert image_config({"Created": "0001-01-01T00:00:00Z", "Config": None}, {}) == ImageConfig("")
-    for wrong in ("yesterday", "-1", str(2**32)):
-        with pytest.raises(LauncherError, match=wrong):
-            image_config(attrs, {"SOURCE_DATE_EPOCH": wrong})
+    assert image_config(attrs) == expected
+    assert image_config({"Created": "0001-01-01T00:00:00Z", "Config": None}) == ImageConfig("")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
-import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -20,7 +18,6 @@ from hypothesis import strategies as st
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import convert as module
 from launcher.image.export import Report, rewrite
-from tests.conftest import ROOT
 from tests.image.converter import (
     CONFIG,
     Converter,
@@ -127,6 +124,7 @@ def test_ctrl_c_ends_mksquashfs_and_removes_its_file(converter: Converter, monke
     def export() -> Iterator[bytes]:
         yield tar_of(File("a", bytes(1_000_000)))[:500_000]
         assert started[-1].poll() is None
+        assert os.getsid(started[-1].pid) != os.getsid(0)  # a terminal's Ctrl-C is for us alone
         assert len(list(converter.home.iterdir())) == 1
         raise KeyboardInterrupt
 
@@ -134,47 +132,6 @@ def test_ctrl_c_ends_mksquashfs_and_removes_its_file(converter: Converter, monke
     with pytest.raises(KeyboardInterrupt):
         converter.feed(export())
     assert started[-1].poll() == -9
-    assert list(converter.home.iterdir()) == []
-
-
-ENDLESS = """
-import sys, time
-from pathlib import Path
-from launcher.image.convert import convert
-from launcher.image.export import ImageConfig
-
-def export(head):
-    yield head
-    print("started", flush=True)
-    while True:
-        time.sleep(0.02)
-        yield bytes(512)
-
-try:
-    convert(export(sys.stdin.buffer.read()), ImageConfig("amd64"), Path(sys.argv[1]))
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-"""
-
-
-@needs_tools
-def test_ctrl_c_in_a_terminal_reaches_the_whole_group(converter: Converter) -> None:
-    head = tar_of(File("a", bytes(1_000_000)))[:500_224]
-    with subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, str(converter.output)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=ROOT,
-        start_new_session=True,
-    ) as process:
-        assert process.stdin and process.stdout
-        process.stdin.write(head)
-        process.stdin.close()
-        assert process.stdout.readline() == b"started\n"
-        assert len(list(converter.home.iterdir())) == 1
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.stdout.read() == b"interrupted\n"
     assert list(converter.home.iterdir()) == []
 
 
@@ -199,19 +156,10 @@ GOOD = 'if [ "$1" = -version ]; then echo "mksquashfs version 4.6.1 (2023/03/25)
     ("script", "words", "status"),
     [
         ("echo 'mksquashfs version 4.4 (2019/08/29)'", "version 4.4", ExitStatus.ERROR),
-        ("echo hello", "does not say its version", ExitStatus.ERROR),
+        ("echo hello", "of an unknown version", ExitStatus.ERROR),
         (GOOD + "head -c 5000 >/dev/null; kill -9 $$", "killed by signal 9", ExitStatus.ERROR),
         (GOOD + "head -c 5000 >/dev/null; echo broken >&2; exit 3", "failed with code 3", ExitStatus.ERROR),
-        (
-            GOOD + "echo half >$2; echo 'FATAL ERROR: write: No space left on device'; exit 1",
-            "no space left",
-            ExitStatus.FILESYSTEM,
-        ),
-        (
-            GOOD + "echo 'FATAL ERROR: Compressor \"zstd\" is not supported!'; exit 1",
-            "without that compressor",
-            ExitStatus.ERROR,
-        ),
+        (GOOD + "echo 'Compressor \"zstd\" is not supported!'; exit 1", "without that compressor", ExitStatus.ERROR),
         (GOOD + "cat >/dev/null; echo half >$2; exit 0", "not a squashfs", ExitStatus.INVALID),
         (GOOD + "head -c 5000 >/dev/null; exit 0", "stopped reading", ExitStatus.ERROR),
     ],
@@ -223,13 +171,6 @@ def test_mksquashfs_that_cannot(
     error = converter.refused(File("x", os.urandom(3_000_000)))
     assert words in error.what
     assert error.status is status
-
-
-def test_no_mksquashfs(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    error = converter.refused()
-    assert error.what == "mksquashfs: no such program"
-    assert "squashfs-tools" in error.fix
 
 
 @needs_tools
