@@ -48,7 +48,7 @@ _STATUS_COLOURS = {"ok": "green", "failed": "red", "skipped": "yellow"}
 _REFERENCE = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:\[\]-]*(/[a-z0-9._-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?", re.A)
 
 
-def image_name(_context: click.Context | None, parameter: click.Parameter | None, value: str) -> str:
+def image_name(_context: click.Context, parameter: click.Parameter, value: str) -> str:
     """An image of the engine; "" for an option that is not given."""
     if not _REFERENCE.fullmatch(value) and (value or isinstance(parameter, click.Argument)):
         what = f"{value[:200]!r} is not the name of an image, such as titan:stable-amd64"
@@ -56,13 +56,9 @@ def image_name(_context: click.Context | None, parameter: click.Parameter | None
     return value
 
 
-class FileOrImage(FilePath):
+def file_or_image(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """A squashfs, or an image of the engine."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        if value and is_file(path := os.path.expanduser(value)):
-            return super().convert(path, parameter, context)
-        return image_name(context, parameter, value)
+    return value if is_file(value) else image_name(context, parameter, value)
 
 
 def squashfs_file(_context: click.Context, _parameter: click.Parameter, value: str) -> Path:
@@ -298,7 +294,7 @@ def _print_facts(facts: ImageFacts) -> None:
 
 
 @click.command("check")
-@click.argument("image", metavar="IMAGE|FILE.sqsh", type=FileOrImage())
+@click.argument("image", metavar="IMAGE|FILE.sqsh", type=FilePath(), callback=file_or_image)
 @click.option("--timeout", type=click.IntRange(min=1), default=900, metavar="SECONDS", show_default=True)
 @as_json
 def check_command(image: str, timeout: int, as_json: bool) -> None:

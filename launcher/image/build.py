@@ -7,9 +7,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from launcher.image import engine as docker_engine
 from launcher.image.channels import Channel, channel, lock_path
 from launcher.image.engine import Engine
 from launcher.image.lock import lock, need_lock, pinned
+from launcher.image.squashfs_tools import TAIL, run
 
 _IN_IMAGE = ("check.py", "describe.py", "channels.toml")
 
@@ -154,14 +155,10 @@ def created() -> str:
 
 def _git(*arguments: str) -> str:
     """What git says about the checkout that the Dockerfile is in; empty outside one."""
-    folder = dockerfile().parent
-    if not (folder / ".git").exists():
-        return ""
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    with suppress(LauncherError):
+        ran = run(["git", f"--git-dir={dockerfile().with_name('.git')}", *arguments], TAIL)
+        return "" if ran.code else ran.out.decode().strip()
+    return ""
 
 
 def dockerfile() -> Path:

@@ -17,9 +17,10 @@ from launcher.base.files import filesystem_error, write_json
 from launcher.base.output import say
 from launcher.image import DOCKER
 from launcher.image import engine as docker_engine
-from launcher.image.export import ImageConfig, Report, rewrite
-from launcher.image.squashfs_file import sidecar_path, superblock
-from launcher.image.squashfs_tools import FORMATS, SquashfsFormat, write_squashfs
+from launcher.image.export import ImageConfig, Report, rewrite, unfit
+from launcher.image.inspect import architecture, description
+from launcher.image.squashfs_file import follow, sidecar_path, superblock
+from launcher.image.squashfs_tools import FORMATS, SquashfsFormat, Tree, write_squashfs
 
 
 def image_config(attrs: Mapping[str, Any]) -> ImageConfig:
@@ -69,18 +70,21 @@ def convert(
         write_squashfs(_progress(rewrite(export, config, report)), target, fmt, config.created)
         if report.left_out:
             say(f"variables with a line break left out: {', '.join(report.left_out)}")
+        tree = Tree(target)
+        names, links = tree.entries()
+        if follow("bin/sh", links) not in names:
+            raise unfit("the image has no /bin/sh, and Pyxis starts every container by it")
+        # Of a program: `docker import` labels every image as the host's.
+        arch = architecture(tree, names, links) or config.arch
+        about = {"schema": 1, **(description(tree) or {}), "arch": DOCKER.get(arch, arch)}
         recorded = superblock(target).recorded() | {"level": fmt.level, "unpacked_bytes": report.unpacked_bytes}
         # The old sidecar goes before, the new one comes after: at no time does one lie beside a file that it does not
         # describe.
-        try:
-            with open(target, "rb") as stream:
-                recorded["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
-                os.fsync(stream.fileno())
-            sidecar_path(output).unlink(missing_ok=True)
-            os.replace(target, output)
-        except OSError as error:
-            raise filesystem_error(output, error, "-o FILE") from None
-    about = {"schema": 1, **report.metadata, "arch": DOCKER.get(report.arch, report.arch)}
+        with open(target, "rb") as stream:
+            recorded["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+        sidecar_path(output).unlink(missing_ok=True)
+        os.replace(target, output)
     about.setdefault("created", datetime.fromtimestamp(config.created, UTC).isoformat().replace("+00:00", "Z"))
     write_json(sidecar_path(output), {**about, "image_id": config.image_id, "squashfs": recorded})
     say(f"{output}: {recorded['bytes'] / 1e6:,.0f} MB, sha256 {recorded['sha256']}")

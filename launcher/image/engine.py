@@ -23,7 +23,6 @@ OUTPUT = 1 << 20  # bytes of what a program in an image prints, and of what the 
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # Colours, and the step and the time that BuildKit puts before what a program says: #8 12.34 Collecting torch
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|^#\d+ \d+\.\d+ ")
-_SILENT = re.compile(r"Cannot connect to the Docker daemon|error during connect")
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,11 @@ def ask(*arguments: str, stdin: bytes = b"", timeout_s: float = 60) -> Ran:
     """How `docker ARGUMENTS` ended. Raises LauncherError where no engine answers, and where this user may not ask."""
     ran = run(["docker", *arguments], OUTPUT, stdin=stdin, timeout_s=timeout_s)
     if ran.code and "permission denied while trying to connect" in ran.err:
-        raise LauncherError(
-            "docker-denied",
-            "this user may not use the Docker engine",
-            'sudo usermod -aG docker "$USER" && newgrp docker',
-            status=ExitStatus.ERROR,
-            original=ran.err,
-        )
-    if ran.code and _SILENT.search(ran.err):
+        what, fix = "this user may not use the Docker engine", 'sudo usermod -aG docker "$USER" && newgrp docker'
+        raise LauncherError("docker-denied", what, fix, status=ExitStatus.ERROR, original=ran.err)
+    if ran.code and re.search("Cannot connect to the Docker daemon|error during connect", ran.err):
         fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
-        what = "no Docker engine answers"
-        raise LauncherError("docker-silent", what, fix, status=ExitStatus.ERROR, original=ran.err)
+        raise LauncherError("docker-silent", "no Docker engine answers", fix, status=ExitStatus.ERROR, original=ran.err)
     return ran
 
 

@@ -9,11 +9,9 @@ import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.image import ARCHES
-from launcher.image.squashfs_file import DESCRIPTION_BYTES, METADATA, description, elf_machine, follow
 
 PIECE = 64 * 1024  # larger writes into a pipe cost several times the CPU
 BLOCK = tarfile.BLOCKSIZE
@@ -45,12 +43,8 @@ class ImageConfig:
 class Report:
     """What `rewrite` met on its way; complete when its iterator is."""
 
-    arch: str = ""  # uname's word, from the header of /bin/sh: `docker import` labels every image as the host's
     unpacked_bytes: int = 0
     left_out: list[str] = field(default_factory=list)  # variables that one line cannot hold
-    links: dict[str, str] = field(default_factory=dict)
-    programs: dict[str, str] = field(default_factory=dict)  # executable file -> architecture, "" for scripts
-    metadata: dict[str, Any] = field(default_factory=dict)  # what the image says of itself
 
 
 # --- enroot's files ---------------------------------------------------------------------------------------------
@@ -172,7 +166,7 @@ def _damaged(how: str) -> LauncherError:
     )
 
 
-def _unfit(what: str) -> LauncherError:
+def unfit(what: str) -> LauncherError:
     return LauncherError("image-content", what, "change it in the image, and convert it again")
 
 
@@ -184,9 +178,9 @@ def _path(name: str) -> str:
     """A tar's name without its leading ./ and trailing slash; refuses what no file system holds."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise _unfit(f"the image's export has a name that leads out of it: {name!r}")
+        raise unfit(f"the image's export has a name that leads out of it: {name!r}")
     if long := [part for part in parts if len(part.encode("utf-8", "surrogateescape")) > NAME_MAX]:
-        raise _unfit(f"a file name longer than {NAME_MAX} bytes: {long[0]!r}")
+        raise unfit(f"a file name longer than {NAME_MAX} bytes: {long[0]!r}")
     return "/".join(parts)
 
 
@@ -204,13 +198,14 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
     fixed_time = {*MADE_BY_ENGINE, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}
     directories = {""}
     devices: set[str] = set()
+    links: set[str] = set()
     names: set[str] = set()  # memory grows with the number of files, not with their size
 
     def header(info: tarfile.TarInfo, name: str) -> Iterator[bytes]:
         """After those of directories that the export does not list: mksquashfs would give them the time of day."""
         parent = name.rpartition("/")[0]
-        if parent in report.links:
-            raise _unfit(f"/{name} is below the link /{parent}")
+        if parent in links:
+            raise unfit(f"/{name} is below the link /{parent}")
         if parent not in directories:
             made = tarfile.TarInfo()
             made.type, made.mode, made.mtime = tarfile.DIRTYPE, 0o755, config.created
@@ -225,46 +220,38 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
     for info in stream.members():
         name, target = _path(info.name), _path(info.linkname) if info.islnk() else info.linkname
         if info.issparse() or any(key.startswith("GNU.sparse") for key in info.pax_headers):
-            raise _unfit(f"/{name}: stored as a sparse file, which engines do not export")
+            raise unfit(f"/{name}: stored as a sparse file, which engines do not export")
         if info.type not in tarfile.SUPPORTED_TYPES:
-            raise _unfit(f"/{name}: an entry of unknown type {info.type!r} in the image's export")
+            raise unfit(f"/{name}: an entry of unknown type {info.type!r} in the image's export")
         if info.isreg():
             info.type = tarfile.REGTYPE
         else:
             info.size = 0
         if info.islnk() and target in replaced:
-            raise _unfit(f"/{name} is a hard link to /{target}, which the conversion replaces")
+            raise unfit(f"/{name} is a hard link to /{target}, which the conversion replaces")
         # With these mksquashfs 4.5 crashes, or leaves a file out without a word.
         if info.islnk() and (target not in names or target in directories):
             raise _damaged(f"/{name} is a hard link to /{target}, and no file of that name came before it")
         if name in names and not info.isdir():
             raise _damaged(f"/{name} comes twice")
         if info.isdir() and name in replaced:
-            raise _unfit(f"/{name} is a directory; enroot needs a file of that name")
+            raise unfit(f"/{name} is a directory; enroot needs a file of that name")
         names.add(name)
         if name.startswith("dev/") or info.ischr() or info.isblk() or (info.islnk() and target in devices):
             devices.add(name)
         if name in devices or name in replaced or name in directories:
             continue
         info.linkname = target
-        _note(report, info, name)
+        if info.issym() or (info.islnk() and target in links):
+            links.add(name)
+        if info.isdir():
+            info.mode |= 0o700  # otherwise enroot's unpacking stops halfway, or its removal does
+        else:
+            info.mode &= ~0o6000
+        report.unpacked_bytes += info.size
         yield from header(info, name)
-        if not (info.isreg() and info.size):
-            continue
-        if name == METADATA and info.size > DESCRIPTION_BYTES:
-            raise _damaged(f"/{name} has {info.size:,} bytes")
-        first = stream.read(_padded(info.size) if name == METADATA else BLOCK)
-        if name == METADATA:
-            report.metadata = description(first[: info.size]) or {}
-        elif info.mode & 0o111:
-            report.programs[name] = elf_machine(first)
-        yield first
-        yield from stream.pieces(_padded(info.size) - len(first))
+        yield from stream.pieces(_padded(info.size))
 
-    shell = follow("bin/sh", report.links)
-    if shell not in report.programs:
-        raise _unfit("the image has no /bin/sh, and Pyxis starts every container by it")
-    report.arch = report.programs[shell] or ARCHES.get(config.arch, config.arch)
     for name, text in own.items():
         data = text.encode("utf-8", "surrogateescape")
         made = tarfile.TarInfo()
@@ -273,21 +260,3 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
         yield from header(made, name)
         yield data.ljust(_padded(len(data)), b"\0")
     yield bytes(2 * BLOCK)
-
-
-def _note(report: Report, info: tarfile.TarInfo, name: str) -> None:
-    """Takes away what must not travel, and remembers what is checked at the end."""
-    if info.issym():
-        report.links[name] = info.linkname
-        return
-    if info.islnk():
-        if info.linkname in report.programs:
-            report.programs[name] = report.programs[info.linkname]
-        elif info.linkname in report.links:
-            report.links[name] = report.links[info.linkname]
-        return
-    report.unpacked_bytes += info.size
-    if info.isdir():
-        info.mode |= 0o700  # otherwise enroot's unpacking stops halfway, or its removal does
-    else:
-        info.mode &= ~0o6000

@@ -6,19 +6,19 @@ The sidecar file answers at once; else /etc/titan-image.json inside; else what t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import LauncherError
+from launcher.base.values import parse_json
 from launcher.config.hardware import hardware
 from launcher.image import DOCKER
 from launcher.image.squashfs_file import (
-    DESCRIPTION_BYTES,
     METADATA,
     ImageFacts,
     Superblock,
     described,
-    description,
     elf_machine,
     follow,
     is_metadata,
@@ -27,6 +27,7 @@ from launcher.image.squashfs_file import (
 )
 from launcher.image.squashfs_tools import SQUASHFS, Tree
 
+DESCRIPTION_BYTES = 1 << 20  # of /etc/titan-image.json, which has some 2 kB
 HEAD = 4096  # bytes of a program that are read for its ELF header
 PROGRAMS = ("bin/sh", "usr/bin/env", "bin/bash", "usr/bin/python3", "usr/local/bin/python3")
 # The oldest driver branch that runs programs of a CUDA major version, by minor-version compatibility.
@@ -61,7 +62,7 @@ def inspect(path: Path, *, required: bool = True) -> ImageFacts:
             raise
         note = f"nothing here can look into it: {SQUASHFS}"
         return ImageFacts(str(path), "", "superblock", block.compressor, block.file_size, notes=(note,))
-    if about := _description(tree):
+    if about := description(tree):
         return described(path, block, about, "image")
     return _guess(path, block, tree)
 
@@ -73,7 +74,7 @@ def embedded_metadata(path: Path) -> dict[str, Any] | None:
         tree = Tree(path)
     except LauncherError:
         return None
-    return _description(tree)
+    return description(tree)
 
 
 def problems(
@@ -136,21 +137,28 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version))
 
 
-def _description(tree: Tree) -> dict[str, Any] | None:
-    value = description(tree.read(METADATA, DESCRIPTION_BYTES) or b"")
-    return value if value and is_metadata(value) else None
+def description(tree: Tree) -> dict[str, Any] | None:
+    """What an image says of itself in /etc/titan-image.json; None where this launcher does not understand it."""
+    try:
+        value = parse_json(tree.read(METADATA, DESCRIPTION_BYTES) or b"null")
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and is_metadata(value) else None
+
+
+def architecture(tree: Tree, names: set[str], links: Mapping[str, str]) -> str:
+    """uname's word, from the header of a program; "" where there is none."""
+    for program in PROGRAMS:
+        real = follow(program, links)
+        if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):
+            return arch
+    return ""
 
 
 def _guess(path: Path, block: Superblock, tree: Tree) -> ImageFacts:
     """An image that somebody else made."""
     names, links = tree.entries()
-    versions = _versions(tree, names)
-    arch = ""
-    loaders = sorted(name for name in names if re.fullmatch(r"(usr/)?lib(64)?/ld-linux[^/]*", name))[:8]
-    for program in (*PROGRAMS, *loaders):
-        real = follow(program, links)
-        if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):
-            break
+    versions, arch = _versions(tree, names), architecture(tree, names, links)
     cuda = versions.get("cuda")
     return ImageFacts(
         str(path),

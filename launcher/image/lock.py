@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.files import filesystem_error, read_bytes, unreadable, write_text
+from launcher.base.files import read_bytes, unreadable, write_text
 from launcher.base.output import say
 from launcher.image import ARCHES
 from launcher.image.channels import Channel, channel, lock_path
@@ -38,10 +38,7 @@ def lock(name: str, arch: str, *, torch_index: str | None = None, output: Path |
     say(f"resolving channel {name} for {arch}, Python {chosen.python}: {', '.join(chosen.packages)}")
     text = f"# Channel {name}, {arch}, Python {chosen.python}. Made by: launcher image lock {name} --arch {arch}\n"
     text += _requirements(_pylock(chosen, arch, index), urlsplit(index).netloc if chosen.record_urls else "")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise filesystem_error(target, error) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, text)
     say(f"{target}: {len(pinned(text))} packages")
     return target

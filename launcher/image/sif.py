@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.files import filesystem_error
 from launcher.base.output import say
 from launcher.image.convert import beside
 from launcher.image.inspect import inspect
@@ -41,10 +40,7 @@ def sif(squashfs: Path, output: Path) -> Path:
                 fix = "it unpacks the image into a directory of its own; one with room: export APPTAINER_TMPDIR=DIR"
             what = f"apptainer build failed with code {ran.code}"
             raise LauncherError("apptainer-failed", what, fix, status=ExitStatus.ERROR, original=ran.err)
-        try:
-            os.replace(target, output)
-        except OSError as error:
-            raise filesystem_error(output, error) from error
+        os.replace(target, output)
     say(f"{output}: {output.stat().st_size / 1e6:,.0f} MB")
     return output
 

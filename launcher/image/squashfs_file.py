@@ -15,14 +15,12 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json
-from launcher.base.values import parse_json
 from launcher.image import ARCHES
 
 COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 # ELF's e_machine -> uname's word
 MACHINES = {3: "i686", 21: "ppc64le", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 METADATA = "etc/titan-image.json"  # inside the image
-DESCRIPTION_BYTES = 1 << 20  # of that file, which has some 2 kB
 AGAIN = "copy it again, then compare: sha256sum"
 # magic, inodes, mkfs_time, block_size, fragments, compressor, block_log, flags, ids, major, minor, root inode,
 # bytes_used, then the starts of the tables: ids, xattrs, inodes, directories, fragments, exports
@@ -158,15 +156,6 @@ def described(path: Path, block: Superblock, about: Mapping[str, Any], source: s
         unpacked_bytes=size if type(size) is int else 0,
         quantization=tuple(str(word) for word in quantization) if isinstance(quantization, list) else (),
     )
-
-
-def description(data: bytes) -> dict[str, Any] | None:
-    """The object in /etc/titan-image.json; None for anything else."""
-    try:
-        value = parse_json(data)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def is_metadata(value: Mapping[str, Any]) -> bool:

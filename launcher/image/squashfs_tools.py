@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import selectors
 import signal
 import subprocess
 import tempfile
-import threading
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,45 +60,41 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
             process = subprocess.Popen(command, stdin=asked, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
             raise missing(command[0], error) from None
-    with process:
-        assert process.stdout and process.stderr
-        complained, late = [b""], threading.Event()
-
-        def listen(number: int) -> None:
-            while chunk := os.read(number, 1 << 16):
-                complained[0] = (complained[0] + chunk)[-TAIL:]
-
-        def end() -> None:
-            """With what it has started, which holds the pipes, too."""
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-        def end_late() -> None:
-            late.set()
-            end()
-
-        listener = threading.Thread(target=listen, args=(process.stderr.fileno(),))
-        timer = threading.Timer(timeout_s, end_late)
-        listener.start()
-        timer.start()
+    deadline = time.monotonic() + timeout_s
+    out, complained = bytearray(), b""
+    with process, selectors.DefaultSelector() as selector:
+        for stream in (process.stdout, process.stderr):
+            selector.register(stream or 0, selectors.EVENT_READ)
         try:
-            out = process.stdout.read(limit + 1)
+            while selector.get_map() and len(out) <= limit:
+                ready = selector.select(deadline - time.monotonic())
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(command, timeout_s)
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 1 << 16)
+                    if not chunk:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is process.stdout:
+                        out += chunk
+                    else:
+                        complained = (complained + chunk)[-TAIL:]
             if cut := len(out) > limit:
-                end()
-            listener.join()
-            code = process.wait()
-        except BaseException:
-            end()
-            raise
-        finally:
-            timer.cancel()
-            listener.join()
-    if late.is_set():
-        what = f"{command[0]} did not end within {timeout_s:.0f} s"
-        raise LauncherError(
-            "program-slow", what, "is the file system that holds the image slow?", status=ExitStatus.ERROR
-        )
-    return Ran(code, out[:limit], complained[0].decode(errors="replace"), cut)
+                _end(process)
+            code = process.wait(max(0, deadline - time.monotonic()))
+        except BaseException as error:
+            _end(process)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            what = f"{command[0]} did not end within {timeout_s:.0f} s"
+            fix = "is the file system that holds the image slow?"
+            raise LauncherError("program-slow", what, fix, status=ExitStatus.ERROR) from None
+    return Ran(code, bytes(out[:limit]), complained.decode(errors="replace"), cut)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With what it has started, which holds the pipes, too."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def missing(name: str, error: OSError) -> LauncherError:
@@ -237,7 +234,12 @@ def write_squashfs(tar: Iterable[bytes | memoryview], target: Path, fmt: Squashf
                 process.stdin.close()
         if code or not whole:
             log.seek(0)
-            raise _failure(code, log.read().decode(errors="replace"), target)
+            words = "\n".join(log.read().decode(errors="replace").strip().splitlines()[-5:])
+            fix, status = "free memory: dmesg | tail" if code == -9 else "", ExitStatus.ERROR
+            if "No space left" in words or "quota exceeded" in words:
+                fix, status = f"no room: df -h {quoted(target.parent)}", ExitStatus.FILESYSTEM
+            what = f"mksquashfs failed with code {code}"
+            raise LauncherError("mksquashfs-failed", what, fix, status=status, original=words)
     superblock(target)
     _set_root_time(target, created)
 
@@ -258,18 +260,3 @@ def _set_root_time(path: Path, seconds: int) -> None:
             blocks, offset = divmod((root & 0xFFFF) + 8 + index, 8192)
             stream.seek(block + blocks * (2 + 8192) + 2 + offset)
             stream.write(bytes([byte]))
-
-
-def _failure(code: int, log: str, target: Path) -> LauncherError:
-    what = f"mksquashfs was killed by signal {-code}" if code < 0 else f"mksquashfs failed with code {code}"
-    fix, status = "free memory: dmesg | tail" if code == -9 else "", ExitStatus.ERROR
-    if "No space left" in log or "quota exceeded" in log:
-        what, fix = f"{target.parent}: no space left for the squashfs", f"df -h {quoted(target.parent)}"
-        status = ExitStatus.FILESYSTEM
-    elif "is not supported" in log and "Compressor" in log:
-        what, fix = "this mksquashfs was built without that compressor", SQUASHFS
-    elif not code:
-        what = "mksquashfs stopped reading"
-    return LauncherError(
-        "mksquashfs-failed", what, fix, status=status, original="\n".join(log.strip().splitlines()[-5:])
-    )

@@ -21,7 +21,7 @@ from launcher.image.build import Built, build, created
 from launcher.image.check import check
 from launcher.image.convert import convert_image
 from launcher.image.engine import Engine
-from launcher.image.squashfs_tools import TAIL
+from launcher.image.squashfs_tools import TAIL, Ran
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
 from tests.image.images import Base
@@ -86,7 +86,7 @@ def test_an_image_that_lacks_things_fails_the_checks_of_them_alone(
 
 
 def test_a_command_in_an_image_and_its_export_leave_no_container(tiny_image: Built) -> None:
-    def run(command: str, timeout_s: float = 60) -> docker_engine.Ran:
+    def run(command: str, timeout_s: float = 60) -> Ran:
         return docker_engine.run_in(tiny_image.tag, ["sh", "-c", command], stdin=b"yes", timeout_s=timeout_s)
 
     before = containers()

@@ -28,9 +28,7 @@ from launcher.image.squashfs_file import ImageFacts
 from tests.conftest import Launch
 from tests.image.images import CACHE, cpu_squashfs
 
-SUBMIT = (
-    *["submit", "--local", "--runtime", "apptainer", "--gpu", "cpu", "--recipe", "debug", "--name", "r", "--follow"],
-)
+SUBMIT = ("submit", "--local", "--runtime=apptainer", "--gpu=cpu", "--recipe=debug", "--name=r", "--follow")
 PACKAGES = "apptainer,squashfuse"
 # In namespaces of its own nothing stays mounted. pivot_root, as the kernel lets no user namespace begin in a chroot;
 # a user namespace, as Apptainer asks for every capability when root calls it, and root in a container lacks some.

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from launcher import cli
-from launcher.base.errors import ExitStatus
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.output import print_error
 from launcher.commands.image import image as group
 from launcher.image import check as checking
 from launcher.image import engine as docker_engine
@@ -73,7 +74,7 @@ DIGEST = f"@sha256:{'a' * 64}"
         Refusal("convert ../../containers/json", "is not the name of an image", USAGE),
         Refusal("convert titan:x?all=1", "is not the name of an image", USAGE),
         Refusal("convert ", "is not the name of an image", USAGE),
-        Refusal("check ", "is not the name of an image", USAGE),
+        Refusal("check ", "the path is empty", USAGE),
         Refusal("check short.sqsh", "cut off: 4 bytes", INVALID),
         Refusal("check missing.sqsh", "No such file", INVALID),
         Refusal("inspect x.txt", "not a squashfs", INVALID),
@@ -286,8 +287,12 @@ def test_a_conversion_that_breaks_off_leaves_neither_a_file_nor_a_container(
     run: Run, engine: Engine, workplace: Path, monkeypatch: pytest.MonkeyPatch, case: BrokenOff
 ) -> None:
     seen: list[list[str]] = []
-    print_error = cli.print_error
-    monkeypatch.setattr(cli, "print_error", lambda error: (seen.append(engine.containers()), print_error(error)))
+
+    def show(error: LauncherError) -> None:
+        seen.append(engine.containers())
+        print_error(error)
+
+    monkeypatch.setattr(cli, "print_error", show)
     engine.exports(case.stream, case.then)
     done = run("convert", "titan:cpu-amd64")
     assert done.code == case.code and case.words in done.stderr
