@@ -153,7 +153,17 @@ def _channels_epilog() -> str:
 # ------------------------------------------------------------------------------------------- the commands
 
 
-@click.command("build", epilog=_channels_epilog())
+@click.group()
+def image() -> None:
+    """Build, convert, inspect and check the image that jobs run in.
+
+    \b
+    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
+    launcher image inspect titan-cpu-amd64.sqsh         what is in it
+    """
+
+
+@image.command("build", epilog=_channels_epilog())
 @_channel
 @_arch(None, "the Docker engine's own")
 @_output("Also convert it: a directory, which gets titan-CHANNEL-ARCH.sqsh, or a file's name.")
@@ -164,7 +174,7 @@ def _channels_epilog() -> str:
 @click.option(
     "--lock",
     "lock_file",
-    type=FilePath(path_type=Path, dir_okay=False),
+    type=FilePath(path_type=Path, dir_okay=False, exists=True),
     metavar="FILE",
     help="Lock file in place of the channel's own.",
 )
@@ -186,19 +196,16 @@ def build_command(
     launcher image build stable --arch arm64 -o /data
     """
     channel_of(channel)
-    engine = docker_engine.connect()
-    arches = list(ARCHES) if arch == "all" else [arch or engine.arch]
+    arches = list(ARCHES) if arch == "all" else [arch or docker_engine.own_arch()]
     if len(arches) > 1 and (options["tag"] or options["lock_file"] or (output and not os.path.isdir(output))):
         raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
-    for one in arches:
-        docker_engine.need_arch(engine, one)
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
         need("mksquashfs")
         files = {one: target_path(output, f"titan-{channel}-{one}.sqsh", force) for one in arches}
     built = []
     for one in arches:
-        image = building.build(channel, one, engine=engine, **options)
+        image = building.build(channel, one, **options)
         built.append(image)
         if one in files:
             convert_image(image.tag, files[one], FORMATS[purpose])
@@ -212,7 +219,7 @@ def build_command(
         say(f"  next: launcher submit --image {quoted(path)}")
 
 
-@click.command("convert")
+@image.command("convert")
 @click.argument("image", callback=image_name)
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sqsh]")
 @_purpose
@@ -236,7 +243,7 @@ def convert_command(image: str, output: str | None, purpose: str, force: bool, a
         echo(str(path))
 
 
-@click.command("inspect")
+@image.command("inspect")
 @_squashfs
 @click.option(
     "--gpu",
@@ -293,7 +300,7 @@ def _print_facts(facts: ImageFacts) -> None:
     echo(*(f"  {name:13} {value}" for name, value in rows.items() if value), *(f"  {note}" for note in facts.notes))
 
 
-@click.command("check")
+@image.command("check")
 @click.argument("image", metavar="IMAGE|FILE.sqsh", type=FilePath(), callback=file_or_image)
 @click.option("--timeout", type=click.IntRange(min=1), default=900, metavar="SECONDS", show_default=True)
 @as_json
@@ -321,7 +328,7 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
         sys.exit(ExitStatus.INVALID)
 
 
-@click.command("lock", epilog=_channels_epilog())
+@image.command("lock", epilog=_channels_epilog())
 @_channel
 @_arch("all", "all")
 @_torch_index
@@ -348,7 +355,7 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
     rows = []
     for one in arches:
         path = locking.lock(channel, one, torch_index=torch_index, output=output)
-        packages = pinned(path.read_text(encoding="utf-8"))
+        packages = pinned(path)
         rows.append({"channel": channel, "arch": one, "path": click.format_filename(path), "packages": packages})
     if as_json:
         print_json(rows)
@@ -356,7 +363,7 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
         echo(*(str(row["path"]) for row in rows))
 
 
-@click.command("sif")
+@image.command("sif")
 @_squashfs
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sif]")
 @_force
@@ -376,17 +383,3 @@ def sif_command(file: Path, output: str | None, force: bool, as_json: bool) -> N
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
     else:
         echo(str(made))
-
-
-@click.group()
-def image() -> None:
-    """Build, convert, inspect and check the image that jobs run in.
-
-    \b
-    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
-    launcher image inspect titan-cpu-amd64.sqsh         what is in it
-    """
-
-
-for _command in (build_command, convert_command, inspect_command, check_command, lock_command, sif_command):
-    image.add_command(_command)

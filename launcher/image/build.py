@@ -20,8 +20,7 @@ from launcher.base.output import say
 from launcher.base.values import whole
 from launcher.image import engine as docker_engine
 from launcher.image.channels import Channel, channel, lock_path
-from launcher.image.engine import Engine
-from launcher.image.lock import lock, need_lock, pinned
+from launcher.image.lock import lock, pinned
 from launcher.image.squashfs_tools import TAIL, run
 
 _IN_IMAGE = ("check.py", "describe.py", "channels.toml")
@@ -70,7 +69,6 @@ def build(
     name: str,
     arch: str,
     *,
-    engine: Engine,
     tag: str = "",
     base: str = "",
     lock_file: Path | None = None,
@@ -86,19 +84,16 @@ def build(
     Raises LauncherError with the last lines of the build and, where they say what is wrong, with what to do.
     """
     chosen = channel(name)
-    docker_engine.need_arch(engine, arch)
+    own = docker_engine.own_arch()
     tag = tag or f"titan:{name}-{arch}"
     base = base or chosen.base
     locked = lock_file or lock_path(name, arch)
-    if lock_file:
-        need_lock(lock_file, f"launcher image lock {name} --arch {arch}")
-    elif not locked.is_file():
+    if not locked.is_file():
         say(f"channel {name} has no lock for {arch} yet")
         locked = lock(name, arch, torch_index=torch_index)
     arguments = build_arguments(chosen, base=base, index=torch_index, index_url=index_url)
-    emulated = "" if arch == engine.arch else " (emulated: 6 to 13 times slower)"
+    emulated = "" if arch == own else " (emulated: 6 to 13 times slower)"
     say(f"building {tag} for {arch}{emulated} on {base}, {version(locked)} of {locked}")
-    say(f"Docker engine {engine.version} at {engine.host}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="titan-build-") as folder:
         _fill(Path(folder), locked, f"{name}-{arch}.txt")
@@ -108,7 +103,7 @@ def build(
         command += [f"--label=org.opencontainers.image.version={version(locked)}"]
         command += [f"--network={network}"] if network else []
         # Not said where it goes without saying: `docker import` may have written the wrong architecture.
-        command += [] if arch == engine.arch else [f"--platform=linux/{arch}"]
+        command += [] if arch == own else [f"--platform=linux/{arch}"]
         code, output = docker_engine.build([*command, folder])
     if code:
         fixes = [fix for pattern, fix in _FIXES if re.search(pattern, output, re.IGNORECASE)]
@@ -168,7 +163,7 @@ def dockerfile() -> Path:
 
 def version(locked: Path) -> str:
     """What the image is a version of: 0.3.0-torch2.14.1."""
-    found = pinned(locked.read_text(encoding="utf-8"))
+    found = pinned(locked)
     return f"{found.get('torchtitan', 'none')}-torch{found.get('torch', 'none')}".replace("+", "_")
 
 

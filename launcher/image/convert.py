@@ -68,8 +68,8 @@ def convert(
     report = Report()
     with beside(output) as target:
         write_squashfs(_progress(rewrite(export, config, report)), target, fmt, config.created)
-        if report.left_out:
-            say(f"variables with a line break left out: {', '.join(report.left_out)}")
+        if lost := [line.split("=")[0] for line in config.env if "\n" in line]:
+            say(f"variables with a line break left out: {', '.join(lost)}")
         tree = Tree(target)
         names, links = tree.entries()
         if follow("bin/sh", links) not in names:

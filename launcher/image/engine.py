@@ -9,44 +9,27 @@ import subprocess
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import say
 from launcher.base.values import parse_json
-from launcher.image import ARCHES
 from launcher.image.squashfs_tools import Ran, missing, run
 
 OUTPUT = 1 << 20  # bytes of what a program in an image prints, and of what the engine says of an image
-BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # Colours, and the step and the time that BuildKit puts before what a program says: #8 12.34 Collecting torch
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|^#\d+ \d+\.\d+ ")
 
 
-@dataclass(frozen=True)
-class Engine:
-    """An engine that answered."""
-
-    host: str  # unix:///var/run/docker.sock
-    version: str
-    arch: str  # Docker's word; what it runs without emulation
-    local: bool  # its kernel is this machine's
-
-
-def connect() -> Engine:
-    """The engine that DOCKER_HOST names, else the current docker context's, else the one of this machine.
+def own_arch() -> str:
+    """Docker's word for what the engine runs without emulation: that of DOCKER_HOST, else of the docker context.
 
     Raises LauncherError where the docker command, the engine or the permission is missing.
     """
-    ran = ask("version", "--format", "{{json .Server}}")
+    ran = ask("version", "--format", "{{.Server.Arch}}")
     if ran.code:
         raise _refused("docker version", ran.err)
-    server = parse_json(ran.out)
-    host = ask("context", "inspect", "--format", "{{.Endpoints.docker.Host}}").out.decode().strip()
-    desktop = str((server.get("Platform") or {}).get("Name")).startswith("Docker Desktop")
-    return Engine(host, server["Version"], server["Arch"], host.startswith("unix://") and not desktop)
+    return ran.out.decode().strip()
 
 
 def ask(*arguments: str, stdin: bytes = b"", timeout_s: float = 60) -> Ran:
@@ -63,28 +46,6 @@ def ask(*arguments: str, stdin: bytes = b"", timeout_s: float = 60) -> Ran:
 
 def _refused(what: str, words: str) -> LauncherError:
     return LauncherError("docker-refused", f"{what} failed", status=ExitStatus.ERROR, original=words)
-
-
-def need_arch(engine: Engine, arch: str) -> None:
-    """Raises LauncherError unless the engine can run programs of `arch`; another machine's is asked by trying."""
-    if engine.arch == arch or not engine.local or emulates(arch):
-        return
-    raise LauncherError(
-        "emulator-missing",
-        f"this machine is {engine.arch} and cannot run {arch} programs: no emulator with the flag F in {BINFMT}",
-        "sudo apt-get install qemu-user-static   (or: docker run --privileged --rm tonistiigi/binfmt "
-        f"--install {arch}); emulation is 6 to 13 times slower, so better: build on a machine with {arch}",
-        status=ExitStatus.ERROR,
-    )
-
-
-def emulates(arch: str) -> bool:
-    """Whether this machine's kernel runs foreign programs of `arch`, in containers, too: that is the flag F."""
-    # qemu-aarch64-static, or Debian's /usr/libexec/qemu-binfmt/aarch64-binfmt-P; not aarch64_be.
-    entry = re.compile(rf"enabled\ninterpreter \S*qemu\S*{ARCHES.get(arch, arch)}(?!_be)\S*\nflags: \S*F")
-    with suppress(OSError):
-        return any(entry.match(path.read_text(encoding="utf-8")) for path in BINFMT.glob("qemu-*"))
-    return False
 
 
 def build(arguments: list[str]) -> tuple[int, str]:

@@ -44,14 +44,13 @@ class Report:
     """What `rewrite` met on its way; complete when its iterator is."""
 
     unpacked_bytes: int = 0
-    left_out: list[str] = field(default_factory=list)  # variables that one line cannot hold
 
 
 # --- enroot's files ---------------------------------------------------------------------------------------------
 
 
-def enroot_files(config: ImageConfig) -> tuple[dict[str, str], list[str]]:
-    """The four files by which enroot and Pyxis start an image, and the names of variables that could not be kept.
+def enroot_files(config: ImageConfig) -> dict[str, str]:
+    """The four files by which enroot and Pyxis start an image. A variable with a line break cannot be kept.
 
     enroot replaces $NAME in /etc/environment and /etc/fstab by its own environment, also in images that it makes.
     """
@@ -77,13 +76,12 @@ exec {command}
     kept = [line for line in config.env if "\n" not in line and "=" in line]
     escapes = str.maketrans({"\\": "\\134", " ": "\\040", "\t": "\\011", "\n": "\\012"})
     mounts = [volume.translate(escapes) for volume in config.volumes if volume.startswith("/")]
-    files = {
+    return {
         "etc/rc": start,
         "etc/rc.local": "# Read by /etc/rc when the container starts; here the command may still be changed.\n",
         "etc/environment": "".join(f"{line}\n" for line in kept),
         "etc/fstab": "".join(f"${{ENROOT_ROOTFS}}{m} {m} none x-create=dir,bind,rw,nosuid,nodev\n" for m in mounts),
     }
-    return files, [line.split("=")[0] for line in config.env if line not in kept]
 
 
 # --- the tar stream -----------------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
     by which anybody on the node acts as that user. Each file keeps its time: a new one makes its .pyc stale.
     """
     stream = _Stream(export)
-    own, report.left_out = enroot_files(config)
+    own = enroot_files(config)
     replaced = {*own, ".dockerenv"}
     parts = _path(config.working_dir).split("/")
     fixed_time = {*MADE_BY_ENGINE, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}

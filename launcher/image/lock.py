@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.files import read_bytes, unreadable, write_text
+from launcher.base.files import write_text
 from launcher.base.output import say
 from launcher.image import ARCHES
 from launcher.image.channels import Channel, channel, lock_path
@@ -40,31 +40,19 @@ def lock(name: str, arch: str, *, torch_index: str | None = None, output: Path |
     text += _requirements(_pylock(chosen, arch, index), urlsplit(index).netloc if chosen.record_urls else "")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, text)
-    say(f"{target}: {len(pinned(text))} packages")
+    say(f"{target}: {len(pinned(target))} packages")
     return target
 
 
-def pinned(text: str) -> dict[str, str]:
+def pinned(path: Path) -> dict[str, str]:
     """Name -> version of every package in a lock, whether it is pinned by version or by address."""
     found = {}
-    for line in text.splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if match := re.match(r"([A-Za-z0-9._-]+)==([^\s;\\]+)", line):
             found[match[1]] = match[2]
         elif match := re.match(r"([A-Za-z0-9._-]+) @ \S*/[^/\s-]+-([^/\s-]+)-[^/\s]+\.whl", line):
             found[match[1]] = match[2].replace("%2B", "+")
     return found
-
-
-def need_lock(path: Path, fix: str) -> None:
-    """Raises LauncherError with `fix` unless `path` looks like a lock; pip refuses a package without its hash."""
-    try:
-        text = read_bytes(path, wait=True).decode("utf-8")
-    except FileNotFoundError:
-        raise LauncherError("lock-missing", f"there is no lock {path}", fix) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error, fix) from None
-    if not pinned(text) or "--hash=sha256:" not in text:
-        raise LauncherError("lock-damaged", f"{path} is no lock: it pins no package by its hash", fix)
 
 
 def _pylock(chosen: Channel, arch: str, index: str) -> str:

@@ -28,7 +28,6 @@ from launcher.base.errors import LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built, build, dockerfile
 from launcher.image.channels import lock_path
-from launcher.image.engine import Engine
 from launcher.image.squashfs_file import sidecar_path
 from tests.image.dockerd import missing_packages, pip_setting, running_engine, served
 
@@ -48,7 +47,7 @@ SOURCES = (
     *("launcher/image/convert.py", "launcher/image/export.py", "launcher/image/squashfs_tools.py"),
 )
 
-_running: Engine | None = None
+_running = False
 _served: dict[str, str] = {}  # pip's find-links of this machine -> address for the builds, while an engine runs
 
 
@@ -94,14 +93,14 @@ def complete(path: Path) -> bool:
 
 
 @contextmanager
-def kept_engine() -> Iterator[Engine]:
+def kept_engine() -> Iterator[None]:
     """An engine of the tests' own whose images stay in the cache; with LAUNCHER_TEST_DOCKER=1 the one that is there.
 
     Used again within: the same one. Another process waits until this one is done with it.
     """
     global _running
     if _running:
-        yield _running
+        yield
         return
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -117,14 +116,14 @@ def kept_engine() -> Iterator[Engine]:
         for place in pip_setting("find-links").split():
             if Path(place).is_dir():
                 _served[place] = stack.enter_context(served(Path(place)))
-        _running = docker_engine.connect()
+        _running = True
         stack.callback(_forget)
-        yield _running
+        yield
 
 
 def _forget() -> None:
     global _running
-    _running = None
+    _running = False
     _served.clear()
 
 
@@ -133,13 +132,13 @@ def cpu_base() -> Base:
     return make_base("amd64", rootfs("amd64"))
 
 
-def built(name: str, arch: str, engine: Engine, base: Base, **options: Any) -> Built:
+def built(name: str, arch: str, base: Base, **options: Any) -> Built:
     """`build` for these base images; when it fails, the test's report shows the last lines of the build."""
     options.setdefault("torch_index", base.torch_index)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", EPOCH)
         try:
-            return build(name, arch, engine=engine, base=base.tag, network="host", **options)
+            return build(name, arch, base=base.tag, network="host", **options)
         except LauncherError as error:
             pytest.fail(f"{error.what}\n{error.original}")
 

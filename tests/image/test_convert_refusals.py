@@ -189,7 +189,7 @@ def test_full_disk(converter: Converter) -> None:
 
 @needs_tools
 def test_places_that_cannot_be_written(converter: Converter) -> None:
-    for place in (converter.home / "no" / "x.sqsh", Path("/proc/x.sqsh"), converter.home):
+    for place in (converter.home / "no" / "x.sqsh", Path("/proc/x.sqsh")):
         converter.output = place
         converter.refused()
 

@@ -287,7 +287,7 @@ def test_what_is_no_squashfs(tmp_path: Path) -> None:
     for name, data in (("empty", b""), ("zip", b"PK\x03\x04"), ("other", b"sqsh" + bytes(200))):
         (tmp_path / name).write_bytes(data)
     for name, words in {
-        "empty": "empty",
+        "empty": "cut off: 0 bytes",
         "zip": "not a squashfs",
         "other": "not a squashfs",
         "pipe": "not a file",

@@ -276,8 +276,6 @@ def test_a_program_that_prints_without_end_is_ended() -> None:
     ],
 )
 def test_what_an_image_prints_in_the_place_of_its_checks(printed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_engine, "connect", lambda: docker_engine.Engine("unix:///x", "28", "amd64", True))
-    monkeypatch.setattr(docker_engine, "inspect", lambda _image: {"Architecture": "amd64"})
     monkeypatch.setattr(docker_engine, "run_in", lambda *_, **__: Ran(0, printed, "its own words", False))
     with pytest.raises(LauncherError, match="the checks did not run in titan:x") as error:
         check("titan:x")
