@@ -118,12 +118,8 @@ class _Stream:
             while not self._rest:
                 try:
                     self._rest = memoryview(next(self._chunks))
-                except LauncherError:
-                    raise
                 except StopIteration:
                     raise _damaged("it broke off in the middle") from None
-                except Exception as error:  # of the engine, its client or the network
-                    raise _damaged(f"{type(error).__name__}: {error}") from error
             piece = self._rest[: min(size, PIECE)]
             self._rest = self._rest[len(piece) :]
             self._at += len(piece)

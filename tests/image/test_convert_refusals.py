@@ -34,11 +34,12 @@ from tests.image.converter import (
 
 __all__ = ["converter"]  # fixtures
 
+pytestmark = needs_tools
+
 
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-@needs_tools
 @pytest.mark.parametrize(
     ("files", "shell", "words"),
     [
@@ -64,7 +65,6 @@ def test_images_that_cannot_be_converted(converter: Converter, files: list[File]
     assert words in converter.refused(*files, shell=shell).what
 
 
-@needs_tools
 def test_a_failure_leaves_the_old_image_and_its_sidecar(converter: Converter) -> None:
     converter(File("x", b"old"))
     old = sha256(converter.output), converter.sidecar()
@@ -72,7 +72,6 @@ def test_a_failure_leaves_the_old_image_and_its_sidecar(converter: Converter) ->
     assert (sha256(converter.output), converter.sidecar()) == old
 
 
-@needs_tools
 def test_no_old_sidecar_lies_beside_a_new_image(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even when the new one cannot be written."""
 
@@ -87,7 +86,6 @@ def test_no_old_sidecar_lies_beside_a_new_image(converter: Converter, monkeypatc
     assert (converter.unpacked() / "x").read_bytes() == b"new"
 
 
-@needs_tools
 @pytest.mark.parametrize("keep", [0, 100, 512, 1024, 1536, 2048, 60_000, -1024])
 def test_an_export_that_breaks_off(converter: Converter, keep: int) -> None:
     """Also between two files, where Python's tarfile sees a complete archive; -1024 lacks just the end marker."""
@@ -98,19 +96,6 @@ def test_an_export_that_breaks_off(converter: Converter, keep: int) -> None:
     assert list(converter.home.iterdir()) == []
 
 
-@needs_tools
-def test_an_export_that_fails(converter: Converter) -> None:
-    def export() -> Iterator[bytes]:
-        yield tar_of(File("a", bytes(100_000)))[:5000]
-        raise ConnectionResetError("engine gone")
-
-    with pytest.raises(LauncherError, match="ConnectionResetError: engine gone") as error:
-        converter.feed(export())
-    assert error.value.status is ExitStatus.ERROR
-    assert list(converter.home.iterdir()) == []
-
-
-@needs_tools
 def test_ctrl_c_ends_mksquashfs_and_removes_its_file(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
     real = subprocess.Popen
@@ -153,11 +138,8 @@ GOOD = 'if [ "$1" = -version ]; then echo "mksquashfs version 4.6.1 (2023/03/25)
 @pytest.mark.parametrize(
     ("script", "words", "status"),
     [
-        ("echo 'mksquashfs version 4.4 (2019/08/29)'", "version 4.4", ExitStatus.ERROR),
-        ("echo hello", "of an unknown version", ExitStatus.ERROR),
         (GOOD + "head -c 5000 >/dev/null; kill -9 $$", "failed with code -9", ExitStatus.ERROR),
         (GOOD + "head -c 5000 >/dev/null; echo broken >&2; exit 3", "failed with code 3", ExitStatus.ERROR),
-        (GOOD + "echo 'Compressor \"zstd\" is not supported!'; exit 1", "failed with code 1", ExitStatus.ERROR),
         (GOOD + "cat >/dev/null; echo half >$2; exit 0", "not a squashfs", ExitStatus.INVALID),
         (GOOD + "head -c 5000 >/dev/null; exit 0", "failed with code 0", ExitStatus.ERROR),
     ],
@@ -171,7 +153,6 @@ def test_mksquashfs_that_cannot(
     assert error.status is status
 
 
-@needs_tools
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a small file system is mounted")
 def test_full_disk(converter: Converter) -> None:
     small = converter.home / "small"
@@ -187,7 +168,6 @@ def test_full_disk(converter: Converter) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
-@needs_tools
 def test_places_that_cannot_be_written(converter: Converter) -> None:
     for place in (converter.home / "no" / "x.sqsh", Path("/proc/x.sqsh")):
         converter.output = place

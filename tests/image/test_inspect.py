@@ -20,8 +20,9 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import inspect as module
 from launcher.image.inspect import inspect, problems
 from launcher.image.squashfs_file import ImageFacts, follow, read_sidecar, sidecar_path, superblock
+from tests.image.converter import needs_tools, program
 
-needs_mksquashfs = pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
+pytestmark = needs_tools
 ABOUT = {
     "schema": 1,
     "channel": "stable",
@@ -31,11 +32,6 @@ ABOUT = {
     "versions": {"torch": "2.14.1", "cuda": "13.0", "torchtitan": "0.3.0"},
 }
 Make = Callable[..., Path]
-
-
-def elf(machine: int = 62) -> bytes:
-    """62 is x86-64, 183 is AArch64."""
-    return b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00" + machine.to_bytes(2, "little") + bytes(44)
 
 
 @pytest.fixture
@@ -76,9 +72,8 @@ def sidecar(path: Path, **changes: Any) -> None:
 # --- the three sources ---------------------------------------------------------------------------------------------
 
 
-@needs_mksquashfs
 def test_sidecar_answers_without_looking_inside(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = make({"bin/sh": elf()})
+    image = make({"bin/sh": program()})
     sidecar(image)
     monkeypatch.setattr(module, "Tree", None)
     assert inspect(image) == ImageFacts(
@@ -94,7 +89,6 @@ def test_sidecar_answers_without_looking_inside(make: Make, monkeypatch: pytest.
     )
 
 
-@needs_mksquashfs
 @pytest.mark.parametrize(
     "changes",
     [
@@ -116,7 +110,7 @@ def test_sidecar_answers_without_looking_inside(make: Make, monkeypatch: pytest.
     ],
 )
 def test_sidecar_of_another_file_is_not_believed(make: Make, changes: dict[str, Any] | bytes) -> None:
-    image = make({"bin/sh": elf()})
+    image = make({"bin/sh": program()})
     if isinstance(changes, bytes):
         sidecar_path(image).write_bytes(changes)
     elif changes.get("squashfs", 1) is None:
@@ -126,27 +120,20 @@ def test_sidecar_of_another_file_is_not_believed(make: Make, changes: dict[str, 
     assert inspect(image).source == "guessed"
 
 
-@needs_mksquashfs
 def test_metadata_in_the_image(make: Make) -> None:
     image = make({"etc/titan-image.json": json.dumps(ABOUT)}, "-comp", "zstd")
     facts = inspect(image)
-    assert (facts.source, facts.arch, facts.channel, facts.driver_min) == (
-        "image",
-        "aarch64",
-        "stable",
-        "580",
-    )
+    assert (facts.source, facts.arch, facts.channel, facts.driver_min) == ("image", "aarch64", "stable", "580")
     assert module.embedded_metadata(image) == ABOUT
 
 
-@needs_mksquashfs
 def test_metadata_that_is_no_metadata(make: Make) -> None:
     for text in ("{}", "nonsense", json.dumps(ABOUT | {"schema": 7})):
-        assert inspect(make({"etc/titan-image.json": text, "bin/sh": elf()})).source == "guessed"
+        assert inspect(make({"etc/titan-image.json": text, "bin/sh": program()})).source == "guessed"
 
 
 FOREIGN: dict[str, bytes | str | Path] = {
-    "usr/bin/busybox": elf(183),
+    "usr/bin/busybox": program(183),
     "usr/bin/sh": Path("/usr/bin/busybox"),
     "bin": Path("usr/bin"),
     "opt/venv/lib/python3.12/site-packages/torch-2.14.1+cu130.dist-info/METADATA": "",
@@ -161,7 +148,6 @@ FOREIGN: dict[str, bytes | str | Path] = {
 }
 
 
-@needs_mksquashfs
 def test_foreign_image(make: Make) -> None:
     facts = inspect(make(FOREIGN, "-comp", "zstd"))
     assert (facts.source, facts.arch, facts.driver_min, facts.notes) == ("guessed", "aarch64", "580", ())
@@ -175,14 +161,12 @@ def test_foreign_image(make: Make) -> None:
     }
 
 
-@needs_mksquashfs
 def test_a_name_is_no_pattern(make: Make) -> None:
     files = {name.replace("opt/venv", "opt/[v]e*v"): value for name, value in FOREIGN.items()}
     version = next(name for name in files if name.endswith("version.py"))
     assert inspect(make({**files, version: "cuda = '12.6'\n"})).versions["cuda"] == "12.6"
 
 
-@needs_mksquashfs
 @pytest.mark.parametrize(
     ("line", "cuda"),
     [
@@ -197,13 +181,12 @@ def test_torch_itself_says_whether_it_has_cuda(make: Make, line: str, cuda: str 
     assert inspect(make({**FOREIGN, version: f"{line}\n"})).versions["cuda"] == cuda
 
 
-@needs_mksquashfs
 @pytest.mark.parametrize(
     ("files", "arch"),
     [
-        ({"bin/sh": "#!script", "usr/bin/env": elf(62)}, "x86_64"),
-        ({"usr/local/bin/python3": Path("../lib/python"), "usr/local/lib/python": elf(183)}, "aarch64"),
-        ({"bin/sh": elf(4711)}, "ELF machine 4711"),
+        ({"bin/sh": "#!script", "usr/bin/env": program(62)}, "x86_64"),
+        ({"usr/local/bin/python3": Path("../lib/python"), "usr/local/lib/python": program(183)}, "aarch64"),
+        ({"bin/sh": program(4711)}, "ELF machine 4711"),
         ({"bin/sh": b"\x7fELF\x02\x02" + bytes(12) + b"\x00\xb7"}, "aarch64"),  # big-endian
         ({"bin/sh": b"\x7fELF"}, ""),
         ({"bin/sh": Path("/nowhere")}, ""),
@@ -216,36 +199,18 @@ def test_architecture_from_programs(make: Make, files: dict[str, bytes | str | P
     assert bool(facts.notes) == (arch == "")
 
 
-@needs_mksquashfs
 def test_several_torches_and_a_checked_out_torchtitan(make: Make) -> None:
     files: dict[str, bytes | str | Path] = {
         "a/lib/python3.10/site-packages/torch-2.9.0.dist-info/METADATA": "",
         "b/lib/python3.12/dist-packages/torch-2.14.1.dist-info/METADATA": "",
         "b/lib/python3.12/dist-packages/triton-3.4.0.dist-info/METADATA": "",
         "workspace/torchtitan/torchtitan/train.py": "",
-        "bin/sh": elf(),
+        "bin/sh": program(),
     }
     facts = inspect(make(files))
     assert facts.versions == {"torch": "2.14.1", "triton": "3.4.0", "torchtitan": "unknown", "python": "3.12"}
 
 
-@needs_mksquashfs
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("-comp", "gzip"),
-        ("-comp", "lzo"),
-        ("-comp", "lz4"),
-        ("-comp", "xz"),
-        ("-comp", "zstd", "-noI"),
-        ("-comp", "zstd", "-noD"),
-    ],
-)
-def test_compressions(make: Make, options: tuple[str, ...]) -> None:
-    assert inspect(make(FOREIGN, *options)).versions["torchtitan"] == "0.3.0"
-
-
-@needs_mksquashfs
 @pytest.mark.parametrize(
     ("version", "words"), [(None, "unsquashfs: No such file"), ("4.4", "version 4.4; 4.5 is needed"), ("none", "4.5")]
 )
@@ -272,7 +237,6 @@ def test_nothing_to_look_inside_with(
 WHOLE = 50_000
 
 
-@needs_mksquashfs
 @pytest.mark.parametrize("keep", [WHOLE // 2, 95, 50, 4])
 def test_truncated(make: Make, keep: int) -> None:
     image = make({"bin/sh": os.urandom(WHOLE)})
@@ -316,7 +280,6 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.status is ExitStatus.FILESYSTEM
 
 
-@needs_mksquashfs
 @pytest.mark.parametrize(
     ("offset", "form", "value"),
     [
@@ -337,7 +300,7 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_superblock_without_sense(make: Make, offset: int, form: str, value: int) -> None:
-    image = make({"bin/sh": elf()})
+    image = make({"bin/sh": program()})
     data = bytearray(image.read_bytes())
     struct.pack_into(form, data, offset, value)
     image.write_bytes(data)
@@ -345,7 +308,6 @@ def test_a_superblock_without_sense(make: Make, offset: int, form: str, value: i
         superblock(image)
 
 
-@needs_mksquashfs
 def test_a_damaged_image_is_an_error_or_facts(make: Make) -> None:
     """Never a traceback and never for ever, whichever bytes a bad copy has changed."""
     image = make(FOREIGN, "-comp", "zstd")
@@ -429,9 +391,8 @@ def test_follow(path: str, links: dict[str, str], real: str | None) -> None:
     assert follow(path, links) == real
 
 
-@needs_mksquashfs
 def test_a_name_that_begins_with_a_dash(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make({"bin/sh": elf(), "etc/titan-image.json": json.dumps(ABOUT)})
+    path = make({"bin/sh": program(), "etc/titan-image.json": json.dumps(ABOUT)})
     path = path.rename(path.with_name("-dash.sqsh"))
     monkeypatch.chdir(path.parent)
     assert inspect(Path("./-dash.sqsh")).source == "image"

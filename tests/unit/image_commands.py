@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import shutil
 import sys
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +15,8 @@ import pytest
 from launcher import cli
 from launcher.image import build as building
 from launcher.image.build import Built
+from tests.image.converter import File, tar_of
 
-needs_tools = pytest.mark.skipif(
-    not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"
-)
 ABOUT = {
     "schema": 1,
     "channel": "cpu",
@@ -74,15 +69,7 @@ def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def exported(about: dict[str, Any], size: int = 0, name: str = "big") -> bytes:
     """A root directory as an engine streams it, with a file of that size and name."""
-    shell = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00" + (62).to_bytes(2, "little") + bytes(44)
-    files = {"bin/sh": shell, "etc/titan-image.json": json.dumps(about).encode(), name: bytes(size)}
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for path, data in files.items():
-            info = tarfile.TarInfo(path)
-            info.size, info.mode = len(data), 0o755
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
+    return tar_of(File("etc/titan-image.json", json.dumps(about).encode()), File(name, bytes(size)))
 
 
 @dataclass(frozen=True)

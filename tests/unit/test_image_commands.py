@@ -23,7 +23,8 @@ from launcher.image import lock as locking
 from launcher.image.check import Checked
 from launcher.image.squashfs_file import sidecar_path, superblock
 from tests.conftest import ROOT, Launch
-from tests.unit.image_commands import ABOUT, Engine, Run, builds, engine, exported, needs_tools, run
+from tests.image.converter import needs_tools
+from tests.unit.image_commands import ABOUT, Engine, Run, builds, engine, exported, run
 
 __all__ = ["builds", "engine", "run"]  # fixtures
 
