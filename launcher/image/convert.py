@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,8 @@ def image_config(attrs: Mapping[str, Any]) -> ImageConfig:
             working_dir=str(config.get("WorkingDir") or ""),
             entrypoint=tuple(config.get("Entrypoint") or ()),
             cmd=tuple(config.get("Cmd") or ()),
-            volumes=tuple(sorted(config.get("Volumes") or ())),
-            labels=labels,
         )
-        words = (*found.env, *found.entrypoint, *found.cmd, *found.volumes, *chain(*found.labels.items()))
-        if all(isinstance(word, str) for word in words):
+        if all(isinstance(word, str) for word in (*found.env, *found.entrypoint, *found.cmd)):
             return found
     except (AttributeError, TypeError, ValueError, OverflowError):
         pass

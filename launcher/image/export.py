@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import IO, cast
 
 from launcher.base.errors import ExitStatus, LauncherError
@@ -26,7 +26,7 @@ _CONTINUED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfil
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What enroot keeps of an image's configuration; it ignores USER and HEALTHCHECK, and so do we."""
+    """What is kept of an image's configuration. enroot ignores USER and HEALTHCHECK, too."""
 
     arch: str  # Docker's word
     image_id: str = ""
@@ -35,8 +35,6 @@ class ImageConfig:
     working_dir: str = ""
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
-    volumes: tuple[str, ...] = ()
-    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,14 +50,12 @@ class Report:
 def enroot_files(config: ImageConfig) -> dict[str, str]:
     """The four files by which enroot and Pyxis start an image. A variable with a line break cannot be kept.
 
-    enroot replaces $NAME in /etc/environment and /etc/fstab by its own environment, also in images that it makes.
+    enroot replaces $NAME in /etc/environment by its own environment, also in images that it makes.
     """
     command = shlex.join(config.entrypoint + config.cmd or ("/bin/sh",))
     given = f'{shlex.join(config.entrypoint)} "$@"'.lstrip()
     directory = shlex.quote(config.working_dir or "/")
-    comments = [f"image {config.image_id}", *(f"{k} {v}" for k, v in sorted(config.labels.items()))]
-    start = "".join(f"# {' '.join(comment.split())}\n" for comment in comments)
-    start += f"""
+    start = f"""# image {config.image_id}
 mkdir -p {directory} 2>/dev/null
 cd {directory} && unset OLDPWD || exit 1
 
@@ -74,13 +70,11 @@ fi
 exec {command}
 """
     kept = [line for line in config.env if "\n" not in line and "=" in line]
-    escapes = str.maketrans({"\\": "\\134", " ": "\\040", "\t": "\\011", "\n": "\\012"})
-    mounts = [volume.translate(escapes) for volume in config.volumes if volume.startswith("/")]
     return {
         "etc/rc": start,
         "etc/rc.local": "# Read by /etc/rc when the container starts; here the command may still be changed.\n",
         "etc/environment": "".join(f"{line}\n" for line in kept),
-        "etc/fstab": "".join(f"${{ENROOT_ROOTFS}}{m} {m} none x-create=dir,bind,rw,nosuid,nodev\n" for m in mounts),
+        "etc/fstab": "",  # not the base image's
     }
 
 

@@ -6,7 +6,6 @@ The training run is for LAUNCHER_TEST_APPTAINER=1 alone: packing the channel cpu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -26,8 +25,10 @@ from launcher.image import sif as module
 from launcher.image.sif import sif
 from launcher.image.squashfs_file import ImageFacts
 from tests.conftest import Launch
-from tests.image.images import CACHE, cpu_squashfs
+from tests.image.converter import needs_tools
+from tests.image.images import cpu_squashfs, debian
 
+pytestmark = needs_tools
 SUBMIT = ("submit", "--local", "--runtime=apptainer", "--gpu=cpu", "--recipe=debug", "--name=r", "--follow")
 PACKAGES = "apptainer,squashfuse"
 # In namespaces of its own nothing stays mounted. pivot_root, as the kernel lets no user namespace begin in a chroot;
@@ -50,11 +51,10 @@ ENVIRONMENT = 'PATH=/usr/bin:/bin\nGREETING=it\'s "from" $HOME\nWHO=the image\n'
 @pytest.fixture(scope="session")
 def apptainer() -> Iterator[Path]:
     """A directory for PATH with the program `apptainer` in it."""
-    if missing := [tool for tool in ("mmdebstrap", "mksquashfs", "unsquashfs") if not shutil.which(tool)]:
-        pytest.skip(f"no {', '.join(missing)}: apt-get install mmdebstrap squashfs-tools")
-    if os.geteuid() != 0:
-        pytest.skip("mmdebstrap and its root directory want root")
-    tar = _sid()
+    # Mirrors that are kept at a date have indexes that are past theirs: as this machine's own apt has it.
+    done = subprocess.run(["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True)
+    options = [f"--aptopt={line}" for line in done.stdout.split("\n") if '"' in line]
+    tar = debian(f"apptainer-sid-{platform.machine()}", "sid", "--variant=minbase", f"--include={PACKAGES}", *options)
     # Not pytest's own directory, whose name is long and which stays.
     with tempfile.TemporaryDirectory(prefix="sid-", dir="/var/tmp") as folder:
         root = Path(folder) / "root"
@@ -74,27 +74,6 @@ def apptainer() -> Iterator[Path]:
         if done.returncode:
             pytest.skip(f"no user namespaces here: {done.stderr}")
         yield program.parent
-
-
-def _sid() -> Path:
-    # Mirrors that are kept at a date have indexes that are past theirs: as this machine's own apt has it.
-    done = subprocess.run(["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True)
-    options = [
-        f"--include={PACKAGES}",
-        *(f"--aptopt={line}" for line in done.stdout.split("\n") if '"' in line),
-    ]
-    key = hashlib.sha256("\0".join(options).encode()).hexdigest()[:10]
-    target = CACHE / f"apptainer-sid-{platform.machine()}-{key}.tar"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="sid-", dir=CACHE) as folder:
-            made = Path(folder) / "sid.tar"
-            command = ["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", *options, "sid", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            if done.returncode:
-                pytest.skip(f"Debian sid cannot be had here: {done.stderr[-500:]}")
-            made.replace(target)
-    return target
 
 
 @pytest.fixture(scope="session")
