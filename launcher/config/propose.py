@@ -102,15 +102,15 @@ def _evidence(nodes: Sequence[Node]) -> tuple[Evidence, ...]:
     arches = {node.arch for node in nodes} - {""}
     fit = [name for name, kind in kinds.items() if kind.gpus_per_node == count and {kind.arch} >= arches]
     found = []
-    if types := _named([nodes[0].gpu_type]):
+    if types := named([nodes[0].gpu_type]):
         gres = f"GRES {_short(sorted({node.gres for node in nodes}))}"
         wider = [name for name in fit if name in types or (name[1:] in types and name[0] == "g")]
         if wider and not set(wider) & set(types):
             gres += f" (some clouds write {types[0].upper()} for {wider[0].upper()})"
         found.append(Evidence("GRES", gres, tuple(wider or types), names=True))
-    if by_feature := _named(features):
+    if by_feature := named(features):
         found.append(Evidence("features", f"features {_short(features)}", by_feature, names=True))
-    if by_host := _named([re.sub(r"\[[^\]]*\]", "", hosts)]):
+    if by_host := named([re.sub(r"\[[^\]]*\]", "", hosts)]):
         found.append(Evidence("node names", f"node names {_short([hosts])}", by_host, names=True))
     by_count = tuple(name for name, kind in kinds.items() if kind.gpus_per_node == count)
     found.append(Evidence("count", f"{count} GPUs a node", by_count))
@@ -142,7 +142,7 @@ def _against(profile: str, evidence: Evidence) -> str:
     return f"{profile} has {size}; {evidence.what} is less than half of that"
 
 
-def _named(words: Sequence[str]) -> tuple[str, ...]:
+def named(words: Sequence[str]) -> tuple[str, ...]:
     """Profiles whose name stands in `words` by itself: "b200" is not in "gb200", but is in "nvidia_b200"."""
     text = " ".join(sorted(words)).lower()
     return tuple(name for name in hardware() if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![0-9])", text))

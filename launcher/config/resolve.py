@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
-from launcher.config.propose import propose
+from launcher.config.propose import named, propose
 from launcher.config.spec import CONTROL, PlacedRun, RunSpec, validate
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
@@ -54,16 +54,14 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
     spec = merge(layers)
     if not spec.job.name:
         spec = merge([*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")])
-    return _finished(spec)
+    validate(spec)
+    return spec
 
 
 def renamed(spec: RunSpec, name: str, origin: str) -> RunSpec:
     """The same run under another name, with what follows from its name. Raises LauncherError for no valid name."""
     origins = {**spec.origin, "job.name": origin}
-    return _finished(replace(spec, job=replace(spec.job, name=name), origin=origins))
-
-
-def _finished(spec: RunSpec) -> RunSpec:
+    spec = replace(spec, job=replace(spec.job, name=name), origin=origins)
     validate(spec)
     return spec
 
@@ -107,15 +105,10 @@ def _environment(environ: Mapping[str, str]) -> Layer:
     )
 
 
-def ignored(spec: RunSpec, environ: Mapping[str, str]) -> list[str]:
-    """Variables by which sbatch would take options, and which this run does not follow."""
-
-    def is_followed(name: str) -> bool:
-        key = ENVIRONMENT.get(name, "")
-        is_option = spec.origin.get(key, "").startswith("option")  # said on purpose, against the variable
-        return name == "SBATCH_CLUSTERS" or (bool(key) and (is_option or spec.values()[key] == environ[name]))
-
-    return sorted(n for n, value in environ.items() if n.startswith("SBATCH_") and value and not is_followed(n))
+def ignored(environ: Mapping[str, str]) -> list[str]:
+    """Variables by which sbatch would take options, and which no run follows."""
+    followed = (*ENVIRONMENT, "SBATCH_CLUSTERS")
+    return sorted(name for name in environ if name.startswith("SBATCH_") and environ[name] and name not in followed)
 
 
 def default_path(environ: Mapping[str, str] = os.environ) -> Path:
@@ -201,9 +194,8 @@ def _local_gpu() -> tuple[str, str]:
     lines = [line.strip() for line in out.splitlines() if line.strip()]
     if not lines:
         return "cpu", "detected: no GPU on this machine"
-    for name in sorted(names_of("profiles"), key=len, reverse=True):
-        if re.search(rf"\b{name}\b", lines[0], re.IGNORECASE):
-            return name, f"detected: {lines[0]}"
+    if found := named(lines[:1]):
+        return found[0], f"detected: {lines[0]}"
     raise _which_gpu(f"this machine has {lines[0]}, and no profile is called that")
 
 

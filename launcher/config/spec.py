@@ -243,6 +243,8 @@ def validate(spec: RunSpec) -> None:
     for key in ("job.segment", "recipe.checkpoint_interval", "recipe.seed", "recipe.warmup_steps"):
         if values[key] < 0:
             raise bad(key, "must not be negative")
+    if spec.job.segment and spec.job.nodes % spec.job.segment:
+        raise bad("job.segment", f"does not divide {spec.job.nodes} nodes: Slurm would refuse the job", "--segment 0")
     if not 0 < spec.recipe.lr < 100:
         raise bad("recipe.lr", "must be a positive number")
     _validate_words(spec, bad)

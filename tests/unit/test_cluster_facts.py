@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +55,7 @@ def test_the_nodes_of_a_terraform_cluster() -> None:
     assert [n for n in range(1, 10) if nodes[n].free] == [1, 2, 4, 9]
     assert nodes[3].reason == f"NVLink [GPU 2] State=IDLE: xid 145 (see #7) [{STAMP}]"
     assert [n.name for n in facts.nodes_of("short")] == ["batch-compute-node-001", "batch-compute-node-002"]
-    assert facts.partition("short") == Partition(
+    assert facts.partitions_of("short")[0] == Partition(
         "short", False, "UP", 1800, None, ("batch-compute-node-001", "batch-compute-node-002")
     )
 
@@ -67,37 +66,6 @@ def test_blocks_with_empty_ones_and_without_aggregated_ones() -> None:
     assert facts.segment and facts.topology == "block"
     older = facts_of(dict(CLUSTERS["terraform-23.11"]))
     assert [(b.name, len(b.nodes)) for b in older.blocks] == [("rack1", 18), ("rack2", 18)]
-
-
-def test_a_topology_of_a_partitions_own() -> None:
-    """The cluster's is flat or of other blocks: that says nothing about the partition."""
-    answers = dict(CLUSTERS["terraform-25.05"])
-    lines = answers["partitions"].splitlines()
-    named = "".join(f"{line} Topology={'nvl' if 'Name=short' in line else 'gone'}\n" for line in lines)
-    config = answers["config"].replace("topology/block", "topology/flat")
-    other = answering({**answers, "partitions": named, "config": config, "topology": ""})
-
-    def run(words: Sequence[str]) -> str:
-        if tuple(words) == ("scontrol", "-o", "show", "topology", "nvl"):
-            return "BlockName=b1 BlockIndex=0 Nodes=batch-compute-node-[001-002] BlockSize=2\n"
-        if words[-1] == "gone":
-            raise LauncherError("slurm-failed", "scontrol failed")
-        return other(words)
-
-    facts = detect(run, lambda path: "")
-    assert (facts.topology, facts.segment, facts.unread) == ("flat", False, {})
-    of_short, of_batch, of_both = (facts.as_placed(name) for name in ("short", "", "short,batch"))
-    assert (of_short.topology, of_short.segment, [len(b.nodes) for b in of_short.blocks]) == ("block", True, [2])
-    assert [node.block for node in of_short.nodes[:3]] == ["b1", "b1", ""]
-    assert of_batch.unread == {"topology": "scontrol -o show topology gone: scontrol failed"}
-    assert (of_both.topology, of_both.segment, of_both.blocks) == ("", False, ())
-    older = facts_of(answers)
-    assert older.as_placed("short") is older
-
-
-@pytest.mark.parametrize(("text", "kind"), [("SwitchName=leaf1 Level=0 Nodes=a\n", "tree"), ("", "flat")])
-def test_a_partitions_topology_without_blocks(text: str, kind: str) -> None:
-    assert parse.topology(text).kind == kind
 
 
 def test_segment_needs_blocks_and_a_slurm_that_knows_it() -> None:
