@@ -97,8 +97,12 @@ class RunSpec:
     @property
     def data_parallel(self) -> int:
         """The data-parallel degree: how many ranks read data of their own."""
-        recipe = self.recipe
-        return self.gpus // (recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel)
+        return self.gpus // self.model_parallel
+
+    @property
+    def model_parallel(self) -> int:
+        """How many ranks read the same data."""
+        return self.recipe.tensor_parallel * self.recipe.context_parallel * self.recipe.pipeline_parallel
 
     @property
     def data_path(self) -> str:
@@ -360,7 +364,7 @@ def mount_problem(mount: str) -> str:
 
 def _validate_parallelism(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
     recipe = spec.recipe
-    other = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel * recipe.dp_replicate
+    other = spec.model_parallel * recipe.dp_replicate
     if recipe.dp_shard == 0 or recipe.dp_shard < -1:
         raise bad("recipe.dp_shard", "must be -1 (all that are left) or at least 1")
     if recipe.dp_shard > 0 and other * recipe.dp_shard != spec.gpus:

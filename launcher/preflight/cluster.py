@@ -130,7 +130,7 @@ def nodes_listed(place: Place) -> Finding | None:
     if count > job.nodes:
         return impossible("nodelist-too-long", f"--nodes {count}", count=count, asked=job.nodes)
     if out := [node for node in place.out if node.name in wanted]:
-        return warning("nodelist-out", "leave them out of --nodelist", nodes=reasons(out))
+        return warning("nodelist-out", "leave them out of --nodelist", nodes=in_words(out))
     return None
 
 
@@ -184,13 +184,13 @@ def out_of_service(place: Place) -> Finding | None:
         return None
     left = place.most(place.in_service)
     if left >= asked or place.most(place.fitting) < asked:
-        return ok("node-states", nodes=reasons(out))
+        return ok("node-states", nodes=in_words(out))
     fix = f"--nodes {left}" if left else "another --partition"
     fix += "; sinfo -R and scontrol show reservation have the reasons"
-    return warning("nodes-out-of-service", fix, asked=asked, left=left, nodes=reasons(out))
+    return warning("nodes-out-of-service", fix, asked=asked, left=left, nodes=in_words(out))
 
 
-def reasons(nodes: Sequence[Node]) -> tuple[str, ...]:
+def in_words(nodes: Sequence[Node]) -> tuple[str, ...]:
     """Which nodes are in which state, with what the administrator wrote."""
     return tuple(f"{node.name} is {node.state}" + (f" ({node.reason})" if node.reason else "") for node in nodes)
 
