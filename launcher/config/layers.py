@@ -70,7 +70,7 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     Raises LauncherError with file, line and column for a syntax error, and with the nearest known keys for an
     unknown one.
     """
-    tables = _parse(path)
+    tables = read_tables(path)
     run_format = tables.pop("run", None)
     if run_format is not None and run_format != RUN_FILE_FORMAT:
         what = f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}"
@@ -180,7 +180,8 @@ def unknown_key(key: str, where: str) -> LauncherError:
     return LauncherError("key-unknown", f"{where}: unknown key {key[:80]!r}", hint)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, bounded. Raises LauncherError with file, line and column for a syntax error."""
     try:
         return parse_toml(read_bytes(path, wait=True).decode("utf-8"))
     except FileNotFoundError as error:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -77,11 +78,8 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
     """Values of the secret variables, from --env NAME=VALUE or the environment; never written into the spec."""
     missing = [name for name in spec.secret_env if name not in options and name not in environ]
     if missing:
-        raise LauncherError(
-            "env-not-set",
-            f"--env {missing[0]}: no such variable in your environment",
-            f"export {quoted(missing[0])}=..., then again",
-        )
+        what = f"--env {missing[0]}: no such variable in your environment"
+        raise LauncherError("env-not-set", what, f"export {quoted(missing[0])}=..., then again")
     values = {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
     for name, value in values.items():
         if CONTROL.search(value):
@@ -136,16 +134,13 @@ def _repeated(run_file: Path, options: Layer) -> Layer:
     run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
     layer = read_layer(run_file, f"file {run_file}")
     if not layer.complete:
-        raise LauncherError(
-            "not-a-run-file", f"{run_file}: not a run.toml", quoted("launcher", "submit", "--config", run_file)
-        )
+        fix = quoted("launcher", "submit", "--config", run_file)
+        raise LauncherError("not-a-run-file", f"{run_file}: not a run.toml", fix)
     for key, option in (("job.gpu", "--gpu"), ("job.recipe", "--recipe")):
         if key in options.values:
-            raise LauncherError(
-                "run-file-decides",
-                f"{option} with {run_file}: that file already holds every value of its profile and recipe",
-                f"leave out {option}, or start from the recipe: launcher submit --recipe ...",
-            )
+            what = f"{option} with {run_file}: that file already holds every value of its profile and recipe"
+            fix = f"leave out {option}, or start from the recipe: launcher submit --recipe ..."
+            raise LauncherError("run-file-decides", what, fix)
     kept = {k: v for k, v in layer.values.items() if k not in ("job.name", "job.runs_dir", "job.slurm_bin")}
     kept |= {"job.runs_dir": os.path.abspath("runs"), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
     return Layer(kept, {k: layer.origin.get(k, "detected") for k in kept}, True, layer.secret_env)
@@ -160,17 +155,14 @@ def _chosen_gpu(chosen: Mapping[str, object], options: Layer, user: Layer) -> tu
 
 
 def _machine(chosen: Mapping[str, object], gpu: str, gpu_origin: str) -> Layer:
-    """What follows from where this runs: absolute runs_dir, the local scheduler's runtime, Slurm's folder."""
-    values: dict[str, object] = {"job.gpu": gpu, "job.runs_dir": os.path.abspath("runs")}
-    origin = {"job.gpu": gpu_origin, "job.runs_dir": "default"}
+    """What follows from where this runs: absolute runs_dir, the local scheduler's Python, Slurm's folder."""
+    found = {"job.gpu": (gpu, gpu_origin), "job.runs_dir": (os.path.abspath("runs"), "default")}
     if chosen.get("job.scheduler") == "local":
         if chosen.get("job.runtime") != "apptainer":
-            values |= {"job.python": sys.executable}
-            origin |= {"job.python": "the launcher's own Python"}
-    elif found := slurm.bin_dir():
-        values |= {"job.slurm_bin": found}
-        origin |= {"job.slurm_bin": "detected: which sbatch"}
-    return Layer(values, origin)
+            found["job.python"] = (sys.executable, "the launcher's own Python")
+    elif folder := slurm.bin_dir():
+        found["job.slurm_bin"] = (folder, "detected: which sbatch")
+    return Layer({key: value for key, (value, _) in found.items()}, {key: why for key, (_, why) in found.items()})
 
 
 def _free_name(spec: RunSpec) -> str:
@@ -182,15 +174,9 @@ def _free_name(spec: RunSpec) -> str:
 
 def _local_gpu() -> tuple[str, str]:
     """The profile of this machine's GPUs as nvidia-smi names them; "cpu" where there are none."""
-    try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        out = ""
+    command, out = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], ""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     lines = [line.strip() for line in out.splitlines() if line.strip()]
     if not lines:
         return "cpu", "detected: no GPU on this machine"

@@ -151,17 +151,23 @@ def without_remembered(spec: PlacedRun, facts: ClusterFacts, now_s: float) -> tu
 
     The newest runs that ended so, and that nobody has looked at since, are remembered first.
     """
+    known: Memory = {}
+    found: list[Finding] = []
     try:
         for run in runs.all_runs(Path(spec.job.runs_dir))[:NEWEST]:
             if run.end is not None:
                 remember(run, control.state(run), now_s, facts.name)
+    except LauncherError as failed:  # what was remembered before is left out all the same
+        found = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
+    try:
         known = read()
     except LauncherError as failed:
-        return spec, [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
+        found = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
     if facts.name:
-        return without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
+        spec, more = without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
+        return spec, [*found, *more]
     hosts = [node.host for nodes in known.values() for node in nodes if node.counts(now_s)]
-    return spec, _not_left_out(hosts, "Slurm does not say its cluster's name") if hosts else []
+    return spec, [*found, *(_not_left_out(hosts, "Slurm does not say its cluster's name") if hosts else [])]
 
 
 def without(

@@ -62,7 +62,7 @@ TEXTS = {
     "nodelist-out": Text("nodelist", "--nodelist: {nodes}", "the job waits until they are back"),
     "bad-nodes": Text("excluded", "{nodes}; launcher cluster nodes"),
     "bad-nodes-named": Text("excluded", "--nodelist: {names} failed its check lately", "{nodes}"),
-    "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check are not left out: {why}"),
+    "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check may not be left out: {why}"),
     # what the nodes are
     "memory-short": Text(
         "memory",

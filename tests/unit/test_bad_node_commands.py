@@ -218,14 +218,12 @@ def test_a_damaged_file_stops_no_look_at_a_run(text: str, launch: Launch, fake_s
     file.write_text(text)
     unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     status = launch("status", "bad")
-    assert (
-        status.returncode == ExitStatus.NODES_UNFIT
-        and "warning: nodes that failed their check are not remembered" in status.stderr
-    )
+    assert status.returncode == ExitStatus.NODES_UNFIT
+    assert "warning: nodes that failed their check are not remembered" in status.stderr
     done = launch("cluster", "nodes")
     assert done.returncode == ExitStatus.INVALID and "nodes.json.damaged" in done.stderr
     submitted = launch(*SUBMIT, "--name", "next")
-    assert submitted.returncode == 0 and "warning: nodes that failed their check are not left out" in submitted.stderr
+    assert submitted.returncode == 0 and "nodes that failed their check may not be left out" in submitted.stderr
     assert file.read_text() == text
 
 
