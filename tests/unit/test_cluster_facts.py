@@ -250,17 +250,6 @@ def test_a_boot_time_that_is_no_time(booted: str) -> None:
     assert parse.nodes(node_line(FakeNode("n1")))[0].booted == "2026-03-01T00:00:00"
 
 
-@pytest.mark.parametrize("missing", ["config", "partitions", "topology", "srun"])
-def test_one_question_without_an_answer_leaves_the_others(missing: str) -> None:
-    answers = dict(CLUSTERS["terraform-24.11"])
-    facts, whole = facts_of({key: text for key, text in answers.items() if key != missing}), facts_of(answers)
-    assert list(facts.unread) == [missing] and "failed (exit code 1): slurm: no" in facts.unread[missing]
-    without_blocks = tuple(replace(node, block="") for node in whole.nodes)
-    assert facts.nodes == (without_blocks if missing == "topology" else whole.nodes)
-    assert (facts.accounting is None, facts.pyxis is None) == (missing == "config", missing == "srun")
-    assert (facts.blocks == (), facts.partitions == ()) == (missing == "topology", missing == "partitions")
-
-
 def test_nothing_at_all_is_an_error_and_an_empty_cluster_is_not() -> None:
     for answers, said in (({}, "scontrol failed"), ({"nodes": "what?\n"}, "nonsense"), ({"nodes": ""}, "nonsense")):
         with pytest.raises(LauncherError, match=said) as raised:

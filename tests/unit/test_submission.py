@@ -131,16 +131,6 @@ def test_a_hanging_sbatch_is_bounded(launch: Launch, slurm: Fake, image: Path, m
         module.submit(image.parent / "job.sbatch", lock.fileno())
 
 
-def test_a_hanging_squeue_is_bounded(slurm: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.base.errors import LauncherError
-    from launcher.scheduler import slurm as module
-
-    slurm("squeue", "exec sleep 600")
-    monkeypatch.setattr(module, "ANSWER_S", 0.3)
-    with pytest.raises(LauncherError, match="did not answer"):
-        module.queue()
-
-
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "launcher", *arguments],
@@ -201,8 +191,8 @@ def test_ctrl_c_waits_until_the_job_id_is_safe(launch: Launch, slurm: Fake, imag
     time.sleep(0.2)
     assert process.poll() is None
     go.touch()
-    process.communicate(timeout=30)
-    assert process.returncode == ExitStatus.INTERRUPTED
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == ExitStatus.INTERRUPTED and "r: Slurm job 100" in out
     assert json.loads((image.parent / "runs" / "r" / "job.json").read_text()) == {"job_id": "100"}
 
 
