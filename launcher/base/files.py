@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,17 @@ def lock(descriptor: int, how: int) -> bool:
             raise
         return False
     return True
+
+
+@contextmanager
+def locked(path: Path, how: int, mode: int = 0o644) -> Iterator[None]:
+    """Holds the lock of the file `path`, which is made where it is missing and never a link. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        lock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES, *, wait: bool = False) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import data_dir, read_bytes
+from launcher.base.files import data_dir, read_bytes, unreadable
 from launcher.base.values import LARGEST, parse_toml
 from launcher.config import sbatch
 from launcher.config.spec import HUB, REGISTRY_NAME, SAMPLE, Job, Profile, RunSpec, refuse
@@ -27,6 +27,7 @@ from launcher.titan.recipe import Recipe
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
 FREE_SECTIONS = ("env", "titan")  # any key, values become strings
 PATH_KEYS = ("job.image", "job.data", "job.tokenizer", "job.init_from", "job.runs_dir")
+NAME_OR_PATH = ("job.python", "job.gpu", "job.recipe")
 FIELDS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 RUN_FILE_FORMAT = 1
 
@@ -58,12 +59,9 @@ def find(kind: str, name: str, how: str = "") -> Path:
         return data_dir("slurm") / kind / f"{name}.toml"
     near = difflib.get_close_matches(name, known, 1, 0.5)
     option = how or {"profiles": "--gpu", "recipes": "--recipe"}[kind]
-    raise LauncherError(
-        "name-unknown",
-        f"there is no {kind[:-1]} {name[:80]!r}; known: {', '.join(known)}",
-        f"{option} {near[0]}" if near else f"{option} {known[0]}, or {option} ./my.toml",
-        status=ExitStatus.NOT_FOUND,
-    )
+    what = f"there is no {kind[:-1]} {name[:80]!r}; known: {', '.join(known)}"
+    fix = f"{option} {near[0]}" if near else f"{option} {known[0]}, or {option} ./my.toml"
+    raise LauncherError("name-unknown", what, fix, status=ExitStatus.NOT_FOUND)
 
 
 def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
@@ -72,12 +70,11 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     Raises LauncherError with file, line and column for a syntax error, and with the nearest known keys for an
     unknown one.
     """
-    tables = _parse(path)
+    tables = read_tables(path)
     run_format = tables.pop("run", None)
     if run_format is not None and run_format != RUN_FILE_FORMAT:
-        raise LauncherError(
-            "run-file-format", f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}"
-        )
+        what = f"{path}: written in run file format {run_format}; this launcher knows {RUN_FILE_FORMAT}"
+        raise LauncherError("run-file-format", what)
     origin_of, job = tables.pop("origin", {}), tables.get("job")
     if run_format is not None and tables.pop("placed", None) is None and isinstance(job, dict):
         segment = origin_of.get("job.segment") if isinstance(origin_of, dict) else None
@@ -90,16 +87,12 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     per_gpu = tables.pop("gpu", {})
     values = _flatten(path, tables)
     origins = dict.fromkeys(values, origin)
-    if not isinstance(per_gpu, dict):
+    if not (isinstance(per_gpu, dict) and all(isinstance(sections, dict) for sections in per_gpu.values())):
         raise LauncherError("value", f"{path}: gpu must be tables", "[gpu.gb200.recipe]")
     for name, sections in per_gpu.items():
         if name not in (known := {*names_of("profiles"), gpu}):
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            raise LauncherError(
-                "name-unknown", f"{path}: there is no profile {name[:80]!r}", f"[gpu.{(near or ['gb200'])[0]}.recipe]"
-            )
-        if not isinstance(sections, dict):
-            raise LauncherError("value", f"{path}: gpu.{name} must be a table", f"[gpu.{name}.recipe]")
+            near = difflib.get_close_matches(name, known, 1, 0.5) or ["gb200"]
+            raise LauncherError("name-unknown", f"{path}: there is no profile {name[:80]!r}", f"[gpu.{near[0]}.recipe]")
         extra = _flatten(path, sections)
         if name == gpu:
             values |= extra
@@ -115,11 +108,8 @@ def absolute(key: str, value: Any, base: Path) -> Any:
         return value
     if key == "job.image" and REGISTRY_NAME.fullmatch(value) and not os.path.lexists(base / value):
         return value  # `validate` says how a file is made of it
-    if key in PATH_KEYS and value not in (SAMPLE, HUB):
-        return os.path.normpath(base / os.path.expanduser(value))
-    if key == "job.python" and "/" in value:
-        return os.path.normpath(base / os.path.expanduser(value))
-    if key in ("job.gpu", "job.recipe") and ("/" in value or value.endswith(".toml")):
+    is_path = "/" in value or value.endswith(".toml") if key in NAME_OR_PATH else key in PATH_KEYS
+    if is_path and value not in (SAMPLE, HUB):
         return os.path.normpath(base / os.path.expanduser(value))
     return value
 
@@ -140,23 +130,18 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
             values[key], origin[key] = found, where
             if key.startswith("env."):
                 secrets.pop(key[4:], None)
-    parts: dict[str, Any] = {
-        section: cls(**{k.split(".", 1)[1]: v for k, v in values.items() if k in FIELDS and k.startswith(section)})
-        for section, cls in SECTIONS.items()
-    }
-    free = {
-        section: {k.split(".", 1)[1]: v for k, v in values.items() if k.startswith(f"{section}.")}
-        for section in FREE_SECTIONS
-    }
-    origin |= {f"secret_env.{name}": where for name, where in secrets.items()}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in (*SECTIONS, *FREE_SECTIONS)}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = value
     return RunSpec(
-        profile=parts["profile"],
-        recipe=parts["recipe"],
-        job=parts["job"],
-        env=free["env"],
-        titan=free["titan"],
+        profile=Profile(**sections["profile"]),
+        recipe=Recipe(**sections["recipe"]),
+        job=Job(**sections["job"]),
+        env=sections["env"],
+        titan=sections["titan"],
         secret_env=tuple(sorted(secrets)),
-        origin=origin,
+        origin=origin | {f"secret_env.{name}": where for name, where in secrets.items()},
     )
 
 
@@ -195,14 +180,15 @@ def unknown_key(key: str, where: str) -> LauncherError:
     return LauncherError("key-unknown", f"{where}: unknown key {key[:80]!r}", hint)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, bounded. Raises LauncherError with file, line and column for a syntax error."""
     try:
         return parse_toml(read_bytes(path, wait=True).decode("utf-8"))
+    except FileNotFoundError as error:
+        what = f"cannot read {path}: {error.strerror}"
+        raise LauncherError("unreadable", what, f"ls -l {quoted(path)}", status=ExitStatus.NOT_FOUND) from error
     except OSError as error:
-        status = ExitStatus.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitStatus.FILESYSTEM
-        raise LauncherError(
-            "unreadable", f"cannot read {path}: {error.strerror}", f"ls -l {quoted(path)}", status=status
-        ) from error
+        raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise LauncherError("not-text", f"{path}: not UTF-8 text (byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:
@@ -218,17 +204,15 @@ def _parse(path: Path) -> dict[str, Any]:
 def _flatten(path: Path, tables: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, content in tables.items():
-        if section in FREE_SECTIONS and isinstance(content, dict):
-            flat |= {f"{section}.{key}": value for key, value in _dotted(content)}
-        elif section in SECTIONS and isinstance(content, dict):
-            for key, value in content.items():
-                if f"{section}.{key}" not in FIELDS:
-                    raise unknown_key(f"{section}.{key}", str(path))
-                flat[f"{section}.{key}"] = value
-        elif section in (*SECTIONS, *FREE_SECTIONS):
-            raise LauncherError("value", f"{path}: {section} must be a table", f"[{section}]")
-        else:
+        if section not in (*SECTIONS, *FREE_SECTIONS):
             raise unknown_key(section, str(path))
+        if not isinstance(content, dict):
+            raise LauncherError("value", f"{path}: {section} must be a table", f"[{section}]")
+        pairs = _dotted(content) if section in FREE_SECTIONS else content.items()
+        for key, value in pairs:
+            if section in SECTIONS and f"{section}.{key}" not in FIELDS:
+                raise unknown_key(f"{section}.{key}", str(path))
+            flat[f"{section}.{key}"] = value
     return flat
 
 

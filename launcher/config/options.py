@@ -25,45 +25,21 @@ class FilePath(click.Path):
         if not str(path).strip() or "\0" in str(path):
             self.fail("the path is empty", parameter, context)
         if str(path).startswith("~"):
-            self.fail(
-                f"{path}: no such user's home; ./{path} for a name that begins so",
-                parameter,
-                context,
-            )
+            self.fail(f"{path}: no such user's home; ./{path} for a name that begins so", parameter, context)
         return super().convert(path, parameter, context)
 
 
-# Option -> the key of the spec that it sets. One line here is all that an option needs.
+# Option -> the key of the spec that it sets: the field of `Job` of the same name, or one of these.
 KEYS = {
-    "image": "job.image",
-    "nodes": "job.nodes",
-    "gpu": "job.gpu",
+    **{key.removeprefix("job."): key for key in FIELDS if key.startswith("job.")},
     "gpus_per_node": "profile.gpus_per_node",
-    "recipe": "job.recipe",
     "batch_size": "recipe.local_batch_size",
     "seq_len": "recipe.seq_len",
     "steps": "recipe.steps",
-    "data": "job.data",
-    "data_part": "job.data_part",
-    "tokenizer": "job.tokenizer",
-    "init_from": "job.init_from",
-    "partition": "job.partition",
-    "account": "job.account",
-    "qos": "job.qos",
-    "time": "job.time",
-    "reservation": "job.reservation",
-    "nodelist": "job.nodelist",
-    "exclude": "job.exclude",
-    "segment": "job.segment",
-    "constraint": "job.constraint",
-    "sbatch": "job.sbatch",
     "mount": "job.mounts",
-    "name": "job.name",
-    "runs_dir": "job.runs_dir",
-    "runtime": "job.runtime",
-    "python": "job.python",
-    "check": "job.check",
 }
+for _without_option in ("scheduler", "mounts", "slurm_bin"):
+    del KEYS[_without_option]
 
 
 @dataclass(frozen=True)
@@ -99,9 +75,8 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
     try:
         here = Path.cwd()
     except FileNotFoundError:
-        raise LauncherError(
-            "working-directory-gone", "the working directory no longer exists", "cd to one that does"
-        ) from None
+        what = "the working directory no longer exists"
+        raise LauncherError("working-directory-gone", what, "cd to one that does") from None
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, key in KEYS.items():

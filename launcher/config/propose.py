@@ -49,26 +49,23 @@ def propose(nodes: Sequence[Node]) -> Proposal:
         return proposals[0]
     found = {p.profile for p in proposals}
     texts = [f"{gpus} GPUs" + (f" ({kind})" if kind else "") for gpus, kind in sorts]
+    against = [f"the nodes are of {len(sorts)} sorts: {', '.join(texts)}"]
     return Proposal(
         profile=found.pop() if len(found) == 1 else "",
         evidence=tuple(dict.fromkeys(e for p in proposals for e in p.evidence)),
-        contradictions=(
-            f"the nodes are of {len(sorts)} sorts: {', '.join(texts)}",
-            *dict.fromkeys(c for p in proposals for c in p.contradictions),
-        ),
+        contradictions=tuple(dict.fromkeys([*against, *(c for p in proposals for c in p.contradictions)])),
         candidates=tuple(dict.fromkeys(c for p in proposals for c in (p.profile, *p.candidates) if c)),
     )
 
 
 def contradictions(profile: str, nodes: Sequence[Node]) -> list[str]:
-    """What the nodes say against `profile`, each with what both say; empty where they agree or say nothing."""
-    kind = hardware().get(profile)
+    """What the nodes say against `profile`; empty where they agree or say nothing."""
     with_gpus = [node for node in nodes if node.gpus]
-    if kind is None or not nodes:
+    if profile not in hardware() or not nodes:
         return []
     if not with_gpus:
-        return [f"{profile} has {kind.gpus_per_node} GPUs a node; none of the {len(nodes)} nodes has one in its GRES"]
-    return [text for e in _evidence(with_gpus) if (text := _against(profile, e))]
+        return list(propose(nodes).contradictions)
+    return _against(profile, _evidence(with_gpus))
 
 
 def _propose_for(nodes: Sequence[Node]) -> Proposal:
@@ -79,16 +76,15 @@ def _propose_for(nodes: Sequence[Node]) -> Proposal:
     hard = [e for e in evidence if e.source in ("count", "architecture")]
     names = [e for e in evidence if e.names]
     fitting = [name for name in hardware() if all(name in e.profiles for e in hard)]
-    named = {name for e in names for name in e.profiles}
-    chosen = [name for name in fitting if name in named]
+    named_here = {name for e in names for name in e.profiles}
+    chosen = [name for name in fitting if name in named_here]
     if len(chosen) == 1:
         name = chosen[0]
-        against = tuple(text for e in evidence if (text := _against(name, e)))
         sure = any(name in e.profiles for e in evidence if e.source not in ("GRES", "count"))
-        if sure and all(name in e.profiles for e in names):
-            return Proposal(name, evidence, against)
-        return Proposal("", evidence, against, tuple(fitting))
-    said = [text for name in sorted(named - set(fitting)) for e in hard if (text := _against(name, e))]
+        agreed = sure and all(name in e.profiles for e in names)
+        against = tuple(_against(name, evidence))
+        return Proposal(name if agreed else "", evidence, against, () if agreed else tuple(fitting))
+    said = [text for name in sorted(named_here.difference(fitting)) for text in _against(name, hard)]
     if len(chosen) > 1:
         said.append("; ".join(f"{e.what} says {' or '.join(e.profiles)}" for e in names))
     return Proposal("", evidence, tuple(dict.fromkeys(said)), tuple(chosen or fitting))
@@ -100,17 +96,17 @@ def _evidence(nodes: Sequence[Node]) -> tuple[Evidence, ...]:
     features = sorted({feature for node in nodes for feature in node.features})
     hosts = compress([node.name for node in nodes])
     arches = {node.arch for node in nodes} - {""}
-    fit = [name for name, kind in kinds.items() if kind.gpus_per_node == count and {kind.arch} >= arches]
     found = []
-    if types := _named([nodes[0].gpu_type]):
+    if types := named([nodes[0].gpu_type]):
         gres = f"GRES {_short(sorted({node.gres for node in nodes}))}"
-        wider = [name for name in fit if name in types or (name[1:] in types and name[0] == "g")]
+        fit = [name for name, kind in kinds.items() if kind.gpus_per_node == count and {kind.arch} >= arches]
+        wider = tuple(name for name in fit if name in types or (name[1:] in types and name[0] == "g"))
         if wider and not set(wider) & set(types):
             gres += f" (some clouds write {types[0].upper()} for {wider[0].upper()})"
-        found.append(Evidence("GRES", gres, tuple(wider or types), names=True))
-    if by_feature := _named(features):
+        found.append(Evidence("GRES", gres, wider or types, names=True))
+    if by_feature := named(features):
         found.append(Evidence("features", f"features {_short(features)}", by_feature, names=True))
-    if by_host := _named([re.sub(r"\[[^\]]*\]", "", hosts)]):
+    if by_host := named([re.sub(r"\[[^\]]*\]", "", hosts)]):
         found.append(Evidence("node names", f"node names {_short([hosts])}", by_host, names=True))
     by_count = tuple(name for name, kind in kinds.items() if kind.gpus_per_node == count)
     found.append(Evidence("count", f"{count} GPUs a node", by_count))
@@ -121,28 +117,22 @@ def _evidence(nodes: Sequence[Node]) -> tuple[Evidence, ...]:
     if len(cpus) == 1 and (by_cpus := tuple(name for name in kinds if kinds[name].cpus in cpus)):
         found.append(Evidence("CPUs", f"{nodes[0].cpus} CPUs a node", by_cpus))
     memory = min((node.memory_mib for node in nodes if node.memory_mib > 1), default=0)  # 1 MiB: never configured
-    if memory:
+    if memory:  # a node has at least half of its GPUs' memory
         by_memory = tuple(name for name in kinds if memory / 1024 >= kinds[name].memory_gib * count / 2)
         found.append(Evidence("memory", f"{memory / 1024:.0f} GiB of memory a node", by_memory))
     return tuple(found)
 
 
-def _against(profile: str, evidence: Evidence) -> str:
-    """How `evidence` contradicts `profile`, with what both say; "" where it does not."""
-    kind = hardware()[profile]
-    if profile in evidence.profiles or evidence.source == "CPUs":  # a site may sell fewer CPUs, or keep some back
-        return ""
-    if evidence.names:
-        return f"{evidence.what} says {' or '.join(evidence.profiles)}, not {profile}"
-    if evidence.source == "architecture":
-        return f"{profile} is {kind.arch}; the nodes are {evidence.what}"
-    if evidence.source == "count":
-        return f"{profile} has {kind.gpus_per_node} GPUs a node; the nodes have {evidence.what}"
-    size = f"{kind.gpus_per_node} x {kind.memory_gib:.0f} GiB on its GPUs"
-    return f"{profile} has {size}; {evidence.what} is less than half of that"
+def _against(profile: str, evidence: Sequence[Evidence]) -> list[str]:
+    """What contradicts `profile`: not the CPUs, of which a site may sell fewer, or keep some back."""
+    return [
+        f"{e.what} says {' or '.join(e.profiles)}, not {profile}" if e.names else f"{profile} does not fit {e.what}"
+        for e in evidence
+        if profile not in e.profiles and e.source != "CPUs"
+    ]
 
 
-def _named(words: Sequence[str]) -> tuple[str, ...]:
+def named(words: Sequence[str]) -> tuple[str, ...]:
     """Profiles whose name stands in `words` by itself: "b200" is not in "gb200", but is in "nvidia_b200"."""
     text = " ".join(sorted(words)).lower()
     return tuple(name for name in hardware() if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![0-9])", text))

@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
-from launcher.config.propose import propose
+from launcher.config.propose import named, propose
 from launcher.config.spec import CONTROL, PlacedRun, RunSpec, validate
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
@@ -54,16 +55,14 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
     spec = merge(layers)
     if not spec.job.name:
         spec = merge([*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")])
-    return _finished(spec)
+    validate(spec)
+    return spec
 
 
 def renamed(spec: RunSpec, name: str, origin: str) -> RunSpec:
     """The same run under another name, with what follows from its name. Raises LauncherError for no valid name."""
     origins = {**spec.origin, "job.name": origin}
-    return _finished(replace(spec, job=replace(spec.job, name=name), origin=origins))
-
-
-def _finished(spec: RunSpec) -> RunSpec:
+    spec = replace(spec, job=replace(spec.job, name=name), origin=origins)
     validate(spec)
     return spec
 
@@ -79,11 +78,8 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
     """Values of the secret variables, from --env NAME=VALUE or the environment; never written into the spec."""
     missing = [name for name in spec.secret_env if name not in options and name not in environ]
     if missing:
-        raise LauncherError(
-            "env-not-set",
-            f"--env {missing[0]}: no such variable in your environment",
-            f"export {quoted(missing[0])}=..., then again",
-        )
+        what = f"--env {missing[0]}: no such variable in your environment"
+        raise LauncherError("env-not-set", what, f"export {quoted(missing[0])}=..., then again")
     values = {name: options.get(name, environ.get(name, "")) for name in spec.secret_env}
     for name, value in values.items():
         if CONTROL.search(value):
@@ -107,15 +103,10 @@ def _environment(environ: Mapping[str, str]) -> Layer:
     )
 
 
-def ignored(spec: RunSpec, environ: Mapping[str, str]) -> list[str]:
-    """Variables by which sbatch would take options, and which this run does not follow."""
-
-    def is_followed(name: str) -> bool:
-        key = ENVIRONMENT.get(name, "")
-        is_option = spec.origin.get(key, "").startswith("option")  # said on purpose, against the variable
-        return name == "SBATCH_CLUSTERS" or (bool(key) and (is_option or spec.values()[key] == environ[name]))
-
-    return sorted(n for n, value in environ.items() if n.startswith("SBATCH_") and value and not is_followed(n))
+def ignored(environ: Mapping[str, str]) -> list[str]:
+    """Variables by which sbatch would take options, and which no run follows."""
+    followed = (*ENVIRONMENT, "SBATCH_CLUSTERS")
+    return sorted(name for name in environ if name.startswith("SBATCH_") and environ[name] and name not in followed)
 
 
 def default_path(environ: Mapping[str, str] = os.environ) -> Path:
@@ -143,16 +134,13 @@ def _repeated(run_file: Path, options: Layer) -> Layer:
     run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
     layer = read_layer(run_file, f"file {run_file}")
     if not layer.complete:
-        raise LauncherError(
-            "not-a-run-file", f"{run_file}: not a run.toml", quoted("launcher", "submit", "--config", run_file)
-        )
+        fix = quoted("launcher", "submit", "--config", run_file)
+        raise LauncherError("not-a-run-file", f"{run_file}: not a run.toml", fix)
     for key, option in (("job.gpu", "--gpu"), ("job.recipe", "--recipe")):
         if key in options.values:
-            raise LauncherError(
-                "run-file-decides",
-                f"{option} with {run_file}: that file already holds every value of its profile and recipe",
-                f"leave out {option}, or start from the recipe: launcher submit --recipe ...",
-            )
+            what = f"{option} with {run_file}: that file already holds every value of its profile and recipe"
+            fix = f"leave out {option}, or start from the recipe: launcher submit --recipe ..."
+            raise LauncherError("run-file-decides", what, fix)
     kept = {k: v for k, v in layer.values.items() if k not in ("job.name", "job.runs_dir", "job.slurm_bin")}
     kept |= {"job.runs_dir": os.path.abspath("runs"), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
     return Layer(kept, {k: layer.origin.get(k, "detected") for k in kept}, True, layer.secret_env)
@@ -167,17 +155,14 @@ def _chosen_gpu(chosen: Mapping[str, object], options: Layer, user: Layer) -> tu
 
 
 def _machine(chosen: Mapping[str, object], gpu: str, gpu_origin: str) -> Layer:
-    """What follows from where this runs: absolute runs_dir, the local scheduler's runtime, Slurm's folder."""
-    values: dict[str, object] = {"job.gpu": gpu, "job.runs_dir": os.path.abspath("runs")}
-    origin = {"job.gpu": gpu_origin, "job.runs_dir": "default"}
+    """What follows from where this runs: absolute runs_dir, the local scheduler's Python, Slurm's folder."""
+    found = {"job.gpu": (gpu, gpu_origin), "job.runs_dir": (os.path.abspath("runs"), "default")}
     if chosen.get("job.scheduler") == "local":
         if chosen.get("job.runtime") != "apptainer":
-            values |= {"job.python": sys.executable}
-            origin |= {"job.python": "the launcher's own Python"}
-    elif found := slurm.bin_dir():
-        values |= {"job.slurm_bin": found}
-        origin |= {"job.slurm_bin": "detected: which sbatch"}
-    return Layer(values, origin)
+            found["job.python"] = (sys.executable, "the launcher's own Python")
+    elif folder := slurm.bin_dir():
+        found["job.slurm_bin"] = (folder, "detected: which sbatch")
+    return Layer({key: value for key, (value, _) in found.items()}, {key: why for key, (_, why) in found.items()})
 
 
 def _free_name(spec: RunSpec) -> str:
@@ -189,21 +174,14 @@ def _free_name(spec: RunSpec) -> str:
 
 def _local_gpu() -> tuple[str, str]:
     """The profile of this machine's GPUs as nvidia-smi names them; "cpu" where there are none."""
-    try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        out = ""
+    command, out = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], ""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     lines = [line.strip() for line in out.splitlines() if line.strip()]
     if not lines:
         return "cpu", "detected: no GPU on this machine"
-    for name in sorted(names_of("profiles"), key=len, reverse=True):
-        if re.search(rf"\b{name}\b", lines[0], re.IGNORECASE):
-            return name, f"detected: {lines[0]}"
+    if found := named(lines[:1]):
+        return found[0], f"detected: {lines[0]}"
     raise _which_gpu(f"this machine has {lines[0]}, and no profile is called that")
 
 

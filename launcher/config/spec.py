@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from launcher.titan.command import NODE_SCHEMA
 from launcher.titan.recipe import CHOICES as RECIPE_CHOICES
 from launcher.titan.recipe import Recipe
 
+NODE_LISTS = ("nodelist", "exclude")
 MAX_NODES = 10_000  # more than any Slurm cluster this was written for; a typing slip otherwise waits for ever
 SAMPLE = "sample"  # `data` and `tokenizer`: small ones, written into the run directory
 HUB = "hub"  # `data`: streamed from the Hugging Face Hub while training
@@ -96,8 +97,12 @@ class RunSpec:
     @property
     def data_parallel(self) -> int:
         """The data-parallel degree: how many ranks read data of their own."""
-        recipe = self.recipe
-        return self.gpus // (recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel)
+        return self.gpus // self.model_parallel
+
+    @property
+    def model_parallel(self) -> int:
+        """How many ranks read the same data."""
+        return self.recipe.tensor_parallel * self.recipe.context_parallel * self.recipe.pipeline_parallel
 
     @property
     def data_path(self) -> str:
@@ -143,17 +148,15 @@ CHOICES = {
     "job.runtime": ("pyxis", "apptainer", "bare"),
     "job.check": ("off", "quick", "full"),
 }
-AT_LEAST_ONE = (
-    "profile.gpus_per_node",
-    "recipe.seq_len",
-    "recipe.local_batch_size",
-    "recipe.steps",
-    "recipe.log_freq",
-    "recipe.dp_replicate",
-    "recipe.tensor_parallel",
-    "recipe.context_parallel",
-    "recipe.pipeline_parallel",
-)
+LEAST = {
+    **dict.fromkeys(("profile.gpus_per_node", "job.nodes"), 1),
+    **{f"recipe.{key}": 1 for key in ("seq_len", "local_batch_size", "steps", "log_freq")},
+    **{f"recipe.{key}_parallel": 1 for key in ("tensor", "context", "pipeline")},
+    **{f"recipe.{key}": 0 for key in ("checkpoint_interval", "seed", "warmup_steps")},
+    "recipe.dp_replicate": 1,
+    "job.segment": 0,
+}
+MOST = {"job.nodes": MAX_NODES, "profile.gpus_per_node": 64}
 # Settings of torchtitan's that the launcher reports as the run's own: changed behind its back, a row would be false.
 OWNED = {
     "training.local_batch_size": "--batch-size N",
@@ -186,17 +189,45 @@ REGISTRY_NAME = re.compile(
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-SLURM_WORD = re.compile(r"[A-Za-z0-9_.,@+/:-]+")
-SLURM_NODES = re.compile(r"[A-Za-z0-9_.,\[\]-]+")
-SLURM_FEATURES = re.compile(r"[\w.,@+/:&|*()\[\]!-]+", re.ASCII)
-SLURM_TIME = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,6}-\d{1,2}(:\d{1,2}){0,2}", re.ASCII)
 # Variables of slurm/job.sbatch.j2, which would lose the run's record, and those that bash does not let anybody set.
 SCRIPTS_OWN = {
     *("PATH", "run_dir", "job_id", "began_at", "signal", "step", "code", "slurm", "home", "name", "problem", "end"),
     *("hosts", "peer", "node_addr", "mark", "pid", "UID", "EUID", "PPID", "SHELLOPTS", "IFS", "ENV"),
 }
-SAFE_DIR = re.compile(r"/[\w./@+=~-]*")
+SLURM_WORD = r"[A-Za-z0-9_.,@+/:-]*"
+SLURM_NODES = r"[A-Za-z0-9_.,\[\]-]*"
+SLURM_TIME = r"\d{1,9}(:\d{1,2}){0,2}|\d{1,6}-\d{1,2}(:\d{1,2}){0,2}"
+SAFE_DIR = r"/[\w./@+=~-]*"
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff\u2028\u2029]")
+PRINTABLE = rf"[^{CONTROL.pattern[1:-1]}]*"
+# What a text must look like, how a refusal says it, and what to type.
+FORMS = {
+    "job.name": (
+        NAME.pattern,
+        "a name has 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit",
+        "--name my-run-1",
+    ),
+    "job.partition": (SLURM_WORD, "not a partition name", "list them: sinfo -s"),
+    **{f"job.{key}": (SLURM_WORD, f"not a {key} name", "") for key in ("account", "qos", "reservation")},
+    "job.constraint": (r"[\w.,@+/:&|*()\[\]!-]*", "not a constraint of Slurm's", "--constraint 'a100&nvlink'"),
+    **{f"job.{key}": (SLURM_NODES, "not a list of nodes", f"--{key} 'gpu-[001-004,007]'") for key in NODE_LISTS},
+    "job.time": (SLURM_TIME, "not a time limit of Slurm's", "--time 01:30:00 (or 90, or 1-12:00:00)"),
+    "profile.gres": (SLURM_WORD, "not a generic resource's name", 'gres = "gpu"'),
+    "profile.scratch": (
+        rf"|(?!/$){SAFE_DIR}",
+        "must be an absolute path of letters, digits and ._-+@=~",
+        'scratch = "/scratch/local"',
+    ),
+    "job.runs_dir": (
+        SAFE_DIR,
+        "Slurm's own file name patterns need a path of letters, digits and ._-+@=~ with at most 200 characters",
+        "--runs-dir ~/runs",
+    ),
+    "job.python": (rf"[^-]{PRINTABLE}", "not a program", "--python python3"),
+    **{f"job.{key}": (PRINTABLE, "holds a control character", "") for key in ("gpu", "recipe", "image", "slurm_bin")},
+    "profile.gpu": (PRINTABLE, "holds a control character", ""),
+    **{f"recipe.{key}": (PRINTABLE, "holds a control character", "") for key in ("model", "flavor", "dataset")},
+}
 
 
 class NoImage(LauncherError):
@@ -233,20 +264,25 @@ def validate(spec: RunSpec) -> None:
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             raise bad(key, f"must be one of {', '.join(allowed)}")
-    for key in AT_LEAST_ONE:
-        if values[key] < 1:
-            raise bad(key, "must be at least 1")
-    if not 1 <= spec.job.nodes <= MAX_NODES:
-        raise bad("job.nodes", f"must be from 1 to {MAX_NODES:,}", "launcher submit --nodes N")
-    if spec.profile.gpus_per_node > 64:
-        raise bad("profile.gpus_per_node", "no node has more than 64 GPUs")
-    for key in ("job.segment", "recipe.checkpoint_interval", "recipe.seed", "recipe.warmup_steps"):
-        if values[key] < 0:
-            raise bad(key, "must not be negative")
+    for key, least in LEAST.items():
+        if not least <= values[key] <= MOST.get(key, values[key]):
+            most = f" and at most {MOST[key]:,}" if key in MOST else ""
+            raise bad(key, f"must be at least {least}{most}")
+    for key, (form, why, fix) in FORMS.items():
+        if not re.fullmatch(form, values[key], re.ASCII):
+            raise bad(key, why, fix)
     if not 0 < spec.recipe.lr < 100:
         raise bad("recipe.lr", "must be a positive number")
-    _validate_words(spec, bad)
-    _validate_paths(spec, bad)
+    if spec.job.segment and spec.job.nodes % spec.job.segment:
+        raise bad("job.segment", f"does not divide {spec.job.nodes} nodes: Slurm would refuse the job", "--segment 0")
+    if len(spec.run_dir) > 200:
+        raise bad("job.runs_dir", *FORMS["job.runs_dir"][1:])
+    for item in spec.job.sbatch:
+        why, fix = sbatch.problem(item)
+        if why:
+            raise refuse("job.sbatch", item, why, fix, spec.origin.get("job.sbatch", ""))
+    _validate_data(spec, bad)
+    _validate_runtime(spec, bad)
     _validate_parallelism(spec, bad)
     for key, value in spec.titan.items():
         if not TITAN_KEY.fullmatch(key):
@@ -257,9 +293,8 @@ def validate(spec: RunSpec) -> None:
             raise bad(f"titan.{key}", "a setting that the launcher reports as the run's own", owned)
     for name in (*spec.env, *spec.secret_env):
         if not ENV_NAME.fullmatch(name):
-            raise LauncherError(
-                "env-name", f"--env {name.partition('=')[0][:80]!r}: not a variable's name", "--env NAME=VALUE"
-            )
+            what = f"--env {name.partition('=')[0][:80]!r}: not a variable's name"
+            raise LauncherError("env-name", what, "--env NAME=VALUE")
         if name.startswith(("SLURM_", "TITAN_", "BASH")) or name in SCRIPTS_OWN:
             raise LauncherError("env-reserved", f"--env {name}: set by the job script itself")
     for name, value in spec.env.items():
@@ -267,69 +302,29 @@ def validate(spec: RunSpec) -> None:
             raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")
 
 
-def _validate_words(spec: RunSpec, bad: Any) -> None:
-    if not NAME.fullmatch(spec.job.name):
-        raise bad(
-            "job.name",
-            "a name has 1 to 63 letters, digits, '.', '_' or '-', and begins with a letter or digit",
-            "--name my-run-1",
-        )
-    for key in ("partition", "account", "qos", "reservation"):
-        if (value := getattr(spec.job, key)) and not SLURM_WORD.fullmatch(value):
-            raise bad(f"job.{key}", f"not a {key} name", "list them: sinfo -s" if key == "partition" else "")
-    if spec.job.constraint and not SLURM_FEATURES.fullmatch(spec.job.constraint):
-        raise bad("job.constraint", "not a constraint of Slurm's", "--constraint 'a100&nvlink'")
-    for item in spec.job.sbatch:
-        why, fix = sbatch.problem(item)
-        if why:
-            raise refuse("job.sbatch", item, why, fix, spec.origin.get("job.sbatch", ""))
-    for key in ("nodelist", "exclude"):
-        if (value := getattr(spec.job, key)) and not SLURM_NODES.fullmatch(value):
-            raise bad(f"job.{key}", "not a list of nodes", f"--{key} 'gpu-[001-004,007]'")
-    if not SLURM_TIME.fullmatch(spec.job.time):
-        raise bad("job.time", "not a time limit of Slurm's", "--time 01:30:00 (or 90, or 1-12:00:00)")
-    if spec.profile.gres and not SLURM_WORD.fullmatch(spec.profile.gres):
-        raise bad("profile.gres", "not a generic resource's name", 'gres = "gpu"')
-    for key in ("job.gpu", "job.recipe", "profile.gpu", "recipe.model", "recipe.flavor", "recipe.dataset"):
-        if CONTROL.search(spec.values()[key]):
-            raise bad(key, "holds a control character")
-
-
-def _validate_paths(spec: RunSpec, bad: Any) -> None:
+def _validate_data(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
     job = spec.job
-    if not SAFE_DIR.fullmatch(job.runs_dir) or len(spec.run_dir) > 200:
-        raise bad(
-            "job.runs_dir",
-            "Slurm's own file name patterns need a path of letters, digits and ._-+@=~ with at most 200 characters",
-            "--runs-dir ~/runs",
-        )
-    for key in ("data", "tokenizer", "init_from"):
+    for key, named in (("data", (SAMPLE, HUB)), ("tokenizer", (SAMPLE, HUB)), ("init_from", ("",))):
         value, option = getattr(job, key), f"--{key.replace('_', '-')}"
-        if not value and key != "init_from":
-            raise bad(f"job.{key}", "is empty", f"{option} /data/...")
-        if not value or (value in (SAMPLE, HUB) and key != "init_from"):
+        if value in named:
             continue
         if value.startswith(S3) and key == "data":
             if not S3_ADDRESS.fullmatch(value) or ".." in value:
                 raise bad("job.data", "not an address of object storage", "--data s3://bucket/prefix")
-            continue
-        if not value.startswith("/"):
+        elif not value.startswith("/"):
             raise bad(f"job.{key}", "must be an absolute path", f"{option} /data/...")
-        if CONTROL.search(value) or any(mark in value for mark in ",:"):
+        elif CONTROL.search(value) or any(mark in value for mark in ",:"):
             raise bad(f"job.{key}", "a comma, colon or control character cannot be written in a Pyxis mount")
     if job.data_part and (not (part := DATA_PART.fullmatch(job.data_part)) or int(part[1]) > int(part[2])):
         raise bad("job.data_part", "must be I/N with I from 1 to N, and N at most 9999", "--data-part 1/2")
     if job.data_part and job.data == HUB:
         raise bad("job.data_part", "what the Hub streams has no parts", "launcher stage c4 --to DIR")
-    scratch = spec.profile.scratch
-    if scratch and (not SAFE_DIR.fullmatch(scratch) or scratch == "/"):
-        raise bad(
-            "profile.scratch",
-            "must be an absolute path of letters, digits and ._-+@=~",
-            'scratch = "/scratch/local"',
-        )
     if job.tokenizer == HUB:
         raise bad("job.tokenizer", "the tokenizer is not fetched during a job", "--tokenizer DIR")
+
+
+def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
+    job = spec.job
     if job.runtime == "bare":
         if job.image:
             raise bad("job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis")
@@ -341,11 +336,6 @@ def _validate_paths(spec: RunSpec, bad: Any) -> None:
     elif not job.image.startswith("/"):
         refused = bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
         raise refused if job.image else NoImage("image-not-named", refused.what, refused.fix)
-    for key in ("image", "python", "slurm_bin"):
-        if CONTROL.search(getattr(job, key)):
-            raise bad(f"job.{key}", "holds a control character")
-    if not job.python or job.python.startswith("-"):
-        raise bad("job.python", "not a program", "--python python3")
     if job.scheduler == "local" and job.nodes != 1:
         raise bad("job.nodes", "the local scheduler has one node: this machine", "--nodes 1")
     if job.scheduler == "local" and job.runtime == "pyxis":
@@ -372,22 +362,16 @@ def mount_problem(mount: str) -> str:
     return ""
 
 
-def _validate_parallelism(spec: RunSpec, bad: Any) -> None:
+def _validate_parallelism(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
     recipe = spec.recipe
-    other = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel * recipe.dp_replicate
+    other = spec.model_parallel * recipe.dp_replicate
     if recipe.dp_shard == 0 or recipe.dp_shard < -1:
         raise bad("recipe.dp_shard", "must be -1 (all that are left) or at least 1")
     if recipe.dp_shard > 0 and other * recipe.dp_shard != spec.gpus:
-        raise bad(
-            "recipe.dp_shard",
-            f"the degrees multiply to {other * recipe.dp_shard}, the run has {spec.gpus} GPUs",
-        )
+        raise bad("recipe.dp_shard", f"the degrees multiply to {other * recipe.dp_shard}, the run has {spec.gpus} GPUs")
     if spec.gpus % other:
-        raise bad(
-            "recipe.dp_replicate",
-            f"{spec.gpus} GPUs are not a multiple of the other parallel degrees' product, {other}",
-            "choose --nodes so that nodes x GPUs per node is a multiple",
-        )
+        why = f"{spec.gpus} GPUs are not a multiple of the other parallel degrees' product, {other}"
+        raise bad("recipe.dp_replicate", why, "choose --nodes so that nodes x GPUs per node is a multiple")
 
 
 def tables_of(run: PlacedRun) -> dict[str, dict[str, Any]]:

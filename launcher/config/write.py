@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import tomlkit
-from tomlkit.exceptions import TOMLKitError
 
 from launcher.base.errors import LauncherError
-from launcher.base.files import filesystem_error, read_bytes, unreadable, write_text
-from launcher.base.values import parse_toml
-from launcher.config.layers import RUN_FILE_FORMAT
+from launcher.base.files import filesystem_error, read_bytes, write_text
+from launcher.config.layers import RUN_FILE_FORMAT, read_tables
 from launcher.config.spec import PlacedRun, tables_of
 
 OPTION = "--config FILE, and the same with submit"
@@ -37,26 +35,19 @@ def save(path: Path, section: str, values: Mapping[str, str]) -> None:
     Raises LauncherError where the file is not TOML, or cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    try:
-        text = read_bytes(path).decode("utf-8") if path.exists() else ""
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except UnicodeDecodeError as error:
-        raise LauncherError("not-text", f"{path}: not UTF-8 text (byte {error.start})") from error
-    try:
-        parse_toml(text)  # bounded, which the other parser is not
+    document, text = tomlkit.document(), ""
+    if path.exists():
+        if not isinstance(read_tables(path).get(section, {}), dict):  # bounded, which the other parser is not
+            raise LauncherError("value", f"{path}: {section} must be a table", f"[{section}]")
+        text = read_bytes(path).decode()
         document = tomlkit.parse(text)
-        document.setdefault(section, tomlkit.table()).update(values)
-    except (ValueError, TOMLKitError) as error:
-        raise LauncherError("toml", f"{path}: TOML syntax: {error}", "correct that line") from error
-    except AttributeError:
-        raise LauncherError("value", f"{path}: {section} must be a table", f"[{section}]") from None
+    document.setdefault(section, tomlkit.table()).update(values)
     new = tomlkit.dumps(document)
     if new == text:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+        mode = path.stat().st_mode & 0o777 if text else 0o644
     except OSError as error:
         raise filesystem_error(path, error, OPTION) from error
     write_text(path, new, mode, OPTION)

@@ -7,19 +7,17 @@ NAME is Slurm's ClusterName. A node is left out for KEEP_S after its failure, un
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import LauncherError, quoted
-from launcher.base.files import filesystem_error, lock, read_bytes, unreadable, write_json
+from launcher.base.files import filesystem_error, locked, read_bytes, unreadable, write_json
 from launcher.base.finding import Finding, ok, warning
-from launcher.base.output import age
+from launcher.base.output import age, some
 from launcher.base.values import parse_json
 from launcher.config.resolve import default_path
 from launcher.config.spec import PlacedRun
@@ -38,7 +36,6 @@ LAST_S = 1e11  # the year 5138: what is later is no time
 NEWEST = 50  # runs that are looked through before a submission
 # It reaches sbatch's --exclude: letters, digits, dots, dashes. RFC 1123, and the underscore that Slurm takes.
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
-WHERE = "launcher cluster nodes"
 ELSEWHERE = "export XDG_CONFIG_HOME=DIR"
 
 
@@ -77,11 +74,9 @@ def read() -> Memory:
     except OSError as error:
         raise unreadable(file, error) from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise LauncherError(
-            "bad-nodes-damaged",
-            f"{file}: damaged: the nodes that failed their check cannot be told",
-            f"mv {quoted(file)} {quoted(f'{file}.damaged')}   (they are then forgotten)",
-        ) from error
+        what = f"{file}: damaged: the nodes that failed their check cannot be told"
+        fix = f"mv {quoted(file)} {quoted(f'{file}.damaged')}   (they are then forgotten)"
+        raise LauncherError("bad-nodes-damaged", what, fix) from error
 
 
 def _node(entry: Mapping[str, Any]) -> BadNode:
@@ -115,7 +110,7 @@ def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.with_name(f".{file.name}.lock")):
+        with locked(file.with_name(f".{file.name}.lock"), fcntl.LOCK_EX, 0o600):
             memory = dict(read())
             before = memory.get(cluster, ())
             memory[cluster] = tuple(how(before))
@@ -124,16 +119,6 @@ def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]
                 write_json(file, {"schema": 1, "clusters": tables}, 0o600, ELSEWHERE)
     except OSError as error:
         raise filesystem_error(file, error, ELSEWHERE) from error
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        lock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list[BadNode]:
@@ -161,26 +146,28 @@ def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list
     return [node for nodes in read().values() for node in nodes if node.host in hosts and node.counts(now_s)]
 
 
-def remember_all(runs_dir: Path, now_s: float, cluster: str) -> None:
-    """`remember` for the newest runs that ended so, and that nobody has looked at since."""
-    for run in runs.all_runs(runs_dir)[:NEWEST]:
-        if run.end is not None:
-            remember(run, control.state(run), now_s, cluster)
-
-
 def without_remembered(spec: PlacedRun, facts: ClusterFacts, now_s: float) -> tuple[PlacedRun, list[Finding]]:
     """The run that leaves out the cluster's nodes that failed their check, and what there is to say of it.
 
-    Raises LauncherError where they cannot be read.
+    The newest runs that ended so, and that nobody has looked at since, are remembered first.
     """
-    known = read()
+    known: Memory = {}
+    found: list[Finding] = []
+    try:
+        for run in runs.all_runs(Path(spec.job.runs_dir))[:NEWEST]:
+            if run.end is not None:
+                remember(run, control.state(run), now_s, facts.name)
+    except LauncherError as failed:  # what was remembered before is left out all the same
+        found = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
+    try:
+        known = read()
+    except LauncherError as failed:
+        found = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
     if facts.name:
-        return without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
-    excluded = set(expand(spec.job.exclude))
-    counting = [node.host for nodes in known.values() for node in nodes if node.counts(now_s)]
-    hosts = tuple(host for host in counting if host not in excluded)
-    fix = "scontrol show config; or name them yourself: --exclude NODES"
-    return spec, [warning("bad-nodes-nameless", fix, names=hosts)] if hosts else []
+        spec, more = without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
+        return spec, [*found, *more]
+    hosts = [node.host for nodes in known.values() for node in nodes if node.counts(now_s)]
+    return spec, [*found, *(_not_left_out(hosts, "Slurm does not say its cluster's name") if hosts else [])]
 
 
 def without(
@@ -192,22 +179,21 @@ def without(
     that the user asks for by name is not left out.
     """
     if nodes and facts.lacks("nodes"):
-        lost = tuple(node.host for node in nodes)
-        fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(lost))}"
-        return replace(spec, avoid=()), [warning("bad-nodes-unread", fix, names=lost, why=facts.unread["nodes"])]
+        return spec, _not_left_out([node.host for node in nodes], facts.unread["nodes"])
     here = facts.hidden(spec.job.partition).union(node.name for node in facts.nodes_of(spec.job.partition))
-    named, excluded = set(expand(spec.job.nodelist)), set(expand(spec.job.exclude))
-    found = [node for node in nodes if node.host in here and node.host not in excluded]
-    asked, out = ([node for node in found if (node.host in named) is wanted] for wanted in (True, False))
-    findings = []
+    wanted = here.difference(expand(spec.job.exclude))
+    named = set(expand(spec.job.nodelist))
+    asked = [node for node in nodes if node.host in wanted and node.host in named]
+    out = [node for node in nodes if node.host in wanted and node.host not in named]
+    findings = [ok("bad-nodes", nodes=_said(out, now_s))] if out else []
     if asked:
-        names, fix = tuple(node.host for node in asked), "leave it out of --nodelist"
-        findings.append(warning("bad-nodes-named", fix, names=names, nodes=_said(asked, now_s)))
-    hosts = tuple(node.host for node in out)
-    if not out:
-        return replace(spec, avoid=()), findings
-    findings.append(ok("bad-nodes", nodes=_said(out, now_s)))
-    return replace(spec, avoid=hosts), findings
+        findings.append(warning("bad-nodes-named", "leave it out of --nodelist", nodes=_said(asked, now_s)))
+    return replace(spec, avoid=tuple(node.host for node in out)), findings
+
+
+def _not_left_out(hosts: Sequence[str], why: str) -> list[Finding]:
+    fix = f"sinfo -N -h -o %N; then {quoted('--exclude', compress(hosts))}"
+    return [warning("bad-nodes-not-left-out", fix, why=f"{why} ({some(hosts)})")]
 
 
 def _said(nodes: Sequence[BadNode], now_s: float) -> tuple[str, ...]:

@@ -5,30 +5,25 @@ docs/preflight.md has a paragraph for each; launcher/preflight/text.py has the w
 
 from __future__ import annotations
 
-import grp
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import datetime
-from pathlib import Path
 
-from launcher.base.errors import LauncherError, quoted
+from launcher.base.errors import quoted
 from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.base.output import SHOWN
-from launcher.config.hardware import hardware, of_gpu
+from launcher.config.hardware import of_gpu
+from launcher.config.propose import named
 from launcher.config.resolve import ignored
-from launcher.config.spec import PlacedRun, RunSpec
-from launcher.image.squashfs_file import known, superblock
+from launcher.config.spec import PlacedRun
 from launcher.nodes import bad_nodes
 from launcher.preflight import placement
-from launcher.preflight.placement import OUT, UNKNOWN, Machine, Place, gpus_of, place_of
+from launcher.preflight.placement import Place, gpus_of, place_of, wants_segment
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 from launcher.scheduler.facts import ClusterFacts, Node
-from launcher.scheduler.parse import compress, expand, seconds, time_text
+from launcher.scheduler.parse import expand, seconds, time_text
 
 Check = Callable[[Place], Finding | None]
 ANOTHER = "another --partition: sinfo -s"
@@ -39,76 +34,33 @@ def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     if spec.job.scheduler != "slurm" or not slurm.bin_dir():
         return spec, []  # without sbatch, the submission itself says so
     facts = detected()
-    spec, of_memory = _without_bad_nodes(spec, facts)
+    spec, of_memory = bad_nodes.without_remembered(spec, facts, time.time())
     spec = placement.with_segment(placement.with_gpu_memory(spec, facts), facts)
-    machine = Machine(_groups(), _unpacked_bytes(spec), datetime.now())
-    return spec, [*preflight(spec, facts, machine), *of_memory, *_variables(spec)]
+    found = [*preflight(spec, facts), *of_memory]
+    if names := ignored(os.environ):  # a user whose shell sets them would otherwise wonder where an option has gone
+        fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
+        found.append(warning("sbatch-variables", fix, names=tuple(names)))
+    return spec, found
 
 
-def _variables(spec: PlacedRun) -> list[Finding]:
-    """A user whose shell sets them would otherwise wonder where an option has gone."""
-    names = ignored(spec, os.environ)
-    fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
-    return [warning("sbatch-variables", fix, names=tuple(names))] if names else []
-
-
-def _groups() -> set[str] | None:
-    """Names of the user's groups; None for root, who may use every partition."""
-    if os.geteuid() == 0:
-        return None
-    names = set()
-    for number in {os.getegid(), *os.getgroups()}:
-        with suppress(KeyError):
-            names.add(grp.getgrgid(number).gr_name)
-    return names
-
-
-def _unpacked_bytes(spec: RunSpec) -> int:
-    """How large the image is unpacked, by the file beside it; 0 where that does not say it."""
-    path = Path(spec.job.image)
-    if spec.job.runtime != "pyxis" or not path.is_file():
-        return 0
-    with suppress(LauncherError, OSError):
-        facts = known(path, superblock(path))
-        return facts.unpacked_bytes if facts else 0
-    return 0
-
-
-def _without_bad_nodes(spec: PlacedRun, facts: ClusterFacts) -> tuple[PlacedRun, list[Finding]]:
-    """The run without the nodes that failed their check lately, those of runs included that nobody has looked at."""
-    now_s = time.time()
-    found = []
-    try:
-        bad_nodes.remember_all(Path(spec.job.runs_dir), now_s, facts.name)
-    except LauncherError as failed:
-        found = [warning("bad-nodes-not-remembered", failed.fix, why=failed.what)]
-    try:
-        spec, more = bad_nodes.without_remembered(spec, facts, now_s)
-    except LauncherError as failed:
-        more = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
-    return spec, [*found, *more]
-
-
-def preflight(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -> list[Finding]:
+def preflight(spec: PlacedRun, facts: ClusterFacts) -> list[Finding]:
     """Every check that applies, in the order in which a reader wants them. Pure.
 
     What Slurm did not answer is one warning, and the checks that need it are skipped.
     """
     if not (facts.nodes or facts.partitions):
         return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
-    place = place_of(spec, facts, machine)
+    place = place_of(spec, facts)
     facts = place.facts
-    named = None if facts.lacks("partitions") else partition_named(place)
-    if named:
+    if not facts.lacks("partitions") and (named := partition_named(place)):
         return [named]
-    found: list[Finding | None] = [_unread(name, why) for name, why in facts.unread.items()]
+    found: list[Finding | None] = []
+    for name, why in facts.unread.items():
+        if name != "topology" or wants_segment(spec):
+            skipped = tuple(title for title, needed, _ in CHECKS if name in needed)
+            found.append(warning("cluster-unread", "scontrol ping; launcher cluster show", said=why, skipped=skipped))
     found += [check(place) for _, needed, checks in CHECKS if not facts.lacks(*needed) for check in checks]
     return [finding for finding in found if finding]
-
-
-def _unread(name: str, why: str) -> Finding:
-    skipped = tuple(title for title, needed, _ in CHECKS if name in needed)
-    return warning("cluster-unread", "scontrol ping; launcher cluster show", said=why, skipped=skipped)
 
 
 # --- the partition ------------------------------------------------------------------------------------------
@@ -162,26 +114,6 @@ def nodes_per_job(place: Place) -> Finding | None:
     return None
 
 
-def reservation(place: Place) -> Finding | None:
-    if place.spec.job.reservation or not all(partition.needs_reservation for partition in place.partitions):
-        return None
-    return error("reservation-needed", "--reservation NAME; scontrol show reservation", place=place.name)
-
-
-def access(place: Place) -> Finding | None:
-    groups = place.machine.groups
-    if groups is None:
-        return None
-    if all(partition.root_only for partition in place.partitions):
-        return error("access-root-only", ANOTHER, place=place.name)
-    allowed = [partition.groups for partition in place.partitions]
-    if not all(allowed) or any(not set(groups).isdisjoint(names) for names in allowed):
-        return None
-    names = tuple(dict.fromkeys(name for several in allowed for name in several))
-    fix, mine = "id; another --partition: sinfo -o '%P %g'", tuple(sorted(groups)) or ("none",)
-    return warning("access-groups", fix, place=place.name, groups=names, mine=mine)
-
-
 # --- its nodes ----------------------------------------------------------------------------------------------
 
 
@@ -194,19 +126,12 @@ def nodes_listed(place: Place) -> Finding | None:
         if unknown := tuple(name for name in names if name not in known):
             facts: dict[str, Fact] = {"option": option, "given": given, "known": tuple(sorted(known))}
             return error("node-unknown", "sinfo -N -h -o %N", unknown=unknown, **facts)
-    if not wanted:
-        return None
-    if both := tuple(name for name in wanted if name in excluded):
-        return impossible("nodelist-excluded", "take it out of one of them", nodes=both)
-    here = place.hidden.union(node.name for node in place.nodes)
-    if elsewhere := tuple(name for name in wanted if name not in here):
-        return impossible("nodelist-elsewhere", "sinfo -N -o '%N %P'", nodes=elsewhere, place=place.name)
     count = len(set(wanted))
     if count > job.nodes:
         return impossible("nodelist-too-long", f"--nodes {count}", count=count, asked=job.nodes)
     if out := [node for node in place.out if node.name in wanted]:
-        return warning("nodelist-out", "leave them out of --nodelist", nodes=reasons(out))
-    return ok("nodelist", count=count)
+        return warning("nodelist-out", "leave them out of --nodelist", nodes=in_words(out))
+    return None
 
 
 def gpus(place: Place) -> Finding | None:
@@ -230,24 +155,20 @@ def gpus(place: Place) -> Finding | None:
 
 def node_count(place: Place) -> Finding | None:
     job, left_out = place.spec.job, _left_out(place.spec)
-    if not place.nodes and left_out and place.facts.nodes_of(job.partition):
-        fix = "another --partition or --constraint, or launcher cluster nodes release --all"
-        return error("nodes-none-left", fix, place=place.name, left_out=left_out)
-    if not place.nodes:
-        return warning("nodes-none", ANOTHER, place=place.name)
-    if not place.fitting:
-        return None
+    if place.nodes and not place.fitting:
+        return None  # `gpus` says why
     there, in_service, free = (place.most(nodes) for nodes in (place.fitting, place.in_service, place.free))
     facts: dict[str, Fact] = {"asked": job.nodes, "place": place.name, "there": there}
     if job.nodes <= there:  # `out_of_service` warns where they are not in service
         busy = "nodes-busy" if free < job.nodes <= in_service else "nodes"
         return ok(busy, in_service=in_service, free=free, **facts)
-    fix = f"--nodes {there}, or another --partition"
+    fix = f"--nodes {there}, or another --partition" if there else ANOTHER
     if place.spec.avoid:
         fix += f", or launcher cluster nodes release {quoted(place.spec.avoid[0])}"
     gres = place.spec.profile.gres if len(place.fitting) < len(place.nodes) else ""
     facts |= {"gres": gres and f"{gres}:{place.spec.profile.gpus_per_node}", "left_out": left_out}
-    return warning("nodes-not-yet", fix, **facts) if place.grows else error("nodes-too-few", fix, **facts)
+    may_come = place.grows or not place.facts.nodes_of(job.partition)
+    return warning("nodes-not-yet", fix, **facts) if may_come else error("nodes-too-few", fix, **facts)
 
 
 def _left_out(spec: PlacedRun) -> str:
@@ -263,14 +184,13 @@ def out_of_service(place: Place) -> Finding | None:
         return None
     left = place.most(place.in_service)
     if left >= asked or place.most(place.fitting) < asked:
-        return ok("node-states", nodes=reasons(out))
-    fixes = [f"--nodes {left}" if left else "another --partition"]
-    fixes += ["sinfo -R has the reasons"] if any(node.states & OUT for node in out) else []
-    fixes += ["scontrol show reservation says until when"] if not all(node.states & OUT for node in out) else []
-    return warning("nodes-out-of-service", "; ".join(fixes), asked=asked, left=left, nodes=reasons(out))
+        return ok("node-states", nodes=in_words(out))
+    fix = f"--nodes {left}" if left else "another --partition"
+    fix += "; sinfo -R and scontrol show reservation have the reasons"
+    return warning("nodes-out-of-service", fix, asked=asked, left=left, nodes=in_words(out))
 
 
-def reasons(nodes: Sequence[Node]) -> tuple[str, ...]:
+def in_words(nodes: Sequence[Node]) -> tuple[str, ...]:
     """Which nodes are in which state, with what the administrator wrote."""
     return tuple(f"{node.name} is {node.state}" + (f" ({node.reason})" if node.reason else "") for node in nodes)
 
@@ -285,12 +205,8 @@ def architecture(place: Place) -> Finding | None:
         return ok("architecture", arch=wanted)
     seen = tuple(f"{count} of {arch}" for arch, count in found.most_common())
     facts: dict[str, Fact] = {"profile": spec.job.gpu, "arch": wanted, "place": place.name}
-    if wanted in found:
-        strange = [node.name for node in place.fitting if node.arch not in ("", wanted)]
-        fix = quoted("--exclude", ",".join(strange)) if len(strange) <= SHOWN else "another --partition"
-        return warning("architecture-mixed", fix, seen=seen, **facts)
-    if spec.job.runtime == "bare":
-        return warning("architecture-other", "--gpu NAME", seen=seen, **facts)
+    if wanted in found or spec.job.runtime == "bare":
+        return warning("architecture-other", "--gpu NAME, or --exclude the others", seen=seen, **facts)
     other = found.most_common(1)[0][0]
     fix = f"--gpu NAME; or, where the image is for {other}: --set profile.arch={other}"
     refuse = error if place.grows else impossible
@@ -313,12 +229,11 @@ def gpu_type(place: Place) -> Finding | None:
     able, profile = place.fitting, place.spec.profile
     if profile.device != "cuda" or not able:
         return None
-    words = " ".join({f"{node.gres} {' '.join(node.features)} {node.name}".lower() for node in able})
-    seen = sorted(name for name in hardware() if re.search(rf"(?<![a-z0-9]){name}(?![0-9])", words))
+    seen = named([f"{node.gres} {' '.join(node.features)} {node.name}" for node in able])
     if not seen or any(name in profile.gpu.lower() for name in seen):
         return None
     said = tuple(filter(None, (able[0].gres, *able[0].features)))
-    return warning("gpu-type", f"--gpu {seen[0]}", gpu=profile.gpu, seen=tuple(seen), node=able[0].name, said=said)
+    return warning("gpu-type", f"--gpu {seen[0]}", gpu=profile.gpu, seen=seen, node=able[0].name, said=said)
 
 
 def gpu_memory(place: Place) -> Finding | None:
@@ -333,34 +248,6 @@ def gpu_memory(place: Place) -> Finding | None:
     )
 
 
-def disk(place: Place) -> Finding | None:
-    """Without squashfuse, every node unpacks the image onto its own disk first."""
-    needed = place.machine.unpacked_bytes
-    if place.spec.job.runtime != "pyxis" or place.facts.squashfuse:
-        return None
-    small = [node for node in place.fitting if 0 < node.tmp_mib << 20 < needed]
-    if not small:
-        return None
-    fix = f"srun -N1 -w {quoted(small[0].name)} df -h; launcher cluster show says whether images are mounted"
-    gib, names = f"{needed / 2**30:.1f}", tuple(node.name for node in small)
-    return warning("disk-small", fix, gib=gib, tmp_mib=min(node.tmp_mib for node in small), nodes=names)
-
-
-def uptime(place: Place) -> Finding | None:
-    """B200's NVLink firmware fails at 60 days of uptime, which is known and goes with a reboot."""
-    known, now = of_gpu(place.spec.profile.gpu), place.machine.now
-    if known is None or not known.max_uptime_days or now is None:
-        return None
-    booted = {node.name: datetime.fromisoformat(node.booted) for node in place.fitting if node.booted}
-    days = {name: (now - at).days for name, at in booted.items() if (now - at).days > known.max_uptime_days}
-    if not days:
-        return None
-    names = sorted(days, key=lambda name: -days[name])
-    fix = f"an administrator reboots them: scontrol reboot ASAP nextstate=RESUME {quoted(compress(names))}"
-    texts = tuple(f"{name} ({days[name]})" for name in names)
-    return warning("uptime", fix, most=known.max_uptime_days, nodes=texts, gpu=known.gpu)
-
-
 def pyxis(place: Place) -> Finding | None:
     if place.spec.job.runtime != "pyxis":
         return None
@@ -372,14 +259,11 @@ def pyxis(place: Place) -> Finding | None:
 
 # What is checked, the answers of Slurm that it needs, and how.
 CHECKS: tuple[tuple[str, Sequence[str], Sequence[Check]], ...] = (
-    ("partition", ("partitions",), (partition_state, time_limit, nodes_per_job, reservation, access)),
+    ("partition", ("partitions",), (partition_state, time_limit, nodes_per_job)),
     (
         "nodes and GPUs",
         ("nodes", "partitions"),
-        (
-            *(nodes_listed, gpus, node_count, out_of_service, architecture),
-            *(gpus_per_node, gpu_type, gpu_memory, disk, uptime),
-        ),
+        (nodes_listed, gpus, node_count, out_of_service, architecture, gpus_per_node, gpu_type, gpu_memory),
     ),
     ("Pyxis", ("srun",), (pyxis,)),
     ("placement", placement.NEEDED, (placement.segment, placement.racks, placement.blocks)),

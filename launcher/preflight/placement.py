@@ -7,13 +7,11 @@ topology.yaml.
 
 from __future__ import annotations
 
-import math
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from itertools import accumulate
 
 from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
@@ -33,18 +31,6 @@ NEEDED = ("config", "nodes", "partitions", "topology")  # answers of Slurm witho
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What this machine knows of the user and of the image."""
-
-    groups: Collection[str] | None = None  # the user's; None for root, who may use every partition
-    unpacked_bytes: int = 0  # of the image; 0 where it is not known
-    now: datetime | None = None
-
-
-UNKNOWN = Machine()
-
-
-@dataclass(frozen=True)
 class Place:
     """Where a run may go: the partitions asked for, and their nodes without those that are left out."""
 
@@ -54,7 +40,6 @@ class Place:
     nodes: tuple[Node, ...]
     fitting: tuple[Node, ...]  # those that have what each node of the run asks for
     hidden: frozenset[str]  # names of others that the partitions have, and of which nothing is known
-    machine: Machine
 
     @property
     def name(self) -> str:
@@ -88,11 +73,11 @@ class Place:
         return max((count[partition.name] for partition in self.partitions), default=len(nodes))
 
 
-def place_of(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -> Place:
-    facts = facts.as_placed(spec.job.partition)
-    names = spec.job.partition.split(",")
-    default = facts.partition()
-    chosen = [p for p in facts.partitions if p.name in names] if spec.job.partition else [default] if default else []
+def place_of(spec: PlacedRun, facts: ClusterFacts) -> Place:
+    chosen = facts.partitions_of(spec.job.partition)
+    if own := [p for p in chosen if p.topology]:  # from Slurm 25.05; the cluster's blocks say nothing about it
+        why = f"partition {own[0].name} has a topology of its own, {own[0].topology}: --segment N is yours to choose"
+        facts = replace(facts, unread={**facts.unread, "topology": why})
     excluded = {*expand(spec.job.exclude), *spec.avoid}
     all_of = re.fullmatch(r"[\w.:+&-]+", spec.job.constraint)  # what other constraints mean is left to Slurm
     features = set(all_of[0].split("&")) if all_of else set()
@@ -104,7 +89,7 @@ def place_of(spec: PlacedRun, facts: ClusterFacts, machine: Machine = UNKNOWN) -
     gres, count = spec.profile.gres, spec.profile.gpus_per_node
     fitting = tuple(node for node in nodes if not gres or gpus_of(node, gres) >= count)
     hidden = facts.hidden(spec.job.partition) - excluded
-    return Place(spec, facts, tuple(chosen), nodes, fitting, hidden, machine)
+    return Place(spec, facts, chosen, nodes, fitting, hidden)
 
 
 def gpus_of(node: Node, gres: str) -> int:
@@ -145,38 +130,21 @@ class Placement:
     room: tuple[tuple[str, int], ...]  # (block, free nodes) of those with at least `segment` free nodes, most first
 
     @property
-    def whole(self) -> bool:
-        """No piece is smaller than it must be: the job crosses no more NVLink domains than it has to."""
-        return self.pieces == self.fewest
-
-    @property
     def facts(self) -> dict[str, Fact]:
         starting = min(self.pieces, sum(free // self.segment for _, free in self.room))
         room = tuple(f"{name} ({free} free)" for name, free in self.room)
         return {"pieces": self.pieces, "segment": self.segment, "starting": starting, "room": room}
 
 
-def divisors(number: int) -> list[int]:
-    """Every divisor, largest first."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)}, reverse=True)
-
-
-def segment_of(nodes: int, sizes: Mapping[int, int]) -> int:
+def segment_of(nodes: int, sizes: Sequence[int]) -> int:
     """The largest divisor of `nodes` that fits a block, with blocks enough for all pieces; 1 where none does.
 
-    `sizes`: how many blocks have so many nodes. 9 of 18 gives 9, 36 gives 18, 19 and 37 give 1.
+    `sizes`: of the blocks, in nodes. With blocks of 18, 9 gives 9, 36 gives 18, 19 and 37 give 1.
     """
-    most = max(sizes, default=0)
-    for n in divisors(nodes):
-        if n <= most and sum(size // n * count for size, count in sizes.items()) >= nodes // n:
+    for n in range(min(nodes, max(sizes, default=0)), 1, -1):
+        if nodes % n == 0 and sum(size // n for size in sizes) >= nodes // n:
             return n
     return 1
-
-
-def sizes_of(blocks: Sequence[Block], out: Collection[str] = ()) -> Counter[int]:
-    """How many blocks have so many nodes, without those that are out: racks by the hundred have few sizes."""
-    return Counter(sum(node not in out for node in block.nodes) for block in blocks)
 
 
 def best_segment(nodes: int, blocks: Sequence[Block], out: Collection[str] = ()) -> int:
@@ -184,42 +152,16 @@ def best_segment(nodes: int, blocks: Sequence[Block], out: Collection[str] = ())
 
     What is out is not counted on, unless only the whole rack would do: then the job waits for the repair.
     """
-    return _best(nodes, sizes_of(blocks, out), sizes_of(blocks))
-
-
-def _best(nodes: int, in_service: Mapping[int, int], all_of_them: Mapping[int, int]) -> int:
-    chosen = segment_of(nodes, in_service)
-    return chosen if chosen > 1 else segment_of(nodes, all_of_them)
+    chosen = segment_of(nodes, [sum(node not in out for node in block.nodes) for block in blocks])
+    return chosen if chosen > 1 else segment_of(nodes, [len(block.nodes) for block in blocks])
 
 
 def describe(nodes: int, segment: int, blocks: Sequence[Block], free: Collection[str] = ()) -> Placement:
     """What a segment means for a job, the user's own included; it must divide `nodes`. `free`: nodes idle now."""
     counts = {block.name: sum(node in free for node in block.nodes) for block in blocks}
     room = sorted(((name, n) for name, n in counts.items() if n >= segment), key=lambda pair: (-pair[1], pair[0]))
-    return Placement(segment, nodes // segment, _fewest(nodes, _sums(blocks)), tuple(room))
-
-
-def _sums(blocks: Sequence[Block]) -> list[int]:
-    """How many nodes the largest block has, the two largest, and so on."""
-    return list(accumulate(sorted((len(block.nodes) for block in blocks), reverse=True)))
-
-
-def _fewest(nodes: int, sums: Sequence[int]) -> int:
-    """The least number of blocks that hold so many nodes, by `_sums`; one more than there are where they do not."""
-    return bisect_left(sums, nodes) + 1
-
-
-def whole_counts(nodes: int, blocks: Sequence[Block], out: Collection[str] = ()) -> list[int]:
-    """The nearest numbers of nodes, one below and one above, that cross no more domains than they have to."""
-    in_service, all_of_them, sums = sizes_of(blocks, out), sizes_of(blocks), _sums(blocks)
-    most = sum(size * count for size, count in in_service.items())
-
-    def good(count: int) -> bool:
-        return count // _best(count, in_service, all_of_them) == _fewest(count, sums)
-
-    below = next((n for n in range(nodes - 1, 0, -1) if good(n)), None)
-    above = next((n for n in range(nodes + 1, most + 1) if good(n)), None)
-    return [n for n in (below, above) if n is not None]
+    sums = list(accumulate(sorted((len(block.nodes) for block in blocks), reverse=True)))
+    return Placement(segment, nodes // segment, bisect_left(sums, nodes) + 1, tuple(room))
 
 
 def blocks_of(place: Place) -> list[Block]:
@@ -242,8 +184,8 @@ def with_segment(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
     if spec.job.segment:
         return replace(spec, segment=spec.job.segment)
     place = place_of(spec, facts)
-    blocks, facts = blocks_of(place), place.facts
-    if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
+    blocks = blocks_of(place)
+    if place.facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
         return replace(spec, segment=0)
     return replace(spec, segment=best_segment(spec.job.nodes, blocks, {node.name for node in place.out}))
 
@@ -263,35 +205,19 @@ def segment(place: Place) -> Finding | None:
         refuse = impossible if old else error
         return refuse("segment-unsupported", "--segment 0", segment=wanted, slurm=version, topology=topology)
     blocks = blocks_of(place)
-    largest = max((len(block.nodes) for block in blocks), default=0)
-    if nodes % wanted:
-        near = next(n for n in divisors(nodes) if n <= (largest or nodes))
-        return impossible("segment-does-not-divide", f"--segment {near}", segment=wanted, nodes=nodes)
     if not blocks:
         return None  # `blocks` below, and the check of the GPUs, say why
-    if wanted > largest:
-        fix = f"--segment {segment_of(nodes, sizes_of(blocks))}"
-        refuse = error if place.grows else impossible
-        return refuse("segment-above-block", fix, segment=wanted, largest=largest)
-    found = describe(nodes, wanted, blocks, {node.name for node in place.free})
-    if found.whole or not wants_segment(place.spec):
-        return ok("segment", **found.facts)
-    return _straddles(nodes, found, blocks, {node.name for node in place.out})
-
-
-def _straddles(nodes: int, found: Placement, blocks: Sequence[Block], out: set[str]) -> Finding:
-    """The job crosses more NVLink domains than so many nodes need: why, and what to type instead."""
+    largest, out = max(len(block.nodes) for block in blocks), {node.name for node in place.out}
     best = best_segment(nodes, blocks, out)
-    if best > found.segment:
-        return warning("segment-small", f"--segment {best}", better=best, **found.facts)
-    counts = whole_counts(nodes, blocks, out)
-    fix = "--nodes " + " or ".join(map(str, counts)) if counts else ""
+    if wanted > largest:
+        refuse = error if place.grows else impossible
+        return refuse("segment-above-block", f"--segment {best}", segment=wanted, largest=largest)
+    found = describe(nodes, wanted, blocks, {node.name for node in place.free})
+    if found.pieces == found.fewest or not wants_segment(place.spec):
+        return ok("segment", **found.facts)
+    fix = f"--segment {best}" if best > wanted else f"--nodes {largest}, or a multiple of it"
     lost = tuple(sorted(out.intersection(name for block in blocks for name in block.nodes)))
-    waiting = segment_of(nodes, sizes_of(blocks))
-    if lost and waiting > found.segment:
-        fix += f"{', or ' if fix else ''}--segment {waiting}, which waits for them"
-        return warning("segment-out-of-service", fix, lost=lost, better=waiting, **found.facts)
-    return warning("segment-straddles", fix, nodes=nodes, domains=found.fewest, **found.facts)
+    return warning("segment-straddles", fix, nodes=nodes, domains=found.fewest, lost=lost, **found.facts)
 
 
 def racks(place: Place) -> Finding | None:
@@ -309,15 +235,12 @@ def racks(place: Place) -> Finding | None:
 
 def blocks(place: Place) -> Finding | None:
     """Nodes that stand in no block get no jobs, however idle they are."""
-    job, all_blocks = place.spec.job, place.facts.blocks
-    if place.facts.topology != "block" or not all_blocks:
-        return None
+    all_blocks = place.facts.blocks
     inside = {name for block in all_blocks for name in block.nodes}
-    if outside := tuple(name for name in expand(job.nodelist) if name not in inside):
-        return error("nodelist-in-no-block", "leave them out of --nodelist; scontrol show topology", nodes=outside)
-    lost = tuple(node.name for node in place.fitting if node.name not in inside)
-    if not lost or place.most([node for node in place.fitting if node.name in inside]) >= job.nodes:
+    placeable = [node for node in place.fitting if node.name in inside]
+    if not all_blocks or len(placeable) == len(place.fitting) or place.most(placeable) >= place.spec.job.nodes:
         return None
+    lost = tuple(node.name for node in place.fitting if node.name not in inside)
     empty = tuple(block.name for block in all_blocks if not block.nodes)
     fix = "an administrator updates topology.yaml (or .conf) and runs scontrol reconfigure; scontrol show topology"
     return error("nodes-in-no-block", fix, count=len(lost), nodes=lost, place=place.name, empty=empty)

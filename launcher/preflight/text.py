@@ -46,37 +46,23 @@ TEXTS = {
     "time-limit": Text("time", "--time {time} is above the limit of {place}, {limit}", QOS),
     "job-too-large": Text("nodes per job", "--nodes {asked}: {place} allows {limit!n} in a job", QOS),
     "job-too-small": Text("nodes per job", "--nodes {asked}: {place} takes jobs of {limit!n} and more", QOS),
-    "reservation-needed": Text("reservation", "{place} takes jobs of a reservation alone", "Slurm refuses the job"),
-    "access-root-only": Text("access", "{place} is for root alone"),
-    "access-groups": Text("access", "{place} is for groups {groups}; you are in {mine}", "Slurm may refuse the job"),
     # nodes
     "nodes": Text("nodes", COUNTS),
     "nodes-busy": Text("nodes", f"{COUNTS}: the job waits for others to end"),
     "nodes-too-few": Text("nodes", TOO_MANY, "the job would wait for ever"),
     "nodes-not-yet": Text("nodes", TOO_MANY, "the job waits until more nodes come up"),
-    "nodes-none": Text("nodes", "{place}: it has no nodes now", "the job waits until one comes up"),
-    "nodes-none-left": Text("nodes", "{place}: no node is left without {left_out}"),
     "node-states": Text("node states", "{nodes}"),
     "nodes-out-of-service": Text(
         "node states", "{asked!n} asked, {left} in service: {nodes}", "the job waits until enough of them are back"
     ),
     "node-unknown": Text("{option}", "--{option} {given}: Slurm has no node {unknown}", "it has {known}"),
-    "nodelist": Text("nodelist", "{count!n} named, all of them in service"),
-    "nodelist-excluded": Text("nodelist", "{nodes} stands in --nodelist and in --exclude"),
-    "nodelist-elsewhere": Text("nodelist", "--nodelist: {nodes} is not in {place}"),
     "nodelist-too-long": Text(
         "nodelist", "--nodelist names {count!n}, the job has {asked}", "a job gets all of its list"
     ),
     "nodelist-out": Text("nodelist", "--nodelist: {nodes}", "the job waits until they are back"),
     "bad-nodes": Text("excluded", "{nodes}; launcher cluster nodes"),
     "bad-nodes-named": Text("excluded", "--nodelist: {names} failed its check lately", "{nodes}"),
-    "bad-nodes-unread": Text("excluded", "{names} failed its check lately, and is not left out", "{why}"),
-    "bad-nodes-nameless": Text(
-        "excluded",
-        "Slurm does not say its cluster's name, so none is left out of those that failed their check: {names}",
-    ),
-    "bad-nodes-not-remembered": Text("excluded", "nodes that failed their check are not remembered: {why}"),
-    "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check are not left out: {why}"),
+    "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check may not be left out: {why}"),
     # what the nodes are
     "memory-short": Text(
         "memory",
@@ -104,16 +90,7 @@ TEXTS = {
         "the run is held against the smaller memory",
     ),
     "architecture": Text("architecture", "{arch}"),
-    "architecture-mixed": Text("architecture", ARCHITECTURE, "on the others the image does not start"),
     "architecture-other": Text("architecture", ARCHITECTURE, "an image for another architecture does not start"),
-    "disk-small": Text(
-        "disk",
-        "the image unpacks to {gib} GiB; Slurm says TmpDisk={tmp_mib} MiB of {nodes}",
-        "where Pyxis has no squashfuse, each node unpacks the image onto its own disk before the run",
-    ),
-    "uptime": Text(
-        "uptime", "up for more than {most} days: {nodes}", "a firmware bug stops NVLink of {gpu} nodes at 60 days"
-    ),
     "pyxis": Text("Pyxis", "Pyxis"),
     "pyxis-absent": Text(
         "Pyxis",
@@ -127,24 +104,15 @@ TEXTS = {
         "--segment {segment}: Slurm places no segments here (23.11 with topology/block does)",
         "Slurm {slurm}, topology {topology}",
     ),
-    "segment-does-not-divide": Text(
-        "placement", "--segment {segment} does not divide --nodes {nodes}", "Slurm refuses the job"
-    ),
     "segment-above-block": Text(
         "placement",
         "--segment {segment}: the largest block has {largest!n}",
         "Slurm would say: Requested topology configuration is not available",
     ),
-    "segment-small": Text("placement", PIECES, "pieces of {better} nodes cross fewer NVLink domains"),
-    "segment-out-of-service": Text(
-        "placement",
-        PIECES,
-        f"with {{lost}}, out of service now, pieces of {{better}} would do: until then, {NETWORK}",
-    ),
     "segment-straddles": Text(
         "placement",
         PIECES,
-        f"{{nodes}} nodes cannot be split evenly over the {{domains}} NVLink domains that hold them: some {NETWORK}",
+        f"{{nodes}} nodes fit {{domains}} NVLink domains: so split, some {NETWORK}{{lost:; out of service: }}",
     ),
     "racks-unknown": Text(
         "placement", f"{RACKS}: whether the {{nodes}} nodes share an NVLink domain is left to chance"
@@ -154,7 +122,6 @@ TEXTS = {
         f"{RACKS}: the job may straddle NVLink domains",
         "{nodes} nodes need {domains} at least, and get as many as chance has it",
     ),
-    "nodelist-in-no-block": Text("blocks", "--nodelist: {nodes}: in no block of the topology", NO_BLOCK),
     "nodes-in-no-block": Text(
         "blocks", "{count!n} of {place} are in no block of the topology: {nodes}", f"{NO_BLOCK}{{empty:; no nodes in }}"
     ),
@@ -195,11 +162,6 @@ TEXTS = {
         "a library of the host's is not in the container, and every program there would complain or fail",
     ),
     "mount-absent": Text("mounts", "--mount {source}: not on this machine", "a node that lacks it starts no container"),
-    "mount-of-profile-absent": Text(
-        "mounts",
-        "{source}, which profile {profile} mounts: not on this machine",
-        "compute nodes have it as a rule, login nodes need not; a node that lacks it starts no container",
-    ),
 }
 NOT_FOUND = {"partition-unknown", "node-unknown"}  # something that was named does not exist
 

@@ -9,25 +9,23 @@ import re
 import tomllib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launcher.base.errors import LauncherError, quoted
-from launcher.base.finding import ok
-from launcher.base.output import some
+from launcher.base.errors import LauncherError
+from launcher.base.output import counted, some
 from launcher.config.layers import merge, read_layer
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.logs.watch import duration
-from launcher.preflight.placement import HELD, OUT, Place, blocks_of, describe, place_of
-from launcher.preflight.text import words
+from launcher.preflight.cluster import in_words
+from launcher.preflight.placement import HELD, OUT, Place, place_of
 from launcher.runs.directory import Run
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts, Node
-from launcher.scheduler.parse import DATE, seconds
+from launcher.scheduler.parse import DATE
 from launcher.scheduler.state import JobState
 
 
@@ -56,9 +54,8 @@ def _as_submitted(run: Run) -> PlacedRun:
 
 @cache
 def reasons() -> list[dict[str, Any]]:
-    table: dict[str, list[dict[str, Any]]]
     table = tomllib.loads(Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8"))
-    return table["reason"]
+    return list(table["reason"])
 
 
 def meaning(reason: str) -> tuple[str, bool]:
@@ -73,26 +70,29 @@ def explain(
     reason: str, spec: PlacedRun | None, facts: ClusterFacts, start: str = "", now: datetime | None = None
 ) -> list[str]:
     """Lines that tell why a job waits. `start`: Slurm's estimate (local time), as squeue prints it."""
-    says, other_nodes_help = meaning(reason)
+    says, fewer_nodes_help = meaning(reason)
     place = place_of(spec, facts) if spec and facts.nodes and not facts.lacks("partitions") else None
     lines = [says] if says else []
-    lines += [*_nodes(place), *_blocks(place)] if place else []
+    if place:
+        lines += _nodes(place)
     lines.append(_estimate(start, now))
-    return lines + (_sooner(place) if place and other_nodes_help else [])
+    if place and fewer_nodes_help:
+        free, asked = place.most(place.free), place.spec.job.nodes
+        if free < asked and (count := fewer(place.spec, free)):
+            lines.append(f"sooner: --nodes {count}: {counted(free, 'node')} free now")
+    return lines
 
 
 def _nodes(place: Place) -> list[str]:
-    job, profile = place.spec.job, place.spec.profile
+    profile = place.spec.profile
     count = Counter(_group(node) for node in place.fitting)
     groups = ("free", "in use", "out of service", "reserved", "other")
     parts = ", ".join(f"{count[group]} {group}" for group in groups if count[group])
     kind = f" with {profile.gres}:{profile.gpus_per_node}" if len(place.fitting) < len(place.nodes) else ""
-    asked = f"{job.nodes} node{'s' if job.nodes > 1 else ''} asked"
-    lines = [f"{asked}; {place.name} has {len(place.fitting)}{kind}: {parts or 'none'}"]
+    asked = counted(place.spec.job.nodes, "node")
+    lines = [f"{asked} asked; {place.name} has {len(place.fitting)}{kind}: {parts or 'none'}"]
     if out := [node for node in place.fitting if node.states & OUT]:
-        reasons = Counter(node.state + (f" ({node.reason})" if node.reason else "") for node in out)
-        texts = [text if number == 1 else f"{number} {text}" for text, number in reasons.most_common()]
-        lines.append(f"out of service: {some([node.name for node in out])}: {some(texts)}")
+        lines.append(f"out of service: {some(in_words(out))}")
     return lines
 
 
@@ -104,15 +104,6 @@ def _group(node: Node) -> str:
     if node.states & HELD:
         return "reserved"
     return "in use" if node.states & {"ALLOCATED", "MIXED", "COMPLETING", "PLANNED"} else "other"
-
-
-def _blocks(place: Place) -> list[str]:
-    nodes, segment = place.spec.job.nodes, place.spec.segment
-    if not (segment > 1 and place.facts.segment) or nodes % segment:
-        return []
-    free = {node.name for node in place.free}
-    found = describe(nodes, segment, blocks_of(place), free)
-    return [words(ok("segment", **found.facts)).what]
 
 
 def _estimate(start: str, now: datetime | None) -> str:
@@ -127,35 +118,9 @@ def _estimate(start: str, now: datetime | None) -> str:
     return f"estimated start: {when:%Y-%m-%d %H:%M}, " + (f"in {duration(left)}" if left > 0 else "which is now")
 
 
-def _sooner(place: Place) -> list[str]:
-    asked, free = place.spec.job.nodes, place.most(place.free)
-    lines = []
-    count = fewer(place.spec, min(free, asked - 1))
-    if free < asked and count:
-        lines.append(f"sooner: --nodes {count}: {free} node{'s' if free > 1 else ''} free now")
-    if other := _other_partition(place):
-        lines.append(f"sooner: {quoted('--partition', other)}: it has that many free now")
-    return lines
-
-
 def fewer(spec: RunSpec, most: int) -> int:
     """The largest number of nodes up to `most` that the run's parallel degrees divide; 0 for none."""
-    recipe = spec.recipe
-    degree = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel * recipe.dp_replicate
-    if recipe.dp_shard > 0:  # then the product is fixed, and with it the number of nodes
+    if spec.recipe.dp_shard > 0:  # then the product is fixed, and with it the number of nodes
         return 0
+    degree = spec.recipe.dp_replicate * spec.model_parallel
     return next((n for n in range(most, 0, -1) if n * spec.profile.gpus_per_node % degree == 0), 0)
-
-
-def _other_partition(place: Place) -> str:
-    """A partition that the job may use and that has nodes enough now; "" for none."""
-    spec, facts = place.spec, place.facts
-    for partition in facts.partitions:
-        long_enough = partition.max_time_s is None or partition.max_time_s >= (seconds(spec.job.time) or 0)
-        wide_enough = partition.max_nodes is None or partition.max_nodes >= spec.job.nodes
-        if partition in place.partitions or partition.state not in ("", "UP") or not (long_enough and wide_enough):
-            continue
-        there = place_of(replace(spec, job=replace(spec.job, partition=partition.name)), facts)
-        if sum(node.arch in ("", spec.profile.arch) for node in there.free) >= spec.job.nodes:
-            return partition.name
-    return ""

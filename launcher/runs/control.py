@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import filesystem_error, lock, read_json, write_json
+from launcher.base.files import filesystem_error, lock, locked, read_json, write_json
 from launcher.base.values import whole
 from launcher.config.spec import PlacedRun
 from launcher.runs import directory as runs
@@ -227,15 +227,13 @@ def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
     # srun answers 0 when a lost node ends its step before any task has ended: Slurm's word comes first.
     if word := _slurm_ended(str(end.get("slurm", ""))):
         return JobState(word, "end.json", exit_code=code)
-    if code == 0:
-        return JobState("COMPLETED", "end.json", exit_code=0)
-    if end.get("signal") == "TERM" and (run.path / "cancelled").exists():
-        return JobState("CANCELLED", "end.json", exit_code=code)
-    if code == CHECK_FAILED or (code in HIDDEN_BY and any(node.get("ok") is False for node in run.node_records)):
+    name = "COMPLETED" if code == 0 else "FAILED"
+    if code and end.get("signal") == "TERM" and (run.path / "cancelled").exists():
+        name = "CANCELLED"
+    elif code == CHECK_FAILED or (code in HIDDEN_BY and any(node.get("ok") is False for node in run.node_records)):
         return JobState("FAILED", "end.json", UNFIT, code, unfit=True)
-    if end.get("signal"):
-        return JobState("FAILED", "end.json", f"ended by SIG{end['signal']}", code)
-    return JobState("FAILED", "end.json", exit_code=code)
+    why = f"ended by SIG{end['signal']}" if name == "FAILED" and end.get("signal") else ""
+    return JobState(name, "end.json", why, code)
 
 
 def _slurm_ended(slurm_said: str) -> str:
@@ -256,35 +254,33 @@ def cancel(run: Run) -> tuple[JobState, bool]:
     before = state(run)
     if (before.known and not before.active) or run.is_anothers:
         return before, False
-    with _submission_lock(run):
-        job = job_of(run)
-    if run.is_local:
-        if job and not before.active:  # nothing to end, so nothing is said of its end
+    lock = run.path / runs.LOCK
+    try:  # waits until nobody, not even a left-over sbatch, is submitting the run, and keeps it so
+        with locked(lock, fcntl.LOCK_SH):  # the submission alone has it for itself: who looks disturbs nobody
+            job = job_of(run)
+    except OSError as error:
+        raise filesystem_error(lock, error) from error
+    job_id = str(job["job_id"]) if job else ""
+    if job and run.is_local:
+        if not before.active:  # nothing to end, so nothing is said of its end
             return before, False
         write_json(run.path / "cancelled", {"at": time.time()})
-        if job:
-            local.cancel(job, run.made_at)
-        else:
-            with suppress(FileExistsError):
-                (run.path / "claim").mkdir()
-        run.forget_secrets()
-        return before, True
-    job_id = str(job["job_id"]) if job else ""
-    if not job or not _ours(run, slurm.job(job_id), job_id):
+        local.cancel(job, run.made_at)
+    elif job and _ours(run, slurm.job(job_id), job_id):
+        slurm.cancel(job_id)
+        write_json(run.path / "cancelled", {"at": time.time(), "job_id": job_id})
+        if before.name not in WAITING:
+            return before, True
+    else:
         try:  # the script gives up where the claim is taken, should Slurm have it all the same
             (run.path / "claim").mkdir()
         except FileExistsError:  # by the script, or so that its secrets could be removed
             if job:
                 return before, False
-            if job_of(run):
+            if not run.is_local and job_of(run):
                 return cancel(run)
         write_json(run.path / "cancelled", {"at": time.time()})
-        run.forget_secrets()
-        return before, True
-    slurm.cancel(job_id)
-    write_json(run.path / "cancelled", {"at": time.time(), "job_id": job_id})
-    if before.name in WAITING:  # its script never runs, so nothing else would remove them
-        run.forget_secrets()
+    run.forget_secrets()  # its script never runs, or is over, so nothing else would remove them
     return before, True
 
 
@@ -304,21 +300,6 @@ def states(all_runs: Sequence[Run]) -> dict[str, JobState]:
         run.name: JobState(UNKNOWN, "", silent) if silent and run.name in asking else state(run, known)
         for run in all_runs
     }
-
-
-@contextmanager
-def _submission_lock(run: Run) -> Iterator[None]:
-    """Waits until nobody, not even a left-over sbatch, is submitting the run, and keeps it so."""
-    path = run.path / runs.LOCK
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise filesystem_error(path, error) from error
-    try:
-        lock(descriptor, fcntl.LOCK_SH)  # the submission alone has it for itself: who looks disturbs nobody
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _is_submitting(run: Run) -> bool:

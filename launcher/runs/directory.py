@@ -170,12 +170,9 @@ def create(
     before the caller closes it. Raises LauncherError when the name is taken or nothing can be written there.
     """
     final = Path(spec.run_dir)
-    taken = LauncherError(
-        "run-exists",
-        f"a run named {spec.job.name} exists: {final}",
-        "choose another with --name, or leave --name out for one with the time in it",
-        status=ExitStatus.EXISTS,
-    )
+    fix = "choose another with --name, or leave --name out for one with the time in it"
+    what = f"a run named {spec.job.name} exists: {final}"
+    taken = LauncherError("run-exists", what, fix, status=ExitStatus.EXISTS)
     if os.path.lexists(final):
         raise taken
     temporary = final.parent / f".{spec.job.name}.{os.urandom(4).hex()}.tmp"
@@ -244,16 +241,8 @@ def _fill(directory: Path, spec: PlacedRun, now_s: float) -> None:
     write_text(directory / "job.sbatch", render(spec), 0o755)
     # A run directory may be committed: the secrets that it holds until the job ends may not.
     write_text(directory / ".gitignore", f"{SECRETS}\n")
-    write_json(
-        directory / "intent.json",
-        {
-            "scheduler": spec.job.scheduler,
-            "job_name": spec.job_name,
-            "at": now_s,
-            "host": os.uname().nodename,
-            "runtime": spec.job.runtime,
-        },
-    )
+    intent = {"scheduler": spec.job.scheduler, "job_name": spec.job_name, "at": now_s, "host": os.uname().nodename}
+    write_json(directory / "intent.json", intent | {"runtime": spec.job.runtime})
 
 
 def discard(run: Run) -> None:
@@ -279,15 +268,12 @@ def all_runs(runs_dir: Path) -> list[Run]:
         return []
     except OSError as error:
         raise unreadable(runs_dir, error, "--runs-dir DIR") from error
-    for entry in entries:
-        if _is_dir(entry) and not os.access(entry.path, os.R_OK | os.X_OK):
-            warn(f"{entry.path}: passed over, as it cannot be read: Permission denied")
-    runs = [
-        (intent["at"], run)
-        for run in (Run(Path(entry.path)) for entry in entries if _is_dir(entry))
-        if isinstance((intent := run.intent or {}).get("at"), (int, float))
-    ]
-    return [run for _, run in sorted(runs, key=lambda pair: (pair[0], pair[1].name), reverse=True)]
+    folders = [Path(entry.path) for entry in entries if _is_dir(entry)]
+    for folder in folders:
+        if not os.access(folder, os.R_OK | os.X_OK):
+            warn(f"{folder}: passed over, as it cannot be read: Permission denied")
+    found = [(run, intent["at"]) for run in map(Run, folders) if (intent := run.intent)]
+    return [run for run, _ in sorted(found, key=lambda pair: (pair[1], pair[0].name), reverse=True)]
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
@@ -302,12 +288,8 @@ def open_run(reference: str, runs_dir: Path) -> Run:
     if not reference:
         if runs := all_runs(runs_dir):
             return runs[0]
-        raise LauncherError(
-            "run-missing",
-            f"there are no runs in {runs_dir}",
-            "launcher submit --local --recipe debug, or name another folder: --runs-dir DIR",
-            status=ExitStatus.NOT_FOUND,
-        )
+        fix = "launcher submit --local --recipe debug, or name another folder: --runs-dir DIR"
+        raise LauncherError("run-missing", f"there are no runs in {runs_dir}", fix, status=ExitStatus.NOT_FOUND)
     paths = [Path(reference)] if "/" in reference else [runs_dir / reference, Path(reference)]
     for path in paths:
         try:
@@ -320,12 +302,9 @@ def open_run(reference: str, runs_dir: Path) -> Run:
             continue
 
     near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
-    raise LauncherError(
-        "run-missing",
-        f"there is no run {reference[:80]!r} in {runs_dir}",
-        f"did you mean {near[0]}?" if near else quoted("launcher", "list", "--runs-dir", runs_dir),
-        status=ExitStatus.NOT_FOUND,
-    )
+    what = f"there is no run {reference[:80]!r} in {runs_dir}"
+    fix = f"did you mean {near[0]}?" if near else quoted("launcher", "list", "--runs-dir", runs_dir)
+    raise LauncherError("run-missing", what, fix, status=ExitStatus.NOT_FOUND)
 
 
 def age_s(run: Run) -> float:

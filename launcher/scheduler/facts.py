@@ -6,7 +6,7 @@ launcher/scheduler/detect.py asks Slurm for them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 
@@ -90,15 +90,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Topology:
-    """One that partitions name. `unread`: its command, and why there is no answer."""
-
-    kind: str = ""  # block, tree, flat
-    blocks: tuple[Block, ...] = ()
-    unread: str = ""
-
-
-@dataclass(frozen=True)
 class ClusterFacts:
     """A cluster at one moment. What could not be read is as empty as what is not there: `unread` tells them apart."""
 
@@ -113,7 +104,6 @@ class ClusterFacts:
     blocks: tuple[Block, ...] = ()
     pyxis_options: tuple[str, ...] = ()  # "--container-image", ... as srun --help lists them
     squashfuse: bool | None = None  # an image is mounted (True) or unpacked on every node (False)
-    topologies: Mapping[str, Topology] = field(default_factory=dict)  # by name; the cluster's default is not in it
     # The question of launcher/scheduler/detect.py -> its command, and why there is no answer, or not a whole one.
     unread: Mapping[str, str] = field(default_factory=dict)
 
@@ -121,54 +111,36 @@ class ClusterFacts:
         """Whether any of these answers is missing: then nothing is concluded from it."""
         return not self.unread.keys().isdisjoint(questions)
 
-    def partition(self, name: str = "") -> Partition | None:
-        """The partition `name`, or the default one for ""; where none is the default, the only one there is."""
-        if name:
-            return next((p for p in self.partitions if p.name == name), None)
+    def partition(self) -> Partition | None:
+        """The default partition; where none is the default, the only one there is."""
         chosen = next((p for p in self.partitions if p.default), None)
         return chosen or (self.partitions[0] if len(self.partitions) == 1 else None)
 
     def require(self, partition: str) -> ClusterFacts:
         """These facts; raises LauncherError where the nodes could not be read, or one of "a,b" is no partition."""
-        if "nodes" in self.unread:
-            what = f"Slurm's nodes cannot be read: {self.unread['nodes']}"
+        if why := self.unread.get("nodes"):
+            what = f"Slurm's nodes cannot be read: {why}"
             raise LauncherError("slurm-failed", what, "scontrol ping", status=ExitStatus.CLUSTER)
         known = [p.name for p in self.partitions]
         missing = [name for name in partition.split(",") if name and name not in known]
         if missing and not self.lacks("partitions"):
-            raise LauncherError(
-                "partition-unknown",
-                f"Slurm has no partition {missing[0]!r}; it has {', '.join(known) or 'none'}",
-                quoted("--partition", known[0]) if known else "sinfo -s",
-                status=ExitStatus.NOT_FOUND,
-            )
+            what = f"Slurm has no partition {missing[0]!r}; it has {', '.join(known) or 'none'}"
+            fix = quoted("--partition", known[0]) if known else "sinfo -s"
+            raise LauncherError("partition-unknown", what, fix, status=ExitStatus.NOT_FOUND)
         return self
 
-    def as_placed(self, partition: str = "") -> ClusterFacts:
-        """These facts with the topology by which Slurm places jobs of `partition`; none where "a,b" have several."""
-        default = self.partition()
-        names = partition.split(",") if partition else [default.name] if default else []
-        used = {p.topology for p in self.partitions if p.name in names} or {""}
-        if used == {""}:
-            return self
-        own = self.topologies.get(used.pop(), Topology()) if len(used) == 1 else Topology()
-        unread = {name: why for name, why in self.unread.items() if name != "topology"}
-        unread |= {"topology": own.unread} if own.unread else {}
-        segment = own.kind == "block" and (self.slurm or (0, 0)) >= SEGMENT_SINCE
-        block_of = {name: block.name for block in own.blocks for name in block.nodes}
-        nodes = tuple(replace(node, block=block_of.get(node.name, "")) for node in self.nodes)
-        return replace(self, topology=own.kind, blocks=own.blocks, segment=segment, unread=unread, nodes=nodes)
+    def partitions_of(self, names: str = "") -> tuple[Partition, ...]:
+        """Those that "a,b" names, or the default one for ""; none where there is none."""
+        if names:
+            return tuple(p for p in self.partitions if p.name in names.split(","))
+        return tuple(filter(None, (self.partition(),)))
 
     def nodes_of(self, partition: str = "") -> tuple[Node, ...]:
         """Nodes of `partition` ("a,b" is both), or of the default one for "", or all where there is none."""
-        wanted = set(partition.split(",")) if partition else set()
-        if not wanted and (chosen := self.partition()):
-            wanted = {chosen.name}
+        wanted = set(partition.split(",")) if partition else {p.name for p in self.partitions_of()}
         return tuple(n for n in self.nodes if wanted & set(n.partitions)) if wanted else self.nodes
 
     def hidden(self, partition: str = "") -> frozenset[str]:
         """Names that the partition's own record lists and Slurm does not show: cloud nodes that are powered down."""
-        default = self.partition()
-        names = partition.split(",") if partition else [default.name] if default else []
-        listed = {node for p in self.partitions if p.name in names for node in p.nodes}
+        listed = {node for p in self.partitions_of(partition) for node in p.nodes}
         return frozenset(listed.difference(node.name for node in self.nodes))

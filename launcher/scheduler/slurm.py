@@ -27,48 +27,6 @@ PASSED = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 OWN = re.compile(r"(SLURM|SBATCH|SRUN|SQUEUE|SINFO|SACCT|SCANCEL|SCONTROL)_")
 UNSURE = ("timed out", "unable to contact", "zero bytes", "connection refused", "try again")
 
-NO_PARTITION = "Slurm has no such partition"
-# What sbatch says, what it means, what to type. The first that matches is shown above the original words.
-SBATCH_ERRORS = (
-    (r"invalid partition", NO_PARTITION, "list them: sinfo -s"),
-    (r"required partition not available", "the partition takes no jobs now", "another --partition: sinfo -s"),
-    (r"invalid account", "the account may not use this partition", "--account NAME; sacctmgr show assoc user=$USER"),
-    (r"invalid qos", "there is no such QOS, or this account may not use it", "--qos NAME; sacctmgr show qos"),
-    (r"access denied to requested reservation", "you may not use that reservation", "scontrol show reservation"),
-    (
-        r"reservation.*(invalid|not found)|invalid reservation",
-        "no such reservation of yours",
-        "scontrol show reservation",
-    ),
-    (r"invalid number of nodes|valid node count", "that number of nodes is none", "--nodes N; compare with: sinfo -s"),
-    (r"requested nodes? not in this partition", "a node of --nodelist is not in the partition", "sinfo -N -o '%N %P'"),
-    (r"invalid (node|host) ?name", "a node of --nodelist or --exclude does not exist", "list them: sinfo -N -h -o %N"),
-    (
-        r"topology configuration",
-        "no block of the topology has that many free nodes",
-        "a smaller --segment, which divides --nodes",
-    ),
-    (
-        r"requested node configuration is not available|node count specification invalid|more processors requested",
-        "no node set of this partition fits: more nodes, GPUs per node or CPUs than it has",
-        "compare with: sinfo -o '%P %D %c %m %G %t'",
-    ),
-    (
-        r"invalid generic resource|invalid gres",
-        "the nodes have no GPUs under that name",
-        "sinfo -o '%N %G'; set [profile] gres in a file for --config",
-    ),
-    (
-        r"job violates accounting/qos policy|assocmax|qosmax",
-        "a limit of your account or QOS is reached",
-        "squeue --me; sacctmgr show assoc user=$USER",
-    ),
-    (r"invalid feature", "no node has those features", "--constraint FEATURES; list them: sinfo -o '%N %f'"),
-    (r"unrecognized option|unknown option", "it has no such option", "leave it out of --sbatch; sbatch --help"),
-    (r"time limit|invalid time", "the time limit is above the partition's", "--time; sinfo -o '%P %l'"),
-    (r"permission denied|not permitted|invalid user", "you may not submit there", "another --partition or --account"),
-)
-
 
 def submit(script: Path, lock_fd: int, after: str = "") -> str:
     """Submits `script` from its own directory and returns the job id. `after`: the job whose end it waits for.
@@ -93,9 +51,7 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
             pass_fds=(lock_fd,),
         )
     except OSError as error:
-        raise LauncherError(
-            "slurm-failed", f"cannot run {command[0]}: {error.strerror}", status=ExitStatus.CLUSTER
-        ) from error
+        raise _failed("slurm-failed", f"cannot run {command[0]}: {error.strerror}") from error
     try:
         out, err = process.communicate(timeout=SUBMIT_S)
     except subprocess.TimeoutExpired as error:
@@ -103,16 +59,18 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
         process.wait()
         raise Unsure(f"sbatch did not answer within {SUBMIT_S} s", "") from error
     job_ids = re.findall(r"^\s*(\d+)(?:;\S*)?\s*$", out, re.MULTILINE)  # a site's sbatch may print more
-    if process.returncode == 0 and len(job_ids) == 1:
+    code = process.returncode
+    if code == 0 and len(job_ids) == 1:
         return str(job_ids[0])
-    if process.returncode <= 0:
-        how = f"answered with {len(job_ids) or 'no'} job ids"
-        if process.returncode < 0:
-            how = f"was killed (signal {-process.returncode})"
-        raise Unsure(f"sbatch {how}", out + err)
+    if code < 0:
+        raise Unsure(f"sbatch was killed (signal {-code})", out + err)
+    if code == 0:
+        raise Unsure(f"sbatch answered with {len(job_ids) or 'no'} job ids", out + err)
     if any(words in err.lower() for words in UNSURE) or job_ids:
-        raise Unsure(f"sbatch failed (exit code {process.returncode})", out + err)
-    raise Refused(err or out, process.returncode)
+        raise Unsure(f"sbatch failed (exit code {code})", out + err)
+    fix = "launcher preflight with the same options; sinfo -s; launcher submit --dry-run prints the script"
+    what = f"sbatch refused the job (exit code {code})"
+    raise Refused("sbatch-refused", what, fix, status=ExitStatus.CLUSTER, original=err or out)
 
 
 class Unsure(Exception):
@@ -124,20 +82,12 @@ class Unsure(Exception):
         self.original = original
 
 
-class Missing(LauncherError):
-    """There is no such Slurm command here."""
-
-
 class Refused(LauncherError):
     """sbatch said no; its words alone do not tell that Slurm has no job: the queue is asked, too."""
 
-    def __init__(self, text: str, exit_code: int) -> None:
-        known = [(what, fix) for pattern, what, fix in SBATCH_ERRORS if re.search(pattern, text, re.IGNORECASE)]
-        unknown = (f"exit code {exit_code}", "look at the script: launcher submit --dry-run ...")
-        what, fix = known[0] if known else unknown
-        code = "partition-unknown" if what == NO_PARTITION else "sbatch-refused"
-        status = ExitStatus.NOT_FOUND if what == NO_PARTITION else ExitStatus.CLUSTER
-        super().__init__(code, f"sbatch refused the job: {what}", fix, status=status, original=text)
+
+class Missing(LauncherError):
+    """There is no such Slurm command here."""
 
 
 Listed = Mapping[str, tuple[str, JobState]]  # job id -> (job name, state)
@@ -169,8 +119,7 @@ def _listed(out: str) -> Listed:
             raise ValueError(out)
         return jobs
     except ValueError as error:
-        what, said = "squeue answered nonsense", str(error)[:500]
-        raise LauncherError("slurm-failed", what, "squeue --me", status=ExitStatus.CLUSTER, original=said) from error
+        raise _failed("slurm-failed", "squeue answered nonsense", "squeue --me", str(error)[:500]) from error
 
 
 def accounting(job_ids: Iterable[str]) -> Listed:
@@ -196,34 +145,27 @@ def cancel(job_id: str) -> None:
 
 def cluster_name() -> str:
     """Slurm's ClusterName. Raises LauncherError where it cannot be told."""
-    question = ("scontrol", "show", "config")
-    said = ask(question)
+    said, name = ask(("scontrol", "show", "config")), ""
     with suppress(ValueError):  # nothing of it can be read
-        if name := config(said).get("ClusterName", ""):
-            return name
-    raise LauncherError(
-        "cluster-nameless",
-        "scontrol does not say the cluster's name",
-        " ".join(question),
-        status=ExitStatus.CLUSTER,
-        original=said[:500],
-    )
+        name = config(said).get("ClusterName", "")
+    if not name:
+        what = "scontrol does not say the cluster's name"
+        raise _failed("cluster-nameless", what, "scontrol show config", said[:500])
+    return name
 
 
 def plugstack(path: str) -> str:
     """plugstack.conf with the files that it includes (one level, as is usual); "" where this user cannot read it."""
     text = _text(path)
-    lines = [line.split() for line in text.splitlines()]
-    patterns = [words[1] for words in lines if len(words) == 2 and words[0].lower() == "include"]
+    patterns = re.findall(r"^\s*include\s+(\S+)\s*$", text, re.MULTILINE | re.IGNORECASE)
     names = [name for p in patterns for name in sorted(glob(os.path.join(os.path.dirname(path), p)))]
     return "\n".join([text, *map(_text, names)]).strip()
 
 
 def _text(path: str) -> str:
-    try:
+    with suppress(OSError):
         return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return ""
 
 
 def bin_dir() -> str:
@@ -240,15 +182,16 @@ def _environment() -> dict[str, str]:
     return env | {"LC_ALL": "C"}
 
 
+def _failed(code: str, what: str, fix: str = "", original: str = "") -> LauncherError:
+    return LauncherError(code, what, fix, status=ExitStatus.CLUSTER, original=original)
+
+
 def _find(command: str) -> str:
     path = shutil.which(command)
     if path is None:
-        raise Missing(
-            "slurm-missing",
-            f"{command} is not installed here, or not in PATH",
-            "go to the cluster's login node; without Slurm: launcher submit --local",
-            status=ExitStatus.CLUSTER,
-        )
+        what = f"{command} is not installed here, or not in PATH"
+        fix = "go to the cluster's login node; without Slurm: launcher submit --local"
+        raise Missing("slurm-missing", what, fix, status=ExitStatus.CLUSTER)
     return path
 
 
@@ -270,19 +213,10 @@ def ask(words: Sequence[str]) -> str:
             env=_environment(),
         )
     except subprocess.TimeoutExpired as error:
-        raise LauncherError(
-            "slurm-silent", f"{command} did not answer within {ANSWER_S} s", "scontrol ping", status=ExitStatus.CLUSTER
-        ) from error
+        raise _failed("slurm-silent", f"{command} did not answer within {ANSWER_S} s", "scontrol ping") from error
     except OSError as error:
-        raise LauncherError(
-            "slurm-failed", f"cannot run {path}: {error.strerror}", status=ExitStatus.CLUSTER
-        ) from error
+        raise _failed("slurm-failed", f"cannot run {path}: {error.strerror}") from error
     if done.returncode != 0:
-        raise LauncherError(
-            "slurm-failed",
-            f"{command} failed (exit code {done.returncode})",
-            "scontrol ping",
-            status=ExitStatus.CLUSTER,
-            original=done.stderr or done.stdout,
-        )
+        what = f"{command} failed (exit code {done.returncode})"
+        raise _failed("slurm-failed", what, "scontrol ping", done.stderr or done.stdout)
     return done.stdout

@@ -70,17 +70,15 @@ def test_refused_before_queueing(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "code"),
-    [
-        (("--partition", "nonsense"), "no such partition", ExitStatus.NOT_FOUND),
-        (("--nodelist", "no-such-node"), "does not exist", ExitStatus.CLUSTER),
-    ],
+    ("arguments", "said"),
+    [(("--partition", "nonsense"), "invalid partition"), (("--nodelist", "no-such-node"), "Invalid node name")],
 )
 def test_forced_slurm_refuses_it_itself(
-    arguments: tuple[str, ...], said: str, code: ExitStatus, command: Command, user_dir: Path
+    arguments: tuple[str, ...], said: str, command: Command, user_dir: Path
 ) -> None:
     done = command("submit", *BARE, "--force", "--name", "refused", *arguments)
-    assert (done.returncode, said in done.stderr, "sbatch: error" in done.stderr) == (code, True, True), done.stderr
+    assert done.returncode == ExitStatus.CLUSTER and "sbatch: error: " in done.stderr, done.stderr
+    assert said.lower() in done.stderr.lower(), done.stderr
     assert list((user_dir / "runs").iterdir()) == []
 
 

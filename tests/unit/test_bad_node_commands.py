@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.commands import retry
-from launcher.config.render import render
 from launcher.nodes import bad_nodes
 from launcher.nodes.bad_nodes import DAY_S, KEEP_S
 from launcher.runs.directory import Run
@@ -25,7 +23,6 @@ from tests.cluster_fixtures import cluster as answers_of
 from tests.conftest import Launch
 from tests.unit.bad_node_records import ECC, MOUNT, NO_DATA, NOW, Fake, record
 from tests.unit.test_bad_nodes import bad
-from tests.unit.test_preflight import run
 
 # ---------------------------------------------------------------- the file, and the commands
 
@@ -218,14 +215,12 @@ def test_a_damaged_file_stops_no_look_at_a_run(text: str, launch: Launch, fake_s
     file.write_text(text)
     unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     status = launch("status", "bad")
-    assert (
-        status.returncode == ExitStatus.NODES_UNFIT
-        and "warning: nodes that failed their check are not remembered" in status.stderr
-    )
+    assert status.returncode == ExitStatus.NODES_UNFIT
+    assert "warning: nodes that failed their check are not remembered" in status.stderr
     done = launch("cluster", "nodes")
     assert done.returncode == ExitStatus.INVALID and "nodes.json.damaged" in done.stderr
     submitted = launch(*SUBMIT, "--name", "next")
-    assert submitted.returncode == 0 and "warning: nodes that failed their check are not left out" in submitted.stderr
+    assert submitted.returncode == 0 and "nodes that failed their check may not be left out" in submitted.stderr
     assert file.read_text() == text
 
 
@@ -324,14 +319,6 @@ def test_retried_without_every_bad_node_where_the_cluster_has_no_name(
     assert calls == ["", "n0", "n[0-1]"]
 
 
-def test_a_cluster_whose_configuration_cannot_be_read(
-    retrying: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(PAIR, "config", "")
-    done = retrying([[record("n0", ECC)]], "--retry-bad-nodes", "1")
-    assert done.returncode == ExitStatus.NODES_UNFIT and "not retried: there is no node to leave out" in done.stderr
-
-
 def test_retried_at_most_so_often(retrying: Callable[..., Any], workplace: Path) -> None:
     jobs = [[record(f"n{i}", ECC), record("ok")] for i in range(3)]
     done = retrying(jobs, "--retry-bad-nodes", "1", "--json")
@@ -342,17 +329,30 @@ def test_retried_at_most_so_often(retrying: Callable[..., Any], workplace: Path)
     assert len((workplace / "calls").read_text().splitlines()) == 2
 
 
-def test_not_retried_where_nobody_is_to_blame(retrying: Callable[..., Any], workplace: Path) -> None:
-    done = retrying([[record("n0", MOUNT), record("n1", MOUNT)]], "--nodes", "2", "--retry-bad-nodes", "3")
-    assert done.returncode == ExitStatus.NODES_UNFIT
-    assert "not retried: there is no node to leave out" in done.stderr
-    assert len((workplace / "calls").read_text().splitlines()) == 1
+NOT_RETRIED = {
+    "nobody is to blame": ([record("n0", MOUNT), record("n1", MOUNT)], "there is no node to leave out", {}),
+    "too few are left": (
+        [record("n0"), record("n1", ECC), record("n2")],
+        "--nodes 3: partition batch has 2, without those of --exclude",
+        {},
+    ),
+    "no configuration": ([record("n0", ECC)], "there is no node to leave out", {"config": ""}),
+}
 
 
-def test_not_retried_where_too_few_nodes_are_left(retrying: Callable[..., Any], workplace: Path) -> None:
-    done = retrying([[record("n0"), record("n1", ECC), record("n2")]], "--nodes", "3", "--retry-bad-nodes", "3")
-    assert done.returncode == ExitStatus.NODES_UNFIT
-    assert "r: not retried: --nodes 3: partition batch has 2, without those of --exclude" in done.stderr
+@pytest.mark.parametrize(("records", "why", "answers"), NOT_RETRIED.values(), ids=NOT_RETRIED)
+def test_not_retried(
+    records: list[Any],
+    why: str,
+    answers: dict[str, str],
+    retrying: Callable[..., Any],
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, text in answers.items():
+        monkeypatch.setitem(PAIR, name, text)
+    done = retrying([records], "--nodes", str(len(records)), "--retry-bad-nodes", "3")
+    assert done.returncode == ExitStatus.NODES_UNFIT and f"r: not retried: {why}" in done.stderr
     assert len((workplace / "calls").read_text().splitlines()) == 1
 
 
@@ -375,8 +375,3 @@ def test_not_with(other: str, launch: Launch, fake_slurm: Fake) -> None:
     arguments = (*SUBMIT[:1], *SUBMIT[5:], "--gpu", "cpu", "--runtime", "bare")
     done = launch(*arguments, other, "--retry-bad-nodes", "1")
     assert done.returncode == ExitStatus.USAGE and other in done.stderr
-
-
-def test_the_specs_own_exclude_is_not_touched() -> None:
-    spec = replace(run(exclude="n0"), avoid=("n1", "n2"))
-    assert "#SBATCH --exclude=n0,n[1-2]\n" in render(spec) and spec.job.exclude == "n0"

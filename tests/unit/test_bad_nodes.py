@@ -88,5 +88,5 @@ def test_not_left_out(spec: Any, facts: ClusterFacts, status: str) -> None:
 
 def test_no_node_left_is_an_error() -> None:
     spec, _ = bad_nodes.without(run(), cluster(*FOUR[:1]), [bad("n0")], NOW)
-    check = found(preflight(spec, cluster(*FOUR[:1])), "nodes-none-left")
-    assert (check.status, "release --all" in check.fix) == (ERROR, True)
+    check = found(preflight(spec, cluster(*FOUR[:1])), "nodes-too-few")
+    assert (check.status, "release n0" in check.fix) == (ERROR, True)

@@ -97,7 +97,7 @@ def test_nodes_that_slurm_does_not_show_are_not_missed() -> None:
     """Cloud nodes that are powered down: their partition lists them, and a job wakes them."""
     facts = facts_of(RACKS | {"nodes": "".join(RACKS["nodes"].splitlines(keepends=True)[:4])})
     findings = looked(run("gb200", 9, nodelist="gpu010", exclude="gpu011"), facts)
-    assert facts.unread == {} and codes(findings, ERROR) == [] and "nodelist" in codes(findings)
+    assert facts.unread == {} and codes(findings, ERROR) == []
     assert sentence(found(findings, "nodes-not-yet")).startswith("--nodes 9: partition batch has 4, without those of")
     assert "1 x 9 nodes" in sentence(found(findings, "segment"))
     assert not found(looked(run("h200"), facts), "gpus-absent").certain
@@ -148,7 +148,7 @@ def test_a_bad_node_is_not_left_out_where_slurm_does_not_say_which_nodes_it_has(
     """Slurm refuses a job that excludes a node which it does not know."""
     spec, (finding,) = without(run("gb200", 2), facts_of(CUT), [bad("gpu020"), bad("x9")], 1.0)
     assert spec.avoid == () and finding.status == WARNING
-    assert sentence(finding).startswith("gpu020, x9 failed its check lately, and is not left out")
+    assert "(gpu020, x9)" in sentence(finding)
     assert "--exclude gpu020,x9" in finding.fix
     assert without(run("gb200", 2), facts_of(CUT), [], 1.0)[1] == []
     assert without(run("gb200", 2), facts_of(RACKS), [bad("x9")], 1.0)[1] == [], "Slurm has no such node any more"
@@ -168,7 +168,7 @@ def test_a_cluster_without_a_name_leaves_nothing_out_and_says_so(
     done = launch("submit", "--image", str(image), *SUBMIT, "--nodes", "2")
     assert done.returncode == 0, done.stderr
     assert "--exclude" not in (image.parent / "runs" / "r" / "job.sbatch").read_text()
-    assert ("none is left out of those that failed their check: gpu003" in done.stderr) is bool(clusters)
+    assert ("Slurm does not say its cluster's name (gpu003)" in done.stderr) is bool(clusters)
 
 
 def test_ctrl_c_while_slurm_hangs(workplace: Path, fake_slurm: Fake) -> None:

@@ -259,13 +259,6 @@ def test_another_machines_run_is_not_guessed(start, launch: Launch, workplace: P
     assert "UNKNOWN" in shown.stdout and "elsewhere" in shown.stdout
 
 
-def test_a_file_of_defaults_for_the_cluster_does_not_speak_of_this_machine(launch: Launch, workplace: Path) -> None:
-    (workplace / "c.toml").write_text('[job]\ngpu = "gb200"\nimage = "/x.sqsh"\nnodes = 9\nruntime = "pyxis"\n')
-    done = launch("submit", "--local", "--recipe", "debug", "--dry-run", "-c", "c.toml")
-    assert done.returncode == 0, done.stderr
-    assert ": CPU, 1 nodes x 2, recipe debug." in done.stdout
-
-
 def test_the_ranks_of_a_run_that_is_named_through_a_link(start, launch: Launch, workplace: Path) -> None:
     (workplace / "real").mkdir()
     (workplace / "link").symlink_to("real")

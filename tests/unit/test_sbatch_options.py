@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus
 from launcher.config import sbatch
-from launcher.config.resolve import ignored
 from launcher.config.spec import RunSpec
 from launcher.sweep.cells import _comparable
 from tests.conftest import Launch
@@ -139,7 +138,3 @@ def test_variables_that_are_not_followed_are_named(launch: Launch, slurm: Fake, 
     assert done.returncode == 0, done.stderr
     assert "not follow SBATCH_MEM_PER_NODE, SBATCH_WCKEY of your environment" in done.stderr.replace(" and ", ", ")
     assert "#SBATCH --constraint=nvl\n" in (image.parent / "runs" / "r" / "job.sbatch").read_text()
-    again = launch("submit", "runs/r/run.toml", "--name", "again", SBATCH_CONSTRAINT="other")
-    assert "not follow SBATCH_CONSTRAINT of" in again.stderr  # a run.toml holds all values
-    spec = RunSpec(origin={"job.account": "option --account"})
-    assert ignored(spec, {"SBATCH_ACCOUNT": "a", "SLURM_X": "1"}) == []

@@ -72,32 +72,15 @@ def test_submitting_and_asking_see_the_same_cluster_and_all_of_it(launch: Launch
 
 
 @pytest.mark.parametrize(
-    ("script", "said", "fix"),
-    [
-        ("echo 'sbatch: error: invalid partition: x' >&2; exit 1", "no such partition", "sinfo -s"),
-        ("echo 'sbatch: error: Requested node configuration is not available' >&2; exit 1", "no node set", "sinfo"),
-        (
-            "echo 'sbatch: error: Batch job submission failed: Requested topology configuration is not "
-            "available' >&2; exit 1",
-            "block",
-            "--segment",
-        ),
-        (
-            "echo 'sbatch: error: Invalid account or account/partition combination specified' >&2; exit 1",
-            "account",
-            "--account",
-        ),
-        ("echo 'something new' >&2; exit 77", "exit code 77", "--dry-run"),
-        ("exit 1", "exit code 1", "--dry-run"),
-    ],
+    ("words", "code"), [("sbatch: error: invalid partition: x", 1), ("something new", 77), ("", 1)]
 )
-def test_a_refusal_is_translated_and_leaves_nothing(
-    script: str, said: str, fix: str, launch: Launch, slurm: Fake, image: Path
+def test_a_refusal_is_shown_in_slurms_words_and_leaves_nothing(
+    words: str, code: int, launch: Launch, slurm: Fake, image: Path
 ) -> None:
-    slurm("sbatch", script)
+    slurm("sbatch", f"echo '{words}' >&2; exit {code}")
     done = launch(*SUBMIT)
-    assert done.returncode == (ExitStatus.NOT_FOUND if "partition: " in script else ExitStatus.CLUSTER)
-    assert said in done.stderr and fix in done.stderr
+    assert done.returncode == ExitStatus.CLUSTER and "[sbatch-refused]" in done.stderr
+    assert f"exit code {code}" in done.stderr and words in done.stderr and "--dry-run" in done.stderr
     assert os.listdir(image.parent / "runs") == []
 
 
@@ -146,16 +129,6 @@ def test_a_hanging_sbatch_is_bounded(launch: Launch, slurm: Fake, image: Path, m
     monkeypatch.setattr(module, "SUBMIT_S", 0.3)
     with open(image.parent / "lock", "w") as lock, pytest.raises(module.Unsure, match="did not answer"):
         module.submit(image.parent / "job.sbatch", lock.fileno())
-
-
-def test_a_hanging_squeue_is_bounded(slurm: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.base.errors import LauncherError
-    from launcher.scheduler import slurm as module
-
-    slurm("squeue", "exec sleep 600")
-    monkeypatch.setattr(module, "ANSWER_S", 0.3)
-    with pytest.raises(LauncherError, match="did not answer"):
-        module.queue()
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -218,8 +191,8 @@ def test_ctrl_c_waits_until_the_job_id_is_safe(launch: Launch, slurm: Fake, imag
     time.sleep(0.2)
     assert process.poll() is None
     go.touch()
-    process.communicate(timeout=30)
-    assert process.returncode == ExitStatus.INTERRUPTED
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == ExitStatus.INTERRUPTED and "r: Slurm job 100" in out
     assert json.loads((image.parent / "runs" / "r" / "job.json").read_text()) == {"job_id": "100"}
 
 

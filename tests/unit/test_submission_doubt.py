@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pytest
 from launcher.base.errors import ExitStatus
 from launcher.titan import caches
 from tests.conftest import Launch
-from tests.unit.test_submission import SBATCH, SQUEUE, SUBMIT, Fake, jobs, slurm, start, wait_for
+from tests.unit.test_submission import SBATCH, SQUEUE, SUBMIT, Fake, jobs, slurm
 
 __all__ = ["slurm"]  # a fixture
 
@@ -121,15 +120,6 @@ def test_a_job_number_that_cannot_be_written_down_is_said(launch: Launch, slurm:
     assert "submitted as job 77" in done.stderr and "do not submit it again" in done.stderr
 
 
-def test_ctrl_c_during_sbatch_says_what_was_submitted(launch: Launch, slurm: Fake, image: Path) -> None:
-    slurm("sbatch", f"touch {image.parent}/here; sleep 1; echo 99")
-    process = start(*SUBMIT)
-    wait_for((image.parent / "here").exists)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == ExitStatus.INTERRUPTED and "r: Slurm job 99" in out
-
-
 def test_squeue_that_answers_nonsense_is_an_error(launch: Launch, slurm: Fake, image: Path) -> None:
     launch(*SUBMIT)
     slurm("squeue", "echo welcome to the cluster")
@@ -163,15 +153,6 @@ def test_secrets_go_when_slurm_says_that_it_is_over(launch: Launch, slurm: Fake,
     (image.parent / "jobs.txt").write_text(f"{line} NODE_FAIL\n")
     assert state(launch)["state"] == "NODE_FAIL"
     assert not secret.exists()
-
-
-def test_a_secret_in_a_file_is_refused_unseen(launch: Launch, image: Path) -> None:
-    (image.parent / "mine.toml").write_text('[env]\nHF_TOKEN = "hf_secret123"\nTOKENIZERS_PARALLELISM = "false"\n')
-    done = launch("render", "--gpu", "b200", "--image", "titan.sqsh", "-c", "mine.toml")
-    assert done.returncode == ExitStatus.INVALID and "secret_env" in done.stderr
-    assert "hf_secret123" not in done.stdout + done.stderr
-    (image.parent / "mine.toml").write_text('secret_env = ["HF_TOKEN"]\n[env]\nTOKENIZERS_PARALLELISM = "false"\n')
-    assert launch("render", "--gpu", "b200", "--image", "titan.sqsh", "-c", "mine.toml").returncode == 0
 
 
 @pytest.mark.parametrize(
