@@ -59,8 +59,9 @@ _ENDS_TRACEBACK = re.compile(r"[A-Za-z_][\w.]*(?:: |:?$)")
 # Stands right before an exception that Python, or who warns of it, goes on after.
 _GOES_ON = re.compile(r"Exception ignored |--- Logging error ---|\w+Warning: ")
 _REPORTED = re.compile(r"\s*(time|host|rank|exitcode)\s*: (\S+)(?: \(local_rank: (\d+)\))?")
+_INTERRUPTED = (-2, -15, 130, 143)  # exit codes of SIGINT and SIGTERM
 WORDS = 8  # of the lines that a rank printed last
-_NO_WORDS = re.compile(r"\[?[WI]\d{3,4} |\w*Warning: |  warnings\.warn\(")
+_NO_WORDS = re.compile(r"\[?[WI]\d{3,4} |\w*Warning: |  warnings\.warn\(|.*NCCL INFO ")
 
 _TOKENS = re.compile(r"\\.|\[(?:\\.|[^]\\])+\]|\{[\d,]+\}|.")
 
@@ -186,35 +187,39 @@ def find_errors(paths: Iterable[Path], stopped: bool = False) -> Errors:
         except OSError:
             continue
         found.append((Path(path), search))
-    ranks = [rank for _, search in found for rank in search.ranks]
+    ranks = [(rank, path) for path, search in found for rank in search.ranks]
     errors: list[tuple[int, float, Path | None, _Found]] = [
         (best.grade, best.time, path, best) for path, search in found if (best := search.best)
     ]
     ends = [search.stopped for _, search in found if search.stopped is not None]
     if ends:  # what has no date may have come before
-        ranks = [rank for rank in ranks if rank.time < min(ends)]
+        ranks = [one for one in ranks if one[0].time < min(ends)]
         errors = [one for one in errors if one[1] < min(ends) or one[3].is_stop or one[:2] == (_CAUSE, math.inf)]
-    rank = min(ranks, key=lambda rank: rank.time, default=None)
+    rank, log = min(ranks, key=lambda one: one[0].time, default=(None, None))
     completed = any(search.completed for _, search in found)
     nothing: tuple[int, float, Path | None, _Found] = (_NONE, math.inf, None, _Found(_NONE, "", []))
-    grade, _, path, best = min(errors, key=lambda error: error[:2], default=nothing)
-    if rank and not ends and (grade > _ABORT or "(exitcode: -" in best.lines[0]):
-        told_by, words = _last_words(found, rank)
-        if words and grade > _ABORT:
-            return Errors(told_by, words, rank, completed, True)
-        best.lines += words  # a signal is named by torchrun
-    return Errors(path, best.lines, rank, completed)
+    grade, _, where, best = min(errors, key=lambda error: error[:2], default=nothing)
+    if rank and log and not ends and rank.exit_code not in _INTERRUPTED:
+        if grade > _ABORT and (words := _last_words(found, log, rank.local_rank))[1]:
+            return Errors(*words, rank, completed, True)
+        if where == log and "(exitcode: -" in best.lines[0]:  # torchrun says which signal, and the rank maybe why
+            best.lines += _last_words(found, log, rank.local_rank)[1]
+    return Errors(where, best.lines, rank, completed)
 
 
-def _last_words(found: Sequence[tuple[Path, _Search]], rank: FailedRank) -> tuple[Path, list[str]]:
-    """The last lines of a rank that ended by itself and said no error whose form is known: in its own files, or among
-    the lines of its node's log that have its label."""
-    (log,) = (path for path, search in found if rank in search.ranks)
-    label = f"[rank{rank.local_rank}]:"
-    places = [(path, "") for path, _ in found if log.stem in path.parts and path.parent.name == rank.local_rank]
-    for path, begin in [*places, *((path.with_name("stdout.log"), "") for path, _ in places), (log, label)]:
-        search = next((search for one, search in found if one == path), None)
-        if search and search.best and search.best.grade <= _PEER and search.best.labels.startswith(begin):
+def _last_words(found: Sequence[tuple[Path, _Search]], log: Path, rank: str) -> tuple[Path, list[str]]:
+    """What a rank printed after its last line of progress, where none of it is an error whose form is known: in its
+    own files, or among the lines of its node's log that have its label.
+    """
+    own = [path for path, _ in found if log.stem in path.parts and path.parent.name == rank]
+    searches = dict(found)
+    for path, begin in (
+        *((file, "") for one in own for file in (one, one.with_name("stdout.log"))),
+        (log, f"[rank{rank}]:"),
+    ):
+        best = searches[path].best if path in searches else None
+        is_exception = best and best.grade != _SURVIVED and begins_with_exception(best.lines[0])
+        if best and best.labels.startswith(begin) and (best.grade <= _PEER or is_exception):
             break
         words: deque[str] = deque(maxlen=WORDS)
         for line in last_bytes(path).splitlines():
@@ -285,12 +290,13 @@ def _look(search: _Search, line: bytes, before: bytes = b"") -> None:
     if mine and text.startswith(_CHAINED):
         search.chained = True
         return
-    if text.startswith(("Traceback (most recent call last)", "Original Traceback (most")):
+    warned = "Traceback (most" in text and _GOES_ON.search(text)
+    if warned or text.startswith(("Traceback (most recent call last)", "Original Traceback (most")):
         search.linked = label if mine and best and (search.chained or _WRAPS.search(best.lines[0])) else None
         search.following = 0
         if len(search.tracebacks) < 64:
             search.tracebacks[label] = deque(maxlen=2)
-            (search.survived.add if _goes_on(before, label) else search.survived.discard)(label)
+            (search.survived.add if warned or _goes_on(before, label) else search.survived.discard)(label)
         return
     frames = search.tracebacks.get(label)
     if frames is not None and text[:1].isspace():

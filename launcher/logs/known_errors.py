@@ -14,7 +14,7 @@ from launcher.base.errors import quoted
 from launcher.base.secret import masked
 from launcher.logs.first_error import FailedRank, begins_with_exception, find_errors, fixed_texts, is_stop
 from launcher.logs.follow import error_logs, last_lines
-from launcher.logs.steps import open_log, plain_text
+from launcher.logs.steps import open_log, parse_line, plain_text
 
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
 TAIL_BYTES = 1 << 18
@@ -222,7 +222,9 @@ def _hinted(text: bytes) -> bool:
 
 
 def _ends(path: Path) -> Iterator[bytes]:
-    """The lines at the beginning and the end of a file, or none where it cannot be read."""
+    """The lines at the beginning and the end of a file, or none where it cannot be read; without those after which
+    training went on.
+    """
     try:
         if (handle := open_log(path)) is None:
             return
@@ -235,7 +237,9 @@ def _ends(path: Path) -> Iterator[bytes]:
                 handle.seek(start)
                 block = handle.read(length)
                 if _hinted(block):
-                    yield from block.split(b"\n")
+                    lines = block.split(b"\n")
+                    steps = [number for number, line in enumerate(lines) if b"step:" in line and parse_line(line)]
+                    yield from lines[steps[-2] if len(steps) > 1 else 0 :]
     except OSError:
         return
 
