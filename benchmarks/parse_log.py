@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that isn't installed
 
-from launcher.logs.steps import LogReader, find_errors
+from launcher.logs.first_error import find_errors
+from launcher.logs.steps import LogReader
 
 MIB = 1 << 20
 STEP = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 OPTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]+")
 LONGEST = 1000  # of a value; sbatch reads a line into 8 KiB
@@ -27,6 +28,19 @@ FIXED = (
     *("output", "error", "input", "open-mode", "requeue", "no-requeue", "array", "container", "container-id"),
     *("help", "usage", "version", "parsable", "quiet", "verbose", "test-only", "wait", "wrap", "uid", "gid"),
 )
+# sbatch's other options, of 22.05 to 25.11: it takes the beginning of one for the whole, and so would replace other lines
+# than we think.
+FREE = (
+    *("acctg-freq", "batch", "bb", "bbf", "begin", "chdir", "cluster-constraint", "comment", "consolidate-segments"),
+    *("contiguous", "core-spec", "cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task", "deadline"),
+    *("delay-boot", "dependency", "distribution", "exclusive", "extra", "extra-node-info", "gpu-bind", "gpu-freq"),
+    *("gres-flags", "hint", "hold", "ignore-pbs", "kill-on-invalid-dep", "licenses", "mail-type", "mail-user"),
+    *("mcs-label", "mem", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice", "no-kill"),
+    *("oom-kill-step", "overcommit", "oversubscribe", "power", "prefer", "priority", "profile", "propagate", "reboot"),
+    *("resv-ports", "signal", "sockets-per-node", "spread-job", "stepmgr", "switches", "thread-spec"),
+    *("threads-per-core", "time-min", "tmp", "tres-bind", "tres-per-task", "use-min-nodes", "wait-all-nodes", "wckey"),
+)
+REMOVABLE = ("mem", "exclusive")  # the lines of the script that it works without
 
 
 def split(item: str) -> tuple[str, str | None]:
@@ -36,8 +50,10 @@ def split(item: str) -> tuple[str, str | None]:
 
 
 def merged(lower: Sequence[str], upper: Sequence[str]) -> tuple[str, ...]:
-    """Both, option by option: where both have one, that of `upper`."""
-    found = dict(map(split, (*lower, *upper)))
+    """Both, option by option: where both have one, that of `upper`; OPTION= takes one of `lower` back."""
+    below, above = dict(map(split, lower)), dict(map(split, upper))
+    gone = {name for name, value in above.items() if value == "" and name in below and name not in REMOVABLE}
+    found = {name: value for name, value in (below | above).items() if name not in gone}
     return tuple(name if value is None else f"{name}={value}" for name, value in found.items())
 
 
@@ -46,12 +62,19 @@ def problem(item: str) -> tuple[str, str]:
     name, value = split(item)
     if not OPTION_NAME.fullmatch(name):
         return "not a long option of sbatch's", "--sbatch licenses=ansys:1, --sbatch contiguous, --sbatch mem="
-    # sbatch takes the beginning of an option for the whole.
-    for full in (*OWN, *FIXED):
-        if full.startswith(name):
-            return f"sbatch's --{full} is the launcher's to set", OWN.get(full, "")
+    meant = (
+        [name] if name in (*OWN, *FIXED, *FREE) else [full for full in (*OWN, *FIXED, *FREE) if full.startswith(name)]
+    )
+    if meant and all(full in OWN or full in FIXED for full in meant):
+        return f"sbatch's --{meant[0]} is the launcher's to set", OWN.get(meant[0], "")
     if name.startswith(("container-", "no-container-")):
         return "the container is started by the script, on every node", "--image, --mount, --env"
+    if meant and name not in meant:
+        ends = "" if value is None else f"={value}"
+        return "the beginning of " + ", ".join(f"--{full}" for full in meant), f"--sbatch {meant[0]}{ends}"
+    if value == "" and name not in REMOVABLE:
+        near = get_close_matches(name, REMOVABLE, 1, 0.5) or REMOVABLE
+        return "the script has no such line that could be removed", " or ".join(f"--sbatch {full}=" for full in near)
     if value and (len(value) > LONGEST or not value.isprintable()):
         return f"the value holds a control character, or more than {LONGEST} characters", ""
     return "", ""

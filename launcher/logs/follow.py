@@ -21,7 +21,7 @@ from statistics import median
 
 from launcher.base.files import unreadable
 from launcher.base.mfu import peak_of
-from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, line_time, open_log, plain_text
+from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, last_bytes, line_time, plain_text
 
 JOB_LOG = "job.log"
 _NODE_LOG = re.compile(r"[0-9]{4,}-([\w.-]+)\.log")
@@ -105,14 +105,7 @@ def error_logs(log_dir: Path) -> list[Path]:
 def last_lines(paths: Sequence[Path], count: int) -> tuple[Path, list[str]]:
     """The end of the first of `paths` that holds anything, for a failure whose error is not known."""
     for path in paths:
-        try:
-            if (handle := open_log(path)) is None:
-                continue
-            with handle:
-                handle.seek(max(0, handle.seek(0, 2) - 8192))
-                lines = [plain_text(line)[:200] for line in handle.read().splitlines() if line.strip()]
-        except OSError:
-            continue
+        lines = [plain_text(line)[:200] for line in last_bytes(path, 8192).splitlines() if line.strip()]
         if lines:
             return path, lines[-count:]
     return Path(), []

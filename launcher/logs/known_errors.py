@@ -12,8 +12,9 @@ from typing import Any
 
 from launcher.base.errors import quoted
 from launcher.base.secret import masked
+from launcher.logs.first_error import FailedRank, begins_with_exception, find_errors, fixed_texts, is_stop
 from launcher.logs.follow import error_logs, last_lines
-from launcher.logs.steps import FailedRank, begins_with_exception, find_errors, is_stop, open_log, plain_text
+from launcher.logs.steps import open_log, parse_line, plain_text
 
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
 TAIL_BYTES = 1 << 18
@@ -60,26 +61,6 @@ class Ended:
 def known_errors() -> tuple[Known, ...]:
     text = Path(__file__).with_name("known_errors.toml").read_text(encoding="utf-8")
     return tuple(Known(**entry) for entry in tomllib.loads(text)["error"])
-
-
-_TOKENS = re.compile(r"\\.|\[(?:\\.|[^]\\])+\]|\{[\d,]+\}|.")
-
-
-def fixed_texts(pattern: str) -> Iterator[str]:
-    """Of each alternative of a pattern the longest text that stands in all its matches; "" where none does."""
-    texts, depth = [""], 0
-    for token in _TOKENS.findall(pattern):
-        depth += (token == "(") - (token == ")")
-        if token == "|" and not depth:
-            yield max(texts, key=len)
-            texts = [""]
-        elif token[0] in "?*+{":  # the letter before it may be missing
-            texts += [texts.pop()[:-1], ""]
-        elif depth or token in ").^$" or token[0] == "[" or re.match(r"\\\w", token):
-            texts.append("")
-        else:
-            texts[-1] += token[-1]
-    yield max(texts, key=len)
 
 
 @cache
@@ -156,7 +137,7 @@ def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path) -> Failu
 
     if found := _of_error(error):
         return told(found, error_path, error, True)
-    if not error or _leaves_open(error[0]):
+    if not error or seen.last_words or _leaves_open(error[0]):
         ends = [path for path in paths if "ranks" not in path.relative_to(log_dir).parts]
         if printed := _printed(ends, ended):
             known, match, path, lines = printed
@@ -241,7 +222,9 @@ def _hinted(text: bytes) -> bool:
 
 
 def _ends(path: Path) -> Iterator[bytes]:
-    """The lines at the beginning and the end of a file, or none where it cannot be read."""
+    """The lines at the beginning and the end of a file, or none where it cannot be read; without those after which
+    training went on.
+    """
     try:
         if (handle := open_log(path)) is None:
             return
@@ -254,7 +237,9 @@ def _ends(path: Path) -> Iterator[bytes]:
                 handle.seek(start)
                 block = handle.read(length)
                 if _hinted(block):
-                    yield from block.split(b"\n")
+                    lines = block.split(b"\n")
+                    steps = [number for number, line in enumerate(lines) if b"step:" in line and parse_line(line)]
+                    yield from lines[steps[-2] if len(steps) > 1 else 0 :]
     except OSError:
         return
 

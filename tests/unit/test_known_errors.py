@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.logs import known_errors, steps
+from launcher.logs import first_error, known_errors, steps
 from launcher.logs.known_errors import Ended, Failure, Known, explain, how_it_ended
 
 FAILED = Ended("FAILED", exit=1)
@@ -100,7 +100,7 @@ def test_each_entry_is_sound(known: Known) -> None:
     if (
         known.where == known_errors.PRINTED and known.pattern
     ):  # lines are looked at that hold one of these: for speed no short ones
-        assert all(len(text) >= 8 for text in known_errors.fixed_texts(known.pattern))
+        assert all(len(text) >= 8 for text in first_error.fixed_texts(known.pattern))
         assert "(?i" not in known.pattern
 
 
@@ -113,7 +113,7 @@ def test_each_entry_is_sound(known: Known) -> None:
     ],
 )
 def test_what_stands_in_all_matches_of_a_pattern(pattern: str, texts: list[str]) -> None:
-    assert list(known_errors.fixed_texts(pattern)) == texts
+    assert list(first_error.fixed_texts(pattern)) == texts
 
 
 # --- who is to blame ----------------------------------------------------------------------------------------
@@ -161,7 +161,8 @@ def test_a_helper_program_of_another_architecture_says_nothing_of_the_image(tmp_
 
 def test_what_a_rank_may_survive_is_no_cause_where_it_is_not_the_error(tmp_path: Path) -> None:
     """An exception counts as one only in the first error: a warning may say the same."""
-    warned = f"{min(known_errors._hints()).decode()} 429 Too Many Requests, trying again\n"
+    hint = next(hint for hint in sorted(known_errors._hints()) if first_error._grade(hint.decode()) is None)
+    warned = f"{hint.decode()} 429 Too Many Requests, trying again\n"
     found = failure(tmp_path, node0=STEP + warned + STEP, job=SRUN)
     assert (found.code, found.lines[0]) == ("", SRUN.strip())
 
@@ -568,3 +569,115 @@ def test_errors_of_which_none_led_to_the_other_stay_apart(tmp_path: Path) -> Non
     one = printed_by("raise ValueError('the first')")
     found = failure(tmp_path, node0=one + printed_by("raise RuntimeError('a later one')"))
     assert found.lines[0] == "ValueError: the first" and not any("a later one" in line for line in found.lines)
+
+
+# --- ranks that say no exception, and exceptions that end none ------------------------------------------------
+
+ENDINGS = {
+    "libgomp": (1, "\nlibgomp: Thread creation failed: Resource temporarily unavailable", "threads"),
+    "OpenBLAS": (
+        3,
+        "OpenBLAS blas_thread_init: pthread_create failed for thread 9 of 64: Resource temporarily unavailable\n"
+        "OpenBLAS blas_thread_init: RLIMIT_NPROC 512 current, 512 max\nOpenBLAS blas_thread_init: calling exit(3)",
+        "threads",
+    ),
+    "an OpenBLAS that goes on": (
+        -11,
+        "OpenBLAS blas_thread_init: pthread_create failed for thread 9 of 64: Resource temporarily unavailable",
+        "crashed",
+    ),
+    "the loader": (1, "python3: /lib/libc.so.6: version `GLIBC_2.38' not found (required by python3)", "c-library"),
+    "argparse": (2, "usage: t.py [-h]\nt.py: error: argument --steps: invalid int value: 'x'", "unknown-setting"),
+    "a library of the user's": (7, "[W1122 14:00:00.1 x.cpp:1] slow\nthe licence server\nsays no", ""),
+    "glibc": (-6, "double free or corruption (!prev)", "aborted"),
+}
+
+
+@pytest.mark.parametrize("own_files", [True, False], ids=["own", "shared"])
+@pytest.mark.parametrize("how", ENDINGS)
+def test_what_a_rank_printed_last_is_why_it_ended(how: str, own_files: bool, tmp_path: Path) -> None:
+    code, said, name = ENDINGS[how]
+    if own_files:
+        ranks_log(tmp_path, "a note of the start\n" + STEP.removeprefix("[rank0]:") + said + "\n")
+        said = ""
+    said = "".join(
+        f"[rank1]:{line}\n" for line in ["a note", STEP.removeprefix("[rank0]:").strip(), *said.splitlines()]
+    )
+    found = failure(
+        tmp_path, node0=VICTIM, node1=STEP + said + report(code), node2=report(1, 3, "gpu002", 58), job=SRUN
+    )
+    assert (found.code, found.is_error) == (name, True)
+    last = ENDINGS[how][1].splitlines()[-1]
+    assert last in found.lines and not any("note" in line or "slow" in line for line in found.lines), found.lines
+    assert found.rank is not None and found.rank.rank == 9
+    if how == "an OpenBLAS that goes on":
+        assert "too few processes or threads" in found.cause
+
+
+@pytest.mark.parametrize("code", [-2, -15, 143])
+def test_a_rank_that_was_interrupted_has_no_last_words(code: int, tmp_path: Path) -> None:
+    ranks_log(tmp_path, "loading a file\n")
+    assert "loading a file" not in failure(tmp_path, node1=STEP + report(code), job=SRUN).lines
+
+
+def test_a_rank_that_names_its_lost_peer_has_said_all(tmp_path: Path) -> None:
+    ranks_log(tmp_path, VICTIM.replace("[rank0]:", "") + "bye\n")
+    assert failure(tmp_path, node1=STEP + report(1), job=SRUN).code == "peer-gone"
+
+
+def test_what_is_printed_is_known_before_last_words_that_are_not(tmp_path: Path) -> None:
+    ranks_log(tmp_path, "giving up\n")
+    full = "cp: error writing '/scratch/x': No space left on device\n"
+    assert failure(tmp_path, node1=full + STEP + report(1), job=SRUN).code == "disk-full"
+
+
+def survived(program: str) -> str:
+    """A real survivor: Python's own words of an error after which it goes on."""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True)
+    assert "Traceback" in done.stderr
+    return "".join(f"[rank0]:{line}\n" for line in done.stderr.splitlines())
+
+
+SURVIVED = {
+    "ignored": "class A:\n def __del__(self): raise ValueError('x')\nA()",
+    "ignored, with a cause": "class A:\n def __del__(self):\n  try: {}['x']\n"
+    "  except KeyError: raise ValueError('x')\nA()",
+    "logging": "import logging\nlogging.warning('%d', 'x')",
+    "warned": "import traceback, warnings\ntry: {}['x']\n"
+    "except KeyError: warnings.warn('it failed, and we go on:\\n' + traceback.format_exc())",
+    "warned, in one line": "import traceback, warnings\ntry: {}['x']\n"
+    "except KeyError: warnings.warn(traceback.format_exc())",
+}
+
+
+@pytest.mark.parametrize("end", [MY_BUG, "[rank0]:terminate called without an active exception\n", TORCHRUN])
+@pytest.mark.parametrize("how", SURVIVED)
+def test_an_exception_that_ended_nothing_does_not_hide_the_one_that_did(how: str, end: str, tmp_path: Path) -> None:
+    text = survived(SURVIVED[how])
+    found = failure(tmp_path, node0=STEP + text + STEP + end, node1=STEP, job=SRUN)
+    said = {MY_BUG: "my own bug", TORCHRUN: ""}.get(end, "terminate called")
+    assert said in found.lines[0]
+
+
+def test_a_traceback_after_which_training_goes_on_is_none(tmp_path: Path) -> None:
+    printed = RANK + "[rank0]:[rank2]: OSError: [Errno 28] No space left on device: '/x'\n"
+    steps_after = STEP.replace("step:  5", "step:  6") + STEP.replace("step:  5", "step:  7")
+    assert failure(tmp_path, node0=printed + steps_after + MY_BUG).lines[0].startswith("ValueError: my own bug")
+    assert failure(tmp_path, node0=printed + steps_after, job=SRUN).lines == [SRUN.strip()]
+    done = STEP.replace("step:  5", "Training completed")
+    assert failure(tmp_path, node0=printed + STEP + done + MY_BUG).lines[0].startswith("ValueError: my own bug")
+    assert failure(tmp_path, node0=printed + STEP + MY_BUG).code == "disk-full"  # the line of a rank that was ahead
+
+
+def test_what_stands_before_a_traceback_is_known_where_a_block_of_the_file_begins(tmp_path: Path) -> None:
+    text = survived(SURVIVED["ignored"])
+    for before in range(steps.BLOCK_BYTES - len(text) - 100, steps.BLOCK_BYTES, 31):
+        found = failure(tmp_path, node0="x" * before + "\n" + text + "y\n" * 9 + MY_BUG)
+        assert found.lines[0].startswith("ValueError: my own bug"), before
+
+
+def test_lines_that_say_error_are_passed_over_quickly() -> None:
+    """What is looked for stands in no line that only says that there was one."""
+    line = b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - WARNING - error while reading a file: ValueError: again\n"
+    assert first_error._signs(first_error._NONE, line) == [first_error._BEGINS_WITH_EXCEPTION]
+    assert not first_error._BEGINS_WITH_EXCEPTION.search(b"\n" + line)

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.logs import first_error as errors
 from launcher.logs import steps as log
+from launcher.logs.first_error import find_errors
 from launcher.logs.known_errors import known_errors
-from launcher.logs.steps import LogReader, StepRecord, find_errors, parse_line, plain_text
+from launcher.logs.steps import LogReader, StepRecord, parse_line, plain_text
 
 PLAIN = (
     b"[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - step: 100  loss:  6.4277  grad_norm:  2.9062  "
@@ -433,9 +435,9 @@ def test_missing_files_and_good_logs_have_no_error(tmp_path: Path) -> None:
 @unhurried
 @given(st.binary(max_size=600))
 def test_the_search_for_errors_never_raises(data: bytes) -> None:
-    search = log._Search()
+    search = errors._Search()
     for line in (b"RuntimeError: ", data, b"[rank1]: Traceback (most recent call last)", *data.split(b"\n")):
-        log._look(search, line)
+        errors._look(search, line)
 
 
 @pytest.mark.parametrize("text", [text for known in known_errors() for text in known.example])
@@ -443,7 +445,7 @@ def test_each_line_that_has_a_grade_is_found_where_it_stands_alone(tmp_path: Pat
     """Most lines are never looked at: none that matters is among them."""
     for line in text.strip().splitlines():
         found = first_error(logs(tmp_path, node0=f"one\n{line}\ntwo\n"))
-        if log._grade(line) is not None:
+        if errors._grade(line) is not None:
             assert found is not None and line.endswith(found[1][0])
 
 

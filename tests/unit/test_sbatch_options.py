@@ -69,6 +69,12 @@ def test_adds_replaces_and_removes() -> None:
         ("job-name=x", "--name"),
         ("nodes=4", "--nodes"),
         ("job-na=x", "--name"),  # sbatch takes the beginning of an option for it
+        ("mem-per-c=8G", "--sbatch mem-per-cpu=8G"),
+        ("mem-per-=8G", "--sbatch mem-per-cpu=8G"),
+        ("contig", "--sbatch contiguous"),
+        ("exclusiv=", "--sbatch exclusive="),
+        ("memory=", "--sbatch mem="),
+        ("mincpus=", "--sbatch mem= or --sbatch exclusive="),
         ("gres=gpu:2", "--gpus-per-node"),
         ("export=ALL", "--env"),
         ("constraint=x", "--constraint"),
@@ -118,6 +124,17 @@ def test_it_lands_everywhere_and_is_repeated(launch: Launch, slurm: Fake, image:
     sweep = launch("sweep", *RUN[:4], "--nodes", "1,2", *mine, "--name", "s", "--yes")
     assert sweep.returncode == 0, sweep.stderr
     assert "#SBATCH --contiguous\n" in (image.parent / "runs" / "s-llama3-8b-1n-b5" / "job.sbatch").read_text()
+
+
+def test_what_a_file_added_can_be_taken_back(launch: Launch, image: Path, workplace: Path) -> None:
+    config = workplace / "mine.toml"
+    config.write_text('[job]\nsbatch = ["comment=x", "site-plugin=1", "mem="]\n')
+    shown = launch(
+        "config", "show", *RUN, "--config", str(config), "--sbatch=comment=", "--sbatch=site-plugin=", "--json"
+    )
+    assert json.loads(shown.stdout)["job.sbatch"]["value"] == ["mem="]
+    done = launch("render", *RUN, "--sbatch=site-plugin=1")  # of a plugin of the site's
+    assert done.returncode == 0 and "#SBATCH --site-plugin=1\n" in done.stdout
 
 
 def test_a_sweep_in_order_refuses_another_dependency(launch: Launch, slurm: Fake, image: Path) -> None:
