@@ -13,7 +13,7 @@ from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_text
 from launcher.base.output import as_json, counted, echo, echo_file, print_json
-from launcher.commands.results import with_states
+from launcher.commands.results import named_runs
 from launcher.commands.runs import failure_of
 from launcher.config.options import FilePath, runs_dir_option
 from launcher.report.page import GENERATOR, page
@@ -22,7 +22,6 @@ from launcher.results.accept import OWN_FAULT
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
 from launcher.results.read import outcome_of
-from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 
@@ -94,11 +93,9 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
 
 def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """The runs' results, newest first, and (run, why) of those that have none."""
-    found = [runs.open_run(name, runs_dir) for name in names] or runs.all_runs(runs_dir)
-    found = list({run.path: run for run in found}.values()) or [runs.open_run("", runs_dir)]
     outcomes: list[Outcome] = []
     left_out: list[tuple[str, str]] = []
-    for run, state in with_states(found):
+    for run, state in named_runs(names, runs_dir, every=not names):
         outcome = outcome_of(run, state)
         if outcome is None or (outcome.step is None and state.name not in OWN_FAULT):
             left_out.append((run.name, f"{state.name}, has logged no step"))

@@ -15,10 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.base.errors import LauncherError
+from launcher.results.columns import as_dict as result_as_dict
 from launcher.results.compare import Comparison, Figure, as_dict, as_text, compare, noise
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.published import PUBLISHED, TABLE, best_match, published, rows_of
-from launcher.results.rows import as_dict as result_as_dict
 from launcher.results.sides import outcome_from, results_in
 from tests.conftest import ROOT, Launch
 from tests.unit.outcomes import nodes, outcome, spread, write_run

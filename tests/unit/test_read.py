@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from launcher.results.columns import as_dict
 from launcher.results.outcome import NO_STEP_COUNTS, NON_FINITE, RESTARTED, Outcome, Startup
 from launcher.results.read import outcome_of
-from launcher.results.rows import as_dict
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 from tests.unit.test_tensorboard import scalar
