@@ -358,8 +358,6 @@ def test_the_images_digest_is_the_sidecars(made: Made, image: Path) -> None:
     assert "digest" not in made.outcome().versions  # the image is newer than the run
     made.change("intent.json", at=image.stat().st_mtime + 5)
     assert made.outcome().versions["digest"] == "cd" * 32
-    made.change("intent.json", image_sha256="ab" * 32)  # noted when it was submitted
-    assert made.outcome().versions["digest"] == "ab" * 32
 
 
 def test_cluster_and_prediction(made: Made) -> None:
