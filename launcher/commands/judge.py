@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,15 @@ from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_json
 from launcher.base.output import as_json, confirm, echo, is_terminal, print_json, style, warn
-from launcher.commands.runs import failure_of, remembered
+from launcher.commands.report import cause_of
+from launcher.commands.runs import remembered
 from launcher.commands.start import prepared
 from launcher.config.options import RunOptions, run_options, runs_dir_option
 from launcher.nodes import unfit
 from launcher.plan.plan import write_beside
 from launcher.results import accept as judging
 from launcher.results import compare as comparison
-from launcher.results.accept import OWN_FAULT, Verdict
+from launcher.results.accept import Verdict
 from launcher.results.outcome import Outcome
 from launcher.results.published import nearest, published, same_gpu
 from launcher.results.read import outcome_of
@@ -37,21 +37,17 @@ FILE = "accept.json"
 _COLOURS = {"PASS": "green", "FAIL": "red", "CANNOT SAY": "yellow"}
 
 
-def _share(at_most: float, zero: bool) -> Callable[[click.Context, click.Parameter, str], float]:
-    """Reads `0.95` or `95%`."""
-
-    def read(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
-        text = value.strip()
-        try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            share = math.nan
-        if not 0 <= share <= at_most or (share == 0 and not zero):
-            least = "from 0" if zero else "above 0, up"
-            raise click.BadParameter(f"{text[:40]!r} is no share {least} to {100 * at_most:g}%; write 0.95 or 95%")
-        return share
-
-    return read
+def _share(_context: click.Context, parameter: click.Parameter, value: str) -> float:
+    """Reads `0.95` or `95%`; nothing is above 0% of the baseline, and every node may be as slow as it likes."""
+    text = value.strip()
+    least, most = (0.0, 1.0) if parameter.name == "max_spread" else (1e-9, 2.0)
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not least <= share <= most:
+        raise click.BadParameter(f"{text[:40]!r} is no share up to {100 * most:g}%; write 0.95 or 95%")
+    return share
 
 
 @click.command()
@@ -80,31 +76,33 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
 
 def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
     """One result of each side; where one holds several, the one that is nearest to the other."""
-    sides = [results_in(reference, runs_dir) for reference in (a, b)]
-    if all(len(side) > 1 for side in sides):
+    first, second = results_in(a, runs_dir), results_in(b, runs_dir)
+    if len(first) > 1 and len(second) > 1:
         raise LauncherError(
             "several-results", f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b)
         )
-    for one, many, where in ((sides[0], sides[1], b), (sides[1], sides[0], a)):
-        if len(many) > 1:
-            gpu = one[0].gpu
-            if (row := nearest(one[0], many)) is None:
-                known = ", ".join(sorted({result.gpu for result in many}))
-                raise LauncherError(
-                    "gpu-without-result",
-                    f"{where} has no result of a {gpu}, only of {known}",
-                    "launcher compare A B with a run or a file of your own",
-                    status=ExitStatus.NOT_FOUND,
-                )
-            many[:] = [row]
-    return sides[0][0], sides[1][0]
+    if len(first) > 1:
+        return _nearest(second[0], first, a), second[0]
+    return first[0], _nearest(first[0], second, b)
+
+
+def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
+    row = many[0] if len(many) == 1 else nearest(one, many)
+    if row is None:
+        raise LauncherError(
+            "gpu-without-result",
+            f"{where} has no result of a {one.gpu}, only of {', '.join(sorted({result.gpu for result in many}))}",
+            "launcher compare A B with a run or a file of your own",
+            status=ExitStatus.NOT_FOUND,
+        )
+    return row
 
 
 @click.command()
 @run_options
 @click.option(
     "--threshold",
-    callback=_share(2.0, False),
+    callback=_share,
     default="95%",
     show_default=True,
     metavar="SHARE",
@@ -112,7 +110,7 @@ def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
 )
 @click.option(
     "--max-spread",
-    callback=_share(1.0, True),
+    callback=_share,
     default="5%",
     show_default=True,
     metavar="SHARE",
@@ -168,7 +166,7 @@ def accept(
     # Before hours are spent on a run that nothing could be compared with.
     rows = results_in(baseline, runs_dir)
     run = _submit(options, rows, yes or as_json, force) if asked else open_run(str(options.run_file), runs_dir)
-    state = _end_of(run) if asked or follow else _state(run)
+    state = _end_of(run) if asked or follow else control.states([run])[run.name]
     _tell(run, state, rows, {"threshold": threshold, "max_spread": max_spread, "baseline": baseline}, as_json)
 
 
@@ -191,10 +189,6 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
         echo(f"{run.name}: job {job_id}, {size}", err=True)
 
     return control.submit(spec, secrets, submitted, also=partial(write_beside, spec))
-
-
-def _state(run: Run) -> JobState:
-    return control.states([run])[run.name]
 
 
 def _end_of(run: Run) -> JobState:
@@ -222,14 +216,12 @@ def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, 
         faults=_faults(run, state),
         state=state.name,
     )
-    kept = judging.as_dict(run.name, outcome, verdict, inputs | _now())
-    if os.access(run.path, os.W_OK):
-        try:
-            write_json(run.path / FILE, kept)
-        except LauncherError as error:
-            warn(f"the verdict is printed only: {error.what}")
-    else:
-        warn(f"the verdict is printed only: {run.path} is not writable")
+    inputs |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": __version__}
+    kept = judging.as_dict(run.name, outcome, verdict, inputs)
+    try:
+        write_json(run.path / FILE, kept)
+    except LauncherError as error:
+        warn(f"the verdict is printed only: {error.what}")
     if as_json:
         print_json(kept)
     else:
@@ -237,23 +229,13 @@ def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, 
     sys.exit(verdict.exit)
 
 
-def _now() -> dict[str, str]:
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": __version__}
-
-
 def _faults(run: Run, state: JobState) -> list[str]:
     """Which nodes failed their check, or why the job failed as far as that is known."""
-    if state.name not in OWN_FAULT:
-        return []
     if state.unfit:
         unfits = unfit.of_run(run)
         return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [control.UNFIT]
-
-    try:
-        failure = failure_of(run, state)
-    except LauncherError:
-        return []
-    return [failure.cause] if failure and failure.cause else []
+    cause = cause_of(run, state)
+    return [cause] if cause else []
 
 
 def _print(headline: str, verdict: Verdict) -> None:

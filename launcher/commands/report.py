@@ -11,9 +11,9 @@ import click
 
 from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import write_text
-from launcher.base.output import as_json, counted, echo, echo_file, print_json
-from launcher.commands.results import with_states
+from launcher.base.files import unreadable, write_text
+from launcher.base.output import as_json, counted, echo, echo_file, print_json, some
+from launcher.commands.results import named_runs
 from launcher.commands.runs import failure_of
 from launcher.config.options import FilePath, runs_dir_option
 from launcher.report.page import GENERATOR, page
@@ -22,11 +22,8 @@ from launcher.results.accept import OWN_FAULT
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
 from launcher.results.read import outcome_of
-from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
-
-MOST_NAMED = 20  # of runs that are left out; --json and the page name all
 
 
 @click.command()
@@ -86,40 +83,38 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     echo(f"{output}: {counted(len(outcomes), 'run')}, {incomplete} incomplete", err=to_stdout)
     for path in files:
         echo(str(path), err=to_stdout)
-    for name, why in left_out[:MOST_NAMED]:
-        echo(f"left out: {name}: {why}", err=True)
-    if len(left_out) > MOST_NAMED:
-        echo(f"left out: {len(left_out) - MOST_NAMED} more, named on the page", err=True)
+    if left_out:  # the page names all
+        echo(f"left out: {some([f'{name}: {why}' for name, why in left_out])}", err=True)
 
 
 def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """The runs' results, newest first, and (run, why) of those that have none."""
-    found = [runs.open_run(name, runs_dir) for name in names] or runs.all_runs(runs_dir)
-    found = list({run.path: run for run in found}.values()) or [runs.open_run("", runs_dir)]
     outcomes: list[Outcome] = []
     left_out: list[tuple[str, str]] = []
-    for run, state in with_states(found):
+    for run, state in named_runs(names, runs_dir, every=not names):
         outcome = outcome_of(run, state)
         if outcome is None or (outcome.step is None and state.name not in OWN_FAULT):
             left_out.append((run.name, f"{state.name}, has logged no step"))
             continue
-        cause = _cause(run, state) if state.name in OWN_FAULT else ""
+        cause = cause_of(run, state)
         outcomes.append(replace(outcome, notes=(*outcome.notes, cause)) if cause else outcome)
     if not outcomes:
-        some = ", ".join(f"{name} ({why})" for name, why in left_out[:3])
         raise LauncherError(
             "nothing-to-show",
-            f"there is nothing to show: {some}" + (", …" if len(left_out) > 3 else ""),
+            f"there is nothing to show: {some([f'{name} ({why})' for name, why in left_out])}",
             quoted("launcher", "list", "--runs-dir", runs_dir),
             status=ExitStatus.NO_DATA,
         )
     return outcomes, left_out
 
 
-def _cause(run: Run, state: JobState) -> str:
+def cause_of(run: Run, state: JobState) -> str:
+    """Why the job failed by its own doing, as far as that is known; "" where its logs cannot be read."""
+    if state.name not in OWN_FAULT:
+        return ""
     try:
         failure = failure_of(run, state)
-    except LauncherError:  # its logs cannot be read, which the result says
+    except LauncherError:
         return ""
     return failure.cause if failure else ""
 
@@ -134,20 +129,13 @@ def _refuse_to_overwrite(path: Path) -> None:
                 quoted("mkdir", "-p", path.parent),
                 status=ExitStatus.FILESYSTEM,
             )
-        if not path.exists():
-            return
-        head = b""
+        is_page = not path.exists()
         if path.is_file():
             with path.open("rb") as stream:
-                head = stream.read(400)
+                is_page = f'content="{GENERATOR}"'.encode() in stream.read(400)
     except OSError as error:
-        raise LauncherError(
-            "unreadable",
-            f"cannot read {path}: {error.strerror}",
-            "choose another: -o FILE",
-            status=ExitStatus.FILESYSTEM,
-        ) from error
-    if f'content="{GENERATOR}"'.encode() not in head:
+        raise unreadable(path, error, "choose another: -o FILE") from error
+    if not is_page:
         raise LauncherError(
             "file-exists",
             f"{path} exists and is no page of this command: it is left as it is",

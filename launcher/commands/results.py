@@ -1,23 +1,19 @@
-"""The command that prints and writes results."""
+"""The command that prints results."""
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import filesystem_error, write_text
-from launcher.base.output import as_json, echo, echo_file, print_json, warn
+from launcher.base.output import as_json, echo, echo_file, print_json, some, warn
 from launcher.config.options import gone, run_argument, runs_dir_option
 from launcher.results import formats
+from launcher.results.columns import as_dict
 from launcher.results.outcome import Outcome
 from launcher.results.read import outcome_of
-from launcher.results.rows import as_dict
 from launcher.results.sides import nothing_logged
-from launcher.results.submission import submissions
 from launcher.runs import control
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
@@ -31,51 +27,32 @@ from launcher.scheduler.state import JobState
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]),
+    type=click.Choice(["text", "markdown", "csv", "json"]),
     default="text",
     show_default=True,
-    help="How; torchtitan: a file for its repository's benchmarks/ folder.",
+    help="How.",
 )
 @gone("--update", "launcher results --format markdown > FILE")
-@click.option("--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan.")
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Write the submission there, under its name.",
-)
+@gone("--entity", "launcher results RUN --format markdown > FILE")
+@gone("--output", "launcher results RUN --format markdown > FILE")
 @as_json
-def results(
-    names: tuple[str, ...],
-    runs_dir: Path,
-    every: bool,
-    form: str,
-    entity: str,
-    output: Path | None,
-    as_json: bool,
-) -> None:
+def results(names: tuple[str, ...], runs_dir: Path, every: bool, form: str, as_json: bool) -> None:
     """Print results as the published table has them.
 
-    Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an
-    object, and several are a list.
+    Without a RUN, the newest run's. RUN is a name or a path. With --json, one run is an object, and several are a
+    list.
 
     \b
     launcher results
     launcher results my-run --json
     launcher results --all --format csv > results.csv
-    launcher results my-run --format torchtitan --entity my-team -o .
     """
+    if every and names:
+        raise click.UsageError("either RUN or --all")
+    several = every or len(names) > 1
     form = "json" if as_json else form
-    if output and form != "torchtitan":
-        raise click.UsageError("--output is for --format torchtitan; the others print, and > FILE keeps that")
-    found = _runs(names, runs_dir, every)
-    several = every or len(names) > 1 or any(map(_is_pattern, names))
     is_table = form == "markdown" or (form == "text" and several)
-    outcomes = _outcomes(found, several, with_data_share=not is_table)
-    if form == "torchtitan":
-        return _submit(outcomes, entity, output)
-
+    outcomes = _outcomes(named_runs(names, runs_dir, every), several, with_data_share=not is_table)
     if form == "json":
         values = [as_dict(outcome) for outcome in outcomes]
         print_json(values if several else values[0])
@@ -87,71 +64,30 @@ def results(
         echo(*(formats.table(outcomes) if several else formats.one_run(outcomes[0])).split("\n"))
 
 
-def _is_pattern(name: str) -> bool:
-    return any(mark in name for mark in "*?[")
+def named_runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[tuple[Run, JobState]]:
+    """The runs that are named, else all or the newest, each once and with its state: one question to Slurm per
+    directory of runs, as names are unique within one. Never none.
+    """
+    found = runs.all_runs(runs_dir) if every else [runs.open_run(name, runs_dir) for name in names]
+    by_path = {run.path: run for run in found or [runs.open_run("", runs_dir)]}
+    by_place: dict[Path, list[Run]] = {}
+    for run in by_path.values():
+        by_place.setdefault(run.path.parent, []).append(run)
+    states = {place: control.states(members) for place, members in by_place.items()}
+    return [(run, states[run.path.parent][run.name]) for run in by_path.values()]
 
 
-def _runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[Run]:
-    """The runs that are asked for, each once."""
-    if every and names:
-        raise click.UsageError("either RUN or --all")
-    if not names and not every:
-        return [runs.open_run("", runs_dir)]
-    found: dict[Path, Run] = {}
-    known = runs.all_runs(runs_dir) if every or any(map(_is_pattern, names)) else []
-    for name in ("*",) if every else names:
-        matching = [run for run in known if fnmatch.fnmatchcase(run.name, name)] if _is_pattern(name) else []
-        if not matching:
-            matching = [runs.open_run("" if every else name, runs_dir)]
-        found |= {run.path: run for run in matching}
-    return list(found.values())
-
-
-def _outcomes(found: Sequence[Run], several: bool, with_data_share: bool) -> list[Outcome]:
+def _outcomes(found: Sequence[tuple[Run, JobState]], several: bool, with_data_share: bool) -> list[Outcome]:
     """What there is to tell of the runs. Raises LauncherError where that is nothing; of several, warns."""
     outcomes, silent = [], []
-    for run, state in with_states(found):
+    for run, state in found:
         outcome = outcome_of(run, state, with_data_share)
         if outcome is None or (not several and not outcome.series):
             silent.append((run, state))
         else:
             outcomes.append(outcome)
-    if silent and outcomes:
-        shown = ", ".join(f"{run.name} ({state.name})" for run, state in silent[:3])
-        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-        warn(f"nothing logged yet, or nothing known: {shown}{more}")
     if not outcomes:
         raise nothing_logged(*silent[0])
+    if silent:
+        warn(f"nothing logged yet, or nothing known: {some([f'{run.name} ({state.name})' for run, state in silent])}")
     return outcomes
-
-
-def with_states(found: Sequence[Run]) -> list[tuple[Run, JobState]]:
-    """Each run with its state, for one question to Slurm per directory of runs: within one, names are unique."""
-    by_place: dict[Path, list[Run]] = {}
-    for run in found:
-        by_place.setdefault(run.path.parent, []).append(run)
-    states = {place: control.states(runs) for place, runs in by_place.items()}
-    return [(run, states[run.path.parent][run.name]) for run in found]
-
-
-def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> None:
-    files = submissions(outcomes, entity)
-    for name, text in files.items():
-        if output is None:
-            echo(f"{name}:", err=True)
-            echo_file(text)
-            continue
-        path = output / name
-        try:
-            if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
-                raise LauncherError(
-                    "file-exists",
-                    f"{path} exists and says something else",
-                    quoted("mv", path, f"{path}.old"),
-                    status=ExitStatus.EXISTS,
-                )
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise filesystem_error(path, error) from error
-        write_text(path, text)
-        echo(str(path))

@@ -18,8 +18,9 @@ from launcher.logs.watch import plain_line
 from launcher.nodes import unfit
 from launcher.nodes.bad_nodes import BadNode, remember
 from launcher.preflight.waiting import why_waiting
+from launcher.results.columns import as_dict
 from launcher.results.read import outcome_of
-from launcher.results.rows import as_dict, markdown_row, summary_line
+from launcher.results.rows import markdown_row, summary_line
 from launcher.runs import attach, control
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run

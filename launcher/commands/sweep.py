@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus
-from launcher.base.output import as_json, confirm, echo, is_terminal, print_json
+from launcher.base.output import as_json, confirm, counted, echo, is_terminal, print_json
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
 from launcher.config.sbatch import split
@@ -72,7 +72,7 @@ def sweep(
         raise click.UsageError("--sbatch dependency=...: only with --parallel, as each job waits for the one before it")
     cells = standings(specs)
     wanted = [cell for cell in cells if cell.has_next(retry)]
-    ready = ready_to_submit(wanted, force, dry_run, len(cells))
+    ready = ready_to_submit(wanted, force, dry_run)
     if dry_run or (wanted and not as_json):
         _show_plan(name, cells, ready, parallel, as_json)
     if dry_run:
@@ -81,7 +81,7 @@ def sweep(
         quiet = yes or force or as_json or is_local
         asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
         if asking:
-            confirm(f"Submit {_runs(len(ready))}?")
+            confirm(f"Submit {counted(len(ready), 'run')}?")
         _submit(ready, cells, options, parallel, as_json)
         cells = standings(specs)
     if follow:
@@ -144,7 +144,7 @@ def _submit(
             if is_local:
                 _until_ended([cell.spec], LOCAL_EVERY_S)
     except KeyboardInterrupt:
-        rest = f"{_runs(left)} not submitted: the same command goes on" if left else "all submitted"
+        rest = f"{counted(left, 'run')} not submitted: the same command goes on" if left else "all submitted"
         echo("", f"interrupted; what was submitted goes on, {rest}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
 
@@ -162,10 +162,6 @@ def _until_ended(specs: Sequence[RunSpec], every_s: float) -> list[Cell]:
         if cells is not None and not any(cell.is_going for cell in cells):
             return cells
         time.sleep(every_s)
-
-
-def _runs(count: int) -> str:
-    return f"{count} run" + ("" if count == 1 else "s")
 
 
 def _show_plan(

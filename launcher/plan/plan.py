@@ -30,7 +30,7 @@ from launcher.base.finding import Finding, error
 from launcher.config.hardware import of_gpu
 from launcher.config.spec import HUB, MAX_NODES, SAMPLE, PlacedRun, RunSpec
 from launcher.results.outcome import Outcome
-from launcher.results.published import ALIKE, published
+from launcher.results.published import ALIKE, published, same_gpu, say
 from launcher.scheduler.parse import seconds
 from launcher.stage import sample, view
 from launcher.stage.shards import TRAIN_FILES
@@ -44,7 +44,12 @@ TIGHT = 0.98  # above it, NCCL's buffers and the CUDA context have no room
 START_S = 180.0  # queue excluded: container, node check, imports, first step. Assumed; `results` shows what it was.
 
 # In these a run may differ from the row that it is held against: by how much they change the speed is not guessed.
-NOT_ADJUSTED = ("recipe.compile", "recipe.quantize", "recipe.activation_checkpoint")
+NOT_ADJUSTED = {
+    "recipe.compile",
+    "recipe.quantize",
+    "recipe.activation_checkpoint",
+    "recipe.local_batch_size",
+}
 
 
 @dataclass(frozen=True)
@@ -70,59 +75,56 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """The prediction. None: it cannot be said, and `notes` has the reason."""
+    """The prediction, by the keys that JSON has. None: it cannot be said, and `notes` has the reason."""
 
-    memory: Memory | None
-    memory_gib: float | None
-    device_gib: float | None
-    verdict: str  # "fits", "tight", "does not fit" or ""
-    advice: tuple[str, ...]
     tps: float | None  # per GPU
+    memory_gib: float | None
+    wall_s: float | None  # at `tps`, with START_S
+    node_hours: float | None
+    c4_files: int | None
     basis: str  # the published row
     differs: tuple[str, ...]  # in what this run is another one
     tokens: int  # in all steps
-    wall_s: float | None  # at `tps`, with START_S
-    node_hours: float | None
     limit_s: int | None
-    c4_files: int | None
+    memory: Memory | None  # not in JSON: its parts are
+    device_gib: float | None
+    verdict: str  # "fits", "tight", "does not fit" or ""
+    advice: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int | None = None) -> Plan:
     """The prediction for a run. `rows`: published ones, read when None; `parameters`: where they were counted."""
-    notes: list[str] = []
-    memory, why_not = _memory(spec, parameters)
-    device = _device_gib(spec)
-    notes += [why_not] if why_not else []
+    memory, device = memory_of(spec, parameters), _device_gib(spec)
+    notes = [] if memory else [_why_no_memory(spec)]
     if spec.gpu_gib:
         notes.append(f"by their names in Slurm, the GPUs have {device:.1f} GiB, less than others of their type")
     if memory and device is None:
         notes.append(f"how much memory a {spec.profile.gpu} has is not known here")
-    verdict = _verdict(spec, memory, device)
-    row, tps, differs = _speed(spec, published() if rows is None else rows)
-    tokens = tokens_of(spec)
+    row, differs = _speed(spec, published() if rows is None else rows)
+    tps, tokens = row.median_tps if row else None, tokens_of(spec)
     wall_s = tokens / (tps * spec.gpus) + START_S if tps else None
     wants_files = spec.recipe.dataset == "c4" and spec.job.data not in (SAMPLE, HUB)
     if wants_files and spec.data_parallel > TRAIN_FILES:
         notes.append(
             f"C4 has {TRAIN_FILES:,} files, fewer than {spec.data_parallel:,} data-parallel ranks: every rank "
-            "reads all of "
-            "them and keeps its share (docs/data.md)"
+            "reads all of them and keeps its share (docs/data.md)"
         )
+    verdict = _verdict(spec, memory, device)
     return Plan(
-        memory=memory,
-        memory_gib=_needed(spec, memory) if memory else None,
-        device_gib=device,
-        verdict=verdict,
-        advice=_advice(spec, device, parameters) if verdict in ("tight", "does not fit") and device else (),
         tps=tps,
+        memory_gib=_needed(spec, memory) if memory else None,
+        wall_s=wall_s,
+        node_hours=spec.job.nodes * wall_s / 3600 if wall_s else None,
+        c4_files=files_needed(spec, TRAIN_FILES) if wants_files else None,
         basis=row.run if row else "",
         differs=differs,
         tokens=tokens,
-        wall_s=wall_s,
-        node_hours=spec.job.nodes * wall_s / 3600 if wall_s else None,
         limit_s=seconds(spec.job.time) or None,
-        c4_files=files_needed(spec, TRAIN_FILES) if wants_files else None,
+        memory=memory,
+        device_gib=device,
+        verdict=verdict,
+        advice=_advice(spec, device, parameters) if verdict in ("tight", "does not fit") and device else (),
         notes=tuple(notes),
     )
 
@@ -139,24 +141,27 @@ def memory_findings(spec: RunSpec) -> list[Finding]:
 
 def parameters_of(spec: RunSpec) -> int | None:
     """By the model's dimensions; None where they are not known."""
-    model = SHAPES.get(spec.recipe.flavor) if spec.recipe.model == "llama3" else None
+    model = _shape(spec)
     return model.parameters if model else None
+
+
+def _shape(spec: RunSpec) -> Shape | None:
+    return SHAPES.get(spec.recipe.flavor) if spec.recipe.model == "llama3" else None
+
+
+def _why_no_memory(spec: RunSpec) -> str:
+    if spec.profile.device != "cuda":
+        return "the formula is for a GPU's memory; on a CPU the trainer tells that of its process"
+    if _shape(spec) is None:
+        return f"the dimensions of {spec.recipe.model} {spec.recipe.flavor} are not known here"
+    return "the formula for memory is not made for pipeline parallelism" if spec.recipe.pipeline_parallel > 1 else ""
 
 
 def memory_of(spec: RunSpec, parameters: int | None = None) -> Memory | None:
     """By the formula above; None where it does not hold."""
-    return _memory(spec, parameters)[0]
-
-
-def _memory(spec: RunSpec, parameters: int | None) -> tuple[Memory | None, str]:
-    recipe = spec.recipe
-    model = SHAPES.get(recipe.flavor) if recipe.model == "llama3" else None
-    if spec.profile.device != "cuda":
-        return None, "the formula is for a GPU's memory; on a CPU the trainer tells that of its process"
-    if model is None:
-        return None, f"the dimensions of {recipe.model} {recipe.flavor} are not known here"
-    if recipe.pipeline_parallel > 1:
-        return None, "the formula for memory is not made for pipeline parallelism"
+    recipe, model = spec.recipe, _shape(spec)
+    if model is None or _why_no_memory(spec):
+        return None
     tensor, context = recipe.tensor_parallel, recipe.context_parallel
     shards = recipe.dp_shard * context if recipe.dp_shard > 0 else spec.gpus // (tensor * recipe.dp_replicate)
     count = (parameters or model.parameters) / tensor
@@ -171,16 +176,13 @@ def _memory(spec: RunSpec, parameters: int | None) -> tuple[Memory | None, str]:
     }[recipe.activation_checkpoint]
     head = model.vocab_size * model.hidden_size
     gathered = 3 * head + 2 * model.layer_parameters
-    return (
-        Memory(
-            states=12 * count / shards / GIB,
-            saved=model.num_hidden_layers * every_layer * kept / GIB,
-            recomputed=every_layer * _whole_layer(model) / GIB if recipe.activation_checkpoint != "none" else 0.0,
-            logits=(width + 3 * 4) * tokens * model.vocab_size / tensor / GIB,
-            gathered=width * gathered / tensor / GIB,
-            at_optimizer=16 * count / shards / GIB,
-        ),
-        "",
+    return Memory(
+        states=12 * count / shards / GIB,
+        saved=model.num_hidden_layers * every_layer * kept / GIB,
+        recomputed=every_layer * _whole_layer(model) / GIB if recipe.activation_checkpoint != "none" else 0.0,
+        logits=(width + 3 * 4) * tokens * model.vocab_size / tensor / GIB,
+        gathered=width * gathered / tensor / GIB,
+        at_optimizer=16 * count / shards / GIB,
     )
 
 
@@ -233,70 +235,45 @@ def _advice(spec: RunSpec, device: float, parameters: int | None) -> tuple[str, 
     return tuple(found)
 
 
-def _speed(spec: RunSpec, rows: Sequence[Outcome]) -> tuple[Outcome | None, float | None, tuple[str, ...]]:
-    """The nearest published row, its tokens/s per GPU, and in what the run is another one."""
+def _speed(spec: RunSpec, rows: Sequence[Outcome]) -> tuple[Outcome | None, tuple[str, ...]]:
+    """The nearest published row, and in what the run is another one; or no row, and why."""
     gpu, values = spec.profile.gpu, spec.values()
-    mine = [row for row in rows if row.gpu.casefold() == gpu.casefold() and row.tps]
-    if not mine:
-        return None, None, (f"no published row of {gpu}",)
-    like = [
-        row
-        for row in mine
-        if not [key for key in _unlike(values, row) if key not in (*NOT_ADJUSTED, "recipe.local_batch_size")]
+    mine = [
+        (row, {key for key in ALIKE if key in row.settings and row.settings[key] != values[key]})
+        for row in rows
+        if same_gpu(row.gpu, gpu) and row.tps
     ]
+    if not mine:
+        return None, (f"no published row of {gpu}",)
+    like = [(row, unlike) for row, unlike in mine if unlike <= NOT_ADJUSTED]
     if not like:
-        names = [
-            ALIKE[key] for key in _unlike(values, mine[0]) if key not in (*NOT_ADJUSTED, "recipe.local_batch_size")
-        ]
-        return None, None, (f"no published row of {gpu} with this run's {' and '.join(names)}",)
-    batch = spec.recipe.local_batch_size
-    row = min(
-        like,
-        key=lambda row: (
-            row.local_batch_size != batch,
-            abs(math.log(row.gpus / spec.gpus)),
-            -(row.step or 0),
-        ),
+        names = [word for key, word in ALIKE.items() if key in mine[0][1] - NOT_ADJUSTED]
+        return None, (f"no published row of {gpu} with this run's {' and '.join(names)}",)
+    batch = "recipe.local_batch_size"
+    row, unlike = min(
+        like, key=lambda one: (batch in one[1], abs(math.log(one[0].gpus / spec.gpus)), -(one[0].step or 0))
     )
-    unlike = _unlike(values, row)
-    differs = [f"{ALIKE[key]} {_word(values[key])}: not adjusted" for key in NOT_ADJUSTED if key in unlike]
-    if row.gpus != spec.gpus:
-        differs.append(f"{spec.gpus} GPUs, the row {row.gpus}: not adjusted")
-    if row.local_batch_size != batch:
-        differs.append(f"batch {batch}, the row {row.local_batch_size}: not adjusted")
-    assert row.tps is not None
-    return row, row.tps.median, tuple(differs)
+    differs = [
+        f"{word} {say(values[key])}, not {say(row.settings[key])}" for key, word in ALIKE.items() if key in unlike
+    ]
+    differs += [f"{spec.gpus} GPUs, not {row.gpus}"] if row.gpus != spec.gpus else []
+    return row, tuple(f"{what}: not adjusted" for what in differs)
 
 
-def _word(value: object) -> str:
-    return str(value) if not isinstance(value, bool) else "on" if value else "off"
-
-
-def _unlike(values: dict[str, Any], row: Outcome) -> list[str]:
-    return [key for key in ALIKE if key in row.settings and row.settings[key] != values[key]]
+_DIGITS = {"tps": 1, "memory_gib": 2, "wall_s": 1, "node_hours": 4}
 
 
 def as_dict(found: Plan) -> dict[str, Any]:
-    """For JSON; the first six keys are those of RUN/plan.json that `results` holds against the outcome."""
-    memory = found.memory
-    return {
-        "tps": found.tps and round(found.tps, 1),
-        "memory_gib": found.memory_gib and round(found.memory_gib, 2),
-        "wall_s": found.wall_s and round(found.wall_s, 1),
-        "node_hours": found.node_hours and round(found.node_hours, 4),
-        "c4_files": found.c4_files,
-        "basis": found.basis,
-        "differs": list(found.differs),
-        "tps_high": found.tps and round(found.tps, 1),  # of version 0.1, which guessed a range
-        "start_s": START_S,
-        "tokens": found.tokens,
-        "limit_s": found.limit_s,
-        "memory_parts_gib": {key: round(value, 2) for key, value in vars(memory).items()} if memory else None,
-        "device_gib": found.device_gib,
-        "verdict": found.verdict,
-        "advice": list(found.advice),
-        "notes": list(found.notes),
+    """For JSON, and for RUN/plan.json, which `results` holds against the outcome."""
+    values: dict[str, Any] = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in vars(found).items()
     }
+    for key, digits in _DIGITS.items():
+        values[key] = values[key] and round(values[key], digits)
+    memory = values.pop("memory")
+    values["memory_parts_gib"] = {key: round(value, 2) for key, value in vars(memory).items()} if memory else None
+    # `tps_high` is of version 0.1, which guessed a range.
+    return values | {"start_s": START_S, "tps_high": values["tps"]}
 
 
 def prediction(spec: RunSpec) -> dict[str, Any]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
-from typing import Any
 
 from launcher.results.accept import MAX_SPREAD
-from launcher.results.measure import against_others
+from launcher.results.columns import drawable
+from launcher.results.measure import Against, against_others
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, best_match, described, say
 
 MOST_LINES = 16  # of a GPU type: more cannot be told apart
 MOST_POINTS = 400  # of a line: more than a chart has pixels to show
-MOST_NODES = 60  # in a heat strip
-LARGEST = 1e100  # a number beyond this is no measurement, and drawing it overflows
+Placed = tuple[int, Outcome]  # a run's place on the page, and the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,59 +57,15 @@ class Scaling:
         by_count = groupby(self.dots, key=lambda dot: dot.gpus)
         return tuple((gpus, median(dot.tps for dot in dots)) for gpus, dots in by_count)
 
-    @property
-    def ideal(self) -> float:
-        """The rate of the smallest count, which perfect scaling would hold."""
-        return self.medians[0][1]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """Runs whose steps are the same work, by their places on the page: their tokens/s can share an axis."""
-
-    label: str
-    runs: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeCell:
-    host: str
-    tps: float | None
-    percent: float | None  # above (+) or below (-) the median of the run's other nodes, as accept measures it
-
-    @property
-    def slow(self) -> bool:
-        return self.percent is not None and self.percent < -100 * MAX_SPREAD
-
-
-@dataclass(frozen=True, slots=True)
-class Heat:
-    """The nodes of a run, each against the others; with many nodes only the slowest, slowest first."""
-
-    median: float
-    cells: tuple[NodeCell, ...]
-    slowest: NodeCell
-    fastest: NodeCell
-    silent: int  # nodes without a figure
-    others: tuple[NodeCell, ...]  # not among the cells, slowest first
-    slow: tuple[NodeCell, ...]  # further behind than accept allows, slowest first
-
-
-@dataclass(frozen=True)
-class Differences:
-    """Settings and versions: those in which runs differ, and those that all runs share. None: not said."""
-
-    differing: tuple[tuple[str, tuple[str | None, ...]], ...]
-    shared: tuple[tuple[str, str], ...]
-
-
-def drawable(value: float | None) -> bool:
-    return value is not None and math.isfinite(value) and abs(value) < LARGEST
-
 
 def gpu_types(outcomes: Iterable[Outcome]) -> list[str]:
     """Each GPU type once, in the order of the runs: runs on different ones are never in one chart."""
     return list(dict.fromkeys(outcome.gpu for outcome in outcomes))
+
+
+def with_series(outcomes: Iterable[Outcome], gpu: str) -> list[Placed]:
+    """The runs on `gpu` that logged steps."""
+    return [(run, outcome) for run, outcome in enumerate(outcomes) if outcome.gpu == gpu and outcome.series]
 
 
 def lines(outcomes: Sequence[Outcome], gpu: str, figure: str) -> list[Line]:
@@ -119,21 +74,14 @@ def lines(outcomes: Sequence[Outcome], gpu: str, figure: str) -> list[Line]:
     Step 1 has no throughput worth showing: it pays for start-up, and torchtitan divides its time wrongly.
     """
     found: list[Line] = []
-    for run, outcome in enumerate(outcomes):
+    for number, (run, outcome) in enumerate(with_series(outcomes, gpu)[:MOST_LINES], 1):
         points = [
             (float(point.step), value if drawable(value := getattr(point, figure)) else math.nan)
             for point in outcome.series
             if figure != "tps" or point.step > 1
         ]
-        if outcome.gpu == gpu and outcome.series and len(found) < MOST_LINES:
-            number = len(found) + 1
-            found.append(Line(run, number, outcome.run, outcome.complete, tuple(thin(points))))
-    return found
-
-
-def with_series(outcomes: Iterable[Outcome], gpu: str) -> int:
-    """How many runs on `gpu` logged steps, drawn or not."""
-    return sum(outcome.gpu == gpu and bool(outcome.series) for outcome in outcomes)
+        found.append(Line(run, number, outcome.run, outcome.complete, tuple(thin(points))))
+    return [line for line in found if line.points]
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
@@ -145,7 +93,8 @@ def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list
     for index in range(stretches):
         stretch = points[index * len(points) // stretches : (index + 1) * len(points) // stretches]
         finite = [point for point in stretch if not math.isnan(point[1])]
-        chosen = {p for p in stretch if math.isnan(p[1])} and {next(p for p in stretch if math.isnan(p[1]))}
+        lost = [point for point in stretch if math.isnan(point[1])]
+        chosen = set(lost[:1])
         if finite:
             chosen |= {finite[0], min(finite, key=_value), max(finite, key=_value), finite[-1]}
         kept += sorted(chosen, key=lambda point: point[0])
@@ -156,31 +105,62 @@ def _value(point: tuple[float, float]) -> float:
     return point[1]
 
 
+def work(outcome: Outcome) -> dict[str, str]:
+    """Equal for runs whose steps are the same work, whatever the size, software and environment."""
+    known = described(outcome)
+    accumulated = outcome.global_batch_size / max(1, outcome.local_batch_size * outcome.gpus)
+    alike = {word: say(known.get(key, "?")) for key, word in ALIKE.items()}
+    return {"GPU": outcome.gpu, **alike, "batches a step and GPU": f"{accumulated:g}"}
+
+
+def _work_and_software(outcome: Outcome) -> dict[str, str]:
+    """Equal for runs whose sizes may stand on one line: what a step does, in which environment, with what software."""
+    own = {key: say(value) for key, value in sorted(outcome.settings.items()) if key.startswith(("env.", "titan."))}
+    software = {name: outcome.versions.get(name, "?") for name in ("torch", "torchtitan")}
+    return {**work(outcome), **own, **software, "GPUs a node": str(outcome.gpus // max(1, outcome.nodes))}
+
+
+def grouped(
+    runs: Iterable[Placed], alike: Callable[[Outcome], dict[str, str]] = work
+) -> list[tuple[str, list[Placed]]]:
+    """Like runs under a name; what tells groups apart is in it only where it is needed."""
+    groups: dict[tuple[tuple[str, str], ...], list[Placed]] = {}
+    for run, outcome in runs:
+        groups.setdefault(tuple(alike(outcome).items()), []).append((run, outcome))
+    short = {key: _name(members[0][1]) for key, members in groups.items()}
+    found = []
+    for key, members in groups.items():
+        same = [set(other) for other, name in short.items() if name == short[key]]
+        telling = [f"{word} {value}" for word, value in key if any((word, value) not in other for other in same)]
+        found.append((", ".join([short[key], *telling]), members))
+    return found
+
+
+def _name(outcome: Outcome) -> str:
+    parts = [outcome.recipe, f"batch {outcome.local_batch_size}", outcome.precision]
+    return ", ".join([*parts, *(["compiled"] if outcome.compile else [])])
+
+
 def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str) -> list[Scaling]:
     """The lines of the scaling chart of one GPU type: complete runs, like with like, then published rows.
 
     No line where all of them have the same number of GPUs: there is no scaling to see.
     """
-    groups: dict[tuple[Any, ...], list[tuple[int, Outcome]]] = {}
-    for run, outcome in enumerate(outcomes):
-        if outcome.gpu == gpu and outcome.complete and outcome.tps and drawable(outcome.tps.median):
-            groups.setdefault(_alike(outcome), []).append((run, outcome))
-    labels = _labels([members[0][1] for members in groups.values()])
+    whole = [(run, o) for run, o in enumerate(outcomes) if o.gpu == gpu and o.complete and drawable(o.median_tps)]
     found = [
-        Scaling(label, False, _ascending(Dot(o.gpus, o.tps.median, o.run, run) for run, o in members if o.tps))
-        for label, members in zip(labels, groups.values(), strict=True)
+        Scaling(label, False, _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in members))
+        for label, members in grouped(whole, _work_and_software)
     ]
-    rows: dict[str, dict[int, Outcome]] = {}
+    rows: dict[str, dict[int, Dot]] = {}
     for row in sorted(published, key=lambda row: row.step or 0):  # of two steps of one run, the later stands
-        if row.gpu.casefold() == gpu.casefold() and row.tps and drawable(row.tps.median):
-            rows.setdefault(_published_label(row), {})[row.gpus] = row
-    for label, by_count in rows.items():
-        dots = (Dot(row.gpus, row.tps.median, row.run) for row in by_count.values() if row.tps)
-        found.append(Scaling(label, True, _ascending(dots)))
+        if row.gpu.casefold() == gpu.casefold() and drawable(row.median_tps):
+            dot = Dot(row.gpus, row.median_tps or 0.0, row.run)
+            rows.setdefault(_published_name(row), {})[row.gpus] = dot
+    found += [Scaling(label, True, _ascending(by_count.values())) for label, by_count in rows.items()]
     return found if len({dot.gpus for group in found for dot in group.dots}) > 1 else []
 
 
-def _published_label(row: Outcome) -> str:
+def _published_name(row: Outcome) -> str:
     parts = [f"published ({row.source})", f"batch {row.local_batch_size}", row.precision]
     more = ["compiled"] if row.compile else []
     more += [f"driver {row.versions['driver']}"] if "driver" in row.versions else []
@@ -191,112 +171,31 @@ def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:
     return tuple(sorted(dots, key=lambda dot: (dot.gpus, dot.run or 0)))
 
 
-def work(outcome: Outcome) -> tuple[str, ...]:
-    """Equal for runs whose steps are the same work, whatever the size, software and environment."""
-    known = described(outcome)
-    accumulated = outcome.global_batch_size / max(1, outcome.local_batch_size * outcome.gpus)
-    return (outcome.gpu, *(str(known.get(key)) for key in ALIKE), f"{accumulated:g}")
-
-
-def kinds(outcomes: Sequence[Outcome], gpu: str) -> list[Kind]:
-    """The runs on `gpu` by what a step of theirs does, in the order of the runs."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for run, outcome in enumerate(outcomes):
-        if outcome.gpu == gpu:
-            groups.setdefault(work(outcome), []).append(run)
-    labels = _labels([outcomes[runs[0]] for runs in groups.values()])
-    return [Kind(label, tuple(runs)) for label, runs in zip(labels, groups.values(), strict=True)]
-
-
-def _alike(outcome: Outcome) -> tuple[Any, ...]:
-    """Equal for runs whose sizes may stand on one line: what a step does, in which environment, with what software."""
-    own = sorted(key for key in outcome.settings if key.startswith(("env.", "titan.")))
-    return (
-        *work(outcome),
-        *(f"{key}={outcome.settings[key]}" for key in own),
-        *(outcome.versions.get("torch"), outcome.versions.get("torchtitan")),
-        outcome.gpus // max(1, outcome.nodes),
-    )
-
-
-def _labels(firsts: Sequence[Outcome]) -> list[str]:
-    """A name for each group of like runs; what tells them apart is added only where it is needed."""
-
-    def name(outcome: Outcome) -> str:
-        parts = [outcome.recipe, f"batch {outcome.local_batch_size}", outcome.precision]
-        return ", ".join([*parts, *(["compiled"] if outcome.compile else [])])
-
-    def details(outcome: Outcome) -> list[str]:
-        known = described(outcome)
-        settings = [f"{word} {say(known.get(key, '?'))}" for key, word in ALIKE.items()]
-        return [*settings, *(f"{key} {outcome.versions.get(key, '?')}" for key in ("torch", "torchtitan"))]
-
-    short = [name(outcome) for outcome in firsts]
-    texts = []
-    for text, outcome in zip(short, firsts, strict=True):
-        same = [details(other) for other, its in zip(firsts, short, strict=True) if its == text]
-        telling = [own for own, *all_ in zip(details(outcome), *same, strict=True) if len(set(all_)) > 1]
-        texts.append(", ".join([text, *telling]))
-    return [
-        text if texts.count(text) == 1 else f"{text} (settings {texts[: i + 1].count(text)})"
-        for i, text in enumerate(texts)
-    ]
-
-
-def heat(outcome: Outcome) -> Heat | None:
-    """None where fewer than two nodes have a figure: there is nothing to compare."""
-    found = against_others(outcome.by_node)
-    if not found:
-        return None
-    by_rate = [NodeCell(node.host, node.tps, -100 * node.behind) for node in found]
-    of_host = {cell.host: cell for cell in by_rate}
-    cells = [of_host.get(node.host) or NodeCell(node.host, None, None) for node in outcome.by_node]
-    silent = [cell for cell in cells if cell.tps is None]
-    shown, rest = cells, []
-    if len(cells) > MOST_NODES:
-        ranked = silent + by_rate
-        shown, rest = ranked[:MOST_NODES], ranked[MOST_NODES:]
-    slow = tuple(cell for cell in by_rate if cell.slow)
-    middle = median(node.tps for node in found)
-    return Heat(middle, tuple(shown), by_rate[0], by_rate[-1], len(silent), tuple(rest), slow)
-
-
 def measured_by(outcomes: Iterable[Outcome], published: Sequence[Outcome]) -> list[Outcome]:
     """The published rows that the runs are measured by, each once, the smallest first."""
     rows = (best_match(outcome, published).row for outcome in outcomes)
-    found = {(row.gpus, row.run): row for row in rows if row and row.tps and drawable(row.tps.median)}
+    found = {(row.gpus, row.run): row for row in rows if row and drawable(row.median_tps)}
     return [found[key] for key in sorted(found)]
 
 
-def percent(value: float | None) -> str:
-    """A difference: `+0.4%`, `-3.2%` with a minus sign, `0.0%`; `no data` for None."""
-    if value is None:
-        return "no data"
-    return f"{value:+.1f}%".replace("-", "−") if abs(value) >= 0.05 else "0.0%"
+def slow_nodes(outcome: Outcome) -> list[Against]:
+    """Nodes that are further behind the others than accept allows, the slowest first."""
+    return [node for node in against_others(outcome.by_node) if node.behind > MAX_SPREAD]
 
 
-def slow_node(outcome: Outcome) -> tuple[NodeCell, tuple[tuple[float, float], ...]] | None:
-    """The slowest node with its tokens/s over the steps, where it is further behind than accept allows."""
-    found = heat(outcome)
-    if found is None or not found.slow:
-        return None
-    node = next(node for node in outcome.by_node if node.host == found.slow[0].host)
-    points = [(float(step), tps if drawable(tps) else math.nan) for step, tps in node.steps if step > 1]
-    return found.slow[0], tuple(thin(points))
-
-
-def differences(outcomes: Sequence[Outcome]) -> Differences:
-    """Every setting and version, split by whether all runs say the same."""
-    columns = [_texts(outcome) for outcome in outcomes]
+def differences(
+    outcomes: Sequence[Outcome],
+) -> tuple[list[tuple[str, tuple[str | None, ...]]], list[tuple[str, str]]]:
+    """Settings and versions: those in which runs differ, and those that all runs share. None: not said."""
+    texts = [_texts(outcome) for outcome in outcomes]
     differing, shared = [], []
-    for key in dict.fromkeys(key for column in columns for key in column):
-        values = tuple(column.get(key) for column in columns)
-        first = values[0]
-        if first is not None and all(value == first for value in values):
-            shared.append((key, first))
+    for key in dict.fromkeys(key for own in texts for key in own):
+        values = tuple(own.get(key) for own in texts)
+        if len(set(values)) == 1:
+            shared.append((key, values[0] or ""))
         else:
             differing.append((key, values))
-    return Differences(tuple(differing), tuple(shared))
+    return differing, shared
 
 
 def _texts(outcome: Outcome) -> dict[str, str]:

@@ -5,11 +5,11 @@ type. Pure functions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launcher.base.errors import quoted
 from launcher.base.output import counted, some
-from launcher.report.figures import Heat, NodeCell, drawable, heat, work
+from launcher.report.figures import slow_nodes, work
 from launcher.results.accept import (
     MAX_SPREAD,
     MAX_WAITING,
@@ -21,6 +21,8 @@ from launcher.results.accept import (
     judge,
     share_text,
 )
+from launcher.results.columns import drawable
+from launcher.results.measure import Against
 from launcher.results.outcome import Outcome
 
 MOST_NAMED = 6  # runs, nodes or sizes in one line of the answer
@@ -31,17 +33,37 @@ OWN = (*REST, About.SPEED, About.PACE)  # of the run: each of its nodes counts b
 
 @dataclass(frozen=True)
 class Health:
-    """A run with its verdict and its nodes. `place` is the run's on the page."""
+    """A run with its verdict. `place` is the run's on the page."""
 
     place: int
     outcome: Outcome
     verdict: Verdict
-    nodes: Heat | None
+
+    @property
+    def name(self) -> str:
+        return self.outcome.run
+
+    @property
+    def share(self) -> float:
+        """Of the published tokens/s; 0 where there is nothing to measure it by."""
+        return self.verdict.share or 0.0
+
+    @property
+    def is_unjudged(self) -> bool:
+        return self.verdict.word is Word.CANNOT_SAY
+
+    @property
+    def is_fast(self) -> bool:
+        """It reaches what is published. A node that was slow in it has a line of its own."""
+        return not self.is_unjudged and self.verdict.share is not None and not self.faults(*OWN)
 
     @property
     def waits_for_data(self) -> bool:
-        share = self.outcome.data_share
-        return share is not None and share > MAX_WAITING
+        return (self.outcome.data_share or 0.0) > MAX_WAITING
+
+    def faults(self, *about: About) -> list[Reason]:
+        """Why accept says FAIL, of what it looked at."""
+        return [reason for reason in self.verdict.reasons if reason.word is Word.FAIL and reason.about in about]
 
 
 @dataclass(frozen=True)
@@ -65,8 +87,7 @@ class Answer:
 
 def health(outcomes: Sequence[Outcome], published: Sequence[Outcome]) -> list[Health]:
     return [
-        Health(place, outcome, judge(outcome, published, losses=published), heat(outcome))
-        for place, outcome in enumerate(outcomes)
+        Health(place, outcome, judge(outcome, published, losses=published)) for place, outcome in enumerate(outcomes)
     ]
 
 
@@ -83,21 +104,13 @@ def answers(runs: Sequence[Health]) -> list[Answer]:
 
 
 def _answer(name: str, runs: Sequence[Health]) -> Answer:
-    newest = _newest_first(runs)
+    newest = sorted(runs, key=lambda run: run.outcome.date, reverse=True)
     judged = _counted(newest)
     nodes, slow = _nodes(newest)
-    if not slow and any(_faults(run, About.SPEED) for run in judged):
-        hint = "nodes wait for each other in every step, so one slow GPU or link can slow all without showing here"
-        nodes = replace(nodes, texts=(*nodes.texts, hint))
-    speed, data, rest = _speed(judged), _data(judged), _rest(judged)
-    word = Word.PASS if any(map(_is_fast, judged)) else Word.CANNOT_SAY
-    if slow or any(_faults(run, *OWN) for run in judged):
+    word = Word.PASS if any(run.is_fast for run in judged) else Word.CANNOT_SAY
+    if slow or any(run.faults(*OWN) for run in judged):
         word = Word.FAIL
-    return Answer(name, word, _headline(word, judged, slow), (speed, nodes, data, rest))
-
-
-def _newest_first(runs: Iterable[Health]) -> list[Health]:
-    return sorted(runs, key=lambda run: run.outcome.date, reverse=True)
+    return Answer(name, word, _headline(word, judged, slow), (_speed(judged), nodes, _data(judged), _rest(judged)))
 
 
 def _counted(newest: Sequence[Health]) -> list[Health]:
@@ -106,143 +119,104 @@ def _counted(newest: Sequence[Health]) -> list[Health]:
     """
     found: dict[tuple[object, ...], Health] = {}
     for run in newest:
-        key = (work(run.outcome), run.outcome.nodes)
+        key = (*work(run.outcome).items(), run.outcome.nodes)
         later = found.get(key)
         if later is None or (
-            _unjudged(later) and not _unjudged(run) and (run.outcome.complete or not later.outcome.complete)
+            later.is_unjudged and not run.is_unjudged and (run.outcome.complete or not later.outcome.complete)
         ):
             found[key] = run
     return sorted(found.values(), key=lambda run: run.outcome.nodes)
 
 
-def _unjudged(run: Health) -> bool:
-    return run.verdict.word is Word.CANNOT_SAY
-
-
-def _headline(word: Word, judged: Sequence[Health], slow: Sequence[tuple[NodeCell, Health]]) -> str:
+def _headline(word: Word, judged: Sequence[Health], slow: Sequence[tuple[Against, Health]]) -> str:
     if word is Word.CANNOT_SAY:
-        first = _newest_first(judged)[0]
-        return f"no run here could be judged. {first.outcome.run}: {first.verdict.reasons[0].what}"
-    fast = [run for run in judged if _is_fast(run)]
-    reached = f"{_shares(fast)} of the published tokens/s on {_sizes(fast)}" if fast else ""
-    if word is Word.PASS:
-        waiting = "; steps wait for data" if any(run.waits_for_data for run in judged) else ""
-        return f"good: {reached}{waiting}"
+        first = max(judged, key=lambda run: run.outcome.date)
+        return f"no run here could be judged. {first.name}: {first.verdict.reasons[0].what}"
     parts = []
-    if below := [run for run in judged if _faults(run, About.SPEED)]:
+    if below := [run for run in judged if run.faults(About.SPEED)]:
         parts.append(f"only {_shares(below)} of the published tokens/s on {_sizes(below)}")
-    if halting := [run.outcome.run for run in judged if _faults(run, About.PACE)]:
+    if halting := [run.name for run in judged if run.faults(About.PACE)]:
         parts.append(f"stood still now and then: {some(halting, MOST_NAMED)}")
     if slow:
-        parts.append(f"slow: {some([cell.host for cell, _ in slow], MOST_NAMED)}")
-    if broken := [run for run in judged if _faults(run, *REST)]:
-        parts.append(f"failed: {some([run.outcome.run for run in broken], MOST_NAMED)}")
-    return "; ".join([*parts, *([f"good: {reached}"] if fast else [])])
-
-
-def _is_fast(run: Health) -> bool:
-    """It reaches what is published. A node that was slow in it has a line of its own."""
-    return not _unjudged(run) and run.verdict.share is not None and not _faults(run, *OWN)
-
-
-def _faults(run: Health, *about: About) -> list[Reason]:
-    """Why accept says FAIL, of what it looked at."""
-    return [reason for reason in run.verdict.reasons if reason.word is Word.FAIL and reason.about in about]
+        parts.append(f"slow: {some([node.host for node, _ in slow], MOST_NAMED)}")
+    if broken := [run.name for run in judged if run.faults(*REST)]:
+        parts.append(f"failed: {some(broken, MOST_NAMED)}")
+    if fast := [run for run in judged if run.is_fast]:
+        parts.append(f"good: {_shares(fast)} of the published tokens/s on {_sizes(fast)}")
+    if word is Word.PASS and any(run.waits_for_data for run in judged):
+        parts.append("steps wait for data")
+    return "; ".join(parts)
 
 
 def _speed(judged: Sequence[Health]) -> Finding:
-    below = [run for run in judged if _faults(run, About.SPEED)]
-    fast = [run for run in judged if not _unjudged(run) and (run.verdict.share or 0.0) >= THRESHOLD]
-    unknown = [run for run in judged if _unjudged(run)]
-    texts = [
-        f"{_nodes_of(run)}: {share_text(run.verdict.share or 0.0)} of published, below the {100 * THRESHOLD:g}% "
-        f"asked for ({run.outcome.run})"
-        for run in below[:MOST_NAMED]
-    ]
-    texts += _more(below)
+    below = [run for run in judged if run.faults(About.SPEED)]
+    fast = [run for run in judged if not run.is_unjudged and run.share >= THRESHOLD]
+    texts = _first(
+        f"{counted(run.outcome.nodes, 'node')}: {share_text(run.share)} of published, below the "
+        f"{100 * THRESHOLD:g}% asked for ({run.name})"
+        for run in below
+    )
     if below and fast and min(r.outcome.nodes for r in below) > max(r.outcome.nodes for r in fast):
         texts.append("slow only on more nodes: look at the network between them first")
     if below:
-        command = quoted("launcher", "compare", below[0].outcome.run, "published")
-        texts.append(f"what differs from the published run: {command}")
-    halting = [(run, fault) for run in judged for fault in _faults(run, About.PACE)]
-    texts += [f"{run.outcome.run}: {fault.detail}" for run, fault in halting[:MOST_NAMED]] + _more(halting)
+        texts.append(
+            f"what differs from the published run: {quoted('launcher', 'compare', below[0].name, 'published')}"
+        )
+    halting = _first(f"{run.name}: {fault.detail}" for run in judged for fault in run.faults(About.PACE))
+    texts += halting
     if fast:
         texts.append(f"{_shares(fast)} of published on {_sizes(fast)}")
-    if others := list(filter(None, map(_other_size, (*below, *fast)))):
-        texts.append(f"measured by a row of another size: {some(others, MOST_NAMED)}")
     by_reason: dict[str, list[str]] = {}
-    for run in unknown:
-        first = run.verdict.reasons[0]
-        why = first.detail if first.about is About.SPEED else first.what
-        by_reason.setdefault(why, []).append(run.outcome.run)
-    texts += [f"not judged: {some(names, MOST_NAMED)}: {why}" for why, names in list(by_reason.items())[:MOST_NAMED]]
-    texts += _more(list(by_reason), " reasons")
+    for run in judged:
+        if run.is_unjudged:
+            first = run.verdict.reasons[0]
+            by_reason.setdefault(first.detail if first.about is About.SPEED else first.what, []).append(run.name)
+    texts += _first(f"not judged: {some(names, MOST_NAMED)}: {why}" for why, names in by_reason.items())
     word = Word.FAIL if below or halting else OK if fast else Word.CANNOT_SAY
     return Finding("Speed", str(word), tuple(texts or ["no run got as far as to be measured"]))
 
 
-def _other_size(run: Health) -> str:
-    """`9n by 3 nodes`, where the published row has another number of GPUs than the run."""
-    row = run.verdict.baseline
-    if row is None or row.gpus == run.outcome.gpus:
-        return ""
-    return f"{run.outcome.run} by {counted(row.nodes, 'node')}"
-
-
-def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[NodeCell, Health]]]:
+def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[Against, Health]]]:
     """Every node by the newest run in which accept would judge it. One that was slow and has not run since is slow."""
     seen: set[str] = set()
-    slow: list[tuple[NodeCell, Health]] = []
+    slow: list[tuple[Against, Health]] = []
     for run in newest:
-        if run.nodes is None or not any(reason.about is About.NODES for reason in run.verdict.reasons):
-            continue
-        slow += [(cell, run) for cell in run.nodes.slow if cell.host not in seen]
-        seen |= {node.host for node in run.outcome.by_node if drawable(node.tps)}
+        if any(reason.about is About.NODES for reason in run.verdict.reasons):
+            slow += [(node, run) for node in slow_nodes(run.outcome) if node.host not in seen]
+            seen |= {node.host for node in run.outcome.by_node if drawable(node.tps)}
     if not seen:
         text = "no run has figures of two nodes or more to hold against each other"
         return Finding("Nodes", str(Word.CANNOT_SAY), (text,)), []
-    slow.sort(key=lambda found: found[0].percent or 0.0)
-    texts = [
-        f"{cell.host}: {-(cell.percent or 0.0):.1f}% slower than the others ({run.outcome.run})"
-        for cell, run in slow[:MOST_NAMED]
-    ]
-    texts += _more(slow)
+    slow.sort(key=lambda found: -found[0].behind)
+    texts = _first(f"{node.host}: {100 * node.behind:.1f}% slower than the others ({run.name})" for node, run in slow)
     limit = f"more than {100 * MAX_SPREAD:g}% slower than the others"
     texts.append(f"{'no other' if slow else 'none'} of {len(seen)} nodes is {limit}")
     return Finding("Nodes", str(Word.FAIL) if slow else OK, tuple(texts)), slow
 
 
 def _data(judged: Sequence[Health]) -> Finding:
-    known = [(run.outcome.data_share, run) for run in judged if run.outcome.data_share is not None]
+    known = [run for run in judged if run.outcome.data_share is not None]
     if not known:
         return Finding("Data", str(Word.CANNOT_SAY), ("not known how long steps wait for data",))
-    most, run = max(known, key=lambda found: found[0])
-    text = f"at most {100 * most:.1f}% of a step is waiting for data"
-    if run.waits_for_data:
-        text = (
-            f"{100 * most:.1f}% of a step is waiting for data ({run.outcome.run}); up to "
-            f"{100 * MAX_WAITING:g}% is usual"
-        )
-    return Finding("Data", LOOK if run.waits_for_data else OK, (text,))
+    most = max(known, key=lambda run: run.outcome.data_share or 0.0)
+    text = f"at most {100 * (most.outcome.data_share or 0.0):.1f}% of a step is waiting for data ({most.name})"
+    usual = f"; up to {100 * MAX_WAITING:g}% is usual" if most.waits_for_data else ""
+    return Finding("Data", LOOK if most.waits_for_data else OK, (text + usual,))
 
 
 def _rest(judged: Sequence[Health]) -> Finding:
-    broken = [(run, faults) for run in judged if (faults := _faults(run, *REST))]
-    texts = [f"{run.outcome.run}: {'; '.join(fault.what for fault in faults)}" for run, faults in broken[:MOST_NAMED]]
-    texts += _more(broken)
-    whole = sum(run.outcome.complete for run in judged)
-    if broken:
-        return Finding("Ends and loss", str(Word.FAIL), tuple(texts))
-    if whole:
-        return Finding(
-            "Ends and loss", OK, (f"nothing wrong in {counted(whole, 'run')}, the newest of each kind and size",)
-        )
-    return Finding("Ends and loss", str(Word.CANNOT_SAY), ("no run is complete",))
+    faults = ((run, "; ".join(fault.what for fault in run.faults(*REST))) for run in judged)
+    word, texts = str(Word.FAIL), _first(f"{run.name}: {what}" for run, what in faults if what)
+    if not texts:
+        whole = sum(run.outcome.complete for run in judged)
+        word = OK if whole else str(Word.CANNOT_SAY)
+        wrong = f"nothing wrong in {counted(whole, 'run')}, the newest of each kind and size"
+        texts = [wrong if whole else "no run is complete"]
+    return Finding("Ends and loss", word, tuple(texts))
 
 
 def _shares(runs: Sequence[Health]) -> str:
-    shares = [run.verdict.share or 0.0 for run in runs]
+    shares = [run.share for run in runs]
     low, high = share_text(min(shares)), share_text(max(shares))
     return low if low == high else f"{low} to {high}"
 
@@ -256,9 +230,6 @@ def _sizes(runs: Sequence[Health]) -> str:
     return before + counted(last, "node")
 
 
-def _nodes_of(run: Health) -> str:
-    return counted(run.outcome.nodes, "node")
-
-
-def _more(all_: Sequence[object], what: str = "") -> list[str]:
-    return [f"and {len(all_) - MOST_NAMED:,} more{what}"] if len(all_) > MOST_NAMED else []
+def _first(texts: Iterable[str]) -> list[str]:
+    found = list(texts)
+    return found[:MOST_NAMED] + ([f"and {len(found) - MOST_NAMED:,} more"] if len(found) > MOST_NAMED else [])

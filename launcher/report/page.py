@@ -17,13 +17,16 @@ import jinja2
 from markupsafe import Markup
 
 from launcher.base.output import counted, duration, plain
-from launcher.report import charts, svg
-from launcher.report.figures import Heat, NodeCell, differences, drawable, gpu_types, percent
+from launcher.report.charts import of_gpu
+from launcher.report.figures import differences, gpu_types, slow_nodes
 from launcher.report.health import answers, health
-from launcher.report.table import TAGS, Cell, table
-from launcher.results.outcome import PHASES, Outcome, Startup
+from launcher.report.table import TAGS, table
+from launcher.results.columns import drawable, percent
+from launcher.results.measure import against_others
+from launcher.results.outcome import PHASES, Outcome
 
 GENERATOR = "titan-launcher report"
+MOST_NODES = 60  # in a strip
 NEWEST_OPEN = 16  # runs whose node strips are unfolded, beside those with a slow node
 
 
@@ -36,7 +39,7 @@ def page(
     left_out: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The page as text, runs in the order given. `made` is when, for people; `left_out` are (run, why)."""
-    types = gpu_types(outcomes)
+    differing, shared = differences(outcomes)
     runs = health(outcomes, published)
     style, script = chart_style() + text_of("page.css"), text_of("page.js")
     return _template().render(
@@ -53,101 +56,73 @@ def page(
         answers=answers(runs),
         tags=TAGS,
         table=table(runs, published),
-        by_gpu=[charts.of_gpu(outcomes, published, gpu, place) for place, gpu in enumerate(types)],
-        strips=[_strip(run.place, run.outcome, run.nodes) for run in runs if run.nodes],
+        by_gpu=[(gpu, of_gpu(outcomes, published, gpu, place)) for place, gpu in enumerate(gpu_types(outcomes))],
+        strips=list(filter(None, (_strip(run, outcome) for run, outcome in enumerate(outcomes)))),
         startups=_startups(outcomes),
-        phases=[(css, called.capitalize()) for css, called in PHASES],
-        differences=differences(outcomes),
+        phases=[called.capitalize() for _, called in PHASES],
+        differing=differing,
+        shared=shared,
     )
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A run's nodes: the sentence about them and the cells, each with its level 0 (slowest) to 6."""
+    """A run's nodes: the sentence about them, and of the slowest each its difference, host and class, which is its
+    level 0 (slowest) to 6.
+    """
 
     run: int
     name: str
     complete: bool
     opened: bool
-    slow: str  # "slow node", where there is one
+    slow: str  # "1 slow node", where there is one
     summary: str
-    cells: tuple[tuple[NodeCell, str, str], ...]  # with its text and its class
-    rest: str
+    cells: tuple[tuple[str, str, str], ...]
 
 
-def _strip(run: int, outcome: Outcome, found: Heat) -> Strip:
-    def at(cell: NodeCell) -> str:
-        return f"{cell.host} at {cell.tps:,.0f} ({percent(cell.percent)})"
-
-    summary = (
-        f"{len(outcome.by_node)} nodes, median {found.median:,.0f}, slowest {at(found.slowest)}, fastest "
-        f"{at(found.fastest)}"
+def _strip(run: int, outcome: Outcome) -> Strip | None:
+    """Each node against the others; None where fewer than two have a figure: there is nothing to compare."""
+    found = against_others(outcome.by_node)
+    if not found:
+        return None
+    slowest, fastest = (
+        f"{node.host} at {node.tps:,.0f} ({percent(-100 * node.behind)})" for node in (found[0], found[-1])
     )
-    if found.silent:
-        summary += f", {found.silent} without a figure"
-    rest = ""
-    if found.others:
-        low, high = percent(found.others[0].percent), percent(found.others[-1].percent)
-        rest = (
-            f"The {len(found.cells)} slowest nodes, slowest first. The other {len(found.others)} lie between "
-            f"{low} and {high}."
-        )
-    cells = tuple((cell, percent(cell.percent), f"h{_level(cell.percent)}") for cell in found.cells)
-    slow = "slow node" if len(found.slow) == 1 else counted(len(found.slow), "slow node") if found.slow else ""
-    opened = run < NEWEST_OPEN or bool(slow)
-    return Strip(run, outcome.run, outcome.complete, opened, slow, summary, cells, rest)
+    parts = [f"{len(outcome.by_node)} nodes, slowest {slowest}, fastest {fastest}"]
+    if silent := len(outcome.by_node) - len(found):
+        parts.append(f"{silent} without a figure")
+    if len(found) > MOST_NODES:
+        parts.append(f"here the {MOST_NODES} slowest")
+    cells = tuple((percent(-100 * n.behind), n.host, f"h{_level(-100 * n.behind)}") for n in found[:MOST_NODES])
+    slow = slow_nodes(outcome)
+    tag = counted(len(slow), "slow node") if slow else ""
+    return Strip(run, outcome.run, outcome.complete, run < NEWEST_OPEN or bool(slow), tag, ", ".join(parts), cells)
 
 
-def _level(value: float | None) -> str:
-    if value is None:
-        return "-none"
-    return str(sum(value > limit for limit in (-5, -2, -1, 1, 2, 5)))
+def _level(value: float) -> int:
+    return sum(value > limit for limit in (-5, -2, -1, 1, 2, 5))
 
 
 @dataclass(frozen=True)
 class Start:
+    """How long each phase of a run's start took, then the sum, which is a bound where a phase is not known."""
+
     run: int
     name: str
     complete: bool
-    numbers: tuple[Cell, ...]  # one per phase, then the sum
-    bar: Markup
-    cut: bool  # the queue's part is drawn shorter than it was
+    spans: tuple[str, ...]
 
 
 def _startups(outcomes: Sequence[Outcome]) -> list[Start]:
-    """Bars share a scale. A queue of hours would leave nothing of the rest, so no bar's queue is longer than the
-    longest rest.
-    """
-    own = [_rest(outcome.startup) for outcome in outcomes]
-    longest = max(own, default=0.0) or max((_seconds_of(o.startup, "queue_s") or 0.0 for o in outcomes), default=0.0)
-    scale = max(
-        (min(_seconds_of(o.startup, "queue_s") or 0.0, longest) + rest for o, rest in zip(outcomes, own, strict=True)),
-        default=0.0,
-    )
     found = []
     for run, outcome in enumerate(outcomes):
-        amounts = [_seconds_of(outcome.startup, name) for name, _ in PHASES]
-        if all(amount is None for amount in amounts):
-            continue
-        queue = amounts[0] or 0.0
-        parts = [(name, min(amount or 0.0, longest)) for (name, _), amount in zip(PHASES, amounts, strict=True)]
-        cut = queue > longest
-        if cut:
-            parts[0] = ("queue_s cut", longest)
-        known = [amount for amount in amounts if amount is not None]
-        total = Cell(("" if len(known) == len(amounts) else "≥ ") + duration(sum(known)), sum(known))
-        numbers = tuple(Cell("" if a is None else duration(a), a) for a in amounts)
-        found.append(Start(run, outcome.run, outcome.complete, (*numbers, total), svg.bar(parts, scale), cut))
+        amounts = [getattr(outcome.startup, name) for name, _ in PHASES]
+        known = [max(0.0, amount) for amount in amounts if drawable(amount)]
+        if known:
+            total = ("" if len(known) == len(amounts) else "≥ ") + duration(sum(known))
+            spans = (duration(max(0.0, amount)) if drawable(amount) else "" for amount in amounts)
+            found.append(Start(run, outcome.run, outcome.complete, (*spans, total)))
     return found
-
-
-def _seconds_of(startup: Startup, name: str) -> float | None:
-    value: float | None = getattr(startup, name)
-    return max(0.0, value) if value is not None and drawable(value) else None
-
-
-def _rest(startup: Startup) -> float:
-    return sum(_seconds_of(startup, name) or 0.0 for name, _ in PHASES[1:])
 
 
 def _hash(text: str) -> str:

@@ -30,7 +30,7 @@ def write_plots(outcomes: Sequence[Outcome], published: Sequence[Outcome], folde
         raise filesystem_error(folder, error, "--plots DIR") from error
     written: list[Path] = []
     for place, gpu in enumerate(gpu_types(outcomes)):
-        for figure in of_gpu(outcomes, published, gpu, place).figures:
+        for figure in of_gpu(outcomes, published, gpu, place):
             kind = re.sub(r"[^a-z0-9]+", "-", f"{figure.ident.partition('-')[0]}-{gpu}".lower()).strip("-")
             same = sum(re.fullmatch(rf"{kind}(-\d+)?", path.stem) is not None for path in written)
             path = folder / f"{kind}{f'-{same + 1}' if same else ''}.svg"

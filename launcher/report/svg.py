@@ -100,26 +100,13 @@ def counts(values: Iterable[int], name: str) -> Axis:
 
 
 def spread_out(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The positions, moved so that neighbours are `gap` apart: as a block around their own middle, within the ends."""
+    """The positions, moved so that neighbours are `gap` apart: down from `low`, then up from `high`."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
-    blocks: list[tuple[float, int]] = []  # where each begins, how many it holds
-    at = 0
-    for index in order:
-        start, count = positions[index], 1
-        while blocks and start < blocks[-1][0] + gap * blocks[-1][1]:
-            before, more = blocks.pop()
-            # Both move to where the mean of what their members want is kept.
-            start = (before * more + (start - gap * more) * count) / (more + count)
-            count += more
-        blocks.append((start, count))
     moved = list(positions)
-    floor = low
-    for start, count in blocks:
-        for place in range(count):
-            moved[order[at]] = max(start + gap * place, floor)
-            floor = moved[order[at]] + gap
-            at += 1
-    ceiling = high
+    floor, ceiling = low, high
+    for index in order:
+        moved[index] = max(moved[index], floor)
+        floor = moved[index] + gap
     for index in reversed(order):
         moved[index] = min(moved[index], ceiling)
         ceiling = moved[index] - gap
@@ -149,19 +136,6 @@ def chart(drawn: Sequence[Drawn], x: Axis, y: Axis, ident: str, title: str, abou
         parts.append(_line(one, x, y, _label(one, ends[index], place_of.get(index, 0.0))))
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
-
-
-def bar(parts: Sequence[tuple[str, float]], whole: float) -> Markup:
-    """A stacked bar of (class, amount), as wide as `whole`; its numbers stand in the table around it."""
-    rectangles, at = [], 0.0
-    for css, amount in parts:
-        width = 1000 * amount / whole if whole else 0.0
-        rectangles.append(
-            Markup('<rect class="{}" x="{:.1f}" y="0" width="{:.1f}" height="10"/>').format(css, at, width)
-        )
-        at += width
-    head = '<svg class="bar" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-hidden="true">'
-    return Markup(head) + Markup("").join(rectangles) + Markup("</svg>")
 
 
 def swatch(css: str, label: str) -> Markup:

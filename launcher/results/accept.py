@@ -147,12 +147,11 @@ def _end(state: str, own: str, others: str) -> Reason | None:
 
 def _not_finite(outcome: Outcome) -> Reason | None:
     """NaN or infinity in the loss or the gradient's norm, wherever it was logged."""
-    last = [("loss", outcome.step, outcome.loss), ("gradient norm", outcome.step, outcome.grad_norm)]
-    each = [("loss", p.step, p.loss) for p in outcome.series]
-    each += [("gradient norm", p.step, p.grad_norm) for p in outcome.series if p.grad_norm is not None]
-    for name, step, value in [*each, *last]:
-        if value is not None and not math.isfinite(value):
-            return Reason(Word.FAIL, About.FINITE, f"{name}: {value:g} at step {step}")
+    points = [(point.step, point.loss, point.grad_norm) for point in outcome.series]
+    for step, loss, grad_norm in [*points, (outcome.step, outcome.loss, outcome.grad_norm)]:
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if value is not None and not math.isfinite(value):
+                return Reason(Word.FAIL, About.FINITE, f"{name}: {value:g} at step {step}")
     return Reason(Word.FAIL, About.FINITE, NON_FINITE.text) if outcome.has(Lack.NON_FINITE) else None
 
 
@@ -202,12 +201,12 @@ def _pace(outcome: Outcome) -> list[Reason]:
         return []
     lost = 1 - outcome.overall_tps / outcome.tps.median
     what = f"{outcome.overall_tps:,.0f} tokens/s per GPU over all the time after warm-up"
+    what += f", {100 * lost:.1f}% below the median" if lost >= 0.0005 else ""
+    what += f" (limit {100 * MAX_LOST:g}%)"
     if lost <= MAX_LOST:
-        below = f", {100 * lost:.1f}% below the median" if lost >= 0.0005 else ""
-        return [Reason(Word.PASS, About.PACE, f"{what}{below} (limit {100 * MAX_LOST:g}%)")]
+        return [Reason(Word.PASS, About.PACE, what)]
     warm_up = outcome.settings.get("recipe.log_freq") or 1
     slow = [p.step for p in outcome.series if p.step > warm_up and p.tps < (1 - MAX_LOST) * outcome.tps.median]
-    what += f", {100 * lost:.1f}% below the median (limit {100 * MAX_LOST:g}%)"
     what += f"; slow up to step {some([str(step) for step in slow])}" if slow else ""
     if interval := outcome.settings.get("recipe.checkpoint_interval"):
         return [_cannot(About.PACE, f"{what}; the checkpoints every {interval} steps are in it")]
@@ -239,27 +238,28 @@ def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
     first, last = points[0].loss, median(point.loss for point in points[-LAST_LOSSES:])
     step, fresh = points[-1].step, not outcome.settings.get("job.init_from")
     limit = first * (1 - FALLS_BY) if fresh and step >= FALLS_AFTER else first * (1.0 if fresh else LOSS_MARGIN)
-    what = f"{first:.2f} at step {points[0].step}, {last:.2f} at step {step} (median of the last {LAST_LOSSES})"
-    known = [loss for row in references if (loss := _reference_loss(outcome, row, step)) is not None]
+    start = f"{first:.2f} at step {points[0].step}"
+    what = f"{start}, {last:.2f} at step {step} (median of the last {LAST_LOSSES})"
     if last > limit:
         return [Reason(Word.FAIL, About.LOSS, f"{what}; it should be at most {limit:.2f} by then")]
     peak = max(points, key=lambda point: point.loss)
     if peak.loss > first * (LOSS_MARGIN if fresh else 2 * LOSS_MARGIN):
-        jumped = f"{first:.2f} at step {points[0].step}, {peak.loss:.2f} at step {peak.step}"
-        if peak is points[-1]:
-            return [Reason(Word.FAIL, About.LOSS, f"{jumped}, the last one: it exploded")]
-        return [Reason(Word.CANNOT_SAY, About.LOSS, f"{jumped}: it jumped, and came back")]
+        exploded = peak is points[-1]
+        word, end = (
+            (Word.FAIL, ", the last one: it exploded") if exploded else (Word.CANNOT_SAY, ": it jumped, and came back")
+        )
+        return [Reason(word, About.LOSS, f"{start}, {peak.loss:.2f} at step {peak.step}{end}")]
+    known = [loss for row in references if (loss := _reference_loss(outcome, row, step)) is not None]
     if not known:
         return [Reason(Word.PASS, About.LOSS, what)]
-    there = f"{min(known):.2f} to {max(known):.2f}" if min(known) < max(known) else f"{known[0]:.2f}"
-    word, more = Word.FAIL, f"at that step others had {there}"
+    there = f"{min(known):.2f}" + (f" to {max(known):.2f}" if min(known) < max(known) else "")
+    what += f"; at that step others had {there}"
     if last > LOSS_MARGIN * max(known):
-        more += f", and more than {LOSS_MARGIN:g} times that is a fault"
-    elif fresh and last < min(known) / LOSS_MARGIN:
-        more += ": so low a loss is not training on this data, but a fault of the data or of the sums"
-    else:
-        word, more = Word.PASS, f"others at that step: {there}"
-    return [Reason(word, About.LOSS, f"{what}; {more}")]
+        return [Reason(Word.FAIL, About.LOSS, f"{what}, and more than {LOSS_MARGIN:g} times that is a fault")]
+    if fresh and last < min(known) / LOSS_MARGIN:
+        what += ": so low a loss is not training on this data, but a fault of the data or of the sums"
+        return [Reason(Word.FAIL, About.LOSS, what)]
+    return [Reason(Word.PASS, About.LOSS, what)]
 
 
 def _reference_loss(outcome: Outcome, row: Outcome, step: int) -> float | None:
@@ -285,18 +285,13 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
             )
         if row.state == PUBLISHED:
             notes.append("one published value: how much it would differ in another run is not known")
-        of_row, mine = described(row).get("profile.gpus_per_node"), settings.get("profile.gpus_per_node")
-        if None not in (of_row, mine) and of_row != mine:
-            notes.append(f"{mine} GPUs a node, {of_row} in {row.run}")
-        for name in ("driver", "cuda"):
-            there, here = row.versions.get(name), outcome.versions.get(name)
-            if there and here and not same_version(there, here):
-                notes.append(f"{name} {here}, {there} in {row.run}")
-        if "recipe.activation_checkpoint" not in described(row):
-            notes.append(f"activation checkpointing of {row.run} is not known")
+        there, here = row.versions.get("driver"), outcome.versions.get("driver")
+        if there and here and not same_version(there, here):
+            notes.append(f"driver {here}, {there} in {row.run}")
         if share is not None and row.tps and outcome.tps and share < threshold:
             missing = threshold * row.tps.median - outcome.tps.median
-            if (size := noise(outcome.tps, len(outcome.measured))) is not None and missing < size:
+            size = noise(outcome.tps, len(outcome.measured)) or 0.0
+            if missing < size:
                 notes.append(
                     f"{missing:,.0f} tokens/s are missing, less than this run's noise of {size:,.0f}: repeat it"
                 )
@@ -304,11 +299,10 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
         notes.append(
             f"{100 * outcome.data_share:.1f}% of a step is waiting for data: the number of files, or their disk"
         )
-    own = sorted(key for key in settings if key.startswith("titan."))
-    if own:
+    if own := sorted(key for key in settings if key.startswith("titan.")):
         notes.append(f"settings beside the recipe's, which may change the speed: {', '.join(own)}")
-    if settings.get("recipe.checkpoint_interval"):
-        notes.append(f"checkpoints every {settings['recipe.checkpoint_interval']} steps, which take time")
+    if interval := settings.get("recipe.checkpoint_interval"):
+        notes.append(f"checkpoints every {interval} steps, which take time")
     return tuple(notes)
 
 
@@ -328,51 +322,39 @@ def headline(name: str, outcome: Outcome | None, verdict: Verdict) -> str:
     return f"{text}, {share_text(verdict.share)} of {of}{row.tps.median:,.0f} ({row.gpu}, {_size(row)})"
 
 
+_FIGURES = ("gpu", "nodes", "gpus", "complete", "step", "loss", "mfu_pct", "peak_tflops", "versions")
+_BASELINE = ("run", "gpu", "nodes", "gpus", "step")
+
+
 def as_dict(name: str, outcome: Outcome | None, verdict: Verdict, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict as JSON values, with what it was reached from: what accept.json holds."""
     row = verdict.baseline
     figures: dict[str, Any] = {}
+    baseline: dict[str, Any] | None = None
     if outcome is not None:
-        figures = json_values(
-            {
-                "gpu": outcome.gpu,
-                "nodes": outcome.nodes,
-                "gpus": outcome.gpus,
-                "complete": outcome.complete,
-                "tps": outcome.median_tps,
-                "tps_q1": outcome.tps.q1 if outcome.tps else None,
-                "tps_q3": outcome.tps.q3 if outcome.tps else None,
-                "slowest_node": outcome.slowest.host if outcome.slowest else None,
-                "slowest_tps": outcome.slowest.tps if outcome.slowest else None,
-                "step": outcome.step,
-                "loss": outcome.loss,
-                "mfu_pct": outcome.mfu_pct,
-                "peak_tflops": outcome.peak_tflops,
-                "versions": dict(outcome.versions),
-            }
-        )
-    return {
-        "schema": 1,
-        "run": name,
-        "verdict": str(verdict.word),
-        "exit_code": int(verdict.exit),
-        "headline": f"{verdict.word}  {headline(name, outcome, verdict)}",
-        "share": verdict.share,
-        "reasons": [{"verdict": str(reason.word), "what": reason.what} for reason in verdict.reasons],
-        "notes": list(verdict.notes),
-        "figures": figures,
-        "baseline": None
-        if row is None
-        else json_values(
-            {
-                "run": row.run,
-                "published": row.state == PUBLISHED,
-                "gpu": row.gpu,
-                "nodes": row.nodes,
-                "gpus": row.gpus,
-                "step": row.step,
-                "tps": row.median_tps,
-            }
-        ),
-        "inputs": dict(inputs),
-    }
+        tps, slowest = outcome.tps, outcome.slowest
+        figures = {key: getattr(outcome, key) for key in _FIGURES} | {
+            "tps": outcome.median_tps,
+            "tps_q1": tps.q1 if tps else None,
+            "tps_q3": tps.q3 if tps else None,
+            "slowest_node": slowest.host if slowest else None,
+            "slowest_tps": slowest.tps if slowest else None,
+        }
+    if row is not None:
+        baseline = {key: getattr(row, key) for key in _BASELINE}
+        baseline |= {"published": row.state == PUBLISHED, "tps": row.median_tps}
+    return json_values(
+        {
+            "schema": 1,
+            "run": name,
+            "verdict": str(verdict.word),
+            "exit_code": int(verdict.exit),
+            "headline": f"{verdict.word}  {headline(name, outcome, verdict)}",
+            "share": verdict.share,
+            "reasons": [{"verdict": str(reason.word), "what": reason.what} for reason in verdict.reasons],
+            "notes": verdict.notes,
+            "figures": figures,
+            "baseline": baseline,
+            "inputs": inputs,
+        }
+    )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.base.mfu import peak_text
 from launcher.base.output import columns, counted
 from launcher.base.values import json_values
 from launcher.results.outcome import PHASES, Outcome, Spread
@@ -83,61 +84,55 @@ def noise(spread: Spread | None, nodes: int) -> float | None:
 
 
 def _figures(a: Outcome, b: Outcome) -> tuple[Figure, ...]:
-    incomplete = [f"{name} is not complete" for name, side in (("A", a), ("B", b)) if not side.complete]
-    unlike_peak = ""
-    if a.peak_tflops != b.peak_tflops:
-        unlike_peak = f"divided by {_peak(a)} and {_peak(b)} TFLOP/s"
-    step = "" if a.step == b.step else f"at step {_or(a.step)} and {_or(b.step)}"
-    spreads = (
-        ("tokens/s per GPU", "tokens/s", a.tps, b.tps),
-        ("TFLOP/s per GPU", "TFLOP/s", a.tflops, b.tflops),
-        ("peak memory", "GiB", a.memory_gib, b.memory_gib),
-    )
-    values = (
-        ("MFU", "%", a.mfu_pct, b.mfu_pct, unlike_peak),
-        ("loss", "", a.loss, b.loss, step),
-        ("gradient norm", "", a.grad_norm, b.grad_norm, step),
-        ("waiting for data", "%", _percent(a.data_share), _percent(b.data_share), ""),
-        ("slowest node", "tokens/s", _slowest(a), _slowest(b), ""),
-    )
-    found = [_of_spreads(*row, a, b) for row in spreads]
-    found += [_of_values(*row) for row in values]
+    incomplete = "; ".join(f"{name} is not complete" for name, side in (("A", a), ("B", b)) if not side.complete)
+    peaks = [peak_text(side.peak_tflops) for side in (a, b)]
+    peak = "" if a.peak_tflops == b.peak_tflops else f"divided by {peaks[0]} and {peaks[1]} TFLOP/s"
+    step = "" if a.step == b.step else f"at step {a.step} and {b.step}"
+    sides = (a, b)
+    figures = [
+        _of_spreads("tokens/s per GPU", "tokens/s", [side.tps for side in sides], sides),
+        _of_spreads("TFLOP/s per GPU", "TFLOP/s", [side.tflops for side in sides], sides),
+        _of_spreads("peak memory", "GiB", [side.memory_gib for side in sides], sides),
+        _of_values("MFU", "%", [side.mfu_pct for side in sides], peak),
+        _of_values("loss", "", [side.loss for side in sides], step),
+        _of_values("gradient norm", "", [side.grad_norm for side in sides], step),
+        _of_values("waiting for data", "%", [None if (o := side.data_share) is None else 100 * o for side in sides]),
+        _of_values("slowest node", "tokens/s", [side.slowest.tps if side.slowest else None for side in sides]),
+    ]
     for name, _ in PHASES:
         called = name.removesuffix("_s").replace("_", " ")  # by which scripts find a figure
-        found.append(_of_values(f"start-up: {called}", "s", getattr(a.startup, name), getattr(b.startup, name), ""))
-    shown = [figure for figure in found if figure.a is not None or figure.b is not None]
+        figures.append(_of_values(f"start-up: {called}", "s", [getattr(side.startup, name) for side in sides]))
+    shown = [figure for figure in figures if figure.a is not None or figure.b is not None]
     if incomplete:
-        shown = [
-            dataclasses.replace(f, difference=None, share=None, beyond=None, why_not="; ".join(incomplete))
-            for f in shown
-        ]
+        shown = [Figure(figure.name, figure.unit, figure.a, figure.b, why_not=incomplete) for figure in shown]
     return tuple(shown)
 
 
-def _of_spreads(name: str, unit: str, a: Spread | None, b: Spread | None, of_a: Outcome, of_b: Outcome) -> Figure:
-    bare = _of_values(name, unit, a.median if a else None, b.median if b else None, "")
+def _of_spreads(name: str, unit: str, spreads: Sequence[Spread | None], of: Sequence[Outcome]) -> Figure:
+    bare = _of_values(name, unit, [spread.median if spread else None for spread in spreads])
     if bare.difference is None:
         return bare
-    sides = (noise(a, len(of_a.measured)), noise(b, len(of_b.measured)))
-    known = [side for side in sides if side is not None]
+    known = [
+        (half, spread)
+        for spread, side in zip(spreads, of, strict=True)
+        if (half := noise(spread, len(side.measured))) is not None and spread
+    ]
     if not known:
         return dataclasses.replace(bare, remark="too few values to tell its noise")
+    remark, halves = "", [half for half, _ in known]
     if len(known) == 1:  # a single value scatters as the steps of the other side do, not as their median does
-        steps = b if sides[0] is None else a
-        assert steps is not None
-        known.append(1.96 * (steps.q3 - steps.q1) / 1.349)
-    size = math.hypot(*known)
+        (steps,) = (spread for _, spread in known)
+        halves.append(1.96 * (steps.q3 - steps.q1) / 1.349)
+        what = "one published value" if PUBLISHED in [side.state for side in of] else "one value, or too few"
+        remark = f"{what}, taken to scatter as the other's steps"
+    size = math.hypot(*halves)
     if size == 0:  # peak memory often is: nothing to hold a difference against
         return dataclasses.replace(bare, remark="no noise: constant within a run" if bare.difference else "")
-    remark = ""
-    if None in sides:
-        one = of_a if sides[0] is None else of_b
-        what = "one published value" if one.state == PUBLISHED else "one value, or too few"
-        remark = f"{what}, taken to scatter as the other's steps"
     return dataclasses.replace(bare, noise=size, beyond=abs(bare.difference) > size, remark=remark)
 
 
-def _of_values(name: str, unit: str, a: float | None, b: float | None, why_not: str) -> Figure:
+def _of_values(name: str, unit: str, values: Sequence[float | None], why_not: str = "") -> Figure:
+    a, b = values
     if a is None or b is None:
         return Figure(name, unit, a, b, remark="" if a is b else f"known of {'B' if a is None else 'A'} only")
     if why_not or not (math.isfinite(a) and math.isfinite(b)):
@@ -145,31 +140,11 @@ def _of_values(name: str, unit: str, a: float | None, b: float | None, why_not: 
     return Figure(name, unit, a, b, b - a, (b - a) / abs(a) if a else None)
 
 
-def _slowest(outcome: Outcome) -> float | None:
-    return outcome.slowest.tps if outcome.slowest else None
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _peak(outcome: Outcome) -> str:
-    return "an unknown peak of" if outcome.peak_tflops is None else f"{outcome.peak_tflops:.0f}"
-
-
-def _or(step: int | None) -> str:
-    return "none" if step is None else str(step)
-
-
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any], of_both: bool) -> tuple[tuple[str, Any, Any], ...]:
     """With `of_both` only keys that both sides have: a table's row does not say most of its settings."""
+    a, b = json_values(a), json_values(b)  # a tuple and the list that JSON made of it are the same setting
     keys = [key for key in {**a, **b} if key not in _NAMES and (not of_both or (key in a and key in b))]
-    return tuple((key, a.get(key), b.get(key)) for key in keys if _plain(a.get(key)) != _plain(b.get(key)))
-
-
-def _plain(value: Any) -> Any:
-    """A tuple and the list that JSON made of it are the same setting."""
-    return list(value) if isinstance(value, tuple) else value
+    return tuple((key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key))
 
 
 def _versions(a: Outcome, b: Outcome) -> tuple[tuple[str, str | None, str | None], ...]:
@@ -178,21 +153,15 @@ def _versions(a: Outcome, b: Outcome) -> tuple[tuple[str, str | None, str | None
     return tuple((k, a.versions[k], b.versions[k]) for k in both if not same_version(a.versions[k], b.versions[k]))
 
 
+_SIDE = ("run", "run_dir", "state", "date", "gpu", "nodes", "gpus", "complete")
+
+
 def as_dict(found: Comparison) -> dict[str, Any]:
     """The comparison as JSON values; NaN and infinity become null."""
-    sides = {}
-    for name, side in (("a", found.a), ("b", found.b)):
-        sides[name] = {
-            "run": side.run,
-            "run_dir": side.run_dir,
-            "state": side.state,
-            "date": side.date,
-            "gpu": side.gpu,
-            "nodes": side.nodes,
-            "gpus": side.gpus,
-            "complete": side.complete,
-            "problems": [problem.text for problem in side.problems],
-        }
+    sides = {
+        name: {key: getattr(side, key) for key in _SIDE} | {"problems": [problem.text for problem in side.problems]}
+        for name, side in (("a", found.a), ("b", found.b))
+    }
     return sides | {
         "warnings": list(found.warnings),
         "settings": [json_values({"key": k, "a": a, "b": b}) for k, a, b in found.settings],
@@ -246,13 +215,9 @@ def _change(figure: Figure) -> tuple[str, str]:
         return "the same", figure.remark
     digits = 0 if max(abs(figure.a or 0), abs(figure.b or 0)) >= 1000 else 2
     amount = f"{figure.difference:+,.{digits}f}"
-    if figure.share is not None:
-        amount += f" ({100 * figure.share:+.1f}%)"
-    remark = figure.remark
-    if figure.noise is not None:
-        remark = (
-            f"{'beyond' if figure.beyond else 'within'} the noise of "
-            f"{figure.noise:,.{digits if figure.noise >= 1 else 2}f}"
-        )
-        remark += f" ({figure.remark})" if figure.remark else ""
-    return amount, remark
+    amount += "" if figure.share is None else f" ({100 * figure.share:+.1f}%)"
+    if figure.noise is None:
+        return amount, figure.remark
+    size = f"{figure.noise:,.{digits if figure.noise >= 1 else 2}f}"
+    remark = f" ({figure.remark})" if figure.remark else ""
+    return amount, f"{'beyond' if figure.beyond else 'within'} the noise of {size}{remark}"

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from launcher.base.mfu import mfu_text
-from launcher.base.output import plain
+from launcher.base.output import columns, plain
+from launcher.results.columns import MARKDOWN, TERMINAL, Cell, as_flat, shown_in
 from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.rows import (
     COLUMNS,
-    as_dict,
     escape,
     last_of,
     last_step,
@@ -30,15 +29,6 @@ from launcher.results.rows import (
 )
 
 _WIDTH = 100  # columns
-_WORK = (
-    "model",
-    "flavor",
-    "activation_checkpoint",
-    "tensor_parallel",
-    "context_parallel",
-    "pipeline_parallel",
-    "dp_replicate",
-)
 _NAMES = {"cuda": "CUDA", "nccl": "NCCL", "driver": "driver", "python": "Python"}
 
 
@@ -140,41 +130,18 @@ def _predicted(outcome: Outcome) -> list[str]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Several runs, a line each, within 100 columns unless names need more than their share."""
-    rows: list[tuple[str, ...]] = [("run", "size", "batch", "tokens/s", "spread", "MFU", "of", "GiB", "loss")]
+    """Several runs, a line each; of a run that is no whole result what it lacks, and no figures."""
+    shown = sorted(shown_in(TERMINAL), key=lambda column: not column.asked)
+    rows = [("run", *(column.title for column in shown), "")]
     for outcome in outcomes:
-        size = f"{outcome.nodes} ({outcome.gpus} {outcome.gpu})"
-        head = (outcome.run, size, f"{outcome.local_batch_size} x {outcome.seq_len}")
-        rows.append((*head, *_figures(outcome)) if outcome.complete else (*head, outcome.lacks))
-    rows = [tuple(plain(cell) for cell in row) for row in rows]
-    widths = [max(len(row[n]) for row in rows if len(row) == len(rows[0]) or n < 3) for n in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2])]
-        if len(row) == len(rows[0]):
-            cells += [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-        else:
-            cells += row[3:]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+        cells = (_text(column.shown(outcome)) if column.asked or outcome.complete else "" for column in shown)
+        rows.append((outcome.run, *cells, outcome.lacks))
+    left = 1 + sum(column.asked for column in shown)
+    return "\n".join(columns([[plain(cell) for cell in row] for row in rows], left))
 
 
-def _figures(outcome: Outcome) -> tuple[str, ...]:
-    last = last_of(outcome)
-    assert outcome.tps is not None and last is not None
-    around = 50 * (outcome.tps.q3 - outcome.tps.q1) / outcome.tps.median if outcome.tps.median else math.nan
-    median_mfu = median_mfu_pct(outcome)
-    mfu = "N/A" if median_mfu is None else f"{median_mfu:.2f}%"
-    peak = "?" if outcome.peak_tflops is None else f"{outcome.peak_tflops:.0f}"
-    memory = outcome.memory_gib.high if outcome.memory_gib else last.memory_gib
-    return (
-        f"{outcome.tps.median:,.0f}",
-        f"±{around:.1f}%",
-        mfu,
-        peak if outcome.mfu_pct is not None else "",
-        f"{memory:.2f}",
-        f"{last.loss:.4f}",
-    )
+def _text(cell: Cell) -> str:
+    return " ".join(filter(None, (cell.text, cell.more)))
 
 
 def in_order(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -186,24 +153,18 @@ def in_order(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """A Markdown table: the published four columns first, then the median, MFU with its denominator, and the run."""
-    more = ("Median tokens/s per GPU", "MFU", "Run")
-    lines = [f"|{'|'.join((*COLUMNS, *more))}|", f"|{'|'.join('---' for _ in (*COLUMNS, *more))}|"]
+    """A Markdown table: the published four columns first, then those of ours, and the run."""
+    shown = shown_in(MARKDOWN)
+    titles = (*COLUMNS, *(column.title for column in shown), "Run")
+    lines = [f"|{'|'.join(titles)}|", f"|{'|'.join('---' for _ in titles)}|"]
     for outcome in in_order(outcomes):
-        if outcome.complete and outcome.tps is not None:
-            values = outcome.tps
-            median = f"{values.median:,.0f} ({values.q1:,.0f}..{values.q3:,.0f})"
-            mfu = mfu_text(median_mfu_pct(outcome), outcome.peak_tflops)
-        else:
-            median = mfu = "not a result"
         about = "; ".join(filter(None, (outcome.date[:10], software_text(outcome))))
         cells = (
             escape(outcome.gpu),
             f"{outcome.nodes} ({outcome.gpus} GPU)",
             str(outcome.local_batch_size),
             last_step(outcome) if last_of(outcome) else escape(outcome.lacks),
-            median,
-            mfu,
+            *(escape(_text(column.shown(outcome))) if outcome.complete else "not a result" for column in shown),
             escape(outcome.run) + (f" ({escape(about)})" if about else ""),
         )
         lines.append(f"|{'|'.join(cells)}|")
@@ -214,42 +175,15 @@ def csv_text(outcomes: Sequence[Outcome]) -> str:
     """One line a run with all figures, empty where unknown; text that a spreadsheet would run is led by a quote
     mark.
     """
-    rows = [_flat(outcome) for outcome in outcomes]
+    rows = [as_flat(outcome) for outcome in outcomes]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(rows[0] if rows else [])
-    writer.writerows([_cell(value) for value in row.values()] for row in rows)
+    writer.writerows([_csv_cell(value) for value in row.values()] for row in rows)
     return stream.getvalue()
 
 
-def _flat(outcome: Outcome) -> dict[str, Any]:
-    whole = as_dict(outcome)
-    flat: dict[str, Any] = {}
-    for key, value in whole.items():
-        if key in ("settings", "by_node", "versions", "mfu_pct_at", "prediction"):
-            continue
-        if key == "spread":
-            for figure, parts in value.items():
-                flat |= {
-                    f"{figure}_{name}": (parts or {}).get(name)
-                    for name in ("median", "q1", "q3", "low", "high", "count")
-                }
-        elif key == "startup":
-            flat |= value
-        else:
-            flat[key] = "; ".join(value) if isinstance(value, list) else value
-    others = whole["mfu_pct_at"]
-    flat["mfu_pct_at"] = "; ".join(f"{mfu} of {peak}" for peak, mfu in others.items())
-    versions: Mapping[str, str] = whole["versions"]
-    flat |= {name: versions.get(name) for name in ("torch", "torchtitan", *_NAMES, "image", "digest")}
-    # What says that two rows are the same work: with these a CSV of ours is a baseline (results/published.py).
-    flat |= {name: outcome.settings.get(f"recipe.{name}") for name in _WORK}
-    flat["init_from"] = outcome.settings.get("job.init_from")
-    flat["predicted_tps"] = whole["prediction"].get("tps")
-    return flat
-
-
-def _cell(value: Any) -> Any:
+def _csv_cell(value: Any) -> Any:
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str):

@@ -24,7 +24,7 @@ LONG = 100  # steps: rows of shorter runs come second
 _MOST = 10**9  # a count above it is damage, not a cluster
 _DEGREES = ("tensor_parallel", "context_parallel", "pipeline_parallel", "dp_replicate")
 _COUNTS = ("nodes", "gpus", "local_batch_size", "step", "seq_len", "global_batch_size", *_DEGREES)
-_NUMBERS = ("grad_norm", "memory_gib", "memory_pct", "tflops", "mfu_pct")
+_NUMBERS = ("tps", "loss", "grad_norm", "memory_gib", "memory_pct", "tflops", "mfu_pct")
 _NEEDED = ("gpu", "nodes", "gpus", "local_batch_size", "step", "tps")
 # What changes the work of a step, with what it is called to people.
 ALIKE = {
@@ -81,68 +81,64 @@ def rows_of(text: str, where: str, state: str = TABLE) -> list[Outcome]:
 def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
     """One row; `row` is what csv.DictReader makes of a line, None for a cell that is not there."""
     cells = {name: (value or "").strip() for name, value in row.items() if isinstance(value, (str, type(None)))}
-    if median := cells.get("median_tps"):
-        cells["tps"] = median
-    if not cells["gpu"]:
-        raise LauncherError("table", f"{where}: column gpu is empty")
-    count = {name: _count(cells.get(name, ""), f"{where}: column {name}") for name in _COUNTS}
-    number = {name: _number(cells.get(name, ""), f"{where}: column {name}") for name in _NUMBERS}
-    loss = _number(cells.get("loss", ""), f"{where}: column loss")
-    tps = _number(cells["tps"], f"{where}: column tps")
-    if tps is None or tps <= 0:
-        raise LauncherError("table", f"{where}: column tps: {cells['tps'][:40]!r} is no speed")
-    for name in _NEEDED[1:-1]:
-        if not count[name]:
+    cells["tps"] = cells.get("median_tps") or cells["tps"]
+    numbers = {name: _number(cells.get(name, ""), where, name) for name in (*_COUNTS, *_NUMBERS)}
+    for name in _COUNTS:
+        value = numbers[name]
+        if value is not None and (value != int(value) or value > _MOST):
+            raise _refused(where, name, cells[name], "is not a whole number, or too large")
+    count = {name: int(numbers[name] or 0) for name in _COUNTS}
+    for name in _NEEDED:
+        if not cells[name] or not numbers.get(name, 1):
             raise LauncherError("table", f"{where}: column {name} is empty or 0")
-    nodes, gpus, batch, step = (count[name] or 0 for name in _NEEDED[1:-1])
+    gpu, nodes, gpus, batch = cells["gpu"], count["nodes"], count["gpus"], count["local_batch_size"]
     if gpus % nodes:
         raise LauncherError("table", f"{where}: {gpus} GPUs on {nodes} nodes: not the same number on each")
     precision, quantize = _precision(cells.get("precision", ""))
     compiled = cells.get("compile", "").lower()
     if compiled not in ("", "true", "false"):
-        raise LauncherError("table", f"{where}: column compile: {compiled[:40]!r} is neither true nor false")
+        raise _refused(where, "compile", compiled, "is neither true nor false")
     settings: dict[str, Any] = {
-        "profile.gpu": cells["gpu"],
+        "profile.gpu": gpu,
         "profile.gpus_per_node": gpus // nodes,
         "job.nodes": nodes,
+        "job.init_from": cells.get("init_from"),
         "recipe.local_batch_size": batch,
-        "recipe.model": cells.get("model", ""),
-        "recipe.flavor": cells.get("flavor", ""),
-        "recipe.seq_len": count["seq_len"],
+        "recipe.model": cells.get("model"),
+        "recipe.flavor": cells.get("flavor"),
+        "recipe.seq_len": count["seq_len"] or None,
         "recipe.param_dtype": precision,
         "recipe.quantize": quantize,
         "recipe.compile": compiled == "true" if compiled else None,
-        "recipe.activation_checkpoint": cells.get("activation_checkpoint", ""),
+        "recipe.activation_checkpoint": cells.get("activation_checkpoint"),
     }
     if settings["recipe.flavor"]:  # a row that says nothing else means FSDP over all ranks, from a random start
         settings |= {f"recipe.{name}": count[name] or 1 for name in _DEGREES}
-    if start := cells.get("init_from"):
-        settings["job.init_from"] = start
     return Outcome(
-        run=cells.get("run") or f"{cells.get('source') or 'a row'} ({cells['gpu']}, {gpus} GPUs, step {step})",
+        run=cells.get("run") or f"{cells.get('source') or 'a row'} ({gpu}, {gpus} GPUs, step {count['step']})",
         run_dir="",
         state=state,
         date="",
         cluster="",
-        gpu=cells["gpu"],
+        gpu=gpu,
         nodes=nodes,
         gpus=gpus,
         recipe="",
         local_batch_size=batch,
         global_batch_size=count["global_batch_size"] or batch * gpus,
-        seq_len=count["seq_len"] or 0,
+        seq_len=count["seq_len"],
         precision=cells.get("precision", ""),
         compile=compiled == "true",
-        steps=step,
-        step=step,
-        loss=loss,
-        grad_norm=number["grad_norm"],
-        memory_pct=number["memory_pct"],
-        tps=_one(tps),
-        tflops=_one(number["tflops"]),
-        memory_gib=_one(number["memory_gib"]),
-        mfu_pct=number["mfu_pct"],
-        peak_tflops=peak_of(number["tflops"], number["mfu_pct"]),
+        steps=count["step"],
+        step=count["step"],
+        loss=numbers["loss"],
+        grad_norm=numbers["grad_norm"],
+        memory_pct=numbers["memory_pct"],
+        tps=_one(numbers["tps"]),
+        tflops=_one(numbers["tflops"]),
+        memory_gib=_one(numbers["memory_gib"]),
+        mfu_pct=numbers["mfu_pct"],
+        peak_tflops=peak_of(numbers["tflops"], numbers["mfu_pct"]),
         data_share=None,
         versions={name: cells[name] for name in ("driver", "cuda") if cells.get(name)},
         settings={key: value for key, value in settings.items() if value not in ("", None)},
@@ -160,7 +156,7 @@ def _precision(text: str) -> tuple[str, str]:
     return dtype, (quantized if plus else "none") if dtype else ""
 
 
-def _number(text: str, where: str) -> float | None:
+def _number(text: str, where: str, column: str) -> float | None:
     """None for an empty cell; thousands' commas are read. Raises LauncherError for NaN, infinity and anything else."""
     if not text:
         return None
@@ -169,15 +165,12 @@ def _number(text: str, where: str) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < 0:
-        raise LauncherError("table", f"{where}: {text[:40]!r} is not a number that a result can have")
+        raise _refused(where, column, text, "is not a number that a result can have")
     return value
 
 
-def _count(text: str, where: str) -> int | None:
-    value = _number(text, where)
-    if value is not None and (value != int(value) or value > _MOST):
-        raise LauncherError("table", f"{where}: {text[:40]!r} is not a whole number, or too large")
-    return None if value is None else int(value)
+def _refused(where: str, column: str, text: str, why: str) -> LauncherError:
+    return LauncherError("table", f"{where}: column {column}: {text[:40]!r} {why}")
 
 
 def is_row(outcome: Outcome) -> bool:
@@ -256,11 +249,10 @@ def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
 
     Near is meant as a ratio: 36 GPUs are nearer to 68 than to 12. Of two as near, the larger; then the first.
     """
-    same = [row for row in rows if same_gpu(outcome.gpu, row.gpu)]
-    if not same:
+    row = nearest(outcome, rows)
+    if row is None:
         known = ", ".join(sorted({row.gpu for row in rows})) or "nothing"
         return Match(None, f"there is no result of a {outcome.gpu} to measure it by, only of {known}")
-    row = min(same, key=lambda row: _distance(outcome, row))
     if reasons := unlike(outcome, row):
         return Match(None, f"not like with like, against {row.run}: {'; '.join(reasons)}")
     return Match(row, factor=factor_between(outcome, row))

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -54,13 +54,12 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     nothing yet. Files that cannot be read are named in `problems`; nothing is raised for them.
     """
     settings, wrong = settings_of(run)
-    nodes, gpus_per_node = count(settings, "job.nodes"), count(settings, "profile.gpus_per_node")
-    steps, batch = count(settings, "recipe.steps"), count(settings, "recipe.local_batch_size")
-    log_freq = count(settings, "recipe.log_freq", 1)
-    if None in (nodes, gpus_per_node, steps, batch, log_freq):
+    needed = ("job.nodes", "profile.gpus_per_node", "recipe.steps", "recipe.local_batch_size", "recipe.log_freq")
+    counts = [count({"recipe.log_freq": 1, **settings}, key) for key in needed]
+    nodes, gpus_per_node, steps, batch, log_freq = (number or 0 for number in counts)
+    if None in counts:
         return None
-    assert nodes is not None and gpus_per_node is not None and steps is not None and batch is not None
-    log_freq = max(1, log_freq or 1)
+    log_freq = max(1, log_freq)
     unreadable: list[str] = []
     found = measure.measure(_records(run.logs, unreadable), log_freq)
     if found.last is None and state.active:
@@ -72,7 +71,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         *_others(unreadable),
         *_of_state(state),
         *_of_steps(found, steps, log_freq),
-        *_others([*_of_nodes(found, nodes), *_of_logs(found)]),
+        *_others(_of_nodes(found, nodes)),
         *([] if found.is_finite else [NON_FINITE]),
         *([RESTARTED] if found.restarted else []),
         *_others([*_of_hardware(records, gpu), *wrong]),
@@ -112,7 +111,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         by_node=found.by_node,
         problems=tuple(problems),
         notes=_notes(found, records, nodes, steps, log_freq),
-        versions=_versions(records, image, intent),
+        versions=_versions(records, image, _moment(intent.get("at"))),
         settings=settings,
         prediction=read_json(run.path / "plan.json") or {},
     )
@@ -174,33 +173,25 @@ def _of_steps(found: measure.Measured, steps: int, log_freq: int) -> list[Proble
     step = found.last.step if found.last else None
     if step is None or step < measure.last_logged(steps, log_freq) or step > steps:
         return [short_of(step, steps)]
-    problems = []
     missing = measure.logged_steps(step, log_freq) - len(found.series)
-    if missing > 0:
-        problems += _others([f"{counted(missing, 'logged step')} missing"])
-    if found.tps is None:
-        problems.append(NO_STEP_COUNTS)
-    return problems
+    problems = _others([f"{counted(missing, 'logged step')} missing"]) if missing > 0 else []
+    return problems + ([NO_STEP_COUNTS] if found.tps is None else [])
 
 
 def _of_nodes(found: measure.Measured, nodes: int) -> list[str]:
-    logged = len(found.by_node)
-    return (
-        [f"only {logged} of {nodes} nodes logged" if logged < nodes else f"{logged} nodes logged, asked for {nodes}"]
-        if logged and logged != nodes
-        else []
-    )
-
-
-def _of_logs(found: measure.Measured) -> list[str]:
-    """Nodes whose logs end before the leading one's: they train in step, so a part of the log is missing."""
-    last = found.last.step if found.last else 0
-    short = [node for node in found.by_node if node.steps[-1][0] < last]
-    if not short:
-        return []
-    ends = sorted({node.steps[-1][0] for node in short})
-    at = f"step {ends[0]}" if len(ends) == 1 else f"steps {ends[0]} to {ends[-1]}"
-    return [f"the log of {some([node.host for node in short])} ends at {at} of {last}"]
+    """Nodes without a log, and those whose logs end before the leading one's: they train in step, so a part of the log
+    is missing.
+    """
+    problems = []
+    logged, last = len(found.by_node), found.last.step if found.last else 0
+    if 0 < logged < nodes:
+        problems.append(f"only {logged} of {nodes} nodes logged")
+    elif logged > nodes:
+        problems.append(f"{logged} nodes logged, asked for {nodes}")
+    if short := [node for node in found.by_node if node.steps[-1][0] < last]:
+        end = min(node.steps[-1][0] for node in short)
+        problems.append(f"the log of {some([node.host for node in short])} ends at step {end} of {last}")
+    return problems
 
 
 def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str]:
@@ -258,20 +249,16 @@ def _startup(run: Run, records: Mapping[str, Mapping[str, Any]], nodes: int, beg
     """Where the time before the first step went. Clocks of several machines are compared: what is negative by more
     than their likely difference, or absurdly long, is not told.
     """
-    submitted, script = _moment((run.intent or {}).get("at")), _script_began(run)
-    whole = len(records) == nodes
+    script = _script_began(run)
     starts = [_moment(record.get("time")) for record in records.values()]
-    checks = [_seconds(record.get("check_s")) for record in records.values()]
+    checks = [_number(record.get("check_s"), 0, _LONGEST_START_S) for record in records.values()]
     ends = [None if a is None or b is None else a + b for a, b in zip(starts, checks, strict=True)]
     # A node's check_s has its wait for the last node's container in it, which is told as the container's.
-    in_container, checked = (_last(moments) if whole else None for moments in (starts, ends))
-    first = []
-    for host, moment in began.items():
-        offset = _number((records.get(host) or {}).get("utc_offset_s"))
-        if offset is not None and abs(offset) <= 86400:
-            first.append(moment - offset)
+    in_container, checked = (_last(moments, nodes) for moments in (starts, ends))
+    offsets = {host: _number(record.get("utc_offset_s"), -86400, 86400) for host, record in records.items()}
+    first = [at - offset for host, at in began.items() if (offset := offsets.get(host)) is not None]
     return Startup(
-        queue_s=_between(submitted, script, _LONGEST_QUEUE_S),
+        queue_s=_between(_moment((run.intent or {}).get("at")), script, _LONGEST_QUEUE_S),
         container_s=_between(script, in_container, _LONGEST_START_S),
         check_s=_between(in_container, checked, _LONGEST_START_S),
         first_step_s=_between(checked, min(first, default=None), _LONGEST_START_S),
@@ -288,10 +275,10 @@ def _script_began(run: Run) -> float | None:
     return None
 
 
-def _last(moments: Sequence[float | None]) -> float | None:
-    """None where one of them is not known: it could be the last."""
+def _last(moments: Sequence[float | None], nodes: int) -> float | None:
+    """None where one of the nodes' is not known: it could be the last."""
     known = [moment for moment in moments if moment is not None]
-    return max(known) if known and len(known) == len(moments) else None
+    return max(known) if len(known) == nodes else None
 
 
 def _between(start: float | None, end: float | None, longest: float) -> float | None:
@@ -300,22 +287,16 @@ def _between(start: float | None, end: float | None, longest: float) -> float | 
     return max(0.0, end - start)
 
 
-def _number(value: object) -> float | None:
-    """A finite number that is not absurd; Python refuses to turn the longest integers into one."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12:
+def _number(value: object, low: float, high: float) -> float | None:
+    """A number between the two; Python refuses to turn the longest integers into one."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
         return float(value)
     return None
 
 
 def _moment(value: object) -> float | None:
     """Seconds since 1970 that can be a time of this launcher's: from 2017 to 2103."""
-    number = _number(value)
-    return number if number is not None and 1.5e9 < number < 4.2e9 else None
-
-
-def _seconds(value: object) -> float | None:
-    number = _number(value)
-    return number if number is not None and 0 <= number < _LONGEST_START_S else None
+    return _number(value, 1.5e9, 4.2e9)
 
 
 def _date(at: object) -> str:
@@ -324,24 +305,20 @@ def _date(at: object) -> str:
 
 
 def _cluster(intent: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
-    if intent.get("scheduler") == "local":
-        return "local"
-    named = (source.get("cluster") for source in (intent, *records.values()))
-    return next((name for name in named if isinstance(name, str) and name), "")
+    return "local" if intent.get("scheduler") == "local" else _said([intent, *records.values()], "cluster")
 
 
-def _versions(records: Mapping[str, Mapping[str, Any]], image: str, intent: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
-    for key in VERSIONS:
-        values = (record.get(key) for record in records.values())
-        if value := next((value for value in values if isinstance(value, str) and value), ""):
-            found[key] = value
+def _said(records: Iterable[Mapping[str, Any]], key: str) -> str:
+    """What the first that says something says."""
+    values = (record.get(key) for record in records)
+    return next((value for value in values if isinstance(value, str) and value), "")
+
+
+def _versions(records: Mapping[str, Mapping[str, Any]], image: str, submitted: float | None) -> dict[str, str]:
+    found = {key: _said(records.values(), key) for key in VERSIONS}
     if image:
-        found["image"] = Path(image).name
-        recorded = intent.get("image_sha256")
-        if digest := recorded if isinstance(recorded, str) else _digest(image, _moment(intent.get("at"))):
-            found["digest"] = digest
-    return found
+        found |= {"image": Path(image).name, "digest": _digest(image, submitted)}
+    return {key: value for key, value in found.items() if value}
 
 
 @lru_cache(maxsize=64)

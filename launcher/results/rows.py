@@ -1,4 +1,4 @@
-"""One run's result in the published form, in one sentence, and as JSON: pure functions of an Outcome.
+"""One run's result in the published form and in one sentence: pure functions of an Outcome.
 
 Runs are compared on tokens/s. MFU depends on the peak that torchtitan divided by, which changed between its
 releases, so wherever a person reads MFU the peak stands beside it.
@@ -6,13 +6,10 @@ releases, so wherever a person reads MFU the peak stands beside it.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from typing import Any
 
 from launcher.base.mfu import mfu_text
 from launcher.base.output import counted, plain
-from launcher.base.values import json_values
 from launcher.config.hardware import of_gpu
 from launcher.results.outcome import NO_STEP_COUNTS, Lack, Outcome, Point, short_of
 
@@ -129,70 +126,3 @@ def summary_line(outcome: Outcome) -> str:
 def records_used(outcome: Outcome) -> int:
     """How many logged steps stand behind the median: of the nodes that have one, the mean, rounded up."""
     return -(-outcome.tps.count // (len(outcome.measured) or 1)) if outcome.tps else 0
-
-
-def as_dict(outcome: Outcome) -> dict[str, Any]:
-    """The result as JSON values; NaN and infinity, which JSON lacks, become null beside `non_finite: true`.
-
-    `tps`, `tflops`, `memory_gib`, `mfu_pct` and `loss` are the last logged step's; `spread` and what is called median
-    are of the steps after warm-up, and so is `mfu_pct_at`.
-    """
-    last, nodes = last_of(outcome), outcome.measured
-    return json_values(
-        {
-            "run": outcome.run,
-            "run_dir": outcome.run_dir,
-            "state": outcome.state,
-            "complete": outcome.complete,
-            "problems": [problem.text for problem in outcome.problems],
-            "notes": outcome.notes,
-            "date": outcome.date,
-            "cluster": outcome.cluster,
-            "gpu": outcome.gpu,
-            "nodes": outcome.nodes,
-            "gpus": outcome.gpus,
-            "recipe": outcome.recipe,
-            "local_batch_size": outcome.local_batch_size,
-            "global_batch_size": outcome.global_batch_size,
-            "seq_len": outcome.seq_len,
-            "precision": outcome.precision,
-            "compile": outcome.compile,
-            "steps": outcome.steps,
-            "step": outcome.step,
-            "loss": outcome.loss,
-            "grad_norm": outcome.grad_norm,
-            "memory_gib": last.memory_gib if last else None,
-            "memory_pct": outcome.memory_pct,
-            "tps": last.tps if last else None,
-            "tflops": last.tflops if last else None,
-            "mfu_pct": outcome.mfu_pct,
-            "peak_tflops": outcome.peak_tflops,
-            "mfu_pct_at": {f"{peak:g}": round(mfu, 2) for peak, mfu in mfu_at_other_peaks(outcome).items()},
-            "median_tps": outcome.median_tps,
-            "median_mfu_pct": median_mfu_pct(outcome),
-            "overall_tps": outcome.overall_tps,
-            "records_used": records_used(outcome),
-            "spread": {
-                name: dataclasses.asdict(value) if value else None
-                for name, value in (
-                    ("tps", outcome.tps),
-                    ("tflops", outcome.tflops),
-                    ("memory_gib", outcome.memory_gib),
-                )
-            },
-            "data_share": outcome.data_share,
-            "startup": dataclasses.asdict(outcome.startup),
-            "wall_s": outcome.wall_s,
-            "nodes_logged": len(outcome.by_node),
-            "slowest_node": nodes[0].host if nodes else None,
-            "slowest_tps": nodes[0].tps if nodes else None,
-            "fastest_tps": nodes[-1].tps if nodes else None,
-            "by_node": [{"host": node.host, "tps": node.tps} for node in outcome.by_node],
-            "incomplete": is_incomplete(outcome),
-            "restarted": outcome.has(Lack.RESTARTED),
-            "non_finite": outcome.has(Lack.NON_FINITE),
-            "versions": outcome.versions,
-            "prediction": outcome.prediction,
-            "settings": outcome.settings,
-        }
-    )

@@ -37,9 +37,9 @@ def settings_of(run: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
     return {key: "(hidden)" if looks_secret(key, asked[key]) else asked[key] for key in asked}, tuple(problems)
 
 
-def count(settings: dict[str, Any], key: str, default: int | None = None) -> int | None:
+def count(settings: dict[str, Any], key: str) -> int | None:
     """A setting that counts something; None where it is no such number."""
-    value = settings.get(key, default)
+    value = settings.get(key)
     return value if type(value) is int and 0 <= value <= _MOST else None
 
 

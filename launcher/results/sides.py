@@ -23,6 +23,7 @@ from launcher.scheduler.state import JobState
 KEYWORD = "published"
 _LARGEST = 64 << 20  # bytes; a result of 1,000 nodes and 10,000 logged steps has fewer
 _MOST = 10**9
+_MAKE = "launcher results RUN --format json > FILE"
 _Value = TypeVar("_Value")
 
 
@@ -66,27 +67,23 @@ def nothing_logged(run: Run, state: JobState) -> LauncherError:
 
 def _of_file(path: Path) -> list[Outcome]:
     try:
-        data = read_bytes(path, _LARGEST, wait=True)
+        text = read_bytes(path, _LARGEST, wait=True).decode("utf-8-sig")
     except OSError as error:
         raise unreadable(path, error) from error
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LauncherError("not-text", f"{path}: not UTF-8 text (byte {error.start})") from error
     if not text.strip():
-        raise LauncherError("result-damaged", f"{path}: is empty", "launcher results RUN --format json > FILE")
-    return _of_json(text, str(path)) if text.lstrip()[0] in "[{" else rows_of(text, str(path))
-
-
-def _of_json(text: str, where: str) -> list[Outcome]:
+        raise _damaged(str(path), "is empty", _MAKE)
+    if text.lstrip()[0] not in "[{":
+        return rows_of(text, str(path))
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise LauncherError("result-damaged", f"{where}: not JSON: {str(error)[:120]}") from error
+        raise _damaged(str(path), f"not JSON: {str(error)[:120]}") from error
     listed = value if isinstance(value, list) else [value]
     if not listed:
-        raise LauncherError("result-damaged", f"{where}: holds no results")
-    return [outcome_from(item, where) for item in listed]
+        raise _damaged(str(path), "holds no results")
+    return [outcome_from(item, str(path)) for item in listed]
 
 
 def outcome_from(value: object, where: str) -> Outcome:
@@ -96,34 +93,30 @@ def outcome_from(value: object, where: str) -> Outcome:
     """
     spread = value.get("spread") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(spread, dict):
-        raise LauncherError(
-            "result-damaged", f"{where}: not a result of this launcher", "launcher results RUN --format json > FILE"
-        )
+        raise _damaged(where, "not a result of this launcher", _MAKE)
     # There, these three names are the last step's values, and the medians with their spreads stand apart.
     medians = {name: spread.get(name) for name in ("tps", "tflops", "memory_gib")}
     found = _object(Outcome, value | medians, where)
     if found.nodes < 1 or found.gpus < 1:
-        raise LauncherError("result-damaged", f"{where}: a result of {found.nodes} nodes and {found.gpus} GPUs")
+        raise _damaged(where, f"a result of {found.nodes} nodes and {found.gpus} GPUs")
     if found.tps is not None and not found.tps.median > 0:
-        raise LauncherError("result-damaged", f"{where}: tps.median: {found.tps.median} is no speed")
+        raise _damaged(where, f"tps.median: {found.tps.median} is no speed")
     return found
 
 
 def _object(kind: type[_Value], value: object, where: str) -> _Value:
     if not isinstance(value, dict):
-        raise LauncherError("result-damaged", f"{where}: {_short(value)} is not an object")
+        raise _damaged(where, f"{_short(value)} is not an object")
     made: dict[str, Any] = {}
     types = get_type_hints(kind)
     for part in fields(kind):  # type: ignore[arg-type]  # always one of the dataclasses of outcome.py
+        declared = types[part.name]
         if part.name in value:
-            made[part.name] = _read(types[part.name], value[part.name], f"{where}: {part.name}")
+            made[part.name] = _read(declared, value[part.name], f"{where}: {part.name}")
         elif part.default is MISSING and part.default_factory is MISSING:
-            if types[part.name] is str:
-                made[part.name] = ""
-            elif isinstance(types[part.name], UnionType):
-                made[part.name] = None
-            else:
-                raise LauncherError("result-damaged", f"{where}: has no {part.name}")
+            if declared is not str and not isinstance(declared, UnionType):
+                raise _damaged(where, f"has no {part.name}")
+            made[part.name] = "" if declared is str else None
     return kind(**made)
 
 
@@ -140,23 +133,27 @@ def _read(kind: Any, value: object, where: str) -> Any:
     if kind is float and value is None:
         return math.nan
     outer, inner = get_origin(kind) or kind, get_args(kind)
-    expected, called = _KINDS.get(outer, (object, ""))
+    expected, called = _KINDS[outer]
     if not isinstance(value, expected) or (isinstance(value, bool) and outer in (int, float)):
-        raise LauncherError("result-damaged", f"{where}: {_short(value)} is not {called}")
+        raise _damaged(where, f"{_short(value)} is not {called}")
     if isinstance(value, (int, float)) and abs(value) > (_MOST if outer is int else 1e300):
-        raise LauncherError("result-damaged", f"{where}: {_short(value)} is too large")
-    if outer is tuple and isinstance(value, (list, tuple)):
+        raise _damaged(where, f"{_short(value)} is too large")
+    if isinstance(value, (list, tuple)):
         kinds = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
         if len(kinds) != len(value):
-            raise LauncherError("result-damaged", f"{where}: {_short(value)} is not a list of {len(kinds)}")
+            raise _damaged(where, f"{_short(value)} is not a list of {len(kinds)}")
         return tuple(_read(one, item, where) for one, item in zip(kinds, value, strict=True))
     if isinstance(value, dict):
         return {key: _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    return float(value) if outer is float else value
+    return float(value) if isinstance(value, int) and outer is float else value
 
 
 def _short(value: object) -> str:
     return "a huge number" if isinstance(value, (int, float)) and abs(value) > _MOST else repr(str(value)[:40])
+
+
+def _damaged(where: str, what: str, fix: str = "") -> LauncherError:
+    return LauncherError("result-damaged", f"{where}: {what}", fix)
 
 
 _KINDS: dict[Any, tuple[Any, str]] = {

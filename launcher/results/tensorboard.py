@@ -1,17 +1,17 @@
 """Scalars from TensorBoard's event files, without TensorBoard: the login node has neither it nor protobuf.
 
 A file is a sequence of records: length (8 bytes, little-endian), its checksum (4), an `Event` message, its checksum
-(4). Of the messages only what a scalar needs is decoded: Event.step = 2 and .summary = 5, Summary.value = 1, in a
-value .tag = 1 and .simple_value = 2, as torch's SummaryWriter.add_scalar writes them (tensorflow/core/util/event.proto
-and framework/summary.proto). Checksums are not looked at: a file that was cut or has holes ends at the damage.
+(4). Of a scalar, as torch's SummaryWriter.add_scalar writes it, the message begins with the wall time (9 bytes) and
+the step (field 2, a varint, left out where it is 0) and ends with the tag (field 1, its length and its text) and the
+value (field 2, a float). Other messages are passed over. Checksums are not looked at: a file that was cut or has holes
+ends at the damage.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.logs.steps import open_log
@@ -20,45 +20,28 @@ _LONGEST = 1 << 20  # bytes of a record; a scalar's has some 60, and a longer on
 MOST = 64 << 20  # bytes of a file that are read: a million scalars
 MOST_FILES = 1000  # of a run
 _HEADER = struct.Struct("<QI")
+_VALUE = struct.Struct("<xf")  # behind the tag: what kind of field it is, and the float
+_WALL_TIME = 9  # bytes
 
 
-def scalars(folder: Path, tags: Collection[str]) -> dict[str, dict[int, float]]:
-    """By tag and step the value that was written last, from all event files below `folder`; {} where there are none."""
+def scalars(folder: Path, tags: Sequence[str]) -> dict[str, dict[int, float]]:
+    """By tag and step the value that was written last, from all event files below `folder`; {} where there are none.
+
+    A tag has at most 127 bytes. Memory does not grow with the files.
+    """
     found: dict[str, dict[int, float]] = {tag: {} for tag in tags}
-    wanted = {tag.encode(): tag for tag in tags}
+    endings = {bytes([0x0A, len(tag.encode())]) + tag.encode() + b"\x15": found[tag] for tag in tags}
     for path in sorted(_event_files(folder), key=lambda path: path.name)[:MOST_FILES]:  # the name begins with the time
         try:
-            for step, tag, value in read_scalars(path, tuple(wanted)):
-                if tag in wanted:
-                    found[wanted[tag]][step] = value
+            for event in _events(path):
+                values = next(
+                    (endings[ending] for ending in endings if event[: 1 - _VALUE.size].endswith(ending)), None
+                )
+                if values is not None and (step := _step(event)) is not None:
+                    (values[step],) = _VALUE.unpack(event[-_VALUE.size :])
         except OSError:
             continue  # another user's: one figure is missing, not the result
     return found
-
-
-def read_scalars(path: Path, tags: Collection[bytes] = (b"",)) -> Iterator[tuple[int, bytes, float]]:
-    """(step, tag, value) of scalars in an event file, up to its end or its first damage. Memory doesn't grow.
-
-    Only records that hold one of `tags` somewhere are decoded, which is most of the time. Raises OSError where the
-    file cannot be read.
-    """
-    if (handle := open_log(path)) is None:
-        return
-    wanted = re.compile(b"|".join(map(re.escape, tags))).search
-    with handle:
-        while handle.tell() < MOST and len(header := handle.read(_HEADER.size)) == _HEADER.size:
-            length, _ = _HEADER.unpack(header)
-            if not 0 < length <= _LONGEST:
-                return
-            record = handle.read(length + 4)
-            if len(record) < length + 4:
-                return
-            if not wanted(record):
-                continue
-            try:
-                yield from _scalars_in(record[:length])
-            except (ValueError, IndexError, struct.error):
-                return
 
 
 def _event_files(folder: Path) -> Iterator[Path]:
@@ -66,53 +49,25 @@ def _event_files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names if ".tfevents." in name)
 
 
-def _scalars_in(event: bytes) -> Iterator[tuple[int, bytes, float]]:
-    step, summaries = 0, []
-    for field, value in _fields(event):
-        if field == 2 and isinstance(value, int):
-            step = value
-        elif field == 5 and isinstance(value, bytes):
-            summaries.append(value)
-    for summary in summaries:
-        for field, entry in _fields(summary):
-            if field != 1 or not isinstance(entry, bytes):
-                continue
-            parts = dict(_fields(entry))
-            tag, number = parts.get(1), parts.get(2)
-            if isinstance(tag, bytes) and isinstance(number, bytes) and len(number) == 4:
-                yield step, tag, struct.unpack("<f", number)[0]
+def _events(path: Path) -> Iterator[bytes]:
+    """The messages of a file up to its end or its first damage. Raises OSError where it cannot be read."""
+    if (handle := open_log(path)) is None:
+        return
+    with handle:
+        while handle.tell() < MOST and len(header := handle.read(_HEADER.size)) == _HEADER.size:
+            length, _ = _HEADER.unpack(header)
+            if not 0 < length <= _LONGEST or len(record := handle.read(length + 4)) < length + 4:
+                return
+            yield record[:length]
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field: an integer for a varint, else its bytes. Raises ValueError for other than that."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        kind = key & 7
-        if kind == 0:
-            number, at = _varint(message, at)
-            yield key >> 3, number
-            continue
-        if kind == 2:
-            size, at = _varint(message, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
-        if at + size > len(message):
-            raise ValueError("cut short")
-        yield key >> 3, message[at : at + size]
-        at += size
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
+def _step(event: bytes) -> int | None:
+    """None for a number that does not end."""
+    step = 0
+    if event[_WALL_TIME : _WALL_TIME + 1] != b"\x10":
+        return step
+    for place, byte in enumerate(event[_WALL_TIME + 1 : _WALL_TIME + 11]):
+        step |= (byte & 0x7F) << 7 * place
         if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number that never ends")
+            return step
+    return None

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.finding import ERROR, OK
-from launcher.base.output import some, warn
+from launcher.base.finding import OK
+from launcher.base.output import warn
 from launcher.base.secret import looks_secret
 from launcher.config import resolve
 from launcher.config.layers import Layer, absolute, merge, read_layer
@@ -73,8 +73,12 @@ class Cell:
         return outcome_of(self.runs[-1], self.state, with_data_share=False) if self.runs and self.state else None
 
     def has_next(self, retry: bool) -> bool:
-        complete = retry and self.outcome is not None and self.outcome.complete
-        return has_next(self.state, self.is_cut_off, retry, complete)
+        """Whether it is to be submitted: never tried, cut off before Slurm had it, or ended without a whole result and
+        to be tried again.
+        """
+        if self.state is None or self.is_cut_off:
+            return True
+        return retry and not self.state.active and not (self.outcome and self.outcome.complete)
 
     @property
     def next_spec(self) -> RunSpec:
@@ -101,15 +105,8 @@ class Cell:
         return total
 
 
-def has_next(state: JobState | None, is_cut_off: bool, retry: bool, complete: bool) -> bool:
-    """Whether a cell is to be submitted: never tried, cut off before Slurm had it, or ended without a whole result
-    and to be tried again. `state`: of its last run, None where there is none.
-    """
-    return state is None or is_cut_off or (retry and not state.active and not complete)
-
-
 def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
-    """The sweep's name and every cell under its own. Raises LauncherError for those that cannot be, together."""
+    """The sweep's name and every cell under its own. Raises LauncherError for the first that cannot be."""
     values, origin = dict(options.values), dict(options.origin)
     name = str(values.pop("job.name", ""))
     lists = [values.pop(key, ()) or (None,) for key in AXES]
@@ -120,7 +117,6 @@ def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
             f"{count:,} combinations: a sweep has at most {MAX_CELLS}",
             "shorter lists, or several sweeps",
         )
-    problems: dict[str, LauncherError] = {}
     specs: list[RunSpec] = []
     for combination in product(*lists):
         pairs = zip(AXES, combination, strict=True)
@@ -133,13 +129,10 @@ def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
         try:
             spec = resolve.resolve(layer, options.config, options.run_file, os.environ)
         except LauncherError as error:
-            problems[" ".join(f"{AXES[key]} {value}" for key, value in chosen.items())] = error
-            continue
+            raise _refused(" ".join(f"{AXES[key]} {value}" for key, value in chosen.items()), error) from error
         if options.run_file is None:  # asked of Slurm or the machine once, not for each cell
             values["job.gpu"], origin["job.gpu"] = spec.job.gpu, spec.origin["job.gpu"]
         specs.append(spec)
-    if problems:
-        raise _refused_together(problems, count)
     name = name or _default_name(specs)
     named: dict[str, RunSpec] = {}
     for spec in specs:
@@ -233,10 +226,9 @@ def _runs_of(spec: RunSpec) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: int) -> list[tuple[Cell, PlacedRun]]:
-    """What is to be submitted, each as the cluster can place it. Raises one LauncherError for all that cannot run."""
+def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool) -> list[tuple[Cell, PlacedRun]]:
+    """What is to be submitted, each as the cluster can place it. Raises LauncherError for the first that cannot run."""
     ready: list[tuple[Cell, PlacedRun]] = []
-    problems: dict[str, LauncherError] = {}
     notes: dict[str, None] = {}
     for cell in wanted:
         asked = cell.next_spec
@@ -245,35 +237,18 @@ def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool, cells: i
             if not dry_run:  # Slurm is asked once, for all cells
                 spec, of_cluster = look(spec)
                 checks += [*of_cluster, *memory_findings(spec)]
+            if refused := refusal(checks, force):
+                raise refused
         except LauncherError as error:
-            problems[asked.job.name] = error
-            continue
-        if refused := refusal(checks, force):
-            problems[spec.job.name] = refused
-        said = [check for check in checks if check.status != OK and not (refused and check.status == ERROR)]
-        notes |= {sentence(check): None for check in said}
+            raise _refused(asked.job.name, error) from error
+        notes |= {sentence(check): None for check in checks if check.status != OK}
         ready.append((cell, spec))
-    if problems:
-        raise _refused_together(problems, cells)
     for note in notes:
         warn(note)
     return ready
 
 
-def _refused_together(problems: Mapping[str, LauncherError], cells: int) -> LauncherError:
-    """One error of all cells that cannot run, by their names; equal ones once."""
-    first = next(iter(problems.values()))
-    having: dict[tuple[str, str], list[str]] = {}
-    for name, error in problems.items():
-        having.setdefault((error.what, error.fix), []).append(name)
-    lines = [f"{some(names)}: {what}" + (f"; {fix}" if fix else "") for (what, fix), names in having.items()]
-    count = f"{len(problems)} of {cells} cells"
-    if len(problems) == cells:
-        count = f"all {cells} cells" if cells > 1 else "the one cell"
-    return LauncherError(
-        first.code,
-        f"{count} cannot run, so nothing was submitted: {first.what}{', and more' if len(lines) > 1 else ''}",
-        first.fix,
-        status=first.status,
-        original="\n".join(lines) if len(lines) > 1 else first.original,
-    )
+def _refused(cell: str, error: LauncherError) -> LauncherError:
+    """The error of a cell that cannot run."""
+    what = f"{cell or 'it'} cannot run, so nothing was submitted: {error.what}"
+    return LauncherError(error.code, what, error.fix, status=error.status, original=error.original)

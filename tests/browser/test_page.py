@@ -236,20 +236,6 @@ def test_labels_of_swatches_stand_beside_their_lines(browser: Any, folder: Path,
         tab.close()
 
 
-def test_a_published_ideal_is_dotted_as_its_legend_says(browser: Any, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(
-        make_page(sample()[1:2], published(), made="now", version="1"), encoding="utf-8"
-    )
-    tab = browser.new_page(viewport=DESK)
-    tab.goto((tmp_path / "page.html").as_uri())
-    dashes = "all => all.map((one) => getComputedStyle(one).strokeDasharray)"
-    drawn = tab.locator("figure g .line.published.ideal").evaluate_all(dashes)
-    legend = tab.locator(".swatch .line.ideal").evaluate_all(dashes)
-    assert drawn and set(drawn) == set(legend)
-    assert tab.locator("figure g .line.published:not(.ideal)").first.evaluate(f"one => ({dashes})([one])") != drawn
-    tab.close()
-
-
 def test_a_thousand_nodes_fit(browser: Any, tmp_path: Path) -> None:
     many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000))), nodes=1000, gpus=4000)
     (tmp_path / "page.html").write_text(make_page([many], published(), made="now", version="1"), encoding="utf-8")

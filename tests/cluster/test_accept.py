@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus
-from launcher.results.rows import as_dict
+from launcher.results.columns import as_dict
 from tests.cluster.slurm_cluster import Cluster, User
 from tests.cluster.test_launcher_on_slurm import CPU_ON_GPU_NODES, Launch, install
 from tests.unit.outcomes import outcome, spread

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.results.accept import About, Verdict, Word, as_dict, headline, judge
+from launcher.results.columns import as_dict as result_as_dict
 from launcher.results.outcome import Outcome, Point
 from launcher.results.published import published
-from launcher.results.rows import as_dict as result_as_dict
 from tests.conftest import ROOT, Launch
 from tests.unit.outcomes import LOSSES, nodes, outcome, points, problems, spread, write_run
 

@@ -15,10 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.base.errors import LauncherError
+from launcher.results.columns import as_dict as result_as_dict
 from launcher.results.compare import Comparison, Figure, as_dict, as_text, compare, noise
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.published import PUBLISHED, TABLE, best_match, published, rows_of
-from launcher.results.rows import as_dict as result_as_dict
 from launcher.results.sides import outcome_from, results_in
 from tests.conftest import ROOT, Launch
 from tests.unit.outcomes import nodes, outcome, spread, write_run
@@ -236,8 +236,8 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         (HEADER + "GB200,9,36,5,100,nan\n", "x:2: column tps: 'nan' is not a number"),
         (HEADER + "GB200,9,36,5,100,inf\n", "column tps"),
         (HEADER + "GB200,9,36,5,100,-1\n", "column tps"),
-        (HEADER + "GB200,9,36,5,100,0\n", "is no speed"),
-        (HEADER + "GB200,9,36,5,100\n", "is no speed"),
+        (HEADER + "GB200,9,36,5,100,0\n", "column tps is empty or 0"),
+        (HEADER + "GB200,9,36,5,100\n", "column tps is empty or 0"),
         (HEADER + "GB200,9,36,5,100,1_000\n", "column tps"),
         (HEADER + "GB200,0,36,5,100,17975\n", "column nodes is empty or 0"),
         (HEADER + "GB200,9,35,5,100,17975\n", "35 GPUs on 9 nodes"),

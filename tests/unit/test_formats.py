@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus
+from launcher.report.page import page
+from launcher.results import columns
+from launcher.results.columns import Column, as_dict
 from launcher.results.formats import csv_text, markdown, one_run, table
 from launcher.results.outcome import Outcome, Startup
 from launcher.results.published import rows_of, unlike
-from launcher.results.submission import file_name, submissions
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome
 from tests.unit.test_read import Made, log
@@ -70,24 +71,10 @@ def test_a_prediction_is_not_judged_by_half_a_run() -> None:
 
 def test_several_runs_are_a_line_each() -> None:
     lines = table([WHOLE, SHORT, outcome(gpu="H100", mfu_pct=None)]).splitlines()
-    assert [len(line) <= 100 for line in lines] == [True] * 4
-    assert lines[1].split() == [
-        "titan-llama3-8b-0930",
-        "9",
-        "(36",
-        "GB200)",
-        "5",
-        "x",
-        "8192",
-        "17,930",
-        "±0.4%",
-        "46.15%",
-        "2250",
-        "159.31",
-        "6.6542",
-    ]
-    assert lines[2].endswith("5 x 8192  FAILED; step 40 of 100") and "17,930" not in lines[2]
-    assert " N/A " in lines[3]
+    assert len(lines[0]) <= len(lines[1]) <= 100
+    shown = "titan-llama3-8b-0930 9 x 4 GB200 5 x 8,192 17,930 ±0.4% 46.15% of 2250 159.3 GiB 6.6542"
+    assert " ".join(lines[1].split()) == shown
+    assert lines[2].endswith("  FAILED; step 40 of 100") and "17,930" not in lines[2]
 
 
 def shape(**changes: Any) -> Outcome:
@@ -107,13 +94,8 @@ def test_markdown_is_sorted_and_has_the_published_columns_first() -> None:
     lines = text.splitlines()
     assert lines[0].startswith("|GPU Type|Compute nodes in training job|Batch size|Performance indicators at the last")
     assert {line.count("|") for line in lines} == {8}
-    assert [line.split("|")[7].split(" ")[0] for line in lines[2:]] == [
-        "b",
-        "cut",
-        "titan-llama3-8b-0930",
-        "small",
-    ]
-    assert "|17,930 (17,858..18,002)|46.15% of 2250 TFLOP/s|" in lines[4]
+    assert [line.split("|")[7].split(" ")[0] for line in lines[2:]] == ["b", "cut", "titan-llama3-8b-0930", "small"]
+    assert "|17,930 ±0.4%|46.15% of 2250|" in lines[4]
     assert "|step 40 of 100 (FAILED)  loss:" in lines[3] and "|not a result|not a result|" in lines[3]
 
 
@@ -154,78 +136,27 @@ def test_a_csv_of_ours_is_a_baseline() -> None:
 
 def test_csv_has_every_figure_as_a_number() -> None:
     (row,) = csv.DictReader(io.StringIO(csv_text([WHOLE])))
-    assert (row["complete"], row["problems"], row["tps_median"], row["tps_q1"]) == (
-        "true",
-        "",
-        "17930.0",
-        "17858.28",
-    )
-    assert (row["tps"], row["queue_s"], row["torch"], row["mfu_pct_at"]) == (
-        "17930.0",
-        "12.0",
-        "2.14.1",
-        "42.38 of 2450; 41.54 of 2500",
-    )
+    expected = {"complete": "true", "problems": "", "tps_median": "17930.0", "tps_q1": "17858.28", "tps": "17930.0"}
+    expected |= {"queue_s": "12.0", "torch": "2.14.1", "mfu_pct_at": "42.38 of 2450; 41.54 of 2500"}
+    assert expected.items() <= row.items()
     (row,) = csv.DictReader(io.StringIO(csv_text([shape(problems=("a", "b"), data_share=None)])))
     assert (row["complete"], row["problems"], row["data_share"]) == ("false", "a; b", "")
     assert csv_text([]) == "\n"
 
 
-# --- torchtitan's benchmarks folder ------------------------------------------------------------------------------
+# --- a column ------------------------------------------------------------------------------------------------
 
 
-def test_a_submission_says_what_its_readme_asks_for() -> None:
-    whole = shape(
-        settings={
-            "titan.training.max_norm": "2.0",
-            "job.account": "secret-project",
-            "job.runs_dir": "/home/u",
-            "env.X": "`",
-        }
-    )
-    ((name, text),) = submissions([whole], "My Team_1").items()
-    assert name == "llama3-8b_36xgb200_202611_my-team-1.md"
-    assert "My Team_1" in text and "36 GB200, 4 in each of 9 nodes" in text and "580.95.05" in text
-    assert "| 17,930 (17,858 to 18,002) |" in text and "46.15% of 2250 TFLOP/s; 42.38% of 2450 TFLOP/s" in text
-    for version in whole.versions.values():
-        assert version in text
-    found = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
-    assert found["recipe"]["activation_checkpoint"] == "selective" and found["env"]["X"] == "`"
-    assert found["titan"]["training"]["max_norm"] == "2.0" and found["job"]["nodes"] == 9
-    assert "secret-project" not in text and "/home/u" not in text and "/data/" not in text
-
-
-def test_a_submission_says_that_the_data_was_a_sample() -> None:
-    (text,) = submissions([shape(settings={"job.data": "sample"})], "me").values()
-    assert "own sample of text" in text
-    (text,) = submissions([WHOLE], "me").values()
-    assert "own sample of text" not in text
-
-
-def test_runs_on_the_same_hardware_share_a_file() -> None:
-    again = shape(run="again", date="2026-11-30T09:30:00Z")
-    files = submissions([WHOLE, again, shape(run="small", nodes=3, gpus=12)], "me")
-    assert "on 2026-11-20, 2026-11-30." in files["llama3-8b_36xgb200_202611_me.md"]
-    assert {name: text.count("```toml") for name, text in files.items()} == {
-        "llama3-8b_36xgb200_202611_me.md": 2,
-        "llama3-8b_12xgb200_202611_me.md": 1,
-    }
-
-
-def test_what_is_not_a_result_is_not_submitted() -> None:
-    with pytest.raises(LauncherError, match=r"cut is not a result.*FAILED; step 40 of 100") as caught:
-        submissions([WHOLE, SHORT], "me")
-    assert caught.value.status == ExitStatus.NO_DATA
-    for entity in ("", "  ", "/"):
-        with pytest.raises(LauncherError, match="whose it is"):
-            submissions([WHOLE], entity)
-
-
-@unhurried
-@given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=20))
-def test_a_file_name_is_one(model: str, gpu: str, entity: str) -> None:
-    name = file_name(shape(gpu=gpu, date="", settings={"recipe.model": model}), entity)
-    assert name.count("_") == 3 and name.endswith(".md") and "/" not in name and not name.startswith(".")
+def test_one_entry_is_a_column_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Column("watts", lambda o: 1000.0 * o.nodes, title="Power", unit=" W")
+    monkeypatch.setattr(columns, "COLUMNS", (*columns.COLUMNS, made))
+    assert as_dict(WHOLE)["watts"] == 9000.0
+    (row,) = csv.DictReader(io.StringIO(csv_text([WHOLE])))
+    assert row["watts"] == "9000.0"
+    assert "Power" in table([WHOLE]).splitlines()[0] and "9,000 W" in table([WHOLE])
+    assert "|Power|" in markdown([WHOLE]) and "|9,000 W|" in markdown([WHOLE])
+    shown = page([WHOLE], [], made="now", version="1")
+    assert '<th scope="col" class="n">Power</th>' in shown and 'data-v="9000.0">9,000 W</td>' in shown
 
 
 # --- the command ---------------------------------------------------------------------------------------------
@@ -241,22 +172,15 @@ def runs(workplace: Path) -> Path:
 
 def test_which_runs(launch: Launch, runs: Path) -> None:
     assert json.loads(launch("results", "--json").stdout)["run"] == "other"  # the newest
-    assert [row["run"] for row in json.loads(launch("results", "--all", "--json").stdout)] == [
-        "other",
-        "gb200-b",
-        "gb200-a",
-    ]
-    assert [row["run"] for row in json.loads(launch("results", "gb200-*", "--format", "json").stdout)] == [
-        "gb200-b",
-        "gb200-a",
-    ]
+    every = json.loads(launch("results", "--all", "--json").stdout)
+    assert [row["run"] for row in every] == ["other", "gb200-b", "gb200-a"]
     both = launch("results", "other", str(runs / "gb200-a"), "other", "--json").stdout
     assert [row["run"] for row in json.loads(both)] == ["other", "gb200-a"]
     assert len(launch("results", "--all").stdout.splitlines()) == 4
     assert "step: 100" in launch("results").stdout
-    for arguments in ("x*", "other none"):
+    for arguments in ("gb200-*", "other none"):
         assert launch("results", *arguments.split()).returncode == ExitStatus.NOT_FOUND
-    for arguments in ("--all other", "-o .", "--update x"):
+    for arguments in ("--all other", "--format torchtitan", "--entity me", "--update x"):
         assert launch("results", *arguments.split()).returncode == ExitStatus.USAGE
 
 
@@ -274,21 +198,6 @@ def test_damaged_runs_are_left_out_aloud(launch: Launch, runs: Path) -> None:
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
     assert "nothing known: other (COMPLETED)" in done.stderr
     assert launch("results", "other").returncode == ExitStatus.NO_DATA
-
-
-def test_a_submission_is_written_but_not_over_another(launch: Launch, runs: Path, workplace: Path) -> None:
-    submit = ("results", "other", "--format", "torchtitan")
-    assert "--entity" in launch(*submit).stderr
-    shown = launch(*submit, "--entity", "me")
-    assert shown.stderr == "llama3-8b_8xgb200_202611_me.md:\n" and shown.stdout.startswith("This was run by me")
-    for _ in range(2):
-        done = launch(*submit, "--entity", "me", "-o", "out")
-        assert done.stdout == "out/llama3-8b_8xgb200_202611_me.md\n"
-    path = workplace / "out" / "llama3-8b_8xgb200_202611_me.md"
-    assert path.read_text() == shown.stdout
-    path.write_text("edited")
-    assert launch(*submit, "--entity", "me", "-o", "out").returncode == ExitStatus.EXISTS
-    assert path.read_text() == "edited"
 
 
 def test_a_name_that_no_terminal_can_show(launch: Launch, runs: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from launcher.results.columns import as_dict
 from launcher.results.outcome import NO_STEP_COUNTS, NON_FINITE, RESTARTED, Outcome, Startup
 from launcher.results.read import outcome_of
-from launcher.results.rows import as_dict
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 from tests.unit.test_tensorboard import scalar
@@ -358,8 +358,6 @@ def test_the_images_digest_is_the_sidecars(made: Made, image: Path) -> None:
     assert "digest" not in made.outcome().versions  # the image is newer than the run
     made.change("intent.json", at=image.stat().st_mtime + 5)
     assert made.outcome().versions["digest"] == "cd" * 32
-    made.change("intent.json", image_sha256="ab" * 32)  # noted when it was submitted
-    assert made.outcome().versions["digest"] == "ab" * 32
 
 
 def test_cluster_and_prediction(made: Made) -> None:

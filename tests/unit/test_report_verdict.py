@@ -35,7 +35,7 @@ def finding(found: Answer, name: str) -> tuple[str, str]:
 
 def cells(*outcomes: Outcome, name: str) -> list[Any]:
     made = table(health(outcomes, published()), published())
-    at = [column.name for column in made.columns].index(name)
+    at = [title for title, _, _ in made.columns].index(name)
     return [row.cells[at] for row in made.rows if row.run is not None]
 
 
@@ -59,7 +59,6 @@ def test_a_slow_size_is_named_with_what_to_do() -> None:
     word, text = finding(found, "Speed")
     assert word == "FAIL" and "17 nodes: 89.8% of published" in text and "launcher compare 17n published" in text
     assert "slow only on more nodes" in text and "99.8% to 99.9% of published on 3 and 9 nodes" in text
-    assert "one slow GPU or link can slow all" in finding(found, "Nodes")[1]
 
 
 def test_a_slow_node_is_named_until_a_newer_run_clears_it() -> None:
@@ -111,16 +110,6 @@ def test_nodes_are_judged_by_runs_that_accept_judges() -> None:
         assert "of published on" not in finding(found, "Speed")[1]
 
 
-def test_every_finding_says_something() -> None:
-    lost = run("nan", 9, 17900, "2026-11-19T11:00:00Z", nan_from=60, problems=("NaN in the loss",))
-    assert all(one.texts and all(one.texts) for one in answer(lost).findings)
-
-
-def test_slow_on_few_nodes_is_not_put_down_to_the_network() -> None:
-    found = answer(replace(GOOD[2], tps=spread(15800.0, count=27)), *GOOD[:2])
-    assert "look at the network" not in finding(found, "Speed")[1]
-
-
 def test_without_a_comparable_row_nothing_is_said() -> None:
     other = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
     found = answer(other)
@@ -147,12 +136,6 @@ def test_a_share_below_the_limit_never_reads_as_the_limit() -> None:
     just = replace(GOOD[1], tps=spread(0.9499 * 17975))
     assert "9 nodes: 94.9% of published, below the 95%" in finding(answer(just), "Speed")[1]
     assert cells(just, name="Of published")[0].text == "94.9%"
-
-
-def test_a_row_of_another_size_is_named() -> None:
-    six = replace(GOOD[1], run="six", nodes=6, gpus=24, global_batch_size=120)
-    assert "measured by a row of another size: six by 9 nodes" in finding(answer(six), "Speed")[1]
-    assert "another size" not in finding(answer(*GOOD), "Speed")[1]
 
 
 def test_a_failed_run_and_waiting_for_data_are_told() -> None:
@@ -207,16 +190,14 @@ def test_shares_slow_nodes_and_data_stand_in_columns() -> None:
 
 def test_what_all_rows_share_is_said_once() -> None:
     made = table(health(GOOD, published()), published())
-    names = [column.name for column in made.columns]
+    names = [title for title, _, _ in made.columns]
     assert "Recipe" not in names and "Cluster" not in names and "Nodes" in names
-    assert dict(made.common) == {"Recipe": "llama3-8b batch 5 × 8,192, bfloat16", "Cluster": "crusoe"}
-    other = table(
-        health([*GOOD, run("compiled", 9, 19000, "2026-11-18T08:00:00Z", compile=True)], published()),
-        published(),
-    )
-    assert "Recipe" in [column.name for column in other.columns] and dict(other.common) == {"Cluster": "crusoe"}
+    assert dict(made.common) == {"Recipe": "llama3-8b bfloat16", "Batch": "5 x 8,192", "Cluster": "crusoe"}
+    runs = health([*GOOD, run("compiled", 9, 19000, "2026-11-18T08:00:00Z", compile=True)], published())
+    other = table(runs, published())
+    assert "Recipe" in [title for title, _, _ in other.columns] and "Recipe" not in dict(other.common)
     bare = [replace(one, mfu_pct=None, data_share=None) for one in GOOD]
-    assert "Data wait" not in [column.name for column in table(health(bare, published()), published()).columns]
+    assert "Data wait" not in [title for title, _, _ in table(health(bare, published()), published()).columns]
 
 
 def test_a_strip_with_a_slow_node_is_open_and_says_so_however_old() -> None:
@@ -230,51 +211,41 @@ def test_a_strip_with_a_slow_node_is_open_and_says_so_however_old() -> None:
 # --- charts -------------------------------------------------------------------------------------------------
 
 
-def with_steps(one: Outcome) -> Outcome:
-    steps = tuple(point.step for point in one.series)
-    return replace(one, by_node=tuple(replace(n, steps=tuple((s, n.tps or 0.0) for s in steps)) for n in one.by_node))
-
-
 FAST = replace(run("fast", 9, 24000, "2026-11-18T08:00:00Z", compile=True), precision="bfloat16 + mxfp8")
 
 
 def test_each_kind_of_run_has_its_own_throughput_chart_with_what_it_is_measured_by() -> None:
-    slow = with_steps(run("slow", 9, 17960, "2026-11-20T08:00:00Z", slow=0.9))
-    figures = of_gpu([*GOOD, slow, FAST], published(), "GB200", 0).figures
+    figures = of_gpu([*GOOD, FAST], published(), "GB200", 0)
     usual, fast = (figure for figure in figures if figure.title.startswith("Throughput"))
-    assert "fast" not in " ".join(row[0] for row in usual.rows) and fast.rows[0][0] == "5 fast"
+    assert "fast" not in " ".join(row[0] for row in usual.rows) and fast.rows[0][0] == "4 fast"
     assert [entry.text for entry in usual.legend if "published" in entry.text] == [
         "published on 3 nodes (source-page): 18,284",
         "published on 9 nodes (source-page): 17,975",
         "published on 17 nodes (source-page): 17,581",
     ]
     assert usual.chart.count('class="line published"') == 3 and "published" not in fast.chart
-    (thin,) = (entry for entry in usual.legend if entry.text.startswith("thin: gb200-005, −9.6%"))
-    assert thin.run == 3 and usual.chart.count('thin" d=') == 1
-    assert any("more than 5% below" in note for note in usual.notes)
-    assert not any("thin" in entry.text for entry in of_gpu(GOOD, published(), "GB200", 0).figures[0].legend)
 
 
 def test_kinds_of_the_same_name_say_what_tells_them_apart() -> None:
     other = outcome(run="other", settings={"recipe.activation_checkpoint": "full"})
-    titles = [figure.title for figure in of_gpu([outcome(), other], [], "GB200", 0).figures]
+    titles = [figure.title for figure in of_gpu([outcome(), other], [], "GB200", 0)]
     assert "activation checkpointing selective" in titles[0] and "activation checkpointing full" in titles[1]
 
 
 def test_every_axis_that_does_not_start_at_0_says_so() -> None:
     for gpu in ("GB200", "H100"):
-        for figure in of_gpu(sample(), published(), gpu, 0).figures:
+        for figure in of_gpu(sample(), published(), gpu, 0):
             lowest = re.search(r'<path class="grid"[^>]*/><text[^>]*>([^<]*)<', figure.chart)
             assert lowest is not None and lowest[1] != "0"
             assert f"The vertical axis starts at {lowest[1]}, not at 0." in figure.notes
     from_0 = replace(GOOD[0], series=tuple(replace(point, loss=12.0 / point.step) for point in GOOD[0].series))
-    (loss,) = (figure for figure in of_gpu([from_0], [], "GB200", 0).figures if figure.title.startswith("Loss"))
+    (loss,) = (figure for figure in of_gpu([from_0], [], "GB200", 0) if figure.title.startswith("Loss"))
     assert not [note for note in loss.notes if "axis" in note]
 
 
 def test_a_size_that_was_run_twice_has_two_dots() -> None:
     twice = [FAST, replace(FAST, run="again", tps=spread(23000.0))]
-    scaling = of_gpu([*GOOD, *twice], published(), "GB200", 0).figures[-1].chart
+    scaling = of_gpu([*GOOD, *twice], published(), "GB200", 0)[-1].chart
     assert len(re.findall(r'<circle class="dot c1"', scaling)) == 2, "and none at their median"
 
 
