@@ -135,7 +135,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
         with noting(facts, "command"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
-        take(facts, *measure(crew, node, facts["host"], env))
+        take(facts, *measure(crew, node))
     return command, added
 
 
