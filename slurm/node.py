@@ -37,8 +37,8 @@ from check.verdict import lines  # type: ignore[import-not-found]
 from titan import Refused  # type: ignore[import-not-found]
 from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
+    NODE_SCHEMA,
     Rendezvous,
-    check_node,
     config_files,
     torchrun_command,
 )
@@ -200,8 +200,13 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
     if before:
         fail(facts, run_dir)
 
-    def settle(verdict: dict[str, Any]) -> None:
-        """What the verdict says of this node, printed and recorded before anybody's end can end this process."""
+    def publish(verdict: dict[str, Any]) -> None:
+        """The verdict and what it says of this node, told and recorded before another's end can end this process."""
+        if facts["node"] == 0:
+            with contextlib.suppress(OSError):  # a run directory that cannot be written is in the verdict
+                write(run_dir / "nodes" / "check.json", json.dumps(verdict, indent=2) + "\n")
+            for line in lines(verdict):
+                say(line)
         # srun ends all when the first has ended, and would tell of a signal, not of a code.
         if not verdict["ok"]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -218,13 +223,6 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
                 save(run_dir, facts)
             say(f"titan-check: stop node={facts['node']} host={facts['host']} because {facts['stopped']}")
 
-    def publish(verdict: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a run directory that cannot be written is in the verdict
-            write(run_dir / "nodes" / "check.json", json.dumps(verdict, indent=2) + "\n")
-        for line in lines(verdict):
-            say(line)
-        settle(verdict)
-
     head, job = os.environ.get("TITAN_HEAD_ADDR", ""), os.environ.get("TITAN_JOB_ID") or "0"
     facts["check_s"] = round(time.time() - facts["time"], 1)
     try:
@@ -232,8 +230,6 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
     except Lost as lost:
         facts["problems"].append(problem("meeting", str(lost), lost.fix, "run"))
         return fail(facts, run_dir, before)
-    if several and facts["node"] != 0:
-        settle(verdict)
     return 0 if verdict["ok"] else CHECK_FAILED
 
 
@@ -299,8 +295,10 @@ def read_node(argv: list[str]) -> dict[str, Any]:
         raise Refused(f"{argv[1]}: {error.strerror}", "mount the run directory at its own path") from error
     except (ValueError, RecursionError) as error:
         raise Refused(f"{argv[1]} is not JSON: {error}", "submit again: launcher submit <run_dir>/run.toml") from error
-    node: dict[str, Any] = check_node(value)
-    return node
+    if not isinstance(value, dict) or value.get("schema") != NODE_SCHEMA:
+        why = f"{argv[1]} is not an object of schema {NODE_SCHEMA}"
+        raise Refused(why, "submit again with the launcher that wrote it")
+    return value
 
 
 def check_run_dir(run_dir: Path) -> None:

@@ -8,8 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -18,30 +17,6 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.secret import MOST, masked
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-class ReaderGone(Exception):
-    """Whoever read what is printed has gone, as in `launcher logs | head`."""
-
-
-class PipedGroup(click.Group):
-    """A group out of which a broken pipe comes as ReaderGone: click itself makes exit code 1 of it."""
-
-    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
-        with _pipe_may_break():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, context: click.Context) -> Any:
-        with _pipe_may_break():
-            return super().invoke(context)
-
-
-@contextmanager
-def _pipe_may_break() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError as error:
-        raise ReaderGone from error
 
 
 def age(seconds: float) -> str:
@@ -109,7 +84,20 @@ def style(text: str, **how: Any) -> str:
 def echo(*lines: str, **where: Any) -> None:
     """Everything that people read is printed here. Each line stays one, whatever a name or a message in it holds."""
     text = "\n".join(plain(line.expandtabs()) for line in lines).replace(_OURS, "\x1b")
-    click.echo(text, color=False if os.environ.get("NO_COLOR") else None, **where)  # None: by the terminal
+    _write(text, color=False if os.environ.get("NO_COLOR") else None, **where)  # None: by the terminal
+
+
+def _write(text: str, **where: Any) -> None:
+    try:
+        click.echo(text, **where)
+    except BrokenPipeError:  # whoever read it has gone, as in `launcher logs | head`
+        discard_stdout()
+        sys.exit(ExitStatus.OK)
+
+
+def discard_stdout() -> None:
+    """Otherwise Python complains once more, at its end, about what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def echo_file(text: str) -> None:
@@ -117,7 +105,7 @@ def echo_file(text: str) -> None:
     if is_terminal(sys.stdout):
         echo(*text.split("\n"), nl=False)
     else:
-        click.echo(text, nl=False)
+        _write(text, nl=False)
 
 
 def never_fail(*streams: Any) -> None:
@@ -129,7 +117,7 @@ def never_fail(*streams: Any) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """In ASCII: nothing in it drives a terminal, and no stream's encoding can break it."""
-    click.echo(json.dumps(value, indent=indent))
+    _write(json.dumps(value, indent=indent))
 
 
 def say(line: str) -> None:

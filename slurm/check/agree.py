@@ -55,7 +55,7 @@ def agree(
     port: int,
     job: str,
 ) -> dict[str, Any]:
-    """The verdict of all nodes, the same on each. On node 0 `publish` has it first, before anybody can act on it.
+    """The verdict of all nodes, the same on each, once `publish` has had it: on node 0 before anybody can act on it.
 
     Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together.
     """
@@ -77,6 +77,7 @@ def agree(
             message = guest.hear(COLLECTIVE_S + UNFIT_S)
         if "verdict" not in message:
             raise Lost("node 0 began the all-reduce a second time")
+        publish(message["verdict"])
         return dict(message["verdict"])
 
 

@@ -61,6 +61,9 @@ class Place:
     def change(self, **changes: Any) -> None:
         self.write_node(changed(self.node, **changes))
 
+    def recipe(self, **changes: Any) -> None:
+        self.write_node({**self.node, "recipe": {**self.node["recipe"], **changes}})
+
     def write_node(self, node: dict[str, Any]) -> None:
         self.node = changed(node, run_dir=str(self.run_dir))
         (self.run_dir / "job" / "node.json").write_text(json.dumps(self.node))
@@ -78,14 +81,10 @@ class Place:
         return done
 
     def start_unchecked(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
+        job = self.run_dir / "job"
+        return subprocess.run(
             # -S: without the packages of the environment that runs these tests
-            [
-                sys.executable,
-                "-S",
-                str(self.run_dir / "job" / "node.py"),
-                *(arguments or [f"{self.run_dir}/job/node.json"]),
-            ],
+            [sys.executable, "-S", job / "node.py", *(arguments or [job / "node.json"])],
             env={
                 "PATH": os.environ["PATH"],
                 "PYTHONPATH": str(self.site),
@@ -99,7 +98,6 @@ class Place:
             text=True,
             timeout=60,
         )
-        return done
 
     def refused(self, *arguments: str, **env: str) -> str:
         """The FAIL line of a start that must fail, without anything having been started."""

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.commands import retry
+from launcher.commands.start import start_with_retries
 from launcher.config.render import render
+from launcher.config.spec import RunSpec
 from launcher.nodes import bad_nodes
 from launcher.nodes.bad_nodes import DAY_S, KEEP_S
 from launcher.runs.directory import Run
@@ -364,7 +365,8 @@ def test_ctrl_c_ends_the_retrying_too(
 
     monkeypatch.setattr("launcher.runs.attach.wait_for_start", interrupted)
     with pytest.raises(SystemExit) as end:
-        retry.follow(Run(unfit_run(workplace, "r", record("n0", ECC))), 1, lambda *_: pytest.fail(), False)
+        unfit = Run(unfit_run(workplace, "r", record("n0", ECC)))
+        start_with_retries(RunSpec(), unfit, {}, 1, force=False, as_json=False)
     said = capsys.readouterr().err
     assert end.value.code == ExitStatus.INTERRUPTED
     assert "detached; r goes on: launcher watch r; it is not retried then" in said

@@ -25,7 +25,7 @@ from launcher.image.convert import image_config
 from launcher.image.engine import Engine
 from launcher.image.squashfs_tools import TAIL, Ran, run
 from launcher.stage.manifest import read_manifest
-from launcher.titan import data, registry_era, weights
+from launcher.titan import data, registry_era
 
 HUGE = "9" * 5000
 # Address space of a command that reads a file of 2 GB: enough for Python and its libraries, not for the file.
@@ -122,7 +122,7 @@ def test_text_files_that_never_end_on_a_node(tmp_path: Path, endless: Path) -> N
             if name == "README.md":
                 data._header(tmp_path / "d" / name, "")
             elif name == "config.json":
-                weights._json(tmp_path / "d" / name, "")
+                titan.read_object(tmp_path / "d" / name, "")
             else:
                 data.check_tokenizer(tmp_path / "d")
 

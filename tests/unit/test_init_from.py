@@ -151,7 +151,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "twice": (lambda f: shutil.copy(f / FIRST, f / "old.safetensors"), "is also in another file"),
     "weights left out": (
         lambda f: write_safetensors(f / FIRST, {}),
-        "29 of the 57 weights of debugmodel are missing: model.embed_tokens.weight",
+        "29 of 57 weights of debugmodel are missing: model.embed_tokens.weight",
     ),
     "index without files": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
 }

@@ -287,5 +287,3 @@ def test_the_level_is_a_key_of_the_job(launch: Launch, two: Nodes) -> None:
     done = launch("config", "show", "--local", "--recipe", "debug", "--check", "off")
     assert done.returncode == 0 and re.search(r"job\.check +off +\(option --check\)", done.stdout), done.stdout
     assert launch("render", "--check", "sometimes").returncode == ExitStatus.USAGE
-    two.change(check="sometimes", nodes=1)
-    assert "node.json: job.check is 'sometimes'" in two.refused()

@@ -13,7 +13,6 @@ import pytest
 from launcher.titan import Refused, cpu, toml_era
 from launcher.titan.command import (
     Rendezvous,
-    check_node,
     config_files,
     era,
     shown_local_rank,
@@ -387,40 +386,6 @@ def test_toml_survives_every_character() -> None:
     }
     parsed = tomllib.loads(toml_era.to_toml(values))
     assert parsed == {"a": {"b": values["a.b"], "c": ["x,y", ""]}, "d": {"e": 1e-05}, "g": {"h": True}}
-
-
-def test_a_whole_node_json_passes() -> None:
-    assert check_node(LLAMA3_8B) is LLAMA3_8B
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda n: n["placed"].pop("data"), "placed.data is missing"),
-        (lambda n: n.pop("placed"), "placed is missing"),
-        (lambda n: n.update(schema=1), "schema 2"),
-        (lambda n: n["job"].update(nodes="9"), "job.nodes is '9'"),
-        (lambda n: n["job"].update(nodes=True), "job.nodes is True"),
-        (lambda n: n["job"].update(nodes=0), "at least 1"),
-        (lambda n: n["job"].update(check="some"), "job.check is 'some'"),
-        (lambda n: n["profile"].update(device="tpu"), "profile.device is 'tpu'"),
-        (lambda n: n.update(recipe=[]), "recipe is"),
-        (lambda n: n["recipe"].pop("steps"), "recipe.steps is missing"),
-        (lambda n: n["recipe"].update(compile="no"), "recipe.compile is 'no'"),
-        (lambda n: n["recipe"].update(quantize="int4"), "recipe.quantize is 'int4'"),
-    ],
-)
-def test_a_damaged_node_json_is_refused_by_name(change: Any, words: str) -> None:
-    node = a_node()
-    change(node)
-    with pytest.raises(Refused, match=words):
-        check_node(node)
-
-
-@pytest.mark.parametrize("value", [None, [], "x", 3])
-def test_something_else_than_an_object_is_refused(value: Any) -> None:
-    with pytest.raises(Refused, match="schema 2"):
-        check_node(value)
 
 
 def test_nothing_is_patched_where_an_accelerator_exists(monkeypatch: pytest.MonkeyPatch) -> None:
