@@ -9,19 +9,10 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, clock, columns, echo, print_json, warn
-from launcher.nodes.bad_nodes import DAY_S, HOST, BadNode, added, change, of_cluster, read
+from launcher.nodes.bad_nodes import DAY_S, HOST, BadNode, added, change, of_cluster
 from launcher.scheduler.detect import detect
 from launcher.scheduler.parse import expand
 from launcher.scheduler.slurm import cluster_name
-
-
-def _hosts(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Of every cluster: completion asks Slurm nothing."""
-    try:
-        names = {node.host for nodes in read().values() for node in nodes if not node.released}
-    except LauncherError:
-        return []
-    return sorted(name for name in names if name.startswith(incomplete))
 
 
 @click.group(invoke_without_command=True)
@@ -79,7 +70,7 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
 
 
 @nodes.command()
-@click.argument("hosts", nargs=-1, metavar="[HOST...]", shell_complete=_hosts)
+@click.argument("hosts", nargs=-1, metavar="[HOST...]")
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 @as_json
 def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:

@@ -54,20 +54,23 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
             f"{broken[0]} leads to {os.path.realpath(broken[0])}, which is not on this node",
             f"mount {source} where it was when the job was submitted, or submit again: launcher submit {run_toml}",
         )
-    return {**facts, "data_files": len(shards), "data_pointers": check_shards(shards, stage)}
+    check_shards(shards, stage)
+    return {**facts, "data_files": len(shards)}
 
 
-def check_shards(shards: list[Path], fix: str) -> int:
-    """How many of the shards are too small to be data. Raises Refused where the first of the others is no gzip file."""
+def check_shards(shards: list[Path], fix: str) -> None:
+    """Raises Refused where one is a Git LFS pointer, or the first is no gzip file."""
     small = [shard for shard in shards if shard.stat().st_size < SMALLEST_SHARD]
-    usable = [shard for shard in shards if shard not in small]
-    with open((usable or small)[0], "rb") as stream:
-        start = stream.read(len(LFS_POINTER))
-    if not usable and start == LFS_POINTER:
-        raise Refused(f"all {len(shards)} shards in {shards[0].parent} are Git LFS pointers, not data", fix)
-    if not start.startswith(GZIP_MAGIC):
-        raise Refused(f"{(usable or small)[0]} is not a gzip file", fix)
-    return len(small) if usable else 0
+    if pointers := [shard for shard in small if _start(shard) == LFS_POINTER]:
+        what = f"{len(pointers)} of {len(shards)} shards in {shards[0].parent} are Git LFS pointers, not data"
+        raise Refused(what, fix)
+    if not _start(shards[0]).startswith(GZIP_MAGIC):
+        raise Refused(f"{shards[0]} is not a gzip file", fix)
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(len(LFS_POINTER))
 
 
 def check_streamed(folder: Path, source: str) -> int:

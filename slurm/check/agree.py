@@ -21,11 +21,10 @@ REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may st
 HELLO_S, MEASURE_S, HOST_S, COLLECTIVE_S = 600, 180, 60, 300
 
 
-def measure(crew: Sequence[Worker], node: Mapping[str, Any]) -> tuple[dict[str, Any], Findings]:
-    """Each GPU's figures and the all-reduce in this node ("speed", "allreduce_node_gbs"), and what is wrong."""
+def measure(crew: Sequence[Worker], node: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """Facts: each GPU's "speed" and "allreduce_node_gbs", the all-reduce in this node. What is wrong: into `found`."""
     what = "GPU" if node["profile"]["device"] == "cuda" else "rank"
     facts: dict[str, Any] = {"speed": []}
-    found = Findings()
     fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
     measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
     # A sick GPU fails by itself; all of several at once do for want of a library, say.
@@ -42,7 +41,7 @@ def measure(crew: Sequence[Worker], node: Mapping[str, Any]) -> tuple[dict[str, 
             found.problem("all-reduce-node", why, fix, "run")
         else:
             facts["allreduce_node_gbs"] = value
-    return facts, found
+    return facts
 
 
 def agree(
@@ -50,14 +49,12 @@ def agree(
     node: Mapping[str, Any],
     crew: Sequence[Worker],
     publish: Callable[[dict[str, Any]], None],
-    *,
-    address: str,
-    port: int,
-    job: str,
+    where: Any,
 ) -> dict[str, Any]:
     """The verdict of all nodes, the same on each, once `publish` has had it: on node 0 before anybody can act on it.
 
-    Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together.
+    Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together. `where`:
+    torchrun's Rendezvous, beside which the nodes meet.
     """
     if node["job"]["nodes"] == 1:
         verdict = judge({0: facts}, node)
@@ -65,13 +62,13 @@ def agree(
         return verdict
     wait_s = ARRIVE_S if not facts["problems"] else REPORT_S if facts["node"] else UNFIT_S
     if facts["node"] == 0:
-        with closing(Host(port_of(port), job, node["job"]["nodes"])) as host:
+        with closing(Host(port_of(where.head_port), where.job_id, node["job"]["nodes"])) as host:
             return _lead(facts, node, crew, publish, host, wait_s)
-    with closing(Guest(address, port_of(port), job, facts["node"], wait_s)) as guest:
+    with closing(Guest(where.head_addr, port_of(where.head_port), where.job_id, facts["node"], wait_s)) as guest:
         guest.say(facts)
         message = guest.hear(ARRIVE_S + UNFIT_S)
         if "verdict" not in message:
-            result = _across(crew, node, facts["node"], address, message)
+            result = _across(crew, node, facts["node"], where.head_addr, message)
             _merge(facts, result)
             guest.say(result)
             message = guest.hear(COLLECTIVE_S + UNFIT_S)
@@ -89,6 +86,7 @@ def _lead(
     host: Host,
     wait_s: float,
 ) -> dict[str, Any]:
+    """Node 0's part: hears all, has them reduce, and tells them."""
     heard = host.gather(wait_s, lambda record: UNFIT_S if record.get("problems") else None)
     records = {0: facts, **heard}
     absent = set(range(node["job"]["nodes"])) - records.keys()

@@ -83,16 +83,14 @@ def _judge(gpu: Mapping[str, Any], number: int, host: str, found: Findings, *, a
         unfit("fabric", what, "systemctl status nvidia-fabricmanager (or nvidia-imex)")
 
 
-def judge_silence(silent: Mapping[str, str], host: str) -> Findings:
+def judge_silence(silent: Mapping[str, str], host: str, found: Findings) -> None:
     """What nvidia-smi did not say. `silent`: group of fields -> why, in its own words."""
-    found = Findings()
     if lost := next((why for why in silent.values() if ALARM.search(why)), ""):
         fix = f"nvidia-smi and dmesg on {host}; {EXCLUDE.format(host=host)}"
         found.problem("recovery", f"a GPU does not answer any more: nvidia-smi {lost}", fix)
     elif silent:
         text = "; ".join(f"{group} ({why})" for group, why in silent.items())
         found.warning("nvidia-smi", f"nvidia-smi does not say: {text}")
-    return found
 
 
 def driver_needed(driver: str, cuda: str) -> int:
@@ -128,7 +126,7 @@ def _settled(host: str, env: Mapping[str, str], alone: bool) -> tuple[list[dict[
         gpus, silent = ask_smi()
         gpus = used(gpus, env.get("CUDA_VISIBLE_DEVICES"))
         found = judge_gpus(gpus, host, alone=alone, arch=platform.machine())
-        found.add(judge_silence(silent, host))
+        judge_silence(silent, host, found)
         if not left or not PASSING.intersection(one["name"] for one in found.problems):
             break
         time.sleep(BETWEEN_S)
@@ -136,11 +134,10 @@ def _settled(host: str, env: Mapping[str, str], alone: bool) -> tuple[list[dict[
 
 
 def look(
-    node: Mapping[str, Any], host: str, env: Mapping[str, str], folders: Mapping[str, Path]
-) -> tuple[dict[str, Any], Findings]:
-    """Facts of this node, and what is wrong with it. `folders`: "scratch" and "run", whose free space counts."""
+    node: Mapping[str, Any], host: str, env: Mapping[str, str], folders: Mapping[str, Path], found: Findings
+) -> dict[str, Any]:
+    """Facts of this node; what is wrong: into `found`. `folders`: "scratch" and "run", whose free space counts."""
     facts: dict[str, Any] = {"free_gib": {}, "gpu_health": []}
-    found = Findings()
     for name, folder in folders.items():
         space = os.statvfs(folder)
         if space.f_blocks == 0:  # a file system that does not count
@@ -154,17 +151,18 @@ def look(
         elif free_gib < FREE_LOW_GIB:
             found.warning("space", what)
     if node["profile"]["device"] == "cpu":
-        return facts, found
+        return facts
     if shutil.which("nvidia-smi") is None:
         found.warning("nvidia-smi", "nvidia-smi is not in the image: the GPUs' health is not known")
     else:
         alone = node["job"]["nodes"] * node["profile"]["gpus_per_node"] == 1
         facts["gpu_health"], of_gpus = _settled(host, env, alone)
-        found.add(of_gpus)
+        found.problems += of_gpus.problems
+        found.warnings += of_gpus.warnings
         if (gpus := facts["gpu_health"]) and gpus[0].get("driver"):
             facts["driver"] = gpus[0]["driver"]
     _look_at_network(node, host, env, found)
-    return facts, found
+    return facts
 
 
 def _look_at_network(node: Mapping[str, Any], host: str, env: Mapping[str, str], found: Findings) -> None:

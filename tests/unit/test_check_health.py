@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.check import health, smi
+from slurm.check import Findings, health, smi
 
 UUIDS = [f"GPU-0000000{n}-1111-2222-3333-444444444444" for n in range(4)]
 
@@ -216,7 +216,8 @@ def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
 ) -> None:
     nvidia_smi(script)
     monkeypatch.setattr(smi, "SMI_LIMIT_S", 3)
-    _, found = health.look(asked(nodes=1, gpus=4), "gpu001", {}, {})
+    found = Findings()
+    health.look(asked(nodes=1, gpus=4), "gpu001", {}, {}, found)
     assert [one["what"] for one in found.problems] == ([problem] if problem else [])
     told = [one["what"] for one in found.warnings]
     assert [what.startswith(f"nvidia-smi does not say: {warning}") for what in told] == ([True] if warning else [])
@@ -316,7 +317,8 @@ NODE = asked(nodes=2, gpus=4)
 def test_a_whole_node(nvidia_smi: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvidia_smi(SMI)
     env = {"NCCL_IB_HCA": "no_such_0", "NCCL_MNNVL_ENABLE": "1"}
-    facts, found = health.look(NODE, "gpu001", env, {"scratch": tmp_path})
+    found = Findings()
+    facts = health.look(NODE, "gpu001", env, {"scratch": tmp_path}, found)
     assert facts["driver"] == "580.95.05" and len(facts["gpu_health"]) == 4 and facts["free_gib"]["scratch"] > 0
     assert "GPU 2: 7 uncorrected" in next(one["what"] for one in found.problems if one["name"] == "ecc")
     (unsaid,) = (one["what"] for one in found.warnings if one["name"] == "nvidia-smi")
@@ -325,8 +327,9 @@ def test_a_whole_node(nvidia_smi: Callable[[str], None], tmp_path: Path, monkeyp
     assert faults == {"ecc": "node", "infiniband": "run", "imex": "run"}
     monkeypatch.setattr(health, "IMEX_CHANNELS", tmp_path)
     (tmp_path / "channel17").touch()  # Slurm's own numbering
-    _, other = health.look(NODE, "gpu001", {**env, "NCCL_IB_DISABLE": "1"}, {})
-    _, alone = health.look(asked(nodes=1, gpus=4), "gpu001", env, {})  # neither InfiniBand nor IMEX is needed
+    other, alone = Findings(), Findings()
+    health.look(NODE, "gpu001", {**env, "NCCL_IB_DISABLE": "1"}, {}, other)
+    health.look(asked(nodes=1, gpus=4), "gpu001", env, {}, alone)  # neither InfiniBand nor IMEX is needed
     assert [one["name"] for one in other.problems] == [one["name"] for one in alone.problems] == ["ecc"]
 
 
@@ -337,13 +340,15 @@ def test_memory_that_is_being_freed_is_no_fault(
     """A job has just ended on this node: its process takes seconds to let go of the GPU."""
     busy = f"echo >>{tmp_path}/looks; [ $(wc -l <{tmp_path}/looks) -lt {freed_at_look} ] && used=90000 || used=3"
     nvidia_smi(f'case "$1" in *name*) {busy}; echo "GPU-0, 0, NVIDIA H200, 580.95.05, $used, 143771, 30" ;; esac')
-    _, found = health.look(asked(nodes=1, gpus=1), "h", {}, {})
+    found = Findings()
+    health.look(asked(nodes=1, gpus=1), "h", {}, {}, found)
     assert [one["name"] for one in found.problems] == ([] if fit else ["memory"])
 
 
 def test_without_nvidia_smi_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    facts, found = health.look(asked(nodes=1, gpus=8), "h", {}, {})
+    found = Findings()
+    facts = health.look(asked(nodes=1, gpus=8), "h", {}, {}, found)
     assert facts["gpu_health"] == [] and not found.problems and "not in the image" in found.warnings[0]["what"]
 
 
@@ -356,6 +361,7 @@ def test_little_space_is_told(
     blocks = int(free_gib * health.GIB / 4096)
     space = os.statvfs_result((4096, 4096, 10**9, 10**9, blocks, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: space)
-    _, found = health.look({"profile": {"device": "cpu"}}, "h", {}, {"scratch": tmp_path, "run": tmp_path})
+    found = Findings()
+    health.look({"profile": {"device": "cpu"}}, "h", {}, {"scratch": tmp_path, "run": tmp_path}, found)
     assert [one["fault"] for one in found.problems] == faults
     assert [one["name"] for one in found.warnings] == warnings

@@ -57,25 +57,41 @@ LLAMA3_8B: dict[str, Any] = {
     },
 }
 NINE_NODES = Rendezvous("4711", 2, "gpu-003", "10.0.0.1", 24711, "10.0.0.3")
-TORCHRUN_NINE = [
-    "python3",
-    "-m",
-    "torch.distributed.run",
-    "--nnodes=9",
-    "--nproc-per-node=4",
-    "--rdzv-backend=c10d",
-    "--rdzv-id=4711",
-    "--rdzv-endpoint=10.0.0.1:24711",
-    "--rdzv-conf=is_host=0,join_timeout=900,read_timeout=900",
-    "--local-addr=10.0.0.3",
-    "--max-restarts=0",
-    "--role=rank",
-    "--tee=3",
-    "--local-ranks-filter=0",
-    "--log-dir=/runs/one/logs/ranks/0002-gpu-003",
-    "-m",
-    "torchtitan.train",
-]
+
+
+def torchrun(start: str, rendezvous: str, rank: str) -> list[str]:
+    """The part of a command line that both eras share; its words, as nobody here has a space in one."""
+    return f"""
+        {start} {rendezvous} --max-restarts=0 --role=rank --tee=3 --local-ranks-filter=0
+        --log-dir=/runs/one/logs/ranks/{rank} -m
+    """.split()
+
+
+TORCHRUN_NINE = torchrun(
+    "python3 -m torch.distributed.run --nnodes=9 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-id=4711",
+    "--rdzv-endpoint=10.0.0.1:24711 --rdzv-conf=is_host=0,join_timeout=900,read_timeout=900 --local-addr=10.0.0.3",
+    "0002-gpu-003",
+)
+REGISTRY_ERA = """
+--module=llama3 --config=llama3_8b
+--dump_folder=/runs/one/titan --hf_assets_path=/data/tokenizers/Llama-3.1-8B
+--dataloader.dataset=c4 --dataloader.dataset_path=/data/c4
+--optimizer.param_groups.0.optimizer_kwargs.lr=0.0003
+--training.local_batch_size=5 --training.global_batch_size=-1 --training.seq_len=8192 --training.steps=100
+--training.mixed_precision_param=bfloat16
+--lr_scheduler.warmup_steps=200 --lr_scheduler.decay_ratio=None --lr_scheduler.decay_type=linear
+--lr_scheduler.min_lr_factor=0.0
+--parallelism.data_parallel_replicate_degree=1 --parallelism.data_parallel_shard_degree=-1
+--parallelism.tensor_parallel_degree=1 --parallelism.context_parallel_degree=1
+--parallelism.pipeline_parallel_degree=1 --parallelism.pipeline_parallel_schedule=1F1B
+--compile.no_enable --compile.components=model,loss
+--checkpoint.no_enable --checkpoint.interval=500 --checkpoint.no_last_save_model_only
+--metrics.log_freq=10 --metrics.disable_color_printing --metrics.enable_tensorboard --metrics.save_tb_folder=tb
+--debug.seed=None --training.disable_cuda_graphs --loss.num_chunks=1
+--profiler.no_enable_profiling --debug.no_enable_structured_logging
+--validator.no_enable --validator.dataloader.dataset_path=/data/c4
+activation-checkpoint:selective
+"""
 
 
 def changed(node: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -108,54 +124,14 @@ def debug_node(**changes: Any) -> dict[str, Any]:
 
 
 def test_8b_in_the_registry_era_is_one_line() -> None:
-    assert torchrun_command(LLAMA3_8B, "0.3.0", NINE_NODES, torch_version="2.14.1+cu130") == [
-        *TORCHRUN_NINE,
-        "--module=llama3",
-        "--config=llama3_8b",
-        "--dump_folder=/runs/one/titan",
-        "--hf_assets_path=/data/tokenizers/Llama-3.1-8B",
-        "--dataloader.dataset=c4",
-        "--dataloader.dataset_path=/data/c4",
-        "--optimizer.param_groups.0.optimizer_kwargs.lr=0.0003",
-        "--training.local_batch_size=5",
-        "--training.global_batch_size=-1",
-        "--training.seq_len=8192",
-        "--training.steps=100",
-        "--training.mixed_precision_param=bfloat16",
-        "--lr_scheduler.warmup_steps=200",
-        "--lr_scheduler.decay_ratio=None",
-        "--lr_scheduler.decay_type=linear",
-        "--lr_scheduler.min_lr_factor=0.0",
-        "--parallelism.data_parallel_replicate_degree=1",
-        "--parallelism.data_parallel_shard_degree=-1",
-        "--parallelism.tensor_parallel_degree=1",
-        "--parallelism.context_parallel_degree=1",
-        "--parallelism.pipeline_parallel_degree=1",
-        "--parallelism.pipeline_parallel_schedule=1F1B",
-        "--compile.no_enable",
-        "--compile.components=model,loss",
-        "--checkpoint.no_enable",
-        "--checkpoint.interval=500",
-        "--checkpoint.no_last_save_model_only",
-        "--metrics.log_freq=10",
-        "--metrics.disable_color_printing",
-        "--metrics.enable_tensorboard",
-        "--metrics.save_tb_folder=tb",
-        "--debug.seed=None",
-        "--training.disable_cuda_graphs",
-        "--loss.num_chunks=1",
-        "--profiler.no_enable_profiling",
-        "--debug.no_enable_structured_logging",
-        "--validator.no_enable",
-        "--validator.dataloader.dataset_path=/data/c4",
-        "activation-checkpoint:selective",
-    ]
+    command = torchrun_command(LLAMA3_8B, "0.3.0", NINE_NODES, torch_version="2.14.1+cu130")
+    assert command == [*TORCHRUN_NINE, "torchtitan.train", *REGISTRY_ERA.split()]
     assert config_files(LLAMA3_8B, "0.3.0") == {}
 
 
 def test_8b_in_the_toml_era_is_a_file() -> None:
     command = torchrun_command(LLAMA3_8B, "0.2.2", NINE_NODES, torch_version="2.14.1+cu130")
-    assert command == [*TORCHRUN_NINE, "--job.config_file=/runs/one/job/titan.toml"]
+    assert command == [*TORCHRUN_NINE, "torchtitan.train", "--job.config_file=/runs/one/job/titan.toml"]
     ((path, text),) = config_files(LLAMA3_8B, "0.2.2").items()
     assert path == "/runs/one/job/titan.toml"
     assert tomllib.loads(text) == {
@@ -201,32 +177,14 @@ def test_8b_in_the_toml_era_is_a_file() -> None:
 
 @pytest.mark.parametrize("version", ["0.2.2", "0.3.0"])
 def test_the_debug_recipe_on_a_cpu_starts_behind_the_patches(version: str) -> None:
-    command = torchrun_command(
-        debug_node(),
-        version,
-        Rendezvous("7", 0, "here"),
-        torch_version="2.13.0+cpu",
-        python="/venv/bin/python",
+    rendezvous = Rendezvous("7", 0, "here")
+    command = torchrun_command(debug_node(), version, rendezvous, torch_version="2.13.0+cpu", python="/venv/bin/python")
+    shared = torchrun(
+        "/venv/bin/python -m torch.distributed.run --nnodes=1 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-id=7",
+        "--rdzv-endpoint=127.0.0.1:0 --rdzv-conf=is_host=1,join_timeout=900,read_timeout=900 --local-addr=127.0.0.1",
+        "0000-here",
     )
-    assert command[:17] == [
-        "/venv/bin/python",
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=1",
-        "--nproc-per-node=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-id=7",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--rdzv-conf=is_host=1,join_timeout=900,read_timeout=900",
-        "--local-addr=127.0.0.1",
-        "--max-restarts=0",
-        "--role=rank",
-        "--tee=3",
-        "--local-ranks-filter=0",
-        "--log-dir=/runs/one/logs/ranks/0000-here",
-        "-m",
-        "titan.cpu",
-    ]
+    assert command[: len(shared) + 1] == [*shared, "titan.cpu"]
     text = " ".join(command) + "".join(config_files(debug_node(), version).values())
     assert ("activation-checkpoint:none" if version == "0.3.0" else 'mode = "none"') in text
     assert ("--debug.seed=1" if version == "0.3.0" else "seed = 1") in text
