@@ -93,19 +93,22 @@ class Place:
         return subprocess.run(
             # -S: without the packages of the environment that runs these tests
             [sys.executable, "-S", job / "node.py", *(arguments or [job / "node.json"])],
-            env={
-                "PATH": os.environ["PATH"],
-                "PYTHONPATH": str(self.site),
-                "HOME": str(self.run_dir),
-                "SLURMD_NODENAME": "gpu001",
-                "TITAN_JOB_ID": f"t{os.getpid()}",
-                "TMPDIR": str(self.run_dir.parent),
-                **env,
-            },
+            env=self.environment(**env),
             capture_output=True,
             text=True,
             timeout=60,
         )
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(self.site),
+            "HOME": str(self.run_dir),
+            "SLURMD_NODENAME": "gpu001",
+            "TITAN_JOB_ID": f"t{os.getpid()}",
+            "TMPDIR": str(self.run_dir.parent),
+            **more,
+        }
 
     def refused(self, *arguments: str, **env: str) -> str:
         """The FAIL line of a start that must fail, without anything having been started."""

@@ -33,19 +33,8 @@ from tests.unit.test_preflight import run
 PAIR = answers_of(
     "25.05.3", [FakeNode(f"n{i}", arch="x86_64") for i in range(3)], [partition_line("batch", "n[0-2]", default=True)]
 )
-SUBMIT = (
-    "submit",
-    "--gpu",
-    "h200",
-    "--runtime",
-    "bare",
-    "--recipe",
-    "debug",
-    "--data",
-    "sample",
-    "--tokenizer",
-    "sample",
-)
+RUN = ("--runtime", "bare", "--recipe", "debug", "--data", "sample", "--tokenizer", "sample")
+SUBMIT = ("submit", "--gpu", "h200", *RUN)
 
 
 def unfit_run(workplace: Path, name: str, *records: Mapping[str, Any], ended_at: float = 0, code: int = 20) -> Path:
@@ -197,16 +186,13 @@ def test_refusals(arguments: tuple[str, ...], code: ExitStatus, said: str, launc
 AT = '{"schema": 1, "clusters": {"crusoe": [{"host": "n1", "reason": "", "run": "", "at": 0, "until": %s}]}}'
 DAMAGED = (
     "",
-    "[]",
     "{",
     '{"schema": 2, "clusters": {}}',
     '{"schema": 1, "clusters": {"crusoe": [{"host": "a b"}]}}',
-    '{"schema": 1, "clusters": 3}',
+    '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}',
     AT % "1e300",
     AT % ("9" * 400),
-    AT % "-1e18",
     AT % "NaN",
-    '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}',
 )
 
 
@@ -374,8 +360,7 @@ def test_ctrl_c_ends_the_retrying_too(
 
 @pytest.mark.parametrize("other", ["--dry-run", "--local"])
 def test_not_with(other: str, launch: Launch, fake_slurm: Fake) -> None:
-    arguments = (*SUBMIT[:1], *SUBMIT[5:], "--gpu", "cpu", "--runtime", "bare")
-    done = launch(*arguments, other, "--retry-bad-nodes", "1")
+    done = launch("submit", "--gpu", "cpu", *RUN, other, "--retry-bad-nodes", "1")
     assert done.returncode == ExitStatus.USAGE and other in done.stderr
 
 

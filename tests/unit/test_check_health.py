@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -275,18 +273,6 @@ def test_infiniband_devices_that_the_profile_names(
     assert health.infiniband(value) == wrong
     shutil.rmtree(tmp_path / "mlx5_1")
     assert health.infiniband("mlx5_1") == ["mlx5_1 is missing"]  # mlx5_10 is another
-
-
-def test_commands_that_hang_or_are_missing_are_left_behind() -> None:
-    slow = [sys.executable, "-c", "import time; print('late', flush=True); time.sleep(60)"]
-    began = time.monotonic()
-    found = smi.run_bounded([slow, ["echo", "one"], ["false"]], 1.0)
-    assert found == [
-        (None, "did not answer within 1 s"),
-        ("one\n", ""),
-        (None, "ended with 1"),
-    ]
-    assert time.monotonic() - began < 30  # not the 60 that it would have taken
 
 
 @pytest.fixture

@@ -154,16 +154,6 @@ def test_another_program_at_node_0s_port(line: bytes) -> None:
         guest.close()
 
 
-def test_what_node_0_says_is_taken() -> None:
-    for message in (FIT, {"do": "allreduce", "port": 1}, {"verdict": {"ok": False, "unfit": [UNFIT]}}):
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            guest = Guest("127.0.0.1", other.getsockname()[1], "7", 1, 30)
-            with other.accept()[0] as connection:
-                connection.sendall(json.dumps(message).encode() + b"\n")
-                assert guest.hear(30) == message
-            guest.close()
-
-
 @pytest.mark.parametrize(
     "record",
     [

@@ -284,11 +284,6 @@ def test_the_directory_is_mounted_read_only_at_its_own_path(tmp_path: Path, weig
     assert not [mount for mount in mounts(spec("")) if mount.startswith(":")]
 
 
-def test_render_mounts_it(launch: Launch, weights: Path) -> None:
-    done = launch("render", "--gpu", "b200", "--image", "/x.sqsh", "--init-from", str(weights))
-    assert done.returncode == 0 and f"{weights}:{weights}:ro" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("setting", "fix"),
     [

@@ -85,19 +85,16 @@ class Nodes(Place):
         for number in range(self.node["job"]["nodes"]):
             own = dict(changes.get(f"n{number}", {}))
             node_json = own.pop("node_json", f"{self.run_dir}/job/node.json")
-            env = {
-                "PATH": os.environ["PATH"],
-                "PYTHONPATH": str(self.site),
-                "HOME": str(self.run_dir),
-                "TITAN_HEAD_ADDR": address,
-                "TITAN_HEAD_PORT": str(port + 10000 if port < 55000 else port),
-                "TITAN_JOB_ID": "7",
-                "SLURM_NODEID": str(number),
-                "SLURMD_NODENAME": f"gpu{number:03d}",
-                "FAKE_TORCH": "2.13.0+cpu",
-                "TMPDIR": str(self.run_dir.parent / f"tmp{number}"),
-                **own,
-            }
+            env = self.environment(
+                TITAN_HEAD_ADDR=address,
+                TITAN_HEAD_PORT=str(port + 10000 if port < 55000 else port),
+                TITAN_JOB_ID="7",
+                SLURM_NODEID=str(number),
+                SLURMD_NODENAME=f"gpu{number:03d}",
+                FAKE_TORCH="2.13.0+cpu",
+                TMPDIR=str(self.run_dir.parent / f"tmp{number}"),
+            )
+            env.update(own)
             Path(env["TMPDIR"]).mkdir(exist_ok=True)
             command = [sys.executable, "-S", str(self.run_dir / "job" / "node.py"), node_json]
             running.append(

@@ -12,20 +12,7 @@ import pytest
 from tests.conftest import Launch
 from tests.unit.test_view import SHARD, c4, shard
 
-SUBMIT = (
-    "submit",
-    "--gpu",
-    "h200",
-    "--image",
-    "titan.sqsh",
-    "--runtime",
-    "bare",
-    "--gpus-per-node",
-    "3",
-    "--batch-size",
-    "2",
-    "--yes",
-)
+SUBMIT = ("submit", "--gpu", "h200", "--runtime", "bare", "--gpus-per-node", "3", "--batch-size", "2", "--yes")
 
 
 @pytest.fixture
@@ -34,8 +21,7 @@ def submit(launch: Launch, workplace: Path, fake_slurm: Callable[[str, str], Pat
     c4(workplace / "c4", 8)
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        arguments = [word for word in SUBMIT if word not in ("--image", "titan.sqsh")]
-        return launch(*arguments, "--data", "c4", "--tokenizer", "sample", *options)
+        return launch(*SUBMIT, "--data", "c4", "--tokenizer", "sample", *options)
 
     return run
 
@@ -96,20 +82,8 @@ def test_missing_data_is_told_with_the_command_that_brings_it(submit: Launch, wo
 
 
 def test_the_sample_is_read_through_a_view(launch: Launch, workplace: Path) -> None:
-    done = launch(
-        "submit",
-        "--gpu",
-        "cpu",
-        "--recipe",
-        "debug",
-        "--gpus-per-node",
-        "3",
-        "--batch-size",
-        "2",
-        "--local",
-        "--dry-run",
-        "--json",
-    )
+    run = ("submit", "--gpu", "cpu", "--recipe", "debug", "--gpus-per-node", "3", "--batch-size", "2", "--local")
+    done = launch(*run, "--dry-run", "--json")
     answer = json.loads(done.stdout)
     assert answer["data"].startswith("3 train and 1 validation files of ")
     assert all(f"{answer['run_dir']}/data" in command for command in answer["torchrun"].values())
