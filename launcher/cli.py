@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.output import discard_stdout, echo, never_fail, print_error
+from launcher.base.output import echo, never_fail, print_error
 
 # Name -> where it is, below launcher.commands, and its line of --help.
 COMMANDS = {
@@ -38,8 +42,31 @@ COMMANDS = {
 }
 
 
+@contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """As in `launcher logs | head`, which is no error; click itself makes exit code 1 of it."""
+    try:
+        yield
+    except BrokenPipeError:
+        _discard_stdout()
+        sys.exit(ExitStatus.OK)
+
+
+def _discard_stdout() -> None:
+    """Otherwise Python complains once more, at its end, about what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class _Commands(click.Group):
     """The commands of COMMANDS; help and completion name them without importing any."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _reader_may_go():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _reader_may_go():
+            return super().invoke(context)
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -98,7 +125,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
     except OSError as error:  # the output's own device, or a directory that went away under our feet
-        discard_stdout()
+        _discard_stdout()
         if error.errno == errno.ENOENT and not error.filename:  # tempfile's, of all its places together
             echo("error: no place for temporary files [unwritable]", "  try: export TMPDIR=DIR", err=True)
         else:

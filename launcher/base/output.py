@@ -84,20 +84,7 @@ def style(text: str, **how: Any) -> str:
 def echo(*lines: str, **where: Any) -> None:
     """Everything that people read is printed here. Each line stays one, whatever a name or a message in it holds."""
     text = "\n".join(plain(line.expandtabs()) for line in lines).replace(_OURS, "\x1b")
-    _write(text, color=False if os.environ.get("NO_COLOR") else None, **where)  # None: by the terminal
-
-
-def _write(text: str, **where: Any) -> None:
-    try:
-        click.echo(text, **where)
-    except BrokenPipeError:  # whoever read it has gone, as in `launcher logs | head`
-        discard_stdout()
-        sys.exit(ExitStatus.OK)
-
-
-def discard_stdout() -> None:
-    """Otherwise Python complains once more, at its end, about what could not be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    click.echo(text, color=False if os.environ.get("NO_COLOR") else None, **where)  # None: by the terminal
 
 
 def echo_file(text: str) -> None:
@@ -105,7 +92,7 @@ def echo_file(text: str) -> None:
     if is_terminal(sys.stdout):
         echo(*text.split("\n"), nl=False)
     else:
-        _write(text, nl=False)
+        click.echo(text, nl=False)
 
 
 def never_fail(*streams: Any) -> None:
@@ -117,7 +104,7 @@ def never_fail(*streams: Any) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """In ASCII: nothing in it drives a terminal, and no stream's encoding can break it."""
-    _write(json.dumps(value, indent=indent))
+    click.echo(json.dumps(value, indent=indent))
 
 
 def say(line: str) -> None:

@@ -8,16 +8,16 @@ from dataclasses import replace
 from functools import partial
 
 from launcher.base.errors import LauncherError, quoted
-from launcher.base.finding import ERROR, WARNING
-from launcher.base.output import echo, print_error, print_json, warn
-from launcher.commands.asked import describe_run, looked_at, spec_of
+from launcher.base.finding import OK
+from launcher.base.output import echo, print_error, print_json
+from launcher.commands.asked import describe_run, looked_at, spec_of, tell
 from launcher.commands.runs import exit_for, watch_to_end
 from launcher.config import resolve
 from launcher.config.options import RunOptions
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan.plan import memory_findings, write_beside
 from launcher.preflight.cluster import look
-from launcher.preflight.text import refusal, sentence, words
+from launcher.preflight.text import words
 from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.scheduler.detect import detected
@@ -30,15 +30,11 @@ def checked(spec: PlacedRun, force: bool) -> PlacedRun:
     """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
     spec, findings = look(spec)
     findings += memory_findings(spec)
-    refused = refusal(findings, force)
+    tell(findings, force)
     for finding in findings:
         name, what, _ = words(finding)
-        if finding.status == WARNING or (finding.status == ERROR and not refused):
-            warn(sentence(finding))
-        elif name in ("placement", "excluded") and not refused:
+        if finding.status == OK and name in ("placement", "excluded"):
             echo(f"{name}: {what}", err=True)
-    if refused:
-        raise refused
     return spec
 
 
