@@ -6,14 +6,17 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.output import PipedGroup, ReaderGone, echo, never_fail, print_error
+from launcher.base.output import echo, never_fail, print_error
 
 # Name -> where it is, below launcher.commands, and its line of --help.
 COMMANDS = {
@@ -39,8 +42,31 @@ COMMANDS = {
 }
 
 
-class _Commands(PipedGroup):
+@contextmanager
+def _reader_may_go() -> Iterator[None]:
+    """As in `launcher logs | head`, which is no error; click itself makes exit code 1 of it."""
+    try:
+        yield
+    except BrokenPipeError:
+        _discard_stdout()
+        sys.exit(ExitStatus.OK)
+
+
+def _discard_stdout() -> None:
+    """Otherwise Python complains once more, at its end, about what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Commands(click.Group):
     """The commands of COMMANDS; help and completion name them without importing any."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _reader_may_go():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _reader_may_go():
+            return super().invoke(context)
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -98,19 +124,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
-    except ReaderGone:  # `launcher logs | head`
-        _discard_stdout()
-        sys.exit(ExitStatus.OK)
     except OSError as error:  # the output's own device, or a directory that went away under our feet
         _discard_stdout()
         if error.errno == errno.ENOENT and not error.filename:  # tempfile's, of all its places together
             echo("error: no place for temporary files [unwritable]", "  try: export TMPDIR=DIR", err=True)
-            sys.exit(ExitStatus.FILESYSTEM)
-        where = f"{error.filename}: " if error.filename else ""
-        echo(f"error: {where}{error.strerror or error} [unwritable]", err=True)
+        else:
+            where = f"{error.filename}: " if error.filename else ""
+            echo(f"error: {where}{error.strerror or error} [unwritable]", err=True)
         sys.exit(ExitStatus.FILESYSTEM)
-
-
-def _discard_stdout() -> None:
-    """Otherwise Python complains once more, at its end, about what could not be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `titan` and `check` are copied beside this file
 
-from check import problem, warning, workers  # type: ignore[import-not-found]
+from check import Findings, problem, workers  # type: ignore[import-not-found]
 from check.agree import HELLO_S, agree, measure  # type: ignore[import-not-found]
 from check.health import driver_needed, look  # type: ignore[import-not-found]
 from check.meeting import Lost  # type: ignore[import-not-found]
@@ -37,8 +37,8 @@ from check.verdict import lines  # type: ignore[import-not-found]
 from titan import Refused  # type: ignore[import-not-found]
 from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
+    NODE_SCHEMA,
     Rendezvous,
-    check_node,
     config_files,
     torchrun_command,
 )
@@ -100,6 +100,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     facts.update(check=node["job"]["check"], device=node["profile"]["device"], profile=node["job"]["gpu"])
     facts.update(hostname=socket.gethostname(), driver=driver_version())
     env, added, scratch = os.environ, {}, None
+    found = Findings(facts["problems"], facts["warnings"])
     with noting(facts, "run directory"):
         check_run_dir(run_dir)
     with noting(facts, "network"):
@@ -120,33 +121,22 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
         within(READ_S, node["placed"]["tokenizer"], check_tokenizer, Path(node["placed"]["tokenizer"]))
     if facts["check"] != "off" and scratch is not None:
         with noting(facts, "health"):
-            seen, found = look(node, facts["host"], env, {"scratch": scratch, "run": run_dir})
-            take(facts, seen, found)
+            facts.update(look(node, facts["host"], env, {"scratch": scratch, "run": run_dir}, found))
     if crew:
-        greet(node, facts, crew)
+        greet(node, facts, crew, found)
     if "torchtitan" in facts:
         with noting(facts, "weights"):
             facts.update(within(READ_S, node["job"]["init_from"], starting_weights, node, facts["torchtitan"]))
-    if facts.get("data_pointers"):
-        pointers = f"{facts['data_pointers']} of {facts['data_files']} shards are Git LFS pointers, not data"
-        facts["warnings"].append(warning("data", pointers))
     command: list[str] = []
     if {"torch", "torchtitan", "address"} <= facts.keys():
         with noting(facts, "command"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
-        take(facts, *measure(crew, node, facts["host"], env))
+        facts.update(measure(crew, node, found))
     return command, added
 
 
-def take(facts: Facts, more: Facts, found: Any) -> None:
-    """Adds to this node's facts what a part of the check has seen and found wrong."""
-    facts.update(more)
-    facts["problems"] += found.problems
-    facts["warnings"] += found.warnings
-
-
-def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
+def greet(node: dict[str, Any], facts: Facts, crew: list[Any], found: Any) -> None:
     """What the workers say of torch and of the GPUs; a driver that is too old is told by its number."""
     answers = workers.ask(crew, [{"do": "look", "gpus": node["profile"]["gpus_per_node"]}] * len(crew), HELLO_S)
     first = answers[0]
@@ -159,27 +149,19 @@ def greet(node: dict[str, Any], facts: Facts, crew: list[Any]) -> None:
         if old:
             why = f"{why}; {old}"
             fix = f"a newer driver, or an image with an older CUDA or with NVIDIA's cuda-compat package; {fix}"
-        facts["problems"].append(problem("gpus", why, fix, "run" if old else bad.get("fault", "node")))
+        found.problem("gpus", why, fix, "run" if old else bad.get("fault", "node"))
     elif old and node["profile"]["device"] == "cuda":
-        facts["warnings"].append(warning("driver", f"{old}: it runs through the image's forward compatibility"))
+        found.warning("driver", f"{old}: it runs through the image's forward compatibility")
     wanted = node["profile"]["gpu"]
     named = re.search(rf"(?<![A-Z]){re.escape(wanted)}", facts.get("gpu", ""))
     if facts.get("gpu") and node["profile"]["device"] == "cuda" and not named:
-        facts["warnings"].append(warning("gpus", f"the profile is for {wanted}, the node has {facts['gpu']}"))
+        found.warning("gpus", f"the profile is for {wanted}, the node has {facts['gpu']}")
 
 
 def prepare(node: dict[str, Any], run_dir: Path, facts: Facts, added: dict[str, str]) -> list[str]:
     """torchrun's command line; the files that it reads are written. Raises Refused for what cannot be run."""
-    rendezvous = Rendezvous(
-        job_id=os.environ.get("TITAN_JOB_ID") or "0",
-        node_id=facts["node"],
-        node_name=facts["host"],
-        head_addr=os.environ.get("TITAN_HEAD_ADDR") or "127.0.0.1",
-        head_port=_number(os.environ.get("TITAN_HEAD_PORT", "0")),
-        local_addr=facts["address"],
-    )
     command: list[str] = torchrun_command(
-        node, facts["torchtitan"], rendezvous, torch_version=facts["torch"], python=sys.executable
+        node, facts["torchtitan"], rendezvous(facts), torch_version=facts["torch"], python=sys.executable
     )
     ours = any(argument.startswith(("titan.", "--module=titan.")) for argument in command)
     if ours or node["placed"]["data_source"].startswith("s3://"):
@@ -190,18 +172,35 @@ def prepare(node: dict[str, Any], run_dir: Path, facts: Facts, added: dict[str, 
     return command
 
 
+def rendezvous(facts: Facts) -> Any:
+    """Where the nodes meet, as the job script says it."""
+    return Rendezvous(
+        job_id=os.environ.get("TITAN_JOB_ID") or "0",
+        node_id=facts["node"],
+        node_name=facts["host"],
+        head_addr=os.environ.get("TITAN_HEAD_ADDR") or "127.0.0.1",
+        head_port=_number(os.environ.get("TITAN_HEAD_PORT", "0")),
+        local_addr=facts.get("address", ""),
+    )
+
+
 def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> int:
     """0 where every node of the job is fit; else CHECK_FAILED, with what is wrong printed and recorded."""
-    port = _number(os.environ.get("TITAN_HEAD_PORT", "0"))
-    several = node["job"]["nodes"] > 1
-    if facts["check"] == "off" or (several and ("address" not in facts or not 0 < port < 65536)):
+    where = rendezvous(facts)
+    alone = node["job"]["nodes"] == 1
+    if facts["check"] == "off" or not (alone or (where.local_addr and 0 < where.head_port < 65536)):
         return fail(facts, run_dir) if facts["problems"] else 0
     before = len(facts["problems"])
     if before:
         fail(facts, run_dir)
 
-    def settle(verdict: dict[str, Any]) -> None:
-        """What the verdict says of this node, printed and recorded before anybody's end can end this process."""
+    def publish(verdict: dict[str, Any]) -> None:
+        """The verdict and what it says of this node, told and recorded before another's end can end this process."""
+        if facts["node"] == 0:
+            with contextlib.suppress(OSError):  # a run directory that cannot be written is in the verdict
+                write(run_dir / "nodes" / "check.json", json.dumps(verdict, indent=2) + "\n")
+            for line in lines(verdict):
+                say(line)
         # srun ends all when the first has ended, and would tell of a signal, not of a code.
         if not verdict["ok"]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -218,22 +217,12 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
                 save(run_dir, facts)
             say(f"titan-check: stop node={facts['node']} host={facts['host']} because {facts['stopped']}")
 
-    def publish(verdict: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a run directory that cannot be written is in the verdict
-            write(run_dir / "nodes" / "check.json", json.dumps(verdict, indent=2) + "\n")
-        for line in lines(verdict):
-            say(line)
-        settle(verdict)
-
-    head, job = os.environ.get("TITAN_HEAD_ADDR", ""), os.environ.get("TITAN_JOB_ID") or "0"
     facts["check_s"] = round(time.time() - facts["time"], 1)
     try:
-        verdict = agree(facts, node, crew, publish, address=head, port=port, job=job)
+        verdict = agree(facts, node, crew, publish, where)
     except Lost as lost:
         facts["problems"].append(problem("meeting", str(lost), lost.fix, "run"))
         return fail(facts, run_dir, before)
-    if several and facts["node"] != 0:
-        settle(verdict)
     return 0 if verdict["ok"] else CHECK_FAILED
 
 
@@ -299,8 +288,10 @@ def read_node(argv: list[str]) -> dict[str, Any]:
         raise Refused(f"{argv[1]}: {error.strerror}", "mount the run directory at its own path") from error
     except (ValueError, RecursionError) as error:
         raise Refused(f"{argv[1]} is not JSON: {error}", "submit again: launcher submit <run_dir>/run.toml") from error
-    node: dict[str, Any] = check_node(value)
-    return node
+    if not isinstance(value, dict) or value.get("schema") != NODE_SCHEMA:
+        why = f"{argv[1]} is not an object of schema {NODE_SCHEMA}"
+        raise Refused(why, "submit again with the launcher that wrote it")
+    return value
 
 
 def check_run_dir(run_dir: Path) -> None:

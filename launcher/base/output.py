@@ -8,8 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -18,30 +17,6 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.secret import MOST, masked
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-class ReaderGone(Exception):
-    """Whoever read what is printed has gone, as in `launcher logs | head`."""
-
-
-class PipedGroup(click.Group):
-    """A group out of which a broken pipe comes as ReaderGone: click itself makes exit code 1 of it."""
-
-    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
-        with _pipe_may_break():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, context: click.Context) -> Any:
-        with _pipe_may_break():
-            return super().invoke(context)
-
-
-@contextmanager
-def _pipe_may_break() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError as error:
-        raise ReaderGone from error
 
 
 def age(seconds: float) -> str:

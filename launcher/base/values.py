@@ -28,7 +28,7 @@ def parse_json(data: str | bytes) -> Any:
     """
     try:
         value = json.loads(data, parse_int=_whole, parse_float=_finite, parse_constant=lambda _: None)
-        _refuse_deep(value)
+        _refuse_absurd(value)
         # Only where there may be one: most records have no escapes.
         escaped = (b"\\u" in data) if isinstance(data, bytes) else ("\\u" in data or not data.isascii())
         return _json_value(value) if escaped else value
@@ -43,20 +43,23 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError("a key of too many parts")
     try:
         tables = tomllib.loads(text)
-        _refuse_deep(tables)
-        _check(tables)
+        _refuse_absurd(tables)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return tables
 
 
-def _refuse_deep(value: Any) -> None:
-    """Raises ValueError above DEEPEST: later code walks through the value by recursion."""
+def _refuse_absurd(value: Any) -> None:
+    """Raises ValueError above DEEPEST, as later code walks through the value by recursion, and for whole numbers above
+    LARGEST: of TOML's 0xfff... no limit of digits holds back.
+    """
     level = [value]
     for _ in range(DEEPEST):
         inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
         if not (level := [item for items in inner for item in items]):
             return
+        if any(isinstance(item, int) and abs(item) > LARGEST for item in level):
+            raise ValueError("a number of too many digits")
     raise ValueError("nested too deeply")
 
 
@@ -66,16 +69,6 @@ def _whole(text: str) -> int | None:
 
 def _finite(text: str) -> float | None:
     return value if math.isfinite(value := float(text)) else None
-
-
-def _check(value: Any) -> None:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            _check(item)
-    elif isinstance(value, int) and abs(value) > LARGEST:  # 0xfff... too, which no limit of digits holds back
-        raise ValueError("a number of too many digits")
 
 
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,10 @@ options.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
-from launcher.base.finding import OK
+from launcher.base.finding import ERROR, WARNING, Finding
 from launcher.base.output import warn
 from launcher.config import resolve
 from launcher.config.layers import Layer
@@ -37,12 +38,18 @@ def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:
 def looked_at(spec: RunSpec, force: bool) -> PlacedRun:
     """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
     run, checks = look_here(spec)
-    if refused := refusal(checks, force):
-        raise refused
-    for check in checks:
-        if check.status != OK:
-            warn(sentence(check))
+    tell(checks, force)
     return run
+
+
+def tell(findings: Sequence[Finding], force: bool) -> None:
+    """Warns of what was found, and raises LauncherError where the run could not start."""
+    refused = refusal(findings, force)
+    for finding in findings:
+        if finding.status == WARNING or (finding.status == ERROR and not refused):
+            warn(sentence(finding))
+    if refused:
+        raise refused
 
 
 def describe_run(spec: RunSpec) -> str:

@@ -22,7 +22,6 @@ from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts, Node
 from launcher.scheduler.parse import compress
 
-MOST_LINES = 20  # of reasons and of blocks; --json has them all
 _partition = click.option("--partition", "-p", default="", help="Slurm partition.  [default: Slurm's own]")
 
 
@@ -113,51 +112,43 @@ def _slurm_lines(facts: ClusterFacts) -> list[str]:
     accounting = {True: "on", False: "off: Slurm forgets a job minutes after its end", None: "unknown"}
     images = {True: ", images are mounted with squashfuse", False: ", images are unpacked on every node", None: ""}
     pyxis = f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
-    rows = [
-        ("cluster", f"{facts.name or '(name unknown)'}, Slurm {version}"),
-        ("topology", f"{facts.topology or 'unknown'}, {segment}"),
-        ("accounting", accounting[facts.accounting]),
-        ("Pyxis", "unknown" if facts.lacks("srun") else pyxis),
-    ]
-    if facts.pyxis_options:
-        rows.append(("", " ".join(facts.pyxis_options)))
     by_name = {node.name: node for node in facts.nodes}
+    lines = [
+        _row("cluster", f"{facts.name or '(name unknown)'}, Slurm {version}"),
+        _row("topology", f"{facts.topology or 'unknown'}, {segment}"),
+        _row("accounting", accounting[facts.accounting]),
+        _row("Pyxis", "unknown" if facts.lacks("srun") else pyxis),
+        *([_row("", " ".join(facts.pyxis_options))] if facts.pyxis_options else []),
+    ]
     for partition in facts.partitions:
         states = Counter(by_name[name].state for name in partition.nodes if name in by_name)
         most = f", at most {partition.max_nodes} nodes a job" if partition.max_nodes else ""
         text = f"{partition.name}{'*' if partition.default else ''} {partition.state.lower()}"
         counts = ", ".join(f"{number} {state}" for state, number in states.most_common())
         text += f", {_hours(partition.max_time_s)}{most}: {states.total()} nodes" + (f" ({counts})" if counts else "")
-        rows.append(("partition", text))
-    return [_row(*row) for row in rows]
+        lines.append(_row("partition", text))
+    return lines
 
 
 def _node_lines(facts: ClusterFacts, nodes: tuple[Node, ...], partition: str) -> list[str]:
     default = facts.partition()
-    where = partition or (default.name if default else "all partitions")
-    lines = ["", f"Nodes of {where}"]
-    sorts: dict[tuple[Any, ...], list[str]] = {}
-    for node in nodes:
-        key = (node.gpus, node.gpu_type, node.arch, node.cpus, node.memory_mib, node.features)
-        sorts.setdefault(key, []).append(node.name)
-    for (gpus, kind, arch, cpus, memory, features), names in sorts.items():
-        has = f"{gpus} GPUs{f' ({kind})' if kind else ''}" if gpus else "no GPUs"
-        text = f"{len(names)} x {has}, {arch or 'architecture unknown'}, {cpus} CPUs, {memory / 1024:.0f} GiB"
-        text += f", features {','.join(features)}" if features else ""
-        lines.append(_row("", f"{text}: {_clip(compress(names))}"))
+    lines = ["", f"Nodes of {partition or (default.name if default else 'all partitions')}"]
+    sorts: dict[str, list[str]] = {}
     reasons: dict[tuple[str, str], list[str]] = {}
     for node in nodes:
+        has = f"{node.gpus} GPUs{f' ({node.gpu_type})' if node.gpu_type else ''}" if node.gpus else "no GPUs"
+        text = f"{has}, {node.arch or 'architecture unknown'}, {node.cpus} CPUs, {node.memory_mib / 1024:.0f} GiB"
+        text += f", features {','.join(node.features)}" if node.features else ""
+        sorts.setdefault(text, []).append(node.name)
         if node.reason or not ({"IDLE", "ALLOCATED", "MIXED"} & node.states):
-            reasons.setdefault((node.state, node.reason), []).append(node.name)
-    shown = [
-        (state, f"{_clip(compress(names))}: {reason or 'no reason given'}")
-        for (state, reason), names in reasons.items()
-    ]
-    lines += _most(shown)
-    here = {node.name for node in nodes}
-    blocks = [b for b in facts.blocks if not b.nodes or here.intersection(b.nodes)]
+            reasons.setdefault((node.state, node.reason or "no reason given"), []).append(node.name)
+    lines += [_row("", f"{len(names)} x {text}: {compress(names)}") for text, names in sorts.items()]
+    lines += [_row(state, f"{compress(names)}: {reason}") for (state, reason), names in reasons.items()]
     free = {node.name for node in nodes if node.free}
-    lines += _most([("block", f"{b.name}: {len(b.nodes)} nodes, {len(free & set(b.nodes))} idle") for b in blocks])
+    for block in facts.blocks:
+        if not block.nodes or {node.name for node in nodes}.intersection(block.nodes):
+            idle = len(free & set(block.nodes))
+            lines.append(_row("block", f"{block.name}: {len(block.nodes)} nodes, {idle} idle"))
     return lines
 
 
@@ -192,17 +183,8 @@ def _hours(seconds: int | None) -> str:
     return f"{seconds // 60} min" if seconds < 7200 else f"{seconds / 3600:.4g} h"
 
 
-def _most(rows: list[tuple[str, str]]) -> list[str]:
-    lines = [_row(*row) for row in rows[:MOST_LINES]]
-    return lines + ([_row("", f"... {len(rows) - MOST_LINES} more: --json")] if len(rows) > MOST_LINES else [])
-
-
 def _row(title: str, text: str) -> str:
     return f"  {title:<14} {text}".rstrip()
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 @click.group()

@@ -9,19 +9,10 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, clock, columns, echo, print_json, warn
-from launcher.nodes.bad_nodes import DAY_S, HOST, BadNode, added, change, of_cluster, read
+from launcher.nodes.bad_nodes import DAY_S, HOST, BadNode, added, change, of_cluster
 from launcher.scheduler.detect import detect
 from launcher.scheduler.parse import expand
 from launcher.scheduler.slurm import cluster_name
-
-
-def _hosts(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Of every cluster: completion asks Slurm nothing."""
-    try:
-        names = {node.host for nodes in read().values() for node in nodes if not node.released}
-    except LauncherError:
-        return []
-    return sorted(name for name in names if name.startswith(incomplete))
 
 
 @click.group(invoke_without_command=True)
@@ -66,28 +57,20 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     launcher cluster nodes add gpu-007 --reason "slow NVLink"
     launcher cluster nodes add 'gpu-[010-012]' --reason "rack 3 is too warm" --days 1
     """
-    facts, now_s = detect().require(""), time.time()
+    known, cluster, now_s = {node.name for node in detect().require("").nodes}, cluster_name(), time.time()
     names, text = _names(hosts), " ".join(reason.split())
     if not text:
         raise click.UsageError("--reason: must not be empty")
-    if not facts.name:
-        raise LauncherError(
-            "cluster-nameless",
-            "Slurm does not say its cluster's name",
-            "scontrol show config",
-            status=ExitStatus.CLUSTER,
-        )
-    known = {node.name for node in facts.nodes}
     if unknown := [name for name in names if name not in known]:
         warn(f"Slurm has no node {unknown[0]}: it is left out once there is one")
     new = [BadNode(name, text, "", now_s, now_s + days * DAY_S) for name in names]
     # What was known of these nodes goes.
-    change(facts.name, lambda old: added([*(node for node in old if node.host not in names), *new], (), now_s))
-    _say(new, f"left out until {clock(new[0].until)}", facts.name, as_json)
+    change(cluster, lambda old: added([*(node for node in old if node.host not in names), *new], (), now_s))
+    _say(new, f"left out until {clock(new[0].until)}", cluster, as_json)
 
 
 @nodes.command()
-@click.argument("hosts", nargs=-1, metavar="[HOST...]", shell_complete=_hosts)
+@click.argument("hosts", nargs=-1, metavar="[HOST...]")
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 @as_json
 def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
@@ -103,12 +86,8 @@ def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
     listed = of_cluster(cluster, now_s)
     names = [node.host for node in listed] if everything else _names(hosts)
     if unknown := [name for name in names if name not in {node.host for node in listed}]:
-        raise LauncherError(
-            "node-not-left-out",
-            f"{unknown[0]} is not left out on {cluster}",
-            "launcher cluster nodes",
-            status=ExitStatus.NOT_FOUND,
-        )
+        what = f"{unknown[0]} is not left out on {cluster}"
+        raise LauncherError("node-not-left-out", what, "launcher cluster nodes", status=ExitStatus.NOT_FOUND)
     change(cluster, lambda old: [replace(n, released=now_s) if n.host in names else n for n in old])
     _say([node for node in listed if node.host in names], "used again", cluster, as_json)
 

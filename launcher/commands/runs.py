@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.output import age, as_json, clock, echo, print_json, style, warn
+from launcher.base.output import age, as_json, clock, columns, echo, print_json, style, warn
 from launcher.config.options import run_argument, runs_dir_option
 from launcher.logs.follow import Progress
 from launcher.logs.known_errors import Failure, explain, how_it_ended
@@ -26,13 +26,7 @@ from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.scheduler.state import GOING, WAITING, JobState
 
-_STATE_COLOURS = {
-    "COMPLETED": "green",
-    "RUNNING": "cyan",
-    "FAILED": "red",
-    "UNKNOWN": "yellow",
-    "TIMEOUT": "red",
-}
+_STATE_COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "FAILED": "red", "UNKNOWN": "yellow", "TIMEOUT": "red"}
 
 
 @click.command("list")
@@ -49,16 +43,22 @@ def list_(runs_dir: Path, as_json: bool) -> None:
     elif not rows:
         echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
     else:
-        width = max(3, *(len(row["run"]) for row in rows))
-        head = f"{'run':{width}}  {'state':<13}  {'job':>9}  {'size':<14}  {'recipe':<14}  age"
-        echo(style(head, dim=True))
-        for row in rows:
-            size = f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}"
-            state = style(f"{row['state']:<13}", fg=_STATE_COLOURS.get(row["state"]))
-            echo(
-                f"{row['run']:{width}}  {state}  {row['job_id']:>9}  {size:<14}  {row['recipe']:<14}  "
-                f"{age(row['age_s'])}",
+        head = ("run", "state", "job", "size", "recipe", "age")
+        table = [
+            (
+                row["run"],
+                row["state"],
+                row["job_id"],
+                f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}",
+                row["recipe"],
+                age(row["age_s"]),
             )
+            for row in rows
+        ]
+        first, *lines = columns([head, *table])
+        echo(style(first, dim=True))
+        for row, line in zip(rows, lines, strict=True):
+            echo(style(line, fg=_STATE_COLOURS.get(row["state"])))
         for reason in sorted({row["reason"] for row in rows if row["state"] == "UNKNOWN" and row["reason"]}):
             echo(f"UNKNOWN: {reason}", err=True)
 
@@ -249,11 +249,8 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
     for line in failure.as_text():
         echo(f"  {line}", err=True)
     for node in left_out:
-        until = clock(node.until)
-        echo(
-            f"  left out of what is submitted next: {node.host}, until {until}: launcher cluster nodes",
-            err=True,
-        )
+        until = f"{node.host}, until {clock(node.until)}: launcher cluster nodes"
+        echo(f"  left out of what is submitted next: {until}", err=True)
     echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
 
 

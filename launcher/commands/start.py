@@ -8,35 +8,33 @@ from dataclasses import replace
 from functools import partial
 
 from launcher.base.errors import LauncherError, quoted
-from launcher.base.finding import ERROR, WARNING
-from launcher.base.output import echo, print_json, warn
-from launcher.commands import retry
-from launcher.commands.asked import describe_run, looked_at, spec_of
+from launcher.base.finding import OK
+from launcher.base.output import echo, print_error, print_json
+from launcher.commands.asked import describe_run, looked_at, spec_of, tell
+from launcher.commands.runs import exit_for, watch_to_end
 from launcher.config import resolve
 from launcher.config.options import RunOptions
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan.plan import memory_findings, write_beside
 from launcher.preflight.cluster import look
-from launcher.preflight.text import refusal, sentence, words
+from launcher.preflight.text import words
 from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.scheduler.detect import detected
 from launcher.scheduler.parse import compress, expand
+
+NAME_CHARS = 56  # of the first run's name: "-retry9" fits behind it
 
 
 def checked(spec: PlacedRun, force: bool) -> PlacedRun:
     """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
     spec, findings = look(spec)
     findings += memory_findings(spec)
-    refused = refusal(findings, force)
+    tell(findings, force)
     for finding in findings:
         name, what, _ = words(finding)
-        if finding.status == WARNING or (finding.status == ERROR and not refused):
-            warn(sentence(finding))
-        elif name in ("placement", "excluded") and not refused:
+        if finding.status == OK and name in ("placement", "excluded"):
             echo(f"{name}: {what}", err=True)
-    if refused:
-        raise refused
     return spec
 
 
@@ -65,19 +63,42 @@ def start(spec: PlacedRun, secrets: Mapping[str, str], as_json: bool) -> Run:
 def start_with_retries(
     asked: RunSpec, run: Run, secrets: Mapping[str, str], retries: int, force: bool, as_json: bool
 ) -> None:
-    """Follows the run, and where nodes fail their check submits `asked` again without them, at most `retries` times."""
-
-    unfit: set[str] = set()
-
-    def again(name: str, origin: str, without: set[str]) -> Run:
-        if named := sorted(without.intersection(expand(asked.job.nodelist))):
-            raise LauncherError(
-                "node-left-out", f"--nodelist asks for {named[0]}", "leave it out of --nodelist; launcher cluster nodes"
-            )
-        unfit.update(without)
+    """`submit --retry-bad-nodes`: follows the run; where nodes fail their check, submits `asked` again without them, at
+    most `retries` times. Exits with the last run's status.
+    """
+    first, without = run.name[:NAME_CHARS], set[str]()
+    for number in range(1, retries + 2):
+        last = number > retries
+        state, left_out = watch_to_end(run, as_json, "" if last else "; it is not retried then")
+        if not state.unfit or last:
+            break
+        if not left_out:
+            _say_of(run, "not retried: there is no node to leave out", as_json)
+            break
+        hosts = {node.host for node in left_out}
+        name = f"{first}-retry{number}"
+        _say_of(run, f"retry {number} of {retries} without {', '.join(sorted(hosts))}: {name}", as_json)
+        without |= hosts
         detected.cache_clear()
-        exclude = compress(sorted({*expand(asked.job.exclude), *unfit}))
+        exclude = compress(sorted({*expand(asked.job.exclude), *without}))
         spec = replace(asked, job=replace(asked.job, exclude=exclude))
-        return start(checked(looked_at(resolve.renamed(spec, name, origin), force), force), secrets, as_json)
+        spec = resolve.renamed(spec, name, f"retry {number} of {first}")
+        try:
+            if named := sorted(hosts.intersection(expand(asked.job.nodelist))):
+                fix = "leave it out of --nodelist; launcher cluster nodes"
+                raise LauncherError("node-left-out", f"--nodelist asks for {named[0]}", fix)
+            run = start(checked(looked_at(spec, force), force), secrets, as_json)
+        except LauncherError as error:
+            what = f"not retried: {error.what}"
+            if as_json:
+                _say_of(run, what, as_json)
+            print_error(LauncherError(error.code, f"{run.name}: {what}", error.fix, original=error.original))
+            break
+    exit_for(state)
 
-    retry.follow(run, retries, again, as_json)
+
+def _say_of(run: Run, text: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"run": run.name, "retry": text}, indent=None)
+    else:
+        echo(f"{run.name}: {text}", err=True)

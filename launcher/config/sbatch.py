@@ -28,7 +28,8 @@ FIXED = (
     *("output", "error", "input", "open-mode", "requeue", "no-requeue", "array", "container", "container-id"),
     *("help", "usage", "version", "parsable", "quiet", "verbose", "test-only", "wait", "wrap", "uid", "gid"),
 )
-# sbatch's other options, of 22.05 to 25.11: it takes the beginning of one for the whole, and so would replace other lines
+# sbatch's other options, of 22.05 to 25.11: it takes the beginning of one for the whole, and so would replace other
+# lines
 # than we think.
 FREE = (
     *("acctg-freq", "batch", "bb", "bbf", "begin", "chdir", "cluster-constraint", "comment", "consolidate-segments"),

@@ -6,7 +6,9 @@ has: standard library only at import time, nothing newer than Python 3.10, relat
 
 from __future__ import annotations
 
+import json
 import os
+from typing import Any
 
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 GZIP_MAGIC = b"\x1f\x8b"
@@ -29,3 +31,19 @@ def read_text(path: str | os.PathLike[str], errors: str = "strict") -> str:
     if len(data) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
     return data.decode("utf-8", errors)
+
+
+def read_object(path: str | os.PathLike[str], fix: str) -> dict[str, Any]:
+    """The JSON object in a file that was staged. Raises Refused, with `fix`, where there is none."""
+    try:
+        text = read_text(path)
+        value = None if text.startswith(LFS_POINTER.decode()) else json.loads(text)
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}", fix) from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{path} is not JSON", fix) from error
+    if value is None:
+        raise Refused(f"{path} is a Git LFS pointer, not data", fix)
+    if not isinstance(value, dict):
+        raise Refused(f"{path} is not a JSON object", fix)
+    return value

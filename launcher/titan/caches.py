@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -17,25 +18,7 @@ from . import Refused
 
 LOCK = ".lock"  # in a job's directory of caches
 # File systems that every node shares, as /proc/mounts calls them: too slow for caches, and their locks unreliable.
-NETWORK = {
-    "afs",
-    "beegfs",
-    "beegfs_nodev",
-    "ceph",
-    "cifs",
-    "fuse.ceph",
-    "fuse.glusterfs",
-    "fuse.juicefs",
-    "fuse.sshfs",
-    "gpfs",
-    "glusterfs",
-    "lustre",
-    "nfs",
-    "nfs4",
-    "panfs",
-    "smb3",
-    "wekafs",
-}
+NETWORK = re.compile(r"(fuse\.)?(afs|beegfs\w*|ceph|cifs|glusterfs|gpfs|juicefs|lustre|nfs4?|panfs|smb3|sshfs|wekafs)")
 
 
 def scratch_dir(env: Any, configured: str = "") -> Path:
@@ -45,7 +28,7 @@ def scratch_dir(env: Any, configured: str = "") -> Path:
     shared file system. `configured`, on the node's own disk, comes next; then the temporary directory. In those two
     the next job removes what ended jobs left.
     """
-    if (given := env.get("TITAN_SCRATCH")) and filesystem_of(Path(given)) not in NETWORK:
+    if (given := env.get("TITAN_SCRATCH")) and not NETWORK.fullmatch(filesystem_of(Path(given))):
         scratch = Path(given).absolute()  # torchrun starts in another directory
         scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(scratch):

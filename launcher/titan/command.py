@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from . import Refused, registry_era, toml_era
-from .recipe import CHOICES, Recipe
 
 SUPPORTED = "0.2.1 to 0.2.2 and 0.3.x"
 PREVIEWED = ("0.2.2", "0.3.0")  # the newest release of each era
 FLAVORS = ("debugmodel", "8B", "70B")
-CHECK_LEVELS = ("off", "quick", "full")  # of the node check, slurm/check
 NODE_SCHEMA = 2  # of job/node.json
 
 # Containers reach this point minutes apart where the image is unpacked on every node. torchrun's own 60 s for
 # the first contact with the head node would then end the job.
 RENDEZVOUS_TIMEOUT_S = 900
-
-_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
-_TABLES: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "job": {"nodes": int, "gpu": str, "init_from": str, "check": str},
-    "profile": {"gpu": str, "device": str, "gpus_per_node": int, "scratch": str},
-    "recipe": {field.name: _TYPES[str(field.type)] for field in fields(Recipe)},
-    "titan": {},
-    "placed": {"run_dir": str, "data": str, "data_source": str, "tokenizer": str},
-}
 
 
 @dataclass(frozen=True)
@@ -41,36 +30,6 @@ class Rendezvous:
     head_addr: str = "127.0.0.1"  # an address of node 0
     head_port: int = 0  # 0: any free port, with one node only
     local_addr: str = ""  # the address that the other nodes reach this one by; empty: its host name
-
-
-def check_node(value: Any) -> dict[str, Any]:
-    """`value` itself once every key that the translation reads is there with the right type.
-
-    Raises Refused naming the first key that is not.
-    """
-    if not isinstance(value, dict) or value.get("schema") != NODE_SCHEMA:
-        why = f"node.json is not an object of schema {NODE_SCHEMA}"
-        raise Refused(why, "submit again with the launcher that wrote it")
-    again = "submit again: launcher submit <run_dir>/run.toml"
-    for name, keys in _TABLES.items():
-        table = value.get(name)
-        if not isinstance(table, dict):
-            raise Refused(f"node.json: {name} is {'missing' if table is None else repr(table)}", again)
-        for key, kind in keys.items():
-            found = table.get(key)
-            if key not in table or not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-                raise Refused(f"node.json: {name}.{key} is {'missing' if key not in table else repr(found)}", again)
-    job, profile = value["job"], value["profile"]
-    if profile["device"] not in ("cuda", "cpu"):
-        raise Refused(f"node.json: profile.device is {profile['device']!r}", 'one of "cuda", "cpu"')
-    if job["nodes"] < 1 or profile["gpus_per_node"] < 1:
-        raise Refused("node.json: nodes and gpus_per_node must be at least 1", again)
-    if job["check"] not in CHECK_LEVELS:
-        raise Refused(f"node.json: job.check is {job['check']!r}", f"one of {', '.join(CHECK_LEVELS)}")
-    for key, allowed in CHOICES.items():
-        if value["recipe"][key] not in allowed:
-            raise Refused(f"recipe.{key} is {value['recipe'][key]!r}", f"one of {', '.join(allowed)}")
-    return value
 
 
 def era(version: str) -> ModuleType:

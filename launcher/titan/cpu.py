@@ -55,12 +55,8 @@ def _patch_device_module(cpu: Any) -> None:
 
     def memory_stats(device: Any = None) -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kB on Linux
-        return {
-            "active_bytes.all.peak": peak,
-            "reserved_bytes.all.peak": peak,
-            "num_alloc_retries": 0,
-            "num_ooms": 0,
-        }
+        peaks = dict.fromkeys(("active_bytes.all.peak", "reserved_bytes.all.peak"), peak)
+        return {**peaks, "num_alloc_retries": 0, "num_ooms": 0}
 
     cpu.get_device_name = lambda device=None: platform.processor() or platform.machine()
     cpu.get_device_properties = lambda device=None: SimpleNamespace(total_memory=total)
@@ -100,20 +96,16 @@ def _patch_flex_attention() -> None:
         scale: float | None = None,
         enable_gqa: bool = False,
         return_lse: bool = False,
-        kernel_options: Any = None,
         *,
         return_aux: Any = None,
+        **_: Any,
     ) -> Any:
         if score_mod is not None or return_lse or (return_aux is not None and return_aux.lse):
             raise NotImplementedError("attention on a CPU: no score_mod, no log-sum-exp")
-        mask = None
-        if block_mask is not None:
-            mask = getattr(block_mask, "dense", None)
-            if mask is None:  # one mask serves every layer of a step
-                mask = flex.create_mask(
-                    block_mask.mask_mod, query.size(0), None, query.size(-2), key.size(-2), query.device
-                )
-                block_mask.dense = mask
+        mask = getattr(block_mask, "dense", None)
+        if block_mask is not None and mask is None:  # one mask serves every layer of a step
+            sizes = query.size(0), None, query.size(-2), key.size(-2)
+            mask = block_mask.dense = flex.create_mask(block_mask.mask_mod, *sizes, query.device)
         output = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
         )

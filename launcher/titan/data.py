@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -11,12 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import GZIP_MAGIC, LFS_POINTER, Refused, read_text
+from . import GZIP_MAGIC, LFS_POINTER, Refused, read_object, read_text
 
 SMALLEST_SHARD = 200  # bytes; an LFS pointer is about 130
-STAGE_C4 = "launcher stage c4 --to {} --for {}/run.toml"
 CREDENTIALS = "--env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY --env AWS_ENDPOINT_URL"
-STAGE_TOKENIZER = "launcher stage tokenizer --to {}"
 
 
 def check_data(node: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +29,8 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
         raise Refused("no data directory was given", "--data /data/c4")
     if source.startswith("s3://"):
         return {**facts, "data_files": check_streamed(Path(data), source)}
-    stage = STAGE_C4.format(shlex.quote(source), shlex.quote(node["placed"]["run_dir"]))
+    run_toml = f"{shlex.quote(node['placed']['run_dir'])}/run.toml"
+    stage = f"launcher stage c4 --to {shlex.quote(source)} --for {run_toml}"
     for folder in map(Path, (source, data)):
         if not folder.is_dir():
             raise Refused(f"{folder} is not a directory on this node", f"mount it, or: {stage}")
@@ -54,23 +52,25 @@ def check_data(node: dict[str, Any]) -> dict[str, Any]:
     if broken := [shard for shard in shards if not shard.exists()]:
         raise Refused(
             f"{broken[0]} leads to {os.path.realpath(broken[0])}, which is not on this node",
-            f"mount {source} where it was when the job was submitted, or submit again: launcher submit"
-            f" {node['placed']['run_dir']}/run.toml",
+            f"mount {source} where it was when the job was submitted, or submit again: launcher submit {run_toml}",
         )
-    return {**facts, "data_files": len(shards), "data_pointers": check_shards(shards, stage)}
+    check_shards(shards, stage)
+    return {**facts, "data_files": len(shards)}
 
 
-def check_shards(shards: list[Path], fix: str) -> int:
-    """How many of the shards are too small to be data. Raises Refused where the first of the others is no gzip file."""
+def check_shards(shards: list[Path], fix: str) -> None:
+    """Raises Refused where one is a Git LFS pointer, or the first is no gzip file."""
     small = [shard for shard in shards if shard.stat().st_size < SMALLEST_SHARD]
-    usable = [shard for shard in shards if shard not in small]
-    with open((usable or small)[0], "rb") as stream:
-        start = stream.read(len(LFS_POINTER))
-    if not usable and start == LFS_POINTER:
-        raise Refused(f"all {len(shards)} shards in {shards[0].parent} are Git LFS pointers, not data", fix)
-    if not start.startswith(GZIP_MAGIC):
-        raise Refused(f"{(usable or small)[0]} is not a gzip file", fix)
-    return len(small) if usable else 0
+    if pointers := [shard for shard in small if _start(shard) == LFS_POINTER]:
+        what = f"{len(pointers)} of {len(shards)} shards in {shards[0].parent} are Git LFS pointers, not data"
+        raise Refused(what, fix)
+    if not _start(shards[0]).startswith(GZIP_MAGIC):
+        raise Refused(f"{shards[0]} is not a gzip file", fix)
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(len(LFS_POINTER))
 
 
 def check_streamed(folder: Path, source: str) -> int:
@@ -104,25 +104,13 @@ def _header(readme: Path, fix: str) -> str:
     """The YAML between the two `---` lines at the top; empty where there is none."""
     try:
         text = read_text(readme, errors="replace")
-    except OSError as error:
-        raise Refused(f"{readme}: {error.strerror}", fix) from error
-    except ValueError as error:
-        raise Refused(f"{readme}: {error}", fix) from error
+    except (OSError, ValueError) as error:
+        raise Refused(f"{readme}: {getattr(error, 'strerror', None) or error}", fix) from error
     match = re.match(r"---\n(.*?)\n---\s*$", text, re.DOTALL | re.MULTILINE)
     return match.group(1) if match else ""
 
 
 def check_tokenizer(folder: Path) -> None:
-    stage = STAGE_TOKENIZER.format(shlex.quote(str(folder)))
+    """Both files are JSON objects: without the second, BOS and EOS would silently be none."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        try:
-            text = read_text(folder / name)
-            value = LFS_POINTER if text.startswith(LFS_POINTER.decode()) else json.loads(text)
-        except OSError as error:
-            raise Refused(f"{folder / name}: {error.strerror}", stage) from error
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"{folder / name} is not JSON", stage) from error
-        if value is LFS_POINTER:
-            raise Refused(f"{folder / name} is a Git LFS pointer, not data", stage)
-        if not isinstance(value, dict):
-            raise Refused(f"{folder / name} is not a tokenizer's file", stage)
+        read_object(folder / name, f"launcher stage tokenizer --to {shlex.quote(str(folder))}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import LFS_POINTER, Refused, read_text, toml_era
+from . import LFS_POINTER, Refused, read_object, toml_era
 from .command import era
 
 INDEX = "model.safetensors.index.json"
@@ -78,7 +78,7 @@ def check_weights(folder: Path, flavor: str) -> int:
     if not folder.is_dir():
         raise Refused(f"{folder} is not a directory", f"mount it, or: {fix}")
     try:
-        _check_config(_json(folder / "config.json", fix), shape, flavor, folder)
+        _check_config(read_object(folder / "config.json", fix), shape, flavor, folder)
         names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
         indexed = _indexed(folder, fix)
         if missing := sorted(indexed - set(names)):
@@ -156,10 +156,7 @@ def _check_config(config: dict[str, Any], shape: Shape, flavor: str, folder: Pat
     fix = f"stage another: {stage_command(flavor, 'DIR')}; or --recipe with the flavor that fits this one"
     if config.get("model_type") != "llama":
         raise Refused(f"{folder}/config.json: model_type is {config.get('model_type')!r}, not 'llama'", fix)
-    found = {
-        "num_key_value_heads": config.get("num_attention_heads"),
-        **config,
-    }  # left out: one for each head
+    found = {"num_key_value_heads": config.get("num_attention_heads"), **config}  # left out: one for each head
     wrong = [f"{key} is {found.get(key)}, not {value}" for key, value in vars(shape).items() if found.get(key) != value]
     if wrong:
         raise Refused(f"{folder}/config.json is not that of {flavor}: {', '.join(wrong)}", fix)
@@ -179,7 +176,7 @@ def _indexed(folder: Path, fix: str) -> set[str]:
     """The files that the index names; none where there is no index, which a model in one file does not need."""
     if not (folder / INDEX).exists():
         return set()
-    weight_map = _json(folder / INDEX, fix).get("weight_map")
+    weight_map = read_object(folder / INDEX, fix).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Refused(f"{folder / INDEX} has no weight_map", fix)
     return {str(name) for name in weight_map.values()}
@@ -211,15 +208,7 @@ def _header(path: Path, fix: str) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {name: tuple(map(int, entry["shape"])) for name, entry in table.items()}
         dtypes = {name: entry["dtype"] for name, entry in table.items()}
         end = 8 + length + max((int(entry["data_offsets"][1]) for entry in table.values()), default=0)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise Refused(f"{path} is not a safetensors file", fix) from error
     if size != end:
         raise Refused(f"{path} has {size:,} bytes, its header says {end:,}", fix)
@@ -231,20 +220,7 @@ def _header(path: Path, fix: str) -> dict[str, tuple[int, ...]]:
 def _check_tensors(found: Mapping[str, tuple[int, ...]], shape: Shape, flavor: str, folder: Path, fix: str) -> None:
     wanted = wanted_tensors(shape)
     if missing := [name for name in wanted if name not in found]:
-        raise Refused(
-            f"{folder}: {len(missing)} of the {len(wanted)} weights of {flavor} are missing: {missing[0]}",
-            fix,
-        )
+        raise Refused(f"{folder}: {len(missing)} of {len(wanted)} weights of {flavor} are missing: {missing[0]}", fix)
     for name, size in wanted.items():
         if found[name] != size:
             raise Refused(f"{folder}: {name} has the shape {list(found[name])}, {flavor} needs {list(size)}", fix)
-
-
-def _json(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{path} is not JSON", fix) from error
-    if not isinstance(value, dict):
-        raise Refused(f"{path} is not a JSON object", fix)
-    return value

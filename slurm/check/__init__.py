@@ -35,7 +35,3 @@ class Findings:
 
     def warning(self, name: str, what: str) -> None:
         self.warnings.append(warning(name, what))
-
-    def add(self, more: Findings) -> None:
-        self.problems += more.problems
-        self.warnings += more.warnings

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from . import Findings, problem
-from .health import look_after_load
 from .meeting import Guest, Host, Lost, port_of
 from .verdict import judge
 from .workers import Worker, ask
@@ -19,16 +18,13 @@ UNFIT_S = 60  # how long the others are waited for once one node is known to be 
 REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may still be measuring
 # torch from a cold network disk; products, with the libraries that they load; NCCL's start and sums. They end what
 # hangs, and are not what a healthy node takes.
-HELLO_S, MEASURE_S, COLLECTIVE_S = 600, 180, 300
+HELLO_S, MEASURE_S, HOST_S, COLLECTIVE_S = 600, 180, 60, 300
 
 
-def measure(
-    crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str]
-) -> tuple[dict[str, Any], Findings]:
-    """Each GPU's figures and the all-reduce in this node ("speed", "allreduce_node_gbs"), and what is wrong."""
+def measure(crew: Sequence[Worker], node: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """Facts: each GPU's "speed" and "allreduce_node_gbs", the all-reduce in this node. What is wrong: into `found`."""
     what = "GPU" if node["profile"]["device"] == "cuda" else "rank"
     facts: dict[str, Any] = {"speed": []}
-    found = Findings()
     fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
     measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
     # A sick GPU fails by itself; all of several at once do for want of a library, say.
@@ -38,17 +34,14 @@ def measure(
             found.problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault)
         else:
             facts["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
-    if node["profile"]["device"] == "cuda":
-        found.add(look_after_load(host, env))
     if len(crew) > 1 and not found.problems:
-        place = crew[0].errors.with_name("store")
-        answers = ask(crew, [_sum(rank, len(crew), file=str(place)) for rank in range(len(crew))], COLLECTIVE_S)
-        value, why = _slowest(answers, what, 0)
+        opened = ask(crew[:1], [{"do": "host"}], HOST_S)[0]
+        value, why = _reduce(crew, what, len(crew), 0, "127.0.0.1", opened)
         if why:
             found.problem("all-reduce-node", why, fix, "run")
         else:
             facts["allreduce_node_gbs"] = value
-    return facts, found
+    return facts
 
 
 def agree(
@@ -56,14 +49,12 @@ def agree(
     node: Mapping[str, Any],
     crew: Sequence[Worker],
     publish: Callable[[dict[str, Any]], None],
-    *,
-    address: str,
-    port: int,
-    job: str,
+    where: Any,
 ) -> dict[str, Any]:
-    """The verdict of all nodes, the same on each. On node 0 `publish` has it first, before anybody can act on it.
+    """The verdict of all nodes, the same on each, once `publish` has had it: on node 0 before anybody can act on it.
 
-    Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together.
+    Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together. `where`:
+    torchrun's Rendezvous, beside which the nodes meet.
     """
     if node["job"]["nodes"] == 1:
         verdict = judge({0: facts}, node)
@@ -71,18 +62,19 @@ def agree(
         return verdict
     wait_s = ARRIVE_S if not facts["problems"] else REPORT_S if facts["node"] else UNFIT_S
     if facts["node"] == 0:
-        with closing(Host(port_of(port), job, node["job"]["nodes"])) as host:
+        with closing(Host(port_of(where.head_port), where.job_id, node["job"]["nodes"])) as host:
             return _lead(facts, node, crew, publish, host, wait_s)
-    with closing(Guest(address, port_of(port), job, facts["node"], wait_s)) as guest:
+    with closing(Guest(where.head_addr, port_of(where.head_port), where.job_id, facts["node"], wait_s)) as guest:
         guest.say(facts)
         message = guest.hear(ARRIVE_S + UNFIT_S)
         if "verdict" not in message:
-            result = _across(crew, node, facts["node"], address, message["port"])
+            result = _across(crew, node, facts["node"], where.head_addr, message)
             _merge(facts, result)
             guest.say(result)
             message = guest.hear(COLLECTIVE_S + UNFIT_S)
         if "verdict" not in message:
             raise Lost("node 0 began the all-reduce a second time")
+        publish(message["verdict"])
         return dict(message["verdict"])
 
 
@@ -94,6 +86,7 @@ def _lead(
     host: Host,
     wait_s: float,
 ) -> dict[str, Any]:
+    """Node 0's part: hears all, has them reduce, and tells them."""
     heard = host.gather(wait_s, lambda record: UNFIT_S if record.get("problems") else None)
     records = {0: facts, **heard}
     absent = set(range(node["job"]["nodes"])) - records.keys()
@@ -102,40 +95,41 @@ def _lead(
     named = {} if is_unfit else _hosts(absent, Path(node["placed"]["run_dir"]))
     verdict = judge(_timed(records), node, named)
     if verdict["ok"] and crew and facts["check"] == "full":
-        opened = ask(crew[:1], [{"do": "host"}], 60)[0]
+        opened = ask(crew[:1], [{"do": "host"}], HOST_S)[0]
         if "port" in opened:
             host.tell({"do": "allreduce", "port": opened["port"]})
-            _merge(facts, _across(crew, node, 0, "127.0.0.1", opened["port"]))
+        _merge(facts, _across(crew, node, 0, "127.0.0.1", opened))
+        if "port" in opened:
             results = host.gather(COLLECTIVE_S + UNFIT_S)
             for number, result in results.items():
                 _merge(records[number], result)
-            lost = set(range(1, node["job"]["nodes"])) - results.keys()
-            named = {number: records[number]["host"] for number in lost}
-        else:
-            facts["problems"].append(problem("all-reduce", opened.get("problem", ""), "the log of node 0", "run"))
+            named = {number: records[number]["host"] for number in set(range(1, node["job"]["nodes"])) - results.keys()}
         verdict = judge(_timed(records), node, named)
     publish(verdict)
     host.tell({"verdict": verdict})
     return verdict
 
 
-def _across(crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, port: int) -> dict[str, Any]:
+def _across(
+    crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, opened: Mapping[str, Any]
+) -> dict[str, Any]:
     """This node's part of the all-reduce over all ranks of the job."""
     each = len(crew)
-    ranks = node["job"]["nodes"] * each
-    commands = [_sum(node_id * each + rank, ranks, address=address, port=port) for rank in range(each)]
-    value, why = _slowest(ask(crew, commands, COLLECTIVE_S), "rank", node_id * each)
+    value, why = _reduce(crew, "rank", node["job"]["nodes"] * each, node_id * each, address, opened)
     if why:
         fix = "NCCL_DEBUG=INFO (--env NCCL_DEBUG=INFO) shows the network that was tried; the firewall between the nodes"
         return {"problems": [problem("all-reduce", f"across nodes: {why}", fix, "run")]}
     return {"allreduce_job_gbs": value}
 
 
-def _sum(rank: int, world: int, **place: Any) -> dict[str, Any]:
-    return {"do": "allreduce", "rank": rank, "world": world, **place}
-
-
-def _slowest(answers: Sequence[Mapping[str, Any]], what: str, first: int) -> tuple[float, str]:
+def _reduce(
+    crew: Sequence[Worker], what: str, world: int, first: int, address: str, opened: Mapping[str, Any]
+) -> tuple[float, str]:
+    """GB/s of the slowest, or why there is none. The crew has ranks from `first` on; `opened`: the store's port."""
+    if "port" not in opened:
+        return 0.0, str(opened["problem"])
+    place = {"world": world, "address": address, "port": opened["port"]}
+    answers = ask(crew, [{"do": "allreduce", "rank": first + i, **place} for i in range(len(crew))], COLLECTIVE_S)
     wrong = [f"{what} {first + i}: {answer['problem']}" for i, answer in enumerate(answers) if "problem" in answer]
     return (0.0, wrong[0]) if wrong else (round(min(answer["allreduce_gbs"] for answer in answers), 4), "")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
@@ -19,11 +18,11 @@ GIB = 1 << 30
 DRIVERS = {"11": 450, "12": 525, "13": 580}  # first driver branch that runs a CUDA of that major version
 FREE_MIN_GIB, FREE_LOW_GIB = 1, 10
 IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
-UPTIME = Path("/proc/uptime")
+INFINIBAND = Path("/sys/class/infiniband")
 OTHERS_MAX_MIB = 2048  # a daemon that watches or shares the GPUs holds a quarter to a half of that
 # A GPU that the job before has just left: its memory is being freed, its clocks recover. What stays is a fault.
 LOOKS, BETWEEN_S = 3, 5
-PASSING = ("memory", "throttle")
+PASSING = {"memory", "throttle"}
 EXCLUDE = "leave the node out, --exclude {host}, and tell its operator"
 
 
@@ -84,17 +83,14 @@ def _judge(gpu: Mapping[str, Any], number: int, host: str, found: Findings, *, a
         unfit("fabric", what, "systemctl status nvidia-fabricmanager (or nvidia-imex)")
 
 
-def judge_silence(silent: Mapping[str, str], host: str) -> Findings:
+def judge_silence(silent: Mapping[str, str], host: str, found: Findings) -> None:
     """What nvidia-smi did not say. `silent`: group of fields -> why, in its own words."""
-    found = Findings()
     if lost := next((why for why in silent.values() if ALARM.search(why)), ""):
         fix = f"nvidia-smi and dmesg on {host}; {EXCLUDE.format(host=host)}"
         found.problem("recovery", f"a GPU does not answer any more: nvidia-smi {lost}", fix)
     elif silent:
-        reasons = {why: ", ".join(group for group in silent if silent[group] == why) for why in silent.values()}
-        text = "; ".join(f"{groups} ({why})" for why, groups in reasons.items())
+        text = "; ".join(f"{group} ({why})" for group, why in silent.items())
         found.warning("nvidia-smi", f"nvidia-smi does not say: {text}")
-    return found
 
 
 def driver_needed(driver: str, cuda: str) -> int:
@@ -108,87 +104,40 @@ def driver_needed(driver: str, cuda: str) -> int:
     return needed if have and int(have[0]) < needed else 0
 
 
-def hca_names(value: str) -> list[tuple[str, int]]:
-    """Devices that NCCL_IB_HCA asks for, with the port (0: any). `^` excludes: then none is asked for.
-
-    NCCL takes a list of NAME[:PORT]; without a leading `=` each is a prefix.
-    """
-    value = value.strip()
-    if value.startswith("^") or value.startswith("=^"):
+def infiniband(value: str) -> list[str]:
+    """What is wrong with the devices that NCCL_IB_HCA names. With a leading ^ it names those that are not used."""
+    if value.startswith(("^", "=^")):
         return []
-    found = []
-    for item in value.removeprefix("=").split(","):
-        name, _, port = item.strip().partition(":")
-        if name:
-            found.append((name, int(port) if port.isdecimal() else 0))
-    return found
-
-
-def infiniband(value: str, states: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """What is wrong with the devices that NCCL_IB_HCA names. `states`: device -> port -> sysfs's state line.
-
-    A numbered name means that device, though NCCL would take mlx5_10 for mlx5_1 where that is missing.
-    """
     wrong = []
-    for name, port in hca_names(value):
-        if name in states:
-            matched = [name]
-        else:
-            numbered = re.search(r"_[a-z]*\d+$", name)
-            matched = [] if numbered else [device for device in states if device.startswith(name)]
-        if not matched:
+    for name in filter(None, (item.strip().partition(":")[0] for item in value.removeprefix("=").split(","))):
+        # NCCL takes a name for a prefix; one that ends in a number is meant as that device, not as mlx5_10 for mlx5_1.
+        pattern = name if re.search(r"_[a-z]*\d+$", name) else f"{name}*"
+        states = [path.read_text().strip() for path in sorted(INFINIBAND.glob(f"{pattern}/ports/*/state"))]
+        if not states:
             wrong.append(f"{name} is missing")
-            continue
-        ports = [(d, p, state) for d in matched for p, state in states[d].items() if port in (0, p)]
-        if not any("ACTIVE" in state.split(": ")[-1].split() for _, _, state in ports):
-            shown = ", ".join(sorted({state.strip() for _, _, state in ports})) or f"no port {port}"
-            wrong.append(f"{name} is not active ({shown})")
+        elif not any(state.endswith(": ACTIVE") for state in states):
+            wrong.append(f"{name} is not active ({', '.join(states)})")
     return wrong
 
 
-def infiniband_states(root: Path = Path("/sys/class/infiniband")) -> dict[str, dict[int, str]]:
-    states: dict[str, dict[int, str]] = {}
-    for path in sorted(root.glob("*/ports/*/state")):
-        with contextlib.suppress(OSError, ValueError):
-            states.setdefault(path.parts[-4], {})[int(path.parts[-2])] = path.read_text().strip()
-    return states
-
-
-def _settled(
-    only: Sequence[str], passing: Sequence[str], host: str, env: Mapping[str, str], alone: bool
-) -> tuple[list[dict[str, Any]], dict[str, str], Findings, list[dict[str, str]]]:
-    """GPUs, what of them is not said, what is wrong with them, and what was wrong with them at an earlier look.
-
-    Looks again while there is a problem whose name is in `passing`.
-    """
-    before: list[dict[str, str]] = []
+def _settled(host: str, env: Mapping[str, str], alone: bool) -> tuple[list[dict[str, Any]], Findings]:
+    """GPUs, and what is wrong with them. Looks again while there is a problem that may pass."""
     for left in reversed(range(LOOKS)):
-        gpus, silent = ask_smi(only)
+        gpus, silent = ask_smi()
         gpus = used(gpus, env.get("CUDA_VISIBLE_DEVICES"))
         found = judge_gpus(gpus, host, alone=alone, arch=platform.machine())
-        seen = [one for one in found.problems if one["name"] in passing]
-        if not seen or not left:
+        judge_silence(silent, host, found)
+        if not left or not PASSING.intersection(one["name"] for one in found.problems):
             break
-        before = before or seen
         time.sleep(BETWEEN_S)
-    return gpus, silent, found, before
-
-
-def look_after_load(host: str, env: Mapping[str, str]) -> Findings:
-    """What slows the GPUs down right after the products: of idle ones it is not seen."""
-    _, _, found, before = _settled(("general", "clocks"), ("throttle",), host, env, alone=True)
-    slow = Findings([one for one in found.problems if one["name"] == "throttle"])
-    for one in before if not slow.problems else ():
-        slow.warning("throttle", f"{one['what']}, for a moment after the products")
-    return slow
+    return gpus, found
 
 
 def look(
-    node: Mapping[str, Any], host: str, env: Mapping[str, str], folders: Mapping[str, Path]
-) -> tuple[dict[str, Any], Findings]:
-    """Facts of this node, and what is wrong with it. `folders`: "scratch" and "run", whose free space counts."""
+    node: Mapping[str, Any], host: str, env: Mapping[str, str], folders: Mapping[str, Path], found: Findings
+) -> dict[str, Any]:
+    """Facts of this node; what is wrong: into `found`. `folders`: "scratch" and "run", whose free space counts."""
     facts: dict[str, Any] = {"free_gib": {}, "gpu_health": []}
-    found = Findings()
     for name, folder in folders.items():
         space = os.statvfs(folder)
         if space.f_blocks == 0:  # a file system that does not count
@@ -202,31 +151,25 @@ def look(
         elif free_gib < FREE_LOW_GIB:
             found.warning("space", what)
     if node["profile"]["device"] == "cpu":
-        return facts, found
+        return facts
     if shutil.which("nvidia-smi") is None:
         found.warning("nvidia-smi", "nvidia-smi is not in the image: the GPUs' health is not known")
     else:
         alone = node["job"]["nodes"] * node["profile"]["gpus_per_node"] == 1
-        gpus, silent, of_gpus, _ = _settled((), PASSING, host, env, alone)
-        facts["gpu_health"] = gpus
-        found.add(of_gpus)
-        found.add(judge_silence(silent, host))
-        if gpus and gpus[0].get("driver"):
+        facts["gpu_health"], of_gpus = _settled(host, env, alone)
+        found.problems += of_gpus.problems
+        found.warnings += of_gpus.warnings
+        if (gpus := facts["gpu_health"]) and gpus[0].get("driver"):
             facts["driver"] = gpus[0]["driver"]
     _look_at_network(node, host, env, found)
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        facts["uptime_days"] = round(float(UPTIME.read_text().split()[0]) / 86400, 1)
-    most = node.get("hardware", {}).get("max_uptime_days", 0)
-    if most and (days := facts.get("uptime_days", 0)) > most:
-        found.warning("uptime", f"up for {days:.0f} days, more than {most}: reboot it before its NVLink firmware fails")
-    return facts, found
+    return facts
 
 
 def _look_at_network(node: Mapping[str, Any], host: str, env: Mapping[str, str], found: Findings) -> None:
     exclude = EXCLUDE.format(host=host)
     several = node["job"]["nodes"] > 1
     named = "" if env.get("NCCL_IB_DISABLE") == "1" else env.get("NCCL_IB_HCA", "")
-    if wrong := infiniband(named, infiniband_states()):
+    if wrong := infiniband(named):
         what = f"InfiniBand: {'; '.join(wrong)}"
         if several:
             found.problem("infiniband", what, f"ibstat on {host}, NCCL_IB_HCA of the profile; {exclude}", "run")

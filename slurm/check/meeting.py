@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import selectors
+import queue
 import socket
+import struct
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -74,7 +76,7 @@ def port_of(rendezvous_port: int) -> int:
 
 
 class Host:
-    """Node 0's side. Messages that are not of this job are passed over, and their connections closed.
+    """Node 0's side. Who says something that is not of this job is sent away.
 
     Raises Lost where it cannot listen at the port.
     """
@@ -82,14 +84,39 @@ class Host:
     def __init__(self, port: int, job: str, nodes: int) -> None:
         self.job, self.nodes = job, nodes
         self.guests: dict[int, socket.socket] = {}
-        self._buffers: dict[socket.socket, bytearray] = {}
+        self._said: queue.SimpleQueue[tuple[int, dict[str, Any] | None]] = queue.SimpleQueue()
+        self._readers: list[threading.Thread] = []
         try:
             self._listener = socket.create_server(("", port), backlog=1024)
         except OSError as error:
             why = f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}"
             raise Lost(f"{why}; submitted again, the job has another") from error
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the listener was closed
+            while True:
+                guest = self._listener.accept()[0]
+                guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
+                self._readers.append(threading.Thread(target=self._read, args=(guest,), daemon=True))
+                self._readers[-1].start()
+
+    def _read(self, guest: socket.socket) -> None:
+        """What a node says, a message a line, as (node, message); (node, None) once its connection has ended."""
+        node = 0
+        refused = (OSError, ValueError, TypeError, KeyError, RecursionError)
+        with guest, guest.makefile("rb") as stream, contextlib.suppress(*refused):
+            while line := stream.readline(LONGEST):
+                message = json.loads(line)
+                number = message["node"]
+                ours = message["job"] == self.job and isinstance(number, int) and 0 < number < self.nodes
+                if not (ours and is_record(message["say"])):
+                    break
+                node = number
+                self.guests[node] = guest
+                self._said.put((node, message["say"]))
+        if self.guests.get(node) is guest:
+            self._said.put((node, None))
 
     def gather(
         self, limit_s: float, hurry: Callable[[Mapping[str, Any]], float | None] = lambda _: None
@@ -101,118 +128,62 @@ class Host:
         deadline = time.monotonic() + limit_s
         heard: dict[int, dict[str, Any]] = {}
         gone: set[int] = set()
-        while len(heard.keys() | gone) < self.nodes - 1 and (left := deadline - time.monotonic()) > 0:
-            for key, _ in self._selector.select(left):
-                if key.fileobj is self._listener:
-                    with contextlib.suppress(OSError):
-                        guest = self._listener.accept()[0]
-                        guest.settimeout(10)
-                        self._buffers[guest] = bytearray()
-                        self._selector.register(guest, selectors.EVENT_READ, guest)
-                    continue
-                guest = key.data
-                message = self._read(guest)
-                if message is not None:
-                    heard[message["node"]] = message["say"]
-                    gone.discard(message["node"])
-                    if (seconds := hurry(message["say"])) is not None:
-                        deadline = min(deadline, time.monotonic() + seconds)
-                elif guest not in self._buffers:
-                    gone |= {node for node, known in self.guests.items() if known is guest}
+        while len(heard.keys() | gone) < self.nodes - 1:
+            try:
+                node, message = self._said.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            if message is None:
+                gone.add(node)
+                continue
+            heard[node] = message
+            gone.discard(node)
+            if (seconds := hurry(message)) is not None:
+                deadline = min(deadline, time.monotonic() + seconds)
         return heard
-
-    def _read(self, guest: socket.socket) -> dict[str, Any] | None:
-        """A whole message, if there is one now. A connection that ended or talks nonsense is dropped."""
-        buffer = self._buffers[guest]
-        block = b""
-        with contextlib.suppress(OSError):
-            block = guest.recv(1 << 16)
-        buffer += block
-        line, end, rest = bytes(buffer).partition(b"\n")
-        if end:
-            with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                message = json.loads(line)
-                node = message["node"]
-                ours = message["job"] == self.job and isinstance(node, int) and 0 < node < self.nodes
-                if ours and is_record(message["say"]) and _is_number(message["now"]):
-                    message["say"]["clock_skew_s"] = round(float(message["now"]) - time.time(), 2)
-                    self.guests[node] = guest
-                    buffer[:] = rest
-                    return dict(message)
-        if end or not block or len(buffer) > LONGEST:
-            self._selector.unregister(guest)
-            del self._buffers[guest]
-            guest.close()
-        return None
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """The same message to every node that has come."""
         data = json.dumps(message).encode() + b"\n"
-        for guest in self.guests.values():
+        for guest in list(self.guests.values()):
             with contextlib.suppress(OSError):  # it has gone: the next `gather` says so
                 guest.sendall(data)
 
     def close(self) -> None:
-        """Waits a moment for the others to have written what they were told: this node's end may end theirs."""
-        self._selector.unregister(self._listener)
+        """Waits a moment for the others to have read what they were told: this node's end may end theirs."""
+        self._listener.shutdown(socket.SHUT_RDWR)  # ends the waiting for another guest
         self._listener.close()
         deadline = time.monotonic() + GOODBYE_S
-        while self._buffers and (left := deadline - time.monotonic()) > 0:
-            for key, _ in self._selector.select(left):
-                self._read(key.data)
-        for guest in list(self._buffers):
-            guest.close()
-        self._selector.close()
+        for reader in self._readers:
+            reader.join(max(0.0, deadline - time.monotonic()))
+        for guest in self.guests.values():
+            with contextlib.suppress(OSError):
+                guest.shutdown(socket.SHUT_RDWR)
 
 
 class Guest:
     """Another node's side. Raises Lost where node 0 does not answer or goes away."""
 
     def __init__(self, address: str, port: int, job: str, node: int, limit_s: float) -> None:
-        self.job, self.node, self._buffer = job, node, bytearray()
-        began, pause, silent = time.monotonic(), 0.1, True
-        while True:
-            try:
-                self._socket = socket.create_connection((address, port), timeout=10)
-                return
-            except OSError as error:  # its container may start minutes after this one
-                silent = silent and not isinstance(error, ConnectionError)
-                took, why = time.monotonic() - began + pause, error.strerror or str(error)
-                if silent and took > min(SILENT_S, limit_s):
-                    fix = (
-                        f"a firewall, or the wrong network: ip route get {address}; the nodes need TCP among "
-                        "themselves, "
-                        "ports 10000 to 29999 for the launcher and 32768 to 60999 for NCCL"
-                    )
-                    raise Lost(
-                        f"node 0 at {address}:{port} is silent, not even refusing a connection: {why}", fix
-                    ) from error
-                if took > limit_s:
-                    raise Lost(f"node 0 at {address}:{port} did not answer within {limit_s:.0f} s: {why}") from error
-            time.sleep(pause)
-            pause = min(2.0, pause * 1.5)
+        self.job, self.node = job, node
+        self._socket = _connection(address, port, limit_s)
+        self._heard = self._socket.makefile("rb")
 
     def say(self, what: Mapping[str, Any]) -> None:
-        message = {"job": self.job, "node": self.node, "now": time.time(), "say": what}
         try:
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
+            self._socket.sendall(json.dumps({"job": self.job, "node": self.node, "say": what}).encode() + b"\n")
         except OSError as error:
             raise Lost(f"node 0 has gone: {error.strerror or error}") from error
 
     def hear(self, limit_s: float) -> dict[str, Any]:
         """{"do": "allreduce", "port": N} or {"verdict": {...}}."""
-        deadline = time.monotonic() + limit_s
+        self._socket.settimeout(limit_s)
         try:
-            while b"\n" not in self._buffer:
-                self._socket.settimeout(max(0.01, deadline - time.monotonic()))
-                block = self._socket.recv(1 << 16)
-                if not block:
-                    raise Lost("node 0 has gone before it gave its verdict")
-                self._buffer += block
+            line = self._heard.readline(LONGEST)
         except OSError as error:
             raise Lost(f"node 0 gave no verdict within {limit_s:.0f} s") from error
-        line, _, rest = bytes(self._buffer).partition(b"\n")
-        self._buffer = bytearray(rest)
+        if not line:
+            raise Lost("node 0 has gone before it gave its verdict")
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
@@ -222,4 +193,25 @@ class Guest:
         raise Lost("another program answers at node 0's port; submitted again, the job has another")
 
     def close(self) -> None:
+        self._heard.close()
         self._socket.close()
+
+
+def _connection(address: str, port: int, limit_s: float) -> socket.socket:
+    """To node 0, whose container may start minutes after this one's."""
+    began, pause, silent = time.monotonic(), 0.1, True
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=10)
+        except OSError as error:
+            silent = silent and not isinstance(error, ConnectionError)
+            took, why = time.monotonic() - began + pause, error.strerror or str(error)
+            if silent and took > min(SILENT_S, limit_s):
+                fix = f"a firewall, or the wrong network: ip route get {address}; the nodes need TCP among themselves, "
+                fix += "ports 10000 to 29999 for the launcher and 32768 to 60999 for NCCL"
+                what = f"node 0 at {address}:{port} is silent, not even refusing a connection: {why}"
+                raise Lost(what, fix) from error
+            if took > limit_s:
+                raise Lost(f"node 0 at {address}:{port} did not answer within {limit_s:.0f} s: {why}") from error
+        time.sleep(pause)
+        pause = min(2.0, pause * 1.5)

@@ -170,10 +170,7 @@ def _allreduce(torch: Any, device: str, command: dict[str, Any]) -> float:
 
     limit = datetime.timedelta(seconds=COLLECTIVE_S)
     world, rank = command["world"], command["rank"]
-    if command.get("file"):
-        store = dist.FileStore(command["file"], world)
-    else:
-        store = dist.TCPStore(command["address"], command["port"], is_master=False, timeout=limit)
+    store = dist.TCPStore(command["address"], command["port"], is_master=False, timeout=limit)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     size = SIZES[device][2]

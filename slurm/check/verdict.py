@@ -24,8 +24,6 @@ METRICS = {  # key of a record's `speed` -> what it is called, unit
     "allreduce_node_gbs": ("all-reduce in the node", "GB/s"),
 }
 UNFIT = 0.80  # of the median: slower outliers stop the job. A sick GPU, or one whose hardware slows it, loses more.
-SLOW = 0.40  # of the peak; a healthy GPU reaches 65 to 80% in this product
-SKEW_S = 2.0
 MIN_VALUES = 3
 
 
@@ -85,7 +83,7 @@ def judge(
     unfit = _of_all(records, "problems")
     for one in unfit:
         one["why"] = one.pop("what")
-    unfit = _whose_fault(unfit, len(records))
+    _settle_faults(unfit, len(records))
     warnings = _of_all(records, "warnings")
     for one in slow:
         name, unit = METRICS[one["metric"]]
@@ -103,15 +101,13 @@ def judge(
     for number, host in sorted((absent or {}).items()):
         fix = f"its log; or leave it out: --exclude {host}"
         unfit.append({"node": number, "host": host, "name": "absent", "why": why, "fix": fix, "fault": fault})
-    peak = node.get("hardware", {}).get("peak_tflops", 0)
-    compared = _disagreements(records, peak if device == "cuda" else 0)
     return {
         "schema": 1,
         "nodes": nodes,
         "ok": not unfit,
         "unfit": unfit,
         "outliers": slow,
-        "warnings": [*warnings, *({"node": None, "host": "", **one} for one in compared)],
+        "warnings": [*warnings, *({"node": None, "host": "", **one} for one in _disagreements(records))],
         "figures": _summary(records),
     }
 
@@ -125,27 +121,27 @@ def _of_all(records: Mapping[int, Mapping[str, Any]], key: str) -> list[dict[str
     ]
 
 
-def _whose_fault(unfit: list[dict[str, Any]], nodes: int) -> list[dict[str, Any]]:
+def _settle_faults(unfit: list[dict[str, Any]], nodes: int) -> None:
     """What only a few nodes have is theirs; what all of three or more have is the run's, whatever each thought.
 
     In between, as with a file system that half of them cannot reach, and where there is nobody to be compared with, the
     fault stays that was named where the problem was found. Nobody is blamed for what nobody foresaw.
     """
-    settled = []
+    hosts: dict[str, set[int]] = {}
     for one in unfit:
-        having = len({other["node"] for other in unfit if other["name"] == one["name"]})
-        fault = one["fault"]
-        if one["name"] not in ("meeting", "all-reduce", "unexpected"):
-            if having < nodes and (having == 1 or 2 * having < nodes):
-                fault = "node"
-            elif 2 < nodes == having:
-                fault = "run"
-        settled.append({**one, "fault": fault})
-    return settled
+        hosts.setdefault(one["name"], set()).add(one["node"])
+    for one in unfit:
+        having = len(hosts[one["name"]])
+        if one["name"] in ("meeting", "all-reduce", "unexpected"):
+            continue
+        if having < nodes and (having == 1 or 2 * having < nodes):
+            one["fault"] = "node"
+        elif 2 < nodes == having:
+            one["fault"] = "run"
 
 
-def _disagreements(records: Mapping[int, Mapping[str, Any]], peak_tflops: float) -> list[dict[str, str]]:
-    """Warnings about the job: what differs between its nodes, and GPUs that are all far below their peak (0: any)."""
+def _disagreements(records: Mapping[int, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Warnings about the job: what differs between its nodes."""
     found: list[dict[str, str]] = []
     for key in ("torch", "torchtitan", "nccl", "driver", "gpu"):
         by_value: dict[str, list[str]] = {}
@@ -161,14 +157,6 @@ def _disagreements(records: Mapping[int, Mapping[str, Any]], peak_tflops: float)
         sizes = " + ".join(str(len(hosts)) for hosts in domains.values())
         what = f"the job straddles {len(domains)} NVLink domains ({sizes} nodes): traffic between them is slower"
         found.append(warning("fabric", what))
-    for record in records.values():
-        if abs(skew := record.get("clock_skew_s") or 0) > SKEW_S:
-            text = f"{record.get('host')}'s clock is {skew:+.1f} s from node 0's: its log's times too"
-            found.append(warning("clock", text))
-    best = max((value for _, _, value in _figures(records, "product_tflops")), default=0)
-    if 0 < best < SLOW * peak_tflops:
-        what = f"no GPU reaches {SLOW:.0%} of the {peak_tflops:g} TFLOP/s of its data sheet: {best:.0f} at most"
-        found.append(warning("product", what))
     return found
 
 
@@ -189,19 +177,12 @@ def _domains(records: Mapping[int, Mapping[str, Any]]) -> dict[tuple[str, str], 
 def _summary(records: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for metric in METRICS:
-        values = [value for _, _, value in _figures(records, metric)]
-        if values:
-            figures[metric] = {
-                "min": round(min(values), 3),
-                "median": round(statistics.median_high(values), 3),
-                "max": round(max(values), 3),
-            }
-    job = [record["allreduce_job_gbs"] for record in records.values() if record.get("allreduce_job_gbs")]
-    if job:
-        figures["allreduce_job_gbs"] = round(min(job), 3)
-    took = [record["check_s"] for record in records.values() if record.get("check_s") is not None]
-    if took:
-        figures["check_s"] = max(took)
+        if values := [value for _, _, value in _figures(records, metric)]:
+            found = {"min": min(values), "median": statistics.median_high(values), "max": max(values)}
+            figures[metric] = {name: round(value, 3) for name, value in found.items()}
+    for key, worst in (("allreduce_job_gbs", min), ("check_s", max)):
+        if said := [record[key] for record in records.values() if record.get(key)]:
+            figures[key] = round(worst(said), 3)
     return figures
 
 

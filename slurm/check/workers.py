@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,9 @@ END_S = 10  # a worker that reads the end of its input ends in milliseconds
 
 @dataclass
 class Worker:
-    """A process, and what it has said of a line that is not whole yet."""
-
     rank: int
     process: subprocess.Popen[bytes]
     errors: Path  # its standard error: what libraries print
-    said: bytearray = field(default_factory=bytearray)
 
 
 def start(count: int, device: str, scratch: Path, env: Mapping[str, str]) -> list[Worker]:
@@ -62,36 +59,32 @@ def ask(workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], limit_
 
     One of those is killed, so that no later answer is taken for this one's.
     """
-    what = commands[0]["do"] if commands else ""
     answers: list[dict[str, Any] | None] = [None] * len(workers)
-    with selectors.DefaultSelector() as selector:
-        for index, (worker, command) in enumerate(zip(workers, commands, strict=True)):
-            assert worker.process.stdin is not None and worker.process.stdout is not None
-            with contextlib.suppress(OSError):  # it has ended: its output says so below
-                worker.process.stdin.write(json.dumps(command).encode() + b"\n")
-                worker.process.stdin.flush()
-            selector.register(worker.process.stdout, selectors.EVENT_READ, index)
-        deadline = time.monotonic() + limit_s
-        while None in answers and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
-                index = key.data
-                worker = workers[index]
-                block = os.read(key.fd, 1 << 16)
-                worker.said += block
-                if b"\n" in worker.said:
-                    line, _, rest = bytes(worker.said).partition(b"\n")
-                    worker.said[:] = rest
-                    answers[index] = json.loads(line)
-                elif not block:
-                    answers[index] = {"problem": f"{what}: the worker ended{_last_words(worker, _end_of(worker))}"}
-                else:
-                    continue
-                selector.unregister(key.fileobj)
-    for index, worker in enumerate(workers):
-        if answers[index] is None:
+
+    def talk(index: int) -> None:
+        worker, command = workers[index], commands[index]
+        assert worker.process.stdin is not None and worker.process.stdout is not None
+        with contextlib.suppress(OSError):  # it has ended: its output says so below
+            worker.process.stdin.write(json.dumps(command).encode() + b"\n")
+            worker.process.stdin.flush()
+        line = worker.process.stdout.readline()
+        if line.endswith(b"\n"):
+            answers[index] = json.loads(line)
+        else:
+            answers[index] = {"problem": f"{command['do']}: the worker ended{_end_of(worker)}{_last_words(worker)}"}
+
+    threads = [threading.Thread(target=talk, args=(index,), daemon=True) for index in range(len(workers))]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + limit_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    said = list(answers)  # what is killed now answers no more
+    for worker, answer in zip(workers, said, strict=True):
+        if answer is None:
             _kill(worker)
-            answers[index] = {"problem": f"{what}: no answer within {limit_s:.0f} s{_last_words(worker)}"}
-    return [answer or {} for answer in answers]
+    late = f"{commands[0]['do']}: no answer within {limit_s:.0f} s" if commands else ""
+    return [answer or {"problem": late + _last_words(worker)} for worker, answer in zip(workers, said, strict=True)]
 
 
 def stop(workers: Sequence[Worker]) -> None:
@@ -128,12 +121,12 @@ def _kill(worker: Worker) -> None:
             os.killpg(worker.process.pid, signal.SIGKILL)
 
 
-def _last_words(worker: Worker, ended: str = "") -> str:
+def _last_words(worker: Worker) -> str:
     """The last line that it or its libraries printed, for a message."""
     with contextlib.suppress(OSError):
-        text = worker.errors.read_text(encoding="utf-8", errors="replace").strip()
-        return ended + (f": {text.splitlines()[-1][:300]}" if text else "")
-    return ended
+        if text := worker.errors.read_text(encoding="utf-8", errors="replace").strip():
+            return f": {text.splitlines()[-1][:300]}"
+    return ""
 
 
 def _end_of(worker: Worker) -> str:

@@ -259,7 +259,7 @@ def test_what_only_the_nodes_can_tell(command: Command, slurm: Cluster, image: P
     told = found[slurm.nodes[0]]
     assert "mlx5_99 is missing" in told["infiniband"]["why"] and told["infiniband"]["fault"] == "run"
     assert "NVLink cannot cross nodes" in told["imex"]["why"]
-    assert f"all 2 shards in {user_dir}/c4/en are Git LFS pointers, not data" in told["data"]["why"], told
+    assert f"2 of 2 shards in {user_dir}/c4/en are Git LFS pointers, not data" in told["data"]["why"], told
     assert "tokenizer.json: No such file or directory" in told["tokenizer"]["why"]
     assert "the job straddles 2 NVLink domains (1 + 1 nodes)" in " ".join(one["what"] for one in verdict["warnings"])
     for one in verdict["unfit"]:

@@ -8,10 +8,10 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import ROOT
-from tests.train.test_real_trainer import PYTHONS, versions
+from tests.train.test_real_trainer import python, versions
+
+__all__ = ["python"]  # a fixture
 
 CAST = """
 import sys, torch, torch.utils._triton
@@ -68,13 +68,6 @@ assert swapped(layers) >= 5 * 32, swapped(layers)
 assert mx.MXFP8Linear.forward.__module__ == registry_era.__name__  # torch without CUDA has no kernel of torchao's
 """,
 }
-
-
-@pytest.fixture(params=PYTHONS)
-def python(request: pytest.FixtureRequest) -> str:
-    if versions(request.param) is None:
-        pytest.skip(f"no torchtitan for {request.param}")
-    return str(request.param)
 
 
 def run(python: str, program: str) -> None:

@@ -27,6 +27,7 @@ from launcher.scheduler.state import JobState
 from launcher.stage import sample
 from launcher.titan import Refused
 from launcher.titan.command import config_files, trainer_arguments
+from tests.unit.node_place import lay_out
 from tests.unit.test_titan_command import a_node, changed, debug_node
 
 ROOT = Path(__file__).parent.parent.parent
@@ -115,17 +116,10 @@ def python(request: pytest.FixtureRequest) -> str:
 
 def make_run(folder: Path, node: dict[str, Any]) -> Path:
     """A run directory as `launcher submit` makes it, with sample data; returns its node.json."""
-    job = folder / "job"
-    job.mkdir(parents=True)
-    shutil.copy(ROOT / "slurm" / "node.py", job)
-    for part in (ROOT / "launcher" / "titan", ROOT / "slurm" / "check"):
-        shutil.copytree(part, job / part.name, ignore=shutil.ignore_patterns("__pycache__"))
-    sample.write_c4_sample(folder / "sample" / "c4")
-    sample.write_tokenizer(folder / "sample" / "tokenizer")
-    data = str(folder / "sample" / "c4")
-    places = {"data": data, "data_source": data, "tokenizer": str(folder / "sample" / "tokenizer")}
-    (job / "node.json").write_text(json.dumps(changed(node, **places, run_dir=str(folder))))
-    return job / "node.json"
+    data, tokenizer = folder / "sample" / "c4", folder / "sample" / "tokenizer"
+    sample.write_c4_sample(data)
+    sample.write_tokenizer(tokenizer)
+    return lay_out(folder, changed(node, data=str(data), data_source=str(data), tokenizer=str(tokenizer)))
 
 
 class Started:

@@ -16,7 +16,9 @@ from launcher.config.spec import PlacedRun
 from launcher.stage import sample
 from launcher.stage.view import plan, train_files, write
 from tests.conftest import ROOT, Launch
-from tests.train.test_real_trainer import PYTHONS, losses, versions
+from tests.train.test_real_trainer import losses, python
+
+__all__ = ["python"]  # a fixture
 
 # Reads every rank's share to the end, with a tokenizer that remembers the documents instead of splitting them.
 READ = """
@@ -41,14 +43,6 @@ for path, name, degree in json.load(sys.stdin):
     answer.append([ranks, files])
 print("ANSWER" + json.dumps(answer))
 """
-
-
-@pytest.fixture(params=PYTHONS)
-def python(request: pytest.FixtureRequest) -> str:
-    path = str(request.param)
-    if versions(path) is None:
-        pytest.skip(f"{path} has no torchtitan: set LAUNCHER_TRAIN_PYTHON to an interpreter that has")
-    return path
 
 
 def a_spec(data: Path, runs_dir: Path, name: str, degree: int, **job: str) -> PlacedRun:

@@ -38,15 +38,23 @@ class cuda:
 FAKE_RUN = "import json, os, sys\nprint('STARTED', json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))\n"
 
 
+def lay_out(run_dir: Path, node: dict[str, Any]) -> Path:
+    """A run directory's job as `launcher submit` makes it; returns its node.json."""
+    job = run_dir / "job"
+    job.mkdir(parents=True)
+    shutil.copy(ROOT / "slurm" / "node.py", job)
+    for part in (ROOT / "launcher" / "titan", ROOT / "slurm" / "check"):
+        shutil.copytree(part, job / part.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (job / "node.json").write_text(json.dumps(changed(node, run_dir=str(run_dir))))
+    return job / "node.json"
+
+
 class Place:
     """A run directory as `launcher submit` makes it, and a folder of made-up packages."""
 
     def __init__(self, folder: Path, node: dict[str, Any], titan: str | None = "0.3.0") -> None:
         self.run_dir, self.site = folder / "run", folder / "site"
-        (self.run_dir / "job").mkdir(parents=True)
-        shutil.copy(ROOT / "slurm" / "node.py", self.run_dir / "job")
-        shutil.copytree(ROOT / "launcher" / "titan", self.run_dir / "job" / "titan")
-        shutil.copytree(ROOT / "slurm" / "check", self.run_dir / "job" / "check")
+        lay_out(self.run_dir, node)
         self.data, self.tokenizer = folder / "c4", folder / "tokenizer"
         sample.write_c4_sample(self.data, train_files=2, documents_per_file=3)
         sample.write_tokenizer(self.tokenizer)
@@ -60,6 +68,9 @@ class Place:
 
     def change(self, **changes: Any) -> None:
         self.write_node(changed(self.node, **changes))
+
+    def recipe(self, **changes: Any) -> None:
+        self.write_node({**self.node, "recipe": {**self.node["recipe"], **changes}})
 
     def write_node(self, node: dict[str, Any]) -> None:
         self.node = changed(node, run_dir=str(self.run_dir))
@@ -78,28 +89,26 @@ class Place:
         return done
 
     def start_unchecked(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
+        job = self.run_dir / "job"
+        return subprocess.run(
             # -S: without the packages of the environment that runs these tests
-            [
-                sys.executable,
-                "-S",
-                str(self.run_dir / "job" / "node.py"),
-                *(arguments or [f"{self.run_dir}/job/node.json"]),
-            ],
-            env={
-                "PATH": os.environ["PATH"],
-                "PYTHONPATH": str(self.site),
-                "HOME": str(self.run_dir),
-                "SLURMD_NODENAME": "gpu001",
-                "TITAN_JOB_ID": f"t{os.getpid()}",
-                "TMPDIR": str(self.run_dir.parent),
-                **env,
-            },
+            [sys.executable, "-S", job / "node.py", *(arguments or [job / "node.json"])],
+            env=self.environment(**env),
             capture_output=True,
             text=True,
             timeout=60,
         )
-        return done
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(self.site),
+            "HOME": str(self.run_dir),
+            "SLURMD_NODENAME": "gpu001",
+            "TITAN_JOB_ID": f"t{os.getpid()}",
+            "TMPDIR": str(self.run_dir.parent),
+            **more,
+        }
 
     def refused(self, *arguments: str, **env: str) -> str:
         """The FAIL line of a start that must fail, without anything having been started."""

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.commands import retry
+from launcher.commands.start import start_with_retries
+from launcher.config.spec import RunSpec
 from launcher.nodes import bad_nodes
 from launcher.nodes.bad_nodes import DAY_S, KEEP_S
 from launcher.runs.directory import Run
@@ -29,19 +30,8 @@ from tests.unit.test_bad_nodes import bad
 PAIR = answers_of(
     "25.05.3", [FakeNode(f"n{i}", arch="x86_64") for i in range(3)], [partition_line("batch", "n[0-2]", default=True)]
 )
-SUBMIT = (
-    "submit",
-    "--gpu",
-    "h200",
-    "--runtime",
-    "bare",
-    "--recipe",
-    "debug",
-    "--data",
-    "sample",
-    "--tokenizer",
-    "sample",
-)
+RUN = ("--runtime", "bare", "--recipe", "debug", "--data", "sample", "--tokenizer", "sample")
+SUBMIT = ("submit", "--gpu", "h200", *RUN)
 
 
 def unfit_run(workplace: Path, name: str, *records: Mapping[str, Any], ended_at: float = 0, code: int = 20) -> Path:
@@ -193,16 +183,13 @@ def test_refusals(arguments: tuple[str, ...], code: ExitStatus, said: str, launc
 AT = '{"schema": 1, "clusters": {"crusoe": [{"host": "n1", "reason": "", "run": "", "at": 0, "until": %s}]}}'
 DAMAGED = (
     "",
-    "[]",
     "{",
     '{"schema": 2, "clusters": {}}',
     '{"schema": 1, "clusters": {"crusoe": [{"host": "a b"}]}}',
-    '{"schema": 1, "clusters": 3}',
+    '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}',
     AT % "1e300",
     AT % ("9" * 400),
-    AT % "-1e18",
     AT % "NaN",
-    '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}',
 )
 
 
@@ -364,7 +351,8 @@ def test_ctrl_c_ends_the_retrying_too(
 
     monkeypatch.setattr("launcher.runs.attach.wait_for_start", interrupted)
     with pytest.raises(SystemExit) as end:
-        retry.follow(Run(unfit_run(workplace, "r", record("n0", ECC))), 1, lambda *_: pytest.fail(), False)
+        unfit = Run(unfit_run(workplace, "r", record("n0", ECC)))
+        start_with_retries(RunSpec(), unfit, {}, 1, force=False, as_json=False)
     said = capsys.readouterr().err
     assert end.value.code == ExitStatus.INTERRUPTED
     assert "detached; r goes on: launcher watch r; it is not retried then" in said
@@ -372,6 +360,5 @@ def test_ctrl_c_ends_the_retrying_too(
 
 @pytest.mark.parametrize("other", ["--dry-run", "--local"])
 def test_not_with(other: str, launch: Launch, fake_slurm: Fake) -> None:
-    arguments = (*SUBMIT[:1], *SUBMIT[5:], "--gpu", "cpu", "--runtime", "bare")
-    done = launch(*arguments, other, "--retry-bad-nodes", "1")
+    done = launch("submit", "--gpu", "cpu", *RUN, other, "--retry-bad-nodes", "1")
     assert done.returncode == ExitStatus.USAGE and other in done.stderr

@@ -11,10 +11,6 @@ from hypothesis import strategies as st
 from slurm.check import problem, verdict, warning
 
 
-def asked(nodes: int, device: str, hardware: dict[str, Any]) -> dict[str, Any]:
-    return {"job": {"nodes": nodes}, "profile": {"device": device}, **hardware}
-
-
 def records(nodes: int = 4, gpus: int = 4, **changes: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Healthy H100 nodes whose GPUs differ by 1%; `changes`: n2={...} for node 2."""
     made = {}
@@ -41,7 +37,7 @@ def records(nodes: int = 4, gpus: int = 4, **changes: dict[str, Any]) -> dict[in
 def judged(
     found: dict[int, dict[str, Any]], device: str = "cuda", nodes: int = 0, absent: dict[int, str] | None = None
 ) -> dict[str, Any]:
-    node = asked(nodes or len(found), device, {"hardware": {"peak_tflops": 989}})
+    node = {"job": {"nodes": nodes or len(found)}, "profile": {"device": device}}
     return verdict.judge(found, node, absent)
 
 
@@ -206,7 +202,6 @@ def test_where_most_do_not_come_they_are_not_to_blame(nodes: int, absent: int) -
     ("change", "said"),
     [
         ({"torch": "2.13.0"}, "the nodes differ in torch: '2.13.0' on gpu001, else 2.14.1"),
-        ({"clock_skew_s": -7.5}, "gpu001's clock is -7.5 s from node 0's"),
         ({"warnings": [warning("space", "5.0 GiB are free")]}, "5.0 GiB are free"),
     ],
 )
@@ -240,22 +235,4 @@ def gpus_in(cluster: str | None, *cliques: str) -> dict[str, Any]:
 def test_a_job_that_straddles_nvlink_domains(nodes: list[dict[str, Any]], said: str) -> None:
     health: dict[str, Any] = {f"n{number}": node for number, node in enumerate(nodes)}
     found = judged(records(len(nodes), **health))
-    assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])
-
-
-@pytest.mark.parametrize(
-    ("device", "hardware", "said"),
-    [
-        ("cuda", {"hardware": {"peak_tflops": 989}}, "no GPU reaches 40% of the 989 TFLOP/s"),
-        ("cuda", {"hardware": {}}, ""),  # a GPU that no profile describes
-        ("cuda", {}, ""),  # a node.json of an older launcher
-        ("cpu", {"hardware": {"peak_tflops": 989}}, ""),
-    ],
-)
-def test_a_job_whose_gpus_are_all_slow(device: str, hardware: dict[str, Any], said: str) -> None:
-    made = records()
-    for record in made.values():
-        for gpu in record["speed"]:
-            gpu["product_tflops"] /= 2
-    found = verdict.judge(made, asked(4, device, hardware))
     assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+
+import click
 
 from launcher import __version__
 from launcher.base.errors import ExitStatus
+from launcher.cli import launcher
 from tests.conftest import ROOT, Launch
 
 ERRORS = {"LauncherError", "NoImage", "Missing", "InDoubt", "_failed"}
@@ -42,30 +46,20 @@ def test_help_lists_them_too(launch: Launch) -> None:
         assert re.search(rf"[ ,]{status.value} ", words), status
 
 
+def leaves(group: click.Group, *names: str) -> Iterator[tuple[str, ...]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from leaves(command, *names, name)
+        else:
+            yield *names, name
+
+
 def test_every_command_has_help_and_json(launch: Launch) -> None:
-    commands = [
-        "submit",
-        "preflight",
-        "plan",
-        "sweep",
-        "list",
-        "status",
-        "watch",
-        "logs",
-        "cancel",
-        "results",
-        "compare",
-        "accept",
-        "report",
-        "config show",
-        "cluster show",
-        "cluster nodes",
-        "version",
-    ]
-    for command in commands:
-        done = launch(*command.split(), "--help")
+    for command in leaves(launcher):
+        done = launch(*command, "--help")
         assert done.returncode == 0 and "--json" in done.stdout, command
-    assert launch("render", "--help").returncode == 0
 
 
 def test_colour_only_on_terminals(launch: Launch) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -70,21 +71,32 @@ def hosts(*addresses: str) -> str:
     return "".join(f"{a} STREAM node\n{a} DGRAM\n{a} RAW\n" for a in addresses)
 
 
-def test_the_first_address(job) -> None:
-    assert job({"node-1": hosts("10.0.0.7")}) == {"addr": "10.0.0.7", "port": "21234", "id": "41234"}
+class Node(NamedTuple):
+    """What the first node's name resolves to, and more where it counts; the address that the job takes."""
+
+    taken: str
+    addresses: tuple[str, ...]
+    name: str = "node-1"  # Slurm's NodeAddr
+    peer: str = ""
+    route: str = ""
 
 
-def test_loopback_among_several_is_passed_over(job) -> None:
-    assert job({"node-1": hosts("127.0.1.1", "10.0.0.7", "10.0.0.8")})["addr"] == "10.0.0.7"
+NODES = {
+    "the first": Node("10.0.0.7", ("10.0.0.7", "10.0.0.8")),
+    "not loopback": Node("10.0.0.7", ("127.0.1.1", "10.0.0.7", "10.0.0.8")),
+    "Slurm's own": Node("10.1.1.1", ("10.1.1.1",), name="10.1.1.1"),
+    "IPv4 where there is both": Node("10.0.0.7", ("2001:db8::7", "10.0.0.7")),
+    "Debian's 127.0.1.1: towards a peer": Node(
+        "10.0.0.7", ("127.0.1.1",), peer="10.0.0.9", route="10.0.0.9 dev eth0 src 10.0.0.7 uid 0\n    cache"
+    ),
+}
 
 
-def test_slurms_own_address_of_the_node(job) -> None:
-    assert job({"10.1.1.1": hosts("10.1.1.1")}, node_addr="10.1.1.1")["addr"] == "10.1.1.1"
-
-
-def test_debians_127_0_1_1_is_replaced_by_the_address_towards_a_peer(job) -> None:
-    route = "10.0.0.9 dev eth0 src 10.0.0.7 uid 0\n    cache"
-    assert job({"node-1": hosts("127.0.1.1"), "node-2": hosts("10.0.0.9")}, route=route)["addr"] == "10.0.0.7"
+@pytest.mark.parametrize("node", NODES.values(), ids=NODES.keys())
+def test_the_address_that_is_taken(node: Node, job) -> None:
+    peer = {"node-2": hosts(node.peer)} if node.peer else {}
+    seen = job({node.name: hosts(*node.addresses), **peer}, node_addr=node.name, route=node.route)
+    assert seen == {"addr": node.taken, "port": "21234", "id": "41234"}
 
 
 @pytest.mark.parametrize("route", ["", "local 127.0.1.1 dev lo src 127.0.0.1 uid 0"])
@@ -107,10 +119,6 @@ def test_nothing_but_loopback_is_refused(job, route: str, tmp_path: Path) -> Non
 def test_why_there_is_no_address(job, addresses: tuple[str, ...], said: str) -> None:
     done = job({"node-1": hosts(*addresses)} if addresses else {})
     assert (done.returncode, f"launcher: {said}" in done.stderr) == (76, True), done.stderr
-
-
-def test_ipv4_is_taken_where_there_is_both(job) -> None:
-    assert job({"node-1": hosts("2001:db8::7", "10.0.0.7")})["addr"] == "10.0.0.7"
 
 
 def test_port_and_id_come_from_the_job(job) -> None:

@@ -6,7 +6,9 @@ import os
 import resource
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -127,96 +129,96 @@ def test_missing_gpus_are_a_failure_and_never_a_cpu_run(gpu: Place, gpus: str, w
     assert [one["fault"] for one in gpu.record()["problems"]] == [fault]
 
 
-def test_a_driver_that_is_too_old_is_told_in_cudas_words(gpu: Place) -> None:
-    line = gpu.refused(FAKE_CUDA_ERROR='The NVIDIA driver "570"\n is too old')
-    assert 'CUDA 13.0 does not start: The NVIDIA driver \\"570\\" is too old' in line
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 319338842\n"
 
 
-def test_a_torch_without_cuda_cannot_serve_a_gpu_profile(gpu: Place) -> None:
-    assert "torch 2.13.0+cpu was built without CUDA" in gpu.refused(FAKE_TORCH="2.13.0+cpu")
+class Refusal(NamedTuple):
+    """What is wrong, with the node or with its surroundings, and what its one line says."""
+
+    words: str
+    wrong: Callable[[Place], object] = lambda place: None
+    env: Mapping[str, str] = {}
 
 
-def test_a_torch_that_cannot_be_imported(gpu: Place) -> None:
-    assert "ImportError: libcudart.so.13" in gpu.refused(FAKE_TORCH_BROKEN="1")
+def every_shard(content: bytes) -> Callable[[Place], object]:
+    return lambda place: [shard.write_bytes(content) for shard in (place.data / "en").glob("*train*")]
 
 
-def test_torchtitan_is_missing(tmp_path: Path) -> None:
-    assert "torchtitan is not installed for" in Place(tmp_path, debug_node(), titan=None).refused()
+def one_shard(content: bytes) -> Callable[[Place], object]:
+    return lambda place: (place.data / "en" / "c4-train.00001-of-00002.json.gz").write_bytes(content)
 
 
-def test_torchtitan_is_of_another_era(tmp_path: Path) -> None:
-    line = Place(tmp_path, debug_node(), titan="0.4.0").refused(FAKE_TORCH="2.13.0+cpu")
-    assert "torchtitan 0.4.0 is installed; this launcher speaks 0.2.1 to 0.2.2 and 0.3.x" in line
+def first_shard_elsewhere(place: Place) -> None:
+    shard = place.data / "en" / "c4-train.00000-of-00002.json.gz"
+    shard.unlink()
+    shard.symlink_to("/elsewhere/c4-train.json.gz")
 
 
-def test_what_the_release_cannot_do_is_told_by_the_node(cpu: Place) -> None:
-    cpu.node["recipe"]["compile"] = True
-    cpu.write_node(cpu.node)
-    assert "torch.compile is switched off on a CPU" in cpu.refused(FAKE_TORCH="2.13.0+cpu")
+def readme(text: str) -> Refusal:
+    return Refusal("not describe the configuration `en`", lambda place: (place.data / "README.md").write_text(text))
 
 
-def test_the_data_directory_is_missing(cpu: Place) -> None:
-    shutil.rmtree(cpu.data)
-    line = cpu.refused()
-    assert f"{cpu.data} is not a directory on this node" in line
-    assert f"launcher stage c4 --to {cpu.data} --for {cpu.run_dir}/run.toml" in line
+def node_json(text: str, words: str) -> Refusal:
+    return Refusal(words, lambda place: (place.run_dir / "job" / "node.json").write_text(text))
 
 
-def test_no_data_was_named(cpu: Place) -> None:
-    cpu.change(data="")
-    assert "no data directory was given" in cpu.refused()
+OF_A_GPU_NODE = {
+    "old driver": Refusal(
+        'CUDA 13.0 does not start: The NVIDIA driver \\"570\\" is too old',
+        env={"FAKE_CUDA_ERROR": 'The NVIDIA driver "570"\n is too old'},
+    ),
+    "torch without CUDA": Refusal("torch 2.13.0+cpu was built without CUDA", env={"FAKE_TORCH": "2.13.0+cpu"}),
+    "torch broken": Refusal("ImportError: libcudart.so.13", env={"FAKE_TORCH_BROKEN": "1"}),
+    "no head node": Refusal("TITAN_HEAD_ADDR is not set", lambda place: place.change(nodes=2)),
+    "loopback": Refusal("is loopback", lambda place: place.change(nodes=2), {"TITAN_HEAD_ADDR": "127.0.0.1"}),
+    "IPv6": Refusal("the nodes meet over IPv4", lambda place: place.change(nodes=2), {"TITAN_HEAD_ADDR": "::1"}),
+    "no route": Refusal("no route to the head node x.invalid", env={"TITAN_HEAD_ADDR": "x.invalid"}),
+}
+OF_A_CPU_NODE = {
+    "no torchtitan": Refusal("torchtitan is not installed for", lambda place: shutil.rmtree(place.site / "torchtitan")),
+    "another torchtitan": Refusal(
+        "torchtitan 0.4.0 is installed; this launcher speaks 0.2.1 to 0.2.2 and 0.3.x",
+        lambda place: next(place.site.glob("*/METADATA")).write_text("Name: torchtitan\nVersion: 0.4.0\n"),
+    ),
+    "a recipe for GPUs": Refusal("torch.compile is switched off on a CPU", lambda place: place.recipe(compile=True)),
+    "no port": Refusal("2 nodes cannot meet at port 0", lambda place: place.change(nodes=2)),
+    "no data": Refusal("c4 is not a directory on this node", lambda place: shutil.rmtree(place.data)),
+    "data not named": Refusal("no data directory was given", lambda place: place.change(data="")),
+    "no README": Refusal("README.md: No such file", lambda place: (place.data / "README.md").unlink()),
+    "README without header": readme("# C4\nconfig_name: en\n"),
+    "README of another language": readme("---\nconfigs:\n- config_name: de\n---\n"),
+    "no shards": Refusal("holds no *.json.gz", lambda place: shutil.rmtree(place.data / "en")),
+    "pointers": Refusal("2 of 2 shards in", every_shard(POINTER)),
+    "one pointer": Refusal("are Git LFS pointers, not data", one_shard(POINTER)),
+    "not gzip": Refusal("is not a gzip file", every_shard(b"<html>" * 100)),
+    "link out of the node": Refusal("leads to /elsewhere/c4-train.json.gz, which is", first_shard_elsewhere),
+    "run directory": Refusal("cannot be written", lambda place: (place.run_dir / "nodes").write_text("a file")),
+    "node.json cut": node_json("{", "is not JSON"),
+    "node.json of another kind": node_json("[1]", "schema 2"),
+    "node.json deep": node_json("[" * 200_000, "is not JSON"),
+}
 
 
-def test_the_hubs_readme_is_missing(cpu: Place) -> None:
-    (cpu.data / "README.md").unlink()
-    assert "README.md: No such file or directory" in cpu.refused()
+@pytest.mark.parametrize("case", OF_A_GPU_NODE.values(), ids=OF_A_GPU_NODE.keys())
+def test_a_gpu_node_refuses(case: Refusal, gpu: Place) -> None:
+    case.wrong(gpu)
+    assert case.words in gpu.refused(**{"TITAN_HEAD_PORT": "20001", **case.env})
 
 
-@pytest.mark.parametrize("text", ["# C4\nconfig_name: en\n", "---\nconfigs:\n- config_name: de\n---\n", ""])
-def test_a_readme_without_the_configuration_en(cpu: Place, text: str) -> None:
-    (cpu.data / "README.md").write_text(text)
-    assert "does not describe the configuration `en`" in cpu.refused()
-
-
-def test_there_are_no_shards(cpu: Place) -> None:
-    shutil.rmtree(cpu.data / "en")
-    assert "holds no *.json.gz" in cpu.refused()
-
-
-def pointer() -> bytes:
-    return b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 319338842\n"
-
-
-def test_all_shards_are_lfs_pointers(cpu: Place) -> None:
-    for shard in (cpu.data / "en").glob("*train*"):
-        shard.write_bytes(pointer())
-    assert "all 2 shards" in cpu.refused() and "Git LFS pointers" in cpu.refused()
-
-
-def test_some_shards_are_lfs_pointers(cpu: Place) -> None:
-    next((cpu.data / "en").glob("*train*")).write_bytes(pointer())
-    done = cpu.start(FAKE_TORCH="2.13.0+cpu")
-    assert 'titan-node: warn node=0 host=gpu001 why="1 of 2 shards are Git LFS pointers' in done.stdout
-    started(done)
-
-
-def test_a_shard_that_is_not_gzip(cpu: Place) -> None:
-    for shard in (cpu.data / "en").glob("*train*"):
-        shard.write_bytes(b"<html>" * 100)
-    assert "is not a gzip file" in cpu.refused()
-
-
-def test_a_link_whose_target_is_not_mounted(cpu: Place) -> None:
-    (cpu.data / "en" / "c4-train.00000-of-00002.json.gz").unlink()
-    (cpu.data / "en" / "c4-train.00000-of-00002.json.gz").symlink_to("/elsewhere/c4-train.json.gz")
-    line = cpu.refused()
-    assert "c4-train.00000-of-00002.json.gz leads to /elsewhere/c4-train.json.gz, which is not on this" in line
+@pytest.mark.parametrize("case", OF_A_CPU_NODE.values(), ids=OF_A_CPU_NODE.keys())
+def test_a_cpu_node_refuses(case: Refusal, cpu: Place) -> None:
+    case.wrong(cpu)
+    head = {"FAKE_TORCH": "2.13.0+cpu", "TITAN_HEAD_ADDR": "127.0.0.1", "TITAN_HEAD_PORT": "abc"}
+    line = cpu.refused(**head, **case.env)
+    assert case.words in line
+    if "launcher stage" in line:
+        assert f"launcher stage c4 --to {cpu.data} --for {cpu.run_dir}/run.toml" in line
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "No such file"), ("{", "is not JSON"), ("[]", "tokenizer's"), ("[" * 200_000, "is not JSON")],
+    [(None, "No such file"), ("{", "is not JSON"), ("[]", "not a JSON object"), ("[" * 200_000, "is not JSON")],
     ids=["missing", "broken", "list", "nested"],
 )
 def test_the_tokenizer_is_incomplete(cpu: Place, name: str, content: str | None, words: str) -> None:
@@ -226,43 +228,9 @@ def test_the_tokenizer_is_incomplete(cpu: Place, name: str, content: str | None,
     assert f"launcher stage tokenizer --to {cpu.tokenizer}" in line
 
 
-def test_the_run_directory_cannot_be_written(cpu: Place) -> None:
-    (cpu.run_dir / "nodes").write_text("a file where a directory belongs")
-    assert f"the run directory {cpu.run_dir} cannot be written" in cpu.refused()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "is not JSON"),
-        ("[1]", "schema 2"),
-        ('{"schema": 2}', "job is missing"),
-        ("[" * 200_000, "is not JSON"),
-    ],
-    ids=["broken", "list", "empty", "nested"],
-)
-def test_a_damaged_node_json(cpu: Place, text: str, words: str) -> None:
-    (cpu.run_dir / "job" / "node.json").write_text(text)
-    assert words in cpu.refused()
-
-
 def test_no_node_json(cpu: Place) -> None:
     assert "No such file" in cpu.refused("/nowhere/node.json")
     assert "one argument is needed" in cpu.refused("a", "b")
-
-
-def test_several_nodes_need_a_head_node_that_is_not_loopback(gpu: Place) -> None:
-    gpu.change(nodes=2)
-    assert "TITAN_HEAD_ADDR is not set" in gpu.refused()
-    assert "is loopback" in gpu.refused(TITAN_HEAD_ADDR="127.0.0.1", TITAN_HEAD_PORT="20001")
-    assert "the nodes meet over IPv4" in gpu.refused(TITAN_HEAD_ADDR="::1", TITAN_HEAD_PORT="20001")
-    assert "no route to the head node no-such-host.invalid" in gpu.refused(TITAN_HEAD_ADDR="no-such-host.invalid")
-
-
-def test_several_nodes_need_a_port(cpu: Place) -> None:
-    cpu.change(nodes=2)
-    line = cpu.refused(TITAN_HEAD_ADDR="127.0.0.1", TITAN_HEAD_PORT="abc", FAKE_TORCH="2.13.0+cpu")
-    assert "2 nodes cannot meet at port 0" in line
 
 
 def test_each_node_has_a_record_and_a_log_folder_of_its_own(cpu: Place) -> None:

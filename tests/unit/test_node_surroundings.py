@@ -85,15 +85,7 @@ def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place)
     started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="1"))
     going = subprocess.Popen(
         [sys.executable, "-S", str(cpu.run_dir / "job" / "node.py"), f"{cpu.run_dir}/job/node.json"],
-        env={
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(cpu.site),
-            "HOME": str(cpu.run_dir),
-            "HOLD": "1",
-            "TITAN_JOB_ID": "2",
-            "FAKE_TORCH": "2.13.0+cpu",
-            "SLURMD_NODENAME": "gpu001",
-        },
+        env=cpu.environment(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="2", HOLD="1"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
