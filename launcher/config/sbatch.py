@@ -29,8 +29,7 @@ FIXED = (
     *("help", "usage", "version", "parsable", "quiet", "verbose", "test-only", "wait", "wrap", "uid", "gid"),
 )
 # sbatch's other options, of 22.05 to 25.11: it takes the beginning of one for the whole, and so would replace other
-# lines
-# than we think.
+# lines than we think.
 FREE = (
     *("acctg-freq", "batch", "bb", "bbf", "begin", "chdir", "cluster-constraint", "comment", "consolidate-segments"),
     *("contiguous", "core-spec", "cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task", "deadline"),
