@@ -116,26 +116,9 @@ def test_the_debug_recipe_trains_at_a_degree_that_does_not_divide_its_files(
 ) -> None:
     assert sample.TRAIN_FILES % 3, "otherwise this shows nothing"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    done = launch(
-        "submit",
-        "--local",
-        "--recipe",
-        "debug",
-        "--gpu",
-        "cpu",
-        "--gpus-per-node",
-        "3",
-        "--steps",
-        "4",
-        "--name",
-        "r",
-        "--set",
-        "recipe.local_batch_size=1",
-        "--python",
-        python,
-        "--follow",
-        timeout=500,
-    )
+    size = ("--gpu", "cpu", "--gpus-per-node", "3", "--steps", "4", "--set", "recipe.local_batch_size=1")
+    words = ("submit", "--local", "--recipe", "debug", *size, "--name", "r", "--python", python, "--follow")
+    done = launch(*words, timeout=500)
     run = workplace / "runs" / "r"
     log = next((run / "logs").glob("0000-*.log")).read_text()
     assert done.returncode == 0, done.stderr + log[-3000:]

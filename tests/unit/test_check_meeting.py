@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,99 +30,109 @@ def short_goodbye(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "GOODBYE_S", 0.2)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class Meeting:
+    """Node 0's host at a free port, and what the other nodes heard of it."""
 
+    def __init__(self, nodes: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.nodes, self.heard = nodes, dict[int, Any]()
+        self.threads: list[threading.Thread] = []
 
-def guest_says(port: int, node: int, heard: dict[int, Any], *, job: str = "7") -> threading.Thread:
-    def run() -> None:
-        guest = Guest("127.0.0.1", port, job, node, 30)
+    def comes(self, node: int, *, job: str = "7") -> None:
+        """The node says that it is well, and waits for an answer."""
+        self.threads.append(threading.Thread(target=self._meet, args=(node, job), daemon=True))
+        self.threads[-1].start()
+
+    def _meet(self, node: int, job: str) -> None:
+        guest = Guest("127.0.0.1", self.port, job, node, 30)
         guest.say({"host": f"gpu{node}", "problems": []})
         try:
-            heard[node] = guest.hear(30)
+            heard: Any = guest.hear(30)
         except Lost as lost:
-            heard[node] = str(lost)
+            heard = str(lost)
+        if job == "7":
+            self.heard[node] = heard
         guest.close()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
+    def says(self, line: bytes) -> socket.socket:
+        """Somebody who is no node."""
+        stranger = socket.create_connection(("127.0.0.1", self.port))
+        stranger.sendall(line)
+        return stranger
+
+    @contextmanager
+    def hosted(self) -> Iterator[Host]:
+        with closing(Host(self.port, "7", self.nodes)) as host:
+            yield host
+        for thread in self.threads:
+            thread.join(30)
 
 
 def test_every_node_is_heard_and_told() -> None:
-    port, heard = free_port(), dict[int, Any]()
-    threads = [guest_says(port, node, heard) for node in (1, 2, 3)]  # they come before node 0 listens
-    host = Host(port, "7", 4)
-    records = host.gather(30)
-    assert {node: record["host"] for node, record in records.items()} == {1: "gpu1", 2: "gpu2", 3: "gpu3"}
-    host.tell({"verdict": {**FIT["verdict"], "more": "x" * 1_000_000}})
-    for thread in threads:
-        thread.join(30)
-    host.close()
-    assert all(len(heard[node]["verdict"]["more"]) == 1_000_000 for node in (1, 2, 3))
+    meeting = Meeting(4)
+    for node in (1, 2, 3):
+        meeting.comes(node)  # before node 0 listens
+    with meeting.hosted() as host:
+        assert {node: record["host"] for node, record in host.gather(30).items()} == {1: "gpu1", 2: "gpu2", 3: "gpu3"}
+        host.tell({"verdict": {**FIT["verdict"], "more": "x" * 1_000_000}})
+        for thread in meeting.threads:
+            thread.join(30)
+    assert all(len(meeting.heard[node]["verdict"]["more"]) == 1_000_000 for node in (1, 2, 3))
 
 
 def test_strangers_are_sent_away() -> None:
-    port, heard = free_port(), dict[int, Any]()
-    host = Host(port, "7", 2)
-    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(7)]
-    lines = [
-        b"GET / HTTP/1.0\r\n",
-        b"[1]\n",
-        b'{"job": "7", "node": 5, "say": {}}\n',
-        b'{"job": "7", "node": 1, "say": 3}\n',
-        b'{"job": "7", "node": true, "say": []}\n',
-        b"[" * 99_999 + b"\n",
-    ]
-    for stranger, line in zip(strangers, lines, strict=False):
-        stranger.sendall(line)
-    strangers[6].close()
-    other_job = guest_says(port, 1, {}, job="8")
-    ours = guest_says(port, 1, heard)
-    assert host.gather(30)[1]["host"] == "gpu1"
-    host.tell(FIT)
-    ours.join(30)
-    other_job.join(30)
-    assert heard[1] == FIT
-    for stranger in strangers:
-        stranger.close()
-    host.close()
+    meeting = Meeting(2)
+    with meeting.hosted() as host:
+        lines = (
+            b"GET / HTTP/1.0\r\n",
+            b"[1]\n",
+            b'{"job": "7", "node": 5, "say": {}}\n',
+            b'{"job": "7", "node": 1, "say": 3}\n',
+            b'{"job": "7", "node": true, "say": []}\n',
+            b"[" * 99_999 + b"\n",
+        )
+        strangers = [meeting.says(line) for line in lines]
+        meeting.says(b"").close()
+        meeting.comes(1, job="8")
+        assert host.gather(0.5) == {}
+        meeting.comes(1)
+        assert host.gather(30)[1]["host"] == "gpu1"
+        host.tell(FIT)
+        meeting.threads[-1].join(30)
+        assert meeting.heard[1] == FIT
+        for stranger in strangers:
+            stranger.close()
 
 
 def test_who_does_not_come_is_not_waited_for_longer_than_the_limit() -> None:
-    port, heard = free_port(), dict[int, Any]()
-    host = Host(port, "7", 3)
-    thread = guest_says(port, 2, heard)
-    assert sorted(host.gather(1.0)) == [2]
-    host.close()
-    thread.join(30)
-    assert heard[2] == "node 0 has gone before it gave its verdict"
+    meeting = Meeting(3)
+    with meeting.hosted() as host:
+        meeting.comes(2)
+        assert sorted(host.gather(1.0)) == [2]
+    assert meeting.heard[2] == "node 0 has gone before it gave its verdict"
 
 
 def test_bad_news_shortens_the_waiting() -> None:
-    port = free_port()
-    host = Host(port, "7", 3)
-    thread = guest_says(port, 2, {})
-    began = time.monotonic()
-    assert sorted(host.gather(300, lambda record: 0.1)) == [2]
-    assert time.monotonic() - began < 200
-    host.close()
-    thread.join(30)
+    meeting = Meeting(3)
+    with meeting.hosted() as host:
+        meeting.comes(2)
+        began = time.monotonic()
+        assert sorted(host.gather(300, lambda record: 0.1)) == [2]
+        assert time.monotonic() - began < 200
 
 
 def test_a_node_that_goes_away_is_not_waited_for() -> None:
-    port = free_port()
-    host = Host(port, "7", 2)
-    guest = Guest("127.0.0.1", port, "7", 1, 30)
-    guest.say({})
-    assert sorted(host.gather(30)) == [1]
-    guest.close()
-    began = time.monotonic()
-    assert host.gather(300) == {}
-    assert time.monotonic() - began < 200
-    host.close()
+    meeting = Meeting(2)
+    with meeting.hosted() as host:
+        guest = Guest("127.0.0.1", meeting.port, "7", 1, 30)
+        guest.say({})
+        assert sorted(host.gather(30)) == [1]
+        guest.close()
+        began = time.monotonic()
+        assert host.gather(300) == {}
+        assert time.monotonic() - began < 200
 
 
 def test_node_0_never_answers() -> None:
@@ -175,16 +187,11 @@ def test_another_program_at_node_0s_port(line: bytes) -> None:
 )
 def test_a_record_that_no_verdict_can_be_made_of_is_not_taken(record: Any) -> None:
     """It has the job's own number, as a node of another release might; its node counts as one that did not come."""
-    port, heard = free_port(), dict[int, Any]()
-    host = Host(port, "7", 2)
-    with socket.create_connection(("127.0.0.1", port)) as wrong:
-        wrong.sendall(json.dumps({"job": "7", "node": 1, "say": record}).encode() + b"\n")
+    meeting = Meeting(2)
+    with meeting.hosted() as host, meeting.says(json.dumps({"job": "7", "node": 1, "say": record}).encode() + b"\n"):
         assert host.gather(0.5) == {}
-        ours = guest_says(port, 1, heard)
+        meeting.comes(1)
         assert host.gather(30)[1]["host"] == "gpu1"
-        host.tell(FIT)
-        ours.join(30)
-    host.close()
 
 
 class Network:

@@ -126,18 +126,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "empty": (lambda f: (f / FIRST).write_bytes(b""), f"{FIRST} is empty"),
     "cut in its length": (lambda f: (f / FIRST).write_bytes(b"abc"), f"{FIRST} is cut off"),
-    "cut in its header": (
-        lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:99]),
-        f"{FIRST} is cut off",
-    ),
-    "cut in its data": (
-        lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:-1]),
-        "bytes, its header says",
-    ),
-    "something else": (
-        lambda f: (f / FIRST).write_bytes(b"<!DOCTYPE html>" * 9),
-        "is not a safetensors file",
-    ),
+    "cut in its header": (lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:99]), f"{FIRST} is cut off"),
+    "cut in its data": (lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:-1]), "bytes, its header says"),
+    "something else": (lambda f: (f / FIRST).write_bytes(b"<!DOCTYPE html>" * 9), "is not a safetensors file"),
     "a header of nonsense": (
         lambda f: (f / FIRST).write_bytes(struct.pack("<Q", 12) + b'{"a": [1, 2]'),
         "is not a safetensors file",
