@@ -132,7 +132,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
         with noting(facts, "command"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
-        facts.update(measure(crew, node, found))
+        facts.update(measure(crew, node, facts["host"], env, found))
     return command, added
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import Findings, problem
+from .health import look_after_load
 from .meeting import Guest, Host, Lost, port_of
 from .verdict import judge
 from .workers import Worker, ask
@@ -21,7 +22,9 @@ REPORT_S = 300  # how long an unfit node tries to say so to node 0, which may st
 HELLO_S, MEASURE_S, HOST_S, COLLECTIVE_S = 600, 180, 60, 300
 
 
-def measure(crew: Sequence[Worker], node: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+def measure(
+    crew: Sequence[Worker], node: Mapping[str, Any], host: str, env: Mapping[str, str], found: Findings
+) -> dict[str, Any]:
     """Facts: each GPU's "speed" and "allreduce_node_gbs", the all-reduce in this node. What is wrong: into `found`."""
     what = "GPU" if node["profile"]["device"] == "cuda" else "rank"
     facts: dict[str, Any] = {"speed": []}
@@ -34,6 +37,8 @@ def measure(crew: Sequence[Worker], node: Mapping[str, Any], found: Findings) ->
             found.problem("product", f"{what} {gpu}: {answer['problem']}", fix, fault)
         else:
             facts["speed"].append({"gpu": gpu, **{key: round(value, 4) for key, value in answer.items()}})
+    if node["profile"]["device"] == "cuda":
+        look_after_load(host, env, found)
     if len(crew) > 1 and not found.problems:
         opened = ask(crew[:1], [{"do": "host"}], HOST_S)[0]
         value, why = _reduce(crew, what, len(crew), 0, "127.0.0.1", opened)

@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +120,26 @@ def infiniband(value: str) -> list[str]:
     return wrong
 
 
-def _settled(host: str, env: Mapping[str, str], alone: bool) -> tuple[list[dict[str, Any]], Findings]:
+def _settled(
+    host: str, env: Mapping[str, str], alone: bool, passing: Container[str] = PASSING
+) -> tuple[list[dict[str, Any]], Findings]:
     """GPUs, and what is wrong with them. Looks again while there is a problem that may pass."""
     for left in reversed(range(LOOKS)):
         gpus, silent = ask_smi()
         gpus = used(gpus, env.get("CUDA_VISIBLE_DEVICES"))
         found = judge_gpus(gpus, host, alone=alone, arch=platform.machine())
         judge_silence(silent, host, found)
-        if not left or not PASSING.intersection(one["name"] for one in found.problems):
+        if not left or not any(one["name"] in passing for one in found.problems):
             break
         time.sleep(BETWEEN_S)
     return gpus, found
+
+
+def look_after_load(host: str, env: Mapping[str, str], found: Findings) -> None:
+    """What slows the GPUs down right after the products: of idle ones it is not seen. What passes at once is none."""
+    if shutil.which("nvidia-smi"):
+        _, slow = _settled(host, env, alone=True, passing={"throttle"})
+        found.problems += [one for one in slow.problems if one["name"] == "throttle"]
 
 
 def look(

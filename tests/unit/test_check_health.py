@@ -331,6 +331,25 @@ def test_memory_that_is_being_freed_is_no_fault(
     assert [one["name"] for one in found.problems] == ([] if fit else ["memory"])
 
 
+@pytest.mark.parametrize(("slow_looks", "problems"), [(3, 1), (1, 0)])
+def test_a_slowdown_that_only_load_shows(
+    slow_looks: int, problems: int, nvidia_smi: Callable[[str], None], tmp_path: Path
+) -> None:
+    nvidia_smi(f"""
+case "$1" in
+*name*) echo "GPU-0, 0, NVIDIA H200, 580.95.05, 90000, 143771, 91" ;;
+*event*)
+    echo >>{tmp_path}/looks
+    [ $(wc -l <{tmp_path}/looks) -le {slow_looks} ] && state=Active || state='Not Active'
+    echo "GPU-0, Not Active, $state, Not Active, Not Active" ;;
+*) exit 2 ;;
+esac""")
+    found = Findings()
+    health.look_after_load("h", {}, found)
+    assert [one["name"] for one in found.problems] == ["throttle"] * problems and not found.warnings
+    assert all("GPU 0 is slowed down by its hardware at 91 C" in one["what"] for one in found.problems)
+
+
 def test_without_nvidia_smi_there_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = Findings()
