@@ -96,11 +96,9 @@ def _layer(values: Mapping[str, object], origin: str) -> Layer:
 
 
 def _environment(environ: Mapping[str, str]) -> Layer:
-    names = {name: key for name, key in ENVIRONMENT.items() if environ.get(name)}
-    return Layer(
-        {key: environ[name] for name, key in names.items()},
-        {key: f"environment {name}" for name, key in names.items()},
-    )
+    names = {key: name for name, key in ENVIRONMENT.items() if environ.get(name)}
+    values = {key: environ[name] for key, name in names.items()}
+    return Layer(values, {key: f"environment {name}" for key, name in names.items()})
 
 
 def ignored(environ: Mapping[str, str]) -> list[str]:
@@ -115,19 +113,12 @@ def default_path(environ: Mapping[str, str] = os.environ) -> Path:
     return base / "titan-launcher" / "config.toml"
 
 
-def user_file(config: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """--config, else LAUNCHER_CONFIG, else ~/.config/titan-launcher/config.toml where that exists."""
-    if config is not None:
-        return config
-    if environ.get("LAUNCHER_CONFIG"):
-        return Path(environ["LAUNCHER_CONFIG"])
-    path = default_path(environ)
-    return path if os.path.isfile(path) else None
-
-
 def _user_layer(config: Path | None, environ: Mapping[str, str], gpu: str = "") -> Layer:
-    path = user_file(config, environ)
-    return read_layer(path, f"file {path}", gpu) if path else Layer({}, {})
+    """--config, else LAUNCHER_CONFIG, else ~/.config/titan-launcher/config.toml where that exists."""
+    path = config or Path(environ.get("LAUNCHER_CONFIG") or default_path(environ))
+    if not (config or environ.get("LAUNCHER_CONFIG") or os.path.isfile(path)):
+        return Layer({}, {})
+    return read_layer(path, f"file {path}", gpu)
 
 
 def _repeated(run_file: Path, options: Layer) -> Layer:

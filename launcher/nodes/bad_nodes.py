@@ -166,7 +166,9 @@ def without_remembered(spec: PlacedRun, facts: ClusterFacts, now_s: float) -> tu
     if facts.name:
         spec, more = without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
         return spec, [*found, *more]
-    hosts = [node.host for nodes in known.values() for node in nodes if node.counts(now_s)]
+    excluded = set(expand(spec.job.exclude))
+    counting = [node.host for nodes in known.values() for node in nodes if node.counts(now_s)]
+    hosts = [host for host in counting if host not in excluded]
     return spec, [*found, *(_not_left_out(hosts, "Slurm does not say its cluster's name") if hosts else [])]
 
 

@@ -82,9 +82,8 @@ def partition_state(place: Place) -> Finding:
     states = {partition.state for partition in place.partitions}
     if "UP" in states or "" in states:
         return ok("partition", place=place.name)
-    if states == {"DOWN"}:
-        return warning("partition-down", ANOTHER, place=place.name)
-    return error("partition-closed", ANOTHER, place=place.name, state="/".join(sorted(states)))
+    refuse = warning if states == {"DOWN"} else error  # jobs do queue where it is DOWN
+    return refuse("partition-closed", ANOTHER, place=place.name, state="/".join(sorted(states)))
 
 
 def _most_allowed(limits: Sequence[int | None]) -> int | None:

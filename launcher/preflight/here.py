@@ -11,8 +11,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher.base.errors import ExitStatus, LauncherError, install, quoted
-from launcher.base.files import data_dir
+from launcher.base.errors import LauncherError, install, quoted
+from launcher.base.files import data_dir, unreadable
 from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
 from launcher.config.resolve import placed
 from launcher.config.runtime import host_path
@@ -92,8 +92,7 @@ def check_image(spec: RunSpec) -> list[Finding]:
         hint = f"{there}; to make one: make image, or launcher image build --help"
         raise LauncherError("image-missing", f"--image {path}: no such file", hint) from None
     except OSError as failed:
-        what, fix = f"--image {path}: {failed.strerror}", f"ls -ld {quoted(folder)}"
-        raise LauncherError("unreadable", what, fix, status=ExitStatus.FILESYSTEM) from None
+        raise unreadable(Path(path), failed, f"ls -ld {quoted(folder)}") from None
     if spec.job.runtime == "apptainer":
         _check_sif(path)
         return unknown_settings(spec, "")
@@ -111,11 +110,10 @@ def _check_sif(path: str) -> None:
         with open(path, "rb") as stream:
             head = stream.read(64)
     except OSError as failed:
-        raise LauncherError("unreadable", f"--image {path}: {failed.strerror}", f"ls -ld {quoted(path)}") from None
+        raise unreadable(Path(path), failed) from None
     if b"SIF_MAGIC" not in head:
-        raise LauncherError(
-            "not-sif", f"--image {path}: not an Apptainer image (SIF)", "--runtime pyxis for a squashfs file"
-        )
+        what = f"--image {path}: not an Apptainer image (SIF)"
+        raise LauncherError("not-sif", what, "--runtime pyxis for a squashfs file")
 
 
 def _driver(spec: RunSpec, facts: ImageFacts) -> list[Finding]:

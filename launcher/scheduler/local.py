@@ -107,14 +107,10 @@ def _signal(process: dict[str, Any], number: int) -> None:
 
 
 def _start_ticks(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[19]) if fields and fields[0] != "Z" else None
-
-
-def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on (proc(5): field 3, state, comes first here)."""
+    """From /proc/PID/stat (proc(5)): field 22; None for a process that has ended, whose state, field 3, is Z."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return text.rpartition(")")[2].split()
+    fields = text.rpartition(")")[2].split()
+    return int(fields[19]) if fields and fields[0] != "Z" else None

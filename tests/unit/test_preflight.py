@@ -113,7 +113,7 @@ CASES = {
         ),
     ],
     WARNING: [
-        Case("partition-down", run(), batch(state="DOWN"), "DOWN", "sinfo -s"),
+        Case("partition-closed", run(), batch(state="DOWN"), "DOWN", "sinfo -s"),
         Case("nodes-not-yet", run(nodes=9), cluster(*DYNAMIC), "has 2: the job waits", "--nodes 2"),
         Case("nodes-out-of-service", run(nodes=5), plus(BROKEN), "4 in service: bad is drained (GPU 3 [", "--nodes 4"),
         Case("nodes-out-of-service", run(nodes=5), plus(DOWN), "bad is down", "sinfo -R"),
