@@ -37,7 +37,7 @@ def show(partition: str, as_json: bool) -> None:
     launcher cluster show
     launcher cluster show --partition batch --json
     """
-    facts = detect().require(partition)
+    facts = detect().require(partition).as_placed(partition)
     nodes = facts.nodes_of(partition)
     proposal = propose(nodes)
     if as_json:
@@ -172,7 +172,7 @@ def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -
         "partitions": [vars(p) | {"guessed": False} for p in facts.partitions],
         "nodes": [vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free} for n in nodes],
         "blocks": [vars(b) | {"idle": len(free & set(b.nodes))} for b in facts.blocks],
-        "topologies": {},  # of partitions: no longer asked for
+        "topologies": {name: asdict(topology) for name, topology in facts.topologies.items()},
         "proposal": asdict(proposal),
     }
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from launcher.base.errors import quoted
 from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
@@ -23,7 +24,7 @@ from launcher.preflight.placement import Place, gpus_of, place_of, wants_segment
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 from launcher.scheduler.facts import ClusterFacts, Node
-from launcher.scheduler.parse import expand, seconds, time_text
+from launcher.scheduler.parse import compress, expand, seconds, time_text
 
 Check = Callable[[Place], Finding | None]
 ANOTHER = "another --partition: sinfo -s"
@@ -36,21 +37,21 @@ def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     facts = detected()
     spec, of_memory = bad_nodes.without_remembered(spec, facts, time.time())
     spec = placement.with_segment(placement.with_gpu_memory(spec, facts), facts)
-    found = [*preflight(spec, facts), *of_memory]
+    found = [*preflight(spec, facts, datetime.now()), *of_memory]
     if names := ignored(os.environ):  # a user whose shell sets them would otherwise wonder where an option has gone
         fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
         found.append(warning("sbatch-variables", fix, names=tuple(names)))
     return spec, found
 
 
-def preflight(spec: PlacedRun, facts: ClusterFacts) -> list[Finding]:
+def preflight(spec: PlacedRun, facts: ClusterFacts, now: datetime | None = None) -> list[Finding]:
     """Every check that applies, in the order in which a reader wants them. Pure.
 
     What Slurm did not answer is one warning, and the checks that need it are skipped.
     """
     if not (facts.nodes or facts.partitions):
         return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
-    place = place_of(spec, facts)
+    place = place_of(spec, facts, now)
     facts = place.facts
     if not facts.lacks("partitions") and (named := partition_named(place)):
         return [named]
@@ -247,6 +248,21 @@ def gpu_memory(place: Place) -> Finding | None:
     )
 
 
+def uptime(place: Place) -> Finding | None:
+    """B200's NVLink firmware fails at 60 days of uptime, which is known and goes with a reboot."""
+    known = of_gpu(place.spec.profile.gpu)
+    if known is None or not known.max_uptime_days or place.now is None:
+        return None
+    booted = {node.name: datetime.fromisoformat(node.booted) for node in place.fitting if node.booted}
+    days = {name: (place.now - at).days for name, at in booted.items()}
+    names = sorted((name for name in days if days[name] > known.max_uptime_days), key=lambda name: -days[name])
+    if not names:
+        return None
+    fix = f"an administrator reboots them: scontrol reboot ASAP nextstate=RESUME {quoted(compress(names))}"
+    texts = tuple(f"{name} ({days[name]})" for name in names)
+    return warning("uptime", fix, most=known.max_uptime_days, nodes=texts, gpu=known.gpu)
+
+
 def pyxis(place: Place) -> Finding | None:
     if place.spec.job.runtime != "pyxis":
         return None
@@ -262,7 +278,7 @@ CHECKS: tuple[tuple[str, Sequence[str], Sequence[Check]], ...] = (
     (
         "nodes and GPUs",
         ("nodes", "partitions"),
-        (nodes_listed, gpus, node_count, out_of_service, architecture, gpus_per_node, gpu_type, gpu_memory),
+        (nodes_listed, gpus, node_count, out_of_service, architecture, gpus_per_node, gpu_type, gpu_memory, uptime),
     ),
     ("Pyxis", ("srun",), (pyxis,)),
     ("placement", placement.NEEDED, (placement.segment, placement.racks, placement.blocks)),

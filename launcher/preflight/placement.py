@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import accumulate
 
 from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
@@ -40,6 +41,7 @@ class Place:
     nodes: tuple[Node, ...]
     fitting: tuple[Node, ...]  # those that have what each node of the run asks for
     hidden: frozenset[str]  # names of others that the partitions have, and of which nothing is known
+    now: datetime | None = None
 
     @property
     def name(self) -> str:
@@ -73,11 +75,9 @@ class Place:
         return max((count[partition.name] for partition in self.partitions), default=len(nodes))
 
 
-def place_of(spec: PlacedRun, facts: ClusterFacts) -> Place:
+def place_of(spec: PlacedRun, facts: ClusterFacts, now: datetime | None = None) -> Place:
+    facts = facts.as_placed(spec.job.partition)
     chosen = facts.partitions_of(spec.job.partition)
-    if own := [p for p in chosen if p.topology]:  # from Slurm 25.05; the cluster's blocks say nothing about it
-        why = f"partition {own[0].name} has a topology of its own, {own[0].topology}: --segment N is yours to choose"
-        facts = replace(facts, unread={**facts.unread, "topology": why})
     excluded = {*expand(spec.job.exclude), *spec.avoid}
     all_of = re.fullmatch(r"[\w.:+&-]+", spec.job.constraint)  # what other constraints mean is left to Slurm
     features = set(all_of[0].split("&")) if all_of else set()
@@ -89,7 +89,7 @@ def place_of(spec: PlacedRun, facts: ClusterFacts) -> Place:
     gres, count = spec.profile.gres, spec.profile.gpus_per_node
     fitting = tuple(node for node in nodes if not gres or gpus_of(node, gres) >= count)
     hidden = facts.hidden(spec.job.partition) - excluded
-    return Place(spec, facts, chosen, nodes, fitting, hidden)
+    return Place(spec, facts, chosen, nodes, fitting, hidden, now)
 
 
 def gpus_of(node: Node, gres: str) -> int:
@@ -184,8 +184,8 @@ def with_segment(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
     if spec.job.segment:
         return replace(spec, segment=spec.job.segment)
     place = place_of(spec, facts)
-    blocks = blocks_of(place)
-    if place.facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
+    blocks, facts = blocks_of(place), place.facts
+    if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
         return replace(spec, segment=0)
     return replace(spec, segment=best_segment(spec.job.nodes, blocks, {node.name for node in place.out}))
 

@@ -90,6 +90,9 @@ TEXTS = {
     ),
     "architecture": Text("architecture", "{arch}"),
     "architecture-other": Text("architecture", ARCHITECTURE, "an image for another architecture does not start"),
+    "uptime": Text(
+        "uptime", "up for more than {most} days: {nodes}", "a firmware bug stops NVLink of {gpu} nodes at 60 days"
+    ),
     "pyxis": Text("Pyxis", "Pyxis"),
     "pyxis-absent": Text(
         "Pyxis",

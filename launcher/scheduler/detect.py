@@ -4,7 +4,7 @@ answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from launcher.base.errors import LauncherError
 from launcher.scheduler import parse, slurm
-from launcher.scheduler.facts import SEGMENT_SINCE, ClusterFacts
+from launcher.scheduler.facts import SEGMENT_SINCE, ClusterFacts, Topology
 
 Run = Callable[[Sequence[str]], str]
 T = TypeVar("T")
@@ -34,20 +34,16 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
     A command that fails, hangs or is cut off has said nothing: `unread` has its name and why. `run` and `plugstack`
     (path of plugstack.conf -> its text with what it includes) are replaced in tests.
     """
-    answers = _ask_all(run or slurm.ask)
+    ask = run or slurm.ask
+    answers = _ask_all(ask, QUESTIONS)
     unread: dict[str, str] = {}
 
     def doubt(name: str, why: str) -> None:
         unread.setdefault(name, f"{' '.join(QUESTIONS[name])}: {why}")
 
     def read(name: str, parser: Callable[[str], T]) -> T | None:
-        answer = answers[name]
         try:
-            if isinstance(answer, BaseException):
-                raise answer
-            if answer and not answer.endswith("\n"):
-                raise ValueError("its answer is cut off")
-            return parser(answer)
+            return _parsed(answers[name], parser)
         except LauncherError as error:
             doubt(name, ": ".join([error.what, *error.original.splitlines()[:1]]))
         except ValueError as error:
@@ -84,8 +80,29 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
         blocks=blocks,
         pyxis_options=options,
         squashfuse=parse.squashfuse((plugstack or slurm.plugstack)(path)) if path and options else None,
+        topologies=_topologies(ask, {p.topology for p in partitions} - {""}),
         unread=unread,
     )
+
+
+def _parsed(answer: str | BaseException, parser: Callable[[str], T]) -> T:
+    if isinstance(answer, BaseException):
+        raise answer
+    if answer and not answer.endswith("\n"):
+        raise ValueError("its answer is cut off")
+    return parser(answer)
+
+
+def _topologies(ask: Run, names: Collection[str]) -> dict[str, Topology]:
+    """Those that partitions name: the cluster's own, which was asked for with all else, says nothing about them."""
+    questions = {name: (*QUESTIONS["topology"], name) for name in names}
+    found = {}
+    for name, answer in _ask_all(ask, questions).items():
+        try:
+            found[name] = _parsed(answer, parse.topology)
+        except (LauncherError, ValueError) as error:
+            found[name] = Topology(unread=f"{' '.join(questions[name])}: {error}")
+    return found
 
 
 @cache
@@ -96,7 +113,7 @@ def detected() -> ClusterFacts:
     return detect()
 
 
-def _ask_all(ask: Run) -> dict[str, str | BaseException]:
+def _ask_all(ask: Run, questions: Mapping[str, Sequence[str]]) -> dict[str, str | BaseException]:
     """Every question's answer or error. Ctrl-C ends it at once: the threads, and what they wait for, are left
     behind.
     """
@@ -104,10 +121,10 @@ def _ask_all(ask: Run) -> dict[str, str | BaseException]:
 
     def one(name: str) -> None:
         try:
-            said.put((name, ask(QUESTIONS[name])))
+            said.put((name, ask(questions[name])))
         except BaseException as error:  # raised where the answer is read
             said.put((name, error))
 
-    for name in QUESTIONS:
+    for name in questions:
         Thread(target=one, args=(name,), daemon=True).start()
-    return dict(said.get() for _ in QUESTIONS)
+    return dict(said.get() for _ in questions)

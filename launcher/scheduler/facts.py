@@ -6,7 +6,7 @@ launcher/scheduler/detect.py asks Slurm for them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 
@@ -90,6 +90,15 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Topology:
+    """One that partitions name. `unread`: its command, and why there is no answer."""
+
+    kind: str = ""  # block, tree, flat
+    blocks: tuple[Block, ...] = ()
+    unread: str = ""
+
+
+@dataclass(frozen=True)
 class ClusterFacts:
     """A cluster at one moment. What could not be read is as empty as what is not there: `unread` tells them apart."""
 
@@ -104,6 +113,7 @@ class ClusterFacts:
     blocks: tuple[Block, ...] = ()
     pyxis_options: tuple[str, ...] = ()  # "--container-image", ... as srun --help lists them
     squashfuse: bool | None = None  # an image is mounted (True) or unpacked on every node (False)
+    topologies: Mapping[str, Topology] = field(default_factory=dict)  # by name; the cluster's default is not in it
     # The question of launcher/scheduler/detect.py -> its command, and why there is no answer, or not a whole one.
     unread: Mapping[str, str] = field(default_factory=dict)
 
@@ -134,6 +144,19 @@ class ClusterFacts:
         if names:
             return tuple(p for p in self.partitions if p.name in names.split(","))
         return tuple(filter(None, (self.partition(),)))
+
+    def as_placed(self, partition: str = "") -> ClusterFacts:
+        """These facts with the topology by which Slurm places jobs of `partition`; none where "a,b" have several."""
+        used = {p.topology for p in self.partitions_of(partition)} or {""}
+        if used == {""}:
+            return self
+        own = self.topologies.get(used.pop(), Topology()) if len(used) == 1 else Topology()
+        unread = {name: why for name, why in self.unread.items() if name != "topology"}
+        unread |= {"topology": own.unread} if own.unread else {}
+        segment = own.kind == "block" and (self.slurm or (0, 0)) >= SEGMENT_SINCE
+        block_of = {name: block.name for block in own.blocks for name in block.nodes}
+        nodes = tuple(replace(node, block=block_of.get(node.name, "")) for node in self.nodes)
+        return replace(self, topology=own.kind, blocks=own.blocks, segment=segment, unread=unread, nodes=nodes)
 
     def nodes_of(self, partition: str = "") -> tuple[Node, ...]:
         """Nodes of `partition` ("a,b" is both), or of the default one for "", or all where there is none."""

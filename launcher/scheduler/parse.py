@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import groupby
 
 from launcher.base.values import whole
-from launcher.scheduler.facts import Block, Node, Partition
+from launcher.scheduler.facts import Block, Node, Partition, Topology
 
 NOTHING = frozenset(("", "(null)", "N/A", "n/a", "None"))
 MAX_HOSTS = 200_000  # in one host list; Slurm itself stops at 65,533 nodes
@@ -172,6 +172,15 @@ def blocks(text: str) -> tuple[Block, ...]:
     """
     found = records(text, "BlockName", "BlockName")
     return tuple(Block(fields["BlockName"], expand(fields.get("Nodes", ""))) for fields in found)
+
+
+def topology(text: str) -> Topology:
+    """`scontrol -o show topology NAME`, of whatever kind that is. Raises ValueError for an answer of no known kind."""
+    if found := blocks(text):
+        return Topology("block", found)
+    if text.strip() and not text.startswith(("SwitchName=", "TopologyName=")):
+        raise ValueError("nothing of it can be read")
+    return Topology("tree" if text.startswith("SwitchName=") else "flat")
 
 
 def container_options(help_text: str) -> tuple[str, ...]:

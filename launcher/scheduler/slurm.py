@@ -26,6 +26,21 @@ SUBMIT_S = 90  # bound on sbatch: above Slurm's own MessageTimeout of 10 s and i
 PASSED = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 OWN = re.compile(r"(SLURM|SBATCH|SRUN|SQUEUE|SINFO|SACCT|SCANCEL|SCONTROL)_")
 UNSURE = ("timed out", "unable to contact", "zero bytes", "connection refused", "try again")
+# What sbatch says -> what to type. For people alone: no decision hangs on it.
+HINTS = (
+    ("account", "--account NAME; sacctmgr show assoc user=$USER"),
+    ("qos", "--qos NAME; sacctmgr show qos; squeue --me"),
+    ("reservation", "--reservation NAME; scontrol show reservation"),
+    ("node list|nodes? not in|node ?name|host ?name", "sinfo -N -o '%N %P'"),
+    ("topology", "a smaller --segment, which divides --nodes"),
+    ("generic resource|gres", "sinfo -o '%N %G'; set [profile] gres in a file for --config"),
+    ("configuration is not available|node count|number of nodes|processors", "sinfo -o '%P %D %c %m %G %t'"),
+    ("feature", "--constraint FEATURES; sinfo -o '%N %f'"),
+    ("unrecognized option|unknown option", "leave it out of --sbatch; sbatch --help"),
+    ("time", "--time; sinfo -o '%P %l'"),
+    ("partition|permi|access|user", "another --partition; sinfo -s"),
+    ("", "launcher preflight with the same options; launcher submit --dry-run prints the script"),
+)
 
 
 def submit(script: Path, lock_fd: int, after: str = "") -> str:
@@ -68,7 +83,7 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
         raise Unsure(f"sbatch answered with {len(job_ids) or 'no'} job ids", out + err)
     if any(words in err.lower() for words in UNSURE) or job_ids:
         raise Unsure(f"sbatch failed (exit code {code})", out + err)
-    fix = "launcher preflight with the same options; sinfo -s; launcher submit --dry-run prints the script"
+    fix = next(fix for words, fix in HINTS if re.search(words, err or out, re.IGNORECASE))
     what = f"sbatch refused the job (exit code {code})"
     raise Refused("sbatch-refused", what, fix, status=ExitStatus.CLUSTER, original=err or out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -369,3 +370,33 @@ def test_blocks_and_nodes_are_matched_by_name() -> None:
     facts = facts_of(cluster("25.05.3", [FakeNode("a1"), FakeNode("a2")], batch, topology=blocks))
     assert facts.blocks == (Block("x", ("a2", "a9")),)
     assert [n.block for n in facts.nodes] == ["", "x"]
+
+
+def test_a_topology_of_a_partitions_own() -> None:
+    """The cluster's is flat or of other blocks: that says nothing about the partition."""
+    answers = dict(CLUSTERS["terraform-25.05"])
+    lines = answers["partitions"].splitlines()
+    named = "".join(f"{line} Topology={'nvl' if 'Name=short' in line else 'gone'}\n" for line in lines)
+    config = answers["config"].replace("topology/block", "topology/flat")
+    other = answering({**answers, "partitions": named, "config": config, "topology": ""})
+
+    def run(words: Sequence[str]) -> str:
+        if tuple(words) == ("scontrol", "-o", "show", "topology", "nvl"):
+            return "BlockName=b1 BlockIndex=0 Nodes=batch-compute-node-[001-002] BlockSize=2\n"
+        if words[-1] == "gone":
+            raise LauncherError("slurm-failed", "scontrol failed")
+        return other(words)
+
+    facts = detect(run, lambda path: "")
+    assert (facts.topology, facts.segment, facts.unread) == ("flat", False, {})
+    of_short, of_batch, of_both = (facts.as_placed(name) for name in ("short", "", "short,batch"))
+    assert (of_short.topology, of_short.segment, [len(b.nodes) for b in of_short.blocks]) == ("block", True, [2])
+    assert [node.block for node in of_short.nodes[:3]] == ["b1", "b1", ""]
+    assert of_batch.unread == {"topology": "scontrol -o show topology gone: scontrol failed"}
+    assert (of_both.topology, of_both.segment, of_both.blocks) == ("", False, ())
+    older = facts_of(answers)
+    assert older.as_placed("short") is older
+
+
+def test_a_partitions_topology_without_blocks(text: str, kind: str) -> None:
+    assert parse.topology(text).kind == kind

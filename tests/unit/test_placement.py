@@ -16,7 +16,7 @@ from launcher.config.write import run_toml
 from launcher.preflight.cluster import preflight
 from launcher.preflight.placement import best_segment, describe, segment_of, with_segment
 from launcher.preflight.text import sentence, words
-from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
+from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition, Topology
 
 RACKS = tuple(Block(f"rack-{r}", tuple(f"r{r}n{i:02d}" for i in range(18))) for r in range(1, 4))
 
@@ -67,16 +67,6 @@ def test_what_is_drained_is_not_counted_on_unless_nothing_else_is_left() -> None
     every = cluster("r1n00", "r2n00", "r3n00")
     assert with_segment(run(17), every).segment == 17
     assert with_segment(run(18), every).segment == 9
-
-
-def test_a_partition_with_a_topology_of_its_own() -> None:
-    """Slurm 25.05. The cluster's blocks say nothing about it."""
-    facts = replace(cluster(), partitions=(Partition("batch", True, "UP", topology="nvl"),))
-    chosen = with_segment(run(36), facts)
-    assert chosen.segment == 0 and with_segment(run(36, segment=18), facts).segment == 18
-    warned = next(finding for finding in preflight(chosen, facts) if finding.code == "cluster-unread")
-    assert "has a topology of its own, nvl" in sentence(warned)
-    assert "cluster-unread" not in [finding.code for finding in preflight(run(1), facts)]
 
 
 def test_it_is_in_the_script_and_is_not_what_was_asked() -> None:
@@ -198,3 +188,14 @@ def test_large_clusters() -> None:
     assert best_segment(9_616, uneven) == 16
     blocks = [Block(str(b), tuple(f"{b}-{i}" for i in range(18))) for b in range(556)]
     assert best_segment(9_990, blocks) == 18
+
+
+def test_the_blocks_of_the_partitions_own_topology() -> None:
+    own = Partition("batch", True, "UP", topology="nvl")
+    facts = replace(cluster(blocks=(), topology="tree", segment=False), partitions=(own,))
+    facts = replace(facts, topologies={"nvl": Topology("block", RACKS)})
+    assert with_segment(run(36), facts).segment == 18
+    assert "segment" in [finding.code for finding in preflight(with_segment(run(36), facts), facts)]
+    unread = replace(facts, topologies={"nvl": Topology(unread="scontrol -o show topology nvl: silent")})
+    assert with_segment(run(36), unread).segment == 0
+    assert "cluster-unread" in [finding.code for finding in preflight(run(36), unread)]

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -398,3 +399,14 @@ def test_a_batch_that_no_gpu_has_the_memory_for(
     assert done.returncode == 3 and "batch 8 needs about 25" in done.stderr
     assert "--batch-size 5" in done.stderr and not (image.parent / "runs" / "r").exists()
     assert launch(*command, "--batch-size", "8", "--force").returncode == 0
+
+
+def test_b200_nodes_that_run_for_too_long() -> None:
+    booted = ("2026-01-05T00:00:00", "2026-01-04T23:59:00", "2026-01-03T00:00:00", "")
+    facts = cluster(*(replace(node, booted=at) for node, at in zip(FOUR, booted, strict=True)))
+    now = datetime(2026, 3, 1, 23, 59)
+    finding = found(preflight(run("b200"), facts, now), "uptime")
+    assert finding.status == WARNING and "up for more than 55 days: n2 (57), n1 (56)" in sentence(finding)
+    assert finding.fix.endswith("scontrol reboot ASAP nextstate=RESUME 'n[1-2]'")
+    for gpu, at in (("h200", now), ("b200", datetime(2026, 2, 1))):
+        assert "uptime" not in codes(preflight(run(gpu), facts, at))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from launcher.base.errors import ExitStatus
+from launcher.scheduler.slurm import HINTS
 from tests.conftest import Launch
 
 Fake = Callable[[str, str], Path]
@@ -263,3 +265,28 @@ def test_the_controller_is_down(launch: Launch, slurm: Fake, image: Path) -> Non
     done = launch("status", "r")
     assert (done.returncode, "Unable to contact" in done.stderr) == (ExitStatus.CLUSTER, True)
     assert json.loads(launch("list", "--json").stdout)[0]["state"] == "UNKNOWN"
+
+
+FAILED = "Batch job submission failed: "
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        (FAILED + "Invalid partition name specified", "sinfo -s"),
+        (FAILED + "Invalid account or account/partition combination specified", "--account"),
+        (FAILED + "Invalid qos specification", "--qos"),
+        (FAILED + "Access denied to requested reservation", "--reservation"),
+        (FAILED + "Invalid node name specified", "sinfo -N"),
+        (FAILED + "Requested topology configuration is not available", "--segment"),
+        (FAILED + "Invalid generic resource (gres) specification", "%G"),
+        (FAILED + "Requested node configuration is not available", "%c"),
+        (FAILED + "Requested time limit is invalid (missing or exceeds some limit)", "--time"),
+        (FAILED + "Invalid feature specification", "--constraint"),
+        ("sbatch: unrecognized option '--cons'", "--sbatch"),
+        (FAILED + "Access/permission denied", "--partition"),
+        ("something new", "launcher preflight"),
+    ],
+)
+def test_what_to_type_when_sbatch_refuses(said: str, fix: str) -> None:
+    assert fix in next(hint for words, hint in HINTS if re.search(words, said, re.IGNORECASE))
