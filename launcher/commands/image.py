@@ -1,4 +1,5 @@
-"""The commands `launcher image ...`: what they take and what they print.
+"""The commands `launcher image ...`: what they take and what they print. The work is done by the modules beside this
+one.
 
 Progress goes to standard error; standard output has the names of what was made, one per line, or JSON.
 """
@@ -21,20 +22,22 @@ from launcher.base.files import filesystem_error, read_json
 from launcher.base.output import as_json, echo, print_json, say, style
 from launcher.config.layers import find, names_of, read_layer
 from launcher.config.options import FilePath, gone
-from launcher.image import ARCHES
+from launcher.image import ARCHES, registry
 from launcher.image import build as building
 from launcher.image import check as checking
 from launcher.image import engine as docker_engine
 from launcher.image import lock as locking
+from launcher.image.build import Built
 from launcher.image.channels import channel as channel_of
 from launcher.image.channels import channels
 from launcher.image.check import is_file
 from launcher.image.convert import convert_image
+from launcher.image.engine import Engine
 from launcher.image.inspect import inspect, problems
 from launcher.image.lock import pinned
 from launcher.image.sif import sif
 from launcher.image.squashfs_file import ImageFacts, sidecar_path
-from launcher.image.squashfs_tools import FORMATS, need
+from launcher.image.squashfs_tools import FORMATS, program
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -44,29 +47,69 @@ _STATUS_COLOURS = {"ok": "green", "failed": "red", "skipped": "yellow"}
 # ------------------------------------------------------------------------------------ arguments and options
 
 
-# registry:port/path:tag@digest, or an id. Docker itself looks closer; what begins with a dash is an option to it.
-_REFERENCE = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:\[\]-]*(/[a-z0-9._-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?", re.A)
+_WORD = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+_REFERENCE = re.compile(
+    rf"(?:(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])(?::[0-9]+)?/)?{_WORD}(?:/{_WORD})*"
+    r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
+)
 
 
-def image_name(_context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """An image of the engine; "" for an option that is not given."""
-    if not _REFERENCE.fullmatch(value) and (value or isinstance(parameter, click.Argument)):
+def is_reference(name: str) -> bool:
+    """Whether an engine's image can be called so: registry/path:tag@digest, in Docker's grammar, or an id."""
+    return _REFERENCE.fullmatch(name) is not None
+
+
+def image_name(_context: click.Context | None, parameter: click.Parameter | None, value: str | None) -> str:
+    """An image of the engine, which would take ../../containers/json for a request; "" where none is given.
+
+    No name that an image gets has a digest; to push to one that is empty is an error.
+    """
+    option = parameter.name if parameter else ""
+    if value is None or (value == "" and option in ("tag", "base")):
+        return ""
+    if not is_reference(value) or ("@" in value and option in ("tag", "reference")):
         what = f"{value[:200]!r} is not the name of an image, such as titan:stable-amd64"
         raise click.BadParameter(what, param=parameter)
     return value
 
 
-def file_or_image(context: click.Context, parameter: click.Parameter, value: str) -> str:
+class FileOrImage(FilePath):
     """A squashfs, or an image of the engine."""
-    return value if is_file(value) else image_name(context, parameter, value)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if value and is_file(path := os.path.expanduser(value)):
+            return super().convert(path, parameter, context)
+        return image_name(context, parameter, value)
 
 
-def squashfs_file(_context: click.Context, _parameter: click.Parameter, value: str) -> Path:
+class SquashfsFile(FilePath):
     """A squashfs; for what names an image of the engine, the command that makes one of it."""
-    if not is_file(value) and not os.path.lexists(value) and _REFERENCE.fullmatch(value):
-        fix = f"launcher image check {value}, or: launcher image convert {value}"
-        raise LauncherError("image-not-a-file", f"{value}: no such file; an image of the Docker engine is no file", fix)
-    return Path(value)
+
+    def __init__(self, status: ExitStatus = ExitStatus.INVALID) -> None:
+        super().__init__(path_type=Path)
+        self._status = status
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if not os.path.lexists(value) and not is_file(str(value)) and is_reference(str(value)):
+            name = quoted(value)
+            raise LauncherError(
+                "image-not-a-file",
+                f"{value}: no such file; an image of the Docker engine is no file yet",
+                f"launcher image check {name}, or: launcher image convert {name}",
+                status=self._status,
+            )
+        return super().convert(value, parameter, context)
+
+
+class TargetPath(FilePath):
+    """Where a file is written. With a slash at its end it has to be a directory: a Path forgets that slash."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        path = super().convert(value, parameter, context)
+        if str(value).endswith("/") and not os.path.isdir(path):
+            fix = f"mkdir -p {quoted(path)}, or a file's name without the slash"
+            raise LauncherError("directory-missing", f"{value}: no such directory", fix, status=ExitStatus.FILESYSTEM)
+        return path
 
 
 def no_password(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -87,19 +130,16 @@ def file_name(about: Mapping[str, Any]) -> str:
     return f"{title}-{about['Architecture']}.sqsh" if known else ""
 
 
-def target_path(output: str | None, name: str, force: bool) -> Path:
+def target_path(output: Path | None, name: str, force: bool) -> Path:
     """`output`, or in it `name` where it is a directory; the working directory by default.
 
     Raises LauncherError where nothing could be written, and for a file that exists unless `force`.
     """
-    path = Path(output or ".")
+    path = output or Path()
     if path.is_dir():
         if not name:
             raise click.UsageError("The image does not say which channel it is: name the file with -o FILE.")
         path /= name
-    elif str(output).endswith("/"):  # which a Path forgets
-        fix = f"mkdir -p {quoted(path)}, or a file's name without the slash"
-        raise LauncherError("directory-missing", f"{output}: no such directory", fix, status=ExitStatus.FILESYSTEM)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise filesystem_error(path, OSError(errno.EACCES if path.parent.is_dir() else errno.ENOENT, ""), "-o PATH")
     if os.path.lexists(path) and not (path.is_file() or path.is_symlink()):
@@ -107,6 +147,14 @@ def target_path(output: str | None, name: str, force: bool) -> Path:
     if os.path.lexists(path) and not force:
         raise LauncherError("file-exists", f"{path} exists", "replace it: --force; or another name: -o FILE")
     return path
+
+
+class _WithChannels(click.Command):
+    """A command whose help lists the channels."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Channels"):
+            formatter.write_dl([(channel.name, channel.about) for channel in channels().values()])
 
 
 def _completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
@@ -129,7 +177,6 @@ _purpose = click.option(
     help="What nodes do with the file. unpack: it is small (zstd); mount, by squashfuse: it is cheap to read (lz4).",
 )
 _force = click.option("--force", is_flag=True, help="Replace a file that exists.")
-_squashfs = click.argument("file", type=FilePath(), callback=squashfs_file, metavar="FILE.sqsh")
 
 
 def _arch(default: str | None, about: str) -> Decorator:
@@ -137,55 +184,62 @@ def _arch(default: str | None, about: str) -> Decorator:
     return click.option("--arch", type=choice, default=default, help=f"Architecture.  [default: {about}]")
 
 
-def _output(about: str) -> Decorator:
-    return click.option("--output", "-o", type=FilePath(), metavar="PATH", help=about)
-
-
-def _image_option(name: str, metavar: str, about: str) -> Decorator:
-    return click.option(name, default="", metavar=metavar, callback=image_name, help=about)
-
-
-def _channels_epilog() -> str:
-    lines = [f"  {channel.name:10} {channel.about}" for channel in channels().values()]
-    return "\n".join(["\b", "Channels:", *lines])
+def _output(about: str, *, directory: bool = True) -> Decorator:
+    kind = TargetPath(path_type=Path, dir_okay=directory)
+    return click.option("--output", "-o", type=kind, metavar="PATH", help=about)
 
 
 # ------------------------------------------------------------------------------------------- the commands
 
 
-@click.group()
-def image() -> None:
-    """Build, convert, inspect and check the image that jobs run in.
-
-    \b
-    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
-    launcher image inspect titan-cpu-amd64.sqsh         what is in it
-    """
-
-
-@image.command("build", epilog=_channels_epilog())
+@click.command("build", cls=_WithChannels)
 @_channel
 @_arch(None, "the Docker engine's own")
 @_output("Also convert it: a directory, which gets titan-CHANNEL-ARCH.sqsh, or a file's name.")
 @_purpose
 @_force
-@_image_option("--tag", "NAME:TAG", "Its name in the engine.  [default: titan:CHANNEL-ARCH]")
-@_image_option("--base", "IMAGE", "Base image in place of the channel's own.")
+@click.option(
+    "--tag",
+    default="",
+    metavar="NAME:TAG",
+    callback=image_name,
+    help="Its name in the engine.  [default: titan:CHANNEL-ARCH]",
+)
+@click.option(
+    "--base",
+    default="",
+    metavar="IMAGE",
+    callback=image_name,
+    help="Base image in place of the channel's own.",
+)
 @click.option(
     "--lock",
     "lock_file",
-    type=FilePath(path_type=Path, dir_okay=False, exists=True),
+    type=FilePath(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Lock file in place of the channel's own.",
 )
 @_torch_index
 @click.option("--index-url", default="", metavar="URL", callback=no_password, help="A mirror of PyPI for the build.")
 @click.option("--network", default="", metavar="NAME", help="Network of the build's steps, such as 'host'.")
-@gone("--no-cache", "docker builder prune, before it", is_flag=True)
-@gone("--push", "docker tag and docker push; several architectures: docker manifest create")
+@click.option("--no-cache", is_flag=True, help="Build every layer anew.")
+@click.option(
+    "--push",
+    "reference",
+    metavar="REFERENCE",
+    callback=image_name,
+    help="Push what was built, as one manifest list of its architectures: registry/path:tag.",
+)
 @as_json
 def build_command(
-    channel: str, arch: str | None, output: str | None, purpose: str, force: bool, as_json: bool, **options: Any
+    channel: str,
+    arch: str | None,
+    output: Path | None,
+    purpose: str,
+    force: bool,
+    reference: str,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Build a channel's image with the Docker engine.
 
@@ -194,39 +248,50 @@ def build_command(
     \b
     launcher image build
     launcher image build stable --arch arm64 -o /data
+    launcher image build stable --arch all --push registry.example.com/titan:stable
     """
     channel_of(channel)
-    arches = list(ARCHES) if arch == "all" else [arch or docker_engine.own_arch()]
-    if len(arches) > 1 and (options["tag"] or options["lock_file"] or (output and not os.path.isdir(output))):
+    engine = docker_engine.connect()
+    arches = building.arches(arch or "", engine)
+    if len(arches) > 1 and (options["tag"] or options["lock_file"] or (output and not output.is_dir())):
         raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
-        need("mksquashfs")
-        files = {one: target_path(output, f"titan-{channel}-{one}.sqsh", force) for one in arches}
+        program("mksquashfs")
+        files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
     built = []
-    for one in arches:
-        image = building.build(channel, one, **options)
+    for arch in arches:
+        image = building.build(channel, arch, engine=engine, say=say, **options)
         built.append(image)
-        if one in files:
-            convert_image(image.tag, files[one], FORMATS[purpose])
+        if arch in files:
+            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
+    pushed = _push(built, reference, engine) if reference else None
     if as_json:
         names = {arch: click.format_filename(path) for arch, path in files.items()}
         images = [asdict(image) | {"squashfs": names.get(image.arch)} for image in built]
-        return print_json({"images": images, "pushed": None})
+        return print_json({"images": images, "pushed": pushed})
     for image in built:
         echo(str(files.get(image.arch, image.tag)))
+    if pushed:
+        echo(f"{pushed['reference']}@{pushed['digest']}")
     for path in files.values():
         say(f"  next: launcher submit --image {quoted(path)}")
 
 
-@image.command("convert")
+def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
+    pushed = [registry.push(image.tag, reference, engine=engine, say=say) for image in built]
+    digest = registry.manifest_list(reference, pushed, engine=engine, say=say)
+    return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
+
+
+@click.command("convert")
 @click.argument("image", callback=image_name)
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sqsh]")
 @_purpose
 @gone("--with", "leave it out: the conversion needs no enroot")
 @_force
 @as_json
-def convert_command(image: str, output: str | None, purpose: str, force: bool, as_json: bool) -> None:
+def convert_command(image: str, output: Path | None, purpose: str, force: bool, as_json: bool) -> None:
     """Turn an IMAGE of the engine into a squashfs for Pyxis.
 
     Nothing is unpacked, and neither enroot nor root is needed. Beside the file comes FILE.json: what is in it.
@@ -235,16 +300,18 @@ def convert_command(image: str, output: str | None, purpose: str, force: bool, a
     launcher image convert titan:stable-arm64
     launcher image convert titan:stable-arm64 -o /data/titan.sqsh --for mount
     """
-    path = target_path(output, file_name(docker_engine.inspect(image)), force)
-    convert_image(image, path, FORMATS[purpose])
+    engine = docker_engine.connect()
+    about = docker_engine.inspect(engine, image)
+    path = target_path(output, file_name(about), force)
+    convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
     if as_json:
         print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
     else:
         echo(str(path))
 
 
-@image.command("inspect")
-@_squashfs
+@click.command("inspect")
+@click.argument("file", type=SquashfsFile(), metavar="FILE.sqsh")
 @click.option(
     "--gpu",
     metavar="PROFILE",
@@ -287,21 +354,21 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
 
 def _print_facts(facts: ImageFacts) -> None:
     sources = {"sidecar": f"{Path(facts.path).name}.json", "image": "the image's own /etc/titan-image.json"}
-    rows = {
-        "architecture": facts.arch or "unknown",
-        "channel": facts.channel,
-        **{name: value or "none" for name, value in facts.versions.items()},
-        "driver": f"{facts.driver_min} or newer" if facts.driver_min else "",
-        "GPUs": " ".join(facts.sm),
-        "quantization": " ".join(facts.quantization),
-        "known from": sources.get(facts.source, "the files in it"),
-    }
+    driver = f"{facts.driver_min} or newer" if facts.driver_min else ""
+    rows = {"architecture": facts.arch or "unknown", "channel": facts.channel}
+    rows |= {name: value or "none" for name, value in facts.versions.items()}
+    rows |= {"driver": driver, "GPUs": " ".join(facts.sm), "quantization": " ".join(facts.quantization)}
+    rows |= {"known from": sources.get(facts.source, "the files in it")}
     echo(f"{facts.path}: squashfs, {facts.compressor}, {facts.bytes / 1e6:,.1f} MB")
-    echo(*(f"  {name:13} {value}" for name, value in rows.items() if value), *(f"  {note}" for note in facts.notes))
+    for name, value in rows.items():
+        if value:
+            echo(f"  {name:13} {value}")
+    for note in facts.notes:
+        echo(f"  {note}")
 
 
-@image.command("check")
-@click.argument("image", metavar="IMAGE|FILE.sqsh", type=FilePath(), callback=file_or_image)
+@click.command("check")
+@click.argument("image", metavar="IMAGE|FILE.sqsh", type=FileOrImage())
 @click.option("--timeout", type=click.IntRange(min=1), default=900, metavar="SECONDS", show_default=True)
 @as_json
 def check_command(image: str, timeout: int, as_json: bool) -> None:
@@ -320,7 +387,7 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
         checks = [asdict(result) for result in results]
         print_json({"image": click.format_filename(image), "ok": not failed, "checks": checks})
     else:
-        width = max(len(result.name) for result in results)
+        width = max((len(result.name) for result in results), default=0)
         for result in results:
             status = style(f"{result.status:7}", fg=_STATUS_COLOURS.get(result.status))
             echo(f"{status}  {result.name:{width}}  {result.found}")
@@ -328,17 +395,11 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
         sys.exit(ExitStatus.INVALID)
 
 
-@image.command("lock", epilog=_channels_epilog())
+@click.command("lock", cls=_WithChannels)
 @_channel
 @_arch("all", "all")
 @_torch_index
-@click.option(
-    "--output",
-    "-o",
-    type=FilePath(path_type=Path, dir_okay=False),
-    metavar="PATH",
-    help="Lock file.  [default: containers/locks/CHANNEL-ARCH.txt]",
-)
+@_output("Lock file.  [default: containers/locks/CHANNEL-ARCH.txt]", directory=False)
 @as_json
 def lock_command(channel: str, arch: str, torch_index: str | None, output: Path | None, as_json: bool) -> None:
     """Pin the newest packages of a channel, with hashes.
@@ -353,23 +414,24 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
     if output and len(arches) > 1:
         raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
     rows = []
-    for one in arches:
-        path = locking.lock(channel, one, torch_index=torch_index, output=output)
-        packages = pinned(path)
-        rows.append({"channel": channel, "arch": one, "path": click.format_filename(path), "packages": packages})
+    for arch in arches:
+        path = locking.lock(channel, arch, torch_index=torch_index, output=output, say=say)
+        packages = pinned(path.read_text(encoding="utf-8"))
+        row = {"channel": channel, "arch": arch, "path": click.format_filename(path), "packages": packages}
+        rows.append(row)
     if as_json:
         print_json(rows)
     else:
         echo(*(str(row["path"]) for row in rows))
 
 
-@image.command("sif")
-@_squashfs
+@click.command("sif")
+@click.argument("file", type=SquashfsFile(ExitStatus.USAGE), metavar="FILE.sqsh")
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sif]")
 @_force
 @gone("--recipe", "make a squashfs where Docker is, then: launcher image sif FILE.sqsh", is_flag=True)
 @as_json
-def sif_command(file: Path, output: str | None, force: bool, as_json: bool) -> None:
+def sif_command(file: Path, output: Path | None, force: bool, as_json: bool) -> None:
     """Make a file for Apptainer.
 
     From a squashfs, for clusters without Pyxis.
@@ -378,8 +440,22 @@ def sif_command(file: Path, output: str | None, force: bool, as_json: bool) -> N
     launcher image sif titan-stable-amd64.sqsh
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
-    made = sif(file, target_path(output, f"{file.stem}.sif", force))
+    made = sif(file, target_path(output, f"{file.stem}.sif", force), say=say)
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
     else:
         echo(str(made))
+
+
+@click.group()
+def image() -> None:
+    """Build, convert, inspect and check the image that jobs run in.
+
+    \b
+    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
+    launcher image inspect titan-cpu-amd64.sqsh         what is in it
+    """
+
+
+for _command in (build_command, convert_command, inspect_command, check_command, lock_command, sif_command):
+    image.add_command(_command)

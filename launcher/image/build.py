@@ -7,48 +7,76 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.files import data_dir
-from launcher.base.output import say
 from launcher.base.values import whole
+from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
-from launcher.image.channels import Channel, channel, lock_path
-from launcher.image.lock import lock, pinned
-from launcher.image.squashfs_tools import TAIL, run
+from launcher.image.channels import Channel, channel, docker_arch, lock_path
+from launcher.image.engine import Engine
+from launcher.image.lock import lock, need_lock, pinned
 
 _IN_IMAGE = ("check.py", "describe.py", "channels.toml")
 
-# What the last lines of a failed build say -> what to do. The first that matches is told.
-_FIXES = (
+# What a failed build says -> what it means and what to do. The first that matches is reported.
+_CAUSES: tuple[tuple[str, str, str], ...] = (
     (
-        r"DO NOT MATCH THE HASHES|do not match|Hashes are required|No matching distribution found|HTTP error 404",
-        "the lock {lock} names a file that the index does not have, or not with this content. A new lock: launcher "
-        "image lock {channel} --arch {arch}; do not use an index that changes files",
+        r"THESE PACKAGES DO NOT MATCH THE HASHES|\[sha256:[0-9a-f]+\] do not match|Hashes are required",
+        "a file is not the one that the lock {lock} names: {package}",
+        "if the lock was edited by hand, or the file was replaced on purpose: launcher image lock {channel} "
+        "--arch {arch}; "
+        "otherwise do not use that index",
     ),
-    (r"no space left on device", "the disk of the Docker engine is full: docker system df; docker system prune"),
+    (
+        r"No matching distribution found for (?P<package>\S+)|HTTP error 404 .*?(?P<address>https?://\S+)",
+        "{package} of the lock {lock} is not to be had any more, or not for the base image's Python",
+        "launcher image lock {channel} --arch {arch}",
+    ),
+    (
+        r"no space left on device",
+        "the disk of the Docker engine is full",
+        "docker system df; docker system prune",
+    ),
+    (
+        r"Cannot connect to the Docker daemon|error during connect|unexpected EOF",
+        "the Docker engine stopped answering",
+        "sudo systemctl status docker; df -h /var/lib/docker",
+    ),
     (
         r"exec format error",
-        "nothing there runs programs for {arch}: another base image (--base IMAGE), or an emulator where the engine "
-        "runs: sudo apt-get install qemu-user-static",
+        "the engine cannot run the programs of {base}: it is not for {arch}, or nothing there emulates {arch}",
+        "another base image: --base IMAGE; an emulator where the engine runs: sudo apt-get install qemu-user-static",
+    ),
+    (
+        r"CERTIFICATE_VERIFY_FAILED",
+        "a server's certificate is not trusted inside the build",
+        "a base image that holds your site's certificates: --base IMAGE",
+    ),
+    (
+        r"pull access denied|manifest unknown|manifest for \S+ not found|not found: manifest|repository \S+ not found",
+        "there is no base image {base} to be had",
+        "choose another: --base IMAGE",
     ),
     (
         # The last is the Dockerfile's: the lock is chosen by the architecture that the base image is made of.
-        r"pull access denied|manifest unknown|not found: manifest|repository \S+ not found|manifest for \S+ not found|"
         r"does not match the specified platform|no match(?:ing manifest)? for (?:platform|linux/)|no lock: containers/",
-        "there is no base image {base} for {arch}; choose another: --base IMAGE",
+        "the base image {base} is not for {arch}",
+        "choose another: --base IMAGE",
     ),
     (
-        r"Temporary failure|Could not resolve|lookup \S+|i/o timeout|connection refused|unreachable|Client\.Timeout|"
-        r"CERTIFICATE_VERIFY_FAILED",
-        "the build does not reach the network. With the host's: --network host; without torch's own index: make image "
-        "CHANNEL=stable; a base image that holds your site's certificates: --base IMAGE",
+        r"Temporary failure (?:in name resolution|resolving)|Could not resolve|lookup \S+|i/o timeout|"
+        r"connection refused|Network is unreachable|Client\.Timeout",
+        "the build cannot reach the network",
+        "docker run --rm {base} cat /etc/resolv.conf; with the host's network: --network host; where torch's own index "
+        "is out of reach, a channel that needs PyPI alone: make image CHANNEL=stable",
     ),
 )
 
@@ -65,56 +93,78 @@ class Built:
     seconds: float
 
 
+def arches(value: str, engine: Engine) -> list[str]:
+    """The architectures that `--arch` asks for: "all", one of them, or empty for the engine's own.
+
+    Raises LauncherError where the engine cannot run one of them, before anything is built.
+    """
+    chosen = list(ARCHES) if value == "all" else [docker_arch(value or engine.arch)]
+    for arch in chosen:
+        docker_engine.need_arch(engine, arch)
+    return chosen
+
+
+def image_tag(name: str, arch: str) -> str:
+    """What the image is called in the engine."""
+    return f"titan:{name}-{arch}"
+
+
 def build(
     name: str,
-    arch: str,
+    arch: str = "",
     *,
+    engine: Engine,
     tag: str = "",
     base: str = "",
     lock_file: Path | None = None,
     torch_index: str | None = None,
     index_url: str = "",
     network: str = "",
+    no_cache: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Built:
-    """Builds channel `name` for `arch` and returns what came out.
+    """Builds channel `name` for `arch` (the engine's own where empty) and returns what came out.
 
     `base` replaces the channel's base image, `lock_file` its lock, `torch_index` (empty: none) and `index_url`
     the places that packages come from, `network` is Docker's word for the network of the build's steps.
-    Where there is no lock yet, it is made first.
-    Raises LauncherError with the last lines of the build and, where they say what is wrong, with what to do.
+    Where there is no lock yet, it is made first. `say` gets what will be done, then every line of the build.
+    Raises LauncherError with the cause, when it is a known one, and the last lines of the build.
     """
     chosen = channel(name)
-    own = docker_engine.own_arch()
-    tag = tag or f"titan:{name}-{arch}"
+    (arch,) = arches(arch or engine.arch, engine)
+    tag = tag or image_tag(name, arch)
     base = base or chosen.base
+    index = chosen.torch_index if torch_index is None else torch_index
     locked = lock_file or lock_path(name, arch)
-    if not locked.is_file():
+    if lock_file:
+        need_lock(lock_file, f"launcher image lock {name} --arch {arch}")
+    elif not locked.is_file():
         say(f"channel {name} has no lock for {arch} yet")
-        locked = lock(name, arch, torch_index=torch_index)
-    arguments = build_arguments(chosen, base=base, index=torch_index, index_url=index_url)
-    emulated = "" if arch == own else " (emulated: 6 to 13 times slower)"
-    say(f"building {tag} for {arch}{emulated} on {base}, {version(locked)} of {locked}")
+        locked = lock(name, arch, torch_index=torch_index, say=say)
+    arguments = build_arguments(chosen, base=base, index=index, index_url=index_url)
+    labels = {
+        "org.opencontainers.image.base.name": base,
+        "org.opencontainers.image.version": version(locked),
+    }
+    say(
+        f"building {tag} for {arch}{'' if arch == engine.arch else ' (emulated: 6 to 13 times slower)'} on {base}, "
+        f"{len(pinned(locked.read_text(encoding='utf-8')))} packages of {locked}"
+    )
+    say(f"Docker engine {engine.version} at {engine.host}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="titan-build-") as folder:
-        _fill(Path(folder), locked, f"{name}-{arch}.txt")
-        command = ["--force-rm", f"--tag={tag}"]
+        command = ["build", "--force-rm", f"--tag={tag}"]
         command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
-        command += [f"--label=org.opencontainers.image.base.name={base}"]
-        command += [f"--label=org.opencontainers.image.version={version(locked)}"]
+        command += [f"--label={key}={value}" for key, value in labels.items()]
         command += [f"--network={network}"] if network else []
+        command += ["--no-cache"] if no_cache else []
         # Not said where it goes without saying: `docker import` may have written the wrong architecture.
-        command += [] if arch == own else [f"--platform=linux/{arch}"]
-        code, output = docker_engine.build([*command, folder])
+        command += [] if arch == engine.arch else [f"--platform=linux/{arch}"]
+        code, output = docker_engine.command(engine, [*command, str(_context(Path(folder), name, arch, locked))], say)
     if code:
-        fixes = [fix for pattern, fix in _FIXES if re.search(pattern, output, re.IGNORECASE)]
-        raise LauncherError(
-            "build-failed",
-            f"the build of channel {name} for {arch} failed",
-            fixes[0].format(lock=locked, channel=name, arch=arch, base=base) if fixes else "read its last lines below",
-            status=ExitStatus.ERROR,
-            original="\n".join(output.splitlines()[-25:]),
-        )
-    found = docker_engine.inspect(tag)
+        text = "\n".join(output.splitlines()[-60:])
+        raise _explain(text, channel=name, arch=arch, base=base, lock=str(locked))
+    found = docker_engine.inspect(engine, tag)
     built = Built(name, arch, tag, str(found["Id"]), int(found["Size"]), time.monotonic() - started)
     say(f"built {tag}, {built.bytes / 1e9:.1f} GB, {built.seconds:.0f} s: {built.image_id}")
     return built
@@ -141,19 +191,25 @@ def created() -> str:
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "") or _git("log", "-1", "--format=%ct")
     if not epoch:
         return ""
-    seconds = whole(epoch)
-    if seconds is None or seconds >= 2**32:  # a squashfs holds no more
-        what = f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds that a squashfs can hold"
-        raise LauncherError("source-date-epoch", what, "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)")
-    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+    if whole(epoch) is None:
+        raise LauncherError(
+            "source-date-epoch",
+            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds",
+            "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
+        )
+    return datetime.fromtimestamp(int(epoch), UTC).isoformat().replace("+00:00", "Z")
 
 
 def _git(*arguments: str) -> str:
     """What git says about the checkout that the Dockerfile is in; empty outside one."""
-    with suppress(LauncherError):
-        ran = run(["git", f"--git-dir={dockerfile().with_name('.git')}", *arguments], TAIL)
-        return "" if ran.code else ran.out.decode().strip()
-    return ""
+    folder = dockerfile().parent
+    if not (folder / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def dockerfile() -> Path:
@@ -163,15 +219,52 @@ def dockerfile() -> Path:
 
 def version(locked: Path) -> str:
     """What the image is a version of: 0.3.0-torch2.14.1."""
-    found = pinned(locked)
+    found = pinned(locked.read_text(encoding="utf-8"))
     return f"{found.get('torchtitan', 'none')}-torch{found.get('torch', 'none')}".replace("+", "_")
 
 
-def _fill(folder: Path, locked: Path, lock_name: str) -> None:
+def _context(folder: Path, name: str, arch: str, locked: Path) -> Path:
     """Only what the Dockerfile copies, so that nothing else of the checkout is sent or spoils the cache."""
-    containers = data_dir("containers")
-    (folder / "containers" / "locks").mkdir(parents=True)
-    shutil.copyfile(dockerfile(), folder / "Dockerfile")
-    shutil.copyfile(locked, folder / "containers" / "locks" / lock_name)
-    for file in _IN_IMAGE:
-        shutil.copyfile(containers / file, folder / "containers" / file)
+    try:
+        (folder / "containers" / "locks").mkdir(parents=True)
+        shutil.copyfile(dockerfile(), folder / "Dockerfile")
+        shutil.copyfile(locked, folder / "containers" / "locks" / f"{name}-{arch}.txt")
+        for file in _IN_IMAGE:
+            shutil.copyfile(data_dir("containers") / file, folder / "containers" / file)
+    except OSError as error:
+        raise LauncherError(
+            "build-context",
+            f"cannot put together what the build needs: {error}",
+            "check TMPDIR and the checkout",
+            status=ExitStatus.FILESYSTEM,
+        ) from error
+    return folder
+
+
+def _explain(text: str, **values: str) -> LauncherError:
+    """The error of a failed build: the first known cause in its last lines, and those lines."""
+    tail = "\n".join(text.splitlines()[-25:])
+    for pattern, what, fix in _CAUSES:
+        match = re.search(pattern, text, re.IGNORECASE)
+        if match:
+            package = next(filter(None, match.groupdict().values()), "") or _package(text)
+            return LauncherError(
+                "build-failed",
+                what.format(package=package, **values),
+                fix.format(**values),
+                status=ExitStatus.ERROR,
+                original=tail,
+            )
+    return LauncherError(
+        "build-failed",
+        f"the build of channel {values['channel']} for {values['arch']} failed",
+        "read the last lines below",
+        status=ExitStatus.ERROR,
+        original=tail,
+    )
+
+
+def _package(text: str) -> str:
+    """The package whose hash pip did not find: the first requirement that it prints with the expected hash."""
+    match = re.search(r"^\s*(\S+==\S+|\S+) from \S+:?\s*(?:\(from .*\))?:?\s*$", text, re.MULTILINE)
+    return match[1] if match else "see below"

@@ -13,6 +13,7 @@ from launcher.base.errors import LauncherError
 from launcher.base.files import data_dir
 from launcher.base.values import parse_json
 from launcher.image import engine as docker_engine
+from launcher.image.engine import Engine
 from launcher.image.squashfs_file import superblock
 from launcher.image.squashfs_tools import Ran, Tree, run
 
@@ -43,7 +44,12 @@ class Checked:
     found: str
 
 
-def check(image: str, *, timeout_s: float = 900) -> list[Checked]:
+def check(
+    image: str,
+    *,
+    engine: Engine | None = None,
+    timeout_s: float = 900,
+) -> list[Checked]:
     """Every check, in the order of containers/check.py.
 
     `image` is the path of a squashfs (it holds a slash, ends in .sqsh, or exists) or an image of the engine.
@@ -53,7 +59,9 @@ def check(image: str, *, timeout_s: float = 900) -> list[Checked]:
     if is_file(image):
         ran = _in_squashfs(Path(image), program, timeout_s)
     else:
-        ran = docker_engine.run_in(image, ["python3", "-B", "-", "--json"], stdin=program, timeout_s=timeout_s)
+        command = ["python3", "-B", "/tmp/titan-check.py", "--json"]
+        files = {"titan-check.py": program}
+        ran = docker_engine.run(engine or docker_engine.connect(), image, command, files=files, timeout_s=timeout_s)
     results = _read(ran.out)
     if results is None or ran.cut:
         more = f"it printed more than {docker_engine.OUTPUT >> 20} MiB" if ran.cut else f"code {ran.code}"

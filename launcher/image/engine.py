@@ -1,62 +1,161 @@
-"""The one place that talks to a Docker engine: the docker command, which knows contexts, ssh, logins and BuildKit."""
+"""The one place that talks to a Docker engine: by docker-py, of the extra `image`, which is imported when used, and by
+the docker command, which knows BuildKit and lists of images.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 import subprocess
-from collections import deque
-from collections.abc import Generator, Iterator
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.output import say
-from launcher.base.values import parse_json
-from launcher.image.squashfs_tools import Ran, missing, run
+from launcher.base.errors import ExitStatus, LauncherError, install
+from launcher.image import ARCHES
+from launcher.image.squashfs_tools import TAIL, Ran
 
-OUTPUT = 1 << 20  # bytes of what a program in an image prints, and of what the engine says of an image
+DEFAULT_HOST = "unix:///var/run/docker.sock"
+OUTPUT = 1 << 20  # bytes of what a program in an image prints
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # Colours, and the step and the time that BuildKit puts before what a program says: #8 12.34 Collecting torch
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|^#\d+ \d+\.\d+ ")
 
 
-def own_arch() -> str:
-    """Docker's word for what the engine runs without emulation: that of DOCKER_HOST, else of the docker context.
+@dataclass(frozen=True)
+class Engine:
+    """An engine that answered. `client` is docker-py's."""
 
-    Raises LauncherError where the docker command, the engine or the permission is missing.
+    client: Any
+    host: str  # unix:///var/run/docker.sock
+    version: str
+    arch: str  # Docker's word; what it runs without emulation
+    system: str  # "Docker Desktop", "Ubuntu 24.04.3 LTS"
+
+
+def connect() -> Engine:
+    """The engine that DOCKER_HOST names, else the current docker context's, else the one of this machine.
+
+    Raises LauncherError that says whether docker-py, the engine or the permission is missing.
     """
-    ran = ask("version", "--format", "{{.Server.Arch}}")
-    if ran.code:
-        raise _refused("docker version", ran.err)
-    return ran.out.decode().strip()
+    try:
+        import docker
+        import requests
+    except ImportError as error:
+        raise LauncherError(
+            "package-missing",
+            "images are built through docker-py, which is not installed",
+            install("image"),
+            status=ExitStatus.ERROR,
+        ) from error
+    host = os.environ.get("DOCKER_HOST") or _context_host() or DEFAULT_HOST
+    try:
+        # No answer to a question takes long; a build has no limit of its own.
+        # ssh:// by the program ssh, which knows the user's keys, agent and jump hosts; docker-py itself knows few of
+        # them.
+        client = docker.DockerClient.from_env(
+            timeout=60,
+            environment=os.environ | {"DOCKER_HOST": host},
+            use_ssh_client=host.startswith("ssh://"),
+        )
+        version = client.version()
+        system = str(client.info().get("OperatingSystem", ""))
+    except (
+        docker.errors.DockerException,
+        requests.exceptions.RequestException,
+        ValueError,
+        OSError,
+    ) as error:
+        raise _unreachable(host, str(error)) from error
+    return Engine(client, host, version["Version"], version["Arch"], system)
 
 
-def ask(*arguments: str, stdin: bytes = b"", timeout_s: float = 60) -> Ran:
-    """How `docker ARGUMENTS` ended. Raises LauncherError where no engine answers, and where this user may not ask."""
-    ran = run(["docker", *arguments], OUTPUT, stdin=stdin, timeout_s=timeout_s)
-    if ran.code and "permission denied while trying to connect" in ran.err:
-        what, fix = "this user may not use the Docker engine", 'sudo usermod -aG docker "$USER" && newgrp docker'
-        raise LauncherError("docker-denied", what, fix, status=ExitStatus.ERROR, original=ran.err)
-    if ran.code and re.search("Cannot connect to the Docker daemon|error during connect", ran.err):
-        fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
-        raise LauncherError("docker-silent", "no Docker engine answers", fix, status=ExitStatus.ERROR, original=ran.err)
-    return ran
+def _context_host() -> str:
+    """The address in the current docker context: where rootless Docker and Docker Desktop are found."""
+    from docker.context import ContextAPI
+
+    try:
+        current = ContextAPI.get_current_context()
+        return str(current.Host or "").removeprefix("http+") if current else ""
+    except Exception:  # docker-py raises no narrower one for a damaged file there
+        return ""  # an unreadable ~/.docker says nothing about an engine
 
 
-def _refused(what: str, words: str) -> LauncherError:
-    return LauncherError("docker-refused", f"{what} failed", status=ExitStatus.ERROR, original=words)
+def _unreachable(host: str, reason: str) -> LauncherError:
+    if "Permission denied" in reason or "PermissionError" in reason:
+        return LauncherError(
+            "docker-denied",
+            f"this user may not use the Docker engine at {host}",
+            'sudo usermod -aG docker "$USER" && newgrp docker',
+            status=ExitStatus.ERROR,
+            original=reason,
+        )
+    if "paramiko" in reason:  # docker-py imports it for every ssh:// address, also where it calls ssh
+        return LauncherError(
+            "package-missing",
+            f"the Docker engine at {host} is reached through docker-py's ssh part, which is not installed",
+            "pip install 'docker[ssh]'",
+            status=ExitStatus.ERROR,
+        )
+    fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
+    if os.environ.get("DOCKER_HOST"):
+        fix = "check DOCKER_HOST (unix:///path, ssh://user@machine, tcp://machine:port), or: unset DOCKER_HOST"
+    return LauncherError(
+        "docker-silent", f"no Docker engine answers at {host}", fix, status=ExitStatus.ERROR, original=reason
+    )
 
 
-def build(arguments: list[str]) -> tuple[int, str]:
-    """Runs `docker build ARGUMENTS`, says every line, and returns the exit code and the last 60 lines."""
-    # An attestation would make the image a list. A builder of the user's own would keep the image for itself.
-    environment = os.environ | {"BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
-    environment.pop("BUILDX_BUILDER", None)
-    lines: deque[str] = deque(maxlen=60)
+# ------------------------------------------------------------------------------------ architectures
+
+
+def need_arch(engine: Engine, arch: str) -> None:
+    """Raises LauncherError unless the engine can run programs of `arch`, itself or emulated."""
+    if engine.arch == arch or engine.system == "Docker Desktop" or not engine.host.startswith("unix://"):
+        return  # another machine's engine is asked by trying
+    if not emulates(arch):
+        raise cannot_run(engine, arch)
+
+
+def emulates(arch: str) -> bool:
+    """Whether this machine's kernel runs foreign programs of `arch`, in containers, too: that is the flag F."""
+    # qemu-aarch64-static, or Debian's /usr/libexec/qemu-binfmt/aarch64-binfmt-P; not aarch64_be.
+    entry = re.compile(rf"enabled\ninterpreter \S*qemu\S*{ARCHES[arch]}(?!_be)\S*\nflags: \S*F")
+    with suppress(OSError):
+        return any(entry.match(path.read_text(encoding="utf-8")) for path in BINFMT.glob("qemu-*"))
+    return False
+
+
+def cannot_run(engine: Engine, arch: str) -> LauncherError:
+    """The refusal, with the command that would enable the architecture."""
+    return LauncherError(
+        "emulator-missing",
+        f"this machine is {engine.arch} and cannot run {arch} programs: no emulator with the flag F in {BINFMT}",
+        "sudo apt-get install qemu-user-static   (or: docker run --privileged --rm tonistiigi/binfmt "
+        f"--install {arch}); emulation is 6 to 13 times slower, so better: build on a machine with {arch}",
+        status=ExitStatus.ERROR,
+    )
+
+
+# ------------------------------------------------------------------------------------------ building
+
+
+def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
+    """Runs `docker ARGUMENTS` for that engine. Each line of its output goes to `line`; all of them are returned with
+    the exit code. Raises LauncherError where there is no docker command."""
+    # `docker build` chooses the builder: BuildKit where it has one (buildx), else the engine's own. An attestation
+    # would make each image a list, and a list holds no lists. 20.10 has `docker manifest` among its experiments.
+    wanted = {"DOCKER_HOST": engine.host, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1", "DOCKER_CLI_EXPERIMENTAL": "enabled"}
+    environment = os.environ | wanted
+    environment.pop("BUILDX_BUILDER", None)  # a builder of the user's own would keep the image for itself
     try:
         process = subprocess.Popen(
-            ["docker", "build", *arguments],
+            ["docker", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -65,78 +164,176 @@ def build(arguments: list[str]) -> tuple[int, str]:
             env=environment,
         )
     except OSError as error:
-        raise missing("docker", error) from None
+        fix = "sudo apt-get install docker-cli    # or docker.io, docker-ce-cli"
+        what = f"docker: {error.strerror}; images are built and lists of them are made by the docker command"
+        raise LauncherError("program-missing", what, fix, status=ExitStatus.ERROR) from None
+    lines = []
     with process:
         assert process.stdout
         try:
             for text in process.stdout:
                 lines.append(_NOISE.sub("", text).rstrip())
-                say(lines[-1])
+                line(lines[-1])
         except BaseException:
             process.terminate()  # the engine then stops the build, too
             raise
     return process.returncode, "\n".join(lines)
 
 
-def inspect(image: str) -> dict[str, Any]:
-    """What the engine knows of an image: Id, Architecture, Config, Size, … LauncherError where there is none."""
-    ran = ask("image", "inspect", image)
-    if "no such image" in ran.err.lower():
-        fix = "docker images; or build it: launcher image build stable"
-        what = f"the Docker engine has no image {image!r}"
-        raise LauncherError("image-missing", what, fix, status=ExitStatus.NOT_FOUND)
-    if ran.code:
-        raise _refused(f"docker image inspect {image}", ran.err)
-    found: dict[str, Any] = parse_json(ran.out)[0]
-    return found
-
-
-def export(image: str) -> Generator[bytes]:
-    """The files of an image as one tar stream, in pieces. The container that it needs never runs."""
-    # An image without a command needs one to be made.
-    with _container(image, "/nothing") as name:
-        pipe = subprocess.PIPE
-        with subprocess.Popen(["docker", "export", name], stdout=pipe, stderr=pipe, start_new_session=True) as process:
-            assert process.stdout and process.stderr
-            try:
-                while chunk := process.stdout.read(1 << 20):
-                    yield chunk
-            except BaseException:
-                process.kill()
-                raise
-            words = process.stderr.read(OUTPUT).decode(errors="replace")
-        if process.returncode:
-            raise _refused(f"docker export of {image}", words)
-
-
-def run_in(image: str, command: list[str], *, stdin: bytes, timeout_s: float) -> Ran:
-    """How a command ended in a new container without a network and without the image's entrypoint."""
-    # What it prints is not kept on the engine's disk.
-    options = ["--interactive", "--network=none", "--log-driver=none", "--entrypoint="]
-    with _container(*options, image, *command) as name:
-        return ask("start", "--attach", "--interactive", name, stdin=stdin, timeout_s=timeout_s)
+# --------------------------------------------------------------------------------------- using images
 
 
 @contextmanager
-def _container(*arguments: str) -> Iterator[str]:
+def asking(engine: Engine, refusal: str, status: ExitStatus = ExitStatus.ERROR) -> Iterator[None]:
+    """What the engine refuses is `refusal`, in its words; one that stops in the middle is an error, too."""
+    import docker
+    import requests
+
+    try:
+        yield
+    except docker.errors.APIError as error:
+        raise LauncherError(
+            "docker-refused", refusal, status=status, original=str(error.explanation or error)
+        ) from error
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+        raise LauncherError(
+            "docker-silent",
+            f"the Docker engine at {engine.host} stopped answering",
+            "sudo systemctl status docker; df -h /var/lib/docker",
+            status=ExitStatus.ERROR,
+            original=str(error),
+        ) from error
+
+
+def inspect(engine: Engine, image: str) -> dict[str, Any]:
+    """What the engine knows of an image: Id, Architecture, Config, Size, … LauncherError where there is none."""
+    import docker
+
+    with asking(engine, f"the Docker engine does not show {image!r}"):
+        try:
+            found: dict[str, Any] = engine.client.api.inspect_image(image)
+        except docker.errors.ImageNotFound as error:
+            raise LauncherError(
+                "image-missing",
+                f"the Docker engine at {engine.host} has no image {image!r}",
+                "docker images; or build it: launcher image build stable",
+                status=ExitStatus.NOT_FOUND,
+            ) from error
+    return found
+
+
+def export(engine: Engine, image: str) -> Iterator[bytes]:
+    """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
+    # An image without a command needs one to be made.
+    with _container(engine, image, ["/nothing"]) as name, asking(engine, f"the Docker engine does not export {image}"):
+        yield from engine.client.api.export(name, chunk_size=1 << 20)
+
+
+def run(
+    engine: Engine, image: str, command: list[str], *, files: dict[str, bytes] | None = None, timeout_s: float = 900
+) -> Ran:
+    """Runs a command in a new container without a network; of what it prints OUTPUT bytes at most are kept.
+
+    `files` are put into its /tmp first: that works with an engine on another machine too. The image's
+    entrypoint is left out. Raises LauncherError where the command cannot start or does not end.
+    """
+    import requests
+
+    api = engine.client.api
+    refusal = f"{command[0]} does not start in {image}"
+    try:
+        with _container(engine, image, command) as name, asking(engine, refusal, ExitStatus.INVALID):
+            if files:
+                api.put_archive(name, "/tmp", _tar(files))
+            api.start(name)
+            try:
+                code = int(api.wait(name, timeout=timeout_s)["StatusCode"])
+            except requests.exceptions.RequestException as error:
+                if not re.search("timed? ?out", str(error), re.IGNORECASE):
+                    raise
+                what = f"{command[0]} in {image} did not end within {timeout_s:.0f} s"
+                raise LauncherError("program-slow", what, status=ExitStatus.ERROR) from error
+            out = err = b""
+            for chunk in api.logs(name, stdout=True, stderr=False, stream=True, follow=False):
+                out += chunk
+                if len(out) > OUTPUT:
+                    break
+            for chunk in api.logs(name, stdout=False, stderr=True, stream=True, follow=False):
+                err = (err + chunk)[-TAIL:]
+        ran = Ran(code, out[:OUTPUT], err.decode(errors="replace"), len(out) > OUTPUT)
+        if "exec format error" in ran.err.lower():
+            raise LauncherError("docker-refused", refusal, original=ran.err)
+    except LauncherError as error:
+        if "exec format error" not in error.original.lower():
+            raise
+        arch = inspect(engine, image)["Architecture"]
+        foreign = arch if arch != engine.arch else next(name for name in ARCHES if name != engine.arch)
+        raise cannot_run(engine, foreign) from error
+    return ran
+
+
+@contextmanager
+def _container(engine: Engine, image: str, command: list[str]) -> Iterator[str]:
     """A container, by a name that is known before the engine makes it: whatever comes between, it is removed."""
+    inspect(engine, image)
     name = f"titan-launcher-{os.urandom(8).hex()}"
     try:
         with _ctrl_c_waits():
-            ran = ask("create", "--pull=never", f"--name={name}", *arguments)
-        if ran.code:
-            raise _refused("docker create", ran.err)
+            _create(engine, image, command, name)
         yield name
     finally:
-        with suppress(LauncherError), _ctrl_c_waits():  # an engine that is gone must not hide why
-            ask("rm", "--force", "--volumes", name)
+        _remove(engine, name)
+
+
+def _remove(engine: Engine, container: str) -> None:
+    """An engine that is gone, or a container that is, must not hide why."""
+    import docker
+    import requests
+
+    with suppress(docker.errors.DockerException, requests.exceptions.RequestException), _ctrl_c_waits():
+        engine.client.api.remove_container(container, force=True, v=True)
+
+
+def _create(engine: Engine, image: str, command: list[str], name: str) -> None:
+    from docker.types import LogConfig
+
+    # What a container prints lies on the engine's disk until it is removed.
+    log = LogConfig(type="json-file", config={"max-size": "16m"})
+    with asking(engine, f"the Docker engine makes no container of {image!r}"):
+        settings = engine.client.api.create_host_config(network_mode="none", log_config=log)
+        engine.client.api.create_container(image, command, name=name, entrypoint=[], host_config=settings)
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    """These names with these contents."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            entry.mode = 0o644
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 @contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Lets a question to the engine end before Ctrl-C counts: a container that is still being made is not removed."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Lets a call to the engine end before Ctrl-C counts: one that is broken off may make its container later than
+    that is removed. The second Ctrl-C counts at once."""
+    came: list[int] = []
+
+    def handler(number: int, _frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # gets no signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

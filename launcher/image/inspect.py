@@ -6,7 +6,6 @@ The sidecar file answers at once; else /etc/titan-image.json inside; else what t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from launcher.image.squashfs_file import (
     known,
     superblock,
 )
-from launcher.image.squashfs_tools import SQUASHFS, Tree
+from launcher.image.squashfs_tools import INSTALL, Tree
 
-DESCRIPTION_BYTES = 1 << 20  # of /etc/titan-image.json, which has some 2 kB
+METADATA_BYTES = 1 << 20  # of /etc/titan-image.json, which has some 2 kB
 HEAD = 4096  # bytes of a program that are read for its ELF header
 PROGRAMS = ("bin/sh", "usr/bin/env", "bin/bash", "usr/bin/python3", "usr/local/bin/python3")
 # The oldest driver branch that runs programs of a CUDA major version, by minor-version compatibility.
@@ -60,9 +59,9 @@ def inspect(path: Path, *, required: bool = True) -> ImageFacts:
     except LauncherError:
         if required:
             raise
-        note = f"nothing here can look into it: {SQUASHFS}"
+        note = f"nothing here can look into it: {INSTALL}"
         return ImageFacts(str(path), "", "superblock", block.compressor, block.file_size, notes=(note,))
-    if about := description(tree):
+    if about := _description(tree):
         return described(path, block, about, "image")
     return _guess(path, block, tree)
 
@@ -74,7 +73,7 @@ def embedded_metadata(path: Path) -> dict[str, Any] | None:
         tree = Tree(path)
     except LauncherError:
         return None
-    return description(tree)
+    return _description(tree)
 
 
 def problems(
@@ -100,13 +99,21 @@ def problems(
     if profile_device != "cuda":
         return found
     if facts.versions.get("torch") and facts.versions.get("cuda", "unknown") is None:
-        what = f"torch {facts.versions['torch']} in the image is built without CUDA"
-        found.append((what, "launcher image build stable, or --gpu cpu"))
+        found.append(
+            (
+                f"torch {facts.versions['torch']} in the image is built without CUDA",
+                "launcher image build stable, or --gpu cpu",
+            )
+        )
     if why := _cannot_quantize(facts, quantize):
         found.append((why, "launcher image build stable, or reference; or a recipe that does not quantize"))
     if is_too_old(driver, facts):
-        fix = "an image with an older CUDA, or a newer driver: nvidia-smi on a node; or NVIDIA's cuda-compat"
-        found.append((f"{needed_driver(facts)}, the nodes have {driver}", fix))
+        found.append(
+            (
+                f"{needed_driver(facts)}, the nodes have {driver}",
+                "an image with an older CUDA, or a newer driver: nvidia-smi on a node; or NVIDIA's cuda-compat",
+            )
+        )
     return found
 
 
@@ -129,36 +136,35 @@ def is_too_old(driver: str, facts: ImageFacts) -> bool:
 def needed_driver(facts: ImageFacts) -> str:
     """Which driver the image needs, in words; "" where that is not known."""
     cuda = facts.versions.get("cuda")
-    who = f"CUDA {cuda} in the image" if cuda else "the image"
-    return f"{who} needs driver {facts.driver_min}" if facts.driver_min else ""
+    return (
+        f"{f'CUDA {cuda} in the' if cuda else 'the'} image needs driver {facts.driver_min}" if facts.driver_min else ""
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version))
 
 
-def description(tree: Tree) -> dict[str, Any] | None:
-    """What an image says of itself in /etc/titan-image.json; None where this launcher does not understand it."""
+def _description(tree: Tree) -> dict[str, Any] | None:
     try:
-        value = parse_json(tree.read(METADATA, DESCRIPTION_BYTES) or b"null")
+        value = parse_json(tree.read(METADATA, METADATA_BYTES) or b"null")
     except ValueError:
         return None
     return value if isinstance(value, dict) and is_metadata(value) else None
 
 
-def architecture(tree: Tree, names: set[str], links: Mapping[str, str]) -> str:
-    """uname's word, from the header of a program; "" where there is none."""
-    for program in PROGRAMS:
-        real = follow(program, links)
-        if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):
-            return arch
-    return ""
-
-
 def _guess(path: Path, block: Superblock, tree: Tree) -> ImageFacts:
     """An image that somebody else made."""
     names, links = tree.entries()
-    versions, arch = _versions(tree, names), architecture(tree, names, links)
+    versions, notes = _versions(tree, names)
+    arch = ""
+    loaders = sorted(name for name in names if re.fullmatch(r"(usr/)?lib(64)?/ld-linux[^/]*", name))[:8]
+    for program in (*PROGRAMS, *loaders):
+        real = follow(program, links)
+        if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):
+            break
+    else:
+        notes.append("its architecture is unknown: no program that it could be read from")
     cuda = versions.get("cuda")
     return ImageFacts(
         str(path),
@@ -168,11 +174,11 @@ def _guess(path: Path, block: Superblock, tree: Tree) -> ImageFacts:
         block.file_size,
         versions=versions,
         driver_min=DRIVERS.get(cuda.split(".")[0]) if cuda else None,
-        notes=() if arch else ("its architecture is unknown: no program that it could be read from",),
+        notes=tuple(notes),
     )
 
 
-def _versions(tree: Tree, names: set[str]) -> dict[str, str | None]:
+def _versions(tree: Tree, names: set[str]) -> tuple[dict[str, str | None], list[str]]:
     """From the names of *.dist-info directories; CUDA from torch's own word, which also knows a CPU build."""
     found: dict[str, dict[str, str | None]] = {}
     for name in names:
@@ -181,18 +187,24 @@ def _versions(tree: Tree, names: set[str]) -> dict[str, str | None]:
             for pattern, key in DISTRIBUTIONS.items():
                 if re.fullmatch(pattern, re.sub(r"[-_.]+", "_", package.lower())):
                     found.setdefault(folder, {})[key] = version
-    # Of several, the one with torch and the most of it; among equals a fixed one.
-    folder = min(found, key=lambda name: ("torch" not in found[name], -len(found[name]), name), default="")
-    versions = found.get(folder, {})
+    notes = []
+    # The one that has the most of it; among equals a fixed one.
+    order = sorted(found, key=lambda folder: ("torch" not in found[folder], -len(found[folder]), folder))
+    versions = found[order[0]] if order else {}
+    if more := [f"/{folder}" for folder in order[1:] if "torch" in found[folder]]:
+        notes.append(f"torch is there more than once; /{order[0]} was read, not {', '.join(more)}")
     if cuda := versions.get("cuda"):
         versions["cuda"] = ".".join(cuda.split(".")[:2])
-    if folder and (text := tree.read(f"{folder}/torch/version.py", 1 << 16)):
+    if order and (text := tree.read(f"{order[0]}/torch/version.py", 1 << 16)):
         said = re.search(rb"^cuda\b[^=\n]*=\s*(?:None|['\"](\d+\.\d+)[^'\"]*['\"])", text, re.M)
         if said:
             versions["cuda"] = said[1].decode() if said[1] else None
-    # Not installed, but checked out somewhere.
-    if not versions.get("torchtitan") and any(name.endswith("/torchtitan/train.py") for name in names):
+    if not versions.get("torchtitan") and (
+        source := sorted(name for name in names if name.endswith("/torchtitan/train.py"))
+    ):
         versions["torchtitan"] = "unknown"
-    if python := re.search(r"python(3\.\d+)(?=/|$)", folder):
-        versions["python"] = python[1]
-    return versions
+        notes.append(f"torchtitan is not installed, but its source is there: /{source[0]}")
+    pythons = [re.search(r"python(3\.\d+)(?=/|$)", name) for name in [*order[:1], *sorted(names)]]
+    if python := next((match[1] for match in pythons if match), None):
+        versions["python"] = python
+    return versions, notes

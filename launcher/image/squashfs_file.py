@@ -81,7 +81,9 @@ def superblock(path: Path) -> Superblock:
         status = ExitStatus.INVALID if missing else ExitStatus.FILESYSTEM
         fix = f"ls -l {quoted(Path(path).parent)}" if missing else f"ls -l {quoted(path)}"
         raise LauncherError("unreadable", f"{path}: {error.strerror}", fix, status=status) from None
-    if size and not head.startswith(b"hsqs"):
+    if size == 0:
+        raise LauncherError("image-cut", f"{path}: the file is empty", "copy or build it again")
+    if not head.startswith(b"hsqs"):
         raise LauncherError(
             "not-squashfs", f"{path}: not a squashfs file (it begins with {head[:4]!r})", quoted("file", path)
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.image.build import Built
+from launcher.image.engine import Engine
 from tests.image.images import Base, built, cpu_base, cpu_squashfs, kept_engine
 
 TINY_LOCK = """\
@@ -19,20 +20,20 @@ packaging==25.0 \\
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[None]:
-    with kept_engine():
-        yield
+def engine() -> Iterator[Engine]:
+    with kept_engine() as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")
-def base_image(engine: None) -> Base:
-    return cpu_base()
+def base_image(engine: Engine) -> Base:
+    return cpu_base(engine)
 
 
 @pytest.fixture(scope="session")
-def cpu_image(base_image: Base) -> Built:
+def cpu_image(engine: Engine, base_image: Base) -> Built:
     """The channel cpu, built from the Dockerfile and its lock as a user builds it. 2 to 3 minutes."""
-    return built("cpu", "amd64", base_image)
+    return built("cpu", "amd64", engine, base_image)
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +51,6 @@ def tiny_lock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_image(base_image: Base, cpu_image: Built, tiny_lock: Path) -> Built:
+def tiny_image(engine: Engine, base_image: Base, cpu_image: Built, tiny_lock: Path) -> Built:
     """The same Dockerfile with the tiny lock; after `cpu_image` only the last layers are new."""
-    return built("cpu", "amd64", base_image, lock_file=tiny_lock, tag="titan:tiny-amd64")
+    return built("cpu", "amd64", engine, base_image, lock_file=tiny_lock, tag="titan:tiny-amd64")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +30,7 @@ from launcher.base.errors import LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built, build, dockerfile
 from launcher.image.channels import lock_path
+from launcher.image.engine import Engine
 from launcher.image.squashfs_file import sidecar_path
 from tests.image.dockerd import missing_packages, pip_setting, running_engine, served
 
@@ -47,7 +50,7 @@ SOURCES = (
     *("launcher/image/convert.py", "launcher/image/export.py", "launcher/image/squashfs_tools.py"),
 )
 
-_running = False
+_running: Engine | None = None
 _served: dict[str, str] = {}  # pip's find-links of this machine -> address for the builds, while an engine runs
 
 
@@ -69,9 +72,9 @@ def cpu_squashfs() -> Path:
     target = CACHE / f"titan-cpu-amd64-{digest.hexdigest()[:12]}.sqsh"
     if complete(target):
         return target
-    with kept_engine():
+    with kept_engine() as engine:
         if not complete(target):  # another process may have been faster
-            base = cpu_base()
+            base = cpu_base(engine)
             index = [] if base.torch_index is None else ["--torch-index", base.torch_index]
             places = ["--base", base.tag, "--network", "host", *index, "--output", target]
             command = ["image", "build", "cpu", *places]  # what `make image CHANNEL=cpu` runs
@@ -93,15 +96,16 @@ def complete(path: Path) -> bool:
 
 
 @contextmanager
-def kept_engine() -> Iterator[None]:
+def kept_engine() -> Iterator[Engine]:
     """An engine of the tests' own whose images stay in the cache; with LAUNCHER_TEST_DOCKER=1 the one that is there.
 
     Used again within: the same one. Another process waits until this one is done with it.
     """
     global _running
     if _running:
-        yield
+        yield _running
         return
+    pytest.importorskip("docker")
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         if os.environ.get("LAUNCHER_TEST_DOCKER") != "1" and os.geteuid() != 0:
@@ -116,64 +120,65 @@ def kept_engine() -> Iterator[None]:
         for place in pip_setting("find-links").split():
             if Path(place).is_dir():
                 _served[place] = stack.enter_context(served(Path(place)))
-        _running = True
+        _running = docker_engine.connect()
         stack.callback(_forget)
-        yield
+        yield _running
 
 
 def _forget() -> None:
     global _running
-    _running = False
+    _running = None
     _served.clear()
 
 
-def cpu_base() -> Base:
+def cpu_base(engine: Engine) -> Base:
     """Debian as mmdebstrap makes it, in the place of the registry's."""
-    return make_base("amd64", rootfs("amd64"))
+    return make_base(engine, "amd64", rootfs("amd64"))
 
 
-def built(name: str, arch: str, base: Base, **options: Any) -> Built:
+def built(name: str, arch: str, engine: Engine, base: Base, **options: Any) -> Built:
     """`build` for these base images; when it fails, the test's report shows the last lines of the build."""
     options.setdefault("torch_index", base.torch_index)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", EPOCH)
         try:
-            return build(name, arch, base=base.tag, network="host", **options)
+            return build(name, arch, engine=engine, base=base.tag, network="host", **options)
         except LauncherError as error:
             pytest.fail(f"{error.what}\n{error.original}")
 
 
 def rootfs(arch: str) -> Path:
-    """A tar file of a small Debian for `arch`: native in a minute, foreign in half of one."""
+    """A tar file of a small Debian for `arch`: made once (native 1 minute, foreign half), kept in the cache."""
+    if not shutil.which("mmdebstrap"):
+        pytest.skip("missing Debian package: apt install mmdebstrap")
     # apt's lists of descriptions would be half of what every `apt-get update` in a build reads.
-    options = ['--aptopt=Acquire::Languages "none"', f"--arch={arch}"]
-    if arch == "amd64":
-        return debian(f"rootfs-{SUITE}-{arch}", SUITE, *options, "--variant=minbase", "--include=ca-certificates")
-    hook = Path(__file__).with_name("foreign_rootfs.py")
-    options += ["--variant=extract", "--include=?essential", f"--include={','.join(FOREIGN_PACKAGES)}"]
-    options += [f'--extract-hook=python3 {shlex.quote(str(hook))} "$1"']
-    return debian(f"rootfs-{SUITE}-{arch}", SUITE, *options, recipe=hook.read_text())
-
-
-def debian(name: str, suite: str, *options: str, recipe: str = "") -> Path:
-    """What mmdebstrap makes, as a tar file: once, and then kept in the cache. `recipe`: what decides it, too."""
-    if not shutil.which("mmdebstrap") or os.geteuid() != 0:
-        pytest.skip("needs root and a Debian package: apt install mmdebstrap")
-    key = hashlib.sha256("\0".join([suite, *options, recipe]).encode()).hexdigest()[:10]
-    target = CACHE / f"{name}-{key}.tar"
+    languages = '--aptopt=Acquire::Languages "none"'
+    options = [languages, "--variant=minbase", "--include=ca-certificates"]
+    recipe = ""
+    if arch != "amd64":
+        hook = Path(__file__).with_name("foreign_rootfs.py")
+        recipe = hook.read_text()
+        options = [
+            languages,
+            "--variant=extract",
+            "--include=?essential",
+            f"--include={','.join(FOREIGN_PACKAGES)}",
+        ]
+        options.append(f'--extract-hook=python3 {shlex.quote(str(hook))} "$1"')
+    key = hashlib.sha256("\0".join([SUITE, arch, *options, recipe]).encode()).hexdigest()[:10]
+    target = CACHE / f"rootfs-{SUITE}-{arch}-{key}.tar"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="debian-", dir=CACHE) as folder:
-            made = Path(folder) / "made.tar"
-            command = ["mmdebstrap", "--quiet", "--mode=root", *options, suite, str(made)]
+        with tempfile.TemporaryDirectory(prefix="rootfs-", dir=CACHE) as folder:
+            made = Path(folder) / "rootfs.tar"
+            command = ["mmdebstrap", "--quiet", "--mode=root", f"--arch={arch}", *options, SUITE, str(made)]
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            if done.returncode:
-                pytest.skip(f"Debian {suite} cannot be had here: {done.stderr[-500:]}")
+            assert done.returncode == 0, done.stderr[-2000:]
             made.replace(target)
     return target
 
 
-def make_base(arch: str, tar: Path) -> Base:
+def make_base(engine: Engine, arch: str, tar: Path) -> Base:
     """The image of a root directory plus this machine's pip settings: certificates, index, wheels that lie here."""
     config = ["[global]", "cert = /etc/titan-test-ca.crt"]
     if index := pip_setting("index-url"):
@@ -189,12 +194,20 @@ def make_base(arch: str, tar: Path) -> Base:
         "ca.crt": CERTIFICATES.read_bytes(),
     }
     tag = f"titan-test-base:{tar.stem}-{hashlib.sha256(b''.join(files.values())).hexdigest()[:10]}"
-    if docker_engine.ask("image", "inspect", tag).code:  # otherwise of an earlier run
-        with tempfile.TemporaryDirectory(prefix="base-", dir=CACHE) as folder:
-            for name, content in files.items():
-                Path(folder, name).write_bytes(content)
-            Path(folder, "rootfs.tar").hardlink_to(tar)
-            # FROM scratch with a platform: `docker import` would mark every root directory as this machine's.
-            code, output = docker_engine.build([f"--tag={tag}", f"--platform=linux/{arch}", folder])
-            assert code == 0, output
+    if engine.client.api.images(tag):
+        return Base(tag, torch_index)  # of an earlier run
+    context = io.BytesIO()
+    with tarfile.open(fileobj=context, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        archive.add(tar, "rootfs.tar")
+    context.seek(0)
+    # FROM scratch with a platform: `docker import` would mark every root directory as this machine's.
+    answers = engine.client.api.build(
+        fileobj=context, custom_context=True, decode=True, rm=True, forcerm=True, tag=tag, platform=f"linux/{arch}"
+    )
+    errors = [answer["error"] for answer in answers if "error" in answer]
+    assert not errors, errors
     return Base(tag, torch_index)

@@ -4,48 +4,54 @@ in it.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
+import shutil
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 
-from launcher.base.errors import LauncherError
+from launcher.base.errors import LauncherError, install
 from launcher.image import build as building
 from launcher.image import engine as docker_engine
-from launcher.image.build import Built, build, created
+from launcher.image.build import Built, arches, build, created
 from launcher.image.check import check
 from launcher.image.convert import convert_image
-from launcher.image.squashfs_tools import TAIL, Ran
+from launcher.image.engine import Engine
+from launcher.image.registry import push
+from launcher.image.squashfs_tools import TAIL
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
 from tests.image.images import Base
 
+EMULATED = "enabled\ninterpreter /usr/bin/qemu-aarch64-static\nflags: OCF\noffset 0\nmagic 7f454c46\n"
 
-def containers() -> bytes:
-    return docker_engine.ask("ps", "--all", "--quiet").out
+
+def somewhere(host: str = "unix:///run/docker.sock", arch: str = "amd64", system: str = "Debian") -> Engine:
+    """An engine that is only asked what it is."""
+    return Engine(None, host, "28.0", arch, system)
 
 
 # ------------------------------------------------------------------------------------------ what is built
 
 
-@pytest.mark.parametrize("form", ["image", "squashfs"])
-def test_the_cpu_image_passes_its_checks(cpu_image: Built, cpu_sqsh: Path, form: str) -> None:
-    mounts = Path("/proc/mounts").read_text()
-    results = {result.name: result for result in check(cpu_image.tag if form == "image" else str(cpu_sqsh))}
+def test_the_cpu_image_passes_its_checks(engine: Engine, cpu_image: Built) -> None:
+    results = {result.name: result for result in check(cpu_image.tag, engine=engine)}
     assert len(results) == 15
     assert {name for name, result in results.items() if result.status != "ok"} == {"blackwell", "quantization"}
     assert results["blackwell"].status == "skipped"
     assert "8,030,261,248 parameters, 57,914,449,920 FLOPs" in results["model"].found
-    assert Path("/proc/mounts").read_text() == mounts
 
 
-def test_the_cpu_image_says_what_it_is(cpu_image: Built) -> None:
-    found = docker_engine.inspect(cpu_image.tag)
+def test_the_cpu_image_says_what_it_is(engine: Engine, cpu_image: Built) -> None:
+    found = docker_engine.inspect(engine, cpu_image.tag)
     assert found["Id"] == cpu_image.image_id and found["Architecture"] == "amd64"
     config = found["Config"]
     environment = dict(entry.split("=", 1) for entry in config["Env"])
@@ -55,7 +61,7 @@ def test_the_cpu_image_says_what_it_is(cpu_image: Built) -> None:
     labels = {key.rpartition(".")[2]: value for key, value in config["Labels"].items()}
     assert labels["title"] == "titan-cpu" and labels["version"] == "0.3.0-torch2.13.0_cpu"
     assert labels["created"] == "2023-11-14T22:13:20Z"
-    ran = docker_engine.run_in(cpu_image.tag, ["cat", "/etc/titan-image.json"], stdin=b"", timeout_s=60)
+    ran = docker_engine.run(engine, cpu_image.tag, ["cat", "/etc/titan-image.json"])
     assert ran.code == 0, ran.err
     about = json.loads(ran.out)
     assert (about["schema"], about["channel"], about["arch"]) == (1, "cpu", "amd64")
@@ -63,127 +69,224 @@ def test_the_cpu_image_says_what_it_is(cpu_image: Built) -> None:
     assert about["created"] == labels["created"] and about["driver_min"] is None and about["sm"] == []
 
 
-def test_an_image_that_lacks_things_fails_the_checks_of_them_alone(
-    tiny_image: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the engine, and as an ordinary user has it from the squashfs."""
-    in_image = check(tiny_image.tag)
-    results = {result.name: result for result in in_image}
+def test_an_image_that_lacks_things_fails_the_checks_of_them_alone(engine: Engine, tiny_image: Built) -> None:
+    results = {result.name: result for result in check(tiny_image.tag, engine=engine)}
     failed = {name for name, result in results.items() if result.status == "failed"}
     assert failed == {"torch", "blackwell", "triton", "nccl", "login shell", "model"}
     assert results["lock"].found.startswith("2 packages")
     assert "ModuleNotFoundError: No module named 'torch'" in results["torch"].found
-    convert_image(tiny_image.tag, tmp_path / "tiny.sqsh")
+
+
+def test_the_cpu_squashfs_passes_the_same_checks(cpu_sqsh: Path) -> None:
+    """As root."""
+    mounts = Path("/proc/mounts").read_text()
+    results = {result.name: result for result in check(str(cpu_sqsh))}
+    assert len(results) == 15
+    assert {name for name, result in results.items() if result.status != "ok"} == {"blackwell", "quantization"}
+    assert "8,030,261,248 parameters, 57,914,449,920 FLOPs" in results["model"].found
+    assert Path("/proc/mounts").read_text() == mounts
+
+
+def test_a_squashfs_is_checked_like_the_image_that_it_is_from(
+    engine: Engine, tiny_image: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an ordinary user would have it."""
+    path = tmp_path / "tiny.sqsh"
+    convert_image(tiny_image.tag, path, engine=engine)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    in_file = check(str(tmp_path / "tiny.sqsh"))
-    assert [(one.name, one.status) for one in in_file] == [(one.name, one.status) for one in in_image]
+    in_file = [(result.name, result.status) for result in check(str(path))]
+    assert in_file == [(result.name, result.status) for result in check(tiny_image.tag, engine=engine)]
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("titan-check-")] == []
 
 
-def test_a_command_in_an_image_and_its_export_leave_no_container(tiny_image: Built) -> None:
-    def run(command: str, timeout_s: float = 60) -> Ran:
-        return docker_engine.run_in(tiny_image.tag, ["sh", "-c", command], stdin=b"yes", timeout_s=timeout_s)
-
-    before = containers()
-    stream = docker_engine.export(tiny_image.tag)
+def test_exported_files_leave_no_container_behind(engine: Engine, tiny_image: Built) -> None:
+    before = engine.client.api.containers(all=True)
+    stream = docker_engine.export(engine, tiny_image.tag)
     assert next(stream)[257:262] == b"ustar"
-    stream.close()
-    ran = run("cat; echo no >&2; exit 3")
-    assert (ran.code, ran.out, ran.err, ran.cut) == (3, b"yes", "no\n", False)
-    ran = run("head -c 3000000 /dev/zero | tr '\\0' x >&2; head -c 3000000 /dev/zero | tr '\\0' x")
-    assert (len(ran.out), ran.cut, len(ran.err) <= TAIL) == (docker_engine.OUTPUT, True, True)
-    missing = docker_engine.run_in(tiny_image.tag, ["nvidia-smi"], stdin=b"", timeout_s=60)
-    assert missing.code and "nvidia-smi" in missing.err
+    stream.close()  # type: ignore[attr-defined]
+    assert engine.client.api.containers(all=True) == before
+
+
+def test_a_command_that_is_not_there_or_does_not_end(engine: Engine, tiny_image: Built) -> None:
+    before = engine.client.api.containers(all=True)
+    with pytest.raises(LauncherError, match="nvidia-smi does not start in titan:tiny-amd64"):
+        docker_engine.run(engine, tiny_image.tag, ["nvidia-smi"])
     with pytest.raises(LauncherError, match="did not end within 1 s"):
-        run("sleep 60", 1)
-    assert containers() == before
+        docker_engine.run(engine, tiny_image.tag, ["sleep", "60"], timeout_s=1)
+    ran = docker_engine.run(
+        engine, tiny_image.tag, ["sh", "-c", "cat /tmp/x; echo no >&2; exit 3"], files={"x": b"yes"}
+    )
+    assert (ran.code, ran.out, ran.err, ran.cut) == (3, b"yes", "no\n", False)
+    flood = "head -c 3000000 /dev/zero | tr '\\0' x; head -c 3000000 /dev/zero | tr '\\0' x >&2"
+    ran = docker_engine.run(engine, tiny_image.tag, ["sh", "-c", flood])
+    assert (len(ran.out), ran.cut, len(ran.err) <= TAIL) == (docker_engine.OUTPUT, True, True)
+    assert engine.client.api.containers(all=True) == before
 
 
 # ------------------------------------------------------------------------------------- builds that fail
 
 
-class Fails(NamedTuple):
-    old: str
-    new: str
-    fix: str
-    original: str
-    base: str = ""
+def failed_build(engine: Engine, base: Base, lock: Path, text: str) -> LauncherError:
+    lock.write_text(text)
+    with pytest.raises(LauncherError) as error:
+        build(
+            "cpu",
+            "amd64",
+            engine=engine,
+            base=base.tag,
+            torch_index="",
+            network="host",
+            lock_file=lock,
+            tag="titan:broken-amd64",
+        )
+    with pytest.raises(LauncherError):
+        docker_engine.inspect(engine, "titan:broken-amd64")
+    return error.value
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Fails("sha256:946d", "sha256:0000", "launcher image lock cpu --arch amd64", "Expected sha256 0000195a0d"),
-        Fails("idna==3.10", "idna==3.10.99", "launcher image lock cpu --arch amd64", "idna==3.10.99"),
-        Fails("", "", "--base IMAGE", "no-such-base", base="titan-test/no-such-base:1"),
-    ],
-    ids=["hash", "version", "base"],
-)
-def test_builds_that_fail(base_image: Base, tiny_image: Built, tmp_path: Path, case: Fails) -> None:
-    path = tmp_path / "bad.txt"
-    path.write_text(TINY_LOCK.replace(case.old, case.new) if case.old else TINY_LOCK)
-    options = {"torch_index": "", "network": "host", "lock_file": path, "tag": "titan:broken-amd64"}
-    with pytest.raises(LauncherError, match="the build of channel cpu for amd64 failed") as error:
-        build("cpu", "amd64", base=case.base or base_image.tag, **options)  # type: ignore[arg-type]
-    # There may be no network, and a registry of base images behind it.
-    assert case.fix in error.value.fix and case.original in error.value.original
-    with pytest.raises(LauncherError, match="has no image"):
-        docker_engine.inspect("titan:broken-amd64")
+def test_a_lock_whose_hash_does_not_match(engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path) -> None:
+    text = TINY_LOCK.replace("sha256:946d", "sha256:0000")
+    error = failed_build(engine, base_image, tmp_path / "bad.txt", text)
+    assert "a file is not the one that the lock" in error.what and "idna==3.10" in error.what
+    assert "launcher image lock cpu --arch amd64" in error.fix
+    assert "Expected sha256 0000195a0d" in error.original
+
+
+def test_a_lock_with_a_version_that_is_gone(
+    engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path
+) -> None:
+    text = TINY_LOCK.replace("idna==3.10", "idna==3.10.99")
+    error = failed_build(engine, base_image, tmp_path / "bad.txt", text)
+    assert "idna==3.10.99 of the lock" in error.what and "launcher image lock" in error.fix
+
+
+def test_a_base_image_that_is_nowhere(engine: Engine, tiny_lock: Path) -> None:
+    with pytest.raises(LauncherError) as error:
+        build("cpu", "amd64", engine=engine, base="titan-test/no-such-base:1", lock_file=tiny_lock)
+    assert "no base image titan-test/no-such-base:1" in error.value.what + error.value.original or (
+        "cannot reach the network" in error.value.what
+    )
 
 
 def test_a_channel_without_a_lock_makes_it_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(building, "lock_path", lambda name, arch: tmp_path / f"{name}-{arch}.txt")
+
     def refuse(name: str, arch: str, **options: object) -> Path:
         raise LauncherError("index-silent", f"index of {name} for {arch} cannot be reached", "CHANNEL=stable")
 
-    monkeypatch.setattr(docker_engine, "own_arch", lambda: "amd64")
-    monkeypatch.setattr(building, "lock_path", lambda name, arch: tmp_path / f"{name}-{arch}.txt")
     monkeypatch.setattr(building, "lock", refuse)
     with pytest.raises(LauncherError, match="index of nightly for amd64") as error:
-        build("nightly", "amd64")
+        build("nightly", "amd64", engine=somewhere())
     assert error.value.fix == "CHANNEL=stable"
 
 
 # ------------------------------------------------------------------------------------ engines that are not
 
 
-@pytest.mark.parametrize("host", ["unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9"])
+def test_docker_py_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "docker", None)
+    with pytest.raises(LauncherError, match="docker-py, which is not installed") as error:
+        docker_engine.connect()
+    assert error.value.fix == install("image")
+
+
+@pytest.mark.parametrize("host", ["unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9", "http:/x", "nonsense"])
 def test_no_engine_answers(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    pytest.importorskip("docker")
     monkeypatch.setenv("DOCKER_HOST", host)
+    with pytest.raises(LauncherError, match=f"no Docker engine answers at {host}") as error:
+        docker_engine.connect()
+    assert "unset DOCKER_HOST" in error.value.fix and error.value.original
+
+
+def test_an_engine_behind_ssh_is_reached_by_the_program_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows the user's agent and jump hosts."""
+    import docker
+
+    asked = {}
+
+    def from_env(**options: Any) -> None:
+        asked.update(options)
+        raise docker.errors.DockerException("Install paramiko package to enable ssh:// support")
+
+    monkeypatch.setattr(docker.DockerClient, "from_env", from_env)
+    monkeypatch.setenv("DOCKER_HOST", "ssh://user@machine")
+    with pytest.raises(LauncherError, match="ssh part, which is not installed") as error:
+        docker_engine.connect()
+    assert asked["use_ssh_client"] is True
+    assert "docker[ssh]" in error.value.fix
+
+
+def test_no_engine_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("docker")
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setattr(docker_engine, "DEFAULT_HOST", f"unix://{tmp_path}/docker.sock")
     with pytest.raises(LauncherError, match="no Docker engine answers") as error:
-        docker_engine.own_arch()
-    assert host in error.value.original
+        docker_engine.connect()
+    assert "sudo systemctl start docker" in error.value.fix
 
 
-def test_an_engine_that_this_user_may_not_use(engine: None) -> None:
+def test_the_current_docker_context_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rootless Docker and Docker Desktop are only found there."""
+    pytest.importorskip("docker")
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"currentContext": "mine"}')
+    folder = tmp_path / "contexts" / "meta" / hashlib.sha256(b"mine").hexdigest()
+    folder.mkdir(parents=True)
+    endpoint = {"Host": "unix:///nonexistent/mine.sock", "SkipTLSVerify": False}
+    (folder / "meta.json").write_text(json.dumps({"Name": "mine", "Metadata": {}, "Endpoints": {"docker": endpoint}}))
+    with pytest.raises(LauncherError, match="answers at unix:///nonexistent/mine"):
+        docker_engine.connect()
+
+
+def test_an_engine_that_this_user_may_not_use(engine: Engine) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
     try:
         os.seteuid(65534)
         with pytest.raises(LauncherError, match="this user may not use the Docker engine") as error:
-            docker_engine.own_arch()
+            docker_engine.connect()
     finally:
         os.seteuid(0)
     assert error.value.fix == 'sudo usermod -aG docker "$USER" && newgrp docker'
 
 
-def test_the_engine_dies_while_an_image_is_used(engine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_died_before_the_build(tiny_lock: Path) -> None:
+    if not shutil.which("docker"):
+        pytest.skip("needs the docker command")
+    with pytest.raises(LauncherError, match="the Docker engine stopped answering") as error:
+        build("cpu", "amd64", engine=somewhere("unix:///nonexistent/docker.sock"), lock_file=tiny_lock)
+    assert "systemctl status docker" in error.value.fix and "nonexistent/docker.sock" in error.value.original
+
+
+def test_the_engine_dies_while_an_image_is_used(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
         pytest.skip("this engine is not ours to stop")
-    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")
     with running_engine(tmp_path / "data") as host:
         monkeypatch.setenv("DOCKER_HOST", host)
-        assert docker_engine.build(["--tag=titan:x", str(tmp_path)])[0] == 0
-        stream = docker_engine.export("titan:x")
+        other = docker_engine.connect()
+        recipe = io.BytesIO(b"FROM scratch\nLABEL of=test\n")
+        assert list(other.client.api.build(fileobj=recipe, decode=True, tag="titan:x"))
+        stream = docker_engine.export(other, "titan:x")
         next(stream)
-    for use in (lambda: docker_engine.inspect("titan:x"), lambda: list(docker_engine.export("titan:x"))):
-        with pytest.raises(LauncherError, match="no Docker engine answers"):
+    for use in (
+        lambda: docker_engine.inspect(other, "titan:x"),
+        lambda: docker_engine.run(other, "titan:x", ["true"]),
+        lambda: list(docker_engine.export(other, "titan:x")),
+        lambda: push("titan:x", "127.0.0.1:9/x", engine=other, say=print),
+    ):
+        with pytest.raises(LauncherError, match=r"the Docker engine at .* stopped answering"):
             use()
-    stream.close()
+    stream.close()  # type: ignore[attr-defined]
 
 
 def test_the_disk_of_the_engine_is_full(
-    engine: None, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
         pytest.skip("this engine has room")
@@ -198,15 +301,15 @@ def test_the_disk_of_the_engine_is_full(
             (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY containers /\n")
             (tmp_path / "lock.txt").write_text(tiny_lock.read_text() + "#" * 3_000_000)
             monkeypatch.setattr(building, "dockerfile", lambda: tmp_path / "Dockerfile")
-            with pytest.raises(LauncherError) as error:
-                build("cpu", "amd64", lock_file=tmp_path / "lock.txt", tag="titan:x")
+            with pytest.raises(LauncherError, match="the disk of the Docker engine is full") as error:
+                build("cpu", "amd64", engine=docker_engine.connect(), lock_file=tmp_path / "lock.txt", tag="titan:x")
             assert "docker system prune" in error.value.fix
     finally:
         subprocess.run(["umount", str(data)], check=True)
 
 
 def test_ctrl_c_stops_the_build(
-    engine: None, base_image: Base, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, base_image: Base, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the container of the step nor a tag stays; the steps before are used by the next build."""
     recipe = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN echo begun $(cat /proc/uptime); sleep 300\n"
@@ -217,29 +320,74 @@ def test_ctrl_c_stops_the_build(
         if line.startswith("begun"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(docker_engine, "say", say)
-    before = containers()
-    with pytest.raises(KeyboardInterrupt):
-        build("cpu", "amd64", base=base_image.tag, lock_file=tiny_lock, network="host", tag="titan:no")
+    before = engine.client.api.containers(all=True)
+    try:
+        build(
+            "cpu",
+            "amd64",
+            engine=engine,
+            base=base_image.tag,
+            network="host",
+            lock_file=tiny_lock,
+            tag="titan:stopped",
+            say=say,
+        )
+    except KeyboardInterrupt:
+        stopped = True
+    assert stopped
     deadline = time.monotonic() + 30
-    while containers() != before and time.monotonic() < deadline:
+    while engine.client.api.containers(all=True) != before and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert containers() == before
+    assert engine.client.api.containers(all=True) == before
     with pytest.raises(LauncherError, match="has no image"):
-        docker_engine.inspect("titan:no")
+        docker_engine.inspect(engine, "titan:stopped")
+
+
+# ---------------------------------------------------------------------------------------- architectures
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "",
+        EMULATED.replace("enabled", "disabled"),
+        EMULATED.replace("OCF", "OC"),
+        EMULATED.replace("qemu-aarch64", "qemu-aarch64_be"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["arm64", "aarch64", "all"])
+def test_an_architecture_that_the_machine_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str, asked: str
+) -> None:
+    monkeypatch.setattr(docker_engine, "BINFMT", tmp_path)
+    (tmp_path / "qemu-aarch64").write_text(entry)
+    with pytest.raises(LauncherError, match="this machine is amd64 and cannot run arm64 programs") as error:
+        arches(asked, somewhere())
+    assert "sudo apt-get install qemu-user-static" in error.value.fix
+
+
+def test_architectures_that_the_machine_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(docker_engine, "BINFMT", tmp_path)
+    assert arches("", somewhere(arch="arm64")) == ["arm64"]
+    assert arches("x86_64", somewhere()) == ["amd64"]
+    assert arches("all", somewhere(system="Docker Desktop")) == ["amd64", "arm64"]
+    assert arches("arm64", somewhere("ssh://user@machine")) == ["arm64"]
+    debian = EMULATED.replace("/usr/bin/qemu-aarch64-static", "/usr/libexec/qemu-binfmt/aarch64-binfmt-P")
+    for text in (EMULATED, debian):
+        (tmp_path / "qemu-aarch64").write_text(text)
+        assert arches("all", somewhere()) == ["amd64", "arm64"]
+    with pytest.raises(LauncherError, match="no architecture 'riscv64'"):
+        arches("riscv64", somewhere())
 
 
 # ------------------------------------------------------------------------------------ the docker command
 
 
-def test_what_the_docker_command_is_asked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_docker_command_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path) -> None:
     """A shell script stands in for it and writes that down."""
     docker = tmp_path / "docker"
     docker.write_text(
-        '#!/bin/sh\n[ "$1" = version ] && echo amd64 && exit\n'
-        f'printf "%s\\n" "$BUILDX_BUILDER" "$@" >{tmp_path}/asked\n'
+        f'#!/bin/sh\nprintf "%s\\n" "$DOCKER_HOST$BUILDX_BUILDER" "$@" >{tmp_path}/asked\n'
         f'for last in "$@"; do :; done\ntar -cf {tmp_path}/context.tar -C "$last" .\n'
         "printf '#8 0.123 one\\rtwo\\033[0m\\n'; echo '#5 ERROR: no space left on device' >&2; exit 1\n"
     )
@@ -247,10 +395,11 @@ def test_what_the_docker_command_is_asked(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("BUILDX_BUILDER", "mine")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    with pytest.raises(LauncherError, match="failed"):
-        build("cpu", "arm64", lock_file=tiny_lock, network="host")
+    lines: list[str] = []
+    with pytest.raises(LauncherError, match="the disk of the Docker engine is full"):
+        build("cpu", "arm64", engine=somewhere("ssh://machine"), lock_file=tiny_lock, network="host", say=lines.append)
     asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked[:2] == ["", "build"]
+    assert asked[:2] == ["ssh://machine", "build"]
     for option in (
         "--platform=linux/arm64",
         "--tag=titan:cpu-arm64",
@@ -272,11 +421,21 @@ def test_what_the_docker_command_is_asked(
         "./containers/describe.py",
         "./containers/locks/cpu-arm64.txt",
     ]
-    assert capsys.readouterr().err.splitlines()[-3:] == ["one", "two", "#5 ERROR: no space left on device"]
+    assert lines[-3:] == ["one", "two", "#5 ERROR: no space left on device"]
 
 
-@pytest.mark.parametrize("epoch", ["yesterday", "-1", str(2**32)])
-def test_a_wrong_source_date_epoch(monkeypatch: pytest.MonkeyPatch, epoch: str) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
-    with pytest.raises(LauncherError, match=f"SOURCE_DATE_EPOCH={epoch}: not a number"):
+def test_there_is_no_docker_command_that_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lock: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for words in ("No such file", "Permission denied"):
+        with pytest.raises(LauncherError, match=f"docker: {words}.* the docker command") as error:
+            build("cpu", "amd64", engine=somewhere(), lock_file=tiny_lock)
+        assert "docker-cli" in error.value.fix
+        (tmp_path / "docker").touch(0o644)
+
+
+def test_a_wrong_source_date_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(LauncherError, match="SOURCE_DATE_EPOCH=yesterday: not a number"):
         created()

@@ -8,11 +8,10 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.base.files import data_dir
 from launcher.image import ARCHES
 from launcher.image import lock as locking
@@ -21,7 +20,7 @@ from launcher.image.lock import lock, pinned
 from tests.image.dockerd import served
 
 LOCKS = sorted((data_dir("containers") / "locks").glob("*.txt"))
-MADE_UP = Channel("made-up", "for this test", "debian:12-slim", "3.11", ["alpha"], 1.0)
+MADE_UP = Channel("made-up", "for this test", "debian:12-slim", "3.11", ("alpha",), 1.0)
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
@@ -35,7 +34,7 @@ def test_a_committed_lock_pins_everything_by_hash_and_knows_no_machine(path: Pat
     if about.record_urls:
         shape = re.compile(f"{shape.pattern}|[a-z0-9-]+ @ {re.escape(about.torch_index)}\\S+ \\\\")
     assert [line for line in text.splitlines() if not shape.fullmatch(line)] == []
-    found = pinned(path)
+    found = pinned(text)
     for requirement in about.packages:
         assert re.match(r"[a-z0-9-]+", requirement)[0] in found  # type: ignore[index]
     assert found["torchtitan"].startswith("0.2.2" if name == "reference" else "0.3.")
@@ -51,20 +50,21 @@ def test_every_channel_from_pypi_has_its_locks() -> None:
     assert lock_path("stable", "arm64") in LOCKS
 
 
-def test_an_unknown_channel() -> None:
+def test_an_unknown_channel_and_an_unknown_architecture() -> None:
     with pytest.raises(LauncherError, match="there is no channel 'stabel'") as error:
         lock("stabel", "amd64")
     assert error.value.fix == "one of nightly, stable, reference, cpu"
     assert error.value.status is ExitStatus.NOT_FOUND
+    with pytest.raises(LauncherError, match="there is no architecture 'sparc'"):
+        lock("stable", "sparc")
 
 
-def test_versions_are_read_from_both_kinds_of_lines(tmp_path: Path) -> None:
-    path = tmp_path / "lock.txt"
-    path.write_text(
+def test_versions_are_read_from_both_kinds_of_lines() -> None:
+    text = (
         "# a comment\nidna==3.10 \\\n    --hash=sha256:00\ntorch-x @ https://i/whl/torch_x-2.16.0.dev1%2Bcu130-cp312-"
         "cp312-manylinux_2_28_x86_64.whl \\\n    --hash=sha256:00\n"
     )
-    assert pinned(path) == {"idna": "3.10", "torch-x": "2.16.0.dev1+cu130"}
+    assert pinned(text) == {"idna": "3.10", "torch-x": "2.16.0.dev1+cu130"}
 
 
 # ---------------------------------------------------------------------------------------- making them
@@ -101,25 +101,31 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"{address}simple"
 
 
-def digest(folder: Path, wheel: str) -> str:
-    return hashlib.sha256(next(folder.rglob(wheel)).read_bytes()).hexdigest()
-
-
 def test_a_lock_of_a_channel_that_records_addresses(
     index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = ["alpha", "beta"]
-    about = replace(MADE_UP, packages=both, torch_index=index, from_torch_index=both, record_urls=True)
+    about = replace(
+        MADE_UP,
+        packages=("alpha", "beta"),
+        torch_index=index,
+        from_torch_index=("alpha", "beta"),
+        record_urls=True,
+    )
     monkeypatch.setattr(locking, "channel", lambda name: about)
-    target = lock("made-up", "amd64", output=tmp_path / "locks" / "new.txt")
+    said: list[str] = []
+    target = lock("made-up", "x86_64", output=tmp_path / "locks" / "new.txt", say=said.append)
+    wheels = {path.name: path for path in (tmp_path / "index").rglob("*.whl")}
+
+    def pin(name: str, file: str) -> list[str]:
+        digest = hashlib.sha256(wheels[file].read_bytes()).hexdigest()
+        return [f"{name} @ {index}/{name}/{file.replace('+', '%2B')} \\", f"    --hash=sha256:{digest}"]
+
     assert target.read_text().splitlines() == [
         "# Channel made-up, amd64, Python 3.11. Made by: launcher image lock made-up --arch amd64",
-        f"alpha @ {index}/alpha/alpha-1.0%2Bcu130-py3-none-any.whl \\",
-        f"    --hash=sha256:{digest(tmp_path, 'alpha-1.0+cu130-*.whl')}",
-        f"beta @ {index}/beta/beta-2.0-py3-none-any.whl \\",
-        f"    --hash=sha256:{digest(tmp_path, 'beta-2.0-*.whl')}",
+        *pin("alpha", "alpha-1.0+cu130-py3-none-any.whl"),
+        *pin("beta", "beta-2.0-py3-none-any.whl"),
     ]
-    assert pinned(target) == {"alpha": "1.0+cu130", "beta": "2.0"}
+    assert said[-1].endswith("new.txt: 2 packages")
 
 
 def test_a_lock_of_versions_computes_the_hashes_that_the_index_lacks(
@@ -128,58 +134,47 @@ def test_a_lock_of_versions_computes_the_hashes_that_the_index_lacks(
     monkeypatch.setenv("UV_DEFAULT_INDEX", index)  # a mirror in the place of PyPI
     monkeypatch.setattr(locking, "channel", lambda name: MADE_UP)
     text = lock("made-up", "arm64", output=tmp_path / "new.txt").read_text()
-    assert text.splitlines()[1:] == [
-        "alpha==1.0+cu130 \\",
-        f"    --hash=sha256:{digest(tmp_path, 'alpha-1.0+cu130-*.whl')}",
-        "beta==2.0 \\",
-        f"    --hash=sha256:{digest(tmp_path, 'beta-2.0-*.whl')}",
-    ]
+    assert pinned(text) == {"alpha": "1.0+cu130", "beta": "2.0"}
+    assert index not in text and len(re.findall(r"--hash=sha256:[0-9a-f]{64}", text)) >= 2
 
 
-class Fails(NamedTuple):
-    packages: list[str]
-    what: str
-    fix: str
-    code: str
-    torch_index: str = ""
-    cache: str = "cache"
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Fails(["alpha>=2"], "no set of packages satisfies alpha>=2", "channels.toml", "lock-unsolvable"),
-        Fails(
-            ["alpha"],
-            "index http://127.0.0.1:9",
-            "CHANNEL=stable",
-            "index-silent",
-            torch_index="http://127.0.0.1:9/whl",
-        ),
-        Fails(["alpha"], "uv made no lock", "UV_", "lock-failed", cache="file/cache"),
-    ],
-    ids=lambda case: case.code,
-)
-def test_locks_that_cannot_be_made(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Fails) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / case.cache))
-    about = replace(
-        MADE_UP,
-        packages=case.packages,
-        torch_index=case.torch_index or index,
-        from_torch_index=["alpha", "beta"],
-        cuda="13",
-    )
-    monkeypatch.setattr(locking, "channel", lambda name: replace(about, packages=[*case.packages, "beta"]))
-    with pytest.raises(LauncherError, match=case.what) as error:
+def test_nothing_satisfies_the_channel(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = replace(MADE_UP, packages=("alpha>=2",), torch_index=index, from_torch_index=("alpha",))
+    monkeypatch.setattr(locking, "channel", lambda name: about)
+    with pytest.raises(LauncherError, match=r"no set of packages satisfies alpha>=2") as error:
         lock("made-up", "amd64", output=tmp_path / "new.txt")
-    assert (error.value.code, case.fix in error.value.fix) == (case.code, True), error.value.original
+    assert "channels.toml" in error.value.fix and "alpha" in error.value.original
+    assert not (tmp_path / "new.txt").exists()
+
+
+def test_what_else_uv_says_is_not_called_unsatisfiable() -> None:
+    error = locking._explain(MADE_UP, "", "error: Failed to write to the cache\n  No space left on device")
+    assert "uv made no lock" in error.what and "packages" not in error.what
+    assert "df -h" in error.fix and "No space left" in error.original
+
+
+def test_an_index_that_cannot_be_reached_names_the_channel_that_needs_none(
+    index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = "http://127.0.0.1:9/whl"
+    with pytest.raises(LauncherError, match="channel nightly: the package index http://127") as error:
+        lock("nightly", "amd64", torch_index=closed, output=tmp_path / "new.txt")
+    assert "CHANNEL=stable" in error.value.fix and "--torch-index" in error.value.fix
     assert not (tmp_path / "new.txt").exists()
 
 
 def test_uv_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setitem(__import__("sys").modules, "uv", None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LauncherError, match="uv: No such file") as error:
+    with pytest.raises(LauncherError, match="locks are made with uv, which is not installed") as error:
         lock("stable", "amd64", output=tmp_path / "new.txt")
-    assert error.value.fix.endswith("-m pip install 'titan-launcher[image]'")
+    assert error.value.fix == install("image")
+
+
+def test_a_lock_where_nothing_can_be_written(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_DEFAULT_INDEX", index)
+    monkeypatch.setattr(locking, "channel", lambda name: MADE_UP)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LauncherError, match="cannot write") as error:
+        lock("made-up", "amd64", output=tmp_path / "file" / "new.txt")
+    assert error.value.status is ExitStatus.FILESYSTEM

@@ -1,22 +1,28 @@
-"""A stand-in for the docker command, and `launcher image` as a user types it."""
+"""A stand-in for what `launcher image` calls, and the commands as a user types them."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
+import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from launcher import cli
 from launcher.image import build as building
+from launcher.image import engine as docker_engine
 from launcher.image.build import Built
-from tests.image.converter import File, tar_of
 
+needs_tools = pytest.mark.skipif(
+    not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"
+)
 ABOUT = {
     "schema": 1,
     "channel": "cpu",
@@ -26,19 +32,6 @@ ABOUT = {
     "created": "2026-01-01T00:00:00Z",
     "versions": {"python": "3.11.2", "torch": "2.13.0+cpu", "cuda": None, "nccl": None, "torchtitan": "0.3.0"},
 }
-# In its folder: the images that it has, by name and by id; the containers that were made and not removed; what it
-# exports; and `on-create` and `on-export`, commands that a test puts there.
-DOCKER = """#!/bin/sh
-cd "$(dirname "$0")"
-for last in "$@"; do case $last in --name=*) name=${last#--name=} ;; esac; done
-case "$1 $2" in
-  "version "*) echo amd64 ;;
-  "image inspect") cat "images/$3" 2>/dev/null || { echo "Error: No such image: $3" >&2; exit 1; } ;;
-  "create "*) . ./on-create; touch "containers/$name" ;;
-  "export "*) cat export.tar; . ./on-export ;;
-  "rm "*) rm "containers/$last" ;;
-esac
-"""
 
 
 @dataclass(frozen=True)
@@ -69,57 +62,83 @@ def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def exported(about: dict[str, Any], size: int = 0, name: str = "big") -> bytes:
     """A root directory as an engine streams it, with a file of that size and name."""
-    return tar_of(File("etc/titan-image.json", json.dumps(about).encode()), File(name, bytes(size)))
+    shell = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00" + (62).to_bytes(2, "little") + bytes(44)
+    files = {"bin/sh": shell, "etc/titan-image.json": json.dumps(about).encode(), name: bytes(size)}
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for path, data in files.items():
+            info = tarfile.TarInfo(path)
+            info.size, info.mode = len(data), 0o755
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
 
 
-@dataclass(frozen=True)
-class Engine:
-    """The stand-in's folder."""
+@dataclass
+class Api:
+    """The calls of docker-py that a conversion makes."""
 
-    folder: Path
+    images: dict[str, dict[str, Any]]
+    stream: bytes
+    containers: list[str] = field(default_factory=list)  # made and not removed
 
-    def exports(self, stream: bytes, then: str = "") -> None:
-        (self.folder / "export.tar").write_bytes(stream)
-        (self.folder / "on-export").write_text(then)
+    def inspect_image(self, name: str) -> dict[str, Any]:
+        for tag, about in self.images.items():
+            if name in (tag, about["Id"]):
+                return about
+        import docker
 
-    def creates(self, first: str) -> None:
-        (self.folder / "on-create").write_text(first)
+        raise docker.errors.ImageNotFound(name)
 
-    def containers(self) -> list[str]:
-        return os.listdir(self.folder / "containers")
+    def create_host_config(self, **_: Any) -> dict[str, Any]:
+        return {}
+
+    def create_container(self, image: str, *_: Any, name: str, **__: Any) -> dict[str, str]:
+        self.containers.append(name)
+        return {"Id": f"id of {name}"}
+
+    def export(self, _: str, chunk_size: int) -> Iterator[bytes]:
+        for at in range(0, len(self.stream), chunk_size):
+            yield self.stream[at : at + chunk_size]
+
+    def remove_container(self, container: str, **_: Any) -> None:
+        import docker
+
+        if container not in self.containers:
+            raise docker.errors.NotFound(container)
+        self.containers.remove(container)
+
+
+def inspected(arch: str = "amd64", title: str = "titan-cpu") -> dict[str, Any]:
+    labels = {"org.opencontainers.image.title": title} if title else None
+    return {"Id": f"sha256:{title}{arch}", "Architecture": arch, "Size": 5, "Config": {"Labels": labels}}
 
 
 @pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     """An engine for amd64 with two images of the channel cpu and a foreign one."""
-    folder = tmp_path / "engine"
-    for name in ("images", "containers"):
-        (folder / name).mkdir(parents=True)
-    for tag, title, arch in (
-        ("titan:cpu-amd64", "titan-cpu", "amd64"),
-        ("titan:cpu-arm64", "titan-cpu", "arm64"),
-        ("other:1", None, "amd64"),
-    ):
-        labels = {"org.opencontainers.image.title": title} if title else None
-        about = {"Id": f"sha256:{title}{arch}", "Architecture": arch, "Size": 5, "Config": {"Labels": labels}}
-        for name in (tag, f"sha256:{title}{arch}"):
-            (folder / "images" / name).write_text(json.dumps([about]))
-    (folder / "docker").write_text(DOCKER)
-    (folder / "docker").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    found = Engine(folder)
-    found.exports(exported(ABOUT))
-    found.creates("")
+    pytest.importorskip("docker")
+    found = Api(
+        {
+            "titan:cpu-amd64": inspected(),
+            "titan:cpu-arm64": inspected("arm64"),
+            "other:1": inspected(title=""),
+        },
+        exported(ABOUT),
+    )
+    engine = docker_engine.Engine(SimpleNamespace(api=found), "unix:///made-up.sock", "28.0", "amd64", "Debian")
+    monkeypatch.setattr(docker_engine, "connect", lambda: engine)
+    monkeypatch.setattr(docker_engine, "emulates", lambda arch: True)
     return found
 
 
 @pytest.fixture
-def builds(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def builds(api: Api, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What was asked to be built; the images are there already."""
     asked: list[dict[str, Any]] = []
 
-    def build(name: str, arch: str, **options: Any) -> Built:
+    def build(name: str, arch: str, *, engine: Any, say: Callable[[str], None], **options: Any) -> Built:
         asked.append({"name": name, "arch": arch, **options})
+        say(f"Step 1/9 : building\t{arch}")
         tag = options["tag"] or f"titan:{name}-{arch}"
         return Built(name, arch, tag, f"sha256:{arch}", 5, 1.5)
 

@@ -22,6 +22,7 @@ from launcher.config.layers import read_layer
 from launcher.image import engine as docker_engine
 from launcher.image.check import check
 from launcher.image.convert import image_config
+from launcher.image.engine import Engine
 from launcher.image.squashfs_tools import TAIL, Ran, run
 from launcher.stage.manifest import read_manifest
 from launcher.titan import data, registry_era
@@ -145,21 +146,21 @@ def test_no_room_for_temporary_files(workplace: Path) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [[], {"Labels": "x"}, {"Env": [1]}, {"Cmd": 5}],
+    [[], {"Labels": "x"}, {"Volumes": {"a": 1, 2: 3}}, {"Env": [1]}, {"Cmd": 5}, {"Labels": {"a": 1}}],
 )
 def test_an_image_whose_configuration_makes_no_sense(config: Any) -> None:
     with pytest.raises(LauncherError, match="makes no sense"):
-        image_config({"Config": config or [1]})
+        image_config({"Config": config or [1]}, {})
 
 
 def test_an_images_time() -> None:
-    assert image_config({"Created": "9999-01-01T00:00:00Z"}).created == 2**32 - 1
+    assert image_config({"Created": "9999-01-01T00:00:00Z"}, {}).created == 2**32 - 1
     ours = {"Created": "2026-11-29T10:00:00Z", "Config": {"Labels": {"org.opencontainers.image.created": "1970-01-02"}}}
-    assert image_config(ours).created == 0  # not a time: none
+    assert image_config(ours, {}).created == 0  # not a time: none
     ours["Config"] = {"Labels": {"org.opencontainers.image.created": "1970-01-02T00:00:00Z"}}
-    assert image_config(ours).created == 86400
+    assert image_config(ours, {}).created == 86400
     with pytest.raises(LauncherError, match="makes no sense"):
-        image_config({"Created": "2026-99-99T00:00:00Z"})
+        image_config({"Created": "2026-99-99T00:00:00Z"}, {})
 
 
 @pytest.mark.parametrize("version", ["0.²", "0." + "9" * 5000, "", "x"])
@@ -264,7 +265,7 @@ def test_a_program_that_prints_without_end_is_ended() -> None:
     ],
 )
 def test_what_an_image_prints_in_the_place_of_its_checks(printed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_engine, "run_in", lambda *_, **__: Ran(0, printed, "its own words", False))
+    monkeypatch.setattr(docker_engine, "run", lambda *_, **__: Ran(0, printed, "its own words", False))
     with pytest.raises(LauncherError, match="the checks did not run in titan:x") as error:
-        check("titan:x")
+        check("titan:x", engine=Engine(None, "unix:///x", "28", "amd64", "Debian"))
     assert error.value.original

@@ -45,6 +45,11 @@ def describe(image: Path, **changes: object) -> None:
             ("--gpu", "b200", "--recipe", "llama3-8b-fast"),
             "torchtitan 0.2.2 needs torchao 0.16 for MXFP8, the image has 0.18.0",
         ),
+        (
+            {"versions": {"cuda": "13.0"}, "driver_min": "580"},
+            ("--gpu", "b200", "--set", "profile.driver=570.172.08"),
+            "CUDA 13.0 in the image needs driver 580, the nodes have 570.172.08",
+        ),
     ],
 )
 def test_an_image_that_cannot_run_there_is_refused(
@@ -64,6 +69,10 @@ def test_an_image_that_cannot_run_there_is_refused(
         ({"quantization": ["none", "mxfp8"]}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
         ({"versions": {"torchtitan": "0.2.2", "torchao": "0.16.0"}}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
         ({"versions": {"torchtitan": "0.3.0"}}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
+        (
+            {"versions": {"cuda": "13.0"}, "driver_min": "580"},
+            ("--gpu", "b200", "--set", "profile.driver=570.1", "--force"),
+        ),  # by NVIDIA's forward compatibility
         ({"driver_min": "580"}, ("--gpu", "b200", "--set", "profile.driver=580.95.05")),
     ],
 )
