@@ -161,11 +161,11 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
         if repo.token:
             words = words.replace(repo.token, "(token)")
         what = f"{repo.name}/{path}" if path else repo.name
-        kind, exit_status = "hub-refused", ExitStatus.NOT_FOUND if status == 404 else ExitStatus.ERROR
+        exit_status = ExitStatus.NOT_FOUND if status == 404 else ExitStatus.ERROR
         if status in (401, 403):
-            kind, exit_status = "hub-access", ExitStatus.INVALID
             says, fix = _no_access(repo, gated=code == "GatedRepo" or status == 403)
-        elif status == 404 and code == "RevisionNotFound":
+            return LauncherError("hub-access", says, fix, original=words)
+        if status == 404 and code == "RevisionNotFound":
             says = f"{repo.name} has no revision {repo.revision[:80]!r}"
             fix = f"--revision main, or one of {repo.page}/commits/main"
         elif status == 404:
@@ -178,7 +178,7 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
         else:
             says = f"{what}: {no_answer(error)} at {repo.site}"
             fix = "the same command continues; check the network, HTTPS_PROXY and HF_ENDPOINT"
-        return LauncherError(kind, says, fix, status=exit_status, original=words)
+        return LauncherError("hub-refused", says, fix, status=exit_status, original=words)
 
     return refused
 

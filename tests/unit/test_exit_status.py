@@ -9,7 +9,7 @@ from launcher import __version__
 from launcher.base.errors import ExitStatus
 from tests.conftest import ROOT, Launch
 
-ERRORS = {"LauncherError", "NoImage", "Missing", "InDoubt"}
+ERRORS = {"LauncherError", "Refusal", "NoImage", "Missing", "InDoubt"}
 
 
 def test_the_page_lists_every_code() -> None:
