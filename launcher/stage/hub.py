@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes
-from launcher.stage.source import RemoteFile, check_answer, is_digest
+from launcher.stage.source import RemoteFile, check_answer
 from launcher.stage.target import Incoming, TooSlow
 from launcher.stage.web import Refused, ask, download, header_of, no_answer, status_of
 
@@ -52,9 +49,8 @@ class Repo:
         return f"{self.site}/api/{self.kind}s/{self.name}"
 
     def download(self, file: RemoteFile, stream: Incoming) -> None:
-        if not (file.xet and _came_by_xet(self, file, stream)):
-            url = f"{self.page}/resolve/{self.revision}/{quote(file.path)}"
-            download(url, stream, refused_by_hub(self, file.path), self.token)
+        url = f"{self.page}/resolve/{self.revision}/{quote(file.path)}"
+        download(url, stream, refused_by_hub(self, file.path), self.token)
 
 
 def hub_constants() -> Any:
@@ -105,7 +101,6 @@ def pin(name: str, kind: str, revision: str | None, token: str) -> Repo:
         raise LauncherError(
             "hub-settings", "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again"
         )
-    xet_cache()
     asked = Repo(name, kind, revision or "main", token)
     info, _ = _ask(asked, f"{asked.api}/revision/{quote(asked.revision, safe='')}")
     commit = info.get("sha") if isinstance(info, dict) else None
@@ -150,49 +145,12 @@ def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[Re
 
 def _file(repo: Repo, entry: dict[str, Any]) -> RemoteFile:
     check_answer(repo.page, size=entry.get("size"))
-    xet = entry["xetHash"] if is_digest(entry.get("xetHash")) else ""
     if entry.get("lfs") is None:
         check_answer(repo.page, git_id=entry.get("oid"))
-        return RemoteFile(entry["path"], entry["size"], blob=entry["oid"], xet=xet)
+        return RemoteFile(entry["path"], entry["size"], blob=entry["oid"])
     sha256 = entry["lfs"].get("oid") if isinstance(entry["lfs"], dict) else entry["lfs"]
     check_answer(repo.page, sha256=sha256)
-    return RemoteFile(entry["path"], entry["size"], sha256=str(sha256), xet=xet)
-
-
-@functools.cache
-def xet_cache() -> TemporaryDirectory[str] | None:
-    """Xet's working files on a disk of this machine, until this process ends: homes are on NFS, and those small files
-    are slow there. None where the user has named a place.
-    """
-    if os.environ.get("HF_XET_CACHE") or os.environ.get("HF_HOME"):
-        return None
-    folder = TemporaryDirectory(prefix="launcher-xet-")
-    os.environ["HF_XET_CACHE"] = folder.name
-    return folder
-
-
-def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming) -> bool:
-    """Through Xet's chunk servers; where that fails, plain HTTP has its turn. The progress moves when all is there."""
-    from huggingface_hub import file_download
-    from huggingface_hub.utils import XetFileData, build_hf_headers, disable_progress_bars
-
-    # Xet's client takes any amount of memory and time that its server likes: that of the Hub itself alone is trusted.
-    if repo.site != ENDPOINT or not file_download.is_xet_available():  # not installed, or HF_HUB_DISABLE_XET
-        return False
-    disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings quote addresses that carry a signature
-    try:
-        file_download.xet_get(
-            incomplete_path=stream.handle,
-            xet_file_data=XetFileData(file.xet, f"{repo.api}/xet-read-token/{repo.revision}"),
-            headers=build_hf_headers(token=repo.token or False),
-            expected_size=file.bytes,
-        )
-    except Exception:  # hf_xet is compiled, and its errors have no common root
-        os.ftruncate(stream.fileno(), 0)
-        return False
-    stream.on_bytes(file.bytes)
-    return True
+    return RemoteFile(entry["path"], entry["size"], sha256=str(sha256))
 
 
 def refused_by_hub(repo: Repo, path: str = "") -> Refused:
@@ -203,11 +161,11 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
         if repo.token:
             words = words.replace(repo.token, "(token)")
         what = f"{repo.name}/{path}" if path else repo.name
-        kind, exit_status = "hub-refused", ExitStatus.NOT_FOUND if status == 404 else ExitStatus.ERROR
+        exit_status = ExitStatus.NOT_FOUND if status == 404 else ExitStatus.ERROR
         if status in (401, 403):
-            kind, exit_status = "hub-access", ExitStatus.INVALID
             says, fix = _no_access(repo, gated=code == "GatedRepo" or status == 403)
-        elif status == 404 and code == "RevisionNotFound":
+            return LauncherError("hub-access", says, fix, original=words)
+        if status == 404 and code == "RevisionNotFound":
             says = f"{repo.name} has no revision {repo.revision[:80]!r}"
             fix = f"--revision main, or one of {repo.page}/commits/main"
         elif status == 404:
@@ -220,7 +178,7 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
         else:
             says = f"{what}: {no_answer(error)} at {repo.site}"
             fix = "the same command continues; check the network, HTTPS_PROXY and HF_ENDPOINT"
-        return LauncherError(kind, says, fix, status=exit_status, original=words)
+        return LauncherError("hub-refused", says, fix, status=exit_status, original=words)
 
     return refused
 

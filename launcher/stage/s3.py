@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.config.spec import S3_ADDRESS
@@ -218,43 +218,47 @@ class _Whole:
         pass
 
 
-# By the names of an error's classes, the libraries' own among them: code, what, fix, exit status.
+class Refusal(NamedTuple):
+    code: str
+    what: str
+    fix: str
+    status: ExitStatus = ExitStatus.ERROR
+
+
+# By the names of an error's classes, the libraries' own among them.
 _REFUSALS = {
-    ("WrongLength", "FileExpired"): (
+    ("WrongLength", "FileExpired"): Refusal(
         "store-differs",
         "has changed meanwhile",
         "the same command tries again",
-        ExitStatus.ERROR,
     ),
-    ("TooLong",): (
+    ("TooLong",): Refusal(
         "server-answer",
         f"the store answers with more than {ANSWER >> 20} MiB at once",
         "check AWS_ENDPOINT_URL: is it an object store?",
-        ExitStatus.ERROR,
     ),
-    ("FileNotFoundError",): (
+    ("FileNotFoundError",): Refusal(
         "store-missing",
         "not there",
         "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
         ExitStatus.NOT_FOUND,
     ),
-    ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"): (
+    ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"): Refusal(
         "store-access",
         "no credentials for object storage",
         "aws configure; or export AWS_PROFILE=..., or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ExitStatus.INVALID,
     ),
-    ("PermissionError",): (
+    ("PermissionError",): Refusal(
         "store-access",
         "access denied",
         "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
         ExitStatus.INVALID,
     ),
-    ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "SSLError"): (
+    ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "SSLError"): Refusal(
         "no-connection",
         "no connection to the store",
         "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)",
-        ExitStatus.ERROR,
     ),
 }
 
@@ -267,10 +271,9 @@ def _refused(error: Exception, what: str) -> LauncherError:
         return not_trusted(what, why)
     classes = {one.__name__ for one in type(error).__mro__}
     fix = "the same command continues; check AWS_* and ~/.aws/config"
-    found = ("store-failed", type(error).__name__, fix, ExitStatus.ERROR)
+    found = Refusal("store-failed", type(error).__name__, fix)
     for names, refusal in _REFUSALS.items():
         if classes & set(names):
             found = refusal
             break
-    code, words, fix, status = found
-    return LauncherError(code, f"{what}: {words}", fix, status=status, original=str(error))
+    return LauncherError(found.code, f"{what}: {found.what}", found.fix, status=found.status, original=str(error))

@@ -21,7 +21,6 @@ class RemoteFile:
     bytes: int
     sha256: str = ""
     blob: str = ""
-    xet: str = ""  # what Xet's servers know the file by
 
 
 class Downloads(Protocol):

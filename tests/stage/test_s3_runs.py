@@ -15,6 +15,7 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.config.layers import Layer, merge
 from launcher.config.resolve import placed
+from launcher.config.runtime import mounts
 from launcher.config.spec import PlacedRun, validate
 from launcher.stage import view
 from launcher.titan import Refused
@@ -62,6 +63,8 @@ def test_the_choice_is_that_of_a_directory(gpus: int, part: str, numbers: range,
     assert train(spec) == list(numbers)
     assert all(target == f"{ADDRESS}/en/{name}" for name, target in spec.view.items())
     assert not [note for note in notes if "more than once" not in note]
+    contained = a_spec(job__runtime="pyxis", job__image="/data/titan.sqsh")
+    assert not any("s3://" in mount or ADDRESS in mount for mount in mounts(contained))
 
 
 def test_more_ranks_than_objects_and_parts_that_cannot_be(store: Store) -> None:

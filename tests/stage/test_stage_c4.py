@@ -35,6 +35,7 @@ def train(*numbers: int) -> list[str]:
 def test_files_come_verified_with_readme_and_manifest(launch: Launch, hub: Hub, workplace: Path, c4_files):
     """And the content servers never see the token."""
     hub.tokens.add("hf_mine")
+    (workplace / "c4/lost+found").mkdir(parents=True)  # as a new file system has it
     done = launch("stage", "c4", "--to", "c4", "--files", "3", "--json", HF_TOKEN="hf_mine")
     assert done.returncode == 0, done.stderr
     target = workplace / "c4"

@@ -9,13 +9,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from tempfile import gettempdir
 from types import SimpleNamespace
 
 import pytest
 
 from launcher.base.errors import LauncherError
-from launcher.stage import hub as hub_module
 from launcher.stage import web
 from launcher.stage.inventory import verify
 from tests.conftest import Launch
@@ -188,37 +186,3 @@ def test_files_are_downloaded_at_the_same_time(hub: Hub, tmp_path: Path):
         hub.faults[name] = [together]
     assert stage_c4(tmp_path / "c4", files=3, jobs=3).downloaded == 4
     assert not barrier.broken
-
-
-def test_files_of_xet_come_by_xet_or_else_by_http(hub: Hub, tmp_path: Path, c4_files, monkeypatch):
-    """Xet's own servers are replaced at the library's border: by its function that talks to them."""
-    from huggingface_hub import file_download
-
-    monkeypatch.setattr(file_download, "is_xet_available", lambda: True)  # whatever a variable said at the import
-    monkeypatch.setattr(hub_module, "ENDPOINT", hub.endpoint)  # of no other Hub: nothing bounds what Xet's client does
-    for name in train(0, 1):
-        hub.content("allenai/c4", name).announced = {"xetHash": "f" * 64}
-    taken = []
-
-    def xet_get(*, incomplete_path: Path, xet_file_data, expected_size: int, **_rest: object) -> None:
-        taken.append(incomplete_path)
-        if len(taken) == 2:
-            incomplete_path.write_bytes(b"half")
-            raise RuntimeError("the chunk server is not to be reached")
-        incomplete_path.write_bytes(next(data for data in c4_files.values() if len(data) == expected_size))
-
-    monkeypatch.setattr(file_download, "xet_get", xet_get)
-    stage_c4(tmp_path / "c4", files=2, jobs=1)
-    assert len(taken) == 2
-    assert [len(hub.asked(name, "cdn")) for name in train(0, 1)] == [0, 1]
-    assert not verify(tmp_path / "c4", deep=True).problems
-    assert staged(tmp_path / "c4") == ["README.md", *train(0, 1)]
-    assert not list((tmp_path / "c4/.staged/partial").iterdir())
-
-
-def test_the_working_files_of_xet_are_not_in_the_home(monkeypatch):
-    for name in ("HF_HOME", "HF_XET_CACHE"):
-        monkeypatch.setenv(name, "")  # back to what it was at the end
-    folder = hub_module.xet_cache.__wrapped__()
-    assert folder is not None and os.environ["HF_XET_CACHE"] == folder.name
-    assert Path(folder.name).is_relative_to(gettempdir()) and Path(folder.name).stat().st_mode & 0o777 == 0o700
