@@ -18,7 +18,7 @@ from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
 from launcher.config.sbatch import split
 from launcher.config.spec import PlacedRun, RunSpec
-from launcher.plan.plan import prediction, write_beside
+from launcher.plan.plan import write_beside
 from launcher.runs import attach, control
 from launcher.runs.directory import Run
 from launcher.sweep import table
@@ -92,7 +92,8 @@ def sweep(
             sys.exit(ExitStatus.INTERRUPTED)
     if not (as_json or not ready or follow or is_local):
         return echo(f"  the same command shows the table; one of them: launcher watch {ready[0][1].job.name}")
-    rows = _result_rows(cells)
+    now_s = time.time()
+    rows = table.scaled([table.result_row(cell, now_s) for cell in cells])
     if as_json:
         hours, all_known = table.used(rows)
         print_json({"sweep": name, "cells": rows, "node_hours": hours, "node_hours_complete": all_known})
@@ -169,23 +170,8 @@ def _show_plan(
 ) -> None:
     """Every cell: how it stands, or what it will take."""
     next_specs = {cell.spec.job.name: spec for cell, spec in ready}
-    rows = []
-    for cell in cells:
-        spec = next_specs.get(cell.spec.job.name)
-        run = spec.job.name if spec else cell.runs[-1].name
-        shared = table.row(cell.spec, run, cell.state.name if cell.state else None)
-        rows.append(table.plan_row(shared, spec, prediction(spec) if spec else {}))
+    rows = [table.plan_row(cell, next_specs.get(cell.spec.job.name)) for cell in cells]
     if as_json:
         return print_json({"sweep": name, "cells": rows})
     echo(*table.plan_lines(rows))
     echo(f"{name}: {table.plan_summary(rows, 'side by side' if parallel else 'one after another')}")
-
-
-def _result_rows(cells: Sequence[Cell]) -> list[table.Row]:
-    now_s = time.time()
-    rows = []
-    for cell in cells:
-        run = cell.runs[-1].name if cell.runs else cell.spec.job.name
-        shared = table.row(cell.spec, run, cell.state.name if cell.state else "NOT SUBMITTED")
-        rows.append(table.result_row(shared, cell.outcome, cell.node_hours(now_s)))
-    return table.scaled(rows)

@@ -226,8 +226,7 @@ def _sizes(runs: Sequence[Health]) -> str:
     *first, last = sorted({run.outcome.nodes for run in runs})
     if len(first) >= MOST_NAMED:
         return f"{first[0]:,} to {last:,} nodes"
-    before = ", ".join(f"{size:,}" for size in first) + " and " if first else ""
-    return before + counted(last, "node")
+    return " and ".join(filter(None, [", ".join(f"{size:,}" for size in first), counted(last, "node")]))
 
 
 def _first(texts: Iterable[str]) -> list[str]:

@@ -139,7 +139,8 @@ def _mfu(outcome: Outcome) -> Cell:
 
 def _memory(outcome: Outcome) -> Cell:
     """The most that any node had, where a table for people has room for one figure."""
-    return number(outcome.memory_gib.high if outcome.memory_gib else _last(outcome, "memory_gib"), 1, " GiB")
+    last = outcome.last.memory_gib if outcome.last else None
+    return number(outcome.memory_gib.high if outcome.memory_gib else last, 1, " GiB")
 
 
 def _loss(outcome: Outcome) -> Cell:
@@ -166,10 +167,6 @@ def _data(outcome: Outcome) -> Cell:
 def _date(outcome: Outcome) -> Cell:
     day, _, time = outcome.date[:16].partition("T")
     return Cell(day, more=time)
-
-
-def _last(outcome: Outcome, figure: str) -> Any:
-    return getattr(outcome.series[-1], figure) if outcome.series else None
 
 
 def _spreads(outcome: Outcome) -> dict[str, Any]:
@@ -228,11 +225,11 @@ COLUMNS = (
     Column("steps"),
     Column("step"),
     Column("grad_norm"),
-    Column("memory_gib", lambda o: _last(o, "memory_gib"), title="Memory", cell=_memory, places=(TERMINAL, PAGE)),
+    Column("memory_gib", lambda o: o.last and o.last.memory_gib, title="Memory", cell=_memory, places=(TERMINAL, PAGE)),
     Column("memory_pct"),
     Column("loss", title="Loss", cell=_loss, places=(TERMINAL, PAGE), note="at the last logged step"),
-    Column("tps", lambda o: _last(o, "tps")),
-    Column("tflops", lambda o: _last(o, "tflops")),
+    Column("tps", lambda o: o.last and o.last.tps),
+    Column("tflops", lambda o: o.last and o.last.tflops),
     Column("mfu_pct"),
     Column("peak_tflops"),
     Column(

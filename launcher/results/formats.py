@@ -19,7 +19,6 @@ from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.rows import (
     COLUMNS,
     escape,
-    last_of,
     last_step,
     markdown_header,
     markdown_row,
@@ -144,26 +143,18 @@ def _text(cell: Cell) -> str:
     return " ".join(filter(None, (cell.text, cell.more)))
 
 
-def in_order(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """By GPU, recipe, size, batch and date: the same runs give the same table, whatever their order was."""
-    return sorted(
-        outcomes,
-        key=lambda o: (o.gpu, o.recipe, -o.nodes, o.local_batch_size, o.date, o.run, o.run_dir),
-    )
-
-
 def markdown(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table: the published four columns first, then those of ours, and the run."""
     shown = shown_in(MARKDOWN)
     titles = (*COLUMNS, *(column.title for column in shown), "Run")
     lines = [f"|{'|'.join(titles)}|", f"|{'|'.join('---' for _ in titles)}|"]
-    for outcome in in_order(outcomes):
+    for outcome in outcomes:
         about = "; ".join(filter(None, (outcome.date[:10], software_text(outcome))))
         cells = (
             escape(outcome.gpu),
             f"{outcome.nodes} ({outcome.gpus} GPU)",
             str(outcome.local_batch_size),
-            last_step(outcome) if last_of(outcome) else escape(outcome.lacks),
+            last_step(outcome) if outcome.last else escape(outcome.lacks),
             *(escape(_text(column.shown(outcome))) if outcome.complete else "not a result" for column in shown),
             escape(outcome.run) + (f" ({escape(about)})" if about else ""),
         )

@@ -146,6 +146,11 @@ class Outcome:
         return any(problem.kind is kind for problem in self.problems)
 
     @property
+    def last(self) -> Point | None:
+        """The last logged step."""
+        return self.series[-1] if self.series else None
+
+    @property
     def median_tps(self) -> float | None:
         return self.tps.median if self.tps else None
 

@@ -11,7 +11,7 @@ import re
 from launcher.base.mfu import mfu_text
 from launcher.base.output import counted, plain
 from launcher.config.hardware import of_gpu
-from launcher.results.outcome import NO_STEP_COUNTS, Lack, Outcome, Point, short_of
+from launcher.results.outcome import NO_STEP_COUNTS, Lack, Outcome, short_of
 
 COLUMNS = (
     "GPU Type",
@@ -44,11 +44,6 @@ def mfu_at_other_peaks(outcome: Outcome) -> dict[float, float]:
     return {peak: 100 * outcome.tflops.median / peak for peak in others}
 
 
-def last_of(outcome: Outcome) -> Point | None:
-    """The last logged step."""
-    return outcome.series[-1] if outcome.series else None
-
-
 def is_incomplete(outcome: Outcome) -> bool:
     """Whether it did not end well or did not get to its last step, whatever else may be wrong with it."""
     return outcome.state != "COMPLETED" or outcome.has(Lack.SHORT)
@@ -56,7 +51,7 @@ def is_incomplete(outcome: Outcome) -> bool:
 
 def indicators(outcome: Outcome) -> str:
     """The last logged step in the published table's form, without its number; "" where there is none."""
-    last = last_of(outcome)
+    last = outcome.last
     if last is None:
         return ""
     parts = [f"loss: {last.loss:7.4f}"]
@@ -86,7 +81,7 @@ def markdown_row(outcome: Outcome) -> str:
 
 def last_step(outcome: Outcome) -> str:
     """The fourth column: `step: 100  loss: …`, or `step 40 of 100 (FAILED)  loss: …`."""
-    if last_of(outcome) is None:
+    if outcome.last is None:
         return short_of(None, outcome.steps).text
     if outcome.complete:
         return f"step: {outcome.step}  {indicators(outcome)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ def settings_of(run: Run) -> tuple[dict[str, Any], tuple[str, ...]]:
     The job reads `job/node.json`, so that one counts; `run.toml` knows more. Of an older launcher's, whatever is
     there is taken, known or not.
     """
-    written, told = _run_toml(run.path / "run.toml"), _flat(run.asked)
-    both = told.keys() & (written or {}).keys()
-    differ = sorted(key for key in both if not _same(told[key], (written or {})[key]))
-    problems = []
+    problems, written, told = [], _run_toml(run.path / "run.toml"), _flat(run.asked)
     if written is None:
         problems.append("run.toml is damaged: what was asked for is known in part")
+        written = {}
+    differ = sorted(key for key in told.keys() & written.keys() if not _same(told[key], written[key]))
     if differ:
         problems.append(f"edited: run.toml and job/node.json differ in {some(differ)}")
-    asked = {**(written or {}), **told}
+    asked = {**written, **told}
     return {key: "(hidden)" if looks_secret(key, asked[key]) else asked[key] for key in asked}, tuple(problems)
 
 
@@ -63,7 +61,7 @@ def _run_toml(path: Path) -> dict[str, Any] | None:
 
 def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        f"{section}.{key}": str(value) if isinstance(value, (date, time)) else value
+        f"{section}.{key}": value
         for section in _SECTIONS
         if isinstance(table := tables.get(section), dict)
         for key, value in table.items()

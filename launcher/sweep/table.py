@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from launcher.base.errors import ExitStatus
 from launcher.base.output import columns
 from launcher.config.spec import RunSpec
-from launcher.results.outcome import Outcome
+from launcher.plan.plan import prediction
 from launcher.scheduler.parse import seconds
 from launcher.scheduler.state import FAILED, SUCCEEDED, UNKNOWN
+from launcher.sweep.cells import Cell
 
 Row = dict[str, Any]
 
 
-def row(spec: RunSpec, run: str, state: str | None) -> Row:
+def _row(cell: Cell, run: str, state: str | None) -> Row:
     """What both tables have of a cell. `run`: the name of its last run, or of the one that is to be submitted."""
+    spec = cell.spec
     return {
         "run": run,
         "state": state,
@@ -27,14 +29,15 @@ def row(spec: RunSpec, run: str, state: str | None) -> Row:
     }
 
 
-def plan_row(cell: Row, spec: RunSpec | None, prediction: Mapping[str, Any]) -> Row:
+def plan_row(cell: Cell, spec: RunSpec | None) -> Row:
     """A cell before anything is submitted. `spec`: of its next run, None where it is left alone."""
     limit_s = seconds(spec.job.time) if spec else None
-    return cell | {
+    expected = prediction(spec) if spec else {}
+    return _row(cell, spec.job.name if spec else cell.runs[-1].name, cell.state.name if cell.state else None) | {
         "submit": spec is not None,
-        "limit_node_hours": cell["nodes"] * limit_s / 3600 if limit_s else None,
-        "expected_node_hours": prediction.get("node_hours"),
-        "memory": prediction.get("verdict", ""),
+        "limit_node_hours": cell.spec.job.nodes * limit_s / 3600 if limit_s else None,
+        "expected_node_hours": expected.get("node_hours"),
+        "memory": expected.get("verdict", ""),
     }
 
 
@@ -69,17 +72,18 @@ def plan_summary(rows: Sequence[Row], order: str) -> str:
     return f"{len(new)} of {len(rows)} to submit, {order}: {said}, {most}"
 
 
-def result_row(cell: Row, outcome: Outcome | None, node_hours: float | None) -> Row:
-    """A cell as it stands, without its scaling. `node_hours`: of all its runs, None where that is not known."""
+def result_row(cell: Cell, now_s: float) -> Row:
+    """A cell as it stands, without its scaling; `node_hours` are those of all its runs."""
+    outcome, state = cell.outcome, cell.state.name if cell.state else "NOT SUBMITTED"
     tps = outcome.tps if outcome else None
-    nothing = ["no step was logged"] if cell["state"] in SUCCEEDED else []  # nothing is wrong before the end
-    return cell | {
+    nothing = ["no step was logged"] if state in SUCCEEDED else []  # nothing is wrong before the end
+    return _row(cell, cell.runs[-1].name if cell.runs else cell.spec.job.name, state) | {
         "complete": bool(outcome and outcome.complete),
         "problems": [problem.text for problem in outcome.problems] if outcome else nothing,
         "tps": tps.median if tps else None,
         "tps_q1": tps.q1 if tps else None,
         "tps_q3": tps.q3 if tps else None,
-        "node_hours": node_hours,
+        "node_hours": cell.node_hours(now_s),
     }
 
 

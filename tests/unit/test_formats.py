@@ -87,15 +87,11 @@ def test_an_incomplete_run_is_visibly_so_in_every_format(make: Callable[[Any], s
     assert "step 40 of 100" in shown and "FAILED" in shown and "step: " not in shown
 
 
-def test_markdown_is_sorted_and_has_the_published_columns_first() -> None:
-    runs = [WHOLE, shape(run="b", gpu="B200"), shape(run="small", nodes=3, gpus=12), SHORT]
-    text = markdown(runs)
-    assert markdown(runs[::-1]) == text
-    lines = text.splitlines()
+def test_markdown_has_the_published_columns_first() -> None:
+    lines = markdown([WHOLE, SHORT]).splitlines()
     assert lines[0].startswith("|GPU Type|Compute nodes in training job|Batch size|Performance indicators at the last")
     assert {line.count("|") for line in lines} == {8}
-    assert [line.split("|")[7].split(" ")[0] for line in lines[2:]] == ["b", "cut", "titan-llama3-8b-0930", "small"]
-    assert "|17,930 ±0.4%|46.15% of 2250|" in lines[4]
+    assert "|17,930 ±0.4%|46.15% of 2250|" in lines[2]
     assert "|step 40 of 100 (FAILED)  loss:" in lines[3] and "|not a result|not a result|" in lines[3]
 
 

@@ -69,11 +69,6 @@ def test_named_runs_once_each_and_as_json(runs_dir: Path) -> None:
     }
 
 
-def test_runs_of_the_same_name_in_other_folders(runs_dir: Path) -> None:
-    other = make_run(runs_dir.parent / "elsewhere", "first", 3000.0)
-    assert json.loads(call("first", str(other), "--json").stdout)["runs"] == 2
-
-
 def test_the_page_on_stdout_is_nothing_but_the_page(runs_dir: Path) -> None:
     done = call("-o", "-")
     assert done.stdout.startswith("<!doctype html>") and done.stdout.endswith("</html>\n")

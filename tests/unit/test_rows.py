@@ -177,13 +177,5 @@ def test_earlier_and_quantised_forms() -> None:
     assert indicators(replace(whole, mfu_pct=None)).endswith("  mfu: N/A")
 
 
-@unhurried
-@given(st.text(max_size=60), st.text(max_size=60))
-def test_words_of_others_stay_in_their_cell(name: str, problem: str) -> None:
-    row = markdown_row(outcome(gpu=name, problems=(problem,)))
-    assert "\n" not in row and "<" not in row and row.replace("\\\\", "").replace("\\|", "").count("|") == 5
-    json.dumps(as_dict(outcome(gpu=name, run=name)), allow_nan=False).encode("utf-8")
-
-
 def test_markup_and_html_are_words() -> None:
     assert escape("a|b <script>&`x` [l](u) *b*\n") == "a\\|b &lt;script&gt;&amp;\\`x\\` \\[l\\](u) \\*b\\*?"

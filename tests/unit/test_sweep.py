@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.base.errors import ExitStatus
 from launcher.config.spec import Job, RunSpec
-from launcher.sweep import table
+from launcher.scheduler.state import JobState
+from launcher.sweep import cells, table
 from launcher.titan.recipe import Recipe
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome, spread
@@ -263,12 +265,23 @@ def test_on_this_machine_one_after_another(launch: Launch, workplace: Path) -> N
     assert len((workplace / "order").read_text().split()) == 4
 
 
-def row(nodes: int, tps: float | None = None, *problems: str, batch: int = 5, hours: float | None = 1.0) -> table.Row:
-    """A cell's row: COMPLETED where it has tokens/s."""
-    spec = RunSpec(job=Job(nodes=nodes, recipe="llama3-8b"), recipe=Recipe(local_batch_size=batch))
-    found = outcome(tps=spread(tps), problems=problems) if tps else None
-    shared = table.row(spec, f"s-{nodes}n-b{batch}", "COMPLETED" if tps else "PENDING")
-    return table.result_row(shared, found, hours)
+class Made(cells.Cell):
+    """A cell whose result and node-hours are given."""
+
+    hours: float | None = 1.0
+
+    def node_hours(self, now_s: float) -> float | None:
+        return self.hours
+
+
+def row(nodes: int, tps: float | None = None, *problems: str, batch: int = 5, **more: Any) -> table.Row:
+    """A cell's row: COMPLETED where it has tokens/s, unless `state` says so."""
+    spec = RunSpec(
+        job=Job(name=f"s-{nodes}n-b{batch}", nodes=nodes, recipe="llama3-8b"), recipe=Recipe(local_batch_size=batch)
+    )
+    cell = Made(spec, state=JobState(more.pop("state", "COMPLETED" if tps else "PENDING")))
+    cell.__dict__.update(outcome=outcome(tps=spread(tps), problems=problems) if tps else None, **more)
+    return table.result_row(cell, 0.0)
 
 
 def test_the_table_and_its_scaling() -> None:
@@ -300,8 +313,7 @@ def test_the_table_and_its_scaling() -> None:
 
 
 def test_a_run_that_ended_without_a_step_is_no_result() -> None:
-    shared = table.row(RunSpec(job=Job(nodes=3, recipe="llama3-8b")), "s-3n-b5", "COMPLETED")
-    rows = [table.result_row(shared, None, 1.0), row(9, 18000), row(17, 17640)]
+    rows = [row(3, state="COMPLETED"), row(9, 18000), row(17, 17640)]
     lines = table.table_lines(table.scaled(rows))
     assert lines[1].endswith("INCOMPLETE: no step was logged") and "100% of 9n" in lines[2]
 
@@ -309,6 +321,6 @@ def test_a_run_that_ended_without_a_step_is_no_result() -> None:
 @pytest.mark.parametrize(("time", "hours"), [("0", None), ("1-12:00:00", 4 * 36)])
 def test_a_time_limit_in_node_hours(time: str, hours: float | None) -> None:
     spec = RunSpec(job=Job(nodes=4, time=time))
-    planned = table.plan_row(table.row(spec, "s", None), spec, {})
+    planned = table.plan_row(cells.Cell(spec), spec)
     assert planned["limit_node_hours"] == hours
     assert ("without a limit" in table.plan_summary([planned], "side by side")) == (hours is None)
