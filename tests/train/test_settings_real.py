@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -49,7 +50,7 @@ for section, flags in json.load(sys.stdin):
             found.append(True)
         except SystemExit:
             found.append(False)
-        except ValueError:
+        except (AssertionError, ValueError):
             found.append(None)  # of a check that is not the parser's
 print(json.dumps(found))
 """
@@ -63,7 +64,7 @@ def test_values_are_refused_that_the_release_refuses_and_no_others(python: str) 
     of_kind = {
         kind: name
         for name, kind in releases()[installed[0]].items()
-        if "." in name and not name.startswith("activation_")
+        if kind and re.fullmatch(r"(?!activation_)[a-z_]+\.\w+", name)
     }
     bank = [(kind, name, value) for kind, name in of_kind.items() for value in (*VALUES, *kind.strip("{}").split(","))]
     parts = [(*name.rpartition("."), value) for _, name, value in bank]
