@@ -28,8 +28,8 @@ FIXED = (
     *("output", "error", "input", "open-mode", "requeue", "no-requeue", "array", "container", "container-id"),
     *("help", "usage", "version", "parsable", "quiet", "verbose", "test-only", "wait", "wrap", "uid", "gid"),
 )
-# sbatch's other options, of 22.05 to 25.11: it takes the beginning of one for the whole, and so would replace other
-# lines than we think.
+# sbatch's other options, of 22.05 to 25.11. It takes the beginning of one for the whole: other lines than we think
+# would be replaced.
 FREE = (
     *("acctg-freq", "batch", "bb", "bbf", "begin", "chdir", "cluster-constraint", "comment", "consolidate-segments"),
     *("contiguous", "core-spec", "cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task", "deadline"),
@@ -62,9 +62,8 @@ def problem(item: str) -> tuple[str, str]:
     name, value = split(item)
     if not OPTION_NAME.fullmatch(name):
         return "not a long option of sbatch's", "--sbatch licenses=ansys:1, --sbatch contiguous, --sbatch mem="
-    meant = (
-        [name] if name in (*OWN, *FIXED, *FREE) else [full for full in (*OWN, *FIXED, *FREE) if full.startswith(name)]
-    )
+    options = (*OWN, *FIXED, *FREE)
+    meant = [name] if name in options else [full for full in options if full.startswith(name)]
     if meant and all(full in OWN or full in FIXED for full in meant):
         return f"sbatch's --{meant[0]} is the launcher's to set", OWN.get(meant[0], "")
     if name.startswith(("container-", "no-container-")):

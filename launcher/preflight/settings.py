@@ -1,4 +1,4 @@
-"""Are the settings of torchtitan's that a run names settings of the release that trains it?
+"""Has the release of torchtitan that trains a run the settings that the run names, and does it take their values?
 
 launcher/titan/settings.json has them by release; `python -m tests.titan_settings` writes it from an installed one.
 """
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from launcher import titan
-from launcher.base.finding import Finding, error, warning
+from launcher.base.finding import Fact, Finding, error, warning
 from launcher.config.layers import FIELDS
 from launcher.config.options import KEYS
 from launcher.config.spec import OWNED, RunSpec
@@ -22,27 +22,62 @@ EXTENDING = ("job.custom_config_module", "experimental.custom_args_module")
 
 
 @cache
-def releases() -> dict[str, list[str]]:
-    """Release -> its settings."""
-    lists: dict[str, list[str]] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+def releases() -> dict[str, dict[str, str]]:
+    """Release -> its settings -> what each takes, as its own parser says: INT, FLOAT, STR, {choices}, with | between;
+    "switch"; "" where it does not say.
+    """
+    lists: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     return lists
 
 
 def unknown_settings(spec: RunSpec, version: str) -> list[Finding]:
-    """Settings that torchtitan `version` does not have; of one that is not listed, those that no listed one has."""
+    """Settings that torchtitan `version` does not have, and values that it does not take; of a release that is not
+    listed, what no listed one has or takes.
+    """
     lists = {version: releases()[version]} if version in releases() else releases()
     known = {name for names in lists.values() for name in names}
     sure, found = len(lists) == 1 and not any(key in spec.titan for key in EXTENDING), []
-    for key in spec.titan:
+    for key, value in spec.titan.items():
         section, dot, name = key.replace("-", "_").rpartition(".")
-        if not {f"{section}{dot}{name}", f"{section}{dot}{name.removeprefix('no_')}"} & known:
+        names = {f"{section}{dot}{name}", f"{section}{dot}{name.removeprefix('no_')}"} & known
+        facts: dict[str, Fact] = {
+            "key": key,
+            "origin": spec.origin.get(f"titan.{key}", "a file"),
+            "versions": tuple(sorted(lists)),
+        }
+        kinds = [kind for kinds in lists.values() for name, kind in kinds.items() if name in names]
+        if not names:
             # One without a section is meant to be ours.
             refuse = error if sure or not section else warning
-            origin = spec.origin.get(f"titan.{key}", "a file")
-            found.append(
-                refuse("setting-unknown", _nearest(key, known), key=key, origin=origin, versions=tuple(sorted(lists)))
-            )
+            found.append(refuse("setting-unknown", _nearest(key, known), **facts))
+        elif not any(_takes(kind, value) for kind in kinds):
+            words = tuple(dict.fromkeys(word for kind in kinds for part in kind.split("|") for word in _words(part)))
+            near = get_close_matches(value, words, 1, 0.6)
+            fix = f"--set {key}={near[0]}" if near else ""
+            found.append((error if sure else warning)("setting-value", fix, value=value, takes=words, **facts))
     return found
+
+
+def _takes(kind: str, value: str) -> bool:
+    """Whether torchtitan's parser reads `value`. true and false reach it as a switch."""
+    if kind and value.lower() in ("true", "false"):
+        return kind == "switch"
+    return any(part in ("", "STR") or value in _words(part) or _is_number(part, value) for part in kind.split("|"))
+
+
+def _words(part: str) -> tuple[str, ...]:
+    if part[:1] == "{":
+        return tuple(part[1:-1].split(","))
+    return {"switch": ("true", "false"), "INT": ("a whole number",), "FLOAT": ("a number",), "STR": ("any text",)}.get(
+        part, ()
+    )
+
+
+def _is_number(part: str, value: str) -> bool:
+    try:
+        return part in ("INT", "FLOAT") and {"INT": int, "FLOAT": float}[part](value) is not None
+    except ValueError:
+        return False
 
 
 def _nearest(key: str, known: set[str]) -> str:

@@ -307,7 +307,6 @@ def test_what_cannot_be_read_is_named(
             raise OSError(number, os.strerror(number))
         return _Damaged(number)
 
-    monkeypatch.setattr("launcher.logs.follow.open_log", refuse)
     monkeypatch.setattr("launcher.logs.steps.open_log", refuse)
     with pytest.raises(LauncherError) as caught:
         read(tmp_path)

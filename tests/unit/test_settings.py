@@ -19,8 +19,9 @@ from launcher.titan.command import PREVIEWED, common_settings
 from tests.conftest import Launch, say_it_trains
 
 
-def with_settings(*keys: str) -> RunSpec:
-    values = {f"titan.{key}": "1" for key in keys}
+def with_settings(*keys: str, **given: str) -> RunSpec:
+    """Of each the value 1, which most take, or the one that is given."""
+    values = {f"titan.{key}": "1" for key in keys} | {f"titan.{key}": value for key, value in given.items()}
     return merge([Layer(values, dict.fromkeys(values, "option --set"))])
 
 
@@ -35,7 +36,9 @@ def test_the_lists_have_every_setting_that_the_launcher_writes() -> None:
             run = PlacedRun(**vars(merge([Layer({"recipe.quantize": quantize}, {"recipe.quantize": ""})])))
             written = of_era(node_config(run), common_settings(node_config(run)))
             assert written.keys() <= set(releases()[version])
-        assert not unknown_settings(with_settings(*written, "training.no_enable_cpu_offload"), version)
+            typed = {key: str(value) for key, value in written.items() if value is not None}
+            assert not unknown_settings(with_settings(**typed), version)
+        assert not unknown_settings(with_settings(**{"training.no_enable_cpu_offload": "true"}), version)
     assert set(OWNED) <= {name for names in releases().values() for name in names}
 
 
@@ -62,9 +65,37 @@ def test_the_nearest_is_named(asked: tuple[str, str], instead: str) -> None:
     assert finding.facts == {"key": asked[0], "origin": "option --set", "versions": (asked[1],)}
 
 
+# (setting, value) -> what it takes, and what to type instead
+VALUES = {
+    ("training.max_norm", "big"): (("a number", "a whole number"), ""),
+    ("comm.init_timeout_seconds", "1500s"): (("a whole number",), ""),
+    ("training.gc_freq", "true"): (("a whole number",), ""),
+    ("training.dtype", "bf16"): (("bfloat16", "float32"), "--set training.dtype=bfloat16"),
+    ("training.dtype", "int8"): (("bfloat16", "float32"), ""),
+    ("checkpoint.async-mode", "asynch"): (
+        ("disabled", "async", "async_with_pinned_mem"),
+        "--set checkpoint.async-mode=async",
+    ),
+    ("debug.seed", "x"): (("None", "a whole number"), ""),
+    ("training.enable_cpu_offload", "yes"): (("true", "false"), ""),
+}
+
+
+@pytest.mark.parametrize("version", PREVIEWED)
+@pytest.mark.parametrize("asked", VALUES, ids="=".join)
+def test_a_value_that_torchtitan_does_not_take_is_refused(asked: tuple[str, str], version: str) -> None:
+    (found,) = unknown_settings(with_settings(**{asked[0]: asked[1]}), version)
+    assert (found.code, found.status, found.certain) == ("setting-value", ERROR, False)
+    assert (found.facts["takes"], found.fix) == VALUES[asked]
+    (found,) = unknown_settings(with_settings(**{asked[0]: asked[1]}), "0.4.0")
+    assert (found.code, found.status) == ("setting-value", WARNING)
+
+
 @pytest.mark.parametrize("version", ["0.3.0.dev20261101", "0.3.0+ours", "0.4.0", "unknown", ""])
 def test_of_another_torchtitan_the_lists_only_warn(version: str) -> None:
-    found = unknown_settings(with_settings("training.stepz", "optimizer.lr", "profiler.enable_profiling"), version)
+    found = unknown_settings(
+        with_settings("training.stepz", "optimizer.lr", **{"profiler.enable_profiling": "true"}), version
+    )
     assert [(finding.status, finding.facts["key"]) for finding in found] == [(WARNING, "training.stepz")]
     assert unknown_settings(with_settings("steps"), version)[0].status == ERROR
 
