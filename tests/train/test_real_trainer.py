@@ -54,8 +54,9 @@ def plain(value):
     return value if isinstance(value, (str, int, float, type(None))) else repr(value)
 
 try:  # 0.3 converts the model while it parses, which needs a GPU and torchao
-    from torchtitan.components.quantization import Float8LinearConverter, MXFP8LinearConverter
-    for converter in (Float8LinearConverter, MXFP8LinearConverter):
+    import torchtitan.components.quantization as quantization
+    for name in ("Float8", "MXFP8", "NVFP4"):
+        converter = getattr(quantization, name + "LinearConverter")
         converter.__init__ = lambda self, config: None
         converter.convert = lambda self, model: model
 except ImportError:
@@ -191,7 +192,11 @@ def variants() -> dict[str, dict[str, Any]]:
         "70b": a_node({**big, "tensor_parallel": 8}, gpus_per_node=8),
         "70b-float8": a_node({**big, "quantize": "float8", "compile": True}, gpus_per_node=8),
         "70b-mxfp8": a_node({**big, "quantize": "mxfp8", "compile": True}, gpus_per_node=8),
-        "8b-fast": a_node({"compile": True, "activation_checkpoint": "none"}),
+        "70b-tp": a_node(
+            {**big, "tensor_parallel": 8, "async_tensor_parallel": True, "compile": True}, gpus_per_node=8
+        ),
+        "8b-fast": a_node({"compile": True, "activation_checkpoint": "none", "like_for_like": False}),
+        "8b-nvfp4": a_node({"compile": True, "quantize": "nvfp4", "like_for_like": False}),
         "8b-float8": a_node({"compile": True, "quantize": "float8"}),
         "8b-mxfp8": a_node({"compile": True, "quantize": "mxfp8"}),
         "8b-hsdp": a_node({"dp_replicate": 9, "dp_shard": 4, "global_batch_size": 360, "seed": 42}),
@@ -205,7 +210,7 @@ def variants() -> dict[str, dict[str, Any]]:
 
 
 CANNOT = {
-    "0.2": set[str](),
+    "0.2": {"8b-nvfp4"},
     "0.3": {"70b-mxfp8", "8b-pp"},  # 8b-pp: with torch before 2.14 only
 }
 
@@ -269,6 +274,12 @@ def test_the_real_parser_takes_every_recipe(python: str, tmp_path: Path) -> None
     assert read(parsed["70b"])["degrees"] == [1, -1, 8, 1, 1] and read(parsed["70b"])["lr"] == 1.5e-4
     assert not read(parsed["70b"])["selective_by_op"] and not read(parsed["8b-fast"])["selective_by_op"]
     assert read(parsed["8b-fast"])["compile"] and read(parsed["8b-float8"])["compile"]
+    if not titan.startswith("0.2"):
+        added = {name: [it["training"]["disable_cuda_graphs"], it["loss"]["num_chunks"]] for name, it in parsed.items()}
+        fast = {"8b-fast", "8b-nvfp4"}
+        assert added == {name: [False, 8] if name in fast else [True, 1] for name in parsed}
+    where = "parallelism" if titan.startswith("0.2") else "compile"
+    assert [name for name, it in parsed.items() if it[where]["enable_async_tensor_parallel"]] == ["70b-tp"]
     assert read(parsed["8b-hsdp"])["degrees"] == [9, 4, 1, 1, 1] and read(parsed["8b-hsdp"])["seed"] == 42
     assert read(parsed["8b-cp"])["degrees"] == [1, -1, 1, 2, 1]
     assert read(parsed["8b-hub"])["data"] == ["c4", None]
@@ -321,7 +332,6 @@ def read_02(config: dict[str, Any]) -> dict[str, Any]:
 def read_03(config: dict[str, Any]) -> dict[str, Any]:
     (group,) = config["optimizer"]["param_groups"]
     options = group["optimizer_kwargs"]
-    assert config["training"]["disable_cuda_graphs"] and config["loss"]["num_chunks"] == 1
     return {
         **read_common(config),
         "lr": options["lr"],
