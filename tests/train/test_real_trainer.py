@@ -59,7 +59,7 @@ try:  # 0.3 converts the model while it parses, which needs a GPU and torchao
         converter = getattr(quantization, name + "LinearConverter")
         converter.__init__ = lambda self, config: None
         converter.convert = lambda self, model: model
-except ImportError:
+except (ImportError, AttributeError):
     pass
 
 task = json.load(sys.stdin)
@@ -176,6 +176,17 @@ def test_the_attention_that_stands_in_is_the_same_attention(python: str) -> None
         timeout=120,
     )
     assert done.stdout.endswith("SAME\n"), done.stderr
+
+
+def test_what_03_adds_by_itself_changes_no_loss(python: str, tmp_path: Path, started: Started) -> None:
+    """Its loss in chunks; CUDA graphs need a GPU."""
+    found = []
+    for like_for_like in (True, False):
+        node = debug_node(gpus_per_node=1)
+        recipe = node["recipe"] | {"steps": 2, "log_freq": 1, "like_for_like": like_for_like}
+        started.start(python, make_run(tmp_path / str(like_for_like), changed(node, recipe=recipe)))
+        found.append(losses(started.finish()[-1]))
+    assert set(found[0]) == {1, 2} and found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def losses(output: str) -> dict[int, float]:
