@@ -17,7 +17,10 @@ FROM ${BASE_IMAGE} AS system
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
       ca-certificates g++ gcc ibverbs-providers libc6-dev libibverbs1 libpython3-dev librdmacm1 pciutils python3 \
+ && apt-get clean \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/ldconfig /var/log/apt /var/log/*.log \
+      /usr/share/man /usr/share/info /usr/share/locale \
+ && find /usr/share/doc -type f ! -name copyright -delete \
  && python3 -B -W ignore -m compileall -q -f -j 0 --invalidation-mode unchecked-hash /usr/lib/python3 /usr/lib/python3.*
 
 
@@ -36,7 +39,9 @@ ARG INDEX_URL=""
 COPY containers/locks/${CHANNEL}-*.txt /tmp/locks/
 COPY --from=pip /usr/share/python-wheels/pip-*.whl /tmp/pip/
 # Into the system's site-packages below /usr/local: found whatever a login shell does to PATH, nothing to activate.
-# Installed here and not copied from another stage: a copy of 7 GB costs minutes.
+# Installed here and not copied from another stage: a copy of 6 GB costs minutes.
+# Removed in the same layer, a gigabyte that no training loads: tests, debug symbols of triton, static libraries, the
+# second and third cupti (triton's own profiler), cuSOLVER for several GPUs, NVRTC for old hosts.
 RUN lock="/tmp/locks/${CHANNEL}-$(dpkg --print-architecture).txt" \
  && if [ ! -e "$lock" ]; then echo "no lock: containers/locks/${lock##*/}" >&2; exit 1; fi \
  && umask 022 \
@@ -47,6 +52,10 @@ RUN lock="/tmp/locks/${CHANNEL}-$(dpkg --print-architecture).txt" \
       --requirement "$lock" \
  && install -D -m 644 "$lock" /usr/local/share/titan/lock.txt \
  && rm -rf /tmp/locks /tmp/pip \
+ && find /usr/local/lib/python3.* -type d -path '*-packages/*/tests' -prune -exec rm -rf {} + \
+ && find /usr/local/lib/python3.* -path '*/triton/_C/*.so' -exec strip --strip-debug {} + \
+ && find /usr/local/lib/python3.* ! -type d '(' -path '*/triton/*.a' -o -path '*/nvidia/*.a' -o -path '*/nvidia/lib/cupti*/*' \
+      -o -name 'libcusolverMg.so.*' -o -name 'libnvrtc.alt.so.*' ')' -delete \
  && chmod -R a+rX,go-w /usr/local/lib/python3.* \
  && { python3 -B -W ignore -m compileall -q -j 0 -x '/tests?/' --invalidation-mode unchecked-hash \
         /usr/local/lib/python3.* || echo "what cannot be compiled is written for another Python"; }

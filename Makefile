@@ -46,6 +46,7 @@ lint: $(VENV)/.dev ## check format, style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/zizmor --offline --quiet .github/workflows
 
 docs: $(VENV)/.dev ## write the known errors into docs/errors.md
 	$(BIN)/python docs/tables.py

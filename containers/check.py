@@ -38,6 +38,54 @@ FLOPS_PER_TOKEN = 57_914_449_920
 # Of these, root alone may read some; nothing that a job needs is among them.
 CLOSED = ("/etc/shadow", "/etc/gshadow", "/etc/passwd-", "/etc/.pwd.lock", "/etc/security", "/root", "/var")
 
+# The kernels that MXFP8 and NVFP4 cast with, compiled for sm_100a without a GPU; torchao defines them if it sees one.
+# MXFP8: of torchao's own casts this is the one that runs on both architectures and in both eras of torchtitan.
+KERNELS = """
+import importlib, sys, torch, torch.utils._triton
+torch.utils._triton.has_triton = torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *device: (10, 0)
+torch.version.cuda = torch.version.cuda or "13.0"
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+nvfp4 = "torchao.prototype.moe_training.nvfp4_training."
+tile = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP_SIZE_N": 8, "NUM_SMS": 148, "NUM_STAGES": 2}
+kernels = {
+    "mxfp8": [
+        (
+            *("torchao.prototype.mx_formats.kernels", "to_mxfp8_dim1_kernel", "*bf16 *fp8e4nv *u8 i32 i32"),
+            {"ROW_TILE_SIZE": 128, "COL_TILE_SIZE": 128, "INNER_BLOCK_SIZE": 32, "SCALING_MODE": "rceil"},
+        )
+    ],
+    "nvfp4": [
+        (
+            *(nvfp4 + "hadamard_amax_triton", "_hadamard_amax_kernel", "*bf16 *bf16 *fp32 *fp32 i32 i32"),
+            tile | {"BLOCK_N": 64},
+        ),
+        (
+            *(nvfp4 + "quantize_2d_triton", "triton_quantize_2d_weight"),
+            *("*bf16 *u8 *fp8e4nv *u8 *fp8e4nv *fp32 i32 i32", tile),
+        ),
+        (
+            *(nvfp4 + "hadamard_quantize_row_col_triton", "_hadamard_quantize_row_col_kernel"),
+            "*bf16 *bf16 *fp32 *fp32 *u8 *fp8e4nv *u8 *fp8e4nv *i64 *i64 *i64 *i64 i32 i32",
+            tile | {"STOCHASTIC_ROUNDING": True},
+        ),
+    ],
+}
+for name in sys.argv[1:]:
+    for module, function, types, known in kernels[name]:
+        kernel = getattr(importlib.import_module(module), function)
+        while not isinstance(kernel, triton.JITFunction):
+            kernel = kernel.fn
+        asked = [argument for argument in kernel.arg_names if argument not in known]
+        signature = dict(zip(asked, types.split(), strict=True)) | dict.fromkeys(known, "constexpr")
+        source = ASTSource(kernel, signature=signature, constexprs=known)
+        made = triton.compile(source, target=GPUTarget("cuda", 100, 32)).asm
+        assert ".target sm_100a" in made["ptx"] and len(made["cubin"]) > 1000, function
+"""
+
 Context = dict[str, Any]
 
 
@@ -99,13 +147,15 @@ def check_triton(context: Context) -> str:
 
 
 def check_quantization(context: Context) -> str:
-    """The recipes for speed can run: torchtitan and torchao go together. Which kernel is fast, a GPU alone can tell."""
-    if not context["channel"].get("cuda"):
-        raise Skipped("torch without CUDA")
+    """The recipes for speed can run: the parts go together, and triton makes their kernels for Blackwell."""
+    expected = context["channel"].get("quantization")
+    if not expected:
+        raise Skipped("this channel's image needs none")
     found = context["about"].get("quantization") or []
-    if missing := {"float8", "mxfp8"} - set(found):
-        raise Failed(f"{' and '.join(sorted(missing))} cannot be imported, only {' '.join(found) or 'nothing'}")
-    return " ".join(found)
+    if missing := [name for name in ("none", *expected) if name not in found]:
+        raise Failed(f"{' and '.join(missing)} cannot be imported, only {' '.join(found) or 'nothing'}")
+    output(sys.executable, "-B", "-c", KERNELS, *(name for name in expected if name != "float8"))
+    return f"{' '.join(found)}: as far as a machine without a GPU can tell"
 
 
 def check_nccl(context: Context) -> str:
@@ -313,7 +363,7 @@ def flags(path: str) -> int:
 def output(*command: str, env: dict[str, str] | None = None) -> str:
     """What a command prints. Failed with its own words where it cannot run."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Failed(f"{command[0]}: {error}") from error
     if done.returncode:

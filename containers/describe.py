@@ -25,9 +25,20 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "sm"
 """
 
 
-# What the recipes' quantizations need, by the words of recipe.quantize: each is imported, since releases of torchtitan
-# and torchao that do not go together fail there. Without a GPU, and so without what only a kernel can tell.
+# A GPU that is not there: with one, torchao defines its Triton kernels, and a triton that they are not made for fails.
+GPU = """
+import torch, torch.utils._triton
+torch.utils._triton.has_triton = torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *device: (10, 0)
+"""
+# What training needs, by the words of recipe.quantize: each is imported, since releases of torchtitan, torchao and
+# triton that do not go together fail there.
 NEEDED = {
+    "none": """
+import importlib.metadata
+if not importlib.metadata.version("torchtitan").startswith("0.2."):
+    import torchtitan.models.llama3.config_registry
+""",
     "float8": "from torchao.float8 import Float8LinearConfig; import torchtitan.components.quantization.float8",
     "mxfp8": """
 import importlib.metadata, triton
@@ -37,6 +48,10 @@ else:
     from torchao.prototype.moe_training.mxfp8_linear import mx_mm
     from torchtitan.components.quantization.mx import MXFP8Linear
     assert MXFP8Linear is not None
+""",
+    "nvfp4": """
+from torchtitan.components.quantization.nvfp4 import NVFP4Linear
+assert NVFP4Linear is not None
 """,
 }
 
@@ -62,7 +77,7 @@ def main() -> None:
             "triton": installed("triton", "pytorch-triton"),
             "torchao": installed("torchao"),
         },
-        "quantization": quantization(),
+        "quantization": quantization(torch),
         "driver_min": DRIVER_MIN.get(cuda.split(".")[0]) if cuda else None,
         "sm": torch["sm"],
         "source_revision": arguments.source_revision,
@@ -85,12 +100,16 @@ def installed(*names: str) -> "str | None":
     return None
 
 
-def quantization() -> "list[str]":
+def quantization(torch: "dict[str, object]") -> "list[str]":
     """The quantizations whose parts go together here."""
-    found = ["none"]
+    found = []
     for name, program in NEEDED.items():
-        if subprocess.run([sys.executable, "-B", "-c", program], capture_output=True).returncode == 0:
+        with_gpu = GPU if torch["cuda"] else ""
+        done = subprocess.run([sys.executable, "-B", "-c", with_gpu + program], capture_output=True, text=True)
+        if done.returncode == 0:
             found.append(name)
+        else:
+            print(f"cannot do {name}: {done.stderr.strip()[-300:]}")
     return found
 
 

@@ -185,7 +185,8 @@ OPTIONS = (
         "--recipe",
         metavar="NAME",
         shell_complete=_names("recipes"),
-        help="llama3-8b, llama3-8b-fast, llama3-8b-finetune, llama3-70b, debug, or a TOML file.  [default: llama3-8b]",
+        help="llama3-8b, llama3-8b-fast, llama3-8b-nvfp4, llama3-8b-finetune, llama3-70b, llama3-70b-tp, debug, or a "
+        "TOML file.  [default: llama3-8b]",
     ),
     click.option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
     click.option("--seq-len", type=int, help="Tokens in a sequence."),

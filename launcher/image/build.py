@@ -51,6 +51,12 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "sudo systemctl status docker; df -h /var/lib/docker",
     ),
     (
+        r"qemu: uncaught target signal",
+        "the emulator of {arch} crashed; Debian 12's, qemu 7.2, does so when torch is imported",
+        "qemu 10 where the engine runs, as Debian 13 has it: sudo apt-get install qemu-user-static; or an engine on a "
+        "machine of that architecture: DOCKER_HOST=ssh://...",
+    ),
+    (
         r"exec format error",
         "the engine cannot run the programs of {base}: it is not for {arch}, or nothing there emulates {arch}",
         "another base image: --base IMAGE; an emulator where the engine runs: sudo apt-get install qemu-user-static",
@@ -66,8 +72,10 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "choose another: --base IMAGE",
     ),
     (
-        # The last is the Dockerfile's: the lock is chosen by the architecture that the base image is made of.
-        r"does not match the specified platform|no match(?:ing manifest)? for (?:platform|linux/)|no lock: containers/",
+        # The last is the Dockerfile's: the lock is chosen by the architecture that the base image is made of. With the
+        # file's name: an engine that prints a failed step's command prints these words with a variable behind them.
+        r"does not match the specified platform|no match(?:ing manifest)? for (?:platform|linux/)|"
+        r"no lock: containers/locks/\w",
         "the base image {base} is not for {arch}",
         "choose another: --base IMAGE",
     ),

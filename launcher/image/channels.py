@@ -25,6 +25,7 @@ class Channel:
     torch_index: str = ""
     from_torch_index: tuple[str, ...] = ()
     record_urls: bool = False
+    quantization: tuple[str, ...] = ()
     cuda: str = ""  # "13.0"; empty: no CUDA
 
 

@@ -15,7 +15,7 @@ from launcher.base.values import parse_json
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.squashfs_file import superblock
-from launcher.image.squashfs_tools import Ran, Tree, run
+from launcher.image.squashfs_tools import TAIL, Ran, Tree, run
 
 # The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
 # namespaces of its own: nothing stays mounted, whatever happens, and there is no network.
@@ -93,13 +93,29 @@ def _read(stdout: bytes) -> list[Checked] | None:
 def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> Ran:
     """Unpacked into TMPDIR: an ordinary user may not mount it."""
     superblock(path)  # says it better than unsquashfs where the file is missing, empty or cut off
+    tree = Tree(path.resolve())
+    namespaces = _NAMESPACES if os.geteuid() == 0 else (*_NAMESPACES, "--map-root-user")
+    _need_namespaces(namespaces)
     with tempfile.TemporaryDirectory(prefix="titan-check-") as folder:
         root = Path(folder) / "root"
         try:
-            Tree(path.resolve()).unpack(root, timeout_s)
-            namespaces = _NAMESPACES if os.geteuid() == 0 else (*_NAMESPACES, "--map-root-user")
+            tree.unpack(root, timeout_s)
             command = [*namespaces, "sh", "-c", _PATH + _ENTER, "sh", str(root)]
             return run(command, docker_engine.OUTPUT, stdin=program, timeout_s=timeout_s)
         finally:
             with suppress(OSError):  # no chmod must not hide what went wrong before
                 subprocess.run(["chmod", "-R", "u+rwX", str(root)], capture_output=True)
+
+
+def _need_namespaces(command: tuple[str, ...]) -> None:
+    """Before gigabytes are unpacked. Ubuntu 24.04 lets ordinary users make the namespaces, but not mount in them."""
+    ran = run([*command, "mount", "-t", "tmpfs", "tmpfs", "/tmp"], TAIL)
+    if ran.code:
+        raise LauncherError(
+            "image-check",
+            "the checks run in namespaces of their own, which this machine does not let you make",
+            "sudo launcher image check FILE; or, until the next start: "
+            "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), kernel.unprivileged_userns_clone=1 "
+            "(Debian)",
+            original=ran.err,
+        )

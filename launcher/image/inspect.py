@@ -13,6 +13,7 @@ from launcher.base.errors import LauncherError
 from launcher.base.values import parse_json
 from launcher.config.hardware import hardware
 from launcher.image import DOCKER
+from launcher.image.channels import channels
 from launcher.image.squashfs_file import (
     METADATA,
     ImageFacts,
@@ -106,7 +107,9 @@ def problems(
             )
         )
     if why := _cannot_quantize(facts, quantize):
-        found.append((why, "launcher image build stable, or reference; or a recipe that does not quantize"))
+        able = [name for name, ours in channels().items() if ours.cuda and quantize in ("none", *ours.quantization)]
+        other = "" if quantize == "none" else "; or a recipe that does not quantize"
+        found.append((why, f"launcher image build {'|'.join(able)}{other}"))
     if is_too_old(driver, facts):
         found.append(
             (

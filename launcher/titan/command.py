@@ -121,6 +121,8 @@ def trainer_arguments(node: dict[str, Any], titan_version: str, torch_version: s
         )
     if node["profile"]["device"] == "cpu":
         _refuse_on_cpu(node)
+    if recipe["async_tensor_parallel"] and not recipe["compile"]:
+        raise Refused("async_tensor_parallel is torch.compile's work", "compile = true")
     arguments: list[str] = chosen.arguments(node, common_settings(node), user_flags(node["titan"]), torch_version)
     return arguments
 

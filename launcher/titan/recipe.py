@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 CHOICES = {
     "activation_checkpoint": ("none", "selective", "full"),
-    "quantize": ("none", "float8", "mxfp8"),
+    "quantize": ("none", "float8", "mxfp8", "nvfp4"),
     "param_dtype": ("bfloat16", "float32"),
 }
 
@@ -28,11 +28,13 @@ class Recipe:
     seed: int = 0  # 0: torchtitan's own choice
     activation_checkpoint: str = "selective"
     compile: bool = False
+    like_for_like: bool = True  # without what newer releases add by themselves, and older ones lack
     quantize: str = "none"
     param_dtype: str = "bfloat16"
     dp_replicate: int = 1
     dp_shard: int = -1  # -1: all ranks that are left
     tensor_parallel: int = 1
+    async_tensor_parallel: bool = False  # matrix products overlap with their communication; needs compile
     context_parallel: int = 1
     pipeline_parallel: int = 1
     checkpoint_interval: int = 0  # steps; 0: no checkpoints

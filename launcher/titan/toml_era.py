@@ -36,6 +36,10 @@ def settings(node: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, An
             "torchtitan 0.2 has no MXFP8 with both torch.compile and tensor parallelism",
             "tensor_parallel = 1, or compile = false",
         )
+    if recipe["quantize"] not in _QUANTIZE:
+        raise Refused(
+            f"torchtitan 0.2 has no {recipe['quantize']}", f"one of {', '.join(_QUANTIZE)}; or torchtitan 0.3"
+        )
     path = None if node["placed"]["data"] == "hub" else node["placed"]["data"]
     return {
         "job.dump_folder": f"{node['placed']['run_dir']}/titan",
@@ -48,6 +52,7 @@ def settings(node: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, An
         "training.dataset": recipe["dataset"],
         "training.dataset_path": path,
         **common,
+        **({"parallelism.enable_async_tensor_parallel": True} if recipe["async_tensor_parallel"] else {}),
         "activation_checkpoint.mode": recipe["activation_checkpoint"],
         # Per operator, not every second layer: what the published rows used, and all that 0.3 has.
         "activation_checkpoint.selective_ac_option": "op",

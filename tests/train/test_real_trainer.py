@@ -55,11 +55,12 @@ def plain(value):
     return value if isinstance(value, (str, int, float, type(None))) else repr(value)
 
 try:  # 0.3 converts the model while it parses, which needs a GPU and torchao
-    from torchtitan.components.quantization import Float8LinearConverter, MXFP8LinearConverter
-    for converter in (Float8LinearConverter, MXFP8LinearConverter):
+    import torchtitan.components.quantization as quantization
+    for name in ("Float8", "MXFP8", "NVFP4"):
+        converter = getattr(quantization, name + "LinearConverter")
         converter.__init__ = lambda self, config: None
         converter.convert = lambda self, model: model
-except ImportError:
+except (ImportError, AttributeError):
     pass
 
 task = json.load(sys.stdin)
@@ -171,6 +172,17 @@ def test_the_attention_that_stands_in_is_the_same_attention(python: str) -> None
     assert done.stdout.endswith("SAME\n"), done.stderr
 
 
+def test_what_03_adds_by_itself_changes_no_loss(python: str, tmp_path: Path, started: Started) -> None:
+    """Its loss in chunks; CUDA graphs need a GPU."""
+    found = []
+    for like_for_like in (True, False):
+        node = debug_node(gpus_per_node=1)
+        recipe = node["recipe"] | {"steps": 2, "log_freq": 1, "like_for_like": like_for_like}
+        started.start(python, make_run(tmp_path / str(like_for_like), changed(node, recipe=recipe)))
+        found.append(losses(started.finish()[-1]))
+    assert set(found[0]) == {1, 2} and found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 def losses(output: str) -> dict[int, float]:
     """Loss by step, from the lines of one node."""
     lines = [line.split("step:")[1].split() for line in output.splitlines() if " step: " in line]
@@ -185,7 +197,11 @@ def variants() -> dict[str, dict[str, Any]]:
         "70b": a_node({**big, "tensor_parallel": 8}, gpus_per_node=8),
         "70b-float8": a_node({**big, "quantize": "float8", "compile": True}, gpus_per_node=8),
         "70b-mxfp8": a_node({**big, "quantize": "mxfp8", "compile": True}, gpus_per_node=8),
-        "8b-fast": a_node({"compile": True, "activation_checkpoint": "none"}),
+        "70b-tp": a_node(
+            {**big, "tensor_parallel": 8, "async_tensor_parallel": True, "compile": True}, gpus_per_node=8
+        ),
+        "8b-fast": a_node({"compile": True, "activation_checkpoint": "none", "like_for_like": False}),
+        "8b-nvfp4": a_node({"compile": True, "quantize": "nvfp4", "like_for_like": False}),
         "8b-float8": a_node({"compile": True, "quantize": "float8"}),
         "8b-mxfp8": a_node({"compile": True, "quantize": "mxfp8"}),
         "8b-hsdp": a_node({"dp_replicate": 9, "dp_shard": 4, "global_batch_size": 360, "seed": 42}),
@@ -199,7 +215,7 @@ def variants() -> dict[str, dict[str, Any]]:
 
 
 CANNOT = {
-    "0.2": set[str](),
+    "0.2": {"8b-nvfp4"},
     "0.3": {"70b-mxfp8", "8b-pp"},  # 8b-pp: with torch before 2.14 only
 }
 
@@ -263,6 +279,12 @@ def test_the_real_parser_takes_every_recipe(python: str, tmp_path: Path) -> None
     assert read(parsed["70b"])["degrees"] == [1, -1, 8, 1, 1] and read(parsed["70b"])["lr"] == 1.5e-4
     assert not read(parsed["70b"])["selective_by_op"] and not read(parsed["8b-fast"])["selective_by_op"]
     assert read(parsed["8b-fast"])["compile"] and read(parsed["8b-float8"])["compile"]
+    if not titan.startswith("0.2"):
+        added = {name: [it["training"]["disable_cuda_graphs"], it["loss"]["num_chunks"]] for name, it in parsed.items()}
+        fast = {"8b-fast", "8b-nvfp4"}
+        assert added == {name: [False, 8] if name in fast else [True, 1] for name in parsed}
+    where = "parallelism" if titan.startswith("0.2") else "compile"
+    assert [name for name, it in parsed.items() if it[where]["enable_async_tensor_parallel"]] == ["70b-tp"]
     assert read(parsed["8b-hsdp"])["degrees"] == [9, 4, 1, 1, 1] and read(parsed["8b-hsdp"])["seed"] == 42
     assert read(parsed["8b-cp"])["degrees"] == [1, -1, 1, 2, 1]
     assert read(parsed["8b-hub"])["data"] == ["c4", None]
@@ -315,7 +337,6 @@ def read_02(config: dict[str, Any]) -> dict[str, Any]:
 def read_03(config: dict[str, Any]) -> dict[str, Any]:
     (group,) = config["optimizer"]["param_groups"]
     options = group["optimizer_kwargs"]
-    assert config["training"]["disable_cuda_graphs"] and config["loss"]["num_chunks"] == 1
     return {
         **read_common(config),
         "lr": options["lr"],

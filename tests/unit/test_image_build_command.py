@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
+from launcher.image import build as building
 from launcher.image import check as checking
 from launcher.image import engine as docker_engine
 from launcher.image import lock as locking
 from launcher.image import registry
 from launcher.image.check import Checked
 from launcher.image.squashfs_file import sidecar_path
+from launcher.image.squashfs_tools import Ran
 from tests.conftest import ROOT
 from tests.unit.image_commands import Api, Run, api, builds, needs_tools, run
 
@@ -294,3 +296,32 @@ def test_make_image_is_one_command_for_any_channel_and_architecture() -> None:
         "CHANNEL=cpu", "ARCH=all", "BUILD_FLAGS=--network host"
     )
     assert "torch" not in planned("CHANNEL=cpu").replace("torchtitan", "")
+
+
+def test_a_failed_step_whose_command_is_printed_is_not_taken_for_the_wrong_architecture() -> None:
+    names = {"channel": "stable", "arch": "amd64", "base": "debian:12", "lock": "stable-amd64.txt"}
+    printed = 'The command \'/bin/sh -c if [ ! -e "$lock" ]; then echo "no lock: containers/locks/${lock##*/}"\' failed'
+    assert "is not for amd64" not in building._explain(printed, **names).what
+    assert "is not for amd64" in building._explain("no lock: containers/locks/stable-arm64.txt", **names).what
+
+
+def test_an_emulator_that_crashes_is_named() -> None:
+    names = {"channel": "stable", "arch": "arm64", "base": "debian:12", "lock": "stable-arm64.txt"}
+    error = building._explain("qemu: uncaught target signal 11 (Segmentation fault) - core dumped", **names)
+    assert "the emulator" in error.what and "qemu 10" in error.fix
+
+
+def test_a_machine_without_user_namespaces_is_found_out_before_anything_is_unpacked(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Ubuntu 24.04: namespaces can be made, but nothing can be mounted in them."""
+
+    def refuse(command: list[str], *_: object, **__: object) -> Ran:
+        assert command[0] == "unshare" and "mount" in command and "--map-root-user" in command
+        return Ran(32, b"", "mount: /tmp: permission denied.", False)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(checking, "run", refuse)
+    with pytest.raises(LauncherError, match="does not let you make") as error:
+        checking.check(str(image))
+    assert "sudo launcher image check" in error.value.fix and "permission denied" in error.value.original

@@ -41,6 +41,13 @@ def describe(image: Path, **changes: object) -> None:
             "the image cannot do mxfp8, only none, float8",
         ),
         (
+            {"quantization": ["none", "float8", "mxfp8"]},
+            ("--gpu", "b200", "--recipe", "llama3-8b-nvfp4"),
+            "launcher image build nightly|stable; or a recipe that does not quantize",
+        ),
+        # As with a triton that torchao is not made for: torchtitan itself cannot be imported where there is a GPU.
+        ({"quantization": ["float8"]}, ("--gpu", "b200"), "the image cannot do none, only float8"),
+        (
             {"versions": {"torchtitan": "0.2.2", "torchao": "0.18.0"}},
             ("--gpu", "b200", "--recipe", "llama3-8b-fast"),
             "torchtitan 0.2.2 needs torchao 0.16 for MXFP8, the image has 0.18.0",

@@ -215,6 +215,7 @@ def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> N
         ("8B", "none", "llama3", "llama3_8b"),
         ("70B", "none", "llama3", "llama3_70b"),
         ("8B", "mxfp8", "titan.registry_era", "llama3_8b_mxfp8"),
+        ("8B", "nvfp4", "llama3", "llama3_8b_first_85_pct_layers_nvfp4"),
         ("8B", "float8", "titan.registry_era", "llama3_8b_float8"),
         ("70B", "float8", "titan.registry_era", "llama3_70b_float8"),
     ],
@@ -238,6 +239,8 @@ def test_quantised_models_have_a_converter_in_02(quantize: str, converter: str) 
         ("0.3.0", {"flavor": "70B", "quantize": "mxfp8"}, {}, "no mxfp8 configuration for 70B"),
         ("0.3.0", {"pipeline_parallel": 2}, {}, "needs torch 2.14"),
         ("0.2.2", {"quantize": "mxfp8", "compile": True, "tensor_parallel": 2}, {}, "tensor parallelism"),
+        ("0.2.2", {"quantize": "nvfp4"}, {}, "torchtitan 0.2 has no nvfp4"),
+        ("0.3.0", {"async_tensor_parallel": True}, {}, "torch.compile's work"),
         ("0.2.2", {"flavor": "405B"}, {}, "no translation for the model llama3 405B"),
         ("0.2.2", {"compile": True}, {"device": "cpu"}, "torch.compile"),
         ("0.3.0", {}, {"device": "cpu", "titan": {"compile.enable": "true"}}, "torch.compile"),
@@ -307,3 +310,17 @@ def test_nothing_is_patched_where_an_accelerator_exists(monkeypatch: pytest.Monk
     asked = fake._utils._get_available_device_type
     assert cpu.patch() is False
     assert fake._utils._get_available_device_type is asked
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "flag"),
+    [
+        ({"like_for_like": False}, {}, "--training.no_disable_cuda_graphs"),
+        ({"like_for_like": True}, {}, "--training.disable_cuda_graphs"),
+        ({"like_for_like": False, "pipeline_parallel": 4}, {}, "--training.disable_cuda_graphs"),
+        ({"like_for_like": False}, {"device": "cpu"}, "--training.disable_cuda_graphs"),
+    ],
+)
+def test_cuda_graphs_are_on_where_03_can_have_them(recipe: dict[str, Any], changes: dict[str, Any], flag: str) -> None:
+    found = trainer_arguments(a_node(recipe, **changes), "0.3.0", "2.14.1")
+    assert flag in found and ("--loss.num_chunks=1" in found) == recipe["like_for_like"]
