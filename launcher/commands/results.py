@@ -1,12 +1,15 @@
-"""The command that prints results."""
+"""The command that prints and writes results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
 
+from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import filesystem_error, write_text
 from launcher.base.output import as_json, echo, echo_file, print_json, some, warn
 from launcher.config.options import gone, run_argument, runs_dir_option
 from launcher.results import formats
@@ -14,6 +17,7 @@ from launcher.results.columns import as_dict
 from launcher.results.outcome import Outcome
 from launcher.results.read import outcome_of
 from launcher.results.sides import nothing_logged
+from launcher.results.submission import submissions
 from launcher.runs import control
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
@@ -27,29 +31,46 @@ from launcher.scheduler.state import JobState
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["text", "markdown", "csv", "json"]),
+    type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]),
     default="text",
     show_default=True,
-    help="How.",
+    help="How; torchtitan: a file for its repository's benchmarks/ folder.",
 )
 @gone("--update", "launcher results --format markdown > FILE")
-@gone("--entity", "launcher results RUN --format markdown > FILE")
-@gone("--output", "launcher results RUN --format markdown > FILE")
+@click.option("--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write the submission there, under its name.",
+)
 @as_json
-def results(names: tuple[str, ...], runs_dir: Path, every: bool, form: str, as_json: bool) -> None:
+def results(
+    names: tuple[str, ...],
+    runs_dir: Path,
+    every: bool,
+    form: str,
+    entity: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
     """Print results as the published table has them.
 
-    Without a RUN, the newest run's. RUN is a name or a path. With --json, one run is an object, and several are a
-    list.
+    Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an
+    object, and several are a list.
 
     \b
     launcher results
     launcher results my-run --json
     launcher results --all --format csv > results.csv
+    launcher results my-run --format torchtitan --entity my-team -o .
     """
+    if output and (as_json or form != "torchtitan"):
+        raise click.UsageError("--output is for --format torchtitan; the others print, and > FILE keeps that")
     if every and names:
         raise click.UsageError("either RUN or --all")
-    several = every or len(names) > 1
+    several = every or len(names) > 1 or any(map(_is_pattern, names))
     form = "json" if as_json else form
     is_table = form == "markdown" or (form == "text" and several)
     outcomes = _outcomes(named_runs(names, runs_dir, every), several, with_data_share=not is_table)
@@ -60,15 +81,25 @@ def results(names: tuple[str, ...], runs_dir: Path, every: bool, form: str, as_j
         echo_file(formats.csv_text(outcomes))
     elif form == "markdown":
         echo(*formats.markdown(outcomes).split("\n"))
+    elif form == "torchtitan":
+        _submit(outcomes, entity, output)
     else:
         echo(*(formats.table(outcomes) if several else formats.one_run(outcomes[0])).split("\n"))
 
 
+def _is_pattern(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
 def named_runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[tuple[Run, JobState]]:
-    """The runs that are named, else all or the newest, each once and with its state: one question to Slurm per
-    directory of runs, as names are unique within one. Never none.
+    """The runs that are named, by patterns, too, else all or the newest, each once and with its state: one question to
+    Slurm per directory of runs, as names are unique within one. Never none.
     """
-    found = runs.all_runs(runs_dir) if every else [runs.open_run(name, runs_dir) for name in names]
+    known = runs.all_runs(runs_dir) if every or any(map(_is_pattern, names)) else []
+    found = known if every else []
+    for name in names:
+        matching = [run for run in known if _is_pattern(name) and fnmatchcase(run.name, name)]
+        found += matching or [runs.open_run(name, runs_dir)]
     by_path = {run.path: run for run in found or [runs.open_run("", runs_dir)]}
     by_place: dict[Path, list[Run]] = {}
     for run in by_path.values():
@@ -91,3 +122,25 @@ def _outcomes(found: Sequence[tuple[Run, JobState]], several: bool, with_data_sh
     if silent:
         warn(f"nothing logged yet, or nothing known: {some([f'{run.name} ({state.name})' for run, state in silent])}")
     return outcomes
+
+
+def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> None:
+    for name, text in submissions(outcomes, entity).items():
+        if output is None:
+            echo(f"{name}:", err=True)
+            echo_file(text)
+            continue
+        path = output / name
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+                raise LauncherError(
+                    "file-exists",
+                    f"{path} exists and says something else",
+                    quoted("mv", path, f"{path}.old"),
+                    status=ExitStatus.EXISTS,
+                )
+        except OSError as error:
+            raise filesystem_error(path, error) from error
+        write_text(path, text)
+        echo(str(path))

@@ -133,13 +133,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
     shown = sorted(shown_in(TERMINAL), key=lambda column: not column.asked)
     rows = [("run", *(column.title for column in shown), "")]
     for outcome in outcomes:
-        cells = (_text(column.shown(outcome)) if column.asked or outcome.complete else "" for column in shown)
+        cells = (cell_text(column.shown(outcome)) if column.asked or outcome.complete else "" for column in shown)
         rows.append((outcome.run, *cells, outcome.lacks))
     left = 1 + sum(column.asked for column in shown)
     return "\n".join(columns([[plain(cell) for cell in row] for row in rows], left))
 
 
-def _text(cell: Cell) -> str:
+def cell_text(cell: Cell) -> str:
     return " ".join(filter(None, (cell.text, cell.more)))
 
 
@@ -155,7 +155,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
             f"{outcome.nodes} ({outcome.gpus} GPU)",
             str(outcome.local_batch_size),
             last_step(outcome) if outcome.last else escape(outcome.lacks),
-            *(escape(_text(column.shown(outcome))) if outcome.complete else "not a result" for column in shown),
+            *(escape(cell_text(column.shown(outcome))) if outcome.complete else "not a result" for column in shown),
             escape(outcome.run) + (f" ({escape(about)})" if about else ""),
         )
         lines.append(f"|{'|'.join(cells)}|")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.base.errors import ExitStatus
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.report.page import page
 from launcher.results import columns
 from launcher.results.columns import Column, as_dict
 from launcher.results.formats import csv_text, markdown, one_run, table
 from launcher.results.outcome import Outcome, Startup
 from launcher.results.published import rows_of, unlike
+from launcher.results.submission import file_name, submissions
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome
 from tests.unit.test_read import Made, log
@@ -155,6 +157,52 @@ def test_one_entry_is_a_column_everywhere(monkeypatch: pytest.MonkeyPatch) -> No
     assert '<th scope="col" class="n">Power</th>' in shown and 'data-v="9000.0">9,000 W</td>' in shown
 
 
+# --- torchtitan's benchmarks folder ------------------------------------------------------------------------------
+
+
+def test_a_submission_says_what_its_readme_asks_for() -> None:
+    titan, job = {"titan.training.max_norm": "2.0"}, {"job.account": "secret-project", "job.runs_dir": "/home/u"}
+    whole = shape(settings={**titan, **job, "env.X": "`"})
+    ((name, text),) = submissions([whole], "My Team_1").items()
+    assert name == "llama3-8b_36xgb200_202611_my-team-1.md"
+    assert "My Team_1" in text and "36 GB200, 4 in each of 9 nodes" in text and "580.95.05" in text
+    assert "| 17,930 ±0.4% | 46.15% of 2250 | 159.3 GiB |" in text and "42.38% of 2450 TFLOP/s" in text
+    for version in whole.versions.values():
+        assert version in text
+    found = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
+    assert found["recipe"]["activation_checkpoint"] == "selective" and found["env"]["X"] == "`"
+    assert found["titan"]["training"]["max_norm"] == "2.0" and found["job"]["nodes"] == 9
+    assert "secret-project" not in text and "/home/u" not in text and "/data/" not in text
+    assert "own sample of text" not in text
+    assert "own sample of text" in submissions([shape(settings={"job.data": "sample"})], "me").popitem()[1]
+
+
+def test_runs_on_the_same_hardware_share_a_file() -> None:
+    again = shape(run="again", date="2026-11-30T09:30:00Z")
+    files = submissions([WHOLE, again, shape(run="small", nodes=3, gpus=12)], "me")
+    assert "on 2026-11-20, 2026-11-30." in files["llama3-8b_36xgb200_202611_me.md"]
+    assert {name: text.count("```toml") for name, text in files.items()} == {
+        "llama3-8b_36xgb200_202611_me.md": 2,
+        "llama3-8b_12xgb200_202611_me.md": 1,
+    }
+
+
+def test_what_is_not_a_result_is_not_submitted() -> None:
+    with pytest.raises(LauncherError, match=r"cut is not a result.*FAILED; step 40 of 100") as caught:
+        submissions([WHOLE, SHORT], "me")
+    assert caught.value.status == ExitStatus.NO_DATA
+    for entity in ("", "  ", "/"):
+        with pytest.raises(LauncherError, match="whose it is"):
+            submissions([WHOLE], entity)
+
+
+@unhurried
+@given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=20))
+def test_a_file_name_is_one(model: str, gpu: str, entity: str) -> None:
+    name = file_name(shape(gpu=gpu, date="", settings={"recipe.model": model}), entity)
+    assert name.count("_") == 3 and name.endswith(".md") and "/" not in name and not name.startswith(".")
+
+
 # --- the command ---------------------------------------------------------------------------------------------
 
 
@@ -174,9 +222,11 @@ def test_which_runs(launch: Launch, runs: Path) -> None:
     assert [row["run"] for row in json.loads(both)] == ["other", "gb200-a"]
     assert len(launch("results", "--all").stdout.splitlines()) == 4
     assert "step: 100" in launch("results").stdout
-    for arguments in ("gb200-*", "other none"):
+    by_pattern = json.loads(launch("results", "gb200-*", "--format", "json").stdout)
+    assert [row["run"] for row in by_pattern] == ["gb200-b", "gb200-a"]
+    for arguments in ("x*", "other none"):
         assert launch("results", *arguments.split()).returncode == ExitStatus.NOT_FOUND
-    for arguments in ("--all other", "--format torchtitan", "--entity me", "--update x"):
+    for arguments in ("--all other", "-o .", "--update x"):
         assert launch("results", *arguments.split()).returncode == ExitStatus.USAGE
 
 
@@ -194,6 +244,21 @@ def test_damaged_runs_are_left_out_aloud(launch: Launch, runs: Path) -> None:
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
     assert "nothing known: other (COMPLETED)" in done.stderr
     assert launch("results", "other").returncode == ExitStatus.NO_DATA
+
+
+def test_a_submission_is_written_but_not_over_another(launch: Launch, runs: Path, workplace: Path) -> None:
+    submit = ("results", "other", "--format", "torchtitan")
+    assert "--entity" in launch(*submit).stderr
+    shown = launch(*submit, "--entity", "me")
+    assert shown.stderr == "llama3-8b_8xgb200_202611_me.md:\n" and shown.stdout.startswith("This was run by me")
+    for _ in range(2):
+        done = launch(*submit, "--entity", "me", "-o", "out")
+        assert done.stdout == "out/llama3-8b_8xgb200_202611_me.md\n"
+    path = workplace / "out" / "llama3-8b_8xgb200_202611_me.md"
+    assert path.read_text() == shown.stdout
+    path.write_text("edited")
+    assert launch(*submit, "--entity", "me", "-o", "out").returncode == ExitStatus.EXISTS
+    assert path.read_text() == "edited"
 
 
 def test_a_name_that_no_terminal_can_show(launch: Launch, runs: Path) -> None:
