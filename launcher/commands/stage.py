@@ -95,8 +95,8 @@ def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> 
 def tokenizer(**options: Any) -> None:
     """Stage the tokenizer of a Llama 3.
 
-    Of Llama-3.1-8B, Llama-3.1-70B, or OWNER/NAME on the Hub. The models are gated: accept the licence on the Hub,
-    then give a token by HF_TOKEN, `hf auth login` or --token-file.
+    Of Llama-3.1-8B (or 8B), Llama-3.1-70B (or 70B), or OWNER/NAME on the Hub. The models are gated: accept the licence
+    on the Hub, then give a token by HF_TOKEN, `hf auth login` or --token-file.
 
     \b
     launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B

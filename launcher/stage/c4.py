@@ -146,6 +146,7 @@ def plan_c4(
             if source
             else "--revision main",
         )
+    _refuse_another_c4(target, split["train"])
     count, notes = _count(files, demands, everything, in_all)
     chosen = sorted(split["train"], key=lambda file: not os.path.lexists(target / file.path))[:count]
     chosen.sort(key=lambda file: file.path)
@@ -155,6 +156,15 @@ def plan_c4(
             f"{counted(unknown, 'file')} not in {source}/{STATE}/manifest.json: nothing but sizes can be compared"
         )
     return Plan(repo, wanted, count, in_all, notes)
+
+
+def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:
+    """A sample, or a C4 that was split anew: a run would read its files and ours together."""
+    ours = {file.path[-13:] for file in train}  # "01024.json.gz": files in all
+    for name in shard_names(target):
+        if name.startswith("c4-train") and name[-13:] not in ours:
+            what = f"--to {target}: holds another C4 (en/{name}; to come are {Path(train[0].path).name}, …)"
+            raise LauncherError("target-holds-other", what, "name another directory")
 
 
 def shard_names(target: Path) -> list[str]:

@@ -15,12 +15,12 @@ from typing import Any
 
 from launcher import __version__
 from launcher.base.errors import LauncherError
-from launcher.base.files import read_bytes, unreadable
+from launcher.base.files import unreadable
 from launcher.base.values import parse_json
 from launcher.stage.progress import Progress, each
 from launcher.stage.shards import wrong_start
 from launcher.stage.source import RemoteFile, is_digest, is_size
-from launcher.stage.target import STATE, Work, safe_path
+from launcher.stage.target import DIRECTORY, STATE, Folder, Work, safe_path
 from launcher.titan import LFS_POINTER
 
 SCHEMA = 1
@@ -66,16 +66,18 @@ def manifest_path(directory: Path) -> Path:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest, or None where there is none. Raises LauncherError for one that nobody can trust any more."""
+    """The manifest, or None where there is none. Raises LauncherError for one that nobody can trust any more, and for a
+    link: others may write there.
+    """
     path = manifest_path(directory)
     try:
-        data = read_bytes(path, LARGEST)
+        state = Folder(path.parent, os.open(path.parent, DIRECTORY | os.O_NOFOLLOW))
+        with open(state.open(path.name, os.O_RDONLY), "rb") as stream:
+            data = stream.read(LARGEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        if error.errno != errno.EFBIG:
-            raise unreadable(path, error) from error
-        data = b""
+        raise unreadable(path, error) from error
     manifest = parse_manifest(data)
     if manifest is None:
         raise LauncherError(

@@ -23,9 +23,10 @@ SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def repo_name(model: str) -> str:
-    """`Llama-3.1-8B` or any `owner/name`. Raises LauncherError for another word."""
-    if name := MODELS.get(model):
-        return name
+    """`8B`, `Llama-3.1-8B` or any `owner/name`. Raises LauncherError for another word."""
+    for short, name in MODELS.items():
+        if model.lower() in (short.lower(), short.lower().rpartition("-")[2]):
+            return name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
         return model
     raise LauncherError(

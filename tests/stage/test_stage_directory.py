@@ -16,6 +16,7 @@ from launcher.base.errors import LauncherError
 from launcher.stage import hub as hub_module
 from launcher.stage import target as target_module
 from launcher.stage.inventory import verify
+from launcher.stage.sample import write_c4_sample
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
 from tests.stage.test_stage_c4 import stage_c4, train
@@ -31,6 +32,13 @@ def test_somebody_elses_data(launch: Launch, hub: Hub, workplace: Path, name: st
     done = launch("stage", "c4", "--to", "c4", "--files", "1")
     assert done.returncode == 3 and "holds other data" in done.stderr
     assert sorted(p for p in (workplace / "c4").rglob("*") if p.is_file()) == [path]
+
+
+def test_another_c4(launch: Launch, hub: Hub, workplace: Path):
+    write_c4_sample(workplace / "c4", train_files=4, documents_per_file=1)
+    done = launch("stage", "c4", "--to", "c4", "--files", "1")
+    assert done.returncode == 3 and "another C4 (en/c4-train.00000-of-00004.json.gz" in done.stderr
+    assert not (workplace / "c4/.staged").exists()
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_downloaded(hub: Hub, tmp_path: Path, monkeypatch):

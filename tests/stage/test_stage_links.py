@@ -119,10 +119,15 @@ def test_a_final_file_that_is_a_link(hub: Hub, tmp_path: Path, c4_files: dict[st
     assert not verify(tmp_path / "c4", deep=True).problems
 
 
-def test_a_manifest_is_no_pipe(hub: Hub, launch: Launch, workplace: Path) -> None:
+def test_a_manifest_is_no_link_and_no_pipe(hub: Hub, launch: Launch, workplace: Path) -> None:
     stage_c4(workplace / "c4", files=1)
-    (workplace / "c4/.staged/manifest.json").unlink()
-    os.mkfifo(workplace / "c4/.staged/manifest.json")
+    manifest = workplace / "c4/.staged/manifest.json"
+    manifest.rename(workplace / "elsewhere.json")
+    manifest.symlink_to(workplace / "elsewhere.json")
+    done = launch("stage", "verify", "c4")
+    assert done.returncode == 7 and "manifest.json: Too many levels" in done.stderr
+    manifest.unlink()
+    os.mkfifo(manifest)
     assert launch("stage", "verify", "c4", timeout=20).returncode == 7
 
 

@@ -27,8 +27,8 @@ def test_exactly_the_tokenizers_files(launch: Launch, hub: Hub, workplace: Path,
 def test_the_larger_models_and_any_other(launch: Launch, hub: Hub, workplace: Path, model_files):
     hub.add("model", "meta-llama/Llama-3.1-70B", model_files)
     hub.add("model", "me/mine", model_files)
-    for name in ("Llama-3.1-70B", "me/mine"):
-        assert launch("stage", "tokenizer", name, "--to", name).returncode == 0
+    for asked, name in (("Llama-3.1-70B", "Llama-3.1-70B"), ("me/mine", "me/mine"), ("70b", "Llama-3.1-70B")):
+        assert launch("stage", "tokenizer", asked, "--to", name).returncode == 0
         manifest = json.loads((workplace / name / ".staged/manifest.json").read_text())
         assert manifest["source"].endswith(name) and manifest["kind"] == "tokenizer"
     done = launch("stage", "tokenizer", "Llama-9", "--to", "x")
