@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes
-from launcher.stage.source import RemoteFile, check_answer
+from launcher.stage.source import RemoteFile, check_answer, is_digest
 from launcher.stage.target import Incoming, TooSlow
-from launcher.stage.web import Refused, ask, download, header_of, no_answer, status_of
+from launcher.stage.web import Refused, ask, download, header_of, moving, no_answer, status_of
 
 ENDPOINT = "https://huggingface.co"
 ANSWER_BYTES = 8 << 20  # of the API: twenty pages of a listing
 TOKEN_BYTES = 64 << 10  # of a file that holds one
 ENTRIES = 100_000  # of one listing
 LISTING_S = 600.0  # for it
+xet_files = functools.cache(functools.partial(TemporaryDirectory, prefix="launcher-xet-"))  # until this process ends
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ class Repo:
         return f"{self.site}/api/{self.kind}s/{self.name}"
 
     def download(self, file: RemoteFile, stream: Incoming) -> None:
-        url = f"{self.page}/resolve/{self.revision}/{quote(file.path)}"
-        download(url, stream, refused_by_hub(self, file.path), self.token)
+        if not _came_by_xet(self, file, stream):
+            url = f"{self.page}/resolve/{self.revision}/{quote(file.path)}"
+            download(url, stream, refused_by_hub(self, file.path), self.token)
 
 
 def hub_constants() -> Any:
@@ -101,6 +107,8 @@ def pin(name: str, kind: str, revision: str | None, token: str) -> Repo:
         raise LauncherError(
             "hub-settings", "HF_HUB_OFFLINE is set: nothing can be downloaded", "unset HF_HUB_OFFLINE, then again"
         )
+    if not (os.environ.get("HF_XET_CACHE") or os.environ.get("HF_HOME")):  # homes are on NFS, slow for small files
+        os.environ["HF_XET_CACHE"] = xet_files().name
     asked = Repo(name, kind, revision or "main", token)
     info, _ = _ask(asked, f"{asked.api}/revision/{quote(asked.revision, safe='')}")
     commit = info.get("sha") if isinstance(info, dict) else None
@@ -145,12 +153,47 @@ def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[Re
 
 def _file(repo: Repo, entry: dict[str, Any]) -> RemoteFile:
     check_answer(repo.page, size=entry.get("size"))
+    xet = entry["xetHash"] if is_digest(entry.get("xetHash")) else ""
     if entry.get("lfs") is None:
         check_answer(repo.page, git_id=entry.get("oid"))
-        return RemoteFile(entry["path"], entry["size"], blob=entry["oid"])
+        return RemoteFile(entry["path"], entry["size"], blob=entry["oid"], xet=xet)
     sha256 = entry["lfs"].get("oid") if isinstance(entry["lfs"], dict) else entry["lfs"]
     check_answer(repo.page, sha256=sha256)
-    return RemoteFile(entry["path"], entry["size"], sha256=str(sha256))
+    return RemoteFile(entry["path"], entry["size"], sha256=str(sha256), xet=xet)
+
+
+def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming) -> bool:
+    """Through Xet's chunk servers; where that fails, plain HTTPS has its turn. The progress moves when all is there."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import XetFileData, build_hf_headers
+
+    # Xet's client takes as much memory as its server likes: that of the Hub itself alone is trusted.
+    if not file.xet or repo.site != ENDPOINT or not file_download.is_xet_available():
+        return False
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings quote addresses that carry a signature
+
+    def alive(count: float) -> None:
+        stream.received += int(count)
+
+    quiet = dict.fromkeys(("set_postfix_str", "set_transfer_postfix_str"), lambda *_words, **_how: None)
+    get = functools.partial(
+        file_download.xet_get,
+        incomplete_path=stream.handle,
+        xet_file_data=XetFileData(file.xet, f"{repo.api}/xet-read-token/{repo.revision}"),
+        headers=build_hf_headers(token=repo.token or False),
+        expected_size=file.bytes,
+        _tqdm_bar=SimpleNamespace(update=alive, update_transfer=alive, **quiet),
+    )
+    try:
+        moving(get, stream)
+    except TooSlow as error:  # not by HTTPS: what was given up may still write
+        fix = "the same command continues; without Xet: export HF_HUB_DISABLE_XET=1"
+        raise LauncherError("hub-refused", f"{file.path}: {error} from Xet", fix, status=ExitStatus.ERROR) from error
+    except Exception:  # hf_xet is compiled, and its errors have no common root
+        os.ftruncate(stream.fileno(), 0)
+        return False
+    stream.on_bytes(file.bytes)
+    return True
 
 
 def refused_by_hub(repo: Repo, path: str = "") -> Refused:

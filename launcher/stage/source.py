@@ -21,6 +21,7 @@ class RemoteFile:
     bytes: int
     sha256: str = ""
     blob: str = ""
+    xet: str = ""  # what Xet's servers know the file by
 
 
 class Downloads(Protocol):

@@ -44,7 +44,7 @@ def with_retries(
     attempt, furthest = 0, 0
     while True:
         try:
-            return _moving(call, stream)
+            return moving(call, stream)
         except (OSError, http.client.HTTPException, ValueError) as error:
             if why := distrust(error):
                 raise not_trusted("://".join(urlsplit(url)[:2]), why) from error
@@ -57,7 +57,7 @@ def with_retries(
             time.sleep(max(asked, BACKOFF_S * 2 ** (attempt - 1)))
 
 
-def _moving(call: Callable[[], Result], stream: Incoming | None) -> Result:
+def moving(call: Callable[[], Result], stream: Incoming | None) -> Result:
     """`call()`, given up when it brings `stream` too little for SLOW_S, or lasts so long without one: a socket's own
     limit begins anew with each byte.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from tempfile import gettempdir
 from types import SimpleNamespace
 
 import pytest
 
 from launcher.base.errors import LauncherError
+from launcher.stage import hub as hub_module
 from launcher.stage import web
 from launcher.stage.inventory import verify
 from tests.conftest import Launch
@@ -186,3 +189,62 @@ def test_files_are_downloaded_at_the_same_time(hub: Hub, tmp_path: Path):
         hub.faults[name] = [together]
     assert stage_c4(tmp_path / "c4", files=3, jobs=3).downloaded == 4
     assert not barrier.broken
+
+
+def test_files_of_xet_come_by_xet_or_else_by_https(hub: Hub, tmp_path: Path, c4_files, monkeypatch):
+    """Xet's own servers are replaced at the library's border: by its function that talks to them. What reports of the
+    bytes is the library's own.
+    """
+    from huggingface_hub import file_download
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    monkeypatch.setattr(file_download, "is_xet_available", lambda: True)  # whatever a variable said at the import
+    monkeypatch.setattr(hub_module, "ENDPOINT", hub.endpoint)  # of no other Hub: nothing bounds what Xet's client does
+    monkeypatch.setattr(web, "SLOW_S", 0.3)
+    monkeypatch.setattr(web, "LEAST_BYTES_PER_S", 100)
+    for name in train(0, 1, 2):
+        hub.content("allenai/c4", name).announced = {"xetHash": "f" * 64}
+    taken = []
+
+    def xet_get(*, incomplete_path: Path, xet_file_data, headers, expected_size: int, _tqdm_bar: object) -> None:
+        taken.append(incomplete_path)
+        if len(taken) == 2:
+            incomplete_path.write_bytes(b"half")
+            raise RuntimeError("the chunk server is not to be reached")
+        if len(taken) == 3:
+            time.sleep(60)
+        reporter = XetDownloadProgressReporter(
+            reconstruction_desc="", total=expected_size, log_level=40, external_reconstruction_bar=_tqdm_bar
+        )
+        for tenth in range(1, 6):  # it lasts longer than nothing may come for
+            time.sleep(0.1)
+            counts = {"total_bytes_completed": 0, "total_transfer_bytes_completed": 1000 * tenth, "total_bytes": 5000}
+            rates = {"total_bytes_completion_rate": None, "total_transfer_bytes_completion_rate": 1.0}
+            reporter.update_progress(SimpleNamespace(**counts, **rates))
+        incomplete_path.write_bytes(next(data for data in c4_files.values() if len(data) == expected_size))
+
+    monkeypatch.setattr(file_download, "xet_get", xet_get)
+    stage_c4(tmp_path / "c4", files=2, jobs=1)
+    assert len(taken) == 2
+    assert [len(hub.asked(name, "cdn")) for name in train(0, 1)] == [0, 1]
+    assert not verify(tmp_path / "c4", deep=True).problems
+    assert staged(tmp_path / "c4") == ["README.md", *train(0, 1)]
+    with pytest.raises(LauncherError, match="from Xet") as caught:
+        stage_c4(tmp_path / "c4", files=3, jobs=1)
+    assert "HF_HUB_DISABLE_XET" in caught.value.fix
+    assert not list((tmp_path / "c4/.staged/partial").iterdir())
+
+
+def test_the_library_takes_what_we_hand_to_xet():
+    from huggingface_hub import file_download
+
+    asked = {"incomplete_path", "xet_file_data", "headers", "expected_size", "_tqdm_bar"}
+    assert asked <= inspect.signature(file_download.xet_get).parameters.keys()
+
+
+def test_the_working_files_of_xet_are_not_in_the_home(hub: Hub, monkeypatch):
+    for name in ("HF_HOME", "HF_XET_CACHE"):
+        monkeypatch.setenv(name, "")  # back to what it was at the end
+    hub_module.pin("allenai/c4", "dataset", None, "")
+    folder = Path(os.environ["HF_XET_CACHE"])
+    assert folder.is_relative_to(gettempdir()) and folder.stat().st_mode & 0o777 == 0o700
