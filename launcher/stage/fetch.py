@@ -199,7 +199,7 @@ def _kept(path: Path, file: RemoteFile, progress: Progress) -> StagedFile | None
     except OSError as error:
         staged, why = None, error.strerror or str(error)
     if staged is None:
-        say(f"{path}: {why}; downloaded again")
+        progress.say(f"{path}: {why}; downloaded again")
     return staged
 
 
@@ -216,7 +216,7 @@ def download_right(source: Downloads, file: RemoteFile, work: Work, progress: Pr
                 work.keep(stream, work.top.below(*folders), name)
                 return staged
             stream.restart()
-        say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
+        progress.say(f"{file.path}: wrong bytes (the checksum differs from the announced one)")
     raise LauncherError(
         "wrong-bytes",
         f"{file.path}: wrong bytes twice: not those of {(file.sha256 or file.blob or f'{file.bytes:,} bytes')[:16]}",

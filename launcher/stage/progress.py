@@ -1,15 +1,16 @@
-"""Many files, several at once, and a line about them now and then."""
+"""Many files, several at once, and a line about them: in its place on a terminal, else now and then."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from launcher.base.output import counted, say
+from launcher.base.output import counted, is_terminal, plain, say
 from launcher.stage.source import RemoteFile
 from launcher.stage.target import Stopped, gigabytes
 
@@ -21,13 +22,21 @@ Result = TypeVar("Result")
 
 
 class Progress:
-    """Counts bytes from any thread, and prints a line now and then."""
+    """Counts bytes from any thread, and tells of them."""
 
     def __init__(self, title: str, files: int, size: int) -> None:
         self.title, self.files, self.size = title, files, size
         self.done_files, self.bytes, self.stopped = 0, 0, False
         self.lock = threading.Lock()
         self.began = self.last_line = time.monotonic()
+        self.line: Any = None  # on a terminal
+        if files and is_terminal(sys.stderr):
+            from rich.console import Console
+
+            console = Console(stderr=True)
+            if console.is_interactive:
+                self.line = console.status(title, spinner="line")
+                self.line.start()
 
     def add(self, count: int) -> None:
         """`count` more bytes are there; negative when some turned out wrong. Raises Stopped when all is to end."""
@@ -38,11 +47,24 @@ class Progress:
 
     def tell(self) -> None:
         now = time.monotonic()
-        if now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line, rate = now, max(self.bytes, 0) / (now - self.began)
+        if self.line or now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line, rate = now, max(self.bytes, 0) / max(now - self.began, 1e-3)
             left = f"{(self.size - self.bytes) / rate:,.0f} s left" if rate else "no data yet"
             done = f"{gigabytes(max(self.bytes, 0))} of {gigabytes(self.size)}, {gigabytes(rate)}/s, {left}"
-            say(f"{self.title} {self.done_files} of {counted(self.files, 'file')}: {done}")
+            text = f"{self.title} {self.done_files} of {counted(self.files, 'file')}: {done}"
+            self.line.update(text) if self.line else say(text)
+
+    def say(self, text: str) -> None:
+        """Above the line."""
+        if self.line:
+            self.line.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+        else:
+            say(text)
+
+    def stop(self) -> None:
+        self.stopped = True
+        if self.line:
+            self.line.stop()
 
 
 def each(
@@ -80,7 +102,7 @@ def each(
                 progress.done_files += 1
                 yield file, result
     finally:
-        progress.stopped = True
+        progress.stop()
         deadline = time.monotonic() + SECONDS_TO_STOP
         for thread in threads:
             thread.join(max(deadline - time.monotonic(), 0))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.stage.c4 import demand_from, plan_c4
 from launcher.stage.fetch import fetch
-from launcher.stage.progress import JOBS
+from launcher.stage.progress import JOBS, each
 from launcher.stage.shards import TOKENS_PER_FILE, files_for
+from launcher.stage.source import RemoteFile
 from tests.conftest import Launch
 from tests.stage.hub_server import Hub
 
@@ -152,3 +156,15 @@ def test_a_listing_of_several_pages_is_read_to_its_end(hub: Hub, tmp_path: Path)
     names = {f"en/c4-train.{n:05d}-of-01024.json.gz": b"" for n in range(1024)}
     hub.add("dataset", "allenai/c4", {"README.md": b"words", **names})
     assert len(stage_c4(tmp_path / "c4", everything=True).manifest.files) == 1025
+
+
+def test_on_a_terminal_the_progress_stays_on_its_line(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    for _ in each("staging", [RemoteFile("a", 1000)], lambda _file, told: (told.add(1000), told.say("a: again [x]"))):
+        pass
+    shown = screen.getvalue()
+    assert "staging 0 of 1 file: " in shown and "\na: again [x]\n" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", shown)
+    assert shown.count("\n") == 2  # the words, and the end
