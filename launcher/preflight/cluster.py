@@ -9,15 +9,19 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
-from launcher.base.errors import quoted
+from launcher.base.errors import LauncherError, quoted
 from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.base.output import SHOWN
 from launcher.config.hardware import of_gpu
 from launcher.config.propose import named
 from launcher.config.resolve import ignored
 from launcher.config.spec import PlacedRun
+from launcher.image.squashfs_file import known, superblock
 from launcher.nodes import bad_nodes
 from launcher.preflight import placement
 from launcher.preflight.placement import Place, gpus_of, place_of, wants_segment
@@ -37,21 +41,32 @@ def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     facts = detected()
     spec, of_memory = bad_nodes.without_remembered(spec, facts, time.time())
     spec = placement.with_segment(placement.with_gpu_memory(spec, facts), facts)
-    found = [*preflight(spec, facts, datetime.now()), *of_memory]
+    found = [*preflight(spec, facts, datetime.now(), _unpacked_bytes(spec)), *of_memory]
     if names := ignored(os.environ):  # a user whose shell sets them would otherwise wonder where an option has gone
         fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
         found.append(warning("sbatch-variables", fix, names=tuple(names)))
     return spec, found
 
 
-def preflight(spec: PlacedRun, facts: ClusterFacts, now: datetime | None = None) -> list[Finding]:
+def _unpacked_bytes(spec: PlacedRun) -> int:
+    """How large the image is unpacked, by the file beside it; 0 where that does not say it."""
+    path = Path(spec.job.image)
+    with suppress(LauncherError, OSError):
+        if spec.job.runtime == "pyxis" and (image := known(path, superblock(path))):
+            return image.unpacked_bytes
+    return 0
+
+
+def preflight(
+    spec: PlacedRun, facts: ClusterFacts, now: datetime | None = None, unpacked_bytes: int = 0
+) -> list[Finding]:
     """Every check that applies, in the order in which a reader wants them. Pure.
 
     What Slurm did not answer is one warning, and the checks that need it are skipped.
     """
     if not (facts.nodes or facts.partitions):
         return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
-    place = place_of(spec, facts, now)
+    place = replace(place_of(spec, facts, now), unpacked_bytes=unpacked_bytes)
     facts = place.facts
     if not facts.lacks("partitions") and (named := partition_named(place)):
         return [named]
@@ -248,6 +263,17 @@ def gpu_memory(place: Place) -> Finding | None:
     )
 
 
+def disk(place: Place) -> Finding | None:
+    """Without squashfuse, every node unpacks the image onto its own disk first."""
+    needed = 0 if place.facts.squashfuse else place.unpacked_bytes
+    small = [node for node in place.fitting if 0 < node.tmp_mib << 20 < needed]
+    if not small:
+        return None
+    fix = f"srun -N1 -w {quoted(small[0].name)} df -h; launcher cluster show says whether images are mounted"
+    gib, names = f"{needed / 2**30:.1f}", tuple(node.name for node in small)
+    return warning("disk-small", fix, gib=gib, tmp_mib=min(node.tmp_mib for node in small), nodes=names)
+
+
 def uptime(place: Place) -> Finding | None:
     """B200's NVLink firmware fails at 60 days of uptime, which is known and goes with a reboot."""
     known = of_gpu(place.spec.profile.gpu)
@@ -278,7 +304,10 @@ CHECKS: tuple[tuple[str, Sequence[str], Sequence[Check]], ...] = (
     (
         "nodes and GPUs",
         ("nodes", "partitions"),
-        (nodes_listed, gpus, node_count, out_of_service, architecture, gpus_per_node, gpu_type, gpu_memory, uptime),
+        (
+            *(nodes_listed, gpus, node_count, out_of_service, architecture),
+            *(gpus_per_node, gpu_type, gpu_memory, disk, uptime),
+        ),
     ),
     ("Pyxis", ("srun",), (pyxis,)),
     ("placement", placement.NEEDED, (placement.segment, placement.racks, placement.blocks)),

@@ -204,7 +204,13 @@ def files(spec: RunSpec) -> list[Finding]:
     if job.data == HUB and "HF_TOKEN" not in given:
         found.append(warning("hub-no-token", "--env HF_TOKEN; better, launcher stage c4 before the job"))
     found += [warning("path-absent", f"ls -ld {quoted(path)}", path=path) for path in _absent(spec)]
-    for source in dict.fromkeys(mount.split(":")[0] for mount in job.mounts if job.runtime != "bare"):
-        if not os.path.exists(source):
+    own = [mount.split(":")[0] for mount in job.mounts]
+    for source in dict.fromkeys((*own, *(mount.split(":")[0] for mount in spec.profile.mounts))):
+        if job.runtime == "bare" or os.path.exists(source):
+            continue
+        if source in own:
             found.append(warning("mount-absent", f"ls -ld {quoted(source)}", source=source))
+        else:
+            fix = f"srun -N1 ls -ld {quoted(source)}; without it: --set 'profile.mounts=[]'"
+            found.append(ok("mount-of-profile-absent", fix, source=source, profile=job.gpu))
     return found

@@ -42,6 +42,7 @@ class Place:
     fitting: tuple[Node, ...]  # those that have what each node of the run asks for
     hidden: frozenset[str]  # names of others that the partitions have, and of which nothing is known
     now: datetime | None = None
+    unpacked_bytes: int = 0  # of the image; 0 where it is not known
 
     @property
     def name(self) -> str:

@@ -90,6 +90,11 @@ TEXTS = {
     ),
     "architecture": Text("architecture", "{arch}"),
     "architecture-other": Text("architecture", ARCHITECTURE, "an image for another architecture does not start"),
+    "disk-small": Text(
+        "disk",
+        "the image unpacks to {gib} GiB; Slurm says TmpDisk={tmp_mib} MiB of {nodes}",
+        "where Pyxis has no squashfuse, each node unpacks the image onto its own disk before the run",
+    ),
     "uptime": Text(
         "uptime", "up for more than {most} days: {nodes}", "a firmware bug stops NVLink of {gpu} nodes at 60 days"
     ),
@@ -165,6 +170,11 @@ TEXTS = {
         "a library of the host's is not in the container, and every program there would complain or fail",
     ),
     "mount-absent": Text("mounts", "--mount {source}: not on this machine", "a node that lacks it starts no container"),
+    "mount-of-profile-absent": Text(
+        "mounts",
+        "{source}, which profile {profile} mounts: not on this machine",
+        "compute nodes have it as a rule, login nodes need not; a node that lacks it starts no container",
+    ),
 }
 NOT_FOUND = {"partition-unknown", "node-unknown"}  # something that was named does not exist
 

@@ -14,7 +14,7 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.stage.c4 import demand_from, plan_c4
 from launcher.stage.fetch import fetch
-from launcher.stage.progress import JOBS, each
+from launcher.stage.progress import JOBS, Progress, each
 from launcher.stage.shards import TOKENS_PER_FILE, files_for
 from launcher.stage.source import RemoteFile
 from tests.conftest import Launch
@@ -159,12 +159,18 @@ def test_a_listing_of_several_pages_is_read_to_its_end(hub: Hub, tmp_path: Path)
 
 
 def test_on_a_terminal_the_progress_stays_on_its_line(monkeypatch):
-    screen = io.StringIO()
-    screen.isatty = lambda: True
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def work(_file: RemoteFile, progress: Progress) -> None:
+        progress.add(1000)
+        progress.say("a: again [x]")
+
+    screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    for _ in each("staging", [RemoteFile("a", 1000)], lambda _file, told: (told.add(1000), told.say("a: again [x]"))):
-        pass
+    assert list(each("staging", [RemoteFile("a", 1000)], work))
     shown = screen.getvalue()
     assert "staging 0 of 1 file: " in shown and "\na: again [x]\n" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", shown)
     assert shown.count("\n") == 2  # the words, and the end

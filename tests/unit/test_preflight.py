@@ -210,6 +210,27 @@ def test_only_what_is_sure_stops_force() -> None:
     assert found(preflight(run(segment=2), cluster(*FOUR, slurm=(22, 5))), "segment-unsupported").certain
 
 
+@pytest.mark.parametrize(
+    ("tmp_mib", "squashfuse", "warned"),
+    [(20_000, False, True), (20_000, None, True), (20_000, True, False), (0, False, False), (40_000, False, False)],
+)
+def test_an_image_that_does_not_fit_the_nodes_disk(tmp_mib: int, squashfuse: bool | None, warned: bool) -> None:
+    facts = replace(four(tmp_mib=tmp_mib), squashfuse=squashfuse)
+    findings = preflight(run(), facts, unpacked_bytes=30 << 30)
+    assert codes(findings, WARNING) == ["disk-small"] * warned
+    if warned:
+        said = sentence(found(findings, "disk-small"))
+        assert "unpacks to 30.0 GiB; Slurm says TmpDisk=20000 MiB of n0, n1, n2 and 1 more" in said
+
+
+def test_a_mount_of_the_profile_that_is_not_here() -> None:
+    """Its source may be on the compute nodes alone; and only the profile's own key takes it away."""
+    finding = found(files(profile(run(), mounts=("/nowhere/x:/x",))), "mount-of-profile-absent")
+    assert finding.status == OK, "as on most login nodes: no word with every submission"
+    assert sentence(finding).startswith("/nowhere/x, which profile h200 mounts: not on this machine")
+    assert "--set 'profile.mounts=[]'" in finding.fix
+
+
 def test_a_mount_whose_source_is_not_here() -> None:
     own = run(mounts=("/nowhere/x:/x", "/nowhere/a 'b'; rm:/y"))
     first, odd = (finding for finding in files(own) if finding.code == "mount-absent")
