@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from launcher.cli import main
 from launcher.image.squashfs_file import sidecar_path, superblock
@@ -26,8 +26,12 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 # A shell that starts the suite in the background lets it ignore Ctrl-C, and so everything that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("busy machine", deadline=None)
-settings.load_profile("busy machine")
+# LAUNCHER_TEST_THOROUGH=1: more examples of each property, and kills at every moment instead of one of a kind.
+THOROUGH = os.environ.get("LAUNCHER_TEST_THOROUGH") == "1"
+settings.register_profile(
+    "usual", deadline=None, max_examples=500 if THOROUGH else 25, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("usual")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

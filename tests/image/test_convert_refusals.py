@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
+from hypothesis import given
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import convert as module
@@ -307,7 +307,6 @@ SAMPLE = tar_of(
 )
 
 
-@settings(max_examples=300)
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(SAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=6),
     cut=st.integers(0, len(SAMPLE)),

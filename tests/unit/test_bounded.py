@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher import titan
@@ -233,7 +233,6 @@ RECORDS = {
 FIELDS = [(name, key) for name, keys in RECORDS.items() for key in keys]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(FIELDS), VALUES, st.sampled_from(["list", "status", "results", "cancel"]))
 def test_any_value_in_any_record(tmp_path: Path, field: tuple[str, str], value: object, command: str) -> None:
     from click.testing import CliRunner

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
@@ -24,7 +24,6 @@ from tests.conftest import Launch
 from tests.unit.outcomes import outcome
 from tests.unit.test_read import Made, log
 
-unhurried = settings(deadline=None)  # a busy machine is no defect
 LAST = replace(outcome().series[-1], tflops=1038.4)
 WHOLE = outcome(series=(*outcome().series[:-1], LAST))
 SHORT = outcome(run="cut", step=40, state="FAILED", problems=("FAILED", "step 40 of 100"))
@@ -117,7 +116,6 @@ def test_markdown_is_sorted_and_has_the_published_columns_first() -> None:
     assert "|step 40 of 100 (FAILED)  loss:" in lines[3] and "|not a result|not a result|" in lines[3]
 
 
-@unhurried
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_names_cannot_break_a_table(name: str, problem: str) -> None:
     for runs in ([shape(run=name, gpu=name)], [shape(run=name, problems=(problem,))]):
@@ -221,7 +219,6 @@ def test_what_is_not_a_result_is_not_submitted() -> None:
             submissions([WHOLE], entity)
 
 
-@unhurried
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=20))
 def test_a_file_name_is_one(model: str, gpu: str, entity: str) -> None:
     name = file_name(shape(gpu=gpu, date="", settings={"recipe.model": model}), entity)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.base.errors import LauncherError
@@ -24,7 +24,6 @@ from launcher.config.spec import PlacedRun, validate
 
 NASTY = "a b'c\"d$(touch pwned)`id`\\ \\n;&|<>*?[x]{y}~#!%é漢🙂\t"
 TEXT = st.one_of(st.text(min_size=1, max_size=60), st.text(" '\"$()`\\;&|*#!%,:=/", min_size=1, max_size=30))
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,6 @@ def option(arguments: list[str], name: str) -> str:
     return next(a.removeprefix(f"--{name}=") for a in arguments if a.startswith(f"--{name}="))
 
 
-@FEW
 @given(TEXT)
 @example(NASTY.strip("\t"))
 @example("x,y")
@@ -87,7 +85,6 @@ def test_environment_values(folder: Path, value: str) -> None:
         assert "MINE" in option(seen[0], "container-env").split(",")
 
 
-@FEW
 @given(TEXT)
 @example(NASTY.strip("\t"))
 def test_image_path(folder: Path, value: str) -> None:
@@ -95,7 +92,6 @@ def test_image_path(folder: Path, value: str) -> None:
         assert option(seen[0], "container-image") == f"/i/{value}"
 
 
-@FEW
 @given(TEXT, TEXT)
 @example("a b'c", "$(id)")
 @example("a,b", "c")
@@ -106,7 +102,6 @@ def test_mounts(folder: Path, source: str, target: str) -> None:
         assert f"/{source}:/{target}" in option(seen[0], "container-mounts").split(",")
 
 
-@FEW
 @given(TEXT)
 @example("c4 with 'quotes' and $(id)")
 def test_data_path(folder: Path, value: str) -> None:
@@ -114,7 +109,6 @@ def test_data_path(folder: Path, value: str) -> None:
         assert f"/{value}:/{value}:ro" in option(seen[0], "container-mounts").split(",")
 
 
-@FEW
 @given(TEXT)
 @example("/usr/bin/my python")
 def test_the_command_of_a_bare_job(folder: Path, value: str) -> None:

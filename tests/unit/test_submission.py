@@ -223,26 +223,6 @@ def test_ctrl_c_waits_until_the_job_id_is_safe(launch: Launch, slurm: Fake, imag
     assert json.loads((image.parent / "runs" / "r" / "job.json").read_text()) == {"job_id": "100"}
 
 
-@pytest.mark.parametrize("at", range(0, 60, 3))
-def test_killed_at_any_moment(at: int, launch: Launch, slurm: Fake, image: Path) -> None:
-    """Whenever it dies, there is no run, or one run whose job can be found, or one without a job."""
-    process = start(*SUBMIT)
-    time.sleep(at / 60)
-    process.kill()
-    process.communicate()
-    time.sleep(0.3)  # an sbatch that was started goes on by itself
-    submitted = jobs(image)
-    assert len(submitted) <= 1
-    status = launch("status", "r", "--json")
-    if submitted:
-        assert json.loads(status.stdout)["job_id"] == "100"
-    elif (image.parent / "runs" / "r").exists():
-        assert json.loads(status.stdout)["state"] == "UNKNOWN"
-    else:
-        assert status.returncode == ExitStatus.NOT_FOUND
-        assert launch(*SUBMIT).returncode == 0
-
-
 @pytest.mark.parametrize(
     ("word", "state", "code"),
     [
