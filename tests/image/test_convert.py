@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import given
+from hypothesis import strategies as st
 
 from launcher.base.errors import LauncherError
 from launcher.image.convert import image_config

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import given
+from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import convert as module
