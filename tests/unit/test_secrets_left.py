@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus
+from launcher.cli import main
 from launcher.runs.directory import remove_left_over
-from tests.conftest import THOROUGH, Launch, in_process
+from tests.conftest import THOROUGH, Forked, Launch
 from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, start, wait_for
 
 __all__ = ["slurm"]  # a fixture
@@ -51,15 +52,13 @@ def change(event: str, arguments: tuple[Any, ...], runs: Path) -> str:
 
 
 def forked(arguments: Sequence[str], at: Callable[[str, tuple[Any, ...]], object]) -> int:
-    """`launcher ...` as a copy of this process that calls `at` before each of Python's events; its exit status."""
-    child = os.fork()
-    if not child:
-        try:
-            sys.addaudithook(at)
-            os._exit(in_process(arguments, {}).returncode)
-        finally:
-            os._exit(70)  # never back into the tests
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """The exit status of `launcher ...` that calls `at` before each of Python's events."""
+
+    def program() -> None:
+        sys.addaudithook(at)
+        main()
+
+    return Forked(program, ["launcher", *arguments], os.environ).end().returncode
 
 
 def test_killed_before_each_change_it_doubles_loses_and_leaves_nothing(
