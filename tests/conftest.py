@@ -65,12 +65,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def launch(workplace: Path) -> Launch:
     """Runs `launcher ...` and returns what it did; never leaves a traceback unnoticed.
 
-    In this process, since starting Python is what takes the time. As one of its own with `alone`, for what kills it,
-    and where a variable is read while modules are imported.
+    In this process, since starting Python is what takes the time. In a copy of it with `alone`, for what kills it, and
+    in one that starts afresh where a variable is read while modules are imported.
     """
 
     def run(*arguments: str, timeout: float = 120, alone: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
-        if alone or any(name.startswith(("PYTHON", "HF_HUB")) for name in env):
+        if alone:
+            done = forked(*arguments, **env).end()
+        elif any(name.startswith(("PYTHON", "HF_HUB")) for name in env):
             done = subprocess.run(
                 [sys.executable, "-m", "launcher", *arguments],
                 capture_output=True,
@@ -146,12 +148,17 @@ class Forked:
         if self.pid:
             return
         try:
+            variables = dict(env)
             os.environ.clear()
-            os.environ.update(env)
+            os.environ.update(variables)
             tempfile.tempdir = None  # TMPDIR is read once
+            detected.cache_clear()  # and Slurm is asked once
             os._exit(_run(program, argv, self._out, self._err))
         finally:
             os._exit(70)  # never back into the tests
+
+    def running(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def said(self) -> str:
         """What it has printed so far."""
@@ -162,6 +169,11 @@ class Forked:
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         with self._out, self._err:
             return subprocess.CompletedProcess([], code, _text(self._out), _text(self._err))
+
+
+def forked(*arguments: str, **env: str) -> Forked:
+    """`launcher ...` in a copy of this process."""
+    return Forked(main, ["launcher", *arguments], {**os.environ, **env})
 
 
 @pytest.fixture

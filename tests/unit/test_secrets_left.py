@@ -21,8 +21,8 @@ import pytest
 from launcher.base.errors import ExitStatus
 from launcher.cli import main
 from launcher.runs.directory import remove_left_over
-from tests.conftest import THOROUGH, Forked, Launch
-from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, start, wait_for
+from tests.conftest import THOROUGH, Forked, Launch, forked
+from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, wait_for
 
 __all__ = ["slurm"]  # a fixture
 
@@ -51,14 +51,14 @@ def change(event: str, arguments: tuple[Any, ...], runs: Path) -> str:
     return f"{event} " + (re.sub(r"^[.](.*)[.][0-9a-f]{8}[.]tmp$", r"\1", inside[0]) if inside else "the run")
 
 
-def forked(arguments: Sequence[str], at: Callable[[str, tuple[Any, ...]], object]) -> int:
-    """The exit status of `launcher ...` that calls `at` before each of Python's events."""
+def watched(arguments: Sequence[str], at: Callable[[str, tuple[Any, ...]], object]) -> subprocess.CompletedProcess[str]:
+    """What comes of `launcher ...` that calls `at` before each of Python's events."""
 
     def program() -> None:
         sys.addaudithook(at)
         main()
 
-    return Forked(program, ["launcher", *arguments], os.environ).end().returncode
+    return Forked(program, ["launcher", *arguments], os.environ).end()
 
 
 def test_killed_before_each_change_it_doubles_loses_and_leaves_nothing(
@@ -70,7 +70,8 @@ def test_killed_before_each_change_it_doubles_loses_and_leaves_nothing(
     submit = (*SUBMIT[:-1], "whole", *SECRET, *SAMPLE)
     with seen.open("a", buffering=1) as file:
         noted = lambda event, arguments: (what := change(event, arguments, runs)) and file.write(f"{what}\n")  # noqa: E731
-        assert forked(submit, noted) == 0
+        done = watched(submit, noted)
+    assert done.returncode == 0, done.stderr
     changes = seen.read_text().splitlines()
     moments = [n for n, what in enumerate(changes) if THOROUGH or what not in changes[:n]]
     assert {"os.mkdir the run", "open secret.env", "os.rename the run", "sbatch", "os.rename job.json"} < set(changes)
@@ -82,7 +83,7 @@ def test_killed_before_each_change_it_doubles_loses_and_leaves_nothing(
             if change(event, arguments, runs) == what and next(passed) == before.count(what):  # noqa: B023 (used at once)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        assert forked((*SUBMIT[:-1], name, *SECRET, *SAMPLE), killed) == -signal.SIGKILL
+        assert watched((*SUBMIT[:-1], name, *SECRET, *SAMPLE), killed).returncode == -signal.SIGKILL
         submitted = [line for line in jobs(image) if f" {name}." in line]
         assert len(submitted) == ("sbatch" in before)
         status = launch("status", name, "--json")
@@ -147,10 +148,10 @@ def cut_off(launch: Launch, slurm: Fake, image: Path) -> Path:
     """A run whose launcher and sbatch were killed before Slurm had it."""
     here = image.parent / "here"
     slurm("sbatch", f"echo $$ >{here}.new; mv {here}.new {here}; exec sleep 600")
-    process = start(*SUBMIT, *SECRET)
+    process = forked(*SUBMIT, *SECRET)
     wait_for(here.exists)
-    process.kill()
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    process.end()
     os.kill(int(here.read_text()), 9)
     slurm("sbatch", SBATCH)
     time.sleep(0.1)

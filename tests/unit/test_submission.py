@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.base.errors import ExitStatus
-from tests.conftest import Launch
+from tests.conftest import Launch, forked
 
 Fake = Callable[[str, str], Path]
 SUBMIT = ("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r")
@@ -158,16 +157,6 @@ def test_a_hanging_squeue_is_bounded(slurm: Fake, monkeypatch: pytest.MonkeyPatc
         module.queue()
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launcher", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-
-
 def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -186,10 +175,10 @@ def test_killed_around_sbatch(moment: str, launch: Launch, slurm: Fake, image: P
         "after": f"{SBATCH}\n{gate}",
     }
     slurm("sbatch", scripts[moment])
-    process = start(*SUBMIT)
+    process = forked(*SUBMIT)
     wait_for(here.exists)
-    process.kill()
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    process.end()
     if moment == "before":
         os.kill(int(here.read_text()), signal.SIGKILL)
         wait_for(lambda: "SUBMITTING" not in launch("status", "r").stdout)
@@ -212,14 +201,13 @@ def test_killed_around_sbatch(moment: str, launch: Launch, slurm: Fake, image: P
 def test_ctrl_c_waits_until_the_job_id_is_safe(launch: Launch, slurm: Fake, image: Path) -> None:
     here, go = image.parent / "here", image.parent / "go"
     slurm("sbatch", f"touch {here}; until [ -e {go} ]; do sleep 0.02; done\n{SBATCH}")
-    process = start(*SUBMIT)
+    process = forked(*SUBMIT)
     wait_for(here.exists)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     time.sleep(0.2)
-    assert process.poll() is None
+    assert process.running()
     go.touch()
-    process.communicate(timeout=30)
-    assert process.returncode == ExitStatus.INTERRUPTED
+    assert process.end().returncode == ExitStatus.INTERRUPTED
     assert json.loads((image.parent / "runs" / "r" / "job.json").read_text()) == {"job_id": "100"}
 
 

@@ -17,8 +17,8 @@ import pytest
 
 from launcher.base.errors import ExitStatus
 from launcher.titan import caches
-from tests.conftest import Launch
-from tests.unit.test_submission import SBATCH, SQUEUE, SUBMIT, Fake, jobs, slurm, start, wait_for
+from tests.conftest import Launch, forked
+from tests.unit.test_submission import SBATCH, SQUEUE, SUBMIT, Fake, jobs, slurm, wait_for
 
 __all__ = ["slurm"]  # a fixture
 
@@ -122,12 +122,13 @@ def test_a_job_number_that_cannot_be_written_down_is_said(launch: Launch, slurm:
 
 
 def test_ctrl_c_during_sbatch_says_what_was_submitted(launch: Launch, slurm: Fake, image: Path) -> None:
-    slurm("sbatch", f"touch {image.parent}/here; sleep 1; echo 99")
-    process = start(*SUBMIT)
+    slurm("sbatch", f"touch {image.parent}/here; until [ -e {image.parent}/go ]; do sleep 0.02; done; echo 99")
+    process = forked(*SUBMIT)
     wait_for((image.parent / "here").exists)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == ExitStatus.INTERRUPTED and "r: Slurm job 99" in out
+    os.kill(process.pid, signal.SIGINT)
+    (image.parent / "go").touch()
+    done = process.end()
+    assert done.returncode == ExitStatus.INTERRUPTED and "r: Slurm job 99" in done.stdout
 
 
 def test_squeue_that_answers_nonsense_is_an_error(launch: Launch, slurm: Fake, image: Path) -> None:
