@@ -30,9 +30,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # LAUNCHER_TEST_THOROUGH=1: more examples of each property, and kills at every moment instead of one of a kind.
 THOROUGH = os.environ.get("LAUNCHER_TEST_THOROUGH") == "1"
-settings.register_profile(
-    "usual", deadline=None, max_examples=500 if THOROUGH else 25, suppress_health_check=list(HealthCheck)
-)
+EXAMPLES = 500 if THOROUGH else 25
+settings.register_profile("usual", deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 settings.load_profile("usual")
 
 
@@ -113,8 +112,8 @@ def _run(program: Callable[[], object], argv: Sequence[str], out: IO[bytes], err
     """The exit status of a program that is called with these descriptors 1 and 2 and these arguments."""
     code = 0
     with open(os.devnull) as nothing:
-        for number, file in enumerate((nothing, out, err)):
-            os.dup2(file.fileno(), number)
+        for number, descriptor in enumerate((nothing.fileno(), out.fileno(), err.fileno())):
+            os.dup2(descriptor, number)
     sys.stdin, sys.stdout, sys.stderr = (
         os.fdopen(number, mode, closefd=False, encoding="utf-8") for number, mode in enumerate("rww")
     )

@@ -106,6 +106,7 @@ def idle_job(small_image: Path, user_dir: Path) -> tuple[str | Path, ...]:
     return (*DEBUG, "--image", small_image, "--mount", f"{user_dir}:{user_dir}", "--python", str(program))
 
 
+@pytest.mark.parametrize("launch", ["ordinary user"], indirect=True)  # what root's jobs may is seen below
 def test_debug_trains_in_a_squashfs_on_two_nodes(launch: Launch, train_image: Path) -> None:
     done = launch(
         *DEBUG,

@@ -27,11 +27,11 @@ from launcher.base.errors import quoted
 from launcher.base.output import echo, plain, style
 from launcher.cli import main
 from launcher.image.squashfs_file import sidecar_path
-from tests.conftest import ROOT
+from tests.conftest import EXAMPLES, ROOT
 from tests.unit.bad_node_records import ECC, record
 from tests.unit.outcomes import write_run
 
-FEW = settings(max_examples=settings.default.max_examples // 3)  # each runs twenty commands
+FEW = settings(max_examples=EXAMPLES // 3)  # each runs twenty commands
 HOSTILE = [
     "\x1b]0;x\x07\x1b[31mrun\x1b[0m",  # a title, a colour
     "\x9b2J\x85\u2028\x08\x7f",  # C1, ends of lines, backspace
