@@ -21,7 +21,7 @@ import pytest
 from launcher.base.errors import ExitStatus
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, User, slurm_run
-from tests.conftest import ROOT, say_it_trains
+from tests.conftest import say_it_trains
 
 CPU_ON_GPU_NODES = '[profile]\ngres = "gpu"\n'  # CPU ranks, but the made-up GPUs are asked for
 
@@ -57,11 +57,13 @@ class Launch:
 
 
 @pytest.fixture(params=["root", "ordinary user"])
-def launch(request: pytest.FixtureRequest, slurm: Cluster, ordinary_user: User, user_dir: Path) -> Iterator[Launch]:
+def launch(
+    request: pytest.FixtureRequest, slurm: Cluster, ordinary_user: User, app: Path, user_dir: Path
+) -> Iterator[Launch]:
     user = None if request.param == "root" else ordinary_user
     if user is None and os.geteuid() != 0:
         pytest.skip("not root")
-    python = install(user_dir / "app", user)
+    python = install(user_dir / "app", app, user)
     made = Launch(slurm, user, user_dir, (python, "-m", "launcher"))
     (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES if slurm.gpus_per_node else "")
     yield made
@@ -70,17 +72,9 @@ def launch(request: pytest.FixtureRequest, slurm: Cluster, ordinary_user: User, 
             made("cancel", run["run"])
 
 
-def install(folder: Path, user: User | None) -> str:
-    """Copies the launcher and the packages that it needs to where the user can read them; a Python for them."""
-    import click
-    import jinja2
-
-    for name in ("launcher", "slurm", "containers"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    site = Path(click.__file__).parent.parent
-    assert site == Path(jinja2.__file__).parent.parent
-    for name in ("click", "jinja2", "markupsafe", "tomlkit", "rich", "pygments", "markdown_it", "mdurl"):
-        shutil.copytree(site / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+def install(folder: Path, app: Path, user: User | None) -> str:
+    """The launcher that was copied for all tests, at this path; a Python for it."""
+    folder.symlink_to(app)
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}", "/usr/bin/python3"):
         account = {"user": user.uid, "group": user.gid, "extra_groups": []} if user else {}
         try:
