@@ -147,7 +147,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed(start, launch: Launch, workpla
     from launcher.scheduler import local
 
     start(f"trap '' TERM; echo $$ >{workplace}/pid; while :; do sleep 0.1; done")
-    while not (workplace / "pid").exists():
+    while not (workplace / "pid").exists() or not (workplace / "pid").read_text():
         time.sleep(0.05)
     trainer = local.identity(int((workplace / "pid").read_text()))
     monkeypatch.setattr(local, "GRACE_S", 0.4)
@@ -277,7 +277,7 @@ def test_the_ranks_of_a_run_that_is_named_through_a_link(start, launch: Launch, 
 
 def test_a_run_that_was_moved_keeps_its_job(start, launch: Launch, workplace: Path) -> None:
     start(f"echo $$ >{workplace}/pid; sleep 300")
-    while not (workplace / "pid").exists():  # the script has opened its files
+    while not (workplace / "pid").exists() or not (workplace / "pid").read_text():  # the script has opened its files
         time.sleep(0.05)
     (workplace / "runs" / "r").rename(workplace / "runs" / "moved")
     assert json.loads(launch("status", "moved", "--json").stdout)["state"] == "RUNNING"
