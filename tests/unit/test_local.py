@@ -130,6 +130,8 @@ def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workpl
     monkeypatch.setattr("launcher.scheduler.local.GRACE_S", 60.0)  # on a busy machine, looking for its ranks takes long
     start(f"echo $$ >{workplace}/pid; trap 'echo gone; exit 3' TERM; sleep 300 & wait")
     wait_until(launch, "RUNNING")
+    while not (workplace / "pid").exists():  # before, the script has no trap yet that writes an end
+        time.sleep(0.05)
     job = json.loads((workplace / "runs" / "r" / "job.json").read_text())
     assert os.getsid(int(job["job_id"])) == int(job["job_id"]) != os.getsid(0)
     assert [row["state"] for row in json.loads(launch("list", "--json").stdout)] == ["RUNNING"]
