@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.base.errors import LauncherError
@@ -224,7 +224,6 @@ def trees(draw: st.DrawFn) -> list[File]:
 
 
 @needs_tools
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(files=trees(), form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), size=st.integers(1, 70_000))
 def test_any_tree_arrives(tmp_path_factory: pytest.TempPathFactory, files: list[File], form: int, size: int) -> None:
     converter = Converter(tmp_path_factory.mktemp("tree"))
