@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import LauncherError
+from launcher.base.finding import ok
 from launcher.base.output import counted, some
 from launcher.config.layers import merge, read_layer
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.logs.watch import duration
 from launcher.preflight.cluster import in_words
-from launcher.preflight.placement import HELD, OUT, Place, place_of
+from launcher.preflight.placement import HELD, OUT, Place, blocks_of, describe, place_of
+from launcher.preflight.text import words
 from launcher.runs.directory import Run
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detect
@@ -93,6 +95,10 @@ def _nodes(place: Place) -> list[str]:
     lines = [f"{asked} asked; {place.name} has {len(place.fitting)}{kind}: {parts or 'none'}"]
     if out := [node for node in place.fitting if node.states & OUT]:
         lines.append(f"out of service: {some(in_words(out))}")
+    nodes, segment = place.spec.job.nodes, place.spec.segment
+    if segment > 1 and place.facts.segment and nodes % segment == 0:
+        found = describe(nodes, segment, blocks_of(place), {node.name for node in place.free})
+        lines.append(words(ok("segment", **found.facts)).what)
     return lines
 
 

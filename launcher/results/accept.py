@@ -285,9 +285,15 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
             )
         if row.state == PUBLISHED:
             notes.append("one published value: how much it would differ in another run is not known")
-        there, here = row.versions.get("driver"), outcome.versions.get("driver")
-        if there and here and not same_version(there, here):
-            notes.append(f"driver {here}, {there} in {row.run}")
+        per_node = [described(one).get("profile.gpus_per_node") for one in (outcome, row)]
+        if None not in per_node and per_node[0] != per_node[1]:
+            notes.append(f"{per_node[0]} GPUs a node, {per_node[1]} in {row.run}")
+        for name in ("driver", "cuda"):
+            there, here = row.versions.get(name), outcome.versions.get(name)
+            if there and here and not same_version(there, here):
+                notes.append(f"{name} {here}, {there} in {row.run}")
+        if "recipe.activation_checkpoint" not in described(row):
+            notes.append(f"activation checkpointing of {row.run} is not known")
         if share is not None and row.tps and outcome.tps and share < threshold:
             missing = threshold * row.tps.median - outcome.tps.median
             size = noise(outcome.tps, len(outcome.measured)) or 0.0

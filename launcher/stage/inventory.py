@@ -83,7 +83,10 @@ class Report:
         if self.manifest.kind == "c4":
             tokens = scaled(self.train_files * TOKENS_PER_FILE, " tokens")
             of = f"{self.train_files} of {self.manifest.train_files_in_all} train files, about {tokens}"
-            return [f"{of}: for up to {self.train_files} data-parallel ranks"]
+            even = [str(n) for n in range(1, self.train_files + 1) if self.train_files % n == 0]
+            shown = ", ".join(even if len(even) <= 12 else [*even[:5], "…", *even[-5:]])
+            used = f"; all of them are used by {shown}" if even else ""
+            return [f"{of}: for up to {self.train_files} data-parallel ranks{used}"]
         if self.manifest.kind == IMAGES:
             return [f"{name}: {gigabytes(file.bytes)}" for name, file in self.manifest.files.items()]
         option = "--tokenizer" if self.manifest.kind == "tokenizer" else "--init-from"

@@ -180,6 +180,7 @@ def test_what_a_directory_suffices_for(launch: Launch, hub: Hub, workplace: Path
     done = launch("stage", "list", "data")
     assert done.returncode == 0 and "complete" in done.stdout
     assert "12 of 12 train files, about 2.05 G tokens: for up to 12 data-parallel ranks" in done.stdout
+    assert "; all of them are used by 1, 2, 3, 4, 6, 12\n" in done.stdout
     [row] = json.loads(launch("stage", "list", "data", "--json").stdout)
     assert row["largest_data_parallel_degree"] == 12 and row["complete"]
 

@@ -264,6 +264,11 @@ def test_what_may_have_changed_the_speed_is_told() -> None:
     found = verdict(outcome(versions={"driver": "570.1", "cuda": "13.0"}))
     assert "driver 570.1, 580 in source-page (GB200, 36 GPUs, step 100)" in found.notes
     assert not any(note.startswith("cuda") for note in found.notes)
+    row = outcome(settings={"profile.gpus_per_node": 8}, versions={"cuda": "12.8"})
+    row = replace(row, settings={key: row.settings[key] for key in row.settings if "checkpoint" not in key})
+    found = verdict(outcome(settings={"profile.gpus_per_node": 4}), rows=[row])
+    assert {note.partition(" in ")[0] for note in found.notes} >= {"4 GPUs a node, 8", "cuda 13.0, 12.8"}
+    assert f"activation checkpointing of {row.run} is not known" in found.notes
 
 
 # --- what can never happen ----------------------------------------------------------------------------------

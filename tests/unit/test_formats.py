@@ -194,7 +194,6 @@ def test_what_is_not_a_result_is_not_submitted() -> None:
             submissions([WHOLE], entity)
 
 
-@unhurried
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=20))
 def test_a_file_name_is_one(model: str, gpu: str, entity: str) -> None:
     name = file_name(shape(gpu=gpu, date="", settings={"recipe.model": model}), entity)

@@ -14,7 +14,7 @@ import pytest
 from launcher.preflight.waiting import explain, fewer, meaning, reasons
 from launcher.scheduler.facts import ClusterFacts, Partition
 from tests.conftest import Launch
-from tests.unit.test_preflight import cluster, node, run
+from tests.unit.test_preflight import RACKS, cluster, node, run
 from tests.unit.test_preflight import slurm as slurm
 
 Fake = Callable[[str, str], Path]
@@ -96,6 +96,14 @@ def test_fewer_nodes_fit_the_parallel_degrees() -> None:
 )
 def test_slurms_estimate(said: str, line: str) -> None:
     assert explain("Resources", None, ClusterFacts(), said, NOW)[-1] == line
+
+
+def test_blocks_without_room_are_named() -> None:
+    states = ("IDLE", "ALLOCATED", "IDLE", "ALLOCATED")
+    nodes = [node(f"a{i}", state, gres="gpu:4", gpus=4, arch="aarch64") for i, state in enumerate(states)]
+    waits = cluster(*nodes, blocks=RACKS, segment=True, topology="block")
+    lines = explain("Resources", run("gb200", 2, segment=2), waits, "", NOW)
+    assert "1 x 2 nodes, each in one block; room now for 0" in lines
 
 
 def test_status_tells_it(launch: Launch, slurm: Fake, image: Path) -> None:
