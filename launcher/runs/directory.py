@@ -38,6 +38,7 @@ from launcher.base.files import (
 )
 from launcher.base.output import warn
 from launcher.base.values import whole
+from launcher.config.hardware import of_gpu
 from launcher.config.render import render
 from launcher.config.spec import S3, PlacedRun, node_config
 from launcher.config.write import run_toml
@@ -232,7 +233,9 @@ def _fill(directory: Path, spec: PlacedRun, now_s: float) -> None:
         package.mkdir()
         for name, text in S3_PACKAGE.items():
             write_text(package / name, text)
-    write_json(job / "node.json", node_config(spec))
+    known = of_gpu(spec.profile.gpu)
+    limits = {"peak_tflops": known.peak_tflops, "max_uptime_days": known.max_uptime_days} if known else {}
+    write_json(job / "node.json", {**node_config(spec), "hardware": limits})
     write_text(directory / "run.toml", run_toml(spec))
 
     write_text(directory / "job.sbatch", render(spec), 0o755)

@@ -24,6 +24,7 @@ METRICS = {  # key of a record's `speed` -> what it is called, unit
     "allreduce_node_gbs": ("all-reduce in the node", "GB/s"),
 }
 UNFIT = 0.80  # of the median: slower outliers stop the job. A sick GPU, or one whose hardware slows it, loses more.
+SLOW = 0.40  # of the peak; a healthy GPU reaches 65 to 80% in this product
 MIN_VALUES = 3
 
 
@@ -84,6 +85,7 @@ def judge(
     for one in unfit:
         one["why"] = one.pop("what")
     _settle_faults(unfit, len(records))
+    peak = node.get("hardware", {}).get("peak_tflops", 0) if device == "cuda" else 0
     warnings = _of_all(records, "warnings")
     for one in slow:
         name, unit = METRICS[one["metric"]]
@@ -107,7 +109,7 @@ def judge(
         "ok": not unfit,
         "unfit": unfit,
         "outliers": slow,
-        "warnings": [*warnings, *({"node": None, "host": "", **one} for one in _disagreements(records))],
+        "warnings": [*warnings, *({"node": None, "host": "", **one} for one in _of_the_job(records, peak))],
         "figures": _summary(records),
     }
 
@@ -140,8 +142,8 @@ def _settle_faults(unfit: list[dict[str, Any]], nodes: int) -> None:
             one["fault"] = "run"
 
 
-def _disagreements(records: Mapping[int, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Warnings about the job: what differs between its nodes."""
+def _of_the_job(records: Mapping[int, Mapping[str, Any]], peak_tflops: float) -> list[dict[str, str]]:
+    """Warnings: what differs between its nodes, and GPUs that are all far below their peak (0: any)."""
     found: list[dict[str, str]] = []
     for key in ("torch", "torchtitan", "nccl", "driver", "gpu"):
         by_value: dict[str, list[str]] = {}
@@ -157,6 +159,10 @@ def _disagreements(records: Mapping[int, Mapping[str, Any]]) -> list[dict[str, s
         sizes = " + ".join(str(len(hosts)) for hosts in domains.values())
         what = f"the job straddles {len(domains)} NVLink domains ({sizes} nodes): traffic between them is slower"
         found.append(warning("fabric", what))
+    best = max((value for _, _, value in _figures(records, "product_tflops")), default=0)
+    if 0 < best < SLOW * peak_tflops:
+        what = f"no GPU reaches {SLOW:.0%} of the {peak_tflops:g} TFLOP/s of its data sheet: {best:.0f} at most"
+        found.append(warning("product", what))
     return found
 
 

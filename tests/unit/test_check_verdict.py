@@ -236,3 +236,21 @@ def test_a_job_that_straddles_nvlink_domains(nodes: list[dict[str, Any]], said: 
     health: dict[str, Any] = {f"n{number}": node for number, node in enumerate(nodes)}
     found = judged(records(len(nodes), **health))
     assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("device", "hardware", "said"),
+    [
+        ("cuda", {"hardware": {"peak_tflops": 989}}, "no GPU reaches 40% of the 989 TFLOP/s"),
+        ("cuda", {"hardware": {}}, ""),  # a GPU that no profile describes
+        ("cuda", {}, ""),  # a node.json of another launcher
+        ("cpu", {"hardware": {"peak_tflops": 989}}, ""),
+    ],
+)
+def test_a_job_whose_gpus_are_all_slow(device: str, hardware: dict[str, Any], said: str) -> None:
+    made = records()
+    for record in made.values():
+        for gpu in record["speed"]:
+            gpu["product_tflops"] /= 2
+    found = verdict.judge(made, {"job": {"nodes": 4}, "profile": {"device": device}, **hardware})
+    assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from launcher.base.errors import LauncherError
 from launcher.config import hardware as module
 from launcher.config.hardware import hardware, of_gpu
+from launcher.config.spec import Job, PlacedRun, Profile
+from launcher.runs import directory
 from tests.conftest import ROOT
 
 
@@ -36,3 +39,14 @@ def test_a_gap_is_told_by_its_name(
     monkeypatch.setattr(module, "find", lambda _kind, _name: path)
     with pytest.raises(LauncherError, match=f"lacks or does not know: .*{named}"):
         module._of("mine")
+
+
+@pytest.mark.parametrize(("gpu", "told"), [("B200", (2250, 55)), ("GTX", None)])
+def test_the_check_on_the_nodes_is_told_of_its_gpu(
+    gpu: str, told: tuple[int, int] | None, workplace: Path, image: Path
+) -> None:
+    job = Job(name="r", runs_dir=str(workplace / "runs"), image=str(image), gpu="b200")
+    run, lock = directory.create(PlacedRun(job=job, profile=Profile(gpu=gpu)), {}, 0.0)
+    os.close(lock)
+    said = run.asked["hardware"]
+    assert said == ({"peak_tflops": told[0], "max_uptime_days": told[1]} if told else {})
