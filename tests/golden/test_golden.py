@@ -144,7 +144,7 @@ def test_what_a_profile_changes(gpu: str, runtime: str) -> None:
 @pytest.mark.parametrize("gpu", PROFILES)
 def test_each_recipe_is_a_job_on_each_profile(gpu: str) -> None:
     for recipe in names_of("recipes"):
-        values = {"job.name": "r", "job.gpu": gpu, "job.recipe": recipe, "job.image": "/x.sqsh"}
+        values: dict[str, object] = {"job.name": "r", "job.gpu": gpu, "job.recipe": recipe, "job.image": "/x.sqsh"}
         values |= {"job.nodes": 8, "job.runs_dir": "/r"}
         layers = [read_layer(find("profiles", gpu), ""), read_layer(find("recipes", recipe), "", gpu)]
         spec = placed(merge([*layers, Layer(values, dict.fromkeys(values, "test"))]))
