@@ -258,6 +258,7 @@ def build_command(
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
         program("mksquashfs")
+        program("unsquashfs")
         files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
     built = []
     for arch in arches:

@@ -18,9 +18,10 @@ from launcher.base.values import whole
 from launcher.image import ARCHES, DOCKER
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
-from launcher.image.export import ImageConfig, Report, rewrite
-from launcher.image.squashfs_file import sidecar_path, superblock
-from launcher.image.squashfs_tools import FORMATS, SquashfsFormat, write_squashfs
+from launcher.image.export import ImageConfig, Report, rewrite, unfit
+from launcher.image.inspect import architecture, description
+from launcher.image.squashfs_file import follow, sidecar_path, superblock
+from launcher.image.squashfs_tools import FORMATS, SquashfsFormat, Tree, write_squashfs
 
 Say = Callable[[str], None]
 
@@ -81,9 +82,19 @@ def convert(
     """
     report = Report()
     with beside(output) as target:
+        tree = Tree(target)  # before gigabytes are read: without unsquashfs they are for nothing
         write_squashfs(_progress(rewrite(export, config, report), say), target, fmt, config.created)
-        for line in remarks(report, config):
+        names, links = tree.entries()
+        if follow("bin/sh", links) not in names:
+            raise unfit("the image has no /bin/sh, and Pyxis starts every container by it")
+        # Of a program: `docker import` labels every image as the host's.
+        said = ARCHES.get(config.arch, config.arch)
+        arch = architecture(tree, names, links) or said
+        if arch != said:
+            say(f"the engine calls this image {config.arch or 'nothing'}, its programs are for {arch}")
+        for line in remarks(report):
             say(line)
+        about = {"schema": 1, **(description(tree) or {}), "arch": DOCKER.get(arch, arch)}
         recorded = superblock(target).recorded() | {"level": fmt.level, "unpacked_bytes": report.unpacked_bytes}
         # The old sidecar goes before, the new one comes after: at no time does one lie beside a file that it does not
         # describe.
@@ -95,7 +106,6 @@ def convert(
             os.replace(target, output)
         except OSError as error:
             raise filesystem_error(output, error, "-o FILE") from None
-    about = {"schema": 1, **report.metadata, "arch": DOCKER.get(report.arch, report.arch)}
     about.setdefault("created", datetime.fromtimestamp(config.created, UTC).isoformat().replace("+00:00", "Z"))
     write_json(sidecar_path(output), {**about, "image_id": config.image_id, "squashfs": recorded})
     say(f"{output}: {recorded['bytes'] / 1e6:,.0f} MB, sha256 {recorded['sha256']}")
@@ -146,11 +156,9 @@ def _progress(chunks: Iterable[bytes | memoryview], say: Say) -> Iterator[bytes 
         yield chunk
 
 
-def remarks(report: Report, config: ImageConfig) -> list[str]:
-    """What a user may want to know about the image that was converted."""
+def remarks(report: Report) -> list[str]:
+    """What a user may want to know about what was left out or may not be read."""
     lines = []
-    if report.arch != ARCHES.get(config.arch, config.arch):
-        lines.append(f"the engine calls this image {config.arch or 'nothing'}, its /bin/sh is for {report.arch}")
     if report.cleared:
         lines.append(f"setuid, setgid or capabilities taken from {report.cleared} files")
     if report.devices:

@@ -6,6 +6,7 @@ The sidecar file answers at once; else /etc/titan-image.json inside; else what t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def inspect(path: Path, *, required: bool = True) -> ImageFacts:
             raise
         note = f"nothing here can look into it: {INSTALL}"
         return ImageFacts(str(path), "", "superblock", block.compressor, block.file_size, notes=(note,))
-    if about := _description(tree):
+    if about := description(tree):
         return described(path, block, about, "image")
     return _guess(path, block, tree)
 
@@ -74,7 +75,7 @@ def embedded_metadata(path: Path) -> dict[str, Any] | None:
         tree = Tree(path)
     except LauncherError:
         return None
-    return _description(tree)
+    return description(tree)
 
 
 def problems(
@@ -148,7 +149,8 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version))
 
 
-def _description(tree: Tree) -> dict[str, Any] | None:
+def description(tree: Tree) -> dict[str, Any] | None:
+    """What an image says of itself in /etc/titan-image.json; None where this launcher does not understand it."""
     try:
         value = parse_json(tree.read(METADATA, METADATA_BYTES) or b"null")
     except ValueError:
@@ -156,17 +158,21 @@ def _description(tree: Tree) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and is_metadata(value) else None
 
 
+def architecture(tree: Tree, names: set[str], links: Mapping[str, str]) -> str:
+    """uname's word, from the header of a program; "" where there is none."""
+    for program in PROGRAMS:
+        real = follow(program, links)
+        if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):
+            return arch
+    return ""
+
+
 def _guess(path: Path, block: Superblock, tree: Tree) -> ImageFacts:
     """An image that somebody else made."""
     names, links = tree.entries()
     versions, notes = _versions(tree, names)
-    arch = ""
-    loaders = sorted(name for name in names if re.fullmatch(r"(usr/)?lib(64)?/ld-linux[^/]*", name))[:8]
-    for program in (*PROGRAMS, *loaders):
-        real = follow(program, links)
-        if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):
-            break
-    else:
+    arch = architecture(tree, names, links)
+    if not arch:
         notes.append("its architecture is unknown: no program that it could be read from")
     cuda = versions.get("cuda")
     return ImageFacts(
