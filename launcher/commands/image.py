@@ -416,7 +416,7 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
         raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
     rows = []
     for arch in arches:
-        path = locking.lock(channel, arch, torch_index=torch_index, output=output, say=say)
+        path = locking.lock(channel, arch, torch_index=torch_index, output=output)
         packages = pinned(path.read_text(encoding="utf-8"))
         row = {"channel": channel, "arch": arch, "path": click.format_filename(path), "packages": packages}
         rows.append(row)

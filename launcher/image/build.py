@@ -148,7 +148,7 @@ def build(
         need_lock(lock_file, f"launcher image lock {name} --arch {arch}")
     elif not locked.is_file():
         say(f"channel {name} has no lock for {arch} yet")
-        locked = lock(name, arch, torch_index=torch_index, say=say)
+        locked = lock(name, arch, torch_index=torch_index)
     arguments = build_arguments(chosen, base=base, index=index, index_url=index_url)
     labels = {
         "org.opencontainers.image.base.name": base,

@@ -242,7 +242,7 @@ def test_check_has_a_line_for_each(run: Run, monkeypatch: pytest.MonkeyPatch, st
 def test_lock_makes_both_architectures_unless_told_otherwise(
     run: Run, monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
-    def lock(name: str, arch: str, *, torch_index: str | None, output: Path | None, say: Any) -> Path:
+    def lock(name: str, arch: str, *, torch_index: str | None, output: Path | None) -> Path:
         path = output or Path(f"{name}-{arch}.txt")
         path.write_text("torch==2.14.1 \\\n    --hash=sha256:0\n")
         return path
