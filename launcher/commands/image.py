@@ -262,10 +262,10 @@ def build_command(
         files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
     built = []
     for arch in arches:
-        image = building.build(channel, arch, engine=engine, say=say, **options)
+        image = building.build(channel, arch, engine=engine, **options)
         built.append(image)
         if arch in files:
-            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
+            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose])
     pushed = _push(built, reference, engine) if reference else None
     if as_json:
         names = {arch: click.format_filename(path) for arch, path in files.items()}
@@ -280,8 +280,8 @@ def build_command(
 
 
 def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
-    pushed = [registry.push(image.tag, reference, engine=engine, say=say) for image in built]
-    digest = registry.manifest_list(reference, pushed, engine=engine, say=say)
+    pushed = [registry.push(image.tag, reference, engine=engine) for image in built]
+    digest = registry.manifest_list(reference, pushed, engine=engine)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
 
 
@@ -304,7 +304,7 @@ def convert_command(image: str, output: Path | None, purpose: str, force: bool, 
     engine = docker_engine.connect()
     about = docker_engine.inspect(engine, image)
     path = target_path(output, file_name(about), force)
-    convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
+    convert_image(image, path, engine=engine, fmt=FORMATS[purpose])
     if as_json:
         print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
     else:
@@ -441,7 +441,7 @@ def sif_command(file: Path, output: Path | None, force: bool, as_json: bool) -> 
     launcher image sif titan-stable-amd64.sqsh
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
-    made = sif(file, target_path(output, f"{file.stem}.sif", force), say=say)
+    made = sif(file, target_path(output, f"{file.stem}.sif", force))
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
     else:

@@ -4,23 +4,23 @@ checkout.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.files import data_dir
+from launcher.base.output import say
 from launcher.base.values import whole
 from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
 from launcher.image.channels import Channel, channel, docker_arch, lock_path
+from launcher.image.convert import source_date
 from launcher.image.engine import Engine
 from launcher.image.lock import lock, need_lock, pinned
 
@@ -129,13 +129,12 @@ def build(
     index_url: str = "",
     network: str = "",
     no_cache: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Built:
     """Builds channel `name` for `arch` (the engine's own where empty) and returns what came out.
 
     `base` replaces the channel's base image, `lock_file` its lock, `torch_index` (empty: none) and `index_url`
     the places that packages come from, `network` is Docker's word for the network of the build's steps.
-    Where there is no lock yet, it is made first. `say` gets what will be done, then every line of the build.
+    Where there is no lock yet, it is made first. What will be done is said, then every line of the build.
     Raises LauncherError with the cause, when it is a known one, and the last lines of the build.
     """
     chosen = channel(name)
@@ -196,16 +195,10 @@ def build_arguments(
 
 def created() -> str:
     """The time that the image carries, as RFC 3339: SOURCE_DATE_EPOCH, else the commit's; empty without both."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "") or _git("log", "-1", "--format=%ct")
-    if not epoch:
-        return ""
-    if whole(epoch) is None:
-        raise LauncherError(
-            "source-date-epoch",
-            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds",
-            "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
-        )
-    return datetime.fromtimestamp(int(epoch), UTC).isoformat().replace("+00:00", "Z")
+    seconds = source_date()
+    if seconds is None:
+        seconds = whole(_git("log", "-1", "--format=%ct"))
+    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def _git(*arguments: str) -> str:

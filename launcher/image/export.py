@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, cast
 
@@ -36,7 +36,6 @@ class ImageConfig:
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
-    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,23 +46,20 @@ class Report:
     cleared: int = 0  # setuid and setgid bits, file capabilities
     devices: int = 0  # outside /dev
     root_only: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # variables that one line cannot hold
 
 
 # --- enroot's files ---------------------------------------------------------------------------------------------
 
 
-def enroot_files(config: ImageConfig) -> tuple[dict[str, str], list[str]]:
-    """The four files by which enroot and Pyxis start an image, and the names of variables that could not be kept.
+def enroot_files(config: ImageConfig) -> dict[str, str]:
+    """The four files by which enroot and Pyxis start an image. A variable with a line break cannot be kept.
 
     enroot replaces $NAME in /etc/environment and /etc/fstab by its own environment, also in images that it makes.
     """
     command = shlex.join(config.entrypoint + config.cmd or ("/bin/sh",))
     given = f'{shlex.join(config.entrypoint)} "$@"'.lstrip()
     directory = shlex.quote(config.working_dir or "/")
-    comments = [f"image {config.image_id}", *(f"{k} {v}" for k, v in sorted(config.labels.items()))]
-    start = "".join(f"# {' '.join(comment.split())}\n" for comment in comments)
-    start += f"""
+    start = f"""# image {config.image_id}
 mkdir -p {directory} 2>/dev/null
 cd {directory} && unset OLDPWD || exit 1
 
@@ -80,13 +76,12 @@ exec {command}
     kept = [line for line in config.env if "\n" not in line and "=" in line]
     escapes = str.maketrans({"\\": "\\134", " ": "\\040", "\t": "\\011", "\n": "\\012"})
     mounts = [volume.translate(escapes) for volume in config.volumes if volume.startswith("/")]
-    files = {
+    return {
         "etc/rc": start,
         "etc/rc.local": "# Read by /etc/rc when the container starts; here the command may still be changed.\n",
         "etc/environment": "".join(f"{line}\n" for line in kept),
         "etc/fstab": "".join(f"${{ENROOT_ROOTFS}}{m} {m} none x-create=dir,bind,rw,nosuid,nodev\n" for m in mounts),
     }
-    return files, [line.split("=")[0] for line in config.env if line not in kept]
 
 
 # --- the tar stream -----------------------------------------------------------------------------------------------
@@ -123,12 +118,8 @@ class _Stream:
             while not self._rest:
                 try:
                     self._rest = memoryview(next(self._chunks))
-                except LauncherError:
-                    raise
                 except StopIteration:
                     raise _damaged("it broke off in the middle") from None
-                except Exception as error:  # of the engine, its client or the network
-                    raise _damaged(f"{type(error).__name__}: {error}") from error
             piece = self._rest[: min(size, PIECE)]
             self._rest = self._rest[len(piece) :]
             self._at += len(piece)
@@ -195,7 +186,7 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
     by which anybody on the node acts as that user. Each file keeps its time: a new one makes its .pyc stale.
     """
     stream = _Stream(export)
-    own, report.left_out = enroot_files(config)
+    own = enroot_files(config)
     replaced = {*own, ".dockerenv"}
     parts = _path(config.working_dir).split("/")
     fixed_time = {*MADE_BY_ENGINE, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}

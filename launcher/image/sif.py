@@ -13,12 +13,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
-from launcher.base.files import filesystem_error
+from launcher.base.output import say
 from launcher.image.convert import beside
 from launcher.image.inspect import inspect
 from launcher.image.squashfs_tools import FORMATS, Tree
@@ -28,7 +28,7 @@ INSTALL = "https://apptainer.org/docs/admin/latest/installation.html, or: sudo a
 ENVIRONMENT_BYTES = 1 << 20
 
 
-def sif(squashfs: Path, output: Path, *, say: Callable[[str], None] = lambda line: None) -> Path:
+def sif(squashfs: Path, output: Path) -> Path:
     """Writes `output`, a SIF, from a squashfs of `launcher image convert`.
 
     The image's environment, which the squashfs keeps in /etc/environment, becomes the SIF's; its versions become
@@ -42,10 +42,7 @@ def sif(squashfs: Path, output: Path, *, say: Callable[[str], None] = lambda lin
             say(f"apptainer build {output}")
             _build(client, definition, target)
             _verify(client, target)
-            try:
-                os.replace(target, output)
-            except OSError as error:
-                raise filesystem_error(output, error) from error
+            os.replace(target, output)
     say(f"{output}: {output.stat().st_size / 1e6:,.0f} MB")
     return output
 

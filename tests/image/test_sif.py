@@ -131,7 +131,7 @@ def squashfs(apptainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_sif(apptainer: Path, squashfs: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
-        yield sif(squashfs, squashfs.with_suffix(".sif"), say=print)
+        yield sif(squashfs, squashfs.with_suffix(".sif"))
 
 
 def test_a_squashfs_becomes_a_sif_with_its_environment(small_sif: Path) -> None:

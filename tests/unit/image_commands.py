@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from launcher import cli
+from launcher.base.output import say
 from launcher.image import build as building
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built
@@ -136,7 +137,7 @@ def builds(api: Api, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What was asked to be built; the images are there already."""
     asked: list[dict[str, Any]] = []
 
-    def build(name: str, arch: str, *, engine: Any, say: Callable[[str], None], **options: Any) -> Built:
+    def build(name: str, arch: str, *, engine: Any, **options: Any) -> Built:
         asked.append({"name": name, "arch": arch, **options})
         say(f"Step 1/9 : building\t{arch}")
         tag = options["tag"] or f"titan:{name}-{arch}"

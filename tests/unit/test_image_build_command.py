@@ -154,10 +154,10 @@ def test_push_makes_one_list_of_what_was_built(
 ) -> None:
     listed: list[Any] = []
 
-    def push(tag: str, reference: str, *, engine: Any, say: Any) -> Pushed:
+    def push(tag: str, reference: str, *, engine: Any) -> Pushed:
         return Pushed(tag.rpartition("-")[2], f"sha256:of-{tag}", reference)
 
-    def manifest_list(reference: str, pushed: list[Pushed], *, engine: Any, say: Any) -> str:
+    def manifest_list(reference: str, pushed: list[Pushed], *, engine: Any) -> str:
         listed.append((reference, [one.arch for one in pushed]))
         return "sha256:list"
 
@@ -256,7 +256,7 @@ def test_lock_makes_both_architectures_unless_told_otherwise(
 
 
 def test_sif(run: Run, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
-    def sif(squashfs: Path, output: Path, *, say: Any) -> Path:
+    def sif(squashfs: Path, output: Path) -> Path:
         output.write_bytes(b"SIF")
         return output
 
