@@ -37,7 +37,7 @@ from launcher.image.inspect import inspect, problems
 from launcher.image.lock import pinned
 from launcher.image.sif import sif
 from launcher.image.squashfs_file import ImageFacts, sidecar_path
-from launcher.image.squashfs_tools import FORMATS, program
+from launcher.image.squashfs_tools import FORMATS, need
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -257,8 +257,8 @@ def build_command(
         raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
-        program("mksquashfs")
-        program("unsquashfs")
+        need("mksquashfs")
+        need("unsquashfs")
         files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
     built = []
     for arch in arches:

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -319,21 +318,9 @@ def _tar(files: dict[str, bytes]) -> bytes:
 @contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
     """Lets a call to the engine end before Ctrl-C counts: one that is broken off may make its container later than
-    that is removed. The second Ctrl-C counts at once."""
-    came: list[int] = []
-
-    def handler(number: int, _frame: Any) -> None:
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # gets no signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
+    that is removed."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

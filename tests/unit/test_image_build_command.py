@@ -131,7 +131,7 @@ def test_build_without_mksquashfs_learns_it_first(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     done = run("build", "cpu", "-o", ".")
-    assert "mksquashfs: no such program" in done.stderr and builds == []
+    assert "mksquashfs: No such file" in done.stderr and builds == []
 
 
 def test_an_architecture_that_nothing_here_runs(
@@ -196,7 +196,7 @@ def test_check_of_a_file_that_is_no_image(run: Run, workplace: Path, monkeypatch
 
 def test_check_where_a_program_is_missing_says_which(run: Run, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "unsquashfs: no such program" in run("check", str(image)).stderr
+    assert "unsquashfs: No such file" in run("check", str(image)).stderr
 
 
 @pytest.mark.parametrize(
