@@ -101,23 +101,15 @@ def problems(
     if profile_device != "cuda":
         return found
     if facts.versions.get("torch") and facts.versions.get("cuda", "unknown") is None:
-        found.append(
-            (
-                f"torch {facts.versions['torch']} in the image is built without CUDA",
-                "launcher image build stable, or --gpu cpu",
-            )
-        )
+        what = f"torch {facts.versions['torch']} in the image is built without CUDA"
+        found.append((what, "launcher image build stable, or --gpu cpu"))
     if why := _cannot_quantize(facts, quantize):
         able = [name for name, ours in channels().items() if ours.cuda and quantize in ("none", *ours.quantization)]
         other = "" if quantize == "none" else "; or a recipe that does not quantize"
         found.append((why, f"launcher image build {'|'.join(able)}{other}"))
     if is_too_old(driver, facts):
-        found.append(
-            (
-                f"{needed_driver(facts)}, the nodes have {driver}",
-                "an image with an older CUDA, or a newer driver: nvidia-smi on a node; or NVIDIA's cuda-compat",
-            )
-        )
+        fix = "an image with an older CUDA, or a newer driver: nvidia-smi on a node; or NVIDIA's cuda-compat"
+        found.append((f"{needed_driver(facts)}, the nodes have {driver}", fix))
     return found
 
 
@@ -140,9 +132,8 @@ def is_too_old(driver: str, facts: ImageFacts) -> bool:
 def needed_driver(facts: ImageFacts) -> str:
     """Which driver the image needs, in words; "" where that is not known."""
     cuda = facts.versions.get("cuda")
-    return (
-        f"{f'CUDA {cuda} in the' if cuda else 'the'} image needs driver {facts.driver_min}" if facts.driver_min else ""
-    )
+    who = f"CUDA {cuda} in the image" if cuda else "the image"
+    return f"{who} needs driver {facts.driver_min}" if facts.driver_min else ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -204,13 +195,11 @@ def _versions(tree: Tree, names: set[str]) -> tuple[dict[str, str | None], list[
         notes.append(f"torch is there more than once; /{order[0]} was read, not {', '.join(more)}")
     if cuda := versions.get("cuda"):
         versions["cuda"] = ".".join(cuda.split(".")[:2])
-    if order and (text := tree.read(f"{order[0]}/torch/version.py", 1 << 16)):
-        said = re.search(rb"^cuda\b[^=\n]*=\s*(?:None|['\"](\d+\.\d+)[^'\"]*['\"])", text, re.M)
-        if said:
-            versions["cuda"] = said[1].decode() if said[1] else None
-    if not versions.get("torchtitan") and (
-        source := sorted(name for name in names if name.endswith("/torchtitan/train.py"))
-    ):
+    text = tree.read(f"{order[0]}/torch/version.py", 1 << 16) if order else None
+    if said := re.search(rb"^cuda\b[^=\n]*=\s*(?:None|['\"](\d+\.\d+)[^'\"]*['\"])", text or b"", re.M):
+        versions["cuda"] = said[1].decode() if said[1] else None
+    source = sorted(name for name in names if name.endswith("/torchtitan/train.py"))
+    if source and not versions.get("torchtitan"):
         versions["torchtitan"] = "unknown"
         notes.append(f"torchtitan is not installed, but its source is there: /{source[0]}")
     pythons = [re.search(r"python(3\.\d+)(?=/|$)", name) for name in [*order[:1], *sorted(names)]]

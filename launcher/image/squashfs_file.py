@@ -35,8 +35,7 @@ class Superblock:
     block_size: int  # bytes
     inodes: int  # names that are hard links of one file count once
     mkfs_time: int  # seconds since 1970
-    bytes_used: int
-    file_size: int  # bytes_used, padded to a multiple of 4096
+    file_size: int  # bytes; what is used of it, padded to a multiple of 4096
 
     def recorded(self) -> dict[str, Any]:
         """As the sidecar has it. mksquashfs counts the root directory among the inodes, and so do the entries."""
@@ -108,7 +107,7 @@ def superblock(path: Path) -> Superblock:
         raise LauncherError("image-damaged", f"{path}: damaged: its superblock makes no sense", AGAIN)
     if size < used:
         raise LauncherError("image-cut", f"{path}: cut off: {size:,} of {used:,} bytes", AGAIN)
-    return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, used, size)
+    return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, size)
 
 
 def sidecar_path(path: Path) -> Path:

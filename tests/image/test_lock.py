@@ -21,7 +21,7 @@ from launcher.image.lock import lock, pinned
 from tests.image.dockerd import served
 
 LOCKS = sorted((data_dir("containers") / "locks").glob("*.txt"))
-MADE_UP = Channel("made-up", "for this test", "debian:12-slim", "3.11", ("alpha",), 1.0)
+MADE_UP = Channel("made-up", "for this test", "debian:12-slim", "3.11", ["alpha"], 1.0)
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
@@ -107,7 +107,7 @@ def digest(folder: Path, wheel: str) -> str:
 def test_a_lock_of_a_channel_that_records_addresses(
     index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = ("alpha", "beta")
+    both = ["alpha", "beta"]
     about = replace(MADE_UP, packages=both, torch_index=index, from_torch_index=both, record_urls=True)
     monkeypatch.setattr(locking, "channel", lambda name: about)
     target = lock("made-up", "amd64", output=tmp_path / "locks" / "new.txt")
@@ -136,7 +136,7 @@ def test_a_lock_of_versions_computes_the_hashes_that_the_index_lacks(
 
 
 class Fails(NamedTuple):
-    packages: tuple[str, ...]
+    packages: list[str]
     what: str
     fix: str
     code: str
@@ -147,15 +147,15 @@ class Fails(NamedTuple):
 @pytest.mark.parametrize(
     "case",
     [
-        Fails(("alpha>=2",), "no set of packages satisfies alpha>=2", "channels.toml", "lock-unsolvable"),
+        Fails(["alpha>=2"], "no set of packages satisfies alpha>=2", "channels.toml", "lock-unsolvable"),
         Fails(
-            ("alpha",),
+            ["alpha"],
             "index http://127.0.0.1:9",
             "CHANNEL=stable",
             "index-silent",
             torch_index="http://127.0.0.1:9/whl",
         ),
-        Fails(("alpha",), "uv made no lock", "UV_", "lock-failed", cache="file/cache"),
+        Fails(["alpha"], "uv made no lock", "UV_", "lock-failed", cache="file/cache"),
     ],
     ids=lambda case: case.code,
 )
@@ -166,10 +166,10 @@ def test_locks_that_cannot_be_made(index: str, tmp_path: Path, monkeypatch: pyte
         MADE_UP,
         packages=case.packages,
         torch_index=case.torch_index or index,
-        from_torch_index=("alpha", "beta"),
+        from_torch_index=["alpha", "beta"],
         cuda="13",
     )
-    monkeypatch.setattr(locking, "channel", lambda name: replace(about, packages=(*case.packages, "beta")))
+    monkeypatch.setattr(locking, "channel", lambda name: replace(about, packages=[*case.packages, "beta"]))
     with pytest.raises(LauncherError, match=case.what) as error:
         lock("made-up", "amd64", output=tmp_path / "new.txt")
     assert (error.value.code, case.fix in error.value.fix) == (case.code, True), error.value.original

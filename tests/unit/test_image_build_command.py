@@ -299,15 +299,15 @@ def test_make_image_is_one_command_for_any_channel_and_architecture() -> None:
 
 
 def test_a_failed_step_whose_command_is_printed_is_not_taken_for_the_wrong_architecture() -> None:
-    names = {"channel": "stable", "arch": "amd64", "base": "debian:12", "lock": "stable-amd64.txt"}
+    names = ("stable", "amd64", "debian:12", Path("stable-amd64.txt"))
     printed = 'The command \'/bin/sh -c if [ ! -e "$lock" ]; then echo "no lock: containers/locks/${lock##*/}"\' failed'
-    assert "is not for amd64" not in building._explain(printed, **names).what
-    assert "is not for amd64" in building._explain("no lock: containers/locks/stable-arm64.txt", **names).what
+    assert "is not for amd64" not in building._explain(printed, *names).what
+    assert "is not for amd64" in building._explain("no lock: containers/locks/stable-arm64.txt", *names).what
 
 
 def test_an_emulator_that_crashes_is_named() -> None:
-    names = {"channel": "stable", "arch": "arm64", "base": "debian:12", "lock": "stable-arm64.txt"}
-    error = building._explain("qemu: uncaught target signal 11 (Segmentation fault) - core dumped", **names)
+    names = ("stable", "arm64", "debian:12", Path("stable-arm64.txt"))
+    error = building._explain("qemu: uncaught target signal 11 (Segmentation fault) - core dumped", *names)
     assert "the emulator" in error.what and "qemu 10" in error.fix
 
 
