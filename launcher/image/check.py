@@ -51,13 +51,12 @@ def check(image: str, *, engine: Engine | None = None, timeout_s: float = 900) -
     `image` is the path of a squashfs (it holds a slash, ends in .sqsh, or exists) or an image of the engine.
     Raises LauncherError where the checks could not be run at all; a failed check is no error here.
     """
-    program = (data_dir("containers") / "check.py").read_bytes()
+    program = (data_dir("containers") / "check.py").read_text(encoding="utf-8")
     if is_file(image):
-        ran = _in_squashfs(Path(image), program, timeout_s)
+        ran = _in_squashfs(Path(image), program.encode(), timeout_s)
     else:
-        command = ["python3", "-B", "/tmp/titan-check.py", "--json"]
-        files = {"titan-check.py": program}
-        ran = docker_engine.run(engine or docker_engine.connect(), image, command, files=files, timeout_s=timeout_s)
+        command = ["python3", "-B", "-c", program, "--json"]
+        ran = docker_engine.run(engine or docker_engine.connect(), image, command, timeout_s=timeout_s)
     results = _read(ran.out)
     if results is None or ran.cut:
         more = f"it printed more than {docker_engine.OUTPUT >> 20} MiB" if ran.cut else f"code {ran.code}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from launcher.base.errors import LauncherError
 from launcher.base.files import filesystem_error, write_json
@@ -132,8 +132,7 @@ def convert_image(image: str, output: Path, *, engine: Engine, fmt: SquashfsForm
     say(f"converting {image} to {output}")
     # By its id: a build that ends meanwhile gives the name to another image. Closed, so that an error or Ctrl-C leaves
     # no container behind.
-    stream = cast("Generator[bytes]", docker_engine.export(engine, config.image_id))
-    with closing(stream):
+    with closing(docker_engine.export(engine, config.image_id)) as stream:
         return convert(stream, config, output, fmt)
 
 
