@@ -90,7 +90,7 @@ DIGEST = f"@sha256:{'a' * 64}"
         Refusal("convert ../../containers/json", "is not the name of an image", USAGE),
         Refusal("convert titan:x?all=1", "is not the name of an image", USAGE),
         Refusal("convert ", "is not the name of an image", USAGE),
-        Refusal("check ", "is not the name of an image", USAGE),
+        Refusal("check ", "the path is empty", USAGE),
         Refusal("check short.sqsh", "cut off: 4 bytes", INVALID),
         Refusal("check missing.sqsh", "No such file", INVALID),
         Refusal("inspect x.txt", "not a squashfs", INVALID),
