@@ -14,7 +14,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,7 +26,7 @@ from launcher.image.check import check
 from launcher.image.convert import convert_image
 from launcher.image.engine import Engine
 from launcher.image.registry import push
-from launcher.image.squashfs_tools import TAIL
+from launcher.image.squashfs_tools import TAIL, Ran
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
 from tests.image.images import Base
@@ -42,12 +42,16 @@ def somewhere(host: str = "unix:///run/docker.sock", arch: str = "amd64", system
 # ------------------------------------------------------------------------------------------ what is built
 
 
-def test_the_cpu_image_passes_its_checks(engine: Engine, cpu_image: Built) -> None:
-    results = {result.name: result for result in check(cpu_image.tag, engine=engine)}
+@pytest.mark.parametrize("form", ["image", "squashfs"])
+def test_the_cpu_image_passes_its_checks(engine: Engine, cpu_image: Built, cpu_sqsh: Path, form: str) -> None:
+    mounts = Path("/proc/mounts").read_text()
+    image = cpu_image.tag if form == "image" else str(cpu_sqsh)
+    results = {result.name: result for result in check(image, engine=engine)}
     assert len(results) == 15
     assert {name for name, result in results.items() if result.status != "ok"} == {"blackwell", "quantization"}
     assert results["blackwell"].status == "skipped"
     assert "8,030,261,248 parameters, 57,914,449,920 FLOPs" in results["model"].found
+    assert Path("/proc/mounts").read_text() == mounts
 
 
 def test_the_cpu_image_says_what_it_is(engine: Engine, cpu_image: Built) -> None:
@@ -69,102 +73,78 @@ def test_the_cpu_image_says_what_it_is(engine: Engine, cpu_image: Built) -> None
     assert about["created"] == labels["created"] and about["driver_min"] is None and about["sm"] == []
 
 
-def test_an_image_that_lacks_things_fails_the_checks_of_them_alone(engine: Engine, tiny_image: Built) -> None:
-    results = {result.name: result for result in check(tiny_image.tag, engine=engine)}
+def test_an_image_that_lacks_things_fails_the_checks_of_them_alone(
+    engine: Engine, tiny_image: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the engine, and as an ordinary user has it from the squashfs."""
+    in_image = check(tiny_image.tag, engine=engine)
+    results = {result.name: result for result in in_image}
     failed = {name for name, result in results.items() if result.status == "failed"}
     assert failed == {"torch", "blackwell", "triton", "nccl", "login shell", "model"}
     assert results["lock"].found.startswith("2 packages")
     assert "ModuleNotFoundError: No module named 'torch'" in results["torch"].found
-
-
-def test_the_cpu_squashfs_passes_the_same_checks(cpu_sqsh: Path) -> None:
-    """As root."""
-    mounts = Path("/proc/mounts").read_text()
-    results = {result.name: result for result in check(str(cpu_sqsh))}
-    assert len(results) == 15
-    assert {name for name, result in results.items() if result.status != "ok"} == {"blackwell", "quantization"}
-    assert "8,030,261,248 parameters, 57,914,449,920 FLOPs" in results["model"].found
-    assert Path("/proc/mounts").read_text() == mounts
-
-
-def test_a_squashfs_is_checked_like_the_image_that_it_is_from(
-    engine: Engine, tiny_image: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As an ordinary user would have it."""
-    path = tmp_path / "tiny.sqsh"
-    convert_image(tiny_image.tag, path, engine=engine)
+    convert_image(tiny_image.tag, tmp_path / "tiny.sqsh", engine=engine)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    in_file = [(result.name, result.status) for result in check(str(path))]
-    assert in_file == [(result.name, result.status) for result in check(tiny_image.tag, engine=engine)]
+    in_file = check(str(tmp_path / "tiny.sqsh"))
+    assert [(one.name, one.status) for one in in_file] == [(one.name, one.status) for one in in_image]
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("titan-check-")] == []
 
 
-def test_exported_files_leave_no_container_behind(engine: Engine, tiny_image: Built) -> None:
+def test_a_command_in_an_image_and_its_export_leave_no_container(engine: Engine, tiny_image: Built) -> None:
+    def run(*command: str, timeout_s: float = 60) -> Ran:
+        return docker_engine.run(engine, tiny_image.tag, list(command), timeout_s=timeout_s)
+
     before = engine.client.api.containers(all=True)
     stream = docker_engine.export(engine, tiny_image.tag)
     assert next(stream)[257:262] == b"ustar"
     stream.close()
-    assert engine.client.api.containers(all=True) == before
-
-
-def test_a_command_that_is_not_there_or_does_not_end(engine: Engine, tiny_image: Built) -> None:
-    before = engine.client.api.containers(all=True)
-    with pytest.raises(LauncherError, match="nvidia-smi does not start in titan:tiny-amd64"):
-        docker_engine.run(engine, tiny_image.tag, ["nvidia-smi"])
-    with pytest.raises(LauncherError, match="did not end within 1 s"):
-        docker_engine.run(engine, tiny_image.tag, ["sleep", "60"], timeout_s=1)
-    ran = docker_engine.run(engine, tiny_image.tag, ["sh", "-c", "printf yes; echo no >&2; exit 3"])
+    ran = run("sh", "-c", "printf yes; echo no >&2; exit 3")
     assert (ran.code, ran.out, ran.err, ran.cut) == (3, b"yes", "no\n", False)
-    flood = "head -c 3000000 /dev/zero | tr '\\0' x; head -c 3000000 /dev/zero | tr '\\0' x >&2"
-    ran = docker_engine.run(engine, tiny_image.tag, ["sh", "-c", flood])
+    flood = "head -c 3000000 /dev/zero | tr '\\0' x"
+    ran = run("sh", "-c", f"{flood}; {flood} >&2")
     assert (len(ran.out), ran.cut, len(ran.err) <= TAIL) == (docker_engine.OUTPUT, True, True)
+    with pytest.raises(LauncherError, match="nvidia-smi does not start in titan:tiny-amd64"):
+        run("nvidia-smi")
+    with pytest.raises(LauncherError, match="did not end within 1 s"):
+        run("sleep", "60", timeout_s=1)
     assert engine.client.api.containers(all=True) == before
 
 
 # ------------------------------------------------------------------------------------- builds that fail
 
 
-def failed_build(engine: Engine, base: Base, lock: Path, text: str) -> LauncherError:
-    lock.write_text(text)
-    with pytest.raises(LauncherError) as error:
-        build(
-            "cpu",
-            "amd64",
-            engine=engine,
-            base=base.tag,
-            torch_index="",
-            network="host",
-            lock_file=lock,
-            tag="titan:broken-amd64",
-        )
-    with pytest.raises(LauncherError):
+class Fails(NamedTuple):
+    old: str
+    new: str
+    what: str
+    fix: str
+    original: str
+    base: str = ""
+
+
+LOCK_AGAIN = "launcher image lock cpu --arch amd64"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Fails("sha256:946d", "sha256:0000", "not the one .*: idna==3.10$", LOCK_AGAIN, "Expected sha256 0000195a0d"),
+        Fails("idna==3.10", "idna==3.10.99", "idna==3.10.99 of the lock", LOCK_AGAIN, "idna==3.10.99"),
+        # There may be no network, and a registry of base images behind it.
+        Fails("", "", "no base image titan-test/no-such-base:1|reach the network", "", "", "titan-test/no-such-base:1"),
+    ],
+    ids=["hash", "version", "base"],
+)
+def test_builds_that_fail(engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path, case: Fails) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_text(TINY_LOCK.replace(case.old, case.new) if case.old else TINY_LOCK)
+    options: dict[str, Any] = {"torch_index": "", "network": "host", "lock_file": path, "tag": "titan:broken-amd64"}
+    with pytest.raises(LauncherError, match=case.what) as error:
+        build("cpu", "amd64", engine=engine, base=case.base or base_image.tag, **options)
+    assert case.fix in error.value.fix and case.original in error.value.original
+    with pytest.raises(LauncherError, match="has no image"):
         docker_engine.inspect(engine, "titan:broken-amd64")
-    return error.value
-
-
-def test_a_lock_whose_hash_does_not_match(engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path) -> None:
-    text = TINY_LOCK.replace("sha256:946d", "sha256:0000")
-    error = failed_build(engine, base_image, tmp_path / "bad.txt", text)
-    assert "a file is not the one that the lock" in error.what and "idna==3.10" in error.what
-    assert "launcher image lock cpu --arch amd64" in error.fix
-    assert "Expected sha256 0000195a0d" in error.original
-
-
-def test_a_lock_with_a_version_that_is_gone(
-    engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path
-) -> None:
-    text = TINY_LOCK.replace("idna==3.10", "idna==3.10.99")
-    error = failed_build(engine, base_image, tmp_path / "bad.txt", text)
-    assert "idna==3.10.99 of the lock" in error.what and "launcher image lock" in error.fix
-
-
-def test_a_base_image_that_is_nowhere(engine: Engine, tiny_lock: Path) -> None:
-    with pytest.raises(LauncherError) as error:
-        build("cpu", "amd64", engine=engine, base="titan-test/no-such-base:1", lock_file=tiny_lock)
-    assert "no base image titan-test/no-such-base:1" in error.value.what + error.value.original or (
-        "cannot reach the network" in error.value.what
-    )
 
 
 def test_a_channel_without_a_lock_makes_it_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -320,19 +300,9 @@ def test_ctrl_c_stops_the_build(
 
     monkeypatch.setattr(building, "say", say)
     before = engine.client.api.containers(all=True)
-    try:
-        build(
-            "cpu",
-            "amd64",
-            engine=engine,
-            base=base_image.tag,
-            network="host",
-            lock_file=tiny_lock,
-            tag="titan:stopped",
-        )
-    except KeyboardInterrupt:
-        stopped = True
-    assert stopped
+    options: dict[str, Any] = {"lock_file": tiny_lock, "network": "host", "tag": "titan:stopped"}
+    with pytest.raises(KeyboardInterrupt):
+        build("cpu", "amd64", engine=engine, base=base_image.tag, **options)
     deadline = time.monotonic() + 30
     while engine.client.api.containers(all=True) != before and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -6,7 +6,6 @@ The training run is for LAUNCHER_TEST_APPTAINER=1 alone: packing the channel cpu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -22,12 +21,15 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.base.errors import LauncherError, install
+from launcher.image import DOCKER
 from launcher.image import sif as module
 from launcher.image.sif import sif
 from launcher.image.squashfs_file import ImageFacts
 from tests.conftest import Launch
-from tests.image.images import CACHE, cpu_squashfs
+from tests.image.converter import needs_tools
+from tests.image.images import cpu_squashfs, debian
 
+pytestmark = needs_tools
 PACKAGES = "apptainer,squashfuse"
 # In namespaces of its own nothing stays mounted. pivot_root, as the kernel lets no user namespace begin in a chroot;
 # a user namespace, as Apptainer asks for every capability when root calls it, and root in a container lacks some.
@@ -43,18 +45,18 @@ cd "$root" && pivot_root . mnt && umount -l /mnt && cd "$cwd"
 exec unshare --user --map-root-user /usr/bin/apptainer "$@"
 ' sh {root} "$@"
 """
+SUBMIT = ["submit", "--local", "--runtime", "apptainer", "--gpu", "cpu", "--recipe", "debug", "--image"]
 ENVIRONMENT = 'PATH=/usr/bin:/bin\nGREETING=it\'s "from" $HOME\nWHO=the image\n'
 
 
 @pytest.fixture(scope="session")
 def apptainer() -> Iterator[Path]:
     """A directory for PATH with the program `apptainer` in it."""
-    if missing := [tool for tool in ("mmdebstrap", "mksquashfs", "unsquashfs") if not shutil.which(tool)]:
-        pytest.skip(f"no {', '.join(missing)}: apt-get install mmdebstrap squashfs-tools")
-    if os.geteuid() != 0:
-        pytest.skip("mmdebstrap and its root directory want root")
     pytest.importorskip("spython")
-    tar = _sid()
+    # Mirrors that are kept at a date have indexes that are past theirs: as this machine's own apt has it.
+    done = subprocess.run(["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True)
+    options = ["--variant=minbase"] + [f"--aptopt={line}" for line in done.stdout.splitlines() if '"' in line]
+    tar = debian("apptainer-sid", "sid", DOCKER[platform.machine()], *options, f"--include={PACKAGES}")
     # Not pytest's own directory, whose name is long and which stays.
     with tempfile.TemporaryDirectory(prefix="sid-", dir="/var/tmp") as folder:
         root = Path(folder) / "root"
@@ -74,35 +76,6 @@ def apptainer() -> Iterator[Path]:
         if done.returncode:
             pytest.skip(f"no user namespaces here: {done.stderr}")
         yield program.parent
-
-
-def _sid() -> Path:
-    # Mirrors that are kept at a date have indexes that are past theirs: as this machine's own apt has it.
-    done = subprocess.run(["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True)
-    options = [
-        f"--include={PACKAGES}",
-        *(f"--aptopt={line}" for line in done.stdout.split("\n") if '"' in line),
-    ]
-    key = hashlib.sha256("\0".join(options).encode()).hexdigest()[:10]
-    target = CACHE / f"apptainer-sid-{platform.machine()}-{key}.tar"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="sid-", dir=CACHE) as folder:
-            made = Path(folder) / "sid.tar"
-            command = [
-                "mmdebstrap",
-                "--quiet",
-                "--mode=root",
-                "--variant=minbase",
-                *options,
-                "sid",
-                str(made),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            if done.returncode:
-                pytest.skip(f"Debian sid cannot be had here: {done.stderr[-500:]}")
-            made.replace(target)
-    return target
 
 
 @pytest.fixture(scope="session")
@@ -156,31 +129,9 @@ def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None
     probe.write_text(f"#!/bin/sh\n{script}\n")
     probe.chmod(0o755)
     assert os.listdir(home), "no test without something that the container must not see"
-    done = launch(
-        "submit",
-        "--local",
-        "--runtime",
-        "apptainer",
-        "--image",
-        str(small_sif),
-        "--gpu",
-        "cpu",
-        "--recipe",
-        "debug",
-        "--name",
-        "r",
-        "--env",
-        "WHO=the job",
-        "--env",
-        'AGAIN=$(id) "q" it\'s a,b',
-        "--follow",
-        "--mount",
-        f"{workplace}/shared dir:/mnt point:ro",
-        "--python",
-        "/mnt point/probe",
-        "--runs-dir",
-        str(workplace / "runs"),
-    )
+    options = ["--name", "r", "--env", "WHO=the job", "--env", 'AGAIN=$(id) "q" it\'s a,b', "--follow"]
+    options += ["--mount", f"{workplace}/shared dir:/mnt point:ro", "--python", "/mnt point/probe"]
+    done = launch(*SUBMIT, str(small_sif), *options, "--runs-dir", str(workplace / "runs"))
     log = "\n".join(path.read_text() for path in (workplace / "runs" / "r" / "logs").glob("0000-*"))
     lines = log.splitlines()
     assert "WHO=the job" in lines and 'AGAIN=$(id) "q" it\'s a,b' in lines, log
@@ -199,22 +150,7 @@ def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None
 def test_training_in_it(apptainer: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
     image = sif(cpu_squashfs(), workplace / "titan-cpu.sif")
-    done = launch(
-        "submit",
-        "--local",
-        "--runtime",
-        "apptainer",
-        "--image",
-        str(image),
-        "--gpu",
-        "cpu",
-        "--recipe",
-        "debug",
-        "--name",
-        "r",
-        "--follow",
-        timeout=900,
-    )
+    done = launch(*SUBMIT, str(image), "--name", "r", "--follow", timeout=900)
     assert "r: COMPLETED" in done.stdout, done.stdout + done.stderr
 
 
