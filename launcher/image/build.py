@@ -41,11 +41,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "{package} of the lock {lock} is not to be had any more, or not for the base image's Python",
         "launcher image lock {channel} --arch {arch}",
     ),
-    (
-        r"no space left on device",
-        "the disk of the Docker engine is full",
-        "docker system df; docker system prune",
-    ),
+    (r"no space left on device", "the disk of the Docker engine is full", "docker system df; docker system prune"),
     (
         r"Cannot connect to the Docker daemon|error during connect|unexpected EOF",
         "the Docker engine stopped answering",
@@ -153,6 +149,7 @@ def build(
     say(f"Docker engine {engine.version} at {engine.host}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="titan-build-") as folder:
+        _fill(Path(folder), locked, f"{name}-{arch}.txt")
         command = ["build", "--force-rm", f"--tag={tag}"]
         command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
         command += [f"--label=org.opencontainers.image.base.name={base}"]
@@ -161,7 +158,7 @@ def build(
         command += ["--no-cache"] if no_cache else []
         # Not said where it goes without saying: `docker import` may have written the wrong architecture.
         command += [] if arch == engine.arch else [f"--platform=linux/{arch}"]
-        code, output = docker_engine.command(engine, [*command, str(_context(Path(folder), name, arch, locked))], say)
+        code, output = docker_engine.command(engine, [*command, folder], say)
     if code:
         raise _explain("\n".join(output.splitlines()[-60:]), name, arch, base, locked)
     found = docker_engine.inspect(engine, tag)
@@ -213,22 +210,17 @@ def version(locked: Path) -> str:
     return f"{found.get('torchtitan', 'none')}-torch{found.get('torch', 'none')}".replace("+", "_")
 
 
-def _context(folder: Path, name: str, arch: str, locked: Path) -> Path:
+def _fill(folder: Path, locked: Path, lock_name: str) -> None:
     """Only what the Dockerfile copies, so that nothing else of the checkout is sent or spoils the cache."""
     try:
         (folder / "containers" / "locks").mkdir(parents=True)
         shutil.copyfile(dockerfile(), folder / "Dockerfile")
-        shutil.copyfile(locked, folder / "containers" / "locks" / f"{name}-{arch}.txt")
+        shutil.copyfile(locked, folder / "containers" / "locks" / lock_name)
         for file in _IN_IMAGE:
             shutil.copyfile(data_dir("containers") / file, folder / "containers" / file)
     except OSError as error:
-        raise LauncherError(
-            "build-context",
-            f"cannot put together what the build needs: {error}",
-            "check TMPDIR and the checkout",
-            status=ExitStatus.FILESYSTEM,
-        ) from error
-    return folder
+        what, fix = f"cannot put together what the build needs: {error}", "check TMPDIR and the checkout"
+        raise LauncherError("build-context", what, fix, status=ExitStatus.FILESYSTEM) from error
 
 
 def _explain(text: str, channel: str, arch: str, base: str, lock: Path) -> LauncherError:

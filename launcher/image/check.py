@@ -60,12 +60,9 @@ def check(image: str, *, engine: Engine | None = None, timeout_s: float = 900) -
     results = _read(ran.out)
     if results is None or ran.cut:
         more = f"it printed more than {docker_engine.OUTPUT >> 20} MiB" if ran.cut else f"code {ran.code}"
-        raise LauncherError(
-            "image-check",
-            f"the checks did not run in {image} ({more})",
-            "an image that `launcher image build` made has Python 3.11 or newer",
-            original=ran.err or ran.out[-2000:].decode(errors="replace"),
-        )
+        words = ran.err or ran.out[-2000:].decode(errors="replace")
+        fix = "an image that `launcher image build` made has Python 3.11 or newer"
+        raise LauncherError("image-check", f"the checks did not run in {image} ({more})", fix, original=words)
     return results
 
 

@@ -155,9 +155,8 @@ class _Stream:
 
 def _damaged(how: str) -> LauncherError:
     what = f"the image's export is incomplete or damaged: {how}"
-    return LauncherError(
-        "export-broken", what, "is the engine up? docker info; then the same command again", status=ExitStatus.ERROR
-    )
+    fix = "is the engine up? docker info; then the same command again"
+    return LauncherError("export-broken", what, fix, status=ExitStatus.ERROR)
 
 
 def unfit(what: str) -> LauncherError:

@@ -139,12 +139,9 @@ class Tree:
         command = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root)]
         ran = run([*command, str(self._path)], LISTING, timeout_s=timeout_s)
         if ran.code:
-            raise LauncherError(
-                "unpack-failed",
-                f"{self._path} cannot be unpacked into {root.parent}",
-                "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR",
-                original=ran.err,
-            )
+            what = f"{self._path} cannot be unpacked into {root.parent}"
+            fix = "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR"
+            raise LauncherError("unpack-failed", what, fix, original=ran.err)
 
     def _damaged(self, original: str) -> LauncherError:
         return LauncherError("image-damaged", f"{self._path}: damaged", AGAIN, original=original)
@@ -241,9 +238,8 @@ def _set_root_time(path: Path, seconds: int) -> None:
         block = table + (root >> 16)
         stream.seek(block)
         if not stream.read(2)[1] & 0x80:
-            raise LauncherError(
-                "mksquashfs-failed", "mksquashfs compressed the inodes in spite of -noI", status=ExitStatus.ERROR
-            )
+            what = "mksquashfs compressed the inodes in spite of -noI"
+            raise LauncherError("mksquashfs-failed", what, status=ExitStatus.ERROR)
         for index, byte in enumerate(seconds.to_bytes(4, "little")):
             # The time stands at byte 8 of the inode; blocks have 2 bytes of header and 8192 of inodes.
             blocks, offset = divmod((root & 0xFFFF) + 8 + index, 8192)

@@ -78,10 +78,7 @@ def cpu_squashfs() -> Path:
             command = ["image", "build", "cpu", *places]  # what `make image CHANNEL=cpu` runs
             environment = os.environ | {"PYTHONPATH": str(ROOT), "SOURCE_DATE_EPOCH": EPOCH}
             done = subprocess.run(
-                [sys.executable, "-m", "launcher", *map(str, command)],
-                env=environment,
-                capture_output=True,
-                text=True,
+                [sys.executable, "-m", "launcher", *map(str, command)], env=environment, capture_output=True, text=True
             )
             assert done.returncode == 0, done.stderr[-3000:]
             for old in set(CACHE.glob("titan-cpu-amd64-*.sqsh*")) - {target, sidecar_path(target)}:

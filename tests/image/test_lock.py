@@ -76,11 +76,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     files = tmp_path / "index"
-    for name, version, needs in (
-        ("alpha", "1.0+cu130", "beta"),
-        ("alpha", "0.9", "beta"),
-        ("beta", "2.0", ""),
-    ):
+    for name, version, needs in (("alpha", "1.0+cu130", "beta"), ("alpha", "0.9", "beta"), ("beta", "2.0", "")):
         wheel = f"{name}-{version}-py3-none-any.whl"
         folder = files / "simple" / name
         folder.mkdir(parents=True, exist_ok=True)

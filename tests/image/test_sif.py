@@ -88,10 +88,7 @@ def squashfs(apptainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "etc" / "environment").write_text(ENVIRONMENT)
     programs = [shutil.which(name) or "" for name in ("sh", "env", "ls", "true", "touch", "cat")]
     libraries = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=True).stdout
-    for path in {
-        *programs,
-        *(word for word in libraries.split() if word.startswith("/") and word[-1] != ":"),
-    }:
+    for path in {*programs, *(word for word in libraries.split() if word.startswith("/") and word[-1] != ":")}:
         copy = root / ("bin/" + Path(path).name if path in programs else path.lstrip("/"))
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

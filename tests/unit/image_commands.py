@@ -109,11 +109,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     """An engine for amd64 with two images of the channel cpu and a foreign one."""
     pytest.importorskip("docker")
     found = Api(
-        {
-            "titan:cpu-amd64": inspected(),
-            "titan:cpu-arm64": inspected("arm64"),
-            "other:1": inspected(title=""),
-        },
+        {"titan:cpu-amd64": inspected(), "titan:cpu-arm64": inspected("arm64"), "other:1": inspected(title="")},
         exported(ABOUT),
     )
     engine = docker_engine.Engine(SimpleNamespace(api=found), "unix:///made-up.sock", "28.0", "amd64", "Debian")
