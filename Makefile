@@ -6,14 +6,15 @@ CHANNEL ?= nightly
 VENV ?= .venv
 VENV_02 ?= .venv-titan-0.2
 BIN := $(VENV)/bin
-PIP_FLAGS := --quiet --disable-pip-version-check
+# Bytecode of what is never imported, a minute per environment, is not made: Python makes what it imports.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 # A machine without NVIDIA's driver gets torch without CUDA packages.
 CPU_ONLY := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo yes)
 CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image test test-daemons test-others test-some lint docs bench clean
+.PHONY: help demo image install test test-daemons test-others test-some lint docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -26,7 +27,9 @@ demo: $(VENV)/.train ## train a tiny Llama 3 here with torchtitan, up to its res
 image: $(VENV)/.image ## build the container image of CHANNEL and write titan-CHANNEL-ARCH.sqsh
 	$(BIN)/launcher image build '$(CHANNEL)' $(if $(ARCH),--arch '$(ARCH)') --output . --force $(BUILD_FLAGS)
 
-test: $(VENV)/.dev $(VENV_02)/.train ## install what the tests need and run all of them
+install: $(VENV)/.dev $(VENV_02)/.train # both environments of the tests; --jobs=2 makes them side by side
+
+test: install ## install what the tests need and run all of them
 	tests/system-packages.sh
 	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(if $(TESTS),test-some,test-daemons test-others)
 

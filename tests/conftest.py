@@ -8,13 +8,15 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import IO
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from launcher.cli import main
 from launcher.image.squashfs_file import sidecar_path, superblock
@@ -26,8 +28,11 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 # A shell that starts the suite in the background lets it ignore Ctrl-C, and so everything that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("busy machine", deadline=None)
-settings.load_profile("busy machine")
+# LAUNCHER_TEST_THOROUGH=1: more examples of each property, and kills at every moment instead of one of a kind.
+THOROUGH = os.environ.get("LAUNCHER_TEST_THOROUGH") == "1"
+EXAMPLES = 500 if THOROUGH else 25
+settings.register_profile("usual", deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+settings.load_profile("usual")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -59,12 +64,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def launch(workplace: Path) -> Launch:
     """Runs `launcher ...` and returns what it did; never leaves a traceback unnoticed.
 
-    In this process, since starting Python is what takes the time. As one of its own with `alone`, for what kills it,
-    and where a variable is read while modules are imported.
+    In this process, since starting Python is what takes the time. In a copy of it with `alone`, for what kills it, and
+    in one that starts afresh where a variable is read while modules are imported.
     """
 
     def run(*arguments: str, timeout: float = 120, alone: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
-        if alone or any(name.startswith(("PYTHON", "HF_HUB")) for name in env):
+        if alone:
+            done = forked(*arguments, **env).end()
+        elif any(name.startswith(("PYTHON", "HF_HUB")) for name in env):
             done = subprocess.run(
                 [sys.executable, "-m", "launcher", *arguments],
                 capture_output=True,
@@ -83,28 +90,14 @@ def launch(workplace: Path) -> Launch:
 
 def in_process(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """What a process `launcher ...` would return: with its own descriptors 0 to 2 and environment."""
-    before, code = dict(os.environ), 0
+    before = dict(os.environ)
     detected.cache_clear()  # a process asks Slurm once
     streams = sys.stdin, sys.stdout, sys.stderr, sys.argv
     saved = [os.dup(number) for number in range(3)]
-    with open(os.devnull) as nothing, TemporaryFile() as out, TemporaryFile() as err:
+    with TemporaryFile() as out, TemporaryFile() as err:
         try:
-            for number, file in enumerate((nothing, out, err)):
-                os.dup2(file.fileno(), number)
-            sys.stdin, sys.stdout, sys.stderr = (
-                os.fdopen(number, mode, closefd=False, encoding="utf-8") for number, mode in enumerate("rww")
-            )
-            sys.argv = ["launcher", *arguments]
             os.environ.update(env)
-            try:
-                main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
+            code = _run(main, ["launcher", *arguments], out, err)
         finally:
             sys.stdin, sys.stdout, sys.stderr, sys.argv = streams
             for number, one in enumerate(saved):
@@ -112,10 +105,74 @@ def in_process(arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.C
                 os.close(one)
             os.environ.clear()
             os.environ.update(before)
-        out.seek(0)
-        err.seek(0)
-        said, complained = out.read().decode(), err.read().decode()
-    return subprocess.CompletedProcess(["launcher", *arguments], code, said, complained)
+        return subprocess.CompletedProcess(sys.argv, code, _text(out), _text(err))
+
+
+def _run(program: Callable[[], object], argv: Sequence[str], out: IO[bytes], err: IO[bytes]) -> int:
+    """The exit status of a program that is called with these descriptors 1 and 2 and these arguments."""
+    code = 0
+    with open(os.devnull) as nothing:
+        for number, descriptor in enumerate((nothing.fileno(), out.fileno(), err.fileno())):
+            os.dup2(descriptor, number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, closefd=False, encoding="utf-8") for number, mode in enumerate("rww")
+    )
+    sys.argv = list(argv)
+    try:
+        program()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode()
+
+
+class Forked:
+    """A process of its own that need not start Python and import everything again: a copy of this one.
+
+    It can be killed, limited and sent signals, and what it does to itself ends with it.
+    """
+
+    def __init__(self, program: Callable[[], object], argv: Sequence[str], env: Mapping[str, str]) -> None:
+        self._out, self._err = TemporaryFile(), TemporaryFile()  # noqa: SIM115 (closed by `end`)
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            variables = dict(env)
+            os.environ.clear()
+            os.environ.update(variables)
+            tempfile.tempdir = None  # TMPDIR is read once
+            detected.cache_clear()  # and Slurm is asked once
+            os._exit(_run(program, argv, self._out, self._err))
+        finally:
+            os._exit(70)  # never back into the tests
+
+    def running(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return os.pread(self._out.fileno(), 1 << 20, 0).decode()
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """Once it has ended. A returncode of -9 is SIGKILL, as subprocess says it."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        with self._out, self._err:
+            return subprocess.CompletedProcess([], code, _text(self._out), _text(self._err))
+
+
+def forked(*arguments: str, **env: str) -> Forked:
+    """`launcher ...` in a copy of this process."""
+    return Forked(main, ["launcher", *arguments], {**os.environ, **env})
 
 
 @pytest.fixture

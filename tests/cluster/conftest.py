@@ -1,5 +1,6 @@
 """Fixtures of the tests that need a real Slurm, and images that it can run."""
 
+import compileall
 import os
 import pwd
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from tests.cluster.slurm_cluster import Cluster, User, existing_cluster, missing_packages, running_cluster
 from tests.cluster.squashfs import build_small_image, missing_image_packages
-from tests.conftest import say_it_trains
+from tests.conftest import ROOT, say_it_trains
 from tests.image.images import CACHE, cpu_squashfs
 
 USER = "launcher-test"
@@ -60,6 +61,27 @@ def ordinary_user() -> User:
         _need_packages([] if shutil.which("useradd") else ["passwd"])
         subprocess.run(["useradd", "--create-home", "--shell", "/bin/bash", USER], check=True)
         return _account(USER)
+
+
+@pytest.fixture(scope="session")
+def app(ordinary_user: User) -> Iterator[Path]:
+    """The launcher and the packages that it needs, where every user and node can read them, with their bytecode.
+
+    An ordinary user could not keep it, and would compile all of it at each command.
+    """
+    import click
+    import jinja2
+
+    site = Path(click.__file__).parent.parent
+    assert site == Path(jinja2.__file__).parent.parent
+    ours = [ROOT / name for name in ("launcher", "slurm", "containers")]
+    theirs = ("click", "jinja2", "markupsafe", "tomlkit", "rich", "pygments", "markdown_it", "mdurl")
+    with tempfile.TemporaryDirectory(prefix="app-", dir=ordinary_user.home, ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o755)
+        for folder in (*ours, *(site / package for package in theirs)):
+            shutil.copytree(folder, Path(name) / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(name, quiet=1)
+        yield Path(name)
 
 
 @pytest.fixture

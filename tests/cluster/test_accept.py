@@ -30,8 +30,8 @@ ON_CPU = (
 
 
 @pytest.fixture
-def launch(slurm: Cluster, ordinary_user: User, user_dir: Path) -> Iterator[Launch]:
-    python = install(user_dir / "app", ordinary_user)
+def launch(slurm: Cluster, ordinary_user: User, app: Path, user_dir: Path) -> Iterator[Launch]:
+    python = install(user_dir / "app", app, ordinary_user)
     made = Launch(slurm, ordinary_user, user_dir, (python, "-m", "launcher"))
     (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES if slurm.gpus_per_node else "")
     yield made

@@ -23,12 +23,12 @@ NODE_UNFIT = 20
 
 
 @pytest.fixture
-def as_user(slurm: Cluster, user_dir: Path) -> Iterator[Launch]:
+def as_user(slurm: Cluster, app: Path, user_dir: Path) -> Iterator[Launch]:
     """`launcher ...` as root, who may mount something over a directory on one node."""
     if slurm.record is None or os.geteuid() != 0:
         pytest.skip("breaks a node: only on a cluster of the tests' own")
     user: User | None = None
-    made = Launch(slurm, user, user_dir, (install(user_dir / "app", user), "-m", "launcher"))
+    made = Launch(slurm, user, user_dir, (install(user_dir / "app", app, user), "-m", "launcher"))
     (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES)
     yield made
 

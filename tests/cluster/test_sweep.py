@@ -24,8 +24,8 @@ def sweep(image: Path) -> tuple[str | Path, ...]:
 
 
 @pytest.fixture
-def launch(slurm: Cluster, ordinary_user: User, user_dir: Path) -> Iterator[Launch]:
-    made = Launch(slurm, ordinary_user, user_dir, (install(user_dir / "app", ordinary_user), "-m", "launcher"))
+def launch(slurm: Cluster, ordinary_user: User, app: Path, user_dir: Path) -> Iterator[Launch]:
+    made = Launch(slurm, ordinary_user, user_dir, (install(user_dir / "app", app, ordinary_user), "-m", "launcher"))
     (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES if slurm.gpus_per_node else "")
     yield made
     for run in json.loads(made("list", "--json").stdout):

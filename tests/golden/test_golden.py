@@ -141,6 +141,17 @@ def test_what_a_profile_changes(gpu: str, runtime: str) -> None:
         assert all(f"APPTAINERENV_{name}={value}" in script for name, value in exports.items())
 
 
+@pytest.mark.parametrize("gpu", PROFILES)
+def test_each_recipe_is_a_job_on_each_profile(gpu: str) -> None:
+    for recipe in names_of("recipes"):
+        values = {"job.name": "r", "job.gpu": gpu, "job.recipe": recipe, "job.image": "/x.sqsh"}
+        values |= {"job.nodes": 8, "job.runs_dir": "/r"}
+        layers = [read_layer(find("profiles", gpu), ""), read_layer(find("recipes", recipe), "", gpu)]
+        spec = placed(merge([*layers, Layer(values, dict.fromkeys(values, "test"))]))
+        validate(spec)
+        assert f", recipe {recipe}." in render(spec)
+
+
 def test_no_file_is_left_over() -> None:
     assert sorted(p.stem for p in HERE.glob("*.sbatch")) == sorted(case[0] for case in CASES)
 

@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.base.errors import LauncherError
@@ -180,7 +180,6 @@ SPECIAL = [
 ]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(files=trees(), form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), size=st.integers(1, 70_000))
 @example(files=SPECIAL, form=tarfile.PAX_FORMAT, size=10_000)
 @example(files=SPECIAL, form=tarfile.GNU_FORMAT, size=10_000)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
@@ -240,7 +240,6 @@ SAMPLE = tar_of(
 )
 
 
-@settings(max_examples=300)
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(SAMPLE) - 1), st.integers(0, 255)), min_size=1, max_size=6),
     cut=st.integers(0, len(SAMPLE)),

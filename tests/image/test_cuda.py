@@ -95,7 +95,7 @@ def test_it_passes_every_check(stable: Path) -> None:
     assert {name for name, result in results.items() if result.status != "ok"} == {"byte code"}
     assert "/usr/lib/python3.11/" in results["byte code"].found and "/usr/local/" not in results["byte code"].found
     found = inspect(stable)
-    assert found.arch == "amd64" and set(found.quantization) == {"none", "float8", "mxfp8", "nvfp4"}
+    assert found.arch == "x86_64" and set(found.quantization) == {"none", "float8", "mxfp8", "nvfp4"}
 
 
 def inside(stable: Path, folder: Path, *words: str) -> str:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.stage import sample
+from tests.conftest import Forked
 from tests.unit.test_titan_command import LLAMA3_8B, changed, debug_node
 
 ROOT = Path(__file__).parent.parent.parent
 FAILED = 20
+STANDARD = {path for name, path in sysconfig.get_paths().items() if name in ("stdlib", "platstdlib")}
+STANDARD |= {f"{path}/lib-dynload" for path in STANDARD}
 
 FAKE_TORCH = """
 import os
@@ -89,15 +95,7 @@ class Place:
         return done
 
     def start_unchecked(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        job = self.run_dir / "job"
-        return subprocess.run(
-            # -S: without the packages of the environment that runs these tests
-            [sys.executable, "-S", job / "node.py", *(arguments or [job / "node.json"])],
-            env=self.environment(**env),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        return self.process(self.environment(**env), *arguments).end()
 
     def environment(self, **more: str) -> dict[str, str]:
         return {
@@ -109,6 +107,18 @@ class Place:
             "TMPDIR": str(self.run_dir.parent),
             **more,
         }
+
+    def process(self, env: Mapping[str, str], *arguments: str) -> Forked:
+        """The node's process, with the standard library and the packages of `site` alone."""
+        program = str(self.run_dir / "job" / "node.py")
+
+        def node() -> None:
+            sys.path[:] = [str(self.run_dir / "job"), str(self.site), *(p for p in sys.path if p in STANDARD)]
+            for name in [name for name in sys.modules if name.partition(".")[0] not in sys.stdlib_module_names]:
+                del sys.modules[name]
+            runpy.run_path(program, run_name="__main__")
+
+        return Forked(node, [program, *(arguments or [f"{self.run_dir}/job/node.json"])], env)
 
     def refused(self, *arguments: str, **env: str) -> str:
         """The FAIL line of a start that must fail, without anything having been started."""

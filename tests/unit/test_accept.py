@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.results.accept import About, Verdict, Word, as_dict, headline, judge
@@ -288,7 +288,6 @@ RESULTS = st.builds(
 RANK = {FAIL: 0, CANNOT_SAY: 1, PASS: 2}
 
 
-@settings(max_examples=200)
 @given(RESULTS, st.floats(0.01, 2), st.floats(0.01, 2), st.floats(0, 1))
 def test_the_rules_hold_for_any_result(result: Outcome, low: float, high: float, limit: float) -> None:
     low, high = sorted((low, high))

@@ -255,7 +255,7 @@ def crew(folder: Path, torch: str, count: int = 2) -> list[workers.Worker]:
 
 @pytest.mark.parametrize(
     ("torch", "limit_s", "said"),
-    [("dies", 30, "look: the worker ended with 7: libcudart.so: broken"), ("hangs", 1.0, "look: no answer within 1 s")],
+    [("dies", 30, "look: the worker ended with 7: libcudart.so: broken"), ("hangs", 0.2, "look: no answer within 0 s")],
 )
 def test_a_worker_that_dies_or_hangs(tmp_path: Path, torch: str, limit_s: float, said: str) -> None:
     made = crew(tmp_path, torch)

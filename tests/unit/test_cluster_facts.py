@@ -398,5 +398,6 @@ def test_a_topology_of_a_partitions_own() -> None:
     assert older.as_placed("short") is older
 
 
+@pytest.mark.parametrize(("text", "kind"), [("SwitchName=leaf1 Level=0 Nodes=a\n", "tree"), ("", "flat")])
 def test_a_partitions_topology_without_blocks(text: str, kind: str) -> None:
     assert parse.topology(text).kind == kind

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus
@@ -25,7 +25,6 @@ from tests.conftest import Launch
 from tests.unit.outcomes import outcome
 from tests.unit.test_read import Made, log
 
-unhurried = settings(deadline=None)  # a busy machine is no defect
 LAST = replace(outcome().series[-1], tflops=1038.4)
 WHOLE = outcome(series=(*outcome().series[:-1], LAST))
 SHORT = outcome(run="cut", step=40, state="FAILED", problems=("FAILED", "step 40 of 100"))
@@ -95,7 +94,6 @@ def test_markdown_has_the_published_columns_first() -> None:
     assert "|step 40 of 100 (FAILED)  loss:" in lines[3] and "|not a result|not a result|" in lines[3]
 
 
-@unhurried
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_names_cannot_break_a_table(name: str, problem: str) -> None:
     for runs in ([shape(run=name, gpu=name)], [shape(run=name, problems=(problem,))]):

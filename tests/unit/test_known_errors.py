@@ -14,7 +14,7 @@ from string import Formatter
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.logs import first_error, known_errors, steps
@@ -241,7 +241,6 @@ HARMLESS = (
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(HARMLESS) | st.text(max_size=60).map(lambda text: text + "\n"), max_size=12))
 def test_a_log_without_them_never_gets_a_cause(tmp_path: Path, lines: list[str]) -> None:
     """Whatever else a rank wrote before it raised something of its own."""

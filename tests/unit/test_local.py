@@ -130,6 +130,8 @@ def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workpl
     monkeypatch.setattr("launcher.scheduler.local.GRACE_S", 60.0)  # on a busy machine, looking for its ranks takes long
     start(f"echo $$ >{workplace}/pid; trap 'echo gone; exit 3' TERM; sleep 300 & wait")
     wait_until(launch, "RUNNING")
+    while not (workplace / "pid").exists():  # before, the script has no trap yet that writes an end
+        time.sleep(0.05)
     job = json.loads((workplace / "runs" / "r" / "job.json").read_text())
     assert os.getsid(int(job["job_id"])) == int(job["job_id"]) != os.getsid(0)
     assert [row["state"] for row in json.loads(launch("list", "--json").stdout)] == ["RUNNING"]
@@ -147,7 +149,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed(start, launch: Launch, workpla
     from launcher.scheduler import local
 
     start(f"trap '' TERM; echo $$ >{workplace}/pid; while :; do sleep 0.1; done")
-    while not (workplace / "pid").exists():
+    while not (workplace / "pid").exists() or not (workplace / "pid").read_text():
         time.sleep(0.05)
     trainer = local.identity(int((workplace / "pid").read_text()))
     monkeypatch.setattr(local, "GRACE_S", 0.4)
@@ -277,7 +279,7 @@ def test_the_ranks_of_a_run_that_is_named_through_a_link(start, launch: Launch, 
 
 def test_a_run_that_was_moved_keeps_its_job(start, launch: Launch, workplace: Path) -> None:
     start(f"echo $$ >{workplace}/pid; sleep 300")
-    while not (workplace / "pid").exists():  # the script has opened its files
+    while not (workplace / "pid").exists() or not (workplace / "pid").read_text():  # the script has opened its files
         time.sleep(0.05)
     (workplace / "runs" / "r").rename(workplace / "runs" / "moved")
     assert json.loads(launch("status", "moved", "--json").stdout)["state"] == "RUNNING"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.logs import first_error as errors
@@ -170,13 +170,11 @@ records = st.builds(
     time=st.just(TIME),
     rank=st.integers(0, 7),
 )
-unhurried = settings(deadline=None)  # a busy machine is no defect
 # Bytes that a log may hold between records, biased towards what could confuse the parser.
 pieces = [b"\n", b"\r", b"step:", b"validate ", PLAIN[:80], COLOURED[:150], PLAIN, b"x" * 3000]
 noise = st.lists(st.binary(max_size=40) | st.sampled_from(pieces), max_size=4).map(b"".join)
 
 
-@unhurried
 @given(record=records, colour=st.booleans(), digits=st.sampled_from([4, 5]))
 def test_what_torchtitan_prints_is_read_back(record: StepRecord, colour: bool, digits: int) -> None:
     found = parse_line(render(record, colour, digits))
@@ -190,14 +188,12 @@ def test_what_torchtitan_prints_is_read_back(record: StepRecord, colour: bool, d
     assert found.mfu_pct == (None if record.mfu_pct is None else float(f"{record.mfu_pct:.2f}"))
 
 
-@unhurried
 @given(st.binary(max_size=400) | noise)
 def test_arbitrary_bytes_never_raise(data: bytes) -> None:
     parse_line(data)
     plain_text(data)
 
 
-@unhurried
 @given(
     parts=st.lists(st.tuples(noise, records.map(render), st.sampled_from([b"\n", b"\r\n", b""])), max_size=4),
     cuts=st.lists(st.integers(0, 20_000), max_size=12),
@@ -300,7 +296,6 @@ def test_plain_text_cannot_drive_a_terminal(line: bytes, text: str) -> None:
     assert plain_text(line) == text
 
 
-@unhurried
 @given(st.binary(max_size=300) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_plain_text_has_no_control_characters_left(line: bytes) -> None:
     assert not re.search("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e]", plain_text(line))
@@ -432,7 +427,6 @@ def test_missing_files_and_good_logs_have_no_error(tmp_path: Path) -> None:
     assert first_error([*logs(tmp_path, node0=good), tmp_path / "absent"]) is None
 
 
-@unhurried
 @given(st.binary(max_size=600))
 def test_the_search_for_errors_never_raises(data: bytes) -> None:
     search = errors._Search()

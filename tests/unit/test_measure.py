@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.logs.steps import StepRecord
@@ -23,7 +23,6 @@ from launcher.results.measure import (
 )
 
 STEPS = [1, *range(10, 101, 10)]
-unhurried = settings(deadline=None)  # a busy machine is no defect
 
 
 def record(step: int, tps: float = 17581.0, **changes: float | int | None) -> StepRecord:
@@ -114,7 +113,6 @@ def test_old_logs_without_tflops() -> None:
     assert found.tflops is None and found.tps is not None and found.series[0].tflops is None
 
 
-@unhurried
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50))
 def test_the_spread_is_numpys(values: list[float]) -> None:
     numpy = pytest.importorskip("numpy")
@@ -138,7 +136,6 @@ def test_which_steps_torchtitan_logs(steps: int, log_freq: int) -> None:
     )
 
 
-@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.sampled_from(["a", "b", "gpu-007"]),

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import pytest
 
 from launcher.base.errors import ExitStatus
 from launcher.config.spec import Job, PlacedRun, node_config
-from tests.conftest import Launch
+from tests.conftest import Forked, Launch
 from tests.unit.node_place import FAILED, FAKE_TORCH, Place, started
+from tests.unit.test_submission import wait_for
 from tests.unit.test_titan_command import LLAMA3_8B, changed, debug_node
 
 # What speed.py asks of torch, without numbers in it, on a clock that only these calls move: however busy the machine
@@ -72,12 +73,11 @@ class Nodes(Place):
         """Every node's process, ended; `changes`: n1={...} are node 1's own variables, or its node.json."""
         done = []
         for process in self.begin(address, **changes):
-            out, err = process.communicate(timeout=120)
-            assert "Traceback" not in out + err, out + err
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+            done.append(process.end())
+            assert "Traceback" not in done[-1].stdout + done[-1].stderr, done[-1]
         return done
 
-    def begin(self, address: str = "127.0.0.1", **changes: dict[str, str]) -> list[subprocess.Popen[str]]:
+    def begin(self, address: str = "127.0.0.1", **changes: dict[str, str]) -> list[Forked]:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
@@ -96,10 +96,7 @@ class Nodes(Place):
             )
             env.update(own)
             Path(env["TMPDIR"]).mkdir(exist_ok=True)
-            command = [sys.executable, "-S", str(self.run_dir / "job" / "node.py"), node_json]
-            running.append(
-                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
+            running.append(self.process(env, node_json))
         return running
 
     def verdict(self) -> dict[str, Any]:
@@ -162,14 +159,9 @@ def test_what_is_wrong_on_one_node_stops_all_and_names_it(two: Nodes) -> None:
 def test_who_is_ended_because_another_has_ended_says_why_all_the_same(two: Nodes) -> None:
     """srun sends SIGTERM to all when the first one has ended with a code, and then tells of a signal."""
     first, second = two.begin(n1={"FAKE_TORCH_BROKEN": "1"})
-    assert first.stdout is not None
-    for line in first.stdout:
-        if line.startswith("titan-check: stop node=0"):
-            first.terminate()
-            break
-    assert [first.wait(120), second.wait(120)] == [FAILED, FAILED]
-    first.communicate()
-    second.communicate()
+    wait_for(lambda: "\ntitan-check: stop node=0" in "\n" + first.said())
+    os.kill(first.pid, signal.SIGTERM)
+    assert [first.end().returncode, second.end().returncode] == [FAILED, FAILED]
 
 
 def test_a_slow_rank_is_an_outlier(two: Nodes) -> None:

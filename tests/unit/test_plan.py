@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from launcher.plan import plan
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
 from launcher.titan.recipe import Recipe
-from tests.conftest import ROOT, Launch
+from tests.conftest import Launch
 from tests.unit.test_submission import Fake, slurm
 
 __all__ = ["slurm"]  # a fixture
@@ -30,15 +28,6 @@ wall time   6 min 48 s, of it 3 min 00 s assumed for the start; after the queue
 node-hours  1.02; --time 01:00:00 allows 9.00
 C4 files    36 of 1024: launcher stage c4 --to /data/c4 --files 36
 """
-
-
-@pytest.fixture
-def login_node(launch: Launch, workplace: Path) -> Launch:
-    """`launch` where torch cannot be imported: as there, and seconds faster."""
-    folder = workplace / "hidden" / "torch"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise ImportError\n")
-    return partial(launch, PYTHONPATH=f"{folder.parent}:{ROOT}")
 
 
 def a_spec(gpu: str = "GB200", nodes: int = 9, gpus: int = 4, time: str = "01:00:00", **recipe: Any) -> RunSpec:
@@ -153,18 +142,18 @@ def test_no_row_no_speed(spec: RunSpec, said: str) -> None:
     assert "null" in json.dumps(plan.as_dict(found))
 
 
-def test_the_wall_time_and_the_limit(login_node: Launch) -> None:
+def test_the_wall_time_and_the_limit(launch: Launch) -> None:
     found = plan.plan(a_spec(steps=10_000))
     assert found.wall_s == pytest.approx(10_000 * 5 * 8192 / 17975 + plan.START_S)  # as every GPU has its batch
     assert found.wall_s and found.node_hours == pytest.approx(9 * found.wall_s / 3600)
     accumulated = plan.plan(a_spec(steps=100, global_batch_size=360))
     assert accumulated.wall_s == pytest.approx(100 * 10 * 8192 / 17975 + plan.START_S)
-    done = login_node("plan", "--gpu", "gb200", "--nodes", "9", "--steps", "10000", "--time", "90")
+    done = launch("plan", "--gpu", "gb200", "--nodes", "9", "--steps", "10000", "--time", "90")
     assert "--time 90 allows 13.50: TOO SHORT, try --time 07:40:00" in done.stdout
 
 
-def test_for_people(login_node: Launch) -> None:
-    done = login_node("plan", "--gpu", "gb200", "--nodes", "9")
+def test_for_people(launch: Launch) -> None:
+    done = launch("plan", "--gpu", "gb200", "--nodes", "9")
     assert (
         done.returncode,
         done.stderr,
@@ -183,8 +172,8 @@ def test_json(launch: Launch) -> None:
     assert launch("plan", "--gpu", "h100", "--nodes", "0").returncode == 3
 
 
-def test_sample_data_needs_no_files_and_a_cpu_no_gpus_memory(login_node: Launch) -> None:
-    done = login_node("plan", "--gpu", "cpu", "--recipe", "debug")
+def test_sample_data_needs_no_files_and_a_cpu_no_gpus_memory(launch: Launch) -> None:
+    done = launch("plan", "--gpu", "cpu", "--recipe", "debug")
     assert "cannot say: no published row of CPU" in done.stdout and "C4" not in done.stdout
     assert "memory      cannot say" in done.stdout and "the formula is for a GPU's memory" in done.stdout
 
@@ -195,11 +184,11 @@ def test_a_gpu_of_unknown_memory_has_no_verdict() -> None:
     assert found.notes == ("how much memory a GB999 has is not known here",)
 
 
-def test_an_image_is_not_asked_for_in_any_runtime(login_node: Launch) -> None:
+def test_an_image_is_not_asked_for_in_any_runtime(launch: Launch) -> None:
     for arguments in (("--local", "--recipe", "debug"), ("--runtime", "bare"), ("--image", "nowhere.sqsh")):
-        done = login_node("plan", "--gpu", "cpu", *arguments)
+        done = launch("plan", "--gpu", "cpu", *arguments)
         assert done.returncode == 0, done.stderr
-    assert login_node("plan", "--gpu", "cpu", "--runtime", "bare", "--image", "x.sqsh").returncode == 3
+    assert launch("plan", "--gpu", "cpu", "--runtime", "bare", "--image", "x.sqsh").returncode == 3
 
 
 def test_submit_writes_the_prediction(launch: Launch, slurm: Fake, image: Any) -> None:

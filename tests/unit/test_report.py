@@ -13,7 +13,7 @@ from random import Random
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.base.output import plain
@@ -239,7 +239,6 @@ TREACHEROUS = st.one_of(
 
 
 @given(TREACHEROUS, TREACHEROUS)
-@settings(max_examples=60)
 def test_no_name_is_ever_markup(name: str, value: str) -> None:
     def named(name: str, value: str) -> Parsed:
         first = replace(

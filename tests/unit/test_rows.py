@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.base.mfu import mfu_text, peak_of
@@ -47,7 +47,6 @@ ON_THE_PAGE = [
     "|B200    |2 (16 GPU)                   |5         |step: 10  loss:  9.9256  grad_norm:  9.2181  "
     "memory: 161.51GiB(90.56%)  tps: 17,441  tflops: 1,010.08  mfu: 44.89%|",
 ]
-unhurried = settings(deadline=None)  # a busy machine is no defect
 
 
 def test_published_rows_in_the_published_form() -> None:
@@ -83,7 +82,6 @@ def test_mfu_always_has_its_peak(tflops: float | None, mfu: float | None, text: 
     assert mfu_text(mfu, peak_of(tflops, mfu)) == text
 
 
-@unhurried
 @given(peak=st.sampled_from([312.0, 989.0, 2250.0, 2500.0]), mfu=st.floats(5, 95))
 def test_the_peak_is_found_from_rounded_figures(peak: float, mfu: float) -> None:
     assert peak_of(round(mfu * peak / 100, 2), round(mfu, 2)) == peak

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
-import random
+import re
 import shutil
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.base.errors import ExitStatus
+from launcher.cli import main
 from launcher.runs.directory import remove_left_over
-from tests.conftest import Launch
-from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, start, wait_for
+from tests.conftest import THOROUGH, Forked, Launch, forked
+from tests.unit.test_submission import SBATCH, SUBMIT, Fake, jobs, slurm, wait_for
 
 __all__ = ["slurm"]  # a fixture
 
 SECRET = ("--env", "A_TOKEN=hunter2")
 SAMPLE = ("--recipe", "debug", "--data", "sample", "--tokenizer", "sample")  # takes a while to write
-KILLS = int(os.environ.get("LAUNCHER_TEST_KILLS", "20"))
 
 
 def holding(runs: Path) -> set[str]:
@@ -32,32 +36,72 @@ def holding(runs: Path) -> set[str]:
     return {path.relative_to(runs).parts[0] for path in files}
 
 
-def test_many_kills_double_lose_and_leave_nothing(launch: Launch, slurm: Fake, image: Path) -> None:
-    """LAUNCHER_TEST_KILLS=200 kills that many, spread over the whole start of a submission."""
-    runs, moments = image.parent / "runs", random.Random(7)
-    began = time.monotonic()
-    # In a process of its own, as those that are killed.
-    assert launch(*SUBMIT[:-1], "whole", *SECRET, *SAMPLE, alone=True).returncode == 0
-    whole_s = time.monotonic() - began
-    left: set[str] = set()
-    for number in range(KILLS):
-        process = start(*SUBMIT[:-1], f"k{number}", *SECRET, *SAMPLE)
-        time.sleep((1.4 - 1.2 * moments.random() ** 2) * whole_s)  # more of them where files are written
-        process.kill()
-        process.communicate()
-        time.sleep(0.1)  # an sbatch that was started goes on by itself
-        submitted = {line.split()[1].rpartition(".")[0] for line in jobs(image)}
-        left |= holding(runs) - submitted
-    time.sleep(0.5)
+def change(event: str, arguments: tuple[Any, ...], runs: Path) -> str:
+    """What Python is about to change below `runs`, as one word for all files that are written alike; else ""."""
+    if event == "subprocess.Popen":
+        return "sbatch" if str(arguments[0]).endswith("/sbatch") else ""
+    if event not in ("os.mkdir", "os.rename", "os.symlink", "os.remove", "open"):
+        return ""
+    if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        return ""
+    path = str(arguments[1 if event in ("os.rename", "os.symlink") else 0])
+    if not path.startswith(f"{runs}/"):
+        return ""
+    inside = Path(path).relative_to(runs).parts[1:2]
+    return f"{event} " + (re.sub(r"^[.](.*)[.][0-9a-f]{8}[.]tmp$", r"\1", inside[0]) if inside else "the run")
+
+
+def watched(arguments: Sequence[str], at: Callable[[str, tuple[Any, ...]], object]) -> subprocess.CompletedProcess[str]:
+    """What comes of `launcher ...` that calls `at` before each of Python's events."""
+
+    def program() -> None:
+        sys.addaudithook(at)
+        main()
+
+    return Forked(program, ["launcher", *arguments], os.environ).end()
+
+
+def test_killed_before_each_change_it_doubles_loses_and_leaves_nothing(
+    launch: Launch, slurm: Fake, image: Path
+) -> None:
+    """One kill before each kind of change; with the thorough profile before every single one."""
+    runs, seen = image.parent / "runs", image.parent / "changes"
+    runs.mkdir()
+    submit = (*SUBMIT[:-1], "whole", *SECRET, *SAMPLE)
+    with seen.open("a", buffering=1) as file:
+        noted = lambda event, arguments: (what := change(event, arguments, runs)) and file.write(f"{what}\n")  # noqa: E731
+        done = watched(submit, noted)
+    assert done.returncode == 0, done.stderr
+    changes = seen.read_text().splitlines()
+    moments = [n for n, what in enumerate(changes) if THOROUGH or what not in changes[:n]]
+    assert {"os.mkdir the run", "open secret.env", "os.rename the run", "sbatch", "os.rename job.json"} < set(changes)
+    for moment in moments:
+        name, before, what = f"k{moment}", changes[:moment], changes[moment]
+        passed = itertools.count()
+
+        def killed(event: str, arguments: tuple[Any, ...]) -> None:
+            if change(event, arguments, runs) == what and next(passed) == before.count(what):  # noqa: B023 (used at once)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert watched((*SUBMIT[:-1], name, *SECRET, *SAMPLE), killed).returncode == -signal.SIGKILL
+        submitted = [line for line in jobs(image) if f" {name}." in line]
+        assert len(submitted) == ("sbatch" in before)
+        status = launch("status", name, "--json")
+        if submitted:
+            assert json.loads(status.stdout)["job_id"] == submitted[0].split()[0]
+        elif "os.rename the run" in before:
+            assert json.loads(status.stdout)["state"] == "UNKNOWN"
+        else:
+            assert status.returncode == ExitStatus.NOT_FOUND
     for path in runs.glob(".k*"):
         os.utime(path, (0, 0))  # a younger one without secrets may have a maker that is about to lock it
     listed = {row["run"]: row["job_id"] for row in json.loads(launch("list", "--json").stdout)}
-    in_slurm = [(line.split()[1].rpartition(".")[0], line.split()[0]) for line in jobs(image)]
-    print(f"{KILLS} kills in {whole_s:.2f} s: {len(in_slurm) - 1} submitted, {len(left)} left a secret for a while")
-    assert len({name for name, _ in in_slurm}) == len(in_slurm), "doubled"
-    assert [(name, job_id) for name, job_id in in_slurm if listed.get(name) != job_id] == [], "lost"
-    assert holding(runs) == {name for name, _ in in_slurm}
+    in_slurm = {line.split()[1].rpartition(".")[0]: line.split()[0] for line in jobs(image)}
+    assert len(in_slurm) == len(jobs(image)), "doubled"
+    assert in_slurm.items() <= listed.items(), "lost"
+    assert holding(runs) == set(in_slurm)
     assert [path.name for path in runs.iterdir() if path.name.startswith(".")] == []
+    assert launch(*SUBMIT[:-1], f"k{moments[0]}").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -104,10 +148,10 @@ def cut_off(launch: Launch, slurm: Fake, image: Path) -> Path:
     """A run whose launcher and sbatch were killed before Slurm had it."""
     here = image.parent / "here"
     slurm("sbatch", f"echo $$ >{here}.new; mv {here}.new {here}; exec sleep 600")
-    process = start(*SUBMIT, *SECRET)
+    process = forked(*SUBMIT, *SECRET)
     wait_for(here.exists)
-    process.kill()
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    process.end()
     os.kill(int(here.read_text()), 9)
     slurm("sbatch", SBATCH)
     time.sleep(0.1)

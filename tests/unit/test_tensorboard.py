@@ -10,7 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.results import tensorboard
@@ -22,7 +22,6 @@ REAL = bytes.fromhex(
     "6172792e7772697465722e6576656e745f66696c655f7772697465721b402a3232000000000000002419"
     "56ec092759b6edd4c0da4110012a250a230a1c6c6f73735f6d6574726963732f676c6f62616c5f6176675f6c6f737315b4ee0041b322cdd5"
 )
-unhurried = settings(deadline=None)  # a busy machine is no defect
 
 
 def varint(value: int) -> bytes:
@@ -56,7 +55,6 @@ def test_a_real_file(tmp_path: Path) -> None:
     assert steps(tmp_path, REAL, "global_avg_loss") == {}, "another tag that ends so"
 
 
-@unhurried
 @given(st.lists(st.tuples(st.integers(0, 2**63 - 1), st.floats(width=32, allow_nan=False))), st.text(max_size=30))
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, values: list[tuple[int, float]], other: str
@@ -65,7 +63,6 @@ def test_what_is_written_is_read(
     assert steps(tmp_path_factory.mktemp("tb"), data) == dict(values)
 
 
-@unhurried
 @given(st.binary(max_size=300), st.integers(0, 400))
 def test_damage_ends_the_file_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, cut: int

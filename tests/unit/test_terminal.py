@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launcher.base import output
@@ -27,11 +27,11 @@ from launcher.base.errors import quoted
 from launcher.base.output import echo, plain, style
 from launcher.cli import main
 from launcher.image.squashfs_file import sidecar_path
-from tests.conftest import ROOT
+from tests.conftest import EXAMPLES, ROOT
 from tests.unit.bad_node_records import ECC, record
 from tests.unit.outcomes import write_run
 
-FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=EXAMPLES // 3)  # each runs twenty commands
 HOSTILE = [
     "\x1b]0;x\x07\x1b[31mrun\x1b[0m",  # a title, a colour
     "\x9b2J\x85\u2028\x08\x7f",  # C1, ends of lines, backspace
@@ -192,7 +192,6 @@ def typed(text: str, workplace: Path) -> list[list[str]]:
     return [block.split("\0")[:-1] for block in os.fsdecode(done.stdout).split("\n\0")[:-1]]
 
 
-@settings(max_examples=60, deadline=None)
 @given(NAMES)
 @example("\udcff1\x1b1'\\\u202e ")
 def test_a_quoted_word_is_read_back_and_is_not_changed_when_printed(name: str) -> None:
