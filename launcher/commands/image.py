@@ -1,5 +1,4 @@
-"""The commands `launcher image ...`: what they take and what they print. The work is done by the modules beside this
-one.
+"""The commands `launcher image ...`: what they take and what they print.
 
 Progress goes to standard error; standard output has the names of what was made, one per line, or JSON.
 """
@@ -37,7 +36,7 @@ from launcher.image.inspect import inspect, problems
 from launcher.image.lock import pinned
 from launcher.image.sif import sif
 from launcher.image.squashfs_file import ImageFacts, sidecar_path
-from launcher.image.squashfs_tools import FORMATS, program
+from launcher.image.squashfs_tools import FORMATS, need
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -59,57 +58,35 @@ def is_reference(name: str) -> bool:
     return _REFERENCE.fullmatch(name) is not None
 
 
-def image_name(_context: click.Context | None, parameter: click.Parameter | None, value: str | None) -> str:
+def image_name(_context: click.Context, parameter: click.Parameter, value: str | None) -> str:
     """An image of the engine, which would take ../../containers/json for a request; "" where none is given.
 
     No name that an image gets has a digest; to push to one that is empty is an error.
     """
-    option = parameter.name if parameter else ""
-    if value is None or (value == "" and option in ("tag", "base")):
+    if value is None or (value == "" and parameter.name in ("tag", "base")):
         return ""
-    if not is_reference(value) or ("@" in value and option in ("tag", "reference")):
+    if not is_reference(value) or ("@" in value and parameter.name in ("tag", "reference")):
         what = f"{value[:200]!r} is not the name of an image, such as titan:stable-amd64"
         raise click.BadParameter(what, param=parameter)
     return value
 
 
-class FileOrImage(FilePath):
+def file_or_image(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """A squashfs, or an image of the engine."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        if value and is_file(path := os.path.expanduser(value)):
-            return super().convert(path, parameter, context)
-        return image_name(context, parameter, value)
+    return value if is_file(value) else image_name(context, parameter, value)
 
 
-class SquashfsFile(FilePath):
+def _squashfs(status: ExitStatus = ExitStatus.INVALID) -> Decorator:
     """A squashfs; for what names an image of the engine, the command that makes one of it."""
 
-    def __init__(self, status: ExitStatus = ExitStatus.INVALID) -> None:
-        super().__init__(path_type=Path)
-        self._status = status
+    def refuse_image(_context: click.Context, _parameter: click.Parameter, value: str) -> Path:
+        if not os.path.lexists(value) and not is_file(value) and is_reference(value):
+            what = f"{value}: no such file; an image of the Docker engine is no file yet"
+            fix = f"launcher image check {quoted(value)}, or: launcher image convert {quoted(value)}"
+            raise LauncherError("image-not-a-file", what, fix, status=status)
+        return Path(value)
 
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        if not os.path.lexists(value) and not is_file(str(value)) and is_reference(str(value)):
-            name = quoted(value)
-            raise LauncherError(
-                "image-not-a-file",
-                f"{value}: no such file; an image of the Docker engine is no file yet",
-                f"launcher image check {name}, or: launcher image convert {name}",
-                status=self._status,
-            )
-        return super().convert(value, parameter, context)
-
-
-class TargetPath(FilePath):
-    """Where a file is written. With a slash at its end it has to be a directory: a Path forgets that slash."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        path = super().convert(value, parameter, context)
-        if str(value).endswith("/") and not os.path.isdir(path):
-            fix = f"mkdir -p {quoted(path)}, or a file's name without the slash"
-            raise LauncherError("directory-missing", f"{value}: no such directory", fix, status=ExitStatus.FILESYSTEM)
-        return path
+    return click.argument("file", type=FilePath(), callback=refuse_image, metavar="FILE.sqsh")
 
 
 def no_password(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -130,16 +107,19 @@ def file_name(about: Mapping[str, Any]) -> str:
     return f"{title}-{about['Architecture']}.sqsh" if known else ""
 
 
-def target_path(output: Path | None, name: str, force: bool) -> Path:
+def target_path(output: str | None, name: str, force: bool) -> Path:
     """`output`, or in it `name` where it is a directory; the working directory by default.
 
     Raises LauncherError where nothing could be written, and for a file that exists unless `force`.
     """
-    path = output or Path()
+    path = Path(output or ".")
     if path.is_dir():
         if not name:
             raise click.UsageError("The image does not say which channel it is: name the file with -o FILE.")
         path /= name
+    elif str(output).endswith("/"):  # which a Path forgets
+        fix = f"mkdir -p {quoted(path)}, or a file's name without the slash"
+        raise LauncherError("directory-missing", f"{output}: no such directory", fix, status=ExitStatus.FILESYSTEM)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise filesystem_error(path, OSError(errno.EACCES if path.parent.is_dir() else errno.ENOENT, ""), "-o PATH")
     if os.path.lexists(path) and not (path.is_file() or path.is_symlink()):
@@ -185,33 +165,34 @@ def _arch(default: str | None, about: str) -> Decorator:
 
 
 def _output(about: str, *, directory: bool = True) -> Decorator:
-    kind = TargetPath(path_type=Path, dir_okay=directory)
-    return click.option("--output", "-o", type=kind, metavar="PATH", help=about)
+    return click.option("--output", "-o", type=FilePath(dir_okay=directory), metavar="PATH", help=about)
+
+
+def _image_option(name: str, metavar: str, about: str) -> Decorator:
+    return click.option(name, default="", metavar=metavar, callback=image_name, help=about)
 
 
 # ------------------------------------------------------------------------------------------- the commands
 
 
-@click.command("build", cls=_WithChannels)
+@click.group()
+def image() -> None:
+    """Build, convert, inspect and check the image that jobs run in.
+
+    \b
+    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
+    launcher image inspect titan-cpu-amd64.sqsh         what is in it
+    """
+
+
+@image.command("build", cls=_WithChannels)
 @_channel
 @_arch(None, "the Docker engine's own")
 @_output("Also convert it: a directory, which gets titan-CHANNEL-ARCH.sqsh, or a file's name.")
 @_purpose
 @_force
-@click.option(
-    "--tag",
-    default="",
-    metavar="NAME:TAG",
-    callback=image_name,
-    help="Its name in the engine.  [default: titan:CHANNEL-ARCH]",
-)
-@click.option(
-    "--base",
-    default="",
-    metavar="IMAGE",
-    callback=image_name,
-    help="Base image in place of the channel's own.",
-)
+@_image_option("--tag", "NAME:TAG", "Its name in the engine.  [default: titan:CHANNEL-ARCH]")
+@_image_option("--base", "IMAGE", "Base image in place of the channel's own.")
 @click.option(
     "--lock",
     "lock_file",
@@ -232,14 +213,7 @@ def _output(about: str, *, directory: bool = True) -> Decorator:
 )
 @as_json
 def build_command(
-    channel: str,
-    arch: str | None,
-    output: Path | None,
-    purpose: str,
-    force: bool,
-    reference: str,
-    as_json: bool,
-    **options: Any,
+    channel: str, arch: str | None, output: str | None, purpose: str, force: bool, as_json: bool, **options: Any
 ) -> None:
     """Build a channel's image with the Docker engine.
 
@@ -251,20 +225,22 @@ def build_command(
     launcher image build stable --arch all --push registry.example.com/titan:stable
     """
     channel_of(channel)
+    reference = options.pop("reference")
     engine = docker_engine.connect()
     arches = building.arches(arch or "", engine)
-    if len(arches) > 1 and (options["tag"] or options["lock_file"] or (output and not output.is_dir())):
+    if len(arches) > 1 and (options["tag"] or options["lock_file"] or (output and not os.path.isdir(output))):
         raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
-        program("mksquashfs")
+        need("mksquashfs")
+        need("unsquashfs")
         files = {arch: target_path(output, f"titan-{channel}-{arch}.sqsh", force) for arch in arches}
     built = []
     for arch in arches:
-        image = building.build(channel, arch, engine=engine, say=say, **options)
+        image = building.build(channel, arch, engine=engine, **options)
         built.append(image)
         if arch in files:
-            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose], say=say)
+            convert_image(image.tag, files[arch], engine=engine, fmt=FORMATS[purpose])
     pushed = _push(built, reference, engine) if reference else None
     if as_json:
         names = {arch: click.format_filename(path) for arch, path in files.items()}
@@ -279,19 +255,19 @@ def build_command(
 
 
 def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
-    pushed = [registry.push(image.tag, reference, engine=engine, say=say) for image in built]
-    digest = registry.manifest_list(reference, pushed, engine=engine, say=say)
+    pushed = [registry.push(image.tag, reference, engine=engine) for image in built]
+    digest = registry.manifest_list(reference, pushed, engine=engine)
     return {"reference": reference, "digest": digest, "images": [asdict(one) for one in pushed]}
 
 
-@click.command("convert")
+@image.command("convert")
 @click.argument("image", callback=image_name)
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sqsh]")
 @_purpose
 @gone("--with", "leave it out: the conversion needs no enroot")
 @_force
 @as_json
-def convert_command(image: str, output: Path | None, purpose: str, force: bool, as_json: bool) -> None:
+def convert_command(image: str, output: str | None, purpose: str, force: bool, as_json: bool) -> None:
     """Turn an IMAGE of the engine into a squashfs for Pyxis.
 
     Nothing is unpacked, and neither enroot nor root is needed. Beside the file comes FILE.json: what is in it.
@@ -303,15 +279,15 @@ def convert_command(image: str, output: Path | None, purpose: str, force: bool, 
     engine = docker_engine.connect()
     about = docker_engine.inspect(engine, image)
     path = target_path(output, file_name(about), force)
-    convert_image(image, path, engine=engine, fmt=FORMATS[purpose], say=say)
+    convert_image(image, path, engine=engine, fmt=FORMATS[purpose])
     if as_json:
         print_json({"path": click.format_filename(path), **(read_json(sidecar_path(path)) or {})})
     else:
         echo(str(path))
 
 
-@click.command("inspect")
-@click.argument("file", type=SquashfsFile(), metavar="FILE.sqsh")
+@image.command("inspect")
+@_squashfs()
 @click.option(
     "--gpu",
     metavar="PROFILE",
@@ -354,21 +330,21 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
 
 def _print_facts(facts: ImageFacts) -> None:
     sources = {"sidecar": f"{Path(facts.path).name}.json", "image": "the image's own /etc/titan-image.json"}
-    driver = f"{facts.driver_min} or newer" if facts.driver_min else ""
-    rows = {"architecture": facts.arch or "unknown", "channel": facts.channel}
-    rows |= {name: value or "none" for name, value in facts.versions.items()}
-    rows |= {"driver": driver, "GPUs": " ".join(facts.sm), "quantization": " ".join(facts.quantization)}
-    rows |= {"known from": sources.get(facts.source, "the files in it")}
+    rows = {
+        "architecture": facts.arch or "unknown",
+        "channel": facts.channel,
+        **{name: value or "none" for name, value in facts.versions.items()},
+        "driver": f"{facts.driver_min} or newer" if facts.driver_min else "",
+        "GPUs": " ".join(facts.sm),
+        "quantization": " ".join(facts.quantization),
+        "known from": sources.get(facts.source, "the files in it"),
+    }
     echo(f"{facts.path}: squashfs, {facts.compressor}, {facts.bytes / 1e6:,.1f} MB")
-    for name, value in rows.items():
-        if value:
-            echo(f"  {name:13} {value}")
-    for note in facts.notes:
-        echo(f"  {note}")
+    echo(*(f"  {name:13} {value}" for name, value in rows.items() if value), *(f"  {note}" for note in facts.notes))
 
 
-@click.command("check")
-@click.argument("image", metavar="IMAGE|FILE.sqsh", type=FileOrImage())
+@image.command("check")
+@click.argument("image", metavar="IMAGE|FILE.sqsh", type=FilePath(), callback=file_or_image)
 @click.option("--timeout", type=click.IntRange(min=1), default=900, metavar="SECONDS", show_default=True)
 @as_json
 def check_command(image: str, timeout: int, as_json: bool) -> None:
@@ -395,13 +371,13 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
         sys.exit(ExitStatus.INVALID)
 
 
-@click.command("lock", cls=_WithChannels)
+@image.command("lock", cls=_WithChannels)
 @_channel
 @_arch("all", "all")
 @_torch_index
 @_output("Lock file.  [default: containers/locks/CHANNEL-ARCH.txt]", directory=False)
 @as_json
-def lock_command(channel: str, arch: str, torch_index: str | None, output: Path | None, as_json: bool) -> None:
+def lock_command(channel: str, arch: str, torch_index: str | None, output: str | None, as_json: bool) -> None:
     """Pin the newest packages of a channel, with hashes.
 
     They are the newest that CHANNEL (default: nightly) allows. The old lock is replaced.
@@ -415,23 +391,22 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: Path 
         raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
     rows = []
     for arch in arches:
-        path = locking.lock(channel, arch, torch_index=torch_index, output=output, say=say)
+        path = locking.lock(channel, arch, torch_index=torch_index, output=Path(output) if output else None)
         packages = pinned(path.read_text(encoding="utf-8"))
-        row = {"channel": channel, "arch": arch, "path": click.format_filename(path), "packages": packages}
-        rows.append(row)
+        rows.append({"channel": channel, "arch": arch, "path": click.format_filename(path), "packages": packages})
     if as_json:
         print_json(rows)
     else:
         echo(*(str(row["path"]) for row in rows))
 
 
-@click.command("sif")
-@click.argument("file", type=SquashfsFile(ExitStatus.USAGE), metavar="FILE.sqsh")
+@image.command("sif")
+@_squashfs(ExitStatus.USAGE)
 @_output("The file, or a directory for it.  [default: titan-CHANNEL-ARCH.sif]")
 @_force
 @gone("--recipe", "make a squashfs where Docker is, then: launcher image sif FILE.sqsh", is_flag=True)
 @as_json
-def sif_command(file: Path, output: Path | None, force: bool, as_json: bool) -> None:
+def sif_command(file: Path, output: str | None, force: bool, as_json: bool) -> None:
     """Make a file for Apptainer.
 
     From a squashfs, for clusters without Pyxis.
@@ -440,22 +415,8 @@ def sif_command(file: Path, output: Path | None, force: bool, as_json: bool) -> 
     launcher image sif titan-stable-amd64.sqsh
     launcher submit --image titan-stable-amd64.sif --runtime apptainer
     """
-    made = sif(file, target_path(output, f"{file.stem}.sif", force), say=say)
+    made = sif(file, target_path(output, f"{file.stem}.sif", force))
     if as_json:
         print_json({"path": click.format_filename(made), "bytes": made.stat().st_size})
     else:
         echo(str(made))
-
-
-@click.group()
-def image() -> None:
-    """Build, convert, inspect and check the image that jobs run in.
-
-    \b
-    launcher image build cpu -o .                       build it and write titan-cpu-amd64.sqsh
-    launcher image inspect titan-cpu-amd64.sqsh         what is in it
-    """
-
-
-for _command in (build_command, convert_command, inspect_command, check_command, lock_command, sif_command):
-    image.add_command(_command)

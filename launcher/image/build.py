@@ -4,25 +4,26 @@ checkout.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.files import data_dir
+from launcher.base.output import say
 from launcher.base.values import whole
 from launcher.image import ARCHES
 from launcher.image import engine as docker_engine
-from launcher.image.channels import Channel, channel, docker_arch, lock_path
+from launcher.image.channels import Channel, channel, lock_path
+from launcher.image.convert import source_date
 from launcher.image.engine import Engine
 from launcher.image.lock import lock, need_lock, pinned
+from launcher.image.squashfs_tools import TAIL, run
 
 _IN_IMAGE = ("check.py", "describe.py", "channels.toml")
 
@@ -40,11 +41,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "{package} of the lock {lock} is not to be had any more, or not for the base image's Python",
         "launcher image lock {channel} --arch {arch}",
     ),
-    (
-        r"no space left on device",
-        "the disk of the Docker engine is full",
-        "docker system df; docker system prune",
-    ),
+    (r"no space left on device", "the disk of the Docker engine is full", "docker system df; docker system prune"),
     (
         r"Cannot connect to the Docker daemon|error during connect|unexpected EOF",
         "the Docker engine stopped answering",
@@ -106,15 +103,13 @@ def arches(value: str, engine: Engine) -> list[str]:
 
     Raises LauncherError where the engine cannot run one of them, before anything is built.
     """
-    chosen = list(ARCHES) if value == "all" else [docker_arch(value or engine.arch)]
+    chosen = list(ARCHES) if value == "all" else [value or engine.arch]
     for arch in chosen:
+        if arch not in ARCHES:
+            what, fix = f"there is no architecture {arch!r}", f"one of {', '.join(ARCHES)}"
+            raise LauncherError("name-unknown", what, fix, status=ExitStatus.USAGE)
         docker_engine.need_arch(engine, arch)
     return chosen
-
-
-def image_tag(name: str, arch: str) -> str:
-    """What the image is called in the engine."""
-    return f"titan:{name}-{arch}"
 
 
 def build(
@@ -129,49 +124,43 @@ def build(
     index_url: str = "",
     network: str = "",
     no_cache: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Built:
     """Builds channel `name` for `arch` (the engine's own where empty) and returns what came out.
 
     `base` replaces the channel's base image, `lock_file` its lock, `torch_index` (empty: none) and `index_url`
     the places that packages come from, `network` is Docker's word for the network of the build's steps.
-    Where there is no lock yet, it is made first. `say` gets what will be done, then every line of the build.
+    Where there is no lock yet, it is made first. What will be done is said, then every line of the build.
     Raises LauncherError with the cause, when it is a known one, and the last lines of the build.
     """
     chosen = channel(name)
-    (arch,) = arches(arch or engine.arch, engine)
-    tag = tag or image_tag(name, arch)
+    (arch,) = arches(arch, engine)
+    tag = tag or f"titan:{name}-{arch}"
     base = base or chosen.base
-    index = chosen.torch_index if torch_index is None else torch_index
     locked = lock_file or lock_path(name, arch)
     if lock_file:
         need_lock(lock_file, f"launcher image lock {name} --arch {arch}")
     elif not locked.is_file():
         say(f"channel {name} has no lock for {arch} yet")
-        locked = lock(name, arch, torch_index=torch_index, say=say)
-    arguments = build_arguments(chosen, base=base, index=index, index_url=index_url)
-    labels = {
-        "org.opencontainers.image.base.name": base,
-        "org.opencontainers.image.version": version(locked),
-    }
-    say(
-        f"building {tag} for {arch}{'' if arch == engine.arch else ' (emulated: 6 to 13 times slower)'} on {base}, "
-        f"{len(pinned(locked.read_text(encoding='utf-8')))} packages of {locked}"
-    )
+        locked = lock(name, arch, torch_index=torch_index)
+    arguments = build_arguments(chosen, base=base, index=torch_index, index_url=index_url)
+    packages = len(pinned(locked.read_text(encoding="utf-8")))
+    emulated = "" if arch == engine.arch else " (emulated: 6 to 13 times slower)"
+    say(f"building {tag} for {arch}{emulated} on {base}, {packages} packages of {locked}")
     say(f"Docker engine {engine.version} at {engine.host}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="titan-build-") as folder:
+        _fill(Path(folder), locked, f"{name}-{arch}.txt")
         command = ["build", "--force-rm", f"--tag={tag}"]
         command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
-        command += [f"--label={key}={value}" for key, value in labels.items()]
+        command += [f"--label=org.opencontainers.image.base.name={base}"]
+        command += [f"--label=org.opencontainers.image.version={version(locked)}"]
         command += [f"--network={network}"] if network else []
         command += ["--no-cache"] if no_cache else []
         # Not said where it goes without saying: `docker import` may have written the wrong architecture.
         command += [] if arch == engine.arch else [f"--platform=linux/{arch}"]
-        code, output = docker_engine.command(engine, [*command, str(_context(Path(folder), name, arch, locked))], say)
+        code, output = docker_engine.command(engine, [*command, folder], say)
     if code:
-        text = "\n".join(output.splitlines()[-60:])
-        raise _explain(text, channel=name, arch=arch, base=base, lock=str(locked))
+        raise _explain("\n".join(output.splitlines()[-60:]), name, arch, base, locked)
     found = docker_engine.inspect(engine, tag)
     built = Built(name, arch, tag, str(found["Id"]), int(found["Size"]), time.monotonic() - started)
     say(f"built {tag}, {built.bytes / 1e9:.1f} GB, {built.seconds:.0f} s: {built.image_id}")
@@ -196,28 +185,18 @@ def build_arguments(
 
 def created() -> str:
     """The time that the image carries, as RFC 3339: SOURCE_DATE_EPOCH, else the commit's; empty without both."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "") or _git("log", "-1", "--format=%ct")
-    if not epoch:
-        return ""
-    if whole(epoch) is None:
-        raise LauncherError(
-            "source-date-epoch",
-            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds",
-            "export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)",
-        )
-    return datetime.fromtimestamp(int(epoch), UTC).isoformat().replace("+00:00", "Z")
+    seconds = source_date()
+    if seconds is None:
+        seconds = whole(_git("log", "-1", "--format=%ct"))
+    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def _git(*arguments: str) -> str:
     """What git says about the checkout that the Dockerfile is in; empty outside one."""
-    folder = dockerfile().parent
-    if not (folder / ".git").exists():
-        return ""
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    with suppress(LauncherError):
+        ran = run(["git", f"--git-dir={dockerfile().with_name('.git')}", *arguments], TAIL)
+        return "" if ran.code else ran.out.decode().strip()
+    return ""
 
 
 def dockerfile() -> Path:
@@ -231,48 +210,32 @@ def version(locked: Path) -> str:
     return f"{found.get('torchtitan', 'none')}-torch{found.get('torch', 'none')}".replace("+", "_")
 
 
-def _context(folder: Path, name: str, arch: str, locked: Path) -> Path:
+def _fill(folder: Path, locked: Path, lock_name: str) -> None:
     """Only what the Dockerfile copies, so that nothing else of the checkout is sent or spoils the cache."""
     try:
         (folder / "containers" / "locks").mkdir(parents=True)
         shutil.copyfile(dockerfile(), folder / "Dockerfile")
-        shutil.copyfile(locked, folder / "containers" / "locks" / f"{name}-{arch}.txt")
+        shutil.copyfile(locked, folder / "containers" / "locks" / lock_name)
         for file in _IN_IMAGE:
             shutil.copyfile(data_dir("containers") / file, folder / "containers" / file)
     except OSError as error:
-        raise LauncherError(
-            "build-context",
-            f"cannot put together what the build needs: {error}",
-            "check TMPDIR and the checkout",
-            status=ExitStatus.FILESYSTEM,
-        ) from error
-    return folder
+        what, fix = f"cannot put together what the build needs: {error}", "check TMPDIR and the checkout"
+        raise LauncherError("build-context", what, fix, status=ExitStatus.FILESYSTEM) from error
 
 
-def _explain(text: str, **values: str) -> LauncherError:
+def _explain(text: str, channel: str, arch: str, base: str, lock: Path) -> LauncherError:
     """The error of a failed build: the first known cause in its last lines, and those lines."""
+    what, fix = "the build of channel {channel} for {arch} failed", "read the last lines below"
+    package = ""
+    for pattern, cause, remedy in _CAUSES:
+        if match := re.search(pattern, text, re.IGNORECASE):
+            what, fix = cause, remedy
+            # Of a hash that does not match pip prints the requirement, then the one that was expected.
+            printed = re.search(r"^\s*(\S+) from \S+:?\s*(?:\(from .*\))?:?\s*$", text, re.MULTILINE)
+            package = next(filter(None, match.groupdict().values()), printed[1] if printed else "see below")
+            break
+    values = {"channel": channel, "arch": arch, "base": base, "lock": lock, "package": package}
     tail = "\n".join(text.splitlines()[-25:])
-    for pattern, what, fix in _CAUSES:
-        match = re.search(pattern, text, re.IGNORECASE)
-        if match:
-            package = next(filter(None, match.groupdict().values()), "") or _package(text)
-            return LauncherError(
-                "build-failed",
-                what.format(package=package, **values),
-                fix.format(**values),
-                status=ExitStatus.ERROR,
-                original=tail,
-            )
     return LauncherError(
-        "build-failed",
-        f"the build of channel {values['channel']} for {values['arch']} failed",
-        "read the last lines below",
-        status=ExitStatus.ERROR,
-        original=tail,
+        "build-failed", what.format(**values), fix.format(**values), status=ExitStatus.ERROR, original=tail
     )
-
-
-def _package(text: str) -> str:
-    """The package whose hash pip did not find: the first requirement that it prints with the expected hash."""
-    match = re.search(r"^\s*(\S+==\S+|\S+) from \S+:?\s*(?:\(from .*\))?:?\s*$", text, re.MULTILINE)
-    return match[1] if match else "see below"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.files import data_dir
-from launcher.image import ARCHES
 
 
 @dataclass(frozen=True)
@@ -20,47 +18,28 @@ class Channel:
     about: str
     base: str
     python: str  # "3.12"
-    packages: tuple[str, ...]
+    packages: list[str]
     max_gb: float  # 10^9 bytes, unpacked
     torch_index: str = ""
-    from_torch_index: tuple[str, ...] = ()
+    from_torch_index: list[str] = field(default_factory=list)
     record_urls: bool = False
-    quantization: tuple[str, ...] = ()
+    quantization: list[str] = field(default_factory=list)
     cuda: str = ""  # "13.0"; empty: no CUDA
 
 
 def channels() -> dict[str, Channel]:
     """All of them, in the order of the file."""
-    with (data_dir("containers") / "channels.toml").open("rb") as stream:
-        tables = tomllib.load(stream)
-    found = {}
-    for name, table in tables.items():
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-        found[name] = Channel(name, **values)
-    return found
+    tables = tomllib.loads((data_dir("containers") / "channels.toml").read_text(encoding="utf-8"))
+    return {name: Channel(name, **table) for name, table in tables.items()}
 
 
 def channel(name: str) -> Channel:
     """The channel of that name. Raises LauncherError with the list where there is none."""
     known = channels()
     if name not in known:
-        raise LauncherError(
-            "name-unknown",
-            f"there is no channel {name!r}",
-            f"one of {', '.join(known)}",
-            status=ExitStatus.NOT_FOUND,
-        )
+        fix = f"one of {', '.join(known)}"
+        raise LauncherError("name-unknown", f"there is no channel {name!r}", fix, status=ExitStatus.NOT_FOUND)
     return known[name]
-
-
-def docker_arch(name: str) -> str:
-    """Docker's word for an architecture, from Docker's or uname's. Raises LauncherError for any other."""
-    for docker, uname in ARCHES.items():
-        if name in (docker, uname):
-            return docker
-    raise LauncherError(
-        "name-unknown", f"there is no architecture {name!r}", f"one of {', '.join(ARCHES)}", status=ExitStatus.USAGE
-    )
 
 
 def lock_path(name: str, arch: str) -> Path:

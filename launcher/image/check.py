@@ -19,8 +19,9 @@ from launcher.image.squashfs_tools import TAIL, Ran, Tree, run
 
 # The first half prepares the root directory $1, the second half runs what stands on standard input in it. All of it in
 # namespaces of its own: nothing stays mounted, whatever happens, and there is no network.
-_PATH = "PATH=$PATH:/usr/sbin:/sbin\n"  # an ordinary user's may lack chroot and mount
+# An ordinary user's PATH may lack chroot and mount.
 _ENTER = r"""
+PATH=$PATH:/usr/sbin:/sbin
 mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && mount -t tmpfs tmpfs "$1/tmp" || exit 126
 exec chroot "$1" /usr/bin/env -i /bin/sh -c '
 while IFS= read -r line; do
@@ -44,33 +45,24 @@ class Checked:
     found: str
 
 
-def check(
-    image: str,
-    *,
-    engine: Engine | None = None,
-    timeout_s: float = 900,
-) -> list[Checked]:
+def check(image: str, *, engine: Engine | None = None, timeout_s: float = 900) -> list[Checked]:
     """Every check, in the order of containers/check.py.
 
     `image` is the path of a squashfs (it holds a slash, ends in .sqsh, or exists) or an image of the engine.
     Raises LauncherError where the checks could not be run at all; a failed check is no error here.
     """
-    program = (data_dir("containers") / "check.py").read_bytes()
+    program = (data_dir("containers") / "check.py").read_text(encoding="utf-8")
     if is_file(image):
-        ran = _in_squashfs(Path(image), program, timeout_s)
+        ran = _in_squashfs(Path(image), program.encode(), timeout_s)
     else:
-        command = ["python3", "-B", "/tmp/titan-check.py", "--json"]
-        files = {"titan-check.py": program}
-        ran = docker_engine.run(engine or docker_engine.connect(), image, command, files=files, timeout_s=timeout_s)
+        command = ["python3", "-B", "-c", program, "--json"]
+        ran = docker_engine.run(engine or docker_engine.connect(), image, command, timeout_s=timeout_s)
     results = _read(ran.out)
     if results is None or ran.cut:
         more = f"it printed more than {docker_engine.OUTPUT >> 20} MiB" if ran.cut else f"code {ran.code}"
-        raise LauncherError(
-            "image-check",
-            f"the checks did not run in {image} ({more})",
-            "an image that `launcher image build` made has Python 3.11 or newer",
-            original=ran.err or ran.out[-2000:].decode(errors="replace"),
-        )
+        words = ran.err or ran.out[-2000:].decode(errors="replace")
+        fix = "an image that `launcher image build` made has Python 3.11 or newer"
+        raise LauncherError("image-check", f"the checks did not run in {image} ({more})", fix, original=words)
     return results
 
 
@@ -100,7 +92,7 @@ def _in_squashfs(path: Path, program: bytes, timeout_s: float) -> Ran:
         root = Path(folder) / "root"
         try:
             tree.unpack(root, timeout_s)
-            command = [*namespaces, "sh", "-c", _PATH + _ENTER, "sh", str(root)]
+            command = [*namespaces, "sh", "-c", _ENTER, "sh", str(root)]
             return run(command, docker_engine.OUTPUT, stdin=program, timeout_s=timeout_s)
         finally:
             with suppress(OSError):  # no chmod must not hide what went wrong before

@@ -4,14 +4,11 @@ the docker command, which knows BuildKit and lists of images.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import signal
 import subprocess
-import tarfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,30 +45,16 @@ def connect() -> Engine:
         import docker
         import requests
     except ImportError as error:
-        raise LauncherError(
-            "package-missing",
-            "images are built through docker-py, which is not installed",
-            install("image"),
-            status=ExitStatus.ERROR,
-        ) from error
+        what = "images are built through docker-py, which is not installed"
+        raise LauncherError("package-missing", what, install("image"), status=ExitStatus.ERROR) from error
     host = os.environ.get("DOCKER_HOST") or _context_host() or DEFAULT_HOST
     try:
-        # No answer to a question takes long; a build has no limit of its own.
-        # ssh:// by the program ssh, which knows the user's keys, agent and jump hosts; docker-py itself knows few of
-        # them.
-        client = docker.DockerClient.from_env(
-            timeout=60,
-            environment=os.environ | {"DOCKER_HOST": host},
-            use_ssh_client=host.startswith("ssh://"),
-        )
+        # ssh:// by the program ssh, which knows the user's keys, agent and jump hosts; docker-py knows few of them.
+        environment, ssh = os.environ | {"DOCKER_HOST": host}, host.startswith("ssh://")
+        client = docker.DockerClient.from_env(timeout=60, environment=environment, use_ssh_client=ssh)
         version = client.version()
         system = str(client.info().get("OperatingSystem", ""))
-    except (
-        docker.errors.DockerException,
-        requests.exceptions.RequestException,
-        ValueError,
-        OSError,
-    ) as error:
+    except (docker.errors.DockerException, requests.exceptions.RequestException, ValueError, OSError) as error:
         raise _unreachable(host, str(error)) from error
     return Engine(client, host, version["Version"], version["Arch"], system)
 
@@ -89,26 +72,17 @@ def _context_host() -> str:
 
 def _unreachable(host: str, reason: str) -> LauncherError:
     if "Permission denied" in reason or "PermissionError" in reason:
-        return LauncherError(
-            "docker-denied",
-            f"this user may not use the Docker engine at {host}",
-            'sudo usermod -aG docker "$USER" && newgrp docker',
-            status=ExitStatus.ERROR,
-            original=reason,
-        )
+        what = f"this user may not use the Docker engine at {host}"
+        fix = 'sudo usermod -aG docker "$USER" && newgrp docker'
+        return LauncherError("docker-denied", what, fix, status=ExitStatus.ERROR, original=reason)
     if "paramiko" in reason:  # docker-py imports it for every ssh:// address, also where it calls ssh
-        return LauncherError(
-            "package-missing",
-            f"the Docker engine at {host} is reached through docker-py's ssh part, which is not installed",
-            "pip install 'docker[ssh]'",
-            status=ExitStatus.ERROR,
-        )
+        what = f"the Docker engine at {host} is reached through docker-py's ssh part, which is not installed"
+        return LauncherError("package-missing", what, "pip install 'docker[ssh]'", status=ExitStatus.ERROR)
     fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
     if os.environ.get("DOCKER_HOST"):
         fix = "check DOCKER_HOST (unix:///path, ssh://user@machine, tcp://machine:port), or: unset DOCKER_HOST"
-    return LauncherError(
-        "docker-silent", f"no Docker engine answers at {host}", fix, status=ExitStatus.ERROR, original=reason
-    )
+    what = f"no Docker engine answers at {host}"
+    return LauncherError("docker-silent", what, fix, status=ExitStatus.ERROR, original=reason)
 
 
 # ------------------------------------------------------------------------------------ architectures
@@ -192,17 +166,12 @@ def asking(engine: Engine, refusal: str, status: ExitStatus = ExitStatus.ERROR) 
     try:
         yield
     except docker.errors.APIError as error:
-        raise LauncherError(
-            "docker-refused", refusal, status=status, original=str(error.explanation or error)
-        ) from error
+        words = str(error.explanation or error)
+        raise LauncherError("docker-refused", refusal, status=status, original=words) from error
     except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
-        raise LauncherError(
-            "docker-silent",
-            f"the Docker engine at {engine.host} stopped answering",
-            "sudo systemctl status docker; df -h /var/lib/docker",
-            status=ExitStatus.ERROR,
-            original=str(error),
-        ) from error
+        what = f"the Docker engine at {engine.host} stopped answering"
+        fix = "sudo systemctl status docker; df -h /var/lib/docker"
+        raise LauncherError("docker-silent", what, fix, status=ExitStatus.ERROR, original=str(error)) from error
 
 
 def inspect(engine: Engine, image: str) -> dict[str, Any]:
@@ -213,29 +182,23 @@ def inspect(engine: Engine, image: str) -> dict[str, Any]:
         try:
             found: dict[str, Any] = engine.client.api.inspect_image(image)
         except docker.errors.ImageNotFound as error:
-            raise LauncherError(
-                "image-missing",
-                f"the Docker engine at {engine.host} has no image {image!r}",
-                "docker images; or build it: launcher image build stable",
-                status=ExitStatus.NOT_FOUND,
-            ) from error
+            what = f"the Docker engine at {engine.host} has no image {image!r}"
+            fix = "docker images; or build it: launcher image build stable"
+            raise LauncherError("image-missing", what, fix, status=ExitStatus.NOT_FOUND) from error
     return found
 
 
-def export(engine: Engine, image: str) -> Iterator[bytes]:
+def export(engine: Engine, image: str) -> Generator[bytes]:
     """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
     # An image without a command needs one to be made.
     with _container(engine, image, ["/nothing"]) as name, asking(engine, f"the Docker engine does not export {image}"):
         yield from engine.client.api.export(name, chunk_size=1 << 20)
 
 
-def run(
-    engine: Engine, image: str, command: list[str], *, files: dict[str, bytes] | None = None, timeout_s: float = 900
-) -> Ran:
+def run(engine: Engine, image: str, command: list[str], *, timeout_s: float = 900) -> Ran:
     """Runs a command in a new container without a network; of what it prints OUTPUT bytes at most are kept.
 
-    `files` are put into its /tmp first: that works with an engine on another machine too. The image's
-    entrypoint is left out. Raises LauncherError where the command cannot start or does not end.
+    The image's entrypoint is left out. Raises LauncherError where the command cannot start or does not end.
     """
     import requests
 
@@ -243,8 +206,6 @@ def run(
     refusal = f"{command[0]} does not start in {image}"
     try:
         with _container(engine, image, command) as name, asking(engine, refusal, ExitStatus.INVALID):
-            if files:
-                api.put_archive(name, "/tmp", _tar(files))
             api.start(name)
             try:
                 code = int(api.wait(name, timeout=timeout_s)["StatusCode"])
@@ -275,65 +236,30 @@ def run(
 @contextmanager
 def _container(engine: Engine, image: str, command: list[str]) -> Iterator[str]:
     """A container, by a name that is known before the engine makes it: whatever comes between, it is removed."""
-    inspect(engine, image)
-    name = f"titan-launcher-{os.urandom(8).hex()}"
-    try:
-        with _ctrl_c_waits():
-            _create(engine, image, command, name)
-        yield name
-    finally:
-        _remove(engine, name)
-
-
-def _remove(engine: Engine, container: str) -> None:
-    """An engine that is gone, or a container that is, must not hide why."""
     import docker
     import requests
 
-    with suppress(docker.errors.DockerException, requests.exceptions.RequestException), _ctrl_c_waits():
-        engine.client.api.remove_container(container, force=True, v=True)
-
-
-def _create(engine: Engine, image: str, command: list[str], name: str) -> None:
-    from docker.types import LogConfig
-
+    inspect(engine, image)
+    api, name = engine.client.api, f"titan-launcher-{os.urandom(8).hex()}"
     # What a container prints lies on the engine's disk until it is removed.
-    log = LogConfig(type="json-file", config={"max-size": "16m"})
-    with asking(engine, f"the Docker engine makes no container of {image!r}"):
-        settings = engine.client.api.create_host_config(network_mode="none", log_config=log)
-        engine.client.api.create_container(image, command, name=name, entrypoint=[], host_config=settings)
-
-
-def _tar(files: dict[str, bytes]) -> bytes:
-    """These names with these contents."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            entry.mode = 0o644
-            archive.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
+    log = docker.types.LogConfig(type="json-file", config={"max-size": "16m"})
+    try:
+        with _ctrl_c_waits(), asking(engine, f"the Docker engine makes no container of {image!r}"):
+            settings = api.create_host_config(network_mode="none", log_config=log)
+            api.create_container(image, command, name=name, entrypoint=[], host_config=settings)
+        yield name
+    finally:
+        # An engine that is gone, or a container that is, must not hide why.
+        with suppress(docker.errors.DockerException, requests.exceptions.RequestException), _ctrl_c_waits():
+            api.remove_container(name, force=True, v=True)
 
 
 @contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
     """Lets a call to the engine end before Ctrl-C counts: one that is broken off may make its container later than
-    that is removed. The second Ctrl-C counts at once."""
-    came: list[int] = []
-
-    def handler(number: int, _frame: Any) -> None:
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # gets no signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
+    that is removed."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

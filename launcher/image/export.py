@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.values import parse_json
-from launcher.image import ARCHES
-from launcher.image.squashfs_file import METADATA, elf_machine, follow
 
 PIECE = 64 * 1024  # larger writes into a pipe cost several times the CPU
 BLOCK = tarfile.BLOCKSIZE
@@ -22,7 +19,7 @@ NAME_MAX = 255  # mksquashfs truncates longer ones with no more than a warning
 # `docker create` makes these anew for every container; their times would make every conversion different.
 MADE_BY_ENGINE = ("dev", "etc", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf", "proc", "sys")
 
-HEADER_MAX = 1 << 20  # bytes of a header that continues another one, and of the image's metadata
+HEADER_MAX = 1 << 20  # bytes of a header that continues another one
 # Headers that say more of the next one.
 _CONTINUED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -39,38 +36,30 @@ class ImageConfig:
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
-    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Report:
     """What `rewrite` met on its way; complete when its iterator is."""
 
-    arch: str = ""  # uname's word, from the header of /bin/sh: `docker import` labels every image as the host's
     unpacked_bytes: int = 0
     cleared: int = 0  # setuid and setgid bits, file capabilities
     devices: int = 0  # outside /dev
     root_only: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # variables that one line cannot hold
-    links: dict[str, str] = field(default_factory=dict)
-    programs: dict[str, str] = field(default_factory=dict)  # executable file -> architecture, "" for scripts
-    metadata: dict[str, Any] = field(default_factory=dict)  # what the image says of itself
 
 
 # --- enroot's files ---------------------------------------------------------------------------------------------
 
 
-def enroot_files(config: ImageConfig) -> tuple[dict[str, str], list[str]]:
-    """The four files by which enroot and Pyxis start an image, and the names of variables that could not be kept.
+def enroot_files(config: ImageConfig) -> dict[str, str]:
+    """The four files by which enroot and Pyxis start an image. A variable with a line break cannot be kept.
 
     enroot replaces $NAME in /etc/environment and /etc/fstab by its own environment, also in images that it makes.
     """
     command = shlex.join(config.entrypoint + config.cmd or ("/bin/sh",))
     given = f'{shlex.join(config.entrypoint)} "$@"'.lstrip()
     directory = shlex.quote(config.working_dir or "/")
-    comments = [f"image {config.image_id}", *(f"{k} {v}" for k, v in sorted(config.labels.items()))]
-    start = "".join(f"# {' '.join(comment.split())}\n" for comment in comments)
-    start += f"""
+    start = f"""# image {config.image_id}
 mkdir -p {directory} 2>/dev/null
 cd {directory} && unset OLDPWD || exit 1
 
@@ -87,13 +76,12 @@ exec {command}
     kept = [line for line in config.env if "\n" not in line and "=" in line]
     escapes = str.maketrans({"\\": "\\134", " ": "\\040", "\t": "\\011", "\n": "\\012"})
     mounts = [volume.translate(escapes) for volume in config.volumes if volume.startswith("/")]
-    files = {
+    return {
         "etc/rc": start,
         "etc/rc.local": "# Read by /etc/rc when the container starts; here the command may still be changed.\n",
         "etc/environment": "".join(f"{line}\n" for line in kept),
         "etc/fstab": "".join(f"${{ENROOT_ROOTFS}}{m} {m} none x-create=dir,bind,rw,nosuid,nodev\n" for m in mounts),
     }
-    return files, [line.split("=")[0] for line in config.env if line not in kept]
 
 
 # --- the tar stream -----------------------------------------------------------------------------------------------
@@ -130,12 +118,8 @@ class _Stream:
             while not self._rest:
                 try:
                     self._rest = memoryview(next(self._chunks))
-                except LauncherError:
-                    raise
                 except StopIteration:
                     raise _damaged("it broke off in the middle") from None
-                except Exception as error:  # of the engine, its client or the network
-                    raise _damaged(f"{type(error).__name__}: {error}") from error
             piece = self._rest[: min(size, PIECE)]
             self._rest = self._rest[len(piece) :]
             self._at += len(piece)
@@ -171,9 +155,12 @@ class _Stream:
 
 def _damaged(how: str) -> LauncherError:
     what = f"the image's export is incomplete or damaged: {how}"
-    return LauncherError(
-        "export-broken", what, "is the engine up? docker info; then the same command again", status=ExitStatus.ERROR
-    )
+    fix = "is the engine up? docker info; then the same command again"
+    return LauncherError("export-broken", what, fix, status=ExitStatus.ERROR)
+
+
+def unfit(what: str) -> LauncherError:
+    return LauncherError("image-content", what, "change it in the image, and convert it again")
 
 
 def _padded(size: int) -> int:
@@ -184,11 +171,9 @@ def _path(name: str) -> str:
     """A tar's name without its leading ./ and trailing slash; refuses what no file system holds."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise LauncherError("image-content", f"the image's export has a name that leads out of it: {name!r}")
+        raise unfit(f"the image's export has a name that leads out of it: {name!r}")
     if long := [part for part in parts if len(part.encode("utf-8", "surrogateescape")) > NAME_MAX]:
-        raise LauncherError(
-            "image-content", f"a file name longer than {NAME_MAX} bytes: {long[0]!r}", "rename it in the image"
-        )
+        raise unfit(f"a file name longer than {NAME_MAX} bytes: {long[0]!r}")
     return "/".join(parts)
 
 
@@ -200,19 +185,20 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
     by which anybody on the node acts as that user. Each file keeps its time: a new one makes its .pyc stale.
     """
     stream = _Stream(export)
-    own, report.left_out = enroot_files(config)
+    own = enroot_files(config)
     replaced = {*own, ".dockerenv"}
     parts = _path(config.working_dir).split("/")
     fixed_time = {*MADE_BY_ENGINE, *("/".join(parts[:n]) for n in range(1, len(parts) + 1))}
     directories = {""}
     devices: set[str] = set()
+    links: set[str] = set()
     names: set[str] = set()  # memory grows with the number of files, not with their size
 
     def header(info: tarfile.TarInfo, name: str) -> Iterator[bytes]:
         """After those of directories that the export does not list: mksquashfs would give them the time of day."""
         parent = name.rpartition("/")[0]
-        if parent in report.links:
-            raise LauncherError("image-content", f"/{name} is below the link /{parent}")
+        if parent in links:
+            raise unfit(f"/{name} is below the link /{parent}")
         if parent not in directories:
             made = tarfile.TarInfo()
             made.type, made.mode, made.mtime = tarfile.DIRTYPE, 0o755, config.created
@@ -226,20 +212,23 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
 
     for info in stream.members():
         name, target = _path(info.name), _path(info.linkname) if info.islnk() else info.linkname
-        _refuse_strange(info, name)
+        if info.issparse() or any(key.startswith("GNU.sparse") for key in info.pax_headers):
+            raise unfit(f"/{name}: stored as a sparse file, which engines do not export")
+        if info.type not in tarfile.SUPPORTED_TYPES:
+            raise unfit(f"/{name}: an entry of unknown type {info.type!r} in the image's export")
         if info.isreg():
             info.type = tarfile.REGTYPE
         else:
             info.size = 0
         if info.islnk() and target in replaced:
-            raise LauncherError("image-content", f"/{name} is a hard link to /{target}, which the conversion replaces")
+            raise unfit(f"/{name} is a hard link to /{target}, which the conversion replaces")
         # With these mksquashfs 4.5 crashes, or leaves a file out without a word.
         if info.islnk() and (target not in names or target in directories):
             raise _damaged(f"/{name} is a hard link to /{target}, and no file of that name came before it")
         if name in names and not info.isdir():
             raise _damaged(f"/{name} comes twice")
         if info.isdir() and name in replaced:
-            raise LauncherError("image-content", f"/{name} is a directory; enroot needs a file of that name")
+            raise unfit(f"/{name} is a directory; enroot needs a file of that name")
         names.add(name)
         if name.startswith("dev/") or info.ischr() or info.isblk() or (info.islnk() and target in devices):
             report.devices += not name.startswith("dev/")
@@ -247,28 +236,13 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
         if name in devices or name in replaced or name in directories:
             continue
         info.linkname = target
-        _note(report, info, name)
+        if info.issym() or (info.islnk() and target in links):
+            links.add(name)
+        elif not info.islnk():
+            _note(report, info, name)
         yield from header(info, name)
-        if not (info.isreg() and info.size):
-            continue
-        if name == METADATA and info.size > HEADER_MAX:
-            raise _damaged(f"/{name} has {info.size:,} bytes")
-        first = stream.read(_padded(info.size) if name == METADATA else BLOCK)
-        if name == METADATA:
-            report.metadata = _metadata(first[: info.size])
-        elif info.mode & 0o111:
-            report.programs[name] = elf_machine(first)
-        yield first
-        yield from stream.pieces(_padded(info.size) - len(first))
+        yield from stream.pieces(_padded(info.size))
 
-    shell = follow("bin/sh", report.links)
-    if shell not in report.programs:
-        raise LauncherError(
-            "image-content",
-            "the image has no /bin/sh, and Pyxis starts every container by it",
-            "add a shell, or a base image with one",
-        )
-    report.arch = report.programs[shell] or ARCHES.get(config.arch, config.arch)
     for name, text in own.items():
         data = text.encode("utf-8", "surrogateescape")
         made = tarfile.TarInfo()
@@ -279,27 +253,8 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
     yield bytes(2 * BLOCK)
 
 
-def _refuse_strange(info: tarfile.TarInfo, name: str) -> None:
-    if info.issparse() or any(key.startswith("GNU.sparse") for key in info.pax_headers):
-        raise LauncherError(
-            "image-content", f"/{name}: stored as a sparse file", "use the engine's export, not tar --sparse"
-        )
-    known = info.isreg() or info.isdir() or info.issym() or info.islnk() or info.isfifo() or info.isdev()
-    if not known:
-        raise LauncherError("image-content", f"/{name}: an entry of unknown type {info.type!r} in the image's export")
-
-
 def _note(report: Report, info: tarfile.TarInfo, name: str) -> None:
-    """Takes away what must not travel, and remembers what is said or checked at the end."""
-    if info.issym():
-        report.links[name] = info.linkname
-        return
-    if info.islnk():
-        if info.linkname in report.programs:
-            report.programs[name] = report.programs[info.linkname]
-        elif info.linkname in report.links:
-            report.links[name] = report.links[info.linkname]
-        return
+    """Takes away what must not travel, and counts what is said at the end."""
     report.unpacked_bytes += info.size
     if info.isdir():
         info.mode |= 0o700  # otherwise enroot's unpacking stops halfway, or its removal does
@@ -309,11 +264,3 @@ def _note(report: Report, info: tarfile.TarInfo, name: str) -> None:
     readable = 0o005 if info.isdir() else 0o004
     if info.mode & readable != readable:
         report.root_only.append(name)
-
-
-def _metadata(data: bytes) -> dict[str, Any]:
-    try:
-        value = parse_json(data)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

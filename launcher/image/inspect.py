@@ -6,6 +6,7 @@ The sidecar file answers at once; else /etc/titan-image.json inside; else what t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def inspect(path: Path, *, required: bool = True) -> ImageFacts:
             raise
         note = f"nothing here can look into it: {INSTALL}"
         return ImageFacts(str(path), "", "superblock", block.compressor, block.file_size, notes=(note,))
-    if about := _description(tree):
+    if about := description(tree):
         return described(path, block, about, "image")
     return _guess(path, block, tree)
 
@@ -74,7 +75,7 @@ def embedded_metadata(path: Path) -> dict[str, Any] | None:
         tree = Tree(path)
     except LauncherError:
         return None
-    return _description(tree)
+    return description(tree)
 
 
 def problems(
@@ -100,23 +101,15 @@ def problems(
     if profile_device != "cuda":
         return found
     if facts.versions.get("torch") and facts.versions.get("cuda", "unknown") is None:
-        found.append(
-            (
-                f"torch {facts.versions['torch']} in the image is built without CUDA",
-                "launcher image build stable, or --gpu cpu",
-            )
-        )
+        what = f"torch {facts.versions['torch']} in the image is built without CUDA"
+        found.append((what, "launcher image build stable, or --gpu cpu"))
     if why := _cannot_quantize(facts, quantize):
         able = [name for name, ours in channels().items() if ours.cuda and quantize in ("none", *ours.quantization)]
         other = "" if quantize == "none" else "; or a recipe that does not quantize"
         found.append((why, f"launcher image build {'|'.join(able)}{other}"))
     if is_too_old(driver, facts):
-        found.append(
-            (
-                f"{needed_driver(facts)}, the nodes have {driver}",
-                "an image with an older CUDA, or a newer driver: nvidia-smi on a node; or NVIDIA's cuda-compat",
-            )
-        )
+        fix = "an image with an older CUDA, or a newer driver: nvidia-smi on a node; or NVIDIA's cuda-compat"
+        found.append((f"{needed_driver(facts)}, the nodes have {driver}", fix))
     return found
 
 
@@ -139,16 +132,16 @@ def is_too_old(driver: str, facts: ImageFacts) -> bool:
 def needed_driver(facts: ImageFacts) -> str:
     """Which driver the image needs, in words; "" where that is not known."""
     cuda = facts.versions.get("cuda")
-    return (
-        f"{f'CUDA {cuda} in the' if cuda else 'the'} image needs driver {facts.driver_min}" if facts.driver_min else ""
-    )
+    who = f"CUDA {cuda} in the image" if cuda else "the image"
+    return f"{who} needs driver {facts.driver_min}" if facts.driver_min else ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version))
 
 
-def _description(tree: Tree) -> dict[str, Any] | None:
+def description(tree: Tree) -> dict[str, Any] | None:
+    """What an image says of itself in /etc/titan-image.json; None where this launcher does not understand it."""
     try:
         value = parse_json(tree.read(METADATA, METADATA_BYTES) or b"null")
     except ValueError:
@@ -156,17 +149,21 @@ def _description(tree: Tree) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and is_metadata(value) else None
 
 
+def architecture(tree: Tree, names: set[str], links: Mapping[str, str]) -> str:
+    """uname's word, from the header of a program; "" where there is none."""
+    for program in PROGRAMS:
+        real = follow(program, links)
+        if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):
+            return arch
+    return ""
+
+
 def _guess(path: Path, block: Superblock, tree: Tree) -> ImageFacts:
     """An image that somebody else made."""
     names, links = tree.entries()
     versions, notes = _versions(tree, names)
-    arch = ""
-    loaders = sorted(name for name in names if re.fullmatch(r"(usr/)?lib(64)?/ld-linux[^/]*", name))[:8]
-    for program in (*PROGRAMS, *loaders):
-        real = follow(program, links)
-        if real in names and (arch := elf_machine(tree.read(real, HEAD) or b"")):
-            break
-    else:
+    arch = architecture(tree, names, links)
+    if not arch:
         notes.append("its architecture is unknown: no program that it could be read from")
     cuda = versions.get("cuda")
     return ImageFacts(
@@ -198,13 +195,11 @@ def _versions(tree: Tree, names: set[str]) -> tuple[dict[str, str | None], list[
         notes.append(f"torch is there more than once; /{order[0]} was read, not {', '.join(more)}")
     if cuda := versions.get("cuda"):
         versions["cuda"] = ".".join(cuda.split(".")[:2])
-    if order and (text := tree.read(f"{order[0]}/torch/version.py", 1 << 16)):
-        said = re.search(rb"^cuda\b[^=\n]*=\s*(?:None|['\"](\d+\.\d+)[^'\"]*['\"])", text, re.M)
-        if said:
-            versions["cuda"] = said[1].decode() if said[1] else None
-    if not versions.get("torchtitan") and (
-        source := sorted(name for name in names if name.endswith("/torchtitan/train.py"))
-    ):
+    text = tree.read(f"{order[0]}/torch/version.py", 1 << 16) if order else None
+    if said := re.search(rb"^cuda\b[^=\n]*=\s*(?:None|['\"](\d+\.\d+)[^'\"]*['\"])", text or b"", re.M):
+        versions["cuda"] = said[1].decode() if said[1] else None
+    source = sorted(name for name in names if name.endswith("/torchtitan/train.py"))
+    if source and not versions.get("torchtitan"):
         versions["torchtitan"] = "unknown"
         notes.append(f"torchtitan is not installed, but its source is there: /{source[0]}")
     pythons = [re.search(r"python(3\.\d+)(?=/|$)", name) for name in [*order[:1], *sorted(names)]]

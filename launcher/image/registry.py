@@ -8,11 +8,12 @@ which is in every docker command, needs neither buildx nor a running engine, and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.output import say
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine, asking
 
@@ -31,11 +32,11 @@ class Pushed:
     reference: str  # registry.example.com/titan:stable-arm64
 
 
-def push(tag: str, reference: str, *, engine: Engine, say: Callable[[str], None]) -> Pushed:
+def push(tag: str, reference: str, *, engine: Engine) -> Pushed:
     """Pushes the engine's image `tag` to `reference`, whose tag gets the architecture as its end.
 
     A registry keeps what has a tag: titan:stable becomes titan:stable-arm64, and titan:stable stays as it is until
-    `manifest_list`. `say` gets a line when a layer begins and when it is there.
+    `manifest_list`. It is said when a layer begins and when it is there.
     Raises LauncherError: no such image, no login, no answer.
     """
     import docker
@@ -49,7 +50,7 @@ def push(tag: str, reference: str, *, engine: Engine, say: Callable[[str], None]
     with asking(engine, f"the Docker engine did not push {tag}"):
         try:
             api.tag(tag, repository, arch_tag)
-            error, digest = _follow(api.push(repository, arch_tag, stream=True, decode=True), say)
+            error, digest = _follow(api.push(repository, arch_tag, stream=True, decode=True))
         except docker.errors.APIError as problem:
             error, digest = str(problem.explanation or problem), ""
     if error or not digest:
@@ -58,7 +59,7 @@ def push(tag: str, reference: str, *, engine: Engine, say: Callable[[str], None]
     return Pushed(arch, digest, target)
 
 
-def manifest_list(reference: str, pushed: Sequence[Pushed], *, engine: Engine, say: Callable[[str], None]) -> str:
+def manifest_list(reference: str, pushed: Sequence[Pushed], *, engine: Engine) -> str:
     """Makes `reference` the list of these images, by their digests, and returns the list's own digest."""
     repository, list_tag = _parse(reference)
     target = f"{repository}:{list_tag}"
@@ -90,7 +91,7 @@ def _parse(reference: str) -> tuple[str, str]:
     return repository, tag or "latest"
 
 
-def _follow(answers: Any, say: Callable[[str], None]) -> tuple[str, str]:
+def _follow(answers: Any) -> tuple[str, str]:
     """The error and the digest in the stream of a push; a line for each layer that begins or ends."""
     error = digest = ""
     last: dict[str, str] = {}

@@ -13,39 +13,33 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
-from launcher.base.files import filesystem_error
+from launcher.base.output import say
 from launcher.image.convert import beside
 from launcher.image.inspect import inspect
 from launcher.image.squashfs_tools import FORMATS, Tree
 
 INSTALL = "https://apptainer.org/docs/admin/latest/installation.html, or: sudo apt-get install apptainer"
 
-ENVIRONMENT_BYTES = 1 << 20
 
-
-def sif(squashfs: Path, output: Path, *, say: Callable[[str], None] = lambda line: None) -> Path:
+def sif(squashfs: Path, output: Path) -> Path:
     """Writes `output`, a SIF, from a squashfs of `launcher image convert`.
 
     The image's environment, which the squashfs keeps in /etc/environment, becomes the SIF's; its versions become
     labels. Nothing stands under the final name before Apptainer has built it, shown its labels and run `true` in it.
     Raises LauncherError for no spython, no Apptainer, no squashfs, and for what Apptainer refuses, in its words.
     """
-    with _spython() as client, tempfile.TemporaryDirectory(prefix="titan-sif-") as folder:
+    with _spython() as client, tempfile.TemporaryDirectory(prefix="titan-sif-") as folder, beside(output) as target:
         definition = Path(folder) / "titan.def"
         definition.write_text(_definition(squashfs.absolute()), encoding="utf-8", errors="surrogateescape")
-        with beside(output) as target:
-            say(f"apptainer build {output}")
-            _build(client, definition, target)
-            _verify(client, target)
-            try:
-                os.replace(target, output)
-            except OSError as error:
-                raise filesystem_error(output, error) from error
+        say(f"apptainer build {output}")
+        _build(client, definition, target)
+        _verify(client, target)
+        os.replace(target, output)
     say(f"{output}: {output.stat().st_size / 1e6:,.0f} MB")
     return output
 
@@ -54,7 +48,7 @@ def _definition(squashfs: Path) -> str:
     """Apptainer's definition of the same image. A plain squashfs brings neither environment nor labels."""
     facts = inspect(squashfs)
     lines = ["Bootstrap: localimage", f"From: {squashfs}", "", "%environment"]
-    environment = Tree(squashfs).read("etc/environment", ENVIRONMENT_BYTES) or b""
+    environment = Tree(squashfs).read("etc/environment", 1 << 20) or b""
     for line in environment.decode("utf-8", "surrogateescape").splitlines():
         name, equals, value = line.partition("=")
         if equals and re.fullmatch(r"[A-Za-z_]\w*", name):
@@ -74,12 +68,8 @@ def _spython() -> Iterator[Any]:
     try:
         from spython.main import Client
     except ImportError as error:
-        raise LauncherError(
-            "package-missing",
-            "Apptainer is driven through spython, which is not installed",
-            install("apptainer"),
-            status=ExitStatus.ERROR,
-        ) from error
+        what = "Apptainer is driven through spython, which is not installed"
+        raise LauncherError("package-missing", what, install("apptainer"), status=ExitStatus.ERROR) from error
     program = shutil.which("apptainer")
     if not program:
         raise LauncherError("program-missing", "apptainer: no such program", INSTALL, status=ExitStatus.ERROR)
@@ -98,15 +88,8 @@ def _build(client: Any, definition: Path, target: Path) -> None:
     words = io.StringIO()
     try:
         with contextlib.redirect_stderr(words):  # where spython prints what Apptainer said, and nowhere else
-            _, lines = client.build(
-                recipe=str(definition),
-                image=str(target),
-                options=options,
-                force=True,
-                sudo=False,
-                stream=True,
-                quiet=True,
-            )
+            how = {"options": options, "force": True, "sudo": False, "stream": True, "quiet": True}
+            _, lines = client.build(recipe=str(definition), image=str(target), **how)
             for _ in lines:
                 pass
     except subprocess.CalledProcessError as error:
@@ -117,9 +100,8 @@ def _refused(what: str, code: int, words: str) -> LauncherError:
     fix = "apptainer --version: 1.4 or newer; then: unshare --user true"
     if "no space left" in words.lower() or "disk quota" in words.lower():
         fix = "it unpacks the image into a directory of its own; one with room: export APPTAINER_TMPDIR=DIR"
-    return LauncherError(
-        "apptainer-failed", f"{what} failed with code {code}", fix, status=ExitStatus.ERROR, original=words[-2000:]
-    )
+    what = f"{what} failed with code {code}"
+    return LauncherError("apptainer-failed", what, fix, status=ExitStatus.ERROR, original=words[-2000:])
 
 
 def _verify(client: Any, target: Path) -> None:

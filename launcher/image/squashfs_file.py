@@ -35,8 +35,7 @@ class Superblock:
     block_size: int  # bytes
     inodes: int  # names that are hard links of one file count once
     mkfs_time: int  # seconds since 1970
-    bytes_used: int
-    file_size: int  # bytes_used, padded to a multiple of 4096
+    file_size: int  # bytes; what is used of it, padded to a multiple of 4096
 
     def recorded(self) -> dict[str, Any]:
         """As the sidecar has it. mksquashfs counts the root directory among the inodes, and so do the entries."""
@@ -84,18 +83,16 @@ def superblock(path: Path) -> Superblock:
     if size == 0:
         raise LauncherError("image-cut", f"{path}: the file is empty", "copy or build it again")
     if not head.startswith(b"hsqs"):
-        raise LauncherError(
-            "not-squashfs", f"{path}: not a squashfs file (it begins with {head[:4]!r})", quoted("file", path)
-        )
+        what = f"{path}: not a squashfs file (it begins with {head[:4]!r})"
+        raise LauncherError("not-squashfs", what, quoted("file", path))
     if len(head) < SUPERBLOCK.size:
         raise LauncherError("image-cut", f"{path}: cut off: {size} bytes", AGAIN)
     fields = SUPERBLOCK.unpack(head)
     inodes, mkfs_time, block_size = fields[1:4]
     compressor, block_log, _, _, major, minor, _, used, ids, _, inode_table, directories = fields[5:17]
     if (major, minor) != (4, 0):
-        raise LauncherError(
-            "squashfs-version", f"{path}: squashfs {major}.{minor}, which no current kernel reads", "convert it again"
-        )
+        what = f"{path}: squashfs {major}.{minor}, which no current kernel reads"
+        raise LauncherError("squashfs-version", what, "convert it again")
     sane = (
         compressor in COMPRESSORS
         and 12 <= block_log <= 20
@@ -108,7 +105,7 @@ def superblock(path: Path) -> Superblock:
         raise LauncherError("image-damaged", f"{path}: damaged: its superblock makes no sense", AGAIN)
     if size < used:
         raise LauncherError("image-cut", f"{path}: cut off: {size:,} of {used:,} bytes", AGAIN)
-    return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, used, size)
+    return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, size)
 
 
 def sidecar_path(path: Path) -> Path:

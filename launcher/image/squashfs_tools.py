@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+import selectors
 import signal
 import subprocess
 import tempfile
-import threading
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,68 +51,52 @@ def run(command: Sequence[str], limit: int, *, stdin: bytes = b"", timeout_s: fl
         try:
             process = subprocess.Popen(command, stdin=asked, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
-            fix = f"command -v {quoted(command[0])}"
-            raise LauncherError(
-                "program-missing", f"{command[0]}: {error.strerror}", fix, status=ExitStatus.ERROR
-            ) from None
-    with process:
-        assert process.stdout and process.stderr
-        complained, late = [b""], threading.Event()
-
-        def listen(number: int) -> None:
-            while chunk := os.read(number, 1 << 16):
-                complained[0] = (complained[0] + chunk)[-TAIL:]
-
-        def end() -> None:
-            """With what it has started, which holds the pipes, too."""
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-        def end_late() -> None:
-            late.set()
-            end()
-
-        listener = threading.Thread(target=listen, args=(process.stderr.fileno(),))
-        timer = threading.Timer(timeout_s, end_late)
-        listener.start()
-        timer.start()
+            what = f"{command[0]}: {error.strerror}"
+            fix = INSTALL if command[0] in ("mksquashfs", "unsquashfs") else f"command -v {quoted(command[0])}"
+            raise LauncherError("program-missing", what, fix, status=ExitStatus.ERROR) from None
+    deadline = time.monotonic() + timeout_s
+    out, complained = bytearray(), b""
+    with process, selectors.DefaultSelector() as selector:
+        for stream in (process.stdout, process.stderr):
+            selector.register(stream or 0, selectors.EVENT_READ)
         try:
-            out = process.stdout.read(limit + 1)
+            while selector.get_map() and len(out) <= limit:
+                ready = selector.select(deadline - time.monotonic())
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(command, timeout_s)
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 1 << 16)
+                    if not chunk:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is process.stdout:
+                        out += chunk
+                    else:
+                        complained = (complained + chunk)[-TAIL:]
             if cut := len(out) > limit:
-                end()
-            listener.join()
-            code = process.wait()
-        except BaseException:
-            end()
-            raise
-        finally:
-            timer.cancel()
-            listener.join()
-    if late.is_set():
-        what = f"{command[0]} did not end within {timeout_s:.0f} s"
-        raise LauncherError(
-            "program-slow", what, "is the file system that holds the image slow?", status=ExitStatus.ERROR
-        )
-    return Ran(code, out[:limit], complained[0].decode(errors="replace"), cut)
+                _end(process)
+            code = process.wait(max(0, deadline - time.monotonic()))
+        except BaseException as error:
+            _end(process)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            what = f"{command[0]} did not end within {timeout_s:.0f} s"
+            fix = "is the file system that holds the image slow?"
+            raise LauncherError("program-slow", what, fix, status=ExitStatus.ERROR) from None
+    return Ran(code, bytes(out[:limit]), complained.decode(errors="replace"), cut)
 
 
-def program(name: str) -> str:
-    """The path of mksquashfs or unsquashfs, if it is there and of 4.5 or newer, which reads tar and knows -cat."""
-    path = shutil.which(name)
-    if path is None:
-        raise LauncherError("program-missing", f"{name}: no such program", INSTALL, status=ExitStatus.ERROR)
-    said = run([path, "-version"], TAIL)
-    found = re.search(rb"version (\d+)\.(\d+)", said.out)
-    if not found:
-        raise LauncherError(
-            "program-old", f"{path} does not say its version", INSTALL, status=ExitStatus.ERROR, original=said.err
-        )
-    if (int(found[1]), int(found[2])) < (4, 5):
-        version = b".".join(found.groups()).decode()
-        raise LauncherError(
-            "program-old", f"{path} is version {version}; 4.5 is needed", INSTALL, status=ExitStatus.ERROR
-        )
-    return path
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With what it has started, which holds the pipes, too."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def need(name: str) -> None:
+    """Raises LauncherError unless mksquashfs or unsquashfs is of 4.5 or newer, which reads tar and knows -cat."""
+    found = re.search(rb"version (\d+)\.(\d+)", run([name, "-version"], TAIL).out)
+    if not found or (int(found[1]), int(found[2])) < (4, 5):
+        what = f"{name} is {found[0].decode() if found else 'of an unknown version'}; 4.5 is needed"
+        raise LauncherError("program-old", what, INSTALL, status=ExitStatus.ERROR)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -125,12 +109,12 @@ class Tree:
     """
 
     def __init__(self, path: Path) -> None:
-        # Absolute: a name may begin with a dash.
-        self._program, self._path = program("unsquashfs"), path.absolute()
+        need("unsquashfs")
+        self._path = path.absolute()  # a name may begin with a dash
 
     def entries(self) -> tuple[set[str], dict[str, str]]:
         """Every name, without its leading slash, and the target of every symbolic link."""
-        ran = run([self._program, "-lln", str(self._path)], LISTING)
+        ran = run(["unsquashfs", "-lln", str(self._path)], LISTING)
         if ran.code or ran.cut:
             raise self._damaged(f"it lists more than {LISTING >> 20} MiB of names" if ran.cut else ran.err)
         names, links = set(), {}
@@ -143,7 +127,7 @@ class Tree:
 
     def read(self, path: str, limit: int) -> bytes | None:
         """The first `limit` bytes of a regular file, None if there is none of that name."""
-        ran = run([self._program, "-no-wildcards", "-cat", str(self._path), path], limit)
+        ran = run(["unsquashfs", "-no-wildcards", "-cat", str(self._path), path], limit)
         if ran.cut or not ran.code:
             return ran.out
         if not re.search("no matches|is a directory|failed to resolve|not a regular", ran.err):
@@ -152,15 +136,12 @@ class Tree:
 
     def unpack(self, root: Path, timeout_s: float) -> None:
         """All files, into a directory that does not exist yet."""
-        command = [self._program, "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root)]
+        command = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-force", "-dest", str(root)]
         ran = run([*command, str(self._path)], LISTING, timeout_s=timeout_s)
         if ran.code:
-            raise LauncherError(
-                "unpack-failed",
-                f"{self._path} cannot be unpacked into {root.parent}",
-                "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR",
-                original=ran.err,
-            )
+            what = f"{self._path} cannot be unpacked into {root.parent}"
+            fix = "is the file complete? (launcher image inspect); is there room? another place: export TMPDIR=DIR"
+            raise LauncherError("unpack-failed", what, fix, original=ran.err)
 
     def _damaged(self, original: str) -> LauncherError:
         return LauncherError("image-damaged", f"{self._path}: damaged", AGAIN, original=original)
@@ -199,8 +180,9 @@ def write_squashfs(tar: Iterable[bytes | memoryview], target: Path, fmt: Squashf
 
     `created`, in seconds, becomes the time of the file system and of its root directory.
     """
+    need("mksquashfs")
     command = [
-        *(program("mksquashfs"), "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
+        *("mksquashfs", "-", str(target), "-tar", "-noappend", "-exit-on-error", "-quiet", "-no-progress"),
         # Otherwise everybody may write in the root directory, and it belongs to the user who converts. With a tar,
         # version 4.5 ignores -root-uid, hence -all-root.
         *("-no-xattrs", "-root-mode", "755", "-all-root"),
@@ -237,7 +219,13 @@ def write_squashfs(tar: Iterable[bytes | memoryview], target: Path, fmt: Squashf
                 process.stdin.close()
         if code or not whole:
             log.seek(0)
-            raise _failure(code, log.read().decode(errors="replace"), target)
+            words = "\n".join(log.read().decode(errors="replace").strip().splitlines()[-5:])
+            what, status = f"mksquashfs failed with code {code}", ExitStatus.ERROR
+            fix = "free memory: dmesg | tail" if code == -9 else ""
+            if "No space left" in words or "quota exceeded" in words:
+                what, fix = f"{target.parent}: no space left for the squashfs", f"df -h {quoted(target.parent)}"
+                status = ExitStatus.FILESYSTEM
+            raise LauncherError("mksquashfs-failed", what, fix, status=status, original=words)
     superblock(target)
     _set_root_time(target, created)
 
@@ -250,26 +238,10 @@ def _set_root_time(path: Path, seconds: int) -> None:
         block = table + (root >> 16)
         stream.seek(block)
         if not stream.read(2)[1] & 0x80:
-            raise LauncherError(
-                "mksquashfs-failed", "mksquashfs compressed the inodes in spite of -noI", status=ExitStatus.ERROR
-            )
+            what = "mksquashfs compressed the inodes in spite of -noI"
+            raise LauncherError("mksquashfs-failed", what, status=ExitStatus.ERROR)
         for index, byte in enumerate(seconds.to_bytes(4, "little")):
             # The time stands at byte 8 of the inode; blocks have 2 bytes of header and 8192 of inodes.
             blocks, offset = divmod((root & 0xFFFF) + 8 + index, 8192)
             stream.seek(block + blocks * (2 + 8192) + 2 + offset)
             stream.write(bytes([byte]))
-
-
-def _failure(code: int, log: str, target: Path) -> LauncherError:
-    what = f"mksquashfs was killed by signal {-code}" if code < 0 else f"mksquashfs failed with code {code}"
-    fix, status = "free memory: dmesg | tail" if code == -9 else "", ExitStatus.ERROR
-    if "No space left" in log or "quota exceeded" in log:
-        what, fix = f"{target.parent}: no space left for the squashfs", f"df -h {quoted(target.parent)}"
-        status = ExitStatus.FILESYSTEM
-    elif "is not supported" in log and "Compressor" in log:
-        what, fix = "this mksquashfs was built without that compressor", INSTALL
-    elif not code:
-        what = "mksquashfs stopped reading"
-    return LauncherError(
-        "mksquashfs-failed", what, fix, status=status, original="\n".join(log.strip().splitlines()[-5:])
-    )

@@ -90,7 +90,6 @@ class Converter:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.output = home / "titan.sqsh"
-        self.said: list[str] = []
 
     def __call__(self, *files: File, config: ImageConfig = CONFIG, **how: Any) -> Path:
         about = {name: how.pop(name) for name in ("form", "shell") if name in how}
@@ -99,8 +98,7 @@ class Converter:
         return self.feed(chunks(tar_of(*files, **about)), config, **how)
 
     def feed(self, export: Iterator[bytes], config: ImageConfig = CONFIG, **how: Any) -> Path:
-        options: dict[str, Any] = {"fmt": FAST, "say": self.said.append}
-        return convert(export, config, self.output, **(options | how))
+        return convert(export, config, self.output, **({"fmt": FAST} | how))
 
     def sidecar(self) -> dict[str, Any]:
         value = json.loads((self.home / "titan.sqsh.json").read_text())

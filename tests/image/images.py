@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -80,10 +78,7 @@ def cpu_squashfs() -> Path:
             command = ["image", "build", "cpu", *places]  # what `make image CHANNEL=cpu` runs
             environment = os.environ | {"PYTHONPATH": str(ROOT), "SOURCE_DATE_EPOCH": EPOCH}
             done = subprocess.run(
-                [sys.executable, "-m", "launcher", *map(str, command)],
-                env=environment,
-                capture_output=True,
-                text=True,
+                [sys.executable, "-m", "launcher", *map(str, command)], env=environment, capture_output=True, text=True
             )
             assert done.returncode == 0, done.stderr[-3000:]
             for old in set(CACHE.glob("titan-cpu-amd64-*.sqsh*")) - {target, sidecar_path(target)}:
@@ -148,32 +143,31 @@ def built(name: str, arch: str, engine: Engine, base: Base, **options: Any) -> B
 
 
 def rootfs(arch: str) -> Path:
-    """A tar file of a small Debian for `arch`: made once (native 1 minute, foreign half), kept in the cache."""
-    if not shutil.which("mmdebstrap"):
-        pytest.skip("missing Debian package: apt install mmdebstrap")
+    """A tar file of a small Debian for `arch`: native in a minute, foreign in half of one."""
     # apt's lists of descriptions would be half of what every `apt-get update` in a build reads.
-    languages = '--aptopt=Acquire::Languages "none"'
-    options = [languages, "--variant=minbase", "--include=ca-certificates"]
-    recipe = ""
-    if arch != "amd64":
-        hook = Path(__file__).with_name("foreign_rootfs.py")
-        recipe = hook.read_text()
-        options = [
-            languages,
-            "--variant=extract",
-            "--include=?essential",
-            f"--include={','.join(FOREIGN_PACKAGES)}",
-        ]
-        options.append(f'--extract-hook=python3 {shlex.quote(str(hook))} "$1"')
-    key = hashlib.sha256("\0".join([SUITE, arch, *options, recipe]).encode()).hexdigest()[:10]
-    target = CACHE / f"rootfs-{SUITE}-{arch}-{key}.tar"
+    options, name = ['--aptopt=Acquire::Languages "none"'], f"rootfs-{SUITE}-{arch}"
+    if arch == "amd64":
+        return debian(name, SUITE, arch, *options, "--variant=minbase", "--include=ca-certificates")
+    hook = Path(__file__).with_name("foreign_rootfs.py")
+    options += ["--variant=extract", "--include=?essential", f"--include={','.join(FOREIGN_PACKAGES)}"]
+    options += [f'--extract-hook=python3 {shlex.quote(str(hook))} "$1"']
+    return debian(name, SUITE, arch, *options, recipe=hook.read_text())
+
+
+def debian(name: str, suite: str, arch: str, *options: str, recipe: str = "") -> Path:
+    """What mmdebstrap makes, as a tar file: once, and then kept in the cache. `recipe`: what decides it, too."""
+    if not shutil.which("mmdebstrap") or os.geteuid() != 0:
+        pytest.skip("needs root and a Debian package: apt install mmdebstrap")
+    key = hashlib.sha256("\0".join([suite, arch, *options, recipe]).encode()).hexdigest()[:10]
+    target = CACHE / f"{name}-{key}.tar"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="rootfs-", dir=CACHE) as folder:
-            made = Path(folder) / "rootfs.tar"
-            command = ["mmdebstrap", "--quiet", "--mode=root", f"--arch={arch}", *options, SUITE, str(made)]
+        with tempfile.TemporaryDirectory(prefix="debian-", dir=CACHE) as folder:
+            made = Path(folder) / "made.tar"
+            command = ["mmdebstrap", "--quiet", "--mode=root", f"--arch={arch}", *options, suite, str(made)]
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            assert done.returncode == 0, done.stderr[-2000:]
+            if done.returncode:
+                pytest.skip(f"Debian {suite} cannot be had here: {done.stderr[-500:]}")
             made.replace(target)
     return target
 
@@ -194,20 +188,13 @@ def make_base(engine: Engine, arch: str, tar: Path) -> Base:
         "ca.crt": CERTIFICATES.read_bytes(),
     }
     tag = f"titan-test-base:{tar.stem}-{hashlib.sha256(b''.join(files.values())).hexdigest()[:10]}"
-    if engine.client.api.images(tag):
-        return Base(tag, torch_index)  # of an earlier run
-    context = io.BytesIO()
-    with tarfile.open(fileobj=context, mode="w") as archive:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-        archive.add(tar, "rootfs.tar")
-    context.seek(0)
-    # FROM scratch with a platform: `docker import` would mark every root directory as this machine's.
-    answers = engine.client.api.build(
-        fileobj=context, custom_context=True, decode=True, rm=True, forcerm=True, tag=tag, platform=f"linux/{arch}"
-    )
-    errors = [answer["error"] for answer in answers if "error" in answer]
-    assert not errors, errors
+    if not engine.client.api.images(tag):  # of an earlier run
+        with tempfile.TemporaryDirectory(prefix="base-", dir=CACHE) as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            shutil.copyfile(tar, Path(folder, "rootfs.tar"))
+            # FROM scratch with a platform: `docker import` would mark every root directory as this machine's.
+            command = ["build", f"--tag={tag}", f"--platform=linux/{arch}", folder]
+            code, output = docker_engine.command(engine, command)
+            assert code == 0, output
     return Base(tag, torch_index)

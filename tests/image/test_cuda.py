@@ -67,7 +67,7 @@ def stable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             entry = tarfile.TarInfo("./etc/dpkg/dpkg.cfg.d/no-pip")
             entry.size = len(NO_PIP)
             archive.addfile(entry, io.BytesIO(NO_PIP))
-        image = built("stable", "amd64", engine, make_base(engine, "amd64", tar), torch_index="", say=print)
+        image = built("stable", "amd64", engine, make_base(engine, "amd64", tar), torch_index="")
         print(f"image: {image.bytes / 1e9:.2f} GB with its base, built in {image.seconds:.0f} s")
         before = os.times()
         convert_image(image.tag, folder / "stable.sqsh", engine=engine)

@@ -117,21 +117,20 @@ def manifest(host: str, path: str, tag: str) -> dict[str, Any] | None:
 
 
 def test_both_architectures_are_pushed_and_one_name_serves_them(
-    engine: Engine, images: dict[str, str], host: str
+    engine: Engine, images: dict[str, str], host: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
     reference = f"{host}/team/titan:tiny"
-    pushed = [push(images[arch], reference, engine=engine, say=said.append) for arch in BOTH]
+    pushed = [push(images[arch], reference, engine=engine) for arch in BOTH]
     assert [(image.arch, image.reference) for image in pushed] == [(a, f"{reference}-{a}") for a in BOTH]
-    assert any("Pushed" in line for line in said) and manifest(host, "team/titan", "tiny") is None
-    digest = manifest_list(reference, pushed, engine=engine, say=said.append)
+    assert "Pushed" in capsys.readouterr().err and manifest(host, "team/titan", "tiny") is None
+    digest = manifest_list(reference, pushed, engine=engine)
     there = manifest(host, "team/titan", "tiny")
     assert there and there["digest"] == digest and there["mediaType"] == LIST
     assert {(entry["platform"]["architecture"], entry["digest"]) for entry in there["manifests"]} == {
         (image.arch, image.digest) for image in pushed
     }
     # By digest: the tags of the single images may belong to another push meanwhile.
-    assert manifest_list(f"{host}/team/titan", pushed, engine=engine, say=said.append) == digest
+    assert manifest_list(f"{host}/team/titan", pushed, engine=engine) == digest
     ids = {arch: docker_engine.inspect(engine, images[arch])["Id"] for arch in BOTH}
     for arch in BOTH:
         pulled = engine.client.images.pull(f"{host}/team/titan", tag="tiny", platform=f"linux/{arch}")
@@ -140,33 +139,33 @@ def test_both_architectures_are_pushed_and_one_name_serves_them(
 
 def test_a_second_list_holds_nothing_of_the_first(engine: Engine, images: dict[str, str], host: str) -> None:
     reference = f"{host}/titan:again"
-    both = [push(images[arch], reference, engine=engine, say=print) for arch in BOTH]
-    first = manifest_list(reference, both, engine=engine, say=print)
-    assert manifest_list(reference, both[::-1], engine=engine, say=print)
-    one = manifest_list(reference, both[:1], engine=engine, say=print)
+    both = [push(images[arch], reference, engine=engine) for arch in BOTH]
+    first = manifest_list(reference, both, engine=engine)
+    assert manifest_list(reference, both[::-1], engine=engine)
+    one = manifest_list(reference, both[:1], engine=engine)
     there = manifest(host, "titan", "again")
     assert there and one == there["digest"] != first and len(there["manifests"]) == 1
 
 
 def test_the_login_of_the_docker_command_is_used(
-    engine: Engine, images: dict[str, str], tmp_path: Path, no_logins: Path
+    engine: Engine, images: dict[str, str], tmp_path: Path, no_logins: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with running_registry(tmp_path, HTPASSWD) as host:
         reference = f"{host}/titan:tiny"
         for wrong in ({}, {"auths": {host: {"auth": base64.b64encode(b"titan:wrong").decode()}}}):
             (no_logins / "config.json").write_text(json.dumps(wrong))
             with pytest.raises(LauncherError, match=f"the registry {host} did not take {reference}-arm64") as error:
-                push(images["arm64"], reference, engine=docker_engine.connect(), say=print)
+                push(images["arm64"], reference, engine=docker_engine.connect())
             assert error.value.fix == f"docker login {host}" and error.value.original
             with pytest.raises(LauncherError, match="did not take") as error:
-                manifest_list(reference, [Pushed("arm64", f"sha256:{'0' * 64}", "")], engine=engine, say=print)
+                manifest_list(reference, [Pushed("arm64", f"sha256:{'0' * 64}", "")], engine=engine)
             assert f"docker login {host}" in error.value.fix
         right = base64.b64encode(f"titan:{PASSWORD}".encode()).decode()
         (no_logins / "config.json").write_text(json.dumps({"auths": {host: {"auth": right}}}))
-        said: list[str] = []
-        pushed = push(images["arm64"], reference, engine=docker_engine.connect(), say=said.append)
-        assert manifest_list(reference, [pushed], engine=engine, say=said.append)
-        assert not any(PASSWORD in line or right in line for line in said)
+        pushed = push(images["arm64"], reference, engine=docker_engine.connect())
+        assert manifest_list(reference, [pushed], engine=engine)
+        said = capsys.readouterr().err
+        assert "Pushed" in said and PASSWORD not in said and right not in said
 
 
 # ------------------------------------------------------------------------------------------ what is refused
@@ -174,27 +173,27 @@ def test_the_login_of_the_docker_command_is_used(
 
 def test_an_image_that_left_the_registry_fails_the_list(engine: Engine, images: dict[str, str], host: str) -> None:
     reference = f"{host}/titan:gone"
-    here = push(images["amd64"], reference, engine=engine, say=print)
+    here = push(images["amd64"], reference, engine=engine)
     gone = Pushed("arm64", f"sha256:{'0' * 64}", f"{reference}-arm64")
     with pytest.raises(LauncherError, match="did not take"):
-        manifest_list(reference, [here, gone], engine=engine, say=print)
+        manifest_list(reference, [here, gone], engine=engine)
     assert manifest(host, "titan", "gone") is None
 
 
 def test_a_registry_that_is_down(engine: Engine, images: dict[str, str], tmp_path: Path) -> None:
     with running_registry(tmp_path) as host:
         reference = f"{host}/titan:tiny"
-        pushed = push(images["arm64"], reference, engine=engine, say=print)
+        pushed = push(images["arm64"], reference, engine=engine)
     with pytest.raises(LauncherError, match=f"the registry {host} did not take") as error:
-        push(images["arm64"], reference, engine=engine, say=print)
+        push(images["arm64"], reference, engine=engine)
     assert "connection refused" in error.value.original
     with pytest.raises(LauncherError, match=f"the registry {host} did not take"):
-        manifest_list(reference, [pushed], engine=engine, say=print)
+        manifest_list(reference, [pushed], engine=engine)
 
 
 def test_an_image_that_is_not_there(engine: Engine, host: str) -> None:
     with pytest.raises(LauncherError, match="has no image 'titan:nothing'") as error:
-        push("titan:nothing", f"{host}/titan", engine=engine, say=print)
+        push("titan:nothing", f"{host}/titan", engine=engine)
     assert error.value.status is ExitStatus.NOT_FOUND
 
 
@@ -223,5 +222,5 @@ def test_plain_http_is_for_the_loopback_interface_alone(
 
     monkeypatch.setattr(docker_engine, "command", command)
     engine = Engine(None, "unix:///run/docker.sock", "28.0", "amd64", "Debian")
-    manifest_list(reference, [Pushed("amd64", f"sha256:{'0' * 64}", "")], engine=engine, say=print)
+    manifest_list(reference, [Pushed("amd64", f"sha256:{'0' * 64}", "")], engine=engine)
     assert [("--insecure" in words) for words in asked] == [False, plain, plain]

@@ -6,7 +6,6 @@ The training run is for LAUNCHER_TEST_APPTAINER=1 alone: packing the channel cpu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -22,12 +21,15 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.base.errors import LauncherError, install
+from launcher.image import DOCKER
 from launcher.image import sif as module
 from launcher.image.sif import sif
 from launcher.image.squashfs_file import ImageFacts
 from tests.conftest import Launch
-from tests.image.images import CACHE, cpu_squashfs
+from tests.image.converter import needs_tools
+from tests.image.images import cpu_squashfs, debian
 
+pytestmark = needs_tools
 PACKAGES = "apptainer,squashfuse"
 # In namespaces of its own nothing stays mounted. pivot_root, as the kernel lets no user namespace begin in a chroot;
 # a user namespace, as Apptainer asks for every capability when root calls it, and root in a container lacks some.
@@ -43,18 +45,18 @@ cd "$root" && pivot_root . mnt && umount -l /mnt && cd "$cwd"
 exec unshare --user --map-root-user /usr/bin/apptainer "$@"
 ' sh {root} "$@"
 """
+SUBMIT = ["submit", "--local", "--runtime", "apptainer", "--gpu", "cpu", "--recipe", "debug", "--image"]
 ENVIRONMENT = 'PATH=/usr/bin:/bin\nGREETING=it\'s "from" $HOME\nWHO=the image\n'
 
 
 @pytest.fixture(scope="session")
 def apptainer() -> Iterator[Path]:
     """A directory for PATH with the program `apptainer` in it."""
-    if missing := [tool for tool in ("mmdebstrap", "mksquashfs", "unsquashfs") if not shutil.which(tool)]:
-        pytest.skip(f"no {', '.join(missing)}: apt-get install mmdebstrap squashfs-tools")
-    if os.geteuid() != 0:
-        pytest.skip("mmdebstrap and its root directory want root")
     pytest.importorskip("spython")
-    tar = _sid()
+    # Mirrors that are kept at a date have indexes that are past theirs: as this machine's own apt has it.
+    done = subprocess.run(["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True)
+    options = ["--variant=minbase"] + [f"--aptopt={line}" for line in done.stdout.splitlines() if '"' in line]
+    tar = debian("apptainer-sid", "sid", DOCKER[platform.machine()], *options, f"--include={PACKAGES}")
     # Not pytest's own directory, whose name is long and which stays.
     with tempfile.TemporaryDirectory(prefix="sid-", dir="/var/tmp") as folder:
         root = Path(folder) / "root"
@@ -76,35 +78,6 @@ def apptainer() -> Iterator[Path]:
         yield program.parent
 
 
-def _sid() -> Path:
-    # Mirrors that are kept at a date have indexes that are past theirs: as this machine's own apt has it.
-    done = subprocess.run(["apt-config", "dump", "Acquire::Check-Valid-Until"], capture_output=True, text=True)
-    options = [
-        f"--include={PACKAGES}",
-        *(f"--aptopt={line}" for line in done.stdout.split("\n") if '"' in line),
-    ]
-    key = hashlib.sha256("\0".join(options).encode()).hexdigest()[:10]
-    target = CACHE / f"apptainer-sid-{platform.machine()}-{key}.tar"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="sid-", dir=CACHE) as folder:
-            made = Path(folder) / "sid.tar"
-            command = [
-                "mmdebstrap",
-                "--quiet",
-                "--mode=root",
-                "--variant=minbase",
-                *options,
-                "sid",
-                str(made),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            if done.returncode:
-                pytest.skip(f"Debian sid cannot be had here: {done.stderr[-500:]}")
-            made.replace(target)
-    return target
-
-
 @pytest.fixture(scope="session")
 def squashfs(apptainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image as `launcher image convert` makes them, with no more than a shell in it."""
@@ -115,10 +88,7 @@ def squashfs(apptainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "etc" / "environment").write_text(ENVIRONMENT)
     programs = [shutil.which(name) or "" for name in ("sh", "env", "ls", "true", "touch", "cat")]
     libraries = subprocess.run(["ldd", *programs], capture_output=True, text=True, check=True).stdout
-    for path in {
-        *programs,
-        *(word for word in libraries.split() if word.startswith("/") and word[-1] != ":"),
-    }:
+    for path in {*programs, *(word for word in libraries.split() if word.startswith("/") and word[-1] != ":")}:
         copy = root / ("bin/" + Path(path).name if path in programs else path.lstrip("/"))
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -131,7 +101,7 @@ def squashfs(apptainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_sif(apptainer: Path, squashfs: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
-        yield sif(squashfs, squashfs.with_suffix(".sif"), say=print)
+        yield sif(squashfs, squashfs.with_suffix(".sif"))
 
 
 def test_a_squashfs_becomes_a_sif_with_its_environment(small_sif: Path) -> None:
@@ -156,31 +126,9 @@ def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None
     probe.write_text(f"#!/bin/sh\n{script}\n")
     probe.chmod(0o755)
     assert os.listdir(home), "no test without something that the container must not see"
-    done = launch(
-        "submit",
-        "--local",
-        "--runtime",
-        "apptainer",
-        "--image",
-        str(small_sif),
-        "--gpu",
-        "cpu",
-        "--recipe",
-        "debug",
-        "--name",
-        "r",
-        "--env",
-        "WHO=the job",
-        "--env",
-        'AGAIN=$(id) "q" it\'s a,b',
-        "--follow",
-        "--mount",
-        f"{workplace}/shared dir:/mnt point:ro",
-        "--python",
-        "/mnt point/probe",
-        "--runs-dir",
-        str(workplace / "runs"),
-    )
+    options = ["--name", "r", "--env", "WHO=the job", "--env", 'AGAIN=$(id) "q" it\'s a,b', "--follow"]
+    options += ["--mount", f"{workplace}/shared dir:/mnt point:ro", "--python", "/mnt point/probe"]
+    done = launch(*SUBMIT, str(small_sif), *options, "--runs-dir", str(workplace / "runs"))
     log = "\n".join(path.read_text() for path in (workplace / "runs" / "r" / "logs").glob("0000-*"))
     lines = log.splitlines()
     assert "WHO=the job" in lines and 'AGAIN=$(id) "q" it\'s a,b' in lines, log
@@ -199,22 +147,7 @@ def test_the_job_in_it(small_sif: Path, launch: Launch, workplace: Path) -> None
 def test_training_in_it(apptainer: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{apptainer}{os.pathsep}{os.environ['PATH']}")
     image = sif(cpu_squashfs(), workplace / "titan-cpu.sif")
-    done = launch(
-        "submit",
-        "--local",
-        "--runtime",
-        "apptainer",
-        "--image",
-        str(image),
-        "--gpu",
-        "cpu",
-        "--recipe",
-        "debug",
-        "--name",
-        "r",
-        "--follow",
-        timeout=900,
-    )
+    done = launch(*SUBMIT, str(image), "--name", "r", "--follow", timeout=900)
     assert "r: COMPLETED" in done.stdout, done.stdout + done.stderr
 
 

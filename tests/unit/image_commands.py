@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +13,12 @@ from typing import Any
 import pytest
 
 from launcher import cli
+from launcher.base.output import say
 from launcher.image import build as building
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built
+from tests.image.converter import File, tar_of
 
-needs_tools = pytest.mark.skipif(
-    not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"
-)
 ABOUT = {
     "schema": 1,
     "channel": "cpu",
@@ -62,15 +58,7 @@ def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def exported(about: dict[str, Any], size: int = 0, name: str = "big") -> bytes:
     """A root directory as an engine streams it, with a file of that size and name."""
-    shell = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00" + (62).to_bytes(2, "little") + bytes(44)
-    files = {"bin/sh": shell, "etc/titan-image.json": json.dumps(about).encode(), name: bytes(size)}
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for path, data in files.items():
-            info = tarfile.TarInfo(path)
-            info.size, info.mode = len(data), 0o755
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
+    return tar_of(File("etc/titan-image.json", json.dumps(about).encode()), File(name, bytes(size)))
 
 
 @dataclass
@@ -79,6 +67,7 @@ class Api:
 
     images: dict[str, dict[str, Any]]
     stream: bytes
+    then: Callable[[], BaseException] | None = None  # what comes after the stream
     containers: list[str] = field(default_factory=list)  # made and not removed
 
     def inspect_image(self, name: str) -> dict[str, Any]:
@@ -99,6 +88,8 @@ class Api:
     def export(self, _: str, chunk_size: int) -> Iterator[bytes]:
         for at in range(0, len(self.stream), chunk_size):
             yield self.stream[at : at + chunk_size]
+        if self.then:
+            raise self.then()
 
     def remove_container(self, container: str, **_: Any) -> None:
         import docker
@@ -118,11 +109,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     """An engine for amd64 with two images of the channel cpu and a foreign one."""
     pytest.importorskip("docker")
     found = Api(
-        {
-            "titan:cpu-amd64": inspected(),
-            "titan:cpu-arm64": inspected("arm64"),
-            "other:1": inspected(title=""),
-        },
+        {"titan:cpu-amd64": inspected(), "titan:cpu-arm64": inspected("arm64"), "other:1": inspected(title="")},
         exported(ABOUT),
     )
     engine = docker_engine.Engine(SimpleNamespace(api=found), "unix:///made-up.sock", "28.0", "amd64", "Debian")
@@ -136,7 +123,7 @@ def builds(api: Api, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What was asked to be built; the images are there already."""
     asked: list[dict[str, Any]] = []
 
-    def build(name: str, arch: str, *, engine: Any, say: Callable[[str], None], **options: Any) -> Built:
+    def build(name: str, arch: str, *, engine: Any, **options: Any) -> Built:
         asked.append({"name": name, "arch": arch, **options})
         say(f"Step 1/9 : building\t{arch}")
         tag = options["tag"] or f"titan:{name}-{arch}"

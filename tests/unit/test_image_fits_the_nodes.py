@@ -145,10 +145,7 @@ def test_an_image_where_this_user_may_not_look(image: Path, request: pytest.Fixt
     request.getfixturevalue("ordinary_user")
     with pytest.raises(LauncherError) as error:
         check_image(spec)
-    assert (error.value.status, "x.sqsh: Permission denied" in error.value.what) == (
-        ExitStatus.FILESYSTEM,
-        True,
-    )
+    assert (error.value.status, "x.sqsh: Permission denied" in error.value.what) == (ExitStatus.FILESYSTEM, True)
     assert "no such file" not in error.value.what
 
 
