@@ -19,6 +19,7 @@ from launcher.logs.steps import open_log, parse_line, plain_text
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
 TAIL_BYTES = 1 << 18
 LINE_CHARS = 4096
+SMALLER = "--batch-size N   (smaller)"
 RAISED, PRINTED, VICTIM = "raised", "printed", "victim"  # where a known error may be found: see known_errors.toml
 
 
@@ -119,17 +120,18 @@ class Failure:
         return said
 
 
-def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path) -> Failure:
+def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path, smaller: str = SMALLER) -> Failure:
     """Finds the cause of a failed run in its logs and in how it ended.
 
-    `reference` names the run in a command. The first error of the rank that failed first
-    decides; both ends of the logs are searched only where it leaves the cause open. Memory doesn't grow with the
-    logs. Raises LauncherError when the directory of the logs cannot be read.
+    `reference` names the run in a command; `smaller`: options with which it would need less of a GPU's memory. The
+    first error of the rank that failed first decides; both ends of the logs are searched only where it leaves the
+    cause open. Memory doesn't grow with the logs. Raises LauncherError when the directory of the logs cannot be read.
     """
     paths = error_logs(log_dir)
     seen = find_errors(paths, ended.by_slurm)
     error_path, error = seen.path, seen.lines
     names = {"run": quoted(reference), "run_dir": quoted(run_dir), "again": quoted(run_dir / "run.toml")}
+    names["smaller"] = smaller
     rank = seen.rank
 
     def told(found: tuple[Known, re.Match[str] | None], *shown: Any) -> Failure:

@@ -95,7 +95,7 @@ def test_each_entry_is_sound(known: Known) -> None:
     names = {*re.compile(known.pattern).groupindex, "node"}
     for case in ({"cause": known.cause, "fix": known.fix}, *known.cases):
         names |= re.compile(case.get("pattern", "")).groupindex.keys()
-        for key, more in (("cause", {"who"}), ("fix", {"run", "again", "run_dir"})):
+        for key, more in (("cause", {"who"}), ("fix", {"run", "again", "run_dir", "smaller"})):
             assert {name for _, name, _, _ in Formatter().parse(case.get(key, "")) if name is not None} <= names | more
     if (
         known.where == known_errors.PRINTED and known.pattern
