@@ -231,7 +231,7 @@ def failure_of(run: Run, state: JobState) -> Failure | None:
     if state.unfit and (said := unfit.explain(run, run.reference)):
         return said
     ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
-    return explain(run.logs, ended, run.reference, run.path, _smaller(run))
+    return explain(run.logs, ended, run.reference, run.path, _smaller(run), run.is_local)
 
 
 def _smaller(run: Run) -> str:

@@ -212,6 +212,16 @@ def test_what_a_log_says_cannot_add_to_a_command(tmp_path: Path) -> None:
     assert shlex.split(found.fix)[4] == "/d; rm -rf ~ {run};"
 
 
+def test_a_node_is_named_only_where_its_log_says_why(tmp_path: Path) -> None:
+    killed = Ended("FAILED", exit=137)
+    assert failure(tmp_path, killed, node0=STEP, node1=STEP).fix.startswith("srun -N1 dmesg ")
+    found = failure(tmp_path, killed, node1=STEP + example("killed"))
+    assert found.cause.startswith("local rank 1 on node gpu001 was killed by SIGKILL")
+    assert found.fix.startswith("srun -N1 -w gpu001 dmesg ")
+    here = explain(tmp_path, killed, "my-run", tmp_path, is_local=True)
+    assert here.fix.startswith("dmesg ")
+
+
 def test_a_setting_that_is_not_known_is_named(tmp_path: Path) -> None:
     box = "╭─ Unrecognized options ──╮\n│ Unrecognized options: --bogus.option=1   │\n"
     found = failure(tmp_path, node0=box)
