@@ -383,6 +383,7 @@ def test_a_time_without_a_year_is_near_the_others(tmp_path: Path) -> None:
         ("fwd_tree_thread: can't find address for host gn2, check slurm.conf", "no address of node gn2", "gn2"),
         ("Nodes c3 are still not ready", "node c3 never became ready", "c3"),
         ("Node failure on n7", "node n7 failed", "n7"),
+        ("Node failure on n[7-8]", "node n[7-8] failed", "'n[7-8]'"),
     ],
 )
 def test_the_node_that_slurm_names_is_left_out(tmp_path: Path, said: str, why: str, node: str) -> None:
