@@ -8,12 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that isn't installed
 
-from launcher.logs.known_errors import Known, known_errors
+from launcher.logs.known_errors import SMALLER, Known, known_errors
 
 PAGE = Path(__file__).with_name("errors.md")
 MARKED = re.compile(r"(<!-- errors of (\w+), .*?-->\n\n).*?(?=<!-- end -->)", re.DOTALL)
 HEAD = "| name | what is printed | cause | try |\n|---|---|---|---|\n"
-PLACES = {"again": "RUN/run.toml", "run_dir": "RUN"}  # any other name: in capitals
+PLACES = {"again": "RUN/run.toml", "run_dir": "RUN", "smaller": SMALLER}  # any other name: in capitals
 
 
 def _cells(known: Known) -> tuple[str, ...]:

@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
+from launcher.base.files import read_json
 from launcher.base.output import age, as_json, clock, columns, echo, print_json, style, warn
 from launcher.config.options import run_argument, runs_dir_option
 from launcher.logs.follow import Progress
-from launcher.logs.known_errors import Failure, explain, how_it_ended
+from launcher.logs.known_errors import SMALLER, Failure, explain, how_it_ended
 from launcher.logs.watch import plain_line
 from launcher.nodes import unfit
 from launcher.nodes.bad_nodes import BadNode, remember
@@ -230,7 +231,16 @@ def failure_of(run: Run, state: JobState) -> Failure | None:
     if state.unfit and (said := unfit.explain(run, run.reference)):
         return said
     ended = how_it_ended(state.name, state.reason, state.exit_code, run.logs)
-    return explain(run.logs, ended, run.reference, run.path)
+    return explain(run.logs, ended, run.reference, run.path, _smaller(run), run.is_local)
+
+
+def _smaller(run: Run) -> str:
+    """The options with which the run would need less of a GPU's memory: the batch that fits, where its plan knows."""
+    batch = (read_json(run.path / "plan.json") or {}).get("fitting_batch")
+    if type(batch) is int and batch > 0:
+        return f"--batch-size {batch}"
+    alone = run.asked["recipe"].get("local_batch_size") == 1
+    return "--set recipe.activation_checkpoint=full   (or more --nodes)" if alone else SMALLER
 
 
 def remembered(run: Run, state: JobState) -> list[BadNode]:

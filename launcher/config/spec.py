@@ -272,7 +272,7 @@ def validate(spec: RunSpec) -> None:
         if not re.fullmatch(form, values[key], re.ASCII):
             raise bad(key, why, fix)
     if not 0 < spec.recipe.lr < 100:
-        raise bad("recipe.lr", "must be a positive number")
+        raise bad("recipe.lr", "must be above 0 and below 100")
     if spec.job.segment and spec.job.nodes % spec.job.segment:
         raise bad("job.segment", f"does not divide {spec.job.nodes} nodes: Slurm would refuse the job", "--segment 0")
     if len(spec.run_dir) > 200:

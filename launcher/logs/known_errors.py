@@ -19,6 +19,7 @@ from launcher.logs.steps import open_log, parse_line, plain_text
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
 TAIL_BYTES = 1 << 18
 LINE_CHARS = 4096
+SMALLER = "--batch-size N   (smaller)"
 RAISED, PRINTED, VICTIM = "raised", "printed", "victim"  # where a known error may be found: see known_errors.toml
 
 
@@ -119,17 +120,21 @@ class Failure:
         return said
 
 
-def explain(log_dir: Path, ended: Ended, reference: str, run_dir: Path) -> Failure:
+def explain(
+    log_dir: Path, ended: Ended, reference: str, run_dir: Path, smaller: str = SMALLER, is_local: bool = False
+) -> Failure:
     """Finds the cause of a failed run in its logs and in how it ended.
 
-    `reference` names the run in a command. The first error of the rank that failed first
-    decides; both ends of the logs are searched only where it leaves the cause open. Memory doesn't grow with the
-    logs. Raises LauncherError when the directory of the logs cannot be read.
+    `reference` names the run in a command; `smaller`: options with which it would need less of a GPU's memory. The
+    first error of the rank that failed first decides; both ends of the logs are searched only where it leaves the
+    cause open. Of a run that `is_local` no command goes to Slurm's nodes. Memory doesn't grow with the logs. Raises
+    LauncherError when the directory of the logs cannot be read.
     """
     paths = error_logs(log_dir)
     seen = find_errors(paths, ended.by_slurm)
     error_path, error = seen.path, seen.lines
     names = {"run": quoted(reference), "run_dir": quoted(run_dir), "again": quoted(run_dir / "run.toml")}
+    names |= {"smaller": smaller, "srun": "" if is_local else "srun -N1 "}
     rank = seen.rank
 
     def told(found: tuple[Known, re.Match[str] | None], *shown: Any) -> Failure:
@@ -263,13 +268,13 @@ def _failure(
     groups = {name: _unescaped(masked((value or "").strip())[:600]) for name, value in named.items()}
     # What a log says is quoted in a command; a fix that node.py proposes is one already.
     safe = {name: value if name == "fix" else quoted(value) for name, value in groups.items()}
-    node = groups.pop("node", "") or _node(path)
+    node = groups.pop("node", "") or (_node(path) if is_error else "")  # the last lines are of any node
     where = f"node {node}" if node else "a node"
     local = re.search(r"local_rank: (\d+)", text)
     who = _who(rank) if rank else (f"local rank {local[1]}" if local else "a process") + f" on {where}"
     fix = fix or known.fix
-    if node:  # otherwise any node of the partition must do
-        fix = fix.replace("srun -N1 ", "srun -N1 -w {node} ")
+    on_node = "-w {node} " if node and names["srun"] else ""  # otherwise any node of the partition must do
+    fix = fix.replace("srun -N1 ", names["srun"] + on_node)
     fix = fix.format(**(names | safe | {"node": quoted(node or "NODE")}))
     return Failure(known.code, (cause or known.cause).format(**groups, node=where, who=who), fix, path, lines, is_error)
 

@@ -22,6 +22,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ class Plan:
     verdict: str  # "fits", "tight", "does not fit" or ""
     advice: tuple[str, ...]
     notes: tuple[str, ...]
+    fitting_batch: int | None = None  # the largest that fits, where the run's own does not
 
 
 def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int | None = None) -> Plan:
@@ -111,6 +113,7 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
             "reads all of them and keeps its share (docs/data.md)"
         )
     verdict = _verdict(spec, memory, device)
+    short = device if verdict in ("tight", "does not fit") else None
     return Plan(
         tps=tps,
         memory_gib=_needed(spec, memory) if memory else None,
@@ -124,8 +127,9 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
         memory=memory,
         device_gib=device,
         verdict=verdict,
-        advice=_advice(spec, device, parameters) if verdict in ("tight", "does not fit") and device else (),
+        advice=_advice(spec, short, parameters) if short else (),
         notes=tuple(notes),
+        fitting_batch=_fitting_batch(spec, short, parameters) if short else None,
     )
 
 
@@ -213,19 +217,25 @@ def _verdict(spec: RunSpec, memory: Memory | None, device: float | None) -> str:
     return "tight" if _needed(spec, memory) <= TIGHT * device else "does not fit"
 
 
+def _fits(spec: RunSpec, device: float, parameters: int | None, nodes: int = 0, **recipe: Any) -> bool:
+    """Whether it would with these changes."""
+    job = replace(spec.job, nodes=nodes or spec.job.nodes)
+    other = replace(spec, recipe=replace(spec.recipe, **recipe), job=job)
+    return _verdict(other, memory_of(other, parameters), device) == "fits"
+
+
+def _fitting_batch(spec: RunSpec, device: float, parameters: int | None) -> int | None:
+    # A smaller batch, as more nodes, only ever needs less: looked for by halves, as `submit` waits for this.
+    smaller = range(1, spec.recipe.local_batch_size)
+    fits = partial(_fits, spec, device, parameters)
+    return bisect_left(smaller, True, key=lambda b: not fits(local_batch_size=b)) or None
+
+
 def _advice(spec: RunSpec, device: float, parameters: int | None) -> tuple[str, ...]:
     """What would make it fit, one change each."""
-
-    def fits(**changes: Any) -> bool:
-        nodes = changes.pop("nodes", spec.job.nodes)
-        other = replace(spec, recipe=replace(spec.recipe, **changes), job=replace(spec.job, nodes=nodes))
-        return _verdict(other, memory_of(other, parameters), device) == "fits"
-
-    found = []
-    # A smaller batch and more nodes only ever need less: looked for by halves, as `submit` waits for this.
-    smaller = range(1, spec.recipe.local_batch_size)
-    if batch := bisect_left(smaller, True, key=lambda b: not fits(local_batch_size=b)):
-        found.append(f"--batch-size {batch}")
+    fits = partial(_fits, spec, device, parameters)
+    batch = _fitting_batch(spec, device, parameters)
+    found = [f"--batch-size {batch}"] if batch else []
     if spec.recipe.activation_checkpoint != "full" and fits(activation_checkpoint="full"):
         found.append("--set recipe.activation_checkpoint=full")
     if spec.recipe.dp_shard < 1:

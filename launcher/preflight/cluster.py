@@ -5,7 +5,6 @@ docs/preflight.md has a paragraph for each; launcher/preflight/text.py has the w
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
 from launcher.base.output import SHOWN
 from launcher.config.hardware import of_gpu
 from launcher.config.propose import named
-from launcher.config.resolve import ignored
 from launcher.config.spec import PlacedRun
 from launcher.image.squashfs_file import known, superblock
 from launcher.nodes import bad_nodes
@@ -41,11 +39,7 @@ def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     facts = detected()
     spec, of_memory = bad_nodes.without_remembered(spec, facts, time.time())
     spec = placement.with_segment(placement.with_gpu_memory(spec, facts), facts)
-    found = [*preflight(spec, facts, datetime.now(), _unpacked_bytes(spec)), *of_memory]
-    if names := ignored(os.environ):  # a user whose shell sets them would otherwise wonder where an option has gone
-        fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
-        found.append(warning("sbatch-variables", fix, names=tuple(names)))
-    return spec, found
+    return spec, [*preflight(spec, facts, datetime.now(), _unpacked_bytes(spec)), *of_memory]
 
 
 def _unpacked_bytes(spec: PlacedRun) -> int:

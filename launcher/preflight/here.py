@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.base.errors import LauncherError, install, quoted
 from launcher.base.files import data_dir, unreadable
 from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
-from launcher.config.resolve import placed
+from launcher.config.resolve import ignored, placed
 from launcher.config.runtime import host_path
 from launcher.config.spec import HUB, S3, SAMPLE, PlacedRun, RunSpec
 from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
@@ -41,7 +41,7 @@ def look_here(asked: RunSpec) -> tuple[PlacedRun, list[Finding]]:
         else:
             if name == "image" and spec.job.image:
                 found.append(ok("image", path=spec.job.image))
-    found += _local(spec) if spec.job.scheduler == "local" else []
+    found += _local(spec) if spec.job.scheduler == "local" else _not_followed()
     more += files(spec)
     try:
         spec, notes = view.plan(spec)
@@ -52,6 +52,12 @@ def look_here(asked: RunSpec) -> tuple[PlacedRun, list[Finding]]:
         unfit = _unfit(spec, "data-unfit", view.check)
         found += unfit if notes or unfit else [ok("data", said=view.describe(spec))]
     return spec, [*found, *_unfit(spec, "tokenizer-unfit", _check_tokenizer), *more]
+
+
+def _not_followed() -> list[Finding]:
+    """A user whose shell sets these variables would otherwise wonder where an option has gone."""
+    fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
+    return [warning("sbatch-variables", fix, names=tuple(names))] if (names := ignored(os.environ)) else []
 
 
 def _unfit(spec: PlacedRun, code: str, look_at: Callable[[PlacedRun], None]) -> list[Finding]:

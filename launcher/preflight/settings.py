@@ -93,4 +93,4 @@ def _nearest(key: str, known: set[str]) -> str:
     near = get_close_matches(f"{section}.{name}", known, 1, 0.6)
     if near and near[0] in OWNED:
         return f"{OWNED[near[0]]}, which is {near[0]}"
-    return f"--set {near[0]}=..." if near else "--set SECTION.KEY=VALUE, as torchtitan writes it"
+    return f"--set {near[0]}=..." if near else "--set SECTION.SETTING=VALUE, as torchtitan writes it"

@@ -71,7 +71,7 @@ def _start(run: Run, lock_fd: int, after: str) -> dict[str, Any]:
     except (slurm.Unsure, slurm.Refused) as error:
         try:
             # Of some jobs that it refuses Slurm keeps a record, as failed.
-            job_id = _find_in_slurm(run, without_failed=isinstance(error, slurm.Refused))
+            job_id = _named(run, slurm.queue(), without_failed=isinstance(error, slurm.Refused))
         except LauncherError:
             job_id = None  # the controller is still silent: what the user needs to read is the first error
         else:
@@ -107,19 +107,25 @@ def job_of(run: Run) -> dict[str, Any] | None:
         return job
     if run.is_local:
         job = local.find(run.path / "job.sbatch", run.claimed_by)
-    elif job_id := (run.claimed_by if whole(run.claimed_by) is not None else _find_in_slurm(run)):
+    elif job_id := (run.claimed_by if whole(run.claimed_by) is not None else _named(run, slurm.queue())):
         job = {"job_id": job_id}
-    if job and os.access(run.path, os.W_OK):
-        runs.record_job(run, job)
+    if job:
+        _note(run, job)
     return job
 
 
-def _find_in_slurm(run: Run, without_failed: bool = False) -> str | None:
+def _note(run: Run, job: Mapping[str, Any]) -> None:
+    if os.access(run.path, os.W_OK):
+        runs.record_job(run, job)
+
+
+def _named(run: Run, queue: slurm.Listed, without_failed: bool = False, active: bool = False) -> str | None:
+    """The newest job with the run's name."""
     name = (run.intent or {}).get("job_name")
     ids = [
         whole(job_id) or 0
-        for job_id, (job_name, state) in slurm.queue().items()
-        if name and job_name == name and not (without_failed and state.failed)
+        for job_id, (job_name, state) in queue.items()
+        if name and job_name == name and not (without_failed and state.failed) and (state.active or not active)
     ]
     return str(max(ids)) if ids else None
 
@@ -200,7 +206,11 @@ def _state(run: Run, known: Slurm | None) -> JobState:
             return JobState("CANCELLED", "launcher cancel")
         return found
     job_id = str(job["job_id"])
-    listed = _ours(run, slurm.queue() if known is None else known.queue, job_id)
+    queue = slurm.queue() if known is None else known.queue
+    listed = _ours(run, queue, job_id)
+    if listed is None and (other := _named(run, queue, active=True)):  # the number that sbatch printed is another's
+        _note(run, {"job_id": other})
+        return queue[other][1]
     if known is None and listed is None:
         listed = _ours(run, slurm.job(job_id), job_id)  # somebody else's run
     if listed and listed.name != "COMPLETED":

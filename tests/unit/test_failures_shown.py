@@ -57,6 +57,20 @@ def test_status_prints_the_cause_then_the_fix_then_the_lines(make_run: Callable[
     assert last["failure"] == told
 
 
+def test_the_batch_that_fits_is_named_where_the_plan_of_the_run_knows_it(
+    make_run: Callable[..., Path], launch: Launch
+) -> None:
+    run = make_run("r", gpu001=STEP + OUT_OF_MEMORY)
+    plan = ("plan", "--gpu", "gb200", "--nodes", "9", "--batch-size", "8", "--json")
+    (run / "plan.json").write_text(launch(*plan).stdout)
+    assert f"try: launcher submit {run}/run.toml --batch-size 5\n" in launch("status", "r").stderr
+    (run / "plan.json").write_text('{"fitting_batch": "5; rm -rf ~"}')
+    assert "--batch-size N   (smaller)\n" in launch("status", "r").stderr
+    (run / "job").mkdir()
+    (run / "job" / "node.json").write_text('{"placed": {}, "recipe": {"local_batch_size": 1}}')
+    assert "--batch-size" not in launch("status", "r").stderr
+
+
 def test_status_of_an_unknown_error_shows_it_and_claims_nothing(make_run: Callable[..., Path], launch: Launch) -> None:
     run = make_run("r", gpu001=STEP + MY_BUG + GOODBYE, job=SRUN)
     done = launch("status", "r")

@@ -95,7 +95,7 @@ def test_each_entry_is_sound(known: Known) -> None:
     names = {*re.compile(known.pattern).groupindex, "node"}
     for case in ({"cause": known.cause, "fix": known.fix}, *known.cases):
         names |= re.compile(case.get("pattern", "")).groupindex.keys()
-        for key, more in (("cause", {"who"}), ("fix", {"run", "again", "run_dir"})):
+        for key, more in (("cause", {"who"}), ("fix", {"run", "again", "run_dir", "smaller"})):
             assert {name for _, name, _, _ in Formatter().parse(case.get(key, "")) if name is not None} <= names | more
     if (
         known.where == known_errors.PRINTED and known.pattern
@@ -210,6 +210,16 @@ def test_what_a_log_says_cannot_add_to_a_command(tmp_path: Path) -> None:
     assert found.cause == "the node has no /d; rm -rf ~ {run} to mount into the container"
     assert shlex.split(found.fix)[:4] == ["srun", "-N1", "ls", "-ld"]
     assert shlex.split(found.fix)[4] == "/d; rm -rf ~ {run};"
+
+
+def test_a_node_is_named_only_where_its_log_says_why(tmp_path: Path) -> None:
+    killed = Ended("FAILED", exit=137)
+    assert failure(tmp_path, killed, node0=STEP, node1=STEP).fix.startswith("srun -N1 dmesg ")
+    found = failure(tmp_path, killed, node1=STEP + example("killed"))
+    assert found.cause.startswith("local rank 1 on node gpu001 was killed by SIGKILL")
+    assert found.fix.startswith("srun -N1 -w gpu001 dmesg ")
+    here = explain(tmp_path, killed, "my-run", tmp_path, is_local=True)
+    assert here.fix.startswith("dmesg ")
 
 
 def test_a_setting_that_is_not_known_is_named(tmp_path: Path) -> None:
@@ -372,6 +382,7 @@ def test_a_time_without_a_year_is_near_the_others(tmp_path: Path) -> None:
         ("fwd_tree_thread: can't find address for host gn2, check slurm.conf", "no address of node gn2", "gn2"),
         ("Nodes c3 are still not ready", "node c3 never became ready", "c3"),
         ("Node failure on n7", "node n7 failed", "n7"),
+        ("Node failure on n[7-8]", "node n[7-8] failed", "'n[7-8]'"),
     ],
 )
 def test_the_node_that_slurm_names_is_left_out(tmp_path: Path, said: str, why: str, node: str) -> None:

@@ -151,7 +151,8 @@ def test_a_sweep_without_them_keeps_the_name_that_it_had() -> None:
 def test_variables_that_are_not_followed_are_named(launch: Launch, slurm: Fake, image: Path) -> None:
     slurm("scontrol", FEATURES)
     mine = {"SBATCH_CONSTRAINT": "nvl", "SBATCH_MEM_PER_NODE": "5G", "SBATCH_EXCLUSIVE": "", "SBATCH_CLUSTERS": "b"}
-    done = launch("submit", *RUN, **mine, SBATCH_WCKEY="k")
-    assert done.returncode == 0, done.stderr
-    assert "not follow SBATCH_MEM_PER_NODE, SBATCH_WCKEY of your environment" in done.stderr.replace(" and ", ", ")
+    for more in (["--dry-run"], []):
+        done = launch("submit", *RUN, *more, **mine, SBATCH_WCKEY="k")
+        assert done.returncode == 0, done.stderr
+        assert "not follow SBATCH_MEM_PER_NODE, SBATCH_WCKEY of your environment" in done.stderr.replace(" and ", ", ")
     assert "#SBATCH --constraint=nvl\n" in (image.parent / "runs" / "r" / "job.sbatch").read_text()

@@ -66,6 +66,23 @@ def test_a_number_beside_the_job_id_is_not_taken_for_it(launch: Launch, slurm: F
     assert (state(launch)["state"], state(launch)["job_id"]) == ("PENDING", "100")
 
 
+def test_another_number_in_place_of_the_job_id_is_found_out(launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("sbatch", f"({SBATCH}) >/dev/null\necho 4711")
+    launch(*SUBMIT)
+    assert (state(launch)["state"], state(launch)["job_id"]) == ("PENDING", "100")
+    assert launch("cancel", "r").returncode == 0
+    assert jobs(image)[0].endswith("CANCELLED")
+
+
+def test_a_job_of_an_earlier_run_of_this_name_is_not_taken_for_one_that_slurm_hides(
+    launch: Launch, slurm: Fake, image: Path
+) -> None:
+    launch(*SUBMIT)
+    name = jobs(image)[0].split()[1]
+    (image.parent / "jobs.txt").write_text(f"99 {name} COMPLETED\n")
+    assert state(launch)["state"] == "UNKNOWN"
+
+
 def test_a_refusal_although_slurm_has_the_job(launch: Launch, slurm: Fake, image: Path) -> None:
     slurm("sbatch", f"({SBATCH}) >/dev/null\necho 'sbatch: error: Invalid qos specification' >&2; exit 1")
     assert launch(*SUBMIT).returncode == 0
