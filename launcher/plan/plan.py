@@ -249,7 +249,9 @@ def _speed(spec: RunSpec, rows: Sequence[Outcome]) -> tuple[Outcome | None, tupl
         return None, (f"no published row of {gpu}",)
     like = [(row, unlike) for row, unlike in mine if unlike <= NOT_ADJUSTED]
     if not like:
-        least = min((unlike - NOT_ADJUSTED for _, unlike in mine), key=len)
+        least = min(
+            (unlike - NOT_ADJUSTED for _, unlike in mine), key=lambda keys: ("recipe.flavor" in keys, len(keys))
+        )
         names = [word for key, word in ALIKE.items() if key in least]
         return None, (f"no published row of {gpu} with this run's {' and '.join(names)}",)
     batch = "recipe.local_batch_size"

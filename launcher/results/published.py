@@ -138,7 +138,7 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
         local_batch_size=batch,
         global_batch_size=count["global_batch_size"] or batch * max(1, gpus // ranks),
         seq_len=count["seq_len"],
-        precision=f"{precision} + {quantize}" if quantize not in ("", "none") else precision,
+        precision=f"{precision} + {quantize}" if precision and quantize != "none" else precision,
         compile=bool(flags["compile"]),
         steps=count["step"],
         step=count["step"] or None,

@@ -152,6 +152,7 @@ def test_what_is_not_adjusted_is_said(spec: RunSpec, tps: float, said: str) -> N
         (a_spec("GB300"), "no published row of GB300"),
         (a_spec("A100", 2, 8), "no published row of A100"),
         (a_spec(flavor="70B"), "no published row of GB200 with this run's size of the model"),
+        (a_spec("H100", 2, 8, flavor="70B"), "no published row of H100 with this run's tensor parallel degree"),
         (a_spec(seq_len=4096), "no published row of GB200 with this run's sequence length"),
         (a_spec(tensor_parallel=4), "no published row of GB200 with this run's tensor parallel degree"),
         (a_spec(param_dtype="float32"), "no published row of GB200 with this run's precision"),
