@@ -13,7 +13,7 @@ Memory of a GPU is a formula for torchtitan's Llama 3 under FSDP, in eager mode:
 Held against the memory column of the source page's and Crusoe's twelve rows (12 to 128 GPUs of four types, batches of
 2, 4 and 5), all eager 8B with selective checkpointing, it is off by -1.1% to +1.7%; tests/unit/test_plan.py keeps it
 within MEMORY_IS_GOOD_TO. torchtitan's own eager rows of 2024 have 2% and 8% more. The rest is reasoned, and what is
-published of it is far from it: compiled 8B had 26 to 30% more in 2024 and 5% less in 2025, 70B with tensor parallel 8
+published of it is far from it: compiled 8B had 27 to 30% more in 2024 and 6% less in 2025, 70B with tensor parallel 8
 and full checkpointing 52 to 62% more.
 """
 

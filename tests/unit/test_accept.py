@@ -183,9 +183,10 @@ def test_70b_is_measured_by_the_row_of_its_parallelism(
         "recipe.async_tensor_parallel": is_async,
     }
     run = h100(32, 400.0, settings=settings, local_batch_size=16, global_batch_size=512, precision=precision)
-    found = verdict(replace(run, global_batch_size=16 * 256 // tensor))
-    assert (found.baseline and found.baseline.median_tps) == tps
-    assert found.word is (CANNOT_SAY if tps is None else FAIL)
+    for rows in (ROWS, ROWS[::-1]):
+        found = verdict(replace(run, global_batch_size=16 * 256 // tensor), rows=rows)
+        assert (found.baseline and found.baseline.median_tps) == tps
+        assert found.word is (CANNOT_SAY if tps is None else FAIL)
 
 
 def test_precision_and_compile_choose_the_row() -> None:
@@ -204,6 +205,19 @@ def test_gpus_of_limited_power_prove_no_run_fast() -> None:
     assert "those GPUs had limited power (torchtitan benchmarks (H100 with 96 GB and 500 W))" in found.reasons[0].what
     short = h100(1, 8700.0, compile=False, steps=60)
     assert (row := verdict(short).baseline) and row.median_tps == 8714  # of full power, before the one of 8 GPUs
+
+
+def test_another_framework_is_not_like_with_like() -> None:
+    for framework, word in (("torchtitan", PASS), ("Megatron-Bridge", CANNOT_SAY), ("", PASS)):
+        (row,) = rows_of(
+            "gpu,nodes,gpus,local_batch_size,step,tps,model,flavor,seq_len,precision,quantization,compile,framework\n"
+            f"GB200,9,36,5,100,17975,llama3,8B,8192,bfloat16,none,false,{framework}\n",
+            "x",
+        )
+        found = verdict(outcome(), rows=[row])
+        assert found.word is word
+    other = replace(row, settings={**row.settings, "framework": "other"})
+    assert verdict(outcome(), rows=[other]).reasons[0].what.endswith("framework torchtitan, not other")
 
 
 def test_a_row_without_a_step_is_a_baseline() -> None:

@@ -137,6 +137,7 @@ def test_compile_is_about_and_never_surely_fits() -> None:
         (a_spec("B200", 2, 8, compile=True, quantize="mxfp8"), 17500, "quantisation mxfp8, not none: not adjusted"),
         (a_spec(activation_checkpoint="full"), 17975, "activation checkpointing full, not selective: not adjusted"),
         (a_spec(local_batch_size=4), 17975, "local batch size 4, not 5: not adjusted"),
+        (a_spec("H100", 1, 8, local_batch_size=2), 8714, "8 GPUs, not 16: not adjusted"),  # not 500 W's 5,762
         (a_spec(nodes=18), 17581, "72 GPUs, not 68: not adjusted"),
     ],
 )
