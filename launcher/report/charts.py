@@ -12,6 +12,7 @@ from launcher.base.output import counted
 from launcher.report import svg
 from launcher.report.figures import MOST_LINES, Line, Scaling, grouped, lines, measured_by, scaling, with_series
 from launcher.results.outcome import Outcome
+from launcher.results.published import beside
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def of_gpu(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, 
         figures.append(_over_steps([drawn[run] for run, _ in members], rows, f"throughput-{place}-{number}", title, 0))
     if losses:
         figures.append(_over_steps(losses, [], f"loss-{place}", f"Loss of {gpu}", 4))
-    if groups := scaling(outcomes, published, gpu):
+    if groups := scaling(outcomes, beside(outcomes, published), gpu):
         incomplete = sum(outcome.gpu == gpu and not outcome.complete for outcome in outcomes)
         figures.append(_scaling(groups, incomplete, f"scaling-{place}", gpu))
     left_out = len(with_series(outcomes, gpu)) - MOST_LINES
@@ -78,7 +79,7 @@ def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, 
         text = f"published on {counted(row.nodes, 'node')} ({row.source}): {rate:,.0f}"
         behind.append(svg.Drawn(((x.low, rate), (x.high, rate)), "published", label, text))
         legend.append(Entry(svg.swatch("published", label), text))
-        rows.append((text, f"{row.step}", "", "", "", svg.tick_text(rate, 0), ""))
+        rows.append((text, f"{row.step or ''}", "", "", "", svg.tick_text(rate, 0), ""))
     values = [value for one in (*drawn, *behind) for _, value in one.points]
     y = svg.linear(values, "")
     notes = ["Tokens/s per GPU of the leading node; step 1 is not shown, it pays for start-up."] if not digits else []

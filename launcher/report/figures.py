@@ -12,7 +12,7 @@ from launcher.results.accept import MAX_SPREAD
 from launcher.results.columns import drawable
 from launcher.results.measure import Against, against_others
 from launcher.results.outcome import Outcome
-from launcher.results.published import ALIKE, best_match, described, say
+from launcher.results.published import ALIKE, best_match, described, is_row, same_gpu, say
 
 MOST_LINES = 16  # of a GPU type: more cannot be told apart
 MOST_POINTS = 400  # of a line: more than a chart has pixels to show
@@ -120,6 +120,11 @@ def _work_and_software(outcome: Outcome) -> dict[str, str]:
     return {**work(outcome), **own, **software, "GPUs a node": str(outcome.gpus // max(1, outcome.nodes))}
 
 
+def _work_and_source(row: Outcome) -> dict[str, str]:
+    """Equal for published rows that may stand on one line."""
+    return {**work(row), "date": row.date, "driver": row.versions.get("driver", "?"), "source": row.source}
+
+
 def grouped(
     runs: Iterable[Placed], alike: Callable[[Outcome], dict[str, str]] = work
 ) -> list[tuple[str, list[Placed]]]:
@@ -137,7 +142,8 @@ def grouped(
 
 
 def _name(outcome: Outcome) -> str:
-    parts = [outcome.recipe, f"batch {outcome.local_batch_size}", outcome.precision]
+    name = f"published ({outcome.source})" if is_row(outcome) else outcome.recipe
+    parts = [name, f"batch {outcome.local_batch_size}", outcome.precision]
     return ", ".join([*parts, *(["compiled"] if outcome.compile else [])])
 
 
@@ -151,20 +157,14 @@ def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str)
         Scaling(label, False, _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in members))
         for label, members in grouped(whole, _work_and_software)
     ]
-    rows: dict[str, dict[int, Dot]] = {}
-    for row in sorted(published, key=lambda row: row.step or 0):  # of two steps of one run, the later stands
-        if row.gpu.casefold() == gpu.casefold() and drawable(row.median_tps):
-            dot = Dot(row.gpus, row.median_tps or 0.0, row.run)
-            rows.setdefault(_published_name(row), {})[row.gpus] = dot
-    found += [Scaling(label, True, _ascending(by_count.values())) for label, by_count in rows.items()]
+    rows = [
+        (number, row) for number, row in enumerate(published) if same_gpu(row.gpu, gpu) and drawable(row.median_tps)
+    ]
+    rows.sort(key=lambda placed: placed[1].step or 0)  # of two steps of one run, the later stands
+    for label, members in grouped(rows, _work_and_source):
+        by_count = {row.gpus: Dot(row.gpus, row.median_tps or 0.0, row.run) for _, row in members}
+        found.append(Scaling(label, True, _ascending(by_count.values())))
     return found if len({dot.gpus for group in found for dot in group.dots}) > 1 else []
-
-
-def _published_name(row: Outcome) -> str:
-    parts = [f"published ({row.source})", f"batch {row.local_batch_size}", row.precision]
-    more = ["compiled"] if row.compile else []
-    more += [f"driver {row.versions['driver']}"] if "driver" in row.versions else []
-    return ", ".join([*filter(None, parts), *more])
 
 
 def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:

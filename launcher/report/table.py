@@ -12,6 +12,7 @@ from launcher.report.health import Health
 from launcher.results.accept import About, Word, share_text
 from launcher.results.columns import PAGE, Cell, Column, shown_in
 from launcher.results.outcome import Outcome
+from launcher.results.published import beside
 
 TAGS = {Word.PASS: "pass", Word.FAIL: "fail", Word.CANNOT_SAY: "cannot"}  # classes of the style sheet
 SHARE = Column(
@@ -43,11 +44,10 @@ class Table:
 
 
 def table(runs: Sequence[Health], published: Sequence[Outcome]) -> Table:
-    """The runs, then the published rows of their GPU types; columns that tell no two rows apart are taken out."""
-    types = {run.outcome.gpu.casefold() for run in runs}
+    """The runs, then the published rows beside them; columns that tell no two rows apart are taken out."""
     shown = shown_in(PAGE)
     rows = [_of_run(run, shown) for run in runs]
-    rows += [_of_published(row, shown) for row in published if row.gpu.casefold() in types]
+    rows += [_of_published(row, shown) for row in beside([run.outcome for run in runs], published)]
     kept: list[int] = []
     columns, common = [], []
     for place, column in enumerate([SHARE, *shown]):

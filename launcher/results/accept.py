@@ -18,7 +18,7 @@ from launcher.base.values import json_values
 from launcher.results.compare import noise
 from launcher.results.measure import against_others
 from launcher.results.outcome import NON_FINITE, Lack, Outcome
-from launcher.results.published import NEAR, PUBLISHED, Match, best_match, described, same_version
+from launcher.results.published import LIMITED, NEAR, PUBLISHED, Match, best_match, described, same_version
 from launcher.scheduler.state import JobState
 
 THRESHOLD = 0.95  # of the baseline's tokens/s
@@ -178,6 +178,9 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
             f"; but that is on {row.gpus} GPUs and this run had {outcome.gpus}, {match.factor:.1f} times "
             f"{'fewer, where each should be faster' if enough else 'more, where each may be slower'}"
         )
+    elif enough and row.settings.get(LIMITED):
+        word = Word.CANNOT_SAY
+        what += f"; but those GPUs had limited power ({row.source}), and yours may be faster"
     return [Reason(word, About.SPEED, what)], share
 
 

@@ -127,7 +127,7 @@ def _recipe(outcome: Outcome) -> Cell:
 def _tps(outcome: Outcome) -> Cell:
     """A row says its step where a run has the half of its quartiles' distance."""
     tps = outcome.tps
-    more = f"step {outcome.step}" if is_row(outcome) else ""
+    more = f"step {outcome.step}" if is_row(outcome) and outcome.step else ""
     if tps and tps.count > 1 and tps.median:
         more = f"±{50 * (tps.q3 - tps.q1) / tps.median:.1f}%"
     return number(outcome.median_tps, more=more)
@@ -197,6 +197,8 @@ WORK = (
     "context_parallel",
     "pipeline_parallel",
     "dp_replicate",
+    "async_tensor_parallel",
+    "like_for_like",
 )
 # People see them in this order, figures as they are asked for most.
 COLUMNS = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,15 @@ from launcher.results.outcome import Outcome, Spread
 
 PUBLISHED, TABLE = "PUBLISHED", "TABLE"  # `state` of an Outcome made from a row: of our table, of somebody's
 NEAR = 2.0  # factor in the number of GPUs within which tokens/s per GPU are compared without more ado
-LONG = 100  # steps: rows of shorter runs come second
+LONG = 100  # steps: rows of shorter runs come second; one that names no step is not known to be short
 _MOST = 10**9  # a count above it is damage, not a cluster
 _DEGREES = ("tensor_parallel", "context_parallel", "pipeline_parallel", "dp_replicate")
 _COUNTS = ("nodes", "gpus", "local_batch_size", "step", "seq_len", "global_batch_size", *_DEGREES)
 _NUMBERS = ("tps", "loss", "grad_norm", "memory_gib", "memory_pct", "tflops", "mfu_pct")
-_NEEDED = ("gpu", "nodes", "gpus", "local_batch_size", "step", "tps")
+_NEEDED = ("gpu", "nodes", "gpus", "local_batch_size", "tps")
+_FLAGS = ("compile", "async_tensor_parallel", "like_for_like", "power_limited")
+TORCHTITAN = "torchtitan"  # `framework` of every run, and of a row that names none
+LIMITED = "profile.power_limited"  # of a row: its GPUs were given less power than their type may draw
 # What changes the work of a step, with what it is called to people.
 ALIKE = {
     "recipe.model": "model",
@@ -40,6 +43,9 @@ ALIKE = {
     "recipe.context_parallel": "context parallel degree",
     "recipe.pipeline_parallel": "pipeline parallel degree",
     "recipe.dp_replicate": "replicas of FSDP's shards",
+    "recipe.async_tensor_parallel": "async tensor parallel",
+    "recipe.like_for_like": "like_for_like",
+    "framework": "framework",
 }
 # Without these nobody can say that two steps are the same work; the rest is passed over where a side does not know it.
 _MUST_BE_KNOWN = tuple(ALIKE)[:7]
@@ -95,9 +101,8 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
     if gpus % nodes:
         raise LauncherError("table", f"{where}: {gpus} GPUs on {nodes} nodes: not the same number on each")
     precision, quantize = _precision(cells.get("precision", ""))
-    compiled = cells.get("compile", "").lower()
-    if compiled not in ("", "true", "false"):
-        raise _refused(where, "compile", compiled, "is neither true nor false")
+    quantize = cells.get("quantization") or quantize
+    flags = {name: _flag(cells.get(name, ""), where, name) for name in _FLAGS}
     settings: dict[str, Any] = {
         "profile.gpu": gpu,
         "profile.gpus_per_node": gpus // nodes,
@@ -109,28 +114,34 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
         "recipe.seq_len": count["seq_len"] or None,
         "recipe.param_dtype": precision,
         "recipe.quantize": quantize,
-        "recipe.compile": compiled == "true" if compiled else None,
+        "recipe.compile": flags["compile"],
         "recipe.activation_checkpoint": cells.get("activation_checkpoint"),
+        "recipe.like_for_like": flags["like_for_like"],
+        "framework": cells.get("framework") or TORCHTITAN,
+        LIMITED: flags["power_limited"],
     }
+    ranks = math.prod(count[name] or 1 for name in _DEGREES if name != "dp_replicate")  # that share a batch
     if settings["recipe.flavor"]:  # a row that says nothing else means FSDP over all ranks, from a random start
         settings |= {f"recipe.{name}": count[name] or 1 for name in _DEGREES}
+        settings["recipe.async_tensor_parallel"] = bool(flags["async_tensor_parallel"])
+    step = f", step {count['step']}" if count["step"] else ""
     return Outcome(
-        run=cells.get("run") or f"{cells.get('source') or 'a row'} ({gpu}, {gpus} GPUs, step {count['step']})",
+        run=cells.get("run") or f"{cells.get('source') or 'a row'} ({gpu}, {gpus} GPUs{step})",
         run_dir="",
         state=state,
-        date="",
+        date=cells.get("date", ""),
         cluster="",
         gpu=gpu,
         nodes=nodes,
         gpus=gpus,
         recipe="",
         local_batch_size=batch,
-        global_batch_size=count["global_batch_size"] or batch * gpus,
+        global_batch_size=count["global_batch_size"] or batch * max(1, gpus // ranks),
         seq_len=count["seq_len"],
-        precision=cells.get("precision", ""),
-        compile=compiled == "true",
+        precision=f"{precision} + {quantize}" if precision and quantize != "none" else precision,
+        compile=bool(flags["compile"]),
         steps=count["step"],
-        step=count["step"],
+        step=count["step"] or None,
         loss=numbers["loss"],
         grad_norm=numbers["grad_norm"],
         memory_pct=numbers["memory_pct"],
@@ -154,6 +165,13 @@ def _precision(text: str) -> tuple[str, str]:
     """`bfloat16 + float8` as the recipe says it; ("", "") where it is not said."""
     dtype, plus, quantized = (part.strip() for part in text.partition("+"))
     return dtype, (quantized if plus else "none") if dtype else ""
+
+
+def _flag(text: str, where: str, column: str) -> bool | None:
+    """None for an empty cell."""
+    if text.lower() not in ("", "true", "false"):
+        raise _refused(where, column, text, "is neither true nor false")
+    return text.lower() == "true" if text else None
 
 
 def _number(text: str, where: str, column: str) -> float | None:
@@ -197,7 +215,7 @@ def described(outcome: Outcome) -> dict[str, Any]:
     if not is_row(outcome):  # a row that does not say has False there, too
         of_fields["recipe.compile"] = outcome.compile
     known = {key: value for key, value in of_fields.items() if value not in ("", 0, None) or value is False}
-    return dict(outcome.settings) | known
+    return {"framework": TORCHTITAN} | dict(outcome.settings) | known
 
 
 def unlike(a: Outcome, b: Outcome) -> list[str]:
@@ -246,6 +264,7 @@ class Match:
 def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
     """The row of the same GPU and settings; of several a long run's, then the nearest number of GPUs, where rows
     within a factor of two that were measured with the same driver come before others; the same number comes before all.
+    Rows of GPUs with limited power come last.
 
     Near is meant as a ratio: 36 GPUs are nearer to 68 than to 12. Of two as near, the larger; then the first.
     """
@@ -266,12 +285,27 @@ def nearest(outcome: Outcome, rows: Sequence[Outcome]) -> Outcome | None:
     return min(same, key=lambda row: _distance(outcome, row), default=None)
 
 
-def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, bool, bool, float, int, bool]:
+def beside(outcomes: Iterable[Outcome], rows: Iterable[Outcome]) -> list[Outcome]:
+    """The rows that say something of one of the results: of its GPU, model, sequence length and framework."""
+    keys = ("recipe.model", "recipe.flavor", "recipe.seq_len", "framework")
+    kinds = [
+        (one.gpu, [(key, known[key]) for key in keys if key in known]) for one in outcomes for known in [described(one)]
+    ]
+    found = []
+    for row in rows:
+        own = described(row)
+        if any(same_gpu(gpu, row.gpu) and all(own.get(k, v) == v for k, v in known) for gpu, known in kinds):
+            found.append(row)
+    return found
+
+
+def _distance(outcome: Outcome, row: Outcome) -> tuple[int, bool, bool, bool, bool, float, int, bool]:
     factor = factor_between(outcome, row)
     # Rounded, so that 8 GPUs are exactly as far from 4 as from 16.
     return (
         len(unlike(outcome, row)),
-        (row.step or 0) < LONG <= outcome.steps,
+        LIMITED in row.settings,
+        (row.step or LONG) < LONG <= outcome.steps,
         factor > NEAR,
         1 < factor <= NEAR and _other_driver(outcome, row),
         round(math.log(factor), 9),

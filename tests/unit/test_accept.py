@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launcher.results.accept import About, Verdict, Word, as_dict, headline, judge
 from launcher.results.columns import as_dict as result_as_dict
 from launcher.results.outcome import Outcome, Point
-from launcher.results.published import published
+from launcher.results.published import published, rows_of, unlike
 from tests.conftest import ROOT, Launch
 from tests.unit.outcomes import LOSSES, nodes, outcome, points, problems, spread, write_run
 
@@ -113,7 +113,10 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     ),
     "no step after warm-up": (outcome(tps=None), "no step after warm-up"),
     "too few steps": (outcome(tps=spread(17930.0, count=36)), "4 logged after warm-up, 5 are needed"),
-    "no published row": (outcome(gpu="B300"), "no result of a B300 to measure it by, only of B200, GB200, H100, H200"),
+    "no published row": (
+        outcome(gpu="B300"),
+        "no result of a B300 to measure it by, only of B200, GB200, GB300, H100, H200",
+    ),
     "another model": (outcome(settings={"recipe.flavor": "70B"}), "size of the model 70B, not 8B"),
     "another length": (outcome(seq_len=4096), "sequence length 4096, not 8192"),
     "another batch": (
@@ -129,6 +132,11 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
         "checkpointing full, not selective",
     ),
     "tensor parallel": (outcome(settings={"recipe.tensor_parallel": 2}), "tensor parallel degree 2, not 1"),
+    "another framework's": (
+        outcome(gpu="GB300"),
+        "not like with like, against NVIDIA performance summary 25.11 (GB300, 8 GPUs)",
+    ),
+    "with what 0.3 adds": (outcome(settings={"recipe.like_for_like": False}), "like_for_like false, not true"),
     "a quarter of a GB200 rack's row": (sized(1), "on 12 GPUs and this run had 4, 3.0 times fewer"),
     "slow on far more GPUs": (
         sized(72, tps=spread(16000.0, count=81)),
@@ -143,6 +151,85 @@ def test_what_cannot_be_said(name: str) -> None:
     found = verdict(result)
     assert found.word is CANNOT_SAY and int(found.exit) == 13
     assert why in found.reasons[0].what
+
+
+def h100(nodes: int, speed: float, **changes: Any) -> Outcome:
+    """A compiled run of the 8B model at batch 2, on nodes of 8 GPUs."""
+    settings = {"job.nodes": nodes, "profile.gpus_per_node": 8, **changes.pop("settings", {})}
+    batch = changes.setdefault("local_batch_size", 2)
+    whole = {"gpu": "H100", "nodes": nodes, "gpus": 8 * nodes, "compile": True, "tps": spread(speed, count=27)}
+    return outcome(**{"global_batch_size": batch * 8 * nodes, **whole, **changes}, settings=settings, by_node=())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "is_async", "precision", "tps"),
+    [
+        (8, False, "bfloat16", 597),
+        (8, True, "bfloat16", 652),
+        (8, False, "bfloat16 + float8", 829),
+        (8, True, "bfloat16 + float8", 942),  # of 2025; 876 in 2024
+        (1, False, "bfloat16", None),
+        (4, True, "bfloat16 + float8", None),
+        (8, True, "bfloat16 + mxfp8", None),
+    ],
+)
+def test_70b_is_measured_by_the_row_of_its_parallelism(
+    tensor: int, is_async: bool, precision: str, tps: float | None
+) -> None:
+    settings = {
+        "recipe.flavor": "70B",
+        "recipe.activation_checkpoint": "full",
+        "recipe.tensor_parallel": tensor,
+        "recipe.async_tensor_parallel": is_async,
+    }
+    run = h100(32, 400.0, settings=settings, local_batch_size=16, global_batch_size=512, precision=precision)
+    for rows in (ROWS, ROWS[::-1]):
+        found = verdict(replace(run, global_batch_size=16 * 256 // tensor), rows=rows)
+        assert (found.baseline and found.baseline.median_tps) == tps
+        assert found.word is (CANNOT_SAY if tps is None else FAIL)
+
+
+def test_precision_and_compile_choose_the_row() -> None:
+    by = {
+        (o.precision, o.compile): (row := verdict(o).baseline) and row.median_tps
+        for o in (h100(1, 5000.0), h100(1, 5000.0, precision="bfloat16 + float8"), h100(2, 5000.0, compile=False))
+    }
+    assert by == {("bfloat16", True): 6667, ("bfloat16 + float8", True): 8532, ("bfloat16", False): 8714}
+
+
+def test_gpus_of_limited_power_prove_no_run_fast() -> None:
+    """H100s of 500 W: less than their 95% is slow on any; as much says nothing about GPUs that may draw 700 W."""
+    assert verdict(h100(1, 6000.0)).word is FAIL
+    found = verdict(h100(1, 6700.0))
+    assert found.word is CANNOT_SAY and found.share and found.share > 1
+    assert "those GPUs had limited power (torchtitan benchmarks (H100 with 96 GB and 500 W))" in found.reasons[0].what
+    short = h100(1, 8700.0, compile=False, steps=60)
+    assert (row := verdict(short).baseline) and row.median_tps == 8714  # of full power, before the one of 8 GPUs
+
+
+def test_another_framework_is_not_like_with_like() -> None:
+    for framework, word in (("torchtitan", PASS), ("Megatron-Bridge", CANNOT_SAY), ("", PASS)):
+        (row,) = rows_of(
+            "gpu,nodes,gpus,local_batch_size,step,tps,model,flavor,seq_len,precision,quantization,compile,framework\n"
+            f"GB200,9,36,5,100,17975,llama3,8B,8192,bfloat16,none,false,{framework}\n",
+            "x",
+        )
+        found = verdict(outcome(), rows=[row])
+        assert found.word is word
+    other = replace(row, settings={**row.settings, "framework": "other"})
+    assert verdict(outcome(), rows=[other]).reasons[0].what.endswith("framework torchtitan, not other")
+
+
+def test_a_row_without_a_step_is_a_baseline() -> None:
+    (row,) = rows_of(
+        "gpu,nodes,gpus,local_batch_size,step,tps,model,flavor,seq_len,precision,compile\n"
+        "GB200,9,36,5,,17975,llama3,8B,8192,bfloat16,false\n",
+        "x",
+    )
+    assert row.step is None and row.run == "a row (GB200, 36 GPUs)" and not unlike(outcome(), row)
+    found = verdict(outcome(), rows=[row])
+    assert found.word is PASS and found.baseline is row
+    assert json.loads(json.dumps(as_dict("x", outcome(), found, {})))["baseline"]["step"] is None
 
 
 def test_data_of_an_older_launcher() -> None:

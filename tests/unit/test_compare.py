@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ from launcher.base.errors import LauncherError
 from launcher.results.columns import as_dict as result_as_dict
 from launcher.results.compare import Comparison, Figure, as_dict, as_text, compare, noise
 from launcher.results.outcome import Outcome, Spread
-from launcher.results.published import PUBLISHED, TABLE, best_match, published, rows_of
+from launcher.results.published import PUBLISHED, TABLE, best_match, described, published, rows_of
 from launcher.results.sides import outcome_from, results_in
 from tests.conftest import ROOT, Launch
 from tests.unit.outcomes import nodes, outcome, spread, write_run
@@ -159,10 +160,23 @@ def test_any_two_results_compare(other: Outcome) -> None:
 # --- the rows ----------------------------------------------------------------------------------------------
 
 
+with (ROOT / "slurm" / "reference-results.csv").open(newline="") as _file:
+    CELLS = list(csv.DictReader(_file))
+
+
 def test_published_rows_say_what_they_are() -> None:
     rows = published()
-    assert len(rows) == 12 and {row.state for row in rows} == {PUBLISHED}
-    for row in rows:
+    assert {row.state for row in rows} == {PUBLISHED} and all(row.source and row.median_tps for row in rows)
+    assert len({(row.run, row.date, tuple(sorted(described(row).items()))) for row in rows}) == len(rows)
+    for row in rows:  # `parallelism` is for readers: the degrees are what is compared
+        degree, is_async = (row.settings[f"recipe.{name}tensor_parallel"] for name in ("", "async_"))
+        (cells,) = (
+            cells for cells in CELLS if (cells["source"], cells["tps"]) == (row.source, f"{row.median_tps:.0f}")
+        )
+        assert (f"TP {degree}" in cells["parallelism"], "async TP" in cells["parallelism"]) == (degree > 1, is_async)
+    counted_flop = [row for row in rows if row.tflops is not None]
+    assert len(counted_flop) == 12
+    for row in counted_flop:
         assert (row.seq_len, row.precision, row.compile) == (8192, "bfloat16", False)
         assert row.tflops is not None and row.tps is not None
         # The FLOP of one token of Llama-3-8B at 8192, as torchtitan counts them: that is what was trained.

@@ -122,6 +122,8 @@ def test_a_csv_of_ours_is_a_baseline() -> None:
     for changes, why in (
         ({"settings": {"recipe.tensor_parallel": 2}, "global_batch_size": 90}, "tensor parallel degree 1, not 2"),
         ({"global_batch_size": 360}, "1 batches a step and GPU, not 2"),
+        ({"settings": {"recipe.async_tensor_parallel": True}}, "async tensor parallel false, not true"),
+        ({"settings": {"recipe.like_for_like": False}}, "like_for_like true, not false"),
     ):
         other = shape(**changes)
         (row,) = rows_of(csv_text([other]), "x.csv")

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from launcher.base.output import plain
 from launcher.report import svg
 from launcher.report.charts import of_gpu
-from launcher.report.figures import MOST_LINES, MOST_POINTS, differences, lines, scaling, thin
+from launcher.report.figures import MOST_LINES, MOST_POINTS, differences, gpu_types, lines, scaling, thin, work
 from launcher.report.page import MOST_NODES, page
 from launcher.report.plots import write_plots
 from launcher.results.outcome import NodeResult, Outcome, Startup
-from launcher.results.published import published
+from launcher.results.published import beside, published
 from tests.browser.sample_runs import MARKUP, run, sample
 from tests.unit.outcomes import nodes, outcome, points
 
@@ -161,7 +161,8 @@ def test_what_differs_in_a_step_is_not_joined(changes: dict[str, object]) -> Non
 
 def test_one_size_is_no_scaling_unless_published_rows_have_others() -> None:
     assert scaling([outcome(), outcome()], [], "GB200") == []
-    assert [group.published for group in scaling([outcome()], published(), "GB200")] == [False, True]
+    rows = beside([outcome()], published())
+    assert [group.published for group in scaling([outcome()], rows, "GB200")] == [False, True]
 
 
 def test_published_rows_stand_apart_and_the_later_step_counts() -> None:
@@ -173,9 +174,35 @@ def test_published_rows_stand_apart_and_the_later_step_counts() -> None:
 
 def test_rows_of_two_drivers_are_no_scaling_line() -> None:
     """H100s: 8,714 tokens/s on 16 GPUs with driver 580, 7,582 on 32 with 570: no loss by size."""
-    groups = scaling([], published(), "H100")
+    groups = [group for group in scaling([], published(), "H100") if "driver" in group.label]
     assert [[dot.gpus for dot in group.dots] for group in groups] == [[32, 128], [16]]
     assert [group.label.rpartition(", ")[2] for group in groups] == ["driver 570", "driver 580"]
+
+
+@pytest.mark.parametrize("gpu", gpu_types(published()))
+def test_rows_of_different_settings_are_no_scaling_line(gpu: str) -> None:
+    """8B eager, compiled and float8, and 70B with and without async TP: each is a line or a dot of its own."""
+    rows = [row for row in published() if row.gpu == gpu]
+    groups = scaling([], published(), gpu)
+    assert len({group.label for group in groups}) == len(groups)
+    for group in groups:
+        own = [row for row in rows for dot in group.dots if (dot.gpus, dot.tps) == (row.gpus, row.median_tps)]
+        kinds = {(tuple(work(row).items()), row.source, row.date, row.versions.get("driver")) for row in own}
+        assert len(kinds) == 1 and len(own) == len(group.dots)
+    dots = sum(len(group.dots) for group in groups)
+    assert dots == (len(rows) if gpu != "GB300" else 0)
+
+
+def test_rows_of_other_models_do_not_stand_beside_a_run() -> None:
+    """70B's 600 tokens/s and what another framework reached say nothing of an 8B run."""
+    run = outcome(gpu="H100")
+    shown = beside([run], published())
+    assert {(row.gpu, row.settings["recipe.flavor"], row.settings["framework"]) for row in shown} == {
+        ("H100", "8B", "torchtitan")
+    }
+    assert "70B" not in rendered(run) and "NVIDIA performance" not in rendered(run)
+    big = outcome(gpu="h100", settings={"recipe.flavor": "70B"})
+    assert {row.settings["recipe.flavor"] for row in beside([run, big], published())} == {"8B", "70B"}
 
 
 # --- nodes, start-up, settings ------------------------------------------------------------------------------
@@ -214,7 +241,7 @@ def test_incomplete_and_published_rows_say_so() -> None:
     text = rendered(*sample())
     rows = dict(re.findall(r'<tr class="(\w+)"[^>]*><th scope="row"><span class="run">(gb200-\w+-cut[^<]*)', text))
     assert rows == {"incomplete": "gb200-17n-cut-short"}
-    assert text.count('<tr class="published"') == sum(row.gpu in ("GB200", "H100") for row in published())
+    assert text.count('<tr class="published"') == len(beside(sample(), published())) > 0
     assert "the run ended TIMEOUT: step 40 of 100" in text and "12 runs, of which 3 incomplete" in text
     assert len(re.findall(r"gb200-9n-nan \(incomplete\)</li>", text)) == 2
 
