@@ -237,6 +237,12 @@ def test_weights_that_were_trained_before_are_not_asked_to_fall() -> None:
     assert verdict(tuned, rows=[of_own_kind]).word is PASS  # a lower loss than before is no fault here
 
 
+@pytest.mark.parametrize("loss", [5.0, 9.5])  # more than 1.35 times from one end of what is published, not from all
+def test_a_loss_is_held_against_all_that_others_had(loss: float) -> None:
+    found = verdict(outcome(series=points((12.25, *[loss] * 10)), loss=loss))
+    assert found.word is PASS and "others had 6.14 to 8.30" in next(r.what for r in found.reasons if r.about == "loss")
+
+
 def test_a_baseline_of_ones_own() -> None:
     """For GPUs without a published row, and for a closer limit than another cluster's table gives."""
     mine = outcome(gpu="B300", run="accepted", settings={"profile.gpu": "B300"}, loss=6.6)
