@@ -324,6 +324,12 @@ def test_weights_that_were_trained_before_are_not_asked_to_fall() -> None:
     assert verdict(tuned, rows=[of_own_kind]).word is PASS  # a lower loss than before is no fault here
 
 
+@pytest.mark.parametrize("loss", [5.0, 9.5])  # more than 1.35 times from one end of what is published, not from all
+def test_a_loss_is_held_against_all_that_others_had(loss: float) -> None:
+    found = verdict(outcome(series=points((12.25, *[loss] * 10)), loss=loss))
+    assert found.word is PASS and "others had 6.14 to 8.30" in next(r.what for r in found.reasons if r.about == "loss")
+
+
 def test_a_baseline_of_ones_own() -> None:
     """For GPUs without a published row, and for a closer limit than another cluster's table gives."""
     mine = outcome(gpu="B300", run="accepted", settings={"profile.gpu": "B300"}, loss=6.6)
@@ -429,6 +435,7 @@ def test_every_verdict_has_its_exit_code(launch: Launch, workplace: Path) -> Non
     write_run(runs / "gone", steps_logged=40, end="")
     found = {run.name: launch("accept", run.name).returncode for run in sorted(runs.iterdir())}
     assert found == {"b300": 13, "failed": 12, "fast": 13, "gone": 13, "nan": 12, "node": 12, "slow": 12}
+    assert launch("accept", "node", "--max-spread", "20%").returncode == 0
 
 
 def test_unfit_nodes_are_named(launch: Launch, workplace: Path) -> None:
@@ -455,10 +462,16 @@ def test_an_accepted_run_is_a_baseline(launch: Launch, workplace: Path) -> None:
     assert done.returncode == 13 and "the baseline is this run itself" in done.stdout
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "95", "201%", "x", "", "-5%"])
-def test_thresholds_that_are_none(launch: Launch, workplace: Path, value: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--threshold", value) for value in ("0", "-1", "nan", "inf", "95", "201%", "x", "", "-5%")),
+        *(("--max-spread", value) for value in ("5", "101%", "-1%", "nan")),  # with 5, for 5%, every node would pass
+    ],
+)
+def test_thresholds_that_are_none(launch: Launch, workplace: Path, option: str, value: str) -> None:
     write_run(workplace / "runs" / "a")
-    done = launch("accept", "a", "--threshold", value)
+    done = launch("accept", "a", option, value)
     assert done.returncode == 2 and "0.95 or 95%" in done.stderr
     assert not (workplace / "runs" / "a" / "accept.json").exists()
 

@@ -121,7 +121,9 @@ def test_copies_and_other_failures_are_not_remembered(launch: Launch, fake_slurm
     folder.rename(workplace / "runs" / "moved")
     assert json.loads(launch("status", "moved", "--json").stdout)["left_out"] == []
     unfit_run(workplace, "trained", record("n0"), record("n1"), code=1)
-    assert launch("status", "trained").returncode == ExitStatus.JOB_FAILED
+    unfit_run(workplace, "crashed", record("n0"), record("n1", ECC), code=1)
+    for name in ("trained", "crashed"):
+        assert launch("status", name).returncode == ExitStatus.JOB_FAILED
     assert listed(launch) == {}
 
 

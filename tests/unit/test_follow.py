@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,15 @@ def test_time_left_comes_from_the_steps_after_the_first(tmp_path: Path) -> None:
     # One minute of start-up before step 10 must not count; ten steps then take 20 seconds.
     run.write("0000-a.log", "".join(step(n, second=s) for n, s in ((1, 0), (10, 60), (20, 80), (30, 100), (100, 240))))
     assert [p.seconds_left for p in run.follow()] == [None, None, 160.0, 140.0, 0.0]
+
+
+def test_a_step_of_several_nodes_is_one(tmp_path: Path) -> None:
+    """The second node's lines come when the first's have been read: start-up must not count for that."""
+    run = Run(tmp_path)
+    for n, second in ((1, 0), (10, 60), (20, 80)):
+        for name, late in (("0000-a.log", 0), ("0001-b.log", 1)):
+            run.polls.append(partial(run.write, name, step(n, second=second + late)))
+    assert run.follow()[-1].seconds_left == 160.0
 
 
 def test_lines_without_a_time_use_our_clock(tmp_path: Path) -> None:

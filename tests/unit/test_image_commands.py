@@ -27,6 +27,7 @@ from launcher.image import check as checking
 from launcher.image import engine as docker_engine
 from launcher.image import lock as locking
 from launcher.image import registry
+from launcher.image.channels import channels
 from launcher.image.check import Checked
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.image.squashfs_tools import Ran
@@ -512,3 +513,28 @@ def test_a_machine_without_user_namespaces_is_found_out_before_anything_is_unpac
     with pytest.raises(LauncherError, match="does not let you make") as error:
         checking.check(str(image))
     assert "sudo launcher image check" in error.value.fix and "permission denied" in error.value.original
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nightly"], {"EXTRA_INDEX_URL": channels()["nightly"].torch_index, "VISIBLE_DEVICES": "all"}),
+        (["nightly", "--torch-index", ""], {"EXTRA_INDEX_URL": ""}),  # none: not the channel's
+        (["cpu"], {"VISIBLE_DEVICES": "void"}),  # enroot's hook would ask for GPUs
+    ],
+)
+def test_what_the_dockerfile_is_told(
+    run: Run, api: Api, workplace: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: dict[str, str]
+) -> None:
+    asked: list[str] = []
+
+    def command(_engine: object, words: list[str], *_: object) -> tuple[int, str]:
+        asked.extend(words)
+        return 1, "not built here"
+
+    monkeypatch.setattr(docker_engine, "command", command)
+    (workplace / "lock.txt").write_text("torch==2.14.1 --hash=sha256:0\n")
+    done = run("build", *arguments, "--lock", "lock.txt")
+    assert asked, done.stderr
+    given = dict(word.removeprefix("--build-arg=").split("=", 1) for word in asked if word.startswith("--build-arg="))
+    assert told.items() <= given.items()

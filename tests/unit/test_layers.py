@@ -213,3 +213,12 @@ def test_a_segment_of_version_0_1_is_repeated_where_it_was_asked_for(origin: str
     text = f'run = 1\n[job]\nsegment = 2\n[origin]\n"job.segment" = "{origin}"\n"job.recipe" = "./topology.toml"\n'
     (tmp_path / "run.toml").write_text(text)
     assert merge([read_layer(tmp_path / "run.toml", "file")]).job.segment == kept
+
+
+def test_a_secret_takes_the_place_of_a_value_below_and_a_value_that_of_a_secret() -> None:
+    """Otherwise the value would stand in the script beside the secret, or the secret win over what was asked last."""
+    value, secret = Layer({"env.X": "seen"}, {"env.X": "file"}), Layer({}, {}, secret_env=("X",))
+    assert [(spec.env, spec.secret_env) for spec in (merge([value, secret]), merge([secret, value]))] == [
+        ({}, ("X",)),
+        ({"X": "seen"}, ()),
+    ]

@@ -75,6 +75,12 @@ def test_a_long_text_of_others_is_looked_at_in_part(capsys: pytest.CaptureFixtur
     assert len(capsys.readouterr().err) < 3000
 
 
+def test_words_of_others_are_shown_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(LauncherError("x", "what", original=f"cannot reach {ADDRESS}"))
+    said = capsys.readouterr().err
+    assert "cannot reach" in said and "hunter2" not in said
+
+
 def test_values_of_variables_are_recorded_only_where_they_are_public(launch: Launch, slurm: Fake, image: Path) -> None:
     private = {name: f"hunter2-{name}" for name in (*SECRET_NAMES.split(), "MINE", "NCCL_TOKEN")}
     private |= {"HTTPS_PROXY": ADDRESS, "NVIDIA_PROXY": ADDRESS}

@@ -79,6 +79,7 @@ def test_fewer_nodes_fit_the_parallel_degrees() -> None:
     spec = run(nodes=9)
     assert fewer(spec, 5) == 5
     assert fewer(replace(spec, recipe=replace(spec.recipe, tensor_parallel=16)), 5) == 4
+    assert fewer(replace(spec, recipe=replace(spec.recipe, dp_replicate=3)), 5) == 3
     assert fewer(replace(spec, recipe=replace(spec.recipe, dp_shard=72)), 5) == 0
     assert fewer(spec, 0) == 0
 
