@@ -15,8 +15,8 @@ import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.logs import steps as log
+from launcher.logs.first_error import find_errors
 from launcher.logs.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs
-from tests.unit.test_log import first_error
 
 
 def step(number: int, tps: int = 17581, second: int | None = None, loss: float = 6.4277) -> str:
@@ -75,7 +75,8 @@ def test_the_cause_may_stand_in_the_log_of_a_rank_that_is_not_shown(tmp_path: Pa
     hidden.write_text("torch.OutOfMemoryError: CUDA out of memory.\n")
     (tmp_path / "0000-a.log").write_text("[rank0]: RuntimeError: Connection closed by peer\n")
     (tmp_path / "job.log").write_text("srun: error: b: task 1: Exited with exit code 1\n")
-    assert first_error(error_logs(tmp_path)) == (hidden, ["torch.OutOfMemoryError: CUDA out of memory."])
+    found = find_errors(error_logs(tmp_path))
+    assert (found.path, list(found.lines)) == (hidden, ["torch.OutOfMemoryError: CUDA out of memory."])
 
 
 def test_files_appear_and_grow(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_only_regular_files_are_logs(tmp_path: Path, read: Callable[[Path], Iter
     os.mkfifo(tmp_path / "ranks/0000-a/stderr.log")
     assert list(node_logs(tmp_path)) == ["a", "f"]
     assert read(tmp_path)
-    assert first_error(error_logs(tmp_path)) is None
+    assert find_errors(error_logs(tmp_path)).path is None
     assert last_lines(error_logs(tmp_path)[::-1], 1)[0].name == "0005-f.log"
 
 
@@ -278,7 +279,7 @@ def test_a_log_that_turns_into_something_else_while_it_is_opened(tmp_path: Path)
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "fifo")
     assert [log.open_log(tmp_path / name) for name in ("directory", "fifo", "absent")] == [None] * 3
-    assert first_error([tmp_path / "directory", tmp_path / "fifo"]) is None
+    assert find_errors([tmp_path / "directory", tmp_path / "fifo"]).path is None
 
 
 class _Damaged(io.BytesIO):
