@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from launcher.results.read import outcome_of
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 from tests.unit.test_tensorboard import scalar
+from tests.unit.titan_log import STEPS, T0
+from tests.unit.titan_log import step as line
 
 DONE, RUNNING, FAILED = (
     JobState("COMPLETED"),
@@ -24,7 +25,6 @@ DONE, RUNNING, FAILED = (
     JobState("FAILED", "end.json", "ended by SIGKILL"),
 )
 DAMAGED = "run.toml is damaged: what was asked for is known in part"
-T0 = 1795331400.0  # 2026-11-22 07:10:00 UTC
 RECIPE = {
     "name": "./mine/fast.toml",
     "model": "llama3",
@@ -86,23 +86,8 @@ RECORD = {
 }
 
 
-def clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + ",000"
-
-
-def line(step: int, tps: int = 17581, at: float | None = None, loss: str = "6.42771", prefix: str = "") -> str:
-    moment = clock(T0 + 100 + step if at is None else at)
-    return (
-        f"{prefix}[rank0]:[titan] {moment} - root - INFO - step: {step:2}  loss: {loss:>8}  grad_norm:  2.9062  "
-        f"memory: 158.61GiB(86.20%)  tps: {tps:,}  tflops: 1,018.20  mfu: 45.25%\n"
-    )
-
-
-STEPS = (1, *range(10, 101, 10))
-
-
 def log(tps: int = 17581, steps: tuple[int, ...] = STEPS, **more: Any) -> str:
-    return "".join(line(step, 900 if step == 1 else tps, **more) for step in steps)
+    return "".join(line(step, 900 if step == 1 else tps, **{"at": T0 + 100 + step, **more}) for step in steps)
 
 
 class Made:
@@ -157,7 +142,7 @@ def test_a_whole_run(made: Made) -> None:
         8192,
     )  # tensor parallel 2
     assert (found.precision, found.compile, found.steps, found.step) == ("bfloat16 + float8", True, 100, 100)
-    assert (found.loss, found.grad_norm, found.memory_pct) == (6.42771, 2.9062, 86.2)
+    assert (found.loss, found.grad_norm, found.memory_pct) == (6.4277, 2.9062, 86.2)
     assert found.tps is not None and found.tflops is not None and found.memory_gib is not None
     assert (found.tps.median, found.tps.low, found.tps.high, found.tps.count) == (17550, 17500, 17600, 18)
     assert (found.tflops.median, found.memory_gib.median) == (1018.2, 158.61)
@@ -251,7 +236,7 @@ def test_all_the_time_after_warm_up(made: Made) -> None:
 def test_restarts_and_nan(made: Made) -> None:
     made.write("logs/0001-b.log", log(steps=STEPS[:4]) + log(steps=STEPS[2:], at=T0 + 5000))
     assert said(made.outcome()) == (RESTARTED.text,)
-    made.write("logs/0001-b.log", log().replace(" 6.42771", "     nan", 3))
+    made.write("logs/0001-b.log", log().replace(" 6.42770", "     nan", 3))
     assert said(made.outcome()) == (NON_FINITE.text,)
 
 
