@@ -149,6 +149,18 @@ def test_each_entry_is_sound(known: Known) -> None:
         assert "(?i" not in known.pattern
 
 
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        (r"one|two \(a|b\)", ["one", "two (a", "b)"]),
+        (r"x (?:a|b) longer[st]?|^no.*thing$", [" longer", "thing"]),
+        (r"colou?r|ab{0,2}c|\d+\s[|(]*", ["colo", "a", ""]),
+    ],
+)
+def test_what_stands_in_all_matches_of_a_pattern(pattern: str, texts: list[str]) -> None:
+    assert list(first_error.fixed_texts(pattern)) == texts
+
+
 # --- who is to blame ----------------------------------------------------------------------------------------
 
 
