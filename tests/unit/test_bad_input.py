@@ -110,10 +110,7 @@ def test_refused(
 def without_roots_rights(*arguments: str) -> subprocess.CompletedProcess[str]:
     setpriv = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
     return subprocess.run(
-        [*setpriv, sys.executable, "-m", "launcher", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
+        [*setpriv, sys.executable, "-m", "launcher", *arguments], capture_output=True, text=True, check=False
     )
 
 

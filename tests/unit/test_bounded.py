@@ -149,8 +149,7 @@ def test_no_room_for_temporary_files(workplace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [[], {"Labels": "x"}, {"Volumes": {"a": 1, 2: 3}}, {"Env": [1]}, {"Cmd": 5}, {"Labels": {"a": 1}}],
+    "config", [[], {"Labels": "x"}, {"Volumes": {"a": 1, 2: 3}}, {"Env": [1]}, {"Cmd": 5}, {"Labels": {"a": 1}}]
 )
 def test_an_image_whose_configuration_makes_no_sense(config: Any) -> None:
     with pytest.raises(LauncherError, match="makes no sense"):

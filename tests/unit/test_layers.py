@@ -18,7 +18,7 @@ from launcher.config.write import run_toml
 
 PROFILES = ["a100", "b200", "b300", "cpu", "gb200", "gb300", "h100", "h200"]
 RECIPES = [
-    *("debug", "llama3-70b", "llama3-70b-tp", "llama3-8b", "llama3-8b-fast", "llama3-8b-finetune", "llama3-8b-nvfp4"),
+    *("debug", "llama3-70b", "llama3-70b-tp", "llama3-8b", "llama3-8b-fast", "llama3-8b-finetune", "llama3-8b-nvfp4")
 ]
 
 

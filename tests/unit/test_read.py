@@ -19,11 +19,7 @@ from tests.unit.test_tensorboard import scalar
 from tests.unit.titan_log import STEPS, T0
 from tests.unit.titan_log import step as line
 
-DONE, RUNNING, FAILED = (
-    JobState("COMPLETED"),
-    JobState("RUNNING"),
-    JobState("FAILED", "end.json", "ended by SIGKILL"),
-)
+DONE, RUNNING, FAILED = (JobState("COMPLETED"), JobState("RUNNING"), JobState("FAILED", "end.json", "ended by SIGKILL"))
 DAMAGED = "run.toml is damaged: what was asked for is known in part"
 RECIPE = {
     "name": "./mine/fast.toml",
@@ -136,11 +132,7 @@ def test_a_whole_run(made: Made) -> None:
     assert found.complete and (said(found), found.notes) == ((), ())
     assert (found.run, found.state, found.date) == ("r", "COMPLETED", "2026-11-22T07:10:00Z")
     assert (found.gpu, found.nodes, found.gpus, found.recipe) == ("GB200", 2, 8, "fast")
-    assert (found.local_batch_size, found.global_batch_size, found.seq_len) == (
-        5,
-        20,
-        8192,
-    )  # tensor parallel 2
+    assert (found.local_batch_size, found.global_batch_size, found.seq_len) == (5, 20, 8192)  # tensor parallel 2
     assert (found.precision, found.compile, found.steps, found.step) == ("bfloat16 + float8", True, 100, 100)
     assert (found.loss, found.grad_norm, found.memory_pct) == (6.4277, 2.9062, 86.2)
     assert found.tps is not None and found.tflops is not None and found.memory_gib is not None
@@ -281,8 +273,7 @@ def test_what_is_no_run_toml_is_not_waited_for(made: Made) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "run = ", "[job]\nname = 1979-05-27\n[recipe]\nsteps = 100\n[titan]\nx = 07:32:00\n", "\udc80"],
+    "text", ["", "run = ", "[job]\nname = 1979-05-27\n[recipe]\nsteps = 100\n[titan]\nx = 07:32:00\n", "\udc80"]
 )
 def test_either_file_of_settings_is_enough(made: Made, text: str) -> None:
     made.path.joinpath("run.toml").write_text(text, errors="surrogateescape")
@@ -393,12 +384,7 @@ def test_old_and_quantised_lines(made: Made) -> None:
         made.write(f"logs/{name}.log", "".join(old))
     found = made.outcome()
     assert found.complete and found.tps is not None
-    assert (found.tps.median, found.tflops, found.grad_norm, found.startup.first_step_s) == (
-        5762,
-        None,
-        None,
-        None,
-    )
+    assert (found.tps.median, found.tflops, found.grad_norm, found.startup.first_step_s) == (5762, None, None, None)
 
 
 def test_what_another_user_may_not_show(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,13 +41,7 @@ def test_all_runs_newest_first_and_again_over_its_own_page(runs_dir: Path) -> No
 
 def test_named_runs_once_each_and_as_json(runs_dir: Path) -> None:
     done = call("first", str(runs_dir / "first"), "--json")
-    assert json.loads(done.stdout) == {
-        "page": "report.html",
-        "runs": 1,
-        "incomplete": [],
-        "left_out": [],
-        "plots": [],
-    }
+    assert json.loads(done.stdout) == {"page": "report.html", "runs": 1, "incomplete": [], "left_out": [], "plots": []}
 
 
 def test_the_page_on_stdout_is_nothing_but_the_page(runs_dir: Path) -> None:
