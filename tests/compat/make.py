@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,17 +85,16 @@ def main(checkout: Path, folder: Path) -> None:
         # What the version itself says of all that: the same is asked of every later one.
         answers = []
         for line in (Path(__file__).parent / "commands.txt").read_text().splitlines():
-            done = subprocess.run(
-                [sys.executable, "-m", "launcher", *shlex.split(line)],
-                cwd=place,
-                env=environment(place, checkout),
-                capture_output=True,
-                text=True,
-            )
+            done = called(shlex.split(line), place, environment(place, checkout))
             said = neutral(done.stdout, place, checkout)
             answers.append({"command": line, "code": done.returncode, "said": values(said)})
         (folder / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
         (folder / "made.json").write_text(json.dumps({"at": int(time.time())}) + "\n")
+
+
+def called(words: Sequence[str], place: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher", *words]
+    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
 
 
 def neutral(text: str, place: Path, checkout: Path) -> str:
@@ -154,30 +153,13 @@ def made(place: Path, checkout: Path) -> None:
     image.write_bytes(squashfs_head(4096).ljust(4096, b"\0"))
     say_it_trains(image)
 
-    def launcher(*words: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "launcher", *words], cwd=place, env=said, capture_output=True, text=True
-        )
-        assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
+    def launcher(*words: str, code: int | None = 0) -> str:
+        done = called(words, place, said)
+        assert code in (None, done.returncode), (words, done.returncode, done.stdout, done.stderr)
         return done.stdout
 
-    common = [
-        "submit",
-        "--gpu",
-        "gb200",
-        "--nodes",
-        "2",
-        "--image",
-        str(image),
-        "--data",
-        "hub",
-        "--tokenizer",
-        "sample",
-        "--check",
-        "quick",
-        "--yes",
-        "--force",
-    ]
+    sizes = f"--gpu gb200 --image {image} --data hub --tokenizer sample --yes --force"
+    common = f"submit {sizes} --nodes 2 --check quick".split()
     for name in (*ENDS, "waiting", "cut-off", "old"):
         launcher(*common, "--name", name, *OPTIONS.get(name, []))
         (place / "runs" / name / "secret.env").unlink(missing_ok=True)
@@ -185,38 +167,12 @@ def made(place: Path, checkout: Path) -> None:
         _ended(place / "runs" / name, *end)
     (place / "runs" / "cut-off" / "job.json").unlink()
     shutil.copytree(place / "runs" / "completed", place / "copies" / "completed", symlinks=True)
-    launcher("submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--steps", "4", "--name", "local", "--follow")
-    launcher(
-        "sweep",
-        "--gpu",
-        "gb200",
-        "--nodes",
-        "2,3",
-        "--batch-size",
-        "4,5",
-        "--image",
-        str(image),
-        "--data",
-        "hub",
-        "--tokenizer",
-        "sample",
-        "--name",
-        "sized",
-        "--yes",
-        "--force",
-        "--parallel",
-    )
+    launcher(*["submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--steps", "4", "--name", "local", "--follow"])
+    launcher(*f"sweep {sizes} --nodes 2,3 --batch-size 4,5 --name sized --parallel".split())
     _ended(min((place / "runs").glob("sized-*")), 0, "", "")
     (place / "results.json").write_text(launcher("results", "completed", "--json"))
     (place / "results.csv").write_text(launcher("results", "completed", "completed-02", "--format", "csv"))
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher", "accept", "completed", "--json"],
-        cwd=place,
-        env=said,
-        capture_output=True,
-        text=True,
-    )
-    (place / "accept.json").write_text(done.stdout)
+    (place / "accept.json").write_text(launcher("accept", "completed", "--json", code=None))
     launcher("cluster", "nodes", "add", "gpu-007", "--reason", "replaced cable", "--days", "365")
     launcher("cluster", "use", "gb200")
     with _hub(place) as endpoint:
@@ -234,33 +190,11 @@ def made(place: Path, checkout: Path) -> None:
     (place / "images").mkdir()
     root = place / "hub" / "root"
     (root / "etc").mkdir(parents=True)
-    (root / "etc" / "titan-image.json").write_text(
-        json.dumps(
-            {
-                "schema": 1,
-                "channel": "stable",
-                "arch": "arm64",
-                "driver_min": "580",
-                "sm": ["sm_100"],
-                "versions": {"torch": "2.14.1", "cuda": "13.0", "torchtitan": "0.3.0"},
-            }
-        )
-    )
-    subprocess.run(
-        [
-            "mksquashfs",
-            root,
-            place / "hub" / "real.sqsh",
-            "-quiet",
-            "-no-progress",
-            "-all-root",
-            "-mkfs-time",
-            "1",
-            "-all-time",
-            "1",
-        ],
-        check=True,
-    )
+    versions = {"torch": "2.14.1", "cuda": "13.0", "torchtitan": "0.3.0"}
+    about = {"schema": 1, "channel": "stable", "arch": "arm64", "driver_min": "580", "sm": ["sm_100"]}
+    (root / "etc" / "titan-image.json").write_text(json.dumps({**about, "versions": versions}))
+    how = ["-quiet", "-no-progress", "-all-root", "-mkfs-time", "1", "-all-time", "1"]
+    subprocess.run(["mksquashfs", root, place / "hub" / "real.sqsh", *how], check=True)
     launcher("stage", "image", str(place / "hub" / "real.sqsh"), "--to", "images")
 
 
@@ -270,15 +204,11 @@ def _hub(place: Path) -> Iterator[str]:
     from tests.stage.hub_server import running_hub
 
     folder = place / "hub" / "c4"
-    program = (
-        "import sys; from pathlib import Path\n"
-        "try: from launcher import sample\n"
-        "except ImportError: from launcher.stage import sample\n"
-        "sample.write_c4_sample(Path(sys.argv[1]), train_files=12, documents_per_file=5)"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program, str(folder)], check=True, env=os.environ | {"PYTHONPATH": sys.path[0]}
-    )
+    try:
+        from launcher import sample  # type: ignore[attr-defined]  # in version 0.1
+    except ImportError:
+        from launcher.stage import sample
+    sample.write_c4_sample(folder, train_files=12, documents_per_file=5)
     with running_hub() as hub:
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         hub.add("dataset", "allenai/c4", files)

@@ -11,8 +11,9 @@ from typing import Any
 
 from launcher.results.outcome import NON_FINITE, RESTARTED, Lack, NodeResult, Outcome, Point, Problem, Spread, Startup
 from launcher.scheduler.state import FAILED, GOING, UNKNOWN, WAITING
+from tests.unit.titan_log import STEPS, T0
+from tests.unit.titan_log import step as step_line
 
-STEPS = (1, *range(10, 101, 10))
 LOSSES = (12.2512, 10.9034, 9.9821, 9.2456, 8.8213, 8.3127, 7.9014, 7.5233, 7.2018, 6.9127, 6.6542)
 STATES = FAILED | GOING | WAITING | {UNKNOWN}
 PER_TOKEN = 57.914e9  # FLOP of Llama-3-8B at 8192 tokens, as torchtitan counts them
@@ -132,7 +133,11 @@ def outcome(**changes: Any) -> Outcome:
 
 
 def write_run(
-    folder: Path, tps: Sequence[float] = (17930.0, 17950.0), end: str = '{"exit_code": 0}', **changes: Any
+    folder: Path,
+    tps: Sequence[float] = (17930.0, 17950.0),
+    end: str = '{"exit_code": 0}',
+    at: float = 1763630000,
+    **changes: Any,
 ) -> Path:
     """A run directory as a job of 100 steps leaves it, one log a node; `changes` are keys of the recipe.
 
@@ -151,18 +156,14 @@ def write_run(
     for name in ("job", "logs", "nodes"):
         (folder / name).mkdir(parents=True)
     (folder / "job" / "node.json").write_text(json.dumps(node))
-    (folder / "intent.json").write_text('{"scheduler": "local", "job_name": "x", "at": 1763630000}')
+    (folder / "intent.json").write_text(json.dumps({"scheduler": "local", "job_name": "x", "at": at}))
     if end:
         (folder / "end.json").write_text(end)
     for number, median in enumerate(tps):
         lines = []
-        for at, (step, loss) in enumerate(zip(STEPS, (*LOSSES[:-1], last), strict=True)):
-            wobble = (-20, 20, 0, 10, -10)[at % 5]
-            lines.append(
-                f"[rank0]:[titan] 2026-11-22 07:{at:02}:00,000 - root - INFO - step: {step:2}  loss: {loss:8.5f}  "
-                f"grad_norm:  2.9062  memory: 158.61GiB(86.20%)  tps: {median + wobble:,.0f}  tflops: 1,018.20  "
-                "mfu: 45.25%\n"
-            )
+        for minute, (step, loss) in enumerate(zip(STEPS, (*LOSSES[:-1], last), strict=True)):
+            wobble = (-20, 20, 0, 10, -10)[minute % 5]
+            lines.append(step_line(step, round(median + wobble), at=T0 + 60 * minute, loss=loss))
         host = f"gb200-{number + 1:03}"
         record = {
             "ok": True,

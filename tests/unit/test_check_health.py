@@ -39,6 +39,7 @@ def judged(answers: Mapping[str, str], *, alone: bool = False, arch: str = "x86_
     """What is said of four GPUs: problems, warnings."""
     found = health.judge_gpus(smi.join({"general": general(), **answers}), "h", alone=alone, arch=arch)
     assert all(one["fault"] == "node" and one["fix"] for one in found.problems)
+    assert all(f"-i {UUIDS[2]} -mig 0" in one["fix"] for one in found.problems if "MIG" in one["what"])
     return [one["what"] for one in found.problems], [one["what"] for one in found.warnings]
 
 
@@ -105,12 +106,6 @@ def test_a_sick_gpu(case: Sick) -> None:
     assert (len(problems), len(warnings)) == (bool(case.problem), bool(case.warning))
     assert case.problem in "".join(problems) and case.warning in "".join(warnings)
     assert judged({case.group: of_gpu_2(case.good, case.good)}) == ([], [])
-
-
-def test_a_gpu_in_pieces_is_named_for_nvidia_smi() -> None:
-    gpus = smi.join({"mig": of_gpu_2("Disabled", "Enabled")})
-    (one,) = health.judge_gpus(gpus, "h", alone=False, arch="").problems
-    assert f"nvidia-smi -i {UUIDS[2]} -mig 0" in one["fix"]
 
 
 PROCESS = {"processes": f"{UUIDS[2]}, 4711\n"}

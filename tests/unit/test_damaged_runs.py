@@ -19,9 +19,9 @@ from launcher.runs import attach, control
 from launcher.runs.directory import Run, all_runs
 from launcher.scheduler.state import JobState
 from tests.unit.node_place import FAILED, Place
-from tests.unit.test_follow import step
 from tests.unit.test_read import Made
 from tests.unit.test_titan_command import debug_node
+from tests.unit.titan_log import step
 
 RECIPE = {"local_batch_size": 5, "steps": 10, "log_freq": 10}
 NODE: dict[str, dict[str, Any]] = {

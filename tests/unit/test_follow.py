@@ -16,17 +16,9 @@ import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.logs import steps as log
+from launcher.logs.first_error import find_errors
 from launcher.logs.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs
-from tests.unit.test_log import first_error
-
-
-def step(number: int, tps: int = 17581, second: int | None = None, loss: float = 6.4277) -> str:
-    second = number if second is None else second
-    return (
-        f"[rank0]:[titan] 2026-11-22 07:{second // 60:02}:{second % 60:02},000 - root - INFO - "
-        f"step: {number:2}  loss: {loss:8.5f}  grad_norm:  2.9062  memory: 158.61GiB(86.20%)  tps: {tps:,}  "
-        f"tflops: 1,018.20  mfu: 45.25%\n"
-    )
+from tests.unit.titan_log import T0, step
 
 
 class Run:
@@ -76,7 +68,8 @@ def test_the_cause_may_stand_in_the_log_of_a_rank_that_is_not_shown(tmp_path: Pa
     hidden.write_text("torch.OutOfMemoryError: CUDA out of memory.\n")
     (tmp_path / "0000-a.log").write_text("[rank0]: RuntimeError: Connection closed by peer\n")
     (tmp_path / "job.log").write_text("srun: error: b: task 1: Exited with exit code 1\n")
-    assert first_error(error_logs(tmp_path)) == (hidden, ["torch.OutOfMemoryError: CUDA out of memory."])
+    found = find_errors(error_logs(tmp_path))
+    assert (found.path, list(found.lines)) == (hidden, ["torch.OutOfMemoryError: CUDA out of memory."])
 
 
 def test_files_appear_and_grow(tmp_path: Path) -> None:
@@ -128,7 +121,7 @@ def test_a_run_without_logs_gives_nothing(tmp_path: Path) -> None:
 def test_time_left_comes_from_the_steps_after_the_first(tmp_path: Path) -> None:
     run = Run(tmp_path)
     # One minute of start-up before step 10 must not count; ten steps then take 20 seconds.
-    run.write("0000-a.log", "".join(step(n, second=s) for n, s in ((1, 0), (10, 60), (20, 80), (30, 100), (100, 240))))
+    run.write("0000-a.log", "".join(step(n, at=T0 + s) for n, s in ((1, 0), (10, 60), (20, 80), (30, 100), (100, 240))))
     assert [p.seconds_left for p in run.follow()] == [None, None, 160.0, 140.0, 0.0]
 
 
@@ -137,7 +130,7 @@ def test_a_step_of_several_nodes_is_one(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for n, second in ((1, 0), (10, 60), (20, 80)):
         for name, late in (("0000-a.log", 0), ("0001-b.log", 1)):
-            run.polls.append(partial(run.write, name, step(n, second=second + late)))
+            run.polls.append(partial(run.write, name, step(n, at=T0 + second + late)))
     assert run.follow()[-1].seconds_left == 160.0
 
 
@@ -152,7 +145,7 @@ def test_a_restart_goes_back_and_estimates_anew(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for name in ("0000-a.log", "0001-b.log"):
         run.write(name, "".join(step(n) for n in (1, 10, 20, 30)))
-        run.write(name, "".join(step(n, 18000, second=900 + n) for n in (20, 30, 40)))
+        run.write(name, "".join(step(n, 18000, at=T0 + 900 + n) for n in (20, 30, 40)))
     seen = run.follow()
     assert [p.step for p in seen] == [1, 10, 20, 30, 20, 30, 40]
     assert [p.seconds_left is None for p in seen] == [True, True, False, False, True, False, False]
@@ -182,7 +175,7 @@ def test_attaching_to_a_long_run_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "0000-a.log"
     with path.open("w") as handle:
         for n in range(20_000):
-            handle.write(step(n + 1, second=n % 3600))
+            handle.write(step(n + 1, at=T0 + n % 3600))
     tracemalloc.start()
     try:
         steps = [p.step for p in follow(tmp_path, steps_total=20_000, is_finished=lambda: True, sleep=print)]
@@ -280,7 +273,7 @@ def test_only_regular_files_are_logs(tmp_path: Path, read: Callable[[Path], Iter
     os.mkfifo(tmp_path / "ranks/0000-a/stderr.log")
     assert list(node_logs(tmp_path)) == ["a", "f"]
     assert read(tmp_path)
-    assert first_error(error_logs(tmp_path)) is None
+    assert find_errors(error_logs(tmp_path)).path is None
     assert last_lines(error_logs(tmp_path)[::-1], 1)[0].name == "0005-f.log"
 
 
@@ -288,7 +281,7 @@ def test_a_log_that_turns_into_something_else_while_it_is_opened(tmp_path: Path)
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "fifo")
     assert [log.open_log(tmp_path / name) for name in ("directory", "fifo", "absent")] == [None] * 3
-    assert first_error([tmp_path / "directory", tmp_path / "fifo"]) is None
+    assert find_errors([tmp_path / "directory", tmp_path / "fifo"]).path is None
 
 
 class _Damaged(io.BytesIO):
@@ -354,8 +347,8 @@ for name, text in merged_lines(Path(sys.argv[1])):
 def test_more_nodes_than_files_may_be_open(tmp_path: Path) -> None:
     for node in range(100):
         with (tmp_path / f"{node:04}-n{node}.log").open("w") as handle:
-            handle.write("early\n" + step(1, second=node) + "x" * 200_000 + "\n" + "detail\n" * 500)
-            handle.write(step(2, second=200 + node))
+            handle.write("early\n" + step(1, at=T0 + node) + "x" * 200_000 + "\n" + "detail\n" * 500)
+            handle.write(step(2, at=T0 + 200 + node))
     done = subprocess.run([sys.executable, "-c", MERGE, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()

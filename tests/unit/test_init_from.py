@@ -184,6 +184,7 @@ def own(run_dir: Path, *names: str) -> None:
 def test_a_runs_own_checkpoint_wins_even_when_the_weights_are_gone(tmp_path: Path, version: str) -> None:
     own(tmp_path, "step-9/.metadata", "step-10/.metadata", "step-20/__0_0.distcp")
     node = debug_node(init_from="/gone", run_dir=str(tmp_path))
+    assert starting_weights(debug_node(run_dir=str(tmp_path)), version) == {}  # without the option
     assert starting_weights(node, version) == {"init_from": f"{tmp_path}/titan/checkpoint/step-10"}
 
 
@@ -196,10 +197,6 @@ def test_an_unfinished_checkpoint_is_no_random_start(tmp_path: Path, weights: Pa
     assert refused.value.fix.endswith(f"rm -r {tmp_path}/titan/checkpoint")
     elsewhere = {**node, "titan": {"checkpoint.folder": "mine"}}
     assert starting_weights(elsewhere, "0.2.2")["init_from"] == str(weights)
-
-
-def test_without_the_option_nothing_is_looked_at() -> None:
-    assert starting_weights(debug_node(), "nonsense") == {}
 
 
 @pytest.mark.parametrize(("interval", "load_only"), [(0, True), (50, False)])
@@ -232,24 +229,19 @@ def spec(init_from: Path | str, flavor: str = "debugmodel", **job: Any) -> Place
 
 
 def test_submit_refuses_what_it_can_see(weights: Path) -> None:
-    check_at_submit(spec(weights))
+    for seen in (spec(weights), spec("/data/weights", mounts=(f"{weights.parent}:/data",)), spec("/nowhere/weights")):
+        check_at_submit(seen)  # where a mount takes it from; what only the nodes have may be whole
     with pytest.raises(
         LauncherError, match=r"--init-from .*config.json is not that of 8B: hidden_size is 256"
     ) as error:
         check_at_submit(spec(weights, "8B"))
     assert error.value.status == ExitStatus.INVALID and "launcher stage model" in error.value.fix
-
-
-def test_submit_looks_where_a_mount_takes_it_from(tmp_path: Path, weights: Path) -> None:
-    moved = spec("/data/weights", mounts=(f"{tmp_path}:/data",))
-    check_at_submit(moved)
     (weights / FIRST).unlink()
     with pytest.raises(LauncherError, match="shards are missing"):
-        check_at_submit(moved)
+        check_at_submit(spec("/data/weights", mounts=(f"{weights.parent}:/data",)))
 
 
 def test_what_only_the_nodes_have_is_a_warning() -> None:
-    check_at_submit(spec("/nowhere/weights"))
     assert "/nowhere/weights" in [finding.facts.get("path") for finding in files(spec("/nowhere/weights"))]
     assert "" not in [finding.facts.get("path") for finding in files(spec(""))]
 
@@ -308,28 +300,13 @@ def test_the_recipe_for_fine_tuning_is_llama3_8b_from_its_weights() -> None:
         assert tuned.recipe == Recipe(**{**vars(plain.recipe), "lr": 1e-5, "warmup_steps": 10})
 
 
-def place(tmp_path: Path, weights: Path, titan: str = "0.3.0") -> Place:
-    made = Place(tmp_path, debug_node(init_from=str(weights)), titan)
-    (made.site / "safetensors").mkdir()
-    (made.site / "safetensors" / "__init__.py").touch()
-    return made
-
-
-def test_a_node_says_where_its_weights_come_from(tmp_path: Path, weights: Path) -> None:
-    node = place(tmp_path, weights)
-    done = node.start(FAKE_TORCH="2.14.0+cpu")
-    assert f"--checkpoint.initial_load_path={weights}" in done.stdout
+def test_a_node_says_where_its_weights_come_from_or_refuses_them(tmp_path: Path, weights: Path) -> None:
+    node = Place(tmp_path, debug_node(init_from=str(weights)))
+    assert "safetensors is not installed for" in node.refused(FAKE_TORCH="2.14.0+cpu")
+    (node.site / "safetensors").mkdir()
+    (node.site / "safetensors" / "__init__.py").touch()
+    assert f"--checkpoint.initial_load_path={weights}" in node.start(FAKE_TORCH="2.14.0+cpu").stdout
     assert (node.record()["init_from"], node.record()["init_from_files"]) == (str(weights), 2)
-
-
-def test_a_node_refuses_before_anything_is_started(tmp_path: Path, weights: Path) -> None:
-    node = place(tmp_path, weights)
     (weights / FIRST).unlink()
     line = node.refused(FAKE_TORCH="2.14.0+cpu")
     assert "1 of 2 shards are missing" in line and f"launcher stage model --to {weights}" in line
-
-
-def test_a_node_without_the_reader_of_the_format_says_so(tmp_path: Path, weights: Path) -> None:
-    node = place(tmp_path, weights)
-    shutil.rmtree(node.site / "safetensors")
-    assert "safetensors is not installed for" in node.refused(FAKE_TORCH="2.14.0+cpu")

@@ -1,4 +1,4 @@
-"""The parser of torchtitan's logs: formats of each release, broken logs, growing files, first errors."""
+"""The parser of torchtitan's logs: formats of each release, broken logs, growing files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import inspect
 import math
 import re
 import tracemalloc
-from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.logs import first_error as errors
 from launcher.logs import steps as log
 from launcher.logs.first_error import find_errors
-from launcher.logs.known_errors import known_errors
 from launcher.logs.steps import LogReader, StepRecord, parse_line, plain_text
 
 PLAIN = (
@@ -32,11 +28,6 @@ COLOURED = (
 )
 TIME = 1795331431.413  # 2026-11-22 07:10:31,413 read as UTC
 EXPECTED = StepRecord(100, 6.4277, 2.9062, 158.61, 86.2, 17581.0, 1018.2, 45.25, TIME, 0)
-
-
-def first_error(paths: Iterable[Path]) -> tuple[Path, list[str]] | None:
-    found = find_errors(paths)
-    return (found.path, list(found.lines)) if found.path else None
 
 
 def read_in_parts(path: Path, *parts: bytes) -> list[StepRecord]:
@@ -270,7 +261,7 @@ def test_memory_is_bounded_whatever_the_file_holds(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         assert list(LogReader(path).read()) == []
-        assert first_error([path]) is None
+        assert find_errors([path]).path is None
         assert tracemalloc.get_traced_memory()[1] < 6 << 20
     finally:
         tracemalloc.stop()
@@ -299,154 +290,3 @@ def test_plain_text_cannot_drive_a_terminal(line: bytes, text: str) -> None:
 @given(st.binary(max_size=300) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_plain_text_has_no_control_characters_left(line: bytes) -> None:
     assert not re.search("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e]", plain_text(line))
-
-
-# --- the first error ----------------------------------------------------------------------------------------
-
-OUT_OF_MEMORY = """\
-[rank0]:[titan] 2026-11-22 14:50:40,000 - root - INFO - Training starts at step 1
-[rank0]:[rank2]: Traceback (most recent call last):
-[rank0]:[rank2]:   File "/opt/train.py", line 9, in <module>
-[rank0]:[rank2]:     inner()
-[rank0]:[rank2]:     ^^^^^^^
-[rank0]:[rank2]:   File "/opt/train.py", line 8, in inner
-[rank0]:[rank2]:     allocate()
-[rank0]:[rank2]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
-E1122 14:50:52.655000 5553 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 0
-Traceback (most recent call last):
-  File "/usr/local/bin/torchrun", line 8, in <module>
-    sys.exit(main())
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError: 
-============================================================
-train.py FAILED
-------------------------------------------------------------
-Root Cause (first observed failure):
-[0]:
-  time      : 2026-11-22_14:50:52
-  host      : gpu002
-  exitcode  : 1 (pid: 5685) 
-"""
-LOST_PEER = """\
-[rank0]:[titan] 2026-11-22 14:50:40,000 - root - INFO - Training starts at step 1
-[rank0]:[rank0]: Traceback (most recent call last):
-[rank0]:[rank0]:   File "/opt/train.py", line 10, in <module>
-[rank0]:[rank0]:     dist.all_reduce(t)
-[rank0]:[rank0]: RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18345.
-[W1122 14:50:52.347814757 TCPStore.cpp:115] [c10d] recvVector failed on SocketImpl(fd=3): Failed to recv
-Exception raised from recvBytes at Utils.hpp:787 (most recent call first):
-frame #2: c10::DistNetworkError::DistNetworkError(c10::SourceLocation, std::string) + 0x72 (0x7f in libc10.so)
-W1122 14:50:52.945000 5552 dynamic_rendezvous.py:1346] The node 'gpu001_0' has failed to send a keep-alive \
-heartbeat to the rendezvous 'x' due to an error of type RendezvousConnectionError.
-E1122 14:50:52.956000 5552 api.py:1002] failed (exitcode: 1) local_rank: 1 (pid: 5686) of binary: python3
-  time      : 2026-11-22_14:50:50
-"""
-GOODBYE = """\
-W1122 14:50:52.945000 5552 dynamic_rendezvous.py:1346] The node 'gpu003_0' has failed to send a keep-alive \
-heartbeat to the rendezvous 'x' due to an error of type RendezvousConnectionError.
-"""
-
-
-def logs(folder: Path, **texts: str) -> list[Path]:
-    return [folder / name for name, text in texts.items() if (folder / name).write_text(text)]
-
-
-SRUN = "srun: error: gpu001: task 0: Exited with exit code 1"
-LATE = OUT_OF_MEMORY.replace("14:50:52", "14:51:52").replace("2.00", "9.00")
-NCCL = "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, unhandled system error"
-WATCHDOG = "[E1122 14:50:52.1 ProcessGroupNCCL.cpp:629] Watchdog caught collective operation timeout: WorkNCCL"
-
-
-class First(NamedTuple):
-    """The log that is to blame, words of its error's line, and what the logs hold."""
-
-    log: str
-    said: str
-    logs: dict[str, str]
-
-
-FIRST = {
-    "before those it took along": First(
-        "node1", "torch.OutOfMemoryError: CUDA", {"node0": LOST_PEER, "node1": OUT_OF_MEMORY, "node2": GOODBYE}
-    ),
-    "the first cause of a file": First(
-        "node0", "ValueError: one", {"node0": f"ValueError: one\nKeyError: two\n{LATE}"}
-    ),
-    "the earlier of two causes": First("node1", "allocate 2.00 GiB", {"node0": LATE, "node1": OUT_OF_MEMORY}),
-    "a lost peer, where that is all": First(
-        "node1",
-        "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer",
-        {"node0": GOODBYE, "node1": LOST_PEER},
-    ),
-    "a closed rendezvous, alone": First(
-        "node0", "RendezvousConnectionError", {"node0": GOODBYE, "node1": "all is well\n"}
-    ),
-    "srun before a closed rendezvous": First("job", SRUN, {"node0": GOODBYE, "job": SRUN}),
-    "NCCL before srun": First("node0", NCCL, {"job": SRUN, "node0": f"{NCCL}\n"}),
-    "the watchdog before srun": First("node0", WATCHDOG, {"job": SRUN, "node0": f"[rank0]:{WATCHDOG}\n"}),
-}
-
-
-@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys())
-def test_the_error_that_is_to_blame(case: First, tmp_path: Path) -> None:
-    found = first_error(logs(tmp_path, **case.logs))
-    assert found is not None and found[0].name == case.log and case.said in found[1][0]
-
-
-def test_the_last_frame_comes_with_the_error(tmp_path: Path) -> None:
-    found = first_error(logs(tmp_path, node0=OUT_OF_MEMORY))
-    assert found is not None and found[1] == [
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
-        'File "/opt/train.py", line 8, in inner',
-        "allocate()",
-    ]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "titan-node: FAIL gpu count: 3 of 4 GPUs are visible",
-        "slurmstepd: error: pyxis: failed to create container filesystem for image: /nope/x.sqsh",
-        "pyxis: --container-mounts: source path does not exist: /nope/dir",
-        "[ERROR] Command not found: nvidia-container-cli",
-        "enroot-switchroot: failed to execute: /bin/sh: Exec format error",
-        "srun: unrecognized option '--container-image=x'",
-        "slurmstepd-gpu001: error: execve(): python3: No such file or directory",
-        "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.",
-        "slurmstepd: error: *** JOB 5 ON gpu001 CANCELLED AT 2026-11-22T14:50:52 DUE TO TIME LIMIT ***",
-        "ValueError: Config function 'nope' not found in torchtitan.models.llama3.config_registry.",
-        "Unrecognized options: --bogus.option, 3",
-    ],
-)
-def test_causes_that_are_no_traceback(tmp_path: Path, line: str) -> None:
-    found = first_error(logs(tmp_path, node0=LOST_PEER, node1=f"0: {line}\n"))
-    assert found is not None and (found[0].name, found[1][0]) == ("node1", line)
-
-
-def test_missing_files_and_good_logs_have_no_error(tmp_path: Path) -> None:
-    good = PLAIN.decode() + "\n[rank0]:[titan] 2026-11-22 07:10:31,413 - root - INFO - Training completed\n"
-    assert first_error([*logs(tmp_path, node0=good), tmp_path / "absent"]) is None
-
-
-@given(st.binary(max_size=600))
-def test_the_search_for_errors_never_raises(data: bytes) -> None:
-    search = errors._Search()
-    for line in (b"RuntimeError: ", data, b"[rank1]: Traceback (most recent call last)", *data.split(b"\n")):
-        errors._look(search, line)
-
-
-@pytest.mark.parametrize("text", [text for known in known_errors() for text in known.example])
-def test_each_line_that_has_a_grade_is_found_where_it_stands_alone(tmp_path: Path, text: str) -> None:
-    """Most lines are never looked at: none that matters is among them."""
-    for line in text.strip().splitlines():
-        found = first_error(logs(tmp_path, node0=f"one\n{line}\ntwo\n"))
-        if errors._grade(line) is not None:
-            assert found is not None and line.endswith(found[1][0])
-
-
-@pytest.mark.parametrize("colour", ["", "\x1b[31m"])
-@pytest.mark.parametrize("begin", ["", "0: ", "[rank0]:[rank3]: ", " 30%|###\r"])
-def test_an_exception_is_found_among_many_lines_with_the_word_error(tmp_path: Path, begin: str, colour: str) -> None:
-    noise = "[titan] an error, again: caught ValueError: x\nerror: Connection is fine\n" * 5000
-    said = f"{noise}{begin}{colour}KeyError: 'x'\n{noise}ValueError: late\n"
-    found = first_error(logs(tmp_path, node0=said, node1=noise))
-    assert found is not None and (found[0].name, found[1][0]) == ("node0", "KeyError: 'x'")

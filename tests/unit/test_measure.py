@@ -12,15 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.logs.steps import StepRecord
-from launcher.results.measure import (
-    Measured,
-    after_warmup,
-    deduplicate,
-    last_logged,
-    logged_steps,
-    measure,
-    spread,
-)
+from launcher.results.measure import Measured, after_warmup, deduplicate, last_logged, logged_steps, measure, spread
 
 STEPS = [1, *range(10, 101, 10)]
 
@@ -45,6 +37,7 @@ def test_warm_up_is_left_out() -> None:
 
 
 def test_short_runs_keep_what_they_have() -> None:
+    assert spread([]) is None
     assert [r.step for r in after_warmup([record(1), record(10), record(20)], 10)] == [10, 20]
     assert after_warmup([record(1)], 10) == []
     found = measured({"n": [record(1)]})
@@ -122,18 +115,11 @@ def test_the_spread_is_numpys(values: list[float]) -> None:
     assert (found.low, found.q1, found.median, found.q3, found.high) == pytest.approx(tuple(expected))
 
 
-def test_the_spread_of_nothing() -> None:
-    assert spread([]) is None
-
-
 @pytest.mark.parametrize("log_freq", [1, 2, 3, 10, 1000])
 @pytest.mark.parametrize("steps", [0, 1, 2, 9, 10, 11, 100, 105])
 def test_which_steps_torchtitan_logs(steps: int, log_freq: int) -> None:
     logged = [step for step in range(1, steps + 1) if step == 1 or step % log_freq == 0]
-    assert (logged_steps(steps, log_freq), last_logged(steps, log_freq)) == (
-        len(logged),
-        max(logged, default=0),
-    )
+    assert (logged_steps(steps, log_freq), last_logged(steps, log_freq)) == (len(logged), max(logged, default=0))
 
 
 @given(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ from launcher.results.read import outcome_of
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 from tests.unit.test_tensorboard import scalar
+from tests.unit.titan_log import STEPS, T0
+from tests.unit.titan_log import step as line
 
-DONE, RUNNING, FAILED = (
-    JobState("COMPLETED"),
-    JobState("RUNNING"),
-    JobState("FAILED", "end.json", "ended by SIGKILL"),
-)
+DONE, RUNNING, FAILED = (JobState("COMPLETED"), JobState("RUNNING"), JobState("FAILED", "end.json", "ended by SIGKILL"))
 DAMAGED = "run.toml is damaged: what was asked for is known in part"
-T0 = 1795331400.0  # 2026-11-22 07:10:00 UTC
 RECIPE = {
     "name": "./mine/fast.toml",
     "model": "llama3",
@@ -86,23 +82,8 @@ RECORD = {
 }
 
 
-def clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + ",000"
-
-
-def line(step: int, tps: int = 17581, at: float | None = None, loss: str = "6.42771", prefix: str = "") -> str:
-    moment = clock(T0 + 100 + step if at is None else at)
-    return (
-        f"{prefix}[rank0]:[titan] {moment} - root - INFO - step: {step:2}  loss: {loss:>8}  grad_norm:  2.9062  "
-        f"memory: 158.61GiB(86.20%)  tps: {tps:,}  tflops: 1,018.20  mfu: 45.25%\n"
-    )
-
-
-STEPS = (1, *range(10, 101, 10))
-
-
 def log(tps: int = 17581, steps: tuple[int, ...] = STEPS, **more: Any) -> str:
-    return "".join(line(step, 900 if step == 1 else tps, **more) for step in steps)
+    return "".join(line(step, 900 if step == 1 else tps, **{"at": T0 + 100 + step, **more}) for step in steps)
 
 
 class Made:
@@ -151,13 +132,9 @@ def test_a_whole_run(made: Made) -> None:
     assert found.complete and (said(found), found.notes) == ((), ())
     assert (found.run, found.state, found.date) == ("r", "COMPLETED", "2026-11-22T07:10:00Z")
     assert (found.gpu, found.nodes, found.gpus, found.recipe) == ("GB200", 2, 8, "fast")
-    assert (found.local_batch_size, found.global_batch_size, found.seq_len) == (
-        5,
-        20,
-        8192,
-    )  # tensor parallel 2
+    assert (found.local_batch_size, found.global_batch_size, found.seq_len) == (5, 20, 8192)  # tensor parallel 2
     assert (found.precision, found.compile, found.steps, found.step) == ("bfloat16 + float8", True, 100, 100)
-    assert (found.loss, found.grad_norm, found.memory_pct) == (6.42771, 2.9062, 86.2)
+    assert (found.loss, found.grad_norm, found.memory_pct) == (6.4277, 2.9062, 86.2)
     assert found.tps is not None and found.tflops is not None and found.memory_gib is not None
     assert (found.tps.median, found.tps.low, found.tps.high, found.tps.count) == (17550, 17500, 17600, 18)
     assert (found.tflops.median, found.memory_gib.median) == (1018.2, 158.61)
@@ -251,7 +228,7 @@ def test_all_the_time_after_warm_up(made: Made) -> None:
 def test_restarts_and_nan(made: Made) -> None:
     made.write("logs/0001-b.log", log(steps=STEPS[:4]) + log(steps=STEPS[2:], at=T0 + 5000))
     assert said(made.outcome()) == (RESTARTED.text,)
-    made.write("logs/0001-b.log", log().replace(" 6.42771", "     nan", 3))
+    made.write("logs/0001-b.log", log().replace(" 6.42770", "     nan", 3))
     assert said(made.outcome()) == (NON_FINITE.text,)
 
 
@@ -296,8 +273,7 @@ def test_what_is_no_run_toml_is_not_waited_for(made: Made) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "run = ", "[job]\nname = 1979-05-27\n[recipe]\nsteps = 100\n[titan]\nx = 07:32:00\n", "\udc80"],
+    "text", ["", "run = ", "[job]\nname = 1979-05-27\n[recipe]\nsteps = 100\n[titan]\nx = 07:32:00\n", "\udc80"]
 )
 def test_either_file_of_settings_is_enough(made: Made, text: str) -> None:
     made.path.joinpath("run.toml").write_text(text, errors="surrogateescape")
@@ -408,12 +384,7 @@ def test_old_and_quantised_lines(made: Made) -> None:
         made.write(f"logs/{name}.log", "".join(old))
     found = made.outcome()
     assert found.complete and found.tps is not None
-    assert (found.tps.median, found.tflops, found.grad_norm, found.startup.first_step_s) == (
-        5762,
-        None,
-        None,
-        None,
-    )
+    assert (found.tps.median, found.tflops, found.grad_norm, found.startup.first_step_s) == (5762, None, None, None)
 
 
 def test_what_another_user_may_not_show(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

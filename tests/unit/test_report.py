@@ -128,10 +128,7 @@ def test_throughput_leaves_step_1_out_and_draws_the_newest_runs() -> None:
 def test_only_complete_and_like_runs_make_a_scaling_line() -> None:
     runs = sample()
     ours = [group for group in scaling(runs, [], "GB200")]
-    assert [group.label for group in ours] == [
-        "llama3-8b, batch 5, bfloat16",
-        "llama3-8b, batch 5, bfloat16, compiled",
-    ]
+    assert [group.label for group in ours] == ["llama3-8b, batch 5, bfloat16", "llama3-8b, batch 5, bfloat16, compiled"]
     names = {dot.name for group in ours for dot in group.dots}
     assert names == {one.run for one in runs if one.gpu == "GB200" and one.complete}
     assert list(ours[0].medians) == [(12, 18210), (36, (17960 + 16900) / 2), (68, 17590)]
@@ -281,11 +278,7 @@ def test_no_name_is_ever_markup(name: str, value: str) -> None:
         )
         rows = [replace(published()[0], run=f"{value} (x)", source=value, gpu=name)]
         text = page(
-            [first, outcome(gpu=name, precision=f"p{value}")],
-            rows,
-            made="now",
-            version="1",
-            left_out=[(name, value)],
+            [first, outcome(gpu=name, precision=f"p{value}")], rows, made="now", version="1", left_out=[(name, value)]
         )
         assert all(character.isprintable() or character == "\n" for character in text)
         return Parsed(text)

@@ -10,32 +10,13 @@ from click.testing import CliRunner, Result
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.commands.report import report
-from tests.unit.test_follow import step
-
-NODE = {
-    "job": {"nodes": 1, "recipe": "llama3-8b"},
-    "profile": {"gpu": "GB200", "gpus_per_node": 4},
-    "recipe": {"local_batch_size": 5, "steps": 30, "log_freq": 10, "seq_len": 8192},
-    "placed": {},
-}
-
-
-def make_run(runs_dir: Path, name: str, at: float, steps: tuple[int, ...] = (1, 10, 20, 30)) -> Path:
-    folder = runs_dir / name
-    (folder / "job").mkdir(parents=True)
-    (folder / "logs").mkdir()
-    (folder / "intent.json").write_text(json.dumps({"scheduler": "local", "job_name": "x", "at": at}))
-    (folder / "job" / "node.json").write_text(json.dumps(NODE))
-    (folder / "end.json").write_text('{"exit_code": 0}')
-    if steps:
-        (folder / "logs" / "0000-a.log").write_text("".join(map(step, steps)))
-    return folder
+from tests.unit.outcomes import write_run
 
 
 @pytest.fixture
 def runs_dir(workplace: Path) -> Path:
-    make_run(workplace / "runs", "first", 1000.0)
-    make_run(workplace / "runs", "second", 2000.0, steps=(1, 10))
+    write_run(workplace / "runs" / "first", at=1000.0)
+    write_run(workplace / "runs" / "second", at=2000.0, steps_logged=10)
     return workplace / "runs"
 
 
@@ -53,20 +34,14 @@ def test_all_runs_newest_first_and_again_over_its_own_page(runs_dir: Path) -> No
     done = call("-o", "page.html")
     assert (done.exit_code, done.stdout) == (0, "page.html: 2 runs, 1 incomplete\n"), done.output
     text = Path("page.html").read_text()
-    assert text.index('"run">second<') < text.index('"run">first<') and "step 10 of 30" in text
+    assert text.index('"run">second<') < text.index('"run">first<') and "step 10 of 100" in text
     assert call("-o", "page.html").exit_code == 0
     assert sorted(path.name for path in runs_dir.parent.iterdir()) == ["home", "page.html", "runs"]
 
 
 def test_named_runs_once_each_and_as_json(runs_dir: Path) -> None:
     done = call("first", str(runs_dir / "first"), "--json")
-    assert json.loads(done.stdout) == {
-        "page": "report.html",
-        "runs": 1,
-        "incomplete": [],
-        "left_out": [],
-        "plots": [],
-    }
+    assert json.loads(done.stdout) == {"page": "report.html", "runs": 1, "incomplete": [], "left_out": [], "plots": []}
 
 
 def test_the_page_on_stdout_is_nothing_but_the_page(runs_dir: Path) -> None:
@@ -85,7 +60,7 @@ def test_other_files_are_left_as_they_are(runs_dir: Path) -> None:
 
 
 def test_runs_without_a_step_are_named(runs_dir: Path) -> None:
-    make_run(runs_dir, "silent", 3000.0, steps=())
+    write_run(runs_dir / "silent", at=3000.0, steps_logged=0)
     done = call()
     assert "report.html: 2 runs" in done.stdout and "left out: silent: " in done.stderr
     assert "silent" in Path("report.html").read_text()

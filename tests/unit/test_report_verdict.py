@@ -147,10 +147,7 @@ def test_clusters_have_an_answer_each() -> None:
     found = answers(
         health([GOOD[0], replace(GOOD[1], cluster="other", state="FAILED", problems=problems("FAILED"))], published())
     )
-    assert [(one.name, one.word) for one in found] == [
-        ("GB200 on crusoe", "PASS"),
-        ("GB200 on other", "FAIL"),
-    ]
+    assert [(one.name, one.word) for one in found] == [("GB200 on crusoe", "PASS"), ("GB200 on other", "FAIL")]
 
 
 # --- the table ----------------------------------------------------------------------------------------------

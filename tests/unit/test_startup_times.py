@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from launcher.results.outcome import Startup
-from tests.unit.test_read import RECORD, RUNNING, STEPS, T0, Made, line, log, said
+from tests.unit.test_read import RECORD, RUNNING, Made, log, said
+from tests.unit.titan_log import STEPS, T0
+from tests.unit.titan_log import step as line
 
 
 @pytest.fixture

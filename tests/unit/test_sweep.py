@@ -16,8 +16,9 @@ from launcher.sweep import cells, table
 from launcher.titan.recipe import Recipe
 from tests.conftest import Launch
 from tests.unit.outcomes import outcome, spread
-from tests.unit.test_read import STEPS, line
 from tests.unit.test_submission import SBATCH, SQUEUE, Fake, jobs, slurm
+from tests.unit.titan_log import STEPS
+from tests.unit.titan_log import step as line
 
 __all__ = ["slurm"]  # a fixture
 

@@ -53,10 +53,7 @@ class Terminal(io.TextIOWrapper):
 def said(*words: str, encoding: str = "utf-8", stream: type[io.TextIOWrapper] = io.TextIOWrapper) -> tuple[str, str]:
     """What `launcher WORDS` writes to stdout and stderr."""
     out, err = (stream(io.BytesIO(), encoding=encoding, errors="strict", write_through=True) for _ in range(2))
-    with (
-        mock.patch.multiple(sys, argv=["launcher", *words], stdout=out, stderr=err),
-        contextlib.suppress(SystemExit),
-    ):
+    with mock.patch.multiple(sys, argv=["launcher", *words], stdout=out, stderr=err), contextlib.suppress(SystemExit):
         main()
     decoded = "latin-1" if encoding == "latin-1" else "utf-8"  # click writes UTF-8 where the encoding is ASCII
     return written(out).decode(decoded), written(err).decode(decoded)

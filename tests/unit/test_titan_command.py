@@ -5,20 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 import tomllib
+from collections.abc import Mapping
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from launcher.titan import Refused, cpu, toml_era
-from launcher.titan.command import (
-    Rendezvous,
-    config_files,
-    era,
-    shown_local_rank,
-    torchrun_command,
-    trainer_arguments,
-)
+from launcher.titan.command import Rendezvous, config_files, era, shown_local_rank, torchrun_command, trainer_arguments
 from launcher.titan.recipe import Recipe
 
 LLAMA3_8B: dict[str, Any] = {
@@ -131,12 +125,7 @@ def test_8b_in_the_toml_era_is_a_file() -> None:
         },
         "compile": {"enable": False, "components": ["model", "loss"]},
         "checkpoint": {"enable": False, "interval": 500, "last_save_model_only": False},
-        "metrics": {
-            "log_freq": 10,
-            "disable_color_printing": True,
-            "enable_tensorboard": True,
-            "save_tb_folder": "tb",
-        },
+        "metrics": {"log_freq": 10, "disable_color_printing": True, "enable_tensorboard": True, "save_tb_folder": "tb"},
         "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
         "profiling": {"enable_profiling": False},
         "validation": {"enable": False, "dataset_path": "/data/c4", "local_batch_size": 5, "seq_len": 8192},
@@ -158,12 +147,46 @@ def test_the_debug_recipe_on_a_cpu_starts_behind_the_patches(version: str) -> No
     assert ("--debug.seed=1" if version == "0.3.0" else "seed = 1") in text
 
 
-@pytest.mark.parametrize(
-    ("torch_version", "expected"), [("2.13.0+cpu", True), ("2.14.1+cu130", False), ("2.15.0.dev1", False), ("", False)]
-)
-def test_an_older_torch_gets_the_older_backend_of_03(torch_version: str, expected: bool) -> None:
-    arguments = trainer_arguments(LLAMA3_8B, "0.3.0", torch_version)
-    assert ("--parallelism.spmd_backend=partial_dtensor" in arguments) is expected
+class Argument(NamedTuple):
+    """What a recipe or a job asks for, and the argument of 0.3 that says so."""
+
+    recipe: dict[str, Any]
+    has: str
+    torch: str = "2.14.1+cu130"
+    job: Mapping[str, Any] = {}
+
+
+PLAIN, FAST = {"like_for_like": True}, {"like_for_like": False}
+GRAPHS, NO_GRAPHS = "--training.no_disable_cuda_graphs", "--training.disable_cuda_graphs"
+OLD_BACKEND = "--parallelism.spmd_backend=partial_dtensor"
+ARGUMENTS = {
+    "an older torch gets the older backend": Argument({}, OLD_BACKEND, "2.13.0+cpu"),
+    "a torch of today does not": Argument({}, f"no {OLD_BACKEND}"),
+    "nor one that does not say": Argument({}, f"no {OLD_BACKEND}", ""),
+    "a dev release is a later one": Argument({}, f"no {OLD_BACKEND}", "2.15.0.dev1"),
+    "streaming from the Hub": Argument({}, "--dataloader.dataset_path=None", job={"data": "hub"}),
+    "graphs": Argument(FAST, GRAPHS),
+    "loss in chunks": Argument(FAST, "no --loss.num_chunks=1"),
+    "like for like": Argument(PLAIN, NO_GRAPHS),
+    "like for like, loss": Argument(PLAIN, "--loss.num_chunks=1"),
+    "no graphs with stages": Argument({**FAST, "pipeline_parallel": 4}, NO_GRAPHS),
+    "no graphs on a CPU": Argument({**FAST, "compile": False}, NO_GRAPHS, job={"device": "cpu"}),
+    "70B": Argument({"flavor": "70B"}, "--module=llama3 --config=llama3_70b"),
+    "mxfp8": Argument({"quantize": "mxfp8"}, "--module=titan.registry_era --config=llama3_8b_mxfp8"),
+    "nvfp4": Argument({"quantize": "nvfp4"}, "--module=llama3 --config=llama3_8b_first_85_pct_layers_nvfp4"),
+    "float8": Argument({"quantize": "float8"}, "--module=titan.registry_era --config=llama3_8b_float8"),
+    "70B in float8": Argument(
+        {"flavor": "70B", "quantize": "float8"}, "--module=titan.registry_era --config=llama3_70b_float8"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_an_argument_of_03(case: Argument) -> None:
+    found = trainer_arguments(a_node({"compile": True, **case.recipe}, **case.job), "0.3.0", case.torch)
+    *no, wanted = case.has.split("no ")
+    assert (f" {wanted} " in f" {' '.join(found)} ") is not bool(no)
+    assert "--compile.enable" in found or "device" in case.job
 
 
 @pytest.mark.parametrize("version", ["0.2.1", "0.2.2", "0.2.2+crusoe", "0.2.2.dev20260101"])
@@ -178,10 +201,8 @@ def test_other_releases_are_refused_with_the_range(version: str) -> None:
     assert "pip install torchtitan==" in refused.value.fix
 
 
-def test_streaming_from_the_hub_gives_no_path() -> None:
-    node = a_node(data="hub")
-    assert "--dataloader.dataset_path=None" in trainer_arguments(node, "0.3.0")
-    assert "dataset_path" not in next(iter(config_files(node, "0.2.2").values()))
+def test_streaming_from_the_hub_gives_02_no_path() -> None:
+    assert "dataset_path" not in next(iter(config_files(a_node(data="hub"), "0.2.2").values()))
 
 
 def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> None:
@@ -207,23 +228,6 @@ def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> N
         "--activation_checkpoint.debug",
     ]
     assert trainer_arguments(node, "0.2.2")[1:] == [*plain[:3], "--activation_checkpoint.debug", *plain[3:]]
-
-
-@pytest.mark.parametrize(
-    ("flavor", "quantize", "module", "function"),
-    [
-        ("8B", "none", "llama3", "llama3_8b"),
-        ("70B", "none", "llama3", "llama3_70b"),
-        ("8B", "mxfp8", "titan.registry_era", "llama3_8b_mxfp8"),
-        ("8B", "nvfp4", "llama3", "llama3_8b_first_85_pct_layers_nvfp4"),
-        ("8B", "float8", "titan.registry_era", "llama3_8b_float8"),
-        ("70B", "float8", "titan.registry_era", "llama3_70b_float8"),
-    ],
-)
-def test_quantised_models_start_elsewhere_in_03(flavor: str, quantize: str, module: str, function: str) -> None:
-    node = a_node({"flavor": flavor, "quantize": quantize, "compile": True})
-    assert trainer_arguments(node, "0.3.0")[:2] == [f"--module={module}", f"--config={function}"]
-    assert "--compile.enable" in trainer_arguments(node, "0.3.0")
 
 
 @pytest.mark.parametrize(("quantize", "converter"), [("float8", "float8"), ("mxfp8", "mx")])
@@ -264,21 +268,22 @@ def test_several_nodes_need_a_port(port: int) -> None:
         torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "10.0.0.1", port))
 
 
-def test_only_node_0_is_the_host_of_the_meeting_point() -> None:
-    for node_id, expected in ((0, "is_host=1,"), (1, "is_host=0,"), (8, "is_host=0,")):
-        command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", node_id, "a", "10.0.0.1", 20001))
-        assert any(argument.startswith(f"--rdzv-conf={expected}") for argument in command)
-
-
-def test_an_ipv6_head_node_is_bracketed_and_a_missing_local_address_is_left_out() -> None:
-    command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "fd00::1", 20001))
-    assert "--rdzv-endpoint=[fd00::1]:20001" in command
-    assert not [argument for argument in command if argument.startswith("--local-addr")]
+@pytest.mark.parametrize(
+    ("node_id", "address", "words"),
+    [
+        (0, "10.0.0.1", "--rdzv-conf=is_host=1,"),
+        (1, "10.0.0.1", "--rdzv-conf=is_host=0,"),
+        (8, "10.0.0.1", "--rdzv-conf=is_host=0,"),
+        (0, "fd00::1", "--rdzv-endpoint=[fd00::1]:20001"),
+    ],
+)
+def test_where_the_nodes_meet(node_id: int, address: str, words: str) -> None:
+    command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", node_id, "a", address, 20001))
+    assert words in " ".join(command) and "--local-addr" not in " ".join(command)  # which is not known
 
 
 @pytest.mark.parametrize(
-    ("nodes", "gpus", "stages", "shown"),
-    [(1, 4, 1, 0), (1, 4, 2, 2), (1, 4, 4, 3), (2, 4, 2, 0), (2, 4, 4, 2)],
+    ("nodes", "gpus", "stages", "shown"), [(1, 4, 1, 0), (1, 4, 2, 2), (1, 4, 4, 3), (2, 4, 2, 0), (2, 4, 4, 2)]
 )
 def test_with_pipeline_stages_the_rank_that_knows_the_loss_is_shown(
     nodes: int, gpus: int, stages: int, shown: int
@@ -310,17 +315,3 @@ def test_nothing_is_patched_where_an_accelerator_exists(monkeypatch: pytest.Monk
     asked = fake._utils._get_available_device_type
     assert cpu.patch() is False
     assert fake._utils._get_available_device_type is asked
-
-
-@pytest.mark.parametrize(
-    ("recipe", "changes", "flag"),
-    [
-        ({"like_for_like": False}, {}, "--training.no_disable_cuda_graphs"),
-        ({"like_for_like": True}, {}, "--training.disable_cuda_graphs"),
-        ({"like_for_like": False, "pipeline_parallel": 4}, {}, "--training.disable_cuda_graphs"),
-        ({"like_for_like": False}, {"device": "cpu"}, "--training.disable_cuda_graphs"),
-    ],
-)
-def test_cuda_graphs_are_on_where_03_can_have_them(recipe: dict[str, Any], changes: dict[str, Any], flag: str) -> None:
-    found = trainer_arguments(a_node(recipe, **changes), "0.3.0", "2.14.1")
-    assert flag in found and ("--loss.num_chunks=1" in found) == recipe["like_for_like"]

@@ -65,6 +65,7 @@ def test_a_pipe_gets_one_line_per_step() -> None:
         "step 20",
     ]
     assert stream.getvalue().isascii() and "\x1b" not in stream.getvalue()
+    assert [watch(iter(()), io.StringIO(), is_terminal) for is_terminal in (False, True)] == [None, None]
 
 
 def test_after_the_last_step_it_is_said_what_takes_time(terminal: io.StringIO) -> None:
@@ -74,11 +75,6 @@ def test_after_the_last_step_it_is_said_what_takes_time(terminal: io.StringIO) -
     assert stream.getvalue().splitlines()[2] == DONE and stream.getvalue().count(DONE) == 1
     watch(iter(end), terminal, is_terminal=True)
     assert DONE[:40] in terminal.getvalue()
-
-
-def test_nothing_logged() -> None:
-    for is_terminal in (False, True):
-        assert watch(iter(()), io.StringIO(), is_terminal) is None
 
 
 @pytest.fixture
