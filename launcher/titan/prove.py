@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,18 +28,21 @@ from . import Refused, cpu
 from .command import config_files, trainer_arguments
 
 Facts = dict[str, Any]
+MESH = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 def main(argv: list[str]) -> int:
     began = time.monotonic()
     node, ranks = json.loads(argv[1]), [int(rank) for rank in argv[2:]]
     world = node["job"]["nodes"] * node["profile"]["gpus_per_node"]
-    facts: Facts = {"world": world, "ranks": [], "refused": None, "untried": None}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            prove(node, ranks, Path(folder), facts)
-        except Refused as refused:
-            facts["refused"] = {"part": "settings", "rank": None, "why": refused.why, "fix": refused.fix}
+    facts: Facts = {"world": world, "ranks": [], "refused": None, "missing": ""}
+    facts["missing"] = " and no ".join(name for name in ("torch", "torchtitan") if not importlib.util.find_spec(name))
+    if not facts["missing"]:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                prove(node, ranks, Path(folder), facts)
+            except Refused as refused:
+                facts["refused"] = _refused(refused.why) | {"fix": refused.fix}
     facts["seconds"] = round(time.monotonic() - began, 1)
     print(json.dumps(facts), flush=True)
     return 0
@@ -45,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 def prove(node: Facts, ranks: list[int], folder: Path, facts: Facts) -> None:
     """Fills `facts`, up to the first thing that is refused. Raises Refused for what the launcher itself refuses."""
-    os.environ.update(TORCH_COMPILE_DISABLE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", CUDA_VISIBLE_DEVICES="")
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", CUDA_VISIBLE_DEVICES="")
     import torch
 
     facts.update(torch=torch.__version__, torchtitan=importlib.metadata.version("torchtitan"))
@@ -55,9 +60,14 @@ def prove(node: Facts, ranks: list[int], folder: Path, facts: Facts) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")
     torch.set_num_threads(1)  # it is forked below
+    torch.compile = lambda model=None, **_: model or (lambda function: function)
+    torch.nn.Module.compile = lambda self, *_, **__: None
     torch.nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor  # it looks at values, which fake tensors lack
     cpu.patch()
-    importlib.import_module("torchtitan.tools.utils").has_cuda_capability = lambda major, minor: True
+    importlib.import_module("torchtitan.tools.utils")
+    for name, imported in list(sys.modules.items()):  # those that come later find it there
+        if name.startswith("torchtitan.") and hasattr(imported, "has_cuda_capability"):
+            imported.has_cuda_capability = lambda major, minor: True
     printed = io.StringIO()
     try:
         from torchtitan.config import ConfigManager
@@ -66,21 +76,17 @@ def prove(node: Facts, ranks: list[int], folder: Path, facts: Facts) -> None:
             config = ConfigManager().parse_args(arguments)
     except SystemExit:  # of the options' parser, which draws a box around its words
         words = re.sub(r"[^\x20-\x7e]+", " ", printed.getvalue())
-        facts["refused"] = {"part": "settings", "rank": None, "why": " ".join(words.split())[:2000]}
+        facts["refused"] = _refused(" ".join(words.split())[:2000])
         return
     except Exception as error:
-        facts["refused"] = {"part": "settings", "rank": None, "why": _words(error)}
+        facts["refused"] = _refused(_words(error))
         return
     for rank in ranks:
         found = _in_a_child(lambda rank=rank: one_rank(config, rank, facts["world"]))
-        if found.pop("untried", None):
-            facts["untried"] = found
-        elif "why" in found:
+        if "part" in found:
             facts["refused"] = found
-        else:
-            facts["ranks"].append(found)
-            continue
-        return
+            return
+        facts["ranks"].append(found)
 
 
 def _in_a_child(work: Any) -> Facts:
@@ -96,37 +102,40 @@ def _in_a_child(work: Any) -> Facts:
     with os.fdopen(reader) as stream:
         text = stream.read()
     _, status = os.waitpid(child, 0)
-    died = {"part": "step", "untried": True, "why": f"the process of this rank died ({status})"}
-    found: Facts = json.loads(text) if text else died
+    found: Facts = json.loads(text) if text else {"untried": f"the process ended with status {status}"}
     return found
 
 
 def one_rank(config: Any, rank: int, world: int) -> Facts:
-    """What this rank holds; or `why` torchtitan refused it, and in which `part`; or `why` that was `untried`."""
-    import torch
-    from torch._subclasses import fake_tensor
-
-    begun, cannot = ["mesh"], [error for error in vars(fake_tensor).values() if _is_error(error)]
+    """The mesh and what this rank holds, and what of it was `untried`; or `why` torchtitan refused, in which `part`."""
+    begun = ["mesh"]
+    found: Facts = {"rank": rank, "untried": ""}
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), NGPU=str(world))
     try:
         with fake_from_the_first_parameter(begun):
-            trainer, module, step = _trainer(config, rank, world)
+            trainer, module = _trainer(config, rank, world)
             begun.append("step")
-            step(trainer)
             parameters = [parameter for part in trainer.model_parts for parameter in part.parameters()]
-            module.dist_utils.clip_grad_norm_(parameters, 1.0, foreach=True, pp_mesh=_mesh(trainer, "pp"))
+            found["parameters"] = sum(getattr(each, "_local_tensor", each).numel() for each in parameters)
+            found["mesh"] = {name: getattr(trainer.parallel_dims, name) for name in MESH}
+            _step(trainer)
+            stages = trainer.parallel_dims.get_optional_mesh("pp")
+            module.dist_utils.clip_grad_norm_(parameters, 1.0, foreach=True, pp_mesh=stages)
             trainer.optimizers.step()
     except Exception as error:
-        known = begun[-1] == "step" and isinstance(error, (NotImplementedError, AttributeError, ImportError))
-        untried = known or isinstance(error, tuple(cannot)) or isinstance(error, torch.cuda.CudaError)
-        return {"part": begun[-1], "rank": rank, "why": _words(error), "untried": untried}
-    own = sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in parameters)
-    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-    return {"rank": rank, "mesh": {name: getattr(trainer.parallel_dims, name) for name in names}, "parameters": own}
+        if not _ours(error, begun[-1]):
+            return {"rank": rank, "part": begun[-1], "why": _words(error)}
+        found["untried"] = f"{begun[-1]}: {_words(error)}"
+    return found
 
 
-def _is_error(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, Exception) and value.__module__.startswith("torch._subclasses")
+def _ours(error: Exception, part: str) -> bool:
+    """Whether this way of trying failed, and not the run: at a kernel that only a GPU has, or a value that is fake."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    no_kernel = part == "step" and (
+        isinstance(error, NotImplementedError) or any("/torchao/" in file for file in files)
+    )
+    return no_kernel or type(error).__module__.startswith("torch._subclasses")
 
 
 @contextlib.contextmanager
@@ -147,8 +156,8 @@ def fake_from_the_first_parameter(begun: list[str]) -> Iterator[None]:
     yield  # never undone: this process ends
 
 
-def _trainer(config: Any, rank: int, world: int) -> tuple[Any, Any, Any]:
-    """torchtitan's trainer, without tokenizer and data; its module; and a forward and backward pass."""
+def _trainer(config: Any, rank: int, world: int) -> tuple[Any, Any]:
+    """torchtitan's trainer, without tokenizer and data, and its module."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -167,7 +176,7 @@ def _trainer(config: Any, rank: int, world: int) -> tuple[Any, Any, Any]:
         module.wrap_with_cuda_graph = lambda function: function
         for part in (config.tokenizer, config.dataloader):
             type(part).build = lambda self, **_: None
-    return module.Trainer(config), module, _step
+    return module.Trainer(config), module
 
 
 def _step(trainer: Any) -> None:
@@ -193,8 +202,8 @@ def _step(trainer: Any) -> None:
     trainer.forward_backward_step(input_dict=inputs, labels=labels, global_valid_tokens=torch.tensor(1.0))
 
 
-def _mesh(trainer: Any, name: str) -> Any:
-    return trainer.parallel_dims.get_optional_mesh(name)
+def _refused(why: str) -> Facts:
+    return {"part": "settings", "rank": None, "why": why}
 
 
 def _words(error: Exception) -> str:
