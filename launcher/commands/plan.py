@@ -12,8 +12,9 @@ from launcher.base.output import as_json, counted, duration, echo, print_json
 from launcher.commands.asked import spec_of
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
-from launcher.config.spec import RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan import plan as core
+from launcher.plan import proof
 from launcher.plan.model import count
 from launcher.plan.plan import START_S, Plan
 from launcher.preflight.placement import with_gpu_memory
@@ -23,8 +24,11 @@ from launcher.scheduler.detect import detected
 
 @click.command()
 @run_options
+@click.option(
+    "--prove", "proved", is_flag=True, help="Have torchtitan build the run at its true size, without GPUs: a minute."
+)
 @as_json
-def plan(options: RunOptions, as_json: bool) -> None:
+def plan(options: RunOptions, proved: bool, as_json: bool) -> None:
     """Predict a run: memory, tokens/s, time, node-hours, files of C4. Image and data need not exist.
 
     Speed is that of the nearest published row, and nothing where there is none. `results` shows, after the run, what
@@ -33,14 +37,21 @@ def plan(options: RunOptions, as_json: bool) -> None:
     \b
     launcher plan --gpu gb200 --nodes 9
     launcher plan --gpu h100 --nodes 4 --recipe llama3-70b --json
+    launcher plan --gpu h100 --nodes 32 --recipe llama3-70b-tp --prove
     """
     spec = _on_its_nodes(spec_of(options, image_needed=False))
     counted, by = _counted(spec)
     found = core.plan(spec, parameters=counted)
+    if not as_json:
+        echo(*lines(spec, found, by))
+    facts = proof.prove(spec if isinstance(spec, PlacedRun) else resolve.placed(spec)) if proved else None
     if as_json:
-        print_json(core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by})
-        return
-    echo(*lines(spec, found, by))
+        known = core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by}
+        print_json(known | ({"proof": facts} if facts else {}))
+    elif facts:
+        echo(*proof.lines(facts))
+    if facts:
+        proof.check(facts)
 
 
 def _on_its_nodes(spec: RunSpec) -> RunSpec:
