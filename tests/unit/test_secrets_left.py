@@ -69,7 +69,11 @@ def test_killed_before_each_change_it_doubles_loses_and_leaves_nothing(
     runs.mkdir()
     submit = (*SUBMIT[:-1], "whole", *SECRET, *SAMPLE)
     with seen.open("a", buffering=1) as file:
-        noted = lambda event, arguments: (what := change(event, arguments, runs)) and file.write(f"{what}\n")  # noqa: E731
+
+        def noted(event: str, arguments: tuple[Any, ...]) -> None:
+            if what := change(event, arguments, runs):
+                file.write(f"{what}\n")
+
         done = watched(submit, noted)
     assert done.returncode == 0, done.stderr
     changes = seen.read_text().splitlines()
@@ -80,7 +84,7 @@ def test_killed_before_each_change_it_doubles_loses_and_leaves_nothing(
         passed = itertools.count()
 
         def killed(event: str, arguments: tuple[Any, ...]) -> None:
-            if change(event, arguments, runs) == what and next(passed) == before.count(what):  # noqa: B023 (used at once)
+            if change(event, arguments, runs) == what and next(passed) == before.count(what):  # noqa: B023
                 os.kill(os.getpid(), signal.SIGKILL)
 
         assert watched((*SUBMIT[:-1], name, *SECRET, *SAMPLE), killed).returncode == -signal.SIGKILL
