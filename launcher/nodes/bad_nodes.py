@@ -189,7 +189,10 @@ def without(
     out = [node for node in nodes if node.host in wanted and node.host not in named]
     findings = [ok("bad-nodes", nodes=_said(out, now_s))] if out else []
     if asked:
-        findings.append(warning("bad-nodes-named", "leave it out of --nodelist", nodes=_said(asked, now_s)))
+        names = tuple(node.host for node in asked)
+        findings.append(
+            warning("bad-nodes-named", "leave it out of --nodelist", names=names, nodes=_said(asked, now_s))
+        )
     return replace(spec, avoid=tuple(node.host for node in out)), findings
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 import pytest
@@ -431,3 +433,18 @@ def test_b200_nodes_that_run_for_too_long() -> None:
     assert finding.fix.endswith("scontrol reboot ASAP nextstate=RESUME 'n[1-2]'")
     for gpu, at in (("h200", now), ("b200", datetime(2026, 2, 1))):
         assert "uptime" not in codes(preflight(run(gpu), facts, at))
+
+
+def test_each_finding_brings_what_its_words_name() -> None:
+    """Wherever one is made; those with facts of a mapping are left to the tests that make them."""
+    lacking = []
+    for path in (ROOT / "launcher").rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)):
+            if getattr(call.func, "id", "") not in ("ok", "warning", "error", "impossible", "refuse"):
+                continue
+            given = {word.arg for word in call.keywords}
+            code = call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else ""
+            named = {name for text in TEXTS.get(code, ()) for _, name, _, _ in Formatter().parse(text) if name}
+            if None not in given and named - given:
+                lacking.append((path.name, call.lineno, code, named - given))
+    assert lacking == []
