@@ -443,7 +443,7 @@ def test_each_finding_brings_what_its_words_name() -> None:
             if getattr(call.func, "id", "") not in ("ok", "warning", "error", "impossible", "refuse"):
                 continue
             given = {word.arg for word in call.keywords}
-            code = call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else ""
+            code = str(call.args[0].value) if call.args and isinstance(call.args[0], ast.Constant) else ""
             named = {name for text in TEXTS.get(code, ()) for _, name, _, _ in Formatter().parse(text) if name}
             if None not in given and named - given:
                 lacking.append((path.name, call.lineno, code, named - given))
