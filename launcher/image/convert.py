@@ -25,7 +25,7 @@ from launcher.image.squashfs_tools import FORMATS, SquashfsFormat, Tree, write_s
 
 
 def source_date() -> int | None:
-    """SOURCE_DATE_EPOCH, the date that whoever builds wants; None where it is not set."""
+    """What SOURCE_DATE_EPOCH asks for, in seconds since 1970; None where it is not set. Raises LauncherError."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     seconds = whole(epoch)
     if epoch and (seconds is None or seconds >= 2**32):

@@ -15,7 +15,7 @@ from launcher.logs.steps import CLOCK, TIME, last_bytes, line_time, many_lines, 
 
 _CAUSE, _BANNER, _CRASH, _NCCL, _ABORT, _PEER, _SURVIVED, _AFTERMATH, _GOODBYE, _NONE = range(10)
 # A rank that dies takes its peers with it: NCCL or gloo complains there, torchrun and srun report the exit,
-# and whoever outlives the head node finds its rendezvous gone. A later grade is a cause only when nothing of
+# and ranks that outlive the head node find their rendezvous gone. A later grade is a cause only when nothing of
 # an earlier one was printed anywhere. A banner says that a container failed, and other lines why. A rank whose
 # NCCL lost a peer aborts, too, so an abort is a cause only where NCCL said nothing. What a rank was about to say
 # before it ended without an exception comes before what its peers say: see `_last_words`.

@@ -105,6 +105,8 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
         notes.append(f"by their names in Slurm, the GPUs have {device:.1f} GiB, less than others of their type")
     if memory and device is None:
         notes.append(f"how much memory a {spec.profile.gpu} has is not known here")
+    if memory and spec.recipe.tensor_parallel > 1:
+        notes.append("memory: published runs with tensor parallelism needed half as much again (docs/plan.md)")
     row, differs = _speed(spec, published() if rows is None else rows)
     tps, tokens = row.median_tps if row else None, tokens_of(spec)
     wall_s = tokens / (tps * spec.gpus) + START_S if tps else None

@@ -68,7 +68,7 @@ def _arguments(run: PlacedRun) -> list[str]:
 
 
 def by_srun(run: PlacedRun) -> str:
-    """The same proof inside the run's image on one node, for a shell. The node must see the launcher's folder."""
+    """A shell command that does the same in the run's image on one node, which must see the launcher's folder."""
     job, inside = run.job, "/launcher/titan"
     step = ["srun", "-N1", "-n1", *([f"--partition={job.partition}"] if job.partition else [])]
     step += [f"--account={job.account}"] if job.account else []
@@ -103,6 +103,6 @@ def lines(facts: dict[str, Any]) -> list[str]:
     for one in facts["ranks"]:
         degrees = ", ".join(f"{name} {size}" for name, size in one.get("mesh", {}).items() if size > 1)
         held = f"{one['parameters']:,} parameters" if "parameters" in one else ""
-        untried = f"cannot be tried without a GPU: {one['untried']}" if one["untried"] else ""
+        untried = f"not tried to its end here: {one['untried']}" if one["untried"] else ""
         rows.append(f"rank {one['rank']}: {'; '.join(filter(None, (degrees, held, untried or 'one step')))}")
     return [f"{'' if at else 'proof':12}{row}" for at, row in enumerate(rows)]

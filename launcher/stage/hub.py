@@ -164,11 +164,13 @@ def _file(repo: Repo, entry: dict[str, Any]) -> RemoteFile:
 
 def _came_by_xet(repo: Repo, file: RemoteFile, stream: Incoming) -> bool:
     """Through Xet's chunk servers; where that fails, plain HTTPS has its turn. The progress moves when all is there."""
+    # Xet's client takes as much memory as its server likes: that of the Hub itself alone is trusted.
+    if not file.xet or repo.site != ENDPOINT:
+        return False
     from huggingface_hub import file_download
     from huggingface_hub.utils import XetFileData, build_hf_headers
 
-    # Xet's client takes as much memory as its server likes: that of the Hub itself alone is trusted.
-    if not file.xet or repo.site != ENDPOINT or not file_download.is_xet_available():
+    if not file_download.is_xet_available():
         return False
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings quote addresses that carry a signature
 

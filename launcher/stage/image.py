@@ -56,7 +56,7 @@ def stage_image(source: str, to: Path, *, say: Say) -> Path:
     is_directory(to)
     wanted = _of_address(source) if re.match(r"https?://", source) else _of_file(source, say)
     final = to / wanted.file.path
-    known = _is_known(wanted, final)  # also for whoever may only read there
+    known = _is_known(wanted, final)  # asked without the lock: you may have the right to read there and not to write
     if known:
         say(f"{final}: already there, as far as its size tells; to read it: launcher stage verify {quoted(to)}")
     else:

@@ -175,7 +175,7 @@ def verify(directory: Path, deep: bool = False) -> Report:
         raise LauncherError(
             "not-staged",
             f"{directory}: not staged by the launcher: nothing is known about its files",
-            f"launcher stage c4, tokenizer or model --to {quoted(directory)} checks what is there, and keeps it",
+            f"launcher stage c4 --to {quoted(directory)} (or tokenizer, or model) checks it and brings the rest",
             status=ExitStatus.NOT_FOUND,
         )
     return Report(directory, manifest, check(directory, manifest, deep))

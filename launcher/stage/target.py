@@ -225,8 +225,8 @@ class Work:
 def at_work(target: Path, say: Callable[[str], None]) -> Iterator[Work]:
     """Makes the directory where it is new, holds its lock, and removes what an earlier call has left unfinished.
 
-    Waits for another stager. The kernel frees a dead one's. Whoever may write into the
-    directory may stage into it: our own part of it gets its mode, where we own it.
+    Waits while another launcher stages there; the kernel frees the lock of one that died. Everybody who may write into
+    the directory may stage into it, so our own part of it gets the same mode, where we own it.
     """
     is_directory(target)
     try:

@@ -78,7 +78,7 @@ def prove(node: Facts, ranks: list[int], folder: Path, facts: Facts) -> None:
         words = re.sub(r"[^\x20-\x7e]+", " ", printed.getvalue())
         facts["refused"] = _refused(" ".join(words.split())[:2000])
         return
-    except Exception as error:
+    except Exception as error:  # of whatever kind: reading the settings is torchtitan's own work alone
         facts["refused"] = _refused(_words(error))
         return
     for rank in ranks:
@@ -95,9 +95,11 @@ def _in_a_child(work: Any) -> Facts:
     child = os.fork()
     if child == 0:
         os.close(reader)
-        with os.fdopen(writer, "w") as stream:
-            json.dump(work(), stream)
-        os._exit(0)
+        try:
+            with os.fdopen(writer, "w") as stream:
+                json.dump(work(), stream)
+        finally:  # whatever happened, the copy does not go on with its parent's work
+            os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as stream:
         text = stream.read()
@@ -122,7 +124,7 @@ def one_rank(config: Any, rank: int, world: int) -> Facts:
             stages = trainer.parallel_dims.get_optional_mesh("pp")
             module.dist_utils.clip_grad_norm_(parameters, 1.0, foreach=True, pp_mesh=stages)
             trainer.optimizers.step()
-    except Exception as error:
+    except Exception as error:  # of whatever kind: `_ours` tells a refusal from what only a GPU can do
         if not _ours(error, begun[-1]):
             return {"rank": rank, "part": begun[-1], "why": _words(error)}
         found["untried"] = f"{begun[-1]}: {_words(error)}"
@@ -133,6 +135,8 @@ def _ours(error: Exception, part: str) -> bool:
     """Whether this way of trying failed, and not the run: at a kernel that only a GPU has, or a value that is fake."""
     if type(error).__module__.startswith("torch._subclasses"):
         return True
+    # torch and torchtitan refuse shapes that do not go together by one of these two; NotImplementedError is a
+    # RuntimeError, too, and stands for a missing kernel.
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     of_shapes = isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, NotImplementedError)
     return part == "step" and (not of_shapes or any("/torchao/" in file for file in files))

@@ -233,3 +233,8 @@ def test_a_prediction_never_stops_a_submission(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(plan, "published", broken)
     assert plan.prediction(a_spec()) == {"notes": ["no prediction: the table is damaged"]}
+
+
+def test_memory_with_tensor_parallelism_is_said_to_be_too_low() -> None:
+    notes = [plan.plan(a_spec(tensor_parallel=degree)).notes for degree in (1, 4)]
+    assert ["tensor parallelism" in " ".join(some) for some in notes] == [False, True]

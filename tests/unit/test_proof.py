@@ -68,7 +68,7 @@ def test_what_cannot_be_tried_is_no_refusal(launch: Launch, answer: Answer) -> N
     untried = {"rank": 0, "untried": "step: NotImplementedError: no such kernel"}
     done = launch(*PLAN, "--python", answer(TAKEN | {"ranks": [untried]}))
     assert done.returncode == 0
-    assert "rank 0: cannot be tried without a GPU: step: NotImplementedError: no such kernel\n" in done.stdout
+    assert "rank 0: not tried to its end here: step: NotImplementedError: no such kernel\n" in done.stdout
 
 
 @pytest.mark.parametrize("said", ["", "[]", '{"missing": '])
