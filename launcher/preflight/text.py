@@ -161,7 +161,7 @@ TEXTS = {
     "path-absent": Text("files", "{path}: not on this machine", "if the nodes lack it, too, the job stops at once"),
     "path-absent-here": Text("files", "{path}: not on this machine"),
     "setting-unknown": Text("settings", "{key} (from {origin}): torchtitan {versions} has no such setting"),
-    "setting-value": Text("settings", "{key}={value} (from {origin}): torchtitan {versions} takes {takes}"),
+    "setting-value": Text("settings", "{key}={value} (from {origin}): torchtitan {versions} takes: {takes}"),
     "python-absent": Text("files", "{python}: no such program"),
     "software-absent": Text("software", "{lacking}: not installed for {python}", "the run is trained by this Python"),
     "preload": Text(

@@ -75,7 +75,8 @@ def prove(node: Facts, ranks: list[int], folder: Path, facts: Facts) -> None:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             config = ConfigManager().parse_args(arguments)
     except SystemExit:  # of the options' parser, which draws a box around its words
-        words = re.sub(r"[^\x20-\x7e]+", " ", printed.getvalue())
+        text = printed.getvalue()  # what libraries print while they are imported stands before the box
+        words = re.sub(r"[^\x20-\x7e]+", " ", text[max(text.find("╭"), 0) :])
         facts["refused"] = _refused(" ".join(words.split())[:2000])
         return
     except Exception as error:  # of whatever kind: reading the settings is torchtitan's own work alone

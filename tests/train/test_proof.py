@@ -70,7 +70,7 @@ def prove(launch: Launch, python: str, case: Case) -> None:
     assert proof["torchtitan"] == installed[0] and proof["world"] == case.nodes * (8 if case.gpu[0] == "h" else 4)
     if words is not None:
         assert done.returncode == 3 and "[proof-refused]" in done.stderr, proof
-        assert words in proof["refused"]["why"], proof
+        assert words in proof["refused"]["why"] and "Failed to load" not in proof["refused"]["why"], proof
         return
     assert (done.returncode, proof["refused"]) == (0, None), proof
     assert [one["rank"] for one in proof["ranks"]] == [0, proof["world"] - 1]
