@@ -75,8 +75,9 @@ def prove(node: Facts, ranks: list[int], folder: Path, facts: Facts) -> None:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             config = ConfigManager().parse_args(arguments)
     except SystemExit:  # of the options' parser, which draws a box around its words
-        text = printed.getvalue()  # what libraries print while they are imported stands before the box
-        words = re.sub(r"[^\x20-\x7e]+", " ", text[max(text.find("╭"), 0) :])
+        # The box alone, whose frame may be blank: libraries print, too, while they are imported.
+        box = " ".join(line for line in printed.getvalue().splitlines() if line[:1] in " ╭│╰")
+        words = re.sub(r"[^\x20-\x7e]+|-{9,}", " ", box)
         facts["refused"] = _refused(" ".join(words.split())[:2000])
         return
     except Exception as error:  # of whatever kind: reading the settings is torchtitan's own work alone
