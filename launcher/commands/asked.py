@@ -35,19 +35,33 @@ def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:
     return replace(spec, job=replace(spec.job, image=""), origin={**spec.origin, "job.image": "missing: --image FILE"})
 
 
-def looked_at(spec: RunSpec, force: bool) -> PlacedRun:
-    """The run with its view of the data. Warns, and raises LauncherError for an image, weights or data of no use."""
-    run, checks = look_here(spec)
-    tell(checks, force)
-    return run
+def secrets_of(spec: RunSpec, options: RunOptions) -> dict[str, str]:
+    return resolve.secrets_of(spec, options.secrets, os.environ)
+
+
+def looked_at(asked: RunSpec, ask_slurm: bool = True) -> tuple[PlacedRun, list[Finding]]:
+    """The run as it would be submitted, and all that is found on the way: step by step, for every command.
+
+    Without `ask_slurm`, what the cluster would add is not in it.
+    """
+    run = resolve.placed(asked)
+    run, findings = look_here(run)
+    if ask_slurm:
+        # Here, so that a dry run answers in half the time.
+        from launcher.plan.plan import memory_findings
+        from launcher.preflight.cluster import look
+
+        run, of_cluster = look(run)
+        findings += [*of_cluster, *memory_findings(run)]
+    return run, findings
 
 
 def tell(findings: Sequence[Finding], force: bool) -> None:
-    """Warns of what was found, and raises LauncherError where the run could not start."""
+    """Warns of what was found, once of each, and raises LauncherError where the run could not start."""
     refused = refusal(findings, force)
-    for finding in findings:
-        if finding.status == WARNING or (finding.status == ERROR and not refused):
-            warn(sentence(finding))
+    bad = [one for one in findings if one.status == WARNING or (one.status == ERROR and not refused)]
+    for text in dict.fromkeys(map(sentence, bad)):
+        warn(text)
     if refused:
         raise refused
 

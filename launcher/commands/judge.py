@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_json
 from launcher.base.output import as_json, confirm, echo, is_terminal, print_json, style, warn
+from launcher.commands.asked import looked_at, secrets_of, spec_of, tell
 from launcher.commands.report import cause_of
 from launcher.commands.runs import remembered
-from launcher.commands.start import prepared
+from launcher.commands.start import say_where, submitted
 from launcher.config.options import RunOptions, run_options, runs_dir_option
 from launcher.nodes import unfit
-from launcher.plan.plan import write_beside
 from launcher.results import accept as judging
 from launcher.results import compare as comparison
 from launcher.results.accept import Verdict
@@ -172,23 +171,26 @@ def accept(
 
 def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool) -> Run:
     """As `launcher submit` does; what it says goes to stderr, since the verdict is this command's output."""
-    spec, secrets = prepared(options, force)
+    asked = spec_of(options)
+    secrets = secrets_of(asked, options)
+    spec, findings = looked_at(asked)
+    tell(findings, force)
+    say_where(findings)
     gpu = spec.profile.gpu
     if not any(same_gpu(gpu, row.gpu) for row in rows):
         warn(
             f"no result of a {gpu} to measure it by: the verdict can be FAIL or CANNOT SAY; "
             "--baseline FILE or RUN takes one of yours"
         )
-    size = f"{spec.job.recipe} on {spec.job.nodes} x {spec.profile.gpus_per_node} {spec.profile.gpu}"
+    size = f"{spec.job.recipe} on {spec.job.nodes} x {spec.profile.gpus_per_node} {gpu}"
     asking = not (yes or force or spec.job.scheduler == "local")
     asking = asking and is_terminal(sys.stdin) and is_terminal(sys.stderr)
     if asking:
         confirm(f"Submit {size} and judge it?", err=True)
 
-    def submitted(run: Run, job_id: str) -> None:
+    with submitted(spec, secrets) as (run, job_id):
         echo(f"{run.name}: job {job_id}, {size}", err=True)
-
-    return control.submit(spec, secrets, submitted, also=partial(write_beside, spec))
+    return run
 
 
 def _end_of(run: Run) -> JobState:

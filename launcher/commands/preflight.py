@@ -8,11 +8,8 @@ import click
 
 from launcher.base.finding import OK
 from launcher.base.output import as_json, echo, print_json, style
-from launcher.commands.asked import describe_run, spec_of
+from launcher.commands.asked import describe_run, looked_at, spec_of
 from launcher.config.options import RunOptions, run_options
-from launcher.plan.plan import memory_findings
-from launcher.preflight.cluster import look
-from launcher.preflight.here import look_here
 from launcher.preflight.text import as_dict, refusal, words
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -30,9 +27,7 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-    spec, here = look_here(spec_of(options, image_needed=False))
-    spec, of_cluster = look(spec)
-    findings = [*here, *memory_findings(spec), *of_cluster]
+    spec, findings = looked_at(spec_of(options, image_needed=False))
     refused = refusal(findings, force=False)
     if as_json:
         rows = [as_dict(finding) for finding in findings]

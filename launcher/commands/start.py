@@ -1,54 +1,59 @@
-"""From a run that was asked for to one that is submitted: the checks of the cluster, the submission, the retries."""
+"""From a run that is placed to one that is submitted, and the retries."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 from launcher.base.errors import LauncherError, quoted
-from launcher.base.finding import OK
+from launcher.base.files import write_json
+from launcher.base.finding import OK, Finding
 from launcher.base.output import echo, print_error, print_json
-from launcher.commands.asked import describe_run, looked_at, spec_of, tell
+from launcher.commands.asked import describe_run, looked_at, tell
 from launcher.commands.runs import exit_for, watch_to_end
 from launcher.config import resolve
-from launcher.config.options import RunOptions
 from launcher.config.spec import PlacedRun, RunSpec
-from launcher.plan.plan import memory_findings, write_beside
-from launcher.preflight.cluster import look
+from launcher.plan.plan import prediction
 from launcher.preflight.text import words
 from launcher.runs import control
-from launcher.runs.directory import Run
+from launcher.runs.directory import Run, making
 from launcher.scheduler.detect import detected
 from launcher.scheduler.parse import compress, expand
+from launcher.stage.view import write_data
 
 NAME_CHARS = 56  # of the first run's name: "-retry9" fits behind it
 
 
-def checked(spec: PlacedRun, force: bool) -> PlacedRun:
-    """The run as the cluster can place it. Warns, and raises LauncherError where the run could not start."""
-    spec, findings = look(spec)
-    findings += memory_findings(spec)
-    tell(findings, force)
-    for finding in findings:
-        name, what, _ = words(finding)
-        if finding.status == OK and name in ("placement", "excluded"):
+def say_where(findings: Sequence[Finding]) -> None:
+    """How the nodes were chosen."""
+    for name, what, _ in (words(finding) for finding in findings if finding.status == OK):
+        if name in ("placement", "excluded"):
             echo(f"{name}: {what}", err=True)
-    return spec
 
 
-def prepared(options: RunOptions, force: bool) -> tuple[PlacedRun, dict[str, str]]:
-    """A run as `submit` would submit it, and its secrets. Warns, and raises LauncherError where it could not start."""
-    spec = spec_of(options)
-    secrets = resolve.secrets_of(spec, options.secrets, os.environ)
-    return checked(looked_at(spec, force), force), secrets
+@contextmanager
+def submitted(spec: PlacedRun, secrets: Mapping[str, str], after: str = "") -> Iterator[tuple[Run, str]]:
+    """The run, submitted, and the number of its job: step by step, for every command. Ctrl-C waits for the block's end,
+    which says so.
+
+    Afterwards directory and job exist or, when refused, neither. `after`: the job that this one waits for.
+    """
+    control.forget_secrets_in(Path(spec.job.runs_dir))
+    with control.signals_deferred():
+        with making(spec, secrets, time.time()) as (directory, lock_fd):
+            write_data(spec, directory)
+            write_json(directory / "plan.json", prediction(spec))
+        run = Run(Path(spec.run_dir))
+        job_id = control.submit(run, lock_fd, after)
+        yield run, job_id
 
 
 def start(spec: PlacedRun, secrets: Mapping[str, str], as_json: bool) -> Run:
     """Submits the run, and says where it is."""
-
-    def submitted(run: Run, job_id: str) -> None:
+    with submitted(spec, secrets) as (run, job_id):
         if as_json:
             job = {"run": run.name, "run_dir": str(run.path), "job_id": job_id, "scheduler": spec.job.scheduler}
             print_json(job, indent=None)
@@ -56,8 +61,7 @@ def start(spec: PlacedRun, secrets: Mapping[str, str], as_json: bool) -> Run:
             where = "process" if spec.job.scheduler == "local" else "Slurm job"
             echo(f"{run.name}: {where} {job_id}, {describe_run(spec)}")
             echo(f"  follow it:  {quoted('launcher', 'watch', run.reference)}")
-
-    return control.submit(spec, secrets, submitted, also=partial(write_beside, spec))
+    return run
 
 
 def start_with_retries(
@@ -87,7 +91,10 @@ def start_with_retries(
             if named := sorted(hosts.intersection(expand(asked.job.nodelist))):
                 fix = "leave it out of --nodelist; launcher cluster nodes"
                 raise LauncherError("node-left-out", f"--nodelist asks for {named[0]}", fix)
-            run = start(checked(looked_at(spec, force), force), secrets, as_json)
+            placed_run, findings = looked_at(spec)
+            tell(findings, force)
+            say_where(findings)
+            run = start(placed_run, secrets, as_json)
         except LauncherError as error:
             what = f"not retried: {error.what}"
             if as_json:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
 
 from launcher.base.output import as_json, confirm, echo, echo_file, is_terminal, print_json
-from launcher.commands.asked import describe_run, looked_at, spec_of
+from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
 from launcher.config import resolve
 from launcher.config.options import RunOptions, run_options
 from launcher.config.render import render as render_script
@@ -55,25 +54,26 @@ def submit(
     asked = spec_of(options)
     if retries and (dry_run or asked.job.scheduler == "local"):
         raise click.UsageError(f"--retry-bad-nodes: not with {'--dry-run' if dry_run else '--local'}")
-    secrets = resolve.secrets_of(asked, options.secrets, os.environ)
-    placed = looked_at(asked, force)
+    secrets = secrets_of(asked, options)
+    run, findings = looked_at(asked, ask_slurm=not dry_run)
+    tell(findings, force)
     if dry_run:
-        return _print_plan(placed, as_json)
+        return _print_plan(run, as_json)
     # Here, so that a dry run answers in half the time.
     from launcher.commands import start as starting
     from launcher.commands.runs import follow_run
 
-    placed = starting.checked(placed, force)
-    quiet = yes or force or as_json or placed.job.scheduler == "local"
+    starting.say_where(findings)
+    quiet = yes or force or as_json or run.job.scheduler == "local"
     asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if asking:
-        confirm(f"Submit {describe_run(placed)}?")
+        confirm(f"Submit {describe_run(run)}?")
 
-    run = starting.start(placed, secrets, as_json)
+    made = starting.start(run, secrets, as_json)
     if retries:
-        starting.start_with_retries(asked, run, secrets, retries, force, as_json)
+        starting.start_with_retries(asked, made, secrets, retries, force, as_json)
     elif follow:
-        follow_run(run, as_json)
+        follow_run(made, as_json)
 
 
 @click.command()

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import click
 
-from launcher.base.errors import ExitStatus
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.finding import Finding
 from launcher.base.output import as_json, confirm, counted, echo, is_terminal, print_json
-from launcher.config import resolve
+from launcher.commands.asked import looked_at, secrets_of, tell
+from launcher.commands.start import submitted
 from launcher.config.options import RunOptions, run_options
 from launcher.config.sbatch import split
 from launcher.config.spec import PlacedRun, RunSpec
-from launcher.plan.plan import write_beside
+from launcher.preflight.text import refusal
 from launcher.runs import attach, control
-from launcher.runs.directory import Run
 from launcher.sweep import table
-from launcher.sweep.cells import Cell, ready_to_submit, specs_of, standings
+from launcher.sweep.cells import Cell, refused, specs_of, standings
 
 LOCAL_EVERY_S = 0.5  # whether a run on this machine has ended
 
@@ -72,7 +71,7 @@ def sweep(
         raise click.UsageError("--sbatch dependency=...: only with --parallel, as each job waits for the one before it")
     cells = standings(specs)
     wanted = [cell for cell in cells if cell.has_next(retry)]
-    ready = ready_to_submit(wanted, force, dry_run)
+    ready = _ready(wanted, force, dry_run)
     if dry_run or (wanted and not as_json):
         _show_plan(name, cells, ready, parallel, as_json)
     if dry_run:
@@ -117,11 +116,29 @@ for _option in sweep.params:
         _option.type = click.STRING
 
 
+def _ready(wanted: Sequence[Cell], force: bool, dry_run: bool) -> list[tuple[Cell, PlacedRun]]:
+    """What is to be submitted, each as the cluster can place it. Raises LauncherError for the first that cannot run."""
+    ready: list[tuple[Cell, PlacedRun]] = []
+    found: list[Finding] = []
+    for cell in wanted:
+        asked = cell.next_spec
+        try:
+            spec, findings = looked_at(asked, ask_slurm=not dry_run)  # Slurm is asked once, for all cells
+            if stopped := refusal(findings, force):
+                raise stopped
+        except LauncherError as error:
+            raise refused(asked.job.name, error) from error
+        found += findings
+        ready.append((cell, spec))
+    tell(found, force)
+    return ready
+
+
 def _submit(
     ready: Sequence[tuple[Cell, PlacedRun]], cells: Sequence[Cell], options: RunOptions, parallel: bool, as_json: bool
 ) -> None:
     """All of them, in order; each behind the last that goes on. On this machine the next starts when one has ended."""
-    secrets = resolve.secrets_of(ready[0][1], options.secrets, os.environ)
+    secrets = secrets_of(ready[0][1], options)
     is_local = ready[0][1].job.scheduler == "local"
     in_order = not parallel and not is_local
     going = [cell for cell in cells if cell.is_going]
@@ -129,19 +146,16 @@ def _submit(
     last = str(max(ids)) if ids and in_order else ""
     left = len(ready)
 
-    def submitted(run: Run, job_id: str) -> None:
-        nonlocal last, left
-        kind = "process" if is_local else "Slurm job"
-        echo(f"{run.name}: {kind} {job_id}" + (f", after job {last}" if last else ""), err=as_json)
-        last, left = job_id if in_order else "", left - 1
-
+    kind = "process" if is_local else "Slurm job"
     try:
         if is_local:
             _until_ended([cell.spec for cell in going], LOCAL_EVERY_S)
         for cell, spec in ready:
             if cell.is_cut_off:
                 control.cancel(cell.runs[-1])  # takes its claim: should Slurm have it, it stops at once
-            control.submit(spec, secrets, submitted, last, partial(write_beside, spec))
+            with submitted(spec, secrets, last) as (run, job_id):
+                echo(f"{run.name}: {kind} {job_id}" + (f", after job {last}" if last else ""), err=as_json)
+                last, left = job_id if in_order else "", left - 1
             if is_local:
                 _until_ended([cell.spec], LOCAL_EVERY_S)
     except KeyboardInterrupt:

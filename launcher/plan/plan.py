@@ -24,17 +24,14 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from launcher.base.files import write_json
 from launcher.base.finding import Finding, error
 from launcher.config.hardware import of_gpu
-from launcher.config.spec import HUB, MAX_NODES, SAMPLE, PlacedRun, RunSpec
+from launcher.config.spec import HUB, MAX_NODES, SAMPLE, RunSpec
 from launcher.results.outcome import Outcome
 from launcher.results.published import ALIKE, LIMITED, LONG, TORCHTITAN, published, same_gpu, say
 from launcher.scheduler.parse import seconds
-from launcher.stage import sample, view
 from launcher.stage.shards import TRAIN_FILES
 from launcher.stage.view import files_needed, tokens_of
 from launcher.titan.weights import SHAPES, Shape
@@ -306,13 +303,3 @@ def prediction(spec: RunSpec) -> dict[str, Any]:
         return as_dict(plan(spec))
     except Exception as error:  # the one place that may: a run must not fail for what is only said about it
         return {"notes": [f"no prediction: {error}"]}
-
-
-def write_beside(spec: PlacedRun, directory: Path) -> None:
-    """What a run directory holds of data and plan: plan.json, the sample, the view. Raises OSError or LauncherError."""
-    write_json(directory / "plan.json", prediction(spec))
-    if SAMPLE in (spec.job.data, spec.job.tokenizer):
-        sample.write_c4_sample(directory / "sample" / "c4")
-        sample.write_tokenizer(directory / "sample" / "tokenizer")
-    if spec.view:
-        view.write(directory / "data", spec.view)

@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.base.errors import LauncherError, install, quoted
 from launcher.base.files import data_dir, unreadable
 from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
-from launcher.config.resolve import ignored, placed
+from launcher.config.resolve import ignored
 from launcher.config.runtime import host_path
 from launcher.config.spec import HUB, S3, SAMPLE, PlacedRun, RunSpec
 from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
@@ -26,9 +26,8 @@ from launcher.titan.data import check_tokenizer
 from launcher.titan.weights import check_weights as check
 
 
-def look_here(asked: RunSpec) -> tuple[PlacedRun, list[Finding]]:
+def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     """The run with its view of the data, and all that can be found without Slurm."""
-    spec = placed(asked)
     found: list[Finding] = []
     more: list[Finding] = []
     if not spec.job.image and spec.job.runtime != "bare":

@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import filesystem_error, lock, locked, read_json, write_json
 from launcher.base.values import whole
-from launcher.config.spec import PlacedRun
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.scheduler import local, slurm
@@ -26,34 +25,22 @@ HIDDEN_BY = (143, 137)  # what srun makes of it where it ended the other nodes' 
 UNFIT = "a node failed its check before training"
 
 
-def submit(
-    spec: PlacedRun,
-    secrets: Mapping[str, str],
-    submitted: Callable[[Run, str], None],
-    after: str = "",
-    also: Callable[[Path], None] = lambda _: None,
-) -> Run:
-    """Creates the run directory and submits it; afterwards either both exist or, when refused, neither.
+def submit(run: Run, lock_fd: int, after: str = "") -> str:
+    """Submits a run whose directory has just been made, and closes its lock; returns the number of the job.
 
-    `submitted` is called with the run and its job id as soon as that is on disk; Ctrl-C waits until then. If this
-    program is killed before, the directory stays with intent.json alone, and `job_of` finds the job by its name.
-    `also` writes more into the new directory. `after`: number of the Slurm job whose end, however it ends, the new
-    one waits for.
+    When refused, the directory is gone again. If this program is killed before the number is on disk, the directory
+    stays with intent.json alone, and `job_of` finds the job by its name. `after`: number of the Slurm job whose end,
+    however it ends, the new one waits for.
     """
-    _forget_secrets_in(Path(spec.job.runs_dir))
-    with _signals_deferred():
-        run, lock_fd = runs.create(spec, secrets, time.time(), also)
-        try:
-            job = _start(run, lock_fd, after)
-        except InDoubt:
-            raise
-        except BaseException:
-            runs.discard(run)
-            raise
-        finally:
-            os.close(lock_fd)  # not LOCK_UN: that would release sbatch's share of the lock too
-        submitted(run, str(job["job_id"]))
-    return run
+    try:
+        return str(_start(run, lock_fd, after)["job_id"])
+    except InDoubt:
+        raise
+    except BaseException:
+        runs.discard(run)
+        raise
+    finally:
+        os.close(lock_fd)  # not LOCK_UN: that would release sbatch's share of the lock too
 
 
 DOUBT_S = 3600  # by then a controller that answers has dealt with every submission that it ever received
@@ -160,7 +147,7 @@ def state(run: Run, known: Slurm | None = None) -> JobState:
     return found
 
 
-def _forget_secrets_in(runs_dir: Path) -> None:
+def forget_secrets_in(runs_dir: Path) -> None:
     """Secrets of earlier runs that no job needs any more, as far as that is known."""
     with suppress(LauncherError, OSError):
         states([Run(path.parent) for path in runs_dir.glob(f"*/{runs.SECRETS}")])
@@ -329,7 +316,7 @@ def _is_submitting(run: Run) -> bool:
 
 
 @contextmanager
-def _signals_deferred() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Holds back Ctrl-C, SIGTERM and SIGHUP until the block is done, then lets them act."""
     waiting: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -18,8 +18,8 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,14 +160,12 @@ def _of_schema_1(node: Mapping[str, Any]) -> dict[str, Any]:
     return {**tables, "titan": node.get("titan")}
 
 
-def create(
-    spec: PlacedRun, secrets: Mapping[str, str], now_s: float, also: Callable[[Path], None] = lambda _: None
-) -> tuple[Run, int]:
-    """Writes the whole run directory under a temporary name, then renames it: all of it or nothing.
+@contextmanager
+def making(spec: PlacedRun, secrets: Mapping[str, str], now_s: float) -> Iterator[tuple[Path, int]]:
+    """The run directory under a temporary name, for the block to write more into; renamed at its end: all or nothing.
 
-    `also` writes into it what other rooms know of the run: its data, its prediction.
-    Returns the run and a file descriptor that holds its submission lock: nobody ever sees the directory unlocked
-    before the caller closes it. Raises LauncherError when the name is taken or nothing can be written there.
+    With it comes a file descriptor that holds its submission lock: nobody ever sees the directory unlocked before the
+    caller closes it. Raises LauncherError when the name is taken or nothing can be written there.
     """
     final = Path(spec.run_dir)
     fix = "choose another with --name, or leave --name out for one with the time in it"
@@ -184,7 +182,7 @@ def create(
             lock(lock_fd, fcntl.LOCK_EX)
             (temporary / "logs").mkdir()
             _fill(temporary, spec, now_s)
-            also(temporary)
+            yield temporary, lock_fd
             if secrets:  # last of all, under the lock: a directory that is unlocked is dead, and may be removed
                 # With Apptainer, a variable of the image's wins unless the job's comes with a prefix, too.
                 prefixes = ("", "APPTAINERENV_") if spec.job.runtime == "apptainer" else ("",)
@@ -202,7 +200,6 @@ def create(
         if cause.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made by somebody else in the same moment
             raise taken from error
         raise filesystem_error(final, cause, "--runs-dir DIR") from error
-    return Run(final), lock_fd
 
 
 def remove_left_over(runs_dir: Path) -> None:

@@ -250,6 +250,15 @@ def _problem(entry: os.DirEntry[str], listed: Mapping[str, int] | None) -> tuple
         return 0, f"unreadable ({error.strerror})"
 
 
+def write_data(spec: PlacedRun, run_dir: Path) -> None:
+    """What a run directory holds of its data: the sample, the view. Raises OSError or LauncherError."""
+    if SAMPLE in (spec.job.data, spec.job.tokenizer):
+        sample.write_c4_sample(run_dir / "sample" / "c4")
+        sample.write_tokenizer(run_dir / "sample" / "tokenizer")
+    if spec.view:
+        write(run_dir / "data", spec.view)
+
+
 def write(directory: Path, links: Mapping[str, str]) -> None:
     """Makes `directory` (<run_dir>/data) from PlacedRun.view; of objects in a bucket, only a README.md that names them.
 

@@ -19,17 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.finding import OK
-from launcher.base.output import warn
 from launcher.base.secret import looks_secret
 from launcher.config import resolve
 from launcher.config.layers import Layer, absolute, merge, read_layer
 from launcher.config.options import RunOptions
-from launcher.config.spec import NAME, PlacedRun, RunSpec
-from launcher.plan.plan import memory_findings
-from launcher.preflight.cluster import look
-from launcher.preflight.here import look_here
-from launcher.preflight.text import refusal, sentence
+from launcher.config.spec import NAME, RunSpec
 from launcher.results.outcome import Outcome
 from launcher.results.read import outcome_of
 from launcher.runs import control
@@ -129,7 +123,7 @@ def specs_of(options: RunOptions) -> tuple[str, list[RunSpec]]:
         try:
             spec = resolve.resolve(layer, options.config, options.run_file, os.environ)
         except LauncherError as error:
-            raise _refused(" ".join(f"{AXES[key]} {value}" for key, value in chosen.items()), error) from error
+            raise refused(" ".join(f"{AXES[key]} {value}" for key, value in chosen.items()), error) from error
         if options.run_file is None:  # asked of Slurm or the machine once, not for each cell
             values["job.gpu"], origin["job.gpu"] = spec.job.gpu, spec.origin["job.gpu"]
         specs.append(spec)
@@ -226,29 +220,7 @@ def _runs_of(spec: RunSpec) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def ready_to_submit(wanted: Sequence[Cell], force: bool, dry_run: bool) -> list[tuple[Cell, PlacedRun]]:
-    """What is to be submitted, each as the cluster can place it. Raises LauncherError for the first that cannot run."""
-    ready: list[tuple[Cell, PlacedRun]] = []
-    notes: dict[str, None] = {}
-    for cell in wanted:
-        asked = cell.next_spec
-        try:
-            spec, checks = look_here(asked)
-            if not dry_run:  # Slurm is asked once, for all cells
-                spec, of_cluster = look(spec)
-                checks += [*of_cluster, *memory_findings(spec)]
-            if refused := refusal(checks, force):
-                raise refused
-        except LauncherError as error:
-            raise _refused(asked.job.name, error) from error
-        notes |= {sentence(check): None for check in checks if check.status != OK}
-        ready.append((cell, spec))
-    for note in notes:
-        warn(note)
-    return ready
-
-
-def _refused(cell: str, error: LauncherError) -> LauncherError:
+def refused(cell: str, error: LauncherError) -> LauncherError:
     """The error of a cell that cannot run."""
     what = f"{cell or 'it'} cannot run, so nothing was submitted: {error.what}"
     return LauncherError(error.code, what, error.fix, status=error.status, original=error.original)
