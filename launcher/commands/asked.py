@@ -39,14 +39,15 @@ def secrets_of(spec: RunSpec, options: RunOptions) -> dict[str, str]:
     return resolve.secrets_of(spec, options.secrets, os.environ)
 
 
-def looked_at(asked: RunSpec, ask_slurm: bool = True) -> tuple[PlacedRun, list[Finding]]:
+def looked_at(asked: RunSpec, force: bool | None, ask_slurm: bool = True) -> tuple[PlacedRun, list[Finding]]:
     """The run as it would be submitted, and all that is found on the way: step by step, for every command.
 
-    Without `ask_slurm`, what the cluster would add is not in it.
+    Without `ask_slurm`, what the cluster would add is not in it; nor where this machine alone shows that the run would
+    be refused with `force`: a silent Slurm keeps nobody waiting for that. None looks at all of it.
     """
     run = resolve.placed(asked)
     run, findings = look_here(run)
-    if ask_slurm:
+    if ask_slurm and (force is None or not refusal(findings, force)):
         # Here, so that a dry run answers in half the time.
         from launcher.plan.plan import memory_findings
         from launcher.preflight.cluster import look

@@ -173,7 +173,7 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
     """As `launcher submit` does; what it says goes to stderr, since the verdict is this command's output."""
     asked = spec_of(options)
     secrets = secrets_of(asked, options)
-    spec, findings = looked_at(asked)
+    spec, findings = looked_at(asked, force)
     tell(findings, force)
     say_where(findings)
     gpu = spec.profile.gpu

@@ -27,7 +27,7 @@ def preflight(options: RunOptions, as_json: bool) -> None:
     \b
     launcher preflight --image titan.sqsh --nodes 9
     """
-    spec, findings = looked_at(spec_of(options, image_needed=False))
+    spec, findings = looked_at(spec_of(options, image_needed=False), force=None)
     refused = refusal(findings, force=False)
     if as_json:
         rows = [as_dict(finding) for finding in findings]

@@ -91,7 +91,7 @@ def start_with_retries(
             if named := sorted(hosts.intersection(expand(asked.job.nodelist))):
                 fix = "leave it out of --nodelist; launcher cluster nodes"
                 raise LauncherError("node-left-out", f"--nodelist asks for {named[0]}", fix)
-            placed_run, findings = looked_at(spec)
+            placed_run, findings = looked_at(spec, force)
             tell(findings, force)
             say_where(findings)
             run = start(placed_run, secrets, as_json)

@@ -55,7 +55,7 @@ def submit(
     if retries and (dry_run or asked.job.scheduler == "local"):
         raise click.UsageError(f"--retry-bad-nodes: not with {'--dry-run' if dry_run else '--local'}")
     secrets = secrets_of(asked, options)
-    run, findings = looked_at(asked, ask_slurm=not dry_run)
+    run, findings = looked_at(asked, force, ask_slurm=not dry_run)
     tell(findings, force)
     if dry_run:
         return _print_plan(run, as_json)

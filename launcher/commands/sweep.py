@@ -123,7 +123,7 @@ def _ready(wanted: Sequence[Cell], force: bool, dry_run: bool) -> list[tuple[Cel
     for cell in wanted:
         asked = cell.next_spec
         try:
-            spec, findings = looked_at(asked, ask_slurm=not dry_run)  # Slurm is asked once, for all cells
+            spec, findings = looked_at(asked, force, ask_slurm=not dry_run)  # Slurm is asked once, for all cells
             if stopped := refusal(findings, force):
                 raise stopped
         except LauncherError as error:

@@ -359,6 +359,15 @@ def test_force_does_not_pass_what_cannot_work(launch: Launch, slurm: Fake, image
     assert not (image.parent / "runs").exists()
 
 
+@pytest.mark.parametrize("command", ["submit", "sweep", "accept"])
+def test_what_this_machine_refuses_waits_for_no_slurm(command: str, launch: Launch, slurm: Fake, image: Path) -> None:
+    slurm("scontrol", f"touch {image.parent}/asked; exit 1")
+    image.unlink()
+    done = launch(command, *SUBMIT)
+    assert "[image-missing]" in done.stderr and not (image.parent / "asked").exists(), done.stderr
+    assert "no such file" in launch("preflight", *SUBMIT).stdout and (image.parent / "asked").exists()
+
+
 def test_an_unreadable_cluster_costs_one_warning(launch: Launch, slurm: Fake) -> None:
     slurm("scontrol", "exit 1")
     done = launch("submit", *SUBMIT, "--nodes", "9")
