@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
 
 from launcher.results.outcome import NodeResult, Outcome, Point, Startup
 from tests.unit.outcomes import outcome, spread
-from tests.unit.outcomes import problems as told
 
 MARKUP = '<img src=x onerror=alert(1)></script><b>"q"\'&amp;'
+LONG = "h100-2n-a-name-that-is-rather-long-because-somebody-put-everything-into-it"
+CUT_SHORT, NEVER_STARTED = ("TIMEOUT", "step 40 of 100"), ("FAILED (exit code 1)", "no step of 100 was logged")
+VERSIONS = {"torch": "2.14.1", "torchtitan": "0.2.2", "cuda": "13.0", "image": "titan-stable-arm64.sqsh"}
 
 
 def sample() -> list[Outcome]:
@@ -23,37 +24,13 @@ def sample() -> list[Outcome]:
         run("gb200-3n-1120", 3, 18260, "2026-11-20T08:10:00Z"),
         run("gb200-9n-slow-node", 9, 16900, "2026-11-19T15:00:00Z", slow=0.93),
         run("gb200-9n-nan", 9, 17900, "2026-11-19T11:00:00Z", nan_from=60, problems=("NaN in the loss",)),
-        run(
-            "gb200-17n-cut-short",
-            17,
-            17500,
-            "2026-11-18T20:00:00Z",
-            steps=40,
-            problems=("TIMEOUT", "step 40 of 100"),
-            state="TIMEOUT",
-        ),
+        run("gb200-17n-cut-short", 17, 17500, "2026-11-18T20:00:00Z", steps=40, state="TIMEOUT", problems=CUT_SHORT),
         run(MARKUP, 3, 18210, "2026-11-18T10:00:00Z"),
         run("gb200-9n-compiled", 9, 19240, "2026-11-17T10:00:00Z", compile=True),
         run("gb200-3n-1116", 3, 18190, "2026-11-16T10:00:00Z"),
-        run(
-            "gb200-17n-failed",
-            17,
-            None,
-            "2026-11-15T10:00:00Z",
-            steps=0,
-            state="FAILED",
-            problems=("FAILED (exit code 1)", "no step of 100 was logged"),
-        ),
+        run("gb200-17n-failed", 17, None, "2026-11-15T10:00:00Z", steps=0, state="FAILED", problems=NEVER_STARTED),
         run("h100-4n", 4, 7610, "2026-11-12T10:00:00Z", gpu="H100", per_node=8, batch=2),
-        run(
-            "h100-2n-a-name-that-is-rather-long-because-somebody-put-everything-into-it",
-            2,
-            8690,
-            "2026-11-11T10:00:00Z",
-            gpu="H100",
-            per_node=8,
-            batch=2,
-        ),
+        run(LONG, 2, 8690, "2026-11-11T10:00:00Z", gpu="H100", per_node=8, batch=2),
     ]
 
 
@@ -91,18 +68,16 @@ def run(
     )
     medians = [rate * rnd.gauss(1, 0.002) * (slow if number == 4 else 1) for number in range(nodes)]
     by_node = tuple(NodeResult(f"{gpu.lower()}-{number:03}", value) for number, value in enumerate(medians, 1))
-    return replace(
-        outcome(
-            settings={
-                "job.nodes": nodes,
-                "profile.gpu": gpu,
-                "profile.gpus_per_node": per_node,
-                "job.gpu": gpu.lower(),
-                "recipe.local_batch_size": batch,
-                "recipe.compile": compile,
-                "job.segment": nodes,
-            }
-        ),
+    return outcome(
+        settings={
+            "job.nodes": nodes,
+            "profile.gpu": gpu,
+            "profile.gpus_per_node": per_node,
+            "job.gpu": gpu.lower(),
+            "recipe.local_batch_size": batch,
+            "recipe.compile": compile,
+            "job.segment": nodes,
+        },
         run=name,
         run_dir=f"/home/user/runs/{name}",
         state=state,
@@ -119,15 +94,9 @@ def run(
         tflops=spread(rate * 0.0579) if logged else None,
         series=series,
         by_node=by_node if logged else (),
-        problems=told(*problems),
+        problems=problems,
         mfu_pct=100 * rate * 0.0579 / 2250 if logged else None,
         memory_pct=86.58 if logged else None,
         startup=Startup(queue_s, 30 + nodes + rnd.random(), 9.5 + rnd.random(), 80 + 2 * nodes if logged else None),
-        versions={
-            "torch": "2.14.1",
-            "torchtitan": "0.2.2",
-            "cuda": "13.0",
-            "image": "titan-stable-arm64.sqsh",
-            "driver": "580.95.05" if date > "2026-11-17" else "570.86.15",
-        },
+        versions={**VERSIONS, "driver": "580.95.05" if date > "2026-11-17" else "570.86.15"},
     )

@@ -11,7 +11,6 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tests.train.test_real_trainer import (  # noqa: F401 (fixtures)
     PYTHONS,
     ROOT,
     Started,
+    answer,
     losses,
     make_run,
     python,
@@ -91,7 +91,7 @@ def loss(tokens):
         x = x + linear(gate * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj")
     logits = linear(norm(x, "model.norm.weight"), "lm_head")
     return torch.nn.functional.cross_entropy(logits, expected).item()
-print("LOSSES", json.dumps([loss(tokens) for tokens in json.load(sys.stdin)]))
+print("ANSWER", json.dumps([loss(tokens) for tokens in json.load(sys.stdin)]))
 """
 
 
@@ -115,16 +115,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
             text = json.loads(next(lines))["text"].encode()
         assert len(text) > SEQ_LEN
         first.append([BEGIN, *text[:SEQ_LEN]])
-    done = subprocess.run(
-        [maker, "-c", CHECKPOINT, str(folder / "weights")],
-        input=json.dumps(first),
-        env={**os.environ, "PYTHONPATH": str(ROOT / "launcher")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.rsplit("LOSSES", 1)[1])
+    found = answer(maker, CHECKPOINT, str(folder / "weights"), given=first, path=ROOT / "launcher")
     assert min(found) > 9, f"a random start has about 8: {found}"
     return Checkpoint(folder / "weights", found)
 

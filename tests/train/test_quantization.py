@@ -5,15 +5,13 @@ that answer is made up.
 
 from __future__ import annotations
 
-import os
 import runpy
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.train.test_real_trainer import python, versions
+from tests.train.test_real_trainer import answer, python, versions
 
 __all__ = ["python"]  # a fixture
 
@@ -83,12 +81,6 @@ assert tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3
 """
 
 
-def run(python: str, program: str, *words: str) -> None:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([python, "-c", program, *words], capture_output=True, text=True, env=env, cwd=Path("/"))
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def titan(python: str) -> str:
     found = versions(python)
     assert found
@@ -96,11 +88,11 @@ def titan(python: str) -> str:
 
 
 def test_the_layers_are_swapped(python: str) -> None:
-    run(python, LAYERS[titan(python)])
+    answer(python, LAYERS[titan(python)])
 
 
 def test_a_step_in_float8(python: str) -> None:
-    run(python, STEP)
+    answer(python, STEP)
 
 
 @pytest.mark.parametrize("quantize", ["mxfp8", "nvfp4"])
@@ -110,4 +102,4 @@ def test_the_kernels_compile_for_blackwell(python: str, quantize: str) -> None:
         pytest.skip("torchtitan 0.2 has no NVFP4")
     if quantize == "nvfp4" and subprocess.run([python, "-c", OLD_TRITON]).returncode:
         pytest.skip("torchao 0.18 cannot be imported with triton 3.9 where there is a GPU")
-    run(python, runpy.run_path(str(ROOT / "containers" / "check.py"))["KERNELS"], quantize)
+    answer(python, runpy.run_path(str(ROOT / "containers" / "check.py"))["KERNELS"], quantize)

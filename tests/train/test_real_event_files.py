@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import struct
-import subprocess
 from pathlib import Path
 
-import pytest
-
 from launcher.results.tensorboard import scalars
-from tests.train.test_real_trainer import PYTHONS, versions
+from tests.train.test_real_trainer import answer, python
+
+__all__ = ["python"]  # a fixture
 
 WRITE = """
 import json, sys
@@ -25,10 +23,7 @@ writer.close()
 """
 
 
-@pytest.mark.parametrize("python", PYTHONS)
 def test_what_torch_wrote_is_read(python: str, tmp_path: Path) -> None:
-    if versions(python) is None:
-        pytest.skip(f"{python} has no torchtitan: set LAUNCHER_TRAIN_PYTHON to an interpreter that has")
     chance = random.Random(7)
     tags = ["mfu(%)", "time_metrics/data_loading(%)", "größe/模型", "x" * 127]
     odd = [0.0, -0.0, 1e-40, 3.4e38, math.inf, -math.inf, math.nan]
@@ -37,7 +32,7 @@ def test_what_torch_wrote_is_read(python: str, tmp_path: Path) -> None:
         for step in range(200)
         for tag in tags
     ]
-    subprocess.run([python, "-c", WRITE], input=json.dumps([str(tmp_path), values]), text=True, check=True, timeout=120)
+    answer(python, WRITE, given=[str(tmp_path), values])
     expected: dict[str, dict[int, float]] = {tag: {} for tag in tags}
     for tag, step, value in values:
         expected[tag][step] = struct.unpack("<f", struct.pack("<f", value))[0]

@@ -92,7 +92,7 @@ found = flex.flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
 found.sum().backward()
 torch.testing.assert_close(found, expected)
 assert query.grad is not None
-print("SAME")
+print("ANSWER")
 """
 
 
@@ -113,6 +113,21 @@ def python(request: pytest.FixtureRequest) -> str:
     if versions(path) is None:
         pytest.skip(f"{path} has no torchtitan: set LAUNCHER_TRAIN_PYTHON to an interpreter that has")
     return path
+
+
+def answer(python: str, program: str, *words: str, given: object = None, path: Path = ROOT, **env: str) -> Any:
+    """What a program of ours prints last in that interpreter, behind ANSWER: it is given a JSON value."""
+    done = subprocess.run(
+        [python, "-c", program, *words],
+        input=json.dumps(given),
+        env={**os.environ, "PYTHONPATH": str(path), **env},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.rpartition("ANSWER")[2] or "null")
 
 
 def make_run(folder: Path, node: dict[str, Any]) -> Path:
@@ -162,14 +177,7 @@ def started() -> Iterator[Started]:
 
 
 def test_the_attention_that_stands_in_is_the_same_attention(python: str) -> None:
-    done = subprocess.run(
-        [python, "-c", ATTENTION],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}/launcher"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.endswith("SAME\n"), done.stderr
+    answer(python, ATTENTION, path=ROOT / "launcher")
 
 
 def test_what_03_adds_by_itself_changes_no_loss(python: str, tmp_path: Path, started: Started) -> None:
@@ -237,19 +245,10 @@ def test_the_real_parser_takes_every_recipe(python: str, tmp_path: Path) -> None
             Path(path).parent.mkdir(parents=True)
             Path(path).write_text(text)
     assert refused - {"8b-pp"} == CANNOT[titan[:3]] - {"8b-pp"}
-    done = subprocess.run(
-        [python, "-c", PARSE],
-        input=json.dumps({"tokenizer": str(tmp_path / "tokenizer"), "arguments": list(lines.values())}),
-        env={**os.environ, "PYTHONPATH": str(ROOT / "launcher")},  # `titan`, as in a run directory
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    answer = json.loads(done.stdout.rsplit("ANSWER", 1)[1])
-    assert answer["ends"] == [256, 257, 256, 257] and answer["same"]
-    parsed = dict(zip(lines, answer["parsed"], strict=True))
+    task = {"tokenizer": str(tmp_path / "tokenizer"), "arguments": list(lines.values())}
+    said = answer(python, PARSE, given=task, path=ROOT / "launcher")  # `titan`, as in a run directory
+    assert said["ends"] == [256, 257, 256, 257] and said["same"]
+    parsed = dict(zip(lines, said["parsed"], strict=True))
     read = read_02 if titan.startswith("0.2") else read_03
     published = {
         "local_batch_size": 5,

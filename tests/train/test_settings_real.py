@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 
 import pytest
 
 from launcher.config.layers import Layer, merge
 from launcher.preflight.settings import releases, unknown_settings
 from launcher.titan.command import user_flags
-from tests.conftest import ROOT
-from tests.train.test_real_trainer import PYTHONS, versions
+from tests.train.test_real_trainer import answer, python, versions
 
-LIST = "import json; from tests.titan_settings import settings; print(json.dumps(settings()))"
+__all__ = ["python"]  # a fixture
+
+LIST = "import json; from tests.titan_settings import settings; print('ANSWER' + json.dumps(settings()))"
 
 
-@pytest.mark.parametrize("python", PYTHONS)
-def test_the_list_is_the_installed_releases(python: str) -> None:
-    installed = versions(python)
-    if installed is None or installed[0] not in releases():
-        pytest.skip(f"{python} has no torchtitan that is listed: set LAUNCHER_TRAIN_PYTHON to an interpreter that has")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([python, "-c", LIST], capture_output=True, text=True, env=env, timeout=300, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == releases()[installed[0]], "python -m tests.titan_settings"
+@pytest.fixture
+def listed(python: str) -> str:
+    """The installed torchtitan's version."""
+    (version, _) = versions(python) or ("", "")
+    if version not in releases():
+        pytest.skip(f"torchtitan {version} of {python} is not listed")
+    return version
+
+
+def test_the_list_is_the_installed_releases(python: str, listed: str) -> None:
+    assert answer(python, LIST) == releases()[listed], "python -m tests.titan_settings"
 
 
 # One setting of each kind goes through the release's own reader with each of these values: that of its section alone,
@@ -52,26 +53,21 @@ for section, flags in json.load(sys.stdin):
             found.append(False)
         except (AssertionError, ValueError):
             found.append(None)  # of a check that is not the parser's
-print(json.dumps(found))
+print("ANSWER" + json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("python", PYTHONS)
-def test_values_are_refused_that_the_release_refuses_and_no_others(python: str) -> None:
-    installed = versions(python)
-    if installed is None or installed[0] not in releases():
-        pytest.skip(f"{python} has no torchtitan that is listed")
+def test_values_are_refused_that_the_release_refuses_and_no_others(python: str, listed: str) -> None:
     of_kind = {
         kind: name
-        for name, kind in releases()[installed[0]].items()
+        for name, kind in releases()[listed].items()
         if kind and re.fullmatch(r"(?!activation_)[a-z_]+\.\w+", name)
     }
     bank = [(kind, name, value) for kind, name in of_kind.items() for value in (*VALUES, *kind.strip("{}").split(","))]
     parts = [(*name.rpartition("."), value) for _, name, value in bank]
-    asked = json.dumps([(section, user_flags({name: value})) for section, _, name, value in parts])
-    done = subprocess.run([python, "-c", READ], input=asked, capture_output=True, text=True, timeout=600, check=True)
-    for (kind, name, value), taken in zip(bank, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    asked = [(section, user_flags({name: value})) for section, _, name, value in parts]
+    for (kind, name, value), taken in zip(bank, answer(python, READ, given=asked), strict=True):
         spec = merge([Layer({f"titan.{name}": value}, {f"titan.{name}": "option --set"})])
-        ours = not unknown_settings(spec, installed[0])
+        ours = not unknown_settings(spec, listed)
         assert ours or taken is False, (kind, name, value)
         assert not ours or taken is not False or not kind, (kind, name, value)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from launcher.config.spec import PlacedRun
 from launcher.stage import sample
 from launcher.stage.view import plan, train_files, write
 from tests.conftest import ROOT, Launch
-from tests.train.test_real_trainer import losses, python
+from tests.train.test_real_trainer import answer, losses, python
 
 __all__ = ["python"]  # a fixture
 
@@ -84,35 +82,22 @@ def test_every_rank_gets_documents_of_its_own_and_together_all_of_the_view(pytho
         tasks.append((str(view), "c4", spec.data_parallel))
         expected.append((documents(*(data / "en" / name for name in train_files(spec))), len(train_files(spec))))
     tasks.append((tasks[1][0], "c4_validation", 3))
-    done = subprocess.run(
-        [python, "-c", READ],
-        input=json.dumps(tasks),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads(done.stdout.rsplit("ANSWER", 1)[1])
-    for spec, (_, _, degree), (ranks, files), (texts, count) in zip(specs, tasks, answer, expected, strict=False):
+    answers = answer(python, READ, given=tasks, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    for spec, (_, _, degree), (ranks, files), (texts, count) in zip(specs, tasks, answers, expected, strict=False):
         together = [text for rank in ranks for text in rank]
         assert sorted(together) == sorted(texts), f"{spec.job.name}: all, and each once"
         if spec.job.name == "too-few":
             assert files == [count] * degree, "every rank reads every file"
         else:
             assert files == [count // degree] * degree and all(len(rank) == len(texts) // degree for rank in ranks)
-    parts = [{text for rank in ranks for text in rank} for ranks, _ in answer[5:8]]
+    parts = [{text for rank in ranks for text in rank} for ranks, _ in answers[5:8]]
     assert not parts[0] & parts[1] and not parts[1] & parts[2] and not parts[0] & parts[2]
-    ranks, _ = answer[-1]
+    ranks, _ = answers[-1]
     assert sorted(text for rank in ranks for text in rank) == sorted(documents(*(data / "en").glob("c4-validation.*")))
 
 
 def test_the_debug_recipe_trains_at_a_degree_that_does_not_divide_its_files(
-    python: str,
-    launch: Launch,
-    workplace: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    python: str, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert sample.TRAIN_FILES % 3, "otherwise this shows nothing"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
