@@ -127,7 +127,7 @@ def answer(python: str, program: str, *words: str, given: object = None, path: P
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.rpartition("ANSWER")[2] or "null")
+    return json.loads(done.stdout.rpartition("ANSWER")[2].strip() or "null")
 
 
 def make_run(folder: Path, node: dict[str, Any]) -> Path:
