@@ -162,6 +162,7 @@ DATA = problem("data", "/data/c4 is not a directory", "mount it", "run")
 GPUS = problem("gpus", "4 GPUs are visible, the profile says 8", "--gpu")
 BLAMED = {
     "what only one has is its own": Blame(DATA, 1, 4, "node"),
+    "one of two": Blame(DATA, 1, 2, "node"),
     "a file system that stalls": Blame(DATA, 2, 4, "run"),
     "what the hardware says itself": Blame(ECC, 2, 4, "node"),
     "what nobody foresaw": Blame(problem("unexpected", "x", "y", "run"), 1, 4, "run"),

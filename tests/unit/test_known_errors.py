@@ -548,6 +548,14 @@ def test_lines_that_say_error_are_passed_over_quickly() -> None:
     assert not first_error._BEGINS_WITH_EXCEPTION.search(b"\n" + line)
 
 
+@pytest.mark.parametrize("text", [text for known in KNOWN for text in known.example])
+def test_each_line_that_has_a_grade_is_found_where_it_stands_alone(tmp_path: Path, text: str) -> None:
+    """Most lines are never looked at: none that matters is among them."""
+    for line in text.strip().splitlines():
+        found = failure(tmp_path, node0=f"one\n{line}\ntwo\n").lines
+        assert first_error._grade(line) is None or line.endswith(found[0])
+
+
 @pytest.mark.parametrize("colour", ["", "\x1b[31m"])
 @pytest.mark.parametrize("begin", ["", "0: ", "[rank0]:[rank3]: ", " 30%|###\r"])
 def test_an_exception_is_found_among_many_lines_with_the_word_error(tmp_path: Path, begin: str, colour: str) -> None:

@@ -38,6 +38,8 @@ def write(path: Path, text: str) -> Path:
 def test_what_travels_with_the_launcher() -> None:
     assert names_of("profiles") == PROFILES
     assert names_of("recipes") == RECIPES
+    for name in PROFILES:
+        assert merge([read_layer(find("profiles", name), "")]).profile.gpu == name.upper()
 
 
 @pytest.mark.parametrize(("gpu", "batch"), [("gb200", 5), ("b200", 5), ("h200", 4), ("h100", 2)])
