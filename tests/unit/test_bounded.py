@@ -65,7 +65,6 @@ def endless(tmp_path: Path) -> Path:
 READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file": (read_bytes, "more than 4 MiB"),
     "mine.toml": (lambda path: read_layer(path, "file"), "more than 4 MiB"),
-    ".staged/manifest.json": (lambda path: read_manifest(path.parents[1]), "damaged"),
     "README.md": (lambda path: data._header(path, ""), "more than 256 MiB|not JSON"),
     "config.json": (lambda path: titan.read_object(path, ""), "more than 256 MiB|not JSON"),
 }
@@ -74,7 +73,6 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_that_never_ends(name: str, tmp_path: Path, endless: Path) -> None:
     read, said = READERS[name]
-    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).symlink_to(endless)
     with pytest.raises((OSError, LauncherError, titan.Refused), match=said):
         read(tmp_path / name)
@@ -91,6 +89,13 @@ def test_a_pipe_that_the_user_names_is_read_to_its_end() -> None:
     os.close(writer)
     assert read_layer(Path(f"/dev/fd/{reader}"), "file").values == {"job.name": "x"}
     os.close(reader)
+
+
+def test_a_staged_directory_whose_manifest_never_ends(tmp_path: Path, endless: Path) -> None:
+    (tmp_path / "c4" / ".staged").mkdir(parents=True)
+    endless.rename(tmp_path / "c4" / ".staged" / "manifest.json")
+    with pytest.raises(LauncherError, match="damaged"):
+        read_manifest(tmp_path / "c4")
 
 
 @pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")

@@ -46,7 +46,7 @@ def test_the_check_on_the_nodes_is_told_of_its_gpu(
     gpu: str, told: tuple[int, int] | None, workplace: Path, image: Path
 ) -> None:
     job = Job(name="r", runs_dir=str(workplace / "runs"), image=str(image), gpu="b200")
-    run, lock = directory.create(PlacedRun(job=job, profile=Profile(gpu=gpu)), {}, 0.0)
-    os.close(lock)
-    said = run.asked["hardware"]
+    with directory.making(PlacedRun(job=job, profile=Profile(gpu=gpu)), {}, 0.0) as made:
+        os.close(made[1])
+    said = directory.Run(workplace / "runs" / "r").asked["hardware"]
     assert said == ({"peak_tflops": told[0], "max_uptime_days": told[1]} if told else {})
