@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -73,7 +72,7 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-_OURS = secrets.token_hex(8)  # begins each of our colours: what was written elsewhere cannot hold it
+_OURS = os.urandom(8).hex()  # begins each of our colours: what was written elsewhere cannot hold it
 
 
 def style(text: str, **how: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import shutil
 import time
@@ -150,6 +149,7 @@ def _store() -> Any:
     """s3fs, on answers that end: its libraries read whatever comes, for as long as it comes."""
     # Here, as s3fs: every submission imports this module, and with asyncio and ssl it would start a third slower.
     import asyncio
+    import logging
 
     from launcher.stage.web import BUNDLES, trust
 
