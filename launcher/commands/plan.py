@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-from importlib.util import find_spec
-
 import click
 
 from launcher.base.errors import quoted
@@ -15,7 +12,6 @@ from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan import plan as core
 from launcher.plan import proof
-from launcher.plan.model import count
 from launcher.plan.plan import START_S, Plan
 from launcher.preflight.placement import with_gpu_memory
 from launcher.scheduler import slurm
@@ -40,13 +36,12 @@ def plan(options: RunOptions, proved: bool, as_json: bool) -> None:
     launcher plan --gpu h100 --nodes 32 --recipe llama3-70b-tp --prove
     """
     spec = _on_its_nodes(spec_of(options, image_needed=False))
-    counted, by = _counted(spec)
-    found = core.plan(spec, parameters=counted)
+    found = core.plan(spec)
     if not as_json:
-        echo(*lines(spec, found, by))
+        echo(*lines(spec, found))
     facts = proof.prove(spec if isinstance(spec, PlacedRun) else resolve.placed(spec)) if proved else None
     if as_json:
-        known = core.as_dict(found) | {"parameters": counted or core.parameters_of(spec), "counted_by": by}
+        known = core.as_dict(found) | {"parameters": core.parameters_of(spec), "counted_by": ""}  # a key of old
         print_json(known | ({"proof": facts} if facts else {}))
     elif facts:
         echo(*proof.lines(facts))
@@ -62,18 +57,7 @@ def _on_its_nodes(spec: RunSpec) -> RunSpec:
     return with_gpu_memory(resolve.placed(spec), detected())
 
 
-def _counted(spec: RunSpec) -> tuple[int | None, str]:
-    """The parameters of torchtitan's own model, on the meta device, where torchtitan is installed; by whom."""
-    if spec.recipe.model != "llama3" or not (find_spec("torch") and find_spec("torchtitan")):
-        return None, ""
-    try:
-        number = count(spec.recipe.flavor)
-        return (number, f"torchtitan {version('torchtitan')}") if number else (None, "")
-    except Exception:  # a help only: the formula counts the same, and torchtitan changes every month
-        return None, ""
-
-
-def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
+def lines(spec: RunSpec, found: Plan) -> list[str]:
     """The plan for people. Pure."""
     recipe, nodes = spec.recipe, spec.job.nodes
     rows = [
@@ -84,8 +68,7 @@ def lines(spec: RunSpec, found: Plan, counted_by: str = "") -> list[str]:
     ]
     if found.memory:
         parts = ("states", "saved", "recomputed", "logits", "gathered")
-        text = ", ".join(f"{name} {getattr(found.memory, name):.1f}" for name in parts)
-        rows.append(f"            {text}" + (f"; parameters counted on {counted_by}" if counted_by else ""))
+        rows.append("            " + ", ".join(f"{name} {getattr(found.memory, name):.1f}" for name in parts))
     rows += [f"            try: {change}" for change in found.advice]
     if found.tps is None:
         rows.append(f"tokens/s    cannot say: {'; '.join(found.differs)}")

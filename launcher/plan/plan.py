@@ -94,9 +94,9 @@ class Plan:
     fitting_batch: int | None = None  # the largest that fits, where the run's own does not
 
 
-def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int | None = None) -> Plan:
-    """The prediction for a run. `rows`: published ones, read when None; `parameters`: where they were counted."""
-    memory, device = memory_of(spec, parameters), _device_gib(spec)
+def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None) -> Plan:
+    """The prediction for a run. `rows`: published ones, read when None."""
+    memory, device = memory_of(spec), _device_gib(spec)
     notes = [] if memory else [_why_no_memory(spec)]
     if spec.gpu_gib:
         notes.append(f"by their names in Slurm, the GPUs have {device:.1f} GiB, less than others of their type")
@@ -128,9 +128,9 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None, parameters: int |
         memory=memory,
         device_gib=device,
         verdict=verdict,
-        advice=_advice(spec, short, parameters) if short else (),
+        advice=_advice(spec, short) if short else (),
         notes=tuple(notes),
-        fitting_batch=_fitting_batch(spec, short, parameters) if short else None,
+        fitting_batch=_fitting_batch(spec, short) if short else None,
     )
 
 
@@ -140,7 +140,7 @@ def memory_findings(spec: RunSpec) -> list[Finding]:
     if memory is None or device is None or _verdict(spec, memory, device) != "does not fit":
         return []
     needed, there = math.ceil(_needed(spec, memory)), math.floor(TIGHT * device)
-    fix = ", or ".join(_advice(spec, device, None))
+    fix = ", or ".join(_advice(spec, device))
     return [error("memory-short", fix, batch=spec.recipe.local_batch_size, needed=needed, there=there)]
 
 
@@ -162,14 +162,14 @@ def _why_no_memory(spec: RunSpec) -> str:
     return "the formula for memory is not made for pipeline parallelism" if spec.recipe.pipeline_parallel > 1 else ""
 
 
-def memory_of(spec: RunSpec, parameters: int | None = None) -> Memory | None:
+def memory_of(spec: RunSpec) -> Memory | None:
     """By the formula above; None where it does not hold."""
     recipe, model = spec.recipe, _shape(spec)
     if model is None or _why_no_memory(spec):
         return None
     tensor, context = recipe.tensor_parallel, recipe.context_parallel
     shards = recipe.dp_shard * context if recipe.dp_shard > 0 else spec.gpus // (tensor * recipe.dp_replicate)
-    count = (parameters or model.parameters) / tensor
+    count = model.parameters / tensor
     width = 2 if recipe.param_dtype == "bfloat16" else 4  # bytes
     tokens = recipe.local_batch_size * recipe.seq_len / context
     every_layer = tokens * width / tensor
@@ -218,24 +218,24 @@ def _verdict(spec: RunSpec, memory: Memory | None, device: float | None) -> str:
     return "tight" if _needed(spec, memory) <= TIGHT * device else "does not fit"
 
 
-def _fits(spec: RunSpec, device: float, parameters: int | None, nodes: int = 0, **recipe: Any) -> bool:
+def _fits(spec: RunSpec, device: float, nodes: int = 0, **recipe: Any) -> bool:
     """Whether it would with these changes."""
     job = replace(spec.job, nodes=nodes or spec.job.nodes)
     other = replace(spec, recipe=replace(spec.recipe, **recipe), job=job)
-    return _verdict(other, memory_of(other, parameters), device) == "fits"
+    return _verdict(other, memory_of(other), device) == "fits"
 
 
-def _fitting_batch(spec: RunSpec, device: float, parameters: int | None) -> int | None:
+def _fitting_batch(spec: RunSpec, device: float) -> int | None:
     # A smaller batch, as more nodes, only ever needs less: looked for by halves, as `submit` waits for this.
     smaller = range(1, spec.recipe.local_batch_size)
-    fits = partial(_fits, spec, device, parameters)
+    fits = partial(_fits, spec, device)
     return bisect_left(smaller, True, key=lambda b: not fits(local_batch_size=b)) or None
 
 
-def _advice(spec: RunSpec, device: float, parameters: int | None) -> tuple[str, ...]:
+def _advice(spec: RunSpec, device: float) -> tuple[str, ...]:
     """What would make it fit, one change each."""
-    fits = partial(_fits, spec, device, parameters)
-    batch = _fitting_batch(spec, device, parameters)
+    fits = partial(_fits, spec, device)
+    batch = _fitting_batch(spec, device)
     found = [f"--batch-size {batch}"] if batch else []
     if spec.recipe.activation_checkpoint != "full" and fits(activation_checkpoint="full"):
         found.append("--set recipe.activation_checkpoint=full")

@@ -29,6 +29,7 @@ FREE = {
     "data_share",
     "date",
     "advice",
+    "counted_by",  # depended on what was installed beside the launcher
     "basis",
     "block",
     "cause",
