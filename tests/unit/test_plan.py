@@ -97,7 +97,7 @@ def test_advice_keeps_to_what_a_run_may_have(monkeypatch: pytest.MonkeyPatch) ->
     large = a_spec("H100", MAX_NODES, 8, flavor="70B", local_batch_size=10**9, activation_checkpoint="full")
     assert plan.plan(large).advice == ("--batch-size 2",)
     absurd = a_spec("A100", 5000, 1, flavor="70B", local_batch_size=1, activation_checkpoint="full")
-    monkeypatch.setitem(SHAPES, "70B", replace(SHAPES["70B"], num_hidden_layers=80_000))  # some 20,000 nodes
+    monkeypatch.setitem(SHAPES, "70B", replace(SHAPES["70B"], intermediate_size=36_000_000))  # 20,000 nodes
     assert plan.plan(absurd).advice == ()
 
 
