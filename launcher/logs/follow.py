@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from launcher.base.files import unreadable
-from launcher.base.mfu import peak_of
+from launcher.config.mfu import peak_of
 from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, last_bytes, line_time, plain_text
 
 JOB_LOG = "job.log"

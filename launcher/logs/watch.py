@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
-from launcher.base.mfu import mfu_text
 from launcher.base.output import echo, plain
+from launcher.config.mfu import mfu_text
 from launcher.logs.follow import Progress
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.base.mfu import peak_text
 from launcher.base.values import json_values
+from launcher.config.mfu import peak_text
 from launcher.results.accept import MAX_SPREAD, MAX_WAITING
 from launcher.results.measure import against_others
 from launcher.results.outcome import Lack, Outcome

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.base.mfu import peak_text
 from launcher.base.output import columns, counted
 from launcher.base.values import json_values
+from launcher.config.mfu import peak_text
 from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
 

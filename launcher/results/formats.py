@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.base.mfu import mfu_text
 from launcher.base.output import columns, plain
+from launcher.config.mfu import mfu_text
 from launcher.results.columns import MARKDOWN, TERMINAL, Cell, as_flat, shown_in
 from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.rows import (

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.base.errors import LauncherError
 from launcher.base.files import data_dir
-from launcher.base.mfu import peak_of
+from launcher.config.mfu import peak_of
 from launcher.results.outcome import Outcome, Spread
 
 PUBLISHED, TABLE = "PUBLISHED", "TABLE"  # `state` of an Outcome made from a row: of our table, of somebody's

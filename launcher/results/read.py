@@ -16,9 +16,9 @@ from typing import Any
 
 from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
-from launcher.base.mfu import peak_of
 from launcher.base.output import counted, some
 from launcher.config.hardware import hardware
+from launcher.config.mfu import peak_of
 from launcher.image.squashfs_file import known, superblock
 from launcher.logs.follow import node_logs
 from launcher.logs.steps import LogReader, StepRecord

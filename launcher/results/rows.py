@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-from launcher.base.mfu import mfu_text
 from launcher.base.output import counted, plain
 from launcher.config.hardware import of_gpu
+from launcher.config.mfu import mfu_text
 from launcher.results.outcome import NO_STEP_COUNTS, Lack, Outcome, short_of
 
 COLUMNS = (

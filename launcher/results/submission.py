@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.mfu import mfu_text
 from launcher.base.output import counted
+from launcher.config.mfu import mfu_text
 from launcher.config.spec import SAMPLE
 from launcher.results.columns import COLUMNS
 from launcher.results.formats import cell_text

@@ -10,8 +10,11 @@ from typing import Any
 
 from . import Refused, registry_era, toml_era
 
-SUPPORTED = "0.2.1 to 0.2.2 and 0.3.x"
-PREVIEWED = ("0.2.2", "0.3.0")  # the newest release of each era
+# Each era: its releases, the newest that was read, and the module that speaks to them.
+ERAS = (
+    (r"0\.2\.[12](?!\d)", "0.2.1 to 0.2.2", "0.2.2", toml_era),
+    (r"0\.3(?!\d)", "0.3.x", "0.3.0", registry_era),
+)
 FLAVORS = ("debugmodel", "8B", "70B")
 NODE_SCHEMA = 2  # of job/node.json
 
@@ -37,15 +40,12 @@ def era(version: str) -> ModuleType:
 
     Raises Refused for a release whose options this project has not read.
     """
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    numbers = tuple(int(part or 0) for part in match.groups()) if match else (0, 0, 0)
-    if (0, 2, 1) <= numbers <= (0, 2, 2):
-        return toml_era
-    if numbers[:2] == (0, 3):
-        return registry_era
+    for pattern, _, _, module in ERAS:
+        if re.match(pattern, version):
+            return module
     raise Refused(
-        f"torchtitan {version} is installed; this launcher speaks {SUPPORTED}",
-        "an image with another torchtitan: pip install torchtitan==0.3.0 (or 0.2.2)",
+        f"torchtitan {version} is installed; this launcher speaks {' and '.join(said for _, said, _, _ in ERAS)}",
+        f"an image with another torchtitan: pip install torchtitan=={ERAS[-1][2]}",
     )
 
 
@@ -206,7 +206,7 @@ def preview(node: dict[str, Any], python: str = "python3") -> dict[str, str]:
     What only the running job knows stands in capitals: HEAD_ADDR, HEAD_PORT, JOB_ID.
     """
     shown = {}
-    for version in PREVIEWED:
+    for _, _, version, _ in ERAS:
         rendezvous = Rendezvous("JOB_ID", 0, "NODE", "HEAD_ADDR", 1, "NODE_ADDR")
         try:
             command = torchrun_command(node, version, rendezvous, python=python)

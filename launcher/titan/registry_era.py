@@ -12,7 +12,7 @@ from typing import Any
 from . import Refused
 
 _BASE = {"debugmodel": "llama3_debugmodel", "8B": "llama3_8b", "70B": "llama3_70b"}
-_OWN_MODULE = "titan.registry_era"  # this file, as the run directory holds it
+_OWN_MODULE = f"titan.{__name__.rpartition('.')[2]}"  # this file, as the run directory holds it
 
 # torchtitan 0.3 is made for this torch: older ones lack what its default SPMD backend and its pipelines call.
 _TORCH = (2, 14)

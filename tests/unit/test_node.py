@@ -155,8 +155,8 @@ OF_A_GPU_NODE = {
 OF_A_CPU_NODE = {
     "no torchtitan": Refusal("torchtitan is not installed for", lambda place: shutil.rmtree(place.site / "torchtitan")),
     "another torchtitan": Refusal(
-        "torchtitan 0.4.0 is installed; this launcher speaks 0.2.1 to 0.2.2 and 0.3.x",
-        lambda place: next(place.site.glob("*/METADATA")).write_text("Name: torchtitan\nVersion: 0.4.0\n"),
+        "torchtitan 9.9.0 is installed; this launcher speaks 0.2.1 to 0.2.2 and 0.3.x",
+        lambda place: next(place.site.glob("*/METADATA")).write_text("Name: torchtitan\nVersion: 9.9.0\n"),
     ),
     "a recipe for GPUs": Refusal("torch.compile is switched off on a CPU", lambda place: place.recipe(compile=True)),
     "no port": Refusal("2 nodes cannot meet at port 0", lambda place: place.change(nodes=2)),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.base.mfu import mfu_text, peak_of
+from launcher.config.mfu import mfu_text, peak_of
 from launcher.logs.steps import StepRecord, parse_line
 from launcher.results.columns import as_dict
 from launcher.results.outcome import NON_FINITE, RESTARTED, NodeResult, Outcome, Point

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
-# bf16 peaks in TFLOP/s that torchtitan 0.2 and 0.3 divide by, and 2450, the vendor's own figure for GB200.
-KNOWN_PEAKS = (148.0, 154.85, 191.5, 312.0, 362.0, 756.0, 835.0, 989.0, 1300.0, 2250.0, 2450.0, 2500.0)
+from launcher.config.hardware import hardware
+
+# bf16 peaks in TFLOP/s by which torchtitan 0.2 and 0.3 divide for GPUs that no profile describes.
+OTHER_PEAKS = (148.0, 154.85, 191.5, 362.0, 756.0, 835.0, 1300.0)
+
+
+@cache
+def known_peaks() -> frozenset[float]:
+    return frozenset(OTHER_PEAKS).union(*(one.peaks for one in hardware().values()))
 
 
 def peak_of(tflops: float | None, mfu_pct: float | None) -> float | None:
@@ -19,7 +27,7 @@ def peak_of(tflops: float | None, mfu_pct: float | None) -> float | None:
     error = derived * (0.005 / abs(mfu_pct) + 0.005 / abs(tflops))
     if derived <= 0 or error > 0.05 * derived:
         return None
-    fitting = [peak for peak in KNOWN_PEAKS if abs(peak - derived) <= error]
+    fitting = [peak for peak in known_peaks() if abs(peak - derived) <= error]
     return fitting[0] if len(fitting) == 1 else derived
 
 
@@ -34,4 +42,4 @@ def peak_text(peak_tflops: float | None, unit: str = "") -> str:
     """A peak in TFLOP/s: `2250`, `about 417`, `an unknown peak`."""
     if peak_tflops is None:
         return "an unknown peak"
-    return (f"{peak_tflops:g}" if peak_tflops in KNOWN_PEAKS else f"about {peak_tflops:.0f}") + unit
+    return (f"{peak_tflops:g}" if peak_tflops in known_peaks() else f"about {peak_tflops:.0f}") + unit
