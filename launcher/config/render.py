@@ -13,8 +13,6 @@ from launcher.config.runtime import node_command, srun_flags
 from launcher.config.spec import PlacedRun
 from launcher.scheduler.parse import compress
 
-PLACEMENT = ("partition", "account", "qos", "reservation", "nodelist", "constraint")
-
 
 def render(spec: PlacedRun) -> str:
     """The text of job.sbatch, for Slurm or for the local scheduler."""
@@ -47,7 +45,7 @@ def _options(spec: PlacedRun) -> dict[str, str | None]:
         "exclusive": None,
         "mem": "0",
         "time": job.time,
-        **{option: getattr(job, option) for option in PLACEMENT},
+        **{option: getattr(job, option) for option in sbatch.PLACEMENT},
         "exclude": ",".join(filter(None, (job.exclude, compress(spec.avoid)))),
         "segment": str(spec.segment or ""),
         "export": "NIL",

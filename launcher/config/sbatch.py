@@ -11,10 +11,11 @@ from difflib import get_close_matches
 
 OPTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]+")
 LONGEST = 1000  # of a value; sbatch reads a line into 8 KiB
+# The launcher's own options that are sbatch's, word for word: fields of Job.
+PLACEMENT = ("partition", "account", "qos", "reservation", "nodelist", "constraint")
 # What the launcher reports, checks or relies on: by its own options, ...
 OWN = {
-    **{name: f"--{name}" for name in ("partition", "account", "qos", "reservation", "nodelist", "exclude", "segment")},
-    **{name: f"--{name}" for name in ("nodes", "time", "constraint")},
+    **{name: f"--{name}" for name in (*PLACEMENT, "exclude", "segment", "nodes", "time")},
     **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"), "--gpus-per-node"),
     **dict.fromkeys(("export", "export-file", "get-user-env"), "--env NAME=VALUE"),
     "job-name": "--name",

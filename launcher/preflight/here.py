@@ -32,6 +32,9 @@ def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     more: list[Finding] = []
     if not spec.job.image and spec.job.runtime != "bare":
         found.append(impossible("image-not-named", "--image titan.sqsh (or --runtime bare)"))
+    if spec.origin.get("recipe.local_batch_size") == "default":
+        fix = "--batch-size N; launcher plan --batch-size N says what fits"
+        found.append(warning("batch-size-not-named", fix, recipe=spec.job.recipe, gpu=spec.profile.gpu))
     for name, look_at in (("image", check_image), ("weights", check_weights)):
         try:
             more += look_at(spec)

@@ -135,6 +135,9 @@ TEXTS = {
     # files and data here
     "image": Text("image", "{path}"),
     "image-refused": Text("image", "{what}", "{why}"),
+    "batch-size-not-named": Text(
+        "batch size", "{recipe} names no local batch size for {gpu}: 1 is used, and the GPUs are not filled"
+    ),
     "image-not-named": Text("image", "no image is named, and the run needs one: it was not looked at"),
     "image-note": Text("files", "--image {path}: {said}"),
     "driver": Text("driver", "{needed}, the nodes have {driver}"),

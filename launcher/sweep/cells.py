@@ -38,7 +38,8 @@ AXES = {"job.recipe": "--recipe", "recipe.local_batch_size": "--batch-size", "jo
 # Where and for how long a run waits and goes on, not what it measures: another choice makes no other cell.
 WHERE = {"job.name", "job.runs_dir", "job.slurm_bin", "job.time", "job.account", "job.qos", "job.reservation"}
 WHERE |= {"job.nodelist", "job.exclude", "job.segment", "job.check"}
-NEWER = {"job.constraint", "job.sbatch"}  # not set, they leave a sweep the name that it had before there were any
+# At their defaults these leave a sweep the name that it had before there were any: what came after version 0.1.
+NEWER = {"job.constraint", "job.sbatch", "recipe.async_tensor_parallel", "recipe.like_for_like"}
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def _default_name(specs: Sequence[RunSpec]) -> str:
 
 def _comparable(spec: RunSpec) -> dict[str, Any]:
     """What decides a cell's figures: every setting but where and how long it runs."""
-    values = {key: v for key, v in spec.values().items() if key not in WHERE and (v or key not in NEWER)}
+    values, usual = spec.values(), RunSpec().values()
+    values = {key: v for key, v in values.items() if key not in WHERE and not (key in NEWER and v == usual[key])}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
