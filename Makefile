@@ -35,7 +35,8 @@ test: install ## install what the tests need and run all of them
 
 # Two halves side by side: one has the Docker engine and the Slurm, and waits for them much of the time.
 WITH_DAEMONS := tests/cluster tests/image
-PYTEST = LAUNCHER_TRAIN_PYTHON="$(abspath $(BIN)/python):$(abspath $(VENV_02)/bin/python)" $(BIN)/python -m pytest
+# Thousands of short programs are started: each would compile the launcher anew where PYTHONDONTWRITEBYTECODE is set.
+PYTEST = PYTHONDONTWRITEBYTECODE= LAUNCHER_TRAIN_PYTHON="$(abspath $(BIN)/python):$(abspath $(VENV_02)/bin/python)" $(BIN)/python -m pytest
 test-daemons:
 	$(PYTEST) $(WITH_DAEMONS)
 test-others:
