@@ -15,7 +15,7 @@ from pathlib import Path
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
 from launcher.config.propose import named, propose
-from launcher.config.spec import CONTROL, PlacedRun, RunSpec, validate
+from launcher.config.spec import CONTROL, SAMPLE, PlacedRun, RunSpec, validate
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 
@@ -53,8 +53,11 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
         if is_local:
             layers.insert(0, _layer({"job.runtime": "bare"}, "default with --local"))
     spec = merge(layers)
+    if spec.job.data == SAMPLE and spec.origin["job.tokenizer"] == "default":
+        layers.append(_layer({"job.tokenizer": SAMPLE}, f"job.data, from {spec.origin['job.data']}"))
     if not spec.job.name:
-        spec = merge([*layers, _layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time")])
+        layers.append(_layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time"))
+    spec = merge(layers)
     validate(spec)
     return spec
 

@@ -15,6 +15,7 @@ from typing import Any
 from launcher.base.errors import ExitStatus
 from launcher.base.output import counted, some
 from launcher.base.values import json_values
+from launcher.config.spec import SAMPLE
 from launcher.results.compare import noise
 from launcher.results.measure import against_others
 from launcher.results.outcome import NON_FINITE, Lack, Outcome
@@ -254,6 +255,8 @@ def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
         return [Reason(word, About.LOSS, f"{start}, {peak.loss:.2f} at step {peak.step}{end}")]
     known = [loss for row in references if (loss := _reference_loss(outcome, row, step)) is not None]
     if not known:
+        if references and _generated(outcome) and not any(map(_generated, references)):
+            what += "; the text is generated (--data sample), so the loss is not comparable with others'"
         return [Reason(Word.PASS, About.LOSS, what)]
     there = f"{min(known):.2f}" + (f" to {max(known):.2f}" if min(known) < max(known) else "")
     what += f"; at that step others had {there}"
@@ -271,11 +274,18 @@ def _reference_loss(outcome: Outcome, row: Outcome, step: int) -> float | None:
     same = ("recipe.model", "recipe.flavor", "recipe.seq_len", "recipe.dataset")
     if any(found.get(key) != other.get(key) for key in same if key in other and key in found):
         return None
+    if _generated(outcome) != _generated(row):
+        return None
     if "recipe.flavor" not in other or (found.get("job.init_from") or "") != (other.get("job.init_from") or ""):
         return None
     if row.step == step and row.loss is not None and math.isfinite(row.loss):
         return row.loss
     return next((p.loss for p in row.series if p.step == step and math.isfinite(p.loss)), None)
+
+
+def _generated(outcome: Outcome) -> bool:
+    """Whether it trained on text, or by a tokenizer, that the launcher made: both have losses of their own."""
+    return SAMPLE in (outcome.settings.get("job.data"), outcome.settings.get("job.tokenizer"))
 
 
 def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None) -> tuple[str, ...]:

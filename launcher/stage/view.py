@@ -93,8 +93,7 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
             )
         return spec, []
     if data == SAMPLE:
-        train, validation = (tuple(sample.file_names(*split)) for split in sample.SPLITS)
-        return _with_view(spec, Staged(train, validation)), []
+        return _view_of_sample(spec), []
     place = spec.data_path.rstrip("/") if streamed else host_path(spec, spec.data_path)
     if os.path.isfile(place):
         raise LauncherError(
@@ -309,6 +308,15 @@ def _with_view(spec: PlacedRun, staged: Staged) -> PlacedRun:
             "fewer parts, or another --data" if elsewhere else _stage_command(spec, staged),
         )
     return replace(spec, view={name: f"{_way_to_data(spec)}/en/{name}" for name in (*chosen, *staged.validation)})
+
+
+def _view_of_sample(spec: PlacedRun) -> PlacedRun:
+    """A file for each rank, as many as there are: links to the few that are written, whose text repeats anyway."""
+    written, validation = (tuple(sample.file_names(*split)) for split in sample.SPLITS)
+    train = sample.file_names("train", max(len(written), spec.data_parallel))
+    target = {name: f"{_way_to_data(spec)}/en/{written[at % len(written)]}" for at, name in enumerate(train)}
+    spec = _with_view(spec, Staged(tuple(train), validation))
+    return replace(spec, view={name: target.get(name, link) for name, link in spec.view.items()})
 
 
 def _way_to_data(spec: RunSpec) -> str:

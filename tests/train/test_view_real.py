@@ -12,7 +12,7 @@ from launcher.config.layers import Layer, merge
 from launcher.config.resolve import placed
 from launcher.config.spec import PlacedRun
 from launcher.stage import sample
-from launcher.stage.view import plan, train_files, write
+from launcher.stage.view import plan, train_files, write, write_data
 from tests.conftest import ROOT, Launch
 from tests.train.test_real_trainer import answer, losses, python
 
@@ -39,6 +39,29 @@ for path, name, degree in json.load(sys.stdin):
         ranks.append(seen)
         files.append(dataset._data.num_shards)
     answer.append([ranks, files])
+print("ANSWER" + json.dumps(answer))
+"""
+
+# The first ranks' and the last one's batches, with torchtitan's own tokenizer and loader.
+LOAD = """
+import json, logging, sys, time
+logging.disable(logging.WARNING)
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
+
+answer = []
+for path, tokens, degree, batch, length, steps in json.load(sys.stdin):
+    tokenizer = HuggingFaceTokenizer(tokenizer_path=tokens)
+    for rank in {0, degree // 2, degree - 1}:
+        dataset = HuggingFaceTextDataset("c4", path, tokenizer, length, rank, degree, infinite=True)
+        began, shapes, largest = time.monotonic(), set(), 0
+        batches = iter(ParallelAwareDataloader(dataset, dp_rank=rank, dp_world_size=degree, batch_size=batch))
+        for _ in range(steps):
+            inputs, labels = next(batches)
+            shapes |= {tuple(inputs["input"].shape), tuple(labels.shape)}
+            largest = max(largest, int(labels.max()))
+        answer.append([degree, dataset._data.num_shards, sorted(shapes), largest, time.monotonic() - began])
 print("ANSWER" + json.dumps(answer))
 """
 
@@ -94,6 +117,23 @@ def test_every_rank_gets_documents_of_its_own_and_together_all_of_the_view(pytho
     assert not parts[0] & parts[1] and not parts[1] & parts[2] and not parts[0] & parts[2]
     ranks, _ = answers[-1]
     assert sorted(text for rank in ranks for text in rank) == sorted(documents(*(data / "en").glob("c4-validation.*")))
+
+
+def test_the_sample_gives_any_number_of_ranks_full_batches_for_as_many_steps_as_asked(
+    python: str, tmp_path: Path
+) -> None:
+    batch, length, steps = 5, 8192, 12  # llama3-8b's on a GB200; a rank's file holds text for four steps
+    tasks = []
+    for degree in (1, 5, 68, 1000):  # as many as files, more, and more than documents
+        asked = a_spec(Path("sample"), tmp_path / "runs", f"d{degree}", degree, tokenizer="sample")
+        spec, notes = plan(asked)
+        write_data(spec, Path(spec.run_dir))
+        assert not notes and len(train_files(spec)) == max(sample.TRAIN_FILES, degree)
+        tasks.append((f"{spec.run_dir}/data", spec.tokenizer_path, degree, batch, length, steps))
+    answers = answer(python, LOAD, given=tasks, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    assert {degree for degree, *_ in answers} == {1, 5, 68, 1000}
+    for degree, files, shapes, largest, _ in answers:
+        assert (files, shapes) == (4 if degree == 1 else 1, [[batch, length]]) and largest < 258
 
 
 def test_the_debug_recipe_trains_at_a_degree_that_does_not_divide_its_files(

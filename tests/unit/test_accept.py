@@ -324,6 +324,17 @@ def test_weights_that_were_trained_before_are_not_asked_to_fall() -> None:
     assert verdict(tuned, rows=[of_own_kind]).word is PASS  # a lower loss than before is no fault here
 
 
+def test_generated_text_is_judged_by_its_speed_and_its_loss_only_by_itself() -> None:
+    made = outcome(settings={"job.data": "sample", "job.tokenizer": "sample"}, loss=1.5, series=points((12.2, *[1.5] * 10)))
+    found = verdict(made)
+    assert found.word is PASS and found.share and found.baseline and found.baseline.state == "PUBLISHED"
+    assert "not comparable with others'" in next(r.what for r in found.reasons if r.about == "loss")
+    before = replace(made, run="before", run_dir="before", loss=4.0)
+    assert verdict(made, rows=[before]).word is FAIL, "of the same text, a much lower loss is a fault"
+    slow = verdict(replace(made, tps=spread(14000.0)))
+    assert slow.word is FAIL and [r.about for r in slow.reasons if r.word is FAIL] == ["speed"]
+
+
 @pytest.mark.parametrize("loss", [5.0, 9.5])  # more than 1.35 times from one end of what is published, not from all
 def test_a_loss_is_held_against_all_that_others_had(loss: float) -> None:
     found = verdict(outcome(series=points((12.25, *[loss] * 10)), loss=loss))
