@@ -22,10 +22,11 @@ from launcher.base.output import echo, never_fail, print_error
 COMMANDS = {
     "accept": ("judge:accept", "Judge a run: PASS, FAIL or CANNOT SAY, with reasons."),
     "cancel": ("runs:cancel", "Cancel a run."),
-    "cluster": ("cluster:cluster", "Show what this Slurm cluster is, and save its GPU profile."),
+    "cluster": ("cluster:cluster", "Show what this Slurm cluster is, and which nodes are left out."),
     "compare": ("judge:compare", "Show two results side by side, and what is noise."),
     "config": ("config:config", "Settings and where they come from."),
     "image": ("image:image", "Build, convert, inspect and check the image that jobs run in."),
+    "init": ("init:init", "Set up your defaults for this cluster."),
     "list": ("runs:list_", "List the runs, newest first."),
     "logs": ("runs:logs", "Print the logs of all nodes as one, each line with its node."),
     "plan": ("plan:plan", "Predict a run: memory, tokens/s, time, node-hours, files of C4."),

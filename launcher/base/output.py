@@ -126,10 +126,10 @@ def print_error(error: LauncherError) -> None:
         echo(f"  {style('try:', fg='green')} {masked(error.fix)}", err=True)
 
 
-def confirm(question: str, err: bool = False) -> None:
+def confirm(question: str, err: bool = False, otherwise: str = "nothing was submitted") -> None:
     """Asks on the terminal, and ends the program where the answer is no."""
     if not click.confirm(plain(question), default=True, err=err):
-        echo("nothing was submitted", err=True)
+        echo(otherwise, err=True)
         sys.exit(ExitStatus.ERROR)
 
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import quoted
 from launcher.base.output import as_json, echo, print_json, warn
 from launcher.commands.nodes import nodes
-from launcher.config.hardware import hardware
-from launcher.config.layers import absolute, find, read_layer
-from launcher.config.options import FilePath
-from launcher.config.propose import Proposal, contradictions, propose
-from launcher.config.resolve import default_path
-from launcher.config.write import save
+from launcher.config.propose import Proposal, propose
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts, Node
 from launcher.scheduler.parse import compress
@@ -48,60 +42,12 @@ def show(partition: str, as_json: bool) -> None:
         warn(why)
 
 
-@click.command()
-@click.argument("name", required=False, default="", metavar="[PROFILE]")
-@_partition
-@click.option(
-    "--config",
-    type=FilePath(path_type=Path),
-    metavar="FILE",
-    envvar="LAUNCHER_CONFIG",
-    show_envvar=True,
-    help="File to save it in.  [default: ~/.config/titan-launcher/config.toml]",
-)
-@as_json
-def use(name: str, partition: str, config: Path | None, as_json: bool) -> None:
-    """Save the GPU profile as the default of `submit`.
-
-    With the partition, if given. Without a name: the one that fits.
-
-    \b
-    launcher cluster use gb200
-    launcher cluster use h200 --partition batch
-    """
-    if name:
-        name = str(absolute("job.gpu", name, Path.cwd()))
-        read_layer(find("profiles", name, "launcher cluster use"), "")
-    against: list[str] = []
-    try:
-        nodes = detect().require(partition).nodes_of(partition)
-    except LauncherError as error:
-        if not name or error.status is not ExitStatus.CLUSTER:
-            raise
-        warn(f"not compared with the nodes: {error.what}")
-        nodes = ()
-    if not name:
-        proposal = propose(nodes)
-        if not proposal.profile:
-            raise LauncherError(
-                "gpu-unknown",
-                "no profile fits for sure: " + ("; ".join(proposal.contradictions) or "nothing names the GPU"),
-                f"say which: launcher cluster use {'|'.join(proposal.candidates or hardware())}",
-                status=ExitStatus.NOT_FOUND,
-            )
-        name, against = proposal.profile, list(proposal.contradictions)
-    elif nodes:
-        against = contradictions(name, nodes)
-    for text in against:
-        warn(text)
-    path = config or default_path()
-    values = {"gpu": name} | ({"partition": partition} if partition else {})
-    save(path, "job", values)
-    if as_json:
-        print_json({"file": str(path), "job": values, "contradictions": against})
-    else:
-        said = ", ".join(f"{key} = {value}" for key, value in values.items())
-        echo(f"{said}: saved in {path}")
+@click.command(hidden=True, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1)
+def use(words: tuple[str, ...]) -> None:
+    """An earlier version's command."""
+    gpu = ("--gpu",) if words and not words[0].startswith("-") else ()
+    raise click.UsageError(f"cluster use is gone: {quoted('launcher', 'init', *gpu, *words)}")
 
 
 def _slurm_lines(facts: ClusterFacts) -> list[str]:
@@ -160,7 +106,7 @@ def _profile_lines(proposal: Proposal) -> list[str]:
     ]
     lines += [_row("against", text) for text in proposal.contradictions]
     choice = proposal.profile or "|".join(proposal.candidates) or "PROFILE"
-    return [*lines, f"Save it: launcher cluster use {choice}"]
+    return [*lines, f"Save it: launcher init --gpu {choice}"]
 
 
 def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -> dict[str, Any]:
@@ -189,11 +135,10 @@ def _row(title: str, text: str) -> str:
 
 @click.group()
 def cluster() -> None:
-    """Show what this Slurm cluster is, and save its GPU profile.
+    """Show what this Slurm cluster is, and which nodes are left out.
 
     \b
     launcher cluster show                       Slurm, nodes, blocks, and the profile with its evidence
-    launcher cluster use gb200                  from now on the default of submit
     launcher cluster nodes                      which nodes are left out, and why
     """
 

@@ -20,6 +20,7 @@ from launcher.commands.report import cause_of
 from launcher.commands.runs import remembered
 from launcher.commands.start import say_where, submitted
 from launcher.config.options import RunOptions, run_options, runs_dir_option
+from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.nodes import unfit
 from launcher.results import accept as judging
 from launcher.results import compare as comparison
@@ -152,7 +153,7 @@ def accept(
     launcher accept my-run                                  a run that is there
     launcher accept my-run --baseline accepted-in-june.json
     """
-    runs_dir = Path(str(options.values.get("job.runs_dir", "runs")))
+    runs_dir = Path(str(options.values.get("job.runs_dir") or saved_runs_dir()))
     asked = [key for key in options.values if key != "job.runs_dir"] or options.secret_env
     if not asked and options.run_file is None:
         raise click.UsageError(

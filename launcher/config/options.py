@@ -15,6 +15,7 @@ from launcher.base.errors import LauncherError, quoted
 from launcher.base.secret import PUBLIC, looks_secret, masked
 from launcher.base.values import parse_toml
 from launcher.config.layers import FIELDS, absolute, names_of, unknown_key
+from launcher.config.user_file import runs_dir as saved_runs_dir
 
 
 class FilePath(click.Path):
@@ -38,7 +39,7 @@ KEYS = {
     "steps": "recipe.steps",
     "mount": "job.mounts",
 }
-for _without_option in ("scheduler", "mounts", "slurm_bin"):
+for _without_option in ("scheduler", "mounts", "slurm_bin", "image_dir"):
     del KEYS[_without_option]
 
 
@@ -146,8 +147,8 @@ def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--runs-dir",
         type=click.Path(path_type=Path),
         envvar="LAUNCHER_RUNS_DIR",
-        default="runs",
-        show_default=True,
+        default=saved_runs_dir,
+        show_default="what launcher init saved, else runs",
         show_envvar=True,
         help="Where run directories are.",
     )(command)
@@ -155,11 +156,11 @@ def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
     def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-        runs = context.params.get("runs_dir") or os.environ.get("LAUNCHER_RUNS_DIR") or "runs"
         try:
+            runs = context.params.get("runs_dir") or saved_runs_dir()
             names = (name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] not in ".-")
             return sorted(name for name in names if quoted(name) == name)  # the shell takes it as it is
-        except OSError:
+        except (OSError, LauncherError):
             return []
 
     if several:

@@ -16,13 +16,16 @@ from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.layers import Layer, find, merge, names_of, read_layer
 from launcher.config.propose import named, propose
 from launcher.config.spec import CONTROL, SAMPLE, PlacedRun, RunSpec, validate
+from launcher.config.user_file import runs_dir, user_layer
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "constraint", "partition", "qos", "reservation")}
 
-OF_CLUSTER = ("job.gpu", "job.image", "job.nodes", "job.python", "job.runtime")  # in a file: not of this machine
+# In a file: not of this machine.
+OF_CLUSTER = tuple(f"job.{k}" for k in ("gpu", "image", "nodes", "python", "runtime", "partition", "account"))
+OF_DATA = ("job.data", "job.tokenizer")
 
 
 def resolve(options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]) -> RunSpec:
@@ -30,7 +33,7 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
 
     `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together.
     """
-    user = _user_layer(config, environ) if run_file is None else _repeated(run_file, options)
+    user = user_layer(config, environ) if run_file is None else _repeated(run_file, options)
     is_local = {**user.values, **options.values}.get("job.scheduler") == "local"
     if is_local and not user.complete:
         user = _without(user, OF_CLUSTER)
@@ -42,17 +45,21 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
         recipe = str(chosen.get("job.recipe", "llama3-8b"))
         profile = read_layer(find("profiles", gpu), f"profile {gpu}")
         kind = str(profile.values.get("profile.gpu", gpu)).lower()
-        layers = [
-            _machine(chosen, gpu, gpu_origin),
-            profile,
-            read_layer(find("recipes", recipe), f"recipe {recipe}", kind),
-            _environment(environ),
-            _without(_user_layer(config, environ, kind), OF_CLUSTER if is_local else ()),
-            options,
-        ]
+        of_recipe = read_layer(find("recipes", recipe), f"recipe {recipe}", kind)
+        user = _without(user_layer(config, environ, kind), OF_CLUSTER if is_local else ())
+        if config is None and "job.data" in of_recipe.values:
+            user = _without(user, OF_DATA)  # where C4 is, for all runs, does not take the debug recipe's sample away
+        layers = [_machine(chosen, gpu, gpu_origin), profile, of_recipe, _environment(environ), user, options]
         if is_local:
             layers.insert(0, _layer({"job.runtime": "bare"}, "default with --local"))
     spec = merge(layers)
+    staged = os.path.join(spec.job.image_dir, os.path.basename(spec.job.image)) if spec.job.image_dir else ""
+    if (
+        os.path.dirname(spec.job.image) == os.getcwd()
+        and not os.path.lexists(spec.job.image)
+        and os.path.isfile(staged)
+    ):
+        layers.append(_layer({"job.image": staged}, f"job.image_dir, from {spec.origin['job.image_dir']}"))
     if spec.job.data == SAMPLE and spec.origin["job.tokenizer"] == "default":
         layers.append(_layer({"job.tokenizer": SAMPLE}, f"job.data, from {spec.origin['job.data']}"))
     if not spec.job.name:
@@ -110,20 +117,6 @@ def ignored(environ: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if name.startswith("SBATCH_") and environ[name] and name not in followed)
 
 
-def default_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the user's file of defaults is, unless an option or a variable names another."""
-    base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
-    return base / "titan-launcher" / "config.toml"
-
-
-def _user_layer(config: Path | None, environ: Mapping[str, str], gpu: str = "") -> Layer:
-    """--config, else LAUNCHER_CONFIG, else ~/.config/titan-launcher/config.toml where that exists."""
-    path = config or Path(environ.get("LAUNCHER_CONFIG") or default_path(environ))
-    if not (config or environ.get("LAUNCHER_CONFIG") or os.path.isfile(path)):
-        return Layer({}, {})
-    return read_layer(path, f"file {path}", gpu)
-
-
 def _repeated(run_file: Path, options: Layer) -> Layer:
     run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
     layer = read_layer(run_file, f"file {run_file}")
@@ -136,7 +129,7 @@ def _repeated(run_file: Path, options: Layer) -> Layer:
             fix = f"leave out {option}, or start from the recipe: launcher submit --recipe ..."
             raise LauncherError("run-file-decides", what, fix)
     kept = {k: v for k, v in layer.values.items() if k not in ("job.name", "job.runs_dir", "job.slurm_bin")}
-    kept |= {"job.runs_dir": os.path.abspath("runs"), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
+    kept |= {"job.runs_dir": os.path.abspath(runs_dir()), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
     return Layer(kept, {k: layer.origin.get(k, "detected") for k in kept}, True, layer.secret_env)
 
 

@@ -68,6 +68,7 @@ class Job:
     tokenizer: str = "/data/tokenizers/Llama-3.1-8B"
     init_from: str = ""  # directory of safetensors in the Hub's format; empty: a random start
     runs_dir: str = "runs"
+    image_dir: str = ""  # where an image that is not in the working directory is looked for
     python: str = "python3"  # inside the container; with "bare" on the node
     check: str = "full"  # of the nodes before training: "off", "quick" or "full"; docs/node-check.md
     slurm_bin: str = "/usr/bin"  # where sbatch was found: the job starts with an empty environment
@@ -224,7 +225,10 @@ FORMS = {
         "--runs-dir ~/runs",
     ),
     "job.python": (rf"[^-]{PRINTABLE}", "not a program", "--python python3"),
-    **{f"job.{key}": (PRINTABLE, "holds a control character", "") for key in ("gpu", "recipe", "image", "slurm_bin")},
+    **{
+        f"job.{key}": (PRINTABLE, "holds a control character", "")
+        for key in ("gpu", "recipe", "image", "image_dir", "slurm_bin")
+    },
     "profile.gpu": (PRINTABLE, "holds a control character", ""),
     **{f"recipe.{key}": (PRINTABLE, "holds a control character", "") for key in ("model", "flavor", "dataset")},
 }

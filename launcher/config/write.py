@@ -29,8 +29,9 @@ def run_toml(run: PlacedRun) -> str:
     return tomlkit.dumps(document)
 
 
-def save(path: Path, section: str, values: Mapping[str, str]) -> None:
-    """Sets `values` in the table `section` of `path`, whose comments and other keys stay as they are.
+def save(path: Path, section: str, values: Mapping[str, str], about: Mapping[str, str] = {}) -> None:
+    """Sets `values` in the table `section` of `path`, whose comments and other keys stay as they are. A key that is new
+    there gets its comment of `about`.
 
     Raises LauncherError where the file is not TOML, or cannot be written.
     """
@@ -41,7 +42,11 @@ def save(path: Path, section: str, values: Mapping[str, str]) -> None:
             raise LauncherError("value", f"{path}: {section} must be a table", f"[{section}]")
         text = read_bytes(path).decode()
         document = tomlkit.parse(text)
-    document.setdefault(section, tomlkit.table()).update(values)
+    table = document.setdefault(section, tomlkit.table())
+    new_keys = [key for key in values if key not in table]
+    table.update(values)
+    for key in new_keys if about and isinstance(table, tomlkit.items.Table) else ():
+        table.value.item(key).comment(about[key])
     new = tomlkit.dumps(document)
     if new == text:
         return

@@ -41,6 +41,7 @@ from launcher.base.values import whole
 from launcher.config.hardware import of_gpu
 from launcher.config.render import render
 from launcher.config.spec import S3, PlacedRun, node_config
+from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.config.write import run_toml
 
 LOCK = "submit.lock"
@@ -66,7 +67,10 @@ class Run:
     @property
     def reference(self) -> str:
         """How to name the run in a command typed here: its name where runs/ is below, else its path."""
-        below = Path(os.environ.get("LAUNCHER_RUNS_DIR") or "runs").resolve()
+        below = Path("runs")
+        with suppress(LauncherError):  # a file that is damaged by now is no reason to fail here
+            below = saved_runs_dir()
+        below = below.resolve()
         return self.name if self.path.parent == below and self.name[:1] != "-" else str(self.path)
 
     @property

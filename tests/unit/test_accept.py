@@ -325,7 +325,9 @@ def test_weights_that_were_trained_before_are_not_asked_to_fall() -> None:
 
 
 def test_generated_text_is_judged_by_its_speed_and_its_loss_only_by_itself() -> None:
-    made = outcome(settings={"job.data": "sample", "job.tokenizer": "sample"}, loss=1.5, series=points((12.2, *[1.5] * 10)))
+    made = outcome(
+        settings={"job.data": "sample", "job.tokenizer": "sample"}, loss=1.5, series=points((12.2, *[1.5] * 10))
+    )
     found = verdict(made)
     assert found.word is PASS and found.share and found.baseline and found.baseline.state == "PUBLISHED"
     assert "not comparable with others'" in next(r.what for r in found.reasons if r.about == "loss")

@@ -1,4 +1,4 @@
-"""`launcher cluster show` and `cluster use` as a user calls them."""
+"""`launcher cluster show` and `launcher init` as a user calls them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.write import save
+from launcher.stage import inventory, sample
 from tests.cluster_fixtures import CLUSTERS, FakeNode, cluster, install, partition_line
 from tests.conftest import Launch
+from tests.unit.outcomes import write_run
 
 Fake = Callable[[str, str], Path]
 CONTRADICTORY = cluster(
@@ -44,7 +46,7 @@ def test_show_says_what_the_cluster_is_and_why(launch: Launch, fake_slurm: Fake)
         "Profile: gb200",
         "for GRES gpu:gb200:4(S:0-1): gb200",
         "fits aarch64: gb200, gb300",
-        "Save it: launcher cluster use gb200",
+        "Save it: launcher init --gpu gb200",
     ):
         assert line in lines
     assert any(line.startswith("Pyxis yes") for line in lines)
@@ -74,7 +76,7 @@ def test_evidence_that_disagrees_is_shown_from_both_sides(launch: Launch, fake_s
     assert "against GRES gpu:h200:8 says h200; node names b200-1 says b200" in text
     assert "no --container-image in srun --help" in text
     assert "a ?[31mred] reason" in text, "nothing of a reason drives the terminal"
-    assert "Save it: launcher cluster use b200|h200" in text
+    assert "Save it: launcher init --gpu b200|h200" in text
 
 
 def test_what_cannot_be_read_is_a_warning_and_no_guess(launch: Launch, fake_slurm: Fake) -> None:
@@ -112,50 +114,123 @@ def test_commands_that_are_not_installed(launch: Launch, workplace: Path) -> Non
 
 def test_an_unknown_partition_is_answered_with_the_known_ones(launch: Launch, fake_slurm: Fake) -> None:
     install(CLUSTERS["terraform-24.11"], fake_slurm)
-    for command in ("show", "use"):
-        done = launch("cluster", command, "--partition", "btach")
+    for command in (("cluster", "show"), ("init", "--yes")):
+        done = launch(*command, "--partition", "btach")
         assert done.returncode == ExitStatus.NOT_FOUND
         assert "it has batch, short" in done.stderr
 
 
-# ------------------------------------------------------------------------------------------ use
+# ------------------------------------------------------------------------------------------ init
 
 
-def test_use_saves_the_profile_that_fits_as_a_default(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    install(CLUSTERS["managed-25.11"], fake_slurm)
-    done = launch("cluster", "use", "--partition", "all")
+@pytest.fixture
+def staged(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `launcher stage` has brought to the usual places."""
+    data = workplace / "data"
+    sample.write_c4_sample(data / "c4", train_files=3, documents_per_file=5)
+    sample.write_tokenizer(data / "tokenizers" / "Llama-3.1-8B")
+    (data / "images").mkdir()
+    (data / "images" / "titan.sqsh").touch()
+    places = tuple(data / name for name in ("c4", "tokenizers", "models", "images"))
+    monkeypatch.setattr(inventory, "PLACES", places)
+    return data
+
+
+def test_init_finds_all_of_it_and_writes_it_with_comments(
+    launch: Launch, fake_slurm: Fake, workplace: Path, staged: Path
+) -> None:
+    install(CLUSTERS["terraform-24.11"], fake_slurm)
     file = workplace / "home" / ".config" / "titan-launcher" / "config.toml"
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"gpu = h200, partition = all: saved in {file}\n"
-    shown = json.loads(launch("config", "show", "--image", "/titan.sqsh", "--json").stdout)
-    assert shown["job.gpu"] == {"value": "h200", "origin": f"file {file}"}
-    assert shown["job.partition"]["value"] == "all"
+    asked = launch("init")
+    assert (asked.returncode, file.exists()) == (ExitStatus.USAGE, False)
+    assert "launcher init --yes" in asked.stderr, "no terminal to ask on: what it found, and the command that writes it"
+    done = launch("init", "--yes")
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    for line in (
+        "gpu gb200 GRES gpu:gb200:4(S:0-1), 4 GPUs a node, aarch64, 144 CPUs a node, 850 GiB of memory a node",
+        "partition batch Slurm's default",
+        "account - Slurm keeps no accounts",
+        f"data {staged}/c4 3 train files",
+        f"tokenizer {staged}/tokenizers/Llama-3.1-8B tokenizer.json and tokenizer_config.json can be read",
+        f"image_dir {staged}/images 1 image",
+    ):
+        assert line in lines
+    text = file.read_text()
+    assert 'gpu = "gb200" # profile of the nodes\' GPUs\n' in text
+    job = tomllib.loads(text)["job"]
+    assert job == {
+        "gpu": "gb200",
+        "partition": "batch",
+        "runs_dir": f"{workplace}/home/runs",
+        "data": f"{staged}/c4",
+        "tokenizer": f"{staged}/tokenizers/Llama-3.1-8B",
+        "image_dir": f"{staged}/images",
+    }
+    assert "nothing to change" in launch("init", "--yes").stdout and file.read_text() == text
+    shown = json.loads(launch("init", "--show", "--json").stdout)
+    assert shown["values"]["job.gpu"] == {"value": "gb200", "origin": f"file {file}"}
+    assert shown["values"]["job.account"]["origin"] == "not set"
+    shown = json.loads(launch("config", "show", "--image", "titan.sqsh", "--json").stdout)
+    assert shown["job.image"]["value"] == f"{staged}/images/titan.sqsh"
+    local = json.loads(launch("config", "show", "--local", "--json").stdout)
+    assert [local[f"job.{key}"]["value"] for key in ("gpu", "partition")] == ["cpu", ""]
+    debug = json.loads(launch("config", "show", "--recipe", "debug", "--image", "/x.sqsh", "--json").stdout)
+    assert [debug[f"job.{key}"]["value"] for key in ("data", "tokenizer")] == ["sample", "sample"]
 
 
-def test_use_warns_of_a_contradiction_and_obeys(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+def test_runs_are_found_from_anywhere_once_their_place_is_saved(
+    launch: Launch, fake_slurm: Fake, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch("init", "--gpu", "h200", "--runs-dir", "mine", "--yes").returncode == 0
+    write_run(workplace / "mine" / "a-run")
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir(workplace / "elsewhere")
+    assert [row["run"] for row in json.loads(launch("list", "--json").stdout)] == ["a-run"]
+    for words in (("status",), ("results", "a-run"), ("accept", "a-run")):
+        assert "a-run" in launch(*words).stdout
+    assert launch("list", LAUNCHER_RUNS_DIR="none").stderr.startswith("no runs in none")
+
+
+def test_init_keeps_what_the_file_says_and_takes_what_is_named(
+    launch: Launch, fake_slurm: Fake, workplace: Path
+) -> None:
     install(CLUSTERS["managed-25.11"], fake_slurm)
-    done = launch("cluster", "use", "gb200", "--config", "mine.toml")
-    assert done.returncode == 0
-    assert "gb200 does not fit 8 GPUs a node" in done.stderr
-    assert "gb200 does not fit x86_64" in done.stderr
-    assert (workplace / "mine.toml").read_text() == '[job]\ngpu = "gb200"\n'
+    before = '# mine\n[job]\npartition = "all" # ours\nnodes = 4\n[env]\nNCCL_DEBUG = "INFO"\n'
+    (workplace / "mine.toml").write_text(before)
+    done = launch("init", "--config", "mine.toml", "--gpu", "gb200", "--data", "nowhere", "--json", "--yes")
+    said = json.loads(done.stdout)
+    assert said["job"] == {"gpu": "gb200", "runs_dir": f"{workplace}/home/runs", "data": f"{workplace}/nowhere"}
+    assert {c["key"]: c["evidence"] for c in said["choices"]}["partition"] == "your file"
+    for text in ("gb200 does not fit 8 GPUs a node", "gb200 does not fit x86_64", "nowhere: No such file"):
+        assert text in done.stderr
+    text = (workplace / "mine.toml").read_text()
+    assert text.startswith('# mine\n[job]\npartition = "all" # ours\nnodes = 4\n') and "NCCL_DEBUG" in text
 
 
-def test_use_without_a_name_refuses_where_none_fits(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--yes",), ExitStatus.NOT_FOUND, "launcher init --gpu b200|h200"),
+        (("--gpu", "gb20"), ExitStatus.NOT_FOUND, "launcher init --gpu gb200"),
+        (("--gpu", "h200", "--partition", "a b", "--yes"), ExitStatus.NOT_FOUND, "no partition"),
+        (("--gpu", "h200", "--account", "a b", "--yes"), ExitStatus.INVALID, "launcher init --account"),
+        (("--gpu", "h200", "--runs-dir", "a b", "--yes"), ExitStatus.INVALID, "launcher init --runs-dir"),
+    ],
+)
+def test_init_refuses_and_writes_nothing(
+    words: tuple[str, ...], code: ExitStatus, said: str, launch: Launch, fake_slurm: Fake, workplace: Path
+) -> None:
     install(CONTRADICTORY, fake_slurm)
-    done = launch("cluster", "use", "--config", "mine.toml")
-    assert done.returncode == ExitStatus.NOT_FOUND
-    assert "says h200" in done.stderr and "launcher cluster use b200|h200" in done.stderr
+    done = launch("init", "--config", "mine.toml", *words)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
     assert not (workplace / "mine.toml").exists()
 
 
-def test_use_needs_a_profile_that_exists_and_no_slurm(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    done = launch("cluster", "use", "gb20")
-    assert (done.returncode, "launcher cluster use gb200" in done.stderr) == (ExitStatus.NOT_FOUND, True)
-    (workplace / "own.toml").write_text("[profile]\ngpus_per_node = 2\n")
-    done = launch("cluster", "use", "./own.toml", "--config", "mine.toml", "--json")
-    assert "not compared with the nodes" in done.stderr
-    assert json.loads(done.stdout)["job"] == {"gpu": str(workplace / "own.toml")}
+def test_cluster_use_names_what_replaced_it(launch: Launch) -> None:
+    done = launch("cluster", "use", "h200", "--partition", "batch")
+    assert done.returncode == ExitStatus.USAGE
+    assert "launcher init --gpu h200 --partition batch" in done.stderr and "use" not in launch("cluster", "-h").stdout
 
 
 def test_submit_takes_the_profile_that_show_proposes(launch: Launch, fake_slurm: Fake) -> None:
