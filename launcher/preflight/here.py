@@ -25,6 +25,8 @@ from launcher.titan import Refused
 from launcher.titan.data import check_tokenizer
 from launcher.titan.weights import check_weights as check
 
+ABSENT = "path-absent"
+
 
 def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     """The run with its view of the data, and all that can be found without Slurm."""
@@ -174,10 +176,23 @@ def _check_tokenizer(spec: PlacedRun) -> None:
     view.check_links(spec, [f"{spec.tokenizer_path}/{name}" for name in ("tokenizer.json", "tokenizer_config.json")])
 
 
-def _absent(spec: RunSpec) -> list[str]:
-    """Paths of tokenizer and weights that are not here; for the data see launcher/stage/view.py."""
-    paths = (path for path in (spec.tokenizer_path, spec.job.init_from) if path.startswith("/"))
-    return [path for path in paths if not path.startswith(spec.run_dir) and not os.path.exists(path)]
+def _absent(spec: RunSpec) -> dict[str, str]:
+    """What the run reads and this machine does not see, with what brings it; local data: launcher/stage/view.py."""
+    job, c4 = spec.job, spec.recipe.dataset in view.DATASETS
+    wanted = {
+        spec.tokenizer_path: f"launcher stage tokenizer --to {quoted(spec.tokenizer_path)}; or --tokenizer sample",
+        job.init_from: f"launcher stage model --to {quoted(job.init_from)}",
+    }
+    if job.scheduler == "slurm":
+        place = spec.data_path.rstrip("/")
+        place += "/en" if c4 and os.path.isdir(host_path(spec, place)) else ""
+        wanted = {place: view.two_ways(spec) if c4 else f"ls -ld {quoted(place)}", **wanted}
+    ours = f"{spec.run_dir}/"
+    return {
+        path: fix
+        for path, fix in wanted.items()
+        if path.startswith("/") and not path.startswith(ours) and not os.path.lexists(host_path(spec, path))
+    }
 
 
 def _by_this_python(spec: RunSpec) -> bool:
@@ -186,7 +201,7 @@ def _by_this_python(spec: RunSpec) -> bool:
 
 def _local(spec: RunSpec) -> list[Finding]:
     """This machine is the node: what it lacks, the run lacks."""
-    found = [impossible("path-absent-here", f"ls -ld {quoted(path)}", path=path) for path in _absent(spec)]
+    found = [impossible("path-absent-here", fix, path=path) for path, fix in _absent(spec).items()]
     own = _by_this_python(spec)
     if lacking := [name for name in ("torch", "torchtitan") if own and find_spec(name) is None]:
         fix = f"{install('train')}; or --python PATH of one that has them"
@@ -211,7 +226,7 @@ def files(spec: RunSpec) -> list[Finding]:
         return found
     if job.data == HUB and "HF_TOKEN" not in given:
         found.append(warning("hub-no-token", "--env HF_TOKEN; better, launcher stage c4 before the job"))
-    found += [warning("path-absent", f"ls -ld {quoted(path)}", path=path) for path in _absent(spec)]
+    found += [error(ABSENT, fix, path=path) for path, fix in _absent(spec).items()]
     own = [mount.split(":")[0] for mount in job.mounts]
     for source in dict.fromkeys((*own, *(mount.split(":")[0] for mount in spec.profile.mounts))):
         if job.runtime == "bare" or os.path.exists(source):

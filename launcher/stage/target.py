@@ -105,6 +105,7 @@ class Incoming(FileIO):
     limit: int
     on_bytes: Callable[[int], None]
     received = 0  # bytes, in all attempts
+    start = 0  # where the part begins that is being received, of a file that comes in parts
 
     @property
     def handle(self) -> Path:
@@ -125,8 +126,8 @@ class Incoming(FileIO):
         return len(data)
 
     def restart(self) -> None:
-        self.on_bytes(-os.fstat(self.fileno()).st_size)
-        self.seek(0)
+        self.on_bytes(self.start - os.fstat(self.fileno()).st_size)
+        self.seek(self.start)
         self.truncate()
 
 

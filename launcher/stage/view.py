@@ -111,13 +111,9 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         where = f"{place}/en" if os.path.isdir(place) else place
         why = f"{where}: " + ("not on this machine" if missing else f"cannot be read here ({error.strerror})")
-        fix = _stage_command(spec, Staged(()))
         if spec.job.data_part or spec.job.scheduler == "local":
-            raise LauncherError("data-missing", why, fix, status=ExitStatus.NOT_FOUND) from error
-        return spec, [
-            f"{why}, so the run gets no view of it; if the nodes do not have it either, the job stops at once: {fix}, "
-            "or --data hub"
-        ]
+            raise LauncherError("data-missing", why, two_ways(spec), status=ExitStatus.NOT_FOUND) from error
+        return spec, [] if missing else [f"{why}, so the run gets no view of it: {two_ways(spec)}"]
     stage = _stage_command(spec, staged)
     if staged.left_out:
         name, why = next(iter(staged.left_out.items()))
@@ -351,6 +347,11 @@ def files_needed(spec: RunSpec, in_all: int) -> int:
     """How many full C4 files the run, or all parts of it, needs: what `launcher stage c4 --for` would say."""
     _, parts = _part(spec)
     return files_for(tokens_of(spec) * parts, spec.data_parallel * parts, in_all)
+
+
+def two_ways(spec: RunSpec) -> str:
+    """To a run that has data: the data set, or none of it."""
+    return f"{_stage_command(spec, Staged(()))}; or text that the launcher makes: --data sample"
 
 
 def _stage_command(spec: RunSpec, staged: Staged, validation: bool = False) -> str:

@@ -182,8 +182,10 @@ def _open(url: str, token: str, start: int = 0) -> http.client.HTTPResponse:
     return answer
 
 
-def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, str]:
-    """The JSON at `url`, None where there is none or more than `most` bytes of it; and the address of the next page."""
+def read(url: str, most: int, refused: Refused, token: str = "") -> tuple[bytes, str]:
+    """What is at `url`, of which one byte more than `most` shows that it is too long; and the address of the next
+    page.
+    """
     trust()
 
     def once() -> tuple[bytes, str]:
@@ -194,11 +196,27 @@ def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, st
             found = re.search(r'<([^<>]*)>;\s*rel="next"', answer.headers.get("Link") or "")
             return data, urljoin(url, found[1]) if found else ""
 
-    data, following = with_retries(once, url, refused, CONTACT_ATTEMPTS)
+    return with_retries(once, url, refused, CONTACT_ATTEMPTS)
+
+
+def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, str]:
+    """The JSON at `url`, None where there is none or more than `most` bytes of it; and the address of the next page."""
+    data, following = read(url, most, refused, token)
     try:
         return parse_json(data) if len(data) <= most else None, following
     except ValueError:
         return None, following
+
+
+def size_of(url: str, refused: Refused) -> int | None:
+    """The bytes at `url`, which are not read; None where the server does not say."""
+    trust()
+
+    def once() -> int | None:
+        with _open(url, "") as answer:
+            return answer.length
+
+    return with_retries(once, url, refused, CONTACT_ATTEMPTS)
 
 
 def download(url: str, stream: Incoming, refused: Refused, token: str = "") -> None:
@@ -208,7 +226,7 @@ def download(url: str, stream: Incoming, refused: Refused, token: str = "") -> N
     def once() -> None:
         if stream.tell() >= stream.limit:  # more came than was announced
             stream.restart()
-        with _open(url, token, stream.tell()) as answer:
+        with _open(url, token, stream.tell() - stream.start) as answer:
             if answer.status != http.client.PARTIAL_CONTENT:
                 stream.restart()
             while piece := answer.read1(PIECE):

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import sidecar_path
 from launcher.stage.image import stage_image
-from tests.conftest import Launch
+from tests.cluster_fixtures import CLUSTERS, install
+from tests.conftest import ROOT, Launch
 from tests.stage import faults
 from tests.stage.hub_server import Content, Hub
 from tests.stage.stage_image import expected, image_bytes, said, source, url
@@ -78,3 +85,75 @@ def test_the_command_prints_the_path_that_jobs_refer_to(launch: Launch, source: 
     again = launch("stage", "image", str(source), "--to", str(tmp_path / "images"), "--json")
     assert json.loads(again.stdout)["path"] == done.stdout.strip()
     assert f"launcher submit --image {done.stdout.strip()}" in again.stderr
+
+
+# ------------------------------------------------------------------------------------------ releases
+
+
+@pytest.fixture
+def release(source: Path, hub: Hub, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Content]:
+    """The assets that image.yml's own step makes of an image; parts of 1 MiB stand for those of 1,900."""
+    text = (ROOT / ".github/workflows/image.yml").read_text()
+    step = text[text.index("- name: Release assets") :]
+    script = textwrap.dedent(re.split(r"\n {2}\S", step.partition("run: |\n")[2])[0])
+    assert "1900M" in script and "2147483648" in script
+    script = script.replace("1900M", "1M").replace("2147483648", "1048576")
+    (workplace / "bin").mkdir()
+    (workplace / "bin" / "gh").write_text(f'#!/bin/sh\n[ "$2" != upload ] || {{ shift 4; cp "$@" {workplace}/assets; }}\n')
+    (workplace / "bin" / "gh").chmod(0o755)
+    (workplace / "assets").mkdir()
+    (workplace / "files").mkdir()
+    for path in (source, sidecar_path(source)):
+        shutil.copy(path, workplace / "files")
+    env = {"CHANNEL": "stable", "VERSION": "v0.1.0", "GITHUB_STEP_SUMMARY": "/dev/null"}
+    path = f"{workplace}/bin:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", script], check=True, cwd=workplace, env={**os.environ, **env, "PATH": path})
+    assets = {f"/releases/download/v0.1.0/{p.name}": Content(p.read_bytes()) for p in (workplace / "assets").iterdir()}
+    hub.site |= assets
+    monkeypatch.setenv("LAUNCHER_RELEASES", f"{hub.endpoint}/releases")
+    return assets
+
+
+def test_a_release_in_parts_is_joined_and_verified(
+    hub: Hub, release: dict[str, Content], launch: Launch, fake_slurm: Any, workplace: Path
+) -> None:
+    parts = sorted(name for name in release if ".part-" in name)
+    assert len(parts) == 3 and f"/releases/download/v0.1.0{IMAGE}" not in release
+    hub.faults[parts[1]] = [faults.status(503), faults.cut(400_000)]
+    install(CLUSTERS["managed-25.11"], fake_slurm)
+    launch("init", "--yes", "--image-dir", "images")
+    done = launch("stage", "image", "--release", "v0.1.0", "--json")  # --arch and --to: as init found and saved them
+    path = expected(workplace / "images")
+    assert done.returncode == 0 and json.loads(done.stdout)["path"] == str(path), done.stderr
+    assert path.read_bytes() == image_bytes() and sidecar_path(path).exists()
+    hub.requests.clear()
+    assert launch("stage", "image", "--release", "v0.1.0").returncode == 0
+    assert not any(".part-" in request.path for request in hub.requests), "there already"
+
+
+@pytest.mark.parametrize(
+    ("words", "spoiled", "said"),
+    [
+        ((), ".sqsh.part-01", "wrong-bytes"),
+        ((), ".sqsh.json", "image-description"),
+        ((), ".sha256", "release-lacks"),
+        (("--arch", "arm64"), "", "release-lacks"),
+        (("--release", "../x"), "", "value"),
+        (("--release", "v9"), "", "http-refused"),
+    ],
+)
+def test_what_a_release_does_not_prove_is_not_kept(
+    words: tuple[str, ...], spoiled: str, said: str, hub: Hub, release: dict[str, Content], launch: Launch, tmp_path: Path
+) -> None:
+    for name in release if spoiled else ():
+        if name.endswith(spoiled):
+            hub.site[name] = Content(b"#" + hub.site[name].data[1:])
+    done = launch("stage", "image", "--release", "v0.1.0", "--arch", "amd64", "--to", str(tmp_path / "images"), *words)
+    assert f"[{said}]" in done.stderr, done.stderr
+    assert not list(tmp_path.glob("images/**/*.sqsh*"))
+
+
+@pytest.mark.parametrize(("place", "words"), [("", "does not say where"), ("https://me:x@host/r", "without user")])
+def test_a_launcher_that_knows_no_releases_says_so(place: str, words: str, launch: Launch) -> None:
+    done = launch("stage", "image", "--release", "v1", "--arch", "arm64", "--to", "images", LAUNCHER_RELEASES=place)
+    assert words in done.stderr and "[releases-unknown]" in done.stderr and "me:x" not in done.stderr

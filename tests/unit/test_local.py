@@ -101,8 +101,8 @@ def test_status_says_how_far_it_is(start, launch: Launch) -> None:
             "--gpu h200: this machine has no NVIDIA driver",
             "--gpu cpu --recipe debug",
         ),
-        (("--gpu", "cpu"), "/data/tokenizers/Llama-3.1-8B: not on this machine", "ls -ld"),
-        (("--gpu", "cpu", "--tokenizer", "sample"), "/data/c4: not on this machine", "launcher stage c4"),
+        (("--gpu", "cpu"), "/data/tokenizers/Llama-3.1-8B: not on this machine", "launcher stage tokenizer"),
+        (("--gpu", "cpu", "--tokenizer", "sample"), "/data/c4: not on this machine", "--data sample"),
     ],
     ids=["GPU", "tokenizer", "data"],
 )

@@ -312,7 +312,7 @@ X
 *) exit 1;;
 esac
 """
-SUBMIT = ("--gpu", "b200", "--image", "titan.sqsh", "--name", "r")
+SUBMIT = ("--gpu", "b200", "--image", "titan.sqsh", "--data", "sample", "--name", "r")
 
 
 @pytest.fixture
@@ -421,7 +421,7 @@ def test_a_batch_that_no_gpu_has_the_memory_for(
         "--image",
         "titan.sqsh",
         "--data",
-        "hub",
+        "sample",
         "--name",
         "r",
         "--yes",

@@ -21,7 +21,7 @@ from tests.unit.test_preflight import SCONTROL, Fake, slurm
 
 __all__ = ["slurm"]  # a fixture
 FEATURES = SCONTROL.replace("Gres=gpu:8", "Gres=gpu:8 ActiveFeatures=nvl,a,b")
-RUN = ("--gpu", "b200", "--image", "titan.sqsh", "--name", "r")
+RUN = ("--gpu", "b200", "--image", "titan.sqsh", "--data", "sample", "--name", "r")
 
 
 def as_sbatch_reads(line: str) -> list[str]:

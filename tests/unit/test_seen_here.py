@@ -115,6 +115,21 @@ def test_what_is_not_here_may_be_on_the_nodes(launch: Launch, fake_slurm: Fake, 
         assert code == 0 and "warning: " in stderr and "unfit" not in stderr, stderr
 
 
+def test_data_that_is_staged_nowhere_is_not_waited_for(
+    launch: Launch, fake_slurm: Fake, image: Path, workplace: Path
+) -> None:
+    fake_slurm("sbatch", "echo 7")
+    code, stderr = submit(launch, image, "--data", "nowhere", "--tokenizer", "neither")
+    assert (code, (workplace / "runs").exists()) == (ExitStatus.INVALID, False)
+    ways = (f"launcher stage c4 --to {workplace}/nowhere --files 1", "--data sample", "launcher stage tokenizer --to")
+    assert "[path-absent]" in stderr and all(way in stderr for way in ways), stderr
+    assert submit(launch, image, "--data", "nowhere", "--tokenizer", "neither", "--force")[0] == 0
+    shown = ("--mount", f"{workplace}/tok:{workplace}/neither", "--data", "sample", "--tokenizer", "neither")
+    tokenizer(workplace / "tok")
+    assert submit(launch, image, *shown)[0] == 0, "a mount may show it under that name"
+    assert submit(launch, image, "--recipe", "llama3-8b", "--data", "sample")[0] == 0, "nor does it need a tokenizer"
+
+
 def test_on_this_machine_it_cannot_work(launch: Launch, workplace: Path) -> None:
     (workplace / "tok").mkdir()
     run = ("--local", "--gpu", "cpu", "--recipe", "debug", "--data", "sample", "--tokenizer", "tok", "--json")

@@ -18,7 +18,7 @@ from launcher.scheduler.slurm import HINTS
 from tests.conftest import Launch, forked
 
 Fake = Callable[[str, str], Path]
-SUBMIT = ("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r")
+SUBMIT = ("submit", "--gpu", "b200", "--image", "titan.sqsh", "--data", "sample", "--name", "r")
 
 # A Slurm of two files: sbatch appends "ID NAME STATE", squeue prints it in the format that the launcher asks for.
 SBATCH = """

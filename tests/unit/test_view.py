@@ -21,7 +21,7 @@ from launcher.config.runtime import host_path, mounts
 from launcher.config.spec import PlacedRun, node_config, validate
 from launcher.stage.manifest import Manifest, StagedFile, write_manifest
 from launcher.stage.target import at_work
-from launcher.stage.view import choose, look, plan, train_files, write
+from launcher.stage.view import choose, look, plan, train_files, two_ways, write
 from tests.stage.test_stage_refusals import closed
 
 DEGREES = st.integers(1, 40)
@@ -239,10 +239,11 @@ def test_a_link_out_of_what_the_container_sees_is_left_out(tmp_path: Path) -> No
 
 
 def test_data_that_only_the_nodes_have(tmp_path: Path) -> None:
-    spec, (note,) = plan(a_spec(tmp_path / "c4", 17, recipe__local_batch_size=5, recipe__steps=1000))
-    assert not spec.view and node_config(spec)["placed"]["data"] == str(tmp_path / "c4")
-    assert note.startswith(f"{tmp_path}/c4: not on this machine, so the run gets no view of it")
-    assert f"launcher stage c4 --to {tmp_path}/c4 --files 68, or --data hub" in note
+    asked = a_spec(tmp_path / "c4", 17, recipe__local_batch_size=5, recipe__steps=1000)
+    spec, notes = plan(asked)
+    assert (notes, spec.view, node_config(spec)["placed"]["data"]) == ([], {}, str(tmp_path / "c4"))
+    command = f"launcher stage c4 --to {tmp_path}/c4 --files 68"
+    assert two_ways(asked) == f"{command}; or text that the launcher makes: --data sample"
 
 
 def test_the_hint_repairs_what_it_names(tmp_path: Path) -> None:
