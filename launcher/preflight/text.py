@@ -161,7 +161,7 @@ TEXTS = {
         "right where the nodes have their own, or none are needed",
     ),
     "hub-no-token": Text("files", "--data hub: the ranks ask the Hub without a token", "it refuses them sooner (429)"),
-    "path-absent": Text("files", "{path}: not on this machine", "if the nodes lack it, too, the job stops at once"),
+    "path-absent": Text("files", "{path} does not exist here", "if the compute nodes lack it too, the job will fail"),
     "path-absent-here": Text("files", "{path}: not on this machine"),
     "setting-unknown": Text("settings", "{key} (from {origin}): torchtitan {versions} has no such setting"),
     "setting-value": Text("settings", "{key}={value} (from {origin}): torchtitan {versions} takes: {takes}"),

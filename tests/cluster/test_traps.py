@@ -84,8 +84,14 @@ def sidecar(folder: Path, **changes: object) -> None:
             "CUDA 13.0 in the image needs driver 580, the nodes have 570.1",
             (False,),
         ),
+        (
+            lambda _: None,
+            (*IN_IMAGE, "--tokenizer", "/nowhere/tokenizer"),
+            "/nowhere/tokenizer does not exist here: if the compute nodes lack it too, the job will fail",
+            (False,),
+        ),
     ],
-    ids=["architecture", "driver"],
+    ids=["architecture", "driver", "no tokenizer"],
 )
 def test_it_never_queues(
     prepare: Callable[[Path], None],
@@ -114,9 +120,8 @@ def test_it_never_queues(
             "--env LD_PRELOAD=/opt/nccl/libnccl.so: a library of the host's",
         ),
         (("--data", "hub"), "the ranks ask the Hub without a token"),
-        (("--tokenizer", "/nowhere/tokenizer"), "/nowhere/tokenizer: not on this machine"),
     ],
-    ids=["LD_PRELOAD", "no token", "no tokenizer"],
+    ids=["LD_PRELOAD", "no token"],
 )
 def test_it_is_warned_of(arguments: tuple[str, ...], said: str, command: Command, image: Path) -> None:
     done = command("submit", *IN_IMAGE, *arguments, "--yes", "--name", "warned")

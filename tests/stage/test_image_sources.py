@@ -99,7 +99,9 @@ def release(source: Path, hub: Hub, workplace: Path, monkeypatch: pytest.MonkeyP
     assert "1900M" in script and "2147483648" in script
     script = script.replace("1900M", "1M").replace("2147483648", "1048576")
     (workplace / "bin").mkdir()
-    (workplace / "bin" / "gh").write_text(f'#!/bin/sh\n[ "$2" != upload ] || {{ shift 4; cp "$@" {workplace}/assets; }}\n')
+    (workplace / "bin" / "gh").write_text(
+        f'#!/bin/sh\n[ "$2" != upload ] || {{ shift 4; cp "$@" {workplace}/assets; }}\n'
+    )
     (workplace / "bin" / "gh").chmod(0o755)
     (workplace / "assets").mkdir()
     (workplace / "files").mkdir()
@@ -143,7 +145,13 @@ def test_a_release_in_parts_is_joined_and_verified(
     ],
 )
 def test_what_a_release_does_not_prove_is_not_kept(
-    words: tuple[str, ...], spoiled: str, said: str, hub: Hub, release: dict[str, Content], launch: Launch, tmp_path: Path
+    words: tuple[str, ...],
+    spoiled: str,
+    said: str,
+    hub: Hub,
+    release: dict[str, Content],
+    launch: Launch,
+    tmp_path: Path,
 ) -> None:
     for name in release if spoiled else ():
         if name.endswith(spoiled):

@@ -17,7 +17,7 @@ from launcher.base.files import write_text
 from tests.conftest import Launch, squashfs_head
 from tests.unit.outcomes import write_run
 
-GOOD = ("submit", "--gpu", "b200", "--image", "titan.sqsh")
+GOOD = ("submit", "--gpu", "b200", "--image", "titan.sqsh", "--data", "sample")
 OF_THE_SCRIPT = ("run_dir", "job_id", "signal", "UID", "BASH_ENV", "SLURM_JOB_ID", "TITAN_HEAD_ADDR", "PATH")
 
 

@@ -52,7 +52,7 @@ def leaves(group: click.Group, *names: str) -> Iterator[tuple[str, ...]]:
         command = group.get_command(context, name)
         if isinstance(command, click.Group):
             yield from leaves(command, *names, name)
-        else:
+        elif command and not command.hidden:
             yield *names, name
 
 

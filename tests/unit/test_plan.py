@@ -218,7 +218,10 @@ def test_an_image_is_not_asked_for_in_any_runtime(launch: Launch) -> None:
 
 
 def test_submit_writes_the_prediction(launch: Launch, slurm: Fake, image: Any) -> None:
-    assert launch("submit", "--gpu", "gb200", "--nodes", "9", "--image", "titan.sqsh", "--name", "r").returncode == 0
+    assert (
+        launch("submit", "--gpu", "gb200", "--nodes", "9", "--image", "titan.sqsh", "--name", "r", "--force").returncode
+        == 0
+    )
     found = json.loads((image.parent / "runs" / "r" / "plan.json").read_text())
     assert (found["tps"], found["memory_gib"], found["wall_s"], found["node_hours"]) == (
         17975,

@@ -100,7 +100,6 @@ TRAPS = {
         "--env LD_PRELOAD=/usr/lib/libnccl.so: a library of the host's is not in the container",
     ),
     "a mount that is not here": (("--mount", "/nowhere/at/all:/x"), "--mount /nowhere/at/all: not on this machine"),
-    "no tokenizer": (("--tokenizer", "nothere"), "nothere: not on this machine"),
     "the Hub without a token": (("--data", "hub"), "--data hub: the ranks ask the Hub without a token"),
 }
 

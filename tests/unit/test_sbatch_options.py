@@ -124,7 +124,7 @@ def test_it_lands_everywhere_and_is_repeated(launch: Launch, slurm: Fake, image:
     assert done.returncode == 0, done.stderr
     again = (image.parent / "runs" / "again" / "job.sbatch").read_text()
     assert "#SBATCH --mem=5G\n" in again and all(line in again for line in lines)
-    sweep = launch("sweep", *RUN[:4], "--nodes", "1,2", *mine, "--name", "s", "--yes")
+    sweep = launch("sweep", *RUN[:6], "--nodes", "1,2", *mine, "--name", "s", "--yes")
     assert sweep.returncode == 0, sweep.stderr
     assert "#SBATCH --contiguous\n" in (image.parent / "runs" / "s-llama3-8b-1n-b5" / "job.sbatch").read_text()
 

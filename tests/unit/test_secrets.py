@@ -144,7 +144,7 @@ def test_no_message_tells_a_secret(text: str, options: tuple[str, ...], said: st
 
 
 def test_a_run_of_an_older_launcher_is_read_and_not_repeated(launch: Launch, slurm: Fake, image: Path) -> None:
-    words = ("sweep", "--gpu", "b200", "--image", "titan.sqsh", "--name", "s")
+    words = ("sweep", "--gpu", "b200", "--image", "titan.sqsh", "--data", "sample", "--name", "s")
     assert launch(*words).returncode == 0
     (run,) = (image.parent / "runs").iterdir()
     old = (run / "run.toml").read_text().replace("\n[env]\n", '\n[env]\nWANDB_KEY = "hunter2"\n')

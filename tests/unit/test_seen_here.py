@@ -126,8 +126,10 @@ def test_data_that_is_staged_nowhere_is_not_waited_for(
     assert submit(launch, image, "--data", "nowhere", "--tokenizer", "neither", "--force")[0] == 0
     shown = ("--mount", f"{workplace}/tok:{workplace}/neither", "--data", "sample", "--tokenizer", "neither")
     tokenizer(workplace / "tok")
-    assert submit(launch, image, *shown)[0] == 0, "a mount may show it under that name"
-    assert submit(launch, image, "--recipe", "llama3-8b", "--data", "sample")[0] == 0, "nor does it need a tokenizer"
+    assert submit(launch, image, *shown, "--name", "s")[0] == 0, "a mount may show it under that name"
+    assert submit(launch, image, "--recipe", "llama3-8b", "--data", "sample", "--name", "t")[0] == 0, (
+        "nor does it need a tokenizer"
+    )
 
 
 def test_on_this_machine_it_cannot_work(launch: Launch, workplace: Path) -> None:

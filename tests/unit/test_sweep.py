@@ -22,7 +22,7 @@ from tests.unit.titan_log import step as line
 
 __all__ = ["slurm"]  # a fixture
 
-SWEEP = ("sweep", "--gpu", "gb200", "--image", "titan.sqsh", "--name", "s", "--yes")
+SWEEP = ("sweep", "--gpu", "gb200", "--image", "titan.sqsh", "--data", "sample", "--name", "s", "--yes")
 THREE = (*SWEEP, "--nodes", "1,2,4")
 RUNS = [f"s-llama3-8b-{n}n-b5" for n in (1, 2, 4)]
 
