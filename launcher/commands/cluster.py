@@ -45,9 +45,7 @@ def show(partition: str, as_json: bool) -> None:
 @click.command(hidden=True, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1)
 def use(words: tuple[str, ...]) -> None:
-    """An earlier version's command."""
-    gpu = ("--gpu",) if words and not words[0].startswith("-") else ()
-    raise click.UsageError(f"cluster use is gone: {quoted('launcher', 'init', *gpu, *words)}")
+    raise click.UsageError(f"cluster use is gone: {quoted('launcher', 'init', '--gpu', *words or ['PROFILE'])}")
 
 
 def _slurm_lines(facts: ClusterFacts) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.output import as_json, columns, confirm, echo, is_terminal, print_json, style, warn
+from launcher.base.output import as_json, columns, confirm, echo, is_terminal, print_json, warn
 from launcher.config.hardware import hardware
 from launcher.config.layers import Layer, absolute, find, merge, read_layer
 from launcher.config.options import FilePath
@@ -58,11 +58,10 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
     saved = read_layer(path, f"file {path}") if os.path.lexists(path) else Layer({}, {})
     if show:
         return _show(path, saved, as_json)
-    here = Path.cwd()
     given = {key: (str(value), "your file") for key in ABOUT if (value := saved.values.get(f"job.{key}"))}
     for key, value in options.items():
         if value is not None:
-            given[key] = str(absolute(f"job.{key}", value, here)), f"option --{key.replace('_', '-')}"
+            given[key] = str(absolute(f"job.{key}", value, Path.cwd())), f"option --{key.replace('_', '-')}"
     if "gpu" in given:
         read_layer(find("profiles", given["gpu"][0], "launcher init --gpu"), "")
     found, proposal = choices(_facts(given), given)
@@ -103,13 +102,10 @@ def _facts(given: Mapping[str, tuple[str, str]]) -> ClusterFacts:
 
 
 def _show(path: Path, saved: Layer, as_json: bool) -> None:
-    rows = {key: (value, saved.origin[key]) for key, value in saved.values.items()}
-    rows |= {f"job.{key}": ("", "not set") for key in ABOUT if f"job.{key}" not in rows}
-    if runs := os.environ.get("LAUNCHER_RUNS_DIR"):
-        rows["job.runs_dir"] = runs, "environment LAUNCHER_RUNS_DIR"
+    unset = {f"job.{key}": ("", "not set") for key in ABOUT}
+    rows = unset | {key: (value, saved.origin[key]) for key, value in saved.values.items()}
     if as_json:
         values = {key: {"value": value, "origin": origin} for key, (value, origin) in rows.items()}
         return print_json({"file": str(path), "exists": os.path.exists(path), "values": values})
-    table = columns([(key, str(value) or "-", style(f"({origin})", dim=True)) for key, (value, origin) in rows.items()])
-    echo(f"{path}{'' if os.path.exists(path) else ': not there yet; launcher init writes it'}", *table)
+    echo(*columns([(key, str(value) or "-", f"({origin})") for key, (value, origin) in rows.items()]))
     echo("every setting and its origin:  launcher config show", err=True)

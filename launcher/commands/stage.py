@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, counted, echo, print_error, print_json, say
-from launcher.config.hardware import hardware
+from launcher.config.layers import Layer
 from launcher.config.options import FilePath
 from launcher.config.user_file import user_layer
 from launcher.image import ARCHES, DOCKER
 from launcher.stage import inventory, models
 from launcher.stage.c4 import looks_like_c4, plan_c4
 from launcher.stage.fetch import Outcome, fetch
-from launcher.stage.image import Release, stage_image
+from launcher.stage.image import of_release, stage_image
 from launcher.stage.inventory import reports
 from launcher.stage.shards import TRAIN_BYTES, TRAIN_FILES
 from launcher.stage.target import gigabytes, refuse_foreign
 
+PUBLISHED = ("nightly", "stable", "reference")  # channels of a release: .github/workflows/image.yml
 _path = FilePath(path_type=Path)
 _to = click.option("--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into.")
 _revision = click.option("--revision", metavar="REV", help="Branch, tag or commit.  [default: what DIR has, else main]")
@@ -213,17 +214,13 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("source", metavar="[SOURCE]", required=False)
 @click.option("--to", "target", type=_path, metavar="DIR", help="Directory.  [default: what launcher init saved]")
-@click.option("--release", metavar="TAG", help="In place of SOURCE: the image of this release of the launcher.")
-@click.option("--channel", default="stable", show_default=True, help="Of a release: nightly, stable or reference.")
+@click.option("--release", default="", metavar="TAG", help="In place of SOURCE: the image of this release.")
+@click.option("--channel", type=click.Choice(PUBLISHED), default="stable", show_default=True, help="Of a release.")
 @click.option(
-    "--arch",
-    type=click.Choice(["auto", *ARCHES]),
-    default="auto",
-    show_default=True,
-    help="Of a release: the nodes' architecture.",
+    "--arch", type=click.Choice(["auto", *ARCHES]), default="auto", help="Of a release.  [default: the nodes']"
 )
 @as_json
-def image(source: str | None, target: Path | None, release: str | None, channel: str, arch: str, as_json: bool) -> None:
+def image(source: str | None, target: Path | None, release: str, channel: str, arch: str, as_json: bool) -> None:
     """Put an image on the shared file system, once.
 
     Under a name that holds its checksum. SOURCE is a .sqsh file, or the address of one in a release. LAUNCHER_RELEASES
@@ -235,33 +232,27 @@ def image(source: str | None, target: Path | None, release: str | None, channel:
     """
     if bool(source) == bool(release):
         raise click.UsageError("one of SOURCE and --release TAG is needed")
-    saved = user_layer(None, os.environ).values
-    if not (target := target or (Path(place) if (place := saved.get("job.image_dir")) else None)):
-        raise click.UsageError("--to DIR is needed, or: launcher init --image-dir DIR")
-    if release:
-        arch = _arch_of_nodes(saved) if arch == "auto" else arch
-    path = stage_image(Release(release, channel, arch) if release else str(source), target, say=say)
+    if target is None:
+        if not (saved := user_layer(None, os.environ).values.get("job.image_dir")):
+            raise click.UsageError("--to DIR is needed, or: launcher init --image-dir DIR")
+        target = Path(saved)
+    wanted = source or of_release(release, channel, _arch_of_nodes() if arch == "auto" else arch)
+    path = stage_image(wanted, target, say=say)
     if as_json:
         print_json({"path": click.format_filename(path), "bytes": path.stat().st_size})
     else:
         echo(str(path))
 
 
-def _arch_of_nodes(saved: Mapping[str, Any]) -> str:
-    """As the saved profile, or else Slurm says: the login node often is of another."""
-    from launcher.scheduler.detect import detect
+def _arch_of_nodes() -> str:
+    """As a run without options would have them: the login node often is of another."""
+    from launcher.config.resolve import resolve
 
-    if profile := hardware().get(str(saved.get("job.gpu"))):
-        return DOCKER[profile.arch]
+    layer = Layer({"job.image": "/any.sqsh"}, {"job.image": "default"})
     try:
-        found = {node.arch for node in detect().require("").nodes_of(str(saved.get("job.partition", ""))) if node.arch}
+        return DOCKER[resolve(layer, None, None, os.environ).profile.arch]
     except LauncherError as error:
-        what = f"the nodes' architecture is not known: {error.what}"
-        raise LauncherError("arch-unknown", what, f"--arch {'|'.join(ARCHES)}", status=error.status) from error
-    if len(found) != 1 or not found <= DOCKER.keys():
-        what = f"the nodes' architecture is not one that images are for: {', '.join(sorted(found)) or 'none is known'}"
-        raise LauncherError("arch-unknown", what, f"--arch {'|'.join(ARCHES)}")
-    return DOCKER[found.pop()]
+        raise LauncherError(error.code, error.what, f"--arch {'|'.join(ARCHES)}", status=error.status) from error
 
 
 @click.group()

@@ -53,12 +53,9 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
         if is_local:
             layers.insert(0, _layer({"job.runtime": "bare"}, "default with --local"))
     spec = merge(layers)
-    staged = os.path.join(spec.job.image_dir, os.path.basename(spec.job.image)) if spec.job.image_dir else ""
-    if (
-        os.path.dirname(spec.job.image) == os.getcwd()
-        and not os.path.lexists(spec.job.image)
-        and os.path.isfile(staged)
-    ):
+    folder, name = os.path.split(spec.job.image)
+    staged = os.path.join(spec.job.image_dir, name)
+    if os.path.isfile(staged) and not os.path.lexists(spec.job.image) and folder == os.getcwd():
         layers.append(_layer({"job.image": staged}, f"job.image_dir, from {spec.origin['job.image_dir']}"))
     if spec.job.data == SAMPLE and spec.origin["job.tokenizer"] == "default":
         layers.append(_layer({"job.tokenizer": SAMPLE}, f"job.data, from {spec.origin['job.data']}"))

@@ -225,11 +225,8 @@ FORMS = {
         "--runs-dir ~/runs",
     ),
     "job.python": (rf"[^-]{PRINTABLE}", "not a program", "--python python3"),
-    **{
-        f"job.{key}": (PRINTABLE, "holds a control character", "")
-        for key in ("gpu", "recipe", "image", "image_dir", "slurm_bin")
-    },
-    "profile.gpu": (PRINTABLE, "holds a control character", ""),
+    **{f"job.{key}": (PRINTABLE, "holds a control character", "") for key in ("gpu", "recipe", "image", "slurm_bin")},
+    **{key: (PRINTABLE, "holds a control character", "") for key in ("profile.gpu", "job.image_dir")},
     **{f"recipe.{key}": (PRINTABLE, "holds a control character", "") for key in ("model", "flavor", "dataset")},
 }
 

@@ -54,7 +54,8 @@ def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     else:
         more += [warning("data-note", said=note) for note in notes]
         unfit = _unfit(spec, "data-unfit", view.check)
-        found += unfit if notes or unfit else [ok("data", said=view.describe(spec))]
+        absent = not spec.view and any(one.code == ABSENT for one in more)
+        found += unfit if notes or unfit or absent else [ok("data", said=view.describe(spec))]
     return spec, [*found, *_unfit(spec, "tokenizer-unfit", _check_tokenizer), *more]
 
 
@@ -178,21 +179,15 @@ def _check_tokenizer(spec: PlacedRun) -> None:
 
 def _absent(spec: RunSpec) -> dict[str, str]:
     """What the run reads and this machine does not see, with what brings it; local data: launcher/stage/view.py."""
-    job, c4 = spec.job, spec.recipe.dataset in view.DATASETS
+    data, weights, c4 = spec.data_path.rstrip("/"), spec.job.init_from, spec.recipe.dataset in view.DATASETS
+    data += "/en" if c4 and os.path.isdir(host_path(spec, data)) else ""
     wanted = {
+        data if spec.job.scheduler == "slurm" else "": view.two_ways(spec) if c4 else f"ls -ld {quoted(data)}",
         spec.tokenizer_path: f"launcher stage tokenizer --to {quoted(spec.tokenizer_path)}; or --tokenizer sample",
-        job.init_from: f"launcher stage model --to {quoted(job.init_from)}",
+        weights: f"launcher stage model --to {quoted(weights)}",
     }
-    if job.scheduler == "slurm":
-        place = spec.data_path.rstrip("/")
-        place += "/en" if c4 and os.path.isdir(host_path(spec, place)) else ""
-        wanted = {place: view.two_ways(spec) if c4 else f"ls -ld {quoted(place)}", **wanted}
-    ours = f"{spec.run_dir}/"
-    return {
-        path: fix
-        for path, fix in wanted.items()
-        if path.startswith("/") and not path.startswith(ours) and not os.path.lexists(host_path(spec, path))
-    }
+    seen = (spec.run_dir + "/", *(path for path in wanted if os.path.lexists(host_path(spec, path))))
+    return {path: fix for path, fix in wanted.items() if path.startswith("/") and not path.startswith(seen)}
 
 
 def _by_this_python(spec: RunSpec) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from pathlib import Path
 from launcher.base.errors import LauncherError
 from launcher.base.output import counted
 from launcher.config.propose import Proposal, contradictions, propose
-from launcher.config.spec import HUB, S3, SAMPLE
 from launcher.scheduler import slurm
 from launcher.scheduler.facts import ClusterFacts
 from launcher.stage import inventory
@@ -51,27 +50,19 @@ def choices(facts: ClusterFacts, given: Mapping[str, tuple[str, str]]) -> tuple[
     partition = given.get("partition") or _partition(facts)
     nodes = facts.nodes_of(partition[0])
     proposal = propose(nodes)
-    seen = ", ".join(e.what for e in proposal.evidence)
-    found = {
-        "gpu": given.get("gpu") or (proposal.profile, seen or "Slurm names no GPUs"),
-        "partition": partition,
-        "account": given.get("account") or _account(facts),
-        "runs_dir": given.get("runs_dir") or _runs_dir(),
-        "data": given.get("data") or _first((inventory.PLACES[0], *inventory.staged_below(inventory.PLACES)), _data),
-        "tokenizer": given.get("tokenizer") or _first(_below(inventory.PLACES[1:3]), _tokenizer),
-        "image_dir": given.get("image_dir") or _first(inventory.PLACES[3:], _images),
-    }
-    if "gpu" not in given:
-        against = {"gpu": proposal.contradictions}
-    else:
-        against = {"gpu": tuple(contradictions(found["gpu"][0], nodes))}
-    against["runs_dir"] = _against_runs_dir(found["runs_dir"][0])
-    for key, look_at in (("data", _data), ("tokenizer", _tokenizer), ("image_dir", _images)):
-        value = found[key][0]
-        if key in given and value not in (SAMPLE, HUB) and not value.startswith(S3):
-            said, is_good = look_at(Path(value))
-            against[key] = () if is_good else (f"{value}: {said}",)
-    return [Choice(key, *found[key], against.get(key, ())) for key in ABOUT], proposal
+    seen = ", ".join(e.what for e in proposal.evidence) or "Slurm names no GPUs"
+    found = {"gpu": (proposal.profile, seen), "partition": partition, **given}
+    find = {"account": lambda: _account(facts), "runs_dir": _runs_dir}
+    found |= {key: find[key]() if key in find else _first(key) for key in ABOUT if key not in found}
+    chosen = []
+    for key in ABOUT:
+        value, evidence = found[key]
+        said, is_good = _look(key, value) if value.startswith("/") else ("", True)
+        against: Sequence[str] = () if is_good else (f"{value}: {said}",)
+        if key == "gpu":
+            against = contradictions(value, nodes) if "gpu" in given else proposal.contradictions
+        chosen.append(Choice(key, value, evidence, tuple(against)))
+    return chosen, proposal
 
 
 def _partition(facts: ClusterFacts) -> tuple[str, str]:
@@ -86,78 +77,66 @@ def _partition(facts: ClusterFacts) -> tuple[str, str]:
 
 
 def _account(facts: ClusterFacts) -> tuple[str, str]:
-    if facts.accounting is not True:
-        return "", "Slurm keeps no accounts" if facts.accounting is False else "not known"
+    ask, name = (
+        ("sacctmgr", "--noheader", "--parsable2", "show", "user", getpass.getuser(), "format=DefaultAccount"),
+        "",
+    )
     with suppress(LauncherError):
-        ask = ("sacctmgr", "--noheader", "--parsable2", "show", "user", getpass.getuser(), "format=DefaultAccount")
-        if name := slurm.ask(ask).strip().partition("\n")[0]:
-            return name, "your default account in Slurm"
-    return "", "Slurm names no default account of yours"
+        name = slurm.ask(ask).strip().partition("\n")[0] if facts.accounting else ""
+    return name, "your default account in Slurm" if name else "Slurm names no default account of yours"
 
 
 def _runs_dir() -> tuple[str, str]:
-    home = os.path.expanduser("~")
-    for place, name in ((f"/data/{getpass.getuser()}", "runs"), (home, "runs")):
-        if os.access(place, os.W_OK | os.X_OK):
-            return f"{place}/{name}", f"you can write in {place} ({_file_system(place)})"
-    return "", f"you can write neither in /data/{getpass.getuser()} nor in {home}"
-
-
-def _against_runs_dir(value: str) -> tuple[str, ...]:
-    if not value:
-        return ()
-    there = next(str(path) for path in (Path(value), *Path(value).parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        return (f"{value}: you cannot write in {there}",)
-    kind = _file_system(there)
-    return (f"{value} is on {kind}, which other machines may not see: every node must",) * (kind in OF_ONE_MACHINE)
+    own, home = f"/data/{getpass.getuser()}", os.path.expanduser("~")
+    place = own if os.access(own, os.W_OK | os.X_OK) else home
+    return f"{place}/runs", f"{place} is on {_file_system(place)}"
 
 
 def _file_system(path: str) -> str:
     """The kind of file system that `path` is on, in the kernel's word."""
-    real, best = os.path.realpath(path), ("", "of unknown kind")
-    with suppress(OSError, IndexError):
+    real, best = os.path.realpath(path), ("", "one of unknown kind")
+    with suppress(OSError):
         for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
-            _, point, kind = line.split(" ")[:3]
+            _, point, kind, *_ = line.split(" ")
             if f"{real}/".startswith(f"{point.rstrip('/')}/") and len(point) >= len(best[0]):
                 best = point, kind
     return best[1]
 
 
-def _first(places: Sequence[Path], look_at: Callable[[Path], tuple[str, bool]]) -> tuple[str, str]:
+def _first(key: str) -> tuple[str, str]:
+    """The first of the usual places that has what is looked for."""
+    c4, tokenizers, models, images = inventory.PLACES
+    places = {"data": [c4, *inventory.staged_below([c4.parent])], "image_dir": [images]}.get(key) or [
+        tokenizers / "Llama-3.1-8B",
+        *(path for place in (tokenizers, models) for path in sorted(place.glob("*"))),
+    ]
     for place in places:
-        said, is_good = look_at(place)
+        said, is_good = _look(key, str(place))
         if is_good:
             return str(place), said
-    return "", f"none in {', '.join(dict.fromkeys(str(place.parent) for place in places)) or 'the usual places'}"
+    return "", f"not in {places[0].parent if key == 'tokenizer' else places[0]}"
 
 
-def _below(places: Sequence[Path]) -> list[Path]:
-    found: list[Path] = []
-    for place in places:
-        with suppress(OSError):
-            found += sorted(place.iterdir(), key=lambda path: (path.name != "Llama-3.1-8B", path.name))
-    return found or [place / "Llama-3.1-8B" for place in places[:1]]
-
-
-def _data(place: Path) -> tuple[str, bool]:
+def _look(key: str, value: str) -> tuple[str, bool]:
+    """What is found there, and whether it is what a run needs."""
+    place = Path(value)
     try:
-        count = len(look(place)[0].train)
+        if key == "data":
+            count = len(look(place)[0].train)
+            return counted(count, "train file"), count > 0
+        if key == "tokenizer":
+            check_tokenizer(place)
+            return "tokenizer.json and tokenizer_config.json can be read", True
+        if key == "image_dir":
+            return counted(sum(path.suffix == ".sqsh" for path in place.iterdir()), "image"), True
+        if key == "runs_dir":
+            there = next(path for path in (place, *place.parents) if path.exists())
+            if not os.access(there, os.W_OK | os.X_OK):
+                return f"you cannot write in {there}", False
+            kind = _file_system(str(there))
+            return f"on {kind}, which other machines may not see: every node must", kind not in OF_ONE_MACHINE
+    except Refused as error:
+        return error.why, False
     except OSError as error:
         return error.strerror or str(error), False
-    return (counted(count, "train file"), True) if count else ("no train file of C4", False)
-
-
-def _tokenizer(place: Path) -> tuple[str, bool]:
-    try:
-        check_tokenizer(place)
-    except (Refused, OSError) as error:
-        return getattr(error, "why", str(error)), False
-    return "tokenizer.json and tokenizer_config.json can be read", True
-
-
-def _images(place: Path) -> tuple[str, bool]:
-    try:
-        return counted(sum(path.suffix == ".sqsh" for path in place.iterdir()), "image"), True
-    except OSError as error:
-        return error.strerror or str(error), False
+    return "", True

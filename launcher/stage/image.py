@@ -7,7 +7,6 @@ half-written has a final name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,11 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json, unreadable
-from launcher.base.values import parse_json
 from launcher.image.inspect import embedded_metadata
 from launcher.image.squashfs_file import is_metadata, read_sidecar, sidecar_path, superblock
 from launcher.stage.fetch import download_right
@@ -29,7 +27,7 @@ from launcher.stage.manifest import BLOCK, check_bytes, wrong_size
 from launcher.stage.progress import each
 from launcher.stage.source import RemoteFile, check_answer, is_digest
 from launcher.stage.target import Incoming, at_work, check_space, gigabytes, is_directory
-from launcher.stage.web import ask, download, read, refused_by_server, size_of
+from launcher.stage.web import ask, download, read, refused_by_server
 
 KINDS = (
     "name a .sqsh file or the http(s) address of one; download others first, with their .json; an image of the Docker "
@@ -50,26 +48,16 @@ class Wanted:
     download: Callable[[RemoteFile, Incoming], None]
 
 
-@dataclass(frozen=True)
-class Release:
-    """An image of a release, as .github/workflows/image.yml publishes it."""
-
-    tag: str
-    channel: str
-    arch: str  # amd64, arm64
-
-
-def stage_image(source: str | Release, to: Path, *, say: Say) -> Path:
+def stage_image(source: str | Wanted, to: Path, *, say: Say) -> Path:
     """Puts an image below `to` unless it is there, and returns its path, which holds the first 12 digits of its sha256.
 
-    `source` is a .sqsh file, the http(s) address of one with its .json beside it, or a release. Raises LauncherError.
+    `source`: a .sqsh file, the http(s) address of one with its .json beside it, or of a release. Raises LauncherError.
     """
     to = Path(os.path.expanduser(to)).absolute()
     is_directory(to)
-    if isinstance(source, Release):
-        wanted = _of_release(source)
-    else:
-        wanted = _of_address(source) if re.match(r"https?://", source) else _of_file(source, say)
+    if isinstance(source, str):
+        source = _of_address(source) if re.match(r"https?://", source) else _of_file(source, say)
+    wanted = source
     final = to / wanted.file.path
     known = _is_known(wanted, final)  # asked without the lock: you may have the right to read there and not to write
     if known:
@@ -152,9 +140,7 @@ def _of_address(url: str) -> Wanted:
             "the image's address must be valid and end with .sqsh, without user, password or parameters",
             "download it together with its .json, then: launcher stage image FILE --to DIR",
         )
-    where = f"{url}.json"
-    about, _ = ask(where, SMALL, refused_by_server(where))
-    digest, size = _described_in(about, where)
+    digest, size, about = _described_at(f"{url}.json")
     name = path.rsplit("/", 1)[-1]
     return _wanted(name, digest, size, about, lambda stream: download(url, stream, refused_by_server(url)))
 
@@ -163,67 +149,46 @@ def releases() -> str:
     """Where releases are: LAUNCHER_RELEASES, else the address of that name in the package's metadata."""
     from importlib.metadata import PackageNotFoundError, metadata  # slow to import
 
-    said = os.environ.get("LAUNCHER_RELEASES", "")
+    urls: list[str] = []
     with suppress(PackageNotFoundError):
-        urls = (entry.partition(", ") for entry in metadata("titan-launcher").get_all("Project-URL") or ())
-        said = said or next((url for label, _, url in urls if label.lower() == "releases"), "")
-    if said and _path_of(said):
+        urls = metadata("titan-launcher").get_all("Project-URL") or []
+    known = (url.removeprefix("Releases, ") for url in urls if url.startswith("Releases, "))
+    if _path_of(said := os.environ.get("LAUNCHER_RELEASES") or next(known, "")):
         return said.rstrip("/")
-    what = "LAUNCHER_RELEASES must be a web address without user, password or parameters"
-    raise LauncherError(
-        "releases-unknown",
-        what if said else "this launcher does not say where its releases are",
-        "export LAUNCHER_RELEASES=https://github.com/OWNER/NAME/releases; or make the image: launcher image build",
-    )
+    what = "where releases are is not known, or is no web address without user, password and parameters"
+    fix = "export LAUNCHER_RELEASES=https://github.com/OWNER/NAME/releases; without a release: make image"
+    raise LauncherError("releases-unknown", what, fix)
 
 
-def _of_release(release: Release) -> Wanted:
-    """One file or several parts of it, by the checksums that the release has for all its files of that channel."""
-    if not re.fullmatch(r"[\w.-]+", release.tag, re.ASCII):
-        raise LauncherError("value", f"--release {release.tag[:80]!r}: not a release's tag", "--release v0.1.0")
-    place = f"{releases()}/download/{release.tag}"
-    listed = f"{place}/titan-{release.channel}.sha256"
-    text, _ = read(listed, SMALL, refused_by_server(listed))
-    lines = re.findall(r"^([0-9a-f]{64}) [ *]([\w.-]+)$", text.decode("utf-8", "replace"), re.MULTILINE | re.ASCII)
-    sums = {name: digest for digest, name in lines}
-    image = f"titan-{release.channel}-{release.arch}.sqsh"
-    if not {image, f"{image}.json"} <= sums.keys():
+def of_release(tag: str, channel: str, arch: str) -> Wanted:
+    """One file, or several parts of it, by the checksums that .github/workflows/image.yml publishes beside them."""
+    place = f"{releases()}/download/{quote(tag, safe='')}"
+    image, listed = f"titan-{channel}-{arch}.sqsh", f"{place}/titan-{channel}.sha256"
+    lines = read(listed, SMALL, refused_by_server(listed))[0].decode("utf-8", "replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if image not in sums:
         there = ", ".join(sorted(name for name in sums if name.endswith(".sqsh"))) or "no image"
-        raise LauncherError(
-            "release-lacks",
-            f"{listed}: has no {image}; it has {there}",
-            "--arch, --channel",
-            status=ExitStatus.NOT_FOUND,
-        )
-    where = f"{place}/{image}.json"
-    data, _ = read(where, SMALL, refused_by_server(where))
-    about = None
-    with suppress(ValueError):
-        about = parse_json(data)
-    digest, size = _described_in(about, where)
-    if hashlib.sha256(data).hexdigest() != sums[f"{image}.json"] or digest != sums[image]:
-        what = f"{where}: other checksums than {listed} says"
+        what = f"{listed}: has no {image}; it has {there}"
+        raise LauncherError("release-lacks", what, "another --arch or --channel", status=ExitStatus.NOT_FOUND)
+    digest, size, about = _described_at(f"{place}/{image}.json")
+    if digest != sums[image]:
+        what = f"{listed}: another checksum of {image} than its .json says"
         raise LauncherError("image-description", what, "the release is being written, or damaged: again later")
-    parts = [
-        f"{place}/{name}" for name in sorted(name for name in sums if name.startswith(f"{image}.part-")) or [image]
-    ]
+    parts = sorted(name for name in sums if re.fullmatch(rf"{re.escape(image)}\.part-\d+", name)) or [image]
 
     def join(stream: Incoming) -> None:
-        sizes = [size_of(url, refused_by_server(url)) or 0 for url in parts]
-        if sum(sizes) != size:
-            what = f"{place}: the parts of {image} have {sum(sizes):,} bytes together, the image {size:,}"
-            raise LauncherError("server-answer", what, "the release is being written, or damaged: again later")
         stream.start = 0
         stream.restart()
-        for url, bytes_ in zip(parts, sizes, strict=True):
-            stream.start, stream.limit = stream.tell(), stream.tell() + bytes_
-            download(url, stream, refused_by_server(url))
+        for url in (f"{place}/{name}" for name in parts):
+            stream.start, stream.limit = stream.tell(), size
+            download(url, stream, refused_by_server(url), most=size)
 
     return _wanted(image, digest, size, about, join)
 
 
-def _described_in(about: Any, where: str) -> tuple[str, int]:
-    """Checksum and size of the image that a description from a server is of."""
+def _described_at(where: str) -> tuple[str, int, Mapping[str, Any]]:
+    """Checksum and size of the image that a description on a server is of, and all of it."""
+    about, _ = ask(where, SMALL, refused_by_server(where))
     digest = _digest_in(about, where)
     size = about["squashfs"].get("bytes")
     check_answer(where, size=size)
@@ -231,7 +196,7 @@ def _described_in(about: Any, where: str) -> tuple[str, int]:
         raise LauncherError(
             "image-description", f"{where}: not the description of an image", "the address of a .sqsh file of a release"
         )
-    return digest, int(size)
+    return digest, size, about
 
 
 def _wanted(

@@ -208,19 +208,10 @@ def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, st
         return None, following
 
 
-def size_of(url: str, refused: Refused) -> int | None:
-    """The bytes at `url`, which are not read; None where the server does not say."""
-    trust()
-
-    def once() -> int | None:
-        with _open(url, "") as answer:
-            return answer.length
-
-    return with_retries(once, url, refused, CONTACT_ATTEMPTS)
-
-
-def download(url: str, stream: Incoming, refused: Refused, token: str = "") -> None:
-    """Fills `stream` from `url`; after a cut it goes on from there, where the server can."""
+def download(url: str, stream: Incoming, refused: Refused, token: str = "", most: int = 0) -> None:
+    """Fills `stream` from `url`; after a cut it goes on from there, where the server can. `most`: the limit of the file
+    that `url` is a part of, whose own length the server says.
+    """
     trust()
 
     def once() -> None:
@@ -229,6 +220,8 @@ def download(url: str, stream: Incoming, refused: Refused, token: str = "") -> N
         with _open(url, token, stream.tell() - stream.start) as answer:
             if answer.status != http.client.PARTIAL_CONTENT:
                 stream.restart()
+            if most:
+                stream.limit = min(most, stream.tell() + (answer.length or 0))
             while piece := answer.read1(PIECE):
                 stream.write(piece)
         if stream.tell() < stream.limit:

@@ -150,7 +150,7 @@ def test_init_finds_all_of_it_and_writes_it_with_comments(
     for line in (
         "gpu gb200 GRES gpu:gb200:4(S:0-1), 4 GPUs a node, aarch64, 144 CPUs a node, 850 GiB of memory a node",
         "partition batch Slurm's default",
-        "account - Slurm keeps no accounts",
+        "account - Slurm names no default account of yours",
         f"data {staged}/c4 3 train files",
         f"tokenizer {staged}/tokenizers/Llama-3.1-8B tokenizer.json and tokenizer_config.json can be read",
         f"image_dir {staged}/images 1 image",
