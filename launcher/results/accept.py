@@ -284,8 +284,8 @@ def _reference_loss(outcome: Outcome, row: Outcome, step: int) -> float | None:
 
 
 def _generated(outcome: Outcome) -> bool:
-    """Whether it trained on text, or by a tokenizer, that the launcher made: both have losses of their own."""
-    return SAMPLE in (outcome.settings.get("job.data"), outcome.settings.get("job.tokenizer"))
+    """Whether it trained on text that the launcher made, whose loss is of its own kind."""
+    return outcome.settings.get("job.data") == SAMPLE
 
 
 def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
 
 # Settings that differ between any two runs and change no figure.
-_NAMES = ("job.name", "job.runs_dir", "run_dir")
+_NAMES = ("job.name", "job.runs_dir", "job.image_dir", "run_dir")
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ LONGEST_NAME = 60  # of the 63 characters of a run's name: "-99" still fits behi
 AXES = {"job.recipe": "--recipe", "recipe.local_batch_size": "--batch-size", "job.nodes": "--nodes"}
 # Where and for how long a run waits and goes on, not what it measures: another choice makes no other cell.
 WHERE = {"job.name", "job.runs_dir", "job.slurm_bin", "job.time", "job.account", "job.qos", "job.reservation"}
-WHERE |= {"job.nodelist", "job.exclude", "job.segment", "job.check"}
+WHERE |= {"job.image_dir", "job.nodelist", "job.exclude", "job.segment", "job.check"}
 # At their defaults these leave a sweep the name that it had before there were any: what came after version 0.1.
 NEWER = {"job.constraint", "job.sbatch", "recipe.async_tensor_parallel", "recipe.like_for_like"}
 

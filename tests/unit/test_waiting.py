@@ -135,6 +135,6 @@ def test_status_without_an_answer_says_what_it_has(launch: Launch, slurm: Fake, 
         f"""name=$(sed -n 's/^#SBATCH --job-name=//p' {script} 2>/dev/null)
 case "$*" in *--start*) exit 1;; esac; [ -z "$name" ] || echo "42|PENDING|$name|Priority" """,
     )
-    launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9")
+    launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9", "--force")
     done = launch("status", "r")
     assert done.returncode == 0 and "jobs with a higher priority start first" in done.stdout, done.stderr
