@@ -13,10 +13,9 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import as_json, echo, print_json, warn
 from launcher.commands.nodes import nodes
 from launcher.config.hardware import hardware
-from launcher.config.layers import absolute, find, read_layer
+from launcher.config.layers import absolute, default_path, find, read_layer
 from launcher.config.options import FilePath
 from launcher.config.propose import Proposal, contradictions, propose
-from launcher.config.resolve import default_path
 from launcher.config.write import save
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts, Node

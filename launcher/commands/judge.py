@@ -19,6 +19,7 @@ from launcher.commands.asked import looked_at, secrets_of, spec_of, tell
 from launcher.commands.report import cause_of
 from launcher.commands.runs import remembered
 from launcher.commands.start import say_where, submitted
+from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options, runs_dir_option
 from launcher.nodes import unfit
 from launcher.results import accept as judging
@@ -97,7 +98,7 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     return row
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @click.option(
     "--threshold",

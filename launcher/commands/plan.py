@@ -8,6 +8,7 @@ from launcher.base.errors import quoted
 from launcher.base.output import as_json, counted, duration, echo, print_json
 from launcher.commands.asked import spec_of
 from launcher.config import resolve
+from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan import plan as core
@@ -18,7 +19,7 @@ from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @click.option(
     "--prove", "proved", is_flag=True, help="Have torchtitan build the run at its true size, without GPUs: a minute."

@@ -15,6 +15,7 @@ from launcher.base.finding import Finding
 from launcher.base.output import as_json, confirm, counted, echo, is_terminal, print_json
 from launcher.commands.asked import looked_at, secrets_of, tell
 from launcher.commands.start import submitted
+from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 from launcher.config.sbatch import split
 from launcher.config.spec import PlacedRun, RunSpec
@@ -40,7 +41,7 @@ def _items(_context: click.Context, parameter: click.Parameter, value: str | Non
     return tuple(map(int, items)) if are_numbers else tuple(items)
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @click.option("--dry-run", is_flag=True, help="Print the matrix with its node-hours; write and submit nothing.")
 @click.option("--parallel", is_flag=True, help="Let Slurm run cells side by side, as nodes are free.")

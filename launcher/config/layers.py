@@ -64,6 +64,24 @@ def find(kind: str, name: str, how: str = "") -> Path:
     raise LauncherError("name-unknown", what, fix, status=ExitStatus.NOT_FOUND)
 
 
+def default_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the user's file of defaults is, unless an option or a variable names another."""
+    base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
+    return base / "titan-launcher" / "config.toml"
+
+
+def default_runs_dir(environ: Mapping[str, str] = os.environ) -> str:
+    """Where runs are when no option says it: LAUNCHER_RUNS_DIR, else what the user's file names, else ./runs."""
+    if named := environ.get("LAUNCHER_RUNS_DIR"):
+        return named
+    path = Path(environ.get("LAUNCHER_CONFIG") or default_path(environ))
+    try:
+        saved = read_layer(path, "").values.get("job.runs_dir") if os.path.isfile(path) else None
+    except LauncherError:  # the commands that need the file say what is wrong with it
+        saved = None
+    return saved if isinstance(saved, str) and saved else "runs"
+
+
 def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
     """One TOML file as a layer. `gpu` picks the `[gpu.NAME]` tables of a recipe.
 

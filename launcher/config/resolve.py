@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.config.layers import Layer, find, merge, names_of, read_layer
+from launcher.config.layers import Layer, default_path, default_runs_dir, find, merge, names_of, read_layer
 from launcher.config.propose import named, propose
 from launcher.config.spec import CONTROL, PlacedRun, RunSpec, validate
 from launcher.scheduler import slurm
@@ -30,7 +30,7 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
 
     `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together.
     """
-    user = _user_layer(config, environ) if run_file is None else _repeated(run_file, options)
+    user = _user_layer(config, environ) if run_file is None else _repeated(run_file, options, environ)
     is_local = {**user.values, **options.values}.get("job.scheduler") == "local"
     if is_local and not user.complete:
         user = _without(user, OF_CLUSTER)
@@ -107,12 +107,6 @@ def ignored(environ: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environ if name.startswith("SBATCH_") and environ[name] and name not in followed)
 
 
-def default_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the user's file of defaults is, unless an option or a variable names another."""
-    base = Path(environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
-    return base / "titan-launcher" / "config.toml"
-
-
 def _user_layer(config: Path | None, environ: Mapping[str, str], gpu: str = "") -> Layer:
     """--config, else LAUNCHER_CONFIG, else ~/.config/titan-launcher/config.toml where that exists."""
     path = config or Path(environ.get("LAUNCHER_CONFIG") or default_path(environ))
@@ -121,7 +115,11 @@ def _user_layer(config: Path | None, environ: Mapping[str, str], gpu: str = "") 
     return read_layer(path, f"file {path}", gpu)
 
 
-def _repeated(run_file: Path, options: Layer) -> Layer:
+def _repeated(run_file: Path, options: Layer, environ: Mapping[str, str]) -> Layer:
+    runs_dir = default_runs_dir(environ)
+    named = Path(options.values.get("job.runs_dir", runs_dir), run_file)  # a run's name, as `watch` takes it
+    if run_file.name == str(run_file) and os.path.isfile(named / "run.toml"):
+        run_file = named
     run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
     layer = read_layer(run_file, f"file {run_file}")
     if not layer.complete:
@@ -133,7 +131,7 @@ def _repeated(run_file: Path, options: Layer) -> Layer:
             fix = f"leave out {option}, or start from the recipe: launcher submit --recipe ..."
             raise LauncherError("run-file-decides", what, fix)
     kept = {k: v for k, v in layer.values.items() if k not in ("job.name", "job.runs_dir", "job.slurm_bin")}
-    kept |= {"job.runs_dir": os.path.abspath("runs"), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
+    kept |= {"job.runs_dir": os.path.abspath(runs_dir), "job.slurm_bin": slurm.bin_dir() or "/usr/bin"}
     return Layer(kept, {k: layer.origin.get(k, "detected") for k in kept}, True, layer.secret_env)
 
 

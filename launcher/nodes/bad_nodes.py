@@ -19,7 +19,7 @@ from launcher.base.files import filesystem_error, locked, read_bytes, unreadable
 from launcher.base.finding import Finding, ok, warning
 from launcher.base.output import age, some
 from launcher.base.values import parse_json
-from launcher.config.resolve import default_path
+from launcher.config.layers import default_path
 from launcher.config.spec import PlacedRun
 from launcher.nodes import unfit
 from launcher.runs import control

@@ -39,6 +39,7 @@ from launcher.base.files import (
 from launcher.base.output import warn
 from launcher.base.values import whole
 from launcher.config.hardware import of_gpu
+from launcher.config.layers import default_runs_dir
 from launcher.config.render import render
 from launcher.config.spec import S3, PlacedRun, node_config
 from launcher.config.write import run_toml
@@ -65,8 +66,8 @@ class Run:
 
     @property
     def reference(self) -> str:
-        """How to name the run in a command typed here: its name where runs/ is below, else its path."""
-        below = Path(os.environ.get("LAUNCHER_RUNS_DIR") or "runs").resolve()
+        """How to name the run in a command typed here: its name where commands look for it, else its path."""
+        below = Path(default_runs_dir()).resolve()
         return self.name if self.path.parent == below and self.name[:1] != "-" else str(self.path)
 
     @property
