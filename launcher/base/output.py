@@ -57,6 +57,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def size(nodes: int, each: int, gpu: str, on_cpu: bool = False) -> str:
+    """`9 nodes x 4 GB200`; on CPUs the processes are no GPUs: `1 node x 2 CPU ranks`"""
+    return f"{counted(nodes, 'node')} x {counted(each, f'{gpu} rank') if on_cpu else f'{each} {gpu}'}"
+
+
 def duration(seconds: float) -> str:
     """A span for people: `0.4 s`, `38 s`, `2 min 05 s`, `3 h 12 min`."""
     if seconds < 10:

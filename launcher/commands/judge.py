@@ -19,6 +19,7 @@ from launcher.commands.asked import looked_at, secrets_of, spec_of, tell
 from launcher.commands.report import cause_of
 from launcher.commands.runs import remembered
 from launcher.commands.start import say_where, submitted
+from launcher.commands.watching import watch
 from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options, runs_dir_option
 from launcher.nodes import unfit
@@ -29,7 +30,7 @@ from launcher.results.outcome import Outcome
 from launcher.results.published import nearest, published, same_gpu
 from launcher.results.read import outcome_of
 from launcher.results.sides import results_in
-from launcher.runs import attach, control
+from launcher.runs import control
 from launcher.runs.directory import Run, open_run
 from launcher.scheduler.state import JobState
 
@@ -197,8 +198,7 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
 def _end_of(run: Run) -> JobState:
     """Shows the run's progress on stderr until it has ended. Ctrl-C ends this program, not the run."""
     try:
-        attach.wait_for_start(run, lambda state: echo(attach.waiting_text(run, state), err=True))
-        attach.show(run, sys.stderr)
+        watch(run, sys.stderr)
     except KeyboardInterrupt:
         echo("", f"detached; {run.name} goes on: {quoted('launcher', 'accept', run.reference, '--follow')}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)

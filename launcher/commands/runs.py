@@ -12,10 +12,11 @@ import click
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json
 from launcher.base.output import age, as_json, clock, columns, echo, print_json, style, warn
+from launcher.commands.watching import about, plain_line, watch_all
+from launcher.commands.watching import watch as show_run
 from launcher.config.options import run_argument, runs_dir_option
 from launcher.logs.follow import Progress
 from launcher.logs.known_errors import SMALLER, Failure, explain, how_it_ended
-from launcher.logs.watch import plain_line
 from launcher.nodes import unfit
 from launcher.nodes.bad_nodes import BadNode, remember
 from launcher.preflight.waiting import why_waiting
@@ -99,7 +100,7 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
         for line in waiting:
             echo(f"  {line}")
         if progress:
-            echo(f"  {plain_line(progress)}")
+            echo(f"  {plain_line(progress, about(found).unit)}")
         for problem in problems:
             echo(f"  problem: {problem}")
         if failure:
@@ -115,13 +116,22 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
 @click.command()
 @run_argument(required=False)
 @runs_dir_option
+@click.option("--all", "-a", "every", is_flag=True, help="All runs that go on, in one table.")
 @as_json
-def watch(run: str, runs_dir: Path, as_json: bool) -> None:
+def watch(run: str, runs_dir: Path, every: bool, as_json: bool) -> None:
     """Follow a run (default: the newest) to its end. Ctrl-C detaches; the run goes on.
 
     With --json, one object per logged step.
     """
-    follow_run(runs.open_run(run, runs_dir), as_json)
+    if every and run:
+        raise click.UsageError("either RUN or --all")
+    if not every:
+        return follow_run(runs.open_run(run, runs_dir), as_json)
+    try:
+        watch_all(runs_dir, as_json)
+    except KeyboardInterrupt:
+        echo("", "detached; the runs go on", err=True)
+        sys.exit(ExitStatus.INTERRUPTED)
 
 
 @click.command()
@@ -176,12 +186,11 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
     Ctrl-C ends the program, not the run; `detached` is said then, too.
     """
     try:
-        attach.wait_for_start(run, None if as_json else lambda state: _say_waiting(run, state))
         if as_json:
             for snapshot in attach.progress_of(run):
                 print_json(attach.as_dict(snapshot), indent=None)
         else:
-            attach.show(run, sys.stdout)
+            show_run(run, sys.stdout)
     except KeyboardInterrupt:
         echo("", f"detached; {run.name} goes on: {quoted('launcher', 'watch', run.reference)}{detached}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
@@ -214,13 +223,6 @@ def _progress(run: Run, state: JobState) -> Progress | None:
         return attach.progress_now(run) if state.name in GOING else None
     except LauncherError:
         return None
-
-
-def _say_waiting(run: Run, state: JobState | None) -> None:
-    """`watch` tells each new reason, and what it means."""
-    echo(attach.waiting_text(run, state), err=True)
-    for line in _why_waiting(run, state) if state else ():
-        echo(f"  {line}", err=True)
 
 
 def failure_of(run: Run, state: JobState) -> Failure | None:

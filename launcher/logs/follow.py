@@ -143,40 +143,32 @@ class _Pace:
         return max(0, steps_total - last) * (ended - began) / (last - first)
 
 
-def follow(
-    log_dir: Path,
-    *,
-    steps_total: int,
-    is_finished: Callable[[], bool],
-    sleep: Callable[[float], None] = time.sleep,
-    clock: Callable[[], float] = time.time,
-    poll_seconds: float = 2.0,
-) -> Iterator[Progress]:
-    """A snapshot for every newly logged step, until the run is finished and its logs are read to their ends.
+class Follower:
+    """A run's progress by its logs, read on from where it stopped. Memory doesn't grow with them."""
 
-    `is_finished` is asked before the logs are read, so nothing that was written before the end is missed.
-    Memory doesn't grow with the logs.
-    """
-    nodes: dict[Path, _Node] = {}
-    pace = _Pace()
-    lead: StepRecord | None = None
-    while True:
-        finished = is_finished()
-        logs = node_logs(log_dir)
-        for path in logs.values():
-            node = nodes.setdefault(path, _Node(LogReader(path)))
+    def __init__(self, log_dir: Path, steps_total: int, clock: Callable[[], float] = time.time) -> None:
+        self.first: tuple[str, float] | None = None  # the first step that was read: its node, and its log's time
+        self._log_dir, self._steps_total, self._clock = log_dir, steps_total, clock
+        self._nodes: dict[Path, _Node] = {}
+        self._pace = _Pace()
+        self._lead: StepRecord | None = None
+
+    def read(self) -> Iterator[Progress]:
+        """A snapshot for every step that was logged since the last call."""
+        logs = node_logs(self._log_dir)
+        for name, path in logs.items():
+            node = self._nodes.setdefault(path, _Node(LogReader(path)))
             with _reading(path):
                 for record in node.reader.read():
                     node.count += 1
                     node.fresh.append(record)
-        named = {name: nodes[path] for name, path in logs.items()}
-        for record in _advance(list(named.values()), lead):
-            lead = record
-            pace.add(record.step, clock() if record.time is None else record.time)
-            yield _snapshot(named, record, steps_total, pace.seconds_left(steps_total))
-        if finished:
-            return
-        sleep(poll_seconds)
+                    if self.first is None and record.time is not None:
+                        self.first = name, record.time
+        named = {name: self._nodes[path] for name, path in logs.items()}
+        for record in _advance(list(named.values()), self._lead):
+            self._lead = record
+            self._pace.add(record.step, self._clock() if record.time is None else record.time)
+            yield _snapshot(named, record, self._steps_total, self._pace.seconds_left(self._steps_total))
 
 
 def _advance(nodes: list[_Node], lead: StepRecord | None) -> Iterator[StepRecord]:
