@@ -35,7 +35,7 @@ COMMANDS = {
     "report": ("report:report", "Write runs as one HTML page, and its charts."),
     "results": ("results:results", "Print results as the published table has them."),
     "stage": ("stage:stage", "Stage data, tokenizer, weights and images, verified."),
-    "status": ("runs:status", "Tell how a run stands (default: the newest), and why."),
+    "status": ("runs:status", "Tell how runs stand (default: the newest), and why."),
     "submit": ("submit:submit", "Submit a run to Slurm, or with --local start it here."),
     "sweep": ("sweep:sweep", "Submit a matrix of nodes, batch sizes and recipes."),
     "version": ("version:version", "Print the versions of the launcher and of what it uses."),

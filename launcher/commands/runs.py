@@ -11,7 +11,7 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json
-from launcher.base.output import age, as_json, clock, columns, echo, print_json, style, warn
+from launcher.base.output import age, as_json, clock, columns, echo, print_json, style, terminal_width, warn
 from launcher.commands.watching import about, plain_line, watch_all
 from launcher.commands.watching import watch as show_run
 from launcher.config.options import run_argument, runs_dir_option
@@ -21,6 +21,7 @@ from launcher.nodes import unfit
 from launcher.nodes.bad_nodes import BadNode, remember
 from launcher.preflight.waiting import why_waiting
 from launcher.results.columns import as_dict
+from launcher.results.outcome import Lack
 from launcher.results.read import outcome_of
 from launcher.results.rows import markdown_row, summary_line
 from launcher.runs import attach, control
@@ -43,7 +44,7 @@ def list_(runs_dir: Path, as_json: bool) -> None:
     if as_json:
         print_json(rows)
     elif not rows:
-        echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
+        echo(f"No runs yet in {runs_dir}. Start one: launcher submit --local --recipe debug", err=True)
     else:
         head = ("run", "state", "job", "size", "recipe", "age")
         table = [
@@ -51,13 +52,13 @@ def list_(runs_dir: Path, as_json: bool) -> None:
                 row["run"],
                 row["state"],
                 row["job_id"],
-                f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}",
+                f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}{' ranks' if _on_cpu(run) else ''}",
                 row["recipe"],
                 age(row["age_s"]),
             )
-            for row in rows
+            for run, row in zip(found, rows, strict=True)
         ]
-        first, *lines = columns([head, *table])
+        first, *lines = columns([head, *table], width=terminal_width())
         echo(style(first, dim=True))
         for row, line in zip(rows, lines, strict=True):
             echo(style(line, fg=_STATE_COLOURS.get(row["state"])))
@@ -66,24 +67,35 @@ def list_(runs_dir: Path, as_json: bool) -> None:
 
 
 @click.command()
-@run_argument(required=False)
+@run_argument(required=False, several=True)
 @runs_dir_option
 @as_json
-def status(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Tell how a run stands (default: the newest), and why.
+def status(names: tuple[str, ...], runs_dir: Path, as_json: bool) -> None:
+    """Tell how runs stand (default: the newest), and why.
 
-    Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training.
+    Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training. Of
+    several runs, the first of these codes that is not 0.
     """
-    found = runs.open_run(run, runs_dir)
-    state = control.state(found)
-    row = _summary(found, state)
-    waiting, progress = _why_waiting(found, state), _progress(found, state)
-    failure, left_out = failure_of(found, state), remembered(found, state)
-    outcome = outcome_of(found, state, with_data_share=False) if state.name == "COMPLETED" else None
-    problems = [problem.text for problem in outcome.problems] if outcome else []
+    found = [runs.open_run(name, runs_dir) for name in names or ("",)]
+    states = [control.state(run) for run in found]
+    said = [_tell_status(run, state, as_json) for run, state in zip(found, states, strict=True)]
     if as_json:
-        more = {
-            "problems": problems,
+        print_json(said if len(said) > 1 else said[0])
+    for state in states:
+        exit_for(state)
+
+
+def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
+    """What --json prints of a run; without it, prints the same for people."""
+    row = _summary(run, state)
+    waiting, progress = _why_waiting(run, state), _progress(run, state)
+    failure, left_out = failure_of(run, state), remembered(run, state)
+    outcome = outcome_of(run, state, with_data_share=False)
+    completed, problems = state.name == "COMPLETED", outcome.problems if outcome else ()
+    problems = tuple(problem for problem in problems if completed or problem.kind is Lack.NON_FINITE)
+    if as_json:
+        return row | {
+            "problems": [problem.text for problem in problems],
             "source": state.source,
             "reason": state.reason,
             "exit_code": state.exit_code,
@@ -92,25 +104,27 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
             "failure": failure.as_json() if failure else None,
             "left_out": [node.host for node in left_out],
         }
-        print_json(row | more)
-    else:
-        detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
-        echo(f"{found.name}: {state.name}" + (f" ({detail})" if detail else ""))
-        echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
-        for line in waiting:
-            echo(f"  {line}")
-        if progress:
-            echo(f"  {plain_line(progress, about(found).unit)}")
-        for problem in problems:
-            echo(f"  problem: {problem}")
-        if failure:
-            _print_failure(found, failure, left_out)
-        elif not state.known:
-            again = quoted("launcher", "submit", found.path / "run.toml")
-            echo(f"  look: {quoted('launcher', 'logs', found.reference)}")
-            first = "" if found.is_anothers else f"{quoted('launcher', 'cancel', found.reference)} && "
-            echo(f"  again: {first}{again}")
-    exit_for(state)
+    detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
+    echo(f"{run.name}: {state.name}" + (f" ({detail})" if detail else ""))
+    echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {run.path}")
+    for line in waiting:
+        echo(f"  {line}")
+    if progress:
+        echo(f"  {plain_line(progress, about(run).unit)}")
+    again = quoted("launcher", "submit", run.path / "run.toml")
+    for problem in problems:
+        echo(f"  problem: {problem.text}")
+        if problem.kind is Lack.NON_FINITE and not failure:
+            echo(f"  try: {again} --set recipe.lr=1e-4   (a smaller learning rate)")
+    if completed and outcome and outcome.series:
+        echo(f"  {markdown_row(outcome)}", f"  {summary_line(outcome)}")
+    if failure:
+        _print_failure(run, failure, left_out)
+    elif not state.known:
+        echo(f"  look: {quoted('launcher', 'logs', run.reference)}")
+        first = "" if run.is_anothers else f"{quoted('launcher', 'cancel', run.reference)} && "
+        echo(f"  again: {first}{again}")
+    return {}
 
 
 @click.command()
@@ -264,6 +278,10 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
         until = f"{node.host}, until {clock(node.until)}: launcher cluster nodes"
         echo(f"  left out of what is submitted next: {until}", err=True)
     echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
+
+
+def _on_cpu(run: Run) -> bool:
+    return run.asked["profile"].get("device") == "cpu"
 
 
 def _summary(run: Run, state: JobState) -> dict[str, Any]:

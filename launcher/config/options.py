@@ -157,7 +157,7 @@ def _run_names(context: click.Context, _parameter: click.Parameter, incomplete: 
         return []
 
 
-def _run_or_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def run_or_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     names = [CompletionItem(name) for name in _run_names(context, parameter, incomplete)]
     return names or [CompletionItem(incomplete, type="file")]
 
@@ -202,7 +202,7 @@ OPTIONS = (
         required=False,
         type=click.Path(path_type=Path),
         metavar="[RUN.toml]",
-        shell_complete=_run_or_file,
+        shell_complete=run_or_file,
     ),
     _option(
         "--image",
