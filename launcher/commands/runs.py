@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json
-from launcher.base.output import age, as_json, clock, columns, echo, print_json, style, terminal_width, warn
+from launcher.base.output import age, as_json, clock, columns, echo, print_json, some, style, terminal_width, warn
 from launcher.commands.watching import about, plain_line, watch_all
 from launcher.commands.watching import watch as show_run
 from launcher.config.options import run_argument, runs_dir_option
-from launcher.logs.follow import Progress
+from launcher.logs.first_error import find_errors
+from launcher.logs.follow import Progress, folded, logs_of
 from launcher.logs.known_errors import SMALLER, Failure, explain, how_it_ended
 from launcher.nodes import unfit
 from launcher.nodes.bad_nodes import BadNode, remember
@@ -152,14 +155,37 @@ def watch(run: str, runs_dir: Path, every: bool, as_json: bool) -> None:
 @run_argument(required=False)
 @runs_dir_option
 @click.option("--follow", "-f", is_flag=True, help="Go on until the run ends; Ctrl-C stops reading.")
+@click.option("--node", default="", metavar="NODE", help="The log of this node alone; 'job' for the script's own.")
+@click.option("--rank", type=click.IntRange(0), metavar="N", help="What this rank wrote; nodes show their first one's.")
+@click.option("--errors", is_flag=True, help="The first error of each log, with what was printed with it.")
+@click.option("--lines", "-n", "count", type=click.IntRange(1), metavar="N", help="The last N lines alone.")
 @as_json
-def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
+def logs(
+    run: str, runs_dir: Path, follow: bool, node: str, rank: int | None, errors: bool, count: int | None, as_json: bool
+) -> None:
     """Print the logs of all nodes as one, each line with its node.
 
-    The files themselves are RUN/logs/NNNN-<node>.log and RUN/logs/job.log.
+    A step that several nodes logged is printed once; --node and --json print every line. The files themselves are
+    RUN/logs/NNNN-<node>.log and RUN/logs/job.log, and those of the ranks are below RUN/logs/ranks.
+
+    \b
+    launcher logs my-run --errors
+    launcher logs my-run --node gpu003 -n 50
     """
+    if follow and (errors or count):
+        raise click.UsageError("--follow: not with --errors or --lines")
     found = runs.open_run(run, runs_dir)
-    for node, line in attach.log_lines(found, follow):
+    known = logs_of(found.logs, node, rank, found.asked["profile"].get("gpus_per_node") or 1)
+    if (node or rank is not None) and not known and not follow:
+        names = some(list(dict(logs_of(found.logs)))) or "none"
+        raise click.UsageError(f"{found.name} has no log of {node or f'rank {rank}'}; it has: {names}")
+    lines: Iterable[tuple[str, str]]
+    if errors:
+        lines = ((name, line) for name, path in known for line in find_errors([path]).lines)
+    else:
+        lines = attach.log_lines(found, follow, node, rank)
+        lines = lines if as_json or node else folded(lines)
+    for node, line in deque(lines, maxlen=count) if count else lines:
         if as_json:
             print_json({"node": node, "line": line}, indent=None)
         else:

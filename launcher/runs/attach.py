@@ -6,11 +6,12 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import json_values
-from launcher.logs.follow import Follower, Progress, merged_lines
+from launcher.logs.follow import Follower, Progress, logs_of, merged_lines
 from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.runs.phases import Standing, Watcher
@@ -51,9 +52,13 @@ def progress_now(run: Run) -> Progress | None:
     return newest[0] if newest else None
 
 
-def log_lines(run: Run, until_end: bool) -> Iterator[tuple[str, str]]:
-    """(node, line) of all the run's logs; with `until_end` goes on reading until the run has ended."""
-    return merged_lines(run.logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
+def log_lines(run: Run, until_end: bool, node: str = "", rank: int | None = None) -> Iterator[tuple[str, str]]:
+    """(node, line) of the run's logs, or of those of one node or rank; with `until_end` goes on reading until the run
+    has ended.
+    """
+    per_node = run.asked["profile"].get("gpus_per_node")
+    logs = partial(logs_of, run.logs, node, rank, per_node if type(per_node) is int else 1)
+    return merged_lines(logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
 
 
 def as_dict(progress: Progress) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.logs import steps as log
 from launcher.logs.first_error import find_errors
-from launcher.logs.follow import Follower, Progress, error_logs, last_lines, merged_lines, node_logs
+from launcher.logs.follow import Follower, Progress, error_logs, last_lines, logs_of, merged_lines, node_logs
 from tests.unit.titan_log import T0, step
 
 
@@ -194,7 +194,7 @@ def test_a_finished_run_is_merged_by_time(tmp_path: Path) -> None:
     (tmp_path / "job.log").write_text("job starts\n")
     (tmp_path / "0000-a.log").write_text("titan-node: ok a\n" + step(1) + "  detail of 1\n" + step(20))
     (tmp_path / "0001-b.log").write_text("titan-node: ok b\n" + step(10) + step(5) + step(30))
-    lines = list(merged_lines(tmp_path))
+    lines = list(merged_lines(partial(logs_of, tmp_path)))
     assert [(name, text.partition("step:")[2][:4].strip() or text) for name, text in lines] == [
         ("job", "job starts"),
         ("a", "titan-node: ok a"),
@@ -211,7 +211,7 @@ def test_a_finished_run_is_merged_by_time(tmp_path: Path) -> None:
 def test_merged_lines_cannot_drive_a_terminal(tmp_path: Path) -> None:
     (tmp_path / "0000-a.log").write_bytes(b"\x1b[2J\x1b]0;owned\x07red\x1b[0m \xff\n")
     for following in (False, True):
-        assert list(merged_lines(tmp_path, follow=following)) == [("a", "red \ufffd")]
+        assert list(merged_lines(partial(logs_of, tmp_path), follow=following)) == [("a", "red \ufffd")]
 
 
 def test_following_all_logs_gives_whole_lines_as_they_come(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_following_all_logs_gives_whole_lines_as_they_come(tmp_path: Path) -> No
         lambda: run.write("0000-a.log", "o\nthree"),
         lambda: None,
     ]
-    lines = list(merged_lines(tmp_path, follow=True, is_finished=run.is_finished, sleep=run.sleep))
+    lines = list(merged_lines(partial(logs_of, tmp_path), follow=True, is_finished=run.is_finished, sleep=run.sleep))
     assert lines == [("job", "job starts"), ("a", "one"), ("b", "first"), ("a", "two"), ("a", "three")]
 
 
@@ -234,7 +234,7 @@ def test_following_a_log_that_starts_again(tmp_path: Path) -> None:
         lambda: run.replace("0000-a.log", "new\n"),
         lambda: None,
     ]
-    lines = list(merged_lines(tmp_path, follow=True, is_finished=run.is_finished, sleep=run.sleep))
+    lines = list(merged_lines(partial(logs_of, tmp_path), follow=True, is_finished=run.is_finished, sleep=run.sleep))
     assert [text for _, text in lines] == ["a long first line", "new"]
 
 
@@ -243,7 +243,7 @@ def test_merging_huge_lines_is_bounded(tmp_path: Path, following: bool) -> None:
     (tmp_path / "0000-a.log").write_bytes(b"x" * (16 << 20) + b"\nlast\n")
     tracemalloc.start()
     try:
-        lengths = [len(text) for _, text in merged_lines(tmp_path, follow=following)]
+        lengths = [len(text) for _, text in merged_lines(partial(logs_of, tmp_path), follow=following)]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -256,8 +256,8 @@ def test_merging_huge_lines_is_bounded(tmp_path: Path, following: bool) -> None:
 
 READERS: list[Callable[[Path], Iterable[object]]] = [
     lambda folder: list(Follower(folder, 9).read()),
-    lambda folder: list(merged_lines(folder)),
-    lambda folder: list(merged_lines(folder, follow=True)),
+    lambda folder: list(merged_lines(partial(logs_of, folder))),
+    lambda folder: list(merged_lines(partial(logs_of, folder), follow=True)),
 ]
 
 
@@ -339,8 +339,9 @@ MERGE = """
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-from launcher.logs.follow import merged_lines
-for name, text in merged_lines(Path(sys.argv[1])):
+from functools import partial
+from launcher.logs.follow import logs_of, merged_lines
+for name, text in merged_lines(partial(logs_of, Path(sys.argv[1]))):
     print(name, text[:1000])
 """
 
