@@ -18,7 +18,7 @@ from launcher.base.output import as_json, confirm, echo, is_terminal, print_json
 from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
 from launcher.commands.report import cause_of
 from launcher.commands.runs import remembered
-from launcher.commands.start import say_where, submitted
+from launcher.commands.start import node_hours, say_where, submitted
 from launcher.commands.watching import watch
 from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options, run_or_file, runs_dir_option
@@ -194,7 +194,7 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
     asking = not (yes or force or spec.job.scheduler == "local")
     asking = asking and is_terminal(sys.stdin) and is_terminal(sys.stderr)
     if asking:
-        confirm(f"Submit {size} and judge it?", err=True)
+        confirm(f"Submit {size} ({node_hours(spec)}) and judge it?", err=True)
 
     with submitted(spec, secrets) as (run, job_id):
         echo(f"{run.name}: job {job_id}, {size}", err=True)

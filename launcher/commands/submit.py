@@ -68,7 +68,7 @@ def submit(
     quiet = yes or force or as_json or run.job.scheduler == "local"
     asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if asking:
-        confirm(f"Submit {describe_run(run)}?")
+        confirm(f"Submit {describe_run(run)} ({starting.node_hours(run)})?")
 
     made = starting.start(run, secrets, as_json)
     if retries:

@@ -9,7 +9,6 @@ off in between, and the job is looked for by its name (launcher/runs/control.py)
 
 from __future__ import annotations
 
-import difflib
 import errno
 import fcntl
 import math
@@ -37,7 +36,7 @@ from launcher.base.files import (
     write_text,
 )
 from launcher.base.output import warn
-from launcher.base.values import whole
+from launcher.base.values import guessed, whole
 from launcher.config.hardware import of_gpu
 from launcher.config.layers import default_runs_dir
 from launcher.config.render import render
@@ -299,7 +298,7 @@ def open_run(reference: str, runs_dir: Path) -> Run:
         except (OSError, ValueError, RuntimeError):  # too long, not a name at all, a link to itself
             continue
 
-    near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
+    near = guessed(reference, [run.name for run in all_runs(runs_dir)])
     what = f"there is no run {reference[:80]!r} in {runs_dir}"
     fix = f"did you mean {near[0]}?" if near else quoted("launcher", "list", "--runs-dir", runs_dir)
     raise LauncherError("run-missing", what, fix, status=ExitStatus.NOT_FOUND)
