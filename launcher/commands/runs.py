@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,10 @@ def logs(
         raise click.UsageError(f"{found.name} has no log of {node or f'rank {rank}'}; it has: {names}")
     lines: Iterable[tuple[str, str]]
     if errors:
+        # A node's log shows one of its ranks; what the others wrote is in the files that torchrun keeps per rank.
+        ranks = f"ranks/????-{escape(node) or '*'}/*/*/*/stderr.log"
+        hidden = [] if rank is not None else sorted(found.logs.glob(ranks))
+        known += [(f"{path.parts[-5][5:]}, local rank {path.parts[-2]}", path) for path in hidden]
         lines = ((name, line) for name, path in known for line in find_errors([path]).lines)
     else:
         lines = attach.log_lines(found, follow, node, rank)

@@ -9,14 +9,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
-from launcher.base.output import counted, duration, echo, is_terminal, plain, print_json, size
+from launcher.base.output import columns, counted, duration, echo, is_terminal, plain, print_json, size
 from launcher.config.mfu import mfu_text
 from launcher.logs.follow import Progress
 from launcher.preflight.waiting import why_waiting
@@ -24,12 +24,14 @@ from launcher.runs import attach, control
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.runs.phases import Phase, Standing, Watcher
+from launcher.scheduler.state import JobState
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
 ENDING = "all steps are done; removing containers takes minutes"
+_CALLED = {Phase.CHECKING: "checking nodes"}
 
 
 @dataclass(frozen=True)
@@ -44,29 +46,22 @@ class About:
 
 
 def about(run: Run) -> About:
-    asked, plan = run.asked, read_json(run.path / "plan.json") or {}
-    job, profile = asked["job"], asked["profile"]
-    on_cpu = profile.get("device") == "cpu"
-    where = size(job.get("nodes", 0), profile.get("gpus_per_node", 0), str(profile.get("gpu", "?")), on_cpu)
-    number = (run.job or {}).get("job_id", "")
-    job_text = f", {'process' if run.is_local else 'job'} {number}" if number else ""
-    tps = plan.get("tps")
-    return About(
-        run.name,
-        f"{job.get('recipe', '?')} on {where}{job_text}",
-        "rank" if on_cpu else "GPU",
-        float(tps) if isinstance(tps, (int, float)) and tps > 0 else None,
-        "planned" if plan.get("differs") else "published",
-    )
+    job, profile, plan = run.asked["job"], run.asked["profile"], read_json(run.path / "plan.json") or {}
+    each, on_cpu = profile.get("gpus_per_node"), profile.get("device") == "cpu"
+    where = size(run.nodes, each if type(each) is int else 0, str(profile.get("gpu", "?")), on_cpu)
+    job_id = f", {'process' if run.is_local else 'job'} {run.job['job_id']}" if run.job else ""
+    target = number if isinstance(number := plan.get("tps"), (int, float)) and number > 0 else None
+    unit, target_is = "rank" if on_cpu else "GPU", "planned" if plan.get("differs") else "published"
+    return About(run.name, f"{job.get('recipe', '?')} on {where}{job_id}", unit, target, target_is)
 
 
 def watch(run: Run, stream: TextIO) -> None:
     """Shows how the run stands until it has ended: steps on `stream`, what comes before them in a pipe on stderr."""
-    show(attach.standings(run), about(run), stream, stream.isatty(), lambda seen: _why_waiting(run, seen))
 
+    def why(state: JobState | None) -> list[str]:
+        return why_waiting(run, state) if state and not run.is_local and state.name != "SUBMITTING" else []
 
-def _why_waiting(run: Run, seen: Standing) -> list[str]:
-    return why_waiting(run, seen.state) if seen.state and not run.is_local and seen.state.name != "SUBMITTING" else []
+    show(attach.standings(run), about(run), stream, stream.isatty(), why)
 
 
 def show(
@@ -74,99 +69,71 @@ def show(
     about: About,
     stream: TextIO,
     on_terminal: bool,
-    why: Callable[[Standing], Sequence[str]] = lambda _: (),
+    why: Callable[[JobState | None], Sequence[str]] = lambda _: (),
 ) -> None:
     """`why`: lines that tell why the run waits, asked for each new reason of Slurm's."""
     said: object = ()
     lines: Sequence[str] = ()
-    with _screen(stream) if on_terminal else _no_screen() as live:
-        last: Standing | None = None
+    last: Standing | None = None
+    with _screen(stream) if on_terminal else nullcontext() as live:
         for seen in standings:
-            if seen.phase is Phase.QUEUED and (reason := seen.state and (seen.state.name, seen.state.reason)) != said:
-                said, lines = reason, why(seen)
-                if not live:
-                    echo(f"{about.name}: {_waiting(seen)}", *(f"  {line}" for line in lines), err=True)
+            is_new = (reason := (seen.phase, *_reason(seen))) != said
+            if is_new and seen.phase is Phase.QUEUED:
+                lines = why(seen.state)
+            said = reason
             if live:
                 live.update(_panel(seen, about, lines), refresh=True)
-            else:
-                _plain(seen, last, about, stream)
+                continue
+            # The same step comes again when another node's log shows it; a smaller one after a restart is news.
+            if seen.progress and not (last and last.progress and last.progress.step == seen.progress.step):
+                echo(plain_line(seen.progress, about.unit), file=stream)
+            if is_new:
+                since = f", {duration(seen.at - seen.began[Phase.QUEUED])} after it was submitted"
+                detail = f" ({detail})" if (detail := _detail(seen)) else ""
+                news = _detail(seen) if seen.phase is Phase.QUEUED else f"{_called(seen)}{detail}{since}"
+                echo(f"{about.name}: {news}", *(f"  {line}" for line in lines if seen.phase is Phase.QUEUED), err=True)
             last = seen
 
 
-def _plain(seen: Standing, last: Standing | None, about: About, stream: TextIO) -> None:
-    if seen.phase not in (Phase.QUEUED, last and last.phase) and seen.phase is not Phase.ENDING:
-        echo(f"{about.name}: {_phase_line(seen)}", err=True)
-    before = last.progress.step if last and last.progress else None
-    # The same step comes again when another node's log shows it; a smaller one after a restart is news.
-    if seen.progress and seen.progress.step != before:
-        echo(plain_line(seen.progress, about.unit), file=stream)
-    if seen.phase is Phase.ENDING and not (last and last.phase is Phase.ENDING):
-        echo(f"{about.name}: ending: {ENDING}", err=True)
+def _reason(seen: Standing) -> tuple[str, ...]:
+    return (seen.state.name, seen.state.reason) if seen.state and seen.phase is Phase.QUEUED else ()
 
 
-def _phase_line(seen: Standing) -> str:
-    detail = _detail(seen, seen.phase)
-    queued = seen.began.get(Phase.QUEUED)
-    since = f", {duration(max(0.0, seen.at - queued))} after it was submitted" if queued else ""
-    return f"{_called(seen.phase)}{f' ({detail})' if detail else ''}{since}"
+def _called(seen: Standing) -> str:
+    return _CALLED.get(seen.phase, str(seen.phase))
 
 
-def _waiting(seen: Standing) -> str:
-    return f"{seen.state.name} {seen.state.reason}".strip() if seen.state else "Slurm does not answer; trying again"
-
-
-def _called(phase: Phase) -> str:
-    return "checking nodes" if phase is Phase.CHECKING else str(phase)
-
-
-def _detail(seen: Standing, phase: Phase) -> str:
-    """Of the phase that the run is in, what is to be said of it."""
-    if phase is Phase.QUEUED:
-        return _waiting(seen)
-    if phase is Phase.STARTING:
+def _detail(seen: Standing) -> str:
+    """What is to be said of the phase that the run is in."""
+    if seen.phase is Phase.QUEUED:
+        return " ".join(_reason(seen)).strip() or "Slurm does not answer; trying again"
+    if seen.phase is Phase.STARTING:
         return f"{seen.started} of {counted(seen.nodes, 'node')}"
-    if phase is Phase.CHECKING:
-        doing = ", ".join(
-            f"{what} on {count}" if seen.nodes > 1 else what for what, count in (seen.doing or {}).items()
-        )
+    if seen.phase is Phase.CHECKING:
+        doing = ", ".join(what if seen.nodes == 1 else f"{what} on {count}" for what, count in seen.doing.items())
         return f"{seen.fit} of {counted(seen.nodes, 'node')} done{f'; {doing}' if doing else ''}"
-    if phase is Phase.LOADING:
-        return "torch, model, data, first step"
-    return ENDING if phase is Phase.ENDING else ""
+    return {Phase.LOADING: "torch, model, data, first step", Phase.ENDING: ENDING}.get(seen.phase, "")
 
 
 def plain_line(progress: Progress, unit: str = "GPU") -> str:
     """One snapshot as one line of plain text."""
-    parts = [
-        f"step {progress.step}/{progress.steps_total}",
-        f"loss {progress.loss:.2f}",
-        f"tps {progress.tps:,.0f}{_spread(progress)}",
-    ]
-    if progress.tflops is not None and unit == "GPU":
-        parts.append(f"tflops {progress.tflops:,.2f}")
-    parts.append(_mfu(progress, unit))
-    parts.append(_memory(progress))
-    if progress.seconds_left is not None:
-        parts.append(f"left {duration(progress.seconds_left)}")
-    return "  ".join(parts)
+    nodes, logged = len(progress.records), sum(1 for count in progress.records.values() if count)
+    tps = f"tps {progress.tps:,.0f}"
+    if nodes > 1:
+        of = "nodes" if logged == nodes else f"{logged} of {nodes} nodes"
+        tps += f" ({of} {progress.tps_min:,.0f}..{progress.tps_max:,.0f}, slowest {plain(progress.slowest_node)})"
+    left = [] if progress.seconds_left is None else [f"left {duration(progress.seconds_left)}"]
+    step = [f"step {progress.step}/{progress.steps_total}", f"loss {progress.loss:.2f}", tps]
+    return "  ".join([*step, *_machine(progress, unit), *left])
 
 
-def _spread(progress: Progress) -> str:
-    if len(progress.records) < 2:
-        return ""
-    logged = sum(1 for count in progress.records.values() if count)
-    nodes = "nodes" if logged == len(progress.records) else f"{logged} of {len(progress.records)} nodes"
-    return f" ({nodes} {progress.tps_min:,.0f}..{progress.tps_max:,.0f}, slowest {plain(progress.slowest_node)})"
-
-
-def _mfu(progress: Progress, unit: str) -> str:
+def _machine(progress: Progress, unit: str) -> list[str]:
+    """TFLOP/s and MFU, of which CPUs have no peak; memory."""
+    memory = f"memory {progress.memory_gib:.2f}GiB ({progress.memory_pct:.2f}%)"
     if unit != "GPU":
-        return "mfu n/a"
-    return f"mfu {mfu_text(progress.mfu_pct, progress.peak_tflops, unit='')}"
-
-
-def _memory(progress: Progress) -> str:
-    return f"memory {progress.memory_gib:.2f}GiB ({progress.memory_pct:.2f}%)"
+        return ["MFU n/a", memory]
+    tflops = [] if progress.tflops is None else [f"tflops {progress.tflops:,.2f}"]
+    return [*tflops, f"MFU {mfu_text(progress.mfu_pct, progress.peak_tflops, unit='')}", memory]
 
 
 # --- on a terminal ------------------------------------------------------------------------------------------
@@ -182,25 +149,34 @@ def _screen(stream: TextIO) -> Iterator[Live]:
         yield live
 
 
-@contextmanager
-def _no_screen() -> Iterator[None]:
-    yield None
-
-
-def _panel(seen: Standing, about: About, why: Sequence[str]) -> RenderableType:
-    """Lines that fit 80 columns, and none that wraps on less. Text, not markup: a node's name is not ours to trust."""
+def _group(parts: Iterable[tuple[str, str] | RenderableType]) -> RenderableType:
+    """(text, style), which does not wrap: as Text, not markup, as a node's name is not ours to trust."""
     from rich.console import Group
     from rich.text import Text
 
-    def text(line: str, style: str = "") -> Text:
-        return Text(plain(line), style=style, no_wrap=True, overflow="ellipsis")
+    def line(text: str, style: str) -> Text:
+        return Text(plain(text), style=style, no_wrap=True, overflow="ellipsis")
+
+    return Group(*(line(*part) if isinstance(part, tuple) else part for part in parts))
+
+
+def _panel(seen: Standing, about: About, why: Sequence[str]) -> RenderableType:
+    """Lines that fit 80 columns."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
 
     *before, current = [f"  {name:<14} {took:>7}  {detail}".rstrip() for name, took, detail in phase_rows(seen)]
-    parts: list[RenderableType] = [text(about.name, "bold").append(f"  {plain(about.what)}", "not bold")]
-    parts += [*(text(line, "dim") for line in before), text(current)]
-    if seen.progress:
-        parts += [_bar(seen.progress), *map(text, figures(seen.progress, about))]
-    return Group(*parts, *(text(f"  {line}") for line in why if seen.phase is Phase.QUEUED))
+    parts: list[tuple[str, str] | RenderableType] = [(f"{about.name}  {about.what}", "bold")]
+    parts += [*((line, "dim") for line in before), (current, "")]
+    if progress := seen.progress:
+        bar = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None):
+            bar.add_column(no_wrap=True, ratio=ratio)
+        left = "" if progress.seconds_left is None else f"{duration(progress.seconds_left)} left"
+        done = ProgressBar(total=max(1, progress.steps_total), completed=progress.step)
+        bar.add_row(f"step {progress.step}/{progress.steps_total}", done, left)
+        parts += [bar, *((line, "") for line in figures(progress, about))]
+    return _group([*parts, *((f"  {line}", "") for line in why if seen.phase is Phase.QUEUED)])
 
 
 def phase_rows(seen: Standing) -> list[tuple[str, str, str]]:
@@ -208,26 +184,11 @@ def phase_rows(seen: Standing) -> list[tuple[str, str, str]]:
     order = list(Phase)
     phases = [phase for phase in order[: order.index(seen.phase) + 1] if phase in seen.began]
     starts = [seen.began[phase] for phase in phases]
-    ends = [*starts[1:], seen.at]
+    rows = zip(phases, starts, [*starts[1:], seen.at], strict=True)
     return [
-        (_called(phase), elapsed(end - start), _detail(seen, phase) if phase is seen.phase else "")
-        for phase, start, end in zip(phases, starts, ends, strict=True)
+        (_CALLED.get(phase, str(phase)), elapsed(end - start), _detail(seen) if phase is seen.phase else "")
+        for phase, start, end in rows
     ]
-
-
-def _bar(progress: Progress) -> RenderableType:
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    left = "" if progress.seconds_left is None else f"{duration(progress.seconds_left)} left"
-    bar = Table.grid(padding=(0, 1), expand=True)
-    bar.add_column(no_wrap=True)
-    bar.add_column(ratio=1)
-    bar.add_column(no_wrap=True)
-    done = ProgressBar(total=max(1, progress.steps_total), completed=progress.step)
-    bar.add_row(Text(f"step {progress.step}/{progress.steps_total}", style="bold"), done, Text(left))
-    return bar
 
 
 def figures(progress: Progress, about: About) -> list[str]:
@@ -235,13 +196,11 @@ def figures(progress: Progress, about: About) -> list[str]:
     tps = f"{progress.tps:,.0f} tokens/s per {about.unit}"
     if about.target:
         tps += f", {100 * progress.tps / about.target:.1f}% of the {about.target_is} {about.target:,.0f}"
-    lines = [f"loss {progress.loss:.4f}  {tps}", f"{_mfu(progress, about.unit)}  {_memory(progress)}"]
-    if progress.tflops is not None and about.unit == "GPU":
-        lines[1] = f"{progress.tflops:,.2f} TFLOP/s  {lines[1]}"
+    lines = [f"loss {progress.loss:.4f}  {tps}", "  ".join(_machine(progress, about.unit))]
     if len(progress.records) > 1:
         behind = 100 * (1 - progress.tps_min / progress.tps) if progress.tps else 0.0
         slowest = f"slowest {progress.slowest_node}: {progress.tps_min:,.0f} tokens/s, {behind:.1f}% below the median"
-        lines.append(slowest + ("" if progress.tps_max <= progress.tps else f"; fastest {progress.tps_max:,.0f}"))
+        lines.append(f"{slowest}; fastest {progress.tps_max:,.0f}")
     return lines
 
 
@@ -255,75 +214,52 @@ def elapsed(seconds: float) -> str:
 # --- all runs -----------------------------------------------------------------------------------------------
 
 
+_HEAD = ("run", "phase", "since", "step", "tokens/s", "left")
+
+
 def watch_all(runs_dir: Path, as_json: bool) -> None:
     """One line for each run until none goes on: a live table on a terminal, elsewhere a line for each news."""
     watchers: dict[Path, Watcher] = {}
-    seen: dict[Path, Standing] = {}
-    ask = attach.patient(lambda: _states(runs_dir))
-    on_screen = not as_json and is_terminal(sys.stdout)
-    with _screen(sys.stdout) if on_screen else _no_screen() as live:
-        while True:
-            found = ask() or []
-            going = [(run, state) for run, state in found if state.active or run.path in seen]
-            for run, state in going:
-                before = seen.get(run.path)
-                try:
-                    now = watchers.setdefault(run.path, Watcher(run)).look(state)[-1]
-                except LauncherError:  # its logs cannot be read: `launcher watch RUN` says why
-                    continue
-                seen[run.path] = now
-                if not live and _news(now) != (before and _news(before)):
-                    _say_news(run, now, as_json)
+    rows: dict[str, tuple[str, ...]] = {}
+    with nullcontext() if as_json or not is_terminal(sys.stdout) else _screen(sys.stdout) as live:
+        going = True
+        while going:
+            found = runs.all_runs(runs_dir)
+            states = control.states(found)
+            silent = {name for name in rows if name in states and not (states[name].known or states[name].gone)}
+            going = bool(silent) or any(state.active for state in states.values())
+            for run in (run for run in found if states[run.name].active or run.name in rows):
+                with suppress(LauncherError):  # its logs cannot be read: `launcher watch RUN` says why
+                    seen = watchers.setdefault(run.path, Watcher(run)).look(states[run.name])[-1]
+                    row, before = _row(run.name, seen), rows.get(run.name, _HEAD)
+                    rows[run.name] = row
+                    if not live and (row[1], row[3]) != (before[1], before[3]):
+                        _say(row, seen, as_json)
             if live:
-                live.update(_all_table([(run, seen[run.path]) for run, _ in going if run.path in seen]), refresh=True)
-            if not any(state.active for _, state in found):
-                return
-            time.sleep(attach.ASK_EVERY_S)
+                table = columns([_HEAD, *rows.values()], 2, live.console.width)
+                live.update(_group((line, "") for line in table), refresh=True)
+            if going:
+                time.sleep(attach.ASK_EVERY_S)
 
 
-def _states(runs_dir: Path) -> list[tuple[Run, Any]]:
-    found = runs.all_runs(runs_dir)
-    states = control.states(found)
-    return [(run, states[run.name]) for run in found]
-
-
-def _word(seen: Standing) -> str:
+def _row(name: str, seen: Standing) -> tuple[str, ...]:
     """The phase of a run that goes on, else how it ended."""
-    return _called(seen.phase) if seen.state is None or seen.state.active else seen.state.name
+    progress, active = seen.progress, seen.state is None or seen.state.active
+    left = progress.seconds_left if progress and active else None
+    return (
+        name,
+        _called(seen) if active or not seen.state else seen.state.name,
+        elapsed(seen.at - seen.began.get(seen.phase, seen.at)) if active else "",
+        f"{progress.step}/{progress.steps_total}" if progress else "",
+        f"{progress.tps:,.0f}" if progress else "",
+        "" if left is None else duration(left),
+    )
 
 
-def _news(seen: Standing) -> tuple[str, int | None]:
-    return _word(seen), seen.progress.step if seen.progress else None
-
-
-def _say_news(run: Run, seen: Standing, as_json: bool) -> None:
+def _say(row: Sequence[str], seen: Standing, as_json: bool) -> None:
     if as_json:
         progress = attach.as_dict(seen.progress) if seen.progress else None
-        print_json({"run": run.name, "phase": str(seen.phase), "state": _word(seen), "progress": progress}, indent=None)
+        print_json({"run": row[0], "phase": str(seen.phase), "state": row[1], "progress": progress}, indent=None)
     else:
-        unit = about(run).unit
-        echo(f"{run.name}: {_word(seen)}" + (f"  {plain_line(seen.progress, unit)}" if seen.progress else ""))
-
-
-def _all_table(rows: Sequence[tuple[Run, Standing]]) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 1), expand=False)
-    for title in ("run", "phase", "since", "step", "tokens/s", "left"):
-        is_name = title in ("run", "phase")
-        table.add_column(title, no_wrap=True, overflow="ellipsis", justify="left" if is_name else "right")
-    if not rows:
-        return Text("no run goes on")
-    for run, seen in rows:
-        progress, since = seen.progress, seen.began.get(seen.phase)
-        left = progress.seconds_left if progress and seen.state and seen.state.active else None
-        table.add_row(
-            Text(plain(run.name)),
-            _word(seen),
-            "" if since is None or not (seen.state and seen.state.active) else elapsed(seen.at - since),
-            f"{progress.step}/{progress.steps_total}" if progress else "",
-            f"{progress.tps:,.0f}" if progress else "",
-            "" if left is None else duration(left),
-        )
-    return table
+        cells = [f"  {name} {cell}" for name, cell in zip(_HEAD[2:], row[2:], strict=True) if cell]
+        echo(f"{row[0]}: {row[1]}{''.join(cells)}")

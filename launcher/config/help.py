@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from launcher.base.output import echo
 
@@ -22,7 +22,17 @@ _ALL = "launcher.help_all"
 
 
 class RunOption(click.Option):
-    """One that every command of runs has; the others are a command's own."""
+    """One that every command of runs has; the others are a command's own. What takes a path completes paths."""
+
+    def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = [item for item in super().shell_complete(context, incomplete) if item.type == "plain"]
+        kind = {"DIR": "dir", "FILE": "file", "PROFILE": "file", "RECIPE": "file"}.get(self.metavar or "")
+        return or_path(found, incomplete, kind) if kind else found
+
+
+def or_path(found: list[CompletionItem], incomplete: str, kind: str) -> list[CompletionItem]:
+    """A shell then completes files or directories itself; `kind`: "file" or "dir"."""
+    return found or [CompletionItem(incomplete, type=kind)]
 
 
 class RunCommand(click.Command):
@@ -30,16 +40,8 @@ class RunCommand(click.Command):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.params.append(
-            click.Option(
-                ["--help-all"],
-                is_flag=True,
-                is_eager=True,
-                expose_value=False,
-                callback=_help_all,
-                help="Explain every option, in sections.",
-            )
-        )
+        about: Any = {"callback": _help_all, "help": "Explain every option, in sections."}
+        self.params.append(click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, **about))
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         found = [p for p in self.get_params(context) if isinstance(p, click.Option) and not p.hidden]
@@ -47,17 +49,18 @@ class RunCommand(click.Command):
         sections = {title: [named[n] for n in names.split() if n in named] for title, names in SECTIONS.items()}
         placed = {option for options in sections.values() for option in options}
         sections["Output"] = [option for option in found if option not in placed]
-        if context.meta.get(_ALL):
-            for title, options in sections.items():
-                _write(title, options, context, formatter)
-            return
-        usual = [named[name] for name in USUAL if name in named]
         own = [option for option in found if not isinstance(option, RunOption)]
-        _write("Usual options", usual, context, formatter)
-        _write(f"Options of {context.info_name}", own, context, formatter)
-        rest = {title: [o for o in options if o not in (*usual, *own)] for title, options in sections.items()}
-        with formatter.section("More options, which --help-all explains"):
-            formatter.write_dl([(title, ", ".join(map(_long, options))) for title, options in rest.items() if options])
+        usual = [named[name] for name in USUAL if name in named]
+        short = {"Usual options": usual, f"Options of {context.info_name}": own}
+        for title, options in (sections if context.meta.get(_ALL) else short).items():
+            with formatter.section(title):
+                records = [record for option in options if (record := option.get_help_record(context))]
+                formatter.write_dl(records, col_max=26)
+        if not context.meta.get(_ALL):
+            rest = {title: [o for o in options if o not in (*usual, *own)] for title, options in sections.items()}
+            with formatter.section("More options, which --help-all explains"):
+                names = {title: ", ".join(max(o.opts, key=len) for o in options) for title, options in rest.items()}
+                formatter.write_dl([(title, text) for title, text in names.items() if text])
 
 
 def _help_all(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
@@ -65,13 +68,3 @@ def _help_all(context: click.Context, _parameter: click.Parameter, asked: bool) 
         context.meta[_ALL] = True
         echo(*context.get_help().split("\n"))
         context.exit()
-
-
-def _write(title: str, options: Sequence[click.Option], context: click.Context, formatter: click.HelpFormatter) -> None:
-    records = [record for option in options if (record := option.get_help_record(context))]
-    with formatter.section(title):
-        formatter.write_dl(records, col_max=26)
-
-
-def _long(option: click.Option) -> str:
-    return max(option.opts, key=len)

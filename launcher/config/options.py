@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.secret import PUBLIC, looks_secret, masked
 from launcher.base.values import parse_toml
-from launcher.config.help import RunOption
+from launcher.config.help import RunOption, or_path
 from launcher.config.layers import FIELDS, absolute, default_runs_dir, names_of, unknown_key
 from launcher.scheduler import slurm
 
@@ -127,17 +127,11 @@ def _toml_value(key: str, text: str) -> Any:
     return text if FIELDS[key].type == "str" and not isinstance(value, str) else value
 
 
-def _names(kind: str) -> Callable[..., list[CompletionItem]]:
-    def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        names = [CompletionItem(name) for name in names_of(kind) if name.startswith(incomplete)]
-        return names or [CompletionItem(incomplete, type="file")]
+def _names(kind: str) -> Callable[..., list[str]]:
+    def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+        return [name for name in names_of(kind) if name.startswith(incomplete)]
 
     return complete
-
-
-def _paths(kind: str) -> Callable[..., list[CompletionItem]]:
-    """`kind`: "file" or "dir"."""
-    return lambda _context, _parameter, incomplete: [CompletionItem(incomplete, type=kind)]
 
 
 def _partitions(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -158,8 +152,7 @@ def _run_names(context: click.Context, _parameter: click.Parameter, incomplete: 
 
 
 def run_or_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    names = [CompletionItem(name) for name in _run_names(context, parameter, incomplete)]
-    return names or [CompletionItem(incomplete, type="file")]
+    return or_path([CompletionItem(name) for name in _run_names(context, parameter, incomplete)], incomplete, "file")
 
 
 def gone(option: str, instead: str, *, is_flag: bool = False) -> Callable[..., Any]:
@@ -175,8 +168,9 @@ def gone(option: str, instead: str, *, is_flag: bool = False) -> Callable[..., A
 def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--runs-dir",
+        cls=RunOption,
+        metavar="DIR",
         type=click.Path(path_type=Path),
-        shell_complete=_paths("dir"),
         envvar="LAUNCHER_RUNS_DIR",
         default=default_runs_dir,
         show_default="runs, or job.runs_dir of your configuration",
@@ -204,12 +198,7 @@ OPTIONS = (
         metavar="[RUN.toml]",
         shell_complete=run_or_file,
     ),
-    _option(
-        "--image",
-        metavar="FILE",
-        shell_complete=_paths("file"),
-        help="Image that the job runs in: a .sqsh (Pyxis) or .sif (Apptainer).",
-    ),
+    _option("--image", metavar="FILE", help="Image that the job runs in: a .sqsh (Pyxis) or .sif (Apptainer)."),
     _option("--nodes", type=int, help="Number of nodes.  [default: 1]"),
     _option(
         "--gpu",
@@ -220,7 +209,7 @@ OPTIONS = (
     _option("--gpus-per-node", type=int, help="GPUs used on each node; with the cpu profile, ranks."),
     _option(
         "--recipe",
-        metavar="NAME",
+        metavar="RECIPE",
         shell_complete=_names("recipes"),
         help="llama3-8b, llama3-8b-fast, llama3-8b-nvfp4, llama3-8b-finetune, llama3-70b, llama3-70b-tp, debug, or a "
         "TOML file.  [default: llama3-8b]",
@@ -231,7 +220,6 @@ OPTIONS = (
     _option(
         "--data",
         metavar="DIR",
-        shell_complete=_paths("dir"),
         help="C4: a directory with README.md and en/, 'hub' or s3://bucket/prefix to stream, or 'sample'.  "
         "[default: /data/c4]",
     ),
@@ -240,16 +228,10 @@ OPTIONS = (
         metavar="I/N",
         help="Read the I-th of N parts of the data, which share no file: for runs that go on from one another.",
     ),
-    _option(
-        "--tokenizer",
-        metavar="DIR",
-        shell_complete=_paths("dir"),
-        help="Directory with tokenizer.json, or 'sample'.",
-    ),
+    _option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),
     _option(
         "--init-from",
         metavar="DIR",
-        shell_complete=_paths("dir"),
         help="Start from these weights in the Hub's format (launcher stage model), not from random ones.",
     ),
     _option("--partition", "-p", shell_complete=_partitions, help="Slurm partition."),
@@ -291,7 +273,6 @@ OPTIONS = (
     _option(
         "--runs-dir",
         metavar="DIR",
-        shell_complete=_paths("dir"),
         envvar="LAUNCHER_RUNS_DIR",
         show_envvar=True,
         help="Where the run directory is made; every node must see it.  [default: runs]",

@@ -87,6 +87,12 @@ class Run:
         return steps if type(steps) is int and 0 <= steps <= 10**9 else 0
 
     @property
+    def nodes(self) -> int:
+        """How many were asked for; 0 where the run directory does not say."""
+        nodes = self.asked["job"].get("nodes")
+        return nodes if type(nodes) is int and nodes > 0 else 0
+
+    @property
     def intent(self) -> dict[str, Any] | None:
         found = read_json(self.path / "intent.json")
         at = (found or {}).get("at")

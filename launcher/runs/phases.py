@@ -52,84 +52,69 @@ class Watcher:
     """Looks at one run again and again, and remembers when it was first seen in a phase."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self._run, self._nodes = run, run.nodes
         self._follower = Follower(run.logs, run.steps)
         self._began: dict[Phase, float] = {}
-        self._offsets: dict[str, float] = {}
         self._progress: Progress | None = None
-        nodes = run.asked["job"].get("nodes")
-        self._nodes = nodes if type(nodes) is int and nodes > 0 else 0
+        self._before: tuple[Phase, int, int, Mapping[str, int]] = (Phase.STARTING, 0, 0, {})
 
     def look(self, state: JobState | None) -> list[Standing]:
         """One standing for each step that was logged since the last look, or one for none."""
-        began = self._script_began()
-        self._began[Phase.QUEUED] = (self.run.intent or {}).get("at") or self._began.get(Phase.QUEUED) or self._now()
+        end = self._run.end or {}
+        at = _number(end, "ended_at") or time.time()
+        self._begin(Phase.QUEUED, (self._run.intent or {}).get("at"), at)
+        began = _number(end, "began_at")
+        with suppress(OSError):
+            began = began or (self._run.path / "claim" / "job_id").stat().st_mtime
         if began is None and (state is None or state.name in (*WAITING, "SUBMITTING")):
-            return [Standing(Phase.QUEUED, dict(self._began), state, self._now(), self._nodes)]
-        self._began[Phase.STARTING] = began or self._now()
+            return [Standing(Phase.QUEUED, dict(self._began), state, at, self._nodes)]
+        self._begin(Phase.STARTING, began, at)
         seen = []
         for progress in self._follower.read():
             self._progress = progress
-            seen.append(self._training(state))
-        if seen:
-            return seen
-        return [self._training(state) if self._progress else self._before_training(state)]
+            seen.append(self._standing(state, at))
+        return seen or [self._standing(state, at)]
 
-    def _now(self) -> float:
-        ended = _moment(self.run.end or {}, "ended_at")
-        return time.time() if ended is None else ended
+    def _standing(self, state: JobState | None, at: float) -> Standing:
+        if Phase.TRAINING not in self._began:  # from then on the records stay as they are
+            self._before = self._before_training(at)
+        phase, started, fit, doing = self._before
+        if self._progress:
+            phase = Phase.TRAINING
+            self._begin(phase, self._first_step(), at)
+            if self._progress.step >= self._progress.steps_total:
+                phase = Phase.ENDING
+                self._begin(phase, None, at)
+        return Standing(phase, dict(self._began), state, at, self._nodes, started, fit, doing, self._progress)
 
-    def _script_began(self) -> float | None:
-        if began := _moment(self.run.end or {}, "began_at"):
-            return began
-        with suppress(OSError):
-            return (self.run.path / "claim" / "job_id").stat().st_mtime
-        return self._began.get(Phase.STARTING)
-
-    def _training(self, state: JobState | None) -> Standing:
-        assert self._progress is not None
-        is_done = self._progress.step >= self._progress.steps_total
-        if Phase.TRAINING not in self._began:
-            self._before_training(state)  # when the phases before it began, of a run that is watched from here on
-            self._since(Phase.TRAINING, self._first_step())
-        if is_done:
-            self._since(Phase.ENDING, None)
-        phase = Phase.ENDING if is_done else Phase.TRAINING
-        count = self._nodes
-        return Standing(phase, dict(self._began), state, self._now(), count, count, count, progress=self._progress)
-
-    def _before_training(self, state: JobState | None) -> Standing:
-        records = {str(record.get("host")): record for record in self.run.node_records}
-        at_it = [mark for path in (self.run.path / "nodes").glob("*.doing") if (mark := read_json(path))]
-        offsets = {host: _moment(record, "utc_offset_s") for host, record in records.items()}
-        self._offsets = {host: offset for host, offset in offsets.items() if offset is not None}
-        started = [moment for one in (*records.values(), *at_it) if (moment := _moment(one, "time"))]
-        fit = [record for record in records.values() if record.get("ok") is True]
+    def _before_training(self, at: float) -> tuple[Phase, int, int, Mapping[str, int]]:
+        records = self._run.node_records
+        marks = [mark for path in (self._run.path / "nodes").glob("*.doing") if (mark := read_json(path))]
+        started = [moment for one in (*records, *marks) if (moment := _number(one, "time"))]
+        fit = [record for record in records if record.get("ok") is True]
         phase = Phase.STARTING
         if self._nodes and len(started) >= self._nodes:
             phase = Phase.CHECKING
-            self._since(phase, max(started))
+            self._begin(phase, max(started), at)
         if self._nodes and len(fit) >= self._nodes:
             phase = Phase.LOADING
-            ends = [(_moment(record, "time") or 0.0) + (_moment(record, "check_s") or 0.0) for record in fit]
-            self._since(phase, max(ends))
-        doing = Counter(str(mark.get("doing")) for mark in at_it)
-        return Standing(phase, dict(self._began), state, self._now(), self._nodes, len(started), len(fit), doing)
+            ends = [(_number(record, "time") or 0.0) + (_number(record, "check_s") or 0.0) for record in fit]
+            self._begin(phase, max(ends), at)
+        return phase, len(started), len(fit), Counter(str(mark.get("doing")) for mark in marks)
 
     def _first_step(self) -> float | None:
         """By the node's own clock, whose zone its record says: logs carry none."""
         host, moment = self._follower.first or ("", 0.0)
-        offset = self._offsets.get(host)
-        return None if offset is None else moment - offset
+        offsets = [_number(r, "utc_offset_s") for r in self._run.node_records if r.get("host") == host]
+        return moment - offsets[0] if offsets and offsets[0] is not None else None
 
-    def _since(self, phase: Phase, moment: float | None) -> None:
+    def _begin(self, phase: Phase, moment: float | None, at: float) -> None:
+        """Where no moment is known, or one that cannot be, it is the first at which it was seen."""
         if phase not in self._began:
             last = max(self._began.values(), default=0.0)
-            self._began[phase] = max(last, moment) if moment and moment <= self._now() else self._now()
+            self._began[phase] = max(last, moment) if moment and moment <= at else at
 
 
-def _moment(record: Mapping[str, Any], key: str) -> float | None:
-    value = record.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e11:
-        return float(value)
-    return None
+def _number(record: Mapping[str, Any], key: str) -> float | None:
+    value: Any = record.get(key)
+    return float(value) if type(value) in (int, float) and abs(value) < 1e11 else None

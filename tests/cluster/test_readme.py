@@ -40,7 +40,7 @@ def test_make_demo() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "COMPLETED" in done.stdout and "step 20/20" in done.stdout
-    assert re.search(r"^\|\S+ +\|1 \(\d+ GPU\) +\|4 +\|step: 20  loss: ", done.stdout, re.MULTILINE)
+    assert re.search(r"^\|\S+ +\|1 \(\d+ (?:GPU|ranks)\) +\|4 +\|step: 20  loss: ", done.stdout, re.MULTILINE)
     shown = README.split("<!-- demo-output -->")[1]
     assert "COMPLETED" in shown and "step: 20  loss:" in shown, "the README shows what the demo prints"
     assert re.search(r"^report\.html: \d+ runs?, 0 incomplete$", done.stdout, re.MULTILINE)

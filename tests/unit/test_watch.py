@@ -36,18 +36,18 @@ SEEN = Progress(
 )
 LINE = (
     "step 20/100  loss 6.43  tps 17,581 (nodes 17,402..17,690, slowest gpu-007)  tflops 1,018.20  "
-    "mfu 45.25% of 2250  memory 158.61GiB (86.20%)  left 3 min 00 s"
+    "MFU 45.25% of 2250  memory 158.61GiB (86.20%)  left 3 min 00 s"
 )
 
 
 def test_the_plain_line() -> None:
     assert plain_line(SEEN) == LINE
     assert plain_line(replace(SEEN, records={"gpu-007": 3}, seconds_left=None)) == (
-        "step 20/100  loss 6.43  tps 17,581  tflops 1,018.20  mfu 45.25% of 2250  memory 158.61GiB (86.20%)"
+        "step 20/100  loss 6.43  tps 17,581  tflops 1,018.20  MFU 45.25% of 2250  memory 158.61GiB (86.20%)"
     )
     assert "tps 17,581 (1 of 2 nodes 17,402..17,690" in plain_line(replace(SEEN, records={"a": 1, "b": 0}))
     odd = plain_line(replace(SEEN, loss=float("nan"), tflops=None, mfu_pct=None, peak_tflops=None))
-    assert "loss nan" in odd and "tflops" not in odd and "mfu N/A" in odd
+    assert "loss nan" in odd and "tflops" not in odd and "MFU n/a" in odd
 
 
 ABOUT = About("my-run", "llama3-8b on 9 nodes x 4 GB200, job 7", "GPU", 17975.0, "published")
@@ -92,11 +92,11 @@ def test_phases_with_what_they_took() -> None:
 def test_figures_against_the_published_one_and_of_cpu_ranks() -> None:
     assert figures(SEEN, ABOUT) == [
         "loss 6.4277  17,581 tokens/s per GPU, 97.8% of the published 17,975",
-        "1,018.20 TFLOP/s  mfu 45.25% of 2250  memory 158.61GiB (86.20%)",
+        "tflops 1,018.20  MFU 45.25% of 2250  memory 158.61GiB (86.20%)",
         "slowest gpu-007: 17,402 tokens/s, 1.0% below the median; fastest 17,690",
     ]
     on_cpu = figures(replace(SEEN, records={"a": 1}), About("r", "debug", "rank"))
-    assert on_cpu == ["loss 6.4277  17,581 tokens/s per rank", "mfu n/a  memory 158.61GiB (86.20%)"]
+    assert on_cpu == ["loss 6.4277  17,581 tokens/s per rank", "MFU n/a  memory 158.61GiB (86.20%)"]
 
 
 def test_a_pipe_tells_each_phase_once_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_a_pipe_tells_each_phase_once_on_stderr(capsys: pytest.CaptureFixture[st
         standing(None, Phase.STARTING),
         standing(),
     ]
-    show(seen, ABOUT, stream := io.StringIO(), False, lambda one: ["because"] if one.state else [])
+    show(seen, ABOUT, stream := io.StringIO(), False, lambda state: ["because"] if state else [])
     assert capsys.readouterr().err.splitlines() == [
         "my-run: PENDING Priority",
         "  because",
