@@ -90,7 +90,7 @@ def test_the_quick_start(slurm: Cluster, train_image: Path, user_dir: Path) -> N
     assert len(codes) == len(lines), done.stdout + done.stderr
     # Nine nodes are more than there are here: that run waits, and has no result yet.
     assert codes == ["0"] * (len(lines) - 1) + ["10"], done.stdout + done.stderr
-    assert "|CPU     |2 (4 GPU)                    |4         |step: 20  loss:" in done.stdout
+    assert "|CPU     |2 (4 ranks)                  |4         |step: 20  loss:" in done.stdout
     assert re.search(r"llama3-8b-cpu-9n-\S+: PENDING", done.stdout)
     cancel = [
         "bash",
