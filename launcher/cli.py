@@ -23,7 +23,8 @@ COMMANDS = {
     "accept": ("judge:accept", "Judge a run: PASS, FAIL or CANNOT SAY, with reasons."),
     "cancel": ("runs:cancel", "Cancel a run."),
     "cluster": ("cluster:cluster", "Show what this Slurm cluster is, and which nodes are left out."),
-    "compare": ("judge:compare", "Show two results side by side, and what is noise."),
+    "compare": ("judge:compare", "Compare two results and show which differences exceed noise."),
+    "completion": ("completion:completion", "Print the script with which bash, zsh or fish completes commands."),
     "config": ("config:config", "Settings and where they come from."),
     "image": ("image:image", "Build, convert, inspect and check the image that jobs run in."),
     "init": ("init:init", "Set up your defaults for this cluster."),
@@ -35,7 +36,7 @@ COMMANDS = {
     "report": ("report:report", "Write runs as one HTML page, and its charts."),
     "results": ("results:results", "Print results as the published table has them."),
     "stage": ("stage:stage", "Stage data, tokenizer, weights and images, verified."),
-    "status": ("runs:status", "Tell how a run stands (default: the newest), and why."),
+    "status": ("runs:status", "Tell how runs stand (default: the newest), and why."),
     "submit": ("submit:submit", "Submit a run to Slurm, or with --local start it here."),
     "sweep": ("sweep:sweep", "Submit a matrix of nodes, batch sizes and recipes."),
     "version": ("version:version", "Print the versions of the launcher and of what it uses."),
@@ -102,9 +103,6 @@ def launcher() -> None:
     Exit codes: 0 done, 1 error, 2 usage, 3 invalid value or image, 4 not found, 5 run exists, 6 Slurm,
     7 file system, 8 job failed, 9 job's end unknown, 10 no data yet, 11 unfit nodes, 12 accept: FAIL,
     13 accept: CANNOT SAY, 130 interrupted.
-
-    \b
-    Shell completion: eval "$(_LAUNCHER_COMPLETE=bash_source launcher)"     (or zsh_source, fish_source)
     """
 
 

@@ -103,6 +103,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     found = Findings(facts["problems"], facts["warnings"])
     with noting(facts, "run directory"):
         check_run_dir(run_dir)
+        tell(run_dir, facts, "software and data")
     with noting(facts, "network"):
         facts.update(find_network(node, env))
     with noting(facts, "scratch"):
@@ -132,6 +133,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
         with noting(facts, "command"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
+        tell(run_dir, facts, "speed")
         facts.update(measure(crew, node, facts["host"], env, found))
     return command, added
 
@@ -193,6 +195,8 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
     before = len(facts["problems"])
     if before:
         fail(facts, run_dir)
+    else:
+        tell(run_dir, facts, "the nodes together")
 
     def publish(verdict: dict[str, Any]) -> None:
         """The verdict and what it says of this node, told and recorded before another's end can end this process."""
@@ -244,8 +248,16 @@ def fail(facts: Facts, run_dir: Path | None, told: int = 0) -> int:
 def save(run_dir: Path, facts: Facts) -> None:
     """This node's own record."""
     facts["check_s"] = round(time.time() - facts["time"], 1)
-    name = f"{facts['node']:04d}-{facts['host']}.json"
-    write(run_dir / "nodes" / name, json.dumps(facts, indent=2) + "\n")
+    file = run_dir / "nodes" / f"{facts['node']:04d}-{facts['host']}.json"
+    write(file, json.dumps(facts, indent=2) + "\n")
+    file.with_suffix(".doing").unlink(missing_ok=True)
+
+
+def tell(run_dir: Path, facts: Facts, doing: str) -> None:
+    """What this node is at, for who watches the run: a check may take minutes, and its log is silent until its end."""
+    with contextlib.suppress(OSError):
+        file = run_dir / "nodes" / f"{facts['node']:04d}-{facts['host']}.doing"
+        write(file, json.dumps({"doing": doing, "time": facts["time"]}) + "\n")
 
 
 def ok_line(facts: Facts) -> str:

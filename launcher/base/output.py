@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -37,11 +38,21 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()  # None: closed by the caller, as in `launcher ... <&-`
 
 
-def columns(rows: Sequence[Sequence[str]], left: int = 99) -> list[str]:
+def terminal_width() -> int:
+    """Columns of the terminal that stdout is; 0 for a pipe or a file."""
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else 0
+
+
+def columns(rows: Sequence[Sequence[str]], left: int = 99, width: int = 0) -> list[str]:
     """Side by side, each as wide as it needs: `left` of them to the left, then figures to the right; the last as it
-    is.
+    is. Where they are wider than `width`, the first, which is a name, loses its middle.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    over = sum(widths) + 2 * (len(widths) - 1 - (widths[-1] == 0)) - width
+    if width and over > 0:
+        most = max(12, widths[0] - over)
+        rows = [(shortened(first, most), *others) for first, *others in rows]
+        widths[0] = min(widths[0], most)
     widths[-1] = 0
     return [
         "  ".join(
@@ -52,9 +63,19 @@ def columns(rows: Sequence[Sequence[str]], left: int = 99) -> list[str]:
     ]
 
 
+def shortened(text: str, most: int) -> str:
+    """With its beginning and its end, which tell names of runs apart."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[len(text) - (most - most // 2) :]}"
+
+
 def counted(number: int, what: str) -> str:
     """`1 node`, `1,024 nodes`"""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def size(nodes: int, each: int, gpu: str, on_cpu: bool = False) -> str:
+    """`9 nodes x 4 GB200`; on CPUs the processes are no GPUs: `1 node x 2 CPU ranks`"""
+    return f"{counted(nodes, 'node')} x {counted(each, f'{gpu} rank') if on_cpu else f'{each} {gpu}'}"
 
 
 def duration(seconds: float) -> str:

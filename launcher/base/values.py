@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 DEEPEST = 64  # objects and lists in each other; nothing of ours has ten
@@ -18,6 +18,14 @@ LARGEST = 2**63 - 1  # of a whole number; Python refuses to print those of 4,300
 def whole(text: object) -> int | None:
     """A whole number from its decimal digits (ASCII, 15 at most), or None for anything else."""
     return int(text) if isinstance(text, str) and re.fullmatch("[0-9]{1,15}", text) else None
+
+
+def guessed(word: str, known: Collection[str], most: int = 1) -> list[str]:
+    """Which of the known words a mistyped one may mean: only what is near, or what it is the beginning of."""
+    from difflib import get_close_matches
+
+    begun = [name for name in known if len(word) > 2 and name.startswith(word)]
+    return begun[:most] or get_close_matches(word, known, most, 0.65)
 
 
 def parse_json(data: str | bytes) -> Any:

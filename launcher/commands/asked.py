@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launcher.base.finding import ERROR, WARNING, Finding
-from launcher.base.output import warn
+from launcher.base.output import size, warn
 from launcher.config import resolve
 from launcher.config.layers import Layer
 from launcher.config.options import RunOptions
@@ -70,5 +70,5 @@ def tell(findings: Sequence[Finding], force: bool) -> None:
 
 
 def describe_run(spec: RunSpec) -> str:
-    nodes = f"{spec.job.nodes} node{'s' if spec.job.nodes > 1 else ''}"
-    return f"{spec.job.recipe} on {nodes} x {spec.profile.gpus_per_node} {spec.profile.gpu}"
+    profile = spec.profile
+    return f"{spec.job.recipe} on {size(spec.job.nodes, profile.gpus_per_node, profile.gpu, profile.device == 'cpu')}"

@@ -6,6 +6,7 @@ import click
 
 from launcher.base.output import as_json, echo, print_json, style
 from launcher.commands.asked import spec_of
+from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 
 
@@ -14,7 +15,7 @@ def config() -> None:
     """Settings and where they come from."""
 
 
-@config.command("show")
+@config.command("show", cls=RunCommand)
 @run_options
 @as_json
 def config_show(options: RunOptions, as_json: bool) -> None:

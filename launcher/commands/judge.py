@@ -15,11 +15,13 @@ from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_json
 from launcher.base.output import as_json, confirm, echo, is_terminal, print_json, style, warn
-from launcher.commands.asked import looked_at, secrets_of, spec_of, tell
+from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
 from launcher.commands.report import cause_of
 from launcher.commands.runs import remembered
-from launcher.commands.start import say_where, submitted
-from launcher.config.options import RunOptions, run_options, runs_dir_option
+from launcher.commands.start import node_hours, say_where, submitted
+from launcher.commands.watching import watch
+from launcher.config.help import RunCommand
+from launcher.config.options import RunOptions, run_options, run_or_file, runs_dir_option
 from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.nodes import unfit
 from launcher.results import accept as judging
@@ -29,7 +31,7 @@ from launcher.results.outcome import Outcome
 from launcher.results.published import nearest, published, same_gpu
 from launcher.results.read import outcome_of
 from launcher.results.sides import results_in
-from launcher.runs import attach, control
+from launcher.runs import control
 from launcher.runs.directory import Run, open_run
 from launcher.scheduler.state import JobState
 
@@ -51,16 +53,16 @@ def _share(_context: click.Context, parameter: click.Parameter, value: str) -> f
 
 
 @click.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", shell_complete=run_or_file)
+@click.argument("b", metavar="B", shell_complete=run_or_file)
 @runs_dir_option
+@click.option("--exit-code", is_flag=True, help="Exit with 12 where B is slower, with 13 where that cannot be said.")
 @as_json
-def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
-    """Show two results side by side, and what is noise.
+def compare(a: str, b: str, runs_dir: Path, exit_code: bool, as_json: bool) -> None:
+    """Compare two results and show which differences exceed noise.
 
-    Settings that differ, figures, and whether their difference is more than noise. A and B are runs (a name or a
-    path), files (what launcher results --format json wrote, or a CSV in the form of slurm/reference-results.csv), or
-    the word published: the published row that matches the other best.
+    A and B are runs (a name or a path), files (what launcher results --format json wrote, or a CSV in the form of
+    slurm/reference-results.csv), or the word published: the published row that matches the other best.
 
     \b
     launcher compare before-driver-update after-driver-update
@@ -70,8 +72,14 @@ def compare(a: str, b: str, runs_dir: Path, as_json: bool) -> None:
     first, second = _two(a, b, runs_dir)
     found = comparison.compare(first, second)
     if as_json:
-        return print_json(comparison.as_dict(found))
-    echo(*comparison.as_text(found, lambda text: style(text, fg="yellow")))
+        print_json(comparison.as_dict(found))
+    else:
+        echo(*comparison.as_text(found, lambda text: style(text, fg="yellow")))
+    if exit_code:
+        sys.exit(_COMPARED.get(found.verdict, ExitStatus.OK))
+
+
+_COMPARED = {comparison.Verdict.SLOWER: ExitStatus.BELOW, comparison.Verdict.CANNOT_SAY: ExitStatus.CANNOT_SAY}
 
 
 def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
@@ -98,7 +106,7 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     return row
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @click.option(
     "--threshold",
@@ -183,11 +191,11 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
             f"no result of a {gpu} to measure it by: the verdict can be FAIL or CANNOT SAY; "
             "--baseline FILE or RUN takes one of yours"
         )
-    size = f"{spec.job.recipe} on {spec.job.nodes} x {spec.profile.gpus_per_node} {gpu}"
+    size = describe_run(spec)
     asking = not (yes or force or spec.job.scheduler == "local")
     asking = asking and is_terminal(sys.stdin) and is_terminal(sys.stderr)
     if asking:
-        confirm(f"Submit {size} and judge it?", err=True)
+        confirm(f"Submit {size} ({node_hours(spec)}) and judge it?", err=True)
 
     with submitted(spec, secrets) as (run, job_id):
         echo(f"{run.name}: job {job_id}, {size}", err=True)
@@ -197,8 +205,7 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
 def _end_of(run: Run) -> JobState:
     """Shows the run's progress on stderr until it has ended. Ctrl-C ends this program, not the run."""
     try:
-        attach.wait_for_start(run, lambda state: echo(attach.waiting_text(run, state), err=True))
-        attach.show(run, sys.stderr)
+        watch(run, sys.stderr)
     except KeyboardInterrupt:
         echo("", f"detached; {run.name} goes on: {quoted('launcher', 'accept', run.reference, '--follow')}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
@@ -220,7 +227,9 @@ def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, 
         state=state.name,
     )
     inputs |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": __version__}
-    kept = judging.as_dict(run.name, outcome, verdict, inputs)
+    kept = judging.as_dict(run.name, outcome, verdict, inputs) | {
+        "next": (steps := _next_steps(run, state, verdict, inputs["baseline"]))
+    }
     try:
         write_json(run.path / FILE, kept)
     except LauncherError as error:
@@ -229,7 +238,26 @@ def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, 
         print_json(kept)
     else:
         _print(judging.headline(run.name, outcome, verdict), verdict)
+        for step in steps:
+            echo(f"  {'try':<10}  {step}")
     sys.exit(verdict.exit)
+
+
+def _next_steps(run: Run, state: JobState, verdict: Verdict, baseline: str) -> list[str]:
+    """After a FAIL, what to type: leave the slow nodes out, or see what differs; then the run again."""
+    if verdict.word != "FAIL":
+        return []
+    slow = [host for reason in verdict.reasons for host in reason.nodes]
+    steps = []
+    if slow:
+        steps = [quoted("launcher", "cluster", "nodes", "add", *slow, "--reason", f"slow in {run.name}")]
+    elif state.name != "COMPLETED":
+        steps = [quoted("launcher", "status", run.reference)]
+    elif verdict.baseline:
+        steps = [quoted("launcher", "compare", run.reference, baseline)]
+    file = run.path / "run.toml"
+    file = file.relative_to(here) if file.is_relative_to(here := Path.cwd()) else file
+    return [*steps, quoted("launcher", "accept", file, "--name", f"{run.name[:58]}-again")]
 
 
 def _faults(run: Run, state: JobState) -> list[str]:

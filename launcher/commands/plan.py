@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from launcher.base.errors import quoted
-from launcher.base.output import as_json, counted, duration, echo, print_json
-from launcher.commands.asked import spec_of
+from launcher.base.output import as_json, duration, echo, print_json
+from launcher.commands.asked import describe_run, spec_of
 from launcher.config import resolve
+from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 from launcher.config.spec import PlacedRun, RunSpec
 from launcher.plan import plan as core
@@ -18,7 +19,7 @@ from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @click.option(
     "--prove", "proved", is_flag=True, help="Have torchtitan build the run at its true size, without GPUs: a minute."
@@ -59,9 +60,9 @@ def _on_its_nodes(spec: RunSpec) -> RunSpec:
 
 def lines(spec: RunSpec, found: Plan) -> list[str]:
     """The plan for people. Pure."""
-    recipe, nodes = spec.recipe, spec.job.nodes
+    recipe = spec.recipe
     rows = [
-        f"{spec.job.recipe} on {counted(nodes, 'node')} x {spec.profile.gpus_per_node} {spec.profile.gpu}, "
+        f"{describe_run(spec)}, "
         f"batch {recipe.local_batch_size}, {recipe.steps:,} steps of {found.tokens // recipe.steps:,} tokens",
         "",
         f"memory      {_memory(spec, found)}",

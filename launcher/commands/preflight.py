@@ -9,13 +9,14 @@ import click
 from launcher.base.finding import OK
 from launcher.base.output import as_json, echo, print_json, style
 from launcher.commands.asked import describe_run, looked_at, spec_of
+from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 from launcher.preflight.text import as_dict, refusal, words
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @as_json
 def preflight(options: RunOptions, as_json: bool) -> None:

@@ -10,7 +10,7 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import filesystem_error, write_text
-from launcher.base.output import as_json, echo, echo_file, print_json, some, warn
+from launcher.base.output import as_json, echo, echo_file, print_json, some, terminal_width, warn
 from launcher.config.options import gone, run_argument, runs_dir_option
 from launcher.results import formats
 from launcher.results.columns import as_dict
@@ -84,7 +84,7 @@ def results(
     elif form == "torchtitan":
         _submit(outcomes, entity, output)
     else:
-        echo(*(formats.table(outcomes) if several else formats.one_run(outcomes[0])).split("\n"))
+        echo(*(formats.table(outcomes, terminal_width()) if several else formats.one_run(outcomes[0])).split("\n"))
 
 
 def _is_pattern(name: str) -> bool:

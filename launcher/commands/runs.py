@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,18 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json
-from launcher.base.output import age, as_json, clock, columns, echo, print_json, style, warn
+from launcher.base.output import age, as_json, clock, columns, echo, print_json, some, style, terminal_width, warn
+from launcher.commands.watching import about, plain_line, watch_all
+from launcher.commands.watching import watch as show_run
 from launcher.config.options import run_argument, runs_dir_option
-from launcher.logs.follow import Progress
+from launcher.logs.first_error import find_errors
+from launcher.logs.follow import Progress, folded, logs_of
 from launcher.logs.known_errors import SMALLER, Failure, explain, how_it_ended
-from launcher.logs.watch import plain_line
 from launcher.nodes import unfit
 from launcher.nodes.bad_nodes import BadNode, remember
 from launcher.preflight.waiting import why_waiting
 from launcher.results.columns import as_dict
+from launcher.results.outcome import Lack
 from launcher.results.read import outcome_of
 from launcher.results.rows import markdown_row, summary_line
 from launcher.runs import attach, control
@@ -42,7 +48,7 @@ def list_(runs_dir: Path, as_json: bool) -> None:
     if as_json:
         print_json(rows)
     elif not rows:
-        echo(f"no runs in {runs_dir}; start one: launcher submit --local --recipe debug", err=True)
+        echo(f"No runs yet in {runs_dir}. Start one: launcher submit --local --recipe debug", err=True)
     else:
         head = ("run", "state", "job", "size", "recipe", "age")
         table = [
@@ -50,13 +56,13 @@ def list_(runs_dir: Path, as_json: bool) -> None:
                 row["run"],
                 row["state"],
                 row["job_id"],
-                f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}",
+                f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}{' ranks' if _on_cpu(run) else ''}",
                 row["recipe"],
                 age(row["age_s"]),
             )
-            for row in rows
+            for run, row in zip(found, rows, strict=True)
         ]
-        first, *lines = columns([head, *table])
+        first, *lines = columns([head, *table], width=terminal_width())
         echo(style(first, dim=True))
         for row, line in zip(rows, lines, strict=True):
             echo(style(line, fg=_STATE_COLOURS.get(row["state"])))
@@ -65,24 +71,35 @@ def list_(runs_dir: Path, as_json: bool) -> None:
 
 
 @click.command()
-@run_argument(required=False)
+@run_argument(required=False, several=True)
 @runs_dir_option
 @as_json
-def status(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Tell how a run stands (default: the newest), and why.
+def status(names: tuple[str, ...], runs_dir: Path, as_json: bool) -> None:
+    """Tell how runs stand (default: the newest), and why.
 
-    Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training.
+    Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training. Of
+    several runs, the first of these codes that is not 0.
     """
-    found = runs.open_run(run, runs_dir)
-    state = control.state(found)
-    row = _summary(found, state)
-    waiting, progress = _why_waiting(found, state), _progress(found, state)
-    failure, left_out = failure_of(found, state), remembered(found, state)
-    outcome = outcome_of(found, state, with_data_share=False) if state.name == "COMPLETED" else None
-    problems = [problem.text for problem in outcome.problems] if outcome else []
+    found = [runs.open_run(name, runs_dir) for name in names or ("",)]
+    states = [control.state(run) for run in found]
+    said = [_tell_status(run, state, as_json) for run, state in zip(found, states, strict=True)]
     if as_json:
-        more = {
-            "problems": problems,
+        print_json(said if len(said) > 1 else said[0])
+    for state in states:
+        exit_for(state)
+
+
+def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
+    """What --json prints of a run; without it, prints the same for people."""
+    row = _summary(run, state)
+    waiting, progress = _why_waiting(run, state), _progress(run, state)
+    failure, left_out = failure_of(run, state), remembered(run, state)
+    outcome = outcome_of(run, state, with_data_share=False)
+    completed, problems = state.name == "COMPLETED", outcome.problems if outcome else ()
+    problems = tuple(problem for problem in problems if completed or problem.kind is Lack.NON_FINITE)
+    if as_json:
+        return row | {
+            "problems": [problem.text for problem in problems],
             "source": state.source,
             "reason": state.reason,
             "exit_code": state.exit_code,
@@ -91,51 +108,89 @@ def status(run: str, runs_dir: Path, as_json: bool) -> None:
             "failure": failure.as_json() if failure else None,
             "left_out": [node.host for node in left_out],
         }
-        print_json(row | more)
-    else:
-        detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
-        echo(f"{found.name}: {state.name}" + (f" ({detail})" if detail else ""))
-        echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {found.path}")
-        for line in waiting:
-            echo(f"  {line}")
-        if progress:
-            echo(f"  {plain_line(progress)}")
-        for problem in problems:
-            echo(f"  problem: {problem}")
-        if failure:
-            _print_failure(found, failure, left_out)
-        elif not state.known:
-            again = quoted("launcher", "submit", found.path / "run.toml")
-            echo(f"  look: {quoted('launcher', 'logs', found.reference)}")
-            first = "" if found.is_anothers else f"{quoted('launcher', 'cancel', found.reference)} && "
-            echo(f"  again: {first}{again}")
-    exit_for(state)
+    detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
+    echo(f"{run.name}: {state.name}" + (f" ({detail})" if detail else ""))
+    echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {run.path}")
+    for line in waiting:
+        echo(f"  {line}")
+    if progress:
+        echo(f"  {plain_line(progress, about(run).unit)}")
+    again = quoted("launcher", "submit", run.path / "run.toml")
+    for problem in problems:
+        echo(f"  problem: {problem.text}")
+        if problem.kind is Lack.NON_FINITE and not failure:
+            echo(f"  try: {again} --set recipe.lr=1e-4   (a smaller learning rate)")
+    if completed and outcome and outcome.series:
+        echo(f"  {markdown_row(outcome)}", f"  {summary_line(outcome)}")
+    if failure:
+        _print_failure(run, failure, left_out)
+    elif not state.known:
+        echo(f"  look: {quoted('launcher', 'logs', run.reference)}")
+        first = "" if run.is_anothers else f"{quoted('launcher', 'cancel', run.reference)} && "
+        echo(f"  again: {first}{again}")
+    return {}
 
 
 @click.command()
 @run_argument(required=False)
 @runs_dir_option
+@click.option("--all", "-a", "every", is_flag=True, help="All runs that go on, in one table.")
 @as_json
-def watch(run: str, runs_dir: Path, as_json: bool) -> None:
+def watch(run: str, runs_dir: Path, every: bool, as_json: bool) -> None:
     """Follow a run (default: the newest) to its end. Ctrl-C detaches; the run goes on.
 
     With --json, one object per logged step.
     """
-    follow_run(runs.open_run(run, runs_dir), as_json)
+    if every and run:
+        raise click.UsageError("either RUN or --all")
+    if not every:
+        return follow_run(runs.open_run(run, runs_dir), as_json)
+    try:
+        watch_all(runs_dir, as_json)
+    except KeyboardInterrupt:
+        echo("", "detached; the runs go on", err=True)
+        sys.exit(ExitStatus.INTERRUPTED)
 
 
 @click.command()
 @run_argument(required=False)
 @runs_dir_option
 @click.option("--follow", "-f", is_flag=True, help="Go on until the run ends; Ctrl-C stops reading.")
+@click.option("--node", default="", metavar="NODE", help="The log of this node alone; 'job' for the script's own.")
+@click.option("--rank", type=click.IntRange(0), metavar="N", help="What this rank wrote; nodes show their first one's.")
+@click.option("--errors", is_flag=True, help="The first error of each log, with what was printed with it.")
+@click.option("--lines", "-n", "count", type=click.IntRange(1), metavar="N", help="The last N lines alone.")
 @as_json
-def logs(run: str, runs_dir: Path, follow: bool, as_json: bool) -> None:
+def logs(
+    run: str, runs_dir: Path, follow: bool, node: str, rank: int | None, errors: bool, count: int | None, as_json: bool
+) -> None:
     """Print the logs of all nodes as one, each line with its node.
 
-    The files themselves are RUN/logs/NNNN-<node>.log and RUN/logs/job.log.
+    A step that several nodes logged is printed once; --node and --json print every line. The files themselves are
+    RUN/logs/NNNN-<node>.log and RUN/logs/job.log, and those of the ranks are below RUN/logs/ranks.
+
+    \b
+    launcher logs my-run --errors
+    launcher logs my-run --node gpu003 -n 50
     """
+    if follow and (errors or count):
+        raise click.UsageError("--follow: not with --errors or --lines")
     found = runs.open_run(run, runs_dir)
-    for node, line in attach.log_lines(found, follow):
+    known = logs_of(found.logs, node, rank, found.asked["profile"].get("gpus_per_node") or 1)
+    if (node or rank is not None) and not known and not follow:
+        names = some(list(dict(logs_of(found.logs)))) or "none"
+        raise click.UsageError(f"{found.name} has no log of {node or f'rank {rank}'}; it has: {names}")
+    lines: Iterable[tuple[str, str]]
+    if errors:
+        # A node's log shows one of its ranks; what the others wrote is in the files that torchrun keeps per rank.
+        ranks = f"ranks/????-{escape(node) or '*'}/*/*/*/stderr.log"
+        hidden = [] if rank is not None else sorted(found.logs.glob(ranks))
+        known += [(f"{path.parts[-5][5:]}, local rank {path.parts[-2]}", path) for path in hidden]
+        lines = ((name, line) for name, path in known for line in find_errors([path]).lines)
+    else:
+        lines = attach.log_lines(found, follow, node, rank)
+        lines = lines if as_json or node else folded(lines)
+    for node, line in deque(lines, maxlen=count) if count else lines:
         if as_json:
             print_json({"node": node, "line": line}, indent=None)
         else:
@@ -176,12 +231,11 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
     Ctrl-C ends the program, not the run; `detached` is said then, too.
     """
     try:
-        attach.wait_for_start(run, None if as_json else lambda state: _say_waiting(run, state))
         if as_json:
             for snapshot in attach.progress_of(run):
                 print_json(attach.as_dict(snapshot), indent=None)
         else:
-            attach.show(run, sys.stdout)
+            show_run(run, sys.stdout)
     except KeyboardInterrupt:
         echo("", f"detached; {run.name} goes on: {quoted('launcher', 'watch', run.reference)}{detached}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
@@ -214,13 +268,6 @@ def _progress(run: Run, state: JobState) -> Progress | None:
         return attach.progress_now(run) if state.name in GOING else None
     except LauncherError:
         return None
-
-
-def _say_waiting(run: Run, state: JobState | None) -> None:
-    """`watch` tells each new reason, and what it means."""
-    echo(attach.waiting_text(run, state), err=True)
-    for line in _why_waiting(run, state) if state else ():
-        echo(f"  {line}", err=True)
 
 
 def failure_of(run: Run, state: JobState) -> Failure | None:
@@ -262,6 +309,10 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
         until = f"{node.host}, until {clock(node.until)}: launcher cluster nodes"
         echo(f"  left out of what is submitted next: {until}", err=True)
     echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
+
+
+def _on_cpu(run: Run) -> bool:
+    return run.asked["profile"].get("device") == "cpu"
 
 
 def _summary(run: Run, state: JobState) -> dict[str, Any]:

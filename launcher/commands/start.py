@@ -16,7 +16,7 @@ from launcher.commands.asked import describe_run, looked_at, tell
 from launcher.commands.runs import exit_for, watch_to_end
 from launcher.config import resolve
 from launcher.config.spec import PlacedRun, RunSpec
-from launcher.plan.plan import prediction
+from launcher.plan.plan import plan, prediction
 from launcher.preflight.text import words
 from launcher.runs import control
 from launcher.runs.directory import Run, making
@@ -32,6 +32,15 @@ def say_where(findings: Sequence[Finding]) -> None:
     for name, what, _ in (words(finding) for finding in findings if finding.status == OK):
         if name in ("placement", "excluded"):
             echo(f"{name}: {what}", err=True)
+
+
+def node_hours(spec: PlacedRun) -> str:
+    """What the run may cost, said before the question: as its plan and its time limit have it."""
+    found = plan(spec)
+    parts = [] if found.node_hours is None else [f"about {found.node_hours:.2f} node-hours"]
+    if found.limit_s:
+        parts.append(f"at most {spec.job.nodes * found.limit_s / 3600:.2f}" + ("" if parts else " node-hours"))
+    return ", ".join(parts) or "without a time limit"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import click
 from launcher.base.output import as_json, confirm, echo, echo_file, is_terminal, print_json
 from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
 from launcher.config import resolve
+from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 from launcher.config.render import render as render_script
 from launcher.config.spec import PlacedRun, node_config
@@ -16,7 +17,7 @@ from launcher.stage.view import describe
 from launcher.titan.command import preview
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @click.option("--dry-run", is_flag=True, help="Print the script and the torchrun command; touch nothing.")
 @click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
@@ -67,7 +68,7 @@ def submit(
     quiet = yes or force or as_json or run.job.scheduler == "local"
     asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if asking:
-        confirm(f"Submit {describe_run(run)}?")
+        confirm(f"Submit {describe_run(run)} ({starting.node_hours(run)})?")
 
     made = starting.start(run, secrets, as_json)
     if retries:
@@ -76,7 +77,7 @@ def submit(
         follow_run(made, as_json)
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @as_json
 def render(options: RunOptions, as_json: bool) -> None:

@@ -12,9 +12,10 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.finding import Finding
-from launcher.base.output import as_json, confirm, counted, echo, is_terminal, print_json
+from launcher.base.output import as_json, confirm, counted, echo, is_terminal, print_json, terminal_width
 from launcher.commands.asked import looked_at, secrets_of, tell
 from launcher.commands.start import submitted
+from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 from launcher.config.sbatch import split
 from launcher.config.spec import PlacedRun, RunSpec
@@ -40,7 +41,7 @@ def _items(_context: click.Context, parameter: click.Parameter, value: str | Non
     return tuple(map(int, items)) if are_numbers else tuple(items)
 
 
-@click.command()
+@click.command(cls=RunCommand)
 @run_options
 @click.option("--dry-run", is_flag=True, help="Print the matrix with its node-hours; write and submit nothing.")
 @click.option("--parallel", is_flag=True, help="Let Slurm run cells side by side, as nodes are free.")
@@ -97,7 +98,7 @@ def sweep(
         hours, all_known = table.used(rows)
         print_json({"sweep": name, "cells": rows, "node_hours": hours, "node_hours_complete": all_known})
     else:
-        echo(*table.table_lines(rows))
+        echo(*table.table_lines(rows, terminal_width()))
     if status := table.exit_status(rows):
         echo("try: the same command with --retry submits again what has no result", err=True)
     sys.exit(status)
@@ -187,5 +188,5 @@ def _show_plan(
     rows = [table.plan_row(cell, next_specs.get(cell.spec.job.name)) for cell in cells]
     if as_json:
         return print_json({"sweep": name, "cells": rows})
-    echo(*table.plan_lines(rows))
+    echo(*table.plan_lines(rows, terminal_width()))
     echo(f"{name}: {table.plan_summary(rows, 'side by side' if parallel else 'one after another')}")

@@ -8,7 +8,6 @@ run directory's run.toml is a complete layer: it says `run = 1` and replaces the
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import tomllib
@@ -19,7 +18,7 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import data_dir, read_bytes, unreadable
-from launcher.base.values import LARGEST, parse_toml
+from launcher.base.values import LARGEST, guessed, parse_toml
 from launcher.config import sbatch
 from launcher.config.spec import HUB, REGISTRY_NAME, SAMPLE, Job, Profile, RunSpec, refuse
 from launcher.titan.recipe import Recipe
@@ -57,7 +56,7 @@ def find(kind: str, name: str, how: str = "") -> Path:
     known = names_of(kind)
     if name in known:
         return data_dir("slurm") / kind / f"{name}.toml"
-    near = difflib.get_close_matches(name, known, 1, 0.5)
+    near = guessed(name, known)
     option = how or {"profiles": "--gpu", "recipes": "--recipe"}[kind]
     what = f"there is no {kind[:-1]} {name[:80]!r}; known: {', '.join(known)}"
     fix = f"{option} {near[0]}" if near else f"{option} {known[0]}, or {option} ./my.toml"
@@ -91,7 +90,7 @@ def read_layer(path: Path, origin: str, gpu: str = "") -> Layer:
         raise LauncherError("value", f"{path}: gpu must be tables", "[gpu.gb200.recipe]")
     for name, sections in per_gpu.items():
         if name not in (known := {*names_of("profiles"), gpu}):
-            near = difflib.get_close_matches(name, known, 1, 0.5) or ["gb200"]
+            near = guessed(name, known) or ["gb200"]
             raise LauncherError("name-unknown", f"{path}: there is no profile {name[:80]!r}", f"[gpu.{near[0]}.recipe]")
         extra = _flatten(path, sections)
         if name == gpu:
@@ -173,7 +172,7 @@ def unknown_key(key: str, where: str) -> LauncherError:
     """A key that no section has, with the nearest ones that exist."""
     section, _, rest = key.partition(".")
     known = [k for k in FIELDS if k.startswith(f"{section}.")] if section in SECTIONS else list(FIELDS)
-    near = difflib.get_close_matches(key, known, 3, 0.5)
+    near = guessed(key, known, 3)
     if section not in (*SECTIONS, *FREE_SECTIONS) and not near:
         near = [f"{s}.{rest}" for s in SECTIONS if f"{s}.{rest}" in FIELDS]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(k for k in known)}"

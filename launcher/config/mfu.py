@@ -32,9 +32,9 @@ def peak_of(tflops: float | None, mfu_pct: float | None) -> float | None:
 
 
 def mfu_text(mfu_pct: float | None, peak_tflops: float | None, unit: str = " TFLOP/s") -> str:
-    """MFU for people: `45.25% of 2250 TFLOP/s`, `12.00% of about 417 TFLOP/s`, `N/A`."""
+    """MFU for people: `45.25% of 2250 TFLOP/s`, `12.00% of about 417 TFLOP/s`, `n/a`."""
     if mfu_pct is None:
-        return "N/A"
+        return "n/a"
     return f"{mfu_pct:.2f}% of {peak_text(peak_tflops, unit)}"
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.secret import PUBLIC, looks_secret, masked
 from launcher.base.values import parse_toml
+from launcher.config.help import RunOption, or_path
 from launcher.config.layers import FIELDS, absolute, names_of, unknown_key
 from launcher.config.user_file import runs_dir as saved_runs_dir
+from launcher.scheduler import slurm
 
 
 class FilePath(click.Path):
@@ -132,6 +135,27 @@ def _names(kind: str) -> Callable[..., list[str]]:
     return complete
 
 
+def _partitions(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    try:
+        names = slurm.ask(("sinfo", "--noheader", "--format=%R")).split()
+    except LauncherError:
+        return []
+    return sorted({name for name in names if name.startswith(incomplete)})
+
+
+def _run_names(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    try:
+        runs = context.params.get("runs_dir") or saved_runs_dir()
+        names = (name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] not in ".-")
+        return sorted(name for name in names if quoted(name) == name)  # the shell takes it as it is
+    except (OSError, LauncherError):
+        return []
+
+
+def run_or_file(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return or_path([CompletionItem(name) for name in _run_names(context, parameter, incomplete)], incomplete, "file")
+
+
 def gone(option: str, instead: str, *, is_flag: bool = False) -> Callable[..., Any]:
     """An option of an earlier version: it is no longer shown, and answers with what to use instead (exit code 2)."""
 
@@ -145,6 +169,8 @@ def gone(option: str, instead: str, *, is_flag: bool = False) -> Callable[..., A
 def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--runs-dir",
+        cls=RunOption,
+        metavar="DIR",
         type=click.Path(path_type=Path),
         envvar="LAUNCHER_RUNS_DIR",
         default=saved_runs_dir,
@@ -155,112 +181,112 @@ def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_argument(required: bool, several: bool = False) -> Callable[..., Any]:
-    def complete(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-        try:
-            runs = context.params.get("runs_dir") or saved_runs_dir()
-            names = (name for name in os.listdir(runs) if name.startswith(incomplete) and name[0] not in ".-")
-            return sorted(name for name in names if quoted(name) == name)  # the shell takes it as it is
-        except (OSError, LauncherError):
-            return []
-
     if several:
-        return click.argument("names", metavar="[RUN]...", nargs=-1, shell_complete=complete)
+        return click.argument("names", metavar="[RUN]...", nargs=-1, shell_complete=_run_names)
     # No default where it is required: click 8.5 takes any, None included, for a value.
     if required:
-        return click.argument("run", shell_complete=complete)
-    return click.argument("run", required=False, default="", shell_complete=complete)
+        return click.argument("run", shell_complete=_run_names)
+    return click.argument("run", required=False, default="", shell_complete=_run_names)
 
+
+_option = partial(click.option, cls=RunOption)
 
 OPTIONS = (
-    click.argument("run_file", required=False, type=click.Path(path_type=Path), metavar="[RUN.toml]"),
-    click.option("--image", metavar="FILE", help="Image that the job runs in: a .sqsh (Pyxis) or .sif (Apptainer)."),
-    click.option("--nodes", type=int, help="Number of nodes.  [default: 1]"),
-    click.option(
+    click.argument(
+        "run_file",
+        required=False,
+        type=click.Path(path_type=Path),
+        metavar="[RUN.toml]",
+        shell_complete=run_or_file,
+    ),
+    _option("--image", metavar="FILE", help="Image that the job runs in: a .sqsh (Pyxis) or .sif (Apptainer)."),
+    _option("--nodes", type=int, help="Number of nodes.  [default: 1]"),
+    _option(
         "--gpu",
         metavar="PROFILE",
         shell_complete=_names("profiles"),
         help="GPU profile: gb200, gb300, b200, b300, h200, h100, a100, cpu, or a TOML file.  [default: detected]",
     ),
-    click.option("--gpus-per-node", type=int, help="GPUs used on each node; with the cpu profile, ranks."),
-    click.option(
+    _option("--gpus-per-node", type=int, help="GPUs used on each node; with the cpu profile, ranks."),
+    _option(
         "--recipe",
-        metavar="NAME",
+        metavar="RECIPE",
         shell_complete=_names("recipes"),
         help="llama3-8b, llama3-8b-fast, llama3-8b-nvfp4, llama3-8b-finetune, llama3-70b, llama3-70b-tp, debug, or a "
         "TOML file.  [default: llama3-8b]",
     ),
-    click.option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
-    click.option("--seq-len", type=int, help="Tokens in a sequence."),
-    click.option("--steps", type=int, help="Training steps."),
-    click.option(
+    _option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
+    _option("--seq-len", type=int, help="Tokens in a sequence."),
+    _option("--steps", type=int, help="Training steps."),
+    _option(
         "--data",
         metavar="DIR",
         help="C4: a directory with README.md and en/, 'hub' or s3://bucket/prefix to stream, or 'sample'.  "
         "[default: /data/c4]",
     ),
-    click.option(
+    _option(
         "--data-part",
         metavar="I/N",
         help="Read the I-th of N parts of the data, which share no file: for runs that go on from one another.",
     ),
-    click.option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),
-    click.option(
+    _option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),
+    _option(
         "--init-from",
         metavar="DIR",
         help="Start from these weights in the Hub's format (launcher stage model), not from random ones.",
     ),
-    click.option("--partition", "-p", help="Slurm partition."),
-    click.option("--account", "-A", help="Slurm account."),
-    click.option("--qos", "-q", help="Slurm QOS."),
-    click.option("--time", "-t", help="Slurm time limit.  [default: 01:00:00]"),
-    click.option("--reservation", help="Slurm reservation."),
-    click.option("--nodelist", "-w", help="Run on these nodes."),
-    click.option("--exclude", "-x", help="Never run on these nodes."),
-    click.option(
+    _option("--partition", "-p", shell_complete=_partitions, help="Slurm partition."),
+    _option("--account", "-A", help="Slurm account."),
+    _option("--qos", "-q", help="Slurm QOS."),
+    _option("--time", "-t", help="Slurm time limit.  [default: 01:00:00]"),
+    _option("--reservation", help="Slurm reservation."),
+    _option("--nodelist", "-w", help="Run on these nodes."),
+    _option("--exclude", "-x", help="Never run on these nodes."),
+    _option(
         "--segment",
         type=int,
         help="Nodes that must stay together in a topology block; 0: chosen where NVLink crosses nodes.",
     ),
-    click.option("--constraint", "-C", metavar="FEATURES", help="Run on nodes with these features of Slurm's."),
-    click.option(
+    _option("--constraint", "-C", metavar="FEATURES", help="Run on nodes with these features of Slurm's."),
+    _option(
         "--sbatch",
         multiple=True,
         metavar="OPTION[=VALUE]",
         help="Any other option of sbatch's for the script; repeatable. OPTION=VALUE adds or replaces its line, OPTION "
         "is a flag, OPTION= removes the line: --sbatch mem= where a site refuses --mem.",
     ),
-    click.option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
-    click.option(
+    _option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
+    _option(
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
         help="Environment of the job. Values go by a file of mode 0600 that the job removes; recorded are those of "
         "NCCL_*, TORCH*, CUDA_* and other libraries' switches, unless they look like secrets.",
     ),
-    click.option(
+    _option(
         "--set",
         "settings",
         multiple=True,
         metavar="KEY=VALUE",
         help="Any setting of torchtitan's, or a key of ours that begins with recipe. or profile.",
     ),
-    click.option("--name", metavar="NAME", help="Name of the run.  [default: recipe, profile, nodes, time]"),
-    click.option(
+    _option("--name", metavar="NAME", help="Name of the run.  [default: recipe, profile, nodes, time]"),
+    _option(
         "--runs-dir",
         metavar="DIR",
         envvar="LAUNCHER_RUNS_DIR",
         show_envvar=True,
-        help="Where the run directory is made; every node must see it.  [default: runs]",
+        help="Where the run directory is made; every node must see it.  [default: what launcher init saved, else runs]",
     ),
-    click.option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="How the job enters its image."),
-    click.option("--python", metavar="PATH", help="Python inside the image; with --runtime bare, on the node."),
-    click.option(
+    _option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="How the job enters its image."),
+    _option("--python", metavar="PATH", help="Python inside the image; with --runtime bare, on the node."),
+    _option(
         "--check",
         type=click.Choice(["off", "quick", "full"]),
         help="What each node is checked for before training; quick: no products, no collectives.  [default: full]",
     ),
-    click.option("--local", is_flag=True, help="Run on this machine, without Slurm."),
-    click.option(
+    _option("--local", is_flag=True, help="Run on this machine, without Slurm."),
+    _option(
         "--config",
         "-c",
         type=click.Path(path_type=Path),

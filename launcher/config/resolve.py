@@ -115,6 +115,9 @@ def ignored(environ: Mapping[str, str]) -> list[str]:
 
 
 def _repeated(run_file: Path, options: Layer) -> Layer:
+    named = Path(options.values.get("job.runs_dir") or runs_dir(), run_file)  # a run's name, as `watch` takes it
+    if run_file.name == str(run_file) and os.path.isfile(named / "run.toml"):
+        run_file = named
     run_file = run_file / "run.toml" if os.path.isdir(run_file) else run_file
     layer = read_layer(run_file, f"file {run_file}")
     if not layer.complete:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+
+from launcher.base.values import guessed
 
 OPTION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]+")
 LONGEST = 1000  # of a value; sbatch reads a line into 8 KiB
@@ -73,7 +74,7 @@ def problem(item: str) -> tuple[str, str]:
         ends = "" if value is None else f"={value}"
         return "the beginning of " + ", ".join(f"--{full}" for full in meant), f"--sbatch {meant[0]}{ends}"
     if value == "" and name not in REMOVABLE:
-        near = get_close_matches(name, REMOVABLE, 1, 0.5) or REMOVABLE
+        near = guessed(name, REMOVABLE) or REMOVABLE
         return "the script has no such line that could be removed", " or ".join(f"--sbatch {full}=" for full in near)
     if value and (len(value) > LONGEST or not value.isprintable()):
         return f"the value holds a control character, or more than {LONGEST} characters", ""

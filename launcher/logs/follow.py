@@ -14,14 +14,14 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 from launcher.base.files import unreadable
 from launcher.config.mfu import peak_of
-from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, last_bytes, line_time, plain_text
+from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, last_bytes, line_time, parse_line, plain_text
 
 JOB_LOG = "job.log"
 _NODE_LOG = re.compile(r"[0-9]{4,}-([\w.-]+)\.log")
@@ -143,40 +143,32 @@ class _Pace:
         return max(0, steps_total - last) * (ended - began) / (last - first)
 
 
-def follow(
-    log_dir: Path,
-    *,
-    steps_total: int,
-    is_finished: Callable[[], bool],
-    sleep: Callable[[float], None] = time.sleep,
-    clock: Callable[[], float] = time.time,
-    poll_seconds: float = 2.0,
-) -> Iterator[Progress]:
-    """A snapshot for every newly logged step, until the run is finished and its logs are read to their ends.
+class Follower:
+    """A run's progress by its logs, read on from where it stopped. Memory doesn't grow with them."""
 
-    `is_finished` is asked before the logs are read, so nothing that was written before the end is missed.
-    Memory doesn't grow with the logs.
-    """
-    nodes: dict[Path, _Node] = {}
-    pace = _Pace()
-    lead: StepRecord | None = None
-    while True:
-        finished = is_finished()
-        logs = node_logs(log_dir)
-        for path in logs.values():
-            node = nodes.setdefault(path, _Node(LogReader(path)))
+    def __init__(self, log_dir: Path, steps_total: int, clock: Callable[[], float] = time.time) -> None:
+        self.first: tuple[str, float] | None = None  # the first step that was read: its node, and its log's time
+        self._log_dir, self._steps_total, self._clock = log_dir, steps_total, clock
+        self._nodes: dict[Path, _Node] = {}
+        self._pace = _Pace()
+        self._lead: StepRecord | None = None
+
+    def read(self) -> Iterator[Progress]:
+        """A snapshot for every step that was logged since the last call."""
+        logs = node_logs(self._log_dir)
+        for name, path in logs.items():
+            node = self._nodes.setdefault(path, _Node(LogReader(path)))
             with _reading(path):
                 for record in node.reader.read():
                     node.count += 1
                     node.fresh.append(record)
-        named = {name: nodes[path] for name, path in logs.items()}
-        for record in _advance(list(named.values()), lead):
-            lead = record
-            pace.add(record.step, clock() if record.time is None else record.time)
-            yield _snapshot(named, record, steps_total, pace.seconds_left(steps_total))
-        if finished:
-            return
-        sleep(poll_seconds)
+                    if self.first is None and record.time is not None:
+                        self.first = name, record.time
+        named = {name: self._nodes[path] for name, path in logs.items()}
+        for record in _advance(list(named.values()), self._lead):
+            self._lead = record
+            self._pace.add(record.step, self._clock() if record.time is None else record.time)
+            yield _snapshot(named, record, self._steps_total, self._pace.seconds_left(self._steps_total))
 
 
 def _advance(nodes: list[_Node], lead: StepRecord | None) -> Iterator[StepRecord]:
@@ -225,21 +217,21 @@ def _snapshot(nodes: Mapping[str, _Node], lead: StepRecord, steps_total: int, se
 
 
 def merged_lines(
-    log_dir: Path,
+    logs_now: Callable[[], list[tuple[str, Path]]],
     *,
     follow: bool = False,
     is_finished: Callable[[], bool] = lambda: True,
     sleep: Callable[[float], None] = time.sleep,
     poll_seconds: float = 1.0,
 ) -> Iterator[tuple[str, str]]:
-    """All lines of the job's and the nodes' logs as (node name or `job`, plain text), as one log.
+    """All lines of logs, by what each is called, as (name, plain text), as one log.
 
     A finished run is ordered by the times in its lines; a line without one stays behind the line before it,
     and what comes before a file's first time comes first, the job's own log ahead of the nodes'. With `follow`,
     lines come as they are seen to arrive, until `is_finished`. Memory doesn't grow with the logs.
     """
     if not follow:
-        logs = _all_logs(log_dir)
+        logs = logs_now()
         at_once = max(1 << 14, _HELD_BYTES // max(1, len(logs)))
         streams = [_timed(index, *log, at_once) for index, log in enumerate(logs)]
         for _, _, _, name, text in heapq.merge(*streams):
@@ -248,7 +240,7 @@ def merged_lines(
     readers: dict[Path, LogReader] = {}
     while True:
         finished = is_finished()
-        for name, path in _all_logs(log_dir):
+        for name, path in logs_now():
             reader = readers.setdefault(path, LogReader(path))
             with _reading(path):
                 for line in reader.lines():
@@ -261,9 +253,30 @@ def merged_lines(
         sleep(poll_seconds)
 
 
-def _all_logs(log_dir: Path) -> list[tuple[str, Path]]:
+def logs_of(log_dir: Path, node: str = "", rank: int | None = None, per_node: int = 1) -> list[tuple[str, Path]]:
+    """The logs that are there by now, of the job and its nodes, or of one of these, or of one rank of all."""
+    if rank is not None:
+        at, local = divmod(rank, max(1, per_node))
+        return [(f"rank{rank}", path) for path in sorted(log_dir.glob(f"ranks/{at:04}-*/*/*/{local}/std*.log"))]
     job = [("job", path) for path in _files(log_dir) if path.name == JOB_LOG]
-    return job + list(node_logs(log_dir).items())
+    found = job + list(node_logs(log_dir).items())
+    return [(name, path) for name, path in found if not node or name == node]
+
+
+def folded(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Every step once, by the first node that logged it: all nodes log it, with the same loss."""
+    seen: set[int] = set()
+    latest: dict[str, int] = {}
+    for name, line in lines:
+        record = parse_line(line.encode() + b"\n") if "step:" in line else None
+        if record:
+            if record.step <= latest.get(name, 0):
+                seen.clear()  # restarted
+            latest[name] = record.step
+            if record.step in seen:
+                continue
+            seen.add(record.step)
+        yield name, line
 
 
 def _lines_of(path: Path, at_once: int) -> Iterator[bytes]:

@@ -48,9 +48,7 @@ class Unfit:
 
 def of_run(run: Run) -> list[Unfit]:
     """The nodes of a run that failed their check, in the job's order; none where nothing of that can be read."""
-    asked = run.asked["job"].get("nodes")
-    nodes = asked if isinstance(asked, int) else 0
-    return judge(run.node_records, read_json(run.path / "nodes" / "check.json"), nodes)
+    return judge(run.node_records, read_json(run.path / "nodes" / "check.json"), run.nodes)
 
 
 def cluster_of(run: Run) -> str:

@@ -6,12 +6,12 @@ launcher/titan/settings.json has them by release; `python -m tests.titan_setting
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from launcher import titan
 from launcher.base.finding import Fact, Finding, error, warning
+from launcher.base.values import guessed
 from launcher.config.layers import FIELDS
 from launcher.config.options import KEYS
 from launcher.config.spec import OWNED, RunSpec
@@ -52,7 +52,7 @@ def unknown_settings(spec: RunSpec, version: str) -> list[Finding]:
             found.append(refuse("setting-unknown", _nearest(key, known), **facts))
         elif not any(_takes(kind, value) for kind in kinds):
             words = tuple(dict.fromkeys(word for kind in kinds for part in kind.split("|") for word in _words(part)))
-            near = get_close_matches(value, words, 1, 0.6)
+            near = guessed(value, words)
             fix = f"--set {key}={near[0]}" if near else ""
             found.append((error if sure else warning)("setting-value", fix, value=value, takes=words, **facts))
     return found
@@ -88,9 +88,9 @@ def _nearest(key: str, known: set[str]) -> str:
         ours[name] = typed if field.startswith("job.") else f"--set {field}=..., or {typed}"
     section, _, name = key.replace("-", "_").rpartition(".")
     if not section or (name in ours and (section == "job" or f"recipe.{name}" in FIELDS)):
-        near = get_close_matches(name, ours, 1, 0.6)
+        near = guessed(name, ours)
         return ours[near[0]] if near else "launcher config show lists ours"
-    near = get_close_matches(f"{section}.{name}", known, 1, 0.6)
+    near = guessed(f"{section}.{name}", known)
     if near and near[0] in OWNED:
         return f"{OWNED[near[0]]}, which is {near[0]}"
     return f"--set {near[0]}=..." if near else "--set SECTION.SETTING=VALUE, as torchtitan writes it"

@@ -16,10 +16,9 @@ from typing import Any
 
 from launcher.base.errors import LauncherError
 from launcher.base.finding import ok
-from launcher.base.output import counted, some
+from launcher.base.output import counted, duration, some
 from launcher.config.layers import merge, read_layer
 from launcher.config.spec import PlacedRun, RunSpec
-from launcher.logs.watch import duration
 from launcher.preflight.cluster import in_words
 from launcher.preflight.placement import HELD, OUT, Place, blocks_of, describe, place_of
 from launcher.preflight.text import words

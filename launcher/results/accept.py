@@ -66,6 +66,7 @@ class Reason:
     word: Word
     about: About
     detail: str
+    nodes: tuple[str, ...] = ()  # that are to blame
 
     @property
     def what(self) -> str:
@@ -169,7 +170,7 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
     word = Word.PASS if enough else Word.FAIL
     sign = "at least" if enough else "below"
     what = (
-        f"{outcome.tps.median:,.0f} tokens/s per GPU is {share_text(share)} of {row.tps.median:,.0f}, "
+        f"{outcome.tps.median:,.0f} tokens/s per {outcome.unit} is {share_text(share)} of {row.tps.median:,.0f}, "
         f"{sign} the {100 * threshold:g}% asked for"
     )
     if match.factor > NEAR and enough == (outcome.gpus < row.gpus):
@@ -200,8 +201,9 @@ def _steps(outcome: Outcome) -> Reason:
 
 def _pace(outcome: Outcome) -> list[Reason]:
     """Tokens over all the time, against the median: a run that stands still now and then has a good median."""
-    on_cpu = outcome.settings.get("profile.device") == "cpu"  # whose cores others use, too
-    if outcome.tps is None or outcome.tps.median <= 0 or outcome.overall_tps is None or on_cpu:
+    if outcome.on_cpu:  # whose cores others use, too
+        return []
+    if outcome.tps is None or outcome.tps.median <= 0 or outcome.overall_tps is None:
         return []
     lost = 1 - outcome.overall_tps / outcome.tps.median
     what = f"{outcome.overall_tps:,.0f} tokens/s per GPU over all the time after warm-up"
@@ -231,7 +233,7 @@ def _node_spread(outcome: Outcome, max_spread: float) -> list[Reason]:
     ]
     word = Word.FAIL if slow else Word.PASS
     what = f"{'too slow:' if slow else 'slowest'} {some(each, 10)} (limit {100 * max_spread:g}%)"
-    return [Reason(word, About.NODES, what)]
+    return [Reason(word, About.NODES, what, tuple(node.host for node in slow))]
 
 
 def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
@@ -333,7 +335,7 @@ def headline(name: str, outcome: Outcome | None, verdict: Verdict) -> str:
     """Behind the verdict's word: `my-run: 17,930 tokens/s per GPU, 99.7% of the published 17,975 (GB200, 9 nodes)`"""
     if outcome is None or outcome.tps is None or not outcome.complete:
         return f"{name}: {verdict.reasons[0].what}"
-    text = f"{name}: {outcome.tps.median:,.0f} tokens/s per GPU"
+    text = f"{name}: {outcome.tps.median:,.0f} tokens/s per {outcome.unit}"
     row = verdict.baseline
     if row is None or row.tps is None or verdict.share is None:
         return f"{text} ({outcome.gpu}, {_size(outcome)})"

@@ -134,7 +134,8 @@ def _tps(outcome: Outcome) -> Cell:
 
 
 def _mfu(outcome: Outcome) -> Cell:
-    return number(median_mfu_pct(outcome), 2, "%", f"of {peak_text(outcome.peak_tflops)}")
+    mfu = None if outcome.on_cpu else median_mfu_pct(outcome)
+    return number(mfu, 2, "%", f"of {peak_text(outcome.peak_tflops)}")
 
 
 def _memory(outcome: Outcome) -> Cell:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from launcher.base.output import columns, counted
@@ -14,6 +15,7 @@ from launcher.config.mfu import peak_text
 from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
 
+TPS = "tokens/s per GPU"
 # Settings that differ between any two runs and change no figure.
 _NAMES = ("job.name", "job.runs_dir", "job.image_dir", "run_dir")
 
@@ -38,6 +40,15 @@ class Figure:
     why_not: str = ""
 
 
+class Verdict(StrEnum):
+    """What the tokens/s say of B."""
+
+    SLOWER = "slower"
+    FASTER = "faster"
+    SAME = "the same"
+    CANNOT_SAY = "cannot say"
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """`settings` and `versions` hold what differs: key, A's value, B's value; None where a side does not have it."""
@@ -48,6 +59,19 @@ class Comparison:
     settings: tuple[tuple[str, Any, Any], ...]
     versions: tuple[tuple[str, str | None, str | None], ...]
     figures: tuple[Figure, ...]
+
+    @property
+    def tps(self) -> Figure | None:
+        return next((figure for figure in self.figures if figure.name == TPS), None)
+
+    @property
+    def verdict(self) -> Verdict:
+        tps = self.tps
+        if tps is None or tps.difference is None or not same_gpu(self.a.gpu, self.b.gpu):
+            return Verdict.CANNOT_SAY
+        if tps.beyond is None and tps.difference:
+            return Verdict.CANNOT_SAY
+        return (Verdict.FASTER if tps.difference > 0 else Verdict.SLOWER) if tps.beyond else Verdict.SAME
 
 
 def compare(a: Outcome, b: Outcome) -> Comparison:
@@ -90,7 +114,7 @@ def _figures(a: Outcome, b: Outcome) -> tuple[Figure, ...]:
     step = "" if a.step == b.step else f"at step {a.step} and {b.step}"
     sides = (a, b)
     figures = [
-        _of_spreads("tokens/s per GPU", "tokens/s", [side.tps for side in sides], sides),
+        _of_spreads(TPS, "tokens/s", [side.tps for side in sides], sides),
         _of_spreads("TFLOP/s per GPU", "TFLOP/s", [side.tflops for side in sides], sides),
         _of_spreads("peak memory", "GiB", [side.memory_gib for side in sides], sides),
         _of_values("MFU", "%", [side.mfu_pct for side in sides], peak),
@@ -123,11 +147,11 @@ def _of_spreads(name: str, unit: str, spreads: Sequence[Spread | None], of: Sequ
     if len(known) == 1:  # a single value scatters as the steps of the other side do, not as their median does
         (steps,) = (spread for _, spread in known)
         halves.append(1.96 * (steps.q3 - steps.q1) / 1.349)
-        what = "one published value" if PUBLISHED in [side.state for side in of] else "one value, or too few"
-        remark = f"{what}, taken to scatter as the other's steps"
+        is_row = PUBLISHED in [side.state for side in of]
+        remark = "a published value is a single run: its variance is unknown" if is_row else "one side has one value"
     size = math.hypot(*halves)
     if size == 0:  # peak memory often is: nothing to hold a difference against
-        return dataclasses.replace(bare, remark="no noise: constant within a run" if bare.difference else "")
+        return bare
     return dataclasses.replace(bare, noise=size, beyond=abs(bare.difference) > size, remark=remark)
 
 
@@ -163,6 +187,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
         for name, side in (("a", found.a), ("b", found.b))
     }
     return sides | {
+        "verdict": str(found.verdict),
         "warnings": list(found.warnings),
         "settings": [json_values({"key": k, "a": a, "b": b}) for k, a, b in found.settings],
         "versions": [{"name": k, "a": a, "b": b} for k, a, b in found.versions],
@@ -178,11 +203,28 @@ def as_text(found: Comparison, warning: Callable[[str], str] = str) -> list[str]
     lines += ["", "Settings and versions that differ:" if rows else "Settings and versions: none differ"]
     lines += [f"  {line}" for line in columns([("", "A", "B"), *rows])] if rows else []
     lines += ["", "Figures, B against A:"]
-    figures = [(_named(f), _number(f.a), _number(f.b), *_change(f)) for f in found.figures]
-    lines += [f"  {line}" for line in columns([("", "A", "B", "difference", ""), *figures])]
+    unit = "rank" if found.a.on_cpu and found.b.on_cpu else "GPU"
+    shown = [figure for figure in found.figures if (unit, figure.name) != ("rank", "MFU")]
+    figures = [(_named(f, unit), _number(f.a), _number(f.b), *_change(f)) for f in shown]
+    marks = ("  ", *("* " if figure.beyond else "  " for figure in shown))
+    table = columns([("", "A", "B", "difference", ""), *figures])
+    lines += [f"{mark}{line}" for mark, line in zip(marks, table, strict=True)]
     if any(figure.noise is not None for figure in found.figures):
-        lines.append("Noise: 95% interval of the difference of the medians, from the steps of these runs alone.")
-    return lines
+        lines.append("* exceeds the noise of these runs' steps (95%); how days and nodes differ is not in it")
+    lines += dict.fromkeys(f"  {f.remark}" for f in found.figures if f.remark and f.noise is not None)
+    return [*lines, "", _sentence(found)]
+
+
+def _sentence(found: Comparison) -> str:
+    """The verdict for people."""
+    tps, unlike_work = found.tps, ", but it did not do the same work" if unlike(found.a, found.b) else ""
+    if found.verdict is Verdict.CANNOT_SAY or tps is None or tps.share is None:
+        why = "the GPUs differ" if not same_gpu(found.a.gpu, found.b.gpu) else "" if tps is None else tps.why_not
+        return f"CANNOT SAY which is faster: {why or 'the noise is not known'}"
+    if found.verdict is Verdict.SAME:
+        return f"SAME: the difference of {100 * tps.share:+.1f}% in tokens/s is within noise{unlike_work}"
+    amount = f"{abs(100 * tps.share):.1f}% {'more' if tps.share > 0 else 'fewer'}"
+    return f"{found.verdict.upper()}: B has {amount} tokens/s than A, which exceeds noise{unlike_work}"
 
 
 def _title(side: Outcome) -> str:
@@ -196,8 +238,9 @@ def _cell(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:28]}…{shown[-28:]}"
 
 
-def _named(figure: Figure) -> str:
-    return f"{figure.name}, {figure.unit}" if figure.unit in ("GiB", "s", "%") else figure.name
+def _named(figure: Figure, unit: str) -> str:
+    name = figure.name.replace("per GPU", f"per {unit}")
+    return f"{name}, {figure.unit}" if figure.unit in ("GiB", "s", "%") else name
 
 
 def _number(value: float | None) -> str:
@@ -218,6 +261,4 @@ def _change(figure: Figure) -> tuple[str, str]:
     amount += "" if figure.share is None else f" ({100 * figure.share:+.1f}%)"
     if figure.noise is None:
         return amount, figure.remark
-    size = f"{figure.noise:,.{digits if figure.noise >= 1 else 2}f}"
-    remark = f" ({figure.remark})" if figure.remark else ""
-    return amount, f"{'beyond' if figure.beyond else 'within'} the noise of {size}{remark}"
+    return amount, f"noise {figure.noise:,.{digits if figure.noise >= 1 else 2}f}"

@@ -19,11 +19,12 @@ from launcher.results.outcome import PHASES, Outcome, Spread
 from launcher.results.rows import (
     COLUMNS,
     escape,
+    gpus_text,
     last_step,
     markdown_header,
     markdown_row,
-    median_mfu_pct,
     mfu_at_other_peaks,
+    shown_mfu,
     summary_line,
 )
 
@@ -49,17 +50,17 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
         ("memory", outcome.memory_gib, 2),
     ):
         if value is not None:
-            details.append((name, _spread_text(value, digits, " GiB" if name == "memory" else " per GPU")))
+            details.append((name, _spread_text(value, digits, " GiB" if name == "memory" else f" per {outcome.unit}")))
     if others := mfu_at_other_peaks(outcome):
         at = ", ".join(mfu_text(mfu, peak, "") for peak, mfu in others.items())
-        details.append(("MFU", f"{mfu_text(median_mfu_pct(outcome), outcome.peak_tflops)}; also {at}"))
+        details.append(("MFU", f"{shown_mfu(outcome)}; also {at}"))
     if outcome.data_share is not None:
         details.append(("data", f"{100 * outcome.data_share:.1f}% of a step is waiting for data"))
     if startup := _startup_text(outcome):
         details.append(("start-up", startup))
     if (slowest := outcome.slowest) and slowest.tps is not None and outcome.tps is not None:
         below = 100 * (1 - slowest.tps / outcome.tps.median) if outcome.tps.median else 0.0
-        text = f"{slowest.host}: {slowest.tps:,.0f} tokens/s per GPU, {below:.1f}% below the median"
+        text = f"{slowest.host}: {slowest.tps:,.0f} tokens/s per {outcome.unit}, {below:.1f}% below the median"
         details.append(("slowest", text))
     if software := software_text(outcome):
         details.append(("versions", software))
@@ -128,15 +129,21 @@ def _predicted(outcome: Outcome) -> list[str]:
     return lines
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Several runs, a line each; of a run that is no whole result what it lacks, and no figures."""
+def table(outcomes: Sequence[Outcome], width: int = 0) -> str:
+    """Several runs, a line each; of a run that is no whole result what it lacks, and no figures. `width`: a terminal's,
+    where that stands below, and a narrow one gets bare figures.
+    """
     shown = sorted(shown_in(TERMINAL), key=lambda column: not column.asked)
-    rows = [("run", *(column.title for column in shown), "")]
-    for outcome in outcomes:
-        cells = (cell_text(column.shown(outcome)) if column.asked or outcome.complete else "" for column in shown)
-        rows.append((outcome.run, *cells, outcome.lacks))
     left = 1 + sum(column.asked for column in shown)
-    return "\n".join(columns([[plain(cell) for cell in row] for row in rows], left))
+    rows = [("run", *(column.title.removesuffix(" per GPU") for column in shown), "")]
+    for outcome in outcomes:
+        found = [(column, column.shown(outcome)) for column in shown if column.asked or outcome.complete]
+        cells = [cell.text if not column.asked and 0 < width < _WIDTH else cell_text(cell) for column, cell in found]
+        cells += [""] * (len(shown) - len(cells))
+        rows.append((outcome.run, *cells, "" if width else outcome.lacks))
+    lacking = [f"{outcome.run}: {outcome.lacks}" for outcome in outcomes if width and outcome.lacks]
+    lines = columns([[plain(cell) for cell in row] for row in rows], left, width)
+    return "\n".join([*lines, *map(plain, lacking)])
 
 
 def cell_text(cell: Cell) -> str:
@@ -152,7 +159,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         about = "; ".join(filter(None, (outcome.date[:10], software_text(outcome))))
         cells = (
             escape(outcome.gpu),
-            f"{outcome.nodes} ({outcome.gpus} GPU)",
+            gpus_text(outcome),
             str(outcome.local_batch_size),
             last_step(outcome) if outcome.last else escape(outcome.lacks),
             *(escape(cell_text(column.shown(outcome))) if outcome.complete else "not a result" for column in shown),

@@ -142,6 +142,15 @@ class Outcome:
             return "; ".join(problem.text for problem in self.problems)
         return "" if self.complete else NO_STEP_COUNTS.text
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.settings.get("profile.device") == "cpu"
+
+    @property
+    def unit(self) -> str:
+        """What a tokens/s is per."""
+        return "rank" if self.on_cpu else "GPU"
+
     def has(self, kind: Lack) -> bool:
         return any(problem.kind is kind for problem in self.problems)
 

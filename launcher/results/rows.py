@@ -32,6 +32,16 @@ def median_mfu_pct(outcome: Outcome) -> float | None:
     return 100 * outcome.tflops.median / outcome.peak_tflops
 
 
+def shown_mfu(outcome: Outcome) -> str:
+    """With its denominator; of CPUs no peak is known."""
+    return mfu_text(None if outcome.on_cpu else median_mfu_pct(outcome), outcome.peak_tflops)
+
+
+def gpus_text(outcome: Outcome) -> str:
+    """`9 (36 GPU)`, as the published table writes it."""
+    return f"{outcome.nodes} ({counted(outcome.gpus, 'rank') if outcome.on_cpu else f'{outcome.gpus} GPU'})"
+
+
 def mfu_at_other_peaks(outcome: Outcome) -> dict[float, float]:
     """`median_mfu_pct` by the GPU's usual peaks in TFLOP/s, but for the one that the trainer divided by.
 
@@ -74,7 +84,7 @@ def markdown_header() -> str:
 
 def markdown_row(outcome: Outcome) -> str:
     """The row in the published table's four columns; what is not a whole result says so instead of `step:`."""
-    cells = (escape(outcome.gpu), f"{outcome.nodes} ({outcome.gpus} GPU)", str(outcome.local_batch_size))
+    cells = (escape(outcome.gpu), gpus_text(outcome), str(outcome.local_batch_size))
     padded = [cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True)]
     return f"|{'|'.join(padded)}|{last_step(outcome)}|"
 
@@ -113,8 +123,8 @@ def summary_line(outcome: Outcome) -> str:
         spread, nodes = "", outcome.measured
         if len(nodes) > 1:
             spread = f" (nodes {nodes[0].tps:,.0f}..{nodes[-1].tps:,.0f}, slowest {nodes[0].host})"
-        parts.append(f"median {outcome.tps.median:,.0f} tokens/s per GPU over {steps}{spread}")
-    parts.append(f"mfu {mfu_text(median_mfu_pct(outcome), outcome.peak_tflops)}")
+        parts.append(f"median {outcome.tps.median:,.0f} tokens/s per {outcome.unit} over {steps}{spread}")
+    parts.append(f"MFU {shown_mfu(outcome)}")
     return plain(", ".join(parts))
 
 

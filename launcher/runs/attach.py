@@ -6,63 +6,59 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import json_values
-from launcher.logs.follow import Progress, follow, merged_lines
-from launcher.logs.watch import watch
+from launcher.logs.follow import Follower, Progress, logs_of, merged_lines
 from launcher.runs import control
 from launcher.runs.directory import Run
+from launcher.runs.phases import Standing, Watcher
 from launcher.scheduler import slurm
-from launcher.scheduler.state import WAITING, JobState
 
 T = TypeVar("T")
 
 ASK_EVERY_S = 5.0  # of the scheduler; the run directory is looked at more often
+LOOK_EVERY_S = 1.0
 SILENCE_S = 600.0  # a controller that restarts is back by then
 
 
-def wait_for_start(run: Run, say: Callable[[JobState | None], None] | None) -> None:
-    """Returns when the run is no longer waiting; tells `say` each new reason for which it does, None where Slurm does
-    not answer.
-    """
-    said: object = ()
-    ask = patient(lambda: control.state(run))
-    while (state := ask()) is None or state.name in (*WAITING, "SUBMITTING"):
-        reason = (state.name, state.reason) if state else None
-        if say and reason != said:
-            say(state)
-            said = reason
-        time.sleep(ASK_EVERY_S)
-
-
-def waiting_text(run: Run, state: JobState | None) -> str:
-    return f"{run.name}: " + (
-        f"{state.name} {state.reason}".strip() if state else "Slurm does not answer; trying again"
-    )
+def standings(run: Run) -> Iterator[Standing]:
+    """How the run stands, every second and at every logged step, until it has ended and its logs are read."""
+    watcher, ask = Watcher(run), patient(lambda: control.state(run))
+    asked_at, state = -ASK_EVERY_S, None
+    while True:
+        if run.end is not None or time.monotonic() - asked_at >= ASK_EVERY_S:
+            asked_at = time.monotonic()
+            state = ask()
+        yield from watcher.look(state)
+        if state is not None and not state.active:
+            return
+        time.sleep(LOOK_EVERY_S)
 
 
 def progress_of(run: Run) -> Iterator[Progress]:
     """A snapshot for every newly logged step, until the run has ended."""
-    return follow(run.logs, steps_total=run.steps, is_finished=_finished(run), sleep=time.sleep, clock=time.time)
+    last = None
+    for standing in standings(run):
+        if standing.progress is not None and standing.progress is not last:
+            yield (last := standing.progress)
 
 
 def progress_now(run: Run) -> Progress | None:
     """How far the run is, by what its logs hold now; None before its first step."""
-    seen = follow(run.logs, steps_total=run.steps, is_finished=lambda: True, sleep=lambda _: None)
-    newest = deque(seen, maxlen=1)
+    newest = deque(Follower(run.logs, run.steps).read(), maxlen=1)
     return newest[0] if newest else None
 
 
-def show(run: Run, stream: TextIO) -> None:
-    """`progress_of` on a terminal or as plain lines."""
-    watch(progress_of(run), stream, is_terminal=stream.isatty())
-
-
-def log_lines(run: Run, until_end: bool) -> Iterator[tuple[str, str]]:
-    """(node, line) of all the run's logs; with `until_end` goes on reading until the run has ended."""
-    return merged_lines(run.logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
+def log_lines(run: Run, until_end: bool, node: str = "", rank: int | None = None) -> Iterator[tuple[str, str]]:
+    """(node, line) of the run's logs, or of those of one node or rank; with `until_end` goes on reading until the run
+    has ended.
+    """
+    per_node = run.asked["profile"].get("gpus_per_node")
+    logs = partial(logs_of, run.logs, node, rank, per_node if type(per_node) is int else 1)
+    return merged_lines(logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
 
 
 def as_dict(progress: Progress) -> dict[str, Any]:

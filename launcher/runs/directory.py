@@ -9,7 +9,6 @@ off in between, and the job is looked for by its name (launcher/runs/control.py)
 
 from __future__ import annotations
 
-import difflib
 import errno
 import fcntl
 import math
@@ -37,7 +36,7 @@ from launcher.base.files import (
     write_text,
 )
 from launcher.base.output import warn
-from launcher.base.values import whole
+from launcher.base.values import guessed, whole
 from launcher.config.hardware import of_gpu
 from launcher.config.render import render
 from launcher.config.spec import S3, PlacedRun, node_config
@@ -66,7 +65,7 @@ class Run:
 
     @property
     def reference(self) -> str:
-        """How to name the run in a command typed here: its name where runs/ is below, else its path."""
+        """How to name the run in a command typed here: its name where commands look for it, else its path."""
         below = Path("runs")
         with suppress(LauncherError):  # a file that is damaged by now is no reason to fail here
             below = saved_runs_dir()
@@ -89,6 +88,12 @@ class Run:
         """How many training steps were asked for; 0 where the run directory does not say."""
         steps = self.asked["recipe"].get("steps")
         return steps if type(steps) is int and 0 <= steps <= 10**9 else 0
+
+    @property
+    def nodes(self) -> int:
+        """How many were asked for; 0 where the run directory does not say."""
+        nodes = self.asked["job"].get("nodes")
+        return nodes if type(nodes) is int and nodes > 0 else 0
 
     @property
     def intent(self) -> dict[str, Any] | None:
@@ -302,7 +307,7 @@ def open_run(reference: str, runs_dir: Path) -> Run:
         except (OSError, ValueError, RuntimeError):  # too long, not a name at all, a link to itself
             continue
 
-    near = difflib.get_close_matches(reference, [run.name for run in all_runs(runs_dir)], 1, 0.5)
+    near = guessed(reference, [run.name for run in all_runs(runs_dir)])
     what = f"there is no run {reference[:80]!r} in {runs_dir}"
     fix = f"did you mean {near[0]}?" if near else quoted("launcher", "list", "--runs-dir", runs_dir)
     raise LauncherError("run-missing", what, fix, status=ExitStatus.NOT_FOUND)

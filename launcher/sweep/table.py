@@ -41,7 +41,7 @@ def plan_row(cell: Cell, spec: RunSpec | None) -> Row:
     }
 
 
-def plan_lines(rows: Sequence[Row]) -> list[str]:
+def plan_lines(rows: Sequence[Row], width: int = 0) -> list[str]:
     """What a sweep is about to do, one line a cell."""
     cells = [("run", "now", "nodes", "GPUs", "batch", "node-hours", "at most", "")]
     for row in rows:
@@ -58,7 +58,7 @@ def plan_lines(rows: Sequence[Row]) -> list[str]:
                 f"memory: {row['memory']}" if row["memory"] in ("tight", "does not fit") else "",
             )
         )
-    return columns(cells, left=2)
+    return columns(cells, 2, width)
 
 
 def plan_summary(rows: Sequence[Row], order: str) -> str:
@@ -108,7 +108,7 @@ def used(rows: Sequence[Row]) -> tuple[float, bool]:
     return sum(known), len(known) == len(rows)
 
 
-def table_lines(rows: Sequence[Row]) -> list[str]:
+def table_lines(rows: Sequence[Row], width: int = 0) -> list[str]:
     """The table for people, and below it what was used."""
     cells = [("run", "state", "GPUs", "tokens/s/GPU", "quartiles", "scaling", "node-hours", "")]
     for row in rows:
@@ -128,7 +128,7 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
             )
         )
     hours, all_known = used(rows)
-    return [*columns(cells, left=2), f"{'' if all_known else 'at least '}{hours:.2f} node-hours used"]
+    return [*columns(cells, 2, width), f"{'' if all_known else 'at least '}{hours:.2f} node-hours used"]
 
 
 def _hours(value: float | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -122,7 +123,9 @@ def test_debug_trains_in_a_squashfs_on_two_nodes(launch: Launch, train_image: Pa
     logs = launch("logs", "train").stdout
     assert done.returncode == 0, done.stdout + done.stderr + logs[-6000:]
     assert "train: COMPLETED" in done.stdout and "step 8/8" in done.stdout
-    assert "|CPU     |2 (4 GPU)                    |4         |step: 8  loss:" in done.stdout
+    phases = re.findall(r"^train: (\w+)", done.stderr, re.M)
+    assert phases[-2:] == ["training", "ending"] and {"checking", "loading"} & {*phases}, done.stderr
+    assert "|CPU     |2 (4 ranks)                  |4         |step: 8  loss:" in done.stdout
     result = json.loads(launch("results", "train", "--json").stdout)
     assert (result["state"], result["gpus"], result["nodes_logged"], result["step"]) == ("COMPLETED", 4, 2, 8)
     assert (result["incomplete"], result["non_finite"]) == (False, False)

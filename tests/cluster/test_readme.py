@@ -40,7 +40,7 @@ def test_make_demo() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "COMPLETED" in done.stdout and "step 20/20" in done.stdout
-    assert re.search(r"^\|\S+ +\|1 \(\d+ GPU\) +\|4 +\|step: 20  loss: ", done.stdout, re.MULTILINE)
+    assert re.search(r"^\|\S+ +\|1 \(\d+ (?:GPU|ranks)\) +\|4 +\|step: 20  loss: ", done.stdout, re.MULTILINE)
     shown = README.split("<!-- demo-output -->")[1]
     assert "COMPLETED" in shown and "step: 20  loss:" in shown, "the README shows what the demo prints"
     assert re.search(r"^report\.html: \d+ runs?, 0 incomplete$", done.stdout, re.MULTILINE)
@@ -90,7 +90,7 @@ def test_the_quick_start(slurm: Cluster, train_image: Path, user_dir: Path) -> N
     assert len(codes) == len(lines), done.stdout + done.stderr
     # Nine nodes are more than there are here: that run waits, and has no result yet.
     assert codes == ["0"] * (len(lines) - 1) + ["10"], done.stdout + done.stderr
-    assert "|CPU     |2 (4 GPU)                    |4         |step: 20  loss:" in done.stdout
+    assert "|CPU     |2 (4 ranks)                  |4         |step: 20  loss:" in done.stdout
     assert re.search(r"llama3-8b-cpu-9n-\S+: PENDING", done.stdout)
     cancel = [
         "bash",

@@ -354,7 +354,7 @@ def test_ctrl_c_ends_the_retrying_too(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launcher.runs.attach.wait_for_start", interrupted)
+    monkeypatch.setattr("launcher.runs.attach.standings", interrupted)
     with pytest.raises(SystemExit) as end:
         unfit = Run(unfit_run(workplace, "r", record("n0", ECC)))
         start_with_retries(RunSpec(), unfit, {}, 1, force=False, as_json=False)

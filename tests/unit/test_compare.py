@@ -15,9 +15,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launcher.base.errors import LauncherError
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.results.columns import as_dict as result_as_dict
-from launcher.results.compare import Comparison, Figure, as_dict, as_text, compare, noise
+from launcher.results.compare import Comparison, Figure, Verdict, as_dict, as_text, compare, noise
 from launcher.results.outcome import Outcome, Spread
 from launcher.results.published import PUBLISHED, TABLE, best_match, described, published, rows_of
 from launcher.results.sides import outcome_from, results_in
@@ -80,24 +80,28 @@ def test_a_difference_within_the_noise_and_one_beyond() -> None:
     tps = figure(large, "tokens/s")
     assert (tps.difference, tps.beyond) == (-930.0, True)
     assert tps.noise == pytest.approx(math.hypot(noise(a.tps, 9) or 0, noise(spread(17000.0), 9) or 0))
-    assert "-930 (-5.2%)" in "\n".join(as_text(large)) and "beyond the noise of" in "\n".join(as_text(large))
+    assert (small.verdict, large.verdict) == (Verdict.SAME, Verdict.SLOWER)
+    assert as_text(small)[-1] == "SAME: the difference of +0.1% in tokens/s is within noise"
+    assert as_text(large)[-1] == "SLOWER: B has 5.2% fewer tokens/s than A, which exceeds noise"
+    assert compare(outcome(tps=spread(17000.0)), a).verdict is Verdict.FASTER
+    assert "-930 (-5.2%)" in "\n".join(as_text(large)) and "* tokens/s per GPU" in "\n".join(as_text(large))
 
 
 def test_what_is_the_same_in_every_step_has_no_noise() -> None:
     found = figure(compare(outcome(), outcome(memory_gib=spread(150.0, 0.0))), "peak memory")
-    assert (found.noise, found.beyond, found.remark) == (None, None, "no noise: constant within a run")
+    assert (found.noise, found.beyond, found.remark) == (None, None, "")
 
 
 def test_a_published_row_has_one_value() -> None:
     found = compare(outcome(), published_beside(outcome()))
     tps = figure(found, "tokens/s")
-    assert (tps.b, tps.remark) == (17975.0, "one published value, taken to scatter as the other's steps")
+    assert (tps.b, tps.remark) == (17975.0, "a published value is a single run: its variance is unknown")
     assert tps.beyond is False
     a = outcome()
     assert a.tps is not None and tps.noise is not None
     assert tps.noise > 1.96 * (a.tps.q3 - a.tps.q1) / 1.349  # a single step's scatter, not a median's
     assert not found.settings and not found.warnings  # what a row does not say is no difference
-    assert "(one published value, taken to scatter as the other's steps)" in "\n".join(as_text(found))
+    assert "  a published value is a single run: its variance is unknown" in as_text(found)
 
 
 def test_settings_and_versions_that_differ() -> None:
@@ -120,12 +124,16 @@ def test_an_incomplete_run_is_shown_and_not_compared() -> None:
     assert tps.why_not == "B is not complete"
     assert "B is not complete: step 40 of 100; restarted" in found.warnings
     assert "not comparable: B is not complete" in "\n".join(as_text(found))
+    assert (found.verdict, as_text(found)[-1]) == (
+        Verdict.CANNOT_SAY,
+        "CANNOT SAY which is faster: B is not complete",
+    )
 
 
 def test_different_gpus_are_warned_of_and_still_shown() -> None:
     found = compare(outcome(), outcome(gpu="B200", settings={"profile.gpu": "B200"}))
     assert found.warnings[0].startswith("different GPUs: GB200 and B200")
-    assert figure(found, "tokens/s").difference == 0.0
+    assert figure(found, "tokens/s").difference == 0.0 and found.verdict is Verdict.CANNOT_SAY
 
 
 def test_mfu_of_different_peaks_and_losses_of_different_steps_are_not_compared() -> None:
@@ -325,8 +333,11 @@ def test_the_command(launch: Launch, workplace: Path) -> None:
     write_run(workplace / "runs" / "b", (17000.0, 17010.0), compile=True)
     done = launch("compare", "a", "b")
     assert done.returncode == 0 and "recipe.compile  false  true" in done.stdout
+    assert "which exceeds noise, but it did not do the same work" in done.stdout
+    codes = [launch("compare", *sides, "--exit-code").returncode for sides in (("a", "b"), ("b", "a"), ("a", "a"))]
+    assert codes == [ExitStatus.BELOW, 0, 0]
     values = json.loads(launch("compare", "a", "published", "--json").stdout)
-    assert values["b"]["gpus"] == 12 and values["figures"][0]["remark"].startswith("one published value")
+    assert values["b"]["gpus"] == 12 and values["figures"][0]["remark"].startswith("a published value")
     table = ROOT / "slurm" / "reference-results.csv"
     assert launch("compare", str(table), "runs/b").returncode == 0
     assert "\x1b" not in done.stdout

@@ -17,12 +17,12 @@ import pytest
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.logs import steps as log
 from launcher.logs.first_error import find_errors
-from launcher.logs.follow import Progress, error_logs, follow, last_lines, merged_lines, node_logs
+from launcher.logs.follow import Follower, Progress, error_logs, last_lines, logs_of, merged_lines, node_logs
 from tests.unit.titan_log import T0, step
 
 
 class Run:
-    """A run that writes something at every poll, then ends; follow's sleep is what makes time pass."""
+    """A run that writes something after every look, then ends."""
 
     def __init__(self, folder: Path, *polls: Callable[[], None]) -> None:
         self.folder = folder
@@ -45,11 +45,12 @@ class Run:
         return not self.polls
 
     def follow(self, steps_total: int = 100) -> list[Progress]:
-        return list(
-            follow(
-                self.folder, steps_total=steps_total, is_finished=self.is_finished, sleep=self.sleep, clock=lambda: 0.0
-            )
-        )
+        follower = Follower(self.folder, steps_total, clock=lambda: 0.0)
+        seen = list(follower.read())
+        while self.polls:
+            self.sleep(0)
+            seen += follower.read()
+        return seen
 
 
 def test_nodes_are_named_by_their_files(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_a_step_of_several_nodes_is_one(tmp_path: Path) -> None:
 def test_lines_without_a_time_use_our_clock(tmp_path: Path) -> None:
     times = iter([0.0, 100.0, 110.0, 120.0])
     (tmp_path / "0000-a.log").write_text("".join(step(n).partition("INFO - ")[2] for n in (1, 10, 20)))
-    seen = list(follow(tmp_path, steps_total=40, is_finished=lambda: True, clock=lambda: next(times), sleep=print))
+    seen = list(Follower(tmp_path, 40, clock=lambda: next(times)).read())
     assert [p.seconds_left for p in seen] == [None, None, 20.0]
 
 
@@ -178,7 +179,7 @@ def test_attaching_to_a_long_run_is_bounded(tmp_path: Path) -> None:
             handle.write(step(n + 1, at=T0 + n % 3600))
     tracemalloc.start()
     try:
-        steps = [p.step for p in follow(tmp_path, steps_total=20_000, is_finished=lambda: True, sleep=print)]
+        steps = [p.step for p in Follower(tmp_path, 20_000).read()]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -193,7 +194,7 @@ def test_a_finished_run_is_merged_by_time(tmp_path: Path) -> None:
     (tmp_path / "job.log").write_text("job starts\n")
     (tmp_path / "0000-a.log").write_text("titan-node: ok a\n" + step(1) + "  detail of 1\n" + step(20))
     (tmp_path / "0001-b.log").write_text("titan-node: ok b\n" + step(10) + step(5) + step(30))
-    lines = list(merged_lines(tmp_path))
+    lines = list(merged_lines(partial(logs_of, tmp_path)))
     assert [(name, text.partition("step:")[2][:4].strip() or text) for name, text in lines] == [
         ("job", "job starts"),
         ("a", "titan-node: ok a"),
@@ -210,7 +211,7 @@ def test_a_finished_run_is_merged_by_time(tmp_path: Path) -> None:
 def test_merged_lines_cannot_drive_a_terminal(tmp_path: Path) -> None:
     (tmp_path / "0000-a.log").write_bytes(b"\x1b[2J\x1b]0;owned\x07red\x1b[0m \xff\n")
     for following in (False, True):
-        assert list(merged_lines(tmp_path, follow=following)) == [("a", "red \ufffd")]
+        assert list(merged_lines(partial(logs_of, tmp_path), follow=following)) == [("a", "red \ufffd")]
 
 
 def test_following_all_logs_gives_whole_lines_as_they_come(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_following_all_logs_gives_whole_lines_as_they_come(tmp_path: Path) -> No
         lambda: run.write("0000-a.log", "o\nthree"),
         lambda: None,
     ]
-    lines = list(merged_lines(tmp_path, follow=True, is_finished=run.is_finished, sleep=run.sleep))
+    lines = list(merged_lines(partial(logs_of, tmp_path), follow=True, is_finished=run.is_finished, sleep=run.sleep))
     assert lines == [("job", "job starts"), ("a", "one"), ("b", "first"), ("a", "two"), ("a", "three")]
 
 
@@ -233,7 +234,7 @@ def test_following_a_log_that_starts_again(tmp_path: Path) -> None:
         lambda: run.replace("0000-a.log", "new\n"),
         lambda: None,
     ]
-    lines = list(merged_lines(tmp_path, follow=True, is_finished=run.is_finished, sleep=run.sleep))
+    lines = list(merged_lines(partial(logs_of, tmp_path), follow=True, is_finished=run.is_finished, sleep=run.sleep))
     assert [text for _, text in lines] == ["a long first line", "new"]
 
 
@@ -242,7 +243,7 @@ def test_merging_huge_lines_is_bounded(tmp_path: Path, following: bool) -> None:
     (tmp_path / "0000-a.log").write_bytes(b"x" * (16 << 20) + b"\nlast\n")
     tracemalloc.start()
     try:
-        lengths = [len(text) for _, text in merged_lines(tmp_path, follow=following)]
+        lengths = [len(text) for _, text in merged_lines(partial(logs_of, tmp_path), follow=following)]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -254,9 +255,9 @@ def test_merging_huge_lines_is_bounded(tmp_path: Path, following: bool) -> None:
 
 
 READERS: list[Callable[[Path], Iterable[object]]] = [
-    lambda folder: list(follow(folder, steps_total=9, is_finished=lambda: True, sleep=print)),
-    lambda folder: list(merged_lines(folder)),
-    lambda folder: list(merged_lines(folder, follow=True)),
+    lambda folder: list(Follower(folder, 9).read()),
+    lambda folder: list(merged_lines(partial(logs_of, folder))),
+    lambda folder: list(merged_lines(partial(logs_of, folder), follow=True)),
 ]
 
 
@@ -338,8 +339,9 @@ MERGE = """
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-from launcher.logs.follow import merged_lines
-for name, text in merged_lines(Path(sys.argv[1])):
+from functools import partial
+from launcher.logs.follow import logs_of, merged_lines
+for name, text in merged_lines(partial(logs_of, Path(sys.argv[1]))):
     print(name, text[:1000])
 """
 

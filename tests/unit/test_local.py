@@ -67,7 +67,7 @@ def test_a_run_from_start_to_row(start, launch: Launch, workplace: Path) -> None
     done = start(STEPS, "--follow")
     assert done.returncode == 0, done.stderr
     assert "step 20/20" in done.stdout and "r: COMPLETED" in done.stdout
-    assert "|CPU     |1 (2 GPU)                    |4         |step: 20  loss:  5.5348" in done.stdout
+    assert "|CPU     |1 (2 ranks)                  |4         |step: 20  loss:  5.5348" in done.stdout
     row = json.loads(launch("results", "r", "--json").stdout)
     assert (row["state"], row["median_tps"], row["incomplete"], row["gpus"]) == ("COMPLETED", 137, False, 2)
     run = workplace / "runs" / "r"

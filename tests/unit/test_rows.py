@@ -75,7 +75,7 @@ def test_published_rows_are_read_back_from_the_table(row: Outcome) -> None:
         (0.01, 0.0, "0.00% of an unknown peak"),
         (math.nan, math.nan, "nan% of an unknown peak"),
         (None, 33.57, "33.57% of an unknown peak"),
-        (1018.20, None, "N/A"),
+        (1018.20, None, "n/a"),
     ],
 )
 def test_mfu_always_has_its_peak(tflops: float | None, mfu: float | None, text: str) -> None:
@@ -99,7 +99,7 @@ def test_the_mfu_beside_a_median_is_not_the_last_steps() -> None:
     """One slow step at the end would halve it."""
     slow_end = outcome(mfu_pct=22.96, tflops=spread(1018.2))
     assert median_mfu_pct(slow_end) == pytest.approx(45.25, abs=0.01)
-    assert "mfu 45.25% of 2250 TFLOP/s" in summary_line(slow_end) and "22.96" not in summary_line(slow_end)
+    assert "MFU 45.25% of 2250 TFLOP/s" in summary_line(slow_end) and "22.96" not in summary_line(slow_end)
     assert (as_dict(slow_end)["mfu_pct"], round(as_dict(slow_end)["median_mfu_pct"], 2)) == (22.96, 45.25)
     assert median_mfu_pct(replace(slow_end, peak_tflops=None)) == 22.96  # as printed, where the peak is not known
     assert median_mfu_pct(replace(slow_end, mfu_pct=None)) is None  # quantised
@@ -110,7 +110,7 @@ def test_the_summary_names_the_slowest_node() -> None:
     whole = outcome(by_node=medians, tps=spread(17200.0, count=45), tflops=spread(1018.2))
     assert summary_line(whole) == (
         "median 17,200 tokens/s per GPU over 9 logged steps (nodes 16,000..17,400, slowest gb200-003), "
-        "mfu 45.25% of 2250 TFLOP/s"
+        "MFU 45.25% of 2250 TFLOP/s"
     )
     expected = {"slowest_node": "gb200-003", "slowest_tps": 16000.0, "fastest_tps": 17400.0, "records_used": 9}
     assert expected.items() <= as_dict(whole).items()
@@ -156,7 +156,7 @@ def test_a_run_without_a_step() -> None:
 
 def test_no_step_counts() -> None:
     short = outcome(series=(Point(1, 9.0, None, 100.0, 1.0),), step=1, steps=1, tps=None)
-    assert summary_line(short).startswith("no step after warm-up, mfu ")
+    assert summary_line(short).startswith("no step after warm-up, MFU ")
 
 
 def test_nan_is_null() -> None:

@@ -19,7 +19,7 @@ from tests.unit.test_preflight import slurm as slurm
 
 Fake = Callable[[str, str], Path]
 NOW = datetime(2026, 11, 22, 18, 0)
-IN_80_MIN = "estimated start: 2026-11-22 19:20, in 80 min"
+IN_80_MIN = "estimated start: 2026-11-22 19:20, in 1 h 20 min"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_nodes_estimate_and_what_would_start_sooner() -> None:
         "the job is next, but not enough nodes are free yet",
         "9 nodes asked; partition batch has 10: 3 free, 4 in use, 2 out of service, 1 reserved",
         "out of service: d1 is drained (Xid [79] [root@2026-01-02]), d2 is drained (Xid [79] [root@2026-01-02])",
-        "estimated start: 2026-11-22 19:20, in 80 min",
+        "estimated start: 2026-11-22 19:20, in 1 h 20 min",
         "sooner: --nodes 3: 3 nodes free now",
     ]
 

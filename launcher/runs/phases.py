@@ -1,0 +1,120 @@
+"""In which phase a run is, and since when: from its directory alone, which the job script and the nodes write.
+
+claim/job_id           the script has begun
+nodes/NNNN-host.doing  the node's container runs, and what its check is at; gone when its record is there
+nodes/NNNN-host.json   the node's own record: its check is over
+logs/NNNN-host.log     training, as soon as one holds a step
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from launcher.base.files import read_json
+from launcher.logs.follow import Follower, Progress
+from launcher.runs.directory import Run
+from launcher.scheduler.state import WAITING, JobState
+
+
+class Phase(StrEnum):
+    """In the order in which a run goes through them."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    CHECKING = "checking"
+    LOADING = "loading"
+    TRAINING = "training"
+    ENDING = "ending"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands at one moment."""
+
+    phase: Phase
+    began: Mapping[Phase, float]  # when each phase began, as far as that is known, by this machine's clock
+    state: JobState | None  # None while Slurm does not answer
+    at: float  # the moment
+    nodes: int
+    started: int = 0  # nodes whose container runs
+    fit: int = 0  # nodes that have passed their check
+    doing: Mapping[str, int] = field(default_factory=dict)  # what is checked just now, and on how many nodes
+    progress: Progress | None = None
+
+
+class Watcher:
+    """Looks at one run again and again, and remembers when it was first seen in a phase."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._nodes = run, run.nodes
+        self._follower = Follower(run.logs, run.steps)
+        self._began: dict[Phase, float] = {}
+        self._progress: Progress | None = None
+        self._before: tuple[Phase, int, int, Mapping[str, int]] = (Phase.STARTING, 0, 0, {})
+
+    def look(self, state: JobState | None) -> list[Standing]:
+        """One standing for each step that was logged since the last look, or one for none."""
+        end = self._run.end or {}
+        at = _number(end, "ended_at") or time.time()
+        self._begin(Phase.QUEUED, (self._run.intent or {}).get("at"), at)
+        began = _number(end, "began_at")
+        with suppress(OSError):
+            began = began or (self._run.path / "claim" / "job_id").stat().st_mtime
+        if began is None and (state is None or state.name in (*WAITING, "SUBMITTING")):
+            return [Standing(Phase.QUEUED, dict(self._began), state, at, self._nodes)]
+        self._begin(Phase.STARTING, began, at)
+        seen = []
+        for progress in self._follower.read():
+            self._progress = progress
+            seen.append(self._standing(state, at))
+        return seen or [self._standing(state, at)]
+
+    def _standing(self, state: JobState | None, at: float) -> Standing:
+        if Phase.TRAINING not in self._began:  # from then on the records stay as they are
+            self._before = self._before_training(at)
+        phase, started, fit, doing = self._before
+        if self._progress:
+            phase = Phase.TRAINING
+            self._begin(phase, self._first_step(), at)
+            if self._progress.step >= self._progress.steps_total:
+                phase = Phase.ENDING
+                self._begin(phase, None, at)
+        return Standing(phase, dict(self._began), state, at, self._nodes, started, fit, doing, self._progress)
+
+    def _before_training(self, at: float) -> tuple[Phase, int, int, Mapping[str, int]]:
+        records = self._run.node_records
+        marks = [mark for path in (self._run.path / "nodes").glob("*.doing") if (mark := read_json(path))]
+        started = [moment for one in (*records, *marks) if (moment := _number(one, "time"))]
+        fit = [record for record in records if record.get("ok") is True]
+        phase = Phase.STARTING
+        if self._nodes and len(started) >= self._nodes:
+            phase = Phase.CHECKING
+            self._begin(phase, max(started), at)
+        if self._nodes and len(fit) >= self._nodes:
+            phase = Phase.LOADING
+            ends = [(_number(record, "time") or 0.0) + (_number(record, "check_s") or 0.0) for record in fit]
+            self._begin(phase, max(ends), at)
+        return phase, len(started), len(fit), Counter(str(mark.get("doing")) for mark in marks)
+
+    def _first_step(self) -> float | None:
+        """By the node's own clock, whose zone its record says: logs carry none."""
+        host, moment = self._follower.first or ("", 0.0)
+        offsets = [_number(r, "utc_offset_s") for r in self._run.node_records if r.get("host") == host]
+        return moment - offsets[0] if offsets and offsets[0] is not None else None
+
+    def _begin(self, phase: Phase, moment: float | None, at: float) -> None:
+        """Where no moment is known, or one that cannot be, it is the first at which it was seen."""
+        if phase not in self._began:
+            last = max(self._began.values(), default=0.0)
+            self._began[phase] = max(last, moment) if moment and moment <= at else at
+
+
+def _number(record: Mapping[str, Any], key: str) -> float | None:
+    value: Any = record.get(key)
+    return float(value) if type(value) in (int, float) and abs(value) < 1e11 else None
