@@ -205,15 +205,14 @@ OPTIONS = (
         "--gpu",
         metavar="PROFILE",
         shell_complete=_names("profiles"),
-        help="GPU profile: gb200, gb300, b200, b300, h200, h100, a100, cpu, or a TOML file.  [default: detected]",
+        help=f"GPU profile: {', '.join(names_of('profiles'))}, or a TOML file.  [default: detected]",
     ),
     _option("--gpus-per-node", type=int, help="GPUs used on each node; with the cpu profile, ranks."),
     _option(
         "--recipe",
         metavar="RECIPE",
         shell_complete=_names("recipes"),
-        help="llama3-8b, llama3-8b-fast, llama3-8b-nvfp4, llama3-8b-finetune, llama3-70b, llama3-70b-tp, debug, or a "
-        "TOML file.  [default: llama3-8b]",
+        help=f"{', '.join(names_of('recipes'))}, or a TOML file.  [default: llama3-8b]",
     ),
     _option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
     _option("--seq-len", type=int, help="Tokens in a sequence."),

@@ -189,7 +189,7 @@ def test_runs_are_found_from_anywhere_once_their_place_is_saved(
     assert [row["run"] for row in json.loads(launch("list", "--json").stdout)] == ["a-run"]
     for words in (("status",), ("results", "a-run"), ("accept", "a-run")):
         assert "a-run" in launch(*words).stdout
-    assert launch("list", LAUNCHER_RUNS_DIR="none").stderr.startswith("no runs in none")
+    assert launch("list", LAUNCHER_RUNS_DIR="none").stderr.startswith("No runs yet in none")
 
 
 def test_init_keeps_what_the_file_says_and_takes_what_is_named(
