@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tomllib
 from collections.abc import Iterator
 
 import pytest
@@ -67,8 +68,9 @@ def test_made_up_gpus_are_not_believed(launch: Launch) -> None:
     assert "GRES gpu:gb200:4" in text and "against gb200" in text
     if platform.machine() == "x86_64":
         assert "against gb200 does not fit x86_64" in text
-        done = launch("cluster", "use")
-        assert done.returncode == ExitStatus.NOT_FOUND
-    done = launch("cluster", "use", "gb200", "--partition", "batch", "--config", "mine.toml")
+        done = launch("init", "--yes", "--config", "mine.toml")
+        assert done.returncode == ExitStatus.NOT_FOUND and not (launch.directory / "mine.toml").exists()
+    done = launch("init", "--gpu", "gb200", "--partition", "batch", "--config", "mine.toml", "--yes")
     assert done.returncode == 0 and "warning: gb200" in done.stderr
-    assert (launch.directory / "mine.toml").read_text() == ('[job]\ngpu = "gb200"\npartition = "batch"\n')
+    saved = tomllib.loads((launch.directory / "mine.toml").read_text())["job"]
+    assert (saved["gpu"], saved["partition"]) == ("gb200", "batch")
