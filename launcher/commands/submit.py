@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
@@ -20,6 +21,9 @@ from launcher.titan.command import preview
 @click.command(cls=RunCommand)
 @run_options
 @click.option("--dry-run", is_flag=True, help="Print the script and the torchrun command; touch nothing.")
+@click.option(
+    "--prove", "proved", is_flag=True, help="Before it queues, have torchtitan build the run as `plan --prove` does."
+)
 @click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
 @click.option("--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask.")
@@ -34,6 +38,7 @@ from launcher.titan.command import preview
 def submit(
     options: RunOptions,
     dry_run: bool,
+    proved: bool,
     follow: bool,
     yes: bool,
     force: bool,
@@ -59,12 +64,14 @@ def submit(
     run, findings = looked_at(asked, force, ask_slurm=not dry_run)
     tell(findings, force)
     if dry_run:
-        return _print_plan(run, as_json)
+        return _print_plan(run, _proof(run) if proved else None, as_json)
     # Here, so that a dry run answers in half the time.
     from launcher.commands import start as starting
     from launcher.commands.runs import follow_run
 
     starting.say_where(findings)
+    if proved:
+        _proof(run)
     quiet = yes or force or as_json or run.job.scheduler == "local"
     asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if asking:
@@ -93,10 +100,21 @@ def render(options: RunOptions, as_json: bool) -> None:
         echo_file(script)
 
 
-def _print_plan(spec: PlacedRun, as_json: bool) -> None:
+def _proof(spec: PlacedRun) -> dict[str, Any]:
+    """Said beside the output, which is the script's or the job's. Raises LauncherError for a run that is refused."""
+    from launcher.plan import proof
+
+    facts = proof.prove(spec)
+    proof.check(facts)
+    echo(*proof.lines(facts), err=True)
+    return facts
+
+
+def _print_plan(spec: PlacedRun, proof: dict[str, Any] | None, as_json: bool) -> None:
     script, commands = render_script(spec), preview(node_config(spec), spec.job.python)
     if as_json:
-        print_json({"run_dir": spec.run_dir, "data": describe(spec), "script": script, "torchrun": commands})
+        known = {"run_dir": spec.run_dir, "data": describe(spec), "script": script, "torchrun": commands}
+        print_json(known | ({"proof": proof} if proof else {}))
         return
     echo_file(script)
     if spec.job.scheduler == "slurm":

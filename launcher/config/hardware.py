@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from types import MappingProxyType
@@ -21,6 +21,7 @@ class Hardware:
     gpus_per_node: int
     arch: str  # uname's word
     memory_gib: float
+    compute_capability: Sequence[int]
     cpus: int
     peak_tflops: float
     titan_peak_tflops: Mapping[str, float]  # by release of torchtitan

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.files import PACKAGE
 from launcher.base.output import counted
+from launcher.config.hardware import of_gpu
 from launcher.config.spec import PlacedRun, node_config
 
 TIMEOUT_S = 900  # one minute on an idle core
@@ -63,6 +64,8 @@ def _arguments(run: PlacedRun) -> list[str]:
     node = node_config(run)
     needed = {name: {key: node[name][key] for key in keys} for name, keys in _NEEDED.items()}
     needed |= {name: node[name] for name in ("recipe", "titan", "placed")}
+    known = of_gpu(run.profile.gpu)
+    needed |= {"compute_capability": list(known.compute_capability)} if known else {}
     ranks = sorted({0, run.gpus - 1})
     return ["-m", "titan.prove", json.dumps(needed, separators=(",", ":")), *map(str, ranks)]
 

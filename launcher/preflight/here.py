@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.base.errors import LauncherError, install, quoted
 from launcher.base.files import data_dir, unreadable
 from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
+from launcher.config.hardware import of_gpu
 from launcher.config.resolve import ignored
 from launcher.config.runtime import host_path
 from launcher.config.spec import HUB, S3, SAMPLE, PlacedRun, RunSpec
@@ -23,6 +24,7 @@ from launcher.preflight.settings import unknown_settings
 from launcher.stage import view
 from launcher.titan import Refused
 from launcher.titan.data import check_tokenizer
+from launcher.titan.recipe import NEEDS_CAPABILITY
 from launcher.titan.weights import check_weights as check
 
 ABSENT = "path-absent"
@@ -45,6 +47,7 @@ def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
         else:
             if name == "image" and spec.job.image:
                 found.append(ok("image", path=spec.job.image))
+    found += _quantization(spec)
     found += _local(spec) if spec.job.scheduler == "local" else _not_followed()
     more += files(spec)
     try:
@@ -57,6 +60,18 @@ def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
         absent = not spec.view and any(one.code == ABSENT for one in more)
         found += unfit if notes or unfit or absent else [ok("data", said=view.describe(spec))]
     return spec, [*found, *_unfit(spec, "tokenizer-unfit", _check_tokenizer), *more]
+
+
+def _quantization(spec: RunSpec) -> list[Finding]:
+    """The image may be able to do it, and the GPU not."""
+    quantize, known = spec.recipe.quantize, of_gpu(spec.profile.gpu)
+    needed = NEEDS_CAPABILITY.get(quantize)
+    if not known or not needed or tuple(known.compute_capability) >= needed:
+        return []
+    able = [word for word, least in NEEDS_CAPABILITY.items() if tuple(known.compute_capability) >= least] or ["none"]
+    fix = f"--set recipe.quantize={able[-1]}"
+    facts = {"needed": "{}.{}".format(*needed), "there": "{}.{}".format(*known.compute_capability)}
+    return [error("gpu-quantization", fix, quantize=quantize, gpu=known.gpu, **facts)]
 
 
 def _not_followed() -> list[Finding]:

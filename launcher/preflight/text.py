@@ -72,6 +72,11 @@ TEXTS = {
     "gpus-absent": Text(
         "GPUs", "the run asks for {gres} on a node, and no node of {place} has that: {have}", "Slurm says {said} there"
     ),
+    "gpu-quantization": Text(
+        "quantization",
+        "{quantize} needs a GPU of compute capability {needed} or later, {gpu} has {there}",
+        "torchtitan refuses it on every node",
+    ),
     "no-nvidia-driver": Text("GPUs", "--gpu {profile}: this machine has no NVIDIA driver (no nvidia-smi)"),
     "gpus-idle": Text(
         "GPUs per node",

@@ -2,8 +2,8 @@
 
 One rank of the whole world at a time: the settings are read, the mesh is made, the model is built, quantized and
 split, and one step is made. Communication is torch's fake backend, and parameters and activations are fake tensors:
-they have a shape and no memory. What torchtitan asks of the GPU is answered with yes. No data is read.
-The last line of the output is the proof, in JSON.
+they have a shape and no memory. What torchtitan asks of the GPU is answered by its compute capability in NODE. No data
+is read. The last line of the output is the proof, in JSON.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ def prove(node: Facts, ranks: list[int], folder: Path, facts: Facts) -> None:
     torch.nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor  # it looks at values, which fake tensors lack
     cpu.patch()
     importlib.import_module("torchtitan.tools.utils")
+    capability = node.get("compute_capability") or [99, 0]
     for name, imported in list(sys.modules.items()):  # those that come later find it there
         if name.startswith("torchtitan.") and hasattr(imported, "has_cuda_capability"):
-            vars(imported)["has_cuda_capability"] = lambda major, minor: True
+            vars(imported)["has_cuda_capability"] = lambda major, minor: [major, minor] <= capability
     printed = io.StringIO()
     try:
         from torchtitan.config import ConfigManager

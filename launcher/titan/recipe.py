@@ -10,6 +10,9 @@ CHOICES = {
     "param_dtype": ("bfloat16", "float32"),
 }
 
+# The first compute capability with products of that kind, as torchtitan asks for it in both eras.
+NEEDS_CAPABILITY = {"float8": (8, 9), "mxfp8": (10, 0), "nvfp4": (10, 0)}
+
 
 @dataclass(frozen=True)
 class Recipe:

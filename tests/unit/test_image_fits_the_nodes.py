@@ -45,6 +45,13 @@ def describe(image: Path, **changes: object) -> None:
             ("--gpu", "b200", "--recipe", "llama3-8b-nvfp4"),
             "launcher image build nightly|stable; or a recipe that does not quantize",
         ),
+        (
+            {"quantization": ["none", "float8", "mxfp8"]},
+            ("--gpu", "h100", "--recipe", "llama3-8b-fast", "--set", "recipe.quantize=mxfp8"),
+            "mxfp8 needs a GPU of compute capability 10.0 or later, H100 has 9.0",
+        ),
+        ({}, ("--gpu", "a100", "--set", "recipe.quantize=float8"), "try: --set recipe.quantize=none"),
+        ({}, ("--gpu", "h200", "--recipe", "llama3-8b-nvfp4"), "try: --set recipe.quantize=float8"),
         # As with a triton that torchao is not made for: torchtitan itself cannot be imported where there is a GPU.
         ({"quantization": ["float8"]}, ("--gpu", "b200"), "the image cannot do none, only float8"),
         (
@@ -73,6 +80,9 @@ def test_an_image_that_cannot_run_there_is_refused(
     [
         ({"arch": "arm64"}, ("--gpu", "gb200")),
         ({"arch": "amd64", "versions": {"cuda": None}}, ("--gpu", "cpu")),
+        ({}, ("--gpu", "h100", "--recipe", "llama3-8b-fast")),  # float8
+        ({}, ("--gpu", "a100", "--set", "recipe.quantize=float8", "--force")),  # torchtitan can emulate it
+        ({}, ("--gpu", "gb300", "--set", "profile.arch=x86_64", "--recipe", "llama3-8b-nvfp4")),
         ({"quantization": ["none", "mxfp8"]}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
         ({"versions": {"torchtitan": "0.2.2", "torchao": "0.16.0"}}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
         ({"versions": {"torchtitan": "0.3.0"}}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),

@@ -26,6 +26,7 @@ TAKEN: dict[str, Any] = {
     "seconds": 21.3,
 }
 Answer = Callable[[object], str]
+Fake = Callable[[str, str], Path]
 
 
 @pytest.fixture
@@ -62,6 +63,22 @@ def test_a_run_that_torchtitan_refuses(launch: Launch, answer: Answer) -> None:
         assert "torchtitan 0.3.0 refuses this run in its mesh on rank 0 of 32 [proof-refused]" in done.stderr
         assert "  | AssertionError: Invalid parallel dims\n" in done.stderr
     assert json.loads(done.stdout)["proof"]["refused"] == refused
+
+
+def test_submit_proves_before_it_queues(launch: Launch, answer: Answer, image: Path, fake_slurm: Fake) -> None:
+    submit = ("submit", "--gpu", "h100", "--nodes", "4", "--image", "titan.sqsh", "--yes", "--prove", "--name", "r")
+    fake_slurm("sbatch", "echo 7")
+    taken, refusing = answer(TAKEN), {"part": "mesh", "rank": 0, "why": "AssertionError: Invalid parallel dims"}
+    dry = launch(*submit, "--dry-run", "--python", taken)
+    assert dry.returncode == 0 and "torchtitan 0.3.0 takes it at 32 ranks" in dry.stderr and "proof" not in dry.stdout
+    assert json.loads(launch(*submit, "--dry-run", "--json", "--python", taken).stdout)["proof"] == TAKEN
+    refused = answer(TAKEN | {"ranks": [], "refused": refusing})
+    for more in ((), ("--dry-run",)):
+        done = launch(*submit, *more, "--python", refused)
+        assert done.returncode == 3 and "[proof-refused]\n  | AssertionError: Invalid parallel dims\n" in done.stderr
+        assert done.stdout == "" and not Path("runs").exists()
+    done = launch(*submit, "--python", answer(TAKEN))
+    assert done.returncode == 0 and "one step\n" in done.stderr and "r: Slurm job 7" in done.stdout, done.stderr
 
 
 def test_what_cannot_be_tried_is_no_refusal(launch: Launch, answer: Answer) -> None:
