@@ -4,6 +4,7 @@ checkout.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -147,13 +148,14 @@ def build(
     emulated = "" if arch == engine.arch else " (emulated: 6 to 13 times slower)"
     say(f"building {tag} for {arch}{emulated} on {base}, {packages} packages of {locked}")
     say(f"Docker engine {engine.version} at {engine.host}")
+    if emulated and engine.host.startswith("unix://") and 0 < (qemu := docker_engine.emulator_version(arch)) < 10:
+        say(f"warning: the emulator of {arch} is qemu {qemu}: 7.2 crashes when torch is imported, 10 does not")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="titan-build-") as folder:
         _fill(Path(folder), locked, f"{name}-{arch}.txt")
         command = ["build", "--force-rm", f"--tag={tag}"]
         command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
-        command += [f"--label=org.opencontainers.image.base.name={base}"]
-        command += [f"--label=org.opencontainers.image.version={version(locked)}"]
+        command += [f"--label={key}={value}" for key, value in labels(base, locked).items()]
         command += [f"--network={network}"] if network else []
         command += ["--no-cache"] if no_cache else []
         # Not said where it goes without saying: `docker import` may have written the wrong architecture.
@@ -181,6 +183,15 @@ def build_arguments(
         "SBOM": sbom,
         "CREATED": created(),
     }
+
+
+def labels(base: str, locked: Path) -> dict[str, str]:
+    """What the image says of itself beside the Dockerfile's labels; for `build` and .github/workflows/image.yml."""
+    name, _, digest = base.partition("@")
+    found = {"base.name": name, "base.digest": digest, "version": version(locked)}
+    if repository := os.environ.get("GITHUB_REPOSITORY"):  # a checkout's own address may hold a password
+        found["source"] = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{repository}"
+    return {f"org.opencontainers.image.{key}": value for key, value in found.items() if value}
 
 
 def created() -> str:

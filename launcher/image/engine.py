@@ -98,11 +98,27 @@ def need_arch(engine: Engine, arch: str) -> None:
 
 def emulates(arch: str) -> bool:
     """Whether this machine's kernel runs foreign programs of `arch`, in containers, too: that is the flag F."""
+    return bool(_emulator(arch))
+
+
+def emulator_version(arch: str) -> int:
+    """Its first number; 0 where that cannot be told, such as for a program that is in a container alone."""
+    with suppress(OSError, subprocess.SubprocessError):
+        asked = [_emulator(arch), "--version"]
+        said = subprocess.run(asked, capture_output=True, stdin=subprocess.DEVNULL, timeout=10).stdout
+        if found := re.search(rb"version ([0-9]{1,3})\.", said):
+            return int(found[1])
+    return 0
+
+
+def _emulator(arch: str) -> str:
+    """Its path; "" without one."""
     # qemu-aarch64-static, or Debian's /usr/libexec/qemu-binfmt/aarch64-binfmt-P; not aarch64_be.
-    entry = re.compile(rf"enabled\ninterpreter \S*qemu\S*{ARCHES[arch]}(?!_be)\S*\nflags: \S*F")
+    entry = re.compile(rf"enabled\ninterpreter (\S*qemu\S*{ARCHES[arch]}(?!_be)\S*)\nflags: \S*F")
     with suppress(OSError):
-        return any(entry.match(path.read_text(encoding="utf-8")) for path in BINFMT.glob("qemu-*"))
-    return False
+        found = (entry.match(path.read_text(encoding="utf-8")) for path in BINFMT.glob("qemu-*"))
+        return next((match[1] for match in found if match), "")
+    return ""
 
 
 def cannot_run(engine: Engine, arch: str) -> LauncherError:

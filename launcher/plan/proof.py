@@ -62,7 +62,7 @@ def prove(run: PlacedRun) -> dict[str, Any]:
 
 def _arguments(run: PlacedRun) -> list[str]:
     node = node_config(run)
-    needed = {name: {key: node[name][key] for key in keys} for name, keys in _NEEDED.items()}
+    needed: dict[str, Any] = {name: {key: node[name][key] for key in keys} for name, keys in _NEEDED.items()}
     needed |= {name: node[name] for name in ("recipe", "titan", "placed")}
     known = of_gpu(run.profile.gpu)
     needed |= {"compute_capability": list(known.compute_capability)} if known else {}

@@ -125,7 +125,8 @@ def one_rank(config: Any, rank: int, world: int) -> Facts:
             found["mesh"] = {name: getattr(trainer.parallel_dims, name) for name in MESH}
             _step(trainer)
             stages = trainer.parallel_dims.get_optional_mesh("pp")
-            module.dist_utils.clip_grad_norm_(parameters, 1.0, foreach=True, pp_mesh=stages)
+            # Each by itself: for all of them at once, torch tries every way to split them, half of the proof's time.
+            module.dist_utils.clip_grad_norm_(parameters, 1.0, foreach=False, pp_mesh=stages)
             trainer.optimizers.step()
     except Exception as error:  # of whatever kind: `_ours` tells a refusal from what only a GPU can do
         if not _ours(error, begun[-1]):
@@ -191,9 +192,10 @@ def _step(trainer: Any) -> None:
 
     old = hasattr(trainer, "job_config")
     config = trainer.job_config if old else trainer.config
-    staged = not old and trainer.parallel_dims.pp_enabled
+    staged = trainer.parallel_dims.pp_enabled
     rows = config.parallelism.pipeline_parallel_microbatch_size if staged else config.training.local_batch_size
     shape = rows, config.training.seq_len
+    trainer.device = torch.device("cpu")  # without the number that tensors made here lack, too
 
     def batch() -> tuple[Facts, Any]:
         names = ("input",) if old else ("input", "positions")
@@ -201,12 +203,40 @@ def _step(trainer: Any) -> None:
 
     inputs: Any
     labels: Any
+    if old and trainer.parallel_dims.cp_enabled:
+        _attend_as_a_gpu()
+    if old and staged:
+        return _through_stages(trainer, *batch())
     if staged:
         inputs, labels = zip(*(batch() for _ in range(trainer.num_pipeline_parallel_microbatches)), strict=True)
         inputs, labels = list(inputs), list(labels)
     else:
         inputs, labels = batch()
     trainer.forward_backward_step(input_dict=inputs, labels=labels, global_valid_tokens=torch.tensor(1.0))
+
+
+def _through_stages(trainer: Any, inputs: Facts, labels: Any) -> None:
+    """What each of this rank's stages makes of a microbatch. How stages tell each other shapes needs real values."""
+    import torch
+
+    tokens, labels, more, known = trainer.post_dataloading_process(inputs, labels)
+    for part in trainer.model_parts:
+        if part.tok_embeddings is not None:
+            made = part(tokens, **more, **known)
+        else:  # tensor parallel ranks hand on a part of the sequence each
+            shape = tokens.shape[0], tokens.shape[1] // trainer.parallel_dims.tp, trainer.model_args.dim
+            made = part(torch.zeros(shape, requires_grad=True), **known)
+        (made.sum() if part.output is None else trainer.loss_fn(made, labels)).backward()
+
+
+def _attend_as_a_gpu() -> None:
+    """Context parallelism knows a GPU's kernels alone. This one has shapes for every device."""
+    import torch
+
+    def attention(query: Any, key: Any, value: Any, *, scale: Any, is_causal: bool, enable_gqa: bool) -> Any:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
+
+    torch.nn.functional.scaled_dot_product_attention = attention
 
 
 def _refused(why: str) -> Facts:

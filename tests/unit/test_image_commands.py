@@ -499,6 +499,38 @@ def test_an_emulator_that_crashes_is_named() -> None:
     assert "the emulator" in error.what and "qemu 10" in error.fix
 
 
+def test_an_old_emulator_is_named_before_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qemu, lock = tmp_path / "qemu-aarch64-static", tmp_path / "lock.txt"
+    qemu.write_text("#!/bin/sh\necho qemu-aarch64 version $QEMU.22 '(Debian 1:7.2+dfsg)'\n")
+    qemu.chmod(0o755)
+    lock.write_text("six==1.17.0 --hash=sha256:0\n")
+    (tmp_path / "qemu-aarch64").write_text(f"enabled\ninterpreter {qemu}\nflags: OCF\n")
+    monkeypatch.setattr(docker_engine, "BINFMT", tmp_path)
+    monkeypatch.setattr(docker_engine, "command", lambda *_: (1, "qemu: uncaught target signal 11"))
+    engine = docker_engine.Engine(None, "unix:///x", "20.10", "amd64", "Debian")
+    for version, warned in (("7.2", True), ("10.0", False)):
+        monkeypatch.setenv("QEMU", version)
+        with pytest.raises(LauncherError, match="the emulator of arm64 crashed"):
+            building.build("stable", "arm64", engine=engine, lock_file=lock)
+        assert ("warning: the emulator of arm64 is qemu 7: " in capsys.readouterr().err) == warned
+    qemu.unlink()
+    assert docker_engine.emulator_version("arm64") == 0  # as where it is in a container alone
+
+
+def test_a_base_by_digest_and_the_repository_of_ci_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lock.txt").write_text("torch==2.14.1 --hash=sha256:0\n")
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    plain = {f"org.opencontainers.image.{key}" for key in ("base.name", "version")}
+    assert building.labels("debian:12", tmp_path / "lock.txt").keys() == plain
+    monkeypatch.setenv("GITHUB_REPOSITORY", "owner/name")
+    found = building.labels("debian:12@sha256:ab", tmp_path / "lock.txt")
+    assert [found[f"org.opencontainers.image.{key}"] for key in ("base.name", "base.digest", "source")] == [
+        *("debian:12", "sha256:ab", "https://github.com/owner/name"),
+    ]
+
+
 def test_a_machine_without_user_namespaces_is_found_out_before_anything_is_unpacked(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
