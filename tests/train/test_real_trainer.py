@@ -191,6 +191,15 @@ def test_what_03_adds_by_itself_changes_no_loss(python: str, tmp_path: Path, sta
     assert set(found[0]) == {1, 2} and found[0] == pytest.approx(found[1], rel=1e-3)
 
 
+def test_tensor_parallel_with_full_checkpointing_makes_a_step(python: str, tmp_path: Path, started: Started) -> None:
+    """Async TP is torch.compile's work, which a CPU has not: tests/train/test_proof.py builds it."""
+    node = debug_node()
+    recipe = node["recipe"] | {"steps": 1, "log_freq": 1, "tensor_parallel": 2, "activation_checkpoint": "full"}
+    started.start(python, make_run(tmp_path / "run", changed(node, recipe=recipe)))
+    (output,) = started.finish()
+    assert "tp=2" in output and 7 < losses(output)[1] < 9, output[-2000:]
+
+
 def losses(output: str) -> dict[int, float]:
     """Loss by step, from the lines of one node."""
     lines = [line.split("step:")[1].split() for line in output.splitlines() if " step: " in line]
