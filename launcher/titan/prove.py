@@ -137,7 +137,7 @@ def one_rank(config: Any, rank: int, world: int) -> Facts:
 
 def _ours(error: Exception, part: str) -> bool:
     """Whether this way of trying failed, and not the run: at a kernel that only a GPU has, or a value that is fake."""
-    if type(error).__module__.startswith("torch._subclasses"):
+    if type(error).__module__.startswith("torch._subclasses") or "data is not allocated" in str(error):
         return True
     # torch and torchtitan refuse shapes that do not go together by one of these two; NotImplementedError is a
     # RuntimeError, too, and stands for a missing kernel.
@@ -220,13 +220,14 @@ def _through_stages(trainer: Any, inputs: Facts, labels: Any) -> None:
     import torch
 
     tokens, labels, more, known = trainer.post_dataloading_process(inputs, labels)
-    for part in trainer.model_parts:
-        if part.tok_embeddings is not None:
-            made = part(tokens, **more, **known)
-        else:  # tensor parallel ranks hand on a part of the sequence each
-            shape = tokens.shape[0], tokens.shape[1] // trainer.parallel_dims.tp, trainer.model_args.dim
-            made = part(torch.zeros(shape, requires_grad=True), **known)
-        (made.sum() if part.output is None else trainer.loss_fn(made, labels)).backward()
+    with trainer.train_context():
+        for part in trainer.model_parts:
+            if part.tok_embeddings is not None:
+                made = part(tokens, **more, **known)
+            else:  # tensor parallel ranks hand on a part of the sequence each
+                shape = tokens.shape[0], tokens.shape[1] // trainer.parallel_dims.tp, trainer.model_args.dim
+                made = part(torch.zeros(shape, requires_grad=True), **known)
+            (made.sum() if part.output is None else trainer.loss_fn(made, labels)).backward()
 
 
 def _attend_as_a_gpu() -> None:
