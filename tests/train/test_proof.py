@@ -147,13 +147,7 @@ BANK = (
     Case("no checkpointing, fp32", 1, set="activation_checkpoint=none param_dtype=float32", mesh="dp_shard=4"),
     Case("full checkpointing and TP", 1, set="activation_checkpoint=full tensor_parallel=2", mesh="dp_shard=2 tp=2"),
     Case("CUDA graphs", 1, set="like_for_like=false compile=true", mesh="dp_shard=4"),
-    Case(
-        "CUDA graphs with resharding",
-        1,
-        set="like_for_like=false parallelism.fsdp_reshard_after_forward=always",
-        mesh="dp_shard=4",
-        new="reshard_after_forward",
-    ),
+    Case("resharding", 1, set="parallelism.fsdp_reshard_after_forward=always like_for_like=false", mesh="dp_shard=4"),
     Case("unknown setting", 1, set="training.no_such_thing=1", refused="no_such_thing"),
     Case("no number", 1, set="training.max_norm=much", refused="much"),
 )
@@ -178,9 +172,9 @@ def outcome(launch: Launch, python: str, case: Case) -> None:
     world = case.nodes * (4 if case.gpu.startswith("gb") else 8)
     assert [one["rank"] for one in proof["ranks"]] == [0, world - 1]
     for one in proof["ranks"]:
-        mesh = [f"{name}={size}" for name, size in one["mesh"].items() if size > 1]
-        assert " ".join(mesh) == case.mesh and (not one["untried"] or not case.whole), one
-    if parts:  # the plan's formula: weights and two moments; rank 0 has the largest share
+        mesh = " ".join(f"{name}={size}" for name, size in one.get("mesh", {}).items() if size > 1)
+        assert (mesh, one["untried"]) == (case.mesh, "") or (not case.whole and one["untried"]), one
+    if parts and case.whole:  # the plan's formula: weights and two moments; rank 0 has the largest share
         held = 12 * proof["ranks"][0]["parameters"] / 2**30
         assert held == pytest.approx(parts["states"], rel=0.01, abs=0.006)
 
