@@ -1,6 +1,6 @@
 """`launcher plan --prove` by the real torchtitan, in both eras: what it takes, and what it refuses in which words.
 
-The first five always; LAUNCHER_TEST_PROOF_BANK=1 runs all of the bank, which takes ten minutes an era.
+The first five always; LAUNCHER_TEST_PROOF_BANK=1 runs all of the bank; docs/plan.md has its time.
 """
 
 from __future__ import annotations
