@@ -66,7 +66,8 @@ def test_a_run_that_torchtitan_refuses(launch: Launch, answer: Answer) -> None:
 
 
 def test_submit_proves_before_it_queues(launch: Launch, answer: Answer, image: Path, fake_slurm: Fake) -> None:
-    submit = ("submit", "--gpu", "h100", "--nodes", "4", "--image", "titan.sqsh", "--yes", "--prove", "--name", "r")
+    run = ("--gpu", "h100", "--nodes", "4", "--image", "titan.sqsh", "--data", "sample", "--tokenizer", "sample")
+    submit = ("submit", *run, "--yes", "--prove", "--name", "r")
     fake_slurm("sbatch", "echo 7")
     taken, refusing = answer(TAKEN), {"part": "mesh", "rank": 0, "why": "AssertionError: Invalid parallel dims"}
     dry = launch(*submit, "--dry-run", "--python", taken)
