@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links from a page to a file outside docs/ lead to the repository, or nowhere where it has no address.
+"""A hook of mkdocs: a link from a page to a file outside docs/ leads to the repository, or is plain text without one.
 
 On GitHub and in a checkout such links work as they stand. On the site there is no such file.
 """
