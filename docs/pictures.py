@@ -28,7 +28,7 @@ from tests.browser.sample_runs import sample
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "img"
 COLUMNS = 100
-REDRAWN = re.compile(r"(?:\x1b\[1A|\x1b\[2K|\r)+")  # how rich takes back the frame before
+REDRAWN = re.compile(r"(?:\r?\x1b\[(?:1A|2K))+")  # how rich takes back the frame before
 FONT = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # rich's would come from another server
 SHOWN = 12  # the step of 20 at which the picture is taken
 
