@@ -78,7 +78,7 @@ def _frame(command: list[str], folder: str, env: dict[str, str]) -> str:
     process.wait()
     os.close(ours)
     frames = [frame for frame in REDRAWN.split(said) if f"step {SHOWN}/" in frame]
-    return frames[0].rstrip()
+    return frames[0].replace("\r", "").rstrip()
 
 
 if __name__ == "__main__":
