@@ -70,7 +70,8 @@ def all_commands() -> list[click.Context]:
                 if (command := group.get_command(parent, name)) and not command.hidden:
                     yield from below(click.Context(command, parent, name, terminal_width=100))
 
-    return list(below(click.Context(cli.launcher, info_name="launcher", terminal_width=100)))
+    top = click.Context(cli.launcher, info_name="launcher", terminal_width=100, **cli.launcher.context_settings)
+    return list(below(top))
 
 
 def _commands(_all: str) -> str:

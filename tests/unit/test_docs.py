@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def _until_its_end(text: str) -> str:
 def problem(command: str) -> str:
     """What of a command line does not exist; nothing is run, and no file that it names is looked for."""
     words = shlex.split(command)[1:]
-    context = click.Context(launcher, info_name="launcher")
+    context = click.Context(launcher, info_name="launcher", **launcher.context_settings)  # as the program has it
     while isinstance(group := context.command, click.Group) and words and not words[0].startswith("-"):
         name = words.pop(0)
         found = group.get_command(context, name)
@@ -70,11 +71,11 @@ def problem(command: str) -> str:
         return f"{left[0]} is one word too many"
     for parameter in context.command.params:
         values = given.get(parameter.name or "")
+        kind: Any = parameter.type if isinstance(parameter.type, (click.Choice, click.types.IntParamType)) else None
         for value in values if isinstance(values, (list, tuple)) else [values]:
-            kind: Any = parameter.type
-            if isinstance(kind, (click.Choice, click.types.IntParamType)) and isinstance(value, str):
+            if kind and isinstance(value, str) and not value.isupper():  # N: any number
                 try:
-                    value.isupper() or kind.convert(value, parameter, context)  # N: any number
+                    kind.convert(value, parameter, context)
                 except click.UsageError as error:
                     return error.format_message()
     return ""
@@ -84,6 +85,39 @@ def problem(command: str) -> str:
 def test_every_command_in_the_docs_exists_and_takes_what_it_is_given(path: Path) -> None:
     wrong = {text: said for text in commands(path.read_text(encoding="utf-8")) if (said := problem(text))}
     assert wrong == {}
+
+
+HOW_TO = [
+    pytest.param(name, command, id=f"{name}-{at}")
+    for name in ("index.md", "from-the-manual.md", "run.md", "how-to.md")
+    for at, command in enumerate(commands((DOCS / name).read_text(encoding="utf-8")))
+    if re.match(r"launcher (submit|plan|config show|accept) .*(--|/)", command)
+]
+
+
+@pytest.mark.parametrize(("name", "command"), HOW_TO)
+def test_what_a_page_tells_to_submit_becomes_a_script(
+    name: str, command: str, launch: Launch, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the files that the page shows, and the runs that it names; everything but handing it to Slurm."""
+    text, workplace = (DOCS / name).read_text(encoding="utf-8"), image.parent
+    for file, content in re.findall(r"^```toml\n# ([\w.-]+\.toml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        (workplace / file).write_text(content)
+    named = re.findall(r"runs/([\w-]+)/run\.toml", command)
+    for run in named:
+        (workplace / "runs" / run).mkdir(parents=True)
+        earlier = (ROOT / "tests/compat/v0.1/runs/completed/run.toml").read_text(encoding="utf-8")
+        (workplace / "runs" / run / "run.toml").write_text(earlier.replace("@PLACE@", str(workplace)))
+    monkeypatch.setenv("PWD", str(workplace))
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    words = shlex.split(os.path.expandvars(command))[1:]
+    if not named and not {"--gpu", "--local"} & set(words):
+        words += ["--gpu", "gb200"]
+    if words[0] in ("submit", "accept"):
+        words = ["submit", *words[1:], "--dry-run"]
+    done = launch(*(word for word in words if word not in ("--follow", "--yes")))
+    assert done.returncode == 0, done.stderr
+    assert words[0] != "submit" or "#!/bin/bash" in done.stdout
 
 
 def test_the_commands_are_found() -> None:
