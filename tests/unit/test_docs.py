@@ -23,7 +23,7 @@ CODE = re.compile(r"(?:^    .+\n)+|^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL
 QUOTED = re.compile(r"`(launcher [^`\n]+)`")
 START = re.compile(r"(?:^|(?<=[\s/(]))launcher(?= [a-z-])")
 # Ends of a command in a shell, or the two spaces before what a page says about it.
-END = re.compile(r"\s\s+|\s#|[|;&>)…]|\s\.\.\.|$")
+END = re.compile(r"\s\s+|\s#|\s?\d?>|[|;&)…]|\s\.\.\.|$")
 
 
 def commands(text: str) -> Iterator[str]:
@@ -109,7 +109,8 @@ def test_what_a_page_tells_to_submit_becomes_a_script(
         earlier = (ROOT / "tests/compat/v0.1/runs/completed/run.toml").read_text(encoding="utf-8")
         (workplace / "runs" / run / "run.toml").write_text(earlier.replace("@PLACE@", str(workplace)))
     monkeypatch.setenv("PWD", str(workplace))
-    monkeypatch.setenv("WANDB_API_KEY", "x")
+    for variable in re.findall(r"export (\w+)=\.\.\.", text):
+        monkeypatch.setenv(variable, "x")
     words = shlex.split(os.path.expandvars(command))[1:]
     if not named and not {"--gpu", "--local"} & set(words):
         words += ["--gpu", "gb200"]
