@@ -19,6 +19,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that isn't installed
 
 from launcher import cli
+from launcher.config.help import ALL
 from launcher.config.layers import SECTIONS
 from launcher.config.options import KEYS
 from launcher.config.spec import CHOICES, LEAST, MOST
@@ -71,6 +72,7 @@ def all_commands() -> list[click.Context]:
                     yield from below(click.Context(command, parent, name, terminal_width=100))
 
     top = click.Context(cli.launcher, info_name="launcher", terminal_width=100, **cli.launcher.context_settings)
+    top.meta[ALL] = True  # of the contexts below it, too
     return list(below(top))
 
 

@@ -31,7 +31,7 @@ def commands(text: str) -> Iterator[str]:
     blocks = [block[1] or block[0] for block in CODE.finditer(text)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + QUOTED.findall(text)
     for line in lines:
-        line = re.sub(r"^\s*(\$ )?", "", line)
+        line = re.sub(r"^ {0,4}(\$ )?", "", line)  # further in, it is a sentence that goes on
         # A line that begins with other words is a program's answer, or one of a file.
         if re.match(r"(launcher|ssh|export|[A-Z_]+=|\d\d? \d|\S*/launcher) ?", line) and (start := START.search(line)):
             command = re.sub(r"  +(?=-)", " ", line[start.start() :])
