@@ -44,7 +44,8 @@ test-others:
 test-some:
 	$(PYTEST) $(TESTS)
 
-SITE = $(BIN)/mkdocs build --quiet --strict
+# Quiet also about its makers' next program.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.dev ## check format, style, types, the direction of imports and the docs' links
 	$(BIN)/ruff check .
