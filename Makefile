@@ -44,8 +44,8 @@ test-others:
 test-some:
 	$(PYTEST) $(TESTS)
 
-# Quiet also about its makers' next program.
-SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+# Not --quiet: mkdocs then takes no warning for an error. The variable silences an advertisement.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev ## check format, style, types, the direction of imports and the docs' links
 	$(BIN)/ruff check .
