@@ -265,8 +265,8 @@ def _faults(run: Run, state: JobState) -> list[str]:
     if state.unfit:
         unfits = unfit.of_run(run)
         return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [control.UNFIT]
-    cause = cause_of(run, state)
-    return [cause] if cause else []
+    failure = cause_of(run, state)
+    return [failure.cause] if failure else []
 
 
 def _print(headline: str, verdict: Verdict) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import groupby
 from statistics import median
 
+from launcher.base.output import counted
 from launcher.results.accept import MAX_SPREAD
 from launcher.results.columns import drawable
 from launcher.results.measure import Against, against_others
 from launcher.results.outcome import Outcome
-from launcher.results.published import ALIKE, best_match, described, is_row, same_gpu, say
+from launcher.results.published import ALIKE, SOURCES, best_match, described, is_row, same_gpu, say
 
 MOST_LINES = 16  # of a GPU type: more cannot be told apart
 MOST_POINTS = 400  # of a line: more than a chart has pixels to show
@@ -23,11 +25,12 @@ Placed = tuple[int, Outcome]  # a run's place on the page, and the run
 class Line:
     """A figure of one run over its steps. A NaN stands where the log has no finite number, and breaks the line.
 
-    `run` is the run's place on the page, `number` what the line is called in its chart.
+    `run` is the run's place on the page, `number` the line's among those of its GPU type.
     """
 
     run: int
     number: int
+    date: str
     name: str
     complete: bool
     points: tuple[tuple[float, float], ...]
@@ -58,6 +61,15 @@ class Scaling:
         return tuple((gpus, median(dot.tps for dot in dots)) for gpus, dots in by_count)
 
 
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """What like runs reached over time: in percent of published, or in tokens/s where nothing like it is published."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]  # (day, as datetime counts them; value)
+    runs: tuple[Placed, ...]
+
+
 def gpu_types(outcomes: Iterable[Outcome]) -> list[str]:
     """Each GPU type once, in the order of the runs: runs on different ones are never in one chart."""
     return list(dict.fromkeys(outcome.gpu for outcome in outcomes))
@@ -80,7 +92,7 @@ def lines(outcomes: Sequence[Outcome], gpu: str, figure: str) -> list[Line]:
             for point in outcome.series
             if figure != "tps" or point.step > 1
         ]
-        found.append(Line(run, number, outcome.run, outcome.complete, tuple(thin(points))))
+        found.append(Line(run, number, outcome.date, outcome.run, outcome.complete, tuple(thin(points))))
     return [line for line in found if line.points]
 
 
@@ -142,7 +154,8 @@ def grouped(
 
 
 def _name(outcome: Outcome) -> str:
-    name = f"published ({outcome.source})" if is_row(outcome) else outcome.recipe
+    who, _ = SOURCES.get(outcome.source, (outcome.source, ""))
+    name = f"published ({who})" if is_row(outcome) else outcome.recipe
     parts = [name, f"batch {outcome.local_batch_size}", outcome.precision]
     return ", ".join([*parts, *(["compiled"] if outcome.compile else [])])
 
@@ -165,6 +178,36 @@ def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str)
         by_count = {row.gpus: Dot(row.gpus, row.median_tps or 0.0, row.run) for _, row in members}
         found.append(Scaling(label, True, _ascending(by_count.values())))
     return found if len({dot.gpus for group in found for dot in group.dots}) > 1 else []
+
+
+def trends(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str) -> tuple[list[Trend], bool]:
+    """A line for each kind of work and number of nodes, from complete runs with a date; whether it is in percent."""
+    tps: dict[int, tuple[float, float]] = {}  # run's place -> (day, value)
+    shares: dict[int, tuple[float, float]] = {}
+    dated = [(_day(one.date), run, one) for run, one in enumerate(outcomes) if one.gpu == gpu and one.complete]
+    for day, run, one in sorted(dated, key=lambda found: found[0]):
+        if day and drawable(one.median_tps):
+            tps[run] = day, one.median_tps or 0.0
+            row = best_match(one, published).row
+            if row and row.median_tps:
+                shares[run] = day, 100 * tps[run][1] / row.median_tps
+    values = shares or tps
+
+    def alike(one: Outcome) -> dict[str, str]:
+        return work(one) | {"on": counted(one.nodes, "node")}
+
+    groups = grouped(((run, outcomes[run]) for run in values), alike)
+    found = [Trend(label, tuple(values[run] for run, _ in runs), tuple(runs)) for label, runs in groups]
+    return found, bool(shares)
+
+
+def _day(text: str) -> float:
+    """Days as datetime counts them; 0 where there is no date."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return 0.0
+    return at.toordinal() + (at.hour * 60 + at.minute) / 1440
 
 
 def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:

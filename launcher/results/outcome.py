@@ -129,6 +129,7 @@ class Outcome:
     settings: Mapping[str, Any] = field(default_factory=dict)  # dotted key of run.toml -> value; no name of the run
     prediction: Mapping[str, Any] = field(default_factory=dict)  # what `launcher plan` said before it ran
     source: str = ""  # who published it
+    own_fault: str = ""  # why it failed by what was asked of it, and not by the cluster; "" elsewhere
 
     @property
     def complete(self) -> bool:

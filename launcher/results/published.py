@@ -27,6 +27,20 @@ _COUNTS = ("nodes", "gpus", "local_batch_size", "step", "seq_len", "global_batch
 _NUMBERS = ("tps", "loss", "grad_norm", "memory_gib", "memory_pct", "tflops", "mfu_pct")
 _NEEDED = ("gpu", "nodes", "gpus", "local_batch_size", "tps")
 _FLAGS = ("compile", "async_tensor_parallel", "like_for_like", "power_limited")
+_TITAN = "https://github.com/pytorch/torchtitan"
+# What a source is called to people, and where it lies.
+SOURCES = {
+    "source-page": ("Crusoe", "https://github.com/crusoecloud/torchtitan"),
+    "crusoecloud/torchtitan README": ("Crusoe", "https://github.com/crusoecloud/torchtitan"),
+    "torchtitan benchmarks (H100 with 96 GB and 500 W)": ("torchtitan, 500 W", f"{_TITAN}/tree/main/benchmarks"),
+    "torchtitan benchmarks (Trainy, WhiteFiber)": ("Trainy and WhiteFiber", f"{_TITAN}/tree/main/benchmarks"),
+    "torchtitan MXFP8 notes (power-limited)": ("torchtitan, less power", _TITAN),
+    "torchtitan NVFP4 notes": ("torchtitan", _TITAN),
+    "NVIDIA performance summary 25.11": (
+        "NVIDIA",
+        "https://docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary.html",
+    ),
+}
 TORCHTITAN = "torchtitan"  # `framework` of every run, and of a row that names none
 LIMITED = "profile.power_limited"  # of a row: its GPUs were given less power than their type may draw
 # What changes the work of a step, with what it is called to people.
@@ -196,6 +210,19 @@ def is_row(outcome: Outcome) -> bool:
     return outcome.state in (PUBLISHED, TABLE)
 
 
+def called(outcome: Outcome) -> str:
+    """A result's name to people: of a published row `published (Crusoe, 9 x GB200)`, else the run's."""
+    if outcome.state != PUBLISHED:
+        return outcome.run
+    who, _ = SOURCES.get(outcome.source, (outcome.source, ""))
+    return f"published ({who}, {outcome.nodes} x {outcome.gpu})"
+
+
+def link_of(outcome: Outcome) -> str:
+    """Where a published row lies; "" of everything else."""
+    return SOURCES.get(outcome.source, ("", ""))[1] if outcome.state == PUBLISHED else ""
+
+
 def same_gpu(a: str, b: str) -> bool:
     """GB200 is not B200, and H200 is not H100: a longer name that contains the other is another GPU."""
     return a.strip().casefold() == b.strip().casefold()
@@ -228,7 +255,7 @@ def unlike(a: Outcome, b: Outcome) -> list[str]:
     ]
     for side, known in ((a, found), (b, other)):
         if lost := [ALIKE[key] for key in _MUST_BE_KNOWN if key not in known]:
-            reasons.append(f"{side.run} does not say its {', '.join(lost)}")
+            reasons.append(f"{called(side)} does not say its {', '.join(lost)}")
     parts = [_accumulation(side) for side in (a, b)]
     if None not in parts and parts[0] != parts[1]:
         reasons.append(f"{say(parts[0])} batches a step and GPU, not {say(parts[1])}")
@@ -273,7 +300,7 @@ def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
         known = ", ".join(sorted({row.gpu for row in rows})) or "nothing"
         return Match(None, f"there is no result of a {outcome.gpu} to measure it by, only of {known}")
     if reasons := unlike(outcome, row):
-        return Match(None, f"not like with like, against {row.run}: {'; '.join(reasons)}")
+        return Match(None, f"not like with like, against {called(row)}: {'; '.join(reasons)}")
     return Match(row, factor=factor_between(outcome, row))
 
 
