@@ -244,7 +244,7 @@ def test_a_pointer_on_a_point_shows_its_value(opened: Open) -> None:
       const box = one.getBoundingClientRect();
       return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2).textContent;
     }"""
-dot.scroll_into_view_if_needed()
+    dot.scroll_into_view_if_needed()
     assert re.search(r", step 30: \d\.\d{4}$", dot.evaluate(under))
 
 
