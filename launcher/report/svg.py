@@ -12,7 +12,7 @@ from markupsafe import Markup
 from launcher.base.output import plain
 
 WIDTH, HEIGHT = 600, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 152, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 66, 156, 14, 46
 LABEL_GAP = 14  # between the names at the ends of lines
 LABEL_WIDTH = 130  # of a name and its leader
 LONGEST = 15  # characters of a name there

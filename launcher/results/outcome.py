@@ -45,6 +45,15 @@ class NodeResult:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeCheck:
+    """What a node's check found: whether it passed (None: not known), its words, and what its slowest GPU reached."""
+
+    passed: bool | None
+    said: tuple[str, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Startup:
     """Where the time before the first step went, in seconds; None where a moment is not known."""
 

@@ -28,6 +28,7 @@ from launcher.results.outcome import (
     NON_FINITE,
     RESTARTED,
     Lack,
+    NodeCheck,
     Outcome,
     Problem,
     Startup,
@@ -132,6 +133,27 @@ def _readable(path: Path, unreadable: list[str]) -> Iterator[StepRecord]:
         yield from LogReader(path).read()
     except OSError as error:
         unreadable.append(f"cannot read {path}: {error.strerror}")
+
+
+def node_checks(run: Run) -> dict[str, NodeCheck]:
+    """What the nodes' checks found, by host; {} of runs without any."""
+    return {host: _check(record) for host, record in _node_records(run.path / "nodes", []).items()}
+
+
+def _check(record: Mapping[str, Any]) -> NodeCheck:
+    said = [one for key in ("problems", "warnings") for one in _dicts(record.get(key))]
+    measured: dict[str, float] = {}
+    for figures in (record, *_dicts(record.get("speed"))):
+        for key in ("product_tflops", "copy_gbs", "allreduce_node_gbs"):
+            if value := _number(figures.get(key), 0, 1e9):
+                measured[key] = min(value, measured.get(key, value))
+    words = tuple(one["what"] for one in said if isinstance(one.get("what"), str))
+    passed = record.get("ok")
+    return NodeCheck(passed if isinstance(passed, bool) else None, words, measured)
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _node_records(folder: Path, unreadable: list[str]) -> dict[str, dict[str, Any]]:
