@@ -10,7 +10,7 @@ from launcher.base.errors import quoted
 from launcher.base.output import counted
 from launcher.report.page import cell, document
 from launcher.report.table import TAGS
-from launcher.results.accept import MAX_SPREAD, THRESHOLD, Verdict, headline, share_text
+from launcher.results.accept import MAX_SPREAD, THRESHOLD, Verdict, headline
 from launcher.results.columns import COLUMNS, Cell
 from launcher.results.measure import against_others
 from launcher.results.outcome import NodeCheck, Outcome
@@ -19,7 +19,16 @@ from launcher.results.submission import PRIVATE
 
 GENERATOR = "titan-launcher accept"
 _FIGURES = ("median_tps", "median_mfu_pct", "memory_gib", "loss", "slowest_node", "data_share")
-_VERSIONS = ("image", "digest", "torch", "torchtitan", "driver", "cuda", "nccl", "python")
+_VERSIONS = {
+    "image": "Image",
+    "digest": "Image's SHA-256",
+    "torch": "torch",
+    "torchtitan": "torchtitan",
+    "driver": "NVIDIA driver",
+    "cuda": "CUDA",
+    "nccl": "NCCL",
+    "python": "Python",
+}
 _MEASURED = {
     "product_tflops": "Matrix product, TFLOP/s",
     "copy_gbs": "Memory copy, GB/s",
@@ -52,13 +61,11 @@ def acceptance(
     """`reference` names the run in a command; `inputs` are what accept.json keeps of the question."""
     row = verdict.baseline
     measured = [key for key in _MEASURED if any(key in check.measured for check in checks.values())]
-    what = (
-        f"{counted(outcome.nodes, 'node')} x {outcome.gpus // max(1, outcome.nodes)} {outcome.gpu}" if outcome else run
-    )
+    what = f"{outcome.cluster or 'a cluster'}: {_size(outcome)}" if outcome else run
     return document(
         "acceptance.html.j2",
         GENERATOR,
-        title=f"Acceptance of {(outcome.cluster if outcome else '') or 'a cluster'}: {what}, {inputs['date'][:10]}",
+        title=f"Acceptance of {what}, {inputs['date'][:10]}",
         word=str(verdict.word),
         tag=TAGS[verdict.word],
         headline=headline(run, outcome, verdict),
@@ -76,35 +83,41 @@ def acceptance(
 
 
 def _figures(outcome: Outcome, row: Outcome | None) -> list[tuple[str, Cell, Cell]]:
-    found = [(column.title, column.shown(outcome), column.shown(row) if row else Cell("")) for column in COLUMNS]
-    return [one for one, column in zip(found, COLUMNS, strict=True) if column.key in _FIGURES and one[1].text]
+    shown = [column for column in COLUMNS if column.key in _FIGURES]
+    found = [(one.title, one.shown(outcome), one.shown(row) if row else Cell("")) for one in shown]
+    return [one for one in found if one[1].text]
 
 
 def _conditions(
     run: str, outcome: Outcome | None, verdict: Verdict, inputs: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    limits = (
-        f"{share_text(inputs['threshold'])} of the baseline; a node at most {share_text(inputs['max_spread'])} slower"
-    )
-    judged = [("Limits", f"at least {limits}"), ("Baseline asked for", inputs["baseline"]), ("Judged", inputs["date"])]
+    threshold, spread = (f"{100 * inputs[key]:g}%" for key in ("threshold", "max_spread"))
+    limits = f"at least {threshold} of the baseline; a node at most {spread} slower than the others"
+    judged = [("Limits", limits), ("Baseline asked for", inputs["baseline"]), ("Judged", inputs["date"])]
     if outcome is None:
         return [("Run", run), *judged]
     size = f"{outcome.local_batch_size} x {outcome.seq_len:,} tokens a GPU, {outcome.precision}"
     work = f"{outcome.recipe}: {size}{', compiled' if outcome.compile else ''}, {counted(outcome.steps, 'step')}"
-    versions = [(name.capitalize(), outcome.versions.get(name) or "not recorded") for name in _VERSIONS]
-    return [("Run", run), ("Submitted", outcome.date or "not recorded"), ("Work", work), *versions, *judged]
+    versions = [(title, outcome.versions.get(name) or "not recorded") for name, title in _VERSIONS.items()]
+    nodes = f"{_size(outcome)}{f', cluster {outcome.cluster}' if outcome.cluster else ''}"
+    asked = [("Run", run), ("Submitted", outcome.date or "not recorded"), ("Nodes", nodes), ("Work", work)]
+    return [*asked, *versions, *judged]
+
+
+def _size(outcome: Outcome) -> str:
+    return f"{outcome.nodes} x {outcome.gpus // max(1, outcome.nodes)} {outcome.gpu}"
 
 
 def _nodes(outcome: Outcome | None, checks: Mapping[str, NodeCheck], measured: list[str]) -> list[NodeRow]:
-    """The slowest first, then those without a figure."""
+    """Those that failed their check first, then the slowest, then those without a figure."""
     against = {node.host: node for node in against_others(outcome.by_node)} if outcome else {}
     rates = {node.host: node.tps for node in (outcome.by_node if outcome else ())}
+    words = {None: "not recorded", True: "passed", False: "failed"}
     found = []
-    for host in dict.fromkeys([*against, *rates, *checks]):
+    hosts = dict.fromkeys([*against, *rates, *checks])
+    for host in sorted(hosts, key=lambda host: host not in checks or checks[host].passed is not False):
         text, css = cell(against.get(host))
-        check = checks.get(host)
-        said = "not recorded" if check is None or check.passed is None else "passed" if check.passed else "failed"
-        figures = check.measured if check else {}
+        check = checks.get(host, NodeCheck(None))
         tps = rates.get(host)
         found.append(
             NodeRow(
@@ -112,8 +125,8 @@ def _nodes(outcome: Outcome | None, checks: Mapping[str, NodeCheck], measured: l
                 "" if tps is None else f"{tps:,.0f}",
                 text,
                 css,
-                ": ".join(filter(None, [said, "; ".join(check.said) if check else ""])),
-                tuple(f"{figures[key]:,.4g}" if key in figures else "" for key in measured),
+                "; ".join([words[check.passed], *check.said]),
+                tuple(f"{check.measured[key]:,.4g}" if key in check.measured else "" for key in measured),
             )
         )
     return found
@@ -127,12 +140,8 @@ def _commands(run: str, reference: str, outcome: Outcome | None, inputs: Mapping
     if outcome:
         again = (f"{outcome.run_dir}/run.toml", "--name", f"{run}-again")
         found.append(("Run the same again here", quoted("launcher", "accept", *again, *limits)))
-        asked = [
-            word
-            for option, key in _ASKED.items()
-            if key in outcome.settings
-            for word in (option, outcome.settings[key])
-        ]
+        known = [(option, outcome.settings[key]) for option, key in _ASKED.items() if key in outcome.settings]
+        asked = [word for pair in known for word in pair]
         found.append(("The same work elsewhere", quoted("launcher", "accept", *asked, *limits)))
     return found
 

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 
 from launcher.report import svg
+from launcher.report.acceptance import acceptance
 from launcher.report.page import page as make_page
+from launcher.results.accept import judge
+from launcher.results.outcome import NodeCheck
 from launcher.results.published import published
 from tests.browser.sample_runs import MARKUP, sample
 from tests.unit.outcomes import nodes, outcome
@@ -254,6 +257,21 @@ def test_runs_are_cards_on_a_phone(opened: Open) -> None:
     assert scroll.evaluate("one => one.scrollWidth <= one.clientWidth"), "nothing to be pushed aside"
     first = tab.locator("#table tbody tr").first
     assert first.bounding_box()["height"] > 100 and first.locator("td").nth(1).is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_acceptance_report_is_read_anywhere(opened: Open, folder: Path, scheme: str) -> None:
+    checks = {node.host: NodeCheck(True, ("words of its own",), {"copy_gbs": 3100.0}) for node in sample()[3].by_node}
+    verdict = judge(sample()[3], published(), losses=published())
+    inputs = {"threshold": 0.95, "max_spread": 0.05, "baseline": "published", "date": "2026-11-22", "launcher": "1"}
+    text = acceptance("a", "a", sample()[3], verdict, inputs, checks)
+    tab = opened(color_scheme=scheme, viewport=PHONE)
+    (folder / "acceptance.html").write_text(text, encoding="utf-8")
+    tab.set_content(text)
+    assert tab.evaluate(CONTRAST) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    paper = tab.pdf(path=folder / "acceptance.pdf", prefer_css_page_size=True)
+    assert re.search(rb"/MediaBox \[0 0 59\d[.\d]* 84\d", paper), "A4, upright"
 
 
 def test_a_thousand_nodes_fit(browser: Any, tmp_path: Path) -> None:
