@@ -21,7 +21,7 @@ GENERATOR = "titan-launcher accept"
 _FIGURES = ("median_tps", "median_mfu_pct", "memory_gib", "loss", "slowest_node", "data_share")
 _VERSIONS = {
     "image": "Image",
-    "digest": "Image's SHA-256",
+    "digest": "Image SHA-256",
     "torch": "torch",
     "torchtitan": "torchtitan",
     "driver": "NVIDIA driver",

@@ -17,7 +17,7 @@ from launcher.results.published import published
 from launcher.results.read import node_checks
 from launcher.runs.directory import Run
 from tests.browser.sample_runs import MARKUP
-from tests.unit.conftest import Launch
+from tests.conftest import Launch
 from tests.unit.outcomes import nodes, outcome, write_run
 from tests.unit.test_report import Parsed
 
@@ -47,7 +47,7 @@ def test_what_was_measured_under_which_conditions_against_what() -> None:
     text = made(outcome(versions={**outcome().versions, "digest": "sha256:ab"}))
     assert "<h1>Acceptance of crusoe: 9 x 4 GB200, 2026-11-22</h1>" in text and ">PASS</span>" in text
     conditions = dict(rows(text, "conditions"))
-    assert conditions["Image's SHA-256"] == "sha256:ab" and conditions["NVIDIA driver"] == "580.95.05"
+    assert conditions["Image SHA-256"] == "sha256:ab" and conditions["NVIDIA driver"] == "580.95.05"
     assert conditions["Limits"] == "at least 95% of the baseline; a node at most 5% slower than the others"
     assert conditions["Nodes"] == "9 x 4 GB200, cluster crusoe"
     assert rows(text, "figures")[:2] == [
