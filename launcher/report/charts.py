@@ -25,7 +25,7 @@ from launcher.report.figures import (
 )
 from launcher.results.accept import THRESHOLD
 from launcher.results.outcome import Outcome
-from launcher.results.published import beside, called, link_of
+from launcher.results.published import beside, called, publisher
 
 LEAST = 3  # points: fewer are a sentence
 MOST_LABELS = 12  # names beside a chart
@@ -150,7 +150,7 @@ def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, 
         rate = row.median_tps or math.nan
         text = f"{called(row)}: {rate:,.0f}"
         behind.append(svg.Drawn(((x.low, rate), (x.high, rate)), "published", f"published on {row.nodes}", called(row)))
-        legend.append(Entry(svg.swatch("published"), text, link=link_of(row)))
+        legend.append(Entry(svg.swatch("published"), text, link=publisher(row)["link"]))
         rows.append((text, f"{row.step or ''}", "", "", "", svg.tick_text(rate, 0), ""))
     values = [value for one in (*drawn, *behind) for _, value in one.points]
     y = svg.linear(values, "")

@@ -14,7 +14,7 @@ from launcher.results.accept import MAX_SPREAD
 from launcher.results.columns import drawable
 from launcher.results.measure import Against, against_others
 from launcher.results.outcome import Outcome
-from launcher.results.published import ALIKE, SOURCES, best_match, described, is_row, same_gpu, say
+from launcher.results.published import ALIKE, best_match, described, is_row, publisher, same_gpu, say
 
 MOST_LINES = 16  # of a GPU type: more cannot be told apart
 MOST_POINTS = 400  # of a line: more than a chart has pixels to show
@@ -154,8 +154,7 @@ def grouped(
 
 
 def _name(outcome: Outcome) -> str:
-    who, _ = SOURCES.get(outcome.source, (outcome.source, ""))
-    name = f"published ({who})" if is_row(outcome) else outcome.recipe
+    name = f"published ({publisher(outcome)['name']})" if is_row(outcome) else outcome.recipe
     parts = [name, f"batch {outcome.local_batch_size}", outcome.precision]
     return ", ".join([*parts, *(["compiled"] if outcome.compile else [])])
 

@@ -13,7 +13,7 @@ from launcher.report.health import Health
 from launcher.results.accept import About, Reason, Word, share_text
 from launcher.results.columns import PAGE, Cell, Column, shown_in
 from launcher.results.outcome import Lack, Outcome
-from launcher.results.published import beside, called, link_of
+from launcher.results.published import beside, called, publisher
 
 TAGS = {Word.PASS: "pass", Word.FAIL: "fail", Word.CANNOT_SAY: "cannot"}  # classes of the style sheet
 _BRIEF = {
@@ -95,7 +95,7 @@ def _of_run(run: Health, shown: Sequence[Column]) -> Row:
 
 def _of_published(row: Outcome, shown: Sequence[Column]) -> Row:
     cells = (Cell(""), *(column.shown(row) for column in shown))
-    return Row(None, called(row), "published", (("published", "published"),), "", "", (), cells, link_of(row))
+    return Row(None, called(row), "published", (("published", "published"),), "", "", (), cells, publisher(row)["link"])
 
 
 def _brief(run: Health, reason: Reason) -> str:

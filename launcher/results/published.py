@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from launcher.base.errors import LauncherError
@@ -27,20 +29,6 @@ _COUNTS = ("nodes", "gpus", "local_batch_size", "step", "seq_len", "global_batch
 _NUMBERS = ("tps", "loss", "grad_norm", "memory_gib", "memory_pct", "tflops", "mfu_pct")
 _NEEDED = ("gpu", "nodes", "gpus", "local_batch_size", "tps")
 _FLAGS = ("compile", "async_tensor_parallel", "like_for_like", "power_limited")
-_TITAN = "https://github.com/pytorch/torchtitan"
-# What a source is called to people, and where it lies.
-SOURCES = {
-    "source-page": ("Crusoe", "https://github.com/crusoecloud/torchtitan"),
-    "crusoecloud/torchtitan README": ("Crusoe", "https://github.com/crusoecloud/torchtitan"),
-    "torchtitan benchmarks (H100 with 96 GB and 500 W)": ("torchtitan, 500 W", f"{_TITAN}/tree/main/benchmarks"),
-    "torchtitan benchmarks (Trainy, WhiteFiber)": ("Trainy and WhiteFiber", f"{_TITAN}/tree/main/benchmarks"),
-    "torchtitan MXFP8 notes (power-limited)": ("torchtitan, less power", _TITAN),
-    "torchtitan NVFP4 notes": ("torchtitan", _TITAN),
-    "NVIDIA performance summary 25.11": (
-        "NVIDIA",
-        "https://docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary.html",
-    ),
-}
 TORCHTITAN = "torchtitan"  # `framework` of every run, and of a row that names none
 LIMITED = "profile.power_limited"  # of a row: its GPUs were given less power than their type may draw
 # What changes the work of a step, with what it is called to people.
@@ -210,17 +198,21 @@ def is_row(outcome: Outcome) -> bool:
     return outcome.state in (PUBLISHED, TABLE)
 
 
+@cache
+def _sources() -> dict[str, dict[str, str]]:
+    return tomllib.loads((data_dir("slurm") / "reference-sources.toml").read_text(encoding="utf-8"))
+
+
+def publisher(outcome: Outcome) -> dict[str, str]:
+    """Who published a row: `name`, and `link` to where it lies; "" of everything else."""
+    return {"name": outcome.source, "link": ""} | _sources().get(outcome.source, {})
+
+
 def called(outcome: Outcome) -> str:
     """A result's name to people: of a published row `published (Crusoe, 9 x GB200)`, else the run's."""
     if outcome.state != PUBLISHED:
         return outcome.run
-    who, _ = SOURCES.get(outcome.source, (outcome.source, ""))
-    return f"published ({who}, {outcome.nodes} x {outcome.gpu})"
-
-
-def link_of(outcome: Outcome) -> str:
-    """Where a published row lies; "" of everything else."""
-    return SOURCES.get(outcome.source, ("", ""))[1] if outcome.state == PUBLISHED else ""
+    return f"published ({publisher(outcome)['name']}, {outcome.nodes} x {outcome.gpu})"
 
 
 def same_gpu(a: str, b: str) -> bool:
