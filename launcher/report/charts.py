@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -13,9 +13,8 @@ from launcher.base.output import counted
 from launcher.report import svg
 from launcher.report.figures import (
     MOST_LINES,
+    Group,
     Line,
-    Scaling,
-    Trend,
     grouped,
     lines,
     measured_by,
@@ -60,7 +59,7 @@ def of_gpu(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, 
     """
     figures = []
     over_time, relative = trends(outcomes, published, gpu)
-    if sum(len(one.points) for one in over_time) >= LEAST:
+    if sum(len(group.dots) for group in over_time) >= LEAST:
         figures.append(_over_time(over_time, relative, f"trend-{place}", gpu))
     rates, losses = (
         [line for line in lines(outcomes, gpu, name) if sum(math.isfinite(v) for _, v in line.points) >= LEAST]
@@ -92,35 +91,83 @@ def _short(labels: Sequence[str]) -> list[str]:
     return [", ".join(one for one in own if not all(one in other for other in parts)) or "your runs" for own in parts]
 
 
-def _over_time(found: Sequence[Trend], relative: bool, ident: str, gpu: str) -> Figure:
-    x = svg.days((day for one in found for day, _ in one.points), "day of the run (UTC)")
-    unit, digits = ("%", 1) if relative else ("", 0)
+def _over_time(groups: Sequence[Group], relative: bool, ident: str, gpu: str) -> Figure:
+    measure = "percent of published tokens/s" if relative else "tokens/s per GPU"
+    x = svg.days((dot.at for group in groups for dot in group.dots), "day of the run (UTC)")
+    limits = (("published", 100.0), ("accept's limit", 100 * THRESHOLD)) if relative else ()
+    return _of_groups(
+        groups,
+        x,
+        (lambda day: f"{date.fromordinal(int(day))}", "{:.1f}%".format if relative else "{:,.0f}".format),
+        (ident, f"Speed of {gpu} over time, {measure}"),
+        ["A dot is a complete run; lines join like runs on as many nodes."],
+        ("Runs", "Day", measure.capitalize(), "Of the first run's", "Run"),
+        limits=limits,
+    )
 
-    def tell(day: float, value: float) -> str:
-        return f"{date.fromordinal(int(day))}: {svg.tick_text(value, digits)}{unit}"
 
-    drawn: list[svg.Drawn] = []
+def _scaling(groups: Sequence[Group], incomplete: int, ident: str, gpu: str) -> Figure:
+    notes = ["A dot is a run's median tokens/s per GPU after warm-up; lines join sizes of like runs."]
+    notes += [f"Left out as incomplete: {counted(incomplete, 'run')}."] if incomplete else []
+    return _of_groups(
+        groups,
+        svg.counts([int(dot.at) for group in groups for dot in group.dots], "GPUs (logarithmic)"),
+        ("{:,.0f} GPUs".format, "{:,.0f}".format),
+        (ident, f"Scaling of {gpu}, tokens/s per GPU over GPUs"),
+        notes,
+        ("Settings", "GPUs", "Tokens/s per GPU", "Of the smallest size's", "Run"),
+        ideal="ideal: the smallest size's rate, held",
+    )
+
+
+def _of_groups(
+    groups: Sequence[Group],
+    x: svg.Axis,
+    said: tuple[Callable[[float], str], Callable[[float], str]],
+    named: tuple[str, str],
+    notes: Sequence[str],
+    columns: tuple[str, ...],
+    limits: Sequence[tuple[str, float]] = (),
+    ideal: str = "",
+) -> Figure:
+    """A dot for each measurement, a line for each group. `said`: a place and a value in words; `named`: the chart's
+    ident and title; `limits`: dashed lines; `ideal`: what the first value, held, is called.
+    """
+    behind = [svg.Drawn(((x.low, at), (x.high, at)), "published", name, name) for name, at in limits]
+    drawn: list[svg.Drawn] = []  # our own runs are never hidden by published rows
     legend: list[Entry] = []
     rows: list[tuple[str, ...]] = []
-    limits = ((100.0, "published"), (100 * THRESHOLD, "accept's limit")) if relative else ()
-    for value, name in limits:
-        drawn.append(svg.Drawn(((x.low, value), (x.high, value)), "published", name, name))
-    for number, (one, short) in enumerate(zip(found, _short([one.label for one in found]), strict=True)):
-        css = f"c{number % svg.COLOURS}"
-        drawn.append(svg.Drawn(one.points, css, short, short))
-        legend.append(Entry(svg.swatch(css), one.label))
-        for (run, outcome), (day, value) in zip(one.runs, one.points, strict=True):
-            drawn.append(svg.Drawn(((day, value),), css, "", outcome.run, joined=False, dots=True, run=run))
-            said = f"{svg.tick_text(value, digits)}{unit}"
-            rows.append((one.label, f"{date.fromordinal(int(day))}", said, outcome.run))
-    y = svg.linear([value for one in drawn for _, value in one.points], unit)
-    measure = "percent of published tokens/s" if relative else "tokens/s per GPU"
-    title = f"Speed of {gpu} over time, {measure}"
-    notes = ["A dot is a complete run; lines join like runs on as many nodes.", svg.not_from_zero(y)]
-    about = f"{len(found)} lines over days. The same as numbers is in the table below."
-    columns = ("Runs", "Day", measure.capitalize(), "Run")
-    chart = svg.chart(drawn, x, y, tell, ident, title, about)
-    return Figure(ident, title, chart, tuple(legend), tuple(filter(None, notes)), columns, tuple(rows))
+    shorts = iter(_short([group.label for group in groups if not group.published]))
+    for number, group in enumerate(groups):  # our own are the first
+        start, first = group.medians[0]
+        css = "published" if group.published else f"c{number % svg.COLOURS}"
+        if group.published:
+            behind.append(svg.Drawn(group.medians, css, "", group.label, dots=True))
+        else:
+            label, several = next(shorts), len(group.medians) > 1  # the median of two runs of one size is no run
+            if several and ideal:
+                behind.append(svg.Drawn(((start, first), (x.high, first)), f"{css} ideal", "", "ideal"))
+            if several:
+                drawn.append(svg.Drawn(group.medians, css, label, group.label))
+            for place, dot in enumerate(group.dots):
+                own, at = "" if several or place else label, ((dot.at, dot.value),)
+                drawn.append(svg.Drawn(at, css, own, dot.name, joined=False, dots=True, run=dot.run))
+        legend.append(Entry(svg.swatch(css), group.label))
+        rows += [
+            (group.label, said[0](dot.at), said[1](dot.value), f"{100 * dot.value / first:.1f}%", dot.name)
+            for dot in group.dots
+        ]
+    if any("ideal" in one.css for one in behind):
+        legend.append(Entry(svg.swatch("ideal"), ideal))
+    y = svg.linear([value for one in (*behind, *drawn) for _, value in one.points], "")
+    ours = sum(not group.published for group in groups)
+    about = (
+        f"{ours} groups of like runs and {len(groups) - ours} published ones. "
+        "The same as numbers is in the table below."
+    )
+    chart = svg.chart([*behind, *drawn], x, y, lambda at, value: f"{said[0](at)}: {said[1](value)}", *named, about)
+    shown = tuple(filter(None, (*notes, svg.not_from_zero(y))))
+    return Figure(*named, chart, tuple(legend), shown, columns, tuple(rows))
 
 
 def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, title: str, digits: int) -> Figure:
@@ -179,55 +226,3 @@ def _summary(name: str, points: Sequence[tuple[float, float]], digits: int) -> t
     some = (finite[0], min(finite), max(finite), finite[-1]) if finite else ()
     numbers = [svg.tick_text(value, digits) for value in some] or ["none"] * 4
     return (name, steps, *numbers, str(len(points) - len(finite)))
-
-
-def _scaling(groups: Sequence[Scaling], incomplete: int, ident: str, gpu: str) -> Figure:
-    x = svg.counts([dot.gpus for group in groups for dot in group.dots], "GPUs (logarithmic)")
-    y = svg.linear([dot.tps for group in groups for dot in group.dots], "")
-    behind: list[svg.Drawn] = []  # our own runs are never hidden by published rows
-    drawn: list[svg.Drawn] = []
-    legend: list[Entry] = []
-    rows: list[tuple[str, ...]] = []
-    shorts = iter(_short([group.label for group in groups if not group.published]))
-    for number, group in enumerate(groups, 1):  # our own are the first
-        medians = tuple((float(gpus), tps) for gpus, tps in group.medians)
-        start, ideal = medians[0]
-        css = f"c{(number - 1) % svg.COLOURS}"
-        if group.published:
-            css = "published"
-            behind.append(svg.Drawn(medians, css, "", group.label, dots=True))
-        else:
-            label = next(shorts)
-            several = len(medians) > 1  # the median of two runs of one size is no run
-            if several:
-                behind.append(svg.Drawn(((start, ideal), (x.high, ideal)), f"{css} ideal", "", "ideal"))
-                drawn.append(svg.Drawn(medians, css, label, group.label))
-            for place, dot in enumerate(group.dots):
-                own = "" if several or place else label
-                drawn.append(
-                    svg.Drawn(((dot.gpus, dot.tps),), css, own, dot.name, joined=False, dots=True, run=dot.run)
-                )
-        legend.append(Entry(svg.swatch(css), group.label))
-        rows += [
-            (group.label, f"{dot.gpus:,}", f"{dot.tps:,.0f}", f"{100 * dot.tps / ideal:.1f}%", dot.name)
-            for dot in group.dots
-        ]
-    if any("ideal" in one.css for one in behind):
-        legend.append(Entry(svg.swatch("ideal"), "ideal: the smallest size's rate, held"))
-    notes = ["A dot is a run's median tokens/s per GPU after warm-up; lines join sizes of like runs."]
-    notes += filter(None, [svg.not_from_zero(y)])
-    if incomplete:
-        notes.append(f"Left out as incomplete: {counted(incomplete, 'run')}.")
-    title = f"Scaling of {gpu}, tokens/s per GPU over GPUs"
-    ours = sum(not group.published for group in groups)
-    about = (
-        f"{ours} groups of like runs and {len(groups) - ours} published ones. "
-        "The same as numbers is in the table below."
-    )
-    columns = ("Settings", "GPUs", "Tokens/s per GPU", "Of the smallest size's", "Run")
-
-    def tell(gpus: float, tps: float) -> str:
-        return f"{gpus:,.0f} GPUs: {tps:,.0f}"
-
-    chart = svg.chart([*behind, *drawn], x, y, tell, ident, title, about)
-    return Figure(ident, title, chart, tuple(legend), tuple(notes), columns, tuple(rows))

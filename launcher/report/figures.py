@@ -38,36 +38,29 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """One measurement in the scaling chart: tokens/s per GPU of a run, or of a published row (`run` None)."""
+    """One measurement: of a run, or of a published row (`run` None), `at` a number of GPUs or a day."""
 
-    gpus: int
-    tps: float
+    at: float
+    value: float
     name: str
     run: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
-    """Measurements with the same GPU type, settings and software, by GPU count; only these make one line."""
+class Group:
+    """Measurements that make one line: with the same GPU type, settings and software over the number of GPUs, or with
+    the same work and number of nodes over time.
+    """
 
     label: str
     published: bool
     dots: tuple[Dot, ...]
 
     @property
-    def medians(self) -> tuple[tuple[int, float], ...]:
-        """Each GPU count with the median of its runs, ascending."""
-        by_count = groupby(self.dots, key=lambda dot: dot.gpus)
-        return tuple((gpus, median(dot.tps for dot in dots)) for gpus, dots in by_count)
-
-
-@dataclass(frozen=True, slots=True)
-class Trend:
-    """What like runs reached over time: in percent of published, or in tokens/s where nothing like it is published."""
-
-    label: str
-    points: tuple[tuple[float, float], ...]  # (day, as datetime counts them; value)
-    runs: tuple[Placed, ...]
+    def medians(self) -> tuple[tuple[float, float], ...]:
+        """Each place with the median of its runs, ascending."""
+        by_place = groupby(self.dots, key=lambda dot: dot.at)
+        return tuple((at, median(dot.value for dot in dots)) for at, dots in by_place)
 
 
 def gpu_types(outcomes: Iterable[Outcome]) -> list[str]:
@@ -159,14 +152,14 @@ def _name(outcome: Outcome) -> str:
     return ", ".join([*parts, *(["compiled"] if outcome.compile else [])])
 
 
-def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str) -> list[Scaling]:
+def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str) -> list[Group]:
     """The lines of the scaling chart of one GPU type: complete runs, like with like, then published rows.
 
     No line where all of them have the same number of GPUs: there is no scaling to see.
     """
     whole = [(run, o) for run, o in enumerate(outcomes) if o.gpu == gpu and o.complete and drawable(o.median_tps)]
     found = [
-        Scaling(label, False, _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in members))
+        Group(label, False, _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in members))
         for label, members in grouped(whole, _work_and_software)
     ]
     rows = [
@@ -175,29 +168,25 @@ def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str)
     rows.sort(key=lambda placed: placed[1].step or 0)  # of two steps of one run, the later stands
     for label, members in grouped(rows, _work_and_source):
         by_count = {row.gpus: Dot(row.gpus, row.median_tps or 0.0, row.run) for _, row in members}
-        found.append(Scaling(label, True, _ascending(by_count.values())))
-    return found if len({dot.gpus for group in found for dot in group.dots}) > 1 else []
+        found.append(Group(label, True, _ascending(by_count.values())))
+    return found if len({dot.at for group in found for dot in group.dots}) > 1 else []
 
 
-def trends(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str) -> tuple[list[Trend], bool]:
-    """A line for each kind of work and number of nodes, from complete runs with a date; whether it is in percent."""
-    tps: dict[int, tuple[float, float]] = {}  # run's place -> (day, value)
-    shares: dict[int, tuple[float, float]] = {}
-    dated = [(_day(one.date), run, one) for run, one in enumerate(outcomes) if one.gpu == gpu and one.complete]
-    for day, run, one in sorted(dated, key=lambda found: found[0]):
-        if day and drawable(one.median_tps):
-            tps[run] = day, one.median_tps or 0.0
-            row = best_match(one, published).row
-            if row and row.median_tps:
-                shares[run] = day, 100 * tps[run][1] / row.median_tps
-    values = shares or tps
-
-    def alike(one: Outcome) -> dict[str, str]:
-        return work(one) | {"on": counted(one.nodes, "node")}
-
-    groups = grouped(((run, outcomes[run]) for run in values), alike)
-    found = [Trend(label, tuple(values[run] for run, _ in runs), tuple(runs)) for label, runs in groups]
-    return found, bool(shares)
+def trends(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str) -> tuple[list[Group], bool]:
+    """Complete runs over time, for each kind of work and number of nodes; whether in percent of published rather than
+    in tokens/s, as where nothing like them is published.
+    """
+    tps: dict[int, Dot] = {}
+    shares: dict[int, Dot] = {}
+    for run, one in enumerate(outcomes):
+        day = _day(one.date) if one.gpu == gpu and one.complete and drawable(one.median_tps) else 0.0
+        if day and one.median_tps:
+            tps[run] = Dot(day, one.median_tps, one.run, run)
+            if (row := best_match(one, published).row) and row.median_tps:
+                shares[run] = Dot(day, 100 * one.median_tps / row.median_tps, one.run, run)
+    dots = shares or tps
+    kinds = grouped(((run, outcomes[run]) for run in dots), lambda one: work(one) | {"on": counted(one.nodes, "node")})
+    return [Group(label, False, _ascending(dots[run] for run, _ in runs)) for label, runs in kinds], bool(shares)
 
 
 def _day(text: str) -> float:
@@ -210,7 +199,7 @@ def _day(text: str) -> float:
 
 
 def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:
-    return tuple(sorted(dots, key=lambda dot: (dot.gpus, dot.run or 0)))
+    return tuple(sorted(dots, key=lambda dot: (dot.at, dot.run or 0)))
 
 
 def measured_by(outcomes: Iterable[Outcome], published: Sequence[Outcome]) -> list[Outcome]:

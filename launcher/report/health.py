@@ -147,17 +147,17 @@ def _headline(
     halting = [run for run in judged if run.faults(About.PACE)]
     broken = [run for run in judged if run.faults(*REST)]
     if word is Word.CANNOT_SAY:
-        first = max(judged, key=lambda run: run.outcome.date)
-        if own:
+        others = sorted((run for run in judged if not run.is_own_fault), key=lambda run: run.outcome.date)
+        if not others:
             return f"Not measured. Runs that failed: {_names(own)}.", _logs(own)
-        return f"Not measured. {first.name}: {first.verdict.reasons[0].what}.", NOTHING
+        return f"Not measured. {others[-1].name}: {others[-1].verdict.reasons[0].what}.", NOTHING
     parts, fix = [], _logs(broken or halting)
     if below:
         fix = "See what differs", quoted("launcher", "compare", below[0].name, "published")
     if slow:
-        behind = [f"{100 * node.behind:.0f}" for node in sorted((node for node, _ in slow), key=lambda n: n.behind)]
-        hosts = list(dict.fromkeys(node.host for node, _ in slow))
-        much = f"{behind[0]}%" if behind[0] == behind[-1] else f"{behind[0]} to {behind[-1]}%"
+        hosts = [node.host for node, _ in slow]  # the slowest first
+        least, most = (f"{100 * node.behind:.0f}" for node, _ in (slow[-1], slow[0]))
+        much = f"{most}%" if least == most else f"{least} to {most}%"
         verb, whose = ("is", "its") if len(hosts) == 1 else ("are", "their")
         parts.append(f"{some(hosts, MOST_NAMED)} {verb} {much} slower than {whose} peers.")
         exclude = quoted("launcher", "cluster", "nodes", "add", *hosts, "--reason", f"{much} slower than {whose} peers")
@@ -199,10 +199,6 @@ def _speed(judged: Sequence[Health]) -> Finding:
     )
     if below and fast and min(r.outcome.nodes for r in below) > max(r.outcome.nodes for r in fast):
         texts.append("slow only on more nodes: look at the network between them first")
-    if below:
-        texts.append(
-            f"what differs from the published run: {quoted('launcher', 'compare', below[0].name, 'published')}"
-        )
     halting = _first(f"{run.name}: {fault.detail}" for run in judged for fault in run.faults(About.PACE))
     texts += halting
     if fast:

@@ -60,7 +60,7 @@ def page(
         strips=list(filter(None, (_strip(run, outcome) for run, outcome in enumerate(outcomes)))),
         matrices=_matrices(outcomes),
         shortened=shortened,
-        startups=_startups(outcomes),
+        startups=[(run, one, spans) for run, one in enumerate(outcomes) if (spans := _spans(one))],
         phases=[called.capitalize() for _, called in PHASES],
         differing=differing,
         shared=shared,
@@ -148,26 +148,13 @@ def _level(value: float) -> int:
     return sum(value > limit for limit in (-5, -2, -1, 1, 2, 5))
 
 
-@dataclass(frozen=True)
-class Start:
-    """How long each phase of a run's start took, then the sum, which is a bound where a phase is not known."""
-
-    run: int
-    name: str
-    complete: bool
-    spans: tuple[str, ...]
-
-
-def _startups(outcomes: Sequence[Outcome]) -> list[Start]:
-    found = []
-    for run, outcome in enumerate(outcomes):
-        amounts = [getattr(outcome.startup, name) for name, _ in PHASES]
-        known = [max(0.0, amount) for amount in amounts if drawable(amount)]
-        if known:
-            total = ("" if len(known) == len(amounts) else "≥ ") + duration(sum(known))
-            spans = (duration(max(0.0, amount)) if drawable(amount) else "" for amount in amounts)
-            found.append(Start(run, outcome.run, outcome.complete, (*spans, total)))
-    return found
+def _spans(outcome: Outcome) -> list[str]:
+    """How long each phase of a run's start took, then the sum, which is a bound where one is not known; [] for none."""
+    amounts = [getattr(outcome.startup, name) for name, _ in PHASES]
+    known = [max(0.0, amount) for amount in amounts if drawable(amount)]
+    spans = [duration(max(0.0, amount)) if drawable(amount) else "" for amount in amounts]
+    total = ("" if len(known) == len(amounts) else "≥ ") + duration(sum(known))
+    return [*spans, total] if known else []
 
 
 def _hash(text: str) -> str:

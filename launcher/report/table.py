@@ -17,6 +17,7 @@ from launcher.results.published import beside, called, publisher
 
 TAGS = {Word.PASS: "pass", Word.FAIL: "fail", Word.CANNOT_SAY: "cannot"}  # classes of the style sheet
 _BRIEF = {
+    About.SPEED: "nothing to compare with",
     About.FINITE: "NaN or infinity",
     About.STEPS: "too few steps",
     About.PACE: "steps stood still",
@@ -100,16 +101,13 @@ def _of_published(row: Outcome, shown: Sequence[Column]) -> Row:
 
 def _brief(run: Health, reason: Reason) -> str:
     """A few words; the numbers are in the columns beside it, or in the reason's own words."""
-    outcome, share = run.outcome, run.verdict.share
     if reason.about is About.END:
-        lacks = next((one.text for one in outcome.problems if one.kind in (Lack.SHORT, Lack.RESTARTED)), "")
-        state = "" if outcome.state == "COMPLETED" else outcome.state.lower().replace("_", " ")
-        return ", ".join(filter(None, [state, lacks])) or "see below"
-    if reason.about is About.SPEED:
-        return "nothing to compare with" if share is None else f"{share_text(share)} of published"
-    if reason.about is About.NODES:
-        return counted(len(slow_nodes(outcome)), "slow node")
-    return _BRIEF[reason.about]
+        short = [one.text for one in run.outcome.problems if one.kind in (Lack.SHORT, Lack.RESTARTED)]
+        state = [run.outcome.state.lower().replace("_", " ")] if run.outcome.state != "COMPLETED" else []
+        return ", ".join([*state, *short]) or "not whole"
+    if reason.about is About.SPEED and run.verdict.share is not None:
+        return f"{share_text(run.verdict.share)} of published"
+    return counted(len(slow_nodes(run.outcome)), "slow node") if reason.about is About.NODES else _BRIEF[reason.about]
 
 
 def _share(run: Health) -> Cell:

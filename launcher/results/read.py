@@ -141,19 +141,17 @@ def node_checks(run: Run) -> dict[str, NodeCheck]:
 
 
 def _check(record: Mapping[str, Any]) -> NodeCheck:
-    said = [one for key in ("problems", "warnings") for one in _dicts(record.get(key))]
+    lists = (record.get(key) for key in ("problems", "warnings", "speed"))
+    problems, warnings, speed = (
+        [one for one in value if isinstance(one, dict)] if isinstance(value, list) else [] for value in lists
+    )
     measured: dict[str, float] = {}
-    for figures in (record, *_dicts(record.get("speed"))):
-        for key in ("product_tflops", "copy_gbs", "allreduce_node_gbs"):
-            if value := _number(figures.get(key), 0, 1e9):
-                measured[key] = min(value, measured.get(key, value))
-    words = tuple(one["what"] for one in said if isinstance(one.get("what"), str))
+    for key in ("product_tflops", "copy_gbs", "allreduce_node_gbs"):
+        if found := [value for one in (record, *speed) if (value := _number(one.get(key), 0, 1e9))]:
+            measured[key] = min(found)
     passed = record.get("ok")
+    words = tuple(str(one["what"]) for one in (*problems, *warnings) if "what" in one)
     return NodeCheck(passed if isinstance(passed, bool) else None, words, measured)
-
-
-def _dicts(value: object) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _node_records(folder: Path, unreadable: list[str]) -> dict[str, dict[str, Any]]:

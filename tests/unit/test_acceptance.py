@@ -97,8 +97,8 @@ def test_no_name_is_markup() -> None:
 def test_a_check_is_read_as_far_as_it_can_be(tmp_path: Path) -> None:
     record = {
         "ok": "yes",
-        "problems": [{"what": "a"}, {"what": 1}, 3],
-        "warnings": {"what": "b"},
+        "problems": [{"what": "a"}, {"why": 1}, 3],
+        "warnings": 5,
         "speed": [{"product_tflops": 5.0}, {"product_tflops": 4.0, "copy_gbs": "fast"}, None],
         "allreduce_node_gbs": 1e99,
     }

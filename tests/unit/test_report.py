@@ -149,18 +149,18 @@ def test_speed_over_time_is_a_share_of_published_for_each_number_of_nodes() -> N
         outcome(run="undated", date=""),
     ]
     found, relative = trends(runs, published(), "GB200")
-    assert relative and [(one.label.rpartition(", ")[2], [run for run, _ in one.runs]) for one in found] == [
+    assert relative and [(one.label.rpartition(", ")[2], [dot.run for dot in one.dots]) for one in found] == [
         ("on 9 nodes", [0, 1]),
         ("on 3 nodes", [2]),
     ]
-    assert [value for _, value in found[0].points] == pytest.approx([100, 90])
+    assert [dot.value for dot in found[0].dots] == pytest.approx([100, 90])
     figure = of_gpu(runs, published(), "GB200", 0)[0]
     assert figure.title == "Speed of GB200 over time, percent of published tokens/s"
     assert (
         ">01 Nov<" in figure.chart and "a, 2026-11-01: 100.0%" in figure.chart and "accept&#39;s limit" in figure.chart
     )
     found, relative = trends(runs, [], "GB200")
-    assert not relative and found[0].points[0][1] == 17975.0
+    assert not relative and found[0].dots[0].value == 17975.0
 
 
 # --- scaling ------------------------------------------------------------------------------------------------
@@ -206,14 +206,14 @@ def test_one_size_is_no_scaling_unless_published_rows_have_others() -> None:
 def test_published_rows_stand_apart_and_the_later_step_counts() -> None:
     groups = scaling([], published(), "b200")
     assert all(group.published for group in groups)
-    assert {dot.tps for group in groups for dot in group.dots if dot.gpus == 16} == {17441, 17500}
+    assert {dot.value for group in groups for dot in group.dots if dot.at == 16} == {17441, 17500}
     assert scaling([], published(), "GB300") == []
 
 
 def test_rows_of_two_drivers_are_no_scaling_line() -> None:
     """H100s: 8,714 tokens/s on 16 GPUs with driver 580, 7,582 on 32 with 570: no loss by size."""
     groups = [group for group in scaling([], published(), "H100") if "driver" in group.label]
-    assert [[dot.gpus for dot in group.dots] for group in groups] == [[32, 128], [16]]
+    assert [[dot.at for dot in group.dots] for group in groups] == [[32, 128], [16]]
     assert [group.label.rpartition(", ")[2] for group in groups] == ["driver 570", "driver 580"]
 
 
@@ -224,7 +224,7 @@ def test_rows_of_different_settings_are_no_scaling_line(gpu: str) -> None:
     groups = scaling([], published(), gpu)
     assert len({group.label for group in groups}) == len(groups)
     for group in groups:
-        own = [row for row in rows for dot in group.dots if (dot.gpus, dot.tps) == (row.gpus, row.median_tps)]
+        own = [row for row in rows for dot in group.dots if (dot.at, dot.value) == (row.gpus, row.median_tps)]
         kinds = {(tuple(work(row).items()), row.source, row.date, row.versions.get("driver")) for row in own}
         assert len(kinds) == 1 and len(own) == len(group.dots)
     dots = sum(len(group.dots) for group in groups)
