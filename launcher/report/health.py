@@ -150,7 +150,7 @@ def _headline(
         others = sorted((run for run in judged if not run.is_own_fault), key=lambda run: run.outcome.date)
         if not others:
             return f"Not measured. Runs that failed: {_names(own)}.", _logs(own)
-        return f"Not measured. {others[-1].name}: {others[-1].verdict.reasons[0].what}.", NOTHING
+        return f"Not measured. {others[-1].name}: {others[-1].verdict.reasons[0].detail}.", NOTHING
     parts, fix = [], _logs(broken or halting)
     if below:
         fix = "See what differs", quoted("launcher", "compare", below[0].name, "published")
