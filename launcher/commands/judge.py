@@ -254,7 +254,7 @@ def _tell(
         for step in steps:
             echo(f"  {'try':<10}  {step}")
     if report:
-        text = acceptance(run.name, run.reference, outcome, verdict, inputs, node_checks(run))
+        text = acceptance(run.name, run.reference, outcome, verdict, inputs, node_checks(run), steps)
         write_text(report, text, option="--report FILE.html")
         echo(f"report: {report}", err=True)
     sys.exit(verdict.exit)

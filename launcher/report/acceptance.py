@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.base.errors import quoted
@@ -28,8 +28,9 @@ def acceptance(
     verdict: Verdict,
     inputs: Mapping[str, Any],
     checks: Mapping[str, NodeCheck],
+    steps: Sequence[str] = (),
 ) -> str:
-    """`reference` names the run in a command; `inputs` are what accept.json keeps of the question."""
+    """`reference` names the run in a command; `inputs`: what accept.json keeps of the question; `steps`: what to do."""
     row, settings = verdict.baseline, outcome.settings if outcome else {}
     shown = [column for column in COLUMNS if outcome and column.key in _FIGURES and column.shown(outcome).text]
     return document(
@@ -45,6 +46,7 @@ def acceptance(
         row_link=publisher(row)["link"] if row else "",
         figures=[(one.title, [one.shown(result) for result in (outcome, row) if result]) for one in shown],
         inputs=inputs,
+        steps=steps,
         nodes=_nodes(outcome, checks),
         measured={key for check in checks.values() for key in check.measured},
         cell=cell,

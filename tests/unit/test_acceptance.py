@@ -113,7 +113,8 @@ def test_the_command_writes_it_and_overwrites_only_its_own(launch: Launch, workp
     assert done.returncode == 0 and done.stdout.startswith("PASS") and "report: handed.html" in done.stderr
     done = launch("accept", "good", "--report", "handed.html", "--threshold", "99%", "--json")
     assert done.returncode == 12 and json.loads(done.stdout)["report"] == "handed.html"
-    assert ">FAIL</span>" in (workplace / "handed.html").read_text()
+    text = (workplace / "handed.html").read_text()
+    assert ">FAIL</span>" in text and "<dt>try</dt><dd><code>launcher compare good published</code>" in text
     launch("report", "-o", "page.html")
     for file in ("page.html", "runs"):
         assert launch("accept", "good", "--report", file).returncode == 5
