@@ -71,6 +71,7 @@ def _commands(run: str, reference: str, outcome: Outcome | None, inputs: Mapping
     asked = {"Judge this run again": [reference]}
     if outcome:
         asked["Run the same again here"] = [f"{outcome.run_dir}/run.toml", "--name", f"{run}-again"]
-        known = [(option, outcome.settings[key]) for option, key in _ASKED.items() if key in outcome.settings]
-        asked["The same work elsewhere"] = [word for pair in known for word in pair]
+        known = [(option, value) for option, key in _ASKED.items() if (value := outcome.settings.get(key))]
+        local = ["--local"] if outcome.cluster == "local" else []
+        asked["The same work elsewhere"] = [*local, *(word for pair in known for word in pair)]
     return [(what, quoted("launcher", "accept", *words, *limits)) for what, words in asked.items()]

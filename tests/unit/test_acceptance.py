@@ -77,6 +77,8 @@ def test_the_commands_repeat_the_question_as_it_was_asked() -> None:
     assert "<code>launcher accept titan-llama3-8b-0930</code>" in usual
     assert "run.toml --name titan-llama3-8b-0930-again</code>" in usual
     assert "--gpu gb200 --nodes 9 --recipe llama3-8b</code>" in usual
+    local = made(outcome(cluster="local", settings={"job.image": ""}))
+    assert "<code>launcher accept --local --gpu gb200 --nodes 9 --recipe llama3-8b</code>" in local
     assert other.count("--threshold 90% --max-spread 10% --baseline &#39;a b&#39;</code>") == 3
 
 
