@@ -18,7 +18,7 @@ from launcher.results.submission import PRIVATE
 GENERATOR = "titan-launcher accept"
 _FIGURES = ("median_tps", "median_mfu_pct", "memory_gib", "loss", "slowest_node", "data_share")
 # Options of `accept` with which the same work is asked for elsewhere; what else was changed is in the settings.
-_ASKED = {"--image": "job.image", "--gpu": "job.gpu", "--nodes": "job.nodes", "--recipe": "job.recipe"}
+_ASKED = {"image": "job.image", "data": "job.data", "gpu": "job.gpu", "nodes": "job.nodes", "recipe": "job.recipe"}
 
 
 def acceptance(
@@ -71,7 +71,7 @@ def _commands(run: str, reference: str, outcome: Outcome | None, inputs: Mapping
     asked = {"Judge this run again": [reference]}
     if outcome:
         asked["Run the same again here"] = [f"{outcome.run_dir}/run.toml", "--name", f"{run}-again"]
-        known = [(option, value) for option, key in _ASKED.items() if (value := outcome.settings.get(key))]
+        known = [(f"--{option}", value) for option, key in _ASKED.items() if (value := outcome.settings.get(key))]
         local = ["--local"] if outcome.cluster == "local" else []
         asked["The same work elsewhere"] = [*local, *(word for pair in known for word in pair)]
     return [(what, quoted("launcher", "accept", *words, *limits)) for what, words in asked.items()]

@@ -55,7 +55,7 @@ def test_what_was_measured_under_which_conditions_against_what() -> None:
         ["Tokens/s per GPU", "17,930 ±0.4%", "17,975 step 100"],
     ]
     assert '<a href="https://github.com/crusoecloud/torchtitan">' in text
-    assert "recipe.flavor" in text and "/data/c4" not in text, "where somebody keeps things is not handed over"
+    assert "recipe.flavor" in text and "<dt>job.data" not in text, "where somebody keeps things is not handed over"
 
 
 def test_each_node_has_its_speed_and_what_its_check_found_failed_ones_first() -> None:
@@ -78,7 +78,7 @@ def test_the_commands_repeat_the_question_as_it_was_asked() -> None:
     assert "run.toml --name titan-llama3-8b-0930-again</code>" in usual
     assert "--gpu gb200 --nodes 9 --recipe llama3-8b</code>" in usual
     local = made(outcome(cluster="local", settings={"job.image": ""}))
-    assert "<code>launcher accept --local --gpu gb200 --nodes 9 --recipe llama3-8b</code>" in local
+    assert "<code>launcher accept --local --data /data/c4 --gpu gb200 --nodes 9 --recipe llama3-8b</code>" in local
     assert other.count("--threshold 90% --max-spread 10% --baseline &#39;a b&#39;</code>") == 3
 
 
