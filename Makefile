@@ -14,7 +14,7 @@ CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image install test test-daemons test-others test-some lint docs bench clean
+.PHONY: help demo image install test test-daemons test-others test-some lint docs pictures bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -44,16 +44,24 @@ test-others:
 test-some:
 	$(PYTEST) $(TESTS)
 
-lint: $(VENV)/.dev ## check format, style, types and the direction of imports
+# Not --quiet: mkdocs then takes no warning for an error. The variable silences an advertisement.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+lint: $(VENV)/.dev ## check format, style, types, the direction of imports and the docs' links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(SITE)
 
-docs: $(VENV)/.dev ## write the known errors into docs/errors.md
+docs: $(VENV)/.dev ## write the pages that come from code, and the docs as a site into site/
 	$(BIN)/python docs/tables.py
+	$(SITE)
+
+pictures: $(VENV)/.dev ## make the docs' pictures anew, with Chromium
+	$(BIN)/python docs/pictures.py
 
 bench: $(VENV)/.dev ## measure what docs/performance.md claims
 	$(BIN)/python benchmarks/startup.py
@@ -64,7 +72,7 @@ bench: $(VENV)/.dev ## measure what docs/performance.md claims
 	$(BIN)/python benchmarks/results.py
 
 clean: ## remove virtual environments and caches; run directories stay
-	rm -rf $(VENV) $(VENV_02) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_02) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.made $(VENV_02)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -89,7 +97,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml containers/constraints-train.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,dev]' 'torchao>=0.18,<0.19'
+	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,docs,dev]' 'torchao>=0.18,<0.19'
 	@touch $@
 
 $(VENV_02)/.train: $(VENV_02)/.torch pyproject.toml containers/constraints-train.txt

@@ -13,23 +13,24 @@ import click
 
 from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import write_json
+from launcher.base.files import write_json, write_text
 from launcher.base.output import as_json, confirm, echo, is_terminal, print_json, style, warn
 from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
-from launcher.commands.report import cause_of
+from launcher.commands.report import cause_of, refuse_to_overwrite
 from launcher.commands.runs import remembered
 from launcher.commands.start import node_hours, say_where, submitted
 from launcher.commands.watching import watch
 from launcher.config.help import RunCommand
-from launcher.config.options import RunOptions, run_options, run_or_file, runs_dir_option
+from launcher.config.options import FilePath, RunOptions, run_options, run_or_file, runs_dir_option
 from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.nodes import unfit
+from launcher.report.acceptance import GENERATOR, acceptance
 from launcher.results import accept as judging
 from launcher.results import compare as comparison
 from launcher.results.accept import Verdict
 from launcher.results.outcome import Outcome
 from launcher.results.published import nearest, published, same_gpu
-from launcher.results.read import outcome_of
+from launcher.results.read import node_checks, outcome_of
 from launcher.results.sides import results_in
 from launcher.runs import control
 from launcher.runs.directory import Run, open_run
@@ -132,6 +133,12 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     help="What it is measured by: the published rows, or a result of yours.",
 )
 @click.option(
+    "--report",
+    type=FilePath(path_type=Path),
+    metavar="FILE.html",
+    help="Write a report to hand over: verdict, conditions, nodes, figures.",
+)
+@click.option(
     "--follow",
     "-f",
     is_flag=True,
@@ -145,6 +152,7 @@ def accept(
     threshold: float,
     max_spread: float,
     baseline: str,
+    report: Path | None,
     follow: bool,
     yes: bool,
     force: bool,
@@ -160,6 +168,7 @@ def accept(
     launcher accept --image titan.sqsh --nodes 9            after every change of the cluster
     launcher accept my-run                                  a run that is there
     launcher accept my-run --baseline accepted-in-june.json
+    launcher accept my-run --report acceptance.html         one page to hand over
     """
     runs_dir = Path(str(options.values.get("job.runs_dir") or saved_runs_dir()))
     asked = [key for key in options.values if key != "job.runs_dir"] or options.secret_env
@@ -171,11 +180,13 @@ def accept(
         raise click.UsageError(
             f"{options.run_file}: a run is judged without options of submit; with them, name a RUN.toml to repeat"
         )
-    # Before hours are spent on a run that nothing could be compared with.
+    # Before hours are spent on a run that nothing could be compared with, or whose report could not be written.
+    if report:
+        refuse_to_overwrite(report, GENERATOR, "--report FILE.html")
     rows = results_in(baseline, runs_dir)
     run = _submit(options, rows, yes or as_json, force) if asked else open_run(str(options.run_file), runs_dir)
     state = _end_of(run) if asked or follow else control.states([run])[run.name]
-    _tell(run, state, rows, {"threshold": threshold, "max_spread": max_spread, "baseline": baseline}, as_json)
+    _tell(run, state, rows, {"threshold": threshold, "max_spread": max_spread, "baseline": baseline}, report, as_json)
 
 
 def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool) -> Run:
@@ -214,7 +225,9 @@ def _end_of(run: Run) -> JobState:
     return state
 
 
-def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, Any], as_json: bool) -> None:
+def _tell(
+    run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, Any], report: Path | None, as_json: bool
+) -> None:
     """Judges, keeps the verdict in the run directory, prints it, and exits with its code."""
     outcome = outcome_of(run, state)
     verdict = judging.judge(
@@ -235,11 +248,15 @@ def _tell(run: Run, state: JobState, rows: Sequence[Outcome], inputs: dict[str, 
     except LauncherError as error:
         warn(f"the verdict is printed only: {error.what}")
     if as_json:
-        print_json(kept)
+        print_json(kept | ({"report": str(report)} if report else {}))
     else:
         _print(judging.headline(run.name, outcome, verdict), verdict)
         for step in steps:
             echo(f"  {'try':<10}  {step}")
+    if report:
+        text = acceptance(run.name, run.reference, outcome, verdict, inputs, node_checks(run), steps)
+        write_text(report, text, option="--report FILE.html")
+        echo(f"report: {report}", err=True)
     sys.exit(verdict.exit)
 
 
@@ -265,8 +282,8 @@ def _faults(run: Run, state: JobState) -> list[str]:
     if state.unfit:
         unfits = unfit.of_run(run)
         return [f"node {one.host} is not fit to train: {one.why}" for one in unfits] or [control.UNFIT]
-    cause = cause_of(run, state)
-    return [cause] if cause else []
+    failure = cause_of(run, state)
+    return [failure.cause] if failure else []
 
 
 def _print(headline: str, verdict: Verdict) -> None:

@@ -16,6 +16,7 @@ from launcher.base.output import as_json, counted, echo, echo_file, print_json, 
 from launcher.commands.results import named_runs
 from launcher.commands.runs import failure_of
 from launcher.config.options import FilePath, runs_dir_option
+from launcher.logs.known_errors import Failure
 from launcher.report.page import GENERATOR, page
 from launcher.report.plots import write_plots
 from launcher.results.accept import OWN_FAULT
@@ -59,7 +60,7 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     if to_stdout and as_json:
         raise click.UsageError("-o - prints the page, --json prints JSON: one of the two")
     if not to_stdout:
-        _refuse_to_overwrite(output)
+        refuse_to_overwrite(output)
     outcomes, left_out = _outcomes(names, runs_dir)
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     text = page(outcomes, published(), made=made, version=__version__, left_out=left_out)
@@ -96,8 +97,10 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
         if outcome is None or (outcome.step is None and state.name not in OWN_FAULT):
             left_out.append((run.name, f"{state.name}, has logged no step"))
             continue
-        cause = cause_of(run, state)
-        outcomes.append(replace(outcome, notes=(*outcome.notes, cause)) if cause else outcome)
+        if failure := cause_of(run, state):
+            own = failure.cause if failure.fault == "run" else ""
+            outcome = replace(outcome, notes=(*outcome.notes, failure.cause), own_fault=own)
+        outcomes.append(outcome)
     if not outcomes:
         raise LauncherError(
             "nothing-to-show",
@@ -108,18 +111,18 @@ def _outcomes(names: Sequence[str], runs_dir: Path) -> tuple[list[Outcome], list
     return outcomes, left_out
 
 
-def cause_of(run: Run, state: JobState) -> str:
-    """Why the job failed by its own doing, as far as that is known; "" where its logs cannot be read."""
+def cause_of(run: Run, state: JobState) -> Failure | None:
+    """Why the job failed by its own doing; None where that is not known or its logs cannot be read."""
     if state.name not in OWN_FAULT:
-        return ""
+        return None
     try:
         failure = failure_of(run, state)
     except LauncherError:
-        return ""
-    return failure.cause if failure else ""
+        return None
+    return failure if failure and failure.cause else None
 
 
-def _refuse_to_overwrite(path: Path) -> None:
+def refuse_to_overwrite(path: Path, generator: str = GENERATOR, option: str = "-o FILE") -> None:
     """A page is made again and again; any other file of that name is somebody's."""
     try:
         if not path.parent.is_dir():
@@ -132,13 +135,13 @@ def _refuse_to_overwrite(path: Path) -> None:
         is_page = not path.exists()
         if path.is_file():
             with path.open("rb") as stream:
-                is_page = f'content="{GENERATOR}"'.encode() in stream.read(400)
+                is_page = f'content="{generator}"'.encode() in stream.read(400)
     except OSError as error:
-        raise unreadable(path, error, "choose another: -o FILE") from error
+        raise unreadable(path, error, f"choose another: {option}") from error
     if not is_page:
         raise LauncherError(
             "file-exists",
             f"{path} exists and is no page of this command: it is left as it is",
-            "choose another: -o FILE",
+            f"choose another: {option}",
             status=ExitStatus.EXISTS,
         )

@@ -18,7 +18,7 @@ SECTIONS = {
     "Checks": "check force retries proved threshold max_spread baseline",
     "Output": "",  # and every option that no section names
 }
-_ALL = "launcher.help_all"
+ALL = "launcher.help_all"
 
 
 class RunOption(click.Option):
@@ -52,11 +52,11 @@ class RunCommand(click.Command):
         own = [option for option in found if not isinstance(option, RunOption)]
         usual = [named[name] for name in USUAL if name in named]
         short = {"Usual options": usual, f"Options of {context.info_name}": own}
-        for title, options in (sections if context.meta.get(_ALL) else short).items():
+        for title, options in (sections if context.meta.get(ALL) else short).items():
             with formatter.section(title):
                 records = [record for option in options if (record := option.get_help_record(context))]
                 formatter.write_dl(records, col_max=26)
-        if not context.meta.get(_ALL):
+        if not context.meta.get(ALL):
             rest = {title: [o for o in options if o not in (*usual, *own)] for title, options in sections.items()}
             with formatter.section("More options, which --help-all explains"):
                 names = {title: ", ".join(max(o.opts, key=len) for o in options) for title, options in rest.items()}
@@ -65,6 +65,6 @@ class RunCommand(click.Command):
 
 def _help_all(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
     if asked and not context.resilient_parsing:
-        context.meta[_ALL] = True
+        context.meta[ALL] = True
         echo(*context.get_help().split("\n"))
         context.exit()

@@ -33,6 +33,7 @@ class Known:
     cause: str
     fix: str
     pattern: str = ""
+    fault: str = ""
     ended: Sequence[Mapping[str, Any]] = ()
     example: Sequence[str] = ()
     cases: Sequence[Mapping[str, str]] = ()
@@ -90,6 +91,7 @@ class Failure:
     is_error: bool  # False where the lines are only the last ones
     rank: FailedRank | None = None  # that failed first, as torchrun saw it
     completed: bool = False  # training had reached its last step
+    fault: str = ""  # "run": what was asked for caused it
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -276,7 +278,8 @@ def _failure(
     on_node = "-w {node} " if node and names["srun"] else ""  # otherwise any node of the partition must do
     fix = fix.replace("srun -N1 ", names["srun"] + on_node)
     fix = fix.format(**(names | safe | {"node": quoted(node or "NODE")}))
-    return Failure(known.code, (cause or known.cause).format(**groups, node=where, who=who), fix, path, lines, is_error)
+    cause = (cause or known.cause).format(**groups, node=where, who=who)
+    return Failure(known.code, cause, fix, path, lines, is_error, fault=known.fault)
 
 
 def _who(rank: FailedRank) -> str:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 
 from markupsafe import Markup
 
 from launcher.base.output import counted
 from launcher.report import svg
-from launcher.report.figures import MOST_LINES, Line, Scaling, grouped, lines, measured_by, scaling, with_series
+from launcher.report.figures import (
+    MOST_LINES,
+    Group,
+    Line,
+    grouped,
+    lines,
+    measured_by,
+    scaling,
+    trends,
+    with_series,
+)
+from launcher.results.accept import THRESHOLD
 from launcher.results.outcome import Outcome
-from launcher.results.published import beside
+from launcher.results.published import beside, called, publisher
+
+LEAST = 3  # points: fewer are a sentence
+MOST_LABELS = 12  # names beside a chart
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,7 @@ class Entry:
     swatch: Markup
     text: str
     run: int | None = None
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,59 +54,169 @@ class Figure:
 
 
 def of_gpu(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, place: int) -> list[Figure]:
-    """Throughput of each kind of run, loss and scaling on `gpu`; those with nothing to draw are left out."""
-    rates, losses = lines(outcomes, gpu, "tps"), lines(outcomes, gpu, "loss")
+    """Speed over time, throughput of each kind of run, loss and scaling on `gpu`; none where fewer than three points
+    are to be drawn.
+    """
+    figures = []
+    over_time, relative = trends(outcomes, published, gpu)
+    if sum(len(group.dots) for group in over_time) >= LEAST:
+        figures.append(_over_time(over_time, relative, f"trend-{place}", gpu))
+    rates, losses = (
+        [line for line in lines(outcomes, gpu, name) if sum(math.isfinite(v) for _, v in line.points) >= LEAST]
+        for name in ("tps", "loss")
+    )
     drawn = {line.run: line for line in rates}
     kinds = grouped((line.run, outcomes[line.run]) for line in rates)
-    figures = []
     for number, (label, members) in enumerate(kinds):
         title = f"Throughput of {gpu}, {f'{label}, ' if len(kinds) > 1 else ''}tokens/s per GPU"
         rows = measured_by([outcome for _, outcome in members], published)
         figures.append(_over_steps([drawn[run] for run, _ in members], rows, f"throughput-{place}-{number}", title, 0))
     if losses:
         figures.append(_over_steps(losses, [], f"loss-{place}", f"Loss of {gpu}", 4))
-    if groups := scaling(outcomes, beside(outcomes, published), gpu):
+    groups = scaling(outcomes, beside(outcomes, published), gpu)
+    if sum(len(group.dots) for group in groups) >= LEAST:
         incomplete = sum(outcome.gpu == gpu and not outcome.complete for outcome in outcomes)
         figures.append(_scaling(groups, incomplete, f"scaling-{place}", gpu))
     left_out = len(with_series(outcomes, gpu)) - MOST_LINES
-    if left_out > 0 and figures:
+    if left_out > 0 and rates:
         more = f"Only the first {MOST_LINES} runs of the table on {gpu} are drawn over steps, {left_out} are not."
-        figures[0] = replace(figures[0], notes=(*figures[0].notes, more))
+        at = next(i for i, figure in enumerate(figures) if figure.ident.startswith("throughput"))
+        figures[at] = replace(figures[at], notes=(*figures[at].notes, more))
     return figures
 
 
+def _short(labels: Sequence[str]) -> list[str]:
+    """What tells the labels of a chart's lines apart."""
+    parts = [label.split(", ") for label in labels]
+    return [", ".join(one for one in own if not all(one in other for other in parts)) or "your runs" for own in parts]
+
+
+def _over_time(groups: Sequence[Group], relative: bool, ident: str, gpu: str) -> Figure:
+    measure = "percent of published tokens/s" if relative else "tokens/s per GPU"
+    x = svg.days((dot.at for group in groups for dot in group.dots), "day of the run (UTC)")
+    limits = (("published", 100.0), ("accept's limit", 100 * THRESHOLD)) if relative else ()
+    return _of_groups(
+        groups,
+        x,
+        (lambda day: f"{date.fromordinal(int(day))}", "{:.1f}%".format if relative else "{:,.0f}".format),
+        (ident, f"Speed of {gpu} over time, {measure}"),
+        ["A dot is a complete run; lines join like runs on as many nodes."],
+        ("Runs", "Day", measure.capitalize(), "Of the first run's", "Run"),
+        limits=limits,
+    )
+
+
+def _scaling(groups: Sequence[Group], incomplete: int, ident: str, gpu: str) -> Figure:
+    notes = ["A dot is a run's median tokens/s per GPU after warm-up; lines join sizes of like runs."]
+    notes += [f"Left out as incomplete: {counted(incomplete, 'run')}."] if incomplete else []
+    return _of_groups(
+        groups,
+        svg.counts([int(dot.at) for group in groups for dot in group.dots], "GPUs (logarithmic)"),
+        ("{:,.0f} GPUs".format, "{:,.0f}".format),
+        (ident, f"Scaling of {gpu}, tokens/s per GPU over GPUs"),
+        notes,
+        ("Settings", "GPUs", "Tokens/s per GPU", "Of the smallest size's", "Run"),
+        ideal="ideal: the smallest size's rate, held",
+    )
+
+
+def _of_groups(
+    groups: Sequence[Group],
+    x: svg.Axis,
+    said: tuple[Callable[[float], str], Callable[[float], str]],
+    named: tuple[str, str],
+    notes: Sequence[str],
+    columns: tuple[str, ...],
+    limits: Sequence[tuple[str, float]] = (),
+    ideal: str = "",
+) -> Figure:
+    """A dot for each measurement, a line for each group. `said`: a place and a value in words; `named`: the chart's
+    ident and title; `limits`: dashed lines; `ideal`: what the first value, held, is called.
+    """
+    behind = [svg.Drawn(((x.low, at), (x.high, at)), "published", name, name) for name, at in limits]
+    drawn: list[svg.Drawn] = []  # our own runs are never hidden by published rows
+    legend: list[Entry] = []
+    rows: list[tuple[str, ...]] = []
+    shorts = iter(_short([group.label for group in groups if not group.published]))
+    for number, group in enumerate(groups):  # our own are the first
+        start, first = group.medians[0]
+        css = "published" if group.published else f"c{number % svg.COLOURS}"
+        if group.published:
+            behind.append(svg.Drawn(group.medians, css, "", group.label, dots=True))
+        else:
+            label, several = next(shorts), len(group.medians) > 1  # the median of two runs of one size is no run
+            if several and ideal:
+                behind.append(svg.Drawn(((start, first), (x.high, first)), f"{css} ideal", "", "ideal"))
+            if several:
+                drawn.append(svg.Drawn(group.medians, css, label, group.label))
+            for place, dot in enumerate(group.dots):
+                own, at = "" if several or place else label, ((dot.at, dot.value),)
+                drawn.append(svg.Drawn(at, css, own, dot.name, joined=False, dots=True, run=dot.run))
+        legend.append(Entry(svg.swatch(css), group.label))
+        rows += [
+            (group.label, said[0](dot.at), said[1](dot.value), f"{100 * dot.value / first:.1f}%", dot.name)
+            for dot in group.dots
+        ]
+    if any("ideal" in one.css for one in behind):
+        legend.append(Entry(svg.swatch("ideal"), ideal))
+    y = svg.linear([value for one in (*behind, *drawn) for _, value in one.points], "")
+    ours = sum(not group.published for group in groups)
+    about = (
+        f"{ours} groups of like runs and {len(groups) - ours} published ones. "
+        "The same as numbers is in the table below."
+    )
+    chart = svg.chart([*behind, *drawn], x, y, lambda at, value: f"{said[0](at)}: {said[1](value)}", *named, about)
+    shown = tuple(filter(None, (*notes, svg.not_from_zero(y))))
+    return Figure(*named, chart, tuple(legend), shown, columns, tuple(rows))
+
+
 def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, title: str, digits: int) -> Figure:
-    """A line per run, behind them a dashed one for each published row that they are measured by."""
-    x = svg.linear((step for line in found for step, _ in line.points), "step", whole=True)
+    """A line per run, the newest bold; behind them a dashed one for each published row that they are measured by."""
+    newest = max(found, key=lambda line: line.date)
+    # A loss that explodes before it is NaN would press all others flat.
+    starts = [next(value for _, value in line.points if not math.isnan(value)) for line in found]
+    top = 2 * max(starts) if digits else math.inf
     drawn: list[svg.Drawn] = []
     legend: list[Entry] = []
     rows: list[tuple[str, ...]] = []
-    for line in found:
+    for place, line in enumerate(found):
         name = line.name + ("" if line.complete else " (incomplete)")
-        css = f"c{(line.number - 1) % svg.COLOURS}" + ("" if line.complete else " part")
-        numbered = f"{line.number} {name}"
-        dots = len(line.points) <= 40
-        drawn.append(svg.Drawn(line.points, css, str(line.number), numbered, dots=dots, run=line.run))
-        legend.append(Entry(svg.swatch(css, str(line.number)), name, line.run))
-        rows.append(_summary(numbered, line.points, digits))
+        age = "" if len(found) == 1 else " new" if line is newest else " old"
+        css = f"c{(line.number - 1) % svg.COLOURS}{age}" + ("" if line.complete else " part")
+        points = tuple((step, value if math.isnan(value) or value <= top else math.inf) for step, value in line.points)
+        label = line.name if place < MOST_LABELS else ""
+        drawn.append(svg.Drawn(points, css, label, name, dots=len(points) <= 40, run=line.run))
+        legend.append(Entry(svg.swatch(css), name, line.run))
+        rows.append(_summary(name, line.points, digits))
+    steps = [step for one in drawn for step, value in one.points if math.isfinite(value)]
+    lost = [min((s for s, v in one.points if not math.isfinite(v)), default=0.0) for one in drawn]
+    x = svg.linear([*steps, *filter(None, lost)], "step", whole=True)
+    drawn = [replace(one, points=tuple(p for p in one.points if p[0] <= x.high)) for one in drawn]
     behind: list[svg.Drawn] = []
     for row in measures:
-        rate, label = row.median_tps or math.nan, f"P{row.nodes}"
-        text = f"published on {counted(row.nodes, 'node')} ({row.source}): {rate:,.0f}"
-        behind.append(svg.Drawn(((x.low, rate), (x.high, rate)), "published", label, text))
-        legend.append(Entry(svg.swatch("published", label), text))
+        rate = row.median_tps or math.nan
+        text = f"{called(row)}: {rate:,.0f}"
+        behind.append(svg.Drawn(((x.low, rate), (x.high, rate)), "published", f"published on {row.nodes}", called(row)))
+        legend.append(Entry(svg.swatch("published"), text, link=publisher(row)["link"]))
         rows.append((text, f"{row.step or ''}", "", "", "", svg.tick_text(rate, 0), ""))
     values = [value for one in (*drawn, *behind) for _, value in one.points]
     y = svg.linear(values, "")
     notes = ["Tokens/s per GPU of the leading node; step 1 is not shown, it pays for start-up."] if not digits else []
+    notes += ["Bold: the newest run."] if len(found) > 1 else []
     notes += filter(None, [svg.not_from_zero(y)])
     if any(not line.complete for line in found):
         notes.append("Dashed: incomplete.")
-    if any(math.isnan(value) for value in values):
-        notes.append("A cross at the top: NaN or infinity at that step.")
+    if not all(map(math.isfinite, values)):
+        notes.append("A cross at the top: from that step on NaN, infinity, or more than the chart shows.")
     about = f"{len(found)} lines over training steps, one per run. The same as numbers is in the table below."
     columns = ("Run", "Steps", "First", "Lowest", "Highest", "Last", "Not finite")
-    chart = svg.chart([*behind, *drawn], x, y, ident, title, about)
+
+    def tell(step: float, value: float) -> str:
+        if math.isfinite(value):
+            return f"step {step:.0f}: {svg.tick_text(value, digits)}"
+        return f"step {step:.0f}: {'not finite' if math.isnan(value) else 'off the chart'}"
+
+    chart = svg.chart([*behind, *drawn], x, y, tell, ident, title, about)
     return Figure(ident, title, chart, tuple(legend), tuple(notes), columns, tuple(rows))
 
 
@@ -100,48 +226,3 @@ def _summary(name: str, points: Sequence[tuple[float, float]], digits: int) -> t
     some = (finite[0], min(finite), max(finite), finite[-1]) if finite else ()
     numbers = [svg.tick_text(value, digits) for value in some] or ["none"] * 4
     return (name, steps, *numbers, str(len(points) - len(finite)))
-
-
-def _scaling(groups: Sequence[Scaling], incomplete: int, ident: str, gpu: str) -> Figure:
-    x = svg.counts([dot.gpus for group in groups for dot in group.dots], "GPUs (logarithmic)")
-    y = svg.linear([dot.tps for group in groups for dot in group.dots], "")
-    behind: list[svg.Drawn] = []  # our own runs are never hidden by published rows
-    drawn: list[svg.Drawn] = []
-    legend: list[Entry] = []
-    rows: list[tuple[str, ...]] = []
-    for number, group in enumerate(groups, 1):  # our own are the first
-        medians = tuple((float(gpus), tps) for gpus, tps in group.medians)
-        start, ideal = medians[0]
-        css, label = f"c{(number - 1) % svg.COLOURS}", str(number)
-        if group.published:
-            css, label = "published", ""
-            behind.append(svg.Drawn(medians, css, "", group.label, dots=True))
-        else:
-            several = len(medians) > 1  # the median of two runs of one size is no run
-            if several:
-                behind.append(svg.Drawn(((start, ideal), (x.high, ideal)), f"{css} ideal", "", "ideal"))
-                drawn.append(svg.Drawn(medians, css, label, group.label))
-            for place, dot in enumerate(group.dots):
-                own = "" if several or place else label
-                tip = f"{dot.name}: {dot.tps:,.0f}"
-                drawn.append(svg.Drawn(((dot.gpus, dot.tps),), css, own, tip, joined=False, dots=True, run=dot.run))
-        legend.append(Entry(svg.swatch(css, label), group.label))
-        rows += [
-            (group.label, f"{dot.gpus:,}", f"{dot.tps:,.0f}", f"{100 * dot.tps / ideal:.1f}%", dot.name)
-            for dot in group.dots
-        ]
-    if any("ideal" in one.css for one in behind):
-        legend.append(Entry(svg.swatch("ideal", ""), "ideal: the smallest size's rate, held"))
-    notes = ["A dot is a run's median tokens/s per GPU after warm-up; lines join sizes of like runs."]
-    notes += filter(None, [svg.not_from_zero(y)])
-    if incomplete:
-        notes.append(f"Left out as incomplete: {counted(incomplete, 'run')}.")
-    title = f"Scaling of {gpu}, tokens/s per GPU over GPUs"
-    ours = sum(not group.published for group in groups)
-    about = (
-        f"{ours} groups of like runs and {len(groups) - ours} published ones. "
-        "The same as numbers is in the table below."
-    )
-    columns = ("Settings", "GPUs", "Tokens/s per GPU", "Of the smallest size's", "Run")
-    chart = svg.chart([*behind, *drawn], x, y, ident, title, about)
-    return Figure(ident, title, chart, tuple(legend), tuple(notes), columns, tuple(rows))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import groupby
 from statistics import median
 
+from launcher.base.output import counted
 from launcher.results.accept import MAX_SPREAD
 from launcher.results.columns import drawable
 from launcher.results.measure import Against, against_others
 from launcher.results.outcome import Outcome
-from launcher.results.published import ALIKE, best_match, described, is_row, same_gpu, say
+from launcher.results.published import ALIKE, best_match, described, is_row, publisher, same_gpu, say
 
 MOST_LINES = 16  # of a GPU type: more cannot be told apart
 MOST_POINTS = 400  # of a line: more than a chart has pixels to show
@@ -23,11 +25,12 @@ Placed = tuple[int, Outcome]  # a run's place on the page, and the run
 class Line:
     """A figure of one run over its steps. A NaN stands where the log has no finite number, and breaks the line.
 
-    `run` is the run's place on the page, `number` what the line is called in its chart.
+    `run` is the run's place on the page, `number` the line's among those of its GPU type.
     """
 
     run: int
     number: int
+    date: str
     name: str
     complete: bool
     points: tuple[tuple[float, float], ...]
@@ -35,27 +38,29 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """One measurement in the scaling chart: tokens/s per GPU of a run, or of a published row (`run` None)."""
+    """One measurement: of a run, or of a published row (`run` None), `at` a number of GPUs or a day."""
 
-    gpus: int
-    tps: float
+    at: float
+    value: float
     name: str
     run: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
-    """Measurements with the same GPU type, settings and software, by GPU count; only these make one line."""
+class Group:
+    """Measurements that make one line: with the same GPU type, settings and software over the number of GPUs, or with
+    the same work and number of nodes over time.
+    """
 
     label: str
     published: bool
     dots: tuple[Dot, ...]
 
     @property
-    def medians(self) -> tuple[tuple[int, float], ...]:
-        """Each GPU count with the median of its runs, ascending."""
-        by_count = groupby(self.dots, key=lambda dot: dot.gpus)
-        return tuple((gpus, median(dot.tps for dot in dots)) for gpus, dots in by_count)
+    def medians(self) -> tuple[tuple[float, float], ...]:
+        """Each place with the median of its runs, ascending."""
+        by_place = groupby(self.dots, key=lambda dot: dot.at)
+        return tuple((at, median(dot.value for dot in dots)) for at, dots in by_place)
 
 
 def gpu_types(outcomes: Iterable[Outcome]) -> list[str]:
@@ -80,7 +85,7 @@ def lines(outcomes: Sequence[Outcome], gpu: str, figure: str) -> list[Line]:
             for point in outcome.series
             if figure != "tps" or point.step > 1
         ]
-        found.append(Line(run, number, outcome.run, outcome.complete, tuple(thin(points))))
+        found.append(Line(run, number, outcome.date, outcome.run, outcome.complete, tuple(thin(points))))
     return [line for line in found if line.points]
 
 
@@ -142,19 +147,19 @@ def grouped(
 
 
 def _name(outcome: Outcome) -> str:
-    name = f"published ({outcome.source})" if is_row(outcome) else outcome.recipe
+    name = f"published ({publisher(outcome)['name']})" if is_row(outcome) else outcome.recipe
     parts = [name, f"batch {outcome.local_batch_size}", outcome.precision]
     return ", ".join([*parts, *(["compiled"] if outcome.compile else [])])
 
 
-def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str) -> list[Scaling]:
+def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str) -> list[Group]:
     """The lines of the scaling chart of one GPU type: complete runs, like with like, then published rows.
 
     No line where all of them have the same number of GPUs: there is no scaling to see.
     """
     whole = [(run, o) for run, o in enumerate(outcomes) if o.gpu == gpu and o.complete and drawable(o.median_tps)]
     found = [
-        Scaling(label, False, _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in members))
+        Group(label, False, _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in members))
         for label, members in grouped(whole, _work_and_software)
     ]
     rows = [
@@ -163,12 +168,38 @@ def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str)
     rows.sort(key=lambda placed: placed[1].step or 0)  # of two steps of one run, the later stands
     for label, members in grouped(rows, _work_and_source):
         by_count = {row.gpus: Dot(row.gpus, row.median_tps or 0.0, row.run) for _, row in members}
-        found.append(Scaling(label, True, _ascending(by_count.values())))
-    return found if len({dot.gpus for group in found for dot in group.dots}) > 1 else []
+        found.append(Group(label, True, _ascending(by_count.values())))
+    return found if len({dot.at for group in found for dot in group.dots}) > 1 else []
+
+
+def trends(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str) -> tuple[list[Group], bool]:
+    """Complete runs over time, for each kind of work and number of nodes; whether in percent of published rather than
+    in tokens/s, as where nothing like them is published.
+    """
+    tps: dict[int, Dot] = {}
+    shares: dict[int, Dot] = {}
+    for run, one in enumerate(outcomes):
+        day = _day(one.date) if one.gpu == gpu and one.complete and drawable(one.median_tps) else 0.0
+        if day and one.median_tps:
+            tps[run] = Dot(day, one.median_tps, one.run, run)
+            if (row := best_match(one, published).row) and row.median_tps:
+                shares[run] = Dot(day, 100 * one.median_tps / row.median_tps, one.run, run)
+    dots = shares or tps
+    kinds = grouped(((run, outcomes[run]) for run in dots), lambda one: work(one) | {"on": counted(one.nodes, "node")})
+    return [Group(label, False, _ascending(dots[run] for run, _ in runs)) for label, runs in kinds], bool(shares)
+
+
+def _day(text: str) -> float:
+    """Days as datetime counts them; 0 where there is no date."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return 0.0
+    return at.toordinal() + (at.hour * 60 + at.minute) / 1440
 
 
 def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:
-    return tuple(sorted(dots, key=lambda dot: (dot.gpus, dot.run or 0)))
+    return tuple(sorted(dots, key=lambda dot: (dot.at, dot.run or 0)))
 
 
 def measured_by(outcomes: Iterable[Outcome], published: Sequence[Outcome]) -> list[Outcome]:

@@ -25,8 +25,9 @@ from launcher.results.columns import drawable
 from launcher.results.measure import Against
 from launcher.results.outcome import Outcome
 
+NOTHING = ("", "")  # to be done
 MOST_NAMED = 6  # runs, nodes or sizes in one line of the answer
-OK, LOOK = "ok", "look"
+OK, LOOK, NOT_MEASURED, NOT_COUNTED = "ok", "look", "not measured", "not counted"
 REST = (About.END, About.FINITE, About.STEPS, About.LOSS)  # faults that are told apart from speed and nodes
 OWN = (*REST, About.SPEED, About.PACE)  # of the run: each of its nodes counts by the newest run that measured it
 
@@ -50,7 +51,12 @@ class Health:
 
     @property
     def is_unjudged(self) -> bool:
-        return self.verdict.word is Word.CANNOT_SAY
+        """Nothing follows from it for the cluster: too little is known, or it failed by what was asked of it."""
+        return self.verdict.word is Word.CANNOT_SAY or self.is_own_fault
+
+    @property
+    def is_own_fault(self) -> bool:
+        return bool(self.outcome.own_fault) and self.verdict.reasons[0].about is About.END
 
     @property
     def is_fast(self) -> bool:
@@ -62,13 +68,14 @@ class Health:
         return (self.outcome.data_share or 0.0) > MAX_WAITING
 
     def faults(self, *about: About) -> list[Reason]:
-        """Why accept says FAIL, of what it looked at."""
-        return [reason for reason in self.verdict.reasons if reason.word is Word.FAIL and reason.about in about]
+        """Why accept says FAIL, of what it looked at, where that may be the cluster's doing."""
+        reasons = () if self.is_own_fault else self.verdict.reasons
+        return [reason for reason in reasons if reason.word is Word.FAIL and reason.about in about]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the answer rests on. `word`: OK, LOOK, or a verdict's."""
+    """One thing that the answer rests on. `word`: OK, LOOK, NOT_MEASURED, NOT_COUNTED, or FAIL."""
 
     name: str
     word: str
@@ -82,6 +89,7 @@ class Answer:
     name: str
     word: Word
     headline: str
+    fix: tuple[str, str]  # what to do next and the command for it; ("", "") where nothing is to be done
     findings: tuple[Finding, ...]
 
 
@@ -110,7 +118,9 @@ def _answer(name: str, runs: Sequence[Health]) -> Answer:
     word = Word.PASS if any(run.is_fast for run in judged) else Word.CANNOT_SAY
     if slow or any(run.faults(*OWN) for run in judged):
         word = Word.FAIL
-    return Answer(name, word, _headline(word, judged, slow), (_speed(judged), nodes, _data(judged), _rest(judged)))
+    own = [run for run in newest if run.is_own_fault]
+    findings = (_speed(judged), nodes, _data(judged), _rest(judged), *_own(own))
+    return Answer(name, word, *_headline(word, judged, slow, own), findings)
 
 
 def _counted(newest: Sequence[Health]) -> list[Health]:
@@ -128,24 +138,55 @@ def _counted(newest: Sequence[Health]) -> list[Health]:
     return sorted(found.values(), key=lambda run: run.outcome.nodes)
 
 
-def _headline(word: Word, judged: Sequence[Health], slow: Sequence[tuple[Against, Health]]) -> str:
+def _headline(
+    word: Word, judged: Sequence[Health], slow: Sequence[tuple[Against, Health]], own: Sequence[Health]
+) -> tuple[str, tuple[str, str]]:
+    """The answer in sentences, and the command that comes next."""
+    fast = [run for run in judged if run.is_fast]
+    below = [run for run in judged if run.faults(About.SPEED)]
+    halting = [run for run in judged if run.faults(About.PACE)]
+    broken = [run for run in judged if run.faults(*REST)]
     if word is Word.CANNOT_SAY:
-        first = max(judged, key=lambda run: run.outcome.date)
-        return f"no run here could be judged. {first.name}: {first.verdict.reasons[0].what}"
-    parts = []
-    if below := [run for run in judged if run.faults(About.SPEED)]:
-        parts.append(f"only {_shares(below)} of the published tokens/s on {_sizes(below)}")
-    if halting := [run.name for run in judged if run.faults(About.PACE)]:
-        parts.append(f"stood still now and then: {some(halting, MOST_NAMED)}")
+        others = sorted((run for run in judged if not run.is_own_fault), key=lambda run: run.outcome.date)
+        if not others:
+            return f"Not measured. Runs that failed: {_names(own)}.", _logs(own)
+        return f"Not measured. {others[-1].name}: {others[-1].verdict.reasons[0].detail}.", NOTHING
+    parts, fix = [], _logs(broken or halting)
+    if below:
+        fix = "See what differs", quoted("launcher", "compare", below[0].name, "published")
     if slow:
-        parts.append(f"slow: {some([node.host for node, _ in slow], MOST_NAMED)}")
-    if broken := [run.name for run in judged if run.faults(*REST)]:
-        parts.append(f"failed: {some(broken, MOST_NAMED)}")
-    if fast := [run for run in judged if run.is_fast]:
-        parts.append(f"good: {_shares(fast)} of the published tokens/s on {_sizes(fast)}")
+        hosts = [node.host for node, _ in slow]  # the slowest first
+        least, most = (f"{100 * node.behind:.0f}" for node, _ in (slow[-1], slow[0]))
+        much = f"{most}%" if least == most else f"{least} to {most}%"
+        verb, whose = ("is", "its") if len(hosts) == 1 else ("are", "their")
+        parts.append(f"{some(hosts, MOST_NAMED)} {verb} {much} slower than {whose} peers.")
+        exclude = quoted("launcher", "cluster", "nodes", "add", *hosts, "--reason", f"{much} slower than {whose} peers")
+        fix = f"Exclude {'it' if len(hosts) == 1 else 'them'}", exclude
+    if below:
+        parts.append(f"Only {_shares(below)} of published on {_sizes(below)}.")
+    if halting:
+        parts.append(f"Steps stood still in {_names(halting)}.")
+    if broken:
+        parts.append(f"Failed: {_names(broken)}.")
+    if fast:
+        parts.append(f"{'Otherwise ' if parts else ''}{_shares(fast)} of published on {_sizes(fast)}.")
     if word is Word.PASS and any(run.waits_for_data for run in judged):
-        parts.append("steps wait for data")
-    return "; ".join(parts)
+        parts.append("Steps wait for data.")
+    return " ".join(parts), fix
+
+
+def _logs(runs: Sequence[Health]) -> tuple[str, str]:
+    return ("See why", quoted("launcher", "logs", runs[0].name)) if runs else NOTHING
+
+
+def _names(runs: Sequence[Health]) -> str:
+    return some([run.name for run in runs], MOST_NAMED)
+
+
+def _own(own: Sequence[Health]) -> list[Finding]:
+    """Runs that failed by what was asked of them, which says nothing of the cluster."""
+    texts = _first(f"{run.name}: {run.outcome.own_fault}" for run in own)
+    return [Finding("Runs that failed", NOT_COUNTED, tuple(texts))] if own else []
 
 
 def _speed(judged: Sequence[Health]) -> Finding:
@@ -158,22 +199,18 @@ def _speed(judged: Sequence[Health]) -> Finding:
     )
     if below and fast and min(r.outcome.nodes for r in below) > max(r.outcome.nodes for r in fast):
         texts.append("slow only on more nodes: look at the network between them first")
-    if below:
-        texts.append(
-            f"what differs from the published run: {quoted('launcher', 'compare', below[0].name, 'published')}"
-        )
     halting = _first(f"{run.name}: {fault.detail}" for run in judged for fault in run.faults(About.PACE))
     texts += halting
     if fast:
         texts.append(f"{_shares(fast)} of published on {_sizes(fast)}")
     by_reason: dict[str, list[str]] = {}
     for run in judged:
-        if run.is_unjudged:
+        if run.is_unjudged and not run.is_own_fault:
             first = run.verdict.reasons[0]
             by_reason.setdefault(first.detail if first.about is About.SPEED else first.what, []).append(run.name)
     texts += _first(f"not judged: {some(names, MOST_NAMED)}: {why}" for why, names in by_reason.items())
-    word = Word.FAIL if below or halting else OK if fast else Word.CANNOT_SAY
-    return Finding("Speed", str(word), tuple(texts or ["no run got as far as to be measured"]))
+    word = str(Word.FAIL) if below or halting else OK if fast else NOT_MEASURED
+    return Finding("Speed", word, tuple(texts or ["no run got as far as to be measured"]))
 
 
 def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[Against, Health]]]:
@@ -186,7 +223,7 @@ def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[Against, Healt
             seen |= {node.host for node in run.outcome.by_node if drawable(node.tps)}
     if not seen:
         text = "no run has figures of two nodes or more to hold against each other"
-        return Finding("Nodes", str(Word.CANNOT_SAY), (text,)), []
+        return Finding("Nodes", NOT_MEASURED, (text,)), []
     slow.sort(key=lambda found: -found[0].behind)
     texts = _first(f"{node.host}: {100 * node.behind:.1f}% slower than the others ({run.name})" for node, run in slow)
     limit = f"more than {100 * MAX_SPREAD:g}% slower than the others"
@@ -197,7 +234,7 @@ def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[Against, Healt
 def _data(judged: Sequence[Health]) -> Finding:
     known = [run for run in judged if run.outcome.data_share is not None]
     if not known:
-        return Finding("Data", str(Word.CANNOT_SAY), ("not known how long steps wait for data",))
+        return Finding("Data", NOT_MEASURED, ("no run recorded how long steps wait for data",))
     most = max(known, key=lambda run: run.outcome.data_share or 0.0)
     text = f"at most {100 * (most.outcome.data_share or 0.0):.1f}% of a step is waiting for data ({most.name})"
     usual = f"; up to {100 * MAX_WAITING:g}% is usual" if most.waits_for_data else ""
@@ -209,7 +246,7 @@ def _rest(judged: Sequence[Health]) -> Finding:
     word, texts = str(Word.FAIL), _first(f"{run.name}: {what}" for run, what in faults if what)
     if not texts:
         whole = sum(run.outcome.complete for run in judged)
-        word = OK if whole else str(Word.CANNOT_SAY)
+        word = OK if whole else NOT_MEASURED
         wrong = f"nothing wrong in {counted(whole, 'run')}, the newest of each kind and size"
         texts = [wrong if whole else "no run is complete"]
     return Finding("Ends and loss", word, tuple(texts))
@@ -217,8 +254,8 @@ def _rest(judged: Sequence[Health]) -> Finding:
 
 def _shares(runs: Sequence[Health]) -> str:
     shares = [run.share for run in runs]
-    low, high = share_text(min(shares)), share_text(max(shares))
-    return low if low == high else f"{low} to {high}"
+    low, high = (share_text(share).removesuffix("%").removesuffix(".0") for share in (min(shares), max(shares)))
+    return f"{low}%" if low == high else f"{low} to {high}%"
 
 
 def _sizes(runs: Sequence[Health]) -> str:

@@ -12,22 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from launcher.base.output import counted, duration, plain
+from launcher.base.output import counted, duration, plain, some
 from launcher.report.charts import of_gpu
 from launcher.report.figures import differences, gpu_types, slow_nodes
 from launcher.report.health import answers, health
+from launcher.report.svg import shortened
 from launcher.report.table import TAGS, table
 from launcher.results.columns import drawable, percent
-from launcher.results.measure import against_others
+from launcher.results.measure import Against, against_others
 from launcher.results.outcome import PHASES, Outcome
 
 GENERATOR = "titan-launcher report"
 MOST_NODES = 60  # in a strip
-NEWEST_OPEN = 16  # runs whose node strips are unfolded, beside those with a slow node
+MOST_RUNS = 10  # beside each other in the table of nodes
 
 
 def page(
@@ -40,41 +42,49 @@ def page(
 ) -> str:
     """The page as text, runs in the order given. `made` is when, for people; `left_out` are (run, why)."""
     differing, shared = differences(outcomes)
-    runs = health(outcomes, published)
-    style, script = chart_style() + text_of("page.css"), text_of("page.js")
-    return _template().render(
-        generator=GENERATOR,
+    clusters = list(dict.fromkeys(outcome.cluster for outcome in outcomes if outcome.cluster))
+    return document(
+        "page.html.j2",
+        GENERATOR,
+        script=text_of("page.js"),
+        title=f"{some(clusters) or 'Runs'}, {made[:10]}",
         made=made,
         version=version,
-        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'",
-        style=Markup(style),
-        script=Markup(script),
         outcomes=outcomes,
         incomplete=sum(not outcome.complete for outcome in outcomes),
         left_out=left_out,
-        answers=answers(runs),
+        answers=answers(runs := health(outcomes, published)),
         tags=TAGS,
         table=table(runs, published),
         by_gpu=[(gpu, of_gpu(outcomes, published, gpu, place)) for place, gpu in enumerate(gpu_types(outcomes))],
         strips=list(filter(None, (_strip(run, outcome) for run, outcome in enumerate(outcomes)))),
-        startups=_startups(outcomes),
+        matrices=_matrices(outcomes),
+        shortened=shortened,
+        startups=[(run, one, spans) for run, one in enumerate(outcomes) if (spans := _spans(one))],
         phases=[called.capitalize() for _, called in PHASES],
         differing=differing,
         shared=shared,
     )
 
 
+def document(template: str, generator: str, script: str = "", **values: Any) -> str:
+    """An HTML file that needs nothing but itself, and runs nothing but `script`."""
+    style = chart_style() + text_of("page.css")
+    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+    policy += "base-uri 'none'; form-action 'none'"
+    head = {"generator": generator, "policy": policy, "style": Markup(style), "script": Markup(script)}
+    return _environment().get_template(template).render(**head, **values)
+
+
 @dataclass(frozen=True)
 class Strip:
-    """A run's nodes: the sentence about them, and of the slowest each its difference, host and class, which is its
-    level 0 (slowest) to 6.
+    """A run's nodes: the sentence about them, and of the slowest each its difference, class, which is its level 0
+    (slowest) to 6, and host. Unfolded where a node is slow.
     """
 
     run: int
     name: str
     complete: bool
-    opened: bool
     slow: str  # "1 slow node", where there is one
     summary: str
     cells: tuple[tuple[str, str, str], ...]
@@ -93,36 +103,58 @@ def _strip(run: int, outcome: Outcome) -> Strip | None:
         parts.append(f"{silent} without a figure")
     if len(found) > MOST_NODES:
         parts.append(f"here the {MOST_NODES} slowest")
-    cells = tuple((percent(-100 * n.behind), n.host, f"h{_level(-100 * n.behind)}") for n in found[:MOST_NODES])
+    cells = tuple((*cell(node), node.host) for node in found[:MOST_NODES])
     slow = slow_nodes(outcome)
     tag = counted(len(slow), "slow node") if slow else ""
-    return Strip(run, outcome.run, outcome.complete, run < NEWEST_OPEN or bool(slow), tag, ", ".join(parts), cells)
+    return Strip(run, outcome.run, outcome.complete, tag, ", ".join(parts), cells)
+
+
+def cell(node: Against | None) -> tuple[str, str]:
+    """A node's difference to the others, and the class of its level."""
+    return (percent(-100 * node.behind), f"h{_level(-100 * node.behind)}") if node else ("", "")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The nodes of one cluster's GPU type in several runs, the newest first: which were slow, and since when."""
+
+    title: str
+    runs: tuple[tuple[int, str], ...]
+    rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]  # host, then text and class of each run
+    nodes: int
+
+
+def _matrices(outcomes: Sequence[Outcome]) -> list[Matrix]:
+    groups: dict[tuple[str, str], list[tuple[int, Outcome, dict[str, Against]]]] = {}
+    for run, outcome in enumerate(outcomes):
+        if found := {node.host: node for node in against_others(outcome.by_node)}:
+            groups.setdefault((outcome.gpu, outcome.cluster), []).append((run, outcome, found))
+    matrices = []
+    for (gpu, cluster), members in groups.items():
+        newest = sorted(members, key=lambda member: member[1].date, reverse=True)[:MOST_RUNS]
+        by_host: dict[str, list[Against | None]] = {}
+        for place, (_, _, found) in enumerate(newest):
+            for host, node in found.items():
+                by_host.setdefault(host, [None] * len(newest))[place] = node
+        slowest = sorted(by_host.items(), key=lambda row: -max(node.behind for node in row[1] if node))
+        rows = tuple((host, tuple(map(cell, of_runs))) for host, of_runs in slowest[:MOST_NODES])
+        if len(newest) > 1:
+            runs = tuple((run, outcome.run) for run, outcome, _ in newest)
+            matrices.append(Matrix(f"{gpu}, {cluster}" if cluster else gpu, runs, rows, len(by_host)))
+    return matrices
 
 
 def _level(value: float) -> int:
     return sum(value > limit for limit in (-5, -2, -1, 1, 2, 5))
 
 
-@dataclass(frozen=True)
-class Start:
-    """How long each phase of a run's start took, then the sum, which is a bound where a phase is not known."""
-
-    run: int
-    name: str
-    complete: bool
-    spans: tuple[str, ...]
-
-
-def _startups(outcomes: Sequence[Outcome]) -> list[Start]:
-    found = []
-    for run, outcome in enumerate(outcomes):
-        amounts = [getattr(outcome.startup, name) for name, _ in PHASES]
-        known = [max(0.0, amount) for amount in amounts if drawable(amount)]
-        if known:
-            total = ("" if len(known) == len(amounts) else "≥ ") + duration(sum(known))
-            spans = (duration(max(0.0, amount)) if drawable(amount) else "" for amount in amounts)
-            found.append(Start(run, outcome.run, outcome.complete, (*spans, total)))
-    return found
+def _spans(outcome: Outcome) -> list[str]:
+    """How long each phase of a run's start took, then the sum, which is a bound where one is not known; [] for none."""
+    amounts = [getattr(outcome.startup, name) for name, _ in PHASES]
+    known = [max(0.0, amount) for amount in amounts if drawable(amount)]
+    spans = [duration(max(0.0, amount)) if drawable(amount) else "" for amount in amounts]
+    total = ("" if len(known) == len(amounts) else "≥ ") + duration(sum(known))
+    return [*spans, total] if known else []
 
 
 def _hash(text: str) -> str:
@@ -140,8 +172,9 @@ def text_of(name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(text_of),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: plain(value) if type(value) is str else value,
@@ -149,4 +182,3 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(text_of("page.html.j2"))

@@ -47,7 +47,7 @@ def drawing(figure: Figure) -> str:
     parts.append(_placed(figure.chart, MARGIN, 1.5 * LINE, WIDTH, HEIGHT))
     y = HEIGHT + 2.5 * LINE
     for entry in figure.legend:
-        parts += [_placed(entry.swatch, MARGIN, y - 11, 48, 14), _text(entry.text, MARGIN + 56, y)]
+        parts += [_placed(entry.swatch, MARGIN, y - 11, 32, 14), _text(entry.text, MARGIN + 40, y)]
         y += LINE
     for note in figure.notes:
         parts.append(_text(note, MARGIN, y))

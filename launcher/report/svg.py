@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 
 from markupsafe import Markup
 
 from launcher.base.output import plain
 
-WIDTH, HEIGHT = 520, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 58, 14, 46
-LABEL_GAP = 14  # between the numbers at the ends of lines
-LABEL_WIDTH = 40  # of a number and its leader
+WIDTH, HEIGHT = 600, 300
+LEFT, RIGHT, TOP, BOTTOM = 66, 156, 14, 46
+LABEL_GAP = 14  # between the names at the ends of lines
+LABEL_WIDTH = 130  # of a name and its leader
+LONGEST = 15  # characters of a name there
 COLOURS = 8
+MOST_TIPS = 40  # points of a line that show their values
+Tell = Callable[[float, float], str]  # what a pointer that rests on a point shows of it
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One line and its dots. `points` with a NaN for y break the line; `css` names its classes.
+    """One line and its dots. `points` whose y is not finite break the line: NaN, or infinity for what is off the chart.
 
-    `label` stands at its right end, moved where others are as near; `tip` is what a pointer that rests on it shows.
-    `run`: hidden together with that run's row.
+    `css` names its classes; `label` stands at its right end, moved where others are as near; `tip` is its name where a
+    pointer rests on it. `run`: hidden together with that run's row.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -80,6 +84,20 @@ def not_from_zero(y: Axis) -> str:
     return f"The vertical axis starts at {y.ticks[0][1]}, not at 0." if y.low > 0 else ""
 
 
+def days(values: Iterable[float], name: str) -> Axis:
+    """An axis of days, counted as datetime does."""
+    found = list(values)
+    first = math.floor(min(found))
+    axis = linear([value - first for value in found], name, whole=True)
+    ticks = tuple((first + at, f"{date.fromordinal(first + round(at)):%d %b}") for at, _ in axis.ticks)
+    return replace(axis, low=first + axis.low, high=first + axis.high, ticks=ticks)
+
+
+def shortened(name: str) -> str:
+    """Names of runs begin alike and end alike: the middle is left out."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 1]}…{name[-(LONGEST // 2 + 1) :]}"
+
+
 def tick_text(value: float, digits: int) -> str:
     if abs(value) >= 1e7 or digits > 6:
         return f"{value:.4g}"
@@ -113,8 +131,8 @@ def spread_out(positions: Sequence[float], gap: float, low: float, high: float) 
     return moved
 
 
-def chart(drawn: Sequence[Drawn], x: Axis, y: Axis, ident: str, title: str, about: str) -> Markup:
-    """A chart with axes, grid, lines and their numbers. `title` and `about` are what a screen reader says."""
+def chart(drawn: Sequence[Drawn], x: Axis, y: Axis, tell: Tell, ident: str, title: str, about: str) -> Markup:
+    """A chart with axes, grid, lines and their names. `title` and `about` are what a screen reader says."""
     parts = [
         Markup(
             '<svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t {}-d">'
@@ -133,17 +151,16 @@ def chart(drawn: Sequence[Drawn], x: Axis, y: Axis, ident: str, title: str, abou
         places = spread_out([ends[i][1] for i in sharing], LABEL_GAP, TOP + 4, HEIGHT - BOTTOM)
         place_of |= dict(zip(sharing, places, strict=True))
     for index, one in enumerate(visible):
-        parts.append(_line(one, x, y, _label(one, ends[index], place_of.get(index, 0.0))))
+        parts.append(_line(one, x, y, tell, _label(one, ends[index], place_of.get(index, 0.0))))
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
 
 
-def swatch(css: str, label: str) -> Markup:
-    """The sample of a line that stands before its name in a legend, with room for a label of three characters."""
+def swatch(css: str) -> Markup:
+    """The sample of a line that stands before its name in a legend."""
     return Markup(
-        '<svg class="swatch" viewBox="0 0 48 14" aria-hidden="true"><path class="line {}" d="M1 7H{}"/>'
-        '<text class="mark {}" x="21" y="12">{}</text></svg>'
-    ).format(css, 17 if label else 47, css, label)
+        '<svg class="swatch" viewBox="0 0 32 14" aria-hidden="true"><path class="line {}" d="M1 7H31"/></svg>'
+    ).format(css)
 
 
 def _x(axis: Axis, value: float) -> float:
@@ -187,10 +204,10 @@ def _label(one: Drawn, end: tuple[float, float], moved_to: float) -> Markup:
     leader = Markup('<path class="leader {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(
         one.css, end[0] + 4, end[1], end[0] + 17, moved_to
     )
-    return leader + text.format(one.css, end[0] + 20, moved_to + 4, one.label)
+    return leader + text.format(one.css, end[0] + 20, moved_to + 4, shortened(plain(one.label)))
 
 
-def _line(one: Drawn, x: Axis, y: Axis, label: Markup) -> Markup:
+def _line(one: Drawn, x: Axis, y: Axis, tell: Tell, label: Markup) -> Markup:
     run = "" if one.run is None else Markup(' data-run="{}"').format(one.run)
     parts = [Markup('<g class="{}"{}><title>{}</title>').format(one.css, run, plain(one.tip))]
     stretches = _stretches(one.points)
@@ -201,22 +218,21 @@ def _line(one: Drawn, x: Axis, y: Axis, label: Markup) -> Markup:
             if len(stretch) > 1
         )
         parts.append(Markup('<path class="line {}" d="{}"/>').format(one.css, path))
+    tipped = -(-sum(map(len, stretches)) // MOST_TIPS) or 1  # every so many
+    number = 0
     for stretch in stretches:
-        if one.dots or len(stretch) == 1:  # a step between two NaNs has no line to be on
-            parts += [
-                Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(
-                    one.css, _x(x, at), _y(y, value)
-                )
-                for at, value in stretch
-            ]
-    for at, value in one.points:
-        if math.isnan(value):
-            parts.append(
-                Markup(
-                    '<path class="lost {}" d="M{:.1f} {}l7 7m0 -7l-7 7"><title>{}, step {:.0f}: not '
-                    "finite</title></path>"
-                ).format(one.css, _x(x, at) - 3.5, TOP, plain(one.tip), at)
-            )
+        for at, value in stretch:
+            shown = one.dots or len(stretch) == 1  # a step between two NaNs has no line to be on
+            number += 1
+            if shown or number % tipped == 0:
+                dot = '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="3"><title>{}</title></circle>'
+                css = f"dot {one.css}" if shown else "hit"
+                tip = plain(f"{one.tip}, {tell(at, value)}")
+                parts.append(Markup(dot).format(css, _x(x, at), _y(y, value), tip))
+    for (_, before), (at, value) in zip([(0.0, 0.0), *one.points], one.points, strict=False):
+        if not math.isfinite(value) and math.isfinite(before):  # the first of several is enough
+            mark = '<path class="lost {}" d="M{:.1f} {}l7 7m0 -7l-7 7"><title>{}, {}</title></path>'
+            parts.append(Markup(mark).format(one.css, _x(x, at) - 3.5, TOP, plain(one.tip), tell(at, value)))
     return Markup("").join(parts) + label + Markup("</g>")
 
 
@@ -224,7 +240,7 @@ def _stretches(points: Iterable[tuple[float, float]]) -> list[list[tuple[float, 
     """The points between the breaks."""
     found: list[list[tuple[float, float]]] = [[]]
     for point in points:
-        if math.isnan(point[1]):
+        if not math.isfinite(point[1]):
             found.append([])
         else:
             found[-1].append(point)

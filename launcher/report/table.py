@@ -8,13 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from launcher.base.output import counted
+from launcher.report.figures import slow_nodes
 from launcher.report.health import Health
-from launcher.results.accept import About, Word, share_text
+from launcher.results.accept import About, Reason, Word, share_text
 from launcher.results.columns import PAGE, Cell, Column, shown_in
-from launcher.results.outcome import Outcome
-from launcher.results.published import beside
+from launcher.results.outcome import Lack, Outcome
+from launcher.results.published import beside, called, publisher
 
 TAGS = {Word.PASS: "pass", Word.FAIL: "fail", Word.CANNOT_SAY: "cannot"}  # classes of the style sheet
+_BRIEF = {
+    About.SPEED: "nothing to compare with",
+    About.FINITE: "NaN or infinity",
+    About.STEPS: "too few steps",
+    About.PACE: "steps stood still",
+    About.LOSS: "loss is off",
+}
 SHARE = Column(
     "share",
     title="Of published",
@@ -25,15 +33,20 @@ SHARE = Column(
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the runs' table; `run` is None for a published one. `tags` are (class, text)."""
+    """A row of the runs' table; `run` is None for a published one, which has a `link`. `tags` are (class, text).
+
+    `brief` is the result in a few words, `why` all of it.
+    """
 
     run: int | None
     name: str
     result: str  # "complete", "incomplete", "published"
     tags: tuple[tuple[str, str], ...]
+    brief: str
     why: str
     notes: tuple[str, ...]
     cells: tuple[Cell, ...]
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,14 +88,26 @@ def _of_run(run: Health, shown: Sequence[Column]) -> Row:
     if not any(reason.about is About.END for reason in worst):
         # What accept has no need to add makes the result less than one all the same.
         said += [problem.text for problem in outcome.problems if problem.text not in said]
+    brief = ", ".join(dict.fromkeys(_brief(run, reason) for reason in worst)) or outcome.lacks
     result = "complete" if outcome.complete else "incomplete"
     cells = (_share(run), *(column.shown(outcome) for column in shown))
-    return Row(run.place, outcome.run, result, tuple(tags), "; ".join(said), outcome.notes, cells)
+    return Row(run.place, outcome.run, result, tuple(tags), brief, "; ".join(said), outcome.notes, cells)
 
 
 def _of_published(row: Outcome, shown: Sequence[Column]) -> Row:
     cells = (Cell(""), *(column.shown(row) for column in shown))
-    return Row(None, row.source, "published", (("published", "published"),), "", (), cells)
+    return Row(None, called(row), "published", (("published", "published"),), "", "", (), cells, publisher(row)["link"])
+
+
+def _brief(run: Health, reason: Reason) -> str:
+    """A few words; the numbers are in the columns beside it, or in the reason's own words."""
+    if reason.about is About.END:
+        short = [one.text for one in run.outcome.problems if one.kind in (Lack.SHORT, Lack.RESTARTED)]
+        state = [run.outcome.state.lower().replace("_", " ")] if run.outcome.state != "COMPLETED" else []
+        return ", ".join([*state, *short]) or "not whole"
+    if reason.about is About.SPEED and run.verdict.share is not None:
+        return f"{share_text(run.verdict.share)} of published"
+    return counted(len(slow_nodes(run.outcome)), "slow node") if reason.about is About.NODES else _BRIEF[reason.about]
 
 
 def _share(run: Health) -> Cell:

@@ -19,7 +19,7 @@ from launcher.config.spec import SAMPLE
 from launcher.results.compare import noise
 from launcher.results.measure import against_others
 from launcher.results.outcome import NON_FINITE, Lack, Outcome
-from launcher.results.published import LIMITED, NEAR, PUBLISHED, Match, best_match, described, same_version
+from launcher.results.published import LIMITED, NEAR, PUBLISHED, Match, best_match, called, described, same_version
 from launcher.scheduler.state import JobState
 
 THRESHOLD = 0.95  # of the baseline's tokens/s
@@ -162,7 +162,7 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
     if row is None:
         return [_cannot(About.SPEED, match.why_not)], None
     if not row.complete or row.tps is None or outcome.tps is None:
-        return [_cannot(About.SPEED, f"the baseline {row.run} is not complete: {row.lacks}")], None
+        return [_cannot(About.SPEED, f"the baseline {called(row)} is not complete: {row.lacks}")], None
     share = outcome.tps.median / row.tps.median
     if outcome.run_dir and row.run_dir == outcome.run_dir:
         return [_cannot(About.SPEED, "the baseline is this run itself")], None
@@ -182,7 +182,7 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
         )
     elif enough and row.settings.get(LIMITED):
         word = Word.CANNOT_SAY
-        what += f"; but those GPUs had limited power ({row.source}), and yours may be faster"
+        what += f"; but those GPUs had limited power ({called(row)}), and yours may be faster"
     return [Reason(word, About.SPEED, what)], share
 
 
@@ -302,13 +302,13 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
             notes.append("one published value: how much it would differ in another run is not known")
         per_node = [described(one).get("profile.gpus_per_node") for one in (outcome, row)]
         if None not in per_node and per_node[0] != per_node[1]:
-            notes.append(f"{per_node[0]} GPUs a node, {per_node[1]} in {row.run}")
+            notes.append(f"{per_node[0]} GPUs a node, {per_node[1]} in {called(row)}")
         for name in ("driver", "cuda"):
             there, here = row.versions.get(name), outcome.versions.get(name)
             if there and here and not same_version(there, here):
-                notes.append(f"{name} {here}, {there} in {row.run}")
+                notes.append(f"{name} {here}, {there} in {called(row)}")
         if "recipe.activation_checkpoint" not in described(row):
-            notes.append(f"activation checkpointing of {row.run} is not known")
+            notes.append(f"activation checkpointing of {called(row)} is not known")
         if share is not None and row.tps and outcome.tps and share < threshold:
             missing = threshold * row.tps.median - outcome.tps.median
             size = noise(outcome.tps, len(outcome.measured)) or 0.0

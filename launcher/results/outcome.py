@@ -45,6 +45,15 @@ class NodeResult:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeCheck:
+    """What a node's check found: whether it passed (None: not known), its words, and what its slowest GPU reached."""
+
+    passed: bool | None
+    said: tuple[str, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Startup:
     """Where the time before the first step went, in seconds; None where a moment is not known."""
 
@@ -129,6 +138,7 @@ class Outcome:
     settings: Mapping[str, Any] = field(default_factory=dict)  # dotted key of run.toml -> value; no name of the run
     prediction: Mapping[str, Any] = field(default_factory=dict)  # what `launcher plan` said before it ran
     source: str = ""  # who published it
+    own_fault: str = ""  # why it failed by what was asked of it, and not by the cluster; "" elsewhere
 
     @property
     def complete(self) -> bool:

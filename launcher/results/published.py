@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from launcher.base.errors import LauncherError
@@ -196,6 +198,23 @@ def is_row(outcome: Outcome) -> bool:
     return outcome.state in (PUBLISHED, TABLE)
 
 
+@cache
+def _sources() -> dict[str, dict[str, str]]:
+    return tomllib.loads((data_dir("slurm") / "reference-sources.toml").read_text(encoding="utf-8"))
+
+
+def publisher(outcome: Outcome) -> dict[str, str]:
+    """Who published a row: `name`, and `link` to where it lies; "" of everything else."""
+    return {"name": outcome.source, "link": ""} | _sources().get(outcome.source, {})
+
+
+def called(outcome: Outcome) -> str:
+    """A result's name to people: of a published row `published (Crusoe, 9 x GB200)`, else the run's."""
+    if outcome.state != PUBLISHED:
+        return outcome.run
+    return f"published ({publisher(outcome)['name']}, {outcome.nodes} x {outcome.gpu})"
+
+
 def same_gpu(a: str, b: str) -> bool:
     """GB200 is not B200, and H200 is not H100: a longer name that contains the other is another GPU."""
     return a.strip().casefold() == b.strip().casefold()
@@ -228,7 +247,7 @@ def unlike(a: Outcome, b: Outcome) -> list[str]:
     ]
     for side, known in ((a, found), (b, other)):
         if lost := [ALIKE[key] for key in _MUST_BE_KNOWN if key not in known]:
-            reasons.append(f"{side.run} does not say its {', '.join(lost)}")
+            reasons.append(f"{called(side)} does not say its {', '.join(lost)}")
     parts = [_accumulation(side) for side in (a, b)]
     if None not in parts and parts[0] != parts[1]:
         reasons.append(f"{say(parts[0])} batches a step and GPU, not {say(parts[1])}")
@@ -273,7 +292,7 @@ def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
         known = ", ".join(sorted({row.gpu for row in rows})) or "nothing"
         return Match(None, f"there is no result of a {outcome.gpu} to measure it by, only of {known}")
     if reasons := unlike(outcome, row):
-        return Match(None, f"not like with like, against {row.run}: {'; '.join(reasons)}")
+        return Match(None, f"not like with like, against {called(row)}: {'; '.join(reasons)}")
     return Match(row, factor=factor_between(outcome, row))
 
 

@@ -28,6 +28,7 @@ from launcher.results.outcome import (
     NON_FINITE,
     RESTARTED,
     Lack,
+    NodeCheck,
     Outcome,
     Problem,
     Startup,
@@ -132,6 +133,25 @@ def _readable(path: Path, unreadable: list[str]) -> Iterator[StepRecord]:
         yield from LogReader(path).read()
     except OSError as error:
         unreadable.append(f"cannot read {path}: {error.strerror}")
+
+
+def node_checks(run: Run) -> dict[str, NodeCheck]:
+    """What the nodes' checks found, by host; {} of runs without any."""
+    return {host: _check(record) for host, record in _node_records(run.path / "nodes", []).items()}
+
+
+def _check(record: Mapping[str, Any]) -> NodeCheck:
+    lists = (record.get(key) for key in ("problems", "warnings", "speed"))
+    problems, warnings, speed = (
+        [one for one in value if isinstance(one, dict)] if isinstance(value, list) else [] for value in lists
+    )
+    measured: dict[str, float] = {}
+    for key in ("product_tflops", "copy_gbs", "allreduce_node_gbs"):
+        if found := [value for one in (record, *speed) if (value := _number(one.get(key), 0, 1e9))]:
+            measured[key] = min(found)
+    passed = record.get("ok")
+    words = tuple(str(one["what"]) for one in (*problems, *warnings) if "what" in one)
+    return NodeCheck(passed if isinstance(passed, bool) else None, words, measured)
 
 
 def _node_records(folder: Path, unreadable: list[str]) -> dict[str, dict[str, Any]]:

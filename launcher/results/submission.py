@@ -19,7 +19,7 @@ from launcher.results.rows import escape, mfu_at_other_peaks
 
 _SHOWN = ("recipe", "local_batch_size", "median_tps", "median_mfu_pct", "memory_gib", "loss", "data_share")
 # Where the submitter keeps things, and who pays, is nobody else's business.
-_PRIVATE = re.compile(
+PRIVATE = re.compile(
     r"profile\.(mounts|scratch)|job\.(?!gpu$|recipe$|nodes$|runtime$|segment$).*|env\.(HOME|USER|.*PROXY.*)",
     re.IGNORECASE,
 )
@@ -93,7 +93,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _settings(outcome: Outcome) -> list[str]:
-    shown = sorted((key, value) for key, value in outcome.settings.items() if not _PRIVATE.fullmatch(key))
+    shown = sorted((key, value) for key, value in outcome.settings.items() if not PRIVATE.fullmatch(key))
     return [f"{key} = {json.dumps(value)}".replace("`", "\\u0060") for key, value in shown]
 
 

@@ -98,5 +98,6 @@ def run(
         mfu_pct=100 * rate * 0.0579 / 2250 if logged else None,
         memory_pct=86.58 if logged else None,
         startup=Startup(queue_s, 30 + nodes + rnd.random(), 9.5 + rnd.random(), 80 + 2 * nodes if logged else None),
+        own_fault="the job reached its time limit" if state == "TIMEOUT" else "",
         versions={**VERSIONS, "driver": "580.95.05" if date > "2026-11-17" else "570.86.15"},
     )

@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 
+from launcher.report import svg
+from launcher.report.acceptance import acceptance
 from launcher.report.page import page as make_page
+from launcher.results.accept import judge
+from launcher.results.outcome import NodeCheck
 from launcher.results.published import published
 from tests.browser.sample_runs import MARKUP, sample
 from tests.unit.outcomes import nodes, outcome
@@ -84,7 +88,7 @@ def head(tab: Any, name: str) -> Any:
 
 def test_it_is_quiet_alone_and_shows_names_as_text(opened: Open) -> None:
     tab = opened()
-    assert tab.title() == "torchtitan runs: 12"
+    assert tab.title() == "crusoe, 2026-11-22"
     assert MARKUP in tab.locator("#table tbody th").all_inner_texts()
     assert tab.locator("img").count() == 0 and tab.locator("script").count() == 1
 
@@ -100,7 +104,7 @@ def test_the_policy_stops_what_would_run_or_be_fetched(browser: Any, folder: Pat
     )
     (folder / "evil.html").write_text(text.replace("<header>", f"<header>{evil}"), encoding="utf-8")
     tab.goto((folder / "evil.html").as_uri())
-    assert tab.title() == "torchtitan runs: 12"
+    assert tab.title() == "crusoe, 2026-11-22"
     assert failed == {"https://example.invalid/a.png": "csp"}
     tab.context.close()
 
@@ -126,7 +130,7 @@ def test_the_filter_hides_rows_and_what_belongs_to_them(opened: Open) -> None:
     tab.get_by_label("Show rows that contain").fill("GB200 incomplete")
     assert column(tab, "Run") == ["gb200-9n-nan", "gb200-17n-cut-short", "gb200-17n-failed"]
     assert tab.get_by_role("status").inner_text() == f"3 of {ROWS} rows"
-    drawn = tab.locator("figure").first.locator("g[data-run]:visible, li[data-run]:visible")
+    drawn = tab.locator("figure").nth(1).locator("g[data-run]:visible, li[data-run]:visible")
     assert set(drawn.evaluate_all("all => all.map(one => one.dataset.run)")) == {"4", "5"}
     assert tab.locator("details.strip:visible").count() == 2
     tab.get_by_label("Show rows that contain").fill("no such run")
@@ -166,7 +170,7 @@ def test_what_a_screen_reader_hears(opened: Open) -> None:
     assert len(ids) == len(set(ids))
     named = "all => all.flatMap(one => one.getAttribute('aria-labelledby').split(' '))"
     assert set(tab.locator("[aria-labelledby]").evaluate_all(named)) <= set(ids)
-    tab.locator("summary", has_text="As numbers").first.click()
+    tab.locator("summary", has_text="As numbers").nth(1).click()
     assert tab.get_by_role(
         "region", name="Throughput of GB200, llama3-8b, batch 5, bfloat16, tokens/s per GPU, as numbers"
     ).is_visible()
@@ -176,7 +180,7 @@ def test_without_javascript_everything_is_there_and_nothing_is_dead(opened: Open
     tab = opened(java_script_enabled=False)
     assert tab.locator("#table tbody tr").count() == ROWS
     assert tab.locator("button").count() == 0 and not tab.locator("input").is_visible()
-    assert tab.locator("figure svg[role=img]").count() == 7
+    assert tab.locator("figure svg[role=img]").count() == 8
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -221,20 +225,53 @@ def test_what_all_rows_share_is_still_found_by_the_filter(opened: Open) -> None:
     assert len(column(tab, "Run")) == 4
 
 
-def test_labels_of_swatches_stand_beside_their_lines(browser: Any, folder: Path, tmp_path: Path) -> None:
+def test_names_beside_a_chart_are_within_it_and_apart(browser: Any, tmp_path: Path) -> None:
     many = [replace(one, run=f"{one.run} {again}") for again in range(2) for one in sample()]
     (tmp_path / "page.html").write_text(make_page(many, published(), made="now", version="1"), encoding="utf-8")
     for viewport in (DESK, PHONE):
         tab = browser.new_page(viewport=viewport)
         tab.goto((tmp_path / "page.html").as_uri())
-        boxes = tab.locator("svg.swatch:has(text:not(:empty))").evaluate_all(
-            "all => all.map((one) => [one.querySelector('text').textContent, one.querySelector('text').getBBox(),"
-            " one.querySelector('path').getBBox()].map((box) => box.x === undefined ? box : [box.x, box.x + "
-            "box.width]))"
-        )
-        assert {len(label) for label, _, _ in boxes} == {1, 2, 3}
-        assert all(text[0] > line[1] and text[1] <= 48 for _, text, line in boxes), boxes
+        for chart in tab.locator("figure > svg").all():
+            boxes = chart.locator("text.mark").evaluate_all(
+                "all => all.map((one) => one.getBBox()).map((b) => [b.x, b.y, b.width])"
+            )
+            assert all(x + width <= svg.WIDTH and 0 <= y <= svg.HEIGHT for x, y, width in boxes), boxes
         tab.close()
+
+
+def test_a_pointer_on_a_point_shows_its_value(opened: Open) -> None:
+    tab = opened()
+    chart = tab.locator("figure", has_text="Loss of GB200").locator("> svg")
+    dot = chart.locator("circle.dot.new").nth(3)
+    under = """one => {
+      const box = one.getBoundingClientRect();
+      return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2).textContent;
+    }"""
+    dot.scroll_into_view_if_needed()
+    assert re.search(r", step 30: \d\.\d{4}$", dot.evaluate(under))
+
+
+def test_runs_are_cards_on_a_phone(opened: Open) -> None:
+    tab = opened(viewport=PHONE)
+    scroll = tab.locator("#table").locator("..")
+    assert scroll.evaluate("one => one.scrollWidth <= one.clientWidth"), "nothing to be pushed aside"
+    first = tab.locator("#table tbody tr").first
+    assert first.bounding_box()["height"] > 100 and first.locator("td").nth(1).is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_acceptance_report_is_read_anywhere(opened: Open, folder: Path, scheme: str) -> None:
+    checks = {node.host: NodeCheck(True, ("words of its own",), {"copy_gbs": 3100.0}) for node in sample()[3].by_node}
+    verdict = judge(sample()[3], published(), losses=published())
+    inputs = {"threshold": 0.95, "max_spread": 0.05, "baseline": "published", "date": "2026-11-22", "launcher": "1"}
+    text = acceptance("a", "a", sample()[3], verdict, inputs, checks)
+    tab = opened(color_scheme=scheme, viewport=PHONE)
+    (folder / "acceptance.html").write_text(text, encoding="utf-8")
+    tab.set_content(text)
+    assert tab.evaluate(CONTRAST) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    paper = tab.pdf(path=folder / "acceptance.pdf", prefer_css_page_size=True)
+    assert re.search(rb"/MediaBox \[0 0 59\d[.\d]* 84\d", paper), "A4, upright"
 
 
 def test_a_thousand_nodes_fit(browser: Any, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from itertools import zip_longest
@@ -11,28 +13,65 @@ from pathlib import Path
 
 import pytest
 
+from launcher import __version__
 from launcher.config.layers import names_of
 from tests.conftest import ROOT
 
+QUIET = ("--quiet", "--disable-pip-version-check")
+
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The console script of a fresh virtual environment that holds the wheel and its base dependencies."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    quiet = ("--quiet", "--disable-pip-version-check")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *quiet, "--no-deps", "-w", str(folder), str(ROOT)], check=True
+        [sys.executable, "-m", "pip", "wheel", *QUIET, "--no-deps", "-w", str(folder), str(ROOT)], check=True
     )
     (wheel,) = folder.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
-    subprocess.run([str(folder / "venv/bin/pip"), "install", *quiet, str(wheel)], check=True)
-    return folder / "venv" / "bin" / "launcher"
+    assert wheel.name == f"titan_launcher-{__version__}-py3-none-any.whl"
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def launcher(wheel: Path) -> Path:
+    """The console script of a fresh virtual environment that holds the wheel and its base dependencies."""
+    place = wheel.parent / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    subprocess.run([str(place / "bin/pip"), "install", *QUIET, str(wheel)], check=True)
+    return place / "bin" / "launcher"
 
 
 def run(launcher: Path, workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run([str(launcher), *arguments], cwd=workplace, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("tool", ["uv tool", "pipx"])
+def test_it_installs_with(tool: str, wheel: Path, workplace: Path) -> None:
+    """Into a place of its own, from which it needs nothing else on PATH; with pip all other tests here do."""
+    program, *word = tool.split()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if (found := shutil.which(program, path=path)) is None:
+        pytest.skip(f"needs {program}: pip install {program}")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "UV_TOOL", "PIPX_"))}
+    for name in ("UV_TOOL_DIR", "UV_TOOL_BIN_DIR", "PIPX_HOME", "PIPX_BIN_DIR", "PIPX_MAN_DIR"):
+        env[name] = str(workplace / name)
+    command = [found, *word, "install", "--python", sys.executable, str(wheel)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (launcher,) = workplace.glob("*_BIN_DIR/launcher")
+    here = env | {"PATH": "/nowhere"}
+    version = subprocess.run([launcher, "--version"], env=here, capture_output=True, text=True)
+    assert version.stdout == f"launcher, version {__version__}\n", version.stderr
+    words = ("render", "--gpu", "gb200", "--nodes", "9", "--image", "/data/titan.sqsh", "--name", "n")
+    rendered = subprocess.run([launcher, *words], env=here, capture_output=True, text=True)
+    assert "--container-image=/data/titan.sqsh" in rendered.stdout, rendered.stderr
+
+
+def test_the_version_is_that_of_the_changelog_and_of_the_tag() -> None:
+    """A tag that differs is refused by the workflow that would publish it."""
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest and newest[1] == __version__
+    assert 'set -- dist/*-"${TAG#v}"-*.whl' in (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
 
 
 def test_it_renders_a_job(launcher: Path, workplace: Path) -> None:

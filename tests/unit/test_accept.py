@@ -134,7 +134,7 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     "tensor parallel": (outcome(settings={"recipe.tensor_parallel": 2}), "tensor parallel degree 2, not 1"),
     "another framework's": (
         outcome(gpu="GB300"),
-        "not like with like, against NVIDIA performance summary 25.11 (GB300, 8 GPUs)",
+        "not like with like, against published (NVIDIA, 2 x GB300)",
     ),
     "with what 0.3 adds": (outcome(settings={"recipe.like_for_like": False}), "like_for_like false, not true"),
     "a quarter of a GB200 rack's row": (sized(1), "on 12 GPUs and this run had 4, 3.0 times fewer"),
@@ -202,7 +202,7 @@ def test_gpus_of_limited_power_prove_no_run_fast() -> None:
     assert verdict(h100(1, 6000.0)).word is FAIL
     found = verdict(h100(1, 6700.0))
     assert found.word is CANNOT_SAY and found.share and found.share > 1
-    assert "those GPUs had limited power (torchtitan benchmarks (H100 with 96 GB and 500 W))" in found.reasons[0].what
+    assert "those GPUs had limited power (published (torchtitan, 500 W, 1 x H100))" in found.reasons[0].what
     short = h100(1, 8700.0, compile=False, steps=60)
     assert (row := verdict(short).baseline) and row.median_tps == 8714  # of full power, before the one of 8 GPUs
 
@@ -368,7 +368,7 @@ def test_what_may_have_changed_the_speed_is_told() -> None:
     assert any("titan.training.max_norm" in note for note in found.notes)
     assert any("checkpoints every 50 steps" in note for note in found.notes)
     found = verdict(outcome(versions={"driver": "570.1", "cuda": "13.0"}))
-    assert "driver 570.1, 580 in source-page (GB200, 36 GPUs, step 100)" in found.notes
+    assert "driver 570.1, 580 in published (Crusoe, 9 x GB200)" in found.notes
     assert not any(note.startswith("cuda") for note in found.notes)
     row = outcome(settings={"profile.gpus_per_node": 8}, versions={"cuda": "12.8"})
     row = replace(row, settings={key: row.settings[key] for key in row.settings if "checkpoint" not in key})

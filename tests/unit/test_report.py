@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from launcher.base.output import plain
 from launcher.report import svg
 from launcher.report.charts import of_gpu
-from launcher.report.figures import MOST_LINES, MOST_POINTS, differences, gpu_types, lines, scaling, thin, work
+from launcher.report.figures import MOST_LINES, MOST_POINTS, differences, gpu_types, lines, scaling, thin, trends, work
 from launcher.report.page import MOST_NODES, page
 from launcher.report.plots import write_plots
 from launcher.results.outcome import NodeResult, Outcome, Startup
 from launcher.results.published import beside, published
 from tests.browser.sample_runs import MARKUP, run, sample
-from tests.unit.outcomes import nodes, outcome, points
+from tests.unit.outcomes import nodes, outcome, points, spread
 
 
 def rendered(*outcomes: Outcome, rows: list[Outcome] | None = None) -> str:
@@ -98,13 +98,15 @@ def test_a_long_line_keeps_its_extremes_and_its_breaks(length: int, lost: float)
 
 
 def test_nan_breaks_the_line_and_is_marked() -> None:
-    line = svg.Drawn(((1, 5.0), (2, 4.0), (3, math.nan), (4, 3.0), (5, 2.0), (6, math.nan), (7, 1.0)), "c0", "1")
-    chart = svg.chart([line], svg.linear([1, 7], "step"), svg.linear([1, 5], ""), "x", "T", "D")
+    values = (5.0, 4.0, math.nan, math.nan, 3.0, 2.0, math.inf, 1.0)
+    line = svg.Drawn(tuple(enumerate(values, 1)), "c0", "1")
+    chart = svg.chart([line], svg.linear([1, 8], "step"), svg.linear([1, 5], ""), "{:.0f}: {}".format, "x", "T", "D")
     root = ElementTree.fromstring(chart)
     by_class = {kind: [e for e in root.iter() if f"{kind} " in e.get("class", "")] for kind in ("line", "lost", "dot")}
     assert by_class["line"][0].get("d", "").count("M") == 2
-    assert [e[0].text for e in by_class["lost"]] == [", step 3: not finite", ", step 6: not finite"]
+    assert [e[0].text for e in by_class["lost"]] == [", 3: nan", ", 7: inf"], "where it begins is enough"
     assert len(by_class["dot"]) == 1, "the single value after the last NaN"
+    assert [e.text for e in root.iter() if e.text and ": " in e.text][:2] == [", 1: 5.0", ", 2: 4.0"]
     assert root.get("role") == "img" and root[0].text == "T" and root[1].text == "D"
 
 
@@ -118,8 +120,47 @@ def test_throughput_leaves_step_1_out_and_draws_the_newest_runs() -> None:
     drawn = lines(many, "GB200", "tps")
     assert [line.name for line in drawn] == [f"r{number}" for number in range(MOST_LINES)]
     assert {line.points[0][0] for line in drawn} == {10}
-    notes = of_gpu(many, [], "GB200", 0)[0].notes
+    notes = next(one.notes for one in of_gpu(many, [], "GB200", 0) if one.title.startswith("Throughput"))
     assert any("3 are not" in note for note in notes)
+
+
+def test_a_loss_that_exploded_is_marked_and_stretches_no_axis() -> None:
+    (loss,) = (
+        one
+        for one in of_gpu([outcome(series=points((12.0, 9.0, 8.0, 4000.0, math.nan, math.nan)))], [], "GB200", 0)
+        if one.title.startswith("Loss")
+    )
+    assert (
+        loss.chart.count('class="lost') == 1 and "step 30: off the chart" in loss.chart and ">4,000" not in loss.chart
+    )
+    assert ">50<" not in loss.chart, "no room for steps that were NaN"
+
+
+def test_fewer_than_three_points_are_no_chart() -> None:
+    assert of_gpu([outcome(series=points()[:2])], [], "GB200", 0) == []
+
+
+def test_speed_over_time_is_a_share_of_published_for_each_number_of_nodes() -> None:
+    runs = [
+        outcome(run="a", date="2026-11-01T12:00:00Z", tps=spread(17975.0)),
+        outcome(run="b", date="2026-11-03T00:00:00Z", tps=spread(17975.0 * 0.9)),
+        outcome(run="c", date="2026-11-02T00:00:00Z", nodes=3, gpus=12, global_batch_size=60, tps=spread(18284.0)),
+        outcome(run="cut", problems=("TIMEOUT",)),
+        outcome(run="undated", date=""),
+    ]
+    found, relative = trends(runs, published(), "GB200")
+    assert relative and [(one.label.rpartition(", ")[2], [dot.run for dot in one.dots]) for one in found] == [
+        ("on 9 nodes", [0, 1]),
+        ("on 3 nodes", [2]),
+    ]
+    assert [dot.value for dot in found[0].dots] == pytest.approx([100, 90])
+    figure = of_gpu(runs, published(), "GB200", 0)[0]
+    assert figure.title == "Speed of GB200 over time, percent of published tokens/s"
+    assert (
+        ">01 Nov<" in figure.chart and "a, 2026-11-01: 100.0%" in figure.chart and "accept&#39;s limit" in figure.chart
+    )
+    found, relative = trends(runs, [], "GB200")
+    assert not relative and found[0].dots[0].value == 17975.0
 
 
 # --- scaling ------------------------------------------------------------------------------------------------
@@ -165,14 +206,14 @@ def test_one_size_is_no_scaling_unless_published_rows_have_others() -> None:
 def test_published_rows_stand_apart_and_the_later_step_counts() -> None:
     groups = scaling([], published(), "b200")
     assert all(group.published for group in groups)
-    assert {dot.tps for group in groups for dot in group.dots if dot.gpus == 16} == {17441, 17500}
+    assert {dot.value for group in groups for dot in group.dots if dot.at == 16} == {17441, 17500}
     assert scaling([], published(), "GB300") == []
 
 
 def test_rows_of_two_drivers_are_no_scaling_line() -> None:
     """H100s: 8,714 tokens/s on 16 GPUs with driver 580, 7,582 on 32 with 570: no loss by size."""
     groups = [group for group in scaling([], published(), "H100") if "driver" in group.label]
-    assert [[dot.gpus for dot in group.dots] for group in groups] == [[32, 128], [16]]
+    assert [[dot.at for dot in group.dots] for group in groups] == [[32, 128], [16]]
     assert [group.label.rpartition(", ")[2] for group in groups] == ["driver 570", "driver 580"]
 
 
@@ -183,7 +224,7 @@ def test_rows_of_different_settings_are_no_scaling_line(gpu: str) -> None:
     groups = scaling([], published(), gpu)
     assert len({group.label for group in groups}) == len(groups)
     for group in groups:
-        own = [row for row in rows for dot in group.dots if (dot.gpus, dot.tps) == (row.gpus, row.median_tps)]
+        own = [row for row in rows for dot in group.dots if (dot.at, dot.value) == (row.gpus, row.median_tps)]
         kinds = {(tuple(work(row).items()), row.source, row.date, row.versions.get("driver")) for row in own}
         assert len(kinds) == 1 and len(own) == len(group.dots)
     dots = sum(len(group.dots) for group in groups)
@@ -239,7 +280,7 @@ def test_incomplete_and_published_rows_say_so() -> None:
     rows = dict(re.findall(r'<tr class="(\w+)"[^>]*><th scope="row"><span class="run">(gb200-\w+-cut[^<]*)', text))
     assert rows == {"incomplete": "gb200-17n-cut-short"}
     assert text.count('<tr class="published"') == len(beside(sample(), published())) > 0
-    assert "the run ended TIMEOUT: step 40 of 100" in text and "12 runs, of which 3 incomplete" in text
+    assert "the run ended TIMEOUT: step 40 of 100" in text and "12 torchtitan runs, of which 3 incomplete" in text
     assert len(re.findall(r"gb200-9n-nan \(incomplete\)</li>", text)) == 2
 
 
@@ -251,7 +292,8 @@ def test_the_policy_names_the_one_script_and_the_one_style() -> None:
     for source in (script, style):
         assert base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() in policy
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", text), "nothing is fetched"
+    fetched = re.sub(r'<a href="https://[^"]+">', "", text)  # a link is followed by a reader alone
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", fetched), "nothing is fetched"
 
 
 TREACHEROUS = st.one_of(
@@ -315,7 +357,7 @@ def test_each_chart_of_the_page_is_a_file_whatever_the_names(tmp_path: Path) -> 
     runs = [replace(one, run=f"_{one.run} $x_{{$ \n <b>表") for one in sample()]
     files = write_plots(runs, published(), tmp_path / "plots")
     assert sorted((tmp_path / "plots").iterdir()) == sorted(files)
-    assert {path.stem.split("-")[0] for path in files} == {"throughput", "loss", "scaling"}
+    assert {path.stem.split("-")[0] for path in files} == {"trend", "throughput", "loss", "scaling"}
     for path in files:
         text = path.read_text(encoding="utf-8")
         assert ElementTree.parse(path).getroot().tag.endswith("svg") and "var(" not in text

@@ -70,8 +70,18 @@ def test_runs_without_a_step_are_named(runs_dir: Path) -> None:
     assert refused("--runs-dir", "empty").status == ExitStatus.NOT_FOUND
 
 
+def test_a_run_that_needs_more_memory_than_a_gpu_has_is_not_held_against_the_cluster(runs_dir: Path) -> None:
+    run = write_run(runs_dir / "large", steps_logged=0, end='{"exit_code": 1}')
+    error = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    (run / "logs" / "0000-gb200-001.log").write_text(f"Traceback (most recent call last):\n{error}\n")
+    call("large")
+    text = Path("report.html").read_text()
+    assert "Not measured. Runs that failed: large." in text
+    assert "large: a GPU&#39;s memory is too small for this run" in text
+
+
 def test_plots_are_named(runs_dir: Path) -> None:
     done = call("--plots", "plots")
     names = [Path(line).name for line in done.stdout.splitlines()[1:]]
-    assert names == sorted(names, key=lambda name: ("throughput", "loss", "scaling").index(name.split("-")[0]))
+    assert names == sorted(names, key=lambda name: ("trend", "throughput", "loss", "scaling").index(name.split("-")[0]))
     assert names and all((Path("plots") / name).is_file() and name.endswith(".svg") for name in names)
