@@ -63,7 +63,7 @@ def test_a_sweep_of_one_and_two_nodes(launch: Launch, train_image: Path) -> None
 
     compared = launch("compare", first, second)
     assert compared.returncode == 0 and "job.nodes" in compared.stdout, compared.stdout + compared.stderr
-    assert "tokens/s per GPU" in compared.stdout and "not comparable" not in compared.stdout
+    assert "tokens/s per rank" in compared.stdout and "not comparable" not in compared.stdout
     page = launch("report", "-o", "page.html", "--json")
     assert page.returncode == 0, page.stderr
     assert json.loads(page.stdout)["runs"] == 2 and json.loads(page.stdout)["incomplete"] == []
