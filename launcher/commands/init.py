@@ -47,7 +47,7 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
     """Set up your defaults for this cluster.
 
     Finds the GPU profile, partition, account, directories of runs, data, tokenizer and images, says why, asks once,
-    and writes them into your file. What you name is taken; what the file says already, and all else in it, stays.
+    and writes them into your file. Options that you give are saved. Everything already in the file stays as it is.
 
     \b
     launcher init

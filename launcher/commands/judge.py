@@ -145,7 +145,7 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     help="Wait for a run that still goes; a run submitted here is always waited for.",
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option("--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask.")
+@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start; do not ask.")
 @as_json
 def accept(
     options: RunOptions,
@@ -160,13 +160,13 @@ def accept(
 ) -> None:
     """Judge a run: PASS, FAIL or CANNOT SAY, with reasons.
 
-    Whether it is as fast and as sane as it should be. With a run (a name or a path) it judges that one; with options
+    It looks at speed, nodes, numbers and loss. With a run (a name or a path) it judges that one; with options
     of submit it submits a run, follows it, and judges it. The verdict is kept in RUN/accept.json. Exit code 0: PASS;
     12: FAIL; 13: CANNOT SAY.
 
     \b
     launcher accept --image titan.sqsh --nodes 9            after every change of the cluster
-    launcher accept my-run                                  a run that is there
+    launcher accept my-run                                  judge an existing run
     launcher accept my-run --baseline accepted-in-june.json
     launcher accept my-run --report acceptance.html         one page to hand over
     """

@@ -28,8 +28,8 @@ from launcher.scheduler.detect import detected
 def plan(options: RunOptions, proved: bool, as_json: bool) -> None:
     """Predict a run: memory, tokens/s, time, node-hours, files of C4. Image and data need not exist.
 
-    Speed is that of the nearest published row, and nothing where there is none. `results` shows, after the run, what
-    of it came true.
+    The speed comes from the nearest published row; without one, no speed is given. After the run, `results` compares
+    the prediction with what was measured.
 
     \b
     launcher plan --gpu gb200 --nodes 9

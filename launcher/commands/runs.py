@@ -14,7 +14,19 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_json
-from launcher.base.output import age, as_json, clock, columns, echo, print_json, some, style, terminal_width, warn
+from launcher.base.output import (
+    age,
+    as_json,
+    clock,
+    columns,
+    counted,
+    echo,
+    print_json,
+    some,
+    style,
+    terminal_width,
+    warn,
+)
 from launcher.commands.watching import about, plain_line, watch_all
 from launcher.commands.watching import watch as show_run
 from launcher.config.options import run_argument, runs_dir_option
@@ -75,7 +87,7 @@ def list_(runs_dir: Path, as_json: bool) -> None:
 @runs_dir_option
 @as_json
 def status(names: tuple[str, ...], runs_dir: Path, as_json: bool) -> None:
-    """Tell how runs stand (default: the newest), and why.
+    """Show the state of runs (default: the newest), and why.
 
     Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training. Of
     several runs, the first of these codes that is not 0.
@@ -134,7 +146,7 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
 @click.command()
 @run_argument(required=False)
 @runs_dir_option
-@click.option("--all", "-a", "every", is_flag=True, help="All runs that go on, in one table.")
+@click.option("--all", "-a", "every", is_flag=True, help="All active runs, in one table.")
 @as_json
 def watch(run: str, runs_dir: Path, every: bool, as_json: bool) -> None:
     """Follow a run (default: the newest) to its end. Ctrl-C detaches; the run goes on.
@@ -190,11 +202,15 @@ def logs(
     else:
         lines = attach.log_lines(found, follow, node, rank)
         lines = lines if as_json or node else folded(lines)
+    shown = 0
     for node, line in deque(lines, maxlen=count) if count else lines:
+        shown += 1
         if as_json:
             print_json({"node": node, "line": line}, indent=None)
         else:
             echo(f"{style(node, fg='cyan')}: {line}")
+    if errors and not shown:
+        echo(f"no errors in {counted(len(known), 'log')}", err=True)
 
 
 @click.command()

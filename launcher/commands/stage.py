@@ -69,7 +69,7 @@ def _of_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @_from_the_hub
 def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> None:
-    """Stage the files of C4 that a run needs, verified. Again continues, adds and repairs.
+    """Download the files of C4 that a run needs, and verify them. Run it again to continue, add or repair files.
 
     \b
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
@@ -257,9 +257,7 @@ def _arch_of_nodes() -> str:
 
 @click.group()
 def stage() -> None:
-    """Stage data, tokenizer, weights and images, verified.
-
-    They come to the file system that all nodes share.
+    """Download data, tokenizer, weights and images to the shared file system, and verify them.
 
     \b
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5

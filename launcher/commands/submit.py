@@ -26,7 +26,7 @@ from launcher.titan.command import preview
 )
 @click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option("--force", is_flag=True, help="Submit although a check says that it will wait for ever; do not ask.")
+@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start; do not ask.")
 @click.option(
     "--retry-bad-nodes",
     "retries",
@@ -47,8 +47,8 @@ def submit(
 ) -> None:
     """Submit a run to Slurm, or with --local start it here.
 
-    RUN.toml repeats an earlier run from its directory; options given beside it win. What `launcher preflight` checks
-    is checked first.
+    RUN.toml repeats an earlier run; options on the command line override it. Before submitting, it makes the same
+    checks as `launcher preflight`.
 
     \b
     launcher submit --image titan.sqsh --nodes 9

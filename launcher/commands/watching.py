@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-ENDING = "all steps are done; removing containers takes minutes"
+ENDING = "all steps are done; on a cluster, removing containers takes minutes"
 _CALLED = {Phase.CHECKING: "checking nodes"}
 
 
@@ -240,6 +240,8 @@ def watch_all(runs_dir: Path, as_json: bool) -> None:
                 live.update(_group((line, "") for line in table), refresh=True)
             if going:
                 time.sleep(attach.ASK_EVERY_S)
+    if not rows:
+        echo(f"no active runs in {runs_dir}", err=True)
 
 
 def _row(name: str, seen: Standing) -> tuple[str, ...]:

@@ -40,6 +40,9 @@ class Figure:
     why_not: str = ""
 
 
+LARGE_NOISE = 0.05  # of A's tokens/s: more could hide a difference that `accept` fails a run for
+
+
 class Verdict(StrEnum):
     """What the tokens/s say of B."""
 
@@ -65,11 +68,17 @@ class Comparison:
         return next((figure for figure in self.figures if figure.name == TPS), None)
 
     @property
+    def noise_share(self) -> float:
+        """The noise of tokens/s as a share of A's; 0 where it is not known."""
+        tps = self.tps
+        return tps.noise / abs(tps.a) if tps and tps.noise and tps.a else 0.0
+
+    @property
     def verdict(self) -> Verdict:
         tps = self.tps
         if tps is None or tps.difference is None or not same_gpu(self.a.gpu, self.b.gpu):
             return Verdict.CANNOT_SAY
-        if tps.beyond is None and tps.difference:
+        if (tps.beyond is None and tps.difference) or (not tps.beyond and self.noise_share > LARGE_NOISE):
             return Verdict.CANNOT_SAY
         return (Verdict.FASTER if tps.difference > 0 else Verdict.SLOWER) if tps.beyond else Verdict.SAME
 
@@ -220,6 +229,8 @@ def _sentence(found: Comparison) -> str:
     tps, unlike_work = found.tps, ", but it did not do the same work" if unlike(found.a, found.b) else ""
     if found.verdict is Verdict.CANNOT_SAY or tps is None or tps.share is None:
         why = "the GPUs differ" if not same_gpu(found.a.gpu, found.b.gpu) else "" if tps is None else tps.why_not
+        if not why and found.noise_share:
+            why = f"the noise of ±{100 * found.noise_share:.0f}% is too large to tell; log more steps"
         return f"CANNOT SAY which is faster: {why or 'the noise is not known'}"
     if found.verdict is Verdict.SAME:
         return f"SAME: the difference of {100 * tps.share:+.1f}% in tokens/s is within noise{unlike_work}"
