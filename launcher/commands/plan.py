@@ -68,8 +68,9 @@ def lines(spec: RunSpec, found: Plan) -> list[str]:
         f"memory      {_memory(spec, found)}",
     ]
     if found.memory:
-        parts = ("states", "saved", "recomputed", "logits", "gathered")
-        rows.append("            " + ", ".join(f"{name} {getattr(found.memory, name):.1f}" for name in parts))
+        of_what = "weights and optimizer", "saved activations", "recomputed", "logits", "gathered weights"
+        parts = zip(of_what, ("states", "saved", "recomputed", "logits", "gathered"), strict=True)
+        rows.append("            " + ", ".join(f"{text} {getattr(found.memory, key):.1f}" for text, key in parts))
     rows += [f"            try: {change}" for change in found.advice]
     if found.tps is None:
         rows.append(f"tokens/s    cannot say: {'; '.join(found.differs)}")

@@ -208,7 +208,9 @@ def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, 
         notes.append("Dashed: incomplete.")
     if not all(map(math.isfinite, values)):
         notes.append("A cross at the top: from that step on NaN, infinity, or more than the chart shows.")
-    about = f"{len(found)} lines over training steps, one per run. The same as numbers is in the table below."
+    about = (
+        f"{counted(len(found), 'line')} over training steps, one per run. The same as numbers is in the table below."
+    )
     columns = ("Run", "Steps", "First", "Lowest", "Highest", "Last", "Not finite")
 
     def tell(step: float, value: float) -> str:

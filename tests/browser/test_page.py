@@ -142,7 +142,7 @@ def test_the_filter_hides_rows_and_what_belongs_to_them(opened: Open) -> None:
 def test_the_keyboard_reaches_everything(opened: Open) -> None:
     tab = opened()
     tab.keyboard.press("Tab")
-    assert tab.evaluate("document.activeElement.textContent") == "To the content"
+    assert tab.evaluate("document.activeElement.textContent") == "Skip to content"
     assert tab.locator(".skip").bounding_box()["x"] >= 0
     tab.keyboard.press("Enter")
     tab.keyboard.press("Tab")
