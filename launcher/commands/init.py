@@ -60,6 +60,8 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
         return _show(path, saved, as_json)
     given = {key: (str(value), "your file") for key in ABOUT if (value := saved.values.get(f"job.{key}"))}
     for key, value in options.items():
+        if value == "":
+            raise click.UsageError(f"--{key.replace('_', '-')}: no value; to forget one, delete its line in {path}")
         if value is not None:
             given[key] = str(absolute(f"job.{key}", value, Path.cwd())), f"option --{key.replace('_', '-')}"
     if "gpu" in given:
@@ -102,8 +104,8 @@ def _facts(given: Mapping[str, tuple[str, str]]) -> ClusterFacts:
 
 
 def _show(path: Path, saved: Layer, as_json: bool) -> None:
-    unset = {f"job.{key}": ("", "not set") for key in ABOUT}
-    rows = unset | {key: (value, saved.origin[key]) for key, value in saved.values.items()}
+    # Its own keys alone: others of the file may be secrets.
+    rows = {key: (saved.values.get(key, ""), saved.origin.get(key, "not set")) for key in (f"job.{k}" for k in ABOUT)}
     if as_json:
         values = {key: {"value": value, "origin": origin} for key, (value, origin) in rows.items()}
         return print_json({"file": str(path), "exists": os.path.exists(path), "values": values})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -255,7 +256,7 @@ def _tell(
             echo(f"  {'try':<10}  {step}")
     if report:
         text = acceptance(run.name, run.reference, outcome, verdict, inputs, node_checks(run), steps)
-        write_text(report, text, option="--report FILE.html")
+        write_text(Path(os.path.realpath(report)), text, option="--report FILE.html")
         echo(f"report: {report}", err=True)
     sys.exit(verdict.exit)
 

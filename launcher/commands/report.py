@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,7 +13,7 @@ import click
 
 from launcher import __version__
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.base.files import unreadable, write_text
+from launcher.base.files import filesystem_error, unreadable, write_text
 from launcher.base.output import as_json, counted, echo, echo_file, print_json, some
 from launcher.commands.results import named_runs
 from launcher.commands.runs import failure_of
@@ -67,7 +69,7 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     if to_stdout:
         echo_file(text)
     else:
-        write_text(output, text)
+        write_text(Path(os.path.realpath(output)), text)  # a link to the newest page stays one
     files = write_plots(outcomes, published(), plots) if plots else []
     if as_json:
         print_json(
@@ -132,6 +134,8 @@ def refuse_to_overwrite(path: Path, generator: str = GENERATOR, option: str = "-
                 quoted("mkdir", "-p", path.parent),
                 status=ExitStatus.FILESYSTEM,
             )
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise filesystem_error(path, PermissionError(errno.EACCES, "Permission denied"), option)
         is_page = not path.exists()
         if path.is_file():
             with path.open("rb") as stream:

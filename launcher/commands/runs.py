@@ -171,7 +171,7 @@ def watch(run: str, runs_dir: Path, every: bool, as_json: bool) -> None:
 @click.option("--node", default="", metavar="NODE", help="The log of this node alone; 'job' for the script's own.")
 @click.option("--rank", type=click.IntRange(0), metavar="N", help="What this rank wrote; nodes show their first one's.")
 @click.option("--errors", is_flag=True, help="The first error of each log, with what was printed with it.")
-@click.option("--lines", "-n", "count", type=click.IntRange(1), metavar="N", help="The last N lines alone.")
+@click.option("--lines", "-n", "count", type=click.IntRange(1, 10**9), metavar="N", help="The last N lines alone.")
 @as_json
 def logs(
     run: str, runs_dir: Path, follow: bool, node: str, rank: int | None, errors: bool, count: int | None, as_json: bool
@@ -187,8 +187,11 @@ def logs(
     """
     if follow and (errors or count):
         raise click.UsageError("--follow: not with --errors or --lines")
+    if node and rank is not None:
+        raise click.UsageError("either --node or --rank: a rank is on one node")
     found = runs.open_run(run, runs_dir)
-    known = logs_of(found.logs, node, rank, found.asked["profile"].get("gpus_per_node") or 1)
+    per_node = found.asked["profile"].get("gpus_per_node")
+    known = logs_of(found.logs, node, rank, per_node if type(per_node) is int else 1)
     if (node or rank is not None) and not known and not follow:
         names = some(list(dict(logs_of(found.logs)))) or "none"
         raise click.UsageError(f"{found.name} has no log of {node or f'rank {rank}'}; it has: {names}")

@@ -61,7 +61,7 @@ def watch(run: Run, stream: TextIO) -> None:
     def why(state: JobState | None) -> list[str]:
         return why_waiting(run, state) if state and not run.is_local and state.name != "SUBMITTING" else []
 
-    show(attach.standings(run), about(run), stream, stream.isatty(), why)
+    show(attach.standings(run), about(run), stream, is_terminal(stream), why)
 
 
 def show(

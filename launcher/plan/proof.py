@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.base.errors import LauncherError, quoted
+from launcher.base.errors import LauncherError, install, quoted
 from launcher.base.files import PACKAGE
 from launcher.base.output import counted
 from launcher.config.hardware import of_gpu
@@ -42,20 +42,21 @@ def prove(run: PlacedRun) -> dict[str, Any]:
                 timeout=TIMEOUT_S,
             )
         except OSError as error:
-            raise LauncherError("proof-python", f"{python}: {error.strerror}", by_srun(run)) from error
+            raise LauncherError("proof-python", f"{python}: {error.strerror}", _elsewhere(run)) from error
         except subprocess.TimeoutExpired as error:
             what = f"torchtitan did not build this run in {TIMEOUT_S} s"
             raise LauncherError("proof-failed", what, "again on a machine that is less busy") from error
-    lines = done.stdout.splitlines()
     try:
-        facts = json.loads(lines[-1])
-        facts.setdefault("missing", "")
-    except (LookupError, ValueError, AttributeError) as error:
+        facts = json.loads(done.stdout.splitlines()[-1])
+        if not facts.setdefault("missing", ""):
+            lines(facts)  # whoever printed it, it has what will be said of it
+            _refusal(facts)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"the proof did not run to its end in {python}"
         raise LauncherError("proof-failed", what, by_srun(run), original=done.stderr[-2000:]) from error
     if facts["missing"]:
-        what = f"{python} has no {facts['missing']}: run the proof inside the image, and read the last line"
-        raise LauncherError("proof-python", what, by_srun(run))
+        where = "" if _has_no_image(run) else ": run the proof inside the image, and read the last line"
+        raise LauncherError("proof-python", f"{python} has no {facts['missing']}{where}", _elsewhere(run))
     found: dict[str, Any] = facts
     return found
 
@@ -68,6 +69,15 @@ def _arguments(run: PlacedRun) -> list[str]:
     needed |= {"compute_capability": list(known.compute_capability)} if known else {}
     ranks = sorted({0, run.gpus - 1})
     return ["-m", "titan.prove", json.dumps(needed, separators=(",", ":")), *map(str, ranks)]
+
+
+def _has_no_image(run: PlacedRun) -> bool:
+    return run.job.runtime == "bare" or run.job.scheduler == "local"
+
+
+def _elsewhere(run: PlacedRun) -> str:
+    """What to type where this Python cannot prove the run."""
+    return f"{install('train')}; or --python PATH of one that has it" if _has_no_image(run) else by_srun(run)
 
 
 def by_srun(run: PlacedRun) -> str:
@@ -89,12 +99,18 @@ def by_srun(run: PlacedRun) -> str:
 
 def check(facts: dict[str, Any]) -> None:
     """Raises LauncherError, with torchtitan's words, for a run that it refuses."""
+    if error := _refusal(facts):
+        raise error
+
+
+def _refusal(facts: dict[str, Any]) -> LauncherError | None:
     refused = facts["refused"]
     if refused:
         rank = "" if refused["rank"] is None else f" on rank {refused['rank']} of {facts['world']:,}"
         what = f"torchtitan {facts['torchtitan']} refuses this run in its {refused['part']}{rank}"
         fix = refused.get("fix") or "change what its words name, then again: launcher plan --prove"
-        raise LauncherError("proof-refused", what, fix, original=refused["why"])
+        return LauncherError("proof-refused", what, fix, original=str(refused["why"]))
+    return None
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

@@ -76,7 +76,7 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         tps = self.tps
-        if tps is None or tps.difference is None or not same_gpu(self.a.gpu, self.b.gpu):
+        if tps is None or tps.difference is None or tps.share is None or not same_gpu(self.a.gpu, self.b.gpu):
             return Verdict.CANNOT_SAY
         if (tps.beyond is None and tps.difference) or (not tps.beyond and self.noise_share > LARGE_NOISE):
             return Verdict.CANNOT_SAY
@@ -229,6 +229,8 @@ def _sentence(found: Comparison) -> str:
     tps, unlike_work = found.tps, ", but it did not do the same work" if unlike(found.a, found.b) else ""
     if found.verdict is Verdict.CANNOT_SAY or tps is None or tps.share is None:
         why = "the GPUs differ" if not same_gpu(found.a.gpu, found.b.gpu) else "" if tps is None else tps.why_not
+        if tps and tps.difference is not None and tps.share is None:
+            why = "A has no tokens/s"
         if not why and found.noise_share:
             why = f"the noise of ±{100 * found.noise_share:.0f}% is too large to tell; log more steps"
         return f"CANNOT SAY which is faster: {why or 'the noise is not known'}"

@@ -220,11 +220,12 @@ def download(url: str, stream: Incoming, refused: Refused, token: str = "", most
         with _open(url, token, stream.tell() - stream.start) as answer:
             if answer.status != http.client.PARTIAL_CONTENT:
                 stream.restart()
+            length = answer.length
             if most:
-                stream.limit = min(most, stream.tell() + (answer.length or 0))
+                stream.limit = most if length is None else min(most, stream.tell() + length)
             while piece := answer.read1(PIECE):
                 stream.write(piece)
-        if stream.tell() < stream.limit:
+        if stream.tell() < stream.limit and not (most and length is None):  # else the checksum tells
             raise WrongLength(f"the connection ended after {stream.tell():,} of {stream.limit:,} bytes")
 
     with_retries(once, url, refused, ATTEMPTS, stream)

@@ -41,6 +41,7 @@ class Content:
     data: bytes | Path
     announced: dict[str, Any] = field(default_factory=dict)  # other words than the truth, for bad servers
     _sha256: str = ""
+    has_length: bool = True  # whether an answer says its Content-Length
 
     @property
     def size(self) -> int:
@@ -268,7 +269,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(content.size - start))
+        if content.has_length:
+            self.send_header("Content-Length", str(content.size - start))
+        else:
+            self.close_connection = True
         if start:
             self.send_header("Content-Range", f"bytes {start}-{content.size - 1}/{content.size}")
         self.end_headers()

@@ -118,6 +118,9 @@ def test_the_command_writes_it_and_overwrites_only_its_own(launch: Launch, workp
     text = (workplace / "handed.html").read_text()
     assert ">FAIL</span>" in text and "<dt>try</dt><dd><code>launcher compare good published</code>" in text
     launch("report", "-o", "page.html")
+    (workplace / "newest.html").symlink_to("handed.html")
+    assert launch("accept", "good", "--report", "newest.html").returncode == 0
+    assert (workplace / "newest.html").is_symlink() and ">PASS</span>" in (workplace / "handed.html").read_text()
     for file in ("page.html", "runs"):
         assert launch("accept", "good", "--report", file).returncode == 5
     assert 'content="titan-launcher report"' in (workplace / "page.html").read_text()

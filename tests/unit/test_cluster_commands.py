@@ -171,6 +171,10 @@ def test_init_finds_all_of_it_and_writes_it_with_comments(
     shown = json.loads(launch("init", "--show", "--json").stdout)
     assert shown["values"]["job.gpu"] == {"value": "gb200", "origin": f"file {file}"}
     assert shown["values"]["job.account"]["origin"] == "not set"
+    assert launch("init", "--account", "", "--yes").returncode == ExitStatus.USAGE  # what is not taken is refused
+    secret = workplace / "secret.toml"
+    secret.write_text('[job]\ngpu = "h100"\n[env]\nHF_TOKEN = "hf_not_shown_here_at_all"\n')
+    assert "hf_not" not in launch("init", "--show", "--config", str(secret)).stdout
     shown = json.loads(launch("config", "show", "--image", "titan.sqsh", "--json").stdout)
     assert shown["job.image"]["value"] == f"{staged}/images/titan.sqsh"
     local = json.loads(launch("config", "show", "--local", "--json").stdout)

@@ -84,6 +84,8 @@ def test_a_difference_within_the_noise_and_one_beyond() -> None:
     assert as_text(small)[-1] == "SAME: the difference of +0.1% in tokens/s is within noise"
     assert as_text(large)[-1] == "SLOWER: B has 5.2% fewer tokens/s than A, which exceeds noise"
     assert compare(outcome(tps=spread(17000.0)), a).verdict is Verdict.FASTER
+    none = compare(outcome(tps=spread(0.0)), a)
+    assert none.verdict is Verdict.CANNOT_SAY and as_text(none)[-1].endswith("A has no tokens/s")
     wide = Spread(600.0, 400.0, 800.0, 300.0, 900.0, 81)
     unsure = compare(outcome(tps=wide), outcome(tps=wide))
     assert unsure.verdict is Verdict.CANNOT_SAY and "the noise of ±57% is too large to tell" in as_text(unsure)[-1]

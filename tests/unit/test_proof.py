@@ -89,7 +89,9 @@ def test_what_cannot_be_tried_is_no_refusal(launch: Launch, answer: Answer) -> N
     assert "rank 0: not tried to its end here: step: NotImplementedError: no such kernel\n" in done.stdout
 
 
-@pytest.mark.parametrize("said", ["", "[]", '{"missing": '])
+@pytest.mark.parametrize(
+    "said", ["", "[]", '{"missing": ', "{}", '{"missing": "", "refused": {"rank": null}, "ranks": []}']
+)
 def test_a_program_that_ends_early(said: str, launch: Launch, answer: Answer) -> None:
     done = launch(*PLAN, "--python", answer(said))
     assert done.returncode == 3 and "[proof-failed]\n  | why\n" in done.stderr
@@ -107,6 +109,8 @@ def test_without_torchtitan_the_image_is_asked(launch: Launch, tmp_path: Path) -
     assert words[:4] == ["srun", "-N1", "-n1", "--partition=gpus"] and words[-2:] == ["0", "31"]
     assert any(word.startswith("--container-image=/") and word.endswith("/titan.sqsh") for word in words)
     assert json.loads(words[-3])["job"]["nodes"] == 4
+    here = launch("plan", "--local", "--recipe", "debug", "--gpu", "cpu", "--python", str(bare), "--prove")
+    assert here.returncode == 3 and "pip install" in here.stderr and "srun" not in here.stderr
     nowhere = launch(*PLAN, "--runtime", "apptainer", "--python", "/no/python")
     assert "/no/python: No such file or directory [proof-python]" in nowhere.stderr
     assert " IMAGE.sif " in nowhere.stderr and " exec " in nowhere.stderr

@@ -66,6 +66,8 @@ def test_a_step_of_many_nodes_is_one_line_and_parts_can_be_asked_for(launch: Lau
     assert lines("failed", "--errors") == lines("failed", "--errors", "--node", "gb200-002") == hidden
     assert "no errors in 2 logs" in launch("logs", "good", "--errors").stderr
     assert "no active runs in runs" in launch("watch", "--all").stderr
+    for odd in (("-n", "9" * 20), ("--rank", "0", "--node", "gb200-001")):
+        assert launch("logs", "good", *odd).returncode == ExitStatus.USAGE
     done = launch("logs", "good", "--node", "gb9")
     assert done.returncode == ExitStatus.USAGE and "good has no log of gb9; it has: gb200-001, gb200-002" in done.stderr
 
