@@ -257,7 +257,9 @@ def _arch_of_nodes() -> str:
 
 @click.group()
 def stage() -> None:
-    """Download data, tokenizer, weights and images to the shared file system, and verify them.
+    """Download data, tokenizer, weights and images, and verify them.
+
+    They go to the file system that all nodes share.
 
     \b
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
