@@ -21,7 +21,9 @@ def test_start_on_this_machine(workplace: Path) -> None:
     (workplace / "launcher").write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
     (workplace / "launcher").chmod(0o755)
     env = os.environ | {"PATH": f"{workplace}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-ec", block], cwd=workplace, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-ec", block], cwd=workplace, env=env, capture_output=True, text=True, errors="backslashreplace"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 20/20" in done.stdout and "COMPLETED" in done.stdout and "|step: 20  loss:" in done.stdout
     assert (workplace / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
