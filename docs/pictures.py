@@ -5,6 +5,7 @@ make pictures        needs Chromium, and torchtitan for the run (a minute on a C
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -59,7 +60,7 @@ def watch(to: Path) -> None:
             frame = _frame([*launcher, "watch"], folder, env)
         finally:
             subprocess.run([*launcher, "cancel", "my-run"], cwd=folder, env=env, check=True)
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), legacy_windows=False)  # noqa: SIM115
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print("$ launcher watch")
     console.print(Text.from_ansi(frame))
     to.write_text(FONT.sub("", console.export_svg(title="launcher watch")), encoding="utf-8")

@@ -297,7 +297,7 @@ def convert_command(image: str, output: str | None, purpose: str, force: bool, a
 @click.option("--driver", metavar="VERSION", help="Would it run with this NVIDIA driver, such as 580.95.05?")
 @as_json
 def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bool) -> None:
-    """Tell what is in a squashfs, whoever made it.
+    """Show what is in a squashfs image, also in one that another tool made.
 
     With --gpu or --driver also whether it would run there; exit code 3 where it would not.
 

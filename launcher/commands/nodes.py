@@ -47,7 +47,7 @@ def nodes(context: click.Context, as_json: bool) -> None:
 
 @nodes.command()
 @click.argument("hosts", nargs=-1, required=True, metavar="HOST...")
-@click.option("--reason", required=True, metavar="TEXT", help="Why, for whoever reads the list.")
+@click.option("--reason", required=True, metavar="TEXT", help="Why; the list shows it.")
 @click.option("--days", type=click.IntRange(1, 365), default=7, show_default=True, help="For how long.")
 @as_json
 def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:

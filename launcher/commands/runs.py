@@ -68,7 +68,7 @@ def list_(runs_dir: Path, as_json: bool) -> None:
                 row["run"],
                 row["state"],
                 row["job_id"],
-                f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}{' ranks' if _on_cpu(run) else ''}",
+                f"{row['nodes']} x {row['gpus_per_node']} {row['gpu']}{' ranks' if run.on_cpu else ''}",
                 row["recipe"],
                 age(row["age_s"]),
             )
@@ -106,7 +106,8 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
     row = _summary(run, state)
     waiting, progress = _why_waiting(run, state), _progress(run, state)
     failure, left_out = failure_of(run, state), remembered(run, state)
-    outcome = outcome_of(run, state, with_data_share=False)
+    # Its progress line says what a run that goes on has reached, without all of its logs being read.
+    outcome = None if state.active else outcome_of(run, state, with_data_share=False)
     completed, problems = state.name == "COMPLETED", outcome.problems if outcome else ()
     problems = tuple(problem for problem in problems if completed or problem.kind is Lack.NON_FINITE)
     if as_json:
@@ -190,8 +191,7 @@ def logs(
     if node and rank is not None:
         raise click.UsageError("either --node or --rank: a rank is on one node")
     found = runs.open_run(run, runs_dir)
-    per_node = found.asked["profile"].get("gpus_per_node")
-    known = logs_of(found.logs, node, rank, per_node if type(per_node) is int else 1)
+    known = logs_of(found.logs, node, rank, found.ranks_per_node)
     if (node or rank is not None) and not known and not follow:
         names = some(list(dict(logs_of(found.logs)))) or "none"
         raise click.UsageError(f"{found.name} has no log of {node or f'rank {rank}'}; it has: {names}")
@@ -328,10 +328,6 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
         until = f"{node.host}, until {clock(node.until)}: launcher cluster nodes"
         echo(f"  left out of what is submitted next: {until}", err=True)
     echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
-
-
-def _on_cpu(run: Run) -> bool:
-    return run.asked["profile"].get("device") == "cpu"
 
 
 def _summary(run: Run, state: JobState) -> dict[str, Any]:

@@ -47,11 +47,10 @@ class About:
 
 def about(run: Run) -> About:
     job, profile, plan = run.asked["job"], run.asked["profile"], read_json(run.path / "plan.json") or {}
-    each, on_cpu = profile.get("gpus_per_node"), profile.get("device") == "cpu"
-    where = size(run.nodes, each if type(each) is int else 0, str(profile.get("gpu", "?")), on_cpu)
+    where = size(run.nodes, run.ranks_per_node, str(profile.get("gpu", "?")), run.on_cpu)
     job_id = f", {'process' if run.is_local else 'job'} {run.job['job_id']}" if run.job else ""
     target = number if isinstance(number := plan.get("tps"), (int, float)) and number > 0 else None
-    unit, target_is = "rank" if on_cpu else "GPU", "planned" if plan.get("differs") else "published"
+    unit, target_is = "rank" if run.on_cpu else "GPU", "planned" if plan.get("differs") else "published"
     return About(run.name, f"{job.get('recipe', '?')} on {where}{job_id}", unit, target, target_is)
 
 

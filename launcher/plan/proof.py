@@ -49,7 +49,7 @@ def prove(run: PlacedRun) -> dict[str, Any]:
     try:
         facts = json.loads(done.stdout.splitlines()[-1])
         if not facts.setdefault("missing", ""):
-            lines(facts)  # whoever printed it, it has what will be said of it
+            lines(facts)  # another program's JSON lacks what is printed later, and fails here
             _refusal(facts)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"the proof did not run to its end in {python}"

@@ -56,8 +56,7 @@ def log_lines(run: Run, until_end: bool, node: str = "", rank: int | None = None
     """(node, line) of the run's logs, or of those of one node or rank; with `until_end` goes on reading until the run
     has ended.
     """
-    per_node = run.asked["profile"].get("gpus_per_node")
-    logs = partial(logs_of, run.logs, node, rank, per_node if type(per_node) is int else 1)
+    logs = partial(logs_of, run.logs, node, rank, run.ranks_per_node)
     return merged_lines(logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
 
 

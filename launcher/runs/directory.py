@@ -96,6 +96,16 @@ class Run:
         return nodes if type(nodes) is int and nodes > 0 else 0
 
     @property
+    def ranks_per_node(self) -> int:
+        """GPUs used on a node, or its processes on CPUs; 0 where the run directory does not say."""
+        ranks = self.asked["profile"].get("gpus_per_node")
+        return ranks if type(ranks) is int and ranks > 0 else 0
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.asked["profile"].get("device") == "cpu"
+
+    @property
     def intent(self) -> dict[str, Any] | None:
         found = read_json(self.path / "intent.json")
         at = (found or {}).get("at")

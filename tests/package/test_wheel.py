@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from itertools import zip_longest
@@ -49,9 +48,7 @@ def run(launcher: Path, workplace: Path, *arguments: str) -> subprocess.Complete
 def test_it_installs_with(tool: str, wheel: Path, workplace: Path) -> None:
     """Into a place of its own, from which it needs nothing else on PATH; with pip all other tests here do."""
     program, *word = tool.split()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    if (found := shutil.which(program, path=path)) is None:
-        pytest.skip(f"needs {program}: pip install {program}")
+    found = str(Path(sys.executable).with_name(program))  # both come with the extra dev
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "UV_TOOL", "PIPX_"))}
     for name in ("UV_TOOL_DIR", "UV_TOOL_BIN_DIR", "PIPX_HOME", "PIPX_BIN_DIR", "PIPX_MAN_DIR"):
         env[name] = str(workplace / name)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import ROOT
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="needs torchtitan beside this Python")
 def test_start_on_this_machine(workplace: Path) -> None:
     page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     (block,) = (block for block in re.findall(r"(?:^    .+\n)+", page, re.MULTILINE) if "--local" in block)
