@@ -105,7 +105,7 @@ def _memory(spec: RunSpec, found: Plan) -> str:
 def _limit(spec: RunSpec, found: Plan) -> str:
     if found.limit_s is None:
         return ""
-    most = f"; --time {spec.job.time} allows {spec.job.nodes * found.limit_s / 3600:.2f}"
+    most = f"; --time {spec.job.time} allows {spec.allocated * found.limit_s / 3600:.2f}"
     if found.wall_s and found.wall_s > found.limit_s:
         minutes = -(-int(found.wall_s * 1.2) // 60)
         return f"{most}: TOO SHORT, try --time {minutes // 60:02d}:{minutes % 60:02d}:00"

@@ -39,7 +39,7 @@ def node_hours(spec: PlacedRun) -> str:
     found = plan(spec)
     parts = [] if found.node_hours is None else [f"about {found.node_hours:.2f} node-hours"]
     if found.limit_s:
-        parts.append(f"at most {spec.job.nodes * found.limit_s / 3600:.2f}" + ("" if parts else " node-hours"))
+        parts.append(f"at most {spec.allocated * found.limit_s / 3600:.2f}" + ("" if parts else " node-hours"))
     return ", ".join(parts) or "without a time limit"
 
 

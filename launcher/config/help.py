@@ -14,8 +14,9 @@ SECTIONS = {
     "Run": "nodes gpu recipe steps batch_size seq_len gpus_per_node local name runs_dir settings env config",
     "Data": "data tokenizer data_part init_from",
     "Slurm": "partition time account qos reservation nodelist exclude segment constraint sbatch",
+    "Failures": "spares max_restarts continues",
     "Container": "image runtime python mount",
-    "Checks": "check force retries proved threshold max_spread baseline",
+    "Checks": "check force proved threshold max_spread baseline",
     "Output": "",  # and every option that no section names
 }
 ALL = "launcher.help_all"

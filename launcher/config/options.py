@@ -42,6 +42,7 @@ KEYS = {
     "steps": "recipe.steps",
     "mount": "job.mounts",
 }
+OPTION = {"continues": "continue"}  # names of options that Python's own words forbid
 for _without_option in ("scheduler", "mounts", "slurm_bin", "image_dir"):
     del KEYS[_without_option]
 
@@ -86,7 +87,7 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
     for name, key in KEYS.items():
         if given[name] not in (None, (), ""):
             values[key] = absolute(key, given[name], here)
-            origin[key] = f"option --{name.replace('_', '-')}"
+            origin[key] = f"option --{OPTION.get(name, name).replace('_', '-')}"
         elif given[name] == "":
             raise click.BadParameter("must not be empty", param_hint=f"--{name.replace('_', '-')}")
     if given["local"]:
@@ -253,6 +254,26 @@ OPTIONS = (
         metavar="OPTION[=VALUE]",
         help="Any other option of sbatch's for the script; repeatable. OPTION=VALUE adds or replaces its line, OPTION "
         "is a flag, OPTION= removes the line: --sbatch mem= where a site refuses --mem.",
+    ),
+    _option(
+        "--spares",
+        type=int,
+        metavar="K",
+        help="Ask for K nodes more than train. The node check takes the best; when one fails, a spare replaces it.",
+    ),
+    _option(
+        "--max-restarts",
+        type=int,
+        metavar="N",
+        help="Begin anew at most N times after a node's failure, from the last checkpoint.  "
+        "[default: 10 with --checkpoint-every, --spares or --continue, else 0]",
+    ),
+    _option(
+        "--continue",
+        "continues",
+        type=int,
+        metavar="N",
+        help="Queue the run again at most N times when its time limit ends it, from the last checkpoint.",
     ),
     _option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
     _option(

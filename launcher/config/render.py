@@ -9,9 +9,10 @@ import jinja2
 
 from launcher.base.files import data_dir
 from launcher.config import sbatch
-from launcher.config.runtime import node_command, srun_flags
-from launcher.config.spec import PlacedRun
-from launcher.scheduler.parse import compress
+from launcher.config.runtime import again_command, node_command, srun_flags
+from launcher.config.spec import PlacedRun, node_config
+from launcher.scheduler.parse import compress, seconds
+from launcher.titan.checkpoints import folder_of
 
 
 def render(spec: PlacedRun) -> str:
@@ -25,7 +26,12 @@ def render(spec: PlacedRun) -> str:
         recipe=job.recipe,
         gpu=profile.gpu,
         nodes=job.nodes,
+        allocated=spec.allocated,
         gpus_per_node=profile.gpus_per_node,
+        restarts=spec.restarts or job.continues,
+        checkpoints=str(folder_of(node_config(spec))) if spec.recipe.checkpoint_interval else "",
+        signal_s=_signal_s(spec),
+        again=again_command(spec),
         slurm_bin=job.slurm_bin,
         options=sbatch.lines(_options(spec), job.sbatch),
         env=sorted(spec.env.items()),
@@ -39,7 +45,7 @@ def _options(spec: PlacedRun) -> dict[str, str | None]:
     job, profile = spec.job, spec.profile
     return {
         "job-name": spec.job_name,
-        "nodes": str(job.nodes),
+        "nodes": str(spec.allocated),
         "ntasks-per-node": "1",
         "gres": profile.gres and f"{profile.gres}:{profile.gpus_per_node}",
         "exclusive": None,
@@ -49,10 +55,24 @@ def _options(spec: PlacedRun) -> dict[str, str | None]:
         "exclude": ",".join(filter(None, (job.exclude, compress(spec.avoid)))),
         "segment": str(spec.segment or ""),
         "export": "NIL",
-        "no-requeue": None,
+        **_endings(spec),
         "output": f"{spec.run_dir}/logs/job.log",
         "open-mode": "append",
     }
+
+
+def _endings(spec: PlacedRun) -> dict[str, str | None]:
+    """A run that begins anew outlives its nodes; Slurm queues it again only where that is so."""
+    if not (spec.restarts or spec.job.continues):
+        return {"no-requeue": None}
+    signal_s = _signal_s(spec)
+    return {"requeue": None, "no-kill": None, "signal": f"B:USR1@{signal_s}" if signal_s else ""}
+
+
+def _signal_s(spec: PlacedRun) -> int:
+    """How long before its time limit the job is told of it: to wait for one more checkpoint, and to end."""
+    limit_s = seconds(spec.job.time) or 0
+    return min(600, limit_s // 4) if spec.recipe.checkpoint_interval or spec.job.continues else 0
 
 
 @cache

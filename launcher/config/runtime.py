@@ -53,7 +53,16 @@ def srun_flags(spec: PlacedRun) -> list[str]:
 
 def node_command(spec: PlacedRun) -> list[str]:
     """The command that runs once on each node, container start included where srun does not do it."""
-    entry = [spec.job.python, f"{spec.run_dir}/job/node.py", f"{spec.run_dir}/job/node.json"]
+    return _entered(spec, [spec.job.python, f"{spec.run_dir}/job/node.py", f"{spec.run_dir}/job/node.json"])
+
+
+def again_command(spec: PlacedRun) -> list[str]:
+    """The command that decides what follows an attempt; with Pyxis it has srun's flags, as the node's has."""
+    return _entered(spec, [spec.job.python, f"{spec.run_dir}/job/again.py", spec.run_dir])
+
+
+def _entered(spec: PlacedRun, entry: list[str]) -> list[str]:
+    """`entry` in the image, where srun does not start it there."""
     if spec.job.runtime != "apptainer":
         return entry
     # A variable of the image's own environment wins over the job's unless it comes with this prefix.

@@ -21,6 +21,7 @@ from launcher.titan.recipe import CHOICES as RECIPE_CHOICES
 from launcher.titan.recipe import Recipe
 
 NODE_LISTS = ("nodelist", "exclude")
+RESTARTS = 10
 MAX_NODES = 10_000  # more than any Slurm cluster this was written for; a typing slip otherwise waits for ever
 SAMPLE = "sample"  # `data` and `tokenizer`: small ones, written into the run directory
 HUB = "hub"  # `data`: streamed from the Hugging Face Hub while training
@@ -71,6 +72,9 @@ class Job:
     image_dir: str = ""  # where an image that is not in the working directory is looked for
     python: str = "python3"  # inside the container; with "bare" on the node
     check: str = "full"  # of the nodes before training: "off", "quick" or "full"; docs/node-check.md
+    spares: int = 0  # nodes beside those that train, to replace one that fails
+    max_restarts: int = -1  # after a failure; -1: RESTARTS where the run can go on from somewhere or has spares, else 0
+    continues: int = 0  # how often it is queued again after its time limit
     slurm_bin: str = "/usr/bin"  # where sbatch was found: the job starts with an empty environment
 
 
@@ -94,6 +98,18 @@ class RunSpec:
     @property
     def gpus(self) -> int:
         return self.job.nodes * self.profile.gpus_per_node
+
+    @property
+    def allocated(self) -> int:
+        """Nodes that Slurm is asked for."""
+        return self.job.nodes + self.job.spares
+
+    @property
+    def restarts(self) -> int:
+        """How often the run begins anew after a failure."""
+        if self.job.max_restarts >= 0:
+            return self.job.max_restarts
+        return RESTARTS if self.recipe.checkpoint_interval or self.job.spares or self.job.continues else 0
 
     @property
     def data_parallel(self) -> int:
@@ -155,9 +171,10 @@ LEAST = {
     **{f"recipe.{key}_parallel": 1 for key in ("tensor", "context", "pipeline")},
     **{f"recipe.{key}": 0 for key in ("checkpoint_interval", "seed", "warmup_steps")},
     "recipe.dp_replicate": 1,
-    "job.segment": 0,
+    **{f"job.{key}": 0 for key in ("segment", "spares", "continues")},
+    "job.max_restarts": -1,
 }
-MOST = {"job.nodes": MAX_NODES, "profile.gpus_per_node": 64}
+MOST = {"job.nodes": MAX_NODES, "job.spares": MAX_NODES, "profile.gpus_per_node": 64}
 # Settings of torchtitan's that the launcher reports as the run's own: changed behind its back, a row would be false.
 OWNED = {
     "training.local_batch_size": "--batch-size N",
@@ -193,7 +210,8 @@ TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 # Variables of slurm/job.sbatch.j2, which would lose the run's record, and those that bash does not let anybody set.
 SCRIPTS_OWN = {
     *("PATH", "run_dir", "job_id", "began_at", "signal", "step", "code", "slurm", "home", "name", "problem", "end"),
-    *("hosts", "peer", "node_addr", "mark", "pid", "UID", "EUID", "PPID", "SHELLOPTS", "IFS", "ENV"),
+    *("restart", "attempt", "time_is_up", "allocated", "alive", "attempt_began", "verdict", "words", "nodelist"),
+    *("hosts", "peer", "node_addr", "mark", "pid", "node", "left", "all", "folder", "before", "UID", "EUID", "PPID", "SHELLOPTS", "IFS", "ENV"),
 }
 SLURM_WORD = r"[A-Za-z0-9_.,@+/:-]*"
 SLURM_NODES = r"[A-Za-z0-9_.,\[\]-]*"
@@ -274,8 +292,8 @@ def validate(spec: RunSpec) -> None:
             raise bad(key, why, fix)
     if not 0 < spec.recipe.lr < 100:
         raise bad("recipe.lr", "must be above 0 and below 100")
-    if spec.job.segment and spec.job.nodes % spec.job.segment:
-        raise bad("job.segment", f"does not divide {spec.job.nodes} nodes: Slurm would refuse the job", "--segment 0")
+    if spec.job.segment and spec.allocated % spec.job.segment:
+        raise bad("job.segment", f"does not divide {spec.allocated} nodes: Slurm would refuse the job", "--segment 0")
     if len(spec.run_dir) > 200:
         raise bad("job.runs_dir", *FORMS["job.runs_dir"][1:])
     for item in spec.job.sbatch:
@@ -339,6 +357,9 @@ def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
         raise refused if job.image else NoImage("image-not-named", refused.what, refused.fix)
     if job.scheduler == "local" and job.nodes != 1:
         raise bad("job.nodes", "the local scheduler has one node: this machine", "--nodes 1")
+    for key in ("spares", "continues"):
+        if job.scheduler == "local" and getattr(job, key):
+            raise bad(f"job.{key}", "this machine is not given back and has no other node", "leave it out")
     if job.scheduler == "local" and job.runtime == "pyxis":
         raise bad("job.runtime", "Pyxis is a part of Slurm", "--runtime bare, or --runtime apptainer")
     for key, mounts in (("profile.mounts", spec.profile.mounts), ("job.mounts", job.mounts)):
@@ -390,6 +411,7 @@ def tables_of(run: PlacedRun) -> dict[str, dict[str, Any]]:
             "tokenizer": run.tokenizer_path,
             "exclude": list(run.avoid),
             "segment": run.segment,
+            "restarts": run.restarts,
         },
     }
 

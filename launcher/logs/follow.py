@@ -7,24 +7,19 @@ Time and sleeping are the caller's, and no state is kept beside what one run of 
 from __future__ import annotations
 
 import contextlib
-import errno
 import heapq
 import math
-import os
-import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from launcher.base.files import unreadable
 from launcher.config.mfu import peak_of
-from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, last_bytes, line_time, parse_line, plain_text
+from launcher.logs.files import JOB_LOG, files_in, node_logs, reading
+from launcher.logs.steps import LINE_BYTES, LogReader, StepRecord, line_time, parse_line, plain_text
 
-JOB_LOG = "job.log"
-_NODE_LOG = re.compile(r"[0-9]{4,}-([\w.-]+)\.log")
 # A poll that finds more than this many new steps (attaching to a long run) skips the oldest of them.
 _CATCH_UP = 256
 _RECENT = 8
@@ -53,62 +48,6 @@ class Progress:
     memory_pct: float
     seconds_left: float | None
     records: Mapping[str, int]
-
-
-def node_logs(log_dir: Path) -> dict[str, Path]:
-    """The log of each node by its name, in the job's order; a name that occurs twice keeps its number.
-
-    Raises LauncherError when the directory cannot be read; one that doesn't exist yet has no logs.
-    """
-    found = {path: match[1] for path in _files(log_dir) if (match := _NODE_LOG.fullmatch(path.name))}
-    names = list(found.values())
-    ordered = sorted(found, key=lambda path: (int(path.name.split("-")[0]), path.name))
-    return {found[path] if names.count(found[path]) == 1 else path.stem: path for path in ordered}
-
-
-def _files(log_dir: Path) -> list[Path]:
-    """The regular files in a directory: nothing else is a log, and opening a FIFO would wait for a writer."""
-    with _reading(log_dir):
-        try:
-            with os.scandir(log_dir) as entries:
-                return [log_dir / entry.name for entry in entries if _is_file(entry)]
-        except FileNotFoundError:
-            return []
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError as error:
-        return error.errno != errno.ELOOP  # anything else is told by the attempt to open it
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns what the operating system says of `path` into an error for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def error_logs(log_dir: Path) -> list[Path]:
-    """Where the cause of a failure may stand, for `launcher.logs.steps.find_errors`.
-
-    A node's log shows one of its ranks. What the others wrote is in the files that torchrun keeps per rank.
-    """
-    with _reading(log_dir):
-        ranks = sorted(log_dir.glob("ranks/**/stderr.log"))
-    return [*node_logs(log_dir).values(), *ranks, log_dir / JOB_LOG]
-
-
-def last_lines(paths: Sequence[Path], count: int) -> tuple[Path, list[str]]:
-    """The end of the first of `paths` that holds anything, for a failure whose error is not known."""
-    for path in paths:
-        lines = [plain_text(line)[:200] for line in last_bytes(path, 8192).splitlines() if line.strip()]
-        if lines:
-            return path, lines[-count:]
-    return Path(), []
 
 
 @dataclass
@@ -158,7 +97,7 @@ class Follower:
         logs = node_logs(self._log_dir)
         for name, path in logs.items():
             node = self._nodes.setdefault(path, _Node(LogReader(path)))
-            with _reading(path):
+            with reading(path):
                 for record in node.reader.read():
                     node.count += 1
                     node.fresh.append(record)
@@ -242,7 +181,7 @@ def merged_lines(
         finished = is_finished()
         for name, path in logs_now():
             reader = readers.setdefault(path, LogReader(path))
-            with _reading(path):
+            with reading(path):
                 for line in reader.lines():
                     if not (finished or line.endswith(b"\n") or len(line) == LINE_BYTES):
                         reader.unread(len(line))  # it waits for its end
@@ -258,7 +197,7 @@ def logs_of(log_dir: Path, node: str = "", rank: int | None = None, per_node: in
     if rank is not None:
         at, local = divmod(rank, max(1, per_node))
         return [(f"rank{rank}", path) for path in sorted(log_dir.glob(f"ranks/{at:04}-*/*/*/{local}/std*.log"))]
-    job = [("job", path) for path in _files(log_dir) if path.name == JOB_LOG]
+    job = [("job", path) for path in files_in(log_dir) if path.name == JOB_LOG]
     found = job + list(node_logs(log_dir).items())
     return [(name, path) for name, path in found if not node or name == node]
 
@@ -285,7 +224,7 @@ def _lines_of(path: Path, at_once: int) -> Iterator[bytes]:
     while True:
         held: list[bytes] = []
         seen = 0
-        with _reading(path), contextlib.closing(reader.lines()) as pieces:
+        with reading(path), contextlib.closing(reader.lines()) as pieces:
             for piece in pieces:
                 if is_new:
                     held.append(piece)

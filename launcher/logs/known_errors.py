@@ -12,8 +12,8 @@ from typing import Any
 
 from launcher.base.errors import quoted
 from launcher.base.secret import masked
+from launcher.logs.files import error_logs, last_lines
 from launcher.logs.first_error import FailedRank, begins_with_exception, find_errors, fixed_texts, is_stop
-from launcher.logs.follow import error_logs, last_lines
 from launcher.logs.steps import open_log, parse_line, plain_text
 
 HEAD_BYTES = 1 << 16  # of each log: what starts a container is said at the beginning
@@ -34,6 +34,8 @@ class Known:
     fix: str
     pattern: str = ""
     fault: str = ""
+    again: bool = False
+    node: bool = False
     ended: Sequence[Mapping[str, Any]] = ()
     example: Sequence[str] = ()
     cases: Sequence[Mapping[str, str]] = ()
@@ -92,6 +94,7 @@ class Failure:
     rank: FailedRank | None = None  # that failed first, as torchrun saw it
     completed: bool = False  # training had reached its last step
     fault: str = ""  # "run": what was asked for caused it
+    host: str = ""  # where it happened, as Slurm writes one or more nodes; "" where the logs do not tell
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -279,7 +282,7 @@ def _failure(
     fix = fix.replace("srun -N1 ", names["srun"] + on_node)
     fix = fix.format(**(names | safe | {"node": quoted(node or "NODE")}))
     cause = (cause or known.cause).format(**groups, node=where, who=who)
-    return Failure(known.code, cause, fix, path, lines, is_error, fault=known.fault)
+    return Failure(known.code, cause, fix, path, lines, is_error, fault=known.fault, host=node)
 
 
 def _who(rank: FailedRank) -> str:

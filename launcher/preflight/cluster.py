@@ -113,7 +113,7 @@ def time_limit(place: Place) -> Finding | None:
 
 
 def nodes_per_job(place: Place) -> Finding | None:
-    asked, most = place.spec.job.nodes, _most_allowed([partition.max_nodes for partition in place.partitions])
+    asked, most = place.spec.allocated, _most_allowed([partition.max_nodes for partition in place.partitions])
     least = min((partition.min_nodes for partition in place.partitions), default=0)
     if most is not None and asked > most:
         return error("job-too-large", f"--nodes {most}", asked=asked, place=place.name, limit=most)
@@ -136,8 +136,8 @@ def nodes_listed(place: Place) -> Finding | None:
             facts: dict[str, Fact] = {"option": option, "given": given, "known": tuple(sorted(known))}
             return error("node-unknown", "sinfo -N -h -o %N", unknown=unknown, **facts)
     count = len(set(wanted))
-    if count > job.nodes:
-        return impossible("nodelist-too-long", f"--nodes {count}", count=count, asked=job.nodes)
+    if count > (asked := place.spec.allocated):
+        return impossible("nodelist-too-long", f"--nodes {count - job.spares}", count=count, asked=asked)
     if out := [node for node in place.out if node.name in wanted]:
         return warning("nodelist-out", "leave them out of --nodelist", nodes=in_words(out))
     return None
@@ -163,15 +163,17 @@ def gpus(place: Place) -> Finding | None:
 
 
 def node_count(place: Place) -> Finding | None:
-    job, left_out = place.spec.job, _left_out(place.spec)
+    asked, left_out = place.spec.allocated, _left_out(place.spec)
     if place.nodes and not place.fitting:
         return None  # `gpus` says why
     there, in_service, free = (place.most(nodes) for nodes in (place.fitting, place.in_service, place.free))
-    facts: dict[str, Fact] = {"asked": job.nodes, "place": place.name, "there": there}
-    if job.nodes <= there:  # `out_of_service` warns where they are not in service
-        busy = "nodes-busy" if free < job.nodes <= in_service else "nodes"
+    facts: dict[str, Fact] = {"asked": asked, "place": place.name, "there": there}
+    if asked <= there:  # `out_of_service` warns where they are not in service
+        busy = "nodes-busy" if free < asked <= in_service else "nodes"
         return ok(busy, in_service=in_service, free=free, **facts)
-    fix = f"--nodes {there}, or another --partition" if there else ANOTHER
+    nodes = place.spec.job.nodes
+    smaller = f"--spares {there - nodes}" if there >= nodes else f"--nodes {there}"
+    fix = f"{smaller}, or another --partition" if there else ANOTHER
     if place.spec.avoid:
         fix += f", or launcher cluster nodes release {quoted(place.spec.avoid[0])}"
     gres = place.spec.profile.gres if len(place.fitting) < len(place.nodes) else ""
@@ -188,7 +190,7 @@ def _left_out(spec: PlacedRun) -> str:
 
 
 def out_of_service(place: Place) -> Finding | None:
-    out, asked = place.out, place.spec.job.nodes
+    out, asked = place.out, place.spec.allocated
     if not out:
         return None
     left = place.most(place.in_service)

@@ -188,7 +188,7 @@ def with_segment(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
     blocks, facts = blocks_of(place), place.facts
     if facts.lacks(*NEEDED) or not (facts.segment and blocks and wants_segment(spec)):
         return replace(spec, segment=0)
-    return replace(spec, segment=best_segment(spec.job.nodes, blocks, {node.name for node in place.out}))
+    return replace(spec, segment=best_segment(spec.allocated, blocks, {node.name for node in place.out}))
 
 
 # --- what is found ------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def with_segment(spec: PlacedRun, facts: ClusterFacts) -> PlacedRun:
 
 def segment(place: Place) -> Finding | None:
     """What becomes of the run's --segment, chosen or the user's own."""
-    facts, wanted, nodes = place.facts, place.spec.segment, place.spec.job.nodes
+    facts, wanted, nodes = place.facts, place.spec.segment, place.spec.allocated
     if not wanted:
         return None
     if not facts.segment:
@@ -223,7 +223,7 @@ def segment(place: Place) -> Finding | None:
 
 def racks(place: Place) -> Finding | None:
     """NVLink goes from node to node within a rack, and Slurm cannot be told to stay in one."""
-    spec, facts, nodes = place.spec, place.facts, place.spec.job.nodes
+    spec, facts, nodes = place.spec, place.facts, place.spec.allocated
     if spec.segment or (facts.blocks and facts.segment) or not wants_segment(spec):
         return None
     known, topology = of_gpu(spec.profile.gpu), facts.topology or "not known"
@@ -239,7 +239,7 @@ def blocks(place: Place) -> Finding | None:
     all_blocks = place.facts.blocks
     inside = {name for block in all_blocks for name in block.nodes}
     placeable = [node for node in place.fitting if node.name in inside]
-    if not all_blocks or len(placeable) == len(place.fitting) or place.most(placeable) >= place.spec.job.nodes:
+    if not all_blocks or len(placeable) == len(place.fitting) or place.most(placeable) >= place.spec.allocated:
         return None
     lost = tuple(node.name for node in place.fitting if node.name not in inside)
     empty = tuple(block.name for block in all_blocks if not block.nodes)

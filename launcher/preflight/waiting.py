@@ -78,7 +78,7 @@ def explain(
         lines += _nodes(place)
     lines.append(_estimate(start, now))
     if place and fewer_nodes_help:
-        free, asked = place.most(place.free), place.spec.job.nodes
+        free, asked = place.most(place.free), place.spec.allocated
         if free < asked and (count := fewer(place.spec, free)):
             lines.append(f"sooner: --nodes {count}: {counted(free, 'node')} free now")
     return lines
@@ -90,11 +90,11 @@ def _nodes(place: Place) -> list[str]:
     groups = ("free", "in use", "out of service", "reserved", "other")
     parts = ", ".join(f"{count[group]} {group}" for group in groups if count[group])
     kind = f" with {profile.gres}:{profile.gpus_per_node}" if len(place.fitting) < len(place.nodes) else ""
-    asked = counted(place.spec.job.nodes, "node")
+    asked = counted(place.spec.allocated, "node")
     lines = [f"{asked} asked; {place.name} has {len(place.fitting)}{kind}: {parts or 'none'}"]
     if out := [node for node in place.fitting if node.states & OUT]:
         lines.append(f"out of service: {some(in_words(out))}")
-    nodes, segment = place.spec.job.nodes, place.spec.segment
+    nodes, segment = place.spec.allocated, place.spec.segment
     if segment > 1 and place.facts.segment and nodes % segment == 0:
         found = describe(nodes, segment, blocks_of(place), {node.name for node in place.free})
         lines.append(words(ok("segment", **found.facts)).what)

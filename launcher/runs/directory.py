@@ -42,6 +42,7 @@ from launcher.config.render import render
 from launcher.config.spec import S3, PlacedRun, node_config
 from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.config.write import run_toml
+from launcher.runs.again import TRAVELS
 
 LOCK = "submit.lock"
 SECRETS = "secret.env"  # until the job has read it, or can never start
@@ -242,6 +243,12 @@ def _fill(directory: Path, spec: PlacedRun, now_s: float) -> None:
     for folder, names in ((data_dir("slurm"), ("node.py", "check/*.py")), (PACKAGE, ("titan/*.py",))):
         for source in (path for name in names for path in folder.glob(name)):
             target = job / source.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    if spec.restarts or spec.job.continues:
+        shutil.copyfile(data_dir("slurm") / "again.py", job / "again.py")
+        for source in (path for name in TRAVELS for path in PACKAGE.glob(name)):
+            target = job / "launcher" / source.relative_to(PACKAGE)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     if spec.job.data.startswith(S3):

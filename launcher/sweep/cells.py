@@ -38,6 +38,7 @@ AXES = {"job.recipe": "--recipe", "recipe.local_batch_size": "--batch-size", "jo
 # Where and for how long a run waits and goes on, not what it measures: another choice makes no other cell.
 WHERE = {"job.name", "job.runs_dir", "job.slurm_bin", "job.time", "job.account", "job.qos", "job.reservation"}
 WHERE |= {"job.image_dir", "job.nodelist", "job.exclude", "job.segment", "job.check"}
+WHERE |= {"job.spares", "job.max_restarts", "job.continues"}
 # At their defaults these leave a sweep the name that it had before there were any: what came after version 0.1.
 NEWER = {"job.constraint", "job.sbatch", "recipe.async_tensor_parallel", "recipe.like_for_like"}
 
@@ -96,7 +97,7 @@ class Cell:
                 if not (self.is_going and run is self.runs[-1]):
                     return None
                 ended = now_s
-            total += self.spec.job.nodes * max(ended - began, 0) / 3600
+            total += self.spec.allocated * max(ended - began, 0) / 3600
         return total
 
 

@@ -35,7 +35,7 @@ def plan_row(cell: Cell, spec: RunSpec | None) -> Row:
     expected = prediction(spec) if spec else {}
     return _row(cell, spec.job.name if spec else cell.runs[-1].name, cell.state.name if cell.state else None) | {
         "submit": spec is not None,
-        "limit_node_hours": cell.spec.job.nodes * limit_s / 3600 if limit_s else None,
+        "limit_node_hours": cell.spec.allocated * limit_s / 3600 if limit_s else None,
         "expected_node_hours": expected.get("node_hours"),
         "memory": expected.get("verdict", ""),
     }

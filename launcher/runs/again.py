@@ -1,0 +1,284 @@
+"""What follows an attempt of a run: its cause, whether there is another one, and on which nodes.
+
+The root of a run directory holds the last attempt; those before it lie in attempts/1, attempts/2, ... This module
+travels with the run: the job script asks it (slurm/restarts.sh.j2) on the job's first node, so it needs nothing but the
+standard library and what `TRAVELS` names. `launcher resume` uses it, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.base.errors import LauncherError
+from launcher.base.files import read_json, write_json
+from launcher.logs.files import JOB_LOG, node_logs
+from launcher.logs.known_errors import Ended, explain, known_errors
+from launcher.logs.steps import LogReader
+from launcher.nodes.judged import judge
+from launcher.scheduler.parse import expand
+from launcher.titan import checkpoints
+
+# What of the package is copied beside the job for it.
+TRAVELS = ("__init__.py", "base/*.py", "logs/*.py", "logs/*.toml", "nodes/__init__.py", "nodes/judged.py")
+TRAVELS += ("runs/__init__.py", "runs/again.py", "scheduler/*.py", "titan/*.py")
+WITHOUT_PROGRESS = 3  # attempts in a row without a new checkpoint, after which the run stops
+UNFIT, QUEUED, TIME = "node-unfit", "requeued", "time-limit"  # causes that are treated in their own way
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What was asked for: nodes that train, how often to begin anew after a failure, and after a time limit."""
+
+    nodes: int
+    restarts: int
+    continues: int
+    is_local: bool = False
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended. `known`: whether its cause is one after which another attempt makes sense."""
+
+    cause: str  # a code of known_errors.toml, QUEUED, TIME; "" where none is known
+    makes_sense: bool
+    step: int  # the last complete checkpoint's; 0: none
+    culprits: tuple[str, ...] = ()  # nodes that are left out from now on
+    alive: tuple[str, ...] = ()  # nodes of the allocation that answer
+
+
+@dataclass(frozen=True)
+class Next:
+    """`word`: "again" in this job on `hosts`, "requeue" without `hosts`, or "stop" because of `why_not`."""
+
+    word: str
+    hosts: tuple[str, ...] = ()
+    why_not: str = ""
+
+
+def decide(now: Ending, past: Sequence[Mapping[str, Any]], limits: Limits) -> Next:
+    """What follows. `past`: the attempt.json of this job's earlier attempts, oldest first."""
+    causes = [str(one.get("cause", "")) for one in past]
+    if now.cause == TIME:
+        if causes.count(TIME) >= limits.continues:
+            return Next("stop", why_not="cause")
+    elif not (now.makes_sense or now.culprits):
+        return Next("stop", why_not="cause")
+    elif sum(cause != TIME for cause in causes) >= limits.restarts:
+        return Next("stop", why_not="max-restarts")
+    if _without_progress(now, past) >= WITHOUT_PROGRESS:
+        return Next("stop", why_not="no-progress")
+    bad = {*now.culprits, *(host for one in past for host in _texts(one.get("culprits")))}
+    if now.cause == TIME:
+        return Next("requeue", tuple(sorted(bad)))
+    left = tuple(host for host in now.alive if host not in bad)
+    if len(left) >= limits.nodes:
+        return Next("again", left)
+    return Next("stop", why_not="too-few-nodes") if limits.is_local else Next("requeue", tuple(sorted(bad)))
+
+
+def _without_progress(now: Ending, past: Sequence[Mapping[str, Any]]) -> int:
+    """How many attempts in a row, this one included, trained and left no new checkpoint behind."""
+    ends = [*((str(one.get("cause", "")), _count(one.get("step"))) for one in past), (now.cause, now.step)]
+    before = [0, *(step for _, step in ends[:-1])]
+    found = 0
+    for (cause, step), start in reversed(list(zip(ends, before, strict=True))):
+        if step > start:
+            break
+        found += cause not in (UNFIT, QUEUED)
+    return found
+
+
+# --- the run directory --------------------------------------------------------------------------------------
+
+
+def past_attempts(run_dir: Path) -> list[Path]:
+    """The directories of the attempts before the one in the root, oldest first."""
+    with suppress(OSError):
+        names = [entry.name for entry in os.scandir(run_dir / "attempts") if entry.name.isdecimal()]
+        return [run_dir / "attempts" / name for name in sorted(names, key=int)]
+    return []
+
+
+def archive(run_dir: Path, more: Sequence[str] = ()) -> None:
+    """Moves the root's attempt to attempts/N, with the files that are named. A move that was cut off goes on."""
+    number = len(past_attempts(run_dir)) + 1
+    half = run_dir / "attempts" / f".{number}"
+    (half / "logs").mkdir(parents=True, exist_ok=True)
+    for name in ("nodes", "attempt.json", *more):
+        if os.path.lexists(run_dir / name):
+            os.rename(run_dir / name, half / name)
+    for entry in sorted(os.scandir(run_dir / "logs"), key=lambda entry: entry.name):
+        if entry.name != JOB_LOG:
+            os.rename(entry.path, half / "logs" / entry.name)
+    with suppress(FileNotFoundError), open(run_dir / "logs" / JOB_LOG, "r+b") as log:
+        with open(half / "logs" / JOB_LOG, "ab") as copy:
+            shutil.copyfileobj(log, copy)
+        log.truncate(0)  # Slurm holds it open and appends
+    os.rename(half, run_dir / "attempts" / str(number))
+
+
+def _leaves(run_dir: Path) -> bool:
+    """Whether the root holds anything of an attempt."""
+    return any(os.path.lexists(run_dir / name) for name in ("nodes", "attempt.json")) or bool(_logs(run_dir))
+
+
+def _logs(run_dir: Path) -> list[Path]:
+    try:
+        return list(node_logs(run_dir / "logs").values())
+    except LauncherError:
+        return []
+
+
+def checkpoint_step(run_dir: Path, node: Mapping[str, Any]) -> int:
+    """The last complete checkpoint's step; 0 where there is none."""
+    complete, _ = checkpoints.look(checkpoints.folder_of(dict(node)))
+    return complete[-1] if complete else 0
+
+
+# --- the cause ----------------------------------------------------------------------------------------------
+
+
+def cause_of(run_dir: Path, code: int, lost: Sequence[str], nodes: int) -> tuple[str, bool, list[str]]:
+    """Cause, whether another attempt makes sense after it, and the nodes to leave out."""
+    records = [record for file in sorted((run_dir / "nodes").glob("[0-9]*-*.json")) if (record := read_json(file))]
+    unfit = judge(records, read_json(run_dir / "nodes" / "check.json"), nodes)
+    culprits = [one.host for one in unfit if one.own]
+    trained = any(next(LogReader(path).read(), None) for path in _logs(run_dir))
+    if unfit and not trained and not lost:
+        return UNFIT, bool(culprits), culprits
+    failure = explain(run_dir / "logs", Ended("FAILED", exit=code), "RUN", run_dir)
+    known = next((one for one in known_errors() if one.code == failure.code), None)
+    if known and known.node:
+        with suppress(ValueError):
+            culprits += expand(failure.host)
+    # A rank that ended without a word was ended from outside: torchrun and srun tell no more than that.
+    makes_sense = known.again if known else not failure.is_error
+    if lost and not (known and known.fault):
+        return (failure.code if makes_sense else "") or "node-failure", True, [*culprits, *lost]
+    return failure.code, makes_sense, culprits
+
+
+# --- what the job script asks -------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`begin`: prints the number of the attempt that begins. `end`: prints what follows the one that has ended, as
+    "again HOST...", "requeue HOST,..." or "stop". `refused`: Slurm did not queue the job again.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("what", choices=("begin", "end", "refused"))
+    for name in ("attempt", "began", "code"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    for name in ("job", "allocated", "alive", "started"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--time-is-up", action="store_true")
+    asked = parser.parse_args(arguments)
+    run_dir: Path = asked.run_dir
+    if asked.what == "refused":
+        write_json(run_dir / "attempt.json", {**(read_json(run_dir / "attempt.json") or {}), **REFUSED})
+        return 0
+    node = read_json(run_dir / "job" / "node.json") or {}
+    limits = limits_of(node)
+    past = [record for path in past_attempts(run_dir) if (record := read_json(path / "attempt.json"))]
+    past = [record for record in past if record.get("job_id") == asked.job]
+    if asked.what == "begin":
+        return _begin(run_dir, node, past, limits, asked)
+    lost = sorted({*asked.allocated.split()} - {*asked.alive.split()})
+    if asked.time_is_up:
+        cause, makes_sense, culprits = TIME, True, lost
+    else:
+        cause, makes_sense, culprits = cause_of(run_dir, asked.code, lost, len(asked.started.split()))
+    step = checkpoint_step(run_dir, node)
+    ending = Ending(cause, makes_sense, step, tuple(dict.fromkeys(culprits)), tuple(asked.alive.split()))
+    following = decide(ending, past, limits)
+    record = _record(ending, following, asked.attempt, asked.job, asked.started.split(), asked.began, asked.code)
+    write_json(run_dir / "attempt.json", record)
+    _say(record)
+    if following.word == "again":
+        archive(run_dir)
+    print(following.word, (" " if following.word == "again" else ",").join(following.hosts))
+    return 0
+
+
+REFUSED = {"again": False, "why_not": "requeue-refused"}
+
+
+def limits_of(node: Mapping[str, Any]) -> Limits:
+    """From job/node.json."""
+    job = node.get("job", {})
+    placed = node.get("placed", {})
+    return Limits(_count(job.get("nodes")), _count(placed.get("restarts")), _count(job.get("continues")),
+                  job.get("scheduler") == "local")
+
+
+def _begin(run_dir: Path, node: Mapping[str, Any], past: list[dict[str, Any]], limits: Limits, asked: Any) -> int:
+    """Puts an attempt away that Slurm cut off, or that this job queued itself again after."""
+    if _leaves(run_dir):
+        record = read_json(run_dir / "attempt.json")
+        if record is None or record.get("again") is not True:
+            ending = Ending(QUEUED, True, checkpoint_step(run_dir, node))
+            hosts = [name for log in _logs(run_dir) if (name := log.stem.partition("-")[2])]
+            number = len(past_attempts(run_dir)) + 1
+            following = decide(ending, past, limits)
+            if following.word == "requeue":  # that no node is known to be alive is no reason
+                following = Next("again")
+            record = _record(ending, following, number, asked.job, hosts, _began(run_dir, asked.began), 0)
+            write_json(run_dir / "attempt.json", record)
+            _say(record)
+            if following.word == "stop":
+                return 1
+        archive(run_dir)
+    print(len(past_attempts(run_dir)) + 1)
+    return 0
+
+
+def _began(run_dir: Path, at_most: int) -> int:
+    times = [int(path.stat().st_mtime) for path in (run_dir / "nodes").glob("*.json")]
+    return min([at_most, *times])
+
+
+def _record(
+    ending: Ending, following: Next, number: int, job: str, hosts: Sequence[str], began: int, code: int
+) -> dict[str, Any]:
+    """The content of attempt.json."""
+    return {
+        "schema": 1,
+        "attempt": number,
+        "job_id": job,
+        "hosts": list(hosts),
+        "began_at": began,
+        "ended_at": int(time.time()),
+        "exit_code": code,
+        "cause": ending.cause,
+        "culprits": list(ending.culprits),
+        "step": ending.step,
+        "again": following.word != "stop",
+        "why_not": following.why_not,
+    }
+
+
+def _say(record: Mapping[str, Any]) -> None:
+    """For job.log; stdout is the job script's."""
+    without = f" without {', '.join(record['culprits'])}" if record["culprits"] else ""
+    where = f"from step {record['step']}" if record["step"] else "from the beginning"
+    then = f"again {where}{without}" if record["again"] else f"no further attempt ({record['why_not']})"
+    cause = record["cause"] or "for no known reason"
+    print(f"launcher: attempt {record['attempt']} ended: {cause}; {then}", file=sys.stderr)
+
+
+def _texts(value: object) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int and 0 <= value < 10**9 else 0
