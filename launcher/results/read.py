@@ -66,6 +66,8 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     if found.last is None and state.active:
         return None
     records = _node_records(run.path / "nodes", unreadable)
+    if chosen := set(run.chosen):  # the others did not train: nothing about the result is theirs
+        records = {host: record for host, record in records.items() if host in chosen}
     gpus, last = nodes * gpus_per_node, found.last
     gpu = words(settings, "profile.gpu", "?")
     problems = [

@@ -91,7 +91,7 @@ class Watcher:
         records = self._run.node_records
         marks = [mark for path in (self._run.path / "nodes").glob("*.doing") if (mark := read_json(path))]
         started = [moment for one in (*records, *marks) if (moment := _number(one, "time"))]
-        fit = [record for record in records if record.get("ok") is True]
+        fit = [record for record in records if record.get("ok") is True and not record.get("spare")]
         phase = Phase.STARTING
         if self._nodes and len(started) >= self._nodes:
             phase = Phase.CHECKING
