@@ -34,6 +34,7 @@ COMMANDS = {
     "preflight": ("preflight:preflight", "Check what can be known before a run queues."),
     "render": ("submit:render", "Print the job script, and nothing else."),
     "report": ("report:report", "Write runs as one HTML page, and its charts."),
+    "resume": ("submit:resume", "Go on with a run that has ended, from its last checkpoint."),
     "results": ("results:results", "Print results as the published table has them."),
     "stage": ("stage:stage", "Download data, tokenizer, weights and images, and verify them."),
     "status": ("runs:status", "Show the state of runs (default: the newest), and why."),

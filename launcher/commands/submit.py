@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,9 +13,10 @@ from launcher.base.output import as_json, confirm, echo, echo_file, is_terminal,
 from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
 from launcher.config import resolve
 from launcher.config.help import RunCommand
-from launcher.config.options import RunOptions, run_options
+from launcher.config.options import RunOptions, run_argument, run_options, runs_dir_option
 from launcher.config.render import render as render_script
 from launcher.config.spec import PlacedRun, node_config
+from launcher.runs import directory as runs
 from launcher.stage.view import describe
 from launcher.titan.command import preview
 
@@ -27,13 +30,7 @@ from launcher.titan.command import preview
 @click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
 @click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start; do not ask.")
-@click.option(
-    "--retry-bad-nodes",
-    "retries",
-    type=click.IntRange(1, 9),
-    metavar="N",
-    help="Follow the run; where nodes fail their check, submit it again without them, at most N times.",
-)
+@click.option("--retry-bad-nodes", "retries", type=click.IntRange(1, 9), hidden=True, help="--max-restarts --follow")
 @as_json
 def submit(
     options: RunOptions,
@@ -53,13 +50,14 @@ def submit(
     \b
     launcher submit --image titan.sqsh --nodes 9
     launcher submit --image titan.sqsh --nodes 2 --gpu h200 --recipe llama3-8b-fast --follow
-    launcher submit --image titan.sqsh --nodes 9 --retry-bad-nodes 2
+    launcher submit --image titan.sqsh --nodes 9 --spares 1 --checkpoint-every 100
     launcher submit --local --recipe debug
     launcher submit runs/my-run/run.toml --name my-run-again
     """
+    if retries:
+        values = {"job.max_restarts": retries, **options.values}
+        options = replace(options, values=values, origin={"job.max_restarts": "option", **options.origin})
     asked = spec_of(options)
-    if retries and (dry_run or asked.job.scheduler == "local"):
-        raise click.UsageError(f"--retry-bad-nodes: not with {'--dry-run' if dry_run else '--local'}")
     secrets = secrets_of(asked, options)
     run, findings = looked_at(asked, force, ask_slurm=not dry_run)
     tell(findings, force)
@@ -78,9 +76,7 @@ def submit(
         confirm(f"Submit {describe_run(run)} ({starting.node_hours(run)})?")
 
     made = starting.start(run, secrets, as_json)
-    if retries:
-        starting.start_with_retries(asked, made, secrets, retries, force, as_json)
-    elif follow:
+    if follow or retries:
         follow_run(made, as_json)
 
 
@@ -98,6 +94,57 @@ def render(options: RunOptions, as_json: bool) -> None:
         print_json({"script": script})
     else:
         echo_file(script)
+
+
+@click.command()
+@run_argument(required=True)
+@runs_dir_option
+@click.option("--steps", type=int, help="Train to this step.  [default: as before]")
+@click.option("--time", "-t", help="Slurm time limit.  [default: as before]")
+@click.option("--exclude", "-x", help="Never run on these nodes.  [default: as before]")
+@click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
+@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start.")
+@as_json
+def resume(
+    run: str,
+    runs_dir: Path,
+    steps: int | None,
+    time: str | None,
+    exclude: str | None,
+    follow: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Go on with a run that has ended, from its last complete checkpoint.
+
+    It keeps its name, directory, settings and data position; the new job is its next attempt. Nodes that failed their
+    check are left out. Without a checkpoint it begins at step 1 again.
+
+    \b
+    launcher resume my-run
+    launcher resume my-run --steps 2000 --time 2-00:00:00
+    """
+    # Here, so that a dry run of `submit` answers in half the time.
+    from launcher.commands import start as starting
+    from launcher.commands.runs import follow_run
+    from launcher.runs.resume import check_resumable
+
+    found = runs.open_run(run, runs_dir)
+    given = {"recipe.steps": steps, "job.time": time, "job.exclude": exclude}
+    values = {key: value for key, value in given.items() if value is not None}
+    origin = {key: f"option --{key.partition('.')[2]}" for key in values}
+    options = RunOptions(values, origin, (), {}, None, found.path / "run.toml")
+    asked = spec_of(options)
+    step = check_resumable(found, asked)
+    secrets = secrets_of(asked, options)
+    spec, findings = looked_at(asked, force)
+    tell(findings, force)
+    with starting.resumed(found, spec, secrets) as (_, job_id):
+        starting.say_started(found, spec, job_id, as_json)
+    if not as_json:
+        echo(f"  from step:  {step}" if step else "  from the beginning: it has no complete checkpoint")
+    if follow:
+        follow_run(found, as_json)
 
 
 def _proof(spec: PlacedRun) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.finding import Finding
 from launcher.base.output import as_json, confirm, counted, echo, is_terminal, print_json, terminal_width
 from launcher.commands.asked import looked_at, secrets_of, tell
-from launcher.commands.start import submitted
+from launcher.commands.start import resumed, submitted
 from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 from launcher.config.sbatch import split
@@ -45,7 +45,7 @@ def _items(_context: click.Context, parameter: click.Parameter, value: str | Non
 @run_options
 @click.option("--dry-run", is_flag=True, help="Print the matrix with its node-hours; write and submit nothing.")
 @click.option("--parallel", is_flag=True, help="Let Slurm run cells side by side, as nodes are free.")
-@click.option("--retry", is_flag=True, help="Submit cells without a result again, under the same name with -2, -3 ...")
+@click.option("--retry", is_flag=True, help="Go on with cells that ended without a result, as `launcher resume` does.")
 @click.option("--follow", "-f", is_flag=True, help="Wait for all of them, then print the table; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
 @click.option("--force", is_flag=True, help="Submit although a check says that a cell will wait for ever.")
@@ -154,7 +154,10 @@ def _submit(
         for cell, spec in ready:
             if cell.is_cut_off:
                 control.cancel(cell.runs[-1])  # takes its claim: should Slurm have it, it stops at once
-            with submitted(spec, secrets, last) as (run, job_id):
+            starts = submitted(spec, secrets, last)
+            if cell.resumes:
+                starts = resumed(cell.resumes, spec, secrets, last)
+            with starts as (run, job_id):
                 echo(f"{run.name}: {kind} {job_id}" + (f", after job {last}" if last else ""), err=as_json)
                 last, left = job_id if in_order else "", left - 1
             if is_local:

@@ -22,10 +22,10 @@ from launcher.base.values import parse_json
 from launcher.config.spec import PlacedRun
 from launcher.config.user_file import default_path
 from launcher.nodes import unfit
-from launcher.nodes.judged import writable
 from launcher.runs import control
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
+from launcher.runs.judged import writable
 from launcher.scheduler import slurm
 from launcher.scheduler.facts import ClusterFacts
 from launcher.scheduler.parse import compress, expand

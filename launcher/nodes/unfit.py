@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from launcher.base.errors import quoted
 from launcher.logs.known_errors import Failure
-from launcher.nodes.judged import Unfit, judge, text_of
 from launcher.runs.directory import Run
+from launcher.runs.judged import Unfit, judge, text_of
 
 SHOWN = 12  # lines of a message
 

@@ -178,7 +178,7 @@ def node_count(place: Place) -> Finding | None:
         fix += f", or launcher cluster nodes release {quoted(place.spec.avoid[0])}"
     gres = place.spec.profile.gres if len(place.fitting) < len(place.nodes) else ""
     facts |= {"gres": gres and f"{gres}:{place.spec.profile.gpus_per_node}", "left_out": left_out}
-    may_come = place.grows or not place.facts.nodes_of(job.partition)
+    may_come = place.grows or not place.facts.nodes_of(place.spec.job.partition)
     return warning("nodes-not-yet", fix, **facts) if may_come else error("nodes-too-few", fix, **facts)
 
 

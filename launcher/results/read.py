@@ -20,7 +20,7 @@ from launcher.base.output import counted, some
 from launcher.config.hardware import hardware
 from launcher.config.mfu import peak_of
 from launcher.image.squashfs_file import known, superblock
-from launcher.logs.follow import node_logs
+from launcher.logs.files import node_logs
 from launcher.logs.steps import LogReader, StepRecord
 from launcher.results import measure
 from launcher.results.outcome import (

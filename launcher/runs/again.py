@@ -23,14 +23,17 @@ from launcher.base.files import read_json, write_json
 from launcher.logs.files import JOB_LOG, node_logs
 from launcher.logs.known_errors import Ended, explain, known_errors
 from launcher.logs.steps import LogReader
-from launcher.nodes.judged import judge
+from launcher.runs.judged import judge
 from launcher.scheduler.parse import expand
 from launcher.titan import checkpoints
 
 # What of the package is copied beside the job for it.
-TRAVELS = ("__init__.py", "base/*.py", "logs/*.py", "logs/*.toml", "nodes/__init__.py", "nodes/judged.py")
-TRAVELS += ("runs/__init__.py", "runs/again.py", "scheduler/*.py", "titan/*.py")
+TRAVELS = (
+    *("__init__.py", "base/*.py", "logs/*.py", "logs/*.toml", "scheduler/*.py", "titan/*.py"),
+    *("runs/__init__.py", "runs/again.py", "runs/judged.py"),
+)
 WITHOUT_PROGRESS = 3  # attempts in a row without a new checkpoint, after which the run stops
+LOST = "node-failure"
 UNFIT, QUEUED, TIME = "node-unfit", "requeued", "time-limit"  # causes that are treated in their own way
 
 
@@ -147,14 +150,24 @@ def checkpoint_step(run_dir: Path, node: Mapping[str, Any]) -> int:
 # --- the cause ----------------------------------------------------------------------------------------------
 
 
-def cause_of(run_dir: Path, code: int, lost: Sequence[str], nodes: int) -> tuple[str, bool, list[str]]:
-    """Cause, whether another attempt makes sense after it, and the nodes to leave out."""
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt ended, whether another makes sense after it, without which nodes, and whether all was done."""
+
+    code: str
+    makes_sense: bool
+    culprits: Sequence[str]
+    completed: bool = False
+
+
+def cause_of(run_dir: Path, code: int, lost: Sequence[str], nodes: int) -> Cause:
+    """From the logs and records in the root, and the nodes that do not answer any more."""
     records = [record for file in sorted((run_dir / "nodes").glob("[0-9]*-*.json")) if (record := read_json(file))]
     unfit = judge(records, read_json(run_dir / "nodes" / "check.json"), nodes)
     culprits = [one.host for one in unfit if one.own]
     trained = any(next(LogReader(path).read(), None) for path in _logs(run_dir))
     if unfit and not trained and not lost:
-        return UNFIT, bool(culprits), culprits
+        return Cause(UNFIT, bool(culprits), culprits)
     failure = explain(run_dir / "logs", Ended("FAILED", exit=code), "RUN", run_dir)
     known = next((one for one in known_errors() if one.code == failure.code), None)
     if known and known.node:
@@ -163,16 +176,18 @@ def cause_of(run_dir: Path, code: int, lost: Sequence[str], nodes: int) -> tuple
     # A rank that ended without a word was ended from outside: torchrun and srun tell no more than that.
     makes_sense = known.again if known else not failure.is_error
     if lost and not (known and known.fault):
-        return (failure.code if makes_sense else "") or "node-failure", True, [*culprits, *lost]
-    return failure.code, makes_sense, culprits
+        return Cause((failure.code if makes_sense else "") or LOST, True, [*culprits, *lost], failure.completed)
+    return Cause(failure.code, makes_sense, culprits, failure.completed)
 
 
 # --- what the job script asks -------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`begin`: prints the number of the attempt that begins. `end`: prints what follows the one that has ended, as
-    "again HOST...", "requeue HOST,..." or "stop". `refused`: Slurm did not queue the job again.
+    """`begin`: prints the number of the attempt that begins. `refused`: Slurm did not queue the job again.
+
+    `end`: prints what follows the attempt that has ended, as "again HOST...", "requeue HOST,...", "stop", or "done" where
+    training had reached its end.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
@@ -194,12 +209,14 @@ def main(arguments: Sequence[str]) -> int:
     if asked.what == "begin":
         return _begin(run_dir, node, past, limits, asked)
     lost = sorted({*asked.allocated.split()} - {*asked.alive.split()})
+    cause = cause_of(run_dir, asked.code, lost, len(asked.started.split()))
+    if cause.completed:  # while the step ended, a node was lost, or failed
+        print("done")
+        return 0
     if asked.time_is_up:
-        cause, makes_sense, culprits = TIME, True, lost
-    else:
-        cause, makes_sense, culprits = cause_of(run_dir, asked.code, lost, len(asked.started.split()))
-    step = checkpoint_step(run_dir, node)
-    ending = Ending(cause, makes_sense, step, tuple(dict.fromkeys(culprits)), tuple(asked.alive.split()))
+        cause = Cause(TIME, True, lost)
+    step, culprits = checkpoint_step(run_dir, node), tuple(dict.fromkeys(cause.culprits))
+    ending = Ending(cause.code, cause.makes_sense, step, culprits, tuple(asked.alive.split()))
     following = decide(ending, past, limits)
     record = _record(ending, following, asked.attempt, asked.job, asked.started.split(), asked.began, asked.code)
     write_json(run_dir / "attempt.json", record)
@@ -217,8 +234,12 @@ def limits_of(node: Mapping[str, Any]) -> Limits:
     """From job/node.json."""
     job = node.get("job", {})
     placed = node.get("placed", {})
-    return Limits(_count(job.get("nodes")), _count(placed.get("restarts")), _count(job.get("continues")),
-                  job.get("scheduler") == "local")
+    return Limits(
+        _count(job.get("nodes")),
+        _count(placed.get("restarts")),
+        _count(job.get("continues")),
+        job.get("scheduler") == "local",
+    )
 
 
 def _begin(run_dir: Path, node: Mapping[str, Any], past: list[dict[str, Any]], limits: Limits, asked: Any) -> int:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +25,19 @@ HIDDEN_BY = (143, 137)  # what srun makes of it where it ended the other nodes' 
 UNFIT = "a node failed its check before training"
 
 
-def submit(run: Run, lock_fd: int, after: str = "") -> str:
+def submit(run: Run, lock_fd: int, after: str = "", undo: Callable[[Run], None] = runs.discard) -> str:
     """Submits a run whose directory has just been made, and closes its lock; returns the number of the job.
 
-    When refused, the directory is gone again. If this program is killed before the number is on disk, the directory
-    stays with intent.json alone, and `job_of` finds the job by its name. `after`: number of the Slurm job whose end,
-    however it ends, the new one waits for.
+    When refused, `undo`: usually the directory is gone again. If this program is killed before the number is on disk,
+    the directory stays with intent.json alone, and `job_of` finds the job by its name. `after`: number of the Slurm
+    job whose end, however it ends, the new one waits for.
     """
     try:
         return str(_start(run, lock_fd, after)["job_id"])
     except InDoubt:
         raise
     except BaseException:
-        runs.discard(run)
+        undo(run)
         raise
     finally:
         os.close(lock_fd)  # not LOCK_UN: that would release sbatch's share of the lock too
@@ -109,10 +109,15 @@ def _note(run: Run, job: Mapping[str, Any]) -> None:
 def _named(run: Run, queue: slurm.Listed, without_failed: bool = False, active: bool = False) -> str | None:
     """The newest job with the run's name."""
     name = (run.intent or {}).get("job_name")
+    earlier = run.earlier_jobs
     ids = [
         whole(job_id) or 0
         for job_id, (job_name, state) in queue.items()
-        if name and job_name == name and not (without_failed and state.failed) and (state.active or not active)
+        if name
+        and job_name == name
+        and job_id not in earlier
+        and not (without_failed and state.failed)
+        and (state.active or not active)
     ]
     return str(max(ids)) if ids else None
 

@@ -42,7 +42,7 @@ from launcher.config.render import render
 from launcher.config.spec import S3, PlacedRun, node_config
 from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.config.write import run_toml
-from launcher.runs.again import TRAVELS
+from launcher.runs.again import TRAVELS, archive, past_attempts
 
 LOCK = "submit.lock"
 SECRETS = "secret.env"  # until the job has read it, or can never start
@@ -160,6 +160,12 @@ class Run:
         hosts = self.check.get("chosen")
         return [host for host in hosts if isinstance(host, str)] if isinstance(hosts, list) else []
 
+    @property
+    def earlier_jobs(self) -> set[str]:
+        """Numbers of the jobs that it had before it was resumed."""
+        found = (read_json(path / "job.json") or {} for path in past_attempts(self.path))
+        return {str(job["job_id"]) for job in found if "job_id" in job}
+
     def forget_secrets(self) -> None:
         with suppress(OSError):
             (self.path / SECRETS).unlink(missing_ok=True)
@@ -214,12 +220,7 @@ def making(spec: PlacedRun, secrets: Mapping[str, str], now_s: float) -> Iterato
             (temporary / "logs").mkdir()
             _fill(temporary, spec, now_s)
             yield temporary, lock_fd
-            if secrets:  # last of all, under the lock: a directory that is unlocked is dead, and may be removed
-                # With Apptainer, a variable of the image's wins unless the job's comes with a prefix, too.
-                prefixes = ("", "APPTAINERENV_") if spec.job.runtime == "apptainer" else ("",)
-                named = [(p + name, value) for name, value in sorted(secrets.items()) for p in prefixes]
-                lines = [f"export {name}={shlex.quote(value)}\n" for name, value in named]
-                write_text(temporary / SECRETS, "".join(lines), 0o600)
+            _write_secrets(temporary, spec, secrets)  # last of all: a directory that is unlocked may be removed
             os.rename(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -231,6 +232,59 @@ def making(spec: PlacedRun, secrets: Mapping[str, str], now_s: float) -> Iterato
         if cause.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made by somebody else in the same moment
             raise taken from error
         raise filesystem_error(final, cause, "--runs-dir DIR") from error
+
+
+OF_A_JOB = ("job.json", "claim", "end.json", "cancelled")
+
+
+@contextmanager
+def remaking(run: Run, spec: PlacedRun, secrets: Mapping[str, str], now_s: float) -> Iterator[int]:
+    """The directory of a run that has ended, made ready for its next job, with its submission lock for the block.
+
+    What the last job left is put away as an attempt. Raises LauncherError where somebody else is submitting the run, or
+    it has changed meanwhile.
+    """
+    before = run.end, run.job
+    try:
+        lock_fd = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            lock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (run.end, run.job) != before:
+                raise BlockingIOError
+            archive(run.path, OF_A_JOB)
+            try:
+                _fill(run.path, spec, now_s)
+                _write_secrets(run.path, spec, secrets)
+            except BaseException:
+                restore(run)
+                raise
+        except BaseException:
+            os.close(lock_fd)
+            raise
+    except BlockingIOError as error:
+        what = f"{run.name} is being submitted by somebody else"
+        raise LauncherError("run-active", what, quoted("launcher", "status", run.reference)) from error
+    except OSError as error:
+        raise filesystem_error(run.path, error) from error
+    yield lock_fd
+
+
+def restore(run: Run) -> None:
+    """Takes back what `remaking` did: the last attempt is in the root again."""
+    run.forget_secrets()
+    last = past_attempts(run.path)[-1]
+    for entry in (*os.scandir(last / "logs"), *os.scandir(last)):
+        if entry.name != "logs":
+            os.replace(entry.path, run.path / Path(entry.path).relative_to(last))
+    shutil.rmtree(last)
+
+
+def _write_secrets(directory: Path, spec: PlacedRun, secrets: Mapping[str, str]) -> None:
+    # With Apptainer, a variable of the image's wins unless the job's comes with a prefix, too.
+    prefixes = ("", "APPTAINERENV_") if spec.job.runtime == "apptainer" else ("",)
+    named = [(p + name, value) for name, value in sorted(secrets.items()) for p in prefixes]
+    if lines := [f"export {name}={shlex.quote(value)}\n" for name, value in named]:
+        write_text(directory / SECRETS, "".join(lines), 0o600)
 
 
 def remove_left_over(runs_dir: Path) -> None:
@@ -264,7 +318,7 @@ def _fill(directory: Path, spec: PlacedRun, now_s: float) -> None:
             shutil.copyfile(source, target)
     if spec.job.data.startswith(S3):
         package = job / "titan_s3-1.dist-info"
-        package.mkdir()
+        package.mkdir(exist_ok=True)
         for name, text in S3_PACKAGE.items():
             write_text(package / name, text)
     known = of_gpu(spec.profile.gpu)

@@ -78,10 +78,16 @@ class Cell:
 
     @property
     def next_spec(self) -> RunSpec:
+        """Of a run that was cut off before Slurm had it, under another name: its own directory may still be used."""
         if not self.runs:
             return self.spec
-        name = attempt_name(self.spec.job.name, len(self.runs) + 1)
-        return resolve.renamed(self.spec, name, "launcher sweep, again")
+        number = len(self.runs) + self.is_cut_off
+        return resolve.renamed(self.spec, attempt_name(self.spec.job.name, number), "launcher sweep, again")
+
+    @property
+    def resumes(self) -> Run | None:
+        """The run whose next attempt would be submitted, rather than a new run."""
+        return None if self.is_cut_off or not self.runs else self.runs[-1]
 
     def node_hours(self, now_s: float) -> float | None:
         """Of all its runs, from their scripts' own times; None where one began and nothing says when it ended."""

@@ -12,9 +12,9 @@ from launcher.config.render import render
 from launcher.config.write import run_toml
 from launcher.nodes import bad_nodes
 from launcher.nodes.bad_nodes import DAY_S, KEEP_S, BadNode
-from launcher.nodes.judged import judge
 from launcher.preflight.cluster import preflight
 from launcher.preflight.text import sentence
+from launcher.runs.judged import judge
 from launcher.scheduler.facts import ClusterFacts
 from tests.unit.bad_node_records import JUDGED, NOW
 from tests.unit.test_preflight import FOUR, cluster, found, run

@@ -16,8 +16,9 @@ import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.logs import steps as log
+from launcher.logs.files import error_logs, last_lines, node_logs
 from launcher.logs.first_error import find_errors
-from launcher.logs.follow import Follower, Progress, error_logs, last_lines, logs_of, merged_lines, node_logs
+from launcher.logs.follow import Follower, Progress, logs_of, merged_lines
 from tests.unit.titan_log import T0, step
 
 
