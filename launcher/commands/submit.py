@@ -133,6 +133,8 @@ def resume(
     given = {"recipe.steps": steps, "job.time": time, "job.exclude": exclude}
     values = {key: value for key, value in given.items() if value is not None}
     origin = {key: f"option --{key.partition('.')[2]}" for key in values}
+    own = {"job.name": found.made_at.name, "job.runs_dir": str(found.made_at.parent)}  # a run.toml has none
+    values, origin = values | own, origin | dict.fromkeys(own, "launcher resume")
     options = RunOptions(values, origin, (), {}, None, found.path / "run.toml")
     asked = spec_of(options)
     step = check_resumable(found, asked)
