@@ -40,6 +40,7 @@ WHERE = {"job.name", "job.runs_dir", "job.slurm_bin", "job.time", "job.account",
 WHERE |= {"job.image_dir", "job.nodelist", "job.exclude", "job.segment", "job.check"}
 # At their defaults these leave a sweep the name that it had before there were any: what came after version 0.1.
 NEWER = {"job.constraint", "job.sbatch", "recipe.async_tensor_parallel", "recipe.like_for_like"}
+NEWER |= {"recipe.checkpoint_keep", "job.checkpoint_dir"}
 
 
 @dataclass(frozen=True)
