@@ -34,8 +34,7 @@ from check.meeting import Lost  # type: ignore[import-not-found]
 from check.network import find_network  # type: ignore[import-not-found]
 from check.notes import noting, unexpected, within  # type: ignore[import-not-found]
 from check.verdict import lines  # type: ignore[import-not-found]
-from titan import Refused  # type: ignore[import-not-found]
-from titan import checkpoints  # type: ignore[import-not-found]
+from titan import Refused, checkpoints  # type: ignore[import-not-found]
 from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
     NODE_SCHEMA,
@@ -160,7 +159,7 @@ def find_checkpoints(node: dict[str, Any], folder: Path) -> tuple[list[int], lis
     except OSError as error:
         why = f"the checkpoint directory {folder} cannot be written: {error.strerror}"
         raise Refused(why, "one that you can write on every node: --checkpoint-dir DIR") from error
-    return checkpoints.look(folder)
+    return checkpoints.look(folder)  # type: ignore[no-any-return]
 
 
 def tend_checkpoints(
@@ -171,7 +170,8 @@ def tend_checkpoints(
     if wrong := checkpoints.foreign(checkpoints.record_of(folder), node, version):
         why = f"the checkpoints in {folder} are of another kind: {'; '.join(wrong)}"
         fix = "the settings and the image that they were written with, or another --name or --checkpoint-dir"
-        return found.problem("checkpoint-foreign", why, fix, "run")
+        found.problem("checkpoint-foreign", why, fix, "run")
+        return
     checkpoints.set_aside(folder, damaged)
     goes_on = f"training goes on from step {whole[-1]}" if whole else "training starts from the beginning"
     for one in damaged:
@@ -184,8 +184,8 @@ def tend_checkpoints(
         needed = f"{count} checkpoints take {count * shape.checkpoint_bytes / 1e9:,.3g} GB"
         what = f"{needed}, {free / 1e9:,.3g} GB are free in {folder}"
         if free < shape.checkpoint_bytes:
-            fix = "make room, or another --checkpoint-dir"
-            return found.problem("checkpoint-space", what, fix, "run")
+            found.problem("checkpoint-space", what, "make room, or another --checkpoint-dir", "run")
+            return
         found.warning("checkpoint-space", what)
     if not whole and node["job"]["init_from"] and version.startswith("0.2."):
         if not checkpoints.make_way(folder):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.base.errors import LauncherError, install, quoted
 from launcher.base.files import data_dir, unreadable
-from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
+from launcher.base.finding import ERROR, Fact, Finding, error, impossible, ok, warning
 from launcher.config.hardware import of_gpu
 from launcher.config.resolve import ignored
 from launcher.config.runtime import host_path
@@ -89,7 +89,8 @@ def _checkpoint_space(spec: PlacedRun) -> list[Finding]:
     except OSError:  # submitting says why
         return []
     needed = count * shape.checkpoint_bytes
-    facts = {"count": count, "needed": gigabytes(needed), "there": gigabytes(free or 0), "path": str(folder)}
+    facts: dict[str, Fact] = {"count": count, "needed": gigabytes(needed), "path": str(folder)}
+    facts["there"] = gigabytes(free or 0)
     if free is None or free >= needed:
         return [ok("checkpoint-space", **facts)]
     fix = f"df -h {quoted(folder.parent)}; a smaller --keep, another --checkpoint-dir, or --checkpoint-every 0"

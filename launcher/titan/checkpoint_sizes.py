@@ -1,4 +1,4 @@
-"""How long each file of a checkpoint must be: `python3 checkpoint_sizes.py STEP/.metadata` prints {name: bytes} as JSON.
+"""How long a checkpoint's files must be: `python3 checkpoint_sizes.py STEP/.metadata` prints {name: bytes} as JSON.
 
 torch writes that file as a pickle. Here a pickle runs nothing: every class that it names is a stub. A process of its
 own reads it, with bounds, because a few damaged bytes can make Python's reader ask for 64 GB or compute for ever.

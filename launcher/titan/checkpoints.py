@@ -1,7 +1,7 @@
 """Checkpoints of a run: where they lie, which are whole, whose they are, and whether the next ones fit.
 
-torchtitan goes on from the highest `step-N` that has a .metadata, whatever else is wrong with it, and takes a folder for
-one whose name holds `step-N` anywhere.
+torchtitan goes on from the highest `step-N` that has a .metadata, whatever else is wrong with it, and takes a folder
+whose name holds `step-N` anywhere for one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Damaged:
 def folder_of(node: Mapping[str, Any]) -> Path:
     """Where the run of this node.json has its checkpoints."""
     if shared := node["job"].get("checkpoint_dir"):
-        return Path(shared) / node["job"]["name"]
+        return Path(shared, node["job"]["name"])
     named = {key.replace("-", "_"): value for key, value in node["titan"].items()}
     return Path(node["placed"]["run_dir"]) / "titan" / str(named.get("checkpoint.folder", "checkpoint"))
 
@@ -200,11 +200,12 @@ def free_bytes(folder: Path) -> int | None:
 
 def watch(folder: Path, record: Mapping[str, Any], say: Callable[[str], None], every_s: float = WATCH_S) -> None:
     """Starts a process that lives as long as this one, whatever this one becomes, and looks at each new checkpoint."""
+    last = _newest(folder)
     if os.fork():
         return
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        last, parent = _newest(folder), os.getppid()
+        parent = os.getppid()
         while os.getppid() == parent:
             with contextlib.suppress(OSError):  # a file system that fails is the trainer's to tell
                 if folder.is_dir() and not (folder / RECORD).exists():

@@ -77,7 +77,7 @@ def common_settings(node: dict[str, Any]) -> dict[str, Any]:
         "checkpoint.last_save_model_only": False,
         # Written while training goes on, but for the last one.
         **({"checkpoint.async_mode": "async", "checkpoint.keep_latest_k": recipe["checkpoint_keep"]} if saves else {}),
-        **({"checkpoint.folder": str(folder_of(node))} if node["job"]["checkpoint_dir"] else {}),
+        **({"checkpoint.folder": str(folder_of(node))} if node["job"].get("checkpoint_dir") else {}),
         **(_initial_weights(node["job"]["init_from"], saves) if node["job"]["init_from"] else {}),
         "metrics.log_freq": recipe["log_freq"],
         "metrics.disable_color_printing": True,
