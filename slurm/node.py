@@ -34,7 +34,7 @@ from check.meeting import Lost  # type: ignore[import-not-found]
 from check.network import find_network  # type: ignore[import-not-found]
 from check.notes import noting, unexpected, within  # type: ignore[import-not-found]
 from check.verdict import lines  # type: ignore[import-not-found]
-from titan import Refused  # type: ignore[import-not-found]
+from titan import Refused, checkpoints  # type: ignore[import-not-found]
 from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
     NODE_SCHEMA,
@@ -43,10 +43,11 @@ from titan.command import (  # type: ignore[import-not-found]
     torchrun_command,
 )
 from titan.data import check_data, check_tokenizer  # type: ignore[import-not-found]
-from titan.weights import starting_weights  # type: ignore[import-not-found]
+from titan.weights import SHAPES, starting_weights  # type: ignore[import-not-found]
 
 CHECK_FAILED = 20  # this process's exit code when the job cannot train; docs/exit-codes.md names it
 MEASURED = ("product", "all-reduce-node", "all-reduce")  # problems that the workers' libraries know more of
+SEVERAL_READ_S = 600  # for all checkpoints
 READ_S = 120  # for data, tokenizer and weights: a network file system that is gone answers never
 
 Facts = dict[str, Any]
@@ -78,6 +79,9 @@ def main(argv: list[str]) -> int:
         say(f"titan-command: {' '.join(assignments)} {shlex.join(command)}")
         workers.stop(crew)
         os.chdir(run_dir)
+        if node_id == 0 and node["recipe"]["checkpoint_interval"] > 0:
+            record = checkpoints.origin(node, facts["torchtitan"])
+            checkpoints.watch(checkpoints.folder_of(node), record, say)
         if os.environ.get("LAUNCHER_CORE_DUMPS") != "1":  # gigabytes for each rank, in the run directory
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         os.execvp(command[0], command)
@@ -126,8 +130,17 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     if crew:
         greet(node, facts, crew, found)
     if "torchtitan" in facts:
+        whole: list[int] = []
+        folder = checkpoints.folder_of(node)
+        if node["recipe"]["checkpoint_interval"] > 0 or node["job"]["init_from"]:
+            with noting(facts, "checkpoints"):
+                whole, damaged = within(SEVERAL_READ_S, str(folder), find_checkpoints, node, folder)
+                if facts["node"] == 0:
+                    with noting(facts, "checkpoint-folder"):
+                        tend_checkpoints(node, folder, whole, damaged, facts, found)
+        own = folder / f"step-{whole[-1]}" if whole else None
         with noting(facts, "weights"):
-            facts.update(within(READ_S, node["job"]["init_from"], starting_weights, node, facts["torchtitan"]))
+            facts.update(within(READ_S, node["job"]["init_from"], starting_weights, node, own))
     command: list[str] = []
     if {"torch", "torchtitan", "address"} <= facts.keys():
         with noting(facts, "command"):
@@ -136,6 +149,52 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
         tell(run_dir, facts, "speed")
         facts.update(measure(crew, node, facts["host"], env, found))
     return command, added
+
+
+def find_checkpoints(node: dict[str, Any], folder: Path) -> tuple[list[int], list[Any]]:
+    """Whole and damaged ones, in a folder that this node can write."""
+    try:
+        if node["recipe"]["checkpoint_interval"] > 0:
+            checkpoints.check_writable(folder)
+    except OSError as error:
+        why = f"the checkpoint directory {folder} cannot be written: {error.strerror}"
+        raise Refused(why, "one that you can write on every node: --checkpoint-dir DIR") from error
+    return checkpoints.look(folder)  # type: ignore[no-any-return]
+
+
+def tend_checkpoints(
+    node: dict[str, Any], folder: Path, whole: list[int], damaged: list[Any], facts: Facts, found: Any
+) -> None:
+    """For all nodes: sets damaged ones aside, looks for room, and refuses those of another kind of run."""
+    version, recipe = facts["torchtitan"], node["recipe"]
+    if wrong := checkpoints.foreign(checkpoints.record_of(folder), node, version):
+        why = f"the checkpoints in {folder} are of another kind: {'; '.join(wrong)}"
+        fix = "the settings and the image that they were written with, or another --name or --checkpoint-dir"
+        found.problem("checkpoint-foreign", why, fix, "run")
+        return
+    checkpoints.set_aside(folder, damaged)
+    goes_on = f"training goes on from step {whole[-1]}" if whole else "training starts from the beginning"
+    for one in damaged:
+        what = f"checkpoint step {one.step}: {one.why}; it is in {folder / checkpoints.ASIDE} now; {goes_on}"
+        found.warning("checkpoint-damaged", what)
+    facts["checkpoint_step"] = max(whole, default=0)
+    shape, free = SHAPES.get(recipe["flavor"]), checkpoints.free_bytes(folder)
+    count = checkpoints.to_come(recipe, whole)
+    if shape and free is not None and free < count * shape.checkpoint_bytes:
+        needed = f"{count} checkpoints take {count * shape.checkpoint_bytes / 1e9:,.3g} GB"
+        what = f"{needed}, {free / 1e9:,.3g} GB are free in {folder}"
+        if free < shape.checkpoint_bytes:
+            found.problem("checkpoint-space", what, "make room, or another --checkpoint-dir", "run")
+            return
+        found.warning("checkpoint-space", what)
+    if not whole and node["job"]["init_from"] and version.startswith("0.2."):
+        if not checkpoints.make_way(folder):
+            why = f"{folder} exists and holds no finished checkpoint: torchtitan 0.2 would start from random weights"
+            again = f"start from {node['job']['init_from']} again after: rm -r {shlex.quote(str(folder))}"
+            raise Refused(why, f"look at it, then {again}")
+    elif recipe["checkpoint_interval"] > 0 and not checkpoints.record_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_record(folder, checkpoints.origin(node, version))
 
 
 def greet(node: dict[str, Any], facts: Facts, crew: list[Any], found: Any) -> None:

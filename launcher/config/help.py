@@ -12,7 +12,7 @@ from launcher.base.output import echo
 USUAL = ("image", "nodes", "gpu", "recipe", "steps", "data", "tokenizer", "partition", "time", "local")
 SECTIONS = {
     "Run": "nodes gpu recipe steps batch_size seq_len gpus_per_node local name runs_dir settings env config",
-    "Data": "data tokenizer data_part init_from",
+    "Data": "data tokenizer data_part init_from checkpoint_every keep checkpoint_dir",
     "Slurm": "partition time account qos reservation nodelist exclude segment constraint sbatch",
     "Failures": "spares max_restarts continues",
     "Container": "image runtime python mount",

@@ -40,6 +40,8 @@ KEYS = {
     "batch_size": "recipe.local_batch_size",
     "seq_len": "recipe.seq_len",
     "steps": "recipe.steps",
+    "checkpoint_every": "recipe.checkpoint_interval",
+    "keep": "recipe.checkpoint_keep",
     "mount": "job.mounts",
 }
 OPTION = {"continues": "continue"}  # names of options that Python's own words forbid
@@ -234,6 +236,14 @@ OPTIONS = (
         "--init-from",
         metavar="DIR",
         help="Start from these weights in the Hub's format (launcher stage model), not from random ones.",
+    ),
+    _option("--checkpoint-every", metavar="STEPS", type=int, help="Save a checkpoint every so many steps; 0: none."),
+    _option("--keep", metavar="N", type=int, help="Newest checkpoints that stay, at least 2.  [default: 2]"),
+    _option(
+        "--checkpoint-dir",
+        metavar="DIR",
+        help="The run gets a folder of its name there for its checkpoints; every node must be able to write it.  "
+        "[default: in the run directory]",
     ),
     _option("--partition", "-p", shell_complete=_partitions, help="Slurm partition."),
     _option("--account", "-A", help="Slurm account."),

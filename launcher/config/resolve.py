@@ -76,7 +76,7 @@ def renamed(spec: RunSpec, name: str, origin: str) -> RunSpec:
 
 def placed(spec: RunSpec) -> PlacedRun:
     """The run with what this machine's file system decides: where the links lead that the container cannot follow."""
-    paths = (spec.data_path, spec.tokenizer_path, spec.job.init_from)
+    paths = (spec.data_path, spec.tokenizer_path, spec.job.init_from, spec.job.checkpoint_dir)
     sources = {path: os.path.realpath(path) for path in paths if path.startswith("/")}
     return PlacedRun(**vars(spec), sources=sources, segment=spec.job.segment)
 

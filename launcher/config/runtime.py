@@ -13,10 +13,10 @@ def mounts(spec: PlacedRun) -> list[str]:
     wanted = [f"{spec.run_dir}:{spec.run_dir}"]
     own = [f"{spec.profile.scratch}:{spec.profile.scratch}"] if spec.profile.scratch else []
     theirs = [mount.split(":")[1].rstrip("/") for mount in (*spec.profile.mounts, *spec.job.mounts)]
-    for path in (spec.data_path, spec.tokenizer_path, spec.job.init_from):
+    for path in (spec.data_path, spec.tokenizer_path, spec.job.init_from, spec.job.checkpoint_dir):
         covered = any(path == target or path.startswith(f"{target}/") for target in (spec.run_dir, *theirs))
         if path.startswith("/") and not covered:  # not "hub", not s3://
-            wanted.append(f"{spec.sources.get(path, path)}:{path}:ro")
+            wanted.append(f"{spec.sources.get(path, path)}:{path}{'' if path == spec.job.checkpoint_dir else ':ro'}")
     return list(dict.fromkeys([*wanted, *own, *spec.profile.mounts, *spec.job.mounts]))
 
 

@@ -21,7 +21,8 @@ from launcher.titan.recipe import CHOICES as RECIPE_CHOICES
 from launcher.titan.recipe import Recipe
 
 NODE_LISTS = ("nodelist", "exclude")
-RESTARTS = 10
+RESTARTS = 10  # of a run that can go on from somewhere, where nothing else is asked for
+DIRS = ("init_from", "checkpoint_dir")  # of the job, that need not be
 MAX_NODES = 10_000  # more than any Slurm cluster this was written for; a typing slip otherwise waits for ever
 SAMPLE = "sample"  # `data` and `tokenizer`: small ones, written into the run directory
 HUB = "hub"  # `data`: streamed from the Hugging Face Hub while training
@@ -68,6 +69,7 @@ class Job:
     data_part: str = ""  # I/N: the I-th of N parts of the files that share none; for restarts
     tokenizer: str = "/data/tokenizers/Llama-3.1-8B"
     init_from: str = ""  # directory of safetensors in the Hub's format; empty: a random start
+    checkpoint_dir: str = ""  # where the run gets a folder of its name for checkpoints; empty: in the run directory
     runs_dir: str = "runs"
     image_dir: str = ""  # where an image that is not in the working directory is looked for
     python: str = "python3"  # inside the container; with "bare" on the node
@@ -189,9 +191,10 @@ OWNED = {
     "parallelism.context_parallel_degree": "--set recipe.context_parallel=N",
     "parallelism.pipeline_parallel_degree": "--set recipe.pipeline_parallel=N",
     "activation_checkpoint.mode": "--set recipe.activation_checkpoint=full",
-    "checkpoint.enable": "--set recipe.checkpoint_interval=N",
-    "checkpoint.interval": "--set recipe.checkpoint_interval=N",
-    "checkpoint.load_only": "--set recipe.checkpoint_interval=0",
+    "checkpoint.enable": "--checkpoint-every STEPS",
+    "checkpoint.interval": "--checkpoint-every STEPS",
+    "checkpoint.keep_latest_k": "--keep N",
+    "checkpoint.load_only": "--checkpoint-every 0",
     "checkpoint.initial_load_path": "--init-from DIR",
     "checkpoint.initial_load_in_hf": "--init-from DIR",
     "checkpoint.initial_load_model_only": "--init-from DIR",
@@ -318,6 +321,9 @@ def validate(spec: RunSpec) -> None:
     for key, (form, why, fix) in FORMS.items():
         if not re.fullmatch(form, values[key], re.ASCII):
             raise bad(key, why, fix)
+    if spec.recipe.checkpoint_keep < 2:
+        why = "must be at least 2: while one is written, the one before must stay, and torchtitan refuses less"
+        raise bad("recipe.checkpoint_keep", why, "--keep 2")
     if not 0 < spec.recipe.lr < 100:
         raise bad("recipe.lr", "must be above 0 and below 100")
     if spec.job.segment and spec.allocated % spec.job.segment:
@@ -336,6 +342,8 @@ def validate(spec: RunSpec) -> None:
             raise bad(f"titan.{key}", "the key is not a torchtitan setting", "--set training.max_norm=2.0")
         if CONTROL.search(value):
             raise bad(f"titan.{key}", "the value holds a control character")
+        if spec.job.checkpoint_dir and key.replace("-", "_") == "checkpoint.folder":
+            raise bad(f"titan.{key}", "the checkpoints have two places", "--checkpoint-dir alone, or --set alone")
         if owned := OWNED.get(key.replace("-", "_")):
             raise bad(f"titan.{key}", "a setting that the launcher reports as the run's own", owned)
     for name in (*spec.env, *spec.secret_env):
@@ -351,7 +359,7 @@ def validate(spec: RunSpec) -> None:
 
 def _validate_data(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
     job = spec.job
-    for key, named in (("data", (SAMPLE, HUB)), ("tokenizer", (SAMPLE, HUB)), ("init_from", ("",))):
+    for key, named in (("data", (SAMPLE, HUB)), ("tokenizer", (SAMPLE, HUB)), *((key, ("",)) for key in DIRS)):
         value, option = getattr(job, key), f"--{key.replace('_', '-')}"
         if value in named:
             continue

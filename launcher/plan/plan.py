@@ -88,6 +88,7 @@ class Plan:
     verdict: str  # "fits", "tight", "does not fit" or ""
     advice: tuple[str, ...]
     notes: tuple[str, ...]
+    checkpoint_gb: float | None = None  # of one, where the run saves any
     fitting_batch: int | None = None  # the largest that fits, where the run's own does not
 
 
@@ -101,6 +102,7 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None) -> Plan:
         notes.append(f"how much memory a {spec.profile.gpu} has is not known here")
     if memory and spec.recipe.tensor_parallel > 1:
         notes.append("memory: published runs with tensor parallelism needed up to 15% more (docs/plan.md)")
+    shape, saves = _shape(spec), spec.recipe.checkpoint_interval > 0
     row, differs = _speed(spec, published() if rows is None else rows)
     tps, tokens = row.median_tps if row else None, tokens_of(spec)
     wall_s = tokens / (tps * spec.gpus) + START_S if tps else None
@@ -127,6 +129,7 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None) -> Plan:
         verdict=verdict,
         advice=_advice(spec, short) if short else (),
         notes=tuple(notes),
+        checkpoint_gb=round(shape.checkpoint_bytes / 1e9, 2) if shape and saves else None,
         fitting_batch=_fitting_batch(spec, short) if short else None,
     )
 

@@ -13,18 +13,21 @@ from pathlib import Path
 
 from launcher.base.errors import LauncherError, install, quoted
 from launcher.base.files import data_dir, unreadable
-from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
+from launcher.base.finding import ERROR, Fact, Finding, error, impossible, ok, warning
 from launcher.config.hardware import of_gpu
 from launcher.config.resolve import ignored
 from launcher.config.runtime import host_path
-from launcher.config.spec import HUB, S3, SAMPLE, PlacedRun, RunSpec
+from launcher.config.spec import HUB, S3, SAMPLE, PlacedRun, RunSpec, tables_of
 from launcher.image.inspect import inspect, is_too_old, needed_driver, problems
 from launcher.image.squashfs_file import ImageFacts
 from launcher.preflight.settings import unknown_settings
 from launcher.stage import view
+from launcher.stage.target import gigabytes
 from launcher.titan import Refused
+from launcher.titan.checkpoints import folder_of, free_bytes, to_come
 from launcher.titan.data import check_tokenizer
 from launcher.titan.recipe import NEEDS_CAPABILITY
+from launcher.titan.weights import SHAPES
 from launcher.titan.weights import check_weights as check
 
 ABSENT = "path-absent"
@@ -49,6 +52,7 @@ def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
                 found.append(ok("image", path=spec.job.image))
     found += _quantization(spec)
     found += _local(spec) if spec.job.scheduler == "local" else _not_followed()
+    found += _checkpoint_space(spec)
     more += files(spec)
     try:
         spec, notes = view.plan(spec)
@@ -72,6 +76,25 @@ def _quantization(spec: RunSpec) -> list[Finding]:
     fix = f"--set recipe.quantize={able[-1]}"
     facts = {"needed": "{}.{}".format(*needed), "there": "{}.{}".format(*known.compute_capability)}
     return [error("gpu-quantization", fix, quantize=quantize, gpu=known.gpu, **facts)]
+
+
+def _checkpoint_space(spec: PlacedRun) -> list[Finding]:
+    """A full disk ends the run in the middle of a checkpoint. Quotas show only when writing."""
+    folder, shape = Path(host_path(spec, str(folder_of(tables_of(spec))))), SHAPES.get(spec.recipe.flavor)
+    count, shared = to_come(vars(spec.recipe), []), spec.job.checkpoint_dir
+    if not (count and shape) or (shared and not os.path.isdir(host_path(spec, shared))):
+        return []
+    try:
+        free = free_bytes(folder)
+    except OSError:  # submitting says why
+        return []
+    needed = count * shape.checkpoint_bytes
+    facts: dict[str, Fact] = {"count": count, "needed": gigabytes(needed), "path": str(folder)}
+    facts["there"] = gigabytes(free or 0)
+    if free is None or free >= needed:
+        return [ok("checkpoint-space", **facts)]
+    fix = f"df -h {quoted(folder.parent)}; a smaller --keep, another --checkpoint-dir, or --checkpoint-every 0"
+    return [error("checkpoint-space-short", fix, **facts)]
 
 
 def _not_followed() -> list[Finding]:
@@ -200,6 +223,7 @@ def _absent(spec: RunSpec) -> dict[str, str]:
         data if spec.job.scheduler == "slurm" else "": view.two_ways(spec) if c4 else f"ls -ld {quoted(data)}",
         spec.tokenizer_path: f"launcher stage tokenizer --to {quoted(spec.tokenizer_path)}; or --tokenizer sample",
         weights: f"launcher stage model --to {quoted(weights)}",
+        spec.job.checkpoint_dir: f"mkdir -p {quoted(spec.job.checkpoint_dir)}",
     }
     seen = (spec.run_dir + "/", *(path for path in wanted if os.path.lexists(host_path(spec, path))))
     return {path: fix for path, fix in wanted.items() if path.startswith("/") and not path.startswith(seen)}

@@ -41,6 +41,7 @@ WHERE |= {"job.image_dir", "job.nodelist", "job.exclude", "job.segment", "job.ch
 WHERE |= {"job.spares", "job.max_restarts", "job.continues"}
 # At their defaults these leave a sweep the name that it had before there were any: what came after version 0.1.
 NEWER = {"job.constraint", "job.sbatch", "recipe.async_tensor_parallel", "recipe.like_for_like"}
+NEWER |= {"recipe.checkpoint_keep", "job.checkpoint_dir"}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from . import Refused, registry_era, toml_era
+from .checkpoints import folder_of
 
 # Each era: its releases, the newest that was read, and the module that speaks to them.
 ERAS = (
@@ -74,6 +75,9 @@ def common_settings(node: dict[str, Any]) -> dict[str, Any]:
         "checkpoint.interval": recipe["checkpoint_interval"] or 500,
         # A last checkpoint with weights alone could not be resumed with more steps.
         "checkpoint.last_save_model_only": False,
+        # Written while training goes on, but for the last one.
+        **({"checkpoint.async_mode": "async", "checkpoint.keep_latest_k": recipe["checkpoint_keep"]} if saves else {}),
+        **({"checkpoint.folder": str(folder_of(node))} if node["job"].get("checkpoint_dir") else {}),
         **(_initial_weights(node["job"]["init_from"], saves) if node["job"]["init_from"] else {}),
         "metrics.log_freq": recipe["log_freq"],
         "metrics.disable_color_printing": True,

@@ -41,4 +41,5 @@ class Recipe:
     context_parallel: int = 1
     pipeline_parallel: int = 1
     checkpoint_interval: int = 0  # steps; 0: no checkpoints
+    checkpoint_keep: int = 2  # newest checkpoints that stay
     tensorboard: bool = True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 import struct
 from collections.abc import Mapping
@@ -17,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import LFS_POINTER, Refused, read_object, toml_era
-from .command import era
+from . import LFS_POINTER, Refused, read_object
+from .checkpoints import INDEX
 
-INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _DTYPES = ("BF16", "F16", "F32")
 
@@ -48,6 +46,11 @@ class Shape:
     @property
     def parameters(self) -> int:
         return sum(math.prod(size) for size in wanted_tensors(self).values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights and Adam's two moments in fp32."""
+        return 12 * self.parameters
 
 
 # As both eras of torchtitan build them (models/llama3/__init__.py).
@@ -122,34 +125,15 @@ def wanted_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     return {**wanted, "model.norm.weight": (hidden,), "lm_head.weight": (shape.vocab_size, hidden)}
 
 
-def starting_weights(node: Mapping[str, Any], titan_version: str) -> dict[str, Any]:
-    """Facts about where a run with `init_from` gets its weights: its own newest checkpoint, else that directory.
+def starting_weights(node: Mapping[str, Any], own: Path | None) -> dict[str, Any]:
+    """Facts about where a run with `init_from` gets its weights: its `own` newest checkpoint, else that directory.
 
-    Raises Refused where torchtitan would find neither usable.
+    Raises Refused where torchtitan could not start from it.
     """
-    if not node["job"]["init_from"]:
-        return {}
-    folder = Path(node["placed"]["run_dir"]) / "titan" / str(node["titan"].get("checkpoint.folder", "checkpoint"))
-    if own := _newest_checkpoint(folder):
-        return {"init_from": str(own)}
-    if folder.exists() and era(titan_version) is toml_era:
-        raise Refused(
-            f"{folder} exists and holds no finished checkpoint: torchtitan 0.2 would start from random weights",
-            f"look at it, then start from {node['job']['init_from']} again after: rm -r {shlex.quote(str(folder))}",
-        )
+    if own or not node["job"]["init_from"]:
+        return {"init_from": str(own)} if own and node["job"]["init_from"] else {}
     files = check_weights(Path(node["job"]["init_from"]), node["recipe"]["flavor"])
     return {"init_from": node["job"]["init_from"], "init_from_files": files}
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The one that torchtitan goes on from: of the highest step, and finished."""
-    finished = {
-        int(match[1]): path
-        for path in folder.glob("*")
-        if (match := re.search(r"step-(\d+)", path.name))
-        and ((path / ".metadata").is_file() or (path / INDEX).is_file())
-    }
-    return finished[max(finished)] if finished else None
 
 
 def _check_config(config: dict[str, Any], shape: Shape, flavor: str, folder: Path) -> None:

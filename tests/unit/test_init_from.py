@@ -22,9 +22,10 @@ from launcher.config.spec import Job, PlacedRun
 from launcher.preflight.here import check_weights as check_at_submit
 from launcher.preflight.here import files
 from launcher.titan import Refused
+from launcher.titan.checkpoints import INDEX
 from launcher.titan.command import config_files, trainer_arguments
 from launcher.titan.recipe import Recipe
-from launcher.titan.weights import INDEX, SHAPES, check_weights, starting_weights, wanted_tensors
+from launcher.titan.weights import SHAPES, check_weights, starting_weights, wanted_tensors
 from tests.conftest import Launch
 from tests.unit.node_place import Place
 from tests.unit.test_titan_command import a_node, debug_node
@@ -173,30 +174,10 @@ def test_the_command_names_the_model_and_survives_a_shell(tmp_path: Path) -> Non
     assert shlex.split(refused.value.fix) == ["launcher", "stage", "model", "Llama-3.1-70B", "--to", str(folder)]
 
 
-def own(run_dir: Path, *names: str) -> None:
-    for name in names:
-        path = run_dir / "titan" / "checkpoint" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-@pytest.mark.parametrize("version", ["0.2.2", "0.3.0"])
-def test_a_runs_own_checkpoint_wins_even_when_the_weights_are_gone(tmp_path: Path, version: str) -> None:
-    own(tmp_path, "step-9/.metadata", "step-10/.metadata", "step-20/__0_0.distcp")
-    node = debug_node(init_from="/gone", run_dir=str(tmp_path))
-    assert starting_weights(debug_node(run_dir=str(tmp_path)), version) == {}  # without the option
-    assert starting_weights(node, version) == {"init_from": f"{tmp_path}/titan/checkpoint/step-10"}
-
-
-def test_an_unfinished_checkpoint_is_no_random_start(tmp_path: Path, weights: Path) -> None:
-    own(tmp_path, "step-20/__0_0.distcp")
-    node = debug_node(init_from=str(weights), run_dir=str(tmp_path))
-    assert starting_weights(node, "0.3.0") == {"init_from": str(weights), "init_from_files": 2}
-    with pytest.raises(Refused, match="would start from random weights") as refused:
-        starting_weights(node, "0.2.2")
-    assert refused.value.fix.endswith(f"rm -r {tmp_path}/titan/checkpoint")
-    elsewhere = {**node, "titan": {"checkpoint.folder": "mine"}}
-    assert starting_weights(elsewhere, "0.2.2")["init_from"] == str(weights)
+def test_a_runs_own_checkpoint_wins_even_when_the_weights_are_gone(tmp_path: Path) -> None:
+    node, own = debug_node(init_from="/gone"), tmp_path / "step-10"
+    assert starting_weights(debug_node(), own) == {}  # without the option
+    assert starting_weights(node, own) == {"init_from": str(own)}
 
 
 @pytest.mark.parametrize(("interval", "load_only"), [(0, True), (50, False)])
@@ -207,6 +188,7 @@ def test_both_eras_load_the_hubs_format_and_save_only_when_asked(interval: int, 
         "--checkpoint.enable",
         f"--checkpoint.interval={interval or 500}",
         "--checkpoint.no_last_save_model_only",
+        *([] if load_only else ["--checkpoint.async_mode=async", "--checkpoint.keep_latest_k=2"]),
         "--checkpoint.initial_load_path=/data/models/it's",
         "--checkpoint.initial_load_in_hf",
         "--checkpoint.initial_load_model_only",
@@ -217,6 +199,7 @@ def test_both_eras_load_the_hubs_format_and_save_only_when_asked(interval: int, 
         "enable": True,
         "interval": interval or 500,
         "last_save_model_only": False,
+        **({} if load_only else {"async_mode": "async", "keep_latest_k": 2}),
         "initial_load_path": "/data/models/it's",
         "initial_load_in_hf": True,
         "initial_load_model_only": True,

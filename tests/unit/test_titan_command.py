@@ -17,7 +17,7 @@ from launcher.titan.recipe import Recipe
 
 LLAMA3_8B: dict[str, Any] = {
     "schema": 2,
-    "job": {"nodes": 9, "gpu": "gb200", "recipe": "llama3-8b", "init_from": "", "check": "off"},
+    "job": {"nodes": 9, "gpu": "gb200", "recipe": "llama3-8b", "init_from": "", "checkpoint_dir": "", "check": "off"},
     "profile": {"gpu": "GB200", "device": "cuda", "gpus_per_node": 4, "scratch": ""},
     "recipe": vars(Recipe(local_batch_size=5)),
     "titan": {},

@@ -1,0 +1,439 @@
+"""Which checkpoints of a run are whole, whose they are, and what the node check makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.config.render import render
+from launcher.config.runtime import mounts
+from launcher.config.spec import Job, PlacedRun, Profile, tables_of, validate
+from launcher.preflight import here
+from launcher.sweep.cells import _default_name
+from launcher.titan import checkpoint_sizes, checkpoints
+from launcher.titan.checkpoints import ASIDE, RECORD, folder_of, foreign, look, origin, set_aside, to_come
+from launcher.titan.command import config_files, trainer_arguments
+from launcher.titan.recipe import Recipe
+from launcher.titan.weights import SHAPES
+from tests.conftest import Launch
+from tests.unit.checkpoint_files import metadata, write_checkpoint
+from tests.unit.node_place import FAILED, Place, started
+from tests.unit.test_titan_command import a_node, debug_node
+
+__all__ = ["cpu"]
+
+
+class Harm(NamedTuple):
+    do: Callable[[Path], object]  # to step-8
+    why: str
+
+
+class Runs:
+    """Touches a file where it is unpickled by something that calls what a pickle names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def grow(path: Path) -> None:
+    with open(path, "wb") as stream:
+        stream.truncate(checkpoints.MOST_METADATA + 1)
+
+
+def link(path: Path) -> None:
+    os.rename(path, path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+HARMS = {
+    "cut": Harm(lambda p: os.truncate(p / "__0_0.distcp", 12), "__0_0.distcp is cut: 12 of 40 bytes"),
+    "missing": Harm(lambda p: (p / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
+    "not finished": Harm(lambda p: (p / ".metadata").rename(p / ".metadata.tmp"), "it was not finished"),
+    "no pickle": Harm(lambda p: (p / ".metadata").write_bytes(b"\0" * 900), ".metadata cannot be read"),
+    "empty": Harm(lambda p: (p / ".metadata").write_bytes(b""), ".metadata cannot be read"),
+    "another pickle": Harm(lambda p: (p / ".metadata").write_bytes(pickle.dumps({"a": 1})), ".metadata cannot be read"),
+    "no entries": Harm(lambda p: (p / ".metadata").write_bytes(metadata({})), ".metadata cannot be read"),
+    "64 GB of memo": Harm(lambda p: (p / ".metadata").write_bytes(b"Nr\xff\xff\xff\xff."), ".metadata cannot be read"),
+    "huge": Harm(lambda p: grow(p / ".metadata"), ".metadata cannot be read"),
+    "outside": Harm(
+        lambda p: (p / ".metadata").write_bytes(metadata({"../step-4/__0_0.distcp": 4})),
+        "../step-4/__0_0.distcp is not a file of it",
+    ),
+    "no name": Harm(lambda p: (p / ".metadata").write_bytes(metadata({"\0\x1b[2J": 4})), r"\x00\x1b[2J is missing"),
+    "a link for a file": Harm(lambda p: link(p / "__0_0.distcp"), "__0_0.distcp is not a file of it"),
+    "a link": Harm(link, "it is a link"),
+    "other name": Harm(lambda p: p.rename(p.with_name("step-08")), "torchtitan would take it for step-8"),
+    "copy": Harm(lambda p: p.rename(p.with_name("old-step-8.bak")), "torchtitan would take it for step-8"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
+def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path: Path, harm: Harm) -> None:
+    folder = tmp_path / "checkpoint"
+    for step in (12, 4):
+        write_checkpoint(folder, step)
+    harm.do(write_checkpoint(folder, 8))
+    (folder / "notes-on-step-9.txt").touch()
+    whole, damaged = look(folder)
+    assert whole == [4, 12]
+    assert [(one.step, one.why) for one in damaged] == [(8, harm.why)]
+    before = sorted(os.listdir(damaged[0].path)) if damaged[0].path.is_dir() else []
+    set_aside(folder, damaged)
+    assert look(folder) == ([4, 12], [])
+    (moved,) = (folder / ASIDE).iterdir()
+    assert moved.name == damaged[0].path.name and (sorted(os.listdir(moved)) if moved.is_dir() else []) == before
+    set_aside(folder, [replace(damaged[0], path=write_checkpoint(folder, 8))])
+    assert len(list((folder / ASIDE).iterdir())) == 2, "the second takes another name"
+
+
+def test_a_last_checkpoint_in_the_hubs_format_is_left_alone(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 8)
+    (path / ".metadata").rename(path / checkpoints.INDEX)
+    assert look(tmp_path) == ([8], [])
+
+
+def test_nothing_of_a_pickle_is_executed(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 8) / ".metadata"
+    path.write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    assert [one.why for one in look(tmp_path)[1]] == [".metadata cannot be read"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_that_computes_for_ever_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash of a tuple in a tuple in a tuple, twice each time: one of 60 deep never ends."""
+    path = write_checkpoint(tmp_path, 8) / ".metadata"
+    deep = b"N\x94" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(60))
+    path.write_bytes(b"\x80\x04}" + deep + b"N\x86K\x01s.")
+    monkeypatch.setattr(checkpoints, "READ_S", 2)
+    assert [one.why for one in look(tmp_path)[1]] == [".metadata cannot be read"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_whatever_stands_in_it_the_reader_ends_and_names_sizes(tmp_path: Path, data: st.DataObject) -> None:
+    """In this process, and so without the bytes that ask for much memory: those are in HARMS."""
+    good = metadata({"__0_0.distcp": 40})
+    at = data.draw(st.integers(0, len(good) - 1))
+    change = data.draw(st.binary(max_size=8).filter(lambda b: not {*b} & {*b"rjp\x8d\x8e\x96"}))
+    text = data.draw(st.sampled_from([good[:at] + change + good[at + len(change) :], good[:at], change]))
+    (tmp_path / "m").write_bytes(text)
+    try:
+        found = checkpoint_sizes.sizes(str(tmp_path / "m"))
+    except Exception:
+        return
+    assert all(type(name) is str and type(size) is int and size >= 0 for name, size in found.items())
+
+
+RECORD_OF_36 = {"schema": 1, "run": "/runs/one", "model": "llama3 8B", "data_parallel": 36, "torchtitan": "0.2.1"}
+
+
+class Other(NamedTuple):
+    record: dict[str, Any]
+    version: str = "0.2.2"
+    job: Mapping[str, Any] = MappingProxyType({})
+    wrong: tuple[str, ...] = ()
+
+
+OTHERS = {
+    "its own": Other({}),
+    "no record": Other(dict.fromkeys(RECORD_OF_36)),
+    "flavor": Other({"model": "llama3 70B"}, wrong=("the model llama3 70B, not llama3 8B",)),
+    "ranks": Other({"data_parallel": 72}, wrong=("data-parallel degree 72, not 36",)),
+    "era": Other({}, "0.3.0", wrong=("torchtitan 0.2.1, not 0.3.0",)),
+    "version not known": Other({}, ""),
+    "another run's, by checkpoint.folder": Other({"run": "/runs/two"}),
+    "another run's, in the way": Other(
+        {"run": "/runs/two"}, job={"checkpoint_dir": "/ck", "name": "one"}, wrong=("the run /runs/two, not /runs/one",)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
+def test_checkpoints_of_another_kind_are_known_by_their_record(case: Other) -> None:
+    node = a_node()
+    node["job"] |= case.job
+    record = {key: value for key, value in (RECORD_OF_36 | case.record).items() if value is not None}
+    assert foreign(record, node, case.version) == list(case.wrong)
+    assert foreign(origin(node, "0.3.0"), node, "0.3.1") == []
+
+
+class Asked(NamedTuple):
+    needed: int
+    interval: int = 10
+    steps: int = 100
+    keep: int = 2
+    whole: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Asked(3),
+        Asked(0, interval=0),
+        Asked(2, interval=50),
+        Asked(1, interval=500),
+        Asked(6, keep=5),
+        Asked(1, whole=(70, 80)),
+        Asked(1, whole=(70, 80, 90)),
+        Asked(0, whole=(90, 100)),
+    ],
+)
+def test_room_is_wanted_for_as_many_as_lie_there_at_a_time(case: Asked) -> None:
+    recipe = {"checkpoint_interval": case.interval, "steps": case.steps, "checkpoint_keep": case.keep}
+    assert to_come(recipe, list(case.whole)) == case.needed
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def spec(recipe: Recipe = Recipe(checkpoint_interval=5), titan: dict[str, str] | None = None, **job: Any) -> PlacedRun:  # noqa: B008
+    asked = Job(name="a", runs_dir="/runs", image="/i.sqsh", **job)
+    return PlacedRun(job=asked, recipe=recipe, profile=Profile(device="cpu"), titan=titan or {})
+
+
+class No(NamedTuple):
+    spec: PlacedRun
+    why: str
+
+
+REFUSED = {
+    "keep": No(spec(Recipe(checkpoint_keep=1)), "at least 2: while one is written, the one before must stay"),
+    "relative": No(spec(checkpoint_dir="ck"), "must be an absolute path"),
+    "comma": No(spec(checkpoint_dir="/a,b"), "cannot be written in a Pyxis mount"),
+    "two places": No(spec(checkpoint_dir="/ck", titan={"checkpoint.folder": "x"}), "two places"),
+    "keep by torchtitan's name": No(spec(titan={"checkpoint.keep-latest-k": "3"}), "reports as the run's own"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_settings_that_cannot_be_are_refused(case: No) -> None:
+    with pytest.raises(LauncherError, match=case.why):
+        validate(case.spec)
+
+
+def test_both_eras_save_while_training_goes_on_and_keep_as_many_as_asked() -> None:
+    node = a_node({"checkpoint_interval": 5, "checkpoint_keep": 3})
+    node["job"] |= {"checkpoint_dir": "/ck/it's", "name": "one"}
+    assert {
+        "--checkpoint.enable",
+        "--checkpoint.interval=5",
+        "--checkpoint.async_mode=async",
+        "--checkpoint.keep_latest_k=3",
+        "--checkpoint.folder=/ck/it's/one",
+    } <= set(trainer_arguments(node, "0.3.0"))
+    ((_, text),) = config_files(node, "0.2.2").items()
+    assert 'folder = "/ck/it\'s/one"' in text and 'async_mode = "async"' in text and "keep_latest_k = 3" in text
+
+
+def test_the_folder_is_found_in_old_and_new_runs() -> None:
+    old = a_node()
+    del old["job"]["checkpoint_dir"]
+    assert folder_of(old) == Path("/runs/one/titan/checkpoint")
+    assert folder_of({**old, "titan": {"checkpoint.folder": "/else/where"}}) == Path("/else/where")
+    assert folder_of(tables_of(spec(checkpoint_dir="/ck"))) == Path("/ck/a")
+
+
+def test_the_directory_is_mounted_to_be_written() -> None:
+    made = replace(spec(checkpoint_dir="/ck"), sources={"/ck": "/mnt/ck"})
+    assert "/mnt/ck:/ck" in mounts(made) and "/mnt/ck:/ck" in render(made)
+    assert not any("/ck" in mount for mount in mounts(spec(checkpoint_dir="/ck/a", mounts=("/mnt:/ck",)))[:-1])
+    assert render(spec()) == render(spec(Recipe())), "without a directory of its own the script is as before"
+
+
+def test_old_sweeps_keep_their_names() -> None:
+    plain = spec(Recipe())
+    assert _default_name([plain]) != _default_name([spec(Recipe(checkpoint_keep=3))])
+    fields = plain.values().keys() - {"recipe.checkpoint_keep", "job.checkpoint_dir"}
+    assert "recipe.checkpoint_interval" in fields
+    assert _default_name([plain]) == _default_name([spec(Recipe(checkpoint_keep=2), checkpoint_dir="")])
+
+
+def test_the_options_make_the_run(launch: Launch, tmp_path: Path) -> None:
+    options = ["--checkpoint-every=50", "--keep=3", "--checkpoint-dir=ck", "--local", "--gpu=cpu", "--data=sample"]
+    done = launch("config", "show", *options, cwd=tmp_path)
+    for line in ("checkpoint_interval = 50", "checkpoint_keep = 3", f'checkpoint_dir = "{tmp_path}/ck"'):
+        assert line in done.stdout, done.stdout
+    done = launch("config", "show", *options, "--keep", "1", cwd=tmp_path)
+    assert done.returncode == ExitStatus.INVALID and "torchtitan refuses less" in done.stderr
+
+
+def free(monkeypatch: pytest.MonkeyPatch, count: float) -> None:
+    monkeypatch.setattr(here, "free_bytes", lambda folder: count)
+
+
+def test_what_does_not_fit_is_said_before_the_run_queues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = spec(Recipe(checkpoint_interval=50), checkpoint_dir=str(tmp_path))
+    each = 12 * SHAPES["8B"].parameters
+    assert 96e9 < each < 97e9
+    free(monkeypatch, 2 * each)
+    (found,) = here._checkpoint_space(made)
+    assert found.code == "checkpoint-space" and found.facts["path"] == f"{tmp_path}/a"
+    free(monkeypatch, 2 * each - 1)
+    (found,) = here._checkpoint_space(made)
+    assert (found.code, found.certain) == ("checkpoint-space-short", False)
+    assert here._checkpoint_space(spec(Recipe())) == []
+    (absent,) = [one for one in here.files(spec(checkpoint_dir="/no/such")) if one.facts.get("path") == "/no/such"]
+    assert absent.code == here.ABSENT and absent.fix == "mkdir -p /no/such"
+
+
+def test_plan_says_what_a_checkpoint_takes(launch: Launch) -> None:
+    done = launch("plan", "--gpu", "gb200", "--nodes", "9", "--checkpoint-every", "10")
+    assert "checkpoints 96.4 GB each, at most 3 at a time" in done.stdout
+    assert "checkpoints" not in launch("plan", "--gpu", "gb200", "--nodes", "9").stdout
+
+
+# --- the node check ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cpu(tmp_path: Path) -> Place:
+    place = Place(tmp_path, debug_node())
+    place.recipe(checkpoint_interval=4)
+    return place
+
+
+def test_the_node_sets_damaged_ones_aside_and_says_so(cpu: Place) -> None:
+    folder = cpu.run_dir / "titan" / "checkpoint"
+    write_checkpoint(folder, 4)
+    os.truncate(write_checkpoint(folder, 8) / "__0_0.distcp", 12)
+    done = cpu.start()
+    started(done)
+    assert "checkpoint step 8: __0_0.distcp is cut: 12 of 40 bytes" in done.stdout
+    assert "training goes on from step 4" in done.stdout
+    facts = cpu.record()
+    assert facts["checkpoint_step"] == 4 and [one["name"] for one in facts["warnings"]] == ["checkpoint-damaged"]
+    assert look(folder) == ([4], []) and (folder / ASIDE / "step-8").is_dir()
+    assert json.loads((folder / RECORD).read_text()) == origin(cpu.node, "0.3.0")
+
+
+def test_without_checkpoints_nothing_is_made(cpu: Place) -> None:
+    cpu.recipe(checkpoint_interval=0)
+    started(cpu.start())
+    assert not (cpu.run_dir / "titan" / "checkpoint").exists() and "checkpoint_step" not in cpu.record()
+
+
+def test_checkpoints_of_another_kind_stop_the_run_and_stay(cpu: Place) -> None:
+    folder = cpu.run_dir / "titan" / "checkpoint"
+    (write_checkpoint(folder, 4) / ".metadata").unlink()
+    (folder / RECORD).write_text(json.dumps(origin(cpu.node, "0.2.2") | {"data_parallel": 4}))
+    line = cpu.refused()
+    assert "data-parallel degree 4, not 2; torchtitan 0.2.2, not 0.3.0" in line
+    (found,) = cpu.record()["problems"]
+    assert (found["name"], found["fault"]) == ("checkpoint-foreign", "run")
+    assert (folder / "step-4").is_dir(), "what is not this run's is not touched"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"model": 3, "data_parallel": []}', "9" * 5000])
+def test_a_damaged_record_ends_no_check(cpu: Place, text: str) -> None:
+    folder = cpu.run_dir / "titan" / "checkpoint"
+    write_checkpoint(folder, 4)
+    (folder / RECORD).write_text(text)
+    done = cpu.start()
+    assert done.returncode in (0, FAILED)
+
+
+def test_a_directory_that_cannot_be_written_stops_the_run(cpu: Place, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cpu.node["job"] |= {"checkpoint_dir": str(tmp_path / "file"), "name": "run"}
+    cpu.write_node(cpu.node)
+    line = cpu.refused()
+    assert f"the checkpoint directory {tmp_path}/file/run cannot be written: Not a directory" in line
+    cpu.node["job"]["checkpoint_dir"] = str(tmp_path / "ck")
+    cpu.write_node(cpu.node)
+    assert "cannot be written: No such file or directory" in cpu.refused()
+    (tmp_path / "ck").mkdir()
+    arguments, _, _ = started(cpu.start())
+    assert f"--checkpoint.folder={tmp_path}/ck/run" in arguments
+    assert os.listdir(tmp_path / "ck" / "run") == [RECORD]
+
+
+def test_the_node_looks_for_room(cpu: Place) -> None:
+    """8B on a disk that has not 96 GB, or has them."""
+    cpu.recipe(flavor="70B")
+    free_gb = os.statvfs(cpu.run_dir).f_bavail * os.statvfs(cpu.run_dir).f_frsize / 1e9
+    if free_gb > 800:
+        pytest.skip("this disk has room for a checkpoint of 70B")
+    assert "3 checkpoints take 2,54" in cpu.refused().replace("2.54e+03", "2,540")
+
+
+def init_from_02(folder: Path, *, saves: bool = True) -> Place:
+    place = Place(folder, debug_node(init_from="/gone"), titan="0.2.2")
+    place.recipe(checkpoint_interval=4 if saves else 0)
+    (place.site / "safetensors").mkdir()
+    (place.site / "safetensors" / "__init__.py").touch()
+    return place
+
+
+def test_an_unfinished_first_checkpoint_is_no_random_start_in_02(tmp_path: Path) -> None:
+    """torchtitan 0.2 starts from given weights only where there is no folder for checkpoints."""
+    place = init_from_02(tmp_path)
+    folder = place.run_dir / "titan" / "checkpoint"
+    (write_checkpoint(folder, 4) / ".metadata").unlink()
+    assert "/gone is not a directory" in place.refused(), "the weights are looked at again"
+    assert not folder.exists()
+    assert (folder.with_name(f"checkpoint-{ASIDE}") / ASIDE / "step-4").is_dir()
+    folder.mkdir()
+    (folder / "mine.txt").touch()
+    done = place.start()
+    assert done.returncode == FAILED and "would start from random weights" in done.stdout
+    assert shlex.quote(f"rm -r {folder}")[1:-1] in done.stdout
+
+
+def test_the_runs_own_checkpoint_wins_over_weights_that_are_gone(tmp_path: Path) -> None:
+    place = init_from_02(tmp_path)
+    own = write_checkpoint(place.run_dir / "titan" / "checkpoint", 4)
+    started(place.start())
+    assert place.record()["init_from"] == str(own)
+
+
+WATCHED = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from titan import checkpoints
+checkpoints.free_bytes = lambda folder: 50
+folder = Path(sys.argv[2])
+checkpoints.watch(folder, {"schema": 1}, lambda line: print(line, flush=True), every_s=0.01)
+print("READY", flush=True)
+os.execvp("cat", ["cat"])
+"""
+
+
+def test_after_each_checkpoint_the_job_says_when_the_next_does_not_fit(tmp_path: Path) -> None:
+    """The watcher outlives an exec, as of torchrun, and ends with it."""
+    folder = tmp_path / "checkpoint"
+    source = str(Path(checkpoints.__file__).parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED, source, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    with process.stdin:
+        assert process.stdout.readline() == "READY\n"
+        whole = write_checkpoint(tmp_path / "made", 4)
+        folder.mkdir()
+        whole.rename(folder / "step-4")
+        line = process.stdout.readline()
+        assert line.startswith("titan-checkpoint: warn step=4 ") and "does not fit" in line
+        assert (folder / RECORD).exists()
+    assert process.stdout.read() == "", "its end closes the pipe"
+    assert process.wait() == 0
