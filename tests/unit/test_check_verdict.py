@@ -283,7 +283,7 @@ CHOICES = {
     "a whole one before a part": Choice("abbbccc", 4, [0, 1, 2, 3]),
     "the slowest of the part is left out": Choice("aaabbb", 5, [0, 1, 2, 3, 5], {4: 0.95}),
     "slow GPUs before domains": Choice("aaab", 3, [0, 1, 3], slow=(2,)),
-    "slow GPUs, in the domain of the others": Choice("aabbb", 3, [0, 2, 3], slow=(1, 4)),
+    "slow GPUs, in the domain of the others": Choice("aaab", 2, [0, 1], slow=(1, 2, 3)),
     "all": Choice("ab", 2, [0, 1], slow=(0, 1)),
 }
 

@@ -321,6 +321,7 @@ def test_an_unfit_node_is_left_out(spare: Nodes, sick: int) -> None:
     trained(spare, done, *sorted({0, 1, 2} - {sick}))
     assert "titan-node: FAIL" in done[sick].stdout and "import torch fails: ImportError" in done[sick].stdout
     assert spare.record_of(sick)["ok"] is False
+    assert [one["name"] for one in spare.record_of(sick)["problems"]] == ["gpus"]  # and heard the verdict
     assert [(one["host"], one["fault"]) for one in spare.verdict()["unfit"]] == [(f"gpu{sick:03d}", "node")]
     assert judge([spare.record_of(number) for number in range(3)], spare.verdict(), 2)[0].own
 
