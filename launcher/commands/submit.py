@@ -130,7 +130,7 @@ def resume(
     from launcher.runs.resume import check_resumable
 
     found = runs.open_run(run, runs_dir)
-    given = {"recipe.steps": steps, "job.time": time, "job.exclude": exclude}
+    given: dict[str, Any] = {"recipe.steps": steps, "job.time": time, "job.exclude": exclude}
     values = {key: value for key, value in given.items() if value is not None}
     origin = {key: f"option --{key.partition('.')[2]}" for key in values}
     own = {"job.name": found.made_at.name, "job.runs_dir": str(found.made_at.parent)}  # a run.toml has none

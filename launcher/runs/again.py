@@ -186,8 +186,8 @@ def cause_of(run_dir: Path, code: int, lost: Sequence[str], nodes: int) -> Cause
 def main(arguments: Sequence[str]) -> int:
     """`begin`: prints the number of the attempt that begins. `refused`: Slurm did not queue the job again.
 
-    `end`: prints what follows the attempt that has ended, as "again HOST...", "requeue HOST,...", "stop", or "done" where
-    training had reached its end.
+    `end`: prints what follows the attempt that has ended, as "again HOST...", "requeue HOST,...", "stop", or "done"
+    where training had reached its end.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)

@@ -53,7 +53,7 @@ class Watcher:
 
     def __init__(self, run: Run) -> None:
         self._run, self._nodes = run, run.nodes
-        self._follower = Follower(run.logs, run.steps)
+        self._follower = Follower(run.logs, run.steps, chosen=lambda: run.chosen)
         self._began: dict[Phase, float] = {}
         self._progress: Progress | None = None
         self._before: tuple[Phase, int, int, Mapping[str, int]] = (Phase.STARTING, 0, 0, {})
