@@ -27,6 +27,8 @@ CASES = [
     ("local-cpu-bare", "cpu", "bare"),
     ("local-h200-apptainer", "h200", "apptainer"),
     ("slurm-gb200-everything", "gb200", "pyxis"),
+    ("slurm-gb200-restarts", "gb200", "pyxis"),
+    ("local-cpu-restarts", "cpu", "bare"),
 ]
 
 
@@ -89,6 +91,10 @@ def spec_of(case: str, gpu: str, runtime: str) -> PlacedRun:
             "job.recipe": "debug",
             "job.python": "/venv/bin/python",
         }
+    if case.endswith("restarts"):
+        values |= {"recipe.checkpoint_interval": 100, "job.max_restarts": 5}
+    if case == "slurm-gb200-restarts":
+        values |= {"job.spares": 1, "job.continues": 2, "job.checkpoint_dir": "/data/checkpoints"}
     if case.endswith("everything"):
         values |= {
             "job.partition": "batch",

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,8 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.commands.start import start_with_retries
-from launcher.config.spec import RunSpec
 from launcher.nodes import bad_nodes
 from launcher.nodes.bad_nodes import DAY_S, KEEP_S
-from launcher.runs.directory import Run
 from tests.cluster_fixtures import FakeNode, install, partition_line
 from tests.cluster_fixtures import cluster as answers_of
 from tests.conftest import Launch
@@ -266,120 +263,10 @@ def test_a_home_that_cannot_be_written(workplace: Path, monkeypatch: pytest.Monk
     assert error.value.status is ExitStatus.FILESYSTEM and "XDG_CONFIG_HOME" in error.value.fix
 
 
-# ---------------------------------------------------------------- submit --retry-bad-nodes
-
-# sbatch that runs nothing: it leaves what a job leaves whose nodes failed, as long as there is a record for it.
-SBATCH = r"""
-count=$(ls {queue} | wc -l)
-dir=$(dirname "${{@: -1}}")
-mkdir -p "$dir/nodes"
-echo "$@" "$(grep -o 'exclude=.*' "$dir/job.sbatch")" >>{calls}
-first=$(ls {queue} | head -1)
-code=0
-if [ -n "$first" ]; then
-  code=20
-  cp {queue}/"$first"/* "$dir/nodes/"
-  rm -r {queue}/"$first"
-fi
-printf '{{"job_id": "42", "exit_code": %d, "signal": "", "slurm": "", "ended_at": %d}}' \
-  "$code" "$(date +%s)" >"$dir/end.json"
-echo 42
-"""
-
-
-@pytest.fixture
-def retrying(launch: Launch, fake_slurm: Fake, workplace: Path) -> Callable[..., Any]:
-    """`submit --retry-bad-nodes` where the first jobs end with these records, one list of them a job."""
-
-    def go(jobs: Sequence[Sequence[Mapping[str, Any]]], *arguments: str) -> Any:
-        install(PAIR, fake_slurm)
-        queue = workplace / "queue"
-        for number, records in enumerate(jobs):
-            (queue / str(number)).mkdir(parents=True)
-            for index, entry in enumerate(records):
-                (queue / str(number) / f"{index:04d}-{entry['host']}.json").write_text(json.dumps(entry))
-        queue.mkdir(exist_ok=True)
-        fake_slurm("sbatch", SBATCH.format(queue=queue, calls=workplace / "calls"))
-        return launch(*SUBMIT, "--name", "r", *arguments)
-
-    return go
-
-
-def test_retried_without_the_bad_node(retrying: Callable[..., Any], workplace: Path) -> None:
-    done = retrying([[record("n0"), record("n1", ECC)]], "--nodes", "2", "--retry-bad-nodes", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "r: retry 1 of 2 without n1: r-retry1" in done.stderr
-    assert "r-retry1: COMPLETED" in done.stdout
-    assert [line.partition("exclude=")[2] for line in (workplace / "calls").read_text().splitlines()] == ["", "n1"]
-
-
-def test_retried_without_every_bad_node_where_the_cluster_has_no_name(
-    retrying: Callable[..., Any], workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(PAIR, "config", "".join(re.findall(r"^(?!ClusterName).*\n", PAIR["config"], re.MULTILINE)))
-    jobs = [[record(name, ECC, cluster="c1")] for name in ("n0", "n1")]
-    done = retrying(jobs, "--retry-bad-nodes", "2")
-    assert (
-        "r-retry1: retry 2 of 2 without n1: r-retry2" in done.stderr
-        and "may not be left out" not in done.stderr.split("retry 1 of 2")[1]
-    )
-    calls = [line.partition("exclude=")[2] for line in (workplace / "calls").read_text().splitlines()]
-    assert calls == ["", "n0", "n[0-1]"]
-
-
-def test_retried_at_most_so_often(retrying: Callable[..., Any], workplace: Path) -> None:
-    jobs = [[record(f"n{i}", ECC), record("ok")] for i in range(3)]
-    done = retrying(jobs, "--retry-bad-nodes", "1", "--json")
-    assert done.returncode == ExitStatus.NODES_UNFIT
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["run"] for line in lines if "job_id" in line] == ["r", "r-retry1"]
-    assert [line["left_out"] for line in lines if "left_out" in line] == [["n0"], ["n1"]]
-    assert len((workplace / "calls").read_text().splitlines()) == 2
-
-
-NOT_RETRIED = {
-    "nobody is to blame": ([record("n0", MOUNT), record("n1", MOUNT)], "there is no node to leave out", {}),
-    "too few are left": (
-        [record("n0"), record("n1", ECC), record("n2")],
-        "--nodes 3: partition batch has 2, without those of --exclude",
-        {},
-    ),
-    "no configuration": ([record("n0", ECC)], "there is no node to leave out", {"config": ""}),
-}
-
-
-@pytest.mark.parametrize(("records", "why", "answers"), NOT_RETRIED.values(), ids=NOT_RETRIED)
-def test_not_retried(
-    records: list[Any],
-    why: str,
-    answers: dict[str, str],
-    retrying: Callable[..., Any],
-    workplace: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, text in answers.items():
-        monkeypatch.setitem(PAIR, name, text)
-    done = retrying([records], "--nodes", str(len(records)), "--retry-bad-nodes", "3")
-    assert done.returncode == ExitStatus.NODES_UNFIT and f"r: not retried: {why}" in done.stderr
-    assert len((workplace / "calls").read_text().splitlines()) == 1
-
-
-def test_ctrl_c_ends_the_retrying_too(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("launcher.runs.attach.standings", interrupted)
-    with pytest.raises(SystemExit) as end:
-        unfit = Run(unfit_run(workplace, "r", record("n0", ECC)))
-        start_with_retries(RunSpec(), unfit, {}, 1, force=False, as_json=False)
-    said = capsys.readouterr().err
-    assert end.value.code == ExitStatus.INTERRUPTED
-    assert "detached; r goes on: launcher watch r; it is not retried then" in said
-
-
-@pytest.mark.parametrize("other", ["--dry-run", "--local"])
-def test_not_with(other: str, launch: Launch, fake_slurm: Fake) -> None:
-    done = launch("submit", "--gpu", "cpu", *RUN, other, "--retry-bad-nodes", "1")
-    assert done.returncode == ExitStatus.USAGE and other in done.stderr
+def test_retry_bad_nodes_is_another_name(launch: Launch) -> None:
+    """The run begins anew by itself, as with --max-restarts; test_again.py says on which nodes."""
+    scripts = [
+        launch(*SUBMIT, "--name", "r", "--dry-run", option, "2").stdout
+        for option in ("--retry-bad-nodes", "--max-restarts")
+    ]
+    assert scripts[0] == scripts[1] and "#SBATCH --requeue" in scripts[0]
