@@ -22,7 +22,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that isn't installed
 
-from launcher import __version__
+from launcher import version
 from launcher.report.page import page
 from launcher.results.published import published
 from tests.browser.sample_runs import sample
@@ -60,7 +60,7 @@ def report(to: Path) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         file = Path(folder, "page.html")
-        file.write_text(page(runs, published(), made="2026-11-22 12:00 UTC", version=__version__, left_out=[]), "utf-8")
+        file.write_text(page(runs, published(), made="2026-11-22 12:00 UTC", version=version(), left_out=[]), "utf-8")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"] * (os.geteuid() == 0))
         tab = browser.new_page(viewport={"width": 1100, "height": 1000}, color_scheme="light")
         tab.goto(file.as_uri())

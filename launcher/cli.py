@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from launcher import __version__
+from launcher import version
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import echo, never_fail, print_error
 
@@ -89,8 +89,14 @@ class _Commands(click.Group):
         return names + click.Command.shell_complete(self, context, incomplete)
 
 
+def _version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        echo(f"launcher, version {version()}")
+        context.exit()
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="launcher")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def launcher() -> None:
     """Run torchtitan's Llama-3 training on a Slurm cluster, or here, and read the result.
 

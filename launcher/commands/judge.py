@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from launcher import __version__
+from launcher import version
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_json, write_text
 from launcher.base.output import as_json, confirm, echo, is_terminal, print_json, style, warn
@@ -240,7 +240,7 @@ def _tell(
         faults=_faults(run, state),
         state=state.name,
     )
-    inputs |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": __version__}
+    inputs |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": version()}
     kept = judging.as_dict(run.name, outcome, verdict, inputs) | {
         "next": (steps := _next_steps(run, state, verdict, inputs["baseline"]))
     }

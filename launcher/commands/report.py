@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from launcher import __version__
+from launcher import version
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import filesystem_error, unreadable, write_text
 from launcher.base.output import as_json, counted, echo, echo_file, print_json, some
@@ -65,7 +65,7 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
         refuse_to_overwrite(output)
     outcomes, left_out = _outcomes(names, runs_dir)
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    text = page(outcomes, published(), made=made, version=__version__, left_out=left_out)
+    text = page(outcomes, published(), made=made, version=version(), left_out=left_out)
     if to_stdout:
         echo_file(text)
     else:
