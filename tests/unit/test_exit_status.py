@@ -72,7 +72,7 @@ def test_colour_only_on_terminals(launch: Launch) -> None:
 
 
 def test_the_version_is_told_in_both_usual_ways(launch: Launch) -> None:
-    assert launch("--version").stdout.strip().== f"launcher, version {version()}"
+    assert launch("--version").stdout.strip() == f"launcher, version {version()}"
     assert f"launcher {version()}" in launch("version").stdout
 
 
