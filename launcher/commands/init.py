@@ -27,10 +27,10 @@ from launcher.scheduler.facts import ClusterFacts
 @click.option("--gpu", metavar="PROFILE", help="GPU profile, or a TOML file of your own.")
 @click.option("--partition", "-p", help="Slurm partition.")
 @click.option("--account", "-A", help="Slurm account.")
-@click.option("--runs-dir", metavar="DIR", help="Where runs are made, and looked for; every node must see it.")
-@click.option("--data", metavar="DIR", help="C4, or 'sample' for generated text.")
+@click.option("--runs-dir", metavar="DIR", help="Where runs are created and looked for; every node must see it.")
+@click.option("--data", metavar="DIR", help="Directory with C4, or 'sample' for generated text.")
 @click.option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json.")
-@click.option("--image-dir", metavar="DIR", help="Where images are staged, and --image NAME is looked for.")
+@click.option("--image-dir", metavar="DIR", help="Where images are staged, and where --image NAME is looked for.")
 @click.option(
     "--config",
     "-c",
@@ -46,8 +46,9 @@ from launcher.scheduler.facts import ClusterFacts
 def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: str | None) -> None:
     """Set up your defaults for this cluster.
 
-    Finds the GPU profile, partition, account, directories of runs, data, tokenizer and images, says why, asks once,
-    and writes them into your file. Options that you give are saved. Everything already in the file stays as it is.
+    Finds the GPU profile, the partition, your account, and the directories for runs, data, tokenizer and images. Shows
+    what it found and why, asks once, and saves it in your settings file. Options that you give are saved too. What is
+    already in the file stays as it is.
 
     \b
     launcher init

@@ -58,13 +58,13 @@ def _share(_context: click.Context, parameter: click.Parameter, value: str) -> f
 @click.argument("a", metavar="A", shell_complete=run_or_file)
 @click.argument("b", metavar="B", shell_complete=run_or_file)
 @runs_dir_option
-@click.option("--exit-code", is_flag=True, help="Exit with 12 where B is slower, with 13 where that cannot be said.")
+@click.option("--exit-code", is_flag=True, help="Exit with 12 if B is slower, and with 13 if that cannot be said.")
 @as_json
 def compare(a: str, b: str, runs_dir: Path, exit_code: bool, as_json: bool) -> None:
     """Compare two results and show which differences exceed noise.
 
-    A and B are runs (a name or a path), files (what launcher results --format json wrote, or a CSV in the form of
-    slurm/reference-results.csv), or the word published: the published row that matches the other best.
+    A and B are each a run (a name or a path), a file (from `launcher results --format json`, or a CSV like
+    slurm/reference-results.csv), or the word published: the published row that matches the other side best.
 
     \b
     launcher compare before-driver-update after-driver-update
@@ -116,7 +116,7 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     default="95%",
     show_default=True,
     metavar="SHARE",
-    help="Of the baseline's tokens/s that the run must reach: 0.95 or 95%.",
+    help="Share of the baseline's tokens/s that the run must reach, such as 0.95 or 95%.",
 )
 @click.option(
     "--max-spread",
@@ -124,29 +124,29 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     default="5%",
     show_default=True,
     metavar="SHARE",
-    help="How much slower than the others a node may be.",
+    help="How much slower than the other nodes a node may be.",
 )
 @click.option(
     "--baseline",
     default="published",
     show_default=True,
     metavar="published|FILE|RUN",
-    help="What it is measured by: the published rows, or a result of yours.",
+    help="What to compare with: the published rows, or a result of your own.",
 )
 @click.option(
     "--report",
     type=FilePath(path_type=Path),
     metavar="FILE.html",
-    help="Write a report to hand over: verdict, conditions, nodes, figures.",
+    help="Also write a report to hand over: verdict, conditions, nodes and figures.",
 )
 @click.option(
     "--follow",
     "-f",
     is_flag=True,
-    help="Wait for a run that still goes; a run submitted here is always waited for.",
+    help="Wait for the run to end, if it is still running. A run that this command submits is always followed.",
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start; do not ask.")
+@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start. Does not ask.")
 @as_json
 def accept(
     options: RunOptions,
@@ -161,9 +161,9 @@ def accept(
 ) -> None:
     """Judge a run: PASS, FAIL or CANNOT SAY, with reasons.
 
-    It looks at speed, nodes, numbers and loss. With a run (a name or a path) it judges that one; with options
-    of submit it submits a run, follows it, and judges it. The verdict is kept in RUN/accept.json. Exit code 0: PASS;
-    12: FAIL; 13: CANNOT SAY.
+    Judges speed, nodes, loss, and whether all numbers are finite. Name a run to judge it, or give the options of
+    `submit` to submit a run, follow it and judge it. The verdict is saved in RUN/accept.json. Exit code 0: PASS; 12:
+    FAIL; 13: CANNOT SAY.
 
     \b
     launcher accept --image titan.sqsh --nodes 9            after every change of the cluster

@@ -45,13 +45,13 @@ from launcher.scheduler.state import JobState
     "--plots",
     type=FilePath(path_type=Path),
     metavar="DIR",
-    help="Write its charts there, too, each as an SVG file.",
+    help="Also write each chart there as an SVG file.",
 )
 @as_json
 def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | None, as_json: bool) -> None:
-    """Write runs as one HTML page, and its charts.
+    """Write runs as one HTML page with charts.
 
-    The page needs nothing but itself. Without a RUN, all that logged something are on it.
+    The page is one file that needs no other. Without a RUN, it shows all runs that logged something.
 
     \b
     launcher report -o page.html

@@ -27,23 +27,23 @@ from launcher.scheduler.state import JobState
 @click.command()
 @run_argument(required=False, several=True)
 @runs_dir_option
-@click.option("--all", "every", is_flag=True, help="Every run in the runs directory.")
+@click.option("--all", "every", is_flag=True, help="All runs in the runs directory.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]),
     default="text",
     show_default=True,
-    help="How; torchtitan: a file for its repository's benchmarks/ folder.",
+    help="Output format; torchtitan: a file for the benchmarks/ folder of its repository.",
 )
 @gone("--update", "launcher results --format markdown > FILE")
-@click.option("--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan.")
+@click.option("--entity", default="", metavar="NAME", help="Who submits the result, for --format torchtitan.")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Write the submission there, under its name.",
+    help="Directory to write the torchtitan file to.",
 )
 @as_json
 def results(
@@ -55,10 +55,10 @@ def results(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Print results as the published table has them.
+    """Print results in the form of the published table.
 
-    Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an
-    object, and several are a list.
+    RUN is a name, a path, or a pattern such as 'gb200-*'; the default is the newest run. --json prints one run as an
+    object, and several as a list.
 
     \b
     launcher results

@@ -44,20 +44,20 @@ def _items(_context: click.Context, parameter: click.Parameter, value: str | Non
 @click.command(cls=RunCommand)
 @run_options
 @click.option("--dry-run", is_flag=True, help="Print the matrix with its node-hours; write and submit nothing.")
-@click.option("--parallel", is_flag=True, help="Let Slurm run cells side by side, as nodes are free.")
+@click.option("--parallel", is_flag=True, help="Let Slurm run cells at the same time when nodes are free.")
 @click.option("--retry", is_flag=True, help="Submit cells without a result again, under the same name with -2, -3 ...")
 @click.option("--follow", "-f", is_flag=True, help="Wait for all of them, then print the table; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option("--force", is_flag=True, help="Submit although a check says that a cell will wait for ever.")
+@click.option("--force", is_flag=True, help="Submit even if a check says that a cell would never start.")
 @as_json
 def sweep(
     options: RunOptions, dry_run: bool, parallel: bool, retry: bool, follow: bool, yes: bool, force: bool, as_json: bool
 ) -> None:
     """Submit a matrix of nodes, batch sizes and recipes.
 
-    Every combination, one after another. Slurm keeps the order: each job waits for the end of the one before it,
-    however that ended. The same command again goes on where it was cut off, leaves alone what goes on or is complete,
-    and prints the table with the scaling.
+    Submits every combination. Slurm runs them in order: each job waits until the one before it has ended, even if that
+    failed. Type the same command again to submit what is missing and to print the table with the scaling; cells that
+    run or are complete are left alone.
 
     \b
     launcher sweep --image titan.sqsh --nodes 3,9,17 --dry-run
@@ -109,7 +109,7 @@ _OTHERS: dict[str, tuple[str, str, Any]] = {
     "nodes": ("N,N,...", "Numbers of nodes.  [default: 1]", _items),
     "batch_size": ("N,N,...", "Local batch sizes.  [default: the recipe's]", _items),
     "recipe": ("NAME,NAME,...", "Recipes.  [default: llama3-8b]", _items),
-    "name": ("NAME", "Name of the sweep, with which those of its runs begin.  [default: from its settings]", None),
+    "name": ("NAME", "Name of the sweep; the names of its runs begin with it.  [default: from its settings]", None),
 }
 for _option in sweep.params:
     if isinstance(_option, click.Option) and _option.name in _OTHERS:

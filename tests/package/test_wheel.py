@@ -106,7 +106,9 @@ def test_the_files_of_a_tag_without_git_have_its_version(checkout: Path, tmp_pat
 
 
 def test_without_a_tag_it_installs_under_a_version_that_is_no_release(checkout: Path, tmp_path: Path) -> None:
-    assert all(re.fullmatch(r"0\.0\.1\.dev\d+\+g[0-9a-f.d]+", version) for version in built(checkout, tmp_path / "dist"))
+    assert all(
+        re.fullmatch(r"0\.0\.1\.dev\d+\+g[0-9a-f.d]+", version) for version in built(checkout, tmp_path / "dist")
+    )
     shutil.rmtree(checkout / ".git")
     (checkout / ".git_archival.txt").unlink()
     assert built(checkout, tmp_path / "copied") == ["0.0.0", "0.0.0"]
