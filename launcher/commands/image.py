@@ -93,7 +93,7 @@ def no_password(_context: click.Context, parameter: click.Parameter, value: str 
     """Build arguments stay readable in the image's history, and in the process list while it is built."""
     if value and re.match(r"[^/]*//[^/]*@", value):
         raise click.BadParameter(
-            "an address with a user or password would stay in the image; put it into the base image's pip.conf",
+            "a user or password in the address would stay readable in the image; put it into the base image's pip.conf",
             param=parameter,
         )
     return value
@@ -115,7 +115,7 @@ def target_path(output: str | None, name: str, force: bool) -> Path:
     path = Path(output or ".")
     if path.is_dir():
         if not name:
-            raise click.UsageError("The image does not say which channel it is: name the file with -o FILE.")
+            raise click.UsageError("The image does not say its channel: name the file with -o FILE.")
         path /= name
     elif str(output).endswith("/"):  # which a Path forgets
         fix = f"mkdir -p {quoted(path)}, or a file's name without the slash"
@@ -229,7 +229,7 @@ def build_command(
     engine = docker_engine.connect()
     arches = building.arches(arch or "", engine)
     if len(arches) > 1 and (options["tag"] or options["lock_file"] or (output and not os.path.isdir(output))):
-        raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
+        raise click.UsageError("With --arch all, --tag and --lock cannot be used, and -o must be a directory.")
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
         need("mksquashfs")
@@ -306,7 +306,7 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
     launcher image inspect titan-stable-arm64.sqsh --gpu gb200 --driver 570.124.06
     """
     if driver is not None and not re.fullmatch(r"\d+(\.\d+)*", driver):
-        raise click.BadParameter(f"{driver[:40]!r} is no version such as 580.95.05", param_hint="--driver")
+        raise click.BadParameter(f"{driver[:40]!r} is not a version such as 580.95.05", param_hint="--driver")
     profile: Mapping[str, Any] = {}
     if gpu:
         profile = read_layer(find("profiles", gpu), f"profile {gpu}").values
@@ -389,7 +389,7 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: str |
     """
     arches = list(ARCHES) if arch == "all" else [arch]
     if output and len(arches) > 1:
-        raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
+        raise click.UsageError(f"-o names one file, so it needs --arch {' or '.join(ARCHES)}.")
     rows = []
     for arch in arches:
         path = locking.lock(channel, arch, torch_index=torch_index, output=Path(output) if output else None)

@@ -62,7 +62,7 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
     given = {key: (str(value), "your file") for key in ABOUT if (value := saved.values.get(f"job.{key}"))}
     for key, value in options.items():
         if value == "":
-            raise click.UsageError(f"--{key.replace('_', '-')}: no value; to forget one, delete its line in {path}")
+            raise click.UsageError(f"--{key.replace('_', '-')}: empty; to remove it, delete its line in {path}")
         if value is not None:
             given[key] = str(absolute(f"job.{key}", value, Path.cwd())), f"option --{key.replace('_', '-')}"
     if "gpu" in given:
@@ -71,7 +71,7 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
     if not found[0].value:
         why = "; ".join(found[0].against) or "nothing names the GPU"
         fix = f"say which: launcher init --gpu {'|'.join(proposal.candidates or hardware())}"
-        raise LauncherError("gpu-unknown", f"no profile fits for sure: {why}", fix, status=ExitStatus.NOT_FOUND)
+        raise LauncherError("gpu-unknown", f"no GPU profile is certain: {why}", fix, status=ExitStatus.NOT_FOUND)
     for text in (text for choice in found for text in choice.against):
         warn(text)
     new = {c.key: c.value for c in found if c.value and c.value != saved.values.get(f"job.{c.key}")}
@@ -83,7 +83,9 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
         echo(f"For {path}:", *(f"  {line}" for line in columns(rows)))
     if not yes:
         if as_json or not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
-            raise click.UsageError(f"not a terminal to ask on: {quoted('launcher', *sys.argv[1:], '--yes')} writes it")
+            raise click.UsageError(
+                f"no terminal to ask on; without asking: {quoted('launcher', *sys.argv[1:], '--yes')}"
+            )
         confirm(f"Write it to {path}?", otherwise="nothing was written")
     save(path, "job", new, ABOUT)
     if as_json:

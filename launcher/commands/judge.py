@@ -89,7 +89,7 @@ def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
     first, second = results_in(a, runs_dir), results_in(b, runs_dir)
     if len(first) > 1 and len(second) > 1:
         raise LauncherError(
-            "several-results", f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b)
+            "several-results", f"{a} and {b} each hold several results", quoted("launcher", "compare", "RUN", b)
         )
     if len(first) > 1:
         return _nearest(second[0], first, a), second[0]
@@ -101,7 +101,7 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     if row is None:
         raise LauncherError(
             "gpu-without-result",
-            f"{where} has no result of a {one.gpu}, only of {', '.join(sorted({result.gpu for result in many}))}",
+            f"{where} has no result for {one.gpu}, only for {', '.join(sorted({result.gpu for result in many}))}",
             "launcher compare A B with a run or a file of your own",
             status=ExitStatus.NOT_FOUND,
         )
@@ -179,7 +179,7 @@ def accept(
         )
     if asked and options.run_file is not None and not options.run_file.is_file():
         raise click.UsageError(
-            f"{options.run_file}: a run is judged without options of submit; with them, name a RUN.toml to repeat"
+            f"{options.run_file}: options of submit need a RUN.toml to repeat; to judge this run, leave them out"
         )
     # Before hours are spent on a run that nothing could be compared with, or whose report could not be written.
     if report:
@@ -247,7 +247,7 @@ def _tell(
     try:
         write_json(run.path / FILE, kept)
     except LauncherError as error:
-        warn(f"the verdict is printed only: {error.what}")
+        warn(f"the verdict could not be saved: {error.what}")
     if as_json:
         print_json(kept | ({"report": str(report)} if report else {}))
     else:

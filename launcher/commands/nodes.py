@@ -62,7 +62,7 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     if not text:
         raise click.UsageError("--reason: must not be empty")
     if unknown := [name for name in names if name not in known]:
-        warn(f"Slurm has no node {unknown[0]}: it is left out once there is one")
+        warn(f"Slurm has no node {unknown[0]}: it will be left out if it appears")
     new = [BadNode(name, text, "", now_s, now_s + days * DAY_S) for name in names]
     # What was known of these nodes goes.
     change(cluster, lambda old: added([*(node for node in old if node.host not in names), *new], (), now_s))

@@ -60,7 +60,7 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     """
     to_stdout = str(output) == "-"
     if to_stdout and as_json:
-        raise click.UsageError("-o - prints the page, --json prints JSON: one of the two")
+        raise click.UsageError("-o - and --json cannot be combined, as both print to standard output")
     if not to_stdout:
         refuse_to_overwrite(output)
     outcomes, left_out = _outcomes(names, runs_dir)
@@ -145,7 +145,7 @@ def refuse_to_overwrite(path: Path, generator: str = GENERATOR, option: str = "-
     if not is_page:
         raise LauncherError(
             "file-exists",
-            f"{path} exists and is no page of this command: it is left as it is",
+            f"{path} exists and was not written by this command, so it is kept",
             f"choose another: {option}",
             status=ExitStatus.EXISTS,
         )

@@ -67,7 +67,7 @@ def results(
     launcher results my-run --format torchtitan --entity my-team -o .
     """
     if output and (as_json or form != "torchtitan"):
-        raise click.UsageError("--output is for --format torchtitan; the others print, and > FILE keeps that")
+        raise click.UsageError("--output works only with --format torchtitan; save the other formats with > FILE")
     if every and names:
         raise click.UsageError("either RUN or --all")
     several = every or len(names) > 1 or any(map(_is_pattern, names))
@@ -120,7 +120,7 @@ def _outcomes(found: Sequence[tuple[Run, JobState]], several: bool, with_data_sh
     if not outcomes:
         raise nothing_logged(*silent[0])
     if silent:
-        warn(f"nothing logged yet, or nothing known: {some([f'{run.name} ({state.name})' for run, state in silent])}")
+        warn(f"nothing logged yet, or state unknown: {some([f'{run.name} ({state.name})' for run, state in silent])}")
     return outcomes
 
 
@@ -136,7 +136,7 @@ def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> No
             if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
                 raise LauncherError(
                     "file-exists",
-                    f"{path} exists and says something else",
+                    f"{path} exists with other content",
                     quoted("mv", path, f"{path}.old"),
                     status=ExitStatus.EXISTS,
                 )

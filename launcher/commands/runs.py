@@ -187,9 +187,9 @@ def logs(
     launcher logs my-run --node gpu003 -n 50
     """
     if follow and (errors or count):
-        raise click.UsageError("--follow: not with --errors or --lines")
+        raise click.UsageError("--follow cannot be combined with --errors or --lines")
     if node and rank is not None:
-        raise click.UsageError("either --node or --rank: a rank is on one node")
+        raise click.UsageError("use either --node or --rank: a rank runs on one node")
     found = runs.open_run(run, runs_dir)
     known = logs_of(found.logs, node, rank, found.ranks_per_node)
     if (node or rank is not None) and not known and not follow:
@@ -317,7 +317,7 @@ def remembered(run: Run, state: JobState) -> list[BadNode]:
     try:
         return remember(run, state, time.time())
     except LauncherError as error:
-        warn(f"nodes that failed their check are not remembered: {error.what}; {error.fix}")
+        warn(f"could not remember the nodes that failed their check: {error.what}; {error.fix}")
         return []
 
 

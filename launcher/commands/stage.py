@@ -78,7 +78,7 @@ def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> 
     if sum((wanted["files"] is not None, bool(wanted["runs"]), wanted["everything"])) != 1:
         raise click.UsageError("one of --files N, --for RUN and --all is needed")
     if wanted["source"] and (wanted["revision"] or wanted["token_file"]):
-        raise click.UsageError("--revision and --token-file are the Hub's: not with --from")
+        raise click.UsageError("--revision and --token-file are for the Hub, and cannot be combined with --from")
     refuse_foreign(target, looks_like_c4)
     plan = plan_c4(target, **wanted)
     echo(*plan.notes, plan.line(), err=True)

@@ -35,9 +35,9 @@ def _items(_context: click.Context, parameter: click.Parameter, value: str | Non
         if not text:
             raise click.BadParameter(f"{value!r:.80}: an empty item", param=parameter)
         if are_numbers and not re.fullmatch(r"[1-9][0-9]{0,8}", text):
-            raise click.BadParameter(f"{text[:80]!r} is not a number from 1 on", param=parameter)
+            raise click.BadParameter(f"{text[:80]!r} is not a number of at least 1", param=parameter)
         if text in items[:at]:
-            raise click.BadParameter(f"{text[:80]} stands there twice", param=parameter)
+            raise click.BadParameter(f"{text[:80]} is listed twice", param=parameter)
     return tuple(map(int, items)) if are_numbers else tuple(items)
 
 
@@ -69,7 +69,9 @@ def sweep(
         raise click.UsageError("--parallel is for Slurm: with --local, runs would share this machine")
     name, specs = specs_of(options)
     if not (parallel or is_local) and any(split(item)[0] == "dependency" for item in specs[0].job.sbatch):
-        raise click.UsageError("--sbatch dependency=...: only with --parallel, as each job waits for the one before it")
+        raise click.UsageError(
+            "--sbatch dependency=... needs --parallel: without it, each job already waits for the one before it"
+        )
     cells = standings(specs)
     wanted = [cell for cell in cells if cell.has_next(retry)]
     ready = _ready(wanted, force, dry_run)

@@ -255,7 +255,7 @@ def validate(spec: RunSpec) -> None:
             name = key[4:] if key.startswith("env.") else "NAME"
             raise LauncherError(
                 "secret-exposed",
-                f"{spec.origin.get(key, 'a file')}: {key} looks like a secret, which others can see there",
+                f"{spec.origin.get(key, 'a file')}: {key} looks like a secret, and others can read it there",
                 f'export {name}=..., then --env {name}, or in a file, above its tables: secret_env = ["{name}"]',
             )
 
@@ -297,7 +297,7 @@ def validate(spec: RunSpec) -> None:
             what = f"--env {name.partition('=')[0][:80]!r}: not a variable's name"
             raise LauncherError("env-name", what, "--env NAME=VALUE")
         if name.startswith(("SLURM_", "TITAN_", "BASH")) or name in SCRIPTS_OWN:
-            raise LauncherError("env-reserved", f"--env {name}: set by the job script itself")
+            raise LauncherError("env-reserved", f"--env {name}: the job script sets this variable itself")
     for name, value in spec.env.items():
         if CONTROL.search(value):
             raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")

@@ -127,7 +127,7 @@ def cannot_run(engine: Engine, arch: str) -> LauncherError:
         "emulator-missing",
         f"this machine is {engine.arch} and cannot run {arch} programs: no emulator with the flag F in {BINFMT}",
         "sudo apt-get install qemu-user-static   (or: docker run --privileged --rm tonistiigi/binfmt "
-        f"--install {arch}); emulation is 6 to 13 times slower, so better: build on a machine with {arch}",
+        f"--install {arch}); emulation is 6 to 13 times slower than a machine with {arch}",
         status=ExitStatus.ERROR,
     )
 

@@ -65,7 +65,7 @@ def hub_constants() -> Any:
         from huggingface_hub import constants
     except ValueError as error:
         raise LauncherError(
-            "hub-settings", f"an HF_* variable has no usable value: {error}", "env | grep ^HF_"
+            "hub-settings", f"an HF_* variable has an invalid value: {error}", "env | grep ^HF_"
         ) from None
     return constants
 
@@ -123,7 +123,7 @@ def _ask(repo: Repo, url: str) -> tuple[Any, str]:
     if not isinstance(value, (dict, list)):
         raise LauncherError(
             "server-answer",
-            f"{repo.page}: the server's answer is no JSON, or more than {ANSWER_BYTES >> 20} MB of it",
+            f"{repo.page}: the server's answer is not JSON, or more than {ANSWER_BYTES >> 20} MB of it",
             "check HF_ENDPOINT and HTTPS_PROXY: a login page, perhaps; the same command tries again",
         )
     return value, following

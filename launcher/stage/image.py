@@ -173,7 +173,7 @@ def of_release(tag: str, channel: str, arch: str) -> Wanted:
     digest, size, about = _described_at(f"{place}/{image}.json")
     if digest != sums[image]:
         what = f"{listed}: another checksum of {image} than its .json says"
-        raise LauncherError("image-description", what, "the release is being written, or damaged: again later")
+        raise LauncherError("image-description", what, "the release is incomplete or damaged; try again later")
     parts = sorted(name for name in sums if re.fullmatch(rf"{re.escape(image)}\.part-\d+", name)) or [image]
 
     def join(stream: Incoming) -> None:

@@ -154,7 +154,7 @@ def test_the_login_of_the_docker_command_is_used(
         reference = f"{host}/titan:tiny"
         for wrong in ({}, {"auths": {host: {"auth": base64.b64encode(b"titan:wrong").decode()}}}):
             (no_logins / "config.json").write_text(json.dumps(wrong))
-            with pytest.raises(LauncherError, match=f"the registry {host} did not take {reference}-arm64") as error:
+            with pytest.raises(LauncherError, match=f"the registry {host} refused {reference}-arm64") as error:
                 push(images["arm64"], reference, engine=docker_engine.connect())
             assert error.value.fix == f"docker login {host}" and error.value.original
             with pytest.raises(LauncherError, match="did not take") as error:
