@@ -81,7 +81,7 @@ def _squashfs(status: ExitStatus = ExitStatus.INVALID) -> Decorator:
 
     def refuse_image(_context: click.Context, _parameter: click.Parameter, value: str) -> Path:
         if not os.path.lexists(value) and not is_file(value) and is_reference(value):
-            what = f"{value}: no such file; an image of the Docker engine is no file yet"
+            what = f"{value}: no such file; a Docker image has to be converted to a file first"
             fix = f"launcher image check {quoted(value)}, or: launcher image convert {quoted(value)}"
             raise LauncherError("image-not-a-file", what, fix, status=status)
         return Path(value)
@@ -323,7 +323,7 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
         for what, fix in found:
             echo(f"{style('problem:', fg='red')} {what}", f"  try: {fix}")
         if (gpu or driver) and not found:
-            echo("nothing known speaks against these nodes")
+            echo("nothing known keeps it from running on these nodes")
     if found:
         sys.exit(ExitStatus.INVALID)
 

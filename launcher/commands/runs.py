@@ -326,7 +326,7 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
         echo(f"  {line}", err=True)
     for node in left_out:
         until = f"{node.host}, until {clock(node.until)}: launcher cluster nodes"
-        echo(f"  left out of what is submitted next: {until}", err=True)
+        echo(f"  left out of new runs: {until}", err=True)
     echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
 
 

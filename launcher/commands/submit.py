@@ -118,7 +118,7 @@ def _print_plan(spec: PlacedRun, proof: dict[str, Any] | None, as_json: bool) ->
         return
     echo_file(script)
     if spec.job.scheduler == "slurm":
-        echo("", "# submit adds --segment and --exclude as the cluster has them then")
+        echo("", "# submit also adds --segment and --exclude, as the cluster then needs them")
     echo("", f"# Data: {describe(spec)}")
     for era, command in commands.items():
         lines = (f"# {line}".rstrip() for line in command.splitlines())

@@ -90,10 +90,10 @@ def sweep(
         try:
             cells = _until_ended(specs, attach.ASK_EVERY_S)
         except KeyboardInterrupt:
-            echo("", "detached; the runs go on: the same command shows how they stand", err=True)
+            echo("", "detached; the runs go on. To see how they stand, type the same command again", err=True)
             sys.exit(ExitStatus.INTERRUPTED)
     if not (as_json or not ready or follow or is_local):
-        return echo(f"  the same command shows the table; one of them: launcher watch {ready[0][1].job.name}")
+        return echo(f"  for the table: the same command again; for one run: launcher watch {ready[0][1].job.name}")
     now_s = time.time()
     rows = table.scaled([table.result_row(cell, now_s) for cell in cells])
     if as_json:
@@ -102,7 +102,7 @@ def sweep(
     else:
         echo(*table.table_lines(rows, terminal_width()))
     if status := table.exit_status(rows):
-        echo("try: the same command with --retry submits again what has no result", err=True)
+        echo("try: the same command with --retry, which submits cells without a result again", err=True)
     sys.exit(status)
 
 
@@ -162,7 +162,8 @@ def _submit(
             if is_local:
                 _until_ended([cell.spec], LOCAL_EVERY_S)
     except KeyboardInterrupt:
-        rest = f"{counted(left, 'run')} not submitted: the same command goes on" if left else "all submitted"
+        rest = f"{counted(left, 'run')} not submitted: type the same command again to go on" if left else "all "
+        f"submitted"
         echo("", f"interrupted; what was submitted goes on, {rest}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
 

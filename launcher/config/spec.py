@@ -331,7 +331,7 @@ def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
             raise bad("job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis")
     elif "://" in job.image or REGISTRY_NAME.fullmatch(job.image):
         name = quoted(job.image.rpartition("://")[2].replace("#", "/"))
-        why = "a registry's image, which every node would fetch and unpack: make a file of it once"
+        why = "a registry's image, which every node would fetch and unpack: convert it to a file once"
         fix = f"launcher image convert {name} (docker pull {name} before), then --image with the file that it makes"
         raise bad("job.image", why, fix)
     elif not job.image.startswith("/"):

@@ -217,7 +217,7 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
             says, fix = f"{repo.site} has no {repo.kind} {what}", "check its name, and HF_ENDPOINT"
         elif status == 429:
             says = f"{what}: the Hub answers 429, too many requests"
-            fix = "again later continues; a token (hf auth login) raises the limit, --jobs 2 asks less"
+            fix = "try again later to continue; a token (hf auth login) raises the limit, --jobs 2 asks for less"
         elif status:
             says, fix = f"{what}: the Hub answers HTTP {status}", "the same command later continues"
         else:

@@ -30,8 +30,8 @@ from launcher.stage.target import Incoming, at_work, check_space, gigabytes, is_
 from launcher.stage.web import ask, download, read, refused_by_server
 
 KINDS = (
-    "name a .sqsh file or the http(s) address of one; download others first, with their .json; an image of the Docker "
-    "engine first becomes one: launcher image convert IMAGE"
+    "name a .sqsh file or its http(s) address; download other files first, with their .json; convert a Docker image "
+    "first: launcher image convert IMAGE"
 )
 NAME = re.compile(r"([0-9a-f]{12})-(.+)\.sqsh")  # of a staged image
 Say = Callable[[str], None]
@@ -155,7 +155,7 @@ def releases() -> str:
     known = (url.removeprefix("Releases, ") for url in urls if url.startswith("Releases, "))
     if _path_of(said := os.environ.get("LAUNCHER_RELEASES") or next(known, "")):
         return said.rstrip("/")
-    what = "where releases are is not known, or is no web address without user, password and parameters"
+    what = "the address of the releases is unknown, or is not a web address without user, password and parameters"
     fix = "export LAUNCHER_RELEASES=https://github.com/OWNER/NAME/releases; without a release: make image"
     raise LauncherError("releases-unknown", what, fix)
 

@@ -43,7 +43,7 @@ def test_a_run_as_it_should_be() -> None:
 
 
 FAILS: dict[str, tuple[Outcome, str]] = {
-    "slow": (outcome(tps=spread(17000.0)), "17,000 tokens/s per GPU is 94.5% of 17,975, below the 95% asked for"),
+    "slow": (outcome(tps=spread(17000.0)), "17,000 tokens/s per GPU is 94.5% of 17,975, below the required 95%"),
     "one slow node": (
         outcome(by_node=nodes(17900.0, 17950.0, 16000.0), tps=spread(17930.0, count=27)),
         "gb200-003 16,000 tokens/s, 10.7% below the others' 17,925 (limit 5%)",
@@ -69,7 +69,7 @@ FAILS: dict[str, tuple[Outcome, str]] = {
     "out of time": (outcome(state="TIMEOUT", problems=("TIMEOUT",)), "the run ended TIMEOUT"),
     "an interval at half speed": (
         outcome(overall_tps=16137.0, series=(*points()[:-1], Point(100, 6.65, 2.5, 8965.0, 159.31))),
-        "16,137 tokens/s per GPU over all the time after warm-up, 10.0% below the median (limit 5%); slow up to "
+        "16,137 tokens/s per GPU over the whole time after warm-up, 10.0% below the median (limit 5%); slow up to "
         "step 100",
     ),
     "a loss that explodes at once": (

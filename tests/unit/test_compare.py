@@ -100,13 +100,13 @@ def test_what_is_the_same_in_every_step_has_no_noise() -> None:
 def test_a_published_row_has_one_value() -> None:
     found = compare(outcome(), published_beside(outcome()))
     tps = figure(found, "tokens/s")
-    assert (tps.b, tps.remark) == (17975.0, "a published value is a single run: its variance is unknown")
+    assert (tps.b, tps.remark) == (17975.0, "a published value is a single run, so its variance is unknown")
     assert tps.beyond is False
     a = outcome()
     assert a.tps is not None and tps.noise is not None
     assert tps.noise > 1.96 * (a.tps.q3 - a.tps.q1) / 1.349  # a single step's scatter, not a median's
     assert not found.settings and not found.warnings  # what a row does not say is no difference
-    assert "  a published value is a single run: its variance is unknown" in as_text(found)
+    assert "  a published value is a single run, so its variance is unknown" in as_text(found)
 
 
 def test_settings_and_versions_that_differ() -> None:

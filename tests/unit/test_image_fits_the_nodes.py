@@ -132,7 +132,7 @@ def test_an_image_that_nothing_here_can_look_into_is_taken_with_a_warning(launch
     image.write_bytes(head)
     done = launch(*SUBMIT, "--gpu", "b200", PATH="/nowhere")
     assert done.returncode == 0, done.stderr
-    assert f"warning: --image {image}: nothing here can look into it: apt-get install squashfs-tools" in done.stderr
+    assert f"warning: --image {image}: no tool here can look into it: apt-get install squashfs-tools" in done.stderr
 
 
 @pytest.fixture

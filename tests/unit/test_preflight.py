@@ -379,7 +379,7 @@ def test_a_dry_run_asks_slurm_nothing(launch: Launch, slurm: Fake, image: Path) 
     assert launch("submit", *SUBMIT, "--nodes", "9", "--dry-run").returncode == 0
     assert not (image.parent / "asked").exists()
     script = launch("submit", *SUBMIT, "--dry-run").stdout
-    assert "\n# submit adds --segment and --exclude as the cluster has them then\n" in script
+    assert "\n# submit also adds --segment and --exclude, as the cluster then needs them\n" in script
     assert "# submit adds" not in launch("submit", "--local", "--recipe", "debug", "--dry-run").stdout
 
 

@@ -132,7 +132,7 @@ def test_a_run_that_stood_still_is_slow_whatever_its_median() -> None:
     found = answer(replace(GOOD[1], overall_tps=15000.0))
     assert found.word is Word.FAIL and "Steps stood still in 9n." in found.headline
     word, text = finding(found, "Speed")
-    assert word == "FAIL" and text.startswith("9n: 15,000 tokens/s per GPU over all the time after warm-up")
+    assert word == "FAIL" and text.startswith("9n: 15,000 tokens/s per GPU over the whole time after warm-up")
     assert finding(found, "Ends and loss")[0] == "ok"
 
 
