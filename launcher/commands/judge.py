@@ -200,7 +200,7 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
     gpu = spec.profile.gpu
     if not any(same_gpu(gpu, row.gpu) for row in rows):
         warn(
-            f"no result of a {gpu} to measure it by: the verdict can be FAIL or CANNOT SAY; "
+            f"no result for {gpu} to compare with, so the verdict can only be FAIL or CANNOT SAY; "
             "--baseline FILE or RUN takes one of yours"
         )
     size = describe_run(spec)

@@ -121,7 +121,7 @@ esac""",
     launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9", "--force")
     said = launch("status", "r").stdout
     assert "PENDING (PartitionNodeLimit" in said and "never starts as it is" in said
-    assert "9 nodes asked; partition batch has 4: 4 free" in said
+    assert "9 nodes requested; partition batch has 4: 4 free" in said
     assert "estimated start: 2036-01-01 10:00, in " in said and "sooner: --nodes 4: 4 nodes free now" in said
     waiting = json.loads(launch("status", "r", "--json").stdout)["waiting"]
     assert waiting[0].startswith("it asks for more nodes")
