@@ -162,8 +162,7 @@ def _submit(
             if is_local:
                 _until_ended([cell.spec], LOCAL_EVERY_S)
     except KeyboardInterrupt:
-        rest = f"{counted(left, 'run')} not submitted: type the same command again to go on" if left else "all "
-        f"submitted"
+        rest = f"{counted(left, 'run')} not submitted: to go on, the same command again" if left else "all submitted"
         echo("", f"interrupted; what was submitted goes on, {rest}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
 

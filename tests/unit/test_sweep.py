@@ -158,7 +158,7 @@ def test_ctrl_c_between_two_submissions(launch: Launch, recorded: Fake, image: P
     recorded("sbatch", f"kill -INT $PPID\n{SBATCH}")
     done = launch(*THREE, alone=True)
     assert done.returncode == ExitStatus.INTERRUPTED
-    assert "2 runs not submitted: type the same command again to go on" in done.stderr
+    assert "2 runs not submitted: to go on, the same command again" in done.stderr
     assert names(image) == RUNS[:1] and json.loads(launch("status", RUNS[0], "--json").stdout)["job_id"] == "100"
     recorded("sbatch", SBATCH)
     assert launch(*THREE).returncode == 0 and names(image) == RUNS
