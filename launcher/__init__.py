@@ -14,10 +14,9 @@ def version() -> str:
     checkout = Path(__file__).parents[1]
     if (checkout / ".git").exists():  # an editable install's metadata is as old as the install
         with suppress(OSError, subprocess.CalledProcessError):
-            tag = subprocess.check_output(
-                ["git", "describe", "--tags", "--match=v*"], cwd=checkout, stderr=subprocess.DEVNULL
-            )
-            return tag.decode().strip().removeprefix("v")
+            ask = ("git", "describe", "--tags", "--match=v*")
+            tag = subprocess.check_output(ask, cwd=checkout, stderr=subprocess.DEVNULL, text=True)
+            return tag.strip().removeprefix("v")
     with suppress(metadata.PackageNotFoundError):
         return metadata.version("titan-launcher")
     return "unknown"

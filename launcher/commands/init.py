@@ -83,9 +83,7 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
         echo(f"For {path}:", *(f"  {line}" for line in columns(rows)))
     if not yes:
         if as_json or not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
-            raise click.UsageError(
-                f"no terminal to ask on; without asking: {quoted('launcher', *sys.argv[1:], '--yes')}"
-            )
+            raise click.UsageError(f"no terminal to ask on; try {quoted('launcher', *sys.argv[1:], '--yes')}")
         confirm(f"Write it to {path}?", otherwise="nothing was written")
     save(path, "job", new, ABOUT)
     if as_json:

@@ -215,9 +215,7 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("source", metavar="[SOURCE]", required=False)
 @click.option("--to", "target", type=_path, metavar="DIR", help="Directory.  [default: what launcher init saved]")
 @click.option("--release", default="", metavar="TAG", help="Take the image of this release instead of SOURCE.")
-@click.option(
-    "--channel", type=click.Choice(PUBLISHED), default="stable", show_default=True, help="Channel of that image."
-)
+@click.option("--channel", type=click.Choice(PUBLISHED), default="stable", show_default=True, help="Its channel.")
 @click.option(
     "--arch", type=click.Choice(["auto", *ARCHES]), default="auto", help="Its architecture.  [default: the nodes']"
 )

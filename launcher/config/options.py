@@ -220,9 +220,8 @@ OPTIONS = (
     _option(
         "--data",
         metavar="DIR",
-        help="Training data: a directory in C4's layout, 'hub' or s3://bucket/prefix to stream, or 'sample' for "
-        "generated text.  "
-        "[default: /data/c4]",
+        help="Data: a directory in C4's layout, 'hub' or s3://bucket/prefix to stream, or 'sample' for generated "
+        "text.  [default: /data/c4]",
     ),
     _option(
         "--data-part",
@@ -279,17 +278,12 @@ OPTIONS = (
         show_envvar=True,
         help="Folder for run directories; every node must see it.  [default: what launcher init saved, else runs]",
     ),
-    _option(
-        "--runtime",
-        type=click.Choice(["pyxis", "apptainer", "bare"]),
-        help="What starts the container, if any.",
-    ),
+    _option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="What starts the container, if any."),
     _option("--python", metavar="PATH", help="Python to run, inside the image or with --runtime bare on the node."),
     _option(
         "--check",
         type=click.Choice(["off", "quick", "full"]),
-        help="How thoroughly nodes are checked before training. quick skips the GPU and network benchmarks.  "
-        "[default: full]",
+        help="How to check nodes before training; quick: without GPU and network benchmarks.  [default: full]",
     ),
     _option("--local", is_flag=True, help="Run on this machine, without Slurm."),
     _option(

@@ -314,13 +314,11 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
             size = noise(outcome.tps, len(outcome.measured)) or 0.0
             if missing < size:
                 notes.append(
-                    f"{missing:,.0f} tokens/s are missing, which is less than this run's noise of {size:,.0f}: repeat "
-                    f"it"
+                    f"{missing:,.0f} tokens/s are missing, less than this run's noise of {size:,.0f}: repeat it"
                 )
     if outcome.data_share is not None and outcome.data_share > MAX_WAITING:
         notes.append(
-            f"{100 * outcome.data_share:.1f}% of a step is spent waiting for data: check the number of files, and "
-            f"their disk"
+            f"{100 * outcome.data_share:.1f}% of a step is spent waiting for data: check number of files and disk"
         )
     if own := sorted(key for key in settings if key.startswith("titan.")):
         notes.append(f"settings that the recipe does not have, and that may change the speed: {', '.join(own)}")

@@ -219,9 +219,7 @@ def as_text(found: Comparison, warning: Callable[[str], str] = str) -> list[str]
     table = columns([("", "A", "B", "difference", ""), *figures])
     lines += [f"{mark}{line}" for mark, line in zip(marks, table, strict=True)]
     if any(figure.noise is not None for figure in found.figures):
-        lines.append(
-            "* exceeds the noise of these runs' steps (95%); differences between days and nodes are not included"
-        )
+        lines.append("* exceeds the noise of these runs' steps (95%); days and nodes may differ by more")
     lines += dict.fromkeys(f"  {f.remark}" for f in found.figures if f.remark and f.noise is not None)
     return [*lines, "", _sentence(found)]
 

@@ -290,7 +290,7 @@ def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
     row = nearest(outcome, rows)
     if row is None:
         known = ", ".join(sorted({row.gpu for row in rows})) or "nothing"
-        return Match(None, f"there is no result for {outcome.gpu} to measure it by, only of {known}")
+        return Match(None, f"there is no result for {outcome.gpu} to compare with, only for {known}")
     if reasons := unlike(outcome, row):
         return Match(None, f"not like with like, against {called(row)}: {'; '.join(reasons)}")
     return Match(row, factor=factor_between(outcome, row))

@@ -115,7 +115,7 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     "too few steps": (outcome(tps=spread(17930.0, count=36)), "4 logged after warm-up, 5 are needed"),
     "no published row": (
         outcome(gpu="B300"),
-        "no result for B300 to measure it by, only of B200, GB200, GB300, H100, H200",
+        "no result for B300 to compare with, only for B200, GB200, GB300, H100, H200",
     ),
     "another model": (outcome(settings={"recipe.flavor": "70B"}), "size of the model 70B, not 8B"),
     "another length": (outcome(seq_len=4096), "sequence length 4096, not 8192"),
