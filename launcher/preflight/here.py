@@ -30,7 +30,7 @@ from launcher.titan.recipe import NEEDS_CAPABILITY
 from launcher.titan.weights import SHAPES
 from launcher.titan.weights import check_weights as check
 
-ABSENT = "path-absent"
+ABSENT, NO_ROOM = "path-absent", "checkpoint-space-short"
 
 
 def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
@@ -94,7 +94,7 @@ def _checkpoint_space(spec: PlacedRun) -> list[Finding]:
     if free is None or free >= needed:
         return [ok("checkpoint-space", **facts)]
     fix = f"df -h {quoted(folder.parent)}; a smaller --keep, another --checkpoint-dir, or --checkpoint-every 0"
-    return [error("checkpoint-space-short", fix, **facts)]
+    return [error(NO_ROOM, fix, **facts)]
 
 
 def _not_followed() -> list[Finding]:
