@@ -168,7 +168,7 @@ def to_come(recipe: Mapping[str, Any], whole: list[int]) -> int:
     interval, left = recipe["checkpoint_interval"], recipe["steps"] - max(whole, default=0)
     if interval <= 0 or left <= 0:
         return 0
-    return int(min(-(-left // interval), max(1, recipe["checkpoint_keep"] + 1 - len(whole))))
+    return int(min(-(-left // interval), max(1, recipe.get("checkpoint_keep", 2) + 1 - len(whole))))
 
 
 def free_bytes(folder: Path) -> int | None:
