@@ -83,8 +83,7 @@ def main(argv: list[str]) -> int:
         workers.stop(crew)
         os.chdir(run_dir)
         if rendezvous(facts).node_id == 0 and node["recipe"]["checkpoint_interval"] > 0:
-            record = checkpoints.origin(node, facts["torchtitan"])
-            checkpoints.watch(checkpoints.folder_of(node), record, say)
+            checkpoints.watch(checkpoints.folder_of(node), say)
         if os.environ.get("LAUNCHER_CORE_DUMPS") != "1":  # gigabytes for each rank, in the run directory
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         os.execvp(command[0], command)
@@ -109,7 +108,8 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     env, added, scratch = os.environ, {}, None
     found = Findings(facts["problems"], facts["warnings"])
     with noting(facts, "run directory"):
-        check_run_dir(run_dir)
+        ours, fix = (run_dir / "nodes", run_dir / "titan"), "a directory shared by all nodes that you can write on them"
+        check_writable(ours[0], f"the run directory {run_dir}", f"{fix}: --runs-dir DIR", ours)
         tell(run_dir, facts, "software and data")
     with noting(facts, "network"):
         facts.update(find_network(node, env))
@@ -133,8 +133,7 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     if crew:
         greet(node, facts, crew, found)
     if "torchtitan" in facts:
-        whole: list[int] = []
-        folder = checkpoints.folder_of(node)
+        whole, folder = [], checkpoints.folder_of(node)
         if node["recipe"]["checkpoint_interval"] > 0 or node["job"]["init_from"]:
             with noting(facts, "checkpoints"):
                 whole, damaged = within(SEVERAL_READ_S, str(folder), find_checkpoints, node, folder)
@@ -155,13 +154,10 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
 
 
 def find_checkpoints(node: dict[str, Any], folder: Path) -> tuple[list[int], list[Any]]:
-    """Whole and damaged ones, in a folder that this node can write."""
-    try:
-        if node["recipe"]["checkpoint_interval"] > 0:
-            checkpoints.check_writable(folder)
-    except OSError as error:
-        why = f"the checkpoint directory {folder} cannot be written: {error.strerror}"
-        raise Refused(why, "one that you can write on every node: --checkpoint-dir DIR") from error
+    """Whole and damaged ones. The folder itself is not made: where it exists, torchtitan 0.2 takes no other weights."""
+    if node["recipe"]["checkpoint_interval"] > 0:
+        place, fix = folder if folder.is_dir() else folder.parent, "a directory that every node can write"
+        check_writable(place, f"the checkpoint directory {folder}", f"{fix}: --checkpoint-dir DIR")
     return checkpoints.look(folder)  # type: ignore[no-any-return]
 
 
@@ -182,11 +178,10 @@ def tend_checkpoints(
         found.warning("checkpoint-damaged", what)
     facts["checkpoint_step"] = max(whole, default=0)
     shape, free = SHAPES.get(recipe["flavor"]), checkpoints.free_bytes(folder)
-    count = checkpoints.to_come(recipe, whole)
-    if shape and free is not None and free < count * shape.checkpoint_bytes:
-        needed = f"{count} checkpoints take {count * shape.checkpoint_bytes / 1e9:,.3g} GB"
-        what = f"{needed}, {free / 1e9:,.3g} GB are free in {folder}"
-        if free < shape.checkpoint_bytes:
+    count, each = checkpoints.to_come(recipe, whole), shape.checkpoint_bytes if shape else 0
+    if free is not None and free < count * each:
+        what = f"{count} checkpoints take {count * each / 1e9:,.0f} GB, {free / 1e9:,.0f} GB are free in {folder}"
+        if free < each:
             found.problem("checkpoint-space", what, "make room, or another --checkpoint-dir", "run")
             return
         found.warning("checkpoint-space", what)
@@ -196,8 +191,7 @@ def tend_checkpoints(
             again = f"start from {node['job']['init_from']} again after: rm -r {shlex.quote(str(folder))}"
             raise Refused(why, f"look at it, then {again}")
     elif recipe["checkpoint_interval"] > 0 and not checkpoints.record_of(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_record(folder, checkpoints.origin(node, version))
+        write(folder / checkpoints.RECORD, json.dumps(checkpoints.origin(node, version)) + "\n")
 
 
 def greet(node: dict[str, Any], facts: Facts, crew: list[Any], found: Any) -> None:
@@ -406,18 +400,15 @@ def read_node(argv: list[str]) -> dict[str, Any]:
     return value
 
 
-def check_run_dir(run_dir: Path) -> None:
-    probe = run_dir / "nodes" / f".probe.{os.urandom(8).hex()}"
+def check_writable(folder: Path, what: str, fix: str, make: tuple[Path, ...] = ()) -> None:
+    probe = folder / f".probe.{os.urandom(8).hex()}"
     try:
-        for folder in (run_dir / "nodes", run_dir / "titan"):
-            folder.mkdir(parents=True, exist_ok=True)
+        for wanted in make:
+            wanted.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise Refused(
-            f"the run directory {run_dir} cannot be written: {error.strerror}",
-            "a directory shared by all nodes that you can write on them: --runs-dir DIR",
-        ) from error
+        raise Refused(f"{what} cannot be written: {error.strerror}", fix) from error
 
 
 def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> dict[str, str]:

@@ -14,7 +14,7 @@ from launcher.config import resolve
 from launcher.config.layers import Layer
 from launcher.config.options import RunOptions
 from launcher.config.spec import NoImage, PlacedRun, RunSpec
-from launcher.preflight.here import ABSENT, look_here
+from launcher.preflight.here import ABSENT, NO_ROOM, look_here
 from launcher.preflight.text import refusal, sentence
 
 
@@ -48,7 +48,7 @@ def looked_at(asked: RunSpec, force: bool | None, ask_slurm: bool = True) -> tup
     run = resolve.placed(asked)
     run, findings = look_here(run)
     if not ask_slurm:  # nothing is queued, and what is absent may come until then
-        findings = [replace(one, status=WARNING) if one.code == ABSENT else one for one in findings]
+        findings = [replace(one, status=WARNING) if one.code in (ABSENT, NO_ROOM) else one for one in findings]
     if ask_slurm and (force is None or not refusal(findings, force)):
         # Here, so that a dry run answers in half the time.
         from launcher.plan.plan import memory_findings

@@ -17,7 +17,6 @@ from launcher.plan.plan import START_S, Plan
 from launcher.preflight.placement import with_gpu_memory
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
-from launcher.titan.checkpoints import to_come
 
 
 @click.command(cls=RunCommand)
@@ -89,8 +88,9 @@ def lines(spec: RunSpec, found: Plan) -> list[str]:
         where = f" --to {quoted(spec.job.data)}" if spec.job.data.startswith("/") else ""
         rows.append(f"C4 files    {found.c4_files} of 1024: launcher stage c4{where} --files {found.c4_files}")
     if found.checkpoint_gb:
-        count = to_come(vars(recipe), [])
-        rows.append(f"checkpoints {found.checkpoint_gb:,.3g} GB each, at most {count} at a time")
+        rows.append(
+            f"checkpoints {found.checkpoint_gb:,.3g} GB each, for a moment {recipe.checkpoint_keep + 1} of them"
+        )
     return [*rows, *(f"note        {note}" for note in found.notes)]
 
 

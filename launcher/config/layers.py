@@ -25,15 +25,8 @@ from launcher.titan.recipe import Recipe
 
 SECTIONS = {"job": Job, "profile": Profile, "recipe": Recipe}
 FREE_SECTIONS = ("env", "titan")  # any key, values become strings
-PATH_KEYS = (
-    "job.image",
-    "job.data",
-    "job.tokenizer",
-    "job.init_from",
-    "job.runs_dir",
-    "job.image_dir",
-    "job.checkpoint_dir",
-)
+_PATHS = ("image", "data", "tokenizer", "init_from", "checkpoint_dir", "runs_dir", "image_dir")
+PATH_KEYS = tuple(f"job.{key}" for key in _PATHS)
 NAME_OR_PATH = ("job.python", "job.gpu", "job.recipe")
 FIELDS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 RUN_FILE_FORMAT = 1

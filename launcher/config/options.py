@@ -239,12 +239,7 @@ OPTIONS = (
     ),
     _option("--checkpoint-every", metavar="STEPS", type=int, help="Save a checkpoint every so many steps; 0: none."),
     _option("--keep", metavar="N", type=int, help="Newest checkpoints that stay, at least 2.  [default: 2]"),
-    _option(
-        "--checkpoint-dir",
-        metavar="DIR",
-        help="The run gets a folder of its name there for its checkpoints; every node must be able to write it.  "
-        "[default: in the run directory]",
-    ),
+    _option("--checkpoint-dir", metavar="DIR", help="Checkpoints go to DIR/NAME.  [default: in the run directory]"),
     _option("--partition", "-p", shell_complete=_partitions, help="Slurm partition."),
     _option("--account", "-A", help="Slurm account."),
     _option("--qos", "-q", help="Slurm QOS."),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.base.errors import LauncherError, install, quoted
 from launcher.base.files import data_dir, unreadable
-from launcher.base.finding import ERROR, Fact, Finding, error, impossible, ok, warning
+from launcher.base.finding import ERROR, Finding, error, impossible, ok, warning
 from launcher.config.hardware import of_gpu
 from launcher.config.resolve import ignored
 from launcher.config.runtime import host_path
@@ -30,7 +30,7 @@ from launcher.titan.recipe import NEEDS_CAPABILITY
 from launcher.titan.weights import SHAPES
 from launcher.titan.weights import check_weights as check
 
-ABSENT = "path-absent"
+ABSENT, NO_ROOM = "path-absent", "checkpoint-space-short"
 
 
 def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
@@ -80,21 +80,16 @@ def _quantization(spec: RunSpec) -> list[Finding]:
 
 def _checkpoint_space(spec: PlacedRun) -> list[Finding]:
     """A full disk ends the run in the middle of a checkpoint. Quotas show only when writing."""
-    folder, shape = Path(host_path(spec, str(folder_of(tables_of(spec))))), SHAPES.get(spec.recipe.flavor)
-    count, shared = to_come(vars(spec.recipe), []), spec.job.checkpoint_dir
-    if not (count and shape) or (shared and not os.path.isdir(host_path(spec, shared))):
-        return []
-    try:
-        free = free_bytes(folder)
-    except OSError:  # submitting says why
-        return []
-    needed = count * shape.checkpoint_bytes
-    facts: dict[str, Fact] = {"count": count, "needed": gigabytes(needed), "path": str(folder)}
-    facts["there"] = gigabytes(free or 0)
+    shape, shared = SHAPES.get(spec.recipe.flavor), host_path(spec, spec.job.checkpoint_dir)
+    count, folder = to_come(vars(spec.recipe), []), Path(host_path(spec, str(folder_of(tables_of(spec)))))
+    needed, free = count * shape.checkpoint_bytes if shape else 0, None
+    with suppress(OSError):  # submitting says why
+        free = free_bytes(folder) if needed and (not shared or os.path.isdir(shared)) else None
     if free is None or free >= needed:
-        return [ok("checkpoint-space", **facts)]
+        return []
+    facts = {"needed": gigabytes(needed), "there": gigabytes(free), "path": str(folder)}
     fix = f"df -h {quoted(folder.parent)}; a smaller --keep, another --checkpoint-dir, or --checkpoint-every 0"
-    return [error("checkpoint-space-short", fix, **facts)]
+    return [error(NO_ROOM, fix, count=count, **facts)]
 
 
 def _not_followed() -> list[Finding]:

@@ -171,9 +171,11 @@ TEXTS = {
     "hub-no-token": Text(
         "files", "--data hub: the ranks ask the Hub without a token", "it rejects such requests sooner (429)"
     ),
-    "checkpoint-space": Text("checkpoints", "{count} of them take {needed}, {there} are free in {path}"),
+    "checkpoint-space": Text("checkpoints", "{count} checkpoints take {needed}, {there} are free in {path}"),
     "checkpoint-space-short": Text(
-        "checkpoints", "{count} of them take {needed}, {there} are free in {path}", "the run would end on a full disk"
+        "checkpoints",
+        "{count} checkpoints take {needed}, {there} are free in {path}",
+        "the run would end on a full disk",
     ),
     "path-absent": Text("files", "{path} does not exist here", "if the compute nodes lack it too, the job will fail"),
     "path-absent-here": Text("files", "{path} is not on this machine"),

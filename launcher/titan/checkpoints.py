@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from . import read_text
+from .checkpoint_sizes import NO_METADATA
 
 INDEX = "model.safetensors.index.json"
 RECORD = "launcher.json"  # in the folder: whose checkpoints these are
 ASIDE = "damaged"  # in the folder, too: torchtitan looks no deeper
 STEP = re.compile(r"step-(\d+)", re.ASCII)  # as torchtitan looks for it
 MOST_METADATA = 1 << 30  # bytes; 70B on 1024 GPUs has about 0.3 GB
-READ_S = 150  # for one of them
+CPU_S = 120  # for one of them
 WATCH_S = 10
 
 
@@ -50,21 +52,23 @@ def folder_of(node: Mapping[str, Any]) -> Path:
 
 
 def look(folder: Path) -> tuple[list[int], list[Damaged]]:
-    """The steps of whole checkpoints, the lowest first, and the others. While a run writes one, it is among those."""
+    """The steps of whole checkpoints, the lowest first, and the others. While a run writes one, it is among those.
+
+    Raises OSError for a file system that fails: then nothing is known of any.
+    """
     whole, damaged = [], []
     try:
-        paths = sorted(folder.iterdir())
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return [], []
-    for path in paths:
-        match, mode = STEP.search(path.name), path.lstat().st_mode
-        if not match or not (stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+    for entry in entries:
+        match = STEP.search(entry.name)
+        if not match or not (entry.is_symlink() or entry.is_dir(follow_symlinks=False)):
             continue
-        step = int(match[1])
-        if path.name != f"step-{step}":
+        step, path = int(match[1]), Path(entry.path)
+        why = "it is a link" if entry.is_symlink() else _problem(path)
+        if entry.name != f"step-{step}":
             why = f"torchtitan would take it for step-{step}"
-        else:
-            why = "it is a link" if stat.S_ISLNK(mode) else _problem(path)
         if why:
             damaged.append(Damaged(step, path, why))
         else:
@@ -77,31 +81,33 @@ def _problem(path: Path) -> str:
     metadata = path / ".metadata"
     if not os.path.lexists(metadata):  # written last, under another name
         return "" if (path / INDEX).is_file() else "it was not finished"
-    if (names := _sizes(metadata)) is None:
+    if not (sizes := _sizes(metadata)):
         return ".metadata cannot be read"
-    for name, size in sorted(names.items()):
+    for name, size in sorted(sizes.items()):
+        shown = ascii(name)[1:-1][:100]
         try:
             found = (path / name).lstat()
-        except (OSError, ValueError):
-            return f"{ascii(name)[1:-1][:100]} is missing"
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return f"{shown} is missing"
         if "/" in name or not stat.S_ISREG(found.st_mode):
-            return f"{ascii(name)[1:-1][:100]} is not a file of it"
+            return f"{shown} is not a file of it"
         if found.st_size < size:
-            return f"{name} is cut: {found.st_size:,} of {size:,} bytes"
+            return f"{shown} is cut: {found.st_size:,} of {size:,} bytes"
     return ""
 
 
-def _sizes(metadata: Path) -> dict[str, int] | None:
-    try:
-        found = metadata.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_METADATA:
-            return None
-        program = [sys.executable, "-I", str(Path(__file__).with_name("checkpoint_sizes.py")), str(metadata)]
-        done = subprocess.run(program, capture_output=True, timeout=READ_S)
-        names = json.loads(done.stdout) if done.returncode == 0 else {}
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
-    return names or None
+def _sizes(metadata: Path) -> dict[str, int]:
+    """How long the files of a checkpoint must be; empty where .metadata does not say."""
+    found = metadata.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_METADATA:
+        return {}
+    program = Path(__file__).with_name("checkpoint_sizes.py")
+    done = subprocess.run([sys.executable, "-I", str(program), str(metadata), str(CPU_S)], capture_output=True)
+    if done.returncode in (NO_METADATA, -signal.SIGXCPU, -signal.SIGSEGV):
+        return {}
+    if done.returncode:  # nothing is known of it
+        raise OSError(f"{metadata} cannot be read: exit code {done.returncode} of {program}")
+    return dict(json.loads(done.stdout))
 
 
 def set_aside(folder: Path, damaged: list[Damaged]) -> None:
@@ -112,9 +118,7 @@ def set_aside(folder: Path, damaged: list[Damaged]) -> None:
 
 
 def make_way(folder: Path) -> bool:
-    """Whether nothing is in the way of a start from other weights, for torchtitan 0.2, which looks whether there is a
-    folder. One in which we have left nothing but our own is set aside whole.
-    """
+    """Whether torchtitan 0.2 starts from other weights, as it does without a folder. Ours alone is set aside whole."""
     if folder.is_dir() and set(os.listdir(folder)) <= {RECORD, ASIDE}:
         os.rename(folder, _unused(folder.with_name(f"{folder.name}-{ASIDE}")))
     return not os.path.lexists(folder)
@@ -127,15 +131,13 @@ def _unused(path: Path) -> Path:
 
 def origin(node: Mapping[str, Any], titan_version: str) -> dict[str, Any]:
     """What a run's checkpoints fit, as RECORD says it."""
-    recipe = node["recipe"]
-    ranks = node["job"]["nodes"] * node["profile"]["gpus_per_node"]
-    model_parallel = recipe["tensor_parallel"] * recipe["context_parallel"] * recipe["pipeline_parallel"]
+    recipe, ranks = node["recipe"], node["job"]["nodes"] * node["profile"]["gpus_per_node"]
     return {
         "schema": 1,
         "run": node["placed"]["run_dir"],
         "model": f"{recipe['model']} {recipe['flavor']}",
-        "data_parallel": ranks // model_parallel,
-        "torchtitan": titan_version,
+        "data_parallel": ranks // math.prod(recipe[f"{kind}_parallel"] for kind in ("tensor", "context", "pipeline")),
+        "torchtitan": ".".join(titan_version.split(".")[:2]),
     }
 
 
@@ -155,31 +157,10 @@ def foreign(record: Mapping[str, Any], node: Mapping[str, Any], titan_version: s
     """
     mine = origin(node, titan_version)
     words = {"model": "the model", "data_parallel": "data-parallel degree"}
-    if node["job"].get("checkpoint_dir"):
-        words["run"] = "the run"
-    wrong = [
-        f"{word} {record[key]}, not {mine[key]}"
-        for key, word in words.items()
-        if key in record and record[key] != mine[key]
-    ]
-    theirs = str(record.get("torchtitan", ""))
-    if titan_version and theirs and theirs.split(".")[:2] != titan_version.split(".")[:2]:
-        wrong.append(f"torchtitan {theirs}, not {titan_version}")
-    return wrong
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    temporary = folder / f".{RECORD}.{os.urandom(8).hex()}.tmp"
-    with open(temporary, "x", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
-    os.replace(temporary, folder / RECORD)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises OSError. The folder itself is not made: where it exists, torchtitan 0.2 starts from no other weights."""
-    probe = (folder if folder.is_dir() else folder.parent) / f".probe.{os.urandom(8).hex()}"
-    probe.touch(exist_ok=False)
-    probe.unlink()
+    words |= {"run": "the run"} if node["job"].get("checkpoint_dir") else {}
+    words |= {"torchtitan": "torchtitan"} if titan_version else {}
+    wrong = [key for key in words if record.get(key, mine[key]) != mine[key]]
+    return [f"{words[key]} {record[key]}, not {mine[key]}" for key in wrong]
 
 
 def to_come(recipe: Mapping[str, Any], whole: list[int]) -> int:
@@ -187,37 +168,32 @@ def to_come(recipe: Mapping[str, Any], whole: list[int]) -> int:
     interval, left = recipe["checkpoint_interval"], recipe["steps"] - max(whole, default=0)
     if interval <= 0 or left <= 0:
         return 0
-    return int(min(-(-left // interval), max(1, recipe["checkpoint_keep"] + 1 - len(whole))))
+    return int(min(-(-left // interval), max(1, recipe.get("checkpoint_keep", 2) + 1 - len(whole))))
 
 
 def free_bytes(folder: Path) -> int | None:
     """In its file system, or that of the nearest folder above that exists; None where it does not count."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    space = os.statvfs(folder)
+    space = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
     return space.f_bavail * space.f_frsize if space.f_blocks else None
 
 
-def watch(folder: Path, record: Mapping[str, Any], say: Callable[[str], None], every_s: float = WATCH_S) -> None:
+def watch(folder: Path, say: Callable[[str], None], every_s: float = WATCH_S) -> None:
     """Starts a process that lives as long as this one, whatever this one becomes, and looks at each new checkpoint."""
     last = _newest(folder)
     if os.fork():
         return
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        parent = os.getppid()
-        while os.getppid() == parent:
-            with contextlib.suppress(OSError):  # a file system that fails is the trainer's to tell
-                if folder.is_dir() and not (folder / RECORD).exists():
-                    write_record(folder, record)
-                if (newest := _newest(folder)) != last:
-                    last = newest
-                    size = sum(file.stat().st_size for file in (folder / f"step-{newest}").iterdir())
-                    free = free_bytes(folder)
-                    if free is not None and free < size:
-                        what = f"the next of {size / 1e9:.3g} GB does not fit: {free / 1e9:.3g} GB are free in {folder}"
-                        say(f"titan-checkpoint: warn step={newest} why={json.dumps(what)}")
+        while True:
             time.sleep(every_s)
+            with contextlib.suppress(OSError):  # a file system that fails is the trainer's to tell
+                if (newest := _newest(folder)) == last:
+                    continue
+                size = sum(file.stat().st_size for file in (folder / f"step-{newest}").iterdir())
+                last, free = newest, free_bytes(folder)
+                if free is not None and free < size:
+                    what = f"the next of {size / 1e9:.3g} GB does not fit: {free / 1e9:.3g} GB are free in {folder}"
+                    say(f"titan-checkpoint: warn step={newest} why={json.dumps(what)}")
     finally:
         os._exit(0)
 

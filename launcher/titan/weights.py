@@ -130,10 +130,9 @@ def starting_weights(node: Mapping[str, Any], own: Path | None) -> dict[str, Any
 
     Raises Refused where torchtitan could not start from it.
     """
-    if own or not node["job"]["init_from"]:
-        return {"init_from": str(own)} if own and node["job"]["init_from"] else {}
-    files = check_weights(Path(node["job"]["init_from"]), node["recipe"]["flavor"])
-    return {"init_from": node["job"]["init_from"], "init_from_files": files}
+    if not (folder := node["job"]["init_from"]) or own:
+        return {"init_from": str(own)} if folder else {}
+    return {"init_from": folder, "init_from_files": check_weights(Path(folder), node["recipe"]["flavor"])}
 
 
 def _check_config(config: dict[str, Any], shape: Shape, flavor: str, folder: Path) -> None:

@@ -25,6 +25,7 @@ from launcher.config.spec import Job, PlacedRun, Profile, tables_of, validate
 from launcher.preflight import here
 from launcher.sweep.cells import _default_name
 from launcher.titan import checkpoint_sizes, checkpoints
+from launcher.titan.checkpoint_sizes import NO_METADATA
 from launcher.titan.checkpoints import ASIDE, RECORD, folder_of, foreign, look, origin, set_aside, to_come
 from launcher.titan.command import config_files, trainer_arguments
 from launcher.titan.recipe import Recipe
@@ -116,12 +117,24 @@ def test_nothing_of_a_pickle_is_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_file_system_that_fails_damages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, 8)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OSError, match="cannot be read"):
+        look(tmp_path)
+
+
+def test_the_reader_says_when_the_file_system_fails(tmp_path: Path) -> None:
+    program = [sys.executable, checkpoint_sizes.__file__, str(tmp_path), "9"]  # a directory: EISDIR
+    assert subprocess.run(program, capture_output=True).returncode not in (0, NO_METADATA)
+
+
 def test_a_pickle_that_computes_for_ever_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash of a tuple in a tuple in a tuple, twice each time: one of 60 deep never ends."""
     path = write_checkpoint(tmp_path, 8) / ".metadata"
     deep = b"N\x94" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(60))
     path.write_bytes(b"\x80\x04}" + deep + b"N\x86K\x01s.")
-    monkeypatch.setattr(checkpoints, "READ_S", 2)
+    monkeypatch.setattr(checkpoints, "CPU_S", 1)
     assert [one.why for one in look(tmp_path)[1]] == [".metadata cannot be read"]
 
 
@@ -141,7 +154,7 @@ def test_whatever_stands_in_it_the_reader_ends_and_names_sizes(tmp_path: Path, d
     assert all(type(name) is str and type(size) is int and size >= 0 for name, size in found.items())
 
 
-RECORD_OF_36 = {"schema": 1, "run": "/runs/one", "model": "llama3 8B", "data_parallel": 36, "torchtitan": "0.2.1"}
+RECORD_OF_36 = {"schema": 1, "run": "/runs/one", "model": "llama3 8B", "data_parallel": 36, "torchtitan": "0.2"}
 
 
 class Other(NamedTuple):
@@ -156,7 +169,7 @@ OTHERS = {
     "no record": Other(dict.fromkeys(RECORD_OF_36)),
     "flavor": Other({"model": "llama3 70B"}, wrong=("the model llama3 70B, not llama3 8B",)),
     "ranks": Other({"data_parallel": 72}, wrong=("data-parallel degree 72, not 36",)),
-    "era": Other({}, "0.3.0", wrong=("torchtitan 0.2.1, not 0.3.0",)),
+    "era": Other({}, "0.3.0", wrong=("torchtitan 0.2, not 0.3",)),
     "version not known": Other({}, ""),
     "another run's, by checkpoint.folder": Other({"run": "/runs/two"}),
     "another run's, in the way": Other(
@@ -266,11 +279,22 @@ def test_old_sweeps_keep_their_names() -> None:
 
 
 def test_the_options_make_the_run(launch: Launch, tmp_path: Path) -> None:
-    options = ["--checkpoint-every=50", "--keep=3", "--checkpoint-dir=ck", "--local", "--gpu=cpu", "--data=sample"]
-    done = launch("config", "show", *options, cwd=tmp_path)
-    for line in ("checkpoint_interval = 50", "checkpoint_keep = 3", f'checkpoint_dir = "{tmp_path}/ck"'):
-        assert line in done.stdout, done.stdout
-    done = launch("config", "show", *options, "--keep", "1", cwd=tmp_path)
+    options = [
+        "--checkpoint-every=50",
+        "--keep=3",
+        f"--checkpoint-dir={tmp_path}/ck",
+        "--local",
+        "--gpu=cpu",
+        "--data=sample",
+    ]
+    done = launch("config", "show", *options)
+    shown = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if "checkpoint_" in line}
+    assert shown == {
+        "job.checkpoint_dir": f"{tmp_path}/ck",
+        "recipe.checkpoint_interval": "50",
+        "recipe.checkpoint_keep": "3",
+    }
+    done = launch("config", "show", *options, "--keep", "1")
     assert done.returncode == ExitStatus.INVALID and "torchtitan refuses less" in done.stderr
 
 
@@ -283,11 +307,10 @@ def test_what_does_not_fit_is_said_before_the_run_queues(tmp_path: Path, monkeyp
     each = 12 * SHAPES["8B"].parameters
     assert 96e9 < each < 97e9
     free(monkeypatch, 2 * each)
-    (found,) = here._checkpoint_space(made)
-    assert found.code == "checkpoint-space" and found.facts["path"] == f"{tmp_path}/a"
+    assert here._checkpoint_space(made) == []
     free(monkeypatch, 2 * each - 1)
     (found,) = here._checkpoint_space(made)
-    assert (found.code, found.certain) == ("checkpoint-space-short", False)
+    assert (found.code, found.certain) == ("checkpoint-space-short", False) and found.facts["path"] == f"{tmp_path}/a"
     assert here._checkpoint_space(spec(Recipe())) == []
     (absent,) = [one for one in here.files(spec(checkpoint_dir="/no/such")) if one.facts.get("path") == "/no/such"]
     assert absent.code == here.ABSENT and absent.fix == "mkdir -p /no/such"
@@ -295,7 +318,7 @@ def test_what_does_not_fit_is_said_before_the_run_queues(tmp_path: Path, monkeyp
 
 def test_plan_says_what_a_checkpoint_takes(launch: Launch) -> None:
     done = launch("plan", "--gpu", "gb200", "--nodes", "9", "--checkpoint-every", "10")
-    assert "checkpoints 96.4 GB each, at most 3 at a time" in done.stdout
+    assert "checkpoints 96.4 GB each, for a moment 3 of them" in done.stdout
     assert "checkpoints" not in launch("plan", "--gpu", "gb200", "--nodes", "9").stdout
 
 
@@ -334,7 +357,7 @@ def test_checkpoints_of_another_kind_stop_the_run_and_stay(cpu: Place) -> None:
     (write_checkpoint(folder, 4) / ".metadata").unlink()
     (folder / RECORD).write_text(json.dumps(origin(cpu.node, "0.2.2") | {"data_parallel": 4}))
     line = cpu.refused()
-    assert "data-parallel degree 4, not 2; torchtitan 0.2.2, not 0.3.0" in line
+    assert "data-parallel degree 4, not 2; torchtitan 0.2, not 0.3" in line
     (found,) = cpu.record()["problems"]
     assert (found["name"], found["fault"]) == ("checkpoint-foreign", "run")
     assert (folder / "step-4").is_dir(), "what is not this run's is not touched"
@@ -370,7 +393,7 @@ def test_the_node_looks_for_room(cpu: Place) -> None:
     free_gb = os.statvfs(cpu.run_dir).f_bavail * os.statvfs(cpu.run_dir).f_frsize / 1e9
     if free_gb > 800:
         pytest.skip("this disk has room for a checkpoint of 70B")
-    assert "3 checkpoints take 2,54" in cpu.refused().replace("2.54e+03", "2,540")
+    assert "3 checkpoints take 2,540 GB" in cpu.refused()
 
 
 def init_from_02(folder: Path, *, saves: bool = True) -> Place:
@@ -410,7 +433,7 @@ from pathlib import Path
 from titan import checkpoints
 checkpoints.free_bytes = lambda folder: 50
 folder = Path(sys.argv[2])
-checkpoints.watch(folder, {"schema": 1}, lambda line: print(line, flush=True), every_s=0.01)
+checkpoints.watch(folder, lambda line: print(line, flush=True), every_s=0.01)
 print("READY", flush=True)
 os.execvp("cat", ["cat"])
 """
@@ -434,6 +457,5 @@ def test_after_each_checkpoint_the_job_says_when_the_next_does_not_fit(tmp_path:
         whole.rename(folder / "step-4")
         line = process.stdout.readline()
         assert line.startswith("titan-checkpoint: warn step=4 ") and "does not fit" in line
-        assert (folder / RECORD).exists()
     assert process.stdout.read() == "", "its end closes the pipe"
     assert process.wait() == 0

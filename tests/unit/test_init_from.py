@@ -255,9 +255,9 @@ def test_the_directory_is_mounted_read_only_at_its_own_path(tmp_path: Path, weig
     [
         ("checkpoint.initial_load_path=/x", "--init-from DIR"),
         ("checkpoint.initial-load-in-hf=true", "--init-from DIR"),
-        ("checkpoint.load_only=true", "recipe.checkpoint_interval"),
-        ("checkpoint.enable=true", "recipe.checkpoint_interval"),
-        ("checkpoint.interval=5", "recipe.checkpoint_interval"),
+        ("checkpoint.load_only=true", "--checkpoint-every 0"),
+        ("checkpoint.enable=true", "--checkpoint-every STEPS"),
+        ("checkpoint.interval=5", "--checkpoint-every STEPS"),
     ],
 )
 def test_settings_that_would_contradict_it_are_refused(launch: Launch, setting: str, fix: str) -> None:
