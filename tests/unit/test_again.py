@@ -135,7 +135,7 @@ def test_an_attempt_is_put_away(run_dir: Path) -> None:
 
 
 def test_a_move_that_was_cut_off_goes_on(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(again.shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("shutil.copyfileobj", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         archive(run_dir)
     monkeypatch.undo()
