@@ -74,6 +74,13 @@ _USUAL = re.compile(
     (_RANK.pattern + rb"\[titan\] " + _MOMENT + rb" - root - INFO - (?:\x1b\[[0-9;]{0,24}m)?") + _STEP.pattern
 )
 
+# Of a checkpoint, the time for which training stood still: torchtitan 0.2, 0.3, and 0.3's last one. An asynchronous one
+# is written while training goes on.
+_SAVED = re.compile(
+    rb"(?:Finished (?:saving|staging) the checkpoint[^\n]{0,48}?|Last step checkpoint completed )in "
+    rb"([0-9]{1,9}\.[0-9]{2}) ?s"
+)
+
 
 def parse_line(line: bytes) -> StepRecord | None:
     """The training step that a line reports, or None; a validation line and a line cut short report none."""
@@ -140,6 +147,18 @@ def last_bytes(path: Path, count: int = 1 << 15) -> bytes:
             return handle.read(count)
     except OSError:
         return b""
+
+
+def saved(path: Path) -> list[tuple[float, float]]:
+    """When checkpoints were saved, in the seconds of `StepRecord.time`, and how long each took. Raises OSError."""
+    found: list[tuple[float, float]] = []
+    if handle := open_log(path):
+        with handle:
+            while lines := many_lines(handle):
+                for match in _SAVED.finditer(lines) if b"checkpoint" in lines else ():
+                    at = line_time(lines[lines.rfind(b"\n", 0, match.start()) + 1 : match.start()])
+                    found += [(at, float(match[1]))] if at else []
+    return found
 
 
 def _open_at_once(path: str, flags: int) -> int:

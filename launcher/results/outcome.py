@@ -67,6 +67,53 @@ class Startup:
 PHASES = (("queue_s", "queue"), ("container_s", "container"), ("check_s", "node check"), ("first_step_s", "first step"))
 
 
+@dataclass(frozen=True, slots=True)
+class AttemptResult:
+    """One start of a run's trainer, and what came of it; None and empty where something is not known."""
+
+    number: int
+    hosts: tuple[str, ...] = ()  # that trained
+    began_at: float | None = None  # seconds since 1970
+    ended_at: float | None = None
+    cause: str = ""  # why it ended: a code of known_errors.toml, or "requeued"
+    culprits: tuple[str, ...] = ()
+    first_step: int | None = None  # logged
+    last_step: int | None = None
+    kept_step: int | None = None  # the last one that counts: the next attempt trained on from it
+    tps: float | None = None  # the median of its steps that count
+    ended_by: str = ""  # in words
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Where the time of all of a run's attempts went, in seconds: the parts sum to `allocation_s`."""
+
+    allocation_s: float  # from the beginning of the script to the end, without the queue
+    kept_s: float  # steps that count, without what checkpoints held them up
+    start_s: float  # to the first step of each attempt, without the check
+    check_s: float
+    lost_s: float  # steps after the checkpoint from which the next attempt trained on
+    checkpoints_s: float
+    ending_s: float  # from the last logged step to the end of each attempt: a hang is here
+    queue_s: float | None = None  # beside it
+
+    @property
+    def share(self) -> float | None:
+        return self.kept_s / self.allocation_s if self.allocation_s > 0 else None
+
+
+# What the parts are called.
+PARTS = (
+    ("kept_s", "training"),
+    ("start_s", "start"),
+    ("check_s", "node check"),
+    ("lost_s", "lost steps"),
+    ("checkpoints_s", "checkpoints"),
+    ("ending_s", "ending"),
+    ("queue_s", "queue beside it"),
+)
+
+
 class Lack(StrEnum):
     """Kinds of problems that something follows from; all others only make a result less than one."""
 
@@ -130,6 +177,8 @@ class Outcome:
     wall_s: float | None = None  # from the start of the job's script to its end
     series: tuple[Point, ...] = ()
     by_node: tuple[NodeResult, ...] = ()
+    attempts: tuple[AttemptResult, ...] = ()  # one, where it was never started again
+    goodput: Goodput | None = None
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(
@@ -160,6 +209,10 @@ class Outcome:
     def unit(self) -> str:
         """What a tokens/s is per."""
         return "rank" if self.on_cpu else "GPU"
+
+    @property
+    def restarts(self) -> int:
+        return max(0, len(self.attempts) - 1)
 
     def has(self, kind: Lack) -> bool:
         return any(problem.kind is kind for problem in self.problems)

@@ -1,0 +1,107 @@
+"""What of a run's time was training that counts, over all its attempts, and where the rest went. Pure functions.
+
+Times are of one node's log lines, of which there is one every `log_freq` steps. Between two lines a step's time is
+interpolated; what an attempt trained after its last line is told as its ending, so a figure may be off by the time of
+`log_freq` steps for each attempt, and never to the run's advantage.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from launcher.results.measure import ENDLESS
+from launcher.results.outcome import Goodput
+
+SKEW_S = 60.0  # clocks of a log and of the script that differ by more are not compared
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """An attempt's times, all in seconds since 1970: `points` of logged steps, `saves` with how long each took."""
+
+    began: float | None
+    ended: float | None
+    check_s: float
+    queued: bool  # its job waited in the queue before it
+    points: Sequence[tuple[int, float]] | None  # ascending; None where it logged, and when is not known
+    saves: Sequence[tuple[float, float]] = ()
+
+
+def kept_steps(resumed: Sequence[int | None], first: Sequence[int | None]) -> tuple[int, ...]:
+    """Of each attempt but the last, the last step that counts: the next ones train on from there.
+
+    `resumed`: the last complete checkpoint at the end of each attempt; `first`: the first step that it logged. A
+    damaged checkpoint is passed over, so an attempt may start earlier than at the last one.
+    """
+    kept: list[int] = []
+    last = ENDLESS
+    for step, later in zip(reversed(resumed[:-1]), reversed(first[1:]), strict=True):
+        last = min(last, *(one for one in (step, later and later - 1) if one is not None))
+        kept.append(last)
+    return tuple(reversed(kept))
+
+
+def goodput(traces: Sequence[Trace], kept: Sequence[int], submitted: float | None) -> Goodput | None:
+    """None where the beginning of the run, or when it logged, is not known. The parts sum to the allocation."""
+    total = dict.fromkeys(("kept_s", "start_s", "check_s", "lost_s", "checkpoints_s", "ending_s"), 0.0)
+    queue, before = 0.0, submitted
+    for place, trace in enumerate(traces):
+        if trace.points is None:
+            return None
+        ends = [trace.ended, *(at for _, at in trace.points[-1:]), *(one.began for one in traces[place + 1 :][:1])]
+        began, ended = trace.began, next((at for at in ends if at is not None), None)
+        if began is None or ended is None or ended < began - SKEW_S:
+            return None
+        ended = max(began, ended)
+        if trace.queued:
+            queue += max(0.0, began - before) if before else 0.0
+        elif before is not None:  # what lies between two attempts of one job belongs to the later one's start
+            began, ended = before, max(before, ended)
+        if trace.points and not (began - SKEW_S <= trace.points[0][1] and trace.points[-1][1] <= ended + SKEW_S):
+            return None
+        last = kept[place] if place < len(kept) else math.inf
+        start = kept[place - 1] if place else 0
+        for name, seconds in _shares(trace.points, trace, began, ended, start, last).items():
+            total[name] += seconds
+        before = ended
+    return Goodput(sum(total.values()), queue_s=None if submitted is None else queue, **total)
+
+
+def _shares(
+    points: Sequence[tuple[int, float]], trace: Trace, began: float, ended: float, start: int, last: float
+) -> dict[str, float]:
+    """`start`: the step that it trained on from; `last`: the last one that counts."""
+    if not points:
+        check = min(trace.check_s, ended - began)
+        return {"check_s": check, "start_s": ended - began - check}
+    steps = [step for step, _ in points]
+    times = [*accumulate((min(max(at, began), ended) for _, at in points), max)]
+    check = min(trace.check_s, times[0] - began)
+    # The first step pays for the start. What followed it before the first line has the pace of the rest.
+    pace = (times[-1] - times[0]) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.0
+    head = min(times[0] - began - check, pace * max(0, steps[0] - start - 1))
+    reached = times[0] - head if last < steps[0] else _moment_of(last, steps, times)
+    spans = {"kept_s": (times[0] - head, reached), "lost_s": (reached, times[-1]), "ending_s": (times[-1], ended)}
+    found = {"check_s": check, "start_s": times[0] - head - check - began, "checkpoints_s": 0.0}
+    for name, (low, high) in spans.items():
+        saving, until = 0.0, low
+        for at, seconds in sorted(trace.saves):
+            if low < at <= high:  # ranks that share a log say the same
+                saving += at - max(until, at - seconds)
+                until = at
+        found[name] = high - low - saving
+        found["checkpoints_s"] += saving
+    return found
+
+
+def _moment_of(step: float, steps: Sequence[int], times: Sequence[float]) -> float:
+    """When a step was done; before the first line and after the last one, theirs."""
+    place = bisect_left(steps, step)
+    if place == len(steps) or place == 0:
+        return times[min(place, len(steps) - 1)]
+    share = (step - steps[place - 1]) / (steps[place] - steps[place - 1])
+    return times[place - 1] + share * (times[place] - times[place - 1])
