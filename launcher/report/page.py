@@ -24,8 +24,9 @@ from launcher.report.health import answers, health
 from launcher.report.svg import shortened
 from launcher.report.table import TAGS, table
 from launcher.results.columns import drawable, percent
+from launcher.results.formats import attempt_text
 from launcher.results.measure import Against, against_others
-from launcher.results.outcome import PHASES, Outcome
+from launcher.results.outcome import PARTS, PHASES, Outcome
 
 GENERATOR = "titan-launcher report"
 MOST_NODES = 60  # in a strip
@@ -61,6 +62,12 @@ def page(
         matrices=_matrices(outcomes),
         shortened=shortened,
         startups=[(run, one, spans) for run, one in enumerate(outcomes) if (spans := _spans(one))],
+        restarted=[
+            (run, one, _spent(one), [(a.number, attempt_text(a, one.unit)) for a in one.attempts])
+            for run, one in enumerate(outcomes)
+            if one.restarts
+        ],
+        parts=[called.capitalize() for _, called in PARTS],
         phases=[called.capitalize() for _, called in PHASES],
         differing=differing,
         shared=shared,
@@ -155,6 +162,13 @@ def _spans(outcome: Outcome) -> list[str]:
     spans = [duration(max(0.0, amount)) if drawable(amount) else "" for amount in amounts]
     total = ("" if len(known) == len(amounts) else "≥ ") + duration(sum(known))
     return [*spans, total] if known else []
+
+
+def _spent(outcome: Outcome) -> list[str]:
+    """Goodput, then where the time of a run went; "" for what is not known."""
+    amounts = [getattr(outcome.goodput, name, None) for name, _ in PARTS]
+    share = "" if outcome.goodput_pct is None else f"{outcome.goodput_pct:.0f}%"
+    return [share, *("" if amount is None else duration(amount) for amount in amounts)]
 
 
 def _hash(text: str) -> str:

@@ -40,7 +40,7 @@ def kept_steps(resumed: Sequence[int | None], first: Sequence[int | None]) -> tu
     kept: list[int] = []
     last = ENDLESS
     for step, later in zip(reversed(resumed[:-1]), reversed(first[1:]), strict=True):
-        last = min(last, *(one for one in (step, later and later - 1) if one is not None))
+        last = min(one for one in (last, step, later and later - 1) if one is not None)
         kept.append(last)
     return tuple(reversed(kept))
 

@@ -73,7 +73,7 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kep
             continue
         parts = [[r for r in node.records if low < r.step <= high] for low, high in ranges]
         fresh = {part[0].step for part in parts[1:] if part}
-        used = [r for r in node.records if r.step not in fresh] or node.records
+        used = [r for r in node.records if not kept or (r.step > log_freq and r.step not in fresh)] or node.records
         warm = [r for r in after_warmup(used, log_freq, node.restarts) if math.isfinite(r.tps)]
         tflops.extend(r.tflops for r in warm if r.tflops is not None and math.isfinite(r.tflops))
         memory.extend(r.memory_gib for r in warm if math.isfinite(r.memory_gib))

@@ -98,8 +98,9 @@ class Goodput:
     queue_s: float | None = None  # beside it
 
     @property
-    def share(self) -> float | None:
-        return self.kept_s / self.allocation_s if self.allocation_s > 0 else None
+    def parts(self) -> list[tuple[str, float]]:
+        """What the time went to, with its seconds; without what took none."""
+        return [(called, seconds) for name, called in PARTS if (seconds := getattr(self, name))]
 
 
 # What the parts are called.
@@ -211,6 +212,11 @@ class Outcome:
         return "rank" if self.on_cpu else "GPU"
 
     @property
+    def goodput_pct(self) -> float | None:
+        spent = self.goodput
+        return 100 * spent.kept_s / spent.allocation_s if spent and spent.allocation_s > 0 else None
+
+    @property
     def restarts(self) -> int:
         return max(0, len(self.attempts) - 1)
 
@@ -230,6 +236,11 @@ class Outcome:
     def measured(self) -> list[NodeResult]:
         """The nodes that have a median, the slowest first."""
         return sorted((node for node in self.by_node if node.tps is not None), key=lambda node: node.tps or 0.0)
+
+    @property
+    def measured_at_once(self) -> int:
+        """How many nodes a step has figures of; more have some where one took another's place."""
+        return max(1, min(len(self.measured), self.nodes))
 
     @property
     def slowest(self) -> NodeResult | None:

@@ -148,6 +148,13 @@ class _Logged:
         return self.steps[0].step if self.steps else None
 
 
+def results_of(attempts: Sequence[Attempt]) -> tuple[AttemptResult, ...]:
+    """How far each attempt came, by one node's log of each; nothing is raised."""
+    starts = [_logged(attempt, []) for attempt in attempts]
+    kept = kept_steps([attempt.step for attempt in attempts], [start.first for start in starts])
+    return tuple(map(_result, attempts, starts, (*kept, None), [None] * len(starts)))
+
+
 def _logged(attempt: Attempt, unreadable: list[str]) -> _Logged:
     try:
         logs = node_logs(attempt.logs)
