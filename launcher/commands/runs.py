@@ -44,7 +44,7 @@ from launcher.results.read import outcome_of, results_of
 from launcher.results.rows import markdown_row, summary_line
 from launcher.runs import attach, control
 from launcher.runs import directory as runs
-from launcher.runs.attempts import attempts_of, why_last
+from launcher.runs.attempts import WHY_NOT, attempts_of
 from launcher.runs.directory import Run
 from launcher.scheduler.state import GOING, WAITING, JobState
 
@@ -113,8 +113,7 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
     outcome = None if state.active else outcome_of(run, state, with_data_share=False)
     completed, problems = state.name == "COMPLETED", outcome.problems if outcome else ()
     problems = tuple(problem for problem in problems if completed or problem.kind is Lack.NON_FINITE)
-    known = attempts_of(run)
-    tries = outcome.attempts if outcome else results_of(known)
+    tries = outcome.attempts if outcome else results_of(attempts_of(run))
     if as_json:
         return row | {
             "attempts": [asdict(one) for one in tries],
@@ -135,8 +134,8 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
     if len(tries) > 1:
         unit = about(run).unit
         echo(*(f"  attempt {one.number}: {attempt_text(one, unit)}" for one in tries))
-    if why := why_last(known[-1]):
-        echo(f"  no further attempt: {why}")
+    if why := tries[-1].why_not:
+        echo(f"  no further attempt: {WHY_NOT.get(why, why)}")
     if progress:
         echo(f"  {plain_line(progress, about(run).unit)}")
     again = quoted("launcher", "submit", run.path / "run.toml")

@@ -100,7 +100,7 @@ def show(
 
 def started_again(seen: Standing) -> str:
     """`attempt 2: node n2 lost, from step 20`"""
-    before = seen.before or Attempt(0, Path())
+    before = seen.before or Attempt(0, "")
     start = [] if before.step is None else [f"from step {before.step}" if before.step else "from the beginning"]
     return f"attempt {seen.attempt}: {', '.join(filter(None, [ended_by(before), *start]))}"
 
@@ -272,7 +272,8 @@ def _row(name: str, seen: Standing) -> tuple[str, ...]:
 def _say(row: Sequence[str], seen: Standing, as_json: bool) -> None:
     if as_json:
         progress = attach.as_dict(seen.progress) if seen.progress else None
-        print_json({"run": row[0], "phase": str(seen.phase), "state": row[1], "progress": progress}, indent=None)
+        said = {"run": row[0], "phase": str(seen.phase), "state": row[1], "progress": progress}
+        print_json(said | {"attempt": seen.attempt}, indent=None)
     else:
         cells = [f"  {name} {cell}" for name, cell in zip(_HEAD[2:], row[2:], strict=True) if cell]
         echo(f"{row[0]}: {row[1]}{''.join(cells)}")

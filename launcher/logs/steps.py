@@ -149,18 +149,6 @@ def last_bytes(path: Path, count: int = 1 << 15) -> bytes:
         return b""
 
 
-def saved(path: Path) -> list[tuple[float, float]]:
-    """When checkpoints were saved, in the seconds of `StepRecord.time`, and how long each took. Raises OSError."""
-    found: list[tuple[float, float]] = []
-    if handle := open_log(path):
-        with handle:
-            while lines := many_lines(handle):
-                for match in _SAVED.finditer(lines) if b"checkpoint" in lines else ():
-                    at = line_time(lines[lines.rfind(b"\n", 0, match.start()) + 1 : match.start()])
-                    found += [(at, float(match[1]))] if at else []
-    return found
-
-
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
@@ -175,6 +163,7 @@ class LogReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.saves: list[tuple[float, float]] = []  # as `read` comes by them: when, and how many seconds each took
         self.offset = 0
         self._identity: tuple[int, int] | None = None
         self._reached = 0  # what of the file was seen, `unread` or not
@@ -193,6 +182,9 @@ class LogReader:
         """The records that were appended since the last call; take all of it, each is handed out once."""
         for lines in self._appended(many_lines):
             records, end = _scan(lines)
+            for match in _SAVED.finditer(lines) if b"checkpoint" in lines else ():
+                if at := line_time(lines[lines.rfind(b"\n", 0, match.start()) + 1 : match.start()]):
+                    self.saves.append((at, float(match[1])))
             if not lines.endswith(b"\n"):  # a record may have begun, and is whole with what follows
                 self.unread(min(len(lines) - end, RECORD_BYTES + PREFIX_BYTES))
             yield from records

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from launcher.report.table import TAGS, table
 from launcher.results.columns import drawable, percent
 from launcher.results.formats import attempt_text
 from launcher.results.measure import Against, against_others
-from launcher.results.outcome import PARTS, PHASES, Outcome
+from launcher.results.outcome import PHASES, Goodput, Outcome
 
 GENERATOR = "titan-launcher report"
 MOST_NODES = 60  # in a strip
@@ -62,12 +62,10 @@ def page(
         matrices=_matrices(outcomes),
         shortened=shortened,
         startups=[(run, one, spans) for run, one in enumerate(outcomes) if (spans := _spans(one))],
-        restarted=[
-            (run, one, _spent(one), [(a.number, attempt_text(a, one.unit)) for a in one.attempts])
-            for run, one in enumerate(outcomes)
-            if one.restarts
-        ],
-        parts=[called.capitalize() for _, called in PARTS],
+        restarted=[(run, one) for run, one in enumerate(outcomes) if one.restarts],
+        parts=[part.name for part in fields(Goodput)],
+        duration=duration,
+        attempt_text=attempt_text,
         phases=[called.capitalize() for _, called in PHASES],
         differing=differing,
         shared=shared,
@@ -162,13 +160,6 @@ def _spans(outcome: Outcome) -> list[str]:
     spans = [duration(max(0.0, amount)) if drawable(amount) else "" for amount in amounts]
     total = ("" if len(known) == len(amounts) else "≥ ") + duration(sum(known))
     return [*spans, total] if known else []
-
-
-def _spent(outcome: Outcome) -> list[str]:
-    """Goodput, then where the time of a run went; "" for what is not known."""
-    amounts = [getattr(outcome.goodput, name, None) for name, _ in PARTS]
-    share = "" if outcome.goodput_pct is None else f"{outcome.goodput_pct:.0f}%"
-    return [share, *("" if amount is None else duration(amount) for amount in amounts)]
 
 
 def _hash(text: str) -> str:

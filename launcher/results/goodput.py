@@ -15,20 +15,19 @@ from itertools import accumulate
 
 from launcher.results.measure import ENDLESS
 from launcher.results.outcome import Goodput
+from launcher.runs.attempts import Attempt
 
 SKEW_S = 60.0  # clocks of a log and of the script that differ by more are not compared
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """An attempt's times, all in seconds since 1970: `points` of logged steps, `saves` with how long each took."""
+    """An attempt's times, in seconds since 1970, and how long its check took."""
 
-    began: float | None
-    ended: float | None
+    attempt: Attempt
     check_s: float
-    queued: bool  # its job waited in the queue before it
-    points: Sequence[tuple[int, float]] | None  # ascending; None where it logged, and when is not known
-    saves: Sequence[tuple[float, float]] = ()
+    points: Sequence[tuple[int, float]] | None  # logged steps, ascending; None where it is not known when they were
+    saves: Sequence[tuple[float, float]] = ()  # when checkpoints were saved, and how long each took
 
 
 def kept_steps(resumed: Sequence[int | None], first: Sequence[int | None]) -> tuple[int, ...]:
@@ -50,29 +49,29 @@ def goodput(traces: Sequence[Trace], kept: Sequence[int], submitted: float | Non
     total = dict.fromkeys(("kept_s", "start_s", "check_s", "lost_s", "checkpoints_s", "ending_s"), 0.0)
     queue, before = 0.0, submitted
     for place, trace in enumerate(traces):
-        if trace.points is None:
-            return None
-        ends = [trace.ended, *(at for _, at in trace.points[-1:]), *(one.began for one in traces[place + 1 :][:1])]
-        began, ended = trace.began, next((at for at in ends if at is not None), None)
-        if began is None or ended is None or ended < began - SKEW_S:
+        points, began = trace.points or (), trace.attempt.began_at
+        ends = [trace.attempt.ended_at, *(at for _, at in points[-1:])]
+        ends += [later.attempt.began_at for later in traces[place + 1 : place + 2]]
+        ended = next((at for at in ends if at is not None), None)
+        if trace.points is None or began is None or ended is None or ended < began - SKEW_S:
             return None
         ended = max(began, ended)
-        if trace.queued:
+        if trace.attempt.queued:
             queue += max(0.0, began - before) if before else 0.0
         elif before is not None:  # what lies between two attempts of one job belongs to the later one's start
             began, ended = before, max(before, ended)
-        if trace.points and not (began - SKEW_S <= trace.points[0][1] and trace.points[-1][1] <= ended + SKEW_S):
+        if points and not (began - SKEW_S <= points[0][1] and points[-1][1] <= ended + SKEW_S):
             return None
         last = kept[place] if place < len(kept) else math.inf
         start = kept[place - 1] if place else 0
-        for name, seconds in _shares(trace.points, trace, began, ended, start, last).items():
+        for name, seconds in _shares(trace, points, began, ended, start, last).items():
             total[name] += seconds
         before = ended
     return Goodput(sum(total.values()), queue_s=None if submitted is None else queue, **total)
 
 
 def _shares(
-    points: Sequence[tuple[int, float]], trace: Trace, began: float, ended: float, start: int, last: float
+    trace: Trace, points: Sequence[tuple[int, float]], began: float, ended: float, start: int, last: float
 ) -> dict[str, float]:
     """`start`: the step that it trained on from; `last`: the last one that counts."""
     if not points:

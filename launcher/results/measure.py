@@ -89,8 +89,8 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kep
         for place, ((low, high), part) in enumerate(zip(ranges, parts, strict=True)):
             mine = [r for r in warm if low < r.step <= high]
             tps[place].extend(r.tps for r in mine)
-            lead = leads[place]
-            if part and (not lead or _reach(part) > _reach(lead)):
+            best = [(records[-1].step, records[-1].knows_loss) for records in (part, leads[place]) if records]
+            if part and best[0] > (best[1] if leads[place] else (-1, False)):
                 leads[place], warm_of[place] = part, mine
     lead = [*chain(*leads)]
     rates = [r.tps for r in chain(*warm_of)]
@@ -108,10 +108,6 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kep
         is_finite=is_finite,
         by_attempt=tuple(median(rates) if rates else None for rates in tps),
     )
-
-
-def _reach(records: Sequence[StepRecord]) -> tuple[int, bool]:
-    return records[-1].step, records[-1].knows_loss
 
 
 @dataclass(frozen=True, slots=True)

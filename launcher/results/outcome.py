@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from launcher.runs.attempts import Attempt
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -68,23 +70,6 @@ PHASES = (("queue_s", "queue"), ("container_s", "container"), ("check_s", "node 
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptResult:
-    """One start of a run's trainer, and what came of it; None and empty where something is not known."""
-
-    number: int
-    hosts: tuple[str, ...] = ()  # that trained
-    began_at: float | None = None  # seconds since 1970
-    ended_at: float | None = None
-    cause: str = ""  # why it ended: a code of known_errors.toml, or "requeued"
-    culprits: tuple[str, ...] = ()
-    first_step: int | None = None  # logged
-    last_step: int | None = None
-    kept_step: int | None = None  # the last one that counts: the next attempt trained on from it
-    tps: float | None = None  # the median of its steps that count
-    ended_by: str = ""  # in words
-
-
-@dataclass(frozen=True, slots=True)
 class Goodput:
     """Where the time of all of a run's attempts went, in seconds: the parts sum to `allocation_s`."""
 
@@ -96,23 +81,6 @@ class Goodput:
     checkpoints_s: float
     ending_s: float  # from the last logged step to the end of each attempt: a hang is here
     queue_s: float | None = None  # beside it
-
-    @property
-    def parts(self) -> list[tuple[str, float]]:
-        """What the time went to, with its seconds; without what took none."""
-        return [(called, seconds) for name, called in PARTS if (seconds := getattr(self, name))]
-
-
-# What the parts are called.
-PARTS = (
-    ("kept_s", "training"),
-    ("start_s", "start"),
-    ("check_s", "node check"),
-    ("lost_s", "lost steps"),
-    ("checkpoints_s", "checkpoints"),
-    ("ending_s", "ending"),
-    ("queue_s", "queue beside it"),
-)
 
 
 class Lack(StrEnum):
@@ -178,7 +146,7 @@ class Outcome:
     wall_s: float | None = None  # from the start of the job's script to its end
     series: tuple[Point, ...] = ()
     by_node: tuple[NodeResult, ...] = ()
-    attempts: tuple[AttemptResult, ...] = ()  # one, where it was never started again
+    attempts: tuple[Attempt, ...] = ()  # one, where it was never started again
     goodput: Goodput | None = None
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()

@@ -4,13 +4,12 @@ never a figure that looks whole.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import pairwise
@@ -24,15 +23,13 @@ from launcher.config.hardware import hardware
 from launcher.config.mfu import peak_of
 from launcher.image.squashfs_file import known, superblock
 from launcher.logs.follow import node_logs
-from launcher.logs.steps import LogReader, StepRecord, saved
+from launcher.logs.steps import LogReader, StepRecord
 from launcher.results import measure
 from launcher.results.goodput import Trace, goodput, kept_steps
 from launcher.results.outcome import (
     NO_STEP_COUNTS,
     NON_FINITE,
     RESTARTED,
-    AttemptResult,
-    Goodput,
     Lack,
     NodeCheck,
     Outcome,
@@ -42,7 +39,7 @@ from launcher.results.outcome import (
 )
 from launcher.results.settings import count, settings_of, words
 from launcher.results.tensorboard import scalars
-from launcher.runs.attempts import Attempt, attempts_of, chosen, ended_by, moment
+from launcher.runs.attempts import Attempt, attempts_of, chosen, moment
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 
@@ -76,7 +73,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     found = measure.measure(_records(starts, kept, unreadable, wild), log_freq, kept)
     if found.last is None and state.active:
         return None
-    by_attempt = [_trained(attempt.path, unreadable) for attempt in attempts]
+    by_attempt = [_trained(Path(attempt.path), unreadable) for attempt in attempts]
     hosts, records = {node.host for node in found.by_node}, by_attempt[-1]
     seen = {host: one for before in by_attempt[:-1] for host, one in before.items() if host in hosts} | records
     gpus, last = nodes * gpus_per_node, found.last
@@ -119,12 +116,14 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         mfu_pct=last.mfu_pct if last else None,
         peak_tflops=peak_of(last.tflops, last.mfu_pct) if last else None,
         data_share=_data_share(run.path / "titan" / "tb", found.warm_steps) if with_data_share else None,
-        startup=_startup(submitted, attempts[0].began_at, by_attempt[0], seen, nodes, found.began),
+        startup=_startup(submitted, attempts[0].began_at, _checked(by_attempt[0], nodes), found.began, seen),
         overall_tps=found.overall_tps,
-        wall_s=_wall_s(attempts, spent),
+        wall_s=spent.allocation_s
+        if spent and len(attempts) > 1
+        else _between(attempts[0].began_at, attempts[-1].ended_at, _LONGEST_QUEUE_S),
         series=found.series,
         by_node=found.by_node,
-        attempts=tuple(map(_result, attempts, starts, (*kept, None), found.by_attempt)),
+        attempts=tuple(map(_result, attempts, starts, (*kept, measure.ENDLESS), found.by_attempt)),
         goodput=spent,
         problems=tuple(problems),
         notes=_notes(found, records, nodes, kept),
@@ -141,6 +140,7 @@ class _Logged:
     logs: Mapping[str, Path]
     host: str = ""
     steps: Sequence[StepRecord] = ()  # each once, in their order
+    saves: Sequence[tuple[float, float]] = ()  # when checkpoints were saved, and how long each took
     read: dict[Path, list[StepRecord]] = field(default_factory=dict)
 
     @property
@@ -148,11 +148,11 @@ class _Logged:
         return self.steps[0].step if self.steps else None
 
 
-def results_of(attempts: Sequence[Attempt]) -> tuple[AttemptResult, ...]:
+def results_of(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
     """How far each attempt came, by one node's log of each; nothing is raised."""
     starts = [_logged(attempt, []) for attempt in attempts]
     kept = kept_steps([attempt.step for attempt in attempts], [start.first for start in starts])
-    return tuple(map(_result, attempts, starts, (*kept, None), [None] * len(starts)))
+    return tuple(map(_result, attempts, starts, (*kept, measure.ENDLESS), [None] * len(starts)))
 
 
 def _logged(attempt: Attempt, unreadable: list[str]) -> _Logged:
@@ -163,8 +163,9 @@ def _logged(attempt: Attempt, unreadable: list[str]) -> _Logged:
         return _Logged({})
     read: dict[Path, list[StepRecord]] = {}
     for host, path in logs.items():
-        if records := read.setdefault(path, list(_readable(path, unreadable))):
-            return _Logged(logs, host, measure.deduplicate(records).records, read)
+        reader = LogReader(path)
+        if records := read.setdefault(path, list(_readable(reader, unreadable))):
+            return _Logged(logs, host, measure.deduplicate(records).records, reader.saves, read)
     return _Logged(logs, read=read)
 
 
@@ -177,7 +178,7 @@ def _records(
         for start, (low, high) in zip(starts, pairwise((-1, *kept, measure.ENDLESS)), strict=True):
             if path := start.logs.get(host):
                 records = start.read.pop(path, None)
-                for record in _readable(path, unreadable) if records is None else records:
+                for record in _readable(LogReader(path), unreadable) if records is None else records:
                     if low < record.step <= high:
                         yield record
                     elif not measure.finite(record):
@@ -187,11 +188,11 @@ def _records(
         yield host, of_node(host)
 
 
-def _readable(path: Path, unreadable: list[str]) -> Iterator[StepRecord]:
+def _readable(reader: LogReader, unreadable: list[str]) -> Iterator[StepRecord]:
     try:
-        yield from LogReader(path).read()
+        yield from reader.read()
     except OSError as error:
-        unreadable.append(f"cannot read {path}: {error.strerror}")
+        unreadable.append(f"cannot read {reader.path}: {error.strerror}")
 
 
 def node_checks(run: Run) -> dict[str, NodeCheck]:
@@ -344,16 +345,15 @@ def _data_share(folder: Path, warm_steps: frozenset[int]) -> float | None:
 def _startup(
     submitted: float | None,
     script: float | None,
-    records: Mapping[str, Mapping[str, Any]],
-    seen: Mapping[str, Mapping[str, Any]],
-    nodes: int,
+    check: tuple[float | None, float | None],
     began: Mapping[str, float],
+    records: Mapping[str, Mapping[str, Any]],
 ) -> Startup:
     """Where the time before the first step went. Clocks of several machines are compared: what is negative by more
     than their likely difference, or absurdly long, is not told.
     """
-    in_container, checked = _checked(records, nodes)
-    first = [at - offset for host, at in began.items() if (offset := _offset(seen.get(host, {}))) is not None]
+    in_container, checked = check
+    first = [at - offset for host, at in began.items() if (offset := _offset(records.get(host, {}))) is not None]
     return Startup(
         queue_s=_between(submitted, script, _LONGEST_QUEUE_S),
         container_s=_between(script, in_container, _LONGEST_START_S),
@@ -378,37 +378,16 @@ def _offset(record: Mapping[str, Any]) -> float | None:
 def _trace(attempt: Attempt, start: _Logged, records: Mapping[str, Mapping[str, Any]], nodes: int) -> Trace:
     offset = _offset(records.get(start.host, {}))
     check_s = _between(*_checked(records, nodes), _LONGEST_START_S) or 0.0
-    points: list[tuple[int, float]] | None = None if start.host else []
-    saves: list[tuple[float, float]] = []
-    if offset is not None and start.host:
-        points = [(one.step, one.time - offset) for one in start.steps if one.time is not None]
-        with contextlib.suppress(OSError):
-            saves = [(at - offset, seconds) for at, seconds in saved(start.logs[start.host])]
-    return Trace(attempt.began_at, attempt.ended_at, check_s, attempt.queued, points, saves)
+    if not start.host or offset is None:
+        return Trace(attempt, check_s, None if start.host else ())
+    points = [(one.step, one.time - offset) for one in start.steps if one.time is not None]
+    return Trace(attempt, check_s, points, [(at - offset, took) for at, took in start.saves])
 
 
-def _result(attempt: Attempt, start: _Logged, kept: int | None, tps: float | None) -> AttemptResult:
+def _result(attempt: Attempt, start: _Logged, kept: int, tps: float | None) -> Attempt:
     last = start.steps[-1].step if start.steps else None
-    return AttemptResult(
-        attempt.number,
-        attempt.hosts,
-        attempt.began_at,
-        attempt.ended_at,
-        attempt.cause,
-        attempt.culprits,
-        start.first,
-        last,
-        last if kept is None or last is None else min(kept, last),
-        tps,
-        ended_by(attempt),
-    )
-
-
-def _wall_s(attempts: Sequence[Attempt], spent: Goodput | None) -> float | None:
-    """Of several attempts without what they waited in the queue, as of one."""
-    if len(attempts) > 1 and spent:
-        return spent.allocation_s
-    return _between(attempts[0].began_at, attempts[-1].ended_at, _LONGEST_QUEUE_S)
+    hosts, kept_step = attempt.hosts or tuple(start.logs), None if last is None else min(kept, last)
+    return replace(attempt, hosts=hosts, first_step=start.first, last_step=last, kept_step=kept_step, tps=tps)
 
 
 def _last(moments: Sequence[float | None], nodes: int) -> float | None:

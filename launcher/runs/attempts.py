@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
 from launcher.base.output import some
-from launcher.logs.follow import node_logs
 from launcher.logs.known_errors import known_errors
 from launcher.runs.directory import Run
 
 MOST = 10_000  # attempts, and hosts of one: more is damage
 REQUEUED = "requeued"
-WHY_NOT = {
+WHY_NOT = {  # no further attempt follows
     "cause": "the next one would end in the same way",
     "no-progress": "three in a row wrote no new checkpoint",
     "max-restarts": "--max-restarts is reached",
@@ -36,8 +34,8 @@ class Attempt:
     """One start of the trainer; None and empty where something is not known."""
 
     number: int
-    path: Path  # has logs/ and nodes/
-    hosts: tuple[str, ...] = ()  # in the order of ranks, as far as it is known; without spares
+    path: str  # has logs/ and nodes/
+    hosts: tuple[str, ...] = ()  # that trained, as far as it is known
     began_at: float | None = None
     ended_at: float | None = None
     exit_code: int | None = None
@@ -47,10 +45,15 @@ class Attempt:
     again: bool | None = None  # whether another one follows
     why_not: str = ""
     queued: bool = True  # whether its job waited in the queue before it
+    # What its logs say, where they were read (launcher/results/read.py):
+    first_step: int | None = None  # logged
+    last_step: int | None = None
+    kept_step: int | None = None  # the last one that counts: the next attempt trained on from it
+    tps: float | None = None  # the median of its steps that count, after warm-up
 
     @property
     def logs(self) -> Path:
-        return self.path / "logs"
+        return Path(self.path, "logs")
 
 
 def attempts_of(run: Run) -> list[Attempt]:
@@ -79,12 +82,12 @@ def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float 
     last = before[-1].ended_at if before else None
     starts = [at for at in (moment(end.get("began_at")), claimed) if at]
     queued = not before or said.get("queued") is True or before[-1].cause == REQUEUED
-    queued = queued or (before[-1].path / "end.json").exists() or bool(last and any(at > last for at in starts))
+    queued = queued or Path(before[-1].path, "end.json").exists() or bool(last and any(at > last for at in starts))
     code, step = (said if "exit_code" in said else end).get("exit_code"), said.get("step")
     return Attempt(
         number,
-        path,
-        chosen(path) or _texts(said.get("hosts")) or _logged(path),
+        str(path),
+        chosen(path) or _texts(said.get("hosts")),
         moment(said.get("began_at")) or max([*starts, *([last] if last else [])], default=None),
         moment(said.get("ended_at")) or moment(end.get("ended_at")),
         code if type(code) is int else None,
@@ -102,12 +105,6 @@ def chosen(path: Path) -> tuple[str, ...]:
     return _texts((read_json(path / "nodes" / "check.json") or {}).get("chosen"))
 
 
-def _logged(path: Path) -> tuple[str, ...]:
-    with suppress(LauncherError):
-        return tuple(node_logs(path / "logs"))
-    return ()
-
-
 def ended_by(attempt: Attempt) -> str:
     """Why an attempt ended, in a few words: `node n2 lost`."""
     nodes = f"node{'s' if len(attempt.culprits) > 1 else ''} {some(attempt.culprits)}" if attempt.culprits else "a node"
@@ -120,11 +117,6 @@ def ended_by(attempt: Attempt) -> str:
         cause = cause.replace(name, word)
     cause = cause.partition(": {")[0]  # what only the log's own line tells
     return attempt.cause if "{" in cause else cause
-
-
-def why_last(attempt: Attempt) -> str:
-    """Why no other attempt follows one that failed; "" where it is not known."""
-    return WHY_NOT.get(attempt.why_not, attempt.why_not)
 
 
 def moment(value: Any) -> float | None:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -48,8 +48,11 @@ class Standing:
     fit: int = 0  # nodes that have passed their check
     doing: Mapping[str, int] = field(default_factory=dict)  # what is checked just now, and on how many nodes
     progress: Progress | None = None
-    attempt: int = 1
-    before: Attempt | None = None  # that the run trains on from
+    before: Attempt | None = None  # the attempt that it trains on from
+
+    @property
+    def attempt(self) -> int:
+        return self.before.number + 1 if self.before else 1
 
 
 class Watcher:
@@ -83,7 +86,7 @@ class Watcher:
         if self._last and since and began and began < since:  # of an earlier attempt's job
             began = None if state and state.name in WAITING else since
         if began is None and (state is None or state.name in (*WAITING, "SUBMITTING")):
-            return [self._said(Standing(Phase.QUEUED, dict(self._began), state, at, self._nodes))]
+            return [Standing(Phase.QUEUED, dict(self._began), state, at, self._nodes, before=self._last)]
         self._begin(Phase.STARTING, began, at)
         seen = []
         for progress in self._follower.read():
@@ -101,11 +104,8 @@ class Watcher:
             if self._progress.step >= self._progress.steps_total:
                 phase = Phase.ENDING
                 self._begin(phase, None, at)
-        began = dict(self._began)
-        return self._said(Standing(phase, began, state, at, self._nodes, started, fit, doing, self._progress))
-
-    def _said(self, seen: Standing) -> Standing:
-        return replace(seen, attempt=self._earlier[-1] + 1, before=self._last) if self._last else seen
+        known = (started, fit, doing, self._progress, self._last)
+        return Standing(phase, dict(self._began), state, at, self._nodes, *known)
 
     def _before_training(self, at: float) -> tuple[Phase, int, int, Mapping[str, int]]:
         records = self._run.node_records

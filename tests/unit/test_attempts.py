@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from launcher.commands.watching import started_again
 from launcher.logs.known_errors import explain, how_it_ended, known_errors
-from launcher.logs.steps import saved
+from launcher.logs.steps import LogReader
 from launcher.report.page import page
 from launcher.results.accept import judge
 from launcher.results.columns import as_dict, as_flat
@@ -104,7 +104,7 @@ def test_a_run_that_lost_a_node_is_whole(run: Run) -> None:
     first, second = found.attempts
     assert (first.hosts, first.first_step, first.last_step, first.kept_step) == (("a", "b"), 1, 30, 20)
     assert (second.hosts, second.first_step, second.last_step, second.kept_step) == (("a", "c"), 30, 100, 100)
-    assert (first.tps, second.tps, first.ended_by, second.ended_by) == (17500, 17600, "node b lost", "")
+    assert (first.tps, second.tps, ended_by(first), ended_by(second)) == (17500, 17600, "node b lost", "")
     assert found.tps is not None and (found.tps.low, found.tps.high) == (17500, 17600)  # no first line of an attempt
     assert {node.host: [step for step, _ in node.steps][-1] for node in found.by_node} == {"a": 100, "b": 20, "c": 100}
     assert found.restarts == 1 and not as_dict(found)["restarted"]
@@ -138,7 +138,8 @@ def test_the_last_checkpoint_of_a_run(tmp_path: Path) -> None:
         tmp_path / "log",
         line(1) + "[titan] 2026-11-22 07:10:31,500 - root - INFO - Last step checkpoint completed in 2.50s\n",
     )
-    assert saved(tmp_path / "log") == [(T0 + 31.5, 2.5)] and saved(tmp_path / "none") == []
+    reader = LogReader(tmp_path / "log")
+    assert len(list(reader.read())) == 1 and reader.saves == [(T0 + 31.5, 2.5)]
 
 
 def test_time_in_the_queue_is_no_allocation(run: Run) -> None:
@@ -216,7 +217,7 @@ def test_every_format_and_back(run: Run) -> None:
     assert outcome_from(values, "x").goodput == found.goodput and outcome_from(values, "x").attempts == found.attempts
     assert as_flat(found)["goodput_lost_s"] == 20 and as_flat(found)["restarts"] == 1
     shown = one_run(found)
-    assert "goodput     59% of 5 min 30 s: training 3 min 16 s, start 54 s, node check 20 s, lost steps 20 s" in shown
+    assert "goodput     59% of 5 min 30 s: kept 3 min 16 s, start 54 s, check 20 s, lost 20 s" in shown
     assert "attempt 1   a, b, steps 1 to 30 (to 20 count), 17,500 tokens/s per GPU, node b lost" in shown
     verdict = judge(found, [replace(found, run_dir="/before")])
     assert verdict.word == "PASS"
@@ -231,14 +232,13 @@ def test_every_format_and_back(run: Run) -> None:
 
 def test_one_attempt_has_its_times_from_what_is_there(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    assert attempts_of(run) == [Attempt(1, tmp_path)]
+    assert attempts_of(run) == [Attempt(1, str(tmp_path))]
     write(tmp_path / "job" / "node.json", {"placed": {"run_dir": str(tmp_path)}})
     write(tmp_path / "claim" / "job_id", "7")
     os.utime(tmp_path / "claim" / "job_id", (T0, T0))
-    write(tmp_path / "logs" / "0000-a.log", "")
-    assert attempts_of(run) == [Attempt(1, tmp_path, ("a",), T0)]
+    assert attempts_of(run) == [Attempt(1, str(tmp_path), (), T0)]
     write(tmp_path / "end.json", {"began_at": AT + 1, "ended_at": AT + 9, "exit_code": 3})
-    assert attempts_of(run) == [Attempt(1, tmp_path, ("a",), AT + 1, AT + 9, 3)]
+    assert attempts_of(run) == [Attempt(1, str(tmp_path), (), AT + 1, AT + 9, 3)]
 
 
 def test_the_last_attempt_begins_where_the_one_before_ended_or_its_job_began(run: Run) -> None:
@@ -267,7 +267,7 @@ def test_a_damaged_attempt_is_a_gap(run: Run, text: str) -> None:
     write(path / "attempt.json", text)
     write(run.path / "attempts" / "x" / "attempt.json", text)
     first, last = attempts_of(run)
-    assert first == Attempt(1, path, ("a", "b")) and last.began_at == AT + 153
+    assert first == Attempt(1, str(path)) and last.began_at == AT + 153
     found = outcome(run)
     assert found.complete and found.goodput is None  # when it began is not known
     assert found.attempts[0].kept_step == 29
@@ -276,11 +276,11 @@ def test_a_damaged_attempt_is_a_gap(run: Run, text: str) -> None:
 def test_words_for_every_cause() -> None:
     for known in known_errors():
         for culprits in ((), ("n1", "n2")):
-            words = ended_by(Attempt(1, Path(), cause=known.code, culprits=culprits))
+            words = ended_by(Attempt(1, "", cause=known.code, culprits=culprits))
             assert words and "{" not in words
-    assert ended_by(Attempt(1, Path(), cause="node-unfit", culprits=("n1",))) == "node n1 is not fit to train"
-    assert ended_by(Attempt(1, Path(), cause="requeued")) == "queued again by Slurm or an administrator"
-    assert (ended_by(Attempt(1, Path())), ended_by(Attempt(1, Path(), cause="new"))) == ("", "new")
+    assert ended_by(Attempt(1, "", cause="node-unfit", culprits=("n1",))) == "node n1 is not fit to train"
+    assert ended_by(Attempt(1, "", cause="requeued")) == "queued again by Slurm or an administrator"
+    assert (ended_by(Attempt(1, "")), ended_by(Attempt(1, "", cause="new"))) == ("", "new")
 
 
 def test_an_earlier_attempt_is_explained_by_its_own_logs(run: Run) -> None:
@@ -371,7 +371,8 @@ def several(draw: st.DrawFn) -> tuple[list[Trace], list[int]]:
         ended = max([began, *(at for _, at in points)]) + draw(st.floats(-5, 300))
         saves = draw(st.lists(st.tuples(st.floats(began - 50, began + 900), st.floats(0, 100)), max_size=4))
         queued, check_s = draw(st.booleans()), draw(st.floats(0, 300))
-        traces.append(Trace(began, draw(st.sampled_from([ended, None])), check_s, queued, points, saves))
+        end = draw(st.sampled_from([ended, None]))
+        traces.append(Trace(Attempt(1, "", (), began, end, queued=queued), check_s, points, saves))
         step = draw(st.integers(step, points[-1][0] + 1 if points else step))
         resumed.append(step)
         now = ended
