@@ -62,7 +62,7 @@ def page(
         matrices=_matrices(outcomes),
         shortened=shortened,
         startups=[(run, one, spans) for run, one in enumerate(outcomes) if (spans := _spans(one))],
-        restarted=[(run, one) for run, one in enumerate(outcomes) if one.restarts],
+        spent=[(run, one) for run, one in enumerate(outcomes) if one.has_spent],
         parts=[part.name for part in fields(Goodput)],
         duration=duration,
         attempt_text=attempt_text,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.base.output import counted
 from launcher.base.values import json_values
 from launcher.config.mfu import peak_text
 from launcher.results.accept import MAX_SPREAD, MAX_WAITING
@@ -166,13 +165,6 @@ def _data(outcome: Outcome) -> Cell:
     return Cell(f"{100 * outcome.data_share:.1f}%", outcome.data_share, flag=flag)
 
 
-def _goodput(outcome: Outcome) -> Cell:
-    """Of a short run without restarts and checkpoints the start is most of the time, and is told as start-up."""
-    told = outcome.restarts or (outcome.goodput and outcome.goodput.checkpoints_s)
-    more = counted(len(outcome.attempts), "attempt") if outcome.restarts else ""
-    return number(outcome.goodput_pct, unit="%", more=more) if told else Cell("")
-
-
 def _flat_goodput(spent: Mapping[str, Any] | None) -> dict[str, Any]:
     return {f"goodput_{part.name}": (spent or {}).get(part.name) for part in dataclasses.fields(Goodput)}
 
@@ -259,13 +251,7 @@ COLUMNS = (
     Column("wall_s"),
     Column("restarts"),
     Column("attempts", lambda o: [dataclasses.asdict(attempt) for attempt in o.attempts], lambda _: {}),
-    Column(
-        "goodput_pct",
-        title="Goodput",
-        cell=_goodput,
-        places=(PAGE,),
-        note="the time of steps that count, of all the time of the nodes; of runs with restarts or checkpoints",
-    ),
+    Column("goodput_pct"),
     Column("goodput", lambda o: o.goodput and dataclasses.asdict(o.goodput), _flat_goodput),
     Column("nodes_logged", lambda o: len(o.by_node)),
     Column(

@@ -60,7 +60,7 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
         details.append(("data", f"{100 * outcome.data_share:.1f}% of a step is waiting for data"))
     if startup := _startup_text(outcome):
         details.append(("start-up", startup))
-    if (spent := outcome.goodput) and (outcome.restarts or spent.checkpoints_s):
+    if (spent := outcome.goodput) and outcome.has_spent:
         seconds = {name.removesuffix("_s"): value for name, value in asdict(spent).items() if value}
         parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "allocation")
         details.append(("goodput", f"{outcome.goodput_pct or 0:.0f}% of {duration(spent.allocation_s)}: {parts}"))

@@ -1,8 +1,8 @@
 """What of a run's time was training that counts, over all its attempts, and where the rest went. Pure functions.
 
 Times are of one node's log lines, of which there is one every `log_freq` steps. Between two lines a step's time is
-interpolated; what an attempt trained after its last line is told as its ending, so a figure may be off by the time of
-`log_freq` steps for each attempt, and never to the run's advantage.
+interpolated; what an attempt trained after its last line is told as its ending, so that goodput may be too low by the
+time of `log_freq` steps for each attempt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from launcher.results.measure import ENDLESS
 from launcher.results.outcome import Goodput
@@ -80,8 +80,9 @@ def _shares(
     steps = [step for step, _ in points]
     times = [*accumulate((min(max(at, began), ended) for _, at in points), max)]
     check = min(trace.check_s, times[0] - began)
-    # The first step pays for the start. What followed it before the first line has the pace of the rest.
-    pace = (times[-1] - times[0]) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.0
+    # The first step pays for the start. Those between it and the first line have the pace of the fastest lines.
+    lines = pairwise(zip(times, steps, strict=True))
+    pace = min(((after - at) / (later - step) for (at, step), (after, later) in lines), default=0.0)
     head = min(times[0] - began - check, pace * max(0, steps[0] - start - 1))
     reached = times[0] - head if last < steps[0] else _moment_of(last, steps, times)
     spans = {"kept_s": (times[0] - head, reached), "lost_s": (reached, times[-1]), "ending_s": (times[-1], ended)}

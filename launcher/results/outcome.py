@@ -188,6 +188,11 @@ class Outcome:
     def restarts(self) -> int:
         return max(0, len(self.attempts) - 1)
 
+    @property
+    def has_spent(self) -> bool:
+        """Whether its goodput says something: of a short run without both, the start is most of the time."""
+        return bool(self.restarts or (self.goodput and self.goodput.checkpoints_s))
+
     def has(self, kind: Lack) -> bool:
         return any(problem.kind is kind for problem in self.problems)
 
