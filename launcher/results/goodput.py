@@ -1,14 +1,13 @@
 """What of a run's time was training that counts, over all its attempts, and where the rest went. Pure functions.
 
-Times are of one node's log lines, of which there is one every `log_freq` steps. Between two lines a step's time is
-interpolated; what an attempt trained after its last line is told as its ending, so that goodput may be too low by the
-time of `log_freq` steps for each attempt.
+Times are of one node's log lines, of which there is one every `log_freq` steps. What an attempt trained after its last
+line is told as its ending, and what lies behind the last line that counts as lost: goodput may be too low by the time of
+`log_freq` steps for each attempt.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -64,16 +63,15 @@ def goodput(traces: Sequence[Trace], kept: Sequence[int], submitted: float | Non
             return None
         last = kept[place] if place < len(kept) else math.inf
         start = kept[place - 1] if place else 0
-        for name, seconds in _shares(trace, points, began, ended, start, last).items():
+        for name, seconds in _shares(trace, began, ended, start, last).items():
             total[name] += seconds
         before = ended
     return Goodput(sum(total.values()), queue_s=None if submitted is None else queue, **total)
 
 
-def _shares(
-    trace: Trace, points: Sequence[tuple[int, float]], began: float, ended: float, start: int, last: float
-) -> dict[str, float]:
+def _shares(trace: Trace, began: float, ended: float, start: int, last: float) -> dict[str, float]:
     """`start`: the step that it trained on from; `last`: the last one that counts."""
+    points = trace.points or ()
     if not points:
         check = min(trace.check_s, ended - began)
         return {"check_s": check, "start_s": ended - began - check}
@@ -84,7 +82,7 @@ def _shares(
     lines = pairwise(zip(times, steps, strict=True))
     pace = min(((after - at) / (later - step) for (at, step), (after, later) in lines), default=0.0)
     head = min(times[0] - began - check, pace * max(0, steps[0] - start - 1))
-    reached = times[0] - head if last < steps[0] else _moment_of(last, steps, times)
+    reached = max((at for step, at in zip(steps, times, strict=True) if step <= last), default=times[0] - head)
     spans = {"kept_s": (times[0] - head, reached), "lost_s": (reached, times[-1]), "ending_s": (times[-1], ended)}
     found = {"check_s": check, "start_s": times[0] - head - check - began, "checkpoints_s": 0.0}
     for name, (low, high) in spans.items():
@@ -96,12 +94,3 @@ def _shares(
         found[name] = high - low - saving
         found["checkpoints_s"] += saving
     return found
-
-
-def _moment_of(step: float, steps: Sequence[int], times: Sequence[float]) -> float:
-    """When a step was done; before the first line and after the last one, theirs."""
-    place = bisect_left(steps, step)
-    if place == len(steps) or place == 0:
-        return times[min(place, len(steps) - 1)]
-    share = (step - steps[place - 1]) / (steps[place] - steps[place - 1])
-    return times[place - 1] + share * (times[place] - times[place - 1])

@@ -49,6 +49,7 @@ _RECORD = re.compile(r"([0-9]{4,})-.+\.json")
 _LONGEST_QUEUE_S = 90 * 86400.0
 _LONGEST_START_S = 86400.0
 _CLOCKS_S = 2.0  # so far apart, rounding included, are moments that really are the same
+_Span = tuple[float | None, float | None]
 _SHARE, _STEP_TIME = "time_metrics/data_loading(%)", "time_metrics/end_to_end(s)"
 
 
@@ -76,6 +77,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     by_attempt = [_trained(Path(attempt.path), unreadable) for attempt in attempts]
     hosts, records = {node.host for node in found.by_node}, by_attempt[-1]
     seen = {host: one for before in by_attempt[:-1] for host, one in before.items() if host in hosts} | records
+    first = [at - offset for host, at in found.began.items() if (offset := _offset(seen.get(host, {}))) is not None]
     gpus, last = nodes * gpus_per_node, found.last
     gpu = words(settings, "profile.gpu", "?")
     problems = [
@@ -116,7 +118,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         mfu_pct=last.mfu_pct if last else None,
         peak_tflops=peak_of(last.tflops, last.mfu_pct) if last else None,
         data_share=_data_share(run.path / "titan" / "tb", found.warm_steps) if with_data_share else None,
-        startup=_startup(submitted, attempts[0].began_at, _checked(by_attempt[0], nodes), found.began, seen),
+        startup=_startup(submitted, attempts[0].began_at, _checked(by_attempt[0], nodes), first),
         overall_tps=found.overall_tps,
         wall_s=spent.allocation_s
         if spent and len(attempts) > 1
@@ -342,18 +344,11 @@ def _data_share(folder: Path, warm_steps: frozenset[int]) -> float | None:
     return min(1.0, sum(part * time for part, time in both) / 100 / sum(time for _, time in both))
 
 
-def _startup(
-    submitted: float | None,
-    script: float | None,
-    check: tuple[float | None, float | None],
-    began: Mapping[str, float],
-    records: Mapping[str, Mapping[str, Any]],
-) -> Startup:
+def _startup(submitted: float | None, script: float | None, check: _Span, first: Sequence[float]) -> Startup:
     """Where the time before the first step went. Clocks of several machines are compared: what is negative by more
     than their likely difference, or absurdly long, is not told.
     """
     in_container, checked = check
-    first = [at - offset for host, at in began.items() if (offset := _offset(records.get(host, {}))) is not None]
     return Startup(
         queue_s=_between(submitted, script, _LONGEST_QUEUE_S),
         container_s=_between(script, in_container, _LONGEST_START_S),
@@ -362,7 +357,7 @@ def _startup(
     )
 
 
-def _checked(records: Mapping[str, Mapping[str, Any]], nodes: int) -> tuple[float | None, float | None]:
+def _checked(records: Mapping[str, Mapping[str, Any]], nodes: int) -> _Span:
     """When the last node's check began, and when the last one ended."""
     starts = [moment(record.get("time")) for record in records.values()]
     checks = [_number(record.get("check_s"), 0, _LONGEST_START_S) for record in records.values()]
