@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 
 from launcher.results.measure import ENDLESS
 from launcher.results.outcome import Goodput
-from launcher.runs.attempts import Attempt
+from launcher.runs.attempts import REQUEUED, Attempt
 
 SKEW_S = 60.0  # clocks of a log and of the script that differ by more are not compared
 
@@ -46,16 +46,19 @@ def kept_steps(resumed: Sequence[int | None], first: Sequence[int | None]) -> tu
 def goodput(traces: Sequence[Trace], kept: Sequence[int], submitted: float | None) -> Goodput | None:
     """None where the beginning of the run, or when it logged, is not known. The parts sum to the allocation."""
     total = dict.fromkeys(("kept_s", "start_s", "check_s", "lost_s", "checkpoints_s", "ending_s"), 0.0)
-    queue, before = 0.0, submitted
+    queue, before, queued = 0.0, submitted, True
     for place, trace in enumerate(traces):
-        points, began = trace.points or (), trace.attempt.began_at
-        ends = [trace.attempt.ended_at, *(at for _, at in points[-1:])]
-        ends += [later.attempt.began_at for later in traces[place + 1 : place + 2]]
-        ended = next((at for at in ends if at is not None), None)
+        attempt, points = trace.attempt, trace.points or ()
+        # One that Slurm cut off had nobody to note its end.
+        ends = [None if attempt.cause == REQUEUED else attempt.ended_at, *(at for _, at in points[-1:])]
+        ends += (
+            [attempt.began_at] if attempt.queued else [one.attempt.began_at for one in traces[place + 1 : place + 2]]
+        )
+        began, ended = attempt.began_at, next((at for at in ends if at is not None), None)
         if trace.points is None or began is None or ended is None or ended < began - SKEW_S:
             return None
         ended = max(began, ended)
-        if trace.attempt.queued:
+        if queued:
             queue += max(0.0, began - before) if before else 0.0
         elif before is not None:  # what lies between two attempts of one job belongs to the later one's start
             began, ended = before, max(before, ended)
@@ -65,7 +68,7 @@ def goodput(traces: Sequence[Trace], kept: Sequence[int], submitted: float | Non
         start = kept[place - 1] if place else 0
         for name, seconds in _shares(trace, began, ended, start, last).items():
             total[name] += seconds
-        before = ended
+        before, queued = ended, attempt.queued
     return Goodput(sum(total.values()), queue_s=None if submitted is None else queue, **total)
 
 

@@ -44,7 +44,7 @@ class Attempt:
     step: int | None = None  # the last complete checkpoint at its end
     again: bool | None = None  # whether another one follows
     why_not: str = ""
-    queued: bool = True  # whether its job waited in the queue before it
+    queued: bool = False  # whether what follows it had to wait in the queue
     # What its logs say, where they were read (launcher/results/read.py):
     first_step: int | None = None  # logged
     last_step: int | None = None
@@ -81,8 +81,6 @@ def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float 
     said, end = read_json(path / "attempt.json") or {}, read_json(path / "end.json") or {}
     last = before[-1].ended_at if before else None
     starts = [at for at in (moment(end.get("began_at")), claimed) if at]
-    queued = not before or said.get("queued") is True or before[-1].cause == REQUEUED
-    queued = queued or Path(before[-1].path, "end.json").exists() or bool(last and any(at > last for at in starts))
     code, step = (said if "exit_code" in said else end).get("exit_code"), said.get("step")
     return Attempt(
         number,
@@ -91,12 +89,12 @@ def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float 
         moment(said.get("began_at")) or max([*starts, *([last] if last else [])], default=None),
         moment(said.get("ended_at")) or moment(end.get("ended_at")),
         code if type(code) is int else None,
-        _text(said.get("cause")),
+        cause := _text(said.get("cause")),
         _texts(said.get("culprits")),
         step if type(step) is int and 0 <= step <= 10**9 else None,
         again if isinstance(again := said.get("again"), bool) else None,
         _text(said.get("why_not")),
-        queued,
+        said.get("requeue") is True or cause in (REQUEUED, "time-limit") or bool(end),
     )
 
 

@@ -142,17 +142,33 @@ def test_the_last_checkpoint_of_a_run(tmp_path: Path) -> None:
     assert len(list(reader.read())) == 1 and reader.saves == [(T0 + 31.5, 2.5)]
 
 
-def test_time_in_the_queue_is_no_allocation(run: Run) -> None:
-    """A job that ended, and one that Slurm queued again."""
-    before = outcome(run).goodput
+@pytest.mark.parametrize("how", ["end.json", "requeue", "time-limit"])
+def test_time_in_the_queue_is_no_allocation(run: Run, how: str) -> None:
+    """A job that ended, and one that queued itself again."""
+    before, path = outcome(run).goodput, run.path / "attempts" / "1"
     assert before is not None
-    write(run.path / "attempts" / "1" / "end.json", {"exit_code": 1, "began_at": AT + 30, "ended_at": AT + 150})
+    about = json.loads((path / "attempt.json").read_text())
+    write(
+        path / "attempt.json", about | {"requeue": how == "requeue", "cause": how if how == "time-limit" else "killed"}
+    )
+    if how == "end.json":
+        write(path / how, {"exit_code": 1, "began_at": AT + 30, "ended_at": AT + 150})
     spent = outcome(run).goodput
     assert spent is not None and (spent.allocation_s, spent.queue_s) == (before.allocation_s - 3, 33)
-    (run.path / "attempts" / "1" / "end.json").unlink()
-    about = json.loads((run.path / "attempts" / "1" / "attempt.json").read_text())
-    write(run.path / "attempts" / "1" / "attempt.json", about | {"cause": "requeued"})
-    assert outcome(run).goodput == spent
+
+
+def test_an_attempt_that_was_cut_off_ends_with_its_last_line(run: Run) -> None:
+    """Its attempt.json is written when the job begins again."""
+    path = run.path / "attempts" / "1"
+    about = json.loads((path / "attempt.json").read_text())
+    write(path / "attempt.json", about | {"cause": "requeued", "ended_at": AT + 153, "culprits": []})
+    spent = outcome(run).goodput
+    assert spent is not None and (spent.allocation_s, spent.ending_s, spent.queue_s) == (94 + 207, 10, 30 + 29)
+    for name in ("0000-a", "0001-b"):
+        write(path / "logs" / f"{name}.log", "")
+        write(run.path / "logs" / f"{name.replace('b', 'c')}.log", log(1, 100, 190))
+    spent = outcome(run).goodput
+    assert spent is not None and (spent.allocation_s, spent.queue_s) == (207 + 40, 30 + 123)
 
 
 def test_what_the_next_attempt_did_not_reach_is_lost(run: Run) -> None:
@@ -238,7 +254,7 @@ def test_one_attempt_has_its_times_from_what_is_there(tmp_path: Path) -> None:
     os.utime(tmp_path / "claim" / "job_id", (T0, T0))
     assert attempts_of(run) == [Attempt(1, str(tmp_path), (), T0)]
     write(tmp_path / "end.json", {"began_at": AT + 1, "ended_at": AT + 9, "exit_code": 3})
-    assert attempts_of(run) == [Attempt(1, str(tmp_path), (), AT + 1, AT + 9, 3)]
+    assert attempts_of(run) == [Attempt(1, str(tmp_path), (), AT + 1, AT + 9, 3, queued=True)]
 
 
 def test_the_last_attempt_begins_where_the_one_before_ended_or_its_job_began(run: Run) -> None:
@@ -246,10 +262,10 @@ def test_the_last_attempt_begins_where_the_one_before_ended_or_its_job_began(run
     (run.path / "end.json").unlink()
     os.utime(run.path / "claim" / "job_id", (T0 + 30, T0 + 30))
     last = attempts_of(run)[-1]
-    assert (last.number, last.began_at, last.ended_at, last.queued) == (2, AT + 150, None, False)
+    assert (last.number, last.began_at, last.ended_at) == (2, AT + 150, None)
     os.utime(run.path / "claim" / "job_id", (T0 + 500, T0 + 500))
     last = attempts_of(run)[-1]
-    assert (last.began_at, last.queued) == (AT + 500, True)
+    assert last.began_at == AT + 500
 
 
 @pytest.mark.parametrize(
