@@ -51,9 +51,8 @@ def goodput(traces: Sequence[Trace], kept: Sequence[int], submitted: float | Non
         attempt, points = trace.attempt, trace.points or ()
         # One that Slurm cut off had nobody to note its end.
         ends = [None if attempt.cause == REQUEUED else attempt.ended_at, *(at for _, at in points[-1:])]
-        ends += (
-            [attempt.began_at] if attempt.queued else [one.attempt.began_at for one in traces[place + 1 : place + 2]]
-        )
+        following = traces[place : place + 1] if attempt.queued else traces[place + 1 : place + 2]
+        ends += [one.attempt.began_at for one in following]
         began, ended = attempt.began_at, next((at for at in ends if at is not None), None)
         if trace.points is None or began is None or ended is None or ended < began - SKEW_S:
             return None
