@@ -4,7 +4,8 @@
 
 Prints one line that begins with `titan-node:` and writes the same facts to RUN_DIR/nodes/<%4n>-<host>.json; the nodes
 agree on one verdict, which node 0 writes to RUN_DIR/nodes/check.json. Exits with 20, and without having started
-torchrun on any node, when a check fails. Standard library only: torch is looked at by processes of its own (check/).
+torchrun on any node, when a check fails. With more nodes than train (TITAN_NODES) the verdict chooses: who is left out
+exits with 0, spare or unfit. Standard library only: torch is looked at by processes of its own (check/).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `titan` and `check` are copied beside this file
 
 from check import Findings, problem, workers  # type: ignore[import-not-found]
-from check.agree import HELLO_S, agree, measure  # type: ignore[import-not-found]
+from check.agree import ARRIVE_S, HELLO_S, REPORT_S, agree, hosts_of, measure  # type: ignore[import-not-found]
 from check.health import driver_needed, look  # type: ignore[import-not-found]
 from check.meeting import Lost  # type: ignore[import-not-found]
 from check.network import find_network  # type: ignore[import-not-found]
 from check.notes import noting, unexpected, within  # type: ignore[import-not-found]
-from check.verdict import lines  # type: ignore[import-not-found]
+from check.verdict import judge, lines  # type: ignore[import-not-found]
 from titan import Refused  # type: ignore[import-not-found]
 from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
@@ -67,8 +68,10 @@ def main(argv: list[str]) -> int:
         run_dir = Path(node["placed"]["run_dir"])
         command, added = examine(node, run_dir, facts, crew)
         status = conclude(node, run_dir, facts, crew)
-        if status:
+        if status is not None:
             return status
+        if "head" in facts:
+            command = prepare(node, run_dir, facts, added)
         facts.update(ok=True, command=command, environment=added)
         save(run_dir, facts)
         say(ok_line(facts))
@@ -166,7 +169,7 @@ def prepare(node: dict[str, Any], run_dir: Path, facts: Facts, added: dict[str, 
         node, facts["torchtitan"], rendezvous(facts), torch_version=facts["torch"], python=sys.executable
     )
     ours = any(argument.startswith(("titan.", "--module=titan.")) for argument in command)
-    if ours or node["placed"]["data_source"].startswith("s3://"):
+    if "PYTHONPATH" not in added and (ours or node["placed"]["data_source"].startswith("s3://")):
         path = [str(run_dir / "job"), os.environ.get("PYTHONPATH", "")]
         added["PYTHONPATH"] = os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     for file, text in config_files(node, facts["torchtitan"]).items():
@@ -175,24 +178,32 @@ def prepare(node: dict[str, Any], run_dir: Path, facts: Facts, added: dict[str, 
 
 
 def rendezvous(facts: Facts) -> Any:
-    """Where the nodes meet, as the job script says it."""
+    """Where the nodes meet, as the job script says it, and after a choice among them as the verdict does."""
     return Rendezvous(
         job_id=os.environ.get("TITAN_JOB_ID") or "0",
-        node_id=facts["node"],
+        node_id=facts.get("rank", facts["node"]),
         node_name=facts["host"],
-        head_addr=os.environ.get("TITAN_HEAD_ADDR") or "127.0.0.1",
+        head_addr=facts.get("head") or os.environ.get("TITAN_HEAD_ADDR") or "127.0.0.1",
         head_port=_number(os.environ.get("TITAN_HEAD_PORT", "0")),
         local_addr=facts.get("address", ""),
+        step_nodes=_number(os.environ.get("TITAN_NODES", "")),
     )
 
 
-def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> int:
-    """0 where every node of the job is fit; else CHECK_FAILED, with what is wrong printed and recorded."""
+def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> int | None:
+    """None where this node trains. Else the process's exit code, with what is wrong printed and recorded:
+    CHECK_FAILED, or 0 where the others train without it, whom srun would end for another code.
+    """
     where = rendezvous(facts)
-    alone = node["job"]["nodes"] == 1
-    if facts["check"] == "off" or not (alone or (where.local_addr and 0 < where.head_port < 65536)):
-        return fail(facts, run_dir) if facts["problems"] else 0
-    before = len(facts["problems"])
+    has_spares = where.step_nodes > node["job"]["nodes"]
+    alone = max(where.step_nodes, node["job"]["nodes"]) == 1
+    can_meet = alone or (where.local_addr and 0 < where.head_port < 65536)
+    if not can_meet or (facts["check"] == "off" and not has_spares):
+        if not facts["problems"]:
+            return None
+        fail(facts, run_dir)
+        return 0 if has_spares and facts["node"] and others_train(run_dir, ARRIVE_S) else CHECK_FAILED
+    before, stand_in = len(facts["problems"]), 0
     if before:
         fail(facts, run_dir)
     else:
@@ -200,7 +211,7 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
 
     def publish(verdict: dict[str, Any]) -> None:
         """The verdict and what it says of this node, told and recorded before another's end can end this process."""
-        if facts["node"] == 0:
+        if facts["node"] in (0, stand_in):
             with contextlib.suppress(OSError):  # a run directory that cannot be written is in the verdict
                 write(run_dir / "nodes" / "check.json", json.dumps(verdict, indent=2) + "\n")
             for line in lines(verdict):
@@ -213,7 +224,7 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
             fail(facts, run_dir, before)
             if any(one["name"] in MEASURED for one in mine) and (text := workers.printed(crew)):
                 say(text)  # it goes with the workers
-        elif verdict["unfit"]:
+        elif not verdict["ok"]:
             other = verdict["unfit"][0]
             facts["stopped"] = f"{other['host']} is unfit: {other['why']}"
             facts["ok"] = True  # this node is
@@ -223,11 +234,41 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
 
     facts["check_s"] = round(time.time() - facts["time"], 1)
     try:
-        verdict = agree(facts, node, crew, publish, where)
+        verdict = agree(facts, node, crew, publish, where, (lambda: others_train(run_dir)) if has_spares else None)
     except Lost as lost:
+        if has_spares and facts["node"] and not facts["problems"] and not any((run_dir / "nodes").glob("0000-*")):
+            # Node 0's container never began, while this one's did: only the others can say so.
+            stand_in = facts["node"]
+            every = {**node, "job": {"nodes": where.step_nodes}}
+            publish(judge({stand_in: facts}, every, hosts_of({0}, run_dir)))
+            return CHECK_FAILED
         facts["problems"].append(problem("meeting", str(lost), lost.fix, "run"))
-        return fail(facts, run_dir, before)
-    return 0 if verdict["ok"] else CHECK_FAILED
+        fail(facts, run_dir, before)
+        return 0 if has_spares and facts["node"] and others_train(run_dir, REPORT_S) else CHECK_FAILED
+    if not verdict["ok"]:
+        return CHECK_FAILED
+    if not (chosen := verdict.get("chosen")):
+        return None
+    if facts["host"] in chosen:
+        facts.update(rank=chosen.index(facts["host"]), head=verdict["head"])
+        return None
+    if not facts["problems"]:
+        facts.update(ok=True, spare=True)
+        with contextlib.suppress(OSError):  # what is printed says it
+            save(run_dir, facts)
+        say(f"titan-check: spare node={facts['node']} host={facts['host']} (chosen: {', '.join(chosen)})")
+    return 0
+
+
+def others_train(run_dir: Path, wait_s: float = 0) -> bool:
+    """Whether the others met, and enough of them are fit, by their verdict in the run directory; it may be late."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((run_dir / "nodes" / "check.json").read_text(encoding="utf-8"))["ok"] is True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(1)
 
 
 def fail(facts: Facts, run_dir: Path | None, told: int = 0) -> int:

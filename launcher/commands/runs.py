@@ -336,9 +336,6 @@ def _smaller(run: Run) -> str:
 
 def remembered(run: Run, state: JobState) -> list[BadNode]:
     """The nodes that are left out from now on, because they failed their check in this run. Warns, and never raises."""
-    if not state.unfit:
-        return []
-
     try:
         return remember(run, state, time.time())
     except LauncherError as error:

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -144,9 +144,18 @@ class _Pace:
 
 
 class Follower:
-    """A run's progress by its logs, read on from where it stopped. Memory doesn't grow with them."""
+    """A run's progress by its logs, read on from where it stopped. Memory doesn't grow with them. `chosen` answers
+    with the nodes that train, where the job has more.
+    """
 
-    def __init__(self, log_dir: Path, steps_total: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        steps_total: int,
+        clock: Callable[[], float] = time.time,
+        chosen: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        self._chosen = chosen
         self.first: tuple[str, float] | None = None  # the first step that was read: its node, and its log's time
         self._log_dir, self._steps_total, self._clock = log_dir, steps_total, clock
         self._nodes: dict[Path, _Node] = {}
@@ -155,7 +164,8 @@ class Follower:
 
     def read(self) -> Iterator[Progress]:
         """A snapshot for every step that was logged since the last call."""
-        logs = node_logs(self._log_dir)
+        logs, chosen = node_logs(self._log_dir), self._chosen()
+        logs = {name: path for name, path in logs.items() if not chosen or name in chosen}
         for name, path in logs.items():
             node = self._nodes.setdefault(path, _Node(LogReader(path)))
             with _reading(path):

@@ -22,6 +22,7 @@ from launcher.base.values import parse_json
 from launcher.config.spec import PlacedRun
 from launcher.config.user_file import default_path
 from launcher.nodes import unfit
+from launcher.nodes.judged import writable
 from launcher.runs import control
 from launcher.runs import directory as runs
 from launcher.runs.directory import Run
@@ -80,7 +81,7 @@ def read() -> Memory:
 
 
 def _node(entry: Mapping[str, Any]) -> BadNode:
-    host, reason, run = (unfit.writable(str(entry[key])) for key in ("host", "reason", "run"))
+    host, reason, run = (writable(str(entry[key])) for key in ("host", "reason", "run"))
     at, until, released = (float(time) for time in (entry["at"], entry["until"], entry.get("released", 0)))
     if not HOST.fullmatch(host) or not all(0 <= time < LAST_S for time in (at, until, released)):
         raise ValueError("not a node")
@@ -122,16 +123,17 @@ def change(cluster: str, how: Callable[[tuple[BadNode, ...]], Sequence[BadNode]]
 
 
 def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list[BadNode]:
-    """Writes down the nodes to blame for a run that stopped at its check; returns those of them that are left out now.
+    """Writes down the nodes to blame that failed a run's check, whether it stopped there or went on without them;
+    returns those of them that are left out now.
 
     `cluster`: Slurm's ClusterName here, where it is known already; for a job that did not name its own. Raises
     LauncherError where Slurm does not say it, or the file cannot be read or written.
     """
-    if not state.unfit or run.is_local or run.is_copy:
+    if not (state.unfit or run.chosen) or run.is_local or run.is_copy:
         return []
     ended = (run.end or {}).get("ended_at")
     at = float(ended) if isinstance(ended, (int, float)) and 0 <= ended <= now_s else now_s
-    folder = unfit.writable(str(run.path))
+    folder = writable(str(run.path))
     found = [
         BadNode(node.host, node.why, folder, at, at + KEEP_S)
         for node in unfit.of_run(run)

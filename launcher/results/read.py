@@ -39,7 +39,7 @@ from launcher.results.outcome import (
 )
 from launcher.results.settings import count, settings_of, words
 from launcher.results.tensorboard import scalars
-from launcher.runs.attempts import Attempt, attempts_of, chosen, moment
+from launcher.runs.attempts import Attempt, attempts_of, moment
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 
@@ -238,7 +238,7 @@ def _node_records(folder: Path, unreadable: list[str]) -> dict[str, dict[str, An
 
 def _trained(attempt: Path, unreadable: list[str]) -> dict[str, dict[str, Any]]:
     """`_node_records` of the nodes that trained, where some were left over."""
-    records, hosts = _node_records(attempt / "nodes", unreadable), chosen(attempt)
+    records, hosts = _node_records(attempt / "nodes", unreadable), Run(attempt).chosen
     return {host: record for host, record in records.items() if not hosts or host in hosts}
 
 

@@ -49,7 +49,7 @@ def progress_of(run: Run) -> Iterator[Progress]:
 
 def progress_now(run: Run) -> Progress | None:
     """How far the run is, by what its logs hold now; None before its first step."""
-    newest = deque(Follower(run.logs, run.steps).read(), maxlen=1)
+    newest = deque(Follower(run.logs, run.steps, chosen=lambda: run.chosen).read(), maxlen=1)
     return newest[0] if newest else None
 
 

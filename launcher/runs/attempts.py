@@ -85,7 +85,7 @@ def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float 
     return Attempt(
         number,
         str(path),
-        chosen(path) or _texts(said.get("hosts")),
+        _texts(Run(path).chosen) or _texts(said.get("hosts")),
         moment(said.get("began_at")) or max([*starts, *([last] if last else [])], default=None),
         moment(said.get("ended_at")) or moment(end.get("ended_at")),
         code if type(code) is int else None,
@@ -96,11 +96,6 @@ def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float 
         _text(said.get("why_not")),
         said.get("requeue") is True or cause in (REQUEUED, "time-limit") or bool(end),
     )
-
-
-def chosen(path: Path) -> tuple[str, ...]:
-    """The nodes of an attempt that train, in the order of ranks; () where none were left over."""
-    return _texts((read_json(path / "nodes" / "check.json") or {}).get("chosen"))
 
 
 def ended_by(attempt: Attempt) -> str:

@@ -227,7 +227,9 @@ def _ended(run: Run, end: Mapping[str, Any]) -> JobState:
     name = "COMPLETED" if code == 0 else "FAILED"
     if code and end.get("signal") == "TERM" and (run.path / "cancelled").exists():
         name = "CANCELLED"
-    elif code == CHECK_FAILED or (code in HIDDEN_BY and any(node.get("ok") is False for node in run.node_records)):
+    elif code == CHECK_FAILED or (
+        code in HIDDEN_BY and not run.chosen and any(node.get("ok") is False for node in run.node_records)
+    ):
         return JobState("FAILED", "end.json", UNFIT, code, unfit=True)
     why = f"ended by SIG{end['signal']}" if name == "FAILED" and end.get("signal") else ""
     return JobState(name, "end.json", why, code)

@@ -148,6 +148,17 @@ class Run:
         files = sorted((self.path / "nodes").glob("[0-9]*-*.json"))
         return [record for file in files if (record := read_json(file))]
 
+    @property
+    def check(self) -> dict[str, Any]:
+        """The verdict of all nodes on each other; empty where there is none."""
+        return read_json(self.path / "nodes" / "check.json") or {}
+
+    @property
+    def chosen(self) -> list[str]:
+        """The nodes that train, where the check chose them of more; empty where all of the job's train."""
+        hosts = self.check.get("chosen")
+        return [host for host in hosts if isinstance(host, str)] if isinstance(hosts, list) else []
+
     def forget_secrets(self) -> None:
         with suppress(OSError):
             (self.path / SECRETS).unlink(missing_ok=True)

@@ -66,7 +66,7 @@ class Watcher:
 
     def _renew(self) -> None:
         """An attempt begins with empty logs/ and nodes/."""
-        self._follower = Follower(self._run.logs, self._run.steps)
+        self._follower = Follower(self._run.logs, self._run.steps, chosen=lambda: self._run.chosen)
         self._began: dict[Phase, float] = {}
         self._progress: Progress | None = None
         self._before: tuple[Phase, int, int, Mapping[str, int]] = (Phase.STARTING, 0, 0, {})
@@ -111,7 +111,7 @@ class Watcher:
         records = self._run.node_records
         marks = [mark for path in (self._run.path / "nodes").glob("*.doing") if (mark := read_json(path))]
         started = [moment for one in (*records, *marks) if (moment := _number(one, "time"))]
-        fit = [record for record in records if record.get("ok") is True]
+        fit = [record for record in records if record.get("ok") is True and not record.get("spare")]
         phase = Phase.STARTING
         if self._nodes and len(started) >= self._nodes:
             phase = Phase.CHECKING

@@ -33,6 +33,7 @@ class Rendezvous:
     head_addr: str = "127.0.0.1"  # an address of node 0
     head_port: int = 0  # 0: any free port, with one node only
     local_addr: str = ""  # the address that the other nodes reach this one by; empty: its host name
+    step_nodes: int = 0  # nodes of the step, where they are more than the job's: the check chooses those that train
 
 
 def era(version: str) -> ModuleType:
@@ -163,9 +164,10 @@ def torchrun_command(
     Raises Refused for what the installed release cannot do, and for a meeting point that cannot work.
     """
     arguments = trainer_arguments(node, titan_version, torch_version)
-    if node["job"]["nodes"] > 1 and not 0 < rendezvous.head_port < 65536:
+    nodes = max(node["job"]["nodes"], rendezvous.step_nodes)
+    if nodes > 1 and not 0 < rendezvous.head_port < 65536:
         raise Refused(
-            f"{node['job']['nodes']} nodes cannot meet at port {rendezvous.head_port}",
+            f"{nodes} nodes cannot meet at port {rendezvous.head_port}",
             "the job script exports TITAN_HEAD_PORT from the job id: submit again",
         )
     alone = node["job"]["nodes"] == 1 and rendezvous.head_port == 0

@@ -55,25 +55,27 @@ def agree(
     crew: Sequence[Worker],
     publish: Callable[[dict[str, Any]], None],
     where: Any,
+    over: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """The verdict of all nodes, the same on each, once `publish` has had it: on node 0 before anybody can act on it.
 
     Raises Lost where node 0 cannot be reached. `facts` gets this node's share of what was measured together. `where`:
-    torchrun's Rendezvous, beside which the nodes meet.
+    torchrun's Rendezvous, beside which the nodes meet. `over`: with spares, whether they have met without this one.
     """
-    if node["job"]["nodes"] == 1:
+    nodes = max(node["job"]["nodes"], where.step_nodes)
+    if nodes == 1:
         verdict = judge({0: facts}, node)
         publish(verdict)
         return verdict
     wait_s = ARRIVE_S if not facts["problems"] else REPORT_S if facts["node"] else UNFIT_S
     if facts["node"] == 0:
-        with closing(Host(port_of(where.head_port), where.job_id, node["job"]["nodes"])) as host:
-            return _lead(facts, node, crew, publish, host, wait_s)
-    with closing(Guest(where.head_addr, port_of(where.head_port), where.job_id, facts["node"], wait_s)) as guest:
+        with closing(Host(port_of(where.head_port), where.job_id, nodes)) as host:
+            return _lead(facts, node, crew, publish, host, wait_s if nodes == node["job"]["nodes"] else ARRIVE_S)
+    with closing(Guest(where.head_addr, port_of(where.head_port), where.job_id, facts["node"], wait_s, over)) as guest:
         guest.say(facts)
         message = guest.hear(ARRIVE_S + UNFIT_S)
         if "verdict" not in message:
-            result = _across(crew, node, facts["node"], where.head_addr, message)
+            result = _across(crew, message["nodes"], facts["node"], where.head_addr, message)
             _merge(facts, result)
             guest.say(result)
             message = guest.hear(COLLECTIVE_S + UNFIT_S)
@@ -92,35 +94,47 @@ def _lead(
     wait_s: float,
 ) -> dict[str, Any]:
     """Node 0's part: hears all, has them reduce, and tells them."""
-    heard = host.gather(wait_s, lambda record: UNFIT_S if record.get("problems") else None)
-    records = {0: facts, **heard}
-    absent = set(range(node["job"]["nodes"])) - records.keys()
-    # Those who are late while an unfit node is known were not waited for: nothing can be said of them.
-    is_unfit = any(record.get("problems") for record in records.values())
-    named = {} if is_unfit else _hosts(absent, Path(node["placed"]["run_dir"]))
-    verdict = judge(_timed(records), node, named)
-    if verdict["ok"] and crew and facts["check"] == "full":
+    needed, spares = node["job"]["nodes"], host.nodes - node["job"]["nodes"]
+    came = [not facts["problems"]]  # for each node that has come, whether it is fit
+
+    def hurry(record: Mapping[str, Any]) -> float | None:
+        """Once enough have come, the rest is waited for as long again: containers start minutes apart where an image
+        is unpacked, and a dead node must not hold up the others for ARRIVE_S.
+        """
+        came.append(not record.get("problems"))
+        if came.count(False) > spares:
+            return UNFIT_S
+        return max(UNFIT_S, time.time() - facts["time"]) if came.count(True) >= needed else None
+
+    records = {0: facts, **host.gather(wait_s, hurry)}
+    absent = set(range(host.nodes)) - records.keys()
+    # Those who are late while too many are known to be unfit were not waited for: nothing can be said of them.
+    named = {} if came.count(False) > spares else hosts_of(absent, Path(node["placed"]["run_dir"]))
+    verdict = judge(_timed(records), node, named, host.nodes)
+    fit = sorted(records.keys() - {one["node"] for one in verdict["unfit"]})
+    if verdict["ok"] and crew and facts["check"] == "full" and len(fit) > 1:
         opened = ask(crew[:1], [{"do": "host"}], HOST_S)[0]
         if "port" in opened:
-            host.tell({"do": "allreduce", "port": opened["port"]})
-        _merge(facts, _across(crew, node, 0, "127.0.0.1", opened))
+            host.tell({"do": "allreduce", "port": opened["port"], "nodes": fit}, fit)
+        if 0 in fit:
+            _merge(facts, _across(crew, fit, 0, "127.0.0.1", opened))
         if "port" in opened:
-            results = host.gather(COLLECTIVE_S + UNFIT_S)
+            results = host.gather(COLLECTIVE_S + UNFIT_S, among=fit)
             for number, result in results.items():
                 _merge(records[number], result)
-            named = {number: records[number]["host"] for number in set(range(1, node["job"]["nodes"])) - results.keys()}
-        verdict = judge(_timed(records), node, named)
+            named |= {number: records[number]["host"] for number in set(fit) - results.keys() - {0}}
+        verdict = judge(_timed(records), node, named, host.nodes)
     publish(verdict)
     host.tell({"verdict": verdict})
     return verdict
 
 
 def _across(
-    crew: Sequence[Worker], node: Mapping[str, Any], node_id: int, address: str, opened: Mapping[str, Any]
+    crew: Sequence[Worker], fit: Sequence[int], node_id: int, address: str, opened: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """This node's part of the all-reduce over all ranks of the job."""
+    """This node's part of the all-reduce over all ranks of the fit nodes."""
     each = len(crew)
-    value, why = _reduce(crew, "rank", node["job"]["nodes"] * each, node_id * each, address, opened)
+    value, why = _reduce(crew, "rank", len(fit) * each, fit.index(node_id) * each, address, opened)
     if why:
         fix = "NCCL_DEBUG=INFO (--env NCCL_DEBUG=INFO) shows the network that was tried; the firewall between the nodes"
         return {"problems": [problem("all-reduce", f"across nodes: {why}", fix, "run")]}
@@ -150,7 +164,7 @@ def _timed(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return records
 
 
-def _hosts(numbers: set[int], run_dir: Path) -> dict[int, str]:
+def hosts_of(numbers: set[int], run_dir: Path) -> dict[int, str]:
     """Names of nodes that have not come: srun has opened a log for each, called <%4n>-<host>.log."""
     found = {}
     for number in sorted(numbers):

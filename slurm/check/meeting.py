@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 LONGEST = 8 << 20  # bytes of one message
@@ -41,7 +41,7 @@ class Lost(Exception):
 
 def is_record(value: Any) -> bool:
     """Whether this is what a node says of itself, as far as the verdict reads it."""
-    if not isinstance(value, dict) or not isinstance(value.get("host", ""), str):
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, ""), str) for key in ("host", "address")):
         return False
     return (
         all(_is_list(value.get(key, []), texts) for key, texts in _LISTS.items())
@@ -55,7 +55,9 @@ def is_verdict(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("ok"), bool):
         return False
     unfit: Any = value.get("unfit")
-    return _is_list(unfit, (*_SAID, "host")) and all(isinstance(one.get("node"), int) for one in unfit)
+    chosen = value.get("chosen", [])
+    said = isinstance(chosen, list) and all(isinstance(one, str) for one in (*chosen, value.get("head", "")))
+    return said and _is_list(unfit, (*_SAID, "host")) and all(isinstance(one.get("node"), int) for one in unfit)
 
 
 def _is_list(value: Any, texts: Sequence[str]) -> bool:
@@ -119,20 +121,27 @@ class Host:
             self._said.put((node, None))
 
     def gather(
-        self, limit_s: float, hurry: Callable[[Mapping[str, Any]], float | None] = lambda _: None
+        self,
+        limit_s: float,
+        hurry: Callable[[Mapping[str, Any]], float | None] = lambda _: None,
+        among: Collection[int] = (),
     ) -> dict[int, dict[str, Any]]:
-        """One message of each other node, by number; fewer where the time is over or a node has gone.
+        """One message of each other node, or of those `among` them, by number; fewer where the time is over or a node
+        has gone.
 
         `hurry` may answer with the seconds to wait from now on at most, for what is known after a message.
         """
         deadline = time.monotonic() + limit_s
         heard: dict[int, dict[str, Any]] = {}
         gone: set[int] = set()
-        while len(heard.keys() | gone) < self.nodes - 1:
+        waited = set(among or range(self.nodes)) - {0}
+        while waited - heard.keys() - gone:
             try:
                 node, message = self._said.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 break
+            if node not in waited:
+                continue
             if message is None:
                 gone.add(node)
                 continue
@@ -142,10 +151,10 @@ class Host:
                 deadline = min(deadline, time.monotonic() + seconds)
         return heard
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """The same message to every node that has come."""
+    def tell(self, message: Mapping[str, Any], among: Collection[int] = ()) -> None:
+        """The same message to every node that has come, or to those `among` them."""
         data = json.dumps(message).encode() + b"\n"
-        for guest in list(self.guests.values()):
+        for guest in [guest for node, guest in list(self.guests.items()) if not among or node in among]:
             with contextlib.suppress(OSError):  # it has gone: the next `gather` says so
                 guest.sendall(data)
 
@@ -162,11 +171,15 @@ class Host:
 
 
 class Guest:
-    """Another node's side. Raises Lost where node 0 does not answer or goes away."""
+    """Another node's side. Raises Lost where node 0 does not answer or goes away, or where `over` says that the nodes
+    have met without this one.
+    """
 
-    def __init__(self, address: str, port: int, job: str, node: int, limit_s: float) -> None:
+    def __init__(
+        self, address: str, port: int, job: str, node: int, limit_s: float, over: Callable[[], bool] | None = None
+    ) -> None:
         self.job, self.node = job, node
-        self._socket = _connection(address, port, limit_s)
+        self._socket = _connection(address, port, limit_s, over)
         self._heard = self._socket.makefile("rb")
 
     def say(self, what: Mapping[str, Any]) -> None:
@@ -176,7 +189,7 @@ class Guest:
             raise Lost(f"node 0 has gone: {error.strerror or error}") from error
 
     def hear(self, limit_s: float) -> dict[str, Any]:
-        """{"do": "allreduce", "port": N} or {"verdict": {...}}."""
+        """{"do": "allreduce", "port": N, "nodes": [...]} or {"verdict": {...}}."""
         self._socket.settimeout(limit_s)
         try:
             line = self._heard.readline(LONGEST)
@@ -188,6 +201,7 @@ class Guest:
             value = json.loads(line)
             if isinstance(value, dict):
                 begins = value.get("do") == "allreduce" and isinstance(value.get("port"), int)
+                begins = begins and isinstance(value.get("nodes"), list) and self.node in value["nodes"]
                 if is_verdict(value["verdict"]) if "verdict" in value else begins:
                     return value
         raise Lost("another program answers at node 0's port; submitted again, the job has another")
@@ -197,7 +211,7 @@ class Guest:
         self._socket.close()
 
 
-def _connection(address: str, port: int, limit_s: float) -> socket.socket:
+def _connection(address: str, port: int, limit_s: float, over: Callable[[], bool] | None) -> socket.socket:
     """To node 0, whose container may start minutes after this one's."""
     began, pause, silent = time.monotonic(), 0.1, True
     while True:
@@ -206,6 +220,8 @@ def _connection(address: str, port: int, limit_s: float) -> socket.socket:
         except OSError as error:
             silent = silent and not isinstance(error, ConnectionError)
             took, why = time.monotonic() - began + pause, error.strerror or str(error)
+            if over is not None and over():
+                raise Lost("the nodes have met without this one", "its log: why it came so late") from error
             if silent and took > min(SILENT_S, limit_s):
                 fix = f"a firewall, or the wrong network: ip route get {address}; the nodes need TCP among themselves, "
                 fix += "ports 10000 to 29999 for the launcher and 32768 to 60999 for NCCL"

@@ -18,7 +18,7 @@ def find_network(node: dict[str, Any], env: Any) -> dict[str, str]:
 
     Raises Refused where several nodes would each meet only themselves.
     """
-    head, several = env.get("TITAN_HEAD_ADDR", ""), node["job"]["nodes"] > 1
+    head, several = env.get("TITAN_HEAD_ADDR", ""), max(node["job"]["nodes"], int(env.get("TITAN_NODES") or 0)) > 1
     fix = "start it with the job script: sbatch <run_dir>/job.sbatch"
     if not head:
         if several:

@@ -12,8 +12,9 @@ median, so that the slow half of two nodes is seen. On GPUs three figures are th
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from . import warning
@@ -76,10 +77,16 @@ def _figures(records: Mapping[int, Mapping[str, Any]], metric: str) -> list[tupl
 
 
 def judge(
-    records: Mapping[int, Mapping[str, Any]], node: Mapping[str, Any], absent: Mapping[int, str] | None = None
+    records: Mapping[int, Mapping[str, Any]],
+    node: Mapping[str, Any],
+    absent: Mapping[int, str] | None = None,
+    step_nodes: int = 0,
 ) -> dict[str, Any]:
-    """The content of nodes/check.json. `node`: node.json; `absent`: hosts of nodes that were waited for in vain."""
-    device, nodes = node["profile"]["device"], node["job"]["nodes"]
+    """The content of nodes/check.json. `node`: node.json; `absent`: hosts of nodes that were waited for in vain;
+    `step_nodes`: how many have started, where some are spares.
+    """
+    device, needed = node["profile"]["device"], node["job"]["nodes"]
+    nodes = max(needed, step_nodes)
     slow = outliers(records, device)
     unfit = _of_all(records, "problems")
     for one in unfit:
@@ -97,21 +104,72 @@ def judge(
             unfit.append({**place, "name": "slow", "why": what, "fix": fix, "fault": "node"})
         else:
             warnings.append({**place, **warning("slow", what)})
+    bad = {one["node"] for one in unfit}
+    fit = sorted(records.keys() - bad - (absent or {}).keys())
     # Where half of the nodes or more do not come, it is the network, or the node that all of them are to come to.
-    fault = "node" if 2 * len(absent or ()) < nodes else "run"
+    # Where enough came, the rest was not waited for long enough to be blamed.
+    has_choice = nodes > needed and len(fit) >= needed
+    fault = "node" if 2 * len(absent or ()) < nodes and not has_choice else "run"
     why = "did not come to the meeting of the nodes"
     for number, host in sorted((absent or {}).items()):
         fix = f"its log; or leave it out: --exclude {host}"
         unfit.append({"node": number, "host": host, "name": "absent", "why": why, "fix": fix, "fault": fault})
+    team, more = records, {}
+    if has_choice:
+        chosen = choose({number: records[number] for number in fit}, {one["node"] for one in slow}, needed, device)
+        team = {number: records[number] for number in chosen}
+        spare = [records[number].get("host", "?") for number in fit if number not in team]
+        hosts = [record.get("host", "?") for record in team.values()]
+        more = {"chosen": hosts, "spare": spare, "head": records[chosen[0]].get("address", "")}
     return {
         "schema": 1,
         "nodes": nodes,
-        "ok": not unfit,
+        "ok": len(fit) >= needed,
         "unfit": unfit,
         "outliers": slow,
-        "warnings": [*warnings, *({"node": None, "host": "", **one} for one in _of_the_job(records, peak))],
+        "warnings": [*warnings, *({"node": None, "host": "", **one} for one in _of_the_job(team, peak))],
         "figures": _summary(records),
+        **more,
     }
+
+
+def choose(fit: Mapping[int, Mapping[str, Any]], slow: Collection[int], nodes: int, device: str) -> list[int]:
+    """The numbers of the nodes that train, of those that are fit: as few as can be of those with `slow` GPUs, then as
+    few NVLink domains as can be, whole ones before parts, then the fastest, then the first. In the order of the nodes,
+    which keeps neighbours side by side.
+
+    On a CPU, whose cores others use too, speed says nothing. A node whose GPUs are a domain of their own, or that does
+    not say, stands for itself.
+    """
+    speed = dict.fromkeys(fit, math.inf)
+    for metric in METRICS if device == "cuda" else ():
+        figures = _figures(fit, metric)
+        middle = statistics.median_high([value for _, _, value in figures] or [1])
+        for number, _, value in figures:
+            speed[number] = min(speed[number], value / middle)
+    order = sorted(fit, key=lambda number: (number in slow, -speed[number], number))
+    place = {number: at for at, number in enumerate(order)}
+    domain = {number: next(iter(_domains({number: fit[number]})), number) for number in fit}
+    chosen: set[int] = set()
+    used: set[Any] = set()
+    while missing := nodes - len(chosen):
+        groups: dict[Any, list[int]] = {}  # those with slow GPUs only where no others are left
+        left = [number for number in order if number not in chosen]
+        for number in left:
+            if (number in slow) == (left[0] in slow):
+                groups.setdefault(domain[number], []).append(number)
+        best = min(  # what costs no further domain, then the smallest domain that is enough, then the largest
+            groups,
+            key=lambda one: (
+                one not in used,
+                len(groups[one]) < missing,
+                len(groups[one]) if len(groups[one]) >= missing else -len(groups[one]),
+                place[groups[one][:missing][-1]],
+            ),
+        )
+        chosen.update(groups[best][:missing])
+        used.add(best)
+    return sorted(chosen)
 
 
 def _of_all(records: Mapping[int, Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -203,7 +261,12 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
             parts.append(f"{name} {f['median']:.4g} {unit} ({f['min']:.4g} to {f['max']:.4g})")
     if "allreduce_job_gbs" in figures:
         parts.append(f"all-reduce across nodes {figures['allreduce_job_gbs']:.4g} GB/s")
-    state = "fit" if verdict["ok"] else f"unfit: {', '.join(sorted(hosts))}"
+    state = "fit" if verdict["ok"] else ""
+    if "chosen" in verdict:
+        state = f"{len(verdict['chosen'])} chosen"
+        state += f", spare: {', '.join(verdict['spare'])}" if verdict["spare"] else ""
+    if hosts:
+        state += f"{', ' if state else ''}unfit: {', '.join(sorted(hosts))}"
     tail = [*parts, *([f"checked in {figures['check_s']:.1f} s"] if "check_s" in figures else [])]
     shown = [f"titan-check: {count}, {state}; {', '.join(tail)}".rstrip("; ")]
     shown += [f"titan-check: unfit {one['host']} ({one['fault']}): {one['why']}" for one in verdict["unfit"]]

@@ -64,5 +64,11 @@ JUDGED = {
         2,
         ["n1"],
     ),
+    "the same on two of three, of which two train": (
+        [record("n0", MOUNT), record("n1", MOUNT)],
+        {"nodes": 3},
+        2,
+        ["n0", "n1"],
+    ),
     "damaged": ([{"ok": False, "host": 3, "problems": "x"}], {"unfit": [7, {}]}, 2, []),
 }

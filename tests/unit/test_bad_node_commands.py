@@ -136,6 +136,22 @@ def test_a_code_that_srun_hides(launch: Launch, fake_slurm: Fake, workplace: Pat
     assert launch("status", "killed").returncode == ExitStatus.JOB_FAILED
 
 
+def test_an_unfit_node_of_a_run_that_went_on_is_remembered(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+    """It had spares. Its own end is another matter, whatever srun's code would say of a run that has none."""
+    install(PAIR, fake_slurm)
+    unfit = [{"host": "n1", "name": "ecc", "why": "GPU 2 has ECC errors", "fix": "reset it", "fault": "node"}]
+    verdict = {"ok": True, "nodes": 3, "chosen": ["n0", "n2"], "spare": [], "unfit": unfit}
+    for code, status in ((0, ExitStatus.OK), (143, ExitStatus.JOB_FAILED)):
+        folder = unfit_run(workplace, f"went{code}", record("n0"), record("n1", ECC), record("n2"), code=code)
+        (folder / "nodes" / "check.json").write_text(json.dumps(verdict))
+        done = launch("status", folder.name, "--json")
+        assert done.returncode == status and json.loads(done.stdout)["left_out"] == ["n1"]
+        assert listed(launch)["n1"]["run"] == str(folder)
+        assert launch("cluster", "nodes", "release", "n1").returncode == 0
+    (folder / "nodes" / "check.json").write_text('{"chosen": [7, "n0"], "unfit": 3, "nodes": "x"}')
+    assert launch("status", folder.name).returncode == ExitStatus.JOB_FAILED
+
+
 def test_submit_leaves_them_out_and_says_so(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     """Of a run that nobody has looked at, too; and the next run forgets it with the node's release."""
     install(PAIR, fake_slurm)

@@ -12,7 +12,7 @@ from launcher.config.render import render
 from launcher.config.write import run_toml
 from launcher.nodes import bad_nodes
 from launcher.nodes.bad_nodes import DAY_S, KEEP_S, BadNode
-from launcher.nodes.unfit import judge
+from launcher.nodes.judged import judge
 from launcher.preflight.cluster import preflight
 from launcher.preflight.text import sentence
 from launcher.scheduler.facts import ClusterFacts

@@ -19,6 +19,7 @@ import pytest
 
 from slurm.check import meeting, workers
 from slurm.check.meeting import Guest, Host, Lost, port_of
+from tests.unit.test_submission import wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 FIT = {"verdict": {"ok": True, "unfit": []}}
@@ -135,6 +136,28 @@ def test_a_node_that_goes_away_is_not_waited_for() -> None:
         assert time.monotonic() - began < 200
 
 
+def test_who_comes_when_the_others_are_at_work_hears_the_verdict_alone() -> None:
+    """With spares the rest is not waited for: it has no rank in the all-reduce, and its record is no result of it."""
+    meeting = Meeting(4)
+    with meeting.hosted() as host:
+        meeting.comes(1)
+        assert sorted(host.gather(300, lambda record: 0.1)) == [1]
+        meeting.comes(3)
+        wait_for(lambda: 3 in host.guests)
+        assert host.gather(0.2, among=[0, 1]) == {}  # node 3 is not asked for
+        host.tell({"do": "allreduce", "port": 4711, "nodes": [0, 1]}, [0, 1])
+        host.tell(FIT)
+        for thread in meeting.threads:
+            thread.join(30)
+    assert meeting.heard == {1: {"do": "allreduce", "port": 4711, "nodes": [0, 1]}, 3: FIT}
+
+
+def test_a_node_that_nobody_needs_stops_trying_when_the_others_have_met() -> None:
+    answers = iter([False, False, True])
+    with pytest.raises(Lost, match="the nodes have met without this one"):
+        Guest("127.0.0.1", 1, "7", 1, 900, lambda: next(answers))
+
+
 def test_node_0_never_answers() -> None:
     with pytest.raises(Lost, match=r"node 0 at 127\.0\.0\.1:1 did not answer within 0 s"):
         Guest("127.0.0.1", 1, "7", 1, 0.3)
@@ -148,10 +171,13 @@ def test_node_0_never_answers() -> None:
         b'{"x": 1}\n',
         b'{"do": "allreduce"}\n',
         b'{"do": "allreduce", "port": "1"}\n',
+        b'{"do": "allreduce", "port": 1, "nodes": [0, 2]}\n',
         b'{"do": "allreduce", "port": 1, "verdict": 5}\n',
         b'{"verdict": 5}\n',
         b'{"verdict": {}}\n',
         b'{"verdict": {"ok": true, "unfit": [3]}}\n',
+        b'{"verdict": {"ok": true, "unfit": [], "chosen": [3]}}\n',
+        b'{"verdict": {"ok": true, "unfit": [], "chosen": ["a"], "head": 3}}\n',
         b'{"verdict": {"ok": true, "unfit": "no"}}\n',
         json.dumps({"verdict": {"ok": False, "unfit": [{**UNFIT, "why": None}]}}).encode() + b"\n",
     ],
@@ -181,6 +207,7 @@ def test_another_program_at_node_0s_port(line: bytes) -> None:
         {"speed": [{"copy_gbs": 1}]},
         {"allreduce_node_gbs": []},
         {"host": 5},
+        {"address": None},
         3,
     ],
     ids=str,

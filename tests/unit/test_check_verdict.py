@@ -253,3 +253,87 @@ def test_a_job_whose_gpus_are_all_slow(device: str, hardware: dict[str, Any], sa
             gpu["product_tflops"] /= 2
     found = verdict.judge(made, {"job": {"nodes": 4}, "profile": {"device": device}, **hardware})
     assert found["ok"] and [said in one["what"] for one in found["warnings"]] == ([True] if said else [])
+
+
+# --- the choice among more nodes than train ------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """By node: its NVLink domain ("" says none), its product's share of the others', and which have slow GPUs."""
+
+    domains: str
+    nodes: int
+    chosen: list[int]
+    speed: dict[int, float] | None = None
+    slow: tuple[int, ...] = ()
+    device: str = "cuda"
+
+
+CHOICES = {
+    "nothing tells them apart": Choice("----", 3, [0, 1, 2]),
+    "the slowest is left out": Choice("----", 3, [0, 2, 3], {1: 0.97}),
+    "the two slowest": Choice("-----", 3, [1, 3, 4], {0: 0.98, 2: 0.96, 4: 0.99}),
+    "a CPU's speed says nothing": Choice("----", 3, [0, 1, 2], {1: 0.5}, device="cpu"),
+    "slow GPUs before speed": Choice("----", 3, [0, 1, 3], {0: 0.95}, (2,)),
+    "slow GPUs where there are no others": Choice("----", 3, [0, 1, 3], {2: 0.85, 3: 0.88}, (2, 3)),
+    "one domain": Choice("aaab", 3, [0, 1, 2], {0: 0.9}),
+    "the smallest that is enough": Choice("aaaaabbb", 3, [5, 6, 7], {5: 0.95}),
+    "the fastest of two such": Choice("aaabbb", 3, [3, 4, 5], {0: 0.95}),
+    "few domains": Choice("aabbbbcc", 6, [0, 1, 2, 3, 4, 5]),
+    "a whole one before a part": Choice("abbbccc", 4, [0, 1, 2, 3]),
+    "the slowest of the part is left out": Choice("aaabbb", 5, [0, 1, 2, 3, 5], {4: 0.95}),
+    "slow GPUs before domains": Choice("aaab", 3, [0, 1, 3], slow=(2,)),
+    "slow GPUs, in the domain of the others": Choice("aaab", 2, [0, 1], slow=(1, 2, 3)),
+    "all": Choice("ab", 2, [0, 1], slow=(0, 1)),
+}
+
+
+def with_speed(domains: str, speed: dict[int, float]) -> dict[int, dict[str, Any]]:
+    made = {}
+    for number, name in enumerate(domains):
+        gpus = [{"gpu": gpu, "product_tflops": 650.0 * speed.get(number, 1.0), "copy_gbs": 2400.0} for gpu in range(4)]
+        health = gpus_in(RACK, *name * 4) if name != "-" else {}
+        made[number] = {"host": f"gpu{number:03d}", "address": f"10.0.0.{number}", "speed": gpus, **health}
+    return made
+
+
+@pytest.mark.parametrize("case", CHOICES.values(), ids=CHOICES.keys())
+def test_which_nodes_are_chosen(case: Choice) -> None:
+    made = with_speed(case.domains, case.speed or {})
+    assert verdict.choose(made, case.slow, case.nodes, case.device) == case.chosen
+
+
+@given(st.data())
+def test_the_chosen_are_as_many_as_train_and_none_of_them_is_unfit(data: st.DataObject) -> None:
+    domains = data.draw(st.text("-abc", min_size=2, max_size=12))
+    step = len(domains)
+    speed = data.draw(st.dictionaries(st.integers(0, step - 1), st.floats(0.5, 1.1)))
+    made = with_speed(domains, speed)
+    for number in data.draw(st.sets(st.integers(0, step - 1))):
+        made[number]["problems"] = [ECC]
+    absent = data.draw(st.sets(st.integers(1, step - 1)))
+    gone = {number: made.pop(number)["host"] for number in absent}
+    nodes = data.draw(st.integers(1, step - 1))
+    found = verdict.judge(made, {"job": {"nodes": nodes}, "profile": {"device": "cuda"}}, gone, step)
+    unfit = {one["host"] for one in found["unfit"]}
+    fit = {record["host"] for record in made.values()} - unfit
+    assert found["nodes"] == step and found["ok"] == (len(fit) >= nodes) == ("chosen" in found)
+    if found["ok"]:
+        assert len(found["chosen"]) == nodes == len(set(found["chosen"]))
+        assert found["chosen"] == sorted(found["chosen"]) and {*found["chosen"], *found["spare"]} == fit
+        assert found["head"] == f"10.0.0.{int(found['chosen'][0][3:])}"
+
+
+def test_what_is_told_of_a_choice() -> None:
+    """A node that did not come in the short time is not blamed, and the domains are counted of those that train."""
+    made = with_speed("aaab", {})
+    made[1]["problems"] = [ECC]
+    node = {"job": {"nodes": 2}, "profile": {"device": "cuda"}}
+    found = verdict.judge(made, node, {4: "gpu004"}, 5)
+    assert found["chosen"] == ["gpu000", "gpu002"] and found["spare"] == ["gpu003"] and not found["warnings"]
+    assert [(one["host"], one["fault"]) for one in found["unfit"]] == [("gpu001", "node"), ("gpu004", "run")]
+    assert verdict.lines(found)[0].startswith(
+        "titan-check: 5 nodes, 2 chosen, spare: gpu003, unfit: gpu001, gpu004; matrix product "
+    )
+    assert "chosen" not in verdict.judge(made, {**node, "job": {"nodes": 5}}, {4: "gpu004"}, 5)
+    assert "chosen" not in verdict.judge(with_speed("aa", {}), node, {}, 2)

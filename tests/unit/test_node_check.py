@@ -18,6 +18,7 @@ import pytest
 
 from launcher.base.errors import ExitStatus
 from launcher.config.spec import Job, PlacedRun, node_config
+from launcher.nodes.judged import judge
 from tests.conftest import Forked, Launch
 from tests.unit.node_place import FAILED, FAKE_TORCH, Place, started
 from tests.unit.test_submission import wait_for
@@ -64,8 +65,10 @@ def destroy_process_group(): pass
 class Nodes(Place):
     """A run of several nodes, all of them on this machine."""
 
-    def __init__(self, folder: Path, node: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, node: dict[str, Any], spares: int = 0) -> None:
         super().__init__(folder, changed(node, check="full"))
+        self.first, self.step = 0, self.node["job"]["nodes"] + spares
+        self.said = {"TITAN_NODES": str(self.step)} if spares else {}
         (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH + FAKE_TENSORS)
         (self.site / "torch" / "distributed" / "__init__.py").write_text(FAKE_DISTRIBUTED)
 
@@ -82,7 +85,7 @@ class Nodes(Place):
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         running = []
-        for number in range(self.node["job"]["nodes"]):
+        for number in range(self.first, self.step):
             own = dict(changes.get(f"n{number}", {}))
             node_json = own.pop("node_json", f"{self.run_dir}/job/node.json")
             env = self.environment(
@@ -93,6 +96,7 @@ class Nodes(Place):
                 SLURMD_NODENAME=f"gpu{number:03d}",
                 FAKE_TORCH="2.13.0+cpu",
                 TMPDIR=str(self.run_dir.parent / f"tmp{number}"),
+                **self.said,
             )
             env.update(own)
             Path(env["TMPDIR"]).mkdir(exist_ok=True)
@@ -276,3 +280,107 @@ def test_the_level_is_a_key_of_the_job(launch: Launch, two: Nodes) -> None:
     done = launch("config", "show", "--local", "--recipe", "debug", "--check", "off")
     assert done.returncode == 0 and re.search(r"job\.check +off +\(option --check\)", done.stdout), done.stdout
     assert launch("render", "--check", "sometimes").returncode == ExitStatus.USAGE
+
+
+# --- spare nodes: three meet, two train -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def spare(tmp_path: Path) -> Nodes:
+    return Nodes(tmp_path, debug_node(nodes=2), spares=1)
+
+
+def trained(place: Nodes, done: list[subprocess.CompletedProcess[str]], *numbers: int) -> None:
+    """These nodes became torchrun, as ranks in this order around the first of them; the others ended well."""
+    for number, one in enumerate(done):
+        assert one.returncode == 0 and "titan-check: stop" not in one.stdout, one
+        if number in numbers:
+            arguments, _, _ = started(one)
+            rank = numbers.index(number)
+            assert "--nnodes=2" in arguments and f"is_host={int(rank == 0)}," in " ".join(arguments)
+            assert f"--log-dir={place.run_dir}/logs/ranks/{rank:04d}-gpu{number:03d}" in arguments
+        else:
+            assert "STARTED" not in one.stdout and "titan-command" not in one.stdout
+    assert place.verdict()["ok"] and place.verdict()["chosen"] == [f"gpu{number:03d}" for number in numbers]
+
+
+def test_a_spare_is_told_so_and_ends_well(spare: Nodes) -> None:
+    done = spare.run()
+    trained(spare, done, 0, 1)
+    assert done[2].stdout == "titan-check: spare node=2 host=gpu002 (chosen: gpu000, gpu001)\n"
+    assert spare.record_of(2)["ok"] and spare.record_of(2)["spare"] is True and "spare" not in spare.record_of(1)
+    assert all(spare.record_of(number)["allreduce_job_gbs"] > 0 for number in range(3))  # all are measured
+    assert done[0].stdout.startswith("titan-check: 3 nodes, 2 chosen, spare: gpu002; matrix product ")
+
+
+@pytest.mark.parametrize("sick", [0, 1, 2])
+def test_an_unfit_node_is_left_out(spare: Nodes, sick: int) -> None:
+    """Node 0 too, at which the others meet: the next one becomes torchrun's head."""
+    broken: dict[str, Any] = {f"n{sick}": {"FAKE_TORCH_BROKEN": "1"}}
+    done = spare.run(**broken)
+    trained(spare, done, *sorted({0, 1, 2} - {sick}))
+    assert "titan-node: FAIL" in done[sick].stdout and "import torch fails: ImportError" in done[sick].stdout
+    assert spare.record_of(sick)["ok"] is False
+    assert [one["name"] for one in spare.record_of(sick)["problems"]] == ["gpus"]  # and heard the verdict
+    assert [(one["host"], one["fault"]) for one in spare.verdict()["unfit"]] == [(f"gpu{sick:03d}", "node")]
+    assert judge([spare.record_of(number) for number in range(3)], spare.verdict(), 2)[0].own
+
+
+def test_the_head_is_the_first_that_is_chosen(spare: Nodes) -> None:
+    """Node 0 of the step has no place in the run: the others know another's address, by its own word."""
+    (spare.run_dir.parent / "own.json").write_text(json.dumps(changed(spare.node, data="/nowhere")))
+    done = spare.run("127.0.0.2", n0={"node_json": str(spare.run_dir.parent / "own.json")})
+    trained(spare, done, 1, 2)
+    for one in done[1:]:
+        assert "--rdzv-endpoint=127.0.0.1:" in one.stdout  # where a way to 127.0.0.2 begins
+    assert spare.verdict()["head"] == "127.0.0.1"
+    assert spare.record_of(1)["allreduce_job_gbs"] > 0  # at node 0, whose torch is well
+
+
+def test_a_slow_rank_is_left_out(spare: Nodes) -> None:
+    trained(spare, spare.run(n1={"FAKE_SLOW": "1"}), 0, 2)
+    assert spare.record_of(1)["problems"][0]["name"] == "slow"
+
+
+def test_too_few_are_fit(spare: Nodes) -> None:
+    done = spare.run(n0={"FAKE_TORCH_BROKEN": "1"}, n1={"FAKE_TORCH_BROKEN": "1"})
+    all_stopped(done)
+    assert not spare.verdict()["ok"] and "chosen" not in spare.verdict()
+    assert "titan-check: stop node=2 host=gpu002 because gpu000 is unfit" in done[2].stdout
+
+
+def test_the_choice_needs_no_measurements(spare: Nodes) -> None:
+    spare.change(check="off")
+    trained(spare, spare.run(n1={"FAKE_TORCH_BROKEN": "1"}), 0, 2)
+
+
+def test_one_of_two(tmp_path: Path) -> None:
+    place = Nodes(tmp_path, debug_node(nodes=1), spares=1)
+    first, second = place.run(n0={"FAKE_TORCH_BROKEN": "1"})
+    assert first.returncode == 0 and "--nnodes=1" in started(second)[0] and place.verdict()["chosen"] == ["gpu001"]
+
+
+def test_a_node_that_does_not_come_holds_nobody_up(spare: Nodes) -> None:
+    """It comes when the others train: it reads so in the run directory, and ends none of them."""
+    (spare.run_dir / "job" / "check" / "agree.py").write_text(
+        (spare.run_dir / "job" / "check" / "agree.py").read_text().replace("UNFIT_S = 60", "UNFIT_S = 0.1")
+    )
+    late = {"TITAN_HEAD_PORT": "11024"}  # where nobody is
+    done = spare.run(n2=late)
+    trained(spare, done, 0, 1)
+    assert [(one["name"], one["fault"]) for one in spare.verdict()["unfit"]] == [("absent", "run")]
+    assert 'why="the nodes have met without this one"' in done[2].stdout
+
+
+def test_a_node_0_that_never_began_is_named_by_the_others(spare: Nodes) -> None:
+    agree = spare.run_dir / "job" / "check" / "agree.py"
+    agree.write_text(agree.read_text().replace("ARRIVE_S = 900", "ARRIVE_S = 1"))
+    spare.first = 1
+    (spare.run_dir / "logs").mkdir()
+    (spare.run_dir / "logs" / "0000-gpu000.log").touch()
+    done = [process.end() for process in spare.begin()]
+    all_stopped(done)
+    (one,) = spare.verdict()["unfit"]
+    assert (one["host"], one["name"], one["fault"]) == ("gpu000", "absent", "node") and not spare.verdict()["ok"]
+    assert spare.record_of(1)["ok"] and spare.record_of(2)["ok"]
+    assert "titan-check: stop node=1 host=gpu001 because gpu000 is unfit" in done[0].stdout

@@ -60,3 +60,22 @@ def test_a_run_without_records_goes_on(tmp_path: Path) -> None:
     write(tmp_path / "logs" / "0000-a.log", step(1))
     write(tmp_path / "nodes" / "0000-a.json", {"host": 3, "ok": 1, "time": "x", "check_s": []})
     assert look(Watcher(Run(tmp_path))).progress
+
+
+def test_a_run_with_a_spare_node(tmp_path: Path) -> None:
+    """It has passed its check like the others, and is not waited for: in no phase, and with no step."""
+    write(tmp_path / "job" / "node.json", {"job": {"nodes": 2}, "recipe": {"steps": 10}, "placed": {}})
+    write(tmp_path / "claim" / "job_id", "7")
+    watcher = Watcher(Run(tmp_path))
+    verdict = {"nodes": 3, "ok": True, "unfit": [], "chosen": ["a", "c"], "spare": ["b"]}
+    write(tmp_path / "nodes" / "check.json", verdict)
+    for number, host in enumerate("abc"):
+        assert look(watcher).fit == min(1, number) and look(watcher).phase is not Phase.LOADING
+        more = {"spare": True} if host == "b" else {}
+        write(tmp_path / "nodes" / f"000{number}-{host}.json", {"host": host, "ok": True, "time": T0, **more})
+        write(tmp_path / "logs" / f"000{number}-{host}.log", "titan-check: spare")
+    assert (seen := look(watcher)).phase is Phase.LOADING and seen.fit == 2
+    for number, host in ((0, "a"), (2, "c")):
+        write(tmp_path / "logs" / f"000{number}-{host}.log", step(1))
+    progress = look(watcher).progress
+    assert progress and progress.records == {"a": 1, "c": 1}

@@ -413,3 +413,17 @@ def test_files_that_are_none(made: Made) -> None:
     (made.path / "nodes").rmdir()
     made.write("nodes", "a file")
     assert "Not a directory" in said(made.outcome())[0]
+
+
+def test_a_run_with_a_spare_and_an_unfit_node_is_whole(made: Made) -> None:
+    """What was found about nodes that did not train says nothing of the result, nor when it began."""
+    made.write("nodes/0002-c.json", {**RECORD, "ok": False, "torch": "2.13.0", "time": int(T0) + 500})
+    made.write("nodes/0003-d.json", {**RECORD, "spare": True, "driver": "570.1", "check_s": 300.0})
+    made.write("nodes/check.json", {"ok": True, "nodes": 4, "chosen": ["a", "b"], "spare": ["d"], "unfit": []})
+    for name in ("0002-c", "0003-d"):
+        made.write(f"logs/{name}.log", "titan-check: spare node=3 host=d (chosen: a, b)\n")
+    found = made.outcome()
+    assert found.complete and (said(found), found.notes) == ((), ())
+    assert found.startup == Startup(30.0, 25.0, 12.5, 33.5) and len(found.by_node) == 2
+    made.write("nodes/check.json", {"ok": False, "nodes": 4})
+    assert "c failed its check" in said(made.outcome())
