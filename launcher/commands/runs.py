@@ -205,17 +205,14 @@ def logs(
     launcher logs my-run --errors
     launcher logs my-run --node gpu003 -n 50
     """
-    if follow and (errors or count):
-        raise click.UsageError("--follow: not with --errors or --lines")
+    if follow and (errors or count or attempt):
+        raise click.UsageError("--follow: not with --errors, --lines or --attempt")
     if node and rank is not None:
         raise click.UsageError("either --node or --rank: a rank is on one node")
     found = runs.open_run(run, runs_dir)
-    log_dir = found.logs
-    if attempt:
-        by_number = {one.number: one for one in attempts_of(found)}
-        if attempt not in by_number or (follow and attempt < max(by_number)):
-            raise click.UsageError(f"--attempt: {found.name} has {counted(len(by_number), 'attempt')}; -f: the last")
-        log_dir = by_number[attempt].logs
+    tries = {one.number: one.logs for one in attempts_of(found)}
+    if (log_dir := tries.get(attempt or max(tries))) is None:
+        raise click.UsageError(f"{found.name} has {counted(len(tries), 'attempt')}")
     known = logs_of(log_dir, node, rank, found.ranks_per_node)
     if (node or rank is not None) and not known and not follow:
         names = some(list(dict(logs_of(log_dir)))) or "none"

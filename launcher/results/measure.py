@@ -77,13 +77,8 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kep
         warm = [r for r in after_warmup(used, log_freq, node.restarts) if math.isfinite(r.tps)]
         tflops.extend(r.tflops for r in warm if r.tflops is not None and math.isfinite(r.tflops))
         memory.extend(r.memory_gib for r in warm if math.isfinite(r.memory_gib))
-        by_node.append(
-            NodeResult(
-                host,
-                median(r.tps for r in warm) if warm else None,
-                tuple((r.step, r.tps) for r in node.records),
-            )
-        )
+        rate = median(r.tps for r in warm) if warm else None
+        by_node.append(NodeResult(host, rate, tuple((r.step, r.tps) for r in node.records)))
         if node.began is not None:
             began[host] = node.began
         for place, ((low, high), part) in enumerate(zip(ranges, parts, strict=True)):

@@ -69,7 +69,9 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     unreadable: list[str] = []
     attempts = attempts_of(run)
     starts = [_logged(attempt, unreadable) for attempt in attempts]
-    kept = kept_steps([attempt.step for attempt in attempts], [start.first for start in starts])
+    kept = kept_steps(
+        [attempt.step for attempt in attempts], [one.steps[0].step if one.steps else None for one in starts]
+    )
     wild: list[StepRecord] = []  # of steps that do not count
     found = measure.measure(_records(starts, kept, unreadable, wild), log_freq, kept)
     if found.last is None and state.active:
@@ -145,15 +147,13 @@ class _Logged:
     saves: Sequence[tuple[float, float]] = ()  # when checkpoints were saved, and how long each took
     read: dict[Path, list[StepRecord]] = field(default_factory=dict)
 
-    @property
-    def first(self) -> int | None:
-        return self.steps[0].step if self.steps else None
-
 
 def results_of(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
     """How far each attempt came, by one node's log of each; nothing is raised."""
     starts = [_logged(attempt, []) for attempt in attempts]
-    kept = kept_steps([attempt.step for attempt in attempts], [start.first for start in starts])
+    kept = kept_steps(
+        [attempt.step for attempt in attempts], [one.steps[0].step if one.steps else None for one in starts]
+    )
     return tuple(map(_result, attempts, starts, (*kept, measure.ENDLESS), [None] * len(starts)))
 
 
@@ -380,9 +380,11 @@ def _trace(attempt: Attempt, start: _Logged, records: Mapping[str, Mapping[str, 
 
 
 def _result(attempt: Attempt, start: _Logged, kept: int, tps: float | None) -> Attempt:
-    last = start.steps[-1].step if start.steps else None
-    hosts, kept_step = attempt.hosts or tuple(start.logs), None if last is None else min(kept, last)
-    return replace(attempt, hosts=hosts, first_step=start.first, last_step=last, kept_step=kept_step, tps=tps)
+    found = replace(attempt, hosts=attempt.hosts or tuple(start.logs), tps=tps)
+    if not start.steps:
+        return found
+    first, last = start.steps[0].step, start.steps[-1].step
+    return replace(found, first_step=first, last_step=last, kept_step=min(kept, last))
 
 
 def _last(moments: Sequence[float | None], nodes: int) -> float | None:
