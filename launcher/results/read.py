@@ -68,10 +68,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     log_freq = max(1, log_freq)
     unreadable: list[str] = []
     attempts = attempts_of(run)
-    starts = [_logged(attempt, unreadable) for attempt in attempts]
-    kept = kept_steps(
-        [attempt.step for attempt in attempts], [one.steps[0].step if one.steps else None for one in starts]
-    )
+    starts, kept = _read(attempts, unreadable)
     wild: list[StepRecord] = []  # of steps that do not count
     found = measure.measure(_records(starts, kept, unreadable, wild), log_freq, kept)
     if found.last is None and state.active:
@@ -150,11 +147,15 @@ class _Logged:
 
 def results_of(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
     """How far each attempt came, by one node's log of each; nothing is raised."""
-    starts = [_logged(attempt, []) for attempt in attempts]
-    kept = kept_steps(
-        [attempt.step for attempt in attempts], [one.steps[0].step if one.steps else None for one in starts]
-    )
+    starts, kept = _read(attempts, [])
     return tuple(map(_result, attempts, starts, (*kept, measure.ENDLESS), [None] * len(starts)))
+
+
+def _read(attempts: Sequence[Attempt], unreadable: list[str]) -> tuple[list[_Logged], tuple[int, ...]]:
+    """What each attempt logged, and up to which step it counts."""
+    starts = [_logged(attempt, unreadable) for attempt in attempts]
+    firsts = [start.steps[0].step if start.steps else None for start in starts]
+    return starts, kept_steps([attempt.step for attempt in attempts], firsts)
 
 
 def _logged(attempt: Attempt, unreadable: list[str]) -> _Logged:
