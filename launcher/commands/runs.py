@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import asdict
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,13 @@ from launcher.nodes import unfit
 from launcher.nodes.bad_nodes import BadNode, remember
 from launcher.preflight.waiting import why_waiting
 from launcher.results.columns import as_dict
+from launcher.results.formats import attempt_text
 from launcher.results.outcome import Lack
-from launcher.results.read import outcome_of
+from launcher.results.read import outcome_of, results_of
 from launcher.results.rows import markdown_row, summary_line
 from launcher.runs import attach, control
 from launcher.runs import directory as runs
+from launcher.runs.attempts import WHY_NOT, attempts_of
 from launcher.runs.directory import Run
 from launcher.scheduler.state import GOING, WAITING, JobState
 
@@ -110,8 +113,10 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
     outcome = None if state.active else outcome_of(run, state, with_data_share=False)
     completed, problems = state.name == "COMPLETED", outcome.problems if outcome else ()
     problems = tuple(problem for problem in problems if completed or problem.kind is Lack.NON_FINITE)
+    tries = outcome.attempts if outcome else results_of(attempts_of(run))
     if as_json:
         return row | {
+            "attempts": [asdict(one) for one in tries],
             "problems": [problem.text for problem in problems],
             "source": state.source,
             "reason": state.reason,
@@ -126,6 +131,11 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
     echo(f"  job {row['job_id'] or 'none'}, submitted {age(row['age_s'])} ago, {run.path}")
     for line in waiting:
         echo(f"  {line}")
+    if len(tries) > 1:
+        unit = about(run).unit
+        echo(*(f"  attempt {one.number}: {attempt_text(one, unit)}" for one in tries))
+    if why := tries[-1].why_not:
+        echo(f"  no further attempt: {WHY_NOT.get(why, why)}")
     if progress:
         echo(f"  {plain_line(progress, about(run).unit)}")
     again = quoted("launcher", "submit", run.path / "run.toml")
@@ -171,11 +181,20 @@ def watch(run: str, runs_dir: Path, every: bool, as_json: bool) -> None:
 @click.option("--follow", "-f", is_flag=True, help="Keep printing until the run ends; Ctrl-C stops.")
 @click.option("--node", default="", metavar="NODE", help="Only the log of this node; 'job' for that of the job script.")
 @click.option("--rank", type=click.IntRange(0), metavar="N", help="Only the output of this rank.")
+@click.option("--attempt", type=click.IntRange(1), metavar="N", help="The logs of an earlier attempt.")
 @click.option("--errors", is_flag=True, help="The first error of each log, with what was printed with it.")
 @click.option("--lines", "-n", "count", type=click.IntRange(1, 10**9), metavar="N", help="Only the last N lines.")
 @as_json
 def logs(
-    run: str, runs_dir: Path, follow: bool, node: str, rank: int | None, errors: bool, count: int | None, as_json: bool
+    run: str,
+    runs_dir: Path,
+    follow: bool,
+    node: str,
+    rank: int | None,
+    attempt: int | None,
+    errors: bool,
+    count: int | None,
+    as_json: bool,
 ) -> None:
     """Print the logs of all nodes as one, each line with its node.
 
@@ -186,24 +205,27 @@ def logs(
     launcher logs my-run --errors
     launcher logs my-run --node gpu003 -n 50
     """
-    if follow and (errors or count):
-        raise click.UsageError("--follow cannot be combined with --errors or --lines")
+    if follow and (errors or count or attempt):
+        raise click.UsageError("--follow cannot be combined with --errors, --lines or --attempt")
     if node and rank is not None:
         raise click.UsageError("use either --node or --rank: a rank runs on one node")
     found = runs.open_run(run, runs_dir)
-    known = logs_of(found.logs, node, rank, found.ranks_per_node)
+    tries = {one.number: one.logs for one in attempts_of(found)}
+    if (log_dir := tries.get(attempt or max(tries))) is None:
+        raise click.UsageError(f"{found.name} has {counted(len(tries), 'attempt')}")
+    known = logs_of(log_dir, node, rank, found.ranks_per_node)
     if (node or rank is not None) and not known and not follow:
-        names = some(list(dict(logs_of(found.logs)))) or "none"
+        names = some(list(dict(logs_of(log_dir)))) or "none"
         raise click.UsageError(f"{found.name} has no log of {node or f'rank {rank}'}; it has: {names}")
     lines: Iterable[tuple[str, str]]
     if errors:
         # A node's log shows one of its ranks; what the others wrote is in the files that torchrun keeps per rank.
         ranks = f"ranks/????-{escape(node) or '*'}/*/*/*/stderr.log"
-        hidden = [] if rank is not None else sorted(found.logs.glob(ranks))
+        hidden = [] if rank is not None else sorted(log_dir.glob(ranks))
         known += [(f"{path.parts[-5][5:]}, local rank {path.parts[-2]}", path) for path in hidden]
         lines = ((name, line) for name, path in known for line in find_errors([path]).lines)
     else:
-        lines = attach.log_lines(found, follow, node, rank)
+        lines = attach.log_lines(found, follow, node, rank, log_dir)
         lines = lines if as_json or node else folded(lines)
     shown = 0
     for node, line in deque(lines, maxlen=count) if count else lines:

@@ -22,6 +22,7 @@ from launcher.logs.follow import Progress
 from launcher.preflight.waiting import why_waiting
 from launcher.runs import attach, control
 from launcher.runs import directory as runs
+from launcher.runs.attempts import Attempt, ended_by
 from launcher.runs.directory import Run
 from launcher.runs.phases import Phase, Standing, Watcher
 from launcher.scheduler.state import JobState
@@ -76,22 +77,32 @@ def show(
     last: Standing | None = None
     with _screen(stream) if on_terminal else nullcontext() as live:
         for seen in standings:
-            is_new = (reason := (seen.phase, *_reason(seen))) != said
+            is_new = (reason := (seen.attempt, seen.phase, *_reason(seen))) != said
             if is_new and seen.phase is Phase.QUEUED:
                 lines = why(seen.state)
             said = reason
             if live:
                 live.update(_panel(seen, about, lines), refresh=True)
                 continue
+            if seen.before and seen.attempt != (last.attempt if last else 1):
+                echo(f"{about.name}: {started_again(seen)}", err=True)
             # The same step comes again when another node's log shows it; a smaller one after a restart is news.
             if seen.progress and not (last and last.progress and last.progress.step == seen.progress.step):
                 echo(plain_line(seen.progress, about.unit), file=stream)
             if is_new:
-                since = f", {duration(seen.at - seen.began[Phase.QUEUED])} after it was submitted"
+                what = f"attempt {seen.attempt - 1} ended" if seen.before else "it was submitted"
+                since = f", {duration(seen.at - seen.began[Phase.QUEUED])} after {what}"
                 detail = f" ({detail})" if (detail := _detail(seen)) else ""
                 news = _detail(seen) if seen.phase is Phase.QUEUED else f"{_called(seen)}{detail}{since}"
                 echo(f"{about.name}: {news}", *(f"  {line}" for line in lines if seen.phase is Phase.QUEUED), err=True)
             last = seen
+
+
+def started_again(seen: Standing) -> str:
+    """`attempt 2: node n2 lost, from step 20`"""
+    before = seen.before or Attempt(0, "")
+    start = [] if before.step is None else [f"from step {before.step}" if before.step else "from the beginning"]
+    return f"attempt {seen.attempt}: {', '.join(filter(None, [ended_by(before), *start]))}"
 
 
 def _reason(seen: Standing) -> tuple[str, ...]:
@@ -166,6 +177,7 @@ def _panel(seen: Standing, about: About, why: Sequence[str]) -> RenderableType:
 
     *before, current = [f"  {name:<14} {took:>7}  {detail}".rstrip() for name, took, detail in phase_rows(seen)]
     parts: list[tuple[str, str] | RenderableType] = [(f"{about.name}  {about.what}", "bold")]
+    parts += [(f"  {started_again(seen)}", "yellow")] if seen.before else []
     parts += [*((line, "dim") for line in before), (current, "")]
     if progress := seen.progress:
         bar = Table.grid(padding=(0, 1), expand=True)
@@ -260,7 +272,8 @@ def _row(name: str, seen: Standing) -> tuple[str, ...]:
 def _say(row: Sequence[str], seen: Standing, as_json: bool) -> None:
     if as_json:
         progress = attach.as_dict(seen.progress) if seen.progress else None
-        print_json({"run": row[0], "phase": str(seen.phase), "state": row[1], "progress": progress}, indent=None)
+        said = {"run": row[0], "phase": str(seen.phase), "state": row[1], "progress": progress}
+        print_json(said | {"attempt": seen.attempt}, indent=None)
     else:
         cells = [f"  {name} {cell}" for name, cell in zip(_HEAD[2:], row[2:], strict=True) if cell]
         echo(f"{row[0]}: {row[1]}{''.join(cells)}")

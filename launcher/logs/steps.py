@@ -74,6 +74,13 @@ _USUAL = re.compile(
     (_RANK.pattern + rb"\[titan\] " + _MOMENT + rb" - root - INFO - (?:\x1b\[[0-9;]{0,24}m)?") + _STEP.pattern
 )
 
+# Of a checkpoint, the time for which training stood still: torchtitan 0.2, 0.3, and 0.3's last one. An asynchronous one
+# is written while training goes on.
+_SAVED = re.compile(
+    rb"(?:Finished (?:saving|staging) the checkpoint[^\n]{0,48}?|Last step checkpoint completed )in "
+    rb"([0-9]{1,9}\.[0-9]{2}) ?s"
+)
+
 
 def parse_line(line: bytes) -> StepRecord | None:
     """The training step that a line reports, or None; a validation line and a line cut short report none."""
@@ -156,6 +163,7 @@ class LogReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.saves: list[tuple[float, float]] = []  # as `read` comes by them: when, and how many seconds each took
         self.offset = 0
         self._identity: tuple[int, int] | None = None
         self._reached = 0  # what of the file was seen, `unread` or not
@@ -174,6 +182,9 @@ class LogReader:
         """The records that were appended since the last call; take all of it, each is handed out once."""
         for lines in self._appended(many_lines):
             records, end = _scan(lines)
+            for match in _SAVED.finditer(lines) if b"checkpoint" in lines else ():
+                if at := line_time(lines[lines.rfind(b"\n", 0, match.start()) + 1 : match.start()]):
+                    self.saves.append((at, float(match[1])))
             if not lines.endswith(b"\n"):  # a record may have begun, and is whole with what follows
                 self.unread(min(len(lines) - end, RECORD_BYTES + PREFIX_BYTES))
             yield from records

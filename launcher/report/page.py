@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from launcher.report.health import answers, health
 from launcher.report.svg import shortened
 from launcher.report.table import TAGS, table
 from launcher.results.columns import drawable, percent
+from launcher.results.formats import attempt_text
 from launcher.results.measure import Against, against_others
-from launcher.results.outcome import PHASES, Outcome
+from launcher.results.outcome import PHASES, Goodput, Outcome
 
 GENERATOR = "titan-launcher report"
 MOST_NODES = 60  # in a strip
@@ -61,6 +62,10 @@ def page(
         matrices=_matrices(outcomes),
         shortened=shortened,
         startups=[(run, one, spans) for run, one in enumerate(outcomes) if (spans := _spans(one))],
+        spent=[(run, one) for run, one in enumerate(outcomes) if one.has_spent],
+        parts=[part.name for part in fields(Goodput)],
+        duration=duration,
+        attempt_text=attempt_text,
         phases=[called.capitalize() for _, called in PHASES],
         differing=differing,
         shared=shared,

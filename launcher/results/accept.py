@@ -20,6 +20,7 @@ from launcher.results.compare import noise
 from launcher.results.measure import against_others
 from launcher.results.outcome import NON_FINITE, Lack, Outcome
 from launcher.results.published import LIMITED, NEAR, PUBLISHED, Match, best_match, called, described, same_version
+from launcher.runs.attempts import ended_by
 from launcher.scheduler.state import JobState
 
 THRESHOLD = 0.95  # of the baseline's tokens/s
@@ -192,7 +193,7 @@ def share_text(share: float) -> str:
 
 
 def _steps(outcome: Outcome) -> Reason:
-    steps = outcome.tps.count // (len(outcome.measured) or 1) if outcome.tps else 0
+    steps = outcome.tps.count // outcome.measured_at_once if outcome.tps else 0
     what = f"{steps} logged after warm-up"
     if steps >= MIN_STEPS:
         return Reason(Word.PASS, About.STEPS, f"{what}, to step {outcome.step}")
@@ -292,6 +293,10 @@ def _generated(outcome: Outcome) -> bool:
 
 def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None) -> tuple[str, ...]:
     notes, row, settings = [], match.row, described(outcome)
+    if outcome.restarts:
+        ends = [ended_by(one) or "not known why" for one in outcome.attempts[:-1]]
+        goodput = "" if outcome.goodput_pct is None else f"; goodput {outcome.goodput_pct:.0f}%"
+        notes.append(f"{len(outcome.attempts)} attempts: {', '.join(ends)}{goodput}")
     if row is not None:
         if match.factor > 1:
             notes.append(

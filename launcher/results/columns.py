@@ -16,7 +16,7 @@ from launcher.base.values import json_values
 from launcher.config.mfu import peak_text
 from launcher.results.accept import MAX_SPREAD, MAX_WAITING
 from launcher.results.measure import against_others
-from launcher.results.outcome import Lack, Outcome
+from launcher.results.outcome import Goodput, Lack, Outcome
 from launcher.results.published import is_row
 from launcher.results.rows import is_incomplete, median_mfu_pct, mfu_at_other_peaks, records_used
 
@@ -165,6 +165,10 @@ def _data(outcome: Outcome) -> Cell:
     return Cell(f"{100 * outcome.data_share:.1f}%", outcome.data_share, flag=flag)
 
 
+def _flat_goodput(spent: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {f"goodput_{part.name}": (spent or {}).get(part.name) for part in dataclasses.fields(Goodput)}
+
+
 def _date(outcome: Outcome) -> Cell:
     day, _, time = outcome.date[:16].partition("T")
     return Cell(day, more=time)
@@ -245,6 +249,10 @@ COLUMNS = (
     Column("spread", _spreads, _flat_spreads),
     Column("startup", lambda o: dataclasses.asdict(o.startup), dict),
     Column("wall_s"),
+    Column("restarts"),
+    Column("attempts", lambda o: [dataclasses.asdict(attempt) for attempt in o.attempts], lambda _: {}),
+    Column("goodput_pct"),
+    Column("goodput", lambda o: o.goodput and dataclasses.asdict(o.goodput), _flat_goodput),
     Column("nodes_logged", lambda o: len(o.by_node)),
     Column(
         "slowest_node",

@@ -10,9 +10,10 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from launcher.base.output import columns, plain
+from launcher.base.output import columns, duration, plain, some
 from launcher.config.mfu import mfu_text
 from launcher.results.columns import MARKDOWN, TERMINAL, Cell, as_flat, shown_in
 from launcher.results.outcome import PHASES, Outcome, Spread
@@ -27,6 +28,7 @@ from launcher.results.rows import (
     shown_mfu,
     summary_line,
 )
+from launcher.runs.attempts import Attempt, ended_by
 
 _WIDTH = 100  # columns
 _NAMES = {"cuda": "CUDA", "nccl": "NCCL", "driver": "driver", "python": "Python"}
@@ -58,6 +60,12 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
         details.append(("data", f"{100 * outcome.data_share:.1f}% of a step is waiting for data"))
     if startup := _startup_text(outcome):
         details.append(("start-up", startup))
+    if (spent := outcome.goodput) and outcome.has_spent:
+        seconds = {name.removesuffix("_s"): value for name, value in asdict(spent).items() if value}
+        parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "allocation")
+        details.append(("goodput", f"{outcome.goodput_pct or 0:.0f}% of {duration(spent.allocation_s)}: {parts}"))
+    if outcome.restarts:
+        details += [(f"attempt {attempt.number}", attempt_text(attempt, outcome.unit)) for attempt in outcome.attempts]
     if (slowest := outcome.slowest) and slowest.tps is not None and outcome.tps is not None:
         below = 100 * (1 - slowest.tps / outcome.tps.median) if outcome.tps.median else 0.0
         text = f"{slowest.host}: {slowest.tps:,.0f} tokens/s per {outcome.unit}, {below:.1f}% below the median"
@@ -89,6 +97,15 @@ def _spread_text(value: Spread, digits: int, unit: str) -> str:
         f"{value.median:,.{digits}f}{unit}, quartiles {value.q1:,.{digits}f}..{value.q3:,.{digits}f}, "
         f"all {value.low:,.{digits}f}..{value.high:,.{digits}f}, {value.count} values"
     )
+
+
+def attempt_text(attempt: Attempt, unit: str) -> str:
+    """`n1, n2, steps 1 to 34 (to 20 count), 17,930 tokens/s per GPU, node n2 lost`"""
+    lost = attempt.last_step != attempt.kept_step
+    steps = f"steps {attempt.first_step} to {attempt.last_step}" if attempt.last_step else "no step"
+    count = f" ({f'to {attempt.kept_step}' if attempt.kept_step else 'none'} count)" if lost else ""
+    rate = "" if attempt.tps is None else f"{attempt.tps:,.0f} tokens/s per {unit}"
+    return ", ".join(filter(None, (some(attempt.hosts), steps + count, rate, ended_by(attempt))))
 
 
 def _startup_text(outcome: Outcome) -> str:

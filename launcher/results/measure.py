@@ -9,12 +9,14 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from statistics import harmonic_mean, median, quantiles
 
 from launcher.logs.steps import StepRecord
 from launcher.results.outcome import NodeResult, Point, Spread
 
 SAME_STEP_SECONDS = 2.0
+ENDLESS = 10**12  # no log has so many steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,19 @@ class Measured:
     began: dict[str, float]  # by node: when it first logged step 1, in its log's own clock
     restarted: bool
     is_finite: bool
+    by_attempt: tuple[float | None, ...]  # the median tokens/s of each
 
 
-def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int) -> Measured:
-    """The figures of a run from each node's records in the order of its log; only one node's are held at a time."""
-    tps, tflops, memory = array("d"), array("d"), array("d")
-    lead: list[StepRecord] = []
-    warm_steps: frozenset[int] = frozenset()
-    overall: float | None = None
+def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kept: Sequence[int] = ()) -> Measured:
+    """The figures of a run from each node's records in the order of its log; only one node's are held at a time.
+
+    `kept`: the last step that counts of each attempt but the last; records then have no others. An attempt's first
+    logged step does not count for its speed, since it pays for the start, as step 1 does.
+    """
+    ranges = [*pairwise((-1, *kept, ENDLESS))]
+    tps, tflops, memory = [array("d") for _ in ranges], array("d"), array("d")
+    leads: list[list[StepRecord]] = [[] for _ in ranges]
+    warm_of: list[list[StepRecord]] = [[] for _ in ranges]  # of the leading nodes
     by_node: list[NodeResult] = []
     began: dict[str, float] = {}
     restarted, is_finite = False, True
@@ -64,35 +71,37 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int) -> 
         is_finite &= node.is_finite
         if not node.records:
             continue
-        warm = [r for r in after_warmup(node.records, log_freq, node.restarts) if math.isfinite(r.tps)]
-        tps.extend(r.tps for r in warm)
+        parts = [[r for r in node.records if low < r.step <= high] for low, high in ranges]
+        fresh = {part[0].step for part in parts[1:] if part}
+        used = [r for r in node.records if not kept or (r.step > log_freq and r.step not in fresh)] or node.records
+        warm = [r for r in after_warmup(used, log_freq, node.restarts) if math.isfinite(r.tps)]
         tflops.extend(r.tflops for r in warm if r.tflops is not None and math.isfinite(r.tflops))
         memory.extend(r.memory_gib for r in warm if math.isfinite(r.memory_gib))
-        by_node.append(
-            NodeResult(
-                host,
-                median(r.tps for r in warm) if warm else None,
-                tuple((r.step, r.tps) for r in node.records),
-            )
-        )
+        rate = median(r.tps for r in warm) if warm else None
+        by_node.append(NodeResult(host, rate, tuple((r.step, r.tps) for r in node.records)))
         if node.began is not None:
             began[host] = node.began
-        last = node.records[-1]
-        if not lead or (last.step, last.knows_loss) > (lead[-1].step, lead[-1].knows_loss):
-            lead, warm_steps = node.records, frozenset(r.step for r in warm)
-            overall = harmonic_mean(r.tps for r in warm) if warm and min(r.tps for r in warm) > 0 else None
+        for place, ((low, high), part) in enumerate(zip(ranges, parts, strict=True)):
+            mine = [r for r in warm if low < r.step <= high]
+            tps[place].extend(r.tps for r in mine)
+            best = [(records[-1].step, records[-1].knows_loss) for records in (part, leads[place]) if records]
+            if part and best[0] > (best[1] if leads[place] else (-1, False)):
+                leads[place], warm_of[place] = part, mine
+    lead = [*chain(*leads)]
+    rates = [r.tps for r in chain(*warm_of)]
     return Measured(
         last=lead[-1] if lead else None,
         series=tuple(Point(r.step, r.loss, r.grad_norm, r.tps, r.memory_gib, r.tflops) for r in lead),
-        warm_steps=warm_steps,
+        warm_steps=frozenset(r.step for r in chain(*warm_of)),
         by_node=tuple(by_node),
-        tps=spread(tps),
-        overall_tps=overall,
+        tps=spread(array("d", chain(*tps))),
+        overall_tps=harmonic_mean(rates) if rates and min(rates) > 0 else None,
         tflops=spread(tflops),
         memory_gib=spread(memory),
         began=began,
         restarted=restarted,
         is_finite=is_finite,
+        by_attempt=tuple(median(rates) if rates else None for rates in tps),
     )
 
 
@@ -149,7 +158,7 @@ def deduplicate(records: Iterable[StepRecord]) -> NodeSteps:
             again.add(record.step)
         elif previous is None and record.step == 1:
             began = record.time
-        is_finite &= _is_finite(record)
+        is_finite &= finite(record)
         by_step[record.step] = record
         previous = record
     return NodeSteps([by_step[step] for step in sorted(by_step)], frozenset(again), began, is_finite)
@@ -180,7 +189,7 @@ def last_logged(steps: int, log_freq: int) -> int:
     return steps // log_freq * log_freq or min(steps, 1)
 
 
-def _is_finite(record: StepRecord) -> bool:
+def finite(record: StepRecord) -> bool:
     return (
         math.isfinite(record.loss)
         and math.isfinite(record.tps)

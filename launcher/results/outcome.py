@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from launcher.runs.attempts import Attempt
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -65,6 +67,20 @@ class Startup:
 
 # The spans of a start-up in their order: a field of Startup, and what it is called.
 PHASES = (("queue_s", "queue"), ("container_s", "container"), ("check_s", "node check"), ("first_step_s", "first step"))
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Where the time of all of a run's attempts went, in seconds: the parts sum to `allocation_s`."""
+
+    allocation_s: float  # from the beginning of the script to the end, without the queue
+    kept_s: float  # steps that count, without what checkpoints held them up
+    start_s: float  # to the first step of each attempt, without the check
+    check_s: float
+    lost_s: float  # steps after the checkpoint from which the next attempt trained on
+    checkpoints_s: float
+    ending_s: float  # from the last logged step to the end of each attempt: a hang is here
+    queue_s: float | None = None  # beside it
 
 
 class Lack(StrEnum):
@@ -130,6 +146,8 @@ class Outcome:
     wall_s: float | None = None  # from the start of the job's script to its end
     series: tuple[Point, ...] = ()
     by_node: tuple[NodeResult, ...] = ()
+    attempts: tuple[Attempt, ...] = ()  # one, where it was never started again
+    goodput: Goodput | None = None
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(
@@ -161,6 +179,20 @@ class Outcome:
         """What a tokens/s is per."""
         return "rank" if self.on_cpu else "GPU"
 
+    @property
+    def goodput_pct(self) -> float | None:
+        spent = self.goodput
+        return 100 * spent.kept_s / spent.allocation_s if spent and spent.allocation_s > 0 else None
+
+    @property
+    def restarts(self) -> int:
+        return max(0, len(self.attempts) - 1)
+
+    @property
+    def has_spent(self) -> bool:
+        """Whether its goodput says something: of a short run without both, the start is most of the time."""
+        return bool(self.restarts or (self.goodput and self.goodput.checkpoints_s))
+
     def has(self, kind: Lack) -> bool:
         return any(problem.kind is kind for problem in self.problems)
 
@@ -177,6 +209,11 @@ class Outcome:
     def measured(self) -> list[NodeResult]:
         """The nodes that have a median, the slowest first."""
         return sorted((node for node in self.by_node if node.tps is not None), key=lambda node: node.tps or 0.0)
+
+    @property
+    def measured_at_once(self) -> int:
+        """How many nodes a step has figures of; more have some where one took another's place."""
+        return max(1, min(len(self.measured), self.nodes))
 
     @property
     def slowest(self) -> NodeResult | None:

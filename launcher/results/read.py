@@ -4,13 +4,15 @@ never a figure that looks whole.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from launcher.image.squashfs_file import known, superblock
 from launcher.logs.files import node_logs
 from launcher.logs.steps import LogReader, StepRecord
 from launcher.results import measure
+from launcher.results.goodput import Trace, goodput, kept_steps
 from launcher.results.outcome import (
     NO_STEP_COUNTS,
     NON_FINITE,
@@ -36,6 +39,7 @@ from launcher.results.outcome import (
 )
 from launcher.results.settings import count, settings_of, words
 from launcher.results.tensorboard import scalars
+from launcher.runs.attempts import Attempt, attempts_of, moment
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 
@@ -45,6 +49,7 @@ _RECORD = re.compile(r"([0-9]{4,})-.+\.json")
 _LONGEST_QUEUE_S = 90 * 86400.0
 _LONGEST_START_S = 86400.0
 _CLOCKS_S = 2.0  # so far apart, rounding included, are moments that really are the same
+_Span = tuple[float | None, float | None]
 _SHARE, _STEP_TIME = "time_metrics/data_loading(%)", "time_metrics/end_to_end(s)"
 
 
@@ -62,31 +67,36 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         return None
     log_freq = max(1, log_freq)
     unreadable: list[str] = []
-    found = measure.measure(_records(run.logs, unreadable), log_freq)
+    attempts = attempts_of(run)
+    starts, kept = _read(attempts, unreadable)
+    wild: list[StepRecord] = []  # of steps that do not count
+    found = measure.measure(_records(starts, kept, unreadable, wild), log_freq, kept)
     if found.last is None and state.active:
         return None
-    records = _node_records(run.path / "nodes", unreadable)
-    if chosen := set(run.chosen):  # the others did not train: nothing about the result is theirs
-        records = {host: record for host, record in records.items() if host in chosen}
+    by_attempt = [_trained(Path(attempt.path), unreadable) for attempt in attempts]
+    hosts, records = {node.host for node in found.by_node}, by_attempt[-1]
+    seen = {host: one for before in by_attempt[:-1] for host, one in before.items() if host in hosts} | records
+    first = [at - offset for host, at in found.began.items() if (offset := _offset(seen.get(host, {}))) is not None]
     gpus, last = nodes * gpus_per_node, found.last
     gpu = words(settings, "profile.gpu", "?")
     problems = [
         *_others(unreadable),
         *_of_state(state),
         *_of_steps(found, steps, log_freq),
-        *_others(_of_nodes(found, nodes)),
-        *([] if found.is_finite else [NON_FINITE]),
+        *_others(_of_nodes(found, nodes, attempts, kept)),
+        *([] if found.is_finite and not wild else [NON_FINITE]),
         *([RESTARTED] if found.restarted else []),
-        *_others([*_of_hardware(records, gpu), *wrong]),
+        *_others([*_of_hardware(seen, gpu), *wrong]),
     ]
     intent = run.intent or {}
-    image = words(settings, "job.image")
+    image, submitted = words(settings, "job.image"), moment(intent.get("at"))
+    spent = goodput(list(map(_trace, attempts, starts, by_attempt, [nodes] * len(starts))), kept, submitted)
     return Outcome(
         run=run.name,
         run_dir=str(run.path),
         state=state.name,
         date=_date(intent.get("at")),
-        cluster=_cluster(intent, records),
+        cluster=_cluster(intent, seen),
         gpu=gpu,
         nodes=nodes,
         gpus=gpus,
@@ -107,34 +117,85 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         mfu_pct=last.mfu_pct if last else None,
         peak_tflops=peak_of(last.tflops, last.mfu_pct) if last else None,
         data_share=_data_share(run.path / "titan" / "tb", found.warm_steps) if with_data_share else None,
-        startup=_startup(run, records, nodes, found.began),
+        startup=_startup(submitted, attempts[0].began_at, _checked(by_attempt[0], nodes), first),
         overall_tps=found.overall_tps,
-        wall_s=_between(_script_began(run), _moment((run.end or {}).get("ended_at")), _LONGEST_QUEUE_S),
+        wall_s=spent.allocation_s
+        if spent and len(attempts) > 1
+        else _between(attempts[0].began_at, attempts[-1].ended_at, _LONGEST_QUEUE_S),
         series=found.series,
         by_node=found.by_node,
+        attempts=tuple(map(_result, attempts, starts, (*kept, measure.ENDLESS), found.by_attempt)),
+        goodput=spent,
         problems=tuple(problems),
-        notes=_notes(found, records, nodes, steps, log_freq),
-        versions=_versions(records, image, _moment(intent.get("at"))),
+        notes=_notes(found, records, nodes, kept),
+        versions=_versions(seen, image, submitted),
         settings=settings,
         prediction=read_json(run.path / "plan.json") or {},
     )
 
 
-def _records(log_dir: Path, unreadable: list[str]) -> Iterator[tuple[str, Iterator[StepRecord]]]:
+@dataclass(frozen=True)
+class _Logged:
+    """The logs of an attempt by node; its first node that logged a step is read, and held until it is used."""
+
+    logs: Mapping[str, Path]
+    host: str = ""
+    steps: Sequence[StepRecord] = ()  # each once, in their order
+    saves: Sequence[tuple[float, float]] = ()  # when checkpoints were saved, and how long each took
+    read: dict[Path, list[StepRecord]] = field(default_factory=dict)
+
+
+def results_of(attempts: Sequence[Attempt]) -> tuple[Attempt, ...]:
+    """How far each attempt came, by one node's log of each; nothing is raised."""
+    starts, kept = _read(attempts, [])
+    return tuple(map(_result, attempts, starts, (*kept, measure.ENDLESS), [None] * len(starts)))
+
+
+def _read(attempts: Sequence[Attempt], unreadable: list[str]) -> tuple[list[_Logged], tuple[int, ...]]:
+    """What each attempt logged, and up to which step it counts."""
+    starts = [_logged(attempt, unreadable) for attempt in attempts]
+    firsts = [start.steps[0].step if start.steps else None for start in starts]
+    return starts, kept_steps([attempt.step for attempt in attempts], firsts)
+
+
+def _logged(attempt: Attempt, unreadable: list[str]) -> _Logged:
     try:
-        logs = node_logs(log_dir)
+        logs = node_logs(attempt.logs)
     except LauncherError as error:
         unreadable.append(error.what)
-        return
-    for name, path in logs.items():
-        yield name, _readable(path, unreadable)
+        return _Logged({})
+    read: dict[Path, list[StepRecord]] = {}
+    for host, path in logs.items():
+        reader = LogReader(path)
+        if records := read.setdefault(path, list(_readable(reader, unreadable))):
+            return _Logged(logs, host, measure.deduplicate(records).records, reader.saves, read)
+    return _Logged(logs, read=read)
 
 
-def _readable(path: Path, unreadable: list[str]) -> Iterator[StepRecord]:
+def _records(
+    starts: Sequence[_Logged], kept: Sequence[int], unreadable: list[str], wild: list[StepRecord]
+) -> Iterator[tuple[str, Iterator[StepRecord]]]:
+    """The steps that count, by node and in the order of attempts; of others, those that are not finite go to `wild`."""
+
+    def of_node(host: str) -> Iterator[StepRecord]:
+        for start, (low, high) in zip(starts, pairwise((-1, *kept, measure.ENDLESS)), strict=True):
+            if path := start.logs.get(host):
+                records = start.read.pop(path, None)
+                for record in _readable(LogReader(path), unreadable) if records is None else records:
+                    if low < record.step <= high:
+                        yield record
+                    elif not measure.finite(record):
+                        wild.append(record)
+
+    for host in dict.fromkeys(host for start in starts for host in start.logs):
+        yield host, of_node(host)
+
+
+def _readable(reader: LogReader, unreadable: list[str]) -> Iterator[StepRecord]:
     try:
-        yield from LogReader(path).read()
+        yield from reader.read()
     except OSError as error:
-        unreadable.append(f"cannot read {path}: {error.strerror}")
+        unreadable.append(f"cannot read {reader.path}: {error.strerror}")
 
 
 def node_checks(run: Run) -> dict[str, NodeCheck]:
@@ -176,6 +237,12 @@ def _node_records(folder: Path, unreadable: list[str]) -> dict[str, dict[str, An
     return found
 
 
+def _trained(attempt: Path, unreadable: list[str]) -> dict[str, dict[str, Any]]:
+    """`_node_records` of the nodes that trained, where some were left over."""
+    records, hosts = _node_records(attempt / "nodes", unreadable), Run(attempt).chosen
+    return {host: record for host, record in records.items() if not hosts or host in hosts}
+
+
 # --- what makes it less than a result -----------------------------------------------------------------------
 
 
@@ -200,20 +267,32 @@ def _of_steps(found: measure.Measured, steps: int, log_freq: int) -> list[Proble
     return problems + ([NO_STEP_COUNTS] if found.tps is None else [])
 
 
-def _of_nodes(found: measure.Measured, nodes: int) -> list[str]:
+def _of_nodes(found: measure.Measured, nodes: int, attempts: Sequence[Attempt], kept: Sequence[int]) -> list[str]:
     """Nodes without a log, and those whose logs end before the leading one's: they train in step, so a part of the log
-    is missing.
+    is missing. Of each attempt; a node that was lost in one has no complete log there.
     """
     problems = []
-    logged, last = len(found.by_node), found.last.step if found.last else 0
-    if 0 < logged < nodes:
-        problems.append(f"only {logged} of {nodes} nodes logged")
-    elif logged > nodes:
-        problems.append(f"{logged} nodes logged, asked for {nodes}")
-    if short := [node for node in found.by_node if node.steps[-1][0] < last]:
-        end = min(node.steps[-1][0] for node in short)
-        problems.append(f"the log of {some([node.host for node in short])} ends at step {end} of {last}")
+    for attempt, ends in zip(attempts, _ends(found, kept), strict=True):
+        logged, last = len(ends), max((end for end, _ in ends.values()), default=0)
+        if 0 < logged < nodes - len(set(attempt.culprits) - ends.keys()):
+            problems.append(f"only {logged} of {nodes} nodes logged")
+        elif logged > nodes:
+            problems.append(f"{logged} nodes logged, asked for {nodes}")
+        if short := [host for host, (end, _) in ends.items() if end < last and host not in attempt.culprits]:
+            problems.append(f"the log of {some(short)} ends at step {min(ends[host][0] for host in short)} of {last}")
     return problems
+
+
+def _ends(found: measure.Measured, kept: Sequence[int]) -> list[dict[str, tuple[int, int]]]:
+    """Of each attempt, by node: the last step that counts, and how many do."""
+    ends: list[dict[str, tuple[int, int]]] = []
+    for low, high in pairwise((-1, *kept, measure.ENDLESS)):
+        ends.append({})
+        for node in found.by_node:
+            begin, end = (bisect_right(node.steps, step, key=lambda one: one[0]) for step in (low, high))
+            if begin < end:
+                ends[-1][node.host] = node.steps[end - 1][0], end - begin
+    return ends
 
 
 def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str]:
@@ -241,13 +320,12 @@ def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str
     return problems
 
 
-def _notes(
-    found: measure.Measured, records: Mapping[str, Any], nodes: int, steps: int, log_freq: int
-) -> tuple[str, ...]:
+def _notes(found: measure.Measured, records: Mapping[str, Any], nodes: int, kept: Sequence[int]) -> tuple[str, ...]:
     notes = []
-    most = max((len(node.steps) for node in found.by_node), default=0)
+    ends = _ends(found, kept)[-1]
+    most = max((many for _, many in ends.values()), default=0)
     last = found.last.step if found.last else 0
-    if fewer := [n.host for n in found.by_node if len(n.steps) < most and n.steps[-1][0] >= last]:
+    if fewer := [host for host, (end, many) in ends.items() if many < most and end >= last]:
         notes.append(f"fewer logged steps than on other nodes: {some(fewer)}")
     if len(records) < nodes:
         notes.append(f"{len(records) or 'none'} of {nodes} nodes left a record of their versions")
@@ -267,39 +345,52 @@ def _data_share(folder: Path, warm_steps: frozenset[int]) -> float | None:
     return min(1.0, sum(part * time for part, time in both) / 100 / sum(time for _, time in both))
 
 
-def _startup(run: Run, records: Mapping[str, Mapping[str, Any]], nodes: int, began: Mapping[str, float]) -> Startup:
+def _startup(submitted: float | None, script: float | None, check: _Span, first: Sequence[float]) -> Startup:
     """Where the time before the first step went. Clocks of several machines are compared: what is negative by more
     than their likely difference, or absurdly long, is not told.
     """
-    script = _script_began(run)
-    starts = [_moment(record.get("time")) for record in records.values()]
-    checks = [_number(record.get("check_s"), 0, _LONGEST_START_S) for record in records.values()]
-    ends = [None if a is None or b is None else a + b for a, b in zip(starts, checks, strict=True)]
-    # A node's check_s has its wait for the last node's container in it, which is told as the container's.
-    in_container, checked = (_last(moments, nodes) for moments in (starts, ends))
-    offsets = {host: _number(record.get("utc_offset_s"), -86400, 86400) for host, record in records.items()}
-    first = [at - offset for host, at in began.items() if (offset := offsets.get(host)) is not None]
+    in_container, checked = check
     return Startup(
-        queue_s=_between(_moment((run.intent or {}).get("at")), script, _LONGEST_QUEUE_S),
+        queue_s=_between(submitted, script, _LONGEST_QUEUE_S),
         container_s=_between(script, in_container, _LONGEST_START_S),
         check_s=_between(in_container, checked, _LONGEST_START_S),
         first_step_s=_between(checked, min(first, default=None), _LONGEST_START_S),
     )
 
 
-def _script_began(run: Run) -> float | None:
-    if began := _moment((run.end or {}).get("began_at")):
-        return began
-    if run.end is not None or run.is_copy:  # copying changes the times of files
-        return None
-    with contextlib.suppress(OSError):
-        return (run.path / "claim" / "job_id").stat().st_mtime
-    return None
+def _checked(records: Mapping[str, Mapping[str, Any]], nodes: int) -> _Span:
+    """When the last node's check began, and when the last one ended."""
+    starts = [moment(record.get("time")) for record in records.values()]
+    checks = [_number(record.get("check_s"), 0, _LONGEST_START_S) for record in records.values()]
+    ends = [None if a is None or b is None else a + b for a, b in zip(starts, checks, strict=True)]
+    # A node's check_s has its wait for the last node's container in it, which is told as the container's.
+    return _last(starts, nodes), _last(ends, nodes)
+
+
+def _offset(record: Mapping[str, Any]) -> float | None:
+    return _number(record.get("utc_offset_s"), -86400, 86400)
+
+
+def _trace(attempt: Attempt, start: _Logged, records: Mapping[str, Mapping[str, Any]], nodes: int) -> Trace:
+    offset = _offset(records.get(start.host, {}))
+    check_s = _between(*_checked(records, nodes), _LONGEST_START_S) or 0.0
+    if not start.host or offset is None:
+        return Trace(attempt, check_s, None if start.host else ())
+    points = [(one.step, one.time - offset) for one in start.steps if one.time is not None]
+    return Trace(attempt, check_s, points, [(at - offset, took) for at, took in start.saves])
+
+
+def _result(attempt: Attempt, start: _Logged, kept: int, tps: float | None) -> Attempt:
+    found = replace(attempt, hosts=attempt.hosts or tuple(start.logs), tps=tps)
+    if not start.steps:
+        return found
+    first, last = start.steps[0].step, start.steps[-1].step
+    return replace(found, first_step=first, last_step=last, kept_step=min(kept, last))
 
 
 def _last(moments: Sequence[float | None], nodes: int) -> float | None:
     """None where one of the nodes' is not known: it could be the last."""
-    known = [moment for moment in moments if moment is not None]
+    known = [one for one in moments if one is not None]
     return max(known) if len(known) == nodes else None
 
 
@@ -316,14 +407,9 @@ def _number(value: object, low: float, high: float) -> float | None:
     return None
 
 
-def _moment(value: object) -> float | None:
-    """Seconds since 1970 that can be a time of this launcher's: from 2017 to 2103."""
-    return _number(value, 1.5e9, 4.2e9)
-
-
 def _date(at: object) -> str:
-    moment = _moment(at)
-    return "" if moment is None else datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    known = moment(at)
+    return "" if known is None else datetime.fromtimestamp(known, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _cluster(intent: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:

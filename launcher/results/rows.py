@@ -130,4 +130,4 @@ def summary_line(outcome: Outcome) -> str:
 
 def records_used(outcome: Outcome) -> int:
     """How many logged steps stand behind the median: of the nodes that have one, the mean, rounded up."""
-    return -(-outcome.tps.count // (len(outcome.measured) or 1)) if outcome.tps else 0
+    return -(-outcome.tps.count // outcome.measured_at_once) if outcome.tps else 0

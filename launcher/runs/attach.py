@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.base.errors import ExitStatus, LauncherError
@@ -52,11 +53,13 @@ def progress_now(run: Run) -> Progress | None:
     return newest[0] if newest else None
 
 
-def log_lines(run: Run, until_end: bool, node: str = "", rank: int | None = None) -> Iterator[tuple[str, str]]:
+def log_lines(
+    run: Run, until_end: bool, node: str = "", rank: int | None = None, log_dir: Path | None = None
+) -> Iterator[tuple[str, str]]:
     """(node, line) of the run's logs, or of those of one node or rank; with `until_end` goes on reading until the run
-    has ended.
+    has ended. `log_dir`: of an earlier attempt.
     """
-    logs = partial(logs_of, run.logs, node, rank, run.ranks_per_node)
+    logs = partial(logs_of, log_dir or run.logs, node, rank, run.ranks_per_node)
     return merged_lines(logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
 
 

@@ -4,6 +4,7 @@ claim/job_id           the script has begun
 nodes/NNNN-host.doing  the node's container runs, and what its check is at; gone when its record is there
 nodes/NNNN-host.json   the node's own record: its check is over
 logs/NNNN-host.log     training, as soon as one holds a step
+attempts/N             an earlier attempt is over, and all of these begin anew
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from launcher.base.files import read_json
 from launcher.logs.follow import Follower, Progress
+from launcher.runs.attempts import Attempt, attempts_of, earlier
 from launcher.runs.directory import Run
 from launcher.scheduler.state import WAITING, JobState
 
@@ -46,6 +48,11 @@ class Standing:
     fit: int = 0  # nodes that have passed their check
     doing: Mapping[str, int] = field(default_factory=dict)  # what is checked just now, and on how many nodes
     progress: Progress | None = None
+    before: Attempt | None = None  # the attempt that it trains on from
+
+    @property
+    def attempt(self) -> int:
+        return self.before.number + 1 if self.before else 1
 
 
 class Watcher:
@@ -53,21 +60,33 @@ class Watcher:
 
     def __init__(self, run: Run) -> None:
         self._run, self._nodes = run, run.nodes
-        self._follower = Follower(run.logs, run.steps, chosen=lambda: run.chosen)
+        self._earlier: list[int] = []
+        self._last: Attempt | None = None
+        self._renew()
+
+    def _renew(self) -> None:
+        """An attempt begins with empty logs/ and nodes/."""
+        self._follower = Follower(self._run.logs, self._run.steps, chosen=lambda: self._run.chosen)
         self._began: dict[Phase, float] = {}
         self._progress: Progress | None = None
         self._before: tuple[Phase, int, int, Mapping[str, int]] = (Phase.STARTING, 0, 0, {})
 
     def look(self, state: JobState | None) -> list[Standing]:
         """One standing for each step that was logged since the last look, or one for none."""
+        if (numbers := earlier(self._run)) != self._earlier:
+            self._earlier, self._last = numbers, next(iter(attempts_of(self._run)[-2::-1]), None)
+            self._renew()
         end = self._run.end or {}
         at = _number(end, "ended_at") or time.time()
-        self._begin(Phase.QUEUED, (self._run.intent or {}).get("at"), at)
+        since = self._last.ended_at if self._last else (self._run.intent or {}).get("at")
+        self._begin(Phase.QUEUED, since, at)
         began = _number(end, "began_at")
         with suppress(OSError):
             began = began or (self._run.path / "claim" / "job_id").stat().st_mtime
+        if self._last and since and began and began < since:  # of an earlier attempt's job
+            began = None if state and state.name in WAITING else since
         if began is None and (state is None or state.name in (*WAITING, "SUBMITTING")):
-            return [Standing(Phase.QUEUED, dict(self._began), state, at, self._nodes)]
+            return [Standing(Phase.QUEUED, dict(self._began), state, at, self._nodes, before=self._last)]
         self._begin(Phase.STARTING, began, at)
         seen = []
         for progress in self._follower.read():
@@ -85,7 +104,8 @@ class Watcher:
             if self._progress.step >= self._progress.steps_total:
                 phase = Phase.ENDING
                 self._begin(phase, None, at)
-        return Standing(phase, dict(self._began), state, at, self._nodes, started, fit, doing, self._progress)
+        known = (started, fit, doing, self._progress, self._last)
+        return Standing(phase, dict(self._began), state, at, self._nodes, *known)
 
     def _before_training(self, at: float) -> tuple[Phase, int, int, Mapping[str, int]]:
         records = self._run.node_records

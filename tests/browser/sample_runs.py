@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
-from launcher.results.outcome import NodeResult, Outcome, Point, Startup
+from launcher.results.outcome import Goodput, NodeResult, Outcome, Point, Startup
+from launcher.runs.attempts import Attempt
 from tests.unit.outcomes import outcome, spread
 
 MARKUP = '<img src=x onerror=alert(1)></script><b>"q"\'&amp;'
@@ -15,13 +17,18 @@ LONG = "h100-2n-a-name-that-is-rather-long-because-somebody-put-everything-into-
 CUT_SHORT, NEVER_STARTED = ("TIMEOUT", "step 40 of 100"), ("FAILED (exit code 1)", "no step of 100 was logged")
 VERSIONS = {"torch": "2.14.1", "torchtitan": "0.2.2", "cuda": "13.0", "image": "titan-stable-arm64.sqsh"}
 
+HOSTS = ("gb200-001", "gb200-002", "gb200-003")
+FIRST = Attempt(1, "", HOSTS, 0, 900, 1, "node-failure", HOSTS[2:], 20, True, "", True, 1, 30, 20, 18270.0)
+ATTEMPTS = (FIRST, Attempt(2, "", (*HOSTS[:2], "gb200-004"), 905, 4000, 0, first_step=30, last_step=100, kept_step=100))
+GOODPUT = Goodput(4000.0, 3321.0, 290.0, 21.0, 204.0, 12.4, 151.6, 12.0)
+
 
 def sample() -> list[Outcome]:
     """Newest first, as the command has them."""
     return [
         run("gb200-17n-1121", 17, 17590, "2026-11-21T08:00:00Z", queue_s=5400.0),
         run("gb200-9n-1120", 9, 17960, "2026-11-20T09:30:00Z"),
-        run("gb200-3n-1120", 3, 18260, "2026-11-20T08:10:00Z"),
+        replace(run("gb200-3n-1120", 3, 18260, "2026-11-20T08:10:00Z"), attempts=ATTEMPTS, goodput=GOODPUT),
         run("gb200-9n-slow-node", 9, 16900, "2026-11-19T15:00:00Z", slow=0.93),
         run("gb200-9n-nan", 9, 17900, "2026-11-19T11:00:00Z", nan_from=60, problems=("NaN in the loss",)),
         run("gb200-17n-cut-short", 17, 17500, "2026-11-18T20:00:00Z", steps=40, state="TIMEOUT", problems=CUT_SHORT),

@@ -162,7 +162,7 @@ def test_the_keyboard_reaches_everything(opened: Open) -> None:
 def test_what_a_screen_reader_hears(opened: Open) -> None:
     tab = opened()
     assert tab.locator("html").get_attribute("lang") == "en"
-    assert [tab.locator(f"h{level}").count() for level in (1, 2)] == [1, 7]
+    assert [tab.locator(f"h{level}").count() for level in (1, 2)] == [1, 8]
     assert tab.get_by_role("img", name="Scaling of GB200, tokens/s per GPU over GPUs").count() == 1
     unnamed = "all => all.filter(one => !one.labels?.length && !one.textContent.trim()).length"
     assert tab.locator("button, input, a, summary").evaluate_all(unnamed) == 0

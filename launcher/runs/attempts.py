@@ -1,0 +1,125 @@
+"""The attempts of a run: what each trained on, for how long, why it ended. The root of a run directory is the last one.
+
+attempts/N/   an earlier one, with its own logs/, nodes/, attempt.json, and end.json where its job ended with it
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.base.files import read_json
+from launcher.base.output import some
+from launcher.logs.known_errors import known_errors
+from launcher.runs.directory import Run
+
+MOST = 10_000  # attempts, and hosts of one: more is damage
+REQUEUED = "requeued"
+WHY_NOT = {  # no further attempt follows
+    "cause": "the next one would end in the same way",
+    "no-progress": "three in a row wrote no new checkpoint",
+    "max-restarts": "--max-restarts is reached",
+    "too-few-nodes": "too few healthy nodes are left",
+    "requeue-refused": "Slurm did not queue the job again",
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the trainer; None and empty where something is not known."""
+
+    number: int
+    path: str  # has logs/ and nodes/
+    hosts: tuple[str, ...] = ()  # that trained, as far as it is known
+    began_at: float | None = None
+    ended_at: float | None = None
+    exit_code: int | None = None
+    cause: str = ""  # a code of known_errors.toml, or REQUEUED
+    culprits: tuple[str, ...] = ()  # hosts that are left out because of it
+    step: int | None = None  # the last complete checkpoint at its end
+    again: bool | None = None  # whether another one follows
+    why_not: str = ""
+    queued: bool = False  # whether what follows it had to wait in the queue
+    # What its logs say, where they were read (launcher/results/read.py):
+    first_step: int | None = None  # logged
+    last_step: int | None = None
+    kept_step: int | None = None  # the last one that counts: the next attempt trained on from it
+    tps: float | None = None  # the median of its steps that count, after warm-up
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.path, "logs")
+
+
+def attempts_of(run: Run) -> list[Attempt]:
+    """All attempts, oldest first; the last is the root's, and has no end while the run goes on."""
+    found: list[Attempt] = []
+    for number in earlier(run):
+        found.append(_attempt(number, run.path / "attempts" / str(number), found, None))
+    claimed = None
+    if run.end is None and not run.is_copy:  # copying changes the times of files
+        with suppress(OSError):
+            claimed = (run.path / "claim" / "job_id").stat().st_mtime
+    return [*found, _attempt(found[-1].number + 1 if found else 1, run.path, found, claimed)]
+
+
+def earlier(run: Run) -> list[int]:
+    """The numbers of the attempts that were followed by another one."""
+    with suppress(OSError):
+        names = [path.name for path in (run.path / "attempts").iterdir() if re.fullmatch("[1-9][0-9]{0,3}", path.name)]
+        return sorted(map(int, names))
+    return []
+
+
+def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float | None) -> Attempt:
+    """`claimed`: when its job began, where only a file's time tells it."""
+    said, end = read_json(path / "attempt.json") or {}, read_json(path / "end.json") or {}
+    last = before[-1].ended_at if before else None
+    starts = [at for at in (moment(end.get("began_at")), claimed) if at]
+    code, step = (said if "exit_code" in said else end).get("exit_code"), said.get("step")
+    return Attempt(
+        number,
+        str(path),
+        _texts(Run(path).chosen) or _texts(said.get("hosts")),
+        moment(said.get("began_at")) or max([*starts, *([last] if last else [])], default=None),
+        moment(said.get("ended_at")) or moment(end.get("ended_at")),
+        code if type(code) is int else None,
+        cause := _text(said.get("cause")),
+        _texts(said.get("culprits")),
+        step if type(step) is int and 0 <= step <= 10**9 else None,
+        again if isinstance(again := said.get("again"), bool) else None,
+        _text(said.get("why_not")),
+        said.get("requeue") is True or cause in (REQUEUED, "time-limit") or bool(end),
+    )
+
+
+def ended_by(attempt: Attempt) -> str:
+    """Why an attempt ended, in a few words: `node n2 lost`."""
+    nodes = f"node{'s' if len(attempt.culprits) > 1 else ''} {some(attempt.culprits)}" if attempt.culprits else "a node"
+    if attempt.cause == "node-failure":
+        return f"{nodes} lost"
+    if attempt.cause == REQUEUED:
+        return "queued again by Slurm or an administrator"
+    cause = next((known.cause for known in known_errors() if known.code == attempt.cause), attempt.cause)
+    for name, word in (("node {host}", nodes), ("{node}", nodes), ("{who}", "a rank")):
+        cause = cause.replace(name, word)
+    cause = cause.partition(": {")[0]  # what only the log's own line tells
+    return attempt.cause if "{" in cause else cause
+
+
+def moment(value: Any) -> float | None:
+    """Seconds since 1970 that can be a time of this launcher's: from 2017 to 2103."""
+    return float(value) if type(value) in (int, float) and math.isfinite(value) and 1.5e9 < value < 4.2e9 else None
+
+
+def _text(value: Any) -> str:
+    return value[:100] if isinstance(value, str) else ""
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(filter(None, map(_text, value[:MOST]))) if isinstance(value, list) else ()
