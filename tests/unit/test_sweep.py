@@ -63,7 +63,8 @@ def end(image: Path, run: str, code: int = 0, hours: float = 0.5, steps: int = 1
         lines = [line(step) for step in STEPS]
         for node in range(int(run.split("n-b")[0].rpartition("-")[2])):
             (folder / "logs" / f"{node:04}-n{node}.log").write_text("".join(lines[: 11 if steps >= 100 else 3]))
-    ended = {"exit_code": code, "signal": "", "began_at": 1_790_000_000, "ended_at": 1_790_000_000 + int(hours * 3600)}
+    began = 1_790_000_000 + 86400 * len([*folder.glob("attempts/*")])
+    ended = {"exit_code": code, "signal": "", "began_at": began, "ended_at": began + int(hours * 3600)}
     (image.parent / "runs" / run / "end.json").write_text(json.dumps(ended))
     path = image.parent / "jobs.txt"
     kept = [line for line in path.read_text().splitlines() if f" {run}." not in line]
