@@ -166,7 +166,6 @@ TEXTS = {
         "right where the nodes have their own, or none are needed",
     ),
     "hub-no-token": Text("files", "--data hub: the ranks ask the Hub without a token", "it refuses them sooner (429)"),
-    "checkpoint-space": Text("checkpoints", "{count} checkpoints take {needed}, {there} are free in {path}"),
     "checkpoint-space-short": Text(
         "checkpoints",
         "{count} checkpoints take {needed}, {there} are free in {path}",
