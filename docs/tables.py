@@ -106,10 +106,11 @@ def _settings(section: str) -> str:
 
 
 def _keys(_all: str) -> str:
-    names = [c.command_path.removeprefix("launcher ") for c in all_commands() if not isinstance(c.command, click.Group)]
+    runs = [c for c in all_commands() if not isinstance(c.command, click.Group) or c.command.invoke_without_command]
+    names = [context.command_path.removeprefix("launcher ") for context in runs]
     found: dict[str, dict[str, set[str]]] = {}
     for answer in json.loads(ANSWERS.read_text(encoding="utf-8")):
-        command = next((name for name in names if f"{answer['command']} ".startswith(f"{name} ")), "")
+        command = max((name for name in names if f"{answer['command']} ".startswith(f"{name} ")), key=len, default="")
         said = answer["said"] if isinstance(answer["said"], list) else [answer["said"]]
         for key, kind in (pair for value in said for pair in _key(value)):
             found.setdefault(command, {}).setdefault(key, set()).add(kind)

@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from launcher import __version__
+from launcher import version
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.output import echo, never_fail, print_error
 
@@ -22,22 +22,22 @@ from launcher.base.output import echo, never_fail, print_error
 COMMANDS = {
     "accept": ("judge:accept", "Judge a run: PASS, FAIL or CANNOT SAY, with reasons."),
     "cancel": ("runs:cancel", "Cancel a run."),
-    "cluster": ("cluster:cluster", "Show what this Slurm cluster is, and which nodes are left out."),
+    "cluster": ("cluster:cluster", "Show this Slurm cluster, and the nodes that are left out."),
     "compare": ("judge:compare", "Compare two results and show which differences exceed noise."),
-    "completion": ("completion:completion", "Print the script with which bash, zsh or fish completes commands."),
-    "config": ("config:config", "Settings and where they come from."),
+    "completion": ("completion:completion", "Print the completion script for bash, zsh or fish."),
+    "config": ("config:config", "Show settings and where they come from."),
     "image": ("image:image", "Build, convert, inspect and check the image that jobs run in."),
     "init": ("init:init", "Set up your defaults for this cluster."),
     "list": ("runs:list_", "List the runs, newest first."),
     "logs": ("runs:logs", "Print the logs of all nodes as one, each line with its node."),
-    "plan": ("plan:plan", "Predict a run: memory, tokens/s, time, node-hours, files of C4."),
-    "preflight": ("preflight:preflight", "Check what can be known before a run queues."),
+    "plan": ("plan:plan", "Predict a run: memory, tokens/s, time, node-hours and C4 files."),
+    "preflight": ("preflight:preflight", "Check a run before it queues."),
     "render": ("submit:render", "Print the job script, and nothing else."),
-    "report": ("report:report", "Write runs as one HTML page, and its charts."),
-    "results": ("results:results", "Print results as the published table has them."),
+    "report": ("report:report", "Write runs as one HTML page with charts."),
+    "results": ("results:results", "Print results in the form of the published table."),
     "stage": ("stage:stage", "Download data, tokenizer, weights and images, and verify them."),
     "status": ("runs:status", "Show the state of runs (default: the newest), and why."),
-    "submit": ("submit:submit", "Submit a run to Slurm, or with --local start it here."),
+    "submit": ("submit:submit", "Submit a run to Slurm, or start it on this machine with --local."),
     "sweep": ("sweep:sweep", "Submit a matrix of nodes, batch sizes and recipes."),
     "version": ("version:version", "Print the versions of the launcher and of what it uses."),
     "watch": ("runs:watch", "Follow a run (default: the newest) to its end."),
@@ -89,10 +89,16 @@ class _Commands(click.Group):
         return names + click.Command.shell_complete(self, context, incomplete)
 
 
+def _version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        echo(f"launcher, version {version()}")
+        context.exit()
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="launcher")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def launcher() -> None:
-    """Run torchtitan's Llama-3 training on a Slurm cluster, or here, and read the result.
+    """Run torchtitan's Llama-3 training on a Slurm cluster or on this machine, and read the result.
 
     \b
     launcher submit --image titan.sqsh --nodes 9     submit to Slurm

@@ -67,7 +67,7 @@ def _refuse_absurd(value: Any) -> None:
         if not (level := [item for items in inner for item in items]):
             return
         if any(isinstance(item, int) and abs(item) > LARGEST for item in level):
-            raise ValueError("a number of too many digits")
+            raise ValueError("the number has too many digits")
     raise ValueError("nested too deeply")
 
 

@@ -23,9 +23,9 @@ _partition = click.option("--partition", "-p", default="", help="Slurm partition
 @_partition
 @as_json
 def show(partition: str, as_json: bool) -> None:
-    """Show what this cluster is, and the profile that fits.
+    """Show this cluster, and the GPU profile that fits it.
 
-    Slurm and its features, nodes, blocks, and the GPU profile with its evidence.
+    Prints Slurm's version and features, the nodes, their blocks, and what the choice of the profile rests on.
 
     \b
     launcher cluster show
@@ -133,7 +133,7 @@ def _row(title: str, text: str) -> str:
 
 @click.group()
 def cluster() -> None:
-    """Show what this Slurm cluster is, and which nodes are left out.
+    """Show this Slurm cluster, and the nodes that are left out.
 
     \b
     launcher cluster show                       Slurm, nodes, blocks, and the profile with its evidence

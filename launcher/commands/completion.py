@@ -13,7 +13,7 @@ from launcher.base.output import as_json, echo_file, print_json
 @as_json
 @click.pass_context
 def completion(context: click.Context, shell: str, as_json: bool) -> None:
-    """Print the script with which bash, zsh or fish completes commands.
+    """Print the completion script for bash, zsh or fish.
 
     \b
     launcher completion bash > ~/.local/share/bash-completion/completions/launcher

@@ -12,7 +12,7 @@ from launcher.config.options import RunOptions, run_options
 
 @click.group()
 def config() -> None:
-    """Settings and where they come from."""
+    """Show settings and where they come from."""
 
 
 @config.command("show", cls=RunCommand)

@@ -81,7 +81,7 @@ def _squashfs(status: ExitStatus = ExitStatus.INVALID) -> Decorator:
 
     def refuse_image(_context: click.Context, _parameter: click.Parameter, value: str) -> Path:
         if not os.path.lexists(value) and not is_file(value) and is_reference(value):
-            what = f"{value}: no such file; an image of the Docker engine is no file yet"
+            what = f"{value}: no such file; a Docker image has to be converted to a file first"
             fix = f"launcher image check {quoted(value)}, or: launcher image convert {quoted(value)}"
             raise LauncherError("image-not-a-file", what, fix, status=status)
         return Path(value)
@@ -93,7 +93,7 @@ def no_password(_context: click.Context, parameter: click.Parameter, value: str 
     """Build arguments stay readable in the image's history, and in the process list while it is built."""
     if value and re.match(r"[^/]*//[^/]*@", value):
         raise click.BadParameter(
-            "an address with a user or password would stay in the image; put it into the base image's pip.conf",
+            "a user or password in the address would stay readable in the image; put it into the base image's pip.conf",
             param=parameter,
         )
     return value
@@ -115,7 +115,7 @@ def target_path(output: str | None, name: str, force: bool) -> Path:
     path = Path(output or ".")
     if path.is_dir():
         if not name:
-            raise click.UsageError("The image does not say which channel it is: name the file with -o FILE.")
+            raise click.UsageError("The image does not say its channel: name the file with -o FILE.")
         path /= name
     elif str(output).endswith("/"):  # which a Path forgets
         fix = f"mkdir -p {quoted(path)}, or a file's name without the slash"
@@ -146,7 +146,7 @@ _torch_index = click.option(
     "--torch-index",
     metavar="URL",
     callback=no_password,
-    help="Where torch comes from, in place of the channel's own index; '': from where all other packages do.",
+    help="Index to get torch from, instead of the channel's; '' for the index of all other packages.",
 )
 _purpose = click.option(
     "--for",
@@ -154,7 +154,7 @@ _purpose = click.option(
     type=click.Choice(["unpack", "mount"]),
     default="unpack",
     show_default=True,
-    help="What nodes do with the file. unpack: it is small (zstd); mount, by squashfuse: it is cheap to read (lz4).",
+    help="What nodes will do with the file. unpack: smaller (zstd); mount, with squashfuse: faster to read (lz4).",
 )
 _force = click.option("--force", is_flag=True, help="Replace a file that exists.")
 
@@ -188,28 +188,28 @@ def image() -> None:
 @image.command("build", cls=_WithChannels)
 @_channel
 @_arch(None, "the Docker engine's own")
-@_output("Also convert it: a directory, which gets titan-CHANNEL-ARCH.sqsh, or a file's name.")
+@_output("Also convert it: the file to write, or a directory for titan-CHANNEL-ARCH.sqsh.")
 @_purpose
 @_force
-@_image_option("--tag", "NAME:TAG", "Its name in the engine.  [default: titan:CHANNEL-ARCH]")
-@_image_option("--base", "IMAGE", "Base image in place of the channel's own.")
+@_image_option("--tag", "NAME:TAG", "Name of the image in Docker.  [default: titan:CHANNEL-ARCH]")
+@_image_option("--base", "IMAGE", "Base image instead of the channel's.")
 @click.option(
     "--lock",
     "lock_file",
     type=FilePath(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Lock file in place of the channel's own.",
+    help="Lock file instead of the channel's.",
 )
 @_torch_index
 @click.option("--index-url", default="", metavar="URL", callback=no_password, help="A mirror of PyPI for the build.")
-@click.option("--network", default="", metavar="NAME", help="Network of the build's steps, such as 'host'.")
-@click.option("--no-cache", is_flag=True, help="Build every layer anew.")
+@click.option("--network", default="", metavar="NAME", help="Network for the build steps, such as 'host'.")
+@click.option("--no-cache", is_flag=True, help="Rebuild every layer.")
 @click.option(
     "--push",
     "reference",
     metavar="REFERENCE",
     callback=image_name,
-    help="Push what was built, as one manifest list of its architectures: registry/path:tag.",
+    help="Push the result to registry/path:tag, as one manifest list for all architectures.",
 )
 @as_json
 def build_command(
@@ -217,7 +217,7 @@ def build_command(
 ) -> None:
     """Build a channel's image with the Docker engine.
 
-    CHANNEL is nightly by default. A channel that has no lock yet gets one first.
+    CHANNEL is nightly by default. If it has no lock yet, one is made first.
 
     \b
     launcher image build
@@ -229,7 +229,7 @@ def build_command(
     engine = docker_engine.connect()
     arches = building.arches(arch or "", engine)
     if len(arches) > 1 and (options["tag"] or options["lock_file"] or (output and not os.path.isdir(output))):
-        raise click.UsageError("--arch all takes no --tag and no --lock, and -o has to be a directory.")
+        raise click.UsageError("With --arch all, --tag and --lock cannot be used, and -o must be a directory.")
     files = {}
     if output:  # a build takes minutes: what would stop it at its end stops it here
         need("mksquashfs")
@@ -268,9 +268,9 @@ def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
 @_force
 @as_json
 def convert_command(image: str, output: str | None, purpose: str, force: bool, as_json: bool) -> None:
-    """Turn an IMAGE of the engine into a squashfs for Pyxis.
+    """Convert a Docker image to a squashfs for Pyxis.
 
-    Nothing is unpacked, and neither enroot nor root is needed. Beside the file comes FILE.json: what is in it.
+    Unpacks nothing, and needs neither enroot nor root. FILE.json beside the result describes what is in it.
 
     \b
     launcher image convert titan:stable-arm64
@@ -292,21 +292,21 @@ def convert_command(image: str, output: str | None, purpose: str, force: bool, a
     "--gpu",
     metavar="PROFILE",
     shell_complete=_completing(lambda: names_of("profiles")),
-    help="Would it run on these nodes?",
+    help="Also check whether it runs on these nodes.",
 )
-@click.option("--driver", metavar="VERSION", help="Would it run with this NVIDIA driver, such as 580.95.05?")
+@click.option("--driver", metavar="VERSION", help="Also check whether it runs with this driver, such as 580.95.05.")
 @as_json
 def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bool) -> None:
-    """Show what is in a squashfs image, also in one that another tool made.
+    """Show what is in a squashfs image, whatever tool made it.
 
-    With --gpu or --driver also whether it would run there; exit code 3 where it would not.
+    With --gpu or --driver, also says whether it would run there. Exit code 3: it would not.
 
     \b
     launcher image inspect titan-stable-arm64.sqsh
     launcher image inspect titan-stable-arm64.sqsh --gpu gb200 --driver 570.124.06
     """
     if driver is not None and not re.fullmatch(r"\d+(\.\d+)*", driver):
-        raise click.BadParameter(f"{driver[:40]!r} is no version such as 580.95.05", param_hint="--driver")
+        raise click.BadParameter(f"{driver[:40]!r} is not a version such as 580.95.05", param_hint="--driver")
     profile: Mapping[str, Any] = {}
     if gpu:
         profile = read_layer(find("profiles", gpu), f"profile {gpu}").values
@@ -323,7 +323,7 @@ def inspect_command(file: Path, gpu: str | None, driver: str | None, as_json: bo
         for what, fix in found:
             echo(f"{style('problem:', fg='red')} {what}", f"  try: {fix}")
         if (gpu or driver) and not found:
-            echo("nothing known speaks against these nodes")
+            echo("nothing known keeps it from running on these nodes")
     if found:
         sys.exit(ExitStatus.INVALID)
 
@@ -350,7 +350,8 @@ def _print_facts(facts: ImageFacts) -> None:
 def check_command(image: str, timeout: int, as_json: bool) -> None:
     """Test an image from inside, without a GPU.
 
-    Its versions are those of its lock, there is one NCCL, torchtitan builds a model. Exit code 3 where a check failed.
+    Checks that the versions match the lock, that there is one NCCL, and that torchtitan builds a model. Exit code 3: a
+    check failed.
 
     \b
     launcher image check titan:stable-arm64
@@ -380,7 +381,7 @@ def check_command(image: str, timeout: int, as_json: bool) -> None:
 def lock_command(channel: str, arch: str, torch_index: str | None, output: str | None, as_json: bool) -> None:
     """Pin the newest packages of a channel, with hashes.
 
-    They are the newest that CHANNEL (default: nightly) allows. The old lock is replaced.
+    Takes the newest packages that CHANNEL (default: nightly) allows, and replaces the old lock.
 
     \b
     launcher image lock stable
@@ -388,7 +389,7 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: str |
     """
     arches = list(ARCHES) if arch == "all" else [arch]
     if output and len(arches) > 1:
-        raise click.UsageError(f"-o is one file: with it comes --arch {' or '.join(ARCHES)}.")
+        raise click.UsageError(f"-o names one file, so it needs --arch {' or '.join(ARCHES)}.")
     rows = []
     for arch in arches:
         path = locking.lock(channel, arch, torch_index=torch_index, output=Path(output) if output else None)
@@ -407,9 +408,9 @@ def lock_command(channel: str, arch: str, torch_index: str | None, output: str |
 @gone("--recipe", "make a squashfs where Docker is, then: launcher image sif FILE.sqsh", is_flag=True)
 @as_json
 def sif_command(file: Path, output: str | None, force: bool, as_json: bool) -> None:
-    """Make a file for Apptainer.
+    """Convert a squashfs image to a SIF for Apptainer.
 
-    From a squashfs, for clusters without Pyxis.
+    For clusters without Pyxis.
 
     \b
     launcher image sif titan-stable-amd64.sqsh

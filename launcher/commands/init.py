@@ -27,10 +27,10 @@ from launcher.scheduler.facts import ClusterFacts
 @click.option("--gpu", metavar="PROFILE", help="GPU profile, or a TOML file of your own.")
 @click.option("--partition", "-p", help="Slurm partition.")
 @click.option("--account", "-A", help="Slurm account.")
-@click.option("--runs-dir", metavar="DIR", help="Where runs are made, and looked for; every node must see it.")
-@click.option("--data", metavar="DIR", help="C4, or 'sample' for generated text.")
+@click.option("--runs-dir", metavar="DIR", help="Where runs are created and looked for; every node must see it.")
+@click.option("--data", metavar="DIR", help="Directory with C4, or 'sample' for generated text.")
 @click.option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json.")
-@click.option("--image-dir", metavar="DIR", help="Where images are staged, and --image NAME is looked for.")
+@click.option("--image-dir", metavar="DIR", help="Where images are staged, and where --image NAME is looked for.")
 @click.option(
     "--config",
     "-c",
@@ -46,8 +46,9 @@ from launcher.scheduler.facts import ClusterFacts
 def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: str | None) -> None:
     """Set up your defaults for this cluster.
 
-    Finds the GPU profile, partition, account, directories of runs, data, tokenizer and images, says why, asks once,
-    and writes them into your file. Options that you give are saved. Everything already in the file stays as it is.
+    Finds the GPU profile, the partition, your account, and the directories for runs, data, tokenizer and images. Shows
+    what it found and why, asks once, and saves it in your settings file. Options that you give are saved too. What is
+    already in the file stays as it is.
 
     \b
     launcher init
@@ -61,7 +62,7 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
     given = {key: (str(value), "your file") for key in ABOUT if (value := saved.values.get(f"job.{key}"))}
     for key, value in options.items():
         if value == "":
-            raise click.UsageError(f"--{key.replace('_', '-')}: no value; to forget one, delete its line in {path}")
+            raise click.UsageError(f"--{key.replace('_', '-')}: empty; to remove it, delete its line in {path}")
         if value is not None:
             given[key] = str(absolute(f"job.{key}", value, Path.cwd())), f"option --{key.replace('_', '-')}"
     if "gpu" in given:
@@ -70,7 +71,7 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
     if not found[0].value:
         why = "; ".join(found[0].against) or "nothing names the GPU"
         fix = f"say which: launcher init --gpu {'|'.join(proposal.candidates or hardware())}"
-        raise LauncherError("gpu-unknown", f"no profile fits for sure: {why}", fix, status=ExitStatus.NOT_FOUND)
+        raise LauncherError("gpu-unknown", f"no GPU profile is certain: {why}", fix, status=ExitStatus.NOT_FOUND)
     for text in (text for choice in found for text in choice.against):
         warn(text)
     new = {c.key: c.value for c in found if c.value and c.value != saved.values.get(f"job.{c.key}")}
@@ -82,7 +83,7 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
         echo(f"For {path}:", *(f"  {line}" for line in columns(rows)))
     if not yes:
         if as_json or not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
-            raise click.UsageError(f"not a terminal to ask on: {quoted('launcher', *sys.argv[1:], '--yes')} writes it")
+            raise click.UsageError(f"no terminal to ask on; try {quoted('launcher', *sys.argv[1:], '--yes')}")
         confirm(f"Write it to {path}?", otherwise="nothing was written")
     save(path, "job", new, ABOUT)
     if as_json:

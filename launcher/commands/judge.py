@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from launcher import __version__
+from launcher import version
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_json, write_text
 from launcher.base.output import as_json, confirm, echo, is_terminal, print_json, style, warn
@@ -58,13 +58,13 @@ def _share(_context: click.Context, parameter: click.Parameter, value: str) -> f
 @click.argument("a", metavar="A", shell_complete=run_or_file)
 @click.argument("b", metavar="B", shell_complete=run_or_file)
 @runs_dir_option
-@click.option("--exit-code", is_flag=True, help="Exit with 12 where B is slower, with 13 where that cannot be said.")
+@click.option("--exit-code", is_flag=True, help="Exit with 12 if B is slower, and with 13 if that cannot be said.")
 @as_json
 def compare(a: str, b: str, runs_dir: Path, exit_code: bool, as_json: bool) -> None:
     """Compare two results and show which differences exceed noise.
 
-    A and B are runs (a name or a path), files (what launcher results --format json wrote, or a CSV in the form of
-    slurm/reference-results.csv), or the word published: the published row that matches the other best.
+    A and B are each a run (a name or a path), a file (from `launcher results --format json`, or a CSV like
+    slurm/reference-results.csv), or the word published: the published row that matches the other side best.
 
     \b
     launcher compare before-driver-update after-driver-update
@@ -89,7 +89,7 @@ def _two(a: str, b: str, runs_dir: Path) -> tuple[Outcome, Outcome]:
     first, second = results_in(a, runs_dir), results_in(b, runs_dir)
     if len(first) > 1 and len(second) > 1:
         raise LauncherError(
-            "several-results", f"{a} and {b} hold several results each", quoted("launcher", "compare", "RUN", b)
+            "several-results", f"{a} and {b} each hold several results", quoted("launcher", "compare", "RUN", b)
         )
     if len(first) > 1:
         return _nearest(second[0], first, a), second[0]
@@ -101,7 +101,7 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     if row is None:
         raise LauncherError(
             "gpu-without-result",
-            f"{where} has no result of a {one.gpu}, only of {', '.join(sorted({result.gpu for result in many}))}",
+            f"{where} has no result for {one.gpu}, only for {', '.join(sorted({result.gpu for result in many}))}",
             "launcher compare A B with a run or a file of your own",
             status=ExitStatus.NOT_FOUND,
         )
@@ -116,7 +116,7 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     default="95%",
     show_default=True,
     metavar="SHARE",
-    help="Of the baseline's tokens/s that the run must reach: 0.95 or 95%.",
+    help="Share of the baseline's tokens/s that the run must reach, such as 0.95 or 95%.",
 )
 @click.option(
     "--max-spread",
@@ -124,29 +124,29 @@ def _nearest(one: Outcome, many: Sequence[Outcome], where: str) -> Outcome:
     default="5%",
     show_default=True,
     metavar="SHARE",
-    help="How much slower than the others a node may be.",
+    help="How much slower than the other nodes a node may be.",
 )
 @click.option(
     "--baseline",
     default="published",
     show_default=True,
     metavar="published|FILE|RUN",
-    help="What it is measured by: the published rows, or a result of yours.",
+    help="What to compare with: the published rows, or a result of your own.",
 )
 @click.option(
     "--report",
     type=FilePath(path_type=Path),
     metavar="FILE.html",
-    help="Write a report to hand over: verdict, conditions, nodes, figures.",
+    help="Also write a report to hand over: verdict, conditions, nodes and figures.",
 )
 @click.option(
     "--follow",
     "-f",
     is_flag=True,
-    help="Wait for a run that still goes; a run submitted here is always waited for.",
+    help="Wait for the run to end, if it is still running. A run that this command submits is always followed.",
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start; do not ask.")
+@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start. Does not ask.")
 @as_json
 def accept(
     options: RunOptions,
@@ -161,9 +161,9 @@ def accept(
 ) -> None:
     """Judge a run: PASS, FAIL or CANNOT SAY, with reasons.
 
-    It looks at speed, nodes, numbers and loss. With a run (a name or a path) it judges that one; with options
-    of submit it submits a run, follows it, and judges it. The verdict is kept in RUN/accept.json. Exit code 0: PASS;
-    12: FAIL; 13: CANNOT SAY.
+    Judges speed, nodes, loss, and whether all numbers are finite. Name a run to judge it, or give the options of
+    `submit` to submit a run, follow it and judge it. The verdict is saved in RUN/accept.json. Exit code 0: PASS; 12:
+    FAIL; 13: CANNOT SAY.
 
     \b
     launcher accept --image titan.sqsh --nodes 9            after every change of the cluster
@@ -179,7 +179,7 @@ def accept(
         )
     if asked and options.run_file is not None and not options.run_file.is_file():
         raise click.UsageError(
-            f"{options.run_file}: a run is judged without options of submit; with them, name a RUN.toml to repeat"
+            f"{options.run_file}: options of submit need a RUN.toml to repeat; to judge this run, leave them out"
         )
     # Before hours are spent on a run that nothing could be compared with, or whose report could not be written.
     if report:
@@ -200,7 +200,7 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
     gpu = spec.profile.gpu
     if not any(same_gpu(gpu, row.gpu) for row in rows):
         warn(
-            f"no result of a {gpu} to measure it by: the verdict can be FAIL or CANNOT SAY; "
+            f"no result for {gpu} to compare with, so the verdict can only be FAIL or CANNOT SAY; "
             "--baseline FILE or RUN takes one of yours"
         )
     size = describe_run(spec)
@@ -240,14 +240,14 @@ def _tell(
         faults=_faults(run, state),
         state=state.name,
     )
-    inputs |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": __version__}
+    inputs |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "launcher": version()}
     kept = judging.as_dict(run.name, outcome, verdict, inputs) | {
         "next": (steps := _next_steps(run, state, verdict, inputs["baseline"]))
     }
     try:
         write_json(run.path / FILE, kept)
     except LauncherError as error:
-        warn(f"the verdict is printed only: {error.what}")
+        warn(f"the verdict could not be saved: {error.what}")
     if as_json:
         print_json(kept | ({"report": str(report)} if report else {}))
     else:

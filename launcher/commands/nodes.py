@@ -21,9 +21,9 @@ from launcher.scheduler.slurm import cluster_name
 def nodes(context: click.Context, as_json: bool) -> None:
     """List the nodes that failed their check.
 
-    They are left out of what is submitted, until their time is over.
+    New runs do without them until their time is over.
 
-    `submit` and `status` add them by themselves, for 7 days, where the fault was the node's own.
+    `submit` and `status` add a node by themselves, for 7 days, if the fault was its own.
 
     \b
     launcher cluster nodes                                        which, why, and until when
@@ -47,11 +47,11 @@ def nodes(context: click.Context, as_json: bool) -> None:
 
 @nodes.command()
 @click.argument("hosts", nargs=-1, required=True, metavar="HOST...")
-@click.option("--reason", required=True, metavar="TEXT", help="Why; the list shows it.")
-@click.option("--days", type=click.IntRange(1, 365), default=7, show_default=True, help="For how long.")
+@click.option("--reason", required=True, metavar="TEXT", help="Reason, which the list shows.")
+@click.option("--days", type=click.IntRange(1, 365), default=7, show_default=True, help="How long.")
 @as_json
 def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
-    """Leave nodes out of what is submitted from now on. HOST may be a Slurm host list.
+    """Leave nodes out of new runs. HOST may be a Slurm host list.
 
     \b
     launcher cluster nodes add gpu-007 --reason "slow NVLink"
@@ -62,7 +62,7 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
     if not text:
         raise click.UsageError("--reason: must not be empty")
     if unknown := [name for name in names if name not in known]:
-        warn(f"Slurm has no node {unknown[0]}: it is left out once there is one")
+        warn(f"Slurm has no node {unknown[0]}: it will be left out if it appears")
     new = [BadNode(name, text, "", now_s, now_s + days * DAY_S) for name in names]
     # What was known of these nodes goes.
     change(cluster, lambda old: added([*(node for node in old if node.host not in names), *new], (), now_s))
@@ -71,10 +71,10 @@ def add(hosts: tuple[str, ...], reason: str, days: int, as_json: bool) -> None:
 
 @nodes.command()
 @click.argument("hosts", nargs=-1, metavar="[HOST...]")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--all", "everything", is_flag=True, help="Release all of them.")
 @as_json
 def release(hosts: tuple[str, ...], everything: bool, as_json: bool) -> None:
-    """Let nodes be used again. A failure that was before is not remembered anew. HOST may be a Slurm host list.
+    """Use nodes again. Only a new failure puts them back. HOST may be a Slurm host list.
 
     \b
     launcher cluster nodes release gpu-007

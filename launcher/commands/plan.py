@@ -22,11 +22,11 @@ from launcher.scheduler.detect import detected
 @click.command(cls=RunCommand)
 @run_options
 @click.option(
-    "--prove", "proved", is_flag=True, help="Have torchtitan build the run at its true size, without GPUs: a minute."
+    "--prove", "proved", is_flag=True, help="Have torchtitan build the run at full size, without GPUs (a minute)."
 )
 @as_json
 def plan(options: RunOptions, proved: bool, as_json: bool) -> None:
-    """Predict a run: memory, tokens/s, time, node-hours, files of C4. Image and data need not exist.
+    """Predict a run: memory, tokens/s, time, node-hours and C4 files. Image and data need not exist.
 
     The speed comes from the nearest published row; without one, no speed is given. After the run, `results` compares
     the prediction with what was measured.

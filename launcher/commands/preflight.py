@@ -20,10 +20,10 @@ _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 @run_options
 @as_json
 def preflight(options: RunOptions, as_json: bool) -> None:
-    """Check what can be known before a run queues.
+    """Check a run before it queues.
 
-    Nothing is submitted. The same checks come before every `submit`. Exit code 0: nothing stops the run; 3 or 4:
-    `submit` would refuse it.
+    Submits nothing. `submit` makes the same checks first. Exit code 0: the run can be submitted; 3 or 4: `submit` would
+    refuse it.
 
     \b
     launcher preflight --image titan.sqsh --nodes 9

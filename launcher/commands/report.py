@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from launcher import __version__
+from launcher import version
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import filesystem_error, unreadable, write_text
 from launcher.base.output import as_json, counted, echo, echo_file, print_json, some
@@ -45,13 +45,13 @@ from launcher.scheduler.state import JobState
     "--plots",
     type=FilePath(path_type=Path),
     metavar="DIR",
-    help="Write its charts there, too, each as an SVG file.",
+    help="Also write each chart there as an SVG file.",
 )
 @as_json
 def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | None, as_json: bool) -> None:
-    """Write runs as one HTML page, and its charts.
+    """Write runs as one HTML page with charts.
 
-    The page needs nothing but itself. Without a RUN, all that logged something are on it.
+    The page is one file that needs no other. Without a RUN, it shows all runs that logged something.
 
     \b
     launcher report -o page.html
@@ -60,12 +60,12 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
     """
     to_stdout = str(output) == "-"
     if to_stdout and as_json:
-        raise click.UsageError("-o - prints the page, --json prints JSON: one of the two")
+        raise click.UsageError("-o - and --json cannot be combined, as both print to standard output")
     if not to_stdout:
         refuse_to_overwrite(output)
     outcomes, left_out = _outcomes(names, runs_dir)
     made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    text = page(outcomes, published(), made=made, version=__version__, left_out=left_out)
+    text = page(outcomes, published(), made=made, version=version(), left_out=left_out)
     if to_stdout:
         echo_file(text)
     else:
@@ -145,7 +145,7 @@ def refuse_to_overwrite(path: Path, generator: str = GENERATOR, option: str = "-
     if not is_page:
         raise LauncherError(
             "file-exists",
-            f"{path} exists and is no page of this command: it is left as it is",
+            f"{path} exists and was not written by this command, so it is kept",
             f"choose another: {option}",
             status=ExitStatus.EXISTS,
         )

@@ -27,23 +27,23 @@ from launcher.scheduler.state import JobState
 @click.command()
 @run_argument(required=False, several=True)
 @runs_dir_option
-@click.option("--all", "every", is_flag=True, help="Every run in the runs directory.")
+@click.option("--all", "every", is_flag=True, help="All runs in the runs directory.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]),
     default="text",
     show_default=True,
-    help="How; torchtitan: a file for its repository's benchmarks/ folder.",
+    help="Output format; torchtitan: a file for the benchmarks/ folder of its repository.",
 )
 @gone("--update", "launcher results --format markdown > FILE")
-@click.option("--entity", default="", metavar="NAME", help="Whose submission it is, with --format torchtitan.")
+@click.option("--entity", default="", metavar="NAME", help="Who submits the result, for --format torchtitan.")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Write the submission there, under its name.",
+    help="Directory to write the torchtitan file to.",
 )
 @as_json
 def results(
@@ -55,10 +55,10 @@ def results(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Print results as the published table has them.
+    """Print results in the form of the published table.
 
-    Without a RUN, the newest run's. RUN is a name, a path, or a pattern such as 'gb200-*'. With --json, one run is an
-    object, and several are a list.
+    RUN is a name, a path, or a pattern such as 'gb200-*'; the default is the newest run. --json prints one run as an
+    object, and several as a list.
 
     \b
     launcher results
@@ -67,7 +67,7 @@ def results(
     launcher results my-run --format torchtitan --entity my-team -o .
     """
     if output and (as_json or form != "torchtitan"):
-        raise click.UsageError("--output is for --format torchtitan; the others print, and > FILE keeps that")
+        raise click.UsageError("--output works only with --format torchtitan; save the other formats with > FILE")
     if every and names:
         raise click.UsageError("either RUN or --all")
     several = every or len(names) > 1 or any(map(_is_pattern, names))
@@ -120,7 +120,7 @@ def _outcomes(found: Sequence[tuple[Run, JobState]], several: bool, with_data_sh
     if not outcomes:
         raise nothing_logged(*silent[0])
     if silent:
-        warn(f"nothing logged yet, or nothing known: {some([f'{run.name} ({state.name})' for run, state in silent])}")
+        warn(f"nothing logged yet, or state unknown: {some([f'{run.name} ({state.name})' for run, state in silent])}")
     return outcomes
 
 
@@ -136,7 +136,7 @@ def _submit(outcomes: Sequence[Outcome], entity: str, output: Path | None) -> No
             if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
                 raise LauncherError(
                     "file-exists",
-                    f"{path} exists and says something else",
+                    f"{path} exists with other content",
                     quoted("mv", path, f"{path}.old"),
                     status=ExitStatus.EXISTS,
                 )

@@ -89,8 +89,8 @@ def list_(runs_dir: Path, as_json: bool) -> None:
 def status(names: tuple[str, ...], runs_dir: Path, as_json: bool) -> None:
     """Show the state of runs (default: the newest), and why.
 
-    Exit code 0: going, waiting or completed; 8: failed; 9: unknown; 11: a node failed its check before training. Of
-    several runs, the first of these codes that is not 0.
+    Exit code 0: waiting, running or completed; 8: failed; 9: unknown; 11: a node failed its check before training. With
+    several runs, the first code that is not 0 counts.
     """
     found = [runs.open_run(name, runs_dir) for name in names or ("",)]
     states = [control.state(run) for run in found]
@@ -147,12 +147,12 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
 @click.command()
 @run_argument(required=False)
 @runs_dir_option
-@click.option("--all", "-a", "every", is_flag=True, help="All active runs, in one table.")
+@click.option("--all", "-a", "every", is_flag=True, help="Show all active runs in one table.")
 @as_json
 def watch(run: str, runs_dir: Path, every: bool, as_json: bool) -> None:
     """Follow a run (default: the newest) to its end. Ctrl-C detaches; the run goes on.
 
-    With --json, one object per logged step.
+    --json prints one object per logged step.
     """
     if every and run:
         raise click.UsageError("either RUN or --all")
@@ -168,11 +168,11 @@ def watch(run: str, runs_dir: Path, every: bool, as_json: bool) -> None:
 @click.command()
 @run_argument(required=False)
 @runs_dir_option
-@click.option("--follow", "-f", is_flag=True, help="Go on until the run ends; Ctrl-C stops reading.")
-@click.option("--node", default="", metavar="NODE", help="The log of this node alone; 'job' for the script's own.")
-@click.option("--rank", type=click.IntRange(0), metavar="N", help="What this rank wrote; nodes show their first one's.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing until the run ends; Ctrl-C stops.")
+@click.option("--node", default="", metavar="NODE", help="Only the log of this node; 'job' for that of the job script.")
+@click.option("--rank", type=click.IntRange(0), metavar="N", help="Only the output of this rank.")
 @click.option("--errors", is_flag=True, help="The first error of each log, with what was printed with it.")
-@click.option("--lines", "-n", "count", type=click.IntRange(1, 10**9), metavar="N", help="The last N lines alone.")
+@click.option("--lines", "-n", "count", type=click.IntRange(1, 10**9), metavar="N", help="Only the last N lines.")
 @as_json
 def logs(
     run: str, runs_dir: Path, follow: bool, node: str, rank: int | None, errors: bool, count: int | None, as_json: bool
@@ -187,9 +187,9 @@ def logs(
     launcher logs my-run --node gpu003 -n 50
     """
     if follow and (errors or count):
-        raise click.UsageError("--follow: not with --errors or --lines")
+        raise click.UsageError("--follow cannot be combined with --errors or --lines")
     if node and rank is not None:
-        raise click.UsageError("either --node or --rank: a rank is on one node")
+        raise click.UsageError("use either --node or --rank: a rank runs on one node")
     found = runs.open_run(run, runs_dir)
     known = logs_of(found.logs, node, rank, found.ranks_per_node)
     if (node or rank is not None) and not known and not follow:
@@ -221,9 +221,9 @@ def logs(
 @runs_dir_option
 @as_json
 def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
-    """Cancel a run. One that has not begun can never begin afterwards, even if Slurm does not show it now.
+    """Cancel a run. If it has not started, it never will, even if Slurm does not show its job now.
 
-    Exit code 9: the run has begun, and Slurm does not know its job, so it may still be running.
+    Exit code 9: the run has started, but Slurm does not know its job, so it may still be running.
     """
     found = runs.open_run(run, runs_dir)
     before, cancelled = control.cancel(found)
@@ -317,7 +317,7 @@ def remembered(run: Run, state: JobState) -> list[BadNode]:
     try:
         return remember(run, state, time.time())
     except LauncherError as error:
-        warn(f"nodes that failed their check are not remembered: {error.what}; {error.fix}")
+        warn(f"could not remember the nodes that failed their check: {error.what}; {error.fix}")
         return []
 
 
@@ -326,7 +326,7 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
         echo(f"  {line}", err=True)
     for node in left_out:
         until = f"{node.host}, until {clock(node.until)}: launcher cluster nodes"
-        echo(f"  left out of what is submitted next: {until}", err=True)
+        echo(f"  left out of new runs: {until}", err=True)
     echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
 
 

@@ -34,8 +34,8 @@ _token_file = click.option(
     metavar="FILE",
     help="File with the Hub's token.  [default: HF_TOKEN, `hf auth login`]",
 )
-_jobs = click.option("--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Files at once.")
-_dry_run = click.option("--dry-run", is_flag=True, help="Say what would be there; write nothing.")
+_jobs = click.option("--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Parallel downloads.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Print what would be downloaded, and write nothing.")
 
 
 def _from_the_hub(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,28 +48,28 @@ def _of_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @_to
-@click.option("--files", type=int, metavar="N", help="Train files.")
+@click.option("--files", type=int, metavar="N", help="Number of train files.")
 @click.option(
     "--for",
     "runs",
     multiple=True,
     metavar="RUN",
-    help="As many as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
+    help="As many files as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
     "repeatable.",
 )
 @click.option("--all", "everything", is_flag=True, help=f"All {TRAIN_FILES:,} train files, {TRAIN_BYTES / 1e9:.0f} GB.")
-@click.option("--validation", is_flag=True, help="The validation files, too.")
+@click.option("--validation", is_flag=True, help="Also download the validation files.")
 @click.option(
     "--from",
     "source",
     default="",
     metavar="S3",
-    help="s3://bucket/prefix in place of the Hub; credentials "
+    help="Copy from s3://bucket/prefix instead of the Hub; credentials "
     "and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws.",
 )
 @_from_the_hub
 def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> None:
-    """Download the files of C4 that a run needs, and verify them. Run it again to continue, add or repair files.
+    """Download the C4 files that a run needs, and verify them. Run it again to continue, add or repair files.
 
     \b
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5
@@ -78,7 +78,7 @@ def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> 
     if sum((wanted["files"] is not None, bool(wanted["runs"]), wanted["everything"])) != 1:
         raise click.UsageError("one of --files N, --for RUN and --all is needed")
     if wanted["source"] and (wanted["revision"] or wanted["token_file"]):
-        raise click.UsageError("--revision and --token-file are the Hub's: not with --from")
+        raise click.UsageError("--revision and --token-file are for the Hub, and cannot be combined with --from")
     refuse_foreign(target, looks_like_c4)
     plan = plan_c4(target, **wanted)
     echo(*plan.notes, plan.line(), err=True)
@@ -98,10 +98,10 @@ def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> 
 @click.command()
 @_of_a_model
 def tokenizer(**options: Any) -> None:
-    """Stage the tokenizer of a Llama 3.
+    """Download the tokenizer of a Llama 3 model.
 
-    Of Llama-3.1-8B (or 8B), Llama-3.1-70B (or 70B), or OWNER/NAME on the Hub. The models are gated: accept the licence
-    on the Hub, then give a token by HF_TOKEN, `hf auth login` or --token-file.
+    MODEL is Llama-3.1-8B (or 8B), Llama-3.1-70B (or 70B), or OWNER/NAME on the Hub. Llama models are gated: accept the
+    licence on the Hub first, then pass your token with HF_TOKEN, `hf auth login` or --token-file.
 
     \b
     launcher stage tokenizer --to /data/tokenizers/Llama-3.1-8B
@@ -112,9 +112,9 @@ def tokenizer(**options: Any) -> None:
 @click.command()
 @_of_a_model
 def model(**options: Any) -> None:
-    """Stage weights to start a training from.
+    """Download weights to start training from.
 
-    A model's safetensors, configuration and tokenizer.
+    Downloads the model's safetensors, configuration and tokenizer.
 
     \b
     launcher stage model --to /data/models/Llama-3.1-8B
@@ -176,10 +176,10 @@ def verify(directory: Path, deep: bool, as_json: bool) -> None:
 @click.argument("directories", nargs=-1, type=_path)
 @as_json
 def list_(directories: tuple[Path, ...], as_json: bool) -> None:
-    """List what is staged, and for which runs it suffices.
+    """List what is staged, and how many ranks it is enough for.
 
-    Directories and images (default: below /data). Names and sizes alone are looked at. The exit code is 0 also where
-    something is INCOMPLETE or DAMAGED (`verify` has 3 for that), and 4 when a named directory does not exist.
+    Looks below /data by default, and only at names and sizes. Exit code 0: done, even if something is INCOMPLETE or
+    DAMAGED (`verify` then exits with 3); 4: a directory that you named does not exist.
 
     \b
     launcher stage list /data/c4 /data/tokenizers
@@ -214,17 +214,17 @@ def list_(directories: tuple[Path, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("source", metavar="[SOURCE]", required=False)
 @click.option("--to", "target", type=_path, metavar="DIR", help="Directory.  [default: what launcher init saved]")
-@click.option("--release", default="", metavar="TAG", help="In place of SOURCE: the image of this release.")
-@click.option("--channel", type=click.Choice(PUBLISHED), default="stable", show_default=True, help="Of a release.")
+@click.option("--release", default="", metavar="TAG", help="Take the image of this release instead of SOURCE.")
+@click.option("--channel", type=click.Choice(PUBLISHED), default="stable", show_default=True, help="Its channel.")
 @click.option(
-    "--arch", type=click.Choice(["auto", *ARCHES]), default="auto", help="Of a release.  [default: the nodes']"
+    "--arch", type=click.Choice(["auto", *ARCHES]), default="auto", help="Its architecture.  [default: the nodes']"
 )
 @as_json
 def image(source: str | None, target: Path | None, release: str, channel: str, arch: str, as_json: bool) -> None:
-    """Put an image on the shared file system, once.
+    """Put an image on the shared file system.
 
-    Under a name that holds its checksum. SOURCE is a .sqsh file, or the address of one in a release. LAUNCHER_RELEASES
-    names the place of releases.
+    The checksum becomes part of its name. SOURCE is a .sqsh file or the URL of one. With --release, LAUNCHER_RELEASES
+    says where releases are.
 
     \b
     launcher stage image titan-stable-arm64.sqsh --to /shared/images
@@ -259,7 +259,7 @@ def _arch_of_nodes() -> str:
 def stage() -> None:
     """Download data, tokenizer, weights and images, and verify them.
 
-    They go to the file system that all nodes share.
+    Puts them on a file system that all nodes share.
 
     \b
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5

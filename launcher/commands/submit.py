@@ -20,19 +20,19 @@ from launcher.titan.command import preview
 
 @click.command(cls=RunCommand)
 @run_options
-@click.option("--dry-run", is_flag=True, help="Print the script and the torchrun command; touch nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the script and the torchrun command, and change nothing.")
 @click.option(
-    "--prove", "proved", is_flag=True, help="Before it queues, have torchtitan build the run as `plan --prove` does."
+    "--prove", "proved", is_flag=True, help="Have torchtitan build the run before it queues, as `plan --prove` does."
 )
 @click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start; do not ask.")
+@click.option("--force", is_flag=True, help="Submit even if a check says that the job would never start. Does not ask.")
 @click.option(
     "--retry-bad-nodes",
     "retries",
     type=click.IntRange(1, 9),
     metavar="N",
-    help="Follow the run; where nodes fail their check, submit it again without them, at most N times.",
+    help="Follow the run. If nodes fail their check, submit it again without them, up to N times.",
 )
 @as_json
 def submit(
@@ -45,10 +45,10 @@ def submit(
     retries: int | None,
     as_json: bool,
 ) -> None:
-    """Submit a run to Slurm, or with --local start it here.
+    """Submit a run to Slurm, or start it on this machine with --local.
 
-    RUN.toml repeats an earlier run; options on the command line override it. Before submitting, it makes the same
-    checks as `launcher preflight`.
+    To repeat an earlier run, name its RUN.toml; options on the command line override it. The checks of `launcher
+    preflight` run first.
 
     \b
     launcher submit --image titan.sqsh --nodes 9
@@ -118,7 +118,7 @@ def _print_plan(spec: PlacedRun, proof: dict[str, Any] | None, as_json: bool) ->
         return
     echo_file(script)
     if spec.job.scheduler == "slurm":
-        echo("", "# submit adds --segment and --exclude as the cluster has them then")
+        echo("", "# submit also adds --segment and --exclude, as the cluster then needs them")
     echo("", f"# Data: {describe(spec)}")
     for era, command in commands.items():
         lines = (f"# {line}".rstrip() for line in command.splitlines())

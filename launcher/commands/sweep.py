@@ -35,29 +35,29 @@ def _items(_context: click.Context, parameter: click.Parameter, value: str | Non
         if not text:
             raise click.BadParameter(f"{value!r:.80}: an empty item", param=parameter)
         if are_numbers and not re.fullmatch(r"[1-9][0-9]{0,8}", text):
-            raise click.BadParameter(f"{text[:80]!r} is not a number from 1 on", param=parameter)
+            raise click.BadParameter(f"{text[:80]!r} is not a number of at least 1", param=parameter)
         if text in items[:at]:
-            raise click.BadParameter(f"{text[:80]} stands there twice", param=parameter)
+            raise click.BadParameter(f"{text[:80]} is listed twice", param=parameter)
     return tuple(map(int, items)) if are_numbers else tuple(items)
 
 
 @click.command(cls=RunCommand)
 @run_options
 @click.option("--dry-run", is_flag=True, help="Print the matrix with its node-hours; write and submit nothing.")
-@click.option("--parallel", is_flag=True, help="Let Slurm run cells side by side, as nodes are free.")
+@click.option("--parallel", is_flag=True, help="Let Slurm run cells at the same time when nodes are free.")
 @click.option("--retry", is_flag=True, help="Submit cells without a result again, under the same name with -2, -3 ...")
 @click.option("--follow", "-f", is_flag=True, help="Wait for all of them, then print the table; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
-@click.option("--force", is_flag=True, help="Submit although a check says that a cell will wait for ever.")
+@click.option("--force", is_flag=True, help="Submit even if a check says that a cell would never start.")
 @as_json
 def sweep(
     options: RunOptions, dry_run: bool, parallel: bool, retry: bool, follow: bool, yes: bool, force: bool, as_json: bool
 ) -> None:
     """Submit a matrix of nodes, batch sizes and recipes.
 
-    Every combination, one after another. Slurm keeps the order: each job waits for the end of the one before it,
-    however that ended. The same command again goes on where it was cut off, leaves alone what goes on or is complete,
-    and prints the table with the scaling.
+    Submits every combination. Slurm runs them in order: each job waits until the one before it has ended, even if that
+    failed. Type the same command again to submit what is missing and to print the table with the scaling; cells that
+    run or are complete are left alone.
 
     \b
     launcher sweep --image titan.sqsh --nodes 3,9,17 --dry-run
@@ -69,7 +69,9 @@ def sweep(
         raise click.UsageError("--parallel is for Slurm: with --local, runs would share this machine")
     name, specs = specs_of(options)
     if not (parallel or is_local) and any(split(item)[0] == "dependency" for item in specs[0].job.sbatch):
-        raise click.UsageError("--sbatch dependency=...: only with --parallel, as each job waits for the one before it")
+        raise click.UsageError(
+            "--sbatch dependency=... needs --parallel: without it, each job already waits for the one before it"
+        )
     cells = standings(specs)
     wanted = [cell for cell in cells if cell.has_next(retry)]
     ready = _ready(wanted, force, dry_run)
@@ -88,10 +90,10 @@ def sweep(
         try:
             cells = _until_ended(specs, attach.ASK_EVERY_S)
         except KeyboardInterrupt:
-            echo("", "detached; the runs go on: the same command shows how they stand", err=True)
+            echo("", "detached; the runs go on. To see how they stand, type the same command again", err=True)
             sys.exit(ExitStatus.INTERRUPTED)
     if not (as_json or not ready or follow or is_local):
-        return echo(f"  the same command shows the table; one of them: launcher watch {ready[0][1].job.name}")
+        return echo(f"  for the table: the same command again; for one run: launcher watch {ready[0][1].job.name}")
     now_s = time.time()
     rows = table.scaled([table.result_row(cell, now_s) for cell in cells])
     if as_json:
@@ -100,7 +102,7 @@ def sweep(
     else:
         echo(*table.table_lines(rows, terminal_width()))
     if status := table.exit_status(rows):
-        echo("try: the same command with --retry submits again what has no result", err=True)
+        echo("try: the same command with --retry, which submits cells without a result again", err=True)
     sys.exit(status)
 
 
@@ -109,7 +111,7 @@ _OTHERS: dict[str, tuple[str, str, Any]] = {
     "nodes": ("N,N,...", "Numbers of nodes.  [default: 1]", _items),
     "batch_size": ("N,N,...", "Local batch sizes.  [default: the recipe's]", _items),
     "recipe": ("NAME,NAME,...", "Recipes.  [default: llama3-8b]", _items),
-    "name": ("NAME", "Name of the sweep, with which those of its runs begin.  [default: from its settings]", None),
+    "name": ("NAME", "Name of the sweep; the names of its runs begin with it.  [default: from its settings]", None),
 }
 for _option in sweep.params:
     if isinstance(_option, click.Option) and _option.name in _OTHERS:
@@ -160,7 +162,7 @@ def _submit(
             if is_local:
                 _until_ended([cell.spec], LOCAL_EVERY_S)
     except KeyboardInterrupt:
-        rest = f"{counted(left, 'run')} not submitted: the same command goes on" if left else "all submitted"
+        rest = f"{counted(left, 'run')} not submitted: to go on, the same command again" if left else "all submitted"
         echo("", f"interrupted; what was submitted goes on, {rest}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
 

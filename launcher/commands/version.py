@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
+from importlib import metadata
 
 import click
 
-from launcher import __version__
+import launcher
 from launcher.base.output import as_json, echo, print_json
 
 
@@ -16,11 +15,11 @@ from launcher.base.output import as_json, echo, print_json
 @as_json
 def version(as_json: bool) -> None:
     """Print the versions of the launcher and of what it uses."""
-    found = {"launcher": __version__, "python": platform.python_version()}
+    found = {"launcher": launcher.version(), "python": platform.python_version()}
     for package in ("click", "jinja2", "huggingface_hub", "rich", "torch", "torchtitan"):
         try:
-            found[package] = version_of(package)
-        except PackageNotFoundError:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
             found[package] = "not installed"
     if as_json:
         print_json(found)

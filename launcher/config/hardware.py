@@ -56,6 +56,6 @@ def _of(name: str) -> Hardware | None:
     if given.keys() != wanted or None in given.values():
         wrong = ", ".join(sorted(given.keys() ^ wanted)) or "gpu, gpus_per_node or arch"
         raise LauncherError(
-            "profile-incomplete", f"{path}: [hardware] lacks or does not know: {wrong}", "compare it with gb200.toml"
+            "profile-incomplete", f"{path}: [hardware]: missing or unknown: {wrong}", "compare it with gb200.toml"
         )
     return Hardware(**given)

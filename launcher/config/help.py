@@ -40,7 +40,7 @@ class RunCommand(click.Command):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        about: Any = {"callback": _help_all, "help": "Explain every option, in sections."}
+        about: Any = {"callback": _help_all, "help": "Show all options, in sections."}
         self.params.append(click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, **about))
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -58,7 +58,7 @@ class RunCommand(click.Command):
                 formatter.write_dl(records, col_max=26)
         if not context.meta.get(ALL):
             rest = {title: [o for o in options if o not in (*usual, *own)] for title, options in sections.items()}
-            with formatter.section("More options, which --help-all explains"):
+            with formatter.section("More options (see --help-all)"):
                 names = {title: ", ".join(max(o.opts, key=len) for o in options) for title, options in rest.items()}
                 formatter.write_dl([(title, text) for title, text in names.items() if text])
 

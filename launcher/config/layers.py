@@ -148,7 +148,7 @@ def merge(layers: Sequence[Layer]) -> RunSpec:
 def convert(key: str, value: Any, origin: str) -> Any:
     """`value` in the type of the field `key`; an int does for a float, anything else is refused."""
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise LauncherError("number-too-long", f"{key} (from {origin}): a number of too many digits")
+        raise LauncherError("number-too-long", f"{key} (from {origin}): the number has too many digits")
     if key not in FIELDS:
         if isinstance(value, bool):
             return "true" if value else "false"

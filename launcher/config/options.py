@@ -201,7 +201,7 @@ OPTIONS = (
         metavar="[RUN.toml]",
         shell_complete=run_or_file,
     ),
-    _option("--image", metavar="FILE", help="Image that the job runs in: a .sqsh (Pyxis) or .sif (Apptainer)."),
+    _option("--image", metavar="FILE", help="Image to run in: a .sqsh (Pyxis) or .sif (Apptainer) file."),
     _option("--nodes", type=int, help="Number of nodes.  [default: 1]"),
     _option(
         "--gpu",
@@ -209,7 +209,7 @@ OPTIONS = (
         shell_complete=_names("profiles"),
         help=f"GPU profile: {', '.join(names_of('profiles'))}, or a TOML file.  [default: detected]",
     ),
-    _option("--gpus-per-node", type=int, help="GPUs used on each node; with the cpu profile, ranks."),
+    _option("--gpus-per-node", type=int, help="GPUs to use on each node; with the cpu profile, ranks."),
     _option(
         "--recipe",
         metavar="RECIPE",
@@ -217,24 +217,24 @@ OPTIONS = (
         help=f"{', '.join(names_of('recipes'))}, or a TOML file.  [default: llama3-8b]",
     ),
     _option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
-    _option("--seq-len", type=int, help="Tokens in a sequence."),
+    _option("--seq-len", type=int, help="Sequence length in tokens."),
     _option("--steps", type=int, help="Training steps."),
     _option(
         "--data",
         metavar="DIR",
-        help="C4: a directory with README.md and en/, 'hub' or s3://bucket/prefix to stream, or 'sample'.  "
-        "[default: /data/c4]",
+        help="Data: a directory in C4's layout, 'hub' or s3://bucket/prefix to stream, or 'sample' for generated "
+        "text.  [default: /data/c4]",
     ),
     _option(
         "--data-part",
         metavar="I/N",
-        help="Read the I-th of N parts of the data, which share no file: for runs that go on from one another.",
+        help="Read only part I of N of the data. Parts share no file, so runs that continue each other see new data.",
     ),
     _option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),
     _option(
         "--init-from",
         metavar="DIR",
-        help="Start from these weights in the Hub's format (launcher stage model), not from random ones.",
+        help="Start from the weights in DIR instead of random ones; `launcher stage model` downloads them.",
     ),
     _option("--checkpoint-every", metavar="STEPS", type=int, help="Save a checkpoint every so many steps; 0: none."),
     _option("--keep", metavar="N", type=int, help="Newest checkpoints that stay, at least 2.  [default: 2]"),
@@ -249,30 +249,31 @@ OPTIONS = (
     _option(
         "--segment",
         type=int,
-        help="Nodes that must stay together in a topology block; 0: chosen where NVLink crosses nodes.",
+        help="Keep groups of this many nodes in one topology block. 0: chosen for you where NVLink spans nodes.",
     ),
-    _option("--constraint", "-C", metavar="FEATURES", help="Run on nodes with these features of Slurm's."),
+    _option("--constraint", "-C", metavar="FEATURES", help="Run only on nodes with these Slurm features."),
     _option(
         "--sbatch",
         multiple=True,
         metavar="OPTION[=VALUE]",
-        help="Any other option of sbatch's for the script; repeatable. OPTION=VALUE adds or replaces its line, OPTION "
-        "is a flag, OPTION= removes the line: --sbatch mem= where a site refuses --mem.",
+        help="Any other sbatch option; repeatable. OPTION=VALUE adds or replaces a line of the script, OPTION alone "
+        "is a flag, and OPTION= removes a line: --sbatch mem= where a site refuses --mem.",
     ),
-    _option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mounted into the container; repeatable."),
+    _option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mount SRC as DST in the container; repeatable."),
     _option(
         "--env",
         multiple=True,
         metavar="NAME[=VALUE]",
-        help="Environment of the job. Values go by a file of mode 0600 that the job removes; recorded are those of "
-        "NCCL_*, TORCH*, CUDA_* and other libraries' switches, unless they look like secrets.",
+        help="Environment variable for the job. Its value travels in a file that only you can read and that the job "
+        "deletes. Values are recorded only for library switches such as NCCL_*, TORCH* and CUDA_*, and only if they "
+        "do not look like secrets.",
     ),
     _option(
         "--set",
         "settings",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Any setting of torchtitan's, or a key of ours that begins with recipe. or profile.",
+        help="Any torchtitan setting, or a key of the launcher that begins with recipe. or profile.",
     ),
     _option("--name", metavar="NAME", help="Name of the run.  [default: recipe, profile, nodes, time]"),
     _option(
@@ -280,14 +281,14 @@ OPTIONS = (
         metavar="DIR",
         envvar="LAUNCHER_RUNS_DIR",
         show_envvar=True,
-        help="Where the run directory is made; every node must see it.  [default: what launcher init saved, else runs]",
+        help="Folder for run directories; every node must see it.  [default: what launcher init saved, else runs]",
     ),
-    _option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="How the job enters its image."),
-    _option("--python", metavar="PATH", help="Python inside the image; with --runtime bare, on the node."),
+    _option("--runtime", type=click.Choice(["pyxis", "apptainer", "bare"]), help="What starts the container, if any."),
+    _option("--python", metavar="PATH", help="Python to run, inside the image or with --runtime bare on the node."),
     _option(
         "--check",
         type=click.Choice(["off", "quick", "full"]),
-        help="What each node is checked for before training; quick: no products, no collectives.  [default: full]",
+        help="How to check nodes before training; quick: without GPU and network benchmarks.  [default: full]",
     ),
     _option("--local", is_flag=True, help="Run on this machine, without Slurm."),
     _option(
@@ -295,6 +296,6 @@ OPTIONS = (
         "-c",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="TOML file with your own values.  [default: ~/.config/titan-launcher/config.toml]",
+        help="TOML file with your own settings.  [default: ~/.config/titan-launcher/config.toml]",
     ),
 )

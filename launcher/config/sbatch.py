@@ -67,7 +67,7 @@ def problem(item: str) -> tuple[str, str]:
     options = (*OWN, *FIXED, *FREE)
     meant = [name] if name in options else [full for full in options if full.startswith(name)]
     if meant and all(full in OWN or full in FIXED for full in meant):
-        return f"sbatch's --{meant[0]} is the launcher's to set", OWN.get(meant[0], "")
+        return f"the launcher sets sbatch's --{meant[0]} itself", OWN.get(meant[0], "")
     if name.startswith(("container-", "no-container-")):
         return "the container is started by the script, on every node", "--image, --mount, --env"
     if meant and name not in meant:
@@ -75,7 +75,7 @@ def problem(item: str) -> tuple[str, str]:
         return "the beginning of " + ", ".join(f"--{full}" for full in meant), f"--sbatch {meant[0]}{ends}"
     if value == "" and name not in REMOVABLE:
         near = guessed(name, REMOVABLE) or REMOVABLE
-        return "the script has no such line that could be removed", " or ".join(f"--sbatch {full}=" for full in near)
+        return "the script has no such line to remove", " or ".join(f"--sbatch {full}=" for full in near)
     if value and (len(value) > LONGEST or not value.isprintable()):
         return f"the value holds a control character, or more than {LONGEST} characters", ""
     return "", ""

@@ -258,7 +258,7 @@ def validate(spec: RunSpec) -> None:
             name = key[4:] if key.startswith("env.") else "NAME"
             raise LauncherError(
                 "secret-exposed",
-                f"{spec.origin.get(key, 'a file')}: {key} looks like a secret, which others can see there",
+                f"{spec.origin.get(key, 'a file')}: {key} looks like a secret, and others can read it there",
                 f'export {name}=..., then --env {name}, or in a file, above its tables: secret_env = ["{name}"]',
             )
 
@@ -305,7 +305,7 @@ def validate(spec: RunSpec) -> None:
             what = f"--env {name.partition('=')[0][:80]!r}: not a variable's name"
             raise LauncherError("env-name", what, "--env NAME=VALUE")
         if name.startswith(("SLURM_", "TITAN_", "BASH")) or name in SCRIPTS_OWN:
-            raise LauncherError("env-reserved", f"--env {name}: set by the job script itself")
+            raise LauncherError("env-reserved", f"--env {name}: the job script sets this variable itself")
     for name, value in spec.env.items():
         if CONTROL.search(value):
             raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")
@@ -339,7 +339,7 @@ def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
             raise bad("job.image", "the bare runtime starts no container", "leave out --image, or --runtime pyxis")
     elif "://" in job.image or REGISTRY_NAME.fullmatch(job.image):
         name = quoted(job.image.rpartition("://")[2].replace("#", "/"))
-        why = "a registry's image, which every node would fetch and unpack: make a file of it once"
+        why = "a registry's image, which every node would fetch and unpack: convert it to a file once"
         fix = f"launcher image convert {name} (docker pull {name} before), then --image with the file that it makes"
         raise bad("job.image", why, fix)
     elif not job.image.startswith("/"):

@@ -105,7 +105,7 @@ def _need_namespaces(command: tuple[str, ...]) -> None:
     if ran.code:
         raise LauncherError(
             "image-check",
-            "the checks run in namespaces of their own, which this machine does not let you make",
+            "the checks need user namespaces, which this machine does not let you create",
             "sudo launcher image check FILE; or, until the next start: "
             "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), kernel.unprivileged_userns_clone=1 "
             "(Debian)",

@@ -55,7 +55,7 @@ def image_config(attrs: Mapping[str, Any]) -> ImageConfig:
     except (AttributeError, TypeError, ValueError, OverflowError):
         pass
     raise LauncherError(
-        "image-configuration", "the image's configuration makes no sense", "docker image inspect IMAGE; build it again"
+        "image-configuration", "the image's configuration is invalid", "docker image inspect IMAGE; build it again"
     )
 
 

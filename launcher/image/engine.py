@@ -45,7 +45,7 @@ def connect() -> Engine:
         import docker
         import requests
     except ImportError as error:
-        what = "images are built through docker-py, which is not installed"
+        what = "building images needs docker-py, which is not installed"
         raise LauncherError("package-missing", what, install("image"), status=ExitStatus.ERROR) from error
     host = os.environ.get("DOCKER_HOST") or _context_host() or DEFAULT_HOST
     try:
@@ -76,7 +76,7 @@ def _unreachable(host: str, reason: str) -> LauncherError:
         fix = 'sudo usermod -aG docker "$USER" && newgrp docker'
         return LauncherError("docker-denied", what, fix, status=ExitStatus.ERROR, original=reason)
     if "paramiko" in reason:  # docker-py imports it for every ssh:// address, also where it calls ssh
-        what = f"the Docker engine at {host} is reached through docker-py's ssh part, which is not installed"
+        what = f"the Docker engine at {host} needs docker-py's ssh support, which is not installed"
         return LauncherError("package-missing", what, "pip install 'docker[ssh]'", status=ExitStatus.ERROR)
     fix = "sudo systemctl start docker; an engine elsewhere: export DOCKER_HOST=ssh://user@machine"
     if os.environ.get("DOCKER_HOST"):
@@ -127,7 +127,7 @@ def cannot_run(engine: Engine, arch: str) -> LauncherError:
         "emulator-missing",
         f"this machine is {engine.arch} and cannot run {arch} programs: no emulator with the flag F in {BINFMT}",
         "sudo apt-get install qemu-user-static   (or: docker run --privileged --rm tonistiigi/binfmt "
-        f"--install {arch}); emulation is 6 to 13 times slower, so better: build on a machine with {arch}",
+        f"--install {arch}); emulation is 6 to 13 times slower than a machine with {arch}",
         status=ExitStatus.ERROR,
     )
 
@@ -155,7 +155,7 @@ def command(engine: Engine, arguments: list[str], line: Callable[[str], None] = 
         )
     except OSError as error:
         fix = "sudo apt-get install docker-cli    # or docker.io, docker-ce-cli"
-        what = f"docker: {error.strerror}; images are built and lists of them are made by the docker command"
+        what = f"docker: {error.strerror}; building images and manifest lists needs the docker command"
         raise LauncherError("program-missing", what, fix, status=ExitStatus.ERROR) from None
     lines = []
     with process:

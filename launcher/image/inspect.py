@@ -61,7 +61,7 @@ def inspect(path: Path, *, required: bool = True) -> ImageFacts:
     except LauncherError:
         if required:
             raise
-        note = f"nothing here can look into it: {INSTALL}"
+        note = f"no tool here can look into it: {INSTALL}"
         return ImageFacts(str(path), "", "superblock", block.compressor, block.file_size, notes=(note,))
     if about := description(tree):
         return described(path, block, about, "image")
@@ -164,7 +164,7 @@ def _guess(path: Path, block: Superblock, tree: Tree) -> ImageFacts:
     versions, notes = _versions(tree, names)
     arch = architecture(tree, names, links)
     if not arch:
-        notes.append("its architecture is unknown: no program that it could be read from")
+        notes.append("its architecture is unknown: no program to read it from")
     cuda = versions.get("cuda")
     return ImageFacts(
         str(path),
@@ -192,7 +192,7 @@ def _versions(tree: Tree, names: set[str]) -> tuple[dict[str, str | None], list[
     order = sorted(found, key=lambda folder: ("torch" not in found[folder], -len(found[folder]), folder))
     versions = found[order[0]] if order else {}
     if more := [f"/{folder}" for folder in order[1:] if "torch" in found[folder]]:
-        notes.append(f"torch is there more than once; /{order[0]} was read, not {', '.join(more)}")
+        notes.append(f"torch is installed more than once; /{order[0]} was read, not {', '.join(more)}")
     if cuda := versions.get("cuda"):
         versions["cuda"] = ".".join(cuda.split(".")[:2])
     text = tree.read(f"{order[0]}/torch/version.py", 1 << 16) if order else None

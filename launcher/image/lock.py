@@ -64,7 +64,7 @@ def need_lock(path: Path, fix: str) -> None:
     except OSError as error:
         raise LauncherError("unreadable", f"{path}: {error.strerror}", fix, status=ExitStatus.FILESYSTEM) from None
     except UnicodeDecodeError:
-        raise LauncherError("lock-damaged", f"{path} is no lock: it is not text", fix) from None
+        raise LauncherError("lock-damaged", f"{path} is not a lock file: it is not text", fix) from None
     # A requirement goes on where a line ends with a backslash.
     requirements = re.sub(r"\\\n", " ", text).splitlines()
     why = "" if pinned(text) else "it pins no package"
@@ -72,7 +72,7 @@ def need_lock(path: Path, fix: str) -> None:
         if pinned(line) and "--hash=sha256:" not in line:
             why = why or f"{next(iter(pinned(line)))} has no hash"
     if why:
-        raise LauncherError("lock-damaged", f"{path} is no lock: {why}", fix)
+        raise LauncherError("lock-damaged", f"{path} is not a lock file: {why}", fix)
 
 
 def _pylock(chosen: Channel, arch: str, index: str) -> str:

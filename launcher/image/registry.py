@@ -116,5 +116,5 @@ def _refused(reference: str, text: str) -> LauncherError:
     else:
         fix = f"read its words below; does it answer? curl --head https://{host}/v2/"
     return LauncherError(
-        "push-failed", f"the registry {host} did not take {reference}", fix, status=ExitStatus.ERROR, original=text
+        "push-failed", f"the registry {host} did not accept {reference}", fix, status=ExitStatus.ERROR, original=text
     )

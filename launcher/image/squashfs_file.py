@@ -102,7 +102,7 @@ def superblock(path: Path) -> Superblock:
         and ids < used
     )
     if not sane:
-        raise LauncherError("image-damaged", f"{path}: damaged: its superblock makes no sense", AGAIN)
+        raise LauncherError("image-damaged", f"{path}: damaged: its superblock is invalid", AGAIN)
     if size < used:
         raise LauncherError("image-cut", f"{path}: cut off: {size:,} of {used:,} bytes", AGAIN)
     return Superblock(COMPRESSORS[compressor], block_size, inodes, mkfs_time, size)

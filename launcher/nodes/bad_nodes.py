@@ -74,7 +74,7 @@ def read() -> Memory:
     except OSError as error:
         raise unreadable(file, error) from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        what = f"{file}: damaged: the nodes that failed their check cannot be told"
+        what = f"{file}: damaged, so the nodes that failed their check are not known"
         fix = f"mv {quoted(file)} {quoted(f'{file}.damaged')}   (they are then forgotten)"
         raise LauncherError("bad-nodes-damaged", what, fix) from error
 

@@ -45,7 +45,7 @@ def prove(run: PlacedRun) -> dict[str, Any]:
             raise LauncherError("proof-python", f"{python}: {error.strerror}", _elsewhere(run)) from error
         except subprocess.TimeoutExpired as error:
             what = f"torchtitan did not build this run in {TIMEOUT_S} s"
-            raise LauncherError("proof-failed", what, "again on a machine that is less busy") from error
+            raise LauncherError("proof-failed", what, "try again on a less busy machine") from error
     try:
         facts = json.loads(done.stdout.splitlines()[-1])
         if not facts.setdefault("missing", ""):

@@ -94,7 +94,7 @@ def _checkpoint_space(spec: PlacedRun) -> list[Finding]:
 
 def _not_followed() -> list[Finding]:
     """A user whose shell sets these variables would otherwise wonder where an option has gone."""
-    fix = "--sbatch OPTION=VALUE, or the launcher's own option, says it to sbatch"
+    fix = "--sbatch OPTION=VALUE, or the launcher's own option, passes it to sbatch"
     return [warning("sbatch-variables", fix, names=tuple(names))] if (names := ignored(os.environ)) else []
 
 

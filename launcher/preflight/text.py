@@ -21,9 +21,9 @@ class Text(NamedTuple):
 
 QOS = "the job would wait for ever, unless its QOS lifts the limit"
 NO_BLOCK = "Slurm would say: Requested topology configuration is not available, while nodes are idle"
-COUNTS = "{asked} asked; {place} has {there}, {in_service} of them in service, {free} of them free now"
+COUNTS = "{asked} requested; {place} has {there}, {in_service} of them in service, {free} of them free now"
 TOO_MANY = "--nodes {asked}: {place} has {there}{gres: with }{left_out:, without }"
-ARCHITECTURE = "profile {profile} is for {arch}; {place} has {seen}"
+ARCHITECTURE = "profile {profile} is for {arch}, but {place} has {seen}"
 PIECES = "{pieces} x {segment} nodes, each in one block; room now for {starting}{room:: }"
 NETWORK = "traffic that could stay on NVLink crosses the network"
 RACKS = "Slurm does not know the racks (topology {topology})"
@@ -32,19 +32,19 @@ RACKS = "Slurm does not know the racks (topology {topology})"
 TEXTS = {
     # Slurm
     "cluster-silent": Text(
-        "cluster", "Slurm's nodes and partitions cannot be read: nothing of them was checked", "{said}"
+        "cluster", "Slurm's nodes and partitions could not be read, so nothing about them was checked", "{said}"
     ),
     "cluster-unread": Text("cluster", "{said}", "not checked: {skipped}"),
-    "sbatch-variables": Text("environment", "the run does not follow {names} of your environment"),
+    "sbatch-variables": Text("environment", "the run ignores {names} from your environment"),
     # the partition
     "partition": Text("partition", "{place} is up"),
-    "partition-unknown": Text("partition", "Slurm has no such partition as {partition!r}; it has {known}"),
-    "partition-not-named": Text("partition", "no partition was named, and none is the default; there are {known}"),
-    "partition-closed": Text("partition", "{place} is {state}", "none of its jobs starts"),
+    "partition-unknown": Text("partition", "Slurm has no partition {partition!r}; it has {known}"),
+    "partition-not-named": Text("partition", "no partition was named, and the cluster has no default; it has {known}"),
+    "partition-closed": Text("partition", "{place} is {state}", "its jobs do not start"),
     "time": Text("time", "--time {time}; {place} allows {limit}"),
     "time-limit": Text("time", "--time {time} is above the limit of {place}, {limit}", QOS),
-    "job-too-large": Text("nodes per job", "--nodes {asked}: {place} allows {limit!n} in a job", QOS),
-    "job-too-small": Text("nodes per job", "--nodes {asked}: {place} takes jobs of {limit!n} and more", QOS),
+    "job-too-large": Text("nodes per job", "--nodes {asked}: {place} allows at most {limit!n} per job", QOS),
+    "job-too-small": Text("nodes per job", "--nodes {asked}: {place} needs at least {limit!n} per job", QOS),
     # nodes
     "nodes": Text("nodes", COUNTS),
     "nodes-busy": Text("nodes", f"{COUNTS}: the job waits for others to end"),
@@ -52,56 +52,58 @@ TEXTS = {
     "nodes-not-yet": Text("nodes", TOO_MANY, "the job waits until more nodes come up"),
     "node-states": Text("node states", "{nodes}"),
     "nodes-out-of-service": Text(
-        "node states", "{asked!n} asked, {left} in service: {nodes}", "the job waits until enough of them are back"
+        "node states", "{asked!n} requested, {left} in service: {nodes}", "the job waits until enough of them are back"
     ),
     "node-unknown": Text("{option}", "--{option} {given}: Slurm has no node {unknown}", "it has {known}"),
     "nodelist-too-long": Text(
-        "nodelist", "--nodelist names {count!n}, the job has {asked}", "a job gets all of its list"
+        "nodelist", "--nodelist names {count!n}, but the job has {asked}", "Slurm gives a job every node of its list"
     ),
     "nodelist-out": Text("nodelist", "--nodelist: {nodes}", "the job waits until they are back"),
     "bad-nodes": Text("excluded", "{nodes}; launcher cluster nodes"),
-    "bad-nodes-named": Text("excluded", "--nodelist: {names} failed its check lately", "{nodes}"),
-    "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check may not be left out: {why}"),
+    "bad-nodes-named": Text("excluded", "--nodelist names nodes that failed their check: {names}", "{nodes}"),
+    "bad-nodes-not-left-out": Text("excluded", "nodes that failed their check could not be left out: {why}"),
     # what the nodes are
     "memory-short": Text(
         "memory",
-        "batch {batch} needs about {needed} GiB, of a GPU's memory {there} can be used",
-        "training would end out of memory",
+        "batch {batch} needs about {needed} GiB, but only {there} of a GPU's memory can be used",
+        "training would run out of memory",
     ),
     "gpus": Text("GPUs", "{gres} on {count!n} of {place}"),
     "gpus-absent": Text(
-        "GPUs", "the run asks for {gres} on a node, and no node of {place} has that: {have}", "Slurm says {said} there"
+        "GPUs",
+        "the run asks for {gres} per node, but no node of {place} has that: {have}",
+        "Slurm reports {said} there",
     ),
     "gpu-quantization": Text(
         "quantization",
-        "{quantize} needs a GPU of compute capability {needed} or later, {gpu} has {there}",
+        "{quantize} needs a GPU of compute capability {needed} or later, but {gpu} has {there}",
         "torchtitan refuses it on every node",
     ),
     "no-nvidia-driver": Text("GPUs", "--gpu {profile}: this machine has no NVIDIA driver (no nvidia-smi)"),
     "gpus-idle": Text(
         "GPUs per node",
-        "profile {profile} uses {used} GPUs of a node; {node} has {there} ({gres})",
-        "the rest would idle, held by this job; it may be the wrong profile",
+        "profile {profile} uses {used} GPUs per node, but {node} has {there} ({gres})",
+        "the others would sit idle, held by this job; this may be the wrong profile",
     ),
     "gpu-type": Text(
         "GPU type",
-        "the profile is for {gpu}; Slurm speaks of {seen} on {node} ({said})",
+        "the profile is for {gpu}, but Slurm reports {seen} on {node} ({said})",
         "settings and published figures of one GPU do not fit another",
     ),
     "gpu-memory": Text(
         "GPU memory",
-        "the profile's {gpu} has {gib} GiB; by their names in Slurm, GPUs there have {named} ({said})",
-        "the run is held against the smaller memory",
+        "the profile's {gpu} has {gib} GiB, but by their names in Slurm, GPUs there have {named} ({said})",
+        "the run is checked against the smaller memory",
     ),
     "architecture": Text("architecture", "{arch}"),
     "architecture-other": Text("architecture", ARCHITECTURE, "an image for another architecture does not start"),
     "disk-small": Text(
         "disk",
-        "the image unpacks to {gib} GiB; Slurm says TmpDisk={tmp_mib} MiB of {nodes}",
+        "the image unpacks to {gib} GiB, but Slurm reports TmpDisk={tmp_mib} MiB for {nodes}",
         "where Pyxis has no squashfuse, each node unpacks the image onto its own disk before the run",
     ),
     "uptime": Text(
-        "uptime", "up for more than {most} days: {nodes}", "a firmware bug stops NVLink of {gpu} nodes at 60 days"
+        "uptime", "up for more than {most} days: {nodes}", "a firmware bug stops NVLink on {gpu} nodes after 60 days"
     ),
     "pyxis": Text("Pyxis", "Pyxis"),
     "pyxis-absent": Text(
@@ -124,7 +126,8 @@ TEXTS = {
     "segment-straddles": Text(
         "placement",
         PIECES,
-        f"{{nodes}} nodes fit {{domains}} NVLink domains: so split, some {NETWORK}{{lost:; out of service: }}",
+        f"{{nodes}} nodes fit into {{domains}} NVLink domains, but not split like this: some {NETWORK}"
+        "{lost:; out of service: }",
     ),
     "racks-unknown": Text(
         "placement", f"{RACKS}: whether the {{nodes}} nodes share an NVLink domain is left to chance"
@@ -132,7 +135,7 @@ TEXTS = {
     "racks-straddled": Text(
         "placement",
         f"{RACKS}: the job may straddle NVLink domains",
-        "{nodes} nodes need {domains} at least, and get as many as chance has it",
+        "{nodes} nodes need at least {domains}, and may get more",
     ),
     "nodes-in-no-block": Text(
         "blocks", "{count!n} of {place} are in no block of the topology: {nodes}", f"{NO_BLOCK}{{empty:; no nodes in }}"
@@ -141,18 +144,18 @@ TEXTS = {
     "image": Text("image", "{path}"),
     "image-refused": Text("image", "{what}", "{why}"),
     "batch-size-not-named": Text(
-        "batch size", "{recipe} names no local batch size for {gpu}: 1 is used, and the GPUs are not filled"
+        "batch size", "{recipe} has no local batch size for {gpu}, so 1 is used, which does not fill the GPUs"
     ),
-    "image-not-named": Text("image", "no image is named, and the run needs one: it was not looked at"),
+    "image-not-named": Text("image", "the run needs an image, and none was named, so none was checked"),
     "image-note": Text("files", "--image {path}: {said}"),
     "driver": Text("driver", "{needed}, the nodes have {driver}"),
     "driver-old": Text(
         "driver",
         "{needed}, the nodes have {driver}",
-        "only NVIDIA's forward compatibility (cuda-compat), in the image or on the nodes, makes it run there",
+        "it runs there only with NVIDIA's forward compatibility (cuda-compat), in the image or on the nodes",
     ),
     "driver-unknown": Text(
-        "driver", "{needed}; which one the nodes have is not known here", "{seen:such clusters have run with }"
+        "driver", "{needed}; the nodes' driver is not known here", "{seen:similar clusters have run with }"
     ),
     "weights-refused": Text("weights", "{what}", "{why}"),
     "data": Text("data", "{said}"),
@@ -163,30 +166,34 @@ TEXTS = {
     "s3-no-credentials": Text(
         "files",
         "--data {data}: the job gets no credentials for it",
-        "right where the nodes have their own, or none are needed",
+        "fine if the nodes have their own, or none are needed",
     ),
-    "hub-no-token": Text("files", "--data hub: the ranks ask the Hub without a token", "it refuses them sooner (429)"),
+    "hub-no-token": Text(
+        "files", "--data hub: the ranks ask the Hub without a token", "it rejects such requests sooner (429)"
+    ),
     "checkpoint-space-short": Text(
         "checkpoints",
         "{count} checkpoints take {needed}, {there} are free in {path}",
         "the run would end on a full disk",
     ),
     "path-absent": Text("files", "{path} does not exist here", "if the compute nodes lack it too, the job will fail"),
-    "path-absent-here": Text("files", "{path}: not on this machine"),
+    "path-absent-here": Text("files", "{path} is not on this machine"),
     "setting-unknown": Text("settings", "{key} (from {origin}): torchtitan {versions} has no such setting"),
     "setting-value": Text("settings", "{key}={value} (from {origin}): torchtitan {versions} takes: {takes}"),
     "python-absent": Text("files", "{python}: no such program"),
-    "software-absent": Text("software", "{lacking}: not installed for {python}", "the run is trained by this Python"),
+    "software-absent": Text("software", "{lacking}: not installed for {python}", "this Python would run the training"),
     "preload": Text(
         "preload",
         "--env LD_PRELOAD={value}",
-        "a library of the host's is not in the container, and every program there would complain or fail",
+        "the container does not have the host's library, so every program there would complain or fail",
     ),
-    "mount-absent": Text("mounts", "--mount {source}: not on this machine", "a node that lacks it starts no container"),
+    "mount-absent": Text(
+        "mounts", "--mount {source}: not on this machine", "a node without it cannot start the container"
+    ),
     "mount-of-profile-absent": Text(
         "mounts",
-        "{source}, which profile {profile} mounts: not on this machine",
-        "compute nodes have it as a rule, login nodes need not; a node that lacks it starts no container",
+        "{source}, which profile {profile} mounts, is not on this machine",
+        "compute nodes usually have it, login nodes need not; a node without it cannot start the container",
     ),
 }
 NOT_FOUND = {"partition-unknown", "node-unknown"}  # something that was named does not exist

@@ -91,7 +91,7 @@ def _nodes(place: Place) -> list[str]:
     parts = ", ".join(f"{count[group]} {group}" for group in groups if count[group])
     kind = f" with {profile.gres}:{profile.gpus_per_node}" if len(place.fitting) < len(place.nodes) else ""
     asked = counted(place.spec.job.nodes, "node")
-    lines = [f"{asked} asked; {place.name} has {len(place.fitting)}{kind}: {parts or 'none'}"]
+    lines = [f"{asked} requested; {place.name} has {len(place.fitting)}{kind}: {parts or 'none'}"]
     if out := [node for node in place.fitting if node.states & OUT]:
         lines.append(f"out of service: {some(in_words(out))}")
     nodes, segment = place.spec.job.nodes, place.spec.segment

@@ -171,7 +171,7 @@ def _speed(outcome: Outcome, match: Match, threshold: float) -> tuple[list[Reaso
     sign = "at least" if enough else "below"
     what = (
         f"{outcome.tps.median:,.0f} tokens/s per {outcome.unit} is {share_text(share)} of {row.tps.median:,.0f}, "
-        f"{sign} the {100 * threshold:g}% asked for"
+        f"{sign} the required {100 * threshold:g}%"
     )
     if match.factor > NEAR and enough == (outcome.gpus < row.gpus):
         # More GPUs are a little slower each. So a fast run on more, and a slow one on fewer, are certain; not these.
@@ -206,7 +206,7 @@ def _pace(outcome: Outcome) -> list[Reason]:
     if outcome.tps is None or outcome.tps.median <= 0 or outcome.overall_tps is None:
         return []
     lost = 1 - outcome.overall_tps / outcome.tps.median
-    what = f"{outcome.overall_tps:,.0f} tokens/s per GPU over all the time after warm-up"
+    what = f"{outcome.overall_tps:,.0f} tokens/s per GPU over the whole time after warm-up"
     what += f", {100 * lost:.1f}% below the median" if lost >= 0.0005 else ""
     what += f" (limit {100 * MAX_LOST:g}%)"
     if lost <= MAX_LOST:
@@ -215,7 +215,7 @@ def _pace(outcome: Outcome) -> list[Reason]:
     slow = [p.step for p in outcome.series if p.step > warm_up and p.tps < (1 - MAX_LOST) * outcome.tps.median]
     what += f"; slow up to step {some([str(step) for step in slow])}" if slow else ""
     if interval := outcome.settings.get("recipe.checkpoint_interval"):
-        return [_cannot(About.PACE, f"{what}; the checkpoints every {interval} steps are in it")]
+        return [_cannot(About.PACE, f"{what}; this includes checkpoints every {interval} steps")]
     return [Reason(Word.FAIL, About.PACE, what)]
 
 
@@ -265,7 +265,7 @@ def _loss(outcome: Outcome, references: Sequence[Outcome]) -> list[Reason]:
     if last > LOSS_MARGIN * max(known):
         return [Reason(Word.FAIL, About.LOSS, f"{what}, and more than {LOSS_MARGIN:g} times that is a fault")]
     if fresh and last < min(known) / LOSS_MARGIN:
-        what += ": so low a loss is not training on this data, but a fault of the data or of the sums"
+        what += "; a loss this low means that the data or the computation is wrong"
         return [Reason(Word.FAIL, About.LOSS, what)]
     return [Reason(Word.PASS, About.LOSS, what)]
 
@@ -299,7 +299,7 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
                 f"({row.gpus} GPUs), this run had {_size(outcome)} ({outcome.gpus} GPUs)"
             )
         if row.state == PUBLISHED:
-            notes.append("one published value: how much it would differ in another run is not known")
+            notes.append("the baseline is a single run, so its variance is unknown")
         per_node = [described(one).get("profile.gpus_per_node") for one in (outcome, row)]
         if None not in per_node and per_node[0] != per_node[1]:
             notes.append(f"{per_node[0]} GPUs a node, {per_node[1]} in {called(row)}")
@@ -318,10 +318,10 @@ def _notes(outcome: Outcome, match: Match, threshold: float, share: float | None
                 )
     if outcome.data_share is not None and outcome.data_share > MAX_WAITING:
         notes.append(
-            f"{100 * outcome.data_share:.1f}% of a step is waiting for data: the number of files, or their disk"
+            f"{100 * outcome.data_share:.1f}% of a step is spent waiting for data: check number of files and disk"
         )
     if own := sorted(key for key in settings if key.startswith("titan.")):
-        notes.append(f"settings beside the recipe's, which may change the speed: {', '.join(own)}")
+        notes.append(f"settings that the recipe does not have, and that may change the speed: {', '.join(own)}")
     if interval := settings.get("recipe.checkpoint_interval"):
         notes.append(f"checkpoints every {interval} steps, which take time")
     return tuple(notes)

@@ -157,7 +157,7 @@ def _of_spreads(name: str, unit: str, spreads: Sequence[Spread | None], of: Sequ
         (steps,) = (spread for _, spread in known)
         halves.append(1.96 * (steps.q3 - steps.q1) / 1.349)
         is_row = PUBLISHED in [side.state for side in of]
-        remark = "a published value is a single run: its variance is unknown" if is_row else "one side has one value"
+        remark = "a published value is a single run, so its variance is unknown" if is_row else "one side has one value"
     size = math.hypot(*halves)
     if size == 0:  # peak memory often is: nothing to hold a difference against
         return bare
@@ -219,7 +219,7 @@ def as_text(found: Comparison, warning: Callable[[str], str] = str) -> list[str]
     table = columns([("", "A", "B", "difference", ""), *figures])
     lines += [f"{mark}{line}" for mark, line in zip(marks, table, strict=True)]
     if any(figure.noise is not None for figure in found.figures):
-        lines.append("* exceeds the noise of these runs' steps (95%); how days and nodes differ is not in it")
+        lines.append("* exceeds the noise of these runs' steps (95%); days and nodes may differ by more")
     lines += dict.fromkeys(f"  {f.remark}" for f in found.figures if f.remark and f.noise is not None)
     return [*lines, "", _sentence(found)]
 

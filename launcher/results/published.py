@@ -82,7 +82,7 @@ def rows_of(text: str, where: str, state: str = TABLE) -> list[Outcome]:
     except csv.Error as error:
         raise LauncherError("table", f"{where}: not a CSV file: {error}") from error
     if not rows:
-        raise LauncherError("table", f"{where}: holds no result, or none that is complete")
+        raise LauncherError("table", f"{where}: has no complete result")
     return rows
 
 
@@ -101,7 +101,7 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
             raise LauncherError("table", f"{where}: column {name} is empty or 0")
     gpu, nodes, gpus, batch = cells["gpu"], count["nodes"], count["gpus"], count["local_batch_size"]
     if gpus % nodes:
-        raise LauncherError("table", f"{where}: {gpus} GPUs on {nodes} nodes: not the same number on each")
+        raise LauncherError("table", f"{where}: {gpus} GPUs cannot be divided evenly among {nodes} nodes")
     precision, quantize = _precision(cells.get("precision", ""))
     quantize = cells.get("quantization") or quantize
     flags = {name: _flag(cells.get(name, ""), where, name) for name in _FLAGS}
@@ -290,7 +290,7 @@ def best_match(outcome: Outcome, rows: Sequence[Outcome]) -> Match:
     row = nearest(outcome, rows)
     if row is None:
         known = ", ".join(sorted({row.gpu for row in rows})) or "nothing"
-        return Match(None, f"there is no result of a {outcome.gpu} to measure it by, only of {known}")
+        return Match(None, f"there is no result for {outcome.gpu} to compare with, only for {known}")
     if reasons := unlike(outcome, row):
         return Match(None, f"not like with like, against {called(row)}: {'; '.join(reasons)}")
     return Match(row, factor=factor_between(outcome, row))

@@ -39,13 +39,13 @@ def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:
     """
     if not re.search(r"[A-Za-z0-9]", entity):
         fix = "launcher results RUN --format torchtitan --entity my-team"
-        raise LauncherError("entity-not-named", "a submission says whose it is: your name, team or company", fix)
+        raise LauncherError("entity-not-named", "a submission needs the name of a person, team or company", fix)
     files: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if not outcome.complete:
             raise LauncherError(
                 "result-incomplete",
-                f"{outcome.run} is not a result to be submitted: {outcome.lacks}",
+                f"{outcome.run} cannot be submitted: {outcome.lacks}",
                 quoted("launcher", "results", outcome.run),
                 status=ExitStatus.NO_DATA,
             )

@@ -184,7 +184,7 @@ def _state(run: Run, known: Slurm | None) -> JobState:
         return JobState("SUBMITTING", "run directory")
     job = job_of(run)
     if job is None:
-        return JobState(UNKNOWN, "", "its submission was cut off, and no job of its name is known", gone=True)
+        return JobState(UNKNOWN, "", "its submission was interrupted, and no job of its name is known", gone=True)
     if run.is_local:
         found = local.state(job, run.made_at)
         if not found.known and (end := run.end):  # the script may have ended between the two looks

@@ -287,7 +287,7 @@ def all_runs(runs_dir: Path) -> list[Run]:
     folders = [Path(entry.path) for entry in entries if _is_dir(entry)]
     for folder in folders:
         if not os.access(folder, os.R_OK | os.X_OK):
-            warn(f"{folder}: passed over, as it cannot be read: Permission denied")
+            warn(f"{folder}: skipped, because it cannot be read: Permission denied")
     found = [(run, intent["at"]) for run in map(Run, folders) if (intent := run.intent)]
     return [run for run, _ in sorted(found, key=lambda pair: (pair[1], pair[0].name), reverse=True)]
 

@@ -44,7 +44,7 @@ def state(job: dict[str, Any], run_dir: Path) -> JobState:
         return JobState("RUNNING", "process")
     if left := members(run_dir):
         return JobState("RUNNING", "process", f"its script is gone, {len(left)} of its processes go on")
-    why = "its process is gone and wrote no end: killed, or the machine was restarted"
+    why = "its process is gone and recorded no end: it was killed, or the machine restarted"
     return JobState(UNKNOWN, "", why, gone=True)
 
 

@@ -134,7 +134,7 @@ def _listed(out: str) -> Listed:
             raise ValueError(out)
         return jobs
     except ValueError as error:
-        raise _failed("slurm-failed", "squeue answered nonsense", "squeue --me", str(error)[:500]) from error
+        raise _failed("slurm-failed", "squeue's answer cannot be read", "squeue --me", str(error)[:500]) from error
 
 
 def accounting(job_ids: Iterable[str]) -> Listed:

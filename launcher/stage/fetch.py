@@ -107,7 +107,7 @@ def open_repo(target: Path, name: str, repo_kind: str, kind: str, revision: str 
         raise LauncherError(
             "target-holds-other",
             f"--to {target}: holds revision {found.revision}, asked for is {repo.revision}",
-            "leave --revision out to continue, or name another directory: two revisions do not mix",
+            "leave --revision out to continue, or name another directory: two revisions cannot be mixed",
         )
     return repo
 

@@ -65,7 +65,7 @@ def hub_constants() -> Any:
         from huggingface_hub import constants
     except ValueError as error:
         raise LauncherError(
-            "hub-settings", f"an HF_* variable has no usable value: {error}", "env | grep ^HF_"
+            "hub-settings", f"an HF_* variable has an invalid value: {error}", "env | grep ^HF_"
         ) from None
     return constants
 
@@ -123,7 +123,7 @@ def _ask(repo: Repo, url: str) -> tuple[Any, str]:
     if not isinstance(value, (dict, list)):
         raise LauncherError(
             "server-answer",
-            f"{repo.page}: the server's answer is no JSON, or more than {ANSWER_BYTES >> 20} MB of it",
+            f"{repo.page}: the server's answer is not JSON, or more than {ANSWER_BYTES >> 20} MB of it",
             "check HF_ENDPOINT and HTTPS_PROXY: a login page, perhaps; the same command tries again",
         )
     return value, following
@@ -217,7 +217,7 @@ def refused_by_hub(repo: Repo, path: str = "") -> Refused:
             says, fix = f"{repo.site} has no {repo.kind} {what}", "check its name, and HF_ENDPOINT"
         elif status == 429:
             says = f"{what}: the Hub answers 429, too many requests"
-            fix = "again later continues; a token (hf auth login) raises the limit, --jobs 2 asks less"
+            fix = "try again later to continue; a token (hf auth login) raises the limit, --jobs 2 asks for less"
         elif status:
             says, fix = f"{what}: the Hub answers HTTP {status}", "the same command later continues"
         else:

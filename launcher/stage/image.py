@@ -30,8 +30,8 @@ from launcher.stage.target import Incoming, at_work, check_space, gigabytes, is_
 from launcher.stage.web import ask, download, read, refused_by_server
 
 KINDS = (
-    "name a .sqsh file or the http(s) address of one; download others first, with their .json; an image of the Docker "
-    "engine first becomes one: launcher image convert IMAGE"
+    "name a .sqsh file or its http(s) address; download other files first, with their .json; convert a Docker image "
+    "first: launcher image convert IMAGE"
 )
 NAME = re.compile(r"([0-9a-f]{12})-(.+)\.sqsh")  # of a staged image
 Say = Callable[[str], None]
@@ -155,7 +155,7 @@ def releases() -> str:
     known = (url.removeprefix("Releases, ") for url in urls if url.startswith("Releases, "))
     if _path_of(said := os.environ.get("LAUNCHER_RELEASES") or next(known, "")):
         return said.rstrip("/")
-    what = "where releases are is not known, or is no web address without user, password and parameters"
+    what = "the address of the releases is unknown, or is not a web address without user, password and parameters"
     fix = "export LAUNCHER_RELEASES=https://github.com/OWNER/NAME/releases; without a release: make image"
     raise LauncherError("releases-unknown", what, fix)
 
@@ -173,7 +173,7 @@ def of_release(tag: str, channel: str, arch: str) -> Wanted:
     digest, size, about = _described_at(f"{place}/{image}.json")
     if digest != sums[image]:
         what = f"{listed}: another checksum of {image} than its .json says"
-        raise LauncherError("image-description", what, "the release is being written, or damaged: again later")
+        raise LauncherError("image-description", what, "the release is incomplete or damaged; try again later")
     parts = sorted(name for name in sums if re.fullmatch(rf"{re.escape(image)}\.part-\d+", name)) or [image]
 
     def join(stream: Incoming) -> None:

@@ -174,7 +174,7 @@ def verify(directory: Path, deep: bool = False) -> Report:
     if manifest is None:
         raise LauncherError(
             "not-staged",
-            f"{directory}: not staged by the launcher: nothing is known about its files",
+            f"{directory}: was not staged by the launcher, so nothing is known about its files",
             f"launcher stage c4 --to {quoted(directory)} (or tokenizer, or model) checks it and brings the rest",
             status=ExitStatus.NOT_FOUND,
         )

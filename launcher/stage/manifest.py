@@ -8,12 +8,12 @@ import json
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from launcher import __version__
+from launcher import version
 from launcher.base.errors import LauncherError
 from launcher.base.files import unreadable
 from launcher.base.values import parse_json
@@ -50,7 +50,7 @@ class Manifest:
     files: Mapping[str, StagedFile]
     wanted: tuple[str, ...] = ()
     train_files_in_all: int = 0  # C4 only
-    made_by: str = f"launcher {__version__}"
+    made_by: str = field(default_factory=lambda: f"launcher {version()}")
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Bucket:
             raise LauncherError(
                 "manifest-damaged",
                 f"{self.source}/{STATE}/manifest.json: damaged, or not of C4",
-                "copy it again from the staged directory, or remove it: then nothing but sizes is compared",
+                "copy it again from the staged directory, or remove it: then only sizes are compared",
             )
         return found
 

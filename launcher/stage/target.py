@@ -55,7 +55,7 @@ def write_error(path: Path, error: OSError) -> LauncherError:
         return LauncherError(
             "in-the-way",
             f"cannot write {path}: {os.strerror(errno.ELOOP)}",
-            f"it is a link, or no file: ls -l {quoted(path)}; remove it, then the same command",
+            f"it is a link, or not a file: ls -l {quoted(path)}; remove it, then the same command",
             status=ExitStatus.FILESYSTEM,
         )
     return filesystem_error(path, error, "--to DIR")

@@ -392,5 +392,5 @@ def _shortages(spec: PlacedRun, staged: Staged) -> list[str]:
     validates = [spec.titan.get(key, "").lower() for key in ("validation.enable", "validator.enable")]
     if not staged.validation and "true" in validates:
         stage = _stage_command(spec, staged, validation=True)
-        notes.append(f"{spec.data_path} holds no validation file, and the run validates; {stage}")
+        notes.append(f"{spec.data_path} has no validation files, but the run validates; {stage}")
     return notes

@@ -245,7 +245,7 @@ def refused_by_server(url: str) -> Refused:
             )
         fix = "check the address; every image of a release has its .json beside it"
         if status in (401, 403):
-            fix = "the server asks who you are: download it with its own tools, then stage the file"
+            fix = "the server asks for a login: download it with its own tools, then stage the file"
         elif status >= 500:
             fix = "the same command later tries again"
         return LauncherError("http-refused", f"{url}: HTTP {status}", fix, status=ExitStatus.NOT_FOUND)

@@ -216,7 +216,7 @@ def _runs_of(spec: RunSpec) -> tuple[Run, ...]:
         raise LauncherError(
             "run-exists",
             f"{found[-1].name} exists with other settings: {'; '.join(changed[:4])}",
-            "another --name, or the settings of before",
+            "another --name, or the earlier settings",
             status=ExitStatus.EXISTS,
             original="\n".join(changed[4:]),
         )

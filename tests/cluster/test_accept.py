@@ -100,7 +100,7 @@ def test_pass_fail_and_cannot_say_of_one_run(launch: Launch, train_image: Path) 
     assert json.loads(done.stdout) == json.loads(kept.read_text()) and "FAIL" in done.stdout
     done = launch("accept", "mine")
     assert done.returncode == ExitStatus.CANNOT_SAY
-    assert "there is no result of a CPU to measure it by" in done.stdout
+    assert "there is no result for CPU to compare with" in done.stdout
 
     # Its own result, kept as a file, is a baseline for the next run, and none for itself.
     result = json.loads(launch("results", "mine", "--format", "json").stdout)

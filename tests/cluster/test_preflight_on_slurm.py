@@ -85,7 +85,7 @@ def test_forced_slurm_refuses_it_itself(
 @pytest.mark.parametrize(
     ("arguments", "reason", "said"),
     [
-        (("--nodes", "9"), "PartitionNodeLimit", "9 nodes asked; partition batch has 4: 4 free"),
+        (("--nodes", "9"), "PartitionNodeLimit", "9 nodes requested; partition batch has 4: 4 free"),
         (("--partition", "small", "--time", "10"), "PartitionTimeLimit", "above the partition's limit"),
     ],
 )

@@ -190,7 +190,7 @@ def test_an_engine_behind_ssh_is_reached_by_the_program_ssh(monkeypatch: pytest.
 
     monkeypatch.setattr(docker.DockerClient, "from_env", from_env)
     monkeypatch.setenv("DOCKER_HOST", "ssh://user@machine")
-    with pytest.raises(LauncherError, match="ssh part, which is not installed") as error:
+    with pytest.raises(LauncherError, match="ssh support, which is not installed") as error:
         docker_engine.connect()
     assert asked["use_ssh_client"] is True
     assert "docker[ssh]" in error.value.fix

@@ -203,7 +203,8 @@ def test_several_torches_and_a_checked_out_torchtitan(make: Make) -> None:
     facts = inspect(make(files))
     assert facts.versions == {"torch": "2.14.1", "triton": "3.4.0", "torchtitan": "unknown", "python": "3.12"}
     assert facts.notes == (
-        "torch is there more than once; /b/lib/python3.12/dist-packages was read, not /a/lib/python3.10/site-packages",
+        "torch is installed more than once; /b/lib/python3.12/dist-packages was read, not "
+        "/a/lib/python3.10/site-packages",
         "torchtitan is not installed, but its source is there: /workspace/torchtitan/torchtitan/train.py",
     )
 

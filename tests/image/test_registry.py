@@ -154,10 +154,10 @@ def test_the_login_of_the_docker_command_is_used(
         reference = f"{host}/titan:tiny"
         for wrong in ({}, {"auths": {host: {"auth": base64.b64encode(b"titan:wrong").decode()}}}):
             (no_logins / "config.json").write_text(json.dumps(wrong))
-            with pytest.raises(LauncherError, match=f"the registry {host} did not take {reference}-arm64") as error:
+            with pytest.raises(LauncherError, match=f"the registry {host} did not accept {reference}-arm64") as error:
                 push(images["arm64"], reference, engine=docker_engine.connect())
             assert error.value.fix == f"docker login {host}" and error.value.original
-            with pytest.raises(LauncherError, match="did not take") as error:
+            with pytest.raises(LauncherError, match="did not accept") as error:
                 manifest_list(reference, [Pushed("arm64", f"sha256:{'0' * 64}", "")], engine=engine)
             assert f"docker login {host}" in error.value.fix
         right = base64.b64encode(f"titan:{PASSWORD}".encode()).decode()
@@ -175,7 +175,7 @@ def test_an_image_that_left_the_registry_fails_the_list(engine: Engine, images: 
     reference = f"{host}/titan:gone"
     here = push(images["amd64"], reference, engine=engine)
     gone = Pushed("arm64", f"sha256:{'0' * 64}", f"{reference}-arm64")
-    with pytest.raises(LauncherError, match="did not take"):
+    with pytest.raises(LauncherError, match="did not accept"):
         manifest_list(reference, [here, gone], engine=engine)
     assert manifest(host, "titan", "gone") is None
 
@@ -184,10 +184,10 @@ def test_a_registry_that_is_down(engine: Engine, images: dict[str, str], tmp_pat
     with running_registry(tmp_path) as host:
         reference = f"{host}/titan:tiny"
         pushed = push(images["arm64"], reference, engine=engine)
-    with pytest.raises(LauncherError, match=f"the registry {host} did not take") as error:
+    with pytest.raises(LauncherError, match=f"the registry {host} did not accept") as error:
         push(images["arm64"], reference, engine=engine)
     assert "connection refused" in error.value.original
-    with pytest.raises(LauncherError, match=f"the registry {host} did not take"):
+    with pytest.raises(LauncherError, match=f"the registry {host} did not accept"):
         manifest_list(reference, [pushed], engine=engine)
 
 

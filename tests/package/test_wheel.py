@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
-from launcher import __version__
 from launcher.config.layers import names_of
 from tests.conftest import ROOT
 
@@ -26,8 +28,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "pip", "wheel", *QUIET, "--no-deps", "-w", str(folder), str(ROOT)], check=True
     )
     (wheel,) = folder.glob("*.whl")
-    assert wheel.name == f"titan_launcher-{__version__}-py3-none-any.whl"
     return wheel
+
+
+def version_of(built: Path) -> str:
+    return built.name.removesuffix(".tar.gz").split("-")[1]
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +63,66 @@ def test_it_installs_with(tool: str, wheel: Path, workplace: Path) -> None:
     (launcher,) = workplace.glob("*_BIN_DIR/launcher")
     here = env | {"PATH": "/nowhere"}
     version = subprocess.run([launcher, "--version"], env=here, capture_output=True, text=True)
-    assert version.stdout == f"launcher, version {__version__}\n", version.stderr
+    assert version.stdout == f"launcher, version {version_of(wheel)}\n", version.stderr
     words = ("render", "--gpu", "gb200", "--nodes", "9", "--image", "/data/titan.sqsh", "--name", "n")
     rendered = subprocess.run([launcher, *words], env=here, capture_output=True, text=True)
     assert "--container-image=/data/titan.sqsh" in rendered.stdout, rendered.stderr
 
 
-def test_the_version_is_that_of_the_changelog_and_of_the_tag() -> None:
-    """A tag that differs is refused by the workflow that would publish it."""
+def git(folder: Path, *words: str) -> None:
+    who = ("-c", "user.name=n", "-c", "user.email=e@example.com")
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What is committed, as CI clones it: one commit, no tags."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("these files are no checkout")
+    git(tmp_path, "clone", "--depth=1", "--no-tags", ROOT.as_uri(), "checkout")
+    return tmp_path / "checkout"
+
+
+def built(source: Path, to: Path) -> list[str]:
+    """The versions of the sdist, and of the wheel that is made from it."""
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(to), str(source)], check=True, capture_output=True)
+    return [version_of(file) for file in sorted(to.iterdir(), key=lambda file: file.suffix)]
+
+
+def test_the_version_is_the_tag(checkout: Path, tmp_path: Path) -> None:
+    git(checkout, "tag", "v9.8.7")
+    assert built(checkout, tmp_path / "dist") == ["9.8.7", "9.8.7"]
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
+        assert b"Version: 9.8.7\n" in wheel.read("titan_launcher-9.8.7.dist-info/METADATA")
+
+
+def test_the_files_of_a_tag_without_git_have_its_version(checkout: Path, tmp_path: Path) -> None:
+    """As GitHub offers them for each release."""
+    git(checkout, "tag", "v9.8.7")
+    git(checkout, "archive", "--prefix=files/", "--output=../files.tar", "v9.8.7")
+    with tarfile.open(tmp_path / "files.tar") as files:
+        files.extractall(tmp_path, filter="data")
+    assert built(tmp_path / "files", tmp_path / "dist") == ["9.8.7", "9.8.7"]
+
+
+def test_without_a_tag_it_installs_under_a_version_that_is_no_release(checkout: Path, tmp_path: Path) -> None:
+    assert all(
+        re.fullmatch(r"0\.0\.1\.dev\d+\+g[0-9a-f.d]+", version) for version in built(checkout, tmp_path / "dist")
+    )
+    shutil.rmtree(checkout / ".git")
+    (checkout / ".git_archival.txt").unlink()
+    assert built(checkout, tmp_path / "copied") == ["0.0.0", "0.0.0"]
+
+
+def test_a_tag_that_is_not_the_changelogs_newest_part_is_refused() -> None:
+    """Its notes are that part. What the workflow runs, run here."""
+    text = (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
+    step = re.search(r"name: The tag is the newest of the changelog\n.*?run: (\S[^\n]*)", text, re.DOTALL)
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert newest and newest[1] == __version__
-    assert 'set -- dist/*-"${TAG#v}"-*.whl' in (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
+    assert step and newest
+    for tag, status in ((f"v{newest[1]}", 0), ("v9.8.7", 1), (f"v{newest[1]}.1", 1), (f"v{newest[1][:-1]}", 1)):
+        done = subprocess.run(["bash", "-ec", step[1]], cwd=ROOT, env=os.environ | {"TAG": tag}, capture_output=True)
+        assert done.returncode == status, tag
 
 
 def test_it_renders_a_job(launcher: Path, workplace: Path) -> None:

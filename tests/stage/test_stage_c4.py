@@ -136,7 +136,7 @@ def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path
     [
         ((), 2, "one of --files N, --for RUN and --all"),
         (("--files", "2", "--all"), 2, "one of --files N, --for RUN and --all"),
-        (("--all", "--from", "s3://b/c", "--revision", "v9"), 2, "not with --from"),
+        (("--all", "--from", "s3://b/c", "--revision", "v9"), 2, "cannot be combined with --from"),
         (("--files", "13"), 3, "C4 has 12 train files"),
         (("--for", "nodes=3,gpu=4"), 3, "'gpu=4' is not one of nodes=N"),
         (("--for", "nodes=0"), 3, "'nodes=0'"),

@@ -60,7 +60,7 @@ def closed(folder: Path) -> Iterator[Path]:
         (("c4", "--to", "", "--files", "1"), "the path is empty"),
         (("verify", "file"), "file: a file, not a directory"),
         (("list", "nothere"), "nothere: no such directory"),
-        (("image", "s3://bucket/x.sqsh", "--to", "d"), "name a .sqsh file or the http(s) address"),
+        (("image", "s3://bucket/x.sqsh", "--to", "d"), "name a .sqsh file or its http(s) address"),
         (("image", "", "--to", "d"), "one of SOURCE and --release TAG is needed"),
         (("image", "nosuchfile", "--to", "d"), "'nosuchfile': no such file"),
         (("image", "folder", "--to", "d"), "'folder': no such file"),

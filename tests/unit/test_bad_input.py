@@ -129,7 +129,7 @@ def test_somebody_elses_run_is_named_and_hides_none(workplace: Path) -> None:
     for command in (("list",), ("results", "--all"), ("report", "-o", "page.html")):
         done = without_roots_rights(*command)
         assert done.returncode == 0, done.stderr
-        assert "theirs: passed over, as it cannot be read: Permission denied" in done.stderr
+        assert "theirs: skipped, because it cannot be read: Permission denied" in done.stderr
     done = without_roots_rights("results", "theirs")
     assert (done.returncode, "Permission denied" in done.stderr) == (ExitStatus.FILESYSTEM, True)
 

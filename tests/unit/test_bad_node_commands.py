@@ -68,7 +68,7 @@ def test_looking_at_the_run_remembers_and_a_release_lasts(launch: Launch, fake_s
     assert done.returncode == ExitStatus.NODES_UNFIT
     assert "bad: FAILED (a node failed its check before training; from end.json)" in done.stdout
     assert "cause: node n1 is not fit to train: GPU 2 has ECC errors" in done.stderr
-    assert "left out of what is submitted next: n1, until " in done.stderr
+    assert "left out of new runs: n1, until " in done.stderr
     assert listed(launch)["n1"]["run"] == str(folder)
     assert oct((workplace / "home/.config/titan-launcher/nodes.json").stat().st_mode & 0o777) == "0o600"
     table = launch("cluster", "nodes").stdout
@@ -92,7 +92,7 @@ def test_every_unfit_node_is_shown_with_all_that_is_wrong(launch: Launch, fake_s
         "| n0: /data is not mounted; mount it",
         "| n1: /data/c5: no such directory; --data DIR",
     ]
-    assert any(line.startswith("left out of what is submitted next: n0, until ") for line in said)
+    assert any(line.startswith("left out of new runs: n0, until ") for line in said)
     failure = json.loads(launch("status", "bad", "--json").stdout)["failure"]
     assert (failure["known_error"], failure["log"]) == ("node-unfit", str(folder / "nodes"))
 
@@ -205,11 +205,11 @@ def test_a_damaged_file_stops_no_look_at_a_run(text: str, launch: Launch, fake_s
     unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     status = launch("status", "bad")
     assert status.returncode == ExitStatus.NODES_UNFIT
-    assert "warning: nodes that failed their check are not remembered" in status.stderr
+    assert "warning: could not remember the nodes that failed their check" in status.stderr
     done = launch("cluster", "nodes")
     assert done.returncode == ExitStatus.INVALID and "nodes.json.damaged" in done.stderr
     submitted = launch(*SUBMIT, "--name", "next")
-    assert submitted.returncode == 0 and "nodes that failed their check may not be left out" in submitted.stderr
+    assert submitted.returncode == 0 and "nodes that failed their check could not be left out" in submitted.stderr
     assert file.read_text() == text
 
 
@@ -305,7 +305,7 @@ def test_retried_without_every_bad_node_where_the_cluster_has_no_name(
     done = retrying(jobs, "--retry-bad-nodes", "2")
     assert (
         "r-retry1: retry 2 of 2 without n1: r-retry2" in done.stderr
-        and "may not be left out" not in done.stderr.split("retry 1 of 2")[1]
+        and "could not be left out" not in done.stderr.split("retry 1 of 2")[1]
     )
     calls = [line.partition("exclude=")[2] for line in (workplace / "calls").read_text().splitlines()]
     assert calls == ["", "n0", "n[0-1]"]

@@ -100,13 +100,13 @@ def test_what_is_the_same_in_every_step_has_no_noise() -> None:
 def test_a_published_row_has_one_value() -> None:
     found = compare(outcome(), published_beside(outcome()))
     tps = figure(found, "tokens/s")
-    assert (tps.b, tps.remark) == (17975.0, "a published value is a single run: its variance is unknown")
+    assert (tps.b, tps.remark) == (17975.0, "a published value is a single run, so its variance is unknown")
     assert tps.beyond is False
     a = outcome()
     assert a.tps is not None and tps.noise is not None
     assert tps.noise > 1.96 * (a.tps.q3 - a.tps.q1) / 1.349  # a single step's scatter, not a median's
     assert not found.settings and not found.warnings  # what a row does not say is no difference
-    assert "  a published value is a single run: its variance is unknown" in as_text(found)
+    assert "  a published value is a single run, so its variance is unknown" in as_text(found)
 
 
 def test_settings_and_versions_that_differ() -> None:
@@ -258,7 +258,7 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         ("", "is empty"),
         (" \n ", "is empty"),
         ("garbage\n", "no column gpu, nodes"),
-        (HEADER, "holds no result"),
+        (HEADER, "has no complete result"),
         (HEADER + "GB200,9,36,5,100,=1+2\n", "x:2: column tps: '=1+2' is not a number"),
         (HEADER + "GB200,9,36,5,100,nan\n", "x:2: column tps: 'nan' is not a number"),
         (HEADER + "GB200,9,36,5,100,inf\n", "column tps"),
@@ -267,7 +267,7 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         (HEADER + "GB200,9,36,5,100\n", "column tps is empty or 0"),
         (HEADER + "GB200,9,36,5,100,1_000\n", "column tps"),
         (HEADER + "GB200,0,36,5,100,17975\n", "column nodes is empty or 0"),
-        (HEADER + "GB200,9,35,5,100,17975\n", "35 GPUs on 9 nodes"),
+        (HEADER + "GB200,9,35,5,100,17975\n", "35 GPUs cannot be divided evenly among 9 nodes"),
         (HEADER + f"GB200,9,{10**30},5,100,17975\n", "column gpus"),
         (HEADER + ",9,36,5,100,17975\n", "column gpu is empty"),
         (HEADER + '"GB200,9\n', "not a CSV file"),
@@ -352,7 +352,7 @@ def test_what_the_command_refuses(launch: Launch, workplace: Path) -> None:
     write_run(workplace / "runs" / "a", gpu="B300")
     write_run(workplace / "runs" / "<b>\x1b[31m", steps_logged=40, end='{"exit_code": 1}')
     done = launch("compare", "a", "published")
-    assert done.returncode == 4 and "published has no result of a B300" in done.stderr
+    assert done.returncode == 4 and "published has no result for B300" in done.stderr
     assert launch("compare", "published", "published").returncode == 3
     assert launch("compare", "a", "none").returncode == 4
     assert launch("compare", "a").returncode == 2

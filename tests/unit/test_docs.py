@@ -184,6 +184,19 @@ def test_the_pictures_are_small_and_fetch_nothing() -> None:
     assert not re.search(r"url\(.?http|href|<script", shown) and "tokens/s" in shown and "loss" in shown
 
 
+def test_the_film_of_watch_goes_from_the_queue_to_the_end_and_rests_there_for_those_who_want_no_motion() -> None:
+    shown = (DOCS / "img" / "watch.svg").read_text(encoding="utf-8").replace("&#160;", " ")
+    steps = [int(step) for step in re.findall(r"step (\d+)/20", shown)]
+    assert steps == sorted(steps) and steps[-1] == 20 and len(set(steps)) > 5
+    assert shown.count("my-run: COMPLETED") == 1 and shown.index("checking nodes") < shown.index("my-run: COMPLETED")
+    last = re.search(r"matrix \{ font:[^}]*transform: (translateY\(-[\d.]+px\));", shown)
+    assert (
+        last
+        and f"to {{ transform: {last[1]}; }}" in shown
+        and "@media (prefers-reduced-motion: no-preference)" in shown
+    )
+
+
 def test_every_file_of_a_run_directory_is_described(launch: Launch, workplace: Path) -> None:
     """Of a run just made, and of those of earlier versions; a folder is described as a whole."""
     text = (DOCS / "reference" / "run-directory.md").read_text(encoding="utf-8")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
-from launcher import __version__
+from launcher import version
 from launcher.base.errors import ExitStatus
 from launcher.cli import launcher
 from tests.conftest import ROOT, Launch
@@ -68,8 +72,32 @@ def test_colour_only_on_terminals(launch: Launch) -> None:
 
 
 def test_the_version_is_told_in_both_usual_ways(launch: Launch) -> None:
-    assert launch("--version").stdout.strip().endswith(__version__)
-    assert f"launcher {__version__}" in launch("version").stdout
+    assert launch("--version").stdout.strip() == f"launcher, version {version()}"
+    assert f"launcher {version()}" in launch("version").stdout
+
+
+def test_the_version_of_a_checkout_is_what_git_says_now(tmp_path: Path) -> None:
+    """Not what was installed once; and without git and without metadata there is still an answer."""
+
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=n", "-c", "user.email=e@example.com")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def told() -> str:
+        say = "import sys; sys.path.insert(0, sys.argv[1]); import launcher; print(launcher.version())"
+        bare = [sys.executable, "-S", "-I", "-c", say, str(tmp_path)]
+        return subprocess.run(bare, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "launcher").mkdir()
+    shutil.copy(ROOT / "launcher" / "__init__.py", tmp_path / "launcher")
+    assert told() == "unknown"
+    git("init", "--quiet")
+    git("commit", "--allow-empty", "-m", "one")
+    assert told() == "unknown"
+    git("tag", "v9.8.7")
+    assert told() == "9.8.7"
+    git("commit", "--allow-empty", "-m", "two")
+    assert re.fullmatch(r"9\.8\.7-1-g[0-9a-f]{7,}", told())
 
 
 def test_settings_are_shown_before_there_is_an_image(launch: Launch) -> None:

@@ -188,11 +188,11 @@ def test_runs_on_the_same_hardware_share_a_file() -> None:
 
 
 def test_what_is_not_a_result_is_not_submitted() -> None:
-    with pytest.raises(LauncherError, match=r"cut is not a result.*FAILED; step 40 of 100") as caught:
+    with pytest.raises(LauncherError, match=r"cut cannot be submitted.*FAILED; step 40 of 100") as caught:
         submissions([WHOLE, SHORT], "me")
     assert caught.value.status == ExitStatus.NO_DATA
     for entity in ("", "  ", "/"):
-        with pytest.raises(LauncherError, match="whose it is"):
+        with pytest.raises(LauncherError, match="needs the name"):
             submissions([WHOLE], entity)
 
 
@@ -241,7 +241,7 @@ def test_damaged_runs_are_left_out_aloud(launch: Launch, runs: Path) -> None:
     (runs / "other" / "run.toml").unlink()
     done = launch("results", "--all", "--format", "csv")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
-    assert "nothing known: other (COMPLETED)" in done.stderr
+    assert "state unknown: other (COMPLETED)" in done.stderr
     assert launch("results", "other").returncode == ExitStatus.NO_DATA
 
 

@@ -37,7 +37,7 @@ def test_a_gap_is_told_by_its_name(
     path = tmp_path / "mine.toml"
     path.write_text((ROOT / "slurm" / "profiles" / "gb200.toml").read_text().replace(before, after, 1))
     monkeypatch.setattr(module, "find", lambda _kind, _name: path)
-    with pytest.raises(LauncherError, match=f"lacks or does not know: .*{named}"):
+    with pytest.raises(LauncherError, match=f"missing or unknown: .*{named}"):
         module._of("mine")
 
 

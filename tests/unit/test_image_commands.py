@@ -61,8 +61,8 @@ DIGEST = f"@sha256:{'a' * 64}"
     "case",
     [
         Refusal("build stabel", "one of nightly, stable, reference, cpu", NOT_FOUND),
-        Refusal("build cpu --arch all --tag mine:1", "takes no --tag", USAGE),
-        Refusal("build cpu --arch all -o x.sqsh", "-o has to be a directory", USAGE),
+        Refusal("build cpu --arch all --tag mine:1", "--tag and --lock cannot be used", USAGE),
+        Refusal("build cpu --arch all -o x.sqsh", "-o must be a directory", USAGE),
         Refusal("build cpu -o no/where/", "mkdir -p no", FILESYSTEM),
         Refusal("build cpu --arch sparc", "is not one of", USAGE),
         Refusal("build cpu --base debian:", "is not the name of an image", USAGE),
@@ -74,8 +74,8 @@ DIGEST = f"@sha256:{'a' * 64}"
         Refusal("build cpu --push x.example/titan:", "is not the name of an image", USAGE),
         Refusal("build cpu --push --insecure", "is not the name of an image", USAGE),
         Refusal(f"build cpu --push x/titan{DIGEST}", "is not the name of an image", USAGE),
-        Refusal("build cpu --index-url https://me:s3cret@mirror.example/", "would stay in the image", USAGE),
-        Refusal("build cpu --torch-index https://s3cret@mirror.example/", "would stay in the image", USAGE),
+        Refusal("build cpu --index-url https://me:s3cret@mirror.example/", "would stay readable in the image", USAGE),
+        Refusal("build cpu --torch-index https://s3cret@mirror.example/", "would stay readable in the image", USAGE),
         Refusal("build cpu --lock none.txt", "there is no lock none.txt", INVALID),
         Refusal("build cpu --lock x.sqsh", "it pins no package", INVALID),
         Refusal("build cpu --lock binary.txt", "it is not text", INVALID),
@@ -96,12 +96,12 @@ DIGEST = f"@sha256:{'a' * 64}"
         Refusal("check missing.sqsh", "No such file", INVALID),
         Refusal("inspect x.txt", "not a squashfs", INVALID),
         Refusal("inspect missing.sqsh", "No such file", INVALID),
-        Refusal("inspect x.sqsh --driver new", "is no version", USAGE),
+        Refusal("inspect x.sqsh --driver new", "is not a version", USAGE),
         Refusal("inspect x.sqsh --gpu h800", "h800", NOT_FOUND),
         Refusal("inspect my:one", "launcher image check my:one, or: launcher image convert my:one", INVALID),
         Refusal("sif my:one", "launcher image convert my:one", USAGE),
         Refusal("sif x.sqsh --recipe", "make a squashfs", USAGE),
-        Refusal("lock stable -o mine.txt", "-o is one file", USAGE),
+        Refusal("lock stable -o mine.txt", "-o names one file", USAGE),
         Refusal("lock stable --arch arm64 -o .", "is a directory", USAGE),
     ],
     ids=lambda case: case.command,
@@ -542,7 +542,7 @@ def test_a_machine_without_user_namespaces_is_found_out_before_anything_is_unpac
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(checking, "run", refuse)
-    with pytest.raises(LauncherError, match="does not let you make") as error:
+    with pytest.raises(LauncherError, match="does not let you create") as error:
         checking.check(str(image))
     assert "sudo launcher image check" in error.value.fix and "permission denied" in error.value.original
 

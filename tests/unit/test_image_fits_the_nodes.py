@@ -48,7 +48,7 @@ def describe(image: Path, **changes: object) -> None:
         (
             {"quantization": ["none", "float8", "mxfp8"]},
             ("--gpu", "h100", "--recipe", "llama3-8b-fast", "--set", "recipe.quantize=mxfp8"),
-            "mxfp8 needs a GPU of compute capability 10.0 or later, H100 has 9.0",
+            "mxfp8 needs a GPU of compute capability 10.0 or later, but H100 has 9.0",
         ),
         ({}, ("--gpu", "a100", "--set", "recipe.quantize=float8"), "try: --set recipe.quantize=none"),
         ({}, ("--gpu", "h200", "--recipe", "llama3-8b-nvfp4"), "try: --set recipe.quantize=float8"),
@@ -108,7 +108,10 @@ def test_an_old_driver_is_passed_by_force_alone(launch: Launch, image: Path) -> 
     old = (*SUBMIT, "--gpu", "h200", "--set", "profile.driver=570.1")
     refused = launch(*old)
     assert refused.returncode == ExitStatus.INVALID
-    assert "needs driver 580, the nodes have 570.1: only NVIDIA's forward compatibility" in refused.stderr
+    assert (
+        "needs driver 580, the nodes have 570.1: it runs there only with NVIDIA's forward compatibility"
+        in refused.stderr
+    )
     assert "--force submits it all the same" in refused.stderr
     forced = launch(*old, "--force")
     assert forced.returncode == 0 and "warning: CUDA 13.0 in the image needs driver 580" in forced.stderr
@@ -118,9 +121,9 @@ def test_a_driver_that_is_not_known_is_asked_for(launch: Launch, image: Path) ->
     describe(image, driver_min="580", versions={"cuda": "13.0"})
     done = launch(*SUBMIT, "--gpu", "h200", "--partition", "batch")
     assert done.returncode == 0
-    assert "warning: CUDA 13.0 in the image needs driver 580; which one the nodes have is not known" in done.stderr
+    assert "warning: CUDA 13.0 in the image needs driver 580; the nodes' driver is not known" in done.stderr
     assert "srun -N1 -p batch --gres=gpu:1 nvidia-smi --query-gpu=driver_version" in done.stderr
-    assert "such clusters have run with 570" in done.stderr
+    assert "similar clusters have run with 570" in done.stderr
     for quiet in ("cpu", "b200"):  # B200s were published with 580
         assert "driver" not in launch(*SUBMIT, "--gpu", quiet).stderr
 
@@ -132,7 +135,7 @@ def test_an_image_that_nothing_here_can_look_into_is_taken_with_a_warning(launch
     image.write_bytes(head)
     done = launch(*SUBMIT, "--gpu", "b200", PATH="/nowhere")
     assert done.returncode == 0, done.stderr
-    assert f"warning: --image {image}: nothing here can look into it: apt-get install squashfs-tools" in done.stderr
+    assert f"warning: --image {image}: no tool here can look into it: apt-get install squashfs-tools" in done.stderr
 
 
 @pytest.fixture

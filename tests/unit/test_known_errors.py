@@ -281,12 +281,14 @@ CASES = {
         {"node0": VICTIM, "rank3": ECC}, "gpu-broken", "", "", BROKEN, "--exclude gpu003;", "stderr.log"
     ),
     "a setting": Case(
-        {"node0": f"╭── {BOGUS} ─╮\n│ {BOGUS}: --a.b=1   │\n"}, "unknown-setting", cause=f"({BOGUS}: --a.b=1)"
+        {"node0": f"╭── {BOGUS} ─╮\n│ {BOGUS}: --a.b=1   │\n"}, "unknown-setting", cause=f": {BOGUS}: --a.b=1"
     ),
     "the check speaks for itself": Case(
         {"node0": UNFIT}, "node-unfit", cause='not fit to train: 3 "GPUs" of 4', fix="launcher submit --exclude gpu001"
     ),
-    "NCCL's last error": Case({"node0": VICTIM, "node1": USED_WRONGLY}, "nccl-misuse", cause="wrongly: Duplicate GPU"),
+    "NCCL's last error": Case(
+        {"node0": VICTIM, "node1": USED_WRONGLY}, "nccl-misuse", cause="invalid way: Duplicate GPU"
+    ),
     "NCCL's own check": Case(
         {"node0": GOODBYE, "node1": INTERNAL}, "nccl-internal", cause="of its own: No path : rank"
     ),

@@ -101,7 +101,7 @@ def test_status_says_how_far_it_is(start, launch: Launch) -> None:
             "--gpu h200: this machine has no NVIDIA driver",
             "--gpu cpu --recipe debug",
         ),
-        (("--gpu", "cpu"), "/data/tokenizers/Llama-3.1-8B: not on this machine", "launcher stage tokenizer"),
+        (("--gpu", "cpu"), "/data/tokenizers/Llama-3.1-8B is not on this machine", "launcher stage tokenizer"),
         (("--gpu", "cpu", "--tokenizer", "sample"), "/data/c4: not on this machine", "--data sample"),
     ],
     ids=["GPU", "tokenizer", "data"],

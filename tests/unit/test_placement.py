@@ -171,7 +171,7 @@ def test_a_smaller_segment_than_there_could_be() -> None:
     [
         (18, "flat", OK, "Slurm does not know the racks (topology flat)"),
         (19, "flat", WARNING, "the job may straddle NVLink domains"),
-        (37, "tree", WARNING, "37 nodes need 3 at least"),
+        (37, "tree", WARNING, "37 nodes need at least 3"),
     ],
 )
 def test_racks_that_slurm_does_not_know(nodes: int, topology: str, status: str, said: str) -> None:

@@ -107,7 +107,7 @@ CASES = {
     OK: [
         Case("partition", run(partition="small,batch", time="10"), four(), "small"),
         Case("nodes", run(nodes=4), plus(BROKEN), "has 5, 4 of them in service, 4 of them free now"),
-        Case("nodes", run(nodes=5), plus(BROKEN), "5 asked; partition batch has 5, 4 of them in service"),
+        Case("nodes", run(nodes=5), plus(BROKEN), "5 requested; partition batch has 5, 4 of them in service"),
         Case("nodes-busy", run(), BUSY, "waits for others"),
         Case("node-states", run(nodes=4), plus(BROKEN), "bad is drained"),
         Case("gpus", TYPED, TWO_OF_H200, "gpu:h200:8 on 2 nodes"),
@@ -122,8 +122,10 @@ CASES = {
         Case("nodes-out-of-service", run(nodes=5), plus(DOWN), "bad is down", "sinfo -R"),
         Case("nodes-out-of-service", run(nodes=5), plus(KEPT), "kept is reserved", "scontrol show reserv"),
         Case("nodelist-out", run(nodelist="n0,bad"), plus(BROKEN), "bad is drained", "--nodelist"),
-        Case("gpus-idle", run("gb200"), four(arch="aarch64"), "uses 4 GPUs of a node; n0 has 8", "--gpus-per-node 8"),
-        Case("gpu-type", run("b200"), four(gres="gpu:h200:8"), "for B200; Slurm speaks of h200", "--gpu h200"),
+        Case(
+            "gpus-idle", run("gb200"), four(arch="aarch64"), "uses 4 GPUs per node, but n0 has 8", "--gpus-per-node 8"
+        ),
+        Case("gpu-type", run("b200"), four(gres="gpu:h200:8"), "for B200, but Slurm reports h200", "--gpu h200"),
         Case("gpu-type", run("b200"), four(features=("H100",)), "h100", "--gpu h100"),
         Case(
             "gpu-memory", SMALL, four(gres="gpu:a100_40gb:8"), "GPUs there have 39.4 (gpu:a100_40gb:8)", "launcher plan"
@@ -132,28 +134,34 @@ CASES = {
         Case("nodes-not-yet", run(), cluster(), "has 0: the job waits until more nodes come up", "sinfo -s"),
         Case("architecture-other", run(), plus(ARM64), "4 of x86_64, 1 of aarch64", "--exclude"),
         Case("segment-straddles", run("gb200", 3, segment=1), racks(), "3 x 1 nodes", "--nodes 2, or a multiple"),
-        Case("cluster-silent", run(), SILENT, "nothing of them was checked: scontrol did not answer", "scontrol ping"),
+        Case(
+            "cluster-silent", run(), SILENT, "nothing about them was checked: scontrol did not answer", "scontrol ping"
+        ),
     ],
     ERROR: [
         Case("partition-unknown", run(partition="gpu"), four(), "it has batch, small", "--partition batch"),
-        Case("partition-not-named", run(), TWO, "none is the default", "--partition a"),
+        Case("partition-not-named", run(), TWO, "the cluster has no default", "--partition a"),
         Case("partition-closed", run(), batch(state="INACTIVE"), "INACTIVE", "sinfo -s"),
         Case("time-limit", LONG, four(), "above the limit of partition small, 00:05:00", "--time 00:05:00"),
         Case("time-limit", run(time="1-12"), batch(max_time_s=86400), "1-00:00:00", "--time 1-00:00:00"),
-        Case("job-too-large", run(partition="small"), four(), "allows 1 node in a job", "--nodes 1"),
-        Case("job-too-small", run(), batch(min_nodes=3), "takes jobs of 3 nodes and more", "--nodes 3"),
+        Case("job-too-large", run(partition="small"), four(), "allows at most 1 node per job", "--nodes 1"),
+        Case("job-too-small", run(), batch(min_nodes=3), "needs at least 3 nodes per job", "--nodes 3"),
         Case("nodes-too-few", run(nodes=9), four(), "has 4: the job would wait for ever", "--nodes 4"),
         Case("nodes-too-few", run(nodes=4, exclude="n[0-1]"), four(), "has 2, without those of --exclude", "--nodes 2"),
         Case("nodes-too-few", run(nodes=3), cluster(*FOUR[:2], *ARM), "has 2 with gpu:8", "--nodes 2"),
         Case("node-unknown", run(nodelist="n[0-1],x7"), four(), "--nodelist n[0-1],x7: Slurm has no node x7", "sinfo"),
         Case("node-unknown", run(exclude="x[1-3]"), four(), "no node x1, x2, x3: it has n0, n1, n2 and 1", "sinfo"),
         Case("nodelist-too-long", run(nodes=1, nodelist="n[0-2]"), four(), "names 3 nodes", "--nodes 3"),
-        Case("gpus-absent", run(), cluster(*ARM), "gpu:8 on a node, and no node of partition batch has", "--gpus-per-"),
+        Case("gpus-absent", run(), cluster(*ARM), "gpu:8 per node, but no node of partition batch has", "--gpus-per-"),
         Case("gpus-absent", run(), cluster(*ARM), "has that: 4 with 4 of gpu", "--gpus-per-node 4"),
         Case("gpus-absent", run(), cluster(node("c", gres="", gpus=0)), "1 with no GPUs", "--partition"),
         Case("gpus-absent", TYPED, cluster(*ARM), "gpu:h200:8", "--gpu NAME"),
         Case(
-            "architecture-other", run("gb200"), four(), "is for aarch64; partition batch has 4 of x86_64", "--set prof"
+            "architecture-other",
+            run("gb200"),
+            four(),
+            "is for aarch64, but partition batch has 4 of x86_64",
+            "--set prof",
         ),
         Case("pyxis-absent", run(), cluster(*FOUR, pyxis=None), "no --container-image", "--runtime apptainer"),
         Case("segment-unsupported", run(segment=2), four(), "Slurm 25.05, topology tree", "--segment 0"),
@@ -222,14 +230,14 @@ def test_an_image_that_does_not_fit_the_nodes_disk(tmp_mib: int, squashfuse: boo
     assert codes(findings, WARNING) == ["disk-small"] * warned
     if warned:
         said = sentence(found(findings, "disk-small"))
-        assert "unpacks to 30.0 GiB; Slurm says TmpDisk=20000 MiB of n0, n1, n2 and 1 more" in said
+        assert "unpacks to 30.0 GiB, but Slurm reports TmpDisk=20000 MiB for n0, n1, n2 and 1 more" in said
 
 
 def test_a_mount_of_the_profile_that_is_not_here() -> None:
     """Its source may be on the compute nodes alone; and only the profile's own key takes it away."""
     finding = found(files(profile(run(), mounts=("/nowhere/x:/x",))), "mount-of-profile-absent")
     assert finding.status == OK, "as on most login nodes: no word with every submission"
-    assert sentence(finding).startswith("/nowhere/x, which profile h200 mounts: not on this machine")
+    assert sentence(finding).startswith("/nowhere/x, which profile h200 mounts, is not on this machine")
     assert "--set 'profile.mounts=[]'" in finding.fix
 
 
@@ -260,7 +268,7 @@ def test_the_refusal_names_all_errors_and_offers_force_only_where_it_helps() -> 
     may_wait, cannot = error("path-absent-here", "f", path="p"), impossible("nodelist-too-long", count=2, asked=1)
     both = refusal([may_wait, cannot], False)
     assert both and both.what.startswith("--nodelist names 2 nodes") and "--force" not in both.fix
-    assert both.original == "files: p: not on this machine; f"
+    assert both.original == "files: p is not on this machine; f"
     one = refusal([may_wait], False)
     assert one and one.fix == "f; --force submits it all the same"
 
@@ -329,7 +337,7 @@ def test_a_batch_for_80_gb_does_not_fit_40(launch: Launch, slurm: Fake, image: P
     for command in ("submit", "preflight", "sweep"):
         done = launch(command, *a100)
         assert done.returncode == ExitStatus.INVALID, done.stdout + done.stderr
-        assert "of a GPU's memory 38 can be used" in done.stdout + done.stderr
+        assert "only 38 of a GPU's memory can be used" in done.stdout + done.stderr
         assert command == "sweep" or "GPUs there have 39.4 (gpu:a100_40gb:8)" in done.stdout + done.stderr
     assert "of 39.4 " in launch("plan", *a100, "--partition", "batch").stdout
     assert "of 79.2 " in launch("plan", *a100).stdout  # of no cluster
@@ -371,7 +379,7 @@ def test_what_this_machine_refuses_waits_for_no_slurm(command: str, launch: Laun
 def test_an_unreadable_cluster_costs_one_warning(launch: Launch, slurm: Fake) -> None:
     slurm("scontrol", "exit 1")
     done = launch("submit", *SUBMIT, "--nodes", "9")
-    assert done.returncode == 0 and done.stderr.count("nothing of them was checked") == 1, done.stderr
+    assert done.returncode == 0 and done.stderr.count("nothing about them was checked") == 1, done.stderr
 
 
 def test_a_dry_run_asks_slurm_nothing(launch: Launch, slurm: Fake, image: Path) -> None:
@@ -379,8 +387,8 @@ def test_a_dry_run_asks_slurm_nothing(launch: Launch, slurm: Fake, image: Path) 
     assert launch("submit", *SUBMIT, "--nodes", "9", "--dry-run").returncode == 0
     assert not (image.parent / "asked").exists()
     script = launch("submit", *SUBMIT, "--dry-run").stdout
-    assert "\n# submit adds --segment and --exclude as the cluster has them then\n" in script
-    assert "# submit adds" not in launch("submit", "--local", "--recipe", "debug", "--dry-run").stdout
+    assert "\n# submit also adds --segment and --exclude, as the cluster then needs them\n" in script
+    assert "# submit also adds" not in launch("submit", "--local", "--recipe", "debug", "--dry-run").stdout
 
 
 def test_the_preflight_command(launch: Launch, slurm: Fake, image: Path) -> None:

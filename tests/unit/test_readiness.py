@@ -97,7 +97,7 @@ def test_the_profile_may_be_the_wrong_one(launch: Launch, fake_slurm: Fake, imag
 TRAPS = {
     "a library of the host": (
         ("--env", "LD_PRELOAD=/usr/lib/libnccl.so"),
-        "--env LD_PRELOAD=/usr/lib/libnccl.so: a library of the host's is not in the container",
+        "--env LD_PRELOAD=/usr/lib/libnccl.so: the container does not have the host's library",
     ),
     "a mount that is not here": (("--mount", "/nowhere/at/all:/x"), "--mount /nowhere/at/all: not on this machine"),
     "the Hub without a token": (("--data", "hub"), "--data hub: the ranks ask the Hub without a token"),

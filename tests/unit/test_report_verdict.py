@@ -117,10 +117,10 @@ def test_nodes_are_judged_by_runs_that_accept_judges() -> None:
 def test_without_a_comparable_row_nothing_is_said() -> None:
     other = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
     found = answer(other)
-    assert found.word is Word.CANNOT_SAY and "there is no result of a B300" in found.headline
+    assert found.word is Word.CANNOT_SAY and "there is no result for B300" in found.headline
     assert finding(found, "Speed")[0] == "not measured"
     again = answer(other, replace(other, run="3n", nodes=3))
-    assert finding(again, "Speed")[1].startswith("not judged: 3n, 9n: there is no result of a B300")
+    assert finding(again, "Speed")[1].startswith("not judged: 3n, 9n: there is no result for B300")
     assert finding(again, "Ends and loss") == ("ok", "nothing wrong in 2 runs, the newest of each kind and size")
     assert not [text for one in found.findings for text in one.texts if "of published" in text]
     compiled = run("compiled", 9, 25000, "2026-11-20T08:00:00Z", compile=True)
@@ -132,7 +132,7 @@ def test_a_run_that_stood_still_is_slow_whatever_its_median() -> None:
     found = answer(replace(GOOD[1], overall_tps=15000.0))
     assert found.word is Word.FAIL and "Steps stood still in 9n." in found.headline
     word, text = finding(found, "Speed")
-    assert word == "FAIL" and text.startswith("9n: 15,000 tokens/s per GPU over all the time after warm-up")
+    assert word == "FAIL" and text.startswith("9n: 15,000 tokens/s per GPU over the whole time after warm-up")
     assert finding(found, "Ends and loss")[0] == "ok"
 
 

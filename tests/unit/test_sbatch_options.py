@@ -165,5 +165,5 @@ def test_variables_that_are_not_followed_are_named(launch: Launch, slurm: Fake, 
     for more in (["--dry-run"], []):
         done = launch("submit", *RUN, *more, **mine, SBATCH_WCKEY="k")
         assert done.returncode == 0, done.stderr
-        assert "not follow SBATCH_MEM_PER_NODE, SBATCH_WCKEY of your environment" in done.stderr.replace(" and ", ", ")
+        assert "ignores SBATCH_MEM_PER_NODE, SBATCH_WCKEY from your environment" in done.stderr.replace(" and ", ", ")
     assert "#SBATCH --constraint=nvl\n" in (image.parent / "runs" / "r" / "job.sbatch").read_text()

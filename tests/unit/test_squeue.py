@@ -36,7 +36,7 @@ def test_a_line(fake_slurm: Fake, line: str, name: str, reason: str) -> None:
 
 @pytest.mark.parametrize("line", ["101|PENDING|Prio", "101|PEND", "101", "101|PENDING|mine"])
 def test_a_line_that_is_cut_off(fake_slurm: Fake, line: str) -> None:
-    with pytest.raises(LauncherError, match="squeue answered nonsense") as raised:
+    with pytest.raises(LauncherError, match="squeue's answer cannot be read") as raised:
         listed(fake_slurm, f"100|RUNNING|other|None\n{line}")
     assert line in raised.value.original
 

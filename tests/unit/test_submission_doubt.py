@@ -141,7 +141,7 @@ def test_squeue_that_answers_nonsense_is_an_error(launch: Launch, slurm: Fake, i
     launch(*SUBMIT)
     slurm("squeue", "echo welcome to the cluster")
     done = launch("status", "r")
-    assert (done.returncode, "squeue answered nonsense" in done.stderr) == (ExitStatus.CLUSTER, True)
+    assert (done.returncode, "squeue's answer cannot be read" in done.stderr) == (ExitStatus.CLUSTER, True)
 
 
 @pytest.mark.parametrize("code", ["false", "true", "null", '"0"', "0.0", "[]"])

@@ -158,7 +158,7 @@ def test_ctrl_c_between_two_submissions(launch: Launch, recorded: Fake, image: P
     recorded("sbatch", f"kill -INT $PPID\n{SBATCH}")
     done = launch(*THREE, alone=True)
     assert done.returncode == ExitStatus.INTERRUPTED
-    assert "2 runs not submitted: the same command goes on" in done.stderr
+    assert "2 runs not submitted: to go on, the same command again" in done.stderr
     assert names(image) == RUNS[:1] and json.loads(launch("status", RUNS[0], "--json").stdout)["job_id"] == "100"
     recorded("sbatch", SBATCH)
     assert launch(*THREE).returncode == 0 and names(image) == RUNS
@@ -229,10 +229,10 @@ def test_two_recipes_of_one_name(launch: Launch, image: Path) -> None:
     [
         (("--nodes", "3,,x"), ExitStatus.USAGE, "an empty item"),
         (("--nodes", ""), ExitStatus.USAGE, "an empty item"),
-        (("--nodes", "3,x"), ExitStatus.USAGE, "'x' is not a number from 1 on"),
-        (("--nodes", "0"), ExitStatus.USAGE, "'0' is not a number from 1 on"),
-        (("--nodes", "-3"), ExitStatus.USAGE, "'-3' is not a number from 1 on"),
-        (("--batch-size", "4,5,4"), ExitStatus.USAGE, "4 stands there twice"),
+        (("--nodes", "3,x"), ExitStatus.USAGE, "'x' is not a number of at least 1"),
+        (("--nodes", "0"), ExitStatus.USAGE, "'0' is not a number of at least 1"),
+        (("--nodes", "-3"), ExitStatus.USAGE, "'-3' is not a number of at least 1"),
+        (("--batch-size", "4,5,4"), ExitStatus.USAGE, "4 is listed twice"),
         (
             ("--nodes", ",".join(map(str, range(1, 1001))), "--batch-size", ",".join(map(str, range(1, 1001)))),
             ExitStatus.INVALID,

@@ -58,7 +58,7 @@ def test_nodes_estimate_and_what_would_start_sooner() -> None:
     lines = explain("Resources", run(nodes=9), facts(), "2026-11-22T19:20:00", NOW)
     assert lines == [
         "the job is next, but not enough nodes are free yet",
-        "9 nodes asked; partition batch has 10: 3 free, 4 in use, 2 out of service, 1 reserved",
+        "9 nodes requested; partition batch has 10: 3 free, 4 in use, 2 out of service, 1 reserved",
         "out of service: d1 is drained (Xid [79] [root@2026-01-02]), d2 is drained (Xid [79] [root@2026-01-02])",
         "estimated start: 2026-11-22 19:20, in 1 h 20 min",
         "sooner: --nodes 3: 3 nodes free now",
@@ -121,7 +121,7 @@ esac""",
     launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9", "--force")
     said = launch("status", "r").stdout
     assert "PENDING (PartitionNodeLimit" in said and "never starts as it is" in said
-    assert "9 nodes asked; partition batch has 4: 4 free" in said
+    assert "9 nodes requested; partition batch has 4: 4 free" in said
     assert "estimated start: 2036-01-01 10:00, in " in said and "sooner: --nodes 4: 4 nodes free now" in said
     waiting = json.loads(launch("status", "r", "--json").stdout)["waiting"]
     assert waiting[0].startswith("it asks for more nodes")
