@@ -283,6 +283,7 @@ def _record(
         "culprits": list(ending.culprits),
         "step": ending.step,
         "again": following.word != "stop",
+        "requeue": following.word == "requeue" or ending.cause == QUEUED,
         "why_not": following.why_not,
     }
 
