@@ -20,6 +20,7 @@ import resource
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,12 +35,14 @@ from check.meeting import Lost  # type: ignore[import-not-found]
 from check.network import find_network  # type: ignore[import-not-found]
 from check.notes import noting, unexpected, within  # type: ignore[import-not-found]
 from check.verdict import lines  # type: ignore[import-not-found]
+from check.watch import asked_through  # type: ignore[import-not-found]
 from titan import Refused  # type: ignore[import-not-found]
 from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
     NODE_SCHEMA,
     Rendezvous,
     config_files,
+    hang_s,
     torchrun_command,
 )
 from titan.data import check_data, check_tokenizer  # type: ignore[import-not-found]
@@ -80,6 +83,8 @@ def main(argv: list[str]) -> int:
         os.chdir(run_dir)
         if os.environ.get("LAUNCHER_CORE_DUMPS") != "1":  # gigabytes for each rank, in the run directory
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        if hang_s(os.environ):
+            watch_it(argv[1], node_id, host)
         os.execvp(command[0], command)
     except Refused as refused:
         facts["problems"].append(problem("node.json", refused.why, refused.fix, "run"))
@@ -89,6 +94,13 @@ def main(argv: list[str]) -> int:
         return fail(facts, run_dir)
     finally:
         workers.stop(crew)
+
+
+def watch_it(node_json: str, node_id: int, host: str) -> None:
+    """Starts what ends the run if it hangs; a child of torchrun, which this process becomes."""
+    program = Path(__file__).resolve().parent / "check" / "watch.py"
+    with contextlib.suppress(OSError):  # without it, torchtitan's own timeouts end a run that hangs
+        subprocess.Popen([sys.executable, str(program), node_json, str(node_id), host], stdin=subprocess.DEVNULL)
 
 
 def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> tuple[list[str], dict[str, str]]:
@@ -125,6 +137,9 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
             facts.update(look(node, facts["host"], env, {"scratch": scratch, "run": run_dir}, found))
     if crew:
         greet(node, facts, crew, found)
+    if hang_s(env):
+        added.update(asked_through(run_dir, facts["node"], facts["host"], env))
+        env.update(added)
     if "torchtitan" in facts:
         with noting(facts, "weights"):
             facts.update(within(READ_S, node["job"]["init_from"], starting_weights, node, facts["torchtitan"]))

@@ -34,6 +34,7 @@ class Known:
     fix: str
     pattern: str = ""
     fault: str = ""
+    again: bool = False
     ended: Sequence[Mapping[str, Any]] = ()
     example: Sequence[str] = ()
     cases: Sequence[Mapping[str, str]] = ()

@@ -1,0 +1,315 @@
+"""Runs beside torchrun on every node, and ends with it: ends a run that hangs, after it has said whose fault that is.
+
+    python3 RUN_DIR/job/check/watch.py RUN_DIR/job/node.json NODE_ID HOST
+
+Below RUN_DIR/nodes: hang/board.json is what the first node's watcher asks of the others; hang/NNNN-host.json what one
+of them has found; hang.json the verdict. hang.py judges. Nothing here may harm a run: what goes wrong ends the watcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # RUN_DIR/job
+
+from check.hang import Culprit, Pace, moves, name  # type: ignore[import-not-found]
+from check.smi import ask_smi, run_bounded  # type: ignore[import-not-found]
+from titan.command import hang_s  # type: ignore[import-not-found]
+from titan.recorder import ASK, FOLDER, read_dump  # type: ignore[import-not-found]
+
+ROUND_S = 8  # the longest wait for the ranks' answers, of which there are two rounds
+OTHERS_S = 40  # and for the other nodes'
+RAS_PORT = 28028
+PIPES = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
+KERNEL = re.compile(r"NVRM: Xid|SXid|NVRM: .*(?:NVLink|fallen off)")
+_STEP = re.compile(rb"(?<!validate )step:[ \t]*(\d+)\b.*loss:")
+_SAVES = re.compile(rb"(Saving (?:the|a|an) .*checkpoint)|(Finished saving|Training completed)")
+
+
+def asked_through(run_dir: Path, node_id: int, host: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which the ranks can be asked."""
+    pipes = f"{tempfile.gettempdir()}/titan-{os.getuid()}-{os.getpid()}-"  # on NFS a pipe has no other end
+    # The last: ranks that are ended by SIGABRT log their stacks.
+    wanted = {FOLDER: str(folder_of(run_dir, node_id, host)), PIPES: pipes, "PYTHONFAULTHANDLER": "1"}
+    return {key: value for key, value in wanted.items() if not env.get(key)}
+
+
+def folder_of(run_dir: Path, node_id: int, host: str) -> Path:
+    return run_dir / "nodes" / "hang" / f"{node_id:04d}-{host}"
+
+
+class Watch:
+    """One node's watcher. `board`: {"ask": number of the question, "end": whether all is said}."""
+
+    def __init__(self, node: dict[str, Any], node_id: int, host: str) -> None:
+        self.node, self.node_id, self.host = node, node_id, host
+        self.run_dir = Path(node["placed"]["run_dir"])
+        self.torchrun = os.getppid()
+        self.folder = folder_of(self.run_dir, node_id, host)
+        self.board = self.folder.parent / "board.json"
+        self.log = self.run_dir / "logs" / f"{node_id:04d}-{host}.log"
+        self.offset, self.sizes, self.answered = 0, 0, 0
+        self.on_gpu = node["profile"]["device"] == "cuda"
+        pauses = any(re.fullmatch(r"valid\w*\.enable=true", f"{k}={v}".lower()) for k, v in node["titan"].items())
+        least_s = hang_s(os.environ)
+        self.pace = Pace(time.monotonic(), node["recipe"]["steps"], least_s, pauses)
+        self.every_s = min(2.0, least_s / 5)
+        self.kernel: list[str] = []
+
+    def run(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.node_id == 0:
+            write(self.board, {"ask": 0, "end": False})
+        self.kernel = kernel_lines() if self.on_gpu else []
+        before = looked = patience = time.monotonic()
+        while os.getppid() == self.torchrun:
+            time.sleep(self.every_s)
+            now = time.monotonic()
+            if now - before > 5 * self.every_s + 5:
+                self.pace.slept(now - before)
+            self.read(now)
+            if self.on_gpu and now - looked > 60:
+                looked = now
+                self.say_kernel()
+            if self.node_id == 0 and now > patience and self.pace.is_silent(now):
+                patience = self.judge(now) + self.pace.least_s
+            board = read(self.board)
+            if board.get("end"):
+                return self.end()
+            if int(board.get("ask", 0)) > self.answered:
+                self.answer(int(board["ask"]))
+            before = time.monotonic()
+
+    def logs(self) -> list[Path]:
+        ranks = self.run_dir / "logs" / "ranks" / self.log.stem
+        return [self.log, *sorted(ranks.glob("*/attempt_*/*/std*.log"))]
+
+    def read(self, now: float) -> None:
+        """What this node's logs have got since the last time: their sizes, and the steps in the first one."""
+        sizes = sum(path.stat().st_size for path in self.logs() if path.exists())
+        if sizes != self.sizes:
+            self.sizes = sizes
+            self.pace.saw(now, None, None)
+        with contextlib.suppress(OSError), open(self.log, "rb") as stream:
+            stream.seek(self.offset)
+            block = stream.read(1 << 20)
+            whole = block[: block.rfind(b"\n") + 1] or (block if len(block) == 1 << 20 else b"")
+            self.offset += len(whole)
+            for line in whole.splitlines():
+                if step := _STEP.search(line):
+                    self.pace.saw(now, int(step[1]), None)
+                elif saves := _SAVES.search(line):
+                    self.pace.saw(now, None, bool(saves[1]))
+
+    def judge(self, now: float) -> float:
+        """Asks all nodes; returns when it has judged. The run ends if it hangs."""
+        number, bound_s, silence_s = self.answered + 1, self.pace.bound_s, now - self.pace.moved
+        write(self.board, {"ask": number, "end": False})
+        self.answer(number)
+        wanted = self.node["job"]["nodes"]
+        records = [json.loads(path.read_text()) for path in self.run_dir.glob("nodes/[0-9]*.json")]
+        hosts = {one["node"]: one["host"] for one in records if one.get("ok")} | {self.node_id: self.host}
+        deadline, found = time.monotonic() + OTHERS_S, []
+        while len(found) < wanted and time.monotonic() < deadline:
+            time.sleep(0.5)
+            found = [said for path in sorted(self.folder.parent.glob("*-*.json")) if (said := read(path))]
+            found = [said for said in found if said.get("ask") == number]
+        if os.getppid() != self.torchrun or moves(found, bound_s, silence_s, self.on_gpu):
+            self.read(time.monotonic())
+            return time.monotonic()
+        culprit = name(found, list(hosts.values()))
+        why = culprit.why(self.on_gpu) if culprit else f"nothing moved for {silence_s:.0f} s, and no rank can be blamed"
+        verdict = {"schema": 1, "at": time.time(), "silence_s": round(silence_s), "bound_s": round(bound_s, 1)}
+        verdict |= {"step": self.pace.step, "culprit": vars(culprit) if culprit else None, "why": why, "nodes": found}
+        write(self.run_dir / "nodes" / "hang.json", verdict)
+        print(f"titan-hang: {_labels(culprit)}why={json.dumps(why)}", flush=True)
+        write(self.board, {"ask": number, "end": True})
+        time.sleep(2 * self.every_s)  # the others read it, and their ranks' stacks are logged
+        return time.monotonic()
+
+    def answer(self, number: int) -> None:
+        """This node's evidence, beside the other nodes'."""
+        quiet_s = time.monotonic() - self.pace.moved
+        says: dict[str, Any] = {"ask": number, "host": self.host, "quiet_s": round(quiet_s, 1)}
+        pids = dict(ranks_of(self.torchrun))
+        before = {rank: process(pid)[1] for rank, (pid, _) in pids.items()}
+        time.sleep(2)
+        used = {rank: (process(pid)[1] - before[rank]) / 2 for rank, (pid, _) in pids.items()}
+        rounds = [self.round(f"{number}.{turn}", pids) for turn in range(2)]
+        for first, last in zip(*rounds, strict=True):
+            last["state"] = last["state"] if first["state"] == last["state"] else ""
+            last["cpu"] = round(used[last["rank"]], 2)
+            last["moved"] = None not in (first["groups"], last["groups"]) and first["groups"] != last["groups"]
+        says |= {"ranks": rounds[1], "reaches_head": reaches_head()}
+        if shutil.which("nvidia-smi") and self.on_gpu:
+            says["gpus"], says["nvidia_smi_silent"] = ask_smi()
+            says["kernel"] = self.say_kernel()
+        if self.on_gpu and self.node_id == 0:
+            says["ras"] = ras()
+        write(self.folder.with_suffix(".json"), says)
+        self.answered = number
+
+    def round(self, asked: str, pids: Mapping[int, tuple[int, int]]) -> list[dict[str, Any]]:
+        """Each rank's state while it is asked. A state counts where it was the same every time."""
+        began, states = time.monotonic(), {rank: {process(pid)[0]} for rank, (pid, _) in pids.items()}
+        wall = time.time()
+        (self.folder / ASK).write_text(asked)
+        for rank in pids:
+            with contextlib.suppress(OSError):
+                pipe = os.open(f"{os.environ.get(PIPES, '')}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+                os.write(pipe, b"1")
+                os.close(pipe)
+        told: dict[int, dict[str, Any]] = {}
+        while time.monotonic() - began < 2 or (len(told) < len(pids) and time.monotonic() - began < ROUND_S):
+            time.sleep(0.25)
+            for rank, (pid, _) in pids.items():
+                states[rank].add(process(pid)[0])
+                if rank not in told and (said := self.said(rank, asked, wall)):
+                    told[rank] = said
+        return [
+            {
+                "rank": rank,
+                "local_rank": local,
+                "state": states[rank].pop() if len(states[rank]) == 1 else "",
+                "kernel_wait": text(f"/proc/{pid}/wchan"),
+                "last": self.last_line(local),
+                "groups": told.get(rank, {}).get("groups"),
+                "stack": told.get(rank, {}).get("stack", []),
+            }
+            for rank, (pid, local) in sorted(pids.items())
+        ]
+
+    def said(self, rank: int, asked: str, since: float) -> dict[str, Any] | None:
+        """A rank's answer: its own thread's on CPUs, the dump that torch writes on GPUs."""
+        if (answer := read(self.folder / f"{rank}.json")).get("asked") == asked:
+            return answer
+        dump = self.run_dir / "titan" / "comm_traces" / f"rank_{rank}"
+        with contextlib.suppress(OSError, ValueError):
+            if dump.stat().st_mtime >= since - 1:
+                return {"groups": read_dump(dump)}
+        return None
+
+    def last_line(self, local_rank: int) -> str:
+        files = [path for path in self.logs()[1:] if path.parent.name == str(local_rank)]
+        latest = max(files, key=lambda path: path.stat().st_mtime, default=self.log)
+        with contextlib.suppress(OSError), open(latest, "rb") as stream:
+            stream.seek(max(0, latest.stat().st_size - 4096))
+            return (stream.read().decode("utf-8", "replace").strip().splitlines() or [""])[-1][:300]
+        return ""
+
+    def say_kernel(self) -> list[str]:
+        """The driver's new lines in the kernel's log, where it may be read: also into this node's log."""
+        lines = kernel_lines()
+        for line in lines:
+            if line not in self.kernel:
+                print(f"titan-kernel: {line}", flush=True)
+        self.kernel = lines
+        return lines
+
+    def end(self) -> None:
+        """Ends this node's ranks, those that are stopped, too; on their way they log their stacks."""
+        pids = [pid for pid, _ in dict(ranks_of(self.torchrun)).values()]
+        os.kill(self.torchrun, signal.SIGSTOP)  # what it would say of their ends is no cause
+        for number, wait_s in ((signal.SIGABRT, 2), (signal.SIGKILL, 0)):
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, number)
+            time.sleep(wait_s)
+        os.kill(self.torchrun, signal.SIGKILL)
+
+
+def _labels(culprit: Culprit | None) -> str:
+    if culprit is None:
+        return ""
+    host = f"host={culprit.host} " if "SLURM_JOB_ID" in os.environ else ""  # on this machine there is no other
+    return f"rank={culprit.rank} {host}gpu={culprit.local_rank} "
+
+
+def ranks_of(torchrun: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(rank, (pid, local rank)) of torchrun's children."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == torchrun:
+                env = dict(
+                    item.split("=", 1) for item in (path.parent / "environ").read_text().split("\0") if "=" in item
+                )
+                if "LOCAL_RANK" in env:
+                    yield int(env["RANK"]), (int(path.parent.name), int(env["LOCAL_RANK"]))
+
+
+def process(pid: int) -> tuple[str, float]:
+    """Its main thread's state, and the CPU seconds of all its threads; "X" where it is gone."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return "X", 0.0
+
+
+def kernel_lines() -> list[str]:
+    said, _ = run_bounded([["dmesg"]], 5)[0] if shutil.which("dmesg") else (None, "")
+    return [line.strip()[:300] for line in (said or "").splitlines() if KERNEL.search(line)][-50:]
+
+
+def reaches_head() -> bool | None:
+    """Whether torchrun's meeting point on the first node can be reached; None where there is none to try."""
+    address, port = os.environ.get("TITAN_HEAD_ADDR", ""), int(os.environ.get("TITAN_HEAD_PORT") or 0)
+    if not port:
+        return None
+    try:
+        socket.create_connection((address, port), 5).close()
+    except OSError:
+        return False
+    return True
+
+
+def ras() -> str:
+    """What NCCL's RAS service says of the job (NCCL 2.24 and later); empty where there is none."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", RAS_PORT), 3) as service:
+        service.sendall(b"verbose status\n")
+        service.settimeout(10)
+        return service.makefile("rb").read(1 << 15).decode("utf-8", "replace")
+    return ""
+
+
+def text(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip("0\0\n")
+    return ""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """An object, or an empty one. Opened anew each time: that is how NFS shows what another node wrote."""
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def write(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(file: str, node_id: str, host: str) -> None:
+    try:
+        Watch(json.loads(Path(file).read_text(encoding="utf-8")), int(node_id), host).run()
+    except Exception as error:  # a traceback in the log would be taken for the run's
+        print(f"titan-watch: nobody watches for a hang any more: {type(error).__name__}: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
