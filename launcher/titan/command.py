@@ -23,8 +23,8 @@ NODE_SCHEMA = 2  # of job/node.json
 # the first contact with the head node would then end the job.
 RENDEZVOUS_TIMEOUT_S = 900
 
-# check/hang.py: for how long nothing moves before a run hangs, at least; so many times that before its pace is known and
-# while it writes a checkpoint. torchtitan gives up later, so that the evidence is there first.
+# check/hang.py: for how long nothing moves before a run hangs, at least; so many times that before its pace is known
+# and while it writes a checkpoint. torchtitan gives up later, so that the evidence is there first.
 HANG_S, STARTUP, EVIDENCE_S = 45.0, 20, 100
 _TIMEOUTS = ("comm.init_timeout_seconds", "comm.train_timeout_seconds")
 HANG_NAME = "LAUNCHER_HANG_S"  # a variable of the job: other seconds; 0: nobody watches
@@ -59,7 +59,7 @@ def era(version: str) -> ModuleType:
 def common_settings(node: dict[str, Any]) -> dict[str, Any]:
     """Settings that every supported release spells the same, by dotted name. None means: no value."""
     recipe, saves = node["recipe"], node["recipe"]["checkpoint_interval"] > 0
-    watched = hang_s(node.get("env") or {})
+    watched: float = hang_s(node.get("env") or {})
     return {
         "training.local_batch_size": recipe["local_batch_size"],
         "training.global_batch_size": recipe["global_batch_size"],

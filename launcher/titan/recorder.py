@@ -1,6 +1,7 @@
 """What a rank waits in, from torch's flight recorder: it holds the collectives that the rank has entered.
 
-On CPUs a thread of the trainer answers, with its Python stack; on GPUs torch writes a pickle when its pipe is written to.
+On CPUs a thread of the trainer answers, with its Python stack; on GPUs torch writes a pickle when its pipe is written
+to.
 """
 
 from __future__ import annotations
@@ -71,13 +72,14 @@ def listen() -> None:
 
 def _answer(folder: Path, main: int) -> None:
     answered = ""
+    said: dict[str, Any]
     while True:
         time.sleep(0.5)
         with contextlib.suppress(Exception):  # training goes on, whatever is wrong here
             if (asked := (folder / ASK).read_text()) and asked != answered:
                 answered, said = asked, {"asked": asked, "stack": stack_of(main)}
                 with contextlib.suppress(Exception):  # not every torch has it
-                    from torch._C._distributed_c10d import _dump_fr_trace_json
+                    from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined,unused-ignore]
 
                     said["groups"] = groups_of(json.loads(_dump_fr_trace_json()))
                 file = folder / f"{os.environ['RANK']}.json"

@@ -50,7 +50,7 @@ class Pace:
         """For how long nothing may move."""
         last = 0 < self.steps <= self.step
         if len(self.intervals) < 2 or self.saving or self.pauses or last:
-            return self.least_s * STARTUP
+            return self.least_s * float(STARTUP)
         interval = median(seconds for seconds, _ in self.intervals)
         return max(self.least_s, interval + 10 * median(seconds / steps for seconds, steps in self.intervals))
 

@@ -25,10 +25,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # RUN_DIR/job
 
-from check.hang import Culprit, Pace, moves, name  # type: ignore[import-not-found]
-from check.smi import ask_smi, run_bounded  # type: ignore[import-not-found]
 from titan.command import hang_s  # type: ignore[import-not-found]
 from titan.recorder import ASK, FOLDER, read_dump  # type: ignore[import-not-found]
+
+from check.hang import Culprit, Pace, moves, name  # type: ignore[import-not-found]
+from check.smi import ask_smi, run_bounded  # type: ignore[import-not-found]
 
 ROUND_S = 8  # the longest wait for the ranks' answers, of which there are two rounds
 OTHERS_S = 40  # and for the other nodes'
@@ -122,7 +123,8 @@ class Watch:
         wanted = self.node["job"]["nodes"]
         records = [json.loads(path.read_text()) for path in self.run_dir.glob("nodes/[0-9]*.json")]
         hosts = {one["node"]: one["host"] for one in records if one.get("ok")} | {self.node_id: self.host}
-        deadline, found = time.monotonic() + OTHERS_S, []
+        found: list[dict[str, Any]] = []
+        deadline = time.monotonic() + OTHERS_S
         while len(found) < wanted and time.monotonic() < deadline:
             time.sleep(0.5)
             found = [said for path in sorted(self.folder.parent.glob("*-*.json")) if (said := read(path))]
