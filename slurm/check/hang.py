@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from titan.command import HANG_S, STARTUP  # type: ignore[import-not-found]
-
 KEEP = 50  # intervals that the pace is learned from
 STUCK = 3  # a rank that computes gets so many bounds; where only logs move, and no step comes, one more each
 BUSY = 0.2  # of a CPU
@@ -19,11 +17,15 @@ Evidence = Mapping[str, Any]  # of one node: "host", "quiet_s", "ranks"; see wat
 
 @dataclass
 class Pace:
-    """How fast a run logs its steps, and since when it does not. `pauses`: it does more than steps, unlogged."""
+    """How fast a run logs its steps, and since when it does not.
+
+    `startup_s`: the bound while no pace is known, and where a run `pauses`: it does more than steps, unlogged.
+    """
 
     now: float
     steps: int = 0
-    least_s: float = HANG_S
+    least_s: float = 45
+    startup_s: float = 900
     pauses: bool = False
     step: int = 0
     saving: bool = False
@@ -32,14 +34,13 @@ class Pace:
     def __post_init__(self) -> None:
         self.moved = self.stepped = self.now
 
-    def saw(self, now: float, step: int | None, saving: bool | None) -> None:
-        """Something was logged: a step, or the beginning or the end of a checkpoint."""
+    def saw(self, now: float, step: int | None = None) -> None:
+        """Something was logged, a step perhaps."""
         self.moved = now
         if step is not None and step != self.step:
             if self.step and step > self.step:
                 self.intervals = [*self.intervals, (now - self.stepped, step - self.step)][-KEEP:]
-            self.step, self.stepped, saving = step, now, False
-        self.saving = self.saving if saving is None else saving
+            self.step, self.stepped, self.saving = step, now, False
 
     def slept(self, seconds: float) -> None:
         """This process stood still itself, as when Slurm suspends the job."""
@@ -50,7 +51,7 @@ class Pace:
         """For how long nothing may move."""
         last = 0 < self.steps <= self.step
         if len(self.intervals) < 2 or self.saving or self.pauses or last:
-            return self.least_s * float(STARTUP)
+            return self.startup_s
         interval = median(seconds for seconds, _ in self.intervals)
         return max(self.least_s, interval + 10 * median(seconds / steps for seconds, steps in self.intervals))
 

@@ -25,10 +25,10 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # RUN_DIR/job
 
-from titan.command import hang_s  # type: ignore[import-not-found]
+from titan.command import STARTUP, hang_s  # type: ignore[import-not-found]
 from titan.recorder import ASK, FOLDER, read_dump  # type: ignore[import-not-found]
 
-from check.hang import Culprit, Pace, moves, name  # type: ignore[import-not-found]
+from check.hang import Pace, moves, name  # type: ignore[import-not-found]
 from check.smi import ask_smi, run_bounded  # type: ignore[import-not-found]
 
 ROUND_S = 8  # the longest wait for the ranks' answers, of which there are two rounds
@@ -56,17 +56,15 @@ class Watch:
     """One node's watcher. `board`: {"ask": number of the question, "end": whether all is said}."""
 
     def __init__(self, node: dict[str, Any], node_id: int, host: str) -> None:
-        self.node, self.node_id, self.host = node, node_id, host
-        self.run_dir = Path(node["placed"]["run_dir"])
-        self.torchrun = os.getppid()
+        self.node, self.node_id, self.host, self.torchrun = node, node_id, host, os.getppid()
+        self.run_dir, self.on_gpu = Path(node["placed"]["run_dir"]), node["profile"]["device"] == "cuda"
         self.folder = folder_of(self.run_dir, node_id, host)
         self.board = self.folder.parent / "board.json"
-        self.log = self.run_dir / "logs" / f"{node_id:04d}-{host}.log"
-        self.offset, self.sizes, self.answered = 0, 0, 0
-        self.on_gpu = node["profile"]["device"] == "cuda"
+        self.log = self.run_dir / "logs" / f"{self.folder.name}.log"
+        self.offset = self.sizes = self.answered = 0
         pauses = any(re.fullmatch(r"valid\w*\.enable=true", f"{k}={v}".lower()) for k, v in node["titan"].items())
         least_s = hang_s(os.environ)
-        self.pace = Pace(time.monotonic(), node["recipe"]["steps"], least_s, pauses)
+        self.pace = Pace(time.monotonic(), node["recipe"]["steps"], least_s, least_s * STARTUP, pauses)
         self.every_s = min(2.0, least_s / 5)
         self.kernel: list[str] = []
 
@@ -86,7 +84,8 @@ class Watch:
                 looked = now
                 self.say_kernel()
             if self.node_id == 0 and now > patience and self.pace.is_silent(now):
-                patience = self.judge(now) + self.pace.least_s
+                self.judge(now)
+                patience = time.monotonic() + self.pace.least_s
             board = read(self.board)
             if board.get("end"):
                 return self.end()
@@ -103,7 +102,7 @@ class Watch:
         sizes = sum(path.stat().st_size for path in self.logs() if path.exists())
         if sizes != self.sizes:
             self.sizes = sizes
-            self.pace.saw(now, None, None)
+            self.pace.saw(now)
         with contextlib.suppress(OSError), open(self.log, "rb") as stream:
             stream.seek(self.offset)
             block = stream.read(1 << 20)
@@ -111,88 +110,85 @@ class Watch:
             self.offset += len(whole)
             for line in whole.splitlines():
                 if step := _STEP.search(line):
-                    self.pace.saw(now, int(step[1]), None)
+                    self.pace.saw(now, int(step[1]))
                 elif saves := _SAVES.search(line):
-                    self.pace.saw(now, None, bool(saves[1]))
+                    self.pace.saving = bool(saves[1])
 
-    def judge(self, now: float) -> float:
-        """Asks all nodes; returns when it has judged. The run ends if it hangs."""
-        number, bound_s, silence_s = self.answered + 1, self.pace.bound_s, now - self.pace.moved
+    def judge(self, now: float) -> None:
+        """Asks all nodes; ends the run if it hangs."""
+        number, silence_s = self.answered + 1, now - self.pace.moved
         write(self.board, {"ask": number, "end": False})
         self.answer(number)
-        wanted = self.node["job"]["nodes"]
-        records = [json.loads(path.read_text()) for path in self.run_dir.glob("nodes/[0-9]*.json")]
-        hosts = {one["node"]: one["host"] for one in records if one.get("ok")} | {self.node_id: self.host}
+        records = map(read, self.run_dir.glob("nodes/[0-9]*.json"))
+        hosts = [one["host"] for one in records if one.get("ok")]
         found: list[dict[str, Any]] = []
         deadline = time.monotonic() + OTHERS_S
-        while len(found) < wanted and time.monotonic() < deadline:
+        while len(found) < self.node["job"]["nodes"] and time.monotonic() < deadline:
             time.sleep(0.5)
-            found = [said for path in sorted(self.folder.parent.glob("*-*.json")) if (said := read(path))]
-            found = [said for said in found if said.get("ask") == number]
-        if os.getppid() != self.torchrun or moves(found, bound_s, silence_s, self.on_gpu):
-            self.read(time.monotonic())
-            return time.monotonic()
-        culprit = name(found, list(hosts.values()))
-        why = culprit.why(self.on_gpu) if culprit else f"nothing moved for {silence_s:.0f} s, and no rank can be blamed"
-        verdict = {"schema": 1, "at": time.time(), "silence_s": round(silence_s), "bound_s": round(bound_s, 1)}
-        verdict |= {"step": self.pace.step, "culprit": vars(culprit) if culprit else None, "why": why, "nodes": found}
+            found = [said for said in map(read, self.folder.parent.glob("*-*.json")) if said.get("ask") == number]
+        self.read(time.monotonic())
+        if os.getppid() != self.torchrun or moves(found, self.pace.bound_s, silence_s, self.on_gpu):
+            return
+        culprit, at = name(found, hosts), ""
+        why = f"nothing moved for {silence_s:.0f} s, and no rank can be blamed"
+        if culprit:
+            why = culprit.why(self.on_gpu)
+            host = f"host={culprit.host} " if "SLURM_JOB_ID" in os.environ else ""  # else there is no other
+            at = f"rank={culprit.rank} {host}gpu={culprit.local_rank} "
+        verdict = {"schema": 1, "at": time.time(), "silence_s": round(silence_s), "step": self.pace.step, "why": why}
+        verdict |= {"culprit": vars(culprit) if culprit else None, "nodes": found}
         write(self.run_dir / "nodes" / "hang.json", verdict)
-        print(f"titan-hang: {_labels(culprit)}why={json.dumps(why)}", flush=True)
+        print(f"titan-hang: {at}why={json.dumps(why)}", flush=True)
         write(self.board, {"ask": number, "end": True})
-        time.sleep(2 * self.every_s)  # the others read it, and their ranks' stacks are logged
-        return time.monotonic()
+        time.sleep(2 * self.every_s)  # the others read it, and their ranks log their stacks
 
     def answer(self, number: int) -> None:
         """This node's evidence, beside the other nodes'."""
-        quiet_s = time.monotonic() - self.pace.moved
-        says: dict[str, Any] = {"ask": number, "host": self.host, "quiet_s": round(quiet_s, 1)}
-        pids = dict(ranks_of(self.torchrun))
+        says: dict[str, Any] = {"ask": number, "host": self.host, "quiet_s": round(time.monotonic() - self.pace.moved)}
+        pids = dict(sorted(ranks_of(self.torchrun)))
         before = {rank: process(pid)[1] for rank, (pid, _) in pids.items()}
         time.sleep(2)
-        used = {rank: (process(pid)[1] - before[rank]) / 2 for rank, (pid, _) in pids.items()}
-        rounds = [self.round(f"{number}.{turn}", pids) for turn in range(2)]
-        for first, last in zip(*rounds, strict=True):
-            last["state"] = last["state"] if first["state"] == last["state"] else ""
-            last["cpu"] = round(used[last["rank"]], 2)
-            last["moved"] = None not in (first["groups"], last["groups"]) and first["groups"] != last["groups"]
-        says |= {"ranks": rounds[1], "reaches_head": reaches_head()}
-        if shutil.which("nvidia-smi") and self.on_gpu:
-            says["gpus"], says["nvidia_smi_silent"] = ask_smi()
-            says["kernel"] = self.say_kernel()
-        if self.on_gpu and self.node_id == 0:
-            says["ras"] = ras()
+        cpu = {rank: (process(pid)[1] - before[rank]) / 2 for rank, (pid, _) in pids.items()}
+        states: dict[int, set[str]] = {rank: set() for rank in pids}
+        first, last = (self.ask(f"{number}.{turn}", pids, states) for turn in range(2))
+        says["ranks"] = [
+            {
+                "rank": rank,
+                "local_rank": local,
+                "state": "/".join(sorted(states[rank])),
+                "cpu": round(cpu[rank], 2),
+                "kernel_wait": text(f"/proc/{pid}/wchan"),
+                "last": self.last_line(local),
+                "groups": (groups := last.get(rank, {}).get("groups")),
+                "moved": groups is not None and groups != first.get(rank, {}).get("groups", groups),
+                "stack": last.get(rank, {}).get("stack", []),
+            }
+            for rank, (pid, local) in pids.items()
+        ]
+        says["reaches_head"] = reaches_head()
+        if self.on_gpu:
+            says["gpus"] = ask_smi()[0] if shutil.which("nvidia-smi") else []
+            says |= {"kernel": self.say_kernel(), "ras": ras() if self.node_id == 0 else ""}
         write(self.folder.with_suffix(".json"), says)
         self.answered = number
 
-    def round(self, asked: str, pids: Mapping[int, tuple[int, int]]) -> list[dict[str, Any]]:
-        """Each rank's state while it is asked. A state counts where it was the same every time."""
-        began, states = time.monotonic(), {rank: {process(pid)[0]} for rank, (pid, _) in pids.items()}
-        wall = time.time()
+    def ask(self, asked: str, pids: Mapping[int, tuple[int, int]], states: dict[int, set[str]]) -> dict[int, Any]:
+        """What the ranks answer. Meanwhile their states are noted."""
+        began, wall = time.monotonic(), time.time()
+        told: dict[int, dict[str, Any]] = {}
         (self.folder / ASK).write_text(asked)
         for rank in pids:
             with contextlib.suppress(OSError):
                 pipe = os.open(f"{os.environ.get(PIPES, '')}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
                 os.write(pipe, b"1")
                 os.close(pipe)
-        told: dict[int, dict[str, Any]] = {}
-        while time.monotonic() - began < 2 or (len(told) < len(pids) and time.monotonic() - began < ROUND_S):
+        while (took := time.monotonic() - began) < 2 or (len(told) < len(pids) and took < ROUND_S):
             time.sleep(0.25)
             for rank, (pid, _) in pids.items():
                 states[rank].add(process(pid)[0])
                 if rank not in told and (said := self.said(rank, asked, wall)):
                     told[rank] = said
-        return [
-            {
-                "rank": rank,
-                "local_rank": local,
-                "state": states[rank].pop() if len(states[rank]) == 1 else "",
-                "kernel_wait": text(f"/proc/{pid}/wchan"),
-                "last": self.last_line(local),
-                "groups": told.get(rank, {}).get("groups"),
-                "stack": told.get(rank, {}).get("stack", []),
-            }
-            for rank, (pid, local) in sorted(pids.items())
-        ]
+        return told
 
     def said(self, rank: int, asked: str, since: float) -> dict[str, Any] | None:
         """A rank's answer: its own thread's on CPUs, the dump that torch writes on GPUs."""
@@ -207,23 +203,21 @@ class Watch:
     def last_line(self, local_rank: int) -> str:
         files = [path for path in self.logs()[1:] if path.parent.name == str(local_rank)]
         latest = max(files, key=lambda path: path.stat().st_mtime, default=self.log)
-        with contextlib.suppress(OSError), open(latest, "rb") as stream:
-            stream.seek(max(0, latest.stat().st_size - 4096))
-            return (stream.read().decode("utf-8", "replace").strip().splitlines() or [""])[-1][:300]
+        with contextlib.suppress(OSError, IndexError), open(latest, "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 4096))
+            return stream.read().decode("utf-8", "replace").strip().splitlines()[-1][:300]
         return ""
 
     def say_kernel(self) -> list[str]:
         """The driver's new lines in the kernel's log, where it may be read: also into this node's log."""
-        lines = kernel_lines()
-        for line in lines:
-            if line not in self.kernel:
-                print(f"titan-kernel: {line}", flush=True)
-        self.kernel = lines
-        return lines
+        seen, self.kernel = self.kernel, kernel_lines()
+        for line in (line for line in self.kernel if line not in seen):
+            print(f"titan-kernel: {line}", flush=True)
+        return self.kernel
 
     def end(self) -> None:
         """Ends this node's ranks, those that are stopped, too; on their way they log their stacks."""
-        pids = [pid for pid, _ in dict(ranks_of(self.torchrun)).values()]
+        pids = [pid for _, (pid, _) in ranks_of(self.torchrun)]
         os.kill(self.torchrun, signal.SIGSTOP)  # what it would say of their ends is no cause
         for number, wait_s in ((signal.SIGABRT, 2), (signal.SIGKILL, 0)):
             for pid in pids:
@@ -231,13 +225,6 @@ class Watch:
                     os.kill(pid, number)
             time.sleep(wait_s)
         os.kill(self.torchrun, signal.SIGKILL)
-
-
-def _labels(culprit: Culprit | None) -> str:
-    if culprit is None:
-        return ""
-    host = f"host={culprit.host} " if "SLURM_JOB_ID" in os.environ else ""  # on this machine there is no other
-    return f"rank={culprit.rank} {host}gpu={culprit.local_rank} "
 
 
 def ranks_of(torchrun: int) -> Iterator[tuple[int, tuple[int, int]]]:
