@@ -78,17 +78,6 @@ class Hung:
         assert isinstance(value, dict)
         return value
 
-
-@pytest.fixture
-def hung(slurm: Cluster, app: Path, user_dir: Path, train_image: Path) -> Iterator[Hung]:
-    if slurm.record is None or os.geteuid() != 0:
-        pytest.skip("disturbs processes of a node: only on a cluster of the tests' own")
-    user: User | None = None
-    launch = Launch(slurm, user, user_dir, (install(user_dir / "app", app, user), "-m", "launcher"))
-    (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES)
-    yield Hung(launch, train_image)
-    launch("cancel", "hang")
-
     def culprit(self, seconds: float = 150) -> tuple[str, int | None, str]:
         began = time.monotonic()
         verdict = self.verdict(seconds)
@@ -102,6 +91,17 @@ def hung(slurm: Cluster, app: Path, user_dir: Path, train_image: Path) -> Iterat
         while time.monotonic() < end and not (self.run / "end.json").exists():
             assert not (self.run / "nodes" / "hang.json").exists(), self.logs()[-3000:]
             time.sleep(1)
+
+
+@pytest.fixture
+def hung(slurm: Cluster, app: Path, user_dir: Path, train_image: Path) -> Iterator[Hung]:
+    if slurm.record is None or os.geteuid() != 0:
+        pytest.skip("disturbs processes of a node: only on a cluster of the tests' own")
+    user: User | None = None
+    launch = Launch(slurm, user, user_dir, (install(user_dir / "app", app, user), "-m", "launcher"))
+    (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES)
+    yield Hung(launch, train_image)
+    launch("cancel", "hang")
 
 
 @pytest.mark.parametrize("least_s", [15, pytest.param(45, marks=CAMPAIGN)])

@@ -66,7 +66,7 @@ def reaching(**hosts: bool) -> list[dict[str, Any]]:
     return [on(host, rank(number), reaches_head=reaches) for number, (host, reaches) in enumerate(hosts.items())]
 
 
-BEHIND = {"entered": 7, "waits": None}
+BEHIND: dict[str, Any] = {"entered": 7, "waits": None}
 
 
 class Case(NamedTuple):
