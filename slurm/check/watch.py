@@ -182,7 +182,9 @@ class Watch:
                 pipe = os.open(f"{os.environ.get(PIPES, '')}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
                 os.write(pipe, b"1")
                 os.close(pipe)
-        while (took := time.monotonic() - began) < 2 or (len(told) < len(pids) and took < ROUND_S):
+        while (took := time.monotonic() - began) < 2 or (
+            len(told) < sum(one != {"T"} for one in states.values()) and took < ROUND_S
+        ):
             time.sleep(0.25)
             for rank, (pid, _) in pids.items():
                 states[rank].add(process(pid)[0])
