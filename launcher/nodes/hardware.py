@@ -72,7 +72,7 @@ def driver_error(host: str, line: re.Match[str], gpus: Sequence[Mapping[str, Any
     if switch:
         action = "watch" if "Non-fatal" in text else "isolate"
         return SendBack(host, f"SXid {code}: NVSwitch, {text[:80]}", action, table["sxid_source"], xid=int(code))
-    rows = [row for row in table["xid"] if row["code"] == int(code) and row.get("says", "") in text]
+    rows = [row for row in table["xid"] if int(code) in row["codes"] and row.get("says", "") in text]
     if not rows:
         return None
     at = [gpu for gpu in gpus if str(gpu.get("bus_id", "")).lower().removeprefix("0000").startswith(bus.lower())]

@@ -157,7 +157,7 @@ class Watch:
                 "local_rank": local,
                 "state": "/".join(sorted(states[rank])),
                 "cpu": round(cpu[rank], 2),
-                "kernel_wait": text(f"/proc/{pid}/wchan"),
+                "kernel_wait": text(Path(f"/proc/{pid}/wchan")),
                 "last": self.last_line(local),
                 "groups": (groups := last.get(rank, {}).get("groups")),
                 "moved": groups is not None and groups != first.get(rank, {}).get("groups", groups),
@@ -174,11 +174,12 @@ class Watch:
 
     def ask(self, asked: str, pids: Mapping[int, tuple[int, int]], states: dict[int, set[str]]) -> dict[int, Any]:
         """What the ranks answer. Meanwhile their states are noted."""
-        began, wall = time.monotonic(), time.time()
+        began = time.monotonic()
         told: dict[int, dict[str, Any]] = {}
         (self.folder / ASK).write_text(asked)
         for rank in pids:
             with contextlib.suppress(OSError):
+                self.dump(rank).unlink(missing_ok=True)
                 pipe = os.open(f"{os.environ.get(PIPES, '')}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
                 os.write(pipe, b"1")
                 os.close(pipe)
@@ -188,18 +189,19 @@ class Watch:
             time.sleep(0.25)
             for rank, (pid, _) in pids.items():
                 states[rank].add(process(pid)[0])
-                if rank not in told and (said := self.said(rank, asked, wall)):
+                if rank not in told and (said := self.said(rank, asked)):
                     told[rank] = said
         return told
 
-    def said(self, rank: int, asked: str, since: float) -> dict[str, Any] | None:
+    def dump(self, rank: int) -> Path:
+        return self.run_dir / "titan" / "comm_traces" / f"rank_{rank}"
+
+    def said(self, rank: int, asked: str) -> dict[str, Any] | None:
         """A rank's answer: its own thread's on CPUs, the dump that torch writes on GPUs."""
         if (answer := read(self.folder / f"{rank}.json")).get("asked") == asked:
             return answer
-        dump = self.run_dir / "titan" / "comm_traces" / f"rank_{rank}"
         with contextlib.suppress(OSError, ValueError):
-            if dump.stat().st_mtime >= since - 1:
-                return {"groups": read_dump(dump)}
+            return {"groups": read_dump(self.dump(rank))} if self.on_gpu else None
         return None
 
     def last_line(self, local_rank: int) -> str:
@@ -232,21 +234,16 @@ class Watch:
 def ranks_of(torchrun: int) -> Iterator[tuple[int, tuple[int, int]]]:
     """(rank, (pid, local rank)) of torchrun's children."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == torchrun:
-                env = dict(
-                    item.split("=", 1) for item in (path.parent / "environ").read_text().split("\0") if "=" in item
-                )
-                if "LOCAL_RANK" in env:
-                    yield int(env["RANK"]), (int(path.parent.name), int(env["LOCAL_RANK"]))
+        if text(path).rpartition(")")[2].split()[1:2] == [str(torchrun)]:
+            env = dict(item.partition("=")[::2] for item in text(path.parent / "environ").split("\0"))
+            if "LOCAL_RANK" in env:
+                yield int(env["RANK"]), (int(path.parent.name), int(env["LOCAL_RANK"]))
 
 
 def process(pid: int) -> tuple[str, float]:
     """Its main thread's state, and the CPU seconds of all its threads; "X" where it is gone."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return "X", 0.0
+    fields = text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split() or ["X", *"0" * 12]
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def kernel_lines() -> list[str]:
@@ -256,14 +253,12 @@ def kernel_lines() -> list[str]:
 
 def reaches_head() -> bool | None:
     """Whether torchrun's meeting point on the first node can be reached; None where there is none to try."""
-    address, port = os.environ.get("TITAN_HEAD_ADDR", ""), int(os.environ.get("TITAN_HEAD_PORT") or 0)
-    if not port:
-        return None
-    try:
-        socket.create_connection((address, port), 5).close()
-    except OSError:
-        return False
-    return True
+    port = int(os.environ.get("TITAN_HEAD_PORT") or 0)
+    with contextlib.suppress(OSError):
+        if port:
+            socket.create_connection((os.environ["TITAN_HEAD_ADDR"], port), 5).close()
+        return True if port else None
+    return False
 
 
 def ras() -> str:
@@ -275,16 +270,16 @@ def ras() -> str:
     return ""
 
 
-def text(path: str) -> str:
+def text(path: Path) -> str:
     with contextlib.suppress(OSError):
-        return Path(path).read_text().strip("0\0\n")
+        return path.read_text(encoding="utf-8", errors="replace")
     return ""
 
 
 def read(path: Path) -> dict[str, Any]:
     """An object, or an empty one. Opened anew each time: that is how NFS shows what another node wrote."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError):
+        value = json.loads(text(path))
         return value if isinstance(value, dict) else {}
     return {}
 
@@ -296,10 +291,13 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def main(file: str, node_id: str, host: str) -> None:
+    torchrun = os.getppid()
     try:
         Watch(json.loads(Path(file).read_text(encoding="utf-8")), int(node_id), host).run()
     except Exception as error:  # a traceback in the log would be taken for the run's
         print(f"titan-watch: nobody watches for a hang any more: {type(error).__name__}: {error}", flush=True)
+    for pipe in Path(tempfile.gettempdir()).glob(f"titan-{os.getuid()}-{torchrun}-*.pipe"):
+        pipe.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
