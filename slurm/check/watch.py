@@ -53,15 +53,19 @@ def folder_of(run_dir: Path, node_id: int, host: str) -> Path:
 
 
 class Watch:
-    """One node's watcher. `board`: {"ask": number of the question, "end": whether all is said}."""
+    """One node's watcher. `board`: {"ask": the attempt and the number of its question, "end": whether all is said}."""
 
     def __init__(self, node: dict[str, Any], node_id: int, host: str) -> None:
-        self.node, self.node_id, self.host, self.torchrun = node, node_id, host, os.getppid()
+        self.node, self.host, self.torchrun = node, host, os.getppid()
         self.run_dir, self.on_gpu = Path(node["placed"]["run_dir"]), node["profile"]["device"] == "cuda"
         self.folder = folder_of(self.run_dir, node_id, host)
         self.board = self.folder.parent / "board.json"
         self.log = self.run_dir / "logs" / f"{self.folder.name}.log"
-        self.offset = self.sizes = self.answered = 0
+        self.chosen = read(self.run_dir / "nodes" / "check.json").get("chosen") or []  # of a job with spare nodes
+        self.leads = host == self.chosen[0] if self.chosen else node_id == 0
+        self.attempt = f"{os.environ.get('TITAN_JOB_ID')}/"
+        self.offset = self.sizes = self.number = 0
+        self.answered = ""
         pauses = any(re.fullmatch(r"valid\w*\.enable=true", f"{k}={v}".lower()) for k, v in node["titan"].items())
         least_s = hang_s(os.environ)
         self.pace = Pace(time.monotonic(), node["recipe"]["steps"], least_s, least_s * STARTUP, pauses)
@@ -70,8 +74,8 @@ class Watch:
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.node_id == 0:
-            write(self.board, {"ask": 0, "end": False})
+        if self.leads:
+            write(self.board, {"ask": "", "end": False})
         self.kernel = kernel_lines() if self.on_gpu else []
         before = looked = patience = time.monotonic()
         while os.getppid() == self.torchrun:
@@ -83,19 +87,19 @@ class Watch:
             if self.on_gpu and now - looked > 60:
                 looked = now
                 self.say_kernel()
-            if self.node_id == 0 and now > patience and self.pace.is_silent(now):
+            if self.leads and now > patience and self.pace.is_silent(now):
                 self.judge(now)
                 patience = time.monotonic() + self.pace.least_s
             board = read(self.board)
-            if board.get("end"):
+            asked = str(board.get("ask", ""))
+            if asked.startswith(self.attempt) and board.get("end"):
                 return self.end()
-            if int(board.get("ask", 0)) > self.answered:
-                self.answer(int(board["ask"]))
+            if asked.startswith(self.attempt) and asked != self.answered:
+                self.answer(asked)
             before = time.monotonic()
 
     def logs(self) -> list[Path]:
-        ranks = self.run_dir / "logs" / "ranks" / self.log.stem
-        return [self.log, *sorted(ranks.glob("*/attempt_*/*/std*.log"))]
+        return [self.log, *self.run_dir.glob(f"logs/ranks/*-{self.host}/*/attempt_*/*/std*.log")]
 
     def read(self, now: float) -> None:
         """What this node's logs have got since the last time: their sizes, and the steps in the first one."""
@@ -116,16 +120,16 @@ class Watch:
 
     def judge(self, now: float) -> None:
         """Asks all nodes; ends the run if it hangs."""
-        number, silence_s = self.answered + 1, now - self.pace.moved
-        write(self.board, {"ask": number, "end": False})
-        self.answer(number)
-        records = map(read, self.run_dir.glob("nodes/[0-9]*.json"))
-        hosts = [one["host"] for one in records if one.get("ok")]
+        self.number += 1
+        asked, silence_s = f"{self.attempt}{self.number}", now - self.pace.moved
+        write(self.board, {"ask": asked, "end": False})
+        self.answer(asked)
+        hosts = self.chosen or [one["host"] for one in map(read, self.run_dir.glob("nodes/[0-9]*.json"))]
         found: list[dict[str, Any]] = []
         deadline = time.monotonic() + OTHERS_S
         while len(found) < self.node["job"]["nodes"] and time.monotonic() < deadline:
             time.sleep(0.5)
-            found = [said for said in map(read, self.folder.parent.glob("*-*.json")) if said.get("ask") == number]
+            found = [said for said in map(read, self.folder.parent.glob("*-*.json")) if said.get("ask") == asked]
         self.read(time.monotonic())
         if os.getppid() != self.torchrun or moves(found, self.pace.bound_s, silence_s, self.on_gpu):
             return
@@ -139,18 +143,18 @@ class Watch:
         verdict |= {"culprit": vars(culprit) if culprit else None, "nodes": found}
         write(self.run_dir / "nodes" / "hang.json", verdict)
         print(f"titan-hang: {at}why={json.dumps(why)}", flush=True)
-        write(self.board, {"ask": number, "end": True})
+        write(self.board, {"ask": asked, "end": True})
         time.sleep(2 * self.every_s)  # the others read it, and their ranks log their stacks
 
-    def answer(self, number: int) -> None:
+    def answer(self, asked: str) -> None:
         """This node's evidence, beside the other nodes'."""
-        says: dict[str, Any] = {"ask": number, "host": self.host, "quiet_s": round(time.monotonic() - self.pace.moved)}
+        says: dict[str, Any] = {"ask": asked, "host": self.host, "quiet_s": round(time.monotonic() - self.pace.moved)}
         pids = dict(sorted(ranks_of(self.torchrun)))
         before = {rank: process(pid)[1] for rank, (pid, _) in pids.items()}
         time.sleep(2)
         cpu = {rank: (process(pid)[1] - before[rank]) / 2 for rank, (pid, _) in pids.items()}
         states: dict[int, set[str]] = {rank: set() for rank in pids}
-        first, last = (self.ask(f"{number}.{turn}", pids, states) for turn in range(2))
+        first, last = (self.ask(f"{asked}.{turn}", pids, states) for turn in range(2))
         says["ranks"] = [
             {
                 "rank": rank,
@@ -168,9 +172,9 @@ class Watch:
         says["reaches_head"] = reaches_head()
         if self.on_gpu:
             says["gpus"] = ask_smi()[0] if shutil.which("nvidia-smi") else []
-            says |= {"kernel": self.say_kernel(), "ras": ras() if self.node_id == 0 else ""}
+            says |= {"kernel": self.say_kernel(), "ras": ras() if self.leads else ""}
         write(self.folder.with_suffix(".json"), says)
-        self.answered = number
+        self.answered = asked
 
     def ask(self, asked: str, pids: Mapping[int, tuple[int, int]], states: dict[int, set[str]]) -> dict[int, Any]:
         """What the ranks answer. Meanwhile their states are noted."""

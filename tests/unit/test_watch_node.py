@@ -53,7 +53,11 @@ class Node:
         (folder / "nodes" / "0000-n0.json").write_text('{"ok": true, "node": 0, "host": "n0"}')
         self.log = folder / "logs" / "0000-n0.log"
         self.out = (folder / "out").open("w+")
-        env = os.environ | {"LAUNCHER_HANG_S": "1", "TITAN_HANG_DIR": str(folder / "nodes" / "hang" / "0000-n0")}
+        env = os.environ | {
+            "LAUNCHER_HANG_S": "1",
+            "TITAN_JOB_ID": "7",
+            "TITAN_HANG_DIR": str(folder / "nodes" / "hang" / "0000-n0"),
+        }
         command = [sys.executable, "-c", TORCHRUN, str(folder / "job"), str(self.log)]
         self.torchrun = subprocess.Popen(command, stdout=self.out, env=env)
         board = folder / "nodes" / "hang" / "board.json"
@@ -131,6 +135,14 @@ def test_a_job_that_slurm_suspends_is_not_accused(node: Node) -> None:
             os.kill(pid, number)
         time.sleep(8)
     assert all(map(is_alive, everybody)) and not (node.run / "nodes" / "hang.json").exists()
+
+
+def test_what_another_attempt_was_asked_is_none_of_this_ones_business(node: Node) -> None:
+    board = node.run / "nodes" / "hang" / "board.json"
+    for text in ('{"ask": "7.1/1", "end": true}', '{"ask": 3, "end": true}', "{", "[]"):
+        board.write_text(text)
+        time.sleep(0.5)
+    assert all(map(is_alive, (node.watcher, *node.ranks))) and len(node.said().splitlines()) == 1
 
 
 def test_a_watcher_that_fails_leaves_the_run_alone(node: Node) -> None:
