@@ -94,9 +94,13 @@ _STATES = {
 
 
 def moves(nodes: Sequence[Evidence], bound_s: float, silence_s: float, on_gpu: bool) -> bool:
-    """Whether it is slow, not hung: logs elsewhere, collectives, or a computing rank that the others wait for."""
+    """Whether it is slow, not hung: logs elsewhere, collectives, or a computing rank that the others wait for.
+
+    `silence_s`: how long no step was logged; after very long other lines save nobody.
+    """
     ranks = [rank for node in nodes for rank in node["ranks"]]
-    if any(node["quiet_s"] < bound_s / 2 for node in nodes) or any(rank["moved"] for rank in ranks):
+    logs = any(node["quiet_s"] < bound_s / 2 for node in nodes) and silence_s < (STUCK + 1) * bound_s
+    if logs or any(rank["moved"] for rank in ranks):
         return True
     busy = [rank for rank in ranks if rank["cpu"] > BUSY]
     return bool(busy) and not on_gpu and silence_s < STUCK * bound_s  # on GPUs a rank that waits computes, too

@@ -121,7 +121,7 @@ class Watch:
     def judge(self, now: float) -> None:
         """Asks all nodes; ends the run if it hangs."""
         self.number += 1
-        asked, silence_s = f"{self.attempt}{self.number}", now - self.pace.moved
+        asked, silence_s = f"{self.attempt}{self.number}", now - self.pace.stepped
         write(self.board, {"ask": asked, "end": False})
         self.answer(asked)
         hosts = self.chosen or [one["host"] for one in map(read, self.run_dir.glob("nodes/[0-9]*.json"))]
@@ -134,7 +134,7 @@ class Watch:
         if os.getppid() != self.torchrun or moves(found, self.pace.bound_s, silence_s, self.on_gpu):
             return
         culprit, at = name(found, hosts), ""
-        why = f"nothing moved for {silence_s:.0f} s, and no rank can be blamed"
+        why = f"no step came for {silence_s:.0f} s, and no rank can be blamed"
         if culprit:
             why = culprit.why(self.on_gpu)
             host = f"host={culprit.host} " if "SLURM_JOB_ID" in os.environ else ""  # else there is no other

@@ -145,6 +145,7 @@ def test_of_two_groups_the_rank_that_waits_in_neither_is_the_root() -> None:
 def test_what_moves_is_no_hang() -> None:
     assert not hang.moves(of_four(**BEHIND), 45, 46, False)
     assert hang.moves([*of_four(), on("c", rank(4), quiet_s=3)], 45, 46, True), "another node's log grows"
+    assert not hang.moves([*of_four(), on("c", rank(4), quiet_s=3)], 45, 181, True), "but no step comes"
     assert hang.moves(of_four(moved=True), 45, 46, True), "collectives go on"
     assert hang.moves(of_four(cpu=0.9), 45, 46, False), "a rank computes"
     assert not hang.moves(of_four(cpu=0.9), 45, 136, False), "but not for ever"
