@@ -19,7 +19,8 @@ Evidence = Mapping[str, Any]  # of one node: "host", "quiet_s", "ranks"; see wat
 class Pace:
     """How fast a run logs its steps, and since when it does not.
 
-    `startup_s`: the bound while no pace is known, and where a run `pauses`: it does more than steps, unlogged.
+    `startup_s`: the bound while no pace is known, where a run `pauses` (it does more than steps, unlogged), and at
+    steps with a checkpoint: torchtitan 0.3 waits for the one before without a word.
     """
 
     now: float
@@ -27,8 +28,9 @@ class Pace:
     least_s: float = 45
     startup_s: float = 900
     pauses: bool = False
+    log_every: int = 1
+    save_every: int = 0
     step: int = 0
-    saving: bool = False
     intervals: list[tuple[float, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -40,7 +42,7 @@ class Pace:
         if step is not None and step != self.step:
             if self.step and step > self.step:
                 self.intervals = [*self.intervals, (now - self.stepped, step - self.step)][-KEEP:]
-            self.step, self.stepped, self.saving = step, now, False
+            self.step, self.stepped = step, now
 
     def slept(self, seconds: float) -> None:
         """This process stood still itself, as when Slurm suspends the job."""
@@ -49,8 +51,9 @@ class Pace:
     @property
     def bound_s(self) -> float:
         """For how long nothing may move."""
-        last = 0 < self.steps <= self.step
-        if len(self.intervals) < 2 or self.saving or self.pauses or last:
+        last, before, every = 0 < self.steps <= self.step, self.step - 1, self.save_every
+        saves = every > 0 and (before + self.log_every) // every > before // every
+        if len(self.intervals) < 2 or saves or self.pauses or last:
             return self.startup_s
         interval = median(seconds for seconds, _ in self.intervals)
         return max(self.least_s, interval + 10 * median(seconds / steps for seconds, steps in self.intervals))

@@ -37,7 +37,6 @@ RAS_PORT = 28028
 PIPES = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
 KERNEL = re.compile(r"NVRM: Xid|SXid|NVRM: .*(?:NVLink|fallen off)")
 _STEP = re.compile(rb"(?<!validate )step:[ \t]*(\d+)\b.*loss:")
-_SAVES = re.compile(rb"(Saving (?:the|a|an) .*checkpoint)|(Finished saving|Training completed)")
 
 
 def asked_through(run_dir: Path, node_id: int, host: str, env: Mapping[str, str]) -> dict[str, str]:
@@ -68,7 +67,8 @@ class Watch:
         self.answered = ""
         pauses = any(re.fullmatch(r"valid\w*\.enable=true", f"{k}={v}".lower()) for k, v in node["titan"].items())
         least_s = hang_s(os.environ)
-        self.pace = Pace(time.monotonic(), node["recipe"]["steps"], least_s, least_s * STARTUP, pauses)
+        often = node["recipe"]["log_freq"], node["recipe"]["checkpoint_interval"]
+        self.pace = Pace(time.monotonic(), node["recipe"]["steps"], least_s, least_s * STARTUP, pauses, *often)
         self.every_s = min(2.0, least_s / 5)
         self.kernel: list[str] = []
 
@@ -115,8 +115,6 @@ class Watch:
             for line in whole.splitlines():
                 if step := _STEP.search(line):
                     self.pace.saw(now, int(step[1]))
-                elif saves := _SAVES.search(line):
-                    self.pace.saving = bool(saves[1])
 
     def judge(self, now: float) -> None:
         """Asks all nodes; ends the run if it hangs."""

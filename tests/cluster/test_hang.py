@@ -129,7 +129,8 @@ def test_a_stopped_rank_is_named_and_the_run_ended(hung: Hung, least_s: int) -> 
     assert hung.launch.wait_for("hang", "FAILED", "COMPLETED") == "FAILED"
     why = f"rank 3 ({host}, local rank 1) is stopped by a signal or a debugger; 3 others wait in "
     said = hung.launch("status", "hang")
-    assert said.returncode == ExitStatus.JOB_FAILED and f"cause: the run hung: {why}" in said.stderr
+    assert said.returncode == ExitStatus.JOB_FAILED
+    assert f"cause: the run hung: {why}" in said.stderr, said.stderr + hung.logs()[-6000:]
     assert f"--exclude {host}" in said.stderr and f"scontrol update NodeName={host} State=DRAIN" in said.stderr
     assert not hung.pids(3), "the stopped rank has not ended"
     assert f"hang: hang: {why}" in watching.communicate(timeout=60)[1]
@@ -179,31 +180,31 @@ def test_a_node_whose_network_is_cut(hung: Hung) -> None:
 
 @CAMPAIGN
 def test_a_rank_that_is_slowed_is_not_accused(hung: Hung) -> None:
-    """Stopped for nine tenths of the time, as cpulimit does it."""
+    """Stopped for most of the time, as cpulimit does it."""
     hung.start()
     hung.wait_for_step(5)
     pids, before = hung.pids(3), hung.step()
-    for _ in range(90):
-        for number, seconds in ((signal.SIGSTOP, 0.9), (signal.SIGCONT, 0.1)):
+    for _ in range(80):
+        for number, seconds in ((signal.SIGSTOP, 0.8), (signal.SIGCONT, 0.2)):
             for pid in pids:
                 os.kill(pid, number)
             time.sleep(seconds)
-    hung.is_not_accused(1)
+    hung.is_not_accused(30)
     assert hung.step() > before
 
 
 SLOW_SAVE = """
 import os, sys, threading, time
 def look():
-    while "torchtitan.components.checkpoint" not in sys.modules:
+    while "torchtitan.components.checkpointer.dcp" not in sys.modules:
         time.sleep(0.2)
     time.sleep(1)
-    manager = sys.modules["torchtitan.components.checkpoint"]
-    save = manager.dcp.save
+    manager = sys.modules["torchtitan.components.checkpointer.dcp"].CheckpointManager
+    save = manager.dcp_save
     def slow(*arguments, **named):
-        time.sleep(50)
+        time.sleep(60)
         return save(*arguments, **named)
-    manager.dcp.save = slow
+    manager.dcp_save = slow
 if "RANK" in os.environ:
     threading.Thread(target=look, daemon=True).start()
 """
@@ -214,7 +215,7 @@ def test_a_checkpoint_that_takes_longer_than_the_bound_is_no_hang(hung: Hung) ->
     hung.start("--set", "recipe.checkpoint_interval=8", steps=12, program=SLOW_SAVE)
     hung.is_not_accused(400)
     assert hung.launch.wait_for("hang", "FAILED", "COMPLETED") == "COMPLETED"
-    assert "Saving the checkpoint" in hung.logs()
+    assert "the checkpoint in 6" in hung.logs()
 
 
 @CAMPAIGN

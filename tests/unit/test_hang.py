@@ -159,10 +159,7 @@ def test_the_bound_is_learned_from_the_run() -> None:
         pace.saw(number * 2.0, number)
     assert pace.bound_s == 45, "fast steps"
     assert not pace.is_silent(52) and pace.is_silent(54)
-    pace.saving = True
-    assert not pace.is_silent(800), "a checkpoint is written"
     pace.saw(20.0, 5)
-    assert pace.bound_s == 45 and not pace.saving
     pace.slept(1000.0)
     assert not pace.is_silent(1060) and pace.is_silent(1070), "a job that Slurm had suspended"
     pace.saw(1100.0)
@@ -174,6 +171,21 @@ def test_the_bound_is_learned_from_the_run() -> None:
     slow.saw(500.0, 100)
     assert slow.bound_s == 900, "after the last step"
     assert hang.Pace(0.0, pauses=True).bound_s == 900
+
+
+@pytest.mark.parametrize(
+    ("log_every", "save_every", "slow"),
+    [(1, 0, []), (1, 10, [10, 20]), (5, 20, [20]), (5, 8, [5, 15, 20]), (5, 5, [5, 10, 15, 20, 25])],
+)
+def test_after_a_step_with_a_checkpoint_it_may_take_longer(log_every: int, save_every: int, slow: list[int]) -> None:
+    """Until the next step is logged: a checkpoint comes after its step's line."""
+    pace = hang.Pace(0.0, log_every=log_every, save_every=save_every)
+    pace.intervals = [(1.0, log_every)] * 3
+    found = []
+    for number in range(log_every, 26, log_every):
+        pace.step = number
+        found += [number] if pace.bound_s == 900 else []
+    assert found == slow
 
 
 def test_the_evidence_can_be_written() -> None:
