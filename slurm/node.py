@@ -343,6 +343,8 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
     }
+    # torchrun passes the ranks' lines on, and would keep 8 kB of them back: minutes of steps.
+    wanted["PYTHONUNBUFFERED"] = "1"
     if iface:
         wanted["NCCL_SOCKET_IFNAME"] = f"={iface}"  # NCCL takes a plain name for a prefix: eth1 is eth10, too
         wanted.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), iface))
