@@ -21,6 +21,7 @@ from launcher.base.output import echo, never_fail, print_error
 # Name -> where it is, below launcher.commands, and its line of --help.
 COMMANDS = {
     "accept": ("judge:accept", "Judge a run: PASS, FAIL or CANNOT SAY, with reasons."),
+    "archive": ("archive:archive", "Pack a run's logs, evidence, settings and versions for a support ticket."),
     "cancel": ("runs:cancel", "Cancel a run."),
     "cluster": ("cluster:cluster", "Show this Slurm cluster, and the nodes that are left out."),
     "compare": ("judge:compare", "Compare two results and show which differences exceed noise."),

@@ -21,6 +21,7 @@ import resource
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,12 +36,14 @@ from check.meeting import Lost  # type: ignore[import-not-found]
 from check.network import find_network  # type: ignore[import-not-found]
 from check.notes import noting, unexpected, within  # type: ignore[import-not-found]
 from check.verdict import judge, lines  # type: ignore[import-not-found]
+from check.watch import asked_through  # type: ignore[import-not-found]
 from titan import Refused, checkpoints  # type: ignore[import-not-found]
 from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
 from titan.command import (  # type: ignore[import-not-found]
     NODE_SCHEMA,
     Rendezvous,
     config_files,
+    hang_s,
     torchrun_command,
 )
 from titan.data import check_data, check_tokenizer  # type: ignore[import-not-found]
@@ -86,6 +89,8 @@ def main(argv: list[str]) -> int:
             checkpoints.watch(checkpoints.folder_of(node), say)
         if os.environ.get("LAUNCHER_CORE_DUMPS") != "1":  # gigabytes for each rank, in the run directory
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        if hang_s(os.environ):
+            watch_it(argv[1], node_id, host)
         os.execvp(command[0], command)
     except Refused as refused:
         facts["problems"].append(problem("node.json", refused.why, refused.fix, "run"))
@@ -95,6 +100,13 @@ def main(argv: list[str]) -> int:
         return fail(facts, run_dir)
     finally:
         workers.stop(crew)
+
+
+def watch_it(node_json: str, node_id: int, host: str) -> None:
+    """Starts what ends the run if it hangs; a child of torchrun, which this process becomes."""
+    program = Path(__file__).resolve().parent / "check" / "watch.py"
+    with contextlib.suppress(OSError):  # without it, torchtitan's own timeouts end a run that hangs
+        subprocess.Popen([sys.executable, str(program), node_json, str(node_id), host], stdin=subprocess.DEVNULL)
 
 
 def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> tuple[list[str], dict[str, str]]:
@@ -132,6 +144,9 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
             facts.update(look(node, facts["host"], env, {"scratch": scratch, "run": run_dir}, found))
     if crew:
         greet(node, facts, crew, found)
+    if hang_s(env):
+        added.update(asked_through(run_dir, facts["node"], facts["host"], env))
+        env.update(added)
     if "torchtitan" in facts:
         whole, folder = [], checkpoints.folder_of(node)
         if node["recipe"]["checkpoint_interval"] > 0 or node["job"]["init_from"]:
@@ -419,6 +434,8 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
     }
+    # torchrun passes the ranks' lines on, and would keep 8 kB of them back: minutes of steps.
+    wanted["PYTHONUNBUFFERED"] = "1"
     if iface:
         wanted["NCCL_SOCKET_IFNAME"] = f"={iface}"  # NCCL takes a plain name for a prefix: eth1 is eth10, too
         wanted.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), iface))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import click
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.base.output import as_json, clock, columns, echo, print_json, warn
+from launcher.base.output import as_json, clock, columns, echo, plain, print_json, warn
+from launcher.nodes import hardware
 from launcher.nodes.bad_nodes import DAY_S, HOST, BadNode, added, change, of_cluster
+from launcher.runs.directory import Run
 from launcher.scheduler.detect import detect
 from launcher.scheduler.parse import expand
 from launcher.scheduler.slurm import cluster_name
@@ -43,6 +46,10 @@ def nodes(context: click.Context, as_json: bool) -> None:
         rows = [(node.host, clock(node.at), clock(node.until), node.reason, node.run) for node in found]
         rows.insert(0, ("node", "since", "until", "reason", "run"))
         echo(*columns(rows))
+        for node in found:
+            faults = [one for one in hardware.of_run(Run(Path(node.run))) if one.host == node.host] if node.run else []
+            for fault in faults or [hardware.SendBack(node.host, node.reason, "isolate")]:
+                echo("", *map(plain, fault.lines()))
 
 
 @nodes.command()

@@ -22,6 +22,7 @@ from launcher.base.output import (
     columns,
     counted,
     echo,
+    plain,
     print_json,
     some,
     style,
@@ -34,7 +35,7 @@ from launcher.config.options import run_argument, runs_dir_option
 from launcher.logs.first_error import find_errors
 from launcher.logs.follow import Progress, folded, logs_of
 from launcher.logs.known_errors import SMALLER, Failure, explain, how_it_ended
-from launcher.nodes import unfit
+from launcher.nodes import hardware, unfit
 from launcher.nodes.bad_nodes import BadNode, remember
 from launcher.preflight.waiting import why_waiting
 from launcher.results.columns import as_dict
@@ -109,6 +110,7 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
     row = _summary(run, state)
     waiting, progress = _why_waiting(run, state), _progress(run, state)
     failure, left_out = failure_of(run, state), remembered(run, state)
+    hang, faults = read_json(run.path / "nodes" / "hang.json"), hardware.of_run(run) if failure else []
     # Its progress line says what a run that goes on has reached, without all of its logs being read.
     outcome = None if state.active else outcome_of(run, state, with_data_share=False)
     completed, problems = state.name == "COMPLETED", outcome.problems if outcome else ()
@@ -125,6 +127,8 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
             "progress": attach.as_dict(progress) if progress else None,
             "failure": failure.as_json() if failure else None,
             "left_out": [node.host for node in left_out],
+            "hang": {key: hang.get(key) for key in ("why", "culprit", "step", "silence_s")} if hang else None,
+            "hardware": [vars(one) | {"drain": one.drain} for one in faults],
         }
     detail = "; ".join(text for text in (state.reason, state.source and f"from {state.source}") if text)
     echo(f"{run.name}: {state.name}" + (f" ({detail})" if detail else ""))
@@ -138,6 +142,8 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
         echo(f"  no further attempt: {WHY_NOT.get(why, why)}")
     if progress:
         echo(f"  {plain_line(progress, about(run).unit)}")
+    if hang and state.active:
+        echo(f"  hang: {plain(str(hang.get('why')))}")
     again = quoted("launcher", "submit", run.path / "run.toml")
     for problem in problems:
         echo(f"  problem: {problem.text}")
@@ -346,6 +352,8 @@ def _print_failure(run: Run, failure: Failure, left_out: list[BadNode]) -> None:
     for node in left_out:
         until = f"{node.host}, until {clock(node.until)}: launcher cluster nodes"
         echo(f"  left out of new runs: {until}", err=True)
+    for line in (line for fault in hardware.of_run(run) for line in fault.lines()):
+        echo(f"  {plain(line)}", err=True)
     echo(f"  everything: {quoted('launcher', 'logs', run.reference)}", err=True)
 
 

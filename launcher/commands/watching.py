@@ -95,6 +95,8 @@ def show(
                 detail = f" ({detail})" if (detail := _detail(seen)) else ""
                 news = _detail(seen) if seen.phase is Phase.QUEUED else f"{_called(seen)}{detail}{since}"
                 echo(f"{about.name}: {news}", *(f"  {line}" for line in lines if seen.phase is Phase.QUEUED), err=True)
+            if seen.hang and not (last and last.hang):
+                echo(f"{about.name}: hang: {plain(seen.hang)}", err=True)
             last = seen
 
 
@@ -187,6 +189,7 @@ def _panel(seen: Standing, about: About, why: Sequence[str]) -> RenderableType:
         done = ProgressBar(total=max(1, progress.steps_total), completed=progress.step)
         bar.add_row(f"step {progress.step}/{progress.steps_total}", done, left)
         parts += [bar, *((line, "") for line in figures(progress, about))]
+    parts += [(f"  hang: {seen.hang}", "red")] if seen.hang else []
     return _group([*parts, *((f"  {line}", "") for line in why if seen.phase is Phase.QUEUED)])
 
 

@@ -24,7 +24,7 @@ _PATTERNS = {
     _BANNER: r"pyxis: (?:container start failed|couldn't start container|failed to create container filesystem"
     r"|child \d+ failed|printing enroot log)|error: pyxis:  +(?!.*(?:\[ERROR\]|FATAL ERROR|[Cc]annot|[Ff]ailed"
     r"|failure|[Cc]ould not|enroot-|nvidia-container-cli:|not permitted|denied|No space|wrong trying|compression))",
-    _CAUSE: r"titan-node: FAIL|CUDA out of memory|oom_kill|DUE TO (?!NODE)[A-Z]|error: pyxis:"
+    _CAUSE: r"titan-node: FAIL|titan-hang: |CUDA out of memory|oom_kill|DUE TO (?!NODE)[A-Z]|error: pyxis:"
     r"|pyxis: .*(?:fail|not exist|must be)|^\[ERROR\]|^enroot[\w-]*: |FATAL ERROR|Exec format error"
     r"|nrecognized (?:option|argument)|error: execve|CUDA error|CUDA driver error|CUBLAS_STATUS_"
     r"|NCCL error.* invalid (?:usage|argument)|Task launch for |t find address for host|Node failure on "

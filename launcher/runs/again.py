@@ -33,7 +33,7 @@ TRAVELS = (
     *("runs/__init__.py", "runs/again.py", "runs/judged.py"),
 )
 WITHOUT_PROGRESS = 3  # attempts in a row without a new checkpoint, after which the run stops
-LOST = "node-failure"
+LOST, HANG = "node-failure", "hang"
 UNFIT, QUEUED, TIME = "node-unfit", "requeued", "time-limit"  # causes that are treated in their own way
 
 
@@ -176,11 +176,19 @@ def cause_of(run_dir: Path, code: int, lost: Sequence[str], nodes: int) -> Cause
     if known and known.node:
         with suppress(ValueError):
             culprits += expand(failure.host)
+    if failure.code == HANG and (host := _culprit_of_hang(run_dir)):
+        culprits.append(host)
     # A rank that ended without a word was ended from outside: torchrun and srun tell no more than that.
     makes_sense = known.again if known else not failure.is_error
     if lost and not (known and known.fault):
         return Cause((failure.code if makes_sense else "") or LOST, True, [*culprits, *lost], failure.completed)
     return Cause(failure.code, makes_sense, culprits, failure.completed)
+
+
+def _culprit_of_hang(run_dir: Path) -> str:
+    culprit = (read_json(run_dir / "nodes" / "hang.json") or {}).get("culprit")
+    host = culprit.get("host") if isinstance(culprit, dict) else ""
+    return host if isinstance(host, str) else ""
 
 
 # --- what the job script asks -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Standing:
     doing: Mapping[str, int] = field(default_factory=dict)  # what is checked just now, and on how many nodes
     progress: Progress | None = None
     before: Attempt | None = None  # the attempt that it trains on from
+    hang: str = ""  # why nothing moves, once the nodes have found that
 
     @property
     def attempt(self) -> int:
@@ -94,7 +95,9 @@ class Watcher:
         for progress in self._follower.read():
             self._progress = progress
             seen.append(self._standing(state, at))
-        return seen or [self._standing(state, at)]
+        seen = seen or [self._standing(state, at)]
+        hang = str((read_json(self._run.path / "nodes" / "hang.json") or {}).get("why", ""))
+        return [*seen[:-1], replace(seen[-1], hang=hang)] if hang else seen
 
     def _standing(self, state: JobState | None, at: float) -> Standing:
         if Phase.TRAINING not in self._began:  # from then on the records stay as they are

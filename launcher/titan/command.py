@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,12 @@ NODE_SCHEMA = 2  # of job/node.json
 # Containers reach this point minutes apart where the image is unpacked on every node. torchrun's own 60 s for
 # the first contact with the head node would then end the job.
 RENDEZVOUS_TIMEOUT_S = 900
+
+# check/hang.py: for how long nothing moves before a run hangs, at least; so many times that before its pace is known
+# and while it writes a checkpoint. torchtitan gives up later, so that the evidence is there first.
+HANG_S, STARTUP, EVIDENCE_S = 45.0, 20, 100
+_TIMEOUTS = ("comm.init_timeout_seconds", "comm.train_timeout_seconds")
+HANG_NAME = "LAUNCHER_HANG_S"  # a variable of the job: other seconds; 0: nobody watches
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ def era(version: str) -> ModuleType:
 def common_settings(node: dict[str, Any]) -> dict[str, Any]:
     """Settings that every supported release spells the same, by dotted name. None means: no value."""
     recipe, saves = node["recipe"], node["recipe"]["checkpoint_interval"] > 0
+    watched: float = hang_s(node.get("env") or {})
     return {
         "training.local_batch_size": recipe["local_batch_size"],
         "training.global_batch_size": recipe["global_batch_size"],
@@ -85,6 +93,7 @@ def common_settings(node: dict[str, Any]) -> dict[str, Any]:
         "metrics.enable_tensorboard": recipe["tensorboard"],
         "metrics.save_tb_folder": "tb",
         "debug.seed": recipe["seed"] or None,
+        **(dict.fromkeys(_TIMEOUTS, int(watched * STARTUP) + EVIDENCE_S) if watched else {}),
     }
 
 
@@ -97,6 +106,13 @@ def _initial_weights(folder: str, saves: bool) -> dict[str, Any]:
         # Without it, loading means saving too, at the latest after the last step: 96 GB for 8B.
         "checkpoint.load_only": not saves,
     }
+
+
+def hang_s(env: Mapping[str, str]) -> float:
+    try:
+        return max(0.0, float(env.get(HANG_NAME) or HANG_S))
+    except ValueError:
+        return HANG_S
 
 
 def user_flags(settings: dict[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+from . import recorder
+
 
 def patch() -> bool:
     """Teaches torch what torchtitan asks of a device. False, and nothing done, where there is an accelerator."""
@@ -34,6 +36,7 @@ def main() -> None:
     # The compiled parts of attention need a C++ compiler, which an image does not have to hold.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     patch()
+    recorder.listen()
     runpy.run_module("torchtitan.train", run_name="__main__", alter_sys=True)
     end()
 

@@ -53,6 +53,7 @@ QUERIES = {
     "fabric": Query({"fabric.state": "fabric_state", "fabric.status": "fabric_status"}),
     "clique": Query({"fabric.clusterUuid": "fabric_cluster", "fabric.cliqueId": "fabric_clique"}),
     "processes": Query({"pid": "used_by_pid"}, "compute-apps"),
+    "identity": Query({"serial": "serial", "pci.bus_id": "bus_id"}),
 }
 _NUMBERS = {"index", "memory_used_mib", "memory_total_mib", "temperature_c", "ecc_uncorrected"}
 _FLAGS = {"row_remap_pending", "row_remap_failure", *REASONS}

@@ -207,7 +207,7 @@ def test_every_command_that_prints_json_is_asked() -> None:
         "stage c4",
         "stage tokenizer",
         "stage model",
-    } | {"completion", "resume"}  # newer than these versions
+    } | {"completion", "resume", "archive"}  # newer than these versions
     assert [
         n for n in names(cli.launcher) if n not in elsewhere and not any(a.startswith(f"{n} ") for a in asked)
     ] == []

@@ -59,7 +59,8 @@ REGISTRY_ERA = """
 --compile.no_enable --compile.components=model,loss
 --checkpoint.no_enable --checkpoint.interval=500 --checkpoint.no_last_save_model_only
 --metrics.log_freq=10 --metrics.disable_color_printing --metrics.enable_tensorboard --metrics.save_tb_folder=tb
---debug.seed=None --training.disable_cuda_graphs --loss.num_chunks=1
+--debug.seed=None --comm.init_timeout_seconds=1000 --comm.train_timeout_seconds=1000
+--training.disable_cuda_graphs --loss.num_chunks=1
 --profiler.no_enable_profiling --debug.no_enable_structured_logging
 --validator.no_enable --validator.dataloader.dataset_path=/data/c4
 activation-checkpoint:selective
@@ -125,6 +126,7 @@ def test_8b_in_the_toml_era_is_a_file() -> None:
         },
         "compile": {"enable": False, "components": ["model", "loss"]},
         "checkpoint": {"enable": False, "interval": 500, "last_save_model_only": False},
+        "comm": {"init_timeout_seconds": 1000, "train_timeout_seconds": 1000},
         "metrics": {"log_freq": 10, "disable_color_printing": True, "enable_tensorboard": True, "save_tb_folder": "tb"},
         "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
         "profiling": {"enable_profiling": False},

@@ -1,0 +1,89 @@
+"""`archive`: what a support ticket needs of a run, in one file, without secrets."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from launcher import version
+from launcher.base.files import write_bytes
+from launcher.base.output import as_json, echo, print_json
+from launcher.base.secret import looks_secret, masked
+from launcher.commands.image import target_path
+from launcher.config.options import run_argument, runs_dir_option
+from launcher.nodes import hardware
+from launcher.runs import directory as runs
+from launcher.runs.directory import SECRETS, Run
+
+# Not the trainer's folder, which holds weights, nor the views of data.
+FILES = ("*.toml", "*.json", "*.sbatch", "claim/*", "cancelled", "job/*.json", "job/titan.toml")
+FOLDERS = ("logs", "nodes", "attempts")
+HEAD, TAIL = 1 << 20, 3 << 20  # bytes of a file that is longer than both
+
+
+@click.command()
+@run_argument(required=True)
+@runs_dir_option
+@click.option("-o", "--output", metavar="FILE", help="Where to; default: NAME.tar.gz here.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+@as_json
+def archive(run: str, runs_dir: Path, output: str | None, force: bool, as_json: bool) -> None:
+    """Pack a run's logs, evidence, settings and versions for a support ticket.
+
+    Secrets are hidden, long logs are cut in the middle; data, weights and checkpoints stay out.
+
+    \b
+    launcher archive my-run
+    launcher archive my-run -o ticket.tar.gz
+    """
+    found = runs.open_run(run, runs_dir)
+    target = target_path(output, f"{found.name}.tar.gz", force)
+    packed, names = io.BytesIO(), []
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, data in _contents(found):
+            entry = tarfile.TarInfo(f"{found.name}/{name}")
+            entry.size, entry.mode = len(data), 0o644
+            tar.addfile(entry, io.BytesIO(data))
+            names.append(name)
+    write_bytes(target, packed.getvalue(), option="-o FILE")
+    if as_json:
+        return print_json({"run": found.name, "file": str(target), "files": names})
+    echo(f"{target}: {len(names)} files of {found.name}; look into it before you send it: tar -tzf {target}")
+
+
+def _contents(run: Run) -> Iterator[tuple[str, bytes]]:
+    hidden = {value for name, value in os.environ.items() if len(value) > 5 and looks_secret(name, value)}
+    paths = [path for pattern in FILES for path in run.path.glob(pattern)]
+    paths += [path for folder in FOLDERS for path in (run.path / folder).rglob("*")]
+    for path in sorted(path for path in paths if path.is_file() and not path.is_symlink() and path.name != SECRETS):
+        try:
+            text = _read(path)
+        except OSError as error:
+            text = f"not read: {error.strerror}\n"
+        yield str(path.relative_to(run.path)), _without(text, hidden).encode()
+    about = {"launcher": version(), "nodes": [vars(one) | {"drain": one.drain} for one in hardware.of_run(run)]}
+    yield "about.json", _without(json.dumps(about, indent=2) + "\n", hidden).encode()
+
+
+def _read(path: Path) -> str:
+    """Text; the middle of a long file is left out."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        data = stream.read(HEAD + TAIL)
+        if size > HEAD + TAIL:
+            stream.seek(size - TAIL)
+            data = data[:HEAD] + f"\n[{size - HEAD - TAIL} bytes left out]\n".encode() + stream.read(TAIL)
+    return data.decode("utf-8", "replace")
+
+
+def _without(text: str, hidden: set[str]) -> str:
+    """Without what looks like a secret, and the values of this shell's secrets."""
+    for value in hidden:
+        text = text.replace(value, "(hidden)")
+    return "\n".join(map(masked, text.split("\n")))
