@@ -34,7 +34,7 @@ COMMANDS = {
     "preflight": ("preflight:preflight", "Check a run before it queues."),
     "render": ("submit:render", "Print the job script, and nothing else."),
     "report": ("report:report", "Write runs as one HTML page with charts."),
-    "resume": ("submit:resume", "Go on with a run that has ended, from its last checkpoint."),
+    "resume": ("submit:resume", "Go on with a run that has ended, from its last complete checkpoint."),
     "results": ("results:results", "Print results in the form of the published table."),
     "stage": ("stage:stage", "Download data, tokenizer, weights and images, and verify them."),
     "status": ("runs:status", "Show the state of runs (default: the newest), and why."),

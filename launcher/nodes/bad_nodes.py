@@ -24,6 +24,7 @@ from launcher.config.user_file import default_path
 from launcher.nodes import unfit
 from launcher.runs import control
 from launcher.runs import directory as runs
+from launcher.runs.again import past_attempts
 from launcher.runs.directory import Run
 from launcher.runs.judged import writable
 from launcher.scheduler import slurm
@@ -129,14 +130,14 @@ def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list
     `cluster`: Slurm's ClusterName here, where it is known already; for a job that did not name its own. Raises
     LauncherError where Slurm does not say it, or the file cannot be read or written.
     """
-    if not (state.unfit or run.chosen) or run.is_local or run.is_copy:
+    if not (state.unfit or run.chosen or past_attempts(run.path)) or run.is_local or run.is_copy:
         return []
     ended = (run.end or {}).get("ended_at")
     at = float(ended) if isinstance(ended, (int, float)) and 0 <= ended <= now_s else now_s
     folder = writable(str(run.path))
     found = [
         BadNode(node.host, node.why, folder, at, at + KEEP_S)
-        for node in unfit.of_run(run)
+        for node in unfit.of_attempts(run).values()
         if node.own and HOST.fullmatch(node.host)
     ]
     known = {(node.host, node.run) for nodes in read().values() for node in nodes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launcher.base.errors import quoted
 from launcher.logs.known_errors import Failure
+from launcher.runs.again import past_attempts
 from launcher.runs.directory import Run
 from launcher.runs.judged import Unfit, judge, text_of
 
@@ -13,6 +14,13 @@ SHOWN = 12  # lines of a message
 def of_run(run: Run) -> list[Unfit]:
     """The nodes of a run that failed their check, in the job's order; none where nothing of that can be read."""
     return judge(run.node_records, run.check, run.nodes)
+
+
+def of_attempts(run: Run) -> dict[str, Unfit]:
+    """The nodes that failed their check in any attempt, by host."""
+    attempts = [*(Run(path) for path in past_attempts(run.path)), run]
+    found = [one for attempt in attempts for one in judge(attempt.node_records, attempt.check, run.nodes)]
+    return {one.host: one for one in sorted(found, key=lambda one: one.own)}
 
 
 def cluster_of(run: Run) -> str:

@@ -171,7 +171,6 @@ TEXTS = {
     "hub-no-token": Text(
         "files", "--data hub: the ranks ask the Hub without a token", "it rejects such requests sooner (429)"
     ),
-    "checkpoint-space": Text("checkpoints", "{count} checkpoints take {needed}, {there} are free in {path}"),
     "checkpoint-space-short": Text(
         "checkpoints",
         "{count} checkpoints take {needed}, {there} are free in {path}",

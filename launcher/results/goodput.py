@@ -14,7 +14,8 @@ from itertools import accumulate, pairwise
 
 from launcher.results.measure import ENDLESS
 from launcher.results.outcome import Goodput
-from launcher.runs.attempts import REQUEUED, Attempt
+from launcher.runs.again import QUEUED
+from launcher.runs.attempts import Attempt
 
 SKEW_S = 60.0  # clocks of a log and of the script that differ by more are not compared
 
@@ -50,7 +51,7 @@ def goodput(traces: Sequence[Trace], kept: Sequence[int], submitted: float | Non
     for place, trace in enumerate(traces):
         attempt, points = trace.attempt, trace.points or ()
         # One that Slurm cut off had nobody to note its end.
-        ends = [None if attempt.cause == REQUEUED else attempt.ended_at, *(at for _, at in points[-1:])]
+        ends = [None if attempt.cause == QUEUED else attempt.ended_at, *(at for _, at in points[-1:])]
         following = traces[place : place + 1] if attempt.queued else traces[place + 1 : place + 2]
         ends += [one.attempt.began_at for one in following]
         began, ended = attempt.began_at, next((at for at in ends if at is not None), None)

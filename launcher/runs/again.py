@@ -45,6 +45,7 @@ class Limits:
     restarts: int
     continues: int
     is_local: bool = False
+    nodelist: frozenset[str] = frozenset()  # nodes that the job must have
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def decide(now: Ending, past: Sequence[Mapping[str, Any]], limits: Limits) -> Ne
     left = tuple(host for host in now.alive if host not in bad)
     if len(left) >= limits.nodes:
         return Next("again", left)
-    return Next("stop", why_not="too-few-nodes") if limits.is_local else Next("requeue", tuple(sorted(bad)))
+    if limits.is_local or limits.nodelist & bad:
+        return Next("stop", why_not="too-few-nodes")
+    return Next("requeue", tuple(sorted(bad)))
 
 
 def _without_progress(now: Ending, past: Sequence[Mapping[str, Any]]) -> int:
@@ -232,14 +235,10 @@ REFUSED = {"again": False, "why_not": "requeue-refused"}
 
 def limits_of(node: Mapping[str, Any]) -> Limits:
     """From job/node.json."""
-    job = node.get("job", {})
-    placed = node.get("placed", {})
-    return Limits(
-        _count(job.get("nodes")),
-        _count(placed.get("restarts")),
-        _count(job.get("continues")),
-        job.get("scheduler") == "local",
-    )
+    job, placed = node.get("job", {}), node.get("placed", {})
+    nodes, restarts, continues = map(_count, (job.get("nodes"), placed.get("restarts"), job.get("continues")))
+    nodelist = frozenset(expand(str(job.get("nodelist", ""))))
+    return Limits(nodes, restarts, continues, job.get("scheduler") == "local", nodelist)
 
 
 def _begin(run_dir: Path, node: Mapping[str, Any], past: list[dict[str, Any]], limits: Limits, asked: Any) -> int:
@@ -284,6 +283,7 @@ def _record(
         "culprits": list(ending.culprits),
         "step": ending.step,
         "again": following.word != "stop",
+        "requeue": following.word == "requeue" or ending.cause == QUEUED,
         "why_not": following.why_not,
     }
 

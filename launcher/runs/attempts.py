@@ -6,7 +6,6 @@ attempts/N/   an earlier one, with its own logs/, nodes/, attempt.json, and end.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 from launcher.base.files import read_json
 from launcher.base.output import some
 from launcher.logs.known_errors import known_errors
+from launcher.runs.again import QUEUED, past_attempts
 from launcher.runs.directory import Run
 
 MOST = 10_000  # attempts, and hosts of one: more is damage
-REQUEUED = "requeued"
 WHY_NOT = {  # no further attempt follows
     "cause": "the next one would end in the same way",
     "no-progress": "three in a row wrote no new checkpoint",
@@ -39,7 +38,7 @@ class Attempt:
     began_at: float | None = None
     ended_at: float | None = None
     exit_code: int | None = None
-    cause: str = ""  # a code of known_errors.toml, or REQUEUED
+    cause: str = ""  # a code of known_errors.toml, or QUEUED
     culprits: tuple[str, ...] = ()  # hosts that are left out because of it
     step: int | None = None  # the last complete checkpoint at its end
     again: bool | None = None  # whether another one follows
@@ -59,21 +58,13 @@ class Attempt:
 def attempts_of(run: Run) -> list[Attempt]:
     """All attempts, oldest first; the last is the root's, and has no end while the run goes on."""
     found: list[Attempt] = []
-    for number in earlier(run):
-        found.append(_attempt(number, run.path / "attempts" / str(number), found, None))
+    for path in past_attempts(run.path):
+        found.append(_attempt(int(path.name), path, found, None))
     claimed = None
     if run.end is None and not run.is_copy:  # copying changes the times of files
         with suppress(OSError):
             claimed = (run.path / "claim" / "job_id").stat().st_mtime
     return [*found, _attempt(found[-1].number + 1 if found else 1, run.path, found, claimed)]
-
-
-def earlier(run: Run) -> list[int]:
-    """The numbers of the attempts that were followed by another one."""
-    with suppress(OSError):
-        names = [path.name for path in (run.path / "attempts").iterdir() if re.fullmatch("[1-9][0-9]{0,3}", path.name)]
-        return sorted(map(int, names))
-    return []
 
 
 def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float | None) -> Attempt:
@@ -94,7 +85,7 @@ def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float 
         step if type(step) is int and 0 <= step <= 10**9 else None,
         again if isinstance(again := said.get("again"), bool) else None,
         _text(said.get("why_not")),
-        said.get("requeue") is True or cause in (REQUEUED, "time-limit") or bool(end),
+        said.get("requeue") is True or cause in (QUEUED, "time-limit") or bool(end),
     )
 
 
@@ -103,7 +94,7 @@ def ended_by(attempt: Attempt) -> str:
     nodes = f"node{'s' if len(attempt.culprits) > 1 else ''} {some(attempt.culprits)}" if attempt.culprits else "a node"
     if attempt.cause == "node-failure":
         return f"{nodes} lost"
-    if attempt.cause == REQUEUED:
+    if attempt.cause == QUEUED:
         return "queued again by Slurm or an administrator"
     cause = next((known.cause for known in known_errors() if known.code == attempt.cause), attempt.cause)
     for name, word in (("node {host}", nodes), ("{node}", nodes), ("{who}", "a rank")):

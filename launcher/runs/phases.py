@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from launcher.base.files import read_json
 from launcher.logs.follow import Follower, Progress
-from launcher.runs.attempts import Attempt, attempts_of, earlier
+from launcher.runs.again import past_attempts
+from launcher.runs.attempts import Attempt, attempts_of
 from launcher.runs.directory import Run
 from launcher.scheduler.state import WAITING, JobState
 
@@ -60,7 +62,7 @@ class Watcher:
 
     def __init__(self, run: Run) -> None:
         self._run, self._nodes = run, run.nodes
-        self._earlier: list[int] = []
+        self._earlier: list[Path] = []
         self._last: Attempt | None = None
         self._renew()
 
@@ -73,8 +75,8 @@ class Watcher:
 
     def look(self, state: JobState | None) -> list[Standing]:
         """One standing for each step that was logged since the last look, or one for none."""
-        if (numbers := earlier(self._run)) != self._earlier:
-            self._earlier, self._last = numbers, next(iter(attempts_of(self._run)[-2::-1]), None)
+        if (paths := past_attempts(self._run.path)) != self._earlier:
+            self._earlier, self._last = paths, next(iter(attempts_of(self._run)[-2::-1]), None)
             self._renew()
         end = self._run.end or {}
         at = _number(end, "ended_at") or time.time()

@@ -27,6 +27,7 @@ from launcher.config.spec import NAME, RunSpec
 from launcher.results.outcome import Outcome
 from launcher.results.read import outcome_of
 from launcher.runs import control
+from launcher.runs.attempts import attempts_of
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 
@@ -93,18 +94,12 @@ class Cell:
     def node_hours(self, now_s: float) -> float | None:
         """Of all its runs, from their scripts' own times; None where one began and nothing says when it ended."""
         total = 0.0
-        for run in self.runs:
-            end = run.end or {}
-            began, ended = end.get("began_at"), end.get("ended_at")
-            if type(began) is not int or type(ended) is not int:
-                try:
-                    began = (run.path / "claim" / "job_id").stat().st_mtime
-                except OSError:  # never began
-                    continue
-                if not (self.is_going and run is self.runs[-1]):
-                    return None
-                ended = now_s
-            total += self.spec.allocated * max(ended - began, 0) / 3600
+        for attempt in (one for run in self.runs for one in attempts_of(run)):
+            if attempt.began_at is None:  # never began
+                continue
+            if attempt.ended_at is None and not (self.is_going and attempt.path == str(self.runs[-1].path)):
+                return None
+            total += self.spec.allocated * max((attempt.ended_at or now_s) - attempt.began_at, 0) / 3600
         return total
 
 

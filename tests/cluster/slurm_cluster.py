@@ -309,7 +309,7 @@ def _slurm_conf(cluster: Cluster, addresses: dict[str, str], settings: Mapping[s
         SlurmUser=root
         SlurmdUser=root
         AuthType=auth/munge
-        AuthInfo=socket={root}/munge/socket
+        AuthInfo=socket={root}/munge/socket,cred_expire=5
         CredType=cred/munge
         StateSaveLocation={root}/state
         SlurmdSpoolDir={root}/spool/%n

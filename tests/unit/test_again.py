@@ -83,6 +83,12 @@ def test_decided(case: str) -> None:
     assert decide(ending, before, TWO) == expected
 
 
+def test_a_job_that_must_have_the_bad_node_is_not_queued_again() -> None:
+    named = Limits(nodes=2, restarts=3, continues=0, nodelist=frozenset({"n2"}))
+    ending = Ending("node-failure", True, 0, ("n2",), ("n1",))
+    assert decide(ending, [], named) == Next("stop", why_not="too-few-nodes")
+
+
 def test_a_machine_alone_is_not_queued_again() -> None:
     alone = Limits(nodes=2, restarts=3, continues=0, is_local=True)
     assert decide(Ending("killed", True, 0, (), ("n1",)), [], alone) == Next("stop", why_not="too-few-nodes")

@@ -63,7 +63,8 @@ def end(image: Path, run: str, code: int = 0, hours: float = 0.5, steps: int = 1
         lines = [line(step) for step in STEPS]
         for node in range(int(run.split("n-b")[0].rpartition("-")[2])):
             (folder / "logs" / f"{node:04}-n{node}.log").write_text("".join(lines[: 11 if steps >= 100 else 3]))
-    ended = {"exit_code": code, "signal": "", "began_at": 1000, "ended_at": 1000 + int(hours * 3600)}
+    began = 1_790_000_000 + 86400 * len([*folder.glob("attempts/*")])
+    ended = {"exit_code": code, "signal": "", "began_at": began, "ended_at": began + int(hours * 3600)}
     (image.parent / "runs" / run / "end.json").write_text(json.dumps(ended))
     path = image.parent / "jobs.txt"
     kept = [line for line in path.read_text().splitlines() if f" {run}." not in line]
@@ -111,16 +112,16 @@ def test_the_same_command_again_goes_on(launch: Launch, recorded: Fake, image: P
     assert "1 of 4 to submit" in done.stdout and "COMPLETED" in done.stdout
 
     done = launch(*THREE, "--retry")
-    assert names(image)[2:] == [f"{RUNS[1]}-2"]
-    assert "s-llama3-8b-2n-b5-2  again" in done.stdout
+    assert names(image)[2:] == [RUNS[1]]
+    assert "s-llama3-8b-2n-b5  again" in done.stdout
     end(image, RUNS[2])
-    end(image, f"{RUNS[1]}-2", hours=1.0)
+    end(image, RUNS[1], hours=1.0)
     submitted = len(args(image))
     table = launch(*THREE, "--retry", "--json")
     assert (table.returncode, len(args(image))) == (0, submitted)
     found = json.loads(table.stdout)
     assert [row["state"] for row in found["cells"]] == ["COMPLETED"] * 3
-    assert [row["run"] for row in found["cells"]] == [RUNS[0], f"{RUNS[1]}-2", RUNS[2]]
+    assert [row["run"] for row in found["cells"]] == RUNS
     assert found["node_hours"] == pytest.approx(1 * 0.5 + 2 * (0.5 + 1.0) + 4 * 0.5)  # failures cost, too
 
 
@@ -132,7 +133,7 @@ def test_a_cell_that_ended_without_a_result_is_tried_again(launch: Launch, recor
     assert done.returncode == ExitStatus.JOB_FAILED and "INCOMPLETE: step 20 of 100" in done.stdout
     assert "--retry" in done.stderr
     launch(*THREE, "--retry")
-    assert names(image) == [f"{RUNS[1]}-2"]
+    assert names(image) == [RUNS[1]]
 
 
 @pytest.mark.parametrize("taken", [True, False], ids=["slurm-has-it", "slurm-has-it-not"])
