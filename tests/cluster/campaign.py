@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Case:
     repeats: int = EVERY  # at most
     leaves_out: bool = False  # what is in Scene.victims, and nothing else
     reaches: int = STEPS
+    other_losses: bool = False  # the fault changes them
     always: bool = False  # part of `make test`
 
 
@@ -90,7 +92,7 @@ class Seen:
     def repeated(self) -> int:
         """The most steps that one attempt trained again."""
         logged = [attempt for attempt in self.steps if attempt]
-        pairs = zip(logged, logged[1:], strict=False)
+        pairs = pairwise(logged)
         return max((before[-1][0] - after[0][0] + 1 for before, after in pairs), default=0)
 
 
@@ -134,6 +136,15 @@ class Scene:
             *("--steps", str(STEPS), *options),
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def state(self) -> str:
+        return str(json.loads(self.launch("status", self.run, "--json").stdout)["state"])
+
+    def set_time_limit(self, near: bool) -> None:
+        """To a minute or two from now, or to what was asked for."""
+        hours, minutes, _ = (int(part) for part in self.of_job("RunTime").split(":"))
+        limit = 60 * hours + minutes + 2 if near else 20
+        self.slurm("scontrol", "update", f"JobId={self.job}", f"TimeLimit={limit}")
 
     def slurm(self, *command: str) -> str:
         done = slurm_run(self.cluster, command)
@@ -304,7 +315,10 @@ class Scene:
                 start_node(self.cluster, host, self._recorded("/bridge.out\0"), addresses[host])
                 continue
             in_network_of(pid, "ip", "link", "set", "eth0", "up")
-        shutil.rmtree(self.path / "titan", ignore_errors=True)
+            self.slurm("scontrol", "update", f"NodeName={host}", "State=RESUME")
+        for folder in (self.path / "titan", self.directory / "config", *(self.directory / "small").iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.unlink(missing_ok=True) if folder.is_file() else None
         wait_for(self._all_idle, "four idle nodes", 120)
 
     def _all_idle(self) -> bool:
@@ -315,9 +329,9 @@ class Scene:
     def seen(self) -> Seen:
         folders = [*sorted(self.path.glob("attempts/[0-9]*"), key=lambda path: int(path.name)), self.path]
         records = [_json(folder / "attempt.json") for folder in folders]
-        state = json.loads(self.launch("status", self.run, "--json").stdout)["state"]
-        if not records[-1] and state != "COMPLETED":
-            records[-1] = {"cause": "?"}
+        state = self.state()
+        for record in records[: -1 if state == "COMPLETED" else None]:
+            record.setdefault("cause", "?")
         ends = [value for folder in folders if (value := _json(folder / "end.json"))]
         began = min([*(one["began_at"] for one in (*records, *ends) if "began_at" in one)], default=0)
         return Seen(
@@ -346,7 +360,7 @@ def _steps(logs: Path) -> Iterator[tuple[int, float]]:
     yield from sorted(found.items())
 
 
-def judge(case: Case, scene: Scene, seen: Seen, baseline: dict[int, float]) -> list[str]:
+def judge(case: Case, scene: Scene, seen: Seen, whole: Seen) -> list[str]:
     """What is not as expected; empty where all is."""
     wrong = []
     if seen.state != case.state:
@@ -365,7 +379,8 @@ def judge(case: Case, scene: Scene, seen: Seen, baseline: dict[int, float]) -> l
         wrong.append(f"steps that count: {numbers}")
     if (numbers[-1] if numbers else 0) < case.reaches:
         wrong.append(f"step {numbers[-1:]} reached, not {case.reaches}")
-    if other := [step for step, loss in seen.kept if baseline[step] != loss]:
+    losses = dict(whole.kept)
+    if not case.other_losses and (other := [step for step, loss in seen.kept if losses[step] != loss]):
         wrong.append(f"another loss at steps {other}")
     return wrong + _left_behind(scene, seen)
 
@@ -389,3 +404,23 @@ def _left_behind(scene: Scene, seen: Seen) -> list[str]:
     if len(result["attempts"]) != len(seen.causes):
         wrong.append(f"results say {len(result['attempts'])} attempts")
     return wrong
+
+
+def note(case: Case, seen: Seen, whole: Seen, wrong: list[str]) -> None:
+    """A row of the table, in the file that LAUNCHER_TEST_FAULTS_TABLE names."""
+    if not (name := os.environ.get("LAUNCHER_TEST_FAULTS_TABLE")):
+        return
+    with open(name, "a") as table:
+        if not table.tell():
+            table.write("| case | fault | expected | seen | attempts | steps repeated | seconds lost |\n")
+            table.write("|---|---|---|---|---:|---:|---:|\n")
+        expected = _words(case.state, case.causes, case.why_not)
+        came = f"**{'; '.join(wrong)}**" if wrong else _words(seen.state, seen.causes, seen.why_not)
+        numbers = f"{len(seen.causes)} | {max(0, seen.repeated)} | {max(0.0, seen.seconds - whole.seconds):.0f}"
+        table.write(f"| {case.name} | {case.what} | {expected} | {came} | {numbers} |\n")
+
+
+def _words(state: str, causes: Sequence[str], why_not: str) -> str:
+    """`COMPLETED after killed`, `FAILED (no-progress) after killed, killed, killed`."""
+    named = [cause.replace("|", " or ").replace("?", "no word") for cause in causes if cause]
+    return f"{state}{f' ({why_not})' if why_not else ''}{f' after {chr(44).join(named)}' if named else ''}"
