@@ -407,20 +407,27 @@ def _left_behind(scene: Scene, seen: Seen) -> list[str]:
 
 
 def note(case: Case, seen: Seen, whole: Seen, wrong: list[str]) -> None:
-    """A row of the table, in the file that LAUNCHER_TEST_FAULTS_TABLE names."""
+    """The case's row of the table that ends the page LAUNCHER_TEST_FAULTS_TABLE names."""
     if not (name := os.environ.get("LAUNCHER_TEST_FAULTS_TABLE")):
         return
-    with open(name, "a") as table:
-        if not table.tell():
-            table.write("| case | fault | expected | seen | attempts | steps repeated | seconds lost |\n")
-            table.write("|---|---|---|---|---:|---:|---:|\n")
-        expected = _words(case.state, case.causes, case.why_not)
-        came = f"**{'; '.join(wrong)}**" if wrong else _words(seen.state, seen.causes, seen.why_not)
-        numbers = f"{len(seen.causes)} | {max(0, seen.repeated)} | {max(0.0, seen.seconds - whole.seconds):.0f}"
-        table.write(f"| {case.name} | {case.what} | {expected} | {came} | {numbers} |\n")
+    page = Path(name)
+    expected = _words(case.state, case.causes, case.why_not)
+    came = f"**{'; '.join(wrong)}**" if wrong else _words(seen.state, seen.causes, seen.why_not)
+    numbers = f"{len(seen.causes)} | {max(0, seen.repeated)} | {max(0.0, seen.seconds - whole.seconds):.0f}"
+    row = f"| {case.name} | {case.what} | {expected} | {came} | {numbers} |"
+    lines = page.read_text().splitlines() if page.exists() else [*HEAD]
+    places = [place for place, line in enumerate(lines) if line.startswith(f"| {case.name} |")]
+    lines[places[0] if places else len(lines) : places[0] + 1 if places else len(lines)] = [row]
+    page.write_text("\n".join(lines) + "\n")
+
+
+HEAD = (
+    "| case | fault | expected | seen | attempts | steps repeated | seconds lost |",
+    "|---|---|---|---|---:|---:|---:|",
+)
 
 
 def _words(state: str, causes: Sequence[str], why_not: str) -> str:
     """`COMPLETED after killed`, `FAILED (no-progress) after killed, killed, killed`."""
-    named = [cause.replace("|", " or ").replace("?", "no word") for cause in causes if cause]
-    return f"{state}{f' ({why_not})' if why_not else ''}{f' after {chr(44).join(named)}' if named else ''}"
+    named = ", ".join(cause.replace("|", " or ").replace("?", "no word") for cause in causes if cause)
+    return state + (f" ({why_not})" if why_not else "") + (f" after {named}" if named else "")
