@@ -213,36 +213,8 @@ TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 # Variables of slurm/job.sbatch.j2, which would lose the run's record, and those that bash does not let anybody set.
 SCRIPTS_OWN = {
     *("PATH", "run_dir", "job_id", "began_at", "signal", "step", "code", "slurm", "home", "name", "problem", "end"),
-    *(
-        "restart",
-        "attempt",
-        "time_is_up",
-        "allocated",
-        "alive",
-        "attempt_began",
-        "verdict",
-        "words",
-        "nodelist",
-        "in_job",
-    ),
-    *(
-        "hosts",
-        "peer",
-        "node_addr",
-        "mark",
-        "pid",
-        "node",
-        "left",
-        "all",
-        "folder",
-        "before",
-        "UID",
-        "EUID",
-        "PPID",
-        "SHELLOPTS",
-        "IFS",
-        "ENV",
-    ),
+    *("hosts", "peer", "node_addr", "mark", "pid", "UID", "EUID", "PPID", "SHELLOPTS", "IFS", "ENV"),
+    *("restart", "attempt", "attempt_began", "time_is_up", "allocated", "nodelist", "in_job"),
 }
 SLURM_WORD = r"[A-Za-z0-9_.,@+/:-]*"
 SLURM_NODES = r"[A-Za-z0-9_.,\[\]-]*"
