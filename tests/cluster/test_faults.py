@@ -234,14 +234,15 @@ def run_out_of_memory(scene: Scene) -> None:
 
 
 def reach_the_time_limit(scene: Scene) -> None:
-    """The limit comes to the job: Slurm counts in minutes, and looks twice in each."""
+    """The limit comes to the job: Slurm counts in minutes, and looks twice in each. After step 8 no more are done."""
     scene.held()
     scene.set_time_limit(near=True)
     scene.until(lambda: scene.said("the time limit is near"), "the job to be told of its time limit")
-    scene.release()
+    scene.order(f"{LATE} hold")
     if "--continue" in _case(scene.run).options:
         scene.until(lambda: scene.of_job("Restarts") == "1", "the job to be queued again")
         scene.set_time_limit(near=False)
+        scene.release()
 
 
 def preempt(scene: Scene) -> None:
@@ -521,14 +522,15 @@ CASES = [
         ("time-limit",),
         "TIMEOUT",
         "cause",
-        reaches=2 * EVERY,
+        options=_kept("--time", "00:04:00"),
+        reaches=LATE,
     ),
     Case(
         "time-limit-continue",
         "the time limit comes, with --continue 1",
         reach_the_time_limit,
         ("time-limit", ""),
-        options=_kept("--continue", "1"),
+        options=_kept("--time", "00:04:00", "--continue", "1"),
     ),
     Case("preempted", "another job of a higher tier takes the nodes", preempt, ("requeued|preempted", "")),
     Case("requeued", "an administrator queues the job again", requeue, ("requeued", ""), always=True),
