@@ -404,7 +404,7 @@ CASES = [
         ("disk-full",),
         FAILS,
         "cause",
-        options=_kept("--checkpoint-dir", "small"),
+        options=_kept("--checkpoint-dir", "{directory}/small"),
         reaches=AT,
     ),
     Case(
@@ -491,7 +491,7 @@ CASES = [
         "nan",
         "the loss becomes NaN (a learning rate of 1e30)",
         nothing,
-        ("nan-loss",),
+        ("loss-not-finite",),
         FAILS,
         "cause",
         options=_kept("--set", "recipe.lr=1e30"),
@@ -626,7 +626,8 @@ def test_a_fault(case: Case, cluster: Cluster, baseline: Baseline) -> None:
     if case.fault is sick_from_the_first:
         sicken(scene, cluster.nodes[1])
     try:
-        scene.submit(*(case.options or _kept()), *(("--spares", str(case.spares)) if case.spares else ()))
+        options = [option.format(directory=cluster.directory) for option in case.options or _kept()]
+        scene.submit(*options, "--spares", str(case.spares))
         case.fault(scene)
         scene.finished()
         seen = scene.seen()
