@@ -14,7 +14,7 @@ CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image install test test-daemons test-others test-some lint docs pictures bench clean
+.PHONY: help demo image install test test-daemons test-others test-some faults lint docs pictures bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -43,6 +43,10 @@ test-others:
 	$(PYTEST) tests $(WITH_DAEMONS:%=--ignore=%)
 test-some:
 	$(PYTEST) $(TESTS)
+
+faults: install ## break runs in the middle of training, on a real Slurm, and write docs/fault-campaign.md's table
+	tests/system-packages.sh
+	LAUNCHER_TEST_FAULTS=1 LAUNCHER_TEST_FAULTS_TABLE=docs/fault-campaign.md $(PYTEST) tests/cluster/test_faults.py
 
 # Not --quiet: mkdocs then takes no warning for an error. The variable silences an advertisement.
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

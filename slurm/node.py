@@ -433,6 +433,8 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
         "HF_DATASETS_CACHE": str(scratch / "huggingface" / "datasets"),
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        # Otherwise torchrun holds the ranks' lines back, 8 KB of them, and prints them after what it says of their end.
+        "PYTHONUNBUFFERED": "1",
     }
     # torchrun passes the ranks' lines on, and would keep 8 kB of them back: minutes of steps.
     wanted["PYTHONUNBUFFERED"] = "1"

@@ -47,6 +47,7 @@ def page(rows: Faults, came: Mapping[str, str], day: str) -> str:
         "What was broken on purpose, what is promised then, and whether it held. `python -m tests.faults` runs the"
     ]
     lines += [f"tests named here and writes this page; this one is of {day}.", ""]
+    lines += ["Runs that are broken in the middle of training have [a page of their own](fault-campaign.md).", ""]
     for key, title in TITLES.items():
         lines += [
             f"## {title}",

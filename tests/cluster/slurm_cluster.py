@@ -132,10 +132,17 @@ def finished_job(cluster: Cluster, job: str, timeout: float = 60) -> dict[str, s
     return job_fields(cluster, job)
 
 
-def start_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4, release: Release | None = None) -> Cluster:
+def start_cluster(
+    directory: Path,
+    nodes: int = 4,
+    gpus_per_node: int = 4,
+    release: Release | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Cluster:
     """Start a Slurm whose files all lie in `directory`, and wait until every node is idle.
 
     It is the machine's own, or that of `release`, whose jobs then see that release's files and /tmp only.
+    `settings` are lines of slurm.conf, in place of those of the same name.
     Ordinary users must be able to enter `directory`. Whatever goes wrong on the way, nothing that was
     started is left running, and the error holds the ends of the daemons' logs.
     """
@@ -158,7 +165,7 @@ def start_cluster(directory: Path, nodes: int = 4, gpus_per_node: int = 4, relea
         record=record,
     )
     try:
-        _write_files(cluster, addresses, release)
+        _write_files(cluster, addresses, release, settings or {})
         _start_daemons(cluster, record, addresses)
         _wait_until_idle(cluster)
     except Exception as error:
@@ -196,10 +203,14 @@ def existing_cluster(directory: Path) -> Cluster:
 
 @contextlib.contextmanager
 def running_cluster(
-    directory: Path, nodes: int = 4, gpus_per_node: int = 4, release: Release | None = None
+    directory: Path,
+    nodes: int = 4,
+    gpus_per_node: int = 4,
+    release: Release | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Cluster]:
     """`start_cluster` and `stop_cluster` around a block."""
-    cluster = start_cluster(directory, nodes, gpus_per_node, release)
+    cluster = start_cluster(directory, nodes, gpus_per_node, release, settings)
     try:
         yield cluster
     finally:
@@ -216,7 +227,9 @@ def _check_others_can_enter(directory: Path) -> None:
             raise RuntimeError(f"ordinary users cannot enter {parent}, so they could not use a Slurm in it")
 
 
-def _write_files(cluster: Cluster, addresses: dict[str, str], release: Release | None) -> None:
+def _write_files(
+    cluster: Cluster, addresses: dict[str, str], release: Release | None, settings: Mapping[str, str]
+) -> None:
     root = cluster.directory
     for name in ("munge", "state", "spool", "log", "run", "gpu", "containers"):
         (root / name).mkdir(mode=0o755, exist_ok=True)
@@ -232,7 +245,7 @@ def _write_files(cluster: Cluster, addresses: dict[str, str], release: Release |
     (root / "head.sh").write_text(HEAD_SCRIPT.format(enter=enter))
     gpus = f"{root}/gpu/nvidia[0-{cluster.gpus_per_node - 1}]"
     (root / "gres.conf").write_text(f"Name=gpu Type=gb200 File={gpus}\n")
-    conf = _slurm_conf(cluster, addresses)
+    conf = _slurm_conf(cluster, addresses, settings)
     if release:  # without containers: the plug-in is built against the machine's own Slurm
         (root / "topology.conf").write_text(release.topology)
         (root / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
@@ -272,6 +285,7 @@ ip link set lo up
 until ip -4 -o address show dev eth0 2>/dev/null | grep -q inet; do sleep 0.02; done
 ({enter} slurmd -D -N "$1" -f "$2/slurm.conf") &
 wait $!
+[ ! -e "$2/run/$1.alone" ] || exec sleep infinity # a test ends slurmd, and its node lives on
 """
 
 HEAD_SCRIPT = """\
@@ -283,7 +297,7 @@ mount --bind "$2/hosts" /etc/hosts
 """
 
 
-def _slurm_conf(cluster: Cluster, addresses: dict[str, str]) -> str:
+def _slurm_conf(cluster: Cluster, addresses: dict[str, str], settings: Mapping[str, str]) -> str:
     """Accounting is off and finished jobs are kept for 300 s, as on Crusoe's Terraform clusters."""
     root = cluster.directory
     general = f"""\
@@ -318,7 +332,8 @@ def _slurm_conf(cluster: Cluster, addresses: dict[str, str]) -> str:
         KillWait=5
         SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
         """
-    lines = [textwrap.dedent(general).strip()]
+    values = dict(line.split("=", 1) for line in textwrap.dedent(general).split()) | settings
+    lines = [f"{name}={value}" for name, value in values.items()]
     for name in cluster.nodes:
         lines.append(
             f"NodeName={name} NodeAddr={addresses[name]} Sockets=2 CoresPerSocket=8 ThreadsPerCore=1 "
@@ -345,12 +360,28 @@ def _start_daemons(cluster: Cluster, record: Path, addresses: dict[str, str]) ->
     address = addresses[CONTROLLER]
     plug_in(bridge, os.getpid(), f"ltest{address.split('.')[2]}", address)
     wait_for(lambda: os.path.exists(f"{munge}/socket"), "munged's socket")
-    own = (*OWN_NAMESPACES, "--uts")
-    spawn(record, logs / "slurmctld.out", *own, "sh", f"{root}/head.sh", CONTROLLER, root)
+    start_controller(cluster)
     for name in cluster.nodes:
-        pid = spawn(record, logs / f"{name}.out", *own, "--net", "sh", f"{root}/node.sh", name, root)
-        wait_for(functools.partial(has_own_network, pid), f"the network namespace of {name}")
-        plug_in(bridge, pid, "eth0", addresses[name])
+        start_node(cluster, name, bridge, addresses[name])
+
+
+def start_controller(cluster: Cluster) -> int:
+    """Start slurmctld, which goes on where one before it was ended, and return the pid of its namespaces."""
+    assert cluster.record
+    root = str(cluster.directory)
+    log = cluster.directory / "log/slurmctld.out"
+    return spawn(cluster.record, log, *OWN_NAMESPACES, "--uts", "sh", f"{root}/head.sh", CONTROLLER, root)
+
+
+def start_node(cluster: Cluster, name: str, bridge: int, address: str) -> int:
+    """Start a node that does not run, and return the pid of its namespaces, whose end is the node's."""
+    assert cluster.record
+    root = str(cluster.directory)
+    own = (*OWN_NAMESPACES, "--uts", "--net")
+    pid = spawn(cluster.record, cluster.directory / f"log/{name}.out", *own, "sh", f"{root}/node.sh", name, root)
+    wait_for(functools.partial(has_own_network, pid), f"the network namespace of {name}")
+    plug_in(bridge, pid, "eth0", address)
+    return pid
 
 
 def _wait_until_idle(cluster: Cluster) -> None:

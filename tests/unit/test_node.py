@@ -57,6 +57,7 @@ def test_a_cpu_node_trains_behind_the_patches_and_sees_no_gpu(cpu: Place) -> Non
     assert env["CUDA_VISIBLE_DEVICES"] == ""
     for name in ("HF_HOME", "HF_DATASETS_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert env[name].startswith(f"{cpu.run_dir.parent}/titan-{os.getuid()}-")
+    assert env["PYTHONUNBUFFERED"] == "1"  # a step is seen when it is done, and before what torchrun says of the end
     assert env["HF_HUB_OFFLINE"] == env["HF_DATASETS_OFFLINE"] == "1"
     names = [env[f"{library}_SOCKET_IFNAME"] for library in ("NCCL", "GLOO", "TP")]
     assert names == ["=lo", "lo", "lo"]  # eth1 would be eth10, too, for NCCL alone

@@ -1,0 +1,640 @@
+"""Faults in the middle of training: a run goes on after them with the losses of one that was never interrupted.
+
+Slurm, its nodes, the job script and the trainer are real; the trainer waits at a step while it is broken (orders.py).
+Three cases run always; `make faults` runs all and writes their table into docs/fault-campaign.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.campaign import (
+    AT,
+    EVERY,
+    PROGRAM,
+    SETTINGS,
+    STEPS,
+    Case,
+    Scene,
+    Seen,
+    judge,
+    note,
+)
+from tests.cluster.conftest import _need_packages, _need_root
+from tests.cluster.daemons import wait_for
+from tests.cluster.slurm_cluster import Cluster, missing_packages, running_cluster
+
+ALL = os.environ.get("LAUNCHER_TEST_FAULTS") == "1"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Four nodes that Slurm gives up after 15 s; beside them two small file systems that all of them see."""
+    _need_root()
+    _need_packages(missing_packages())
+    if importlib.util.find_spec("torchtitan") is None:
+        pytest.skip("this Python has no torchtitan")
+    with tempfile.TemporaryDirectory(prefix="launcher-faults-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        for folder in ("site", "orders", "small", "tiny", "munge"):
+            (directory / folder).mkdir()
+        (directory / "site/sitecustomize.py").write_text(Path(__file__).with_name("orders.py").read_text())
+        program = directory / "python"
+        program.write_text(PROGRAM.format(directory=directory, python=sys.executable))
+        program.chmod(0o755)
+        # A job that is queued again waits as long as credentials last, two minutes by default.
+        auth = {"AuthInfo": f"socket={directory}/munge/socket,cred_expire=5"}
+        mounts = {"small": "256M", "tiny": "4M"}
+        try:
+            for folder, size in mounts.items():
+                command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory / folder)]
+                subprocess.run(command, check=True)
+            with running_cluster(directory, settings=SETTINGS | auth) as made:
+                yield made
+        finally:
+            for folder in mounts:
+                subprocess.run(["umount", "--lazy", str(directory / folder)], check=False)
+
+
+Fault = Callable[[Scene], None]
+Baseline = Callable[[int], Seen]
+LATE = 10  # another step to break at: two checkpoints lie before it
+
+
+@pytest.fixture(scope="module")
+def baseline(cluster: Cluster) -> Baseline:
+    """A run on so many nodes that nothing interrupts."""
+    known: dict[int, Seen] = {}
+
+    def whole(nodes: int) -> Seen:
+        if nodes not in known:
+            scene = Scene(cluster, cluster.directory, f"baseline-{nodes}", nodes)
+            scene.submit("--check", "off")
+            scene.finished()
+            known[nodes] = scene.seen()
+            assert [step for step, _ in known[nodes].kept] == list(range(1, STEPS + 1)), scene.story()
+            scene.mend()
+        return known[nodes]
+
+    return whole
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+def signal_a_rank(number: signal.Signals) -> Fault:
+    def fault(scene: Scene) -> None:
+        scene.held()
+        scene.kill("rank", scene.hosts()[-1], number)
+        scene.release()
+
+    return fault
+
+
+def kill_torchrun(place: int) -> Fault:
+    def fault(scene: Scene) -> None:
+        scene.held()
+        scene.kill("torchrun", scene.hosts()[place])
+        scene.release()
+
+    return fault
+
+
+def kill_slurmd_for_a_moment(scene: Scene) -> None:
+    scene.held()
+    scene.kill_slurmd(scene.hosts()[-1])
+    time.sleep(3)
+    scene.start_slurmd(scene.hosts()[-1])
+    scene.release()
+
+
+def kill_slurmd(scene: Scene) -> None:
+    scene.held()
+    scene.victims.append(scene.hosts()[-1])
+    scene.kill_slurmd(scene.hosts()[-1])
+    scene.until(lambda: scene.said("Node failure"), "Slurm to give the node up")
+    scene.release()
+
+
+def lose_a_node(scene: Scene) -> None:
+    """Not the first one, on which the job's script runs."""
+    scene.held()
+    scene.lose(scene.hosts()[-1])
+    scene.release()
+
+
+def lose_a_node_of_too_few(scene: Scene) -> None:
+    scene.held()
+    others = [node for node in scene.cluster.nodes if node not in scene.hosts()]
+    scene.slurm("scontrol", "update", f"NodeName={','.join(others)}", "State=DRAIN", "Reason=test")
+    scene.lose(scene.hosts()[-1])
+    scene.release()
+
+
+def lose_the_first_node(scene: Scene) -> None:
+    scene.held()
+    scene.lose(scene.of_job("BatchHost"))
+    scene.release()
+
+
+def lose_two_nodes(scene: Scene) -> None:
+    """One that trains, and a spare one."""
+    scene.held()
+    spare = next(node for node in scene.cluster.nodes if node not in (*scene.hosts(), scene.of_job("BatchHost")))
+    scene.lose(next(node for node in scene.hosts() if node != scene.of_job("BatchHost")), spare)
+    scene.release()
+
+
+def kill_a_rank_and_lose_its_node(scene: Scene) -> None:
+    scene.held()
+    scene.kill("rank", scene.hosts()[-1])
+    scene.lose(scene.hosts()[-1])
+    scene.release()
+
+
+def cut_the_network(scene: Scene) -> None:
+    scene.held()
+    scene.cut(scene.hosts()[-1])
+    scene.release()
+
+
+def fill_the_disk(scene: Scene) -> None:
+    scene.held()
+    with contextlib.suppress(OSError), open(scene.directory / "small/filler", "wb") as filler:
+        while True:
+            filler.write(bytes(1 << 20))
+    scene.release()
+
+
+def damage(how: Callable[[Path], None], *steps: int) -> Fault:
+    """The checkpoints of these steps, before a rank is killed."""
+
+    def fault(scene: Scene) -> None:
+        scene.held(LATE)
+        for step in steps:
+            how(scene.checkpoints / f"step-{step}")
+        scene.kill("rank", scene.hosts()[-1])
+        scene.release()
+
+    return fault
+
+
+def cut_a_file(checkpoint: Path) -> None:
+    file = checkpoint / "__0_0.distcp"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def spoil_the_metadata(checkpoint: Path) -> None:
+    with open(checkpoint / ".metadata", "r+b") as file:
+        file.write(b"nothing that can be read")
+
+
+def remove_the_metadata(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").unlink()
+
+
+def sicken(scene: Scene, host: str) -> None:
+    Path(f"{scene.orders}.sick.{host}").touch()
+
+
+def kill_a_rank_and_sicken_its_node(scene: Scene) -> None:
+    scene.held()
+    host = scene.hosts()[-1]
+    scene.victims.append(host)
+    sicken(scene, host)
+    scene.kill("rank", host)
+    scene.release()
+
+
+def sick_from_the_first(scene: Scene) -> None:
+    """Which node Slurm chooses is known: the first ones. Orders are read before the job begins."""
+    scene.victims.append(scene.cluster.nodes[1])
+
+
+def run_out_of_memory(scene: Scene) -> None:
+    """An imitation: nothing limits memory here. The words are those of slurmstepd."""
+    scene.held()
+    with open(scene.path / "logs/job.log", "a") as log:
+        log.write(f"slurmstepd: error: Detected 1 oom_kill event in StepId={scene.job}.0. Some of the step tasks have ")
+        log.write("been OOM Killed.\n")
+    scene.kill("rank", scene.hosts()[-1])
+    scene.release()
+
+
+def reach_the_time_limit(scene: Scene) -> None:
+    """The limit comes to the job: Slurm counts in minutes, and looks twice in each. After step 8 no more are done."""
+    scene.held()
+    scene.set_time_limit(near=True)
+    scene.until(lambda: scene.said("the time limit is near"), "the job to be told of its time limit")
+    scene.order(f"{LATE} hold")
+    if "--continue" in _case(scene.run).options:
+        scene.until(lambda: scene.of_job("Restarts") == "1", "the job to be queued again")
+        scene.set_time_limit(near=False)
+        scene.release()
+
+
+def preempt(scene: Scene) -> None:
+    scene.held()
+    scene.release()
+    scene.slurm("sbatch", "-p", "urgent", "-N", str(len(scene.cluster.nodes)), "--exclusive", "--wrap", "sleep 1")
+
+
+def requeue(scene: Scene) -> None:
+    scene.held()
+    scene.release()
+    scene.slurm("scontrol", "requeue", scene.job)
+
+
+def requeue_with_secrets(scene: Scene) -> None:
+    scene.held()
+    scene.order(f"{LATE} hold")
+    scene.slurm("scontrol", "requeue", scene.job)
+    scene.held(LATE)
+    variables = Path(f"/proc/{scene.processes('rank')[0]}/environ").read_bytes().split(b"\0")
+    assert b"SECRET_WORD=hidden" in variables
+    scene.release()
+
+
+def cancel_and_resume(scene: Scene) -> None:
+    scene.held()
+    scene.slurm("scancel", scene.job)
+    scene.finished()
+    assert scene.state() == "CANCELLED"
+    resume(scene)
+
+
+def fail_and_resume(scene: Scene) -> None:
+    scene.finished()
+    assert scene.state() == "FAILED"
+    resume(scene)
+
+
+def resume(scene: Scene) -> None:
+    scene.release()
+    done = scene.launch("resume", scene.run)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def resume_twice_at_once(scene: Scene) -> None:
+    scene.finished()
+    scene.release()
+    with ThreadPoolExecutor(2) as pool:
+        done = [*pool.map(lambda _: scene.launch("resume", scene.run), range(2))]
+    assert sorted(one.returncode == 0 for one in done) == [False, True], "\n".join(map(str, done))
+
+
+def kill_the_batch_script(scene: Scene) -> None:
+    scene.held()
+    os.kill(scene.batch_script(), signal.SIGKILL)
+    wait_for(lambda: scene.of_job("JobState") not in ("RUNNING", "COMPLETING"), "the end of the job", 60)
+    assert scene.state() == "FAILED"
+    resume(scene)
+
+
+def stop_the_controller(scene: Scene) -> None:
+    scene.held()
+    scene.stop_controller()
+    scene.release()
+    time.sleep(10)
+    scene.start_controller()
+
+
+def kill_before_the_first_step(kind: str, when: str) -> Fault:
+    def fault(scene: Scene) -> None:
+        scene.held(when)
+        scene.kill(kind, scene.hosts()[-1])
+        scene.release()
+
+    return fault
+
+
+def nothing(scene: Scene) -> None:
+    """The orders are enough."""
+
+
+# --- cases -------------------------------------------------------------------------------------------------------
+
+
+def _kept(*more: str, every: int = EVERY, check: str = "off") -> tuple[str, ...]:
+    return ("--checkpoint-every", str(every), "--check", check, *more)
+
+
+FAILS = "FAILED"
+CASES = [
+    Case(
+        "rank-sigkill",
+        "a rank is killed (SIGKILL)",
+        signal_a_rank(signal.SIGKILL),
+        ("killed", ""),
+        nodes=2,
+        always=True,
+    ),
+    Case("rank-sigsegv", "a rank crashes (SIGSEGV)", signal_a_rank(signal.SIGSEGV), ("crashed", "")),
+    Case("rank-sigterm", "a rank is ended (SIGTERM)", signal_a_rank(signal.SIGTERM), ("terminated", "")),
+    Case("rank-sigabrt", "a rank aborts (SIGABRT)", signal_a_rank(signal.SIGABRT), ("aborted", "")),
+    Case("torchrun-first", "torchrun of the first node is killed", kill_torchrun(0), ("killed", ""), nodes=2),
+    Case("torchrun-second", "torchrun of the second node is killed", kill_torchrun(1), ("killed", ""), nodes=2),
+    Case(
+        "slurmd-restarted", "slurmd of a node is killed, and back after 3 s", kill_slurmd_for_a_moment, ("",), nodes=2
+    ),
+    Case(
+        "slurmd-killed",
+        "slurmd of a node is killed and stays away; the job has a spare node",
+        kill_slurmd,
+        ("node-failure", ""),
+        nodes=2,
+        spares=1,
+        leaves_out=True,
+    ),
+    Case(
+        "node-lost-spare",
+        "a node is lost; the job has a spare one",
+        lose_a_node,
+        ("node-failure", ""),
+        nodes=2,
+        spares=1,
+        leaves_out=True,
+        always=True,
+    ),
+    Case(
+        "node-lost-queue",
+        "a node is lost; the partition has another one",
+        lose_a_node,
+        ("node-failure", ""),
+        nodes=2,
+        leaves_out=True,
+    ),
+    Case(
+        "node-lost-none",
+        "a node is lost, and there is no other one",
+        lose_a_node_of_too_few,
+        ("node-failure",),
+        FAILS,
+        "too-few-nodes",
+        nodes=2,
+        leaves_out=True,
+        reaches=AT,
+    ),
+    Case("first-node-lost", "the node of the job's script is lost", lose_the_first_node, ("requeued", ""), nodes=2),
+    Case(
+        "network-cut",
+        "the network of a node is cut; the job has a spare node",
+        cut_the_network,
+        ("node-failure", ""),
+        nodes=2,
+        spares=1,
+        leaves_out=True,
+    ),
+    Case(
+        "disk-full",
+        "the disk is full while a checkpoint is written",
+        fill_the_disk,
+        ("disk-full",),
+        FAILS,
+        "cause",
+        options=_kept("--checkpoint-dir", "{directory}/small"),
+        reaches=AT,
+    ),
+    Case(
+        "quota",
+        "the quota is reached (an error of that number, raised in the trainer)",
+        nothing,
+        ("quota",),
+        FAILS,
+        "cause",
+        orders=(f"{AT} quota",),
+        reaches=AT,
+    ),
+    Case(
+        "checkpoint-cut",
+        "a file of the last checkpoint is cut, and a rank killed",
+        damage(cut_a_file, 8),
+        ("killed", ""),
+        orders=(f"{LATE} hold",),
+        repeats=LATE - 4,
+    ),
+    Case(
+        "metadata-spoiled",
+        ".metadata of the last checkpoint is overwritten, and a rank killed",
+        damage(spoil_the_metadata, 8),
+        ("killed", ""),
+        orders=(f"{LATE} hold",),
+        repeats=LATE - 4,
+    ),
+    Case(
+        "metadata-missing",
+        ".metadata of the last checkpoint is missing, and a rank killed",
+        damage(remove_the_metadata, 8),
+        ("killed", ""),
+        orders=(f"{LATE} hold",),
+        repeats=LATE - 4,
+    ),
+    Case(
+        "all-damaged",
+        "every checkpoint is damaged, and a rank killed",
+        damage(cut_a_file, 4, 8),
+        ("killed", ""),
+        orders=(f"{LATE} hold",),
+        repeats=LATE,
+    ),
+    Case(
+        "unfit-later-spare",
+        "a rank is killed, and its node fails the next check; the job has a spare node",
+        kill_a_rank_and_sicken_its_node,
+        ("killed", ""),
+        nodes=2,
+        spares=1,
+        options=_kept(check="quick"),
+    ),
+    Case(
+        "unfit-later-queue",
+        "a rank is killed, and its node fails the next check; the partition has another one",
+        kill_a_rank_and_sicken_its_node,
+        ("killed", "node-unfit", ""),
+        nodes=2,
+        options=_kept(check="quick"),
+        leaves_out=True,
+    ),
+    Case(
+        "unfit-first-spare",
+        "a node fails the first check; the job has a spare node",
+        sick_from_the_first,
+        ("",),
+        nodes=2,
+        spares=1,
+        options=_kept(check="quick"),
+        orders=(),
+    ),
+    Case(
+        "unfit-first-queue",
+        "a node fails the first check; the partition has another one",
+        sick_from_the_first,
+        ("node-unfit", ""),
+        nodes=2,
+        options=_kept(check="quick"),
+        orders=(),
+        leaves_out=True,
+    ),
+    Case(
+        "nan",
+        "the loss becomes NaN (a learning rate of 1e30)",
+        nothing,
+        ("loss-not-finite",),
+        FAILS,
+        "cause",
+        options=_kept("--set", "recipe.lr=1e30"),
+        orders=(),
+        reaches=1,
+        other_losses=True,
+    ),
+    Case(
+        "oom-kill",
+        "main memory runs out (a rank killed, and Slurm's words for it)",
+        run_out_of_memory,
+        ("oom-kill",),
+        FAILS,
+        "cause",
+        reaches=AT,
+    ),
+    Case(
+        "exception",
+        "the trainer raises an error of Python's; after it, resumed by hand",
+        fail_and_resume,
+        ("?|", ""),
+        orders=(f"{AT} raise",),
+    ),
+    Case(
+        "time-limit",
+        "the time limit comes",
+        reach_the_time_limit,
+        ("time-limit",),
+        "TIMEOUT",
+        "cause",
+        options=_kept("--time", "00:04:00"),
+        reaches=LATE,
+    ),
+    Case(
+        "time-limit-continue",
+        "the time limit comes, with --continue 1",
+        reach_the_time_limit,
+        ("time-limit", ""),
+        options=_kept("--time", "00:04:00", "--continue", "1"),
+    ),
+    Case("preempted", "another job of a higher tier takes the nodes", preempt, ("requeued|preempted", "")),
+    Case("requeued", "an administrator queues the job again", requeue, ("requeued", ""), always=True),
+    Case(
+        "secrets",
+        "the job is queued again, and has secrets (--env NAME)",
+        requeue_with_secrets,
+        ("requeued", ""),
+        options=_kept("--env", "SECRET_WORD"),
+    ),
+    Case("cancelled", "scancel; after it, resumed by hand", cancel_and_resume, ("?", "")),
+    Case("controller", "slurmctld is killed, and back after 10 s", stop_the_controller, ("",)),
+    Case(
+        "rank-and-node",
+        "a rank is killed and its node lost at once; the job has a spare node",
+        kill_a_rank_and_lose_its_node,
+        ("killed|node-failure", ""),
+        nodes=2,
+        spares=1,
+        leaves_out=True,
+    ),
+    Case(
+        "two-nodes",
+        "two nodes are lost at once; the job has two spare nodes",
+        lose_two_nodes,
+        ("node-failure", ""),
+        nodes=2,
+        spares=2,
+        leaves_out=True,
+    ),
+    Case(
+        "start-rank",
+        "a rank is killed before its first step",
+        kill_before_the_first_step("rank", "start"),
+        ("killed", ""),
+        orders=("start hold",),
+    ),
+    Case(
+        "start-node",
+        "node.py is killed while it checks the node",
+        kill_before_the_first_step("node.py", "check"),
+        ("killed", ""),
+        orders=("check hold",),
+    ),
+    Case(
+        "crash-loop",
+        "a rank dies at the same step of each attempt, before a checkpoint",
+        nothing,
+        ("killed", "killed", "killed"),
+        FAILS,
+        "no-progress",
+        options=_kept(every=10),
+        orders=(f"{AT} kill 9",),
+        repeats=AT,
+        reaches=AT,
+    ),
+    Case(
+        "max-restarts",
+        "a rank dies at the same step of each attempt, with --max-restarts 1",
+        nothing,
+        ("killed", "killed"),
+        FAILS,
+        "max-restarts",
+        options=_kept("--max-restarts", "1"),
+        orders=(f"{AT} kill 9",),
+        reaches=AT,
+    ),
+    Case(
+        "two-resumes",
+        "two `launcher resume` at once, of a run that failed",
+        resume_twice_at_once,
+        ("?|quota", ""),
+        orders=(f"{AT} quota",),
+    ),
+    Case(
+        "batch-script",
+        "the job's script is killed (SIGKILL); after it, resumed by hand",
+        kill_the_batch_script,
+        ("?", ""),
+    ),
+]
+
+
+def _case(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if ALL or case.always], ids=lambda case: case.name)
+def test_a_fault(case: Case, cluster: Cluster, baseline: Baseline) -> None:
+    whole = baseline(case.nodes)
+    scene = Scene(cluster, cluster.directory, case.name, case.nodes)
+    scene.order(*case.orders)
+    if case.fault is sick_from_the_first:
+        sicken(scene, cluster.nodes[1])
+    try:
+        options = [option.format(directory=cluster.directory) for option in case.options or _kept()]
+        scene.submit(*options, "--spares", str(case.spares))
+        case.fault(scene)
+        scene.finished()
+        seen = scene.seen()
+        wrong = judge(case, scene, seen, whole)
+        note(case, seen, whole, wrong)
+        assert not wrong, "\n".join([*wrong, scene.story()])
+    except TimeoutError as error:
+        raise AssertionError(f"{error}\n{scene.story()}") from error
+    finally:
+        scene.mend()
