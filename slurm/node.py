@@ -106,7 +106,8 @@ def watch_it(node_json: str, node_id: int, host: str) -> None:
     """Starts what ends the run if it hangs; a child of torchrun, which this process becomes."""
     program = Path(__file__).resolve().parent / "check" / "watch.py"
     with contextlib.suppress(OSError):  # without it, torchtitan's own timeouts end a run that hangs
-        subprocess.Popen([sys.executable, str(program), node_json, str(node_id), host], stdin=subprocess.DEVNULL)
+        words = [node_json, str(node_id), host, str(os.getpid())]
+        subprocess.Popen([sys.executable, str(program), *words], stdin=subprocess.DEVNULL)
 
 
 def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> tuple[list[str], dict[str, str]]:

@@ -1,6 +1,6 @@
 """Runs beside torchrun on every node, and ends with it: ends a run that hangs, after it has said whose fault that is.
 
-    python3 RUN_DIR/job/check/watch.py RUN_DIR/job/node.json NODE_ID HOST
+    python3 RUN_DIR/job/check/watch.py RUN_DIR/job/node.json NODE_ID HOST PID_OF_TORCHRUN
 
 Below RUN_DIR/nodes: hang/board.json is what the first node's watcher asks of the others; hang/NNNN-host.json what one
 of them has found; hang.json the verdict. hang.py judges. Nothing here may harm a run: what goes wrong ends the watcher.
@@ -54,8 +54,8 @@ def folder_of(run_dir: Path, node_id: int, host: str) -> Path:
 class Watch:
     """One node's watcher. `board`: {"ask": the attempt and the number of its question, "end": whether all is said}."""
 
-    def __init__(self, node: dict[str, Any], node_id: int, host: str) -> None:
-        self.node, self.host, self.torchrun = node, host, os.getppid()
+    def __init__(self, node: dict[str, Any], node_id: int, host: str, torchrun: int) -> None:
+        self.node, self.host, self.torchrun = node, host, torchrun
         self.run_dir, self.on_gpu = Path(node["placed"]["run_dir"]), node["profile"]["device"] == "cuda"
         self.folder = folder_of(self.run_dir, node_id, host)
         self.board = self.folder.parent / "board.json"
@@ -292,10 +292,9 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def main(file: str, node_id: str, host: str) -> None:
-    torchrun = os.getppid()
+def main(file: str, node_id: str, host: str, torchrun: str) -> None:
     try:
-        Watch(json.loads(Path(file).read_text(encoding="utf-8")), int(node_id), host).run()
+        Watch(json.loads(Path(file).read_text(encoding="utf-8")), int(node_id), host, int(torchrun)).run()
     except Exception as error:  # a traceback in the log would be taken for the run's
         print(f"titan-watch: nobody watches for a hang any more: {type(error).__name__}: {error}", flush=True)
     for pipe in Path(tempfile.gettempdir()).glob(f"titan-{os.getuid()}-{torchrun}-*.pipe"):
