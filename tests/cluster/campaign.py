@@ -164,6 +164,11 @@ class Scene:
             return list(json.loads((self.path / "nodes/check.json").read_text())["chosen"])
         return list(expand(self.of_job("NodeList")))
 
+    def other(self) -> str:
+        """Of the nodes that train the last on which the job's script does not run; the only one where there is one."""
+        first = self.of_job("BatchHost")
+        return next((host for host in reversed(self.hosts()) if host != first), first)
+
     def lose(self, *hosts: str) -> None:
         self.victims += hosts
         for host in hosts:
