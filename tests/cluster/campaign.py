@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -307,20 +308,21 @@ class Scene:
 
     def mend(self) -> None:
         """The cluster as it was, with nothing of this run on it."""
-        self.slurm("scancel", "--name", self.run)
-        with contextlib.suppress(LookupError):
-            self.slurm("scancel", "--user", "root")
+        self.slurm("scancel", "--user", "root")
         lines = (self.cluster.directory / "hosts").read_text().splitlines()
         addresses = {name: address for address, name in map(str.split, lines)}
         for host in self.cluster.nodes:
-            (self.cluster.directory / f"run/{host}.alone").unlink(missing_ok=True)
-            try:
+            alone = self.cluster.directory / f"run/{host}.alone"
+            with contextlib.suppress(LookupError):
                 pid = self.namespaces(host)
-            except LookupError:
-                start_node(self.cluster, host, self._recorded("/bridge.out\0"), addresses[host])
-                continue
-            in_network_of(pid, "ip", "link", "set", "eth0", "up")
-            self.slurm("scontrol", "update", f"NodeName={host}", "State=RESUME")
+                if not alone.exists():
+                    in_network_of(pid, "ip", "link", "set", "eth0", "up")
+                    self.slurm("scontrol", "update", f"NodeName={host}", "State=RESUME")
+                    continue
+                os.kill(pid, signal.SIGKILL)
+                wait_for(partial(_is_gone, pid), f"the end of {host}")
+            alone.unlink(missing_ok=True)
+            start_node(self.cluster, host, self._recorded("/bridge.out\0"), addresses[host])
         for folder in (self.path / "titan", self.directory / "config", *(self.directory / "small").iterdir()):
             shutil.rmtree(folder, ignore_errors=True)
             folder.unlink(missing_ok=True) if folder.is_file() else None
@@ -347,6 +349,14 @@ class Scene:
             tuple(tuple(_steps(folder / "logs")) for folder in folders),
             ends[-1]["ended_at"] - began if ends else 0,
         )
+
+
+def _is_gone(pid: int) -> bool:
+    """Or waits to be collected."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
 
 
 def _json(path: Path) -> dict[str, Any]:
