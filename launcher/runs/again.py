@@ -211,8 +211,8 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     run_dir: Path = asked.run_dir
     if asked.what == "refused":
-        record = read_json(run_dir / "attempt.json") or {}
-        write_json(run_dir / "attempt.json", record | {"again": False, "why_not": asked.why})
+        said = read_json(run_dir / "attempt.json") or {}
+        write_json(run_dir / "attempt.json", said | {"again": False, "why_not": asked.why})
         return 0
     node = read_json(run_dir / "job" / "node.json") or {}
     limits = limits_of(node)
