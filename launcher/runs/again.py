@@ -195,7 +195,7 @@ def _culprit_of_hang(run_dir: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`begin`: prints the number of the attempt that begins. `refused`: Slurm did not queue the job again.
+    """`begin`: prints the number of the attempt that begins. `refused`: the job could not be queued again.
 
     `end`: prints what follows the attempt that has ended, as "again HOST...", "requeue HOST,...", "stop", or "done"
     where training had reached its end.
@@ -205,13 +205,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("what", choices=("begin", "end", "refused"))
     for name in ("attempt", "began", "code"):
         parser.add_argument(f"--{name}", type=int, default=0)
-    for name in ("job", "allocated", "alive", "started"):
+    for name in ("job", "allocated", "alive", "started", "why"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--time-is-up", action="store_true")
     asked = parser.parse_args(arguments)
     run_dir: Path = asked.run_dir
     if asked.what == "refused":
-        write_json(run_dir / "attempt.json", {**(read_json(run_dir / "attempt.json") or {}), **REFUSED})
+        said = read_json(run_dir / "attempt.json") or {}
+        write_json(run_dir / "attempt.json", said | {"again": False, "why_not": asked.why})
         return 0
     node = read_json(run_dir / "job" / "node.json") or {}
     limits = limits_of(node)
@@ -236,9 +237,6 @@ def main(arguments: Sequence[str]) -> int:
         archive(run_dir)
     print(following.word, (" " if following.word == "again" else ",").join(following.hosts))
     return 0
-
-
-REFUSED = {"again": False, "why_not": "requeue-refused"}
 
 
 def limits_of(node: Mapping[str, Any]) -> Limits:

@@ -332,7 +332,7 @@ def _slurm_conf(cluster: Cluster, addresses: dict[str, str], settings: Mapping[s
         KillWait=5
         SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
         """
-    values = dict(line.split("=", 1) for line in textwrap.dedent(general).split()) | settings
+    values = {**dict(line.split("=", 1) for line in textwrap.dedent(general).split()), **settings}
     lines = [f"{name}={value}" for name, value in values.items()]
     for name in cluster.nodes:
         lines.append(

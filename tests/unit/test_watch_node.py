@@ -20,7 +20,8 @@ from tests.unit.test_titan_command import changed, debug_node
 TORCHRUN = """
 import os, signal, subprocess, sys, time
 job, log = sys.argv[1:3]
-watcher = subprocess.Popen([sys.executable, job + "/check/watch.py", job + "/node.json", "0", "n0"])
+words = [job + "/check/watch.py", job + "/node.json", "0", "n0", str(os.getpid())]
+watcher = subprocess.Popen([sys.executable, *words])
 ranks = [
     subprocess.Popen(
         [sys.executable, "-S", "-c", "from titan import recorder; import time; recorder.listen(); time.sleep(600)"],
