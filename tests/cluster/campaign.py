@@ -304,10 +304,17 @@ class Scene:
         self.victims.append(host)
         in_network_of(self.namespaces(host), "ip", "link", "set", "eth0", "down")
 
+    def plug_in(self) -> None:
+        """All cables that were cut."""
+        for host in self.cluster.nodes:
+            with contextlib.suppress(LookupError):
+                in_network_of(self.namespaces(host), "ip", "link", "set", "eth0", "up")
+
     # --- afterwards ---
 
     def mend(self) -> None:
         """The cluster as it was, with nothing of this run on it."""
+        self.plug_in()
         self.slurm("scancel", "--user", "root")
         lines = (self.cluster.directory / "hosts").read_text().splitlines()
         addresses = {name: address for address, name in map(str.split, lines)}
@@ -316,7 +323,6 @@ class Scene:
             with contextlib.suppress(LookupError):
                 pid = self.namespaces(host)
                 if not alone.exists():
-                    in_network_of(pid, "ip", "link", "set", "eth0", "up")
                     self.slurm("scontrol", "update", f"NodeName={host}", "State=RESUME")
                     continue
                 os.kill(pid, signal.SIGKILL)
@@ -408,7 +414,8 @@ def _left_behind(scene: Scene, seen: Seen) -> list[str]:
     if listed := scene.slurm("squeue", "-h", "-n", scene.run, "-t", "PD,R,CF", "-o", "%i %T"):
         wrong.append(f"still in the queue: {listed}")
     try:
-        wait_for(lambda: not scene.processes("any"), "the end of all processes", 60)
+        scene.plug_in()  # Slurm ends what runs on a node once it reaches it
+        wait_for(lambda: not scene.processes("any"), "the end of all processes", 120)
     except TimeoutError:
         wrong.append(f"processes {scene.processes('any')} still run")
     scene.launch("status", scene.run)
