@@ -239,7 +239,7 @@ def making(spec: PlacedRun, secrets: Mapping[str, str], now_s: float) -> Iterato
         raise filesystem_error(final, cause, "--runs-dir DIR") from error
 
 
-OF_A_JOB = ("job.json", "claim", "end.json", "cancelled")
+OF_A_JOB = ("job.json", "claim", "cancelled")
 REWRITTEN = ("intent.json", "run.toml", "job.sbatch", "job/node.json")  # by the next submission
 
 
