@@ -30,13 +30,13 @@ HEAD, TAIL = 1 << 20, 3 << 20  # bytes of a file that is longer than both
 @click.command()
 @run_argument(required=True)
 @runs_dir_option
-@click.option("-o", "--output", metavar="FILE", help="Where to; default: NAME.tar.gz here.")
+@click.option("-o", "--output", metavar="FILE", help="File to write.  [default: NAME.tar.gz here]")
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 @as_json
 def archive(run: str, runs_dir: Path, output: str | None, force: bool, as_json: bool) -> None:
-    """Pack a run's logs, evidence, settings and versions for a support ticket.
+    """Pack a run's logs, node checks, settings and versions for a support ticket.
 
-    Secrets are hidden, long logs are cut in the middle; data, weights and checkpoints stay out.
+    Hides secrets and cuts long logs in the middle. Data, weights and checkpoints are left out.
 
     \b
     launcher archive my-run
