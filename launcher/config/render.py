@@ -27,7 +27,6 @@ def render(spec: PlacedRun) -> str:
         gpu=profile.gpu,
         nodes=job.nodes,
         allocated=spec.allocated,
-        spares=job.spares,
         gpus_per_node=profile.gpus_per_node,
         restarts=spec.restarts or job.continues,
         checkpoints=str(folder_of(node_config(spec))) if spec.recipe.checkpoint_interval else "",
@@ -67,8 +66,7 @@ def _endings(spec: PlacedRun) -> dict[str, str | None]:
     if not (spec.restarts or spec.job.continues):
         return {"no-requeue": None}
     signal_s = _signal_s(spec)
-    stays = {"no-kill": None} if spec.job.spares else {}  # else a job that lost a node is of no use
-    return {"requeue": None, **stays, "signal": f"B:USR1@{signal_s}" if signal_s else ""}
+    return {"requeue": None, "no-kill": None, "signal": f"B:USR1@{signal_s}" if signal_s else ""}
 
 
 def _signal_s(spec: PlacedRun) -> int:
