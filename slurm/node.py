@@ -437,8 +437,6 @@ def environment(node: dict[str, Any], iface: str, scratch: Path, env: Any) -> di
         # Otherwise torchrun holds the ranks' lines back, 8 KB of them, and prints them after what it says of their end.
         "PYTHONUNBUFFERED": "1",
     }
-    # torchrun passes the ranks' lines on, and would keep 8 kB of them back: minutes of steps.
-    wanted["PYTHONUNBUFFERED"] = "1"
     if iface:
         wanted["NCCL_SOCKET_IFNAME"] = f"={iface}"  # NCCL takes a plain name for a prefix: eth1 is eth10, too
         wanted.update(dict.fromkeys(("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"), iface))

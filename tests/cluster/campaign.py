@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,11 @@ class Scene:
             return list(json.loads((self.path / "nodes/check.json").read_text())["chosen"])
         return list(expand(self.of_job("NodeList")))
 
+    def other(self) -> str:
+        """Of the nodes that train the last on which the job's script does not run; the only one where there is one."""
+        first = self.of_job("BatchHost")
+        return next((host for host in reversed(self.hosts()) if host != first), first)
+
     def lose(self, *hosts: str) -> None:
         self.victims += hosts
         for host in hosts:
@@ -298,24 +304,31 @@ class Scene:
         self.victims.append(host)
         in_network_of(self.namespaces(host), "ip", "link", "set", "eth0", "down")
 
+    def plug_in(self) -> None:
+        """All cables that were cut."""
+        for host in self.cluster.nodes:
+            with contextlib.suppress(LookupError):
+                in_network_of(self.namespaces(host), "ip", "link", "set", "eth0", "up")
+
     # --- afterwards ---
 
     def mend(self) -> None:
         """The cluster as it was, with nothing of this run on it."""
-        self.slurm("scancel", "--name", self.run)
-        with contextlib.suppress(LookupError):
-            self.slurm("scancel", "--user", "root")
+        self.plug_in()
+        self.slurm("scancel", "--user", "root")
         lines = (self.cluster.directory / "hosts").read_text().splitlines()
         addresses = {name: address for address, name in map(str.split, lines)}
         for host in self.cluster.nodes:
-            (self.cluster.directory / f"run/{host}.alone").unlink(missing_ok=True)
-            try:
+            alone = self.cluster.directory / f"run/{host}.alone"
+            with contextlib.suppress(LookupError):
                 pid = self.namespaces(host)
-            except LookupError:
-                start_node(self.cluster, host, self._recorded("/bridge.out\0"), addresses[host])
-                continue
-            in_network_of(pid, "ip", "link", "set", "eth0", "up")
-            self.slurm("scontrol", "update", f"NodeName={host}", "State=RESUME")
+                if not alone.exists():
+                    self.slurm("scontrol", "update", f"NodeName={host}", "State=RESUME")
+                    continue
+                os.kill(pid, signal.SIGKILL)
+                wait_for(partial(_is_gone, pid), f"the end of {host}")
+            alone.unlink(missing_ok=True)
+            start_node(self.cluster, host, self._recorded("/bridge.out\0"), addresses[host])
         for folder in (self.path / "titan", self.directory / "config", *(self.directory / "small").iterdir()):
             shutil.rmtree(folder, ignore_errors=True)
             folder.unlink(missing_ok=True) if folder.is_file() else None
@@ -342,6 +355,14 @@ class Scene:
             tuple(tuple(_steps(folder / "logs")) for folder in folders),
             ends[-1]["ended_at"] - began if ends else 0,
         )
+
+
+def _is_gone(pid: int) -> bool:
+    """Or waits to be collected."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -393,7 +414,8 @@ def _left_behind(scene: Scene, seen: Seen) -> list[str]:
     if listed := scene.slurm("squeue", "-h", "-n", scene.run, "-t", "PD,R,CF", "-o", "%i %T"):
         wrong.append(f"still in the queue: {listed}")
     try:
-        wait_for(lambda: not scene.processes("any"), "the end of all processes", 60)
+        scene.plug_in()  # Slurm ends what runs on a node once it reaches it
+        wait_for(lambda: not scene.processes("any"), "the end of all processes", 120)
     except TimeoutError:
         wrong.append(f"processes {scene.processes('any')} still run")
     scene.launch("status", scene.run)

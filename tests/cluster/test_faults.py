@@ -97,7 +97,7 @@ def baseline(cluster: Cluster) -> Baseline:
 def signal_a_rank(number: signal.Signals) -> Fault:
     def fault(scene: Scene) -> None:
         scene.held()
-        scene.kill("rank", scene.hosts()[-1], number)
+        scene.kill("rank", scene.other(), number)
         scene.release()
 
     return fault
@@ -114,24 +114,23 @@ def kill_torchrun(place: int) -> Fault:
 
 def kill_slurmd_for_a_moment(scene: Scene) -> None:
     scene.held()
-    scene.kill_slurmd(scene.hosts()[-1])
+    scene.kill_slurmd(scene.other())
     time.sleep(3)
-    scene.start_slurmd(scene.hosts()[-1])
+    scene.start_slurmd(scene.other())
     scene.release()
 
 
 def kill_slurmd(scene: Scene) -> None:
     scene.held()
-    scene.victims.append(scene.hosts()[-1])
-    scene.kill_slurmd(scene.hosts()[-1])
+    scene.victims.append(scene.other())
+    scene.kill_slurmd(scene.other())
     scene.until(lambda: scene.said("Node failure"), "Slurm to give the node up")
     scene.release()
 
 
 def lose_a_node(scene: Scene) -> None:
-    """Not the first one, on which the job's script runs."""
     scene.held()
-    scene.lose(scene.hosts()[-1])
+    scene.lose(scene.other())
     scene.release()
 
 
@@ -139,7 +138,7 @@ def lose_a_node_of_too_few(scene: Scene) -> None:
     scene.held()
     others = [node for node in scene.cluster.nodes if node not in scene.hosts()]
     scene.slurm("scontrol", "update", f"NodeName={','.join(others)}", "State=DRAIN", "Reason=test")
-    scene.lose(scene.hosts()[-1])
+    scene.lose(scene.other())
     scene.release()
 
 
@@ -153,20 +152,20 @@ def lose_two_nodes(scene: Scene) -> None:
     """One that trains, and a spare one."""
     scene.held()
     spare = next(node for node in scene.cluster.nodes if node not in (*scene.hosts(), scene.of_job("BatchHost")))
-    scene.lose(next(node for node in scene.hosts() if node != scene.of_job("BatchHost")), spare)
+    scene.lose(scene.other(), spare)
     scene.release()
 
 
 def kill_a_rank_and_lose_its_node(scene: Scene) -> None:
     scene.held()
-    scene.kill("rank", scene.hosts()[-1])
-    scene.lose(scene.hosts()[-1])
+    scene.kill("rank", scene.other())
+    scene.lose(scene.other())
     scene.release()
 
 
 def cut_the_network(scene: Scene) -> None:
     scene.held()
-    scene.cut(scene.hosts()[-1])
+    scene.cut(scene.other())
     scene.release()
 
 
@@ -185,7 +184,7 @@ def damage(how: Callable[[Path], None], *steps: int) -> Fault:
         scene.held(LATE)
         for step in steps:
             how(scene.checkpoints / f"step-{step}")
-        scene.kill("rank", scene.hosts()[-1])
+        scene.kill("rank", scene.other())
         scene.release()
 
     return fault
@@ -211,7 +210,7 @@ def sicken(scene: Scene, host: str) -> None:
 
 def kill_a_rank_and_sicken_its_node(scene: Scene) -> None:
     scene.held()
-    host = scene.hosts()[-1]
+    host = scene.other()
     scene.victims.append(host)
     sicken(scene, host)
     scene.kill("rank", host)
@@ -229,7 +228,7 @@ def run_out_of_memory(scene: Scene) -> None:
     with open(scene.path / "logs/job.log", "a") as log:
         log.write(f"slurmstepd: error: Detected 1 oom_kill event in StepId={scene.job}.0. Some of the step tasks have ")
         log.write("been OOM Killed.\n")
-    scene.kill("rank", scene.hosts()[-1])
+    scene.kill("rank", scene.other())
     scene.release()
 
 
@@ -314,7 +313,7 @@ def stop_the_controller(scene: Scene) -> None:
 def kill_before_the_first_step(kind: str, when: str) -> Fault:
     def fault(scene: Scene) -> None:
         scene.held(when)
-        scene.kill(kind, scene.hosts()[-1])
+        scene.kill(kind, scene.other())
         scene.release()
 
     return fault

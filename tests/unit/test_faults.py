@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
+
+import pytest
 
 from tests import faults
+from tests.cluster.campaign import Case, Seen, note
 from tests.conftest import ROOT
 
 
@@ -17,3 +21,25 @@ def test_every_fault_has_its_test_and_its_row() -> None:
         assert name in defined, row["test"]
         assert f"| {row['fault']} | {row['how']} | {row['promise']} | held | [{name}]" in text, row["fault"]
     assert text.count("| held |") == len(rows)
+
+
+def test_the_campaign_counts_each_step_once_and_sees_what_is_repeated() -> None:
+    first = tuple((step, 9.0 - step) for step in range(1, 7))
+    second = tuple((step, 8.0 - step) for step in range(5, 9))
+    seen = Seen("COMPLETED", ("killed", "requeued", ""), (), "", (first, (), second), 60)
+    assert seen.kept == [*first[:4], *second]
+    assert seen.repeated == 2
+
+
+def test_the_campaign_writes_a_row_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    monkeypatch.setenv("LAUNCHER_TEST_FAULTS_TABLE", str(page))
+    whole = Seen("COMPLETED", ("",), (), "", (((1, 8.0),),), 60)
+    cases = [Case(name, "a fault", lambda _: None, ("killed|crashed", "")) for name in ("a", "b")]
+    note(cases[0], whole, whole, ["state FAILED"])
+    note(cases[1], whole, whole, [])
+    assert "**state FAILED**" in page.read_text()
+    note(cases[0], whole, whole, [])
+    assert page.read_text().splitlines()[2:] == [
+        f"| {name} | a fault | COMPLETED after killed or crashed | COMPLETED | 1 | 0 | 0 |" for name in ("a", "b")
+    ]
