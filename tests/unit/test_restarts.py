@@ -105,7 +105,7 @@ def test_what_the_user_excludes_stays_so(job: Job, tmp_path: Path, bad: str, lef
 def test_a_time_limit_that_came_between_two_steps(job: Job, tmp_path: Path) -> None:
     """The second step would go on until Slurm kills it."""
     step = 'if [ "$(cat HERE/steps)" = step ]; then echo "$PPID" >HERE/script; exit 1; fi; exec sleep 20'
-    more = {"job.continues": 1, "job.time": "00:00:08"}
+    more = {"job.continues": 1, "job.time": "00:00:08", "recipe.checkpoint_interval": 1}
     job(["again n1 n10", "stop"], step, **more)
     first, second = asked(tmp_path)[1:]
     assert "--time-is-up" not in first and "--time-is-up" in second
