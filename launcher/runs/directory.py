@@ -320,7 +320,7 @@ def _fill(directory: Path, spec: PlacedRun, now_s: float) -> None:
             target = job / source.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    if spec.restarts or spec.job.continues:
+    if spec.begins_anew:
         shutil.copyfile(data_dir("slurm") / "again.py", job / "again.py")
         for source in (path for name in TRAVELS for path in PACKAGE.glob(name)):
             target = job / "launcher" / source.relative_to(PACKAGE)
