@@ -90,7 +90,7 @@ def judge_silence(silent: Mapping[str, str], host: str, found: Findings) -> None
         found.problem("recovery", f"a GPU no longer answers: nvidia-smi {lost}", fix)
     elif silent:
         text = "; ".join(f"{group} ({why})" for group, why in silent.items())
-        found.warning("nvidia-smi", f"nvidia-smi gave no answer about: {text}")
+        found.warning("nvidia-smi", f"nvidia-smi does not tell: {text}")
 
 
 def driver_needed(driver: str, cuda: str) -> int:

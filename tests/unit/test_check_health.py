@@ -213,7 +213,7 @@ def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
     health.look(asked(nodes=1, gpus=4), "gpu001", {}, {}, found)
     assert [one["what"] for one in found.problems] == ([problem] if problem else [])
     told = [one["what"] for one in found.warnings]
-    assert [what.startswith(f"nvidia-smi gave no answer about: {warning}") for what in told] == ([True] if warning else [])
+    assert [what.startswith(f"nvidia-smi does not tell: {warning}") for what in told] == ([True] if warning else [])
 
 
 def test_gpus_that_are_hidden_from_the_job_are_not_judged() -> None:

@@ -127,9 +127,7 @@ CASES = {
         ),
         Case("gpu-type", run("b200"), four(gres="gpu:h200:8"), "for B200, but Slurm reports h200", "--gpu h200"),
         Case("gpu-type", run("b200"), four(features=("H100",)), "h100", "--gpu h100"),
-        Case(
-            "gpu-memory", SMALL, four(gres="gpu:a100_40gb:8"), "names in Slurm say 39.4 (gpu:a100_40gb:8)", "launcher plan"
-        ),
+        Case("gpu-memory", SMALL, four(gres="gpu:a100_40gb:8"), "in Slurm say 39.4 (gpu:a100_40gb:8)", "launcher plan"),
         Case("architecture-other", run("gb200", runtime="bare"), four(), "x86_64", "--gpu"),
         Case("nodes-not-yet", run(), cluster(), "has 0: the job waits until more nodes come up", "sinfo -s"),
         Case("architecture-other", run(), plus(ARM64), "4 of x86_64, 1 of aarch64", "--exclude"),
