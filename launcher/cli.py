@@ -21,7 +21,7 @@ from launcher.base.output import echo, never_fail, print_error
 # Name -> where it is, below launcher.commands, and its line of --help.
 COMMANDS = {
     "accept": ("judge:accept", "Judge a run: PASS, FAIL or CANNOT SAY, with reasons."),
-    "archive": ("archive:archive", "Pack a run's logs, evidence, settings and versions for a support ticket."),
+    "archive": ("archive:archive", "Pack a run's logs, node checks, settings and versions for a support ticket."),
     "cancel": ("runs:cancel", "Cancel a run."),
     "cluster": ("cluster:cluster", "Show this Slurm cluster, and the nodes that are left out."),
     "compare": ("judge:compare", "Compare two results and show which differences exceed noise."),
@@ -35,7 +35,7 @@ COMMANDS = {
     "preflight": ("preflight:preflight", "Check a run before it queues."),
     "render": ("submit:render", "Print the job script, and nothing else."),
     "report": ("report:report", "Write runs as one HTML page with charts."),
-    "resume": ("submit:resume", "Go on with a run that has ended, from its last complete checkpoint."),
+    "resume": ("submit:resume", "Go on with an ended run from its last complete checkpoint."),
     "results": ("results:results", "Print results in the form of the published table."),
     "stage": ("stage:stage", "Download data, tokenizer, weights and images, and verify them."),
     "status": ("runs:status", "Show the state of runs (default: the newest), and why."),

@@ -183,22 +183,22 @@ def tend_checkpoints(
     """For all nodes: sets damaged ones aside, looks for room, and refuses those of another kind of run."""
     version, recipe = facts["torchtitan"], node["recipe"]
     if wrong := checkpoints.foreign(checkpoints.record_of(folder), node, version):
-        why = f"the checkpoints in {folder} are of another kind: {'; '.join(wrong)}"
-        fix = "the settings and the image that they were written with, or another --name or --checkpoint-dir"
+        why = f"the checkpoints in {folder} do not fit this run: {'; '.join(wrong)}"
+        fix = "use the settings and the image that wrote them, or another --name or --checkpoint-dir"
         found.problem("checkpoint-foreign", why, fix, "run")
         return
     checkpoints.set_aside(folder, damaged)
     goes_on = f"training goes on from step {whole[-1]}" if whole else "training starts from the beginning"
     for one in damaged:
-        what = f"checkpoint step {one.step}: {one.why}; it is in {folder / checkpoints.ASIDE} now; {goes_on}"
+        what = f"checkpoint step {one.step}: {one.why}; it was moved to {folder / checkpoints.ASIDE}; {goes_on}"
         found.warning("checkpoint-damaged", what)
     facts["checkpoint_step"] = max(whole, default=0)
     shape, free = SHAPES.get(recipe["flavor"]), checkpoints.free_bytes(folder)
     count, each = checkpoints.to_come(recipe, whole), shape.checkpoint_bytes if shape else 0
     if free is not None and free < count * each:
-        what = f"{count} checkpoints take {count * each / 1e9:,.0f} GB, {free / 1e9:,.0f} GB are free in {folder}"
+        what = f"{count} checkpoints take {count * each / 1e9:,.0f} GB; {free / 1e9:,.0f} GB are free in {folder}"
         if free < each:
-            found.problem("checkpoint-space", what, "make room, or another --checkpoint-dir", "run")
+            found.problem("checkpoint-space", what, "make room, or use another --checkpoint-dir", "run")
             return
         found.warning("checkpoint-space", what)
     if not whole and node["job"]["init_from"] and version.startswith("0.2."):
@@ -219,17 +219,17 @@ def greet(node: dict[str, Any], facts: Facts, crew: list[Any], found: Any) -> No
     old = f"driver {facts['driver']} is older than CUDA {first.get('cuda')} needs ({needed})" if needed else ""
     bad = next((answer for answer in answers if "problem" in answer), None)
     if bad is not None:
-        why, fix = bad["problem"], bad.get("fix", "the log of this node; launcher image inspect FILE")
+        why, fix = bad["problem"], bad.get("fix", "look at the log of this node; launcher image inspect FILE")
         if old:
             why = f"{why}; {old}"
-            fix = f"a newer driver, or an image with an older CUDA or with NVIDIA's cuda-compat package; {fix}"
+            fix = f"use a newer driver, or an image with an older CUDA or with NVIDIA's cuda-compat package; {fix}"
         found.problem("gpus", why, fix, "run" if old else bad.get("fault", "node"))
     elif old and node["profile"]["device"] == "cuda":
-        found.warning("driver", f"{old}: it runs through the image's forward compatibility")
+        found.warning("driver", f"{old}: it runs thanks to the image's forward compatibility")
     wanted = node["profile"]["gpu"]
     named = re.search(rf"(?<![A-Z]){re.escape(wanted)}", facts.get("gpu", ""))
     if facts.get("gpu") and node["profile"]["device"] == "cuda" and not named:
-        found.warning("gpus", f"the profile is for {wanted}, the node has {facts['gpu']}")
+        found.warning("gpus", f"the profile is for {wanted}, but the node has {facts['gpu']}")
 
 
 def prepare(node: dict[str, Any], run_dir: Path, facts: Facts, added: dict[str, str]) -> list[str]:
@@ -455,7 +455,7 @@ def software(more: tuple[str, ...] = ()) -> Facts:
 
     torch itself is imported by the workers alone.
     """
-    image = "an image that holds it (containers/ builds one), or with --runtime bare: --python PATH/TO/python3"
+    image = "use an image that has it (launcher image build), or with --runtime bare: --python PATH/TO/python3"
     for package in ("torch", "torchtitan", *more):
         if importlib.util.find_spec(package) is None:
             raise Refused(f"{package} is not installed for {sys.executable}", image)

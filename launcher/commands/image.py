@@ -146,7 +146,7 @@ _torch_index = click.option(
     "--torch-index",
     metavar="URL",
     callback=no_password,
-    help="Index to get torch from, instead of the channel's; '' for the index of all other packages.",
+    help="Index to get torch from, instead of the channel's; '' for the index of the other packages.",
 )
 _purpose = click.option(
     "--for",
@@ -154,7 +154,7 @@ _purpose = click.option(
     type=click.Choice(["unpack", "mount"]),
     default="unpack",
     show_default=True,
-    help="What nodes will do with the file. unpack: smaller (zstd); mount, with squashfuse: faster to read (lz4).",
+    help="How nodes start the image. unpack: a smaller file (zstd); mount, with squashfuse: faster to read (lz4).",
 )
 _force = click.option("--force", is_flag=True, help="Replace a file that exists.")
 
@@ -188,7 +188,7 @@ def image() -> None:
 @image.command("build", cls=_WithChannels)
 @_channel
 @_arch(None, "the Docker engine's own")
-@_output("Also convert it: the file to write, or a directory for titan-CHANNEL-ARCH.sqsh.")
+@_output("Also write it as a .sqsh: the file, or a directory for titan-CHANNEL-ARCH.sqsh.")
 @_purpose
 @_force
 @_image_option("--tag", "NAME:TAG", "Name of the image in Docker.  [default: titan:CHANNEL-ARCH]")
@@ -217,7 +217,7 @@ def build_command(
 ) -> None:
     """Build a channel's image with the Docker engine.
 
-    CHANNEL is nightly by default. If it has no lock yet, one is made first.
+    CHANNEL is nightly by default. If it has no lock file (exact package versions) yet, that is written first.
 
     \b
     launcher image build
@@ -270,7 +270,7 @@ def _push(built: list[Built], reference: str, engine: Engine) -> dict[str, Any]:
 def convert_command(image: str, output: str | None, purpose: str, force: bool, as_json: bool) -> None:
     """Convert a Docker image to a squashfs for Pyxis.
 
-    Unpacks nothing, and needs neither enroot nor root. FILE.json beside the result describes what is in it.
+    Needs no enroot, no root and no space to unpack. Also writes FILE.json, which says what is in the image.
 
     \b
     launcher image convert titan:stable-arm64

@@ -46,9 +46,9 @@ from launcher.scheduler.facts import ClusterFacts
 def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: str | None) -> None:
     """Set up your defaults for this cluster.
 
-    Finds the GPU profile, the partition, your account, and the directories for runs, data, tokenizer and images. Shows
-    what it found and why, asks once, and saves it in your settings file. Options that you give are saved too. What is
-    already in the file stays as it is.
+    Finds the GPU type, the partition, your account, and the directories for runs, data, tokenizer and images. Shows
+    what it found and why, asks once, and saves it in your settings file. Options that you give are saved, too. Other
+    settings in the file stay as they are.
 
     \b
     launcher init

@@ -34,10 +34,10 @@ from launcher.scheduler.state import JobState
     type=click.Choice(["text", "markdown", "csv", "json", "torchtitan"]),
     default="text",
     show_default=True,
-    help="Output format; torchtitan: a file for the benchmarks/ folder of its repository.",
+    help="Output format. torchtitan writes a file for the benchmarks/ folder of torchtitan's repository.",
 )
 @gone("--update", "launcher results --format markdown > FILE")
-@click.option("--entity", default="", metavar="NAME", help="Who submits the result, for --format torchtitan.")
+@click.option("--entity", default="", metavar="NAME", help="Your name or your team's, for --format torchtitan.")
 @click.option(
     "--output",
     "-o",

@@ -26,13 +26,13 @@ from launcher.stage.target import gigabytes, refuse_foreign
 
 PUBLISHED = ("nightly", "stable", "reference")  # channels of a release: .github/workflows/image.yml
 _path = FilePath(path_type=Path)
-_to = click.option("--to", "target", type=_path, required=True, metavar="DIR", help="Directory to stage into.")
+_to = click.option("--to", "target", type=_path, required=True, metavar="DIR", help="Directory to write to.")
 _revision = click.option("--revision", metavar="REV", help="Branch, tag or commit.  [default: what DIR has, else main]")
 _token_file = click.option(
     "--token-file",
     type=_path,
     metavar="FILE",
-    help="File with the Hub's token.  [default: HF_TOKEN, `hf auth login`]",
+    help="File with your Hugging Face token.  [default: HF_TOKEN, `hf auth login`]",
 )
 _jobs = click.option("--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Parallel downloads.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Print what would be downloaded, and write nothing.")
@@ -54,8 +54,8 @@ def _of_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
     "runs",
     multiple=True,
     metavar="RUN",
-    help="As many files as a run needs: nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] or its run.toml; "
-    "repeatable.",
+    help="The files that a run needs: its run.toml, or nodes=17,gpus=4,steps=1000,batch=5[,seq=8192,tp=1,cp=1,pp=1] "
+    "(GPUs per node, sequences per GPU); repeatable.",
 )
 @click.option("--all", "everything", is_flag=True, help=f"All {TRAIN_FILES:,} train files, {TRAIN_BYTES / 1e9:.0f} GB.")
 @click.option("--validation", is_flag=True, help="Also download the validation files.")
@@ -70,6 +70,8 @@ def _of_a_model(command: Callable[..., Any]) -> Callable[..., Any]:
 @_from_the_hub
 def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> None:
     """Download the C4 files that a run needs, and verify them. Run it again to continue, add or repair files.
+
+    Say which files with --for, --files or --all.
 
     \b
     launcher stage c4 --to /data/c4 --for nodes=17,gpus=4,steps=1000,batch=5

@@ -23,9 +23,9 @@ from launcher.titan.command import preview
 
 @click.command(cls=RunCommand)
 @run_options
-@click.option("--dry-run", is_flag=True, help="Print the script and the torchrun command, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the job script and the torchrun command, and submit nothing.")
 @click.option(
-    "--prove", "proved", is_flag=True, help="Have torchtitan build the run before it queues, as `plan --prove` does."
+    "--prove", "proved", is_flag=True, help="First have torchtitan build the run at full size, without GPUs (a minute)."
 )
 @click.option("--follow", "-f", is_flag=True, help="Follow the run after submitting it; Ctrl-C detaches.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask before submitting.")
@@ -115,10 +115,10 @@ def resume(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Go on with a run that has ended, from its last complete checkpoint.
+    """Go on with an ended run from its last complete checkpoint.
 
-    It keeps its name, directory, settings and data position; the new job is its next attempt. Nodes that failed their
-    check are left out. Without a checkpoint it begins at step 1 again.
+    Submits a new job for the run, with the same name, directory, settings and place in the data. Nodes that failed
+    their check are left out. If there is no checkpoint, training begins at step 1.
 
     \b
     launcher resume my-run

@@ -179,7 +179,7 @@ def runs_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
         default=saved_runs_dir,
         show_default="what launcher init saved, else runs",
         show_envvar=True,
-        help="Where run directories are.",
+        help="Directory that holds your runs.",
     )(command)
 
 
@@ -202,7 +202,7 @@ OPTIONS = (
         metavar="[RUN.toml]",
         shell_complete=run_or_file,
     ),
-    _option("--image", metavar="FILE", help="Image to run in: a .sqsh (Pyxis) or .sif (Apptainer) file."),
+    _option("--image", metavar="FILE", help="Container image: a .sqsh (Pyxis) or .sif (Apptainer) file."),
     _option("--nodes", type=int, help="Number of nodes.  [default: 1]"),
     _option(
         "--gpu",
@@ -219,7 +219,7 @@ OPTIONS = (
     ),
     _option("--batch-size", type=int, help="Local batch size: sequences per GPU and step."),
     _option("--seq-len", type=int, help="Sequence length in tokens."),
-    _option("--steps", type=int, help="Training steps."),
+    _option("--steps", type=int, help="Training steps.  [default: the recipe's]"),
     _option(
         "--data",
         metavar="DIR",
@@ -231,14 +231,14 @@ OPTIONS = (
         metavar="I/N",
         help="Read only part I of N of the data. Parts share no file, so runs that continue each other see new data.",
     ),
-    _option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample'."),
+    _option("--tokenizer", metavar="DIR", help="Directory with tokenizer.json, or 'sample' for a generated one."),
     _option(
         "--init-from",
         metavar="DIR",
         help="Start from the weights in DIR instead of random ones; `launcher stage model` downloads them.",
     ),
-    _option("--checkpoint-every", metavar="STEPS", type=int, help="Save a checkpoint every so many steps; 0: none."),
-    _option("--keep", metavar="N", type=int, help="Newest checkpoints that stay, at least 2.  [default: 2]"),
+    _option("--checkpoint-every", metavar="STEPS", type=int, help="Save a checkpoint every STEPS steps; 0: none."),
+    _option("--keep", metavar="N", type=int, help="Keep the newest N checkpoints, at least 2.  [default: 2]"),
     _option("--checkpoint-dir", metavar="DIR", help="Checkpoints go to DIR/NAME.  [default: in the run directory]"),
     _option("--partition", "-p", shell_complete=_partitions, help="Slurm partition."),
     _option("--account", "-A", help="Slurm account."),
@@ -264,13 +264,13 @@ OPTIONS = (
         "--spares",
         type=int,
         metavar="K",
-        help="Ask for K nodes more than train. The node check takes the best; when one fails, a spare replaces it.",
+        help="Ask for K extra nodes. The node check chooses which train; when one of those fails, a spare replaces it.",
     ),
     _option(
         "--max-restarts",
         type=int,
         metavar="N",
-        help="Begin anew at most N times after a node's failure, from the last checkpoint.  "
+        help="After a failure, start again from the last checkpoint, at most N times.  "
         "[default: 10 with --checkpoint-every, --spares or --continue, else 0]",
     ),
     _option(
@@ -278,7 +278,7 @@ OPTIONS = (
         "continues",
         type=int,
         metavar="N",
-        help="Queue the run again at most N times when its time limit ends it, from the last checkpoint.",
+        help="When the time limit ends the run, queue it again from the last checkpoint, at most N times.",
     ),
     _option("--mount", multiple=True, metavar="SRC:DST[:FLAGS]", help="Mount SRC as DST in the container; repeatable."),
     _option(

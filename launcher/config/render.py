@@ -28,7 +28,7 @@ def render(spec: PlacedRun) -> str:
         nodes=job.nodes,
         allocated=spec.allocated,
         gpus_per_node=profile.gpus_per_node,
-        restarts=spec.restarts or job.continues,
+        restarts=spec.begins_anew,
         checkpoints=str(folder_of(node_config(spec))) if spec.recipe.checkpoint_interval else "",
         signal_s=_signal_s(spec),
         again=again_command(spec),
@@ -63,7 +63,7 @@ def _options(spec: PlacedRun) -> dict[str, str | None]:
 
 def _endings(spec: PlacedRun) -> dict[str, str | None]:
     """A run that begins anew outlives its nodes; Slurm queues it again only where that is so."""
-    if not (spec.restarts or spec.job.continues):
+    if not spec.begins_anew:
         return {"no-requeue": None}
     signal_s = _signal_s(spec)
     return {"requeue": None, "no-kill": None, "signal": f"B:USR1@{signal_s}" if signal_s else ""}
@@ -72,7 +72,7 @@ def _endings(spec: PlacedRun) -> dict[str, str | None]:
 def _signal_s(spec: PlacedRun) -> int:
     """How long before its time limit the job is told of it: to wait for one more checkpoint, and to end."""
     limit_s = seconds(spec.job.time) or 0
-    return min(600, limit_s // 4) if spec.recipe.checkpoint_interval or spec.job.continues else 0
+    return min(600, limit_s // 4) if spec.recipe.checkpoint_interval else 0
 
 
 @cache

@@ -114,6 +114,11 @@ class RunSpec:
         return RESTARTS if self.recipe.checkpoint_interval or self.job.spares or self.job.continues else 0
 
     @property
+    def begins_anew(self) -> bool:
+        """Whether the job may have several attempts, or chooses its nodes among more."""
+        return bool(self.restarts or self.job.continues or self.job.spares)
+
+    @property
     def data_parallel(self) -> int:
         """The data-parallel degree: how many ranks read data of their own."""
         return self.gpus // self.model_parallel
@@ -302,8 +307,12 @@ def validate(spec: RunSpec) -> None:
         raise bad("job.segment", f"does not divide {spec.allocated} nodes: Slurm would refuse the job", "--segment 0")
     if len(spec.run_dir) > 200:
         raise bad("job.runs_dir", *FORMS["job.runs_dir"][1:])
+    if spec.job.continues and not spec.recipe.checkpoint_interval:
+        raise bad("job.continues", "without checkpoints every job would begin at step 1", "--checkpoint-every STEPS")
     for item in spec.job.sbatch:
         why, fix = sbatch.problem(item)
+        if spec.job.continues and sbatch.split(item)[0] == "signal":
+            why, fix = "--continue needs sbatch's --signal itself", "one of the two"
         if why:
             raise refuse("job.sbatch", item, why, fix, spec.origin.get("job.sbatch", ""))
     _validate_data(spec, bad)

@@ -20,7 +20,7 @@ class Text(NamedTuple):
 
 
 QOS = "the job would wait for ever, unless its QOS lifts the limit"
-NO_BLOCK = "Slurm would say: Requested topology configuration is not available, while nodes are idle"
+NO_BLOCK = "even with idle nodes, Slurm would say: Requested topology configuration is not available"
 COUNTS = "{asked} requested; {place} has {there}, {in_service} of them in service, {free} of them free now"
 TOO_MANY = "--nodes {asked}: {place} has {there}{gres: with }{left_out:, without }"
 ARCHITECTURE = "profile {profile} is for {arch}, but {place} has {seen}"
@@ -92,7 +92,7 @@ TEXTS = {
     ),
     "gpu-memory": Text(
         "GPU memory",
-        "the profile's {gpu} has {gib} GiB, but by their names in Slurm, GPUs there have {named} ({said})",
+        "the profile's {gpu} has {gib} GiB, but the GPUs' names in Slurm say {named} ({said})",
         "the run is checked against the smaller memory",
     ),
     "architecture": Text("architecture", "{arch}"),
@@ -108,7 +108,7 @@ TEXTS = {
     "pyxis": Text("Pyxis", "Pyxis"),
     "pyxis-absent": Text(
         "Pyxis",
-        "srun has no --container-image: Slurm has no Pyxis here",
+        "Pyxis is not installed here (srun has no --container-image)",
         "the job would end with: srun: unrecognized option '--container-image=...'",
     ),
     # placement
@@ -146,7 +146,7 @@ TEXTS = {
     "batch-size-not-named": Text(
         "batch size", "{recipe} has no local batch size for {gpu}, so 1 is used, which does not fill the GPUs"
     ),
-    "image-not-named": Text("image", "the run needs an image, and none was named, so none was checked"),
+    "image-not-named": Text("image", "the run needs an image, but no --image was given, so none was checked"),
     "image-note": Text("files", "--image {path}: {said}"),
     "driver": Text("driver", "{needed}, the nodes have {driver}"),
     "driver-old": Text(
@@ -169,11 +169,11 @@ TEXTS = {
         "fine if the nodes have their own, or none are needed",
     ),
     "hub-no-token": Text(
-        "files", "--data hub: the ranks ask the Hub without a token", "it rejects such requests sooner (429)"
+        "files", "--data hub: the job has no token for the Hub", "without one the Hub limits requests sooner (429)"
     ),
     "checkpoint-space-short": Text(
         "checkpoints",
-        "{count} checkpoints take {needed}, {there} are free in {path}",
+        "{count} checkpoints take {needed}, but only {there} are free in {path}",
         "the run would end on a full disk",
     ),
     "path-absent": Text("files", "{path} does not exist here", "if the compute nodes lack it too, the job will fail"),
@@ -238,7 +238,7 @@ def refusal(findings: Sequence[Finding], force: bool) -> LauncherError | None:
     _, what, why = words(first)
     fix = first.fix
     if not first.certain:
-        fix = f"{fix}; --force submits it all the same" if fix else "--force submits it all the same"
+        fix = f"{fix}; --force submits it anyway" if fix else "--force submits it anyway"
     return LauncherError(
         first.code,
         what + (f": {why}" if why else ""),

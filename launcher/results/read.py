@@ -88,7 +88,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         *([RESTARTED] if found.restarted else []),
         *_others([*_of_hardware(seen, gpu), *wrong]),
     ]
-    intent = run.intent or {}
+    intent = next((said for attempt in attempts if (said := Run(Path(attempt.path)).intent)), {})  # of its first job
     image, submitted = words(settings, "job.image"), moment(intent.get("at"))
     spent = goodput(list(map(_trace, attempts, starts, by_attempt, [nodes] * len(starts))), kept, submitted)
     return Outcome(

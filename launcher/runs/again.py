@@ -114,12 +114,17 @@ def past_attempts(run_dir: Path) -> list[Path]:
     return []
 
 
+def _number(run_dir: Path) -> int:
+    """Of the attempt in the root; somebody may have removed earlier ones."""
+    return max((int(path.name) for path in past_attempts(run_dir)), default=0) + 1
+
+
 def archive(run_dir: Path, more: Sequence[str] = ()) -> None:
     """Moves the root's attempt to attempts/N, with the files that are named. A move that was cut off goes on."""
-    number = len(past_attempts(run_dir)) + 1
+    number = _number(run_dir)
     half = run_dir / "attempts" / f".{number}"
     (half / "logs").mkdir(parents=True, exist_ok=True)
-    for name in ("nodes", "attempt.json", *more):
+    for name in ("nodes", "attempt.json", "end.json", *more):  # an administrator may queue again what had ended
         if os.path.lexists(run_dir / name):
             os.rename(run_dir / name, half / name)
     for entry in sorted(os.scandir(run_dir / "logs"), key=lambda entry: entry.name):
@@ -249,12 +254,14 @@ def limits_of(node: Mapping[str, Any]) -> Limits:
 
 def _begin(run_dir: Path, node: Mapping[str, Any], past: list[dict[str, Any]], limits: Limits, asked: Any) -> int:
     """Puts an attempt away that Slurm cut off, or that this job queued itself again after."""
-    if _leaves(run_dir):
+    number = _number(run_dir)
+    if (run_dir / "attempts" / f".{number}").exists():  # cut off while it was put away
+        archive(run_dir)
+    elif _leaves(run_dir):
         record = read_json(run_dir / "attempt.json")
         if record is None or record.get("again") is not True:
             ending = Ending(QUEUED, True, checkpoint_step(run_dir, node))
             hosts = [name for log in _logs(run_dir) if (name := log.stem.partition("-")[2])]
-            number = len(past_attempts(run_dir)) + 1
             following = decide(ending, past, limits)
             if following.word == "requeue":  # that no node is known to be alive is no reason
                 following = Next("again")
@@ -264,7 +271,7 @@ def _begin(run_dir: Path, node: Mapping[str, Any], past: list[dict[str, Any]], l
             if following.word == "stop":
                 return 1
         archive(run_dir)
-    print(len(past_attempts(run_dir)) + 1)
+    print(_number(run_dir))
     return 0
 
 

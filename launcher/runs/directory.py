@@ -113,6 +113,11 @@ class Run:
         return found if isinstance(at, (int, float)) and math.isfinite(at) else None
 
     @property
+    def submission(self) -> object:
+        """Another one once the run was submitted again, or has ended."""
+        return self.intent, self.job, self.end
+
+    @property
     def is_local(self) -> bool:
         return (self.intent or {}).get("scheduler") == "local"
 
@@ -234,25 +239,29 @@ def making(spec: PlacedRun, secrets: Mapping[str, str], now_s: float) -> Iterato
         raise filesystem_error(final, cause, "--runs-dir DIR") from error
 
 
-OF_A_JOB = ("job.json", "claim", "end.json", "cancelled")
+OF_A_JOB = ("job.json", "claim", "cancelled")
+REWRITTEN = ("intent.json", "run.toml", "job.sbatch", "job/node.json")  # by the next submission
 
 
 @contextmanager
-def remaking(run: Run, spec: PlacedRun, secrets: Mapping[str, str], now_s: float) -> Iterator[int]:
+def remaking(run: Run, before: object, spec: PlacedRun, secrets: Mapping[str, str], now_s: float) -> Iterator[int]:
     """The directory of a run that has ended, made ready for its next job, with its submission lock for the block.
 
-    What the last job left is put away as an attempt. Raises LauncherError where somebody else is submitting the run, or
-    it has changed meanwhile.
+    What the last job left, and what it was asked, is put away as an attempt. Raises LauncherError where somebody else
+    is submitting the run, or has since its `submission` was `before`.
     """
-    before = run.end, run.job
     try:
         lock_fd = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             lock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (run.end, run.job) != before:
+            if run.submission != before:
                 raise BlockingIOError
             archive(run.path, OF_A_JOB)
             try:
+                for name in REWRITTEN:
+                    copy = past_attempts(run.path)[-1] / name
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copy2(run.path / name, copy)
                 _fill(run.path, spec, now_s)
                 _write_secrets(run.path, spec, secrets)
             except BaseException:
@@ -273,9 +282,10 @@ def restore(run: Run) -> None:
     """Takes back what `remaking` did: the last attempt is in the root again."""
     run.forget_secrets()
     last = past_attempts(run.path)[-1]
-    for entry in (*os.scandir(last / "logs"), *os.scandir(last)):
-        if entry.name != "logs":
-            os.replace(entry.path, run.path / Path(entry.path).relative_to(last))
+    for folder in (last / "logs", last / "job", last):
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if entry.name not in ("logs", "job"):
+                os.replace(entry.path, run.path / Path(entry.path).relative_to(last))
     shutil.rmtree(last)
 
 
@@ -310,7 +320,7 @@ def _fill(directory: Path, spec: PlacedRun, now_s: float) -> None:
             target = job / source.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    if spec.restarts or spec.job.continues:
+    if spec.begins_anew:
         shutil.copyfile(data_dir("slurm") / "again.py", job / "again.py")
         for source in (path for name in TRAVELS for path in PACKAGE.glob(name)):
             target = job / "launcher" / source.relative_to(PACKAGE)

@@ -81,7 +81,8 @@ class Watcher:
             self._renew()
         end = self._run.end or {}
         at = _number(end, "ended_at") or time.time()
-        since = self._last.ended_at if self._last else (self._run.intent or {}).get("at")
+        times = _number(self._run.intent or {}, "at"), self._last.ended_at if self._last else None
+        since = max(filter(None, times), default=None)  # a run that was resumed has waited since then only
         self._begin(Phase.QUEUED, since, at)
         began = _number(end, "began_at")
         with suppress(OSError):

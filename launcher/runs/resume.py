@@ -9,6 +9,7 @@ from launcher.config.spec import RunSpec
 from launcher.runs import control
 from launcher.runs.again import checkpoint_step
 from launcher.runs.directory import Run
+from launcher.scheduler.state import JobState
 from launcher.titan import checkpoints
 
 # Of the recipe, what may differ between two attempts: with another model, batch or degree it would be another run.
@@ -21,14 +22,7 @@ def check_resumable(run: Run, asked: RunSpec) -> int:
     if run.is_copy:
         what = f"{run.path} is a copy, or was moved: its job would write to {run.made_at}"
         raise LauncherError("run-copied", what, anew)
-    state = control.state(run)
-    if state.active:
-        fix = quoted("launcher", "watch", run.reference)
-        raise LauncherError("run-active", f"{run.name} has not ended: it is {state.name}", fix)
-    if not (state.known or state.gone):
-        what = f"nobody knows whether {run.name} has ended: {state.reason}"
-        raise LauncherError("run-active", what, "scontrol ping", status=ExitStatus.JOB_UNKNOWN)
-    node = run.asked
+    state, node = check_ended(run), run.asked
     now = {"recipe": dataclasses.asdict(asked.recipe), "titan": dict(asked.titan)}
     now |= {"job": {"nodes": asked.job.nodes}, "profile": {"gpus_per_node": asked.profile.gpus_per_node}}
     for table, settings in now.items():
@@ -43,3 +37,15 @@ def check_resumable(run: Run, asked: RunSpec) -> int:
     if wrong := checkpoints.foreign(checkpoints.record_of(folder), node):
         raise LauncherError("resume-changed", f"the checkpoints in {folder} are of {'; '.join(wrong)}", anew)
     return checkpoint_step(run.path, node)
+
+
+def check_ended(run: Run) -> JobState:
+    """How it ended. Raises LauncherError where it goes on, or nobody knows: then another job would train it twice."""
+    state = control.state(run)
+    if state.active:
+        fix = quoted("launcher", "watch", run.reference)
+        raise LauncherError("run-active", f"{run.name} has not ended: it is {state.name}", fix)
+    if not (state.known or state.gone):
+        what = f"nobody knows whether {run.name} has ended: {state.reason}"
+        raise LauncherError("run-active", what, "scontrol ping", status=ExitStatus.JOB_UNKNOWN)
+    return state

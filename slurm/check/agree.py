@@ -28,7 +28,7 @@ def measure(
     """Facts: each GPU's "speed" and "allreduce_node_gbs", the all-reduce in this node. What is wrong: into `found`."""
     what = "GPU" if node["profile"]["device"] == "cuda" else "rank"
     facts: dict[str, Any] = {"speed": []}
-    fix = "nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
+    fix = "look at nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
     measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
     # A sick GPU fails by itself; all of several at once do for want of a library, say.
     fault = "run" if len(crew) > 1 and all("problem" in answer for answer in measured) else "node"
@@ -136,7 +136,7 @@ def _across(
     each = len(crew)
     value, why = _reduce(crew, "rank", len(fit) * each, fit.index(node_id) * each, address, opened)
     if why:
-        fix = "NCCL_DEBUG=INFO (--env NCCL_DEBUG=INFO) shows the network that was tried; the firewall between the nodes"
+        fix = "--env NCCL_DEBUG=INFO shows which network was tried; check the firewall between the nodes"
         return {"problems": [problem("all-reduce", f"across nodes: {why}", fix, "run")]}
     return {"allreduce_job_gbs": value}
 

@@ -90,8 +90,8 @@ class Culprit:
 _STATES = {
     "stopped": "is stopped by a signal or a debugger",
     "disk": "waits in the kernel for a disk, a file system or a device",
-    "unreachable": "does not reach the first node over the network",
-    "mute": "answers nothing, as if a library held it",
+    "unreachable": "cannot reach the first node over the network",
+    "mute": "does not answer, as if a library call never returned",
     "silent": "does not answer",
 }
 

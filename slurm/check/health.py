@@ -42,10 +42,10 @@ def _judge(gpu: Mapping[str, Any], number: int, host: str, found: Findings, *, a
 
     action = gpu.get("recovery_action") or ""
     if gpu.get("alarm"):
-        what = f"{name} has a fault, nvidia-smi says in the place of its values: {gpu['alarm']}"
+        what = f"{name} has a fault, nvidia-smi reports: {gpu['alarm']}"
         unfit("recovery", what, f"nvidia-smi -q and dmesg on {host}")
     elif re.search("reset|reboot|drain", action, re.IGNORECASE):
-        what = f"{name} has a fault, for which the driver asks for: {action}"
+        what = f"{name} has a fault, the driver asks for: {action}"
         unfit("recovery", what, f"nvidia-smi -q on {host}")
     if gpu.get("mig_mode") == "Enabled":
         fix = f"as root on {host}: nvidia-smi -i {gpu.get('uuid', number)} -mig 0"
@@ -72,7 +72,7 @@ def _judge(gpu: Mapping[str, Any], number: int, host: str, found: Findings, *, a
     if busy_mib > max(OTHERS_MAX_MIB, total_mib // 20 if is_grace else 0):
         what = f"{name}: {busy_mib / 1024:.1f} GiB of its memory are in use"
         if is_grace and not pid:
-            found.warning("memory", f"{what}, by no process that is seen: files that Grace's kernel keeps?")
+            found.warning("memory", f"{what}, but by no process: probably files that Grace's kernel caches")
         else:
             who = f" (process {pid})" if pid else ""
             unfit("memory", f"{what} by somebody else{who}", f"nvidia-smi on {host} shows the processes; end them")
@@ -87,10 +87,10 @@ def judge_silence(silent: Mapping[str, str], host: str, found: Findings) -> None
     """What nvidia-smi did not say. `silent`: group of fields -> why, in its own words."""
     if lost := next((why for why in silent.values() if ALARM.search(why)), ""):
         fix = f"nvidia-smi and dmesg on {host}; {EXCLUDE.format(host=host)}"
-        found.problem("recovery", f"a GPU does not answer any more: nvidia-smi {lost}", fix)
+        found.problem("recovery", f"a GPU no longer answers: nvidia-smi {lost}", fix)
     elif silent:
         text = "; ".join(f"{group} ({why})" for group, why in silent.items())
-        found.warning("nvidia-smi", f"nvidia-smi does not say: {text}")
+        found.warning("nvidia-smi", f"nvidia-smi does not tell: {text}")
 
 
 def driver_needed(driver: str, cuda: str) -> int:
@@ -162,7 +162,7 @@ def look(
     if node["profile"]["device"] == "cpu":
         return facts
     if shutil.which("nvidia-smi") is None:
-        found.warning("nvidia-smi", "nvidia-smi is not in the image: the GPUs' health is not known")
+        found.warning("nvidia-smi", "nvidia-smi is not in the image: the GPUs' health was not checked")
     else:
         alone = node["job"]["nodes"] * node["profile"]["gpus_per_node"] == 1
         facts["gpu_health"], of_gpus = _settled(host, env, alone)

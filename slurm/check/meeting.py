@@ -34,7 +34,7 @@ _NUMBERS = ("allreduce_node_gbs", "allreduce_job_gbs", "check_s")
 class Lost(Exception):
     """The other side did not answer, or went away; the message says which and when."""
 
-    def __init__(self, why: str, fix: str = "the log of node 0") -> None:
+    def __init__(self, why: str, fix: str = "look at the log of node 0") -> None:
         super().__init__(why)
         self.fix = fix
 
@@ -92,7 +92,7 @@ class Host:
             self._listener = socket.create_server(("", port), backlog=1024)
         except OSError as error:
             why = f"port {port}, at which the nodes meet, cannot be opened: {error.strerror}"
-            raise Lost(f"{why}; submitted again, the job has another") from error
+            raise Lost(f"{why}; submit again: the new job uses another port") from error
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -186,7 +186,7 @@ class Guest:
         try:
             self._socket.sendall(json.dumps({"job": self.job, "node": self.node, "say": what}).encode() + b"\n")
         except OSError as error:
-            raise Lost(f"node 0 has gone: {error.strerror or error}") from error
+            raise Lost(f"node 0 went away: {error.strerror or error}") from error
 
     def hear(self, limit_s: float) -> dict[str, Any]:
         """{"do": "allreduce", "port": N, "nodes": [...]} or {"verdict": {...}}."""
@@ -196,7 +196,7 @@ class Guest:
         except OSError as error:
             raise Lost(f"node 0 gave no verdict within {limit_s:.0f} s") from error
         if not line:
-            raise Lost("node 0 has gone before it gave its verdict")
+            raise Lost("node 0 went away before it gave its verdict")
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
@@ -204,7 +204,7 @@ class Guest:
                 begins = begins and isinstance(value.get("nodes"), list) and self.node in value["nodes"]
                 if is_verdict(value["verdict"]) if "verdict" in value else begins:
                     return value
-        raise Lost("another program answers at node 0's port; submitted again, the job has another")
+        raise Lost("another program answers at node 0's port; submit again: the new job uses another port")
 
     def close(self) -> None:
         self._heard.close()
@@ -221,11 +221,11 @@ def _connection(address: str, port: int, limit_s: float, over: Callable[[], bool
             silent = silent and not isinstance(error, ConnectionError)
             took, why = time.monotonic() - began + pause, error.strerror or str(error)
             if over is not None and over():
-                raise Lost("the nodes have met without this one", "its log: why it came so late") from error
+                raise Lost("the nodes have met without this one", "its log says why it came so late") from error
             if silent and took > min(SILENT_S, limit_s):
-                fix = f"a firewall, or the wrong network: ip route get {address}; the nodes need TCP among themselves, "
+                fix = f"a firewall or a wrong route? ip route get {address}; the nodes need TCP among themselves, "
                 fix += "ports 10000 to 29999 for the launcher and 32768 to 60999 for NCCL"
-                what = f"node 0 at {address}:{port} is silent, not even refusing a connection: {why}"
+                what = f"node 0 at {address}:{port} does not answer or even refuse a connection: {why}"
                 raise Lost(what, fix) from error
             if took > limit_s:
                 raise Lost(f"node 0 at {address}:{port} did not answer within {limit_s:.0f} s: {why}") from error

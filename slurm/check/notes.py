@@ -26,7 +26,7 @@ def noting(facts: dict[str, Any], name: str) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
-        facts["problems"].append(problem(name, why, "the mounts and permissions on this node", "run"))
+        facts["problems"].append(problem(name, why, "check the mounts and permissions on this node", "run"))
     except Exception as error:  # nobody foresaw it: the other things are looked at, and the record has the traceback
         facts["problems"].append(unexpected(error))
 
@@ -53,9 +53,7 @@ def within(seconds: float, what: str, function: Callable[..., Any], *arguments: 
     thread.start()
     thread.join(seconds)
     if not result:
-        raise Refused(
-            f"{what} does not answer within {seconds:.0f} s", "the file system that it is on: df, mount, dmesg"
-        )
+        raise Refused(f"{what} does not answer within {seconds:.0f} s", "look at its file system: df, mount, dmesg")
     value, error = result[0]
     if error is not None:
         raise error

@@ -75,7 +75,7 @@ def look(torch: Any, device: str, expected: int) -> dict[str, Any]:
         return {**found, "gpus": 0, "gpu": "CPU", "gpu_names": []}
     if not torch.version.cuda:
         why = f"torch {torch.__version__} was built without CUDA"
-        return {**found, "problem": why, "fix": "an image with a CUDA build of torch", "fault": "run"}
+        return {**found, "problem": why, "fix": "use an image with a CUDA build of torch", "fault": "run"}
     visible = torch.cuda.device_count()
     try:
         torch.cuda.init()
@@ -84,7 +84,7 @@ def look(torch: Any, device: str, expected: int) -> dict[str, Any]:
     except Exception as error:  # an old driver, a missing one and a broken GPU come in different classes
         why = f"CUDA {torch.version.cuda} does not start: {' '.join(str(error).split())}"
         fix = (
-            "nvidia-smi in the container; the image needs NVIDIA_VISIBLE_DEVICES=all and"
+            "run nvidia-smi in the container; the image needs NVIDIA_VISIBLE_DEVICES=all and"
             " NVIDIA_DRIVER_CAPABILITIES=compute,utility, the node a driver for this CUDA"
         )
         return {**found, "problem": why, "fix": fix, "fault": "node" if visible else "run"}  # none: the image

@@ -97,7 +97,7 @@ def judge(
     for one in slow:
         name, unit = METRICS[one["metric"]]
         gpu = "" if one["gpu"] is None else f"{'GPU' if device == 'cuda' else 'rank'} {one['gpu']}: "
-        what = f"{gpu}{name} at {one['value']:.4g} {unit}, the median of the job is {one['median']:.4g}"
+        what = f"{gpu}{name} at {one['value']:.4g} {unit}, but the job's median is {one['median']:.4g}"
         place = {"node": one["node"], "host": one["host"]}
         if one["unfit"]:
             fix = f"leave the node out: --exclude {one['host']}"
@@ -110,9 +110,9 @@ def judge(
     # Where enough came, the rest was not waited for long enough to be blamed.
     has_choice = nodes > needed and len(fit) >= needed
     fault = "node" if 2 * len(absent or ()) < nodes and not has_choice else "run"
-    why = "did not come to the meeting of the nodes"
+    why = "did not report to the first node in time"
     for number, host in sorted((absent or {}).items()):
-        fix = f"its log; or leave it out: --exclude {host}"
+        fix = f"look at its log, or leave it out: --exclude {host}"
         unfit.append({"node": number, "host": host, "name": "absent", "why": why, "fix": fix, "fault": fault})
     team, more = records, {}
     if has_choice:
@@ -211,7 +211,7 @@ def _of_the_job(records: Mapping[int, Mapping[str, Any]], peak_tflops: float) ->
             few, hosts = min(by_value.items(), key=lambda item: len(item[1]))
             others = ", ".join(sorted(set(by_value) - {few}))
             where = ", ".join(sorted(hosts)[:8])
-            found.append(warning(key, f"the nodes differ in {key}: {few!r} on {where}, else {others}"))
+            found.append(warning(key, f"the nodes differ in {key}: {few!r} on {where}, elsewhere {others}"))
     domains = _domains(records)
     if len(domains) > 1:
         sizes = " + ".join(str(len(hosts)) for hosts in domains.values())

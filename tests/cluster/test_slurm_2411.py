@@ -152,7 +152,7 @@ def test_a_cluster_without_pyxis(command: Command) -> None:
     say_it_trains(image)
     words = ("submit", *BARE[:2], *BARE[4:], "--image", str(image), "--yes", "--name", "contained")
     refused = command(*words)
-    assert refused.returncode == ExitStatus.INVALID and "Slurm has no Pyxis here" in refused.stderr, refused.stderr
+    assert refused.returncode == ExitStatus.INVALID and "Pyxis is not installed here" in refused.stderr, refused.stderr
     assert command(*words, "--force").returncode == 0
     wait_for((here / "runs" / "contained" / "end.json").exists, "the job's end")
     status = command("status", "contained")

@@ -119,7 +119,7 @@ def test_it_never_queues(
             ("--env", "LD_PRELOAD=/opt/nccl/libnccl.so"),
             "--env LD_PRELOAD=/opt/nccl/libnccl.so: a library of the host's",
         ),
-        (("--data", "hub"), "the ranks ask the Hub without a token"),
+        (("--data", "hub"), "the job has no token for the Hub"),
     ],
     ids=["LD_PRELOAD", "no token"],
 )

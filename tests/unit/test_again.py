@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,5 +163,28 @@ def test_what_slurm_cut_off_is_put_away_when_the_job_begins_again(
     assert capsys.readouterr().out == "2\n"
     record = json.loads((run_dir / "attempts/1/attempt.json").read_text())
     assert (record["cause"], record["again"], record["hosts"]) == ("requeued", True, ["n1"])
-    assert again.main([str(run_dir), "begin", "--job", "7"]) == 0  # nothing has run: the same attempt
+    shutil.rmtree(run_dir / "attempts/1")
+    (run_dir / "attempts/3/logs").mkdir(parents=True)
+    assert again.main([str(run_dir), "begin", "--job", "7"]) == 0  # nothing has run: nothing is put away
+    assert capsys.readouterr().out == "4\n"
+
+
+def test_a_job_that_is_queued_again_after_its_end_begins_without_it(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "end.json").write_text("{}")
+    (run_dir / "attempt.json").write_text(json.dumps({"again": False, "attempt": 1}))
+    (run_dir / "job").mkdir()
+    node = {"job": {"nodes": 1, "name": "r"}, "placed": {"run_dir": str(run_dir), "restarts": 2}, "titan": {}}
+    (run_dir / "job/node.json").write_text(json.dumps(node))
+    assert again.main([str(run_dir), "begin", "--job", "7", "--began", "2000000000"]) == 0
+    assert not (run_dir / "end.json").exists() and (run_dir / "attempts/1/end.json").exists()
+
+
+def test_a_move_that_was_cut_off_at_its_very_end(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "attempt.json").write_text(json.dumps({"cause": "killed", "again": True}))
+    archive(run_dir)
+    (run_dir / "attempts/1").rename(run_dir / "attempts/.1")
+    assert again.main([str(run_dir), "begin", "--job", "7"]) == 0
     assert capsys.readouterr().out == "2\n"
+    assert json.loads((run_dir / "attempts/1/attempt.json").read_text())["cause"] == "killed"

@@ -84,7 +84,7 @@ SICK = {
     "memory errors": Sick("ecc", "0", "3", "GPU 2: 3 uncorrected memory errors"),
     "memory errors, dealt with": Sick("ecc", "0", "3", "", "GPU 2: 3 uncorrected", action="None"),
     "memory errors, action not said": Sick("ecc", "0", "3", "GPU 2: 3 uncorrected", action="[N/A]"),
-    "reset": Sick("recovery", "None", "Reset", "GPU 2 has a fault, for which the driver asks for: Reset"),
+    "reset": Sick("recovery", "None", "Reset", "GPU 2 has a fault, the driver asks for: Reset"),
     "reboot": Sick("recovery", "None", "Reboot", "the driver asks for: Reboot"),
     "drain": Sick("recovery", "None", "Drain P2P", "the driver asks for: Drain P2P"),
     "drain and reset": Sick("recovery", "None", "Drain and Reset", "the driver asks for: Drain and Reset"),
@@ -118,7 +118,7 @@ PROCESS = {"processes": f"{UUIDS[2]}, 4711\n"}
         ("2049", "x86_64", {}, "GPU 2: 2.0 GiB of its memory are in use", ""),
         # Grace's kernel keeps its page cache there, too: only a process is somebody else
         ("4000", "aarch64", PROCESS, "", ""),
-        ("40000", "aarch64", {}, "", "by no process that is seen"),
+        ("40000", "aarch64", {}, "", "but by no process"),
         ("40000", "aarch64", PROCESS, "somebody else (process 4711)", ""),
     ],
 )
@@ -172,7 +172,7 @@ def test_no_text_breaks_the_parser(text: str, group: str) -> None:
 
 @pytest.mark.parametrize("alarm", ["[GPU requires reset]", "[GPU is lost]"])
 def test_a_broken_gpu_whose_values_are_an_alarm(alarm: str) -> None:
-    said = f"GPU 2 has a fault, nvidia-smi says in the place of its values: {alarm[1:-1]}"
+    said = f"GPU 2 has a fault, nvidia-smi reports: {alarm[1:-1]}"
     lost = general().replace(UUIDS[2], alarm)  # even its name
     for text in (general(used=alarm, temp=alarm), lost):
         found = health.judge_gpus(smi.join({"general": text}), "h", alone=False, arch="x86_64")
@@ -190,7 +190,7 @@ LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.
     [
         (
             f"echo 'GPU-0, 0'; echo '{LOST.replace('. ', '.  ')}'; exit 15",
-            f"a GPU does not answer any more: nvidia-smi ended with 15: {LOST}",
+            f"a GPU no longer answers: nvidia-smi ended with 15: {LOST}",
             "",
         ),
         ("sleep 60", "", "general (did not answer within 3 s)"),
@@ -213,7 +213,7 @@ def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
     health.look(asked(nodes=1, gpus=4), "gpu001", {}, {}, found)
     assert [one["what"] for one in found.problems] == ([problem] if problem else [])
     told = [one["what"] for one in found.warnings]
-    assert [what.startswith(f"nvidia-smi does not say: {warning}") for what in told] == ([True] if warning else [])
+    assert [what.startswith(f"nvidia-smi does not tell: {warning}") for what in told] == ([True] if warning else [])
 
 
 def test_gpus_that_are_hidden_from_the_job_are_not_judged() -> None:

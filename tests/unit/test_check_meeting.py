@@ -112,7 +112,7 @@ def test_who_does_not_come_is_not_waited_for_longer_than_the_limit() -> None:
     with meeting.hosted() as host:
         meeting.comes(2)
         assert sorted(host.gather(1.0)) == [2]
-    assert meeting.heard[2] == "node 0 has gone before it gave its verdict"
+    assert meeting.heard[2] == "node 0 went away before it gave its verdict"
 
 
 def test_bad_news_shortens_the_waiting() -> None:
@@ -247,7 +247,7 @@ REFUSED, TIMEOUT = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refuse
 )
 def test_a_firewall_is_told_within_minutes(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network(monkeypatch, error)
-    with pytest.raises(Lost, match=r"node 0 at 10\.0\.0\.1:10007 is silent, not even refusing") as lost:
+    with pytest.raises(Lost, match=r"node 0 at 10\.0\.0\.1:10007 does not answer or even refuse") as lost:
         Guest("10.0.0.1", 10007, "7", 1, 900)
     assert network.now < 140 and "ip route get 10.0.0.1" in lost.value.fix and "10000 to 29999" in lost.value.fix
 
@@ -258,7 +258,7 @@ def test_a_node_0_that_has_refused_may_take_its_time(errors: list[OSError], monk
     network = Network(monkeypatch, *errors)
     with pytest.raises(Lost, match="did not answer within 900 s") as lost:
         Guest("10.0.0.1", 10007, "7", 1, 900)
-    assert network.now > 880 and lost.value.fix == "the log of node 0"
+    assert network.now > 880 and lost.value.fix == "look at the log of node 0"
 
 
 def test_the_meeting_is_at_a_port_that_linux_gives_to_nobody_else() -> None:

@@ -62,8 +62,8 @@ def test_a_healthy_job() -> None:
 @pytest.mark.parametrize(
     ("metric", "value", "said"),
     [
-        ("product_tflops", 500.0, "GPU 3: matrix product at 500 TFLOP/s, the median of the job is 653"),
-        ("copy_gbs", 1200.0, "GPU 3: memory copy at 1200 GB/s, the median of the job is 2402"),
+        ("product_tflops", 500.0, "GPU 3: matrix product at 500 TFLOP/s, but the job's median is 653"),
+        ("copy_gbs", 1200.0, "GPU 3: memory copy at 1200 GB/s, but the job's median is 2402"),
     ],
 )
 def test_a_slow_gpu_is_named_and_its_node_unfit(metric: str, value: float, said: str) -> None:
@@ -200,7 +200,7 @@ def test_nodes_that_never_came_are_named(nodes: int, absent: int, fault: str) ->
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"torch": "2.13.0"}, "the nodes differ in torch: '2.13.0' on gpu001, else 2.14.1"),
+        ({"torch": "2.13.0"}, "the nodes differ in torch: '2.13.0' on gpu001, elsewhere 2.14.1"),
         ({"warnings": [warning("space", "5.0 GiB are free")]}, "5.0 GiB are free"),
     ],
 )

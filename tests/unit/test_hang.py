@@ -92,7 +92,7 @@ CASES = {
     ),
     "says nothing": Case(
         of_four(groups=None),
-        "rank 2 (b, GPU 0) answers nothing, as if a library held it; 3 others wait in all-reduce 8",
+        "rank 2 (b, GPU 0) does not answer, as if a library call never returned; 3 others wait in all-reduce 8",
     ),
     "queued on its GPU, begun by the others": Case(
         [on("a", rank(0, begun=True), rank(1, begun=True)), on("b", rank(2), rank(3, begun=True))],
@@ -112,7 +112,7 @@ CASES = {
             on("b", rank(1), reaches_head=False),
             on("c", rank(2), reaches_head=True),
         ],
-        "node b does not reach the first node over the network; 3 others wait in all-reduce 8",
+        "node b cannot reach the first node over the network; 3 others wait in all-reduce 8",
         ("a", "b", "c"),
     ),
     "the first node itself": Case(
@@ -121,7 +121,7 @@ CASES = {
             on("b", rank(1), reaches_head=False),
             on("c", rank(2), reaches_head=False),
         ],
-        "node a does not reach the first node over the network; 3 others wait in all-reduce 8",
+        "node a cannot reach the first node over the network; 3 others wait in all-reduce 8",
         ("a", "b", "c"),
     ),
 }

@@ -112,7 +112,7 @@ def test_an_old_driver_is_passed_by_force_alone(launch: Launch, image: Path) -> 
         "needs driver 580, the nodes have 570.1: it runs there only with NVIDIA's forward compatibility"
         in refused.stderr
     )
-    assert "--force submits it all the same" in refused.stderr
+    assert "--force submits it anyway" in refused.stderr
     forced = launch(*old, "--force")
     assert forced.returncode == 0 and "warning: CUDA 13.0 in the image needs driver 580" in forced.stderr
 

@@ -290,7 +290,7 @@ CASES = {
         {"node0": VICTIM, "node1": USED_WRONGLY}, "nccl-misuse", cause="invalid way: Duplicate GPU"
     ),
     "NCCL's own check": Case(
-        {"node0": GOODBYE, "node1": INTERNAL}, "nccl-internal", cause="of its own: No path : rank"
+        {"node0": GOODBYE, "node1": INTERNAL}, "nccl-internal", cause="an internal check of NCCL failed: No path : rank"
     ),
     "NCCL lost its peer": Case({"node0": STEP + NCCL % "remote process exited" + THROWN}, "nccl-peer-gone"),
     "a timeout at the start": timeout(300000, "comm.init_timeout_seconds="),

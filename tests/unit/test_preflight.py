@@ -127,9 +127,7 @@ CASES = {
         ),
         Case("gpu-type", run("b200"), four(gres="gpu:h200:8"), "for B200, but Slurm reports h200", "--gpu h200"),
         Case("gpu-type", run("b200"), four(features=("H100",)), "h100", "--gpu h100"),
-        Case(
-            "gpu-memory", SMALL, four(gres="gpu:a100_40gb:8"), "GPUs there have 39.4 (gpu:a100_40gb:8)", "launcher plan"
-        ),
+        Case("gpu-memory", SMALL, four(gres="gpu:a100_40gb:8"), "in Slurm say 39.4 (gpu:a100_40gb:8)", "launcher plan"),
         Case("architecture-other", run("gb200", runtime="bare"), four(), "x86_64", "--gpu"),
         Case("nodes-not-yet", run(), cluster(), "has 0: the job waits until more nodes come up", "sinfo -s"),
         Case("architecture-other", run(), plus(ARM64), "4 of x86_64, 1 of aarch64", "--exclude"),
@@ -168,7 +166,7 @@ CASES = {
         Case("segment-above-block", SEGMENT_4, racks(), "largest block has 2 nodes", "--segment 2"),
         Case("nodes-in-no-block", run("gb200", 2), BLOCKLESS, "3 nodes of partition batch are in no block", "scontrol"),
         Case("nodes-in-no-block", run("gb200", 2), BLOCKLESS, "topology: a1, a2, a3", "topology.yaml"),
-        Case("nodes-in-no-block", run("gb200", 2), BLOCKLESS, "nodes are idle; no nodes in rack-2", "reconfigure"),
+        Case("nodes-in-no-block", run("gb200", 2), BLOCKLESS, "is not available; no nodes in rack-2", "reconfigure"),
     ],
 }
 
@@ -270,7 +268,7 @@ def test_the_refusal_names_all_errors_and_offers_force_only_where_it_helps() -> 
     assert both and both.what.startswith("--nodelist names 2 nodes") and "--force" not in both.fix
     assert both.original == "files: p is not on this machine; f"
     one = refusal([may_wait], False)
-    assert one and one.fix == "f; --force submits it all the same"
+    assert one and one.fix == "f; --force submits it anyway"
 
 
 @pytest.mark.parametrize(
@@ -338,7 +336,7 @@ def test_a_batch_for_80_gb_does_not_fit_40(launch: Launch, slurm: Fake, image: P
         done = launch(command, *a100)
         assert done.returncode == ExitStatus.INVALID, done.stdout + done.stderr
         assert "only 38 of a GPU's memory can be used" in done.stdout + done.stderr
-        assert command == "sweep" or "GPUs there have 39.4 (gpu:a100_40gb:8)" in done.stdout + done.stderr
+        assert command == "sweep" or "names in Slurm say 39.4 (gpu:a100_40gb:8)" in done.stdout + done.stderr
     assert "of 39.4 " in launch("plan", *a100, "--partition", "batch").stdout
     assert "of 79.2 " in launch("plan", *a100).stdout  # of no cluster
     (image.parent / "c.toml").write_text('[job]\ngpu = "a100"\n')

@@ -100,7 +100,7 @@ TRAPS = {
         "--env LD_PRELOAD=/usr/lib/libnccl.so: the container does not have the host's library",
     ),
     "a mount that is not here": (("--mount", "/nowhere/at/all:/x"), "--mount /nowhere/at/all: not on this machine"),
-    "the Hub without a token": (("--data", "hub"), "--data hub: the ranks ask the Hub without a token"),
+    "the Hub without a token": (("--data", "hub"), "--data hub: the job has no token for the Hub"),
 }
 
 
@@ -119,7 +119,7 @@ def test_a_token_is_not_missed(launch: Launch, fake_slurm: Fake, image: Path) ->
     fake_slurm("sbatch", "echo 42")
     arguments = ("--gpu", "h200", "--image", str(image), *SUBMIT, "--data", "hub", "--env", "HF_TOKEN")
     done = launch("submit", *arguments, HF_TOKEN="hf_x")
-    assert done.returncode == 0 and "without a token" not in done.stderr
+    assert done.returncode == 0 and "no token" not in done.stderr
 
 
 def test_pyxis_never_sees_a_relative_path(launch: Launch, fake_slurm: Fake, image: Path) -> None:

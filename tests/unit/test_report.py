@@ -280,7 +280,7 @@ def test_incomplete_and_published_rows_say_so() -> None:
     rows = dict(re.findall(r'<tr class="(\w+)"[^>]*><th scope="row"><span class="run">(gb200-\w+-cut[^<]*)', text))
     assert rows == {"incomplete": "gb200-17n-cut-short"}
     assert text.count('<tr class="published"') == len(beside(sample(), published())) > 0
-    assert "the run ended TIMEOUT: step 40 of 100" in text and "12 torchtitan runs, of which 3 incomplete" in text
+    assert "the run ended TIMEOUT: step 40 of 100" in text and "12 torchtitan runs, 3 of them incomplete" in text
     assert len(re.findall(r"gb200-9n-nan \(incomplete\)</li>", text)) == 2
 
 

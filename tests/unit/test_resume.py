@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus
+from launcher.commands import submit
+from launcher.commands.asked import looked_at
+from launcher.results.read import outcome_of
+from launcher.runs.directory import Run
+from launcher.runs.phases import Phase, Watcher
+from launcher.scheduler.state import JobState
 from tests.conftest import Launch
 from tests.unit.test_submission import Fake, slurm
 from tests.unit.test_sweep import recorded
@@ -52,7 +58,7 @@ def test_the_next_attempt(launch: Launch, run: Path, image: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "r: Slurm job 101" in done.stdout and "from the beginning" in done.stdout
     assert sorted(path.name for path in (run / "attempts/1").iterdir()) == [
-        *("claim", "end.json", "job.json", "logs", "nodes"),
+        *("claim", "end.json", "intent.json", "job", "job.json", "job.sbatch", "logs", "nodes", "run.toml"),
     ]
     assert not (run / "claim").exists() and not (run / "end.json").exists()
     assert json.loads((run / "job.json").read_text())["job_id"] == "101"
@@ -74,11 +80,9 @@ def test_not_while_it_goes_on(launch: Launch, run: Path) -> None:
 def test_what_sbatch_refuses_stays_as_it_was(launch: Launch, run: Path, slurm: Fake) -> None:
     slurm("sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1")
     before = files(run)
-    done = launch("resume", "r", API_TOKEN="hidden")
+    done = launch("resume", "r", "--steps", "200", API_TOKEN="hidden")
     assert done.returncode == ExitStatus.CLUSTER and "[sbatch-refused]" in done.stderr
-    after = files(run)
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed <= {"intent.json", "run.toml"} and "secret.env" not in after
+    assert files(run) == before
     assert json.loads(launch("status", "r", "--json").stdout)["state"] == "FAILED"
 
 
@@ -121,3 +125,28 @@ def test_a_copy_is_not_resumed(launch: Launch, run: Path) -> None:
     assert "[run-copied]" in done.stderr
     os.rename(run, run.with_name("moved"))
     assert "[run-copied]" in launch("resume", "moved", API_TOKEN="hidden").stderr
+
+
+def test_two_at_once(launch: Launch, run: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has looked at the run before the first has submitted it."""
+
+    def meanwhile(*asked: Any) -> Any:
+        monkeypatch.setattr(submit, "looked_at", looked_at)
+        assert launch("resume", "r", alone=True, API_TOKEN="hidden").returncode == 0
+        return looked_at(*asked)
+
+    monkeypatch.setattr(submit, "looked_at", meanwhile)
+    done = launch("resume", "r", API_TOKEN="hidden")
+    assert done.returncode == ExitStatus.INVALID and "[run-active]" in done.stderr
+    assert len((image.parent / "jobs.txt").read_text().splitlines()) == 2  # another's, and one of the run
+
+
+def test_times_are_those_of_the_first_submission(launch: Launch, run: Path) -> None:
+    """But the wait for the next job begins with the next submission."""
+    intent = json.loads((run / "intent.json").read_text())
+    (run / "intent.json").write_text(json.dumps(intent | {"at": 1_790_000_000}))
+    assert launch("resume", "r", API_TOKEN="hidden").returncode == 0
+    outcome = outcome_of(Run(run), JobState("FAILED", ""))
+    assert outcome and outcome.date == "2026-09-21T14:13:20Z"
+    standing = Watcher(Run(run)).look(JobState("PENDING", ""))[-1]
+    assert standing.began[Phase.QUEUED] == json.loads((run / "intent.json").read_text())["at"]

@@ -97,6 +97,19 @@ def test_what_would_break_the_run_is_refused(launch: Launch, image: Path, item: 
     assert f"try: {fix}" in done.stderr if fix else "try:" not in done.stderr
 
 
+def test_a_run_that_continues_needs_the_signal_and_checkpoints(launch: Launch, image: Path) -> None:
+    """Without either, it would be trained from step 1 up to the time limit again and again, or not be continued."""
+    whole = ("render", *RUN, "--continue", "2", "--checkpoint-every", "10")
+    assert "--signal=B:USR1@" in launch(*whole).stdout
+    assert "needs sbatch's --signal" in launch(*whole, "--sbatch", "signal=TERM@60").stderr
+    assert "try: --checkpoint-every STEPS" in launch(*whole[:-2]).stderr
+
+
+def test_spares_are_a_choice_without_restarts_too(launch: Launch, image: Path) -> None:
+    script = launch("render", *RUN, "--spares", "1", "--max-restarts", "0").stdout
+    assert "export TITAN_NODES=${#hosts[@]}" in script
+
+
 @pytest.mark.parametrize("item", ["comment=hf_" + "a" * 30, "my-token=abcdefgh"])
 def test_secrets_are_refused_and_not_shown(launch: Launch, image: Path, item: str) -> None:
     done = launch("render", *RUN, "--sbatch", item)

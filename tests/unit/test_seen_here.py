@@ -99,7 +99,7 @@ def test_what_every_node_would_refuse_needs_force(
     code, stderr = submit(launch, image, *options)
     assert code == ExitStatus.INVALID and not (workplace / "runs").exists()
     assert said.format(here=workplace) in stderr and "-unfit]" in stderr
-    assert "launcher stage" in stderr and "run.toml" not in stderr and "--force submits it all the same" in stderr
+    assert "launcher stage" in stderr and "run.toml" not in stderr and "--force submits it anyway" in stderr
     code, stderr = submit(launch, image, *options, "--force")
     assert code == 0 and said.format(here=workplace) in stderr
 

@@ -91,6 +91,9 @@ def test_a_damaged_verdict_breaks_nothing(broken: Path, launch: Launch, text: st
     assert "gpu7" in launch("status", "broken").stderr
 
 
+QUOTED = 'a value "in quotes"'
+
+
 def packed(path: Path) -> dict[str, str]:
     with tarfile.open(path) as tar:
         members: list[Any] = [(member.name, tar.extractfile(member)) for member in tar.getmembers()]
@@ -100,19 +103,28 @@ def packed(path: Path) -> dict[str, str]:
 def test_an_archive_holds_no_secret(broken: Path, launch: Launch, workplace: Path) -> None:
     token = "hf_" + "a" * 30
     (broken / "secret.env").write_text("export MY_TOKEN=hunter2hunter2\n")
-    (broken / "run.toml").write_text('proxy = "http://ada:hunter2@proxy:3128"\n')
+    (broken / "run.toml").write_text('secret_env = ["MINE"]\nproxy = "http://ada:hunter2@proxy:3128"\n')
     (broken / "logs" / "0001-gpu8.log").write_text(f"used {token}\nand opensesame99\n")
+    key = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nkR7q\n-----END RSA PRIVATE KEY-----"
+    (broken / "logs" / "0002-gpu9.log").write_text(f"hunter2hunter2\n{json.dumps(QUOTED)}\n{key}\n")
+    half = f"{'y' * 79}\n" * (1 << 16)
+    (broken / "logs" / "0003-gpu9.log").write_text(f"{half[: (1 << 20) - 5]}{token} {half}")
+    outside = broken.with_name("outside")
+    outside.mkdir()
+    (outside / "more.json").write_text("outside")
+    os.symlink(outside, broken / "attempts")
     (broken / "titan" / "checkpoint").mkdir(parents=True)
     (broken / "titan" / "checkpoint" / "weights.json").write_text("weights")
     (broken / "data").mkdir()
     (broken / "data" / "shard.json").write_text("data")
     os.symlink("/etc/passwd", broken / "logs" / "link.log")
     os.mkfifo(broken / "logs" / "pipe.log")
-    done = launch("archive", "broken", DB_PASSWORD="opensesame99")
+    done = launch("archive", "broken", DB_PASSWORD="opensesame99", DB_PWD="opensesame", MINE=QUOTED)
     assert done.returncode == 0 and "broken.tar.gz" in done.stdout, done.stderr
     files = packed(workplace / "broken.tar.gz")
     text = "".join(f"{name} {body}" for name, body in files.items())
-    assert not [word for word in ("hunter2", token, "opensesame99", "secret.env", "root:", "weights") if word in text]
+    secrets = ("hunter2", "hf_a", "opensesame99", "secret.env", "in quo", "kR7q")
+    assert not [word for word in (*secrets, "root:", "weights", "outside") if word in text]
     assert files["broken/logs/0001-gpu8.log"] == "used (hidden)\nand (hidden)\n"
     assert {"broken/run.toml", "broken/nodes/hang.json", "broken/job/node.json", "broken/about.json"} <= files.keys()
     assert json.loads(files["broken/about.json"])["nodes"][0]["xid"] == 79
