@@ -78,7 +78,7 @@ class Seen:
     culprits: tuple[str, ...]
     why_not: str
     steps: tuple[tuple[tuple[int, float], ...], ...]
-    seconds: float  # from the start of the first attempt to the end of the last
+    seconds: float | None  # from the start of the first attempt to the end of the last, where that is known
 
     @property
     def kept(self) -> list[tuple[int, float]]:
@@ -346,14 +346,14 @@ class Scene:
         for record in records[: -1 if state == "COMPLETED" else None]:
             record.setdefault("cause", "?")
         ends = [value for folder in folders if (value := _json(folder / "end.json"))]
-        began = min([*(one["began_at"] for one in (*records, *ends) if "began_at" in one)], default=0)
+        began = records[0].get("began_at") or _json(folders[0] / "end.json").get("began_at")
         return Seen(
             state,
             tuple(str(one.get("cause", "")) for one in records),
             tuple(dict.fromkeys(host for one in records for host in one.get("culprits", []))),
             str(records[-1].get("why_not", "")),
             tuple(tuple(_steps(folder / "logs")) for folder in folders),
-            ends[-1]["ended_at"] - began if ends else 0,
+            ends[-1]["ended_at"] - began if ends and began else None,
         )
 
 
@@ -435,7 +435,8 @@ def note(case: Case, seen: Seen, whole: Seen, wrong: list[str]) -> None:
     page = Path(name)
     expected = _words(case.state, case.causes, case.why_not)
     came = f"**{'; '.join(wrong)}**" if wrong else _words(seen.state, seen.causes, seen.why_not)
-    numbers = f"{len(seen.causes)} | {max(0, seen.repeated)} | {max(0.0, seen.seconds - whole.seconds):.0f}"
+    lost = "?" if seen.seconds is None else f"{max(0.0, seen.seconds - (whole.seconds or 0)):.0f}"
+    numbers = f"{len(seen.causes)} | {max(0, seen.repeated)} | {lost}"
     row = f"| {case.name} | {case.what} | {expected} | {came} | {numbers} |"
     lines = page.read_text().splitlines() if page.exists() else [*HEAD]
     places = [place for place, line in enumerate(lines) if line.startswith(f"| {case.name} |")]
