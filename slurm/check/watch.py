@@ -122,7 +122,8 @@ class Watch:
         asked, silence_s = f"{self.attempt}{self.number}", now - self.pace.stepped
         write(self.board, {"ask": asked, "end": False})
         self.answer(asked)
-        hosts = self.chosen or [one["host"] for one in map(read, self.run_dir.glob("nodes/[0-9]*.json"))]
+        records = map(read, self.run_dir.glob("nodes/[0-9]*.json"))
+        hosts = self.chosen or [one["host"] for one in records if "host" in one]  # NFS may lose sight of one
         found: list[dict[str, Any]] = []
         deadline = time.monotonic() + OTHERS_S
         while len(found) < self.node["job"]["nodes"] and time.monotonic() < deadline:
