@@ -189,6 +189,14 @@ def test_the_rules_of_a_pyxis_job() -> None:
     assert "\nset -euo pipefail\n" in script and "ENROOT_LOGIN_SHELL=no" in script and "export=NIL" in script
 
 
+def test_every_step_has_the_jobs_environment() -> None:
+    """sbatch --export=NIL holds for srun, too: a step that does not say otherwise has no PATH."""
+    scripts = [path.read_text(encoding="utf-8").replace("\\\n", " ") for path in HERE.glob("slurm-*.sbatch")]
+    steps = [line for text in scripts for line in text.splitlines() if re.search(r"^[^#]*\bsrun +-", line)]
+    assert len(steps) > len(scripts)
+    assert [line for line in steps if "--export=ALL" not in line] == []
+
+
 def test_no_secret_and_no_clock() -> None:
     spec = spec_of("slurm-gb200-everything", "gb200", "pyxis")
     assert render(spec) == render(spec)
