@@ -200,7 +200,7 @@ def _culprit_of_hang(run_dir: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`begin`: prints the number of the attempt that begins, and its nodes. `refused`: the job could not be queued again.
+    """`begin`: prints the number of the attempt that begins, and its nodes. `refused`: it could not be queued again.
 
     `end`: prints what follows the attempt that has ended, as "again HOST...", "requeue HOST,...", "stop", or "done"
     where training had reached its end.
