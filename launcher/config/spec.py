@@ -219,7 +219,7 @@ TITAN_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 SCRIPTS_OWN = {
     *("PATH", "run_dir", "job_id", "began_at", "signal", "step", "code", "slurm", "home", "name", "problem", "end"),
     *("hosts", "peer", "node_addr", "mark", "pid", "UID", "EUID", "PPID", "SHELLOPTS", "IFS", "ENV"),
-    *("restart", "attempt", "attempt_began", "time_is_up", "allocated", "nodelist", "in_job"),
+    *("restart", "attempt", "attempt_began", "time_is_up", "allocated", "nodelist", "in_job", "verdict"),
 }
 SLURM_WORD = r"[A-Za-z0-9_.,@+/:-]*"
 SLURM_NODES = r"[A-Za-z0-9_.,\[\]-]*"

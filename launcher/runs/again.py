@@ -200,7 +200,7 @@ def _culprit_of_hang(run_dir: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`begin`: prints the number of the attempt that begins. `refused`: the job could not be queued again.
+    """`begin`: prints the number of the attempt that begins, and its nodes. `refused`: it could not be queued again.
 
     `end`: prints what follows the attempt that has ended, as "again HOST...", "requeue HOST,...", "stop", or "done"
     where training had reached its end.
@@ -221,8 +221,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     node = read_json(run_dir / "job" / "node.json") or {}
     limits = limits_of(node)
-    past = [record for path in past_attempts(run_dir) if (record := read_json(path / "attempt.json"))]
-    past = [record for record in past if record.get("job_id") == asked.job]
+    past = _past(run_dir, asked.job)
     if asked.what == "begin":
         return _begin(run_dir, node, past, limits, asked)
     lost = sorted({*asked.allocated.split()} - {*asked.alive.split()})
@@ -242,6 +241,12 @@ def main(arguments: Sequence[str]) -> int:
         archive(run_dir)
     print(following.word, (" " if following.word == "again" else ",").join(following.hosts))
     return 0
+
+
+def _past(run_dir: Path, job: str) -> list[dict[str, Any]]:
+    """The attempt.json of a job's earlier attempts, oldest first."""
+    records = (read_json(path / "attempt.json") or {} for path in past_attempts(run_dir))
+    return [record for record in records if record.get("job_id") == job]
 
 
 def limits_of(node: Mapping[str, Any]) -> Limits:
@@ -271,7 +276,11 @@ def _begin(run_dir: Path, node: Mapping[str, Any], past: list[dict[str, Any]], l
             if following.word == "stop":
                 return 1
         archive(run_dir)
-    print(_number(run_dir))
+    # Slurm may give a node that was left out to the job again; where too few others are left, the check decides.
+    bad = {host for record in _past(run_dir, asked.job) for host in _texts(record.get("culprits"))}
+    hosts = asked.allocated.split()
+    left = [host for host in hosts if host not in bad]
+    print(_number(run_dir), *(left if len(left) >= limits.nodes else hosts))
     return 0
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.spec import RunSpec
 from launcher.runs import control
+from launcher.runs import directory as runs
 from launcher.runs.again import checkpoint_step
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
@@ -48,4 +49,7 @@ def check_ended(run: Run) -> JobState:
     if not (state.known or state.gone):
         what = f"nobody knows whether {run.name} has ended: {state.reason}"
         raise LauncherError("run-active", what, "scontrol ping", status=ExitStatus.JOB_UNKNOWN)
+    if (run.intent or {}).get("in_doubt") and not (run.job or run.claimed_by) and runs.age_s(run) < control.DOUBT_S:
+        what = f"Slurm may still have the job of {run.name}: it did not answer when it was submitted"
+        raise LauncherError("in-doubt", what, "wait for an hour", status=ExitStatus.CLUSTER)
     return state

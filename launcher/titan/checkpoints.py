@@ -200,4 +200,5 @@ def watch(folder: Path, say: Callable[[str], None], every_s: float = WATCH_S) ->
 
 def _newest(folder: Path) -> int:
     """By its .metadata alone, as torchtitan finds it; 0 where there is none."""
-    return max((int(path.parent.name[5:]) for path in folder.glob("step-*/.metadata")), default=0)
+    steps = (STEP.fullmatch(path.parent.name) for path in folder.glob("step-*/.metadata"))
+    return max((int(step[1]) for step in steps if step), default=0)

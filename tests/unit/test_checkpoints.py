@@ -441,6 +441,8 @@ os.execvp("cat", ["cat"])
 def test_after_each_checkpoint_the_job_says_when_the_next_does_not_fit(tmp_path: Path) -> None:
     """The watcher outlives an exec, as of torchrun, and ends with it."""
     folder = tmp_path / "checkpoint"
+    (folder / "step-best").mkdir(parents=True)  # somebody's own copy
+    (folder / "step-best/.metadata").touch()
     source = str(Path(checkpoints.__file__).parent.parent)
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, source, str(folder)],
@@ -452,7 +454,6 @@ def test_after_each_checkpoint_the_job_says_when_the_next_does_not_fit(tmp_path:
     with process.stdin:
         assert process.stdout.readline() == "READY\n"
         whole = write_checkpoint(tmp_path / "made", 4)
-        folder.mkdir()
         whole.rename(folder / "step-4")
         line = process.stdout.readline()
         assert line.startswith("titan-checkpoint: warn step=4 ") and "does not fit" in line

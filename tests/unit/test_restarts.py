@@ -22,8 +22,9 @@ ANSWERS = """case "$*" in
 esac"""
 GETENT = 'echo "10.0.0.7 STREAM node"'
 SINFO = "printf '%s idle\\n' n1 n10 n3 n4"
-# A node that answers starts `true`; a step does what its number says.
+# A node that answers starts `true`; another one stands guard; a step does what its number says.
 SRUN = """case "$*" in
+*" bash -c "*) exit 0 ;;
 *" true") case " $(cat HERE/dead) " in *"nodelist=${4#*=} "*) exit 1 ;; esac; exit 0 ;;
 esac
 echo step >>HERE/steps
@@ -36,7 +37,7 @@ with open(here / "asked", "a") as asked:
 if (here / "script").exists():  # its process is to be told of the time limit now
     os.kill(int((here / "script").read_text()), signal.SIGUSR1)
     (here / "script").unlink()
-verdicts = ["1", *(here / "verdicts").read_text().splitlines()]
+verdicts = ["1 n1 n10", *(here / "verdicts").read_text().splitlines()]
 print(verdicts[len((here / "asked").read_text().splitlines()) - 1])
 """
 

@@ -18,7 +18,7 @@ from launcher.runs.directory import Run
 from launcher.runs.phases import Phase, Watcher
 from launcher.scheduler.state import JobState
 from tests.conftest import Launch
-from tests.unit.test_submission import Fake, slurm
+from tests.unit.test_submission import SBATCH, Fake, slurm
 from tests.unit.test_sweep import recorded
 
 __all__ = ["recorded", "slurm"]  # fixtures
@@ -93,6 +93,12 @@ def test_a_job_of_before_is_not_taken_for_the_new_one(launch: Launch, run: Path,
     (image.parent / "jobs.txt").write_text(f"100 {name} FAILED\n")
     assert "[in-doubt]" in launch("resume", "r", API_TOKEN="hidden").stderr
     assert not (run / "job.json").exists()
+    assert launch("cancel", "r").returncode == 0  # with its claim
+    slurm("sbatch", SBATCH)
+    assert "[in-doubt]" in launch("resume", "r", API_TOKEN="hidden").stderr, "it would take the claim away"
+    intent = json.loads((run / "intent.json").read_text())
+    (run / "intent.json").write_text(json.dumps(intent | {"at": intent["at"] - 3600}))
+    assert launch("resume", "r", API_TOKEN="hidden").returncode == 0
 
 
 @pytest.mark.parametrize(
