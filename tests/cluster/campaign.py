@@ -452,5 +452,5 @@ HEAD = (
 
 def _words(state: str, causes: Sequence[str], why_not: str) -> str:
     """`COMPLETED after killed`, `FAILED (no-progress) after killed, killed, killed`."""
-    named = ", ".join(cause.replace("|", " or ").replace("?", "no word") for cause in causes if cause)
+    named = ", ".join(cause.strip("|").replace("|", " or ").replace("?", "no word") for cause in causes if cause)
     return state + (f" ({why_not})" if why_not else "") + (f" after {named}" if named else "")
