@@ -493,7 +493,7 @@ CASES = [
         ("loss-not-finite",),
         FAILS,
         "cause",
-        options=_kept("--set", "recipe.lr=1e30"),
+        options=_kept("--set", "optimizer.param_groups.0.optimizer_kwargs.lr=1e30"),
         orders=(),
         reaches=1,
         other_losses=True,
