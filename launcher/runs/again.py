@@ -224,7 +224,9 @@ def main(arguments: Sequence[str]) -> int:
     past = _past(run_dir, asked.job)
     if asked.what == "begin":
         return _begin(run_dir, node, past, limits, asked)
-    lost = sorted({*asked.allocated.split()} - {*asked.alive.split()})
+    # In Slurm's order: the first is the node where the others meet, and srun sorts what it is given.
+    alive = tuple(host for host in asked.allocated.split() if host in asked.alive.split())
+    lost = sorted({*asked.allocated.split()} - {*alive})
     cause = cause_of(run_dir, asked.code, lost, len(asked.started.split()))
     if cause.completed:  # while the step ended, a node was lost, or failed
         print("done")
@@ -232,7 +234,7 @@ def main(arguments: Sequence[str]) -> int:
     if asked.time_is_up:
         cause = Cause(TIME, True, lost)
     step, culprits = checkpoint_step(run_dir, node), tuple(dict.fromkeys(cause.culprits))
-    ending = Ending(cause.code, cause.makes_sense, step, culprits, tuple(asked.alive.split()))
+    ending = Ending(cause.code, cause.makes_sense, step, culprits, alive)
     following = decide(ending, past, limits)
     record = _record(ending, following, asked.attempt, asked.job, asked.started.split(), asked.began, asked.code)
     write_json(run_dir / "attempt.json", record)

@@ -196,3 +196,14 @@ def test_a_move_that_was_cut_off_at_its_very_end(run_dir: Path, capsys: pytest.C
     assert again.main([str(run_dir), "begin", "--job", "7"]) == 0
     assert capsys.readouterr().out == "2\n"
     assert json.loads((run_dir / "attempts/1/attempt.json").read_text())["cause"] == "killed"
+
+
+def test_the_nodes_stay_in_slurms_order(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They answer in any: the first one's address is where the others meet, and srun starts them in order."""
+    (run_dir / "job").mkdir()
+    node = {"job": {"nodes": 2, "name": "r"}, "placed": {"run_dir": str(run_dir), "restarts": 2}, "titan": {}}
+    (run_dir / "job/node.json").write_text(json.dumps(node))
+    (run_dir / "logs/job.log").write_text("srun: error: n2: task 1: Killed\n")
+    words = ["--allocated", "n1 n2 n3", "--alive", "n3 n1", "--started", "n1 n2 n3", "--code", "137", "--job", "7"]
+    assert again.main([str(run_dir), "end", *words]) == 0
+    assert capsys.readouterr().out == "again n1 n3\n"
