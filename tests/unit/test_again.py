@@ -200,7 +200,7 @@ def test_a_move_that_was_cut_off_at_its_very_end(run_dir: Path, capsys: pytest.C
 
 def test_the_nodes_stay_in_slurms_order(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They answer in any: the first one's address is where the others meet, and srun starts them in order."""
-    (run_dir / "job").mkdir()
+    (run_dir / "job").mkdir(exist_ok=True)
     node = {"job": {"nodes": 2, "name": "r"}, "placed": {"run_dir": str(run_dir), "restarts": 2}, "titan": {}}
     (run_dir / "job/node.json").write_text(json.dumps(node))
     (run_dir / "logs/job.log").write_text("srun: error: n2: task 1: Killed\n")
