@@ -125,7 +125,7 @@ class Scene:
         env = {"PYTHONPATH": str(ROOT), "SECRET_WORD": "hidden"}
         env["XDG_CONFIG_HOME"] = str(
             self.directory / "config" / self.run
-        )  # bad nodes are remembered for this run alone
+        )  # bad nodes are remembered for it alone
         command = [sys.executable, "-m", "launcher", *arguments]
         done = slurm_run(self.cluster, command, cwd=self.directory, timeout=300, env=env)
         assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
