@@ -123,9 +123,7 @@ class Scene:
 
     def launch(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         env = {"PYTHONPATH": str(ROOT), "SECRET_WORD": "hidden"}
-        env["XDG_CONFIG_HOME"] = str(
-            self.directory / "config" / self.run
-        )  # bad nodes are remembered for it alone
+        env["XDG_CONFIG_HOME"] = str(self.directory / "config" / self.run)  # bad nodes are remembered for it alone
         command = [sys.executable, "-m", "launcher", *arguments]
         done = slurm_run(self.cluster, command, cwd=self.directory, timeout=300, env=env)
         assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
