@@ -64,13 +64,13 @@ def test_fields_of_a_listing(said: dict[str, Any], words: str, hub: Hub, tmp_pat
 
 PAGE = b"<html>sign in</html>"
 ANSWERS = [
-    ([answer(PAGE)], "is no JSON"),
-    ([answer(b"")], "is no JSON"),
-    ([answer(b"[" * 100_000)], "is no JSON"),
-    ([answer(b"9" * 10_000)], "is no JSON"),
+    ([answer(PAGE)], "is not JSON"),
+    ([answer(b"")], "is not JSON"),
+    ([answer(b"[" * 100_000)], "is not JSON"),
+    ([answer(b"9" * 10_000)], "is not JSON"),
     ([answer(b'{"sha": 7}')], "the commit 7"),
     ([answer(b'{"sha": "../../victim"}')], "the commit '../../victim'"),
-    ([passed, answer(PAGE)], "is no JSON"),
+    ([passed, answer(PAGE)], "is not JSON"),
     ([passed, answer(b"{}")], "is no list of files"),
     ([passed, answer(b"[7]")], "is no list of files"),
     ([moved("")] * 6, "HTTP 302"),
@@ -143,8 +143,8 @@ def pages(count: int, pause_s: float = 0) -> Fault:
 
 
 FLOODS: dict[str, tuple[list[Fault], str]] = {
-    "bomb": ([BOMB], "is no JSON"),
-    "bomb as a listing": ([passed, BOMB], "is no JSON"),
+    "bomb": ([BOMB], "is not JSON"),
+    "bomb as a listing": ([passed, BOMB], "is not JSON"),
     "pages without end": ([passed, pages(1000)], "more than 100,000 entries"),
     "empty pages without end": ([passed, pages(0)], "more than 300 entries"),
     "pages that drip": ([passed, pages(0, 0.5)], "no whole listing in 2 s"),

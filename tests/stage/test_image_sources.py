@@ -163,7 +163,7 @@ def test_what_a_release_does_not_prove_is_not_kept(
     assert not list(tmp_path.glob("images/**/*.sqsh*"))
 
 
-@pytest.mark.parametrize(("place", "words"), [("", "is not known"), ("https://me:x@host/r", "without user")])
+@pytest.mark.parametrize(("place", "words"), [("", "is unknown"), ("https://me:x@host/r", "without user")])
 def test_a_launcher_that_knows_no_releases_says_so(place: str, words: str, launch: Launch) -> None:
     done = launch("stage", "image", "--release", "v1", "--arch", "arm64", "--to", "images", LAUNCHER_RELEASES=place)
     assert words in done.stderr and "[releases-unknown]" in done.stderr and "me:x" not in done.stderr

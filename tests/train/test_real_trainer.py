@@ -416,7 +416,9 @@ def test_two_nodes_train_one_model_and_leave_a_checkpoint(python: str, tmp_path:
     outputs = started.finish()
     assert losses(outputs[0]) == losses(outputs[1]) and list(losses(outputs[0])) == [1, 2, 3, 4]
     assert all("dp_shard=4" in output for output in outputs)
-    assert sorted(path.name for path in (run / "titan" / "checkpoint").iterdir()) == ["step-2", "step-4"]
+    assert sorted(path.name for path in (run / "titan" / "checkpoint").iterdir()) == [
+        *("launcher.json", "step-2", "step-4")
+    ]
     assert all((run / "titan" / "checkpoint" / f"step-{step}" / ".metadata").is_file() for step in (2, 4))
     records = [json.loads(path.read_text()) for path in sorted((run / "nodes").glob("0*.json"))]
     assert len(records) == 2 and json.loads((run / "nodes" / "check.json").read_text())["ok"] is True
