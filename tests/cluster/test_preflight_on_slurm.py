@@ -115,7 +115,7 @@ def test_drained_nodes_and_an_estimate(command: Command, slurm: Cluster, user_di
     assert slurm_run(slurm, drain).returncode == 0
     try:
         done = command("submit", *BARE, "--yes", "--name", "three", "--nodes", "3")
-        assert done.returncode == 0 and "3 nodes asked, 2 in service" in done.stderr, done.stderr
+        assert done.returncode == 0 and "3 nodes requested, 2 in service" in done.stderr, done.stderr
         assert f"{slurm.nodes[2]} is drained ({DRAINED}" in done.stderr
         wait_for(lambda: "2 free, 2 out of service" in command("status", "three").stdout, "the reason")
         status = command("status", "three").stdout

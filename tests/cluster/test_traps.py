@@ -117,7 +117,7 @@ def test_it_never_queues(
     [
         (
             ("--env", "LD_PRELOAD=/opt/nccl/libnccl.so"),
-            "--env LD_PRELOAD=/opt/nccl/libnccl.so: a library of the host's",
+            "--env LD_PRELOAD=/opt/nccl/libnccl.so: the container does not have the host's library",
         ),
         (("--data", "hub"), "the job has no token for the Hub"),
     ],
