@@ -6,7 +6,8 @@ import re
 
 # Switches of the libraries that a run is made of, whose values belong into its record.
 PUBLIC = re.compile(
-    r"(NCCL|TORCH|PYTORCH|OMP|KMP|MKL|CUDA|CUBLAS|CUDNN|NVIDIA|NVTE|UCX|GLOO|TP|FI|TRITON|TOKENIZERS|HF_HUB|LAUNCHER)_\w+"
+    r"(NCCL|TORCH|PYTORCH|OMP|KMP|MKL|CUDA|CUBLAS|CUDNN|NVIDIA|NVTE|UCX|GLOO|TP|FI|TRITON|TOKENIZERS|HF_HUB)_\w+"
+    r"|LAUNCHER_\w+"
     r"|PYTHON[A-Z]+|HF_DATASETS_\w+|LD_LIBRARY_PATH|LD_PRELOAD|HF_HOME|HOME|TMPDIR|LANG|TZ"
 )
 # Words, as "_" and "." part them: COMPASS, XAUTHORITY, TOKENIZERS_PARALLELISM and NCCL_IB_PKEY hold none of these.

@@ -70,7 +70,7 @@ def _endings(spec: PlacedRun) -> dict[str, str | None]:
 
 
 def _signal_s(spec: PlacedRun) -> int:
-    """How long before its time limit the job is told of it: to wait for one more checkpoint, and to end."""
+    """How long before its time limit Slurm warns the job, so that it can write one more checkpoint and end."""
     limit_s = seconds(spec.job.time) or 0
     return min(600, limit_s // 4) if spec.recipe.checkpoint_interval else 0
 

@@ -44,7 +44,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file()
     except OSError as error:
-        return error.errno != errno.ELOOP  # anything else is told by the attempt to open it
+        return error.errno != errno.ELOOP  # any other error comes again when it is opened, and is reported then
 
 
 @contextlib.contextmanager

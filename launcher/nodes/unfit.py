@@ -1,4 +1,4 @@
-"""Which nodes of a run failed their check, from its directory, and how that is told."""
+"""Which nodes of a run failed their check, read from its directory, and the message about them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What of a run's time was training that counts, over all its attempts, and where the rest went. Pure functions.
 
-Times are of one node's log lines, of which there is one every `log_freq` steps. What an attempt trained after its last
-line is told as its ending, and what lies behind the last line that counts as lost: goodput may be too low by the time
-of `log_freq` steps for each attempt.
+Times come from one node's log, which has a line every `log_freq` steps. Training after an attempt's last line counts as
+its ending, and training after the last line that is kept counts as lost. So goodput may be too low by the time of
+`log_freq` steps for each attempt.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ TRAVELS = (
     *("__init__.py", "base/*.py", "logs/*.py", "logs/*.toml", "scheduler/*.py", "titan/*.py"),
     *("runs/__init__.py", "runs/again.py", "runs/judged.py"),
 )
+MOST = 10_000  # names in a record: more is damage
 WITHOUT_PROGRESS = 3  # attempts in a row without a new checkpoint, after which the run stops
 LOST, HANG = "node-failure", "hang"
 UNFIT, QUEUED, TIME = "node-unfit", "requeued", "time-limit"  # causes that are treated in their own way
@@ -80,7 +81,7 @@ def decide(now: Ending, past: Sequence[Mapping[str, Any]], limits: Limits) -> Ne
         return Next("stop", why_not="max-restarts")
     if _without_progress(now, past) >= WITHOUT_PROGRESS:
         return Next("stop", why_not="no-progress")
-    bad = {*now.culprits, *(host for one in past for host in _texts(one.get("culprits")))}
+    bad = {*now.culprits, *(host for one in past for host in texts(one.get("culprits")))}
     if now.cause == TIME:
         return Next("requeue", tuple(sorted(bad)))
     left = tuple(host for host in now.alive if host not in bad)
@@ -279,7 +280,7 @@ def _begin(run_dir: Path, node: Mapping[str, Any], past: list[dict[str, Any]], l
                 return 1
         archive(run_dir)
     # Slurm may give a node that was left out to the job again; where too few others are left, the check decides.
-    bad = {host for record in _past(run_dir, asked.job) for host in _texts(record.get("culprits"))}
+    bad = {host for record in _past(run_dir, asked.job) for host in texts(record.get("culprits"))}
     hosts = asked.allocated.split()
     left = [host for host in hosts if host not in bad]
     print(_number(run_dir), *(left if len(left) >= limits.nodes else hosts))
@@ -321,8 +322,9 @@ def _say(record: Mapping[str, Any]) -> None:
     print(f"launcher: attempt {record['attempt']} ended: {cause}; {then}", file=sys.stderr)
 
 
-def _texts(value: object) -> list[str]:
-    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+def texts(value: object) -> tuple[str, ...]:
+    """A record's list of names, bounded; empty where it is none."""
+    return tuple(one[:100] for one in value[:MOST] if isinstance(one, str) and one) if isinstance(value, list) else ()
 
 
 def _count(value: object) -> int:

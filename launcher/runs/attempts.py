@@ -15,10 +15,9 @@ from typing import Any
 from launcher.base.files import read_json
 from launcher.base.output import some
 from launcher.logs.known_errors import known_errors
-from launcher.runs.again import QUEUED, past_attempts
+from launcher.runs.again import QUEUED, past_attempts, texts
 from launcher.runs.directory import Run
 
-MOST = 10_000  # attempts, and hosts of one: more is damage
 WHY_NOT = {  # no further attempt follows
     "cause": "the next one would end in the same way",
     "no-progress": "three in a row wrote no new checkpoint",
@@ -76,12 +75,12 @@ def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float 
     return Attempt(
         number,
         str(path),
-        _texts(Run(path).chosen) or _texts(said.get("hosts")),
+        texts(Run(path).chosen) or texts(said.get("hosts")),
         moment(said.get("began_at")) or max([*starts, *([last] if last else [])], default=None),
         moment(said.get("ended_at")) or moment(end.get("ended_at")),
         code if type(code) is int else None,
         cause := _text(said.get("cause")),
-        _texts(said.get("culprits")),
+        texts(said.get("culprits")),
         step if type(step) is int and 0 <= step <= 10**9 else None,
         again if isinstance(again := said.get("again"), bool) else None,
         _text(said.get("why_not")),
@@ -110,7 +109,3 @@ def moment(value: Any) -> float | None:
 
 def _text(value: Any) -> str:
     return value[:100] if isinstance(value, str) else ""
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(filter(None, map(_text, value[:MOST]))) if isinstance(value, list) else ()

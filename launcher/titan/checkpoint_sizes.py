@@ -56,5 +56,5 @@ if __name__ == "__main__":
         print(json.dumps(sizes(sys.argv[1])))
     except OSError:  # of the file nothing is known
         raise
-    except Exception:
+    except Exception:  # a damaged pickle may raise anything
         sys.exit(NO_METADATA)

@@ -7,6 +7,7 @@ to.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -79,9 +80,8 @@ def _answer(folder: Path, main: int) -> None:
             if (asked := (folder / ASK).read_text()) and asked != answered:
                 answered, said = asked, {"asked": asked, "stack": stack_of(main)}
                 with contextlib.suppress(Exception):  # not every torch has it
-                    from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined,unused-ignore]
-
-                    said["groups"] = groups_of(json.loads(_dump_fr_trace_json()))
+                    c10d: Any = importlib.import_module("torch._C._distributed_c10d")
+                    said["groups"] = groups_of(json.loads(c10d._dump_fr_trace_json()))
                 file = folder / f"{os.environ['RANK']}.json"
                 file.with_suffix(".tmp").write_text(json.dumps(said))
                 os.replace(file.with_suffix(".tmp"), file)

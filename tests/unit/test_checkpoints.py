@@ -216,7 +216,8 @@ def test_room_is_wanted_for_as_many_as_lie_there_at_a_time(case: Asked) -> None:
 # --- settings ---------------------------------------------------------------------------------------------
 
 
-def spec(recipe: Recipe = Recipe(checkpoint_interval=5), titan: dict[str, str] | None = None, **job: Any) -> PlacedRun:  # noqa: B008
+def spec(recipe: Recipe | None = None, titan: dict[str, str] | None = None, **job: Any) -> PlacedRun:
+    recipe = recipe or Recipe(checkpoint_interval=5)
     asked = Job(name="a", runs_dir="/runs", image="/i.sqsh", **job)
     return PlacedRun(job=asked, recipe=recipe, profile=Profile(device="cpu"), titan=titan or {})
 
