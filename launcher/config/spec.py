@@ -376,7 +376,7 @@ def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
         raise bad("job.nodes", "the local scheduler has one node: this machine", "--nodes 1")
     for key in ("spares", "continues"):
         if job.scheduler == "local" and getattr(job, key):
-            raise bad(f"job.{key}", "this machine is not given back and has no other node", "leave it out")
+            raise bad(f"job.{key}", "a local run has one node and no time limit", "leave it out")
     if job.scheduler == "local" and job.runtime == "pyxis":
         raise bad("job.runtime", "Pyxis is a part of Slurm", "--runtime bare, or --runtime apptainer")
     for key, mounts in (("profile.mounts", spec.profile.mounts), ("job.mounts", job.mounts)):
