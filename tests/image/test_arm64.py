@@ -43,7 +43,7 @@ def emulation() -> Iterator[None]:
             if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
                 pytest.skip("emulation needs root and a kernel with binfmt_misc")
             stack.callback(subprocess.run, ["umount", str(docker_engine.BINFMT)], check=True)
-        if not docker_engine.emulates("arm64"):
+        if not docker_engine.emulator("arm64"):
             if not QEMU.exists():
                 pytest.skip("missing Debian package: apt install qemu-user-static")
             (docker_engine.BINFMT / "register").write_text(QEMU.read_text().strip())

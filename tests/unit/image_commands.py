@@ -114,7 +114,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     )
     engine = docker_engine.Engine(SimpleNamespace(api=found), "unix:///made-up.sock", "28.0", "amd64", "Debian")
     monkeypatch.setattr(docker_engine, "connect", lambda: engine)
-    monkeypatch.setattr(docker_engine, "emulates", lambda arch: True)
+    monkeypatch.setattr(docker_engine, "emulator", lambda arch: "qemu")
     return found
 
 

@@ -224,7 +224,7 @@ def test_build_without_mksquashfs_learns_it_first(
 def test_an_architecture_that_nothing_here_runs(
     run: Run, builds: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(docker_engine, "emulates", lambda arch: False)
+    monkeypatch.setattr(docker_engine, "emulator", lambda arch: "")
     done = run("build", "cpu", "--arch", "all")
     assert done.code == ExitStatus.ERROR and "qemu-user-static" in done.stderr and builds == []
 
