@@ -8,11 +8,9 @@ import random
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -312,53 +310,6 @@ def test_a_damaged_image_is_an_error_or_facts(make: Make) -> None:
             assert isinstance(inspect(image), ImageFacts)
         except LauncherError as error:
             assert error.what
-
-
-# --- what would fail on the nodes ----------------------------------------------------------------------------------
-
-GOOD = ImageFacts(
-    "x.sqsh",
-    "aarch64",
-    "sidecar",
-    "zstd",
-    1,
-    "stable",
-    {"torch": "2.14.1", "cuda": "13.0", "torchtitan": "0.3.0"},
-    "580",
-)
-
-
-class Fit(NamedTuple):
-    words: str  # of the problem, "" for none
-    changes: Mapping[str, Any] = MappingProxyType({})
-    arch: str = "aarch64"
-    device: str = "cuda"
-    driver: str = ""
-
-
-CPU = {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "1"}
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Fit("", driver="590.1"),
-        Fit("", arch=""),
-        Fit("", {"arch": ""}, arch="x86_64"),
-        Fit("needs driver 580.65.06", {"driver_min": "580.65.06"}, driver="580.9"),
-        Fit("", device="cpu", driver="570"),
-        Fit("", {"driver_min": None}, driver="470"),
-        Fit("", {"versions": CPU}, device="cpu"),
-        Fit("", {"versions": {"torch": "2.13.0", "torchtitan": "unknown"}}),
-        Fit("no torch and no torchtitan in", {"versions": {}}),
-        Fit("--arch amd64", arch="x86_64"),
-    ],
-)
-def test_problems(case: Fit) -> None:
-    """What else `submit` refuses is in tests/unit/test_image_fits_the_nodes.py."""
-    found = problems(replace(GOOD, **case.changes), case.arch, case.device, case.driver)
-    assert len(found) == bool(case.words)
-    assert case.words in " ".join(f"{what} {fix}" for what, fix in found)
 
 
 # --- small parts ---------------------------------------------------------------------------------------------------

@@ -486,17 +486,29 @@ def test_make_image_is_one_command_for_any_channel_and_architecture() -> None:
     assert "torch" not in planned("CHANNEL=cpu").replace("torchtitan", "")
 
 
-def test_a_failed_step_whose_command_is_printed_is_not_taken_for_the_wrong_architecture() -> None:
-    names = ("stable", "amd64", "debian:12", Path("stable-amd64.txt"))
-    printed = 'The command \'/bin/sh -c if [ ! -e "$lock" ]; then echo "no lock: containers/locks/${lock##*/}"\' failed'
-    assert "is not for amd64" not in building._explain(printed, *names).what
-    assert "is not for amd64" in building._explain("no lock: containers/locks/stable-arm64.txt", *names).what
+class Said(NamedTuple):
+    by_the_build: str
+    what: str
+    fix: str = ""
 
 
-def test_an_emulator_that_crashes_is_named() -> None:
-    names = ("stable", "arm64", "debian:12", Path("stable-arm64.txt"))
-    error = building._explain("qemu: uncaught target signal 11 (Segmentation fault) - core dumped", *names)
-    assert "the emulator" in error.what and "qemu 10" in error.fix
+STEP = 'The command \'/bin/sh -c if [ ! -e "$lock" ]; then echo "no lock: containers/locks/${lock##*/}"\' failed'
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Said(STEP, "the build of channel stable for arm64 failed"),  # the engine prints a failed step's command
+        Said("no lock: containers/locks/stable-amd64.txt", "the base image debian:12 is not for arm64"),
+        Said("qemu: uncaught target signal 11 (Segmentation fault) - core dumped", "the emulator of arm64", "qemu 10"),
+        Said("write /x: no space left on device", "the disk of the Docker engine is full", "docker system prune"),
+        Said("Cannot connect to the Docker daemon at unix:///x", "stopped answering", "systemctl status docker"),
+    ],
+    ids=lambda case: case.what,
+)
+def test_why_a_build_failed(case: Said) -> None:
+    error = building._explain(case.by_the_build, "stable", "arm64", "debian:12", Path("stable-arm64.txt"))
+    assert case.what in error.what and case.fix in error.fix and error.original == case.by_the_build
 
 
 def test_an_old_emulator_is_named_before_the_build(
