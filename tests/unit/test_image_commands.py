@@ -8,9 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import Mock
@@ -29,6 +27,7 @@ from launcher.image import lock as locking
 from launcher.image import registry
 from launcher.image.channels import channels
 from launcher.image.check import Checked
+from launcher.image.registry import Pushed
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.image.squashfs_tools import Ran
 from tests.conftest import ROOT, Launch
@@ -151,34 +150,19 @@ def test_every_command_explains_itself_with_an_example(run: Run, name: str) -> N
         assert listed == ["nightly", "stable", "reference", "cpu"]
 
 
-def test_the_group_is_in_the_launchers_help_and_not_imported_for_it(workplace: Path) -> None:
-    script = (
-        "import sys; from launcher.cli import launcher; launcher.main(['--help'], standalone_mode=False); "
-        "print(*sys.modules)"
-    )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"^  image +Build, convert", out, re.M)
-    assert "launcher.image" not in out.splitlines()[-1].split()
-
-
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("typed", "expected"),
     [
-        (["image", "in"], "plain,inspect"),
-        (["image", "build", "st"], "plain,stable"),
-        (["image", "inspect", "x.sqsh", "--gpu", "gb2"], "plain,gb200"),
-        (["image", "check", "ti"], "file,ti"),
-        (["image", "convert", "titan:cpu-amd64", "-o", "/da"], "file,/da"),
+        ("image in", "plain,inspect"),
+        ("image build st", "plain,stable"),
+        ("image inspect x.sqsh --gpu gb2", "plain,gb200"),
+        ("image check ti", "file,ti"),
+        ("image convert titan:cpu-amd64 -o /da", "file,/da"),
     ],
 )
-def test_shell_completion(launch: Launch, words: list[str], expected: str) -> None:
-    typed = ["launcher", *words]
-    environment = {
-        "_LAUNCHER_COMPLETE": "bash_complete",
-        "COMP_WORDS": " ".join(typed),
-        "COMP_CWORD": str(len(typed) - 1),
-    }
-    assert launch(**environment).stdout.split() == [expected]
+def test_shell_completion(launch: Launch, typed: str, expected: str) -> None:
+    words = {"COMP_WORDS": f"launcher {typed}", "COMP_CWORD": str(len(typed.split()))}
+    assert launch(_LAUNCHER_COMPLETE="bash_complete", **words).stdout.split() == [expected]
 
 
 # ----------------------------------------------------------------------------------------------------- build
@@ -227,13 +211,6 @@ def test_an_architecture_that_nothing_here_runs(
     monkeypatch.setattr(docker_engine, "emulator", lambda arch: "")
     done = run("build", "cpu", "--arch", "all")
     assert done.code == ExitStatus.ERROR and "qemu-user-static" in done.stderr and builds == []
-
-
-@dataclass(frozen=True)
-class Pushed:
-    arch: str
-    digest: str
-    reference: str
 
 
 def test_push_makes_one_list_of_what_was_built(
