@@ -49,7 +49,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _no_waiting_for_the_disk() -> None:
     """No test survives a power cut, so none waits until the disk has its files."""
-    os.fsync = lambda descriptor: None
+    os.fsync = lambda fd: None
 
 
 @pytest.fixture
