@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.registry import Pushed, manifest_list, push
@@ -168,12 +168,6 @@ def test_a_registry_that_is_down(engine: Engine, images: dict[str, str], tmp_pat
     assert "connection refused" in error.value.original
     with pytest.raises(LauncherError, match=f"the registry {host} did not accept"):
         manifest_list(reference, [pushed], engine=engine)
-
-
-def test_an_image_that_is_not_there(engine: Engine, host: str) -> None:
-    with pytest.raises(LauncherError, match="has no image 'titan:nothing'") as error:
-        push("titan:nothing", f"{host}/titan", engine=engine)
-    assert error.value.status is ExitStatus.NOT_FOUND
 
 
 @pytest.mark.parametrize(

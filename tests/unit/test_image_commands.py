@@ -31,8 +31,8 @@ from launcher.image.registry import Pushed
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.image.squashfs_tools import Ran
 from tests.conftest import ROOT, Launch
-from tests.image.converter import needs_tools
-from tests.unit.image_commands import ABOUT, Api, Run, api, builds, exported, run
+from tests.image.converter import VERSIONS, needs_tools
+from tests.unit.image_commands import Api, Run, api, builds, exported, run
 
 __all__ = ["api", "builds", "run"]  # fixtures
 
@@ -47,12 +47,8 @@ class Refusal(NamedTuple):
     code: ExitStatus
 
 
-USAGE, INVALID, FILESYSTEM, NOT_FOUND = (
-    ExitStatus.USAGE,
-    ExitStatus.INVALID,
-    ExitStatus.FILESYSTEM,
-    ExitStatus.NOT_FOUND,
-)
+USAGE, INVALID = ExitStatus.USAGE, ExitStatus.INVALID
+FILESYSTEM, NOT_FOUND = ExitStatus.FILESYSTEM, ExitStatus.NOT_FOUND
 DIGEST = f"@sha256:{'a' * 64}"
 
 
@@ -233,12 +229,8 @@ def test_push_makes_one_list_of_what_was_built(
 
 
 def test_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect() -> None:
-        raise LauncherError(
-            "docker-silent", "no Docker engine answers", "sudo systemctl start docker", status=ExitStatus.ERROR
-        )
-
-    monkeypatch.setattr(docker_engine, "connect", connect)
+    refused = LauncherError("docker-silent", "no", "sudo systemctl start docker", status=ExitStatus.ERROR)
+    monkeypatch.setattr(docker_engine, "connect", Mock(side_effect=refused))
     for arguments in (["build", "cpu"], ["convert", "titan:cpu-amd64"], ["check", "titan:cpu-amd64"]):
         done = run(*arguments)
         assert (done.code, done.stdout) == (ExitStatus.ERROR, "")
@@ -284,7 +276,7 @@ def test_convert_as_json_for_a_cluster_that_mounts(run: Run, api: Api, workplace
     value = json.loads(run("convert", "other:1", "-o", "x.sqsh", "--for", "mount", "--json").stdout)
     assert value["path"] == "x.sqsh"
     assert value["squashfs"]["compressor"] == "lz4"
-    assert value["versions"] == ABOUT["versions"]
+    assert value["versions"] == VERSIONS
 
 
 @needs_tools
@@ -309,7 +301,7 @@ def died() -> BaseException:
     return ChunkedEncodingError("the engine died")
 
 
-WHOLE = exported(ABOUT, 5_000_000)
+WHOLE = exported(5_000_000)
 
 
 @needs_tools
@@ -319,7 +311,7 @@ WHOLE = exported(ABOUT, 5_000_000)
         BrokenOff(WHOLE[:3_000_000], ExitStatus.ERROR, "incomplete or damaged"),
         BrokenOff(WHOLE[:3_000_000], ExitStatus.ERROR, "stopped answering", died),
         BrokenOff(WHOLE[:3_000_000], ExitStatus.INTERRUPTED, "", KeyboardInterrupt),
-        BrokenOff(exported(ABOUT, 9, name="../out"), INVALID, "a name that leads out of it: '../out'"),
+        BrokenOff(exported(9, "../out"), INVALID, "a name that leads out of it: '../out'"),
     ],
     ids=["cut", "died", "Ctrl-C", "strange"],
 )
