@@ -528,26 +528,10 @@ def test_a_machine_without_user_namespaces_is_found_out_before_anything_is_unpac
     assert "sudo launcher image check" in error.value.fix and "permission denied" in error.value.original
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["nightly"], {"EXTRA_INDEX_URL": channels()["nightly"].torch_index, "VISIBLE_DEVICES": "all"}),
-        (["nightly", "--torch-index", ""], {"EXTRA_INDEX_URL": ""}),  # none: not the channel's
-        (["cpu"], {"VISIBLE_DEVICES": "void"}),  # enroot's hook would ask for GPUs
-    ],
-)
-def test_what_the_dockerfile_is_told(
-    run: Run, api: Api, workplace: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: dict[str, str]
-) -> None:
-    asked: list[str] = []
-
-    def command(_engine: object, words: list[str], *_: object) -> tuple[int, str]:
-        asked.extend(words)
-        return 1, "not built here"
-
-    monkeypatch.setattr(docker_engine, "command", command)
-    (workplace / "lock.txt").write_text("torch==2.14.1 --hash=sha256:0\n")
-    done = run("build", *arguments, "--lock", "lock.txt")
-    assert asked, done.stderr
-    given = dict(word.removeprefix("--build-arg=").split("=", 1) for word in asked if word.startswith("--build-arg="))
-    assert told.items() <= given.items()
+def test_what_the_dockerfile_is_told() -> None:
+    """How it is told: tests/image/test_build.py."""
+    nightly, cpu = channels()["nightly"], channels()["cpu"]
+    told = building.build_arguments(nightly)
+    assert (told["EXTRA_INDEX_URL"], told["VISIBLE_DEVICES"]) == (nightly.torch_index, "all")
+    assert building.build_arguments(nightly, index="")["EXTRA_INDEX_URL"] == ""  # none: not the channel's
+    assert building.build_arguments(cpu)["VISIBLE_DEVICES"] == "void"  # enroot's hook would ask for GPUs
