@@ -28,7 +28,6 @@ from launcher.image.registry import push
 from launcher.image.squashfs_tools import TAIL, Ran
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
-from tests.image.images import Base
 
 EMULATED = "enabled\ninterpreter /usr/bin/qemu-aarch64-static\nflags: OCF\noffset 0\nmagic 7f454c46\n"
 
@@ -135,12 +134,12 @@ LOCK_AGAIN = "launcher image lock cpu --arch amd64"
     ],
     ids=["hash", "version", "base"],
 )
-def test_builds_that_fail(engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path, case: Fails) -> None:
+def test_builds_that_fail(engine: Engine, base_image: str, tiny_image: Built, tmp_path: Path, case: Fails) -> None:
     path = tmp_path / "bad.txt"
     path.write_text(TINY_LOCK.replace(case.old, case.new) if case.old else TINY_LOCK)
     options: dict[str, Any] = {"torch_index": "", "network": "host", "lock_file": path, "tag": "titan:broken-amd64"}
     with pytest.raises(LauncherError, match=case.what) as error:
-        build("cpu", "amd64", engine=engine, base=case.base or base_image.tag, **options)
+        build("cpu", "amd64", engine=engine, base=case.base or base_image, **options)
     assert case.fix in error.value.fix and case.original in error.value.original
     with pytest.raises(LauncherError, match="has no image"):
         docker_engine.inspect(engine, "titan:broken-amd64")
@@ -250,7 +249,7 @@ def test_the_engine_dies_while_an_image_is_used(
 
 
 def test_ctrl_c_stops_the_build(
-    engine: Engine, base_image: Base, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, base_image: str, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the container of the step nor a tag stays; the steps before are used by the next build."""
     recipe = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN echo begun $(cat /proc/uptime); sleep 300\n"
@@ -265,7 +264,7 @@ def test_ctrl_c_stops_the_build(
     before = engine.client.api.containers(all=True)
     options: dict[str, Any] = {"lock_file": tiny_lock, "network": "host", "tag": "titan:stopped"}
     with pytest.raises(KeyboardInterrupt):
-        build("cpu", "amd64", engine=engine, base=base_image.tag, **options)
+        build("cpu", "amd64", engine=engine, base=base_image, **options)
     deadline = time.monotonic() + 30
     while engine.client.api.containers(all=True) != before and time.monotonic() < deadline:
         time.sleep(0.1)
