@@ -16,7 +16,7 @@ from launcher.base.values import json_values
 from launcher.config.mfu import peak_text
 from launcher.results.accept import MAX_SPREAD, MAX_WAITING
 from launcher.results.measure import against_others
-from launcher.results.outcome import Goodput, Lack, Outcome
+from launcher.results.outcome import VERSIONS, Goodput, Lack, Outcome
 from launcher.results.published import is_row
 from launcher.results.rows import is_incomplete, median_mfu_pct, mfu_at_other_peaks, records_used
 
@@ -193,7 +193,6 @@ def _flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings.get(f"recipe.{name}") for name in WORK} | {"init_from": settings.get("job.init_from")}
 
 
-VERSIONS = ("torch", "torchtitan", "cuda", "nccl", "driver", "python", "image", "digest")
 WORK = (
     "model",
     "flavor",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes, unreadable
 from launcher.base.values import parse_json
-from launcher.results.outcome import Lack, Outcome, Problem
+from launcher.results.outcome import Outcome, Problem
 from launcher.results.published import published, rows_of
 from launcher.results.read import outcome_of
 from launcher.runs import control
@@ -110,13 +110,10 @@ def _object(kind: type[_Value], value: object, where: str) -> _Value:
     made: dict[str, Any] = {}
     types = get_type_hints(kind)
     for part in fields(kind):  # type: ignore[arg-type]  # always one of the dataclasses of outcome.py
-        declared = types[part.name]
         if part.name in value:
-            made[part.name] = _read(declared, value[part.name], f"{where}: {part.name}")
+            made[part.name] = _read(types[part.name], value[part.name], f"{where}: {part.name}")
         elif part.default is MISSING and part.default_factory is MISSING:
-            if declared is not str and not isinstance(declared, UnionType):
-                raise _damaged(where, f"has no {part.name}")
-            made[part.name] = "" if declared is str else None
+            raise _damaged(where, f"has no {part.name}")
     return kind(**made)
 
 
@@ -127,7 +124,7 @@ def _read(kind: Any, value: object, where: str) -> Any:
     if isinstance(kind, UnionType):
         return None if value is None else _read(get_args(kind)[0], value, where)
     if kind is Problem:  # of which its words alone were written
-        return Problem(Lack.OTHER, _read(str, value, where))
+        return Problem(_read(str, value, where))
     if isinstance(kind, type) and is_dataclass(kind):
         return _object(kind, value, where)
     if kind is float and value is None:

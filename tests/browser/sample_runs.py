@@ -8,9 +8,9 @@ import math
 import random
 from dataclasses import replace
 
-from launcher.results.outcome import Goodput, NodeResult, Outcome, Point, Startup
+from launcher.results.outcome import Goodput, NodeResult, Outcome, Startup
 from launcher.runs.attempts import Attempt
-from tests.unit.outcomes import outcome, spread
+from tests.unit.outcomes import outcome, point, spread
 
 MARKUP = '<img src=x onerror=alert(1)></script><b>"q"\'&amp;'
 LONG = "h100-2n-a-name-that-is-rather-long-because-somebody-put-everything-into-it"
@@ -64,12 +64,10 @@ def run(
     logged = [step for step in range(1, steps + 1) if step == 1 or step % log_freq == 0]
     rate = tps or 0.0
     series = tuple(
-        Point(
+        point(
             step,
             math.nan if nan_from and step >= nan_from else 5.9 + 6.4 * math.exp(-step / 35) + rnd.gauss(0, 0.03),
-            2.5,
             rate * (0.22 if step == 1 else rnd.gauss(1, 0.004)),
-            159.31,
         )
         for step in logged
     )

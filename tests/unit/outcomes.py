@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.results.outcome import NON_FINITE, RESTARTED, Lack, NodeResult, Outcome, Point, Problem, Spread, Startup
+from launcher.logs.steps import StepRecord
+from launcher.results.outcome import NON_FINITE, RESTARTED, Lack, NodeResult, Outcome, Problem, Spread, Startup
 from launcher.scheduler.state import FAILED, GOING, UNKNOWN, WAITING
 from tests.unit.titan_log import STEPS, T0
 from tests.unit.titan_log import step as step_line
@@ -26,17 +27,16 @@ def spread(median: float, relative: float = 0.004, count: int = 81) -> Spread:
 
 
 def nodes(*tps: float | None, host: str = "gb200") -> tuple[NodeResult, ...]:
-    """Nodes gb200-001, … with these medians; every logged step has its node's."""
-    return tuple(
-        NodeResult(f"{host}-{number:03}", value, () if value is None else tuple((s, value) for s in STEPS))
-        for number, value in enumerate(tps, 1)
-    )
+    """Nodes gb200-001, … with these medians."""
+    return tuple(NodeResult(f"{host}-{number:03}", value) for number, value in enumerate(tps, 1))
 
 
-def points(losses: tuple[float, ...] = LOSSES, tps: float = 17930.0) -> tuple[Point, ...]:
-    return tuple(
-        Point(step, loss, 2.5, tps / 4 if step == 1 else tps, 159.31) for step, loss in zip(STEPS, losses, strict=False)
-    )
+def point(step: int, loss: float, tps: float = 17930.0, tflops: float | None = None) -> StepRecord:
+    return StepRecord(step, loss, 2.5, 159.31, 86.58, tps, tflops, 46.15)
+
+
+def points(losses: tuple[float, ...] = LOSSES, tps: float = 17930.0) -> tuple[StepRecord, ...]:
+    return tuple(point(step, loss, tps / 4 if step == 1 else tps) for step, loss in zip(STEPS, losses, strict=False))
 
 
 def problems(*texts: str) -> tuple[Problem, ...]:
@@ -48,7 +48,7 @@ def problems(*texts: str) -> tuple[Problem, ...]:
             return Lack.SHORT
         return Lack.STATE if STATES & set(text.split(" (")[0].split()) else Lack.OTHER
 
-    return tuple(known.get(text) or Problem(kind(text), text) for text in texts)
+    return tuple(known.get(text) or Problem(text, kind(text)) for text in texts)
 
 
 def outcome(**changes: Any) -> Outcome:

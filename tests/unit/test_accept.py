@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from launcher.results.accept import About, Verdict, Word, as_dict, headline, judge
 from launcher.results.columns import as_dict as result_as_dict
-from launcher.results.outcome import Outcome, Point
+from launcher.results.outcome import Outcome
 from launcher.results.published import published, rows_of, unlike
 from tests.conftest import ROOT, Launch
-from tests.unit.outcomes import LOSSES, nodes, outcome, points, problems, spread, write_run
+from tests.unit.outcomes import LOSSES, nodes, outcome, point, points, problems, spread, write_run
 
 PASS, FAIL, CANNOT_SAY = Word.PASS, Word.FAIL, Word.CANNOT_SAY
 ROWS = published()
@@ -68,7 +68,7 @@ FAILS: dict[str, tuple[Outcome, str]] = {
     ),
     "out of time": (outcome(state="TIMEOUT", problems=("TIMEOUT",)), "the run ended TIMEOUT"),
     "an interval at half speed": (
-        outcome(overall_tps=16137.0, series=(*points()[:-1], Point(100, 6.65, 2.5, 8965.0, 159.31))),
+        outcome(overall_tps=16137.0, series=(*points()[:-1], point(100, 6.65, 8965.0))),
         "16,137 tokens/s per GPU over the whole time after warm-up, 10.0% below the median (limit 5%); slow up to "
         "step 100",
     ),

@@ -106,7 +106,7 @@ def test_a_run_that_lost_a_node_is_whole(run: Run) -> None:
     assert (second.hosts, second.first_step, second.last_step, second.kept_step) == (("a", "c"), 30, 100, 100)
     assert (first.tps, second.tps, ended_by(first), ended_by(second)) == (17500, 17600, "node b lost", "")
     assert found.tps is not None and (found.tps.low, found.tps.high) == (17500, 17600)  # no first line of an attempt
-    assert {node.host: [step for step, _ in node.steps][-1] for node in found.by_node} == {"a": 100, "b": 20, "c": 100}
+    assert [node.host for node in found.by_node] == ["a", "b", "c"]
     assert found.restarts == 1 and not as_dict(found)["restarted"]
 
 

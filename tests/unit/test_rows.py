@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launcher.config.mfu import mfu_text, peak_of
 from launcher.logs.steps import StepRecord, parse_line
 from launcher.results.columns import as_dict
-from launcher.results.outcome import NON_FINITE, RESTARTED, NodeResult, Outcome, Point
+from launcher.results.outcome import NON_FINITE, RESTARTED, NodeResult, Outcome
 from launcher.results.published import published
 from launcher.results.rows import (
     escape,
@@ -23,14 +23,20 @@ from launcher.results.rows import (
     mfu_at_other_peaks,
     summary_line,
 )
-from tests.unit.outcomes import nodes, outcome, problems, spread
+from tests.unit.outcomes import nodes, outcome, point, problems, spread
 
 # The published rows as runs that logged one step.
 PUBLISHED = [
     replace(
         row,
         state="COMPLETED",
-        series=(Point(row.step, row.loss, row.grad_norm, row.tps.median, row.memory_gib.median, row.tflops.median),),
+        series=(
+            replace(
+                point(row.step, row.loss, row.tps.median, row.tflops.median),
+                grad_norm=row.grad_norm,
+                memory_gib=row.memory_gib.median,
+            ),
+        ),
         by_node=(NodeResult("n", row.tps.median),),
     )
     for row in published()
@@ -155,7 +161,7 @@ def test_a_run_without_a_step() -> None:
 
 
 def test_no_step_counts() -> None:
-    short = outcome(series=(Point(1, 9.0, None, 100.0, 1.0),), step=1, steps=1, tps=None)
+    short = outcome(series=(point(1, 9.0, 100.0),), step=1, steps=1, tps=None)
     assert summary_line(short).startswith("no step after warm-up, MFU ")
 
 
