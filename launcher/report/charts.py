@@ -172,7 +172,7 @@ def _of_groups(
 
 def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, title: str, digits: int) -> Figure:
     """A line per run, the newest bold; behind them a dashed one for each published row that they are measured by."""
-    newest = max(found, key=lambda line: line.date)
+    newest = max(found, key=lambda line: line.outcome.date)
     # A loss that explodes before it is NaN would press all others flat.
     starts = [next(value for _, value in line.points if not math.isnan(value)) for line in found]
     top = 2 * max(starts) if digits else math.inf
@@ -180,11 +180,11 @@ def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, 
     legend: list[Entry] = []
     rows: list[tuple[str, ...]] = []
     for place, line in enumerate(found):
-        name = line.name + ("" if line.complete else " (incomplete)")
+        name = line.outcome.run + ("" if line.outcome.complete else " (incomplete)")
         age = "" if len(found) == 1 else " new" if line is newest else " old"
-        css = f"c{(line.number - 1) % svg.COLOURS}{age}" + ("" if line.complete else " part")
+        css = f"c{(line.number - 1) % svg.COLOURS}{age}" + ("" if line.outcome.complete else " part")
         points = tuple((step, value if math.isnan(value) or value <= top else math.inf) for step, value in line.points)
-        label = line.name if place < MOST_LABELS else ""
+        label = line.outcome.run if place < MOST_LABELS else ""
         drawn.append(svg.Drawn(points, css, label, name, dots=len(points) <= 40, run=line.run))
         legend.append(Entry(svg.swatch(css), name, line.run))
         rows.append(_summary(name, line.points, digits))
@@ -204,7 +204,7 @@ def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, 
     notes = ["Tokens/s per GPU of the leading node; step 1 is not shown, it pays for start-up."] if not digits else []
     notes += ["Bold: the newest run."] if len(found) > 1 else []
     notes += filter(None, [svg.not_from_zero(y)])
-    if any(not line.complete for line in found):
+    if any(not line.outcome.complete for line in found):
         notes.append("Dashed: incomplete.")
     if not all(map(math.isfinite, values)):
         notes.append("A cross at the top: from that step on NaN, infinity, or more than the chart shows.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
+from operator import itemgetter
 from statistics import median
 
 from launcher.base.output import counted
@@ -30,9 +31,7 @@ class Line:
 
     run: int
     number: int
-    date: str
-    name: str
-    complete: bool
+    outcome: Outcome
     points: tuple[tuple[float, float], ...]
 
 
@@ -85,7 +84,7 @@ def lines(outcomes: Sequence[Outcome], gpu: str, figure: str) -> list[Line]:
             for point in outcome.series
             if figure != "tps" or point.step > 1
         ]
-        found.append(Line(run, number, outcome.date, outcome.run, outcome.complete, tuple(thin(points))))
+        found.append(Line(run, number, outcome, tuple(thin(points))))
     return [line for line in found if line.points]
 
 
@@ -101,13 +100,9 @@ def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list
         lost = [point for point in stretch if math.isnan(point[1])]
         chosen = set(lost[:1])
         if finite:
-            chosen |= {finite[0], min(finite, key=_value), max(finite, key=_value), finite[-1]}
-        kept += sorted(chosen, key=lambda point: point[0])
+            chosen |= {finite[0], min(finite, key=itemgetter(1)), max(finite, key=itemgetter(1)), finite[-1]}
+        kept += sorted(chosen, key=itemgetter(0))
     return kept
-
-
-def _value(point: tuple[float, float]) -> float:
-    return point[1]
 
 
 def work(outcome: Outcome) -> dict[str, str]:
@@ -122,7 +117,7 @@ def _work_and_software(outcome: Outcome) -> dict[str, str]:
     """Equal for runs whose sizes may stand on one line: what a step does, in which environment, with what software."""
     own = {key: say(value) for key, value in sorted(outcome.settings.items()) if key.startswith(("env.", "titan."))}
     software = {name: outcome.versions.get(name, "?") for name in ("torch", "torchtitan")}
-    return {**work(outcome), **own, **software, "GPUs a node": str(outcome.gpus // max(1, outcome.nodes))}
+    return {**work(outcome), **own, **software, "GPUs a node": str(outcome.per_node)}
 
 
 def _work_and_source(row: Outcome) -> dict[str, str]:

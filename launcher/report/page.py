@@ -10,18 +10,18 @@ import hashlib
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from launcher.base.output import counted, duration, plain, some
+from launcher.base.output import counted, duration, plain, shortened, some
 from launcher.report.charts import of_gpu
 from launcher.report.figures import differences, gpu_types, slow_nodes
 from launcher.report.health import answers, health
-from launcher.report.svg import shortened
+from launcher.report.svg import LONGEST
 from launcher.report.table import TAGS, table
 from launcher.results.columns import drawable, percent
 from launcher.results.formats import attempt_text
@@ -60,7 +60,7 @@ def page(
         by_gpu=[(gpu, of_gpu(outcomes, published, gpu, place)) for place, gpu in enumerate(gpu_types(outcomes))],
         strips=list(filter(None, (_strip(run, outcome) for run, outcome in enumerate(outcomes)))),
         matrices=_matrices(outcomes),
-        shortened=shortened,
+        shortened=partial(shortened, most=LONGEST),
         startups=[(run, one, spans) for run, one in enumerate(outcomes) if (spans := _spans(one))],
         spent=[(run, one) for run, one in enumerate(outcomes) if one.has_spent],
         parts=[part.name for part in fields(Goodput)],

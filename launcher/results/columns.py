@@ -111,7 +111,7 @@ def percent(value: float | None) -> str:
 
 
 def _size(outcome: Outcome) -> Cell:
-    return number(outcome.nodes, more=f"x {outcome.gpus // max(1, outcome.nodes)} {outcome.gpu}")
+    return number(outcome.nodes, more=f"x {outcome.per_node} {outcome.gpu}")
 
 
 def _batch(outcome: Outcome) -> Cell:

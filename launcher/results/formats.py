@@ -82,10 +82,9 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
 
 
 def _asked(outcome: Outcome) -> str:
-    per_node = outcome.gpus // outcome.nodes if outcome.nodes else 0
     compiled = "compiled" if outcome.compile else "eager"
     return (
-        f"{outcome.recipe}, {outcome.nodes} x {per_node} {outcome.gpu}, batch {outcome.local_batch_size} x "
+        f"{outcome.recipe}, {outcome.nodes} x {outcome.per_node} {outcome.gpu}, batch {outcome.local_batch_size} x "
         f"{outcome.seq_len} tokens (global {outcome.global_batch_size}), {outcome.precision}, {compiled}"
     )
 

@@ -160,6 +160,11 @@ class Outcome:
         return "" if self.complete else NO_STEP_COUNTS.text
 
     @property
+    def per_node(self) -> int:
+        """GPUs a node."""
+        return self.gpus // max(1, self.nodes)
+
+    @property
     def on_cpu(self) -> bool:
         return self.settings.get("profile.device") == "cpu"
 

@@ -72,7 +72,7 @@ def _document(outcomes: Sequence[Outcome], entity: str) -> str:
         f"This was run by {escape(entity)} with titan-launcher{f' on {dates}' if dates else ''}.",
         *("", "### Models", "", escape(model)),
         *("", "### Hardware", ""),
-        f"- {first.gpus} {escape(first.gpu)}, {first.gpus // first.nodes} in each of {counted(first.nodes, 'node')}",
+        f"- {first.gpus} {escape(first.gpu)}, {first.per_node} in each of {counted(first.nodes, 'node')}",
         f"- NVIDIA driver: {escape(first.versions.get('driver') or 'not recorded')}",
         "- Interconnect: (please add it; the run directory does not know it)",
         *("", "### Results", ""),

@@ -118,7 +118,7 @@ def test_a_diverged_loss_is_no_number_to_draw() -> None:
 def test_throughput_leaves_step_1_out_and_draws_the_newest_runs() -> None:
     many = [outcome(run=f"r{number}") for number in range(MOST_LINES + 3)]
     drawn = lines(many, "GB200", "tps")
-    assert [line.name for line in drawn] == [f"r{number}" for number in range(MOST_LINES)]
+    assert [line.outcome.run for line in drawn] == [f"r{number}" for number in range(MOST_LINES)]
     assert {line.points[0][0] for line in drawn} == {10}
     notes = next(one.notes for one in of_gpu(many, [], "GB200", 0) if one.title.startswith("Throughput"))
     assert any("3 are not" in note for note in notes)
