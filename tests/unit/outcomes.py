@@ -16,7 +16,10 @@ from tests.unit.titan_log import STEPS, T0
 from tests.unit.titan_log import step as step_line
 
 LOSSES = (12.2512, 10.9034, 9.9821, 9.2456, 8.8213, 8.3127, 7.9014, 7.5233, 7.2018, 6.9127, 6.6542)
+SOFTWARE = {"torch": "2.14.1", "torchtitan": "0.2.2", "cuda": "13.0", "nccl": "2.28.9", "driver": "580.95.05"}
+SOFTWARE |= {"python": "3.12.3"}
 STATES = FAILED | GOING | WAITING | {UNKNOWN}
+INPUTS = {"threshold": 0.95, "max_spread": 0.05, "baseline": "published", "date": "2026-11-22", "launcher": "1"}
 PER_TOKEN = 57.914e9  # FLOP of Llama-3-8B at 8192 tokens, as torchtitan counts them
 
 
@@ -82,15 +85,7 @@ def outcome(**changes: Any) -> Outcome:
         startup=Startup(queue_s=12.0, container_s=38.0, check_s=9.5, first_step_s=95.0),
         series=points(),
         by_node=nodes(*(17930.0 + 10 * offset for offset in (-4, -3, -2, -1, 0, 1, 2, 3, 4))),
-        versions={
-            "torch": "2.14.1",
-            "torchtitan": "0.2.2",
-            "cuda": "13.0",
-            "nccl": "2.28.9",
-            "driver": "580.95.05",
-            "python": "3.12.3",
-            "image": "titan-stable-arm64.sqsh",
-        },
+        versions=SOFTWARE | {"image": "titan-stable-arm64.sqsh"},
         settings={
             "job.gpu": "gb200",
             "job.image": "/data/images/titan-stable-arm64.sqsh",
@@ -132,6 +127,12 @@ def outcome(**changes: Any) -> Outcome:
     return replace(base, **changes)
 
 
+def silent(**changes: Any) -> Outcome:
+    """A run that logged no step."""
+    nothing = dict.fromkeys(("step", "loss", "grad_norm", "memory_pct", "tps", "tflops", "memory_gib", "mfu_pct"))
+    return outcome(**{**nothing, "series": (), "by_node": (), "problems": ("no step of 100 was logged",), **changes})
+
+
 def write_run(
     folder: Path,
     tps: Sequence[float] = (17930.0, 17950.0),
@@ -165,15 +166,7 @@ def write_run(
             wobble = (-20, 20, 0, 10, -10)[minute % 5]
             lines.append(step_line(step, round(median + wobble), at=T0 + 60 * minute, loss=loss))
         host = f"gb200-{number + 1:03}"
-        record = {
-            "ok": True,
-            "host": host,
-            "gpu": f"NVIDIA {node['profile']['gpu']}",
-            "driver": "580.95.05",
-            "torch": "2.14.1",
-            "torchtitan": "0.2.2",
-            "cuda": "13.0",
-        }
+        record = {"ok": True, "host": host, "gpu": f"NVIDIA {node['profile']['gpu']}", **SOFTWARE}
         (folder / "nodes" / f"{number:04}-{host}.json").write_text(json.dumps(record))
         (folder / "logs" / f"{number:04}-{host}.log").write_text(
             "".join(line for line, step in zip(lines, STEPS, strict=True) if step <= logged)

@@ -24,8 +24,12 @@ from launcher.results.sides import outcome_from, results_in
 from tests.conftest import ROOT, Launch
 from tests.unit.outcomes import nodes, outcome, spread, write_run
 
-WITHOUT_MEDIAN = {"median": None, "q1": 1, "q3": 1, "low": 1, "high": 1, "count": 1}
 HEADER = "gpu,nodes,gpus,local_batch_size,step,tps\n"
+
+
+def with_median(value: float | None) -> str:
+    spread = {"median": value, "q1": 1, "q3": 1, "low": 1, "high": 1, "count": 1}
+    return json.dumps(result_as_dict(outcome()) | {"spread": {"tps": spread}})
 
 
 def figure(found: Comparison, name: str) -> Figure:
@@ -46,13 +50,13 @@ def test_the_noise_is_what_a_bootstrap_says(count: int, sigma: float) -> None:
     """Independently: medians of many resamples of the same values; the formula's mean must agree within 15%."""
     rng = random.Random(count)
     formula, bootstrap = [], []
-    for _ in range(60):
+    for _ in range(40):
         values = [rng.gauss(17930, sigma) for _ in range(count)]
         q1, _, q3 = quantiles(values, n=4, method="inclusive")
         half = noise(Spread(median(values), q1, q3, min(values), max(values), count), nodes=1)
         assert half is not None
         formula.append(half)
-        medians = [median(rng.choices(values, k=count)) for _ in range(200)]
+        medians = [median(rng.choices(values, k=count)) for _ in range(100)]
         mean = sum(medians) / len(medians)
         bootstrap.append(1.96 * math.sqrt(sum((m - mean) ** 2 for m in medians) / (len(medians) - 1)))
     # Nine values have quartiles that lie too near for a normal distribution's: theory and resampling differ more.
@@ -219,11 +223,6 @@ def test_the_row_that_matches_best(changes: dict[str, Any], gpus: int) -> None:
         assert row.step == 100
 
 
-@pytest.mark.parametrize("gpu", ["B300", "GB300", "A100", "CPU", "GB2000", "?", ""])
-def test_other_gpus_have_no_row(gpu: str) -> None:
-    assert best_match(outcome(gpu=gpu), published()).row is None
-
-
 # --- files -------------------------------------------------------------------------------------------------
 
 
@@ -276,10 +275,8 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         ("[1]", "not a result of this launcher"),
         ("{}", "not a result of this launcher"),
         ('{"spread": {}}', "has no nodes"),
-        (
-            json.dumps(result_as_dict(outcome()) | {"spread": {"tps": WITHOUT_MEDIAN}}),
-            "tps.median: nan is no speed",
-        ),
+        (with_median(None), "tps.median: nan is no speed"),
+        (with_median(0), "tps.median: 0.0 is no speed"),
         (HEADER[:-1] + ",loss\nGB200,9,36,5,100,17975,-6\n", "column loss: '-6' is not a number"),
         ('{"spread": {}, "nodes": "nine"}', "nodes: 'nine' is not a whole number"),
         ('{"spread": {}, "nodes": ' + "9" * 5000 + "}", "nodes: 'None' is not a whole number"),

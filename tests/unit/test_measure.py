@@ -100,11 +100,6 @@ def test_a_pipeline_stage_that_does_not_know_the_loss_does_not_lead() -> None:
     assert found.last is not None and found.last.loss == 6.1
 
 
-def test_old_logs_without_tflops() -> None:
-    found = measured({"n": [record(s, tflops=None, grad_norm=None) for s in STEPS]})
-    assert found.tflops is None and found.tps is not None and found.series[0].tflops is None
-
-
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50))
 def test_the_spread_is_numpys(values: list[float]) -> None:
     numpy = pytest.importorskip("numpy")

@@ -15,6 +15,7 @@ from launcher.results.outcome import NO_STEP_COUNTS, NON_FINITE, RESTARTED, Outc
 from launcher.results.read import outcome_of
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
+from tests.unit.outcomes import SOFTWARE
 from tests.unit.outcomes import outcome as usual
 from tests.unit.test_tensorboard import scalar
 from tests.unit.titan_log import STEPS, T0
@@ -53,7 +54,6 @@ param_dtype = "bfloat16"
 [origin]
 "job.name" = "option"
 """
-SOFTWARE = {key: value for key, value in usual().versions.items() if key != "image"}
 RECORD = SOFTWARE | {"ok": True, "gpu": "NVIDIA GB200", "gpu_names": ["NVIDIA GB200"] * 4}
 RECORD |= {"time": int(T0) + 50, "check_s": 10.0, "utc_offset_s": 0}
 

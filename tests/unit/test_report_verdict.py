@@ -14,7 +14,7 @@ from launcher.results.accept import Word, judge
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
 from tests.browser.sample_runs import run, sample
-from tests.unit.outcomes import nodes, outcome, problems, spread
+from tests.unit.outcomes import nodes, problems, spread
 
 GOOD = [
     run("17n", 17, 17590, "2026-11-21T08:00:00Z"),
@@ -250,12 +250,6 @@ def test_each_kind_of_run_has_its_own_throughput_chart_with_what_it_is_measured_
         "published (Crusoe, 17 x GB200): 17,581",
     ]
     assert usual.chart.count('class="line published"') == 3 and "published" not in fast.chart
-
-
-def test_kinds_of_the_same_name_say_what_tells_them_apart() -> None:
-    other = outcome(run="other", settings={"recipe.activation_checkpoint": "full"})
-    titles = [figure.title for figure in of_gpu([outcome(), other], [], "GB200", 0)]
-    assert "activation checkpointing selective" in titles[0] and "activation checkpointing full" in titles[1]
 
 
 def test_every_axis_that_does_not_start_at_0_says_so() -> None:

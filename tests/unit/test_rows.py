@@ -23,7 +23,7 @@ from launcher.results.rows import (
     mfu_at_other_peaks,
     summary_line,
 )
-from tests.unit.outcomes import nodes, outcome, point, problems, spread
+from tests.unit.outcomes import nodes, outcome, point, problems, silent, spread
 
 # The published rows as runs that logged one step.
 PUBLISHED = [
@@ -144,20 +144,11 @@ def test_any_other_problem_is_beside_the_figures(problem: str) -> None:
 
 
 def test_a_run_without_a_step() -> None:
-    silent = outcome(
-        series=(),
-        step=None,
-        tps=None,
-        tflops=None,
-        memory_gib=None,
-        by_node=(),
-        state="FAILED",
-        problems=("no step of 100 was logged", "FAILED"),
-    )
-    assert markdown_row(silent).endswith("|no step of 100 was logged|")
-    assert summary_line(silent) == "no step of 100 was logged, FAILED"
-    found = as_dict(silent)
-    assert found["tps"] is found["median_tps"] is found["slowest_node"] is None and found["records_used"] == 0
+    found = silent(state="FAILED", problems=("no step of 100 was logged", "FAILED"))
+    assert markdown_row(found).endswith("|no step of 100 was logged|")
+    assert summary_line(found) == "no step of 100 was logged, FAILED"
+    values = as_dict(found)
+    assert values["tps"] is values["median_tps"] is values["slowest_node"] is None and values["records_used"] == 0
 
 
 def test_no_step_counts() -> None:
