@@ -11,6 +11,7 @@ from operator import itemgetter
 from statistics import median
 
 from launcher.base.output import counted
+from launcher.base.values import by
 from launcher.results.accept import MAX_SPREAD
 from launcher.results.columns import drawable
 from launcher.results.measure import Against, against_others
@@ -37,12 +38,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """One measurement: of a run, or of a published row (`run` None), `at` a number of GPUs or a day."""
+    """One measurement: of a run, or of a published row (whose `run` says nothing), `at` a number of GPUs or a day."""
 
     at: float
     value: float
     name: str
-    run: int | None = None
+    run: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +130,7 @@ def grouped(
     runs: Iterable[Placed], alike: Callable[[Outcome], dict[str, str]] = work
 ) -> list[tuple[str, list[Placed]]]:
     """Like runs under a name; what tells groups apart is in it only where it is needed."""
-    groups: dict[tuple[tuple[str, str], ...], list[Placed]] = {}
-    for run, outcome in runs:
-        groups.setdefault(tuple(alike(outcome).items()), []).append((run, outcome))
+    groups = by(lambda placed: tuple(alike(placed[1]).items()), runs)
     short = {key: _name(members[0][1]) for key, members in groups.items()}
     found = []
     for key, members in groups.items():
@@ -153,17 +152,13 @@ def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str)
     No line where all of them have the same number of GPUs: there is no scaling to see.
     """
     whole = [(run, o) for run, o in enumerate(outcomes) if o.gpu == gpu and o.complete and drawable(o.median_tps)]
+    rows = [(0, row) for row in published if same_gpu(row.gpu, gpu) and drawable(row.median_tps)]
+    rows.sort(key=lambda placed: placed[1].step or 0)
+    kinds = [*grouped(whole, _work_and_software), *grouped(rows, _work_and_source)]
     found = [
-        Group(label, False, _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in members))
-        for label, members in grouped(whole, _work_and_software)
+        Group(label, is_row(runs[0][1]), _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in runs))
+        for label, runs in kinds
     ]
-    rows = [
-        (number, row) for number, row in enumerate(published) if same_gpu(row.gpu, gpu) and drawable(row.median_tps)
-    ]
-    rows.sort(key=lambda placed: placed[1].step or 0)  # of two steps of one run, the later stands
-    for label, members in grouped(rows, _work_and_source):
-        by_count = {row.gpus: Dot(row.gpus, row.median_tps or 0.0, row.run) for _, row in members}
-        found.append(Group(label, True, _ascending(by_count.values())))
     return found if len({dot.at for group in found for dot in group.dots}) > 1 else []
 
 
@@ -194,7 +189,7 @@ def _day(text: str) -> float:
 
 
 def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:
-    return tuple(sorted(dots, key=lambda dot: (dot.at, dot.run or 0)))
+    return tuple(sorted(dots, key=lambda dot: (dot.at, dot.run)))
 
 
 def measured_by(outcomes: Iterable[Outcome], published: Sequence[Outcome]) -> list[Outcome]:

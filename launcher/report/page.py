@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from launcher.base.output import counted, duration, plain, shortened, some
+from launcher.base.values import by
 from launcher.report.charts import of_gpu
 from launcher.report.figures import Placed, differences, gpu_types, slow_nodes
 from launcher.report.health import answers, health
@@ -112,19 +113,16 @@ def _matrices(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Placed], list
     """The nodes of one cluster's GPU type in several runs, the newest first: which were slow, and since when. A title,
     the runs, and each host with its place in every one, the slowest first.
     """
-    groups: dict[str, list[Placed]] = {}
-    for run, outcome in enumerate(outcomes):
-        if against_others(outcome.by_node):
-            groups.setdefault(", ".join(filter(None, (outcome.gpu, outcome.cluster))), []).append((run, outcome))
+    measured = [(run, outcome) for run, outcome in enumerate(outcomes) if against_others(outcome.by_node)]
     matrices = []
-    for title, members in groups.items():
+    for (gpu, cluster), members in by(lambda placed: (placed[1].gpu, placed[1].cluster), measured).items():
         newest = sorted(members, key=lambda member: member[1].date, reverse=True)[:MOST_RUNS]
         found = [{node.host: node for node in against_others(outcome.by_node)} for _, outcome in newest]
         hosts = dict.fromkeys(host for one in found for host in one)
         rows = [(host, [one.get(host) for one in found]) for host in hosts]
         rows.sort(key=lambda row: -max(node.behind for node in row[1] if node))
         if len(newest) > 1:
-            matrices.append((title, newest, rows))
+            matrices.append((f"{gpu}, {cluster}" if cluster else gpu, newest, rows))
     return matrices
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
 from launcher.base.output import counted, some
+from launcher.base.values import by
 from launcher.config.hardware import hardware
 from launcher.config.mfu import peak_of
 from launcher.image.squashfs_file import known, superblock
@@ -282,10 +283,8 @@ def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str
     """Nodes that differ in what decides a figure, GPUs that are not the profile's, nodes that failed their check."""
     problems = []
     for key in _MIXED:
-        hosts: dict[str, list[str]] = {}
-        for host, record in records.items():
-            if isinstance(value := record.get(key), str) and record.get("ok") is not False:
-                hosts.setdefault(value, []).append(host)
+        good = {host: record.get(key) for host, record in records.items() if record.get("ok") is not False}
+        hosts = by(good.__getitem__, (host for host, value in good.items() if isinstance(value, str)))
         if len(hosts) > 1:
             kinds = (f"{value or 'none'} ({some(names)})" for value, names in hosts.items())
             problems.append(f"mixed {key}: {', '.join(kinds)}")
