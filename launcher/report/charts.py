@@ -67,21 +67,20 @@ def of_gpu(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, 
     )
     drawn = {line.run: line for line in rates}
     kinds = grouped((line.run, outcomes[line.run]) for line in rates)
+    left_out = len(with_series(outcomes, gpu)) - MOST_LINES
     for number, (label, members) in enumerate(kinds):
         title = f"Throughput of {gpu}, {f'{label}, ' if len(kinds) > 1 else ''}tokens/s per GPU"
         rows = measured_by([outcome for _, outcome in members], published)
+        more = f"Only the first {MOST_LINES} runs of the table on {gpu} are drawn over steps, {left_out} are not."
         figures.append(_over_steps([drawn[run] for run, _ in members], rows, f"throughput-{place}-{number}", title, 0))
+        if left_out > 0 and not number:
+            figures[-1] = replace(figures[-1], notes=(*figures[-1].notes, more))
     if losses:
         figures.append(_over_steps(losses, [], f"loss-{place}", f"Loss of {gpu}", 4))
     groups = scaling(outcomes, beside(outcomes, published), gpu)
     if sum(len(group.dots) for group in groups) >= LEAST:
         incomplete = sum(outcome.gpu == gpu and not outcome.complete for outcome in outcomes)
         figures.append(_scaling(groups, incomplete, f"scaling-{place}", gpu))
-    left_out = len(with_series(outcomes, gpu)) - MOST_LINES
-    if left_out > 0 and rates:
-        more = f"Only the first {MOST_LINES} runs of the table on {gpu} are drawn over steps, {left_out} are not."
-        at = next(i for i, figure in enumerate(figures) if figure.ident.startswith("throughput"))
-        figures[at] = replace(figures[at], notes=(*figures[at].notes, more))
     return figures
 
 

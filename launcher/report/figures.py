@@ -169,23 +169,15 @@ def trends(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str) 
     tps: dict[int, Dot] = {}
     shares: dict[int, Dot] = {}
     for run, one in enumerate(outcomes):
-        day = _day(one.date) if one.gpu == gpu and one.complete and drawable(one.median_tps) else 0.0
-        if day and one.median_tps:
+        if one.gpu == gpu and one.complete and one.date and one.median_tps and drawable(one.median_tps):
+            at = datetime.fromisoformat(one.date)
+            day = at.toordinal() + (at.hour * 60 + at.minute) / 1440
             tps[run] = Dot(day, one.median_tps, one.run, run)
             if (row := best_match(one, published).row) and row.median_tps:
                 shares[run] = Dot(day, 100 * one.median_tps / row.median_tps, one.run, run)
     dots = shares or tps
     kinds = grouped(((run, outcomes[run]) for run in dots), lambda one: work(one) | {"on": counted(one.nodes, "node")})
     return [Group(label, False, _ascending(dots[run] for run, _ in runs)) for label, runs in kinds], bool(shares)
-
-
-def _day(text: str) -> float:
-    """Days as datetime counts them; 0 where there is no date."""
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        return 0.0
-    return at.toordinal() + (at.hour * 60 + at.minute) / 1440
 
 
 def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:

@@ -77,7 +77,7 @@ def page(
 
 def document(template: str, generator: str, script: str = "", **values: Any) -> str:
     """An HTML file that needs nothing but itself, and runs nothing but `script`."""
-    style = chart_style() + text_of("page.css")
+    style = text_of("chart.css") + text_of("page.css")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
     policy += "base-uri 'none'; form-action 'none'"
     head = {"generator": generator, "policy": policy, "style": Markup(style), "script": Markup(script)}
@@ -141,11 +141,6 @@ def _spans(outcome: Outcome) -> list[str]:
 
 def _hash(text: str) -> str:
     return "sha256-" + b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def chart_style() -> str:
-    """The CSS of a chart alone, which the page and a chart's own file share."""
-    return text_of("chart.css")
 
 
 def text_of(name: str) -> str:

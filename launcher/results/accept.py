@@ -45,9 +45,6 @@ class Word(StrEnum):
     PASS = "PASS"
 
 
-EXITS = {Word.PASS: ExitStatus.OK, Word.FAIL: ExitStatus.BELOW, Word.CANNOT_SAY: ExitStatus.CANNOT_SAY}
-
-
 class About(StrEnum):
     """What was looked at."""
 
@@ -86,7 +83,9 @@ class Verdict:
 
     @property
     def exit(self) -> ExitStatus:
-        return EXITS[self.word]
+        return {Word.PASS: ExitStatus.OK, Word.FAIL: ExitStatus.BELOW, Word.CANNOT_SAY: ExitStatus.CANNOT_SAY}[
+            self.word
+        ]
 
 
 def judge(

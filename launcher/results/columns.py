@@ -110,10 +110,6 @@ def percent(value: float | None) -> str:
     return f"{value:+.1f}%".replace("-", "−") if abs(value) >= 0.05 else "0.0%"
 
 
-def _size(outcome: Outcome) -> Cell:
-    return number(outcome.nodes, more=f"x {outcome.per_node} {outcome.gpu}")
-
-
 def _batch(outcome: Outcome) -> Cell:
     tokens = f" x {outcome.seq_len:,}" if outcome.seq_len else ""
     return number(outcome.local_batch_size, unit=tokens)
@@ -184,10 +180,6 @@ def _flat_spreads(spreads: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{name}_{part}": (spread or {}).get(part) for name, spread in spreads.items() for part in parts}
 
 
-def _flat_versions(versions: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: versions.get(name) for name in VERSIONS}
-
-
 def _flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What says that two rows are the same work: with these a CSV of ours is a baseline (results/published.py)."""
     return {name: settings.get(f"recipe.{name}") for name in WORK} | {"init_from": settings.get("job.init_from")}
@@ -213,7 +205,13 @@ COLUMNS = (
     Column("problems", lambda o: [problem.text for problem in o.problems]),
     Column("notes"),
     Column("gpu"),
-    Column("nodes", title="Nodes", cell=_size, places=(TERMINAL, PAGE), asked=True),
+    Column(
+        "nodes",
+        title="Nodes",
+        cell=lambda o: number(o.nodes, more=f"x {o.per_node} {o.gpu}"),
+        places=(TERMINAL, PAGE),
+        asked=True,
+    ),
     Column("gpus"),
     Column("recipe", title="Recipe", cell=_recipe, places=(PAGE,), asked=True, wide=True),
     Column("local_batch_size", title="Batch", cell=_batch, places=(TERMINAL, PAGE), asked=True),
@@ -277,7 +275,7 @@ COLUMNS = (
     Column("incomplete", is_incomplete),
     Column("restarted", lambda o: o.has(Lack.RESTARTED)),
     Column("non_finite", lambda o: o.has(Lack.NON_FINITE)),
-    Column("versions", csv=_flat_versions),
+    Column("versions", csv=lambda versions: {name: versions.get(name) for name in VERSIONS}),
     Column("settings", csv=_flat_settings),
     Column("prediction", csv=lambda said: {"predicted_tps": said.get("tps")}),
 )

@@ -95,7 +95,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         run=run.name,
         run_dir=str(run.path),
         state=state.name,
-        date=_date(intent.get("at")),
+        date="" if submitted is None else f"{datetime.fromtimestamp(submitted, UTC):%Y-%m-%dT%H:%M:%SZ}",
         cluster=_cluster(intent, seen),
         gpu=gpu,
         nodes=nodes,
@@ -387,11 +387,6 @@ def _number(value: object, low: float, high: float) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
         return float(value)
     return None
-
-
-def _date(at: object) -> str:
-    known = moment(at)
-    return "" if known is None else datetime.fromtimestamp(known, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _cluster(intent: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ import re
 from launcher.base.output import counted, plain
 from launcher.config.hardware import of_gpu
 from launcher.config.mfu import mfu_text
+from launcher.logs.steps import StepRecord
 from launcher.results.outcome import NO_STEP_COUNTS, Lack, Outcome, short_of
 
 COLUMNS = (
@@ -59,11 +60,8 @@ def is_incomplete(outcome: Outcome) -> bool:
     return outcome.state != "COMPLETED" or outcome.has(Lack.SHORT)
 
 
-def indicators(outcome: Outcome) -> str:
-    """The last logged step in the published table's form, without its number; "" where there is none."""
-    last = outcome.last
-    if last is None:
-        return ""
+def indicators(outcome: Outcome, last: StepRecord) -> str:
+    """The last logged step in the published table's form, without its number."""
     parts = [f"loss: {last.loss:7.4f}"]
     if last.grad_norm is not None:
         parts.append(f"grad_norm: {last.grad_norm:7.4f}")
@@ -93,11 +91,12 @@ def last_step(outcome: Outcome) -> str:
     """The fourth column: `step: 100  loss: …`, or `step 40 of 100 (FAILED)  loss: …`."""
     if outcome.last is None:
         return short_of(None, outcome.steps).text
+    shown = indicators(outcome, outcome.last)
     if outcome.complete:
-        return f"step: {outcome.step}  {indicators(outcome)}"
+        return f"step: {outcome.step}  {shown}"
     short = short_of(outcome.step, outcome.steps).text
     others = "; ".join(escape(problem.text) for problem in outcome.problems if problem.kind is not Lack.SHORT)
-    return f"{short}{f' ({others})' if others else ''}  {indicators(outcome)}"
+    return f"{short}{f' ({others})' if others else ''}  {shown}"
 
 
 _MARKDOWN = re.compile(r"[\\`*\[\]|]")

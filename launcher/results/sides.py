@@ -20,7 +20,6 @@ from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 
-KEYWORD = "published"
 _LARGEST = 64 << 20  # bytes; a result of 1,000 nodes and 10,000 logged steps has fewer
 _MOST = 10**9
 _MAKE = "launcher results RUN --format json > FILE"
@@ -32,7 +31,7 @@ def results_in(reference: str, runs_dir: Path) -> list[Outcome]:
 
     Raises LauncherError for what does not exist, cannot be read or is no result, and for a run that has none yet.
     """
-    if reference == KEYWORD:
+    if reference == "published":
         return published()
     if not reference.strip():  # an unset variable in a script would otherwise mean the newest run
         raise LauncherError("value", "a result without a name", "name a run, a file, or: published")
@@ -42,17 +41,12 @@ def results_in(reference: str, runs_dir: Path) -> list[Outcome]:
             return _of_file(path)
     except (OSError, ValueError):  # too long, or no path at all
         pass
-    return [of_run(reference, runs_dir)]
-
-
-def of_run(reference: str, runs_dir: Path) -> Outcome:
-    """Raises LauncherError where there is no such run, or it has logged nothing yet."""
     run = runs.open_run(reference, runs_dir)
     state = control.states([run])[run.name]
     found = outcome_of(run, state)
     if found is None:
         raise nothing_logged(run, state)
-    return found
+    return [found]
 
 
 def nothing_logged(run: Run, state: JobState) -> LauncherError:

@@ -297,7 +297,7 @@ def named(name: str, value: str) -> Parsed:
     """A page on which all that others write is one of the two."""
     odd = outcome(problems=(value,), notes=(value,), settings={"env.A": value}, by_node=nodes(1.0, 2.0, host=name))
     ours: dict[str, Any] = {"run": name, "gpu": name, "recipe": name, "cluster": value, "precision": f"p{value}"}
-    first = replace(odd, **ours, date=f"2026-11-20T{value}", state=f"x{value}", versions={value: name})
+    first = replace(odd, **ours, state=f"x{value}", versions={value: name})
     rows = [replace(published()[0], run=f"{value} (x)", source=value, gpu=name)]
     runs = [first, outcome(gpu=name, precision=f"p{value}")]
     text = page(runs, rows, made="now", version="1", left_out=[(name, value)])

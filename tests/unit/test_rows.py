@@ -168,8 +168,8 @@ def test_nan_is_null() -> None:
 def test_earlier_and_quantised_forms() -> None:
     whole = PUBLISHED[0]
     old = replace(whole, series=(replace(whole.series[0], grad_norm=None, tflops=None),))
-    assert indicators(old) == "loss:  6.4277  memory: 158.61GiB(86.20%)  tps: 17,581  mfu: 45.25%"
-    assert indicators(replace(whole, mfu_pct=None)).endswith("  mfu: N/A")
+    assert indicators(old, old.series[0]) == "loss:  6.4277  memory: 158.61GiB(86.20%)  tps: 17,581  mfu: 45.25%"
+    assert indicators(replace(whole, mfu_pct=None), whole.series[0]).endswith("  mfu: N/A")
 
 
 def test_markup_and_html_are_words() -> None:
