@@ -48,13 +48,7 @@ from launcher.scheduler.state import JobState
 )
 @as_json
 def results(
-    names: tuple[str, ...],
-    runs_dir: Path,
-    every: bool,
-    form: str,
-    entity: str,
-    output: Path | None,
-    as_json: bool,
+    names: tuple[str, ...], runs_dir: Path, every: bool, form: str, entity: str, output: Path | None, as_json: bool
 ) -> None:
     """Print results in the form of the published table.
 

@@ -11,17 +11,7 @@ from markupsafe import Markup
 
 from launcher.base.output import counted
 from launcher.report import svg
-from launcher.report.figures import (
-    MOST_LINES,
-    Group,
-    Line,
-    grouped,
-    lines,
-    measured_by,
-    scaling,
-    trends,
-    with_series,
-)
+from launcher.report.figures import MOST_LINES, Group, Line, grouped, lines, measured_by, scaling, trends, with_series
 from launcher.results.accept import THRESHOLD
 from launcher.results.outcome import Outcome
 from launcher.results.published import beside, called, publisher

@@ -196,9 +196,7 @@ def slow_nodes(outcome: Outcome) -> list[Against]:
     return [node for node in against_others(outcome.by_node) if node.behind > MAX_SPREAD]
 
 
-def differences(
-    outcomes: Sequence[Outcome],
-) -> tuple[list[tuple[str, tuple[str | None, ...]]], list[tuple[str, str]]]:
+def differences(outcomes: Sequence[Outcome]) -> tuple[list[tuple[str, tuple[str | None, ...]]], list[tuple[str, str]]]:
     """Settings and versions: those in which runs differ, and those that all runs share. None: not said."""
     texts = [_texts(outcome) for outcome in outcomes]
     differing, shared = [], []

@@ -11,17 +11,7 @@ from launcher.base.errors import quoted
 from launcher.base.output import counted, some
 from launcher.base.values import by
 from launcher.report.figures import slow_nodes, work
-from launcher.results.accept import (
-    MAX_SPREAD,
-    MAX_WAITING,
-    THRESHOLD,
-    About,
-    Reason,
-    Verdict,
-    Word,
-    judge,
-    share_text,
-)
+from launcher.results.accept import MAX_SPREAD, MAX_WAITING, THRESHOLD, About, Reason, Verdict, Word, judge, share_text
 from launcher.results.columns import drawable
 from launcher.results.measure import Against
 from launcher.results.outcome import Outcome

@@ -45,6 +45,9 @@ class Word(StrEnum):
     PASS = "PASS"
 
 
+EXITS = {Word.PASS: ExitStatus.OK, Word.FAIL: ExitStatus.BELOW, Word.CANNOT_SAY: ExitStatus.CANNOT_SAY}
+
+
 class About(StrEnum):
     """What was looked at."""
 
@@ -83,9 +86,7 @@ class Verdict:
 
     @property
     def exit(self) -> ExitStatus:
-        return {Word.PASS: ExitStatus.OK, Word.FAIL: ExitStatus.BELOW, Word.CANNOT_SAY: ExitStatus.CANNOT_SAY}[
-            self.word
-        ]
+        return EXITS[self.word]
 
 
 def judge(

@@ -14,12 +14,7 @@ from launcher.config.mfu import mfu_text
 from launcher.logs.steps import StepRecord
 from launcher.results.outcome import NO_STEP_COUNTS, Lack, Outcome, short_of
 
-COLUMNS = (
-    "GPU Type",
-    "Compute nodes in training job",
-    "Batch size",
-    "Performance indicators at the last logged step",
-)
+COLUMNS = ("GPU Type", "Compute nodes in training job", "Batch size", "Performance indicators at the last logged step")
 _WIDTHS = (8, 29, 10)  # of the published table's first three columns
 
 

@@ -66,10 +66,7 @@ FAILS: dict[str, tuple[Outcome, str]] = {
     "a node died": (ended("NODE_FAIL"), "the run ended NODE_FAIL"),
     "an interval at half speed": (HALF_SPEED, "10.0% below the median (limit 5%); slow up to step 100"),
     "a loss that explodes at once": (with_losses(12.0, 10.0, 22.0), "22.00 at step 20, the last one: it exploded"),
-    "a loss that explodes at last": (
-        with_losses(12.0, *[6.0] * 9, 30.0),
-        "at step 100, the last one: it exploded",
-    ),
+    "a loss that explodes at last": (with_losses(12.0, *[6.0] * 9, 30.0), "at step 100, the last one: it exploded"),
     "a loss of nothing": (with_losses(12.25, *[0.001] * 10), "at that step others had 6.14 to 8.30; a loss this low"),
 }
 UNSAID: dict[str, tuple[Outcome, str]] = {
@@ -327,10 +324,7 @@ RANK = {FAIL: 0, CANNOT_SAY: 1, PASS: 2}
 @given(RESULTS, st.floats(0.01, 2), st.floats(0.01, 2), st.floats(0, 1))
 def test_the_rules_hold_for_any_result(result: Outcome, low: float, high: float, limit: float) -> None:
     low, high = sorted((low, high))
-    easy, hard = (
-        verdict(result, threshold=low, max_spread=limit),
-        verdict(result, threshold=high, max_spread=limit),
-    )
+    easy, hard = (verdict(result, threshold=low, max_spread=limit), verdict(result, threshold=high, max_spread=limit))
     assert RANK[easy.word] >= RANK[hard.word]  # asking for more never turns a verdict to the better
     if easy.word is PASS:
         assert result.complete and result.state == "COMPLETED" and easy.baseline is not None

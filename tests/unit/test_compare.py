@@ -133,10 +133,7 @@ def test_an_incomplete_run_is_shown_and_not_compared() -> None:
     assert tps.why_not == "B is not complete"
     assert "B is not complete: step 40 of 100; restarted" in found.warnings
     assert "not comparable: B is not complete" in "\n".join(as_text(found))
-    assert (found.verdict, as_text(found)[-1]) == (
-        Verdict.CANNOT_SAY,
-        "CANNOT SAY which is faster: B is not complete",
-    )
+    assert (found.verdict, as_text(found)[-1]) == (Verdict.CANNOT_SAY, "CANNOT SAY which is faster: B is not complete")
 
 
 def test_different_gpus_are_warned_of_and_still_shown() -> None:
@@ -162,7 +159,7 @@ def test_mfu_of_different_peaks_and_losses_of_different_steps_are_not_compared()
         problems=st.sampled_from([(), ("restarted",)]),
         peak_tflops=st.none() | st.just(2250.0),
         by_node=st.sampled_from([(), nodes(1.0), nodes(1.0, None)]),
-    ),
+    )
 )
 def test_any_two_results_compare(other: Outcome) -> None:
     for found in (compare(outcome(), other), compare(other, outcome())):

@@ -15,14 +15,7 @@ from launcher.logs.steps import StepRecord, parse_line
 from launcher.results.columns import as_dict
 from launcher.results.outcome import NON_FINITE, RESTARTED, NodeResult, Outcome
 from launcher.results.published import published
-from launcher.results.rows import (
-    escape,
-    indicators,
-    markdown_row,
-    median_mfu_pct,
-    mfu_at_other_peaks,
-    summary_line,
-)
+from launcher.results.rows import escape, indicators, markdown_row, median_mfu_pct, mfu_at_other_peaks, summary_line
 from tests.unit.outcomes import nodes, outcome, point, problems, silent, spread
 
 # The published rows as runs that logged one step.
