@@ -103,10 +103,8 @@ def number(value: float | None, digits: int = 0, unit: str = "", more: str = "")
     return Cell(f"{value:,.{digits}f}{unit}", value, more)
 
 
-def percent(value: float | None) -> str:
-    """A difference: `+0.4%`, `-3.2%` with a minus sign, `0.0%`; `no data` for None."""
-    if value is None:
-        return "no data"
+def percent(value: float) -> str:
+    """A difference: `+0.4%`, `-3.2%` with a minus sign, `0.0%`."""
     return f"{value:+.1f}%".replace("-", "−") if abs(value) >= 0.05 else "0.0%"
 
 

@@ -74,24 +74,14 @@ def run(
     medians = [rate * rnd.gauss(1, 0.002) * (slow if number == 4 else 1) for number in range(nodes)]
     by_node = tuple(NodeResult(f"{gpu.lower()}-{number:03}", value) for number, value in enumerate(medians, 1))
     return outcome(
-        settings={
-            "job.nodes": nodes,
-            "profile.gpu": gpu,
-            "profile.gpus_per_node": per_node,
-            "job.gpu": gpu.lower(),
-            "recipe.local_batch_size": batch,
-            "recipe.compile": compile,
-            "job.segment": nodes,
-        },
         run=name,
         run_dir=f"/home/user/runs/{name}",
         state=state,
         date=date,
         gpu=gpu,
         nodes=nodes,
-        gpus=nodes * per_node,
+        per_node=per_node,
         local_batch_size=batch,
-        global_batch_size=batch * nodes * per_node,
         compile=compile,
         step=logged[-1] if logged else None,
         loss=series[-1].loss if series else None,

@@ -274,7 +274,7 @@ def test_an_acceptance_report_is_read_anywhere(opened: Open, folder: Path, schem
 
 
 def test_a_thousand_nodes_fit(browser: Any, tmp_path: Path) -> None:
-    many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000))), nodes=1000, gpus=4000)
+    many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000))), nodes=1000)
     (tmp_path / "page.html").write_text(make_page([many], published(), made="now", version="1"), encoding="utf-8")
     tab = browser.new_page(viewport=PHONE)
     tab.goto((tmp_path / "page.html").as_uri())

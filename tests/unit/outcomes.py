@@ -34,6 +34,9 @@ def nodes(*tps: float | None, host: str = "gb200") -> tuple[NodeResult, ...]:
     return tuple(NodeResult(f"{host}-{number:03}", value) for number, value in enumerate(tps, 1))
 
 
+NINE = nodes(*(17930.0 + 10 * offset for offset in range(-4, 5)))
+
+
 def point(step: int, loss: float, tps: float = 17930.0, tflops: float | None = None) -> StepRecord:
     return StepRecord(step, loss, 2.5, 159.31, 86.58, tps, tflops, 46.15)
 
@@ -54,23 +57,26 @@ def problems(*texts: str) -> tuple[Problem, ...]:
     return tuple(known.get(text) or Problem(text, kind(text)) for text in texts)
 
 
-def outcome(**changes: Any) -> Outcome:
-    """`changes` are fields of Outcome; a `settings` replaces single keys of the whole."""
+def outcome(
+    gpu: str = "GB200", nodes: int = 9, per_node: int = 4, local_batch_size: int = 5, compile: bool = False, **more: Any
+) -> Outcome:
+    """`more` are fields of Outcome; a `settings` replaces single keys of the whole."""
+    gpus = nodes * per_node
     base = Outcome(
         run="titan-llama3-8b-0930",
         run_dir="/home/user/runs/titan-llama3-8b-0930",
         state="COMPLETED",
         date="2026-11-20T09:30:00Z",
         cluster="crusoe",
-        gpu="GB200",
-        nodes=9,
-        gpus=36,
+        gpu=gpu,
+        nodes=nodes,
+        gpus=gpus,
         recipe="llama3-8b",
-        local_batch_size=5,
-        global_batch_size=180,
+        local_batch_size=local_batch_size,
+        global_batch_size=gpus * local_batch_size,
         seq_len=8192,
         precision="bfloat16",
-        compile=False,
+        compile=compile,
         steps=100,
         step=100,
         loss=LOSSES[-1],
@@ -84,29 +90,29 @@ def outcome(**changes: Any) -> Outcome:
         data_share=0.012,
         startup=Startup(queue_s=12.0, container_s=38.0, check_s=9.5, first_step_s=95.0),
         series=points(),
-        by_node=nodes(*(17930.0 + 10 * offset for offset in (-4, -3, -2, -1, 0, 1, 2, 3, 4))),
+        by_node=NINE,
         versions=SOFTWARE | {"image": "titan-stable-arm64.sqsh"},
         settings={
-            "job.gpu": "gb200",
+            "job.gpu": gpu.lower(),
             "job.image": "/data/images/titan-stable-arm64.sqsh",
-            "job.nodes": 9,
+            "job.nodes": nodes,
             "job.recipe": "llama3-8b",
             "job.data": "/data/c4",
             "job.runtime": "pyxis",
-            "job.segment": 9,
-            "profile.gpu": "GB200",
-            "profile.gpus_per_node": 4,
+            "job.segment": nodes,
+            "profile.gpu": gpu,
+            "profile.gpus_per_node": per_node,
             "recipe.model": "llama3",
             "recipe.flavor": "8B",
             "recipe.dataset": "c4",
             "recipe.seq_len": 8192,
-            "recipe.local_batch_size": 5,
+            "recipe.local_batch_size": local_batch_size,
             "recipe.global_batch_size": -1,
             "recipe.steps": 100,
             "recipe.log_freq": 10,
             "recipe.lr": 3e-4,
             "recipe.activation_checkpoint": "selective",
-            "recipe.compile": False,
+            "recipe.compile": compile,
             "recipe.quantize": "none",
             "recipe.param_dtype": "bfloat16",
             "recipe.dp_replicate": 1,
@@ -120,11 +126,11 @@ def outcome(**changes: Any) -> Outcome:
             "env.NCCL_MNNVL_ENABLE": "1",
         },
     )
-    if "problems" in changes:
-        changes["problems"] = problems(*changes["problems"])
-    if "settings" in changes:
-        changes["settings"] = {**base.settings, **changes["settings"]}
-    return replace(base, **changes)
+    if "problems" in more:
+        more["problems"] = problems(*more["problems"])
+    if "settings" in more:
+        more["settings"] = {**base.settings, **more["settings"]}
+    return replace(base, **more)
 
 
 def silent(**changes: Any) -> Outcome:

@@ -27,12 +27,6 @@ def verdict(result: Outcome | None, **options: Any) -> Verdict:
     return judge(result, options.pop("rows", ROWS), losses=ROWS, **options)
 
 
-def sized(count: int, per_node: int = 4, **changes: Any) -> Outcome:
-    """A run of so many nodes; each GPU has its batch of five."""
-    gpus = count * per_node
-    return outcome(nodes=count, gpus=gpus, global_batch_size=5 * gpus, settings={"job.nodes": count}, **changes)
-
-
 def with_losses(*losses: float) -> Outcome:
     return outcome(series=points(losses))
 
@@ -82,7 +76,7 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     "few steps, and no row": (outcome(gpu="B300", tps=spread(17930.0, count=36)), "no result for B300"),
     "another model": (set_to(flavor="70B"), "size of the model 70B, not 8B"),
     "another length": (outcome(seq_len=4096), "sequence length 4096, not 8192"),
-    "another batch": (outcome(local_batch_size=4, global_batch_size=144), "local batch size 4, not 5"),
+    "another batch": (outcome(local_batch_size=4), "local batch size 4, not 5"),
     "accumulated batches": (outcome(global_batch_size=360), "2 batches a step and GPU, not 1"),
     "compiled": (outcome(compile=True), "compile true, not false"),
     "fp32": (outcome(precision="float32"), "precision float32, not bfloat16"),
@@ -92,8 +86,8 @@ UNSAID: dict[str, tuple[Outcome, str]] = {
     "another framework's": (outcome(gpu="GB300"), "not like with like, against published (NVIDIA, 2 x GB300)"),
     "with what 0.3 adds": (set_to(like_for_like=False), "like_for_like false, not true"),
     "of an older launcher": (replace(outcome(), settings={}), "does not say its model, size of the model"),
-    "a quarter of a GB200 rack's row": (sized(1), "on 12 GPUs and this run had 4, 3.0 times fewer"),
-    "slow on far more GPUs": (sized(72, tps=spread(16000.0, count=81)), "68 GPUs and this run had 288, 4.2 times more"),
+    "a quarter of a GB200 rack's row": (outcome(nodes=1), "on 12 GPUs and this run had 4, 3.0 times fewer"),
+    "slow on far more GPUs": (outcome(nodes=72, tps=spread(16000.0, count=81)), "this run had 288, 4.2 times more"),
 }
 
 
@@ -107,10 +101,8 @@ def test_what_fails_and_what_cannot_be_said(name: str) -> None:
 
 def h100(nodes: int, speed: float, **changes: Any) -> Outcome:
     """A compiled run of the 8B model at batch 2, on nodes of 8 GPUs."""
-    settings = {"job.nodes": nodes, "profile.gpus_per_node": 8, **changes.pop("settings", {})}
-    batch = changes.setdefault("local_batch_size", 2)
-    whole = {"gpu": "H100", "nodes": nodes, "gpus": 8 * nodes, "compile": True, "tps": spread(speed, count=27)}
-    return outcome(**{"global_batch_size": batch * 8 * nodes, **whole, **changes}, settings=settings, by_node=())
+    whole = {"gpu": "H100", "per_node": 8, "local_batch_size": 2, "compile": True, "tps": spread(speed, count=27)}
+    return outcome(**{**whole, **changes}, nodes=nodes, by_node=())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +126,7 @@ def test_70b_is_measured_by_the_row_of_its_parallelism(
         "recipe.tensor_parallel": tensor,
         "recipe.async_tensor_parallel": is_async,
     }
-    run = h100(32, 400.0, settings=settings, local_batch_size=16, global_batch_size=512, precision=precision)
+    run = h100(32, 400.0, settings=settings, local_batch_size=16, precision=precision)
     for rows in (ROWS, ROWS[::-1]):
         found = verdict(replace(run, global_batch_size=16 * 256 // tensor), rows=rows)
         assert (found.baseline and found.baseline.median_tps) == tps
@@ -172,9 +164,9 @@ def test_a_row_of_ones_own(framework: str, step: object, word: Word) -> None:
 def test_far_more_or_fewer_gpus_decide_one_way_only() -> None:
     """Each of few GPUs is faster: few that are slow, and many that are fast, are certain."""
     fast, slow = spread(17950.0, count=81), spread(16000.0, count=81)
-    assert verdict(sized(1, tps=fast)).word is CANNOT_SAY and verdict(sized(1, tps=slow)).word is FAIL
-    assert verdict(sized(72, tps=fast)).word is PASS and verdict(sized(72, tps=slow)).word is CANNOT_SAY
-    near = verdict(sized(12, tps=fast))
+    assert verdict(outcome(nodes=1, tps=fast)).word is CANNOT_SAY and verdict(outcome(nodes=1, tps=slow)).word is FAIL
+    assert verdict(outcome(nodes=72, tps=fast)).word is PASS and verdict(outcome(nodes=72, tps=slow)).word is CANNOT_SAY
+    near = verdict(outcome(nodes=12, tps=fast))
     assert near.word is PASS
     assert "the nearest published result is of 9 nodes (36 GPUs), this run had 12 nodes (48 GPUs)" in near.notes
 
@@ -220,21 +212,12 @@ def test_waiting_for_data_is_named() -> None:
 
 def test_a_row_of_the_same_driver_comes_first() -> None:
     """H100s were published with two drivers: 8,714 tokens/s on 16 GPUs with one, 7,582 on 32 with the other."""
-    h100 = outcome(
-        gpu="H100",
-        nodes=3,
-        gpus=24,
-        local_batch_size=2,
-        global_batch_size=48,
-        tps=spread(7256.0, count=27),
-        by_node=nodes(7250.0, 7256.0, 7260.0),
-        settings={"job.nodes": 3, "profile.gpus_per_node": 8, "recipe.local_batch_size": 2},
-    )
-    new, old = (verdict(replace(h100, versions={"driver": driver})) for driver in ("580.95.05", "570.172.08"))
+    run = replace(h100(3, 7256.0, compile=False), by_node=nodes(7250.0, 7256.0, 7260.0))
+    new, old = (verdict(replace(run, versions={"driver": driver})) for driver in ("580.95.05", "570.172.08"))
     assert (new.word, new.baseline and new.baseline.gpus) == (FAIL, 16)
     assert (old.word, old.baseline and old.baseline.gpus) == (PASS, 32)
-    assert verdict(replace(h100, versions={})).baseline == old.baseline  # unknown: the nearest number
-    same = replace(h100, nodes=2, gpus=16, global_batch_size=32, versions={"driver": "570.172.08"})
+    assert verdict(replace(run, versions={})).baseline == old.baseline  # unknown: the nearest number
+    same = replace(run, nodes=2, gpus=16, global_batch_size=32, versions={"driver": "570.172.08"})
     assert (row := verdict(same).baseline) and row.gpus == 16  # the same number, though of the other driver
 
 
@@ -267,7 +250,7 @@ def test_a_loss_is_held_against_all_that_others_had(loss: float) -> None:
 
 def test_a_baseline_of_ones_own() -> None:
     """For GPUs without a published row, and for a closer limit than another cluster's table gives."""
-    mine = outcome(gpu="B300", run="accepted", settings={"profile.gpu": "B300"}, loss=6.6)
+    mine = outcome(gpu="B300", run="accepted", loss=6.6)
     again = replace(mine, tps=spread(17000.0), run="again", run_dir="/home/user/runs/again")
     assert verdict(mine).word is CANNOT_SAY
     assert verdict(again, rows=[mine]).word is FAIL and verdict(again, rows=[mine], threshold=0.94).word is PASS
@@ -386,7 +369,7 @@ def test_an_accepted_run_is_a_baseline(launch: Launch, workplace: Path) -> None:
     write_run(runs / "before", gpu="B300")
     write_run(runs / "after", (17000.0, 17000.0), gpu="B300")
     file = workplace / "accepted.json"
-    file.write_text(json.dumps(result_as_dict(outcome(gpu="B300", nodes=2, gpus=8, global_batch_size=40))))
+    file.write_text(json.dumps(result_as_dict(outcome(gpu="B300", nodes=2))))
     for baseline in ("before", str(file)):
         assert launch("accept", "after", "--baseline", baseline).returncode == 12
         assert launch("accept", "after", "--baseline", baseline, "--threshold", "0.9").returncode == 0

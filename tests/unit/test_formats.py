@@ -171,7 +171,7 @@ def test_a_submission_says_what_its_readme_asks_for() -> None:
 
 def test_runs_on_the_same_hardware_share_a_file() -> None:
     again = shape(run="again", date="2026-11-30T09:30:00Z")
-    files = submissions([WHOLE, again, shape(run="small", nodes=3, gpus=12)], "me")
+    files = submissions([WHOLE, again, shape(run="small", nodes=3)], "me")
     assert "on 2026-11-20, 2026-11-30." in files["llama3-8b_36xgb200_202611_me.md"]
     assert {name: text.count("```toml") for name, text in files.items()} == {
         "llama3-8b_36xgb200_202611_me.md": 2,

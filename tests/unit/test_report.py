@@ -146,7 +146,7 @@ def test_speed_over_time_is_a_share_of_published_for_each_number_of_nodes() -> N
     runs = [
         outcome(run="a", date="2026-11-01T12:00:00Z", tps=spread(17975.0)),
         outcome(run="b", date="2026-11-03T00:00:00Z", tps=spread(17975.0 * 0.9)),
-        outcome(run="c", date="2026-11-02T00:00:00Z", nodes=3, gpus=12, global_batch_size=60, tps=spread(18284.0)),
+        outcome(run="c", date="2026-11-02T00:00:00Z", nodes=3, tps=spread(18284.0)),
         outcome(run="cut", problems=("TIMEOUT",)),
         outcome(run="undated", date=""),
     ]
@@ -191,9 +191,9 @@ def test_only_complete_and_like_runs_make_a_scaling_line() -> None:
     ],
     ids=str,
 )
-def test_what_differs_in_a_step_is_not_joined(changes: dict[str, object]) -> None:
+def test_what_differs_in_a_step_is_not_joined(changes: dict[str, Any]) -> None:
     base = {"torch": "2.14.1", "torchtitan": "0.2.2"}
-    small = outcome(nodes=3, gpus=12, global_batch_size=60, versions=base)
+    small = outcome(nodes=3, versions=base)
     assert len(scaling([small, outcome(versions=base)], [], "GB200")) == 1
     groups = scaling([small, outcome(**{"versions": base, **changes})], [], "GB200")
     assert len({group.label for group in groups}) == 2
@@ -243,7 +243,7 @@ def test_nodes_are_measured_by_the_others_and_the_slowest_are_named() -> None:
     ]
     assert "1 slow node</strong>: 4 nodes, slowest gb200-002 at 90 (−10.4%)" in text and "1 without a figure" in text
     assert 'class="heat"' not in rendered(outcome(by_node=nodes(100.0)))
-    many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000, 0, -1))), nodes=1000, gpus=4000)
+    many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000, 0, -1))), nodes=1000)
     text = rendered(many)
     assert text.count('<li class="h') == MOST_NODES and "here the 60 slowest" in text
 

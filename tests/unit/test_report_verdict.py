@@ -85,7 +85,7 @@ def test_a_newer_run_that_cannot_be_judged_does_not_hide_an_older_fault() -> Non
 
 def test_an_older_run_that_failed_is_history_behind_one_that_did_not() -> None:
     """Also where nothing published says how fast it should be."""
-    whole = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
+    whole = replace(GOOD[1], gpu="B300")
     failed = replace(whole, run="old", date="2026-11-01T08:00:00Z", state="FAILED", problems=problems("FAILED"))
     assert answer(failed).word is Word.FAIL
     assert answer(whole, failed).word is Word.CANNOT_SAY
@@ -115,7 +115,7 @@ def test_nodes_are_judged_by_runs_that_accept_judges() -> None:
 
 
 def test_without_a_comparable_row_nothing_is_said() -> None:
-    other = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
+    other = replace(GOOD[1], gpu="B300")
     found = answer(other)
     assert found.word is Word.CANNOT_SAY and "there is no result for B300" in found.headline
     assert finding(found, "Speed")[0] == "not measured"
