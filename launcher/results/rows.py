@@ -6,6 +6,7 @@ releases, so wherever a person reads MFU the peak stands beside it.
 
 from __future__ import annotations
 
+import html
 import re
 
 from launcher.base.output import counted, plain
@@ -95,12 +96,11 @@ def last_step(outcome: Outcome) -> str:
 
 
 _MARKDOWN = re.compile(r"[\\`*\[\]|]")
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def escape(text: str) -> str:
     """Words of others in a cell of a Markdown table: no markup, no HTML, no end of the cell."""
-    return _MARKDOWN.sub(r"\\\g<0>", "".join(_HTML.get(c, c) for c in plain(text)))
+    return _MARKDOWN.sub(r"\\\g<0>", html.escape(plain(text), quote=False))
 
 
 def summary_line(outcome: Outcome) -> str:
