@@ -9,6 +9,7 @@ ends at the damage.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,8 +31,7 @@ def scalars(folder: Path, tags: Sequence[str]) -> dict[str, dict[int, float]]:
     """
     found: dict[str, dict[int, float]] = {tag: {} for tag in tags}
     endings = {bytes([0x0A, len(tag.encode())]) + tag.encode() + b"\x15": found[tag] for tag in tags}
-    # The name begins with the time.
-    for path in sorted(folder.rglob("*.tfevents.*"), key=lambda path: path.name)[:MOST_FILES]:
+    for path in sorted(_event_files(folder), key=lambda path: path.name)[:MOST_FILES]:  # the name begins with the time
         try:
             for event in _events(path):
                 values = next(
@@ -42,6 +42,11 @@ def scalars(folder: Path, tags: Sequence[str]) -> dict[str, dict[int, float]]:
         except OSError:
             continue  # another user's: one figure is missing, not the result
     return found
+
+
+def _event_files(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names if ".tfevents." in name)
 
 
 def _events(path: Path) -> Iterator[bytes]:
