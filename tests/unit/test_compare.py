@@ -78,6 +78,7 @@ def test_a_difference_within_the_noise_and_one_beyond() -> None:
     wide = Spread(600.0, 400.0, 800.0, 300.0, 900.0, 81)
     unsure = compare(outcome(tps=wide), outcome(tps=wide))
     assert unsure.verdict is Verdict.CANNOT_SAY and "the noise of ±57% is too large to tell" in as_text(unsure)[-1]
+    assert compare(outcome(tps=wide), a).verdict is Verdict.FASTER  # by far more than the noise
     assert "-930 (-5.2%)" in "\n".join(as_text(large)) and "* tokens/s per GPU" in "\n".join(as_text(large))
 
 
