@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -406,7 +405,6 @@ def _versions(records: Mapping[str, Mapping[str, Any]], image: str, submitted: f
     return {key: value for key, value in found.items() if value}
 
 
-@lru_cache(maxsize=64)
 def _digest(image: str, submitted: float | None) -> str:
     """The image's checksum as the file beside it says; "" where there is none or the image is newer than the run."""
     path = Path(image)
