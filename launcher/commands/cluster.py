@@ -110,11 +110,16 @@ def _profile_lines(proposal: Proposal) -> list[str]:
 def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -> dict[str, Any]:
     """The facts as JSON takes them; `nodes` in place of all, each with its state in one word."""
     free = {node.name for node in facts.nodes if node.free}
+    block_of = {name: block.name for block in facts.blocks for name in block.nodes}
     return vars(facts) | {
+        "segment": facts.segment,
         "notes": list(facts.unread.values()),
         "unread": list(facts.unread),
         "partitions": [vars(p) | {"guessed": False} for p in facts.partitions],
-        "nodes": [vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free} for n in nodes],
+        "nodes": [
+            vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free, "block": block_of.get(n.name, "")}
+            for n in nodes
+        ],
         "blocks": [vars(b) | {"idle": len(free & set(b.nodes))} for b in facts.blocks],
         "topologies": {name: asdict(topology) for name, topology in facts.topologies.items()},
         "proposal": asdict(proposal),

@@ -5,7 +5,6 @@ answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
 from threading import Thread
@@ -13,7 +12,7 @@ from typing import TypeVar
 
 from launcher.base.errors import LauncherError
 from launcher.scheduler import parse, slurm
-from launcher.scheduler.facts import SEGMENT_SINCE, ClusterFacts, Topology
+from launcher.scheduler.facts import ClusterFacts, Topology
 
 Run = Callable[[Sequence[str]], str]
 T = TypeVar("T")
@@ -64,19 +63,16 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
     if nodes and not partitions:
         doubt("partitions", "nothing of it can be read")
     topology = "block" if blocks else {"none": "flat", "default": "flat"}.get(plugin, plugin)
-    version = parse.version(config.get("SLURM_VERSION", ""))
     storage = config.get("AccountingStorageType", "").removeprefix("accounting_storage/")
     path = config.get("PlugStackConfig", "")
-    of = {name: block.name for block in blocks for name in block.nodes}
     return ClusterFacts(
         name=config.get("ClusterName", ""),
-        slurm=version,
+        slurm=parse.version(config.get("SLURM_VERSION", "")),
         topology=topology,
-        segment=(version or (0, 0)) >= SEGMENT_SINCE and topology == "block",
         accounting=storage not in ("", "none") if config else None,
         pyxis="" if "--container-image" in options else None,
         partitions=partitions,
-        nodes=() if "nodes" in unread else tuple(replace(n, block=of.get(n.name, "")) for n in nodes),
+        nodes=() if "nodes" in unread else nodes,
         blocks=blocks,
         pyxis_options=options,
         squashfuse=parse.squashfuse((plugstack or slurm.plugstack)(path)) if path and options else None,

@@ -16,7 +16,7 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.propose import contradictions, propose
 from launcher.scheduler import parse, slurm
 from launcher.scheduler.detect import detect
-from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
+from launcher.scheduler.facts import ClusterFacts, Node, Partition
 from tests.cluster_fixtures import CLUSTERS, STAMP, FakeNode, answering, cluster, node_line, partition_line
 
 NAME = st.from_regex(r"[a-z][a-z0-9-]{0,12}[0-9]{1,4}", fullmatch=True)
@@ -50,7 +50,7 @@ def test_the_nodes_of_a_terraform_cluster() -> None:
     first = nodes[1]
     assert (first.name, first.partitions, first.features) == ("batch-compute-node-001", ("batch", "short"), ("nvl72",))
     assert (first.gres, first.gpus, first.gpu_type) == ("gpu:gb200:4(S:0-1)", 4, "gb200")
-    assert (first.cpus, first.memory_mib, first.arch, first.block) == (144, 870000, "aarch64", "rack1")
+    assert (first.cpus, first.memory_mib, first.arch) == (144, 870000, "aarch64")
     words = ["idle", "drained", "down", "mixed", "reserved", "allocated"]
     assert [nodes[n].state for n in (1, 3, 5, 6, 7, 8)] == words
     assert [n for n in range(1, 10) if nodes[n].free] == [1, 2, 4, 9]
@@ -365,13 +365,6 @@ def test_a_chosen_profile_is_compared_with_the_nodes() -> None:
     assert contradictions("./mine.toml", nodes) == []
 
 
-def test_blocks_and_nodes_are_matched_by_name() -> None:
-    blocks, batch = "BlockName=x BlockIndex=0 Nodes=a2,a9\n", [partition_line("batch", "a[1-2]")]
-    facts = facts_of(cluster("25.05.3", [FakeNode("a1"), FakeNode("a2")], batch, topology=blocks))
-    assert facts.blocks == (Block("x", ("a2", "a9")),)
-    assert [n.block for n in facts.nodes] == ["", "x"]
-
-
 def test_a_topology_of_a_partitions_own() -> None:
     """The cluster's is flat or of other blocks: that says nothing about the partition."""
     answers = dict(CLUSTERS["terraform-25.05"])
@@ -391,7 +384,6 @@ def test_a_topology_of_a_partitions_own() -> None:
     assert (facts.topology, facts.segment, facts.unread) == ("flat", False, {})
     of_short, of_batch, of_both = (facts.as_placed(name) for name in ("short", "", "short,batch"))
     assert (of_short.topology, of_short.segment, [len(b.nodes) for b in of_short.blocks]) == ("block", True, [2])
-    assert [node.block for node in of_short.nodes[:3]] == ["b1", "b1", ""]
     assert of_batch.unread == {"topology": "scontrol -o show topology gone: scontrol failed"}
     assert (of_both.topology, of_both.segment, of_both.blocks) == ("", False, ())
     older = facts_of(answers)

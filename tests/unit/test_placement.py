@@ -30,12 +30,11 @@ def cluster(*busy: str, blocks: tuple[Block, ...] = RACKS, **values: object) -> 
             gres="gpu:4",
             gpus=4,
             arch="aarch64",
-            block=block.name,
         )
         for block in RACKS
         for name in block.nodes
     )
-    known: dict[str, Any] = {"slurm": (25, 11), "topology": "block", "segment": True, "pyxis": ""} | values
+    known: dict[str, Any] = {"slurm": (25, 11), "topology": "block", "pyxis": ""} | values
     return ClusterFacts(nodes=nodes, partitions=(Partition("batch", True, "UP"),), blocks=blocks, **known)
 
 
@@ -78,7 +77,7 @@ def test_it_is_in_the_script_and_is_not_what_was_asked() -> None:
 @pytest.mark.parametrize(
     ("spec", "facts"),
     [
-        (run(36), cluster(segment=False)),
+        (run(36), cluster(slurm=(23, 2))),
         (run(36), cluster(blocks=())),
         (run(36), cluster(blocks=(Block("rack-1"), Block("rack-2")))),
         (run(2, gpu="h200"), cluster()),
@@ -98,12 +97,12 @@ def test_never_where_it_means_nothing(spec: PlacedRun, facts: ClusterFacts) -> N
 
 def test_the_users_own_wins() -> None:
     assert with_segment(run(36, segment=6), cluster()).segment == 6
-    assert with_segment(run(36, "h200", segment=6), cluster(segment=False)).segment == 6
+    assert with_segment(run(36, "h200", segment=6), cluster(slurm=None)).segment == 6
 
 
 def test_only_the_blocks_of_the_partition_count() -> None:
     facts = cluster()
-    few = tuple(replace(n, partitions=("few",)) if n.block == "rack-1" and n.name < "r1n04" else n for n in facts.nodes)
+    few = tuple(replace(n, partitions=("few",)) if n.name < "r1n04" else n for n in facts.nodes)
     facts = replace(facts, nodes=few, partitions=(Partition("few", True, "UP"),))
     assert with_segment(run(4), facts).segment == 4
     assert with_segment(run(5), facts).segment == 1
@@ -175,7 +174,7 @@ def test_a_smaller_segment_than_there_could_be() -> None:
     ],
 )
 def test_racks_that_slurm_does_not_know(nodes: int, topology: str, status: str, said: str) -> None:
-    facts = cluster(blocks=(), segment=False, topology=topology)
+    facts = cluster(blocks=(), topology=topology)
     finding = check_of(run(nodes), facts)
     assert (finding.status, said in sentence(finding)) == (status, True), finding
     assert status == OK or finding.fix == "an administrator enables topology/block"
@@ -192,7 +191,7 @@ def test_large_clusters() -> None:
 
 def test_the_blocks_of_the_partitions_own_topology() -> None:
     own = Partition("batch", True, "UP", topology="nvl")
-    facts = replace(cluster(blocks=(), topology="tree", segment=False), partitions=(own,))
+    facts = replace(cluster(blocks=(), topology="tree"), partitions=(own,))
     facts = replace(facts, topologies={"nvl": Topology("block", RACKS)})
     assert with_segment(run(36), facts).segment == 18
     assert "segment" in [finding.code for finding in preflight(with_segment(run(36), facts), facts)]

@@ -80,7 +80,7 @@ RACKS = (Block("rack-1", ("a0", "a1")), Block("rack-2", ("a2", "a3")))
 
 
 def racks(*blocks: Block) -> ClusterFacts:
-    return cluster(*ARM, segment=True, topology="block", blocks=blocks or RACKS)
+    return cluster(*ARM, topology="block", blocks=blocks or RACKS)
 
 
 def plus(one: Node) -> ClusterFacts:

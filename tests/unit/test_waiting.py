@@ -102,7 +102,7 @@ def test_slurms_estimate(said: str, line: str) -> None:
 def test_blocks_without_room_are_named() -> None:
     states = ("IDLE", "ALLOCATED", "IDLE", "ALLOCATED")
     nodes = [node(f"a{i}", state, gres="gpu:4", gpus=4, arch="aarch64") for i, state in enumerate(states)]
-    waits = cluster(*nodes, blocks=RACKS, segment=True, topology="block")
+    waits = cluster(*nodes, blocks=RACKS, topology="block")
     lines = explain("Resources", run("gb200", 2, segment=2), waits, "", NOW)
     assert "1 x 2 nodes, each in one block; room now for 0" in lines
 
