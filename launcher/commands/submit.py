@@ -135,7 +135,7 @@ def resume(
     origin = {key: f"option --{key.partition('.')[2]}" for key in values}
     own = {"job.name": found.made_at.name, "job.runs_dir": str(found.made_at.parent)}  # a run.toml has none
     values, origin = values | own, origin | dict.fromkeys(own, "launcher resume")
-    options = RunOptions(values, origin, (), {}, None, found.path / "run.toml")
+    options = RunOptions(values, origin, run_file=found.path / "run.toml")
     asked = spec_of(options)
     step = check_resumable(found, asked)
     secrets = secrets_of(asked, options)

@@ -42,6 +42,11 @@ class Layer:
     secret_env: tuple[str, ...] = ()
 
 
+def layer_of(found: Mapping[str, tuple[Any, str]]) -> Layer:
+    """A layer from values with their origins."""
+    return Layer({key: value for key, (value, _) in found.items()}, {key: origin for key, (_, origin) in found.items()})
+
+
 def names_of(kind: str) -> list[str]:
     """Names of the profiles or recipes that travel with the launcher (`kind` is the folder's name)."""
     return sorted(p.stem for p in (data_dir("slurm") / kind).glob("*.toml"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from launcher.base.errors import LauncherError, quoted
 from launcher.base.secret import PUBLIC, looks_secret, masked
 from launcher.base.values import parse_toml
 from launcher.config.help import RunOption, or_path
-from launcher.config.layers import FIELDS, absolute, names_of, unknown_key
+from launcher.config.layers import FIELDS, Layer, absolute, names_of, unknown_key
 from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.scheduler import slurm
 
@@ -50,15 +50,12 @@ for _without_option in ("scheduler", "mounts", "slurm_bin", "image_dir"):
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Layer):
     """The command line of a run: its layer, the files it names, and the values of secret variables."""
 
-    values: Mapping[str, Any]
-    origin: Mapping[str, str]
-    secret_env: tuple[str, ...]
-    secrets: Mapping[str, str]
-    config: Path | None
-    run_file: Path | None
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    config: Path | None = None
+    run_file: Path | None = None
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +114,8 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
             key = f"titan.{key}"
             values[key] = value
         origin[key] = "option --set"
-    return RunOptions(values, origin, tuple(secret_names), secrets, given["config"], given["run_file"])
+    files = {name: given[name] for name in ("config", "run_file")}
+    return RunOptions(values, origin, secret_env=tuple(secret_names), secrets=secrets, **files)
 
 
 def _toml_value(key: str, text: str) -> Any:

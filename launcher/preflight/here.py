@@ -68,8 +68,9 @@ def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
 
 def _quantization(spec: RunSpec) -> list[Finding]:
     """The image may be able to do it, and the GPU not."""
-    quantize, known = spec.recipe.quantize, of_gpu(spec.profile.gpu)
+    quantize = spec.recipe.quantize
     needed = NEEDS_CAPABILITY.get(quantize)
+    known = of_gpu(spec.profile.gpu) if needed else None  # seldom: it reads all profiles
     if not known or not needed or tuple(known.compute_capability) >= needed:
         return []
     able = [word for word, least in NEEDS_CAPABILITY.items() if tuple(known.compute_capability) >= least] or ["none"]

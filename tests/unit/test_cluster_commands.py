@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.write import save
+from launcher.preflight.site import ABOUT
 from launcher.stage import inventory, sample
 from tests.cluster_fixtures import CLUSTERS, FakeNode, cluster, install, partition_line
 from tests.conftest import Launch
@@ -270,10 +271,10 @@ def test_submit_takes_the_profile_that_show_proposes(launch: Launch, fake_slurm:
 def test_saving_keeps_all_else_in_the_file(before: str, kept: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(before)
-    save(path, "job", {"gpu": "b200"})
+    save(path, {"gpu": "b200"}, ABOUT)
     text, was = path.read_text(), tomllib.loads(before)
     assert kept in text and tomllib.loads(text) == was | {"job": was.get("job", {}) | {"gpu": "b200"}}
-    save(path, "job", {"gpu": "b200"})
+    save(path, {"gpu": "b200"}, ABOUT)
     assert path.read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
 
@@ -283,7 +284,7 @@ def test_what_is_no_table_is_left_alone(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(text)
     with pytest.raises(LauncherError) as raised:
-        save(path, "job", {"gpu": "b200"})
+        save(path, {"gpu": "b200"}, ABOUT)
     assert str(path) in raised.value.what
     assert path.read_text() == text
 
@@ -294,7 +295,7 @@ def test_any_value_is_read_back_or_refused(value: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.toml"
-        save(path, "job", {"gpu": value})
+        save(path, {"gpu": value}, ABOUT)
         assert tomllib.loads(path.read_text(encoding="utf-8")) == {"job": {"gpu": value}}
 
 
@@ -304,7 +305,7 @@ def test_a_link_stays_one_and_the_mode_too(tmp_path: Path) -> None:
     real.chmod(0o600)
     link = tmp_path / "config.toml"
     link.symlink_to(real)
-    save(link, "job", {"gpu": "b200"})
+    save(link, {"gpu": "b200"}, ABOUT)
     assert link.is_symlink() and "b200" in real.read_text()
     assert real.stat().st_mode & 0o777 == 0o600
 
@@ -313,5 +314,5 @@ def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "config.toml"):
         with pytest.raises(LauncherError) as raised:
-            save(path, "job", {"gpu": "b200"})
+            save(path, {"gpu": "b200"}, ABOUT)
         assert raised.value.status is ExitStatus.FILESYSTEM
