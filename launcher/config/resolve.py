@@ -14,11 +14,9 @@ from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.config.layers import Layer, find, layer_of, merge, names_of, read_layer
-from launcher.config.propose import named, propose
 from launcher.config.spec import CONTROL, SAMPLE, PlacedRun, RunSpec, validate
 from launcher.config.user_file import runs_dir, user_layer
 from launcher.scheduler import slurm
-from launcher.scheduler.detect import detected
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "constraint", "partition", "qos", "reservation")}
@@ -163,6 +161,8 @@ def _free_name(spec: RunSpec) -> str:
 
 def _local_gpu() -> tuple[str, str]:
     """The profile of this machine's GPUs as nvidia-smi names them; "cpu" where there are none."""
+    from launcher.config.propose import named
+
     command, out = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], ""
     with suppress(OSError, subprocess.TimeoutExpired):
         out = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
@@ -179,6 +179,10 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 
     Otherwise the user is asked.
     """
+    # Here, for a dry run that names its GPU.
+    from launcher.config.propose import propose
+    from launcher.scheduler.detect import detected
+
     try:
         nodes = detected().require(partition).nodes_of(partition)
     except LauncherError as error:

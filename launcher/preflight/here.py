@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import sys
@@ -175,6 +174,8 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Finding]:
     gres = f" --gres={quoted(spec.profile.gres)}:1" if spec.profile.gres else ""
     fix = f"srun -N1{where}{gres} nvidia-smi --query-gpu=driver_version --format=csv,noheader"
     fix += "; then --set profile.driver=VERSION"
+    import csv  # seldom needed
+
     with (data_dir("slurm") / "reference-results.csv").open(encoding="utf-8", newline="") as stream:
         published = [row["driver"] for row in csv.DictReader(stream) if row["gpu"] == spec.profile.gpu]
     # Said with every submission only where such nodes are known with an older one.
