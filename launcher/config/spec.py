@@ -266,7 +266,8 @@ def refuse(key: str, value: object, why: str, fix: str = "", origin: str = "") -
 def validate(spec: RunSpec, image_needed: bool = True) -> None:
     """Refuses every value that cannot work or cannot reach Slurm, Pyxis or the trainer unchanged.
 
-    Without `image_needed`, there may be no image. Raises LauncherError naming the key, the value, its origin and what to type instead.
+    Without `image_needed`, there may be no image. Raises LauncherError naming the key, the value, its origin and what
+    to type instead.
     """
     values = spec.values()
     for key, value in values.items():  # first of all: no other refusal tells a secret
