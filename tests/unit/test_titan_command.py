@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import pytest
 
 from launcher.titan import Refused, cpu, toml_era
-from launcher.titan.command import Rendezvous, config_files, era, shown_local_rank, torchrun_command, trainer_arguments
+from launcher.titan.command import (
+    Rendezvous,
+    common_settings,
+    config_files,
+    era,
+    shown_local_rank,
+    torchrun_command,
+    trainer_arguments,
+)
 from launcher.titan.recipe import Recipe
 
 LLAMA3_8B: dict[str, Any] = {
@@ -97,40 +105,19 @@ def test_8b_in_the_toml_era_is_a_file() -> None:
     assert command == [*TORCHRUN_NINE, "torchtitan.train", "--job.config_file=/runs/one/job/titan.toml"]
     ((path, text),) = config_files(LLAMA3_8B, "0.2.2").items()
     assert path == "/runs/one/job/titan.toml"
-    assert tomllib.loads(text) == {
-        "job": {"dump_folder": "/runs/one/titan", "description": "llama3 8B"},
-        "model": {
-            "name": "llama3",
-            "flavor": "8B",
-            "hf_assets_path": "/data/tokenizers/Llama-3.1-8B",
-            "converters": [],
-        },
-        "optimizer": {"name": "AdamW", "lr": 3e-4},
-        "training": {
-            "dataset": "c4",
-            "dataset_path": "/data/c4",
-            "local_batch_size": 5,
-            "global_batch_size": -1,
-            "seq_len": 8192,
-            "steps": 100,
-            "mixed_precision_param": "bfloat16",
-        },
-        "lr_scheduler": {"warmup_steps": 200, "decay_type": "linear", "min_lr_factor": 0.0},
-        "parallelism": {
-            "data_parallel_replicate_degree": 1,
-            "data_parallel_shard_degree": -1,
-            "tensor_parallel_degree": 1,
-            "context_parallel_degree": 1,
-            "pipeline_parallel_degree": 1,
-            "pipeline_parallel_schedule": "1F1B",
-        },
-        "compile": {"enable": False, "components": ["model", "loss"]},
-        "checkpoint": {"enable": False, "interval": 500, "last_save_model_only": False},
-        "comm": {"init_timeout_seconds": 1000, "train_timeout_seconds": 1000},
-        "metrics": {"log_freq": 10, "disable_color_printing": True, "enable_tensorboard": True, "save_tb_folder": "tb"},
-        "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
-        "profiling": {"enable_profiling": False},
-        "validation": {"enable": False, "dataset_path": "/data/c4", "local_batch_size": 5, "seq_len": 8192},
+    tables = tomllib.loads(text)
+    told = {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()}
+    shared = {key: value for key, value in common_settings(LLAMA3_8B).items() if value is not None}
+    assert told == shared | {
+        "job.dump_folder": "/runs/one/titan",
+        "job.description": "llama3 8B",
+        **{"model.name": "llama3", "model.flavor": "8B", "model.converters": []},
+        "model.hf_assets_path": "/data/tokenizers/Llama-3.1-8B",
+        **{"optimizer.name": "AdamW", "optimizer.lr": 3e-4},
+        **{"training.dataset": "c4", "training.dataset_path": "/data/c4"},
+        **{"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"},
+        **{"profiling.enable_profiling": False, "validation.enable": False, "validation.dataset_path": "/data/c4"},
+        **{"validation.local_batch_size": 5, "validation.seq_len": 8192},
     }
 
 
@@ -191,16 +178,13 @@ def test_an_argument_of_03(case: Argument) -> None:
     assert "--compile.enable" in found or "device" in case.job
 
 
-@pytest.mark.parametrize("version", ["0.2.1", "0.2.2", "0.2.2+crusoe", "0.2.2.dev20260101"])
-def test_the_toml_era(version: str) -> None:
-    assert era(version) is toml_era
-
-
-@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.2.3", "0.2.20", "0.30.1", "9.9.0", "nonsense", ""])
-def test_other_releases_are_refused_with_the_range(version: str) -> None:
-    with pytest.raises(Refused, match=r"0\.2\.1 to 0\.2\.2 and 0\.3\.x") as refused:
-        torchrun_command(LLAMA3_8B, version, NINE_NODES)
-    assert "pip install torchtitan==" in refused.value.fix
+def test_releases_are_of_an_era_or_refused_with_the_range() -> None:
+    for version in ("0.2.1", "0.2.2", "0.2.2+crusoe", "0.2.2.dev20260101"):
+        assert era(version) is toml_era
+    for version in ("0.1.0", "0.2.0", "0.2.3", "0.2.20", "0.30.1", "9.9.0", "nonsense", ""):
+        with pytest.raises(Refused, match=r"0\.2\.1 to 0\.2\.2 and 0\.3\.x") as refused:
+            torchrun_command(LLAMA3_8B, version, NINE_NODES)
+        assert "pip install torchtitan==" in refused.value.fix
 
 
 def test_streaming_from_the_hub_gives_02_no_path() -> None:
@@ -232,11 +216,11 @@ def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> N
     assert trainer_arguments(node, "0.2.2")[1:] == [*plain[:3], "--activation_checkpoint.debug", *plain[3:]]
 
 
-@pytest.mark.parametrize(("quantize", "converter"), [("float8", "float8"), ("mxfp8", "mx")])
-def test_quantised_models_have_a_converter_in_02(quantize: str, converter: str) -> None:
-    settings = tomllib.loads(next(iter(config_files(a_node({"quantize": quantize}), "0.2.2").values())))
-    assert settings["model"]["converters"] == [f"quantize.linear.{converter}"]
-    assert settings["quantize"]["linear"][converter]["filter_fqns"] == ["output"]
+def test_quantised_models_have_a_converter_in_02() -> None:
+    for quantize, converter in (("float8", "float8"), ("mxfp8", "mx")):
+        settings = tomllib.loads(next(iter(config_files(a_node({"quantize": quantize}), "0.2.2").values())))
+        assert settings["model"]["converters"] == [f"quantize.linear.{converter}"]
+        assert settings["quantize"]["linear"][converter]["filter_fqns"] == ["output"]
 
 
 @pytest.mark.parametrize(
@@ -264,33 +248,27 @@ def test_what_an_era_cannot_do_is_refused(
     assert refused.value.fix
 
 
-@pytest.mark.parametrize("port", [0, -1, 70000])
-def test_several_nodes_need_a_port(port: int) -> None:
-    with pytest.raises(Refused, match=f"9 nodes cannot meet at port {port}"):
-        torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "10.0.0.1", port))
-
-
-@pytest.mark.parametrize(
-    ("node_id", "address", "words"),
-    [
+def test_where_the_nodes_meet() -> None:
+    for port in (0, -1, 70000):
+        with pytest.raises(Refused, match=f"9 nodes cannot meet at port {port}"):
+            torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "10.0.0.1", port))
+    for node_id, address, words in (
         (0, "10.0.0.1", "--rdzv-conf=is_host=1,"),
         (1, "10.0.0.1", "--rdzv-conf=is_host=0,"),
         (8, "10.0.0.1", "--rdzv-conf=is_host=0,"),
         (0, "fd00::1", "--rdzv-endpoint=[fd00::1]:20001"),
-    ],
-)
-def test_where_the_nodes_meet(node_id: int, address: str, words: str) -> None:
-    command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", node_id, "a", address, 20001))
-    assert words in " ".join(command) and "--local-addr" not in " ".join(command)  # which is not known
+    ):
+        command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", node_id, "a", address, 20001))
+        assert words in " ".join(command) and "--local-addr" not in " ".join(command)  # which is not known
 
 
-@pytest.mark.parametrize(
-    ("nodes", "gpus", "stages", "shown"), [(1, 4, 1, 0), (1, 4, 2, 2), (1, 4, 4, 3), (2, 4, 2, 0), (2, 4, 4, 2)]
-)
-def test_with_pipeline_stages_the_rank_that_knows_the_loss_is_shown(
-    nodes: int, gpus: int, stages: int, shown: int
-) -> None:
-    assert shown_local_rank(a_node({"pipeline_parallel": stages}, nodes=nodes, gpus_per_node=gpus)) == shown
+# nodes, GPUs on each, pipeline stages -> the local rank that knows the loss
+SHOWN = {(1, 4, 1): 0, (1, 4, 2): 2, (1, 4, 4): 3, (2, 4, 2): 0, (2, 4, 4): 2}
+
+
+def test_with_pipeline_stages_the_rank_that_knows_the_loss_is_shown() -> None:
+    for (nodes, gpus, stages), shown in SHOWN.items():
+        assert shown_local_rank(a_node({"pipeline_parallel": stages}, nodes=nodes, gpus_per_node=gpus)) == shown
 
 
 def test_toml_survives_every_character() -> None:
