@@ -129,12 +129,16 @@ def test_show_claims_nothing_of_what_it_does_not_know(launch: Launch, fake_slurm
     assert "whether --segment works is unknown" in shown
 
 
-def test_submit_passes_unread_partitions_with_a_warning(launch: Launch, fake_slurm: Fake, image: Path) -> None:
-    install({name: text for name, text in RACKS.items() if name != "partitions"}, fake_slurm)
+def test_submit_passes_unread_answers_with_one_warning(launch: Launch, fake_slurm: Fake, image: Path) -> None:
     fake_slurm("sbatch", "echo 42")
-    done = launch("submit", "--image", str(image), *SUBMIT, "--nodes", "2")
-    assert done.returncode == 0 and done.stderr.count("warning: ") == 1, done.stderr
-    assert "warning: scontrol -o show partition: scontrol failed" in done.stderr
+    for missing, said in (
+        ({"partitions"}, "scontrol -o show partition: scontrol failed"),
+        (RACKS.keys(), "Slurm's nod"),
+    ):
+        install({name: text for name, text in RACKS.items() if name not in missing}, fake_slurm)
+        done = launch("submit", "--image", str(image), *SUBMIT, f"--name=r{len(missing)}", "--nodes", "2")
+        assert done.returncode == 0 and done.stderr.count("warning: ") == 1, done.stderr
+        assert f"warning: {said}" in done.stderr
 
 
 # ------------------------------------------------------------------------------ nodes that failed their check
