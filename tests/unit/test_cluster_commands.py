@@ -85,7 +85,8 @@ def test_what_cannot_be_read_is_a_warning_and_no_guess(launch: Launch, fake_slur
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
     assert "(name unknown), Slurm of unknown version" in text
-    assert "accounting unknown" in text and "Pyxis unknown" in text
+    assert "accounting unknown" in text and "Pyxis unknown" in text and "no time limit" not in text
+    assert "whether --segment works is unknown" in text and "partition all" not in text
     assert "Profile: h200" in text
     assert "warning: scontrol show config: scontrol failed (exit code 1): scontrol: error: no" in done.stderr
 

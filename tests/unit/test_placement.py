@@ -157,13 +157,6 @@ def test_racks_that_slurm_does_not_know(nodes: int, topology: str, status: str, 
     assert not [f for spec in others for f in preflight(spec, facts) if words(f).name == "placement"]
 
 
-def test_large_clusters() -> None:
-    uneven = [UNEVEN[0], *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(600))]
-    assert best_segment(9_616, uneven) == 16
-    blocks = [Block(str(b), tuple(f"{b}-{i}" for i in range(18))) for b in range(556)]
-    assert best_segment(9_990, blocks) == 18
-
-
 def test_the_blocks_of_the_partitions_own_topology() -> None:
     own = Partition("batch", True, "UP", topology="nvl")
     facts = replace(cluster(blocks=(), topology="tree"), partitions=(own,))
