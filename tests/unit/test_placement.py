@@ -96,18 +96,11 @@ def check_of(spec: PlacedRun, facts: ClusterFacts) -> Finding:
 ROOM = "1 x 17 nodes, each in one block; room now for 1: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)"
 
 
-@pytest.mark.parametrize(
-    ("nodes", "status", "said"),
-    [
-        (17, OK, ROOM),
-        (36, OK, "2 x 18 nodes"),
-        (19, WARNING, "--nodes 18, or a multiple"),
-        (37, WARNING, "--nodes 18, or a multiple"),
-    ],
-)
-def test_what_the_user_is_told(nodes: int, status: str, said: str) -> None:
-    finding = check_of(run(nodes), cluster())
-    assert (finding.status, said in sentence(finding)) == (status, True), finding
+def test_what_the_user_is_told() -> None:
+    told = ((17, OK, ROOM), (36, OK, "2 x 18 nodes"), *((n, WARNING, "--nodes 18, or a multiple") for n in (19, 37)))
+    for nodes, status, said in told:
+        finding = check_of(run(nodes), cluster())
+        assert (finding.status, said in sentence(finding)) == (status, True), finding
 
 
 def test_room_now() -> None:
@@ -116,10 +109,8 @@ def test_room_now() -> None:
     assert describe(36, 18, RACKS).facts == {"pieces": 2, "segment": 18, "starting": 0, "room": ()}
 
 
-UNEVEN = (
-    Block("big", tuple(f"b{i}" for i in range(18))),
-    *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(10)),
-)
+UNEVEN = [Block("big", tuple(f"b{i}" for i in range(18)))]
+UNEVEN += [Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(10)]
 
 
 def test_the_fewest_domains_of_uneven_blocks() -> None:
@@ -140,21 +131,18 @@ def test_a_segment_that_straddles_says_why() -> None:
     assert (smaller.code, smaller.status, smaller.fix) == ("segment-straddles", WARNING, "--segment 18")
 
 
-@pytest.mark.parametrize(
-    ("nodes", "topology", "status", "said"),
-    [
+def test_racks_that_slurm_does_not_know() -> None:
+    for nodes, topology, status, said in (
         (18, "flat", OK, "Slurm does not know the racks (topology flat)"),
         (19, "flat", WARNING, "the job may straddle NVLink domains"),
         (37, "tree", WARNING, "37 nodes need at least 3"),
-    ],
-)
-def test_racks_that_slurm_does_not_know(nodes: int, topology: str, status: str, said: str) -> None:
-    facts = cluster(blocks=(), topology=topology)
-    finding = check_of(run(nodes), facts)
-    assert (finding.status, said in sentence(finding)) == (status, True), finding
-    assert status == OK or finding.fix == "an administrator enables topology/block"
-    others = (run(1), run(nodes, "h200"))
-    assert not [f for spec in others for f in preflight(spec, facts) if words(f).name == "placement"]
+    ):
+        facts = cluster(blocks=(), topology=topology)
+        finding = check_of(run(nodes), facts)
+        assert (finding.status, said in sentence(finding)) == (status, True), finding
+        assert status == OK or finding.fix == "an administrator enables topology/block"
+        others = (run(1), run(nodes, "h200"))
+        assert not [f for spec in others for f in preflight(spec, facts) if words(f).name == "placement"]
 
 
 def test_the_blocks_of_the_partitions_own_topology() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import tomllib
-from collections.abc import Mapping
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -136,46 +135,37 @@ def test_the_debug_recipe_on_a_cpu_starts_behind_the_patches(version: str) -> No
     assert ("--debug.seed=1" if version == "0.3.0" else "seed = 1") in text
 
 
-class Argument(NamedTuple):
-    """What a recipe or a job asks for, and the argument of 0.3 that says so."""
-
-    recipe: dict[str, Any]
-    has: str
-    torch: str = "2.14.1+cu130"
-    job: Mapping[str, Any] = {}
-
-
-PLAIN, FAST = {"like_for_like": True}, {"like_for_like": False}
 GRAPHS, NO_GRAPHS = "--training.no_disable_cuda_graphs", "--training.disable_cuda_graphs"
 OLD_BACKEND = "--parallelism.spmd_backend=partial_dtensor"
-ARGUMENTS = {
-    "an older torch gets the older backend": Argument({}, OLD_BACKEND, "2.13.0+cpu"),
-    "a torch of today does not": Argument({}, f"no {OLD_BACKEND}"),
-    "nor one that does not say": Argument({}, f"no {OLD_BACKEND}", ""),
-    "a dev release is a later one": Argument({}, f"no {OLD_BACKEND}", "2.15.0.dev1"),
-    "streaming from the Hub": Argument({}, "--dataloader.dataset_path=None", job={"data": "hub"}),
-    "graphs": Argument(FAST, GRAPHS),
-    "loss in chunks": Argument(FAST, "no --loss.num_chunks=1"),
-    "like for like": Argument(PLAIN, NO_GRAPHS),
-    "like for like, loss": Argument(PLAIN, "--loss.num_chunks=1"),
-    "no graphs with stages": Argument({**FAST, "pipeline_parallel": 4}, NO_GRAPHS),
-    "no graphs on a CPU": Argument({**FAST, "compile": False}, NO_GRAPHS, job={"device": "cpu"}),
-    "70B": Argument({"flavor": "70B"}, "--module=llama3 --config=llama3_70b"),
-    "mxfp8": Argument({"quantize": "mxfp8"}, "--module=titan.registry_era --config=llama3_8b_mxfp8"),
-    "nvfp4": Argument({"quantize": "nvfp4"}, "--module=llama3 --config=llama3_8b_first_85_pct_layers_nvfp4"),
-    "float8": Argument({"quantize": "float8"}, "--module=titan.registry_era --config=llama3_8b_float8"),
-    "70B in float8": Argument(
-        {"flavor": "70B", "quantize": "float8"}, "--module=titan.registry_era --config=llama3_70b_float8"
-    ),
-}
+FAST, TODAY = {"like_for_like": False}, "2.14.1+cu130"
+ARGUMENTS: tuple[tuple[dict[str, Any], str, str], ...] = (  # of the recipe, torch, and an argument of 0.3's, or none
+    ({}, "2.13.0+cpu", OLD_BACKEND),
+    *(({}, torch, f"no {OLD_BACKEND}") for torch in (TODAY, "", "2.15.0.dev1")),
+    (FAST, TODAY, GRAPHS),
+    (FAST, TODAY, "no --loss.num_chunks=1"),
+    ({}, TODAY, NO_GRAPHS),
+    ({}, TODAY, "--loss.num_chunks=1"),
+    ({**FAST, "pipeline_parallel": 4}, TODAY, NO_GRAPHS),
+    ({"flavor": "70B"}, TODAY, "--module=llama3 --config=llama3_70b"),
+    ({"quantize": "mxfp8"}, TODAY, "--module=titan.registry_era --config=llama3_8b_mxfp8"),
+    ({"quantize": "nvfp4"}, TODAY, "--module=llama3 --config=llama3_8b_first_85_pct_layers_nvfp4"),
+    ({"quantize": "float8"}, TODAY, "--module=titan.registry_era --config=llama3_8b_float8"),
+    ({"quantize": "float8", "flavor": "70B"}, TODAY, "--module=titan.registry_era --config=llama3_70b_float8"),
+)
 
 
-@pytest.mark.parametrize("case", ARGUMENTS.values(), ids=ARGUMENTS.keys())
-def test_an_argument_of_03(case: Argument) -> None:
-    found = trainer_arguments(a_node({"compile": True, **case.recipe}, **case.job), "0.3.0", case.torch)
-    *no, wanted = case.has.split("no ")
+@pytest.mark.parametrize(("recipe", "torch", "has"), ARGUMENTS)
+def test_an_argument_of_03(recipe: dict[str, Any], torch: str, has: str) -> None:
+    found = trainer_arguments(a_node({"compile": True, **recipe}), "0.3.0", torch)
+    *no, wanted = has.split("no ")
     assert (f" {wanted} " in f" {' '.join(found)} ") is not bool(no)
-    assert "--compile.enable" in found or "device" in case.job
+    assert "--compile.enable" in found
+
+
+def test_no_graphs_on_a_cpu_and_no_path_of_the_hubs_data() -> None:
+    assert NO_GRAPHS in trainer_arguments(a_node(FAST, device="cpu"), "0.3.0", TODAY)
+    assert "--dataloader.dataset_path=None" in trainer_arguments(a_node(data="hub"), "0.3.0", TODAY)
+    assert "dataset_path" not in next(iter(config_files(a_node(data="hub"), "0.2.2").values()))
 
 
 def test_releases_are_of_an_era_or_refused_with_the_range() -> None:
@@ -185,10 +175,6 @@ def test_releases_are_of_an_era_or_refused_with_the_range() -> None:
         with pytest.raises(Refused, match=r"0\.2\.1 to 0\.2\.2 and 0\.3\.x") as refused:
             torchrun_command(LLAMA3_8B, version, NINE_NODES)
         assert "pip install torchtitan==" in refused.value.fix
-
-
-def test_streaming_from_the_hub_gives_02_no_path() -> None:
-    assert "dataset_path" not in next(iter(config_files(a_node(data="hub"), "0.2.2").values()))
 
 
 def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from launcher.preflight.waiting import explain, fewer, meaning, reasons
 from launcher.scheduler.facts import ClusterFacts, Partition
+from launcher.titan.recipe import Recipe
 from tests.conftest import Launch
 from tests.unit.test_preflight import RACKS, cluster, node, run
 from tests.unit.test_preflight import slurm as slurm
@@ -71,9 +72,9 @@ def test_no_advice_that_would_not_help() -> None:
 
 def test_fewer_nodes_fit_the_parallel_degrees() -> None:
     spec = run(nodes=9)
-    for degrees, most in (({}, 5), ({"tensor_parallel": 16}, 4), ({"dp_replicate": 3}, 3), ({"dp_shard": 72}, 0)):
-        assert fewer(replace(spec, recipe=replace(spec.recipe, **degrees)), 5) == most
-    assert fewer(spec, 0) == 0
+    for recipe, most in ((Recipe(), 5), (Recipe(tensor_parallel=16), 4), (Recipe(dp_replicate=3), 3)):
+        assert fewer(replace(spec, recipe=recipe), 5) == most
+    assert fewer(replace(spec, recipe=Recipe(dp_shard=72)), 5) == fewer(spec, 0) == 0
 
 
 @pytest.mark.parametrize(
