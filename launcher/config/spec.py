@@ -369,13 +369,14 @@ def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError], image_ne
     elif not job.image.startswith("/") and (image_needed or job.image):
         refused = bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
         raise refused if job.image else LauncherError("image-not-named", refused.what, refused.fix)
-    if job.scheduler == "local" and job.nodes != 1:
-        raise bad("job.nodes", "the local scheduler has one node: this machine", "--nodes 1")
-    for key in ("spares", "continues"):
-        if job.scheduler == "local" and getattr(job, key):
-            raise bad(f"job.{key}", "a local run has one node and no time limit", "leave it out")
-    if job.scheduler == "local" and job.runtime == "pyxis":
-        raise bad("job.runtime", "Pyxis is a part of Slurm", "--runtime bare, or --runtime apptainer")
+    no_more = "a local run has one node and no time limit", "leave it out"
+    for key, is_wrong, why, fix in (
+        ("nodes", job.nodes != 1, "the local scheduler has one node: this machine", "--nodes 1"),
+        *((key, getattr(job, key), *no_more) for key in ("spares", "continues")),
+        ("runtime", job.runtime == "pyxis", "Pyxis is a part of Slurm", "--runtime bare, or --runtime apptainer"),
+    ):
+        if job.scheduler == "local" and is_wrong:
+            raise bad(f"job.{key}", why, fix)
     for key, mounts in (("profile.mounts", spec.profile.mounts), ("job.mounts", job.mounts)):
         for mount in mounts:
             if problem := mount_problem(mount):

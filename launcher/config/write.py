@@ -36,12 +36,11 @@ def save(path: Path, values: Mapping[str, str], about: Mapping[str, str]) -> Non
     Raises LauncherError where the file is not TOML, or cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    document, text = tomlkit.document(), ""
-    if path.exists():
-        if not isinstance(read_tables(path).get("job", {}), dict):  # bounded, which the other parser is not
-            raise LauncherError("value", f"{path}: job must be a table", "[job]")
-        text = read_bytes(path).decode()
-        document = tomlkit.parse(text)
+    is_there = path.exists()
+    if is_there and not isinstance(read_tables(path).get("job", {}), dict):  # bounded, which the other parser is not
+        raise LauncherError("value", f"{path}: job must be a table", "[job]")
+    text = read_bytes(path).decode() if is_there else ""
+    document = tomlkit.parse(text)
     table = document.setdefault("job", tomlkit.table())
     new_keys = [key for key in values if key not in table]
     table.update(values)
