@@ -47,16 +47,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], P
         monkeypatch.setattr(time, "time", lambda: clock() - since_s)
         for path in version.rglob("*"):
             target = tmp_path / path.relative_to(version)
+            target.parent.mkdir(parents=True, exist_ok=True)
             if path.is_symlink():
-                target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to(os.readlink(path))
             elif path.is_dir():
-                target.mkdir(parents=True, exist_ok=True)
+                target.mkdir(exist_ok=True)
             elif path.suffix in (".gz", ".sqsh"):
-                target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
             else:
-                target.parent.mkdir(parents=True, exist_ok=True)
                 text = path.read_bytes().replace(b"@PLACE@", os.fsencode(tmp_path))
                 target.write_bytes(text.replace(b"@CHECKOUT@", os.fsencode(ROOT)))
         make.fake_slurm(tmp_path)

@@ -198,23 +198,19 @@ def test_json(launch: Launch) -> None:
     assert launch("plan", "--gpu", "h100", "--nodes", "0").returncode == 3
 
 
-def test_sample_data_needs_no_files_and_a_cpu_no_gpus_memory(launch: Launch) -> None:
-    done = launch("plan", "--gpu", "cpu", "--recipe", "debug")
-    assert "cannot say: no published row of CPU" in done.stdout and "C4" not in done.stdout
-    assert "memory      cannot say" in done.stdout and "the formula is for a GPU's memory" in done.stdout
+def test_a_cpu_has_no_gpus_memory_and_no_image_is_asked_for(launch: Launch) -> None:
+    for arguments in (("--local", "--recipe", "debug"), ("--runtime", "bare"), ("--image", "nowhere.sqsh")):
+        done = launch("plan", "--gpu", "cpu", *arguments)
+        assert done.returncode == 0 and "cannot say: no published row of CPU" in done.stdout, done.stderr
+        assert "memory      cannot say" in done.stdout and "the formula is for a GPU's memory" in done.stdout
+        assert ("C4 files" in done.stdout) is ("debug" not in arguments)  # the sample needs none
+    assert launch("plan", "--gpu", "cpu", "--runtime", "bare", "--image", "x.sqsh").returncode == 3
 
 
 def test_a_gpu_of_unknown_memory_has_no_verdict() -> None:
     found = plan.plan(a_spec("GB999"))
     assert found.memory and (found.verdict, found.advice) == ("", ())
     assert found.notes == ("how much memory a GB999 has is not known here",)
-
-
-def test_an_image_is_not_asked_for_in_any_runtime(launch: Launch) -> None:
-    for arguments in (("--local", "--recipe", "debug"), ("--runtime", "bare"), ("--image", "nowhere.sqsh")):
-        done = launch("plan", "--gpu", "cpu", *arguments)
-        assert done.returncode == 0, done.stderr
-    assert launch("plan", "--gpu", "cpu", "--runtime", "bare", "--image", "x.sqsh").returncode == 3
 
 
 def test_submit_writes_the_prediction(launch: Launch, slurm: Fake, image: Any) -> None:
