@@ -250,22 +250,22 @@ def test_the_refusal_names_all_errors_and_offers_force_only_where_it_helps() -> 
     assert one and one.fix == "f; --force submits it anyway"
 
 
-@pytest.mark.parametrize(
-    ("gpu", "seen", "gib"),
-    [
-        ("a100", {"gres": "gpu:a100:8"}, 0),
-        ("a100", {"gres": "gpu:nvidia_a100-sxm4-80gb:8"}, 0),  # the profile's own
-        ("a100", {"gres": "gpu:nvidia_a100-sxm4-40gb:8"}, 39.4),
-        ("a100", {"gres": "gpu:a100_1g.10gb:8"}, 9.85),
-        ("a100", {"features": ("A100-40GB", "ssd960gb")}, 39.4),
-        ("a100", {"features": ("64gb",)}, 0),  # not of a GPU
-        ("gb200", {"gres": "gpu:gb200:4", "arch": "aarch64"}, 0),
-        ("gb200", {"gres": "gpu:gb200-186gb:4", "arch": "aarch64"}, 0),
-        ("h200", {"gres": "gpu:h200-141gb:8"}, 0),
-    ],
+NAMED = (
+    ("a100", {"gres": "gpu:a100:8"}, 0),
+    ("a100", {"gres": "gpu:nvidia_a100-sxm4-80gb:8"}, 0),  # the profile's own
+    ("a100", {"gres": "gpu:nvidia_a100-sxm4-40gb:8"}, 39.4),
+    ("a100", {"gres": "gpu:a100_1g.10gb:8"}, 9.85),
+    ("a100", {"features": ("A100-40GB", "ssd960gb")}, 39.4),
+    ("a100", {"features": ("64gb",)}, 0),  # not of a GPU
+    ("gb200", {"gres": "gpu:gb200:4", "arch": "aarch64"}, 0),
+    ("gb200", {"gres": "gpu:gb200-186gb:4", "arch": "aarch64"}, 0),
+    ("h200", {"gres": "gpu:h200-141gb:8"}, 0),
 )
-def test_the_memory_that_slurm_names(gpu: str, seen: dict[str, Any], gib: float) -> None:
-    assert with_gpu_memory(run(gpu), four(**seen)).gpu_gib == pytest.approx(gib)
+
+
+def test_the_memory_that_slurm_names() -> None:
+    for gpu, seen, gib in NAMED:
+        assert with_gpu_memory(run(gpu), four(**seen)).gpu_gib == pytest.approx(gib), seen
 
 
 def test_the_features_of_a_constraint_choose_the_nodes() -> None:
