@@ -55,7 +55,7 @@ def _slurm_lines(facts: ClusterFacts) -> list[str]:
         segment = "whether --segment works is unknown"
     accounting = {True: "on", False: "off: Slurm forgets a job minutes after its end", None: "unknown"}
     images = {True: ", images are mounted with squashfuse", False: ", images are unpacked on every node", None: ""}
-    pyxis = f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
+    pyxis = f"yes{images[facts.squashfuse]}" if facts.pyxis else "no --container-image in srun --help"
     by_name = {node.name: node for node in facts.nodes}
     lines = [
         _row("cluster", f"{facts.name or '(name unknown)'}, Slurm {version}"),
@@ -113,6 +113,7 @@ def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -
     block_of = {name: block.name for block in facts.blocks for name in block.nodes}
     return vars(facts) | {
         "segment": facts.segment,
+        "pyxis": "" if facts.pyxis else None,  # where it is, its version is not known
         "notes": list(facts.unread.values()),
         "unread": list(facts.unread),
         "partitions": [vars(p) | {"guessed": False} for p in facts.partitions],

@@ -287,7 +287,7 @@ def uptime(place: Place) -> Finding | None:
 def pyxis(place: Place) -> Finding | None:
     if place.spec.job.runtime != "pyxis":
         return None
-    if place.facts.pyxis is not None:
+    if place.facts.pyxis:
         return ok("pyxis")
     fix = "--runtime apptainer (launcher image sif) where that is installed; or ask for Pyxis"
     return error("pyxis-absent", fix)

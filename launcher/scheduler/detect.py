@@ -69,7 +69,6 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
         slurm=parse.version(config.get("SLURM_VERSION", "")),
         topology=topology,
         accounting=storage not in ("", "none") if config else None,
-        pyxis="" if "--container-image" in options else None,
         partitions=partitions,
         nodes=nodes,
         blocks=blocks,

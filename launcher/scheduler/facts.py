@@ -105,7 +105,6 @@ class ClusterFacts:
     slurm: tuple[int, int] | None = None  # (25, 11)
     topology: str = ""  # the plugin without "topology/": block, tree, flat
     accounting: bool | None = None
-    pyxis: str | None = None  # "" present, of unknown version; None absent
     partitions: tuple[Partition, ...] = ()
     nodes: tuple[Node, ...] = ()
     blocks: tuple[Block, ...] = ()
@@ -119,6 +118,10 @@ class ClusterFacts:
     def segment(self) -> bool:
         """Slurm takes --segment, and the topology is made of blocks."""
         return self.topology == "block" and (self.slurm or (0, 0)) >= SEGMENT_SINCE
+
+    @property
+    def pyxis(self) -> bool:
+        return "--container-image" in self.pyxis_options
 
     def lacks(self, *questions: str) -> bool:
         """Whether any of these answers is missing: then nothing is concluded from it."""

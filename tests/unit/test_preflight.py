@@ -27,6 +27,7 @@ from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
 from tests.conftest import ROOT, Launch
 
 Fake = Callable[[str, str], Path]
+PYXIS = ("--container-image", "--container-mounts")
 
 
 def node(name: str, states: str = "IDLE", **values: Any) -> Node:
@@ -36,7 +37,7 @@ def node(name: str, states: str = "IDLE", **values: Any) -> Node:
 
 def cluster(*nodes: Node, **values: Any) -> ClusterFacts:
     both = (Partition("batch", True, "UP"), Partition("small", False, "UP", 300, 1))
-    known: dict[str, Any] = {"slurm": (25, 5), "pyxis": "", "topology": "tree", "partitions": both}
+    known: dict[str, Any] = {"slurm": (25, 5), "pyxis_options": PYXIS, "topology": "tree", "partitions": both}
     return ClusterFacts(nodes=nodes, **{**known, **values})
 
 
@@ -153,7 +154,7 @@ CASES = {
         Case("gpus-absent", run(), cluster(node("c", gres="", gpus=0)), "1 with no GPUs", "--partition"),
         Case("gpus-absent", TYPED, cluster(*ARM), "gpu:h200:8", "--gpu NAME"),
         Case("architecture-other", run("gb200"), four(), "for aarch64, but partition batch has 4 of x86_64", "--set"),
-        Case("pyxis-absent", run(), cluster(*FOUR, pyxis=None), "no --container-image", "--runtime apptainer"),
+        Case("pyxis-absent", run(), cluster(*FOUR, pyxis_options=()), "no --container-image", "--runtime apptainer"),
         Case("segment-unsupported", run(segment=2), four(), "Slurm 25.05, topology tree", "--segment 0"),
         Case("segment-above-block", SEGMENT_4, racks(), "largest block has 2 nodes", "--segment 2"),
         Case("nodes-in-no-block", run("gb200", 2), BLOCKLESS, "3 nodes of partition batch are in no block", "scontrol"),
