@@ -66,7 +66,9 @@ def stage_image(source: str | Wanted, to: Path, *, say: Say) -> Path:
         with at_work(to, say) as work:
             if not (_is_known(wanted, final) or _is_right(wanted, final)):
                 check_space(to, wanted.file.bytes)
-                for _ in each("staging", [wanted.file], lambda file, told: download_right(wanted, file, work, told)):
+                for _ in each(
+                    "staging", [wanted.file], lambda file, told: download_right(wanted.download, file, work, told)
+                ):
                     say(f"{final}: {gigabytes(wanted.file.bytes)}, verified")
             if not _is_known(wanted, final) and wanted.about is not None:
                 # Last of all: an image without one is read again by the next call, and then gets it.
@@ -180,8 +182,8 @@ def of_release(tag: str, channel: str, arch: str) -> Wanted:
         stream.start = 0
         stream.restart()
         for url in (f"{place}/{name}" for name in parts):
-            stream.start, stream.limit = stream.tell(), size
-            download(url, stream, refused_by_server(url), most=size)
+            stream.start = stream.tell()
+            download(url, stream, refused_by_server(url))
 
     return _wanted(image, digest, size, about, join)
 

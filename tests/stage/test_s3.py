@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.stage import s3
+from launcher.stage import s3, web
 from launcher.stage.c4 import Plan, plan_c4
 from launcher.stage.fetch import Outcome, fetch
 from launcher.stage.inventory import verify
 from launcher.stage.view import write
 from tests.conftest import ROOT, Launch
+from tests.stage.conftest import reader
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -57,16 +58,10 @@ def server() -> Iterator[str]:
 def store(server: str, workplace: Path, c4_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     import boto3
 
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    reader(monkeypatch, server)
+    monkeypatch.setattr(web, "BACKOFF_S", 0)
     store = Store(server, boto3.client("s3"))
     store.client.create_bucket(Bucket=BUCKET)
     for path, data in c4_files.items():
@@ -151,9 +146,9 @@ def test_an_object_replaced_meanwhile_does_not_arrive_as_the_old_one(
 ) -> None:
     """Another size is found; with a manifest, any other byte."""
     plan = plan_c4(tmp_path / "c4", source=ADDRESS, files=1)
-    for data, words in ((c4_files[FIRST] + b"more", "has changed meanwhile"), (b"less", "wrong bytes twice")):
+    for data in (c4_files[FIRST] + b"more", b"less"):
         store.put(FIRST, data)
-        with pytest.raises(LauncherError, match=words):
+        with pytest.raises(LauncherError, match="has changed meanwhile"):
             bring(tmp_path / "c4", plan, 1)
     assert not (tmp_path / "c4" / FIRST).exists() and not list((tmp_path / "c4/.staged/partial").iterdir())
 
@@ -179,9 +174,6 @@ def refusal(address: str = ADDRESS) -> LauncherError:
 def test_what_a_store_refuses(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("s3://nothing-here/c4", f"s3://{BUCKET}/text/c5"):
         assert refusal(address).status == ExitStatus.NOT_FOUND
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on the server wants to know users
-        assert "access denied" in refusal().what
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     error = refusal()
     assert "no connection to the store" in error.what and "AWS_ENDPOINT_URL" in error.fix
@@ -190,7 +182,7 @@ def test_what_a_store_refuses(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
     assert "no credentials" in refusal().what
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     assert "nobody" in refusal().original
-    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "botocore.config", None)
     assert "titan-launcher[s3]" in refusal().fix
 
 

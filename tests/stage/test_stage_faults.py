@@ -100,7 +100,7 @@ def test_a_cut_download_continues_where_it_was(hub: Hub, tmp_path: Path, big_c4)
 
 def test_a_busy_server_is_waited_for_as_long_as_it_asks(hub: Hub, tmp_path: Path, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(web, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(web, "time", SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
     hub.api_faults = [faults.status(429, Retry_After="7"), faults.status(503)]
     hub.faults[FILE] = [faults.status(503, Retry_After="30")]
     assert stage_c4(tmp_path / "c4", files=1).downloaded == 2

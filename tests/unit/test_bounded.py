@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,24 +30,13 @@ from launcher.image.engine import Engine
 from launcher.image.squashfs_tools import TAIL, Ran, run
 from launcher.stage.manifest import read_manifest
 from launcher.titan import data, registry_era
-from tests.conftest import Forked
+from tests.conftest import limited
 
 HUGE = "9" * 5000
-ROOM = 512 << 20  # what a command may take more than there is already: enough for it, not for the file of 1 GiB
-
-
-def launcher(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    def limited() -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
-        os.chdir(cwd)
-        main()
-
-    return Forked(limited, ["launcher", *words], {**os.environ, "HOME": str(cwd)}).end()
 
 
 def refused(*words: str, cwd: Path) -> str:
-    done = launcher(*words, cwd=cwd)
+    done = limited(lambda: (os.chdir(cwd), main()), ["launcher", *words], HOME=str(cwd))
     assert "Traceback" not in done.stderr and done.returncode in (0, 3, 4, 7, 9), done.stderr[-2000:]
     return done.stderr + done.stdout
 
