@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import LauncherError
-from launcher.config.layers import Layer, merge
-from launcher.config.resolve import placed
 from launcher.config.runtime import mounts
-from launcher.config.spec import PlacedRun, validate
+from launcher.config.spec import PlacedRun
 from launcher.stage import view
 from launcher.titan import Refused
 from launcher.titan.data import check_streamed
 from tests.conftest import Launch
 from tests.stage.test_s3 import ADDRESS, Store, server, store
+from tests.unit import test_view as view_of
 from tests.unit.node_place import Place, started
 from tests.unit.test_titan_command import LLAMA3_8B, changed
 
@@ -34,20 +33,7 @@ ENV = [word for name in CREDENTIALS for word in ("--env", name)]
 
 
 def a_spec(address: str = ADDRESS, gpus: int = 4, **values: Any) -> PlacedRun:
-    given = {
-        "job.name": "r",
-        "job.gpu": "h200",
-        "job.runs_dir": "/home/ada/runs",
-        "job.runtime": "bare",
-        "job.data": address,
-        "profile.gpus_per_node": gpus,
-        "recipe.steps": 1,
-        "recipe.seq_len": 64,
-        **{name.replace("__", "."): value for name, value in values.items()},
-    }
-    spec = placed(merge([Layer(given, dict.fromkeys(given, "test"))]))
-    validate(spec)
-    return spec
+    return view_of.a_spec(address, gpus=gpus, **{"recipe__steps": 1, "recipe__seq_len": 64, **values})
 
 
 def train(spec: PlacedRun) -> list[int]:

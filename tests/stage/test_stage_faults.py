@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import gettempdir
 from types import SimpleNamespace
@@ -16,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.base.errors import LauncherError
+from launcher.stage import fetch, web
 from launcher.stage import hub as hub_module
-from launcher.stage import web
 from launcher.stage.inventory import verify
-from tests.conftest import Launch
+from tests.conftest import Launch, forked
 from tests.stage import faults
 from tests.stage.hub_server import Content, Handler, Hub
 from tests.stage.test_stage_c4 import stage_c4, staged, train
@@ -119,16 +118,6 @@ def test_no_hub_at_all(launch: Launch, hub: Hub, workplace: Path):
 # ------------------------------------------------------------------------------------- killed, interrupted, two at once
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launcher", "stage", "c4", *arguments],
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
 def wait_for(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -142,15 +131,15 @@ def test_a_killed_call_keeps_what_is_complete(hub: Hub, workplace: Path, big_c4,
     target, event = workplace / "c4", threading.Event()
     second = train(1)[0]
     hub.faults[second] = [faults.cut(11 << 20, event)]
-    process = start("--to", "c4", "--files", "2")
+    process = forked("stage", "c4", "--to", "c4", "--files", "2")
     partial = target / ".staged/partial"
     wait_for(lambda: staged(target) == ["README.md", train(0)[0]])
     wait_for(lambda: any(path.stat().st_size >= 11 << 20 for path in partial.iterdir()))
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=8)
+    os.kill(process.pid, how)
+    done = process.end()
     event.set()
-    assert process.returncode == (130 if how == signal.SIGINT else -how), errors
-    assert "Traceback" not in errors
+    assert done.returncode == (130 if how == signal.SIGINT else -how), done.stderr
+    assert "Traceback" not in done.stderr
     assert staged(target) == ["README.md", train(0)[0]]
 
     hub.requests.clear()
@@ -161,20 +150,21 @@ def test_a_killed_call_keeps_what_is_complete(hub: Hub, workplace: Path, big_c4,
     assert not verify(target, deep=True).problems and not list(partial.iterdir())
 
 
-def test_two_at_once_take_turns(hub: Hub, workplace: Path, big_c4):
-    event = threading.Event()
-    hub.faults[train(0)[0]] = [faults.cut(1000, event)]
-    first = start("--to", "c4", "--files", "1")
-    wait_for(lambda: hub.asked(train(0)[0], "cdn"))
-    second = start("--to", "c4", "--files", "2")
-    line = second.stderr.readline() + second.stderr.readline() if second.stderr else ""
-    assert "waiting: another launcher is staging into c4" in line
-    event.set()
-    assert first.wait(60) == 0 and second.wait(60) == 0
-    for process in (first, second):
-        process.communicate()
-    assert not verify(workplace / "c4", deep=True).problems
-    assert len(staged(workplace / "c4")) == 3
+def test_two_at_once_take_turns(hub: Hub, tmp_path: Path, big_c4, monkeypatch):
+    event, said = threading.Event(), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        event.set()
+
+    monkeypatch.setattr(fetch, "say", say)
+    hub.faults[FILE] = [faults.cut(1000, event)]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(stage_c4, tmp_path / "c4", files=1)
+        wait_for(lambda: hub.asked(FILE, "cdn"))
+        assert stage_c4(tmp_path / "c4", files=2).present == 2 and first.result().downloaded == 2
+    assert said == [f"waiting: another launcher is staging into {tmp_path}/c4"]
+    assert not verify(tmp_path / "c4", deep=True).problems
 
 
 def test_files_are_downloaded_at_the_same_time(hub: Hub, tmp_path: Path):

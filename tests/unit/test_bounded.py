@@ -36,7 +36,11 @@ HUGE = "9" * 5000
 
 
 def refused(*words: str, cwd: Path) -> str:
-    done = limited(lambda: (os.chdir(cwd), main()), ["launcher", *words], HOME=str(cwd))
+    def program() -> None:
+        os.chdir(cwd)
+        main()
+
+    done = limited(program, ["launcher", *words], HOME=str(cwd))
     assert "Traceback" not in done.stderr and done.returncode in (0, 3, 4, 7, 9), done.stderr[-2000:]
     return done.stderr + done.stdout
 
@@ -160,14 +164,10 @@ def test_an_images_time() -> None:
         image_config({"Created": "2026-99-99T00:00:00Z"})
 
 
-@pytest.mark.parametrize("version", ["0.²", "0." + "9" * 5000, "", "x"])
-def test_a_version_of_torch_that_is_none(version: str) -> None:
-    assert registry_era._major_minor(version) == (99, 0)
-
-
 @pytest.mark.parametrize("text", ["²", "٣", "", "-1", "1e3", "1_0", HUGE, " 1"])
 def test_what_is_no_whole_number(text: str) -> None:
     assert whole(text) is None
+    assert registry_era._major_minor(f"0.{text}") == (99, 0) or text in ("-1", "1e3", "1_0", " 1")
 
 
 @given(st.integers(0, 10**15 - 1))
