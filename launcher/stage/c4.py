@@ -15,26 +15,18 @@ from launcher.base.errors import LauncherError, quoted
 from launcher.base.output import counted
 from launcher.base.values import whole
 from launcher.config.layers import Layer, merge, read_layer
+from launcher.config.spec import RunSpec
 from launcher.stage.fetch import open_repo
 from launcher.stage.hub import Repo, find_token, list_files
 from launcher.stage.s3 import Bucket, open_bucket
-from launcher.stage.shards import IN_EN, SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for
+from launcher.stage.shards import IN_EN, SHARD, TOKENS_PER_FILE, TRAIN_FILES
 from launcher.stage.source import RemoteFile
 from launcher.stage.target import STATE, gigabytes, scaled
-from launcher.stage.view import tokens_of
+from launcher.stage.view import files_needed, tokens_of
 
 REPO = "allenai/c4"
 README = "README.md"
 EXAMPLE = "--for nodes=17,gpus=4,steps=1000,batch=5"
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a run reads: as many ranks want files of their own, and its steps so many tokens."""
-
-    ranks: int  # data-parallel degree
-    tokens: int
-    words: str  # how the user named the run
 
 
 @dataclass(frozen=True)
@@ -72,10 +64,10 @@ FOR = {
 }
 
 
-def demand_from(text: str) -> Demand:
-    """`nodes=17,gpus=4,steps=1000,batch=5`, or the run.toml of a run.
+def demand_from(text: str) -> tuple[RunSpec, str]:
+    """`nodes=17,gpus=4,steps=1000,batch=5`, or the run.toml of a run: what reads the files, and what to call it.
 
-    Tokens are steps x batch x sequence length x ranks. Raises LauncherError naming the part that is wrong.
+    Raises LauncherError naming the part that is wrong.
     """
     where = f"--for {text[:80]}"
     in_words = "=" in text and not text.endswith(".toml")
@@ -90,7 +82,7 @@ def demand_from(text: str) -> Demand:
             "value", f"{where}: {spec.gpus} GPUs cannot be divided into groups of {ways} (tp x cp x pp)"
         )
     run = f"{spec.job.nodes} x {gpus} GPUs" if in_words else text
-    return Demand(spec.data_parallel, tokens_of(spec), f"{run}, {spec.recipe.steps:,} steps")
+    return spec, f"{run}, {spec.recipe.steps:,} steps"
 
 
 def _in_words(text: str, where: str) -> Layer:
@@ -175,14 +167,16 @@ def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:
 
 
 def shard_names(target: Path) -> list[str]:
-    """What `en/` has of C4, verified or not."""
+    """What `en/` has of C4, verified or not, also of a copy or clone that another program made."""
     try:
         return sorted(path.name for path in (target / "en").iterdir() if SHARD.fullmatch(path.name))
     except OSError:
         return []
 
 
-def _count(files: int | None, demands: Sequence[Demand], everything: bool, in_all: int) -> tuple[int, list[str]]:
+def _count(
+    files: int | None, demands: Sequence[tuple[RunSpec, str]], everything: bool, in_all: int
+) -> tuple[int, list[str]]:
     """How many train files, and a line about each run that decided it."""
     if everything:
         return in_all, ["all"]
@@ -190,18 +184,13 @@ def _count(files: int | None, demands: Sequence[Demand], everything: bool, in_al
         check_count(files, in_all)
         return files, []
     notes, count = [], 0
-    for demand in demands:
-        needed, least = files_for(demand.tokens, demand.ranks, in_all), max(-(-demand.tokens // TOKENS_PER_FILE), 1)
-        count = max(count, needed)
-        note = f"{demand.words}: {scaled(demand.tokens, ' tokens')} are {counted(least, 'file')}, and "
-        if needed % demand.ranks:
-            note += f"{demand.ranks} data-parallel ranks are more than C4 has files, so all of them"
+    for spec, words in demands:
+        tokens, ranks, needed = tokens_of(spec), spec.data_parallel, files_needed(spec, in_all)
+        least, count = max(-(-tokens // TOKENS_PER_FILE), 1), max(count, needed)
+        note = f"{words}: {scaled(tokens, ' tokens')} are {counted(least, 'file')}, and "
+        if needed % ranks:
+            note += f"{ranks} data-parallel ranks are more than C4 has files, so all of them"
         else:
-            note += f"{needed} are a multiple of its {demand.ranks} data-parallel ranks"
+            note += f"{needed} are a multiple of its {ranks} data-parallel ranks"
         notes.append(note + ("; the run reads them more than once" if least > needed else ""))
     return count, notes
-
-
-def looks_like_c4(target: Path) -> bool:
-    """A copy or clone of C4 that another program made: then its files are checked and kept."""
-    return bool(shard_names(target))

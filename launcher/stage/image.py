@@ -227,21 +227,16 @@ def _digest_in(about: Any, where: str) -> str:
 
 def _is_known(wanted: Wanted, final: Path) -> bool:
     """Whether the image is there, as far as its head, its size and the description beside it tell."""
-    if not os.path.lexists(final):
-        return False
-    try:
-        size = superblock(final).file_size
-    except LauncherError:
-        return False
-    return size == wanted.file.bytes and described(final).get("sha256") == wanted.file.sha256
+    with suppress(LauncherError):
+        return (superblock(final).file_size, described(final).get("sha256")) == (wanted.file.bytes, wanted.file.sha256)
+    return False
 
 
 def _is_right(wanted: Wanted, final: Path) -> bool:
     """Whether the image is there without its description, as a call leaves it that ends before its last step."""
-    try:
+    with suppress(OSError):
         return not wrong_size(final, wanted.file.bytes) and check_bytes(final, wanted.file) is not None
-    except OSError:
-        return False
+    return False
 
 
 def described(image: Path) -> dict[str, Any]:

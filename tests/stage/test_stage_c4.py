@@ -17,6 +17,7 @@ from launcher.stage.fetch import fetch
 from launcher.stage.progress import JOBS, Progress, each
 from launcher.stage.shards import TOKENS_PER_FILE, files_for
 from launcher.stage.source import RemoteFile
+from launcher.stage.view import files_needed
 from tests.conftest import Launch
 from tests.stage import hub_server
 from tests.stage.hub_server import Hub
@@ -113,8 +114,8 @@ def test_dry_run_writes_nothing(launch: Launch, hub: Hub, workplace: Path):
     ],
 )
 def test_files_for_a_run(text: str, ranks: int, files: int):
-    demand = demand_from(text)
-    assert (demand.ranks, files_for(demand.tokens, ranks, 1024)) == (ranks, files)
+    spec, _ = demand_from(text)
+    assert (spec.data_parallel, files_needed(spec, 1024)) == (ranks, files)
     assert files_for(ranks * TOKENS_PER_FILE, ranks, 2048) == ranks
     assert files_for(ranks * TOKENS_PER_FILE + 1, ranks, 4096) == 2 * ranks
 
