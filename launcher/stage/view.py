@@ -31,7 +31,6 @@ from launcher.stage.shards import (
     SMALL,
     TOKENS_PER_BYTE,
     TRAIN_FILES,
-    and_more,
     files_for,
     wrong_start,
 )
@@ -116,7 +115,8 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
     stage = _stage_command(spec, staged)
     if staged.left_out:
         name, why = next(iter(staged.left_out.items()))
-        notes.append(f"{place}/en: {name} is {why}{and_more(staged.left_out)}: left out; to repair: {stage}")
+        more = f", and {len(staged.left_out) - 1} more" if len(staged.left_out) > 1 else ""
+        notes.append(f"{place}/en: {name} is {why}{more}: left out; to repair: {stage}")
     if not staged.train:
         why = f"{place}/en holds no train file of C4"
         if spec.job.data_part or streamed:

@@ -20,9 +20,7 @@ from tests.stage.stage_image import SIZE, expected, image_bytes, mode, needs_too
 __all__ = ["said", "source"]  # fixtures
 
 
-def test_a_file_gets_the_name_of_its_checksum_and_is_readable_for_the_group(
-    source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_a_file_gets_the_name_of_its_checksum_and_is_readable_for_the_group(source, tmp_path, said: list[str]) -> None:
     old = os.umask(0o077)
     try:
         path = stage_image(str(source), tmp_path / "images", say=said.append)
@@ -53,9 +51,7 @@ def test_a_later_call_does_what_is_left(source: Path, tmp_path: Path, said: list
 
 @needs_tools
 @pytest.mark.parametrize("describes_itself", [True, False])
-def test_an_image_without_its_sidecar_is_keyed_by_what_was_read(
-    describes_itself: bool, tmp_path: Path, said: list[str]
-) -> None:
+def test_an_image_without_its_sidecar_is_keyed_by_what_was_read(describes_itself: bool, tmp_path, said) -> None:
     (tmp_path / "root/etc").mkdir(parents=True)
     if describes_itself:
         about = {"schema": 1, "arch": "amd64", "versions": {"torch": "2.14.1"}}
@@ -71,9 +67,7 @@ def test_an_image_without_its_sidecar_is_keyed_by_what_was_read(
 
 
 @needs_tools
-def test_without_its_sidecar_a_damaged_image_is_found_by_looking_inside(
-    source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_without_its_sidecar_a_damaged_image_is_found_by_looking_inside(source, tmp_path, said: list[str]) -> None:
     sidecar_path(source).unlink()
     with pytest.raises(LauncherError, match="damaged"):
         stage_image(str(source), tmp_path / "images", say=said.append)

@@ -27,9 +27,7 @@ __all__ = ["said", "source", "url"]  # fixtures
 IMAGE = "/titan-stable-amd64.sqsh"
 
 
-def test_a_release_comes_with_its_description(
-    hub: Hub, url: str, source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_a_release_comes_with_its_description(hub: Hub, url: str, source: Path, tmp_path, said: list[str]) -> None:
     moved = faults.moved(f"http://localhost:{hub.hub.server_port}{IMAGE}")  # as a release's assets are
     hub.faults[IMAGE] = [moved, faults.cut(1_200_000), moved]
     hub.faults[f"{IMAGE}.json"] = [faults.status(503), faults.status(429)]

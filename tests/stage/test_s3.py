@@ -76,9 +76,7 @@ def staged(target: Path, files: int = 3, **options: Any) -> Outcome:
     return outcome
 
 
-def test_what_is_asked_for_arrives_verified(
-    store: Store, launch: Launch, c4_files: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_what_is_asked_for_arrives_verified(store: Store, launch: Launch, c4_files: dict[str, bytes], tmp_path) -> None:
     target = tmp_path / "c4"
     words = ("--files", "3", "--validation", "--to", str(target), "--json")
     done = launch("stage", "c4", "--from", ADDRESS, *words)
@@ -97,9 +95,7 @@ def test_what_is_asked_for_arrives_verified(
     assert (again.present, again.downloaded) == (5, 1)
 
 
-def test_a_staged_directory_in_a_bucket_brings_its_checksums(
-    store: Store, tmp_path: Path, c4_files: dict[str, bytes]
-) -> None:
+def test_a_staged_directory_in_a_bucket_brings_its_checksums(store: Store, tmp_path, c4_files) -> None:
     """`aws s3 sync` of a staged directory takes its manifest along: revision and sha256 are the Hub's then."""
     staged(tmp_path / "first", 2)
     manifest = json.loads((tmp_path / "first/.staged/manifest.json").read_text())
@@ -135,9 +131,7 @@ def test_without_a_manifest_it_is_said_that_sizes_alone_are_compared(store: Stor
     assert staged(tmp_path / "c4", 1).downloaded == 2 and not any((tmp_path / "c4" / FIRST).read_bytes())
 
 
-def test_an_object_replaced_meanwhile_does_not_arrive_as_the_old_one(
-    store: Store, c4_files: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_an_object_replaced_meanwhile_does_not_arrive_as_the_old_one(store: Store, c4_files, tmp_path) -> None:
     """Another size is found; with a manifest, any other byte."""
     plan = plan_c4(tmp_path / "c4", source=ADDRESS, files=1)
     for data in (c4_files[FIRST] + b"more", b"less"):
@@ -177,9 +171,7 @@ def test_what_a_store_refuses(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
     assert "titan-launcher[s3]" in refusal().fix
 
 
-def test_credentials_and_endpoint_come_from_the_profile(
-    store: Store, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_credentials_and_endpoint_come_from_the_profile(store: Store, workplace: Path, monkeypatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)
     (workplace / "home/.aws").mkdir()

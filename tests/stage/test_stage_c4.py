@@ -128,27 +128,6 @@ def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path
     assert json.loads(done.stdout)["train_files"] == 6
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "words"),
-    [
-        ((), 2, "one of --files N, --for RUN and --all"),
-        (("--files", "2", "--all"), 2, "one of --files N, --for RUN and --all"),
-        (("--all", "--from", "s3://b/c", "--revision", "v9"), 2, "cannot be combined with --from"),
-        (("--files", "13"), 3, "C4 has 12 train files"),
-        (("--for", "nodes=3,gpu=4"), 3, "'gpu=4' is not one of nodes=N"),
-        (("--for", "nodes=0"), 3, "'nodes=0'"),
-        (("--for", "nodes=1,gpus=4,tp=3"), 3, "4 GPUs cannot be divided into groups of 3"),
-        (("--for", "no-such.toml"), 4, "cannot read"),
-        (("--files", "1", "--revision", "v9"), 4, "no revision 'v9'"),
-        (("--files", "1", "--jobs", "0"), 2, "--jobs"),
-    ],
-)
-def test_wrong_requests(launch: Launch, hub: Hub, workplace: Path, arguments, status: int, words: str):
-    done = launch("stage", "c4", "--to", "c4", *arguments)
-    assert (done.returncode, words in done.stderr) == (status, True), done.stderr
-    assert not (workplace / "c4").exists()
-
-
 def test_a_listing_of_several_pages_is_read_to_its_end(hub: Hub, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(hub_server, "PAGE", 5)
     assert len(stage_c4(tmp_path / "c4", everything=True).manifest.files) == 13

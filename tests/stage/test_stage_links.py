@@ -73,9 +73,7 @@ REFUSED = {  # where, what lies there, where it leads to, and the words about it
 
 @pytest.mark.parametrize("how", REFUSED)
 @pytest.mark.parametrize("what", ["c4", "image"])
-def test_our_own_part_is_never_a_link(
-    how: str, what: str, launch: Launch, hub: Hub, source: Path, workplace: Path, victim: Path
-) -> None:
+def test_our_own_part_is_never_a_link(how: str, what: str, launch, hub, source: Path, workplace, victim: Path) -> None:
     path, kind, to, words = REFUSED[how]
     (workplace / "t/en").mkdir(parents=True)
     (workplace / "t/en/c4-train.00000-of-00012.json.gz").write_text("a start")
@@ -199,9 +197,7 @@ def shared() -> Iterator[Path]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
 @pytest.mark.parametrize("umask", [0o002, 0o022])
-def test_two_users_stage_into_one_directory(
-    hub: Hub, shared: Path, tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_users_stage_into_one_directory(hub: Hub, shared: Path, tmp_path: Path, umask: int, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
     stage_model(tmp_path / "first", "model")  # what is imported inside is imported: other users may not read it
     with as_user(4001, umask):

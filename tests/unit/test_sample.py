@@ -47,9 +47,7 @@ def test_the_same_seed_gives_the_same_bytes_whenever_it_runs(tmp_path: Path, mon
     assert all(first[name] != other[name] for name in first if name.endswith(".gz"))
 
 
-def test_a_write_that_fails_leaves_neither_half_a_file_nor_a_temporary_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_leaves_neither_half_a_file_nor_a_temporary_one(tmp_path: Path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

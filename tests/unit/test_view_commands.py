@@ -53,9 +53,7 @@ def test_a_dry_run_names_the_view_and_writes_nothing(submit: Launch, workplace: 
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_a_run_toml_submitted_again_gets_a_view_of_what_is_there_now(
-    submit: Launch, launch: Launch, workplace: Path
-) -> None:
+def test_a_run_toml_submitted_again_gets_a_view_of_what_is_there_now(submit: Launch, launch: Launch, workplace) -> None:
     assert submit("--name", "one", "--data-part", "2/2").returncode == 0
     assert view_in(workplace / "runs" / "one")[:-1] == [shard(index) for index in (3, 4, 5)]
     for index in range(8, 13):
