@@ -18,6 +18,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,15 @@ class Content:
 
     data: bytes | Path
     announced: dict[str, Any] = field(default_factory=dict)  # other words than the truth, for bad servers
-    _sha256: str = ""
     has_length: bool = True  # whether an answer says its Content-Length
 
     @property
     def size(self) -> int:
         return len(self.data) if isinstance(self.data, bytes) else self.data.stat().st_size
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        if not self._sha256:
-            self._sha256 = hashlib.sha256(self.read()).hexdigest()
-        return self._sha256
+        return hashlib.sha256(self.read()).hexdigest()
 
     @property
     def git(self) -> str:

@@ -267,7 +267,7 @@ def test_data_that_is_a_file_or_may_not_be_looked_at(tmp_path: Path) -> None:
 
 
 PLENTY = 320 * MB  # bytes of a file of C4
-TOO_FEW = {
+TOO_FEW: dict[str, tuple[tuple[int, int, int], dict[str, Any], str]] = {
     "fewer files than ranks": (
         (8, 1, PLENTY),
         {"nodes": 17},
