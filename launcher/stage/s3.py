@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import URLError
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree
@@ -26,25 +26,40 @@ from launcher.stage.target import STATE, Incoming
 from launcher.stage.web import Refused, bounded, download, header_of, no_answer, read, status_of, words_of
 
 ANSWER = 16 << 20  # bytes of a page of a listing
-_MISSING = (
+ENDPOINT = "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)"
+
+
+class Refusal(NamedTuple):
+    """What a store's refusal means, and what to do about it."""
+
+    code: str
+    says: str
+    fix: str
+    status: ExitStatus = ExitStatus.ERROR
+
+    def of(self, what: str, words: str = "") -> LauncherError:
+        return LauncherError(self.code, f"{what}: {self.says}", self.fix, status=self.status, original=words)
+
+
+MISSING = Refusal(
     "store-missing",
     "not there",
     "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
     ExitStatus.NOT_FOUND,
 )
-_NO_ACCESS = (
+NO_ACCESS = Refusal(
     "store-access",
     "access denied",
     "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
     ExitStatus.INVALID,
 )
-_REFUSED = {  # by the HTTP status
-    401: _NO_ACCESS,
-    403: _NO_ACCESS,
-    404: _MISSING,
-    412: ("store-differs", "has changed meanwhile", "the same command tries again", ExitStatus.ERROR),
+NO_CONNECTION = Refusal("no-connection", "no connection to the store", ENDPOINT)
+BY_STATUS = {
+    401: NO_ACCESS,
+    403: NO_ACCESS,
+    404: MISSING,
+    412: Refusal("store-differs", "has changed meanwhile", "the same command tries again"),
 }
-ENDPOINT = "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)"
 
 
 class Elsewhere(LauncherError):
@@ -103,8 +118,7 @@ class Bucket:
             entries, folders = page.findall("{*}Contents"), page.findall("{*}CommonPrefixes")
             before, token = token, page.findtext("{*}NextContinuationToken")
             if there and not (entries or folders or before or token):
-                code, says, fix, status = _MISSING
-                raise LauncherError(code, f"{self.source}: {says}", fix, status=status)
+                raise MISSING.of(self.source)
             yield entries
 
     def manifest(self) -> Manifest | None:
@@ -135,12 +149,12 @@ class Bucket:
                 what, fix = f"{self.source}: is in another region", f"export AWS_DEFAULT_REGION={region}"
                 return Elsewhere("store-failed", what, fix, status=ExitStatus.ERROR, original=region)
             fix = "the same command continues; check AWS_* and ~/.aws/config"
-            refusal = ("store-failed", f"HTTP {status}" if status else "no answer", fix, ExitStatus.ERROR)
-            if isinstance(error, URLError) and not status:
-                refusal = ("no-connection", "no connection to the store", ENDPOINT, ExitStatus.ERROR)
-            code, says, fix, exit_status = _NO_ACCESS if "Token" in words else _REFUSED.get(status, refusal)
-            what = f"{self.source}/{path}" if path else self.source
-            return LauncherError(code, f"{what}: {says}", fix, status=exit_status, original=words)
+            found = BY_STATUS.get(status) or Refusal("store-failed", f"HTTP {status}" if status else "no answer", fix)
+            if "Token" in words:  # expired, with 400
+                found = NO_ACCESS
+            elif isinstance(error, URLError) and not status:
+                found = NO_CONNECTION
+            return found.of(f"{self.source}/{path}" if path else self.source, words)
 
         return refused
 
