@@ -68,25 +68,19 @@ def a_spec(data: Path | str, nodes: int = 1, gpus: int = 4, **values: Any) -> Pl
 # Which files
 
 
-@given(FILES, DEGREES)
-def test_the_largest_multiple_of_the_degree_from_the_beginning(files: range, degree: int) -> None:
-    chosen = choose(files, degree)
-    assert list(chosen) == list(files[: len(chosen)])
-    if len(files) >= degree:
-        assert len(chosen) % degree == 0 and len(files) - len(chosen) < degree
-    else:
-        assert list(chosen) == list(files)
-
-
 @given(FILES, DEGREES, st.integers(1, 12))
-def test_parts_share_nothing_and_together_are_the_whole(files: range, degree: int, parts: int) -> None:
+def test_the_largest_multiple_of_the_degree_from_the_beginning_and_its_parts(files, degree, parts) -> None:
+    """Parts share nothing, and together are the whole."""
+    chosen = choose(files, degree)
     pieces = [choose(files, degree, part, parts) for part in range(1, parts + 1)]
     if len(files) >= degree:
-        assert [file for piece in pieces for file in piece] == list(choose(files, degree))
+        assert list(chosen) == list(files[: len(files) - len(files) % degree])
+        assert [file for piece in pieces for file in piece] == list(chosen)
         assert all(len(piece) % degree == 0 for piece in pieces)
         assert max(map(len, pieces)) - min(map(len, pieces)) in (0, degree)
-    elif parts > 1:
-        assert not any(map(len, pieces))
+    else:
+        assert list(chosen) == list(files)
+        assert parts == 1 or not any(map(len, pieces))
 
 
 @pytest.mark.parametrize(
