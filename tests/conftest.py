@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -179,6 +180,20 @@ class Forked:
 def forked(*arguments: str, **env: str) -> Forked:
     """`launcher ...` in a copy of this process."""
     return Forked(main, ["launcher", *arguments], {**os.environ, **env})
+
+
+ROOM = 512 << 20  # bytes that `limited` may take more than there is already: enough for any command, not for a flood
+
+
+def limited(program: Callable[[], object], argv: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
+    """A program in a copy of this process that has little memory."""
+
+    def with_little_memory() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
+        program()
+
+    return Forked(with_little_memory, argv, {**os.environ, **env}).end()
 
 
 @pytest.fixture

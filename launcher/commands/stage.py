@@ -17,7 +17,7 @@ from launcher.config.options import FilePath
 from launcher.config.user_file import user_layer
 from launcher.image import ARCHES, DOCKER
 from launcher.stage import inventory, models
-from launcher.stage.c4 import looks_like_c4, plan_c4
+from launcher.stage.c4 import plan_c4, shard_names
 from launcher.stage.fetch import Outcome, fetch
 from launcher.stage.image import of_release, stage_image
 from launcher.stage.inventory import reports
@@ -81,7 +81,7 @@ def c4(target: Path, jobs: int, dry_run: bool, as_json: bool, **wanted: Any) -> 
         raise click.UsageError("one of --files N, --for RUN and --all is needed")
     if wanted["source"] and (wanted["revision"] or wanted["token_file"]):
         raise click.UsageError("--revision and --token-file are for the Hub, and cannot be combined with --from")
-    refuse_foreign(target, looks_like_c4)
+    refuse_foreign(target, shard_names)
     plan = plan_c4(target, **wanted)
     echo(*plan.notes, plan.line(), err=True)
     facts = {

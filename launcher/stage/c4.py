@@ -14,14 +14,15 @@ from pathlib import Path
 from launcher.base.errors import LauncherError, quoted
 from launcher.base.output import counted
 from launcher.base.values import whole
-from launcher.config.layers import merge, read_layer
+from launcher.config.layers import Layer, merge, read_layer
+from launcher.config.spec import RunSpec
 from launcher.stage.fetch import open_repo
-from launcher.stage.hub import find_token, list_files
-from launcher.stage.s3 import open_bucket
-from launcher.stage.shards import IN_EN, SHARD, TOKENS_PER_FILE, TRAIN_FILES, files_for
-from launcher.stage.source import RemoteFile, Source
+from launcher.stage.hub import Repo, find_token, list_files
+from launcher.stage.s3 import Bucket, open_bucket
+from launcher.stage.shards import IN_EN, SHARD, TOKENS_PER_FILE, TRAIN_FILES
+from launcher.stage.source import RemoteFile
 from launcher.stage.target import STATE, gigabytes, scaled
-from launcher.stage.view import tokens_of
+from launcher.stage.view import files_needed, tokens_of
 
 REPO = "allenai/c4"
 README = "README.md"
@@ -29,19 +30,10 @@ EXAMPLE = "--for nodes=17,gpus=4,steps=1000,batch=5"
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a run reads: as many ranks want files of their own, and its steps so many tokens."""
-
-    ranks: int  # data-parallel degree
-    tokens: int
-    words: str  # how the user named the run
-
-
-@dataclass(frozen=True)
 class Plan:
     """The files to be brought, and why so many."""
 
-    repo: Source
+    repo: Repo | Bucket
     files: Sequence[RemoteFile]  # README.md among them
     train_files: int
     train_files_in_all: int
@@ -59,45 +51,52 @@ class Plan:
         )
 
 
-def demand_from(text: str) -> Demand:
-    """`nodes=17,gpus=4,steps=1000,batch=5`, or the run.toml of a run.
+# A run in words: what stands for which of its settings.
+FOR = {
+    "nodes": ("job.nodes", 1),
+    "gpus": ("profile.gpus_per_node", 8),
+    "steps": ("recipe.steps", 100),
+    "batch": ("recipe.local_batch_size", 5),
+    "seq": ("recipe.seq_len", 8192),
+    "tp": ("recipe.tensor_parallel", 1),
+    "cp": ("recipe.context_parallel", 1),
+    "pp": ("recipe.pipeline_parallel", 1),
+}
 
-    Tokens are steps x batch x sequence length x ranks. Raises LauncherError naming the part that is wrong.
+
+def demand_from(text: str) -> tuple[RunSpec, str]:
+    """`nodes=17,gpus=4,steps=1000,batch=5`, or the run.toml of a run: what reads the files, and what to call it.
+
+    Raises LauncherError naming the part that is wrong.
     """
-    if "=" not in text or text.endswith(".toml"):
-        return _demand_of_run(text)
     where = f"--for {text[:80]}"
-    values = {"nodes": 1, "gpus": 8, "steps": 100, "batch": 5, "seq": 8192, "tp": 1, "cp": 1, "pp": 1}
-    names = list(values)
+    in_words = "=" in text and not text.endswith(".toml")
+    layer = _in_words(text, where) if in_words else read_layer(Path(os.path.expanduser(text)), text)
+    if not (in_words or layer.complete):
+        fix = f"--for runs/NAME/run.toml, or {EXAMPLE}"
+        raise LauncherError("not-a-run-file", f"--for {text}: not the run.toml of a run", fix)
+    spec = merge([layer])
+    ways, gpus = spec.model_parallel, spec.profile.gpus_per_node
+    if ways < 1 or spec.gpus < 1 or spec.gpus % ways:
+        raise LauncherError(
+            "value", f"{where}: {spec.gpus} GPUs cannot be divided into groups of {ways} (tp x cp x pp)"
+        )
+    run = f"{spec.job.nodes} x {gpus} GPUs" if in_words else text
+    return spec, f"{run}, {spec.recipe.steps:,} steps"
+
+
+def _in_words(text: str, where: str) -> Layer:
+    values = dict(FOR.values())
+    names = list(FOR)
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
         count = whole(number) or 0
         if name not in names or not 1 <= count <= 10**9:
-            known = ", ".join(f"{name}=N" for name in values)
+            known = ", ".join(f"{name}=N" for name in FOR)
             raise LauncherError("value", f"{where}: {part.strip()[:40]!r} is not one of {known}, each once", EXAMPLE)
         names.remove(name)
-        values[name] = count
-    ranks = degree(values["nodes"] * values["gpus"], values["tp"] * values["cp"] * values["pp"], where)
-    tokens = values["steps"] * values["batch"] * values["seq"] * ranks
-    return Demand(ranks, tokens, f"{values['nodes']} x {values['gpus']} GPUs, {values['steps']:,} steps")
-
-
-def _demand_of_run(path: str) -> Demand:
-    layer = read_layer(Path(os.path.expanduser(path)), path)
-    if not layer.complete:
-        fix = f"--for runs/NAME/run.toml, or {EXAMPLE}"
-        raise LauncherError("not-a-run-file", f"--for {path}: not the run.toml of a run", fix)
-    spec = merge([layer])
-    recipe = spec.recipe
-    ways = recipe.tensor_parallel * recipe.context_parallel * recipe.pipeline_parallel
-    return Demand(degree(spec.gpus, ways, f"--for {path}"), tokens_of(spec), f"{path}, {recipe.steps:,} steps")
-
-
-def degree(gpus: int, ways: int, where: str) -> int:
-    """The data-parallel degree: groups of `ways` GPUs that read the same data."""
-    if ways < 1 or gpus < 1 or gpus % ways:
-        raise LauncherError("value", f"{where}: {gpus} GPUs cannot be divided into groups of {ways} (tp x cp x pp)")
-    return gpus // ways
+        values[FOR[name][0]] = count
+    return Layer(values, dict.fromkeys(values, where))
 
 
 def check_count(count: int, in_all: int = TRAIN_FILES) -> None:
@@ -126,7 +125,7 @@ def plan_c4(
     if files is not None and (files < 1 or not source):
         check_count(files)  # what needs no network comes first
     demands = [demand_from(text) for text in runs]
-    repo: Source
+    repo: Repo | Bucket
     if source:
         repo, found = open_bucket(source)
     else:
@@ -168,14 +167,16 @@ def _refuse_another_c4(target: Path, train: Sequence[RemoteFile]) -> None:
 
 
 def shard_names(target: Path) -> list[str]:
-    """What `en/` has of C4, verified or not."""
+    """What `en/` has of C4, verified or not, also of a copy or clone that another program made."""
     try:
         return sorted(path.name for path in (target / "en").iterdir() if SHARD.fullmatch(path.name))
     except OSError:
         return []
 
 
-def _count(files: int | None, demands: Sequence[Demand], everything: bool, in_all: int) -> tuple[int, list[str]]:
+def _count(
+    files: int | None, demands: Sequence[tuple[RunSpec, str]], everything: bool, in_all: int
+) -> tuple[int, list[str]]:
     """How many train files, and a line about each run that decided it."""
     if everything:
         return in_all, ["all"]
@@ -183,18 +184,13 @@ def _count(files: int | None, demands: Sequence[Demand], everything: bool, in_al
         check_count(files, in_all)
         return files, []
     notes, count = [], 0
-    for demand in demands:
-        needed, least = files_for(demand.tokens, demand.ranks, in_all), max(-(-demand.tokens // TOKENS_PER_FILE), 1)
-        count = max(count, needed)
-        note = f"{demand.words}: {scaled(demand.tokens, ' tokens')} are {counted(least, 'file')}, and "
-        if needed % demand.ranks:
-            note += f"{demand.ranks} data-parallel ranks are more than C4 has files, so all of them"
+    for spec, words in demands:
+        tokens, ranks, needed = tokens_of(spec), spec.data_parallel, files_needed(spec, in_all)
+        least, count = max(-(-tokens // TOKENS_PER_FILE), 1), max(count, needed)
+        note = f"{words}: {scaled(tokens, ' tokens')} are {counted(least, 'file')}, and "
+        if needed % ranks:
+            note += f"{ranks} data-parallel ranks are more than C4 has files, so all of them"
         else:
-            note += f"{needed} are a multiple of its {demand.ranks} data-parallel ranks"
+            note += f"{needed} are a multiple of its {ranks} data-parallel ranks"
         notes.append(note + ("; the run reads them more than once" if least > needed else ""))
     return count, notes
-
-
-def looks_like_c4(target: Path) -> bool:
-    """A copy or clone of C4 that another program made: then its files are checked and kept."""
-    return bool(shard_names(target))

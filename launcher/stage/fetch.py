@@ -6,9 +6,8 @@ final name, and whatever ends this process, the next call brings what is missing
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,16 +24,9 @@ from launcher.stage.manifest import (
     wrong_size,
 )
 from launcher.stage.progress import JOBS, Progress, each
-from launcher.stage.source import Downloads, RemoteFile, Source
-from launcher.stage.target import (
-    Work,
-    at_work,
-    check_space,
-    gigabytes,
-    in_the_way,
-)
-
-SECONDS_BETWEEN_MANIFESTS = 2.0  # a verified file that is not in it yet is only read again
+from launcher.stage.s3 import Bucket
+from launcher.stage.source import RemoteFile
+from launcher.stage.target import Incoming, Work, at_work, check_space, gigabytes, in_the_way
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ def open_repo(target: Path, name: str, repo_kind: str, kind: str, revision: str 
 
 def fetch(
     target: Path,
-    source: Source,
+    source: Repo | Bucket,
     wanted: Sequence[RemoteFile],
     kind: str,
     jobs: int = JOBS,
@@ -125,7 +117,7 @@ def fetch(
     Files that are there are kept when their bytes are right, and replaced when they are not. Raises LauncherError, or
     KeyboardInterrupt on Ctrl-C; in both cases a later call brings what is missing.
     """
-    began, saved = time.monotonic(), 0.0
+    began = time.monotonic()
     with at_work(target, say) as work:
         found = known_manifest(target, kind, source.source)
         files = dict(found.files) if found and found.revision == source.revision else {}
@@ -145,21 +137,16 @@ def fetch(
             if file.path not in missing and (staged := _kept(target / file.path, file, progress)):
                 return staged
             came.append(file)
-            return download_right(source, file, work, progress)
+            return download_right(source.download, file, work, progress)
 
         try:
             for file, staged in each("staging", left, bring, jobs):
                 files[file.path] = staged  # and with it in the manifest
-                if time.monotonic() - saved > SECONDS_BETWEEN_MANIFESTS:
-                    write_manifest(work, manifest)
-                    saved = time.monotonic()
-        except BaseException:
-            with contextlib.suppress(LauncherError):  # the disk may be what went wrong
                 write_manifest(work, manifest)
+        except BaseException:
             have = f"{len(files)} of {counted(len(paths), 'file')}"
             say(f"stopped: {have} are complete in {target}; the same command continues")
             raise
-        write_manifest(work, manifest)
         size = sum(file.bytes for file in came)
         return Outcome(target, manifest, len(wanted) - len(came), len(came), size, time.monotonic() - began)
 
@@ -203,7 +190,9 @@ def _kept(path: Path, file: RemoteFile, progress: Progress) -> StagedFile | None
     return staged
 
 
-def download_right(source: Downloads, file: RemoteFile, work: Work, progress: Progress) -> StagedFile:
+def download_right(
+    download: Callable[[RemoteFile, Incoming], None], file: RemoteFile, work: Work, progress: Progress
+) -> StagedFile:
     """A file from its source, under its final name when its bytes are right; once more when they are not.
 
     Nothing is kept of wrong ones.
@@ -211,7 +200,7 @@ def download_right(source: Downloads, file: RemoteFile, work: Work, progress: Pr
     *folders, name = Path(file.path).parts
     for _ in range(2):
         with work.unfinished(file.bytes, progress.add) as stream:
-            source.download(file, stream)
+            download(file, stream)
             if staged := check_bytes(stream.handle, file):
                 work.keep(stream, work.top.below(*folders), name)
                 return staged

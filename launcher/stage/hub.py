@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,13 +17,12 @@ from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes
 from launcher.stage.source import RemoteFile, check_answer, is_digest
 from launcher.stage.target import Incoming, TooSlow
-from launcher.stage.web import Refused, ask, download, header_of, moving, no_answer, status_of
+from launcher.stage.web import Refused, ask, bounded, download, header_of, moving, no_answer, status_of
 
 ENDPOINT = "https://huggingface.co"
 ANSWER_BYTES = 8 << 20  # of the API: twenty pages of a listing
+CHECK = "check HF_ENDPOINT and who runs it"
 TOKEN_BYTES = 64 << 10  # of a file that holds one
-ENTRIES = 100_000  # of one listing
-LISTING_S = 600.0  # for it
 xet_files = functools.cache(functools.partial(TemporaryDirectory, prefix="launcher-xet-"))  # until this process ends
 
 
@@ -76,20 +74,15 @@ def find_token(token_file: Path | None = None) -> str:
     Raises LauncherError for a file that cannot be read, and for what is not exactly one word.
     """
     place = token_file or Path(hub_constants().HF_TOKEN_PATH)
-    from huggingface_hub import get_token
-
+    found = "" if token_file else os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""
     try:
-        if token_file:
-            found = read_bytes(token_file, TOKEN_BYTES, wait=True).decode("utf-8", "replace")
-        else:
-            if not os.environ.get("HF_TOKEN"):
-                with contextlib.suppress(FileNotFoundError):
-                    read_bytes(place, TOKEN_BYTES)  # the library reads any length
-            found = get_token() or ""
-    except (OSError, UnicodeDecodeError) as error:
+        found = found or read_bytes(place, TOKEN_BYTES, wait=bool(token_file)).decode("utf-8", "replace")
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not token_file:
+            return ""
         raise LauncherError(
             "hub-token",
-            f"the Hub's token in {place} cannot be read: {getattr(error, 'strerror', None) or 'not text'}",
+            f"the Hub's token in {place} cannot be read: {error.strerror}",
             f"ls -l {quoted(place)}; or export HF_TOKEN, or --token-file FILE, or HF_TOKEN_PATH=FILE",
             status=ExitStatus.FILESYSTEM,
         ) from None
@@ -131,24 +124,21 @@ def _ask(repo: Repo, url: str) -> tuple[Any, str]:
 
 def list_files(repo: Repo, folder: str = "", recursive: bool = False) -> list[RemoteFile]:
     """The files in `folder` ("": the top), by path. Raises LauncherError for an answer that makes no sense."""
-    url = f"{repo.api}/tree/{repo.revision}/{quote(folder)}".rstrip("/") + f"?recursive={recursive}&expand=False"
-    files: dict[str, RemoteFile] = {}
-    asked, until = 0, time.monotonic() + LISTING_S
-    while url:
-        if time.monotonic() > until:
-            raise refused_by_hub(repo)(TooSlow(f"no whole listing in {LISTING_S:.0f} s"))
-        entries, url = _ask(repo, url)
-        asked += 1 + len(entries)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or asked > ENTRIES:
-            what = "is no list of files" if asked <= ENTRIES else f"has more than {ENTRIES:,} entries"
-            raise LauncherError(
-                "server-answer", f"{repo.page}: the server's listing {what}", "check HF_ENDPOINT and who runs it"
-            )
-        for entry in entries:
-            check_answer(repo.page, path=entry.get("path"))
-            if entry.get("type") == "file":
-                files[entry["path"]] = _file(repo, entry)
+    files = {}
+    for entry in bounded(_pages(repo, folder, recursive), repo.page, refused_by_hub(repo), CHECK):
+        check_answer(repo.page, path=entry.get("path"))
+        if entry.get("type") == "file":
+            files[entry["path"]] = _file(repo, entry)
     return sorted(files.values(), key=lambda file: file.path)
+
+
+def _pages(repo: Repo, folder: str, recursive: bool) -> Iterator[list[dict[str, Any]]]:
+    url = f"{repo.api}/tree/{repo.revision}/{quote(folder)}".rstrip("/") + f"?recursive={recursive}&expand=False"
+    while url:
+        entries, url = _ask(repo, url)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise LauncherError("server-answer", f"{repo.page}: the server's listing is no list of files", CHECK)
+        yield entries
 
 
 def _file(repo: Repo, entry: dict[str, Any]) -> RemoteFile:

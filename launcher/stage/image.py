@@ -66,7 +66,9 @@ def stage_image(source: str | Wanted, to: Path, *, say: Say) -> Path:
         with at_work(to, say) as work:
             if not (_is_known(wanted, final) or _is_right(wanted, final)):
                 check_space(to, wanted.file.bytes)
-                for _ in each("staging", [wanted.file], lambda file, told: download_right(wanted, file, work, told)):
+                for _ in each(
+                    "staging", [wanted.file], lambda file, told: download_right(wanted.download, file, work, told)
+                ):
                     say(f"{final}: {gigabytes(wanted.file.bytes)}, verified")
             if not _is_known(wanted, final) and wanted.about is not None:
                 # Last of all: an image without one is read again by the next call, and then gets it.
@@ -180,8 +182,8 @@ def of_release(tag: str, channel: str, arch: str) -> Wanted:
         stream.start = 0
         stream.restart()
         for url in (f"{place}/{name}" for name in parts):
-            stream.start, stream.limit = stream.tell(), size
-            download(url, stream, refused_by_server(url), most=size)
+            stream.start = stream.tell()
+            download(url, stream, refused_by_server(url))
 
     return _wanted(image, digest, size, about, join)
 
@@ -225,21 +227,16 @@ def _digest_in(about: Any, where: str) -> str:
 
 def _is_known(wanted: Wanted, final: Path) -> bool:
     """Whether the image is there, as far as its head, its size and the description beside it tell."""
-    if not os.path.lexists(final):
-        return False
-    try:
-        size = superblock(final).file_size
-    except LauncherError:
-        return False
-    return size == wanted.file.bytes and described(final).get("sha256") == wanted.file.sha256
+    with suppress(LauncherError):
+        return (superblock(final).file_size, described(final).get("sha256")) == (wanted.file.bytes, wanted.file.sha256)
+    return False
 
 
 def _is_right(wanted: Wanted, final: Path) -> bool:
     """Whether the image is there without its description, as a call leaves it that ends before its last step."""
-    try:
+    with suppress(OSError):
         return not wrong_size(final, wanted.file.bytes) and check_bytes(final, wanted.file) is not None
-    except OSError:
-        return False
+    return False
 
 
 def described(image: Path) -> dict[str, Any]:

@@ -74,19 +74,17 @@ def each(
 
     Its threads are daemons: a server that is waited for does not keep Ctrl-C waiting.
     """
-    waiting: SimpleQueue[RemoteFile] = SimpleQueue()
+    left = iter(files)
     done: SimpleQueue[tuple[RemoteFile, Any, BaseException | None]] = SimpleQueue()
-    for file in files:
-        waiting.put(file)
 
     def run() -> None:
-        with contextlib.suppress(Empty):
-            while not progress.stopped:
-                file = waiting.get_nowait()
-                try:
-                    done.put((file, work(file, progress), None))
-                except BaseException as error:
-                    done.put((file, None, error))
+        for file in left:  # each thread goes on with the next that no other has
+            try:
+                done.put((file, work(file, progress), None))
+            except BaseException as error:
+                done.put((file, None, error))
+            if progress.stopped:
+                break
 
     progress = Progress(title, len(files), sum(file.bytes for file in files))
     threads = [threading.Thread(target=run, daemon=True) for _ in range(min(jobs, len(files)))]

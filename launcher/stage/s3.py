@@ -1,35 +1,69 @@
 """Object storage as a place that C4's files come from, or are streamed from in a job: s3://bucket/prefix.
 
-Through s3fs, which finds endpoint, region and credentials where every S3 client does: AWS_ENDPOINT_URL, AWS_PROFILE,
-AWS_ACCESS_KEY_ID, ~/.aws, the machine's own role. Never on a command line.
+botocore, which s3fs brings, finds endpoint, region and credentials where every S3 client does (AWS_ENDPOINT_URL,
+AWS_PROFILE, AWS_ACCESS_KEY_ID, ~/.aws, the machine's own role; never on a command line) and signs addresses. What is
+there is asked for and read as from any web server.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import shutil
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from urllib.error import URLError
+from urllib.parse import unquote_plus
+from xml.etree import ElementTree
 
 from launcher.base.errors import ExitStatus, LauncherError, install
+from launcher.base.values import whole
 from launcher.config.spec import S3_ADDRESS
 from launcher.stage.manifest import LARGEST, Manifest, parse_manifest
 from launcher.stage.source import RemoteFile, check_answer
-from launcher.stage.target import STATE, Incoming, Stopped
+from launcher.stage.target import STATE, Incoming
+from launcher.stage.web import Refused, bounded, download, header_of, no_answer, read, status_of, words_of
 
-PIECE = 8 << 20  # bytes of one request; each of the files at once holds one in memory
-ANSWER = 16 << 20  # bytes of any answer: a piece of a file, or a page of a listing
-ANSWER_S = 300.0  # and the time that it may take, whole
-ENTRIES = 100_000  # of a listing, and its pages, which may be empty
-LISTING_S = 600.0  # for it
+ANSWER = 16 << 20  # bytes of a page of a listing
+ENDPOINT = "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)"
 
 
-class TooLong(Exception):
-    """An answer above `ANSWER`: no store sends that."""
+class Refusal(NamedTuple):
+    """What a store's refusal means, and what to do about it."""
+
+    code: str
+    says: str
+    fix: str
+    status: ExitStatus = ExitStatus.ERROR
+
+    def of(self, what: str, words: str = "") -> LauncherError:
+        return LauncherError(self.code, f"{what}: {self.says}", self.fix, status=self.status, original=words)
+
+
+MISSING = Refusal(
+    "store-missing",
+    "not there",
+    "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
+    ExitStatus.NOT_FOUND,
+)
+NO_ACCESS = Refusal(
+    "store-access",
+    "access denied",
+    "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
+    ExitStatus.INVALID,
+)
+NO_CONNECTION = Refusal("no-connection", "no connection to the store", ENDPOINT)
+BY_STATUS = {
+    401: NO_ACCESS,
+    403: NO_ACCESS,
+    404: MISSING,
+    412: Refusal("store-differs", "has changed meanwhile", "the same command tries again"),
+}
+
+
+class Elsewhere(LauncherError):
+    """The bucket is in another region, which `original` names."""
 
 
 @dataclass(frozen=True)
@@ -39,66 +73,58 @@ class Bucket:
     """
 
     source: str
-    root: str  # bucket/prefix, as s3fs writes it
-    store: Any = field(repr=False, compare=False)  # s3fs.S3FileSystem
+    store: Any = field(repr=False, compare=False)  # botocore's client
     revision: str = ""
 
     def download(self, file: RemoteFile, stream: Incoming) -> None:
-        """In pieces of one request each. s3fs and botocore repeat what may pass by themselves."""
-        stream.restart()
-        with self._asking(file.path), self.store.open(f"{self.root}/{file.path}", cache_type="none") as opened:
-            shutil.copyfileobj(opened, stream, PIECE)
+        download(self._address("get_object", file.path), stream, self._refused(file.path), match=file.etag)
 
-    def head(self, file: RemoteFile, count: int) -> bytes:
+    def head(self, path: str, count: int) -> bytes:
         """The first `count` bytes of an object, or all of a shorter one."""
-        if not file.bytes:
-            return b""
-        with self._asking(file.path):
-            data: bytes = self.store.cat_file(f"{self.root}/{file.path}", start=0, end=min(count, file.bytes))
-        return data
+        return read(self._address("get_object", path), count, self._refused(path))[0][:count]
 
-    @contextlib.contextmanager
-    def _asking(self, path: str = "") -> Iterator[None]:
-        try:
-            yield
-        except (LauncherError, Stopped):
-            raise
-        except Exception as error:  # of s3fs, botocore and aiohttp, which have no common root
-            raise _refused(error, f"{self.source}/{path}" if path else self.source) from error
+    def _address(self, operation: str, path: str = "", **words: str) -> str:
+        """An address that lets whoever has it do this one thing for an hour; so it is in no message."""
+        bucket, _, prefix = self.source.removeprefix("s3://").partition("/")
+        key = {"Key": f"{prefix}/{path}".strip("/")} if path else {}
+        with _credentials():
+            return str(self.store.generate_presigned_url(operation, {"Bucket": bucket, **key, **words}))
 
-    def listed(self, folder: str) -> list[tuple[RemoteFile, str]]:
-        """The objects directly in `folder` ("": the prefix itself) and their ETags, by path; none where there is no
-        such folder.
-        """
-        bucket, _, prefix = self.root.partition("/")
-        prefix = "/".join(part for part in (prefix, folder) if part)
-        where: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "/"}
-        found, asked, page, until = [], 0, {"IsTruncated": True}, time.monotonic() + LISTING_S
-        while page.get("IsTruncated"):
-            if asked > ENTRIES or time.monotonic() > until:
-                what = f"more than {ENTRIES:,} entries" if asked > ENTRIES else f"for more than {LISTING_S:.0f} s"
-                raise LauncherError("server-answer", f"{self.source}: lists {what}", "name the prefix that holds en/")
-            with self._asking():
-                page = self.store.call_s3("list_objects_v2", **where)
-            found += page.get("Contents", [])
-            asked += 1 + len(page.get("Contents", []))
-            where["ContinuationToken"] = page.get("NextContinuationToken")
-            if not (found or folder or page.get("CommonPrefixes") or page.get("IsTruncated")):
-                raise _refused(FileNotFoundError(), self.source)
-        files = []
-        for entry in found:
-            path = str(entry.get("Key")).removeprefix(f"{self.root.partition('/')[2]}/")
+    def listed(self, folder: str) -> list[RemoteFile]:
+        """The objects directly in `folder` ("": the prefix itself), by path; none where there is no such folder."""
+        top = f"{self.source}/".partition("://")[2].partition("/")[2]
+        files, fix = [], "name the prefix that holds en/"
+        for entry in bounded(self._pages(f"{top}{folder}", not folder), self.source, self._refused(), fix):
+            path = unquote_plus(entry.findtext("{*}Key") or "").removeprefix(top)
             if path.endswith("/"):  # the empty objects that stand for folders
                 continue
-            check_answer(self.source, path=path, size=entry.get("Size"))
-            files.append((RemoteFile(path, entry["Size"]), str(entry.get("ETag", "")).strip('"')))
-        return sorted(files, key=lambda found: found[0].path)
+            size = whole(entry.findtext("{*}Size"))
+            check_answer(self.source, path=path, size=size)
+            files.append(RemoteFile(path, size or 0, etag=(entry.findtext("{*}ETag") or "").strip('"')))
+        return sorted(files, key=lambda file: file.path)
+
+    def _pages(self, prefix: str, there: bool) -> Iterator[list[ElementTree.Element]]:
+        """The objects of each page of a listing; `there`: raises LauncherError where it is empty."""
+        words = {"Prefix": f"{prefix.rstrip('/')}/".lstrip("/"), "Delimiter": "/", "EncodingType": "url"}
+        token: str | None = ""
+        while token is not None:
+            more = words | ({"ContinuationToken": token} if token else {})
+            data, _ = read(self._address("list_objects_v2", **more), ANSWER, self._refused())
+            try:
+                page = ElementTree.fromstring(data[:ANSWER])
+            except ElementTree.ParseError as error:
+                what = f"{self.source}: the store answers with more than {ANSWER >> 20} MiB at once, or not in XML"
+                raise LauncherError("server-answer", what, "check AWS_ENDPOINT_URL: is it an object store?") from error
+            entries, folders = page.findall("{*}Contents"), page.findall("{*}CommonPrefixes")
+            before, token = token, page.findtext("{*}NextContinuationToken")
+            if there and not (entries or folders or before or token):
+                raise MISSING.of(self.source)
+            yield entries
 
     def manifest(self) -> Manifest | None:
         """The one of the staged directory that was copied into the bucket, if there is one."""
         try:
-            with self._asking():
-                data = self.store.cat_file(f"{self.root}/{STATE}/manifest.json", start=0, end=LARGEST)
+            data = self.head(f"{STATE}/manifest.json", LARGEST)
         except LauncherError as error:
             if error.status == ExitStatus.NOT_FOUND:
                 return None
@@ -112,8 +138,28 @@ class Bucket:
             )
         return found
 
+    def _refused(self, path: str = "") -> Refused:
+        """What the store or the network refuses, and what to do about it."""
 
-def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile]]:
+        def refused(error: Exception) -> LauncherError:
+            status = status_of(error)
+            words = words_of(error) if status else no_answer(error)
+            region = header_of(error, "x-amz-bucket-region")
+            if status in (301, 400) and region not in ("", self.store.meta.region_name):
+                what, fix = f"{self.source}: is in another region", f"export AWS_DEFAULT_REGION={region}"
+                return Elsewhere("store-failed", what, fix, status=ExitStatus.ERROR, original=region)
+            fix = "the same command continues; check AWS_* and ~/.aws/config"
+            found = BY_STATUS.get(status) or Refusal("store-failed", f"HTTP {status}" if status else "no answer", fix)
+            if "Token" in words:  # expired, with 400
+                found = NO_ACCESS
+            elif isinstance(error, URLError) and not status:
+                found = NO_CONNECTION
+            return found.of(f"{self.source}/{path}" if path else self.source, words)
+
+        return refused
+
+
+def open_bucket(address: str, region: str | None = None) -> tuple[Bucket, list[RemoteFile]]:
     """The bucket, and the objects at its prefix and in its folder `en`. Raises LauncherError."""
     match = S3_ADDRESS.fullmatch(address)
     if match is None or ".." in address:
@@ -122,14 +168,18 @@ def open_bucket(address: str) -> tuple[Bucket, list[RemoteFile]]:
             f"{address[:120]!r}: not an address of object storage",
             "s3://bucket/prefix; credentials and endpoint come from AWS_PROFILE, AWS_ENDPOINT_URL or ~/.aws",
         )
-    root = match[1] + match[2]
-    bucket = Bucket(f"s3://{root}", root, _store())
-    objects = [*bucket.listed(""), *bucket.listed("en")]
+    bucket = Bucket(f"s3://{match[1]}{match[2]}", _store(region))
+    try:
+        objects = [*bucket.listed(""), *bucket.listed("en")]
+    except Elsewhere as error:
+        if region:
+            raise
+        return open_bucket(address, error.original)
     manifest = bucket.manifest()
     # Without a manifest, what changes with any object.
-    listing = "".join(f"{file.path} {file.bytes} {etag}\n" for file, etag in objects)
+    listing = "".join(f"{file.path} {file.bytes} {file.etag}\n" for file in objects)
     revision = manifest.revision if manifest else hashlib.sha256(listing.encode()).hexdigest()[:40]
-    return replace(bucket, revision=revision), [_known(file, bucket, manifest) for file, _ in objects]
+    return replace(bucket, revision=revision), [_known(file, bucket, manifest) for file in objects]
 
 
 def _known(file: RemoteFile, bucket: Bucket, manifest: Manifest | None) -> RemoteFile:
@@ -145,19 +195,11 @@ def _known(file: RemoteFile, bucket: Bucket, manifest: Manifest | None) -> Remot
     return replace(file, sha256=entry.sha256 if entry else "")
 
 
-def _store() -> Any:
-    """s3fs, on answers that end: its libraries read whatever comes, for as long as it comes."""
-    # Here, as s3fs: every submission imports this module, and with asyncio and ssl it would start a third slower.
-    import asyncio
-    import logging
-
-    from launcher.stage.web import BUNDLES, trust
-
+def _store(region: str | None) -> Any:
+    """botocore's client, which only signs."""
     try:
-        import aiohttp
-        import s3fs
-        from aiobotocore.httpsession import AIOHTTPSession
-        from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
+        from botocore.config import Config
+        from botocore.session import Session
     except ImportError as error:
         raise LauncherError(
             "package-missing",
@@ -165,115 +207,22 @@ def _store() -> Any:
             install("s3"),
             status=ExitStatus.ERROR,
         ) from error
-
-    named = any(os.environ.get(name) for name in BUNDLES)
-    bundle = trust() if named else None  # None: the profile's own ca_bundle, else certifi's
-
-    class Session(AIOHTTPSession):  # type: ignore[misc]
-        async def send(self, request: Any) -> Any:
-            request.stream_output = True  # the session itself does not read the answer then
-            try:
-                return await asyncio.wait_for(self._whole(request), ANSWER_S)
-            except TimeoutError as error:
-                raise ReadTimeoutError(endpoint_url=request.url, error=error) from error
-            except aiohttp.ClientError as error:
-                raise ConnectionClosedError(endpoint_url=request.url, error=error) from error
-
-        async def _whole(self, request: Any) -> Any:
-            answer = await super().send(request)
-            data = bytearray()
-            async with answer.raw as raw:
-                async for piece in raw.content.iter_any():
-                    data += piece
-                    if len(data) > ANSWER:
-                        raw.close()
-                        raise TooLong
-            answer.raw = _Whole(answer.url, bytes(data))
-            return answer
-
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections that a server broke, after the refusal
-    return s3fs.S3FileSystem(
-        skip_instance_cache=True,
-        use_listings_cache=False,
-        config_kwargs={"http_session_cls": Session},
-        client_kwargs={"verify": bundle} if bundle else {},
-    )
+    with _credentials():
+        session = Session()
+        if bundle := session.get_config_variable("ca_bundle"):
+            os.environ.setdefault("AWS_CA_BUNDLE", bundle)
+        return session.create_client("s3", region, config=Config(signature_version="s3v4"))
 
 
-class _Whole:
-    """An answer that was read: what aiobotocore asks of one of aiohttp's."""
+@contextmanager
+def _credentials() -> Iterator[None]:
+    """Raises LauncherError for what botocore misses on this machine."""
+    from botocore.exceptions import BotoCoreError
 
-    def __init__(self, url: str, data: bytes) -> None:
-        self.url, self.data, self.content = url, data, self
-
-    async def read(self, amount: int = -1) -> bytes:
-        amount = len(self.data) if amount < 0 else amount
-        piece, self.data = self.data[:amount], self.data[amount:]
-        return piece
-
-    def at_eof(self) -> bool:
-        return not self.data
-
-    def close(self) -> None:
-        pass
-
-
-class Refusal(NamedTuple):
-    code: str
-    what: str
-    fix: str
-    status: ExitStatus = ExitStatus.ERROR
-
-
-# By the names of an error's classes, the libraries' own among them.
-_REFUSALS = {
-    ("WrongLength", "FileExpired"): Refusal(
-        "store-differs",
-        "has changed meanwhile",
-        "the same command tries again",
-    ),
-    ("TooLong",): Refusal(
-        "server-answer",
-        f"the store answers with more than {ANSWER >> 20} MiB at once",
-        "check AWS_ENDPOINT_URL: is it an object store?",
-    ),
-    ("FileNotFoundError",): Refusal(
-        "store-missing",
-        "not there",
-        "check bucket and prefix: aws s3 ls; and the endpoint: AWS_ENDPOINT_URL",
-        ExitStatus.NOT_FOUND,
-    ),
-    ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"): Refusal(
-        "store-access",
-        "no credentials for object storage",
-        "aws configure; or export AWS_PROFILE=..., or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        ExitStatus.INVALID,
-    ),
-    ("PermissionError",): Refusal(
-        "store-access",
-        "access denied",
-        "other credentials (AWS_PROFILE), or ask the bucket's owner for reading rights",
-        ExitStatus.INVALID,
-    ),
-    ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "SSLError"): Refusal(
-        "no-connection",
-        "no connection to the store",
-        "check AWS_ENDPOINT_URL (or endpoint_url in ~/.aws/config)",
-    ),
-}
-
-
-def _refused(error: Exception, what: str) -> LauncherError:
-    """The store's or the network's refusal, and what to do about it. The libraries' words hold no secret key."""
-    from launcher.stage.web import distrust, not_trusted  # brings ssl: see _store
-
-    if why := distrust(error):
-        return not_trusted(what, why)
-    classes = {one.__name__ for one in type(error).__mro__}
-    fix = "the same command continues; check AWS_* and ~/.aws/config"
-    found = Refusal("store-failed", type(error).__name__, fix)
-    for names, refusal in _REFUSALS.items():
-        if classes & set(names):
-            found = refusal
-            break
-    return LauncherError(found.code, f"{what}: {found.what}", found.fix, status=found.status, original=str(error))
+    try:
+        yield
+    except BotoCoreError as error:
+        fix = "aws configure; or export AWS_PROFILE=..., or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise LauncherError("store-access", "no credentials for object storage", fix, original=str(error)) from error
+    except ValueError as error:  # an endpoint that is no address
+        raise LauncherError("store-failed", str(error), ENDPOINT, status=ExitStatus.ERROR) from error

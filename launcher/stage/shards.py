@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sized
 
 from launcher.titan import GZIP_MAGIC, LFS_POINTER
 
@@ -31,11 +30,6 @@ def files_for(tokens: int, ranks: int, in_all: int) -> int:
     if rounded <= in_all:
         return rounded
     return in_all - in_all % ranks if ranks <= in_all else in_all
-
-
-def and_more(names: Sized) -> str:
-    """Behind the first of `names`."""
-    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def wrong_start(head: bytes) -> str:

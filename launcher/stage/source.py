@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from launcher.base.errors import LauncherError
-from launcher.stage.target import Incoming, safe_path
+from launcher.stage.target import safe_path
 
 LARGEST = 1 << 45  # bytes of a file: 35 TB, more than any place stores as one
 
@@ -22,22 +21,7 @@ class RemoteFile:
     sha256: str = ""
     blob: str = ""
     xet: str = ""  # what Xet's servers know the file by
-
-
-class Downloads(Protocol):
-    def download(self, file: RemoteFile, stream: Incoming, /) -> None:
-        """All of `file` into `stream`. Raises LauncherError for what trying again does not cure."""
-
-
-class Source(Downloads, Protocol):
-    """One version of the files in one place."""
-
-    @property
-    def source(self) -> str:
-        """For the manifest: hf://datasets/allenai/c4, s3://bucket/prefix."""
-
-    @property
-    def revision(self) -> str: ...
+    etag: str = ""  # what object storage answers with another one of, once the object is replaced
 
 
 def is_size(value: object) -> bool:

@@ -26,13 +26,11 @@ from launcher.config.runtime import host_path, mounts
 from launcher.config.spec import S3, SAMPLE, PlacedRun, RunSpec
 from launcher.stage import sample
 from launcher.stage.manifest import read_manifest, wrong_size
-from launcher.stage.s3 import open_bucket
 from launcher.stage.shards import (
     SHARD,
     SMALL,
     TOKENS_PER_BYTE,
     TRAIN_FILES,
-    and_more,
     files_for,
     wrong_start,
 )
@@ -117,7 +115,8 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
     stage = _stage_command(spec, staged)
     if staged.left_out:
         name, why = next(iter(staged.left_out.items()))
-        notes.append(f"{place}/en: {name} is {why}{and_more(staged.left_out)}: left out; to repair: {stage}")
+        more = f", and {len(staged.left_out) - 1} more" if len(staged.left_out) > 1 else ""
+        notes.append(f"{place}/en: {name} is {why}{more}: left out; to repair: {stage}")
     if not staged.train:
         why = f"{place}/en holds no train file of C4"
         if spec.job.data_part or streamed:
@@ -129,11 +128,13 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
 
 def _look_in_bucket(address: str) -> Staged:
     """What can be trained on there."""
+    from launcher.stage.s3 import open_bucket  # with ssl, every submission would start a third slower
+
     bucket, objects = open_bucket(address)
     found = []
     for file in objects:
         if file.path.startswith("en/") and (shard := SHARD.fullmatch(file.path.removeprefix("en/"))):
-            why = wrong_start(bucket.head(file, len(LFS_POINTER))) if file.bytes < SMALL else ""
+            why = wrong_start(bucket.head(file.path, len(LFS_POINTER))) if file.bytes < SMALL else ""
             found.append((shard, file.bytes, why))
     return _in_order(found)
 

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -20,6 +20,8 @@ from launcher.base.values import parse_json, whole
 from launcher.stage.target import Incoming, TooSlow, WrongLength, gigabytes
 
 TIMEOUT_S = 15.0  # without a byte from the server
+ENTRIES = 100_000  # of a listing, and its pages, which may be empty
+LISTING_S = 600.0  # for it
 ATTEMPTS = 6  # for a file, and again as many after a connection that brought some of it
 CONTACT_ATTEMPTS = 3  # for a small answer, before anything was downloaded
 BACKOFF_S = 1.0  # the first wait; it doubles
@@ -41,13 +43,22 @@ def with_retries(
     It is given up after so many attempts in a row that brought `stream` next to nothing further than all before. Raises
     LauncherError: `refused` makes it of an error of the server or the network.
     """
+    trust()
     attempt, furthest = 0, 0
     while True:
         try:
             return moving(call, stream)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if why := distrust(error):
-                raise not_trusted("://".join(urlsplit(url)[:2]), why) from error
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise LauncherError(
+                    "certificate",
+                    f"{'://'.join(urlsplit(url)[:2])}: the server's certificate is not trusted "
+                    f"({reason.verify_message or 'certificate verify failed'})",
+                    "behind a proxy that inspects TLS, name its certificates: "
+                    "export SSL_CERT_FILE=/path/to/ca-bundle.crt",
+                    status=ExitStatus.ERROR,
+                ) from error
             if stream and stream.tell() > furthest + SLOW_S * LEAST_BYTES_PER_S:
                 attempt, furthest = 0, stream.tell()
             attempt += 1
@@ -99,6 +110,12 @@ def header_of(error: BaseException, name: str) -> str:
     return str(error.headers.get(name) or "") if isinstance(error, urllib.error.HTTPError) else ""
 
 
+def words_of(error: BaseException) -> str:
+    """The code and the message of a refusal in XML, as object stores word it."""
+    body = error.fp.read1(4096) if isinstance(error, urllib.error.HTTPError) else b""  # type: ignore[attr-defined]
+    return ": ".join(re.findall("<(?:Code|Message)>([^<]*)<", body.decode("utf-8", "replace")))
+
+
 def no_answer(error: Exception) -> str:
     """What went wrong with a connection, for the middle of a message."""
     if isinstance(error, (TooSlow, WrongLength)):
@@ -108,26 +125,6 @@ def no_answer(error: Exception) -> str:
     reason = getattr(error, "reason", error)
     words = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return f"{'no connection' if isinstance(error, urllib.error.URLError) else 'the connection breaks off'} ({words})"
-
-
-def distrust(error: BaseException | None) -> str:
-    """Why a certificate is not trusted, in OpenSSL's words, wherever in an error of any client that is; else ""."""
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            found = getattr(error, "certificate_error", error)  # aiohttp's own wraps it
-            return getattr(found, "verify_message", "") or "certificate verify failed"
-        inner = getattr(error, "reason", None) or getattr(error, "os_error", None)
-        error = inner if isinstance(inner, Exception) else error.__cause__ or error.__context__
-    return ""
-
-
-def not_trusted(where: str, why: str) -> LauncherError:
-    return LauncherError(
-        "certificate",
-        f"{where}: the server's certificate is not trusted ({why})",
-        "behind a proxy that inspects TLS, name its certificates: export SSL_CERT_FILE=/path/to/ca-bundle.crt",
-        status=ExitStatus.ERROR,
-    )
 
 
 def trust() -> str:
@@ -168,13 +165,15 @@ def _server(url: str) -> tuple[str, str]:
     return parts[:2]
 
 
-def _open(url: str, token: str, start: int = 0) -> http.client.HTTPResponse:
+def _open(url: str, token: str, start: int = 0, match: str = "") -> http.client.HTTPResponse:
     """The answer at `url`, from byte `start` on. Raises what urllib raises."""
     _server(url)
     # Identity: nobody knows what a compressed answer inflates to.
     headers = {"User-Agent": "titan-launcher", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
+    if match:
+        headers["If-Match"] = f'"{match}"'
     request = urllib.request.Request(url, headers=headers)
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
@@ -186,7 +185,6 @@ def read(url: str, most: int, refused: Refused, token: str = "") -> tuple[bytes,
     """What is at `url`, of which one byte more than `most` shows that it is too long; and the address of the next
     page.
     """
-    trust()
 
     def once() -> tuple[bytes, str]:
         with _open(url, token) as answer:
@@ -199,6 +197,20 @@ def read(url: str, most: int, refused: Refused, token: str = "") -> tuple[bytes,
     return with_retries(once, url, refused, CONTACT_ATTEMPTS)
 
 
+def bounded(pages: Iterable[Sequence[Result]], server: str, refused: Refused, fix: str) -> Iterator[Result]:
+    """The entries of a listing, page by page, as long as there are not too many."""
+    asked, until = 0, time.monotonic() + LISTING_S
+    for page in pages:
+        asked += 1 + len(page)
+        if asked > ENTRIES:
+            raise LauncherError(
+                "server-answer", f"{server}: the server's listing has more than {ENTRIES:,} entries", fix
+            )
+        if time.monotonic() > until:
+            raise refused(TooSlow(f"no whole listing in {LISTING_S:.0f} s"))
+        yield from page
+
+
 def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, str]:
     """The JSON at `url`, None where there is none or more than `most` bytes of it; and the address of the next page."""
     data, following = read(url, most, refused, token)
@@ -208,24 +220,20 @@ def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, st
         return None, following
 
 
-def download(url: str, stream: Incoming, refused: Refused, token: str = "", most: int = 0) -> None:
-    """Fills `stream` from `url`; after a cut it goes on from there, where the server can. `most`: the limit of the file
-    that `url` is a part of, whose own length the server says.
+def download(url: str, stream: Incoming, refused: Refused, token: str = "", match: str = "") -> None:
+    """Appends what is at `url` to `stream`, from `stream.start` on; after a cut it goes on from there, where the server
+    can. `match`: the ETag that it must have.
     """
-    trust()
 
     def once() -> None:
         if stream.tell() >= stream.limit:  # more came than was announced
             stream.restart()
-        with _open(url, token, stream.tell() - stream.start) as answer:
+        with _open(url, token, stream.tell() - stream.start, match) as answer:
             if answer.status != http.client.PARTIAL_CONTENT:
                 stream.restart()
-            length = answer.length
-            if most:
-                stream.limit = most if length is None else min(most, stream.tell() + length)
             while piece := answer.read1(PIECE):
                 stream.write(piece)
-        if stream.tell() < stream.limit and not (most and length is None):  # else the checksum tells
+        if answer.length:  # where the server does not say it, the checksum tells
             raise WrongLength(f"the connection ended after {stream.tell():,} of {stream.limit:,} bytes")
 
     with_retries(once, url, refused, ATTEMPTS, stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,15 +55,8 @@ def hub(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Hub]:
     """The Hub, at HF_ENDPOINT. Waits between attempts are short, so that a fault costs no minute."""
-    for name in (
-        "HF_TOKEN",
-        "HF_TOKEN_PATH",
-        "HUGGING_FACE_HUB_TOKEN",
-        "HF_HUB_OFFLINE",
-        "HF_HOME",
-        "HF_HUB_CACHE",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HOME", str(workplace / "huggingface"))
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
     monkeypatch.setattr(web, "BACKOFF_S", 0.01)
@@ -73,3 +67,14 @@ def hub(
         server.gated["meta-llama/Llama-3.1-8B"] = {GOOD_TOKEN: "ok"}
         server.tokens.add(GOOD_TOKEN)
         yield server
+
+
+def reader(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Credentials of object storage at `endpoint`, and nothing else that a person's shell says of it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

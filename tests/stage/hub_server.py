@@ -18,6 +18,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,15 @@ class Content:
 
     data: bytes | Path
     announced: dict[str, Any] = field(default_factory=dict)  # other words than the truth, for bad servers
-    _sha256: str = ""
     has_length: bool = True  # whether an answer says its Content-Length
 
     @property
     def size(self) -> int:
         return len(self.data) if isinstance(self.data, bytes) else self.data.stat().st_size
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        if not self._sha256:
-            self._sha256 = hashlib.sha256(self.read()).hexdigest()
-        return self._sha256
+        return hashlib.sha256(self.read()).hexdigest()
 
     @property
     def git(self) -> str:
@@ -87,7 +85,6 @@ class Hub:
         self.api_faults: list[Fault] = []
         self.always: Fault | None = None  # for every file
         self.requests: list[Request] = []
-        self.extra_names: list[str] = []  # that a bad server puts into its listings
         self.lock = threading.Lock()
         self.closed = False  # faults that never end do then
         self.hub = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, "hub"))
@@ -167,33 +164,23 @@ class Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any, headers: Mapping[str, str] | None = None) -> None:
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
-    def _may_enter(self, kind: str, name: str, content: bool) -> bool:
+    def _refuses(self, kind: str, name: str, revision: str, content: bool) -> bool:
         """Answers the refusals of the real Hub: metadata of gated repositories is public, content is not."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        state = self.hub.gated[name].get(token, "none") if content and name in self.hub.gated else "ok"
+        status, code, words = 200, "", ""
         if token and token not in self.hub.tokens:
-            self.answer(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
-            return False
-        if (kind, name) not in self.hub.repos:
-            unknown = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
-            self.answer(404 if token else 401, b"", unknown)
-            return False
-        if name in self.hub.gated and content:
-            state = self.hub.gated[name].get(token, "none")
-            if not token:
-                words = f"Access to model {name} is restricted. You must have access to it and be authenticated."
-                self.answer(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": words})
-                return False
-            if state != "ok":
-                code = {} if state == "fine" else {"X-Error-Code": "GatedRepo"}
-                self.answer(403, b"", {**code, "X-Error-Message": GATED_WORDS[state].format(name)})
-                return False
-        return True
-
-    def _knows(self, kind: str, name: str, revision: str) -> bool:
-        if revision in ("main", self.hub.commits[kind, name]):
-            return True
-        self.answer(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
-        return False
+            status, words = 401, "Invalid credentials in Authorization header"
+        elif (kind, name) not in self.hub.repos:
+            status, code, words = 404 if token else 401, "RepoNotFound", "Repository not found"
+        elif state != "ok":
+            status, code = 403 if token else 401, "" if state == "fine" else "GatedRepo"
+            words = GATED_WORDS[state].format(name)
+        elif revision not in ("main", self.hub.commits[kind, name]):
+            status, code, words = 404, "RevisionNotFound", f"Invalid rev id: {revision}"
+        if status != 200:
+            self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": words})
+        return status != 200
 
     def _api(self, kind: str, name: str, what: str, rest: str, query: str) -> None:
         self._log(f"{name} {what}", "api")
@@ -201,10 +188,8 @@ class Handler(BaseHTTPRequestHandler):
             fault = self.hub.api_faults.pop(0) if self.hub.api_faults else None
         if fault is not None and fault(self, Content(b""), 0) is not False:
             return
-        if not self._may_enter(kind, name, False):
-            return
         revision, _, folder = rest.partition("/")
-        if not self._knows(kind, name, revision):
+        if self._refuses(kind, name, revision, content=False):
             return
         if what == "revision":
             self._json({"id": name, "sha": self.hub.commits[kind, name], "private": False, "tags": [], "siblings": []})
@@ -212,7 +197,6 @@ class Handler(BaseHTTPRequestHandler):
         asked = parse_qs(query)
         recursive = asked.get("recursive", [""])[0].lower() == "true"
         entries = _listing(self.hub.repos[kind, name], folder, recursive)
-        entries += [_entry(path, Content(b"x", {"path": path})) for path in self.hub.extra_names]
         start = int(asked.get("cursor", ["0"])[0])
         headers = {}
         if start + PAGE < len(entries):
@@ -222,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _resolve(self, kind: str, name: str, revision: str, path: str) -> None:
         self._log(path, "hub")
-        if not self._may_enter(kind, name, True) or not self._knows(kind, name, revision):
+        if self._refuses(kind, name, revision, content=True):
             return
         content = self.hub.repos[kind, name].get(path)
         if content is None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +12,13 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import LauncherError
+from launcher.cli import main
 from launcher.image.squashfs_file import sidecar_path
-from launcher.stage import hub as hub_module
-from launcher.stage import s3
+from launcher.stage import s3, web
 from launcher.stage.image import stage_image
-from tests.stage.faults import answer, drips, endless, moved, passed, slow
+from tests.conftest import limited
+from tests.stage.conftest import reader
+from tests.stage.faults import answer, drips, endless, moved, passed
 from tests.stage.hub_server import Content, Fault, Handler, Hub
 from tests.stage.stage_image import source, url
 from tests.stage.test_stage_c4 import stage_c4, train
@@ -27,8 +26,6 @@ from tests.stage.test_stage_c4 import stage_c4, train
 __all__ = ["source", "url"]  # fixtures
 FILE = train(0)[0]
 BOMB = answer(gzip.compress(b" " * (1 << 20), 9) * 4096, Content_Encoding="gzip")  # 4 GB of spaces in 4 MB
-MEMORY = 3 << 30  # of a whole Python with its libraries, as addresses
-
 
 WRONG = [
     ({"lfs": {"oid": "../../../victim/a", "size": 4}}, "the sha256 '../../../victim/a'"),
@@ -101,34 +98,6 @@ def test_a_token_follows_to_its_own_server_only(hub: Hub, tmp_path: Path, monkey
     assert {r.authorization for r in hub.requests if r.where == "cdn"} == {""}
 
 
-CONTENT_FLOODS = {
-    "a bomb": (BOMB, "more than the"),
-    "a redirect without end": (endless(302), "no dataset|needs a token"),
-    "a refusal without end": (endless(503), "HTTP 503"),
-    "a file without end": (endless(), "more than the"),
-}
-
-
-@pytest.mark.parametrize("how", CONTENT_FLOODS)
-def test_a_flood_in_place_of_a_file_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
-    hub.always, words = CONTENT_FLOODS[how]
-    code = "import launcher.stage.web as w; w.ATTEMPTS = 2; w.BACKOFF_S = 0; from launcher.cli import main; main()"
-    done = run_with_little_memory(code)
-    said = " ".join(done.stderr.split())
-    assert "Traceback" not in said and re.search(words, said) and done.returncode in (1, 3, 4), done.stderr
-    assert not list((workplace / "c4/.staged/partial").iterdir())
-
-
-def run_with_little_memory(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, "stage", "c4", "--to", "c4", "--files", "1", *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
-    )
-
-
 def pages(count: int, pause_s: float = 0) -> Fault:
     """A listing whose every page says that there is another."""
 
@@ -142,34 +111,57 @@ def pages(count: int, pause_s: float = 0) -> Fault:
     return fault
 
 
-FLOODS: dict[str, tuple[list[Fault], str]] = {
-    "bomb": ([BOMB], "is not JSON"),
-    "bomb as a listing": ([passed, BOMB], "is not JSON"),
-    "pages without end": ([passed, pages(1000)], "more than 100,000 entries"),
-    "empty pages without end": ([passed, pages(0)], "more than 300 entries"),
-    "pages that drip": ([passed, pages(0, 0.5)], "no whole listing in 2 s"),
-    "a next page nowhere": (
-        [passed, answer(b"[]", Link='<http://[bad>; rel="next"')],
-        "an address that cannot be used",
-    ),
-    "a drip": ([drips(b"HTTP/1.1 200 OK\r\n\r\n", b" ")], "less than 1 kB/s"),
+def listed(key: str, size: str = "1") -> bytes:
+    """A page of a bucket, which says that there is another."""
+    entry = f"<Contents><Key>{key}</Key><Size>{size}</Size></Contents>"
+    more = "<IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>"
+    return f"<ListBucketResult>{more}{entry}</ListBucketResult>".encode()
+
+
+STORE = ["c4", "--files", "1", "--from", "s3://corpora/text/c4"]
+DRIP = drips(b"HTTP/1.1 200 OK\r\n\r\n", b" ")
+FLOODS: dict[str, tuple[str, list[Fault], str]] = {  # where, what comes, and the words about it
+    "a bomb": ("api", [BOMB], "is not JSON"),
+    "a bomb as a listing": ("api", [passed, BOMB], "is not JSON"),
+    "pages without end": ("api", [passed, pages(1000)], "more than 300 entries"),
+    "empty pages without end": ("api", [passed, pages(0)], "more than 300 entries"),
+    "pages that drip": ("api", [passed, pages(0, 0.5)], "no whole listing in 2 s"),
+    "a next page nowhere": ("api", [passed, answer(b"[]", Link='<http://[bad>; rel="next"')], "cannot be used"),
+    "a drip": ("api", [DRIP], "less than 1 kB/s"),
+    "a bomb as a file": (FILE, [BOMB], "more than the"),
+    "a redirect without end": (FILE, [endless(302)], "no dataset|needs a token"),
+    "a refusal without end": (FILE, [endless(503)], "HTTP 503"),
+    "a file without end": (FILE, [endless()], "more than the"),
+    "a description without end": ("/titan-stable-amd64.sqsh.json", [endless()], "has no sha256"),
+    "an image without end": ("/titan-stable-amd64.sqsh", [endless()], "more than the"),
+    "a listing of a store": ("/corpora", [endless()], "more than 16 MiB at once"),
+    "a refusal of a store": ("/corpora", [endless(403)], "access denied"),
+    "pages of a store": ("/corpora", [answer(listed("text/c4/f"))], "more than 300 entries"),
+    "a bomb of a store": ("/corpora", [BOMB], "not in XML"),
+    "a drip of a store": ("/corpora", [DRIP], "less than 1 kB/s"),
+    "a web page as a store": ("/corpora", [answer(PAGE)], "not there"),
 }
 
 
 @pytest.mark.parametrize("how", FLOODS)
-def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
-    faults, words = FLOODS[how]
-    hub.api_faults = list(faults)
-    less = "300" if "empty" in how else str(hub_module.ENTRIES)
-    slow = "drip" in how
-    code = (
-        f"import launcher.stage.hub as h; h.ENTRIES = {less}; h.LISTING_S = {2 if slow else 600}; "
-        f"import launcher.stage.web as w; w.BACKOFF_S = 0; w.SLOW_S = {1 if slow else 60}; "
-        "from launcher.cli import main; main()"
-    )
-    done = run_with_little_memory(code)
-    assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (1, 3, 4), done.stderr
-    assert not (workplace / "c4").exists()
+def test_a_flood_is_bounded(how: str, hub: Hub, url: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, answers, words = FLOODS[how]
+    hub.faults[where] = answers * 1000
+    hub.api_faults = list(answers) if where == "api" else []
+    command = ["c4", "--files", "1"]
+    if where.startswith("/"):
+        command = STORE if where == "/corpora" else ["image", url]
+        hub.site.setdefault(where, Content(b" " * 1000))
+        reader(monkeypatch, hub.endpoint)
+    limit = 2 if "drip" in how else 600
+    for name, value in {"ATTEMPTS": 2, "BACKOFF_S": 0, "SLOW_S": limit, "ENTRIES": 300, "LISTING_S": limit}.items():
+        monkeypatch.setattr(web, name, value)
+    done = limited(main, ["launcher", "stage", *command, "--to", "to"])
+    said = " ".join(done.stderr.split())
+    assert "Traceback" not in said and re.search(words, said) and done.returncode in (1, 3, 4), said
+    assert not [
+        *(path for pattern in ("en/*", "*.sqsh*", ".staged/partial/*") for path in workplace.glob(f"to/{pattern}"))
+    ]
 
 
 # ------------------------------------------------------------------------------------------ images, and object storage
@@ -183,9 +175,7 @@ def test_a_flood_is_bounded(how: str, hub: Hub, workplace: Path) -> None:
         ("sha256", "../../../victim", "has no sha256"),
     ],
 )
-def test_the_description_of_an_image(
-    field: str, value: object, words: str, url: str, hub: Hub, source: Path, tmp_path: Path
-) -> None:
+def test_the_description_of_an_image(field: str, value: object, words: str, url: str, hub, source, tmp_path) -> None:
     about = json.loads(sidecar_path(source).read_text())
     about["squashfs"][field] = value
     hub.site[f"/{source.name}.json"] = Content(json.dumps(about).encode())
@@ -194,63 +184,32 @@ def test_the_description_of_an_image(
     assert url in caught.value.what and not (tmp_path / "images").exists()
 
 
-@pytest.mark.parametrize(
-    ("suffix", "fault", "words"), [(".json", endless(), "has no sha256"), ("", endless(), "more than the")]
-)
-def test_a_web_server_without_end(
-    suffix: str, fault: Fault, words: str, url: str, hub: Hub, source: Path, tmp_path: Path
-) -> None:
-    hub.faults[f"/{source.name}{suffix}"] = [fault] * 10
-    with pytest.raises(LauncherError, match=words):
-        stage_image(url, tmp_path / "images", say=print)
-    assert not list(tmp_path.glob("images/.staged/partial/*"))
+SAYS = b"<Error><Code>ExpiredToken</Code><Message>The token has expired</Message></Error>"
+STORES: list[tuple[Fault, str, str]] = [  # what comes, the words about it, and the store's own
+    (answer(listed("text/c4/f", "-1")), "the size None", ""),
+    (answer(listed("text/c4/../x")), "the path '../x'", ""),
+    (answer(listed("/etc/x")), "the path '/etc/x'", ""),
+    (answer(b"", 403), "access denied", ""),
+    (answer(SAYS, 400), "access denied", "ExpiredToken: The token has expired"),
+    (answer(SAYS.replace(b"Token", b""), 400), "HTTP 400", "Expired: The token has expired"),
+    (answer(b"", 301, x_amz_bucket_region="mars-1"), "HTTP 301", ""),
+]
 
 
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        ({"Size": -1}, "the size -1"),
-        ({"Key": "c4/../x"}, "the path '../x'"),
-        ({"Key": "/etc/x"}, "the path '/etc/x'"),
-    ],
-)
-def test_the_listing_of_a_bucket(entry: dict[str, Any], words: str) -> None:
-    class Store:
-        def call_s3(self, *_arguments: object, **_options: object) -> dict[str, Any]:
-            return {"Contents": [{"Key": "c4/README.md", "Size": 1, "ETag": "x"} | entry]}
-
-    with pytest.raises(LauncherError, match=words) as caught:
-        s3.Bucket("s3://bucket/c4", "bucket/c4", Store()).listed("")
-    assert "s3://bucket/c4" in caught.value.what
-
-
-ENTRY = "<Contents><Key>text/c4/f</Key><Size>1</Size></Contents>"
-LISTING = f"<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>{ENTRY}"
-STORE_FLOODS: dict[str, tuple[Fault, str]] = {
-    "a listing without end": (endless(), "more than 16 MiB at once"),
-    "a refusal without end": (endless(403), "more than 16 MiB at once"),
-    "pages without end": (answer(f"{LISTING}</ListBucketResult>".encode()), "more than 30 entries"),
-    "a bomb": (BOMB, "the same command continues"),
-    "a page that drips": (slow(0.1, 1), "ReadTimeoutError"),
-    "a web page": (answer(PAGE), "not there"),
-}
-
-
-@pytest.mark.parametrize("how", STORE_FLOODS)
-def test_what_a_store_answers_is_bounded(how: str, hub: Hub, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fault", "words", "original"), STORES)
+def test_what_a_store_says(fault: Fault, words: str, original: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs")
-    fault, words = STORE_FLOODS[how]
-    hub.site["/corpora"] = Content(b" " * 1000)
-    hub.faults["/corpora"] = [fault] * 2000
-    for name, value in {
-        "AWS_ENDPOINT_URL": hub.endpoint,
-        "AWS_ACCESS_KEY_ID": "reader",
-        "AWS_SECRET_ACCESS_KEY": "very-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    code = "import launcher.stage.s3 as s; s.ANSWER_S = 2; s.ENTRIES = 30; from launcher.cli import main; main()"
-    done = run_with_little_memory(code, "--from", "s3://corpora/text/c4")
-    assert "Traceback" not in done.stderr and words in done.stderr and done.returncode in (1, 3, 4), done.stderr
-    assert not (workplace / "c4").exists()
+    reader(monkeypatch, hub.endpoint)
+    signed: list[str] = []
+
+    def recorded(handler: Handler, content: Content, start: int) -> bool | None:
+        signed.append(handler.path)
+        return fault(handler, content, start)
+
+    hub.site["/corpora"] = Content(b" ")
+    hub.faults["/corpora"] = [recorded] * 9
+    with pytest.raises(LauncherError, match=words) as caught:
+        s3.open_bucket("s3://corpora/text/c4")
+    assert "s3://corpora/text/c4" in caught.value.what and original in caught.value.original
+    assert "Signature" not in f"{caught.value} {caught.value.original}"
+    assert ("mars-1" in signed[-1]) == (words == "HTTP 301")  # asked again, there

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,25 +15,12 @@ from launcher.base.errors import LauncherError
 from launcher.image.squashfs_file import read_sidecar, sidecar_path, superblock
 from launcher.stage.image import stage_image
 from launcher.stage.inventory import check_images
-from tests.stage.stage_image import (
-    SIZE,
-    expected,
-    image_bytes,
-    mode,
-    needs_tools,
-    said,
-    source,
-)
+from tests.stage.stage_image import SIZE, expected, image_bytes, mode, needs_tools, said, source
 
 __all__ = ["said", "source"]  # fixtures
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def test_a_file_gets_the_name_of_its_checksum_and_is_readable_for_the_group(
-    source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_a_file_gets_the_name_of_its_checksum_and_is_readable_for_the_group(source, tmp_path, said: list[str]) -> None:
     old = os.umask(0o077)
     try:
         path = stage_image(str(source), tmp_path / "images", say=said.append)
@@ -47,21 +34,24 @@ def test_a_file_gets_the_name_of_its_checksum_and_is_readable_for_the_group(
     assert list((tmp_path / "images" / ".staged" / "partial").iterdir()) == []
 
 
-def test_the_second_call_writes_nothing(source: Path, tmp_path: Path, said: list[str]) -> None:
-    path = stage_image(str(source), tmp_path / "images", say=said.append)
+def test_a_later_call_does_what_is_left(source: Path, tmp_path: Path, said: list[str]) -> None:
+    def again(of: Path = source) -> Path:
+        return stage_image(str(of), tmp_path / "images", say=said.append)
+
+    path = again()
     before = path.stat()
-    assert stage_image(str(source), tmp_path / "images", say=said.append) == path
+    assert again() == path and any(line.startswith(f"{path}: already there") for line in said)
+    assert again(path) == path, "what is staged can be staged: its name does not grow"
+    sidecar_path(path).unlink()  # killed between the two renames
+    assert again() == path and sidecar_path(path).exists()
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert any(line.startswith(f"{path}: already there") for line in said)
-    # What is staged can be staged: its name does not grow.
-    assert stage_image(str(path), tmp_path / "images", say=said.append) == path
+    os.truncate(path, 1000)
+    assert again().read_bytes() == image_bytes()
 
 
 @needs_tools
 @pytest.mark.parametrize("describes_itself", [True, False])
-def test_an_image_without_its_sidecar_is_keyed_by_what_was_read(
-    describes_itself: bool, tmp_path: Path, said: list[str]
-) -> None:
+def test_an_image_without_its_sidecar_is_keyed_by_what_was_read(describes_itself: bool, tmp_path, said) -> None:
     (tmp_path / "root/etc").mkdir(parents=True)
     if describes_itself:
         about = {"schema": 1, "arch": "amd64", "versions": {"torch": "2.14.1"}}
@@ -77,75 +67,39 @@ def test_an_image_without_its_sidecar_is_keyed_by_what_was_read(
 
 
 @needs_tools
-def test_without_its_sidecar_a_damaged_image_is_found_by_looking_inside(
-    source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_without_its_sidecar_a_damaged_image_is_found_by_looking_inside(source, tmp_path, said: list[str]) -> None:
     sidecar_path(source).unlink()
     with pytest.raises(LauncherError, match="damaged"):
         stage_image(str(source), tmp_path / "images", say=said.append)
 
 
-def test_a_damaged_staged_image_is_replaced(source: Path, tmp_path: Path, said: list[str]) -> None:
-    path = stage_image(str(source), tmp_path / "images", say=said.append)
-    os.truncate(path, 1000)
-    assert stage_image(str(source), tmp_path / "images", say=said.append).read_bytes() == image_bytes()
+def describe_another(source: Path) -> None:
+    about = json.loads(sidecar_path(source).read_text())
+    about["squashfs"]["bytes"] += 4096
+    sidecar_path(source).write_text(json.dumps(about))
 
 
-def test_an_image_whose_description_was_not_written_any_more_gets_it(
-    source: Path, tmp_path: Path, said: list[str]
-) -> None:
-    path = stage_image(str(source), tmp_path / "images", say=said.append)
-    inode = path.stat().st_ino
-    sidecar_path(path).unlink()  # killed between the two renames
-    stage_image(str(source), tmp_path / "images", say=said.append)
-    assert sidecar_path(path).exists() and path.stat().st_ino == inode
+BAD = {
+    "cut off": lambda source: os.truncate(source, SIZE // 2),
+    "wrong bytes": lambda source: source.write_bytes(image_bytes(1)),
+    "does not describe": describe_another,
+    "not a squashfs file": lambda source: source.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+    "no such file": lambda source: source.unlink(),
+}
 
 
-def break_it(how: str, source: Path) -> None:
-    if how == "truncated":
-        os.truncate(source, SIZE // 2)
-    elif how == "other bytes":
-        data = bytearray(image_bytes())
-        data[-1] ^= 1
-        source.write_bytes(data)
-    elif how == "another image's description":
-        about = json.loads(sidecar_path(source).read_text())
-        about["squashfs"]["bytes"] += 4096
-        sidecar_path(source).write_text(json.dumps(about))
-    elif how == "no image":
-        source.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    else:
-        source.unlink()
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("truncated", "cut off"),
-        ("other bytes", "wrong bytes"),
-        ("another image's description", "does not describe"),
-        ("no image", "not a squashfs file"),
-        ("missing", "no such file"),
-    ],
-)
-def test_a_bad_source_leaves_nothing(how: str, words: str, source: Path, tmp_path: Path, said: list[str]) -> None:
-    break_it(how, source)
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_source_leaves_nothing(words: str, source: Path, tmp_path: Path, said: list[str]) -> None:
+    BAD[words](source)
     with pytest.raises(LauncherError, match=words) as caught:
         stage_image(str(source), tmp_path / "images", say=said.append)
-    assert caught.value.fix
-    assert not [path for path in (tmp_path / "images").rglob("*.sqsh*")]
+    assert caught.value.fix and not list((tmp_path / "images").rglob("*.sqsh*"))
 
 
 def test_two_stagers_at_once_copy_once(source: Path, tmp_path: Path) -> None:
     lines: list[list[str]] = [[], [], []]
-    threads = [
-        threading.Thread(target=stage_image, args=(str(source), tmp_path / "images"), kwargs={"say": line.append})
-        for line in lines
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda line: stage_image(str(source), tmp_path / "images", say=line.append), lines))
     verified = [line for said in lines for line in said if line.endswith("verified")]
     assert len(verified) == 1
     assert expected(tmp_path / "images").read_bytes() == image_bytes()

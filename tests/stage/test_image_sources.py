@@ -27,9 +27,7 @@ __all__ = ["said", "source", "url"]  # fixtures
 IMAGE = "/titan-stable-amd64.sqsh"
 
 
-def test_a_release_comes_with_its_description(
-    hub: Hub, url: str, source: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_a_release_comes_with_its_description(hub: Hub, url: str, source: Path, tmp_path, said: list[str]) -> None:
     moved = faults.moved(f"http://localhost:{hub.hub.server_port}{IMAGE}")  # as a release's assets are
     hub.faults[IMAGE] = [moved, faults.cut(1_200_000), moved]
     hub.faults[f"{IMAGE}.json"] = [faults.status(503), faults.status(429)]
@@ -43,41 +41,38 @@ def test_a_release_comes_with_its_description(
     assert [request.path for request in hub.requests] == [f"{IMAGE}.json"]
 
 
-@pytest.mark.parametrize(
-    ("what", "content", "words"),
-    [
-        ("other bytes", image_bytes()[:-1] + b"!", "wrong bytes"),
-        ("no image", b"<html>".ljust(len(image_bytes())), "wrong bytes"),
-        ("no description", None, "HTTP 404"),
-        ("no checksum", b'{"schema": 1, "squashfs": {}}', "has no sha256"),
-        ("a page", b"<html>sign in</html>", "has no sha256"),
-    ],
-)
-def test_what_the_description_does_not_prove_is_not_kept(
-    what: str, content: bytes | None, words: str, hub: Hub, url: str, tmp_path: Path, said: list[str]
-) -> None:
-    path = IMAGE if what in ("other bytes", "no image") else f"{IMAGE}.json"
-    if content is None:
-        del hub.site[path]
-    else:
-        hub.site[path] = Content(content)
+UNPROVED: dict[str, tuple[str, bytes | None, str]] = {  # which file, what it holds, and the words about it
+    "other bytes": (IMAGE, image_bytes()[:-1] + b"!", "wrong bytes"),
+    "no image": (IMAGE, b"<html>".ljust(len(image_bytes())), "wrong bytes"),
+    "no description": (f"{IMAGE}.json", None, "HTTP 404"),
+    "no checksum": (f"{IMAGE}.json", b'{"schema": 1, "squashfs": {}}', "has no sha256"),
+    "a page": (f"{IMAGE}.json", b"<html>sign in</html>", "has no sha256"),
+}
+
+
+@pytest.mark.parametrize("what", UNPROVED)
+def test_what_the_description_does_not_prove_is_not_kept(what: str, hub: Hub, url: str, tmp_path: Path) -> None:
+    path, content, words = UNPROVED[what]
+    hub.site.pop(path) if content is None else hub.site.update({path: Content(content)})
     with pytest.raises(LauncherError, match=words):
-        stage_image(url, tmp_path / "images", say=said.append)
+        stage_image(url, tmp_path / "images", say=print)
     assert not list(tmp_path.glob("images/**/*.sqsh*"))
 
 
 @pytest.mark.parametrize(
-    "address", ["me:secret@host/titan.sqsh", "host/titan.sqsh?sig=secret", "[x/a.sqsh", "host:port/a.sqsh"]
+    ("address", "words"),
+    [
+        ("https://me:secret@host/titan.sqsh", "must be valid"),
+        ("https://host/titan.sqsh?sig=secret", "must be valid"),
+        ("https://[x/a.sqsh", "must be valid"),
+        ("https://host:port/a.sqsh", "must be valid"),
+        ("http://127.0.0.1:9/titan.sqsh", "Connection refused"),
+    ],
 )
-def test_a_secret_in_the_address_is_refused_and_not_repeated(address: str, tmp_path: Path, said: list[str]) -> None:
-    with pytest.raises(LauncherError, match="must be valid") as caught:
-        stage_image(f"https://{address}", tmp_path / "images", say=said.append)
+def test_an_address_that_gives_nothing(address: str, words: str, hub: Hub, tmp_path: Path, said: list[str]) -> None:
+    with pytest.raises(LauncherError, match=words) as caught:
+        stage_image(address, tmp_path / "images", say=said.append)
     assert "secret" not in f"{caught.value.what} {caught.value.fix} {said}"
-
-
-def test_nobody_answers(hub: Hub, tmp_path: Path, said: list[str]) -> None:
-    with pytest.raises(LauncherError, match="Connection refused"):
-        stage_image("http://127.0.0.1:9/titan.sqsh", tmp_path / "images", say=said.append)
 
 
 def test_the_command_prints_the_path_that_jobs_refer_to(launch: Launch, source: Path, tmp_path: Path) -> None:

@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import LauncherError
-from launcher.config.layers import Layer, merge
-from launcher.config.resolve import placed
 from launcher.config.runtime import mounts
-from launcher.config.spec import PlacedRun, validate
+from launcher.config.spec import PlacedRun
 from launcher.stage import view
 from launcher.titan import Refused
 from launcher.titan.data import check_streamed
 from tests.conftest import Launch
 from tests.stage.test_s3 import ADDRESS, Store, server, store
+from tests.unit import test_view as view_of
 from tests.unit.node_place import Place, started
 from tests.unit.test_titan_command import LLAMA3_8B, changed
 
@@ -34,20 +33,7 @@ ENV = [word for name in CREDENTIALS for word in ("--env", name)]
 
 
 def a_spec(address: str = ADDRESS, gpus: int = 4, **values: Any) -> PlacedRun:
-    given = {
-        "job.name": "r",
-        "job.gpu": "h200",
-        "job.runs_dir": "/home/ada/runs",
-        "job.runtime": "bare",
-        "job.data": address,
-        "profile.gpus_per_node": gpus,
-        "recipe.steps": 1,
-        "recipe.seq_len": 64,
-        **{name.replace("__", "."): value for name, value in values.items()},
-    }
-    spec = placed(merge([Layer(given, dict.fromkeys(given, "test"))]))
-    validate(spec)
-    return spec
+    return view_of.a_spec(address, gpus=gpus, **{"recipe__steps": 1, "recipe__seq_len": 64, **values})
 
 
 def train(spec: PlacedRun) -> list[int]:
@@ -127,9 +113,7 @@ def a_view(folder: Path) -> Path:
     return folder
 
 
-def test_the_node_reads_the_beginning_of_an_object(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_node_reads_the_beginning_of_an_object(store: Store, tmp_path: Path, monkeypatch) -> None:
     folder = a_view(tmp_path / "data")
     assert check_streamed(folder, ADDRESS) == 2
     store.put("en/c4-train.00000-of-00012.json.gz", b"version https://git-lfs.github.com/spec/v1\n")
@@ -145,16 +129,6 @@ def test_the_node_reads_the_beginning_of_an_object(
     assert "--env AWS_ACCESS_KEY_ID" in refused.value.fix
 
 
-def test_an_image_without_s3fs_is_refused_before_torch_is_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = a_view(tmp_path / "data")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Refused, match="s3fs, which is not installed") as refused:
-        check_streamed(folder, ADDRESS)
-    assert f"launcher stage c4 --from {ADDRESS} --to DIR --files 2, then --data DIR" in refused.value.fix
-
-
 FAKE_S3FS = """
 class S3FileSystem:
     def __init__(self, **options):
@@ -168,7 +142,9 @@ def test_the_job_finds_the_file_system_on_a_gpu_node_too(tmp_path: Path) -> None
     """There nothing else of the launcher's is imported by the trainer."""
     place = Place(tmp_path, changed(LLAMA3_8B, nodes=1))
     place.change(data=str(a_view(tmp_path / "data")), data_source=ADDRESS)
-    assert "s3fs, which is not installed" in place.refused()
+    refused = place.refused()
+    assert "s3fs, which is not installed" in refused
+    assert f"launcher stage c4 --from {ADDRESS} --to DIR --files 2, then --data DIR" in refused
     (place.site / "s3fs.py").write_text(FAKE_S3FS)
     arguments, env, _ = started(place.start())
     assert not any(argument.startswith("titan.") for argument in arguments)
@@ -177,9 +153,7 @@ def test_the_job_finds_the_file_system_on_a_gpu_node_too(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_the_real_trainer_streams_its_data(
-    python: str, store: Store, launch: Launch, workplace: Path, c4_files: dict[str, bytes]
-) -> None:
+def test_the_real_trainer_streams_its_data(python: str, store: Store, launch: Launch, workplace, c4_files) -> None:
     if subprocess.run([python, "-c", "import torchtitan, s3fs"], capture_output=True).returncode:
         pytest.skip(f"{python} has no torchtitan or no s3fs: set LAUNCHER_TRAIN_PYTHON, pip install s3fs there")
     options = ["--steps", "4", "--set", "recipe.log_freq=1", "--name", "r", "--python", python, *ENV, "--follow"]

@@ -17,7 +17,9 @@ from launcher.stage.fetch import fetch
 from launcher.stage.progress import JOBS, Progress, each
 from launcher.stage.shards import TOKENS_PER_FILE, files_for
 from launcher.stage.source import RemoteFile
+from launcher.stage.view import files_needed
 from tests.conftest import Launch
+from tests.stage import hub_server
 from tests.stage.hub_server import Hub
 
 
@@ -55,18 +57,13 @@ def test_files_come_verified_with_readme_and_manifest(launch: Launch, hub: Hub, 
     assert not list((target / ".staged/partial").iterdir())
 
 
-def test_a_second_call_asks_for_no_content(hub: Hub, tmp_path: Path):
+def test_later_calls_keep_the_revision_and_what_is_there(hub: Hub, tmp_path: Path):
     stage_c4(tmp_path / "c4", files=2)
     hub.requests.clear()
     outcome = stage_c4(tmp_path / "c4", files=2)
     assert (outcome.present, outcome.downloaded) == (3, 0)
     assert {request.where for request in hub.requests} == {"api"}
-
-
-def test_more_files_keep_the_revision_and_what_is_there(hub: Hub, tmp_path: Path):
-    stage_c4(tmp_path / "c4", files=2)
     hub.commits["dataset", "allenai/c4"] = "c" * 40
-    hub.requests.clear()
     with pytest.raises(LauncherError, match="no revision"):  # this Hub knows only the newest commit
         stage_c4(tmp_path / "c4", files=3)
     hub.commits["dataset", "allenai/c4"] = "a" * 40
@@ -117,8 +114,8 @@ def test_dry_run_writes_nothing(launch: Launch, hub: Hub, workplace: Path):
     ],
 )
 def test_files_for_a_run(text: str, ranks: int, files: int):
-    demand = demand_from(text)
-    assert (demand.ranks, files_for(demand.tokens, ranks, 1024)) == (ranks, files)
+    spec, _ = demand_from(text)
+    assert (spec.data_parallel, files_needed(spec, 1024)) == (ranks, files)
     assert files_for(ranks * TOKENS_PER_FILE, ranks, 2048) == ranks
     assert files_for(ranks * TOKENS_PER_FILE + 1, ranks, 4096) == 2 * ranks
 
@@ -131,31 +128,9 @@ def test_files_for_a_run_that_was_made(launch: Launch, hub: Hub, workplace: Path
     assert json.loads(done.stdout)["train_files"] == 6
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "words"),
-    [
-        ((), 2, "one of --files N, --for RUN and --all"),
-        (("--files", "2", "--all"), 2, "one of --files N, --for RUN and --all"),
-        (("--all", "--from", "s3://b/c", "--revision", "v9"), 2, "cannot be combined with --from"),
-        (("--files", "13"), 3, "C4 has 12 train files"),
-        (("--for", "nodes=3,gpu=4"), 3, "'gpu=4' is not one of nodes=N"),
-        (("--for", "nodes=0"), 3, "'nodes=0'"),
-        (("--for", "nodes=1,gpus=4,tp=3"), 3, "4 GPUs cannot be divided into groups of 3"),
-        (("--for", "no-such.toml"), 4, "cannot read"),
-        (("--files", "1", "--revision", "v9"), 4, "no revision 'v9'"),
-        (("--files", "1", "--jobs", "0"), 2, "--jobs"),
-    ],
-)
-def test_wrong_requests(launch: Launch, hub: Hub, workplace: Path, arguments, status: int, words: str):
-    done = launch("stage", "c4", "--to", "c4", *arguments)
-    assert (done.returncode, words in done.stderr) == (status, True), done.stderr
-    assert not (workplace / "c4").exists()
-
-
-def test_a_listing_of_several_pages_is_read_to_its_end(hub: Hub, tmp_path: Path):
-    names = {f"en/c4-train.{n:05d}-of-01024.json.gz": b"" for n in range(1024)}
-    hub.add("dataset", "allenai/c4", {"README.md": b"words", **names})
-    assert len(stage_c4(tmp_path / "c4", everything=True).manifest.files) == 1025
+def test_a_listing_of_several_pages_is_read_to_its_end(hub: Hub, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hub_server, "PAGE", 5)
+    assert len(stage_c4(tmp_path / "c4", everything=True).manifest.files) == 13
 
 
 def test_on_a_terminal_the_progress_stays_on_its_line(monkeypatch):

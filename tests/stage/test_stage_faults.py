@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import gettempdir
 from types import SimpleNamespace
@@ -16,46 +15,38 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.base.errors import LauncherError
+from launcher.stage import fetch, web
 from launcher.stage import hub as hub_module
-from launcher.stage import web
 from launcher.stage.inventory import verify
-from tests.conftest import Launch
+from tests.conftest import Launch, forked
 from tests.stage import faults
-from tests.stage.hub_server import Content, Handler, Hub
+from tests.stage.hub_server import Content, Fault, Handler, Hub
 from tests.stage.test_stage_c4 import stage_c4, staged, train
 
 FILE = train(0)[0]
 
 
-@pytest.fixture
-def big_c4(hub: Hub) -> dict[str, bytes]:
-    """Files of 12 MB: more than one piece."""
-    files = {name: os.urandom(12 << 20) for name in train(0, 1)}
-    hub.add("dataset", "allenai/c4", {"README.md": b"words", **files})
-    return files
+OVERCOME: dict[str, tuple[list[Fault], list[str]]] = {  # what comes, and from where on the file is asked for each time
+    "5xx": ([faults.status(500), faults.status(503)], ["", "", ""]),
+    "no time": ([faults.status(503, Retry_After="-1")], ["", ""]),
+    "cut twice": ([faults.cut(1500), faults.cut(1000)], ["", "bytes=1500-", "bytes=2500-"]),
+    "cut at once": ([faults.cut(0)], ["", ""]),
+    "slow": ([faults.slow(0.01, 2000)], [""]),
+    "wrong": ([faults.wrong], ["", ""]),
+    "longer": ([faults.longer], ["", ""]),
+    "range ignored": ([faults.cut(1500), faults.whole], ["", "bytes=1500-"]),
+    "wrong rest": ([faults.cut(1500), faults.wrong], ["", "bytes=1500-", ""]),
+}
 
 
-@pytest.mark.parametrize(
-    ("answers", "requests"),
-    [
-        ([faults.status(500), faults.status(503)], 3),
-        ([faults.status(503, Retry_After="-1")], 2),
-        ([faults.cut(1500), faults.cut(1000)], 3),
-        ([faults.cut(0)], 2),
-        ([faults.slow(0.01, 2000)], 1),
-        ([faults.wrong], 2),
-        ([faults.longer], 2),
-        ([faults.cut(1500), faults.whole], 2),
-        ([faults.cut(1500), faults.wrong], 3),
-    ],
-    ids=["5xx", "no-time", "cut-twice", "cut-at-once", "slow", "wrong", "longer", "range-ignored", "wrong-rest"],
-)
-def test_what_may_pass_is_overcome(hub: Hub, tmp_path: Path, c4_files, answers, requests: int):
+@pytest.mark.parametrize("what", OVERCOME)
+def test_what_may_pass_is_overcome(what: str, hub: Hub, tmp_path: Path, c4_files):
+    answers, ranges = OVERCOME[what]
     hub.faults[FILE] = list(answers)
     hub.faults["README.md"] = [faults.wrong]  # whose checksum is git's
     stage_c4(tmp_path / "c4", files=1)
     assert (tmp_path / "c4" / FILE).read_bytes() == c4_files[FILE]
-    assert (len(hub.asked(FILE, "cdn")), len(hub.asked("README.md"))) == (requests, 2)
+    assert [request.range for request in hub.asked(FILE, "cdn")] == ranges and len(hub.asked("README.md")) == 2
     assert not verify(tmp_path / "c4", deep=True).problems
 
 
@@ -92,15 +83,9 @@ def test_what_stays_is_given_up_and_nothing_of_it_kept(
     assert FILE not in staged(tmp_path / "c4") and not list((tmp_path / "c4/.staged/partial").iterdir())
 
 
-def test_a_cut_download_continues_where_it_was(hub: Hub, tmp_path: Path, big_c4):
-    hub.faults[FILE] = [faults.cut(3 << 20)]
-    stage_c4(tmp_path / "c4", files=1)
-    assert [request.range for request in hub.asked(FILE, "cdn")] == ["", f"bytes={3 << 20}-"]
-
-
 def test_a_busy_server_is_waited_for_as_long_as_it_asks(hub: Hub, tmp_path: Path, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(web, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(web, "time", SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
     hub.api_faults = [faults.status(429, Retry_After="7"), faults.status(503)]
     hub.faults[FILE] = [faults.status(503, Retry_After="30")]
     assert stage_c4(tmp_path / "c4", files=1).downloaded == 2
@@ -119,16 +104,6 @@ def test_no_hub_at_all(launch: Launch, hub: Hub, workplace: Path):
 # ------------------------------------------------------------------------------------- killed, interrupted, two at once
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launcher", "stage", "c4", *arguments],
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
 def wait_for(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -137,44 +112,47 @@ def wait_for(condition, seconds: float = 30) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_killed_call_keeps_what_is_complete(hub: Hub, workplace: Path, big_c4, how: signal.Signals):
+def test_a_killed_call_keeps_what_is_complete(hub: Hub, workplace: Path, how: signal.Signals):
     """At once, although the server stalls; and what was cut is brought again."""
     target, event = workplace / "c4", threading.Event()
-    second = train(1)[0]
+    first, second = train(0, 1)
+    files = {name: os.urandom(12 << 20) for name in (first, second)}  # more than one piece
+    hub.add("dataset", "allenai/c4", {"README.md": b"words", **files})
     hub.faults[second] = [faults.cut(11 << 20, event)]
-    process = start("--to", "c4", "--files", "2")
+    process = forked("stage", "c4", "--to", "c4", "--files", "2")
     partial = target / ".staged/partial"
-    wait_for(lambda: staged(target) == ["README.md", train(0)[0]])
+    wait_for(lambda: staged(target) == ["README.md", first])
     wait_for(lambda: any(path.stat().st_size >= 11 << 20 for path in partial.iterdir()))
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=8)
+    os.kill(process.pid, how)
+    done = process.end()
     event.set()
-    assert process.returncode == (130 if how == signal.SIGINT else -how), errors
-    assert "Traceback" not in errors
-    assert staged(target) == ["README.md", train(0)[0]]
+    assert done.returncode == (130 if how == signal.SIGINT else -how), done.stderr
+    assert "Traceback" not in done.stderr
+    assert staged(target) == ["README.md", first]
 
     hub.requests.clear()
     outcome = stage_c4(target, files=2)
     assert outcome.present == 2 and outcome.downloaded == 1
-    assert not hub.asked(train(0)[0]) and len(hub.asked(second, "cdn")) == 1
-    assert (target / second).read_bytes() == big_c4[second]
+    assert not hub.asked(first) and len(hub.asked(second, "cdn")) == 1
+    assert (target / second).read_bytes() == files[second]
     assert not verify(target, deep=True).problems and not list(partial.iterdir())
 
 
-def test_two_at_once_take_turns(hub: Hub, workplace: Path, big_c4):
-    event = threading.Event()
-    hub.faults[train(0)[0]] = [faults.cut(1000, event)]
-    first = start("--to", "c4", "--files", "1")
-    wait_for(lambda: hub.asked(train(0)[0], "cdn"))
-    second = start("--to", "c4", "--files", "2")
-    line = second.stderr.readline() + second.stderr.readline() if second.stderr else ""
-    assert "waiting: another launcher is staging into c4" in line
-    event.set()
-    assert first.wait(60) == 0 and second.wait(60) == 0
-    for process in (first, second):
-        process.communicate()
-    assert not verify(workplace / "c4", deep=True).problems
-    assert len(staged(workplace / "c4")) == 3
+def test_two_at_once_take_turns(hub: Hub, tmp_path: Path, monkeypatch):
+    event, said = threading.Event(), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        event.set()
+
+    monkeypatch.setattr(fetch, "say", say)
+    hub.faults[FILE] = [faults.cut(1000, event)]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(stage_c4, tmp_path / "c4", files=1)
+        wait_for(lambda: hub.asked(FILE, "cdn"))
+        assert stage_c4(tmp_path / "c4", files=2).present == 2 and first.result().downloaded == 2
+    assert said == [f"waiting: another launcher is staging into {tmp_path}/c4"]
+    assert not verify(tmp_path / "c4", deep=True).problems
 
 
 def test_files_are_downloaded_at_the_same_time(hub: Hub, tmp_path: Path):

@@ -48,42 +48,36 @@ def victim(workplace: Path) -> Path:
     return folder
 
 
-def put(what: str, to: str = "thesis") -> Callable[[Path, Path], None]:
+def put(what: str, path: Path, to: Path) -> None:
     """What lies in the way at a path: a link, a second name of somebody's file, a pipe, a file."""
-    makers: dict[str, Callable[[Path, Path], object]] = {
-        "link": lambda path, victim: path.symlink_to(victim / to),
-        "hard link": lambda path, victim: os.link(victim / to, path),
-        "pipe": lambda path, _victim: os.mkfifo(path),
-        "file": lambda path, _victim: path.write_text("mine"),
+    path.parent.mkdir(parents=True, exist_ok=True)
+    makers: dict[str, Callable[[], object]] = {
+        "link": lambda: path.symlink_to(to),
+        "hard link": lambda: os.link(to, path),
+        "pipe": lambda: os.mkfifo(path),
+        "file": lambda: path.write_text("mine"),
     }
-
-    def make(path: Path, victim: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        makers[what](path, victim)
-
-    return make
+    makers[what]()
 
 
-REFUSED = {
-    "the whole of our part": (".staged", put("link", ""), ".staged is a link"),
-    "unfinished files": (".staged/partial", put("link", ""), "partial is a link"),
-    "a file for them": (".staged/partial", put("file"), ".staged/partial is a file, not a directory"),
-    "lock": (".staged/lock", put("link"), "lock: Too many levels"),
-    "dangling lock": (".staged/lock", put("link", "new"), "lock: Too many levels"),
-    "lock with a second name": (".staged/lock", put("hard link"), "lock: Too many levels"),
-    "lock is a pipe": (".staged/lock", put("pipe"), "lock: Too many levels"),
+REFUSED = {  # where, what lies there, where it leads to, and the words about it
+    "the whole of our part": (".staged", "link", "", ".staged is a link"),
+    "unfinished files": (".staged/partial", "link", "", "partial is a link"),
+    "a file for them": (".staged/partial", "file", "", ".staged/partial is a file, not a directory"),
+    "lock": (".staged/lock", "link", "thesis", "lock: Too many levels"),
+    "dangling lock": (".staged/lock", "link", "new", "lock: Too many levels"),
+    "lock with a second name": (".staged/lock", "hard link", "thesis", "lock: Too many levels"),
+    "lock is a pipe": (".staged/lock", "pipe", "", "lock: Too many levels"),
 }
 
 
 @pytest.mark.parametrize("how", REFUSED)
 @pytest.mark.parametrize("what", ["c4", "image"])
-def test_our_own_part_is_never_a_link(
-    how: str, what: str, launch: Launch, hub: Hub, source: Path, workplace: Path, victim: Path
-) -> None:
-    path, make, words = REFUSED[how]
+def test_our_own_part_is_never_a_link(how: str, what: str, launch, hub, source: Path, workplace, victim: Path) -> None:
+    path, kind, to, words = REFUSED[how]
     (workplace / "t/en").mkdir(parents=True)
     (workplace / "t/en/c4-train.00000-of-00012.json.gz").write_text("a start")
-    make(workplace / "t" / path, victim)
+    put(kind, workplace / "t" / path, victim / to)
     before = snapshot(victim)
     arguments = ("c4", "--files", "1") if what == "c4" else ("image", str(source))
     done = launch("stage", *arguments, "--to", "t", timeout=30)
@@ -156,7 +150,7 @@ def test_what_lies_among_unfinished_files(hub: Hub, source: Path, tmp_path: Path
     for target in (tmp_path / "c4", tmp_path / "images"):
         (target / ".staged/partial/thesis").mkdir(parents=True)
         for what in ("link", "hard link", "pipe", "file"):
-            put(what)(target / ".staged/partial" / what, victim)
+            put(what, target / ".staged/partial" / what, victim / "thesis")
         (target / ".staged/partial/folder").symlink_to(victim)
     (tmp_path / "c4/en").mkdir()
     (tmp_path / "c4/en/c4-train.00000-of-00012.json.gz").write_text("")
@@ -203,9 +197,7 @@ def shared() -> Iterator[Path]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
 @pytest.mark.parametrize("umask", [0o002, 0o022])
-def test_two_users_stage_into_one_directory(
-    hub: Hub, shared: Path, tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_users_stage_into_one_directory(hub: Hub, shared: Path, tmp_path: Path, umask: int, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
     stage_model(tmp_path / "first", "model")  # what is imported inside is imported: other users may not read it
     with as_user(4001, umask):

@@ -16,12 +16,21 @@ MODEL = "meta-llama/Llama-3.1-8B"
 TOKENIZER = ["original/tokenizer.model", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
 
 
-def test_exactly_the_tokenizers_files(launch: Launch, hub: Hub, workplace: Path, model_files):
-    done = launch("stage", "tokenizer", "--to", "tokenizer", HF_TOKEN=GOOD_TOKEN)
-    assert done.returncode == 0, done.stderr
-    assert staged(workplace / "tokenizer") == TOKENIZER
-    assert all((workplace / "tokenizer" / name).read_bytes() == model_files[name] for name in TOKENIZER)
-    assert launch("stage", "verify", "tokenizer").returncode == 0
+WEIGHTS = ["config.json", "generation_config.json", "model.safetensors.index.json"]
+WEIGHTS += [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+
+
+def test_exactly_the_needed_files_of_a_tokenizer_that_grows_into_a_model(launch: Launch, hub, workplace, model_files):
+    for kind, names, present in (("tokenizer", TOKENIZER, 0), ("model", [*TOKENIZER, *WEIGHTS], 4)):
+        done = launch("stage", kind, "--to", "it", "--json", HF_TOKEN=GOOD_TOKEN)
+        assert done.returncode == 0 and json.loads(done.stdout)["present"] == present, done.stderr
+        assert staged(workplace / "it") == sorted(names)
+        assert all((workplace / "it" / name).read_bytes() == model_files[name] for name in names)
+    assert launch("stage", "tokenizer", "--to", "it", HF_TOKEN=GOOD_TOKEN).returncode == 0
+    report = json.loads(launch("stage", "verify", "it", "--json").stdout)
+    assert (report["kind"], report["files"], report["complete"]) == ("model", 9, True)
+    for path in workplace.rglob("*"):
+        assert not path.is_file() or GOOD_TOKEN.encode() not in path.read_bytes(), path
 
 
 def test_the_larger_models_and_any_other(launch: Launch, hub: Hub, workplace: Path, model_files):
@@ -47,32 +56,6 @@ def test_a_repository_that_lacks_something(lacks: str, words: str, launch: Launc
     hub.add("model", "me/mine", {name: data for name, data in model_files.items() if name != lacks})
     done = launch("stage", "model", "me/mine", "--to", "x")
     assert done.returncode == 3 and words in done.stderr
-
-
-def test_weights_config_and_tokenizer(launch: Launch, hub: Hub, workplace: Path):
-    done = launch("stage", "model", "--to", "model", HF_TOKEN=GOOD_TOKEN)
-    assert done.returncode == 0, done.stderr
-    assert staged(workplace / "model") == sorted(
-        [
-            *TOKENIZER,
-            "config.json",
-            "generation_config.json",
-            "model.safetensors.index.json",
-            "model-00001-of-00002.safetensors",
-            "model-00002-of-00002.safetensors",
-        ]
-    )
-    for path in workplace.rglob("*"):
-        assert not path.is_file() or GOOD_TOKEN.encode() not in path.read_bytes(), path
-
-
-def test_a_tokenizers_directory_grows_into_a_models(launch: Launch, hub: Hub, workplace: Path):
-    assert launch("stage", "tokenizer", "--to", "it", HF_TOKEN=GOOD_TOKEN).returncode == 0
-    done = launch("stage", "model", "--to", "it", "--json", HF_TOKEN=GOOD_TOKEN)
-    assert json.loads(done.stdout)["present"] == 4
-    assert launch("stage", "tokenizer", "--to", "it", HF_TOKEN=GOOD_TOKEN).returncode == 0
-    report = json.loads(launch("stage", "verify", "it", "--json").stdout)
-    assert (report["kind"], report["files"]) == ("model", 9)
 
 
 def test_answers_of_a_gated_repository(launch: Launch, hub: Hub, workplace: Path):

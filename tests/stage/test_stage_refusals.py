@@ -42,39 +42,59 @@ def closed(folder: Path) -> Iterator[Path]:
         folder.chmod(0o700)
 
 
+C4 = ("c4", "--to", "d")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("status", "words", "arguments"),
     [
-        (("c4", "--to", "d", "--files", "0"), "C4 has 1024 train files"),
-        (("c4", "--to", "d", "--files", "5000"), "--files N, from 1 to 1024"),
-        (("c4", "--to", "file", "--files", "1"), "file: a file, not a directory"),
-        (("c4", "--to", "file/c4", "--files", "1"), "file: a file, not a directory"),
-        (("c4", "--to", "d", "--for", ""), "cannot read"),
-        (("c4", "--to", "d", "--for", "nodes=17,nodes=18"), "each once"),
-        (("c4", "--to", "d", "--for", "file"), "file"),
-        (("tokenizer", "--to", "file"), "file: a file, not a directory"),
-        (("c4", "--to", "theirs", "--files", "1"), "theirs: holds other data (thesis.tex)"),
-        (("c4", "--to", "theirs", "--files", "1", "--dry-run"), "theirs: holds other data"),
-        (("tokenizer", "--to", "theirs"), "theirs: holds other data"),
-        (("model", "--to", "theirs"), "theirs: holds other data"),
-        (("c4", "--to", "", "--files", "1"), "the path is empty"),
-        (("verify", "file"), "file: a file, not a directory"),
-        (("list", "nothere"), "nothere: no such directory"),
-        (("image", "s3://bucket/x.sqsh", "--to", "d"), "name a .sqsh file or its http(s) address"),
-        (("image", "", "--to", "d"), "one of SOURCE and --release TAG is needed"),
-        (("image", "nosuchfile", "--to", "d"), "'nosuchfile': no such file"),
-        (("image", "folder", "--to", "d"), "'folder': no such file"),
+        (2, "one of --files N, --for RUN and --all", C4),
+        (2, "one of --files N, --for RUN and --all", (*C4, "--files", "2", "--all")),
+        (2, "cannot be combined with --from", (*C4, "--all", "--from", "s3://b/c", "--revision", "v9")),
+        (2, "--jobs", (*C4, "--files", "1", "--jobs", "0")),
+        (3, "C4 has 1024 train files", (*C4, "--files", "0")),
+        (3, "--files N, from 1 to 1024", (*C4, "--files", "5000")),
+        (7, "cannot read", (*C4, "--for", "")),
+        (4, "cannot read", (*C4, "--for", "no-such.toml")),
+        (3, "each once", (*C4, "--for", "nodes=17,nodes=18")),
+        (3, "'gpu=4' is not one of nodes=N", (*C4, "--for", "nodes=3,gpu=4")),
+        (3, "'nodes=0'", (*C4, "--for", "nodes=0")),
+        (3, "4 GPUs cannot be divided into groups of 3", (*C4, "--for", "nodes=1,gpus=4,tp=3")),
+        (3, "file", (*C4, "--for", "file")),
+        (3, "file: a file, not a directory", ("c4", "--to", "file", "--files", "1")),
+        (3, "file: a file, not a directory", ("c4", "--to", "file/c4", "--files", "1")),
+        (2, "the path is empty", ("c4", "--to", "", "--files", "1")),
+        (3, "file: a file, not a directory", ("tokenizer", "--to", "file")),
+        (3, "theirs: holds other data (thesis.tex)", ("c4", "--to", "theirs", "--files", "1")),
+        (3, "theirs: holds other data", ("c4", "--to", "theirs", "--files", "1", "--dry-run")),
+        (3, "theirs: holds other data", ("tokenizer", "--to", "theirs")),
+        (3, "theirs: holds other data", ("model", "--to", "theirs")),
+        (3, "file: a file, not a directory", ("verify", "file")),
+        (4, "nothere: no such directory", ("list", "nothere")),
+        (3, "name a .sqsh file or its http(s) address", ("image", "s3://bucket/x.sqsh", "--to", "d")),
+        (2, "one of SOURCE and --release TAG is needed", ("image", "", "--to", "d")),
+        (3, "'nosuchfile': no such file", ("image", "nosuchfile", "--to", "d")),
+        (3, "'folder': no such file", ("image", "folder", "--to", "d")),
     ],
 )
-def test_refused_before_any_connection(launch: Launch, workplace: Path, arguments: tuple[str, ...], words: str) -> None:
+def test_refused_before_any_connection(status: int, words: str, arguments, launch: Launch, workplace: Path) -> None:
     (workplace / "file").write_text("mine")
     (workplace / "folder").mkdir()
     (workplace / "theirs").mkdir()
     (workplace / "theirs" / "thesis.tex").write_text("mine")
-    done = launch("stage", *arguments, HF_ENDPOINT=NO_HUB, DOCKER_HOST="unix:///nobody/here")
+    done = launch("stage", *arguments, HF_ENDPOINT=NO_HUB)
     said = " ".join(done.stderr.split())
-    assert done.returncode in (1, 2, 3, 4, 7) and words in said and "no connection" not in said
+    assert (done.returncode, words in said) == (status, True) and "no connection" not in said, said
     assert not (workplace / "d").exists() and os.listdir(workplace / "theirs") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "arguments"),
+    [(3, "C4 has 12 train files", ("--files", "13")), (4, "no revision 'v9'", ("--files", "1", "--revision", "v9"))],
+)
+def test_refused_once_the_hub_has_answered(status, words, arguments, launch: Launch, hub: Hub, workplace: Path) -> None:
+    done = launch("stage", *C4, *arguments)
+    assert (done.returncode, words in done.stderr) == (status, True) and not (workplace / "d").exists(), done.stderr
 
 
 def test_home_is_home(launch: Launch, hub: Hub, workplace: Path) -> None:

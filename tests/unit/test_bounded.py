@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,24 +30,17 @@ from launcher.image.engine import Engine
 from launcher.image.squashfs_tools import TAIL, Ran, run
 from launcher.stage.manifest import read_manifest
 from launcher.titan import data, registry_era
-from tests.conftest import Forked
+from tests.conftest import limited
 
 HUGE = "9" * 5000
-ROOM = 512 << 20  # what a command may take more than there is already: enough for it, not for the file of 1 GiB
-
-
-def launcher(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    def limited() -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
-        os.chdir(cwd)
-        main()
-
-    return Forked(limited, ["launcher", *words], {**os.environ, "HOME": str(cwd)}).end()
 
 
 def refused(*words: str, cwd: Path) -> str:
-    done = launcher(*words, cwd=cwd)
+    def program() -> None:
+        os.chdir(cwd)
+        main()
+
+    done = limited(program, ["launcher", *words], HOME=str(cwd))
     assert "Traceback" not in done.stderr and done.returncode in (0, 3, 4, 7, 9), done.stderr[-2000:]
     return done.stderr + done.stdout
 
@@ -98,35 +90,29 @@ def test_a_staged_directory_whose_manifest_never_ends(tmp_path: Path, endless: P
         read_manifest(tmp_path / "c4")
 
 
-@pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
-def test_an_image_whose_description_never_ends(tmp_path: Path, endless: Path) -> None:
-    """A few kB of squashfs, 1 GB of titan-image.json: read up to its limit, it is no description."""
-    root, image = tmp_path / "root", tmp_path / "x.sqsh"
-    (root / "etc").mkdir(parents=True)
-    endless.rename(root / "etc" / "titan-image.json")
-    subprocess.run(["mksquashfs", str(root), str(image), "-quiet", "-no-progress"], check=True)
-    assert image.stat().st_size < 2 << 20
-    assert "the files in it" in refused("image", "inspect", str(image), cwd=tmp_path)
-    assert "no torch" in refused("submit", "--gpu", "cpu", "--dry-run", "--image", str(image), cwd=tmp_path)
+HOSTILE = {
+    "deep": "[" * 200_000,
+    "driver of 5,000 digits": json.dumps(
+        {"schema": 1, "arch": "arm64", "versions": {"torch": "1"}, "driver_min": HUGE}
+    ),
+    "schema of 5,000 digits": f'{{"schema": {HUGE}, "arch": "arm64", "versions": {{"torch": "1"}}}}',
+    "endless": "",  # 1 GB in a few kB of squashfs: read up to its limit, it is no description
+}
 
 
 @pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
-@pytest.mark.parametrize(
-    "description",
-    [
-        "[" * 200_000,
-        json.dumps({"schema": 1, "arch": "arm64", "versions": {"torch": "1"}, "driver_min": HUGE}),
-        f'{{"schema": {HUGE}, "arch": "arm64", "versions": {{"torch": "1"}}}}',
-    ],
-    ids=["deep", "driver of 5,000 digits", "schema of 5,000 digits"],
-)
-def test_hostile_words_in_an_image(tmp_path: Path, description: str) -> None:
-    root = tmp_path / "root"
-    (root / "etc").mkdir(parents=True)
-    (root / "etc" / "titan-image.json").write_text(description)
-    subprocess.run(["mksquashfs", str(root), str(tmp_path / "x.sqsh"), "-quiet", "-no-progress"], check=True)
-    refused("image", "inspect", str(tmp_path / "x.sqsh"), cwd=tmp_path)
-    refused("submit", "--gpu", "gb200", "--dry-run", "--image", str(tmp_path / "x.sqsh"), cwd=tmp_path)
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_words_in_an_image(what: str, tmp_path: Path, endless: Path) -> None:
+    (tmp_path / "root" / "etc").mkdir(parents=True)
+    if HOSTILE[what]:
+        endless.write_text(HOSTILE[what])
+    endless.rename(tmp_path / "root" / "etc" / "titan-image.json")
+    image = str(tmp_path / "x.sqsh")
+    subprocess.run(["mksquashfs", str(tmp_path / "root"), image, "-quiet", "-no-progress"], check=True)
+    inspected = refused("image", "inspect", image, cwd=tmp_path)
+    submitted = refused("submit", "--gpu", "gb200", "--dry-run", "--image", image, cwd=tmp_path)
+    if what == "endless":
+        assert "the files in it" in inspected and "no torch" in submitted
 
 
 @pytest.mark.parametrize("depth", [65, 700, 100_000])
@@ -172,14 +158,10 @@ def test_an_images_time() -> None:
         image_config({"Created": "2026-99-99T00:00:00Z"})
 
 
-@pytest.mark.parametrize("version", ["0.²", "0." + "9" * 5000, "", "x"])
-def test_a_version_of_torch_that_is_none(version: str) -> None:
-    assert registry_era._major_minor(version) == (99, 0)
-
-
 @pytest.mark.parametrize("text", ["²", "٣", "", "-1", "1e3", "1_0", HUGE, " 1"])
 def test_what_is_no_whole_number(text: str) -> None:
     assert whole(text) is None
+    assert registry_era._major_minor(f"0.{text}") == (99, 0) or text in ("-1", "1e3", "1_0", " 1")
 
 
 @given(st.integers(0, 10**15 - 1))

@@ -47,9 +47,7 @@ def test_the_same_seed_gives_the_same_bytes_whenever_it_runs(tmp_path: Path, mon
     assert all(first[name] != other[name] for name in first if name.endswith(".gz"))
 
 
-def test_a_write_that_fails_leaves_neither_half_a_file_nor_a_temporary_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_leaves_neither_half_a_file_nor_a_temporary_one(tmp_path: Path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -59,26 +57,14 @@ def test_a_write_that_fails_leaves_neither_half_a_file_nor_a_temporary_one(
     assert contents(tmp_path) == {}
 
 
-def test_the_tokenizer_knows_every_byte_once_and_two_special_tokens(tmp_path: Path) -> None:
+def test_the_tokenizer_returns_every_byte_in_hugging_faces_library(tmp_path: Path) -> None:
     sample.write_tokenizer(tmp_path)
     assert set(contents(tmp_path)) == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    assert sorted(vocabulary.values()) == list(range(256))
-    assert vocabulary["A"] == 65 and vocabulary["\u0120"] == 32  # the space of every byte-level tokenizer
-    assert [(token["id"], token["content"]) for token in tokenizer["added_tokens"]] == [
-        (256, "<|begin_of_text|>"),
-        (257, "<|end_of_text|>"),
-    ]
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["bos_token"] == "<|begin_of_text|>" and config["eos_token"] == "<|end_of_text|>"
-
-
-def test_hugging_faces_library_reads_it_and_returns_every_byte(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    sample.write_tokenizer(tmp_path)
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    text = "Every byte: \x00\t\n ~\x7f \u00e9 \u20ac \U0001f600"
+    text = "".join(map(chr, range(256))) + "\u20ac \U0001f600"
     ids = tokenizer.encode(text).ids
     assert ids == list(text.encode()) and tokenizer.decode(ids) == text
-    assert tokenizer.encode("<|end_of_text|>").ids == [257]
+    assert tokenizer.encode("<|begin_of_text|><|end_of_text|>").ids == [256, 257]

@@ -6,7 +6,6 @@ import gzip
 import os
 import shlex
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +68,19 @@ def a_spec(data: Path | str, nodes: int = 1, gpus: int = 4, **values: Any) -> Pl
 # Which files
 
 
-@given(FILES, DEGREES)
-def test_the_largest_multiple_of_the_degree_from_the_beginning(files: range, degree: int) -> None:
-    chosen = choose(files, degree)
-    assert list(chosen) == list(files[: len(chosen)])
-    if len(files) >= degree:
-        assert len(chosen) % degree == 0 and len(files) - len(chosen) < degree
-    else:
-        assert list(chosen) == list(files)
-
-
 @given(FILES, DEGREES, st.integers(1, 12))
-def test_parts_share_nothing_and_together_are_the_whole(files: range, degree: int, parts: int) -> None:
+def test_the_largest_multiple_of_the_degree_from_the_beginning_and_its_parts(files, degree, parts) -> None:
+    """Parts share nothing, and together are the whole."""
+    chosen = choose(files, degree)
     pieces = [choose(files, degree, part, parts) for part in range(1, parts + 1)]
     if len(files) >= degree:
-        assert [file for piece in pieces for file in piece] == list(choose(files, degree))
+        assert list(chosen) == list(files[: len(files) - len(files) % degree])
+        assert [file for piece in pieces for file in piece] == list(chosen)
         assert all(len(piece) % degree == 0 for piece in pieces)
         assert max(map(len, pieces)) - min(map(len, pieces)) in (0, degree)
-    elif parts > 1:
-        assert not any(map(len, pieces))
+    else:
+        assert list(chosen) == list(files)
+        assert parts == 1 or not any(map(len, pieces))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +261,7 @@ def test_data_that_is_a_file_or_may_not_be_looked_at(tmp_path: Path) -> None:
 
 
 PLENTY = 320 * MB  # bytes of a file of C4
-TOO_FEW = {
+TOO_FEW: dict[str, tuple[tuple[int, int, int], dict[str, Any], str]] = {
     "fewer files than ranks": (
         (8, 1, PLENTY),
         {"nodes": 17},
@@ -293,27 +286,26 @@ TOO_FEW = {
         "it reads them more than once",
     ),
     "no validation, and none wanted": ((4, 0, PLENTY), {}, ""),
+    "no validation": (
+        (4, 0, PLENTY),
+        {"titan__validation.enable": "true"},
+        "has no validation files, but the run validates; launcher stage c4 --to {} --files 4 --validation",
+    ),
+    "none at all": (
+        (0, 1, PLENTY),
+        {},
+        "en holds no train file of C4, so the run gets no view of it: launcher stage c4 --to {} --files 4",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", TOO_FEW)
 def test_too_few_files(what: str, tmp_path: Path) -> None:
     (train, validation, size), run, words = TOO_FEW[what]
-    folder = c4(tmp_path / "c4", train, validation, size)
+    folder = c4(tmp_path / "c 4", train, validation, size)
     spec, notes = plan(a_spec(folder, **run))
     assert len(train_files(spec)) == train and len(notes) == bool(words)
-    assert "".join(notes).endswith(words.format(folder))
-
-
-def test_validation_without_files(tmp_path: Path) -> None:
-    run = a_spec(c4(tmp_path / "c4", 4, 0, PLENTY))
-    _, (note,) = plan(replace(run, titan={"validation.enable": "true"}))
-    assert "the run validates" in note and "--files 4 --validation" in note
-
-
-def test_a_directory_without_train_files(tmp_path: Path) -> None:
-    spec, (note,) = plan(a_spec(c4(tmp_path / "c 4", 0)))
-    assert not spec.view and f"launcher stage c4 --to '{tmp_path}/c 4' --files 4" in note
+    assert "".join(notes).endswith(words.format(f"'{folder}'"))
 
 
 def test_what_cannot_be_a_part(tmp_path: Path) -> None:
