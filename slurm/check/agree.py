@@ -154,7 +154,7 @@ def _reduce(
 
 
 def _merge(record: dict[str, Any], result: Mapping[str, Any]) -> None:
-    record["problems"] = [*record.get("problems", ()), *result.get("problems", ())]
+    record.setdefault("problems", []).extend(result.get("problems", ()))
     if "allreduce_job_gbs" in result:
         record["allreduce_job_gbs"] = result["allreduce_job_gbs"]
 

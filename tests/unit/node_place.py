@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,6 +44,13 @@ class cuda:
             raise RuntimeError(os.environ["FAKE_CUDA_ERROR"])
 """
 FAKE_RUN = "import json, os, sys\nprint('STARTED', json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))\n"
+
+
+def as_in_a_run(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    """A module of slurm/, with `titan` and `check` beside it as in a run directory."""
+    for folder in ("launcher", "slurm"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    return importlib.import_module(name)
 
 
 def lay_out(run_dir: Path, node: dict[str, Any]) -> Path:

@@ -424,39 +424,3 @@ def test_the_runs_own_checkpoint_wins_over_weights_that_are_gone(tmp_path: Path)
     own = write_checkpoint(place.run_dir / "titan" / "checkpoint", 4)
     started(place.start())
     assert place.record()["init_from"] == str(own)
-
-
-WATCHED = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from titan import checkpoints
-checkpoints.free_bytes = lambda folder: 50
-folder = Path(sys.argv[2])
-checkpoints.watch(folder, lambda line: print(line, flush=True), every_s=0.01)
-print("READY", flush=True)
-os.execvp("cat", ["cat"])
-"""
-
-
-def test_after_each_checkpoint_the_job_says_when_the_next_does_not_fit(tmp_path: Path) -> None:
-    """The watcher outlives an exec, as of torchrun, and ends with it."""
-    folder = tmp_path / "checkpoint"
-    (folder / "step-best").mkdir(parents=True)  # somebody's own copy
-    (folder / "step-best/.metadata").touch()
-    source = str(Path(checkpoints.__file__).parent.parent)
-    process = subprocess.Popen(
-        [sys.executable, "-c", WATCHED, source, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin and process.stdout
-    with process.stdin:
-        assert process.stdout.readline() == "READY\n"
-        whole = write_checkpoint(tmp_path / "made", 4)
-        whole.rename(folder / "step-4")
-        line = process.stdout.readline()
-        assert line.startswith("titan-checkpoint: warn step=4 ") and "does not fit" in line
-    assert process.stdout.read() == "", "its end closes the pipe"
-    assert process.wait() == 0

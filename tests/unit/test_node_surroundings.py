@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from launcher.stage import view
-from tests.unit.node_place import FAKE_RUN, ROOT, Place, cpu, started
+from tests.unit.node_place import FAKE_RUN, Place, as_in_a_run, cpu, started
 from tests.unit.test_titan_command import debug_node
 
 __all__ = ["cpu"]  # fixtures
@@ -22,14 +21,7 @@ __all__ = ["cpu"]  # fixtures
 
 @pytest.fixture
 def node_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """slurm/node.py as a module, with `titan` beside it as in a run directory."""
-    monkeypatch.syspath_prepend(str(ROOT / "launcher"))
-    monkeypatch.syspath_prepend(str(ROOT / "slurm"))
-    spec = importlib.util.spec_from_file_location("node_under_test", ROOT / "slurm" / "node.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return as_in_a_run(monkeypatch, "node")
 
 
 def test_the_interface_towards_a_head_node(node_module: ModuleType) -> None:
