@@ -60,6 +60,7 @@ Facts = dict[str, Any]
 
 def main(argv: list[str]) -> int:
     """Does not return when all is well: the process is torchrun from then on."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # half a character, from node.json
     now = time.time()
     facts: Facts = {"schema": 1, "ok": False, "node": 0, "host": "?", "problems": [], "warnings": []}
     facts.update(time=now, utc_offset_s=time.localtime(now).tm_gmtoff)
@@ -380,9 +381,7 @@ def ok_line(facts: Facts) -> str:
 
 
 def say(line: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    printable = line.encode(encoding, "backslashreplace").decode(encoding)  # half a character, from node.json
-    print(printable, flush=True)  # exec throws away what is still buffered
+    print(line, flush=True)  # exec throws away what is still buffered
 
 
 def within(seconds: float, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
