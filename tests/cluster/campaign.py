@@ -50,12 +50,10 @@ exec {python} "$@"
 
 @dataclass(frozen=True)
 class Case:
-    """A fault and what is expected. `causes`: of each attempt, alternatives divided by |; "" is one that completed."""
+    """A fault and what is expected. `causes`: a word for each attempt that failed, alternatives divided by |."""
 
-    name: str
-    what: str  # for the table
     fault: Callable[[Scene], None]
-    causes: tuple[str, ...]
+    causes: str = ""
     state: str = "COMPLETED"
     why_not: str = ""
     nodes: int = 1
@@ -67,6 +65,12 @@ class Case:
     reaches: int = STEPS
     other_losses: bool = False  # the fault changes them
     always: bool = False  # part of `make test`
+    what: str = ""  # for the table
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Of each attempt; "" is one that completed."""
+        return (*self.causes.split(), *([""] if self.state == "COMPLETED" else []))
 
 
 @dataclass(frozen=True)
@@ -387,9 +391,9 @@ def judge(case: Case, scene: Scene, seen: Seen, whole: Seen) -> list[str]:
     wrong = []
     if seen.state != case.state:
         wrong.append(f"state {seen.state}, not {case.state}")
-    alike = [cause in wanted.split("|") for cause, wanted in zip(seen.causes, case.causes, strict=False)]
-    if len(seen.causes) != len(case.causes) or not all(alike):
-        wrong.append(f"causes {seen.causes}, not {case.causes}")
+    alike = [cause in wanted.split("|") for cause, wanted in zip(seen.causes, case.words, strict=False)]
+    if len(seen.causes) != len(case.words) or not all(alike):
+        wrong.append(f"causes {seen.causes}, not {case.words}")
     if seen.why_not != case.why_not:
         wrong.append(f"why_not {seen.why_not!r}, not {case.why_not!r}")
     if sorted(seen.culprits) != sorted(scene.victims if case.leaves_out else []):
@@ -429,18 +433,18 @@ def _left_behind(scene: Scene, seen: Seen) -> list[str]:
     return wrong
 
 
-def note(case: Case, seen: Seen, whole: Seen, wrong: list[str]) -> None:
+def note(name: str, case: Case, seen: Seen, whole: Seen, wrong: list[str]) -> None:
     """The case's row of the table that ends the page LAUNCHER_TEST_FAULTS_TABLE names."""
-    if not (name := os.environ.get("LAUNCHER_TEST_FAULTS_TABLE")):
+    if not (table := os.environ.get("LAUNCHER_TEST_FAULTS_TABLE")):
         return
-    page = Path(name)
-    expected = _words(case.state, case.causes, case.why_not)
+    page = Path(table)
+    expected = _words(case.state, case.words, case.why_not)
     came = f"**{'; '.join(wrong)}**" if wrong else _words(seen.state, seen.causes, seen.why_not)
     lost = "?" if seen.seconds is None else f"{max(0.0, seen.seconds - (whole.seconds or 0)):.0f}"
     numbers = f"{len(seen.causes)} | {max(0, seen.repeated)} | {lost}"
-    row = f"| {case.name} | {case.what} | {expected} | {came} | {numbers} |"
+    row = f"| {name} | {case.what} | {expected} | {came} | {numbers} |"
     lines = page.read_text().splitlines() if page.exists() else [*HEAD]
-    places = [place for place, line in enumerate(lines) if line.startswith(f"| {case.name} |")]
+    places = [place for place, line in enumerate(lines) if line.startswith(f"| {name} |")]
     lines[places[0] if places else len(lines) : places[0] + 1 if places else len(lines)] = [row]
     page.write_text("\n".join(lines) + "\n")
 

@@ -20,7 +20,7 @@ from launcher.base.errors import ExitStatus
 from launcher.config.spec import Job, PlacedRun, node_config
 from launcher.runs.judged import judge
 from tests.conftest import Forked, Launch
-from tests.unit.node_place import FAILED, FAKE_TORCH, Place, started
+from tests.unit.node_place import FAILED, Place, fake_site, started
 from tests.unit.test_submission import wait_for
 from tests.unit.test_titan_command import LLAMA3_8B, changed, debug_node
 
@@ -69,8 +69,7 @@ class Nodes(Place):
         super().__init__(folder, changed(node, check="full"))
         self.first, self.step = 0, self.node["job"]["nodes"] + spares
         self.said = {"TITAN_NODES": str(self.step)} if spares else {}
-        (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH + FAKE_TENSORS)
-        (self.site / "torch" / "distributed" / "__init__.py").write_text(FAKE_DISTRIBUTED)
+        fake_site(self.site, FAKE_TENSORS, FAKE_DISTRIBUTED)
 
     def run(self, address: str = "127.0.0.1", **changes: dict[str, str]) -> list[subprocess.CompletedProcess[str]]:
         """Every node's process, ended; `changes`: n1={...} are node 1's own variables, or its node.json."""
