@@ -116,6 +116,7 @@ class Place:
             "SLURMD_NODENAME": "gpu001",
             "TITAN_JOB_ID": f"t{os.getpid()}",
             "TMPDIR": str(self.run_dir.parent),
+            **({"FAKE_TORCH": "2.13.0+cpu"} if self.node["profile"]["device"] == "cpu" else {}),
             **more,
         }
 

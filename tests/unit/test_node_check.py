@@ -93,7 +93,6 @@ class Nodes(Place):
                 TITAN_JOB_ID="7",
                 SLURM_NODEID=str(number),
                 SLURMD_NODENAME=f"gpu{number:03d}",
-                FAKE_TORCH="2.13.0+cpu",
                 TMPDIR=str(self.run_dir.parent / f"tmp{number}"),
                 **self.said,
             )
@@ -244,7 +243,7 @@ def gpus(tmp_path: Path) -> Nodes:
 
 def test_gpu_nodes(gpus: Nodes) -> None:
     """One has lost a GPU, one has memory errors: both are named in one go, the third is not to blame."""
-    common = {"FAKE_TORCH": "2.14.1+cu130", "PATH": f"{gpus.run_dir.parent}/bin:{os.environ['PATH']}"}
+    common = {"PATH": f"{gpus.run_dir.parent}/bin:{os.environ['PATH']}"}
     done = gpus.run(own_address(), n0=common, n1={**common, "FAKE_GPUS": "3"}, n2={**common, "FAKE_ECC": "2"})
     all_stopped(done)
     unfit = {(one["host"], one["name"]) for one in gpus.verdict()["unfit"]}
@@ -263,7 +262,7 @@ def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
     place = Nodes(tmp_path, changed(LLAMA3_8B, nodes=1))
     (tmp_path / "nvidia-smi").write_text(SMI.replace("580.95.05", "570.86.15"))
     (tmp_path / "nvidia-smi").chmod(0o755)
-    own = {"FAKE_TORCH": "2.14.1+cu130", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (done,) = place.run(n0={**own, "FAKE_CUDA_ERROR": "The driver is too old"})
     assert done.returncode == FAILED
     assert "does not start: The driver is too old; driver 570.86.15 is older than CUDA 13.0 needs (580)" in done.stdout

@@ -50,7 +50,7 @@ def test_a_scratch_directory_that_is_not_ours_is_not_used(
 def test_caches_go_where_the_job_script_said(cpu: Place) -> None:
     scratch = cpu.run_dir.parent / "job" / "scratch"
     for _ in range(2):  # it may be there already
-        _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_SCRATCH=str(scratch)))
+        _, env, _ = started(cpu.start(TITAN_SCRATCH=str(scratch)))
         assert env["HF_HOME"] == f"{scratch}/huggingface" and scratch.stat().st_mode & 0o777 == 0o700
     assert not list(cpu.run_dir.parent.glob("titan-*"))
 
@@ -58,7 +58,7 @@ def test_caches_go_where_the_job_script_said(cpu: Place) -> None:
 def test_caches_go_to_the_nodes_own_disk_where_the_profile_names_it(cpu: Place) -> None:
     nvme = cpu.run_dir.parent / "nvme"
     cpu.change(scratch=str(nvme))
-    _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="7"))
+    _, env, _ = started(cpu.start(TITAN_JOB_ID="7"))
     assert env["HF_HOME"] == f"{nvme}/titan-{os.getuid()}-7/huggingface"
     assert cpu.record()["scratch"].startswith(f"{nvme}/titan-")
     cpu.change(scratch="/proc/no-such-place")
@@ -70,10 +70,10 @@ def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place)
     cpu.change(scratch=str(nvme))
     fake_run = cpu.site / "torch" / "distributed" / "run.py"
     fake_run.write_text(FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n")
-    started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="1"))
+    started(cpu.start(TITAN_JOB_ID="1"))
     going = subprocess.Popen(
         [sys.executable, "-S", str(cpu.run_dir / "job" / "node.py"), f"{cpu.run_dir}/job/node.json"],
-        env=cpu.environment(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="2", HOLD="1"),
+        env=cpu.environment(TITAN_JOB_ID="2", HOLD="1"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -83,12 +83,12 @@ def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place)
         (nvme / f"titan-{os.getuid()}-9").mkdir()  # without a lock: not known to be ours
         for folder in nvme.iterdir():
             os.utime(folder, (1, 1))
-        started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="3"))
+        started(cpu.start(TITAN_JOB_ID="3"))
         assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-2", "-3", "-9"]
     finally:
         going.communicate("", timeout=60)
     os.utime(nvme / f"titan-{os.getuid()}-2", (1, 1))
-    started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="4"))
+    started(cpu.start(TITAN_JOB_ID="4"))
     assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-3", "-4", "-9"]
 
 
@@ -121,7 +121,7 @@ def test_a_view_whose_data_is_not_on_the_node(cpu: Place) -> None:
         cpu.run_dir / "data", {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"}
     )
     cpu.change(data=f"{cpu.run_dir}/data")
-    arguments, _, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
+    arguments, _, _ = started(cpu.start())
     assert f"--dataloader.dataset_path={cpu.run_dir}/data" in arguments
     assert cpu.record()["data_files"] == 1 and cpu.record()["data_source"] == str(cpu.data)
     cpu.data.rename(cpu.data.with_name("moved"))
