@@ -242,7 +242,8 @@ def test_the_meeting_is_at_a_port_that_linux_gives_to_nobody_else() -> None:
 # --- workers ----------------------------------------------------------------------------------------------
 
 FAKE = {
-    "answers": "version = type('V', (), {'cuda': None})\n__version__ = '2.0'\nprint('noise on standard output')\n",
+    "answers": "import os\nversion = type('V', (), {'cuda': None})\nprint('noise on standard output')\n"
+    "__version__ = 'for ' + os.environ['OMP_NUM_THREADS']\n",
     "dies": "import os, sys\nsys.stderr.write('libcudart.so: broken\\n'); sys.stderr.flush(); os._exit(7)\n",
     "hangs": "import time\ntime.sleep(600)\n",
 }
@@ -268,7 +269,7 @@ def test_a_worker_that_dies_or_hangs(tmp_path: Path, torch: str, limit_s: float,
 def test_workers_answer_and_end_with_their_input(tmp_path: Path) -> None:
     made = crew(tmp_path, "answers")
     answers = workers.ask(made, [{"do": "look", "gpus": 2}] * 2, 30)
-    assert [answer["torch"] for answer in answers] == ["2.0", "2.0"]
+    assert [answer["torch"] for answer in answers] == ["for 1", "for 1"]
     assert "AttributeError" in workers.ask(made, [{"do": "measure"}] * 2, 30)[0]["problem"]
     workers.stop(made)
     assert [worker.process.returncode for worker in made] == [0, 0]

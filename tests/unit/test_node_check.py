@@ -41,6 +41,7 @@ def burn(seconds):
     clock += seconds
 time.perf_counter = time.process_time = lambda: clock
 def mm(left, right, out):
+    if os.environ.get("FAKE_NO_PRODUCT"): raise RuntimeError("libcublas.so.13 is missing")
     burn(0.01 if os.environ.get("FAKE_SLOW") else 0.001)
 def set_num_threads(_): pass
 cuda.set_device = lambda _: None
@@ -195,6 +196,8 @@ def test_a_wrong_setting_is_not_blamed_on_the_only_node(tmp_path: Path) -> None:
     all_stopped(alone.run(n0={"TITAN_SCRATCH": "/proc/none"}))
     all_stopped(alone.run(n0={"FAKE_HANG": "2"}))  # NCCL within the node
     assert [(one["name"], one["fault"]) for one in alone.verdict()["unfit"]] == [("all-reduce-node", "run")]
+    all_stopped(alone.run(n0={"FAKE_NO_PRODUCT": "1"}))  # of all its ranks
+    assert [(one["name"], one["fault"]) for one in alone.verdict()["unfit"]] == [("product", "run")] * 2
 
 
 def test_quick_multiplies_nothing(two: Nodes) -> None:
