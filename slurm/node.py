@@ -31,24 +31,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `titan` and `check` are copied beside this file
 
-from check import Findings, bounded, read, workers, write  # type: ignore[import-not-found]
-from check.agree import ARRIVE_S, HELLO_S, REPORT_S, agree, hosts_of, measure  # type: ignore[import-not-found]
-from check.health import driver_needed, look  # type: ignore[import-not-found]
-from check.meeting import Lost  # type: ignore[import-not-found]
-from check.network import find_network  # type: ignore[import-not-found]
-from check.verdict import judge, lines  # type: ignore[import-not-found]
-from check.watch import asked_through  # type: ignore[import-not-found]
-from titan import Refused, checkpoints  # type: ignore[import-not-found]
-from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
-from titan.command import (  # type: ignore[import-not-found]
-    NODE_SCHEMA,
-    Rendezvous,
-    config_files,
-    hang_s,
-    torchrun_command,
-)
-from titan.data import check_data, check_tokenizer  # type: ignore[import-not-found]
-from titan.weights import SHAPES, starting_weights  # type: ignore[import-not-found]
+from check import Findings, bounded, read, workers, write
+from check.agree import ARRIVE_S, HELLO_S, REPORT_S, agree, hosts_of, measure
+from check.health import driver_needed, look
+from check.meeting import Lost
+from check.network import find_network
+from check.verdict import judge, lines
+from check.watch import asked_through
+from titan import Refused, checkpoints
+from titan.caches import filesystem_of, scratch_dir
+from titan.command import NODE_SCHEMA, Rendezvous, config_files, hang_s, torchrun_command
+from titan.data import check_data, check_tokenizer
+from titan.weights import SHAPES, starting_weights
 
 CHECK_FAILED = 20  # this process's exit code when the job cannot train; docs/exit-codes.md names it
 MEASURED = ("product", "all-reduce-node", "all-reduce")  # problems that the workers' libraries know more of

@@ -26,13 +26,13 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # RUN_DIR/job
 
-from titan import checkpoints  # type: ignore[import-not-found]
-from titan.command import STARTUP, hang_s  # type: ignore[import-not-found]
-from titan.recorder import ASK, FOLDER, read_dump  # type: ignore[import-not-found]
+from titan import checkpoints
+from titan.command import STARTUP, hang_s
+from titan.recorder import ASK, FOLDER, read_dump
 
-from check import read, write  # type: ignore[import-not-found]
-from check.hang import Pace, moves, name  # type: ignore[import-not-found]
-from check.smi import ask_smi, run_bounded  # type: ignore[import-not-found]
+from check import read, write
+from check.hang import Pace, moves, name
+from check.smi import ask_smi, run_bounded
 
 LOOK_S = 2  # the shortest look at the ranks
 ROUND_S = 8  # the longest wait for the ranks' answers, of which there are two rounds

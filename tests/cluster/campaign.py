@@ -25,7 +25,7 @@ from launcher.logs.files import node_logs
 from launcher.logs.steps import LogReader
 from launcher.scheduler.parse import expand
 from launcher.titan import checkpoints
-from tests.cluster.daemons import in_network_of, spawn, wait_for
+from tests.cluster.daemons import in_network_of, processes, spawn, wait_for
 from tests.cluster.slurm_cluster import Cluster, slurm_run, start_controller, start_node
 from tests.conftest import ROOT
 
@@ -234,21 +234,15 @@ class Scene:
 
     def processes(self, kind: str, host: str = "") -> list[int]:
         """Of this run: "rank", "torchrun", "node.py" or "any", on a node or on all of them."""
-        mine = f"FAULT_ORDERS={self.orders}".encode()
         found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdecimal():
+        for pid, command, variables in processes():
+            if f"FAULT_ORDERS={self.orders}" not in variables or (host and f"SLURMD_NODENAME={host}" not in variables):
                 continue
-            with contextlib.suppress(OSError):
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if mine not in variables or (host and f"SLURMD_NODENAME={host}".encode() not in variables):
-                    continue
-                is_rank = any(one.startswith(b"LOCAL_RANK=") for one in variables)
-                is_torchrun, is_node = b"torch.distributed.run" in words, any(b"/job/node.py" in word for word in words)
-                runs = "rank" if is_rank else "torchrun" if is_torchrun else "node.py" if is_node else ""
-                if kind in (runs, "any"):
-                    found.append(int(entry.name))
+            is_rank = any(one.startswith("LOCAL_RANK=") for one in variables)
+            is_torchrun, is_node = "torch.distributed.run\0" in command, "/job/node.py\0" in command
+            runs = "rank" if is_rank else "torchrun" if is_torchrun else "node.py" if is_node else ""
+            if kind in (runs, "any"):
+                found.append(pid)
         return sorted(found)
 
     def kill(self, kind: str, host: str, number: signal.Signals = signal.SIGKILL) -> None:
@@ -256,14 +250,8 @@ class Scene:
 
     def batch_script(self) -> int:
         """Its process on the first node, of which there are copies."""
-        spool = f"{self.cluster.directory}/spool/"
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_text()
-                if spool in command and f"job{int(self.job):05d}/slurm_script" in command:
-                    found.append(int(entry.name))
-        return min(found)
+        words = f"{self.cluster.directory}/spool/", f"job{int(self.job):05d}/slurm_script"
+        return min(pid for pid, command, _ in processes() if all(word in command for word in words))
 
     def namespaces(self, host: str) -> int:
         """The process whose end is that of the node."""
@@ -286,10 +274,9 @@ class Scene:
         """The node lives on, with what runs on it."""
         (self.cluster.directory / f"run/{host}.alone").touch()
         name = f"slurmd\0-D\0-N\0{host}\0-f\0{self.cluster.slurm_conf}"
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (entry / "cmdline").read_text().startswith(name):
-                    os.kill(int(entry.name), signal.SIGKILL)
+        for pid, command, _ in processes():
+            if command.startswith(name):
+                os.kill(pid, signal.SIGKILL)
 
     def start_slurmd(self, host: str) -> None:
         assert self.cluster.record

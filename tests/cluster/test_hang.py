@@ -16,6 +16,7 @@ import pytest
 
 from launcher.base.errors import ExitStatus
 from tests.cluster.conftest import AS_ROOT, Launch
+from tests.cluster.daemons import processes
 from tests.cluster.test_launcher_on_slurm import DEBUG
 
 pytestmark = [AS_ROOT, pytest.mark.usefixtures("own_cluster")]
@@ -62,15 +63,11 @@ class Hung:
 
     def pids(self, rank: int) -> list[int]:
         """The processes of this rank, as the machine numbers them: the nodes' own numbers are others."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                env = path.read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"RANK={rank}".encode() in env and any(f"{self.run}/".encode() in item for item in env):
-                found.append(int(path.parent.name))
-        return sorted(found)
+        return sorted(
+            pid
+            for pid, _, variables in processes()
+            if f"RANK={rank}" in variables and any(f"{self.run}/" in one for one in variables)
+        )
 
     def verdict(self, seconds: float = 150) -> dict[str, object]:
         end = time.monotonic() + seconds

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.config import sbatch
 from tests.cluster import slurm_cluster
-from tests.cluster.daemons import REGISTRY, remove_leftovers, wait_for
+from tests.cluster.daemons import REGISTRY, processes, remove_leftovers, wait_for
 from tests.cluster.slurm_cluster import Cluster, User, finished_job, job_fields, running_cluster, slurm_run
 from tests.conftest import ROOT
 
@@ -35,9 +35,8 @@ def run_in(slurm: Cluster, image: Path | str, user: User, *words: str, **env: st
     return done.returncode, done.stdout + done.stderr
 
 
-def processes_with(text: str) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
-    return [line for line in listed.stdout.splitlines() if text in line]
+def processes_with(text: str) -> list[int]:
+    return [pid for pid, command, _ in processes() if text in command.replace("\0", " ")]
 
 
 # ------------------------------------------------------------------------------------------ Slurm
@@ -238,7 +237,7 @@ def test_container_leaves_nothing(slurm: Cluster, ordinary_user: User, user_dir:
 # ------------------------------------------------------------------------------- start and stop
 
 
-def running_below(directory: Path) -> list[str]:
+def running_below(directory: Path) -> list[int]:
     return processes_with(f"{directory}/")
 
 

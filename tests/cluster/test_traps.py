@@ -23,7 +23,7 @@ import pytest
 from launcher.base.errors import ExitStatus
 from launcher.image.squashfs_file import sidecar_path
 from tests.cluster.conftest import AS_ROOT, Launch, stand_in
-from tests.cluster.daemons import output, wait_for
+from tests.cluster.daemons import output, processes, wait_for
 from tests.cluster.slurm_cluster import Cluster, finished_job, slurm_run
 from tests.cluster.test_preflight_on_slurm import BARE, queued
 
@@ -154,7 +154,7 @@ def hosts_of_node_1(slurm: Cluster, user_dir: Path) -> Iterator[Path]:
     """What the first node alone reads as /etc/hosts; Slurm knows the first two nodes by name and not by address."""
     directory, (first, second) = slurm.directory, slurm.nodes[:2]
     command_line = f"slurmd\0-D\0-N\0{first}\0-f\0{directory}/slurm.conf\0"
-    (slurmd,) = [p.parent.name for p in Path("/proc").glob("[0-9]*/cmdline") if text_of(p) == command_line]
+    (slurmd,) = [pid for pid, command, _ in processes() if command == command_line]
     hosts = user_dir / "hosts"
     shutil.copy(directory / "hosts", hosts)
     addresses = {line.split()[1]: line.split()[0] for line in hosts.read_text().splitlines() if "node-" in line}
@@ -170,13 +170,6 @@ def hosts_of_node_1(slurm: Cluster, user_dir: Path) -> Iterator[Path]:
     yield hosts
     known_as({node: addresses[node] for node in (first, second)})
     output(*inside, "umount", "/etc/hosts")
-
-
-def text_of(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:  # it has ended
-        return ""
 
 
 def test_a_first_node_whose_name_is_loopback(

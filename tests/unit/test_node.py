@@ -208,18 +208,3 @@ def test_the_tokenizer_is_incomplete(cpu: Place, name: str, content: str | None,
 def test_no_node_json(cpu: Place) -> None:
     assert "No such file" in cpu.refused("/nowhere/node.json")
     assert "one argument is needed" in cpu.refused("a", "b")
-
-
-def test_each_node_has_a_record_and_a_log_folder_of_its_own(cpu: Place) -> None:
-    cpu.change(nodes=2)
-    for index in (0, 1):
-        arguments, _, _ = started(
-            cpu.start(
-                TITAN_HEAD_ADDR="127.0.0.1",
-                TITAN_HEAD_PORT="20001",
-                SLURM_NODEID=str(index),
-                SLURMD_NODENAME=f"gpu00{index}",
-            )
-        )
-        assert f"--log-dir={cpu.run_dir}/logs/ranks/000{index}-gpu00{index}" in arguments
-        assert cpu.record(f"000{index}-gpu00{index}")["node"] == index

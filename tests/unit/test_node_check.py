@@ -184,13 +184,6 @@ def test_a_network_that_fails_stops_the_job(two: Nodes) -> None:
     assert "titan-check: printed by worker 1:\nNCCL INFO no route" in done[0].stdout
 
 
-def test_a_torch_that_is_broken_on_one_node_can_say_so(two: Nodes) -> None:
-    done = two.run(n1={"FAKE_TORCH_BROKEN": "1"})
-    all_stopped(done)
-    assert [(one["host"], one["fault"]) for one in two.verdict()["unfit"]] == [("gpu001", "node")]
-    assert "import torch fails: ImportError: libcudart" in done[1].stdout
-
-
 def test_a_wrong_setting_is_not_blamed_on_the_only_node(tmp_path: Path) -> None:
     alone = Nodes(tmp_path, debug_node(nodes=1))
     all_stopped(alone.run(n0={"TITAN_SCRATCH": "/proc/none"}))

@@ -25,7 +25,7 @@ def node_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_interface_towards_a_head_node(node_module: ModuleType) -> None:
-    from check.network import interface_of  # type: ignore[import-not-found]  # as a run directory has it
+    from check.network import interface_of  # as a run directory has it
 
     assert node_module.find_network(debug_node(), {"TITAN_HEAD_ADDR": "127.0.0.1"}) == {
         "address": "127.0.0.1",
@@ -95,7 +95,7 @@ def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place)
 def test_a_shared_file_system_holds_no_caches(
     node_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import titan.caches  # type: ignore[import-not-found]  # as a run directory has it
+    import titan.caches  # as a run directory has it
 
     monkeypatch.setattr(titan.caches, "filesystem_of", lambda path: "nfs4" if "run" in path.parts else "xfs")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
