@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ import pytest
 
 from launcher.stage import view
 from tests.unit.node_place import FAKE_RUN, Place, as_in_a_run, cpu, started
+from tests.unit.test_submission import wait_for
 from tests.unit.test_titan_command import debug_node
 
 __all__ = ["cpu"]  # fixtures
@@ -68,28 +67,26 @@ def test_caches_go_to_the_nodes_own_disk_where_the_profile_names_it(cpu: Place) 
 def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place) -> None:
     nvme = cpu.run_dir.parent / "nvme"
     cpu.change(scratch=str(nvme))
-    fake_run = cpu.site / "torch" / "distributed" / "run.py"
-    fake_run.write_text(FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n")
-    started(cpu.start(TITAN_JOB_ID="1"))
-    going = subprocess.Popen(
-        [sys.executable, "-S", str(cpu.run_dir / "job" / "node.py"), f"{cpu.run_dir}/job/node.json"],
-        env=cpu.environment(TITAN_JOB_ID="2", HOLD="1"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert going.stdout is not None and any("READY" in line for line in going.stdout)
-        (nvme / f"titan-{os.getuid()}-9").mkdir()  # without a lock: not known to be ours
-        for folder in nvme.iterdir():
+    hold = cpu.run_dir.parent / "hold"
+    hold.touch()
+    waits = "import time\nwhile os.path.exists(os.environ.get('HOLD', '')): time.sleep(0.05)\n"
+    (cpu.site / "torch" / "distributed" / "run.py").write_text(FAKE_RUN + waits)
+
+    def left_by(job: str) -> list[str]:
+        """Once that job has begun, long after the others were seen."""
+        for folder in nvme.glob("*"):
             os.utime(folder, (1, 1))
-        started(cpu.start(TITAN_JOB_ID="3"))
-        assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-2", "-3", "-9"]
-    finally:
-        going.communicate("", timeout=60)
-    os.utime(nvme / f"titan-{os.getuid()}-2", (1, 1))
-    started(cpu.start(TITAN_JOB_ID="4"))
-    assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-3", "-4", "-9"]
+        started(cpu.start(TITAN_JOB_ID=job))
+        return sorted(path.name[-2:] for path in nvme.iterdir())
+
+    assert left_by("1") == ["-1"]
+    going = cpu.process(cpu.environment(TITAN_JOB_ID="2", HOLD=str(hold)))
+    wait_for(lambda: "STARTED" in going.said())
+    (nvme / f"titan-{os.getuid()}-9").mkdir()  # without a lock: not known to be ours
+    assert left_by("3") == ["-2", "-3", "-9"]
+    hold.unlink()
+    going.end()
+    assert left_by("4") == ["-4", "-9"]
 
 
 def test_a_shared_file_system_holds_no_caches(
