@@ -107,20 +107,12 @@ CASES = {
     "a silent node": Case([on("a", rank(0), rank(1))], "node b does not answer"),
     "two silent nodes": Case([on("a", rank(0), rank(1))], None, ("a", "b", "c")),
     "a node without a way to the first": Case(
-        [
-            on("a", rank(0), reaches_head=True),
-            on("b", rank(1), reaches_head=False),
-            on("c", rank(2), reaches_head=True),
-        ],
+        reaching(a=True, b=False, c=True),
         "node b cannot reach the first node over the network; 3 others wait in all-reduce 8",
         ("a", "b", "c"),
     ),
     "the first node itself": Case(
-        [
-            on("a", rank(0), reaches_head=True),
-            on("b", rank(1), reaches_head=False),
-            on("c", rank(2), reaches_head=False),
-        ],
+        reaching(a=True, b=False, c=False),
         "node a cannot reach the first node over the network; 3 others wait in all-reduce 8",
         ("a", "b", "c"),
     ),
