@@ -205,7 +205,7 @@ def tend_checkpoints(
 
 def greet(node: dict[str, Any], facts: Facts, crew: list[Any], found: Any) -> None:
     """What the workers say of torch and of the GPUs; a driver that is too old is told by its number."""
-    answers = workers.ask(crew, [{"do": "look", "gpus": node["profile"]["gpus_per_node"]}] * len(crew), HELLO_S)
+    answers = workers.ask(crew, {"do": "look", "gpus": node["profile"]["gpus_per_node"]}, HELLO_S)
     first = answers[0]
     facts.update({key: value for key, value in first.items() if key not in ("problem", "fix", "fault")})
     needed = driver_needed(facts["driver"], first.get("cuda", ""))

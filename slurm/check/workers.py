@@ -56,13 +56,13 @@ def start(count: int, device: str, scratch: Path, env: Mapping[str, str]) -> lis
     return workers
 
 
-def ask(workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], limit_s: float) -> list[dict[str, Any]]:
-    """Each worker's answer to its command, in order; {"problem": ...} from one that ended or said nothing in time.
+def ask(workers: Sequence[Worker], command: Mapping[str, Any], limit_s: float) -> list[dict[str, Any]]:
+    """Each worker's answer to the command, in order; {"problem": ...} from one that ended or said nothing in time.
 
     One of those is killed, so that no later answer is taken for this one's.
     """
 
-    def talk(worker: Worker, command: Mapping[str, Any]) -> Any:
+    def talk(worker: Worker) -> Any:
         assert worker.process.stdin is not None and worker.process.stdout is not None
         with contextlib.suppress(OSError):  # it has ended: its output says so below
             worker.process.stdin.write(json.dumps(command).encode() + b"\n")
@@ -73,8 +73,8 @@ def ask(workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], limit_
         return {"problem": f"{command['do']}: the worker ended{_end_of(worker)}{_last_words(worker)}"}
 
     answers = []
-    said = bounded(limit_s, [partial(talk, *pair) for pair in zip(workers, commands, strict=True)])
-    for worker, command, answer in zip(workers, commands, said, strict=True):
+    said = bounded(limit_s, [partial(talk, worker) for worker in workers])
+    for worker, answer in zip(workers, said, strict=True):
         if answer is None:
             _kill(worker)
             late = f"{command['do']}: no answer within {limit_s:.0f} s"

@@ -260,7 +260,7 @@ def crew(folder: Path, torch: str, count: int = 2) -> list[workers.Worker]:
 )
 def test_a_worker_that_dies_or_hangs(tmp_path: Path, torch: str, limit_s: float, said: str) -> None:
     made = crew(tmp_path, torch)
-    answers = workers.ask(made, [{"do": "look", "gpus": 2}] * 2, limit_s)
+    answers = workers.ask(made, {"do": "look", "gpus": 2}, limit_s)
     workers.stop(made)
     assert [answer["problem"] for answer in answers] == [said] * 2
     assert all(worker.process.poll() is not None for worker in made)
@@ -268,9 +268,9 @@ def test_a_worker_that_dies_or_hangs(tmp_path: Path, torch: str, limit_s: float,
 
 def test_workers_answer_and_end_with_their_input(tmp_path: Path) -> None:
     made = crew(tmp_path, "answers")
-    answers = workers.ask(made, [{"do": "look", "gpus": 2}] * 2, 30)
+    answers = workers.ask(made, {"do": "look", "gpus": 2}, 30)
     assert [answer["torch"] for answer in answers] == ["for 1", "for 1"]
-    assert "AttributeError" in workers.ask(made, [{"do": "measure"}] * 2, 30)[0]["problem"]
+    assert "AttributeError" in workers.ask(made, {"do": "measure"}, 30)[0]["problem"]
     workers.stop(made)
     assert [worker.process.returncode for worker in made] == [0, 0]
     assert not list(tmp_path.glob("check-*"))
