@@ -216,6 +216,18 @@ def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
     assert [what.startswith(f"nvidia-smi does not tell: {warning}") for what in told] == ([True] if warning else [])
 
 
+def test_what_goes_wrong_is_noted_and_the_next_thing_is_looked_at() -> None:
+    found = Findings()
+    for name, error in {"data": OSError(116, "Stale file handle", "/data/c4"), "gpus": KeyError("x")}.items():
+        with found.noting(name):
+            raise error
+    assert [(one["name"], one["what"]) for one in found.problems] == [
+        ("data", "/data/c4: Stale file handle"),
+        ("unexpected", "unexpected: KeyError: 'x'"),
+    ]
+    assert ["traceback" in one for one in found.problems] == [False, True]
+
+
 def test_gpus_that_are_hidden_from_the_job_are_not_judged() -> None:
     gpus = smi.join({"general": general()})
     assert [gpu["index"] for gpu in smi.used(gpus, "0,1")] == [0, 1]
