@@ -24,30 +24,25 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `titan` and `check` are copied beside this file
 
-from check import Findings, problem, workers  # type: ignore[import-not-found]
-from check.agree import ARRIVE_S, HELLO_S, REPORT_S, agree, hosts_of, measure  # type: ignore[import-not-found]
-from check.health import driver_needed, look  # type: ignore[import-not-found]
-from check.meeting import Lost  # type: ignore[import-not-found]
-from check.network import find_network  # type: ignore[import-not-found]
-from check.notes import noting, unexpected, within  # type: ignore[import-not-found]
-from check.verdict import judge, lines  # type: ignore[import-not-found]
-from check.watch import asked_through  # type: ignore[import-not-found]
-from titan import Refused, checkpoints  # type: ignore[import-not-found]
-from titan.caches import filesystem_of, scratch_dir  # type: ignore[import-not-found]
-from titan.command import (  # type: ignore[import-not-found]
-    NODE_SCHEMA,
-    Rendezvous,
-    config_files,
-    hang_s,
-    torchrun_command,
-)
-from titan.data import check_data, check_tokenizer  # type: ignore[import-not-found]
-from titan.weights import SHAPES, starting_weights  # type: ignore[import-not-found]
+from check import Findings, bounded, read, workers, write
+from check.agree import ARRIVE_S, HELLO_S, REPORT_S, agree, hosts_of, measure
+from check.health import driver_needed, look
+from check.meeting import Lost
+from check.network import find_network
+from check.verdict import judge, lines
+from check.watch import asked_through
+from titan import Refused, checkpoints
+from titan.caches import filesystem_of, scratch_dir
+from titan.command import NODE_SCHEMA, Rendezvous, config_files, hang_s, torchrun_command
+from titan.data import check_data, check_tokenizer
+from titan.weights import SHAPES, starting_weights
 
 CHECK_FAILED = 20  # this process's exit code when the job cannot train; docs/exit-codes.md names it
 MEASURED = ("product", "all-reduce-node", "all-reduce")  # problems that the workers' libraries know more of
@@ -59,9 +54,11 @@ Facts = dict[str, Any]
 
 def main(argv: list[str]) -> int:
     """Does not return when all is well: the process is torchrun from then on."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # half a character, from node.json
     now = time.time()
     facts: Facts = {"schema": 1, "ok": False, "node": 0, "host": "?", "problems": [], "warnings": []}
     facts.update(time=now, utc_offset_s=time.localtime(now).tm_gmtoff)
+    found = Findings(facts["problems"], facts["warnings"])
     crew: list[Any] = []
     run_dir: Path | None = None
     try:
@@ -70,8 +67,8 @@ def main(argv: list[str]) -> int:
         facts.update(node=node_id, host=host, cluster=os.environ.get("SLURM_CLUSTER_NAME", ""))
         node = read_node(argv)
         run_dir = Path(node["placed"]["run_dir"])
-        command, added = examine(node, run_dir, facts, crew)
-        status = conclude(node, run_dir, facts, crew)
+        command, added = examine(node, run_dir, facts, crew, found)
+        status = conclude(node, run_dir, facts, crew, found)
         if status is not None:
             return status
         if "head" in facts:
@@ -85,18 +82,13 @@ def main(argv: list[str]) -> int:
         say(f"titan-command: {' '.join(assignments)} {shlex.join(command)}")
         workers.stop(crew)
         os.chdir(run_dir)
-        if rendezvous(facts).node_id == 0 and node["recipe"]["checkpoint_interval"] > 0:
-            checkpoints.watch(checkpoints.folder_of(node), say)
         if os.environ.get("LAUNCHER_CORE_DUMPS") != "1":  # gigabytes for each rank, in the run directory
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-        if hang_s(os.environ):
+        if hang_s(os.environ) or node["recipe"]["checkpoint_interval"] > 0:
             watch_it(argv[1], node_id, host)
         os.execvp(command[0], command)
-    except Refused as refused:
-        facts["problems"].append(problem("node.json", refused.why, refused.fix, "run"))
-        return fail(facts, run_dir)
-    except Exception as error:  # nobody foresaw it: the log must hold what a report needs
-        facts["problems"].append(unexpected(error))
+    except Exception as error:  # the log must hold what a report needs
+        found.error("node.json", error)
         return fail(facts, run_dir)
     finally:
         workers.stop(crew)
@@ -110,7 +102,9 @@ def watch_it(node_json: str, node_id: int, host: str) -> None:
         subprocess.Popen([sys.executable, str(program), *words], stdin=subprocess.DEVNULL)
 
 
-def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> tuple[list[str], dict[str, str]]:
+def examine(
+    node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any], found: Any
+) -> tuple[list[str], dict[str, str]]:
     """Everything that this node finds out by itself, into `facts`; the workers that it starts, into `crew`.
 
     Returns torchrun's command line and the variables that were added for it. What is wrong goes to
@@ -119,29 +113,28 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     facts.update(check=node["job"]["check"], device=node["profile"]["device"], profile=node["job"]["gpu"])
     facts.update(hostname=socket.gethostname(), driver=driver_version())
     env, added, scratch = os.environ, {}, None
-    found = Findings(facts["problems"], facts["warnings"])
-    with noting(facts, "run directory"):
+    with found.noting("run directory"):
         ours, fix = (run_dir / "nodes", run_dir / "titan"), "a directory shared by all nodes that you can write on them"
         check_writable(ours[0], f"the run directory {run_dir}", f"{fix}: --runs-dir DIR", ours)
         tell(run_dir, facts, "software and data")
-    with noting(facts, "network"):
+    with found.noting("network"):
         facts.update(find_network(node, env))
-    with noting(facts, "scratch"):
+    with found.noting("scratch"):
         scratch = scratch_dir(env, node["profile"]["scratch"])
         facts.update(scratch=f"{scratch} ({filesystem_of(scratch)})")
         added = environment(node, facts.get("iface", ""), scratch, env)
         env.update(added)  # the caches must be in place before torch is imported
-    with noting(facts, "software"):
+    with found.noting("software"):
         facts.update(software(("safetensors",) if node["job"]["init_from"] else ()))
         if scratch is not None:  # torch takes seconds to import: meanwhile the rest is looked at
             count = node["profile"]["gpus_per_node"] if facts["check"] == "full" else 1
             crew += workers.start(count, node["profile"]["device"], scratch, env)
-    with noting(facts, "data"):
+    with found.noting("data"):
         facts.update(within(READ_S, node["placed"]["data"], check_data, node))
-    with noting(facts, "tokenizer"):
+    with found.noting("tokenizer"):
         within(READ_S, node["placed"]["tokenizer"], check_tokenizer, Path(node["placed"]["tokenizer"]))
     if facts["check"] != "off" and scratch is not None:
-        with noting(facts, "health"):
+        with found.noting("health"):
             facts.update(look(node, facts["host"], env, {"scratch": scratch, "run": run_dir}, found))
     if crew:
         greet(node, facts, crew, found)
@@ -151,17 +144,17 @@ def examine(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) 
     if "torchtitan" in facts:
         whole, folder = [], checkpoints.folder_of(node)
         if node["recipe"]["checkpoint_interval"] > 0 or node["job"]["init_from"]:
-            with noting(facts, "checkpoints"):
+            with found.noting("checkpoints"):
                 whole, damaged = within(SEVERAL_READ_S, str(folder), find_checkpoints, node, folder)
                 if facts["node"] == 0:
-                    with noting(facts, "checkpoint-folder"):
+                    with found.noting("checkpoint-folder"):
                         tend_checkpoints(node, folder, whole, damaged, facts, found)
         own = folder / f"step-{whole[-1]}" if whole else None
-        with noting(facts, "weights"):
+        with found.noting("weights"):
             facts.update(within(READ_S, node["job"]["init_from"], starting_weights, node, own))
     command: list[str] = []
     if {"torch", "torchtitan", "address"} <= facts.keys():
-        with noting(facts, "command"):
+        with found.noting("command"):
             command = prepare(node, run_dir, facts, added)
     if crew and facts["check"] == "full" and not facts["problems"]:
         tell(run_dir, facts, "speed")
@@ -207,12 +200,12 @@ def tend_checkpoints(
             again = f"start from {node['job']['init_from']} again after: rm -r {shlex.quote(str(folder))}"
             raise Refused(why, f"look at it, then {again}")
     elif recipe["checkpoint_interval"] > 0 and not checkpoints.record_of(folder):
-        write(folder / checkpoints.RECORD, json.dumps(checkpoints.origin(node, version)) + "\n")
+        write(folder / checkpoints.RECORD, checkpoints.origin(node, version))
 
 
 def greet(node: dict[str, Any], facts: Facts, crew: list[Any], found: Any) -> None:
     """What the workers say of torch and of the GPUs; a driver that is too old is told by its number."""
-    answers = workers.ask(crew, [{"do": "look", "gpus": node["profile"]["gpus_per_node"]}] * len(crew), HELLO_S)
+    answers = workers.ask(crew, {"do": "look", "gpus": node["profile"]["gpus_per_node"]}, HELLO_S)
     first = answers[0]
     facts.update({key: value for key, value in first.items() if key not in ("problem", "fix", "fault")})
     needed = driver_needed(facts["driver"], first.get("cuda", ""))
@@ -259,7 +252,7 @@ def rendezvous(facts: Facts) -> Any:
     )
 
 
-def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any]) -> int | None:
+def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any], found: Any) -> int | None:
     """None where this node trains. Else the process's exit code, with what is wrong printed and recorded:
     CHECK_FAILED, or 0 where the others train without it, whom srun would end for another code.
     """
@@ -282,14 +275,16 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
         """The verdict and what it says of this node, told and recorded before another's end can end this process."""
         if facts["node"] in (0, stand_in):
             with contextlib.suppress(OSError):  # a run directory that cannot be written is in the verdict
-                write(run_dir / "nodes" / "check.json", json.dumps(verdict, indent=2) + "\n")
+                write(run_dir / "nodes" / "check.json", verdict)
             for line in lines(verdict):
                 say(line)
         # srun ends all when the first has ended, and would tell of a signal, not of a code.
         if not verdict["ok"]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if mine := [one for one in verdict["unfit"] if one["node"] == facts["node"]]:
-            facts["problems"] = [problem(one["name"], one["why"], one["fix"], one["fault"]) for one in mine]
+            found.problems.clear()
+            for one in mine:
+                found.problem(one["name"], one["why"], one["fix"], one["fault"])
             fail(facts, run_dir, before)
             if any(one["name"] in MEASURED for one in mine) and (text := workers.printed(crew)):
                 say(text)  # it goes with the workers
@@ -311,7 +306,7 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
             every = {**node, "job": {"nodes": where.step_nodes}}
             publish(judge({stand_in: facts}, every, hosts_of({0}, run_dir)))
             return CHECK_FAILED
-        facts["problems"].append(problem("meeting", str(lost), lost.fix, "run"))
+        found.error("meeting", lost)
         fail(facts, run_dir, before)
         return 0 if has_spares and facts["node"] and others_train(run_dir, REPORT_S) else CHECK_FAILED
     if not verdict["ok"]:
@@ -332,12 +327,9 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any])
 def others_train(run_dir: Path, wait_s: float = 0) -> bool:
     """Whether the others met, and enough of them are fit, by their verdict in the run directory; it may be late."""
     deadline = time.monotonic() + wait_s
-    while True:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((run_dir / "nodes" / "check.json").read_text(encoding="utf-8"))["ok"] is True
-        if time.monotonic() >= deadline:
-            return False
+    while not (verdict := read(run_dir / "nodes" / "check.json")) and time.monotonic() < deadline:
         time.sleep(1)
+    return verdict.get("ok") is True
 
 
 def fail(facts: Facts, run_dir: Path | None, told: int = 0) -> int:
@@ -359,7 +351,7 @@ def save(run_dir: Path, facts: Facts) -> None:
     """This node's own record."""
     facts["check_s"] = round(time.time() - facts["time"], 1)
     file = run_dir / "nodes" / f"{facts['node']:04d}-{facts['host']}.json"
-    write(file, json.dumps(facts, indent=2) + "\n")
+    write(file, facts)
     file.with_suffix(".doing").unlink(missing_ok=True)
 
 
@@ -367,7 +359,7 @@ def tell(run_dir: Path, facts: Facts, doing: str) -> None:
     """What this node is at, for who watches the run: a check may take minutes, and its log is silent until its end."""
     with contextlib.suppress(OSError):
         file = run_dir / "nodes" / f"{facts['node']:04d}-{facts['host']}.doing"
-        write(file, json.dumps({"doing": doing, "time": facts["time"]}) + "\n")
+        write(file, {"doing": doing, "time": facts["time"]})
 
 
 def ok_line(facts: Facts) -> str:
@@ -383,21 +375,15 @@ def ok_line(facts: Facts) -> str:
 
 
 def say(line: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    printable = line.encode(encoding, "backslashreplace").decode(encoding)  # half a character, from node.json
-    print(printable, flush=True)  # exec throws away what is still buffered
+    print(line, flush=True)  # exec throws away what is still buffered
 
 
-def write(path: Path, text: str) -> None:
-    """Through a temporary name: several nodes may write the same file in a shared directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as stream:  # never through a link, never a file that was there
-            stream.write(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def within(seconds: float, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result. Raises Refused where it takes longer: it is left behind, nothing else can be done."""
+    (result,) = bounded(seconds, [partial(function, *arguments)])
+    if result is None:
+        raise Refused(f"{what} does not answer within {seconds:.0f} s", "look at its file system: df, mount, dmesg")
+    return result.result()
 
 
 def read_node(argv: list[str]) -> dict[str, Any]:

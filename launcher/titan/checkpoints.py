@@ -15,8 +15,7 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ ASIDE = "damaged"  # in the folder, too: torchtitan looks no deeper
 STEP = re.compile(r"step-(\d+)", re.ASCII)  # as torchtitan looks for it
 MOST_METADATA = 1 << 30  # bytes; 70B on 1024 GPUs has about 0.3 GB
 CPU_S = 120  # for one of them
-WATCH_S = 10
 
 
 @dataclass(frozen=True)
@@ -177,30 +175,7 @@ def free_bytes(folder: Path) -> int | None:
     return space.f_bavail * space.f_frsize if space.f_blocks else None
 
 
-def watch(folder: Path, say: Callable[[str], None], every_s: float = WATCH_S) -> None:
-    """Starts a process that lives as long as this one, whatever this one becomes, and looks at each new checkpoint."""
-    import ctypes
-
-    last = _newest(folder)
-    if os.fork():
-        return
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        while True:
-            time.sleep(every_s)
-            with contextlib.suppress(OSError):  # a file system that fails is the trainer's to tell
-                if (newest := _newest(folder)) == last:
-                    continue
-                size = sum(file.stat().st_size for file in (folder / f"step-{newest}").iterdir())
-                last, free = newest, free_bytes(folder)
-                if free is not None and free < size:
-                    what = f"the next of {size / 1e9:.3g} GB does not fit: {free / 1e9:.3g} GB are free in {folder}"
-                    say(f"titan-checkpoint: warn step={newest} why={json.dumps(what)}")
-    finally:
-        os._exit(0)
-
-
-def _newest(folder: Path) -> int:
+def newest(folder: Path) -> int:
     """By its .metadata alone, as torchtitan finds it; 0 where there is none."""
     steps = (STEP.fullmatch(path.parent.name) for path in folder.glob("step-*/.metadata"))
     return max((int(step[1]) for step in steps if step), default=0)

@@ -29,7 +29,7 @@ def measure(
     what = "GPU" if node["profile"]["device"] == "cuda" else "rank"
     facts: dict[str, Any] = {"speed": []}
     fix = "look at nvidia-smi and dmesg on this node; leave it out: --exclude NODE"
-    measured = ask(crew, [{"do": "measure"}] * len(crew), MEASURE_S)
+    measured = ask(crew, {"do": "measure"}, MEASURE_S)
     # A sick GPU fails by itself; all of several at once do for want of a library, say.
     fault = "run" if len(crew) > 1 and all("problem" in answer for answer in measured) else "node"
     for gpu, answer in enumerate(measured):
@@ -40,7 +40,7 @@ def measure(
     if node["profile"]["device"] == "cuda":
         look_after_load(host, env, found)
     if len(crew) > 1 and not found.problems:
-        opened = ask(crew[:1], [{"do": "host"}], HOST_S)[0]
+        opened = ask(crew[:1], {"do": "host"}, HOST_S)[0]
         value, why = _reduce(crew, what, len(crew), 0, "127.0.0.1", opened)
         if why:
             found.problem("all-reduce-node", why, fix, "run")
@@ -113,7 +113,7 @@ def _lead(
     verdict = judge(_timed(records), node, named, host.nodes)
     fit = sorted(records.keys() - {one["node"] for one in verdict["unfit"]})
     if verdict["ok"] and crew and facts["check"] == "full" and len(fit) > 1:
-        opened = ask(crew[:1], [{"do": "host"}], HOST_S)[0]
+        opened = ask(crew[:1], {"do": "host"}, HOST_S)[0]
         if "port" in opened:
             host.tell({"do": "allreduce", "port": opened["port"], "nodes": fit}, fit)
         if 0 in fit:
@@ -147,14 +147,14 @@ def _reduce(
     """GB/s of the slowest, or why there is none. The crew has ranks from `first` on; `opened`: the store's port."""
     if "port" not in opened:
         return 0.0, str(opened["problem"])
-    place = {"world": world, "address": address, "port": opened["port"]}
-    answers = ask(crew, [{"do": "allreduce", "rank": first + i, **place} for i in range(len(crew))], COLLECTIVE_S)
+    place = {"world": world, "first": first, "address": address, "port": opened["port"]}
+    answers = ask(crew, {"do": "allreduce", **place}, COLLECTIVE_S)
     wrong = [f"{what} {first + i}: {answer['problem']}" for i, answer in enumerate(answers) if "problem" in answer]
     return (0.0, wrong[0]) if wrong else (round(min(answer["allreduce_gbs"] for answer in answers), 4), "")
 
 
 def _merge(record: dict[str, Any], result: Mapping[str, Any]) -> None:
-    record["problems"] = [*record.get("problems", ()), *result.get("problems", ())]
+    record.setdefault("problems", []).extend(result.get("problems", ()))
     if "allreduce_job_gbs" in result:
         record["allreduce_job_gbs"] = result["allreduce_job_gbs"]
 

@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 LONGEST = 8 << 20  # bytes of one message
@@ -21,14 +21,16 @@ GOODBYE_S = 5
 # Node 0's host is up while the job runs: it refuses connections at once until its container has started. One that says
 # nothing at all for so long is behind a firewall, or the route to it is wrong.
 SILENT_S = 120
-_SAID = ("name", "why", "fix", "fault")
-_LISTS = {
-    "problems": ("name", "what", "fix", "fault"),
-    "warnings": ("name", "what"),
-    "gpu_health": (),
-    "speed": (),
+# What the verdict is made of, and what the others hear, by example; a record may lack keys, its lists' items may not.
+_PROBLEM = {"name": "", "fix": "", "fault": ""}
+_RECORD: dict[str, Any] = {
+    **{"host": "", "address": "", "problems": [_PROBLEM | {"what": ""}], "warnings": [{"name": "", "what": ""}]},
+    **{"gpu_health": [{}], "speed": [{"gpu": 0, "product_tflops": 0, "copy_gbs": 0}]},
+    **{"allreduce_node_gbs": 0, "allreduce_job_gbs": 0, "check_s": 0},
 }
-_NUMBERS = ("allreduce_node_gbs", "allreduce_job_gbs", "check_s")
+_EMPTY = {key: [] if isinstance(like, list) else like for key, like in _RECORD.items()}
+_VERDICT: dict[str, Any] = {"ok": True, "unfit": [_PROBLEM | {"why": "", "host": "", "node": 0}]}
+_CHOICE = {"chosen": [""], "head": ""}
 
 
 class Lost(Exception):
@@ -39,35 +41,15 @@ class Lost(Exception):
         self.fix = fix
 
 
-def is_record(value: Any) -> bool:
-    """Whether this is what a node says of itself, as far as the verdict reads it."""
-    if not isinstance(value, dict) or not all(isinstance(value.get(key, ""), str) for key in ("host", "address")):
-        return False
-    return (
-        all(_is_list(value.get(key, []), texts) for key, texts in _LISTS.items())
-        and all(_is_number(value.get(key, 0)) for key in _NUMBERS)
-        and all("gpu" in one and all(map(_is_number, one.values())) for one in value.get("speed", ()))
-    )
-
-
-def is_verdict(value: Any) -> bool:
-    """Whether every node can act on this."""
-    if not isinstance(value, dict) or not isinstance(value.get("ok"), bool):
-        return False
-    unfit: Any = value.get("unfit")
-    chosen = value.get("chosen", [])
-    said = isinstance(chosen, list) and all(isinstance(one, str) for one in (*chosen, value.get("head", "")))
-    return said and _is_list(unfit, (*_SAID, "host")) and all(isinstance(one.get("node"), int) for one in unfit)
-
-
-def _is_list(value: Any, texts: Sequence[str]) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in texts) for one in value
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e15  # which NaN is not
+def fits(value: Any, like: Any) -> bool:
+    """Whether a value that came over the network is of this form. NaN is no number here."""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], like[key]) for key in like)
+    if isinstance(like, list):
+        return isinstance(value, list) and all(fits(one, like[0]) for one in value)
+    if type(like) is int:
+        return isinstance(value, (int, float)) and abs(value) < 1e15
+    return isinstance(value, type(like))
 
 
 def port_of(rendezvous_port: int) -> int:
@@ -112,7 +94,7 @@ class Host:
                 message = json.loads(line)
                 number = message["node"]
                 ours = message["job"] == self.job and isinstance(number, int) and 0 < number < self.nodes
-                if not (ours and is_record(message["say"])):
+                if not (ours and fits({**_EMPTY, **message["say"]}, _RECORD)):
                     break
                 node = number
                 self.guests[node] = guest
@@ -199,11 +181,10 @@ class Guest:
             raise Lost("node 0 went away before it gave its verdict")
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
-            if isinstance(value, dict):
-                begins = value.get("do") == "allreduce" and isinstance(value.get("port"), int)
-                begins = begins and isinstance(value.get("nodes"), list) and self.node in value["nodes"]
-                if is_verdict(value["verdict"]) if "verdict" in value else begins:
-                    return value
+            verdict = value["verdict"] if fits(value, {"verdict": {}}) else None
+            begins = "verdict" not in value and fits(value, {"port": 0, "nodes": [0]}) and self.node in value["nodes"]
+            if begins or fits(verdict, _VERDICT | (_CHOICE if "chosen" in (verdict or ()) else {})):
+                return dict(value)
         raise Lost("another program answers at node 0's port; submit again: the new job uses another port")
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import socket
 import struct
 from typing import Any
 
-from titan import Refused  # type: ignore[import-not-found]
+from titan import Refused
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of a network interface
 

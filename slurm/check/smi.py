@@ -8,9 +8,10 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from . import bounded
 
 SMI_LIMIT_S = 20  # without persistence mode the driver wakes every GPU first
 LINE_CHARS = 200  # of what is quoted
@@ -116,18 +117,16 @@ def run_bounded(commands: Sequence[Sequence[str]], limit_s: float) -> list[tuple
         subprocess.Popen(command, **pipes, text=True, errors="replace", env=env, start_new_session=True)
         for command in commands
     ]
-    deadline = time.monotonic() + limit_s
-    return [_answer(process, deadline, limit_s) for process in started]
+    answers = bounded(limit_s, [process.communicate for process in started])
+    return [_answer(process, answer, limit_s) for process, answer in zip(started, answers, strict=True)]
 
 
-def _answer(process: subprocess.Popen[str], deadline: float, limit_s: float) -> tuple[str | None, str]:
-    try:
-        # After one that hung, the others have had their time: what they have said is still read.
-        said, _ = process.communicate(timeout=max(0.2, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
+def _answer(process: subprocess.Popen[str], answer: Any, limit_s: float) -> tuple[str | None, str]:
+    if answer is None:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         return None, f"did not answer within {limit_s:.0f} s"
+    said, _ = answer.result()
     if process.returncode == 0:
         return said, ""
     printable = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in said)

@@ -65,7 +65,7 @@ def _do(torch: Any, command: dict[str, Any], device: str, rank: int) -> dict[str
         return {"product_tflops": product_tflops(torch, device), "copy_gbs": copy_gbs(torch, device)}
     if command["do"] == "host":
         return _host(torch)
-    return {"allreduce_gbs": _allreduce(torch, device, command)}
+    return {"allreduce_gbs": _allreduce(torch, device, command, rank)}
 
 
 def look(torch: Any, device: str, expected: int) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _host(torch: Any) -> dict[str, Any]:
 _STORE: Any = None
 
 
-def _allreduce(torch: Any, device: str, command: dict[str, Any]) -> float:
+def _allreduce(torch: Any, device: str, command: dict[str, Any], rank: int) -> float:
     """Bus bandwidth in GB/s of a sum over `world` ranks: 2 (n - 1) / n x bytes / time, as nccl-tests counts it.
 
     That is what each rank's link carries, so figures of different numbers of ranks can be compared. All ranks take
@@ -169,10 +169,10 @@ def _allreduce(torch: Any, device: str, command: dict[str, Any]) -> float:
     import torch.distributed as dist
 
     limit = datetime.timedelta(seconds=COLLECTIVE_S)
-    world, rank = command["world"], command["rank"]
+    world = command["world"]
     store = dist.TCPStore(command["address"], command["port"], is_master=False, timeout=limit)
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=command["first"] + rank, world_size=world, timeout=limit)
     size = SIZES[device][2]
     values = torch.zeros(size // 4, device=device, dtype=torch.float32)
     wait = _wait(torch, device)

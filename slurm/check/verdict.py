@@ -43,9 +43,8 @@ def outliers(records: Mapping[int, Mapping[str, Any]], device: str) -> list[dict
     found = []
     for metric in METRICS:
         figures = _figures(records, metric)
-        if not figures or (device == "cpu" and metric == "allreduce_node_gbs"):
-            continue
-        if len(figures) < MIN_VALUES and device != "cpu":
+        few = metric == "allreduce_node_gbs" if device == "cpu" else len(figures) < MIN_VALUES
+        if few or not figures:
             continue
         middle, limit = limit_of([value for _, _, value in figures], device)
         found += [

@@ -1,4 +1,5 @@
 """Runs beside torchrun on every node, and ends with it: ends a run that hangs, after it has said whose fault that is.
+On the first node it says after each checkpoint whether the next one fits, too.
 
     python3 RUN_DIR/job/check/watch.py RUN_DIR/job/node.json NODE_ID HOST PID_OF_TORCHRUN
 
@@ -25,14 +26,18 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # RUN_DIR/job
 
-from titan.command import STARTUP, hang_s  # type: ignore[import-not-found]
-from titan.recorder import ASK, FOLDER, read_dump  # type: ignore[import-not-found]
+from titan import checkpoints
+from titan.command import STARTUP, hang_s
+from titan.recorder import ASK, FOLDER, read_dump
 
-from check.hang import Pace, moves, name  # type: ignore[import-not-found]
-from check.smi import ask_smi, run_bounded  # type: ignore[import-not-found]
+from check import read, write
+from check.hang import Pace, moves, name
+from check.smi import ask_smi, run_bounded
 
+LOOK_S = 2  # the shortest look at the ranks
 ROUND_S = 8  # the longest wait for the ranks' answers, of which there are two rounds
 OTHERS_S = 40  # and for the other nodes'
+SAVES_S = 10  # between two looks for a new checkpoint
 RAS_PORT = 28028
 PIPES = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
 KERNEL = re.compile(r"NVRM: Xid|SXid|NVRM: .*(?:NVLink|fallen off)")
@@ -69,18 +74,24 @@ class Watch:
         least_s = hang_s(os.environ)
         often = node["recipe"]["log_freq"], node["recipe"]["checkpoint_interval"]
         self.pace = Pace(time.monotonic(), node["recipe"]["steps"], least_s, least_s * STARTUP, pauses, *often)
-        self.every_s = min(2.0, least_s / 5)
+        self.every_s = min(2.0, least_s / 5) or 2.0  # 0: hangs are not looked for
+        self.saves = checkpoints.folder_of(node) if self.leads and node["recipe"]["checkpoint_interval"] else None
+        self.saved = checkpoints.newest(self.saves) if self.saves else 0
         self.kernel: list[str] = []
 
     def run(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.leads:
+        if self.leads and self.pace.least_s:
             write(self.board, {"ask": "", "end": False})
         self.kernel = kernel_lines() if self.on_gpu else []
-        before = looked = patience = time.monotonic()
+        before = looked = saved = patience = time.monotonic()
         while os.getppid() == self.torchrun:
             time.sleep(self.every_s)
             now = time.monotonic()
+            if self.saves and now - saved > SAVES_S:
+                saved = now
+                self.look_for_room(self.saves)
+            if not self.pace.least_s:
+                continue
             if now - before > 5 * self.every_s + 5:
                 self.pace.slept(now - before)
             self.read(now)
@@ -97,6 +108,16 @@ class Watch:
             if asked.startswith(self.attempt) and asked != self.answered:
                 self.answer(asked)
             before = time.monotonic()
+
+    def look_for_room(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):  # a file system that fails is the trainer's to tell
+            if (step := checkpoints.newest(folder)) == self.saved:
+                return
+            size = sum(file.stat().st_size for file in (folder / f"step-{step}").iterdir())
+            self.saved, free = step, checkpoints.free_bytes(folder)
+            if free is not None and free < size:
+                what = f"the next of {size / 1e9:.3g} GB does not fit: {free / 1e9:.3g} GB are free in {folder}"
+                print(f"titan-checkpoint: warn step={step} why={json.dumps(what)}", flush=True)
 
     def logs(self) -> list[Path]:
         return [self.log, *self.run_dir.glob(f"logs/ranks/*-{self.host}/*/attempt_*/*/std*.log")]
@@ -147,11 +168,12 @@ class Watch:
 
     def answer(self, asked: str) -> None:
         """This node's evidence, beside the other nodes'."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         says: dict[str, Any] = {"ask": asked, "host": self.host, "quiet_s": round(time.monotonic() - self.pace.moved)}
         pids = dict(sorted(ranks_of(self.torchrun)))
         before = {rank: process(pid)[1] for rank, (pid, _) in pids.items()}
-        time.sleep(2)
-        cpu = {rank: (process(pid)[1] - before[rank]) / 2 for rank, (pid, _) in pids.items()}
+        time.sleep(LOOK_S)
+        cpu = {rank: (process(pid)[1] - before[rank]) / LOOK_S for rank, (pid, _) in pids.items()}
         states: dict[int, set[str]] = {rank: set() for rank in pids}
         first, last = (self.ask(f"{asked}.{turn}", pids, states) for turn in range(2))
         says["ranks"] = [
@@ -186,7 +208,7 @@ class Watch:
                 pipe = os.open(f"{os.environ.get(PIPES, '')}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
                 os.write(pipe, b"1")
                 os.close(pipe)
-        while (took := time.monotonic() - began) < 2 or (
+        while (took := time.monotonic() - began) < LOOK_S or (
             len(told) < sum(one != {"T"} for one in states.values()) and took < ROUND_S
         ):
             time.sleep(0.25)
@@ -201,7 +223,8 @@ class Watch:
 
     def said(self, rank: int, asked: str) -> dict[str, Any] | None:
         """A rank's answer: its own thread's on CPUs, the dump that torch writes on GPUs."""
-        if (answer := read(self.folder / f"{rank}.json")).get("asked") == asked:
+        answer: dict[str, Any] = read(self.folder / f"{rank}.json")
+        if answer.get("asked") == asked:
             return answer
         with contextlib.suppress(OSError, ValueError):
             return {"groups": read_dump(self.dump(rank))} if self.on_gpu else None
@@ -226,7 +249,7 @@ class Watch:
         """Ends this node's ranks, those that are stopped, too; on their way they log their stacks."""
         pids = [pid for _, (pid, _) in ranks_of(self.torchrun)]
         os.kill(self.torchrun, signal.SIGSTOP)  # what it would say of their ends is no cause
-        for number, wait_s in ((signal.SIGABRT, 2), (signal.SIGKILL, 0)):
+        for number, wait_s in ((signal.SIGABRT, LOOK_S), (signal.SIGKILL, 0)):
             for pid in pids:
                 with contextlib.suppress(OSError):
                     os.kill(pid, number)
@@ -277,20 +300,6 @@ def text(path: Path) -> str:
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace")
     return ""
-
-
-def read(path: Path) -> dict[str, Any]:
-    """An object, or an empty one. Opened anew each time: that is how NFS shows what another node wrote."""
-    with contextlib.suppress(ValueError):
-        value = json.loads(text(path))
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-def write(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main(file: str, node_id: str, host: str, torchrun: str) -> None:

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from . import bounded
 
 PRINTED_BYTES = 20_000
 END_S = 10  # a worker that reads the end of its input ends in milliseconds
@@ -54,37 +56,32 @@ def start(count: int, device: str, scratch: Path, env: Mapping[str, str]) -> lis
     return workers
 
 
-def ask(workers: Sequence[Worker], commands: Sequence[Mapping[str, Any]], limit_s: float) -> list[dict[str, Any]]:
-    """Each worker's answer to its command, in order; {"problem": ...} from one that ended or said nothing in time.
+def ask(workers: Sequence[Worker], command: Mapping[str, Any], limit_s: float) -> list[dict[str, Any]]:
+    """Each worker's answer to the command, in order; {"problem": ...} from one that ended or said nothing in time.
 
     One of those is killed, so that no later answer is taken for this one's.
     """
-    answers: list[dict[str, Any] | None] = [None] * len(workers)
 
-    def talk(index: int) -> None:
-        worker, command = workers[index], commands[index]
+    def talk(worker: Worker) -> Any:
         assert worker.process.stdin is not None and worker.process.stdout is not None
         with contextlib.suppress(OSError):  # it has ended: its output says so below
             worker.process.stdin.write(json.dumps(command).encode() + b"\n")
             worker.process.stdin.flush()
         line = worker.process.stdout.readline()
         if line.endswith(b"\n"):
-            answers[index] = json.loads(line)
-        else:
-            answers[index] = {"problem": f"{command['do']}: the worker ended{_end_of(worker)}{_last_words(worker)}"}
+            return json.loads(line)
+        return {"problem": f"{command['do']}: the worker ended{_end_of(worker)}{_last_words(worker)}"}
 
-    threads = [threading.Thread(target=talk, args=(index,), daemon=True) for index in range(len(workers))]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + limit_s
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    said = list(answers)  # what is killed now answers no more
+    answers = []
+    said = bounded(limit_s, [partial(talk, worker) for worker in workers])
     for worker, answer in zip(workers, said, strict=True):
         if answer is None:
             _kill(worker)
-    late = f"{commands[0]['do']}: no answer within {limit_s:.0f} s" if commands else ""
-    return [answer or {"problem": late + _last_words(worker)} for worker, answer in zip(workers, said, strict=True)]
+            late = f"{command['do']}: no answer within {limit_s:.0f} s"
+            answers.append({"problem": late + _last_words(worker)})
+        else:
+            answers.append(answer.result())
+    return answers
 
 
 def stop(workers: Sequence[Worker]) -> None:

@@ -25,7 +25,7 @@ from launcher.logs.files import node_logs
 from launcher.logs.steps import LogReader
 from launcher.scheduler.parse import expand
 from launcher.titan import checkpoints
-from tests.cluster.daemons import in_network_of, spawn, wait_for
+from tests.cluster.daemons import in_network_of, processes, spawn, wait_for
 from tests.cluster.slurm_cluster import Cluster, slurm_run, start_controller, start_node
 from tests.conftest import ROOT
 
@@ -50,12 +50,10 @@ exec {python} "$@"
 
 @dataclass(frozen=True)
 class Case:
-    """A fault and what is expected. `causes`: of each attempt, alternatives divided by |; "" is one that completed."""
+    """A fault and what is expected. `causes`: a word for each attempt that failed, alternatives divided by |."""
 
-    name: str
-    what: str  # for the table
     fault: Callable[[Scene], None]
-    causes: tuple[str, ...]
+    causes: str = ""
     state: str = "COMPLETED"
     why_not: str = ""
     nodes: int = 1
@@ -67,6 +65,12 @@ class Case:
     reaches: int = STEPS
     other_losses: bool = False  # the fault changes them
     always: bool = False  # part of `make test`
+    what: str = ""  # for the table
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Of each attempt; "" is one that completed."""
+        return (*self.causes.split(), *([""] if self.state == "COMPLETED" else []))
 
 
 @dataclass(frozen=True)
@@ -230,21 +234,15 @@ class Scene:
 
     def processes(self, kind: str, host: str = "") -> list[int]:
         """Of this run: "rank", "torchrun", "node.py" or "any", on a node or on all of them."""
-        mine = f"FAULT_ORDERS={self.orders}".encode()
         found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdecimal():
+        for pid, command, variables in processes():
+            if f"FAULT_ORDERS={self.orders}" not in variables or (host and f"SLURMD_NODENAME={host}" not in variables):
                 continue
-            with contextlib.suppress(OSError):
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if mine not in variables or (host and f"SLURMD_NODENAME={host}".encode() not in variables):
-                    continue
-                is_rank = any(one.startswith(b"LOCAL_RANK=") for one in variables)
-                is_torchrun, is_node = b"torch.distributed.run" in words, any(b"/job/node.py" in word for word in words)
-                runs = "rank" if is_rank else "torchrun" if is_torchrun else "node.py" if is_node else ""
-                if kind in (runs, "any"):
-                    found.append(int(entry.name))
+            is_rank = any(one.startswith("LOCAL_RANK=") for one in variables)
+            is_torchrun, is_node = "torch.distributed.run\0" in command, "/job/node.py\0" in command
+            runs = "rank" if is_rank else "torchrun" if is_torchrun else "node.py" if is_node else ""
+            if kind in (runs, "any"):
+                found.append(pid)
         return sorted(found)
 
     def kill(self, kind: str, host: str, number: signal.Signals = signal.SIGKILL) -> None:
@@ -252,14 +250,8 @@ class Scene:
 
     def batch_script(self) -> int:
         """Its process on the first node, of which there are copies."""
-        spool = f"{self.cluster.directory}/spool/"
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_text()
-                if spool in command and f"job{int(self.job):05d}/slurm_script" in command:
-                    found.append(int(entry.name))
-        return min(found)
+        words = f"{self.cluster.directory}/spool/", f"job{int(self.job):05d}/slurm_script"
+        return min(pid for pid, command, _ in processes() if all(word in command for word in words))
 
     def namespaces(self, host: str) -> int:
         """The process whose end is that of the node."""
@@ -282,10 +274,9 @@ class Scene:
         """The node lives on, with what runs on it."""
         (self.cluster.directory / f"run/{host}.alone").touch()
         name = f"slurmd\0-D\0-N\0{host}\0-f\0{self.cluster.slurm_conf}"
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (entry / "cmdline").read_text().startswith(name):
-                    os.kill(int(entry.name), signal.SIGKILL)
+        for pid, command, _ in processes():
+            if command.startswith(name):
+                os.kill(pid, signal.SIGKILL)
 
     def start_slurmd(self, host: str) -> None:
         assert self.cluster.record
@@ -387,9 +378,9 @@ def judge(case: Case, scene: Scene, seen: Seen, whole: Seen) -> list[str]:
     wrong = []
     if seen.state != case.state:
         wrong.append(f"state {seen.state}, not {case.state}")
-    alike = [cause in wanted.split("|") for cause, wanted in zip(seen.causes, case.causes, strict=False)]
-    if len(seen.causes) != len(case.causes) or not all(alike):
-        wrong.append(f"causes {seen.causes}, not {case.causes}")
+    alike = [cause in wanted.split("|") for cause, wanted in zip(seen.causes, case.words, strict=False)]
+    if len(seen.causes) != len(case.words) or not all(alike):
+        wrong.append(f"causes {seen.causes}, not {case.words}")
     if seen.why_not != case.why_not:
         wrong.append(f"why_not {seen.why_not!r}, not {case.why_not!r}")
     if sorted(seen.culprits) != sorted(scene.victims if case.leaves_out else []):
@@ -429,18 +420,18 @@ def _left_behind(scene: Scene, seen: Seen) -> list[str]:
     return wrong
 
 
-def note(case: Case, seen: Seen, whole: Seen, wrong: list[str]) -> None:
+def note(name: str, case: Case, seen: Seen, whole: Seen, wrong: list[str]) -> None:
     """The case's row of the table that ends the page LAUNCHER_TEST_FAULTS_TABLE names."""
-    if not (name := os.environ.get("LAUNCHER_TEST_FAULTS_TABLE")):
+    if not (table := os.environ.get("LAUNCHER_TEST_FAULTS_TABLE")):
         return
-    page = Path(name)
-    expected = _words(case.state, case.causes, case.why_not)
+    page = Path(table)
+    expected = _words(case.state, case.words, case.why_not)
     came = f"**{'; '.join(wrong)}**" if wrong else _words(seen.state, seen.causes, seen.why_not)
     lost = "?" if seen.seconds is None else f"{max(0.0, seen.seconds - (whole.seconds or 0)):.0f}"
     numbers = f"{len(seen.causes)} | {max(0, seen.repeated)} | {lost}"
-    row = f"| {case.name} | {case.what} | {expected} | {came} | {numbers} |"
+    row = f"| {name} | {case.what} | {expected} | {came} | {numbers} |"
     lines = page.read_text().splitlines() if page.exists() else [*HEAD]
-    places = [place for place, line in enumerate(lines) if line.startswith(f"| {case.name} |")]
+    places = [place for place, line in enumerate(lines) if line.startswith(f"| {name} |")]
     lines[places[0] if places else len(lines) : places[0] + 1 if places else len(lines)] = [row]
     page.write_text("\n".join(lines) + "\n")
 

@@ -1,17 +1,23 @@
 """Fixtures of the tests that need a real Slurm, and images that it can run."""
 
 import compileall
+import contextlib
+import json
 import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.cluster.slurm_cluster import Cluster, User, existing_cluster, missing_packages, running_cluster
+from tests.cluster.slurm_cluster import Cluster, User, existing_cluster, missing_packages, running_cluster, slurm_run
 from tests.cluster.squashfs import build_small_image, missing_image_packages
 from tests.conftest import ROOT, say_it_trains
 from tests.image.images import CACHE, cpu_squashfs
@@ -90,6 +96,108 @@ def user_dir(ordinary_user: User) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="test-", dir=ordinary_user.home, ignore_cleanup_errors=True) as name:
         os.chown(name, ordinary_user.uid, ordinary_user.gid)
         yield Path(name)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`launcher ...` on the cluster, as one user, in a directory that all nodes see. `cpu.toml` is for CPU ranks."""
+
+    slurm: Cluster
+    user: User | None  # None: root
+    directory: Path
+    command: tuple[str, ...]
+
+    def __call__(self, *arguments: str | Path, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [*self.command, *map(str, arguments)]
+        done = slurm_run(self.slurm, command, self.user, self.directory, timeout, self.variables() | env)
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr + done.stdout
+        return done
+
+    def variables(self) -> dict[str, str]:
+        # Nodes that a test makes unfit are remembered for that test alone.
+        return {"PYTHONPATH": f"{self.directory}/app", "XDG_CONFIG_HOME": f"{self.directory}/config"}
+
+    def account(self) -> dict[str, object]:
+        """For subprocess: the user, where that is another."""
+        if self.user is None or self.user.uid == os.getuid():
+            return {}
+        return {"user": self.user.uid, "group": self.user.gid, "extra_groups": []}
+
+    def run(self, name: str) -> Path:
+        return self.directory / "runs" / name
+
+    def status(self, run: str) -> dict[str, Any]:
+        return dict(json.loads(self("status", run, "--json").stdout))
+
+    def state(self, run: str) -> str:
+        return str(self.status(run)["state"])
+
+    def wait_for(self, run: str, *states: str, seconds: float = 120) -> str:
+        end = time.monotonic() + seconds
+        while (found := self.state(run)) not in states:
+            assert time.monotonic() < end, f"{run} is still {found}: {self('logs', run).stdout[-3000:]}"
+            time.sleep(0.3)
+        return found
+
+    def script(self, name: str, text: str | bytes) -> Path:
+        """A program in the directory."""
+        path = self.directory / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        path.chmod(0o755)
+        return path
+
+
+@pytest.fixture(params=["root", "ordinary user"])
+def launch(
+    request: pytest.FixtureRequest, slurm: Cluster, ordinary_user: User, app: Path, user_dir: Path
+) -> Iterator[Launch]:
+    user = None if request.param == "root" else ordinary_user
+    if user is None and os.geteuid() != 0:
+        pytest.skip("not root")
+    (user_dir / "app").symlink_to(app)
+    made = Launch(slurm, user, user_dir, ())
+    made = replace(made, command=(_python(made), "-m", "launcher"))
+    # CPU ranks, but the made-up GPUs are asked for.
+    gres = 'gres = "gpu"\n' if slurm.gpus_per_node else ""
+    (user_dir / "cpu.toml").write_text(f'[profile]\narch = "{os.uname().machine}"\n{gres}')
+    yield made
+    if slurm.record:
+        slurm_run(slurm, ["scancel", "--user", user.name if user else "root"])
+        return
+    for run in json.loads(made("list", "--json").stdout):
+        if run["state"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+            made("cancel", run["run"])
+
+
+AS_ROOT = pytest.mark.parametrize("launch", ["root"], indirect=True)
+AS_USER = pytest.mark.parametrize("launch", ["ordinary user"], indirect=True)
+
+
+@pytest.fixture
+def own_cluster(slurm: Cluster) -> None:
+    if slurm.record is None:
+        pytest.skip("only on a cluster of the tests' own: it breaks nodes, or knows their number and their limits")
+
+
+def _python(launch: Launch) -> str:
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}", "/usr/bin/python3"):
+        look = [python, "-c", "import sys; print(sys.version_info[1])"]
+        with contextlib.suppress(OSError):
+            probe = subprocess.run(look, capture_output=True, **launch.account())  # type: ignore[call-overload]
+            if probe.returncode == 0 and int(probe.stdout) >= 11:
+                return python
+    pytest.skip("no Python 3.11 that the ordinary user can run: apt install python3")
+
+
+def stand_in(image: Path, path: Path) -> Path:
+    """The image under another name, with a sidecar that says that it can train on any node."""
+    if image.stat().st_dev == path.parent.stat().st_dev:
+        os.link(image, path)
+    else:
+        shutil.copy(image, path)
+    path.chmod(0o644)
+    say_it_trains(path)
+    return path
 
 
 def _account(name: str) -> User:

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REGISTRY = Path("/run/launcher-test-slurm")
@@ -177,6 +177,16 @@ def in_network_of(pid: int, *command: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- small
+
+
+def processes() -> Iterator[tuple[int, str, list[str]]]:
+    """Of all processes of the machine: the pid, the command line with a NUL after each word, NAME=VALUE for each
+    variable.
+    """
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            command, variables = ((entry / name).read_text(errors="replace") for name in ("cmdline", "environ"))
+            yield int(entry.name), command, variables.split("\0")
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout: float = 40) -> None:

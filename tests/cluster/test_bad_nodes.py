@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from launcher.base.errors import ExitStatus
+from tests.cluster.conftest import AS_ROOT, Launch
 from tests.cluster.slurm_cluster import Cluster
-from tests.cluster.test_preflight_on_slurm import BARE, Command, command
-from tests.unit.node_place import FAKE_TORCH
+from tests.cluster.test_preflight_on_slurm import BARE
+from tests.unit.node_place import fake_site
 from tests.unit.test_node_check import FAKE_DISTRIBUTED, FAKE_TENSORS
 
-__all__ = ["command"]
+pytestmark = [AS_ROOT, pytest.mark.usefixtures("own_cluster")]
 
 # In the place of Python: Python with the stand-ins. The nodes are one machine, and each has its own place for caches.
 PROGRAM = """\
@@ -34,44 +35,34 @@ WHY = "rank 0: matrix product at "
 
 
 @pytest.fixture
-def submit(user_dir: Path, slurm: Cluster) -> tuple[str, ...]:
+def submit(launch: Launch, slurm: Cluster) -> tuple[str, ...]:
     """Arguments of a run on two nodes that Slurm starts on its first ones, of which the first is not fit."""
-    site, program = user_dir / "site", user_dir / "program"
-    for file, text in {
-        "torch/__init__.py": FAKE_TORCH + FAKE_TENSORS,
-        "torch/distributed/__init__.py": FAKE_DISTRIBUTED,
-        "torch/distributed/run.py": TORCHRUN,
-        "torchtitan/__init__.py": "",
-        "torchtitan-0.3.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: torchtitan\nVersion: 0.3.0\n",
-    }.items():
-        (site / file).parent.mkdir(parents=True, exist_ok=True)
-        (site / file).write_text(text)
-    program.write_text(PROGRAM.replace("BAD", slurm.nodes[0]).replace("SITE", str(site)))
-    program.chmod(0o755)
+    site = fake_site(launch.directory / "site", FAKE_TENSORS, FAKE_DISTRIBUTED, TORCHRUN)
+    program = launch.script("program", PROGRAM.replace("BAD", slurm.nodes[0]).replace("SITE", str(site)))
     check = ("--python", str(program), "--check", "full")
     return ("submit", *BARE, "--nodes", "2", *check, "--yes", "--retry-bad-nodes", "2")
 
 
-def test_left_out_and_retried(command: Command, submit: tuple[str, ...], slurm: Cluster, user_dir: Path) -> None:
+def test_left_out_and_retried(launch: Launch, submit: tuple[str, ...], slurm: Cluster) -> None:
     bad = slurm.nodes[0]
-    done = command(*submit, "--name", "r")
+    done = launch(*submit, "--name", "r")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "r: COMPLETED" in done.stdout
-    first = json.loads((user_dir / "runs/r/attempts/1/attempt.json").read_text())
+    first = json.loads((launch.run("r") / "attempts/1/attempt.json").read_text())
     assert (first["cause"], first["culprits"], first["again"]) == ("node-unfit", [bad], True)
-    assert sorted((user_dir / "runs/r/ran-on").read_text().split()) == list(slurm.nodes[1:3])  # torchrun, once
-    assert json.loads(command("status", "r", "--json").stdout)["left_out"] == [bad]
-    nodes = json.loads(command("cluster", "nodes", "--json").stdout)
+    assert sorted((launch.run("r") / "ran-on").read_text().split()) == list(slurm.nodes[1:3])  # torchrun, once
+    assert launch.status("r")["left_out"] == [bad]
+    nodes = json.loads(launch("cluster", "nodes", "--json").stdout)
     assert (nodes["cluster"], [node["host"] for node in nodes["nodes"]]) == ("launchertest", [bad])
-    assert f"excluded: {bad} ({WHY}" in command("preflight", *submit[1:-3]).stdout
-    assert command("cluster", "nodes", "release", bad).returncode == 0
-    assert "excluded" not in command("preflight", *submit[1:-3]).stdout
+    assert f"excluded: {bad} ({WHY}" in launch("preflight", *submit[1:-3]).stdout
+    assert launch("cluster", "nodes", "release", bad).returncode == 0
+    assert "excluded" not in launch("preflight", *submit[1:-3]).stdout
 
 
 def test_not_queued_again_where_too_few_nodes_are_left(
-    command: Command, submit: tuple[str, ...], slurm: Cluster, user_dir: Path
+    launch: Launch, submit: tuple[str, ...], slurm: Cluster, user_dir: Path
 ) -> None:
-    done = command(*submit, "--name", "all", "--nodes", "4")
+    done = launch(*submit, "--name", "all", "--nodes", "4")
     assert done.returncode == ExitStatus.NODES_UNFIT, done.stdout + done.stderr
-    record = json.loads((user_dir / "runs/all/attempt.json").read_text())
+    record = json.loads((launch.run("all") / "attempt.json").read_text())
     assert (record["culprits"], record["why_not"]) == ([slurm.nodes[0]], "too-few-nodes")

@@ -10,20 +10,16 @@ from collections.abc import Iterator
 import pytest
 
 from launcher.base.errors import ExitStatus
-from tests.cluster import test_launcher_on_slurm
+from tests.cluster.conftest import Launch
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, slurm_run
-from tests.cluster.test_launcher_on_slurm import Launch
 
-launch = test_launcher_on_slurm.launch  # the fixture: as root and as an ordinary user
 REASON = "NVLink [GPU 2] down, see #7: State=IDLE"
 
 
 @pytest.fixture
-def drained_node(slurm: Cluster) -> Iterator[str]:
+def drained_node(slurm: Cluster, own_cluster: None) -> Iterator[str]:
     """The last node, drained with a reason that looks like Slurm's own fields; put back afterwards."""
-    if slurm.slurm_conf is None:
-        pytest.skip("nodes of a Slurm that is not ours are left as they are")
     name = slurm.nodes[-1]
     done = slurm_run(slurm, ["scontrol", "update", f"nodename={name}", "state=drain", f"reason={REASON}"])
     assert done.returncode == 0, done.stderr
@@ -58,10 +54,9 @@ def test_show_agrees_with_slurm(slurm: Cluster, launch: Launch, drained_node: st
     assert drained["reason"].startswith(f"{REASON} [root@")
 
 
+@pytest.mark.usefixtures("own_cluster")
 def test_made_up_gpus_are_not_believed(launch: Launch) -> None:
     """16 GB of memory and, on x86-64, the architecture contradict the GRES gpu:gb200:4."""
-    if launch.slurm.record is None:
-        pytest.skip("another cluster has other GPUs")
     shown = launch("cluster", "show")
     text = " ".join(shown.stdout.split())
     assert shown.returncode == 0, shown.stderr

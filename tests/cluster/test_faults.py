@@ -16,7 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,100 +96,69 @@ def baseline(cluster: Cluster) -> Baseline:
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
-def signal_a_rank(number: signal.Signals) -> Fault:
+def held(act: Callable[[Scene], object], step: int | str = AT) -> Fault:
+    """Done while all ranks wait at the step."""
+
     def fault(scene: Scene) -> None:
-        scene.held()
-        scene.kill("rank", scene.other(), number)
+        scene.held(step)
+        act(scene)
         scene.release()
 
     return fault
 
 
-def kill_torchrun(place: int) -> Fault:
-    def fault(scene: Scene) -> None:
-        scene.held()
-        scene.kill("torchrun", scene.hosts()[place])
-        scene.release()
-
-    return fault
+def kill(kind: str = "rank", number: signal.Signals = signal.SIGKILL, step: int | str = AT) -> Fault:
+    return held(lambda scene: scene.kill(kind, scene.other(), number), step)
 
 
 def kill_slurmd_for_a_moment(scene: Scene) -> None:
-    scene.held()
     scene.kill_slurmd(scene.other())
     time.sleep(3)
     scene.start_slurmd(scene.other())
-    scene.release()
 
 
 def kill_slurmd(scene: Scene) -> None:
-    scene.held()
     scene.victims.append(scene.other())
     scene.kill_slurmd(scene.other())
     scene.until(lambda: scene.said("Node failure"), "Slurm to give the node up")
-    scene.release()
 
 
 def lose_a_node(scene: Scene) -> None:
-    scene.held()
     scene.lose(scene.other())
-    scene.release()
 
 
 def lose_a_node_of_too_few(scene: Scene) -> None:
-    scene.held()
     others = [node for node in scene.cluster.nodes if node not in scene.hosts()]
     scene.slurm("scontrol", "update", f"NodeName={','.join(others)}", "State=DRAIN", "Reason=test")
     scene.lose(scene.other())
-    scene.release()
-
-
-def lose_the_first_node(scene: Scene) -> None:
-    scene.held()
-    scene.lose(scene.of_job("BatchHost"))
-    scene.release()
 
 
 def lose_two_nodes(scene: Scene) -> None:
     """One that trains, and a spare one."""
-    scene.held()
     spare = next(node for node in scene.cluster.nodes if node not in (*scene.hosts(), scene.of_job("BatchHost")))
     scene.lose(scene.other(), spare)
-    scene.release()
 
 
 def kill_a_rank_and_lose_its_node(scene: Scene) -> None:
-    scene.held()
     scene.kill("rank", scene.other())
     scene.lose(scene.other())
-    scene.release()
-
-
-def cut_the_network(scene: Scene) -> None:
-    scene.held()
-    scene.cut(scene.other())
-    scene.release()
 
 
 def fill_the_disk(scene: Scene) -> None:
-    scene.held()
     with contextlib.suppress(OSError), open(scene.directory / "small/filler", "wb") as filler:
         while True:
             filler.write(bytes(1 << 20))
-    scene.release()
 
 
 def damage(how: Callable[[Path], None], *steps: int) -> Fault:
     """The checkpoints of these steps, before a rank is killed."""
 
-    def fault(scene: Scene) -> None:
-        scene.held(LATE)
+    def act(scene: Scene) -> None:
         for step in steps:
             how(scene.checkpoints / f"step-{step}")
         scene.kill("rank", scene.other())
-        scene.release()
 
-    return fault
+    return held(act, LATE)
 
 
 def cut_a_file(checkpoint: Path) -> None:
@@ -209,12 +180,10 @@ def sicken(scene: Scene, host: str) -> None:
 
 
 def kill_a_rank_and_sicken_its_node(scene: Scene) -> None:
-    scene.held()
     host = scene.other()
     scene.victims.append(host)
     sicken(scene, host)
     scene.kill("rank", host)
-    scene.release()
 
 
 def sick_from_the_first(scene: Scene) -> None:
@@ -224,12 +193,10 @@ def sick_from_the_first(scene: Scene) -> None:
 
 def run_out_of_memory(scene: Scene) -> None:
     """An imitation: nothing limits memory here. The words are those of slurmstepd."""
-    scene.held()
     with open(scene.path / "logs/job.log", "a") as log:
         log.write(f"slurmstepd: error: Detected 1 oom_kill event in StepId={scene.job}.0. Some of the step tasks have ")
         log.write("been OOM Killed.\n")
     scene.kill("rank", scene.other())
-    scene.release()
 
 
 def reach_the_time_limit(scene: Scene) -> None:
@@ -238,22 +205,14 @@ def reach_the_time_limit(scene: Scene) -> None:
     scene.set_time_limit(near=True)
     scene.until(lambda: scene.said("the time limit is near"), "the job to be told of its time limit")
     scene.order(f"{LATE} hold")
-    if "--continue" in _case(scene.run).options:
+    if "--continue" in CASES[scene.run].options:
         scene.until(lambda: scene.of_job("Restarts") == "1", "the job to be queued again")
         scene.set_time_limit(near=False)
         scene.release()
 
 
 def preempt(scene: Scene) -> None:
-    scene.held()
-    scene.release()
     scene.slurm("sbatch", "-p", "urgent", "-N", str(len(scene.cluster.nodes)), "--exclusive", "--wrap", "sleep 1")
-
-
-def requeue(scene: Scene) -> None:
-    scene.held()
-    scene.release()
-    scene.slurm("scontrol", "requeue", scene.job)
 
 
 def requeue_with_secrets(scene: Scene) -> None:
@@ -264,6 +223,12 @@ def requeue_with_secrets(scene: Scene) -> None:
     variables = Path(f"/proc/{scene.processes('rank')[0]}/environ").read_bytes().split(b"\0")
     assert b"SECRET_WORD=hidden" in variables
     scene.release()
+
+
+def resume(scene: Scene) -> None:
+    scene.release()
+    done = scene.launch("resume", scene.run)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def cancel_and_resume(scene: Scene) -> None:
@@ -278,12 +243,6 @@ def fail_and_resume(scene: Scene) -> None:
     scene.finished()
     assert scene.state() == "FAILED"
     resume(scene)
-
-
-def resume(scene: Scene) -> None:
-    scene.release()
-    done = scene.launch("resume", scene.run)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def resume_twice_at_once(scene: Scene) -> None:
@@ -310,15 +269,6 @@ def stop_the_controller(scene: Scene) -> None:
     scene.start_controller()
 
 
-def kill_before_the_first_step(kind: str, when: str) -> Fault:
-    def fault(scene: Scene) -> None:
-        scene.held(when)
-        scene.kill(kind, scene.other())
-        scene.release()
-
-    return fault
-
-
 def nothing(scene: Scene) -> None:
     """The orders are enough."""
 
@@ -330,297 +280,140 @@ def _kept(*more: str, every: int = EVERY, check: str = "off") -> tuple[str, ...]
     return ("--checkpoint-every", str(every), "--check", check, *more)
 
 
+QUICK = _kept(check="quick")
+LIMITED = _kept("--time", "00:04:00")
+FULL = _kept("--checkpoint-dir", "{directory}/small")
+BURNS = _kept("--set", "optimizer.param_groups.0.optimizer_kwargs.lr=1e30")
+AGAIN = (f"{AT} kill 9",)
+BEFORE_LATE = (f"{LATE} hold",)
 FAILS = "FAILED"
-CASES = [
-    Case(
-        "rank-sigkill",
-        "a rank is killed (SIGKILL)",
-        signal_a_rank(signal.SIGKILL),
-        ("killed", ""),
-        nodes=2,
-        always=True,
+SPARE: dict[str, Any] = {"nodes": 2, "spares": 1, "leaves_out": True}
+_CASES = {
+    ("rank-sigkill", "a rank is killed (SIGKILL)"): Case(kill(), "killed", nodes=2, always=True),
+    ("rank-sigsegv", "a rank crashes (SIGSEGV)"): Case(kill(number=signal.SIGSEGV), "crashed"),
+    ("rank-sigterm", "a rank is ended (SIGTERM)"): Case(kill(number=signal.SIGTERM), "terminated"),
+    ("rank-sigabrt", "a rank aborts (SIGABRT)"): Case(kill(number=signal.SIGABRT), "aborted"),
+    ("torchrun-first", "torchrun of the first node is killed"): Case(
+        held(lambda scene: scene.kill("torchrun", scene.hosts()[0])), "killed", nodes=2
     ),
-    Case("rank-sigsegv", "a rank crashes (SIGSEGV)", signal_a_rank(signal.SIGSEGV), ("crashed", "")),
-    Case("rank-sigterm", "a rank is ended (SIGTERM)", signal_a_rank(signal.SIGTERM), ("terminated", "")),
-    Case("rank-sigabrt", "a rank aborts (SIGABRT)", signal_a_rank(signal.SIGABRT), ("aborted", "")),
-    Case("torchrun-first", "torchrun of the first node is killed", kill_torchrun(0), ("killed", ""), nodes=2),
-    Case("torchrun-second", "torchrun of the second node is killed", kill_torchrun(1), ("killed", ""), nodes=2),
-    Case(
-        "slurmd-restarted", "slurmd of a node is killed, and back after 3 s", kill_slurmd_for_a_moment, ("",), nodes=2
+    ("torchrun-second", "torchrun of the second node is killed"): Case(
+        held(lambda scene: scene.kill("torchrun", scene.hosts()[1])), "killed", nodes=2
     ),
-    Case(
-        "slurmd-killed",
-        "slurmd of a node is killed and stays away; the job has a spare node",
-        kill_slurmd,
-        ("node-failure", ""),
-        nodes=2,
-        spares=1,
-        leaves_out=True,
+    ("slurmd-restarted", "slurmd of a node is killed, and back after 3 s"): Case(
+        held(kill_slurmd_for_a_moment), nodes=2
     ),
-    Case(
-        "node-lost-spare",
-        "a node is lost; the job has a spare one",
-        lose_a_node,
-        ("node-failure", ""),
-        nodes=2,
-        spares=1,
-        leaves_out=True,
-        always=True,
+    ("slurmd-killed", "slurmd of a node is killed and stays away; the job has a spare node"): Case(
+        held(kill_slurmd), "node-failure", **SPARE
     ),
-    Case(
-        "node-lost-queue",
-        "a node is lost; the partition has another one",
-        lose_a_node,
-        ("node-failure", ""),
-        nodes=2,
-        leaves_out=True,
+    ("node-lost-spare", "a node is lost; the job has a spare one"): Case(
+        held(lose_a_node), "node-failure", **SPARE, always=True
     ),
-    Case(
-        "node-lost-none",
-        "a node is lost, and there is no other one",
-        lose_a_node_of_too_few,
-        ("node-failure",),
-        FAILS,
-        "too-few-nodes",
-        nodes=2,
-        leaves_out=True,
-        reaches=AT,
+    ("node-lost-queue", "a node is lost; the partition has another one"): Case(
+        held(lose_a_node), "node-failure", nodes=2, leaves_out=True
     ),
-    Case("first-node-lost", "the node of the job's script is lost", lose_the_first_node, ("requeued", ""), nodes=2),
-    Case(
-        "network-cut",
-        "the network of a node is cut; the job has a spare node",
-        cut_the_network,
-        ("node-failure", ""),
-        nodes=2,
-        spares=1,
-        leaves_out=True,
+    ("node-lost-none", "a node is lost, and there is no other one"): Case(
+        held(lose_a_node_of_too_few), "node-failure", FAILS, "too-few-nodes", nodes=2, leaves_out=True, reaches=AT
     ),
-    Case(
-        "disk-full",
-        "the disk is full while a checkpoint is written",
-        fill_the_disk,
-        ("disk-full",),
-        FAILS,
-        "cause",
-        options=_kept("--checkpoint-dir", "{directory}/small"),
-        reaches=AT,
+    ("first-node-lost", "the node of the job's script is lost"): Case(
+        held(lambda scene: scene.lose(scene.of_job("BatchHost"))), "requeued", nodes=2
     ),
-    Case(
-        "quota",
-        "the quota is reached (an error of that number, raised in the trainer)",
+    ("network-cut", "the network of a node is cut; the job has a spare node"): Case(
+        held(lambda scene: scene.cut(scene.other())), "node-failure", **SPARE
+    ),
+    ("disk-full", "the disk is full while a checkpoint is written"): Case(
+        held(fill_the_disk), "disk-full", FAILS, "cause", options=FULL, reaches=AT
+    ),
+    ("quota", "the quota is reached (an error of that number, raised in the trainer)"): Case(
+        nothing, "quota", FAILS, "cause", orders=(f"{AT} quota",), reaches=AT
+    ),
+    ("checkpoint-cut", "a file of the last checkpoint is cut, and a rank killed"): Case(
+        damage(cut_a_file, 8), "killed", orders=BEFORE_LATE, repeats=LATE - 4
+    ),
+    ("metadata-spoiled", ".metadata of the last checkpoint is overwritten, and a rank killed"): Case(
+        damage(spoil_the_metadata, 8), "killed", orders=BEFORE_LATE, repeats=LATE - 4
+    ),
+    ("metadata-missing", ".metadata of the last checkpoint is missing, and a rank killed"): Case(
+        damage(remove_the_metadata, 8), "killed", orders=BEFORE_LATE, repeats=LATE - 4
+    ),
+    ("all-damaged", "every checkpoint is damaged, and a rank killed"): Case(
+        damage(cut_a_file, 4, 8), "killed", orders=BEFORE_LATE, repeats=LATE
+    ),
+    ("unfit-later-spare", "a rank is killed, and its node fails the next check; the job has a spare node"): Case(
+        held(kill_a_rank_and_sicken_its_node), "killed", nodes=2, spares=1, options=QUICK
+    ),
+    ("unfit-later-queue", "a rank is killed, and its node fails the next check; the partition has another one"): Case(
+        held(kill_a_rank_and_sicken_its_node), "killed node-unfit", nodes=2, options=QUICK, leaves_out=True
+    ),
+    ("unfit-first-spare", "a node fails the first check; the job has a spare node"): Case(
+        sick_from_the_first, nodes=2, spares=1, options=QUICK, orders=()
+    ),
+    ("unfit-first-queue", "a node fails the first check; the partition has another one"): Case(
+        sick_from_the_first, "node-unfit", nodes=2, options=QUICK, orders=(), leaves_out=True
+    ),
+    ("nan", "the loss becomes NaN (a learning rate of 1e30)"): Case(
+        nothing, "loss-not-finite", FAILS, "cause", options=BURNS, orders=(), reaches=1, other_losses=True
+    ),
+    ("oom-kill", "main memory runs out (a rank killed, and Slurm's words for it)"): Case(
+        held(run_out_of_memory), "oom-kill", FAILS, "cause", reaches=AT
+    ),
+    ("exception", "the trainer raises an error of Python's; after it, resumed by hand"): Case(
+        fail_and_resume, "?|", orders=(f"{AT} raise",)
+    ),
+    ("time-limit", "the time limit comes"): Case(
+        reach_the_time_limit, "time-limit", "TIMEOUT", "cause", options=LIMITED, reaches=LATE
+    ),
+    ("time-limit-continue", "the time limit comes, with --continue 1"): Case(
+        reach_the_time_limit, "time-limit", options=(*LIMITED, "--continue", "1")
+    ),
+    ("preempted", "another job of a higher tier takes the nodes"): Case(held(preempt), "requeued|preempted"),
+    ("requeued", "an administrator queues the job again"): Case(
+        held(lambda scene: scene.slurm("scontrol", "requeue", scene.job)), "requeued", always=True
+    ),
+    ("secrets", "the job is queued again, and has secrets (--env NAME)"): Case(
+        requeue_with_secrets, "requeued", options=_kept("--env", "SECRET_WORD")
+    ),
+    ("cancelled", "scancel; after it, resumed by hand"): Case(cancel_and_resume, "?"),
+    ("controller", "slurmctld is killed, and back after 10 s"): Case(stop_the_controller),
+    ("rank-and-node", "a rank is killed and its node lost at once; the job has a spare node"): Case(
+        held(kill_a_rank_and_lose_its_node), "killed|node-failure", **SPARE
+    ),
+    ("two-nodes", "two nodes are lost at once; the job has two spare nodes"): Case(
+        held(lose_two_nodes), "node-failure", **SPARE | {"spares": 2}
+    ),
+    ("start-rank", "a rank is killed before its first step"): Case(
+        kill(step="start"), "killed", orders=("start hold",)
+    ),
+    ("start-node", "node.py is killed while it checks the node"): Case(
+        kill("node.py", step="check"), "killed", orders=("check hold",)
+    ),
+    ("crash-loop", "a rank dies at the same step of each attempt, before a checkpoint"): Case(
         nothing,
-        ("quota",),
-        FAILS,
-        "cause",
-        orders=(f"{AT} quota",),
-        reaches=AT,
-    ),
-    Case(
-        "checkpoint-cut",
-        "a file of the last checkpoint is cut, and a rank killed",
-        damage(cut_a_file, 8),
-        ("killed", ""),
-        orders=(f"{LATE} hold",),
-        repeats=LATE - 4,
-    ),
-    Case(
-        "metadata-spoiled",
-        ".metadata of the last checkpoint is overwritten, and a rank killed",
-        damage(spoil_the_metadata, 8),
-        ("killed", ""),
-        orders=(f"{LATE} hold",),
-        repeats=LATE - 4,
-    ),
-    Case(
-        "metadata-missing",
-        ".metadata of the last checkpoint is missing, and a rank killed",
-        damage(remove_the_metadata, 8),
-        ("killed", ""),
-        orders=(f"{LATE} hold",),
-        repeats=LATE - 4,
-    ),
-    Case(
-        "all-damaged",
-        "every checkpoint is damaged, and a rank killed",
-        damage(cut_a_file, 4, 8),
-        ("killed", ""),
-        orders=(f"{LATE} hold",),
-        repeats=LATE,
-    ),
-    Case(
-        "unfit-later-spare",
-        "a rank is killed, and its node fails the next check; the job has a spare node",
-        kill_a_rank_and_sicken_its_node,
-        ("killed", ""),
-        nodes=2,
-        spares=1,
-        options=_kept(check="quick"),
-    ),
-    Case(
-        "unfit-later-queue",
-        "a rank is killed, and its node fails the next check; the partition has another one",
-        kill_a_rank_and_sicken_its_node,
-        ("killed", "node-unfit", ""),
-        nodes=2,
-        options=_kept(check="quick"),
-        leaves_out=True,
-    ),
-    Case(
-        "unfit-first-spare",
-        "a node fails the first check; the job has a spare node",
-        sick_from_the_first,
-        ("",),
-        nodes=2,
-        spares=1,
-        options=_kept(check="quick"),
-        orders=(),
-    ),
-    Case(
-        "unfit-first-queue",
-        "a node fails the first check; the partition has another one",
-        sick_from_the_first,
-        ("node-unfit", ""),
-        nodes=2,
-        options=_kept(check="quick"),
-        orders=(),
-        leaves_out=True,
-    ),
-    Case(
-        "nan",
-        "the loss becomes NaN (a learning rate of 1e30)",
-        nothing,
-        ("loss-not-finite",),
-        FAILS,
-        "cause",
-        options=_kept("--set", "optimizer.param_groups.0.optimizer_kwargs.lr=1e30"),
-        orders=(),
-        reaches=1,
-        other_losses=True,
-    ),
-    Case(
-        "oom-kill",
-        "main memory runs out (a rank killed, and Slurm's words for it)",
-        run_out_of_memory,
-        ("oom-kill",),
-        FAILS,
-        "cause",
-        reaches=AT,
-    ),
-    Case(
-        "exception",
-        "the trainer raises an error of Python's; after it, resumed by hand",
-        fail_and_resume,
-        ("?|", ""),
-        orders=(f"{AT} raise",),
-    ),
-    Case(
-        "time-limit",
-        "the time limit comes",
-        reach_the_time_limit,
-        ("time-limit",),
-        "TIMEOUT",
-        "cause",
-        options=_kept("--time", "00:04:00"),
-        reaches=LATE,
-    ),
-    Case(
-        "time-limit-continue",
-        "the time limit comes, with --continue 1",
-        reach_the_time_limit,
-        ("time-limit", ""),
-        options=_kept("--time", "00:04:00", "--continue", "1"),
-    ),
-    Case("preempted", "another job of a higher tier takes the nodes", preempt, ("requeued|preempted", "")),
-    Case("requeued", "an administrator queues the job again", requeue, ("requeued", ""), always=True),
-    Case(
-        "secrets",
-        "the job is queued again, and has secrets (--env NAME)",
-        requeue_with_secrets,
-        ("requeued", ""),
-        options=_kept("--env", "SECRET_WORD"),
-    ),
-    Case("cancelled", "scancel; after it, resumed by hand", cancel_and_resume, ("?", "")),
-    Case("controller", "slurmctld is killed, and back after 10 s", stop_the_controller, ("",)),
-    Case(
-        "rank-and-node",
-        "a rank is killed and its node lost at once; the job has a spare node",
-        kill_a_rank_and_lose_its_node,
-        ("killed|node-failure", ""),
-        nodes=2,
-        spares=1,
-        leaves_out=True,
-    ),
-    Case(
-        "two-nodes",
-        "two nodes are lost at once; the job has two spare nodes",
-        lose_two_nodes,
-        ("node-failure", ""),
-        nodes=2,
-        spares=2,
-        leaves_out=True,
-    ),
-    Case(
-        "start-rank",
-        "a rank is killed before its first step",
-        kill_before_the_first_step("rank", "start"),
-        ("killed", ""),
-        orders=("start hold",),
-    ),
-    Case(
-        "start-node",
-        "node.py is killed while it checks the node",
-        kill_before_the_first_step("node.py", "check"),
-        ("killed", ""),
-        orders=("check hold",),
-    ),
-    Case(
-        "crash-loop",
-        "a rank dies at the same step of each attempt, before a checkpoint",
-        nothing,
-        ("killed", "killed", "killed"),
+        "killed killed killed",
         FAILS,
         "no-progress",
         options=_kept(every=10),
-        orders=(f"{AT} kill 9",),
+        orders=AGAIN,
         repeats=AT,
         reaches=AT,
     ),
-    Case(
-        "max-restarts",
-        "a rank dies at the same step of each attempt, with --max-restarts 1",
-        nothing,
-        ("killed", "killed"),
-        FAILS,
-        "max-restarts",
-        options=_kept("--max-restarts", "1"),
-        orders=(f"{AT} kill 9",),
-        reaches=AT,
+    ("max-restarts", "a rank dies at the same step of each attempt, with --max-restarts 1"): Case(
+        nothing, "killed killed", FAILS, "max-restarts", options=_kept("--max-restarts", "1"), orders=AGAIN, reaches=AT
     ),
-    Case(
-        "two-resumes",
-        "two `launcher resume` at once, of a run that failed",
-        resume_twice_at_once,
-        ("?|quota", ""),
-        orders=(f"{AT} quota",),
+    ("two-resumes", "two `launcher resume` at once, of a run that failed"): Case(
+        resume_twice_at_once, "?|quota", orders=(f"{AT} quota",)
     ),
-    Case(
-        "batch-script",
-        "the job's script is killed (SIGKILL); after it, resumed by hand",
-        kill_the_batch_script,
-        ("?", ""),
+    ("batch-script", "the job's script is killed (SIGKILL); after it, resumed by hand"): Case(
+        kill_the_batch_script, "?"
     ),
-]
+}
+CASES = {name: replace(case, what=what) for (name, what), case in _CASES.items()}
 
 
-def _case(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if ALL or case.always], ids=lambda case: case.name)
-def test_a_fault(case: Case, cluster: Cluster, baseline: Baseline) -> None:
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if ALL or case.always])
+def test_a_fault(name: str, cluster: Cluster, baseline: Baseline) -> None:
+    case = CASES[name]
     whole = baseline(case.nodes)
-    scene = Scene(cluster, cluster.directory, case.name, case.nodes)
+    scene = Scene(cluster, cluster.directory, name, case.nodes)
     scene.order(*case.orders)
     if case.fault is sick_from_the_first:
         sicken(scene, cluster.nodes[1])
@@ -631,7 +424,7 @@ def test_a_fault(case: Case, cluster: Cluster, baseline: Baseline) -> None:
         scene.finished()
         seen = scene.seen()
         wrong = judge(case, scene, seen, whole)
-        note(case, seen, whole, wrong)
+        note(name, case, seen, whole, wrong)
         assert not wrong, "\n".join([*wrong, scene.story()])
     except TimeoutError as error:
         raise AssertionError(f"{error}\n{scene.story()}") from error

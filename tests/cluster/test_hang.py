@@ -10,15 +10,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.base.errors import ExitStatus
-from tests.cluster.slurm_cluster import Cluster, User
-from tests.cluster.test_launcher_on_slurm import CPU_ON_GPU_NODES, DEBUG, Launch, install
+from tests.cluster.conftest import AS_ROOT, Launch
+from tests.cluster.daemons import processes
+from tests.cluster.test_launcher_on_slurm import DEBUG
 
+pytestmark = [AS_ROOT, pytest.mark.usefixtures("own_cluster")]
 CAMPAIGN = pytest.mark.skipif(os.environ.get("LAUNCHER_TEST_HANGS") != "1", reason="LAUNCHER_TEST_HANGS=1 runs it")
 SMALL = ("--set", "recipe.log_freq=1", "--set", "recipe.seq_len=256", "--set", "recipe.local_batch_size=1")
 
@@ -28,16 +29,15 @@ class Hung:
 
     def __init__(self, launch: Launch, image: Path) -> None:
         self.launch, self.image = launch, image
-        self.run = launch.directory / "runs" / "hang"
+        self.run = launch.run("hang")
 
     def start(self, *more: str, nodes: int = 2, steps: int = 2000, least_s: int = 15, program: str = "") -> None:
         """`program` runs in each rank, before the trainer; a file beside it sets it off."""
         folder = self.launch.directory
         if program:
             (folder / "sitecustomize.py").write_text(program.replace("FOLDER", str(folder)))
-            python = folder / "python-of-the-node"
-            python.write_text(f'#!/bin/sh\nexport PYTHONPATH={folder}\nexec python3 "$@"\n')
-            python.chmod(0o755)
+            text = f'#!/bin/sh\nexport PYTHONPATH={folder}\nexec python3 "$@"\n'
+            python = self.launch.script("python-of-the-node", text)
             more = (*more, "--python", str(python), "--mount", f"{folder}:{folder}")
         size = ("--nodes", str(nodes), "--gpus-per-node", "2", "--steps", str(steps), "--check", "quick")
         what = (*DEBUG, "--image", self.image, *size, *SMALL, "--env", f"LAUNCHER_HANG_S={least_s}", "--name", "hang")
@@ -51,8 +51,8 @@ class Hung:
             time.sleep(0.5)
 
     def step(self) -> int:
-        said = json.loads(self.launch("status", "hang", "--json").stdout)
-        return said["progress"]["step"] if said["progress"] else 0
+        progress = self.launch.status("hang")["progress"]
+        return int(progress["step"]) if progress else 0
 
     def host(self, rank: int) -> str:
         (record,) = (self.run / "nodes").glob(f"{rank // 2:04d}-*.json")
@@ -63,15 +63,11 @@ class Hung:
 
     def pids(self, rank: int) -> list[int]:
         """The processes of this rank, as the machine numbers them: the nodes' own numbers are others."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                env = path.read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"RANK={rank}".encode() in env and any(f"{self.run}/".encode() in item for item in env):
-                found.append(int(path.parent.name))
-        return sorted(found)
+        return sorted(
+            pid
+            for pid, _, variables in processes()
+            if f"RANK={rank}" in variables and any(f"{self.run}/" in one for one in variables)
+        )
 
     def verdict(self, seconds: float = 150) -> dict[str, object]:
         end = time.monotonic() + seconds
@@ -98,14 +94,8 @@ class Hung:
 
 
 @pytest.fixture
-def hung(slurm: Cluster, app: Path, user_dir: Path, train_image: Path) -> Iterator[Hung]:
-    if slurm.record is None or os.geteuid() != 0:
-        pytest.skip("disturbs processes of a node: only on a cluster of the tests' own")
-    user: User | None = None
-    launch = Launch(slurm, user, user_dir, (install(user_dir / "app", app, user), "-m", "launcher"))
-    (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES)
-    yield Hung(launch, train_image)
-    launch("cancel", "hang")
+def hung(launch: Launch, train_image: Path) -> Hung:
+    return Hung(launch, train_image)
 
 
 @pytest.mark.parametrize("least_s", [15, pytest.param(45, marks=CAMPAIGN)])

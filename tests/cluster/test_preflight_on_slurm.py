@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.base.errors import ExitStatus
+from tests.cluster.conftest import AS_ROOT, Launch
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, slurm_run
-from tests.conftest import ROOT
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
+pytestmark = [AS_ROOT, pytest.mark.usefixtures("own_cluster")]
 BARE = ("--gpu", "cpu", "--config", "cpu.toml", "--runtime", "bare", "--recipe", "debug")
 DRAINED = "GPU 3 [fell off] the bus"
-
-
-@pytest.fixture
-def command(slurm: Cluster, user_dir: Path) -> Iterator[Command]:
-    """`launcher ...` as root, in an empty directory; what it submitted is cancelled at the end."""
-    if slurm.record is None:
-        pytest.skip("another cluster has other nodes and limits")
-    arch = f'arch = "{os.uname().machine}"'
-    (user_dir / "cpu.toml").write_text(f'[profile]\ngres = "gpu"\n{arch}\n')
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "launcher", *arguments]
-        done = slurm_run(slurm, words, None, user_dir, 120, {"PYTHONPATH": str(ROOT), "HOME": str(user_dir)})
-        assert "Traceback" not in done.stdout + done.stderr, done.stderr
-        return done
-
-    yield run
-    slurm_run(slurm, ["scancel", "--user=root"])
 
 
 def queued(slurm: Cluster) -> list[str]:
@@ -61,25 +40,12 @@ def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     ],
 )
 def test_refused_before_queueing(
-    arguments: tuple[str, ...], said: str, code: ExitStatus, command: Command, slurm: Cluster, user_dir: Path
+    arguments: tuple[str, ...], said: str, code: ExitStatus, launch: Launch, slurm: Cluster, user_dir: Path
 ) -> None:
-    done = command("submit", *BARE, "--yes", "--name", "refused", *arguments)
+    done = launch("submit", *BARE, "--yes", "--name", "refused", *arguments)
     assert (done.returncode, said in done.stderr) == (code, True), done.stderr
     assert not (user_dir / "runs").exists()
     assert not [name for name in queued(slurm) if name.startswith("refused")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [(("--partition", "nonsense"), "invalid partition"), (("--nodelist", "no-such-node"), "Invalid node name")],
-)
-def test_forced_slurm_refuses_it_itself(
-    arguments: tuple[str, ...], said: str, command: Command, user_dir: Path
-) -> None:
-    done = command("submit", *BARE, "--force", "--name", "refused", *arguments)
-    assert done.returncode == ExitStatus.CLUSTER and "sbatch: error: " in done.stderr, done.stderr
-    assert said.lower() in done.stderr.lower(), done.stderr
-    assert list((user_dir / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -90,55 +56,47 @@ def test_forced_slurm_refuses_it_itself(
     ],
 )
 def test_forced_it_waits_and_status_says_why(
-    arguments: tuple[str, ...], reason: str, said: str, command: Command
+    arguments: tuple[str, ...], reason: str, said: str, launch: Launch
 ) -> None:
-    done = command("submit", *BARE, "--force", "--name", "forced", *arguments)
+    done = launch("submit", *BARE, "--force", "--name", "forced", *arguments)
     assert done.returncode == 0 and "warning: " in done.stderr, done.stderr
-    wait_for(lambda: json.loads(command("status", "forced", "--json").stdout)["reason"] == reason, reason)
-    status = command("status", "forced").stdout
+    wait_for(lambda: launch.status("forced")["reason"] == reason, reason)
+    status = launch("status", "forced").stdout
     assert "never starts as it is" in status and said in status, status
 
 
-def test_a_run_that_fits(command: Command) -> None:
-    done = command("preflight", *BARE, "--nodes", "4", "--json")
+def test_a_run_that_fits(launch: Launch) -> None:
+    done = launch("preflight", *BARE, "--nodes", "4", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = checks(done)
     assert {check["status"] for check in found.values()} == {"ok"}, found
     assert found["GPUs"]["what"] == "gpu:2 on 4 nodes of partition batch"
-    in_image = command("preflight", *BARE[:4], "--recipe", "debug", "--image", "none.sqsh", "--json")
+    in_image = launch("preflight", *BARE[:4], "--recipe", "debug", "--image", "none.sqsh", "--json")
     assert (checks(in_image)["Pyxis"]["status"], checks(in_image)["image"]["status"]) == ("ok", "error")
 
 
-def test_drained_nodes_and_an_estimate(command: Command, slurm: Cluster, user_dir: Path) -> None:
+def test_drained_nodes_and_an_estimate(launch: Launch, slurm: Cluster, user_dir: Path) -> None:
     nodes = ",".join(slurm.nodes[2:])
     drain = ["scontrol", "update", f"NodeName={nodes}", "State=DRAIN", f"Reason={DRAINED}"]
     assert slurm_run(slurm, drain).returncode == 0
     try:
-        done = command("submit", *BARE, "--yes", "--name", "three", "--nodes", "3")
+        done = launch("submit", *BARE, "--yes", "--name", "three", "--nodes", "3")
         assert done.returncode == 0 and "3 nodes requested, 2 in service" in done.stderr, done.stderr
         assert f"{slurm.nodes[2]} is drained ({DRAINED}" in done.stderr
-        wait_for(lambda: "2 free, 2 out of service" in command("status", "three").stdout, "the reason")
-        status = command("status", "three").stdout
+        wait_for(lambda: "2 free, 2 out of service" in launch("status", "three").stdout, "the reason")
+        status = launch("status", "three").stdout
         assert DRAINED in status and "sooner: --nodes 2: 2 nodes free now" in status, status
     finally:
         slurm_run(slurm, ["scontrol", "update", f"NodeName={nodes}", "State=RESUME"])
-    command("cancel", "three")
-    holding = [
-        "sbatch",
-        "--parsable",
-        "--nodes=4",
-        "--exclusive",
-        "--time=30",
-        "--output=/dev/null",
-        "--wrap=sleep 100",
-    ]
-    job = slurm_run(slurm, holding, cwd=user_dir).stdout.strip()
+    launch("cancel", "three")
+    holding = ["sbatch", "--parsable", "--nodes=4", "--exclusive", "--time=30", "--output=/dev/null"]
+    job = slurm_run(slurm, [*holding, "--wrap=sleep 100"], cwd=user_dir).stdout.strip()
     wait_for(
         lambda: job in slurm_run(slurm, ["squeue", "-h", "-t", "R", "-o", "%i"]).stdout.split(),
         "the first job",
     )
-    assert "waits for others to end" in checks(command("preflight", *BARE, "--json"))["nodes"]["what"]
-    assert command("submit", *BARE, "--yes", "--name", "next", "--nodes", "2").returncode == 0
-    wait_for(lambda: "estimated start: " in command("status", "next").stdout, "Slurm's estimate", 60)
-    status = command("status", "next").stdout
+    assert "waits for others to end" in checks(launch("preflight", *BARE, "--json"))["nodes"]["what"]
+    assert launch("submit", *BARE, "--yes", "--name", "next", "--nodes", "2").returncode == 0
+    wait_for(lambda: "estimated start: " in launch("status", "next").stdout, "Slurm's estimate", 60)
+    status = launch("status", "next").stdout
     assert "4 in use" in status and " min" in status and "sooner" not in status, status

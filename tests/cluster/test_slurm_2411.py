@@ -10,24 +10,24 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.base.errors import ExitStatus
+from tests.cluster.conftest import AS_ROOT, Launch
 from tests.cluster.daemons import wait_for
 from tests.cluster.slurm_cluster import Cluster, Release, missing_packages, running_cluster, slurm_run
-from tests.conftest import ROOT, say_it_trains, squashfs_head
+from tests.conftest import say_it_trains, squashfs_head
 from tests.image.images import CACHE
 
 PACKAGES = "slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,iproute2"
 NODES = tuple(f"gpu-compute-node-{number:03d}" for number in range(1, 5))
 BARE = ("--gpu", "gb200", "--runtime", "bare", "--recipe", "debug", "--config", "own.toml")
-Command = Callable[..., subprocess.CompletedProcess[str]]
+pytestmark = AS_ROOT
 
 
 def debian_13() -> Path:
@@ -38,14 +38,8 @@ def debian_13() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.is_dir():
             making = Path(tempfile.mkdtemp(dir=CACHE, prefix="debian-13-"))
-            command = [
-                "mmdebstrap",
-                "--quiet",
-                "--variant=essential",
-                f"--include={PACKAGES}",
-                "trixie",
-                str(making),
-            ]
+            about = ("--quiet", "--variant=essential", f"--include={PACKAGES}")
+            command = ["mmdebstrap", *about, "trixie", str(making)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if done.returncode:
                 shutil.rmtree(making, ignore_errors=True)
@@ -71,29 +65,17 @@ def slurm() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def command(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """`launcher ...` as root in an empty directory that the other release sees; its jobs are cancelled at the end."""
+def user_dir(slurm: Cluster) -> Iterator[Path]:
+    """That the other release sees, too; its jobs have ended before the next test."""
     here = Path(tempfile.mkdtemp(dir=slurm.directory))
     (here / "own.toml").write_text(f'[profile]\narch = "{os.uname().machine}"\n')
-    program = here / "sleeper"
-    program.write_text("#!/bin/sh\necho started; exec sleep 300\n")
-    program.chmod(0o755)
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "launcher", *arguments]
-        done = slurm_run(slurm, words, None, here, 120, {"PYTHONPATH": str(ROOT), "HOME": str(here)})
-        assert "Traceback" not in done.stdout + done.stderr, done.stderr
-        return done
-
-    run.here = here  # type: ignore[attr-defined]
-    yield run
-    slurm_run(slurm, ["scancel", "--user=root"])
+    yield here
     wait_for(lambda: not slurm_run(slurm, ["squeue", "-h"]).stdout.strip(), "an empty queue")
 
 
-def submit(command: Command, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-    program = str(command.here / "sleeper")  # type: ignore[attr-defined]
-    return command("submit", *BARE, "--python", program, "--yes", "--name", name, *more)
+def submit(launch: Launch, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+    program = str(launch.script("sleeper", "#!/bin/sh\necho started; exec sleep 300\n"))
+    return launch("submit", *BARE, "--python", program, "--yes", "--name", name, *more)
 
 
 def nodes_of(slurm: Cluster, name: str) -> list[str]:
@@ -103,8 +85,8 @@ def nodes_of(slurm: Cluster, name: str) -> list[str]:
     return slurm_run(slurm, ["scontrol", "show", "hostnames", held]).stdout.split() if held else []
 
 
-def test_what_the_cluster_is(command: Command) -> None:
-    shown: dict[str, Any] = json.loads(command("cluster", "show", "--json").stdout)
+def test_what_the_cluster_is(launch: Launch) -> None:
+    shown: dict[str, Any] = json.loads(launch("cluster", "show", "--json").stdout)
     assert (shown["slurm"], shown["topology"], shown["segment"]) == ([24, 11], "block", True)
     assert [(block["name"], block["nodes"]) for block in shown["blocks"]] == [
         ("rack1", list(NODES[:2])),
@@ -114,48 +96,47 @@ def test_what_the_cluster_is(command: Command) -> None:
     assert {node["gpus"] for node in shown["nodes"]} == {4}
 
 
-def test_a_job_stays_in_one_block(command: Command, slurm: Cluster) -> None:
-    held = submit(command, "one", "--nodelist", NODES[0])
+def test_a_job_stays_in_one_block(launch: Launch, slurm: Cluster) -> None:
+    held = submit(launch, "one", "--nodelist", NODES[0])
     assert held.returncode == 0, held.stderr
     wait_for(lambda: nodes_of(slurm, "one") == [NODES[0]], "the first job")
-    two = submit(command, "two", "--nodes", "2")
+    two = submit(launch, "two", "--nodes", "2")
     assert two.returncode == 0, two.stderr
-    script = (command.here / "runs" / "two" / "job.sbatch").read_text()  # type: ignore[attr-defined]
+    script = (launch.run("two") / "job.sbatch").read_text()
     assert "#SBATCH --segment=2\n" in script
     wait_for(lambda: nodes_of(slurm, "two") == list(NODES[2:]), "the second job, in the block that is free")
 
 
-def test_a_job_that_must_straddle_blocks_is_warned_of_and_runs(command: Command, slurm: Cluster) -> None:
-    done = submit(command, "three", "--nodes", "3")
+def test_a_job_that_must_straddle_blocks_is_warned_of_and_runs(launch: Launch, slurm: Cluster) -> None:
+    done = submit(launch, "three", "--nodes", "3")
     assert done.returncode == 0 and "NVLink domains" in done.stderr and "--nodes" in done.stderr, done.stderr
     wait_for(lambda: len(nodes_of(slurm, "three")) == 3, "three nodes of two blocks")
 
 
-def test_a_segment_that_no_block_has(command: Command, slurm: Cluster) -> None:
-    refused = submit(command, "far", "--nodes", "4", "--segment", "4")
+def test_a_segment_that_no_block_has(launch: Launch, slurm: Cluster) -> None:
+    refused = submit(launch, "far", "--nodes", "4", "--segment", "4")
     assert refused.returncode == 3 and "the largest block has 2 nodes" in refused.stderr, refused.stderr
 
 
-def test_excluded_nodes_and_why_a_job_waits(command: Command, slurm: Cluster) -> None:
-    assert submit(command, "else", "--nodes", "2", "--exclude", NODES[0]).returncode == 0
+def test_excluded_nodes_and_why_a_job_waits(launch: Launch, slurm: Cluster) -> None:
+    assert submit(launch, "else", "--nodes", "2", "--exclude", NODES[0]).returncode == 0
     wait_for(lambda: nodes_of(slurm, "else") == list(NODES[2:]), "the block without the excluded node")
-    assert submit(command, "next", "--nodes", "2").returncode == 0
+    assert submit(launch, "next", "--nodes", "2").returncode == 0
     wait_for(lambda: nodes_of(slurm, "next") == list(NODES[:2]), "the other block")
-    assert submit(command, "waits", "--nodes", "2").returncode == 0
-    wait_for(lambda: "4 in use" in command("status", "waits").stdout, "the reason")
+    assert submit(launch, "waits", "--nodes", "2").returncode == 0
+    wait_for(lambda: "4 in use" in launch("status", "waits").stdout, "the reason")
 
 
-def test_a_cluster_without_pyxis(command: Command) -> None:
-    here: Path = command.here  # type: ignore[attr-defined]
-    image = here / "titan.sqsh"
+def test_a_cluster_without_pyxis(launch: Launch) -> None:
+    image = launch.directory / "titan.sqsh"
     image.write_bytes(squashfs_head(4096).ljust(4096, b"\0"))
     say_it_trains(image)
     words = ("submit", *BARE[:2], *BARE[4:], "--image", str(image), "--yes", "--name", "contained")
-    refused = command(*words)
+    refused = launch(*words)
     assert refused.returncode == ExitStatus.INVALID and "Pyxis is not installed here" in refused.stderr, refused.stderr
-    assert command(*words, "--force").returncode == 0
-    wait_for((here / "runs" / "contained" / "end.json").exists, "the job's end")
-    status = command("status", "contained")
+    assert launch(*words, "--force").returncode == 0
+    wait_for((launch.run("contained") / "end.json").exists, "the job's end")
+    status = launch("status", "contained")
     assert "cause: this cluster's srun does not know Pyxis's options" in status.stderr, status.stderr
     assert "unrecognized option '--container-image=" in status.stderr and "--runtime apptainer" in status.stderr
 
@@ -181,11 +162,11 @@ def stale_blocks(slurm: Cluster) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("stale_blocks")
-def test_nodes_that_are_in_no_block_are_idle_and_get_no_job(command: Command, slurm: Cluster) -> None:
-    done = submit(command, "four", "--nodes", "4")
+def test_nodes_that_are_in_no_block_are_idle_and_get_no_job(launch: Launch, slurm: Cluster) -> None:
+    done = submit(launch, "four", "--nodes", "4")
     assert done.returncode == ExitStatus.INVALID, done.stderr
     assert "are in no block of the topology: " + ", ".join(NODES[2:]) in done.stderr, done.stderr
     assert "scontrol reconfigure" in done.stderr
-    forced = submit(command, "outside", "--nodes", "2", "--nodelist", ",".join(NODES[2:]), "--force")
+    forced = submit(launch, "outside", "--nodes", "2", "--nodelist", ",".join(NODES[2:]), "--force")
     assert forced.returncode == ExitStatus.CLUSTER, forced.stderr
     assert "Requested topology configuration is not available" in forced.stderr, forced.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.config import sbatch
 from tests.cluster import slurm_cluster
-from tests.cluster.daemons import REGISTRY, remove_leftovers, wait_for
+from tests.cluster.daemons import REGISTRY, processes, remove_leftovers, wait_for
 from tests.cluster.slurm_cluster import Cluster, User, finished_job, job_fields, running_cluster, slurm_run
 from tests.conftest import ROOT
 
@@ -35,73 +35,18 @@ def run_in(slurm: Cluster, image: Path | str, user: User, *words: str, **env: st
     return done.returncode, done.stdout + done.stderr
 
 
-def processes_with(text: str) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
-    return [line for line in listed.stdout.splitlines() if text in line]
+def processes_with(text: str) -> list[int]:
+    return [pid for pid, command, _ in processes() if text in command.replace("\0", " ")]
 
 
 # ------------------------------------------------------------------------------------------ Slurm
-
-
-def test_four_idle_nodes_with_gpus(slurm: Cluster) -> None:
-    seen = slurm_run(slurm, ["sinfo", "-h", "-N", "-p", "batch", "-o", "%N %T %G"]).stdout.splitlines()
-    assert seen == [f"gpu-compute-node-00{n} idle gpu:gb200:4" for n in (1, 2, 3, 4)]
-
-
-def test_partitions(slurm: Cluster) -> None:
-    seen = slurm_run(slurm, ["sinfo", "-h", "-o", "%P %D %l"]).stdout.splitlines()
-    assert seen == ["batch* 4 infinite", "small 1 5:00"]
-
-
-def test_no_accounting(slurm: Cluster) -> None:
-    done = slurm_run(slurm, ["sacct"])
-    assert (done.returncode, done.stderr.strip()) == (1, "Slurm accounting storage is disabled")
-
-
-TALK = """
-import os, socket, sys
-first, port = os.environ["FIRST"], 23456
-if os.environ["SLURM_NODEID"] == "0":
-    server = socket.create_server((first, port))
-    open("/shared/ready", "w").close()
-    print(socket.gethostname(), "heard", server.accept()[0].recv(100).decode())
-else:
-    while not os.path.exists("/shared/ready"): pass
-    with socket.create_connection((first, port)) as client:
-        client.sendall(socket.gethostname().encode())
-"""
-
-
-@pytest.mark.parametrize("who", ["root", "user"])
-def test_containers_on_two_nodes_talk(
-    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path, who: str
-) -> None:
-    (user_dir / "talk.py").write_text(TALK)
-    script = f"""
-        export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-        getent ahostsv4 "$FIRST"
-        srun --export=ALL --container-image={small_image} --container-mounts={user_dir}:/shared python3 /shared/talk.py
-    """
-    options = ("--nodes=2", "--ntasks-per-node=1", "--exclusive", "--mem=0", "--gres=gpu:4", "--export=NIL")
-    job = submit(slurm, ordinary_user if who == "user" else None, user_dir, script, *options)
-    assert finished_job(slurm, job)["JobState"] == "COMPLETED", (user_dir / "out").read_text()
-    address, *_, last = (user_dir / "out").read_text().splitlines()
-    assert address.startswith("10.213.")
-    assert last == "gpu-compute-node-001 heard gpu-compute-node-002"
+# Nodes, GPUs and partitions, and that there is no accounting: test_cluster_show.py. Values that reach a container, a
+# log for each node, nodes that talk to each other, and the image that trains: test_launcher_on_slurm.py.
 
 
 def test_gpus_are_allocated(slurm: Cluster, ordinary_user: User, small_image: Path) -> None:
     code, text = run_in(slurm, small_image, ordinary_user, "--gres=gpu:2", "printenv", "CUDA_VISIBLE_DEVICES")
     assert (code, text.strip()) == (0, "0,1")
-
-
-VALUES = {
-    "COMMAS": "a,b,,c",
-    "QUOTES": 'it\'s "quoted" `x` $HOME \\',
-    "SPACES": " two  words ",
-    "LINES": "one\ntwo\n\nfour",
-    "EMPTY": "",
-}
 
 
 def test_any_value_of_an_option_is_read_as_it_was_written(slurm: Cluster, user_dir: Path, ordinary_user: User) -> None:
@@ -111,37 +56,6 @@ def test_any_value_of_an_option_is_read_as_it_was_written(slurm: Cluster, user_d
     shown = slurm_run(slurm, ["scontrol", "show", "job", job]).stdout
     assert f"Comment={value}" in shown, shown
     finished_job(slurm, job)
-
-
-def test_exported_values_reach_the_container(
-    slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path
-) -> None:
-    """Nothing comes from the submitting shell (--export=NIL), everything from the script (--export=ALL)."""
-    exports = "\n".join(
-        f"export {name}='{value.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}'" for name, value in VALUES.items()
-    )
-    names = (*VALUES, "SUBMITTED")
-    script = f"""
-        {exports}
-        srun --export=ALL --container-image={small_image} \\
-            python3 -c 'import os; print([os.environ.get(name) for name in {str(names).replace("'", '"')}])'
-    """
-    (user_dir / "job.sh").write_text(f"#!/bin/bash\n#SBATCH --export=NIL\n#SBATCH --output={user_dir}/out\n{script}")
-    done = slurm_run(slurm, ["sbatch", "--parsable", user_dir / "job.sh"], ordinary_user, env={"SUBMITTED": "secret"})
-    finished_job(slurm, done.stdout.strip())
-    assert (user_dir / "out").read_text().strip() == str([*VALUES.values(), None])
-
-
-def test_one_log_per_node(slurm: Cluster, ordinary_user: User, user_dir: Path) -> None:
-    (user_dir / "logs").mkdir()
-    os.chown(user_dir / "logs", ordinary_user.uid, ordinary_user.gid)
-    script = f"srun --output={user_dir}/logs/%4n-%N.log --kill-on-bad-exit=1 --propagate=NONE --cpu-bind=none hostname"
-    finished_job(slurm, submit(slurm, ordinary_user, user_dir, script, "--nodes=2", "--ntasks-per-node=1"))
-    logs = {path.name: path.read_text().strip() for path in (user_dir / "logs").iterdir()}
-    assert logs == {
-        "0000-gpu-compute-node-001.log": "gpu-compute-node-001",
-        "0001-gpu-compute-node-002.log": "gpu-compute-node-002",
-    }
 
 
 def test_finished_job_is_found_by_name(slurm: Cluster, ordinary_user: User, user_dir: Path) -> None:
@@ -305,12 +219,6 @@ def test_who_sets_a_variable(slurm: Cluster, ordinary_user: User, small_image: P
     assert seen("--container-env=PATH,TEST_IMAGE") == "from the job|1|/job:/usr/bin:/bin"
 
 
-def test_train_image(slurm: Cluster, ordinary_user: User, train_image: Path) -> None:
-    look = "import torch, torchtitan.train; print(torch.__file__)"
-    code, text = run_in(slurm, train_image, ordinary_user, "python3", "-c", look)
-    assert (code, text.splitlines()[-1]) == (0, "/usr/local/lib/python3.11/dist-packages/torch/__init__.py")
-
-
 def test_container_leaves_nothing(slurm: Cluster, ordinary_user: User, user_dir: Path, small_image: Path) -> None:
     image = user_dir / "mine.sqsh"  # of its own, because the other image may be in use by another test run
     shutil.copy(small_image, image)
@@ -329,7 +237,7 @@ def test_container_leaves_nothing(slurm: Cluster, ordinary_user: User, user_dir:
 # ------------------------------------------------------------------------------- start and stop
 
 
-def running_below(directory: Path) -> list[str]:
+def running_below(directory: Path) -> list[int]:
     return processes_with(f"{directory}/")
 
 

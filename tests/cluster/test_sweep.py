@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.conftest import AS_USER, Launch
 from tests.cluster.daemons import wait_for
-from tests.cluster.slurm_cluster import Cluster, User, slurm_run
-from tests.cluster.test_launcher_on_slurm import CPU_ON_GPU_NODES, Launch, install
+from tests.cluster.slurm_cluster import slurm_run
 
+pytestmark = AS_USER
 NAME = "debug-scaling"
 NODES = (1, 2)
 
@@ -23,25 +23,15 @@ def sweep(image: Path) -> tuple[str | Path, ...]:
     return ("sweep", "--gpu", "cpu", "--config", "cpu.toml", "--image", image, *lists, *short, "--name", NAME, "--yes")
 
 
-@pytest.fixture
-def launch(slurm: Cluster, ordinary_user: User, app: Path, user_dir: Path) -> Iterator[Launch]:
-    made = Launch(slurm, ordinary_user, user_dir, (install(user_dir / "app", app, ordinary_user), "-m", "launcher"))
-    (user_dir / "cpu.toml").write_text(CPU_ON_GPU_NODES if slurm.gpus_per_node else "")
-    yield made
-    for run in json.loads(made("list", "--json").stdout):
-        if run["state"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
-            made("cancel", run["run"])
-
-
 def test_a_sweep_of_one_and_two_nodes(launch: Launch, train_image: Path) -> None:
     first, second = (f"{NAME}-debug-{nodes}n-b4" for nodes in NODES)
     done = launch(*sweep(train_image))
     assert done.returncode == 0, done.stderr
-    assert f"{second}: Slurm job " in done.stdout and f", after job {launch.job_id(first)}" in done.stdout
-    status = json.loads(launch("status", second, "--json").stdout)
+    assert f"{second}: Slurm job " in done.stdout and f", after job {launch.status(first)['job_id']}" in done.stdout
+    status = launch.status(second)
     assert (status["state"], status["reason"]) == ("PENDING", "Dependency"), done.stdout
-    waiting = slurm_run(launch.slurm, ["scontrol", "show", "job", launch.job_id(second)], launch.user).stdout
-    assert f"Dependency=afterany:{launch.job_id(first)}" in waiting
+    waiting = slurm_run(launch.slurm, ["scontrol", "show", "job", status["job_id"]], launch.user).stdout
+    assert f"Dependency=afterany:{launch.status(first)['job_id']}" in waiting
 
     # The launcher has ended; Slurm starts the second. Calling again only waits for the end of both.
     table = launch(*sweep(train_image), "--follow", timeout=900)
@@ -58,7 +48,7 @@ def test_a_sweep_of_one_and_two_nodes(launch: Launch, train_image: Path) -> None
     assert two["scaling"] == pytest.approx(two["tps"] / one["tps"])
     assert found["node_hours"] > 0 and found["node_hours_complete"]
     assert len(json.loads(launch("list", "--json").stdout)) == 2  # nothing was submitted again
-    began = [json.loads((launch.directory / "runs" / run / "end.json").read_text()) for run in (first, second)]
+    began = [json.loads((launch.run(run) / "end.json").read_text()) for run in (first, second)]
     assert began[0]["ended_at"] <= began[1]["began_at"]
 
     compared = launch("compare", first, second)
@@ -73,14 +63,9 @@ def test_a_sweep_of_one_and_two_nodes(launch: Launch, train_image: Path) -> None
 
 def test_a_job_that_slurm_has_forgotten_holds_nothing_up(launch: Launch) -> None:
     """What `sweep` relies on when the job that it would wait for has just left Slurm's memory."""
-    script = launch.directory / "empty.sbatch"
-    script.write_text("#!/bin/sh\n")
-    done = slurm_run(
-        launch.slurm,
-        ["sbatch", "--parsable", "--dependency=afterany:9999999", str(script)],
-        launch.user,
-        launch.directory,
-    )
+    script = str(launch.script("empty.sbatch", "#!/bin/sh\n"))
+    words = ["sbatch", "--parsable", "--dependency=afterany:9999999", script]
+    done = slurm_run(launch.slurm, words, launch.user, launch.directory)
     assert done.returncode == 0, done.stderr
     job = ["scontrol", "-o", "show", "job", done.stdout.strip()]
     wait_for(lambda: "JobState=COMPLETED" in slurm_run(launch.slurm, job).stdout, "the job", 60)

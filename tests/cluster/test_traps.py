@@ -14,21 +14,20 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.base.errors import ExitStatus
 from launcher.image.squashfs_file import sidecar_path
-from tests.cluster.daemons import output, wait_for
+from tests.cluster.conftest import AS_ROOT, Launch, stand_in
+from tests.cluster.daemons import output, processes, wait_for
 from tests.cluster.slurm_cluster import Cluster, finished_job, slurm_run
-from tests.cluster.test_launcher_on_slurm import stand_in
-from tests.cluster.test_preflight_on_slurm import BARE, Command, command, queued
-from tests.conftest import ROOT
+from tests.cluster.test_preflight_on_slurm import BARE, queued
 
-__all__ = ["command"]
+pytestmark = [AS_ROOT, pytest.mark.usefixtures("own_cluster")]
 
 HERE = os.uname().machine
 OTHER = "x86_64" if HERE == "aarch64" else "aarch64"
@@ -38,23 +37,18 @@ ON_GPUS = ("--gpu", "gb200", "--set", f"profile.arch={HERE}", "--recipe", "debug
 
 @pytest.fixture
 def image(small_image: Path, user_dir: Path) -> Path:
-    path = user_dir / "titan.sqsh"
-    stand_in(small_image, path)
-    return path
+    return stand_in(small_image, user_dir / "titan.sqsh")
 
 
-def program(folder: Path, name: str, text: str | bytes) -> tuple[str, ...]:
+def program(launch: Launch, name: str, text: str | bytes) -> tuple[str, ...]:
     """Options that run it in the place of Python."""
-    path = folder / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    path.chmod(0o755)
-    return ("--python", str(path), "--mount", f"{folder}:{folder}")
+    return ("--python", str(launch.script(name, text)), "--mount", f"{launch.directory}:{launch.directory}")
 
 
-def ended(command: Command, folder: Path, name: str) -> tuple[subprocess.CompletedProcess[str], str]:
+def ended(launch: Launch, name: str) -> tuple[subprocess.CompletedProcess[str], str]:
     """`launcher status` and the logs of a run, once its job has ended."""
-    wait_for((folder / "runs" / name / "end.json").exists, f"the end of {name}", 120)
-    return command("status", name), command("logs", name).stdout
+    wait_for((launch.run(name) / "end.json").exists, f"the end of {name}", 120)
+    return launch("status", name), launch("logs", name).stdout
 
 
 # --- known before anything queues ---------------------------------------------------------------------------
@@ -98,7 +92,7 @@ def test_it_never_queues(
     arguments: tuple[str, ...],
     said: str,
     forced: tuple[bool, ...],
-    command: Command,
+    launch: Launch,
     slurm: Cluster,
     image: Path,
     user_dir: Path,
@@ -106,7 +100,7 @@ def test_it_never_queues(
     """An old driver may do with NVIDIA's cuda-compat: that one `--force` passes."""
     prepare(user_dir)
     for force in forced:
-        done = command("submit", *arguments, "--yes", "--name", "refused", *(["--force"] if force else []))
+        done = launch("submit", *arguments, "--yes", "--name", "refused", *(["--force"] if force else []))
         assert (done.returncode, said in done.stderr) == (ExitStatus.INVALID, True), done.stderr
         assert "  try: " in done.stderr
     assert not [name for name in queued(slurm) if name.startswith("refused")]
@@ -123,8 +117,8 @@ def test_it_never_queues(
     ],
     ids=["LD_PRELOAD", "no token"],
 )
-def test_it_is_warned_of(arguments: tuple[str, ...], said: str, command: Command, image: Path) -> None:
-    done = command("submit", *IN_IMAGE, *arguments, "--yes", "--name", "warned")
+def test_it_is_warned_of(arguments: tuple[str, ...], said: str, launch: Launch, image: Path) -> None:
+    done = launch("submit", *IN_IMAGE, *arguments, "--yes", "--name", "warned")
     assert done.returncode == 0 and said in done.stderr.replace("\n", " "), done.stderr
 
 
@@ -132,7 +126,7 @@ def test_it_is_warned_of(arguments: tuple[str, ...], said: str, command: Command
 
 
 def test_a_relative_image_no_container_name_a_port_of_its_own_and_the_nodes_limits(
-    command: Command, slurm: Cluster, image: Path, user_dir: Path
+    launch: Launch, slurm: Cluster, image: Path, user_dir: Path
 ) -> None:
     """Submitted from a shell with a limit of 77 open files, which Slurm gives to a job's steps if nobody forbids it."""
     low = ["sh", "-c", 'ulimit -n 77; exec "$@"', "sh"]
@@ -141,19 +135,18 @@ def test_a_relative_image_no_container_name_a_port_of_its_own_and_the_nodes_limi
     finished_job(slurm, plain)
     assert (user_dir / "plain").read_text().strip() == "77"
 
-    probe = program(user_dir, "probe", '#!/bin/sh\necho "limit $(ulimit -n)"\n')
-    words = [*low, sys.executable, "-m", "launcher", "submit", *IN_IMAGE, *probe, "--yes", "--name", "probe"]
-    env = {"PYTHONPATH": str(ROOT), "HOME": str(user_dir)}
-    done = slurm_run(slurm, [*words, "--nodes", "2"], None, user_dir, 120, env)
+    probe = program(launch, "probe", '#!/bin/sh\necho "limit $(ulimit -n)"\n')
+    in_low = replace(launch, command=(*low, *launch.command))
+    done = in_low("submit", *IN_IMAGE, *probe, "--yes", "--name", "probe", "--nodes", "2")
     assert done.returncode == 0, done.stderr
-    status, logs = ended(command, user_dir, "probe")
-    job = json.loads((user_dir / "runs" / "probe" / "job.json").read_text())["job_id"]
+    status, logs = ended(launch, "probe")
+    job = json.loads((launch.run("probe") / "job.json").read_text())["job_id"]
     assert status.returncode == 0, status.stderr + logs
     assert logs.count("limit ") == 2 and "limit 77" not in logs
     ran = slurm_run(slurm, ["scontrol", "write", "batch_script", job, "-"]).stdout
-    assert ran.rstrip() == (user_dir / "runs" / "probe" / "job.sbatch").read_text().rstrip()
+    assert ran.rstrip() == (launch.run("probe") / "job.sbatch").read_text().rstrip()
     assert f"--container-image={image}" in ran and "--container-name" not in ran
-    assert f":{20000 + int(job) % 10000}\n" in (user_dir / "runs" / "probe" / "logs" / "job.log").read_text()
+    assert f":{20000 + int(job) % 10000}\n" in (launch.run("probe") / "logs" / "job.log").read_text()
 
 
 @pytest.fixture
@@ -161,7 +154,7 @@ def hosts_of_node_1(slurm: Cluster, user_dir: Path) -> Iterator[Path]:
     """What the first node alone reads as /etc/hosts; Slurm knows the first two nodes by name and not by address."""
     directory, (first, second) = slurm.directory, slurm.nodes[:2]
     command_line = f"slurmd\0-D\0-N\0{first}\0-f\0{directory}/slurm.conf\0"
-    (slurmd,) = [p.parent.name for p in Path("/proc").glob("[0-9]*/cmdline") if text_of(p) == command_line]
+    (slurmd,) = [pid for pid, command, _ in processes() if command == command_line]
     hosts = user_dir / "hosts"
     shutil.copy(directory / "hosts", hosts)
     addresses = {line.split()[1]: line.split()[0] for line in hosts.read_text().splitlines() if "node-" in line}
@@ -179,33 +172,26 @@ def hosts_of_node_1(slurm: Cluster, user_dir: Path) -> Iterator[Path]:
     output(*inside, "umount", "/etc/hosts")
 
 
-def text_of(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:  # it has ended
-        return ""
-
-
 def test_a_first_node_whose_name_is_loopback(
-    command: Command, slurm: Cluster, user_dir: Path, hosts_of_node_1: Path
+    launch: Launch, slurm: Cluster, user_dir: Path, hosts_of_node_1: Path
 ) -> None:
     """As Debian does it: a machine's own name is 127.0.1.1. Another node's address tells its own; without, it stops."""
     lines = hosts_of_node_1.read_text().splitlines()
     first, second = slurm.nodes[:2]
     (address,) = [line.split()[0] for line in lines if line.endswith(first)]
-    words = (*BARE, *program(user_dir, "nothing", "#!/bin/sh\n")[:2], "--nodes", "2", "--yes")
+    words = (*BARE, *program(launch, "nothing", "#!/bin/sh\n")[:2], "--nodes", "2", "--yes")
 
     def run(name: str, *loopback: str) -> tuple[subprocess.CompletedProcess[str], str]:
         text = [f"127.0.1.1 {line.split()[1]}" if line.endswith(loopback) else line for line in lines]
         hosts_of_node_1.write_text("\n".join(text) + "\n")
-        done = command("submit", *words, "--nodelist", f"{first},{second}", "--name", name)
+        done = launch("submit", *words, "--nodelist", f"{first},{second}", "--name", name)
         assert done.returncode == 0, done.stderr
-        return ended(command, user_dir, name)
+        return ended(launch, name)
 
     status, logs = run("found", first)
     assert status.returncode == 0 and f"rendezvous {address}:" in logs, status.stderr + logs
     status, logs = run("stops", first, second)
-    assert json.loads((user_dir / "runs" / "stops" / "end.json").read_text())["exit_code"] == 76
+    assert json.loads((launch.run("stops") / "end.json").read_text())["exit_code"] == 76
     assert "cause: the first node resolves to a loopback address" in status.stderr, status.stderr + logs
     assert f"launcher: {first} resolves to no address but loopback: getent ahosts " in status.stderr
 
@@ -213,12 +199,12 @@ def test_a_first_node_whose_name_is_loopback(
 # --- known in the job, and said afterwards ------------------------------------------------------------------
 
 
-def test_a_program_of_another_architecture(command: Command, image: Path, user_dir: Path) -> None:
+def test_a_program_of_another_architecture(launch: Launch, image: Path, user_dir: Path) -> None:
     """The image's sidecar knows no better; its program is for a machine that does not exist."""
     foreign = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack("<HHI", 2, 0x1234, 1).ljust(48, b"\0")
-    done = command("submit", *IN_IMAGE, *program(user_dir, "foreign", foreign), "--yes", "--name", "foreign")
+    done = launch("submit", *IN_IMAGE, *program(launch, "foreign", foreign), "--yes", "--name", "foreign")
     assert done.returncode == 0, done.stderr
-    status, logs = ended(command, user_dir, "foreign")
+    status, logs = ended(launch, "foreign")
     assert "cause: the image was built for another CPU architecture than the node's" in status.stderr, (
         status.stderr + logs
     )
@@ -239,24 +225,24 @@ case "$1" in *fabric.cliqueId*) echo "GPU-0, 4f1c2e9a-0000-4d00-8000-0001, ${SLU
 """
 
 
-def test_what_only_the_nodes_can_tell(command: Command, slurm: Cluster, image: Path, user_dir: Path) -> None:
+def test_what_only_the_nodes_can_tell(launch: Launch, slurm: Cluster, image: Path, user_dir: Path) -> None:
     """All of it in one go: Git LFS pointers, no IMEX channel, InfiniBand device or tokenizer; on one node a full
     disk.
     """
     (user_dir / "tokenizer").mkdir()
     lfs_pointers(user_dir)
     full = f'[ "$SLURMD_NODENAME" = {slurm.nodes[1]} ] && mount -t tmpfs -o size=64m none /tmp'
-    program(user_dir, "nvidia-smi", NVIDIA_SMI)
-    probe = program(user_dir, "full", f'#!/bin/sh\n{full}\nPATH={user_dir}:$PATH exec python3 "$@"\n')
+    program(launch, "nvidia-smi", NVIDIA_SMI)
+    probe = program(launch, "full", f'#!/bin/sh\n{full}\nPATH={user_dir}:$PATH exec python3 "$@"\n')
     words = (*ON_GPUS, *probe, "--data", "c4", "--tokenizer", "tokenizer", "--env", "NCCL_IB_HCA=mlx5_99")
     nodes = ("--check", "quick", "--nodes", "2", "--nodelist", ",".join(slurm.nodes[:2]))
-    seen_here = command("submit", *words, *nodes, "--yes", "--name", "sick")
+    seen_here = launch("submit", *words, *nodes, "--yes", "--name", "sick")
     assert seen_here.returncode == ExitStatus.INVALID and "[data-unfit]" in seen_here.stderr, seen_here.stderr
-    done = command("submit", *words, *nodes, "--force", "--name", "sick")
+    done = launch("submit", *words, *nodes, "--force", "--name", "sick")
     assert done.returncode == 0 and "c4-train.00000-of-01024.json.gz is a Git LFS pointer" in done.stderr, done.stderr
-    status, logs = ended(command, user_dir, "sick")
+    status, logs = ended(launch, "sick")
     assert status.returncode == ExitStatus.NODES_UNFIT, status.stderr + logs
-    verdict = json.loads((user_dir / "runs" / "sick" / "nodes" / "check.json").read_text())
+    verdict = json.loads((launch.run("sick") / "nodes" / "check.json").read_text())
     found = {host: {one["name"]: one for one in verdict["unfit"] if one["host"] == host} for host in slurm.nodes[:2]}
     assert set(found[slurm.nodes[1]]) - set(found[slurm.nodes[0]]) == {"space"}
     space = found[slurm.nodes[1]]["space"]

@@ -36,12 +36,6 @@ class Cut:
     uninterrupted: dict[int, float]
 
 
-def train(python: str, node_json: Path, started: Started) -> str:
-    started.processes.clear()
-    started.start(python, node_json, TITAN_JOB_ID=f"k{os.getpid()}", TITAN_HEAD_PORT="0")
-    return started.finish()[0]
-
-
 def descendants(pid: int) -> list[int]:
     below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [pid, *(one for child in below for one in descendants(child))]
@@ -58,7 +52,7 @@ def cut(python: str, cuts: dict[str, Cut], tmp_path_factory: pytest.TempPathFact
     if python in cuts:
         return cuts[python]
     folder = tmp_path_factory.mktemp("checkpoints")
-    output = train(python, make_run(folder / "whole", node()), started)
+    output = started.alone(python, make_run(folder / "whole", node()))
     saved = folder / "whole" / "titan" / "checkpoint"
     assert look(saved) == ([4, 8, 12], []), "the last is whole, too; with it, none is deleted"
     size = sum(file.stat().st_size for file in (saved / "step-8").iterdir())
@@ -86,7 +80,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(cut: Cut, python: str, 
     node_json = make_run(again, node())
     shutil.copytree(saved, again / "titan" / "checkpoint")
     (again / "titan" / "checkpoint" / RECORD).unlink()
-    output = train(python, node_json, started)
+    output = started.alone(python, node_json)
     assert losses(output) == {step: loss for step, loss in cut.uninterrupted.items() if step > 8}
     assert record(again)["checkpoint_step"] == 8
     assert look(again / "titan" / "checkpoint") == ([4, 8, 12], [])
@@ -116,7 +110,7 @@ def test_a_damaged_one_is_not_whole(cut: Cut, tmp_path: Path, harm: Callable[[Pa
 def test_training_goes_on_from_the_one_before_a_damaged_one(cut: Cut, python: str, started: Started) -> None:
     saved = cut.run / "titan" / "checkpoint"
     HARMS["cut file"](saved / "step-8")
-    output = train(python, cut.run / "job" / "node.json", started)
+    output = started.alone(python, cut.run / "job" / "node.json")
     assert losses(output) == {step: loss for step, loss in cut.uninterrupted.items() if step > 4}
     assert "is cut: 12 of " in output and "training goes on from step 4" in output
     assert (saved / ASIDE / "step-8").is_dir() and look(saved) == ([4, 8, 12], [])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,12 +125,6 @@ def node(checkpoint: Checkpoint, ranks: int, **recipe: Any) -> dict[str, Any]:
     return made
 
 
-def start(python: str, node_json: Path, started: Started) -> str:
-    started.processes.clear()
-    started.start(python, node_json, TITAN_JOB_ID=f"i{os.getpid()}", TITAN_HEAD_PORT="0")
-    return started.finish()[0]
-
-
 def record(run: Path) -> dict[str, Any]:
     (path,) = (run / "nodes").glob("*.json")
     return dict(json.loads(path.read_text()))
@@ -140,7 +133,7 @@ def record(run: Path) -> dict[str, Any]:
 def test_training_starts_from_the_checkpoint_and_saves_nothing_unasked(
     python: str, checkpoint: Checkpoint, tmp_path: Path, started: Started
 ) -> None:
-    output = start(python, make_run(tmp_path / "run", node(checkpoint, ranks=2)), started)
+    output = started.alone(python, make_run(tmp_path / "run", node(checkpoint, ranks=2)))
     assert list(losses(output)) == [1, 2]
     assert losses(output)[1] == pytest.approx(sum(checkpoint.losses) / 2, abs=1e-3)
     assert not (tmp_path / "run" / "titan" / "checkpoint").exists()
@@ -152,11 +145,11 @@ def test_the_runs_own_checkpoint_wins_over_the_initial_one(
     python: str, checkpoint: Checkpoint, tmp_path: Path, started: Started
 ) -> None:
     node_json = make_run(tmp_path / "run", node(checkpoint, ranks=1, checkpoint_interval=1))
-    before = losses(start(python, node_json, started))
+    before = losses(started.alone(python, node_json))
     assert before[1] == pytest.approx(checkpoint.losses[0], abs=1e-3)
     saved = tmp_path / "run" / "titan" / "checkpoint"
     assert sorted(path.name for path in saved.glob("step-*")) == ["step-1", "step-2"]
     shutil.rmtree(saved / "step-2")
-    output = start(python, node_json, started)
+    output = started.alone(python, node_json)
     assert losses(output) == {2: pytest.approx(before[2], abs=1e-3)}, "step 1 is not trained again"
     assert record(tmp_path / "run")["init_from"] == str(saved / "step-1")

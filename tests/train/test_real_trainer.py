@@ -155,6 +155,12 @@ class Started:
             )
         )
 
+    def alone(self, python: str, node_json: Path, **env: str) -> str:
+        """What a run of one node prints, once it has ended well."""
+        self.processes.clear()
+        self.start(python, node_json, TITAN_JOB_ID=f"k{os.getpid()}", TITAN_HEAD_PORT="0", **env)
+        return self.finish()[0]
+
     def finish(self, timeout_s: float = 420) -> list[str]:
         """What each printed; all of them have ended well."""
         ends = time.monotonic() + timeout_s
@@ -186,8 +192,8 @@ def test_what_03_adds_by_itself_changes_no_loss(python: str, tmp_path: Path, sta
     for like_for_like in (True, False):
         node = debug_node(gpus_per_node=1)
         recipe = node["recipe"] | {"steps": 2, "log_freq": 1, "like_for_like": like_for_like}
-        started.start(python, make_run(tmp_path / str(like_for_like), changed(node, recipe=recipe)))
-        found.append(losses(started.finish()[-1]))
+        run = make_run(tmp_path / str(like_for_like), changed(node, recipe=recipe))
+        found.append(losses(started.alone(python, run)))
     assert set(found[0]) == {1, 2} and found[0] == pytest.approx(found[1], rel=1e-3)
 
 
@@ -195,8 +201,7 @@ def test_tensor_parallel_with_full_checkpointing_makes_a_step(python: str, tmp_p
     """Async TP is torch.compile's work, which a CPU has not: tests/train/test_proof.py builds it."""
     node = debug_node()
     recipe = node["recipe"] | {"steps": 1, "log_freq": 1, "tensor_parallel": 2, "activation_checkpoint": "full"}
-    started.start(python, make_run(tmp_path / "run", changed(node, recipe=recipe)))
-    (output,) = started.finish()
+    output = started.alone(python, make_run(tmp_path / "run", changed(node, recipe=recipe)))
     assert "tp=2" in output and 7 < losses(output)[1] < 9, output[-2000:]
 
 
@@ -259,30 +264,12 @@ def test_the_real_parser_takes_every_recipe(python: str, tmp_path: Path) -> None
     assert said["ends"] == [256, 257, 256, 257] and said["same"]
     parsed = dict(zip(lines, said["parsed"], strict=True))
     read = read_02 if titan.startswith("0.2") else read_03
-    published = {
-        "local_batch_size": 5,
-        "global_batch_size": -1,
-        "seq_len": 8192,
-        "steps": 100,
-        "max_norm": 1.0,
-        "param_dtype": "bfloat16",
-        "lr": 3e-4,
-        "warmup_steps": 200,
-        "decay": [None, "linear", 0.0],
-        "selective_by_op": True,
-        "compile": False,
-        "log_freq": 10,
-        "color": False,
-        "tensorboard": "tb",
-        "degrees": [1, -1, 1, 1, 1],
-        "schedule": "1F1B",
-        "checkpoint": False,
-        "seed": None,
-        "validate": False,
-        "profile": False,
-        "data": ["c4", "/data/c4"],
-        "betas_eps_decay": [0.9, 0.95, 1e-8, 0.1],
-    }
+    sizes = {"local_batch_size": 5, "global_batch_size": -1, "seq_len": 8192, "steps": 100, "param_dtype": "bfloat16"}
+    rates = {"lr": 3e-4, "warmup_steps": 200, "max_norm": 1.0, "betas_eps_decay": [0.9, 0.95, 1e-8, 0.1]}
+    off = dict.fromkeys(("compile", "color", "checkpoint", "validate", "profile"), False)
+    place = {"degrees": [1, -1, 1, 1, 1], "schedule": "1F1B", "data": ["c4", "/data/c4"], "tensorboard": "tb"}
+    more = {"decay": [None, "linear", 0.0], "selective_by_op": True, "log_freq": 10, "seed": None}
+    published = {**sizes, **rates, **off, **place, **more}
     assert read(parsed["8b"]) == published
     assert read(parsed["70b"])["degrees"] == [1, -1, 8, 1, 1] and read(parsed["70b"])["lr"] == 1.5e-4
     assert not read(parsed["70b"])["selective_by_op"] and not read(parsed["8b-fast"])["selective_by_op"]
@@ -305,13 +292,7 @@ def test_the_real_parser_takes_every_recipe(python: str, tmp_path: Path) -> None
 def read_common(config: dict[str, Any]) -> dict[str, Any]:
     """What both eras keep in the same place."""
     training, parallelism, metrics = config["training"], config["parallelism"], config["metrics"]
-    names = (
-        "data_parallel_replicate",
-        "data_parallel_shard",
-        "tensor_parallel",
-        "context_parallel",
-        "pipeline_parallel",
-    )
+    kinds = ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel", "context_parallel")
     schedule = config["lr_scheduler"]
     return {
         **{name: training[name] for name in ("local_batch_size", "global_batch_size", "seq_len", "steps", "max_norm")},
@@ -322,7 +303,7 @@ def read_common(config: dict[str, Any]) -> dict[str, Any]:
         "log_freq": metrics["log_freq"],
         "color": not metrics["disable_color_printing"],
         "tensorboard": metrics["enable_tensorboard"] and metrics["save_tb_folder"],
-        "degrees": [parallelism[f"{name}_degree"] for name in names],
+        "degrees": [parallelism[f"{name}_degree"] for name in (*kinds, "pipeline_parallel")],
         "schedule": parallelism["pipeline_parallel_schedule"],
         "checkpoint": config["checkpoint"]["enable"],
         "seed": config["debug"]["seed"],
@@ -359,14 +340,7 @@ def read_03(config: dict[str, Any]) -> dict[str, Any]:
 def test_the_debug_recipe_learns(python: str, tmp_path: Path, started: Started) -> None:
     run = tmp_path / "run"
     began = time.time()
-    started.start(
-        python,
-        make_run(run, debug_node(check="full")),
-        TITAN_JOB_ID=f"t{os.getpid()}",
-        TITAN_HEAD_PORT="0",
-        TZ="XXX-5:30",
-    )
-    (output,) = started.finish()
+    output = started.alone(python, make_run(run, debug_node(check="full")), TZ="XXX-5:30")
     assert "titan-node: ok node=0 " in output, output[:500]
     outcome_is_whole(run, output, began)
     found = losses(output)

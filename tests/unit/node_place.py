@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -44,6 +46,13 @@ class cuda:
 FAKE_RUN = "import json, os, sys\nprint('STARTED', json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))\n"
 
 
+def as_in_a_run(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    """A module of slurm/, with `titan` and `check` beside it as in a run directory."""
+    for folder in ("launcher", "slurm"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    return importlib.import_module(name)
+
+
 def lay_out(run_dir: Path, node: dict[str, Any]) -> Path:
     """A run directory's job as `launcher submit` makes it; returns its node.json."""
     job = run_dir / "job"
@@ -55,22 +64,31 @@ def lay_out(run_dir: Path, node: dict[str, Any]) -> Path:
     return job / "node.json"
 
 
+def fake_site(site: Path, more: str = "", distributed: str = "", run: str = FAKE_RUN, titan: str = "0.3.0") -> Path:
+    """A folder of packages that stand in for torch and torchtitan."""
+    for file, text in {
+        "torch/__init__.py": FAKE_TORCH + more,
+        "torch/distributed/__init__.py": distributed,
+        "torch/distributed/run.py": run,
+        "torchtitan/__init__.py": "",
+        f"torchtitan-{titan}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: torchtitan\nVersion: {titan}\n",
+    }.items():
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text(text)
+    return site
+
+
 class Place:
     """A run directory as `launcher submit` makes it, and a folder of made-up packages."""
 
-    def __init__(self, folder: Path, node: dict[str, Any], titan: str | None = "0.3.0") -> None:
+    def __init__(self, folder: Path, node: dict[str, Any], titan: str = "0.3.0") -> None:
         self.run_dir, self.site = folder / "run", folder / "site"
         lay_out(self.run_dir, node)
         self.data, self.tokenizer = folder / "c4", folder / "tokenizer"
         sample.write_c4_sample(self.data, train_files=2, documents_per_file=3)
         sample.write_tokenizer(self.tokenizer)
         self.write_node(changed(node, data=str(self.data), data_source=str(self.data), tokenizer=str(self.tokenizer)))
-        (self.site / "torch" / "distributed").mkdir(parents=True)
-        (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH)
-        (self.site / "torch" / "distributed" / "__init__.py").touch()
-        (self.site / "torch" / "distributed" / "run.py").write_text(FAKE_RUN)
-        if titan is not None:
-            self.install_titan(titan)
+        fake_site(self.site, titan=titan)
 
     def change(self, **changes: Any) -> None:
         self.write_node(changed(self.node, **changes))
@@ -81,13 +99,6 @@ class Place:
     def write_node(self, node: dict[str, Any]) -> None:
         self.node = changed(node, run_dir=str(self.run_dir))
         (self.run_dir / "job" / "node.json").write_text(json.dumps(self.node))
-
-    def install_titan(self, version: str) -> None:
-        (self.site / "torchtitan").mkdir()
-        (self.site / "torchtitan" / "__init__.py").touch()
-        info = self.site / f"torchtitan-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torchtitan\nVersion: {version}\n")
 
     def start(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         done = self.start_unchecked(*arguments, **env)
@@ -105,6 +116,7 @@ class Place:
             "SLURMD_NODENAME": "gpu001",
             "TITAN_JOB_ID": f"t{os.getpid()}",
             "TMPDIR": str(self.run_dir.parent),
+            **({"FAKE_TORCH": "2.13.0+cpu"} if self.node["profile"]["device"] == "cpu" else {}),
             **more,
         }
 

@@ -193,13 +193,13 @@ LOST = "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.
             f"a GPU no longer answers: nvidia-smi ended with 15: {LOST}",
             "",
         ),
-        ("sleep 60", "", "general (did not answer within 3 s)"),
+        ("sleep 60", "", "general (did not answer within 1 s)"),
         ("head -c 300 /dev/urandom", "", "general (no GPU is in its answer)"),
         ("printf 'half\\033 a line' >&2; exit 9", "", "general (ended with 9: half? a line)"),
         (
             'case "$1" in *name*) sleep 60;; *) exit 2;; esac',
             "",
-            "general (did not answer within 3 s); ecc (ended with 2)",
+            "general (did not answer within 1 s); ecc (ended with 2)",
         ),
     ],
     ids=["lost", "hangs", "garbage", "fails", "one hangs, the others fail"],
@@ -208,12 +208,24 @@ def test_what_nvidia_smi_says_instead_of_an_answer_is_told(
     script: str, problem: str, warning: str, nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvidia_smi(script)
-    monkeypatch.setattr(smi, "SMI_LIMIT_S", 3)
+    monkeypatch.setattr(smi, "SMI_LIMIT_S", 1)
     found = Findings()
     health.look(asked(nodes=1, gpus=4), "gpu001", {}, {}, found)
     assert [one["what"] for one in found.problems] == ([problem] if problem else [])
     told = [one["what"] for one in found.warnings]
     assert [what.startswith(f"nvidia-smi does not tell: {warning}") for what in told] == ([True] if warning else [])
+
+
+def test_what_goes_wrong_is_noted_and_the_next_thing_is_looked_at() -> None:
+    found = Findings()
+    for name, error in {"data": OSError(116, "Stale file handle", "/data/c4"), "gpus": KeyError("x")}.items():
+        with found.noting(name):
+            raise error
+    assert [(one["name"], one["what"]) for one in found.problems] == [
+        ("data", "/data/c4: Stale file handle"),
+        ("unexpected", "unexpected: KeyError: 'x'"),
+    ]
+    assert ["traceback" in one for one in found.problems] == [False, True]
 
 
 def test_gpus_that_are_hidden_from_the_job_are_not_judged() -> None:

@@ -35,11 +35,11 @@ def test_the_campaign_writes_a_row_anew(tmp_path: Path, monkeypatch: pytest.Monk
     page = tmp_path / "page.md"
     monkeypatch.setenv("LAUNCHER_TEST_FAULTS_TABLE", str(page))
     whole = Seen("COMPLETED", ("",), (), "", (((1, 8.0),),), 60)
-    cases = [Case(name, "a fault", lambda _: None, ("killed|crashed", "")) for name in ("a", "b")]
-    note(cases[0], whole, whole, ["state FAILED"])
-    note(cases[1], whole, whole, [])
+    case = Case(lambda _: None, "killed|crashed", what="a fault")
+    note("a", case, whole, whole, ["state FAILED"])
+    note("b", case, whole, whole, [])
     assert "**state FAILED**" in page.read_text()
-    note(cases[0], whole, whole, [])
+    note("a", case, whole, whole, [])
     assert page.read_text().splitlines()[2:] == [
         f"| {name} | a fault | COMPLETED after killed or crashed | COMPLETED | 1 | 0 | 0 |" for name in ("a", "b")
     ]

@@ -50,7 +50,7 @@ def test_ranks_leave_no_core_dumps_unless_they_are_asked_for(wanted: str, limit:
 
 
 def test_a_cpu_node_trains_behind_the_patches_and_sees_no_gpu(cpu: Place) -> None:
-    done = cpu.start(FAKE_TORCH="2.13.0+cpu", HF_TOKEN="hf_do_not_tell")
+    done = cpu.start(HF_TOKEN="hf_do_not_tell")
     arguments, env, _ = started(done)
     assert "titan.cpu" in arguments and "torchtitan.train" not in arguments
     assert env["PYTHONPATH"].split(os.pathsep) == [f"{cpu.run_dir}/job", str(cpu.site)]
@@ -71,15 +71,13 @@ def test_a_cpu_node_trains_behind_the_patches_and_sees_no_gpu(cpu: Place) -> Non
 
 def test_the_toml_eras_configuration_file_is_there(tmp_path: Path) -> None:
     place = Place(tmp_path, debug_node(), titan="0.2.2")
-    arguments, _, _ = started(place.start(FAKE_TORCH="2.13.0+cpu"))
+    arguments, _, _ = started(place.start())
     assert arguments[-1] == f"--job.config_file={place.run_dir}/job/titan.toml"
     assert "steps = 20" in (place.run_dir / "job" / "titan.toml").read_text()
 
 
 def test_what_is_set_already_wins(cpu: Place) -> None:
-    _, env, _ = started(
-        cpu.start(FAKE_TORCH="2.13.0+cpu", NCCL_SOCKET_IFNAME="ib0", HF_HOME="/my/hf", HF_HUB_OFFLINE="0")
-    )
+    _, env, _ = started(cpu.start(NCCL_SOCKET_IFNAME="ib0", HF_HOME="/my/hf", HF_HUB_OFFLINE="0"))
     assert (env["NCCL_SOCKET_IFNAME"], env["HF_HOME"], env["HF_HUB_OFFLINE"]) == ("ib0", "/my/hf", "0")
     assert "HF_DATASETS_OFFLINE" not in env  # it would win over the other in `datasets`
     assert env["GLOO_SOCKET_IFNAME"] == "lo"
@@ -87,13 +85,13 @@ def test_what_is_set_already_wins(cpu: Place) -> None:
 
 @pytest.mark.parametrize("home", ["", "/nonexistent/home"])
 def test_a_home_that_is_missing_is_replaced(cpu: Place, home: str) -> None:
-    _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", HOME=home))
+    _, env, _ = started(cpu.start(HOME=home))
     assert os.access(env["HOME"], os.W_OK)
 
 
 def test_streaming_from_the_hub_stays_online(cpu: Place) -> None:
     cpu.change(data="hub")
-    _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
+    _, env, _ = started(cpu.start())
     assert not {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"} & env.keys()
 
 
@@ -187,7 +185,7 @@ def test_a_gpu_node_refuses(case: Refusal, gpu: Place) -> None:
 @pytest.mark.parametrize("case", OF_A_CPU_NODE.values(), ids=OF_A_CPU_NODE.keys())
 def test_a_cpu_node_refuses(case: Refusal, cpu: Place) -> None:
     case.wrong(cpu)
-    head = {"FAKE_TORCH": "2.13.0+cpu", "TITAN_HEAD_ADDR": "127.0.0.1", "TITAN_HEAD_PORT": "abc"}
+    head = {"TITAN_HEAD_ADDR": "127.0.0.1", "TITAN_HEAD_PORT": "abc"}
     line = cpu.refused(**head, **case.env)
     assert case.words in line
     if "launcher stage" in line:
@@ -210,19 +208,3 @@ def test_the_tokenizer_is_incomplete(cpu: Place, name: str, content: str | None,
 def test_no_node_json(cpu: Place) -> None:
     assert "No such file" in cpu.refused("/nowhere/node.json")
     assert "one argument is needed" in cpu.refused("a", "b")
-
-
-def test_each_node_has_a_record_and_a_log_folder_of_its_own(cpu: Place) -> None:
-    cpu.change(nodes=2)
-    for index in (0, 1):
-        arguments, _, _ = started(
-            cpu.start(
-                FAKE_TORCH="2.13.0+cpu",
-                TITAN_HEAD_ADDR="127.0.0.1",
-                TITAN_HEAD_PORT="20001",
-                SLURM_NODEID=str(index),
-                SLURMD_NODENAME=f"gpu00{index}",
-            )
-        )
-        assert f"--log-dir={cpu.run_dir}/logs/ranks/000{index}-gpu00{index}" in arguments
-        assert cpu.record(f"000{index}-gpu00{index}")["node"] == index

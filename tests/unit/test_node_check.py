@@ -20,7 +20,7 @@ from launcher.base.errors import ExitStatus
 from launcher.config.spec import Job, PlacedRun, node_config
 from launcher.runs.judged import judge
 from tests.conftest import Forked, Launch
-from tests.unit.node_place import FAILED, FAKE_TORCH, Place, started
+from tests.unit.node_place import FAILED, Place, fake_site, started
 from tests.unit.test_submission import wait_for
 from tests.unit.test_titan_command import LLAMA3_8B, changed, debug_node
 
@@ -41,6 +41,7 @@ def burn(seconds):
     clock += seconds
 time.perf_counter = time.process_time = lambda: clock
 def mm(left, right, out):
+    if os.environ.get("FAKE_NO_PRODUCT"): raise RuntimeError("libcublas.so.13 is missing")
     burn(0.01 if os.environ.get("FAKE_SLOW") else 0.001)
 def set_num_threads(_): pass
 cuda.set_device = lambda _: None
@@ -69,8 +70,7 @@ class Nodes(Place):
         super().__init__(folder, changed(node, check="full"))
         self.first, self.step = 0, self.node["job"]["nodes"] + spares
         self.said = {"TITAN_NODES": str(self.step)} if spares else {}
-        (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH + FAKE_TENSORS)
-        (self.site / "torch" / "distributed" / "__init__.py").write_text(FAKE_DISTRIBUTED)
+        fake_site(self.site, FAKE_TENSORS, FAKE_DISTRIBUTED)
 
     def run(self, address: str = "127.0.0.1", **changes: dict[str, str]) -> list[subprocess.CompletedProcess[str]]:
         """Every node's process, ended; `changes`: n1={...} are node 1's own variables, or its node.json."""
@@ -94,7 +94,6 @@ class Nodes(Place):
                 TITAN_JOB_ID="7",
                 SLURM_NODEID=str(number),
                 SLURMD_NODENAME=f"gpu{number:03d}",
-                FAKE_TORCH="2.13.0+cpu",
                 TMPDIR=str(self.run_dir.parent / f"tmp{number}"),
                 **self.said,
             )
@@ -185,18 +184,13 @@ def test_a_network_that_fails_stops_the_job(two: Nodes) -> None:
     assert "titan-check: printed by worker 1:\nNCCL INFO no route" in done[0].stdout
 
 
-def test_a_torch_that_is_broken_on_one_node_can_say_so(two: Nodes) -> None:
-    done = two.run(n1={"FAKE_TORCH_BROKEN": "1"})
-    all_stopped(done)
-    assert [(one["host"], one["fault"]) for one in two.verdict()["unfit"]] == [("gpu001", "node")]
-    assert "import torch fails: ImportError: libcudart" in done[1].stdout
-
-
 def test_a_wrong_setting_is_not_blamed_on_the_only_node(tmp_path: Path) -> None:
     alone = Nodes(tmp_path, debug_node(nodes=1))
     all_stopped(alone.run(n0={"TITAN_SCRATCH": "/proc/none"}))
     all_stopped(alone.run(n0={"FAKE_HANG": "2"}))  # NCCL within the node
     assert [(one["name"], one["fault"]) for one in alone.verdict()["unfit"]] == [("all-reduce-node", "run")]
+    all_stopped(alone.run(n0={"FAKE_NO_PRODUCT": "1"}))  # of all its ranks
+    assert [(one["name"], one["fault"]) for one in alone.verdict()["unfit"]] == [("product", "run")] * 2
 
 
 def test_quick_multiplies_nothing(two: Nodes) -> None:
@@ -245,7 +239,7 @@ def gpus(tmp_path: Path) -> Nodes:
 
 def test_gpu_nodes(gpus: Nodes) -> None:
     """One has lost a GPU, one has memory errors: both are named in one go, the third is not to blame."""
-    common = {"FAKE_TORCH": "2.14.1+cu130", "PATH": f"{gpus.run_dir.parent}/bin:{os.environ['PATH']}"}
+    common = {"PATH": f"{gpus.run_dir.parent}/bin:{os.environ['PATH']}"}
     done = gpus.run(own_address(), n0=common, n1={**common, "FAKE_GPUS": "3"}, n2={**common, "FAKE_ECC": "2"})
     all_stopped(done)
     unfit = {(one["host"], one["name"]) for one in gpus.verdict()["unfit"]}
@@ -264,7 +258,7 @@ def test_a_driver_that_is_too_old_is_told_by_its_number(tmp_path: Path) -> None:
     place = Nodes(tmp_path, changed(LLAMA3_8B, nodes=1))
     (tmp_path / "nvidia-smi").write_text(SMI.replace("580.95.05", "570.86.15"))
     (tmp_path / "nvidia-smi").chmod(0o755)
-    own = {"FAKE_TORCH": "2.14.1+cu130", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (done,) = place.run(n0={**own, "FAKE_CUDA_ERROR": "The driver is too old"})
     assert done.returncode == FAILED
     assert "does not start: The driver is too old; driver 570.86.15 is older than CUDA 13.0 needs (580)" in done.stdout

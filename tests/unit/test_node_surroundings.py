@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +11,8 @@ from types import ModuleType
 import pytest
 
 from launcher.stage import view
-from tests.unit.node_place import FAKE_RUN, ROOT, Place, cpu, started
+from tests.unit.node_place import FAKE_RUN, Place, as_in_a_run, cpu, started
+from tests.unit.test_submission import wait_for
 from tests.unit.test_titan_command import debug_node
 
 __all__ = ["cpu"]  # fixtures
@@ -22,18 +20,11 @@ __all__ = ["cpu"]  # fixtures
 
 @pytest.fixture
 def node_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """slurm/node.py as a module, with `titan` beside it as in a run directory."""
-    monkeypatch.syspath_prepend(str(ROOT / "launcher"))
-    monkeypatch.syspath_prepend(str(ROOT / "slurm"))
-    spec = importlib.util.spec_from_file_location("node_under_test", ROOT / "slurm" / "node.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return as_in_a_run(monkeypatch, "node")
 
 
 def test_the_interface_towards_a_head_node(node_module: ModuleType) -> None:
-    from check.network import interface_of  # type: ignore[import-not-found]  # as a run directory has it
+    from check.network import interface_of  # as a run directory has it
 
     assert node_module.find_network(debug_node(), {"TITAN_HEAD_ADDR": "127.0.0.1"}) == {
         "address": "127.0.0.1",
@@ -58,7 +49,7 @@ def test_a_scratch_directory_that_is_not_ours_is_not_used(
 def test_caches_go_where_the_job_script_said(cpu: Place) -> None:
     scratch = cpu.run_dir.parent / "job" / "scratch"
     for _ in range(2):  # it may be there already
-        _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_SCRATCH=str(scratch)))
+        _, env, _ = started(cpu.start(TITAN_SCRATCH=str(scratch)))
         assert env["HF_HOME"] == f"{scratch}/huggingface" and scratch.stat().st_mode & 0o777 == 0o700
     assert not list(cpu.run_dir.parent.glob("titan-*"))
 
@@ -66,7 +57,7 @@ def test_caches_go_where_the_job_script_said(cpu: Place) -> None:
 def test_caches_go_to_the_nodes_own_disk_where_the_profile_names_it(cpu: Place) -> None:
     nvme = cpu.run_dir.parent / "nvme"
     cpu.change(scratch=str(nvme))
-    _, env, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="7"))
+    _, env, _ = started(cpu.start(TITAN_JOB_ID="7"))
     assert env["HF_HOME"] == f"{nvme}/titan-{os.getuid()}-7/huggingface"
     assert cpu.record()["scratch"].startswith(f"{nvme}/titan-")
     cpu.change(scratch="/proc/no-such-place")
@@ -76,34 +67,32 @@ def test_caches_go_to_the_nodes_own_disk_where_the_profile_names_it(cpu: Place) 
 def test_the_next_job_removes_the_caches_of_ended_ones_and_no_others(cpu: Place) -> None:
     nvme = cpu.run_dir.parent / "nvme"
     cpu.change(scratch=str(nvme))
-    fake_run = cpu.site / "torch" / "distributed" / "run.py"
-    fake_run.write_text(FAKE_RUN + "if os.environ.get('HOLD'): print('READY', flush=True); sys.stdin.read()\n")
-    started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="1"))
-    going = subprocess.Popen(
-        [sys.executable, "-S", str(cpu.run_dir / "job" / "node.py"), f"{cpu.run_dir}/job/node.json"],
-        env=cpu.environment(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="2", HOLD="1"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert going.stdout is not None and any("READY" in line for line in going.stdout)
-        (nvme / f"titan-{os.getuid()}-9").mkdir()  # without a lock: not known to be ours
-        for folder in nvme.iterdir():
+    hold = cpu.run_dir.parent / "hold"
+    hold.touch()
+    waits = "import time\nwhile os.path.exists(os.environ.get('HOLD', '')): time.sleep(0.05)\n"
+    (cpu.site / "torch" / "distributed" / "run.py").write_text(FAKE_RUN + waits)
+
+    def left_by(job: str) -> list[str]:
+        """Once that job has begun, long after the others were seen."""
+        for folder in nvme.glob("*"):
             os.utime(folder, (1, 1))
-        started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="3"))
-        assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-2", "-3", "-9"]
-    finally:
-        going.communicate("", timeout=60)
-    os.utime(nvme / f"titan-{os.getuid()}-2", (1, 1))
-    started(cpu.start(FAKE_TORCH="2.13.0+cpu", TITAN_JOB_ID="4"))
-    assert sorted(path.name[-2:] for path in nvme.iterdir()) == ["-3", "-4", "-9"]
+        started(cpu.start(TITAN_JOB_ID=job))
+        return sorted(path.name[-2:] for path in nvme.iterdir())
+
+    assert left_by("1") == ["-1"]
+    going = cpu.process(cpu.environment(TITAN_JOB_ID="2", HOLD=str(hold)))
+    wait_for(lambda: "STARTED" in going.said())
+    (nvme / f"titan-{os.getuid()}-9").mkdir()  # without a lock: not known to be ours
+    assert left_by("3") == ["-2", "-3", "-9"]
+    hold.unlink()
+    going.end()
+    assert left_by("4") == ["-4", "-9"]
 
 
 def test_a_shared_file_system_holds_no_caches(
     node_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import titan.caches  # type: ignore[import-not-found]  # as a run directory has it
+    import titan.caches  # as a run directory has it
 
     monkeypatch.setattr(titan.caches, "filesystem_of", lambda path: "nfs4" if "run" in path.parts else "xfs")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
@@ -129,7 +118,7 @@ def test_a_view_whose_data_is_not_on_the_node(cpu: Place) -> None:
         cpu.run_dir / "data", {"c4-train.00000-of-00002.json.gz": "../../../c4/en/c4-train.00000-of-00002.json.gz"}
     )
     cpu.change(data=f"{cpu.run_dir}/data")
-    arguments, _, _ = started(cpu.start(FAKE_TORCH="2.13.0+cpu"))
+    arguments, _, _ = started(cpu.start())
     assert f"--dataloader.dataset_path={cpu.run_dir}/data" in arguments
     assert cpu.record()["data_files"] == 1 and cpu.record()["data_source"] == str(cpu.data)
     cpu.data.rename(cpu.data.with_name("moved"))

@@ -1,4 +1,7 @@
-"""The watcher beside torchrun, with stand-ins for torchrun and its ranks: processes that log steps and sleep."""
+"""The watcher beside torchrun: once with processes in the places of torchrun and its ranks, else on a clock of its own.
+
+On that clock a sleep takes no time, and what happens during it is the test's.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.unit.node_place import lay_out
+from launcher.titan import checkpoints
+from tests.unit.checkpoint_files import write_checkpoint
+from tests.unit.node_place import as_in_a_run, lay_out
+from tests.unit.test_submission import wait_for
 from tests.unit.test_titan_command import changed, debug_node
 
 TORCHRUN = """
-import os, signal, subprocess, sys, time
+import os, subprocess, sys, time
 job, log = sys.argv[1:3]
 words = [job + "/check/watch.py", job + "/node.json", "0", "n0", str(os.getpid())]
 watcher = subprocess.Popen([sys.executable, *words])
@@ -30,58 +37,12 @@ ranks = [
     for number in range(2)
 ]
 print(watcher.pid, *(rank.pid for rank in ranks), flush=True)
-for number in range(1, 600):
-    if os.path.exists(log + ".quiet"):
-        time.sleep(600)
-    if os.path.exists(log + ".over"):
-        for rank in ranks:
-            rank.kill()
-        sys.exit()
+for number in range(1, 9):
     with open(log, "a") as stream:
         stream.write(f"[rank0]:[titan] - root - INFO - step: {number}  loss:  5.5\\n")
     time.sleep(0.1)
+time.sleep(600)
 """
-
-
-class Node:
-    """A node whose run logs a step every tenth of a second."""
-
-    def __init__(self, folder: Path) -> None:
-        self.run = folder
-        lay_out(folder, changed(debug_node(), nodes=1))
-        for name in ("logs", "nodes"):
-            (folder / name).mkdir()
-        (folder / "nodes" / "0000-n0.json").write_text('{"ok": true, "node": 0, "host": "n0"}')
-        self.log = folder / "logs" / "0000-n0.log"
-        self.out = (folder / "out").open("w+")
-        env = os.environ | {
-            "LAUNCHER_HANG_S": "1",
-            "TITAN_JOB_ID": "7",
-            "TITAN_HANG_DIR": str(folder / "nodes" / "hang" / "0000-n0"),
-        }
-        command = [sys.executable, "-c", TORCHRUN, str(folder / "job"), str(self.log)]
-        self.torchrun = subprocess.Popen(command, stdout=self.out, env=env)
-        board = folder / "nodes" / "hang" / "board.json"
-        self.until(lambda: self.said() and board.exists() and self.log.exists() and self.log.stat().st_size > 300)
-        self.watcher, *self.ranks = map(int, self.said().split()[:3])
-
-    def said(self) -> str:
-        return Path(self.out.name).read_text()
-
-    def until(self, holds: Any) -> None:
-        end = time.monotonic() + 90
-        while not holds():
-            assert time.monotonic() < end, self.said()
-            time.sleep(0.1)
-
-    def tell(self, what: str) -> None:
-        Path(f"{self.log}.{what}").touch()
-
-    def verdict(self) -> dict[str, Any]:
-        self.until((self.run / "nodes" / "hang.json").exists)
-        value = json.loads((self.run / "nodes" / "hang.json").read_text())
-        assert isinstance(value, dict)
-        return value
 
 
 def is_alive(pid: int) -> bool:
@@ -91,65 +52,138 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    made = Node(tmp_path)
-    yield made
-    for pid in (made.torchrun.pid, made.watcher, *made.ranks):
-        if is_alive(pid):
+def run_directory(folder: Path, **recipe: int) -> Path:
+    """That of a run on one node; its log's path."""
+    node = debug_node()
+    lay_out(folder, changed(node, recipe=node["recipe"] | recipe))
+    for name in ("logs", "nodes"):
+        (folder / name).mkdir()
+    (folder / "nodes" / "0000-n0.json").write_text('{"ok": true, "node": 0, "host": "n0"}')
+    return folder / "logs" / "0000-n0.log"
+
+
+def test_a_stopped_rank_is_named_and_dies_with_the_rest(tmp_path: Path) -> None:
+    log, job = run_directory(tmp_path), tmp_path / "job"
+    watch = job / "check" / "watch.py"
+    watch.write_text(watch.read_text().replace("LOOK_S = 2 ", "LOOK_S = 0.6 "))
+    env = os.environ | {"LAUNCHER_HANG_S": "1", "TITAN_JOB_ID": "7"}
+    env["TITAN_HANG_DIR"] = str(tmp_path / "nodes" / "hang" / "0000-n0")
+    with open(tmp_path / "out", "w") as out:
+        torchrun = subprocess.Popen([sys.executable, "-c", TORCHRUN, str(job), str(log)], stdout=out, env=env)
+    pids = [torchrun.pid]
+    try:
+        wait_for(lambda: (tmp_path / "out").read_text())
+        pids += map(int, (tmp_path / "out").read_text().split()[:3])
+        os.kill(pids[-1], signal.SIGSTOP)
+        assert torchrun.wait(90) == -signal.SIGKILL
+        wait_for(lambda: not any(map(is_alive, pids)))
+    finally:
+        for pid in filter(is_alive, pids):
             os.kill(pid, signal.SIGKILL)
-    made.torchrun.wait()
-    made.out.close()
-
-
-def test_a_stopped_rank_is_named_and_dies_with_the_rest(node: Node) -> None:
-    os.kill(node.ranks[1], signal.SIGSTOP)
-    node.tell("quiet")
-    verdict = node.verdict()
+        torchrun.wait()
+    verdict = json.loads((tmp_path / "nodes" / "hang.json").read_text())
     assert (verdict["culprit"]["kind"], verdict["culprit"]["rank"]) == ("stopped", 1)
     assert verdict["why"] == "rank 1 (n0, local rank 1) is stopped by a signal or a debugger"
     first, second = verdict["nodes"][0]["ranks"]
     assert first["stack"] and first["state"] == "S" and second["state"] == "T"
-    assert node.torchrun.wait(60) == -signal.SIGKILL
-    node.until(lambda: not any(map(is_alive, (node.watcher, *node.ranks))))
-    assert f'titan-hang: rank=1 gpu=1 why="{verdict["why"]}"' in node.said()
+    assert f'titan-hang: rank=1 gpu=1 why="{verdict["why"]}"' in (tmp_path / "out").read_text()
 
 
-def test_where_nothing_tells_who_it_is_nobody_is_named(node: Node) -> None:
-    node.tell("quiet")
-    assert node.verdict()["culprit"] is None
-    node.until(lambda: not any(map(is_alive, (node.watcher, *node.ranks))))
-    assert "titan-hang: why=" in node.said() and "no rank can be blamed" in node.said()
+class Watched:
+    """A watcher whose torchrun ends after `lasts_s`; `meanwhile` is called as each sleep ends."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, hang_s: str = "5") -> None:
+        self.run, self.log, self.now, self.lasts_s = folder, run_directory(folder, checkpoint_interval=4), 100.0, 900.0
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.killed: list[int] = []
+        monkeypatch.setenv("LAUNCHER_HANG_S", hang_s)
+        monkeypatch.setenv("TITAN_JOB_ID", "7")
+        self.module = as_in_a_run(monkeypatch, "check.watch")
+        clock = SimpleNamespace(monotonic=lambda: self.now, time=time.time, sleep=self.sleep)
+        monkeypatch.setattr(self.module, "time", clock)
+        monkeypatch.setattr(self.module, "ranks_of", lambda torchrun: iter([]))
+        monkeypatch.setattr(os, "getppid", lambda: 4711 if self.now < self.lasts_s else 1)
+        monkeypatch.setattr(os, "kill", lambda pid, number: self.killed.append(number))
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+    def trains(self) -> None:
+        """A step a second."""
+        with open(self.log, "a") as stream:
+            stream.write(f"[rank0]:[titan] - root - INFO - step: {int(self.now)}  loss:  5.5\n")
+
+    def watch(self) -> None:
+        self.module.main(str(self.run / "job" / "node.json"), "0", "n0", "4711")
+
+    @property
+    def verdict(self) -> Any:
+        file = self.run / "nodes" / "hang.json"
+        return json.loads(file.read_text()) if file.exists() else None
 
 
-def test_a_watcher_ends_with_its_torchrun_and_says_nothing(node: Node) -> None:
-    node.tell("over")
-    node.torchrun.wait(30)
-    node.until(lambda: not is_alive(node.watcher))
-    assert len(node.said().splitlines()) == 1 and not (node.run / "nodes" / "hang.json").exists()
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(tmp_path, monkeypatch)
 
 
-def test_a_job_that_slurm_suspends_is_not_accused(node: Node) -> None:
-    everybody = (node.torchrun.pid, node.watcher, *node.ranks)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for pid in everybody:
-            os.kill(pid, number)
-        time.sleep(8)
-    assert all(map(is_alive, everybody)) and not (node.run / "nodes" / "hang.json").exists()
+def test_where_nothing_tells_who_it_is_nobody_is_named(watched: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    watched.meanwhile = lambda: watched.trains() if watched.now < 130 else None
+    watched.watch()
+    assert watched.verdict["culprit"] is None and signal.SIGKILL in watched.killed
+    said = capsys.readouterr().out
+    assert said.startswith("titan-hang: why=") and "no rank can be blamed" in said and len(said.splitlines()) == 1
 
 
-def test_what_another_attempt_was_asked_is_none_of_this_ones_business(node: Node) -> None:
-    board = node.run / "nodes" / "hang" / "board.json"
-    for text in ('{"ask": "7.1/1", "end": true}', '{"ask": 3, "end": true}', "{", "[]"):
-        board.write_text(text)
-        time.sleep(0.5)
-    assert all(map(is_alive, (node.watcher, *node.ranks))) and len(node.said().splitlines()) == 1
+def test_a_run_that_slurm_suspends_or_that_asks_nothing_is_left_alone(
+    watched: Watched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On its board may be what another attempt was asked, or no question. It ends with its torchrun."""
+    board = watched.run / "nodes" / "hang" / "board.json"
+    texts = iter(('{"ask": "7.1/1", "end": true}', '{"ask": 3, "end": true}', "{", "[]"))
+
+    def meanwhile() -> None:
+        if 200 < watched.now < 300:  # with all others, and wakes up first
+            watched.now += 400
+        else:
+            watched.trains()
+        if text := next(texts, ""):
+            board.write_text(text)
+
+    watched.meanwhile = meanwhile
+    watched.watch()
+    assert watched.verdict is None and not watched.killed and capsys.readouterr().out == ""
+    assert next(texts, None) is None and watched.now >= 900
 
 
-def test_a_watcher_that_fails_leaves_the_run_alone(node: Node) -> None:
-    (node.run / "nodes" / "hang" / "board.json").unlink()
-    (node.run / "nodes" / "hang" / "board.json").mkdir()
-    node.tell("quiet")
-    node.until(lambda: not is_alive(node.watcher))
-    assert "nobody watches for a hang any more" in node.said() and "Traceback" not in node.said()
-    assert all(map(is_alive, node.ranks))
+def test_a_watcher_that_fails_leaves_the_run_alone(watched: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+    (watched.run / "nodes" / "hang" / "board.json").mkdir(parents=True)
+    watched.watch()
+    assert "nobody watches for a hang any more" in capsys.readouterr().out and not watched.killed
+
+
+@pytest.mark.parametrize("hang_s", ["5", "0"])
+def test_after_each_checkpoint_it_says_when_the_next_does_not_fit(
+    hang_s: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched = Watched(tmp_path, monkeypatch, hang_s)
+    watched.lasts_s = 330.0
+    free = {4: 1000, 8: 50}
+    folder = tmp_path / "titan" / "checkpoint"
+    (folder / "step-best").mkdir(parents=True)  # somebody's own copy
+    (folder / "step-best/.metadata").touch()
+    write_checkpoint(folder, 3)  # of an earlier job
+    steps = iter(free)
+    monkeypatch.setattr(watched.module.checkpoints, "free_bytes", lambda folder: free[checkpoints.newest(folder)])
+
+    def meanwhile() -> None:
+        watched.trains()
+        if watched.now % 100 < 2 and (step := next(steps, 0)):
+            write_checkpoint(folder, step)
+
+    watched.meanwhile = meanwhile
+    watched.watch()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("titan-checkpoint: warn step=8 ") and "does not fit" in line
+    assert (tmp_path / "nodes" / "hang").exists() == (hang_s != "0") and watched.verdict is None
