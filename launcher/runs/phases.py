@@ -16,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from launcher.base.files import read_json
 from launcher.logs.follow import Follower, Progress
 from launcher.runs.again import past_attempts
 from launcher.runs.attempts import Attempt, attempts_of
 from launcher.runs.directory import Run
+from launcher.runs.judged import number
 from launcher.scheduler.state import WAITING, JobState
 
 
@@ -80,11 +80,11 @@ class Watcher:
             self._earlier, self._last = paths, next(iter(attempts_of(self._run)[-2::-1]), None)
             self._renew()
         end = self._run.end or {}
-        at = _number(end, "ended_at") or time.time()
-        times = _number(self._run.intent or {}, "at"), self._last.ended_at if self._last else None
+        at = number(end.get("ended_at")) or time.time()
+        times = number((self._run.intent or {}).get("at")), self._last.ended_at if self._last else None
         since = max(filter(None, times), default=None)  # a run that was resumed has waited since then only
         self._begin(Phase.QUEUED, since, at)
-        began = _number(end, "began_at")
+        began = number(end.get("began_at"))
         with suppress(OSError):
             began = began or (self._run.path / "claim" / "job_id").stat().st_mtime
         if self._last and since and began and began < since:  # of an earlier attempt's job
@@ -97,7 +97,7 @@ class Watcher:
             self._progress = progress
             seen.append(self._standing(state, at))
         seen = seen or [self._standing(state, at)]
-        hang = str((read_json(self._run.path / "nodes" / "hang.json") or {}).get("why", ""))
+        hang = str(self._run.hang.get("why", ""))
         return [*seen[:-1], replace(seen[-1], hang=hang)] if hang else seen
 
     def _standing(self, state: JobState | None, at: float) -> Standing:
@@ -116,7 +116,7 @@ class Watcher:
     def _before_training(self, at: float) -> tuple[Phase, int, int, Mapping[str, int]]:
         records = self._run.node_records
         marks = [mark for path in (self._run.path / "nodes").glob("*.doing") if (mark := read_json(path))]
-        started = [moment for one in (*records, *marks) if (moment := _number(one, "time"))]
+        started = [moment for one in (*records, *marks) if (moment := number(one.get("time")))]
         fit = [record for record in records if record.get("ok") is True and not record.get("spare")]
         phase = Phase.STARTING
         if self._nodes and len(started) >= self._nodes:
@@ -124,14 +124,14 @@ class Watcher:
             self._begin(phase, max(started), at)
         if self._nodes and len(fit) >= self._nodes:
             phase = Phase.LOADING
-            ends = [(_number(record, "time") or 0.0) + (_number(record, "check_s") or 0.0) for record in fit]
+            ends = [(number(record.get("time")) or 0.0) + (number(record.get("check_s")) or 0.0) for record in fit]
             self._begin(phase, max(ends), at)
         return phase, len(started), len(fit), Counter(str(mark.get("doing")) for mark in marks)
 
     def _first_step(self) -> float | None:
         """By the node's own clock, whose zone its record says: logs carry none."""
         host, moment = self._follower.first or ("", 0.0)
-        offsets = [_number(r, "utc_offset_s") for r in self._run.node_records if r.get("host") == host]
+        offsets = [number(r.get("utc_offset_s")) for r in self._run.node_records if r.get("host") == host]
         return moment - offsets[0] if offsets and offsets[0] is not None else None
 
     def _begin(self, phase: Phase, moment: float | None, at: float) -> None:
@@ -139,8 +139,3 @@ class Watcher:
         if phase not in self._began:
             last = max(self._began.values(), default=0.0)
             self._began[phase] = max(last, moment) if moment and moment <= at else at
-
-
-def _number(record: Mapping[str, Any], key: str) -> float | None:
-    value: Any = record.get(key)
-    return float(value) if type(value) in (int, float) and abs(value) < 1e11 else None
