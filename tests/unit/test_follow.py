@@ -276,7 +276,7 @@ def test_only_regular_files_are_logs(tmp_path: Path, read: Callable[[Path], Iter
     assert list(node_logs(tmp_path)) == ["a", "f"]
     assert read(tmp_path)
     assert find_errors(error_logs(tmp_path)).path is None
-    assert last_lines(error_logs(tmp_path)[::-1], 1)[0].name == "0005-f.log"
+    assert last_lines(error_logs(tmp_path)[::-1], 1)[0] == tmp_path / "0005-f.log"
 
 
 def test_a_log_that_turns_into_something_else_while_it_is_opened(tmp_path: Path) -> None:
