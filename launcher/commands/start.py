@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from launcher.base.errors import quoted
 from launcher.base.files import write_json
 from launcher.base.finding import OK, Finding
-from launcher.base.output import echo, print_json
+from launcher.base.output import confirm, echo, is_terminal, print_json
 from launcher.commands.asked import describe_run
 from launcher.config.spec import PlacedRun
 from launcher.plan.plan import plan, prediction
@@ -64,11 +65,10 @@ def resumed(run: Run, spec: PlacedRun, secrets: Mapping[str, str], after: str = 
         yield run, job_id
 
 
-def start(spec: PlacedRun, secrets: Mapping[str, str], as_json: bool) -> Run:
-    """Submits the run, and says where it is."""
-    with submitted(spec, secrets) as (run, job_id):
-        say_started(run, spec, job_id, as_json)
-    return run
+def ask_first(question: str, quiet: bool, err: bool = False) -> None:
+    """Asks on a terminal, and ends the program where the answer is no."""
+    if not quiet and is_terminal(sys.stdin) and is_terminal(sys.stderr if err else sys.stdout):
+        confirm(question, err=err)
 
 
 def say_started(run: Run, spec: PlacedRun, job_id: str, as_json: bool) -> None:

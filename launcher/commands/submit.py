@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from launcher.base.output import as_json, confirm, echo, echo_file, is_terminal, print_json
+from launcher.base.output import as_json, echo, echo_file, print_json
 from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
 from launcher.config import resolve
 from launcher.config.help import RunCommand
@@ -71,11 +70,9 @@ def submit(
     if proved:
         _proof(run)
     quiet = yes or force or as_json or run.job.scheduler == "local"
-    asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    if asking:
-        confirm(f"Submit {describe_run(run)} ({starting.node_hours(run)})?")
-
-    made = starting.start(run, secrets, as_json)
+    starting.ask_first(f"Submit {describe_run(run)} ({starting.node_hours(run)})?", quiet)
+    with starting.submitted(run, secrets) as (made, job_id):
+        starting.say_started(made, run, job_id, as_json)
     if follow or retries:
         follow_run(made, as_json)
 
