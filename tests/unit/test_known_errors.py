@@ -301,6 +301,11 @@ CASES = {
     "no address": of_srun("fwd_tree_thread: can't find address for host n7, check slurm.conf", "step-not-started"),
     "not ready": of_srun("Nodes n7 are still not ready", "node-not-booted"),
     "node failed": of_srun("Node failure on n7", "node-failure", NODE_FAILED, Ended("NODE_FAIL", exit=1)),
+    "nodes failed": Case(
+        *({"job": "srun: error: Node failure on n[7-8]\n"}, "node-failure"),
+        *("", "", "node n[7-8] failed", "--exclude 'n[7-8]'"),
+        ended=Ended("NODE_FAIL", exit=1),
+    ),
     "the lines of one rank": Case({"node0": STEP + of_rank(CRASH)}, "crashed", last='File "x.py" in f'),
     "torchrun saw it first": Case({"node0": VICTIM + LATE_REPORT, "node1": MY_BUG + report(1)}, "", OWN, rank=9),
     "torchrun saw it alone": Case({"node0": report(1), "node1": LATE_REPORT}, "", "(exitcode: 1)", rank=9),
@@ -373,11 +378,6 @@ def test_what_a_log_says_cannot_add_to_a_command(tmp_path: Path) -> None:
     assert found.cause == "the node has no /d; rm -rf ~ {run} to mount into the container"
     assert shlex.split(found.fix)[:4] == ["srun", "-N1", "ls", "-ld"]
     assert shlex.split(found.fix)[4] == "/d; rm -rf ~ {run};"
-
-
-def test_all_nodes_that_failed_are_left_out(tmp_path: Path) -> None:
-    found = failure(tmp_path, Ended("NODE_FAIL", exit=1), job="srun: error: Node failure on n[7-8]\n")
-    assert "node n[7-8] failed" in found.cause and "--exclude 'n[7-8]'" in found.fix
 
 
 def test_a_node_is_named_only_where_its_log_says_why(tmp_path: Path) -> None:
