@@ -252,6 +252,22 @@ TIMEOUT = example("nccl-timeout")
 LATE_REPORT = report(1, 3, "gpu000", 58)
 TOOL = "slurmstepd: error: pyxis:     nvidia-container-cli: error\n"
 BY_SIGINT, BY_SIGTERM = Ended("FAILED", exit=130), Ended("FAILED", exit=143)
+ENROOT = {
+    "no image": ("[ERROR] Invalid argument: /x.sqsh", "image-invalid", "/x.sqsh is missing on node gpu001"),
+    "a hook": (
+        "[ERROR] /etc/enroot/hooks.d/10-x.sh exited with return code 1",
+        "enroot-hook",
+        "10-x.sh failed on node",
+    ),
+    "a container's error": ("[ERROR] A thing", "container-not-started", "node gpu001: A thing"),
+    "a mount": (
+        "enroot-mount: failed to mount: /d at /r/d: Not permitted",
+        "enroot-mount",
+        "mount /d on node gpu001: N",
+    ),
+    "no directory": ("mkdir: cannot create directory '/run/u': No", "enroot-directory", "/run/u on node gpu001: No"),
+    "nothing of note": ("[INFO] nothing", "container-not-started", "only slurmd.log on that node says why"),
+}
 CASES = {
     "the rank that failed, not its victims": Case(
         {"node0": STEP + VICTIM + TORCHRUN, "node1": OUT_OF_MEMORY, "node2": GOODBYE, "node3": TIMEOUT, "job": SRUN},
@@ -316,18 +332,7 @@ CASES = {
     "terminated, srun says": Case({"job": "srun: error: gpu1: task 0: Terminated\n"}, "terminated", ended=BY_SIGTERM),
     "not terminated": Case({"job": SRUN.replace("code 1", "code 42")}, ended=BY_SIGTERM),
     "a worker terminated": Case({"node0": STEP, "job": SIGNAL}, "terminated", absent="File"),
-    "no image": of_enroot("[ERROR] Invalid argument: /x.sqsh", "image-invalid", "/x.sqsh is missing on node gpu001"),
-    "a hook": of_enroot(
-        "[ERROR] /etc/enroot/hooks.d/10-x.sh exited with return code 1", "enroot-hook", "10-x.sh failed on node gpu001"
-    ),
-    "a container's error": of_enroot("[ERROR] A thing", "container-not-started", "node gpu001: A thing"),
-    "a mount": of_enroot(
-        "enroot-mount: failed to mount: /d at /r/d: Not permitted", "enroot-mount", "mount /d on node gpu001: Not"
-    ),
-    "no directory": of_enroot(
-        "mkdir: cannot create directory '/run/u': No", "enroot-directory", "/run/u on node gpu001: No"
-    ),
-    "nothing of note": of_enroot("[INFO] nothing", "container-not-started", "only slurmd.log on that node says why"),
+    **{name: of_enroot(*case) for name, case in ENROOT.items()},
     "an error behind chatter": Case(
         {"node1": in_container("[ERROR] at last", TOOL + CHATTER)}, "container-cli", last="[ERROR] at last"
     ),
