@@ -359,19 +359,12 @@ def all_runs(runs_dir: Path) -> list[Run]:
         return []
     except OSError as error:
         raise unreadable(runs_dir, error, "--runs-dir DIR") from error
-    folders = [Path(entry.path) for entry in entries if _is_dir(entry)]
+    folders = [Path(entry.path) for entry in entries if os.path.isdir(entry)]
     for folder in folders:
         if not os.access(folder, os.R_OK | os.X_OK):
             warn(f"{folder}: skipped, because it cannot be read: Permission denied")
     found = [(run, intent["at"]) for run in map(Run, folders) if (intent := run.intent)]
     return [run for run, _ in sorted(found, key=lambda pair: (pair[1], pair[0].name), reverse=True)]
-
-
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
 
 
 def open_run(reference: str, runs_dir: Path) -> Run:

@@ -254,17 +254,9 @@ TOOL = "slurmstepd: error: pyxis:     nvidia-container-cli: error\n"
 BY_SIGINT, BY_SIGTERM = Ended("FAILED", exit=130), Ended("FAILED", exit=143)
 ENROOT = {
     "no image": ("[ERROR] Invalid argument: /x.sqsh", "image-invalid", "/x.sqsh is missing on node gpu001"),
-    "a hook": (
-        "[ERROR] /etc/enroot/hooks.d/10-x.sh exited with return code 1",
-        "enroot-hook",
-        "10-x.sh failed on node",
-    ),
+    "a hook": ("[ERROR] /etc/enroot/hooks.d/10-x.sh exited with return code 1", "enroot-hook", "10-x.sh failed on"),
     "a container's error": ("[ERROR] A thing", "container-not-started", "node gpu001: A thing"),
-    "a mount": (
-        "enroot-mount: failed to mount: /d at /r/d: Not permitted",
-        "enroot-mount",
-        "mount /d on node gpu001: N",
-    ),
+    "a mount": ("enroot-mount: failed to mount: /d at /r/d: Not permitted", "enroot-mount", "/d on node gpu001: N"),
     "no directory": ("mkdir: cannot create directory '/run/u': No", "enroot-directory", "/run/u on node gpu001: No"),
     "nothing of note": ("[INFO] nothing", "container-not-started", "only slurmd.log on that node says why"),
 }
