@@ -46,6 +46,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"cluster tests: {len(ran)} ran, {len(skipped)} skipped")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> None:
+    """No test survives a power cut, so none waits until the disk has its files."""
+    os.fsync = lambda fd: None
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory and home, without any configuration of the person who runs the tests."""

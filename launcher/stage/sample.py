@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 from launcher.base.files import write_bytes
@@ -60,7 +61,7 @@ def write_c4_sample(
     (directory / "en").mkdir(parents=True, exist_ok=True)
     for split, files in (("train", train_files), ("validation", 1)):
         for index, name in enumerate(file_names(split, files)):
-            write_bytes(directory / "en" / name, _shard(random.Random(f"{seed} {split} {index}"), documents_per_file))
+            write_bytes(directory / "en" / name, _shard(f"{seed} {split} {index}", documents_per_file))
     write_bytes(directory / "README.md", README.encode())
 
 
@@ -76,8 +77,9 @@ def write_tokenizer(directory: Path) -> None:
         write_bytes(directory / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _shard(rng: random.Random, documents: int) -> bytes:
-    lines = []
+@cache  # a sweep writes it for each of its runs
+def _shard(seed: str, documents: int) -> bytes:
+    rng, lines = random.Random(seed), []
     for _ in range(documents):
         day = f"2019-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}T{rng.randint(0, 23):02d}:00:00Z"
         url = f"https://{rng.choice(_SITES)}/{rng.randint(1000, 9999)}"
