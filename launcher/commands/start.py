@@ -18,7 +18,6 @@ from launcher.plan.plan import plan, prediction
 from launcher.preflight.text import words
 from launcher.runs import control
 from launcher.runs.directory import Run, making, remaking, restore
-from launcher.runs.resume import check_ended
 from launcher.stage.view import write_data
 
 
@@ -59,7 +58,7 @@ def submitted(spec: PlacedRun, secrets: Mapping[str, str], after: str = "") -> I
 def resumed(run: Run, spec: PlacedRun, secrets: Mapping[str, str], after: str = "") -> Iterator[tuple[Run, str]]:
     """A run that has ended, submitted as its next attempt, and the number of its job. When refused, it is as before."""
     before = run.submission
-    check_ended(run)  # since it was last asked, somebody else may have resumed it
+    control.check_ended(run)  # since it was last asked, somebody else may have resumed it
     with control.signals_deferred(), remaking(run, before, spec, secrets, time.time()) as lock_fd:
         job_id = control.submit(run, lock_fd, after, undo=restore)
         yield run, job_id

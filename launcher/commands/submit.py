@@ -124,7 +124,7 @@ def resume(
     # Here, so that a dry run of `submit` answers in half the time.
     from launcher.commands import start as starting
     from launcher.commands.runs import follow_run
-    from launcher.runs.resume import check_resumable
+    from launcher.runs.control import check_resumable
 
     found = runs.open_run(run, runs_dir)
     given: dict[str, Any] = {"recipe.steps": steps, "job.time": time, "job.exclude": exclude}

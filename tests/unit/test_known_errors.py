@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -184,6 +185,7 @@ def of_rank(text: str, label: str = "[rank0]:") -> str:
     return re.sub("^", label, text.rstrip("\n"), flags=re.MULTILINE) + "\n"
 
 
+@cache
 def printed_by(program: str) -> str:
     """What Python prints of an exception, with the labels that a rank's lines have."""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr
@@ -505,6 +507,7 @@ def test_what_a_rank_printed_last_is_why_it_ended(how: str, own_files: bool, tmp
         assert "too few processes or threads" in found.cause
 
 
+@cache
 def survived(program: str) -> str:
     """A real survivor: Python's own words of an error after which it goes on."""
     done = subprocess.run([sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True)
