@@ -205,7 +205,7 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
         )
     size = describe_run(spec)
     quiet = yes or force or spec.job.scheduler == "local"
-    ask_first(f"Submit {size} ({node_hours(spec)}) and judge it?", quiet, err=True)
+    ask_first(lambda: f"Submit {size} ({node_hours(spec)}) and judge it?", quiet, err=True)
     with submitted(spec, secrets) as (run, job_id):
         echo(f"{run.name}: job {job_id}, {size}", err=True)
     return run

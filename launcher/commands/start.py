@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,10 +64,10 @@ def resumed(run: Run, spec: PlacedRun, secrets: Mapping[str, str], after: str = 
         yield run, job_id
 
 
-def ask_first(question: str, quiet: bool, err: bool = False) -> None:
-    """Asks on a terminal, and ends the program where the answer is no."""
+def ask_first(question: Callable[[], str], quiet: bool, err: bool = False) -> None:
+    """Asks on a terminal, and ends the program where the answer is no. Predictions in it are made for that alone."""
     if not quiet and is_terminal(sys.stdin) and is_terminal(sys.stderr if err else sys.stdout):
-        confirm(question, err=err)
+        confirm(question(), err=err)
 
 
 def say_started(run: Run, spec: PlacedRun, job_id: str, as_json: bool) -> None:

@@ -70,7 +70,7 @@ def submit(
     if proved:
         _proof(run)
     quiet = yes or force or as_json or run.job.scheduler == "local"
-    starting.ask_first(f"Submit {describe_run(run)} ({starting.node_hours(run)})?", quiet)
+    starting.ask_first(lambda: f"Submit {describe_run(run)} ({starting.node_hours(run)})?", quiet)
     with starting.submitted(run, secrets) as (made, job_id):
         starting.say_started(made, run, job_id, as_json)
     if follow or retries:

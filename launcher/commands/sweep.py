@@ -80,7 +80,7 @@ def sweep(
     if dry_run:
         return
     if ready:
-        ask_first(f"Submit {counted(len(ready), 'run')}?", quiet=yes or force or as_json or is_local)
+        ask_first(lambda: f"Submit {counted(len(ready), 'run')}?", quiet=yes or force or as_json or is_local)
         _submit(ready, cells, options, parallel, as_json)
         cells = standings(specs)
     if follow:
