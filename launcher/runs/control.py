@@ -1,4 +1,4 @@
-"""Submitting a run, telling its state and whether it can go on, cancelling it: the same for Slurm and for this machine."""
+"""Submitting a run, its state, whether it can go on, cancelling it: the same for Slurm and for this machine."""
 
 from __future__ import annotations
 
