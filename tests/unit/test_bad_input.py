@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.base.errors import ExitStatus
+from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.files import write_text
 from tests.conftest import Launch, squashfs_head
 from tests.unit.outcomes import write_run
 
@@ -58,6 +60,8 @@ def nothing_left(workplace: Path) -> bool:
         (("--mount", "/a:/b:ro:x"), ExitStatus.INVALID, "SRC:DST"),
         (("--mount", "/a:/b:RO!"), ExitStatus.INVALID, "flags"),
         (("--name", "$(touch pwned)"), ExitStatus.INVALID, "job.name"),
+        (("--name", "größe"), ExitStatus.INVALID, "job.name"),
+        (("--name", "x" * 300), ExitStatus.INVALID, "job.name"),
         (("--env", "NOT_SET_ANYWHERE"), ExitStatus.INVALID, "no such variable in your environment"),
         *((("--env", f"{name}=x"), ExitStatus.INVALID, "[env-reserved]") for name in OF_THE_SCRIPT),
         (("--set", "steps"), ExitStatus.USAGE, "not KEY=VALUE"),
@@ -136,6 +140,17 @@ def test_an_image_that_cannot_be_read_and_a_directory_that_cannot_be_written(ima
     assert unwritable.returncode == ExitStatus.FILESYSTEM, unwritable
     assert "Permission denied" in unwritable.stderr and "--runs-dir" in unwritable.stderr
     assert os.listdir(folder) == ["titan.sqsh"]
+
+
+def test_a_full_disk(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(LauncherError, match="No space left on device") as caught:
+        write_text(workplace / "x", "text")
+    assert caught.value.status is ExitStatus.FILESYSTEM and "df -h" in caught.value.fix
+    assert os.listdir(workplace) == ["home"]
 
 
 def test_a_run_name_that_exists_and_one_that_is_misspelt(launch: Launch, image: Path, fake_slurm) -> None:
