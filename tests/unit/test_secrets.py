@@ -100,6 +100,7 @@ def test_values_of_variables_are_recorded_only_where_they_are_public(launch: Lau
     script = (run / "job.sbatch").read_text()
     assert all(f"export {name}={value}\n" in script for name, value in public.items())
     assert (run / "secret.env").stat().st_mode & 0o777 == 0o600 and "hunter2" not in done.stdout + done.stderr
+    assert "hunter2" not in launch("config", "show", "--gpu", "b200", "--image", "titan.sqsh", *given).stdout
     again = launch("submit", str(run / "run.toml"), "--name", "again")
     assert (again.returncode, "no such variable in your environment" in again.stderr) == (ExitStatus.INVALID, True)
     assert launch("submit", str(run / "run.toml"), "--name", "again", **private).returncode == 0
