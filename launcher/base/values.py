@@ -6,18 +6,28 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 DEEPEST = 64  # objects and lists in each other; nothing of ours has ten
 # Parts of a key, as they are written: bare, "…" or '…'.
 _LONG_KEY = re.compile(r"""(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
+_Item = TypeVar("_Item")
+_Key = TypeVar("_Key")
 LARGEST = 2**63 - 1  # of a whole number; Python refuses to print those of 4,300 digits, and float() those of 310
 
 
 def whole(text: object) -> int | None:
     """A whole number from its decimal digits (ASCII, 15 at most), or None for anything else."""
     return int(text) if isinstance(text, str) and re.fullmatch("[0-9]{1,15}", text) else None
+
+
+def by(key: Callable[[_Item], _Key], items: Iterable[_Item]) -> dict[_Key, list[_Item]]:
+    """The items under their keys, both in the order in which they come."""
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def guessed(word: str, known: Collection[str], most: int = 1) -> list[str]:

@@ -42,10 +42,7 @@ from launcher.scheduler.state import JobState
     help="The page to write; - prints it.",
 )
 @click.option(
-    "--plots",
-    type=FilePath(path_type=Path),
-    metavar="DIR",
-    help="Also write each chart there as an SVG file.",
+    "--plots", type=FilePath(path_type=Path), metavar="DIR", help="Also write each chart there as an SVG file."
 )
 @as_json
 def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | None, as_json: bool) -> None:

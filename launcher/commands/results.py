@@ -11,6 +11,7 @@ import click
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import filesystem_error, write_text
 from launcher.base.output import as_json, echo, echo_file, print_json, some, terminal_width, warn
+from launcher.base.values import by
 from launcher.config.options import gone, run_argument, runs_dir_option
 from launcher.results import formats
 from launcher.results.columns import as_dict
@@ -47,13 +48,7 @@ from launcher.scheduler.state import JobState
 )
 @as_json
 def results(
-    names: tuple[str, ...],
-    runs_dir: Path,
-    every: bool,
-    form: str,
-    entity: str,
-    output: Path | None,
-    as_json: bool,
+    names: tuple[str, ...], runs_dir: Path, every: bool, form: str, entity: str, output: Path | None, as_json: bool
 ) -> None:
     """Print results in the form of the published table.
 
@@ -101,9 +96,7 @@ def named_runs(names: Sequence[str], runs_dir: Path, every: bool) -> list[tuple[
         matching = [run for run in known if _is_pattern(name) and fnmatchcase(run.name, name)]
         found += matching or [runs.open_run(name, runs_dir)]
     by_path = {run.path: run for run in found or [runs.open_run("", runs_dir)]}
-    by_place: dict[Path, list[Run]] = {}
-    for run in by_path.values():
-        by_place.setdefault(run.path.parent, []).append(run)
+    by_place = by(lambda run: run.path.parent, by_path.values())
     states = {place: control.states(members) for place, members in by_place.items()}
     return [(run, states[run.path.parent][run.name]) for run in by_path.values()]
 

@@ -11,17 +11,7 @@ from markupsafe import Markup
 
 from launcher.base.output import counted
 from launcher.report import svg
-from launcher.report.figures import (
-    MOST_LINES,
-    Group,
-    Line,
-    grouped,
-    lines,
-    measured_by,
-    scaling,
-    trends,
-    with_series,
-)
+from launcher.report.figures import MOST_LINES, Group, Line, grouped, lines, measured_by, scaling, trends, with_series
 from launcher.results.accept import THRESHOLD
 from launcher.results.outcome import Outcome
 from launcher.results.published import beside, called, publisher
@@ -67,21 +57,20 @@ def of_gpu(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, 
     )
     drawn = {line.run: line for line in rates}
     kinds = grouped((line.run, outcomes[line.run]) for line in rates)
+    left_out = len(with_series(outcomes, gpu)) - MOST_LINES
     for number, (label, members) in enumerate(kinds):
         title = f"Throughput of {gpu}, {f'{label}, ' if len(kinds) > 1 else ''}tokens/s per GPU"
         rows = measured_by([outcome for _, outcome in members], published)
+        more = f"Only the first {MOST_LINES} runs of the table on {gpu} are drawn over steps, {left_out} are not."
         figures.append(_over_steps([drawn[run] for run, _ in members], rows, f"throughput-{place}-{number}", title, 0))
+        if left_out > 0 and not number:
+            figures[-1] = replace(figures[-1], notes=(*figures[-1].notes, more))
     if losses:
         figures.append(_over_steps(losses, [], f"loss-{place}", f"Loss of {gpu}", 4))
     groups = scaling(outcomes, beside(outcomes, published), gpu)
     if sum(len(group.dots) for group in groups) >= LEAST:
         incomplete = sum(outcome.gpu == gpu and not outcome.complete for outcome in outcomes)
         figures.append(_scaling(groups, incomplete, f"scaling-{place}", gpu))
-    left_out = len(with_series(outcomes, gpu)) - MOST_LINES
-    if left_out > 0 and rates:
-        more = f"Only the first {MOST_LINES} runs of the table on {gpu} are drawn over steps, {left_out} are not."
-        at = next(i for i, figure in enumerate(figures) if figure.ident.startswith("throughput"))
-        figures[at] = replace(figures[at], notes=(*figures[at].notes, more))
     return figures
 
 
@@ -172,7 +161,7 @@ def _of_groups(
 
 def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, title: str, digits: int) -> Figure:
     """A line per run, the newest bold; behind them a dashed one for each published row that they are measured by."""
-    newest = max(found, key=lambda line: line.date)
+    newest = max(found, key=lambda line: line.outcome.date)
     # A loss that explodes before it is NaN would press all others flat.
     starts = [next(value for _, value in line.points if not math.isnan(value)) for line in found]
     top = 2 * max(starts) if digits else math.inf
@@ -180,11 +169,11 @@ def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, 
     legend: list[Entry] = []
     rows: list[tuple[str, ...]] = []
     for place, line in enumerate(found):
-        name = line.name + ("" if line.complete else " (incomplete)")
+        name = line.outcome.run + ("" if line.outcome.complete else " (incomplete)")
         age = "" if len(found) == 1 else " new" if line is newest else " old"
-        css = f"c{(line.number - 1) % svg.COLOURS}{age}" + ("" if line.complete else " part")
+        css = f"c{(line.number - 1) % svg.COLOURS}{age}" + ("" if line.outcome.complete else " part")
         points = tuple((step, value if math.isnan(value) or value <= top else math.inf) for step, value in line.points)
-        label = line.name if place < MOST_LABELS else ""
+        label = line.outcome.run if place < MOST_LABELS else ""
         drawn.append(svg.Drawn(points, css, label, name, dots=len(points) <= 40, run=line.run))
         legend.append(Entry(svg.swatch(css), name, line.run))
         rows.append(_summary(name, line.points, digits))
@@ -204,7 +193,7 @@ def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, 
     notes = ["Tokens/s per GPU of the leading node; step 1 is not shown, it pays for start-up."] if not digits else []
     notes += ["Bold: the newest run."] if len(found) > 1 else []
     notes += filter(None, [svg.not_from_zero(y)])
-    if any(not line.complete for line in found):
+    if any(not line.outcome.complete for line in found):
         notes.append("Dashed: incomplete.")
     if not all(map(math.isfinite, values)):
         notes.append("A cross at the top: from that step on NaN, infinity, or more than the chart shows.")

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
+from operator import itemgetter
 from statistics import median
 
 from launcher.base.output import counted
+from launcher.base.values import by
 from launcher.results.accept import MAX_SPREAD
 from launcher.results.columns import drawable
 from launcher.results.measure import Against, against_others
@@ -30,20 +32,18 @@ class Line:
 
     run: int
     number: int
-    date: str
-    name: str
-    complete: bool
+    outcome: Outcome
     points: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Dot:
-    """One measurement: of a run, or of a published row (`run` None), `at` a number of GPUs or a day."""
+    """One measurement: of a run, or of a published row (whose `run` says nothing), `at` a number of GPUs or a day."""
 
     at: float
     value: float
     name: str
-    run: int | None = None
+    run: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def lines(outcomes: Sequence[Outcome], gpu: str, figure: str) -> list[Line]:
             for point in outcome.series
             if figure != "tps" or point.step > 1
         ]
-        found.append(Line(run, number, outcome.date, outcome.run, outcome.complete, tuple(thin(points))))
+        found.append(Line(run, number, outcome, tuple(thin(points))))
     return [line for line in found if line.points]
 
 
@@ -101,13 +101,9 @@ def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list
         lost = [point for point in stretch if math.isnan(point[1])]
         chosen = set(lost[:1])
         if finite:
-            chosen |= {finite[0], min(finite, key=_value), max(finite, key=_value), finite[-1]}
-        kept += sorted(chosen, key=lambda point: point[0])
+            chosen |= {finite[0], min(finite, key=itemgetter(1)), max(finite, key=itemgetter(1)), finite[-1]}
+        kept += sorted(chosen, key=itemgetter(0))
     return kept
-
-
-def _value(point: tuple[float, float]) -> float:
-    return point[1]
 
 
 def work(outcome: Outcome) -> dict[str, str]:
@@ -122,7 +118,7 @@ def _work_and_software(outcome: Outcome) -> dict[str, str]:
     """Equal for runs whose sizes may stand on one line: what a step does, in which environment, with what software."""
     own = {key: say(value) for key, value in sorted(outcome.settings.items()) if key.startswith(("env.", "titan."))}
     software = {name: outcome.versions.get(name, "?") for name in ("torch", "torchtitan")}
-    return {**work(outcome), **own, **software, "GPUs a node": str(outcome.gpus // max(1, outcome.nodes))}
+    return {**work(outcome), **own, **software, "GPUs a node": str(outcome.per_node)}
 
 
 def _work_and_source(row: Outcome) -> dict[str, str]:
@@ -134,9 +130,7 @@ def grouped(
     runs: Iterable[Placed], alike: Callable[[Outcome], dict[str, str]] = work
 ) -> list[tuple[str, list[Placed]]]:
     """Like runs under a name; what tells groups apart is in it only where it is needed."""
-    groups: dict[tuple[tuple[str, str], ...], list[Placed]] = {}
-    for run, outcome in runs:
-        groups.setdefault(tuple(alike(outcome).items()), []).append((run, outcome))
+    groups = by(lambda placed: tuple(alike(placed[1]).items()), runs)
     short = {key: _name(members[0][1]) for key, members in groups.items()}
     found = []
     for key, members in groups.items():
@@ -158,17 +152,13 @@ def scaling(outcomes: Sequence[Outcome], published: Iterable[Outcome], gpu: str)
     No line where all of them have the same number of GPUs: there is no scaling to see.
     """
     whole = [(run, o) for run, o in enumerate(outcomes) if o.gpu == gpu and o.complete and drawable(o.median_tps)]
+    rows = [(0, row) for row in published if same_gpu(row.gpu, gpu) and drawable(row.median_tps)]
+    rows.sort(key=lambda placed: placed[1].step or 0)
+    kinds = [*grouped(whole, _work_and_software), *grouped(rows, _work_and_source)]
     found = [
-        Group(label, False, _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in members))
-        for label, members in grouped(whole, _work_and_software)
+        Group(label, is_row(runs[0][1]), _ascending(Dot(o.gpus, o.median_tps or 0.0, o.run, run) for run, o in runs))
+        for label, runs in kinds
     ]
-    rows = [
-        (number, row) for number, row in enumerate(published) if same_gpu(row.gpu, gpu) and drawable(row.median_tps)
-    ]
-    rows.sort(key=lambda placed: placed[1].step or 0)  # of two steps of one run, the later stands
-    for label, members in grouped(rows, _work_and_source):
-        by_count = {row.gpus: Dot(row.gpus, row.median_tps or 0.0, row.run) for _, row in members}
-        found.append(Group(label, True, _ascending(by_count.values())))
     return found if len({dot.at for group in found for dot in group.dots}) > 1 else []
 
 
@@ -179,8 +169,9 @@ def trends(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str) 
     tps: dict[int, Dot] = {}
     shares: dict[int, Dot] = {}
     for run, one in enumerate(outcomes):
-        day = _day(one.date) if one.gpu == gpu and one.complete and drawable(one.median_tps) else 0.0
-        if day and one.median_tps:
+        if one.gpu == gpu and one.complete and one.date and one.median_tps and drawable(one.median_tps):
+            at = datetime.fromisoformat(one.date)
+            day = at.toordinal() + (at.hour * 60 + at.minute) / 1440
             tps[run] = Dot(day, one.median_tps, one.run, run)
             if (row := best_match(one, published).row) and row.median_tps:
                 shares[run] = Dot(day, 100 * one.median_tps / row.median_tps, one.run, run)
@@ -189,17 +180,8 @@ def trends(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str) 
     return [Group(label, False, _ascending(dots[run] for run, _ in runs)) for label, runs in kinds], bool(shares)
 
 
-def _day(text: str) -> float:
-    """Days as datetime counts them; 0 where there is no date."""
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        return 0.0
-    return at.toordinal() + (at.hour * 60 + at.minute) / 1440
-
-
 def _ascending(dots: Iterable[Dot]) -> tuple[Dot, ...]:
-    return tuple(sorted(dots, key=lambda dot: (dot.at, dot.run or 0)))
+    return tuple(sorted(dots, key=lambda dot: (dot.at, dot.run)))
 
 
 def measured_by(outcomes: Iterable[Outcome], published: Sequence[Outcome]) -> list[Outcome]:
@@ -214,9 +196,7 @@ def slow_nodes(outcome: Outcome) -> list[Against]:
     return [node for node in against_others(outcome.by_node) if node.behind > MAX_SPREAD]
 
 
-def differences(
-    outcomes: Sequence[Outcome],
-) -> tuple[list[tuple[str, tuple[str | None, ...]]], list[tuple[str, str]]]:
+def differences(outcomes: Sequence[Outcome]) -> tuple[list[tuple[str, tuple[str | None, ...]]], list[tuple[str, str]]]:
     """Settings and versions: those in which runs differ, and those that all runs share. None: not said."""
     texts = [_texts(outcome) for outcome in outcomes]
     differing, shared = [], []

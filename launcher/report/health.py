@@ -9,18 +9,9 @@ from dataclasses import dataclass
 
 from launcher.base.errors import quoted
 from launcher.base.output import counted, some
+from launcher.base.values import by
 from launcher.report.figures import slow_nodes, work
-from launcher.results.accept import (
-    MAX_SPREAD,
-    MAX_WAITING,
-    THRESHOLD,
-    About,
-    Reason,
-    Verdict,
-    Word,
-    judge,
-    share_text,
-)
+from launcher.results.accept import MAX_SPREAD, MAX_WAITING, THRESHOLD, About, Reason, Verdict, Word, judge, share_text
 from launcher.results.columns import drawable
 from launcher.results.measure import Against
 from launcher.results.outcome import Outcome
@@ -101,9 +92,7 @@ def health(outcomes: Sequence[Outcome], published: Sequence[Outcome]) -> list[He
 
 def answers(runs: Sequence[Health]) -> list[Answer]:
     """One for each GPU type and cluster, in the order of the runs."""
-    groups: dict[tuple[str, str], list[Health]] = {}
-    for run in runs:
-        groups.setdefault((run.outcome.gpu, run.outcome.cluster), []).append(run)
+    groups = by(lambda run: (run.outcome.gpu, run.outcome.cluster), runs)
     several = len({cluster for _, cluster in groups}) > 1
     return [
         _answer(f"{gpu} on {cluster or 'an unnamed cluster'}" if several else gpu, members)
@@ -203,14 +192,15 @@ def _speed(judged: Sequence[Health]) -> Finding:
     texts += halting
     if fast:
         texts.append(f"{_shares(fast)} of published on {_sizes(fast)}")
-    by_reason: dict[str, list[str]] = {}
-    for run in judged:
-        if run.is_unjudged and not run.is_own_fault:
-            first = run.verdict.reasons[0]
-            by_reason.setdefault(first.detail if first.about is About.SPEED else first.what, []).append(run.name)
-    texts += _first(f"not judged: {some(names, MOST_NAMED)}: {why}" for why, names in by_reason.items())
+    unjudged = by(_why_unjudged, (run for run in judged if run.is_unjudged and not run.is_own_fault))
+    texts += _first(f"not judged: {_names(runs)}: {why}" for why, runs in unjudged.items())
     word = str(Word.FAIL) if below or halting else OK if fast else NOT_MEASURED
     return Finding("Speed", word, tuple(texts or ["no run got as far as to be measured"]))
+
+
+def _why_unjudged(run: Health) -> str:
+    first = run.verdict.reasons[0]
+    return first.detail if first.about is About.SPEED else first.what
 
 
 def _nodes(newest: Sequence[Health]) -> tuple[Finding, list[tuple[Against, Health]]]:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import fields
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from launcher.base.output import counted, duration, plain, some
+from launcher.base.output import counted, duration, plain, shortened, some
+from launcher.base.values import by
 from launcher.report.charts import of_gpu
-from launcher.report.figures import differences, gpu_types, slow_nodes
+from launcher.report.figures import Placed, differences, gpu_types, slow_nodes
 from launcher.report.health import answers, health
-from launcher.report.svg import shortened
+from launcher.report.svg import LONGEST
 from launcher.report.table import TAGS, table
 from launcher.results.columns import drawable, percent
 from launcher.results.formats import attempt_text
@@ -58,9 +59,11 @@ def page(
         tags=TAGS,
         table=table(runs, published),
         by_gpu=[(gpu, of_gpu(outcomes, published, gpu, place)) for place, gpu in enumerate(gpu_types(outcomes))],
-        strips=list(filter(None, (_strip(run, outcome) for run, outcome in enumerate(outcomes)))),
+        strips=[(run, one, *strip) for run, one in enumerate(outcomes) if (strip := _strip(one))],
         matrices=_matrices(outcomes),
-        shortened=shortened,
+        most_nodes=MOST_NODES,
+        cell=cell,
+        shortened=partial(shortened, most=LONGEST),
         startups=[(run, one, spans) for run, one in enumerate(outcomes) if (spans := _spans(one))],
         spent=[(run, one) for run, one in enumerate(outcomes) if one.has_spent],
         parts=[part.name for part in fields(Goodput)],
@@ -74,29 +77,17 @@ def page(
 
 def document(template: str, generator: str, script: str = "", **values: Any) -> str:
     """An HTML file that needs nothing but itself, and runs nothing but `script`."""
-    style = chart_style() + text_of("page.css")
+    style = text_of("chart.css") + text_of("page.css")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
     policy += "base-uri 'none'; form-action 'none'"
     head = {"generator": generator, "policy": policy, "style": Markup(style), "script": Markup(script)}
     return _environment().get_template(template).render(**head, **values)
 
 
-@dataclass(frozen=True)
-class Strip:
-    """A run's nodes: the sentence about them, and of the slowest each its difference, class, which is its level 0
-    (slowest) to 6, and host. Unfolded where a node is slow.
+def _strip(outcome: Outcome) -> tuple[str, str, list[tuple[str, str, str]]] | None:
+    """Each node against the others, as a tag where one is slow, a sentence, and of the slowest each its difference, the
+    class of its level and its host. None where fewer than two have a figure: there is nothing to compare.
     """
-
-    run: int
-    name: str
-    complete: bool
-    slow: str  # "1 slow node", where there is one
-    summary: str
-    cells: tuple[tuple[str, str, str], ...]
-
-
-def _strip(run: int, outcome: Outcome) -> Strip | None:
-    """Each node against the others; None where fewer than two have a figure: there is nothing to compare."""
     found = against_others(outcome.by_node)
     if not found:
         return None
@@ -108,10 +99,9 @@ def _strip(run: int, outcome: Outcome) -> Strip | None:
         parts.append(f"{silent} without a figure")
     if len(found) > MOST_NODES:
         parts.append(f"here the {MOST_NODES} slowest")
-    cells = tuple((*cell(node), node.host) for node in found[:MOST_NODES])
     slow = slow_nodes(outcome)
-    tag = counted(len(slow), "slow node") if slow else ""
-    return Strip(run, outcome.run, outcome.complete, tag, ", ".join(parts), cells)
+    cells = [(*cell(node), node.host) for node in found[:MOST_NODES]]
+    return counted(len(slow), "slow node") if slow else "", ", ".join(parts), cells
 
 
 def cell(node: Against | None) -> tuple[str, str]:
@@ -119,33 +109,20 @@ def cell(node: Against | None) -> tuple[str, str]:
     return (percent(-100 * node.behind), f"h{_level(-100 * node.behind)}") if node else ("", "")
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """The nodes of one cluster's GPU type in several runs, the newest first: which were slow, and since when."""
-
-    title: str
-    runs: tuple[tuple[int, str], ...]
-    rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]  # host, then text and class of each run
-    nodes: int
-
-
-def _matrices(outcomes: Sequence[Outcome]) -> list[Matrix]:
-    groups: dict[tuple[str, str], list[tuple[int, Outcome, dict[str, Against]]]] = {}
-    for run, outcome in enumerate(outcomes):
-        if found := {node.host: node for node in against_others(outcome.by_node)}:
-            groups.setdefault((outcome.gpu, outcome.cluster), []).append((run, outcome, found))
+def _matrices(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Placed], list[tuple[str, list[Against | None]]]]]:
+    """The nodes of one cluster's GPU type in several runs, the newest first: which were slow, and since when. A title,
+    the runs, and each host with its place in every one, the slowest first.
+    """
+    measured = [(run, outcome) for run, outcome in enumerate(outcomes) if against_others(outcome.by_node)]
     matrices = []
-    for (gpu, cluster), members in groups.items():
+    for (gpu, cluster), members in by(lambda placed: (placed[1].gpu, placed[1].cluster), measured).items():
         newest = sorted(members, key=lambda member: member[1].date, reverse=True)[:MOST_RUNS]
-        by_host: dict[str, list[Against | None]] = {}
-        for place, (_, _, found) in enumerate(newest):
-            for host, node in found.items():
-                by_host.setdefault(host, [None] * len(newest))[place] = node
-        slowest = sorted(by_host.items(), key=lambda row: -max(node.behind for node in row[1] if node))
-        rows = tuple((host, tuple(map(cell, of_runs))) for host, of_runs in slowest[:MOST_NODES])
+        found = [{node.host: node for node in against_others(outcome.by_node)} for _, outcome in newest]
+        hosts = dict.fromkeys(host for one in found for host in one)
+        rows = [(host, [one.get(host) for one in found]) for host in hosts]
+        rows.sort(key=lambda row: -max(node.behind for node in row[1] if node))
         if len(newest) > 1:
-            runs = tuple((run, outcome.run) for run, outcome, _ in newest)
-            matrices.append(Matrix(f"{gpu}, {cluster}" if cluster else gpu, runs, rows, len(by_host)))
+            matrices.append((f"{gpu}, {cluster}" if cluster else gpu, newest, rows))
     return matrices
 
 
@@ -164,11 +141,6 @@ def _spans(outcome: Outcome) -> list[str]:
 
 def _hash(text: str) -> str:
     return "sha256-" + b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def chart_style() -> str:
-    """The CSS of a chart alone, which the page and a chart's own file share."""
-    return text_of("chart.css")
 
 
 def text_of(name: str) -> str:

@@ -12,7 +12,7 @@ from launcher.base.files import filesystem_error, write_text
 from launcher.base.output import plain
 from launcher.report.charts import Figure, of_gpu
 from launcher.report.figures import gpu_types
-from launcher.report.page import chart_style, text_of
+from launcher.report.page import text_of
 from launcher.report.svg import HEIGHT, WIDTH
 from launcher.results.outcome import Outcome
 
@@ -42,7 +42,7 @@ def write_plots(outcomes: Sequence[Outcome], published: Sequence[Outcome], folde
 def drawing(figure: Figure) -> str:
     """A chart with its title, legend and notes as one SVG, in the page's light colours."""
     colours = dict(re.findall(r"(--\w+): ([^;]+);", text_of("page.css").partition("@media")[0]))
-    style = re.sub(r"var\((--\w+)\)", lambda name: colours[name[1]], chart_style())
+    style = re.sub(r"var\((--\w+)\)", lambda name: colours[name[1]], text_of("chart.css"))
     parts = [_text(figure.title, MARGIN, LINE, bold=True)]
     parts.append(_placed(figure.chart, MARGIN, 1.5 * LINE, WIDTH, HEIGHT))
     y = HEIGHT + 2.5 * LINE

@@ -9,7 +9,7 @@ from datetime import date
 
 from markupsafe import Markup
 
-from launcher.base.output import plain
+from launcher.base.output import plain, shortened
 
 WIDTH, HEIGHT = 600, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 156, 14, 46
@@ -91,11 +91,6 @@ def days(values: Iterable[float], name: str) -> Axis:
     axis = linear([value - first for value in found], name, whole=True)
     ticks = tuple((first + at, f"{date.fromordinal(first + round(at)):%d %b}") for at, _ in axis.ticks)
     return replace(axis, low=first + axis.low, high=first + axis.high, ticks=ticks)
-
-
-def shortened(name: str) -> str:
-    """Names of runs begin alike and end alike: the middle is left out."""
-    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 1]}…{name[-(LONGEST // 2 + 1) :]}"
 
 
 def tick_text(value: float, digits: int) -> str:
@@ -204,7 +199,7 @@ def _label(one: Drawn, end: tuple[float, float], moved_to: float) -> Markup:
     leader = Markup('<path class="leader {}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(
         one.css, end[0] + 4, end[1], end[0] + 17, moved_to
     )
-    return leader + text.format(one.css, end[0] + 20, moved_to + 4, shortened(plain(one.label)))
+    return leader + text.format(one.css, end[0] + 20, moved_to + 4, shortened(plain(one.label), LONGEST))
 
 
 def _line(one: Drawn, x: Axis, y: Axis, tell: Tell, label: Markup) -> Markup:

@@ -5,7 +5,7 @@ results/columns.py, behind the verdict's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launcher.base.output import counted
 from launcher.report.figures import slow_nodes
@@ -58,27 +58,26 @@ class Table:
 
 def table(runs: Sequence[Health], published: Sequence[Outcome]) -> Table:
     """The runs, then the published rows beside them; columns that tell no two rows apart are taken out."""
-    shown = shown_in(PAGE)
-    rows = [_of_run(run, shown) for run in runs]
-    rows += [_of_published(row, shown) for row in beside([run.outcome for run in runs], published)]
-    kept: list[int] = []
-    columns, common = [], []
-    for place, column in enumerate([SHARE, *shown]):
-        cells = [row.cells[place] for row in rows]
-        of_runs = {(cell.text, cell.more) for cell in cells[: len(runs)]}
+    outcomes = [run.outcome for run in runs]
+    others = beside(outcomes, published)
+    kept: list[tuple[tuple[str, str, str], list[Cell]]] = []
+    common = []
+    for column in (SHARE, *shown_in(PAGE)):
+        of_runs = [*map(_share, runs)] if column is SHARE else [*map(column.shown, outcomes)]
+        cells = of_runs + [Cell("") if column is SHARE else column.shown(row) for row in others]
         # A published row says nothing of its recipe and cluster, and contradicts no one.
-        said = of_runs | {(cell.text, cell.more) for cell in cells[len(runs) :] if cell.text}
-        if column.asked and len(said) == 1 and len(rows) > 1:
+        said = {(cell.text, cell.more) for place, cell in enumerate(cells) if cell.text or place < len(runs)}
+        if column.asked and len(said) == 1 and len(cells) > 1:
             common += [(column.title, " ".join(filter(None, text))) for text in said if text[0]]
         elif column.asked or any(cell.text for cell in cells):
-            kept.append(place)
             css = " ".join(["n"] * any(cell.value is not None for cell in cells) + ["w"] * column.wide)
-            columns.append((column.title, css, column.note))
-    shorter = tuple(replace(row, cells=tuple(row.cells[place] for place in kept)) for row in rows)
-    return Table(tuple(columns), shorter, tuple(common))
+            kept.append(((column.title, css, column.note), cells))
+    by_row = [tuple(cells[place] for _, cells in kept) for place in range(len(runs) + len(others))]
+    rows = (*map(_of_run, runs, by_row), *map(_of_published, others, by_row[len(runs) :]))
+    return Table(tuple(column for column, _ in kept), rows, tuple(common))
 
 
-def _of_run(run: Health, shown: Sequence[Column]) -> Row:
+def _of_run(run: Health, cells: tuple[Cell, ...]) -> Row:
     outcome, verdict = run.outcome, run.verdict
     tags = [(TAGS[verdict.word], str(verdict.word))]
     tags += [] if outcome.complete else [("incomplete", "incomplete")]
@@ -90,12 +89,10 @@ def _of_run(run: Health, shown: Sequence[Column]) -> Row:
         said += [problem.text for problem in outcome.problems if problem.text not in said]
     brief = ", ".join(dict.fromkeys(_brief(run, reason) for reason in worst)) or outcome.lacks
     result = "complete" if outcome.complete else "incomplete"
-    cells = (_share(run), *(column.shown(outcome) for column in shown))
     return Row(run.place, outcome.run, result, tuple(tags), brief, "; ".join(said), outcome.notes, cells)
 
 
-def _of_published(row: Outcome, shown: Sequence[Column]) -> Row:
-    cells = (Cell(""), *(column.shown(row) for column in shown))
+def _of_published(row: Outcome, cells: tuple[Cell, ...]) -> Row:
     return Row(None, called(row), "published", (("published", "published"),), "", "", (), cells, publisher(row)["link"])
 
 

@@ -16,7 +16,7 @@ from launcher.base.values import json_values
 from launcher.config.mfu import peak_text
 from launcher.results.accept import MAX_SPREAD, MAX_WAITING
 from launcher.results.measure import against_others
-from launcher.results.outcome import Goodput, Lack, Outcome
+from launcher.results.outcome import VERSIONS, Goodput, Lack, Outcome
 from launcher.results.published import is_row
 from launcher.results.rows import is_incomplete, median_mfu_pct, mfu_at_other_peaks, records_used
 
@@ -103,15 +103,9 @@ def number(value: float | None, digits: int = 0, unit: str = "", more: str = "")
     return Cell(f"{value:,.{digits}f}{unit}", value, more)
 
 
-def percent(value: float | None) -> str:
-    """A difference: `+0.4%`, `-3.2%` with a minus sign, `0.0%`; `no data` for None."""
-    if value is None:
-        return "no data"
+def percent(value: float) -> str:
+    """A difference: `+0.4%`, `-3.2%` with a minus sign, `0.0%`."""
     return f"{value:+.1f}%".replace("-", "−") if abs(value) >= 0.05 else "0.0%"
-
-
-def _size(outcome: Outcome) -> Cell:
-    return number(outcome.nodes, more=f"x {outcome.gpus // max(1, outcome.nodes)} {outcome.gpu}")
 
 
 def _batch(outcome: Outcome) -> Cell:
@@ -184,16 +178,11 @@ def _flat_spreads(spreads: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{name}_{part}": (spread or {}).get(part) for name, spread in spreads.items() for part in parts}
 
 
-def _flat_versions(versions: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: versions.get(name) for name in VERSIONS}
-
-
 def _flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What says that two rows are the same work: with these a CSV of ours is a baseline (results/published.py)."""
     return {name: settings.get(f"recipe.{name}") for name in WORK} | {"init_from": settings.get("job.init_from")}
 
 
-VERSIONS = ("torch", "torchtitan", "cuda", "nccl", "driver", "python", "image", "digest")
 WORK = (
     "model",
     "flavor",
@@ -214,7 +203,13 @@ COLUMNS = (
     Column("problems", lambda o: [problem.text for problem in o.problems]),
     Column("notes"),
     Column("gpu"),
-    Column("nodes", title="Nodes", cell=_size, places=(TERMINAL, PAGE), asked=True),
+    Column(
+        "nodes",
+        title="Nodes",
+        cell=lambda o: number(o.nodes, more=f"x {o.per_node} {o.gpu}"),
+        places=(TERMINAL, PAGE),
+        asked=True,
+    ),
     Column("gpus"),
     Column("recipe", title="Recipe", cell=_recipe, places=(PAGE,), asked=True, wide=True),
     Column("local_batch_size", title="Batch", cell=_batch, places=(TERMINAL, PAGE), asked=True),
@@ -278,7 +273,7 @@ COLUMNS = (
     Column("incomplete", is_incomplete),
     Column("restarted", lambda o: o.has(Lack.RESTARTED)),
     Column("non_finite", lambda o: o.has(Lack.NON_FINITE)),
-    Column("versions", csv=_flat_versions),
+    Column("versions", csv=lambda versions: {name: versions.get(name) for name in VERSIONS}),
     Column("settings", csv=_flat_settings),
     Column("prediction", csv=lambda said: {"predicted_tps": said.get("tps")}),
 )

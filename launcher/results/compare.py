@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from launcher.base.output import columns, counted
+from launcher.base.output import columns, size
 from launcher.base.values import json_values
 from launcher.config.mfu import peak_text
 from launcher.results.outcome import PHASES, Outcome, Spread
@@ -62,39 +62,47 @@ class Comparison:
     settings: tuple[tuple[str, Any, Any], ...]
     versions: tuple[tuple[str, str | None, str | None], ...]
     figures: tuple[Figure, ...]
-
-    @property
-    def tps(self) -> Figure | None:
-        return next((figure for figure in self.figures if figure.name == TPS), None)
-
-    @property
-    def noise_share(self) -> float:
-        """The noise of tokens/s as a share of A's; 0 where it is not known."""
-        tps = self.tps
-        return tps.noise / abs(tps.a) if tps and tps.noise and tps.a else 0.0
-
-    @property
-    def verdict(self) -> Verdict:
-        tps = self.tps
-        if tps is None or tps.difference is None or tps.share is None or not same_gpu(self.a.gpu, self.b.gpu):
-            return Verdict.CANNOT_SAY
-        if (tps.beyond is None and tps.difference) or (not tps.beyond and self.noise_share > LARGE_NOISE):
-            return Verdict.CANNOT_SAY
-        return (Verdict.FASTER if tps.difference > 0 else Verdict.SLOWER) if tps.beyond else Verdict.SAME
+    verdict: Verdict
+    sentence: str  # the verdict for people
 
 
 def compare(a: Outcome, b: Outcome) -> Comparison:
-    warnings = []
+    warnings, different_work = [], unlike(a, b)
     if not same_gpu(a.gpu, b.gpu):
         warnings.append(f"different GPUs: {a.gpu} and {b.gpu}; their tokens/s say nothing about either cluster")
-    warnings += [f"not the same work (A against B): {reason}" for reason in unlike(a, b)]
+    warnings += [f"not the same work (A against B): {reason}" for reason in different_work]
     for name, side in (("A", a), ("B", b)):
         if not side.complete:
             warnings.append(f"{name} is not complete: {side.lacks}")
-    of_both = is_row(a) or is_row(b)
-    return Comparison(
-        a, b, tuple(warnings), _differing(described(a), described(b), of_both), _versions(a, b), _figures(a, b)
-    )
+    settings = _differing(described(a), described(b), is_row(a) or is_row(b))
+    figures = _figures(a, b)
+    verdict, sentence = _judged(a, b, next((figure for figure in figures if figure.name == TPS), None))
+    sentence += ", but it did not do the same work" if different_work and verdict is not Verdict.CANNOT_SAY else ""
+    return Comparison(a, b, tuple(warnings), settings, _versions(a, b), figures, verdict, sentence)
+
+
+def _judged(a: Outcome, b: Outcome, tps: Figure | None) -> tuple[Verdict, str]:
+    """The verdict, and in words."""
+    share = 100 * tps.share if tps and tps.share else 0.0
+    if why := _why_unsaid(a, b, tps):
+        return Verdict.CANNOT_SAY, f"CANNOT SAY which is faster: {why}"
+    if not (tps and tps.beyond):
+        return Verdict.SAME, f"SAME: the difference of {share:+.1f}% in tokens/s is within noise"
+    verdict, more = (Verdict.FASTER, "more") if share > 0 else (Verdict.SLOWER, "fewer")
+    return verdict, f"{verdict.upper()}: B has {abs(share):.1f}% {more} tokens/s than A, which exceeds noise"
+
+
+def _why_unsaid(a: Outcome, b: Outcome, tps: Figure | None) -> str:
+    if not same_gpu(a.gpu, b.gpu):
+        return "the GPUs differ"
+    if tps is None or tps.difference is None:
+        return (tps.why_not if tps else "") or "the noise is not known"
+    if not tps.a or tps.share is None:
+        return "A has no tokens/s"
+    noise_share = (tps.noise or 0.0) / abs(tps.a)
+    if noise_share > LARGE_NOISE and not tps.beyond:
+        return f"the noise of ±{100 * noise_share:.0f}% is too large to tell; log more steps"
+    return "the noise is not known" if tps.beyond is None and tps.difference else ""
 
 
 def noise(spread: Spread | None, nodes: int) -> float | None:
@@ -158,10 +166,10 @@ def _of_spreads(name: str, unit: str, spreads: Sequence[Spread | None], of: Sequ
         halves.append(1.96 * (steps.q3 - steps.q1) / 1.349)
         is_row = PUBLISHED in [side.state for side in of]
         remark = "a published value is a single run, so its variance is unknown" if is_row else "one side has one value"
-    size = math.hypot(*halves)
-    if size == 0:  # peak memory often is: nothing to hold a difference against
+    half = math.hypot(*halves)
+    if half == 0:  # peak memory often is: nothing to hold a difference against
         return bare
-    return dataclasses.replace(bare, noise=size, beyond=abs(bare.difference) > size, remark=remark)
+    return dataclasses.replace(bare, noise=half, beyond=abs(bare.difference) > half, remark=remark)
 
 
 def _of_values(name: str, unit: str, values: Sequence[float | None], why_not: str = "") -> Figure:
@@ -221,29 +229,12 @@ def as_text(found: Comparison, warning: Callable[[str], str] = str) -> list[str]
     if any(figure.noise is not None for figure in found.figures):
         lines.append("* exceeds the noise of these runs' steps (95%); days and nodes may differ by more")
     lines += dict.fromkeys(f"  {f.remark}" for f in found.figures if f.remark and f.noise is not None)
-    return [*lines, "", _sentence(found)]
-
-
-def _sentence(found: Comparison) -> str:
-    """The verdict for people."""
-    tps, unlike_work = found.tps, ", but it did not do the same work" if unlike(found.a, found.b) else ""
-    if found.verdict is Verdict.CANNOT_SAY or tps is None or tps.share is None:
-        why = "the GPUs differ" if not same_gpu(found.a.gpu, found.b.gpu) else "" if tps is None else tps.why_not
-        if tps and tps.difference is not None and tps.share is None:
-            why = "A has no tokens/s"
-        if not why and found.noise_share:
-            why = f"the noise of ±{100 * found.noise_share:.0f}% is too large to tell; log more steps"
-        return f"CANNOT SAY which is faster: {why or 'the noise is not known'}"
-    if found.verdict is Verdict.SAME:
-        return f"SAME: the difference of {100 * tps.share:+.1f}% in tokens/s is within noise{unlike_work}"
-    amount = f"{abs(100 * tps.share):.1f}% {'more' if tps.share > 0 else 'fewer'}"
-    return f"{found.verdict.upper()}: B has {amount} tokens/s than A, which exceeds noise{unlike_work}"
+    return [*lines, "", found.sentence]
 
 
 def _title(side: Outcome) -> str:
-    size = f"{counted(side.nodes, 'node')} x {side.gpus // max(1, side.nodes)} {side.gpu}"
     state = "" if is_row(side) or side.state == "COMPLETED" else f", {side.state}"
-    return f"{side.run}: {size}{f', {side.date}' if side.date else ''}{state}"
+    return f"{side.run}: {size(side.nodes, side.per_node, side.gpu)}{f', {side.date}' if side.date else ''}{state}"
 
 
 def _cell(value: Any) -> str:

@@ -44,53 +44,41 @@ def one_run(outcome: Outcome) -> str:
 
 
 def _details(outcome: Outcome) -> list[tuple[str, str]]:
-    details = [("run", ", ".join(filter(None, (outcome.run, outcome.state, outcome.date, outcome.cluster))))]
-    details.append(("asked", _asked(outcome)))
-    for name, value, digits in (
-        ("tokens/s", outcome.tps, 0),
-        ("TFLOP/s", outcome.tflops, 2),
-        ("memory", outcome.memory_gib, 2),
-    ):
-        if value is not None:
-            details.append((name, _spread_text(value, digits, " GiB" if name == "memory" else f" per {outcome.unit}")))
-    if others := mfu_at_other_peaks(outcome):
-        at = ", ".join(mfu_text(mfu, peak, "") for peak, mfu in others.items())
-        details.append(("MFU", f"{shown_mfu(outcome)}; also {at}"))
-    if outcome.data_share is not None:
-        details.append(("data", f"{100 * outcome.data_share:.1f}% of a step is waiting for data"))
-    if startup := _startup_text(outcome):
-        details.append(("start-up", startup))
-    if (spent := outcome.goodput) and outcome.has_spent:
-        seconds = {name.removesuffix("_s"): value for name, value in asdict(spent).items() if value}
-        parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "allocation")
-        details.append(("goodput", f"{outcome.goodput_pct or 0:.0f}% of {duration(spent.allocation_s)}: {parts}"))
-    if outcome.restarts:
-        details += [(f"attempt {attempt.number}", attempt_text(attempt, outcome.unit)) for attempt in outcome.attempts]
-    if (slowest := outcome.slowest) and slowest.tps is not None and outcome.tps is not None:
-        below = 100 * (1 - slowest.tps / outcome.tps.median) if outcome.tps.median else 0.0
-        text = f"{slowest.host}: {slowest.tps:,.0f} tokens/s per {outcome.unit}, {below:.1f}% below the median"
-        details.append(("slowest", text))
-    if software := software_text(outcome):
-        details.append(("versions", software))
-    if image := outcome.versions.get("image"):
-        digest = outcome.versions.get("digest", "")
-        details.append(("image", f"{image} {f'sha256:{digest[:12]}' if digest else ''}".rstrip()))
-    details += [("predicted", text) for text in _predicted(outcome)]
-    details += [("problem", problem.text) for problem in outcome.problems]
-    details += [("note", text) for text in outcome.notes]
-    return details
+    """What is known under what name; nothing is printed of an empty text."""
+    per, image = f" per {outcome.unit}", outcome.versions.get("image", "")
+    others = ", ".join(mfu_text(mfu, peak, "") for peak, mfu in mfu_at_other_peaks(outcome).items())
+    share, digest = outcome.data_share, outcome.versions.get("digest", "")
+    return [
+        ("run", ", ".join(filter(None, (outcome.run, outcome.state, outcome.date, outcome.cluster)))),
+        ("asked", _asked(outcome)),
+        ("tokens/s", _spread_text(outcome.tps, 0, per)),
+        ("TFLOP/s", _spread_text(outcome.tflops, 2, per)),
+        ("memory", _spread_text(outcome.memory_gib, 2, " GiB")),
+        ("MFU", f"{shown_mfu(outcome)}; also {others}" if others else ""),
+        ("data", "" if share is None else f"{100 * share:.1f}% of a step is waiting for data"),
+        ("start-up", _startup_text(outcome)),
+        ("goodput", _goodput_text(outcome)),
+        *((f"attempt {one.number}", attempt_text(one, outcome.unit)) for one in outcome.attempts if outcome.restarts),
+        ("slowest", _slowest_text(outcome)),
+        ("versions", software_text(outcome)),
+        ("image", f"{image} {f'sha256:{digest[:12]}' if digest else ''}".rstrip() if image else ""),
+        *(("predicted", text) for text in _predicted(outcome)),
+        *(("problem", problem.text) for problem in outcome.problems),
+        *(("note", text) for text in outcome.notes),
+    ]
 
 
 def _asked(outcome: Outcome) -> str:
-    per_node = outcome.gpus // outcome.nodes if outcome.nodes else 0
     compiled = "compiled" if outcome.compile else "eager"
     return (
-        f"{outcome.recipe}, {outcome.nodes} x {per_node} {outcome.gpu}, batch {outcome.local_batch_size} x "
+        f"{outcome.recipe}, {outcome.nodes} x {outcome.per_node} {outcome.gpu}, batch {outcome.local_batch_size} x "
         f"{outcome.seq_len} tokens (global {outcome.global_batch_size}), {outcome.precision}, {compiled}"
     )
 
 
-def _spread_text(value: Spread, digits: int, unit: str) -> str:
+def _spread_text(value: Spread | None, digits: int, unit: str) -> str:
+    if value is None:
+        return ""
     if value.count == 1:
         return f"{value.median:,.{digits}f}{unit}, one value"
     return (
@@ -110,11 +98,24 @@ def attempt_text(attempt: Attempt, unit: str) -> str:
 
 def _startup_text(outcome: Outcome) -> str:
     parts = [(called, getattr(outcome.startup, name)) for name, called in PHASES]
-    known = [f"{name} {seconds:,.0f} s" for name, seconds in parts if seconds is not None]
-    unknown = [name for name, seconds in parts if seconds is None]
-    if not known:
+    known = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in parts if seconds is not None)
+    unknown = ", ".join(name for name, seconds in parts if seconds is None)
+    return f"{known} ({unknown} not known)" if known and unknown else known
+
+
+def _goodput_text(outcome: Outcome) -> str:
+    spent = outcome.goodput
+    if not spent or not outcome.has_spent:
         return ""
-    return ", ".join(known) + (f" ({', '.join(unknown)} not known)" if unknown else "")
+    parts = [f"{name[:-2]} {duration(s)}" for name, s in asdict(spent).items() if s and name != "allocation_s"]
+    return f"{outcome.goodput_pct or 0:.0f}% of {duration(spent.allocation_s)}: {', '.join(parts)}"
+
+
+def _slowest_text(outcome: Outcome) -> str:
+    if (slowest := outcome.slowest) is None or slowest.tps is None or outcome.tps is None:
+        return ""
+    below = 100 * (1 - slowest.tps / outcome.tps.median) if outcome.tps.median else 0.0
+    return f"{slowest.host}: {slowest.tps:,.0f} tokens/s per {outcome.unit}, {below:.1f}% below the median"
 
 
 def software_text(outcome: Outcome) -> str:

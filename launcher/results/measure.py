@@ -13,7 +13,7 @@ from itertools import chain, pairwise
 from statistics import harmonic_mean, median, quantiles
 
 from launcher.logs.steps import StepRecord
-from launcher.results.outcome import NodeResult, Point, Spread
+from launcher.results.outcome import NodeResult, Spread
 
 SAME_STEP_SECONDS = 2.0
 ENDLESS = 10**12  # no log has so many steps
@@ -31,15 +31,14 @@ class NodeSteps:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the logs of all nodes say. `last` and `series` are the leading node's: of those that got furthest and know
-    the loss, the first in the job's order.
+    """What the logs of all nodes say. `series` is the leading node's: of those that got furthest and know the loss,
+    the first in the job's order.
 
     `overall_tps` is the harmonic mean of that node's steps after warm-up: each figure is of as many tokens, so that
     this is tokens over time, and steps that were slow, or stood still, weigh as much as they lasted.
     """
 
-    last: StepRecord | None
-    series: tuple[Point, ...]
+    series: tuple[StepRecord, ...]
     warm_steps: frozenset[int]  # the leading node's steps whose figures count
     by_node: tuple[NodeResult, ...]  # those that logged a step
     tps: Spread | None
@@ -50,6 +49,11 @@ class Measured:
     restarted: bool
     is_finite: bool
     by_attempt: tuple[float | None, ...]  # the median tokens/s of each
+    ends: list[dict[str, tuple[int, int]]]  # of each attempt, by node: the last step that counts, and how many do
+
+    @property
+    def last(self) -> StepRecord | None:
+        return self.series[-1] if self.series else None
 
 
 def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kept: Sequence[int] = ()) -> Measured:
@@ -64,6 +68,7 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kep
     warm_of: list[list[StepRecord]] = [[] for _ in ranges]  # of the leading nodes
     by_node: list[NodeResult] = []
     began: dict[str, float] = {}
+    ends: list[dict[str, tuple[int, int]]] = [{} for _ in ranges]
     restarted, is_finite = False, True
     for host, records in logs:
         node = deduplicate(records)
@@ -78,20 +83,20 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kep
         tflops.extend(r.tflops for r in warm if r.tflops is not None and math.isfinite(r.tflops))
         memory.extend(r.memory_gib for r in warm if math.isfinite(r.memory_gib))
         rate = median(r.tps for r in warm) if warm else None
-        by_node.append(NodeResult(host, rate, tuple((r.step, r.tps) for r in node.records)))
+        by_node.append(NodeResult(host, rate))
         if node.began is not None:
             began[host] = node.began
         for place, ((low, high), part) in enumerate(zip(ranges, parts, strict=True)):
             mine = [r for r in warm if low < r.step <= high]
             tps[place].extend(r.tps for r in mine)
-            best = [(records[-1].step, records[-1].knows_loss) for records in (part, leads[place]) if records]
-            if part and best[0] > (best[1] if leads[place] else (-1, False)):
+            if not part:
+                continue
+            ends[place][host] = part[-1].step, len(part)
+            if not leads[place] or _furthest(part) > _furthest(leads[place]):
                 leads[place], warm_of[place] = part, mine
-    lead = [*chain(*leads)]
     rates = [r.tps for r in chain(*warm_of)]
     return Measured(
-        last=lead[-1] if lead else None,
-        series=tuple(Point(r.step, r.loss, r.grad_norm, r.tps, r.memory_gib, r.tflops) for r in lead),
+        series=tuple(chain(*leads)),
         warm_steps=frozenset(r.step for r in chain(*warm_of)),
         by_node=tuple(by_node),
         tps=spread(array("d", chain(*tps))),
@@ -102,7 +107,12 @@ def measure(logs: Iterable[tuple[str, Iterable[StepRecord]]], log_freq: int, kep
         restarted=restarted,
         is_finite=is_finite,
         by_attempt=tuple(median(rates) if rates else None for rates in tps),
+        ends=ends,
     )
+
+
+def _furthest(records: Sequence[StepRecord]) -> tuple[int, bool]:
+    return records[-1].step, records[-1].knows_loss
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from launcher.logs.steps import StepRecord
 from launcher.runs.attempts import Attempt
 
 
@@ -26,24 +27,11 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One logged step of the leading node. Throughput is per GPU; None where the log does not say."""
-
-    step: int
-    loss: float  # may be NaN or infinite
-    grad_norm: float | None
-    tps: float
-    memory_gib: float
-    tflops: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class NodeResult:
-    """One node: its host, its median tokens/s per GPU after warm-up (None: it logged none), and each step's."""
+    """One node: its host, and its median tokens/s per GPU after warm-up (None: it logged none)."""
 
     host: str
     tps: float | None
-    steps: tuple[tuple[int, float], ...] = ()  # (step, tokens/s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,63 +84,64 @@ class Lack(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What makes a result less than one: its kind, and what is said of it."""
+    """What makes a result less than one: what is said of it, and its kind."""
 
-    kind: Lack
     text: str
+    kind: Lack = Lack.OTHER
 
 
-RESTARTED = Problem(Lack.RESTARTED, "restarted")
-NON_FINITE = Problem(Lack.NON_FINITE, "NaN or infinity in loss, grad_norm or tokens/s")
-NO_STEP_COUNTS = Problem(Lack.NO_STEP_COUNTS, "no step after warm-up")
+RESTARTED = Problem("restarted", Lack.RESTARTED)
+NON_FINITE = Problem("NaN or infinity in loss, grad_norm or tokens/s", Lack.NON_FINITE)
+NO_STEP_COUNTS = Problem("no step after warm-up", Lack.NO_STEP_COUNTS)
 
 
 def short_of(step: int | None, steps: int) -> Problem:
     """Of a run that did not get to its last step, or past it."""
-    return Problem(Lack.SHORT, f"no step of {steps} was logged" if step is None else f"step {step} of {steps}")
+    return Problem(f"no step of {steps} was logged" if step is None else f"step {step} of {steps}", Lack.SHORT)
 
 
-@dataclass(frozen=True)
+VERSIONS = ("torch", "torchtitan", "cuda", "nccl", "driver", "python", "image", "digest")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """With any of `problems` the figures must never be shown as complete; `notes` take nothing from a result."""
 
-    run: str  # its name
-    run_dir: str
-    state: str  # JobState's name
-    date: str  # of submission, ISO 8601 in UTC, to the second; "" where it is not known
-    cluster: str  # Slurm's ClusterName, "local", or ""
-    gpu: str  # as the results table writes it
+    run: str = ""  # its name
+    run_dir: str = ""
+    state: str = ""  # JobState's name
+    date: str = ""  # of submission, ISO 8601 in UTC, to the second; "" where it is not known
+    cluster: str = ""  # Slurm's ClusterName, "local", or ""
+    gpu: str = ""  # as the results table writes it
     nodes: int
     gpus: int
-    recipe: str  # its name
+    recipe: str = ""  # its name
     local_batch_size: int  # sequences per GPU and step
     global_batch_size: int  # sequences per step
     seq_len: int  # tokens
-    precision: str  # "bfloat16", "float32", "bfloat16 + float8", "bfloat16 + mxfp8"
+    precision: str = ""  # "bfloat16", "float32", "bfloat16 + float8", "bfloat16 + mxfp8"
     compile: bool
     steps: int  # asked for
-    step: int | None  # last logged
-    loss: float | None  # at that step; may be NaN
-    grad_norm: float | None
-    memory_pct: float | None
-    tps: Spread | None  # tokens/s per GPU, over the nodes' steps
-    tflops: Spread | None  # per GPU
-    memory_gib: Spread | None
-    mfu_pct: float | None  # at the last step, as the trainer printed it
-    peak_tflops: float | None  # what it divided by
-    data_share: float | None  # of a step's time spent waiting for data, 0 to 1
+    step: int | None = None  # last logged
+    loss: float | None = None  # at that step; may be NaN
+    grad_norm: float | None = None
+    memory_pct: float | None = None
+    tps: Spread | None = None  # tokens/s per GPU, over the nodes' steps
+    tflops: Spread | None = None  # per GPU
+    memory_gib: Spread | None = None
+    mfu_pct: float | None = None  # at the last step, as the trainer printed it
+    peak_tflops: float | None = None  # what it divided by
+    data_share: float | None = None  # of a step's time spent waiting for data, 0 to 1
     startup: Startup = field(default_factory=Startup)
     overall_tps: float | None = None  # tokens per second of all the time after warm-up, per GPU
     wall_s: float | None = None  # from the start of the job's script to its end
-    series: tuple[Point, ...] = ()
+    series: tuple[StepRecord, ...] = ()  # the logged steps of the leading node
     by_node: tuple[NodeResult, ...] = ()
     attempts: tuple[Attempt, ...] = ()  # one, where it was never started again
     goodput: Goodput | None = None
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(
-        default_factory=dict
-    )  # torch, torchtitan, cuda, nccl, driver, python, image, digest
+    versions: Mapping[str, str] = field(default_factory=dict)  # of VERSIONS, as far as they are known
     settings: Mapping[str, Any] = field(default_factory=dict)  # dotted key of run.toml -> value; no name of the run
     prediction: Mapping[str, Any] = field(default_factory=dict)  # what `launcher plan` said before it ran
     source: str = ""  # who published it
@@ -169,6 +158,11 @@ class Outcome:
         if self.problems:
             return "; ".join(problem.text for problem in self.problems)
         return "" if self.complete else NO_STEP_COUNTS.text
+
+    @property
+    def per_node(self) -> int:
+        """GPUs a node."""
+        return self.gpus // max(1, self.nodes)
 
     @property
     def on_cpu(self) -> bool:
@@ -197,7 +191,7 @@ class Outcome:
         return any(problem.kind is kind for problem in self.problems)
 
     @property
-    def last(self) -> Point | None:
+    def last(self) -> StepRecord | None:
         """The last logged step."""
         return self.series[-1] if self.series else None
 

@@ -18,7 +18,8 @@ from typing import Any
 from launcher.base.errors import LauncherError
 from launcher.base.files import data_dir
 from launcher.config.mfu import peak_of
-from launcher.results.outcome import Outcome, Spread
+from launcher.results.measure import spread
+from launcher.results.outcome import Outcome
 
 PUBLISHED, TABLE = "PUBLISHED", "TABLE"  # `state` of an Outcome made from a row: of our table, of somebody's
 NEAR = 2.0  # factor in the number of GPUs within which tokens/s per GPU are compared without more ado
@@ -122,6 +123,7 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
         "framework": cells.get("framework") or TORCHTITAN,
         LIMITED: flags["power_limited"],
     }
+    medians = {name: spread([] if value is None else [value]) for name, value in numbers.items()}
     ranks = math.prod(count[name] or 1 for name in _DEGREES if name != "dp_replicate")  # that share a batch
     if settings["recipe.flavor"]:  # a row that says nothing else means FSDP over all ranks, from a random start
         settings |= {f"recipe.{name}": count[name] or 1 for name in _DEGREES}
@@ -129,14 +131,11 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
     step = f", step {count['step']}" if count["step"] else ""
     return Outcome(
         run=cells.get("run") or f"{cells.get('source') or 'a row'} ({gpu}, {gpus} GPUs{step})",
-        run_dir="",
         state=state,
         date=cells.get("date", ""),
-        cluster="",
         gpu=gpu,
         nodes=nodes,
         gpus=gpus,
-        recipe="",
         local_batch_size=batch,
         global_batch_size=count["global_batch_size"] or batch * max(1, gpus // ranks),
         seq_len=count["seq_len"],
@@ -147,20 +146,15 @@ def _outcome(row: Mapping[str, Any], where: str, state: str) -> Outcome:
         loss=numbers["loss"],
         grad_norm=numbers["grad_norm"],
         memory_pct=numbers["memory_pct"],
-        tps=_one(numbers["tps"]),
-        tflops=_one(numbers["tflops"]),
-        memory_gib=_one(numbers["memory_gib"]),
+        tps=medians["tps"],
+        tflops=medians["tflops"],
+        memory_gib=medians["memory_gib"],
         mfu_pct=numbers["mfu_pct"],
         peak_tflops=peak_of(numbers["tflops"], numbers["mfu_pct"]),
-        data_share=None,
         versions={name: cells[name] for name in ("driver", "cuda") if cells.get(name)},
         settings={key: value for key, value in settings.items() if value not in ("", None)},
         source=cells.get("source", ""),
     )
-
-
-def _one(value: float | None) -> Spread | None:
-    return None if value is None else Spread(value, value, value, value, value, 1)
 
 
 def _precision(text: str) -> tuple[str, str]:

@@ -7,11 +7,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 from launcher.base.errors import LauncherError
 from launcher.base.files import read_json
 from launcher.base.output import counted, some
+from launcher.base.values import by
 from launcher.config.hardware import hardware
 from launcher.config.mfu import peak_of
 from launcher.image.squashfs_file import known, superblock
@@ -30,6 +29,7 @@ from launcher.results.outcome import (
     NO_STEP_COUNTS,
     NON_FINITE,
     RESTARTED,
+    VERSIONS,
     Lack,
     NodeCheck,
     Outcome,
@@ -43,7 +43,6 @@ from launcher.runs.attempts import Attempt, attempts_of, moment
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 
-VERSIONS = ("torch", "torchtitan", "cuda", "nccl", "driver", "python")
 _MIXED = ("gpu", "driver", "torch", "torchtitan", "cuda", "nccl")
 _RECORD = re.compile(r"([0-9]{4,})-.+\.json")
 _LONGEST_QUEUE_S = 90 * 86400.0
@@ -80,13 +79,13 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
     gpus, last = nodes * gpus_per_node, found.last
     gpu = words(settings, "profile.gpu", "?")
     problems = [
-        *_others(unreadable),
+        *map(Problem, unreadable),
         *_of_state(state),
         *_of_steps(found, steps, log_freq),
-        *_others(_of_nodes(found, nodes, attempts, kept)),
+        *map(Problem, _of_nodes(found, nodes, attempts)),
         *([] if found.is_finite and not wild else [NON_FINITE]),
         *([RESTARTED] if found.restarted else []),
-        *_others([*_of_hardware(seen, gpu), *wrong]),
+        *map(Problem, [*_of_hardware(seen, gpu), *wrong]),
     ]
     intent = next((said for attempt in attempts if (said := Run(Path(attempt.path)).intent)), {})  # of its first job
     image, submitted = words(settings, "job.image"), moment(intent.get("at"))
@@ -95,7 +94,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         run=run.name,
         run_dir=str(run.path),
         state=state.name,
-        date=_date(intent.get("at")),
+        date="" if submitted is None else f"{datetime.fromtimestamp(submitted, UTC):%Y-%m-%dT%H:%M:%SZ}",
         cluster=_cluster(intent, seen),
         gpu=gpu,
         nodes=nodes,
@@ -127,7 +126,7 @@ def outcome_of(run: Run, state: JobState, with_data_share: bool = True) -> Outco
         attempts=tuple(map(_result, attempts, starts, (*kept, measure.ENDLESS), found.by_attempt)),
         goodput=spent,
         problems=tuple(problems),
-        notes=_notes(found, records, nodes, kept),
+        notes=_notes(found, records, nodes),
         versions=_versions(seen, image, submitted),
         settings=settings,
         prediction=read_json(run.path / "plan.json") or {},
@@ -246,16 +245,12 @@ def _trained(attempt: Path, unreadable: list[str]) -> dict[str, dict[str, Any]]:
 # --- what makes it less than a result -----------------------------------------------------------------------
 
 
-def _others(texts: Sequence[str]) -> list[Problem]:
-    return [Problem(Lack.OTHER, text) for text in texts]
-
-
 def _of_state(state: JobState) -> list[Problem]:
     if state.name == "COMPLETED":
         return []
     reason = f" ({state.reason})" if state.reason and not state.active else ""
     before = "still " if state.active else "" if state.known else "its end is "
-    return [Problem(Lack.STATE, f"{before}{state.name}{reason}")]
+    return [Problem(f"{before}{state.name}{reason}", Lack.STATE)]
 
 
 def _of_steps(found: measure.Measured, steps: int, log_freq: int) -> list[Problem]:
@@ -263,16 +258,16 @@ def _of_steps(found: measure.Measured, steps: int, log_freq: int) -> list[Proble
     if step is None or step < measure.last_logged(steps, log_freq) or step > steps:
         return [short_of(step, steps)]
     missing = measure.logged_steps(step, log_freq) - len(found.series)
-    problems = _others([f"{counted(missing, 'logged step')} missing"]) if missing > 0 else []
+    problems = [Problem(f"{counted(missing, 'logged step')} missing")] if missing > 0 else []
     return problems + ([NO_STEP_COUNTS] if found.tps is None else [])
 
 
-def _of_nodes(found: measure.Measured, nodes: int, attempts: Sequence[Attempt], kept: Sequence[int]) -> list[str]:
+def _of_nodes(found: measure.Measured, nodes: int, attempts: Sequence[Attempt]) -> list[str]:
     """Nodes without a log, and those whose logs end before the leading one's: they train in step, so a part of the log
     is missing. Of each attempt; a node that was lost in one has no complete log there.
     """
     problems = []
-    for attempt, ends in zip(attempts, _ends(found, kept), strict=True):
+    for attempt, ends in zip(attempts, found.ends, strict=True):
         logged, last = len(ends), max((end for end, _ in ends.values()), default=0)
         if 0 < logged < nodes - len(set(attempt.culprits) - ends.keys()):
             problems.append(f"only {logged} of {nodes} nodes logged")
@@ -283,26 +278,12 @@ def _of_nodes(found: measure.Measured, nodes: int, attempts: Sequence[Attempt], 
     return problems
 
 
-def _ends(found: measure.Measured, kept: Sequence[int]) -> list[dict[str, tuple[int, int]]]:
-    """Of each attempt, by node: the last step that counts, and how many do."""
-    ends: list[dict[str, tuple[int, int]]] = []
-    for low, high in pairwise((-1, *kept, measure.ENDLESS)):
-        ends.append({})
-        for node in found.by_node:
-            begin, end = (bisect_right(node.steps, step, key=lambda one: one[0]) for step in (low, high))
-            if begin < end:
-                ends[-1][node.host] = node.steps[end - 1][0], end - begin
-    return ends
-
-
 def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str]:
     """Nodes that differ in what decides a figure, GPUs that are not the profile's, nodes that failed their check."""
     problems = []
     for key in _MIXED:
-        hosts: dict[str, list[str]] = {}
-        for host, record in records.items():
-            if isinstance(value := record.get(key), str) and record.get("ok") is not False:
-                hosts.setdefault(value, []).append(host)
+        good = {host: record.get(key) for host, record in records.items() if record.get("ok") is not False}
+        hosts = by(good.__getitem__, (host for host, value in good.items() if isinstance(value, str)))
         if len(hosts) > 1:
             kinds = (f"{value or 'none'} ({some(names)})" for value, names in hosts.items())
             problems.append(f"mixed {key}: {', '.join(kinds)}")
@@ -320,9 +301,9 @@ def _of_hardware(records: Mapping[str, Mapping[str, Any]], gpu: str) -> list[str
     return problems
 
 
-def _notes(found: measure.Measured, records: Mapping[str, Any], nodes: int, kept: Sequence[int]) -> tuple[str, ...]:
+def _notes(found: measure.Measured, records: Mapping[str, Any], nodes: int) -> tuple[str, ...]:
     notes = []
-    ends = _ends(found, kept)[-1]
+    ends = found.ends[-1]
     most = max((many for _, many in ends.values()), default=0)
     last = found.last.step if found.last else 0
     if fewer := [host for host, (end, many) in ends.items() if many < most and end >= last]:
@@ -407,11 +388,6 @@ def _number(value: object, low: float, high: float) -> float | None:
     return None
 
 
-def _date(at: object) -> str:
-    known = moment(at)
-    return "" if known is None else datetime.fromtimestamp(known, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _cluster(intent: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
     return "local" if intent.get("scheduler") == "local" else _said([intent, *records.values()], "cluster")
 
@@ -429,7 +405,6 @@ def _versions(records: Mapping[str, Mapping[str, Any]], image: str, submitted: f
     return {key: value for key, value in found.items() if value}
 
 
-@lru_cache(maxsize=64)
 def _digest(image: str, submitted: float | None) -> str:
     """The image's checksum as the file beside it says; "" where there is none or the image is newer than the run."""
     path = Path(image)

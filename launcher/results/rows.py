@@ -6,19 +6,16 @@ releases, so wherever a person reads MFU the peak stands beside it.
 
 from __future__ import annotations
 
+import html
 import re
 
 from launcher.base.output import counted, plain
 from launcher.config.hardware import of_gpu
 from launcher.config.mfu import mfu_text
+from launcher.logs.steps import StepRecord
 from launcher.results.outcome import NO_STEP_COUNTS, Lack, Outcome, short_of
 
-COLUMNS = (
-    "GPU Type",
-    "Compute nodes in training job",
-    "Batch size",
-    "Performance indicators at the last logged step",
-)
+COLUMNS = ("GPU Type", "Compute nodes in training job", "Batch size", "Performance indicators at the last logged step")
 _WIDTHS = (8, 29, 10)  # of the published table's first three columns
 
 
@@ -59,11 +56,8 @@ def is_incomplete(outcome: Outcome) -> bool:
     return outcome.state != "COMPLETED" or outcome.has(Lack.SHORT)
 
 
-def indicators(outcome: Outcome) -> str:
-    """The last logged step in the published table's form, without its number; "" where there is none."""
-    last = outcome.last
-    if last is None:
-        return ""
+def indicators(outcome: Outcome, last: StepRecord) -> str:
+    """The last logged step in the published table's form, without its number."""
     parts = [f"loss: {last.loss:7.4f}"]
     if last.grad_norm is not None:
         parts.append(f"grad_norm: {last.grad_norm:7.4f}")
@@ -93,20 +87,20 @@ def last_step(outcome: Outcome) -> str:
     """The fourth column: `step: 100  loss: …`, or `step 40 of 100 (FAILED)  loss: …`."""
     if outcome.last is None:
         return short_of(None, outcome.steps).text
+    shown = indicators(outcome, outcome.last)
     if outcome.complete:
-        return f"step: {outcome.step}  {indicators(outcome)}"
+        return f"step: {outcome.step}  {shown}"
     short = short_of(outcome.step, outcome.steps).text
     others = "; ".join(escape(problem.text) for problem in outcome.problems if problem.kind is not Lack.SHORT)
-    return f"{short}{f' ({others})' if others else ''}  {indicators(outcome)}"
+    return f"{short}{f' ({others})' if others else ''}  {shown}"
 
 
 _MARKDOWN = re.compile(r"[\\`*\[\]|]")
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def escape(text: str) -> str:
     """Words of others in a cell of a Markdown table: no markup, no HTML, no end of the cell."""
-    return _MARKDOWN.sub(r"\\\g<0>", "".join(_HTML.get(c, c) for c in plain(text)))
+    return _MARKDOWN.sub(r"\\\g<0>", html.escape(plain(text), quote=False))
 
 
 def summary_line(outcome: Outcome) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import read_bytes, unreadable
 from launcher.base.values import parse_json
-from launcher.results.outcome import Lack, Outcome, Problem
+from launcher.results.outcome import Outcome, Problem
 from launcher.results.published import published, rows_of
 from launcher.results.read import outcome_of
 from launcher.runs import control
@@ -20,7 +20,6 @@ from launcher.runs import directory as runs
 from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 
-KEYWORD = "published"
 _LARGEST = 64 << 20  # bytes; a result of 1,000 nodes and 10,000 logged steps has fewer
 _MOST = 10**9
 _MAKE = "launcher results RUN --format json > FILE"
@@ -32,7 +31,7 @@ def results_in(reference: str, runs_dir: Path) -> list[Outcome]:
 
     Raises LauncherError for what does not exist, cannot be read or is no result, and for a run that has none yet.
     """
-    if reference == KEYWORD:
+    if reference == "published":
         return published()
     if not reference.strip():  # an unset variable in a script would otherwise mean the newest run
         raise LauncherError("value", "a result without a name", "name a run, a file, or: published")
@@ -42,17 +41,12 @@ def results_in(reference: str, runs_dir: Path) -> list[Outcome]:
             return _of_file(path)
     except (OSError, ValueError):  # too long, or no path at all
         pass
-    return [of_run(reference, runs_dir)]
-
-
-def of_run(reference: str, runs_dir: Path) -> Outcome:
-    """Raises LauncherError where there is no such run, or it has logged nothing yet."""
     run = runs.open_run(reference, runs_dir)
     state = control.states([run])[run.name]
     found = outcome_of(run, state)
     if found is None:
         raise nothing_logged(run, state)
-    return found
+    return [found]
 
 
 def nothing_logged(run: Run, state: JobState) -> LauncherError:
@@ -110,13 +104,10 @@ def _object(kind: type[_Value], value: object, where: str) -> _Value:
     made: dict[str, Any] = {}
     types = get_type_hints(kind)
     for part in fields(kind):  # type: ignore[arg-type]  # always one of the dataclasses of outcome.py
-        declared = types[part.name]
         if part.name in value:
-            made[part.name] = _read(declared, value[part.name], f"{where}: {part.name}")
+            made[part.name] = _read(types[part.name], value[part.name], f"{where}: {part.name}")
         elif part.default is MISSING and part.default_factory is MISSING:
-            if declared is not str and not isinstance(declared, UnionType):
-                raise _damaged(where, f"has no {part.name}")
-            made[part.name] = "" if declared is str else None
+            raise _damaged(where, f"has no {part.name}")
     return kind(**made)
 
 
@@ -127,7 +118,7 @@ def _read(kind: Any, value: object, where: str) -> Any:
     if isinstance(kind, UnionType):
         return None if value is None else _read(get_args(kind)[0], value, where)
     if kind is Problem:  # of which its words alone were written
-        return Problem(Lack.OTHER, _read(str, value, where))
+        return Problem(_read(str, value, where))
     if isinstance(kind, type) and is_dataclass(kind):
         return _object(kind, value, where)
     if kind is float and value is None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.output import counted
+from launcher.base.values import by
 from launcher.config.mfu import mfu_text
 from launcher.config.spec import SAMPLE
 from launcher.results.columns import COLUMNS
@@ -40,7 +41,6 @@ def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:
     if not re.search(r"[A-Za-z0-9]", entity):
         fix = "launcher results RUN --format torchtitan --entity my-team"
         raise LauncherError("entity-not-named", "a submission needs the name of a person, team or company", fix)
-    files: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if not outcome.complete:
             raise LauncherError(
@@ -49,7 +49,7 @@ def submissions(outcomes: Sequence[Outcome], entity: str) -> dict[str, str]:
                 quoted("launcher", "results", outcome.run),
                 status=ExitStatus.NO_DATA,
             )
-        files.setdefault(file_name(outcome, entity), []).append(outcome)
+    files = by(lambda outcome: file_name(outcome, entity), outcomes)
     return {name: _document(group, entity) for name, group in files.items()}
 
 
@@ -72,7 +72,7 @@ def _document(outcomes: Sequence[Outcome], entity: str) -> str:
         f"This was run by {escape(entity)} with titan-launcher{f' on {dates}' if dates else ''}.",
         *("", "### Models", "", escape(model)),
         *("", "### Hardware", ""),
-        f"- {first.gpus} {escape(first.gpu)}, {first.gpus // first.nodes} in each of {counted(first.nodes, 'node')}",
+        f"- {first.gpus} {escape(first.gpu)}, {first.per_node} in each of {counted(first.nodes, 'node')}",
         f"- NVIDIA driver: {escape(first.versions.get('driver') or 'not recorded')}",
         "- Interconnect: (please add it; the run directory does not know it)",
         *("", "### Results", ""),

@@ -8,9 +8,9 @@ import math
 import random
 from dataclasses import replace
 
-from launcher.results.outcome import Goodput, NodeResult, Outcome, Point, Startup
+from launcher.results.outcome import Goodput, NodeResult, Outcome, Startup
 from launcher.runs.attempts import Attempt
-from tests.unit.outcomes import outcome, spread
+from tests.unit.outcomes import outcome, point, spread
 
 MARKUP = '<img src=x onerror=alert(1)></script><b>"q"\'&amp;'
 LONG = "h100-2n-a-name-that-is-rather-long-because-somebody-put-everything-into-it"
@@ -64,36 +64,24 @@ def run(
     logged = [step for step in range(1, steps + 1) if step == 1 or step % log_freq == 0]
     rate = tps or 0.0
     series = tuple(
-        Point(
+        point(
             step,
             math.nan if nan_from and step >= nan_from else 5.9 + 6.4 * math.exp(-step / 35) + rnd.gauss(0, 0.03),
-            2.5,
             rate * (0.22 if step == 1 else rnd.gauss(1, 0.004)),
-            159.31,
         )
         for step in logged
     )
     medians = [rate * rnd.gauss(1, 0.002) * (slow if number == 4 else 1) for number in range(nodes)]
     by_node = tuple(NodeResult(f"{gpu.lower()}-{number:03}", value) for number, value in enumerate(medians, 1))
     return outcome(
-        settings={
-            "job.nodes": nodes,
-            "profile.gpu": gpu,
-            "profile.gpus_per_node": per_node,
-            "job.gpu": gpu.lower(),
-            "recipe.local_batch_size": batch,
-            "recipe.compile": compile,
-            "job.segment": nodes,
-        },
         run=name,
         run_dir=f"/home/user/runs/{name}",
         state=state,
         date=date,
         gpu=gpu,
         nodes=nodes,
-        gpus=nodes * per_node,
+        per_node=per_node,
         local_batch_size=batch,
-        global_batch_size=batch * nodes * per_node,
         compile=compile,
         step=logged[-1] if logged else None,
         loss=series[-1].loss if series else None,

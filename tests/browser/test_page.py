@@ -22,7 +22,7 @@ from launcher.results.accept import judge
 from launcher.results.outcome import NodeCheck
 from launcher.results.published import published
 from tests.browser.sample_runs import MARKUP, sample
-from tests.unit.outcomes import nodes, outcome
+from tests.unit.outcomes import INPUTS, nodes, outcome
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -263,8 +263,7 @@ def test_runs_are_cards_on_a_phone(opened: Open) -> None:
 def test_an_acceptance_report_is_read_anywhere(opened: Open, folder: Path, scheme: str) -> None:
     checks = {node.host: NodeCheck(True, ("words of its own",), {"copy_gbs": 3100.0}) for node in sample()[3].by_node}
     verdict = judge(sample()[3], published(), losses=published())
-    inputs = {"threshold": 0.95, "max_spread": 0.05, "baseline": "published", "date": "2026-11-22", "launcher": "1"}
-    text = acceptance("a", "a", sample()[3], verdict, inputs, checks)
+    text = acceptance("a", "a", sample()[3], verdict, INPUTS, checks)
     tab = opened(color_scheme=scheme, viewport=PHONE)
     (folder / "acceptance.html").write_text(text, encoding="utf-8")
     tab.set_content(text)
@@ -275,7 +274,7 @@ def test_an_acceptance_report_is_read_anywhere(opened: Open, folder: Path, schem
 
 
 def test_a_thousand_nodes_fit(browser: Any, tmp_path: Path) -> None:
-    many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000))), nodes=1000, gpus=4000)
+    many = outcome(by_node=nodes(*(17000.0 + number for number in range(1000))), nodes=1000)
     (tmp_path / "page.html").write_text(make_page([many], published(), made="now", version="1"), encoding="utf-8")
     tab = browser.new_page(viewport=PHONE)
     tab.goto((tmp_path / "page.html").as_uri())

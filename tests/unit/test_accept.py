@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from launcher.results.accept import About, Verdict, Word, as_dict, headline, judge
 from launcher.results.columns import as_dict as result_as_dict
-from launcher.results.outcome import Outcome, Point
+from launcher.results.outcome import Outcome
 from launcher.results.published import published, rows_of, unlike
 from tests.conftest import ROOT, Launch
-from tests.unit.outcomes import LOSSES, nodes, outcome, points, problems, spread, write_run
+from tests.unit.outcomes import LOSSES, nodes, outcome, point, points, problems, spread, write_run
 
 PASS, FAIL, CANNOT_SAY = Word.PASS, Word.FAIL, Word.CANNOT_SAY
 ROWS = published()
@@ -27,138 +27,82 @@ def verdict(result: Outcome | None, **options: Any) -> Verdict:
     return judge(result, options.pop("rows", ROWS), losses=ROWS, **options)
 
 
-def sized(count: int, per_node: int = 4, **changes: Any) -> Outcome:
-    """A run of so many nodes; each GPU has its batch of five."""
-    gpus = count * per_node
-    return outcome(nodes=count, gpus=gpus, global_batch_size=5 * gpus, settings={"job.nodes": count}, **changes)
+def with_losses(*losses: float) -> Outcome:
+    return outcome(series=points(losses))
 
 
-def test_a_run_as_it_should_be() -> None:
-    found = verdict(outcome())
-    assert (found.word, int(found.exit)) == (PASS, 0)
-    assert headline("x", outcome(), found) == (
-        "x: 17,930 tokens/s per GPU, 99.7% of the published 17,975 (GB200, 9 nodes)"
-    )
-    assert [reason.about for reason in found.reasons] == ["speed", "steps", "nodes", "loss"]
+def ended(state: str, *said: str) -> Outcome:
+    return outcome(state=state, problems=said or (state,))
 
 
+def set_to(**recipe: Any) -> Outcome:
+    return outcome(settings={f"recipe.{key}": value for key, value in recipe.items()})
+
+
+HALF_SPEED = outcome(overall_tps=16137.0, series=(*points()[:-1], point(100, 6.65, 8965.0)))
+JUST_BELOW = outcome(tps=spread(0.9496 * 17975))
+SLOW_NODE = outcome(by_node=nodes(17900.0, 17950.0, 16000.0), tps=spread(17930.0, count=27))
 FAILS: dict[str, tuple[Outcome, str]] = {
     "slow": (outcome(tps=spread(17000.0)), "17,000 tokens/s per GPU is 94.5% of 17,975, below the required 95%"),
-    "one slow node": (
-        outcome(by_node=nodes(17900.0, 17950.0, 16000.0), tps=spread(17930.0, count=27)),
-        "gb200-003 16,000 tokens/s, 10.7% below the others' 17,925 (limit 5%)",
-    ),
-    "NaN in the loss": (
-        outcome(series=points((*LOSSES[:5], math.nan)), problems=("NaN",)),
-        "loss: nan at step 50",
-    ),
+    "never rounded up to the limit": (JUST_BELOW, "is 94.9% of 17,975, below the required 95%"),
+    "no speed at all": (outcome(tps=spread(0.0), overall_tps=17900.0), "is 0.0% of 17,975"),
+    "one slow node": (SLOW_NODE, "gb200-003 16,000 tokens/s, 10.7% below the others' 17,925 (limit 5%)"),
+    "NaN in the loss": (with_losses(*LOSSES[:5], math.nan), "loss: nan at step 50"),
     "infinity in the gradients": (outcome(grad_norm=math.inf), "gradient norm: inf at step 100"),
-    "a loss that rises": (outcome(series=points((6.0, 7.0, 8.0, 9.0, 9.5))), "it should be at most 6.00 by then"),
-    "a loss that does not learn": (
-        outcome(series=points((12.25, 12.0, 11.9, *[11.8] * 8))),
-        "it should be at most 11.03 by then",
-    ),
-    "failed by itself": (
-        outcome(state="FAILED", problems=("FAILED", "step 40 of 100")),
-        "ended FAILED: step 40 of 100",
-    ),
+    "a loss that rises": (with_losses(6.0, 7.0, 8.0, 9.0, 9.5), "it should be at most 6.00 by then"),
+    "a loss that does not learn": (with_losses(12.25, 12.0, 11.9, *[11.8] * 8), "it should be at most 11.03 by then"),
+    "failed by itself": (ended("FAILED", "FAILED", "step 40 of 100"), "ended FAILED: step 40 of 100"),
     "killed": (
-        outcome(state="FAILED", problems=("mixed gpu: a, b", "FAILED (ended by SIGKILL)")),
-        "the run ended FAILED (ended by SIGKILL): mixed gpu: a, b",
+        ended("FAILED", "mixed gpu: a", "FAILED (by SIGKILL)"),
+        "the run ended FAILED (by SIGKILL): mixed gpu: a",
     ),
-    "out of time": (outcome(state="TIMEOUT", problems=("TIMEOUT",)), "the run ended TIMEOUT"),
-    "an interval at half speed": (
-        outcome(overall_tps=16137.0, series=(*points()[:-1], Point(100, 6.65, 2.5, 8965.0, 159.31))),
-        "16,137 tokens/s per GPU over the whole time after warm-up, 10.0% below the median (limit 5%); slow up to "
-        "step 100",
-    ),
-    "a loss that explodes at once": (
-        outcome(series=points((12.0, 10.0, 22.0))),
-        "12.00 at step 1, 22.00 at step 20, the last one: it exploded",
-    ),
-    "a loss that explodes at the end": (
-        outcome(series=points((12.0, *[6.0] * 9, 30.0))),
-        "12.00 at step 1, 30.00 at step 100, the last one: it exploded",
-    ),
-    "a loss of nothing": (
-        outcome(series=points((12.25, *[0.001] * 10))),
-        "at that step others had 6.14 to 8.30; a loss this low",
-    ),
-    "a node died": (outcome(state="NODE_FAIL", problems=("NODE_FAIL",)), "the run ended NODE_FAIL"),
+    "out of time": (ended("TIMEOUT"), "the run ended TIMEOUT"),
+    "a node died": (ended("NODE_FAIL"), "the run ended NODE_FAIL"),
+    "an interval at half speed": (HALF_SPEED, "10.0% below the median (limit 5%); slow up to step 100"),
+    "a loss that explodes at once": (with_losses(12.0, 10.0, 22.0), "22.00 at step 20, the last one: it exploded"),
+    "a loss that explodes at last": (with_losses(12.0, *[6.0] * 9, 30.0), "at step 100, the last one: it exploded"),
+    "a loss of nothing": (with_losses(12.25, *[0.001] * 10), "at that step others had 6.14 to 8.30; a loss this low"),
 }
-
-
-@pytest.mark.parametrize("name", FAILS)
-def test_what_fails(name: str) -> None:
-    result, why = FAILS[name]
-    found = verdict(result)
-    assert found.word is FAIL and int(found.exit) == 12
-    assert why in found.reasons[0].what
-
-
 UNSAID: dict[str, tuple[Outcome, str]] = {
     "still going": (outcome(state="RUNNING", problems=("still RUNNING",), tps=None), "still RUNNING"),
-    "waiting": (outcome(state="PENDING", problems=("still PENDING",), tps=None), "still PENDING"),
-    "cancelled": (outcome(state="CANCELLED", problems=("CANCELLED",)), "the run ended CANCELLED"),
-    "preempted": (outcome(state="PREEMPTED", problems=("PREEMPTED",)), "the run ended PREEMPTED"),
-    "its end is not known": (
-        outcome(state="UNKNOWN", problems=("its end is UNKNOWN (why)",)),
-        "its end is UNKNOWN (why)",
-    ),
+    "cancelled": (ended("CANCELLED"), "the run ended CANCELLED"),
+    "its end is not known": (ended("UNKNOWN", "its end is UNKNOWN (why)"), "its end is UNKNOWN (why)"),
     "restarted": (outcome(problems=("restarted",)), "restarted"),
     "the wrong GPU": (outcome(problems=("the profile says GB200, a has B200",)), "the profile says GB200"),
-    "a loss that jumped": (
-        outcome(series=points((12.0, 10.0, 30.0, *[7.0] * 8))),
-        "12.00 at step 1, 30.00 at step 20: it jumped, and came back",
-    ),
+    "a loss that jumped": (with_losses(12.0, 10.0, 30.0, *[7.0] * 8), "30.00 at step 20: it jumped, and came back"),
     "no step after warm-up": (outcome(tps=None), "no step after warm-up"),
     "too few steps": (outcome(tps=spread(17930.0, count=36)), "4 logged after warm-up, 5 are needed"),
-    "no published row": (
-        outcome(gpu="B300"),
-        "no result for B300 to compare with, only for B200, GB200, GB300, H100, H200",
-    ),
-    "another model": (outcome(settings={"recipe.flavor": "70B"}), "size of the model 70B, not 8B"),
+    "no row": (outcome(gpu="B300"), "no result for B300 to compare with, only for B200, GB200, GB300, H100, H200"),
+    "few steps, and no row": (outcome(gpu="B300", tps=spread(17930.0, count=36)), "no result for B300"),
+    "another model": (set_to(flavor="70B"), "size of the model 70B, not 8B"),
     "another length": (outcome(seq_len=4096), "sequence length 4096, not 8192"),
-    "another batch": (
-        outcome(local_batch_size=4, global_batch_size=144),
-        "local batch size 4, not 5",
-    ),
+    "another batch": (outcome(local_batch_size=4), "local batch size 4, not 5"),
     "accumulated batches": (outcome(global_batch_size=360), "2 batches a step and GPU, not 1"),
     "compiled": (outcome(compile=True), "compile true, not false"),
     "fp32": (outcome(precision="float32"), "precision float32, not bfloat16"),
     "quantised": (outcome(precision="bfloat16 + mxfp8"), "quantisation mxfp8, not none"),
-    "recomputing all": (
-        outcome(settings={"recipe.activation_checkpoint": "full"}),
-        "checkpointing full, not selective",
-    ),
-    "tensor parallel": (outcome(settings={"recipe.tensor_parallel": 2}), "tensor parallel degree 2, not 1"),
-    "another framework's": (
-        outcome(gpu="GB300"),
-        "not like with like, against published (NVIDIA, 2 x GB300)",
-    ),
-    "with what 0.3 adds": (outcome(settings={"recipe.like_for_like": False}), "like_for_like false, not true"),
-    "a quarter of a GB200 rack's row": (sized(1), "on 12 GPUs and this run had 4, 3.0 times fewer"),
-    "slow on far more GPUs": (
-        sized(72, tps=spread(16000.0, count=81)),
-        "on 68 GPUs and this run had 288, 4.2 times more",
-    ),
+    "recomputing all": (set_to(activation_checkpoint="full"), "checkpointing full, not selective"),
+    "tensor parallel": (set_to(tensor_parallel=2), "tensor parallel degree 2, not 1"),
+    "another framework's": (outcome(gpu="GB300"), "not like with like, against published (NVIDIA, 2 x GB300)"),
+    "with what 0.3 adds": (set_to(like_for_like=False), "like_for_like false, not true"),
+    "of an older launcher": (replace(outcome(), settings={}), "does not say its model, size of the model"),
+    "a quarter of a GB200 rack's row": (outcome(nodes=1), "on 12 GPUs and this run had 4, 3.0 times fewer"),
+    "slow on far more GPUs": (outcome(nodes=72, tps=spread(16000.0, count=81)), "this run had 288, 4.2 times more"),
 }
 
 
-@pytest.mark.parametrize("name", UNSAID)
-def test_what_cannot_be_said(name: str) -> None:
-    result, why = UNSAID[name]
+@pytest.mark.parametrize("name", [*FAILS, *UNSAID])
+def test_what_fails_and_what_cannot_be_said(name: str) -> None:
+    (result, why), word = (FAILS[name], FAIL) if name in FAILS else (UNSAID[name], CANNOT_SAY)
     found = verdict(result)
-    assert found.word is CANNOT_SAY and int(found.exit) == 13
+    assert (found.word, int(found.exit)) == (word, 12 if word is FAIL else 13)
     assert why in found.reasons[0].what
 
 
 def h100(nodes: int, speed: float, **changes: Any) -> Outcome:
     """A compiled run of the 8B model at batch 2, on nodes of 8 GPUs."""
-    settings = {"job.nodes": nodes, "profile.gpus_per_node": 8, **changes.pop("settings", {})}
-    batch = changes.setdefault("local_batch_size", 2)
-    whole = {"gpu": "H100", "nodes": nodes, "gpus": 8 * nodes, "compile": True, "tps": spread(speed, count=27)}
-    return outcome(**{"global_batch_size": batch * 8 * nodes, **whole, **changes}, settings=settings, by_node=())
+    whole = {"gpu": "H100", "per_node": 8, "local_batch_size": 2, "compile": True, "tps": spread(speed, count=27)}
+    return outcome(**{**whole, **changes}, nodes=nodes, by_node=())
 
 
 @pytest.mark.parametrize(
@@ -182,19 +126,11 @@ def test_70b_is_measured_by_the_row_of_its_parallelism(
         "recipe.tensor_parallel": tensor,
         "recipe.async_tensor_parallel": is_async,
     }
-    run = h100(32, 400.0, settings=settings, local_batch_size=16, global_batch_size=512, precision=precision)
+    run = h100(32, 400.0, settings=settings, local_batch_size=16, precision=precision)
     for rows in (ROWS, ROWS[::-1]):
         found = verdict(replace(run, global_batch_size=16 * 256 // tensor), rows=rows)
         assert (found.baseline and found.baseline.median_tps) == tps
         assert found.word is (CANNOT_SAY if tps is None else FAIL)
-
-
-def test_precision_and_compile_choose_the_row() -> None:
-    by = {
-        (o.precision, o.compile): (row := verdict(o).baseline) and row.median_tps
-        for o in (h100(1, 5000.0), h100(1, 5000.0, precision="bfloat16 + float8"), h100(2, 5000.0, compile=False))
-    }
-    assert by == {("bfloat16", True): 6667, ("bfloat16 + float8", True): 8532, ("bfloat16", False): 8714}
 
 
 def test_gpus_of_limited_power_prove_no_run_fast() -> None:
@@ -207,43 +143,30 @@ def test_gpus_of_limited_power_prove_no_run_fast() -> None:
     assert (row := verdict(short).baseline) and row.median_tps == 8714  # of full power, before the one of 8 GPUs
 
 
-def test_another_framework_is_not_like_with_like() -> None:
-    for framework, word in (("torchtitan", PASS), ("Megatron-Bridge", CANNOT_SAY), ("", PASS)):
-        (row,) = rows_of(
-            "gpu,nodes,gpus,local_batch_size,step,tps,model,flavor,seq_len,precision,quantization,compile,framework\n"
-            f"GB200,9,36,5,100,17975,llama3,8B,8192,bfloat16,none,false,{framework}\n",
-            "x",
-        )
-        found = verdict(outcome(), rows=[row])
-        assert found.word is word
-    other = replace(row, settings={**row.settings, "framework": "other"})
-    assert verdict(outcome(), rows=[other]).reasons[0].what.endswith("framework torchtitan, not other")
+ROW = "gpu,nodes,gpus,local_batch_size,step,tps,model,flavor,seq_len,precision,compile,framework\n"
 
 
-def test_a_row_without_a_step_is_a_baseline() -> None:
-    (row,) = rows_of(
-        "gpu,nodes,gpus,local_batch_size,step,tps,model,flavor,seq_len,precision,compile\n"
-        "GB200,9,36,5,,17975,llama3,8B,8192,bfloat16,false\n",
-        "x",
-    )
-    assert row.step is None and row.run == "a row (GB200, 36 GPUs)" and not unlike(outcome(), row)
+@pytest.mark.parametrize(
+    ("framework", "step", "word"), [("torchtitan", 100, PASS), ("Megatron", 100, CANNOT_SAY), ("", "", PASS)]
+)
+def test_a_row_of_ones_own(framework: str, step: object, word: Word) -> None:
+    """Of another framework it is not like with like; it need not say its step."""
+    (row,) = rows_of(f"{ROW}GB200,9,36,5,{step},17975,llama3,8B,8192,bfloat16,false,{framework}\n", "x")
     found = verdict(outcome(), rows=[row])
-    assert found.word is PASS and found.baseline is row
-    assert json.loads(json.dumps(as_dict("x", outcome(), found, {})))["baseline"]["step"] is None
-
-
-def test_data_of_an_older_launcher() -> None:
-    """Where the settings do not say what was trained, nobody knows whether it is like with like."""
-    found = verdict(replace(outcome(), settings={}))
-    assert found.word is CANNOT_SAY and "does not say its model, size of the model" in found.reasons[0].what
+    assert found.word is word
+    if word is PASS:
+        assert row.step == (step or None) and found.baseline is row and not unlike(outcome(), row)
+        assert as_dict("x", outcome(), found, {})["baseline"]["step"] == row.step
+    else:
+        assert found.reasons[0].what.endswith("framework torchtitan, not Megatron")
 
 
 def test_far_more_or_fewer_gpus_decide_one_way_only() -> None:
     """Each of few GPUs is faster: few that are slow, and many that are fast, are certain."""
     fast, slow = spread(17950.0, count=81), spread(16000.0, count=81)
-    assert verdict(sized(1, tps=fast)).word is CANNOT_SAY and verdict(sized(1, tps=slow)).word is FAIL
-    assert verdict(sized(72, tps=fast)).word is PASS and verdict(sized(72, tps=slow)).word is CANNOT_SAY
-    near = verdict(sized(12, tps=fast))
+    assert verdict(outcome(nodes=1, tps=fast)).word is CANNOT_SAY and verdict(outcome(nodes=1, tps=slow)).word is FAIL
+    assert verdict(outcome(nodes=72, tps=fast)).word is PASS and verdict(outcome(nodes=72, tps=slow)).word is CANNOT_SAY
+    near = verdict(outcome(nodes=12, tps=fast))
     assert near.word is PASS
     assert "the nearest published result is of 9 nodes (36 GPUs), this run had 12 nodes (48 GPUs)" in near.notes
 
@@ -258,15 +181,9 @@ def test_unfit_nodes_fail_even_without_any_result() -> None:
     assert verdict(None).word is CANNOT_SAY
 
 
-def test_a_share_is_never_rounded_up_to_the_limit() -> None:
-    found = verdict(outcome(tps=spread(0.9496 * 17975)))
-    assert found.word is FAIL and "is 94.9% of 17,975, below the required 95%" in found.reasons[0].what
-
-
 def test_a_steady_run_says_its_pace() -> None:
     assert any("pace: 17,900 tokens/s" in r.what for r in verdict(outcome(overall_tps=17900.0)).reasons)
     assert verdict(outcome(overall_tps=None)).word is PASS  # a table's row, or an older result
-    assert verdict(outcome(tps=spread(0.0), overall_tps=17900.0)).word is FAIL  # other nodes logged no speed at all
 
 
 def test_the_pace_names_no_step_of_the_warm_up_and_lets_checkpoints_be() -> None:
@@ -278,11 +195,6 @@ def test_the_pace_names_no_step_of_the_warm_up_and_lets_checkpoints_be() -> None
     assert found.word is CANNOT_SAY and "this includes checkpoints every 50 steps" in found.reasons[0].what
     on_cpu = replace(slow, settings={**slow.settings, "profile.device": "cpu"})
     assert not any(reason.about is About.PACE for reason in verdict(on_cpu).reasons)
-
-
-def test_without_a_row_more_steps_would_not_help() -> None:
-    found = verdict(outcome(gpu="B300", tps=spread(17930.0, count=36)))
-    assert found.word is CANNOT_SAY and "no result for B300" in found.reasons[0].what
 
 
 def test_of_two_rows_as_near_the_same_driver_counts() -> None:
@@ -300,21 +212,12 @@ def test_waiting_for_data_is_named() -> None:
 
 def test_a_row_of_the_same_driver_comes_first() -> None:
     """H100s were published with two drivers: 8,714 tokens/s on 16 GPUs with one, 7,582 on 32 with the other."""
-    h100 = outcome(
-        gpu="H100",
-        nodes=3,
-        gpus=24,
-        local_batch_size=2,
-        global_batch_size=48,
-        tps=spread(7256.0, count=27),
-        by_node=nodes(7250.0, 7256.0, 7260.0),
-        settings={"job.nodes": 3, "profile.gpus_per_node": 8, "recipe.local_batch_size": 2},
-    )
-    new, old = (verdict(replace(h100, versions={"driver": driver})) for driver in ("580.95.05", "570.172.08"))
+    run = replace(h100(3, 7256.0, compile=False), by_node=nodes(7250.0, 7256.0, 7260.0))
+    new, old = (verdict(replace(run, versions={"driver": driver})) for driver in ("580.95.05", "570.172.08"))
     assert (new.word, new.baseline and new.baseline.gpus) == (FAIL, 16)
     assert (old.word, old.baseline and old.baseline.gpus) == (PASS, 32)
-    assert verdict(replace(h100, versions={})).baseline == old.baseline  # unknown: the nearest number
-    same = replace(h100, nodes=2, gpus=16, global_batch_size=32, versions={"driver": "570.172.08"})
+    assert verdict(replace(run, versions={})).baseline == old.baseline  # unknown: the nearest number
+    same = replace(run, nodes=2, gpus=16, global_batch_size=32, versions={"driver": "570.172.08"})
     assert (row := verdict(same).baseline) and row.gpus == 16  # the same number, though of the other driver
 
 
@@ -347,7 +250,7 @@ def test_a_loss_is_held_against_all_that_others_had(loss: float) -> None:
 
 def test_a_baseline_of_ones_own() -> None:
     """For GPUs without a published row, and for a closer limit than another cluster's table gives."""
-    mine = outcome(gpu="B300", run="accepted", settings={"profile.gpu": "B300"}, loss=6.6)
+    mine = outcome(gpu="B300", run="accepted", loss=6.6)
     again = replace(mine, tps=spread(17000.0), run="again", run_dir="/home/user/runs/again")
     assert verdict(mine).word is CANNOT_SAY
     assert verdict(again, rows=[mine]).word is FAIL and verdict(again, rows=[mine], threshold=0.94).word is PASS
@@ -404,10 +307,7 @@ RANK = {FAIL: 0, CANNOT_SAY: 1, PASS: 2}
 @given(RESULTS, st.floats(0.01, 2), st.floats(0.01, 2), st.floats(0, 1))
 def test_the_rules_hold_for_any_result(result: Outcome, low: float, high: float, limit: float) -> None:
     low, high = sorted((low, high))
-    easy, hard = (
-        verdict(result, threshold=low, max_spread=limit),
-        verdict(result, threshold=high, max_spread=limit),
-    )
+    easy, hard = (verdict(result, threshold=low, max_spread=limit), verdict(result, threshold=high, max_spread=limit))
     assert RANK[easy.word] >= RANK[hard.word]  # asking for more never turns a verdict to the better
     if easy.word is PASS:
         assert result.complete and result.state == "COMPLETED" and easy.baseline is not None
@@ -469,7 +369,7 @@ def test_an_accepted_run_is_a_baseline(launch: Launch, workplace: Path) -> None:
     write_run(runs / "before", gpu="B300")
     write_run(runs / "after", (17000.0, 17000.0), gpu="B300")
     file = workplace / "accepted.json"
-    file.write_text(json.dumps(result_as_dict(outcome(gpu="B300", nodes=2, gpus=8, global_batch_size=40))))
+    file.write_text(json.dumps(result_as_dict(outcome(gpu="B300", nodes=2))))
     for baseline in ("before", str(file)):
         assert launch("accept", "after", "--baseline", baseline).returncode == 12
         assert launch("accept", "after", "--baseline", baseline, "--threshold", "0.9").returncode == 0
@@ -513,13 +413,6 @@ def test_a_verdict_that_cannot_be_kept_is_printed(launch: Launch, workplace: Pat
     done = launch("accept", "a")
     assert done.returncode == 0 and done.stdout.startswith("PASS") and "could not be saved" in done.stderr
     assert not list(run.glob(".accept*"))
-
-
-def test_names_that_no_terminal_should_see(launch: Launch, workplace: Path) -> None:
-    run = write_run(workplace / "runs" / "a", gpu="<script>\x1b[31mGB200")
-    (run / "logs" / "0000-gb200-001.log").rename(run / "logs" / "0000-\x1b[31m<b>.log")
-    done = launch("accept", "a")
-    assert done.returncode == 13 and "\x1b" not in done.stdout + done.stderr
 
 
 def test_the_page_shows_what_is_printed(launch: Launch, workplace: Path) -> None:

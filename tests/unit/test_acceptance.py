@@ -18,16 +18,8 @@ from launcher.results.read import node_checks
 from launcher.runs.directory import Run
 from tests.browser.sample_runs import MARKUP
 from tests.conftest import Launch
-from tests.unit.outcomes import nodes, outcome, write_run
+from tests.unit.outcomes import INPUTS, nodes, outcome, write_run
 from tests.unit.test_report import Parsed
-
-INPUTS = {
-    "threshold": 0.95,
-    "max_spread": 0.05,
-    "baseline": "published",
-    "date": "2026-11-22T12:00:00+00:00",
-    "launcher": "1",
-}
 
 
 def made(result: Outcome | None, checks: dict[str, NodeCheck] | None = None, **inputs: Any) -> str:

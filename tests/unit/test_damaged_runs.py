@@ -24,50 +24,40 @@ from tests.unit.test_read import Made
 from tests.unit.test_titan_command import debug_node
 from tests.unit.titan_log import step
 
-RECIPE = {"local_batch_size": 5, "steps": 10, "log_freq": 10}
-NODE: dict[str, dict[str, Any]] = {
-    "job": {"nodes": 1},
-    "profile": {"gpu": "GB200", "gpus_per_node": 4},
-    "recipe": RECIPE,
-    "placed": {},
-}
+LOGGED = ("local_batch_size", "steps", "log_freq")
 RUNNING = JobState("RUNNING")
 ODD: list[Any] = [None, "x", "2", [], {}, True, 1.5, math.nan, -1, 10**4000]
 
 
-def run_with(folder: Path, node: Any) -> Run:
-    (folder / "job").mkdir(exist_ok=True)
-    (folder / "logs").mkdir(exist_ok=True)
-    (folder / "job" / "node.json").write_text(json.dumps(node))
-    (folder / "logs" / "0000-a.log").write_text(step(1) + step(10))
-    (folder / "end.json").write_text('{"exit_code": 0}')
-    return Run(folder)
-
-
-def test_a_whole_run_has_a_row(tmp_path: Path) -> None:
-    row = outcome_of(run_with(tmp_path, NODE), JobState("COMPLETED"))
-    assert row is not None and (row.gpus, row.steps, row.complete) == (4, 10, True)
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    """A run that is known by its node.json alone, with a recipe that is needed whole."""
+    made = Made(tmp_path / "r")
+    made.remove("run.toml")
+    made.change("job/node.json", recipe={"local_batch_size": 5, "steps": 100, "log_freq": 10})
+    return made
 
 
 @pytest.mark.parametrize("value", ODD)
 @pytest.mark.parametrize(
-    "key", ["recipe", "job", "job.nodes", "profile.gpus_per_node", *(f"recipe.{key}" for key in RECIPE)]
+    "key", ["recipe", "job", "job.nodes", "profile.gpus_per_node", *(f"recipe.{key}" for key in LOGGED)]
 )
-def test_a_damaged_node_json_gives_no_row(tmp_path: Path, key: str, value: Any) -> None:
+def test_a_damaged_node_json_gives_no_row(made: Made, key: str, value: Any) -> None:
     table, _, inner = key.partition(".")
-    node = {**NODE, table: {**NODE[table], inner: value} if inner else value}
-    run = run_with(tmp_path, node)
-    assert outcome_of(run, RUNNING) is None
-    assert [progress.step for progress in attach.progress_of(run)] == [1, 10]
-    assert run.steps == (0 if key in ("recipe", "recipe.steps") else 10)
+    node = json.loads((made.path / "job" / "node.json").read_text())
+    made.change("job/node.json", **{table: {**node[table], inner: value} if inner else value or []})
+    assert outcome_of(made.run, RUNNING) is None
+    assert [progress.step for progress in attach.progress_of(made.run)][-1] == 100
+    assert made.run.steps == (0 if key in ("recipe", "recipe.steps") else 100)
 
 
 @pytest.mark.parametrize("value", ODD)
-def test_a_damaged_gpu_name_and_a_whole_file_of_nonsense(tmp_path: Path, value: Any) -> None:
-    row = outcome_of(run_with(tmp_path, {**NODE, "profile": {"gpu": value, "gpus_per_node": 4}}), RUNNING)
+def test_a_damaged_gpu_name_and_a_whole_file_of_nonsense(made: Made, value: Any) -> None:
+    made.change("job/node.json", profile={"gpu": value, "gpus_per_node": 4})
+    row = outcome_of(made.run, RUNNING)
     assert row is not None and row.gpu == (value if isinstance(value, str) else "?")
-    run = run_with(tmp_path, value)
-    assert outcome_of(run, RUNNING) is None and len(list(attach.progress_of(run))) == 2
+    made.write("job/node.json", json.dumps(value))
+    assert outcome_of(made.run, RUNNING) is None and list(attach.progress_of(made.run))
 
 
 def test_one_bad_entry_hides_no_run(tmp_path: Path) -> None:
@@ -75,27 +65,23 @@ def test_one_bad_entry_hides_no_run(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "piped").mkdir()
     os.mkfifo(tmp_path / "piped" / "intent.json")  # nobody ever writes to it
-    good = tmp_path / "good"
-    good.mkdir()
-    run_with(good, NODE)
-    (good / "intent.json").write_text('{"at": 1}')
+    Made(tmp_path / "good")
     assert [run.name for run in all_runs(tmp_path)] == ["good"]
 
 
-def test_a_run_of_no_steps(tmp_path: Path) -> None:
-    row = outcome_of(run_with(tmp_path, {**NODE, "recipe": {**RECIPE, "steps": 0, "log_freq": 0}}), RUNNING)
+def test_a_run_of_no_steps(made: Made) -> None:
+    made.change("job/node.json", recipe={"local_batch_size": 5, "steps": 0, "log_freq": 0})
+    row = outcome_of(made.run, RUNNING)
     assert row is not None and row.steps == 0
 
 
-def test_a_snapshot_is_json(tmp_path: Path) -> None:
-    run = run_with(tmp_path, NODE)
-    text = step(10).replace(" 6.42770", "     nan").replace("17,581", "inf").replace("1,018.20", "inf")
-    (run.logs / "0000-a.log").write_text(text)
-    (snapshot,) = attach.progress_of(run)
+def test_a_snapshot_is_json(made: Made) -> None:
+    made.logs(step(10).replace(" 6.42770", "     nan").replace("17,581", "inf").replace("1,018.20", "inf"))
+    (snapshot,) = attach.progress_of(made.run)
     assert math.isnan(snapshot.loss) and math.isinf(snapshot.tps)
     values = json.loads(json.dumps(attach.as_dict(snapshot), allow_nan=False))
     assert (values["loss"], values["tps"], values["tflops"], values["step"]) == (None, None, None, 10)
-    assert values["records"] == {"a": 1}
+    assert values["records"] == {"a": 1, "b": 1}
 
 
 def test_memory_does_not_grow_with_the_logs(tmp_path: Path) -> None:

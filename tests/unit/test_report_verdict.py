@@ -14,7 +14,7 @@ from launcher.results.accept import Word, judge
 from launcher.results.outcome import Outcome
 from launcher.results.published import published
 from tests.browser.sample_runs import run, sample
-from tests.unit.outcomes import nodes, outcome, problems, spread
+from tests.unit.outcomes import nodes, problems, spread
 
 GOOD = [
     run("17n", 17, 17590, "2026-11-21T08:00:00Z"),
@@ -85,7 +85,7 @@ def test_a_newer_run_that_cannot_be_judged_does_not_hide_an_older_fault() -> Non
 
 def test_an_older_run_that_failed_is_history_behind_one_that_did_not() -> None:
     """Also where nothing published says how fast it should be."""
-    whole = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
+    whole = replace(GOOD[1], gpu="B300")
     failed = replace(whole, run="old", date="2026-11-01T08:00:00Z", state="FAILED", problems=problems("FAILED"))
     assert answer(failed).word is Word.FAIL
     assert answer(whole, failed).word is Word.CANNOT_SAY
@@ -115,7 +115,7 @@ def test_nodes_are_judged_by_runs_that_accept_judges() -> None:
 
 
 def test_without_a_comparable_row_nothing_is_said() -> None:
-    other = replace(GOOD[1], gpu="B300", settings={**GOOD[1].settings, "profile.gpu": "B300"})
+    other = replace(GOOD[1], gpu="B300")
     found = answer(other)
     assert found.word is Word.CANNOT_SAY and "there is no result for B300" in found.headline
     assert finding(found, "Speed")[0] == "not measured"
@@ -250,12 +250,6 @@ def test_each_kind_of_run_has_its_own_throughput_chart_with_what_it_is_measured_
         "published (Crusoe, 17 x GB200): 17,581",
     ]
     assert usual.chart.count('class="line published"') == 3 and "published" not in fast.chart
-
-
-def test_kinds_of_the_same_name_say_what_tells_them_apart() -> None:
-    other = outcome(run="other", settings={"recipe.activation_checkpoint": "full"})
-    titles = [figure.title for figure in of_gpu([outcome(), other], [], "GB200", 0)]
-    assert "activation checkpointing selective" in titles[0] and "activation checkpointing full" in titles[1]
 
 
 def test_every_axis_that_does_not_start_at_0_says_so() -> None:
