@@ -11,28 +11,15 @@ from dataclasses import replace
 from launcher.base.finding import ERROR, WARNING, Finding
 from launcher.base.output import size, warn
 from launcher.config import resolve
-from launcher.config.layers import Layer
 from launcher.config.options import RunOptions
-from launcher.config.spec import NoImage, PlacedRun, RunSpec
+from launcher.config.spec import PlacedRun, RunSpec
 from launcher.preflight.here import ABSENT, NO_ROOM, look_here
 from launcher.preflight.text import refusal, sentence
 
 
 def spec_of(options: RunOptions, image_needed: bool = True) -> RunSpec:
     """The run that the options ask for. Without `image_needed`, `job.image` may be missing, and is "" then."""
-
-    def resolved(**more: str) -> RunSpec:
-        origin = {**options.origin, **dict.fromkeys(more, "default")}
-        layer = Layer({**options.values, **more}, origin, secret_env=options.secret_env)
-        return resolve.resolve(layer, options.config, options.run_file, os.environ)
-
-    try:
-        return resolved()
-    except NoImage:
-        if image_needed:
-            raise
-    spec = resolved(**{"job.image": "/any.sqsh"})
-    return replace(spec, job=replace(spec.job, image=""), origin={**spec.origin, "job.image": "missing: --image FILE"})
+    return resolve.resolve(options, options.config, options.run_file, os.environ, image_needed)
 
 
 def secrets_of(spec: RunSpec, options: RunOptions) -> dict[str, str]:

@@ -55,7 +55,7 @@ def _slurm_lines(facts: ClusterFacts) -> list[str]:
         segment = "whether --segment works is unknown"
     accounting = {True: "on", False: "off: Slurm forgets a job minutes after its end", None: "unknown"}
     images = {True: ", images are mounted with squashfuse", False: ", images are unpacked on every node", None: ""}
-    pyxis = f"yes{images[facts.squashfuse]}" if facts.pyxis is not None else "no --container-image in srun --help"
+    pyxis = f"yes{images[facts.squashfuse]}" if facts.pyxis else "no --container-image in srun --help"
     by_name = {node.name: node for node in facts.nodes}
     lines = [
         _row("cluster", f"{facts.name or '(name unknown)'}, Slurm {version}"),
@@ -110,11 +110,17 @@ def _profile_lines(proposal: Proposal) -> list[str]:
 def _as_dict(facts: ClusterFacts, nodes: tuple[Node, ...], proposal: Proposal) -> dict[str, Any]:
     """The facts as JSON takes them; `nodes` in place of all, each with its state in one word."""
     free = {node.name for node in facts.nodes if node.free}
+    block_of = {name: block.name for block in facts.blocks for name in block.nodes}
     return vars(facts) | {
+        "segment": facts.segment,
+        "pyxis": "" if facts.pyxis else None,  # where it is, its version is not known
         "notes": list(facts.unread.values()),
         "unread": list(facts.unread),
         "partitions": [vars(p) | {"guessed": False} for p in facts.partitions],
-        "nodes": [vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free} for n in nodes],
+        "nodes": [
+            vars(n) | {"states": sorted(n.states), "state": n.state, "free": n.free, "block": block_of.get(n.name, "")}
+            for n in nodes
+        ],
         "blocks": [vars(b) | {"idle": len(free & set(b.nodes))} for b in facts.blocks],
         "topologies": {name: asdict(topology) for name, topology in facts.topologies.items()},
         "proposal": asdict(proposal),

@@ -85,7 +85,7 @@ def init(config: Path | None, show: bool, yes: bool, as_json: bool, **options: s
         if as_json or not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
             raise click.UsageError(f"no terminal to ask on; try {quoted('launcher', *sys.argv[1:], '--yes')}")
         confirm(f"Write it to {path}?", otherwise="nothing was written")
-    save(path, "job", new, ABOUT)
+    save(path, new, ABOUT)
     if as_json:
         print_json({"file": str(path), "job": new, "choices": [asdict(choice) for choice in found]})
     else:

@@ -15,7 +15,6 @@ from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_argument, run_options, runs_dir_option
 from launcher.config.render import render as render_script
 from launcher.config.spec import PlacedRun, node_config
-from launcher.runs import directory as runs
 from launcher.stage.view import describe
 from launcher.titan.command import preview
 
@@ -124,6 +123,7 @@ def resume(
     # Here, so that a dry run of `submit` answers in half the time.
     from launcher.commands import start as starting
     from launcher.commands.runs import follow_run
+    from launcher.runs import directory as runs
     from launcher.runs.control import check_resumable
 
     found = runs.open_run(run, runs_dir)
@@ -132,7 +132,7 @@ def resume(
     origin = {key: f"option --{key.partition('.')[2]}" for key in values}
     own = {"job.name": found.made_at.name, "job.runs_dir": str(found.made_at.parent)}  # a run.toml has none
     values, origin = values | own, origin | dict.fromkeys(own, "launcher resume")
-    options = RunOptions(values, origin, (), {}, None, found.path / "run.toml")
+    options = RunOptions(values, origin, run_file=found.path / "run.toml")
     asked = spec_of(options)
     step = check_resumable(found, asked)
     secrets = secrets_of(asked, options)

@@ -30,6 +30,10 @@ PATH_KEYS = tuple(f"job.{key}" for key in _PATHS)
 NAME_OR_PATH = ("job.python", "job.gpu", "job.recipe")
 FIELDS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 RUN_FILE_FORMAT = 1
+LIST = "tuple[str, ...]"
+# The type of a field -> how a refusal says it; "free": of the sections that take any key.
+KINDS = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
+KINDS |= {LIST: "a list of strings", "free": "a string, a number or true/false"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Layer:
     origin: Mapping[str, str]
     complete: bool = False  # a run.toml: neither profile nor recipe is consulted again
     secret_env: tuple[str, ...] = ()
+
+
+def layer_of(found: Mapping[str, tuple[Any, str]]) -> Layer:
+    """A layer from values with their origins."""
+    return Layer({key: value for key, (value, _) in found.items()}, {key: origin for key, (_, origin) in found.items()})
 
 
 def names_of(kind: str) -> list[str]:
@@ -149,23 +158,16 @@ def convert(key: str, value: Any, origin: str) -> Any:
     """`value` in the type of the field `key`; an int does for a float, anything else is refused."""
     if isinstance(value, int) and abs(value) > LARGEST:
         raise LauncherError("number-too-long", f"{key} (from {origin}): the number has too many digits")
-    if key not in FIELDS:
-        if isinstance(value, bool):
-            return "true" if value else "false"
-        if isinstance(value, (str, int, float)):
-            return str(value)
-        raise refuse(key, value, "must be a string, a number or true/false", origin=origin)
-    kind = str(FIELDS[key].type)
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+    kind = str(FIELDS[key].type) if key in FIELDS else "free"
+    if kind == "free" and isinstance(value, (str, int, float)):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    if kind == "float" and type(value) is int:
         return float(value)
-    if kind == "tuple[str, ...]":
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise refuse(key, value, "must be a list of strings", origin=origin)
+    if kind == LIST and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
     if type(value).__name__ != kind:
-        words = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
         fix = f'{key.rpartition(".")[2]} = "{value}"' if kind == "str" and isinstance(value, (int, float)) else ""
-        raise refuse(key, value, f"must be {words[kind]}", fix, origin)
+        raise refuse(key, value, f"must be {KINDS[kind]}", fix, origin)
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from launcher.base.errors import LauncherError, quoted
 from launcher.base.secret import PUBLIC, looks_secret, masked
 from launcher.base.values import parse_toml
 from launcher.config.help import RunOption, or_path
-from launcher.config.layers import FIELDS, absolute, names_of, unknown_key
+from launcher.config.layers import FIELDS, Layer, absolute, layer_of, names_of, unknown_key
 from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.scheduler import slurm
 
@@ -50,15 +50,12 @@ for _without_option in ("scheduler", "mounts", "slurm_bin", "image_dir"):
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Layer):
     """The command line of a run: its layer, the files it names, and the values of secret variables."""
 
-    values: Mapping[str, Any]
-    origin: Mapping[str, str]
-    secret_env: tuple[str, ...]
-    secrets: Mapping[str, str]
-    config: Path | None
-    run_file: Path | None
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    config: Path | None = None
+    run_file: Path | None = None
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,40 +81,38 @@ def collect(given: Mapping[str, Any]) -> RunOptions:
     except FileNotFoundError:
         what = "the working directory no longer exists"
         raise LauncherError("working-directory-gone", what, "cd to one that does") from None
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
+    found: dict[str, tuple[Any, str]] = {}
     for name, key in KEYS.items():
-        if given[name] not in (None, (), ""):
-            values[key] = absolute(key, given[name], here)
-            origin[key] = f"option --{OPTION.get(name, name).replace('_', '-')}"
-        elif given[name] == "":
+        if given[name] == "":
             raise click.BadParameter("must not be empty", param_hint=f"--{name.replace('_', '-')}")
+        if given[name] not in (None, ()):
+            found[key] = absolute(key, given[name], here), f"option --{OPTION.get(name, name).replace('_', '-')}"
     if given["local"]:
-        values["job.scheduler"], origin["job.scheduler"] = "local", "option --local"
-    secrets: dict[str, str] = {}
-    secret_names = []
+        found["job.scheduler"] = "local", "option --local"
+    secrets: dict[str, str | None] = {}  # None: the value is in the environment
     for text in given["env"]:
         name, equals, value = text.partition("=")
-        if not equals or not PUBLIC.fullmatch(name) or looks_secret(name, value):
-            secret_names.append(name)
-            if equals:
-                secrets[name] = value
-            origin[f"secret_env.{name}"] = "option --env"
+        if equals and PUBLIC.fullmatch(name) and not looks_secret(name, value):
+            found[f"env.{name}"] = value, "option --env"
         else:
-            values[f"env.{name}"], origin[f"env.{name}"] = value, "option --env"
+            secrets[name] = value if equals else secrets.get(name)
     for text in given["settings"]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise click.BadParameter(f"{masked(text)[:80]!r} is not KEY=VALUE", param_hint="--set")
-        if key.startswith(("recipe.", "profile.")):
-            if key not in FIELDS:
-                raise unknown_key(key, "--set")
-            values[key] = _toml_value(key, value)
-        else:
-            key = f"titan.{key}"
-            values[key] = value
-        origin[key] = "option --set"
-    return RunOptions(values, origin, tuple(secret_names), secrets, given["config"], given["run_file"])
+        ours = key.startswith(("recipe.", "profile."))
+        if ours and key not in FIELDS:
+            raise unknown_key(key, "--set")
+        found[key if ours else f"titan.{key}"] = _toml_value(key, value) if ours else value, "option --set"
+    layer = layer_of(found)
+    return RunOptions(
+        layer.values,
+        {**layer.origin, **{f"secret_env.{name}": "option --env" for name in secrets}},
+        secret_env=tuple(secrets),
+        secrets={name: value for name, value in secrets.items() if value is not None},
+        config=given["config"],
+        run_file=given["run_file"],
+    )
 
 
 def _toml_value(key: str, text: str) -> Any:

@@ -83,6 +83,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        optimized=False,  # it is rendered once
         autoescape=False,  # a shell script, quoted by the filter below, is not HTML
     )
     environment.filters["quote"] = shlex.quote

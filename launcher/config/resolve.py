@@ -13,12 +13,10 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import ExitStatus, LauncherError, quoted
-from launcher.config.layers import Layer, find, merge, names_of, read_layer
-from launcher.config.propose import named, propose
+from launcher.config.layers import Layer, find, layer_of, merge, names_of, read_layer
 from launcher.config.spec import CONTROL, SAMPLE, PlacedRun, RunSpec, validate
 from launcher.config.user_file import runs_dir, user_layer
 from launcher.scheduler import slurm
-from launcher.scheduler.detect import detected
 
 # Defaults that Slurm's own commands take from the environment; the script says them instead.
 ENVIRONMENT = {f"SBATCH_{k.upper()}": f"job.{k}" for k in ("account", "constraint", "partition", "qos", "reservation")}
@@ -28,16 +26,26 @@ OF_CLUSTER = tuple(f"job.{k}" for k in ("gpu", "image", "nodes", "python", "runt
 OF_DATA = ("job.data", "job.tokenizer")
 
 
-def resolve(options: Layer, config: Path | None, run_file: Path | None, environ: Mapping[str, str]) -> RunSpec:
+def resolve(
+    options: Layer,
+    config: Path | None,
+    run_file: Path | None,
+    environ: Mapping[str, str],
+    image_needed: bool = True,
+) -> RunSpec:
     """Merges every layer, fills in what only this machine knows, and validates.
 
-    `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together.
+    `run_file` is a run.toml to repeat: it stands for defaults, profile, recipe and user file together. Without
+    `image_needed`, `job.image` may be missing, and is "" then.
     """
     user = user_layer(config, environ) if run_file is None else _repeated(run_file, options)
     is_local = {**user.values, **options.values}.get("job.scheduler") == "local"
     if is_local and not user.complete:
         user = _without(user, OF_CLUSTER)
-    chosen = {**_environment(environ).values, **user.values, **options.values}
+    slurms = layer_of(
+        {key: (environ[name], f"environment {name}") for name, key in ENVIRONMENT.items() if environ.get(name)}
+    )
+    chosen = {**slurms.values, **user.values, **options.values}
     if user.complete:
         layers = [user, options]
     else:
@@ -49,20 +57,22 @@ def resolve(options: Layer, config: Path | None, run_file: Path | None, environ:
         user = _without(user_layer(config, environ, kind), OF_CLUSTER if is_local else ())
         if config is None and "job.data" in of_recipe.values:
             user = _without(user, OF_DATA)  # where C4 is, for all runs, does not take the debug recipe's sample away
-        layers = [_machine(chosen, gpu, gpu_origin), profile, of_recipe, _environment(environ), user, options]
+        layers = [_machine(chosen, gpu, gpu_origin), profile, of_recipe, slurms, user, options]
         if is_local:
-            layers.insert(0, _layer({"job.runtime": "bare"}, "default with --local"))
+            layers.insert(0, layer_of({"job.runtime": ("bare", "default with --local")}))
     spec = merge(layers)
     folder, name = os.path.split(spec.job.image)
     staged = os.path.join(spec.job.image_dir, name)
     if os.path.isfile(staged) and not os.path.lexists(spec.job.image) and folder == os.getcwd():
-        layers.append(_layer({"job.image": staged}, f"job.image_dir, from {spec.origin['job.image_dir']}"))
+        layers.append(layer_of({"job.image": (staged, f"job.image_dir, from {spec.origin['job.image_dir']}")}))
     if spec.job.data == SAMPLE and spec.origin["job.tokenizer"] == "default":
-        layers.append(_layer({"job.tokenizer": SAMPLE}, f"job.data, from {spec.origin['job.data']}"))
+        layers.append(layer_of({"job.tokenizer": (SAMPLE, f"job.data, from {spec.origin['job.data']}")}))
     if not spec.job.name:
-        layers.append(_layer({"job.name": _free_name(spec)}, "default, from recipe, profile and time"))
+        layers.append(layer_of({"job.name": (_free_name(spec), "default, from recipe, profile and time")}))
+    if not (image_needed or spec.job.image or spec.job.runtime == "bare"):
+        layers.append(layer_of({"job.image": ("", "missing: --image FILE")}))
     spec = merge(layers)
-    validate(spec)
+    validate(spec, image_needed)
     return spec
 
 
@@ -96,16 +106,6 @@ def secrets_of(spec: RunSpec, options: Mapping[str, str], environ: Mapping[str, 
 
 def _without(layer: Layer, keys: tuple[str, ...]) -> Layer:
     return Layer({k: v for k, v in layer.values.items() if k not in keys}, layer.origin, secret_env=layer.secret_env)
-
-
-def _layer(values: Mapping[str, object], origin: str) -> Layer:
-    return Layer(values, dict.fromkeys(values, origin))
-
-
-def _environment(environ: Mapping[str, str]) -> Layer:
-    names = {key: name for name, key in ENVIRONMENT.items() if environ.get(name)}
-    values = {key: environ[name] for key, name in names.items()}
-    return Layer(values, {key: f"environment {name}" for key, name in names.items()})
 
 
 def ignored(environ: Mapping[str, str]) -> list[str]:
@@ -149,7 +149,7 @@ def _machine(chosen: Mapping[str, object], gpu: str, gpu_origin: str) -> Layer:
             found["job.python"] = (sys.executable, "the launcher's own Python")
     elif folder := slurm.bin_dir():
         found["job.slurm_bin"] = (folder, "detected: which sbatch")
-    return Layer({key: value for key, (value, _) in found.items()}, {key: why for key, (_, why) in found.items()})
+    return layer_of(found)
 
 
 def _free_name(spec: RunSpec) -> str:
@@ -161,6 +161,8 @@ def _free_name(spec: RunSpec) -> str:
 
 def _local_gpu() -> tuple[str, str]:
     """The profile of this machine's GPUs as nvidia-smi names them; "cpu" where there are none."""
+    from launcher.config.propose import named
+
     command, out = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], ""
     with suppress(OSError, subprocess.TimeoutExpired):
         out = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
@@ -177,6 +179,10 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
 
     Otherwise the user is asked.
     """
+    # Here, for a dry run that names its GPU.
+    from launcher.config.propose import propose
+    from launcher.scheduler.detect import detected
+
     try:
         nodes = detected().require(partition).nodes_of(partition)
     except LauncherError as error:

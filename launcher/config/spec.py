@@ -257,20 +257,17 @@ FORMS = {
 }
 
 
-class NoImage(LauncherError):
-    """The run names no image, and its runtime needs one."""
-
-
 def refuse(key: str, value: object, why: str, fix: str = "", origin: str = "") -> LauncherError:
     where = f" (from {origin})" if origin and not origin.startswith("default") else ""
     told = "" if key.startswith("env.") or looks_secret(key, value) else f" = {str(value)[:120]!r}"
     return LauncherError("value", f"{key}{told}{where}: {why}", fix)
 
 
-def validate(spec: RunSpec) -> None:
+def validate(spec: RunSpec, image_needed: bool = True) -> None:
     """Refuses every value that cannot work or cannot reach Slurm, Pyxis or the trainer unchanged.
 
-    Raises LauncherError naming the key, the value, its origin and what to type instead.
+    Without `image_needed`, there may be no image. Raises LauncherError naming the key, the value, its origin and what
+    to type instead.
     """
     values = spec.values()
     for key, value in values.items():  # first of all: no other refusal tells a secret
@@ -316,7 +313,7 @@ def validate(spec: RunSpec) -> None:
         if why:
             raise refuse("job.sbatch", item, why, fix, spec.origin.get("job.sbatch", ""))
     _validate_data(spec, bad)
-    _validate_runtime(spec, bad)
+    _validate_runtime(spec, bad, image_needed)
     _validate_parallelism(spec, bad)
     for key, value in spec.titan.items():
         if not TITAN_KEY.fullmatch(key):
@@ -359,7 +356,7 @@ def _validate_data(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
         raise bad("job.tokenizer", "the tokenizer is not fetched during a job", "--tokenizer DIR")
 
 
-def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
+def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError], image_needed: bool) -> None:
     job = spec.job
     if job.runtime == "bare":
         if job.image:
@@ -369,16 +366,17 @@ def _validate_runtime(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
         why = "a registry's image, which every node would fetch and unpack: convert it to a file once"
         fix = f"launcher image convert {name} (docker pull {name} before), then --image with the file that it makes"
         raise bad("job.image", why, fix)
-    elif not job.image.startswith("/"):
+    elif not job.image.startswith("/") and (image_needed or job.image):
         refused = bad("job.image", "an image is needed", "--image titan.sqsh (or --runtime bare)")
-        raise refused if job.image else NoImage("image-not-named", refused.what, refused.fix)
-    if job.scheduler == "local" and job.nodes != 1:
-        raise bad("job.nodes", "the local scheduler has one node: this machine", "--nodes 1")
-    for key in ("spares", "continues"):
-        if job.scheduler == "local" and getattr(job, key):
-            raise bad(f"job.{key}", "a local run has one node and no time limit", "leave it out")
-    if job.scheduler == "local" and job.runtime == "pyxis":
-        raise bad("job.runtime", "Pyxis is a part of Slurm", "--runtime bare, or --runtime apptainer")
+        raise refused if job.image else LauncherError("image-not-named", refused.what, refused.fix)
+    no_more = "a local run has one node and no time limit", "leave it out"
+    for key, is_wrong, why, fix in (
+        ("nodes", job.nodes != 1, "the local scheduler has one node: this machine", "--nodes 1"),
+        *((key, getattr(job, key), *no_more) for key in ("spares", "continues")),
+        ("runtime", job.runtime == "pyxis", "Pyxis is a part of Slurm", "--runtime bare, or --runtime apptainer"),
+    ):
+        if job.scheduler == "local" and is_wrong:
+            raise bad(f"job.{key}", why, fix)
     for key, mounts in (("profile.mounts", spec.profile.mounts), ("job.mounts", job.mounts)):
         for mount in mounts:
             if problem := mount_problem(mount):

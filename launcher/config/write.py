@@ -29,23 +29,22 @@ def run_toml(run: PlacedRun) -> str:
     return tomlkit.dumps(document)
 
 
-def save(path: Path, section: str, values: Mapping[str, str], about: Mapping[str, str] = {}) -> None:
-    """Sets `values` in the table `section` of `path`, whose comments and other keys stay as they are. A key that is new
+def save(path: Path, values: Mapping[str, str], about: Mapping[str, str]) -> None:
+    """Sets `values` in the table [job] of `path`, whose comments and other keys stay as they are. A key that is new
     there gets its comment of `about`.
 
     Raises LauncherError where the file is not TOML, or cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    document, text = tomlkit.document(), ""
-    if path.exists():
-        if not isinstance(read_tables(path).get(section, {}), dict):  # bounded, which the other parser is not
-            raise LauncherError("value", f"{path}: {section} must be a table", f"[{section}]")
-        text = read_bytes(path).decode()
-        document = tomlkit.parse(text)
-    table = document.setdefault(section, tomlkit.table())
+    is_there = path.exists()
+    if is_there and not isinstance(read_tables(path).get("job", {}), dict):  # bounded, which the other parser is not
+        raise LauncherError("value", f"{path}: job must be a table", "[job]")
+    text = read_bytes(path).decode() if is_there else ""
+    document = tomlkit.parse(text)
+    table = document.setdefault("job", tomlkit.table())
     new_keys = [key for key in values if key not in table]
     table.update(values)
-    for key in new_keys if about and isinstance(table, tomlkit.items.Table) else ():
+    for key in new_keys if isinstance(table, tomlkit.items.Table) else ():
         table.value.item(key).comment(about[key])
     new = tomlkit.dumps(document)
     if new == text:

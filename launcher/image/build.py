@@ -115,7 +115,7 @@ def arches(value: str, engine: Engine) -> list[str]:
 
 def build(
     name: str,
-    arch: str = "",
+    arch: str,
     *,
     engine: Engine,
     tag: str = "",
@@ -126,7 +126,7 @@ def build(
     network: str = "",
     no_cache: bool = False,
 ) -> Built:
-    """Builds channel `name` for `arch` (the engine's own where empty) and returns what came out.
+    """Builds channel `name` for `arch`, one of `arches`, and returns what came out.
 
     `base` replaces the channel's base image, `lock_file` its lock, `torch_index` (empty: none) and `index_url`
     the places that packages come from, `network` is Docker's word for the network of the build's steps.
@@ -134,7 +134,6 @@ def build(
     Raises LauncherError with the cause, when it is a known one, and the last lines of the build.
     """
     chosen = channel(name)
-    (arch,) = arches(arch, engine)
     tag = tag or f"titan:{name}-{arch}"
     base = base or chosen.base
     locked = lock_file or lock_path(name, arch)

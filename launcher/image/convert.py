@@ -136,7 +136,7 @@ def convert_image(image: str, output: Path, *, engine: Engine, fmt: SquashfsForm
         return convert(stream, config, output, fmt)
 
 
-def _progress(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+def _progress(chunks: Iterable[bytes]) -> Iterator[bytes]:
     done = 0
     for chunk in chunks:
         before, done = done >> 30, done + len(chunk)

@@ -16,10 +16,12 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError, install
 from launcher.image import ARCHES
+from launcher.image.export import PIECE
 from launcher.image.squashfs_tools import TAIL, Ran
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 OUTPUT = 1 << 20  # bytes of what a program in an image prints
+LOG_MAX = "16m"  # of what the engine keeps of it
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
 # Colours, and the step and the time that BuildKit puts before what a program says: #8 12.34 Collecting torch
 _NOISE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|^#\d+ \d+\.\d+ ")
@@ -92,27 +94,22 @@ def need_arch(engine: Engine, arch: str) -> None:
     """Raises LauncherError unless the engine can run programs of `arch`, itself or emulated."""
     if engine.arch == arch or engine.system == "Docker Desktop" or not engine.host.startswith("unix://"):
         return  # another machine's engine is asked by trying
-    if not emulates(arch):
+    if not emulator(arch):
         raise cannot_run(engine, arch)
-
-
-def emulates(arch: str) -> bool:
-    """Whether this machine's kernel runs foreign programs of `arch`, in containers, too: that is the flag F."""
-    return bool(_emulator(arch))
 
 
 def emulator_version(arch: str) -> int:
     """Its first number; 0 where that cannot be told, such as for a program that is in a container alone."""
     with suppress(OSError, subprocess.SubprocessError):
-        asked = [_emulator(arch), "--version"]
+        asked = [emulator(arch), "--version"]
         said = subprocess.run(asked, capture_output=True, stdin=subprocess.DEVNULL, timeout=10).stdout
         if found := re.search(rb"version ([0-9]{1,3})\.", said):
             return int(found[1])
     return 0
 
 
-def _emulator(arch: str) -> str:
-    """Its path; "" without one."""
+def emulator(arch: str) -> str:
+    """What this machine's kernel runs programs of `arch` by, in containers, too: that is the flag F; "" without one."""
     # qemu-aarch64-static, or Debian's /usr/libexec/qemu-binfmt/aarch64-binfmt-P; not aarch64_be.
     entry = re.compile(rf"enabled\ninterpreter (\S*qemu\S*{ARCHES[arch]}(?!_be)\S*)\nflags: \S*F")
     with suppress(OSError):
@@ -208,7 +205,7 @@ def export(engine: Engine, image: str) -> Generator[bytes]:
     """The files of an image as one tar stream. The container that it needs is made and removed; it never runs."""
     # An image without a command needs one to be made.
     with _container(engine, image, ["/nothing"]) as name, asking(engine, f"the Docker engine does not export {image}"):
-        yield from engine.client.api.export(name, chunk_size=1 << 20)
+        yield from engine.client.api.export(name, chunk_size=PIECE)
 
 
 def run(engine: Engine, image: str, command: list[str], *, timeout_s: float = 900) -> Ran:
@@ -230,14 +227,8 @@ def run(engine: Engine, image: str, command: list[str], *, timeout_s: float = 90
                     raise
                 what = f"{command[0]} in {image} did not end within {timeout_s:.0f} s"
                 raise LauncherError("program-slow", what, status=ExitStatus.ERROR) from error
-            out = err = b""
-            for chunk in api.logs(name, stdout=True, stderr=False, stream=True, follow=False):
-                out += chunk
-                if len(out) > OUTPUT:
-                    break
-            for chunk in api.logs(name, stdout=False, stderr=True, stream=True, follow=False):
-                err = (err + chunk)[-TAIL:]
-        ran = Ran(code, out[:OUTPUT], err.decode(errors="replace"), len(out) > OUTPUT)
+            out, err = api.logs(name, stderr=False), api.logs(name, stdout=False)  # of LOG_MAX, both together
+        ran = Ran(code, out[:OUTPUT], err[-TAIL:].decode(errors="replace"), len(out) > OUTPUT)
         if "exec format error" in ran.err.lower():
             raise LauncherError("docker-refused", refusal, original=ran.err)
     except LauncherError as error:
@@ -258,7 +249,7 @@ def _container(engine: Engine, image: str, command: list[str]) -> Iterator[str]:
     inspect(engine, image)
     api, name = engine.client.api, f"titan-launcher-{os.urandom(8).hex()}"
     # What a container prints lies on the engine's disk until it is removed.
-    log = docker.types.LogConfig(type="json-file", config={"max-size": "16m"})
+    log = docker.types.LogConfig(type="json-file", config={"max-size": LOG_MAX})
     try:
         with _ctrl_c_waits(), asking(engine, f"the Docker engine makes no container of {image!r}"):
             settings = api.create_host_config(network_mode="none", log_config=log)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import IO, cast
 
 from launcher.base.errors import ExitStatus, LauncherError
@@ -103,54 +104,27 @@ class _Entry(tarfile.TarInfo):
         return entry
 
 
-class _Stream:
-    """The export, as tarfile reads it. Ended early it is damaged: tarfile would take an end between two files for
-    the archive's."""
+def _members(export: Iterable[bytes]) -> Iterator[tuple[tarfile.TarInfo, Callable[[int], bytes]]]:
+    """Each file, with what reads its data: the caller takes what it wants of them before it asks for the next."""
+    chunks = iter(export)
 
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self._chunks = iter(chunks)
-        self._rest = memoryview(b"")
-        self._at = 0
+    def read(_most: int) -> bytes:
+        """tarfile asks for no more than it needs, but would take an end between two files for the archive's."""
+        if chunk := next(filter(None, chunks), b""):
+            return chunk
+        raise _damaged("it broke off in the middle")
 
-    def pieces(self, size: int) -> Iterator[memoryview]:
-        """The next `size` bytes, at most PIECE of them at a time."""
-        while size > 0:
-            while not self._rest:
-                try:
-                    self._rest = memoryview(next(self._chunks))
-                except StopIteration:
-                    raise _damaged("it broke off in the middle") from None
-            piece = self._rest[: min(size, PIECE)]
-            self._rest = self._rest[len(piece) :]
-            self._at += len(piece)
-            size -= len(piece)
-            yield piece
-
-    def read(self, size: int) -> bytes:
-        return b"".join(self.pieces(size))
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, place: int) -> None:
-        if place < self._at:
-            raise _damaged("a header without sense: a size that no file has")
-        for _ in self.pieces(place - self._at):
-            pass
-
-    def members(self) -> Iterator[tarfile.TarInfo]:
-        """Each file; of its data the caller may read what it wants before it asks for the next."""
-        try:
-            # Of a file it uses read, seek and tell, which is all that we have.
-            tar = tarfile.TarFile(fileobj=cast(IO[bytes], self), mode="r", encoding="utf-8", tarinfo=_Entry)
+    try:
+        stream = cast(IO[bytes], SimpleNamespace(read=read))
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=PIECE, encoding="utf-8", tarinfo=_Entry) as tar:
             while info := tar.next():
                 tar.members.clear()  # type: ignore[attr-defined]  # its list would grow with the image
                 info.mtime = int(info.mtime)
-                yield info
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            raise _damaged(f"a header without sense: {error}") from None
-        for _ in self._chunks:  # to the end, so that the engine's connection can be used again
-            pass
+                yield info, tar.fileobj.read
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise _damaged(f"a header without sense: {error}") from None
+    for _ in chunks:  # to the end, so that the engine's connection can be used again
+        pass
 
 
 def _damaged(how: str) -> LauncherError:
@@ -177,14 +151,13 @@ def _path(name: str) -> str:
     return "/".join(parts)
 
 
-def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Iterator[bytes | memoryview]:
+def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Iterator[bytes]:
     """The tar for mksquashfs: GNU headers, everything root's, without devices, enroot's files at the end.
 
     GNU, because mksquashfs 4.5 strips the leading slash of a link's target that comes in a PAX header. Setuid bits
     and file capabilities go: enroot unpacks as an ordinary user, which would turn every setuid program into one
     by which anybody on the node acts as that user. Each file keeps its time: a new one makes its .pyc stale.
     """
-    stream = _Stream(export)
     own = enroot_files(config)
     replaced = {*own, ".dockerenv"}
     parts = _path(config.working_dir).split("/")
@@ -210,7 +183,7 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
         info.uid, info.gid, info.uname, info.gname = 0, 0, "", ""
         yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
-    for info in stream.members():
+    for info, read in _members(export):
         name, target = _path(info.name), _path(info.linkname) if info.islnk() else info.linkname
         if info.issparse() or any(key.startswith("GNU.sparse") for key in info.pax_headers):
             raise unfit(f"/{name}: stored as a sparse file, which engines do not export")
@@ -241,7 +214,8 @@ def rewrite(export: Iterable[bytes], config: ImageConfig, report: Report) -> Ite
         elif not info.islnk():
             _note(report, info, name)
         yield from header(info, name)
-        yield from stream.pieces(_padded(info.size))
+        for left in range(_padded(info.size), 0, -PIECE):
+            yield read(min(left, PIECE))
 
     for name, text in own.items():
         data = text.encode("utf-8", "surrogateescape")

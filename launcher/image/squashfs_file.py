@@ -181,23 +181,15 @@ def follow(path: str, links: Mapping[str, str]) -> str | None:
     Paths have no leading slash; `links` maps a path to its target. Readers of squashfs leave this to the caller.
     """
     done: list[str] = []
-    todo = path.split("/")[::-1]
-    hops = 0
-    while todo:
+    todo, hops = path.split("/")[::-1], 0
+    while todo and hops <= 40:  # the kernel's limit
         part = todo.pop()
-        if part in ("", "."):
-            continue
-        if part == "..":
+        if target := links.get("/".join([*done, part])):
+            hops += 1
+            done = [] if target.startswith("/") else done
+            todo += target.split("/")[::-1]
+        elif part == "..":
             del done[-1:]
-            continue
-        target = links.get("/".join([*done, part]))
-        if target is None:
+        elif part not in ("", "."):
             done.append(part)
-            continue
-        hops += 1
-        if hops > 40:  # the kernel's limit
-            return None
-        if target.startswith("/"):
-            done = []
-        todo += target.split("/")[::-1]
-    return "/".join(done)
+    return "/".join(done) if hops <= 40 else None

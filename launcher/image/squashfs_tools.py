@@ -175,7 +175,7 @@ FORMATS = {
 }
 
 
-def write_squashfs(tar: Iterable[bytes | memoryview], target: Path, fmt: SquashfsFormat, created: int) -> None:
+def write_squashfs(tar: Iterable[bytes], target: Path, fmt: SquashfsFormat, created: int) -> None:
     """Feeds the chunks of a tar to mksquashfs, which writes `target`; what is left there after an error is no image.
 
     `created`, in seconds, becomes the time of the file system and of its root directory.
@@ -207,17 +207,14 @@ def write_squashfs(tar: Iterable[bytes | memoryview], target: Path, fmt: Squashf
             with suppress(BrokenPipeError):  # it died; its own words say why
                 for chunk in tar:
                     process.stdin.write(chunk)
+                process.stdin.flush()
                 whole = True
-                process.stdin.close()
-            code = process.wait()
         except BaseException:
             process.kill()
-            process.wait()
             raise
         finally:
-            with suppress(OSError):
-                process.stdin.close()
-        if code or not whole:
+            process.communicate()  # closes its input, and waits
+        if (code := process.returncode) or not whole:
             log.seek(0)
             words = "\n".join(log.read().decode(errors="replace").strip().splitlines()[-5:])
             what, status = f"mksquashfs failed with code {code}", ExitStatus.ERROR

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def preflight(
     """
     if not (facts.nodes or facts.partitions):
         return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
-    place = replace(place_of(spec, facts, now), unpacked_bytes=unpacked_bytes)
+    place = place_of(spec, facts, now, unpacked_bytes)
     facts = place.facts
     if not facts.lacks("partitions") and (named := partition_named(place)):
         return [named]
@@ -288,7 +287,7 @@ def uptime(place: Place) -> Finding | None:
 def pyxis(place: Place) -> Finding | None:
     if place.spec.job.runtime != "pyxis":
         return None
-    if place.facts.pyxis is not None:
+    if place.facts.pyxis:
         return ok("pyxis")
     fix = "--runtime apptainer (launcher image sif) where that is installed; or ask for Pyxis"
     return error("pyxis-absent", fix)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import sys
@@ -68,8 +67,9 @@ def look_here(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
 
 def _quantization(spec: RunSpec) -> list[Finding]:
     """The image may be able to do it, and the GPU not."""
-    quantize, known = spec.recipe.quantize, of_gpu(spec.profile.gpu)
+    quantize = spec.recipe.quantize
     needed = NEEDS_CAPABILITY.get(quantize)
+    known = of_gpu(spec.profile.gpu) if needed else None  # seldom: it reads all profiles
     if not known or not needed or tuple(known.compute_capability) >= needed:
         return []
     able = [word for word, least in NEEDS_CAPABILITY.items() if tuple(known.compute_capability) >= least] or ["none"]
@@ -174,6 +174,8 @@ def _driver(spec: RunSpec, facts: ImageFacts) -> list[Finding]:
     gres = f" --gres={quoted(spec.profile.gres)}:1" if spec.profile.gres else ""
     fix = f"srun -N1{where}{gres} nvidia-smi --query-gpu=driver_version --format=csv,noheader"
     fix += "; then --set profile.driver=VERSION"
+    import csv  # seldom needed
+
     with (data_dir("slurm") / "reference-results.csv").open(encoding="utf-8", newline="") as stream:
         published = [row["driver"] for row in csv.DictReader(stream) if row["gpu"] == spec.profile.gpu]
     # Said with every submission only where such nodes are known with an older one.

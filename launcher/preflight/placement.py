@@ -41,8 +41,8 @@ class Place:
     nodes: tuple[Node, ...]
     fitting: tuple[Node, ...]  # those that have what each node of the run asks for
     hidden: frozenset[str]  # names of others that the partitions have, and of which nothing is known
-    now: datetime | None = None
-    unpacked_bytes: int = 0  # of the image; 0 where it is not known
+    now: datetime | None
+    unpacked_bytes: int  # of the image; 0 where it is not known
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Place:
         return max((count[partition.name] for partition in self.partitions), default=len(nodes))
 
 
-def place_of(spec: PlacedRun, facts: ClusterFacts, now: datetime | None = None) -> Place:
+def place_of(spec: PlacedRun, facts: ClusterFacts, now: datetime | None = None, unpacked_bytes: int = 0) -> Place:
     facts = facts.as_placed(spec.job.partition)
     chosen = facts.partitions_of(spec.job.partition)
     excluded = {*expand(spec.job.exclude), *spec.avoid}
@@ -90,7 +90,7 @@ def place_of(spec: PlacedRun, facts: ClusterFacts, now: datetime | None = None) 
     gres, count = spec.profile.gres, spec.profile.gpus_per_node
     fitting = tuple(node for node in nodes if not gres or gpus_of(node, gres) >= count)
     hidden = facts.hidden(spec.job.partition) - excluded
-    return Place(spec, facts, chosen, nodes, fitting, hidden, now)
+    return Place(spec, facts, chosen, nodes, fitting, hidden, now, unpacked_bytes)
 
 
 def gpus_of(node: Node, gres: str) -> int:

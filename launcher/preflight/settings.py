@@ -26,7 +26,7 @@ def releases() -> dict[str, dict[str, str]]:
     """Release -> its settings -> what each takes, as its own parser says: INT, FLOAT, STR, {choices}, with | between;
     "switch"; "" where it does not say.
     """
-    lists: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    lists: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))
     return lists
 
 

@@ -17,6 +17,7 @@ from launcher.scheduler.facts import ClusterFacts
 from launcher.stage import inventory
 from launcher.stage.view import look
 from launcher.titan import Refused
+from launcher.titan.caches import filesystem_of
 from launcher.titan.data import check_tokenizer
 
 # Key of [job] -> what the file's comment says of it, and the columns of the proposal are in this order.
@@ -89,18 +90,7 @@ def _account(facts: ClusterFacts) -> tuple[str, str]:
 def _runs_dir() -> tuple[str, str]:
     own, home = f"/data/{getpass.getuser()}", os.path.expanduser("~")
     place = own if os.access(own, os.W_OK | os.X_OK) else home
-    return f"{place}/runs", f"{place} is on {_file_system(place)}"
-
-
-def _file_system(path: str) -> str:
-    """The kind of file system that `path` is on, in the kernel's word."""
-    real, best = os.path.realpath(path), ("", "one of unknown kind")
-    with suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
-            _, point, kind, *_ = line.split(" ")
-            if f"{real}/".startswith(f"{point.rstrip('/')}/") and len(point) >= len(best[0]):
-                best = point, kind
-    return best[1]
+    return f"{place}/runs", f"{place} is on {filesystem_of(Path(place)) or 'one of unknown kind'}"
 
 
 def _first(key: str) -> tuple[str, str]:
@@ -133,7 +123,7 @@ def _look(key: str, value: str) -> tuple[str, bool]:
             there = next(path for path in (place, *place.parents) if path.exists())
             if not os.access(there, os.W_OK | os.X_OK):
                 return f"you cannot write in {there}", False
-            kind = _file_system(str(there))
+            kind = filesystem_of(there) or "one of unknown kind"
             return f"on {kind}, which other machines may not see: every node must", kind not in OF_ONE_MACHINE
     except Refused as error:
         return error.why, False

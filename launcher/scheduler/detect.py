@@ -5,15 +5,14 @@ answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher.base.errors import LauncherError
 from launcher.scheduler import parse, slurm
-from launcher.scheduler.facts import SEGMENT_SINCE, ClusterFacts, Topology
+from launcher.scheduler.facts import ClusterFacts, Topology
 
 Run = Callable[[Sequence[str]], str]
 T = TypeVar("T")
@@ -26,6 +25,13 @@ QUESTIONS = {
     "topology": ("scontrol", "-o", "show", "topology"),
     "srun": ("srun", "--help"),
 }
+PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "config": parse.config,
+    "nodes": parse.nodes,
+    "partitions": parse.partitions,
+    "topology": parse.blocks,
+    "srun": parse.container_options,
+}
 
 
 def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None) -> ClusterFacts:
@@ -36,52 +42,40 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
     """
     ask = run or slurm.ask
     answers = _ask_all(ask, QUESTIONS)
-    unread: dict[str, str] = {}
-
-    def doubt(name: str, why: str) -> None:
-        unread.setdefault(name, f"{' '.join(QUESTIONS[name])}: {why}")
-
-    def read(name: str, parser: Callable[[str], T]) -> T | None:
+    said: dict[str, Any] = {}
+    why: dict[str, str] = {}
+    for name, parser in PARSERS.items():
         try:
-            return _parsed(answers[name], parser)
+            said[name] = _parsed(answers[name], parser)
         except LauncherError as error:
-            doubt(name, ": ".join([error.what, *error.original.splitlines()[:1]]))
+            why[name] = ": ".join([error.what, *error.original.splitlines()[:1]])
         except ValueError as error:
-            doubt(name, str(error))
-        return None
-
-    config = read("config", parse.config) or {}
-    nodes = read("nodes", parse.nodes) or ()
-    partitions = read("partitions", parse.partitions) or ()
-    blocks = read("topology", parse.blocks) or ()
-    options = read("srun", parse.container_options) or ()
+            why[name] = str(error)
+    config = said.get("config", {})
+    nodes, partitions, blocks, options = (said.get(name, ()) for name in ("nodes", "partitions", "topology", "srun"))
     # Answers that contradict another are none, either.
     plugin = config.get("TopologyPlugin", "").removeprefix("topology/")
     if plugin == "block" and not blocks:
-        doubt("topology", "no blocks, although the plugin is topology/block")
+        why.setdefault("topology", "no blocks, although the plugin is topology/block")
     if not nodes and not config:
-        doubt("nodes", "it answered nonsense")
+        why.setdefault("nodes", "it answered nonsense")
     if nodes and not partitions:
-        doubt("partitions", "nothing of it can be read")
+        why.setdefault("partitions", "nothing of it can be read")
     topology = "block" if blocks else {"none": "flat", "default": "flat"}.get(plugin, plugin)
-    version = parse.version(config.get("SLURM_VERSION", ""))
     storage = config.get("AccountingStorageType", "").removeprefix("accounting_storage/")
     path = config.get("PlugStackConfig", "")
-    of = {name: block.name for block in blocks for name in block.nodes}
     return ClusterFacts(
         name=config.get("ClusterName", ""),
-        slurm=version,
+        slurm=parse.version(config.get("SLURM_VERSION", "")),
         topology=topology,
-        segment=(version or (0, 0)) >= SEGMENT_SINCE and topology == "block",
         accounting=storage not in ("", "none") if config else None,
-        pyxis="" if "--container-image" in options else None,
         partitions=partitions,
-        nodes=() if "nodes" in unread else tuple(replace(n, block=of.get(n.name, "")) for n in nodes),
+        nodes=nodes,
         blocks=blocks,
         pyxis_options=options,
         squashfuse=parse.squashfuse((plugstack or slurm.plugstack)(path)) if path and options else None,
         topologies=_topologies(ask, {p.topology for p in partitions} - {""}),
-        unread=unread,
+        unread={name: f"{' '.join(QUESTIONS[name])}: {text}" for name, text in why.items()},
     )
 
 

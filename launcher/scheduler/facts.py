@@ -40,7 +40,6 @@ class Node:
     cpus: int = 0
     memory_mib: int = 0
     arch: str = ""  # uname's word; "" until slurmd has registered once
-    block: str = ""  # of topology/block; "" for none
     booted: str = ""  # when, as Slurm writes local time: "2026-03-01T00:00:00"; "" where it does not know
     tmp_mib: int = 0  # TmpDisk: its local disk for temporary files
 
@@ -105,9 +104,7 @@ class ClusterFacts:
     name: str = ""
     slurm: tuple[int, int] | None = None  # (25, 11)
     topology: str = ""  # the plugin without "topology/": block, tree, flat
-    segment: bool = False  # Slurm takes --segment and the topology is made of blocks
     accounting: bool | None = None
-    pyxis: str | None = None  # "" present, of unknown version; None absent
     partitions: tuple[Partition, ...] = ()
     nodes: tuple[Node, ...] = ()
     blocks: tuple[Block, ...] = ()
@@ -116,6 +113,15 @@ class ClusterFacts:
     topologies: Mapping[str, Topology] = field(default_factory=dict)  # by name; the cluster's default is not in it
     # The question of launcher/scheduler/detect.py -> its command, and why there is no answer, or not a whole one.
     unread: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def segment(self) -> bool:
+        """Slurm takes --segment, and the topology is made of blocks."""
+        return self.topology == "block" and (self.slurm or (0, 0)) >= SEGMENT_SINCE
+
+    @property
+    def pyxis(self) -> bool:
+        return "--container-image" in self.pyxis_options
 
     def lacks(self, *questions: str) -> bool:
         """Whether any of these answers is missing: then nothing is concluded from it."""
@@ -153,10 +159,7 @@ class ClusterFacts:
         own = self.topologies.get(used.pop(), Topology()) if len(used) == 1 else Topology()
         unread = {name: why for name, why in self.unread.items() if name != "topology"}
         unread |= {"topology": own.unread} if own.unread else {}
-        segment = own.kind == "block" and (self.slurm or (0, 0)) >= SEGMENT_SINCE
-        block_of = {name: block.name for block in own.blocks for name in block.nodes}
-        nodes = tuple(replace(node, block=block_of.get(node.name, "")) for node in self.nodes)
-        return replace(self, topology=own.kind, blocks=own.blocks, segment=segment, unread=unread, nodes=nodes)
+        return replace(self, topology=own.kind, blocks=own.blocks, unread=unread)
 
     def nodes_of(self, partition: str = "") -> tuple[Node, ...]:
         """Nodes of `partition` ("a,b" is both), or of the default one for "", or all where there is none."""

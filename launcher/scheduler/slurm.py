@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import whole
@@ -51,30 +52,13 @@ def submit(script: Path, lock_fd: int, after: str = "") -> str:
     Slurm refused it.
     """
     wait = [f"--dependency=afterany:{after}"] if after else []
-    command = [_find("sbatch"), "--parsable", *wait, str(script)]
+    how = {"cwd": script.parent, "start_new_session": True, "pass_fds": (lock_fd,)}
     try:
-        process = subprocess.Popen(
-            command,
-            cwd=script.parent,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            pass_fds=(lock_fd,),
-        )
-    except OSError as error:
-        raise _failed("slurm-failed", f"cannot run {command[0]}: {error.strerror}") from error
-    try:
-        out, err = process.communicate(timeout=SUBMIT_S)
+        done = _run(("sbatch", "--parsable", *wait, str(script)), SUBMIT_S, **how)
     except subprocess.TimeoutExpired as error:
-        process.kill()
-        process.wait()
         raise Unsure(f"sbatch did not answer within {SUBMIT_S} s", "") from error
+    out, err, code = done.stdout, done.stderr, done.returncode
     job_ids = re.findall(r"^\s*(\d+)(?:;\S*)?\s*$", out, re.MULTILINE)  # a site's sbatch may print more
-    code = process.returncode
     if code == 0 and len(job_ids) == 1:
         return str(job_ids[0])
     if code < 0:
@@ -201,13 +185,27 @@ def _failed(code: str, what: str, fix: str = "", original: str = "") -> Launcher
     return LauncherError(code, what, fix, status=ExitStatus.CLUSTER, original=original)
 
 
-def _find(command: str) -> str:
+def _run(words: Sequence[str], limit_s: float, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Raises LauncherError where there is no such command or it cannot be started, and TimeoutExpired."""
+    command, *arguments = words
     path = shutil.which(command)
     if path is None:
         what = f"{command} is not installed here, or not in PATH"
         fix = "go to the cluster's login node; without Slurm: launcher submit --local"
         raise Missing("slurm-missing", what, fix, status=ExitStatus.CLUSTER)
-    return path
+    try:
+        return subprocess.run(
+            [path, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            env=_environment(),
+            **how,
+        )
+    except OSError as error:
+        raise _failed("slurm-failed", f"cannot run {path}: {error.strerror}") from error
 
 
 def ask(words: Sequence[str]) -> str:
@@ -215,23 +213,11 @@ def ask(words: Sequence[str]) -> str:
 
     Raises LauncherError when it is missing, hangs or fails.
     """
-    command, *arguments = words
-    path = _find(command)
     try:
-        done = subprocess.run(
-            [path, *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWER_S,
-            env=_environment(),
-        )
+        done = _run(words, ANSWER_S)
     except subprocess.TimeoutExpired as error:
-        raise _failed("slurm-silent", f"{command} did not answer within {ANSWER_S} s", "scontrol ping") from error
-    except OSError as error:
-        raise _failed("slurm-failed", f"cannot run {path}: {error.strerror}") from error
+        raise _failed("slurm-silent", f"{words[0]} did not answer within {ANSWER_S} s", "scontrol ping") from error
     if done.returncode != 0:
-        what = f"{command} failed (exit code {done.returncode})"
+        what = f"{words[0]} failed (exit code {done.returncode})"
         raise _failed("slurm-failed", what, "scontrol ping", done.stderr or done.stdout)
     return done.stdout

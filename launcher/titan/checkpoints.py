@@ -7,7 +7,6 @@ whose name holds `step-N` anywhere for one.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from . import read_text
-from .checkpoint_sizes import NO_METADATA
 
 INDEX = "model.safetensors.index.json"
 RECORD = "launcher.json"  # in the folder: whose checkpoints these are
@@ -98,6 +96,8 @@ def _problem(path: Path) -> str:
 
 def _sizes(metadata: Path) -> dict[str, int]:
     """How long the files of a checkpoint must be; empty where .metadata does not say."""
+    from .checkpoint_sizes import NO_METADATA  # here, as is ctypes below, for commands that read no checkpoints
+
     found = metadata.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_METADATA:
         return {}
@@ -179,6 +179,8 @@ def free_bytes(folder: Path) -> int | None:
 
 def watch(folder: Path, say: Callable[[str], None], every_s: float = WATCH_S) -> None:
     """Starts a process that lives as long as this one, whatever this one becomes, and looks at each new checkpoint."""
+    import ctypes
+
     last = _newest(folder)
     if os.fork():
         return

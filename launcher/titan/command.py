@@ -116,16 +116,9 @@ def hang_s(env: Mapping[str, str]) -> float:
 
 
 def user_flags(settings: dict[str, Any]) -> list[str]:
-    """`--set` pairs as options. The trainer's parser takes no value after a switch, so true and false become one."""
-    flags = []
-    for key, value in settings.items():
-        section, _, name = key.rpartition(".")
-        prefix = f"--{section}." if section else "--"
-        if str(value).lower() in ("true", "false"):
-            flags.append(f"{prefix}{'' if str(value).lower() == 'true' else 'no_'}{name}")
-        else:
-            flags.append(f"{prefix}{name}={value}")
-    return flags
+    """`--set` pairs as options, in which true and false are words."""
+    switch = {"true": True, "false": False}
+    return [registry_era.flag_of(key, switch.get(str(value).lower(), value)) for key, value in settings.items()]
 
 
 def trainer_arguments(node: dict[str, Any], titan_version: str, torch_version: str = "") -> list[str]:

@@ -80,7 +80,7 @@ def arguments(
     return [
         f"--module={module}",
         f"--config={function}",
-        *(_flag(key, value) for key, value in settings(node, common, torch_version).items()),
+        *(flag_of(key, value) for key, value in settings(node, common, torch_version).items()),
         *(flag for flag in user_flags if flag not in checkpointing),
         f"activation-checkpoint:{recipe['activation_checkpoint']}",
         *checkpointing,
@@ -91,7 +91,8 @@ def config_files(node: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str
     return {}
 
 
-def _flag(dotted: str, value: Any) -> str:
+def flag_of(dotted: str, value: Any) -> str:
+    """An option of the trainer's, whose parser takes no value after a switch."""
     section, _, name = dotted.rpartition(".")
     prefix = f"--{section}." if section else "--"
     if isinstance(value, bool):

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.image.build import Built
 from launcher.image.engine import Engine
-from tests.image.images import Base, built, cpu_base, cpu_squashfs, kept_engine
+from tests.image.images import built, cpu_base, cpu_squashfs, kept_engine
 
 TINY_LOCK = """\
 idna==3.10 \\
@@ -26,12 +26,12 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def base_image(engine: Engine) -> Base:
+def base_image(engine: Engine) -> str:
     return cpu_base(engine)
 
 
 @pytest.fixture(scope="session")
-def cpu_image(engine: Engine, base_image: Base) -> Built:
+def cpu_image(engine: Engine, base_image: str) -> Built:
     """The channel cpu, built from the Dockerfile and its lock as a user builds it. 2 to 3 minutes."""
     return built("cpu", "amd64", engine, base_image)
 
@@ -51,6 +51,6 @@ def tiny_lock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_image(engine: Engine, base_image: Base, cpu_image: Built, tiny_lock: Path) -> Built:
+def tiny_image(engine: Engine, base_image: str, cpu_image: Built, tiny_lock: Path) -> Built:
     """The same Dockerfile with the tiny lock; after `cpu_image` only the last layers are new."""
     return built("cpu", "amd64", engine, base_image, lock_file=tiny_lock, tag="titan:tiny-amd64")

@@ -26,7 +26,8 @@ needs_tools = pytest.mark.skipif(
 CREATED = 1_700_000_000
 FAST = SquashfsFormat("gzip", 128, 1)
 CONFIG = ImageConfig("amd64", "sha256:abc", CREATED)
-ABOUT = {"schema": 1, "channel": "cpu", "arch": "amd64", "versions": {"torch": "2.13.0+cpu", "cuda": None}}
+VERSIONS = {"torch": "2.13.0+cpu", "cuda": None, "torchtitan": "0.3.0"}
+ABOUT = {"schema": 1, "channel": "cpu", "arch": "amd64", "versions": VERSIONS}
 
 
 def program(machine: int = 62) -> bytes:

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -44,27 +44,35 @@ def running_engine(data_root: Path) -> Iterator[str]:
             *(f"--exec-root={folder}/exec", f"--pidfile={folder}/docker.pid"),
             *("--bridge=none", "--iptables=false", "--ip6tables=false"),
         ]
-        log = folder / "dockerd.log"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env={"PATH": PATH}
-            )
-        try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while b"API listen on" not in log.read_bytes():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"dockerd did not start:\n{log.read_text()[-2000:]}")
-                time.sleep(0.05)
+        with daemon(command, folder / "dockerd.log", _ready):
             yield host
-        finally:
-            _stop(process)
+
+
+def _ready(log: bytes) -> bool:
+    return b"API listen on" in log
+
+
+@contextmanager
+def daemon(command: list[str], log: Path, ready: Callable[[bytes], bool]) -> Iterator[None]:
+    """Runs it, and goes on when `ready` says so, which sees its log."""
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env={"PATH": PATH})
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not ready(log.read_bytes()):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command} did not start:\n{log.read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield
+    finally:
+        _stop(process)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Asks dockerd itself first: it then ends its containers and takes their control groups away."""
+    """Asks dockerd itself first, a child: it then ends its containers and takes their control groups away."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
-        for child in children.read_text().split():
+        for child in children.read_text().split() or [str(process.pid)]:
             os.kill(int(child), signal.SIGTERM)
         process.wait(timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,6 @@ _running: Engine | None = None
 _served: dict[str, str] = {}  # pip's find-links of this machine -> address for the builds, while an engine runs
 
 
-@dataclass(frozen=True)
-class Base:
-    """A base image for builds on this machine, with what its network asks for; the Dockerfile knows nothing of it."""
-
-    tag: str
-    torch_index: str | None  # None: the channel's own
-
-
 def cpu_squashfs() -> Path:
     """The channel cpu of this checkout, built from the Dockerfile and its lock, and converted. Kept in the cache."""
     if platform.machine() != "x86_64":
@@ -72,9 +63,8 @@ def cpu_squashfs() -> Path:
         return target
     with kept_engine() as engine:
         if not complete(target):  # another process may have been faster
-            base = cpu_base(engine)
-            index = [] if base.torch_index is None else ["--torch-index", base.torch_index]
-            places = ["--base", base.tag, "--network", "host", *index, "--output", target]
+            index = [] if torch_index() is None else ["--torch-index", ""]
+            places = ["--base", cpu_base(engine), "--network", "host", *index, "--output", target]
             command = ["image", "build", "cpu", *places]  # what `make image CHANNEL=cpu` runs
             environment = os.environ | {"PYTHONPATH": str(ROOT), "SOURCE_DATE_EPOCH": EPOCH}
             done = subprocess.run(
@@ -126,18 +116,18 @@ def _forget() -> None:
     _served.clear()
 
 
-def cpu_base(engine: Engine) -> Base:
+def cpu_base(engine: Engine) -> str:
     """Debian as mmdebstrap makes it, in the place of the registry's."""
     return make_base(engine, "amd64", rootfs("amd64"))
 
 
-def built(name: str, arch: str, engine: Engine, base: Base, **options: Any) -> Built:
+def built(name: str, arch: str, engine: Engine, base: str, **options: Any) -> Built:
     """`build` for these base images; when it fails, the test's report shows the last lines of the build."""
-    options.setdefault("torch_index", base.torch_index)
+    options.setdefault("torch_index", torch_index())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", EPOCH)
         try:
-            return build(name, arch, engine=engine, base=base.tag, network="host", **options)
+            return build(name, arch, engine=engine, base=base, network="host", **options)
         except LauncherError as error:
             pytest.fail(f"{error.what}\n{error.original}")
 
@@ -172,16 +162,18 @@ def debian(name: str, suite: str, arch: str, *options: str, recipe: str = "") ->
     return target
 
 
-def make_base(engine: Engine, arch: str, tar: Path) -> Base:
-    """The image of a root directory plus this machine's pip settings: certificates, index, wheels that lie here."""
+def torch_index() -> str | None:
+    """None: the channel's own. It cannot be reached where its wheels lie on the machine."""
+    return "" if any(list(Path(place).glob("torch-*.whl")) for place in _served) else None
+
+
+def make_base(engine: Engine, arch: str, tar: Path) -> str:
+    """The image of a root directory plus this machine's pip settings, of which the Dockerfile knows nothing:
+    certificates, index, wheels that lie here."""
     config = ["[global]", "cert = /etc/titan-test-ca.crt"]
     if index := pip_setting("index-url"):
         config.append(f"index-url = {index}")
-    torch_index = None
-    for place, address in _served.items():
-        config.append(f"find-links = {address}")
-        # The channel's own index cannot be reached where its wheels lie on the machine.
-        torch_index = "" if list(Path(place).glob("torch-*.whl")) else torch_index
+    config += [f"find-links = {address}" for address in _served.values()]
     files = {
         "Dockerfile": b"FROM scratch\nADD rootfs.tar /\nCOPY ca.crt /etc/titan-test-ca.crt\nCOPY pip.conf /etc/\n",
         "pip.conf": "\n".join([*config, ""]).encode(),
@@ -197,4 +189,4 @@ def make_base(engine: Engine, arch: str, tar: Path) -> Base:
             command = ["build", f"--tag={tag}", f"--platform=linux/{arch}", folder]
             code, output = docker_engine.command(engine, command)
             assert code == 0, output
-    return Base(tag, torch_index)
+    return tag

@@ -26,7 +26,7 @@ from launcher.image.engine import Engine
 from launcher.image.inspect import inspect
 from launcher.image.squashfs_file import sidecar_path
 from tests.conftest import Launch
-from tests.image.images import Base, built, make_base, rootfs
+from tests.image.images import built, make_base, rootfs
 
 QEMU = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")  # Debian's qemu-user-static: what is to be registered
 ENTRY = docker_engine.BINFMT / "qemu-aarch64"
@@ -43,7 +43,7 @@ def emulation() -> Iterator[None]:
             if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
                 pytest.skip("emulation needs root and a kernel with binfmt_misc")
             stack.callback(subprocess.run, ["umount", str(docker_engine.BINFMT)], check=True)
-        if not docker_engine.emulates("arm64"):
+        if not docker_engine.emulator("arm64"):
             if not QEMU.exists():
                 pytest.skip("missing Debian package: apt install qemu-user-static")
             (docker_engine.BINFMT / "register").write_text(QEMU.read_text().strip())
@@ -52,12 +52,12 @@ def emulation() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def base_arm64(engine: Engine, emulation: None) -> Base:
+def base_arm64(engine: Engine, emulation: None) -> str:
     return make_base(engine, "arm64", rootfs("arm64"))
 
 
 @pytest.fixture(scope="module")
-def arm64_image(engine: Engine, base_arm64: Base, tiny_lock: Path) -> Built:
+def arm64_image(engine: Engine, base_arm64: str, tiny_lock: Path) -> Built:
     """About 2 minutes, most of it Python compiling its library under emulation."""
     return built("cpu", "arm64", engine, base_arm64, lock_file=tiny_lock)
 
@@ -86,21 +86,19 @@ def test_the_arm64_squashfs_is_known_as_aarch64_and_refused_on_x86_64_nodes(
 
 
 def test_a_base_image_of_another_architecture(
-    engine: Engine, arm64_image: Built, base_arm64: Base, tiny_lock: Path
+    engine: Engine, arm64_image: Built, base_arm64: str, tiny_lock: Path
 ) -> None:
     options: dict[str, Any] = {"lock_file": tiny_lock, "network": "host", "tag": "titan:x"}
     with pytest.raises(LauncherError, match="is not for amd64") as error:
-        build("cpu", "amd64", engine=engine, base=base_arm64.tag, **options)
+        build("cpu", "amd64", engine=engine, base=base_arm64, **options)
     assert "--base IMAGE" in error.value.fix
 
 
-def test_without_emulation_the_refusal_comes_before_the_build(engine: Engine, arm64_image: Built) -> None:
+def test_an_image_that_this_machine_can_no_longer_run(engine: Engine, arm64_image: Built) -> None:
     if not ENTRY.exists():
         pytest.skip("the emulator is registered under another name")
     ENTRY.write_text("0")
     try:
-        with pytest.raises(LauncherError, match="cannot run arm64 programs"):
-            build("cpu", "arm64", engine=engine)
         with pytest.raises(LauncherError, match="this machine is amd64 and cannot run arm64 programs"):
             docker_engine.run(engine, arm64_image.tag, ["true"])
     finally:

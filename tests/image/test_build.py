@@ -8,8 +8,7 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import subprocess
+import re
 import sys
 import tarfile
 import time
@@ -29,7 +28,6 @@ from launcher.image.registry import push
 from launcher.image.squashfs_tools import TAIL, Ran
 from tests.image.conftest import TINY_LOCK
 from tests.image.dockerd import running_engine
-from tests.image.images import Base
 
 EMULATED = "enabled\ninterpreter /usr/bin/qemu-aarch64-static\nflags: OCF\noffset 0\nmagic 7f454c46\n"
 
@@ -136,12 +134,12 @@ LOCK_AGAIN = "launcher image lock cpu --arch amd64"
     ],
     ids=["hash", "version", "base"],
 )
-def test_builds_that_fail(engine: Engine, base_image: Base, tiny_image: Built, tmp_path: Path, case: Fails) -> None:
+def test_builds_that_fail(engine: Engine, base_image: str, tiny_image: Built, tmp_path: Path, case: Fails) -> None:
     path = tmp_path / "bad.txt"
     path.write_text(TINY_LOCK.replace(case.old, case.new) if case.old else TINY_LOCK)
     options: dict[str, Any] = {"torch_index": "", "network": "host", "lock_file": path, "tag": "titan:broken-amd64"}
     with pytest.raises(LauncherError, match=case.what) as error:
-        build("cpu", "amd64", engine=engine, base=case.base or base_image.tag, **options)
+        build("cpu", "amd64", engine=engine, base=case.base or base_image, **options)
     assert case.fix in error.value.fix and case.original in error.value.original
     with pytest.raises(LauncherError, match="has no image"):
         docker_engine.inspect(engine, "titan:broken-amd64")
@@ -162,62 +160,57 @@ def test_a_channel_without_a_lock_makes_it_first(monkeypatch: pytest.MonkeyPatch
 # ------------------------------------------------------------------------------------ engines that are not
 
 
+class NoEngine(NamedTuple):
+    host: str  # DOCKER_HOST; "" where there is none
+    what: str
+    fix: str = "unset DOCKER_HOST"
+    context: str = "gone"  # the user's current one, in docker's words; there is one of the name "mine"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            NoEngine(host, f"no Docker engine answers at {host}")
+            for host in ("unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9", "http:/x", "nonsense")
+        ),
+        # By the program ssh, which knows the user's agent and jump hosts.
+        NoEngine("ssh://user@machine", "ssh support, which is not installed", "docker[ssh]"),
+        NoEngine("", "no Docker engine answers at unix:///nonexistent/default", "sudo systemctl start docker"),
+        # Rootless Docker and Docker Desktop are only found there.
+        NoEngine("", "answers at unix:///nonexistent/mine", "systemctl start", context="mine"),
+    ],
+    ids=lambda case: case.host or case.what,
+)
+def test_no_engine_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: NoEngine) -> None:
+    docker = pytest.importorskip("docker")
+    real = docker.DockerClient.from_env
+
+    def from_env(*, use_ssh_client: bool, **options: Any) -> Any:
+        assert use_ssh_client == case.host.startswith("ssh://")
+        if use_ssh_client:
+            raise docker.errors.DockerException("Install paramiko package to enable ssh:// support")
+        return real(**options)
+
+    monkeypatch.setattr(docker.DockerClient, "from_env", from_env)
+    monkeypatch.setattr(docker_engine, "DEFAULT_HOST", "unix:///nonexistent/default.sock")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setenv("DOCKER_HOST", case.host)
+    (tmp_path / "config.json").write_text(json.dumps({"currentContext": case.context}))
+    folder = tmp_path / "contexts" / "meta" / hashlib.sha256(b"mine").hexdigest()
+    folder.mkdir(parents=True)
+    endpoints = {"docker": {"Host": "unix:///nonexistent/mine.sock", "SkipTLSVerify": False}}
+    (folder / "meta.json").write_text(json.dumps({"Name": "mine", "Metadata": {}, "Endpoints": endpoints}))
+    with pytest.raises(LauncherError, match=re.escape(case.what)) as error:
+        docker_engine.connect()
+    assert case.fix in error.value.fix
+
+
 def test_docker_py_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "docker", None)
     with pytest.raises(LauncherError, match="docker-py, which is not installed") as error:
         docker_engine.connect()
     assert error.value.fix == install("image")
-
-
-@pytest.mark.parametrize("host", ["unix:///nonexistent/docker.sock", "tcp://127.0.0.1:9", "http:/x", "nonsense"])
-def test_no_engine_answers(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    pytest.importorskip("docker")
-    monkeypatch.setenv("DOCKER_HOST", host)
-    with pytest.raises(LauncherError, match=f"no Docker engine answers at {host}") as error:
-        docker_engine.connect()
-    assert "unset DOCKER_HOST" in error.value.fix and error.value.original
-
-
-def test_an_engine_behind_ssh_is_reached_by_the_program_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It knows the user's agent and jump hosts."""
-    import docker
-
-    asked = {}
-
-    def from_env(**options: Any) -> None:
-        asked.update(options)
-        raise docker.errors.DockerException("Install paramiko package to enable ssh:// support")
-
-    monkeypatch.setattr(docker.DockerClient, "from_env", from_env)
-    monkeypatch.setenv("DOCKER_HOST", "ssh://user@machine")
-    with pytest.raises(LauncherError, match="ssh support, which is not installed") as error:
-        docker_engine.connect()
-    assert asked["use_ssh_client"] is True
-    assert "docker[ssh]" in error.value.fix
-
-
-def test_no_engine_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("docker")
-    monkeypatch.delenv("DOCKER_HOST", raising=False)
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setattr(docker_engine, "DEFAULT_HOST", f"unix://{tmp_path}/docker.sock")
-    with pytest.raises(LauncherError, match="no Docker engine answers") as error:
-        docker_engine.connect()
-    assert "sudo systemctl start docker" in error.value.fix
-
-
-def test_the_current_docker_context_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Rootless Docker and Docker Desktop are only found there."""
-    pytest.importorskip("docker")
-    monkeypatch.delenv("DOCKER_HOST", raising=False)
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    (tmp_path / "config.json").write_text('{"currentContext": "mine"}')
-    folder = tmp_path / "contexts" / "meta" / hashlib.sha256(b"mine").hexdigest()
-    folder.mkdir(parents=True)
-    endpoint = {"Host": "unix:///nonexistent/mine.sock", "SkipTLSVerify": False}
-    (folder / "meta.json").write_text(json.dumps({"Name": "mine", "Metadata": {}, "Endpoints": {"docker": endpoint}}))
-    with pytest.raises(LauncherError, match="answers at unix:///nonexistent/mine"):
-        docker_engine.connect()
 
 
 def test_an_engine_that_this_user_may_not_use(engine: Engine) -> None:
@@ -230,14 +223,6 @@ def test_an_engine_that_this_user_may_not_use(engine: Engine) -> None:
     finally:
         os.seteuid(0)
     assert error.value.fix == 'sudo usermod -aG docker "$USER" && newgrp docker'
-
-
-def test_the_engine_died_before_the_build(tiny_lock: Path) -> None:
-    if not shutil.which("docker"):
-        pytest.skip("needs the docker command")
-    with pytest.raises(LauncherError, match="the Docker engine stopped answering") as error:
-        build("cpu", "amd64", engine=somewhere("unix:///nonexistent/docker.sock"), lock_file=tiny_lock)
-    assert "systemctl status docker" in error.value.fix and "nonexistent/docker.sock" in error.value.original
 
 
 def test_the_engine_dies_while_an_image_is_used(
@@ -263,31 +248,8 @@ def test_the_engine_dies_while_an_image_is_used(
     stream.close()
 
 
-def test_the_disk_of_the_engine_is_full(
-    engine: Engine, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if os.environ.get("LAUNCHER_TEST_DOCKER") == "1":
-        pytest.skip("this engine has room")
-    data = tmp_path / "data"
-    data.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(data)], check=True)
-    try:
-        with running_engine(data) as host:
-            monkeypatch.setenv("DOCKER_HOST", host)
-            usage = os.statvfs(data)
-            (data / "filler").write_bytes(bytes(usage.f_bavail * usage.f_frsize - 2_000_000))
-            (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY containers /\n")
-            (tmp_path / "lock.txt").write_text(tiny_lock.read_text() + "#" * 3_000_000)
-            monkeypatch.setattr(building, "dockerfile", lambda: tmp_path / "Dockerfile")
-            with pytest.raises(LauncherError, match="the disk of the Docker engine is full") as error:
-                build("cpu", "amd64", engine=docker_engine.connect(), lock_file=tmp_path / "lock.txt", tag="titan:x")
-            assert "docker system prune" in error.value.fix
-    finally:
-        subprocess.run(["umount", str(data)], check=True)
-
-
 def test_ctrl_c_stops_the_build(
-    engine: Engine, base_image: Base, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, base_image: str, tiny_lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the container of the step nor a tag stays; the steps before are used by the next build."""
     recipe = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN echo begun $(cat /proc/uptime); sleep 300\n"
@@ -302,7 +264,7 @@ def test_ctrl_c_stops_the_build(
     before = engine.client.api.containers(all=True)
     options: dict[str, Any] = {"lock_file": tiny_lock, "network": "host", "tag": "titan:stopped"}
     with pytest.raises(KeyboardInterrupt):
-        build("cpu", "amd64", engine=engine, base=base_image.tag, **options)
+        build("cpu", "amd64", engine=engine, base=base_image, **options)
     deadline = time.monotonic() + 30
     while engine.client.api.containers(all=True) != before and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -314,35 +276,43 @@ def test_ctrl_c_stops_the_build(
 # ---------------------------------------------------------------------------------------- architectures
 
 
+class Asked(NamedTuple):
+    found: list[str]  # empty: refused
+    arch: str = "all"
+    engine: Engine = somewhere()
+    entry: str = ""  # the kernel's, of the emulator
+
+
+BINFMT = EMULATED.replace("/usr/bin/qemu-aarch64-static", "/usr/libexec/qemu-binfmt/aarch64-binfmt-P")  # Debian 13's
+
+
 @pytest.mark.parametrize(
-    "entry",
+    "case",
     [
-        "",
-        EMULATED.replace("enabled", "disabled"),
-        EMULATED.replace("OCF", "OC"),
-        EMULATED.replace("qemu-aarch64", "qemu-aarch64_be"),
+        Asked(["arm64"], "", somewhere(arch="arm64")),
+        Asked(["amd64", "arm64"], engine=somewhere(system="Docker Desktop")),
+        Asked(["arm64"], "arm64", somewhere("ssh://user@machine")),
+        Asked(["amd64", "arm64"], entry=EMULATED),
+        Asked(["amd64", "arm64"], entry=BINFMT),
+        Asked([], "arm64"),
+        Asked([]),
+        Asked([], entry=EMULATED.replace("enabled", "disabled")),
+        Asked([], entry=EMULATED.replace("OCF", "OC")),
+        Asked([], entry=EMULATED.replace("qemu-aarch64", "qemu-aarch64_be")),
     ],
 )
-@pytest.mark.parametrize("asked", ["arm64", "all"])
-def test_an_architecture_that_the_machine_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str, asked: str
-) -> None:
+def test_architectures_that_the_machine_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: Asked) -> None:
     monkeypatch.setattr(docker_engine, "BINFMT", tmp_path)
-    (tmp_path / "qemu-aarch64").write_text(entry)
+    (tmp_path / "qemu-aarch64").write_text(case.entry)
+    if case.found:
+        assert arches(case.arch, case.engine) == case.found
+        return
     with pytest.raises(LauncherError, match="this machine is amd64 and cannot run arm64 programs") as error:
-        arches(asked, somewhere())
+        arches(case.arch, case.engine)
     assert "sudo apt-get install qemu-user-static" in error.value.fix
 
 
-def test_architectures_that_the_machine_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(docker_engine, "BINFMT", tmp_path)
-    assert arches("", somewhere(arch="arm64")) == ["arm64"]
-    assert arches("all", somewhere(system="Docker Desktop")) == ["amd64", "arm64"]
-    assert arches("arm64", somewhere("ssh://user@machine")) == ["arm64"]
-    debian = EMULATED.replace("/usr/bin/qemu-aarch64-static", "/usr/libexec/qemu-binfmt/aarch64-binfmt-P")
-    for text in (EMULATED, debian):
-        (tmp_path / "qemu-aarch64").write_text(text)
-        assert arches("all", somewhere()) == ["amd64", "arm64"]
+def test_an_engine_of_another_architecture() -> None:
     with pytest.raises(LauncherError, match="no architecture 'riscv64'"):
         arches("", somewhere(arch="riscv64"))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,18 +149,18 @@ TARGET = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size
 @st.composite
 def trees(draw: st.DrawFn) -> list[File]:
     """Files in an order that an export could have: a directory before what is in it, a file before its links."""
-    folders, plain, files, seen = ["t"], [], [folder("t")], {"t"}
+    folders, plain, files, names = ["t"], list[File](), [folder("t")], {"t"}
     for _ in range(draw(st.integers(0, 12))):
         name = f"{draw(st.sampled_from(folders))}/{draw(NAME)}"
         kind = draw(st.sampled_from(["file", "folder", "link", "hard link", "pipe"]))
         mode = draw(st.integers(0, 0o1777)) | 0o400  # readable, so that a test without root can look
         mtime = draw(st.integers(0, 2**32 - 1))
-        if name in seen or len(name.encode("utf-8", "surrogateescape")) > 3000:
+        if name in names or len(name.encode("utf-8", "surrogateescape")) > 3000:
             continue
-        seen.add(name)
+        names.add(name)
         if kind == "file":
             files.append(File(name, draw(st.binary(max_size=2000)), mode, mtime))
-            plain.append(name)
+            plain.append(files[-1])
         elif kind == "folder":
             files.append(folder(name, mode, mtime))
             folders.append(name)
@@ -167,7 +169,8 @@ def trees(draw: st.DrawFn) -> list[File]:
         elif kind == "pipe":
             files.append(File(name, mode=mode, mtime=mtime, kind=tarfile.FIFOTYPE))
         elif plain:
-            files.append(hard_link(name, draw(st.sampled_from(plain))))
+            file = draw(st.sampled_from(plain))  # tarfile takes mode and time of the link, which an engine has alike
+            files.append(replace(file, name=name, data=b"", kind=tarfile.LNKTYPE, target=file.name))
     return files
 
 
@@ -184,38 +187,27 @@ SPECIAL = [
 @example(files=SPECIAL, form=tarfile.PAX_FORMAT, size=10_000)
 @example(files=SPECIAL, form=tarfile.GNU_FORMAT, size=10_000)
 def test_any_tree_arrives(tmp_path_factory: pytest.TempPathFactory, files: list[File], form: int, size: int) -> None:
-    converter = Converter(tmp_path_factory.mktemp("tree"))
+    converter, plain = Converter(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("plain")
     converter.feed(chunks(tar_of(*files, form=form), size))
-    root = os.fsencode(converter.unpacked())
-    expected: dict[bytes, tuple[object, ...]] = {}
-    for file in files:
-        name = file.name.encode("utf-8", "surrogateescape")
-        if file.kind == tarfile.LNKTYPE:
-            expected[name] = expected[file.target.encode("utf-8", "surrogateescape")]
-        elif file.kind == tarfile.SYMTYPE:
-            expected[name] = ("link", file.target.encode())
-        elif file.kind == tarfile.DIRTYPE:
-            expected[name] = ("dir", file.mode | 0o700, file.mtime)
-        elif file.kind == tarfile.FIFOTYPE:
-            expected[name] = ("pipe", file.mode, file.mtime)
-        else:
-            expected[name] = ("file", file.mode, file.mtime, file.data)
+    opened = [replace(file, mode=file.mode | 0o700) if file.kind == tarfile.DIRTYPE else file for file in files]
+    with tarfile.open(fileobj=io.BytesIO(tar_of(*opened, form=form)), encoding="utf-8") as tar:
+        tar.extractall(plain, filter="fully_trusted")
+    assert seen(converter.unpacked() / "t") == seen(plain / "t")
+
+
+def seen(root: Path) -> dict[bytes, tuple[object, ...]]:
+    """Whatever stands below: kind, mode, time and content; of a link, where it leads."""
     found: dict[bytes, tuple[object, ...]] = {}
-    for where, folders, names in os.walk(os.path.join(root, b"t")):
+    top = os.fsencode(root)
+    for where, folders, names in os.walk(top):
         for path in (where, *(os.path.join(where, name) for name in [*folders, *names])):
             about = os.lstat(path)
-            mode, mtime = stat.S_IMODE(about.st_mode), int(about.st_mtime)
-            value: tuple[object, ...] = ("file", mode, mtime)
             if stat.S_ISLNK(about.st_mode):
-                value = ("link", os.readlink(path))
-            elif stat.S_ISDIR(about.st_mode):
-                value = ("dir", mode, mtime)
-            elif stat.S_ISFIFO(about.st_mode):
-                value = ("pipe", mode, mtime)
-            else:
-                value += (Path(os.fsdecode(path)).read_bytes(),)
-            found[os.path.relpath(path, root)] = value
-    assert found == expected
+                found[os.path.relpath(path, top)] = (os.readlink(path),)
+                continue
+            data = Path(os.fsdecode(path)).read_bytes() if stat.S_ISREG(about.st_mode) else b""
+            found[os.path.relpath(path, top)] = (about.st_mode, int(about.st_mtime), data)
+    return found
 
 
 # --- enroot's files and the metadata -----------------------------------------------------------------------------

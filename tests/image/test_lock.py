@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from launcher.base.errors import ExitStatus, LauncherError, install
+from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.files import data_dir
 from launcher.image import ARCHES
 from launcher.image import lock as locking
@@ -132,58 +132,42 @@ def test_a_lock_of_versions_computes_the_hashes_that_the_index_lacks(
 
 
 class Fails(NamedTuple):
-    packages: list[str]
+    code: str
     what: str
     fix: str
-    code: str
-    torch_index: str = ""
-    cache: str = "cache"
+    packages: list[str]
+    at: str = ""  # an index in the place of the one that answers
+    blocked: str = "x"  # what is a file where a directory is needed
+    path: str = ""  # PATH, where not the usual one
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Fails(["alpha>=2"], "no set of packages satisfies alpha>=2", "channels.toml", "lock-unsolvable"),
+        Fails("lock-unsolvable", "no set of packages satisfies alpha>=2", "channels.toml", ["alpha>=2"]),
+        Fails("index-silent", "index http://127.0.0.1:9", "CHANNEL=stable", ["alpha"], "http://127.0.0.1:9/whl"),
+        Fails("lock-failed", "uv made no lock", "UV_", ["alpha"], blocked="cache"),
+        Fails("unwritable", "cannot write", "", ["alpha"], blocked="locks"),
         Fails(
+            "package-missing",
+            "locks are made with uv, which is not",
+            "titan-launcher[image]",
             ["alpha"],
-            "index http://127.0.0.1:9",
-            "CHANNEL=stable",
-            "index-silent",
-            torch_index="http://127.0.0.1:9/whl",
+            path="/nowhere",
         ),
-        Fails(["alpha"], "uv made no lock", "UV_", "lock-failed", cache="file/cache"),
     ],
     ids=lambda case: case.code,
 )
 def test_locks_that_cannot_be_made(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Fails) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / case.cache))
-    about = replace(
-        MADE_UP,
-        packages=case.packages,
-        torch_index=case.torch_index or index,
-        from_torch_index=["alpha", "beta"],
-        cuda="13",
-    )
-    monkeypatch.setattr(locking, "channel", lambda name: replace(about, packages=[*case.packages, "beta"]))
+    (tmp_path / case.blocked).write_text("")
+    if case.path:
+        monkeypatch.setenv("PATH", case.path)
+        monkeypatch.setattr("sys.executable", f"{case.path}/python")
+    own = ["alpha", "beta"]
+    about = replace(MADE_UP, packages=[*case.packages, "beta"], torch_index=case.at or index, from_torch_index=own)
+    monkeypatch.setattr(locking, "channel", lambda name: replace(about, cuda="13"))
     with pytest.raises(LauncherError, match=case.what) as error:
-        lock("made-up", "amd64", output=tmp_path / "new.txt")
+        lock("made-up", "amd64", output=tmp_path / "locks" / "new.txt")
     assert (error.value.code, case.fix in error.value.fix) == (case.code, True), error.value.original
-    assert not (tmp_path / "new.txt").exists()
-
-
-def test_uv_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LauncherError, match="locks are made with uv, which is not installed") as error:
-        lock("stable", "amd64", output=tmp_path / "new.txt")
-    assert error.value.fix == install("image")
-
-
-def test_a_lock_where_nothing_can_be_written(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UV_DEFAULT_INDEX", index)
-    monkeypatch.setattr(locking, "channel", lambda name: MADE_UP)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(LauncherError, match="cannot write") as error:
-        lock("made-up", "amd64", output=tmp_path / "file" / "new.txt")
-    assert error.value.status is ExitStatus.FILESYSTEM
+    assert not (tmp_path / "locks" / "new.txt").exists()
+    assert (error.value.status is ExitStatus.FILESYSTEM) == (case.code == "unwritable")

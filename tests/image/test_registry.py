@@ -5,13 +5,9 @@ of them.
 from __future__ import annotations
 
 import base64
-import io
 import json
 import shutil
 import socket
-import subprocess
-import tarfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,17 +17,17 @@ from typing import Any
 
 import pytest
 
-from launcher.base.errors import ExitStatus, LauncherError
+from launcher.base.errors import LauncherError
 from launcher.image import engine as docker_engine
 from launcher.image.engine import Engine
 from launcher.image.registry import Pushed, manifest_list, push
+from tests.image.dockerd import daemon
 
 LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 PASSWORD = "correct horse"
 # user `titan`, in bcrypt: what docker-registry reads
 HTPASSWD = "titan:$2b$05$Am5lRSQqPPyENCnTRDPh6ev9P9FFwldhV2QbagkWmc59xUbv7jKU6\n"
 BOTH = ("amd64", "arm64")
-START_TIMEOUT_S = 20
 
 
 @contextmanager
@@ -40,7 +36,8 @@ def running_registry(folder: Path, htpasswd: str = "") -> Iterator[str]:
     if not shutil.which("docker-registry"):
         pytest.skip("missing Debian package: apt install docker-registry")
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        host = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = probe.getsockname()
+    host = "{}:{}".format(*address)
     config: dict[str, Any] = {
         "version": 0.1,
         "log": {"level": "error"},
@@ -51,22 +48,9 @@ def running_registry(folder: Path, htpasswd: str = "") -> Iterator[str]:
         (folder / "htpasswd").write_text(htpasswd)
         config["auth"] = {"htpasswd": {"realm": "titan", "path": str(folder / "htpasswd")}}
     (folder / "config.yml").write_text(json.dumps(config))  # YAML, too
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["docker-registry", "serve", str(folder / "config.yml")], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(host.rpartition(":")[2]))) == 0:
-                    break
-            time.sleep(0.05)
+    command = ["docker-registry", "serve", str(folder / "config.yml")]
+    with daemon(command, folder / "log", lambda _: socket.socket().connect_ex(address) == 0):
         yield host
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -85,20 +69,15 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def images(engine: Engine) -> dict[str, str]:
+def images(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Architecture -> tag of an image: as small as can be, as the engine compresses what it pushes, at 20 MB/s."""
     tags = {arch: f"titan-test:registry-{arch}" for arch in BOTH}
     for arch, tag in tags.items():
-        recipe, context = f'FROM scratch\nCOPY arch /\nCMD ["/{arch}"]\n'.encode(), io.BytesIO()
-        with tarfile.open(fileobj=context, mode="w") as archive:
-            for name, content in (("Dockerfile", recipe), ("arch", arch.encode())):
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-        answers = engine.client.api.build(
-            fileobj=io.BytesIO(context.getvalue()), custom_context=True, decode=True, tag=tag, platform=f"linux/{arch}"
-        )
-        assert not [answer for answer in answers if "error" in answer]
+        folder = tmp_path_factory.mktemp(arch)
+        (folder / "Dockerfile").write_text(f'FROM scratch\nCOPY Dockerfile /\nCMD ["/{arch}"]\n')
+        build = ["build", f"--tag={tag}", f"--platform=linux/{arch}", str(folder)]
+        code, output = docker_engine.command(engine, build)
+        assert code == 0, output
     return tags
 
 
@@ -189,12 +168,6 @@ def test_a_registry_that_is_down(engine: Engine, images: dict[str, str], tmp_pat
     assert "connection refused" in error.value.original
     with pytest.raises(LauncherError, match=f"the registry {host} did not accept"):
         manifest_list(reference, [pushed], engine=engine)
-
-
-def test_an_image_that_is_not_there(engine: Engine, host: str) -> None:
-    with pytest.raises(LauncherError, match="has no image 'titan:nothing'") as error:
-        push("titan:nothing", f"{host}/titan", engine=engine)
-    assert error.value.status is ExitStatus.NOT_FOUND
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pwd
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,22 +173,20 @@ def test_an_images_words_begin_no_section_of_commands(tmp_path: Path, monkeypatc
     assert sections == ["%environment", "%labels"]
 
 
-def test_no_apptainer(squashfs_name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("lacks", "what", "fix"),
+    [
+        ("apptainer", "apptainer: no such program", "apt-get install apptainer"),
+        ("spython", "through spython, which is not installed", install("apptainer")),
+    ],
+)
+def test_nothing_to_make_a_sif_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, what: str, fix: str
+) -> None:
     pytest.importorskip("spython")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LauncherError, match="apptainer: no such program") as caught:
-        sif(squashfs_name, tmp_path / "x.sif")
-    assert "apt-get install apptainer" in caught.value.fix
-
-
-def test_no_spython(squashfs_name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("spython", "spython.main", "spython.main.parse.parsers"):
-        monkeypatch.setitem(__import__("sys").modules, name, None)
-    with pytest.raises(LauncherError) as caught:
-        sif(squashfs_name, tmp_path / "x.sif")
-    assert caught.value.fix == install("apptainer")
-
-
-@pytest.fixture
-def squashfs_name(tmp_path: Path) -> Path:
-    return tmp_path / "x.sqsh"
+    if lacks == "spython":
+        monkeypatch.setitem(sys.modules, "spython.main", None)
+    with pytest.raises(LauncherError, match=what) as caught:
+        sif(tmp_path / "x.sqsh", tmp_path / "x.sif")
+    assert fix in caught.value.fix

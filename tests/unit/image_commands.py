@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,17 +16,7 @@ from launcher.base.output import say
 from launcher.image import build as building
 from launcher.image import engine as docker_engine
 from launcher.image.build import Built
-from tests.image.converter import File, tar_of
-
-ABOUT = {
-    "schema": 1,
-    "channel": "cpu",
-    "arch": "amd64",
-    "driver_min": None,
-    "sm": [],
-    "created": "2026-01-01T00:00:00Z",
-    "versions": {"python": "3.11.2", "torch": "2.13.0+cpu", "cuda": None, "nccl": None, "torchtitan": "0.3.0"},
-}
+from tests.image.converter import DESCRIPTION, File, tar_of
 
 
 @dataclass(frozen=True)
@@ -56,9 +45,9 @@ def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return call
 
 
-def exported(about: dict[str, Any], size: int = 0, name: str = "big") -> bytes:
+def exported(size: int = 0, name: str = "big") -> bytes:
     """A root directory as an engine streams it, with a file of that size and name."""
-    return tar_of(File("etc/titan-image.json", json.dumps(about).encode()), File(name, bytes(size)))
+    return tar_of(DESCRIPTION, File(name, bytes(size)))
 
 
 @dataclass
@@ -110,11 +99,11 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     pytest.importorskip("docker")
     found = Api(
         {"titan:cpu-amd64": inspected(), "titan:cpu-arm64": inspected("arm64"), "other:1": inspected(title="")},
-        exported(ABOUT),
+        exported(),
     )
     engine = docker_engine.Engine(SimpleNamespace(api=found), "unix:///made-up.sock", "28.0", "amd64", "Debian")
     monkeypatch.setattr(docker_engine, "connect", lambda: engine)
-    monkeypatch.setattr(docker_engine, "emulates", lambda arch: True)
+    monkeypatch.setattr(docker_engine, "emulator", lambda arch: "qemu")
     return found
 
 

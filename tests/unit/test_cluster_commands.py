@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.write import save
+from launcher.preflight.site import ABOUT
 from launcher.stage import inventory, sample
 from tests.cluster_fixtures import CLUSTERS, FakeNode, cluster, install, partition_line
 from tests.conftest import Launch
-from tests.unit.outcomes import write_run
 
 Fake = Callable[[str, str], Path]
 CONTRADICTORY = cluster(
@@ -85,31 +85,24 @@ def test_what_cannot_be_read_is_a_warning_and_no_guess(launch: Launch, fake_slur
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
     assert "(name unknown), Slurm of unknown version" in text
-    assert "accounting unknown" in text and "Pyxis unknown" in text
+    assert "accounting unknown" in text and "Pyxis unknown" in text and "no time limit" not in text
+    assert "whether --segment works is unknown" in text and "partition all" not in text
     assert "Profile: h200" in text
     assert "warning: scontrol show config: scontrol failed (exit code 1): scontrol: error: no" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("script", "said"),
-    [
-        ("echo 'Unable to contact slurm controller' >&2; exit 1", "failed"),
-        ("echo hello", "nonsense"),
-        (":", "nonsense"),
-    ],
-)
-def test_no_slurm_is_an_error_with_its_own_words(script: str, said: str, launch: Launch, fake_slurm: Fake) -> None:
-    fake_slurm("scontrol", script)
-    done = launch("cluster", "show")
-    assert done.returncode == ExitStatus.CLUSTER
-    assert said in done.stderr and "try:" in done.stderr
-
-
-def test_commands_that_are_not_installed(launch: Launch, workplace: Path) -> None:
+def test_no_slurm_is_an_error_with_its_own_words(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     (workplace / "empty").mkdir()
-    done = launch("cluster", "show", PATH=str(workplace / "empty"))
-    assert done.returncode == ExitStatus.CLUSTER
-    assert "scontrol is not installed here" in done.stderr
+    for script, said, env in (
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "failed", {}),
+        ("echo hello", "nonsense", {}),
+        (":", "nonsense", {}),
+        (":", "scontrol is not installed here", {"PATH": str(workplace / "empty")}),
+    ):
+        fake_slurm("scontrol", script)
+        done = launch("cluster", "show", **env)
+        assert done.returncode == ExitStatus.CLUSTER
+        assert said in done.stderr and "try:" in done.stderr
 
 
 def test_an_unknown_partition_is_answered_with_the_known_ones(launch: Launch, fake_slurm: Fake) -> None:
@@ -183,19 +176,6 @@ def test_init_finds_all_of_it_and_writes_it_with_comments(
     assert [debug[f"job.{key}"]["value"] for key in ("data", "tokenizer")] == ["sample", "sample"]
 
 
-def test_runs_are_found_from_anywhere_once_their_place_is_saved(
-    launch: Launch, fake_slurm: Fake, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert launch("init", "--gpu", "h200", "--runs-dir", "mine", "--yes").returncode == 0
-    write_run(workplace / "mine" / "a-run")
-    (workplace / "elsewhere").mkdir()
-    monkeypatch.chdir(workplace / "elsewhere")
-    assert [row["run"] for row in json.loads(launch("list", "--json").stdout)] == ["a-run"]
-    for words in (("status",), ("results", "a-run"), ("accept", "a-run")):
-        assert "a-run" in launch(*words).stdout
-    assert launch("list", LAUNCHER_RUNS_DIR="none").stderr.startswith("No runs yet in none")
-
-
 def test_init_keeps_what_the_file_says_and_takes_what_is_named(
     launch: Launch, fake_slurm: Fake, workplace: Path
 ) -> None:
@@ -212,23 +192,18 @@ def test_init_keeps_what_the_file_says_and_takes_what_is_named(
     assert text.startswith('# mine\n[job]\npartition = "all" # ours\nnodes = 4\n') and "NCCL_DEBUG" in text
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
-    [
-        (("--yes",), ExitStatus.NOT_FOUND, "launcher init --gpu b200|h200"),
-        (("--gpu", "gb20"), ExitStatus.NOT_FOUND, "launcher init --gpu gb200"),
-        (("--gpu", "h200", "--partition", "a b", "--yes"), ExitStatus.NOT_FOUND, "no partition"),
-        (("--gpu", "h200", "--account", "a b", "--yes"), ExitStatus.INVALID, "launcher init --account"),
-        (("--gpu", "h200", "--runs-dir", "a b", "--yes"), ExitStatus.INVALID, "launcher init --runs-dir"),
-    ],
-)
-def test_init_refuses_and_writes_nothing(
-    words: tuple[str, ...], code: ExitStatus, said: str, launch: Launch, fake_slurm: Fake, workplace: Path
-) -> None:
+def test_init_refuses_and_writes_nothing(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     install(CONTRADICTORY, fake_slurm)
-    done = launch("init", "--config", "mine.toml", *words)
-    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
-    assert not (workplace / "mine.toml").exists()
+    for words, code, said in (
+        ("--yes", ExitStatus.NOT_FOUND, "launcher init --gpu b200|h200"),
+        ("--gpu=gb20", ExitStatus.NOT_FOUND, "launcher init --gpu gb200"),
+        ("--gpu=h200 --yes --partition=a'b", ExitStatus.NOT_FOUND, "no partition"),
+        ("--gpu=h200 --yes --account=a'b", ExitStatus.INVALID, "launcher init --account"),
+        ("--gpu=h200 --yes --runs-dir=a'b", ExitStatus.INVALID, "launcher init --runs-dir"),
+    ):
+        done = launch("init", "--config", "mine.toml", *words.split())
+        assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+        assert not (workplace / "mine.toml").exists()
 
 
 def test_cluster_use_names_what_replaced_it(launch: Launch) -> None:
@@ -250,42 +225,45 @@ def test_submit_takes_the_profile_that_show_proposes(launch: Launch, fake_slurm:
 # ------------------------------------------------------------------------------------------ the user's file
 
 
-@pytest.mark.parametrize(
-    ("before", "kept"),
-    [
-        ("", ""),
-        ("# mine", "# mine"),
-        ('[env]\nA = "1" # one\n', '[env]\nA = "1" # one\n'),
-        ('[job]\ngpu = "h100" # old\n', " # old\n"),
-        ("[job] # x\nnodes = 2\n[env]\n", "[job] # x\nnodes = 2\n"),
-        ('[env]\ngpu = "no"\n[job]\n  gpu=\'h100\'\n[titan]\ngpu = "no"\n', '[titan]\ngpu = "no"\n'),
-        ('[job]\nmounts = [\n  "/a:/b",\n]\n', 'mounts = [\n  "/a:/b",\n]\n'),
-        ("[gpu.h100.job]\nnodes = 2\n", "[gpu.h100.job]\nnodes = 2\n"),
-        ('job.gpu = "h100"\n', ""),
-        ('job = { gpu = "h100", nodes = 2 }\n', "job = { "),
-        ('a = """\n[job]\n"""\n', 'a = """\n[job]\n"""\n'),
-        ('[job]\ngpu = """\nh100"""\n', "[job]\n"),
-    ],
-)
-def test_saving_keeps_all_else_in_the_file(before: str, kept: str, tmp_path: Path) -> None:
-    path = tmp_path / "config.toml"
-    path.write_text(before)
-    save(path, "job", {"gpu": "b200"})
-    text, was = path.read_text(), tomllib.loads(before)
-    assert kept in text and tomllib.loads(text) == was | {"job": was.get("job", {}) | {"gpu": "b200"}}
-    save(path, "job", {"gpu": "b200"})
-    assert path.read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
+BEFORE = {  # the file as it was -> what of it stays
+    "": "",
+    "# mine": "# mine",
+    '[env]\nA = "1" # one\n': '[env]\nA = "1" # one\n',
+    '[job]\ngpu = "h100" # old\n': " # old\n",
+    "[job] # x\nnodes = 2\n[env]\n": "[job] # x\nnodes = 2\n",
+    '[env]\ngpu = "no"\n[job]\n  gpu=\'h100\'\n[titan]\ngpu = "no"\n': '[titan]\ngpu = "no"\n',
+    '[job]\nmounts = [\n  "/a:/b",\n]\n': 'mounts = [\n  "/a:/b",\n]\n',
+    "[gpu.h100.job]\nnodes = 2\n": "[gpu.h100.job]\nnodes = 2\n",
+    'job.gpu = "h100"\n': "",
+    'job = { gpu = "h100", nodes = 2 }\n': "job = { ",
+    'a = """\n[job]\n"""\n': 'a = """\n[job]\n"""\n',
+    '[job]\ngpu = """\nh100"""\n': "[job]\n",
+}
 
 
-@pytest.mark.parametrize("text", ["job = 3\n", "[job\n"])
-def test_what_is_no_table_is_left_alone(text: str, tmp_path: Path) -> None:
+def test_saving_keeps_all_else_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text(text)
-    with pytest.raises(LauncherError) as raised:
-        save(path, "job", {"gpu": "b200"})
-    assert str(path) in raised.value.what
-    assert path.read_text() == text
+    for before, kept in BEFORE.items():
+        path.write_text(before)
+        save(path, {"gpu": "b200"}, ABOUT)
+        text, was = path.read_text(), tomllib.loads(before)
+        assert kept in text and tomllib.loads(text) == was | {"job": was.get("job", {}) | {"gpu": "b200"}}
+        save(path, {"gpu": "b200"}, ABOUT)
+        assert path.read_text() == text
+        assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_what_is_no_table_or_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    for text in ("job = 3\n", "[job\n"):
+        path.write_text(text)
+        with pytest.raises(LauncherError) as raised:
+            save(path, {"gpu": "b200"}, ABOUT)
+        assert str(path) in raised.value.what and path.read_text() == text
+    for place in (tmp_path, path / "config.toml"):
+        with pytest.raises(LauncherError) as raised:
+            save(place, {"gpu": "b200"}, ABOUT)
+        assert raised.value.status is ExitStatus.FILESYSTEM
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_size=20))
@@ -294,7 +272,7 @@ def test_any_value_is_read_back_or_refused(value: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.toml"
-        save(path, "job", {"gpu": value})
+        save(path, {"gpu": value}, ABOUT)
         assert tomllib.loads(path.read_text(encoding="utf-8")) == {"job": {"gpu": value}}
 
 
@@ -304,14 +282,6 @@ def test_a_link_stays_one_and_the_mode_too(tmp_path: Path) -> None:
     real.chmod(0o600)
     link = tmp_path / "config.toml"
     link.symlink_to(real)
-    save(link, "job", {"gpu": "b200"})
+    save(link, {"gpu": "b200"}, ABOUT)
     assert link.is_symlink() and "b200" in real.read_text()
     assert real.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file" / "config.toml"):
-        with pytest.raises(LauncherError) as raised:
-            save(path, "job", {"gpu": "b200"})
-        assert raised.value.status is ExitStatus.FILESYSTEM

@@ -16,7 +16,7 @@ from launcher.base.errors import ExitStatus, LauncherError
 from launcher.config.propose import contradictions, propose
 from launcher.scheduler import parse, slurm
 from launcher.scheduler.detect import detect
-from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition
+from launcher.scheduler.facts import ClusterFacts, Node, Partition
 from tests.cluster_fixtures import CLUSTERS, STAMP, FakeNode, answering, cluster, node_line, partition_line
 
 NAME = st.from_regex(r"[a-z][a-z0-9-]{0,12}[0-9]{1,4}", fullmatch=True)
@@ -35,7 +35,7 @@ def test_every_version_gives_the_same_kind_of_facts(name: str) -> None:
     year, month = number.split(".")
     assert facts.slurm == (int(year), int(month))
     assert facts.unread == {}
-    assert facts.pyxis == "" and "--container-mounts" in facts.pyxis_options
+    assert facts.pyxis and "--container-mounts" in facts.pyxis_options
     assert facts.accounting is (flavour == "managed")
     partition = facts.partition()
     assert partition and partition.default and partition.state == "UP"
@@ -50,7 +50,7 @@ def test_the_nodes_of_a_terraform_cluster() -> None:
     first = nodes[1]
     assert (first.name, first.partitions, first.features) == ("batch-compute-node-001", ("batch", "short"), ("nvl72",))
     assert (first.gres, first.gpus, first.gpu_type) == ("gpu:gb200:4(S:0-1)", 4, "gb200")
-    assert (first.cpus, first.memory_mib, first.arch, first.block) == (144, 870000, "aarch64", "rack1")
+    assert (first.cpus, first.memory_mib, first.arch) == (144, 870000, "aarch64")
     words = ["idle", "drained", "down", "mixed", "reserved", "allocated"]
     assert [nodes[n].state for n in (1, 3, 5, 6, 7, 8)] == words
     assert [n for n in range(1, 10) if nodes[n].free] == [1, 2, 4, 9]
@@ -85,71 +85,56 @@ def test_dynamic_and_sleeping_nodes() -> None:
     assert drained.states == {"IDLE", "DRAIN", "DYNAMIC_NORM"}
 
 
-@pytest.mark.parametrize(
-    ("flags", "word", "free"),
-    [
-        ("IDLE", "idle", True),
-        ("IDLE+CLOUD+POWERED_DOWN", "powered down", True),
-        ("IDLE+CLOUD+POWERING_UP", "powering up", False),
-        ("IDLE+PLANNED", "planned", False),
-        ("MIXED+PLANNED", "mixed", False),
-        ("ALLOCATED+COMPLETING", "completing", False),
-        ("DOWN*", "down", False),
-        ("DOWN*+DRAIN+CLOUD+MAINT", "down", False),
-        ("idle*", "not responding", False),
-        ("IDLE+FAIL", "failed", False),
-        ("IDLE+INVALID_REG", "invalid", False),
-        ("IDLE+DRAIN+MAINT", "drained", False),
-        ("MIXED+DRAIN", "draining", False),
-        ("IDLE+MAINT", "maintenance", False),
-        ("IDLE+REBOOT_ISSUED", "rebooting", False),
-        ("IDLE+REBOOT_REQUESTED", "reboot requested", False),
-        ("IDLE+A_FLAG_OF_SLURM_30", "a_flag_of_slurm_30+idle", False),
-        ("", "unknown", False),
-    ],
-)
-def test_a_state_in_a_word_or_two(flags: str, word: str, free: bool) -> None:
-    node = Node("n", parse.states(flags))
-    assert (node.state, node.free) == (word, free)
+STATES = {
+    "IDLE": "idle",
+    "IDLE+CLOUD+POWERED_DOWN": "powered down",
+    "IDLE+CLOUD+POWERING_UP": "powering up",
+    "IDLE+PLANNED": "planned",
+    "MIXED+PLANNED": "mixed",
+    "ALLOCATED+COMPLETING": "completing",
+    "DOWN*": "down",
+    "DOWN*+DRAIN+CLOUD+MAINT": "down",
+    "idle*": "not responding",
+    "IDLE+FAIL": "failed",
+    "IDLE+INVALID_REG": "invalid",
+    "IDLE+DRAIN+MAINT": "drained",
+    "MIXED+DRAIN": "draining",
+    "IDLE+MAINT": "maintenance",
+    "IDLE+REBOOT_ISSUED": "rebooting",
+    "IDLE+REBOOT_REQUESTED": "reboot requested",
+    "IDLE+A_FLAG_OF_SLURM_30": "a_flag_of_slurm_30+idle",
+    "": "unknown",
+}
 
 
-@pytest.mark.parametrize(
-    ("gres", "expected"),
-    [
-        ("gpu:4", (4, "")),
-        ("gpu:gb200:4", (4, "gb200")),
-        ("gpu:H100:8(S:0-1)", (8, "h100")),
-        ("gpu", (1, "")),
-        ("gpu:a100", (1, "a100")),
-        ("nvme:2,gpu:b200:8(S:0,2),ib:8", (8, "b200")),
-        ("(null)", (0, "")),
-        ("", (0, "")),
-        ("gpu:a100:4,gpu:a100_1g.5gb:14", (18, "")),
-        ("gpumem:80", (0, "")),
-        ("gpu:nvidia_b200:8", (8, "nvidia_b200")),
-    ],
-)
-def test_gpus_of_a_gres(gres: str, expected: tuple[int, str]) -> None:
-    (read,) = parse.nodes(f"NodeName=n State=IDLE Gres={gres}")
-    assert (read.gpus, read.gpu_type) == expected
+def test_a_state_in_a_word_or_two() -> None:
+    nodes = {flags: Node("n", parse.states(flags)) for flags in STATES}
+    assert {flags: node.state for flags, node in nodes.items()} == STATES
+    assert [flags for flags, node in nodes.items() if node.free] == ["IDLE", "IDLE+CLOUD+POWERED_DOWN"]
+
+
+GRES = {
+    **{"gpu:4": (4, ""), "gpu:gb200:4": (4, "gb200"), "gpu:H100:8(S:0-1)": (8, "h100"), "gpu": (1, "")},
+    **{"gpu:a100": (1, "a100"), "nvme:2,gpu:b200:8(S:0,2),ib:8": (8, "b200"), "(null)": (0, ""), "": (0, "")},
+    **{"gpu:a100:4,gpu:a100_1g.5gb:14": (18, ""), "gpumem:80": (0, ""), "gpu:nvidia_b200:8": (8, "nvidia_b200")},
+}
+TIMES = {
+    **{"00:30:00": 1800, "7-00:00:00": 604800, "1-12": 129600, "90": 5400, "1:30": 90},
+    **dict.fromkeys(("UNLIMITED", "INFINITE", "nonsense", "")),
+}
+HOSTS = {
+    "n[1-2,07]x,login": ["n1x", "n2x", "n07x", "login"],
+    "r[1-2]n[08-09]": ["r1n08", "r1n09", "r2n08", "r2n09"],
+    **{text: [] for text in ("(null)", "", "ALL", "n[1-999999999]", "n[3-1]", "n[", "n[1-3],n[37-5")},
+}
+
+
+def test_gpus_times_and_host_lists() -> None:
+    read = {gres: parse.nodes(f"NodeName=n State=IDLE Gres={gres}")[0] for gres in GRES}
+    assert {gres: (node.gpus, node.gpu_type) for gres, node in read.items()} == GRES
     assert parse.count_of("gpu:gb200:4(S:0-1),nvme:2,gpu:b200:2", "gpu:gb200") == 4
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("UNLIMITED", None),
-        ("INFINITE", None),
-        ("00:30:00", 1800),
-        ("7-00:00:00", 604800),
-        ("1-12", 129600),
-        ("90", 5400),
-        ("nonsense", None),
-        ("", None),
-    ],
-)
-def test_times(text: str, expected: int | None) -> None:
-    assert parse.seconds(text) == expected
+    assert {text: parse.seconds(text) for text in TIMES} == TIMES
+    assert {hosts: list(parse.expand(hosts)) for hosts in HOSTS} == HOSTS
 
 
 @given(reason=TEXT, comment=TEXT, state=st.sampled_from(["IDLE+DRAIN", "DOWN*", "MIXED+DRAIN"]))
@@ -166,14 +151,8 @@ def test_no_free_text_changes_the_rest_of_a_node(reason: str, comment: str, stat
     assert (read.partitions, read.features) == (("p", "q"), ("a", "b"))
 
 
-@given(
-    reason=st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF), min_size=1).map(
-        lambda t: t.replace("\x85", "")
-    )
-)
+@given(reason=st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF, exclude_characters="@\x85\xa0"), min_size=1))
 def test_a_reason_of_one_word_is_kept_as_it_is(reason: str) -> None:
-    if "@" in reason or not reason.strip():
-        return  # this could be Slurm's own stamp
     text = node_line(FakeNode("n", "DOWN", reason=f"{reason} and more"))
     assert parse.nodes(text)[0].reason == f"{reason} and more [{STAMP}]"
 
@@ -201,24 +180,6 @@ def test_a_compressed_host_list_means_the_same_names(names: list[str]) -> None:
     assert sorted(parse.expand(parse.compress(names))) == sorted(names)
 
 
-@pytest.mark.parametrize(
-    ("hosts", "names"),
-    [
-        ("n[1-2,07]x,login", ["n1x", "n2x", "n07x", "login"]),
-        ("r[1-2]n[08-09]", ["r1n08", "r1n09", "r2n08", "r2n09"]),
-        ("(null)", []),
-        ("", []),
-        ("ALL", []),
-        ("n[1-999999999]", []),
-        ("n[3-1]", []),
-        ("n[", []),
-        ("n[1-3],n[37-5", []),
-    ],
-)
-def test_host_lists(hosts: str, names: list[str]) -> None:
-    assert list(parse.expand(hosts)) == names
-
-
 def test_warnings_among_the_answer_are_not_nodes() -> None:
     lines = CLUSTERS["managed-25.11"]["nodes"].splitlines()
     odd = ("slurm: warning: config changed", "scontrol: error: no Arch=riscv64", "bye")
@@ -244,10 +205,10 @@ def test_limits_and_disks_are_read() -> None:
     assert parse.nodes(node_line(FakeNode("n1")).replace("TmpDisk=0", "TmpDisk=7000000"))[0].tmp_mib == 7_000_000
 
 
-@pytest.mark.parametrize("booted", ["None", "Unknown", "", "N/A", "2026-13-45T99:99:99"])
-def test_a_boot_time_that_is_no_time(booted: str) -> None:
+def test_a_boot_time_that_is_no_time() -> None:
     """Of a node that never registered, or nonsense."""
-    assert parse.nodes(node_line(FakeNode("n1", booted=booted)))[0].booted == ""
+    for booted in ("None", "Unknown", "", "N/A", "2026-13-45T99:99:99"):
+        assert parse.nodes(node_line(FakeNode("n1", booted=booted)))[0].booted == ""
     assert parse.nodes(node_line(FakeNode("n1")))[0].booted == "2026-03-01T00:00:00"
 
 
@@ -344,13 +305,10 @@ def test_contradictions_say_what_both_sides_say() -> None:
     assert small.contradictions == ("h200 does not fit 64 GiB of memory a node",)
     (none,) = propose([node(gres="")]).contradictions
     assert "has GPUs in its GRES" in none
-    mixed = propose([node(gres="gpu:h200:8"), node(gres="gpu:h100:8")])
-    assert mixed.candidates == ("h200", "h100") and "2 sorts: 8 GPUs (h200), 8 GPUs (h100)" in mixed.contradictions[0]
-
-
-def test_an_alias_is_explained() -> None:
     (gres, *_) = propose([node(gres="gpu:B200:4", arch="aarch64")]).evidence
     assert gres.what == "GRES gpu:B200:4 (some clouds write B200 for GB200)"
+    mixed = propose([node(gres="gpu:h200:8"), node(gres="gpu:h100:8")])
+    assert mixed.candidates == ("h200", "h100") and "2 sorts: 8 GPUs (h200), 8 GPUs (h100)" in mixed.contradictions[0]
 
 
 def test_a_chosen_profile_is_compared_with_the_nodes() -> None:
@@ -363,13 +321,6 @@ def test_a_chosen_profile_is_compared_with_the_nodes() -> None:
     ]
     assert contradictions("h200", [node(gres="")]) == ["none of the 1 nodes has GPUs in its GRES"]
     assert contradictions("./mine.toml", nodes) == []
-
-
-def test_blocks_and_nodes_are_matched_by_name() -> None:
-    blocks, batch = "BlockName=x BlockIndex=0 Nodes=a2,a9\n", [partition_line("batch", "a[1-2]")]
-    facts = facts_of(cluster("25.05.3", [FakeNode("a1"), FakeNode("a2")], batch, topology=blocks))
-    assert facts.blocks == (Block("x", ("a2", "a9")),)
-    assert [n.block for n in facts.nodes] == ["", "x"]
 
 
 def test_a_topology_of_a_partitions_own() -> None:
@@ -391,13 +342,8 @@ def test_a_topology_of_a_partitions_own() -> None:
     assert (facts.topology, facts.segment, facts.unread) == ("flat", False, {})
     of_short, of_batch, of_both = (facts.as_placed(name) for name in ("short", "", "short,batch"))
     assert (of_short.topology, of_short.segment, [len(b.nodes) for b in of_short.blocks]) == ("block", True, [2])
-    assert [node.block for node in of_short.nodes[:3]] == ["b1", "b1", ""]
     assert of_batch.unread == {"topology": "scontrol -o show topology gone: scontrol failed"}
     assert (of_both.topology, of_both.segment, of_both.blocks) == ("", False, ())
     older = facts_of(answers)
     assert older.as_placed("short") is older
-
-
-@pytest.mark.parametrize(("text", "kind"), [("SwitchName=leaf1 Level=0 Nodes=a\n", "tree"), ("", "flat")])
-def test_a_partitions_topology_without_blocks(text: str, kind: str) -> None:
-    assert parse.topology(text).kind == kind
+    assert parse.topology("SwitchName=leaf1 Level=0 Nodes=a\n").kind == "tree" and parse.topology("").kind == "flat"

@@ -17,7 +17,7 @@ from launcher.base.errors import ExitStatus
 from launcher.cli import launcher
 from tests.conftest import ROOT, Launch
 
-ERRORS = {"LauncherError", "Refusal", "NoImage", "Missing", "InDoubt", "_failed"}
+ERRORS = {"LauncherError", "Refusal", "Missing", "InDoubt", "_failed"}
 
 
 def test_the_page_lists_every_code() -> None:

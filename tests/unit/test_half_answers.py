@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.base.errors import ExitStatus
 from launcher.base.finding import ERROR, WARNING, Finding
 from launcher.config.spec import PlacedRun
 from launcher.nodes.bad_nodes import BadNode, without
@@ -23,7 +22,7 @@ from launcher.preflight.text import sentence
 from launcher.scheduler.detect import detect
 from launcher.scheduler.facts import ClusterFacts
 from tests.cluster_fixtures import FakeNode, answering, cluster, install, partition_line
-from tests.conftest import Launch
+from tests.conftest import Launch, forked
 from tests.unit.test_preflight import codes, found, run
 
 Fake = Callable[[str, str], Path]
@@ -122,19 +121,16 @@ def test_no_segment_is_chosen_without_the_blocks_and_the_users_own_stays() -> No
         assert with_segment(run("gb200", 36, segment=18), facts).segment == 18
 
 
-def test_show_claims_nothing_of_what_it_does_not_know(launch: Launch, fake_slurm: Fake) -> None:
-    install({name: text for name, text in RACKS.items() if name not in ("partitions", "config")}, fake_slurm)
-    shown = " ".join(launch("cluster", "show").stdout.split())
-    assert "batch" not in shown and "no time limit" not in shown and "36 x 4 GPUs (gb200)" in shown
-    assert "whether --segment works is unknown" in shown
-
-
-def test_submit_passes_unread_partitions_with_a_warning(launch: Launch, fake_slurm: Fake, image: Path) -> None:
-    install({name: text for name, text in RACKS.items() if name != "partitions"}, fake_slurm)
+def test_submit_passes_unread_answers_with_one_warning(launch: Launch, fake_slurm: Fake, image: Path) -> None:
     fake_slurm("sbatch", "echo 42")
-    done = launch("submit", "--image", str(image), *SUBMIT, "--nodes", "2")
-    assert done.returncode == 0 and done.stderr.count("warning: ") == 1, done.stderr
-    assert "warning: scontrol -o show partition: scontrol failed" in done.stderr
+    for missing, said in (
+        ({"partitions"}, "scontrol -o show partition: scontrol failed"),
+        (RACKS.keys(), "Slurm's nod"),
+    ):
+        install({name: text for name, text in RACKS.items() if name not in missing}, fake_slurm)
+        done = launch("submit", "--image", str(image), *SUBMIT, f"--name=r{len(missing)}", "--nodes", "2")
+        assert done.returncode == 0 and done.stderr.count("warning: ") == 1, done.stderr
+        assert f"warning: {said}" in done.stderr
 
 
 # ------------------------------------------------------------------------------ nodes that failed their check
@@ -174,23 +170,15 @@ def test_a_cluster_without_a_name_leaves_nothing_out_and_says_so(
 def test_ctrl_c_while_slurm_hangs(workplace: Path, fake_slurm: Fake) -> None:
     for command in ("scontrol", "srun"):
         fake_slurm(command, f"echo $$ >>{workplace}/asked; exec sleep 60")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launcher", "cluster", "show"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    asked = workplace / "asked"
+    process = forked("cluster", "show")
     try:
-        for _ in range(300):
-            if (workplace / "asked").exists() and len((workplace / "asked").read_text().split()) == 5:
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)  # to the launcher alone, as a supervisor does
-        since = time.monotonic()
-        process.wait(timeout=20)
-        assert time.monotonic() - since < 10
-        assert process.returncode != 0 and "Traceback" not in (process.stderr.read() if process.stderr else "")
+        while not (asked.exists() and len(asked.read_text().split()) == 5) and process.running():
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)  # to the launcher alone, as a supervisor does
+        done = process.end()
+        assert done.returncode == ExitStatus.INTERRUPTED and "Traceback" not in done.stderr
     finally:
-        for pid in (workplace / "asked").read_text().split():
-            with suppress(ProcessLookupError):
+        for pid in asked.read_text().split():
+            with suppress(ProcessLookupError):  # it goes on only where the launcher did not wait for it
                 os.kill(int(pid), signal.SIGKILL)

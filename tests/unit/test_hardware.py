@@ -23,22 +23,17 @@ def test_every_gpu_profile_is_described() -> None:
     assert of_gpu("GTX") is None
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "named"),
-    [
+def test_a_gap_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = tmp_path / "mine.toml", (ROOT / "slurm" / "profiles" / "gb200.toml").read_text()
+    monkeypatch.setattr(module, "find", lambda _kind, _name: path)
+    for before, after, named in (
         ("memory_gib = 184.0", "", "memory_gib"),
         ("memory_gib", "memory_gb", "memory_gb, memory_gib"),
         ("[hardware]", "[env2]", "cpus"),
-    ],
-)
-def test_a_gap_is_told_by_its_name(
-    before: str, after: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text((ROOT / "slurm" / "profiles" / "gb200.toml").read_text().replace(before, after, 1))
-    monkeypatch.setattr(module, "find", lambda _kind, _name: path)
-    with pytest.raises(LauncherError, match=f"missing or unknown: .*{named}"):
-        module._of("mine")
+    ):
+        path.write_text(whole.replace(before, after, 1))
+        with pytest.raises(LauncherError, match=f"missing or unknown: .*{named}"):
+            module._of("mine")
 
 
 @pytest.mark.parametrize(("gpu", "told"), [("B200", (2250, 55)), ("GTX", None)])

@@ -37,20 +37,13 @@ def job(tmp_path: Path):
     folder = tmp_path / "bin"
     folder.mkdir()
     (tmp_path / "addresses").mkdir()
-    srun = (
-        'printf \'{"addr": "%s", "port": "%s", "id": "%s"}\' "$TITAN_HEAD_ADDR" "$TITAN_HEAD_PORT" '
-        '"$TITAN_JOB_ID" >HERE/seen.json'
-    )
+    seen = "$TITAN_HEAD_ADDR $TITAN_HEAD_PORT $TITAN_JOB_ID"
+    srun = f'printf \'{{"addr": "%s", "port": "%s", "id": "%s"}}\' {seen} >HERE/seen.json'
     for name, text in (("getent", GETENT), ("scontrol", SCONTROL), ("srun", srun), ("ip", "cat HERE/route")):
         (folder / name).write_text(f"#!/bin/bash\n{text}\n".replace("HERE", str(tmp_path)))
         (folder / name).chmod(0o755)
-    values = {
-        "job.name": "r",
-        "job.runs_dir": str(tmp_path),
-        "job.image": "/x.sqsh",
-        "job.nodes": 2,
-        "job.slurm_bin": str(folder),
-    }
+    values = {"job.name": "r", "job.runs_dir": str(tmp_path), "job.image": "/x.sqsh", "job.nodes": 2}
+    values["job.slurm_bin"] = str(folder)
     script = render(placed(merge([Layer(values, dict.fromkeys(values, "test"))])))
 
     def run(addresses: dict[str, str], node_addr: str = "node-1", route: str = "", job_id: str = "41234"):
@@ -99,12 +92,12 @@ def test_the_address_that_is_taken(node: Node, job) -> None:
     assert seen == {"addr": node.taken, "port": "21234", "id": "41234"}
 
 
-@pytest.mark.parametrize("route", ["", "local 127.0.1.1 dev lo src 127.0.0.1 uid 0"])
-def test_nothing_but_loopback_is_refused(job, route: str, tmp_path: Path) -> None:
-    done = job({"node-1": hosts("127.0.1.1"), "node-2": hosts("127.0.1.1")}, route=route)
-    assert done.returncode == 76 and "no address but loopback" in done.stderr and "getent ahosts node-1" in done.stderr
-    assert not (tmp_path / "seen.json").exists()
-    assert json.loads((tmp_path / "r" / "end.json").read_text())["exit_code"] == 76
+def test_nothing_but_loopback_is_refused(job, tmp_path: Path) -> None:
+    for route in ("", "local 127.0.1.1 dev lo src 127.0.0.1 uid 0"):
+        done = job({"node-1": hosts("127.0.1.1"), "node-2": hosts("127.0.1.1")}, route=route)
+        assert done.returncode == 76 and "no address but loopback" in done.stderr
+        assert "getent ahosts node-1" in done.stderr and not (tmp_path / "seen.json").exists()
+        assert json.loads((tmp_path / "r" / "end.json").read_text())["exit_code"] == 76
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_completion_prints_a_script(launch: Launch, shell: str) -> None:
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_runs_are_found_from_anywhere(launch: Launch, workplace: Path) -> None:
+def test_runs_are_found_from_anywhere(launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the user's file names the directory; and a run to repeat is named as everywhere else."""
     run = write_run(workplace / "far" / "mine", name="mine", end='{"exit_code": 1}')
     (run / "run.toml").write_text("run = 2\n")
@@ -83,3 +83,9 @@ def test_runs_are_found_from_anywhere(launch: Launch, workplace: Path) -> None:
     assert f"{run}/run.toml: written in run file format 2" in launch("submit", "mine", "--dry-run", **here).stderr
     assert "everything: launcher logs mine" in launch("status", **here).stderr
     assert f"everything: launcher logs {run}" in launch("status", "far/mine").stderr
+    assert launch("init", "--gpu", "h200", "--runs-dir", "far", "--yes").returncode == 0  # saved as a whole path
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir(workplace / "elsewhere")
+    for words in (("status",), ("results", "mine"), ("accept", "mine")):
+        assert "mine" in launch(*words).stdout
+    assert launch("list", LAUNCHER_RUNS_DIR="none").stderr.startswith("No runs yet in none")

@@ -8,9 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import Mock
@@ -29,11 +27,12 @@ from launcher.image import lock as locking
 from launcher.image import registry
 from launcher.image.channels import channels
 from launcher.image.check import Checked
+from launcher.image.registry import Pushed
 from launcher.image.squashfs_file import sidecar_path, superblock
 from launcher.image.squashfs_tools import Ran
 from tests.conftest import ROOT, Launch
-from tests.image.converter import needs_tools
-from tests.unit.image_commands import ABOUT, Api, Run, api, builds, exported, run
+from tests.image.converter import VERSIONS, needs_tools
+from tests.unit.image_commands import Api, Run, api, builds, exported, run
 
 __all__ = ["api", "builds", "run"]  # fixtures
 
@@ -48,12 +47,8 @@ class Refusal(NamedTuple):
     code: ExitStatus
 
 
-USAGE, INVALID, FILESYSTEM, NOT_FOUND = (
-    ExitStatus.USAGE,
-    ExitStatus.INVALID,
-    ExitStatus.FILESYSTEM,
-    ExitStatus.NOT_FOUND,
-)
+USAGE, INVALID = ExitStatus.USAGE, ExitStatus.INVALID
+FILESYSTEM, NOT_FOUND = ExitStatus.FILESYSTEM, ExitStatus.NOT_FOUND
 DIGEST = f"@sha256:{'a' * 64}"
 
 
@@ -151,34 +146,19 @@ def test_every_command_explains_itself_with_an_example(run: Run, name: str) -> N
         assert listed == ["nightly", "stable", "reference", "cpu"]
 
 
-def test_the_group_is_in_the_launchers_help_and_not_imported_for_it(workplace: Path) -> None:
-    script = (
-        "import sys; from launcher.cli import launcher; launcher.main(['--help'], standalone_mode=False); "
-        "print(*sys.modules)"
-    )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"^  image +Build, convert", out, re.M)
-    assert "launcher.image" not in out.splitlines()[-1].split()
-
-
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("typed", "expected"),
     [
-        (["image", "in"], "plain,inspect"),
-        (["image", "build", "st"], "plain,stable"),
-        (["image", "inspect", "x.sqsh", "--gpu", "gb2"], "plain,gb200"),
-        (["image", "check", "ti"], "file,ti"),
-        (["image", "convert", "titan:cpu-amd64", "-o", "/da"], "file,/da"),
+        ("image in", "plain,inspect"),
+        ("image build st", "plain,stable"),
+        ("image inspect x.sqsh --gpu gb2", "plain,gb200"),
+        ("image check ti", "file,ti"),
+        ("image convert titan:cpu-amd64 -o /da", "file,/da"),
     ],
 )
-def test_shell_completion(launch: Launch, words: list[str], expected: str) -> None:
-    typed = ["launcher", *words]
-    environment = {
-        "_LAUNCHER_COMPLETE": "bash_complete",
-        "COMP_WORDS": " ".join(typed),
-        "COMP_CWORD": str(len(typed) - 1),
-    }
-    assert launch(**environment).stdout.split() == [expected]
+def test_shell_completion(launch: Launch, typed: str, expected: str) -> None:
+    words = {"COMP_WORDS": f"launcher {typed}", "COMP_CWORD": str(len(typed.split()))}
+    assert launch(_LAUNCHER_COMPLETE="bash_complete", **words).stdout.split() == [expected]
 
 
 # ----------------------------------------------------------------------------------------------------- build
@@ -224,16 +204,9 @@ def test_build_without_mksquashfs_learns_it_first(
 def test_an_architecture_that_nothing_here_runs(
     run: Run, builds: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(docker_engine, "emulates", lambda arch: False)
+    monkeypatch.setattr(docker_engine, "emulator", lambda arch: "")
     done = run("build", "cpu", "--arch", "all")
     assert done.code == ExitStatus.ERROR and "qemu-user-static" in done.stderr and builds == []
-
-
-@dataclass(frozen=True)
-class Pushed:
-    arch: str
-    digest: str
-    reference: str
 
 
 def test_push_makes_one_list_of_what_was_built(
@@ -256,12 +229,8 @@ def test_push_makes_one_list_of_what_was_built(
 
 
 def test_no_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect() -> None:
-        raise LauncherError(
-            "docker-silent", "no Docker engine answers", "sudo systemctl start docker", status=ExitStatus.ERROR
-        )
-
-    monkeypatch.setattr(docker_engine, "connect", connect)
+    refused = LauncherError("docker-silent", "no", "sudo systemctl start docker", status=ExitStatus.ERROR)
+    monkeypatch.setattr(docker_engine, "connect", Mock(side_effect=refused))
     for arguments in (["build", "cpu"], ["convert", "titan:cpu-amd64"], ["check", "titan:cpu-amd64"]):
         done = run(*arguments)
         assert (done.code, done.stdout) == (ExitStatus.ERROR, "")
@@ -307,7 +276,7 @@ def test_convert_as_json_for_a_cluster_that_mounts(run: Run, api: Api, workplace
     value = json.loads(run("convert", "other:1", "-o", "x.sqsh", "--for", "mount", "--json").stdout)
     assert value["path"] == "x.sqsh"
     assert value["squashfs"]["compressor"] == "lz4"
-    assert value["versions"] == ABOUT["versions"]
+    assert value["versions"] == VERSIONS
 
 
 @needs_tools
@@ -332,7 +301,7 @@ def died() -> BaseException:
     return ChunkedEncodingError("the engine died")
 
 
-WHOLE = exported(ABOUT, 5_000_000)
+WHOLE = exported(5_000_000)
 
 
 @needs_tools
@@ -342,7 +311,7 @@ WHOLE = exported(ABOUT, 5_000_000)
         BrokenOff(WHOLE[:3_000_000], ExitStatus.ERROR, "incomplete or damaged"),
         BrokenOff(WHOLE[:3_000_000], ExitStatus.ERROR, "stopped answering", died),
         BrokenOff(WHOLE[:3_000_000], ExitStatus.INTERRUPTED, "", KeyboardInterrupt),
-        BrokenOff(exported(ABOUT, 9, name="../out"), INVALID, "a name that leads out of it: '../out'"),
+        BrokenOff(exported(9, "../out"), INVALID, "a name that leads out of it: '../out'"),
     ],
     ids=["cut", "died", "Ctrl-C", "strange"],
 )
@@ -486,17 +455,29 @@ def test_make_image_is_one_command_for_any_channel_and_architecture() -> None:
     assert "torch" not in planned("CHANNEL=cpu").replace("torchtitan", "")
 
 
-def test_a_failed_step_whose_command_is_printed_is_not_taken_for_the_wrong_architecture() -> None:
-    names = ("stable", "amd64", "debian:12", Path("stable-amd64.txt"))
-    printed = 'The command \'/bin/sh -c if [ ! -e "$lock" ]; then echo "no lock: containers/locks/${lock##*/}"\' failed'
-    assert "is not for amd64" not in building._explain(printed, *names).what
-    assert "is not for amd64" in building._explain("no lock: containers/locks/stable-arm64.txt", *names).what
+class Said(NamedTuple):
+    by_the_build: str
+    what: str
+    fix: str = ""
 
 
-def test_an_emulator_that_crashes_is_named() -> None:
-    names = ("stable", "arm64", "debian:12", Path("stable-arm64.txt"))
-    error = building._explain("qemu: uncaught target signal 11 (Segmentation fault) - core dumped", *names)
-    assert "the emulator" in error.what and "qemu 10" in error.fix
+STEP = 'The command \'/bin/sh -c if [ ! -e "$lock" ]; then echo "no lock: containers/locks/${lock##*/}"\' failed'
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Said(STEP, "the build of channel stable for arm64 failed"),  # the engine prints a failed step's command
+        Said("no lock: containers/locks/stable-amd64.txt", "the base image debian:12 is not for arm64"),
+        Said("qemu: uncaught target signal 11 (Segmentation fault) - core dumped", "the emulator of arm64", "qemu 10"),
+        Said("write /x: no space left on device", "the disk of the Docker engine is full", "docker system prune"),
+        Said("Cannot connect to the Docker daemon at unix:///x", "stopped answering", "systemctl status docker"),
+    ],
+    ids=lambda case: case.what,
+)
+def test_why_a_build_failed(case: Said) -> None:
+    error = building._explain(case.by_the_build, "stable", "arm64", "debian:12", Path("stable-arm64.txt"))
+    assert case.what in error.what and case.fix in error.fix and error.original == case.by_the_build
 
 
 def test_an_old_emulator_is_named_before_the_build(
@@ -547,26 +528,10 @@ def test_a_machine_without_user_namespaces_is_found_out_before_anything_is_unpac
     assert "sudo launcher image check" in error.value.fix and "permission denied" in error.value.original
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["nightly"], {"EXTRA_INDEX_URL": channels()["nightly"].torch_index, "VISIBLE_DEVICES": "all"}),
-        (["nightly", "--torch-index", ""], {"EXTRA_INDEX_URL": ""}),  # none: not the channel's
-        (["cpu"], {"VISIBLE_DEVICES": "void"}),  # enroot's hook would ask for GPUs
-    ],
-)
-def test_what_the_dockerfile_is_told(
-    run: Run, api: Api, workplace: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: dict[str, str]
-) -> None:
-    asked: list[str] = []
-
-    def command(_engine: object, words: list[str], *_: object) -> tuple[int, str]:
-        asked.extend(words)
-        return 1, "not built here"
-
-    monkeypatch.setattr(docker_engine, "command", command)
-    (workplace / "lock.txt").write_text("torch==2.14.1 --hash=sha256:0\n")
-    done = run("build", *arguments, "--lock", "lock.txt")
-    assert asked, done.stderr
-    given = dict(word.removeprefix("--build-arg=").split("=", 1) for word in asked if word.startswith("--build-arg="))
-    assert told.items() <= given.items()
+def test_what_the_dockerfile_is_told() -> None:
+    """How it is told: tests/image/test_build.py."""
+    nightly, cpu = channels()["nightly"], channels()["cpu"]
+    told = building.build_arguments(nightly)
+    assert (told["EXTRA_INDEX_URL"], told["VISIBLE_DEVICES"]) == (nightly.torch_index, "all")
+    assert building.build_arguments(nightly, index="")["EXTRA_INDEX_URL"] == ""  # none: not the channel's
+    assert building.build_arguments(cpu)["VISIBLE_DEVICES"] == "void"  # enroot's hook would ask for GPUs

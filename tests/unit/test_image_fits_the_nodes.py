@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -28,93 +29,67 @@ def describe(image: Path, **changes: object) -> None:
     sidecar.write_text(json.dumps(about | changes))
 
 
+class Fit(NamedTuple):
+    said: str  # of the refusal; "" for none
+    options: str
+    about: dict[str, Any] | None = None
+
+
+FAST, NVFP4 = "--recipe llama3-8b-fast", "--recipe llama3-8b-nvfp4"
+CUDA_13 = {"versions": {"cuda": "13.0"}, "driver_min": "580"}
+NO_NVFP4 = {"quantization": ["none", "float8", "mxfp8"]}
+TITAN_02 = {"torchtitan": "0.2.2", "torchao": "0.18.0"}
+MXFP8_ON_H100 = "mxfp8 needs a GPU of compute capability 10.0 or later, but H100 has 9.0"
+
+
 @pytest.mark.parametrize(
-    ("about", "arguments", "said"),
+    "case",
     [
-        ({"arch": "amd64"}, ("--gpu", "gb200"), "the image is for x86_64, the GPU profile for aarch64"),
-        ({"arch": "arm64"}, ("--gpu", "b200"), "launcher image build --arch amd64"),
-        ({"versions": {"torchtitan": None}}, ("--gpu", "b200"), "no torchtitan in the image"),
-        ({"versions": {"cuda": None}}, ("--gpu", "b200"), "is built without CUDA"),
-        (
-            {"quantization": ["none", "float8"]},
-            ("--gpu", "b200", "--recipe", "llama3-8b-fast"),
-            "the image cannot do mxfp8, only none, float8",
-        ),
-        (
-            {"quantization": ["none", "float8", "mxfp8"]},
-            ("--gpu", "b200", "--recipe", "llama3-8b-nvfp4"),
-            "launcher image build nightly|stable; or a recipe that does not quantize",
-        ),
-        (
-            {"quantization": ["none", "float8", "mxfp8"]},
-            ("--gpu", "h100", "--recipe", "llama3-8b-fast", "--set", "recipe.quantize=mxfp8"),
-            "mxfp8 needs a GPU of compute capability 10.0 or later, but H100 has 9.0",
-        ),
-        ({}, ("--gpu", "a100", "--set", "recipe.quantize=float8"), "try: --set recipe.quantize=none"),
-        ({}, ("--gpu", "h200", "--recipe", "llama3-8b-nvfp4"), "try: --set recipe.quantize=float8"),
+        Fit("the image is for x86_64, the GPU profile for aarch64", "--gpu gb200", {"arch": "amd64"}),
+        Fit("launcher image build --arch amd64", "--gpu b200", {"arch": "arm64"}),
+        Fit("", "--gpu gb200", {"arch": "arm64"}),
+        Fit("no torchtitan in the image", "--gpu b200", {"versions": {"torchtitan": None}}),
+        Fit("no torch and no torchtitan in", "--gpu cpu", {"versions": {"torch": None, "torchtitan": None}}),
+        Fit("is built without CUDA", "--gpu b200", {"versions": {"cuda": None}}),
+        Fit("", "--gpu cpu", {"arch": "amd64", "versions": {"cuda": None}}),
+        Fit("cannot do mxfp8, only none, float8", f"--gpu b200 {FAST}", {"quantization": ["none", "float8"]}),
+        Fit("build nightly|stable; or a recipe that does not quantize", f"--gpu b200 {NVFP4}", NO_NVFP4),
+        Fit("", f"--gpu b200 {FAST}", NO_NVFP4),
+        Fit(MXFP8_ON_H100, f"--gpu h100 {FAST} --set recipe.quantize=mxfp8", NO_NVFP4),
+        Fit("", f"--gpu h100 {FAST}"),  # float8
+        Fit("try: --set recipe.quantize=none", "--gpu a100 --set recipe.quantize=float8"),
+        Fit("", "--gpu a100 --set recipe.quantize=float8 --force"),  # torchtitan can emulate it
+        Fit("try: --set recipe.quantize=float8", f"--gpu h200 {NVFP4}"),
+        Fit("", f"--gpu gb300 --set profile.arch=x86_64 {NVFP4}"),
         # As with a triton that torchao is not made for: torchtitan itself cannot be imported where there is a GPU.
-        ({"quantization": ["float8"]}, ("--gpu", "b200"), "the image cannot do none, only float8"),
-        (
-            {"versions": {"torchtitan": "0.2.2", "torchao": "0.18.0"}},
-            ("--gpu", "b200", "--recipe", "llama3-8b-fast"),
-            "torchtitan 0.2.2 needs torchao 0.16 for MXFP8, the image has 0.18.0",
+        Fit("the image cannot do none, only float8", "--gpu b200", {"quantization": ["float8"]}),
+        Fit("0.2.2 needs torchao 0.16 for MXFP8, the image has 0.18.0", f"--gpu b200 {FAST}", {"versions": TITAN_02}),
+        Fit("", f"--gpu b200 {FAST}", {"versions": TITAN_02 | {"torchao": "0.16.0"}}),
+        Fit("", f"--gpu b200 {FAST}", {"versions": {"torchtitan": "0.3.0"}}),
+        Fit(
+            "13.0 in the image needs driver 580, the nodes have 570.172.08",
+            "--gpu b200 --set profile.driver=570.172.08",
+            CUDA_13,
         ),
-        (
-            {"versions": {"cuda": "13.0"}, "driver_min": "580"},
-            ("--gpu", "b200", "--set", "profile.driver=570.172.08"),
-            "CUDA 13.0 in the image needs driver 580, the nodes have 570.172.08",
-        ),
+        Fit("--force submits it anyway", "--gpu h200 --set profile.driver=570.1", CUDA_13),
+        Fit(
+            "", "--gpu h200 --set profile.driver=570.1 --force", CUDA_13
+        ),  # NVIDIA's forward compatibility makes it run
+        Fit("needs driver 580.65.06", "--gpu b200 --set profile.driver=580.9", {"driver_min": "580.65.06"}),
+        Fit("", "--gpu b200 --set profile.driver=580.95.05", {"driver_min": "580"}),
+        Fit("", "--gpu cpu --set profile.driver=570", {"driver_min": "580"}),
+        Fit("", "--gpu b200 --set profile.driver=470"),
     ],
+    ids=lambda case: case.options,
 )
-def test_an_image_that_cannot_run_there_is_refused(
-    launch: Launch, image: Path, about: dict[str, object], arguments: tuple[str, ...], said: str
-) -> None:
-    describe(image, **about)
-    done = launch(*SUBMIT, *arguments)
-    assert (done.returncode, said in done.stderr) == (ExitStatus.INVALID, True), done.stderr
-    assert not (image.parent / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("about", "arguments"),
-    [
-        ({"arch": "arm64"}, ("--gpu", "gb200")),
-        ({"arch": "amd64", "versions": {"cuda": None}}, ("--gpu", "cpu")),
-        ({}, ("--gpu", "h100", "--recipe", "llama3-8b-fast")),  # float8
-        ({}, ("--gpu", "a100", "--set", "recipe.quantize=float8", "--force")),  # torchtitan can emulate it
-        ({}, ("--gpu", "gb300", "--set", "profile.arch=x86_64", "--recipe", "llama3-8b-nvfp4")),
-        ({"quantization": ["none", "mxfp8"]}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
-        ({"versions": {"torchtitan": "0.2.2", "torchao": "0.16.0"}}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
-        ({"versions": {"torchtitan": "0.3.0"}}, ("--gpu", "b200", "--recipe", "llama3-8b-fast")),
-        (
-            {"versions": {"cuda": "13.0"}, "driver_min": "580"},
-            ("--gpu", "b200", "--set", "profile.driver=570.1", "--force"),
-        ),  # by NVIDIA's forward compatibility
-        ({"driver_min": "580"}, ("--gpu", "b200", "--set", "profile.driver=580.95.05")),
-    ],
-)
-def test_an_image_that_fits_is_taken(
-    launch: Launch, image: Path, about: dict[str, object], arguments: tuple[str, ...]
-) -> None:
-    describe(image, **about)
-    done = launch(*SUBMIT, *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "#SBATCH --nodes=1" in done.stdout
-
-
-def test_an_old_driver_is_passed_by_force_alone(launch: Launch, image: Path) -> None:
-    """NVIDIA's forward compatibility makes it run, where it is installed."""
-    describe(image, driver_min="580", versions={"cuda": "13.0"})
-    old = (*SUBMIT, "--gpu", "h200", "--set", "profile.driver=570.1")
-    refused = launch(*old)
-    assert refused.returncode == ExitStatus.INVALID
-    assert (
-        "needs driver 580, the nodes have 570.1: it runs there only with NVIDIA's forward compatibility"
-        in refused.stderr
-    )
-    assert "--force submits it anyway" in refused.stderr
-    forced = launch(*old, "--force")
-    assert forced.returncode == 0 and "warning: CUDA 13.0 in the image needs driver 580" in forced.stderr
+def test_an_image_that_cannot_run_there_is_refused_and_any_other_taken(launch: Launch, image: Path, case: Fit) -> None:
+    describe(image, **(case.about or {}))
+    done = launch(*SUBMIT, *case.options.split())
+    assert (done.returncode, case.said in done.stderr) == (ExitStatus.INVALID if case.said else 0, True), done.stderr
+    assert ("#SBATCH --nodes=1" in done.stdout) == (not case.said) and not (image.parent / "runs").exists()
+    if "--force" in case.options and case.about:
+        assert "warning: CUDA 13.0 in the image needs driver 580" in done.stderr
+        assert "570.1: it runs there only with NVIDIA's forward compatibility" in done.stderr
 
 
 def test_a_driver_that_is_not_known_is_asked_for(launch: Launch, image: Path) -> None:

@@ -8,52 +8,38 @@ from typing import Any
 import pytest
 
 from launcher.base.finding import OK, WARNING, Finding
-from launcher.config.layers import find, merge, read_layer
 from launcher.config.render import render
-from launcher.config.resolve import placed
 from launcher.config.spec import PlacedRun
 from launcher.config.write import run_toml
 from launcher.preflight.cluster import preflight
 from launcher.preflight.placement import best_segment, describe, segment_of, with_segment
 from launcher.preflight.text import sentence, words
-from launcher.scheduler.facts import Block, ClusterFacts, Node, Partition, Topology
+from launcher.scheduler.facts import Block, ClusterFacts, Partition, Topology
+from tests.unit.test_preflight import cluster as a_cluster
+from tests.unit.test_preflight import node
+from tests.unit.test_preflight import run as a_run
 
 RACKS = tuple(Block(f"rack-{r}", tuple(f"r{r}n{i:02d}" for i in range(18))) for r in range(1, 4))
 
 
 def cluster(*busy: str, blocks: tuple[Block, ...] = RACKS, **values: object) -> ClusterFacts:
-    nodes = tuple(
-        Node(
-            name,
-            frozenset({"DRAIN", "IDLE"} if name in busy else {"IDLE"}),
-            partitions=("batch",),
-            gres="gpu:4",
-            gpus=4,
-            arch="aarch64",
-            block=block.name,
-        )
-        for block in RACKS
-        for name in block.nodes
-    )
-    known: dict[str, Any] = {"slurm": (25, 11), "topology": "block", "segment": True, "pyxis": ""} | values
-    return ClusterFacts(nodes=nodes, partitions=(Partition("batch", True, "UP"),), blocks=blocks, **known)
+    """Three racks of GB200 in one partition; `busy` nodes are drained."""
+    kind: dict[str, Any] = {"gres": "gpu:4", "gpus": 4, "arch": "aarch64"}
+    names = [name for block in RACKS for name in block.nodes]
+    nodes = (node(name, "IDLE+DRAIN" if name in busy else "IDLE", **kind) for name in names)
+    known = {"slurm": (25, 11), "topology": "block", "partitions": (Partition("batch", True, "UP"),)}
+    return a_cluster(*nodes, blocks=blocks, **(known | values))
 
 
 def run(nodes: int, gpu: str = "gb200", segment: int = 0) -> PlacedRun:
-    spec = merge([read_layer(find("profiles", gpu), "profile")])
-    job = replace(spec.job, name="r", gpu=gpu, image="/i.sqsh", nodes=nodes, segment=segment)
-    return placed(replace(spec, job=job))
+    return a_run(gpu, nodes, segment=segment)
 
 
 EXPECTED = {1: 1, 2: 2, 9: 9, 17: 17, 18: 18, 19: 1, 20: 10, 22: 11, 34: 17, 36: 18, 37: 1, 38: 2, 54: 18, 53: 1}
 
 
-@pytest.mark.parametrize(("nodes", "expected"), EXPECTED.items())
-def test_the_largest_divisor_within_a_block(nodes: int, expected: int) -> None:
-    assert segment_of(nodes, [18] * 3) == expected
-
-
-def test_pieces_need_blocks_enough() -> None:
+def test_the_largest_divisor_within_a_block_with_blocks_enough_for_all_pieces() -> None:
+    assert {nodes: segment_of(nodes, [18] * 3) for nodes in EXPECTED} == EXPECTED
     assert segment_of(36, [18, 17, 17]) == 12  # two pieces of 18 would need two whole racks
     assert segment_of(36, [18]) == 1
     assert segment_of(4, []) == 1
@@ -75,35 +61,28 @@ def test_it_is_in_the_script_and_is_not_what_was_asked() -> None:
     assert spec.job.segment == 0 and "\nsegment = 18\n" in run_toml(spec)
 
 
-@pytest.mark.parametrize(
-    ("spec", "facts"),
-    [
-        (run(36), cluster(segment=False)),
-        (run(36), cluster(blocks=())),
-        (run(36), cluster(blocks=(Block("rack-1"), Block("rack-2")))),
-        (run(2, gpu="h200"), cluster()),
-        (run(1), cluster()),
-    ],
-    ids=[
-        "Slurm does not know it",
-        "no blocks",
-        "empty blocks",
-        "no NVLink over nodes",
-        "one node",
-    ],
-)
+NEVER = {
+    "Slurm does not know it": (run(36), cluster(slurm=(23, 2))),
+    "no blocks": (run(36), cluster(blocks=())),
+    "empty blocks": (run(36), cluster(blocks=(Block("rack-1"), Block("rack-2")))),
+    "no NVLink over nodes": (run(2, gpu="h200"), cluster()),
+    "one node": (run(1), cluster()),
+}
+
+
+@pytest.mark.parametrize(("spec", "facts"), NEVER.values(), ids=NEVER)
 def test_never_where_it_means_nothing(spec: PlacedRun, facts: ClusterFacts) -> None:
     assert "--segment" not in render(with_segment(spec, facts))
 
 
 def test_the_users_own_wins() -> None:
     assert with_segment(run(36, segment=6), cluster()).segment == 6
-    assert with_segment(run(36, "h200", segment=6), cluster(segment=False)).segment == 6
+    assert with_segment(run(36, "h200", segment=6), cluster(slurm=None)).segment == 6
 
 
 def test_only_the_blocks_of_the_partition_count() -> None:
     facts = cluster()
-    few = tuple(replace(n, partitions=("few",)) if n.block == "rack-1" and n.name < "r1n04" else n for n in facts.nodes)
+    few = tuple(replace(n, partitions=("few",)) if n.name < "r1n04" else n for n in facts.nodes)
     facts = replace(facts, nodes=few, partitions=(Partition("few", True, "UP"),))
     assert with_segment(run(4), facts).segment == 4
     assert with_segment(run(5), facts).segment == 1
@@ -117,18 +96,11 @@ def check_of(spec: PlacedRun, facts: ClusterFacts) -> Finding:
 ROOM = "1 x 17 nodes, each in one block; room now for 1: rack-1 (18 free), rack-2 (18 free), rack-3 (18 free)"
 
 
-@pytest.mark.parametrize(
-    ("nodes", "status", "said"),
-    [
-        (17, OK, ROOM),
-        (36, OK, "2 x 18 nodes"),
-        (19, WARNING, "--nodes 18, or a multiple"),
-        (37, WARNING, "--nodes 18, or a multiple"),
-    ],
-)
-def test_what_the_user_is_told(nodes: int, status: str, said: str) -> None:
-    finding = check_of(run(nodes), cluster())
-    assert (finding.status, said in sentence(finding)) == (status, True), finding
+def test_what_the_user_is_told() -> None:
+    told = ((17, OK, ROOM), (36, OK, "2 x 18 nodes"), *((n, WARNING, "--nodes 18, or a multiple") for n in (19, 37)))
+    for nodes, status, said in told:
+        finding = check_of(run(nodes), cluster())
+        assert (finding.status, said in sentence(finding)) == (status, True), finding
 
 
 def test_room_now() -> None:
@@ -137,10 +109,8 @@ def test_room_now() -> None:
     assert describe(36, 18, RACKS).facts == {"pieces": 2, "segment": 18, "starting": 0, "room": ()}
 
 
-UNEVEN = (
-    Block("big", tuple(f"b{i}" for i in range(18))),
-    *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(10)),
-)
+UNEVEN = [Block("big", tuple(f"b{i}" for i in range(18)))]
+UNEVEN += [Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(10)]
 
 
 def test_the_fewest_domains_of_uneven_blocks() -> None:
@@ -152,47 +122,32 @@ def test_the_fewest_domains_of_uneven_blocks() -> None:
     assert found.pieces > found.fewest
 
 
-LOST = ("r1n00", "r2n00", "r3n00")
-
-
-def test_a_drained_node_in_every_rack_is_named() -> None:
-    finding = check_of(run(18), cluster(*LOST))
-    assert (finding.code, finding.status, finding.facts["lost"]) == ("segment-straddles", WARNING, LOST)
+def test_a_segment_that_straddles_says_why() -> None:
+    lost = ("r1n00", "r2n00", "r3n00")
+    finding = check_of(run(18), cluster(*lost))
+    assert (finding.code, finding.status, finding.facts["lost"]) == ("segment-straddles", WARNING, lost)
     assert "; out of service: r1n00, r2n00, r3n00" in sentence(finding)
+    smaller = check_of(run(36, segment=6), cluster())
+    assert (smaller.code, smaller.status, smaller.fix) == ("segment-straddles", WARNING, "--segment 18")
 
 
-def test_a_smaller_segment_than_there_could_be() -> None:
-    finding = check_of(run(36, segment=6), cluster())
-    assert (finding.code, finding.status, finding.fix) == ("segment-straddles", WARNING, "--segment 18")
-
-
-@pytest.mark.parametrize(
-    ("nodes", "topology", "status", "said"),
-    [
+def test_racks_that_slurm_does_not_know() -> None:
+    for nodes, topology, status, said in (
         (18, "flat", OK, "Slurm does not know the racks (topology flat)"),
         (19, "flat", WARNING, "the job may straddle NVLink domains"),
         (37, "tree", WARNING, "37 nodes need at least 3"),
-    ],
-)
-def test_racks_that_slurm_does_not_know(nodes: int, topology: str, status: str, said: str) -> None:
-    facts = cluster(blocks=(), segment=False, topology=topology)
-    finding = check_of(run(nodes), facts)
-    assert (finding.status, said in sentence(finding)) == (status, True), finding
-    assert status == OK or finding.fix == "an administrator enables topology/block"
-    others = (run(1), run(nodes, "h200"))
-    assert not [f for spec in others for f in preflight(spec, facts) if words(f).name == "placement"]
-
-
-def test_large_clusters() -> None:
-    uneven = [UNEVEN[0], *(Block(f"s{r}", tuple(f"s{r}n{i}" for i in range(16))) for r in range(600))]
-    assert best_segment(9_616, uneven) == 16
-    blocks = [Block(str(b), tuple(f"{b}-{i}" for i in range(18))) for b in range(556)]
-    assert best_segment(9_990, blocks) == 18
+    ):
+        facts = cluster(blocks=(), topology=topology)
+        finding = check_of(run(nodes), facts)
+        assert (finding.status, said in sentence(finding)) == (status, True), finding
+        assert status == OK or finding.fix == "an administrator enables topology/block"
+        others = (run(1), run(nodes, "h200"))
+        assert not [f for spec in others for f in preflight(spec, facts) if words(f).name == "placement"]
 
 
 def test_the_blocks_of_the_partitions_own_topology() -> None:
     own = Partition("batch", True, "UP", topology="nvl")
-    facts = replace(cluster(blocks=(), topology="tree", segment=False), partitions=(own,))
+    facts = replace(cluster(blocks=(), topology="tree"), partitions=(own,))
     facts = replace(facts, topologies={"nvl": Topology("block", RACKS)})
     assert with_segment(run(36), facts).segment == 18
     assert "segment" in [finding.code for finding in preflight(with_segment(run(36), facts), facts)]

@@ -5,14 +5,21 @@ from __future__ import annotations
 import copy
 import sys
 import tomllib
-from collections.abc import Mapping
-from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launcher.titan import Refused, cpu, toml_era
-from launcher.titan.command import Rendezvous, config_files, era, shown_local_rank, torchrun_command, trainer_arguments
+from launcher.titan.command import (
+    Rendezvous,
+    common_settings,
+    config_files,
+    era,
+    shown_local_rank,
+    torchrun_command,
+    trainer_arguments,
+)
 from launcher.titan.recipe import Recipe
 
 LLAMA3_8B: dict[str, Any] = {
@@ -97,40 +104,19 @@ def test_8b_in_the_toml_era_is_a_file() -> None:
     assert command == [*TORCHRUN_NINE, "torchtitan.train", "--job.config_file=/runs/one/job/titan.toml"]
     ((path, text),) = config_files(LLAMA3_8B, "0.2.2").items()
     assert path == "/runs/one/job/titan.toml"
-    assert tomllib.loads(text) == {
-        "job": {"dump_folder": "/runs/one/titan", "description": "llama3 8B"},
-        "model": {
-            "name": "llama3",
-            "flavor": "8B",
-            "hf_assets_path": "/data/tokenizers/Llama-3.1-8B",
-            "converters": [],
-        },
-        "optimizer": {"name": "AdamW", "lr": 3e-4},
-        "training": {
-            "dataset": "c4",
-            "dataset_path": "/data/c4",
-            "local_batch_size": 5,
-            "global_batch_size": -1,
-            "seq_len": 8192,
-            "steps": 100,
-            "mixed_precision_param": "bfloat16",
-        },
-        "lr_scheduler": {"warmup_steps": 200, "decay_type": "linear", "min_lr_factor": 0.0},
-        "parallelism": {
-            "data_parallel_replicate_degree": 1,
-            "data_parallel_shard_degree": -1,
-            "tensor_parallel_degree": 1,
-            "context_parallel_degree": 1,
-            "pipeline_parallel_degree": 1,
-            "pipeline_parallel_schedule": "1F1B",
-        },
-        "compile": {"enable": False, "components": ["model", "loss"]},
-        "checkpoint": {"enable": False, "interval": 500, "last_save_model_only": False},
-        "comm": {"init_timeout_seconds": 1000, "train_timeout_seconds": 1000},
-        "metrics": {"log_freq": 10, "disable_color_printing": True, "enable_tensorboard": True, "save_tb_folder": "tb"},
-        "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
-        "profiling": {"enable_profiling": False},
-        "validation": {"enable": False, "dataset_path": "/data/c4", "local_batch_size": 5, "seq_len": 8192},
+    tables = tomllib.loads(text)
+    told = {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()}
+    shared = {key: value for key, value in common_settings(LLAMA3_8B).items() if value is not None}
+    assert told == shared | {
+        "job.dump_folder": "/runs/one/titan",
+        "job.description": "llama3 8B",
+        **{"model.name": "llama3", "model.flavor": "8B", "model.converters": []},
+        "model.hf_assets_path": "/data/tokenizers/Llama-3.1-8B",
+        **{"optimizer.name": "AdamW", "optimizer.lr": 3e-4},
+        **{"training.dataset": "c4", "training.dataset_path": "/data/c4"},
+        **{"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"},
+        **{"profiling.enable_profiling": False, "validation.enable": False, "validation.dataset_path": "/data/c4"},
+        **{"validation.local_batch_size": 5, "validation.seq_len": 8192},
     }
 
 
@@ -149,62 +135,46 @@ def test_the_debug_recipe_on_a_cpu_starts_behind_the_patches(version: str) -> No
     assert ("--debug.seed=1" if version == "0.3.0" else "seed = 1") in text
 
 
-class Argument(NamedTuple):
-    """What a recipe or a job asks for, and the argument of 0.3 that says so."""
-
-    recipe: dict[str, Any]
-    has: str
-    torch: str = "2.14.1+cu130"
-    job: Mapping[str, Any] = {}
-
-
-PLAIN, FAST = {"like_for_like": True}, {"like_for_like": False}
 GRAPHS, NO_GRAPHS = "--training.no_disable_cuda_graphs", "--training.disable_cuda_graphs"
 OLD_BACKEND = "--parallelism.spmd_backend=partial_dtensor"
-ARGUMENTS = {
-    "an older torch gets the older backend": Argument({}, OLD_BACKEND, "2.13.0+cpu"),
-    "a torch of today does not": Argument({}, f"no {OLD_BACKEND}"),
-    "nor one that does not say": Argument({}, f"no {OLD_BACKEND}", ""),
-    "a dev release is a later one": Argument({}, f"no {OLD_BACKEND}", "2.15.0.dev1"),
-    "streaming from the Hub": Argument({}, "--dataloader.dataset_path=None", job={"data": "hub"}),
-    "graphs": Argument(FAST, GRAPHS),
-    "loss in chunks": Argument(FAST, "no --loss.num_chunks=1"),
-    "like for like": Argument(PLAIN, NO_GRAPHS),
-    "like for like, loss": Argument(PLAIN, "--loss.num_chunks=1"),
-    "no graphs with stages": Argument({**FAST, "pipeline_parallel": 4}, NO_GRAPHS),
-    "no graphs on a CPU": Argument({**FAST, "compile": False}, NO_GRAPHS, job={"device": "cpu"}),
-    "70B": Argument({"flavor": "70B"}, "--module=llama3 --config=llama3_70b"),
-    "mxfp8": Argument({"quantize": "mxfp8"}, "--module=titan.registry_era --config=llama3_8b_mxfp8"),
-    "nvfp4": Argument({"quantize": "nvfp4"}, "--module=llama3 --config=llama3_8b_first_85_pct_layers_nvfp4"),
-    "float8": Argument({"quantize": "float8"}, "--module=titan.registry_era --config=llama3_8b_float8"),
-    "70B in float8": Argument(
-        {"flavor": "70B", "quantize": "float8"}, "--module=titan.registry_era --config=llama3_70b_float8"
-    ),
-}
+FAST, TODAY = {"like_for_like": False}, "2.14.1+cu130"
+ARGUMENTS: tuple[tuple[dict[str, Any], str, str], ...] = (  # of the recipe, torch, and an argument of 0.3's, or none
+    ({}, "2.13.0+cpu", OLD_BACKEND),
+    *(({}, torch, f"no {OLD_BACKEND}") for torch in (TODAY, "", "2.15.0.dev1")),
+    (FAST, TODAY, GRAPHS),
+    (FAST, TODAY, "no --loss.num_chunks=1"),
+    ({}, TODAY, NO_GRAPHS),
+    ({}, TODAY, "--loss.num_chunks=1"),
+    ({**FAST, "pipeline_parallel": 4}, TODAY, NO_GRAPHS),
+    ({"flavor": "70B"}, TODAY, "--module=llama3 --config=llama3_70b"),
+    ({"quantize": "mxfp8"}, TODAY, "--module=titan.registry_era --config=llama3_8b_mxfp8"),
+    ({"quantize": "nvfp4"}, TODAY, "--module=llama3 --config=llama3_8b_first_85_pct_layers_nvfp4"),
+    ({"quantize": "float8"}, TODAY, "--module=titan.registry_era --config=llama3_8b_float8"),
+    ({"quantize": "float8", "flavor": "70B"}, TODAY, "--module=titan.registry_era --config=llama3_70b_float8"),
+)
 
 
-@pytest.mark.parametrize("case", ARGUMENTS.values(), ids=ARGUMENTS.keys())
-def test_an_argument_of_03(case: Argument) -> None:
-    found = trainer_arguments(a_node({"compile": True, **case.recipe}, **case.job), "0.3.0", case.torch)
-    *no, wanted = case.has.split("no ")
+@pytest.mark.parametrize(("recipe", "torch", "has"), ARGUMENTS)
+def test_an_argument_of_03(recipe: dict[str, Any], torch: str, has: str) -> None:
+    found = trainer_arguments(a_node({"compile": True, **recipe}), "0.3.0", torch)
+    *no, wanted = has.split("no ")
     assert (f" {wanted} " in f" {' '.join(found)} ") is not bool(no)
-    assert "--compile.enable" in found or "device" in case.job
+    assert "--compile.enable" in found
 
 
-@pytest.mark.parametrize("version", ["0.2.1", "0.2.2", "0.2.2+crusoe", "0.2.2.dev20260101"])
-def test_the_toml_era(version: str) -> None:
-    assert era(version) is toml_era
-
-
-@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.2.3", "0.2.20", "0.30.1", "9.9.0", "nonsense", ""])
-def test_other_releases_are_refused_with_the_range(version: str) -> None:
-    with pytest.raises(Refused, match=r"0\.2\.1 to 0\.2\.2 and 0\.3\.x") as refused:
-        torchrun_command(LLAMA3_8B, version, NINE_NODES)
-    assert "pip install torchtitan==" in refused.value.fix
-
-
-def test_streaming_from_the_hub_gives_02_no_path() -> None:
+def test_no_graphs_on_a_cpu_and_no_path_of_the_hubs_data() -> None:
+    assert NO_GRAPHS in trainer_arguments(a_node(FAST, device="cpu"), "0.3.0", TODAY)
+    assert "--dataloader.dataset_path=None" in trainer_arguments(a_node(data="hub"), "0.3.0", TODAY)
     assert "dataset_path" not in next(iter(config_files(a_node(data="hub"), "0.2.2").values()))
+
+
+def test_releases_are_of_an_era_or_refused_with_the_range() -> None:
+    for version in ("0.2.1", "0.2.2", "0.2.2+crusoe", "0.2.2.dev20260101"):
+        assert era(version) is toml_era
+    for version in ("0.1.0", "0.2.0", "0.2.3", "0.2.20", "0.30.1", "9.9.0", "nonsense", ""):
+        with pytest.raises(Refused, match=r"0\.2\.1 to 0\.2\.2 and 0\.3\.x") as refused:
+            torchrun_command(LLAMA3_8B, version, NINE_NODES)
+        assert "pip install torchtitan==" in refused.value.fix
 
 
 def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> None:
@@ -232,11 +202,11 @@ def test_set_pairs_come_last_and_switches_are_spelled_as_the_parser_wants() -> N
     assert trainer_arguments(node, "0.2.2")[1:] == [*plain[:3], "--activation_checkpoint.debug", *plain[3:]]
 
 
-@pytest.mark.parametrize(("quantize", "converter"), [("float8", "float8"), ("mxfp8", "mx")])
-def test_quantised_models_have_a_converter_in_02(quantize: str, converter: str) -> None:
-    settings = tomllib.loads(next(iter(config_files(a_node({"quantize": quantize}), "0.2.2").values())))
-    assert settings["model"]["converters"] == [f"quantize.linear.{converter}"]
-    assert settings["quantize"]["linear"][converter]["filter_fqns"] == ["output"]
+def test_quantised_models_have_a_converter_in_02() -> None:
+    for quantize, converter in (("float8", "float8"), ("mxfp8", "mx")):
+        settings = tomllib.loads(next(iter(config_files(a_node({"quantize": quantize}), "0.2.2").values())))
+        assert settings["model"]["converters"] == [f"quantize.linear.{converter}"]
+        assert settings["quantize"]["linear"][converter]["filter_fqns"] == ["output"]
 
 
 @pytest.mark.parametrize(
@@ -264,33 +234,27 @@ def test_what_an_era_cannot_do_is_refused(
     assert refused.value.fix
 
 
-@pytest.mark.parametrize("port", [0, -1, 70000])
-def test_several_nodes_need_a_port(port: int) -> None:
-    with pytest.raises(Refused, match=f"9 nodes cannot meet at port {port}"):
-        torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "10.0.0.1", port))
-
-
-@pytest.mark.parametrize(
-    ("node_id", "address", "words"),
-    [
+def test_where_the_nodes_meet() -> None:
+    for port in (0, -1, 70000):
+        with pytest.raises(Refused, match=f"9 nodes cannot meet at port {port}"):
+            torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "10.0.0.1", port))
+    for node_id, address, words in (
         (0, "10.0.0.1", "--rdzv-conf=is_host=1,"),
         (1, "10.0.0.1", "--rdzv-conf=is_host=0,"),
         (8, "10.0.0.1", "--rdzv-conf=is_host=0,"),
         (0, "fd00::1", "--rdzv-endpoint=[fd00::1]:20001"),
-    ],
-)
-def test_where_the_nodes_meet(node_id: int, address: str, words: str) -> None:
-    command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", node_id, "a", address, 20001))
-    assert words in " ".join(command) and "--local-addr" not in " ".join(command)  # which is not known
+    ):
+        command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", node_id, "a", address, 20001))
+        assert words in " ".join(command) and "--local-addr" not in " ".join(command)  # which is not known
 
 
-@pytest.mark.parametrize(
-    ("nodes", "gpus", "stages", "shown"), [(1, 4, 1, 0), (1, 4, 2, 2), (1, 4, 4, 3), (2, 4, 2, 0), (2, 4, 4, 2)]
-)
-def test_with_pipeline_stages_the_rank_that_knows_the_loss_is_shown(
-    nodes: int, gpus: int, stages: int, shown: int
-) -> None:
-    assert shown_local_rank(a_node({"pipeline_parallel": stages}, nodes=nodes, gpus_per_node=gpus)) == shown
+# nodes, GPUs on each, pipeline stages -> the local rank that knows the loss
+SHOWN = {(1, 4, 1): 0, (1, 4, 2): 2, (1, 4, 4): 3, (2, 4, 2): 0, (2, 4, 4): 2}
+
+
+def test_with_pipeline_stages_the_rank_that_knows_the_loss_is_shown() -> None:
+    for (nodes, gpus, stages), shown in SHOWN.items():
+        assert shown_local_rank(a_node({"pipeline_parallel": stages}, nodes=nodes, gpus_per_node=gpus)) == shown
 
 
 def test_toml_survives_every_character() -> None:
@@ -300,20 +264,10 @@ def test_toml_survives_every_character() -> None:
 
 
 def test_nothing_is_patched_where_an_accelerator_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Untouchable(ModuleType):
-        _utils = SimpleNamespace(_get_available_device_type=lambda: "cuda")
-
+    class Frozen(SimpleNamespace):
         def __setattr__(self, name: str, value: object) -> None:
             raise AssertionError(f"torch.{name} was changed")
 
-        def __getattr__(self, name: str) -> object:
-            if name.startswith("__"):  # the import system asks
-                raise AttributeError(name)
-            raise AssertionError(f"torch.{name} was looked at")
-
-    fake = Untouchable.__new__(Untouchable)
-    ModuleType.__init__(fake, "torch")
+    fake = Frozen(_utils=Frozen(_get_available_device_type=lambda: "cuda"))  # which has nothing else to look at
     monkeypatch.setitem(sys.modules, "torch", fake)
-    asked = fake._utils._get_available_device_type
     assert cpu.patch() is False
-    assert fake._utils._get_available_device_type is asked

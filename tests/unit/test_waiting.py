@@ -13,11 +13,13 @@ import pytest
 
 from launcher.preflight.waiting import explain, fewer, meaning, reasons
 from launcher.scheduler.facts import ClusterFacts, Partition
+from launcher.titan.recipe import Recipe
 from tests.conftest import Launch
 from tests.unit.test_preflight import RACKS, cluster, node, run
 from tests.unit.test_preflight import slurm as slurm
 
 Fake = Callable[[str, str], Path]
+FREE = (node("n0"), node("n1"))
 NOW = datetime(2026, 11, 22, 18, 0)
 IN_80_MIN = "estimated start: 2026-11-22 19:20, in 1 h 20 min"
 
@@ -32,12 +34,8 @@ def test_each_example_is_explained_by_its_own_entry(entry: dict[str, Any], reaso
 
 @pytest.mark.parametrize("entry", reasons(), ids=lambda entry: entry["pattern"])
 def test_each_entry_is_sound(entry: dict[str, Any]) -> None:
-    assert {key: type(value) for key, value in entry.items()} == {
-        "pattern": str,
-        "says": str,
-        "nodes": bool,
-        "example": list,
-    }
+    kinds = {key: type(value) for key, value in entry.items()}
+    assert kinds == {"pattern": str, "says": str, "nodes": bool, "example": list}
     assert entry["example"] and [other["says"] for other in reasons()].count(entry["says"]) == 1
 
 
@@ -66,22 +64,17 @@ def test_nodes_estimate_and_what_would_start_sooner() -> None:
 
 
 def test_no_advice_that_would_not_help() -> None:
-    held = explain("JobHeldUser", run(nodes=9), facts(), "N/A", NOW)
-    assert not [line for line in held if line.startswith("sooner")]
-    assert "Slurm has no estimate of its start" in held
     busy = cluster(node("n0", "ALLOCATED"), node("n1", "ALLOCATED"))
-    assert not [line for line in explain("Resources", run(nodes=2), busy) if line.startswith("sooner")]
-    free = cluster(node("n0"), node("n1"))
-    assert not [line for line in explain("Priority", run(nodes=2), free) if line.startswith("sooner")]
+    for reason, nodes, seen in (("JobHeldUser", 9, facts()), ("Resources", 2, busy), ("Priority", 2, cluster(*FREE))):
+        lines = explain(reason, run(nodes=nodes), seen, "N/A", NOW)
+        assert "sooner" not in " ".join(lines) and "Slurm has no estimate of its start" in lines
 
 
 def test_fewer_nodes_fit_the_parallel_degrees() -> None:
     spec = run(nodes=9)
-    assert fewer(spec, 5) == 5
-    assert fewer(replace(spec, recipe=replace(spec.recipe, tensor_parallel=16)), 5) == 4
-    assert fewer(replace(spec, recipe=replace(spec.recipe, dp_replicate=3)), 5) == 3
-    assert fewer(replace(spec, recipe=replace(spec.recipe, dp_shard=72)), 5) == 0
-    assert fewer(spec, 0) == 0
+    for recipe, most in ((Recipe(), 5), (Recipe(tensor_parallel=16), 4), (Recipe(dp_replicate=3), 3)):
+        assert fewer(replace(spec, recipe=recipe), 5) == most
+    assert fewer(replace(spec, recipe=Recipe(dp_shard=72)), 5) == fewer(spec, 0) == 0
 
 
 @pytest.mark.parametrize(
@@ -102,39 +95,24 @@ def test_slurms_estimate(said: str, line: str) -> None:
 def test_blocks_without_room_are_named() -> None:
     states = ("IDLE", "ALLOCATED", "IDLE", "ALLOCATED")
     nodes = [node(f"a{i}", state, gres="gpu:4", gpus=4, arch="aarch64") for i, state in enumerate(states)]
-    waits = cluster(*nodes, blocks=RACKS, segment=True, topology="block")
+    waits = cluster(*nodes, blocks=RACKS, topology="block")
     lines = explain("Resources", run("gb200", 2, segment=2), waits, "", NOW)
     assert "1 x 2 nodes, each in one block; room now for 0" in lines
 
 
 def test_status_tells_it(launch: Launch, slurm: Fake, image: Path) -> None:
     script = image.parent / "runs" / "r" / "job.sbatch"
-    slurm(
-        "squeue",
-        f"""
-name=$(sed -n 's/^#SBATCH --job-name=//p' {script} 2>/dev/null)
-case "$*" in
-*--start*) echo 2036-01-01T10:00:00;;
-*) [ -z "$name" ] || echo "42|PENDING|$name|PartitionNodeLimit";;
-esac""",
-    )
     launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9", "--force")
+    job = script.read_text().partition("#SBATCH --job-name=")[2].partition("\n")[0]
+    answer = 'case "$*" in *--start*) {start};; *) echo "42|PENDING|{job}|{reason}";; esac'
+    slurm("squeue", answer.format(start="echo 2036-01-01T10:00:00", job=job, reason="PartitionNodeLimit"))
     said = launch("status", "r").stdout
     assert "PENDING (PartitionNodeLimit" in said and "never starts as it is" in said
     assert "9 nodes requested; partition batch has 4: 4 free" in said
     assert "estimated start: 2036-01-01 10:00, in " in said and "sooner: --nodes 4: 4 nodes free now" in said
     waiting = json.loads(launch("status", "r", "--json").stdout)["waiting"]
     assert waiting[0].startswith("it asks for more nodes")
-
-
-def test_status_without_an_answer_says_what_it_has(launch: Launch, slurm: Fake, image: Path) -> None:
     slurm("scontrol", "exit 1")
-    script = image.parent / "runs" / "r" / "job.sbatch"
-    slurm(
-        "squeue",
-        f"""name=$(sed -n 's/^#SBATCH --job-name=//p' {script} 2>/dev/null)
-case "$*" in *--start*) exit 1;; esac; [ -z "$name" ] || echo "42|PENDING|$name|Priority" """,
-    )
-    launch("submit", "--gpu", "b200", "--image", "titan.sqsh", "--name", "r", "--nodes", "9", "--force")
+    slurm("squeue", answer.format(start="exit 1", job=job, reason="Priority"))
     done = launch("status", "r")
     assert done.returncode == 0 and "jobs with a higher priority start first" in done.stdout, done.stderr
