@@ -15,11 +15,11 @@ import click
 from launcher import version
 from launcher.base.errors import ExitStatus, LauncherError, quoted
 from launcher.base.files import write_json, write_text
-from launcher.base.output import as_json, confirm, echo, is_terminal, print_json, style, warn
+from launcher.base.output import as_json, echo, print_json, style, warn
 from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
 from launcher.commands.report import cause_of, refuse_to_overwrite
 from launcher.commands.runs import remembered
-from launcher.commands.start import node_hours, say_where, submitted
+from launcher.commands.start import ask_first, node_hours, say_where, submitted
 from launcher.commands.watching import watch
 from launcher.config.help import RunCommand
 from launcher.config.options import FilePath, RunOptions, run_options, run_or_file, runs_dir_option
@@ -204,11 +204,8 @@ def _submit(options: RunOptions, rows: Sequence[Outcome], yes: bool, force: bool
             "--baseline FILE or RUN takes one of yours"
         )
     size = describe_run(spec)
-    asking = not (yes or force or spec.job.scheduler == "local")
-    asking = asking and is_terminal(sys.stdin) and is_terminal(sys.stderr)
-    if asking:
-        confirm(f"Submit {size} ({node_hours(spec)}) and judge it?", err=True)
-
+    quiet = yes or force or spec.job.scheduler == "local"
+    ask_first(lambda: f"Submit {size} ({node_hours(spec)}) and judge it?", quiet, err=True)
     with submitted(spec, secrets) as (run, job_id):
         echo(f"{run.name}: job {job_id}, {size}", err=True)
     return run

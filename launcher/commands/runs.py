@@ -29,7 +29,7 @@ from launcher.base.output import (
     terminal_width,
     warn,
 )
-from launcher.commands.watching import about, plain_line, watch_all
+from launcher.commands.watching import about, plain_line, watch_all, why_it_waits
 from launcher.commands.watching import watch as show_run
 from launcher.config.options import run_argument, runs_dir_option
 from launcher.logs.first_error import find_errors
@@ -37,7 +37,6 @@ from launcher.logs.follow import Progress, folded, logs_of
 from launcher.logs.known_errors import SMALLER, Failure, explain, how_it_ended
 from launcher.nodes import hardware, unfit
 from launcher.nodes.bad_nodes import BadNode, remember
-from launcher.preflight.waiting import why_waiting
 from launcher.results.columns import as_dict
 from launcher.results.formats import attempt_text
 from launcher.results.outcome import Lack
@@ -47,7 +46,7 @@ from launcher.runs import attach, control
 from launcher.runs import directory as runs
 from launcher.runs.attempts import WHY_NOT, attempts_of
 from launcher.runs.directory import Run
-from launcher.scheduler.state import GOING, WAITING, JobState
+from launcher.scheduler.state import GOING, JobState
 
 _STATE_COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "FAILED": "red", "UNKNOWN": "yellow", "TIMEOUT": "red"}
 
@@ -108,9 +107,9 @@ def status(names: tuple[str, ...], runs_dir: Path, as_json: bool) -> None:
 def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
     """What --json prints of a run; without it, prints the same for people."""
     row = _summary(run, state)
-    waiting, progress = _why_waiting(run, state), _progress(run, state)
+    waiting, progress = why_it_waits(run, state), _progress(run, state)
     failure, left_out = failure_of(run, state), remembered(run, state)
-    hang, faults = read_json(run.path / "nodes" / "hang.json"), hardware.of_run(run) if failure else []
+    hang, faults = run.hang, hardware.of_run(run) if failure else []
     # Its progress line says what a run that goes on has reached, without all of its logs being read.
     outcome = None if state.active else outcome_of(run, state, with_data_share=False)
     completed, problems = state.name == "COMPLETED", outcome.problems if outcome else ()
@@ -268,14 +267,9 @@ def cancel(run: str, runs_dir: Path, as_json: bool) -> None:
 
 
 def follow_run(run: Run, as_json: bool) -> None:
-    """Shows the run's progress until it ends, then its results row. Exits with the run's own status."""
-    exit_for(watch_to_end(run, as_json)[0])
+    """Shows the run's progress until it ends, then its results row. Exits with the run's own status.
 
-
-def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState, list[BadNode]]:
-    """Shows the run's progress and its end; returns its state and the nodes that are left out for it from now on.
-
-    Ctrl-C ends the program, not the run; `detached` is said then, too.
+    Ctrl-C ends the program, not the run.
     """
     try:
         if as_json:
@@ -284,7 +278,7 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
         else:
             show_run(run, sys.stdout)
     except KeyboardInterrupt:
-        echo("", f"detached; {run.name} goes on: {quoted('launcher', 'watch', run.reference)}{detached}", err=True)
+        echo("", f"detached; {run.name} goes on: {quoted('launcher', 'watch', run.reference)}", err=True)
         sys.exit(ExitStatus.INTERRUPTED)
     state = control.state(run)
     outcome, failure, left_out = outcome_of(run, state), failure_of(run, state), remembered(run, state)
@@ -299,14 +293,7 @@ def watch_to_end(run: Run, as_json: bool, detached: str = "") -> tuple[JobState,
             echo("", markdown_row(outcome), summary_line(outcome))
         if failure:
             _print_failure(run, failure, left_out)
-    return state, left_out
-
-
-def _why_waiting(run: Run, state: JobState) -> list[str]:
-    if run.is_local or state.name not in WAITING:
-        return []
-
-    return why_waiting(run, state)
+    exit_for(state)
 
 
 def _progress(run: Run, state: JobState) -> Progress | None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.base.errors import quoted
 from launcher.base.files import write_json
 from launcher.base.finding import OK, Finding
-from launcher.base.output import echo, print_json
+from launcher.base.output import confirm, echo, is_terminal, print_json
 from launcher.commands.asked import describe_run
 from launcher.config.spec import PlacedRun
 from launcher.plan.plan import plan, prediction
 from launcher.preflight.text import words
 from launcher.runs import control
 from launcher.runs.directory import Run, making, remaking, restore
-from launcher.runs.resume import check_ended
 from launcher.stage.view import write_data
 
 
@@ -58,17 +58,16 @@ def submitted(spec: PlacedRun, secrets: Mapping[str, str], after: str = "") -> I
 def resumed(run: Run, spec: PlacedRun, secrets: Mapping[str, str], after: str = "") -> Iterator[tuple[Run, str]]:
     """A run that has ended, submitted as its next attempt, and the number of its job. When refused, it is as before."""
     before = run.submission
-    check_ended(run)  # since it was last asked, somebody else may have resumed it
+    control.check_ended(run)  # since it was last asked, somebody else may have resumed it
     with control.signals_deferred(), remaking(run, before, spec, secrets, time.time()) as lock_fd:
         job_id = control.submit(run, lock_fd, after, undo=restore)
         yield run, job_id
 
 
-def start(spec: PlacedRun, secrets: Mapping[str, str], as_json: bool) -> Run:
-    """Submits the run, and says where it is."""
-    with submitted(spec, secrets) as (run, job_id):
-        say_started(run, spec, job_id, as_json)
-    return run
+def ask_first(question: Callable[[], str], quiet: bool, err: bool = False) -> None:
+    """Asks on a terminal, and ends the program where the answer is no. Predictions in it are made for that alone."""
+    if not quiet and is_terminal(sys.stdin) and is_terminal(sys.stderr if err else sys.stdout):
+        confirm(question(), err=err)
 
 
 def say_started(run: Run, spec: PlacedRun, job_id: str, as_json: bool) -> None:

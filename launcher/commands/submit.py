@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from launcher.base.output import as_json, confirm, echo, echo_file, is_terminal, print_json
+from launcher.base.output import as_json, echo, echo_file, print_json
 from launcher.commands.asked import describe_run, looked_at, secrets_of, spec_of, tell
 from launcher.config import resolve
 from launcher.config.help import RunCommand
@@ -70,11 +69,9 @@ def submit(
     if proved:
         _proof(run)
     quiet = yes or force or as_json or run.job.scheduler == "local"
-    asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    if asking:
-        confirm(f"Submit {describe_run(run)} ({starting.node_hours(run)})?")
-
-    made = starting.start(run, secrets, as_json)
+    starting.ask_first(lambda: f"Submit {describe_run(run)} ({starting.node_hours(run)})?", quiet)
+    with starting.submitted(run, secrets) as (made, job_id):
+        starting.say_started(made, run, job_id, as_json)
     if follow or retries:
         follow_run(made, as_json)
 
@@ -127,7 +124,7 @@ def resume(
     from launcher.commands import start as starting
     from launcher.commands.runs import follow_run
     from launcher.runs import directory as runs
-    from launcher.runs.resume import check_resumable
+    from launcher.runs.control import check_resumable
 
     found = runs.open_run(run, runs_dir)
     given: dict[str, Any] = {"recipe.steps": steps, "job.time": time, "job.exclude": exclude}

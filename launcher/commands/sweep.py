@@ -12,9 +12,9 @@ import click
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.finding import Finding
-from launcher.base.output import as_json, confirm, counted, echo, is_terminal, print_json, terminal_width
+from launcher.base.output import as_json, counted, echo, print_json, terminal_width
 from launcher.commands.asked import looked_at, secrets_of, tell
-from launcher.commands.start import resumed, submitted
+from launcher.commands.start import ask_first, resumed, submitted
 from launcher.config.help import RunCommand
 from launcher.config.options import RunOptions, run_options
 from launcher.config.sbatch import split
@@ -80,10 +80,7 @@ def sweep(
     if dry_run:
         return
     if ready:
-        quiet = yes or force or as_json or is_local
-        asking = not quiet and is_terminal(sys.stdin) and is_terminal(sys.stdout)
-        if asking:
-            confirm(f"Submit {counted(len(ready), 'run')}?")
+        ask_first(lambda: f"Submit {counted(len(ready), 'run')}?", quiet=yes or force or as_json or is_local)
         _submit(ready, cells, options, parallel, as_json)
         cells = standings(specs)
     if follow:

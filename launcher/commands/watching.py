@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -25,7 +26,7 @@ from launcher.runs import directory as runs
 from launcher.runs.attempts import Attempt, ended_by
 from launcher.runs.directory import Run
 from launcher.runs.phases import Phase, Standing, Watcher
-from launcher.scheduler.state import JobState
+from launcher.scheduler.state import WAITING, JobState
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,11 +58,12 @@ def about(run: Run) -> About:
 
 def watch(run: Run, stream: TextIO) -> None:
     """Shows how the run stands until it has ended: steps on `stream`, what comes before them in a pipe on stderr."""
+    show(attach.standings(run), about(run), stream, is_terminal(stream), partial(why_it_waits, run))
 
-    def why(state: JobState | None) -> list[str]:
-        return why_waiting(run, state) if state and not run.is_local and state.name != "SUBMITTING" else []
 
-    show(attach.standings(run), about(run), stream, is_terminal(stream), why)
+def why_it_waits(run: Run, state: JobState | None) -> list[str]:
+    """Lines that tell why Slurm has not started the run yet; none where it does not wait for Slurm."""
+    return why_waiting(run, state) if state and state.name in WAITING and not run.is_local else []
 
 
 def show(

@@ -66,10 +66,10 @@ def error_logs(log_dir: Path) -> list[Path]:
     return [*node_logs(log_dir).values(), *ranks, log_dir / JOB_LOG]
 
 
-def last_lines(paths: Sequence[Path], count: int) -> tuple[Path, list[str]]:
+def last_lines(paths: Sequence[Path], count: int) -> tuple[Path | None, list[str]]:
     """The end of the first of `paths` that holds anything, for a failure whose error is not known."""
     for path in paths:
         lines = [plain_text(line)[:200] for line in last_bytes(path, 8192).splitlines() if line.strip()]
         if lines:
             return path, lines[-count:]
-    return Path(), []
+    return None, []

@@ -134,6 +134,10 @@ class _Found:
     is_stop: bool = False  # it says itself that Slurm ended the run
     progress: int = 0  # lines after it that show that the run went on
 
+    @property
+    def is_undated_cause(self) -> bool:
+        return (self.grade, self.time) == (_CAUSE, math.inf)
+
 
 @dataclass
 class _Search:
@@ -188,19 +192,17 @@ def find_errors(paths: Iterable[Path], stopped: bool = False) -> Errors:
             continue
         found.append((Path(path), search))
     ranks = [(rank, path) for path, search in found for rank in search.ranks]
-    errors: list[tuple[int, float, Path | None, _Found]] = [
-        (best.grade, best.time, path, best) for path, search in found if (best := search.best)
-    ]
+    errors = [(best, path) for path, search in found if (best := search.best)]
     ends = [search.stopped for _, search in found if search.stopped is not None]
     if ends:  # what has no date may have come before
         ranks = [one for one in ranks if one[0].time < min(ends)]
-        errors = [one for one in errors if one[1] < min(ends) or one[3].is_stop or one[:2] == (_CAUSE, math.inf)]
+        errors = [one for one in errors if one[0].time < min(ends) or one[0].is_stop or one[0].is_undated_cause]
     rank, log = min(ranks, key=lambda one: one[0].time, default=(None, None))
     completed = any(search.completed for _, search in found)
-    nothing: tuple[int, float, Path | None, _Found] = (_NONE, math.inf, None, _Found(_NONE, "", []))
-    grade, _, where, best = min(errors, key=lambda error: error[:2], default=nothing)
+    nothing = _Found(_NONE, "", []), None
+    best, where = min(errors, key=lambda one: (one[0].grade, one[0].time), default=nothing)
     if rank and log and not ends and rank.exit_code not in _INTERRUPTED:
-        if grade > _ABORT and (words := _last_words(found, log, rank.local_rank))[1]:
+        if best.grade > _ABORT and (words := _last_words(found, log, rank.local_rank))[1]:
             return Errors(*words, rank, completed, True)
         if where == log and "(exitcode: -" in best.lines[0]:  # torchrun says which signal, and the rank maybe why
             best.lines += _last_words(found, log, rank.local_rank)[1]
@@ -361,23 +363,14 @@ def _read_report(search: _Search, text: str) -> None:
         search.report = {}
     elif search.report is not None:
         if match := _REPORTED.match(text):
-            search.report[match[1]] = match[2]
-            if match[3]:
-                search.report["local"] = match[3]
+            search.report |= {match[1]: match[2]} | ({"local": match[3]} if match[3] else {})
         if "exitcode" in search.report or len(text) > 200 or not text.startswith((" ", "[")):
             told, search.report = search.report, None
             moment = line_time(told.get("time", "").encode()) or math.inf
             rank, code = told.get("rank", ""), told.get("exitcode", "")
             if re.fullmatch(r"-?\d+", code):
-                search.ranks.append(
-                    FailedRank(
-                        moment,
-                        told.get("host", ""),
-                        int(rank) if rank.isdigit() else None,
-                        int(code),
-                        told.get("local", ""),
-                    )
-                )
+                named = int(rank) if rank.isdigit() else None
+                search.ranks.append(FailedRank(moment, told.get("host", ""), named, int(code), told.get("local", "")))
 
 
 def begins_with_exception(text: str) -> bool:

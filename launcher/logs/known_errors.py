@@ -41,6 +41,9 @@ class Known:
     cases: Sequence[Mapping[str, str]] = ()
 
 
+_NOT_KNOWN = Known("", "", "", "", "")
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a job ended: Slurm's word and the first one of its reason, the script's exit code, whether anything was
@@ -137,34 +140,25 @@ def explain(
     """
     paths = error_logs(log_dir)
     seen = find_errors(paths, ended.by_slurm)
-    error_path, error = seen.path, seen.lines
-    names = {"run": quoted(reference), "run_dir": quoted(run_dir), "again": quoted(run_dir / "run.toml")}
-    names |= {"smaller": smaller, "srun": "" if is_local else "srun -N1 "}
-    rank = seen.rank
-
-    def told(found: tuple[Known, re.Match[str] | None], *shown: Any) -> Failure:
-        return replace(_failure(*found, names, rank, *shown), rank=rank, completed=seen.completed)
-
-    if found := _of_error(error):
-        return told(found, error_path, error, True)
-    if not error or seen.last_words or _leaves_open(error[0]):
+    error = seen.lines
+    shown: tuple[Path | None, Sequence[str], bool] = (seen.path, error, bool(error))
+    found = _of_error(error)
+    if not found and (not error or seen.last_words or _leaves_open(error[0])):
         ends = [path for path in paths if "ranks" not in path.relative_to(log_dir).parts]
         if printed := _printed(ends, ended):
-            known, match, path, lines = printed
-            shown = (path, lines, True) if path else (error_path, error, bool(error))
-            shown = shown if shown[1] else (*last_lines(paths, 5), False)
-            return told((known, match), *shown)
-        if error and (found := _match(error[0], VICTIM)):
-            return told(found, error_path, error, True)
-    if error:
-        return Failure("", "", "", error_path, error, True, rank, seen.completed)
-    path, lines = last_lines(paths, 5)
-    shown = (path if lines else None, lines, False)
-    if weak := next(
-        (one for one in known_errors() if one.where == VICTIM and any(map(ended.is_like, one.ended))), None
-    ):
-        return told((weak, None), *shown)
-    return Failure("", "", "", *shown, rank, seen.completed)
+            found, (path, lines) = printed[:2], printed[2:]
+            shown = (path, lines, True) if path else shown
+        elif error:
+            found = _match(error[0], VICTIM)
+    if not shown[1]:
+        shown = (*last_lines(paths, 5), False)
+    if not (found or error):
+        victims = (one for one in known_errors() if one.where == VICTIM)
+        found = next(((one, None) for one in victims if any(map(ended.is_like, one.ended))), None)
+    names = {"run": quoted(reference), "run_dir": quoted(run_dir), "again": quoted(run_dir / "run.toml")}
+    names |= {"smaller": smaller, "srun": "" if is_local else "srun -N1 "}
+    known, match = found or (_NOT_KNOWN, None)
+    return replace(_failure(known, match, names, seen.rank, *shown), rank=seen.rank, completed=seen.completed)
 
 
 def how_it_ended(state: str, reason: str, exit_code: int | None, log_dir: Path) -> Ended:
@@ -176,7 +170,10 @@ def how_it_ended(state: str, reason: str, exit_code: int | None, log_dir: Path) 
     return Ended(state, reason.split(" ")[0], exit_code, logged)
 
 
-def _of_error(lines: Sequence[str]) -> tuple[Known, re.Match[str]] | None:
+Found = tuple[Known, re.Match[str] | None]
+
+
+def _of_error(lines: Sequence[str]) -> Found | None:
     code = False  # of a traceback's last frame: what it would say is not what was said
     for line in lines:
         code = code and not begins_with_exception(line)  # there is none of what runs without its source
@@ -186,7 +183,7 @@ def _of_error(lines: Sequence[str]) -> tuple[Known, re.Match[str]] | None:
     return None
 
 
-def _match(line: str, *where: str) -> tuple[Known, re.Match[str]] | None:
+def _match(line: str, *where: str) -> Found | None:
     for known in known_errors():
         if known.pattern and known.where in where and (match := re.search(known.pattern, line)):
             return known, match
@@ -217,7 +214,7 @@ def _printed(paths: Sequence[Path], ended: Ended) -> tuple[Known, re.Match[str] 
             continue
         text = plain_text(line[:LINE_CHARS])
         found = _match(text, PRINTED)
-        if found:  # of two lines that say the same, one that names something says more
+        if found and found[1]:  # of two lines that say the same, one that names something says more
             order = (known_errors().index(found[0]), not any(found[1].groupdict().values()))
             if best is None or order < best[0]:
                 best, following = (order, found[1], path, [text]), 4

@@ -25,6 +25,7 @@ from launcher.nodes import unfit
 from launcher.runs import control
 from launcher.runs import directory as runs
 from launcher.runs.again import past_attempts
+from launcher.runs.attempts import moment
 from launcher.runs.directory import Run
 from launcher.runs.judged import writable
 from launcher.scheduler import slurm
@@ -132,8 +133,7 @@ def remember(run: Run, state: JobState, now_s: float, cluster: str = "") -> list
     """
     if not (state.unfit or run.chosen or past_attempts(run.path)) or run.is_local or run.is_copy:
         return []
-    ended = (run.end or {}).get("ended_at")
-    at = float(ended) if isinstance(ended, (int, float)) and 0 <= ended <= now_s else now_s
+    at = min(moment((run.end or {}).get("ended_at")) or now_s, now_s)
     folder = writable(str(run.path))
     found = [
         BadNode(node.host, node.why, folder, at, at + KEEP_S)
@@ -156,16 +156,18 @@ def without_remembered(spec: PlacedRun, facts: ClusterFacts, now_s: float) -> tu
     """
     known: Memory = {}
     found: list[Finding] = []
-    try:
+
+    def newest() -> Memory:
         for run in runs.all_runs(Path(spec.job.runs_dir))[:NEWEST]:
             if run.end is not None:
                 remember(run, control.state(run), now_s, facts.name)
-    except LauncherError as failed:  # what was remembered before is left out all the same
-        found = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
-    try:
-        known = read()
-    except LauncherError as failed:
-        found = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
+        return {}
+
+    for memory in (newest, read):  # where the first fails, what was remembered before is left out all the same
+        try:
+            known = memory()
+        except LauncherError as failed:
+            found = [warning("bad-nodes-not-left-out", failed.fix, why=failed.what)]
     if facts.name:
         spec, more = without(spec, facts, [node for node in known.get(facts.name, ()) if node.counts(now_s)], now_s)
         return spec, [*found, *more]

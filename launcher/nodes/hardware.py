@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.base.errors import quoted
-from launcher.base.files import read_json
 from launcher.logs.steps import last_bytes
 from launcher.nodes import unfit
 from launcher.runs.directory import Run
-from launcher.runs.judged import writable
+from launcher.runs.judged import culprit_of, objects, writable
 
 LOG_BYTES = 1 << 20
 ERROR = re.compile(r"\b(S?)Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),\s*([^\n]{0,300})")
@@ -51,18 +50,16 @@ def of_run(run: Run) -> list[SendBack]:
     records = {str(record.get("host")): record for record in run.node_records}
     for path in sorted(run.logs.glob("[0-9]*-*.log")):
         host = path.stem.partition("-")[2]
-        gpus = _gpus(records.get(host, {}))
+        gpus = objects(records.get(host, {}).get("gpu_health"))
         text = last_bytes(path, LOG_BYTES).decode("utf-8", "replace")
         kernel = "\n".join(line for line in text.splitlines() if line.startswith("titan-kernel: "))
         found += [one for line in ERROR.finditer(kernel) if (one := driver_error(host, line, gpus))]
     found += [SendBack(node.host, node.why, "isolate") for node in unfit.of_run(run) if node.own]
-    verdict = read_json(run.path / "nodes" / "hang.json") or {}
-    culprit = verdict.get("culprit")
-    if isinstance(culprit, dict) and isinstance(culprit.get("host"), str):
-        host = culprit["host"]
-        gpus, local = _gpus(records.get(host, {})), culprit.get("local_rank")
+    if culprit := culprit_of(run.path):
+        host, local = culprit["host"], culprit.get("local_rank")
+        gpus = objects(records.get(host, {}).get("gpu_health"))
         gpu = _named(gpus[local]) if isinstance(local, int) and 0 <= local < len(gpus) else ""
-        found.append(SendBack(host, f"hang: {writable(str(verdict.get('why')))}", "watch", gpu=gpu))
+        found.append(SendBack(host, f"hang: {writable(str(run.hang.get('why')))}", "watch", gpu=gpu))
     return list(dict.fromkeys(found))
 
 
@@ -79,11 +76,6 @@ def driver_error(host: str, line: re.Match[str], gpus: Sequence[Mapping[str, Any
     at = [gpu for gpu in gpus if str(gpu.get("bus_id", "")).lower().removeprefix("0000").startswith(bus.lower())]
     gpu = _named(at[0]) if at else f"GPU at {bus}"
     return SendBack(host, f"Xid {code}: {rows[0]['meaning']}", rows[0]["action"], table["source"], gpu, int(code))
-
-
-def _gpus(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    gpus = record.get("gpu_health")
-    return [gpu for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
 
 
 def _named(gpu: Mapping[str, Any]) -> str:

@@ -6,20 +6,19 @@ from launcher.base.errors import quoted
 from launcher.logs.known_errors import Failure
 from launcher.runs.again import past_attempts
 from launcher.runs.directory import Run
-from launcher.runs.judged import Unfit, judge, text_of
+from launcher.runs.judged import Unfit, text_of, unfit_in
 
 SHOWN = 12  # lines of a message
 
 
 def of_run(run: Run) -> list[Unfit]:
     """The nodes of a run that failed their check, in the job's order; none where nothing of that can be read."""
-    return judge(run.node_records, run.check, run.nodes)
+    return unfit_in(run.path, run.nodes)
 
 
 def of_attempts(run: Run) -> dict[str, Unfit]:
     """The nodes that failed their check in any attempt, by host."""
-    attempts = [*(Run(path) for path in past_attempts(run.path)), run]
-    found = [one for attempt in attempts for one in judge(attempt.node_records, attempt.check, run.nodes)]
+    found = [one for folder in (*past_attempts(run.path), run.path) for one in unfit_in(folder, run.nodes)]
     return {one.host: one for one in sorted(found, key=lambda one: one.own)}
 
 

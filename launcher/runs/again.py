@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from launcher.base.files import read_json, write_json
 from launcher.logs.files import JOB_LOG, node_logs
 from launcher.logs.known_errors import Ended, explain, known_errors
 from launcher.logs.steps import LogReader
-from launcher.runs.judged import judge
+from launcher.runs.judged import count, culprit_of, texts, unfit_in
 from launcher.scheduler.parse import expand
 from launcher.titan import checkpoints
 
@@ -32,7 +32,6 @@ TRAVELS = (
     *("__init__.py", "base/*.py", "logs/*.py", "logs/*.toml", "scheduler/*.py", "titan/*.py"),
     *("runs/__init__.py", "runs/again.py", "runs/judged.py"),
 )
-MOST = 10_000  # names in a record: more is damage
 WITHOUT_PROGRESS = 3  # attempts in a row without a new checkpoint, after which the run stops
 LOST, HANG = "node-failure", "hang"
 UNFIT, QUEUED, TIME = "node-unfit", "requeued", "time-limit"  # causes that are treated in their own way
@@ -51,13 +50,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended. `known`: whether its cause is one after which another attempt makes sense."""
+    """Why an attempt ended, and whether another one makes sense after it."""
 
     cause: str  # a code of known_errors.toml, QUEUED, TIME; "" where none is known
-    makes_sense: bool
-    step: int  # the last complete checkpoint's; 0: none
+    makes_sense: bool = True
+    step: int = 0  # the last complete checkpoint's; 0: none
     culprits: tuple[str, ...] = ()  # nodes that are left out from now on
     alive: tuple[str, ...] = ()  # nodes of the allocation that answer
+    completed: bool = False  # all was done
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def decide(now: Ending, past: Sequence[Mapping[str, Any]], limits: Limits) -> Ne
 
 def _without_progress(now: Ending, past: Sequence[Mapping[str, Any]]) -> int:
     """How many attempts in a row, this one included, trained and left no new checkpoint behind."""
-    ends = [*((str(one.get("cause", "")), _count(one.get("step"))) for one in past), (now.cause, now.step)]
+    ends = [*((str(one.get("cause", "")), count(one.get("step"))) for one in past), (now.cause, now.step)]
     before = [0, *(step for _, step in ends[:-1])]
     found = 0
     for (cause, step), start in reversed(list(zip(ends, before, strict=True))):
@@ -159,42 +159,26 @@ def checkpoint_step(run_dir: Path, node: Mapping[str, Any]) -> int:
 # --- the cause ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Cause:
-    """Why an attempt ended, whether another makes sense after it, without which nodes, and whether all was done."""
-
-    code: str
-    makes_sense: bool
-    culprits: Sequence[str]
-    completed: bool = False
-
-
-def cause_of(run_dir: Path, code: int, lost: Sequence[str], nodes: int) -> Cause:
+def ending_of(run_dir: Path, code: int, lost: Sequence[str], nodes: int) -> Ending:
     """From the logs and records in the root, and the nodes that do not answer any more."""
-    records = [record for file in sorted((run_dir / "nodes").glob("[0-9]*-*.json")) if (record := read_json(file))]
-    unfit = judge(records, read_json(run_dir / "nodes" / "check.json"), nodes)
+    unfit = unfit_in(run_dir, nodes)
     culprits = [one.host for one in unfit if one.own]
     trained = any(next(LogReader(path).read(), None) for path in _logs(run_dir))
     if unfit and not trained and not lost:
-        return Cause(UNFIT, bool(culprits), culprits)
+        return Ending(UNFIT, bool(culprits), culprits=tuple(culprits))
     failure = explain(run_dir / "logs", Ended("FAILED", exit=code), "RUN", run_dir)
     known = next((one for one in known_errors() if one.code == failure.code), None)
     if known and known.node:
         with suppress(ValueError):
             culprits += expand(failure.host)
-    if failure.code == HANG and (host := _culprit_of_hang(run_dir)):
-        culprits.append(host)
+    if failure.code == HANG and (culprit := culprit_of(run_dir)):
+        culprits.append(culprit["host"])
     # A rank that ended without a word was ended from outside: torchrun and srun tell no more than that.
-    makes_sense = known.again if known else not failure.is_error
+    cause, makes_sense = failure.code, known.again if known else not failure.is_error
     if lost and not (known and known.fault):
-        return Cause((failure.code if makes_sense else "") or LOST, True, [*culprits, *lost], failure.completed)
-    return Cause(failure.code, makes_sense, culprits, failure.completed)
-
-
-def _culprit_of_hang(run_dir: Path) -> str:
-    culprit = (read_json(run_dir / "nodes" / "hang.json") or {}).get("culprit")
-    host = culprit.get("host") if isinstance(culprit, dict) else ""
-    return host if isinstance(host, str) else ""
+        cause, makes_sense = (cause if makes_sense else "") or LOST, True
+        culprits += lost
+    return Ending(cause, makes_sense, culprits=tuple(dict.fromkeys(culprits)), completed=failure.completed)
 
 
 # --- what the job script asks -------------------------------------------------------------------------------
@@ -220,26 +204,20 @@ def main(arguments: Sequence[str]) -> int:
         said = read_json(run_dir / "attempt.json") or {}
         write_json(run_dir / "attempt.json", said | {"again": False, "why_not": asked.why})
         return 0
-    node = read_json(run_dir / "job" / "node.json") or {}
-    limits = limits_of(node)
-    past = _past(run_dir, asked.job)
-    if asked.what == "begin":
-        return _begin(run_dir, node, past, limits, asked)
+    return _begin(run_dir, asked) if asked.what == "begin" else _end(run_dir, asked)
+
+
+def _end(run_dir: Path, asked: argparse.Namespace) -> int:
     # In Slurm's order: the first is the node where the others meet, and srun sorts what it is given.
     alive = tuple(host for host in asked.allocated.split() if host in asked.alive.split())
-    lost = sorted({*asked.allocated.split()} - {*alive})
-    cause = cause_of(run_dir, asked.code, lost, len(asked.started.split()))
-    if cause.completed:  # while the step ended, a node was lost, or failed
+    lost, started = tuple(sorted({*asked.allocated.split()} - {*alive})), asked.started.split()
+    ending = ending_of(run_dir, asked.code, lost, len(started))
+    if ending.completed:  # while the step ended, a node was lost, or failed
         print("done")
         return 0
     if asked.time_is_up:
-        cause = Cause(TIME, True, lost)
-    step, culprits = checkpoint_step(run_dir, node), tuple(dict.fromkeys(cause.culprits))
-    ending = Ending(cause.code, cause.makes_sense, step, culprits, alive)
-    following = decide(ending, past, limits)
-    record = _record(ending, following, asked.attempt, asked.job, asked.started.split(), asked.began, asked.code)
-    write_json(run_dir / "attempt.json", record)
-    _say(record)
+        ending = Ending(TIME, culprits=lost)
+    following = _concluded(run_dir, asked, replace(ending, alive=alive), asked.attempt, started, asked.began)
     if following.word == "again":
         archive(run_dir)
     print(following.word, (" " if following.word == "again" else ",").join(following.hosts))
@@ -252,80 +230,66 @@ def _past(run_dir: Path, job: str) -> list[dict[str, Any]]:
     return [record for record in records if record.get("job_id") == job]
 
 
-def limits_of(node: Mapping[str, Any]) -> Limits:
+def _node(run_dir: Path) -> dict[str, Any]:
+    return read_json(run_dir / "job" / "node.json") or {}
+
+
+def _limits(node: Mapping[str, Any]) -> Limits:
     """From job/node.json."""
     job, placed = node.get("job", {}), node.get("placed", {})
-    nodes, restarts, continues = map(_count, (job.get("nodes"), placed.get("restarts"), job.get("continues")))
+    nodes, restarts, continues = map(count, (job.get("nodes"), placed.get("restarts"), job.get("continues")))
     nodelist = frozenset(expand(str(job.get("nodelist", ""))))
     return Limits(nodes, restarts, continues, job.get("scheduler") == "local", nodelist)
 
 
-def _begin(run_dir: Path, node: Mapping[str, Any], past: list[dict[str, Any]], limits: Limits, asked: Any) -> int:
+def _begin(run_dir: Path, asked: argparse.Namespace) -> int:
     """Puts an attempt away that Slurm cut off, or that this job queued itself again after."""
     number = _number(run_dir)
-    if (run_dir / "attempts" / f".{number}").exists():  # cut off while it was put away
-        archive(run_dir)
-    elif _leaves(run_dir):
-        record = read_json(run_dir / "attempt.json")
-        if record is None or record.get("again") is not True:
-            ending = Ending(QUEUED, True, checkpoint_step(run_dir, node))
+    cut_off_while_put_away = (run_dir / "attempts" / f".{number}").exists()
+    if cut_off_while_put_away or _leaves(run_dir):
+        said = read_json(run_dir / "attempt.json") or {}
+        if not cut_off_while_put_away and said.get("again") is not True:
             hosts = [name for log in _logs(run_dir) if (name := log.stem.partition("-")[2])]
-            following = decide(ending, past, limits)
-            if following.word == "requeue":  # that no node is known to be alive is no reason
-                following = Next("again")
-            record = _record(ending, following, number, asked.job, hosts, _began(run_dir, asked.began), 0)
-            write_json(run_dir / "attempt.json", record)
-            _say(record)
-            if following.word == "stop":
+            began = min([asked.began, *(int(path.stat().st_mtime) for path in (run_dir / "nodes").glob("*.json"))])
+            if _concluded(run_dir, asked, Ending(QUEUED), number, hosts, began).word == "stop":
                 return 1
         archive(run_dir)
     # Slurm may give a node that was left out to the job again; where too few others are left, the check decides.
     bad = {host for record in _past(run_dir, asked.job) for host in texts(record.get("culprits"))}
     hosts = asked.allocated.split()
     left = [host for host in hosts if host not in bad]
-    print(_number(run_dir), *(left if len(left) >= limits.nodes else hosts))
+    print(_number(run_dir), *(left if len(left) >= _limits(_node(run_dir)).nodes else hosts))
     return 0
 
 
-def _began(run_dir: Path, at_most: int) -> int:
-    times = [int(path.stat().st_mtime) for path in (run_dir / "nodes").glob("*.json")]
-    return min([at_most, *times])
-
-
-def _record(
-    ending: Ending, following: Next, number: int, job: str, hosts: Sequence[str], began: int, code: int
-) -> dict[str, Any]:
-    """The content of attempt.json."""
-    return {
+def _concluded(
+    run_dir: Path, asked: argparse.Namespace, ending: Ending, number: int, hosts: Sequence[str], began: int
+) -> Next:
+    """Decides what follows, and writes it down; says it for job.log, as stdout is the job script's."""
+    node = _node(run_dir)
+    ending = replace(ending, step=checkpoint_step(run_dir, node))
+    following = decide(ending, _past(run_dir, asked.job), _limits(node))
+    if ending.cause == QUEUED and following.word == "requeue":  # that no node is known to be alive is no reason
+        following = Next("again")
+    goes_on = following.word != "stop"
+    record = {
         "schema": 1,
         "attempt": number,
-        "job_id": job,
+        "job_id": asked.job,
         "hosts": list(hosts),
         "began_at": began,
         "ended_at": int(time.time()),
-        "exit_code": code,
+        "exit_code": asked.code,
         "cause": ending.cause,
         "culprits": list(ending.culprits),
         "step": ending.step,
-        "again": following.word != "stop",
+        "again": goes_on,
         "requeue": following.word == "requeue" or ending.cause == QUEUED,
         "why_not": following.why_not,
     }
-
-
-def _say(record: Mapping[str, Any]) -> None:
-    """For job.log; stdout is the job script's."""
-    without = f" without {', '.join(record['culprits'])}" if record["culprits"] else ""
-    where = f"from step {record['step']}" if record["step"] else "from the beginning"
-    then = f"again {where}{without}" if record["again"] else f"no further attempt ({record['why_not']})"
-    cause = record["cause"] or "for no known reason"
-    print(f"launcher: attempt {record['attempt']} ended: {cause}; {then}", file=sys.stderr)
-
-
-def texts(value: object) -> tuple[str, ...]:
-    """A record's list of names, bounded; empty where it is none."""
-    return tuple(one[:100] for one in value[:MOST] if isinstance(one, str) and one) if isinstance(value, list) else ()
-
-
-def _count(value: object) -> int:
-    return value if type(value) is int and 0 <= value < 10**9 else 0
+    write_json(run_dir / "attempt.json", record)
+    without = f" without {', '.join(ending.culprits)}" if ending.culprits else ""
+    where = f"from step {ending.step}" if ending.step else "from the beginning"
+    then = f"again {where}{without}" if goes_on else f"no further attempt ({following.why_not})"
+    print(f"launcher: attempt {number} ended: {ending.cause or 'for no known reason'}; {then}", file=sys.stderr)
+    return following

@@ -17,6 +17,7 @@ from launcher.runs import control
 from launcher.runs.directory import Run
 from launcher.runs.phases import Standing, Watcher
 from launcher.scheduler import slurm
+from launcher.scheduler.state import JobState
 
 T = TypeVar("T")
 
@@ -27,13 +28,9 @@ SILENCE_S = 600.0  # a controller that restarts is back by then
 
 def standings(run: Run) -> Iterator[Standing]:
     """How the run stands, every second and at every logged step, until it has ended and its logs are read."""
-    watcher, ask = Watcher(run), patient(lambda: control.state(run))
-    asked_at, state = -ASK_EVERY_S, None
+    watcher, ask = Watcher(run), _asking(run)
     while True:
-        if run.end is not None or time.monotonic() - asked_at >= ASK_EVERY_S:
-            asked_at = time.monotonic()
-            state = ask()
-        yield from watcher.look(state)
+        yield from watcher.look(state := ask())
         if state is not None and not state.active:
             return
         time.sleep(LOOK_EVERY_S)
@@ -59,8 +56,12 @@ def log_lines(
     """(node, line) of the run's logs, or of those of one node or rank; with `until_end` goes on reading until the run
     has ended. `log_dir`: of an earlier attempt.
     """
-    logs = partial(logs_of, log_dir or run.logs, node, rank, run.ranks_per_node)
-    return merged_lines(logs, follow=until_end, is_finished=_finished(run), sleep=time.sleep)
+    logs, ask = partial(logs_of, log_dir or run.logs, node, rank, run.ranks_per_node), _asking(run)
+
+    def has_ended() -> bool:
+        return (state := ask()) is not None and not state.active
+
+    return merged_lines(logs, follow=until_end, is_finished=has_ended, sleep=time.sleep)
 
 
 def as_dict(progress: Progress) -> dict[str, Any]:
@@ -92,18 +93,15 @@ def patient(ask: Callable[[], T]) -> Callable[[], T | None]:
     return answer
 
 
-def _finished(run: Run) -> Callable[[], bool]:
-    asked_at = -ASK_EVERY_S
+def _asking(run: Run) -> Callable[[], JobState | None]:
+    """The run's state: asked every ASK_EVERY_S, and as soon as its script has ended; in between the last answer."""
     ask = patient(lambda: control.state(run))
+    asked_at, state = -ASK_EVERY_S, None
 
-    def finished() -> bool:
-        nonlocal asked_at
-        if run.end is not None:
-            return True
-        if time.monotonic() - asked_at < ASK_EVERY_S:
-            return False
-        asked_at = time.monotonic()
-        state = ask()
-        return state is not None and not state.active
+    def answer() -> JobState | None:
+        nonlocal asked_at, state
+        if run.end is not None or time.monotonic() - asked_at >= ASK_EVERY_S:
+            asked_at, state = time.monotonic(), ask()
+        return state
 
-    return finished
+    return answer

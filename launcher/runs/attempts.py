@@ -5,7 +5,6 @@ attempts/N/   an earlier one, with its own logs/, nodes/, attempt.json, and end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from typing import Any
 from launcher.base.files import read_json
 from launcher.base.output import some
 from launcher.logs.known_errors import known_errors
-from launcher.runs.again import QUEUED, past_attempts, texts
+from launcher.runs.again import QUEUED, past_attempts
 from launcher.runs.directory import Run
+from launcher.runs.judged import number, text_of, texts
 
 WHY_NOT = {  # no further attempt follows
     "cause": "the next one would end in the same way",
@@ -75,15 +75,15 @@ def _attempt(number: int, path: Path, before: Sequence[Attempt], claimed: float 
     return Attempt(
         number,
         str(path),
-        texts(Run(path).chosen) or texts(said.get("hosts")),
+        Run(path).chosen or texts(said.get("hosts")),
         moment(said.get("began_at")) or max([*starts, *([last] if last else [])], default=None),
         moment(said.get("ended_at")) or moment(end.get("ended_at")),
         code if type(code) is int else None,
-        cause := _text(said.get("cause")),
+        cause := text_of(said.get("cause")),
         texts(said.get("culprits")),
         step if type(step) is int and 0 <= step <= 10**9 else None,
         again if isinstance(again := said.get("again"), bool) else None,
-        _text(said.get("why_not")),
+        text_of(said.get("why_not")),
         said.get("requeue") is True or cause in (QUEUED, "time-limit") or bool(end),
     )
 
@@ -104,8 +104,4 @@ def ended_by(attempt: Attempt) -> str:
 
 def moment(value: Any) -> float | None:
     """Seconds since 1970 that can be a time of this launcher's: from 2017 to 2103."""
-    return float(value) if type(value) in (int, float) and math.isfinite(value) and 1.5e9 < value < 4.2e9 else None
-
-
-def _text(value: Any) -> str:
-    return value[:100] if isinstance(value, str) else ""
+    return found if (found := number(value)) and 1.5e9 < found < 4.2e9 else None

@@ -43,6 +43,7 @@ from launcher.config.spec import S3, PlacedRun, node_config
 from launcher.config.user_file import runs_dir as saved_runs_dir
 from launcher.config.write import run_toml
 from launcher.runs.again import TRAVELS, archive, past_attempts
+from launcher.runs.judged import count, records_in, texts
 
 LOCK = "submit.lock"
 SECRETS = "secret.env"  # until the job has read it, or can never start
@@ -87,20 +88,17 @@ class Run:
     @property
     def steps(self) -> int:
         """How many training steps were asked for; 0 where the run directory does not say."""
-        steps = self.asked["recipe"].get("steps")
-        return steps if type(steps) is int and 0 <= steps <= 10**9 else 0
+        return count(self.asked["recipe"].get("steps"))
 
     @property
     def nodes(self) -> int:
         """How many were asked for; 0 where the run directory does not say."""
-        nodes = self.asked["job"].get("nodes")
-        return nodes if type(nodes) is int and nodes > 0 else 0
+        return count(self.asked["job"].get("nodes"))
 
     @property
     def ranks_per_node(self) -> int:
         """GPUs used on a node, or its processes on CPUs; 0 where the run directory does not say."""
-        ranks = self.asked["profile"].get("gpus_per_node")
-        return ranks if type(ranks) is int and ranks > 0 else 0
+        return count(self.asked["profile"].get("gpus_per_node"))
 
     @property
     def on_cpu(self) -> bool:
@@ -151,19 +149,17 @@ class Run:
     @property
     def node_records(self) -> list[dict[str, Any]]:
         """What the nodes wrote about their own check, in the job's order."""
-        files = sorted((self.path / "nodes").glob("[0-9]*-*.json"))
-        return [record for file in files if (record := read_json(file))]
+        return records_in(self.path)
 
     @property
-    def check(self) -> dict[str, Any]:
-        """The verdict of all nodes on each other; empty where there is none."""
-        return read_json(self.path / "nodes" / "check.json") or {}
-
-    @property
-    def chosen(self) -> list[str]:
+    def chosen(self) -> tuple[str, ...]:
         """The nodes that train, where the check chose them of more; empty where all of the job's train."""
-        hosts = self.check.get("chosen")
-        return [host for host in hosts if isinstance(host, str)] if isinstance(hosts, list) else []
+        return texts((read_json(self.path / "nodes" / "check.json") or {}).get("chosen"))
+
+    @property
+    def hang(self) -> dict[str, Any]:
+        """Why nothing moves, once the nodes have found that."""
+        return read_json(self.path / "nodes" / "hang.json") or {}
 
     @property
     def earlier_jobs(self) -> set[str]:
@@ -314,16 +310,13 @@ def remove_left_over(runs_dir: Path) -> None:
 
 
 def _fill(directory: Path, spec: PlacedRun, now_s: float) -> None:
-    job = directory / "job"
-    for folder, names in ((data_dir("slurm"), ("node.py", "check/*.py")), (PACKAGE, ("titan/*.py",))):
-        for source in (path for name in names for path in folder.glob(name)):
-            target = job / source.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    job, slurm = directory / "job", data_dir("slurm")
+    copied = [(slurm, ("node.py", "check/*.py"), job), (PACKAGE, ("titan/*.py",), job)]
     if spec.begins_anew:
-        shutil.copyfile(data_dir("slurm") / "again.py", job / "again.py")
-        for source in (path for name in TRAVELS for path in PACKAGE.glob(name)):
-            target = job / "launcher" / source.relative_to(PACKAGE)
+        copied += [(slurm, ("again.py",), job), (PACKAGE, TRAVELS, job / "launcher")]
+    for folder, names, to in copied:
+        for source in (path for name in names for path in folder.glob(name)):
+            target = to / source.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     if spec.job.data.startswith(S3):
@@ -366,19 +359,12 @@ def all_runs(runs_dir: Path) -> list[Run]:
         return []
     except OSError as error:
         raise unreadable(runs_dir, error, "--runs-dir DIR") from error
-    folders = [Path(entry.path) for entry in entries if _is_dir(entry)]
+    folders = [Path(entry.path) for entry in entries if os.path.isdir(entry)]
     for folder in folders:
         if not os.access(folder, os.R_OK | os.X_OK):
             warn(f"{folder}: skipped, because it cannot be read: Permission denied")
     found = [(run, intent["at"]) for run in map(Run, folders) if (intent := run.intent)]
     return [run for run, _ in sorted(found, key=lambda pair: (pair[1], pair[0].name), reverse=True)]
-
-
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
 
 
 def open_run(reference: str, runs_dir: Path) -> Run:

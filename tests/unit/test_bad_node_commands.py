@@ -31,6 +31,19 @@ RUN = ("--runtime", "bare", "--recipe", "debug", "--data", "sample", "--tokenize
 SUBMIT = ("submit", "--gpu", "h200", *RUN)
 
 
+@pytest.fixture
+def pair(fake_slurm: Fake) -> Fake:
+    """A cluster of n0, n1 and n2, which takes every job."""
+    install(PAIR, fake_slurm)
+    fake_slurm("sbatch", "echo 42")
+    return fake_slurm
+
+
+def left_out(launch: Launch, run: str = "bad") -> list[str]:
+    found: list[str] = json.loads(launch("status", run, "--json").stdout)["left_out"]
+    return found
+
+
 def unfit_run(workplace: Path, name: str, *records: Mapping[str, Any], ended_at: float = 0, code: int = 20) -> Path:
     """A run directory whose job stopped at the check of its nodes."""
     folder = workplace / "runs" / name
@@ -58,8 +71,7 @@ def listed(launch: Launch) -> dict[str, dict[str, Any]]:
     return {node["host"]: node for node in json.loads(done.stdout)["nodes"]}
 
 
-def test_looking_at_the_run_remembers_and_a_release_lasts(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    install(PAIR, fake_slurm)
+def test_looking_at_the_run_remembers_and_a_release_lasts(launch: Launch, pair: Fake, workplace: Path) -> None:
     folder = unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     done = launch("status", "bad")
     assert done.returncode == ExitStatus.NODES_UNFIT
@@ -71,14 +83,12 @@ def test_looking_at_the_run_remembers_and_a_release_lasts(launch: Launch, fake_s
     table = launch("cluster", "nodes").stdout
     assert table.startswith("node  since") and "GPU 2 has ECC errors" in table
     assert launch("cluster", "nodes", "release", "n1").returncode == 0
-    again = launch("status", "bad", "--json")
-    assert json.loads(again.stdout)["left_out"] == [] and listed(launch) == {}
+    assert left_out(launch) == [] and listed(launch) == {}
     unfit_run(workplace, "worse", record("n0"), record("n1", ECC))
-    assert json.loads(launch("status", "worse", "--json").stdout)["left_out"] == ["n1"]
+    assert left_out(launch, "worse") == ["n1"]
 
 
-def test_every_unfit_node_is_shown_with_all_that_is_wrong(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    install(PAIR, fake_slurm)
+def test_every_unfit_node_is_shown_with_all_that_is_wrong(launch: Launch, pair: Fake, workplace: Path) -> None:
     folder = unfit_run(workplace, "bad", record("n0", ECC, MOUNT), record("n1", NO_DATA), record("n2"))
     os.mkfifo(folder / "nodes" / "0009-n9.json")
     done = launch("status", "bad")
@@ -104,38 +114,32 @@ NOT_REMEMBERED = {
 
 @pytest.mark.parametrize(("records", "values"), NOT_REMEMBERED.values(), ids=NOT_REMEMBERED.keys())
 def test_not_remembered(
-    records: list[Any], values: dict[str, Any], launch: Launch, fake_slurm: Fake, workplace: Path
+    records: list[Any], values: dict[str, Any], launch: Launch, pair: Fake, workplace: Path
 ) -> None:
-    install(PAIR, fake_slurm)
     unfit_run(workplace, "bad", *records, **values)
     assert launch("status", "bad").returncode == ExitStatus.NODES_UNFIT
     assert listed(launch) == {}
 
 
-def test_copies_and_other_failures_are_not_remembered(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    install(PAIR, fake_slurm)
+def test_copies_and_other_failures_are_not_remembered(launch: Launch, pair: Fake, workplace: Path) -> None:
+    """srun ends the other tasks by SIGTERM, and theirs is the higher code: it hides that of the check."""
     folder = unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     folder.rename(workplace / "runs" / "moved")
-    assert json.loads(launch("status", "moved", "--json").stdout)["left_out"] == []
-    unfit_run(workplace, "trained", record("n0"), record("n1"), code=1)
-    unfit_run(workplace, "crashed", record("n0"), record("n1", ECC), code=1)
-    for name in ("trained", "crashed"):
-        assert launch("status", name).returncode == ExitStatus.JOB_FAILED
-    assert listed(launch) == {}
+    assert left_out(launch, "moved") == []
+    for name, problems, code, status in (
+        ("trained", (), 1, ExitStatus.JOB_FAILED),
+        ("crashed", (ECC,), 1, ExitStatus.JOB_FAILED),
+        ("killed", (), 143, ExitStatus.JOB_FAILED),
+        ("hidden", (ECC,), 143, ExitStatus.NODES_UNFIT),
+    ):
+        assert listed(launch) == {}
+        unfit_run(workplace, name, record("n0"), record("n1", *problems), code=code)
+        assert launch("status", name).returncode == status
+    assert listed(launch).keys() == {"n1"}
 
 
-def test_a_code_that_srun_hides(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    """srun ends the other tasks by SIGTERM, and theirs is the higher code."""
-    install(PAIR, fake_slurm)
-    unfit_run(workplace, "bad", record("n0"), record("n1", ECC), code=143)
-    assert launch("status", "bad").returncode == ExitStatus.NODES_UNFIT
-    unfit_run(workplace, "killed", record("n0"), record("n1"), code=143)
-    assert launch("status", "killed").returncode == ExitStatus.JOB_FAILED
-
-
-def test_an_unfit_node_of_a_run_that_went_on_is_remembered(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+def test_an_unfit_node_of_a_run_that_went_on_is_remembered(launch: Launch, pair: Fake, workplace: Path) -> None:
     """It had spares. Its own end is another matter, whatever srun's code would say of a run that has none."""
-    install(PAIR, fake_slurm)
     unfit = [{"host": "n1", "name": "ecc", "why": "GPU 2 has ECC errors", "fix": "reset it", "fault": "node"}]
     verdict = {"ok": True, "nodes": 3, "chosen": ["n0", "n2"], "spare": [], "unfit": unfit}
     for code, status in ((0, ExitStatus.OK), (143, ExitStatus.JOB_FAILED)):
@@ -149,10 +153,8 @@ def test_an_unfit_node_of_a_run_that_went_on_is_remembered(launch: Launch, fake_
     assert launch("status", folder.name).returncode == ExitStatus.JOB_FAILED
 
 
-def test_submit_leaves_them_out_and_says_so(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+def test_submit_leaves_them_out_and_says_so(launch: Launch, pair: Fake, workplace: Path) -> None:
     """Of a run that nobody has looked at, too; and the next run forgets it with the node's release."""
-    install(PAIR, fake_slurm)
-    fake_slurm("sbatch", "echo 42")
     unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     done = launch(*SUBMIT, "--name", "next", "--nodes", "2")
     assert done.returncode == 0, done.stderr
@@ -167,8 +169,7 @@ def test_submit_leaves_them_out_and_says_so(launch: Launch, fake_slurm: Fake, wo
     assert "--exclude" not in (workplace / "runs/again/job.sbatch").read_text()
 
 
-def test_added_by_hand(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    install(PAIR, fake_slurm)
+def test_added_by_hand(launch: Launch, pair: Fake, workplace: Path) -> None:
     done = launch("cluster", "nodes", "add", "n[0-1]", "nowhere", "--reason", "rack 3\nis warm", "--days", "2")
     assert done.returncode == 0 and "Slurm has no node nowhere" in done.stderr
     nodes = listed(launch)
@@ -189,32 +190,25 @@ def test_added_by_hand(launch: Launch, fake_slurm: Fake, workplace: Path) -> Non
         (("release",), ExitStatus.USAGE, "either hosts or --all"),
     ],
 )
-def test_refusals(arguments: tuple[str, ...], code: ExitStatus, said: str, launch: Launch, fake_slurm: Fake) -> None:
-    install(PAIR, fake_slurm)
+def test_refusals(arguments: tuple[str, ...], code: ExitStatus, said: str, launch: Launch, pair: Fake) -> None:
     done = launch("cluster", "nodes", *arguments)
     assert (done.returncode, said in done.stderr) == (code, True), done.stderr
 
 
 AT = '{"schema": 1, "clusters": {"crusoe": [{"host": "n1", "reason": "", "run": "", "at": 0, "until": %s}]}}'
 DAMAGED = (
-    "",
-    "{",
-    '{"schema": 2, "clusters": {}}',
-    '{"schema": 1, "clusters": {"crusoe": [{"host": "a b"}]}}',
-    '{"schema": 1, "clusters": {"crusoe": {"a": 1}}}',
-    AT % "1e300",
-    AT % ("9" * 400),
-    AT % "NaN",
+    *("", "{", '{"schema": 2, "clusters": {}}', '{"schema": 1, "clusters": {"crusoe": [{"host": "a b"}]}}'),
+    *('{"schema": 1, "clusters": {"crusoe": {"a": 1}}}', AT % "1e300", AT % ("9" * 400), AT % "NaN"),
 )
 
 
-@pytest.mark.parametrize("text", DAMAGED)
-def test_a_damaged_file_stops_no_look_at_a_run(text: str, launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    install(PAIR, fake_slurm)
-    fake_slurm("sbatch", "echo 42")
+def test_a_damaged_file_stops_no_look_at_a_run(launch: Launch, pair: Fake, workplace: Path) -> None:
     file = workplace / "home/.config/titan-launcher/nodes.json"
     file.parent.mkdir(parents=True)
-    file.write_text(text)
+    for text in DAMAGED:
+        file.write_text(text)
+        with pytest.raises(LauncherError, match="damaged"):
+            bad_nodes.read()
     unfit_run(workplace, "bad", record("n0"), record("n1", ECC))
     status = launch("status", "bad")
     assert status.returncode == ExitStatus.NODES_UNFIT
@@ -226,11 +220,10 @@ def test_a_damaged_file_stops_no_look_at_a_run(text: str, launch: Launch, fake_s
     assert file.read_text() == text
 
 
-def test_what_cannot_be_printed_is_replaced(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
+def test_what_cannot_be_printed_is_replaced(launch: Launch, pair: Fake, workplace: Path) -> None:
     """A path that is not UTF-8 in a node's words; and a node that a person wrote into the file."""
-    install(PAIR, fake_slurm)
     unfit_run(workplace, "bad", record("n0"), record("n1", {**ECC, "what": "/data/\udce9 is gone \x1b[31m"}))
-    assert json.loads(launch("status", "bad", "--json").stdout)["left_out"] == ["n1"]
+    assert left_out(launch) == ["n1"]
     assert listed(launch)["n1"]["reason"] == "/data/? is gone \x1b[31m"
     assert "\x1b" not in launch("cluster", "nodes").stdout
     file = workplace / "home/.config/titan-launcher/nodes.json"
@@ -239,10 +232,9 @@ def test_what_cannot_be_printed_is_replaced(launch: Launch, fake_slurm: Fake, wo
     assert listed(launch)["n2"]["reason"] == "?"
 
 
-def test_of_clusters_that_share_a_home_the_jobs_own_counts(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
-    install(PAIR, fake_slurm)
+def test_of_clusters_that_share_a_home_the_jobs_own_counts(launch: Launch, pair: Fake, workplace: Path) -> None:
     unfit_run(workplace, "bad", record("n0", cluster="other"), record("n1", ECC, cluster="other"))
-    assert json.loads(launch("status", "bad", "--json").stdout)["left_out"] == ["n1"]
+    assert left_out(launch) == ["n1"]
     assert listed(launch) == {} and [node.host for node in bad_nodes.read()["other"]] == ["n1"]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -184,6 +185,7 @@ def of_rank(text: str, label: str = "[rank0]:") -> str:
     return re.sub("^", label, text.rstrip("\n"), flags=re.MULTILINE) + "\n"
 
 
+@cache
 def printed_by(program: str) -> str:
     """What Python prints of an exception, with the labels that a rank's lines have."""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr
@@ -252,6 +254,14 @@ TIMEOUT = example("nccl-timeout")
 LATE_REPORT = report(1, 3, "gpu000", 58)
 TOOL = "slurmstepd: error: pyxis:     nvidia-container-cli: error\n"
 BY_SIGINT, BY_SIGTERM = Ended("FAILED", exit=130), Ended("FAILED", exit=143)
+ENROOT = {
+    "no image": ("[ERROR] Invalid argument: /x.sqsh", "image-invalid", "/x.sqsh is missing on node gpu001"),
+    "a hook": ("[ERROR] /etc/enroot/hooks.d/10-x.sh exited with return code 1", "enroot-hook", "10-x.sh failed on"),
+    "a container's error": ("[ERROR] A thing", "container-not-started", "node gpu001: A thing"),
+    "a mount": ("enroot-mount: failed to mount: /d at /r/d: Not permitted", "enroot-mount", "/d on node gpu001: N"),
+    "no directory": ("mkdir: cannot create directory '/run/u': No", "enroot-directory", "/run/u on node gpu001: No"),
+    "nothing of note": ("[INFO] nothing", "container-not-started", "only slurmd.log on that node says why"),
+}
 CASES = {
     "the rank that failed, not its victims": Case(
         {"node0": STEP + VICTIM + TORCHRUN, "node1": OUT_OF_MEMORY, "node2": GOODBYE, "node3": TIMEOUT, "job": SRUN},
@@ -301,6 +311,11 @@ CASES = {
     "no address": of_srun("fwd_tree_thread: can't find address for host n7, check slurm.conf", "step-not-started"),
     "not ready": of_srun("Nodes n7 are still not ready", "node-not-booted"),
     "node failed": of_srun("Node failure on n7", "node-failure", NODE_FAILED, Ended("NODE_FAIL", exit=1)),
+    "nodes failed": Case(
+        *({"job": "srun: error: Node failure on n[7-8]\n"}, "node-failure"),
+        *("", "", "node n[7-8] failed", "--exclude 'n[7-8]'"),
+        ended=Ended("NODE_FAIL", exit=1),
+    ),
     "the lines of one rank": Case({"node0": STEP + of_rank(CRASH)}, "crashed", last='File "x.py" in f'),
     "torchrun saw it first": Case({"node0": VICTIM + LATE_REPORT, "node1": MY_BUG + report(1)}, "", OWN, rank=9),
     "torchrun saw it alone": Case({"node0": report(1), "node1": LATE_REPORT}, "", "(exitcode: 1)", rank=9),
@@ -311,18 +326,7 @@ CASES = {
     "terminated, srun says": Case({"job": "srun: error: gpu1: task 0: Terminated\n"}, "terminated", ended=BY_SIGTERM),
     "not terminated": Case({"job": SRUN.replace("code 1", "code 42")}, ended=BY_SIGTERM),
     "a worker terminated": Case({"node0": STEP, "job": SIGNAL}, "terminated", absent="File"),
-    "no image": of_enroot("[ERROR] Invalid argument: /x.sqsh", "image-invalid", "/x.sqsh is missing on node gpu001"),
-    "a hook": of_enroot(
-        "[ERROR] /etc/enroot/hooks.d/10-x.sh exited with return code 1", "enroot-hook", "10-x.sh failed on node gpu001"
-    ),
-    "a container's error": of_enroot("[ERROR] A thing", "container-not-started", "node gpu001: A thing"),
-    "a mount": of_enroot(
-        "enroot-mount: failed to mount: /d at /r/d: Not permitted", "enroot-mount", "mount /d on node gpu001: Not"
-    ),
-    "no directory": of_enroot(
-        "mkdir: cannot create directory '/run/u': No", "enroot-directory", "/run/u on node gpu001: No"
-    ),
-    "nothing of note": of_enroot("[INFO] nothing", "container-not-started", "only slurmd.log on that node says why"),
+    **{name: of_enroot(*case) for name, case in ENROOT.items()},
     "an error behind chatter": Case(
         {"node1": in_container("[ERROR] at last", TOOL + CHATTER)}, "container-cli", last="[ERROR] at last"
     ),
@@ -373,11 +377,6 @@ def test_what_a_log_says_cannot_add_to_a_command(tmp_path: Path) -> None:
     assert found.cause == "the node has no /d; rm -rf ~ {run} to mount into the container"
     assert shlex.split(found.fix)[:4] == ["srun", "-N1", "ls", "-ld"]
     assert shlex.split(found.fix)[4] == "/d; rm -rf ~ {run};"
-
-
-def test_all_nodes_that_failed_are_left_out(tmp_path: Path) -> None:
-    found = failure(tmp_path, Ended("NODE_FAIL", exit=1), job="srun: error: Node failure on n[7-8]\n")
-    assert "node n[7-8] failed" in found.cause and "--exclude 'n[7-8]'" in found.fix
 
 
 def test_a_node_is_named_only_where_its_log_says_why(tmp_path: Path) -> None:
@@ -508,6 +507,7 @@ def test_what_a_rank_printed_last_is_why_it_ended(how: str, own_files: bool, tmp
         assert "too few processes or threads" in found.cause
 
 
+@cache
 def survived(program: str) -> str:
     """A real survivor: Python's own words of an error after which it goes on."""
     done = subprocess.run([sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True)

@@ -9,15 +9,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.base.errors import ExitStatus
-from tests.conftest import Launch
+from launcher.scheduler import local
+from tests.conftest import Launch, forked
+from tests.unit.test_submission import wait_for
 
 STEP = (
     "[rank0]:[titan] 2026-11-22 07:10:{s:02d},413 - root - INFO - step: {n:2d}  loss:  5.53478  grad_norm:  "
@@ -34,19 +35,8 @@ def start(launch: Launch, workplace: Path) -> Callable[..., subprocess.Completed
         trainer = workplace / f"trainer-{name}"
         trainer.write_text(f"#!/bin/bash\n{script}\n")
         trainer.chmod(0o755)
-        return launch(
-            "submit",
-            "--local",
-            "--gpu",
-            "cpu",
-            "--recipe",
-            "debug",
-            "--name",
-            name,
-            "--python",
-            str(trainer),
-            *arguments,
-        )
+        run = ("submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--name", name)
+        return launch(*run, "--python", str(trainer), *arguments)
 
     return submit
 
@@ -57,10 +47,23 @@ def state(launch: Launch, name: str = "r") -> tuple[str, int]:
 
 
 def wait_until(launch: Launch, wanted: str, name: str = "r") -> None:
-    end = time.monotonic() + 60
-    while (found := state(launch, name)[0]) != wanted:
-        assert time.monotonic() < end, f"still {found}"
-        time.sleep(0.1)
+    wait_for(lambda: state(launch, name)[0] == wanted, 60)
+
+
+def number_in(path: Path) -> int:
+    """What a process has written, once it has."""
+    wait_for(lambda: path.exists() and path.read_text().endswith("\n"))
+    return int(path.read_text())
+
+
+def job(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "job.json").read_text())
+    return found
+
+
+def is_gone(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or " Z " in status.read_text()
 
 
 def test_a_run_from_start_to_row(start, launch: Launch, workplace: Path) -> None:
@@ -82,33 +85,29 @@ def test_a_run_from_start_to_row(start, launch: Launch, workplace: Path) -> None
 
 
 def test_status_says_how_far_it_is(start, launch: Launch) -> None:
+    def progress() -> dict[str, Any] | None:
+        found: dict[str, Any] | None = json.loads(launch("status", "r", "--json").stdout)["progress"]
+        return found
+
     start("\n".join([*STEPS.splitlines()[:4], "sleep 300 & wait"]))
-    wait_until(launch, "RUNNING")
-    end = time.monotonic() + 60
-    while not (progress := json.loads(launch("status", "r", "--json").stdout)["progress"]) or progress["step"] < 6:
-        assert time.monotonic() < end, progress
-        time.sleep(0.1)
+    wait_for(lambda: (seen := progress()) and seen["step"] == 6, 60)
     assert "  step 6/20  loss 5.53  tps 137" in launch("status", "r").stdout
     launch("cancel", "r")
-    assert json.loads(launch("status", "r", "--json").stdout)["progress"] is None
+    assert progress() is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "said", "fix"),
     [
-        (
-            ("--gpu", "h200", "--recipe", "debug"),
-            "--gpu h200: this machine has no NVIDIA driver",
-            "--gpu cpu --recipe debug",
-        ),
-        (("--gpu", "cpu"), "/data/tokenizers/Llama-3.1-8B is not on this machine", "launcher stage tokenizer"),
-        (("--gpu", "cpu", "--tokenizer", "sample"), "/data/c4: not on this machine", "--data sample"),
+        ("--gpu h200 --recipe debug", "--gpu h200: this machine has no NVIDIA driver", "--gpu cpu --recipe debug"),
+        ("--gpu cpu", "/data/tokenizers/Llama-3.1-8B is not on this machine", "launcher stage tokenizer"),
+        ("--gpu cpu --tokenizer sample", "/data/c4: not on this machine", "--data sample"),
     ],
     ids=["GPU", "tokenizer", "data"],
 )
-def test_what_this_machine_lacks_the_run_lacks(launch: Launch, arguments: tuple[str, ...], said: str, fix: str) -> None:
+def test_what_this_machine_lacks_the_run_lacks(launch: Launch, arguments: str, said: str, fix: str) -> None:
     for command in ("preflight", "submit"):
-        done = launch(command, "--local", *arguments, PATH="/usr/bin:/bin")
+        done = launch(command, "--local", *arguments.split(), PATH="/usr/bin:/bin")
         assert done.returncode in (ExitStatus.INVALID, ExitStatus.NOT_FOUND), done.stderr
         assert said in done.stdout + done.stderr and fix in done.stdout + done.stderr
     assert not list(Path().glob("runs/*"))
@@ -129,11 +128,9 @@ def test_a_python_without_torch_is_told_before_it_starts(launch: Launch, workpla
 def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workplace: Path, monkeypatch) -> None:
     monkeypatch.setattr("launcher.scheduler.local.GRACE_S", 60.0)  # on a busy machine, looking for its ranks takes long
     start(f"echo $$ >{workplace}/pid; trap 'echo gone; exit 3' TERM; sleep 300 & wait")
-    wait_until(launch, "RUNNING")
-    while not (workplace / "pid").exists():  # before, the script has no trap yet that writes an end
-        time.sleep(0.05)
-    job = json.loads((workplace / "runs" / "r" / "job.json").read_text())
-    assert os.getsid(int(job["job_id"])) == int(job["job_id"]) != os.getsid(0)
+    number_in(workplace / "pid")  # before, the script has no trap yet that writes an end
+    script = int(job(workplace / "runs" / "r")["job_id"])
+    assert os.getsid(script) == script != os.getsid(0)
     assert [row["state"] for row in json.loads(launch("list", "--json").stdout)] == ["RUNNING"]
     head, row = launch("list").stdout.splitlines()
     assert head.split() == ["run", "state", "job", "size", "recipe", "age"]
@@ -146,18 +143,11 @@ def test_it_survives_its_terminal_and_is_cancelled(start, launch: Launch, workpl
 
 
 def test_a_trainer_that_ignores_sigterm_is_killed(start, launch: Launch, workplace: Path, monkeypatch) -> None:
-    from launcher.scheduler import local
-
     start(f"trap '' TERM; echo $$ >{workplace}/pid; while :; do sleep 0.1; done")
-    while not (workplace / "pid").exists() or not (workplace / "pid").read_text():
-        time.sleep(0.05)
-    trainer = local.identity(int((workplace / "pid").read_text()))
+    trainer = number_in(workplace / "pid")
     monkeypatch.setattr(local, "GRACE_S", 0.4)
-    local.cancel(json.loads((workplace / "runs" / "r" / "job.json").read_text()), workplace / "runs" / "r")
-    end = time.monotonic() + 10
-    while local.is_alive(trainer):
-        assert time.monotonic() < end, "it was not killed"
-        time.sleep(0.05)
+    local.cancel(job(workplace / "runs" / "r"), workplace / "runs" / "r")
+    wait_for(lambda: is_gone(trainer), 10)
 
 
 def test_failure_shows_the_first_error(start, launch: Launch) -> None:
@@ -173,7 +163,7 @@ def test_failure_shows_the_first_error(start, launch: Launch) -> None:
 def test_killed_without_a_word_is_unknown(start, launch: Launch, workplace: Path) -> None:
     start("exec sleep 300")
     wait_until(launch, "RUNNING")
-    pid = int(json.loads((workplace / "runs" / "r" / "job.json").read_text())["job_id"])
+    pid = int(job(workplace / "runs" / "r")["job_id"])
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for victim in (pid, *map(int, children)):
         os.kill(victim, signal.SIGKILL)
@@ -181,29 +171,26 @@ def test_killed_without_a_word_is_unknown(start, launch: Launch, workplace: Path
     assert state(launch) == ("UNKNOWN", ExitStatus.JOB_UNKNOWN)
 
 
-RANK = "setsid bash -c 'echo $BASHPID >rank; exec sleep 300' & wait"
-
-
-@pytest.mark.parametrize("killed", ["script", "trainer"])
+@pytest.mark.parametrize("killed", ["script", "script, of a run named through a link", "trainer"])
 def test_ranks_that_outlive_what_started_them(killed: str, start, launch: Launch, workplace: Path) -> None:
     """A rank is a session of its own: a kill -9 of the script or of torchrun leaves it behind."""
-    start(f"echo $$ >{workplace}/trainer; cd {workplace}; {RANK}")
-    wait_until(launch, "RUNNING")
-    rank = workplace / "rank"
-    while not rank.exists() or not rank.read_text():
-        time.sleep(0.05)
-    there = Path(f"/proc/{int(rank.read_text())}")
+    (workplace / "real").mkdir()
+    (workplace / "link").symlink_to("real")
+    folder = "link/runs" if "link" in killed else "runs"
+    rank = "setsid bash -c 'echo $BASHPID >rank; exec sleep 300' & wait"
+    start(f"echo $$ >{workplace}/trainer; cd {workplace}; {rank}", "--runs-dir", folder)
+    there = number_in(workplace / "rank")
     if killed == "trainer":
-        os.kill(int((workplace / "trainer").read_text()), signal.SIGKILL)
+        os.kill(number_in(workplace / "trainer"), signal.SIGKILL)
         wait_until(launch, "FAILED")  # by the script, which ends the others first
     else:
-        script = int(json.loads((workplace / "runs" / "r" / "job.json").read_text())["job_id"])
+        script = int(job(workplace / folder / "r")["job_id"])
         os.kill(script, signal.SIGKILL)
-        time.sleep(0.2)
-        assert state(launch)[0] == "RUNNING" and there.exists()
-        assert launch("cancel", "r").returncode == 0
-        wait_until(launch, "CANCELLED")
-    assert not there.exists() or " Z " in (there / "stat").read_text()
+        wait_for(lambda: is_gone(script))
+        assert state(launch, f"{folder}/r")[0] == "RUNNING" and not is_gone(there)
+        assert launch("cancel", f"{folder}/r").returncode == 0
+        wait_until(launch, "CANCELLED", f"{folder}/r")
+    assert is_gone(there)
 
 
 def test_an_incomplete_run_never_looks_complete(start, launch: Launch) -> None:
@@ -225,30 +212,22 @@ def test_the_same_script_by_hand_does_not_run_twice(start, launch: Launch, workp
 def test_a_lost_job_file_is_found_again(start, launch: Launch, workplace: Path) -> None:
     """As if the launcher had been killed between starting the process and writing job.json."""
     start("sleep 300")
-    wait_until(launch, "RUNNING")
-    job = workplace / "runs" / "r" / "job.json"
-    before = json.loads(job.read_text())
-    while not (workplace / "runs" / "r" / "claim" / "job_id").exists():
-        time.sleep(0.05)
-    job.unlink()
-    assert state(launch)[0] == "RUNNING"
-    assert json.loads(job.read_text()) == before
+    run = workplace / "runs" / "r"
+    before = job(run)
+    wait_for((run / "claim" / "job_id").exists)
+    (run / "job.json").unlink()
+    assert state(launch)[0] == "RUNNING" and job(run) == before
     launch("cancel", "r")
 
 
 def test_ctrl_c_detaches(start, launch: Launch, workplace: Path) -> None:
     start(f"{STEPS.splitlines()[0]}; sleep 300")
-    watching = subprocess.Popen(
-        [sys.executable, "-m", "launcher", "watch", "r"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert watching.stdout and "step 1/20" in watching.stdout.readline()
-    watching.send_signal(signal.SIGINT)
-    _, said = watching.communicate(timeout=30)
-    assert watching.returncode == ExitStatus.INTERRUPTED
-    assert "detached; r goes on: launcher watch r" in said
+    watching = forked("watch", "r")
+    wait_for(lambda: "step 1/20" in watching.said())
+    os.kill(watching.pid, signal.SIGINT)
+    done = watching.end()
+    assert done.returncode == ExitStatus.INTERRUPTED
+    assert "detached; r goes on: launcher watch r" in done.stderr
     assert state(launch)[0] == "RUNNING"
     launch("cancel", "r")
 
@@ -261,27 +240,10 @@ def test_another_machines_run_is_not_guessed(start, launch: Launch, workplace: P
     assert "UNKNOWN" in shown.stdout and "elsewhere" in shown.stdout
 
 
-def test_the_ranks_of_a_run_that_is_named_through_a_link(start, launch: Launch, workplace: Path) -> None:
-    (workplace / "real").mkdir()
-    (workplace / "link").symlink_to("real")
-    start(f"cd {workplace}; {RANK}", "--runs-dir", "link/runs")
-    rank = workplace / "rank"
-    while not rank.exists() or not rank.read_text():
-        time.sleep(0.05)
-    run = workplace / "real" / "runs" / "r"
-    os.kill(int(json.loads((run / "job.json").read_text())["job_id"]), signal.SIGKILL)
-    time.sleep(0.2)
-    assert "RUNNING" in launch("status", "link/runs/r").stdout
-    assert launch("cancel", "link/runs/r").returncode == 0
-    there = Path(f"/proc/{int(rank.read_text())}/stat")
-    assert not there.exists() or " Z " in there.read_text()
-
-
 def test_a_run_that_was_moved_keeps_its_job(start, launch: Launch, workplace: Path) -> None:
     start(f"echo $$ >{workplace}/pid; sleep 300")
-    while not (workplace / "pid").exists() or not (workplace / "pid").read_text():  # the script has opened its files
-        time.sleep(0.05)
+    number_in(workplace / "pid")  # the script has opened its files
     (workplace / "runs" / "r").rename(workplace / "runs" / "moved")
-    assert json.loads(launch("status", "moved", "--json").stdout)["state"] == "RUNNING"
+    assert state(launch, "moved")[0] == "RUNNING"
     assert "cancelled (was RUNNING)" in launch("cancel", "moved").stdout
-    assert json.loads(launch("status", "moved", "--json").stdout)["state"] == "CANCELLED"
+    assert state(launch, "moved")[0] == "CANCELLED"

@@ -138,11 +138,6 @@ def test_very_long_lines() -> None:
     assert parse_line(b"step:" * 20_000) is None
 
 
-def test_lines_of_several_nodes_interleaved(tmp_path: Path) -> None:
-    lines = [b"%d: " % node + PLAIN.replace(b"100", b"%d" % step) for step in (10, 20) for node in range(3)]
-    assert [r.step for r in read_in_parts(tmp_path / "log", b"\n".join(lines))] == [10, 10, 10, 20, 20, 20]
-
-
 def test_the_longest_match_fits_what_is_read_again() -> None:
     parser = inspect.getattr_static(re, "_parser")
     assert parser.parse(log._STEP.pattern).getwidth()[1] < log.RECORD_BYTES

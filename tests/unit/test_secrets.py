@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ __all__ = ["slurm"]  # a fixture
 ADDRESS = "http://ada:hunter2@proxy:3128"
 SECRET_NAMES = (
     "WANDB_KEY DB_PASS DB_PWD GH_PAT SSH_PRIVATE_KEY X_AUTH HF_TOKEN HFTOKEN HF_TOKEN_READ MY_APIKEY GCP_CREDS "
-    "PGPASS DBPASS USERPWD SIGNINGKEY HF_TOKENS"
+    "PGPASS DBPASS USERPWD SIGNINGKEY HF_TOKENS NVIDIA_API_TOKENS"
 )
 OPEN_NAMES = (
     "TOKENIZERS_PARALLELISM XAUTHORITY SSH_AUTH_SOCK PATH NCCL_IB_PKEY MAX_TOKENS COMPASS GIT_AUTHOR_NAME "
@@ -55,6 +56,9 @@ def test_a_name_that_only_sounds_like_it(name: str) -> None:
         ("sv=2020&sig=0123abcd0123", True),
         ("X-Api-Key: hunter22", True),
         ("Basic dXNlcjpodW50ZXIyMng=", True),
+        ("Bearer abcdefgh", True),
+        ("sk-proj-abcDEF123_456-abcdefghijklmnop", True),
+        ("https://user:pa/ss@host/", True),
         ("https://proxy:3128/path@2", False),
         ("ssh://git@github.com/x", False),
         ("docker://reg:5000/titan@sha256:0123", False),
@@ -82,18 +86,21 @@ def test_words_of_others_are_shown_without_secrets(capsys: pytest.CaptureFixture
 
 
 def test_values_of_variables_are_recorded_only_where_they_are_public(launch: Launch, slurm: Fake, image: Path) -> None:
-    private = {name: f"hunter2-{name}" for name in (*SECRET_NAMES.split(), "MINE", "NCCL_TOKEN")}
+    private = {name: f"hunter2'{name}" for name in (*SECRET_NAMES.split(), "MINE", "NCCL_TOKEN")}
     private |= {"HTTPS_PROXY": ADDRESS, "NVIDIA_PROXY": ADDRESS}
     public = {"NCCL_DEBUG": "INFO", "LD_LIBRARY_PATH": "/opt/lib", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     given = [word for name, value in (private | public).items() for word in ("--env", f"{name}={value}")]
     done = launch(*SUBMIT, *given)
     assert done.returncode == 0, done.stderr
     run = image.parent / "runs" / "r"
-    assert all(f"export {name}=" in (run / "secret.env").read_text() for name in private)
+    said = shlex.split((run / "secret.env").read_text())
+    assert {f"{name}={value}" for name, value in private.items()} <= {*said}
     for path in (p for p in run.rglob("*") if p.is_file() and p.name != "secret.env"):
         assert "hunter2" not in path.read_text(errors="replace"), path
     script = (run / "job.sbatch").read_text()
     assert all(f"export {name}={value}\n" in script for name, value in public.items())
+    assert (run / "secret.env").stat().st_mode & 0o777 == 0o600 and "hunter2" not in done.stdout + done.stderr
+    assert "hunter2" not in launch("config", "show", "--gpu", "b200", "--image", "titan.sqsh", *given).stdout
     again = launch("submit", str(run / "run.toml"), "--name", "again")
     assert (again.returncode, "no such variable in your environment" in again.stderr) == (ExitStatus.INVALID, True)
     assert launch("submit", str(run / "run.toml"), "--name", "again", **private).returncode == 0

@@ -118,6 +118,7 @@ def test_killed_before_each_change_it_doubles_loses_and_leaves_nothing(
         (".r.123.tmp", "held", False),
         (".r.123.tmp", "link", False),
         (".r.tmp", "free", False),
+        (".thesis.0.tmp", "free", False),
         ("r", "free", False),
         (".a-link.1.tmp", "directory is a link", False),
         (".theirs.1.tmp", "directory is somebody else's", False),

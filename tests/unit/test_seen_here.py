@@ -19,20 +19,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def submit(launch: Launch, image: Path, *options: str) -> tuple[int, str]:
-    names = (
-        "--gpu",
-        "h200",
-        "--image",
-        str(image),
-        "--recipe",
-        "debug",
-        "--gpus-per-node",
-        "1",
-        "--name",
-        "r",
-        "--yes",
-    )
-    done = launch("submit", *names, *options)
+    names = ["--gpu", "h200", "--recipe", "debug", "--gpus-per-node", "1", "--name", "r", "--yes"]
+    done = launch("submit", "--image", str(image), *names, *options)
     return done.returncode, done.stderr
 
 
@@ -49,13 +37,12 @@ def only_the_old_tokenizer(here: Path) -> None:
     (here / "tok" / "tokenizer.model").write_text("IQ== 0")
 
 
-def a_pointer(here: Path) -> None:
-    (here / "tok" / FILES[0]).write_bytes(POINTER)
+def in_shards(data: bytes) -> Callable[[Path], None]:
+    def spoil(here: Path) -> None:
+        for path in (here / "c4" / "en").iterdir():
+            path.write_bytes(data)
 
-
-def text_in_shards(here: Path) -> None:
-    for path in (here / "c4" / "en").iterdir():
-        path.write_text("not compressed\n" * 1000)
+    return spoil
 
 
 def other_names(here: Path) -> None:
@@ -63,26 +50,23 @@ def other_names(here: Path) -> None:
         path.rename(path.with_name(f"part-{path.name}.txt"))
 
 
-def shards_of_pointers(here: Path) -> None:
-    for path in (here / "c4" / "en").iterdir():
-        path.write_bytes(POINTER)
-
-
 def emptied(here: Path) -> None:
     (here / "c4").rename(here / "other")
     (here / "c4").mkdir()
 
 
+def a_pointer(here: Path) -> None:
+    (here / "tok" / FILES[0]).write_bytes(POINTER)
+
+
+TOKENIZER = "--tokenizer {here}/tok/tokenizer.json"
 UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
     "an empty directory": (emptied, "--data {here}/c4/README.md: No such file or directory"),
     "no shards": (other_names, "--data {here}/c4/en holds no *.json.gz"),
-    "shards of text": (text_in_shards, f"--data {{here}}/c4/en/{shard(0)} is not a gzip file"),
-    "shards that Git LFS has not fetched": (shards_of_pointers, "are Git LFS pointers, not data"),
-    "tokenizer.model alone": (only_the_old_tokenizer, "--tokenizer {here}/tok/tokenizer.json: No such file"),
-    "a tokenizer that Git LFS has not fetched": (
-        a_pointer,
-        "--tokenizer {here}/tok/tokenizer.json is a Git LFS pointer, not data",
-    ),
+    "shards of text": (in_shards(b"text\n" * 3000), f"--data {{here}}/c4/en/{shard(0)} is not a gzip file"),
+    "shards that Git LFS has not fetched": (in_shards(POINTER), "are Git LFS pointers, not data"),
+    "tokenizer.model alone": (only_the_old_tokenizer, f"{TOKENIZER}: No such file"),
+    "a tokenizer that Git LFS has not fetched": (a_pointer, f"{TOKENIZER} is a Git LFS pointer, not data"),
 }
 
 

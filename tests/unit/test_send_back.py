@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.base.errors import ExitStatus
+from launcher.commands import archive
 from launcher.nodes import hardware
 from launcher.runs.directory import Run
 from tests.conftest import Launch
@@ -100,15 +101,19 @@ def packed(path: Path) -> dict[str, str]:
         return {name: stream.read().decode() for name, stream in members}
 
 
-def test_an_archive_holds_no_secret(broken: Path, launch: Launch, workplace: Path) -> None:
+def test_an_archive_holds_no_secret(
+    broken: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "HEAD", 1 << 12)
+    monkeypatch.setattr(archive, "TAIL", 3 << 12)
     token = "hf_" + "a" * 30
     (broken / "secret.env").write_text("export MY_TOKEN=hunter2hunter2\n")
     (broken / "run.toml").write_text('secret_env = ["MINE"]\nproxy = "http://ada:hunter2@proxy:3128"\n')
     (broken / "logs" / "0001-gpu8.log").write_text(f"used {token}\nand opensesame99\n")
     key = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nkR7q\n-----END RSA PRIVATE KEY-----"
     (broken / "logs" / "0002-gpu9.log").write_text(f"hunter2hunter2\n{json.dumps(QUOTED)}\n{key}\n")
-    half = f"{'y' * 79}\n" * (1 << 16)
-    (broken / "logs" / "0003-gpu9.log").write_text(f"{half[: (1 << 20) - 5]}{token} {half}")
+    half = f"{'y' * 79}\n" * (1 << 8)
+    (broken / "logs" / "0003-gpu9.log").write_text(f"{half[: (1 << 12) - 5]}{token} {half}")
     outside = broken.with_name("outside")
     outside.mkdir()
     (outside / "more.json").write_text("outside")
@@ -131,13 +136,14 @@ def test_an_archive_holds_no_secret(broken: Path, launch: Launch, workplace: Pat
 
 
 def test_an_archive_replaces_nothing_unasked_and_cuts_what_is_long(
-    broken: Path, launch: Launch, workplace: Path
+    broken: Path, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with (broken / "logs" / "job.log").open("w") as stream:
-        stream.write("begin\n" + "x" * 100 + "\n" * (5 << 20) + "end\n")
+    monkeypatch.setattr(archive, "HEAD", 1 << 10)
+    monkeypatch.setattr(archive, "TAIL", 3 << 10)
+    (broken / "logs" / "job.log").write_text("begin\n" + "x" * 100 + "\n" * (5 << 10) + "end\n")
     assert launch("archive", "broken", "-o", "t.tar.gz").returncode == 0
     log = packed(workplace / "t.tar.gz")["broken/logs/job.log"]
-    assert log.startswith("begin") and log.endswith("end\n") and "bytes left out]" in log and len(log) < 5 << 20
+    assert log.startswith("begin") and log.endswith("end\n") and "bytes left out]" in log and len(log) < 5 << 10
     before = (workplace / "t.tar.gz").read_bytes()
     refused = launch("archive", "broken", "-o", "t.tar.gz")
     assert refused.returncode == ExitStatus.INVALID and "[file-exists]" in refused.stderr

@@ -9,12 +9,18 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.base.errors import ExitStatus
+from launcher.commands.runs import exit_for
+from launcher.runs import control
+from launcher.runs.directory import Run
 from launcher.scheduler.slurm import HINTS
+from launcher.scheduler.state import from_slurm
 from tests.conftest import Launch, forked
 
 Fake = Callable[[str, str], Path]
@@ -40,6 +46,18 @@ def slurm(fake_slurm: Fake, image: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     return fake_slurm
 
 
+@pytest.fixture
+def run(launch: Launch, slurm: Fake, image: Path) -> Path:
+    """A run that Slurm has as job 100."""
+    assert launch(*SUBMIT).returncode == 0
+    return image.parent / "runs" / "r"
+
+
+def status(launch: Launch, run: str = "r") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(launch("status", run, "--json").stdout)
+    return found
+
+
 def jobs(image: Path) -> list[str]:
     return (image.parent / "jobs.txt").read_text().splitlines()
 
@@ -49,8 +67,8 @@ def test_submitted_once(launch: Launch, slurm: Fake, image: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["job_id"] == "100"
     assert len(jobs(image)) == 1
-    status = json.loads(launch("status", "r", "--json").stdout)
-    assert (status["state"], status["job_id"], status["reason"]) == ("PENDING", "100", "Priority")
+    found = status(launch)
+    assert (found["state"], found["job_id"], found["reason"]) == ("PENDING", "100", "Priority")
 
 
 def test_the_submitters_shell_does_not_overrule_the_script(launch: Launch, slurm: Fake, image: Path) -> None:
@@ -97,6 +115,7 @@ def test_sbatch_missing(launch: Launch, slurm: Fake, image: Path) -> None:
     [
         "echo nonsense",
         "echo",
+        "echo 123; exit 1",
         "head -c 100000 /dev/zero",
         "printf '\\xff\\xfe 12'",
         "echo 'slurm_load: Unable to contact slurm controller' >&2; exit 1",
@@ -112,11 +131,11 @@ def test_an_answer_that_says_nothing(script: str, taken: bool, launch: Launch, s
     done = launch(*SUBMIT)
     if taken:
         assert done.returncode == 0, done.stderr
-        assert json.loads(launch("status", "r", "--json").stdout)["job_id"] == "100"
+        assert (status(launch)["state"], status(launch)["job_id"]) == ("PENDING", "100")
         return
     assert done.returncode == ExitStatus.CLUSTER and "launcher cancel r" in done.stderr
-    status = launch("status", "r")
-    assert (status.returncode, "UNKNOWN" in status.stdout) == (ExitStatus.JOB_UNKNOWN, True)
+    said = launch("status", "r")
+    assert (said.returncode, "UNKNOWN" in said.stdout) == (ExitStatus.JOB_UNKNOWN, True)
     assert launch("cancel", "r").returncode == 0
     assert "CANCELLED" in launch("status", "r").stdout
     late = subprocess.run(["bash", "runs/r/job.sbatch"], env=os.environ | {"SLURM_JOB_ID": "9"}, capture_output=True)
@@ -139,35 +158,19 @@ def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("moment", ["before", "during", "after"])
-def test_killed_around_sbatch(moment: str, launch: Launch, slurm: Fake, image: Path) -> None:
-    """SIGKILL before Slurm has the job, while sbatch is at work, and after its answer was sent."""
+def test_killed_while_sbatch_is_at_work(launch: Launch, slurm: Fake, image: Path) -> None:
+    """Before and after it: tests/unit/test_secrets_left.py."""
     here, go = image.parent / "here", image.parent / "go"
-    gate = f"touch {here}; until [ -e {go} ]; do sleep 0.02; done"
-    scripts = {
-        "before": f"echo $$ >{here}.new; mv {here}.new {here}; exec sleep 600",
-        "during": f"{gate}\n{SBATCH}",
-        "after": f"{SBATCH}\n{gate}",
-    }
-    slurm("sbatch", scripts[moment])
+    slurm("sbatch", f"touch {here}; until [ -e {go} ]; do sleep 0.02; done\n{SBATCH}")
     process = forked(*SUBMIT)
     wait_for(here.exists)
     os.kill(process.pid, signal.SIGKILL)
     process.end()
-    if moment == "before":
-        os.kill(int(here.read_text()), signal.SIGKILL)
-        wait_for(lambda: "SUBMITTING" not in launch("status", "r").stdout)
-        status = launch("status", "r")
-        assert (status.returncode, "UNKNOWN" in status.stdout) == (ExitStatus.JOB_UNKNOWN, True)
-        assert launch(*SUBMIT).returncode == ExitStatus.EXISTS
-        assert jobs(image) == []
-        return
     assert "SUBMITTING" in launch("status", "r").stdout  # sbatch lives on and holds the lock
     assert launch(*SUBMIT).returncode == ExitStatus.EXISTS
     go.touch()
     wait_for(lambda: "SUBMITTING" not in launch("status", "r").stdout)
-    status = json.loads(launch("status", "r", "--json").stdout)
-    assert (status["state"], status["job_id"]) == ("PENDING", "100")
+    assert (status(launch)["state"], status(launch)["job_id"]) == ("PENDING", "100")
     assert len(jobs(image)) == 1
     assert launch("cancel", "r").returncode == 0
     assert jobs(image)[0].endswith("CANCELLED")
@@ -187,45 +190,34 @@ def test_ctrl_c_waits_until_the_job_id_is_safe(launch: Launch, slurm: Fake, imag
     assert json.loads((image.parent / "runs" / "r" / "job.json").read_text()) == {"job_id": "100"}
 
 
-@pytest.mark.parametrize(
-    ("word", "state", "code"),
-    [
-        ("RUNNING", "RUNNING", 0),
-        ("COMPLETING", "COMPLETING", 0),
-        ("COMPLETED", "COMPLETED", 0),
-        ("NODE_FAIL", "NODE_FAIL", 8),
-        ("PREEMPTED", "PREEMPTED", 8),
-        ("OUT_OF_MEMORY", "OUT_OF_MEMORY", 8),
-        ("BOOT_FAIL", "BOOT_FAIL", 8),
-        ("DEADLINE", "DEADLINE", 8),
-        ("TIMEOUT", "TIMEOUT", 8),
-        ("FAILED", "FAILED", 8),
-        ("CANCELLED", "CANCELLED", 8),
-        ("SOMETHING_NEW", "UNKNOWN", 9),
-    ],
-)
-def test_slurms_states(word: str, state: str, code: int, launch: Launch, slurm: Fake, image: Path) -> None:
-    launch(*SUBMIT)
-    line = jobs(image)[0].rsplit(" ", 1)[0]
-    (image.parent / "jobs.txt").write_text(f"{line} {word}\n")
-    done = launch("status", "r", "--json")
-    assert (json.loads(done.stdout)["state"], done.returncode) == (state, code)
+WORDS: dict[int, str] = {0: "RUNNING COMPLETING COMPLETED", ExitStatus.JOB_UNKNOWN: "SOMETHING_NEW"}
+WORDS[8] = "NODE_FAIL PREEMPTED OUT_OF_MEMORY BOOT_FAIL DEADLINE TIMEOUT FAILED CANCELLED"
 
 
-def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(launch: Launch, slurm: Fake, image: Path) -> None:
-    launch(*SUBMIT)
+def test_slurms_states() -> None:
+    for code, words in WORDS.items():
+        for word in words.split():
+            state = from_slurm(word, "squeue")
+            assert state.name == (word if code != ExitStatus.JOB_UNKNOWN else "UNKNOWN")
+            with pytest.raises(SystemExit) if code else nullcontext() as ended:
+                exit_for(state)
+            assert not ended or ended.value.code == code
+
+
+def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(
+    launch: Launch, slurm: Fake, run: Path, image: Path
+) -> None:
     (image.parent / "jobs.txt").write_text("")
     slurm("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    assert json.loads(launch("status", "r", "--json").stdout)["state"] == "UNKNOWN"
-    name = json.loads((image.parent / "runs" / "r" / "intent.json").read_text())["job_name"]
+    assert status(launch)["state"] == "UNKNOWN"
+    name = json.loads((run / "intent.json").read_text())["job_name"]
     slurm("sacct", f"echo '100|CANCELLED by 0|0:15|{name}'")
-    assert json.loads(launch("status", "r", "--json").stdout)["state"] == "CANCELLED"
-    (image.parent / "runs" / "r" / "end.json").write_text('{"exit_code": 0}')
-    assert json.loads(launch("status", "r", "--json").stdout)["state"] == "COMPLETED"
-    (image.parent / "runs" / "r" / "end.json").write_text(
-        '{"exit_code": 143, "slurm": "JobState=COMPLETING Reason=TimeLimit", "signal": "TERM"}'
-    )
-    assert json.loads(launch("status", "r", "--json").stdout)["state"] == "TIMEOUT"
+    assert status(launch)["state"] == "CANCELLED"
+    (run / "end.json").write_text('{"exit_code": 0}')
+    assert status(launch)["state"] == "COMPLETED"
+
+
+DAMAGED: tuple[object, ...] = (False, True, None, "0", 0.0, [])
 
 
 @pytest.mark.parametrize(
@@ -234,48 +226,47 @@ def test_a_job_that_slurm_forgot_is_unknown_and_its_own_word_wins(launch: Launch
         ("JobState=NODE_FAIL Reason=NodeDown", 0, "NODE_FAIL"),  # srun answered 0
         ("JobState=COMPLETING Reason=NodeDown", 1, "NODE_FAIL"),  # srun was faster than the signal
         ("JobState=COMPLETING Reason=None", 0, "CANCELLED"),
+        ("JobState=COMPLETING Reason=TimeLimit", 143, "TIMEOUT"),
         ("JobState=RUNNING Reason=None", 0, "COMPLETED"),
         ("JobState=RUNNING Reason=None", 1, "FAILED"),
         ("", 0, "COMPLETED"),
+        *(("", damaged, "UNKNOWN") for damaged in DAMAGED),
     ],
 )
 def test_what_slurm_says_at_the_end_wins_over_the_exit_code_of_srun(
-    launch: Launch, slurm: Fake, image: Path, slurm_said: str, code: int, state: str
+    slurm_said: str, code: object, state: str, tmp_path: Path
 ) -> None:
-    launch(*SUBMIT)
-    end = {"exit_code": code, "signal": "", "slurm": slurm_said}
-    (image.parent / "runs" / "r" / "end.json").write_text(json.dumps(end))
-    assert json.loads(launch("status", "r", "--json").stdout)["state"] == state
+    (tmp_path / "end.json").write_text(json.dumps({"exit_code": code, "signal": "", "slurm": slurm_said}))
+    assert control.state(Run(tmp_path)).name == state
 
 
-def test_the_controller_is_down(launch: Launch, slurm: Fake, image: Path) -> None:
-    launch(*SUBMIT)
+def test_the_controller_is_down(launch: Launch, slurm: Fake, run: Path) -> None:
     slurm("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     done = launch("status", "r")
     assert (done.returncode, "Unable to contact" in done.stderr) == (ExitStatus.CLUSTER, True)
     assert json.loads(launch("list", "--json").stdout)[0]["state"] == "UNKNOWN"
+    slurm("squeue", "echo welcome to the cluster")
+    done = launch("status", "r")
+    assert (done.returncode, "squeue's answer cannot be read" in done.stderr) == (ExitStatus.CLUSTER, True)
 
 
-FAILED = "Batch job submission failed: "
+REFUSALS = {
+    "Invalid partition name specified": "sinfo -s",
+    "Invalid account or account/partition combination specified": "--account",
+    "Invalid qos specification": "--qos",
+    "Access denied to requested reservation": "--reservation",
+    "Invalid node name specified": "sinfo -N",
+    "Requested topology configuration is not available": "--segment",
+    "Invalid generic resource (gres) specification": "%G",
+    "Requested node configuration is not available": "%c",
+    "Requested time limit is invalid (missing or exceeds some limit)": "--time",
+    "Invalid feature specification": "--constraint",
+    "unrecognized option '--cons'": "--sbatch",
+    "Access/permission denied": "--partition",
+    "something new": "launcher preflight",
+}
 
 
-@pytest.mark.parametrize(
-    ("said", "fix"),
-    [
-        (FAILED + "Invalid partition name specified", "sinfo -s"),
-        (FAILED + "Invalid account or account/partition combination specified", "--account"),
-        (FAILED + "Invalid qos specification", "--qos"),
-        (FAILED + "Access denied to requested reservation", "--reservation"),
-        (FAILED + "Invalid node name specified", "sinfo -N"),
-        (FAILED + "Requested topology configuration is not available", "--segment"),
-        (FAILED + "Invalid generic resource (gres) specification", "%G"),
-        (FAILED + "Requested node configuration is not available", "%c"),
-        (FAILED + "Requested time limit is invalid (missing or exceeds some limit)", "--time"),
-        (FAILED + "Invalid feature specification", "--constraint"),
-        ("sbatch: unrecognized option '--cons'", "--sbatch"),
-        (FAILED + "Access/permission denied", "--partition"),
-        ("something new", "launcher preflight"),
-    ],
-)
+@pytest.mark.parametrize(("said", "fix"), REFUSALS.items())
 def test_what_to_type_when_sbatch_refuses(said: str, fix: str) -> None:
-    assert fix in next(hint for words, hint in HINTS if re.search(words, said, re.IGNORECASE))
+    assert fix in next(hint for words, hint in HINTS if re.search(words, f"failed: {said}", re.I))

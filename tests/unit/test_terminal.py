@@ -26,6 +26,7 @@ from launcher.base import output
 from launcher.base.errors import quoted
 from launcher.base.output import echo, plain, style
 from launcher.cli import main
+from launcher.commands import start
 from launcher.image.squashfs_file import sidecar_path
 from tests.conftest import EXAMPLES, ROOT
 from tests.unit.bad_node_records import ECC, record
@@ -258,3 +259,12 @@ def test_no_is_an_answer_and_no_interruption(answer: str, code: int, monkeypatch
     except SystemExit as end:
         ended = end.code
     assert ended == code
+
+
+@pytest.mark.parametrize(("quiet", "on_terminal"), [(False, True), (True, True), (False, False)])
+def test_who_is_asked(quiet: bool, on_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(start, "is_terminal", lambda _: on_terminal)
+    monkeypatch.setattr(start, "confirm", lambda question, err: asked.append(question))
+    start.ask_first(lambda: "Submit?", quiet)
+    assert asked == ["Submit?"] * (on_terminal and not quiet)
