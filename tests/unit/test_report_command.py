@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from launcher.base.errors import ExitStatus, LauncherError
-from launcher.commands.report import report
+from launcher.cli import launcher
 from tests.unit.outcomes import write_run
 
 
@@ -21,7 +21,7 @@ def runs_dir(workplace: Path) -> Path:
 
 
 def call(*arguments: str) -> Result:
-    return CliRunner().invoke(report, arguments)
+    return CliRunner().invoke(launcher, ["report", *arguments])
 
 
 def refused(*arguments: str) -> LauncherError:
