@@ -39,7 +39,13 @@ def job(tmp_path: Path):
     (tmp_path / "addresses").mkdir()
     seen = "$TITAN_HEAD_ADDR $TITAN_HEAD_PORT $TITAN_JOB_ID"
     srun = f'printf \'{{"addr": "%s", "port": "%s", "id": "%s"}}\' {seen} >HERE/seen.json'
-    for name, text in (("getent", GETENT), ("scontrol", SCONTROL), ("srun", srun), ("ip", "cat HERE/route"), ("sleep", "")):
+    for name, text in (
+        ("getent", GETENT),
+        ("scontrol", SCONTROL),
+        ("srun", srun),
+        ("ip", "cat HERE/route"),
+        ("sleep", ""),
+    ):
         (folder / name).write_text(f"#!/bin/bash\n{text}\n".replace("HERE", str(tmp_path)))
         (folder / name).chmod(0o755)
     values = {"job.name": "r", "job.runs_dir": str(tmp_path), "job.image": "/x.sqsh", "job.nodes": 2}
