@@ -27,7 +27,9 @@ SCONTROL = """case "$*" in
 "-o show node node-1") 
   echo "NodeName=node-1 Arch=x86_64 NodeAddr=$(cat HERE/node_addr) NodeHostName=node-1 State=IDLE" ;;
 "-o show node "*) echo "NodeName=$5 NodeAddr=$5 NodeHostName=$5" ;;
-"-o show job "*) echo "$@" >>HERE/asked; [ "$(wc -l <HERE/asked)" -ge 3 ] && echo "JobId=1 JobState=COMPLETING Reason=NodeDown" ;;
+"-o show job "*)
+  echo "$@" >>HERE/asked
+  [ "$(wc -l <HERE/asked)" -ge 3 ] && echo "JobId=1 JobState=COMPLETING Reason=NodeDown" ;;
 esac"""
 
 
