@@ -87,8 +87,11 @@ def main(argv: list[str]) -> int:
         if hang_s(os.environ) or node["recipe"]["checkpoint_interval"] > 0:
             watch_it(argv[1], node_id, host)
         os.execvp(command[0], command)
-    except Exception as error:  # the log must hold what a report needs
-        found.error("node.json", error)
+    except Refused as refused:
+        found.error("node.json", refused)
+        return fail(facts, run_dir)
+    except Exception as error:  # nobody foresaw it: the log must hold what a report needs
+        found.unexpected(error)
         return fail(facts, run_dir)
     finally:
         workers.stop(crew)

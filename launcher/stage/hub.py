@@ -74,9 +74,11 @@ def find_token(token_file: Path | None = None) -> str:
     Raises LauncherError for a file that cannot be read, and for what is not exactly one word.
     """
     place = token_file or Path(hub_constants().HF_TOKEN_PATH)
-    found = "" if token_file else os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""
+    named = [] if token_file else [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     try:
-        found = found or read_bytes(place, TOKEN_BYTES, wait=bool(token_file)).decode("utf-8", "replace")
+        found = next(filter(str.strip, named), "") or read_bytes(place, TOKEN_BYTES, wait=bool(token_file)).decode(
+            "utf-8", "replace"
+        )
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not token_file:
             return ""

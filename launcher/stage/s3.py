@@ -77,7 +77,7 @@ class Bucket:
     revision: str = ""
 
     def download(self, file: RemoteFile, stream: Incoming) -> None:
-        download(self._address("get_object", file.path), stream, self._refused(file.path), match=file.etag)
+        download(lambda: self._address("get_object", file.path), stream, self._refused(file.path), match=file.etag)
 
     def head(self, path: str, count: int) -> bytes:
         """The first `count` bytes of an object, or all of a shorter one."""
@@ -95,7 +95,7 @@ class Bucket:
         top = f"{self.source}/".partition("://")[2].partition("/")[2]
         files, fix = [], "name the prefix that holds en/"
         for entry in bounded(self._pages(f"{top}{folder}", not folder), self.source, self._refused(), fix):
-            path = unquote_plus(entry.findtext("{*}Key") or "").removeprefix(top)
+            path = (entry.findtext("{*}Key") or "").removeprefix(top)
             if path.endswith("/"):  # the empty objects that stand for folders
                 continue
             size = whole(entry.findtext("{*}Size"))
@@ -112,11 +112,17 @@ class Bucket:
             data, _ = read(self._address("list_objects_v2", **more), ANSWER, self._refused())
             try:
                 page = ElementTree.fromstring(data[:ANSWER])
-            except ElementTree.ParseError as error:
-                what = f"{self.source}: the store answers with more than {ANSWER >> 20} MiB at once, or not in XML"
+                if page.findtext("{*}IsTruncated") == "true" and not page.findtext("{*}NextContinuationToken"):
+                    raise ValueError("more objects, and no way to them")
+            except (ElementTree.ParseError, LookupError, ValueError) as error:  # also of encodings
+                mib = ANSWER >> 20
+                what = f"{self.source}: the store answers with more than {mib} MiB at once, or no whole list in XML"
                 raise LauncherError("server-answer", what, "check AWS_ENDPOINT_URL: is it an object store?") from error
+            if page.findtext("{*}EncodingType") == "url":
+                for key in page.iterfind("{*}Contents/{*}Key"):
+                    key.text = unquote_plus(key.text or "")
             entries, folders = page.findall("{*}Contents"), page.findall("{*}CommonPrefixes")
-            before, token = token, page.findtext("{*}NextContinuationToken")
+            before, token = token, page.findtext("{*}NextContinuationToken") or None
             if there and not (entries or folders or before or token):
                 raise MISSING.of(self.source)
             yield entries
@@ -217,11 +223,11 @@ def _store(region: str | None) -> Any:
 @contextmanager
 def _credentials() -> Iterator[None]:
     """Raises LauncherError for what botocore misses on this machine."""
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
-    except BotoCoreError as error:
+    except (BotoCoreError, ClientError, OSError) as error:  # a role that is refused, a credential_process that fails
         fix = "aws configure; or export AWS_PROFILE=..., or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         raise LauncherError("store-access", "no credentials for object storage", fix, original=str(error)) from error
     except ValueError as error:  # an endpoint that is no address

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
@@ -112,7 +113,10 @@ def header_of(error: BaseException, name: str) -> str:
 
 def words_of(error: BaseException) -> str:
     """The code and the message of a refusal in XML, as object stores word it."""
-    body = error.fp.read1(4096) if isinstance(error, urllib.error.HTTPError) else b""  # type: ignore[attr-defined]
+    body = b""
+    if isinstance(error, urllib.error.HTTPError):
+        with suppress(OSError, http.client.HTTPException, ValueError):
+            body = error.fp.read1(4096)  # type: ignore[attr-defined]
     return ": ".join(re.findall("<(?:Code|Message)>([^<]*)<", body.decode("utf-8", "replace")))
 
 
@@ -220,15 +224,18 @@ def ask(url: str, most: int, refused: Refused, token: str = "") -> tuple[Any, st
         return None, following
 
 
-def download(url: str, stream: Incoming, refused: Refused, token: str = "", match: str = "") -> None:
+def download(
+    url: str | Callable[[], str], stream: Incoming, refused: Refused, token: str = "", match: str = ""
+) -> None:
     """Appends what is at `url` to `stream`, from `stream.start` on; after a cut it goes on from there, where the server
-    can. `match`: the ETag that it must have.
+    can. An address that expires is made anew for each attempt. `match`: the ETag that it must have.
     """
+    address = url if callable(url) else lambda: url
 
     def once() -> None:
         if stream.tell() >= stream.limit:  # more came than was announced
             stream.restart()
-        with _open(url, token, stream.tell() - stream.start, match) as answer:
+        with _open(address(), token, stream.tell() - stream.start, match) as answer:
             if answer.status != http.client.PARTIAL_CONTENT:
                 stream.restart()
             while piece := answer.read1(PIECE):
@@ -236,7 +243,7 @@ def download(url: str, stream: Incoming, refused: Refused, token: str = "", matc
         if answer.length:  # where the server does not say it, the checksum tells
             raise WrongLength(f"the connection ended after {stream.tell():,} of {stream.limit:,} bytes")
 
-    with_retries(once, url, refused, ATTEMPTS, stream)
+    with_retries(once, address(), refused, ATTEMPTS, stream)
 
 
 def refused_by_server(url: str) -> Refused:

@@ -65,9 +65,12 @@ class Findings:
             fix = "check the mounts and permissions on this node"
             self.problem(name, f"{where}{error.strerror or error}", fix, "run")
         else:
-            fix = "report this with the traceback that follows in this log"
-            self.problem("unexpected", f"unexpected: {type(error).__name__}: {error}", fix, "run")
-            self.problems[-1]["traceback"] = traceback.format_exc()
+            self.unexpected(error)
+
+    def unexpected(self, error: Exception) -> None:
+        fix = "report this with the traceback that follows in this log"
+        self.problem("unexpected", f"unexpected: {type(error).__name__}: {error}", fix, "run")
+        self.problems[-1]["traceback"] = traceback.format_exc()
 
 
 def bounded(limit_s: float, calls: Sequence[Callable[[], Any]]) -> list[Future[Any] | None]:

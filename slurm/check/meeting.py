@@ -182,7 +182,7 @@ class Guest:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             verdict = value["verdict"] if fits(value, {"verdict": {}}) else None
-            begins = "verdict" not in value and fits(value, {"port": 0, "nodes": [0]}) and self.node in value["nodes"]
+            begins = fits(value, {"port": 0, "nodes": [0]}) and "verdict" not in value and self.node in value["nodes"]
             if begins or fits(verdict, _VERDICT | (_CHOICE if "chosen" in (verdict or ()) else {})):
                 return dict(value)
         raise Lost("another program answers at node 0's port; submit again: the new job uses another port")

@@ -92,21 +92,25 @@ class Watch:
                 self.look_for_room(self.saves)
             if not self.pace.least_s:
                 continue
-            if now - before > 5 * self.every_s + 5:
-                self.pace.slept(now - before)
-            self.read(now)
-            if self.on_gpu and now - looked > 60:
-                looked = now
-                self.say_kernel()
-            if self.leads and now > patience and self.pace.is_silent(now):
-                self.judge(now)
-                patience = time.monotonic() + self.pace.least_s
-            board = read(self.board)
-            asked = str(board.get("ask", ""))
-            if asked.startswith(self.attempt) and board.get("end"):
-                return self.end()
-            if asked.startswith(self.attempt) and asked != self.answered:
-                self.answer(asked)
+            try:
+                if now - before > 5 * self.every_s + 5:
+                    self.pace.slept(now - before)
+                self.read(now)
+                if self.on_gpu and now - looked > 60:
+                    looked = now
+                    self.say_kernel()
+                if self.leads and now > patience and self.pace.is_silent(now):
+                    self.judge(now)
+                    patience = time.monotonic() + self.pace.least_s
+                board = read(self.board)
+                asked = str(board.get("ask", ""))
+                if asked.startswith(self.attempt) and board.get("end"):
+                    return self.end()
+                if asked.startswith(self.attempt) and asked != self.answered:
+                    self.answer(asked)
+            except Exception as error:  # a full disk, perhaps: then the room for checkpoints matters all the more
+                give_up(error)
+                self.pace.least_s = 0.0
             before = time.monotonic()
 
     def look_for_room(self, folder: Path) -> None:
@@ -302,11 +306,16 @@ def text(path: Path) -> str:
     return ""
 
 
+def give_up(error: Exception) -> None:
+    """In one line: a traceback in the log would be taken for the run's."""
+    print(f"titan-watch: nobody watches for a hang any more: {type(error).__name__}: {error}", flush=True)
+
+
 def main(file: str, node_id: str, host: str, torchrun: str) -> None:
     try:
         Watch(json.loads(Path(file).read_text(encoding="utf-8")), int(node_id), host, int(torchrun)).run()
-    except Exception as error:  # a traceback in the log would be taken for the run's
-        print(f"titan-watch: nobody watches for a hang any more: {type(error).__name__}: {error}", flush=True)
+    except Exception as error:
+        give_up(error)
     for pipe in Path(tempfile.gettempdir()).glob(f"titan-{os.getuid()}-{torchrun}-*.pipe"):
         pipe.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import ssl
 from ipaddress import ip_address
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_what_is_not_trusted_is_told_from_a_broken_network(client, trusted, hub:
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     else:
-        monkeypatch.setattr(web, "BACKOFF_S", -1)  # trying again would fail, and does not help
+        monkeypatch.setattr(web, "BACKOFF_S", math.inf)  # trying again, which does not help, would fail
     words = [word.format(endpoint.removeprefix("https://")) for word in CLIENTS[client]]
     said = launch("stage", *words, "--to", "place", alone=True).stderr
     assert ("self-signed certificate) [certificate]" in said and "export SSL_CERT_FILE=" in said) == (not trusted), said

@@ -137,7 +137,7 @@ FLOODS: dict[str, tuple[str, list[Fault], str]] = {  # where, what comes, and th
     "a listing of a store": ("/corpora", [endless()], "more than 16 MiB at once"),
     "a refusal of a store": ("/corpora", [endless(403)], "access denied"),
     "pages of a store": ("/corpora", [answer(listed("text/c4/f"))], "more than 300 entries"),
-    "a bomb of a store": ("/corpora", [BOMB], "not in XML"),
+    "a bomb of a store": ("/corpora", [BOMB], "no whole list in XML"),
     "a drip of a store": ("/corpora", [DRIP], "less than 1 kB/s"),
     "a web page as a store": ("/corpora", [answer(PAGE)], "not there"),
 }
@@ -192,6 +192,9 @@ STORES: list[tuple[Fault, str, str]] = [  # what comes, the words about it, and 
     (answer(b"", 403), "access denied", ""),
     (answer(SAYS, 400), "access denied", "ExpiredToken: The token has expired"),
     (answer(SAYS.replace(b"Token", b""), 400), "HTTP 400", "Expired: The token has expired"),
+    (answer(b'<?xml version="1.0" encoding="foo-bar"?><a/>'), "no whole list in XML", ""),
+    (answer(listed("text/c4/f").replace(b"<NextContinuationToken>t", b"<NextContinuationToken>")), "no whole list", ""),
+    (answer(b"zz\r\n", 403, Transfer_Encoding="chunked"), "access denied", ""),
     (answer(b"", 301, x_amz_bucket_region="mars-1"), "HTTP 301", ""),
 ]
 

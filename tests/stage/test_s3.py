@@ -156,7 +156,7 @@ def refusal(address: str = ADDRESS) -> LauncherError:
     return caught.value
 
 
-def test_what_a_store_refuses(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_store_refuses(store: Store, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("s3://nothing-here/c4", f"s3://{BUCKET}/text/c5"):
         assert refusal(address).status == ExitStatus.NOT_FOUND
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -167,6 +167,9 @@ def test_what_a_store_refuses(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
     assert "no credentials" in refusal().what
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     assert "nobody" in refusal().original
+    (workplace / "home/.aws").mkdir()
+    (workplace / "home/.aws/config").write_text("[profile nobody]\ncredential_process = /no/such/program\n")
+    assert "no credentials" in refusal().what and "/no/such/program" in refusal().original
     monkeypatch.setitem(sys.modules, "botocore.config", None)
     assert "titan-launcher[s3]" in refusal().fix
 
@@ -186,6 +189,26 @@ def test_credentials_and_endpoint_come_from_the_profile(store: Store, workplace:
 @pytest.mark.parametrize("address", ["s3://", "s3://key:secret@corpora/c4", "s3://corpora/../c4", "s3://corpora/c 4"])
 def test_not_an_address(address: str) -> None:
     assert "not an address" in refusal(address).what
+
+
+def test_an_address_that_has_expired_is_made_anew(store: Store, c4_files, tmp_path, monkeypatch) -> None:
+    """Each attempt has its own."""
+    asked: list[str] = []
+    real = web._open
+
+    def cut(url: str, *arguments: Any) -> Any:
+        asked.append(url)
+        if FIRST in url and len([one for one in asked if FIRST in one]) == 1:
+            raise ConnectionResetError
+        return real(url, *arguments)
+
+    monkeypatch.setattr(web, "_open", cut)
+    made = iter(range(99))
+    real_address = s3.Bucket._address
+    monkeypatch.setattr(s3.Bucket, "_address", lambda *a, **k: f"{real_address(*a, **k)}&n={next(made)}")
+    assert staged(tmp_path / "c4", 1).downloaded == 2
+    of_it = [url for url in asked if FIRST in url]
+    assert len(of_it) == len(set(of_it)) == 2
 
 
 def test_no_c4_there(store: Store) -> None:

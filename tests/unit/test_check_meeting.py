@@ -177,7 +177,7 @@ def test_node_0_never_answers() -> None:
 
 
 NO_VERDICTS: tuple[Any, ...] = (
-    *([1], {"x": 1}, {"do": "allreduce"}, {"do": "allreduce", "port": "1"}, {"port": 1, "nodes": [0, 2]}),
+    *([1], 5, None, {"x": 1}, {"do": "allreduce"}, {"do": "allreduce", "port": "1"}, {"port": 1, "nodes": [0, 2]}),
     *({"port": 1, "nodes": [0, 1], "verdict": 5}, {"verdict": 5}, {"verdict": {}}),
     *({"verdict": {"ok": True, "unfit": wrong}} for wrong in ([3], "no", [{**UNFIT, "why": None}])),
     *({"verdict": {"ok": True, "unfit": [], **wrong}} for wrong in ({"chosen": [3]}, {"chosen": ["a"], "head": 3})),
