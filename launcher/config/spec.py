@@ -251,9 +251,6 @@ FORMS = {
         "--runs-dir ~/runs",
     ),
     "job.python": (rf"[^-]{PRINTABLE}", "not a program", "--python python3"),
-    **{f"job.{key}": (PRINTABLE, "holds a control character", "") for key in ("gpu", "recipe", "image", "slurm_bin")},
-    **{key: (PRINTABLE, "holds a control character", "") for key in ("profile.gpu", "job.image_dir")},
-    **{f"recipe.{key}": (PRINTABLE, "holds a control character", "") for key in ("model", "flavor", "dataset")},
 }
 
 
@@ -333,6 +330,9 @@ def validate(spec: RunSpec, image_needed: bool = True) -> None:
     for name, value in spec.env.items():
         if CONTROL.search(value):
             raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")
+    for key, value in values.items():  # of whatever has no form of its own: in the script it would begin a line
+        if isinstance(value, str) and CONTROL.search(value):
+            raise bad(key, "holds a control character")
 
 
 def _validate_data(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:

@@ -12,12 +12,18 @@ from launcher.config import hardware as module
 from launcher.config.hardware import hardware, of_gpu
 from launcher.config.spec import Job, PlacedRun, Profile
 from launcher.runs import directory
+from launcher.titan.command import ERAS
 from tests.conftest import ROOT
 
 
 def test_every_gpu_profile_is_described() -> None:
     names = {path.stem for path in (ROOT / "slurm" / "profiles").glob("*.toml")} - {"cpu"}
     assert hardware().keys() == names
+    releases = {newest[:3] for _, _, newest, _ in ERAS}
+    for one in hardware().values():
+        assert one.titan_peak_tflops.keys() == releases, "what each torchtitan divides by"
+        figures = (one.memory_gib, one.cpus, one.peak_tflops, *one.compute_capability, *one.titan_peak_tflops.values())
+        assert all(isinstance(figure, int | float) for figure in (*figures, one.nvlink_gpus, one.max_uptime_days))
     gb200 = of_gpu("gb200")
     assert gb200 and (gb200.memory_gib, gb200.nvlink_gpus, gb200.peaks) == (184.0, 72, (2250.0, 2450.0, 2500.0))
     assert of_gpu("GTX") is None

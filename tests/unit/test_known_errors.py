@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from launcher.logs import first_error, known_errors, steps
 from launcher.logs.known_errors import Ended, Failure, Known, explain, how_it_ended
+from tests.conftest import ROOT
 
 FAILED = Ended("FAILED", exit=1)
 STEP = (
@@ -40,6 +41,7 @@ slurmstepd: error: pyxis: printing enroot log file:
 slurmstepd: error: spank: required plugin spank_pyxis.so: task_init() failed with rc=-1
 slurmstepd: error: Failed to invoke spank plugin stack
 """
+ERRORS_PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 KNOWN = known_errors.known_errors()
 
 
@@ -134,6 +136,7 @@ def test_each_entry_is_sound(known: Known) -> None:
     """That it has all keys and no others, the table's reader has seen to."""
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", known.code)
     assert [other.code for other in KNOWN].count(known.code) == 1
+    assert f"of {known.family}," in ERRORS_PAGE, "a family is a section of the page"
     assert known.where in (known_errors.RAISED, known_errors.PRINTED, known_errors.VICTIM)
     assert known.example if known.pattern else known.ended
     assert not known.ended or known.where in (known_errors.PRINTED, known_errors.VICTIM)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from launcher.base.errors import LauncherError
 from launcher.config.layers import Layer, merge
 from launcher.config.render import render
-from launcher.config.spec import PlacedRun, validate
+from launcher.config.spec import Job, PlacedRun, Profile, validate
+from launcher.titan.recipe import Recipe
 
 NASTY = "a b'c\"d$(touch pwned)`id`\\ \\n;&|<>*?[x]{y}~#!%é漢🙂\t"
 TEXT = st.one_of(st.text(min_size=1, max_size=60), st.text(" '\"$()`\\;&|*#!%,:=/", min_size=1, max_size=30))
@@ -33,14 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"#!/bin/sh\nprintf '%s\\0' \"$@\" >{folder}/arguments\ncat /proc/self/environ >{folder}/environment\n"
     )
     srun.chmod(0o755)
+    srun.with_name("scontrol").write_text("#!/bin/sh\necho JobId=7 JobState=RUNNING Reason=None\n")
+    srun.with_name("scontrol").chmod(0o755)
     return folder
 
 
 def accepted(folder: Path, **values: object) -> PlacedRun | None:
     """The run with these values; None when it is refused."""
-    keys = {k.replace("__", ".", 1): v for k, v in values.items()}
-    keys |= {"job.name": "r", "job.runs_dir": str(folder), "job.gpu": "b200", "job.slurm_bin": f"{folder}/bin"}
-    keys.setdefault("job.image", "/x.sqsh")
+    keys: dict[str, object] = {"job.name": "r", "job.runs_dir": str(folder), "job.gpu": "b200", "job.image": "/x.sqsh"}
+    keys |= {"job.slurm_bin": f"{folder}/bin", **{k.replace("__", ".", 1): v for k, v in values.items()}}
     asked = merge([Layer(keys, dict.fromkeys(keys, "test"))])
     try:
         validate(asked)
@@ -111,6 +114,9 @@ def test_what_cannot_travel_is_refused(folder: Path) -> None:
         assert accepted(folder, job__image=f"/{value}") is None
         assert accepted(folder, job__mounts=[f"/{value}:/x"]) is None
         assert accepted(folder, job__data=f"/{value}") is None
+    for section, kind in (("job", Job), ("profile", Profile), ("recipe", Recipe)):
+        for each in (each.name for each in fields(kind) if each.type == "str"):
+            assert accepted(folder, **{f"{section}__{each}": "a\nb"}) is None, each
     for name in ("A-B", "1A", "A B", "", "A\nB", "$(id)", "SLURM_JOB_ID", "TITAN_JOB_ID", "PATH"):
         assert accepted(folder, **{f"env__{name}": "x"}) is None
     for place in ("/a b", "/a'b", "/a%j", "/a,b", "/a:b", "/a\nb", "rel", "/" + "x" * 300):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from launcher.base.errors import ExitStatus
 from launcher.config import sbatch
+from launcher.config.help import SECTIONS
 from launcher.config.render import _options
-from launcher.config.sbatch import FIXED, OWN, REMOVABLE
+from launcher.config.sbatch import FIXED, FREE, OWN, REMOVABLE
 from launcher.config.spec import Job, PlacedRun, RunSpec
 from launcher.sweep.cells import _comparable
 from tests.conftest import ROOT, Launch
@@ -54,6 +56,13 @@ def test_any_value_reaches_sbatch_unchanged_or_is_refused(value: str) -> None:
         assert "\n" not in line and as_sbatch_reads(line) == [f"--comment={value}"]
     else:
         assert not value.isprintable()
+
+
+def test_each_option_of_ours_is_sbatchs_and_reaches_the_script() -> None:
+    ours = {*SECTIONS["Slurm"].split()} - {"sbatch"}
+    assert ours <= OWN.keys() and not {*FREE} & OWN.keys()
+    for name in ours - {"segment"}:  # what the topology decides
+        assert _options(PlacedRun(job=replace(Job(), **{name: "7"})))[name] == "7"  # type: ignore[arg-type]
 
 
 def test_adds_replaces_and_removes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,11 +31,12 @@ def with_settings(*keys: str, **given: str) -> RunSpec:
 
 def test_the_lists_have_every_setting_that_the_launcher_writes() -> None:
     assert tuple(releases()) == NEWEST
-    settings: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
-        "0.2.2": toml_era.settings,
-        "0.3.0": lambda node, common: registry_era.settings(node, common, ""),
+    settings: dict[ModuleType, Callable[[Any, Any], dict[str, Any]]] = {
+        toml_era: toml_era.settings,
+        registry_era: lambda node, common: registry_era.settings(node, common, ""),
     }
-    for version, of_era in settings.items():
+    for _, _, version, era in ERAS:
+        of_era = settings[era]
         for quantize in ("none", "float8", "mxfp8"):
             run = PlacedRun(**vars(merge([Layer({"recipe.quantize": quantize}, {"recipe.quantize": ""})])))
             written = of_era(node_config(run), common_settings(node_config(run)))
