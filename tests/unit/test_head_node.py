@@ -29,7 +29,8 @@ SCONTROL = """case "$*" in
 "-o show node "*) echo "NodeName=$5 NodeAddr=$5 NodeHostName=$5" ;;
 "-o show job "*)
   echo "$@" >>HERE/asked
-  [ "$(wc -l <HERE/asked)" -ge 3 ] && echo "JobId=1 JobState=COMPLETING Reason=NodeDown" ;;
+  [ "$(wc -l <HERE/asked)" -ge 3 ] || kill $PPID # as Slurm ends all processes of a job
+  echo "JobId=1 JobState=COMPLETING Reason=NodeDown" ;;
 esac"""
 
 
