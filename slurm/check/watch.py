@@ -37,6 +37,7 @@ from check.smi import ask_smi, run_bounded
 LOOK_S = 2  # the shortest look at the ranks
 ROUND_S = 8  # the longest wait for the ranks' answers, of which there are two rounds
 OTHERS_S = 40  # and for the other nodes'
+GIVES_UP = "titan-watch: nobody watches for a hang any more"
 SAVES_S = 10  # between two looks for a new checkpoint
 RAS_PORT = 28028
 PIPES = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
@@ -80,8 +81,11 @@ class Watch:
         self.kernel: list[str] = []
 
     def run(self) -> None:
-        if self.leads and self.pace.least_s:
-            write(self.board, {"ask": "", "end": False})
+        try:
+            if self.leads and self.pace.least_s:
+                write(self.board, {"ask": "", "end": False})
+        except OSError as error:
+            self.give_up(error)
         self.kernel = kernel_lines() if self.on_gpu else []
         before = looked = saved = patience = time.monotonic()
         while os.getppid() == self.torchrun:
@@ -109,9 +113,13 @@ class Watch:
                 if asked.startswith(self.attempt) and asked != self.answered:
                     self.answer(asked)
             except Exception as error:  # a full disk, perhaps: then the room for checkpoints matters all the more
-                give_up(error)
-                self.pace.least_s = 0.0
+                self.give_up(error)
             before = time.monotonic()
+
+    def give_up(self, error: Exception) -> None:
+        """Looks for hangs no more, and says so in one line: a traceback in the log would be taken for the run's."""
+        print(f"{GIVES_UP}: {type(error).__name__}: {error}", flush=True)
+        self.pace.least_s = 0.0
 
     def look_for_room(self, folder: Path) -> None:
         with contextlib.suppress(OSError):  # a file system that fails is the trainer's to tell
@@ -306,16 +314,11 @@ def text(path: Path) -> str:
     return ""
 
 
-def give_up(error: Exception) -> None:
-    """In one line: a traceback in the log would be taken for the run's."""
-    print(f"titan-watch: nobody watches for a hang any more: {type(error).__name__}: {error}", flush=True)
-
-
 def main(file: str, node_id: str, host: str, torchrun: str) -> None:
     try:
         Watch(json.loads(Path(file).read_text(encoding="utf-8")), int(node_id), host, int(torchrun)).run()
     except Exception as error:
-        give_up(error)
+        print(f"{GIVES_UP}: {type(error).__name__}: {error}", flush=True)
     for pipe in Path(tempfile.gettempdir()).glob(f"titan-{os.getuid()}-{torchrun}-*.pipe"):
         pipe.unlink(missing_ok=True)
 

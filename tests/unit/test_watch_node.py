@@ -96,6 +96,7 @@ class Watched:
         self.run, self.log, self.now, self.lasts_s = folder, run_directory(folder, checkpoint_interval=4), 100.0, 900.0
         self.meanwhile: Callable[[], object] = lambda: None
         self.killed: list[int] = []
+        self.monkeypatch = monkeypatch
         monkeypatch.setenv("LAUNCHER_HANG_S", hang_s)
         monkeypatch.setenv("TITAN_JOB_ID", "7")
         self.module = as_in_a_run(monkeypatch, "check.watch")
@@ -157,18 +158,30 @@ def test_a_run_that_slurm_suspends_or_that_asks_nothing_is_left_alone(
     assert next(texts, None) is None and watched.now >= 900
 
 
-def test_a_watcher_that_fails_leaves_the_run_alone(watched: Watched, capsys: pytest.CaptureFixture[str]) -> None:
+def no_board(watched: Watched) -> None:
     (watched.run / "nodes" / "hang" / "board.json").mkdir(parents=True)
-    watched.watch()
-    assert "nobody watches for a hang any more" in capsys.readouterr().out and not watched.killed
 
 
-@pytest.mark.parametrize("hang_s", ["5", "0"])
+def no_logs(watched: Watched) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    watched.monkeypatch.setattr(watched.module.Watch, "logs", lambda _: full())
+
+
+@pytest.mark.parametrize(("hang_s", "fails"), [("5", None), ("0", None), ("5", no_board), ("5", no_logs)], ids=str)
 def test_after_each_checkpoint_it_says_when_the_next_does_not_fit(
-    hang_s: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hang_s: str,
+    fails: Callable[[Watched], None] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Also where it can watch for a hang no more, and says so; the run is left alone."""
     watched = Watched(tmp_path, monkeypatch, hang_s)
     watched.lasts_s = 330.0
+    if fails:
+        fails(watched)
     free = {4: 1000, 8: 50}
     folder = tmp_path / "titan" / "checkpoint"
     (folder / "step-best").mkdir(parents=True)  # somebody's own copy
@@ -184,6 +197,7 @@ def test_after_each_checkpoint_it_says_when_the_next_does_not_fit(
 
     watched.meanwhile = meanwhile
     watched.watch()
-    (line,) = capsys.readouterr().out.splitlines()
+    *gave_up, line = capsys.readouterr().out.splitlines()
     assert line.startswith("titan-checkpoint: warn step=8 ") and "does not fit" in line
+    assert [one.partition(":")[0] for one in gave_up] == ["titan-watch"] * bool(fails) and not watched.killed
     assert (tmp_path / "nodes" / "hang").exists() == (hang_s != "0") and watched.verdict is None
