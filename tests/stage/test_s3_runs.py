@@ -46,7 +46,10 @@ def train(spec: PlacedRun) -> list[int]:
 
 @pytest.mark.parametrize(("gpus", "part", "numbers"), [(4, "", range(12)), (5, "", range(10)), (4, "2/3", range(4, 8))])
 def test_the_choice_is_that_of_a_directory(gpus: int, part: str, numbers: range, store: Store) -> None:
+    os.environ.pop("SSL_CERT_FILE", None)
+    before = dict(os.environ)
     spec, notes = view.plan(a_spec(f"{ADDRESS}/", gpus, job__data_part=part))
+    assert dict(os.environ) == before, "a job on this machine has certificates of its own"
     assert train(spec) == list(numbers)
     assert all(target == f"{ADDRESS}/en/{name}" for name, target in spec.view.items())
     assert not [note for note in notes if "more than once" not in note]
