@@ -169,7 +169,11 @@ def no_logs(watched: Watched) -> None:
     watched.monkeypatch.setattr(watched.module.Watch, "logs", lambda _: full())
 
 
-@pytest.mark.parametrize(("hang_s", "fails"), [("5", None), ("0", None), ("5", no_board), ("5", no_logs)], ids=str)
+@pytest.mark.parametrize(
+    ("hang_s", "fails"),
+    [("5", None), ("0", None), ("5", no_board), ("5", no_logs)],
+    ids=["both", "checkpoints alone", "no board", "no logs"],
+)
 def test_after_each_checkpoint_it_says_when_the_next_does_not_fit(
     hang_s: str,
     fails: Callable[[Watched], None] | None,
