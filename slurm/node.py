@@ -54,7 +54,7 @@ Facts = dict[str, Any]
 
 def main(argv: list[str]) -> int:
     """Does not return when all is well: the process is torchrun from then on."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # half a character, from node.json
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # node.json may hold half a character
     now = time.time()
     facts: Facts = {"schema": 1, "ok": False, "node": 0, "host": "?", "problems": [], "warnings": []}
     facts.update(time=now, utc_offset_s=time.localtime(now).tm_gmtoff)

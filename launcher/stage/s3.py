@@ -84,7 +84,7 @@ class Bucket:
         return read(self._address("get_object", path), count, self._refused(path))[0][:count]
 
     def _address(self, operation: str, path: str = "", **words: str) -> str:
-        """An address that lets whoever has it do this one thing for an hour; so it is in no message."""
+        """A signed address. It works for an hour, for anyone who has it, so no message shows it."""
         bucket, _, prefix = self.source.removeprefix("s3://").partition("/")
         key = {"Key": f"{prefix}/{path}".strip("/")} if path else {}
         with _credentials():

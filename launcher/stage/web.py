@@ -116,7 +116,7 @@ def words_of(error: BaseException) -> str:
     body = b""
     if isinstance(error, urllib.error.HTTPError):
         with suppress(OSError, http.client.HTTPException, ValueError):
-            body = error.fp.read1(4096)  # type: ignore[attr-defined]
+            body = error.fp.read1(4096)  # type: ignore[attr-defined]  # what has come: more may never come
     return ": ".join(re.findall("<(?:Code|Message)>([^<]*)<", body.decode("utf-8", "replace")))
 
 

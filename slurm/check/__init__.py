@@ -53,7 +53,7 @@ class Findings:
         """
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever it is, the report names it
             self.error(name, error)
 
     def error(self, name: str, error: Exception) -> None:
@@ -80,7 +80,7 @@ def bounded(limit_s: float, calls: Sequence[Callable[[], Any]]) -> list[Future[A
     def run(future: Future[Any], call: Callable[[], Any]) -> None:
         try:
             future.set_result(call())
-        except Exception as error:  # of any kind: whoever asks for the result gets it
+        except Exception as error:  # the caller gets it with the result
             future.set_exception(error)
 
     for future, call in zip(futures, calls, strict=True):

@@ -112,7 +112,7 @@ class Watch:
                     return self.end()
                 if asked.startswith(self.attempt) and asked != self.answered:
                     self.answer(asked)
-            except Exception as error:  # a full disk, perhaps: then the room for checkpoints matters all the more
+            except Exception as error:  # a full disk, perhaps: the look at checkpoints must go on
                 self.give_up(error)
             before = time.monotonic()
 
@@ -317,7 +317,7 @@ def text(path: Path) -> str:
 def main(file: str, node_id: str, host: str, torchrun: str) -> None:
     try:
         Watch(json.loads(Path(file).read_text(encoding="utf-8")), int(node_id), host, int(torchrun)).run()
-    except Exception as error:
+    except Exception as error:  # without a watcher the run still trains
         print(f"{GIVES_UP}: {type(error).__name__}: {error}", flush=True)
     for pipe in Path(tempfile.gettempdir()).glob(f"titan-{os.getuid()}-{torchrun}-*.pipe"):
         pipe.unlink(missing_ok=True)

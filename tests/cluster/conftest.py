@@ -117,7 +117,7 @@ class Launch:
         # Nodes that a test makes unfit are remembered for that test alone.
         return {"PYTHONPATH": f"{self.directory}/app", "XDG_CONFIG_HOME": f"{self.directory}/config"}
 
-    def account(self) -> dict[str, object]:
+    def account(self) -> dict[str, Any]:
         """For subprocess: the user, where that is another."""
         if self.user is None or self.user.uid == os.getuid():
             return {}
@@ -183,7 +183,7 @@ def _python(launch: Launch) -> str:
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}", "/usr/bin/python3"):
         look = [python, "-c", "import sys; print(sys.version_info[1])"]
         with contextlib.suppress(OSError):
-            probe = subprocess.run(look, capture_output=True, **launch.account())  # type: ignore[call-overload]
+            probe = subprocess.run(look, capture_output=True, **launch.account())
             if probe.returncode == 0 and int(probe.stdout) >= 11:
                 return python
     pytest.skip("no Python 3.11 that the ordinary user can run: apt install python3")

@@ -220,7 +220,7 @@ def test_killed_while_submitting(launch: Launch, idle_job: tuple[str, ...]) -> N
     Every other moment: tests/unit/test_secrets_left.py.
     """
     run = launch.run("killed")
-    process = subprocess.Popen(  # type: ignore[call-overload]
+    process = subprocess.Popen(
         [*launch.command, *map(str, idle_job), "--name", "killed", "--env", "A_TOKEN=hunter2"],
         cwd=launch.directory,
         stdout=subprocess.DEVNULL,

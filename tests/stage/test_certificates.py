@@ -50,7 +50,7 @@ def test_what_is_not_trusted_is_told_from_a_broken_network(client, trusted, hub:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     hub.hub.socket = context.wrap_socket(hub.hub.socket, server_side=True, do_handshake_on_connect=False)
-    hub.hub.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that does not trust us goes away
+    monkeypatch.setattr(hub.hub, "handle_error", lambda *_: None)  # a client that does not trust us goes away
     for name in (*web.BUNDLES, "SSL_CERT_DIR", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     endpoint = hub.endpoint.replace("http:", "https:")

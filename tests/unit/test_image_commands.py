@@ -529,7 +529,7 @@ def test_a_machine_without_user_namespaces_is_found_out_before_anything_is_unpac
 
 
 def test_what_the_dockerfile_is_told() -> None:
-    """How it is told: tests/image/test_build.py."""
+    """The values alone: tests/image/test_build.py builds with them."""
     nightly, cpu = channels()["nightly"], channels()["cpu"]
     told = building.build_arguments(nightly)
     assert (told["EXTRA_INDEX_URL"], told["VISIBLE_DEVICES"]) == (nightly.torch_index, "all")

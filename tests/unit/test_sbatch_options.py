@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from launcher.base.errors import ExitStatus
 from launcher.config import sbatch
 from launcher.config.help import SECTIONS
+from launcher.config.layers import Layer, merge
 from launcher.config.render import _options
 from launcher.config.sbatch import FIXED, FREE, OWN, REMOVABLE
 from launcher.config.spec import Job, PlacedRun, RunSpec
@@ -62,7 +62,8 @@ def test_each_option_of_ours_is_sbatchs_and_reaches_the_script() -> None:
     ours = {*SECTIONS["Slurm"].split()} - {"sbatch"}
     assert ours <= OWN.keys() and not {*FREE} & OWN.keys()
     for name in ours - {"segment"}:  # what the topology decides
-        assert _options(PlacedRun(job=replace(Job(), **{name: "7"})))[name] == "7"  # type: ignore[arg-type]
+        asked = merge([Layer({f"job.{name}": "7"}, {f"job.{name}": "option"})])
+        assert _options(PlacedRun(**vars(asked)))[name] == "7"
 
 
 def test_adds_replaces_and_removes() -> None:
