@@ -235,7 +235,7 @@ FORMS = {
         "--name my-run-1",
     ),
     "job.partition": (SLURM_WORD, "not a partition name", "list them: sinfo -s"),
-    **{f"job.{key}": (SLURM_WORD, f"not a {key} name", "") for key in ("account", "qos", "reservation")},
+    **{f"job.{key}": (SLURM_WORD, f"not a {key} name", f"--{key} NAME") for key in ("account", "qos", "reservation")},
     "job.constraint": (r"[\w.,@+/:&|*()\[\]!-]*", "not a constraint of Slurm's", "--constraint 'a100&nvlink'"),
     **{f"job.{key}": (SLURM_NODES, "not a list of nodes", f"--{key} 'gpu-[001-004,007]'") for key in NODE_LISTS},
     "job.time": (SLURM_TIME, "not a time limit of Slurm's", "--time 01:30:00 (or 90, or 1-12:00:00)"),
@@ -332,7 +332,7 @@ def validate(spec: RunSpec, image_needed: bool = True) -> None:
             raise bad(f"env.{name}", "a control character (a newline, say) would not reach the container intact")
     for key, value in values.items():  # of whatever has no form of its own: in the script it would begin a line
         if isinstance(value, str) and CONTROL.search(value):
-            raise bad(key, "holds a control character")
+            raise bad(key, "holds a control character", "the same without line breaks")
 
 
 def _validate_data(spec: RunSpec, bad: Callable[..., LauncherError]) -> None:
