@@ -84,7 +84,9 @@ $(VENV)/.made $(VENV_02)/.made:
 	@echo 'installing packages into $(@D): some minutes'
 	@touch $@
 
-# torch first and alone: the packages after it would otherwise choose a build of it, with gigabytes of CUDA.
+# torch first, and named again in each step after it: pip otherwise chooses a build with gigabytes of CUDA as soon as
+# any other package conflicts.
+TORCH := $(if $(CPU_ONLY),'$(CPU_TORCH)')
 %/.torch: %/.made
 ifeq ($(CPU_ONLY),yes)
 	$*/bin/pip install $(PIP_FLAGS) '$(CPU_TORCH)' || $*/bin/pip install $(PIP_FLAGS) --extra-index-url $(CPU_INDEX) '$(CPU_TORCH)'
@@ -97,13 +99,13 @@ $(VENV)/.image: $(VENV)/.made pyproject.toml
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml containers/constraints-train.txt
-	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train]' 'torchtitan>=0.3'
+	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train]' 'torchtitan>=0.3' $(TORCH)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,docs,dev]' 'torchao>=0.18,<0.19'
+	$(BIN)/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,image,apptainer,s3,docs,dev]' 'torchao>=0.18,<0.19' $(TORCH)
 	@touch $@
 
 $(VENV_02)/.train: $(VENV_02)/.torch pyproject.toml containers/constraints-train.txt
-	$(VENV_02)/bin/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train,s3]' 'torchtitan==0.2.2' 'torchao>=0.16,<0.17'
+	$(VENV_02)/bin/pip install $(PIP_FLAGS) --constraint containers/constraints-train.txt --editable '.[train]' 'torchtitan==0.2.2' 'torchao>=0.16,<0.17' $(TORCH)
 	@touch $@

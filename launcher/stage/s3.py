@@ -1,6 +1,6 @@
 """Object storage as a place that C4's files come from, or are streamed from in a job: s3://bucket/prefix.
 
-botocore, which s3fs brings, finds endpoint, region and credentials where every S3 client does (AWS_ENDPOINT_URL,
+botocore finds endpoint, region and credentials where every S3 client does (AWS_ENDPOINT_URL,
 AWS_PROFILE, AWS_ACCESS_KEY_ID, ~/.aws, the machine's own role; never on a command line) and signs addresses. What is
 there is asked for and read as from any web server.
 """
@@ -209,7 +209,7 @@ def _store(region: str | None) -> Any:
     except ImportError as error:
         raise LauncherError(
             "package-missing",
-            "object storage is read through s3fs, which is not installed",
+            "object storage is read with botocore, which is not installed",
             install("s3"),
             status=ExitStatus.ERROR,
         ) from error

@@ -16,7 +16,7 @@ from tests.stage.conftest import reader
 from tests.stage.hub_server import Hub
 
 x509 = pytest.importorskip("cryptography.x509")
-pytest.importorskip("s3fs")
+pytest.importorskip("botocore")
 
 
 @pytest.fixture

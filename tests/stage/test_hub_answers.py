@@ -201,7 +201,7 @@ STORES: list[tuple[Fault, str, str]] = [  # what comes, the words about it, and 
 
 @pytest.mark.parametrize(("fault", "words", "original"), STORES)
 def test_what_a_store_says(fault: Fault, words: str, original: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
+    pytest.importorskip("botocore")
     reader(monkeypatch, hub.endpoint)
     signed: list[str] = []
 

@@ -23,7 +23,7 @@ from tests.conftest import Launch
 from tests.stage.conftest import reader
 from tests.stage.test_stage_c4 import stage_c4
 
-pytest.importorskip("s3fs")
+pytest.importorskip("botocore")
 moto_server = pytest.importorskip("moto.server")
 
 BUCKET, PREFIX = "corpora", "text/c4"
@@ -171,7 +171,7 @@ def test_what_a_store_refuses(store: Store, workplace: Path, monkeypatch: pytest
     (workplace / "home/.aws/config").write_text("[profile nobody]\ncredential_process = /no/such/program\n")
     assert "no credentials" in refusal().what and "/no/such/program" in refusal().original
     monkeypatch.setitem(sys.modules, "botocore.config", None)
-    assert "titan-launcher[s3]" in refusal().fix
+    assert "botocore, which is not installed" in refusal().what and "titan-launcher[s3]" in refusal().fix
 
 
 def test_credentials_and_endpoint_come_from_the_profile(store: Store, workplace: Path, monkeypatch) -> None:
