@@ -250,7 +250,6 @@ def rendezvous(facts: Facts) -> Any:
         node_name=facts["host"],
         head_addr=facts.get("head") or os.environ.get("TITAN_HEAD_ADDR") or "127.0.0.1",
         head_port=_number(os.environ.get("TITAN_HEAD_PORT", "0")),
-        local_addr=facts.get("address", ""),
         step_nodes=_number(os.environ.get("TITAN_NODES", "")),
     )
 
@@ -262,7 +261,7 @@ def conclude(node: dict[str, Any], run_dir: Path, facts: Facts, crew: list[Any],
     where = rendezvous(facts)
     has_spares = where.step_nodes > node["job"]["nodes"]
     alone = max(where.step_nodes, node["job"]["nodes"]) == 1
-    can_meet = alone or (where.local_addr and 0 < where.head_port < 65536)
+    can_meet = alone or (facts.get("address") and 0 < where.head_port < 65536)
     if not can_meet or (facts["check"] == "off" and not has_spares):
         if not facts["problems"]:
             return None

@@ -11,7 +11,7 @@ from launcher.report.table import TAGS
 from launcher.results.accept import MAX_SPREAD, THRESHOLD, Verdict, headline
 from launcher.results.columns import COLUMNS
 from launcher.results.measure import against_others
-from launcher.results.outcome import NodeCheck, Outcome
+from launcher.results.outcome import NodeCheck, Outcome, per_unit
 from launcher.results.published import called, publisher, say
 from launcher.results.submission import PRIVATE
 
@@ -33,18 +33,20 @@ def acceptance(
     """`reference` names the run in a command; `inputs`: what accept.json keeps of the question; `steps`: what to do."""
     row, settings = verdict.baseline, outcome.settings if outcome else {}
     shown = [column for column in COLUMNS if outcome and column.key in _FIGURES and column.shown(outcome).text]
+    own = [outcome] if outcome else []
     return document(
         "acceptance.html.j2",
         GENERATOR,
         run=run,
         outcome=outcome,
+        rate=per_unit("Tokens/s per GPU", own),
         verdict=verdict,
         tags=TAGS,
         headline=headline(run, outcome, verdict),
         row=row,
         row_name=called(row) if row else "",
         row_link=publisher(row)["link"] if row else "",
-        figures=[(one.title, [one.shown(result) for result in (outcome, row) if result]) for one in shown],
+        figures=[(per_unit(one.title, own), [*map(one.shown, [*own, *([row] if row else [])])]) for one in shown],
         inputs=inputs,
         steps=steps,
         nodes=_nodes(outcome, checks),

@@ -13,7 +13,7 @@ from launcher.base.output import counted
 from launcher.report import svg
 from launcher.report.figures import MOST_LINES, Group, Line, grouped, lines, measured_by, scaling, trends, with_series
 from launcher.results.accept import THRESHOLD
-from launcher.results.outcome import Outcome
+from launcher.results.outcome import Outcome, per_unit
 from launcher.results.published import beside, called, publisher
 
 LEAST = 3  # points: fewer are a sentence
@@ -48,9 +48,10 @@ def of_gpu(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, 
     are to be drawn.
     """
     figures = []
+    rate = per_unit("tokens/s per GPU", [outcome for outcome in outcomes if outcome.gpu == gpu])
     over_time, relative = trends(outcomes, published, gpu)
     if sum(len(group.dots) for group in over_time) >= LEAST:
-        figures.append(_over_time(over_time, relative, f"trend-{place}", gpu))
+        figures.append(_over_time(over_time, relative, f"trend-{place}", gpu, rate))
     rates, losses = (
         [line for line in lines(outcomes, gpu, name) if sum(math.isfinite(v) for _, v in line.points) >= LEAST]
         for name in ("tps", "loss")
@@ -59,19 +60,25 @@ def of_gpu(outcomes: Sequence[Outcome], published: Sequence[Outcome], gpu: str, 
     kinds = grouped((line.run, outcomes[line.run]) for line in rates)
     left_out = len(with_series(outcomes, gpu)) - MOST_LINES
     for number, (label, members) in enumerate(kinds):
-        title = f"Throughput of {gpu}, {f'{label}, ' if len(kinds) > 1 else ''}tokens/s per GPU"
+        title = f"Throughput of {gpu}, {f'{label}, ' if len(kinds) > 1 else ''}{rate}"
         rows = measured_by([outcome for _, outcome in members], published)
         more = f"Only the first {MOST_LINES} runs of the table on {gpu} are drawn over steps, {left_out} are not."
-        figures.append(_over_steps([drawn[run] for run, _ in members], rows, f"throughput-{place}-{number}", title, 0))
+        figures.append(
+            _over_steps([drawn[run] for run, _ in members], rows, f"throughput-{place}-{number}", title, rate)
+        )
         if left_out > 0 and not number:
             figures[-1] = replace(figures[-1], notes=(*figures[-1].notes, more))
     if losses:
-        figures.append(_over_steps(losses, [], f"loss-{place}", f"Loss of {gpu}", 4))
+        figures.append(_over_steps(losses, [], f"loss-{place}", f"Loss of {gpu}"))
     groups = scaling(outcomes, beside(outcomes, published), gpu)
     if sum(len(group.dots) for group in groups) >= LEAST:
         incomplete = sum(outcome.gpu == gpu and not outcome.complete for outcome in outcomes)
-        figures.append(_scaling(groups, incomplete, f"scaling-{place}", gpu))
+        figures.append(_scaling(groups, incomplete, f"scaling-{place}", gpu, rate))
     return figures
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _short(labels: Sequence[str]) -> list[str]:
@@ -80,8 +87,8 @@ def _short(labels: Sequence[str]) -> list[str]:
     return [", ".join(one for one in own if not all(one in other for other in parts)) or "your runs" for own in parts]
 
 
-def _over_time(groups: Sequence[Group], relative: bool, ident: str, gpu: str) -> Figure:
-    measure = "percent of published tokens/s" if relative else "tokens/s per GPU"
+def _over_time(groups: Sequence[Group], relative: bool, ident: str, gpu: str, rate: str) -> Figure:
+    measure = "percent of published tokens/s" if relative else rate
     x = svg.days((dot.at for group in groups for dot in group.dots), "day of the run (UTC)")
     limits = (("published", 100.0), ("accept's limit", 100 * THRESHOLD)) if relative else ()
     return _of_groups(
@@ -90,21 +97,21 @@ def _over_time(groups: Sequence[Group], relative: bool, ident: str, gpu: str) ->
         (lambda day: f"{date.fromordinal(int(day))}", "{:.1f}%".format if relative else "{:,.0f}".format),
         (ident, f"Speed of {gpu} over time, {measure}"),
         ["A dot is a complete run; lines join like runs on as many nodes."],
-        ("Runs", "Day", measure.capitalize(), "Of the first run's", "Run"),
+        ("Runs", "Day", _capital(measure), "Of the first run's", "Run"),
         limits=limits,
     )
 
 
-def _scaling(groups: Sequence[Group], incomplete: int, ident: str, gpu: str) -> Figure:
-    notes = ["A dot is a run's median tokens/s per GPU after warm-up; lines join sizes of like runs."]
+def _scaling(groups: Sequence[Group], incomplete: int, ident: str, gpu: str, rate: str) -> Figure:
+    notes = [f"A dot is a run's median {rate} after warm-up; lines join sizes of like runs."]
     notes += [f"Left out as incomplete: {counted(incomplete, 'run')}."] if incomplete else []
     return _of_groups(
         groups,
         svg.counts([int(dot.at) for group in groups for dot in group.dots], "GPUs (logarithmic)"),
         ("{:,.0f} GPUs".format, "{:,.0f}".format),
-        (ident, f"Scaling of {gpu}, tokens/s per GPU over GPUs"),
+        (ident, f"Scaling of {gpu}, {rate} over GPUs"),
         notes,
-        ("Settings", "GPUs", "Tokens/s per GPU", "Of the smallest size's", "Run"),
+        ("Settings", "GPUs", _capital(rate), "Of the smallest size's", "Run"),
         ideal="ideal: the smallest size's rate, held",
     )
 
@@ -159,8 +166,12 @@ def _of_groups(
     return Figure(*named, chart, tuple(legend), shown, columns, tuple(rows))
 
 
-def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, title: str, digits: int) -> Figure:
-    """A line per run, the newest bold; behind them a dashed one for each published row that they are measured by."""
+def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, title: str, rate: str = "") -> Figure:
+    """A line per run, the newest bold; behind them a dashed one for each published row that they are measured by.
+
+    `rate`: what tokens/s are per; empty for a loss.
+    """
+    digits = 0 if rate else 4
     newest = max(found, key=lambda line: line.outcome.date)
     # A loss that explodes before it is NaN would press all others flat.
     starts = [next(value for _, value in line.points if not math.isnan(value)) for line in found]
@@ -183,18 +194,21 @@ def _over_steps(found: Sequence[Line], measures: Sequence[Outcome], ident: str, 
     drawn = [replace(one, points=tuple(p for p in one.points if p[0] <= x.high)) for one in drawn]
     behind: list[svg.Drawn] = []
     for row in measures:
-        rate = row.median_tps or math.nan
-        text = f"{called(row)}: {rate:,.0f}"
-        behind.append(svg.Drawn(((x.low, rate), (x.high, rate)), "published", f"published on {row.nodes}", called(row)))
+        tps = row.median_tps or math.nan
+        text = f"{called(row)}: {tps:,.0f}"
+        behind.append(svg.Drawn(((x.low, tps), (x.high, tps)), "published", f"published on {row.nodes}", called(row)))
         legend.append(Entry(svg.swatch("published"), text, link=publisher(row)["link"]))
-        rows.append((text, f"{row.step or ''}", "", "", "", svg.tick_text(rate, 0), ""))
+        rows.append((text, f"{row.step or ''}", "", "", "", svg.tick_text(tps, 0), ""))
     values = [value for one in (*drawn, *behind) for _, value in one.points]
     y = svg.linear(values, "")
-    notes = ["Tokens/s per GPU of the leading node; step 1 is not shown, it pays for start-up."] if not digits else []
+    notes = [f"{_capital(rate)} of the leading node; step 1 is not shown, it pays for start-up."] if rate else []
     notes += ["Bold: the newest run."] if len(found) > 1 else []
     notes += filter(None, [svg.not_from_zero(y)])
     if any(not line.outcome.complete for line in found):
         notes.append("Dashed: incomplete.")
+    for outcome in (line.outcome for line in found):
+        if ends := [f"{one.kept_step:,}" for one in outcome.attempts[:-1] if one.kept_step]:
+            notes.append(f"{outcome.run} began anew after step {' and '.join(ends)}.")
     if not all(map(math.isfinite, values)):
         notes.append("A cross at the top: from that step on NaN, infinity, or more than the chart shows.")
     about = (

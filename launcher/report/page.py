@@ -27,7 +27,7 @@ from launcher.report.table import TAGS, table
 from launcher.results.columns import drawable, percent
 from launcher.results.formats import attempt_text
 from launcher.results.measure import Against, against_others
-from launcher.results.outcome import PHASES, Goodput, Outcome
+from launcher.results.outcome import PHASES, Goodput, Outcome, per_unit
 
 GENERATOR = "titan-launcher report"
 MOST_NODES = 60  # in a strip
@@ -53,6 +53,7 @@ def page(
         made=made,
         version=version,
         outcomes=outcomes,
+        rate=per_unit("tokens/s per GPU", outcomes),
         incomplete=sum(not outcome.complete for outcome in outcomes),
         left_out=left_out,
         answers=answers(runs := health(outcomes, published)),

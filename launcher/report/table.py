@@ -12,7 +12,7 @@ from launcher.report.figures import slow_nodes
 from launcher.report.health import Health
 from launcher.results.accept import About, Reason, Word, share_text
 from launcher.results.columns import PAGE, Cell, Column, shown_in
-from launcher.results.outcome import Lack, Outcome
+from launcher.results.outcome import Lack, Outcome, per_unit
 from launcher.results.published import beside, called, publisher
 
 TAGS = {Word.PASS: "pass", Word.FAIL: "fail", Word.CANNOT_SAY: "cannot"}  # classes of the style sheet
@@ -63,15 +63,16 @@ def table(runs: Sequence[Health], published: Sequence[Outcome]) -> Table:
     kept: list[tuple[tuple[str, str, str], list[Cell]]] = []
     common = []
     for column in (SHARE, *shown_in(PAGE)):
+        title = per_unit(column.title, outcomes)
         of_runs = [*map(_share, runs)] if column is SHARE else [*map(column.shown, outcomes)]
         cells = of_runs + [Cell("") if column is SHARE else column.shown(row) for row in others]
         # A published row says nothing of its recipe and cluster, and contradicts no one.
         said = {(cell.text, cell.more) for place, cell in enumerate(cells) if cell.text or place < len(runs)}
         if column.asked and len(said) == 1 and len(cells) > 1:
-            common += [(column.title, " ".join(filter(None, text))) for text in said if text[0]]
+            common += [(title, " ".join(filter(None, text))) for text in said if text[0]]
         elif column.asked or any(cell.text for cell in cells):
             css = " ".join(["n"] * any(cell.value is not None for cell in cells) + ["w"] * column.wide)
-            kept.append(((column.title, css, column.note), cells))
+            kept.append(((title, css, column.note), cells))
     by_row = [tuple(cells[place] for _, cells in kept) for place in range(len(runs) + len(others))]
     rows = (*map(_of_run, runs, by_row), *map(_of_published, others, by_row[len(runs) :]))
     return Table(tuple(column for column, _ in kept), rows, tuple(common))

@@ -12,7 +12,7 @@ from typing import Any
 from launcher.base.output import columns, size
 from launcher.base.values import json_values
 from launcher.config.mfu import peak_text
-from launcher.results.outcome import PHASES, Outcome, Spread
+from launcher.results.outcome import PHASES, Outcome, Spread, per_unit
 from launcher.results.published import PUBLISHED, described, is_row, same_gpu, same_version, say, unlike
 
 TPS = "tokens/s per GPU"
@@ -220,9 +220,10 @@ def as_text(found: Comparison, warning: Callable[[str], str] = str) -> list[str]
     lines += ["", "Settings and versions that differ:" if rows else "Settings and versions: none differ"]
     lines += [f"  {line}" for line in columns([("", "A", "B"), *rows])] if rows else []
     lines += ["", "Figures, B against A:"]
-    unit = "rank" if found.a.on_cpu and found.b.on_cpu else "GPU"
-    shown = [figure for figure in found.figures if (unit, figure.name) != ("rank", "MFU")]
-    figures = [(_named(f, unit), _number(f.a), _number(f.b), *_change(f)) for f in shown]
+    sides = (found.a, found.b)
+    on_cpus = found.a.on_cpu and found.b.on_cpu
+    shown = [figure for figure in found.figures if not (on_cpus and figure.name == "MFU")]
+    figures = [(_named(f, sides), _number(f.a), _number(f.b), *_change(f)) for f in shown]
     marks = ("  ", *("* " if figure.beyond else "  " for figure in shown))
     table = columns([("", "A", "B", "difference", ""), *figures])
     lines += [f"{mark}{line}" for mark, line in zip(marks, table, strict=True)]
@@ -242,8 +243,8 @@ def _cell(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:28]}…{shown[-28:]}"
 
 
-def _named(figure: Figure, unit: str) -> str:
-    name = figure.name.replace("per GPU", f"per {unit}")
+def _named(figure: Figure, sides: Sequence[Outcome]) -> str:
+    name = per_unit(figure.name, sides)
     return f"{name}, {figure.unit}" if figure.unit in ("GiB", "s", "%") else name
 
 

@@ -5,7 +5,7 @@ launcher/results/read.py makes an Outcome from a run directory. Nothing here rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -213,3 +213,8 @@ class Outcome:
     def slowest(self) -> NodeResult | None:
         """The node with the lowest median, None where fewer than two have one."""
         return self.measured[0] if len(self.measured) > 1 else None
+
+
+def per_unit(text: str, outcomes: Collection[Outcome]) -> str:
+    """A heading that says "per GPU", as "per rank" where all the results are of CPUs."""
+    return text.replace("per GPU", "per rank") if outcomes and all(one.on_cpu for one in outcomes) else text

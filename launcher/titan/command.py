@@ -36,11 +36,10 @@ class Rendezvous:
     """Where the nodes of one job meet, as one of them sees it."""
 
     job_id: str
-    node_id: int = 0  # Slurm's index of this node in the step; node 0 hosts the meeting point
+    node_id: int = 0  # this node's place among those that train, in Slurm's order; node 0 hosts the meeting point
     node_name: str = "node"
     head_addr: str = "127.0.0.1"  # an address of node 0
     head_port: int = 0  # 0: any free port, with one node only
-    local_addr: str = ""  # the address that the other nodes reach this one by; empty: its host name
     step_nodes: int = 0  # nodes of the step, where they are more than the job's: the check chooses those that train
 
 
@@ -184,26 +183,26 @@ def torchrun_command(
             "the job script exports TITAN_HEAD_PORT from the job id: submit again",
         )
     alone = node["job"]["nodes"] == 1 and rendezvous.head_port == 0
-    head = "127.0.0.1" if alone else rendezvous.head_addr
-    local = "127.0.0.1" if alone else rendezvous.local_addr
-    settings = (
-        # Said, not guessed: torchrun guesses from the host name, which a container may not resolve.
-        f"is_host={1 if rendezvous.node_id == 0 else 0}",
-        f"join_timeout={RENDEZVOUS_TIMEOUT_S}",
-        f"read_timeout={RENDEZVOUS_TIMEOUT_S}",
-    )
+    if alone:  # torchrun chooses a free port
+        meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    else:
+        head = f"[{rendezvous.head_addr}]" if ":" in rendezvous.head_addr else rendezvous.head_addr
+        # Static: ranks follow Slurm's order of the nodes, so that neighbours in the network are neighbours in NCCL's
+        # rings and in a shard group. c10d sorts nodes by the text of their addresses: 10.0.0.10 before 10.0.0.9.
+        meeting = [
+            "--rdzv-backend=static",
+            f"--rdzv-endpoint={head}:{rendezvous.head_port}",
+            f"--node-rank={rendezvous.node_id}",
+            f"--rdzv-conf=timeout={RENDEZVOUS_TIMEOUT_S}",
+        ]
     return [
         python,
         "-m",
         "torch.distributed.run",
         f"--nnodes={node['job']['nodes']}",
         f"--nproc-per-node={node['profile']['gpus_per_node']}",
-        "--rdzv-backend=c10d",
         f"--rdzv-id={rendezvous.job_id}",
-        f"--rdzv-endpoint={f'[{head}]' if ':' in head else head}:{rendezvous.head_port}",
-        f"--rdzv-conf={','.join(settings)}",
-        # Otherwise the first rank is announced by its full host name, which the other containers may not resolve.
-        *([f"--local-addr={local}"] if local else []),
+        *meeting,
         "--max-restarts=0",
         "--role=rank",
         "--tee=3",
@@ -222,7 +221,7 @@ def preview(node: dict[str, Any], python: str = "python3") -> dict[str, str]:
     """
     shown = {}
     for _, _, version, _ in ERAS:
-        rendezvous = Rendezvous("JOB_ID", 0, "NODE", "HEAD_ADDR", 1, "NODE_ADDR")
+        rendezvous = Rendezvous("JOB_ID", 0, "NODE", "HEAD_ADDR", 1)
         try:
             command = torchrun_command(node, version, rendezvous, python=python)
         except Refused as refused:

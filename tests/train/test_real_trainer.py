@@ -26,7 +26,7 @@ from launcher.runs.directory import Run
 from launcher.scheduler.state import JobState
 from launcher.stage import sample
 from launcher.titan import Refused
-from launcher.titan.command import config_files, trainer_arguments
+from launcher.titan.command import Rendezvous, config_files, torchrun_command, trainer_arguments
 from tests.unit.node_place import lay_out
 from tests.unit.test_titan_command import a_node, changed, debug_node
 
@@ -370,14 +370,30 @@ def outcome_is_whole(run: Path, output: str, began: float) -> None:
     assert startup.first_step_s, "importing torch alone takes longer"
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_ranks_are_in_the_order_of_the_nodes(python: str, tmp_path: Path) -> None:
+    """Not of their addresses' texts, nor of their process ids: the last node starts first."""
+    node, port = debug_node(nodes=2, run_dir=str(tmp_path)), free_port()
+    node["profile"]["gpus_per_node"] = 1
+    processes = []
+    for index in (1, 0):
+        command = torchrun_command(node, "0.3.0", Rendezvous("1", index, f"n{index}", "127.0.0.1", port), python=python)
+        tell = ["--no-python", "sh", "-c", f'echo "$RANK of $WORLD_SIZE" >{tmp_path}/{index}']
+        processes.append(subprocess.Popen([*command[: command.index("titan.cpu") - 1], *tell]))
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [(tmp_path / str(index)).read_text() for index in (0, 1)] == ["0 of 2\n", "1 of 2\n"]
+
+
 def test_two_nodes_train_one_model_and_leave_a_checkpoint(python: str, tmp_path: Path, started: Started) -> None:
-    run = tmp_path / "run"
+    run, port = tmp_path / "run", str(free_port())
     node = debug_node(nodes=2, check="full", titan={"training.max_norm": "0.5"})
     node["recipe"].update(steps=4, checkpoint_interval=2, activation_checkpoint="selective", log_freq=1)
     node_json = make_run(run, node)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     for index in (0, 1):
         started.start(
             python,

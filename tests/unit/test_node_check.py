@@ -291,7 +291,7 @@ def trained(place: Nodes, done: list[subprocess.CompletedProcess[str]], *numbers
         if number in numbers:
             arguments, _, _ = started(one)
             rank = numbers.index(number)
-            assert "--nnodes=2" in arguments and f"is_host={int(rank == 0)}," in " ".join(arguments)
+            assert {"--nnodes=2", "--rdzv-backend=static", f"--node-rank={rank}"} < set(arguments)
             assert f"--log-dir={place.run_dir}/logs/ranks/{rank:04d}-gpu{number:03d}" in arguments
         else:
             assert "STARTED" not in one.stdout and "titan-command" not in one.stdout

@@ -26,6 +26,7 @@ from launcher.report.page import MOST_NODES, page
 from launcher.report.plots import write_plots
 from launcher.results.outcome import NodeResult, Outcome, Startup
 from launcher.results.published import beside, published
+from launcher.runs.attempts import Attempt
 from tests.browser.sample_runs import MARKUP, run, sample
 from tests.unit.outcomes import nodes, outcome, points, silent, spread
 
@@ -320,6 +321,23 @@ def test_two_hundred_long_runs_are_a_page_that_can_be_mailed() -> None:
 def test_one_run_and_a_run_without_anything() -> None:
     text = rendered(silent(startup=Startup()), rows=[])
     assert "There is one run" in text and "<svg" not in text and 'id="nodes"' not in text
+
+
+def test_on_cpus_rates_are_per_rank() -> None:
+    gpus = [run(f"run-{number}", nodes, 17900, "2026-11-01T00:00:00Z") for number, nodes in enumerate((3, 9, 18))]
+    cpus = [replace(one, gpu="CPU", settings={**one.settings, "profile.device": "cpu"}) for one in gpus]
+    for runs, unit, other in ((gpus, "GPU", "rank"), (cpus, "rank", "GPU"), ([*gpus, *cpus], "GPU", "rank")):
+        text = "".join(Parsed(rendered(*runs)).text)
+        assert f"okens/s per {unit}" in text and "per gpu" not in text
+        assert (f"okens/s per {other}" in text) == (len(runs) == 6)
+    assert "Scaling of CPU, tokens/s per rank over GPUs" in rendered(*cpus)
+
+
+def test_a_chart_says_where_a_run_began_anew() -> None:
+    attempts = (Attempt(1, "", kept_step=20), Attempt(2, "", kept_step=60), Attempt(3, "", kept_step=100))
+    texts = [chart.notes for chart in of_gpu([outcome(run="stubborn", attempts=attempts)], [], "GB200", 0)]
+    assert texts and all("stubborn began anew after step 20 and 60." in notes for notes in texts)
+    assert "began anew" not in rendered(outcome())
 
 
 # --- plots --------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ LLAMA3_8B: dict[str, Any] = {
         "tokenizer": "/data/tokenizers/Llama-3.1-8B",
     },
 }
-NINE_NODES = Rendezvous("4711", 2, "gpu-003", "10.0.0.1", 24711, "10.0.0.3")
+NINE_NODES = Rendezvous("4711", 2, "gpu-003", "10.0.0.1", 24711)
 
 
 def torchrun(start: str, rendezvous: str, rank: str) -> list[str]:
@@ -47,8 +47,8 @@ def torchrun(start: str, rendezvous: str, rank: str) -> list[str]:
 
 
 TORCHRUN_NINE = torchrun(
-    "python3 -m torch.distributed.run --nnodes=9 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-id=4711",
-    "--rdzv-endpoint=10.0.0.1:24711 --rdzv-conf=is_host=0,join_timeout=900,read_timeout=900 --local-addr=10.0.0.3",
+    "python3 -m torch.distributed.run --nnodes=9 --nproc-per-node=4 --rdzv-id=4711",
+    "--rdzv-backend=static --rdzv-endpoint=10.0.0.1:24711 --node-rank=2 --rdzv-conf=timeout=900",
     "0002-gpu-003",
 )
 REGISTRY_ERA = """
@@ -125,8 +125,8 @@ def test_the_debug_recipe_on_a_cpu_starts_behind_the_patches(version: str) -> No
     rendezvous = Rendezvous("7", 0, "here")
     command = torchrun_command(debug_node(), version, rendezvous, torch_version="2.13.0+cpu", python="/venv/bin/python")
     shared = torchrun(
-        "/venv/bin/python -m torch.distributed.run --nnodes=1 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-id=7",
-        "--rdzv-endpoint=127.0.0.1:0 --rdzv-conf=is_host=1,join_timeout=900,read_timeout=900 --local-addr=127.0.0.1",
+        "/venv/bin/python -m torch.distributed.run --nnodes=1 --nproc-per-node=2 --rdzv-id=7",
+        "--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0 --local-addr=127.0.0.1",
         "0000-here",
     )
     assert command[: len(shared) + 1] == [*shared, "titan.cpu"]
@@ -239,13 +239,12 @@ def test_where_the_nodes_meet() -> None:
         with pytest.raises(Refused, match=f"9 nodes cannot meet at port {port}"):
             torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", 0, "a", "10.0.0.1", port))
     for node_id, address, words in (
-        (0, "10.0.0.1", "--rdzv-conf=is_host=1,"),
-        (1, "10.0.0.1", "--rdzv-conf=is_host=0,"),
-        (8, "10.0.0.1", "--rdzv-conf=is_host=0,"),
+        (0, "10.0.0.1", "--rdzv-endpoint=10.0.0.1:20001 --node-rank=0"),
+        (8, "10.0.0.1", "--rdzv-endpoint=10.0.0.1:20001 --node-rank=8"),
         (0, "fd00::1", "--rdzv-endpoint=[fd00::1]:20001"),
     ):
         command = torchrun_command(LLAMA3_8B, "0.3.0", Rendezvous("1", node_id, "a", address, 20001))
-        assert words in " ".join(command) and "--local-addr" not in " ".join(command)  # which is not known
+        assert words in " ".join(command)
 
 
 # nodes, GPUs on each, pipeline stages -> the local rank that knows the loss
