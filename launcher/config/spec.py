@@ -406,9 +406,12 @@ def _validate_parallelism(spec: RunSpec, bad: Callable[..., LauncherError]) -> N
         raise bad("recipe.dp_shard", "must be -1 (all that are left) or at least 1")
     if recipe.dp_shard > 0 and other * recipe.dp_shard != spec.gpus:
         raise bad("recipe.dp_shard", f"the degrees multiply to {other * recipe.dp_shard}, the run has {spec.gpus} GPUs")
-    if spec.gpus % other:
-        why = f"{spec.gpus} GPUs are not a multiple of the other parallel degrees' product, {other}"
-        raise bad("recipe.dp_replicate", why, "choose --nodes so that nodes x GPUs per node is a multiple")
+    product = 1
+    for degree in ("tensor_parallel", "context_parallel", "pipeline_parallel", "dp_replicate"):
+        product *= getattr(recipe, degree)
+        if spec.gpus % product:
+            why = f"{spec.gpus} GPUs are not a multiple of the parallel degrees' product, {other}"
+            raise bad(f"recipe.{degree}", why, "choose --nodes so that nodes x GPUs per node is a multiple")
 
 
 def tables_of(run: PlacedRun) -> dict[str, dict[str, Any]]:
