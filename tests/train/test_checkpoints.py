@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,61 +27,37 @@ def node(**recipe: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A run that was killed once its checkpoint of step 8 was whole, and what an uninterrupted one lost."""
+class Whole:
+    """A run that was never interrupted: its checkpoints of the steps 4, 8 and 12, and its losses."""
 
-    run: Path
-    uninterrupted: dict[int, float]
-
-
-def descendants(pid: int) -> list[int]:
-    below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [pid, *(one for child in below for one in descendants(child))]
+    checkpoints: Path
+    losses: dict[int, float]
 
 
 @pytest.fixture(scope="module")
-def cuts() -> dict[str, Cut]:
+def wholes() -> dict[str, Whole]:
     return {}
 
 
 @pytest.fixture
-def cut(python: str, cuts: dict[str, Cut], tmp_path_factory: pytest.TempPathFactory, started: Started) -> Cut:
+def whole(python: str, wholes: dict[str, Whole], tmp_path_factory: pytest.TempPathFactory, started: Started) -> Whole:
     """Every interpreter makes its own once."""
-    if python in cuts:
-        return cuts[python]
-    folder = tmp_path_factory.mktemp("checkpoints")
-    output = started.alone(python, make_run(folder / "whole", node()))
-    saved = folder / "whole" / "titan" / "checkpoint"
-    assert look(saved) == ([4, 8, 12], []), "the last is whole, too; with it, none is deleted"
-    size = sum(file.stat().st_size for file in (saved / "step-8").iterdir())
-    assert 1 < size / SHAPES["debugmodel"].checkpoint_bytes < 1.1
-    started.processes.clear()
-    run = make_run(folder / "cut", node()).parent.parent
-    started.start(python, run / "job" / "node.json", TITAN_JOB_ID=f"k{os.getpid()}", TITAN_HEAD_PORT="0")
-    ends = time.monotonic() + 300
-    while not (run / "titan" / "checkpoint" / "step-8" / ".metadata").exists():
-        assert started.processes[0].poll() is None and time.monotonic() < ends
-        time.sleep(0.02)
-    for pid in descendants(started.processes[0].pid):
-        os.kill(pid, signal.SIGKILL)
-    started.processes[0].communicate()
-    for late in (run / "titan" / "checkpoint").glob("step-12"):
-        shutil.rmtree(late)  # on a machine that was slow to kill it
-    return cuts.setdefault(python, Cut(run, losses(output)))
+    if python not in wholes:
+        run = tmp_path_factory.mktemp("checkpoints") / "whole"
+        output = started.alone(python, make_run(run, node()))
+        saved = run / "titan" / "checkpoint"
+        assert look(saved) == ([4, 8, 12], []), "the last is whole, too; with it, none is deleted"
+        size = sum(file.stat().st_size for file in (saved / "step-8").iterdir())
+        assert 1 < size / SHAPES["debugmodel"].checkpoint_bytes < 1.1
+        wholes[python] = Whole(saved, losses(output))
+    return wholes[python]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(cut: Cut, python: str, started: Started) -> None:
-    """The same model, optimizer, learning rate and data: the same digits of every loss."""
-    saved = cut.run / "titan" / "checkpoint"
-    assert look(saved) == ([4, 8], [])
-    again = cut.run.with_name("again")  # a run's files name its directory, checkpoints do not
-    node_json = make_run(again, node())
-    shutil.copytree(saved, again / "titan" / "checkpoint")
-    (again / "titan" / "checkpoint" / RECORD).unlink()
-    output = started.alone(python, node_json)
-    assert losses(output) == {step: loss for step, loss in cut.uninterrupted.items() if step > 8}
-    assert record(again)["checkpoint_step"] == 8
-    assert look(again / "titan" / "checkpoint") == ([4, 8, 12], [])
+def cut_off(whole: Whole, folder: Path) -> Path:
+    """What there is of the checkpoints if the run is killed after step 8 (tests/cluster/test_faults.py kills some)."""
+    shutil.copytree(whole.checkpoints, folder)
+    shutil.rmtree(folder / "step-12")
+    return folder
 
 
 def corrupt(path: Path) -> None:
@@ -100,17 +74,26 @@ HARMS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-def test_a_damaged_one_is_not_whole(cut: Cut, tmp_path: Path, harm: Callable[[Path], object]) -> None:
-    shutil.copytree(cut.run / "titan" / "checkpoint", tmp_path / "checkpoint")
-    harm(tmp_path / "checkpoint" / "step-8")
-    whole, damaged = look(tmp_path / "checkpoint")
-    assert whole == [4] and [one.step for one in damaged] == [8]
+def test_a_damaged_one_is_not_whole(whole: Whole, tmp_path: Path, harm: Callable[[Path], object]) -> None:
+    saved = cut_off(whole, tmp_path / "checkpoint")
+    assert look(saved) == ([4, 8], [])
+    harm(saved / "step-8")
+    found, damaged = look(saved)
+    assert found == [4] and [one.step for one in damaged] == [8]
 
 
-def test_training_goes_on_from_the_one_before_a_damaged_one(cut: Cut, python: str, started: Started) -> None:
-    saved = cut.run / "titan" / "checkpoint"
+def test_training_goes_on_from_the_one_before_a_damaged_one_as_if_nothing_had_happened(
+    whole: Whole, python: str, tmp_path: Path, started: Started
+) -> None:
+    """The same model, optimizer, learning rate and data: the same digits of every loss. A run's files name its
+    directory, its checkpoints do not.
+    """
+    node_json = make_run(tmp_path / "again", node())
+    saved = cut_off(whole, tmp_path / "again" / "titan" / "checkpoint")
+    (saved / RECORD).unlink()
     HARMS["cut file"](saved / "step-8")
-    output = started.alone(python, cut.run / "job" / "node.json")
-    assert losses(output) == {step: loss for step, loss in cut.uninterrupted.items() if step > 4}
+    output = started.alone(python, node_json)
+    assert losses(output) == {step: loss for step, loss in whole.losses.items() if step > 4}
     assert "is cut: 12 of " in output and "training goes on from step 4" in output
+    assert record(tmp_path / "again")["checkpoint_step"] == 4
     assert (saved / ASIDE / "step-8").is_dir() and look(saved) == ([4, 8, 12], [])

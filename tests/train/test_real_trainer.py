@@ -188,6 +188,8 @@ def test_the_attention_that_stands_in_is_the_same_attention(python: str) -> None
 
 def test_what_03_adds_by_itself_changes_no_loss(python: str, tmp_path: Path, started: Started) -> None:
     """Its loss in chunks; CUDA graphs need a GPU."""
+    if (versions(python) or ("",))[0].startswith("0.2"):
+        return  # both runs would be the same
     found = []
     for like_for_like in (True, False):
         node = debug_node(gpus_per_node=1)
@@ -349,7 +351,8 @@ def test_the_debug_recipe_learns(python: str, tmp_path: Path, started: Started) 
     assert "dp_shard=2" in output and "Traceback" not in output
     assert list((run / "titan" / "tb").rglob("events.out.tfevents.*"))
     (record,) = (run / "nodes").glob("0*.json")
-    assert json.loads(record.read_text())["ok"] is True
+    facts = json.loads(record.read_text())
+    assert facts["ok"] is True and len(facts["speed"]) == 2 and facts["allreduce_node_gbs"] > 0
     second_rank = list((run / "logs" / "ranks").rglob("1/std*.log"))
     assert any("step: 20" in path.read_text() for path in second_rank), "the other rank's log is kept"
 
@@ -391,7 +394,7 @@ def test_ranks_are_in_the_order_of_the_nodes(python: str, tmp_path: Path) -> Non
 
 def test_two_nodes_train_one_model_and_leave_a_checkpoint(python: str, tmp_path: Path, started: Started) -> None:
     run, port = tmp_path / "run", str(free_port())
-    node = debug_node(nodes=2, check="full", titan={"training.max_norm": "0.5"})
+    node = debug_node(nodes=2, gpus_per_node=1, check="full", titan={"training.max_norm": "0.5"})
     node["recipe"].update(steps=4, checkpoint_interval=2, activation_checkpoint="selective", log_freq=1)
     node_json = make_run(run, node)
     for index in (0, 1):
@@ -405,7 +408,7 @@ def test_two_nodes_train_one_model_and_leave_a_checkpoint(python: str, tmp_path:
         )
     outputs = started.finish()
     assert losses(outputs[0]) == losses(outputs[1]) and list(losses(outputs[0])) == [1, 2, 3, 4]
-    assert all("dp_shard=4" in output for output in outputs)
+    assert all("dp_shard=2" in output for output in outputs)
     assert sorted(path.name for path in (run / "titan" / "checkpoint").iterdir()) == [
         *("launcher.json", "step-2", "step-4")
     ]
@@ -414,8 +417,8 @@ def test_two_nodes_train_one_model_and_leave_a_checkpoint(python: str, tmp_path:
     assert len(records) == 2 and json.loads((run / "nodes" / "check.json").read_text())["ok"] is True
     for record in records:  # measured by the real torch
         figures = [*(gpu[key] for gpu in record["speed"] for key in ("product_tflops", "copy_gbs"))]
-        assert len(figures) == 4 and min(figures) > 0
-        assert record["allreduce_node_gbs"] > 0 and record["allreduce_job_gbs"] > 0
+        assert len(figures) == 2 and min(figures) > 0
+        assert record["allreduce_job_gbs"] > 0
 
 
 def test_a_setting_that_torchtitan_does_not_know_ends_the_run_with_its_name(

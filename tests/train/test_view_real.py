@@ -14,7 +14,7 @@ from launcher.config.spec import PlacedRun
 from launcher.stage import sample
 from launcher.stage.view import plan, train_files, write, write_data
 from tests.conftest import ROOT, Launch
-from tests.train.test_real_trainer import answer, losses, python
+from tests.train.test_real_trainer import PYTHONS, answer, losses, python
 
 __all__ = ["python"]  # a fixture
 
@@ -139,6 +139,8 @@ def test_the_sample_gives_any_number_of_ranks_full_batches_for_as_many_steps_as_
 def test_the_debug_recipe_trains_at_a_degree_that_does_not_divide_its_files(
     python: str, launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if python != PYTHONS[0]:
+        return  # the loaders of both eras are above
     assert sample.TRAIN_FILES % 3, "otherwise this shows nothing"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     size = ("--gpu", "cpu", "--gpus-per-node", "3", "--steps", "4", "--set", "recipe.local_batch_size=1")
