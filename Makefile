@@ -46,7 +46,7 @@ test-some:
 
 faults: install ## break runs in the middle of training, on a real Slurm, and write docs/fault-campaign.md's table
 	tests/system-packages.sh
-	LAUNCHER_TEST_FAULTS=1 LAUNCHER_TEST_FAULTS_TABLE=docs/fault-campaign.md $(PYTEST) tests/cluster/test_faults.py
+	LAUNCHER_TEST_FAULTS=$(or $(SLURM),1) LAUNCHER_TEST_FAULTS_TABLE=$(if $(SLURM),,docs/fault-campaign.md) $(PYTEST) tests/cluster/test_faults.py
 
 # Not --quiet: mkdocs then takes no warning for an error. The variable silences an advertisement.
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -27,6 +27,7 @@ def render(spec: PlacedRun) -> str:
         gpu=profile.gpu,
         nodes=job.nodes,
         allocated=spec.allocated,
+        segment=spec.segment,
         gpus_per_node=profile.gpus_per_node,
         restarts=spec.begins_anew,
         checkpoints=str(folder_of(node_config(spec))) if spec.recipe.checkpoint_interval else "",

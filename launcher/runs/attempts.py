@@ -23,6 +23,7 @@ WHY_NOT = {  # no further attempt follows
     "no-progress": "three in a row wrote no new checkpoint",
     "max-restarts": "--max-restarts is reached",
     "too-few-nodes": "too few healthy nodes are left",
+    "too-few-in-blocks": "too few healthy nodes are left in the blocks that --segment needs",
     "requeue-refused": "Slurm did not queue the job again",
 }
 

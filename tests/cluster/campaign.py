@@ -280,7 +280,8 @@ class Scene:
 
     def start_slurmd(self, host: str) -> None:
         assert self.cluster.record
-        enter = ("nsenter", f"--target={self.inside(host)}", "--net", "--pid", "--mount", "--uts")
+        root = ("chroot", str(self.cluster.root)) if self.cluster.root else ()
+        enter = ("nsenter", f"--target={self.inside(host)}", "--net", "--pid", "--mount", "--uts", *root)
         log = self.cluster.directory / f"log/{host}.out"
         spawn(self.cluster.record, log, *enter, "slurmd", "-D", "-N", host, "-f", str(self.cluster.slurm_conf))
 

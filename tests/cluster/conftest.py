@@ -2,6 +2,7 @@
 
 import compileall
 import contextlib
+import fcntl
 import json
 import os
 import pwd
@@ -23,6 +24,7 @@ from tests.conftest import ROOT, say_it_trains
 from tests.image.images import CACHE, cpu_squashfs
 
 USER = "launcher-test"
+DEBIAN_13 = "slurmctld,slurmd,slurm-client,slurm-wlm-basic-plugins,iproute2"
 
 
 @pytest.fixture(scope="session")
@@ -213,3 +215,24 @@ def _need_root() -> None:
 def _need_packages(packages: list[str]) -> None:
     if packages:
         pytest.skip(f"missing Debian packages: apt install {' '.join(packages)}")
+
+
+def debian_13() -> Path:
+    """A root directory with Slurm 24.11, made once and kept beside the tests' images. Skips where it cannot be had."""
+    if os.geteuid() != 0 or not shutil.which("mmdebstrap") or missing_packages():
+        pytest.skip("needs root, mmdebstrap and the packages of the other Slurm tests")
+    root = CACHE / "debian-13-slurm"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "debian-13-slurm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.is_dir():
+            making = Path(tempfile.mkdtemp(dir=CACHE, prefix="debian-13-"))
+            about = ("--quiet", "--variant=essential", f"--include={DEBIAN_13}")
+            command = ["mmdebstrap", *about, "trixie", str(making)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                shutil.rmtree(making, ignore_errors=True)
+                pytest.skip(f"Debian 13's packages cannot be had: {done.stderr.strip()[-200:]}")
+            (making / "etc" / "hosts").touch()  # the nodes' own is mounted over it
+            making.rename(root)
+    return root

@@ -59,6 +59,7 @@ class Cluster:
     partitions: tuple[str, ...]
     gpus_per_node: int
     record: Path | None = field(default=None)  # None: not started here, so never stopped here
+    root: Path | None = None  # of another release's nodes
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def start_cluster(
         partitions=("batch", "small"),
         gpus_per_node=gpus_per_node,
         record=record,
+        root=release.root if release else None,
     )
     try:
         _write_files(cluster, addresses, release, settings or {})

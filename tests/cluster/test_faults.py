@@ -1,7 +1,7 @@
 """Faults in the middle of training: a run goes on after them with the losses of one that was never interrupted.
 
 Slurm, its nodes, the job script and the trainer are real; the trainer waits at a step while it is broken (orders.py).
-Three cases run always; `make faults` runs all and writes their table into docs/fault-campaign.md.
+Two cases run always; `make faults` runs all and writes their table into docs/fault-campaign.md.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from tests.cluster.campaign import (
     judge,
     note,
 )
-from tests.cluster.conftest import _need_packages, _need_root
+from tests.cluster.conftest import _need_packages, _need_root, debian_13
 from tests.cluster.daemons import wait_for
-from tests.cluster.slurm_cluster import Cluster, missing_packages, running_cluster
+from tests.cluster.slurm_cluster import Cluster, Release, missing_packages, running_cluster
 
-ALL = os.environ.get("LAUNCHER_TEST_FAULTS") == "1"
+ALL = os.environ.get("LAUNCHER_TEST_FAULTS", "")  # the Slurm on which all cases run: "1" this machine's, or NEWER
+NEWER = "24.11"
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Four nodes that Slurm gives up after 15 s; beside them two small file systems that all of them see."""
     _need_root()
     _need_packages(missing_packages())
@@ -53,8 +54,11 @@ def cluster() -> Iterator[Cluster]:
         for folder in ("site", "orders", "small", "tiny", "munge"):
             (directory / folder).mkdir()
         (directory / "site/sitecustomize.py").write_text(Path(__file__).with_name("orders.py").read_text())
+        release = Release(debian_13(), "", "") if request.param == NEWER else None
+        # Jobs of the other release see its files; process 1 of a node sees this machine's, and so the tests' Python.
+        python = f"chroot /proc/1/root {sys.executable}" if release else sys.executable
         program = directory / "python"
-        program.write_text(PROGRAM.format(directory=directory, python=sys.executable))
+        program.write_text(PROGRAM.format(directory=directory, python=python))
         program.chmod(0o755)
         # A job that is queued again waits as long as credentials last, two minutes by default.
         auth = {"AuthInfo": f"socket={directory}/munge/socket,cred_expire=5"}
@@ -63,7 +67,7 @@ def cluster() -> Iterator[Cluster]:
             for folder, size in mounts.items():
                 command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory / folder)]
                 subprocess.run(command, check=True)
-            with running_cluster(directory, settings=SETTINGS | auth) as made:
+            with running_cluster(directory, release=release, settings=SETTINGS | auth) as made:
                 yield made
         finally:
             for folder in mounts:
@@ -71,16 +75,16 @@ def cluster() -> Iterator[Cluster]:
 
 
 Fault = Callable[[Scene], None]
-Baseline = Callable[[int], Seen]
+Baseline = Callable[[Cluster, int], Seen]
 LATE = 10  # another step to break at: two checkpoints lie before it
 
 
 @pytest.fixture(scope="module")
-def baseline(cluster: Cluster) -> Baseline:
-    """A run on so many nodes that nothing interrupts."""
+def baseline() -> Baseline:
+    """A run on so many nodes that nothing interrupts. Its losses are the same with any Slurm."""
     known: dict[int, Seen] = {}
 
-    def whole(nodes: int) -> Seen:
+    def whole(cluster: Cluster, nodes: int) -> Seen:
         if nodes not in known:
             scene = Scene(cluster, cluster.directory, f"baseline-{nodes}", nodes)
             scene.submit("--check", "off")
@@ -139,6 +143,17 @@ def lose_two_nodes(scene: Scene) -> None:
     scene.lose(scene.other(), spare)
 
 
+def lose_a_node_and_requeue(scene: Scene) -> None:
+    """First a spare node trains, then the first node is no more fit to."""
+    scene.held()
+    scene.order(f"{LATE} hold")
+    lose_a_node(scene)
+    scene.held(LATE)
+    sicken(scene, scene.of_job("BatchHost"))
+    scene.slurm("scontrol", "requeue", scene.job)
+    scene.release()
+
+
 def kill_a_rank_and_lose_its_node(scene: Scene) -> None:
     scene.kill("rank", scene.other())
     scene.lose(scene.other())
@@ -189,6 +204,15 @@ def kill_a_rank_and_sicken_its_node(scene: Scene) -> None:
 def sick_from_the_first(scene: Scene) -> None:
     """Which node Slurm chooses is known: the first ones. Orders are read before the job begins."""
     scene.victims.append(scene.cluster.nodes[1])
+
+
+def break_the_first_gpu(scene: Scene) -> None:
+    """An imitation: the words are CUDA's, and there is no GPU. The job's script goes on where no rank does."""
+    host = scene.of_job("BatchHost")
+    scene.victims.append(host)
+    with open(next(scene.path.glob(f"logs/*-{host}.log")), "a") as log:
+        log.write("torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered\n")
+    scene.kill("rank", host)
 
 
 def run_out_of_memory(scene: Scene) -> None:
@@ -305,9 +329,11 @@ _CASES = {
     ("slurmd-killed", "slurmd of a node is killed and stays away; the job has a spare node"): Case(
         held(kill_slurmd), "node-failure", **SPARE
     ),
-    ("node-lost-spare", "a node is lost; the job has a spare one"): Case(
-        held(lose_a_node), "node-failure", **SPARE, always=True
-    ),
+    ("node-lost-spare", "a node is lost; the job has a spare one"): Case(held(lose_a_node), "node-failure", **SPARE),
+    (
+        "node-lost-requeued",
+        "a node is lost; the job has a spare one, is then queued again, and its first node fails the check",
+    ): Case(lose_a_node_and_requeue, "node-failure requeued", **SPARE, options=QUICK, always=True),
     ("node-lost-queue", "a node is lost; the partition has another one"): Case(
         held(lose_a_node), "node-failure", nodes=2, leaves_out=True
     ),
@@ -316,6 +342,9 @@ _CASES = {
     ),
     ("first-node-lost", "the node of the job's script is lost"): Case(
         held(lambda scene: scene.lose(scene.of_job("BatchHost"))), "requeued", nodes=2
+    ),
+    ("first-gpu-broken", "a rank of the first node is killed, with CUDA's words; the job has a spare node"): Case(
+        held(break_the_first_gpu), "gpu-broken", **SPARE
     ),
     ("network-cut", "the network of a node is cut; the job has a spare node"): Case(
         held(lambda scene: scene.cut(scene.other())), "node-failure", **SPARE
@@ -367,7 +396,7 @@ _CASES = {
     ),
     ("preempted", "another job of a higher tier takes the nodes"): Case(held(preempt), "requeued|preempted"),
     ("requeued", "an administrator queues the job again"): Case(
-        held(lambda scene: scene.slurm("scontrol", "requeue", scene.job)), "requeued", always=True
+        held(lambda scene: scene.slurm("scontrol", "requeue", scene.job)), "requeued"
     ),
     ("secrets", "the job is queued again, and has secrets (--env NAME)"): Case(
         requeue_with_secrets, "requeued", options=_kept("--env", "SECRET_WORD")
@@ -409,10 +438,15 @@ _CASES = {
 CASES = {name: replace(case, what=what) for (name, what), case in _CASES.items()}
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if ALL or case.always])
+USUAL = [("1", name) for name, case in CASES.items() if case.always] + [(NEWER, "node-lost-requeued")]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "name"), [(ALL, name) for name in CASES] if ALL else USUAL, indirect=["cluster"], scope="module"
+)
 def test_a_fault(name: str, cluster: Cluster, baseline: Baseline) -> None:
     case = CASES[name]
-    whole = baseline(case.nodes)
+    whole = baseline(cluster, case.nodes)
     scene = Scene(cluster, cluster.directory, name, case.nodes)
     scene.order(*case.orders)
     if case.fault is sick_from_the_first:

@@ -89,7 +89,7 @@ def spec_of(case: str, gpu: str, runtime: str) -> PlacedRun:
     if case.endswith("restarts"):
         values |= {"recipe.checkpoint_interval": 100, "job.max_restarts": 5}
     if case == "slurm-gb200-restarts":
-        values |= {"job.spares": 1, "job.continues": 2, "job.checkpoint_dir": "/data/checkpoints"}
+        values |= {"job.spares": 1, "job.segment": 5, "job.continues": 2, "job.checkpoint_dir": "/data/checkpoints"}
     if case.endswith("everything"):
         values |= {
             "job.partition": "batch",

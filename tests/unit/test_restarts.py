@@ -21,7 +21,7 @@ ANSWERS = """case "$*" in
 *"show job "*) echo "JobId=7 JobState=RUNNING Restarts=0 NumNodes=2 NodeList=n1,n10 ExcNodeList=EXCLUDED Reason=None" ;;
 esac"""
 GETENT = 'echo "10.0.0.7 STREAM node"'
-SINFO = "printf '%s idle\\n' n1 n10 n3 n4"
+SINFO = "printf '%s idle\\n' n1 n10 n3 n4 n5; echo n6 down"
 # A node that answers starts `true`; another one stands guard; a step does what its number says.
 SRUN = """case "$*" in
 *" bash -c "*) exit 0 ;;
@@ -101,6 +101,34 @@ def test_a_controller_that_says_nothing_ends_no_job(job: Job, tmp_path: Path) ->
 def test_what_the_user_excludes_stays_so(job: Job, tmp_path: Path, bad: str, left_out: str) -> None:
     job([f"requeue {bad}"], "exit 1", excluded="n4")
     assert (tmp_path / "said").read_text() == f"update JobId=7 ExcNodeList={left_out}\n"
+
+
+BLOCKS = "BlockName=a BlockIndex=0 Nodes=n1,n10 BlockSize=2\\nBlockName=b BlockIndex=1 Nodes=n3,n4 BlockSize=2\\n"
+
+
+WITH_ONE_DOWN = f"{BLOCKS}BlockName=c BlockIndex=2 Nodes=n5,n6 BlockSize=2\\n"
+
+
+@pytest.mark.parametrize(
+    ("bad", "blocks", "refused"),
+    [
+        ("n1", BLOCKS, False),
+        ("n1,n4", BLOCKS, True),
+        ("n1,n4", WITH_ONE_DOWN, False),
+        ("n1,n4", "SwitchName=s", False),
+    ],
+)
+def test_a_segment_that_no_block_holds_without_the_bad_nodes(
+    job: Job, tmp_path: Path, bad: str, blocks: str, refused: bool
+) -> None:
+    """Slurm would keep such a job for ever. One whose nodes are only down waits for their repair."""
+    answers = f"""case "$*" in
+    *"show partition p") echo "PartitionName=p Topology=racks State=UP"; exit ;;
+    *"show topology racks") printf '{blocks}'; exit ;;
+    esac\n{ANSWERS}"""
+    job([f"requeue {bad}", ""], "exit 1", scontrol=answers, **{"job.segment": 2})
+    assert (tmp_path / "said").exists() != refused
+    assert asked(tmp_path)[2:] == (["refused|--why|too-few-in-blocks"] if refused else [])
 
 
 def test_a_time_limit_that_came_between_two_steps(job: Job, tmp_path: Path) -> None:
