@@ -24,7 +24,7 @@ from launcher.preflight import placement
 from launcher.preflight.placement import Place, gpus_of, place_of, wants_segment
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
-from launcher.scheduler.facts import ClusterFacts, Node
+from launcher.scheduler.facts import NO_SLURM, ClusterFacts, Node
 from launcher.scheduler.parse import compress, expand, seconds, time_text
 
 Check = Callable[[Place], Finding | None]
@@ -58,7 +58,8 @@ def preflight(
     What Slurm did not answer is one warning, and the checks that need it are skipped.
     """
     if not (facts.nodes or facts.partitions):
-        return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
+        said, fix = next(iter(facts.unread.values()), ""), "scontrol ping; sinfo -s"
+        return [warning("cluster-silent", NO_SLURM if facts.absent else fix, said=facts.absent or said)]
     place = place_of(spec, facts, now, unpacked_bytes)
     facts = place.facts
     if not facts.lacks("partitions") and (named := partition_named(place)):
