@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import LauncherError, quoted
-from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
+from launcher.base.finding import ERROR, Fact, Finding, error, impossible, ok, warning
 from launcher.base.output import SHOWN
 from launcher.config.hardware import of_gpu
 from launcher.config.propose import named
@@ -33,8 +33,11 @@ ANOTHER = "another --partition: sinfo -s"
 
 def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     """The run with its placement, and all that is found. Asks Slurm once in the life of this process."""
-    if spec.job.scheduler != "slurm" or not slurm.bin_dir():
-        return spec, []  # without sbatch, the submission itself says so
+    if spec.job.scheduler != "slurm":
+        return spec, []
+    if not slurm.bin_dir():
+        lack = slurm.missing("sbatch")
+        return spec, [Finding("slurm-missing", ERROR, {"said": lack.what}, lack.fix, certain=True, error=lack)]
     facts = detected()
     spec, of_memory = bad_nodes.without_remembered(spec, facts, time.time())
     spec = placement.with_segment(placement.with_gpu_memory(spec, facts), facts)

@@ -90,6 +90,11 @@ class Missing(LauncherError):
     """There is no such Slurm command here."""
 
 
+def missing(command: str) -> Missing:
+    what = f"{command} is not installed here, or not in PATH"
+    return Missing("slurm-missing", what, NO_SLURM, status=ExitStatus.CLUSTER)
+
+
 Listed = Mapping[str, tuple[str, JobState]]  # job id -> (job name, state)
 FORMAT = "--format=%i|%T|%j|%r"  # the reason is the last: it may hold any character
 
@@ -191,8 +196,7 @@ def _run(words: Sequence[str], limit_s: float, **how: Any) -> subprocess.Complet
     command, *arguments = words
     path = shutil.which(command)
     if path is None:
-        what = f"{command} is not installed here, or not in PATH"
-        raise Missing("slurm-missing", what, NO_SLURM, status=ExitStatus.CLUSTER)
+        raise missing(command)
     try:
         return subprocess.run(
             [path, *arguments],
