@@ -259,7 +259,13 @@ def _tell(
 
 
 def _next_steps(run: Run, state: JobState, verdict: Verdict, baseline: str) -> list[str]:
-    """After a FAIL, what to type: leave the slow nodes out, or see what differs; then the run again."""
+    """What to type: after a FAIL, leave the slow nodes out, or see what differs; then the run again. A run that goes on
+    is waited for, and one that nothing published is like needs a baseline.
+    """
+    if verdict.word != "FAIL" and state.active:
+        return [quoted("launcher", "accept", run.reference, "--follow")]
+    if verdict.word == "CANNOT SAY" and state.name == "COMPLETED" and not verdict.baseline and baseline == "published":
+        return [f"{quoted('launcher', 'accept', run.reference, '--baseline')} RUN (or FILE)"]
     if verdict.word != "FAIL":
         return []
     slow = [host for reason in verdict.reasons for host in reason.nodes]

@@ -22,8 +22,8 @@ _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 def preflight(options: RunOptions, as_json: bool) -> None:
     """Check a run before it queues.
 
-    Submits nothing. `submit` makes the same checks first. Exit code 0: the run can be submitted; 3 or 4: `submit` would
-    refuse it.
+    Submits nothing. `submit` makes the same checks first. Exit code 0: the run can be submitted; 3, 4 or 6: `submit`
+    would refuse it.
 
     \b
     launcher preflight --image titan.sqsh --nodes 9

@@ -80,7 +80,7 @@ def report(names: tuple[str, ...], runs_dir: Path, output: Path, plots: Path | N
         )
         return
     incomplete = sum(not outcome.complete for outcome in outcomes)
-    echo(f"{output}: {counted(len(outcomes), 'run')}, {incomplete} incomplete", err=to_stdout)
+    echo(f"{'page' if to_stdout else output}: {counted(len(outcomes), 'run')}, {incomplete} incomplete", err=to_stdout)
     for path in files:
         echo(str(path), err=to_stdout)
     if left_out:  # the page names all

@@ -33,7 +33,7 @@ from launcher.commands.watching import about, plain_line, watch_all, why_it_wait
 from launcher.commands.watching import watch as show_run
 from launcher.config.options import run_argument, runs_dir_option
 from launcher.logs.first_error import find_errors
-from launcher.logs.follow import Progress, folded, logs_of
+from launcher.logs.follow import Progress, folded, logs_of, ranks_of
 from launcher.logs.known_errors import SMALLER, Failure, explain, how_it_ended
 from launcher.nodes import hardware, unfit
 from launcher.nodes.bad_nodes import BadNode, remember
@@ -220,7 +220,8 @@ def logs(
         raise click.UsageError(f"{found.name} has {counted(len(tries), 'attempt')}")
     known = logs_of(log_dir, node, rank, found.ranks_per_node)
     if (node or rank is not None) and not known and not follow:
-        names = some(list(dict(logs_of(log_dir)))) or "none"
+        by_rank = [f"rank {one}" for one in ranks_of(log_dir, found.ranks_per_node)]
+        names = some(list(dict(logs_of(log_dir))) if node else by_rank) or "none"
         raise click.UsageError(f"{found.name} has no log of {node or f'rank {rank}'}; it has: {names}")
     lines: Iterable[tuple[str, str]]
     if errors:

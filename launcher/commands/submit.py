@@ -168,4 +168,6 @@ def _print_plan(spec: PlacedRun, proof: dict[str, Any] | None, as_json: bool) ->
     echo("", f"# Data: {describe(spec)}")
     for era, command in commands.items():
         lines = (f"# {line}".rstrip() for line in command.splitlines())
-        echo("", f"# On each node, where the image has torchtitan {era}:", *lines)
+        where = "On this machine" if spec.job.scheduler == "local" else "On each node"
+        what = "image" if spec.job.image else "Python"
+        echo("", f"# {where}, if the {what} has torchtitan {era}:", *lines)

@@ -93,7 +93,8 @@ def show(
                 echo(plain_line(seen.progress, about.unit), file=stream)
             if is_new:
                 what = f"attempt {seen.attempt - 1} ended" if seen.before else "it was submitted"
-                since = f", {duration(seen.at - seen.began[Phase.QUEUED])} after {what}"
+                began = seen.began.get(seen.phase, seen.at)  # not now: who looks after the end sees all phases at once
+                since = f", {duration(began - seen.began[Phase.QUEUED])} after {what}"
                 detail = f" ({detail})" if (detail := _detail(seen)) else ""
                 news = _detail(seen) if seen.phase is Phase.QUEUED else f"{_called(seen)}{detail}{since}"
                 echo(f"{about.name}: {news}", *(f"  {line}" for line in lines if seen.phase is Phase.QUEUED), err=True)

@@ -189,7 +189,7 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
         if error.status is not ExitStatus.CLUSTER:
             raise
         what = f"the nodes' GPU cannot be detected: {error.what}"
-        raise _which_gpu(what, error.original, ExitStatus.CLUSTER) from error
+        raise _which_gpu(what, error, ExitStatus.CLUSTER) from error
     proposal = propose(nodes)
     where = f"partition {partition}" if partition else "the default partition"
     seen = ", ".join(evidence.what for evidence in proposal.evidence)
@@ -199,6 +199,8 @@ def _cluster_gpu(partition: str) -> tuple[str, str]:
     raise _which_gpu(f"{where} does not say clearly which GPU it has ({seen or 'no GPUs'}): {why}")
 
 
-def _which_gpu(what: str, original: str = "", status: ExitStatus = ExitStatus.NOT_FOUND) -> LauncherError:
+def _which_gpu(what: str, why: LauncherError | None = None, status: ExitStatus = ExitStatus.NOT_FOUND) -> LauncherError:
     fix = f"say it: --gpu {'|'.join(names_of('profiles'))}"
-    return LauncherError("gpu-unknown", what, fix, status=status, original=original)
+    if why and why.code == "slurm-missing":
+        fix += "; or train on this machine, without Slurm: --local"
+    return LauncherError("gpu-unknown", what, fix, status=status, original=why.original if why else "")

@@ -95,7 +95,9 @@ class Follower:
         chosen: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._chosen = chosen
-        self.first: tuple[str, float] | None = None  # the first step that was read: its node, and its log's time
+        # The first step that was read, and the first line of the last step: the node, and its log's time.
+        self.first: tuple[str, float] | None = None
+        self.last: tuple[str, float] | None = None
         self._log_dir, self._steps_total, self._clock = log_dir, steps_total, clock
         self._nodes: dict[Path, _Node] = {}
         self._pace = _Pace()
@@ -111,8 +113,10 @@ class Follower:
                 for record in node.reader.read():
                     node.count += 1
                     node.fresh.append(record)
-                    if self.first is None and record.time is not None:
-                        self.first = name, record.time
+                    if record.time is not None:
+                        self.first = self.first or (name, record.time)
+                        if record.step >= self._steps_total:
+                            self.last = self.last or (name, record.time)
         named = {name: self._nodes[path] for name, path in logs.items()}
         for record in _advance(list(named.values()), self._lead):
             self._lead = record
@@ -210,6 +214,12 @@ def logs_of(log_dir: Path, node: str = "", rank: int | None = None, per_node: in
     job = [("job", path) for path in files_in(log_dir) if path.name == JOB_LOG]
     found = job + list(node_logs(log_dir).items())
     return [(name, path) for name, path in found if not node or name == node]
+
+
+def ranks_of(log_dir: Path, per_node: int = 1) -> list[int]:
+    """The ranks whose own logs are there by now."""
+    logs = {path.parent for path in log_dir.glob("ranks/????-*/*/*/*/std*.log")}
+    return sorted({int(path.parts[-4][:4]) * max(1, per_node) + int(path.name) for path in logs})
 
 
 def folded(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -156,7 +156,7 @@ def _shape(spec: RunSpec) -> Shape | None:
 
 def _why_no_memory(spec: RunSpec) -> str:
     if spec.profile.device != "cuda":
-        return "the formula is for a GPU's memory; on a CPU the trainer tells that of its process"
+        return "the formula is for a GPU's memory; on a CPU the trainer logs its process's memory"
     if _shape(spec) is None:
         return f"the dimensions of {spec.recipe.model} {spec.recipe.flavor} are not known here"
     return "the formula for memory is not made for pipeline parallelism" if spec.recipe.pipeline_parallel > 1 else ""

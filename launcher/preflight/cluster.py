@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launcher.base.errors import LauncherError, quoted
-from launcher.base.finding import Fact, Finding, error, impossible, ok, warning
+from launcher.base.finding import ERROR, Fact, Finding, error, impossible, ok, warning
 from launcher.base.output import SHOWN
 from launcher.config.hardware import of_gpu
 from launcher.config.propose import named
@@ -24,7 +24,7 @@ from launcher.preflight import placement
 from launcher.preflight.placement import Place, gpus_of, place_of, wants_segment
 from launcher.scheduler import slurm
 from launcher.scheduler.detect import detected
-from launcher.scheduler.facts import ClusterFacts, Node
+from launcher.scheduler.facts import NO_SLURM, ClusterFacts, Node
 from launcher.scheduler.parse import compress, expand, seconds, time_text
 
 Check = Callable[[Place], Finding | None]
@@ -33,8 +33,11 @@ ANOTHER = "another --partition: sinfo -s"
 
 def look(spec: PlacedRun) -> tuple[PlacedRun, list[Finding]]:
     """The run with its placement, and all that is found. Asks Slurm once in the life of this process."""
-    if spec.job.scheduler != "slurm" or not slurm.bin_dir():
-        return spec, []  # without sbatch, the submission itself says so
+    if spec.job.scheduler != "slurm":
+        return spec, []
+    if not slurm.bin_dir():
+        lack = slurm.missing("sbatch")
+        return spec, [Finding("slurm-missing", ERROR, {"said": lack.what}, lack.fix, certain=True, error=lack)]
     facts = detected()
     spec, of_memory = bad_nodes.without_remembered(spec, facts, time.time())
     spec = placement.with_segment(placement.with_gpu_memory(spec, facts), facts)
@@ -58,7 +61,8 @@ def preflight(
     What Slurm did not answer is one warning, and the checks that need it are skipped.
     """
     if not (facts.nodes or facts.partitions):
-        return [warning("cluster-silent", "scontrol ping; sinfo -s", said=next(iter(facts.unread.values()), ""))]
+        said, fix = next(iter(facts.unread.values()), ""), "scontrol ping; sinfo -s"
+        return [warning("cluster-silent", NO_SLURM if facts.absent else fix, said=facts.absent or said)]
     place = place_of(spec, facts, now, unpacked_bytes)
     facts = place.facts
     if not facts.lacks("partitions") and (named := partition_named(place)):

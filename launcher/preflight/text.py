@@ -31,6 +31,7 @@ RACKS = "Slurm does not know the racks (topology {topology})"
 # `{fact: with }` is " with " and the fact, or nothing where the fact is "". Of many names the first few are shown.
 TEXTS = {
     # Slurm
+    "slurm-missing": Text("cluster", "{said}"),
     "cluster-silent": Text(
         "cluster", "Slurm's nodes and partitions could not be read, so nothing about them was checked", "{said}"
     ),

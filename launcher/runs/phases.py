@@ -102,10 +102,10 @@ class Watcher:
         phase = now.phase
         if progress:
             phase = Phase.TRAINING
-            self._begin(phase, self._first_step(), now.at)
+            self._begin(phase, self._moment(self._follower.first), now.at)
             if progress.step >= progress.steps_total:
                 phase = Phase.ENDING
-                self._begin(phase, None, now.at)
+                self._begin(phase, self._moment(self._follower.last), now.at)
         return replace(now, phase=phase, began=dict(self._began), progress=progress)
 
     def _checked(self, now: Standing) -> Standing:
@@ -125,9 +125,9 @@ class Watcher:
         doing = Counter(str(mark.get("doing")) for mark in marks)
         return replace(now, phase=phase, started=len(started), fit=len(fit), doing=doing)
 
-    def _first_step(self) -> float | None:
-        """By the node's own clock, whose zone its record says: logs carry none."""
-        host, moment = self._follower.first or ("", 0.0)
+    def _moment(self, logged: tuple[str, float] | None) -> float | None:
+        """When a node logged a step. By its own clock, whose zone its record says: logs carry none."""
+        host, moment = logged or ("", 0.0)
         offsets = [number(r.get("utc_offset_s")) for r in self._run.node_records if r.get("host") == host]
         return moment - offsets[0] if offsets and offsets[0] is not None else None
 

@@ -75,6 +75,7 @@ def detect(run: Run | None = None, plugstack: Callable[[str], str] | None = None
         pyxis_options=options,
         squashfuse=parse.squashfuse((plugstack or slurm.plugstack)(path)) if path and options else None,
         topologies=_topologies(ask, {p.topology for p in partitions} - {""}),
+        absent=answer.what if isinstance(answer := answers["nodes"], slurm.Missing) else "",
         unread={name: f"{' '.join(QUESTIONS[name])}: {text}" for name, text in why.items()},
     )
 

@@ -23,6 +23,7 @@ WORDS = {"FAIL": "failed", "INVAL": "invalid", "INVALID_REG": "invalid", "MAINT"
 WORDS |= {"REBOOT_ISSUED": "rebooting", "REBOOT": "rebooting"}
 # Of --segment, by the version: a site's own sbatch may submit whatever it is given, so it is not asked for its --help.
 SEGMENT_SINCE = (23, 11)
+NO_SLURM = "go to the cluster's login node; without Slurm: launcher submit --local"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class ClusterFacts:
     topologies: Mapping[str, Topology] = field(default_factory=dict)  # by name; the cluster's default is not in it
     # The question of launcher/scheduler/detect.py -> its command, and why there is no answer, or not a whole one.
     unread: Mapping[str, str] = field(default_factory=dict)
+    absent: str = ""  # why Slurm cannot be asked at all: it is not installed here
 
     @property
     def segment(self) -> bool:
@@ -134,6 +136,8 @@ class ClusterFacts:
 
     def require(self, partition: str) -> ClusterFacts:
         """These facts; raises LauncherError where the nodes could not be read, or one of "a,b" is no partition."""
+        if self.absent:
+            raise LauncherError("slurm-missing", self.absent, NO_SLURM, status=ExitStatus.CLUSTER)
         if why := self.unread.get("nodes"):
             what = f"Slurm's nodes cannot be read: {why}"
             raise LauncherError("slurm-failed", what, "scontrol ping", status=ExitStatus.CLUSTER)

@@ -17,6 +17,7 @@ from typing import Any
 
 from launcher.base.errors import ExitStatus, LauncherError
 from launcher.base.values import whole
+from launcher.scheduler.facts import NO_SLURM
 from launcher.scheduler.parse import config, rows
 from launcher.scheduler.state import JobState, from_slurm
 
@@ -87,6 +88,11 @@ class Refused(LauncherError):
 
 class Missing(LauncherError):
     """There is no such Slurm command here."""
+
+
+def missing(command: str) -> Missing:
+    what = f"{command} is not installed here, or not in PATH"
+    return Missing("slurm-missing", what, NO_SLURM, status=ExitStatus.CLUSTER)
 
 
 Listed = Mapping[str, tuple[str, JobState]]  # job id -> (job name, state)
@@ -190,9 +196,7 @@ def _run(words: Sequence[str], limit_s: float, **how: Any) -> subprocess.Complet
     command, *arguments = words
     path = shutil.which(command)
     if path is None:
-        what = f"{command} is not installed here, or not in PATH"
-        fix = "go to the cluster's login node; without Slurm: launcher submit --local"
-        raise Missing("slurm-missing", what, fix, status=ExitStatus.CLUSTER)
+        raise missing(command)
     try:
         return subprocess.run(
             [path, *arguments],

@@ -110,6 +110,9 @@ def plan(spec: PlacedRun) -> tuple[PlacedRun, list[str]]:
         where = f"{place}/en" if os.path.isdir(place) else place
         why = f"{where}: " + ("not on this machine" if missing else f"cannot be read here ({error.strerror})")
         if spec.job.data_part or spec.job.scheduler == "local":
+            if not missing:
+                fix = quoted("ls", "-ld", where)
+                raise LauncherError("unreadable", why, fix, status=ExitStatus.FILESYSTEM) from error
             raise LauncherError("data-missing", why, two_ways(spec), status=ExitStatus.NOT_FOUND) from error
         return spec, [] if missing else [f"{why}, so the run gets no view of it: {two_ways(spec)}"]
     stage = _stage_command(spec, staged)

@@ -221,7 +221,8 @@ def preview(node: dict[str, Any], python: str = "python3") -> dict[str, str]:
     """
     shown = {}
     for _, _, version, _ in ERAS:
-        rendezvous = Rendezvous("JOB_ID", 0, "NODE", "HEAD_ADDR", 1)
+        port = 0 if node["job"].get("scheduler") == "local" else 1
+        rendezvous = Rendezvous("JOB_ID", 0, "NODE", "HEAD_ADDR", port)
         try:
             command = torchrun_command(node, version, rendezvous, python=python)
         except Refused as refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from launcher.results.accept import About, Verdict, Word, as_dict, headline, jud
 from launcher.results.columns import as_dict as result_as_dict
 from launcher.results.outcome import Outcome
 from launcher.results.published import published, rows_of, unlike
+from launcher.scheduler import local
 from tests.conftest import ROOT, Launch
 from tests.unit.outcomes import LOSSES, nodes, outcome, point, points, problems, spread, write_run
 
@@ -362,6 +364,15 @@ def test_unfit_nodes_are_named(launch: Launch, workplace: Path) -> None:
     done = launch("accept", "unfit")
     assert done.returncode == 12
     assert "node gb200-002 is not fit to train: 3 of 4 GPUs are there" in done.stdout.splitlines()[0]
+
+
+def test_who_cannot_say_names_the_next_command(launch: Launch, workplace: Path) -> None:
+    runs = workplace / "runs"
+    write_run(runs / "b300", gpu="B300")
+    assert launch("accept", "b300").stdout.endswith("  try         launcher accept b300 --baseline RUN (or FILE)\n")
+    write_run(runs / "going", steps_logged=20, end="")
+    (runs / "going" / "job.json").write_text(json.dumps(local.identity(os.getpid())))
+    assert "  try         launcher accept going --follow\n" in launch("accept", "going").stdout
 
 
 def test_an_accepted_run_is_a_baseline(launch: Launch, workplace: Path) -> None:

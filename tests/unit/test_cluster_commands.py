@@ -93,16 +93,21 @@ def test_what_cannot_be_read_is_a_warning_and_no_guess(launch: Launch, fake_slur
 
 def test_no_slurm_is_an_error_with_its_own_words(launch: Launch, fake_slurm: Fake, workplace: Path) -> None:
     (workplace / "empty").mkdir()
-    for script, said, env in (
-        ("echo 'Unable to contact slurm controller' >&2; exit 1", "failed", {}),
-        ("echo hello", "nonsense", {}),
-        (":", "nonsense", {}),
-        (":", "scontrol is not installed here", {"PATH": str(workplace / "empty")}),
+    for script, said in (
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "failed"),
+        ("echo hello", "nonsense"),
+        (":", "nonsense"),
     ):
         fake_slurm("scontrol", script)
-        done = launch("cluster", "show", **env)
+        done = launch("cluster", "show")
         assert done.returncode == ExitStatus.CLUSTER
         assert said in done.stderr and "try:" in done.stderr
+    for words in (("cluster", "show"), ("init", "--yes"), ("cluster", "nodes", "add", "n1", "--reason", "slow")):
+        done = launch(*words, PATH=str(workplace / "empty"))
+        assert done.returncode == ExitStatus.CLUSTER and "scontrol ping" not in done.stderr
+        assert "error: scontrol is not installed here, or not in PATH [slurm-missing]\n  try: go to" in done.stderr
+    done = launch("plan", PATH=str(workplace / "empty"))
+    assert "[gpu-unknown]" in done.stderr and "without Slurm: --local" in done.stderr
 
 
 def test_an_unknown_partition_is_answered_with_the_known_ones(launch: Launch, fake_slurm: Fake) -> None:

@@ -96,6 +96,20 @@ def test_status_says_how_far_it_is(start, launch: Launch) -> None:
     assert progress() is None
 
 
+def test_data_that_cannot_be_read_is_not_said_to_be_missing(launch: Launch, workplace: Path) -> None:
+    data = workplace / "data"
+    data.symlink_to(data)
+    done = launch("submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--data", str(data))
+    assert done.returncode == ExitStatus.FILESYSTEM and "[unreadable]" in done.stderr
+    assert done.stderr.endswith(f"try: ls -ld {data}\n")
+
+
+def test_a_dry_run_prints_how_ranks_meet_on_this_machine(launch: Launch) -> None:
+    done = launch("submit", "--local", "--gpu", "cpu", "--recipe", "debug", "--dry-run")
+    assert "# On this machine, if the Python has torchtitan 0.3" in done.stdout
+    assert "--rdzv-endpoint=127.0.0.1:0 " in done.stdout and "HEAD_ADDR" not in done.stdout.split("# Data:")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said", "fix"),
     [

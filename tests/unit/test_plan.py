@@ -24,7 +24,7 @@ llama3-8b on 9 nodes x 4 GB200, batch 5, 100 steps of 1,474,560 tokens
 
 memory      159.3 GiB of 184 (87%): fits
             weights and optimizer 2.5, saved activations 77.5, recomputed 7.0, logits 68.5, gathered weights 3.7
-tokens/s    17,975 per GPU, by source-page (GB200, 36 GPUs, step 100)
+tokens/s    17,975 per GPU, by the published table (GB200, 36 GPUs, step 100)
 wall time   6 min 48 s, of it 3 min 00 s assumed for the start; after the queue
 node-hours  1.02; --time 01:00:00 allows 9.00
 C4 files    36 of 1024: launcher stage c4 --to /data/c4 --files 36

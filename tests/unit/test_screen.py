@@ -70,6 +70,7 @@ def test_a_step_of_many_nodes_is_one_line_and_parts_can_be_asked_for(launch: Lau
         assert launch("logs", "good", *odd).returncode == ExitStatus.USAGE
     done = launch("logs", "good", "--node", "gb9")
     assert done.returncode == ExitStatus.USAGE and "good has no log of gb9; it has: gb200-001, gb200-002" in done.stderr
+    assert "failed has no log of rank 8; it has: rank 7" in launch("logs", "failed", "--rank", "8").stderr
 
 
 def test_tables_fit_the_terminal() -> None:

@@ -105,9 +105,11 @@ def test_a_refusal_is_shown_in_slurms_words_and_leaves_nothing(
 
 def test_sbatch_missing(launch: Launch, slurm: Fake, image: Path) -> None:
     (image.parent / "slurm-bin" / "sbatch").unlink()
-    done = launch(*SUBMIT, PATH=f"{image.parent}/slurm-bin:/bin-without-slurm")
-    assert (done.returncode, "not installed here" in done.stderr) == (ExitStatus.CLUSTER, True)
-    assert os.listdir(image.parent / "runs") == []
+    for command in (SUBMIT, (*SUBMIT, "--force"), ("preflight", *SUBMIT[1:])):
+        done = launch(*command, PATH=f"{image.parent}/slurm-bin:/bin-without-slurm")
+        assert done.returncode == ExitStatus.CLUSTER
+        assert "sbatch is not installed here, or not in PATH [slurm-missing]" in done.stdout + done.stderr
+    assert not (image.parent / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,8 @@ def test_a_pipe_tells_each_phase_once_on_stderr(capsys: pytest.CaptureFixture[st
         "my-run: PENDING Priority",
         "  because",
         "my-run: Slurm does not answer; trying again",
-        "my-run: starting (1 of 9 nodes), 17 min 29 s after it was submitted",
-        "my-run: training, 17 min 29 s after it was submitted",
+        "my-run: starting (1 of 9 nodes), 3 min 12 s after it was submitted",
+        "my-run: training, 5 min 26 s after it was submitted",
     ]
     assert stream.getvalue() == LINE + "\n"
 
