@@ -158,6 +158,8 @@ def plug_in(bridge: int, pid: int, interface: str, address: str) -> None:
     """A cable from the bridge to the network namespace of `pid`, where it is called `interface`."""
     port = f"port{address.rpartition('.')[2]}"
     peer = ("type", "veth", "peer", "name", interface, "netns", str(pid))
+    with contextlib.suppress(RuntimeError):  # of a node that has just ended: its network may live a moment longer
+        in_network_of(bridge, "ip", "link", "delete", port)
     in_network_of(bridge, "ip", "link", "add", "name", port, *peer)
     in_network_of(bridge, "ip", "link", "set", port, "master", "switch", "up")
     in_network_of(pid, "ip", "link", "set", interface, "up")
