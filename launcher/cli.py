@@ -82,6 +82,13 @@ class _Commands(click.Group):
         command: click.Command = getattr(import_module(f"launcher.commands.{module}"), attribute)
         return command
 
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        from difflib import get_close_matches
+
+        if args[0] not in COMMANDS and (near := get_close_matches(args[0], COMMANDS)):
+            context.fail(f"No such command {args[0]!r}. Did you mean {' or '.join(near)}?")
+        return super().resolve_command(context, args)
+
     def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])

@@ -139,6 +139,8 @@ def _tell_status(run: Run, state: JobState, as_json: bool) -> dict[str, Any]:
         echo(*(f"  attempt {one.number}: {attempt_text(one, unit)}" for one in tries))
     if why := tries[-1].why_not:
         echo(f"  no further attempt: {WHY_NOT.get(why, why)}")
+        if step := tries[-1].step:
+            echo(f"  to go on from step {step:,}: {quoted('launcher', 'resume', run.reference)}")
     if progress:
         echo(f"  {plain_line(progress, about(run).unit)}")
     if hang and state.active:

@@ -16,7 +16,7 @@ from typing import Any
 from launcher.base.output import columns, duration, plain, some
 from launcher.config.mfu import mfu_text
 from launcher.results.columns import MARKDOWN, TERMINAL, Cell, as_flat, shown_in
-from launcher.results.outcome import PHASES, Outcome, Spread
+from launcher.results.outcome import PHASES, Outcome, Spread, per_unit
 from launcher.results.rows import (
     COLUMNS,
     escape,
@@ -171,7 +171,7 @@ def cell_text(cell: Cell) -> str:
 def markdown(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table: the published four columns first, then those of ours, and the run."""
     shown = shown_in(MARKDOWN)
-    titles = (*COLUMNS, *(column.title for column in shown), "Run")
+    titles = (*COLUMNS, *(per_unit(column.title, outcomes) for column in shown), "Run")
     lines = [f"|{'|'.join(titles)}|", f"|{'|'.join('---' for _ in titles)}|"]
     for outcome in outcomes:
         about = "; ".join(filter(None, (outcome.date[:10], software_text(outcome))))

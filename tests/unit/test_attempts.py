@@ -324,10 +324,11 @@ def test_status_and_logs_name_attempts(run: Run, launch: Launch) -> None:
 
 def test_status_says_why_no_further_attempt_follows(run: Run, launch: Launch) -> None:
     about = json.loads((run.path / "attempt.json").read_text())
-    write(run.path / "attempt.json", about | {"exit_code": 1, "cause": "oom-kill", "why_not": "cause"})
+    write(run.path / "attempt.json", about | {"exit_code": 1, "cause": "oom-kill", "why_not": "cause", "step": 80})
     write(run.path / "end.json", {"exit_code": 1, "began_at": AT + 30, "ended_at": AT + 361})
     shown = launch("status", "r", "--runs-dir", str(run.path.parent)).stdout
     assert "  no further attempt: the next one would end in the same way\n" in shown
+    assert f"  to go on from step 80: launcher resume {run.reference}\n" in shown
 
 
 def test_how_far_attempts_came_is_told_while_they_go_on(run: Run) -> None:

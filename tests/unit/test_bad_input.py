@@ -100,6 +100,12 @@ def test_refused(
     assert nothing_left(workplace) and not (workplace / "pwned").exists()
 
 
+def test_a_mistyped_command_is_answered_with_its_like(launch: Launch) -> None:
+    for word, like in (("statsu", "Did you mean status?"), ("xyzzy", "No such command 'xyzzy'.\n")):
+        done = launch(word)
+        assert done.returncode == ExitStatus.USAGE and like in done.stderr
+
+
 def without_roots_rights(*arguments: str) -> subprocess.CompletedProcess[str]:
     setpriv = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
     return subprocess.run(

@@ -24,6 +24,7 @@ from launcher.report.charts import of_gpu
 from launcher.report.figures import MOST_LINES, MOST_POINTS, differences, gpu_types, lines, scaling, thin, trends, work
 from launcher.report.page import MOST_NODES, page
 from launcher.report.plots import write_plots
+from launcher.results.formats import markdown
 from launcher.results.outcome import NodeResult, Outcome, Startup
 from launcher.results.published import beside, published
 from launcher.runs.attempts import Attempt
@@ -331,6 +332,7 @@ def test_on_cpus_rates_are_per_rank() -> None:
         assert f"okens/s per {unit}" in text and "per gpu" not in text
         assert (f"okens/s per {other}" in text) == (len(runs) == 6)
     assert "Scaling of CPU, tokens/s per rank over GPUs" in rendered(*cpus)
+    assert "|Tokens/s per rank|" in markdown(cpus) and "|Tokens/s per GPU|" in markdown(gpus)
 
 
 def test_a_chart_says_where_a_run_began_anew() -> None:
