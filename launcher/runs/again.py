@@ -248,7 +248,10 @@ def _begin(run_dir: Path, asked: argparse.Namespace) -> int:
     cut_off_while_put_away = (run_dir / "attempts" / f".{number}").exists()
     if cut_off_while_put_away or _leaves(run_dir):
         said = read_json(run_dir / "attempt.json") or {}
-        if not cut_off_while_put_away and said.get("again") is not True:
+        had_ended = said.get("again") is False and said.get("job_id") == asked.job
+        if had_ended:  # and an administrator queued it again
+            write_json(run_dir / "attempt.json", said | {"again": True, "requeue": True, "why_not": ""})
+        elif not cut_off_while_put_away and said.get("again") is not True:
             hosts = [name for log in _logs(run_dir) if (name := log.stem.partition("-")[2])]
             began = min([asked.began, *(int(path.stat().st_mtime) for path in (run_dir / "nodes").glob("*.json"))])
             if _concluded(run_dir, asked, Ending(QUEUED), number, hosts, began).word == "stop":

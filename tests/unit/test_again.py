@@ -165,6 +165,16 @@ def test_a_job_that_is_queued_again_after_its_end_begins_without_it(run_dir: Pat
     assert not (run_dir / "end.json").exists() and (run_dir / "attempts/1/end.json").exists()
 
 
+def test_what_ended_and_is_queued_again_keeps_its_cause_and_its_bad_nodes(run_dir: Path, ask: Ask) -> None:
+    """By an administrator, who may do so more often than --max-restarts allows."""
+    ended = {"job_id": "7", "cause": "gpu-broken", "culprits": ["n2"], "again": False, "why_not": "max-restarts"}
+    for attempt in range(2, 6):
+        (run_dir / "nodes").mkdir(exist_ok=True)
+        assert ask("begin", "--allocated", "n1 n2 n3", **ended) == f"{attempt} n1 n3\n"
+        record = json.loads((run_dir / f"attempts/{attempt - 1}/attempt.json").read_text())
+        assert record == ended | {"again": True, "requeue": True, "why_not": ""}
+
+
 @pytest.mark.parametrize(("allocated", "hosts"), [("n1 n2 n3", "n1 n3"), ("n2", "n2")])
 def test_a_job_that_gets_a_bad_node_again_leaves_it_out_where_it_can(allocated: str, hosts: str, ask: Ask) -> None:
     """Queued again by an administrator, say."""
