@@ -60,7 +60,8 @@ def report(to: Path) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         file = Path(folder, "page.html")
-        file.write_text(page(runs, published(), made="2026-11-22 12:00 UTC", version=version(), left_out=[]), "utf-8")
+        release = version().partition(".dev")[0]
+        file.write_text(page(runs, published(), made="2026-11-22 12:00 UTC", version=release, left_out=[]), "utf-8")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"] * (os.geteuid() == 0))
         tab = browser.new_page(viewport={"width": 1100, "height": 1000}, color_scheme="light")
         tab.goto(file.as_uri())
