@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -54,7 +55,8 @@ Facts = dict[str, Any]
 
 def main(argv: list[str]) -> int:
     """Does not return when all is well: the process is torchrun from then on."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # node.json may hold half a character
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # node.json may hold half a character
     now = time.time()
     facts: Facts = {"schema": 1, "ok": False, "node": 0, "host": "?", "problems": [], "warnings": []}
     facts.update(time=now, utc_offset_s=time.localtime(now).tm_gmtoff)

@@ -75,8 +75,7 @@ def lines(spec: RunSpec, found: Plan) -> list[str]:
     if found.tps is None:
         rows.append(f"tokens/s    cannot say: {'; '.join(found.differs)}")
     else:
-        basis = found.basis.replace("source-page", "the published table")
-        rows.append(f"tokens/s    {found.tps:,.0f} per GPU, by {basis}")
+        rows.append(f"tokens/s    {found.tps:,.0f} per GPU, as {found.basis}")
         rows += [f"            {text}" for text in found.differs]
     if found.wall_s and found.node_hours:
         rows.append(

@@ -32,7 +32,7 @@ from launcher.base.finding import Finding, error
 from launcher.config.hardware import of_gpu
 from launcher.config.spec import HUB, MAX_NODES, SAMPLE, RunSpec
 from launcher.results.outcome import Outcome
-from launcher.results.published import ALIKE, LIMITED, LONG, TORCHTITAN, published, same_gpu, say
+from launcher.results.published import ALIKE, LIMITED, LONG, TORCHTITAN, called, published, same_gpu, say
 from launcher.scheduler.parse import seconds
 from launcher.stage.shards import TRAIN_FILES
 from launcher.stage.view import files_needed, tokens_of
@@ -79,7 +79,7 @@ class Plan:
     wall_s: float | None  # at `tps`, with START_S
     node_hours: float | None
     c4_files: int | None
-    basis: str  # the published row
+    basis: str  # the published row, as it is called
     differs: tuple[str, ...]  # in what this run is another one
     tokens: int  # in all steps
     limit_s: int | None
@@ -120,7 +120,7 @@ def plan(spec: RunSpec, rows: Sequence[Outcome] | None = None) -> Plan:
         wall_s=wall_s,
         node_hours=spec.job.nodes * wall_s / 3600 if wall_s else None,
         c4_files=files_needed(spec, TRAIN_FILES) if wants_files else None,
-        basis=row.run if row else "",
+        basis=called(row) if row else "",
         differs=differs,
         tokens=tokens,
         limit_s=seconds(spec.job.time) or None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import re
 import ssl
@@ -114,9 +115,9 @@ def header_of(error: BaseException, name: str) -> str:
 def words_of(error: BaseException) -> str:
     """The code and the message of a refusal in XML, as object stores word it."""
     body = b""
-    if isinstance(error, urllib.error.HTTPError):
+    if isinstance(error, urllib.error.HTTPError) and isinstance(error.fp, io.BufferedIOBase):
         with suppress(OSError, http.client.HTTPException, ValueError):
-            body = error.fp.read1(4096)  # type: ignore[attr-defined]  # what has come: more may never come
+            body = error.fp.read1(4096)  # what has come: more may never come
     return ": ".join(re.findall("<(?:Code|Message)>([^<]*)<", body.decode("utf-8", "replace")))
 
 

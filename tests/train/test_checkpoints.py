@@ -85,9 +85,7 @@ def test_a_damaged_one_is_not_whole(whole: Whole, tmp_path: Path, harm: Callable
 def test_training_goes_on_from_the_one_before_a_damaged_one_as_if_nothing_had_happened(
     whole: Whole, python: str, tmp_path: Path, started: Started
 ) -> None:
-    """The same model, optimizer, learning rate and data: the same digits of every loss. A run's files name its
-    directory, its checkpoints do not.
-    """
+    """Model, optimizer, learning rate and data are the same, so every loss is, to its last digit."""
     node_json = make_run(tmp_path / "again", node())
     saved = cut_off(whole, tmp_path / "again" / "titan" / "checkpoint")
     (saved / RECORD).unlink()

@@ -24,7 +24,7 @@ llama3-8b on 9 nodes x 4 GB200, batch 5, 100 steps of 1,474,560 tokens
 
 memory      159.3 GiB of 184 (87%): fits
             weights and optimizer 2.5, saved activations 77.5, recomputed 7.0, logits 68.5, gathered weights 3.7
-tokens/s    17,975 per GPU, by the published table (GB200, 36 GPUs, step 100)
+tokens/s    17,975 per GPU, as published (Crusoe, 9 x GB200)
 wall time   6 min 48 s, of it 3 min 00 s assumed for the start; after the queue
 node-hours  1.02; --time 01:00:00 allows 9.00
 C4 files    36 of 1024: launcher stage c4 --to /data/c4 --files 36
@@ -219,7 +219,7 @@ def test_submit_writes_the_prediction(launch: Launch, slurm: Fake, image: Any) -
     found = json.loads((image.parent / "runs" / "r" / "plan.json").read_text())
     known = [found[key] for key in ("tps", "memory_gib", "wall_s", "node_hours")]
     assert known == [17975, 159.27, 407.9, 1.0197]
-    assert (found["c4_files"], found["basis"]) == (36, "source-page (GB200, 36 GPUs, step 100)")
+    assert (found["c4_files"], found["basis"]) == (36, "published (Crusoe, 9 x GB200)")
 
 
 def test_a_prediction_never_stops_a_submission(monkeypatch: pytest.MonkeyPatch) -> None:
