@@ -411,7 +411,7 @@ def _validate_parallelism(spec: RunSpec, bad: Callable[..., LauncherError]) -> N
         product *= getattr(recipe, degree)
         if spec.gpus % product:
             why = f"{spec.gpus} GPUs are not a multiple of the parallel degrees' product, {other}"
-            raise bad(f"recipe.{degree}", why, "choose --nodes so that nodes x GPUs per node is a multiple")
+            raise bad(f"recipe.{degree}", why, "choose --nodes and --gpus-per-node so that their product is a multiple")
 
 
 def tables_of(run: PlacedRun) -> dict[str, dict[str, Any]]:
